@@ -1,0 +1,31 @@
+# Every target makes what it needs, so each works as the first one on a fresh machine.
+
+.PHONY: train test test-all check format setup clean
+PYTHON ?=
+BIN := .venv/bin
+
+train: setup
+	$(BIN)/shoal train recipes/quickstart.yaml
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt scripts/install.sh
+	@PYTHON="$(PYTHON)" bash scripts/install.sh
+
+clean:
+	rm -rf .venv

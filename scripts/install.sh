@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Makes .venv with the pinned versions of constraints.txt and shoal itself, editable.
+#
+#   PYTHON=python3.12        which Python (3.11 to 3.13); otherwise the first that fits
+#   TORCH_WHEELS=DIR_OR_URL  where else to look for torch's wheels
+#
+# On Linux without an NVIDIA GPU it takes torch's CPU build: the one that pip finds, or else the one that uv
+# knows (--torch-backend=cpu). The CUDA build is never taken there: it is several gigabytes of no use.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'setup: %s\n' "$*" >&2; exit 2; }
+fits() { "$1" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' >/dev/null 2>&1; }
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
+        if fits "$candidate"; then echo "$candidate"; return; fi
+    done
+    fail "no Python 3.11 to 3.13 with venv was found; install one, or set PYTHON=/path/to/python"
+}
+
+without_gpu() { [ "$(uname -s)" = Linux ] && ! { [ -e /dev/nvidiactl ] || [ -e /dev/dxg ] || command -v nvidia-smi >/dev/null; }; }
+
+# The wheel that pip would take for torch, without taking it.
+wheel_of_torch() {
+    "$pip" install --dry-run --quiet --no-deps --ignore-installed --report - "${wheels[@]}" "$torch" 2>/dev/null |
+        .venv/bin/python -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["download_info"]["url"])' 2>/dev/null || true
+}
+
+install_torch() {
+    if without_gpu && ! wheel_of_torch | grep -qE '(\+|%2B)cpu'; then
+        say "pip would take the CUDA build of torch; asking uv for the CPU build"
+        "$pip" install --quiet uv
+        .venv/bin/uv pip install --quiet --python .venv/bin/python --torch-backend=cpu "$torch" ||
+            fail "no CPU build of $torch was found; set TORCH_WHEELS to a folder or an index that has one"
+    else
+        "$pip" install --quiet "${wheels[@]}" --constraint constraints.txt "$torch"
+    fi
+}
+
+python=$(find_python)
+pip=.venv/bin/pip
+torch=$(grep -E '^torch==' constraints.txt)
+wheels=()
+if [ -n "${TORCH_WHEELS:-}" ]; then wheels=(--find-links "$TORCH_WHEELS" --extra-index-url "$TORCH_WHEELS"); fi
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+
+say "$("$python" --version) from $(command -v "$python"), into .venv"
+[ -x .venv/bin/python ] && fits .venv/bin/python || "$python" -m venv --clear .venv
+say "1/3 $torch (the largest; some 200 MB for a CPU, more for CUDA)"
+install_torch
+say "2/3 the other pinned versions"
+"$pip" install --quiet --requirement constraints.txt --constraint constraints.txt
+say "3/3 shoal itself"
+"$pip" install --quiet --no-deps --no-build-isolation --editable .
+if without_gpu && "$pip" list 2>/dev/null | grep -qi '^nvidia-'; then fail "CUDA packages were installed on a machine without a GPU"; fi
+touch .venv/installed
+say "done; 'source .venv/bin/activate' puts shoal on your path"

@@ -1,0 +1,5 @@
+"""`python -m shoal` is `shoal`; the launcher starts its workers so."""
+
+from shoal.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""What survives a run: sharded safetensors and JSON, complete or not there."""

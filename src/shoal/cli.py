@@ -1,0 +1,281 @@
+"""The command line: one verb a command. It parses, delegates and prints; heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from shoal import __version__
+from shoal.errors import EXIT_BAD_INPUT, ShoalError
+
+Override = tuple[str, str, str]
+
+SHORTCUTS = {"name": "launch.name", "processes": "launch.processes"}
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The `shoal` command; ends the process, with 2 on what a person can mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    code = 0
+    try:
+        code = _run(argv)
+    except ShoalError as error:
+        from shoal.metrics.console import error as show
+
+        show(str(error))
+        code = EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("shoal: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process now. A thread of a communication library that outlives Python would abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "torch" in sys.modules:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run(argv: list[str]) -> int:
+    parser = build_parser(argv[0] if argv else None)
+    args, rest = parser.parse_known_args(argv)
+    if args.verb is None:
+        parser.print_help()
+        return 0
+    overrides, stray = read_overrides(args, rest)
+    if stray:
+        raise ShoalError(f"shoal {args.verb} does not take {' '.join(stray)}; see shoal {args.verb} --help")
+    result: int = args.run(args, overrides, argv) or 0
+    return result
+
+
+# --- the verbs -------------------------------------------------------------------------------------------
+
+
+def build_parser(verb: str | None) -> argparse.ArgumentParser:
+    """The parser; the options of all sections are added only to the verb that is asked for."""
+    parser = argparse.ArgumentParser(
+        prog="shoal", description="Train language models from scratch, on whatever you have.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"shoal {__version__}")
+    parser.set_defaults(verb=None)
+    verbs = parser.add_subparsers(metavar="VERB", title="verbs")
+
+    def add(name: str, run: Any, help: str, sections: bool = False, **kwargs: Any) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name, help=help, description=help, allow_abbrev=False, formatter_class=_Wide, usage=kwargs.pop("usage", None)
+        )
+        sub.set_defaults(run=run, verb=name)
+        if sections and verb == name:
+            _add_options(sub)
+        return sub
+
+    usage = "shoal {} RECIPE.yaml [--name NAME] [--processes N] [--SECTION.OPTION VALUE ...]"
+    train = add("train", _train, "train a model, or go on with a run of the same name", True, usage=usage.format("train"))
+    train.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="what to train: see recipes/")
+    prepare = add("prepare", _prepare, "only the data: corpus -> tokenizer -> token shards; restartable", True, usage=usage.format("prepare"))
+    prepare.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+
+    evaluate = add("eval", _eval, "the loss of a run on its held-out text, beside gzip and xz")
+    _add_run(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+
+    generate = add("generate", _generate, "let a run's model write")
+    _add_run(generate)
+    generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="what it goes on from; may be given several times")
+    generate.add_argument("--tokens", type=int, default=100, metavar="N", help="new tokens at most (default: 100)")
+    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest (default: 0.8)")
+    generate.add_argument("--top-k", type=int, default=None, metavar="K", help="draw among the K likeliest only (default: all)")
+    generate.add_argument("--top-p", type=float, default=None, metavar="P", help="draw among the likeliest that make up P of the probability (default: all)")
+    generate.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawing (default: 0)")
+
+    config = add("config", _config, "the resolved config, with where each value came from", True,
+                 usage="shoal config [RECIPE.yaml] [--schema] [--SECTION.OPTION VALUE ...]")
+    config.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml")
+    config.add_argument("--schema", action="store_true", help="print a JSON schema of recipes instead")
+
+    bench = add("bench", _bench, "measure: `shoal bench speed` times the real training step", True,
+                usage="shoal bench speed [RECIPE.yaml] [--peers] [--SECTION.OPTION VALUE ...]")
+    bench.add_argument("what", choices=["speed"], help="speed: tokens/s, MFU and the time split of the real step")
+    bench.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help="default: a 10M-parameter model on dummy text")
+    bench.add_argument("--peers", action="store_true", help="beside transformers.Trainer on the same architecture (needs shoal[peers])")
+    bench.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each, in turn; the median counts (default: 5)")
+    bench.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+
+    add("env", _env, "versions, devices, threads: what to paste into a bug report")
+    return parser
+
+
+class _Wide(argparse.HelpFormatter):
+    """Options and their help on one line where they fit."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=42, width=min(140, max(100, _columns())))
+
+
+def _columns() -> int:
+    import shutil
+
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN", help="a run's name, or its folder")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
+    parser.add_argument("--step", type=int, default=None, metavar="N", help="the checkpoint of step N (default: the last)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute (default: auto)")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """Every option of the config as a dotted flag."""
+    from shoal.config import SECTIONS, options
+    from shoal.resolve import expectation
+
+    groups = {name: parser.add_argument_group(name, (cls.__doc__ or "").strip()) for name, cls in SECTIONS.items()}
+    for short, key in SHORTCUTS.items():
+        parser.add_argument(f"--{short}", dest=f"short {key}", metavar="VALUE", default=argparse.SUPPRESS, help=f"the same as --{key}")
+    for key, f in options().items():
+        default = "null" if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else f.default if f.default != () else "none"
+        text = f"{f.metadata['help']}: {expectation(key)} (default: {default if default != '' else 'empty'})"
+        is_bool = isinstance(f.default, bool)
+        groups[key.partition(".")[0]].add_argument(
+            f"--{key}", dest=f"option {key}", metavar=f.name.upper(), default=argparse.SUPPRESS,
+            help=text.replace("%", "%%"), **({"nargs": "?", "const": "true"} if is_bool else {}),
+        )  # fmt: skip
+
+
+def read_overrides(args: argparse.Namespace, rest: Sequence[str]) -> tuple[list[Override], list[str]]:
+    """(key, text, flag) of every dotted option, known or not, and the arguments that are none."""
+    found = []
+    for name, value in vars(args).items():
+        kind, _, key = name.partition(" ")
+        if kind in ("option", "short"):
+            flag = f"--{key}" if kind == "option" else f"--{next(s for s, k in SHORTCUTS.items() if k == key)}"
+            found.append((key, value, flag))
+    stray: list[str] = []
+    takes_options = any(name == "recipe" for name in vars(args))
+    items = list(rest)
+    while items:
+        item = items.pop(0)
+        if not (takes_options and item.startswith("--")):
+            stray.append(item)
+            continue
+        flag, has_value, value = item.partition("=")
+        if not has_value:
+            value = items.pop(0) if items and not items[0].startswith("--") else "true"
+        found.append((flag.removeprefix("--"), value, flag))
+    return found, stray
+
+
+def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Any:
+    from shoal.resolve import resolve
+
+    resolved = resolve(args.recipe, overrides)
+    if resolved.config.launch.name is None and args.recipe is not None:
+        return resolved.config.replace("launch", name=args.recipe.stem)
+    return resolved.config
+
+
+def _train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    config = _resolve(args, overrides)
+    from shoal.launch.place import is_worker
+
+    if is_worker():
+        return _work(config)
+    from shoal.launch.torchrun import count_gpus, launch, plan_processes
+    from shoal.metrics.console import Console
+    from shoal.runs import RunFolder
+
+    config = plan_processes(config, count_gpus())
+    folder = RunFolder(Path(config.launch.runs) / config.launch.name)
+    folder.agree(config)
+    folder.lock()
+    from shoal.data.open import open_data
+
+    open_data(config.data, Console())
+    settled = [f"--launch.processes={config.launch.processes}", f"--launch.threads={config.launch.threads}"]
+    return launch(config, [*argv, *settled])
+
+
+def _work(config: Any) -> int:
+    """One of the processes of a run."""
+    from shoal.fault.signals import die_with_parent
+
+    die_with_parent()
+    from shoal.train.loop import train
+
+    train(config)
+    return 0
+
+
+def _prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.data.open import open_data
+    from shoal.metrics.console import Console
+
+    console = Console()
+    prepared = open_data(_resolve(args, overrides).data, console)
+    for split, counts in prepared.counts.items():
+        console.say(
+            f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
+            f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes a token)"
+        )
+    console.say(f"in {prepared.folder}")
+    return 0
+
+
+def _eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.infer.commands import evaluate_run
+
+    evaluate_run(Path(args.runs), args.target, step=args.step, device=args.device, as_json=args.json)
+    return 0
+
+
+def _generate(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.infer.commands import generate_from_run
+
+    generate_from_run(
+        Path(args.runs), args.target, step=args.step, device=args.device, prompts=args.prompt, max_new_tokens=args.tokens,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+    )  # fmt: skip
+    return 0
+
+
+def _config(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.resolve import resolve, schema, to_yaml
+
+    if args.schema:
+        import json
+
+        print(json.dumps(schema(), indent=2))
+        return 0
+    if args.recipe is None:
+        raise ShoalError("shoal config needs a RECIPE.yaml, or --schema")
+    resolved = resolve(args.recipe, overrides)
+    print(to_yaml(resolved.config, resolved.sources), end="")
+    return 0
+
+
+def _bench(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.bench.speed import bench_speed
+
+    bench_speed(args.recipe, overrides, peers=args.peers, repeats=args.repeats, as_json=args.json)
+    return 0
+
+
+def _env(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.bench.environment import describe
+
+    print(describe())
+    return 0
+
+

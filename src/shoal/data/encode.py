@@ -1,0 +1,206 @@
+"""Documents -> token shards, on all cores, with bounded memory, restartable at any moment. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from shoal.data.manifest import SPLITS, Journal, SplitName
+from shoal.data.shards import Tokens, token_dtype, write_shard
+from shoal.data.sources import Corpus, Cursor, Document, Skipped
+from shoal.data.tokenize import Tokenizer
+from shoal.errors import DataError
+
+CHUNK_BYTES = 2_000_000  # tokens of a chunk take some fifty times its text while Rust hands them over
+PART_CHARACTERS = 1 << 20  # longer documents are encoded in parts, for the same reason
+CHUNKS_IN_FLIGHT = 3
+
+Split = Callable[[bytes], SplitName]
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    split: SplitName
+    text: str
+    text_bytes: int
+    after: Cursor
+
+
+def fraction_of(text: bytes) -> tuple[float, float]:
+    """Two numbers in [0, 1), a function of the text alone: for holding out, and for sampling."""
+    digest = hashlib.blake2b(text, digest_size=16).digest()
+    return tuple(int.from_bytes(half, "big") / 2**64 for half in (digest[:8], digest[8:]))  # type: ignore[return-value]
+
+
+def choose_split(corpus: Corpus, val_fraction: float, tick: Callable[[Cursor], None]) -> Split:
+    """Which split a text belongs to: by its own hash, so names, order and neighbours do not matter.
+
+    Where that leaves a split of a small corpus empty, the text nearest to the border goes there.
+    Raises DataError where there are no two different texts.
+    """
+    seen: set[float] = set()
+    for document in corpus.read():
+        tick(document.after)
+        if isinstance(document, Document):
+            seen.add(fraction_of(document.text.encode())[0])
+            if min(seen) < val_fraction <= max(seen):
+                return lambda text: "val" if fraction_of(text)[0] < val_fraction else "train"
+    if not seen:
+        raise DataError("the corpus has no documents; correct data.paths, data.corpus or data.text_key")
+    if len(seen) == 1:
+        raise DataError("the corpus has one document only, so none can be held out; add documents to data.paths")
+    # All lie on one side of the border: move it past the nearest one.
+    border = sorted(seen)[1] if min(seen) >= val_fraction else max(seen)
+    return lambda text: "val" if fraction_of(text)[0] < border else "train"
+
+
+def training_sample(
+    corpus: Corpus, split: Split, sample_bytes: int, total_bytes: int, tick: Callable[[Cursor], None]
+) -> Iterator[str]:
+    """Training texts of about `sample_bytes`, taken evenly over the corpus by their hash."""
+    share, taken = sample_bytes / max(total_bytes, 1), 0
+    for document in corpus.read():
+        tick(document.after)
+        if isinstance(document, Skipped):
+            continue
+        text = document.text.encode()
+        if fraction_of(text)[1] >= share or split(text) != "train":
+            continue
+        taken += len(text)
+        if taken > sample_bytes and taken > len(text):
+            return
+        yield document.text
+
+
+def write_shards(
+    folder: Path,
+    corpus: Corpus,
+    split: Split,
+    tokenizer: Tokenizer,
+    shard_tokens: int,
+    journal: Journal,
+    tick: Callable[[Cursor], None],
+) -> None:
+    """Go on from where `journal` is, and enter every finished shard in it.
+
+    Shards end with the document that fills them, so they do not depend on chunks or interruptions.
+    """
+    builders = {name: _ShardBuilder(name, folder, tokenizer.vocab_size, journal) for name in SPLITS}
+    for items, tokens in _encoded(_chunks(corpus, split, journal), tokenizer):
+        for item, ids in zip(items, tokens, strict=True):
+            builder = builders[item.split]
+            builder.add(ids, item)
+            if builder.num_tokens >= shard_tokens:
+                builder.flush()
+        tick(items[-1].after)
+    for builder in builders.values():
+        if builder.num_tokens:
+            builder.flush()
+
+
+def _chunks(corpus: Corpus, split: Split, journal: Journal) -> Iterator[list[_Item]]:
+    """Documents that no finished shard holds, in chunks of about CHUNK_BYTES."""
+    done = {name: journal.splits[name].after for name in SPLITS}
+    chunk: list[_Item] = []
+    chunk_bytes = 0
+    for document in corpus.read(journal.resume_at()):
+        if isinstance(document, Skipped):
+            journal.skips.add(document)
+            continue
+        text = document.text.encode()
+        name = split(text)
+        if document.after <= done[name]:
+            continue
+        chunk.append(_Item(name, document.text, len(text), document.after))
+        chunk_bytes += len(text)
+        if chunk_bytes >= CHUNK_BYTES:
+            yield chunk
+            chunk, chunk_bytes = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encoded(
+    chunks: Iterator[list[_Item]], tokenizer: Tokenizer
+) -> Iterator[tuple[list[_Item], list[Tokens]]]:
+    """Each chunk with its tokens, in order. Two threads, so that while one turns Rust's tokens into arrays
+    (and this one reads on) the other keeps every core busy."""
+    in_flight: deque[tuple[list[_Item], Future[list[Tokens]]]] = deque()
+    with ThreadPoolExecutor(2, "encode") as executor:
+        try:
+            for items in chunks:
+                in_flight.append((items, executor.submit(_encode, tokenizer, [item.text for item in items])))
+                if len(in_flight) == CHUNKS_IN_FLIGHT:
+                    done, future = in_flight.popleft()
+                    yield done, future.result()
+            while in_flight:
+                done, future = in_flight.popleft()
+                yield done, future.result()
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tokens]:
+    """One array a text, its end-of-text token included."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    code = "H" if dtype == np.uint16 else "I"
+    parts = [_parts(text) for text in texts]
+    encoded = iter(tokenizer.encode_batch([part for text in parts for part in text]))
+    arrays = []
+    for text in parts:
+        ids = array(code)  # several times faster than numpy at reading a list of ints
+        for _ in text:
+            ids.extend(array(code, next(encoded)))
+        ids.append(tokenizer.eot_id)
+        arrays.append(np.frombuffer(ids, dtype))
+    return arrays
+
+
+def _parts(text: str) -> list[str]:
+    """A text in parts of at most PART_CHARACTERS, cut behind a line's end where there is one."""
+    parts, at = [], 0
+    while len(text) - at > PART_CHARACTERS:
+        end = text.rfind("\n", at, at + PART_CHARACTERS) + 1 or at + PART_CHARACTERS
+        parts.append(text[at:end])
+        at = end
+    return [*parts, text[at:]]
+
+
+@dataclass
+class _ShardBuilder:
+    """The shard of a split that is being filled."""
+
+    split: SplitName
+    folder: Path
+    vocab_size: int
+    journal: Journal
+    arrays: list[Tokens] = field(default_factory=list)
+    starts: array[int] = field(default_factory=lambda: array("q"))
+    num_tokens: int = 0
+    text_bytes: int = 0
+    after: Cursor = Cursor()
+
+    def add(self, tokens: Tokens, item: _Item) -> None:
+        self.arrays.append(tokens)
+        self.starts.append(self.num_tokens)
+        self.num_tokens += len(tokens)
+        self.text_bytes += item.text_bytes
+        self.after = item.after
+
+    def flush(self) -> None:
+        """Write the shard, then enter it: killed in between, it is written again, with the same bytes."""
+        written = self.journal.splits[self.split]
+        path = self.folder / f"{self.split}-{len(written.shards):05d}.safetensors"
+        tokens = np.concatenate(self.arrays, dtype=token_dtype(self.vocab_size))
+        record = write_shard(path, tokens, np.array(self.starts, np.int64), self.text_bytes)
+        written.shards.append(record)
+        written.after = self.after
+        self.journal.save(self.folder)
+        self.arrays, self.starts, self.num_tokens, self.text_bytes = [], array("q"), 0, 0

@@ -1,0 +1,92 @@
+"""Files that are either whole or not there: written aside, flushed, renamed. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from shoal.errors import DataError
+
+ASIDE_SUFFIX = ".tmp"
+LOCK_POLL_SECONDS = 0.2
+
+
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write `parts` to `path`: a reader, or a run after a power cut, sees all of them or none.
+
+    Raises DataError when the disk is full, the quota is reached or the folder cannot be written.
+    """
+    aside = path.with_name(f".{path.name}{ASIDE_SUFFIX}")
+    try:
+        with aside.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise cannot_write(path, error) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself lives in the folder, which has to be flushed too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cannot_write(path: Path, error: OSError) -> DataError:
+    """What to do about a failed write, by its cause."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        cure = "free some space or set data.folder to a larger disk, then start again: it goes on after the last shard"
+    else:
+        cure = "set data.folder to a folder that can be written"
+    return DataError(f"cannot write {path}: {error.strerror or error}; {cure}")
+
+
+def make_folder(folder: Path) -> None:
+    """Raises DataError where it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, while_waiting: Callable[[], None]) -> Iterator[bool]:
+    """Hold `path` against other processes; yields whether another one had it before us.
+
+    The kernel drops the lock when its holder dies, however it dies. `while_waiting` is called about
+    five times a second.
+    """
+    try:
+        file = path.open("ab")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    with file:
+        waited = False
+        while not _try_lock(file.fileno(), path):
+            waited = True
+            while_waiting()
+            time.sleep(LOCK_POLL_SECONDS)
+        yield waited
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise DataError(f"cannot lock {path}: {error.strerror}; set data.folder to a disk that has locks") from error
+    return True

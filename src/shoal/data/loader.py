@@ -1,0 +1,151 @@
+"""Rows -> batches of tensors, a step at a time, read ahead by a thread.
+
+The loader's whole state is `position`: samples consumed since the start of training. Which sample is at
+a position is `order.sample_at`, which knows nothing of processes, so a run may go on with any number of them.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.data.order import sample_at
+from shoal.data.pack import IGNORED_LABEL, PackedRows, Rows
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch. Tensors are int64 [batch, seq]; `document_ids` is None where documents are not kept apart."""
+
+    tokens: Tensor
+    labels: Tensor  # the next token, or -100 where nothing is to be predicted
+    positions: Tensor
+    document_ids: Tensor | None
+    sample_ids: tuple[int, ...]  # the rows' numbers
+    valid_tokens: int  # labels that count
+
+    def to(self, device: torch.device | str) -> Batch:
+        """On `device`; from pinned memory without waiting for the copy."""
+        tokens, labels, positions = (
+            t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.positions)
+        )
+        ids = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
+        return Batch(tokens, labels, positions, ids, self.sample_ids, self.valid_tokens)
+
+    def pin_memory(self) -> Batch:
+        """In page-locked memory, from which a GPU copies while it computes."""
+        ids = None if self.document_ids is None else self.document_ids.pin_memory()
+        tokens, labels, positions = (t.pin_memory() for t in (self.tokens, self.labels, self.positions))
+        return Batch(tokens, labels, positions, ids, self.sample_ids, self.valid_tokens)
+
+
+def make_batch(rows: Rows, row_ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Batch:
+    """The rows of these numbers. Raises DataError where their bytes were altered."""
+    packed: PackedRows = rows.pack(row_ids)
+    return Batch(
+        torch.from_numpy(packed.tokens),
+        torch.from_numpy(packed.labels),
+        torch.from_numpy(packed.positions),
+        torch.from_numpy(packed.document_ids) if rows.document_mask else None,
+        tuple(row_ids.tolist()),
+        int((packed.labels != IGNORED_LABEL).sum()),
+    )
+
+
+class Loader:
+    """This rank's micro-batches of each optimizer step.
+
+    A step has `global_batch // micro_batch` slots, micro-batches in a fixed order; rank r of n owns the r-th
+    contiguous n-th of them. Raises ValueError where they do not divide evenly.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        dp_rank: int,
+        dp_size: int,
+        position: int = 0,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        slots = global_batch // micro_batch
+        if global_batch % micro_batch or slots % dp_size:
+            raise ValueError(f"global_batch {global_batch} is no multiple of micro_batch {micro_batch} x dp_size {dp_size}")
+        if not 0 <= dp_rank < dp_size:
+            raise ValueError(f"dp_rank {dp_rank} is not in range({dp_size})")
+        self.position = position
+        """Samples in the steps handed out so far, over all ranks."""
+        self._rows, self._seed, self._pin_memory = rows, seed, pin_memory
+        self._global_batch, self._micro_batch = global_batch, micro_batch
+        self._slots = range(dp_rank * slots // dp_size, (dp_rank + 1) * slots // dp_size)
+        self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=prefetch)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read_ahead, args=(position,), name="loader", daemon=True)
+        self._thread.start()
+
+    def next_step(self) -> list[Batch]:
+        """The next optimizer step; blocks only if reading ahead was too slow. Raises what reading raised."""
+        if self._closed.is_set():
+            raise RuntimeError("the loader is closed")
+        step = self._ready.get()
+        if isinstance(step, BaseException):
+            self._ready.put(step)  # the thread has ended: asked again, say the same rather than wait for ever
+            raise step
+        self.position += self._global_batch
+        return step
+
+    def close(self) -> None:
+        """End the thread. May be called twice."""
+        self._closed.set()
+        while self._thread.is_alive():
+            try:  # make room for a thread that waits to hand over a step
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.01)
+
+    def _read_ahead(self, position: int) -> None:
+        try:
+            while not self._closed.is_set():
+                self._ready.put(self._step_at(position))
+                position += self._global_batch
+        except BaseException as error:  # everything: it is raised in the thread that asks
+            self._ready.put(error)
+
+    def _step_at(self, position: int) -> list[Batch]:
+        """A pure function of the position."""
+        batches = []
+        for slot in self._slots:
+            first = position + slot * self._micro_batch
+            row_ids = sample_at(self._seed, np.arange(first, first + self._micro_batch), len(self._rows))
+            batch = make_batch(self._rows, row_ids)
+            batches.append(batch.pin_memory() if self._pin_memory else batch)
+        return batches
+
+
+def evaluation_rows(rows: Rows, max_tokens: int | None) -> int:
+    """How many rows an evaluation reads: as many as fit in `max_tokens`, at least one; None: all."""
+    if max_tokens is None:
+        return len(rows)
+    return min(len(rows), max(1, max_tokens // rows.seq_len))
+
+
+def evaluation_batches(
+    rows: Rows, micro_batch: int, dp_rank: int, dp_size: int, max_tokens: int | None = None
+) -> Iterator[Batch]:
+    """The first rows in order, each on exactly one rank: the same rows whatever `dp_size` is.
+
+    Ranks take turns, so one may get a batch more than another; the last batch may be smaller.
+    """
+    count = evaluation_rows(rows, max_tokens)
+    for first in range(dp_rank * micro_batch, count, dp_size * micro_batch):
+        yield make_batch(rows, np.arange(first, min(first + micro_batch, count)))

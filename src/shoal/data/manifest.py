@@ -1,0 +1,197 @@
+"""What a folder of prepared tokens says of itself: the finished manifest, and the journal until then. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from shoal.data.files import write_atomically
+from shoal.data.shards import CURE, ShardRecord
+from shoal.data.sources import Corpus, Cursor, Entry, Skipped
+from shoal.errors import DataError
+
+FORMAT = 1
+MANIFEST, JOURNAL, TOKENIZER = "manifest.json", "journal.json", "tokenizer.json"
+NAMED_AT_MOST = 5  # files that a message names; the others are counted
+
+SplitName = Literal["train", "val"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
+
+
+@dataclass
+class Skips:
+    """What was no document: how many, the first few, and up to where they are counted."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+    upto: Cursor = Cursor()
+
+    def add(self, item: Skipped) -> None:
+        """Once each, though a restart reads some of them again."""
+        if item.after <= self.upto:
+            return
+        self.count, self.upto = self.count + 1, item.after
+        if len(self.first) < NAMED_AT_MOST:
+            self.first.append(f"{item.name}: {item.reason}")
+
+    def note(self) -> str:
+        more = f" and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
+        return f"{self.count:,} skipped, not text: {'; '.join(self.first)}{more}"
+
+
+@dataclass
+class Written:
+    """The finished shards of a split, and the document after the last one in them."""
+
+    shards: list[ShardRecord] = field(default_factory=list)
+    after: Cursor = Cursor()
+
+
+@dataclass
+class Journal:
+    """How far preparing has come. Each shard is entered when it is whole on disk, so a kill loses at most one."""
+
+    options: Mapping[str, Any]
+    listing: list[Entry]
+    splits: dict[SplitName, Written] = field(default_factory=lambda: {name: Written() for name in SPLITS})
+    skips: Skips = field(default_factory=Skips)
+
+    def save(self, folder: Path) -> None:
+        write_atomically(folder / JOURNAL, [json.dumps(asdict(self)).encode()])
+
+    def resume_at(self) -> Cursor:
+        """The first document that some split still lacks."""
+        return min(written.after for written in self.splits.values())
+
+
+def load_journal(folder: Path, options: Mapping[str, Any], listing: list[Entry]) -> Journal | None:
+    """The journal of an interrupted preparation, if it was of the same corpus in the same state."""
+    try:
+        saved = json.loads((folder / JOURNAL).read_bytes())
+        journal = Journal(
+            saved["options"],
+            [Entry(**entry) for entry in saved["listing"]],
+            {name: _written(saved["splits"][name]) for name in SPLITS},
+            Skips(saved["skips"]["count"], saved["skips"]["first"], Cursor(**saved["skips"]["upto"])),
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return journal if journal.options == options and journal.listing == listing else None
+
+
+def _written(saved: Any) -> Written:
+    return Written([ShardRecord(**record) for record in saved["shards"]], Cursor(**saved["after"]))
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """A split in numbers. `tokens` counts one end of text for each document; `text_bytes` is UTF-8."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    shards: tuple[ShardRecord, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about prepared tokens. `data_id` names them by their content: equal ids, equal tokens."""
+
+    options: Mapping[str, Any]
+    listing: tuple[Entry, ...]
+    digests: tuple[str, ...]
+    tokenizer_sha256: str
+    vocab_size: int
+    splits: Mapping[SplitName, SplitRecord]
+    skips: Skips
+    data_id: str
+    format: int = FORMAT
+
+    def save(self, folder: Path) -> None:
+        write_atomically(folder / MANIFEST, [json.dumps(asdict(self), indent=1).encode()])
+
+
+def finish(journal: Journal, digests: Sequence[str], tokenizer_json: bytes, vocab_size: int) -> Manifest:
+    """The manifest of a preparation that has come to its end."""
+    tokenizer_sha256 = hashlib.sha256(tokenizer_json).hexdigest()
+    splits = {name: _sum(written.shards) for name, written in journal.splits.items()}
+    return Manifest(
+        journal.options,
+        tuple(journal.listing),
+        tuple(digests),
+        tokenizer_sha256,
+        vocab_size,
+        splits,
+        journal.skips,
+        _data_id(tokenizer_sha256, splits),
+    )
+
+
+def _sum(shards: Sequence[ShardRecord]) -> SplitRecord:
+    documents, tokens, text_bytes = (sum(getattr(s, f) for s in shards) for f in ("documents", "tokens", "text_bytes"))
+    return SplitRecord(documents, tokens, text_bytes, tuple(shards))
+
+
+def _data_id(tokenizer_sha256: str, splits: Mapping[SplitName, SplitRecord]) -> str:
+    content = [tokenizer_sha256] + [f"{name} {s.sha256}" for name in SPLITS for s in splits[name].shards]
+    return hashlib.blake2b("\n".join(content).encode(), digest_size=8).hexdigest()
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Raises DataError where it is missing, damaged or of another format."""
+    path = folder / MANIFEST
+    try:
+        saved = json.loads(path.read_bytes())
+        if saved["format"] != FORMAT:
+            raise DataError(f"{path} has format {saved['format']}, not {FORMAT}; {CURE}")
+        splits = {name: _sum([ShardRecord(**s) for s in saved["splits"][name]["shards"]]) for name in SPLITS}
+        saved["listing"] = tuple(Entry(**entry) for entry in saved["listing"])
+        saved["skips"] = Skips(saved["skips"]["count"], saved["skips"]["first"], Cursor(**saved["skips"]["upto"]))
+        manifest = Manifest(**{**saved, "splits": splits})
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; run `shoal prepare RECIPE` first") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error!r}); {CURE}") from error
+    if _data_id(manifest.tokenizer_sha256, splits) != manifest.data_id:
+        raise DataError(f"{path} was altered: its data_id does not match its shards; {CURE}")
+    return manifest
+
+
+def check_unchanged(manifest: Manifest, corpus: Corpus) -> None:
+    """Raises DataError, naming files, where the corpus is not the one these tokens came from.
+
+    A file of the same size with another modification time is read and compared by its hash: copying or
+    checking out a corpus again changes nothing.
+    """
+    before = {entry.name: (entry, digest) for entry, digest in zip(manifest.listing, manifest.digests, strict=True)}
+    now = {entry.name: (entry, index) for index, entry in enumerate(corpus.listing())}
+    changed = []
+    for name in before.keys() & now.keys():
+        (old, digest), (new, index) = before[name], now[name]
+        if old != new and (old.bytes != new.bytes or corpus.digest(index) != digest):
+            changed.append(name)
+    kinds = {"changed": changed, "added": now.keys() - before.keys(), "removed": before.keys() - now.keys()}
+    differences = [_name_some(kind, sorted(names)) for kind, names in kinds.items() if names]
+    if differences:
+        raise DataError(
+            f"the corpus is not what it was when its tokens were prepared: {', '.join(differences)}; "
+            "`--data.rebuild true` prepares it anew"
+        )
+
+
+def _name_some(kind: str, names: Sequence[str]) -> str:
+    more = ", ..." if len(names) > NAMED_AT_MOST else ""
+    return f"{len(names):,} {kind} ({', '.join(names[:NAMED_AT_MOST])}{more})"
+
+
+def clear(folder: Path, patterns: Iterable[str] = (MANIFEST, JOURNAL, TOKENIZER, "*.safetensors", ".*.tmp")) -> None:
+    """Remove what was prepared; the manifest goes first, so that nobody takes the rest for complete."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()

@@ -1,0 +1,70 @@
+"""The order of samples: a pure function of (seed, position). No torch, no state.
+
+An epoch visits range(n) in the order of a keyed Feistel permutation. Nothing is shuffled in memory, so
+any process can say which sample is anywhere, and a run may go on with another number of processes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+ROUNDS = 6
+# Odd constants of splitmix64 (Steele, Lea, Flood 2014, https://doi.org/10.1145/2660193.2660195).
+_GOLDEN, _MIX_1, _MIX_2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+Ints = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+
+
+def sample_at(seed: int, positions: npt.ArrayLike, num_samples: int) -> Ints:
+    """The samples at `positions` (samples since the start of training), same shape, in [0, num_samples).
+
+    Positions e*n to (e+1)*n - 1 are epoch e: a permutation of its own of all n samples.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, not {num_samples}")
+    at = np.atleast_1d(np.asarray(positions, np.int64))
+    if (at < 0).any():
+        raise ValueError("positions must not be negative")
+    epoch, slot = np.divmod(at, num_samples)
+    rows = _permute(slot.astype(np.uint64), _key(seed, epoch), num_samples)
+    return rows.astype(np.int64).reshape(np.shape(positions))
+
+
+def _key(seed: int, epoch: Ints) -> Words:
+    """A 64-bit key of its own for each (seed, epoch); a seed may be any non-negative integer."""
+    key = np.zeros(1, np.uint64)  # not a scalar: numpy warns where a scalar's product wraps, as it should here
+    for word in range(max(1, -(-seed.bit_length() // 64))):
+        key = _mix(key ^ np.uint64(seed >> (64 * word) & 0xFFFFFFFFFFFFFFFF))
+    return _mix(key + _mix(epoch.astype(np.uint64)))
+
+
+def _mix(x: Words) -> Words:
+    """splitmix64: each bit of the result depends on each bit of x."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+def _permute(slot: Words, key: Words, n: int) -> Words:
+    """Cycle-walking: permute the next power of four, again for each value that falls outside range(n).
+
+    The power is less than 4n, so a value falls inside after less than four turns on average.
+    """
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    round_keys = [_mix(key + np.uint64(turn)) for turn in range(ROUNDS)]
+    x = _feistel(slot, round_keys, half_bits)
+    while (outside := x >= n).any():
+        x = np.where(outside, _feistel(x, round_keys, half_bits), x)
+    return x
+
+
+def _feistel(x: Words, round_keys: list[Words], half_bits: int) -> Words:
+    """A bijection of range(4**half_bits) for each key (Luby and Rackoff 1988)."""
+    bits, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = x >> bits, x & mask
+    for round_key in round_keys:
+        left, right = right, left ^ (_mix(right ^ round_key) & mask)
+    return (left << bits) | right

@@ -1,0 +1,270 @@
+"""A corpus made ready for training: corpus -> tokenizer -> token shards, once, and then only opened. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoal.config import Data
+from shoal.data import tokenize
+from shoal.data.encode import Split, choose_split, training_sample, write_shards
+from shoal.data.files import exclusive_lock, make_folder, write_atomically
+from shoal.data.manifest import (
+    FORMAT,
+    JOURNAL,
+    MANIFEST,
+    SPLITS,
+    TOKENIZER,
+    Journal,
+    Manifest,
+    SplitName,
+    SplitRecord,
+    check_unchanged,
+    clear,
+    finish,
+    load_journal,
+    load_manifest,
+)
+from shoal.data.pack import Rows
+from shoal.data.shards import CURE, Shard, TokenStream, token_dtype
+from shoal.data.sources import Corpus, Cursor, Entry, open_corpus
+from shoal.data.tokenize import Tokenizer
+from shoal.errors import DataError
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, and how much of how many bytes; a total of 0 is not known."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokens on disk, opened. Sizes are checked; bytes are when they are first read."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    manifest: Manifest
+    notes: tuple[str, ...] = ()  # what the user should know
+
+    @property
+    def data_id(self) -> str:
+        """Names the tokens by their content: runs with equal ids read equal tokens."""
+        return self.manifest.data_id
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest.vocab_size
+
+    def split(self, name: SplitName) -> SplitRecord:
+        """Documents, tokens and bytes of text of a split."""
+        return self.manifest.splits[name]
+
+    def rows(self, name: SplitName, seq_len: int, document_mask: bool = False) -> Rows:
+        """A split in rows. Raises DataError where it does not fill one."""
+        rows = Rows(self.streams[name], seq_len, document_mask, self._bytes_of_token(name))
+        if not rows.num_rows:
+            cure = "raise data.val_fraction, add documents" if name == "val" else "add documents"
+            raise DataError(
+                f"the {name} split has {rows.num_tokens:,} tokens, too few for one row of data.seq_len {seq_len:,} "
+                f"(+ 1); {cure} or lower data.seq_len"
+            )
+        return rows
+
+    @cached_property
+    def streams(self) -> dict[SplitName, TokenStream]:
+        dtype = token_dtype(self.vocab_size)
+        return {
+            name: TokenStream([Shard(self.folder / s.name, s, dtype) for s in self.split(name).shards])
+            for name in SPLITS
+        }
+
+    def _bytes_of_token(self, name: SplitName) -> np.ndarray[Any, np.dtype[np.float64]]:
+        exact = self.tokenizer.token_bytes()
+        if exact is not None:
+            return exact.astype(np.float64)
+        split = self.split(name)
+        return np.full(self.vocab_size, split.text_bytes / split.tokens)
+
+
+def prepare(data: Data, progress: Progress = lambda phase, done, total: None) -> Prepared:
+    """Make the tokens that `data` asks for, or find them made; of several processes one works, the others wait.
+
+    Killed at any moment, the next call goes on after the last finished shard, to the same bytes.
+    `data.rebuild` makes them anew: set it in one process only. Raises DataError.
+    """
+    options = token_options(data)
+    folder = Path(data.folder).expanduser() / folder_name(data, options)
+    if not data.rebuild and (folder / MANIFEST).exists():  # also where the folder is not ours to write
+        return _open_checked(folder, data)
+    make_folder(folder)
+    with exclusive_lock(folder / ".lock", lambda: progress("waiting for another process", 0, 0)) as waited:
+        complete = (folder / MANIFEST).exists()
+        if complete and (waited or not data.rebuild):
+            return _open_checked(folder, data)
+        if complete:
+            clear(folder)
+        _build(folder, data, options, progress)
+    return open_prepared(folder)
+
+
+def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
+    """Finished tokens, without a look at their corpus. Raises DataError where something is missing or cut short."""
+    manifest = load_manifest(folder)
+    path = folder / TOKENIZER
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; {CURE}") from error
+    if hashlib.sha256(text).hexdigest() != manifest.tokenizer_sha256:
+        raise DataError(f"{path} was altered; {CURE}")
+    skipped = [manifest.skips.note()] if manifest.skips.count else []
+    tokenizer = tokenize.parse_tokenizer(text.decode(), str(path))
+    prepared = Prepared(folder, tokenizer, manifest, (*notes, *skipped))
+    _ = prepared.streams  # opens every shard, so that a missing one is found now
+    return prepared
+
+
+def held_out_text(prepared: Prepared) -> bytes:
+    """The text of the val split, for a comparison with gzip or xz. Raises DataError where tokens do not give it back."""
+    stream = prepared.streams["val"]
+    starts = stream.starts(0, stream.num_tokens)
+    ends = np.append(starts[1:], stream.num_tokens) - 1  # without the end-of-text token
+    texts = []
+    for low in range(0, len(starts), 64):
+        spans = zip(starts[low : low + 64], ends[low : low + 64], strict=True)
+        texts += prepared.tokenizer.decode_batch([stream.read(a, b).tolist() for a, b in spans])
+    text = "".join(texts).encode()
+    if len(text) != prepared.split("val").text_bytes:
+        raise DataError("this tokenizer does not give a text back as it was: set data.tokenizer to bpe or bytes")
+    return text
+
+
+def token_options(data: Data) -> dict[str, Any]:
+    """Everything the tokens depend on but the corpus's content; rows and their order do not belong here."""
+    options: dict[str, Any] = {"format": FORMAT, "corpus": data.corpus, "val_fraction": data.val_fraction}
+    options["shard_tokens"] = data.shard_tokens
+    match data.corpus:
+        case "stdlib":
+            options["python"] = list(sys.version_info[:3])
+        case "text":
+            options["paths"] = list(data.paths)
+        case "jsonl":
+            options |= {"paths": list(data.paths), "text_key": data.text_key}
+        case "dummy":
+            options["dummy_documents"] = data.dummy_documents
+    if data.tokenizer == "bpe":
+        options["bpe"] = [tokenize.PATTERN_VERSION, data.tokenizer_vocab_size, data.tokenizer_sample_bytes]
+    else:
+        text = tokenize.load_tokenizer(data.tokenizer).to_json()
+        options["tokenizer"] = hashlib.sha256(text.encode()).hexdigest()
+    return options
+
+
+def folder_name(data: Data, options: dict[str, Any]) -> str:
+    """`stdlib-bpe4096-1a2b3c4d`: to be read by people, and of its own for each set of options."""
+    tokenizer = Path(data.tokenizer)
+    kind = tokenizer.parent.name if tokenizer.name == "tokenizer.json" else tokenizer.name
+    kind = f"bpe{data.tokenizer_vocab_size}" if data.tokenizer == "bpe" else re.sub(r"[^\w.]+", "_", kind)
+    digest = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return f"{data.corpus}-{kind or 'tokenizer'}-{digest}"
+
+
+def _open_checked(folder: Path, data: Data) -> Prepared:
+    """Open, after a look whether the corpus is still the same. A corpus that is gone is fine: its tokens are not."""
+    manifest = load_manifest(folder)
+    try:
+        corpus = open_corpus(data)
+    except DataError as error:
+        return open_prepared(folder, [f"the corpus is gone ({error}): going on with its prepared tokens"])
+    check_unchanged(manifest, corpus)
+    return open_prepared(folder)
+
+
+def _build(folder: Path, data: Data, options: dict[str, Any], progress: Progress) -> None:
+    """The story of preparing, under the lock."""
+    corpus = open_corpus(data)
+    listing = corpus.listing()
+    ticks = _Ticks(listing, progress)
+    journal = _go_on_or_start(folder, options, listing)
+    _check_space(folder, data, listing)
+    split = choose_split(corpus, data.val_fraction, ticks.of("reading"))
+    tokenizer = _tokenizer(folder, data, corpus, split, ticks)
+    write_shards(folder, corpus, split, tokenizer, data.shard_tokens, journal, ticks.of("tokens"))
+    if corpus.listing() != listing:
+        raise DataError("the corpus changed while it was read; start again when it is still")
+    digests = [corpus.digest(index) for index in range(len(listing))]
+    finish(journal, digests, (folder / TOKENIZER).read_bytes(), tokenizer.vocab_size).save(folder)
+    clear(folder, [JOURNAL])
+
+
+def _go_on_or_start(folder: Path, options: dict[str, Any], listing: list[Entry]) -> Journal:
+    """The journal of an interrupted preparation, or a new one in a cleared folder."""
+    journal = load_journal(folder, options, listing)
+    if journal is None:
+        clear(folder)
+        journal = Journal(options, listing)
+        journal.save(folder)
+    return journal
+
+
+def _tokenizer(folder: Path, data: Data, corpus: Corpus, split: Split, ticks: _Ticks) -> Tokenizer:
+    """The one an interrupted preparation left, the one that is named, or one trained now."""
+    path = folder / TOKENIZER
+    if data.tokenizer != "bpe":
+        tokenizer = tokenize.load_tokenizer(data.tokenizer)
+    elif path.exists():
+        return tokenize.parse_tokenizer(path.read_text("utf-8"), str(path))
+    else:
+        tick = ticks.of("tokenizer")
+        texts = training_sample(corpus, split, data.tokenizer_sample_bytes, ticks.total, tick)
+        tokenizer = tokenize.train_bpe(texts, data.tokenizer_vocab_size, ticks.repeat)
+    write_atomically(path, [tokenizer.to_json().encode()])
+    return tokenizer
+
+
+def _check_space(folder: Path, data: Data, listing: Sequence[Entry]) -> None:
+    """Refuse what cannot end well; an estimate on the low side, so that nothing is refused that would."""
+    text_bytes = sum(entry.bytes * (3 if entry.name.endswith(".gz") else 1) for entry in listing)
+    needed = int(text_bytes * (2 if data.tokenizer == "bytes" else 0.4))
+    done = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(folder).free
+        if free < needed - done:
+            raise DataError(
+                f"{folder} has {free / 1e9:.1f} GB free, and the tokens need about {needed / 1e9:.1f} GB; "
+                "free some space or set data.folder to a larger disk"
+            )
+
+
+class _Ticks:
+    """Turns a place in the corpus into calls of `progress`."""
+
+    def __init__(self, listing: Sequence[Entry], progress: Progress) -> None:
+        self._before = list(accumulate((entry.bytes for entry in listing), initial=0))
+        self._progress = progress
+        self._last = ("", 0)
+        self.total = self._before[-1]
+
+    def of(self, phase: str) -> Callable[[Cursor], None]:
+        def tick(cursor: Cursor) -> None:
+            done = min(self._before[cursor.file] + cursor.offset, self.total)
+            self._last = (phase, done)
+            if phase != "tokenizer":  # that phase is told by `repeat`, from the main thread
+                self.repeat()
+
+        return tick
+
+    def repeat(self) -> None:
+        """Say the last again, where nothing is read for a while."""
+        phase, done = self._last
+        self._progress(phase, done, self.total)

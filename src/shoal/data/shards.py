@@ -1,0 +1,174 @@
+"""Token shards: safetensors files that are read in place and verified where they are touched. No torch.
+
+    train-00000.safetensors
+        starts  int64  [documents]   where each document starts, in tokens of this shard
+        checks  uint32 [blocks]      zlib.crc32 of each 64 KiB of the tokens' bytes
+        tokens  uint16 or uint32 [n] documents end to end, each with its end-of-text token
+
+What stands before the tokens (the "head") has a CRC in the manifest. A block of tokens is compared with
+its CRC when it is first read: starting costs nothing, and altered bytes are never trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.data.files import write_atomically
+from shoal.errors import DataError
+
+BLOCK_BYTES = 1 << 16
+LENGTH_BYTES = 8  # of the header, at the start of the file: https://github.com/huggingface/safetensors#format
+CURE = "make it anew with `shoal prepare RECIPE --data.rebuild true`"
+SAFETENSORS_NAMES = {"uint16": "U16", "uint32": "U32", "int64": "I64"}
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+Starts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest says of a shard. `bytes` is the file's size, `head_crc32` of all before the tokens."""
+
+    name: str
+    bytes: int
+    tokens: int
+    documents: int
+    text_bytes: int
+    head_crc32: int
+    sha256: str
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
+    """The narrowest that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def write_shard(path: Path, tokens: Tokens, starts: Starts, text_bytes: int) -> ShardRecord:
+    """Write a shard whole or not at all. Raises DataError where the disk says no."""
+    body = memoryview(tokens).cast("B")
+    checks = np.array([zlib.crc32(block) for block in _blocks(body)], np.uint32)
+    # Widest element first: each tensor is then aligned to its own width.
+    tensors = {"starts": starts, "checks": checks, "tokens": tokens}
+    header, offset = {"__metadata__": {"format": "shoal tokens", "block_bytes": str(BLOCK_BYTES)}}, 0
+    for name, tensor in tensors.items():
+        span = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": SAFETENSORS_NAMES[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": span}  # type: ignore[dict-item]
+        offset = span[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(LENGTH_BYTES, "little") + text + starts.tobytes() + checks.tobytes()
+    write_atomically(path, (head, body))
+    sha256 = hashlib.sha256(head)
+    sha256.update(body)
+    size = len(head) + len(body)
+    return ShardRecord(
+        path.name, size, len(tokens), len(starts), text_bytes, zlib.crc32(head), sha256.hexdigest()
+    )
+
+
+def _blocks(body: memoryview) -> list[memoryview]:
+    return [body[at : at + BLOCK_BYTES] for at in range(0, len(body), BLOCK_BYTES)]
+
+
+class Shard:
+    """A shard on disk. Its size is checked at once, its head when first used, its tokens block by block."""
+
+    def __init__(self, path: Path, record: ShardRecord, dtype: np.dtype[np.unsignedinteger[Any]]) -> None:
+        self.path, self.num_tokens, self._record, self._dtype = path, record.tokens, record, dtype
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise DataError(f"cannot open {path}: {error.strerror}; {CURE}") from error
+        if size != record.bytes:
+            raise DataError(f"{path} has {size:,} bytes, not the {record.bytes:,} that were written; {CURE}")
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """A view of tokens [start, stop), verified. Raises DataError where bytes were altered."""
+        width = self._dtype.itemsize
+        first, last = start * width // BLOCK_BYTES, (stop * width - 1) // BLOCK_BYTES
+        for block in range(first, last + 1):
+            if not self._verified[block]:
+                self._verify(block)
+        return self._tokens[start:stop]
+
+    @property
+    def starts(self) -> Starts:
+        """[documents] ascending, in tokens of this shard."""
+        return self._head[0]
+
+    def _verify(self, block: int) -> None:
+        width = self._dtype.itemsize
+        per_block = BLOCK_BYTES // width
+        body = self._tokens[block * per_block : (block + 1) * per_block]
+        if zlib.crc32(memoryview(body).cast("B")) != self._head[1][block]:
+            raise DataError(
+                f"{self.path} was altered: tokens {block * per_block:,} to {(block + 1) * per_block:,} do not match "
+                f"their checksum; {CURE}"
+            )
+        self._verified[block] = True
+
+    @cached_property
+    def _verified(self) -> npt.NDArray[np.bool_]:
+        return np.zeros(len(self._head[1]), np.bool_)
+
+    @cached_property
+    def _tokens(self) -> Tokens:
+        offset = self._record.bytes - self.num_tokens * self._dtype.itemsize
+        return np.memmap(self.path, self._dtype, "r", offset, (self.num_tokens,))
+
+    @cached_property
+    def _head(self) -> tuple[Starts, npt.NDArray[np.uint32]]:
+        """(starts, checks), parsed after their CRC was found right: what they say can be trusted."""
+        head_bytes = self._record.bytes - self.num_tokens * self._dtype.itemsize
+        with self.path.open("rb") as file:
+            head = file.read(head_bytes)
+        if zlib.crc32(head) != self._record.head_crc32:
+            raise DataError(f"{self.path} was altered: its header or index does not match its checksum; {CURE}")
+        at = LENGTH_BYTES + int.from_bytes(head[:LENGTH_BYTES], "little")
+        starts = np.frombuffer(head, np.int64, self._record.documents, at)
+        return starts, np.frombuffer(head, np.uint32, -1, at + starts.nbytes)
+
+
+class TokenStream:
+    """Shards end to end: tokens and document starts by their place in the whole split."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = list(shards)
+        self._begins = np.concatenate([[0], np.cumsum([shard.num_tokens for shard in shards], dtype=np.int64)])
+        self.num_tokens = int(self._begins[-1])
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Tokens [start, stop) of the split; a view where one shard has them all."""
+        parts = [shard.read(a, b) for shard, _, a, b in self._spans(start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def starts(self, start: int, stop: int) -> Starts:
+        """Places in [start, stop) at which a document starts, ascending."""
+        found = []
+        for shard, begin, a, b in self._spans(start, stop):
+            low, high = np.searchsorted(shard.starts, [a, b])
+            found.append(shard.starts[low:high] + begin)
+        return np.concatenate(found)
+
+    def _spans(self, start: int, stop: int) -> list[tuple[Shard, int, int, int]]:
+        """(shard, where it begins, first, last + 1) for each shard that [start, stop) touches."""
+        if not 0 <= start < stop <= self.num_tokens:
+            raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
+        first = int(np.searchsorted(self._begins, start, side="right")) - 1
+        spans = []
+        for index in range(first, len(self._shards)):
+            begin, end = int(self._begins[index]), int(self._begins[index + 1])
+            if begin >= stop:
+                break
+            spans.append((self._shards[index], begin, max(start, begin) - begin, min(stop, end) - begin))
+        return spans

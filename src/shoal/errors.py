@@ -1,0 +1,70 @@
+"""The errors a person can meet.
+
+    ShoalError              exit code 2, one message, no traceback
+    ├── ConfigError         what was asked for cannot be (all problems at once)
+    ├── DataError           corpus, tokenizer or token shards
+    ├── CheckpointError     a checkpoint that cannot be read or written
+    ├── RunError            the run's folder: locked, unwritable, of another past
+    ├── LaunchError         processes, ports, devices
+    ├── GenerateError       a prompt or a sampling option
+    └── DivergedError       the numbers stopped being numbers
+
+Each message says what is wrong and what to set. Anything that is not a `ShoalError` is a bug of ours and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_BAD_INPUT = 2
+
+
+class ShoalError(Exception):
+    """Base of what a person can mend; `str(error)` is the whole message."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a config: `where` it was written, and `what` to do about it."""
+
+    where: str  # "recipe.yaml:12", "--optim.lr", or "" where two values contradict each other
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}" if self.where else self.what
+
+
+class ConfigError(ShoalError):
+    """Every problem of a config, found before anything starts."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = f"{len(self.problems)} problems" if len(self.problems) > 1 else "a problem"
+        lines = "\n".join(f"  {problem}" for problem in self.problems)
+        super().__init__(f"{count} in the config\n{lines}")
+
+
+class DataError(ShoalError):
+    """A corpus, a tokenizer or token shards that cannot be used."""
+
+
+class CheckpointError(ShoalError):
+    """A checkpoint that is missing, cut short, altered, or of another model."""
+
+
+class RunError(ShoalError):
+    """A run's folder that is locked, cannot be written, or holds another past."""
+
+
+class LaunchError(ShoalError):
+    """Processes, ports or devices that are not to be had."""
+
+
+class GenerateError(ShoalError):
+    """A prompt or a sampling option that cannot be honoured."""
+
+
+class DivergedError(ShoalError):
+    """The loss or the gradient norm is no longer finite."""

@@ -1,0 +1,51 @@
+"""Where this process stands among those of its run: the only reader of RANK and WORLD_SIZE. No torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from shoal.errors import LaunchError
+
+_NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Ranks count from 0; the local ones within a machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def is_worker() -> bool:
+    """True in a process that a launcher (shoal's, torchrun, or srun with MASTER_ADDR set) started."""
+    return "RANK" in os.environ or _under_srun()
+
+
+def read_place() -> Place:
+    """From the launcher's variables, or alone. Raises `LaunchError` where some are missing."""
+    if _under_srun():
+        _adopt_slurm()
+    env = os.environ
+    if "RANK" not in env:
+        return Place()
+    if missing := [name for name in _NEEDED if name not in env]:
+        raise LaunchError(f"RANK is set but {', '.join(missing)} is not; start through shoal train, torchrun or srun")
+    rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    return Place(rank, world_size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+def _under_srun() -> bool:
+    return "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ
+
+
+def _adopt_slurm() -> None:
+    """torch's rendezvous reads RANK and WORLD_SIZE from the environment; srun calls them otherwise."""
+    env = os.environ
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+    env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))
+    env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", env["SLURM_NTASKS"]))
+    env.setdefault("MASTER_PORT", "29500")

@@ -1,0 +1,175 @@
+"""`shoal train` starts its own workers, through torch's elastic agent.
+
+The launcher holds the run's lock, passes signals on, and starts the workers anew when one dies. It imports
+torch only when the config is known to be good.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from shoal.config import Config
+from shoal.errors import EXIT_BAD_INPUT, LaunchError
+from shoal.resolve import indivisible
+
+LOCKED_BY = "SHOAL_LOCKED_BY"  # the launcher's process id: it holds the run's lock for its workers
+
+
+def plan_processes(config: Config, gpus: int) -> Config:
+    """Settle `launch.processes` and `launch.threads` for this machine. Raises `LaunchError`."""
+    use_cpu = config.train.device == "cpu" or (config.train.device == "auto" and gpus == 0)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    replicas = config.parallel.dp_replicate
+    wanted = config.launch.processes or (replicas if replicas > 0 else None)
+    processes = wanted or (min(2, cores) if use_cpu else gpus)
+    if not use_cpu and gpus == 0:
+        raise LaunchError("train.device is cuda, but there is no CUDA device; set train.device to cpu, or see shoal env")
+    if not use_cpu and processes > gpus:
+        raise LaunchError(f"{processes} processes need as many GPUs, and there are {gpus}; set launch.processes to {gpus} or less")
+    if use_cpu and processes > 4 * cores:
+        raise LaunchError(f"{processes} processes on {cores} CPU cores would only wait for each other; set launch.processes to {cores} or less")
+    if message := indivisible(config, processes):
+        raise LaunchError(message)
+    threads = config.launch.threads or max(1, cores // processes)
+    return config.replace("launch", processes=processes, threads=threads)
+
+
+def count_gpus() -> int:
+    """CUDA devices that torch will see here. Imports torch only where a driver is loaded."""
+    if os.path.exists("/proc/driver/nvidia/version") or os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/dxg"):
+        import torch
+
+        return torch.cuda.device_count()
+    return 0
+
+
+def check_port(port: int) -> None:
+    """Raise `LaunchError` where `port` is taken (0 takes any that is free)."""
+    if port == 0:
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise LaunchError(f"port {port} is taken ({error.strerror}); set launch.port to another, or to 0 for any") from None
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """What each worker's environment gets, unless the person set it already."""
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        # threads that wait must not spin: with a busy neighbour a step takes ten times as long
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # a prefix of the store for each attempt: without it a restart with gloo meets the dead worker's address
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        LOCKED_BY: str(os.getpid()),
+    }
+
+
+def launch(config: Config, argv: Sequence[str]) -> int:
+    """Run `shoal ARGV` in `launch.processes` workers on this machine until they end; the exit code.
+
+    0 when they finished, 128 + signal when one asked them to stop and they saved, 2 when a worker met bad
+    input (it has said what), 1 when workers died more often than `launch.max_restarts`.
+    """
+    check_port(config.launch.port)
+    assert config.launch.processes and config.launch.threads
+    for name, value in worker_environment(config.launch.threads).items():
+        os.environ.setdefault(name, value)
+    # The agent would raise in the middle of its work on these; we pass them on and let the workers end.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    stop = _PassOn()
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+
+    logging.getLogger("torch").setLevel(logging.CRITICAL)  # the agent tells each death in forty lines; we in one
+    agent = _make_agent(LocalElasticAgent, config, argv, stop)
+    result = agent.run()
+    if stop.signal is not None:
+        return 128 + stop.signal
+    if not result.is_failed():
+        return 0
+    codes = [failure.exitcode for failure in result.failures.values()]
+    if EXIT_BAD_INPUT in codes:
+        return EXIT_BAD_INPUT
+    _tell(f"the run stopped: worker {_describe(result.failures)}, after {config.launch.max_restarts} restarts")
+    return 1
+
+
+class _PassOn:
+    """Signals of the launcher go to its workers, once; a second one ends them at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        again = self.signal is not None
+        self.signal = self.signal or number
+        # children of this process: the agent puts each in a session of its own, so a terminal's Ctrl-C misses them
+        import psutil
+
+        for child in psutil.Process().children():
+            child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+
+
+def _make_agent(base: type[Any], config: Config, argv: Sequence[str], stop: _PassOn) -> Any:
+    import torch.distributed.elastic.rendezvous.registry as registry
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+
+    class Agent(base):
+        """Does not restart what will fail again, and says in one line what it does restart."""
+
+        def _monitor_workers(self, worker_group: Any) -> Any:
+            result = super()._monitor_workers(worker_group)
+            codes = [failure.exitcode for failure in result.failures.values()]
+            if stop.signal is not None or EXIT_BAD_INPUT in codes:
+                self._remaining_restarts = 0
+            elif result.failures and self._remaining_restarts > 0:
+                left = self._remaining_restarts - 1
+                _tell(f"worker {_describe(result.failures)}; starting again from the last checkpoint ({left} restarts left)")
+            return result
+
+    rendezvous = RendezvousParameters(
+        backend="c10d",
+        endpoint=f"127.0.0.1:{config.launch.port}",
+        run_id=uuid.uuid4().hex,
+        min_nodes=1,
+        max_nodes=1,
+        local_addr="127.0.0.1",
+        is_host=True,
+    )
+    spec = WorkerSpec(
+        role="shoal",
+        local_world_size=config.launch.processes or 1,
+        entrypoint=sys.executable,
+        args=("-m", "shoal", *argv),
+        rdzv_handler=registry.get_rendezvous_handler(rendezvous),
+        max_restarts=config.launch.max_restarts,
+        monitor_interval=0.1,
+        local_addr="127.0.0.1",
+    )
+    return Agent(spec=spec, logs_specs=DefaultLogsSpecs(), start_method="spawn", shutdown_timeout=30)
+
+
+def _describe(failures: Mapping[int, Any]) -> str:
+    """The first worker that died, and how."""
+    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    code = failure.exitcode
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    return f"{rank} {how}"
+
+
+def _tell(text: str) -> None:
+    print(f"shoal: {text}", file=sys.stderr, flush=True)

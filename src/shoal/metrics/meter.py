@@ -1,0 +1,175 @@
+"""Timers and rates."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from shoal.config import Config
+from shoal.parallel.mesh import Mesh
+from shoal.plan.estimate import flops_per_token, parameter_count
+from shoal.plan.hardware import peak_flops
+
+PHASES = ("data", "forward", "backward", "reduce", "optimizer")
+
+
+class Phases(Protocol):
+    """`with phases("forward"): ...` counts the time inside to that phase, or does nothing."""
+
+    def __call__(self, name: str) -> contextlib.AbstractContextManager[None]: ...
+
+
+@contextlib.contextmanager
+def no_phases(name: str) -> Iterator[None]:
+    """On steps whose split nobody measures."""
+    yield
+
+
+class PhaseTimer:
+    """Seconds of one step by phase: from events on CUDA, read when the step is long over, so nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        if self._cuda and name != "data":  # data is the host's time
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            begun = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - begun
+
+    def seconds(self) -> dict[str, float]:
+        """The split; on CUDA it waits for the step's last event, which is over by the time it is asked."""
+        for name, start, end in self._events:
+            end.synchronize()
+            self._seconds[name] += start.elapsed_time(end) / 1000.0
+        self._events.clear()
+        return dict(self._seconds)
+
+
+def measured_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """The rate of a large square matrix product here, FLOP/s: the stand-in for a peak nobody published."""
+    n = 2048
+    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    best, end = 0.0, time.perf_counter() + seconds
+    a @ b
+    while time.perf_counter() < end:
+        begun = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - begun))
+    return best
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most this process has held: on the device, or of the machine's memory on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+class Meter:
+    """Turns steps into the records of `metrics.jsonl`. Reads no device value: it gets floats."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self._config, self._mesh = config, mesh
+        self._split: tuple[int, PhaseTimer] | None = None
+        self._last = time.perf_counter()
+        self._steps_since = 0
+        self._smooth_seconds = 0.0
+        self.device_name = device_name(mesh.device)
+        self._flops_per_token = flops_per_token(config.model, config.data.seq_len, config.metrics.mfu_attention)
+        self._peak_flops, self._peak_source = self._find_peak()
+
+    def start(self) -> None:
+        """Time runs from here: after preparation, evaluation and saving, which are no steps."""
+        self._last, self._steps_since = time.perf_counter(), 0
+
+    def phases(self, step: int) -> Phases:
+        """The timer of `step`: a real one on the steps whose split is measured."""
+        if step % self._config.metrics.split_every and step != 2:
+            return no_phases
+        timer = PhaseTimer(self._mesh.device)
+        self._split = (step, timer)
+        return timer
+
+    def record(self, step: int, tokens: int, step_tokens: int, loss: float, lr: float, norm: float) -> dict[str, Any] | None:
+        """The record of `step`, or None where none is due. `tokens` is the run's total, `step_tokens` this step's."""
+        self._steps_since += 1
+        if step % self._config.metrics.every and step != 1:
+            return None
+        now = time.perf_counter()
+        seconds = (now - self._last) / self._steps_since
+        self.start()
+        self._smooth_seconds = seconds if self._smooth_seconds == 0.0 else 0.8 * self._smooth_seconds + 0.2 * seconds
+        rate = step_tokens / seconds
+        record = {
+            "step": step,
+            "tokens": tokens,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_second": rate,
+            "step_seconds": seconds,
+            "mfu": rate * self._flops_per_token / self._peak_flops if self._peak_flops else None,
+            "memory_bytes": memory_bytes(self._mesh.device),
+        }
+        if self._split is not None and self._split[0] <= step:
+            record["split_seconds"] = {"step": self._split[0], **self._split[1].seconds()}
+            self._split = None
+        return record
+
+    def left_seconds(self, steps: int) -> float:
+        """A guess at the time that `steps` more will take."""
+        return steps * self._smooth_seconds
+
+    def describe_model(self) -> str:
+        model = self._config.model
+        return f"{model.preset or model.family}, {parameter_count(model):,} parameters"
+
+    def describe_mfu(self) -> str:
+        """The convention and the peak that MFU is measured against."""
+        if self._peak_flops is None:
+            return "MFU is not given: this device's peak is not in the table; set metrics.peak_tflops"
+        peak = self._peak_flops / 1e12
+        return f"MFU counts {self._config.metrics.mfu_attention} attention against {peak:.3g} TFLOP/s ({self._peak_source})"
+
+    def _find_peak(self) -> tuple[float | None, str]:
+        """FLOP/s of all processes together, and where the figure is from."""
+        config, mesh = self._config, self._mesh
+        if config.metrics.peak_tflops:
+            return config.metrics.peak_tflops * 1e12 * mesh.world_size, "metrics.peak_tflops"
+        if mesh.device.type == "cuda" and (known := peak_flops(self.device_name, config.train.dtype)):
+            return known * mesh.world_size, "data sheet, dense"
+        dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
+        mesh.barrier()  # all at once, as they will train
+        rate = torch.tensor(measured_matmul_flops(mesh.device, dtype), device=mesh.device, dtype=torch.float64)
+        return float(mesh.sum(rate)), "a 2048^3 matrix product, measured here"
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return f"{line.partition(':')[2].strip()} ({torch.get_num_threads()} threads a process)"
+    return f"{platform.processor() or 'CPU'} ({torch.get_num_threads()} threads a process)"

@@ -1,0 +1,59 @@
+"""The run's own records: `metrics.jsonl`, a line a step, and `events.jsonl`, a line an event."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+
+class JsonLines:
+    """A file that lines are added to. A line is whole or not there, whatever dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Add one line, in one write."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Events(JsonLines):
+    """Starts, saves, faults and stops, with the time of day."""
+
+    def say(self, event: str, **facts: Any) -> None:
+        self.write({"time": round(time.time(), 3), "event": event, **facts})
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file, without a last one that was cut short."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def forget_after(path: Path, step: int) -> int:
+    """Take the lines of steps after `step` out of a metrics file, as a resume will make them anew; how many."""
+    records = read_json_lines(path)
+    kept = [r for r in records if r["step"] <= step]
+    if not path.is_file():
+        return 0
+    aside = path.with_suffix(".tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(r) + "\n" for r in kept)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    return len(records) - len(kept)

@@ -1,0 +1,407 @@
+"""From what a person wrote to a `Config`: preset < recipe file < flags, every problem found before one is raised.
+
+A value keeps the place it came from all the way, so that an error can name the line or the flag and
+`shoal config` can say where each value is from. torch is never imported here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shoal.config import PAST, SECTIONS, Config, options
+from shoal.errors import ConfigError, Problem
+from shoal.presets import PRESETS, resolve_shape, shape_problems
+
+DEFAULT, DERIVED = "default", "derived"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value somebody gave: the dotted key, the value as YAML reads it, and where it was written."""
+
+    key: str
+    value: Any
+    where: str
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A valid config, and for each dotted key where its value came from."""
+
+    config: Config
+    sources: Mapping[str, str]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `1e-3` is a number, as YAML 1.2 has it and PyYAML (1.1) does not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ()) -> Resolved:
+    """The config of `recipe` with `overrides`, each (dotted key, YAML text, where it was written).
+
+    Raises `ConfigError` with every problem of the file, the flags and their combination.
+    """
+    problems: list[Problem] = []
+    given = read_recipe(recipe, problems) if recipe else []
+    given += [setting for o in overrides if (setting := _read_override(*o, problems))]
+    settings = _with_preset({s.key: s for s in _known(given, problems)}, problems)
+    values = {key: _typed(setting, problems) for key, setting in settings.items()}
+    if problems:
+        raise ConfigError(problems)
+    config = _build(values)
+    sources = {key: settings[key].where if key in settings else DEFAULT for key in options()}
+    if problems := list(contradictions(config, sources)):
+        raise ConfigError(problems)
+    return _derive(config, sources)
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def read_recipe(path: Path, problems: list[Problem]) -> list[Setting]:
+    """The settings of a YAML file, in its order; what is wrong with its form goes to `problems`."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
+        problems.append(Problem(str(path), "there is no such file" + (f"; did you mean {near[0]}?" if near else "")))
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(Problem(str(path), f"cannot be read: {error}"))
+        return []
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problems.append(Problem(f"{path}:{line}", f"not YAML: {error.problem}"))
+        return []
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        problems.append(Problem(f"{path}:1", f"expected sections ({', '.join(SECTIONS)}), each with its options"))
+        return []
+    return [s for key, node in root.value for s in _read_section(path, key, node, problems)]
+
+
+def _read_section(path: Path, key: yaml.Node, node: yaml.Node, problems: list[Problem]) -> list[Setting]:
+    name, where = str(key.value), f"{path}:{key.start_mark.line + 1}"
+    if name not in SECTIONS:
+        problems.append(Problem(where, _unknown(name)))
+        return []
+    if isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~"):
+        return []
+    if not isinstance(node, yaml.MappingNode):
+        problems.append(Problem(where, f"{name} is a section: its options go below it, indented"))
+        return []
+    settings: dict[str, Setting] = {}
+    for option, value in node.value:
+        dotted, line = f"{name}.{option.value}", f"{path}:{option.start_mark.line + 1}"
+        if dotted in settings:
+            problems.append(Problem(line, f"{dotted} stands here and at {settings[dotted].where}; keep one"))
+        settings[dotted] = Setting(dotted, _construct(value), line)
+    return list(settings.values())
+
+
+def _construct(node: yaml.Node) -> Any:
+    loader = _Loader("")
+    try:
+        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+    except (yaml.YAMLError, ValueError):
+        return str(node.value)
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+
+
+def _read_override(key: str, text: str, where: str, problems: list[Problem]) -> Setting | None:
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError:
+        node = None
+    value = _construct(node) if node is not None else text
+    return Setting(key, value, where)
+
+
+# --- keys ------------------------------------------------------------------------------------------------
+
+
+def _known(settings: Iterable[Setting], problems: list[Problem]) -> Iterable[Setting]:
+    known = options()
+    for setting in settings:
+        if setting.key in known:
+            yield setting
+        else:
+            problems.append(Problem(setting.where, _unknown(setting.key)))
+
+
+def _unknown(key: str) -> str:
+    near = nearest(key)
+    hint = f"; did you mean {near}?" if near else f"; valid here: {_valid_beside(key)}"
+    return f"there is no option {key}{hint}"
+
+
+def nearest(key: str) -> str | None:
+    """The option that `key` most likely means: by another project's name for it, then by spelling."""
+    section, _, leaf = key.rpartition(".")
+    leaf = leaf.replace("-", "_").lower()
+    aliases = [k for k, f in options().items() if leaf in (f.name, *f.metadata["alias"])]
+    if aliases:
+        return next((k for k in aliases if k.startswith(f"{section}.")), aliases[0])
+    names = {spelling: k for k, f in options().items() for spelling in (k, f"{section}.{f.name}" if section else f.name)}
+    names |= {name: name for name in SECTIONS} if not section else {}
+    close = difflib.get_close_matches(key.replace("-", "_").lower(), names, 1, cutoff=0.75)
+    return names[close[0]] if close else None
+
+
+def _valid_beside(key: str) -> str:
+    section = key.partition(".")[0]
+    if section in SECTIONS:
+        return ", ".join(f.name for f in dataclasses.fields(SECTIONS[section]))
+    return "the sections " + ", ".join(SECTIONS)
+
+
+# --- values ----------------------------------------------------------------------------------------------
+
+
+def _with_preset(settings: dict[str, Setting], problems: list[Problem]) -> dict[str, Setting]:
+    """Put the values of `model.preset` below what was given."""
+    setting = settings.get("model.preset")
+    if setting is None or setting.value is None:
+        return settings
+    if setting.value not in PRESETS:
+        near = difflib.get_close_matches(str(setting.value), PRESETS, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        problems.append(Problem(setting.where, f"there is no preset {setting.value}; {hint}valid: {', '.join(PRESETS)}"))
+        return settings
+    preset = {f"model.{k}": v for k, v in PRESETS[setting.value].items()}
+    return {k: Setting(k, v, f"preset {setting.value}") for k, v in preset.items()} | settings
+
+
+@functools.cache
+def _types() -> dict[str, Any]:
+    hints = {name: typing.get_type_hints(section) for name, section in SECTIONS.items()}
+    return {key: hints[key.partition(".")[0]][f.name] for key, f in options().items()}
+
+
+def _typed(setting: Setting, problems: list[Problem]) -> Any:
+    """The value as its option's type; pydantic judges in strict mode, so that `true` is no integer."""
+    from pydantic import ValidationError
+
+    value, kind = setting.value, _types()[setting.key]
+    if kind == tuple[str, ...]:
+        value = tuple(value) if isinstance(value, list) else tuple(v.strip() for v in str(value).split(","))
+    elif isinstance(value, float) and value.is_integer() and int in (kind, *typing.get_args(kind)) and float not in typing.get_args(kind):
+        value = int(value)  # 1e3 steps
+    elif kind in (str, str | None) and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)  # a run called 7
+    try:
+        return _adapter(setting.key).validate_python(value, strict=True)
+    except ValidationError:
+        problems.append(Problem(setting.where, f"{setting.key} must be {expectation(setting.key)}, not {_show(value)}"))
+        return None
+
+
+@functools.cache
+def _adapter(key: str) -> Any:
+    from pydantic import Field, TypeAdapter
+
+    bounds = options()[key].metadata["bounds"]
+    return TypeAdapter(typing.Annotated[_types()[key], Field(allow_inf_nan=False, **bounds)] if bounds else _types()[key])
+
+
+def expectation(key: str) -> str:
+    """What `key` takes, in words: "an integer of at least 1 (steps), or null"."""
+    kind, meta = _types()[key], options()[key].metadata
+    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    parts = [a for a in typing.get_args(kind) if a is not types.NoneType] if union else [kind]
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple[str, ...]: "a list of texts"}
+    text = " or ".join(" | ".join(map(str, typing.get_args(p))) if typing.get_origin(p) is typing.Literal else words[p] for p in parts)
+    phrases = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+    bounds = " and ".join(f"{phrases[k]} {v}" for k, v in meta["bounds"].items())
+    unit = f" ({meta['unit']})" if meta["unit"] else ""
+    return f"{text}{' ' + bounds if bounds else ''}{unit}{', or null' if union else ''}"
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _build(values: Mapping[str, Any]) -> Config:
+    sections = {
+        name: section(**{k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{name}.")})
+        for name, section in SECTIONS.items()
+    }
+    return Config(**sections)
+
+
+# --- what cannot hold together ---------------------------------------------------------------------------
+
+
+def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Problem]:
+    """What each option alone allows and all together do not."""
+
+    def problem(what: str, *keys: str) -> Problem:
+        given = dict.fromkeys(sources[k] for k in keys if sources[k] not in (DEFAULT, DERIVED))
+        return Problem(" and ".join(given), what)
+
+    model, data, train = config.model, config.data, config.train
+    for key, message in shape_problems(model):
+        yield problem(message, f"model.{key}")
+    lengths = [k for k in ("steps", "tokens", "epochs") if getattr(train, k) is not None]
+    if len(lengths) != 1:
+        keys = tuple(f"train.{k}" for k in lengths)
+        said = " and ".join(keys) + " are both given" if lengths else "the length of the run is not given"
+        yield problem(f"{said}; set one of train.steps, train.tokens, train.epochs", *keys)
+    if train.global_batch % train.micro_batch:
+        yield problem(
+            f"train.global_batch {train.global_batch} is no multiple of train.micro_batch {train.micro_batch}; "
+            f"try {_round_up(train.global_batch, train.micro_batch)}", "train.global_batch", "train.micro_batch")
+    else:
+        yield from _layout_problems(config, problem)
+    if data.seq_len > model.max_seq_len:
+        yield problem(f"data.seq_len {data.seq_len} is longer than model.max_seq_len {model.max_seq_len}", "data.seq_len", "model.max_seq_len")
+    if train.steps is not None and config.optim.warmup_steps > train.steps:
+        yield problem(f"optim.warmup_steps {config.optim.warmup_steps} is more than train.steps {train.steps}", "optim.warmup_steps", "train.steps")
+    yield from _corpus_problems(config, problem)
+
+
+def _layout_problems(config: Config, problem: Any) -> Iterable[Problem]:
+    replicas, processes = config.parallel.dp_replicate, config.launch.processes
+    if replicas == 0:
+        yield problem("parallel.dp_replicate is -1 (what remains) or at least 1, not 0", "parallel.dp_replicate")
+        return
+    if replicas > 0 and processes is not None and replicas != processes:
+        yield problem(
+            f"parallel.dp_replicate {replicas} needs {replicas} processes, launch.processes is {processes}; "
+            "leave one of them out", "parallel.dp_replicate", "launch.processes")
+        return
+    size = processes if processes is not None else max(replicas, 1)
+    if message := indivisible(config, size):
+        yield problem(message, "train.global_batch", "train.micro_batch", "launch.processes", "parallel.dp_replicate")
+
+
+def indivisible(config: Config, processes: int) -> str | None:
+    """Why `processes` cannot share the micro-batches of a step equally, or None."""
+    train = config.train
+    micro_batches = train.global_batch // train.micro_batch
+    if micro_batches % processes == 0:
+        return None
+    whole = _round_up(train.global_batch, train.micro_batch * processes)
+    return (
+        f"a step of {train.global_batch} sequences in micro-batches of {train.micro_batch} is {micro_batches} micro-batches, "
+        f"which {processes} processes cannot share equally; train.global_batch {whole} would do"
+    )
+
+
+def _corpus_problems(config: Config, problem: Any) -> Iterable[Problem]:
+    model, data = config.model, config.data
+    if data.corpus in ("text", "jsonl") and not data.paths:
+        yield problem(f"a {data.corpus} corpus needs data.paths: its files or folders", "data.corpus")
+    if data.corpus in ("stdlib", "dummy") and data.paths:
+        yield problem(f"a {data.corpus} corpus takes no data.paths; set data.corpus to text or jsonl", "data.paths", "data.corpus")
+    missing = [p for p in data.paths if not Path(p).expanduser().exists()]
+    if missing:
+        yield problem(f"data.paths: there is no {', '.join(missing[:3])}", "data.paths")
+    if data.tokenizer not in ("bpe", "bytes") and not Path(data.tokenizer).expanduser().is_file():
+        yield problem(f"data.tokenizer is bpe, bytes, or a tokenizer.json; there is no file {data.tokenizer}", "data.tokenizer")
+    needed = {"bytes": 257, "bpe": data.tokenizer_vocab_size}.get(data.tokenizer)
+    if model.vocab_size is not None and needed is not None and model.vocab_size < needed:
+        yield problem(f"model.vocab_size {model.vocab_size} is smaller than the tokenizer's {needed}", "model.vocab_size", "data.tokenizer_vocab_size")
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _derive(config: Config, sources: dict[str, str]) -> Resolved:
+    """Fill what follows from the rest, and say so."""
+    derived = dataclasses.replace(config, model=resolve_shape(config.model))
+    for f in dataclasses.fields(derived.model):
+        if getattr(derived.model, f.name) != getattr(config.model, f.name):
+            sources[f"model.{f.name}"] = DERIVED
+    return Resolved(derived, sources)
+
+
+# --- writing, reading back, comparing --------------------------------------------------------------------
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Plain values by section, as YAML and JSON take them."""
+    plain = dataclasses.asdict(config)
+    return {s: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} for s, values in plain.items()}
+
+
+def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
+    """The config as a recipe; with `sources`, each line ends in where its value came from."""
+    lines = []
+    for section, values in to_dict(config).items():
+        lines.append(f"{section}:")
+        for key, value in values.items():
+            text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+            source = sources.get(f"{section}.{key}", DEFAULT) if sources else None
+            lines.append(f"  {key}: {text}" + (f"{' ' * max(1, 44 - len(key) - len(text))}# {source}" if source else ""))
+    return "\n".join(lines) + "\n"
+
+
+def read_back(path: Path) -> Config:
+    """A config that `to_yaml` wrote. What may have moved since, such as the corpus, is not looked at."""
+    problems: list[Problem] = []
+    settings = [s for s in _known(read_recipe(path, problems), problems)]
+    values = {s.key: _typed(s, problems) for s in settings}
+    if problems:
+        raise ConfigError(problems)
+    return _build(values)
+
+
+def schema() -> dict[str, Any]:
+    """A JSON schema of the recipe, for editors and other programs."""
+    from pydantic import TypeAdapter
+
+    result: dict[str, Any] = TypeAdapter(Config).json_schema()
+    for name, section in SECTIONS.items():
+        target = result["$defs"][section.__name__]
+        target["additionalProperties"] = False
+        for f in dataclasses.fields(section):
+            unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
+            entry = target["properties"][f.name] | {"description": f.metadata["help"] + unit}
+            names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
+            target["properties"][f.name] = entry | {names[k]: v for k, v in f.metadata["bounds"].items()}
+    return {"title": "shoal recipe", **result, "additionalProperties": False}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An option that a resumed run would change; `past` where the steps already taken forbid it."""
+
+    key: str
+    before: Any
+    after: Any
+    past: bool
+
+
+def differences(before: Config, after: Config) -> list[Difference]:
+    """What changes from one config to the other, in the order of `config.py`."""
+    old, new, known = to_dict(before), to_dict(after), options()
+    return [
+        Difference(key, old[s][k], new[s][k], f.metadata[PAST])
+        for key, f in known.items()
+        for s, _, k in [key.partition(".")]
+        if old[s][k] != new[s][k]
+    ]
+
+

@@ -1,0 +1,116 @@
+"""A run's folder: what is in it, who holds it, and whether a config may go on with it. No torch.
+
+    runs/NAME/
+      config.yaml     the resolved config        metrics.jsonl   a line a step
+      tokenizer.json  how its text became ids    events.jsonl    starts, saves, stops
+      checkpoints/    see checkpoint/store.py    lock            who trains it now
+      samples/        what it wrote when it ended
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import IO
+
+from shoal.config import Config
+from shoal.errors import RunError
+from shoal.resolve import Difference, differences, read_back, to_yaml
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: IO[str] | None = None
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def tokenizer_file(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    def load_config(self) -> Config:
+        """The config that this run was trained with. Raises `RunError` where there is no run."""
+        if not self.config_file.is_file():
+            others = sorted(p.parent.name for p in self.path.parent.glob("*/config.yaml"))
+            known = f"; there are {', '.join(others[:8])}" if others else ""
+            raise RunError(f"{self.path} is no run{known}. shoal train RECIPE.yaml --name {self.path.name} makes one")
+        return read_back(self.config_file)
+
+    def save_config(self, config: Config) -> None:
+        """Write `config.yaml`, whole or not at all."""
+        aside = self.config_file.with_suffix(".tmp")
+        aside.write_text(to_yaml(config), encoding="utf-8")
+        aside.replace(self.config_file)
+
+    def lock(self) -> None:
+        """Hold this run until the process ends, however it ends. Raises `RunError` where somebody else does."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / "lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error.strerror}; set launch.runs to a folder that can") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{self.path} is being trained {_holder(file)}; wait for it, stop it, or choose another --name") from None
+        file.seek(0)
+        file.truncate()
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": " ".join(sys.argv[1:])}
+        file.write(json.dumps(holder))
+        file.flush()
+        self._lock = file
+
+    def agree(self, config: Config) -> list[Difference]:
+        """What `config` would change of the run that is here; none where there is no run yet.
+
+        Raises `RunError` where it would change what the steps already taken meant.
+        """
+        if not self.config_file.is_file():
+            return []
+        before = self.load_config()
+        if config.model.vocab_size is None:  # the tokenizer's, which data.* decides
+            config = config.replace("model", vocab_size=before.model.vocab_size)
+        found = [d for d in differences(before, config) if d.key not in ("launch.name", "launch.runs")]
+        if forbidden := [d for d in found if d.past]:
+            lines = "\n".join(f"  {d.key}: {d.before} -> {d.after}" for d in forbidden)
+            raise RunError(
+                f"{self.path} was trained with another config, and this would change its past:\n{lines}\n"
+                "Set these back to go on with it, or choose another --name to start anew"
+            )
+        return found
+
+
+def _holder(file: IO[str]) -> str:
+    """Who wrote the lock file, in words."""
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+        return f"by process {holder['pid']} on {holder['host']} since {holder['since']} (shoal {holder['command']})"
+    except (ValueError, KeyError):
+        return "by another process"

@@ -1,0 +1,59 @@
+"""The end of a run that came to its end: a sample, a yardstick, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from shoal.config import Config
+from shoal.data.prepare import Prepared, held_out_text
+from shoal.infer.generate import generate
+from shoal.metrics.compression import bits_per_byte
+from shoal.metrics.console import Console
+from shoal.models.build import LanguageModel
+from shoal.runs import RunFolder
+
+
+def close_run(
+    config: Config,
+    folder: RunFolder,
+    prepared: Prepared,
+    model: LanguageModel,
+    summary: Mapping[str, float],
+    console: Console,
+) -> None:
+    """Print (and keep under `samples/`) what the model writes; compare its bits per byte with gzip and xz."""
+    if config.train.sample_prompt:
+        text = _sample(config, prepared, model)
+        folder.samples.mkdir(exist_ok=True)
+        (folder.samples / "end.txt").write_text(text, encoding="utf-8")
+        console.say()
+        console.say("a sample:", "bold")
+        console.say(text)
+    console.say()
+    console.say(_yardstick(prepared, summary["val_bits_per_byte"]), "bold")
+    name = folder.path.name
+    console.say()
+    console.say("next:")
+    console.say(f'  shoal generate {name} --prompt "class " --temperature 0.8')
+    console.say(f"  shoal eval {name}")
+    console.say("  shoal bench speed")
+
+
+def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
+    tokenizer = prepared.tokenizer
+    prompt = tokenizer.encode(config.train.sample_prompt)
+    new = min(config.train.sample_tokens, config.model.max_seq_len - len(prompt))
+    model.eval()
+    [ids] = generate(
+        model, [prompt], max_new_tokens=new, temperature=0.7, top_p=0.95, seed=config.train.seed, eot_id=tokenizer.eot_id
+    )
+    model.train()
+    return config.train.sample_prompt + tokenizer.decode(ids)
+
+
+def _yardstick(prepared: Prepared, ours: float) -> str:
+    """ "held-out text, bits per byte: this model 1.80, xz -9 1.60, gzip -9 1.95", best first."""
+    text = held_out_text(prepared)
+    scores = {"this model": ours, **{f"{k} -9": v for k, v in bits_per_byte(text).items()}}
+    ranked = ", ".join(f"{k} {v:.3f}" for k, v in sorted(scores.items(), key=lambda item: item[1]))
+    return f"held-out text ({len(text):,} bytes), bits per byte: {ranked}"

@@ -1,0 +1,287 @@
+"""A training run, in the order in which it happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shoal.checkpoint.store import CheckpointStore, Saved, listed
+from shoal.config import Config, Train
+from shoal.data.loader import Batch, Loader
+from shoal.data.open import open_data
+from shoal.data.prepare import Prepared
+from shoal.errors import CheckpointError, ConfigError, Problem, RunError
+from shoal.fault.health import check_finite
+from shoal.fault.signals import StopRequest
+from shoal.launch.torchrun import LOCKED_BY
+from shoal.metrics.console import Console
+from shoal.metrics.meter import Meter, no_phases
+from shoal.metrics.trackers import Events, JsonLines, forget_after
+from shoal.models.build import build_model
+from shoal.optim.build import build_optimizer
+from shoal.optim.schedule import learning_rate, replanned
+from shoal.parallel.apply import Runnable, parallelize
+from shoal.parallel.mesh import Mesh, check_dtype, open_mesh
+from shoal.runs import RunFolder
+from shoal.train.closing import close_run
+from shoal.train.evaluate import evaluate
+from shoal.train.state import TrainState
+from shoal.train.step import Stats, train_step
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def train(config: Config) -> None:
+    """Train, from the start or from the last checkpoint, as one of the processes of a run."""
+    if config.launch.threads:
+        torch.set_num_threads(config.launch.threads)
+    stop = StopRequest()
+    with open_mesh(config.train.device, config.launch.timeout_seconds) as mesh:
+        run = Run.open(config, mesh, stop)
+        try:
+            run.train()
+        finally:
+            run.close()
+
+
+@dataclass
+class Run:
+    """All that a run holds while it goes on. Built once, in the order of its fields."""
+
+    config: Config
+    mesh: Mesh
+    stop: StopRequest
+    console: Console
+    folder: RunFolder
+    prepared: Prepared
+    events: Events | None
+    runnable: Runnable
+    state: TrainState
+    store: CheckpointStore
+    loader: Loader
+    meter: Meter
+    total_steps: int
+    val: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def open(cls, config: Config, mesh: Mesh, stop: StopRequest) -> Run:
+        """Open the data, build the model on meta, parallelize, build the optimizer, restore."""
+        console = Console(speaks=mesh.is_first)
+        check_dtype(config.train.dtype, mesh.device)
+        folder = RunFolder(Path(config.launch.runs) / (config.launch.name or "run"))
+        if mesh.is_first and os.environ.get(LOCKED_BY) != str(os.getppid()):
+            folder.lock()
+        prepared = open_data(config.data, console)
+        config = with_vocabulary(config, prepared)
+        rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
+        total_steps = count_steps(config.train, config.data.seq_len, len(rows))
+        changed = folder.agree(config)
+        before = folder.load_config() if folder.config_file.is_file() else config
+        mesh.barrier()  # nobody writes the config before everybody has compared
+        model = build_model(config.model, compute_dtype=DTYPES[config.train.dtype])
+        runnable = parallelize(
+            model,
+            mesh,
+            seed=config.train.seed,
+            activation_checkpointing=config.train.activation_checkpointing,
+            compile=config.train.compile,
+            say=console.note,
+        )
+        state = TrainState(model, build_optimizer(model, config.optim))
+        store = CheckpointStore(folder.checkpoints, mesh, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
+        restored = restore(store, state, prepared.data_id)
+        if mesh.is_first:
+            write_run_files(folder, config, prepared, state.step)
+        loader = Loader(
+            rows,
+            seed=config.train.seed,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp_size,
+            position=state.position,
+            prefetch=config.data.prefetch,
+            pin_memory=mesh.device.type == "cuda",
+        )
+        meter = Meter(config, mesh)
+        events = Events(folder.events_file) if mesh.is_first else None
+        run = cls(config, mesh, stop, console, folder, prepared, events, runnable, state, store, loader, meter, total_steps)
+        run._introduce(restored, before, [(d.key, d.before, d.after) for d in changed])
+        return run
+
+    def train(self) -> None:
+        """The steps, and what is due between them."""
+        lines = JsonLines(self.folder.metrics_file) if self.mesh.is_first else None
+        pending: Stats | None = None  # a step's numbers are read while the next one runs
+        stopped = False
+        self.meter.start()
+        while self.state.step < self.total_steps and not stopped:
+            stats = self._step()
+            if pending is not None:
+                stopped = self._record(pending, lines)
+            pending = stats
+            if self._due(self.config.train.eval_every) or self._due(self.config.checkpoint.every):
+                stopped = self._record(pending, lines) or stopped
+                pending = None
+                self._evaluate_if_due()
+                if self._due(self.config.checkpoint.every):
+                    self._save()
+                self.meter.start()
+        if pending is not None:
+            stopped = self._record(pending, lines) or stopped
+        self._end(stopped)
+
+    def close(self) -> None:
+        self.loader.close()
+
+    def _step(self) -> Stats:
+        """One optimizer step, begun; what it did is in the `Stats`, still on the device."""
+        config, step = self.config, self.state.step + 1
+        timer = self.meter.phases(step)
+        with timer("data"):
+            batches: Sequence[Batch] = self.loader.next_step()
+        stats = train_step(
+            self.runnable,
+            self.state.optimizer,
+            batches,
+            step=step,
+            lr=learning_rate(config.optim, step, self.total_steps),
+            clip_norm=config.optim.clip_norm,
+            stop_asked=bool(self.stop),
+            phases=timer,
+        )
+        self.state.step, self.state.position = step, self.loader.position
+        return stats
+
+    def _record(self, stats: Stats, lines: JsonLines | None) -> bool:
+        """Judge a step that is over and write its line; True where a rank was asked to stop."""
+        loss_sum, tokens, norm, asked = stats.numbers.tolist()
+        self.state.tokens += int(tokens)
+        loss = loss_sum / max(tokens, 1.0)
+        check_finite(stats.step, loss, norm)
+        record = self.meter.record(stats.step, self.state.tokens, int(tokens), loss, stats.lr, norm)
+        if record is not None and lines is not None:
+            lines.write(record)
+            self.console.step(record, self.total_steps, self.meter.left_seconds(self.total_steps - stats.step))
+        return asked > 0
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.state.step % every == 0 and self.state.step < self.total_steps
+
+    def _evaluate_if_due(self) -> None:
+        if self._due(self.config.train.eval_every):
+            self._evaluate(self.config.train.eval_tokens)
+
+    def _evaluate(self, max_tokens: int | None) -> None:
+        """Loss on held-out documents, to the console, the metrics and the next checkpoint."""
+        self.val = evaluate(self.runnable.model, self.mesh, self.prepared, self.config, max_tokens)
+        self.console.say(
+            f"step {self.state.step}: held-out loss {self.val['val_loss']:.4f} nats/token, "
+            f"{self.val['val_bits_per_byte']:.4f} bits/byte", "bold"
+        )
+        if self.mesh.is_first:
+            lines = JsonLines(self.folder.metrics_file)
+            lines.write({"step": self.state.step, "tokens": self.state.tokens, **self.val})
+            lines.close()
+
+    def _save(self) -> Saved | None:
+        """Write a checkpoint; a disk that refuses costs the checkpoint, not the run."""
+        begun = time.perf_counter()
+        state = {**self.state.scalars(), "data_id": self.prepared.data_id, "val_loss": self.val.get("val_loss")}
+        self.val = {}
+        try:
+            saved = self.store.save(self.state.tensors(), state)
+        except CheckpointError as error:
+            self.console.warn(str(error))
+            self._event("save failed", step=self.state.step, why=str(error))
+            return None
+        self._event("saved", step=self.state.step, seconds=round(time.perf_counter() - begun, 3))
+        return saved
+
+    def _end(self, stopped: bool) -> None:
+        """Save; say how to go on, or how well it went."""
+        if stopped and self.state.step < self.total_steps:
+            saved = self._save()
+            self._event("stopped", step=self.state.step)
+            where = f"saved at step {self.state.step}" if saved else "NOT saved"
+            self.console.say(f"stopped: {where} of {self.total_steps}. The same command again goes on from there.", "bold")
+            return
+        self._evaluate(None)
+        summary = dict(self.val)
+        self._save()
+        self._event("finished", step=self.state.step, **summary)
+        if self.mesh.is_first:
+            close_run(self.config, self.folder, self.prepared, self.runnable.model, summary, self.console)
+        self.mesh.barrier()
+
+    def _event(self, event: str, **facts: object) -> None:
+        if self.events is not None:
+            self.events.say(event, **facts)
+
+    def _introduce(self, restored: Saved | None, before: Config, changed: list[tuple[str, object, object]]) -> None:
+        """Say what is about to happen."""
+        config, mesh = self.config, self.mesh
+        self._event("started", step=self.state.step, processes=mesh.world_size, device=str(mesh.device))
+        self.console.say(f"{self.folder.path}: {self.meter.describe_model()}", "bold")
+        self.console.note(
+            f"{mesh.world_size} process{'es' * (mesh.world_size > 1)} on {self.meter.device_name}, {config.train.dtype}, "
+            f"{config.train.global_batch * config.data.seq_len:,} tokens a step, {self.total_steps} steps; {self.meter.describe_mfu()}"
+        )
+        if restored is None:
+            return
+        self.console.say(f"resumed from {restored.folder}", "bold")
+        for key, old, new in changed:
+            self.console.warn(f"{key} was {old} and is {new} from step {self.state.step + 1} on")
+        planned = count_steps(before.train, config.data.seq_len, len(self.loader.rows))
+        if text := replanned(config.optim, self.state.step, planned, self.total_steps):
+            self.console.warn(text)
+
+
+def with_vocabulary(config: Config, prepared: Prepared) -> Config:
+    """Take the vocabulary from the tokenizer where none is set. Raises `ConfigError` where it is too small."""
+    size = config.model.vocab_size
+    if size is not None and size < prepared.vocab_size:
+        raise ConfigError([Problem("", f"model.vocab_size {size} is smaller than the tokenizer's {prepared.vocab_size}; leave it out to take the tokenizer's")])
+    return config if size is not None else config.replace("model", vocab_size=prepared.vocab_size)
+
+
+def count_steps(train: Train, seq_len: int, rows: int) -> int:
+    """The run's length in steps, from whichever of steps, tokens or epochs is given."""
+    if train.steps is not None:
+        return train.steps
+    if train.tokens is not None:
+        return math.ceil(train.tokens / (train.global_batch * seq_len))
+    assert train.epochs is not None
+    return math.ceil(train.epochs * rows / train.global_batch)
+
+
+def restore(store: CheckpointStore, state: TrainState, data_id: str) -> Saved | None:
+    """Load the newest checkpoint into `state`; None where there is none. A collective over the world."""
+    saved = listed(store.folder)
+    if not saved:
+        return None
+    scalars = store.load(saved[-1], state.tensors())
+    if scalars["data_id"] != data_id:
+        raise RunError(
+            f"{saved[-1].folder} was trained on other tokens than those prepared now, so going on would repeat or skip "
+            "samples; choose another --name to start anew on the new ones"
+        )
+    state.load_scalars(scalars)
+    return saved[-1]
+
+
+def write_run_files(folder: RunFolder, config: Config, prepared: Prepared, step: int) -> None:
+    """The config and the tokenizer; and no metrics of steps that are taken again."""
+    forget_after(folder.metrics_file, step)
+    folder.save_config(config)
+    shutil.copyfile(prepared.folder / "tokenizer.json", folder.tokenizer_file)
+
+
