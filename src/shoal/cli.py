@@ -146,10 +146,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{short}", dest=f"short {key}", metavar="VALUE", default=argparse.SUPPRESS, help=f"the same as --{key}")
     for key, f in options().items():
         default = "null" if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else f.default if f.default != () else "none"
-        text = f"{f.metadata['help']}: {expectation(key)} (default: {default if default != '' else 'empty'})"
+        text = f"{f.metadata['help']} [{expectation(key)}; default: {default if default != '' else 'empty'}]"
         is_bool = isinstance(f.default, bool)
         groups[key.partition(".")[0]].add_argument(
-            f"--{key}", dest=f"option {key}", metavar=f.name.upper(), default=argparse.SUPPRESS,
+            f"--{key}", dest=f"option {key}", metavar="VALUE", default=argparse.SUPPRESS,
             help=text.replace("%", "%%"), **({"nargs": "?", "const": "true"} if is_bool else {}),
         )  # fmt: skip
 

@@ -65,12 +65,18 @@ def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ())
     settings = _with_preset({s.key: s for s in _known(given, problems)}, problems)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(sorted(problems, key=_place))
     config = _build(values)
     sources = {key: settings[key].where if key in settings else DEFAULT for key in options()}
     if problems := list(contradictions(config, sources)):
         raise ConfigError(problems)
     return _derive(config, sources)
+
+
+def _place(problem: Problem) -> tuple[bool, int]:
+    """A file's problems by line, then those of flags as they were given."""
+    line = problem.where.rpartition(":")[2]
+    return (not line.isdigit(), int(line) if line.isdigit() else 0)
 
 
 # --- reading ---------------------------------------------------------------------------------------------
@@ -370,18 +376,20 @@ def read_back(path: Path) -> Config:
 
 def schema() -> dict[str, Any]:
     """A JSON schema of the recipe, for editors and other programs."""
-    from pydantic import TypeAdapter
-
-    result: dict[str, Any] = TypeAdapter(Config).json_schema()
-    for name, section in SECTIONS.items():
-        target = result["$defs"][section.__name__]
-        target["additionalProperties"] = False
-        for f in dataclasses.fields(section):
-            unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
-            entry = target["properties"][f.name] | {"description": f.metadata["help"] + unit}
-            names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
-            target["properties"][f.name] = entry | {names[k]: v for k, v in f.metadata["bounds"].items()}
-    return {"title": "shoal recipe", **result, "additionalProperties": False}
+    sections = {name: {"type": "object", "additionalProperties": False, "properties": {}} for name in SECTIONS}
+    for key, f in options().items():
+        section, _, name = key.partition(".")
+        unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
+        default = list(f.default) if isinstance(f.default, tuple) else f.default
+        entry = _adapter(key).json_schema() | {"description": f.metadata["help"] + unit, "default": default}
+        sections[section]["properties"][name] = entry  # type: ignore[index]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "shoal recipe",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": sections,
+    }
 
 
 @dataclass(frozen=True)

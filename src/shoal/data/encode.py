@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from shoal.data.documents import START, Corpus, Cursor, Document, Skipped
 from shoal.data.manifest import SPLITS, Journal, SplitName
 from shoal.data.shards import Tokens, token_dtype, write_shard
-from shoal.data.sources import Corpus, Cursor, Document, Skipped
 from shoal.data.tokenize import Tokenizer
 from shoal.errors import DataError
 
@@ -40,7 +40,8 @@ def fraction_of(text: bytes) -> tuple[float, float]:
 
 
 def choose_split(corpus: Corpus, val_fraction: float, tick: Callable[[Cursor], None]) -> Split:
-    """Which split a text belongs to: by its own hash, so names, order and neighbours do not matter.
+    """
+    Which split a text belongs to: by its own hash, so names, order and neighbours do not matter.
 
     Where that leaves a split of a small corpus empty, the text nearest to the border goes there.
     Raises DataError where there are no two different texts.
@@ -88,7 +89,8 @@ def write_shards(
     journal: Journal,
     tick: Callable[[Cursor], None],
 ) -> None:
-    """Go on from where `journal` is, and enter every finished shard in it.
+    """
+    Go on from where `journal` is, and enter every finished shard in it.
 
     Shards end with the document that fills them, so they do not depend on chunks or interruptions.
     """
@@ -130,8 +132,10 @@ def _chunks(corpus: Corpus, split: Split, journal: Journal) -> Iterator[list[_It
 def _encoded(
     chunks: Iterator[list[_Item]], tokenizer: Tokenizer
 ) -> Iterator[tuple[list[_Item], list[Tokens]]]:
-    """Each chunk with its tokens, in order. Two threads, so that while one turns Rust's tokens into arrays
-    (and this one reads on) the other keeps every core busy."""
+    """
+    Each chunk with its tokens, in order. Two threads, so that while one turns Rust's tokens into arrays
+    (and this one reads on) the other keeps every core busy.
+    """
     in_flight: deque[tuple[list[_Item], Future[list[Tokens]]]] = deque()
     with ThreadPoolExecutor(2, "encode") as executor:
         try:
@@ -185,7 +189,7 @@ class _ShardBuilder:
     starts: array[int] = field(default_factory=lambda: array("q"))
     num_tokens: int = 0
     text_bytes: int = 0
-    after: Cursor = Cursor()
+    after: Cursor = START
 
     def add(self, tokens: Tokens, item: _Item) -> None:
         self.arrays.append(tokens)

@@ -17,7 +17,8 @@ LOCK_POLL_SECONDS = 0.2
 
 
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write `parts` to `path`: a reader, or a run after a power cut, sees all of them or none.
+    """
+    Write `parts` to `path`: a reader, or a run after a power cut, sees all of them or none.
 
     Raises DataError when the disk is full, the quota is reached or the folder cannot be written.
     """
@@ -28,7 +29,7 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        aside.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -64,7 +65,8 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, while_waiting: Callable[[], None]) -> Iterator[bool]:
-    """Hold `path` against other processes; yields whether another one had it before us.
+    """
+    Hold `path` against other processes; yields whether another one had it before us.
 
     The kernel drops the lock when its holder dies, however it dies. `while_waiting` is called about
     five times a second.

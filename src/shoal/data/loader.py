@@ -1,4 +1,5 @@
-"""Rows -> batches of tensors, a step at a time, read ahead by a thread.
+"""
+Rows -> batches of tensors, a step at a time, read ahead by a thread.
 
 The loader's whole state is `position`: samples consumed since the start of training. Which sample is at
 a position is `order.sample_at`, which knows nothing of processes, so a run may go on with any number of them.
@@ -59,7 +60,8 @@ def make_batch(rows: Rows, row_ids: np.ndarray[tuple[int], np.dtype[np.int64]]) 
 
 
 class Loader:
-    """This rank's micro-batches of each optimizer step.
+    """
+    This rank's micro-batches of each optimizer step.
 
     A step has `global_batch // micro_batch` slots, micro-batches in a fixed order; rank r of n owns the r-th
     contiguous n-th of them. Raises ValueError where they do not divide evenly.
@@ -80,12 +82,15 @@ class Loader:
     ) -> None:
         slots = global_batch // micro_batch
         if global_batch % micro_batch or slots % dp_size:
-            raise ValueError(f"global_batch {global_batch} is no multiple of micro_batch {micro_batch} x dp_size {dp_size}")
+            raise ValueError(
+                f"global_batch {global_batch} is no multiple of micro_batch {micro_batch} times dp_size {dp_size}"
+            )
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank {dp_rank} is not in range({dp_size})")
         self.position = position
         """Samples in the steps handed out so far, over all ranks."""
-        self._rows, self._seed, self._pin_memory = rows, seed, pin_memory
+        self.rows = rows
+        self._seed, self._pin_memory = seed, pin_memory
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._slots = range(dp_rank * slots // dp_size, (dp_rank + 1) * slots // dp_size)
         self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=prefetch)
@@ -126,8 +131,8 @@ class Loader:
         batches = []
         for slot in self._slots:
             first = position + slot * self._micro_batch
-            row_ids = sample_at(self._seed, np.arange(first, first + self._micro_batch), len(self._rows))
-            batch = make_batch(self._rows, row_ids)
+            row_ids = sample_at(self._seed, np.arange(first, first + self._micro_batch), len(self.rows))
+            batch = make_batch(self.rows, row_ids)
             batches.append(batch.pin_memory() if self._pin_memory else batch)
         return batches
 
@@ -142,7 +147,8 @@ def evaluation_rows(rows: Rows, max_tokens: int | None) -> int:
 def evaluation_batches(
     rows: Rows, micro_batch: int, dp_rank: int, dp_size: int, max_tokens: int | None = None
 ) -> Iterator[Batch]:
-    """The first rows in order, each on exactly one rank: the same rows whatever `dp_size` is.
+    """
+    The first rows in order, each on exactly one rank: the same rows whatever `dp_size` is.
 
     Ranks take turns, so one may get a batch more than another; the last batch may be smaller.
     """

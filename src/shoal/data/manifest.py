@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from shoal.data.documents import START, Corpus, Cursor, Entry, Skipped
 from shoal.data.files import write_atomically
 from shoal.data.shards import CURE, ShardRecord
-from shoal.data.sources import Corpus, Cursor, Entry, Skipped
 from shoal.errors import DataError
 
 FORMAT = 1
@@ -29,7 +29,7 @@ class Skips:
 
     count: int = 0
     first: list[str] = field(default_factory=list)
-    upto: Cursor = Cursor()
+    upto: Cursor = START
 
     def add(self, item: Skipped) -> None:
         """Once each, though a restart reads some of them again."""
@@ -49,7 +49,7 @@ class Written:
     """The finished shards of a split, and the document after the last one in them."""
 
     shards: list[ShardRecord] = field(default_factory=list)
-    after: Cursor = Cursor()
+    after: Cursor = START
 
 
 @dataclass
@@ -163,7 +163,8 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def check_unchanged(manifest: Manifest, corpus: Corpus) -> None:
-    """Raises DataError, naming files, where the corpus is not the one these tokens came from.
+    """
+    Raises DataError, naming files, where the corpus is not the one these tokens came from.
 
     A file of the same size with another modification time is read and compared by its hash: copying or
     checking out a corpus again changes nothing.

@@ -1,4 +1,5 @@
-"""The order of samples: a pure function of (seed, position). No torch, no state.
+"""
+The order of samples: a pure function of (seed, position). No torch, no state.
 
 An epoch visits range(n) in the order of a keyed Feistel permutation. Nothing is shuffled in memory, so
 any process can say which sample is anywhere, and a run may go on with another number of processes.
@@ -18,7 +19,8 @@ Words = npt.NDArray[np.uint64]
 
 
 def sample_at(seed: int, positions: npt.ArrayLike, num_samples: int) -> Ints:
-    """The samples at `positions` (samples since the start of training), same shape, in [0, num_samples).
+    """
+    The samples at `positions` (samples since the start of training), same shape, in [0, num_samples).
 
     Positions e*n to (e+1)*n - 1 are epoch e: a permutation of its own of all n samples.
     """
@@ -37,7 +39,7 @@ def _key(seed: int, epoch: Ints) -> Words:
     key = np.zeros(1, np.uint64)  # not a scalar: numpy warns where a scalar's product wraps, as it should here
     for word in range(max(1, -(-seed.bit_length() // 64))):
         key = _mix(key ^ np.uint64(seed >> (64 * word) & 0xFFFFFFFFFFFFFFFF))
-    return _mix(key + _mix(epoch.astype(np.uint64)))
+    return _mix(key + epoch.astype(np.uint64))  # epochs are small: the keys of two seeds are not so close
 
 
 def _mix(x: Words) -> Words:
@@ -49,7 +51,8 @@ def _mix(x: Words) -> Words:
 
 
 def _permute(slot: Words, key: Words, n: int) -> Words:
-    """Cycle-walking: permute the next power of four, again for each value that falls outside range(n).
+    """
+    Cycle-walking: permute the next power of four, again for each value that falls outside range(n).
 
     The power is less than 4n, so a value falls inside after less than four turns on average.
     """

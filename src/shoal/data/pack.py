@@ -1,4 +1,5 @@
-"""Rows: a split's tokens cut into training samples. Pure functions of the row's number. No torch.
+"""
+Rows: a split's tokens cut into training samples. Pure functions of the row's number. No torch.
 
 Row i predicts tokens i*T+1 to (i+1)*T from tokens i*T to (i+1)*T-1, T being `seq_len`: neighbours share a
 token, every token but the first is predicted exactly once, and only a tail shorter than a row is left out.
@@ -56,7 +57,8 @@ class Rows:
         return PackedRows(window[:, :-1].copy(), window[:, 1:].copy(), positions, np.zeros_like(positions))
 
     def text_bytes(self, first_row: int, last_row: int) -> float:
-        """Bytes of text that the labels of rows [first_row, last_row) stand for: what bits per byte divides by.
+        """
+        Bytes of text that the labels of rows [first_row, last_row) stand for: what bits per byte divides by.
 
         Exact with a byte-level tokenizer; an average otherwise. Reads the rows.
         """
@@ -76,7 +78,8 @@ class Rows:
 
 
 def mask_documents(window: Ints, is_start: npt.NDArray[np.bool_]) -> PackedRows:
-    """Keep documents apart; both arguments are [rows, seq_len + 1].
+    """
+    Keep documents apart; both arguments are [rows, seq_len + 1].
 
     A label that is the first token of another document is ignored, and positions restart with each
     document; a document that goes on from the row before starts at 0 here too.

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -19,6 +19,7 @@ import numpy as np
 
 from shoal.config import Data
 from shoal.data import tokenize
+from shoal.data.documents import Corpus, Cursor, Entry
 from shoal.data.encode import Split, choose_split, training_sample, write_shards
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
 from shoal.data.manifest import (
@@ -39,12 +40,16 @@ from shoal.data.manifest import (
 )
 from shoal.data.pack import Rows
 from shoal.data.shards import CURE, Shard, TokenStream, token_dtype
-from shoal.data.sources import Corpus, Cursor, Entry, open_corpus
+from shoal.data.sources import open_corpus
 from shoal.data.tokenize import Tokenizer
 from shoal.errors import DataError
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how many bytes; a total of 0 is not known."""
+
+
+def no_progress(phase: str, done_bytes: int, total_bytes: int) -> None:
+    """Says nothing."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,12 @@ class Prepared:
     def vocab_size(self) -> int:
         return self.manifest.vocab_size
 
-    def split(self, name: SplitName) -> SplitRecord:
-        """Documents, tokens and bytes of text of a split."""
-        return self.manifest.splits[name]
+    @property
+    def counts(self) -> Mapping[SplitName, SplitRecord]:
+        """Documents, tokens and bytes of text of each split."""
+        return self.manifest.splits
 
-    def rows(self, name: SplitName, seq_len: int, document_mask: bool = False) -> Rows:
+    def split(self, name: SplitName, *, seq_len: int, document_mask: bool = False) -> Rows:
         """A split in rows. Raises DataError where it does not fill one."""
         rows = Rows(self.streams[name], seq_len, document_mask, self._bytes_of_token(name))
         if not rows.num_rows:
@@ -84,7 +90,7 @@ class Prepared:
     def streams(self) -> dict[SplitName, TokenStream]:
         dtype = token_dtype(self.vocab_size)
         return {
-            name: TokenStream([Shard(self.folder / s.name, s, dtype) for s in self.split(name).shards])
+            name: TokenStream([Shard(self.folder / s.name, s, dtype) for s in self.counts[name].shards])
             for name in SPLITS
         }
 
@@ -92,28 +98,31 @@ class Prepared:
         exact = self.tokenizer.token_bytes()
         if exact is not None:
             return exact.astype(np.float64)
-        split = self.split(name)
-        return np.full(self.vocab_size, split.text_bytes / split.tokens)
+        counts = self.counts[name]
+        return np.full(self.vocab_size, counts.text_bytes / counts.tokens)
 
 
-def prepare(data: Data, progress: Progress = lambda phase, done, total: None) -> Prepared:
-    """Make the tokens that `data` asks for, or find them made; of several processes one works, the others wait.
+def prepare(data: Data, progress: Progress = no_progress) -> Prepared:
+    """
+    Make the tokens that `data` asks for, or find them made; of several processes one works, the others wait.
 
     Killed at any moment, the next call goes on after the last finished shard, to the same bytes.
-    `data.rebuild` makes them anew: set it in one process only. Raises DataError.
+    `data.rebuild` makes them anew, unless every byte is there and of this very corpus: that several processes
+    ask for it, or one asks twice, is the same as once. Raises DataError.
     """
     options = token_options(data)
     folder = Path(data.folder).expanduser() / folder_name(data, options)
     if not data.rebuild and (folder / MANIFEST).exists():  # also where the folder is not ours to write
         return _open_checked(folder, data)
     make_folder(folder)
-    with exclusive_lock(folder / ".lock", lambda: progress("waiting for another process", 0, 0)) as waited:
-        complete = (folder / MANIFEST).exists()
-        if complete and (waited or not data.rebuild):
-            return _open_checked(folder, data)
-        if complete:
-            clear(folder)
-        _build(folder, data, options, progress)
+    with exclusive_lock(folder / ".lock", lambda: progress("waiting for another process", 0, 0)):
+        if (folder / MANIFEST).exists():
+            if not data.rebuild:
+                return _open_checked(folder, data)
+            if not _is_current(folder, data):
+                clear(folder)
+        if not (folder / MANIFEST).exists():
+            _build(folder, data, options, progress)
     return open_prepared(folder)
 
 
@@ -135,7 +144,11 @@ def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
 
 
 def held_out_text(prepared: Prepared) -> bytes:
-    """The text of the val split, for a comparison with gzip or xz. Raises DataError where tokens do not give it back."""
+    """
+    The text of the val split, for a comparison with gzip or xz.
+
+    Raises DataError where the tokenizer does not give a text back as it was.
+    """
     stream = prepared.streams["val"]
     starts = stream.starts(0, stream.num_tokens)
     ends = np.append(starts[1:], stream.num_tokens) - 1  # without the end-of-text token
@@ -144,7 +157,7 @@ def held_out_text(prepared: Prepared) -> bytes:
         spans = zip(starts[low : low + 64], ends[low : low + 64], strict=True)
         texts += prepared.tokenizer.decode_batch([stream.read(a, b).tolist() for a, b in spans])
     text = "".join(texts).encode()
-    if len(text) != prepared.split("val").text_bytes:
+    if len(text) != prepared.counts["val"].text_bytes:
         raise DataError("this tokenizer does not give a text back as it was: set data.tokenizer to bpe or bytes")
     return text
 
@@ -188,6 +201,23 @@ def _open_checked(folder: Path, data: Data) -> Prepared:
         return open_prepared(folder, [f"the corpus is gone ({error}): going on with its prepared tokens"])
     check_unchanged(manifest, corpus)
     return open_prepared(folder)
+
+
+def _is_current(folder: Path, data: Data) -> bool:
+    """Whether preparing anew would give what is there. Reads every byte; raises DataError if the corpus is gone."""
+    corpus = open_corpus(data)
+    try:
+        manifest = load_manifest(folder)
+        check_unchanged(manifest, corpus)
+        open_prepared(folder)
+        return all(_sha256(folder / s.name) == s.sha256 for name in SPLITS for s in manifest.splits[name].shards)
+    except DataError:
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _build(folder: Path, data: Data, options: dict[str, Any], progress: Progress) -> None:

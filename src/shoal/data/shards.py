@@ -1,4 +1,5 @@
-"""Token shards: safetensors files that are read in place and verified where they are touched. No torch.
+"""
+Token shards: safetensors files that are read in place and verified where they are touched. No torch.
 
     train-00000.safetensors
         starts  int64  [documents]   where each document starts, in tokens of this shard
@@ -55,15 +56,16 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
 
 def write_shard(path: Path, tokens: Tokens, starts: Starts, text_bytes: int) -> ShardRecord:
     """Write a shard whole or not at all. Raises DataError where the disk says no."""
-    body = memoryview(tokens).cast("B")
+    body = _bytes_of(tokens)
     checks = np.array([zlib.crc32(block) for block in _blocks(body)], np.uint32)
     # Widest element first: each tensor is then aligned to its own width.
-    tensors = {"starts": starts, "checks": checks, "tokens": tokens}
-    header, offset = {"__metadata__": {"format": "shoal tokens", "block_bytes": str(BLOCK_BYTES)}}, 0
+    tensors: dict[str, npt.NDArray[Any]] = {"starts": starts, "checks": checks, "tokens": tokens}
+    header: dict[str, Any] = {"__metadata__": {"format": "shoal tokens", "block_bytes": str(BLOCK_BYTES)}}
+    offset = 0
     for name, tensor in tensors.items():
-        span = [offset, offset + tensor.nbytes]
-        header[name] = {"dtype": SAFETENSORS_NAMES[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": span}  # type: ignore[dict-item]
-        offset = span[1]
+        dtype, end = SAFETENSORS_NAMES[tensor.dtype.name], offset + tensor.nbytes
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(LENGTH_BYTES, "little") + text + starts.tobytes() + checks.tobytes()
@@ -74,6 +76,10 @@ def write_shard(path: Path, tokens: Tokens, starts: Starts, text_bytes: int) -> 
     return ShardRecord(
         path.name, size, len(tokens), len(starts), text_bytes, zlib.crc32(head), sha256.hexdigest()
     )
+
+
+def _bytes_of(tokens: Tokens) -> memoryview:
+    return tokens.view(np.uint8).data
 
 
 def _blocks(body: memoryview) -> list[memoryview]:
@@ -110,7 +116,7 @@ class Shard:
         width = self._dtype.itemsize
         per_block = BLOCK_BYTES // width
         body = self._tokens[block * per_block : (block + 1) * per_block]
-        if zlib.crc32(memoryview(body).cast("B")) != self._head[1][block]:
+        if zlib.crc32(_bytes_of(body)) != self._head[1][block]:
             raise DataError(
                 f"{self.path} was altered: tokens {block * per_block:,} to {(block + 1) * per_block:,} do not match "
                 f"their checksum; {CURE}"

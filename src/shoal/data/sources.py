@@ -1,4 +1,5 @@
-"""Corpora: where documents come from, in an order that does not change. No torch.
+"""
+Corpora: where documents come from, in an order that does not change. No torch.
 
 A corpus is a list of files, read as a stream of documents from any `Cursor` on. What cannot be read as
 text is part of the stream too, as `Skipped`, so that it is counted once however often a reader restarts.
@@ -6,25 +7,21 @@ text is part of the stream too, as `Skipped`, so that it is counted once however
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import os
-import random
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Protocol
 
 from shoal.config import Data
+from shoal.data.documents import START, Corpus, Cursor, Document, Entry, Reader, Skipped
+from shoal.data.dummy import DummyCorpus
+from shoal.data.jsonl import jsonl_reader
 from shoal.errors import DataError
 
 PIECE_BYTES = 1 << 20  # a longer text file becomes several documents, so that memory stays bounded
 SINGLE_FILE_PIECES = 200  # a corpus of one file is cut in about so many, or nothing could be held out
 MIN_PIECE_BYTES = 4096
-MAX_LINE_BYTES = 1 << 26
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -39,55 +36,6 @@ STDLIB_SKIPPED_FILES = frozenset({
 STDLIB_SKIPPED_PREFIX = "_sysconfigdata"  # how this Python was built: differs from machine to machine
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class Cursor:
-    """Where reading goes on: the file, the document in it, and the bytes of the file read so far."""
-
-    file: int = 0
-    document: int = 0
-    offset: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A text that is never empty; `after` is where the next one starts."""
-
-    name: str
-    text: str
-    after: Cursor
-
-
-@dataclass(frozen=True, slots=True)
-class Skipped:
-    """Something that is no document, and why."""
-
-    name: str
-    reason: str
-    after: Cursor
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One line of a listing. The name is relative to what the user wrote."""
-
-    name: str
-    bytes: int
-    mtime_ns: int
-
-
-class Corpus(Protocol):
-    """A stream of documents in a fixed order, and what to compare to see that it changed."""
-
-    def listing(self) -> list[Entry]:
-        """The files in the order of reading."""
-
-    def digest(self, index: int) -> str:
-        """A hash of the content of one file of the listing."""
-
-    def read(self, start: Cursor = Cursor()) -> Iterator[Document | Skipped]:
-        """From `start` on. Raises DataError where a file cannot be opened."""
-
-
 def open_corpus(data: Data) -> Corpus:
     """The corpus that `data` names. Raises DataError where a path is missing or nothing is found."""
     match data.corpus:
@@ -97,12 +45,9 @@ def open_corpus(data: Data) -> Corpus:
             files = _find_files(data, TEXT_SUFFIXES)
             return FileCorpus(files, _text_reader(files))
         case "jsonl":
-            return FileCorpus(_find_files(data, JSONL_SUFFIXES), _jsonl_reader(data.text_key))
+            return FileCorpus(_find_files(data, JSONL_SUFFIXES), jsonl_reader(data.text_key))
         case "dummy":
             return DummyCorpus(data.dummy_documents)
-
-
-Reader = Callable[[Path, str, Cursor], Iterator[Document | Skipped]]
 
 
 class FileCorpus:
@@ -130,42 +75,13 @@ class FileCorpus:
         except OSError as error:
             raise _cannot_read(name, error) from error
 
-    def read(self, start: Cursor = Cursor()) -> Iterator[Document | Skipped]:
+    def read(self, start: Cursor = START) -> Iterator[Document | Skipped]:
         for index in range(start.file, len(self._files)):
             name, path = self._files[index]
             try:
                 yield from self._reader(path, name, start if index == start.file else Cursor(index))
             except OSError as error:
                 raise _cannot_read(name, error) from error
-
-
-class DummyCorpus:
-    """Generated sentences, a pure function of the document's number: something to learn, nothing to install."""
-
-    _ADJECTIVES = ("blue", "small", "loud", "old", "quick", "salty", "bright", "calm")
-    _NOUNS = ("herring", "tide", "harbour", "lantern", "net", "gull", "current", "reef")
-    _VERBS = ("follows", "passes", "finds", "hides from", "outruns", "circles", "remembers", "waits for")
-
-    def __init__(self, documents: int) -> None:
-        self._documents = documents
-
-    def listing(self) -> list[Entry]:
-        return [Entry("dummy", self._documents, 0)]
-
-    def digest(self, index: int) -> str:
-        return "generated"
-
-    def read(self, start: Cursor = Cursor()) -> Iterator[Document | Skipped]:
-        for number in range(start.document, self._documents):
-            yield Document(f"dummy {number}", self._text(number), Cursor(0, number + 1, number + 1))
-
-    def _text(self, number: int) -> str:
-        draw = random.Random(number)
-        sentences = []
-        for _ in range(draw.randint(4, 24)):
-            first, second = draw.choice(self._NOUNS), draw.choice(self._NOUNS)
-            sentences.append(f"The {draw.choice(self._ADJECTIVES)} {first} {draw.choice(self._VERBS)} the {second}.")
-        return f"Story {number}. " + " ".join(sentences) + "\n"
 
 
 def read_text_file(
@@ -212,67 +128,6 @@ def _text_reader(files: Sequence[tuple[str, Path]]) -> Reader:
     size = files[0][1].stat().st_size
     piece_bytes = min(PIECE_BYTES, max(MIN_PIECE_BYTES, size // SINGLE_FILE_PIECES))
     return lambda path, name, start: read_text_file(path, name, start, piece_bytes)
-
-
-def _jsonl_reader(text_key: str) -> Reader:
-    def read(path: Path, name: str, start: Cursor) -> Iterator[Document | Skipped]:
-        with path.open("rb") as raw:
-            if path.name.endswith(".gz"):
-                yield from _read_gzip(raw, name, start, text_key)
-            else:
-                raw.seek(start.offset)
-                yield from _read_lines(raw, raw, name, start, text_key)
-
-    return read
-
-
-def _read_gzip(raw: IO[bytes], name: str, start: Cursor, text_key: str) -> Iterator[Document | Skipped]:
-    """gzip has no way to seek: the lines before `start` are read again and dropped."""
-    after = start
-    try:
-        with gzip.GzipFile(fileobj=raw) as lines:
-            for item in _read_lines(lines, raw, name, Cursor(start.file), text_key):
-                after = item.after
-                if after.document > start.document:
-                    yield item
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        after = Cursor(after.file, after.document + 1, after.offset)
-        yield Skipped(f"{name}, from line {after.document}", f"damaged gzip ({error})", after)
-
-
-def _read_lines(
-    lines: IO[bytes], raw: IO[bytes], name: str, start: Cursor, text_key: str
-) -> Iterator[Document | Skipped]:
-    """`raw` tells how far the file itself was read; blank lines are nothing, not even skipped."""
-    index = start.document
-    while line := lines.readline(MAX_LINE_BYTES):
-        too_long = len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")
-        while too_long and (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
-            pass
-        index += 1
-        after = Cursor(start.file, index, raw.tell())
-        label = f"{name}:{index}"
-        if too_long:
-            yield Skipped(label, f"longer than {MAX_LINE_BYTES >> 20} MiB", after)
-        elif line.strip():
-            yield _parse_line(line, label, text_key, after)
-
-
-def _parse_line(line: bytes, label: str, text_key: str, after: Cursor) -> Document | Skipped:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
-        return Skipped(label, "not JSON in UTF-8", after)
-    text = value.get(text_key) if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        return Skipped(label, f"no string under {text_key!r} (data.text_key)", after)
-    if not text:
-        return Skipped(label, "empty text", after)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        return Skipped(label, "half a surrogate pair, which is no character", after)
-    return Document(label, text, after)
 
 
 def _find_files(data: Data, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:

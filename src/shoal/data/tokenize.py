@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -92,14 +92,15 @@ def _is_byte_level(decoder: Any) -> bool:
 def train_bpe(
     texts: Iterator[str], vocab_size: int, progress: Callable[[], None] = lambda: None
 ) -> Tokenizer:
-    """Train a byte-level BPE of at most `vocab_size` tokens; id 0 is `<|endoftext|>`.
+    """
+    Train a byte-level BPE of at most `vocab_size` tokens; id 0 is `<|endoftext|>`.
 
     `progress` is called about twice a second, also while merges are learnt, when no text is read.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     splitter = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splitter, _byte_level()])  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splitter, _byte_level()])
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
@@ -118,8 +119,8 @@ def byte_tokenizer() -> Tokenizer:
     """256 bytes, each its own id, and the end of text: 257."""
     vocab = {character: byte for byte, character in enumerate(_byte_characters())}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
     return Tokenizer(tokenizer, eot_id=256, ids_are_bytes=True)
 

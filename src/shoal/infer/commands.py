@@ -18,7 +18,8 @@ from shoal.errors import CheckpointError, GenerateError
 from shoal.infer.generate import generate
 from shoal.metrics.compression import bits_per_byte
 from shoal.metrics.console import Console
-from shoal.models.build import LanguageModel, build_model
+from shoal.models.build import build_model
+from shoal.models.family import LanguageModel
 from shoal.parallel.mesh import Mesh, choose_device
 from shoal.launch.place import Place
 from shoal.runs import RunFolder
@@ -55,7 +56,6 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str) -> Loade
     place = choose_device(device)
     model = build_model(config.model, compute_dtype=DTYPES[config.train.dtype])
     model.to_empty(device=place)
-    model.reset_buffers()
     state = load(chosen[-1], {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     model.eval()
     return LoadedRun(config, model, load_tokenizer(str(folder.tokenizer_file)), int(state["step"]), state["data_id"], place)

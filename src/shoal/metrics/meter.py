@@ -129,13 +129,17 @@ class Meter:
             "grad_norm": norm,
             "tokens_per_second": rate,
             "step_seconds": seconds,
-            "mfu": rate * self._flops_per_token / self._peak_flops if self._peak_flops else None,
+            "mfu": self.mfu(rate),
             "memory_bytes": memory_bytes(self._mesh.device),
         }
         if self._split is not None and self._split[0] <= step:
             record["split_seconds"] = {"step": self._split[0], **self._split[1].seconds()}
             self._split = None
         return record
+
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """The share of the peak that the model's own arithmetic took, by the convention of `describe_mfu`."""
+        return tokens_per_second * self._flops_per_token / self._peak_flops if self._peak_flops else None
 
     def left_seconds(self, steps: int) -> float:
         """A guess at the time that `steps` more will take."""

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from shoal.data.loader import Batch
 from shoal.metrics.meter import Phases
-from shoal.models.build import LanguageModel, initialize
+from shoal.models.build import initialize
+from shoal.models.family import LanguageModel
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.reduce import GradientReducer

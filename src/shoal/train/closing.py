@@ -9,7 +9,7 @@ from shoal.data.prepare import Prepared, held_out_text
 from shoal.infer.generate import generate
 from shoal.metrics.compression import bits_per_byte
 from shoal.metrics.console import Console
-from shoal.models.build import LanguageModel
+from shoal.models.family import LanguageModel
 from shoal.runs import RunFolder
 
 

@@ -9,7 +9,7 @@ import torch
 from shoal.config import Config
 from shoal.data.loader import Batch, evaluation_batches
 from shoal.data.prepare import Prepared
-from shoal.models.build import LanguageModel
+from shoal.models.family import LanguageModel
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.parallel.mesh import Mesh
 

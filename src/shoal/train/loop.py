@@ -41,8 +41,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 def train(config: Config) -> None:
     """Train, from the start or from the last checkpoint, as one of the processes of a run."""
-    if config.launch.threads:
-        torch.set_num_threads(config.launch.threads)
+    set_threads(config)
     stop = StopRequest()
     with open_mesh(config.train.device, config.launch.timeout_seconds) as mesh:
         run = Run.open(config, mesh, stop)
@@ -50,6 +49,12 @@ def train(config: Config) -> None:
             run.train()
         finally:
             run.close()
+
+
+def set_threads(config: Config) -> None:
+    """As many CPU threads as the launcher settled on."""
+    if config.launch.threads:
+        torch.set_num_threads(config.launch.threads)
 
 
 @dataclass
@@ -118,7 +123,12 @@ class Run:
         return run
 
     def train(self) -> None:
-        """The steps, and what is due between them."""
+        """The steps, then the end."""
+        stopped = self.take_steps()
+        self._end(stopped)
+
+    def take_steps(self) -> bool:
+        """The steps, and what is due between them; True where somebody asked to stop."""
         lines = JsonLines(self.folder.metrics_file) if self.mesh.is_first else None
         pending: Stats | None = None  # a step's numbers are read while the next one runs
         stopped = False
@@ -137,7 +147,7 @@ class Run:
                 self.meter.start()
         if pending is not None:
             stopped = self._record(pending, lines) or stopped
-        self._end(stopped)
+        return stopped
 
     def close(self) -> None:
         self.loader.close()

@@ -1,0 +1,1 @@
+"""Measuring: speed here and now, side by side with others."""

@@ -1,0 +1,69 @@
+"""What to paste into a bug report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import psutil
+import torch
+
+from shoal import __version__
+from shoal.metrics.meter import device_name
+from shoal.plan.hardware import peak_flops
+
+PACKAGES = ("torch", "numpy", "pydantic", "tokenizers", "safetensors", "transformers", "accelerate")
+VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "PYTORCH_ALLOC_CONF")
+
+
+def describe() -> str:
+    """Versions, devices, threads, memory and git, a line each. Nothing of it is secret: no paths, no other variables."""
+    lines = {"shoal": f"{__version__}{_git()}", "python": platform.python_version(), "system": platform.platform()}
+    for package in PACKAGES:
+        try:
+            lines[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            lines[package] = "not installed"
+    lines["cpu"] = f"{device_name(torch.device('cpu')).partition(' (')[0]}, {psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads"
+    lines["cpu features"] = _features()
+    lines["memory"] = f"{psutil.virtual_memory().total / 2**30:.1f} GiB, {psutil.virtual_memory().available / 2**30:.1f} GiB free"
+    lines["torch threads"] = f"{torch.get_num_threads()} within an operator, {torch.get_num_interop_threads()} between"
+    lines |= _cuda() if torch.cuda.is_available() else {"cuda": "no device"}
+    lines["backends"] = ", ".join(b for b in ("gloo", "nccl", "mpi") if torch.distributed.is_backend_available(b))
+    lines |= {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    width = max(map(len, lines))
+    return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
+
+
+def _cuda() -> dict[str, str]:
+    found = {"cuda": f"{torch.version.cuda}, cudnn {torch.backends.cudnn.version()}, nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"}  # type: ignore[no-untyped-call]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        peak = peak_flops(properties.name, "bfloat16")
+        known = f"{peak / 1e12:.0f} TFLOP/s bfloat16" if peak else "peak not in the table: set metrics.peak_tflops"
+        found[f"gpu {index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {known}"
+    return found
+
+
+def _features() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()  # type: ignore[no-untyped-call]
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.exists() else []
+    fast = [f for f in ("avx512_bf16", "amx_bf16", "avx_vnni") if f in flags]
+    return ", ".join([str(capability), *fast])
+
+
+def _git() -> str:
+    """The commit that an editable installation runs from."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return f" (commit {done.stdout.strip()})" if done.returncode == 0 else ""

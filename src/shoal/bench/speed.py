@@ -1,0 +1,133 @@
+"""`shoal bench speed`: the real training step, each run in processes of its own, contenders in turn.
+
+A figure is the median over the repeats of a run's median step; a ratio is the median of the ratios of
+neighbouring runs, so that a machine whose speed drifts does not decide it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.config import Config
+from shoal.errors import LaunchError, ShoalError
+from shoal.launch.torchrun import count_gpus, plan_processes
+from shoal.resolve import resolve, to_yaml
+
+DEFAULT = """
+model: {family: llama, dim: 384, num_layers: 6, num_heads: 6, max_seq_len: 256}
+data: {corpus: dummy, tokenizer: bytes, seq_len: 256}
+train: {steps: 12, global_batch: 12, micro_batch: 12}
+"""
+WARMUP_STEPS = 3
+
+
+def bench_speed(
+    recipe: Path | None, overrides: Sequence[tuple[str, str, str]], *, peers: bool, repeats: int, as_json: bool
+) -> None:
+    """Print tokens/s, MFU and the time split of `recipe`'s step (a 10M-parameter model where none is given)."""
+    if peers and not (importlib.util.find_spec("transformers") and importlib.util.find_spec("accelerate")):
+        raise ShoalError("--peers needs transformers and accelerate: pip install 'shoal[peers]'")
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
+        folder = Path(name)
+        config = _settle(recipe, overrides, folder)
+        contenders = ["shoal"] + (["transformers.Trainer"] if peers else [])
+        if peers and (config.launch.processes or 1) > 1:
+            raise ShoalError("--peers compares one process with one process; set launch.processes to 1")
+        results: dict[str, list[dict[str, Any]]] = {c: [] for c in contenders}
+        for repeat in range(repeats):
+            for contender in contenders:
+                if not as_json:
+                    print(f"run {repeat + 1} of {repeats}: {contender}", file=sys.stderr, flush=True)
+                results[contender].append(_run_once(contender, config, folder))
+    report = {c: _summary(runs) for c, runs in results.items()}
+    if peers:
+        pairs = zip(results["shoal"], results["transformers.Trainer"], strict=True)
+        report["shoal"]["times_trainer"] = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
+    print(json.dumps(report) if as_json else _table(config, report))
+
+
+def _settle(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], folder: Path) -> Config:
+    """The config to time: of its own run folder, without evaluation or checkpoints, with its data prepared."""
+    if recipe is None:
+        recipe = folder / "default.yaml"
+        recipe.write_text(DEFAULT, encoding="utf-8")
+        overrides = [("launch.processes", "1", "the default of a benchmark"), *overrides]
+    config = resolve(recipe, overrides).config
+    steps = max(config.train.steps or 12, WARMUP_STEPS + 3)
+    if steps > 40:
+        steps = 12  # a recipe's own length is for training, not for timing
+    config = config.replace("train", steps=steps, tokens=None, epochs=None, eval_every=0, sample_prompt="")
+    config = config.replace("optim", warmup_steps=0).replace("checkpoint", every=0).replace("metrics", every=1, split_every=1)
+    config = config.replace("launch", runs=str(folder / "runs"), name="bench")
+    if config.data.corpus == "dummy":
+        config = config.replace("data", folder=str(folder / "data"))
+    config = plan_processes(config, count_gpus())
+    from shoal.data.open import open_data
+    from shoal.metrics.console import Console
+
+    open_data(config.data, Console(speaks=False))
+    return config
+
+
+def _run_once(contender: str, config: Config, folder: Path) -> dict[str, Any]:
+    """One run in fresh processes; what it measured."""
+    recipe, answer = folder / "timed.yaml", folder / "answer.json"
+    recipe.write_text(to_yaml(config), encoding="utf-8")
+    answer.unlink(missing_ok=True)
+    module = "shoal.bench.step_worker" if contender == "shoal" else "shoal.bench.trainer_worker"
+    command = [sys.executable, "-m", module, str(recipe), str(answer)]
+    processes, threads = config.launch.processes or 1, config.launch.threads or 1
+    if processes > 1:
+        command[2:3] = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
+    waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if contender == "shoal" else {}  # what `shoal train` sets, and no more
+    environment = os.environ | waiting | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode or not answer.is_file():
+        raise LaunchError(f"{contender} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+    measured: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+    return measured
+
+
+def summarize_steps(seconds: Sequence[float], tokens_per_step: int) -> dict[str, float]:
+    """The median step after the warm-up, and the rate that follows."""
+    median = statistics.median(seconds[WARMUP_STEPS:])
+    return {"step_seconds": median, "tokens_per_second": tokens_per_step / median}
+
+
+def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    rates = [run["tokens_per_second"] for run in runs]
+    first = {k: v for k, v in runs[0].items() if k not in ("tokens_per_second", "step_seconds")}
+    return first | {
+        "tokens_per_second": statistics.median(rates),
+        "lowest": min(rates),
+        "highest": max(rates),
+        "step_seconds": statistics.median(run["step_seconds"] for run in runs),
+        **({"mfu": statistics.median(run["mfu"] for run in runs)} if runs[0].get("mfu") else {}),
+    }
+
+
+def _table(config: Config, report: dict[str, dict[str, Any]]) -> str:
+    ours = report["shoal"]
+    lines = [
+        f"{ours['model']}, {config.train.dtype}, {config.train.global_batch} x {config.data.seq_len} tokens a step, "
+        f"{config.launch.processes} process(es) of {config.launch.threads} thread(s), {ours['device']}",
+        ours["mfu_convention"],
+        f"{'':22}{'tokens/s':>12}{'lowest':>12}{'highest':>12}{'ms/step':>10}{'MFU':>8}",
+    ]
+    for name, r in report.items():
+        mfu = f"{100 * r['mfu']:.1f}%" if r.get("mfu") else ""
+        lines.append(f"{name:22}{r['tokens_per_second']:12,.0f}{r['lowest']:12,.0f}{r['highest']:12,.0f}{1000 * r['step_seconds']:10,.0f}{mfu:>8}")
+    split = "  ".join(f"{k} {100 * v:.1f}%" for k, v in ours["split"].items())
+    lines.append(f"{'of shoal`s step':22}{split}")
+    if "times_trainer" in ours:
+        lines.append(f"shoal is {ours['times_trainer']:.2f} x transformers.Trainer (median of neighbouring pairs)")
+    return "\n".join(lines)

@@ -1,0 +1,106 @@
+"""One timed run of transformers.Trainer: `python -m shoal.bench.trainer_worker CONFIG ANSWER`.
+
+The same architecture, batch, sequence, threads and dtype as shoal's; the rest as a person would write it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config, Trainer, TrainerCallback, TrainingArguments
+
+from shoal.bench.speed import summarize_steps
+from shoal.config import Config, Model
+from shoal.data.open import open_data
+from shoal.metrics.console import Console
+from shoal.resolve import read_back
+
+
+def main(recipe: Path, answer: Path) -> None:
+    """Train a model of `recipe`'s shape on random tokens; write what the steps took."""
+    config = read_back(recipe)
+    train, threads = config.train, config.launch.threads
+    if threads:
+        torch.set_num_threads(threads)
+    vocab = config.model.vocab_size or open_data(config.data, Console(speaks=False)).vocab_size
+    model = AutoModelForCausalLM.from_config(peer_config(config.model, vocab))
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=train.steps or 12,
+            per_device_train_batch_size=train.micro_batch,
+            gradient_accumulation_steps=train.global_batch // train.micro_batch,
+            bf16=train.dtype == "bfloat16",
+            use_cpu=train.device == "cpu" or not torch.cuda.is_available(),
+            torch_compile=train.compile,
+            gradient_checkpointing=train.activation_checkpointing == "full",
+            learning_rate=config.optim.lr,
+            weight_decay=config.optim.weight_decay,
+            max_grad_norm=config.optim.clip_norm,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        rows = _Rows(config, vocab)
+        Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[clock]).train()
+    result = summarize_steps(clock.seconds, train.global_batch * config.data.seq_len)
+    answer.write_text(json.dumps(result), encoding="utf-8")
+
+
+def peer_config(model: Model, vocab_size: int) -> PretrainedConfig:
+    """The same shape in transformers' terms."""
+    if model.family == "gpt2":
+        return GPT2Config(
+            vocab_size=vocab_size, n_embd=model.dim, n_layer=model.num_layers, n_head=model.num_heads, n_inner=model.ffn_dim,
+            n_positions=model.max_seq_len, resid_pdrop=model.dropout, embd_pdrop=model.dropout, attn_pdrop=model.dropout,
+        )  # fmt: skip
+    kind = Qwen3Config if model.qk_norm else LlamaConfig
+    return kind(
+        vocab_size=vocab_size, hidden_size=model.dim, num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_kv_heads, head_dim=model.head_dim, intermediate_size=model.ffn_dim,
+        max_position_embeddings=model.max_seq_len, tie_word_embeddings=model.tie_embeddings, attention_bias=model.qkv_bias,
+    )  # fmt: skip
+
+
+class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Random tokens: what they are costs nothing to look up and changes no speed."""
+
+    def __init__(self, config: Config, vocab_size: int) -> None:
+        rows = (config.train.steps or 12) * config.train.global_batch
+        self._tokens = torch.randint(vocab_size, (rows, config.data.seq_len), generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._tokens[index], "labels": self._tokens[index]}
+
+
+class _Clock(TrainerCallback):  # type: ignore[misc]
+    """Seconds from the end of a step to the end of the next."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._last = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self._last)
+        self._last = now
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,77 @@
+"""A jsonl file, plain or gzipped: a line is a document. Streamed, whatever its size. No torch."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from shoal.data.documents import Cursor, Document, Reader, Skipped
+
+MAX_LINE_BYTES = 1 << 26
+
+
+def jsonl_reader(text_key: str) -> Reader:
+    """Takes each line's `text_key`; a line that has none, or is no JSON, is skipped."""
+
+    def read(path: Path, name: str, start: Cursor) -> Iterator[Document | Skipped]:
+        with path.open("rb") as raw:
+            if path.name.endswith(".gz"):
+                yield from _read_gzip(raw, name, start, text_key)
+            else:
+                raw.seek(start.offset)
+                yield from _read_lines(raw, raw, name, start, text_key)
+
+    return read
+
+
+def _read_gzip(raw: IO[bytes], name: str, start: Cursor, text_key: str) -> Iterator[Document | Skipped]:
+    """gzip has no way to seek: the lines before `start` are read again and dropped."""
+    after = start
+    try:
+        with gzip.open(raw) as lines:
+            for item in _read_lines(lines, raw, name, Cursor(start.file), text_key):
+                after = item.after
+                if after.document > start.document:
+                    yield item
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        after = Cursor(after.file, after.document + 1, after.offset)
+        yield Skipped(f"{name}, from line {after.document}", f"damaged gzip ({error})", after)
+
+
+def _read_lines(
+    lines: IO[bytes] | gzip.GzipFile, raw: IO[bytes], name: str, start: Cursor, text_key: str
+) -> Iterator[Document | Skipped]:
+    """`raw` tells how far the file itself was read; blank lines are nothing, not even skipped."""
+    index = start.document
+    while line := lines.readline(MAX_LINE_BYTES):
+        too_long = len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")
+        while too_long and (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+            pass
+        index += 1
+        after = Cursor(start.file, index, raw.tell())
+        label = f"{name}:{index}"
+        if too_long:
+            yield Skipped(label, f"longer than {MAX_LINE_BYTES >> 20} MiB", after)
+        elif line.strip():
+            yield _parse_line(line, label, text_key, after)
+
+
+def _parse_line(line: bytes, label: str, text_key: str, after: Cursor) -> Document | Skipped:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return Skipped(label, "not JSON in UTF-8", after)
+    text = value.get(text_key) if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        return Skipped(label, f"no string under {text_key!r} (data.text_key)", after)
+    if not text:
+        return Skipped(label, "empty text", after)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        return Skipped(label, "half a surrogate pair, which is no character", after)
+    return Document(label, text, after)

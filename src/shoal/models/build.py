@@ -1,0 +1,98 @@
+"""A shape -> a model on the meta device, and its initial weights.
+
+**Initial weights do not depend on the layout.** Row r of a parameter is a function of (seed, the parameter's global
+name, r) and nothing else: its numbers come from a generator of its own. A rank draws the rows it holds; 1 process
+and 64 start from the same bits. It is always the CPU's generator that draws, whatever device the weights go to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from shoal.config import Model
+from shoal.models.family import Initial, LanguageModel
+from shoal.models.gpt2 import GPT2
+from shoal.models.llama import Llama
+from shoal.presets import resolve_shape
+
+MASK32 = (1 << 32) - 1
+# What wrappers put into a parameter's name: torch.compile, activation checkpointing, DDP.
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
+
+
+def build_model(model: Model, *, compute_dtype: torch.dtype) -> LanguageModel:
+    """The model on the meta device: shapes and names, no memory. `initialize` gives it weights.
+
+    Raises ValueError if `model.vocab_size` is still null.
+    """
+    shape = resolve_shape(model)
+    if shape.vocab_size is None:
+        raise ValueError("model.vocab_size is null: take it from the tokenizer before building")
+    with torch.device("meta"):
+        match shape.family:
+            case "llama":
+                return Llama(shape, compute_dtype)
+            case "gpt2":
+                return GPT2(shape, compute_dtype)
+
+
+def initialize(model: LanguageModel, seed: int, device: torch.device | str) -> None:
+    """Give a model on meta its memory on `device`, and its initial weights."""
+    model.to_empty(device=device)
+    for name, parameter in global_parameters(model):
+        rows = draw_rows(model.initial(name, model.shape), seed, name, parameter.shape, 0, len(parameter))
+        with torch.no_grad():
+            parameter.copy_(rows)
+
+
+def global_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Each parameter once, under the name it has whatever wraps the model."""
+    for name, parameter in module.named_parameters():
+        yield global_name(name), parameter
+
+
+def global_name(name: str) -> str:
+    """A parameter's name without what wrappers add to it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def draw_rows(
+    initial: Initial, seed: int, name: str, shape: torch.Size | tuple[int, ...], start: int, stop: int
+) -> Tensor:
+    """Rows [start, stop) along the first dim of a parameter of this whole shape; float32, on the CPU."""
+    rows = torch.empty((stop - start, *shape[1:]))
+    match initial.kind:
+        case "zeros":
+            return rows.zero_()
+        case "ones":
+            return rows.fill_(1.0)
+        case "normal":
+            generator, key = torch.Generator(), _key(seed, name)
+            for index, row in enumerate(rows.unbind(0), start):
+                generator.manual_seed(_row_seed(key, index))
+                row.normal_(0.0, initial.std, generator=generator)
+            return rows
+
+
+def _key(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=4).digest(), "little")
+
+
+def _row_seed(key: int, row: int) -> int:
+    """32 bits, all that the CPU's Mersenne Twister takes of a seed. Two rows of a parameter never share one."""
+    return _mix32(_mix32(row) ^ key)
+
+
+def _mix32(value: int) -> int:
+    """MurmurHash3's finalizer (fmix32): one-to-one on 32 bits, and neighbours end far apart."""
+    value ^= value >> 16
+    value = value * 0x85EBCA6B & MASK32
+    value ^= value >> 13
+    value = value * 0xC2B2AE35 & MASK32
+    return value ^ (value >> 16)

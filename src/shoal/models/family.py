@@ -1,0 +1,92 @@
+"""What a model family offers: one abstract model, and the tables that other rooms read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shoal.config import Model
+from shoal.models.attention import KVCache
+from shoal.models.layers import Embedding, Linear
+
+
+@dataclass(frozen=True)
+class Initial:
+    """How a parameter starts: drawn from N(0, std^2), or the same number everywhere."""
+
+    kind: Literal["normal", "zeros", "ones"]
+    std: float = 0.0
+
+
+# 'column' splits a weight's rows (its outputs), 'row' its columns (its inputs, so that outputs are summed),
+# 'vocab' the rows of an embedding or head, 'replicate' nothing.
+TensorParallelStyle = Literal["column", "row", "vocab", "replicate"]
+
+
+class LanguageModel(nn.Module, ABC):
+    """Tokens -> hidden states; decoder-only; single-device code.
+
+    Sharding, checkpointing and compilation are applied from outside, to `blocks`. `compute_dtype` is the dtype of the
+    residual stream and of every product (see `layers.py`); parameters stay float32.
+    """
+
+    TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]]  # pattern of a module's name -> how it is split
+    CUT_POINTS: ClassVar[tuple[str, ...]]  # a pipeline may be cut before each of these
+    BLOCK: ClassVar[type[nn.Module]]
+
+    shape: Model
+    compute_dtype: torch.dtype
+    embed: Embedding
+    blocks: nn.ModuleList
+    norm: nn.Module
+    head: Linear | None
+
+    @abstractmethod
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, D] after the last norm, in `compute_dtype`; `logits` or the loss take them on.
+
+        positions_BT: where each token stands in its document; None: 0, 1, 2, ... (from the cache's length on).
+        document_ids_BT: attention stays inside equal ids; None: a row is one document.
+        cache: keys and values of earlier tokens, which this call adds to.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def initial(name: str, shape: Model) -> Initial:
+        """How the parameter of this global name starts."""
+
+    def head_weight(self) -> Tensor:
+        """The output layer [V, D], float32: the embedding itself where they are tied."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V] in the dtype of `hidden`."""
+        return F.linear(hidden, self.head_weight().to(hidden.dtype))
+
+    def new_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `capacity` tokens, beside the model's weights."""
+        shape = self.shape
+        assert shape.num_kv_heads is not None and shape.head_dim is not None
+        return KVCache(
+            num_layers=shape.num_layers, batch=batch, capacity=capacity, num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim, dtype=self.compute_dtype, device=self.embed.weight.device,
+        )  # fmt: skip
+
+    def _positions(self, tokens_BT: Tensor, given: Tensor | None, cache: KVCache | None) -> Tensor:
+        """The positions as given, or [T] counted from the cache's length. Call before the cache is extended."""
+        if given is not None:
+            return given
+        start = cache.length if cache else 0
+        return torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)

@@ -1,0 +1,142 @@
+"""GPT-2 (Radford et al. 2019): LayerNorm before each half of a block, learned positions, GELU, biases everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shoal.config import Model
+from shoal.models.attention import KVCache, LayerCache, attend, document_mask
+from shoal.models.family import Initial, LanguageModel, TensorParallelStyle
+from shoal.models.layers import Embedding, LayerNorm, Linear
+
+
+class Attention(nn.Module):
+    """Causal self-attention with a key head for each query head; dropout on its weights."""
+
+    def __init__(self, shape: Model) -> None:
+        super().__init__()
+        self.head_dim = shape.dim // shape.num_heads
+        self.dropout = shape.dropout
+        self.q = Linear(shape.dim, shape.dim, bias=True)
+        self.k = Linear(shape.dim, shape.dim, bias=True)
+        self.v = Linear(shape.dim, shape.dim, bias=True)
+        self.o = Linear(shape.dim, shape.dim, bias=True)
+
+    def forward(self, x_BTD: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        # Heads are counted by what there is (-1), so that a tensor-parallel rank can hold some of them.
+        q_BTHd = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
+        k_BTHd = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v_BTHd = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
+        if cache is not None:
+            k_BTHd, v_BTHd = cache.append(k_BTHd, v_BTHd)
+        dropout = self.dropout if self.training else 0.0
+        out: Tensor = self.o(attend(q_BTHd, k_BTHd, v_BTHd, mask, dropout=dropout))
+        return out
+
+
+class FeedForward(nn.Module):
+    """down(gelu(up x)), with GELU's tanh approximation, as GPT-2 was trained."""
+
+    def __init__(self, shape: Model) -> None:
+        super().__init__()
+        assert shape.ffn_dim is not None
+        self.up = Linear(shape.dim, shape.ffn_dim, bias=True)
+        self.down = Linear(shape.ffn_dim, shape.dim, bias=True)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out: Tensor = self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
+        return out
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + ffn(norm x), with dropout on what is added."""
+
+    def __init__(self, shape: Model) -> None:
+        super().__init__()
+        self.dropout = shape.dropout
+        self.attention_norm = LayerNorm(shape.dim, shape.norm_eps)
+        self.attention = Attention(shape)
+        self.ffn_norm = LayerNorm(shape.dim, shape.norm_eps)
+        self.ffn = FeedForward(shape)
+
+    def forward(self, x_BTD: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+        x_BTD = x_BTD + self._drop(self.attention(self.attention_norm(x_BTD), mask, cache))
+        return x_BTD + self._drop(self.ffn(self.ffn_norm(x_BTD)))
+
+    def _drop(self, x_BTD: Tensor) -> Tensor:
+        return F.dropout(x_BTD, self.dropout, self.training) if self.dropout else x_BTD
+
+
+class GPT2(LanguageModel):
+    """embed + position -> blocks -> norm (-> the embedding again, or a head)."""
+
+    TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]] = {
+        "embed": "vocab",
+        "position": "replicate",
+        "blocks.*.attention.q": "column",
+        "blocks.*.attention.k": "column",
+        "blocks.*.attention.v": "column",
+        "blocks.*.attention.o": "row",
+        "blocks.*.*_norm": "replicate",
+        "blocks.*.ffn.up": "column",
+        "blocks.*.ffn.down": "row",
+        "norm": "replicate",
+        "head": "vocab",
+    }
+    CUT_POINTS: ClassVar[tuple[str, ...]] = ("blocks.*",)
+    BLOCK: ClassVar[type[nn.Module]] = Block
+
+    def __init__(self, shape: Model, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        assert shape.vocab_size is not None
+        self.shape = shape
+        self.compute_dtype = compute_dtype
+        self.embed = Embedding(shape.vocab_size, shape.dim)
+        self.position = Embedding(shape.max_seq_len, shape.dim)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
+        self.norm = LayerNorm(shape.dim, shape.norm_eps)
+        self.head = None if shape.tie_embeddings else Linear(shape.dim, shape.vocab_size)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        positions = self._positions(tokens_BT, positions_BT, cache)
+        if cache is not None:
+            mask = cache.extend(tokens_BT.shape[1], document_ids_BT)
+        else:
+            mask = None if document_ids_BT is None else document_mask(document_ids_BT)
+        x_BTD = (self.embed(tokens_BT) + self.position(positions)).to(self.compute_dtype)
+        if self.shape.dropout:
+            x_BTD = F.dropout(x_BTD, self.shape.dropout, self.training)
+        for index, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, mask, cache.layers[index] if cache else None)
+        hidden_BTD: Tensor = self.norm(x_BTD)
+        return hidden_BTD
+
+    @staticmethod
+    def initial(name: str, shape: Model) -> Initial:
+        """
+        | parameter | starts |
+        | --- | --- |
+        | norms' weights | ones |
+        | biases | zeros |
+        | attention.o, ffn.down (they write to the residual stream) | normal, init_std / sqrt(2 num_layers) |
+        | every other matrix, positions too | normal, init_std |
+        """
+        if name.endswith("norm.weight"):
+            return Initial("ones")
+        if name.endswith(".bias"):
+            return Initial("zeros")
+        if name.endswith(("attention.o.weight", "ffn.down.weight")):
+            # The sum of 2 num_layers such outputs then grows no wider than one (Radford et al. 2019, section 2.3).
+            return Initial("normal", shape.init_std / (2 * shape.num_layers) ** 0.5)
+        return Initial("normal", shape.init_std)

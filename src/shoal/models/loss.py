@@ -1,0 +1,101 @@
+"""Cross-entropy of a linear layer, without ever holding its logits in float32.
+
+The vocabulary is where a small model spends its memory and much of its time. Logits are made a chunk of tokens at a
+time in the compute dtype, and each chunk's gradients at once, as in Liger Kernel (Hsu et al. 2024,
+arXiv:2410.10989, section 3.2): backward has nothing left to do but to multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # a label that counts for nothing
+
+# Each chunk of tokens costs a pass over the weight's gradient, so that chunks are large (GPT-2's head with 1,024
+# tokens on a CPU: 902 ms in one chunk, 1,115 ms in three, 1,871 ms in twelve).
+CHUNK_BYTES = 256 * 2**20
+# The softmax walks over a chunk in slices. On a CPU they are made to stay in its cache: 5% of the whole.
+SLICE_BYTES_CPU = 2 * 2**20
+
+
+def linear_cross_entropy_sum(
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    scale: Tensor | float = 1.0,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Tensor:
+    """scale * sum over labels that are not -100 of -log softmax(weight hidden)[label]; a float32 scalar.
+
+    `scale` is usually one over the global number of valid tokens, so that the results of all micro-batches and ranks
+    add up to the mean loss, and their gradients to its gradient. It may be a tensor, and is not read on the host.
+
+    Products are in the dtype of `hidden_BTD`, to which the weight is cast; softmax, sum and the weight's gradient
+    over chunks are float32. `chunk_bytes` bounds the logits that exist at one time. Deterministic for given shapes.
+    """
+    hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
+    if torch.is_grad_enabled() and (hidden_BTD.requires_grad or weight_VD.requires_grad):
+        loss: Tensor = _LinearCrossEntropySum.apply(hidden_ND, weight_VD, labels_N, scale, chunk_bytes)
+        return loss
+    weight = weight_VD.to(hidden_ND.dtype)
+    loss = torch.zeros((), device=hidden_ND.device)
+    for tokens in _slices(len(hidden_ND), weight.shape[0] * weight.element_size(), chunk_bytes):
+        logits_CV = hidden_ND[tokens] @ weight.t()
+        loss += _softmax_loss(logits_CV, labels_N[tokens], scale, to_gradient=False)
+    return loss
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, scale: Tensor | float, chunk_bytes: int
+    ) -> Tensor:
+        weight = weight_VD.to(hidden_ND.dtype)
+        loss = torch.zeros((), device=hidden_ND.device)
+        d_hidden = torch.empty_like(hidden_ND)
+        d_weight: Tensor | None = None
+        for tokens in _slices(len(hidden_ND), weight.shape[0] * weight.element_size(), chunk_bytes):
+            logits_CV = hidden_ND[tokens] @ weight.t()
+            loss += _softmax_loss(logits_CV, labels_N[tokens], scale, to_gradient=True)
+            torch.mm(logits_CV, weight, out=d_hidden[tokens])
+            product = logits_CV.t() @ hidden_ND[tokens]
+            d_weight = product.to(weight_VD.dtype) if d_weight is None else d_weight.add_(product)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        grad = grad_outputs[0]
+        hidden = d_hidden * grad.to(d_hidden.dtype) if ctx.needs_input_grad[0] else None
+        weight = d_weight * grad if ctx.needs_input_grad[1] and d_weight is not None else None
+        return hidden, weight, None, None, None
+
+
+def _slices(length: int, row_bytes: int, limit_bytes: int) -> Iterator[slice]:
+    """Equal runs of rows, each within the limit; at least one row each."""
+    rows = max(1, limit_bytes // row_bytes)
+    for start in range(0, length, rows):
+        yield slice(start, min(start + rows, length))
+
+
+def _softmax_loss(logits_CV: Tensor, labels_C: Tensor, scale: Tensor | float, *, to_gradient: bool) -> Tensor:
+    """The loss of these tokens; with `to_gradient`, the logits are overwritten by its gradient for them."""
+    loss = torch.zeros((), device=logits_CV.device)
+    limit = SLICE_BYTES_CPU if logits_CV.device.type == "cpu" else CHUNK_BYTES
+    for rows in _slices(len(logits_CV), 4 * logits_CV.shape[1], limit):
+        labels = labels_C[rows].unsqueeze(1)
+        weight = ((labels != IGNORED) * scale).float()  # 0 where ignored: no branch, no count on the host
+        labels = labels.clamp(min=0)
+        log_p = torch.log_softmax(logits_CV[rows], dim=-1, dtype=torch.float32)
+        loss -= (log_p.gather(1, labels) * weight).sum()
+        if to_gradient:
+            d_logits = log_p.exp_().mul_(weight)
+            d_logits.scatter_add_(1, labels, -weight)
+            logits_CV[rows] = d_logits
+    return loss

@@ -1,0 +1,24 @@
+"""Worlds of 2, 3 and 4 processes, each started once, when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.world import World
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Callable[[int], World]]:
+    """`world(n)`: the n processes of this session."""
+    worlds: dict[int, World] = {}
+
+    def of(size: int) -> World:
+        if size not in worlds:
+            worlds[size] = World(size)
+        return worlds[size]
+
+    yield of
+    for each in worlds.values():
+        each.close()

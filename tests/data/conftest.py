@@ -1,0 +1,43 @@
+"""A small corpus of text files, and the section that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.config import Data
+
+MakeData = Callable[..., Data]
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """40 files of different lengths, words and scripts."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for number in range(40):
+        lines = [f"def line_{number}_{k}(x):\n    return x + {number * k}  # più, 漢字, 🐟\n" for k in range(number % 7 + 1)]
+        (folder / f"file{number:02d}.py").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def make_data(corpus: Path, tmp_path: Path) -> MakeData:
+    """`Data` over the small corpus, with changes."""
+
+    def make(**changes: Any) -> Data:
+        options: dict[str, Any] = {
+            "corpus": "text",
+            "paths": (str(corpus),),
+            "tokenizer": "bytes",
+            "val_fraction": 0.2,
+            "folder": str(tmp_path / "prepared"),
+            "shard_tokens": 1024,
+            "seq_len": 32,
+        }
+        return Data(**{**options, **changes})
+
+    return make

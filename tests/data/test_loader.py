@@ -1,0 +1,135 @@
+"""The loader against rows looked up directly, at changing numbers of processes."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shoal.data.loader import Batch, Loader, evaluation_batches, evaluation_rows
+from shoal.data.order import sample_at
+from shoal.data.pack import Rows
+from shoal.data.shards import Shard, TokenStream, write_shard
+from shoal.errors import DataError
+
+NUM_ROWS, SEQ_LEN = 50, 8
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "train-00000.safetensors"
+
+
+@pytest.fixture
+def rows(path: Path) -> Rows:
+    return make_rows(path, document_mask=True)
+
+
+def make_rows(path: Path, document_mask: bool, alter: bool = False) -> Rows:
+    tokens = np.arange(NUM_ROWS * SEQ_LEN + 3, dtype=np.uint16)
+    record = write_shard(path, tokens, np.arange(0, len(tokens), 5), 0)
+    if alter:
+        raw = bytearray(path.read_bytes())
+        raw[-1] ^= 1
+        path.write_bytes(raw)
+    return Rows(TokenStream([Shard(path, record, tokens.dtype)]), SEQ_LEN, document_mask, np.ones(1))
+
+
+def steps(
+    rows: Rows, dp_size: int, position: int, count: int, micro_batch: int = 2, global_batch: int = 12
+) -> list[list[Batch]]:
+    """[step][slot], the slots of all ranks in order."""
+    ranks = []
+    for rank in range(dp_size):
+        loader = Loader(
+            rows, seed=7, global_batch=global_batch, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size, position=position
+        )
+        ranks.append([loader.next_step() for _ in range(count)])
+        assert loader.position == position + count * global_batch
+        loader.close()
+    return [[batch for rank in ranks for batch in rank[step]] for step in range(count)]
+
+
+def test_each_sample_once_an_epoch_though_the_number_of_processes_changes(rows: Rows) -> None:
+    seen: list[int] = []
+    for dp_size in (1, 2, 3, 6, 2):
+        for step in steps(rows, dp_size, len(seen), 5):
+            seen += [sample for batch in step for sample in batch.sample_ids]
+    assert len(seen) == 300
+    for epoch in range(6):
+        assert sorted(seen[epoch * NUM_ROWS : (epoch + 1) * NUM_ROWS]) == list(range(NUM_ROWS))
+    assert seen == sample_at(7, np.arange(300), NUM_ROWS).tolist()
+
+
+def test_slots_are_the_same_batches_whoever_owns_them(rows: Rows) -> None:
+    alone = steps(rows, 1, 24, 3)
+    for dp_size in (2, 3, 6):
+        for ours, theirs in zip(alone, steps(rows, dp_size, 24, 3), strict=True):
+            assert [b.sample_ids for b in ours] == [b.sample_ids for b in theirs]
+            assert all(torch.equal(a.labels, b.labels) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_batch_holds_its_rows(rows: Rows) -> None:
+    for batch in steps(rows, 1, 0, 1)[0]:
+        packed = rows.pack(batch.sample_ids)
+        assert batch.document_ids is not None
+        for tensor, array in [
+            (batch.tokens, packed.tokens),
+            (batch.labels, packed.labels),
+            (batch.positions, packed.positions),
+            (batch.document_ids, packed.document_ids),
+        ]:
+            assert tensor.dtype == torch.int64
+            np.testing.assert_array_equal(tensor.numpy(), array)
+        assert batch.valid_tokens == (packed.labels != -100).sum() < 2 * SEQ_LEN
+        moved = batch.to("meta")
+        assert moved.tokens.is_meta
+        assert moved.sample_ids == batch.sample_ids
+
+
+def test_without_a_mask_there_are_no_document_ids(path: Path) -> None:
+    batch = steps(make_rows(path, document_mask=False), 1, 0, 1)[0][0]
+    assert batch.document_ids is None
+    assert batch.valid_tokens == 2 * SEQ_LEN
+    assert batch.to("cpu").document_ids is None
+
+
+def test_damage_found_by_the_thread_reaches_whoever_asks(path: Path) -> None:
+    loader = Loader(make_rows(path, True, alter=True), seed=0, global_batch=4, micro_batch=4, dp_rank=0, dp_size=1)
+    for _ in range(2):  # asked again, it says the same and does not wait for ever
+        with pytest.raises(DataError, match="train-00000.safetensors was altered"):
+            loader.next_step()
+    assert loader.position == 0
+    loader.close()
+
+
+def test_closing_ends_the_thread_at_once(rows: Rows) -> None:
+    before = threading.active_count()
+    loader = Loader(rows, seed=0, global_batch=4, micro_batch=4, dp_rank=0, dp_size=1, prefetch=1)
+    assert threading.active_count() == before + 1
+    loader.close()
+    loader.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        loader.next_step()
+
+
+@pytest.mark.parametrize(("global_batch", "micro_batch", "dp_size"), [(10, 4, 1), (8, 4, 3), (4, 8, 1)])
+def test_batches_that_do_not_divide_are_refused(rows: Rows, global_batch: int, micro_batch: int, dp_size: int) -> None:
+    with pytest.raises(ValueError, match="no multiple"):
+        Loader(rows, seed=0, global_batch=global_batch, micro_batch=micro_batch, dp_rank=0, dp_size=dp_size)
+
+
+@pytest.mark.parametrize("dp_size", [1, 2, 3, 20])
+@pytest.mark.parametrize(("max_tokens", "count"), [(None, NUM_ROWS), (100, 12), (1, 1), (10**9, NUM_ROWS)])
+def test_evaluation_reads_the_same_rows_whatever_the_layout(
+    rows: Rows, dp_size: int, max_tokens: int | None, count: int
+) -> None:
+    ranks = [list(evaluation_batches(rows, 4, rank, dp_size, max_tokens)) for rank in range(dp_size)]
+    seen = [sample for batches in ranks for batch in batches for sample in batch.sample_ids]
+    assert sorted(seen) == list(range(count))
+    assert evaluation_rows(rows, max_tokens) == count
+    assert sum(batch.tokens.shape[0] for batches in ranks for batch in batches) == count

@@ -1,0 +1,107 @@
+"""Killed processes, and several at once, on a folder of prepared tokens."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from shoal.config import Data
+from shoal.data.files import exclusive_lock
+from shoal.data.manifest import JOURNAL
+from shoal.data.prepare import Prepared, folder_name, prepare, token_options
+from tests.data.conftest import MakeData
+
+# Prepares, and dies by SIGKILL at its n-th flush of a file (half of it written) or of its folder.
+PREPARE = """
+import json, os, signal, stat, sys
+from shoal.config import Data
+from shoal.data import files
+from shoal.data.prepare import prepare
+
+options, die_at = json.loads(sys.argv[1]), int(sys.argv[2])
+options["paths"] = tuple(options["paths"])
+writes = 0
+real_sync = os.fsync
+
+def sync(descriptor):
+    global writes
+    writes += 1
+    if writes == die_at:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    real_sync(descriptor)
+
+files.os.fsync = sync
+prepared = prepare(Data(**options), lambda phase, done, total: print(phase, flush=True))
+print("data_id", prepared.data_id)
+"""
+
+
+def start(data: Data, die_at: int = 0) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", PREPARE, json.dumps(asdict(data)), str(die_at)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+
+
+def files_of(prepared: Prepared) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(prepared.folder.iterdir()) if p.name != ".lock"}
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_killed_again_and_again_it_ends_with_the_same_bytes(make_data: MakeData, corpus: Path, tokenizer: str) -> None:
+    (corpus / "bad.txt").write_bytes(b"\xff")
+    data = make_data(tokenizer=tokenizer, tokenizer_vocab_size=300)
+    whole = prepare(make_data(tokenizer=tokenizer, tokenizer_vocab_size=300, folder=data.folder + "-whole"))
+    assert len(whole.counts["train"].shards) > 2
+    assert len(whole.counts["val"].shards) > 0
+    folder = Path(data.folder) / folder_name(data, token_options(data))
+    finished: dict[str, int] = {}
+    for die_at in (5, 6, 7, 3):  # each write flushes the file, then its folder
+        process = start(data, die_at)
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        assert not (folder / "manifest.json").exists()
+        journal = json.loads((folder / JOURNAL).read_text())
+        listed = [s["name"] for split in journal["splits"].values() for s in split["shards"]]
+        assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished, "written once only"
+        finished = {name: (folder / name).stat().st_mtime_ns for name in listed}
+    assert finished
+    ended = prepare(data)
+    assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished
+    assert files_of(ended) == files_of(whole)
+    assert ended.notes == whole.notes
+
+
+def test_a_corpus_that_changed_since_the_kill_starts_anew(make_data: MakeData, corpus: Path) -> None:
+    data = make_data()
+    start(data, 9).communicate(timeout=60)
+    (corpus / "file00.py").write_text("something else altogether")
+    whole = prepare(make_data(folder=data.folder + "-whole"))
+    assert files_of(prepare(data)) == files_of(whole)
+
+
+def test_of_two_processes_one_works(make_data: MakeData) -> None:
+    processes = [start(make_data()) for _ in range(2)]
+    outputs = [process.communicate(timeout=60)[0].split("\n") for process in processes]
+    assert sum("tokens" in lines for lines in outputs) == 1
+    assert len({lines[-2] for lines in outputs}) == 1
+    assert outputs[0][-2].startswith("data_id ")
+
+
+def test_who_waits_says_so_and_goes_on(make_data: MakeData) -> None:
+    data = make_data()
+    folder = Path(data.folder) / folder_name(data, token_options(data))
+    folder.mkdir(parents=True)
+    with exclusive_lock(folder / ".lock", lambda: None):
+        process = start(data)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waiting for another process\n"
+    output, _ = process.communicate(timeout=60)
+    assert "data_id" in output
+    assert process.returncode == 0

@@ -1,0 +1,76 @@
+"""Data parallel: gradients of N processes against one process that sees the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from shoal.launch.place import Place
+from shoal.parallel.mesh import Mesh
+from shoal.parallel.reduce import GradientReducer
+from tests.world import World
+
+ALONE = Mesh(Place(), torch.device("cpu"))
+
+
+def make_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(37, 101), nn.GELU(), nn.Linear(101, 53), nn.GELU(), nn.Linear(53, 7))
+
+
+def gradients(mesh: Mesh, micro_batches: int, bucket_bytes: int) -> list[torch.Tensor]:
+    """The summed gradients of this rank's share of `micro_batches`, after two steps' worth of buckets."""
+    model = make_model()
+    reducer = GradientReducer(model.parameters(), mesh, bucket_bytes)
+    share = micro_batches // mesh.dp_size
+    for step in range(2):
+        reducer.zero()
+        for slot in range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share):
+            if slot == (mesh.dp_rank + 1) * share - 1:
+                reducer.arm()
+            inputs = torch.randn(5, 37, generator=torch.Generator().manual_seed(100 * step + slot))
+            model(inputs).square().sum().backward()
+        reducer.finish()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("bucket_bytes", [1, 20_000, 2**20])
+def test_n_processes_sum_what_one_process_sums(world: Callable[[int], World], size: int, bucket_bytes: int) -> None:
+    alone = gradients(ALONE, 12, bucket_bytes)
+    shares = world(size).run(gradients, 12, bucket_bytes)
+    for theirs in shares:
+        for mine, other, first in zip(alone, theirs, shares[0], strict=True):
+            assert (mine - other).norm() <= 1e-6 * mine.norm()
+            assert torch.equal(other, first)  # every rank holds the same bits
+
+
+def test_gradients_are_views_of_the_buckets_and_each_is_there_once() -> None:
+    model = make_model()
+    reducer = GradientReducer(model.parameters(), ALONE, 20_000)
+    for number, p in enumerate(model.parameters()):
+        assert p.grad is not None
+        p.grad.fill_(number)
+    total = sum(float(flat.sum()) for flat in reducer.flat_gradients())
+    assert total == sum(number * p.numel() for number, p in enumerate(model.parameters()))
+    assert sum(f.numel() for f in reducer.flat_gradients()) == sum(p.numel() for p in model.parameters())
+
+
+def forget_one(mesh: Mesh) -> str:
+    model = make_model()
+    reducer = GradientReducer(model.parameters(), mesh)
+    reducer.zero()
+    reducer.arm()
+    model[0](torch.ones(1, 37)).sum().backward()
+    try:
+        reducer.finish()
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was said"
+
+
+def test_a_parameter_without_a_gradient_is_not_passed_over(world: Callable[[int], World]) -> None:
+    assert all("got no gradient" in answer for answer in world(2).run(forget_one))
