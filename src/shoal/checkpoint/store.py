@@ -88,7 +88,7 @@ class CheckpointStore:
     def _write(self, aside: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         if self._mesh.is_first:
             aside.mkdir(parents=True, exist_ok=True)
-        with _quiet():
+        with _plainly():
             writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
             dcp.save(dict(tensors), storage_writer=writer, no_dist=self._mesh.world_size == 1)
 
@@ -132,7 +132,7 @@ def load(saved: Saved, tensors: Mapping[str, torch.Tensor], *, alone: bool = Tru
     state = read_state(saved.folder)
     _check_shapes(saved.folder, state["tensors"], tensors)
     try:
-        with _quiet():
+        with _plainly():
             dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(saved.folder)), no_dist=alone)
     except Exception as error:
         raise CheckpointError(f"{saved.folder} could not be loaded: {error}") from error
@@ -201,18 +201,23 @@ def _agreeing(mesh: Mesh, aside: Path) -> Iterator[None]:
 
 def _why_not_saved(folder: Path, error: Exception) -> str:
     text = str(error)
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or os.strerror(errno.ENOSPC) in text:
+    if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in text:
         return f"{folder}: the disk is full, so this checkpoint was not written; those before it stand. Free space, and start again with the same command"
     return f"{folder}: this checkpoint could not be written, those before it stand: {text.strip() or type(error).__name__}"
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings that torch.distributed.checkpoint gives about its own internals."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint.*")
-        warnings.filterwarnings("ignore", message=r".*torch\.distributed is disabled, unavailable or uninitialized.*")
-        yield
+def _plainly() -> Iterator[None]:
+    """Run a part of torch.distributed.checkpoint without the warnings about its own internals, and let what
+    went wrong on a rank come out as what it is (its own exception is no `Exception`)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint.*")
+            warnings.filterwarnings("ignore", message=r".*torch\.distributed is disabled, unavailable or uninitialized.*")
+            yield
+    except dcp.CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        raise OSError(getattr(cause, "errno", None) or errno.EIO, f"rank {rank}: {cause}") from error
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

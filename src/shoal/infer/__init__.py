@@ -1,1 +1,1 @@
-"""Text from a trained model."""
+"""What a trained model is for: loss on a text, and text."""

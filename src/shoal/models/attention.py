@@ -77,7 +77,7 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
         self._documents_BS = torch.zeros((batch, capacity), dtype=torch.long, device=device)
-        self._masked = False
+        self.masked = False  # several documents are in it, so every call must say which
 
     def extend(self, num_tokens: int, documents_BT: Tensor | None) -> Tensor | None:
         """Make room for `num_tokens` more places, and give the mask [B, 1, T, S] of what they may see.
@@ -88,7 +88,7 @@ class KVCache:
         start, end = self.length, self.length + num_tokens
         if end > self.capacity:
             raise ValueError(f"{end} places do not fit a cache of {self.capacity}")
-        if documents_BT is None and self._masked:
+        if documents_BT is None and self.masked:
             raise ValueError("this cache holds several documents: say which one the new places are in")
         for layer in self.layers:
             layer.start = start
@@ -96,6 +96,6 @@ class KVCache:
         if documents_BT is None and (start == 0 or num_tokens == 1):
             return None
         if documents_BT is not None:
-            self._masked = True
+            self.masked = True
             self._documents_BS[:, start:end] = documents_BT
         return document_mask(self._documents_BS[:, start:end], self._documents_BS[:, :end], start)

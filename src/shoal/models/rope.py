@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shoal.config import Model
 
-Rope = tuple[Tensor, Tensor]  # cosines and sines, each [B or 1, T, 1, head_dim]
+Rope = tuple[Tensor, Tensor]  # cosines [B or 1, T, 1, head_dim], sines [B or 1, T, 1, head_dim / 2]
 
 
 def inverse_frequencies(model: Model, device: torch.device) -> Tensor:
@@ -39,10 +39,9 @@ def _scale_llama3(turns: Tensor, model: Model, factor: float) -> Tensor:
 def rope_tables(model: Model, positions: Tensor, dtype: torch.dtype) -> Rope:
     """Tables for positions [T] or [B, T]: angles in float32, then rounded once to `dtype`."""
     angles = positions.float().unsqueeze(-1) * inverse_frequencies(model, positions.device)
-    angles = torch.cat((angles, angles), dim=-1).unsqueeze(-2)
-    if positions.ndim == 1:
-        angles = angles.unsqueeze(0)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    angles = angles.unsqueeze(-2) if positions.ndim == 2 else angles[None, :, None]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), sin
 
 
 def rotate(x_BTHd: Tensor, rope: Rope) -> Tensor:
@@ -67,7 +66,7 @@ class _Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     half = x.shape[-1] // 2
-    first, second, sin = x[..., :half], x[..., half:], sin[..., :half]
+    first, second = x[..., :half], x[..., half:]
     out = x * cos
     out[..., :half].addcmul_(second, sin, value=-sign)
     out[..., half:].addcmul_(first, sin, value=sign)

@@ -27,7 +27,7 @@ def evaluate(
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     model.eval()
     for batch in evaluation_batches(rows, config.train.micro_batch, mesh.dp_rank, mesh.dp_size, max_tokens):
-        totals[0] += loss_sum(model, batch.to(mesh.device))
+        totals[0] += batch_loss(model, batch.to(mesh.device))
         totals[1] += batch.valid_tokens
     model.train()
     loss_sum, tokens = mesh.sum(totals).tolist()
@@ -36,7 +36,7 @@ def evaluate(
     return {"val_loss": loss, "val_bits_per_byte": loss * counts.tokens / counts.text_bytes / math.log(2)}
 
 
-def loss_sum(model: LanguageModel, batch: Batch) -> torch.Tensor:
+def batch_loss(model: LanguageModel, batch: Batch) -> torch.Tensor:
     """The loss of one batch, summed over its valid tokens; 0-d on the device."""
     hidden = model(batch.tokens, batch.positions, batch.document_ids)
     one = torch.ones((), device=hidden.device)

@@ -130,16 +130,17 @@ class Run:
     def take_steps(self) -> bool:
         """The steps, and what is due between them; True where somebody asked to stop."""
         lines = JsonLines(self.folder.metrics_file) if self.mesh.is_first else None
-        pending: Stats | None = None  # a step's numbers are read while the next one runs
+        pending: Stats | None = None
         stopped = False
         self.meter.start()
         while self.state.step < self.total_steps and not stopped:
-            stats = self._step()
-            if pending is not None:
-                stopped = self._record(pending, lines)
-            pending = stats
+            stats: Stats | None = self._step()
+            # On a GPU a step's numbers are read while the next one runs; a CPU has taken the step by now.
+            pending, stats = (stats, pending) if self.mesh.device.type == "cuda" else (None, stats)
+            if stats is not None:
+                stopped = self._record(stats, lines)
             if self._due(self.config.train.eval_every) or self._due(self.config.checkpoint.every):
-                stopped = self._record(pending, lines) or stopped
+                stopped = (pending is not None and self._record(pending, lines)) or stopped
                 pending = None
                 self._evaluate_if_due()
                 if self._due(self.config.checkpoint.every):

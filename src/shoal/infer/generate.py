@@ -1,0 +1,171 @@
+"""Tokens from a model, a batch of prompts at a time.
+
+Prompts of different lengths are **padded on the left**, so that all rows end, and grow, together. Padding is a
+document of its own: no token of a prompt sees it, and positions count from a prompt's first token.
+
+**Sampling noise is a function** of (seed, the prompt's place in the list, the token's index): it depends neither on
+the cache, nor on the device, nor on how long the other rows go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.errors import GenerateError
+from shoal.models.attention import KVCache
+from shoal.models.family import LanguageModel
+
+PADDING, TEXT = 0, 1  # documents
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; temperature 0 takes the likeliest."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eot_id: int | None = None,
+    use_cache: bool = True,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, in order; without the prompt, and without the `eot_id` that ends it.
+
+    temperature: 0: greedy; top_k, top_p: sample among the likeliest k, and among the fewest that have this much
+    probability together; both after the temperature. on_token(prompt's place, token) is called for each as it comes.
+    The model should be in eval mode, or its dropout is on.
+
+    Raises `GenerateError` for an empty or too long prompt, a token the model does not have, or an option out of range.
+    """
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    _check(model, prompts, max_new_tokens, sampling)
+    if not prompts or not max_new_tokens:
+        return [[] for _ in prompts]
+    rows = _Rows(model, prompts, max_new_tokens, use_cache)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    for index in range(max_new_tokens):
+        tokens_B = choose(rows.next_logits(), sampling, index)
+        rows.append(tokens_B)
+        for row, token in enumerate(tokens_B.tolist()):  # the one wait for the device a step
+            if token == eot_id:
+                open_rows.discard(row)
+            if row in open_rows:
+                outputs[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+        if not open_rows:
+            break
+    return outputs
+
+
+class _Rows:
+    """The tokens so far [B, T], padded on the left, with or without a cache of what the model made of them."""
+
+    def __init__(
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, use_cache: bool
+    ) -> None:
+        device = model.embed.weight.device
+        longest = max(map(len, prompts))
+        self.model = model
+        self.tokens_BT = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        self.padding_B1 = torch.tensor([[longest - len(p)] for p in prompts], device=device)
+        self.padded = any(len(p) < longest for p in prompts)
+        # The last token is chosen, and never read.
+        capacity = longest + max_new_tokens - 1
+        self.cache: KVCache | None = model.new_cache(len(prompts), capacity) if use_cache else None
+
+    def next_logits(self) -> Tensor:
+        """Logits [B, V] of the token that comes next, float32."""
+        seen = self.cache.length if self.cache else 0
+        places_T = torch.arange(seen, self.tokens_BT.shape[1], device=self.tokens_BT.device)
+        positions_BT = (places_T - self.padding_B1).clamp(min=0)
+        documents_BT = torch.where(places_T < self.padding_B1, PADDING, TEXT) if self.padded else None
+        hidden_BTD = self.model(self.tokens_BT[:, seen:], positions_BT, documents_BT, self.cache)
+        return self.model.logits(hidden_BTD[:, -1]).float()
+
+    def append(self, tokens_B: Tensor) -> None:
+        self.tokens_BT = torch.cat((self.tokens_BT, tokens_B.unsqueeze(1)), dim=1)
+
+
+def choose(logits_BV: Tensor, sampling: Sampling, index: int) -> Tensor:
+    """One token for each row [B]: the likeliest, or by the inverse of the cumulative distribution."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    # float64: a sum over 150,000 tokens must not depend on the order it is taken in
+    probabilities_BV = torch.softmax(logits_BV.double() / sampling.temperature, -1)
+    probabilities_BV = _keep_likeliest(probabilities_BV, sampling.top_k, sampling.top_p)
+    cumulative_BV = probabilities_BV.cumsum(-1)
+    uniform = [_uniform(sampling.seed, row, index) for row in range(len(logits_BV))]
+    noise_B1 = torch.tensor(uniform, dtype=torch.float64, device=logits_BV.device).unsqueeze(1)
+    return torch.searchsorted(cumulative_BV, noise_B1 * cumulative_BV[:, -1:], right=True).squeeze(1)
+
+
+def _keep_likeliest(probabilities_BV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """Zero for all but the likeliest `top_k` and, of these, the fewest that hold `top_p` of what is left.
+
+    Nucleus sampling: Holtzman et al. 2019 (arXiv:1904.09751), section 3.1. The likeliest always stays.
+    """
+    if top_k is None and top_p is None:
+        return probabilities_BV
+    ordered, tokens = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        ordered[:, top_k:] = 0
+    if top_p is not None:
+        before = ordered.cumsum(-1) - ordered
+        ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
+    return torch.zeros_like(ordered).scatter_(1, tokens, ordered)
+
+
+def _uniform(seed: int, row: int, index: int) -> float:
+    """A number in [0, 1) with 53 bits, the same on every machine."""
+    digest = hashlib.blake2b(f"{seed}/{row}/{index}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling) -> None:
+    if max_new_tokens < 0:
+        raise GenerateError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    if not (sampling.temperature >= 0 and math.isfinite(sampling.temperature)):
+        raise GenerateError(f"temperature is {sampling.temperature}; it must be 0 (greedy) or a positive number")
+    if sampling.top_k is not None and sampling.top_k < 1:
+        raise GenerateError(f"top_k is {sampling.top_k}; it must be 1 or more, or none")
+    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
+        raise GenerateError(f"top_p is {sampling.top_p}; it must be above 0 and at most 1, or none")
+    for number, prompt in enumerate(prompts, 1):
+        _check_prompt(model, f"prompt {number}" if len(prompts) > 1 else "the prompt", prompt, max_new_tokens)
+
+
+def _check_prompt(model: LanguageModel, which: str, prompt: Sequence[int], max_new_tokens: int) -> None:
+    context, vocab_size = model.shape.max_seq_len, model.shape.vocab_size
+    assert vocab_size is not None
+    if not prompt:
+        raise GenerateError(f"{which} is empty; it needs at least one token to go on from")
+    if len(prompt) > context:
+        raise GenerateError(f"{which} has {len(prompt)} tokens, and the model's context is {context}; shorten it")
+    if len(prompt) + max_new_tokens > context:
+        raise GenerateError(
+            f"{which} has {len(prompt)} tokens, and {max_new_tokens} more do not fit the model's context of {context}; "
+            f"set max_new_tokens to at most {context - len(prompt)}"
+        )
+    if not all(0 <= token < vocab_size for token in prompt):
+        raise GenerateError(f"{which} has a token outside 0..{vocab_size - 1}; it is from another tokenizer")
