@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
 
-import pytest
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run beside each other's processes
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-from tests.world import World
+from collections.abc import Callable, Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+
+from tests.world import World  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
-"""Real processes on gloo, kept for the whole test session: importing torch costs seconds, a test costs little.
+"""
+Real processes on gloo, kept for the whole test session: importing torch costs seconds, a test costs little.
 
     results = World(2).run(function, *args)     # function(mesh, *args) on every rank; a list, by rank
 

@@ -7,10 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from shoal import __version__
 from shoal.errors import EXIT_BAD_INPUT, ShoalError
+
+if TYPE_CHECKING:
+    from shoal.config import Config
 
 Override = tuple[str, str, str]
 
@@ -73,7 +76,12 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
     def add(name: str, run: Any, help: str, sections: bool = False, **kwargs: Any) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
-            name, help=help, description=help, allow_abbrev=False, formatter_class=_Wide, usage=kwargs.pop("usage", None)
+            name,
+            help=help,
+            description=help,
+            allow_abbrev=False,
+            formatter_class=_Wide,
+            usage=kwargs.pop("usage", None),
         )
         sub.set_defaults(run=run, verb=name)
         if sections and verb == name:
@@ -81,9 +89,17 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
         return sub
 
     usage = "shoal {} RECIPE.yaml [--name NAME] [--processes N] [--SECTION.OPTION VALUE ...]"
-    train = add("train", _train, "train a model, or go on with a run of the same name", True, usage=usage.format("train"))
+    train = add(
+        "train", _train, "train a model, or go on with a run of the same name", True, usage=usage.format("train")
+    )
     train.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="what to train: see recipes/")
-    prepare = add("prepare", _prepare, "only the data: corpus -> tokenizer -> token shards; restartable", True, usage=usage.format("prepare"))
+    prepare = add(
+        "prepare",
+        _prepare,
+        "only the data: corpus -> tokenizer -> token shards; restartable",
+        True,
+        usage=usage.format("prepare"),
+    )
     prepare.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
 
     evaluate = add("eval", _eval, "the loss of a run on its held-out text, beside gzip and xz")
@@ -92,24 +108,56 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
     generate = add("generate", _generate, "let a run's model write")
     _add_run(generate)
-    generate.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="what it goes on from; may be given several times")
+    generate.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="what it goes on from; may be given several times",
+    )
     generate.add_argument("--tokens", type=int, default=100, metavar="N", help="new tokens at most (default: 100)")
-    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest (default: 0.8)")
-    generate.add_argument("--top-k", type=int, default=None, metavar="K", help="draw among the K likeliest only (default: all)")
-    generate.add_argument("--top-p", type=float, default=None, metavar="P", help="draw among the likeliest that make up P of the probability (default: all)")
+    generate.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest (default: 0.8)"
+    )
+    generate.add_argument(
+        "--top-k", type=int, default=None, metavar="K", help="draw among the K likeliest only (default: all)"
+    )
+    generate.add_argument(
+        "--top-p",
+        type=float,
+        default=None,
+        metavar="P",
+        help="draw among the likeliest that make up P of the probability (default: all)",
+    )
     generate.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawing (default: 0)")
 
-    config = add("config", _config, "the resolved config, with where each value came from", True,
-                 usage="shoal config [RECIPE.yaml] [--schema] [--SECTION.OPTION VALUE ...]")
+    config = add(
+        "config",
+        _config,
+        "the resolved config, with where each value came from",
+        True,
+        usage="shoal config [RECIPE.yaml] [--schema] [--SECTION.OPTION VALUE ...]",
+    )
     config.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml")
     config.add_argument("--schema", action="store_true", help="print a JSON schema of recipes instead")
 
-    bench = add("bench", _bench, "measure: `shoal bench speed` times the real training step", True,
-                usage="shoal bench speed [RECIPE.yaml] [--peers] [--SECTION.OPTION VALUE ...]")
+    bench = add(
+        "bench",
+        _bench,
+        "measure: `shoal bench speed` times the real training step",
+        True,
+        usage="shoal bench speed [RECIPE.yaml] [--peers] [--SECTION.OPTION VALUE ...]",
+    )
     bench.add_argument("what", choices=["speed"], help="speed: tokens/s, MFU and the time split of the real step")
-    bench.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help="default: a 10M-parameter model on dummy text")
-    bench.add_argument("--peers", action="store_true", help="beside transformers.Trainer on the same architecture (needs shoal[peers])")
-    bench.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each, in turn; the median counts (default: 5)")
+    bench.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help="default: a 10M-parameter model on dummy text"
+    )
+    bench.add_argument(
+        "--peers", action="store_true", help="beside transformers.Trainer on the same architecture (needs shoal[peers])"
+    )
+    bench.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="runs of each, in turn; the median counts (default: 5)"
+    )
     bench.add_argument("--json", action="store_true", help="one JSON object and nothing else")
 
     add("env", _env, "versions, devices, threads: what to paste into a bug report")
@@ -132,8 +180,12 @@ def _columns() -> int:
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN", help="a run's name, or its folder")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
-    parser.add_argument("--step", type=int, default=None, metavar="N", help="the checkpoint of step N (default: the last)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute (default: auto)")
+    parser.add_argument(
+        "--step", type=int, default=None, metavar="N", help="the checkpoint of step N (default: the last)"
+    )
+    parser.add_argument(
+        "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute (default: auto)"
+    )
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -143,14 +195,24 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
     groups = {name: parser.add_argument_group(name, (cls.__doc__ or "").strip()) for name, cls in SECTIONS.items()}
     for short, key in SHORTCUTS.items():
-        parser.add_argument(f"--{short}", dest=f"short {key}", metavar="VALUE", default=argparse.SUPPRESS, help=f"the same as --{key}")
+        parser.add_argument(
+            f"--{short}", dest=f"short {key}", metavar="VALUE", default=argparse.SUPPRESS, help=f"the same as --{key}"
+        )
     for key, f in options().items():
-        default = "null" if f.default is None else str(f.default).lower() if isinstance(f.default, bool) else f.default if f.default != () else "none"
+        default = (
+            "null"
+            if f.default is None
+            else str(f.default).lower()
+            if isinstance(f.default, bool)
+            else f.default
+            if f.default != ()
+            else "none"
+        )
         text = f"{f.metadata['help']} [{expectation(key)}; default: {default if default != '' else 'empty'}]"
         is_bool = isinstance(f.default, bool)
         groups[key.partition(".")[0]].add_argument(
             f"--{key}", dest=f"option {key}", metavar="VALUE", default=argparse.SUPPRESS,
-            help=text.replace("%", "%%"), **({"nargs": "?", "const": "true"} if is_bool else {}),
+            help=text.replace("%", "%%"), nargs="?" if is_bool else None, const="true" if is_bool else None,
         )  # fmt: skip
 
 
@@ -177,7 +239,7 @@ def read_overrides(args: argparse.Namespace, rest: Sequence[str]) -> tuple[list[
     return found, stray
 
 
-def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Any:
+def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
     from shoal.resolve import resolve
 
     resolved = resolve(args.recipe, overrides)
@@ -197,17 +259,17 @@ def _train(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     from shoal.runs import RunFolder
 
     config = plan_processes(config, count_gpus())
-    folder = RunFolder(Path(config.launch.runs) / config.launch.name)
+    folder = RunFolder.of(config)
     folder.agree(config)
     folder.lock()
     from shoal.data.open import open_data
 
     open_data(config.data, Console())
     settled = [f"--launch.processes={config.launch.processes}", f"--launch.threads={config.launch.threads}"]
-    return launch(config, [*argv, *settled])
+    return launch(config, [*argv, *settled], progress=folder.last_step)
 
 
-def _work(config: Any) -> int:
+def _work(config: Config) -> int:
     """One of the processes of a run."""
     from shoal.fault.signals import die_with_parent
 
@@ -277,5 +339,3 @@ def _env(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
 
     print(describe())
     return 0
-
-

@@ -1,4 +1,5 @@
-"""What a run is: eight frozen sections, each option with its default, its meaning and its unit.
+"""
+What a run is: eight frozen sections, each option with its default, its meaning and its unit.
 
 `resolve.py` fills them from a preset, a file and flags. Components take the section they need, or plain
 arguments; nothing below `train/` sees the whole `Config`.
@@ -25,8 +26,10 @@ def opt(
     le: float | None = None,
     lt: float | None = None,
 ) -> Any:
-    """An option: `help` and `unit` for people, `alias` for other projects' names of it, `past` if a
-    resume must keep it, and inclusive or exclusive bounds."""
+    """
+    An option: `help` and `unit` for people, `alias` for other projects' names of it, `past` if a
+    resume must keep it, and inclusive or exclusive bounds.
+    """
     bounds = {k: v for k, v in {"ge": ge, "gt": gt, "le": le, "lt": lt}.items() if v is not None}
     return field(
         default=default,
@@ -39,42 +42,122 @@ class Model:
     """The architecture. `null` means: derived, as the help says."""
 
     preset: str | None = opt(None, "start from a named shape, then change it", alias=("name", "model_name"), past=True)
-    family: Literal["llama", "gpt2"] = opt("llama", "llama: RMSNorm, RoPE, SwiGLU; gpt2: LayerNorm, learned positions, GELU", alias=("arch", "architecture", "model_type"), past=True)
-    vocab_size: int | None = opt(None, "rows of the embedding; null: the tokenizer's", unit="tokens", alias=("padded_vocab_size",), past=True, ge=1)
-    dim: int = opt(256, "width of the residual stream", alias=("n_embd", "hidden_size", "d_model", "hidden_dim"), past=True, ge=1)
+    family: Literal["llama", "gpt2"] = opt(
+        "llama",
+        "llama: RMSNorm, RoPE, SwiGLU; gpt2: LayerNorm, learned positions, GELU",
+        alias=("arch", "architecture", "model_type"),
+        past=True,
+    )
+    vocab_size: int | None = opt(
+        None,
+        "rows of the embedding; null: the tokenizer's",
+        unit="tokens",
+        alias=("padded_vocab_size",),
+        past=True,
+        ge=1,
+    )
+    dim: int = opt(
+        256, "width of the residual stream", alias=("n_embd", "hidden_size", "d_model", "hidden_dim"), past=True, ge=1
+    )
     num_layers: int = opt(6, "blocks", alias=("n_layer", "n_layers", "num_hidden_layers", "depth"), past=True, ge=1)
     num_heads: int = opt(4, "query heads", alias=("n_head", "n_heads", "num_attention_heads"), past=True, ge=1)
-    num_kv_heads: int | None = opt(None, "key and value heads (GQA); null: num_heads", alias=("n_kv_heads", "num_key_value_heads", "num_query_groups"), past=True, ge=1)
+    num_kv_heads: int | None = opt(
+        None,
+        "key and value heads (GQA); null: num_heads",
+        alias=("n_kv_heads", "num_key_value_heads", "num_query_groups"),
+        past=True,
+        ge=1,
+    )
     head_dim: int | None = opt(None, "width of a head; null: dim / num_heads", alias=("kv_channels",), past=True, ge=1)
-    ffn_dim: int | None = opt(None, "width inside the feed-forward; null: 4 dim (gpt2), 8/3 dim up to a multiple of 64 (llama)", alias=("intermediate_size", "n_inner", "ffn_hidden_size"), past=True, ge=1)
-    max_seq_len: int = opt(1024, "longest context", unit="tokens", alias=("block_size", "n_positions", "max_position_embeddings", "context_length"), past=True, ge=1)
-    norm_eps: float = opt(1e-5, "epsilon inside the norms", alias=("rms_norm_eps", "layer_norm_epsilon"), past=True, gt=0)
+    ffn_dim: int | None = opt(
+        None,
+        "width inside the feed-forward; null: 4 dim (gpt2), 8/3 dim up to a multiple of 64 (llama)",
+        alias=("intermediate_size", "n_inner", "ffn_hidden_size"),
+        past=True,
+        ge=1,
+    )
+    max_seq_len: int = opt(
+        1024,
+        "longest context",
+        unit="tokens",
+        alias=("block_size", "n_positions", "max_position_embeddings", "context_length"),
+        past=True,
+        ge=1,
+    )
+    norm_eps: float = opt(
+        1e-5, "epsilon inside the norms", alias=("rms_norm_eps", "layer_norm_epsilon"), past=True, gt=0
+    )
     rope_theta: float = opt(10_000.0, "base of the rotary frequencies (llama)", alias=("rope_base",), past=True, gt=0)
     rope_factor: float | None = opt(None, "Llama 3 context scaling; null: none", past=True, ge=1)
-    rope_low_freq_factor: float = opt(1.0, "Llama 3 scaling: below this many turns, frequencies are divided by rope_factor", past=True, gt=0)
+    rope_low_freq_factor: float = opt(
+        1.0, "Llama 3 scaling: below this many turns, frequencies are divided by rope_factor", past=True, gt=0
+    )
     rope_high_freq_factor: float = opt(4.0, "Llama 3 scaling: above this many turns, frequencies stay", past=True, gt=0)
-    rope_original_seq_len: int = opt(8192, "Llama 3 scaling: the context it was first trained at", unit="tokens", past=True, ge=1)
+    rope_original_seq_len: int = opt(
+        8192, "Llama 3 scaling: the context it was first trained at", unit="tokens", past=True, ge=1
+    )
     qk_norm: bool = opt(False, "RMSNorm on each query and key head (Qwen3)", past=True)
-    qkv_bias: bool = opt(False, "biases on the query, key and value projections (Qwen2; gpt2 always has them)", alias=("attention_bias", "add_qkv_bias"), past=True)
-    tie_embeddings: bool = opt(False, "the output layer is the embedding", alias=("tie_word_embeddings", "weight_tying"), past=True)
+    qkv_bias: bool = opt(
+        False,
+        "biases on the query, key and value projections (Qwen2; gpt2 always has them)",
+        alias=("attention_bias", "add_qkv_bias"),
+        past=True,
+    )
+    tie_embeddings: bool = opt(
+        False, "the output layer is the embedding", alias=("tie_word_embeddings", "weight_tying"), past=True
+    )
     dropout: float = opt(0.0, "share of activations dropped while training (gpt2)", past=True, ge=0, lt=1)
-    init_std: float = opt(0.02, "standard deviation of the initial weights", alias=("initializer_range",), past=True, gt=0)
+    init_std: float = opt(
+        0.02, "standard deviation of the initial weights", alias=("initializer_range",), past=True, gt=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """Corpus -> tokenizer -> token shards -> rows."""
 
-    corpus: Literal["stdlib", "text", "jsonl", "dummy"] = opt("stdlib", "stdlib: Python's own source; text: files and folders; jsonl: .jsonl and .jsonl.gz; dummy: generated", alias=("dataset", "source"), past=True)
-    paths: tuple[str, ...] = opt((), "files or folders of a text or jsonl corpus", alias=("path", "files", "data_path"), past=True)
-    text_key: str = opt("text", "the field of a jsonl line that holds its text", alias=("text_field", "text_column"), past=True)
+    corpus: Literal["stdlib", "text", "jsonl", "dummy"] = opt(
+        "stdlib",
+        "stdlib: Python's own source; text: files and folders; jsonl: .jsonl and .jsonl.gz; dummy: generated",
+        alias=("dataset", "source"),
+        past=True,
+    )
+    paths: tuple[str, ...] = opt(
+        (), "files or folders of a text or jsonl corpus", alias=("path", "files", "data_path"), past=True
+    )
+    text_key: str = opt(
+        "text", "the field of a jsonl line that holds its text", alias=("text_field", "text_column"), past=True
+    )
     dummy_documents: int = opt(2_000, "documents of a dummy corpus", unit="documents", past=True, ge=2)
-    tokenizer: str = opt("bpe", "bpe: train one on the corpus; bytes; or a tokenizer.json", alias=("tokenizer_path", "tokenizer_name"), past=True)
+    tokenizer: str = opt(
+        "bpe",
+        "bpe: train one on the corpus; bytes; or a tokenizer.json",
+        alias=("tokenizer_path", "tokenizer_name"),
+        past=True,
+    )
     tokenizer_vocab_size: int = opt(4096, "size of a BPE trained here", unit="tokens", past=True, ge=257)
-    tokenizer_sample_bytes: int = opt(64_000_000, "text that a BPE is trained on, at most", unit="bytes", past=True, ge=1)
-    seq_len: int = opt(512, "length of a row", unit="tokens", alias=("sequence_length", "seq_length", "block_size", "context_length", "max_length"), past=True, ge=1)
-    document_mask: bool = opt(False, "attention stays inside a document", alias=("intra_document_masking", "reset_attention_mask"), past=True)
-    val_fraction: float = opt(0.05, "share of documents held out, chosen by their content", alias=("validation_split", "val_split", "test_size"), past=True, gt=0, lt=1)
+    tokenizer_sample_bytes: int = opt(
+        64_000_000, "text that a BPE is trained on, at most", unit="bytes", past=True, ge=1
+    )
+    seq_len: int = opt(
+        512,
+        "length of a row",
+        unit="tokens",
+        alias=("sequence_length", "seq_length", "block_size", "context_length", "max_length"),
+        past=True,
+        ge=1,
+    )
+    document_mask: bool = opt(
+        False, "attention stays inside a document", alias=("intra_document_masking", "reset_attention_mask"), past=True
+    )
+    val_fraction: float = opt(
+        0.05,
+        "share of documents held out, chosen by their content",
+        alias=("validation_split", "val_split", "test_size"),
+        past=True,
+        gt=0,
+        lt=1,
+    )
     folder: str = opt("data", "where prepared tokens are kept", alias=("cache_dir", "cache", "out_dir"))
     shard_tokens: int = opt(16_777_216, "tokens of a shard, about", unit="tokens", past=True, ge=1024)
     rebuild: bool = opt(False, "prepare anew, though the folder holds tokens of an earlier state of the corpus")
@@ -85,7 +168,12 @@ class Data:
 class Parallel:
     """The layout: the product of its axes is the number of processes."""
 
-    dp_replicate: int = opt(-1, "replicas, each a process with the whole model (DDP); -1: what remains", alias=("ddp", "dp", "data_parallel", "data_parallel_size", "dp_size", "data_parallel_replicate_degree"), ge=-1)
+    dp_replicate: int = opt(
+        -1,
+        "replicas, each a process with the whole model (DDP); -1: what remains",
+        alias=("ddp", "dp", "data_parallel", "data_parallel_size", "dp_size", "data_parallel_replicate_degree"),
+        ge=-1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,29 +185,97 @@ class Optim:
     beta2: float = opt(0.95, "decay of the squared gradient's average", alias=("adam_beta2",), ge=0, lt=1)
     eps: float = opt(1e-8, "AdamW's epsilon", alias=("adam_eps", "adam_epsilon", "epsilon"), gt=0)
     weight_decay: float = opt(0.1, "decoupled decay, on matrices only", alias=("wd",), ge=0)
-    clip_norm: float = opt(1.0, "the gradient's norm is clipped to this; 0: not", alias=("grad_clip", "max_grad_norm", "clip_grad", "gradient_clipping", "max_norm", "clip"), ge=0)
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = opt("cosine", "after the warm-up; wsd: constant, then linear over the last decay_fraction", alias=("lr_scheduler_type", "scheduler", "lr_scheduler", "lr_decay_style", "decay_type"))
-    warmup_steps: int = opt(0, "linear warm-up", unit="steps", alias=("warmup", "num_warmup_steps", "warmup_iters", "lr_warmup_iters"), ge=0)
+    clip_norm: float = opt(
+        1.0,
+        "the gradient's norm is clipped to this; 0: not",
+        alias=("grad_clip", "max_grad_norm", "clip_grad", "gradient_clipping", "max_norm", "clip"),
+        ge=0,
+    )
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = opt(
+        "cosine",
+        "after the warm-up; wsd: constant, then linear over the last decay_fraction",
+        alias=("lr_scheduler_type", "scheduler", "lr_scheduler", "lr_decay_style", "decay_type"),
+    )
+    warmup_steps: int = opt(
+        0, "linear warm-up", unit="steps", alias=("warmup", "num_warmup_steps", "warmup_iters", "lr_warmup_iters"), ge=0
+    )
     decay_fraction: float = opt(0.2, "wsd: share of the run spent decaying", alias=("decay_ratio",), gt=0, le=1)
-    final_lr_fraction: float = opt(0.0, "learning rate at the end, as a share of the peak", alias=("min_lr", "min_lr_ratio", "min_lr_factor"), ge=0, le=1)
+    final_lr_fraction: float = opt(
+        0.0,
+        "learning rate at the end, as a share of the peak",
+        alias=("min_lr", "min_lr_ratio", "min_lr_factor"),
+        ge=0,
+        le=1,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
     """The run's length, its batches and its arithmetic."""
 
-    steps: int | None = opt(None, "length in optimizer steps", unit="steps", alias=("max_steps", "max_iters", "num_steps", "train_iters", "iterations", "total_steps"), ge=1)
-    tokens: int | None = opt(None, "length in tokens, rounded up to a step", unit="tokens", alias=("max_tokens", "train_tokens", "total_tokens"), ge=1)
-    epochs: float | None = opt(None, "length in passes over the corpus, rounded up to a step", alias=("num_epochs", "num_train_epochs", "max_epochs"), gt=0)
-    global_batch: int = opt(64, "sequences in one optimizer step, over all processes", unit="sequences", alias=("batch_size", "global_batch_size", "train_batch_size", "total_batch_size"), ge=1)
-    micro_batch: int = opt(8, "sequences in one forward of one process", unit="sequences", alias=("micro_batch_size", "local_batch_size", "per_device_train_batch_size", "device_batch_size"), ge=1)
-    seed: int = opt(0, "of initial weights, order of data and dropout", alias=("random_seed", "manual_seed"), past=True, ge=0)
-    dtype: Literal["bfloat16", "float32"] = opt("bfloat16", "of activations and matrix products; weights, optimizer and sums are float32", alias=("precision", "mixed_precision", "bf16", "torch_dtype", "param_dtype"))
+    steps: int | None = opt(
+        None,
+        "length in optimizer steps",
+        unit="steps",
+        alias=("max_steps", "max_iters", "num_steps", "train_iters", "iterations", "total_steps"),
+        ge=1,
+    )
+    tokens: int | None = opt(
+        None,
+        "length in tokens, rounded up to a step",
+        unit="tokens",
+        alias=("max_tokens", "train_tokens", "total_tokens"),
+        ge=1,
+    )
+    epochs: float | None = opt(
+        None,
+        "length in passes over the corpus, rounded up to a step",
+        alias=("num_epochs", "num_train_epochs", "max_epochs"),
+        gt=0,
+    )
+    global_batch: int = opt(
+        64,
+        "sequences in one optimizer step, over all processes",
+        unit="sequences",
+        alias=("batch_size", "global_batch_size", "train_batch_size", "total_batch_size"),
+        ge=1,
+    )
+    micro_batch: int = opt(
+        8,
+        "sequences in one forward of one process",
+        unit="sequences",
+        alias=("micro_batch_size", "local_batch_size", "per_device_train_batch_size", "device_batch_size"),
+        ge=1,
+    )
+    seed: int = opt(
+        0, "of initial weights, order of data and dropout", alias=("random_seed", "manual_seed"), past=True, ge=0
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = opt(
+        "auto",
+        "of activations and matrix products; weights, optimizer and sums are float32; auto: bfloat16 on a GPU that has it, on a CPU the one whose products are faster there",
+        alias=("precision", "mixed_precision", "bf16", "torch_dtype", "param_dtype"),
+    )
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto: CUDA where there is one", alias=("accelerator",))
     compile: bool = opt(False, "torch.compile each block", alias=("torch_compile",))
-    activation_checkpointing: Literal["none", "full"] = opt("none", "full: each block is computed again in backward", alias=("gradient_checkpointing", "checkpointing", "ac", "recompute"))
-    eval_every: int = opt(0, "evaluate on held-out documents; 0: only at the end", unit="steps", alias=("eval_interval", "eval_steps", "eval_freq", "val_check_interval"), ge=0)
-    eval_tokens: int = opt(100_000, "held-out tokens an evaluation reads, at most; at the end of a run it reads all", unit="tokens", alias=("eval_iters", "eval_batches"), ge=1)
+    activation_checkpointing: Literal["none", "full"] = opt(
+        "none",
+        "full: each block is computed again in backward",
+        alias=("gradient_checkpointing", "checkpointing", "ac", "recompute"),
+    )
+    eval_every: int = opt(
+        0,
+        "evaluate on held-out documents; 0: only at the end",
+        unit="steps",
+        alias=("eval_interval", "eval_steps", "eval_freq", "val_check_interval"),
+        ge=0,
+    )
+    eval_tokens: int = opt(
+        100_000,
+        "held-out tokens an evaluation reads, at most; at the end of a run it reads all",
+        unit="tokens",
+        alias=("eval_iters", "eval_batches"),
+        ge=1,
+    )
     sample_prompt: str = opt("", "at the end, print what the model makes of this; empty: print none")
     sample_tokens: int = opt(100, "length of that sample", unit="tokens", ge=1)
 
@@ -128,8 +284,20 @@ class Train:
 class Checkpoint:
     """When the state is saved, and how much is kept."""
 
-    every: int = opt(100, "save; 0: only at the end", unit="steps", alias=("save_steps", "save_interval", "ckpt_interval", "save_every"), ge=0)
-    keep: int = opt(2, "checkpoints kept: the last so many, beside the best", unit="checkpoints", alias=("save_total_limit", "keep_last", "keep_latest_k"), ge=1)
+    every: int = opt(
+        100,
+        "save; 0: only at the end",
+        unit="steps",
+        alias=("save_steps", "save_interval", "ckpt_interval", "save_every"),
+        ge=0,
+    )
+    keep: int = opt(
+        2,
+        "checkpoints kept: the last so many, beside the best",
+        unit="checkpoints",
+        alias=("save_total_limit", "keep_last", "keep_latest_k"),
+        ge=1,
+    )
     keep_best: bool = opt(True, "keep the one with the lowest validation loss too")
 
 
@@ -137,10 +305,22 @@ class Checkpoint:
 class Metrics:
     """What a run says of itself."""
 
-    every: int = opt(1, "a line in metrics.jsonl and on the console", unit="steps", alias=("log_interval", "logging_steps", "log_every", "log_freq", "log_every_n_steps"), ge=1)
-    split_every: int = opt(10, "measure the time split (data, forward, backward, reduce, optimizer)", unit="steps", ge=1)
-    mfu_attention: Literal["causal", "full"] = opt("causal", "what MFU counts for attention: the half that a causal mask needs, or all (the field's older habit)")
-    peak_tflops: float | None = opt(None, "the device's peak for MFU; null: from the table, or measured", unit="TFLOP/s", gt=0)
+    every: int = opt(
+        1,
+        "a line in metrics.jsonl and on the console",
+        unit="steps",
+        alias=("log_interval", "logging_steps", "log_every", "log_freq", "log_every_n_steps"),
+        ge=1,
+    )
+    split_every: int = opt(
+        10, "measure the time split (data, forward, backward, reduce, optimizer)", unit="steps", ge=1
+    )
+    mfu_attention: Literal["causal", "full"] = opt(
+        "causal", "what MFU counts for attention: the half that a causal mask needs, or all (the field's older habit)"
+    )
+    peak_tflops: float | None = opt(
+        None, "the device's peak for MFU; null: from the table, or measured", unit="TFLOP/s", gt=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,9 +329,22 @@ class Launch:
 
     name: str | None = opt(None, "the run; null: the recipe's file name", alias=("run_name", "experiment_name"))
     runs: str = opt("runs", "folder of all runs", alias=("output_dir", "save_dir", "dump_folder", "out_dir"))
-    processes: int | None = opt(None, "on this machine; null: every GPU, or 2 on a CPU", alias=("nproc_per_node", "num_processes", "devices", "gpus", "world_size", "nproc"), ge=1)
-    threads: int | None = opt(None, "CPU threads of a process; null: cores / processes", alias=("num_threads", "omp_num_threads"), ge=1)
-    port: int = opt(0, "TCP port at which the processes meet; 0: any that is free", alias=("master_port", "rdzv_port"), ge=0, le=65535)
+    processes: int | None = opt(
+        None,
+        "on this machine; null: every GPU, or 2 on a CPU",
+        alias=("nproc_per_node", "num_processes", "devices", "gpus", "world_size", "nproc"),
+        ge=1,
+    )
+    threads: int | None = opt(
+        None, "CPU threads of a process; null: cores / processes", alias=("num_threads", "omp_num_threads"), ge=1
+    )
+    port: int = opt(
+        0,
+        "TCP port at which the processes meet; 0: any that is free",
+        alias=("master_port", "rdzv_port"),
+        ge=0,
+        le=65535,
+    )
     max_restarts: int = opt(3, "a worker that dies is restarted at most so often", unit="restarts", ge=0)
     timeout_seconds: float = opt(600.0, "a collective that takes longer ends the process", unit="seconds", gt=0)
 
@@ -176,8 +369,14 @@ class Config:
 
 
 SECTIONS: dict[str, type[Any]] = {
-    "model": Model, "data": Data, "parallel": Parallel, "optim": Optim,
-    "train": Train, "checkpoint": Checkpoint, "metrics": Metrics, "launch": Launch,
+    "model": Model,
+    "data": Data,
+    "parallel": Parallel,
+    "optim": Optim,
+    "train": Train,
+    "checkpoint": Checkpoint,
+    "metrics": Metrics,
+    "launch": Launch,
 }
 
 

@@ -1,4 +1,5 @@
-"""The errors a person can meet.
+"""
+The errors a person can meet.
 
     ShoalError              exit code 2, one message, no traceback
     ├── ConfigError         what was asked for cannot be (all problems at once)

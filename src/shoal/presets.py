@@ -1,4 +1,5 @@
-"""Named shapes, and what follows from a shape.
+"""
+Named shapes, and what follows from a shape.
 
 Each preset holds the values of the model's public Hugging Face `config.json` (repository named beside it), under our
 names. A preset says only where it differs from `Model`'s defaults, plus what makes it recognisable.
@@ -7,6 +8,7 @@ names. A preset says only where it differs from `Model`'s defaults, plus what ma
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -74,8 +76,11 @@ def resolve_shape(model: Model) -> Model:
 
 
 def _ffn_dim(model: Model) -> int:
-    """GPT-2: 4 dim. Llama: 8/3 dim, so that three matrices cost what two of 4 dim do (Shazeer 2020,
-    arXiv:2002.05202, section 3), up to a multiple of 64, which matrix units like."""
+    """
+    GPT-2: 4 dim. Llama: 8/3 dim up to a multiple of 64, which matrix units like.
+
+    Three matrices of 8/3 dim cost what two of 4 dim do (Shazeer 2020, arXiv:2002.05202, section 3).
+    """
     return 4 * model.dim if model.family == "gpt2" else -(-model.dim * 8 // (3 * 64)) * 64
 
 
@@ -88,15 +93,21 @@ def shape_problems(model: Model) -> list[tuple[str, str]]:
 def _head_problems(model: Model) -> Iterator[tuple[str, str]]:
     if model.head_dim is None and model.dim % model.num_heads:
         fits = ", ".join(map(str, _divisors_near(model.dim, model.num_heads)))
-        yield "num_heads", (
-            f"{model.num_heads} heads do not divide dim {model.dim}; set model.num_heads to a divisor ({fits}), "
-            f"or model.head_dim"
+        yield (
+            "num_heads",
+            (
+                f"{model.num_heads} heads do not divide dim {model.dim}; set model.num_heads to a divisor ({fits}), "
+                f"or model.head_dim"
+            ),
         )
     if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
         fits = ", ".join(map(str, _divisors_near(model.num_heads, model.num_kv_heads)))
-        yield "num_kv_heads", (
-            f"{model.num_kv_heads} key heads cannot be shared evenly by {model.num_heads} query heads; "
-            f"set model.num_kv_heads to a divisor of num_heads ({fits})"
+        yield (
+            "num_kv_heads",
+            (
+                f"{model.num_kv_heads} key heads cannot be shared evenly by {model.num_heads} query heads; "
+                f"set model.num_kv_heads to a divisor of num_heads ({fits})"
+            ),
         )
 
 
@@ -112,13 +123,19 @@ def _llama_problems(model: Model) -> Iterator[tuple[str, str]]:
         key = "head_dim" if model.head_dim else "num_heads"
         yield key, f"RoPE turns pairs, and a head is {head_dim} wide; make model.head_dim even"
     if model.dropout:
-        yield "dropout", f"the llama family has no dropout; set model.dropout to 0 (not {model.dropout:g}), or model.family to gpt2"
+        yield (
+            "dropout",
+            f"the llama family has no dropout; set model.dropout to 0 (not {model.dropout:g}), or model.family to gpt2",
+        )
     if model.rope_factor is None:
         yield from _not_default(model, ROPE_SCALING, "does nothing without model.rope_factor; set that, or leave it at")
     elif model.rope_low_freq_factor >= model.rope_high_freq_factor:
-        yield "rope_low_freq_factor", (
-            f"{model.rope_low_freq_factor:g} is not below model.rope_high_freq_factor "
-            f"{model.rope_high_freq_factor:g}; Llama 3 uses 1 and 4"
+        yield (
+            "rope_low_freq_factor",
+            (
+                f"{model.rope_low_freq_factor:g} is not below model.rope_high_freq_factor "
+                f"{model.rope_high_freq_factor:g}; Llama 3 uses 1 and 4"
+            ),
         )
 
 
@@ -129,17 +146,20 @@ LLAMA_ONLY: Final = ("rope_theta", "rope_factor", *ROPE_SCALING, "qk_norm")
 def _gpt2_problems(model: Model) -> Iterator[tuple[str, str]]:
     yield from _not_default(model, LLAMA_ONLY, "is not in the gpt2 family; set model.family to llama, or leave it at")
     if model.num_kv_heads not in (None, model.num_heads):
-        yield "num_kv_heads", (
-            f"gpt2 has a key head for each of its {model.num_heads} query heads; set model.num_kv_heads to null, "
-            "or model.family to llama"
+        yield (
+            "num_kv_heads",
+            (
+                f"gpt2 has a key head for each of its {model.num_heads} query heads; set model.num_kv_heads to null, "
+                "or model.family to llama"
+            ),
         )
     if model.head_dim is not None and model.head_dim * model.num_heads != model.dim:
         yield "head_dim", f"gpt2's heads are dim / num_heads wide; set model.head_dim to null (not {model.head_dim})"
 
 
 def _not_default(model: Model, keys: tuple[str, ...], why: str) -> Iterator[tuple[str, str]]:
-    defaults = {f.name: f.default for f in dataclasses.fields(Model)}
+    defaults = Model()
     for key in keys:
-        if getattr(model, key) != defaults[key]:
-            valid = {None: "null", False: "false"}.get(defaults[key], defaults[key])
-            yield key, f"{why} {valid}"
+        default = getattr(defaults, key)
+        if getattr(model, key) != default:
+            yield key, f"{why} {json.dumps(default)}"

@@ -1,4 +1,5 @@
-"""From what a person wrote to a `Config`: preset < recipe file < flags, every problem found before one is raised.
+"""
+From what a person wrote to a `Config`: preset < recipe file < flags, every problem found before one is raised.
 
 A value keeps the place it came from all the way, so that an error can name the line or the flag and
 `shoal config` can say where each value is from. torch is never imported here.
@@ -20,10 +21,9 @@ from typing import Any
 import yaml
 
 from shoal.config import PAST, SECTIONS, Config, options
+from shoal.contradictions import DEFAULT, DERIVED, contradictions
 from shoal.errors import ConfigError, Problem
-from shoal.presets import PRESETS, resolve_shape, shape_problems
-
-DEFAULT, DERIVED = "default", "derived"
+from shoal.presets import PRESETS, resolve_shape
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ _Loader.add_implicit_resolver(
 
 
 def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ()) -> Resolved:
-    """The config of `recipe` with `overrides`, each (dotted key, YAML text, where it was written).
+    """
+    The config of `recipe` with `overrides`, each (dotted key, YAML text, where it was written).
 
     Raises `ConfigError` with every problem of the file, the flags and their combination.
     """
@@ -127,11 +128,11 @@ def _read_section(path: Path, key: yaml.Node, node: yaml.Node, problems: list[Pr
 def _construct(node: yaml.Node) -> Any:
     loader = _Loader("")
     try:
-        return loader.construct_object(node, deep=True)  # type: ignore[no-untyped-call]
+        return loader.construct_object(node, deep=True)
     except (yaml.YAMLError, ValueError):
         return str(node.value)
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
 
 
 def _read_override(key: str, text: str, where: str, problems: list[Problem]) -> Setting | None:
@@ -168,7 +169,9 @@ def nearest(key: str) -> str | None:
     aliases = [k for k, f in options().items() if leaf in (f.name, *f.metadata["alias"])]
     if aliases:
         return next((k for k in aliases if k.startswith(f"{section}.")), aliases[0])
-    names = {spelling: k for k, f in options().items() for spelling in (k, f"{section}.{f.name}" if section else f.name)}
+    names = {
+        spelling: k for k, f in options().items() for spelling in (k, f"{section}.{f.name}" if section else f.name)
+    }
     names |= {name: name for name in SECTIONS} if not section else {}
     close = difflib.get_close_matches(key.replace("-", "_").lower(), names, 1, cutoff=0.75)
     return names[close[0]] if close else None
@@ -192,7 +195,9 @@ def _with_preset(settings: dict[str, Setting], problems: list[Problem]) -> dict[
     if setting.value not in PRESETS:
         near = difflib.get_close_matches(str(setting.value), PRESETS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        problems.append(Problem(setting.where, f"there is no preset {setting.value}; {hint}valid: {', '.join(PRESETS)}"))
+        problems.append(
+            Problem(setting.where, f"there is no preset {setting.value}; {hint}valid: {', '.join(PRESETS)}")
+        )
         return settings
     preset = {f"model.{k}": v for k, v in PRESETS[setting.value].items()}
     return {k: Setting(k, v, f"preset {setting.value}") for k, v in preset.items()} | settings
@@ -211,7 +216,12 @@ def _typed(setting: Setting, problems: list[Problem]) -> Any:
     value, kind = setting.value, _types()[setting.key]
     if kind == tuple[str, ...]:
         value = tuple(value) if isinstance(value, list) else tuple(v.strip() for v in str(value).split(","))
-    elif isinstance(value, float) and value.is_integer() and int in (kind, *typing.get_args(kind)) and float not in typing.get_args(kind):
+    elif (
+        isinstance(value, float)
+        and value.is_integer()
+        and int in (kind, *typing.get_args(kind))
+        and float not in typing.get_args(kind)
+    ):
         value = int(value)  # 1e3 steps
     elif kind in (str, str | None) and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)  # a run called 7
@@ -227,7 +237,8 @@ def _adapter(key: str) -> Any:
     from pydantic import Field, TypeAdapter
 
     bounds = options()[key].metadata["bounds"]
-    return TypeAdapter(typing.Annotated[_types()[key], Field(allow_inf_nan=False, **bounds)] if bounds else _types()[key])
+    kind: Any = typing.Annotated[_types()[key], Field(allow_inf_nan=False, **bounds)] if bounds else _types()[key]
+    return TypeAdapter(kind)
 
 
 def expectation(key: str) -> str:
@@ -235,8 +246,16 @@ def expectation(key: str) -> str:
     kind, meta = _types()[key], options()[key].metadata
     union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     parts = [a for a in typing.get_args(kind) if a is not types.NoneType] if union else [kind]
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", tuple[str, ...]: "a list of texts"}
-    text = " or ".join(" | ".join(map(str, typing.get_args(p))) if typing.get_origin(p) is typing.Literal else words[p] for p in parts)
+    words = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        tuple[str, ...]: "a list of texts",
+    }
+    text = " or ".join(
+        " | ".join(map(str, typing.get_args(p))) if typing.get_origin(p) is typing.Literal else words[p] for p in parts
+    )
     phrases = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
     bounds = " and ".join(f"{phrases[k]} {v}" for k, v in meta["bounds"].items())
     unit = f" ({meta['unit']})" if meta["unit"] else ""
@@ -253,85 +272,6 @@ def _build(values: Mapping[str, Any]) -> Config:
         for name, section in SECTIONS.items()
     }
     return Config(**sections)
-
-
-# --- what cannot hold together ---------------------------------------------------------------------------
-
-
-def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Problem]:
-    """What each option alone allows and all together do not."""
-
-    def problem(what: str, *keys: str) -> Problem:
-        given = dict.fromkeys(sources[k] for k in keys if sources[k] not in (DEFAULT, DERIVED))
-        return Problem(" and ".join(given), what)
-
-    model, data, train = config.model, config.data, config.train
-    for key, message in shape_problems(model):
-        yield problem(message, f"model.{key}")
-    lengths = [k for k in ("steps", "tokens", "epochs") if getattr(train, k) is not None]
-    if len(lengths) != 1:
-        keys = tuple(f"train.{k}" for k in lengths)
-        said = " and ".join(keys) + " are both given" if lengths else "the length of the run is not given"
-        yield problem(f"{said}; set one of train.steps, train.tokens, train.epochs", *keys)
-    if train.global_batch % train.micro_batch:
-        yield problem(
-            f"train.global_batch {train.global_batch} is no multiple of train.micro_batch {train.micro_batch}; "
-            f"try {_round_up(train.global_batch, train.micro_batch)}", "train.global_batch", "train.micro_batch")
-    else:
-        yield from _layout_problems(config, problem)
-    if data.seq_len > model.max_seq_len:
-        yield problem(f"data.seq_len {data.seq_len} is longer than model.max_seq_len {model.max_seq_len}", "data.seq_len", "model.max_seq_len")
-    if train.steps is not None and config.optim.warmup_steps > train.steps:
-        yield problem(f"optim.warmup_steps {config.optim.warmup_steps} is more than train.steps {train.steps}", "optim.warmup_steps", "train.steps")
-    yield from _corpus_problems(config, problem)
-
-
-def _layout_problems(config: Config, problem: Any) -> Iterable[Problem]:
-    replicas, processes = config.parallel.dp_replicate, config.launch.processes
-    if replicas == 0:
-        yield problem("parallel.dp_replicate is -1 (what remains) or at least 1, not 0", "parallel.dp_replicate")
-        return
-    if replicas > 0 and processes is not None and replicas != processes:
-        yield problem(
-            f"parallel.dp_replicate {replicas} needs {replicas} processes, launch.processes is {processes}; "
-            "leave one of them out", "parallel.dp_replicate", "launch.processes")
-        return
-    size = processes if processes is not None else max(replicas, 1)
-    if message := indivisible(config, size):
-        yield problem(message, "train.global_batch", "train.micro_batch", "launch.processes", "parallel.dp_replicate")
-
-
-def indivisible(config: Config, processes: int) -> str | None:
-    """Why `processes` cannot share the micro-batches of a step equally, or None."""
-    train = config.train
-    micro_batches = train.global_batch // train.micro_batch
-    if micro_batches % processes == 0:
-        return None
-    whole = _round_up(train.global_batch, train.micro_batch * processes)
-    return (
-        f"a step of {train.global_batch} sequences in micro-batches of {train.micro_batch} is {micro_batches} micro-batches, "
-        f"which {processes} processes cannot share equally; train.global_batch {whole} would do"
-    )
-
-
-def _corpus_problems(config: Config, problem: Any) -> Iterable[Problem]:
-    model, data = config.model, config.data
-    if data.corpus in ("text", "jsonl") and not data.paths:
-        yield problem(f"a {data.corpus} corpus needs data.paths: its files or folders", "data.corpus")
-    if data.corpus in ("stdlib", "dummy") and data.paths:
-        yield problem(f"a {data.corpus} corpus takes no data.paths; set data.corpus to text or jsonl", "data.paths", "data.corpus")
-    missing = [p for p in data.paths if not Path(p).expanduser().exists()]
-    if missing:
-        yield problem(f"data.paths: there is no {', '.join(missing[:3])}", "data.paths")
-    if data.tokenizer not in ("bpe", "bytes") and not Path(data.tokenizer).expanduser().is_file():
-        yield problem(f"data.tokenizer is bpe, bytes, or a tokenizer.json; there is no file {data.tokenizer}", "data.tokenizer")
-    needed = {"bytes": 257, "bpe": data.tokenizer_vocab_size}.get(data.tokenizer)
-    if model.vocab_size is not None and needed is not None and model.vocab_size < needed:
-        yield problem(f"model.vocab_size {model.vocab_size} is smaller than the tokenizer's {needed}", "model.vocab_size", "data.tokenizer_vocab_size")
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
 
 
 def _derive(config: Config, sources: dict[str, str]) -> Resolved:
@@ -360,14 +300,16 @@ def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
         for key, value in values.items():
             text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
             source = sources.get(f"{section}.{key}", DEFAULT) if sources else None
-            lines.append(f"  {key}: {text}" + (f"{' ' * max(1, 44 - len(key) - len(text))}# {source}" if source else ""))
+            lines.append(
+                f"  {key}: {text}" + (f"{' ' * max(1, 44 - len(key) - len(text))}# {source}" if source else "")
+            )
     return "\n".join(lines) + "\n"
 
 
 def read_back(path: Path) -> Config:
     """A config that `to_yaml` wrote. What may have moved since, such as the corpus, is not looked at."""
     problems: list[Problem] = []
-    settings = [s for s in _known(read_recipe(path, problems), problems)]
+    settings = list(_known(read_recipe(path, problems), problems))
     values = {s.key: _typed(s, problems) for s in settings}
     if problems:
         raise ConfigError(problems)
@@ -411,5 +353,3 @@ def differences(before: Config, after: Config) -> list[Difference]:
         for s, _, k in [key.partition(".")]
         if old[s][k] != new[s][k]
     ]
-
-

@@ -1,10 +1,11 @@
-"""A run's folder: what is in it, who holds it, and whether a config may go on with it. No torch.
+"""
+A run's folder: what is in it, who holds it, and whether a config may go on with it. No torch.
 
-    runs/NAME/
-      config.yaml     the resolved config        metrics.jsonl   a line a step
-      tokenizer.json  how its text became ids    events.jsonl    starts, saves, stops
-      checkpoints/    see checkpoint/store.py    lock            who trains it now
-      samples/        what it wrote when it ended
+runs/NAME/
+  config.yaml     the resolved config        metrics.jsonl   a line a step
+  tokenizer.json  how its text became ids    events.jsonl    starts, saves, stops
+  checkpoints/    see checkpoint/store.py    lock            who trains it now
+  samples/        what it wrote when it ended
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import IO
 
 from shoal.config import Config
 from shoal.errors import RunError
+from shoal.metrics.trackers import read_json_lines
 from shoal.resolve import Difference, differences, read_back, to_yaml
 
 
@@ -29,6 +31,11 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> RunFolder:
+        """The folder that `config` trains in."""
+        return cls(Path(config.launch.runs) / (config.launch.name or "run"))
 
     @property
     def config_file(self) -> Path:
@@ -54,6 +61,11 @@ class RunFolder:
     def samples(self) -> Path:
         return self.path / "samples"
 
+    def last_step(self) -> int:
+        """The last step in the metrics; 0 where there is none."""
+        records = read_json_lines(self.metrics_file)
+        return int(records[-1]["step"]) if records else 0
+
     def load_config(self) -> Config:
         """The config that this run was trained with. Raises `RunError` where there is no run."""
         if not self.config_file.is_file():
@@ -74,28 +86,41 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / "lock").open("a+", encoding="utf-8")
         except OSError as error:
-            raise RunError(f"{self.path} cannot be written: {error.strerror}; set launch.runs to a folder that can") from error
+            raise RunError(
+                f"{self.path} cannot be written: {error.strerror}; set launch.runs to a folder that can"
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunError(f"{self.path} is being trained {_holder(file)}; wait for it, stop it, or choose another --name") from None
+            raise RunError(
+                f"{self.path} is being trained {_holder(file)}; wait for it, stop it, or choose another --name"
+            ) from None
         file.seek(0)
         file.truncate()
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "command": " ".join(sys.argv[1:])}
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "command": " ".join(sys.argv[1:]),
+        }
         file.write(json.dumps(holder))
         file.flush()
         self._lock = file
 
+    def settled(self, config: Config) -> Config:
+        """`config` with what the run that is here has settled already, if there is one."""
+        return _settled(config, self.load_config()) if self.config_file.is_file() else config
+
     def agree(self, config: Config) -> list[Difference]:
-        """What `config` would change of the run that is here; none where there is no run yet.
+        """
+        What `config` would change of the run that is here; none where there is no run yet.
 
         Raises `RunError` where it would change what the steps already taken meant.
         """
         if not self.config_file.is_file():
             return []
         before = self.load_config()
-        if config.model.vocab_size is None:  # the tokenizer's, which data.* decides
-            config = config.replace("model", vocab_size=before.model.vocab_size)
+        config = _settled(config, before)
         found = [d for d in differences(before, config) if d.key not in ("launch.name", "launch.runs")]
         if forbidden := [d for d in found if d.past]:
             lines = "\n".join(f"  {d.key}: {d.before} -> {d.after}" for d in forbidden)
@@ -104,6 +129,15 @@ class RunFolder:
                 "Set these back to go on with it, or choose another --name to start anew"
             )
         return found
+
+
+def _settled(config: Config, before: Config) -> Config:
+    """`config` with what a run settles when it starts taken from the config it started with."""
+    if config.model.vocab_size is None:  # the tokenizer's, which data.* decides
+        config = config.replace("model", vocab_size=before.model.vocab_size)
+    if config.train.dtype == "auto":  # measured once: another answer today would be another arithmetic
+        config = config.replace("train", dtype=before.train.dtype)
+    return config
 
 
 def _holder(file: IO[str]) -> str:

@@ -44,7 +44,9 @@ def save_and_load(mesh: Mesh, folder: Path) -> tuple[bool, dict[str, object]]:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_several_processes_share_the_writing_and_load_the_same_bits(world: Callable[[int], World], size: int, tmp_path: Path) -> None:
+def test_several_processes_share_the_writing_and_load_the_same_bits(
+    world: Callable[[int], World], size: int, tmp_path: Path
+) -> None:
     for equal, read in world(size).run(save_and_load, tmp_path):
         assert equal
         assert (read["step"], read["position"]) == (3, 48)
@@ -94,9 +96,11 @@ def test_damage_is_named_and_nothing_is_loaded(tmp_path: Path, damage: Callable[
 
 def test_another_models_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
     saved = store_in(tmp_path).save(tensors(), state(1))
-    with pytest.raises(CheckpointError, match=r"another model: model.0.weight is \[101, 37\] there and \[101, 38\] here"):
+    with pytest.raises(
+        CheckpointError, match=r"another model: model.0.weight is \[101, 37\] there and \[101, 38\] here"
+    ):
         load(saved, tensors(width=38))
-    with pytest.raises(CheckpointError, match="it has no model.other"):
+    with pytest.raises(CheckpointError, match=r"it has no model\.other"):
         load(saved, {"model.other": torch.zeros(1)})
 
 
@@ -147,7 +151,9 @@ while True:
 
 def test_killed_at_any_moment_every_listed_checkpoint_is_whole(tmp_path: Path) -> None:
     root = str(Path(__file__).parents[2])
-    process = subprocess.Popen([sys.executable, "-c", KILLED.format(root=root, folder=str(tmp_path))], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED.format(root=root, folder=str(tmp_path))], stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     process.stdout.readline()
     seen = 0

@@ -63,8 +63,16 @@ def test_nearest_knows_other_projects_names_and_typos(key: str, meant: str | Non
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
-    content = {"model": {"preset": "gpt2", "num_layers": 3, "max_seq_len": 512}, "data": {"seq_len": 512}, "train": {"steps": 10}, "optim": {"lr": 0.5}}
-    resolved = resolve(write(tmp_path, content), [("optim.lr", "3e-4", "--optim.lr"), ("model.vocab_size", "50304", "--model.vocab_size")])
+    content = {
+        "model": {"preset": "gpt2", "num_layers": 3, "max_seq_len": 512},
+        "data": {"seq_len": 512},
+        "train": {"steps": 10},
+        "optim": {"lr": 0.5},
+    }
+    resolved = resolve(
+        write(tmp_path, content),
+        [("optim.lr", "3e-4", "--optim.lr"), ("model.vocab_size", "50304", "--model.vocab_size")],
+    )
     model = resolved.config.model
     assert (model.family, model.dim, model.num_layers, model.vocab_size) == ("gpt2", 768, 3, 50304)
     assert resolved.config.optim.lr == 3e-4
@@ -88,9 +96,18 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
     [
         ({"train": {"steps": 1}, "model": {"dim": 100, "num_heads": 3}}, "num_heads"),
         ({"train": {"steps": 1}, "model": {"num_heads": 4, "num_kv_heads": 3}}, "num_kv_heads"),
-        ({"train": {"steps": 1, "global_batch": 10, "micro_batch": 4}}, "global_batch 10 is no multiple of train.micro_batch 4; try 12"),
-        ({"train": {"steps": 1, "global_batch": 24, "micro_batch": 8}, "launch": {"processes": 2}}, "train.global_batch 32 would do"),
-        ({"train": {"steps": 1}, "launch": {"processes": 2}, "parallel": {"dp_replicate": 4}}, "needs 4 processes, launch.processes is 2"),
+        (
+            {"train": {"steps": 1, "global_batch": 10, "micro_batch": 4}},
+            "global_batch 10 is no multiple of train.micro_batch 4; try 12",
+        ),
+        (
+            {"train": {"steps": 1, "global_batch": 24, "micro_batch": 8}, "launch": {"processes": 2}},
+            "train.global_batch 32 would do",
+        ),
+        (
+            {"train": {"steps": 1}, "launch": {"processes": 2}, "parallel": {"dp_replicate": 4}},
+            "needs 4 processes, launch.processes is 2",
+        ),
         ({"train": {}}, "the length of the run is not given"),
         ({"train": {"steps": 1, "epochs": 2}}, "train.steps and train.epochs are both given"),
         ({"train": {"steps": 1}, "data": {"seq_len": 4096}}, "longer than model.max_seq_len"),
@@ -100,7 +117,7 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
         ({"train": {"steps": 1}, "model": {"vocab_size": 1000}}, "smaller than the tokenizer's 4096"),
         ({"train": {"steps": True}}, "train.steps must be an integer"),
         ({"train": {"steps": 1}, "optim": {"lr": ".inf"}}, "optim.lr must be a number above 0"),
-        ({"train": {"steps": 1, "dtype": "float16"}}, "train.dtype must be bfloat16 | float32, not 'float16'"),
+        ({"train": {"steps": 1, "dtype": "float16"}}, "train.dtype must be auto | bfloat16 | float32, not 'float16'"),
         ({"train": {"steps": 1}, "model": {"preset": "gtp2"}}, "did you mean gpt2?"),
         ({"train": 3}, "train is a section"),
         ("- a\n- b\n", "expected sections"),
@@ -138,7 +155,10 @@ def test_every_option_says_what_it_is_and_no_alias_is_ambiguous_within_its_secti
         assert expectation(key), key
         siblings = [k for k, o in options().items() if k != key and k.split(".")[0] == key.split(".")[0]]
         for alias in f.metadata["alias"]:
-            assert not any(alias == s.split(".")[1] or alias in options()[s].metadata["alias"] for s in siblings), (key, alias)
+            assert not any(alias == s.split(".")[1] or alias in options()[s].metadata["alias"] for s in siblings), (
+                key,
+                alias,
+            )
 
 
 def test_sections_are_frozen() -> None:

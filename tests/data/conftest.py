@@ -19,7 +19,9 @@ def corpus(tmp_path: Path) -> Path:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number in range(40):
-        lines = [f"def line_{number}_{k}(x):\n    return x + {number * k}  # più, 漢字, 🐟\n" for k in range(number % 7 + 1)]
+        lines = [
+            f"def line_{number}_{k}(x):\n    return x + {number * k}  # più, 漢字, 🐟\n" for k in range(number % 7 + 1)
+        ]
         (folder / f"file{number:02d}.py").write_text("".join(lines), encoding="utf-8")
     return folder
 

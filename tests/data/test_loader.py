@@ -45,7 +45,13 @@ def steps(
     ranks = []
     for rank in range(dp_size):
         loader = Loader(
-            rows, seed=7, global_batch=global_batch, micro_batch=micro_batch, dp_rank=rank, dp_size=dp_size, position=position
+            rows,
+            seed=7,
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            dp_rank=rank,
+            dp_size=dp_size,
+            position=position,
         )
         ranks.append([loader.next_step() for _ in range(count)])
         assert loader.position == position + count * global_batch
@@ -100,7 +106,7 @@ def test_without_a_mask_there_are_no_document_ids(path: Path) -> None:
 def test_damage_found_by_the_thread_reaches_whoever_asks(path: Path) -> None:
     loader = Loader(make_rows(path, True, alter=True), seed=0, global_batch=4, micro_batch=4, dp_rank=0, dp_size=1)
     for _ in range(2):  # asked again, it says the same and does not wait for ever
-        with pytest.raises(DataError, match="train-00000.safetensors was altered"):
+        with pytest.raises(DataError, match=r"train-00000.safetensors was altered"):
             loader.next_step()
     assert loader.position == 0
     loader.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -27,7 +28,7 @@ def texts_of(prepared: Prepared) -> dict[str, list[str]]:
     for name in SPLITS:
         stream = prepared.streams[name]
         starts = [*stream.starts(0, stream.num_tokens).tolist(), stream.num_tokens]
-        documents = [stream.read(a, b).tolist() for a, b in zip(starts, starts[1:], strict=False)]
+        documents = [stream.read(a, b).tolist() for a, b in itertools.pairwise(starts)]
         assert all(ids[-1] == prepared.tokenizer.eot_id for ids in documents)
         assert not [1 for ids in documents if prepared.tokenizer.eot_id in ids[:-1]]
         texts[name] = [prepared.tokenizer.decode(ids[:-1]) for ids in documents]
@@ -109,7 +110,7 @@ def test_a_split_too_short_for_a_row_says_what_to_lower(make_data: MakeData) -> 
     prepared = prepare(make_data())
     tokens = prepared.counts["val"].tokens
     assert len(prepared.split("val", seq_len=tokens - 1)) == 1
-    with pytest.raises(DataError, match="lower data.seq_len"):
+    with pytest.raises(DataError, match=r"lower data.seq_len"):
         prepared.split("val", seq_len=tokens)
 
 
@@ -238,7 +239,7 @@ def test_progress_rises_to_the_corpus_size(make_data: MakeData, corpus: Path) ->
 
 def test_no_room_is_said_before_the_work(make_data: MakeData, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
-    with pytest.raises(DataError, match="set data.folder to a larger disk"):
+    with pytest.raises(DataError, match=r"set data.folder to a larger disk"):
         prepare(make_data())
 
 
@@ -258,7 +259,7 @@ def test_a_disk_that_fills_up_is_said_and_the_next_start_goes_on(make_data: Make
 
 def test_a_folder_that_cannot_be_made_is_said(make_data: MakeData, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="set data.folder to a folder that can be written"):
+    with pytest.raises(DataError, match=r"set data.folder to a folder that can be written"):
         prepare(make_data(folder=str(tmp_path / "file" / "below")))
 
 

@@ -50,7 +50,7 @@ def test_a_flipped_bit_is_found_where_it_is_touched(tmp_path: Path) -> None:
     np.testing.assert_array_equal(shard.read(0, 32_768), tokens[:32_768])
     np.testing.assert_array_equal(shard.read(65_536, 100_000), tokens[65_536:])
     for start, stop in [(32_767, 32_769), (40_000, 40_001), (60_000, 70_000)]:
-        with pytest.raises(DataError, match="train-00000.safetensors was altered.*--data.rebuild true"):
+        with pytest.raises(DataError, match=r"train-00000.safetensors was altered.*--data.rebuild true"):
             shard.read(start, stop)
 
 
@@ -72,7 +72,7 @@ def test_a_shard_cut_short_or_missing_is_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train-00000.safetensors has .* bytes, not the .*--data.rebuild true"):
         Shard(path, record, U16)
     path.unlink()
-    with pytest.raises(DataError, match="cannot open .*train-00000.safetensors"):
+    with pytest.raises(DataError, match=r"cannot open .*train-00000.safetensors"):
         Shard(path, record, U16)
 
 
@@ -101,6 +101,6 @@ def test_a_disk_that_says_no_leaves_the_old_file(tmp_path: Path, monkeypatch: py
         raise OSError(code, "refused")
 
     monkeypatch.setattr(files.os, "fsync", refuse)
-    with pytest.raises(DataError, match="cannot write .*a: refused; .*data.folder"):
+    with pytest.raises(DataError, match=r"cannot write .*a: refused; .*data.folder"):
         files.write_atomically(path, [b"new"])
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]

@@ -47,7 +47,8 @@ def random_pair(model: Model, seed: int = 0) -> tuple[LanguageModel, nn.Module]:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     theirs = transformers.AutoModelForCausalLM.from_config(hf_config(ours.shape))
     missing, unexpected = theirs.load_state_dict(to_hf(ours.shape, dict(ours.named_parameters())), strict=False)
-    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
     return ours, theirs.eval()
 
 
@@ -56,6 +57,7 @@ def hf_config(shape: Model) -> transformers.PretrainedConfig:
     if shape.family == "gpt2":
         return transformers.GPT2Config(
             vocab_size=shape.vocab_size, n_embd=shape.dim, n_layer=shape.num_layers, n_head=shape.num_heads,
+            bos_token_id=None, eos_token_id=None,
             n_inner=shape.ffn_dim, n_positions=shape.max_seq_len, layer_norm_epsilon=shape.norm_eps,
             resid_pdrop=shape.dropout, embd_pdrop=shape.dropout, attn_pdrop=shape.dropout,
             tie_word_embeddings=shape.tie_embeddings,
@@ -67,12 +69,12 @@ def hf_config(shape: Model) -> transformers.PretrainedConfig:
             "high_freq_factor": shape.rope_high_freq_factor,
             "original_max_position_embeddings": shape.rope_original_seq_len,
         }  # fmt: skip
-    common = dict(
-        vocab_size=shape.vocab_size, hidden_size=shape.dim, num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads, num_key_value_heads=shape.num_kv_heads, head_dim=shape.head_dim,
-        intermediate_size=shape.ffn_dim, max_position_embeddings=shape.max_seq_len, rms_norm_eps=shape.norm_eps,
-        rope_parameters=rope, tie_word_embeddings=shape.tie_embeddings,
-    )  # fmt: skip
+    common = {
+        "vocab_size": shape.vocab_size, "hidden_size": shape.dim, "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_dim,
+        "intermediate_size": shape.ffn_dim, "max_position_embeddings": shape.max_seq_len, "rms_norm_eps": shape.norm_eps,
+        "rope_parameters": rope, "tie_word_embeddings": shape.tie_embeddings,
+    }  # fmt: skip
     if shape.qk_norm:
         return transformers.Qwen3Config(attention_bias=shape.qkv_bias, **common)
     if shape.qkv_bias:  # Qwen2's bias is on q, k and v only; Llama's attention_bias is on o too

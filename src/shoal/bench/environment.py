@@ -16,7 +16,14 @@ from shoal.metrics.meter import device_name
 from shoal.plan.hardware import peak_flops
 
 PACKAGES = ("torch", "numpy", "pydantic", "tokenizers", "safetensors", "transformers", "accelerate")
-VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "PYTORCH_ALLOC_CONF")
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "CUDA_VISIBLE_DEVICES",
+    "NCCL_SOCKET_IFNAME",
+    "GLOO_SOCKET_IFNAME",
+    "PYTORCH_ALLOC_CONF",
+)
 
 
 def describe() -> str:
@@ -27,9 +34,13 @@ def describe() -> str:
             lines[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             lines[package] = "not installed"
-    lines["cpu"] = f"{device_name(torch.device('cpu')).partition(' (')[0]}, {psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads"
+    lines["cpu"] = (
+        f"{device_name(torch.device('cpu')).partition(' (')[0]}, {psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads"
+    )
     lines["cpu features"] = _features()
-    lines["memory"] = f"{psutil.virtual_memory().total / 2**30:.1f} GiB, {psutil.virtual_memory().available / 2**30:.1f} GiB free"
+    lines["memory"] = (
+        f"{psutil.virtual_memory().total / 2**30:.1f} GiB, {psutil.virtual_memory().available / 2**30:.1f} GiB free"
+    )
     lines["torch threads"] = f"{torch.get_num_threads()} within an operator, {torch.get_num_interop_threads()} between"
     lines |= _cuda() if torch.cuda.is_available() else {"cuda": "no device"}
     lines["backends"] = ", ".join(b for b in ("gloo", "nccl", "mpi") if torch.distributed.is_backend_available(b))
@@ -39,7 +50,9 @@ def describe() -> str:
 
 
 def _cuda() -> dict[str, str]:
-    found = {"cuda": f"{torch.version.cuda}, cudnn {torch.backends.cudnn.version()}, nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"}  # type: ignore[no-untyped-call]
+    cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    found = {"cuda": f"{torch.version.cuda}, cudnn {cudnn}, nccl {nccl}"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         peak = peak_flops(properties.name, "bfloat16")
@@ -49,7 +62,7 @@ def _cuda() -> dict[str, str]:
 
 
 def _features() -> str:
-    capability = torch.backends.cpu.get_cpu_capability()  # type: ignore[no-untyped-call]
+    capability = torch.backends.cpu.get_cpu_capability()
     info = Path("/proc/cpuinfo")
     flags = info.read_text().split() if info.exists() else []
     fast = [f for f in ("avx512_bf16", "amx_bf16", "avx_vnni") if f in flags]

@@ -1,4 +1,5 @@
-"""`shoal bench speed`: the real training step, each run in processes of its own, contenders in turn.
+"""
+`shoal bench speed`: the real training step, each run in processes of its own, contenders in turn.
 
 A figure is the median over the repeats of a run's median step; a ratio is the median of the ratios of
 neighbouring runs, so that a machine whose speed drifts does not decide it.
@@ -51,7 +52,9 @@ def bench_speed(
     report = {c: _summary(runs) for c, runs in results.items()}
     if peers:
         pairs = zip(results["shoal"], results["transformers.Trainer"], strict=True)
-        report["shoal"]["times_trainer"] = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
+        report["shoal"]["times_trainer"] = statistics.median(
+            a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs
+        )
     print(json.dumps(report) if as_json else _table(config, report))
 
 
@@ -66,7 +69,11 @@ def _settle(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], fold
     if steps > 40:
         steps = 12  # a recipe's own length is for training, not for timing
     config = config.replace("train", steps=steps, tokens=None, epochs=None, eval_every=0, sample_prompt="")
-    config = config.replace("optim", warmup_steps=0).replace("checkpoint", every=0).replace("metrics", every=1, split_every=1)
+    config = (
+        config.replace("optim", warmup_steps=0)
+        .replace("checkpoint", every=0)
+        .replace("metrics", every=1, split_every=1)
+    )
     config = config.replace("launch", runs=str(folder / "runs"), name="bench")
     if config.data.corpus == "dummy":
         config = config.replace("data", folder=str(folder / "data"))
@@ -125,7 +132,9 @@ def _table(config: Config, report: dict[str, dict[str, Any]]) -> str:
     ]
     for name, r in report.items():
         mfu = f"{100 * r['mfu']:.1f}%" if r.get("mfu") else ""
-        lines.append(f"{name:22}{r['tokens_per_second']:12,.0f}{r['lowest']:12,.0f}{r['highest']:12,.0f}{1000 * r['step_seconds']:10,.0f}{mfu:>8}")
+        lines.append(
+            f"{name:22}{r['tokens_per_second']:12,.0f}{r['lowest']:12,.0f}{r['highest']:12,.0f}{1000 * r['step_seconds']:10,.0f}{mfu:>8}"
+        )
     split = "  ".join(f"{k} {100 * v:.1f}%" for k, v in ours["split"].items())
     lines.append(f"{'of shoal`s step':22}{split}")
     if "times_trainer" in ours:

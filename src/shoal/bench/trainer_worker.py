@@ -1,4 +1,5 @@
-"""One timed run of transformers.Trainer: `python -m shoal.bench.trainer_worker CONFIG ANSWER`.
+"""
+One timed run of transformers.Trainer: `python -m shoal.bench.trainer_worker CONFIG ANSWER`.
 
 The same architecture, batch, sequence, threads and dtype as shoal's; the rest as a person would write it.
 """
@@ -14,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from shoal.bench.speed import summarize_steps
 from shoal.config import Config, Model
@@ -30,7 +40,7 @@ def main(recipe: Path, answer: Path) -> None:
     if threads:
         torch.set_num_threads(threads)
     vocab = config.model.vocab_size or open_data(config.data, Console(speaks=False)).vocab_size
-    model = AutoModelForCausalLM.from_config(peer_config(config.model, vocab))
+    model = AutoModelForCausalLM.from_config(peer_config(config.model, vocab))  # type: ignore[no-untyped-call]
     clock = _Clock()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -63,12 +73,13 @@ def peer_config(model: Model, vocab_size: int) -> PretrainedConfig:
             vocab_size=vocab_size, n_embd=model.dim, n_layer=model.num_layers, n_head=model.num_heads, n_inner=model.ffn_dim,
             n_positions=model.max_seq_len, resid_pdrop=model.dropout, embd_pdrop=model.dropout, attn_pdrop=model.dropout,
         )  # fmt: skip
-    kind = Qwen3Config if model.qk_norm else LlamaConfig
-    return kind(
+    kind: Any = Qwen3Config if model.qk_norm else LlamaConfig
+    peer: PretrainedConfig = kind(
         vocab_size=vocab_size, hidden_size=model.dim, num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
         num_key_value_heads=model.num_kv_heads, head_dim=model.head_dim, intermediate_size=model.ffn_dim,
         max_position_embeddings=model.max_seq_len, tie_word_embeddings=model.tie_embeddings, attention_bias=model.qkv_bias,
     )  # fmt: skip
+    return peer
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -76,7 +87,9 @@ class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         rows = (config.train.steps or 12) * config.train.global_batch
-        self._tokens = torch.randint(vocab_size, (rows, config.data.seq_len), generator=torch.Generator().manual_seed(0))
+        self._tokens = torch.randint(
+            vocab_size, (rows, config.data.seq_len), generator=torch.Generator().manual_seed(0)
+        )
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -85,7 +98,7 @@ class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self._tokens[index], "labels": self._tokens[index]}
 
 
-class _Clock(TrainerCallback):  # type: ignore[misc]
+class _Clock(TrainerCallback):
     """Seconds from the end of a step to the end of the next."""
 
     def __init__(self) -> None:

@@ -1,4 +1,5 @@
-"""Checkpoints: written aside, flushed, hashed, renamed; so that what is listed is complete.
+"""
+Checkpoints: written aside, flushed, hashed, renamed; so that what is listed is complete.
 
     checkpoints/
       step-00000100/
@@ -28,8 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from shoal.errors import CheckpointError
 from shoal.parallel.mesh import Mesh
@@ -69,7 +72,8 @@ class CheckpointStore:
         mesh.barrier()
 
     def save(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Saved:
-        """Write a checkpoint of step `state["step"]`.
+        """
+        Write a checkpoint of step `state["step"]`.
 
         Raises `CheckpointError` on every rank if any could not write; what was there before stands.
         """
@@ -90,7 +94,7 @@ class CheckpointStore:
             aside.mkdir(parents=True, exist_ok=True)
         with _plainly():
             writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=self._mesh.world_size == 1)
+            dcp_save(dict(tensors), storage_writer=writer, no_dist=self._mesh.world_size == 1)
 
     def _commit(self, aside: Path, final: Path, state: Mapping[str, Any]) -> None:
         _write_json(aside / "state.json", state)
@@ -124,7 +128,8 @@ class CheckpointStore:
 
 
 def load(saved: Saved, tensors: Mapping[str, torch.Tensor], *, alone: bool = True) -> dict[str, Any]:
-    """Fill `tensors` (all of a checkpoint's, or some) in place; verified before, loaded by slices.
+    """
+    Fill `tensors` (all of a checkpoint's, or some) in place; verified before, loaded by slices.
 
     With `alone` false it is a collective over the world. Raises `CheckpointError`.
     """
@@ -133,7 +138,7 @@ def load(saved: Saved, tensors: Mapping[str, torch.Tensor], *, alone: bool = Tru
     _check_shapes(saved.folder, state["tensors"], tensors)
     try:
         with _plainly():
-            dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(saved.folder)), no_dist=alone)
+            dcp_load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(saved.folder)), no_dist=alone)
     except Exception as error:
         raise CheckpointError(f"{saved.folder} could not be loaded: {error}") from error
     return state
@@ -163,7 +168,9 @@ def verify(folder: Path) -> None:
         if size is None:
             raise CheckpointError(f"{path} is missing. {remedy}")
         if size != entry["bytes"]:
-            raise CheckpointError(f"{path} was cut short or grew: {size} bytes where {entry['bytes']} were written. {remedy}")
+            raise CheckpointError(
+                f"{path} was cut short or grew: {size} bytes where {entry['bytes']} were written. {remedy}"
+            )
     with ThreadPoolExecutor() as pool:
         for name, digest in zip(files, pool.map(lambda n: _sha256(folder / Path(n).name), files), strict=True):
             if digest != files[name]["sha256"]:
@@ -175,12 +182,15 @@ def _check_shapes(folder: Path, there: Mapping[str, list[int]], here: Mapping[st
         if key not in there:
             raise CheckpointError(f"{folder} is of another model: it has no {key}")
         if there[key] != list(tensor.shape):
-            raise CheckpointError(f"{folder} is of another model: {key} is {there[key]} there and {list(tensor.shape)} here")
+            raise CheckpointError(
+                f"{folder} is of another model: {key} is {there[key]} there and {list(tensor.shape)} here"
+            )
 
 
 @contextlib.contextmanager
 def _agreeing(mesh: Mesh, aside: Path) -> Iterator[None]:
-    """Run a part of a save; if any rank failed, all raise, and what was written aside is removed.
+    """
+    Run a part of a save; if any rank failed, all raise, and what was written aside is removed.
 
     A collective over the world.
     """
@@ -203,19 +213,25 @@ def _why_not_saved(folder: Path, error: Exception) -> str:
     text = str(error)
     if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in text:
         return f"{folder}: the disk is full, so this checkpoint was not written; those before it stand. Free space, and start again with the same command"
-    return f"{folder}: this checkpoint could not be written, those before it stand: {text.strip() or type(error).__name__}"
+    return (
+        f"{folder}: this checkpoint could not be written, those before it stand: {text.strip() or type(error).__name__}"
+    )
 
 
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
-    """Run a part of torch.distributed.checkpoint without the warnings about its own internals, and let what
-    went wrong on a rank come out as what it is (its own exception is no `Exception`)."""
+    """
+    Run a part of torch.distributed.checkpoint without the warnings about its own internals, and let what
+    went wrong on a rank come out as what it is (its own exception is no `Exception`).
+    """
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint.*")
-            warnings.filterwarnings("ignore", message=r".*torch\.distributed is disabled, unavailable or uninitialized.*")
+            warnings.filterwarnings(
+                "ignore", message=r".*torch\.distributed is disabled, unavailable or uninitialized.*"
+            )
             yield
-    except dcp.CheckpointException as error:
+    except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
         raise OSError(getattr(cause, "errno", None) or errno.EIO, f"rank {rank}: {cause}") from error
 

@@ -129,9 +129,7 @@ def _chunks(corpus: Corpus, split: Split, journal: Journal) -> Iterator[list[_It
         yield chunk
 
 
-def _encoded(
-    chunks: Iterator[list[_Item]], tokenizer: Tokenizer
-) -> Iterator[tuple[list[_Item], list[Tokens]]]:
+def _encoded(chunks: Iterator[list[_Item]], tokenizer: Tokenizer) -> Iterator[tuple[list[_Item], list[Tokens]]]:
     """
     Each chunk with its tokens, in order. Two threads, so that while one turns Rust's tokens into arrays
     (and this one reads on) the other keeps every core busy.

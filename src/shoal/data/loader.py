@@ -128,13 +128,10 @@ class Loader:
 
     def _step_at(self, position: int) -> list[Batch]:
         """A pure function of the position."""
-        batches = []
-        for slot in self._slots:
-            first = position + slot * self._micro_batch
-            row_ids = sample_at(self._seed, np.arange(first, first + self._micro_batch), len(self.rows))
-            batch = make_batch(self.rows, row_ids)
-            batches.append(batch.pin_memory() if self._pin_memory else batch)
-        return batches
+        first, stop = (position + slot * self._micro_batch for slot in (self._slots.start, self._slots.stop))
+        row_ids = sample_at(self._seed, np.arange(first, stop), len(self.rows))
+        batches = (make_batch(self.rows, ids) for ids in row_ids.reshape(-1, self._micro_batch))
+        return [batch.pin_memory() if self._pin_memory else batch for batch in batches]
 
 
 def evaluation_rows(rows: Rows, max_tokens: int | None) -> int:

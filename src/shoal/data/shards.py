@@ -73,9 +73,7 @@ def write_shard(path: Path, tokens: Tokens, starts: Starts, text_bytes: int) -> 
     sha256 = hashlib.sha256(head)
     sha256.update(body)
     size = len(head) + len(body)
-    return ShardRecord(
-        path.name, size, len(tokens), len(starts), text_bytes, zlib.crc32(head), sha256.hexdigest()
-    )
+    return ShardRecord(path.name, size, len(tokens), len(starts), text_bytes, zlib.crc32(head), sha256.hexdigest())
 
 
 def _bytes_of(tokens: Tokens) -> memoryview:

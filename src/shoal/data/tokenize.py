@@ -89,9 +89,7 @@ def _is_byte_level(decoder: Any) -> bool:
     return decoder.get("type") == "ByteLevel" or any(_is_byte_level(part) for part in decoder.get("decoders", ()))
 
 
-def train_bpe(
-    texts: Iterator[str], vocab_size: int, progress: Callable[[], None] = lambda: None
-) -> Tokenizer:
+def train_bpe(texts: Iterator[str], vocab_size: int, progress: Callable[[], None] = lambda: None) -> Tokenizer:
     """
     Train a byte-level BPE of at most `vocab_size` tokens; id 0 is `<|endoftext|>`.
 

@@ -8,7 +8,8 @@ from shoal.errors import DivergedError
 
 
 def check_finite(step: int, loss: float, grad_norm: float) -> None:
-    """Raise `DivergedError` where a step's loss or gradient norm is no number.
+    """
+    Raise `DivergedError` where a step's loss or gradient norm is no number.
 
     It comes one step late, so the update was made; what was saved before stands.
     """

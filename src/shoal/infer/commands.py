@@ -16,12 +16,12 @@ from shoal.data.prepare import held_out_text
 from shoal.data.tokenize import Tokenizer, load_tokenizer
 from shoal.errors import CheckpointError, GenerateError
 from shoal.infer.generate import generate
+from shoal.launch.place import Place
 from shoal.metrics.compression import bits_per_byte
 from shoal.metrics.console import Console
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.parallel.mesh import Mesh, choose_device
-from shoal.launch.place import Place
 from shoal.runs import RunFolder
 from shoal.train.evaluate import evaluate
 from shoal.train.loop import DTYPES
@@ -40,7 +40,8 @@ class LoadedRun:
 
 
 def load_run(runs: Path, target: str, *, step: int | None, device: str) -> LoadedRun:
-    """The model of run `target` (a name under `runs`, or a folder) at `step` (None: the last).
+    """
+    The model of run `target` (a name under `runs`, or a folder) at `step` (None: the last).
 
     Raises `RunError` or `CheckpointError`.
     """
@@ -58,7 +59,9 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str) -> Loade
     model.to_empty(device=place)
     state = load(chosen[-1], {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     model.eval()
-    return LoadedRun(config, model, load_tokenizer(str(folder.tokenizer_file)), int(state["step"]), state["data_id"], place)
+    return LoadedRun(
+        config, model, load_tokenizer(str(folder.tokenizer_file)), int(state["step"]), state["data_id"], place
+    )
 
 
 def evaluate_run(runs: Path, target: str, *, step: int | None, device: str, as_json: bool) -> None:
@@ -67,7 +70,9 @@ def evaluate_run(runs: Path, target: str, *, step: int | None, device: str, as_j
     console = Console(speaks=not as_json)
     prepared = open_data(run.config.data, console)
     if prepared.data_id != run.data_id:
-        raise CheckpointError(f"{target} was trained on other tokens than {prepared.folder} holds now; its held-out text is gone")
+        raise CheckpointError(
+            f"{target} was trained on other tokens than {prepared.folder} holds now; its held-out text is gone"
+        )
     result = evaluate(run.model, Mesh(Place(), run.device), prepared, run.config, None)
     yardstick = bits_per_byte(held_out_text(prepared))
     record = {

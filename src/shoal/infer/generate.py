@@ -1,4 +1,5 @@
-"""Tokens from a model, a batch of prompts at a time.
+"""
+Tokens from a model, a batch of prompts at a time.
 
 Prompts of different lengths are **padded on the left**, so that all rows end, and grow, together. Padding is a
 document of its own: no token of a prompt sees it, and positions count from a prompt's first token.
@@ -48,7 +49,8 @@ def generate(
     use_cache: bool = True,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, in order; without the prompt, and without the `eot_id` that ends it.
+    """
+    The new tokens of each prompt, in order; without the prompt, and without the `eot_id` that ends it.
 
     temperature: 0: greedy; top_k, top_p: sample among the likeliest k, and among the fewest that have this much
     probability together; both after the temperature. on_token(prompt's place, token) is called for each as it comes.
@@ -121,7 +123,8 @@ def choose(logits_BV: Tensor, sampling: Sampling, index: int) -> Tensor:
 
 
 def _keep_likeliest(probabilities_BV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
-    """Zero for all but the likeliest `top_k` and, of these, the fewest that hold `top_p` of what is left.
+    """
+    Zero for all but the likeliest `top_k` and, of these, the fewest that hold `top_p` of what is left.
 
     Nucleus sampling: Holtzman et al. 2019 (arXiv:1904.09751), section 3.1. The likeliest always stays.
     """

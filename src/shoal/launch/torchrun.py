@@ -1,4 +1,5 @@
-"""`shoal train` starts its own workers, through torch's elastic agent.
+"""
+`shoal train` starts its own workers, through torch's elastic agent.
 
 The launcher holds the run's lock, passes signals on, and starts the workers anew when one dies. It imports
 torch only when the config is known to be good.
@@ -12,13 +13,13 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
 from shoal.config import Config
+from shoal.contradictions import indivisible
 from shoal.errors import EXIT_BAD_INPUT, LaunchError
-from shoal.resolve import indivisible
 
 LOCKED_BY = "SHOAL_LOCKED_BY"  # the launcher's process id: it holds the run's lock for its workers
 
@@ -31,11 +32,17 @@ def plan_processes(config: Config, gpus: int) -> Config:
     wanted = config.launch.processes or (replicas if replicas > 0 else None)
     processes = wanted or (min(2, cores) if use_cpu else gpus)
     if not use_cpu and gpus == 0:
-        raise LaunchError("train.device is cuda, but there is no CUDA device; set train.device to cpu, or see shoal env")
+        raise LaunchError(
+            "train.device is cuda, but there is no CUDA device; set train.device to cpu, or see shoal env"
+        )
     if not use_cpu and processes > gpus:
-        raise LaunchError(f"{processes} processes need as many GPUs, and there are {gpus}; set launch.processes to {gpus} or less")
+        raise LaunchError(
+            f"{processes} processes need as many GPUs, and there are {gpus}; set launch.processes to {gpus} or less"
+        )
     if use_cpu and processes > 4 * cores:
-        raise LaunchError(f"{processes} processes on {cores} CPU cores would only wait for each other; set launch.processes to {cores} or less")
+        raise LaunchError(
+            f"{processes} processes on {cores} CPU cores would only wait for each other; set launch.processes to {cores} or less"
+        )
     if message := indivisible(config, processes):
         raise LaunchError(message)
     threads = config.launch.threads or max(1, cores // processes)
@@ -60,7 +67,9 @@ def check_port(port: int) -> None:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            raise LaunchError(f"port {port} is taken ({error.strerror}); set launch.port to another, or to 0 for any") from None
+            raise LaunchError(
+                f"port {port} is taken ({error.strerror}); set launch.port to another, or to 0 for any"
+            ) from None
 
 
 def worker_environment(threads: int) -> dict[str, str]:
@@ -75,14 +84,18 @@ def worker_environment(threads: int) -> dict[str, str]:
     }
 
 
-def launch(config: Config, argv: Sequence[str]) -> int:
-    """Run `shoal ARGV` in `launch.processes` workers on this machine until they end; the exit code.
+def launch(config: Config, argv: Sequence[str], progress: Callable[[], object]) -> int:
+    """
+    Run `shoal ARGV` in `launch.processes` workers on this machine until they end; the exit code.
+
+    `progress()` says how far the run is: an error that comes again at the same place is not tried a third time.
 
     0 when they finished, 128 + signal when one asked them to stop and they saved, 2 when a worker met bad
     input (it has said what), 1 when workers died more often than `launch.max_restarts`.
     """
     check_port(config.launch.port)
-    assert config.launch.processes and config.launch.threads
+    assert config.launch.processes
+    assert config.launch.threads
     for name, value in worker_environment(config.launch.threads).items():
         os.environ.setdefault(name, value)
     # The agent would raise in the middle of its work on these; we pass them on and let the workers end.
@@ -91,7 +104,7 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # the agent tells each death in forty lines; we in one
-    agent = _make_agent(LocalElasticAgent, config, argv, stop)
+    agent = _make_agent(LocalElasticAgent, config, argv, stop, progress)
     result = agent.run()
     if stop.signal is not None:
         return 128 + stop.signal
@@ -100,7 +113,9 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     codes = [failure.exitcode for failure in result.failures.values()]
     if EXIT_BAD_INPUT in codes:
         return EXIT_BAD_INPUT
-    _tell(f"the run stopped: worker {_describe(result.failures)}, after {config.launch.max_restarts} restarts")
+    _tell(
+        f"the run stopped: worker {_describe(result.failures)}. What was saved stands; the same command goes on from there"
+    )
     return 1
 
 
@@ -122,24 +137,37 @@ class _PassOn:
             child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
 
-def _make_agent(base: type[Any], config: Config, argv: Sequence[str], stop: _PassOn) -> Any:
+def _make_agent(
+    base: type[Any], config: Config, argv: Sequence[str], stop: _PassOn, progress: Callable[[], object]
+) -> Any:
     import torch.distributed.elastic.rendezvous.registry as registry
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.rendezvous import RendezvousParameters
 
-    class Agent(base):
+    class Agent(base):  # type: ignore[misc]
         """Does not restart what will fail again, and says in one line what it does restart."""
+
+        failed_at: object = None
 
         def _monitor_workers(self, worker_group: Any) -> Any:
             result = super()._monitor_workers(worker_group)
             codes = [failure.exitcode for failure in result.failures.values()]
-            if stop.signal is not None or EXIT_BAD_INPUT in codes:
+            if stop.signal is not None or EXIT_BAD_INPUT in codes or (codes and self._fails_again(codes)):
                 self._remaining_restarts = 0
             elif result.failures and self._remaining_restarts > 0:
                 left = self._remaining_restarts - 1
-                _tell(f"worker {_describe(result.failures)}; starting again from the last checkpoint ({left} restarts left)")
+                _tell(
+                    f"worker {_describe(result.failures)}; starting again from the last checkpoint ({left} restarts left)"
+                )
             return result
+
+        def _fails_again(self, codes: Sequence[int]) -> bool:
+            """An exception (no signal from outside) at the same place as the last one."""
+            here = progress()
+            again = here == self.failed_at and not any(code < 0 for code in codes)
+            self.failed_at = here
+            return again
 
     rendezvous = RendezvousParameters(
         backend="c10d",

@@ -49,7 +49,14 @@ class Console:
         if not self._speaks:
             yield lambda phase, done, total: None
         elif self.is_terminal:
-            with Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(), console=self._rich, transient=True) as bar:
+            with Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeRemainingColumn(),
+                console=self._rich,
+                transient=True,
+            ) as bar:
                 yield _Bar(bar, title)
         else:
             yield _Lines(title)
@@ -95,7 +102,7 @@ def step_line(record: Mapping[str, Any], total_steps: int, left_seconds: float |
 
 
 def duration(seconds: float) -> str:
-    """"2h05m", "3m20s", "12s"."""
+    """ "2h05m", "3m20s", "12s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -9,12 +9,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from shoal.config import Config
-from shoal.parallel.mesh import Mesh
+from shoal.parallel.mesh import Mesh, has_bfloat16
 from shoal.plan.estimate import flops_per_token, parameter_count
 from shoal.plan.hardware import peak_flops
 
@@ -44,7 +44,7 @@ class PhaseTimer:
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         if self._cuda and name != "data":  # data is the host's time
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             yield
             end.record()
@@ -76,6 +76,22 @@ def measured_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: flo
             torch.cuda.synchronize(device)
         best = max(best, 2 * n**3 / (time.perf_counter() - begun))
     return best
+
+
+def settle_dtype(wanted: str, mesh: Mesh) -> str:
+    """
+    What "auto" means here: the same answer on every rank. A collective over the world.
+
+    Some CPUs multiply bfloat16 twice as fast as float32, others half as fast or a hundred times slower.
+    """
+    if wanted != "auto":
+        return wanted
+    if mesh.device.type == "cuda":
+        return "bfloat16" if has_bfloat16(mesh.device) else "float32"
+    mesh.barrier()
+    rates = [measured_matmul_flops(mesh.device, dtype, 0.1) for dtype in (torch.bfloat16, torch.float32)]
+    bfloat16, float32 = mesh.sum(torch.tensor(rates, dtype=torch.float64)).tolist()
+    return "bfloat16" if bfloat16 > float32 else "float32"
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -111,7 +127,9 @@ class Meter:
         self._split = (step, timer)
         return timer
 
-    def record(self, step: int, tokens: int, step_tokens: int, loss: float, lr: float, norm: float) -> dict[str, Any] | None:
+    def record(
+        self, step: int, tokens: int, step_tokens: int, loss: float, lr: float, norm: float
+    ) -> dict[str, Any] | None:
         """The record of `step`, or None where none is due. `tokens` is the run's total, `step_tokens` this step's."""
         self._steps_since += 1
         if step % self._config.metrics.every and step != 1:
@@ -121,7 +139,7 @@ class Meter:
         self.start()
         self._smooth_seconds = seconds if self._smooth_seconds == 0.0 else 0.8 * self._smooth_seconds + 0.2 * seconds
         rate = step_tokens / seconds
-        record = {
+        record: dict[str, Any] = {
             "step": step,
             "tokens": tokens,
             "loss": loss,
@@ -161,9 +179,10 @@ class Meter:
         config, mesh = self._config, self._mesh
         if config.metrics.peak_tflops:
             return config.metrics.peak_tflops * 1e12 * mesh.world_size, "metrics.peak_tflops"
-        if mesh.device.type == "cuda" and (known := peak_flops(self.device_name, config.train.dtype)):
+        name: Literal["bfloat16", "float32"] = "bfloat16" if config.train.dtype == "bfloat16" else "float32"
+        if mesh.device.type == "cuda" and (known := peak_flops(self.device_name, name)):
             return known * mesh.world_size, "data sheet, dense"
-        dtype = torch.bfloat16 if config.train.dtype == "bfloat16" else torch.float32
+        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
         mesh.barrier()  # all at once, as they will train
         rate = torch.tensor(measured_matmul_flops(mesh.device, dtype), device=mesh.device, dtype=torch.float64)
         return float(mesh.sum(rate)), "a 2048^3 matrix product, measured here"

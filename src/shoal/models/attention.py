@@ -1,4 +1,5 @@
-"""The one chooser of attention kernels, its masks, and the cache of keys and values.
+"""
+The one chooser of attention kernels, its masks, and the cache of keys and values.
 
 Everything goes through `torch.nn.functional.scaled_dot_product_attention`, which picks a fused kernel: flash or
 efficient on CUDA, flash on the CPU, there also with a boolean mask and with grouped heads (seen: 3% slower with a
@@ -17,7 +18,8 @@ from torch import Tensor
 def attend(
     q_BTHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, mask_B1TS: Tensor | None = None, *, dropout: float = 0.0
 ) -> Tensor:
-    """Attention of H query heads on K key heads (H a multiple of K) -> [B, T, H * d].
+    """
+    Attention of H query heads on K key heads (H a multiple of K) -> [B, T, H * d].
 
     Without a mask: causal where T = S, and a single query (T = 1) sees every key. With one: what is True is seen.
     """
@@ -34,7 +36,8 @@ def attend(
 
 
 def document_mask(documents_BT: Tensor, keys_BS: Tensor | None = None, first: int = 0) -> Tensor:
-    """Causal, and inside a document -> [B, 1, T, S], True where a query may look.
+    """
+    Causal, and inside a document -> [B, 1, T, S], True where a query may look.
 
     `keys_BS` are the documents of all keys, where the queries are only the places from `first` on. Every query sees
     itself, whatever its document: no row of the softmax is empty.
@@ -80,7 +83,8 @@ class KVCache:
         self.masked = False  # several documents are in it, so every call must say which
 
     def extend(self, num_tokens: int, documents_BT: Tensor | None) -> Tensor | None:
-        """Make room for `num_tokens` more places, and give the mask [B, 1, T, S] of what they may see.
+        """
+        Make room for `num_tokens` more places, and give the mask [B, 1, T, S] of what they may see.
 
         `documents_BT` tells padding from text, or documents apart; once given, it is needed every time. None means
         one document, and no mask where none is needed (see `attend`).

@@ -1,4 +1,5 @@
-"""A shape -> a model on the meta device, and its initial weights.
+"""
+A shape -> a model on the meta device, and its initial weights.
 
 **Initial weights do not depend on the layout.** Row r of a parameter is a function of (seed, the parameter's global
 name, r) and nothing else: its numbers come from a generator of its own. A rank draws the rows it holds; 1 process
@@ -25,7 +26,8 @@ WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
 
 
 def build_model(model: Model, *, compute_dtype: torch.dtype) -> LanguageModel:
-    """The model on the meta device: shapes and names, no memory. `initialize` gives it weights.
+    """
+    The model on the meta device: shapes and names, no memory. `initialize` gives it weights.
 
     Raises ValueError if `model.vocab_size` is still null.
     """

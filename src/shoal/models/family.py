@@ -30,7 +30,8 @@ TensorParallelStyle = Literal["column", "row", "vocab", "replicate"]
 
 
 class LanguageModel(nn.Module, ABC):
-    """Tokens -> hidden states; decoder-only; single-device code.
+    """
+    Tokens -> hidden states; decoder-only; single-device code.
 
     Sharding, checkpointing and compilation are applied from outside, to `blocks`. `compute_dtype` is the dtype of the
     residual stream and of every product (see `layers.py`); parameters stay float32.
@@ -55,7 +56,8 @@ class LanguageModel(nn.Module, ABC):
         document_ids_BT: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Hidden states [B, T, D] after the last norm, in `compute_dtype`; `logits` or the loss take them on.
+        """
+        Hidden states [B, T, D] after the last norm, in `compute_dtype`; `logits` or the loss take them on.
 
         positions_BT: where each token stands in its document; None: 0, 1, 2, ... (from the cache's length on).
         document_ids_BT: attention stays inside equal ids; None: a row is one document.
@@ -78,7 +80,8 @@ class LanguageModel(nn.Module, ABC):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` tokens, beside the model's weights."""
         shape = self.shape
-        assert shape.num_kv_heads is not None and shape.head_dim is not None
+        assert shape.num_kv_heads is not None
+        assert shape.head_dim is not None
         return KVCache(
             num_layers=shape.num_layers, batch=batch, capacity=capacity, num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim, dtype=self.compute_dtype, device=self.embed.weight.device,

@@ -1,4 +1,5 @@
-"""The layers both families share: float32 weights, cast to the activations' dtype where they are used.
+"""
+The layers both families share: float32 weights, cast to the activations' dtype where they are used.
 
 This is shoal's one meaning of bfloat16. A weight is cast once a use, so that its gradient arrives in float32;
 products accumulate in float32 and are rounded once; norms compute in float32 inside and round once, at their end.
@@ -28,7 +29,8 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a table, looked up in the table's dtype.
+    """
+    Rows of a table, looked up in the table's dtype.
 
     The caller casts what it gets: a row's gradient is then a float32 sum over all the places it was used.
     """
@@ -68,7 +70,7 @@ class RMSNorm(nn.Module):
         if x.is_cuda:  # one kernel each way
             return F.rms_norm(x, weight.shape, weight, self.eps)
         # Elsewhere F.rms_norm is a chain of eleven operators and their autograd: 1.4 to 2.4 times as slow.
-        out: Tensor = _RMSNorm.apply(x, weight, self.eps)
+        out: Tensor = _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
         return out
 
 

@@ -1,4 +1,5 @@
-"""The Llama family: Llama 2 and 3, Qwen 2 and 3, SmolLM2, Mistral (without its window).
+"""
+The Llama family: Llama 2 and 3, Qwen 2 and 3, SmolLM2, Mistral (without its window).
 
 RMSNorm before each half of a block, rotary positions, grouped key heads, SwiGLU (Touvron et al. 2023,
 arXiv:2302.13971; Llama 3: arXiv:2407.21783; Qwen3: arXiv:2505.09388).
@@ -21,14 +22,16 @@ from shoal.models.rope import Rope, rope_tables, rotate
 
 
 class Attention(nn.Module):
-    """Causal self-attention: H query heads share K key heads, each `head_dim` wide.
+    """
+    Causal self-attention: H query heads share K key heads, each `head_dim` wide.
 
     Three projections, not one fused: measured equal within 1% at 256 to 768 wide, and each has its own name.
     """
 
     def __init__(self, shape: Model) -> None:
         super().__init__()
-        assert shape.head_dim is not None and shape.num_kv_heads is not None
+        assert shape.num_kv_heads is not None
+        assert shape.head_dim is not None
         self.head_dim = shape.head_dim
         q_dim, kv_dim = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         self.q = Linear(shape.dim, q_dim, bias=shape.qkv_bias)

@@ -1,4 +1,5 @@
-"""Cross-entropy of a linear layer, without ever holding its logits in float32.
+"""
+Cross-entropy of a linear layer, without ever holding its logits in float32.
 
 The vocabulary is where a small model spends its memory and much of its time. Logits are made a chunk of tokens at a
 time in the compute dtype, and each chunk's gradients at once, as in Liger Kernel (Hsu et al. 2024,
@@ -30,7 +31,8 @@ def linear_cross_entropy_sum(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
-    """scale * sum over labels that are not -100 of -log softmax(weight hidden)[label]; a float32 scalar.
+    """
+    scale * sum over labels that are not -100 of -log softmax(weight hidden)[label]; a float32 scalar.
 
     `scale` is usually one over the global number of valid tokens, so that the results of all micro-batches and ranks
     add up to the mean loss, and their gradients to its gradient. It may be a tensor, and is not read on the host.
@@ -40,7 +42,7 @@ def linear_cross_entropy_sum(
     """
     hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
     if torch.is_grad_enabled() and (hidden_BTD.requires_grad or weight_VD.requires_grad):
-        loss: Tensor = _LinearCrossEntropySum.apply(hidden_ND, weight_VD, labels_N, scale, chunk_bytes)
+        loss: Tensor = _LinearCrossEntropySum.apply(hidden_ND, weight_VD, labels_N, scale, chunk_bytes)  # type: ignore[no-untyped-call]
         return loss
     weight = weight_VD.to(hidden_ND.dtype)
     loss = torch.zeros((), device=hidden_ND.device)

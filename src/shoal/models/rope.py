@@ -14,7 +14,8 @@ Rope = tuple[Tensor, Tensor]  # cosines [B or 1, T, 1, head_dim], sines [B or 1,
 
 
 def inverse_frequencies(model: Model, device: torch.device) -> Tensor:
-    """Radians a position turns each pair, [head_dim / 2], float32; with Llama 3's scaling where the model asks for it.
+    """
+    Radians a position turns each pair, [head_dim / 2], float32; with Llama 3's scaling where the model asks for it.
 
     Computed where it is used, and never stored: it cannot be left uninitialised by a move from the meta device.
     """
@@ -25,7 +26,8 @@ def inverse_frequencies(model: Model, device: torch.device) -> Tensor:
 
 
 def _scale_llama3(turns: Tensor, model: Model, factor: float) -> Tensor:
-    """Slow pairs turn `factor` times slower, fast ones stay, those between are blended.
+    """
+    Slow pairs turn `factor` times slower, fast ones stay, those between are blended.
 
     Llama 3.1's rule: meta-llama/llama-models, `models/llama3/model.py`, `apply_scaling`.
     """
@@ -46,7 +48,7 @@ def rope_tables(model: Model, positions: Tensor, dtype: torch.dtype) -> Rope:
 
 def rotate(x_BTHd: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x[i], x[i + d/2]) by its position's angle."""
-    out: Tensor = _Rotate.apply(x_BTHd, *rope)
+    out: Tensor = _Rotate.apply(x_BTHd, *rope)  # type: ignore[no-untyped-call]
     return out
 
 

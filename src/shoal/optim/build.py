@@ -9,7 +9,8 @@ from shoal.config import Optim
 
 
 def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019) with its state already there, as zeros.
+    """
+    AdamW (Loshchilov and Hutter 2019) with its state already there, as zeros.
 
     The state is made here and not at the first step, so that a checkpoint is loaded into it in place and
     memory is known before training starts.

@@ -1,4 +1,5 @@
-"""The one place that says in which order a model is made parallel, and what comes of it: a `Runnable`.
+"""
+The one place that says in which order a model is made parallel, and what comes of it: a `Runnable`.
 
     checkpointing -> compile -> materialise and initialise -> reduce
 
@@ -33,8 +34,11 @@ class Runnable:
     mesh: Mesh
     seed: int
 
-    def forward_backward(self, batches: Sequence[Batch], step: int, phases: Phases) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of the mean loss over the step's valid tokens, on every rank the same.
+    def forward_backward(
+        self, batches: Sequence[Batch], step: int, phases: Phases
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Gradients of the mean loss over the step's valid tokens, on every rank the same.
 
         Returns the loss, summed over the global batch, and its number of valid tokens, both 0-d on the
         device. A collective over `dp_replicate`.
@@ -82,7 +86,9 @@ def parallelize(
     reducer = GradientReducer(model.parameters(), mesh)
     if mesh.dp_size > 1:
         buckets = len(reducer.flat_gradients())
-        say(f"data parallel: {mesh.dp_size} replicas, gradients summed in {buckets} bucket{'s' * (buckets > 1)} during backward")
+        say(
+            f"data parallel: {mesh.dp_size} replicas, gradients summed in {buckets} bucket{'s' * (buckets > 1)} during backward"
+        )
     return Runnable(model, reducer, mesh, seed)
 
 
@@ -90,10 +96,10 @@ def _checkpoint(block: nn.Module) -> None:
     """Wrap `block.forward` in place, so that names stay; nothing changes without gradients."""
     forward = block.forward
 
-    def recomputed(*args: object, **kwargs: object) -> object:
+    def recomputed(*args: object) -> object:
         if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            return forward(*args)
+        return checkpoint(forward, *args, use_reentrant=False)
 
     block.forward = recomputed
 

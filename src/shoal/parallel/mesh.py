@@ -59,7 +59,9 @@ def choose_device(wanted: str, place: Place = ALONE) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise LaunchError("train.device is cuda, but torch sees no CUDA device; set train.device to cpu, or see shoal env")
+        raise LaunchError(
+            "train.device is cuda, but torch sees no CUDA device; set train.device to cpu, or see shoal env"
+        )
     count = torch.cuda.device_count()
     if place.local_world_size > count:
         raise LaunchError(
@@ -70,14 +72,20 @@ def choose_device(wanted: str, place: Place = ALONE) -> torch.device:
 
 def check_dtype(dtype: str, device: torch.device) -> None:
     """Raise `LaunchError` where `device` cannot compute in `dtype`."""
-    if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if dtype == "bfloat16" and not has_bfloat16(device):
         name = torch.cuda.get_device_name(device)
         raise LaunchError(f"{name} has no bfloat16; set train.dtype to float32")
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether `device` computes in bfloat16 itself; every CPU can, if slowly."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 @contextlib.contextmanager
 def open_mesh(device: str, timeout_seconds: float) -> Iterator[Mesh]:
-    """Join the other processes; leave them in order at the end. A collective over the world.
+    """
+    Join the other processes; leave them in order at the end. A collective over the world.
 
     On an error the group is left without a barrier: the others may never come to one.
     """

@@ -1,4 +1,5 @@
-"""Gradients of all replicas, summed while backward still runs.
+"""
+Gradients of all replicas, summed while backward still runs.
 
 Why not torch's `DistributedDataParallel`: it averages over ranks where we need a sum (the loss is already
 divided by the global number of tokens), it puts `module.` before every name, and it lays its buckets out
@@ -32,7 +33,8 @@ class _Bucket:
 
 
 class GradientReducer:
-    """Owns every gradient: `p.grad` is a view of a bucket from the start to the end of training.
+    """
+    Owns every gradient: `p.grad` is a view of a bucket from the start to the end of training.
 
     Use: `zero()`, then backward per micro-batch, the last one inside `last=True`; `finish()` waits.
     All ranks must call in the same order. `finish` completes a collective over `dp_replicate`.
@@ -46,7 +48,7 @@ class GradientReducer:
         if mesh.dp_size > 1:
             for bucket in self._buckets:
                 for p in bucket.parameters:
-                    p.register_post_accumulate_grad_hook(self._hook(bucket))
+                    p.register_post_accumulate_grad_hook(self._hook(bucket))  # type: ignore[no-untyped-call]
 
     def zero(self) -> None:
         """Forget the last step's gradients."""
@@ -63,7 +65,7 @@ class GradientReducer:
         """Wait until every bucket holds the sum over all replicas. A collective over `dp_replicate`."""
         for bucket in self._buckets:
             if bucket.work is not None:
-                bucket.work.wait()  # type: ignore[no-untyped-call]
+                bucket.work.wait()
                 bucket.work = None
             elif self._armed and self._mesh.dp_size > 1:
                 raise RuntimeError("a parameter got no gradient in the last micro-batch, so its bucket never left")

@@ -1,4 +1,5 @@
-"""THE formulas: parameters and FLOPs of a shape. Whatever else in shoal needs such a number takes it from here.
+"""
+THE formulas: parameters and FLOPs of a shape. Whatever else in shoal needs such a number takes it from here.
 
 A matrix product of [m, k] by [k, n] is 2 m k n FLOPs; backward does two of the same size, so training is 3 times
 forward. Norms, softmax and activations are not counted (the convention of PaLM, Chowdhery et al. 2022,
@@ -21,7 +22,8 @@ def parameter_count(model: Model) -> int:
 
 
 def matmul_parameter_count(model: Model) -> int:
-    """Weights each token is multiplied by: the blocks' matrices and the head, which costs the same when it is tied.
+    """
+    Weights each token is multiplied by: the blocks' matrices and the head, which costs the same when it is tied.
 
     The embedding is a look-up and learned positions are a sum: neither is counted.
     """
@@ -30,7 +32,8 @@ def matmul_parameter_count(model: Model) -> int:
 
 
 def flops_per_token(model: Model, seq_len: int, attention: Attention = "causal") -> int:
-    """Forward and backward of one token in a row of `seq_len` tokens, in FLOPs.
+    """
+    Forward and backward of one token in a row of `seq_len` tokens, in FLOPs.
 
     6 N + 12 L H Q T of PaLM's appendix B (L layers, H heads, Q head_dim, T seq_len), where N is
     `matmul_parameter_count`. `full` counts every pair of tokens, `causal` the half that a causal mask leaves. What
@@ -71,7 +74,9 @@ def _vectors(model: Model) -> int:
 def _widths(model: Model) -> tuple[int, int, int]:
     """(all query heads, all key heads, feed-forward), in values."""
     model = resolve_shape(model)
-    assert model.head_dim is not None and model.num_kv_heads is not None and model.ffn_dim is not None
+    assert model.head_dim is not None
+    assert model.num_kv_heads is not None
+    assert model.ffn_dim is not None
     return model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim, model.ffn_dim
 
 

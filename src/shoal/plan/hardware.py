@@ -1,4 +1,5 @@
-"""Peak arithmetic of known devices, dense: data sheets that print figures "with sparsity" are halved.
+"""
+Peak arithmetic of known devices, dense: data sheets that print figures "with sparsity" are halved.
 
 A device that is not here is unknown, and no figure is made up for it: MFU against a wrong peak is worse than none.
 A partition (MIG), a laptop's or an export variant of a card is another device than the card.
@@ -33,7 +34,9 @@ DEVICES: Final[dict[str, Device]] = {
     r"GH200 (480GB|144G HBM3e)": Device(989.4, 494.7, 66.9, "NVIDIA GH200 data sheet"),
     r"H200( SXM)?": Device(989.4, 494.7, 66.9, "NVIDIA H200 data sheet, SXM"),
     r"H200 NVL": Device(835.5, 417.5, 60, "NVIDIA H200 data sheet, NVL"),
-    r"H100 (80GB HBM3|64GB HBM2|96GB HBM3|SXM5.*)": Device(989.4, 494.7, 66.9, "NVIDIA H100 architecture white paper, SXM5"),
+    r"H100 (80GB HBM3|64GB HBM2|96GB HBM3|SXM5.*)": Device(
+        989.4, 494.7, 66.9, "NVIDIA H100 architecture white paper, SXM5"
+    ),
     r"H100 PCIe": Device(756, 378, 51.2, "NVIDIA H100 architecture white paper, PCIe"),
     r"H100 NVL": Device(835.5, 417.5, 60, "NVIDIA H100 NVL data sheet, per GPU"),
     # Ada
@@ -68,7 +71,8 @@ def find_device(name: str) -> Device | None:
 
 
 def peak_flops(name: str, dtype: Arithmetic) -> float | None:
-    """Dense FLOP/s of the device of this name, or None: unknown, or without units for `dtype`.
+    """
+    Dense FLOP/s of the device of this name, or None: unknown, or without units for `dtype`.
 
     `float32` is plain float32; ask for `tf32` where matrix products may round to it.
     """

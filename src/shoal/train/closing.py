@@ -45,7 +45,13 @@ def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
     new = min(config.train.sample_tokens, config.model.max_seq_len - len(prompt))
     model.eval()
     [ids] = generate(
-        model, [prompt], max_new_tokens=new, temperature=0.7, top_p=0.95, seed=config.train.seed, eot_id=tokenizer.eot_id
+        model,
+        [prompt],
+        max_new_tokens=new,
+        temperature=0.7,
+        top_p=0.95,
+        seed=config.train.seed,
+        eot_id=tokenizer.eot_id,
     )
     model.train()
     return config.train.sample_prompt + tokenizer.decode(ids)

@@ -18,7 +18,8 @@ from shoal.parallel.mesh import Mesh
 def evaluate(
     model: LanguageModel, mesh: Mesh, prepared: Prepared, config: Config, max_tokens: int | None
 ) -> dict[str, float]:
-    """Mean loss (nats per token) and bits per byte of text over the first `max_tokens` held-out tokens (None: all).
+    """
+    Mean loss (nats per token) and bits per byte of text over the first `max_tokens` held-out tokens (None: all).
 
     Bits per byte = nats per token x tokens per byte / ln 2, with the tokens per byte of the whole held-out
     text. A collective over `dp_replicate`; the same on every rank.

@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -23,7 +22,7 @@ from shoal.fault.health import check_finite
 from shoal.fault.signals import StopRequest
 from shoal.launch.torchrun import LOCKED_BY
 from shoal.metrics.console import Console
-from shoal.metrics.meter import Meter, no_phases
+from shoal.metrics.meter import Meter, settle_dtype
 from shoal.metrics.trackers import Events, JsonLines, forget_after
 from shoal.models.build import build_model
 from shoal.optim.build import build_optimizer
@@ -80,12 +79,11 @@ class Run:
     def open(cls, config: Config, mesh: Mesh, stop: StopRequest) -> Run:
         """Open the data, build the model on meta, parallelize, build the optimizer, restore."""
         console = Console(speaks=mesh.is_first)
-        check_dtype(config.train.dtype, mesh.device)
-        folder = RunFolder(Path(config.launch.runs) / (config.launch.name or "run"))
+        folder = RunFolder.of(config)
         if mesh.is_first and os.environ.get(LOCKED_BY) != str(os.getppid()):
             folder.lock()
         prepared = open_data(config.data, console)
-        config = with_vocabulary(config, prepared)
+        config = settle(config, folder, prepared, mesh)
         rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
         total_steps = count_steps(config.train, config.data.seq_len, len(rows))
         changed = folder.agree(config)
@@ -101,7 +99,9 @@ class Run:
             say=console.note,
         )
         state = TrainState(model, build_optimizer(model, config.optim))
-        store = CheckpointStore(folder.checkpoints, mesh, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best)
+        store = CheckpointStore(
+            folder.checkpoints, mesh, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
+        )
         restored = restore(store, state, prepared.data_id)
         if mesh.is_first:
             write_run_files(folder, config, prepared, state.step)
@@ -118,7 +118,9 @@ class Run:
         )
         meter = Meter(config, mesh)
         events = Events(folder.events_file) if mesh.is_first else None
-        run = cls(config, mesh, stop, console, folder, prepared, events, runnable, state, store, loader, meter, total_steps)
+        run = cls(
+            config, mesh, stop, console, folder, prepared, events, runnable, state, store, loader, meter, total_steps
+        )
         run._introduce(restored, before, [(d.key, d.before, d.after) for d in changed])
         return run
 
@@ -182,7 +184,7 @@ class Run:
         if record is not None and lines is not None:
             lines.write(record)
             self.console.step(record, self.total_steps, self.meter.left_seconds(self.total_steps - stats.step))
-        return asked > 0
+        return bool(asked > 0)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0 and self.state.step < self.total_steps
@@ -196,7 +198,8 @@ class Run:
         self.val = evaluate(self.runnable.model, self.mesh, self.prepared, self.config, max_tokens)
         self.console.say(
             f"step {self.state.step}: held-out loss {self.val['val_loss']:.4f} nats/token, "
-            f"{self.val['val_bits_per_byte']:.4f} bits/byte", "bold"
+            f"{self.val['val_bits_per_byte']:.4f} bits/byte",
+            "bold",
         )
         if self.mesh.is_first:
             lines = JsonLines(self.folder.metrics_file)
@@ -223,7 +226,9 @@ class Run:
             saved = self._save()
             self._event("stopped", step=self.state.step)
             where = f"saved at step {self.state.step}" if saved else "NOT saved"
-            self.console.say(f"stopped: {where} of {self.total_steps}. The same command again goes on from there.", "bold")
+            self.console.say(
+                f"stopped: {where} of {self.total_steps}. The same command again goes on from there.", "bold"
+            )
             return
         self._evaluate(None)
         summary = dict(self.val)
@@ -256,12 +261,20 @@ class Run:
             self.console.warn(text)
 
 
-def with_vocabulary(config: Config, prepared: Prepared) -> Config:
-    """Take the vocabulary from the tokenizer where none is set. Raises `ConfigError` where it is too small."""
-    size = config.model.vocab_size
-    if size is not None and size < prepared.vocab_size:
-        raise ConfigError([Problem("", f"model.vocab_size {size} is smaller than the tokenizer's {prepared.vocab_size}; leave it out to take the tokenizer's")])
-    return config if size is not None else config.replace("model", vocab_size=prepared.vocab_size)
+def settle(config: Config, folder: RunFolder, prepared: Prepared, mesh: Mesh) -> Config:
+    """
+    Fill what only this machine and the tokenizer can say: the vocabulary, the dtype. A collective over the world.
+
+    Raises `ConfigError` where the vocabulary is too small, `LaunchError` where the device lacks the dtype.
+    """
+    config = folder.settled(config)
+    size = config.model.vocab_size or prepared.vocab_size
+    if size < prepared.vocab_size:
+        text = f"model.vocab_size {size} is smaller than the tokenizer's {prepared.vocab_size}; leave it out to take the tokenizer's"
+        raise ConfigError([Problem("", text)])
+    dtype = settle_dtype(config.train.dtype, mesh)
+    check_dtype(dtype, mesh.device)
+    return config.replace("model", vocab_size=size).replace("train", dtype=dtype)
 
 
 def count_steps(train: Train, seq_len: int, rows: int) -> int:
@@ -294,5 +307,3 @@ def write_run_files(folder: RunFolder, config: Config, prepared: Prepared, step:
     forget_after(folder.metrics_file, step)
     folder.save_config(config)
     shutil.copyfile(prepared.folder / "tokenizer.json", folder.tokenizer_file)
-
-

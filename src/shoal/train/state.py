@@ -13,8 +13,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass
 class TrainState:
-    """Model, optimizer, how far training is. The data's position is one integer; the schedule and all
-    randomness are functions of the step and the seed, so nothing of them is kept."""
+    """
+    Model, optimizer, how far training is. The data's position is one integer; the schedule and all
+    randomness are functions of the step and the seed, so nothing of them is kept.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer

@@ -46,11 +46,12 @@ def train_step(
 
 
 def clip_gradients(gradients: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """Scale `gradients` in place to a norm of at most `max_norm` (0: leave them); the norm before, 0-d.
+    """
+    Scale `gradients` in place to a norm of at most `max_norm` (0: leave them); the norm before, 0-d.
 
     Pascanu et al. 2013, algorithm 1. No host sync: the factor stays on the device.
     """
-    norm = torch.stack([torch.linalg.vector_norm(g) for g in gradients]).norm()
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
     if max_norm > 0:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for g in gradients:

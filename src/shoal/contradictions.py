@@ -1,0 +1,112 @@
+"""What cannot hold together: options that are each valid and contradict each other. Pure, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from shoal.config import Config
+from shoal.errors import Problem
+from shoal.presets import shape_problems
+
+DEFAULT, DERIVED = "default", "derived"
+
+MakeProblem = Callable[..., Problem]
+
+
+def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Problem]:
+    """What each option alone allows and all together do not."""
+
+    def problem(what: str, *keys: str) -> Problem:
+        given = dict.fromkeys(sources[k] for k in keys if sources[k] not in (DEFAULT, DERIVED))
+        return Problem(" and ".join(given), what)
+
+    model, data, train = config.model, config.data, config.train
+    for key, message in shape_problems(model):
+        yield problem(message, f"model.{key}")
+    lengths = [k for k in ("steps", "tokens", "epochs") if getattr(train, k) is not None]
+    if len(lengths) != 1:
+        keys = tuple(f"train.{k}" for k in lengths)
+        said = " and ".join(keys) + " are both given" if lengths else "the length of the run is not given"
+        yield problem(f"{said}; set one of train.steps, train.tokens, train.epochs", *keys)
+    if train.global_batch % train.micro_batch:
+        yield problem(
+            f"train.global_batch {train.global_batch} is no multiple of train.micro_batch {train.micro_batch}; "
+            f"try {_round_up(train.global_batch, train.micro_batch)}",
+            "train.global_batch",
+            "train.micro_batch",
+        )
+    else:
+        yield from _layout_problems(config, problem)
+    if data.seq_len > model.max_seq_len:
+        yield problem(
+            f"data.seq_len {data.seq_len} is longer than model.max_seq_len {model.max_seq_len}",
+            "data.seq_len",
+            "model.max_seq_len",
+        )
+    if train.steps is not None and config.optim.warmup_steps > train.steps:
+        yield problem(
+            f"optim.warmup_steps {config.optim.warmup_steps} is more than train.steps {train.steps}",
+            "optim.warmup_steps",
+            "train.steps",
+        )
+    yield from _corpus_problems(config, problem)
+
+
+def _layout_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
+    replicas, processes = config.parallel.dp_replicate, config.launch.processes
+    if replicas == 0:
+        yield problem("parallel.dp_replicate is -1 (what remains) or at least 1, not 0", "parallel.dp_replicate")
+        return
+    if replicas > 0 and processes is not None and replicas != processes:
+        yield problem(
+            f"parallel.dp_replicate {replicas} needs {replicas} processes, launch.processes is {processes}; "
+            "leave one of them out",
+            "parallel.dp_replicate",
+            "launch.processes",
+        )
+        return
+    size = processes if processes is not None else max(replicas, 1)
+    if message := indivisible(config, size):
+        yield problem(message, "train.global_batch", "train.micro_batch", "launch.processes", "parallel.dp_replicate")
+
+
+def indivisible(config: Config, processes: int) -> str | None:
+    """Why `processes` cannot share the micro-batches of a step equally, or None."""
+    train = config.train
+    micro_batches = train.global_batch // train.micro_batch
+    if micro_batches % processes == 0:
+        return None
+    whole = _round_up(train.global_batch, train.micro_batch * processes)
+    return (
+        f"a step of {train.global_batch} sequences in micro-batches of {train.micro_batch} is {micro_batches} micro-batches, "
+        f"which {processes} processes cannot share equally; train.global_batch {whole} would do"
+    )
+
+
+def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
+    model, data = config.model, config.data
+    if data.corpus in ("text", "jsonl") and not data.paths:
+        yield problem(f"a {data.corpus} corpus needs data.paths: its files or folders", "data.corpus")
+    if data.corpus in ("stdlib", "dummy") and data.paths:
+        yield problem(
+            f"a {data.corpus} corpus takes no data.paths; set data.corpus to text or jsonl", "data.paths", "data.corpus"
+        )
+    missing = [p for p in data.paths if not Path(p).expanduser().exists()]
+    if missing:
+        yield problem(f"data.paths: there is no {', '.join(missing[:3])}", "data.paths")
+    if data.tokenizer not in ("bpe", "bytes") and not Path(data.tokenizer).expanduser().is_file():
+        yield problem(
+            f"data.tokenizer is bpe, bytes, or a tokenizer.json; there is no file {data.tokenizer}", "data.tokenizer"
+        )
+    needed = {"bytes": 257, "bpe": data.tokenizer_vocab_size}.get(data.tokenizer)
+    if model.vocab_size is not None and needed is not None and model.vocab_size < needed:
+        yield problem(
+            f"model.vocab_size {model.vocab_size} is smaller than the tokenizer's {needed}",
+            "model.vocab_size",
+            "data.tokenizer_vocab_size",
+        )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
