@@ -7,11 +7,11 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run beside each other's processes
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
-from collections.abc import Callable, Iterator  # noqa: E402
+from collections.abc import Callable, Iterator
 
-import pytest  # noqa: E402
+import pytest
 
-from tests.world import World  # noqa: E402
+from tests.world import World
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from shoal import __version__
-from shoal.errors import EXIT_BAD_INPUT, ShoalError
+from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, ShoalError
 
 if TYPE_CHECKING:
     from shoal.config import Config
@@ -274,9 +274,15 @@ def _work(config: Config) -> int:
     from shoal.fault.signals import die_with_parent
 
     die_with_parent()
+    from shoal.parallel.mesh import is_lost_peer
     from shoal.train.loop import train
 
-    train(config)
+    try:
+        train(config)
+    except RuntimeError as error:
+        if is_lost_peer(error):
+            return EXIT_LOST_PEER  # the launcher says which one and why; our own traceback would only hide it
+        raise
     return 0
 
 

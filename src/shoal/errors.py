@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 EXIT_BAD_INPUT = 2
+EXIT_LOST_PEER = 3  # of a worker, when another one of its run has gone
 
 
 class ShoalError(Exception):

@@ -46,7 +46,9 @@ def test_without_gradients_it_is_the_same_number() -> None:
     hidden, weight, labels = inputs()
     with torch.no_grad():
         evaluated = linear_cross_entropy_sum(hidden, weight, labels, 0.5, chunk_bytes=7 * ROW_BYTES)
-    assert torch.equal(evaluated, linear_cross_entropy_sum(hidden, weight, labels, 0.5, chunk_bytes=7 * ROW_BYTES).detach())
+    assert torch.equal(
+        evaluated, linear_cross_entropy_sum(hidden, weight, labels, 0.5, chunk_bytes=7 * ROW_BYTES).detach()
+    )
 
 
 def test_all_ignored_is_zero() -> None:

@@ -127,7 +127,9 @@ def test_a_resumed_run_has_the_same_bits(world: Callable[[int], World], size: in
     assert [r["grad_norm"] for r in resumed] == [r["grad_norm"] for r in whole]
 
 
-def test_another_number_of_processes_goes_on_with_the_same_samples(world: Callable[[int], World], tmp_path: Path) -> None:
+def test_another_number_of_processes_goes_on_with_the_same_samples(
+    world: Callable[[int], World], tmp_path: Path
+) -> None:
     whole = train_here(ALONE, config_in(tmp_path, "whole"))
     config = config_in(tmp_path, "changed")
     train_here(ALONE, config, 2)

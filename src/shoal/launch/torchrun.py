@@ -19,7 +19,7 @@ from typing import Any
 
 from shoal.config import Config
 from shoal.contradictions import indivisible
-from shoal.errors import EXIT_BAD_INPUT, LaunchError
+from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, LaunchError
 
 LOCKED_BY = "SHOAL_LOCKED_BY"  # the launcher's process id: it holds the run's lock for its workers
 
@@ -153,7 +153,7 @@ def _make_agent(
         def _monitor_workers(self, worker_group: Any) -> Any:
             result = super()._monitor_workers(worker_group)
             codes = [failure.exitcode for failure in result.failures.values()]
-            if stop.signal is not None or EXIT_BAD_INPUT in codes or (codes and self._fails_again(codes)):
+            if stop.signal is not None or EXIT_BAD_INPUT in codes or (codes and self._fails_again(result.failures)):
                 self._remaining_restarts = 0
             elif result.failures and self._remaining_restarts > 0:
                 left = self._remaining_restarts - 1
@@ -162,10 +162,10 @@ def _make_agent(
                 )
             return result
 
-        def _fails_again(self, codes: Sequence[int]) -> bool:
+        def _fails_again(self, failures: Mapping[int, Any]) -> bool:
             """An exception (no signal from outside) at the same place as the last one."""
             here = progress()
-            again = here == self.failed_at and not any(code < 0 for code in codes)
+            again = here == self.failed_at and _first(failures)[1].exitcode > 0
             self.failed_at = here
             return again
 
@@ -193,10 +193,15 @@ def _make_agent(
 
 def _describe(failures: Mapping[int, Any]) -> str:
     """The first worker that died, and how."""
-    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    rank, failure = _first(failures)
     code = failure.exitcode
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     return f"{rank} {how}"
+
+
+def _first(failures: Mapping[int, Any]) -> tuple[int, Any]:
+    """(rank, failure) of the one that the others followed."""
+    return min(failures.items(), key=lambda item: (item[1].exitcode == EXIT_LOST_PEER, item[1].timestamp))
 
 
 def _tell(text: str) -> None:

@@ -82,6 +82,12 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process has gone, and not for a reason of ours."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "remote process exited")
+    return dist.is_initialized() and any(word in str(error) for word in words)
+
+
 @contextlib.contextmanager
 def open_mesh(device: str, timeout_seconds: float) -> Iterator[Mesh]:
     """

@@ -1,0 +1,108 @@
+"""`shoal` as a person starts it: a real process, its output read line by line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+RECIPE = """
+model: {dim: 32, num_layers: 1, num_heads: 2, max_seq_len: 64}
+data: {corpus: dummy, dummy_documents: 60, tokenizer: bytes, seq_len: 32}
+optim: {lr: 1e-2, warmup_steps: 3, schedule: constant}
+train: {steps: 40, global_batch: 16, micro_batch: 2, dtype: float32, device: cpu, eval_every: 20, sample_prompt: "a", sample_tokens: 20}
+checkpoint: {every: 5}
+metrics: {peak_tflops: 1}
+launch: {processes: 2}
+"""
+
+
+class Place:
+    """A folder with a recipe in it, where commands are run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "shoal", *arguments],
+            cwd=self.folder,
+            env=clean_environment() | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
+        """(exit code, output)"""
+        process = self.start(*arguments, **environment)
+        output, _ = process.communicate(timeout=200)
+        return process.returncode, output
+
+    def good(self, *arguments: str) -> str:
+        code, output = self.run(*arguments)
+        assert code == 0, output
+        return output
+
+    def refused(self, *arguments: str, **environment: str) -> str:
+        """The one message of a command that must end with 2 and without a traceback."""
+        code, output = self.run(*arguments, **environment)
+        assert code == 2, output
+        assert "Traceback" not in output
+        return output
+
+    def metrics(self, run: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+
+    def losses(self, run: str) -> list[tuple[int, float, float]]:
+        """(step, loss, gradient norm) at full precision."""
+        return [(r["step"], r["loss"], r["grad_norm"]) for r in self.metrics(run) if "loss" in r]
+
+    def events(self, run: str) -> list[str]:
+        lines = (self.folder / "runs" / run / "events.jsonl").read_text().splitlines()
+        return [json.loads(line)["event"] for line in lines]
+
+
+def clean_environment() -> dict[str, str]:
+    """Without what pytest and other launchers leave, so that the command is nobody's worker."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
+
+
+def until(process: subprocess.Popen[str], words: str) -> Iterator[str]:
+    """The lines of a running command up to the one with `words`; fails where it ends before."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        yield line
+        if words in line:
+            return
+    pytest.fail(f"the command ended before it said {words!r}")
+
+
+def wait_for(process: subprocess.Popen[str], words: str) -> str:
+    return "".join(until(process, words))
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children()
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    """True when all have ended (or wait only to be reaped) within the patience of a test."""
+    left = processes
+    for _ in range(20):
+        _, left = psutil.wait_procs(left, timeout=0.5)
+        left = [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        if not left:
+            return True
+    for p in left:
+        p.send_signal(signal.SIGKILL)
+    return False

@@ -1,0 +1,184 @@
+"""A run from its start to its end, interrupted in every way that a person or a machine can."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.commands import Place, gone, wait_for, workers_of
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """With one run, `clean`, that nothing disturbed."""
+    place = Place(tmp_path_factory.mktemp("place"))
+    place.output = place.good("train", "recipe.yaml", "--name", "clean")  # type: ignore[attr-defined]
+    return place
+
+
+def test_a_run_says_what_it_does_and_leaves_what_it_should(place: Place) -> None:
+    output = place.output  # type: ignore[attr-defined]
+    assert re.search(r"step 40/40  loss \d\.\d{4}  lr 1.00e-02  norm .* tok/s  .* ms  mfu .*%  .* GiB", output)
+    assert "held-out loss" in output
+    assert re.search(r"bits per byte: .*this model \d\.\d{3}.*", output)
+    assert "gzip -9" in output
+    assert "xz -9" in output
+    assert output.count("\n  shoal ") == 3
+    assert "Warning" not in output
+    run = place.folder / "runs" / "clean"
+    assert {p.name for p in run.iterdir()} == {
+        "config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", "samples", "tokenizer.json", "lock"
+    }  # fmt: skip
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["vocab_size"] == 257
+    records = place.metrics("clean")
+    wanted = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "step_seconds", "mfu", "memory_bytes"}
+    assert all(wanted <= set(r) for r in records if "loss" in r)
+    assert {"val_loss", "val_bits_per_byte"} <= set(next(r for r in records if "val_loss" in r))
+    split = next(r["split_seconds"] for r in records if "split_seconds" in r)
+    assert {"data", "forward", "backward", "reduce", "optimizer"} <= set(split)
+    assert place.events("clean")[0] == "started"
+    assert place.events("clean")[-1] == "finished"
+
+
+def test_eval_and_generate_read_what_training_wrote(place: Place) -> None:
+    scores = json.loads(place.good("eval", "clean", "--json"))
+    final = [r for r in place.metrics("clean") if "val_loss" in r][-1]
+    assert scores["nats_per_token"] == pytest.approx(final["val_loss"], rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(final["val_loss"]), rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(final["val_bits_per_byte"], rel=1e-5)
+    once = place.good("generate", "clean", "--prompt", "ab", "--tokens", "12", "--seed", "5")
+    assert once.startswith("ab")
+    assert once == place.good("generate", "runs/clean", "--prompt", "ab", "--tokens", "12", "--seed", "5")
+
+
+def test_the_same_command_again_is_at_the_end_and_more_steps_go_on(place: Place) -> None:
+    again = place.good("train", "recipe.yaml", "--name", "clean")
+    assert "resumed from" in again
+    assert "step 40/40" not in again
+    longer = place.good("train", "recipe.yaml", "--name", "clean", "--train.steps", "42", "--optim.lr=5e-3")
+    assert "optim.lr was 0.01 and is 0.005 from step 41 on" in longer
+    assert "the constant schedule was planned for 40 steps and is now for 42" in longer
+    assert [r[0] for r in place.losses("clean")][-2:] == [41, 42]
+
+
+def test_another_past_is_refused_by_name(place: Place) -> None:
+    output = place.refused("train", "recipe.yaml", "--name", "clean", "--model.dim", "64", "--train.seed=3")
+    assert "model.dim: 32 -> 64" in output
+    assert "train.seed: 0 -> 3" in output
+
+
+def clean_losses(place: Place) -> list[tuple[int, float, float]]:
+    return [r for r in place.losses("clean") if r[0] <= 40]
+
+
+def test_a_worker_that_is_killed_is_started_again_and_no_bit_differs(place: Place) -> None:
+    process = place.start("train", "recipe.yaml", "--name", "worker-killed")
+    wait_for(process, "step 17/40")
+    workers_of(process)[1].kill()
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    assert "worker 1 was killed by SIGKILL; starting again from the last checkpoint" in output
+    assert "Traceback" not in output
+    assert place.losses("worker-killed") == clean_losses(place)
+
+
+def test_a_launcher_that_is_killed_takes_its_workers_with_it_and_the_run_goes_on(place: Place) -> None:
+    process = place.start("train", "recipe.yaml", "--name", "launcher-killed")
+    wait_for(process, "step 17/40")
+    workers = workers_of(process)
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    assert gone(workers)
+    output = place.good("train", "recipe.yaml", "--name", "launcher-killed")
+    assert "resumed from runs/launcher-killed/checkpoints/step-000000" in output
+    assert place.losses("launcher-killed") == clean_losses(place)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(place: Place, number: signal.Signals) -> None:
+    name = f"stopped-{number.name}"
+    process = place.start("train", "recipe.yaml", "--name", name)
+    wait_for(process, "step  7/40")
+    process.send_signal(number)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 128 + number
+    found = re.search(r"stopped: saved at step (\d+) of 40. The same command again goes on from there", output)
+    assert found, output
+    assert "Traceback" not in output
+    assert f"step-{int(found[1]):08d}" in place.good("train", "recipe.yaml", "--name", name)
+    assert place.losses(name) == clean_losses(place)
+
+
+def test_a_run_that_is_being_trained_is_not_trained_twice(place: Place) -> None:
+    process = place.start("train", "recipe.yaml", "--name", "locked", "--train.steps", "100000")
+    wait_for(process, "step      3/")
+    output = place.refused("train", "recipe.yaml", "--name", "locked", "--train.steps", "100000")
+    assert f"runs/locked is being trained by process {process.pid} on " in output
+    workers = workers_of(process)
+    process.kill()
+    process.communicate()
+    assert gone(workers)
+
+
+def test_under_torchrun_it_is_a_worker(place: Place) -> None:
+    import subprocess
+    import sys
+
+    from tests.cli.commands import clean_environment
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "shoal"]
+    done = subprocess.run(
+        [*command, "train", "recipe.yaml", "--name", "torchrun"],
+        cwd=place.folder, env=clean_environment(), capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert place.losses("torchrun") == clean_losses(place)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_at_random_moments_the_last_bits_are_the_same(place: Place) -> None:
+    chance = random.Random(20261121)
+    kills = 0
+    while kills < 10:
+        process = place.start("train", "recipe.yaml", "--name", "ten-kills")
+        output = wait_for(process, "runs/ten-kills: llama") + wait_for(process, "step")
+        first = int(re.findall(r"step +(\d+)/40", output)[-1])
+        for _ in range(chance.randint(0, 12)):
+            if process.stdout is not None:
+                process.stdout.readline()
+        victims = [process.pid] + [w.pid for w in workers_of(process)] if process.poll() is None else []
+        if victims:
+            workers = workers_of(process)
+            victim = chance.choice(victims)
+            __import__("os").kill(victim, signal.SIGKILL)
+            kills += 1
+            if victim == process.pid:
+                process.communicate()
+                assert gone(workers)
+                continue
+        process.communicate(timeout=200)
+        assert first <= 40
+        if process.returncode == 0 and kills < 10:  # it came to its end: begin another, to be killed the rest
+            assert place.losses("ten-kills") == clean_losses(place)
+            import shutil
+
+            shutil.rmtree(place.folder / "runs" / "ten-kills")
+    place.good("train", "recipe.yaml", "--name", "ten-kills")
+    assert place.losses("ten-kills") == clean_losses(place)
+
+
+def test_the_recipes_that_come_with_it_are_valid() -> None:
+    from shoal.resolve import resolve
+
+    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("**/*.yaml"))
+    assert recipes
+    for recipe in recipes:
+        resolve(recipe)
