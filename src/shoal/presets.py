@@ -118,8 +118,9 @@ def _divisors_near(number: int, wanted: int) -> list[int]:
 
 
 def _llama_problems(model: Model) -> Iterator[tuple[str, str]]:
+    uneven = model.head_dim is None and model.dim % model.num_heads  # said already
     head_dim = model.head_dim or model.dim // model.num_heads
-    if head_dim % 2:
+    if head_dim % 2 and not uneven:
         key = "head_dim" if model.head_dim else "num_heads"
         yield key, f"RoPE turns pairs, and a head is {head_dim} wide; make model.head_dim even"
     if model.dropout:

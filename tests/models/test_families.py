@@ -99,7 +99,8 @@ def _check_compiled(name: str, dtype: torch.dtype, backend: str) -> None:
     for block in model.blocks:
         block.compile(fullgraph=True, backend=backend)
     compiled = _gradient(model, tokens_of(16, batch=2))
-    assert (eager - compiled).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * eager.norm()
+    # Compiled, a chain of operators is rounded to bfloat16 once, eagerly at each.
+    assert (eager - compiled).norm() < (1e-5 if dtype == torch.float32 else 5e-2) * eager.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -1,0 +1,197 @@
+"""Bad input: one clear message, a code of 2, no traceback, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from shoal.config import Config
+from shoal.errors import LaunchError
+from shoal.launch.torchrun import plan_processes
+from tests.cli.commands import Place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """With one finished run, `done`."""
+    place = Place(tmp_path_factory.mktemp("bad"))
+    place.good("train", "recipe.yaml", "--name", "done", "--train.steps", "6", "--processes", "1")
+    return place
+
+
+def test_config_problems_come_together_before_anything_starts(place: Place) -> None:
+    output = place.refused(
+        "train",
+        "recipe.yaml",
+        "--optim.learning_rate",
+        "1",
+        "--train.steps",
+        "many",
+        "--model.num_heads",
+        "5",
+        "--no",
+        "x",
+    )
+    assert "3 problems in the config" in output
+    assert "--optim.learning_rate: there is no option optim.learning_rate; did you mean optim.lr?" in output
+    assert "--train.steps: train.steps must be an integer of at least 1 (steps), or null, not 'many'" in output
+    assert "--no: there is no option no" in output
+    output = place.refused(
+        "train", "recipe.yaml", "--model.num_heads", "5", "--train.global_batch=17", "--model.vocab_size", "100"
+    )
+    assert "num_heads" in output
+    assert "train.global_batch 17 is no multiple of train.micro_batch 2; try 18" in output
+    assert "model.vocab_size 100 is smaller than the tokenizer's 257" in output
+    assert not (place.folder / "runs" / "recipe").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["train", "recip.yaml"], "did you mean recipe.yaml?"),
+        (["train"], "the following arguments are required: RECIPE.yaml"),
+        (["trian", "recipe.yaml"], "invalid choice: 'trian'"),
+        (["eval", "nowhere"], "runs/nowhere is no run; there are done"),
+        (["eval", "done", "--step", "77"], "has no checkpoint of step 77; there are steps 5, 6"),
+        (["eval", "done", "--tokens", "3"], "shoal eval does not take --tokens 3"),
+        (["generate", "done", "--prompt", "x" * 80], "the prompt has 80 tokens, and the model's context is 64"),
+        (["generate", "done", "--prompt", ""], "an empty --prompt"),
+        (["generate", "done", "--prompt", "a", "--top-p", "1.5"], "1.5; it must be above 0 and at most 1"),
+        (["config"], "needs a RECIPE.yaml"),
+        (["prepare", "recipe.yaml", "--data.corpus", "text"], "a text corpus needs data.paths"),
+        (["train", "recipe.yaml", "--parallel.dp_replicate", "4"], "parallel.dp_replicate 4 needs 4 processes, launch.processes is 2"),
+        (["train", "recipe.yaml", "--processes", "3"], "8 micro-batches, which 3 processes cannot share equally; train.global_batch 18 would do"),
+        (["train", "recipe.yaml", "--processes", "64", "--train.global_batch", "128"], "64 processes on"),
+        (["train", "recipe.yaml", "--train.device", "cuda"], "there is no CUDA device"),
+        (["train", "recipe.yaml", "--train.dtype", "float16"], "train.dtype must be auto | bfloat16 | float32"),
+        (["train", "recipe.yaml", "--data.seq_len", "65"], "data.seq_len 65 is longer than model.max_seq_len 64"),
+    ],
+)  # fmt: skip
+def test_refusals(place: Place, arguments: list[str], words: str) -> None:
+    assert words in place.refused(*arguments, CUDA_VISIBLE_DEVICES="")
+
+
+def test_a_port_that_is_taken(place: Place) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        output = place.refused("train", "recipe.yaml", "--name", "port", "--launch.port", str(port))
+    assert f"port {port} is taken" in output
+
+
+def test_a_corpus_that_is_empty_or_not_text(place: Place) -> None:
+    folder = place.folder / "texts"
+    folder.mkdir()
+    arguments = ["prepare", "recipe.yaml", "--data.corpus", "text", "--data.paths", "texts"]
+    assert "texts" in place.refused(*arguments)
+    (folder / "bad.txt").write_bytes(b"\xff\xfe caf\xe9")
+    for number in range(30):
+        (folder / f"good{number}.txt").write_text(f"the good text number {number} " * 20, encoding="utf-8")
+    output = place.good(*arguments)
+    assert "bad.txt" in output
+    assert "UTF-8" in output
+    (folder / "good0.txt").write_text("another text " * 20, encoding="utf-8")
+    output = place.refused(*arguments)
+    assert "good0.txt" in output
+    assert "--data.rebuild true" in output
+    assert "documents" in place.good(*arguments, "--data.rebuild", "true")
+
+
+def test_a_shard_that_was_altered_or_cut_short(place: Place) -> None:
+    shard = next((place.folder / "data").glob("dummy-*/train-00000.safetensors"))
+    whole = shard.read_bytes()
+    try:
+        shard.write_bytes(whole[:-100])
+        assert shard.name in place.refused("train", "recipe.yaml", "--name", "shard")
+        altered = bytearray(whole)
+        altered[len(whole) // 2] ^= 1
+        shard.write_bytes(bytes(altered))
+        output = place.refused("train", "recipe.yaml", "--name", "shard", "--processes", "1")
+        assert shard.name in output
+        assert "--data.rebuild true" in output
+    finally:
+        shard.write_bytes(whole)
+
+
+@pytest.mark.parametrize("verb", ["train", "eval"])
+def test_a_checkpoint_that_was_cut_short_or_is_of_another_model(place: Place, verb: str) -> None:
+    copy = place.folder / "runs" / f"broken-{verb}"
+    shutil.copytree(place.folder / "runs" / "done", copy, symlinks=True)
+    shard = next((copy / "checkpoints" / "latest").glob("*.safetensors"))
+    whole = shard.read_bytes()
+    arguments = {
+        "train": ["train", "recipe.yaml", "--name", copy.name, "--train.steps", "8", "--processes", "1"],
+        "eval": ["eval", copy.name],
+    }[verb]
+    shard.write_bytes(whole[:-7])
+    assert "was cut short or grew" in place.refused(*arguments)
+    shard.write_bytes(whole)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("  dim: 32", "  dim: 48"))
+    if verb == "eval":
+        assert "is of another model" in place.refused(*arguments)
+    assert len(list((copy / "checkpoints").glob("step-*"))) == 2  # nothing was thrown away
+
+
+def test_the_runs_cannot_be_written(place: Place) -> None:
+    (place.folder / "file").write_text("")
+    assert "cannot be written" in place.refused("train", "recipe.yaml", "--launch.runs", "file/runs")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
+    """A file system of its own, of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full_while_preparing(place: Place, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(b"x" * 1_000_000)
+    output = place.refused(
+        "prepare", "recipe.yaml", "--data.folder", str(small_disk / "data"), "--data.dummy_documents", "500"
+    )
+    assert "free" in output
+
+
+def test_a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_run(place: Place, small_disk: Path) -> None:
+    code, output = place.run(
+        "train", "recipe.yaml", "--name", "full", "--launch.runs", str(small_disk), "--processes", "1", "--train.steps", "12",
+        "--model.dim", "64",
+    )  # fmt: skip
+    assert code == 0, output
+    assert "the disk is full, so this checkpoint was not written; those before it stand" in output
+    assert "step 12/12" in output
+    assert "Traceback" not in output
+
+
+def test_more_processes_than_gpus_are_refused_without_one() -> None:
+    config = Config().replace("launch", processes=4).replace("train", steps=1, device="cuda")
+    with pytest.raises(LaunchError, match="4 processes need as many GPUs, and there are 2"):
+        plan_processes(config, gpus=2)
+    assert plan_processes(Config().replace("train", steps=1), gpus=8).launch.processes == 8
+    assert plan_processes(Config().replace("train", steps=1, device="cpu"), gpus=8).launch.processes in (1, 2)
+
+
+def test_a_gpu_without_bfloat16_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from shoal.parallel.mesh import check_dtype
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(LaunchError, match="Tesla T4 has no bfloat16; set train.dtype to float32"):
+        check_dtype("bfloat16", torch.device("cuda", 0))
+    check_dtype("float32", torch.device("cuda", 0))
+    check_dtype("bfloat16", torch.device("cpu"))
