@@ -191,7 +191,7 @@ def test_a_gpu_without_bfloat16_is_told_apart(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    with pytest.raises(LaunchError, match="Tesla T4 has no bfloat16; set train.dtype to float32"):
+    with pytest.raises(LaunchError, match=r"Tesla T4 has no bfloat16; set train\.dtype to float32"):
         check_dtype("bfloat16", torch.device("cuda", 0))
     check_dtype("float32", torch.device("cuda", 0))
     check_dtype("bfloat16", torch.device("cpu"))

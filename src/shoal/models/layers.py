@@ -79,22 +79,22 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x32 = x.float()
+        # Operands of one dtype throughout: mixed ones take PyTorch's slow path on a CPU.
+        x32, weight32 = x.float(), weight.float()
         # torch.linalg.vector_norm reads x once and writes nothing of its size, unlike x.square().mean().
         rms = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x.shape[-1]
         scale = torch.rsqrt(rms + eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x32 * scale).mul_(weight).to(x.dtype)
+        return (x32 * scale).mul_(weight32).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        dim = x.shape[-1]
-        grad = grad_outputs[0].float()
+        dim, grad, weight32 = x.shape[-1], grad_outputs[0].float(), weight.float()
         normed = x.float() * scale
         product = grad * normed
         d_weight = product.flatten(0, -2).sum(0)
         # d_x = scale * (w g - n mean(w g n)), n the normed x: the norm removes what points along x.
-        along = (product @ weight.float()).div_(dim).unsqueeze(-1)
-        d_x = (grad * weight).sub_(normed.mul_(along)).mul_(scale)
+        along = (product @ weight32).div_(dim).unsqueeze(-1)
+        d_x = (grad * weight32).sub_(normed.mul_(along)).mul_(scale)
         return d_x.to(x.dtype), d_weight.to(weight.dtype), None
