@@ -25,18 +25,18 @@ without_gpu() { [ "$(uname -s)" = Linux ] && ! { [ -e /dev/nvidiactl ] || [ -e /
 
 # The wheel that pip would take for torch, without taking it.
 wheel_of_torch() {
-    "$pip" install --dry-run --quiet --no-deps --ignore-installed --report - "${wheels[@]}" "$torch" 2>/dev/null |
+    "$pip" install --dry-run -qq --no-deps --ignore-installed --report - "${wheels[@]}" "$torch" 2>/dev/null |
         .venv/bin/python -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["download_info"]["url"])' 2>/dev/null || true
 }
 
 install_torch() {
     if without_gpu && ! wheel_of_torch | grep -qE '(\+|%2B)cpu'; then
         say "pip would take the CUDA build of torch; asking uv for the CPU build"
-        "$pip" install --quiet uv
-        .venv/bin/uv pip install --quiet --python .venv/bin/python --torch-backend=cpu "$torch" ||
+        "$pip" install -qq uv
+        .venv/bin/uv pip install -qq --python .venv/bin/python --torch-backend=cpu "$torch" ||
             fail "no CPU build of $torch was found; set TORCH_WHEELS to a folder or an index that has one"
     else
-        "$pip" install --quiet "${wheels[@]}" --constraint constraints.txt "$torch"
+        "$pip" install -qq "${wheels[@]}" --constraint constraints.txt "$torch"
     fi
 }
 
@@ -52,9 +52,9 @@ say "$("$python" --version) from $(command -v "$python"), into .venv"
 say "1/3 $torch (the largest; some 200 MB for a CPU, more for CUDA)"
 install_torch
 say "2/3 the other pinned versions"
-"$pip" install --quiet --requirement constraints.txt --constraint constraints.txt
+"$pip" install -qq --requirement constraints.txt --constraint constraints.txt
 say "3/3 shoal itself"
-"$pip" install --quiet --no-deps --no-build-isolation --editable .
+"$pip" install -qq --no-deps --no-build-isolation --editable .
 if without_gpu && "$pip" list 2>/dev/null | grep -qi '^nvidia-'; then fail "CUDA packages were installed on a machine without a GPU"; fi
 touch .venv/installed
 say "done; 'source .venv/bin/activate' puts shoal on your path"

@@ -104,9 +104,13 @@ def launch(config: Config, argv: Sequence[str], progress: Callable[[], object]) 
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # the agent tells each death in forty lines; we in one
+    count = config.launch.processes
+    print(f"starting {count} process{'es' * (count > 1)}", flush=True)
     agent = _make_agent(LocalElasticAgent, config, argv, stop, progress)
     result = agent.run()
     if stop.signal is not None:
+        if result.is_failed():
+            _tell("stopped without saving; the last checkpoint stands, and the same command goes on from there")
         return 128 + stop.signal
     if not result.is_failed():
         return 0

@@ -195,7 +195,8 @@ class Run:
 
     def _evaluate(self, max_tokens: int | None) -> None:
         """Loss on held-out documents, to the console, the metrics and the next checkpoint."""
-        self.val = evaluate(self.runnable.model, self.mesh, self.prepared, self.config, max_tokens)
+        result = evaluate(self.runnable.model, self.mesh, self.prepared, self.config, max_tokens)
+        self.val = {"step": self.state.step, "tokens": self.state.tokens, **result}
         self.console.say(
             f"step {self.state.step}: held-out loss {self.val['val_loss']:.4f} nats/token, "
             f"{self.val['val_bits_per_byte']:.4f} bits/byte",
@@ -203,14 +204,15 @@ class Run:
         )
         if self.mesh.is_first:
             lines = JsonLines(self.folder.metrics_file)
-            lines.write({"step": self.state.step, "tokens": self.state.tokens, **self.val})
+            lines.write(self.val)
             lines.close()
 
     def _save(self) -> Saved | None:
         """Write a checkpoint; a disk that refuses costs the checkpoint, not the run."""
         begun = time.perf_counter()
-        state = {**self.state.scalars(), "data_id": self.prepared.data_id, "val_loss": self.val.get("val_loss")}
-        self.val = {}
+        judged = self.val.get("step") == self.state.step  # an older evaluation was of another model
+        val_loss = self.val["val_loss"] if judged else None
+        state = {**self.state.scalars(), "data_id": self.prepared.data_id, "val_loss": val_loss}
         try:
             saved = self.store.save(self.state.tensors(), state)
         except CheckpointError as error:
@@ -231,11 +233,10 @@ class Run:
             )
             return
         self._evaluate(None)
-        summary = dict(self.val)
         self._save()
-        self._event("finished", step=self.state.step, **summary)
+        self._event("finished", **self.val)
         if self.mesh.is_first:
-            close_run(self.config, self.folder, self.prepared, self.runnable.model, summary, self.console)
+            close_run(self.config, self.folder, self.prepared, self.runnable.model, self.val, self.console)
         self.mesh.barrier()
 
     def _event(self, event: str, **facts: object) -> None:
