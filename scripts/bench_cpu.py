@@ -1,4 +1,5 @@
-"""The CPU figures of docs/benchmarks: `python scripts/bench_cpu.py [--repeats N] [--only WORD] > docs/benchmarks/NAME.md`.
+"""
+The CPU figures of docs/benchmarks: `python scripts/bench_cpu.py [--repeats N] [--only WORD] > docs/benchmarks/NAME.md`.
 
 Each row is a call of `shoal bench speed --json`; contenders that a ratio compares run in turn. Run it on a machine
 with nothing else to do: it prints the rate of a matrix product before and after, which should not differ.

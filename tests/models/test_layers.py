@@ -1,0 +1,37 @@
+"""Norms compute in float32 and round once; ours equals PyTorch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from shoal.models.layers import LayerNorm, RMSNorm
+
+
+@pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
+def test_norms_compute_in_float32(kind: type[RMSNorm] | type[LayerNorm]) -> None:
+    """In bfloat16: the float32 norm of the same numbers, rounded at the end."""
+    generator = torch.Generator().manual_seed(0)
+    norm = kind(48, 1e-5)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn(48, generator=generator).bfloat16())
+    x = (100 * torch.randn((5, 3, 48), generator=generator)).bfloat16()
+    torch.testing.assert_close(norm(x), norm(x.float()).bfloat16(), atol=0, rtol=2**-8)
+
+
+@pytest.mark.parametrize("shape", [(7, 32), (2, 5, 32), (2, 5, 3, 32)], ids=str)
+def test_rms_norm_equals_torch(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    norm = RMSNorm(32, 1e-5)
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    x = torch.randn(shape, generator=generator).requires_grad_()
+    upstream = torch.randn(shape, generator=generator)
+    ours = norm(x)
+    theirs = F.rms_norm(x, (32,), norm.weight, 1e-5)
+    torch.testing.assert_close(ours, theirs)
+    ours = torch.autograd.grad(ours, (x, norm.weight), upstream)
+    theirs = torch.autograd.grad(theirs, (x, norm.weight), upstream)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
