@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CPU_HAS_TILES = torch.cpu._is_amx_tile_supported()
+# torch has no public question for it; without an answer bfloat16 stays bfloat16
+CPU_HAS_TILES: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
 
 
 def attend(
