@@ -20,7 +20,7 @@ from typing import Any
 
 from shoal.config import Config
 from shoal.errors import LaunchError, ShoalError
-from shoal.launch.torchrun import count_gpus, plan_processes
+from shoal.launch.torchrun import count_gpus, plan_processes, worker_environment
 from shoal.resolve import resolve, to_yaml
 
 DEFAULT = """
@@ -95,8 +95,8 @@ def _run_once(contender: str, config: Config, folder: Path) -> dict[str, Any]:
     processes, threads = config.launch.processes or 1, config.launch.threads or 1
     if processes > 1:
         command[2:3] = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
-    waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if contender == "shoal" else {}  # what `shoal train` sets, and no more
-    environment = os.environ | waiting | {"OMP_NUM_THREADS": str(threads)}
+    ours = worker_environment(threads) if contender == "shoal" else {}  # what `shoal train` sets, and no more
+    environment = ours | os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode or not answer.is_file():
         raise LaunchError(f"{contender} ended with code {done.returncode}:\n{done.stderr[-2000:]}")

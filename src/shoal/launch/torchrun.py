@@ -78,9 +78,11 @@ def worker_environment(threads: int) -> dict[str, str]:
         "OMP_NUM_THREADS": str(threads),
         # threads that wait must not spin: with a busy neighbour a step takes ten times as long
         "OMP_WAIT_POLICY": "PASSIVE",
+        # glibc gives large blocks back to the kernel at once and asks for them again, zeroed, at the next use: keep them
+        "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
         # a prefix of the store for each attempt: without it a restart with gloo meets the dead worker's address
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        LOCKED_BY: str(os.getpid()),
     }
 
 
@@ -98,6 +100,7 @@ def launch(config: Config, argv: Sequence[str], progress: Callable[[], object]) 
     assert config.launch.threads
     for name, value in worker_environment(config.launch.threads).items():
         os.environ.setdefault(name, value)
+    os.environ[LOCKED_BY] = str(os.getpid())
     # The agent would raise in the middle of its work on these; we pass them on and let the workers end.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     stop = _PassOn()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 IGNORED = -100  # a label that counts for nothing
 
@@ -74,9 +75,26 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
         grad = grad_outputs[0]
+        if _is_one(grad):
+            return (
+                (d_hidden if ctx.needs_input_grad[0] else None),
+                (d_weight if ctx.needs_input_grad[1] else None),
+                None,
+                None,
+                None,
+            )
         hidden = d_hidden * grad.to(d_hidden.dtype) if ctx.needs_input_grad[0] else None
         weight = d_weight * grad if ctx.needs_input_grad[1] and d_weight is not None else None
         return hidden, weight, None, None, None
+
+
+def _is_one(grad: Tensor) -> bool:
+    """
+    Whether the products below would change nothing, asked only where the answer is at hand.
+
+    On a CPU they cost 3 to 5% of GPT-2's step: a pass over the head's gradient.
+    """
+    return grad.device.type == "cpu" and not isinstance(grad, FakeTensor) and grad.item() == 1.0
 
 
 def _slices(length: int, row_bytes: int, limit_bytes: int) -> Iterator[slice]:
