@@ -30,7 +30,7 @@ def draw_curve(run: Path, picture: Path) -> None:
         last = held_out[-1]
         text = f"{last['val_loss']:.2f} nats/token\n{last['val_bits_per_byte']:.2f} bits/byte"
         axes.annotate(
-            text, (last["tokens"] / 1e6, last["val_loss"]), (-6, 14), textcoords="offset points", ha="right", fontsize=9
+            text, (last["tokens"] / 1e6, last["val_loss"]), (-4, 44), textcoords="offset points", ha="right", fontsize=9
         )
     axes.set_xlabel("tokens trained on (millions)")
     axes.set_ylabel("loss (nats per token)")
