@@ -28,9 +28,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         code = _run(argv)
     except ShoalError as error:
+        from shoal.launch.place import report_to_launcher
         from shoal.metrics.console import error as show
 
-        show(str(error))
+        if not report_to_launcher(str(error)):
+            show(str(error))
         code = EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("shoal: interrupted", file=sys.stderr)
@@ -254,11 +256,11 @@ def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
 
 def _train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     config = _resolve(args, overrides)
-    from shoal.launch.place import is_worker
+    from shoal.launch.place import is_worker, read_place
+    from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
 
     if is_worker():
-        return _work(config)
-    from shoal.launch.torchrun import count_gpus, launch, plan_processes
+        return _work(fit_to_place(config, read_place()))
     from shoal.metrics.console import Console
     from shoal.runs import RunFolder
 

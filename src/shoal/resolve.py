@@ -58,7 +58,8 @@ def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ())
     """
     The config of `recipe` with `overrides`, each (dotted key, YAML text, where it was written).
 
-    Raises `ConfigError` with every problem of the file, the flags and their combination.
+    Raises `ConfigError` with every problem: those of the file's form, of keys and of types together; and where there
+    are none of them, all that cannot hold together.
     """
     problems: list[Problem] = []
     given = read_recipe(recipe, problems) if recipe else []
@@ -169,6 +170,9 @@ def nearest(key: str) -> str | None:
     aliases = [k for k, f in options().items() if leaf in (f.name, *f.metadata["alias"])]
     if aliases:
         return next((k for k in aliases if k.startswith(f"{section}.")), aliases[0])
+    beside = {f.name: k for k, f in options().items() if k.startswith(f"{section}.")}
+    if close := difflib.get_close_matches(leaf, beside, 1, cutoff=0.6):
+        return beside[close[0]]
     names = {
         spelling: k for k, f in options().items() for spelling in (k, f"{section}.{f.name}" if section else f.name)
     }

@@ -54,6 +54,7 @@ def test_every_problem_is_found_at_once_with_its_line(tmp_path: Path) -> None:
         ("train.global-batch", "train.global_batch"),
         ("data.block_size", "data.seq_len"),
         ("model.block_size", "model.max_seq_len"),
+        ("model.heads", "model.num_heads"),
         ("optimm", "optim"),
         ("optim.zebra", None),
     ],

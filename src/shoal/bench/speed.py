@@ -126,7 +126,7 @@ def _table(config: Config, report: dict[str, dict[str, Any]]) -> str:
     ours = report["shoal"]
     lines = [
         f"{ours['model']}, {config.train.dtype}, {config.train.global_batch} x {config.data.seq_len} tokens a step, "
-        f"{config.launch.processes} process(es) of {config.launch.threads} thread(s), {ours['device']}",
+        f"processes: {config.launch.processes}, {ours['device']}",
         ours["mfu_convention"],
         f"{'':22}{'tokens/s':>12}{'lowest':>12}{'highest':>12}{'ms/step':>10}{'MFU':>8}",
     ]
@@ -135,7 +135,8 @@ def _table(config: Config, report: dict[str, dict[str, Any]]) -> str:
         lines.append(
             f"{name:22}{r['tokens_per_second']:12,.0f}{r['lowest']:12,.0f}{r['highest']:12,.0f}{1000 * r['step_seconds']:10,.0f}{mfu:>8}"
         )
-    split = "  ".join(f"{k} {100 * v:.1f}%" for k, v in ours["split"].items())
+    shares = ours["split"] | {"rest": max(0.0, 1 - sum(ours["split"].values()))}
+    split = "  ".join(f"{k} {100 * v:.1f}%" for k, v in shares.items())
     lines.append(f"{'of shoal`s step':22}{split}")
     if "times_trainer" in ours:
         lines.append(f"shoal is {ours['times_trainer']:.2f} x transformers.Trainer (median of neighbouring pairs)")

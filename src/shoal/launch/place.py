@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from dataclasses import dataclass
 
 from shoal.errors import LaunchError
 
+LOCKED_BY = "SHOAL_LOCKED_BY"  # the launcher's process id: it holds the run's lock for its workers
 _NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -36,6 +39,20 @@ def read_place() -> Place:
         raise LaunchError(f"RANK is set but {', '.join(missing)} is not; start through shoal train, torchrun or srun")
     rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
     return Place(rank, world_size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+def report_to_launcher(message: str) -> bool:
+    """
+    Leave `message` for `shoal train`, which says it once for all its workers; False where it did not start this one.
+
+    The file and its form are those of torch's elastic agent.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None or os.environ.get(LOCKED_BY) != str(os.getppid()):
+        return False
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": message, "timestamp": int(time.time())}, file)
+    return True
 
 
 def _under_srun() -> bool:

@@ -20,14 +20,13 @@ from typing import Any
 from shoal.config import Config
 from shoal.contradictions import indivisible
 from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, LaunchError
-
-LOCKED_BY = "SHOAL_LOCKED_BY"  # the launcher's process id: it holds the run's lock for its workers
+from shoal.launch.place import LOCKED_BY, Place
 
 
 def plan_processes(config: Config, gpus: int) -> Config:
     """Settle `launch.processes` and `launch.threads` for this machine. Raises `LaunchError`."""
     use_cpu = config.train.device == "cpu" or (config.train.device == "auto" and gpus == 0)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = count_cores()
     replicas = config.parallel.dp_replicate
     wanted = config.launch.processes or (replicas if replicas > 0 else None)
     processes = wanted or (min(2, cores) if use_cpu else gpus)
@@ -47,6 +46,35 @@ def plan_processes(config: Config, gpus: int) -> Config:
         raise LaunchError(message)
     threads = config.launch.threads or max(1, cores // processes)
     return config.replace("launch", processes=processes, threads=threads)
+
+
+def fit_to_place(config: Config, place: Place) -> Config:
+    """
+    The config of a worker that torchrun or srun started, checked against what they started; threads are settled.
+
+    Raises `LaunchError`. Sets the environment of `worker_environment`, which torch reads when it is imported.
+    """
+    if config.launch.processes not in (None, place.local_world_size):
+        raise LaunchError(
+            f"launch.processes is {config.launch.processes}, but {place.local_world_size} were started on this machine; "
+            "leave it out here: the launcher decides"
+        )
+    if config.parallel.dp_replicate not in (-1, place.world_size):
+        raise LaunchError(
+            f"parallel.dp_replicate is {config.parallel.dp_replicate}, but {place.world_size} processes were started; "
+            "set it to -1, or start as many"
+        )
+    if message := indivisible(config, place.world_size):
+        raise LaunchError(message)
+    threads = config.launch.threads or max(1, count_cores() // place.local_world_size)
+    for name, value in worker_environment(threads).items():
+        os.environ.setdefault(name, value)
+    return config.replace("launch", threads=threads)
+
+
+def count_cores() -> int:
+    """The cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_gpus() -> int:
@@ -76,8 +104,6 @@ def worker_environment(threads: int) -> dict[str, str]:
     """What each worker's environment gets, unless the person set it already."""
     return {
         "OMP_NUM_THREADS": str(threads),
-        # threads that wait must not spin: with a busy neighbour a step takes ten times as long
-        "OMP_WAIT_POLICY": "PASSIVE",
         # glibc gives large blocks back to the kernel at once and asks for them again, zeroed, at the next use: keep them
         "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
         "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
@@ -119,6 +145,9 @@ def launch(config: Config, argv: Sequence[str], progress: Callable[[], object]) 
         return 0
     codes = [failure.exitcode for failure in result.failures.values()]
     if EXIT_BAD_INPUT in codes:
+        said = [f.message for f in result.failures.values() if f.exitcode == EXIT_BAD_INPUT]
+        for message in dict.fromkeys(said):  # most often all ranks found the same
+            _tell(message)
         return EXIT_BAD_INPUT
     _tell(
         f"the run stopped: worker {_describe(result.failures)}. What was saved stands; the same command goes on from there"

@@ -90,8 +90,10 @@ def settle_dtype(wanted: str, mesh: Mesh) -> str:
     if mesh.device.type == "cuda":
         return "bfloat16" if has_bfloat16(mesh.device) else "float32"
     mesh.barrier()
-    rates = [measured_matmul_flops(mesh.device, dtype, 0.1) for dtype in (torch.bfloat16, torch.float32)]
-    bfloat16, float32 = mesh.sum(torch.tensor(rates, dtype=torch.float64)).tolist()
+    # in turn and the best of each, so that a neighbour who is busy for a moment does not decide it
+    turns = [[measured_matmul_flops(mesh.device, t, 0.05) for t in (torch.bfloat16, torch.float32)] for _ in range(3)]
+    best = torch.tensor(turns, dtype=torch.float64).amax(0)
+    bfloat16, float32 = mesh.sum(best).tolist()
     return "bfloat16" if bfloat16 > float32 else "float32"
 
 
@@ -193,7 +195,9 @@ def device_name(device: torch.device) -> str:
     """What the device calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' * (count > 1)} a process"
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
-            return f"{line.partition(':')[2].strip()} ({torch.get_num_threads()} threads a process)"
-    return f"{platform.processor() or 'CPU'} ({torch.get_num_threads()} threads a process)"
+            return f"{line.partition(':')[2].strip()} ({threads})"
+    return f"{platform.processor() or 'CPU'} ({threads})"

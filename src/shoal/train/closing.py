@@ -34,7 +34,7 @@ def close_run(
     name = folder.path.name
     console.say()
     console.say("next:")
-    console.say(f'  shoal generate {name} --prompt "class " --temperature 0.8')
+    console.say(f'  shoal generate {name} --prompt "{config.train.sample_prompt or "The "}" --temperature 0.8')
     console.say(f"  shoal eval {name}")
     console.say("  shoal bench speed")
 

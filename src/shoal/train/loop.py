@@ -20,7 +20,7 @@ from shoal.data.prepare import Prepared
 from shoal.errors import CheckpointError, ConfigError, Problem, RunError
 from shoal.fault.health import check_finite
 from shoal.fault.signals import StopRequest
-from shoal.launch.torchrun import LOCKED_BY
+from shoal.launch.place import LOCKED_BY
 from shoal.metrics.console import Console
 from shoal.metrics.meter import Meter, settle_dtype
 from shoal.metrics.trackers import Events, JsonLines, forget_after
@@ -89,6 +89,7 @@ class Run:
         changed = folder.agree(config)
         before = folder.load_config() if folder.config_file.is_file() else config
         mesh.barrier()  # nobody writes the config before everybody has compared
+        applied: list[str] = []
         model = build_model(config.model, compute_dtype=DTYPES[config.train.dtype])
         runnable = parallelize(
             model,
@@ -96,7 +97,7 @@ class Run:
             seed=config.train.seed,
             activation_checkpointing=config.train.activation_checkpointing,
             compile=config.train.compile,
-            say=console.note,
+            say=applied.append,
         )
         state = TrainState(model, build_optimizer(model, config.optim))
         store = CheckpointStore(
@@ -121,7 +122,7 @@ class Run:
         run = cls(
             config, mesh, stop, console, folder, prepared, events, runnable, state, store, loader, meter, total_steps
         )
-        run._introduce(restored, before, [(d.key, d.before, d.after) for d in changed])
+        run._introduce(applied, restored, before, [(d.key, d.before, d.after) for d in changed])
         return run
 
     def train(self) -> None:
@@ -243,15 +244,19 @@ class Run:
         if self.events is not None:
             self.events.say(event, **facts)
 
-    def _introduce(self, restored: Saved | None, before: Config, changed: list[tuple[str, object, object]]) -> None:
+    def _introduce(
+        self, applied: list[str], restored: Saved | None, before: Config, changed: list[tuple[str, object, object]]
+    ) -> None:
         """Say what is about to happen."""
         config, mesh = self.config, self.mesh
         self._event("started", step=self.state.step, processes=mesh.world_size, device=str(mesh.device))
         self.console.say(f"{self.folder.path}: {self.meter.describe_model()}", "bold")
         self.console.note(
             f"{mesh.world_size} process{'es' * (mesh.world_size > 1)} on {self.meter.device_name}, {config.train.dtype}, "
-            f"{config.train.global_batch * config.data.seq_len:,} tokens a step, {self.total_steps} steps; {self.meter.describe_mfu()}"
+            f"{config.train.global_batch * config.data.seq_len:,} tokens a step, {self.total_steps} steps"
         )
+        for line in (*applied, self.meter.describe_mfu()):
+            self.console.note(line)
         if restored is None:
             return
         self.console.say(f"resumed from {restored.folder}", "bold")
