@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from shoal.config import Config
 from shoal.data.prepare import Prepared, held_out_text
@@ -34,9 +38,18 @@ def close_run(
     name = folder.path.name
     console.say()
     console.say("next:")
-    console.say(f'  shoal generate {name} --prompt "{config.train.sample_prompt or "The "}" --temperature 0.8')
-    console.say(f"  shoal eval {name}")
-    console.say("  shoal bench speed")
+    shoal = _command()
+    console.say(f'  {shoal} generate {name} --prompt "{config.train.sample_prompt or "The "}" --temperature 0.8')
+    console.say(f"  {shoal} eval {name}")
+    console.say(f"  {shoal} bench speed")
+
+
+def _command() -> str:
+    """How a person here can start shoal: by its name, or by its path where the environment is not activated."""
+    script = Path(sys.executable).with_name("shoal")
+    if shutil.which("shoal") or not script.exists():
+        return "shoal"
+    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
