@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from shoal.config import Config
+from shoal.disk import write_whole
 from shoal.errors import RunError
 from shoal.metrics.trackers import read_json_lines
 from shoal.resolve import Difference, differences, read_back, to_yaml
@@ -76,9 +77,7 @@ class RunFolder:
 
     def save_config(self, config: Config) -> None:
         """Write `config.yaml`, whole or not at all."""
-        aside = self.config_file.with_suffix(".tmp")
-        aside.write_text(to_yaml(config), encoding="utf-8")
-        aside.replace(self.config_file)
+        write_whole(self.config_file, [to_yaml(config).encode()])
 
     def lock(self) -> None:
         """Hold this run until the process ends, however it ends. Raises `RunError` where somebody else does."""

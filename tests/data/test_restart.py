@@ -21,7 +21,7 @@ from tests.data.conftest import MakeData
 PREPARE = """
 import json, os, signal, stat, sys
 from shoal.config import Data
-from shoal.data import files
+from shoal import disk
 from shoal.data.prepare import prepare
 
 options, die_at = json.loads(sys.argv[1]), int(sys.argv[2])
@@ -38,7 +38,7 @@ def sync(descriptor):
         os.kill(os.getpid(), signal.SIGKILL)
     real_sync(descriptor)
 
-files.os.fsync = sync
+disk.os.fsync = sync
 prepared = prepare(Data(**options), lambda phase, done, total: print(phase, flush=True))
 print("data_id", prepared.data_id)
 """

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from shoal import disk
 from shoal.data import files
 from shoal.data.shards import BLOCK_BYTES, Shard, ShardRecord, TokenStream, token_dtype, write_shard
 from shoal.errors import DataError
@@ -100,7 +101,7 @@ def test_a_disk_that_says_no_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     def refuse(descriptor: int) -> None:
         raise OSError(code, "refused")
 
-    monkeypatch.setattr(files.os, "fsync", refuse)
+    monkeypatch.setattr(disk.os, "fsync", refuse)
     with pytest.raises(DataError, match=r"cannot write .*a: refused; .*data.folder"):
         files.write_atomically(path, [b"new"])
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -34,6 +33,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from shoal.disk import sha256_of, sync_folder
 from shoal.errors import CheckpointError
 from shoal.parallel.mesh import Mesh
 
@@ -100,13 +100,13 @@ class CheckpointStore:
         _write_json(aside / "state.json", state)
         files = sorted(p for p in aside.iterdir() if p.is_file())
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(_sha256, files))
+            digests = list(pool.map(sha256_of, files))
         entries = {p.name: {"bytes": p.stat().st_size, "sha256": d} for p, d in zip(files, digests, strict=True)}
         _write_json(aside / "manifest.json", {"format": FORMAT, "files": entries})
-        _sync_folder(aside)
+        sync_folder(aside)
         aside.rename(final)
         _point(self.folder / "latest", final.name)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         self._retain()
 
     def _retain(self) -> None:
@@ -172,7 +172,7 @@ def verify(folder: Path) -> None:
                 f"{path} was cut short or grew: {size} bytes where {entry['bytes']} were written. {remedy}"
             )
     with ThreadPoolExecutor() as pool:
-        for name, digest in zip(files, pool.map(lambda n: _sha256(folder / Path(n).name), files), strict=True):
+        for name, digest in zip(files, pool.map(lambda n: sha256_of(folder / Path(n).name), files), strict=True):
             if digest != files[name]["sha256"]:
                 raise CheckpointError(f"{folder / name} was altered: its SHA-256 is not the one written. {remedy}")
 
@@ -241,19 +241,6 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _point(link: Path, target: str) -> None:

@@ -5,45 +5,26 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from shoal.disk import write_whole
 from shoal.errors import DataError
 
-ASIDE_SUFFIX = ".tmp"
 LOCK_POLL_SECONDS = 0.2
 
 
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """
-    Write `parts` to `path`: a reader, or a run after a power cut, sees all of them or none.
+    `write_whole`, with the way out where it fails.
 
     Raises DataError when the disk is full, the quota is reached or the folder cannot be written.
     """
-    aside = path.with_name(f".{path.name}{ASIDE_SUFFIX}")
     try:
-        with aside.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-        _sync_folder(path.parent)
+        write_whole(path, parts)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         raise cannot_write(path, error) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself lives in the folder, which has to be flushed too."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def cannot_write(path: Path, error: OSError) -> DataError:

@@ -42,6 +42,7 @@ from shoal.data.pack import Rows
 from shoal.data.shards import CURE, Shard, TokenStream, token_dtype
 from shoal.data.sources import open_corpus
 from shoal.data.tokenize import Tokenizer
+from shoal.disk import sha256_of
 from shoal.errors import DataError
 
 Progress = Callable[[str, int, int], None]
@@ -210,14 +211,9 @@ def _is_current(folder: Path, data: Data) -> bool:
         manifest = load_manifest(folder)
         check_unchanged(manifest, corpus)
         open_prepared(folder)
-        return all(_sha256(folder / s.name) == s.sha256 for name in SPLITS for s in manifest.splits[name].shards)
+        return all(sha256_of(folder / s.name) == s.sha256 for name in SPLITS for s in manifest.splits[name].shards)
     except DataError:
         return False
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _build(folder: Path, data: Data, options: dict[str, Any], progress: Progress) -> None:

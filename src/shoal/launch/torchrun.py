@@ -119,7 +119,7 @@ def launch(config: Config, argv: Sequence[str], progress: Callable[[], object]) 
     `progress()` says how far the run is: an error that comes again at the same place is not tried a third time.
 
     0 when they finished, 128 + signal when one asked them to stop and they saved, 2 when a worker met bad
-    input (it has said what), 1 when workers died more often than `launch.max_restarts`.
+    input (what it left is said here, once), 1 when workers died more often than `launch.max_restarts`.
     """
     check_port(config.launch.port)
     assert config.launch.processes

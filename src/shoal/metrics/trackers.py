@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
+
+from shoal.disk import write_whole
 
 
 class JsonLines:
@@ -50,10 +51,5 @@ def forget_after(path: Path, step: int) -> int:
     kept = [r for r in records if r["step"] <= step]
     if not path.is_file():
         return 0
-    aside = path.with_suffix(".tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(r) + "\n" for r in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    write_whole(path, (f"{json.dumps(r)}\n".encode() for r in kept))
     return len(records) - len(kept)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import Model
-from shoal.models.attention import KVCache
+from shoal.models.attention import KVCache, document_mask
 from shoal.models.layers import Embedding, Linear
 
 
@@ -93,3 +93,9 @@ class LanguageModel(nn.Module, ABC):
             return given
         start = cache.length if cache else 0
         return torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
+
+    def _mask(self, tokens_BT: Tensor, document_ids_BT: Tensor | None, cache: KVCache | None) -> Tensor | None:
+        """What each token may see, as `attend` takes it; makes room in the cache where there is one."""
+        if cache is not None:
+            return cache.extend(tokens_BT.shape[1], document_ids_BT)
+        return None if document_ids_BT is None else document_mask(document_ids_BT)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import Model
-from shoal.models.attention import KVCache, LayerCache, attend, document_mask
+from shoal.models.attention import KVCache, LayerCache, attend
 from shoal.models.family import Initial, LanguageModel, TensorParallelStyle
 from shoal.models.layers import Embedding, LayerNorm, Linear
 
@@ -110,10 +110,7 @@ class GPT2(LanguageModel):
         cache: KVCache | None = None,
     ) -> Tensor:
         positions = self._positions(tokens_BT, positions_BT, cache)
-        if cache is not None:
-            mask = cache.extend(tokens_BT.shape[1], document_ids_BT)
-        else:
-            mask = None if document_ids_BT is None else document_mask(document_ids_BT)
+        mask = self._mask(tokens_BT, document_ids_BT, cache)
         x_BTD = (self.embed(tokens_BT) + self.position(positions)).to(self.compute_dtype)
         if self.shape.dropout:
             x_BTD = F.dropout(x_BTD, self.shape.dropout, self.training)

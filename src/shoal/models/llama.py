@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import Model
-from shoal.models.attention import KVCache, LayerCache, attend, document_mask
+from shoal.models.attention import KVCache, LayerCache, attend
 from shoal.models.family import Initial, LanguageModel, TensorParallelStyle
 from shoal.models.layers import Embedding, Linear, RMSNorm
 from shoal.models.rope import Rope, rope_tables, rotate
@@ -146,10 +146,7 @@ class Llama(LanguageModel):
     ) -> Tensor:
         positions = self._positions(tokens_BT, positions_BT, cache)
         rope = rope_tables(self.shape, positions, self.compute_dtype)
-        if cache is not None:
-            mask = cache.extend(tokens_BT.shape[1], document_ids_BT)
-        else:
-            mask = None if document_ids_BT is None else document_mask(document_ids_BT)
+        mask = self._mask(tokens_BT, document_ids_BT, cache)
         x_BTD = self.embed(tokens_BT).to(self.compute_dtype)
         for index, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, rope, mask, cache.layers[index] if cache else None)
