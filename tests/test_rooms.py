@@ -15,12 +15,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "shoal"
 FLOORS: list[set[str]] = [
     {"errors", "disk", "__init__"},
     {"config", "presets"},
+    {"layout"},
     {"contradictions"},
     {"resolve"},
     {"plan", "launch.place", "metrics.trackers", "metrics.compression"},
     {"runs"},
     {"launch.torchrun", "metrics.console"},
-    {"parallel.mesh"},  # Mesh is a noun: it crosses every border above
+    {"parallel.mesh", "parallel.region"},  # nouns: they cross every border above
     {"data", "models", "optim", "checkpoint", "metrics", "fault"},
     {"parallel"},
     {"train", "infer.generate"},

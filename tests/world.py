@@ -19,6 +19,8 @@ from typing import Any
 
 PATIENCE_SECONDS = 60.0
 
+_laid_out: dict[tuple[int, ...], Any] = {}  # of this worker: making groups costs time, and each is made once
+
 
 class World:
     """`size` processes that share a gloo group."""
@@ -54,6 +56,19 @@ class World:
         for process in self._processes:
             process.kill()
             process.join()
+
+
+def laid_out(mesh: Any, **sizes: int) -> Any:
+    """In a worker: its mesh with these axes (dp_shard=2, tp=2, ...). A collective over the world the first time."""
+    from shoal.layout import Layout
+    from shoal.parallel.mesh import Mesh
+
+    layout = Layout(**sizes)
+    assert layout.world_size == mesh.world_size
+    key = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
+    if key not in _laid_out:
+        _laid_out[key] = Mesh(mesh.place, mesh.device, layout)
+    return _laid_out[key]
 
 
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:

@@ -166,24 +166,82 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """The layout: the product of its axes is the number of processes."""
+    """The layout: the product of its five axes is the number of processes; one of them may be -1, what remains."""
 
     dp_replicate: int = opt(
         -1,
-        "replicas, each a process with the whole model (DDP); -1: what remains",
+        "replicas (DDP; with dp_shard, HSDP); -1: what remains, or 1 where another axis is -1",
         alias=("ddp", "dp", "data_parallel", "data_parallel_size", "dp_size", "data_parallel_replicate_degree"),
         ge=-1,
+    )
+    dp_shard: int = opt(
+        1,
+        "processes that parameters, gradients and optimizer state are cut over (FSDP2)",
+        alias=("fsdp", "zero", "data_parallel_shard_degree", "fsdp_size", "shard"),
+        ge=-1,
+    )
+    tp: int = opt(
+        1,
+        "processes that each matrix is cut over (tensor parallel, with sequence and loss parallel)",
+        alias=("tensor_parallel_degree", "tensor_parallel", "tensor_model_parallel_size", "tp_size"),
+        ge=-1,
+    )
+    cp: int = opt(
+        1,
+        "processes that each sequence is cut over (context parallel)",
+        alias=("context_parallel_degree", "context_parallel", "context_parallel_size", "cp_size", "sequence_parallel_size"),
+        ge=-1,
+    )
+    pp: int = opt(
+        1,
+        "processes that the blocks are cut over (pipeline parallel)",
+        alias=("pipeline_parallel_degree", "pipeline_parallel", "pipeline_model_parallel_size", "pp_size"),
+        ge=-1,
+    )
+    reshard_after_forward: Literal["always", "never"] | int = opt(
+        "always",
+        "dp_shard: free a block's parameters between forward and backward; a number: keep them over so many processes",
+        alias=("fsdp_reshard_after_forward", "zero_stage"),
+    )
+    cpu_offload: bool = opt(
+        False,
+        "dp_shard: keep parameters, gradients and optimizer state in the machine's memory, not the GPU's",
+        alias=("enable_cpu_offload", "offload"),
+    )
+    cp_method: Literal["allgather", "ulysses", "ring"] = opt(
+        "allgather",
+        "allgather: every key comes to each process; ulysses: heads are exchanged for places; ring: keys go round",
+        alias=("context_parallel_method", "cp_comm_type", "context_parallel_rotate_method"),
+    )
+    pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = opt(
+        "1f1b",
+        "order of forward and backward over the stages; the last three hold several stages a process",
+        alias=("pipeline_parallel_schedule", "pipeline_schedule"),
+    )
+    pp_stages: int | None = opt(
+        None,
+        "stages a process holds; null: 1 for gpipe and 1f1b, 2 for the others",
+        unit="stages",
+        alias=("virtual_stages", "num_virtual_stages", "virtual_pipeline_model_parallel_size"),
+        ge=1,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
+    name: Literal["adamw", "muon"] = opt(
+        "adamw",
+        "muon: the blocks' matrices by Muon, everything else by AdamW",
+        alias=("optimizer", "optimizer_name", "optim_type"),
+        past=True,
+    )
     lr: float = opt(1e-3, "peak learning rate", alias=("learning_rate", "max_lr", "peak_lr"), gt=0)
     beta1: float = opt(0.9, "decay of the gradient's average", alias=("adam_beta1",), ge=0, lt=1)
     beta2: float = opt(0.95, "decay of the squared gradient's average", alias=("adam_beta2",), ge=0, lt=1)
     eps: float = opt(1e-8, "AdamW's epsilon", alias=("adam_eps", "adam_epsilon", "epsilon"), gt=0)
+    muon_momentum: float = opt(0.95, "Muon's decay of the gradient's sum (Nesterov)", ge=0, lt=1)
     weight_decay: float = opt(0.1, "decoupled decay, on matrices only", alias=("wd",), ge=0)
     clip_norm: float = opt(
         1.0,
@@ -250,17 +308,29 @@ class Train:
     seed: int = opt(
         0, "of initial weights, order of data and dropout", alias=("random_seed", "manual_seed"), past=True, ge=0
     )
-    dtype: Literal["auto", "bfloat16", "float32"] = opt(
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = opt(
         "auto",
-        "of activations and matrix products; weights, optimizer and sums are float32; auto: bfloat16 on a GPU that has it, on a CPU the one whose products are faster there",
+        "of activations and matrix products; weights, optimizer and sums are float32; auto: bfloat16 on a GPU that has it, on a CPU the one whose products are faster there; float16 scales the loss, and is for CUDA",
         alias=("precision", "mixed_precision", "bf16", "torch_dtype", "param_dtype"),
     )
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto: CUDA where there is one", alias=("accelerator",))
     compile: bool = opt(False, "torch.compile each block", alias=("torch_compile",))
-    activation_checkpointing: Literal["none", "full"] = opt(
+    repro: Literal["fast", "bitwise"] = opt(
+        "fast",
+        "bitwise: the same bits at any data-parallel degree; one CPU thread a process",
+        alias=("deterministic", "reproducibility", "deterministic_mode"),
+    )
+    activation_checkpointing: Literal["none", "full", "selective", "budget"] = opt(
         "none",
-        "full: each block is computed again in backward",
-        alias=("gradient_checkpointing", "checkpointing", "ac", "recompute"),
+        "what is computed again in backward; full: each block; selective: all but products and attention; budget: what train.activation_budget leaves no room for",
+        alias=("gradient_checkpointing", "checkpointing", "ac", "recompute", "activation_checkpoint"),
+    )
+    activation_budget: float = opt(
+        0.5,
+        "budget: activations kept, 0: as with full, 1: as with none; the compiler chooses which",
+        alias=("memory_budget", "activation_memory_budget"),
+        ge=0,
+        le=1,
     )
     eval_every: int = opt(
         0,

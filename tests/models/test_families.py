@@ -67,7 +67,7 @@ def test_tables_of_names_hold_for_every_module(name: str) -> None:
         fits = [pattern for pattern in model.TENSOR_PARALLEL if fnmatchcase(module, pattern)]
         assert fits, f"{module} has no place in the tensor-parallel table"
         assert len({model.TENSOR_PARALLEL[pattern] for pattern in fits}) == 1
-    assert all(isinstance(block, model.BLOCK) for block in model.blocks)
+    assert all(isinstance(block, model.BLOCK) for block in model.blocks.values())
     names = [n for n, _ in model.named_modules()]
     assert all(any(fnmatchcase(n, point) for n in names) for point in model.CUT_POINTS)
 
@@ -96,7 +96,7 @@ def _check_compiled(name: str, dtype: torch.dtype, backend: str) -> None:
     model = build_model(SHAPES[name], compute_dtype=dtype)
     initialize(model, 0, "cpu")
     eager = _gradient(model, tokens_of(16, batch=2))
-    for block in model.blocks:
+    for block in model.blocks.values():
         block.compile(fullgraph=True, backend=backend)
     compiled = _gradient(model, tokens_of(16, batch=2))
     # Compiled, a chain of operators is rounded to bfloat16 once, eagerly at each.

@@ -71,8 +71,8 @@ def test_other_parameters_do_not_matter() -> None:
 def test_wrappers_do_not_matter(name: str) -> None:
     plain = weights(SHAPES[name])
     wrapped = build_model(SHAPES[name], compute_dtype=torch.float32)
-    wrapped.blocks[0] = checkpoint_wrapper(wrapped.blocks[0])
-    wrapped.blocks[1] = torch.compile(checkpoint_wrapper(wrapped.blocks[1]))
+    wrapped.blocks["0"] = checkpoint_wrapper(wrapped.blocks["0"])
+    wrapped.blocks["1"] = torch.compile(checkpoint_wrapper(wrapped.blocks["1"]))
     assert any("_orig_mod._checkpoint_wrapped_module" in n for n, _ in wrapped.named_parameters())
     initialize(wrapped, 0, "cpu")
     found = dict(global_parameters(wrapped))

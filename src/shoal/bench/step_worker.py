@@ -21,7 +21,7 @@ def main(recipe: Path, answer: Path) -> None:
     die_with_parent()
     config = read_back(recipe)
     set_threads(config)
-    with open_mesh(config.train.device, config.launch.timeout_seconds) as mesh:
+    with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
         run = Run.open(config, mesh, StopRequest())
         run.take_steps()
         if mesh.is_first:

@@ -12,6 +12,7 @@ are not rounded. (Seen on AVX-512 with bf16: 79 ms against 39 ms, forward and ba
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,14 @@ from torch import Tensor
 
 # torch has no public question for it; without an answer bfloat16 stays bfloat16
 CPU_HAS_TILES: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+
+
+class Attend(Protocol):
+    """What a block's attention calls, so that it can be given another that knows of more processes."""
+
+    def __call__(
+        self, q_BTHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, mask_B1TS: Tensor | None = None, *, dropout: float = 0.0
+    ) -> Tensor: ...
 
 
 def attend(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -24,9 +24,11 @@ class Initial:
     std: float = 0.0
 
 
-# 'column' splits a weight's rows (its outputs), 'row' its columns (its inputs, so that outputs are summed),
-# 'vocab' the rows of an embedding or head, 'replicate' nothing.
-TensorParallelStyle = Literal["column", "row", "vocab", "replicate"]
+# 'column' cuts a weight's rows (its outputs), 'row' its columns (its inputs, so that outputs are partial sums), 'vocab'
+# the rows of an embedding or head. 'partial' is a module whose inside sees the whole sequence through its 'column'
+# layers and gives partial sums through its one 'row' layer. 'replicate' cuts nothing, and sees a part of the sequence;
+# 'position' likewise, fed with positions.
+TensorParallelStyle = Literal["column", "row", "vocab", "partial", "replicate", "position"]
 
 
 class LanguageModel(nn.Module, ABC):
@@ -34,21 +36,25 @@ class LanguageModel(nn.Module, ABC):
     Tokens -> hidden states; decoder-only; single-device code.
 
     Sharding, checkpointing and compilation are applied from outside, to `blocks`. `compute_dtype` is the dtype of the
-    residual stream and of every product (see `layers.py`); parameters stay float32.
+    residual stream and of every product (see `layers.py`); parameters stay float32. A pipeline stage is a model from
+    which parts were taken: the first alone has `embed` (the last too, where the head is tied to it), the last alone
+    has `norm`, and `blocks` keep the names they had.
     """
 
-    TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]]  # pattern of a module's name -> how it is split
+    TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]]  # pattern of a module's name -> how it is cut
     CUT_POINTS: ClassVar[tuple[str, ...]]  # a pipeline may be cut before each of these
     BLOCK: ClassVar[type[nn.Module]]
 
     shape: Model
     compute_dtype: torch.dtype
     embed: Embedding
-    blocks: nn.ModuleList
+    blocks: nn.ModuleDict  # "0", "1", ...: forward(x, *context, mask, layer's cache)
     norm: nn.Module
     head: Linear | None
+    make_mask: Callable[[Tensor], Tensor]  # documents [B, T] -> the mask that `attend` takes
+    begins: bool = True  # False on pipeline stages whose input is another's hidden states
+    ends: bool = True  # False on pipeline stages whose output is not normed
 
-    @abstractmethod
     def forward(
         self,
         tokens_BT: Tensor,
@@ -59,10 +65,26 @@ class LanguageModel(nn.Module, ABC):
         """
         Hidden states [B, T, D] after the last norm, in `compute_dtype`; `logits` or the loss take them on.
 
+        tokens_BT: on a later stage of a pipeline, hidden states [B, T, D] of the one before.
         positions_BT: where each token stands in its document; None: 0, 1, 2, ... (from the cache's length on).
         document_ids_BT: attention stays inside equal ids; None: a row is one document.
         cache: keys and values of earlier tokens, which this call adds to.
         """
+        positions = self._positions(tokens_BT, positions_BT, cache)
+        context = self.context(positions)
+        mask = self._mask(tokens_BT, document_ids_BT, cache)
+        x_BTD = self.enter(tokens_BT, positions) if self.begins else tokens_BT
+        for index, block in enumerate(self.blocks.values()):
+            x_BTD = block(x_BTD, *context, mask, cache.layers[index] if cache else None)
+        return self.norm(x_BTD) if self.ends else x_BTD
+
+    @abstractmethod
+    def enter(self, tokens_BT: Tensor, positions: Tensor) -> Tensor:
+        """What the first block gets, [B, T, D] in `compute_dtype`; positions are [T] or [B, T]."""
+
+    def context(self, positions: Tensor) -> tuple[object, ...]:
+        """What each block gets beside the residual stream and the mask, from positions [T] or [B, T]."""
+        return ()
 
     @staticmethod
     @abstractmethod
@@ -98,4 +120,4 @@ class LanguageModel(nn.Module, ABC):
         """What each token may see, as `attend` takes it; makes room in the cache where there is one."""
         if cache is not None:
             return cache.extend(tokens_BT.shape[1], document_ids_BT)
-        return None if document_ids_BT is None else document_mask(document_ids_BT)
+        return None if document_ids_BT is None else self.make_mask(document_ids_BT)

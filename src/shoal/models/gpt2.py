@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import Model
-from shoal.models.attention import KVCache, LayerCache, attend
+from shoal.models.attention import Attend, LayerCache, attend, document_mask
 from shoal.models.family import Initial, LanguageModel, TensorParallelStyle
 from shoal.models.layers import Embedding, LayerNorm, Linear
 
@@ -22,6 +22,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = shape.dim // shape.num_heads
         self.dropout = shape.dropout
+        self.attend: Attend = attend
         self.q = Linear(shape.dim, shape.dim, bias=True)
         self.k = Linear(shape.dim, shape.dim, bias=True)
         self.v = Linear(shape.dim, shape.dim, bias=True)
@@ -35,7 +36,7 @@ class Attention(nn.Module):
         if cache is not None:
             k_BTHd, v_BTHd = cache.append(k_BTHd, v_BTHd)
         dropout = self.dropout if self.training else 0.0
-        out: Tensor = self.o(attend(q_BTHd, k_BTHd, v_BTHd, mask, dropout=dropout))
+        out: Tensor = self.o(self.attend(q_BTHd, k_BTHd, v_BTHd, mask, dropout=dropout))
         return out
 
 
@@ -77,12 +78,14 @@ class GPT2(LanguageModel):
 
     TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]] = {
         "embed": "vocab",
-        "position": "replicate",
+        "position": "position",
+        "blocks.*.attention": "partial",
         "blocks.*.attention.q": "column",
         "blocks.*.attention.k": "column",
         "blocks.*.attention.v": "column",
         "blocks.*.attention.o": "row",
         "blocks.*.*_norm": "replicate",
+        "blocks.*.ffn": "partial",
         "blocks.*.ffn.up": "column",
         "blocks.*.ffn.down": "row",
         "norm": "replicate",
@@ -96,28 +99,16 @@ class GPT2(LanguageModel):
         assert shape.vocab_size is not None
         self.shape = shape
         self.compute_dtype = compute_dtype
+        self.make_mask = document_mask
         self.embed = Embedding(shape.vocab_size, shape.dim)
         self.position = Embedding(shape.max_seq_len, shape.dim)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
+        self.blocks = nn.ModuleDict({str(index): Block(shape) for index in range(shape.num_layers)})
         self.norm = LayerNorm(shape.dim, shape.norm_eps)
         self.head = None if shape.tie_embeddings else Linear(shape.dim, shape.vocab_size)
 
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        document_ids_BT: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        positions = self._positions(tokens_BT, positions_BT, cache)
-        mask = self._mask(tokens_BT, document_ids_BT, cache)
+    def enter(self, tokens_BT: Tensor, positions: Tensor) -> Tensor:
         x_BTD = (self.embed(tokens_BT) + self.position(positions)).to(self.compute_dtype)
-        if self.shape.dropout:
-            x_BTD = F.dropout(x_BTD, self.shape.dropout, self.training)
-        for index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, mask, cache.layers[index] if cache else None)
-        hidden_BTD: Tensor = self.norm(x_BTD)
-        return hidden_BTD
+        return F.dropout(x_BTD, self.shape.dropout, self.training) if self.shape.dropout else x_BTD
 
     @staticmethod
     def initial(name: str, shape: Model) -> Initial:

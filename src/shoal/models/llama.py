@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import Model
-from shoal.models.attention import KVCache, LayerCache, attend
+from shoal.models.attention import Attend, LayerCache, attend, document_mask
 from shoal.models.family import Initial, LanguageModel, TensorParallelStyle
 from shoal.models.layers import Embedding, Linear, RMSNorm
 from shoal.models.rope import Rope, rope_tables, rotate
@@ -33,6 +33,7 @@ class Attention(nn.Module):
         assert shape.num_kv_heads is not None
         assert shape.head_dim is not None
         self.head_dim = shape.head_dim
+        self.attend: Attend = attend
         q_dim, kv_dim = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
         self.q = Linear(shape.dim, q_dim, bias=shape.qkv_bias)
         self.k = Linear(shape.dim, kv_dim, bias=shape.qkv_bias)
@@ -51,7 +52,7 @@ class Attention(nn.Module):
         q_BTHd, k_BTKd = rotate(q_BTHd, rope), rotate(k_BTKd, rope)
         if cache is not None:
             k_BTKd, v_BTKd = cache.append(k_BTKd, v_BTKd)
-        out: Tensor = self.o(attend(q_BTHd, k_BTKd, v_BTKd, mask))
+        out: Tensor = self.o(self.attend(q_BTHd, k_BTKd, v_BTKd, mask))
         return out
 
 
@@ -112,12 +113,14 @@ class Llama(LanguageModel):
 
     TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]] = {
         "embed": "vocab",
+        "blocks.*.attention": "partial",
         "blocks.*.attention.q": "column",
         "blocks.*.attention.k": "column",
         "blocks.*.attention.v": "column",
         "blocks.*.attention.o": "row",
         "blocks.*.attention.*_norm": "replicate",
         "blocks.*.*_norm": "replicate",
+        "blocks.*.ffn": "partial",
         "blocks.*.ffn.gate": "column",
         "blocks.*.ffn.up": "column",
         "blocks.*.ffn.down": "row",
@@ -132,26 +135,17 @@ class Llama(LanguageModel):
         assert shape.vocab_size is not None
         self.shape = shape
         self.compute_dtype = compute_dtype
+        self.make_mask = document_mask
         self.embed = Embedding(shape.vocab_size, shape.dim)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
+        self.blocks = nn.ModuleDict({str(index): Block(shape) for index in range(shape.num_layers)})
         self.norm = RMSNorm(shape.dim, shape.norm_eps)
         self.head = None if shape.tie_embeddings else Linear(shape.dim, shape.vocab_size)
 
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        positions_BT: Tensor | None = None,
-        document_ids_BT: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        positions = self._positions(tokens_BT, positions_BT, cache)
-        rope = rope_tables(self.shape, positions, self.compute_dtype)
-        mask = self._mask(tokens_BT, document_ids_BT, cache)
-        x_BTD = self.embed(tokens_BT).to(self.compute_dtype)
-        for index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rope, mask, cache.layers[index] if cache else None)
-        hidden_BTD: Tensor = self.norm(x_BTD)
-        return hidden_BTD
+    def enter(self, tokens_BT: Tensor, positions: Tensor) -> Tensor:
+        return self.embed(tokens_BT).to(self.compute_dtype)
+
+    def context(self, positions: Tensor) -> tuple[Rope]:
+        return (rope_tables(self.shape, positions, self.compute_dtype),)
 
     @staticmethod
     def initial(name: str, shape: Model) -> Initial:

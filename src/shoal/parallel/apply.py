@@ -75,11 +75,11 @@ def parallelize(
 ) -> Runnable:
     """Make `model` (on meta) a `Runnable` on `mesh`; `say` gets one line for each thing applied."""
     if activation_checkpointing == "full":
-        for block in model.blocks:
+        for block in model.blocks.values():
             _checkpoint(block)
         say("activation checkpointing: each block is computed again in backward")
     if compile:
-        for block in model.blocks:
+        for block in model.blocks.values():
             block.compile(fullgraph=True)
         say("compile: each block")
     initialize(model, seed=seed, device=mesh.device)

@@ -12,18 +12,68 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from shoal.config import Parallel
 from shoal.errors import LaunchError
 from shoal.launch.place import Place, read_place
+from shoal.layout import Layout, find_layout
 
 ALONE = Place()
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """Where this process stands, its device, and its axes. Today there is one, `dp_replicate`, over the world."""
+class Axis:
+    """The processes that differ from this one along one axis, or along several taken as one."""
 
-    place: Place
-    device: torch.device
+    size: int = 1
+    rank: int = 0  # this process's place on it
+    group: dist.ProcessGroup | None = None  # None where there is nobody to talk to
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` summed over the axis, in place, and given back. A collective over this axis."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+
+# What is talked along: the axes themselves, and some taken together.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "pp": ("pp",),
+    "dp_replicate": ("dp_replicate",),
+    "cp": ("cp",),
+    "tp": ("tp",),
+    "shard": ("dp_shard", "cp"),  # FSDP's shards, over the parts of a sequence too
+    "batch": ("dp_replicate", "dp_shard", "cp"),  # whose gradients are summed
+    "stage": ("dp_replicate", "dp_shard", "cp", "tp"),  # all that hold something of the same pipeline stage
+}
+
+
+class Mesh:
+    """
+    Where this process stands, its device, and its axes (see `layout.py`).
+
+    `dp_rank` of `dp_size` says which of a step's micro-batches are its own; `pp`, `cp` and `tp` neighbours share them.
+    """
+
+    def __init__(self, place: Place, device: torch.device, layout: Layout | None = None) -> None:
+        """A collective over the world where the layout has axes: groups are made by all processes in one order."""
+        self.place, self.device = place, device
+        self.layout = layout or Layout(dp_replicate=place.world_size)
+        self.coordinates = self.layout.coordinates(place.rank)
+        self._axes = {name: self._open(axes) for name, axes in GROUPS.items()}
+
+    def _open(self, axes: tuple[str, ...]) -> Axis:
+        lists = self.layout.groups(*axes)
+        mine = next(ranks for ranks in lists if self.place.rank in ranks)
+        if len(mine) == 1:
+            return Axis()
+        if len(mine) == self.world_size:
+            return Axis(len(mine), mine.index(self.place.rank), dist.group.WORLD)
+        group, _ = dist.new_subgroups_by_enumeration(lists)
+        return Axis(len(mine), mine.index(self.place.rank), group)
+
+    def axis(self, name: str) -> Axis:
+        """One of `GROUPS`."""
+        return self._axes[name]
 
     @property
     def world_size(self) -> int:
@@ -36,11 +86,16 @@ class Mesh:
 
     @property
     def dp_rank(self) -> int:
-        return self.place.rank
+        return self.coordinates["dp_replicate"] * self.layout.dp_shard + self.coordinates["dp_shard"]
 
     @property
     def dp_size(self) -> int:
-        return self.world_size
+        return self.layout.dp
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the model's end, and so its loss, is here."""
+        return self.coordinates["pp"] == self.layout.pp - 1
 
     def barrier(self) -> None:
         """Wait for all ranks. A collective over the world."""
@@ -95,18 +150,20 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def open_mesh(device: str, timeout_seconds: float) -> Iterator[Mesh]:
+def open_mesh(device: str, timeout_seconds: float, parallel: Parallel) -> Iterator[Mesh]:
     """
     Join the other processes; leave them in order at the end. A collective over the world.
 
     On an error the group is left without a barrier: the others may never come to one.
     """
     place = read_place()
+    layout = find_layout(parallel, place.world_size)
+    if isinstance(layout, str):
+        raise LaunchError(layout)
     chosen = choose_device(device, place)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    mesh = Mesh(place, chosen)
-    if mesh.world_size > 1:
+    if place.world_size > 1:
         if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         dist.init_process_group(
@@ -114,6 +171,7 @@ def open_mesh(device: str, timeout_seconds: float) -> Iterator[Mesh]:
             timeout=timedelta(seconds=timeout_seconds),
             device_id=chosen if chosen.type == "cuda" else None,
         )
+    mesh = Mesh(place, chosen, layout)
     yield mesh
     if mesh.world_size > 1:
         dist.barrier()

@@ -42,7 +42,7 @@ def train(config: Config) -> None:
     """Train, from the start or from the last checkpoint, as one of the processes of a run."""
     set_threads(config)
     stop = StopRequest()
-    with open_mesh(config.train.device, config.launch.timeout_seconds) as mesh:
+    with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
         run = Run.open(config, mesh, stop)
         try:
             run.train()
