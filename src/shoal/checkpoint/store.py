@@ -4,7 +4,7 @@ Checkpoints: written aside, flushed, hashed, renamed; so that what is listed is 
     checkpoints/
       step-00000100/
         shard-00001-model-00001-of-00001.safetensors   one a rank: parameters and AdamW's moments
-        state.json       step, position, tokens, validation loss, the shape of every tensor
+        state.json       step, position, tokens, validation loss
         manifest.json    size and SHA-256 of each file above; written last
       latest -> step-00000100                          for people; a resume looks at the folders
 
@@ -35,7 +35,9 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from shoal.disk import sha256_of, sync_folder
 from shoal.errors import CheckpointError
+from shoal.checkpoint.planner import RegionLoadPlanner, RegionSavePlanner
 from shoal.parallel.mesh import Mesh
+from shoal.parallel.region import Part
 
 FORMAT = 1
 _PREFIX = "step-"
@@ -71,7 +73,7 @@ class CheckpointStore:
                 shutil.rmtree(leftover, ignore_errors=True)
         mesh.barrier()
 
-    def save(self, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]) -> Saved:
+    def save(self, parts: Mapping[str, Part], state: Mapping[str, Any]) -> Saved:
         """
         Write a checkpoint of step `state["step"]`.
 
@@ -82,19 +84,19 @@ class CheckpointStore:
         if final.exists():
             return Saved(final, int(state["step"]), state.get("val_loss"))
         with _agreeing(self._mesh, aside):
-            self._write(aside, tensors)
+            self._write(aside, parts)
         with _agreeing(self._mesh, aside):
             if self._mesh.is_first:
-                shapes = {key: list(t.shape) for key, t in tensors.items()}
-                self._commit(aside, final, {"format": FORMAT, **state, "tensors": shapes})
+                self._commit(aside, final, {"format": FORMAT, **state})
         return Saved(final, int(state["step"]), state.get("val_loss"))
 
-    def _write(self, aside: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _write(self, aside: Path, parts: Mapping[str, Part]) -> None:
         if self._mesh.is_first:
             aside.mkdir(parents=True, exist_ok=True)
         with _plainly():
             writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-            dcp_save(dict(tensors), storage_writer=writer, no_dist=self._mesh.world_size == 1)
+            planner, alone = RegionSavePlanner(parts), self._mesh.world_size == 1
+            dcp_save(_tensors(parts), storage_writer=writer, planner=planner, no_dist=alone)
 
     def _commit(self, aside: Path, final: Path, state: Mapping[str, Any]) -> None:
         _write_json(aside / "state.json", state)
@@ -122,23 +124,26 @@ class CheckpointStore:
                 old.folder.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
 
-    def load(self, saved: Saved, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Fill `tensors` in place from `saved`; its `state.json`. Raises `CheckpointError`."""
-        return load(saved, tensors, alone=self._mesh.world_size == 1)
+    def load(self, saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
+        """Fill `parts` in place from `saved`; its `state.json`. Raises `CheckpointError`."""
+        return load(saved, parts, alone=self._mesh.world_size == 1)
 
 
-def load(saved: Saved, tensors: Mapping[str, torch.Tensor], *, alone: bool = True) -> dict[str, Any]:
+def load(saved: Saved, parts: Mapping[str, Part], *, alone: bool = True) -> dict[str, Any]:
     """
-    Fill `tensors` (all of a checkpoint's, or some) in place; verified before, loaded by slices.
+    Fill `parts` (of all of a checkpoint's tensors, or of some) in place; verified before, read by slices.
 
     With `alone` false it is a collective over the world. Raises `CheckpointError`.
     """
     verify(saved.folder)
     state = read_state(saved.folder)
-    _check_shapes(saved.folder, state["tensors"], tensors)
     try:
         with _plainly():
-            dcp_load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(saved.folder)), no_dist=alone)
+            reader = HuggingFaceStorageReader(str(saved.folder))
+            _check_shapes(saved.folder, reader.read_metadata().state_dict_metadata, parts)
+            dcp_load(_tensors(parts), storage_reader=reader, planner=RegionLoadPlanner(parts), no_dist=alone)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{saved.folder} could not be loaded: {error}") from error
     return state
@@ -177,13 +182,17 @@ def verify(folder: Path) -> None:
                 raise CheckpointError(f"{folder / name} was altered: its SHA-256 is not the one written. {remedy}")
 
 
-def _check_shapes(folder: Path, there: Mapping[str, list[int]], here: Mapping[str, torch.Tensor]) -> None:
-    for key, tensor in here.items():
+def _tensors(parts: Mapping[str, Part]) -> dict[str, Any]:
+    return {name: part.tensor for name, part in parts.items()}
+
+
+def _check_shapes(folder: Path, there: Mapping[str, Any], here: Mapping[str, Part]) -> None:
+    for key, part in here.items():
         if key not in there:
             raise CheckpointError(f"{folder} is of another model: it has no {key}")
-        if there[key] != list(tensor.shape):
+        if tuple(there[key].size) != part.region.shape:
             raise CheckpointError(
-                f"{folder} is of another model: {key} is {there[key]} there and {list(tensor.shape)} here"
+                f"{folder} is of another model: {key} is {list(there[key].size)} there and {list(part.region.shape)} here"
             )
 
 

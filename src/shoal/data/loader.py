@@ -7,6 +7,7 @@ a position is `order.sample_at`, which knows nothing of processes, so a run may 
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from shoal.data.order import sample_at
 from shoal.data.pack import IGNORED_LABEL, PackedRows, Rows
+from shoal.layout import deal
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class Batch:
     document_ids: Tensor | None
     sample_ids: tuple[int, ...]  # the rows' numbers
     valid_tokens: int  # labels that count
+
+    def ignored(self) -> Batch:
+        """The same shapes, and nothing that counts: a turn for a process that has none of its own."""
+        return _only(self, 0)
 
     def to(self, device: torch.device | str) -> Batch:
         """On `device`; from pinned memory without waiting for the copy."""
@@ -63,8 +69,8 @@ class Loader:
     """
     This rank's micro-batches of each optimizer step.
 
-    A step has `global_batch // micro_batch` slots, micro-batches in a fixed order; rank r of n owns the r-th
-    contiguous n-th of them. Raises ValueError where they do not divide evenly.
+    A step has `global_batch // micro_batch` slots, micro-batches in a fixed order; a rank owns a contiguous run of
+    them (`layout.deal`). Raises ValueError where there are fewer than ranks.
     """
 
     def __init__(
@@ -81,9 +87,9 @@ class Loader:
         pin_memory: bool = False,
     ) -> None:
         slots = global_batch // micro_batch
-        if global_batch % micro_batch or slots % dp_size:
+        if global_batch % micro_batch or slots < dp_size:
             raise ValueError(
-                f"global_batch {global_batch} is no multiple of micro_batch {micro_batch} times dp_size {dp_size}"
+                f"global_batch {global_batch} is no multiple of micro_batch {micro_batch}, or gives {dp_size} ranks less than one each"
             )
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank {dp_rank} is not in range({dp_size})")
@@ -92,7 +98,7 @@ class Loader:
         self.rows = rows
         self._seed, self._pin_memory = seed, pin_memory
         self._global_batch, self._micro_batch = global_batch, micro_batch
-        self._slots = range(dp_rank * slots // dp_size, (dp_rank + 1) * slots // dp_size)
+        self._slots = deal(slots, dp_size)[dp_rank]
         self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, args=(position,), name="loader", daemon=True)
@@ -142,13 +148,27 @@ def evaluation_rows(rows: Rows, max_tokens: int | None) -> int:
 
 
 def evaluation_batches(
-    rows: Rows, micro_batch: int, dp_rank: int, dp_size: int, max_tokens: int | None = None
+    rows: Rows, micro_batch: int, dp_rank: int, dp_size: int, max_tokens: int | None = None, multiple: int = 1
 ) -> Iterator[Batch]:
     """
     The first rows in order, each on exactly one rank: the same rows whatever `dp_size` is.
 
-    Ranks take turns, so one may get a batch more than another; the last batch may be smaller.
+    Ranks take turns, and all get equally many batches of one size, a multiple of `multiple`: what is missing at the
+    end is filled with rows that do not count.
     """
     count = evaluation_rows(rows, max_tokens)
-    for first in range(dp_rank * micro_batch, count, dp_size * micro_batch):
-        yield make_batch(rows, np.arange(first, min(first + micro_batch, count)))
+    batches = -(-count // micro_batch)
+    turns = -(-batches // (dp_size * multiple)) * multiple
+    for turn in range(turns):
+        first = (turn * dp_size + dp_rank) * micro_batch
+        ids = np.arange(first, first + micro_batch)
+        batch = make_batch(rows, np.minimum(ids, count - 1))
+        yield batch if ids[-1] < count else _only(batch, max(0, count - first))
+
+
+def _only(batch: Batch, rows: int) -> Batch:
+    """The same shapes, in which only the first `rows` rows count."""
+    labels = batch.labels.clone()
+    labels[rows:] = IGNORED_LABEL
+    valid = int((labels != IGNORED_LABEL).sum())
+    return dataclasses.replace(batch, labels=labels, sample_ids=batch.sample_ids[:rows], valid_tokens=valid)

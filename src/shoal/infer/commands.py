@@ -22,8 +22,9 @@ from shoal.metrics.console import Console
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.parallel.mesh import Mesh, choose_device
+from shoal.parallel.region import Part, Region
 from shoal.runs import RunFolder
-from shoal.train.evaluate import evaluate
+from shoal.train.evaluate import evaluate, model_losses
 from shoal.train.loop import DTYPES
 
 
@@ -57,7 +58,7 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str) -> Loade
     place = choose_device(device)
     model = build_model(config.model, compute_dtype=DTYPES[config.train.dtype])
     model.to_empty(device=place)
-    state = load(chosen[-1], {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+    state = load(chosen[-1], {f"model.{n}": Part(Region.whole(p.shape), p.detach()) for n, p in model.named_parameters()})
     model.eval()
     return LoadedRun(
         config, model, load_tokenizer(str(folder.tokenizer_file)), int(state["step"]), state["data_id"], place
@@ -73,7 +74,7 @@ def evaluate_run(runs: Path, target: str, *, step: int | None, device: str, as_j
         raise CheckpointError(
             f"{target} was trained on other tokens than {prepared.folder} holds now; its held-out text is gone"
         )
-    result = evaluate(run.model, Mesh(Place(), run.device), prepared, run.config, None)
+    result = evaluate(model_losses(run.model, run.device), Mesh(Place(), run.device), prepared, run.config, None)
     yardstick = bits_per_byte(held_out_text(prepared))
     record = {
         "step": run.step,

@@ -20,6 +20,7 @@ from shoal.models.gpt2 import GPT2
 from shoal.models.llama import Llama
 from shoal.presets import resolve_shape
 
+ROWS_AT_A_TIME = 1024
 MASK32 = (1 << 32) - 1
 # What wrappers put into a parameter's name: torch.compile, activation checkpointing, DDP.
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
@@ -46,9 +47,8 @@ def initialize(model: LanguageModel, seed: int, device: torch.device | str) -> N
     """Give a model on meta its memory on `device`, and its initial weights."""
     model.to_empty(device=device)
     for name, parameter in global_parameters(model):
-        rows = draw_rows(model.initial(name, model.shape), seed, name, parameter.shape, 0, len(parameter))
         with torch.no_grad():
-            parameter.copy_(rows)
+            draw_region(parameter, model.initial(name, model.shape), seed, name, parameter.shape, (slice(None),))
 
 
 def global_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -80,6 +80,20 @@ def draw_rows(
                 generator.manual_seed(_row_seed(key, index))
                 row.normal_(0.0, initial.std, generator=generator)
             return rows
+
+
+def draw_region(
+    out: Tensor, initial: Initial, seed: int, name: str, shape: torch.Size | tuple[int, ...], slices: tuple[slice, ...]
+) -> None:
+    """
+    Fill `out` with a region of a parameter of this whole shape: `slices` of it, rows first.
+
+    A few rows at a time, so that a process that holds some columns never holds all of them.
+    """
+    first, stop, _ = slices[0].indices(shape[0])
+    for start in range(first, stop, ROWS_AT_A_TIME):
+        rows = draw_rows(initial, seed, name, shape, start, min(start + ROWS_AT_A_TIME, stop))
+        out[start - first : start - first + len(rows)].copy_(rows[(slice(None), *slices[1:])])
 
 
 def _key(seed: int, name: str) -> int:

@@ -1,110 +1,314 @@
 """
 The one place that says in which order a model is made parallel, and what comes of it: a `Runnable`.
 
-    checkpointing -> compile -> materialise and initialise -> reduce
+    pipeline -> tensor and sequence -> context -> checkpointing -> compile -> shard -> initialise -> reduce
 
 The model stays single-device code with its own names; everything here is done to it from outside.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
+from shoal.config import Data, Parallel, Train
 from shoal.data.loader import Batch
+from shoal.layout import deal
 from shoal.metrics.meter import Phases
-from shoal.models.build import initialize
+from shoal.models.build import draw_region
 from shoal.models.family import LanguageModel
 from shoal.models.loss import linear_cross_entropy_sum
+from shoal.parallel import context, tensor
+try:
+    from shoal.parallel import pipeline
+except ImportError:
+    pipeline = None
 from shoal.parallel.mesh import Mesh
-from shoal.parallel.reduce import GradientReducer
+from shoal.parallel.randomness import Randomness
+from shoal.parallel.recompute import checkpointed, compile_forward, set_activation_budget
+from shoal.parallel.reduce import GradientReducer, Gradients
+from shoal.parallel.region import Region, Shard
+from shoal.parallel.shard import shard
+from shoal.parallel.tree import Leaves
+from shoal.parallel.vocab_loss import vocab_parallel_cross_entropy_sum
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor | float], Tensor]  # (hidden, head's weight, labels, scale) -> 0-d
 
 
-@dataclass(frozen=True)
+@dataclass
 class Runnable:
-    """A model ready to train: its parts, its gradients' owner, and one callable for a whole step's batches."""
+    """A model ready to train: its parts, what this process holds of it, and one callable for a whole step's batches."""
 
-    model: LanguageModel
-    reducer: GradientReducer
+    parts: dict[int, LanguageModel]  # this process's pipeline stages; {0: the model} without a pipeline
+    shards: list[Shard]
+    shapes: dict[str, torch.Size]  # of every parameter of the whole model
+    gradients: dict[int, Gradients]  # of each part
     mesh: Mesh
-    seed: int
+    slots: tuple[range, ...]  # of a step, by data-parallel rank
+    randomness: Randomness
+    loss: Loss
+    cut_batch: Callable[[Batch], Batch]
+    turns: int  # forwards that every process of a step takes, some perhaps of nothing that counts
+    pipeline: 'pipeline.Pipeline | None' = None
+    scale: Tensor | float = 1.0  # of the loss, in the step that runs
 
     def forward_backward(
-        self, batches: Sequence[Batch], step: int, phases: Phases
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, batches: Sequence[Batch], step: int, phases: Phases, loss_scale: Tensor | float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """
-        Gradients of the mean loss over the step's valid tokens, on every rank the same.
+        Gradients of the mean loss over the step's valid tokens (times `loss_scale`), in each shard's `tensor.grad`.
 
-        Returns the loss, summed over the global batch, and its number of valid tokens, both 0-d on the
-        device. A collective over `dp_replicate`.
+        Returns what each slot added to that mean, [slots * cp], zero where another process has it, so that the sum
+        over the world is exact; and the step's number of valid tokens, 0-d. Collectives over all axes.
         """
-        device = self.mesh.device
-        tokens = self.mesh.sum(torch.tensor(float(sum(b.valid_tokens for b in batches)), device=device))
-        scale = 1.0 / tokens.clamp(min=1.0)
-        loss_sum = torch.zeros((), device=device)
-        self.reducer.zero()
-        for slot, batch in enumerate(batches):
-            if slot == len(batches) - 1:
-                self.reducer.arm()
-            seed_dropout(self.seed, step, self.mesh.dp_rank * len(batches) + slot)
+        mesh, mine = self.mesh, self.slots[self.mesh.dp_rank]
+        tokens = self._count(batches)
+        self.scale = loss_scale / tokens.clamp(min=1.0)
+        losses = torch.zeros(self.slots[-1].stop, mesh.layout.cp, device=mesh.device)
+        for gradients in self.gradients.values():
+            gradients.zero()
+        self.randomness.begin(step, mine.start)
+        padded = [*batches, *(batches[-1].ignored() for _ in range(self.turns - len(batches)))]
+        found = self._pipelined(padded, phases) if self.pipeline else self._in_turns(padded, phases)
+        for slot, loss in zip(mine, found, strict=False):
+            losses[slot, mesh.axis("cp").rank] = loss
+        with phases("reduce"):
+            for gradients in self.gradients.values():
+                gradients.finish()
+            self._publish()
+        return losses.flatten() / loss_scale, tokens
+
+    def _in_turns(self, batches: Sequence[Batch], phases: Phases) -> list[Tensor]:
+        [model], [gradients] = self.parts.values(), self.gradients.values()
+        mine = self.slots[self.mesh.dp_rank]
+        losses = []
+        for turn, batch in enumerate(batches):
+            slot = mine[turn] if turn < len(mine) else None
+            gradients.before_backward(slot, turn == len(batches) - 1)
             with phases("forward"):
-                batch = batch.to(device)
-                hidden = self.model(batch.tokens, batch.positions, batch.document_ids)
-                loss = linear_cross_entropy_sum(hidden, self.model.head_weight(), batch.labels, scale)
+                loss = self._loss_of(model, batch)
             with phases("backward"):
                 loss.backward()  # type: ignore[no-untyped-call]
-            loss_sum += loss.detach()
-        with phases("reduce"):
-            self.reducer.finish()
-        return loss_sum * tokens, tokens
+                gradients.after_backward(slot)
+            losses.append(loss.detach())
+        return losses if self.mesh.axis("tp").rank == 0 else []
+
+    def _pipelined(self, batches: Sequence[Batch], phases: Phases) -> list[Tensor]:
+        assert self.pipeline is not None
+        with phases("forward"):  # and backward: they take turns
+            losses = self.pipeline.forward_backward([self.cut_batch(b.to(self.mesh.device)) for b in batches])
+        return losses if losses is not None and self.mesh.axis("tp").rank == 0 else []
+
+    def _loss_of(self, model: LanguageModel, batch: Batch) -> Tensor:
+        batch = self.cut_batch(batch.to(self.mesh.device))
+        hidden = model(batch.tokens, batch.positions, batch.document_ids)
+        return self.loss(hidden, model.head_weight(), batch.labels, self.scale)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """
+        The loss summed over the valid tokens of these batches, 0-d float64; zero where another process has it.
+
+        Every process must bring equally many, in a pipeline `turns` of them. Collectives over all axes but `dp`.
+        """
+        self.scale = 1.0
+        if self.pipeline is not None:
+            losses = self.pipeline.evaluate([self.cut_batch(b.to(self.mesh.device)) for b in batches]) or []
+        else:
+            losses = [self._loss_of(self.parts[0], batch) for batch in batches]
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        if self.mesh.axis("tp").rank == 0:
+            for loss in losses:
+                total += loss
+        return total
+
+    def train(self, on: bool = True) -> None:
+        """Dropout on or off."""
+        for part in self.parts.values():
+            part.train(on)
+
+    def _count(self, batches: Sequence[Batch]) -> Tensor:
+        """Valid tokens of the step, on every process. Neighbours along pp, cp and tp have the same batches."""
+        places = self.mesh.coordinates
+        counts = places["pp"] == places["cp"] == places["tp"] == 0
+        own = float(sum(b.valid_tokens for b in batches)) if counts else 0.0
+        return self.mesh.sum(torch.tensor(own, device=self.mesh.device))
+
+    def _publish(self) -> None:
+        """Each shard's gradient as the optimizer takes it: plain, and whole sums."""
+        with torch.no_grad():
+            for held in self.shards:
+                if held.tensor is not held.parameter:
+                    grad = held.parameter.grad
+                    held.tensor.grad = None if grad is None else grad.to_local()  # type: ignore[attr-defined]
+            sum_replicated(self.shards, self.mesh)
+            if self.pipeline is not None:
+                pipeline.sum_tied(self.parts, self.shards, self.mesh)
+
+
+def sum_replicated(shards: Sequence[Shard], mesh: Mesh) -> None:
+    """
+    What tensor parallel leaves whole has a part of its gradient on each process (its part of the sequence).
+
+    A collective over `tp`.
+    """
+    axis = mesh.axis("tp")
+    if axis.size == 1:
+        return
+    grads = [s.tensor.grad for s in shards if s.summed_over_tp and s.tensor.grad is not None]
+    flat = axis.sum(torch.cat([g.flatten() for g in grads]))
+    for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(total.view_as(grad))
 
 
 def parallelize(
-    model: LanguageModel,
-    mesh: Mesh,
-    *,
-    seed: int,
-    activation_checkpointing: str,
-    compile: bool,
-    say: Callable[[str], None],
+    model: LanguageModel, mesh: Mesh, *, parallel: Parallel, train: Train, data: Data, say: Callable[[str], None]
 ) -> Runnable:
     """Make `model` (on meta) a `Runnable` on `mesh`; `say` gets one line for each thing applied."""
-    if activation_checkpointing == "full":
-        for block in model.blocks.values():
-            _checkpoint(block)
-        say("activation checkpointing: each block is computed again in backward")
-    if compile:
-        for block in model.blocks.values():
-            block.compile(fullgraph=True)
-        say("compile: each block")
-    initialize(model, seed=seed, device=mesh.device)
-    reducer = GradientReducer(model.parameters(), mesh)
-    if mesh.dp_size > 1:
-        buckets = len(reducer.flat_gradients())
-        say(
-            f"data parallel: {mesh.dp_size} replicas, gradients summed in {buckets} bucket{'s' * (buckets > 1)} during backward"
-        )
-    return Runnable(model, reducer, mesh, seed)
+    layout, shape = mesh.layout, model.shape
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    slots = tuple(deal(train.global_batch // train.micro_batch, layout.dp))
+    sharded = layout.dp_shard > 1
+    turns = max(map(len, slots)) if sharded else len(slots[mesh.dp_rank])
+
+    parts = {0: model}
+    if layout.pp > 1:
+        stages = pipeline.stages_per_rank(parallel.pp_schedule, parallel.pp_stages)
+        parts = pipeline.cut(model, mesh.axis("pp"), parallel.pp_schedule, stages)
+        say(f"pipeline parallel: {layout.pp * stages} stages on {layout.pp} processes, {parallel.pp_schedule}")
+
+    regions: dict[int, dict[str, Region]] = {}
+    for index, part in parts.items():
+        regions[index] = {name: Region.whole(p.shape) for name, p in part.named_parameters()}
+        if layout.tp > 1:
+            regions[index] = tensor.cut(part, mesh.axis("tp"))
+    if layout.tp > 1:
+        say(f"tensor parallel: matrices, sequences between them, and the loss over {layout.tp} processes")
+
+    if layout.cp > 1:
+        for part in parts.values():
+            context.apply_context(part, mesh.axis("cp"), parallel.cp_method)
+        say(f"context parallel: each sequence over {layout.cp} processes, {parallel.cp_method}")
+
+    randomness = Randomness(parts, train.seed)
+    for index, part in parts.items():
+        wrap_blocks(part, mesh, train, regions[index])
+    if train.activation_checkpointing != "none":
+        say(_RECOMPUTED[train.activation_checkpointing].format(budget=train.activation_budget))
+    if train.compile:
+        say("compile: each block" if layout.tp == 1 else "compile: attention and feed-forward of each block")
+    randomness.wrap()
+
+    leaves = None
+    if train.repro == "bitwise":
+        runs = [slots[member // layout.cp] for member in range(layout.dp * layout.cp)]
+        leaves = Leaves(slots[-1].stop, tuple(runs), layout.cp)
+        say(f"sums: one tree over the {leaves.slots} micro-batches of a step, whatever the number of processes")
+    gradients: dict[int, Gradients] = {}
+    if sharded:
+        gradients |= {index: shard(part, mesh, parallel, leaves) for index, part in parts.items()}
+        across = f", and {layout.dp_replicate} replicas of that" * (layout.dp_replicate > 1)
+        say(f"FSDP2: parameters, gradients and optimizer state over {mesh.axis('shard').size} processes{across}")
+
+    offload = parallel.cpu_offload and sharded
+    shards = []
+    for index, part in parts.items():
+        part.to_empty(device="cpu" if offload else mesh.device)
+        shards += hold(part, regions[index], mesh, train.seed, twin=not part.begins)
+
+    if not sharded:
+        axis = mesh.axis("batch")
+        reducers = {index: GradientReducer(part.parameters(), axis, leaves) for index, part in parts.items()}
+        gradients |= reducers
+        if axis.size > 1:
+            buckets = sum(map(len, reducers.values()))
+            say(f"data parallel: gradients of {axis.size} processes summed in {buckets} bucket{'s' * (buckets > 1)}")
+
+    runnable = Runnable(
+        parts, shards, shapes, gradients, mesh, slots, randomness, _loss(model, mesh), _cutter(mesh, parallel), turns
+    )
+    if layout.pp > 1:
+        hidden = (train.micro_batch, data.seq_len // layout.cp // layout.tp, shape.dim)
+        runnable.pipeline = pipeline.Pipeline(
+            parts, mesh.axis("pp"), parallel.pp_schedule, turns, mesh.device, hidden, model.compute_dtype,
+            loss=lambda part, out, labels: runnable.loss(out, part.head_weight(), labels, runnable.scale),
+            gradients=gradients, slots=slots[mesh.dp_rank],
+        )  # fmt: skip
+    return runnable
 
 
-def _checkpoint(block: nn.Module) -> None:
-    """Wrap `block.forward` in place, so that names stay; nothing changes without gradients."""
-    forward = block.forward
-
-    def recomputed(*args: object) -> object:
-        if not torch.is_grad_enabled():
-            return forward(*args)
-        return checkpoint(forward, *args, use_reentrant=False)
-
-    block.forward = recomputed
+_RECOMPUTED = {
+    "full": "activation checkpointing: each block is computed again in backward",
+    "selective": "activation checkpointing: in backward all but products and attention are computed again",
+    "budget": "activation checkpointing: the compiler keeps {budget:.0%} of the activations",
+}
 
 
-def seed_dropout(seed: int, step: int, slot: int) -> None:
-    """Randomness is a function of (seed, step, slot): nothing of it is in a checkpoint."""
-    digest = hashlib.blake2b(f"{seed} {step} {slot}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest) >> 1)
+def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str, Region]) -> None:
+    """
+    Checkpointing, compilation, and tensor parallel's exchanges, which stay out of what is compiled.
+
+    Without tensor parallel a compiled block has its checkpointing inside, so that the compiler sees it.
+    """
+    if train.activation_checkpointing == "budget":
+        set_activation_budget(train.activation_budget)
+    again = train.activation_checkpointing in ("full", "selective")
+    if mesh.layout.tp > 1:
+        tensor.drop_row_biases(part)
+        if train.compile:
+            for _, module, style in list(tensor.styles(part)):
+                if style == "partial":
+                    compile_forward(module, whole=mesh.layout.cp == 1)
+        tensor.connect(part, mesh.axis("tp"), regions)
+    for block in part.blocks.values():
+        if again:
+            block.forward = checkpointed(block.forward, train.activation_checkpointing)
+        if train.compile and mesh.layout.tp == 1:
+            compile_forward(block, whole=mesh.layout.cp == 1)
+
+
+def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, seed: int, *, twin: bool) -> list[Shard]:
+    """
+    What this process holds of a part that has its memory by now, filled with its initial weights.
+
+    Each process draws the rows it holds, no more. `twin`: an embedding here is the copy of another stage's.
+    """
+    layout, places, cut_further = mesh.layout, mesh.coordinates, mesh.axis("shard")
+    held = []
+    for name, parameter in part.named_parameters():
+        region, local = regions[name], parameter
+        whole_in_tp = region.is_whole
+        counted = places["dp_replicate"] == 0 and (places["tp"] == 0 or not whole_in_tp)
+        counted = counted and not (twin and name == "embed.weight")
+        if layout.dp_shard > 1:
+            region = region.chunk(0, cut_further.rank, cut_further.size)
+            with torch.no_grad():
+                local = parameter.to_local()  # type: ignore[attr-defined]
+        else:
+            counted = counted and places["cp"] == 0
+        with torch.no_grad():
+            draw_region(local, part.initial(name, part.shape), seed, name, region.shape, region.slices)
+        held.append(Shard(name, region, local, parameter, counted, layout.tp > 1 and whole_in_tp))
+    return held
+
+
+def _loss(model: LanguageModel, mesh: Mesh) -> Loss:
+    """Of the whole vocabulary, or of this process's rows of it."""
+    axis = mesh.axis("tp")
+    if axis.size == 1:
+        return linear_cross_entropy_sum
+    vocab_size = model.shape.vocab_size
+    assert vocab_size is not None
+    first = Region.whole((vocab_size,)).chunk(0, axis.rank, axis.size).offsets[0]
+    return functools.partial(vocab_parallel_cross_entropy_sum, axis=axis, first=first)
+
+
+def _cutter(mesh: Mesh, parallel: Parallel) -> Callable[[Batch], Batch]:
+    axis = mesh.axis("cp")
+    if axis.size == 1:
+        return lambda batch: batch
+    return lambda batch: context.cut_batch(batch, axis, parallel.cp_method)

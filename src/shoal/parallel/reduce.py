@@ -11,14 +11,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from shoal.parallel.mesh import Mesh
+from shoal.parallel.collectives import gather_parts
+from shoal.parallel.mesh import Axis
+from shoal.parallel.tree import Exchange, Leaves, TreeSum
 
 BUCKET_BYTES = 25 * 2**20
+
+
+class Gradients(Protocol):
+    """
+    Who owns the gradients of a part of the model. A step is: `zero`; for each micro-batch `before_backward`, backward,
+    `after_backward`; `finish`. All processes of the axis must call in the same order.
+    """
+
+    def zero(self) -> None:
+        """Forget the last step's gradients."""
+
+    def before_backward(self, slot: int | None, last: bool) -> None:
+        """The next backward is of this slot of the step (None: of nothing that counts), and the last here or not."""
+
+    def after_backward(self, slot: int | None) -> None:
+        """The backward of this slot is over."""
+
+    def finish(self) -> None:
+        """Wait until each `p.grad` holds its part of the sum over all processes. A collective over the axis."""
 
 
 @dataclass
@@ -26,61 +48,90 @@ class _Bucket:
     """Parameters whose gradients are views of one flat float32 buffer and travel together."""
 
     flat: torch.Tensor
-    missing: int  # gradients that the last micro-batch has still to add
-    size: int
+    tree: TreeSum | None = None
+    exchange: Exchange | None = None
     work: dist.Work | None = None
+    missing: int = 0  # gradients that the last micro-batch has still to add
+    left: bool = False
     parameters: list[nn.Parameter] = field(default_factory=list)
 
 
 class GradientReducer:
     """
-    Owns every gradient: `p.grad` is a view of a bucket from the start to the end of training.
+    `Gradients` of whole parameters: `p.grad` is a view of a bucket from the start to the end of training.
 
-    Use: `zero()`, then backward per micro-batch, the last one inside `last=True`; `finish()` waits.
-    All ranks must call in the same order. `finish` completes a collective over `dp_replicate`.
+    With `leaves`, sums are taken as those of one tree (see `tree.py`), else by the library's all-reduce.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], mesh: Mesh, bucket_bytes: int = BUCKET_BYTES) -> None:
-        self._mesh = mesh
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], axis: Axis, leaves: Leaves | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:  # fmt: skip
+        self._axis, self._leaves = axis, leaves
+        self._slot: int | None = None
         self._armed = False
         # Backward reaches the last layers first, so their bucket fills, and leaves, first.
-        self._buckets = [_make_bucket(ps) for ps in _cut(reversed(list(parameters)), bucket_bytes)]
-        if mesh.dp_size > 1:
+        self._buckets = [_make_bucket(ps, axis.size) for ps in _cut(reversed(list(parameters)), bucket_bytes)]
+        if axis.size > 1:
             for bucket in self._buckets:
+                bucket.exchange = None if leaves is None else Exchange(leaves, axis)
                 for p in bucket.parameters:
                     p.register_post_accumulate_grad_hook(self._hook(bucket))  # type: ignore[no-untyped-call]
 
+    def __len__(self) -> int:
+        return len(self._buckets)
+
     def zero(self) -> None:
-        """Forget the last step's gradients."""
+        self._armed = False
         for bucket in self._buckets:
             bucket.flat.zero_()
+            bucket.left = False
+            bucket.tree = None if self._leaves is None else TreeSum(self._leaves.slots)
 
-    def arm(self) -> None:
-        """The next backward is the step's last: send each bucket as soon as it is whole."""
-        self._armed = True
+    def before_backward(self, slot: int | None, last: bool) -> None:
+        self._slot, self._armed = slot, last
         for bucket in self._buckets:
-            bucket.missing = bucket.size
+            bucket.missing = len(bucket.parameters)
+
+    def after_backward(self, slot: int | None) -> None:
+        if slot is None:
+            return
+        for bucket in self._buckets:
+            if bucket.tree is not None and not bucket.left:
+                bucket.tree.push(slot, bucket.flat)
+                bucket.flat.zero_()
 
     def finish(self) -> None:
-        """Wait until every bucket holds the sum over all replicas. A collective over `dp_replicate`."""
+        for bucket in self._buckets:
+            if not bucket.left and self._axis.size > 1:
+                if self._armed:
+                    raise RuntimeError("a parameter got no gradient in the last micro-batch, so its bucket never left")
+                self._leave(bucket)
         for bucket in self._buckets:
             if bucket.work is not None:
                 bucket.work.wait()
                 bucket.work = None
-            elif self._armed and self._mesh.dp_size > 1:
-                raise RuntimeError("a parameter got no gradient in the last micro-batch, so its bucket never left")
+            elif bucket.exchange is not None:
+                bucket.flat.copy_(gather_parts(bucket.exchange.wait(), 0, self._axis))
+            elif bucket.tree is not None:
+                bucket.flat.copy_(bucket.tree.root())
         self._armed = False
 
-    def flat_gradients(self) -> list[torch.Tensor]:
-        """The buckets' buffers, which together hold each gradient once."""
-        return [bucket.flat for bucket in self._buckets]
+    def _leave(self, bucket: _Bucket) -> None:
+        bucket.left = True
+        if bucket.exchange is not None and bucket.tree is not None:
+            bucket.exchange.send(bucket.tree, self._axis.size)
+        else:
+            bucket.work = dist.all_reduce(bucket.flat, group=self._axis.group, async_op=True)
 
     def _hook(self, bucket: _Bucket) -> Callable[[torch.Tensor], None]:
         def arrived(_: torch.Tensor) -> None:
             if self._armed:
                 bucket.missing -= 1
                 if bucket.missing == 0:
-                    bucket.work = dist.all_reduce(bucket.flat, async_op=True)
+                    if bucket.tree is not None and self._slot is not None:
+                        bucket.tree.push(self._slot, bucket.flat)
+                    self._leave(bucket)
 
         return arrived
 
@@ -99,10 +150,12 @@ def _cut(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> list[list[nn.
     return runs
 
 
-def _make_bucket(parameters: list[nn.Parameter]) -> _Bucket:
-    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
+def _make_bucket(parameters: list[nn.Parameter], multiple: int) -> _Bucket:
+    """Padded to a `multiple`, so that it can be cut into so many equal parts."""
+    size = sum(p.numel() for p in parameters)
+    flat = torch.zeros(-(-size // multiple) * multiple, dtype=torch.float32, device=parameters[0].device)
     offset = 0
     for p in parameters:
         p.grad = flat[offset : offset + p.numel()].view_as(p)
         offset += p.numel()
-    return _Bucket(flat, missing=0, size=len(parameters), parameters=parameters)
+    return _Bucket(flat, parameters=parameters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -40,6 +41,13 @@ class Region:
         return replace(self, offsets=tuple(offsets), sizes=tuple(sizes))
 
 
+class Part(NamedTuple):
+    """A region, and what is in it: what a checkpoint writes, or fills."""
+
+    region: Region
+    tensor: torch.Tensor
+
+
 @dataclass(eq=False)
 class Shard:
     """
@@ -55,3 +63,4 @@ class Shard:
     tensor: torch.Tensor
     parameter: nn.Parameter
     counted: bool = True
+    summed_over_tp: bool = False  # whole on each process of `tp`, with a part of the gradient on each

@@ -21,12 +21,14 @@ def close_run(
     config: Config,
     folder: RunFolder,
     prepared: Prepared,
-    model: LanguageModel,
+    model: LanguageModel | None,
     summary: Mapping[str, float],
     console: Console,
 ) -> None:
     """Print (and keep under `samples/`) what the model writes; compare its bits per byte with gzip and xz."""
-    if config.train.sample_prompt:
+    if config.train.sample_prompt and model is None:
+        console.note("no sample: the model is cut over processes and large; shoal generate writes one")
+    elif config.train.sample_prompt and model is not None:
         text = _sample(config, prepared, model)
         folder.samples.mkdir(exist_ok=True)
         (folder.samples / "end.txt").write_text(text, encoding="utf-8")

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from collections.abc import Callable, Sequence
+
 from shoal.config import Config
 from shoal.data.loader import Batch, evaluation_batches
 from shoal.data.prepare import Prepared
@@ -13,32 +15,45 @@ from shoal.models.family import LanguageModel
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.parallel.mesh import Mesh
 
+Losses = Callable[[Sequence[Batch]], torch.Tensor]  # of some batches, summed over their valid tokens
 
-@torch.no_grad()
+
 def evaluate(
-    model: LanguageModel, mesh: Mesh, prepared: Prepared, config: Config, max_tokens: int | None
+    losses: Losses, mesh: Mesh, prepared: Prepared, config: Config, max_tokens: int | None, turns: int = 1
 ) -> dict[str, float]:
     """
     Mean loss (nats per token) and bits per byte of text over the first `max_tokens` held-out tokens (None: all).
 
     Bits per byte = nats per token x tokens per byte / ln 2, with the tokens per byte of the whole held-out
-    text. A collective over `dp_replicate`; the same on every rank.
+    text. `losses` gets `turns` batches at a time, equally often on every process. A collective over the world; the
+    same on every rank.
     """
     rows = prepared.split("val", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    model.eval()
-    for batch in evaluation_batches(rows, config.train.micro_batch, mesh.dp_rank, mesh.dp_size, max_tokens):
-        totals[0] += batch_loss(model, batch.to(mesh.device))
-        totals[1] += batch.valid_tokens
-    model.train()
+    batches: list[Batch] = []
+    for batch in evaluation_batches(rows, config.train.micro_batch, mesh.dp_rank, mesh.dp_size, max_tokens, turns):
+        batches.append(batch)
+        if len(batches) == turns:
+            totals[0] += losses(batches)
+            totals[1] += sum(b.valid_tokens for b in batches)
+            batches.clear()
+    neighbours = mesh.world_size // mesh.dp_size  # along pp, cp and tp: they read the same batches
     loss_sum, tokens = mesh.sum(totals).tolist()
-    loss = loss_sum / max(tokens, 1.0)
+    loss = loss_sum / max(tokens / neighbours, 1.0)
     counts = prepared.counts["val"]
     return {"val_loss": loss, "val_bits_per_byte": loss * counts.tokens / counts.text_bytes / math.log(2)}
 
 
-def batch_loss(model: LanguageModel, batch: Batch) -> torch.Tensor:
-    """The loss of one batch, summed over its valid tokens; 0-d on the device."""
-    hidden = model(batch.tokens, batch.positions, batch.document_ids)
-    one = torch.ones((), device=hidden.device)
-    return linear_cross_entropy_sum(hidden, model.head_weight(), batch.labels, one)
+def model_losses(model: LanguageModel, device: torch.device) -> Losses:
+    """Those of a whole model on one device."""
+
+    @torch.no_grad()
+    def losses(batches: Sequence[Batch]) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in batches:
+            batch = batch.to(device)
+            hidden = model(batch.tokens, batch.positions, batch.document_ids)
+            total += linear_cross_entropy_sum(hidden, model.head_weight(), batch.labels)
+        return total
+
+    return losses

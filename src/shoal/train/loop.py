@@ -7,12 +7,13 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 
-from shoal.checkpoint.store import CheckpointStore, Saved, listed
+from shoal.checkpoint.store import CheckpointStore, Saved, listed, load
 from shoal.config import Config, Train
 from shoal.data.loader import Batch, Loader
 from shoal.data.open import open_data
@@ -25,17 +26,20 @@ from shoal.metrics.console import Console
 from shoal.metrics.meter import Meter, settle_dtype
 from shoal.metrics.trackers import Events, JsonLines, forget_after
 from shoal.models.build import build_model
+from shoal.models.family import LanguageModel
 from shoal.optim.build import build_optimizer
 from shoal.optim.schedule import learning_rate, replanned
 from shoal.parallel.apply import Runnable, parallelize
 from shoal.parallel.mesh import Mesh, check_dtype, open_mesh
+from shoal.parallel.region import Part, Region
 from shoal.runs import RunFolder
 from shoal.train.closing import close_run
 from shoal.train.evaluate import evaluate
+from shoal.train.scaler import LossScaler
 from shoal.train.state import TrainState
 from shoal.train.step import Stats, train_step
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def train(config: Config) -> None:
@@ -94,12 +98,15 @@ class Run:
         runnable = parallelize(
             model,
             mesh,
-            seed=config.train.seed,
-            activation_checkpointing=config.train.activation_checkpointing,
-            compile=config.train.compile,
+            parallel=config.parallel,
+            train=config.train,
+            data=config.data,
             say=applied.append,
         )
-        state = TrainState(model, build_optimizer(model, config.optim))
+        bitwise = config.train.repro == "bitwise"
+        optimizer = build_optimizer(runnable.shards, config.optim, mesh.axis("stage"), bitwise=bitwise)
+        scaler = LossScaler(mesh.device) if config.train.dtype == "float16" else None
+        state = TrainState(runnable.shards, optimizer, scaler)
         store = CheckpointStore(
             folder.checkpoints, mesh, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
         )
@@ -169,8 +176,10 @@ class Run:
             step=step,
             lr=learning_rate(config.optim, step, self.total_steps),
             clip_norm=config.optim.clip_norm,
+            bitwise=config.train.repro == "bitwise",
             stop_asked=bool(self.stop),
             phases=timer,
+            scaler=self.state.scaler,
         )
         self.state.step, self.state.position = step, self.loader.position
         return stats
@@ -196,7 +205,11 @@ class Run:
 
     def _evaluate(self, max_tokens: int | None) -> None:
         """Loss on held-out documents, to the console, the metrics and the next checkpoint."""
-        result = evaluate(self.runnable.model, self.mesh, self.prepared, self.config, max_tokens)
+        runnable = self.runnable
+        runnable.train(False)
+        turns = runnable.turns if runnable.pipeline is not None else 1
+        result = evaluate(runnable.evaluate, self.mesh, self.prepared, self.config, max_tokens, turns)
+        runnable.train()
         self.val = {"step": self.state.step, "tokens": self.state.tokens, **result}
         self.console.say(
             f"step {self.state.step}: held-out loss {self.val['val_loss']:.4f} nats/token, "
@@ -237,8 +250,14 @@ class Run:
         self._save()
         self._event("finished", **self.val)
         if self.mesh.is_first:
-            close_run(self.config, self.folder, self.prepared, self.runnable.model, self.val, self.console)
+            close_run(self.config, self.folder, self.prepared, self._whole_model(), self.val, self.console)
         self.mesh.barrier()
+
+    def _whole_model(self) -> LanguageModel | None:
+        """The model on one device, or None where no process has it and it would be large."""
+        if not self.mesh.layout.sharded and self.mesh.layout.cp == 1:
+            return self.runnable.parts[0]
+        return whole_model(self.config, listed(self.store.folder)[-1:], self.runnable.shapes)
 
     def _event(self, event: str, **facts: object) -> None:
         if self.events is not None:
@@ -265,6 +284,16 @@ class Run:
         planned = count_steps(before.train, config.data.seq_len, len(self.loader.rows))
         if text := replanned(config.optim, self.state.step, planned, self.total_steps):
             self.console.warn(text)
+
+
+def whole_model(config: Config, saved: list[Saved], shapes: Mapping[str, torch.Size]) -> LanguageModel | None:
+    """A sharded run's model, read from its last checkpoint to the CPU, if it takes no more than a tenth of the memory."""
+    if not saved or 4 * sum(s.numel() for s in shapes.values()) > psutil.virtual_memory().available / 10:
+        return None
+    model = build_model(config.model, compute_dtype=torch.float32)
+    model.to_empty(device="cpu")
+    load(saved[-1], {f"model.{n}": Part(Region.whole(p.shape), p.detach()) for n, p in model.named_parameters()})
+    return model
 
 
 def settle(config: Config, folder: RunFolder, prepared: Prepared, mesh: Mesh) -> Config:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from shoal.optim.build import Optimizer
+from shoal.parallel.region import Part, Shard
+from shoal.train.scaler import LossScaler
 
 
 @dataclass
@@ -18,25 +18,44 @@ class TrainState:
     randomness are functions of the step and the seed, so nothing of them is kept.
     """
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    shards: Sequence[Shard]
+    optimizer: Optimizer
+    scaler: LossScaler | None = None
     step: int = 0  # optimizer steps taken
     position: int = 0  # samples consumed
     tokens: int = 0  # valid tokens trained on
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by its global name, to be written from or loaded into in place."""
-        named = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for name, p in self.model.named_parameters():
-            named |= {f"optim.{m}.{name}": self.optimizer.state[p][m] for m in MOMENTS}
+    def tensors(self) -> dict[str, Part]:
+        """What this process holds of each tensor, by its global name, to be written from or loaded into in place."""
+        named = {}
+        for shard in self._first_of_each():
+            named[f"model.{shard.name}"] = Part(shard.region, shard.tensor.detach())
+            for moment, tensor in self.optimizer.moments(shard).items():
+                named[f"optim.{moment}.{shard.name}"] = Part(shard.region, tensor)
         return named
+
+    def _first_of_each(self) -> list[Shard]:
+        """One shard a name: where two stages of a process hold the same embedding, the other one is its twin."""
+        return list({s.name: s for s in reversed(self.shards) if s.tensor.numel()}.values())
 
     def scalars(self) -> dict[str, Any]:
         """The rest, as JSON takes it."""
-        return {"step": self.step, "position": self.position, "tokens": self.tokens}
+        values: dict[str, Any] = {"step": self.step, "position": self.position, "tokens": self.tokens}
+        if self.scaler is not None:
+            values["loss_scale"] = [float(self.scaler.scale), float(self.scaler.good_steps)]
+        return values
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Take over `scalars()` of a checkpoint; AdamW counts steps per parameter, so it is told too."""
+        """Take over `scalars()` of a checkpoint whose tensors were loaded."""
         self.step, self.position, self.tokens = (int(scalars[k]) for k in ("step", "position", "tokens"))
-        for state in self.optimizer.state.values():
-            state["step"].fill_(self.step)
+        self.optimizer.set_steps(self.step)
+        if self.scaler is not None and "loss_scale" in scalars:
+            self.scaler.scale.fill_(scalars["loss_scale"][0])
+            self.scaler.good_steps.fill_(scalars["loss_scale"][1])
+        loaded = {s.name: s for s in self._first_of_each()}
+        for twin in self.shards:
+            first = loaded.get(twin.name)
+            if first is not None and first is not twin:
+                twin.tensor.detach().copy_(first.tensor.detach())
+                for moment, tensor in self.optimizer.moments(first).items():
+                    self.optimizer.moments(twin)[moment].copy_(tensor)

@@ -9,8 +9,10 @@ import torch
 
 from shoal.data.loader import Batch
 from shoal.metrics.meter import Phases
-from shoal.optim.build import set_learning_rate
+from shoal.optim.build import Optimizer
 from shoal.parallel.apply import Runnable
+from shoal.train.clip import clip, gradient_norm
+from shoal.train.scaler import LossScaler
 
 
 @dataclass(frozen=True)
@@ -24,36 +26,27 @@ class Stats:
 
 def train_step(
     runnable: Runnable,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batches: Sequence[Batch],
     *,
     step: int,
     lr: float,
     clip_norm: float,
+    bitwise: bool,
     stop_asked: bool,
     phases: Phases,
+    scaler: LossScaler | None = None,
 ) -> Stats:
-    """Forward, backward, sum over replicas, clip, update. Collectives over `dp_replicate`."""
-    loss_sum, tokens = runnable.forward_backward(batches, step, phases)
+    """Forward, backward, sum over processes, clip, update. Collectives over all axes."""
+    losses, tokens = runnable.forward_backward(batches, step, phases, scaler.scale if scaler else 1.0)
     with phases("optimizer"):
-        norm = clip_gradients(runnable.reducer.flat_gradients(), clip_norm)
-        set_learning_rate(optimizer, lr)
+        norm = gradient_norm(runnable.shards, runnable.shapes, runnable.mesh, bitwise=bitwise)
+        if scaler is not None:
+            norm = scaler.judge(norm, optimizer)
+        clip(runnable.shards, norm, clip_norm, scaler.divisor if scaler else None)
+        optimizer.set_learning_rate(lr)
         optimizer.step()
     with phases("reduce"):
-        asked = torch.full((), float(stop_asked), device=loss_sum.device)
-        summed = runnable.mesh.sum(torch.stack([loss_sum, asked]).double())
-    return Stats(step, lr, torch.stack([summed[0], tokens.double(), norm.double(), summed[1]]))
-
-
-def clip_gradients(gradients: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor:
-    """
-    Scale `gradients` in place to a norm of at most `max_norm` (0: leave them); the norm before, 0-d.
-
-    Pascanu et al. 2013, algorithm 1. No host sync: the factor stays on the device.
-    """
-    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
-    if max_norm > 0:
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for g in gradients:
-            g.mul_(factor)
-    return norm
+        asked = losses.new_full((1,), float(stop_asked))
+        summed = runnable.mesh.sum(torch.cat([losses, asked]).double())
+    return Stats(step, lr, torch.stack([summed[:-1].sum() * tokens, tokens.double(), norm.double(), summed[-1]]))

@@ -1,0 +1,58 @@
+"""Activation checkpointing and compilation of blocks, done to their `forward`, so that names and hooks stay."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+Forward = Callable[..., torch.Tensor]
+
+
+def checkpointed(forward: Forward, mode: str) -> Forward:
+    """
+    `forward`, computed again in backward: all of it ("full"), or all but products and attention ("selective").
+
+    Chen et al. 2016 (arXiv:1604.06174); selective: Korthikanti et al. 2022 (arXiv:2205.05198), section 5, by operator.
+    """
+    more: dict[str, Any] = {}
+    if mode == "selective":
+        more["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _kept_operators())
+
+    def recomputed(*args: object) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        out: torch.Tensor = checkpoint(forward, *args, use_reentrant=False, **more)
+        return out
+
+    return recomputed
+
+
+@functools.cache
+def _kept_operators() -> list[torch._ops.OpOverload]:
+    """What is dear to compute again: matrix products, fused attention, exchanges between processes."""
+    aten = torch.ops.aten
+    kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
+    for name in (
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    ):  # fmt: skip
+        if hasattr(aten, name):
+            kept.append(getattr(aten, name).default)
+    return kept
+
+
+def compile_forward(module: nn.Module, *, whole: bool) -> None:
+    """Compile `module.forward`; `whole`: as one graph, or an error."""
+    module.forward = torch.compile(module.forward, fullgraph=whole)
+
+
+def set_activation_budget(budget: float) -> None:
+    """What the compiler may keep of the activations of what it compiles next: 0 nothing, 1 everything."""
+    import torch._functorch.config as functorch
+
+    functorch.activation_memory_budget = budget

@@ -1,0 +1,136 @@
+"""
+Sums in one order, whoever takes part: the micro-batches of a step are the leaves of one binary tree.
+
+Node (level, index) is the sum of leaves [index * 2^level, (index + 1) * 2^level) that there are: of its left and its
+right half. A process owns a run of leaves, sums what is whole within it, as a binary counter carries, and is left
+with few nodes; whoever joins the nodes of all processes adds exactly what one process alone would have added.
+Floating-point addition is commutative, so only the tree matters, not when a sum is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from shoal.parallel.mesh import Axis
+
+
+class TreeSum:
+    """The nodes of a run of leaves, from the left; each pair of siblings becomes its parent at once."""
+
+    def __init__(self, leaves: int) -> None:
+        self.nodes: list[tuple[int, int, torch.Tensor]] = []  # (level, index, sum), no two of them siblings
+        self._leaves = leaves
+        self._top = max(0, (leaves - 1).bit_length())
+
+    def push(self, index: int, leaf: torch.Tensor) -> None:
+        """Add leaf `index`, the next one; `leaf` may be overwritten afterwards."""
+        if index % 2 and self.nodes and self.nodes[-1][:2] == (0, index - 1):
+            self.nodes[-1][2].add_(leaf)
+            self.nodes[-1] = (1, index // 2, self.nodes[-1][2])
+            self._carry()
+        else:
+            self.join(0, index, leaf.clone())
+
+    def join(self, level: int, index: int, node: torch.Tensor) -> None:
+        """Add a node to the right of those that are there; its memory is the tree's from now on."""
+        self.nodes.append((level, index, node))
+        self._carry()
+
+    def _carry(self) -> None:
+        while True:
+            level, index, node = self.nodes[-1]
+            if index % 2 and len(self.nodes) > 1 and self.nodes[-2][:2] == (level, index - 1):
+                del self.nodes[-1]
+                self.nodes[-1] = (level + 1, index // 2, self.nodes[-1][2].add_(node))
+            elif index % 2 == 0 and level < self._top and (index + 1) << level >= self._leaves:
+                self.nodes[-1] = (level + 1, index // 2, node)  # there is no right sibling
+            else:
+                return
+
+    def root(self) -> torch.Tensor:
+        """The sum of all leaves."""
+        [(level, _, node)] = self.nodes
+        assert level == self._top
+        return node
+
+
+@dataclass(frozen=True)
+class Leaves:
+    """
+    Whose leaves are whose, along an axis: a run of the step's slots for each process, in order of ranks.
+
+    Where sequences are cut (`cp`), neighbours own the same slots, each a part of every leaf: a tree for each part, and
+    the parts' sums added in order.
+    """
+
+    slots: int
+    runs: tuple[range, ...]
+    parts: int = 1  # `cp`: process p has part p % parts
+
+    def count(self, member: int) -> int:
+        """Nodes that this member is left with."""
+        return len(self.spans(member))
+
+    def spans(self, member: int) -> list[tuple[int, int]]:
+        """(level, index) of these nodes."""
+        tree = TreeSum(self.slots)
+        for leaf in self.runs[member]:
+            tree.push(leaf, torch.empty(0))
+        return [node[:2] for node in tree.nodes]
+
+    def sum(self, received: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The sum over all members of what each sent: its nodes [count(member), ...], which are overwritten."""
+        totals = []
+        for part in range(self.parts):
+            tree = TreeSum(self.slots)
+            for member in range(part, len(self.runs), self.parts):
+                for (level, index), node in zip(self.spans(member), received[member], strict=True):
+                    tree.join(level, index, node)
+            totals.append(tree.root())
+        for other in totals[1:]:
+            totals[0] += other
+        return totals[0]
+
+
+class Exchange:
+    """A sum of trees on its way: begun by `send`, ended by `wait`. Collectives over `axis`."""
+
+    def __init__(self, leaves: Leaves, axis: Axis) -> None:
+        self._leaves, self._axis = leaves, axis
+        self._work: dist.Work | None = None
+        self._received: torch.Tensor | None = None
+
+    def send(self, tree: TreeSum, chunks: int) -> None:
+        """
+        Each process gets one of the `chunks` that every node is cut into: process r gets chunk r % chunks.
+
+        The bytes of a ring reduce-scatter where runs are whole nodes (chunks = axis.size).
+        """
+        nodes = torch.stack([node for _, _, node in tree.nodes]).unflatten(1, (chunks, -1))
+        size, mine = self._axis.size, len(nodes)
+        sent = nodes.transpose(0, 1).repeat(size // chunks, 1, 1).contiguous()
+        width = sent.shape[2]
+        counts = [self._leaves.count(member) for member in range(size)]
+        self._received = sent.new_empty(sum(counts), width)
+        self._counts = counts
+        self._work = dist.all_to_all_single(
+            self._received,
+            sent.view(size * mine, width),
+            counts,
+            [mine] * size,
+            group=self._axis.group,
+            async_op=True,
+        )
+
+    def wait(self) -> torch.Tensor:
+        """This process's chunk of the sum."""
+        assert self._work is not None
+        assert self._received is not None
+        self._work.wait()
+        total = self._leaves.sum(self._received.split(self._counts))
+        self._work = self._received = None
+        return total

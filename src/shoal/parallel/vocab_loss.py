@@ -1,0 +1,86 @@
+"""
+Loss parallel: the cross-entropy of `models/loss.py`, with the vocabulary cut over processes.
+
+Nobody ever holds the logits of the whole vocabulary: processes exchange three numbers a token, its largest logit,
+its sum of exponentials and its label's logit (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal.models.loss import CHUNK_BYTES, IGNORED
+from shoal.parallel.collectives import gather, gather_parts
+from shoal.parallel.mesh import Axis
+
+
+def vocab_parallel_cross_entropy_sum(
+    hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, scale: Tensor | float, *, axis: Axis, first: int
+) -> Tensor:
+    """
+    `linear_cross_entropy_sum` of the whole vocabulary and sequence, the same on every process of `axis`; float32, 0-d.
+
+    hidden_BTD: this process's part of the sequence, [B, T/tp, D]. weight_VD: its rows, from `first` on. labels_BT: of
+    the whole sequence. Collectives over `axis`.
+    """
+    hidden_ND = gather(hidden_BTD, 1, axis).flatten(0, 1)
+    loss: Tensor = _VocabLoss.apply(hidden_ND, weight_VD, labels_BT.flatten(), scale, axis, first)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _VocabLoss(torch.autograd.Function):
+    """Makes its gradients in forward, a chunk of tokens at a time."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, scale: Tensor | float, axis: Axis, first: int
+    ) -> Tensor:
+        weight = weight_VD.to(hidden_ND.dtype)
+        loss = torch.zeros((), device=hidden_ND.device)
+        train = any(ctx.needs_input_grad)
+        d_hidden = torch.empty_like(hidden_ND) if train else None
+        d_weight = torch.zeros_like(weight_VD) if train else None
+        step = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, len(hidden_ND), step):
+            tokens = slice(start, start + step)
+            part, d_logits_CV = _softmax(hidden_ND[tokens] @ weight.t(), labels_N[tokens], scale, axis, first)
+            loss += part
+            if d_hidden is not None and d_weight is not None:
+                d_logits_CV = d_logits_CV.to(hidden_ND.dtype)
+                torch.mm(d_logits_CV, weight, out=d_hidden[tokens])
+                d_weight += d_logits_CV.t() @ hidden_ND[tokens]
+        ctx.save_for_backward(d_hidden, d_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        grad = grad_outputs[0]
+        return d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype), None, None, None, None
+
+
+def _softmax(
+    logits_CV: Tensor, labels_C: Tensor, scale: Tensor | float, axis: Axis, first: int
+) -> tuple[Tensor, Tensor]:
+    """The loss of these tokens, and its gradient with respect to this process's logits; both float32."""
+    logits_CV = logits_CV.float()
+    peak_C = logits_CV.amax(-1)
+    dist.all_reduce(peak_C, op=dist.ReduceOp.MAX, group=axis.group)
+    logits_CV -= peak_C.unsqueeze(1)
+    weight_C = ((labels_C != IGNORED) * scale).float()
+    local_C = labels_C - first
+    here_C = (local_C >= 0) & (local_C < logits_CV.shape[1])
+    local_C1 = local_C.clamp(0, logits_CV.shape[1] - 1).unsqueeze(1)
+    label_C = logits_CV.gather(1, local_C1).squeeze(1) * here_C
+    exps_CV = logits_CV.exp_()
+    # in the order of ranks, so that the sum is the same on all and every time
+    parts = gather_parts(torch.stack([exps_CV.sum(-1), label_C]), 0, axis).unflatten(0, (axis.size, 2))
+    total_C, label_C = parts.sum(0)
+    loss = ((total_C.log() - label_C) * weight_C).sum()
+    d_logits_CV = exps_CV.mul_((weight_C / total_C).unsqueeze(1))
+    d_logits_CV.scatter_add_(1, local_C1, -(weight_C * here_C).unsqueeze(1))
+    return loss, d_logits_CV

@@ -1,0 +1,109 @@
+"""A tiny run in any layout, and what its first step computes, for the tests of this folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.config import Config, Data, Launch, Metrics, Model, Optim, Parallel, Train
+from shoal.fault.signals import StopRequest
+from shoal.launch.place import Place
+from shoal.layout import AXES
+from shoal.metrics.meter import no_phases
+from shoal.parallel.mesh import Mesh
+from shoal.parallel.region import Region
+from shoal.train.loop import Run
+from shoal.train.step import train_step
+from tests.world import laid_out
+
+ALONE = Mesh(Place(), torch.device("cpu"))
+
+SHAPES = {
+    "llama": Model(
+        dim=48, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=12, ffn_dim=101, max_seq_len=64, qk_norm=True,
+        tie_embeddings=True, init_std=0.1,
+    ),
+    "gpt2": Model(family="gpt2", dim=48, num_layers=4, num_heads=4, max_seq_len=64, init_std=0.1),
+}  # fmt: skip
+
+
+class NeverStop(StopRequest):
+    """A worker of the tests serves many runs: it leaves the signals alone."""
+
+    def __init__(self) -> None:
+        self.signal = None
+
+
+def config_of(folder: Path, name: str, family: str = "llama", **options: Any) -> Config:
+    """Options by their dotted keys, with two underscores for the dot: parallel__tp=2."""
+    config = Config(
+        model=SHAPES[family],
+        data=Data(
+            corpus="dummy", dummy_documents=120, tokenizer="bytes", seq_len=48, document_mask=True, folder=str(folder / "data")
+        ),
+        optim=Optim(lr=3e-3, warmup_steps=2),
+        train=Train(steps=4, global_batch=8, micro_batch=1, dtype="float32"),
+        metrics=Metrics(peak_tflops=1.0),
+        launch=Launch(runs=str(folder / "runs"), name=name),
+    )  # fmt: skip
+    for key, value in options.items():
+        section, _, option = key.partition("__")
+        config = config.replace(section, **{option: value})
+    return config
+
+
+def mesh_for(mesh: Mesh, parallel: Parallel) -> Mesh:
+    sizes = {name: getattr(parallel, name) for name in AXES}
+    if sizes["dp_replicate"] == -1:
+        sizes["dp_replicate"] = 1
+        others = 1
+        for size in sizes.values():
+            others *= size
+        sizes["dp_replicate"] = mesh.world_size // others
+    return mesh if mesh.world_size == 1 else laid_out(mesh, **sizes)
+
+
+@dataclasses.dataclass
+class Step:
+    """What a process has after one step: its loss and norm, and its regions of gradients and new parameters."""
+
+    loss: float
+    norm: float
+    gradients: dict[str, tuple[Region, torch.Tensor]]
+    parameters: dict[str, tuple[Region, torch.Tensor]]
+
+
+def first_step(mesh: Mesh, config: Config, steps: int = 1) -> Step:
+    """The gradients of the first step, and the parameters after the last."""
+    run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
+    for step in range(1, steps + 1):
+        stats = train_step(
+            run.runnable, run.state.optimizer, run.loader.next_step(), step=step, lr=1e-3, clip_norm=0.0,
+            bitwise=config.train.repro == "bitwise", stop_asked=False, phases=no_phases, scaler=run.state.scaler,
+        )  # fmt: skip
+        if step == 1:
+            loss, tokens, norm, _ = stats.numbers.tolist()
+            grads = {
+                s.name: (s.region, s.tensor.grad.clone()) for s in run.runnable.shards if s.tensor.grad is not None
+            }
+    run.close()
+    after = {s.name: (s.region, s.tensor.detach().clone()) for s in run.runnable.shards}
+    return Step(loss / tokens, norm, grads, after)
+
+
+def whole(parts: list[dict[str, tuple[Region, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """All processes' regions put together; where several hold one, they must agree to the bit."""
+    found: dict[str, torch.Tensor] = {}
+    for part in parts:
+        for name, (region, tensor) in part.items():
+            if name not in found:
+                found[name] = torch.full(region.shape, float("nan"))
+            there = found[name][region.slices]
+            if not there.isnan().all():
+                assert torch.equal(there, tensor), f"{name}: two processes hold different bits of the same region"
+            found[name][region.slices] = tensor
+    assert not any(t.isnan().any() for t in found.values())
+    return found
