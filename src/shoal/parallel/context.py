@@ -1,0 +1,172 @@
+"""
+Context parallelism: each sequence cut over the `cp` axis. All but attention sees single places and knows nothing of it.
+
+| method | a process holds | a layer sends | attention here |
+| --- | --- | --- | --- |
+| allgather | chunks r and 2N-1-r of 2N | K and V to all, in one collective | own queries on all keys before them |
+| ulysses (Jacobs et al. 2023, arXiv:2309.14509) | part r of N | Q, K, V and the output, each part once | some heads, whole sequence |
+| ring (Liu et al. 2023, arXiv:2310.01889) | as allgather | K and V from neighbour to neighbour | see `ring.py` |
+
+Under a causal mask a late query sees more keys than an early one: an early and a late chunk together are the same work
+on every process. The attention of a block is fenced from torch.compile: what is before and after it is compiled apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from shoal.data.loader import Batch
+from shoal.models.attention import Attend, attend, document_mask
+from shoal.models.family import LanguageModel
+from shoal.parallel.collectives import exchange, gather, gather_parts
+from shoal.parallel.mesh import Axis
+
+SEQUENCE, HEADS = 1, 2  # dims of [B, T, H, d]
+
+
+def local_places(seq_len: int, axis: Axis, method: str) -> Tensor:
+    """
+    The places of a row that this process holds, rising, int64 [seq_len / axis.size].
+
+    Raises ValueError where they do not divide: by 2 axis.size with allgather and ring, by axis.size with ulysses.
+    """
+    count = axis.size if method == "ulysses" or axis.size == 1 else 2 * axis.size
+    if seq_len % count:
+        raise ValueError(f"{seq_len} places do not divide into {count} equal parts")
+    parts = torch.arange(seq_len).chunk(count)
+    if count == axis.size:
+        return parts[axis.rank]
+    return torch.cat((parts[axis.rank], parts[-1 - axis.rank]))
+
+
+def cut_batch(batch: Batch, axis: Axis, method: str) -> Batch:
+    """
+    This process's part [B, T / axis.size] of each row, wherever the tensors are.
+
+    `valid_tokens` stays that of the whole rows, the same on the whole axis: the step's count is a sum over
+    data-parallel ranks alone.
+    """
+    if axis.size == 1:
+        return batch
+    places = local_places(batch.tokens.shape[SEQUENCE], axis, method).to(batch.tokens.device)
+    ids = batch.document_ids
+    return replace(
+        batch,
+        tokens=batch.tokens.index_select(SEQUENCE, places),
+        labels=batch.labels.index_select(SEQUENCE, places),
+        positions=batch.positions.index_select(SEQUENCE, places),
+        document_ids=None if ids is None else ids.index_select(SEQUENCE, places),
+    )
+
+
+def apply_context(model: LanguageModel, axis: Axis, method: str) -> None:
+    """
+    Give each block's attention, and the maker of masks, the ones that know of the other processes.
+
+    The model is then fed with parts as `cut_batch` makes them, positions among them. It may hold only some heads
+    (tensor parallel). Raises ValueError for an unknown method, LaunchError where this torch cannot do `ring`.
+    """
+    if axis.size == 1:
+        return
+    attend_across, model.make_mask = _methods(axis, method)
+    for block in model.blocks.values():
+        cast(Any, block).attention.attend = attend_across
+
+
+def _methods(axis: Axis, method: str) -> tuple[Attend, Callable[[Tensor], Tensor]]:
+    """What a block's attention calls, and what makes its mask from the documents [B, T] of this process's places."""
+    if method == "allgather":
+        return _AllGather(axis), lambda documents_BT: _gathered_mask(documents_BT, axis)
+    if method == "ulysses":
+        return _Ulysses(axis), lambda documents_BT: document_mask(gather_parts(documents_BT, SEQUENCE, axis))
+    if method == "ring":
+        from shoal.parallel.ring import Ring, no_mask  # here alone: it rests on private functions
+
+        return Ring(axis), no_mask
+    raise ValueError(f"{method} is no method of context parallelism")
+
+
+class _AllGather:
+    """`attend` of this process's two chunks of queries to the whole sequence's keys. Collectives over `axis`."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(
+        self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, mask_B1TS: Tensor | None = None, *, dropout: float = 0.0
+    ) -> Tensor:
+        """-> [B, T, H * d]. Without a mask: causal over the whole sequence."""
+        kv_BSLd = _whole_sequence(torch.cat((k_BTKd, v_BTKd), dim=HEADS), self.axis)
+        length = q_BTHd.shape[SEQUENCE] // 2
+        last = 2 * self.axis.size - 1 - self.axis.rank
+        outs = []
+        for half, chunk in enumerate((self.axis.rank, last)):
+            q_BtHd = q_BTHd.narrow(SEQUENCE, half * length, length)
+            end = (chunk + 1) * length  # later keys are seen by none of these queries: they cost nothing
+            k_BsKd, v_BsKd = kv_BSLd.narrow(SEQUENCE, 0, end).chunk(2, HEADS)
+            mask = (
+                _causal_end(q_BtHd, end) if mask_B1TS is None else mask_B1TS.narrow(2, half * length, length)[..., :end]
+            )
+            outs.append(attend(q_BtHd, k_BsKd, v_BsKd, mask, dropout=dropout))
+        return torch.cat(outs, dim=SEQUENCE)
+
+
+class _Ulysses:
+    """`attend` of some heads to the whole sequence, between two exchanges of places for heads. Collectives over `axis`."""
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(
+        self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, mask_B1TS: Tensor | None = None, *, dropout: float = 0.0
+    ) -> Tensor:
+        """-> [B, T, H * d]. The mask is the whole sequence's. Raises ValueError where heads do not divide."""
+        size = self.axis.size
+        heads = [x.shape[HEADS] for x in (q_BTHd, k_BTKd, v_BTKd)]
+        if any(count % size for count in heads):
+            raise ValueError(f"{heads[0]} query heads and {heads[1]} key heads do not divide by {size} processes")
+        # one exchange for all three: part r has the queries', keys' and values' r-th share of heads
+        parts_BTNLd = torch.cat(
+            [torch.unflatten(x, HEADS, (size, -1)) for x in (q_BTHd, k_BTKd, v_BTKd)], dim=HEADS + 1
+        )
+        own_BSLd = exchange(parts_BTNLd.flatten(HEADS, HEADS + 1), HEADS, SEQUENCE, self.axis)
+        q_BShd, k_BSkd, v_BSkd = own_BSLd.split_with_sizes([count // size for count in heads], HEADS)
+        return exchange(attend(q_BShd, k_BSkd, v_BSkd, mask_B1TS, dropout=dropout), SEQUENCE, HEADS, self.axis)
+
+
+def _whole_sequence(x_BT: Tensor, axis: Axis) -> Tensor:
+    """
+    All processes' chunks of [B, T, ...] in the sequence's order, [B, T * axis.size, ...]. A collective over `axis`.
+
+    Backward: this process's part of the gradient, summed over the axis in a fixed order, in float32.
+    """
+    parts_NBT = gather(x_BT, 0, axis).view(axis.size, *x_BT.shape)
+    early, late = parts_NBT.chunk(2, dim=1 + SEQUENCE)
+    return torch.cat((*early.unbind(0), *late.unbind(0)[::-1]), dim=SEQUENCE)
+
+
+def _causal_end(q_BtHd: Tensor, end: int) -> Tensor | None:
+    """What lets queries at the last places before `end` see what is not after them, as `attend` takes it."""
+    length = q_BtHd.shape[SEQUENCE]
+    if length == end:
+        return None
+    if q_BtHd.is_cuda:  # a kernel that knows of causality skips the work above the diagonal and reads no mask
+        return causal_lower_right(length, end)
+    return torch.ones(length, end, dtype=torch.bool, device=q_BtHd.device).tril(end - length)
+
+
+def _gathered_mask(documents_BT: Tensor, axis: Axis) -> Tensor:
+    """`document_mask` of this process's two chunks of queries on all keys, [B, 1, T, S]. A collective over `axis`."""
+    documents_BS = _whole_sequence(documents_BT, axis)
+    length = documents_BT.shape[SEQUENCE] // 2
+    early, late = documents_BT.chunk(2, dim=SEQUENCE)
+    first, second = axis.rank * length, (2 * axis.size - 1 - axis.rank) * length
+    return torch.cat((document_mask(early, documents_BS, first), document_mask(late, documents_BS, second)), dim=2)

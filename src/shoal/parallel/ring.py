@@ -1,0 +1,116 @@
+"""
+Ring attention (Liu et al. 2023, arXiv:2310.01889): keys and values go round, and no process ever holds all of them.
+
+The rounds are torch's own, private functions: which chunks meet, how partial softmaxes merge, and the way back. They
+are named here alone, and only with versions of torch they were seen to work with. Each process holds chunks r and
+2N-1-r of 2N, as with allgather: that is how torch balances its rounds.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.errors import LaunchError
+from shoal.models.attention import CPU_HAS_TILES
+from shoal.parallel.mesh import Axis
+
+SEEN = ("2.13",)  # versions of torch that tests/parallel/test_context.py passed with
+NEEDED = ("_templated_ring_attention", "_templated_ring_attention_backward", "_cp_options", "_RotateMethod")
+ATTENTION_SEQUENCE = 2  # the dim of a sequence in [B, H, T, d]
+
+
+class Ring:
+    """
+    What a block's attention calls: causal over the whole sequence. Collectives over `axis`.
+
+    Raises LaunchError where torch's functions are not the known ones.
+    """
+
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+        _torch_ring()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(
+        self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, mask_B1TS: Tensor | None = None, *, dropout: float = 0.0
+    ) -> Tensor:
+        """-> [B, T, H * d]. No mask and no dropout: ValueError."""
+        if mask_B1TS is not None:
+            no_mask(mask_B1TS)
+        if dropout:
+            raise ValueError("ring attention has no dropout")
+        dtype = q_BTHd.dtype
+        if q_BTHd.device.type == "cpu" and not CPU_HAS_TILES:  # as `attend` does
+            q_BTHd, k_BTKd, v_BTKd = q_BTHd.float(), k_BTKd.float(), v_BTKd.float()
+        elif q_BTHd.is_cuda and dtype == torch.float32:
+            raise LaunchError(
+                "ring attention on CUDA is for bfloat16 alone; set train.dtype bfloat16, or parallel.cp_method allgather"
+            )
+        out_BTHd: Tensor = _RingAttention.apply(q_BTHd, k_BTKd, v_BTKd, self.axis)  # type: ignore[no-untyped-call]
+        return out_BTHd.flatten(2).to(dtype)
+
+
+def no_mask(documents_BT: Tensor) -> Tensor:
+    """In place of a mask's maker: torch's rounds take none."""
+    raise ValueError("ring attention keeps no documents apart; use parallel.cp_method allgather or ulysses")
+
+
+class _RingAttention(torch.autograd.Function):
+    """The flash operator of the device, round by round, on [B, T, H, d] and keys [B, T, K, d]; H a multiple of K."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> Tensor:
+        aten = torch.ops.aten
+        op = aten._scaled_dot_product_flash_attention if q.is_cuda else aten._scaled_dot_product_flash_attention_for_cpu
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out, lse, *ctx.rest = _torch_ring()._templated_ring_attention(
+            axis.group, ATTENTION_SEQUENCE, op, q, k, v, is_causal=True, dropout_p=0.0
+        )
+        ctx.axis = axis
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        aten = torch.ops.aten
+        q, k, v, out, lse = ctx.saved_tensors
+        if q.is_cuda:
+            op = aten._scaled_dot_product_flash_attention_backward.default
+            # what the forward operator gave beside its output: lengths of rows, the state of its random numbers
+            names = ("cum_seq_q", "cum_seq_k", "max_q", "max_k", "philox_seed", "philox_offset")
+            rest = dict(zip(names, ctx.rest, strict=False))
+        else:
+            op, rest = aten._scaled_dot_product_flash_attention_for_cpu_backward.default, {}
+        grads = _torch_ring()._templated_ring_attention_backward(
+            ctx.axis.group, ATTENTION_SEQUENCE, op, grad_outputs[0].transpose(1, 2), "grad_out", q, k, v, out, lse,
+            is_causal=True, dropout_p=0.0, **rest,
+        )  # fmt: skip
+        d_q, d_k, d_v = (grad.transpose(1, 2) for grad in grads[:3])
+        return d_q, d_k, d_v, None
+
+
+def _torch_ring() -> ModuleType:
+    """The module with torch's rounds, set to pass keys on rather than gather them. Raises LaunchError."""
+    version = torch.__version__
+    if not version.startswith(tuple(f"{seen}." for seen in SEEN)):
+        raise LaunchError(_refusal(f"and this is {version}"))
+    try:
+        from torch.distributed.tensor.experimental._context_parallel import _attention
+    except ImportError as error:
+        raise LaunchError(_refusal("which are not here")) from error
+    if not all(hasattr(_attention, name) for name in NEEDED):
+        raise LaunchError(_refusal("which are not here"))
+    _attention._cp_options.rotate_method = _attention._RotateMethod.ALL_TO_ALL
+    _attention._cp_options.enable_load_balance = True
+    return _attention
+
+
+def _refusal(why: str) -> str:
+    return (
+        f"ring attention rests on torch's own functions as they are in {', '.join(SEEN)}, {why}; "
+        "use parallel.cp_method allgather or ulysses"
+    )
