@@ -44,7 +44,7 @@ def config_of(folder: Path, name: str, family: str = "llama", **options: Any) ->
         data=Data(
             corpus="dummy", dummy_documents=120, tokenizer="bytes", seq_len=48, document_mask=True, folder=str(folder / "data")
         ),
-        optim=Optim(lr=3e-3, warmup_steps=2),
+        optim=Optim(lr=3e-3, warmup_steps=2, clip_norm=0.0),
         train=Train(steps=4, global_batch=8, micro_batch=1, dtype="float32"),
         metrics=Metrics(peak_tflops=1.0),
         launch=Launch(runs=str(folder / "runs"), name=name),
@@ -81,7 +81,7 @@ def first_step(mesh: Mesh, config: Config, steps: int = 1) -> Step:
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     for step in range(1, steps + 1):
         stats = train_step(
-            run.runnable, run.state.optimizer, run.loader.next_step(), step=step, lr=1e-3, clip_norm=0.0,
+            run.runnable, run.state.optimizer, run.loader.next_step(), step=step, lr=1e-3, clip_norm=config.optim.clip_norm,
             bitwise=config.train.repro == "bitwise", stop_asked=False, phases=no_phases, scaler=run.state.scaler,
         )  # fmt: skip
         if step == 1:
