@@ -210,7 +210,7 @@ def test_state_is_there_before_the_first_step_and_one_process_talks_to_nobody() 
     mine = shard("w", Region.whole((8, 3)), drawn(0, 8, 3))
     with (
         mock.patch.object(dist, "all_to_all_single", side_effect=AssertionError),
-        mock.patch.object(dist, "all_gather_into_tensor", side_effect=AssertionError),
+        mock.patch.object(dist, "all_gather", side_effect=AssertionError),
     ):
         optimizer = Muon([mine], Axis(), lr=0.1, momentum=0.9, weight_decay=0.5)
         buffer = optimizer.state[mine.tensor]["momentum_buffer"]

@@ -98,9 +98,9 @@ class Muon(torch.optim.Optimizer):
             return [[shard.region] for shard in self._shards]
         rows = [[*s.region.shape, *s.region.offsets, *s.region.sizes] for s in self._shards]
         mine = torch.tensor(rows, dtype=torch.int64, device=self._device)
-        all_rows = mine.new_empty((self._team.size * len(rows), 6))
-        dist.all_gather_into_tensor(all_rows, mine, group=self._team.group)
-        by_rank = all_rows.view(self._team.size, len(rows), 3, 2).transpose(0, 1).tolist()
+        parts = [torch.empty_like(mine) for _ in range(self._team.size)]
+        dist.all_gather(parts, mine, group=self._team.group)
+        by_rank = torch.stack(parts, 1).view(len(rows), self._team.size, 3, 2).tolist()
         return [[Region(*map(tuple, region)) for region in regions] for regions in by_rank]
 
     @torch.no_grad()
