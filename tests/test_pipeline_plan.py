@@ -138,6 +138,14 @@ def test_refusals_name_a_way_out(
     assert not [word for word in words if word not in message], message
 
 
+@pytest.mark.parametrize("schedule", V_SHAPED)
+def test_a_split_backward_refuses_what_it_cannot_split(schedule: Schedule) -> None:
+    compiled, checkpointed = problems(schedule, 2, None, 8, 8, compile=True, activation_checkpointing="full")
+    assert "train.compile to false" in compiled
+    assert "train.activation_checkpointing to none" in checkpointed
+    assert not [*problems("1f1b", 2, None, 8, 8, compile=True, activation_checkpointing="full")]
+
+
 def test_what_fits_is_not_refused() -> None:
     assert not [*problems("1f1b", 1, None, 1, 1)]
     assert not [*problems("gpipe", 4, 1, 4, 1)]

@@ -54,7 +54,10 @@ def stage_blocks(num_layers: int, num_stages: int) -> list[range]:
     return [range(a, b) for a, b in itertools.pairwise(starts)]
 
 
-def problems(schedule: Schedule, pp: int, pp_stages: int | None, num_layers: int, micro_batches: int) -> Iterator[str]:
+def problems(
+    schedule: Schedule, pp: int, pp_stages: int | None, num_layers: int, micro_batches: int,
+    *, compile: bool = False, activation_checkpointing: str = "none",
+) -> Iterator[str]:  # fmt: skip
     """
     Why these options cannot hold together: a sentence for each reason, with a value that would do.
 
@@ -82,6 +85,17 @@ def problems(schedule: Schedule, pp: int, pp_stages: int | None, num_layers: int
         return
     if pp * stages > num_layers:
         yield _too_few_blocks(schedule, pp, stages, num_layers)
+    if schedule in V_SHAPED and compile:  # seen with torch 2.13: "Failed to run stage backward input"
+        yield (
+            f"parallel.pp_schedule {schedule} splits backward, which torch cannot do with train.compile; "
+            "set train.compile to false, or parallel.pp_schedule to interleaved_1f1b"
+        )
+    if schedule in V_SHAPED and activation_checkpointing != "none":  # seen: 12 times for a block of 12 weights
+        yield (
+            f"parallel.pp_schedule {schedule} takes each weight's gradient apart, and with train.activation_checkpointing "
+            f"{activation_checkpointing} each would compute its whole block again; set train.activation_checkpointing to "
+            "none, or parallel.pp_schedule to interleaved_1f1b"
+        )
     if not _flows(schedule, pp, micro_batches):
         yield _wrong_micro_batches(schedule, pp, micro_batches)
 

@@ -8,9 +8,9 @@ Pipeline parallel: each process holds some of the model's blocks, and micro-batc
 `shoal/pipeline_plan.py`. Every process of the `pp` axis loads the same micro-batches: tokens are used by the first
 stage, labels by the last, positions and document ids by all.
 
-Only public parts of torch are used: `PipelineStage` (with its methods `backward_one_chunk` and
-`backward_weight_one_chunk` overridden), the schedules and their `step`. They are fed with the shapes of what flows,
-so that no trial run is made at the start.
+Public parts of torch are used: `PipelineStage` (with its methods `backward_one_chunk` and `backward_weight_one_chunk`
+overridden), the schedules and their `step`. They are fed with the shapes of what flows, so that no trial run is made at
+the start. One private method is overridden, for torch 2.11 alone: `PipelineStage._get_init_p2p_neighbors_ops`.
 """
 
 from __future__ import annotations
@@ -263,6 +263,11 @@ class _WatchedStage(PipelineStage):
         self._unshard()
         with self._around(self.stage_index, bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Torch 2.11's first messages between neighbours, without those of a V's lowest process to itself: gloo fails."""
+        ops: list[dist.P2POp] = super()._get_init_p2p_neighbors_ops()
+        return [op for op in ops if op.group_peer != self.group_rank]
 
     def _unshard(self) -> None:
         for module in self.submod.modules():
