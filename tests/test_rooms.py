@@ -15,7 +15,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "shoal"
 FLOORS: list[set[str]] = [
     {"errors", "disk", "__init__"},
     {"config", "presets"},
-    {"layout"},
+    {"layout", "pipeline_plan"},
+    {"refusals"},
     {"contradictions"},
     {"resolve"},
     {"plan", "launch.place", "metrics.trackers", "metrics.compression"},
@@ -30,7 +31,7 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 WITHOUT_TORCH = [
-    "cli", "config", "resolve", "contradictions", "presets", "runs", "errors", "plan.estimate", "plan.hardware", "launch.torchrun",
+    "cli", "config", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "plan.estimate", "plan.hardware", "launch.torchrun",
     "launch.place", "metrics.console", "metrics.trackers", "data.prepare", "data.open",
 ]  # fmt: skip
 

@@ -189,7 +189,13 @@ class Parallel:
     cp: int = opt(
         1,
         "processes that each sequence is cut over (context parallel)",
-        alias=("context_parallel_degree", "context_parallel", "context_parallel_size", "cp_size", "sequence_parallel_size"),
+        alias=(
+            "context_parallel_degree",
+            "context_parallel",
+            "context_parallel_size",
+            "cp_size",
+            "sequence_parallel_size",
+        ),
         ge=-1,
     )
     pp: int = opt(

@@ -8,6 +8,7 @@ from pathlib import Path
 from shoal.config import Config
 from shoal.errors import Problem
 from shoal.presets import shape_problems
+from shoal.refusals import refusals
 
 DEFAULT, DERIVED = "default", "derived"
 
@@ -36,8 +37,9 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
             "train.global_batch",
             "train.micro_batch",
         )
-    else:
-        yield from _layout_problems(config, problem)
+    elif not any(shape_problems(model)):
+        for message, keys in refusals(config, config.launch.processes):
+            yield problem(message, *keys)
     if data.seq_len > model.max_seq_len:
         yield problem(
             f"data.seq_len {data.seq_len} is longer than model.max_seq_len {model.max_seq_len}",
@@ -51,37 +53,6 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
             "train.steps",
         )
     yield from _corpus_problems(config, problem)
-
-
-def _layout_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
-    replicas, processes = config.parallel.dp_replicate, config.launch.processes
-    if replicas == 0:
-        yield problem("parallel.dp_replicate is -1 (what remains) or at least 1, not 0", "parallel.dp_replicate")
-        return
-    if replicas > 0 and processes is not None and replicas != processes:
-        yield problem(
-            f"parallel.dp_replicate {replicas} needs {replicas} processes, launch.processes is {processes}; "
-            "leave one of them out",
-            "parallel.dp_replicate",
-            "launch.processes",
-        )
-        return
-    size = processes if processes is not None else max(replicas, 1)
-    if message := indivisible(config, size):
-        yield problem(message, "train.global_batch", "train.micro_batch", "launch.processes", "parallel.dp_replicate")
-
-
-def indivisible(config: Config, processes: int) -> str | None:
-    """Why `processes` cannot share the micro-batches of a step equally, or None."""
-    train = config.train
-    micro_batches = train.global_batch // train.micro_batch
-    if micro_batches % processes == 0:
-        return None
-    whole = _round_up(train.global_batch, train.micro_batch * processes)
-    return (
-        f"a step of {train.global_batch} sequences in micro-batches of {train.micro_batch} is {micro_batches} micro-batches, "
-        f"which {processes} processes cannot share equally; train.global_batch {whole} would do"
-    )
 
 
 def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:

@@ -74,36 +74,36 @@ AXES = tuple(f.name for f in fields(Layout))
 
 def find_layout(parallel: Parallel, processes: int | None) -> Layout | str:
     """
-    The layout that is asked for on `processes` (None: as many as it needs), or why there is none.
+    The layout that is asked for on `processes` (None: as few as it needs), or why there is none.
 
-    `dp_replicate` -1 takes what remains.
+    One axis may be -1, what remains; `dp_replicate` is, unless another one is.
     """
     sizes = {name: getattr(parallel, name) for name in AXES}
-    others = math.prod(size for name, size in sizes.items() if name != "dp_replicate")
-    if sizes["dp_replicate"] == -1:
-        sizes["dp_replicate"] = 1 if processes is None else processes // others
+    if zeros := [name for name in AXES if sizes[name] == 0]:
+        return f"parallel.{zeros[0]} is at least 1, or -1 for what remains, not 0"
+    rest = [name for name in AXES if sizes[name] == -1]
+    if len(rest) > 1 and "dp_replicate" in rest:
+        rest.remove("dp_replicate")
+        sizes["dp_replicate"] = 1
+    if len(rest) > 1:
+        return f"parallel.{rest[0]} and parallel.{rest[1]} are both -1 (what remains); set one of them"
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    asked = " x ".join(f"parallel.{name} {size}" for name, size in sizes.items() if size > 1) or "one process"
+    if rest:
+        if processes is not None and (processes < fixed or processes % fixed):
+            near = sorted({max(1, processes // fixed) * fixed, (processes // fixed + 1) * fixed})
+            return (
+                f"{asked} needs a multiple of {fixed} processes, and launch.processes is {processes}; "
+                f"set launch.processes to {' or '.join(map(str, near))}"
+            )
+        sizes[rest[0]] = 1 if processes is None else processes // fixed
     layout = Layout(**sizes)
-    if processes is None or layout.world_size == processes:
-        return layout
-    asked = " x ".join(f"parallel.{name} {getattr(parallel, name)}" for name in AXES if getattr(parallel, name) not in (1, -1))
-    if not asked:
-        asked = f"parallel.dp_replicate {parallel.dp_replicate}"
-    if parallel.dp_replicate == -1:
-        multiples = sorted({others, others * max(1, processes // others), others * (processes // others + 1)})
+    if processes is not None and layout.world_size != processes:
         return (
-            f"{asked} needs a multiple of {others} processes, and there are {processes}; "
-            f"{' or '.join(map(str, multiples))} would do, or set one of them to {_best_divisor(parallel, processes)}"
+            f"{asked} needs {fixed} processes, launch.processes is {processes}; leave launch.processes out, or set "
+            "parallel.dp_replicate to -1 (what remains)"
         )
-    return (
-        f"{asked} needs {math.prod(sizes.values())} processes, and there are {processes}; set launch.processes to "
-        f"{math.prod(sizes.values())} or leave it out, or parallel.dp_replicate to -1 (what remains)"
-    )
-
-
-def _best_divisor(parallel: Parallel, processes: int) -> int:
-    """The largest size that all the processes could take along one axis alone."""
-    most = max(getattr(parallel, name) for name in AXES if name != "dp_replicate")
-    return max(d for d in range(1, min(most, processes) + 1) if processes % d == 0)
+    return layout
 
 
 def deal(slots: int, dp: int) -> list[range]:

@@ -66,10 +66,10 @@ def test_config_problems_come_together_before_anything_starts(place: Place) -> N
         (["config"], "needs a RECIPE.yaml"),
         (["prepare", "recipe.yaml", "--data.corpus", "text"], "a text corpus needs data.paths"),
         (["train", "recipe.yaml", "--parallel.dp_replicate", "4"], "parallel.dp_replicate 4 needs 4 processes, launch.processes is 2"),
-        (["train", "recipe.yaml", "--processes", "3"], "8 micro-batches, which 3 processes cannot share equally; train.global_batch 18 would do"),
+        (["train", "recipe.yaml", "--processes", "8", "--train.micro_batch", "4"], "4 micro-batches, fewer than the 8 data-parallel processes; train.global_batch 32 would do, or train.micro_batch 2"),
         (["train", "recipe.yaml", "--processes", "64", "--train.global_batch", "128"], "64 processes on"),
         (["train", "recipe.yaml", "--train.device", "cuda"], "there is no CUDA device"),
-        (["train", "recipe.yaml", "--train.dtype", "float16"], "train.dtype must be auto | bfloat16 | float32"),
+        (["train", "recipe.yaml", "--train.dtype", "float16"], "a CPU multiplies float16 a thousand times slower"),
         (["train", "recipe.yaml", "--data.seq_len", "65"], "data.seq_len 65 is longer than model.max_seq_len 64"),
     ],
 )  # fmt: skip

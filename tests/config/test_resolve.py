@@ -102,8 +102,8 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
             "global_batch 10 is no multiple of train.micro_batch 4; try 12",
         ),
         (
-            {"train": {"steps": 1, "global_batch": 24, "micro_batch": 8}, "launch": {"processes": 2}},
-            "train.global_batch 32 would do",
+            {"train": {"steps": 1, "global_batch": 8, "micro_batch": 8}, "launch": {"processes": 2}},
+            "train.global_batch 16 would do, or train.micro_batch 4",
         ),
         (
             {"train": {"steps": 1}, "launch": {"processes": 2}, "parallel": {"dp_replicate": 4}},
@@ -118,7 +118,7 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
         ({"train": {"steps": 1}, "model": {"vocab_size": 1000}}, "smaller than the tokenizer's 4096"),
         ({"train": {"steps": True}}, "train.steps must be an integer"),
         ({"train": {"steps": 1}, "optim": {"lr": ".inf"}}, "optim.lr must be a number above 0"),
-        ({"train": {"steps": 1, "dtype": "float16"}}, "train.dtype must be auto | bfloat16 | float32, not 'float16'"),
+        ({"train": {"steps": 1, "dtype": "fp16"}}, "train.dtype must be auto | bfloat16 | float16 | float32, not 'fp16'"),
         ({"train": {"steps": 1}, "model": {"preset": "gtp2"}}, "did you mean gpt2?"),
         ({"train": 3}, "train is a section"),
         ("- a\n- b\n", "expected sections"),

@@ -138,4 +138,7 @@ def test_evaluation_reads_the_same_rows_whatever_the_layout(
     seen = [sample for batches in ranks for batch in batches for sample in batch.sample_ids]
     assert sorted(seen) == list(range(count))
     assert evaluation_rows(rows, max_tokens) == count
-    assert sum(batch.tokens.shape[0] for batches in ranks for batch in batches) == count
+    assert len({len(batches) for batches in ranks}) == 1  # as many for each, and all of one shape
+    assert {batch.tokens.shape[0] for batches in ranks for batch in batches} == {4}
+    counted = sum(int((b.labels != -100).any(1).sum()) for batches in ranks for b in batches)
+    assert counted == count

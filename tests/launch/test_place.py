@@ -56,8 +56,8 @@ def test_half_a_launchers_variables_are_refused(monkeypatch: pytest.MonkeyPatch)
     ("section", "values", "words"),
     [
         ("launch", {"processes": 2}, "launch.processes is 2, but 4 were started on this machine"),
-        ("parallel", {"dp_replicate": 2}, "parallel.dp_replicate is 2, but 8 processes were started"),
-        ("train", {"global_batch": 40, "micro_batch": 8}, "5 micro-batches, which 8 processes cannot share"),
+        ("parallel", {"dp_replicate": 2}, "parallel.dp_replicate 2 needs 2 processes, launch.processes is 8"),
+        ("train", {"global_batch": 40, "micro_batch": 8}, "5 micro-batches, fewer than the 8 data-parallel processes"),
     ],
 )
 def test_a_worker_is_refused_what_its_launcher_contradicts(section: str, values: dict[str, int], words: str) -> None:

@@ -9,9 +9,12 @@ import torch
 from torch import nn
 
 from shoal.config import Optim
-from shoal.optim.build import build_optimizer, set_learning_rate
+from shoal.launch.place import Place
+from shoal.optim.build import Optimizer, build_optimizer
 from shoal.optim.schedule import learning_rate, replanned
-from shoal.train.step import clip_gradients
+from shoal.parallel.mesh import Axis, Mesh
+from shoal.parallel.region import Region, Shard
+from shoal.train.clip import clip, gradient_norm
 
 
 @pytest.mark.parametrize(
@@ -53,17 +56,26 @@ def test_a_longer_plan_says_what_it_does_to_the_rate() -> None:
     assert replanned(Optim(), 100, 100, 100) is None
 
 
-def test_adamw_against_its_paper_in_float64() -> None:
+def shards_of(model: nn.Module) -> list[Shard]:
+    return [Shard(name, Region.whole(p.shape), p, p) for name, p in model.named_parameters()]
+
+
+def optimizer_of(model: nn.Module, optim: Optim, *, bitwise: bool = False) -> Optimizer:
+    return build_optimizer(shards_of(model), optim, Axis(), bitwise=bitwise)
+
+
+@pytest.mark.parametrize("bitwise", [False, True])
+def test_adamw_against_its_paper_in_float64(bitwise: bool) -> None:
     """Loshchilov and Hutter 2019, algorithm 2, written out."""
     torch.manual_seed(0)
     model = nn.Linear(7, 5)
     optim = Optim(lr=0.01, weight_decay=0.3, beta1=0.9, beta2=0.95, eps=1e-8)
-    optimizer = build_optimizer(model, optim)
+    optimizer = optimizer_of(model, optim, bitwise=bitwise)
     expected = {n: p.detach().double().clone() for n, p in model.named_parameters()}
     m = {n: torch.zeros_like(p) for n, p in expected.items()}
     v = {n: torch.zeros_like(p) for n, p in expected.items()}
     for t in range(1, 6):
-        set_learning_rate(optimizer, 0.01 * t)
+        optimizer.set_learning_rate(0.01 * t)
         for name, p in model.named_parameters():
             g = torch.randn(p.shape)
             p.grad = g
@@ -77,23 +89,36 @@ def test_adamw_against_its_paper_in_float64() -> None:
         assert torch.allclose(p.double(), expected[name], atol=1e-6)
 
 
-def test_every_parameter_is_owned_once_and_only_matrices_decay() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    optimizer = build_optimizer(model, Optim())
-    owned = [p for group in optimizer.param_groups for p in group["params"]]
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_every_parameter_is_owned_once_and_only_matrices_decay(name: str) -> None:
+    model = nn.ModuleDict({"embed": nn.Linear(3, 4), "blocks": nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))})
+    optimizer = optimizer_of(model, Optim(name=name))  # type: ignore[arg-type]
+    groups = [group for part in optimizer.parts for group in part.param_groups]
+    owned = [p for group in groups for p in group["params"]]
     assert sorted(map(id, owned)) == sorted(map(id, model.parameters()))
-    assert [p.ndim for group in optimizer.param_groups if group["weight_decay"] > 0 for p in group["params"]] == [2]
+    assert {p.ndim for group in groups if group["weight_decay"] > 0 for p in group["params"]} == {2}
+    by_muon = [
+        p for part in optimizer.parts if "Muon" in type(part).__name__ for g in part.param_groups for p in g["params"]
+    ]
+    assert len(by_muon) == (1 if name == "muon" else 0)
 
 
+@pytest.mark.parametrize("bitwise", [False, True])
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e9])
-def test_clipping_agrees_with_torchs(max_norm: float) -> None:
-    grads = [torch.randn(11, 3), torch.randn(7)]
-    ours = [g.clone() for g in grads]
-    parameters = [nn.Parameter(torch.zeros_like(g)) for g in grads]
-    for p, g in zip(parameters, grads, strict=True):
-        p.grad = g
-    norm = clip_gradients(ours, max_norm)
+def test_clipping_agrees_with_torchs(max_norm: float, bitwise: bool) -> None:
+    grads = {"a": torch.randn(11, 3), "b": torch.randn(7), "c": torch.randn(1, 101)}
+    parameters = [nn.Parameter(torch.zeros_like(g)) for g in grads.values()]
+    shards = []
+    for (name, grad), p in zip(grads.items(), parameters, strict=True):
+        p.grad = grad.clone()
+        held = torch.zeros_like(p)
+        held.grad = grad.clone()
+        shards.append(Shard(name, Region.whole(grad.shape), held, p))
+    mesh = Mesh(Place(), torch.device("cpu"))
+    norm = gradient_norm(shards, {n: g.shape for n, g in grads.items()}, mesh, bitwise=bitwise)
+    clip(shards, norm, max_norm)
     assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)), rel=1e-6)
-    for mine, p in zip(ours, parameters, strict=True):
+    for shard, p in zip(shards, parameters, strict=True):
         assert p.grad is not None
-        assert torch.allclose(mine, p.grad, rtol=1e-6)
+        assert shard.tensor.grad is not None
+        assert torch.allclose(shard.tensor.grad, p.grad, rtol=1e-6)

@@ -28,7 +28,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def bitwise_config(folder: Path, name: str, dtype: str, micro_batches: int, **options: Any) -> Any:
-    more = {"train__repro": "bitwise", "optim__clip_norm": 0.1, "train__dtype": dtype, "train__global_batch": micro_batches}
+    more = {
+        "train__repro": "bitwise",
+        "optim__clip_norm": 0.1,
+        "train__dtype": dtype,
+        "train__global_batch": micro_batches,
+    }
     config = config_of(folder, name, **more, **options)
     return config.replace("model", **{f: getattr(ODD, f) for f in ODD.__dataclass_fields__})
 

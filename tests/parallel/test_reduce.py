@@ -24,15 +24,15 @@ def make_model() -> nn.Sequential:
 def gradients(mesh: Mesh, micro_batches: int, bucket_bytes: int) -> list[torch.Tensor]:
     """The summed gradients of this rank's share of `micro_batches`, after two steps' worth of buckets."""
     model = make_model()
-    reducer = GradientReducer(model.parameters(), mesh, bucket_bytes)
+    reducer = GradientReducer(model.parameters(), mesh.axis("batch"), None, bucket_bytes)
     share = micro_batches // mesh.dp_size
     for step in range(2):
         reducer.zero()
         for slot in range(mesh.dp_rank * share, (mesh.dp_rank + 1) * share):
-            if slot == (mesh.dp_rank + 1) * share - 1:
-                reducer.arm()
+            reducer.before_backward(slot, slot == (mesh.dp_rank + 1) * share - 1)
             inputs = torch.randn(5, 37, generator=torch.Generator().manual_seed(100 * step + slot))
             model(inputs).square().sum().backward()
+            reducer.after_backward(slot)
         reducer.finish()
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
@@ -50,20 +50,22 @@ def test_n_processes_sum_what_one_process_sums(world: Callable[[int], World], si
 
 def test_gradients_are_views_of_the_buckets_and_each_is_there_once() -> None:
     model = make_model()
-    reducer = GradientReducer(model.parameters(), ALONE, 20_000)
+    reducer = GradientReducer(model.parameters(), ALONE.axis("batch"), None, 20_000)
     for number, p in enumerate(model.parameters()):
         assert p.grad is not None
         p.grad.fill_(number)
-    total = sum(float(flat.sum()) for flat in reducer.flat_gradients())
-    assert total == sum(number * p.numel() for number, p in enumerate(model.parameters()))
-    assert sum(f.numel() for f in reducer.flat_gradients()) == sum(p.numel() for p in model.parameters())
+    storages = {
+        p.grad.untyped_storage().data_ptr(): p.grad.untyped_storage() for p in model.parameters() if p.grad is not None
+    }
+    assert len(storages) == len(reducer) == 3
+    assert sum(s.nbytes() for s in storages.values()) == 4 * sum(p.numel() for p in model.parameters())
 
 
 def forget_one(mesh: Mesh) -> str:
     model = make_model()
-    reducer = GradientReducer(model.parameters(), mesh)
+    reducer = GradientReducer(model.parameters(), mesh.axis("batch"))
     reducer.zero()
-    reducer.arm()
+    reducer.before_backward(0, True)
     model[0](torch.ones(1, 37)).sum().backward()
     try:
         reducer.finish()

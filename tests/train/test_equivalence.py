@@ -62,11 +62,11 @@ def train_here(mesh: Mesh, config: Config, steps: int | None = None) -> list[dic
 def first_gradients(mesh: Mesh, config: Config) -> tuple[float, dict[str, torch.Tensor]]:
     """The first step's mean loss and gradients, before the optimizer has them."""
     run = Run.open(config, mesh, NeverStop())
-    loss, tokens = run.runnable.forward_backward(run.loader.next_step(), 1, no_phases)
-    loss = mesh.sum(loss.clone())
+    losses, _ = run.runnable.forward_backward(run.loader.next_step(), 1, no_phases)
+    loss = mesh.sum(losses.double()).sum()
     run.close()
-    gradients = {n: p.grad.clone() for n, p in global_parameters(run.runnable.model) if p.grad is not None}
-    return float(loss / tokens), gradients
+    gradients = {n: p.grad.clone() for n, p in global_parameters(run.runnable.parts[0]) if p.grad is not None}
+    return float(loss), gradients
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -88,7 +88,7 @@ def test_accumulation_and_padding_do_not_change_the_gradient(tmp_path: Path) -> 
     run = Run.open(config_in(tmp_path, "whole", global_batch=8, micro_batch=8), ALONE, NeverStop())
     [batch] = run.loader.next_step()
     run.close()
-    model = run.runnable.model.double()
+    model = run.runnable.parts[0].double()
     model.compute_dtype = torch.float64
     logits = model.logits(model(batch.tokens, batch.positions, batch.document_ids))
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)

@@ -33,9 +33,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from shoal.checkpoint.planner import RegionLoadPlanner, RegionSavePlanner
 from shoal.disk import sha256_of, sync_folder
 from shoal.errors import CheckpointError
-from shoal.checkpoint.planner import RegionLoadPlanner, RegionSavePlanner
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.region import Part
 

@@ -22,10 +22,10 @@ from shoal.metrics.console import Console
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.parallel.mesh import Mesh, choose_device
-from shoal.parallel.region import Part, Region
+from shoal.parallel.region import Part
 from shoal.runs import RunFolder
+from shoal.train.assemble import DTYPES
 from shoal.train.evaluate import evaluate, model_losses
-from shoal.train.loop import DTYPES
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str) -> Loade
     place = choose_device(device)
     model = build_model(config.model, compute_dtype=DTYPES[config.train.dtype])
     model.to_empty(device=place)
-    state = load(chosen[-1], {f"model.{n}": Part(Region.whole(p.shape), p.detach()) for n, p in model.named_parameters()})
+    state = load(chosen[-1], {f"model.{n}": Part.whole(p.detach()) for n, p in model.named_parameters()})
     model.eval()
     return LoadedRun(
         config, model, load_tokenizer(str(folder.tokenizer_file)), int(state["step"]), state["data_id"], place

@@ -18,18 +18,17 @@ from types import FrameType
 from typing import Any
 
 from shoal.config import Config
-from shoal.contradictions import indivisible
 from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, LaunchError
 from shoal.launch.place import LOCKED_BY, Place
+from shoal.layout import find_layout
+from shoal.refusals import refusals
 
 
 def plan_processes(config: Config, gpus: int) -> Config:
     """Settle `launch.processes` and `launch.threads` for this machine. Raises `LaunchError`."""
     use_cpu = config.train.device == "cpu" or (config.train.device == "auto" and gpus == 0)
     cores = count_cores()
-    replicas = config.parallel.dp_replicate
-    wanted = config.launch.processes or (replicas if replicas > 0 else None)
-    processes = wanted or (min(2, cores) if use_cpu else gpus)
+    processes = config.launch.processes or _processes_for(config, min(2, cores) if use_cpu else gpus, grow=not use_cpu)
     if not use_cpu and gpus == 0:
         raise LaunchError(
             "train.device is cuda, but there is no CUDA device; set train.device to cpu, or see shoal env"
@@ -38,14 +37,36 @@ def plan_processes(config: Config, gpus: int) -> Config:
         raise LaunchError(
             f"{processes} processes need as many GPUs, and there are {gpus}; set launch.processes to {gpus} or less"
         )
+    if use_cpu and config.train.dtype == "float16":
+        raise LaunchError("a CPU multiplies float16 a thousand times slower; set train.dtype to bfloat16 or float32")
     if use_cpu and processes > 4 * cores:
         raise LaunchError(
             f"{processes} processes on {cores} CPU cores would only wait for each other; set launch.processes to {cores} or less"
         )
-    if message := indivisible(config, processes):
-        raise LaunchError(message)
-    threads = config.launch.threads or max(1, cores // processes)
-    return config.replace("launch", processes=processes, threads=threads)
+    _refuse(config, processes)
+    return config.replace("launch", processes=processes, threads=_threads(config, cores // processes))
+
+
+def _processes_for(config: Config, usual: int, *, grow: bool) -> int:
+    """As many processes as the layout needs; where an axis takes what remains, on GPUs as many as there are."""
+    layout = find_layout(config.parallel, None)
+    if isinstance(layout, str):
+        raise LaunchError(layout)
+    fixed = layout.world_size
+    if isinstance(find_layout(config.parallel, 2 * fixed), str):
+        return fixed  # no axis takes what remains
+    return max(1, usual // fixed) * fixed if grow or fixed == 1 else fixed
+
+
+def _threads(config: Config, share: int) -> int:
+    """CPU threads of a process: its share of the cores, or one where sums must not depend on their number."""
+    return config.launch.threads or (1 if config.train.repro == "bitwise" else max(1, share))
+
+
+def _refuse(config: Config, processes: int) -> None:
+    """Raise `LaunchError` with all that cannot hold on so many processes."""
+    if found := [message for message, _ in refusals(config, processes)]:
+        raise LaunchError("\n".join(found))
 
 
 def fit_to_place(config: Config, place: Place) -> Config:
@@ -59,14 +80,8 @@ def fit_to_place(config: Config, place: Place) -> Config:
             f"launch.processes is {config.launch.processes}, but {place.local_world_size} were started on this machine; "
             "leave it out here: the launcher decides"
         )
-    if config.parallel.dp_replicate not in (-1, place.world_size):
-        raise LaunchError(
-            f"parallel.dp_replicate is {config.parallel.dp_replicate}, but {place.world_size} processes were started; "
-            "set it to -1, or start as many"
-        )
-    if message := indivisible(config, place.world_size):
-        raise LaunchError(message)
-    threads = config.launch.threads or max(1, count_cores() // place.local_world_size)
+    _refuse(config, place.world_size)
+    threads = _threads(config, count_cores() // place.local_world_size)
     for name, value in worker_environment(threads).items():
         os.environ.setdefault(name, value)
     return config.replace("launch", threads=threads)

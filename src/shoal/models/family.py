@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.config import Model
-from shoal.models.attention import KVCache, document_mask
+from shoal.models.attention import KVCache
 from shoal.models.layers import Embedding, Linear
 
 

@@ -23,6 +23,7 @@ from shoal.models.build import draw_region
 from shoal.models.family import LanguageModel
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.parallel import context, tensor
+
 try:
     from shoal.parallel import pipeline
 except ImportError:
@@ -53,7 +54,7 @@ class Runnable:
     loss: Loss
     cut_batch: Callable[[Batch], Batch]
     turns: int  # forwards that every process of a step takes, some perhaps of nothing that counts
-    pipeline: 'pipeline.Pipeline | None' = None
+    pipeline: pipeline.Pipeline | None = None
     scale: Tensor | float = 1.0  # of the loss, in the step that runs
 
     def forward_backward(

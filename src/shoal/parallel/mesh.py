@@ -127,6 +127,8 @@ def choose_device(wanted: str, place: Place = ALONE) -> torch.device:
 
 def check_dtype(dtype: str, device: torch.device) -> None:
     """Raise `LaunchError` where `device` cannot compute in `dtype`."""
+    if dtype == "float16" and device.type == "cpu":
+        raise LaunchError("a CPU multiplies float16 a thousand times slower; set train.dtype to bfloat16 or float32")
     if dtype == "bfloat16" and not has_bfloat16(device):
         name = torch.cuda.get_device_name(device)
         raise LaunchError(f"{name} has no bfloat16; set train.dtype to float32")

@@ -47,6 +47,10 @@ class Part(NamedTuple):
     region: Region
     tensor: torch.Tensor
 
+    @classmethod
+    def whole(cls, tensor: torch.Tensor) -> Part:
+        return cls(Region.whole(tensor.shape), tensor)
+
 
 @dataclass(eq=False)
 class Shard:

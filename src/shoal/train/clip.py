@@ -48,9 +48,7 @@ def gradients(shards: Sequence[Shard]) -> list[torch.Tensor]:
     return [s.tensor.grad for s in shards if s.tensor.grad is not None and s.tensor.grad.numel()]
 
 
-def _row_by_row(
-    shards: Sequence[Shard], shapes: Mapping[str, Sequence[int]], mesh: Mesh
-) -> torch.Tensor:
+def _row_by_row(shards: Sequence[Shard], shapes: Mapping[str, Sequence[int]], mesh: Mesh) -> torch.Tensor:
     """
     Each row's sum of squares, then the sum of all rows in the model's order: by halves, so that no kernel's own
     order of adding has a say. A row is held whole by one process that counts it, so the sum over the world is exact.
@@ -63,7 +61,9 @@ def _row_by_row(
     for shard in shards:
         if shard.counted and shard.tensor.grad is not None and shard.tensor.grad.numel():
             start = offsets[shard.name] + shard.region.offsets[0]
-            rows[start : start + shard.region.sizes[0]] += _by_halves(shard.tensor.grad.square().view(shard.region.sizes[0], -1))
+            rows[start : start + shard.region.sizes[0]] += _by_halves(
+                shard.tensor.grad.square().view(shard.region.sizes[0], -1)
+            )
     return _by_halves(mesh.sum(rows).unsqueeze(0)).squeeze(0).sqrt()
 
 

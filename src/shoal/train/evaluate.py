@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
-
-from collections.abc import Callable, Sequence
 
 from shoal.config import Config
 from shoal.data.loader import Batch, evaluation_batches

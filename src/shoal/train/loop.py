@@ -27,19 +27,16 @@ from shoal.metrics.meter import Meter, settle_dtype
 from shoal.metrics.trackers import Events, JsonLines, forget_after
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
-from shoal.optim.build import build_optimizer
 from shoal.optim.schedule import learning_rate, replanned
-from shoal.parallel.apply import Runnable, parallelize
+from shoal.parallel.apply import Runnable
 from shoal.parallel.mesh import Mesh, check_dtype, open_mesh
-from shoal.parallel.region import Part, Region
+from shoal.parallel.region import Part
 from shoal.runs import RunFolder
+from shoal.train.assemble import assemble, open_loader
 from shoal.train.closing import close_run
 from shoal.train.evaluate import evaluate
-from shoal.train.scaler import LossScaler
 from shoal.train.state import TrainState
 from shoal.train.step import Stats, train_step
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def train(config: Config) -> None:
@@ -94,36 +91,14 @@ class Run:
         before = folder.load_config() if folder.config_file.is_file() else config
         mesh.barrier()  # nobody writes the config before everybody has compared
         applied: list[str] = []
-        model = build_model(config.model, compute_dtype=DTYPES[config.train.dtype])
-        runnable = parallelize(
-            model,
-            mesh,
-            parallel=config.parallel,
-            train=config.train,
-            data=config.data,
-            say=applied.append,
-        )
-        bitwise = config.train.repro == "bitwise"
-        optimizer = build_optimizer(runnable.shards, config.optim, mesh.axis("stage"), bitwise=bitwise)
-        scaler = LossScaler(mesh.device) if config.train.dtype == "float16" else None
-        state = TrainState(runnable.shards, optimizer, scaler)
+        runnable, state = assemble(config, mesh, applied.append)
         store = CheckpointStore(
             folder.checkpoints, mesh, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
         )
         restored = restore(store, state, prepared.data_id)
         if mesh.is_first:
             write_run_files(folder, config, prepared, state.step)
-        loader = Loader(
-            rows,
-            seed=config.train.seed,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            dp_rank=mesh.dp_rank,
-            dp_size=mesh.dp_size,
-            position=state.position,
-            prefetch=config.data.prefetch,
-            pin_memory=mesh.device.type == "cuda",
-        )
+        loader = open_loader(config, mesh, rows, state.position)
         meter = Meter(config, mesh)
         events = Events(folder.events_file) if mesh.is_first else None
         run = cls(
@@ -292,7 +267,7 @@ def whole_model(config: Config, saved: list[Saved], shapes: Mapping[str, torch.S
         return None
     model = build_model(config.model, compute_dtype=torch.float32)
     model.to_empty(device="cpu")
-    load(saved[-1], {f"model.{n}": Part(Region.whole(p.shape), p.detach()) for n, p in model.named_parameters()})
+    load(saved[-1], {f"model.{n}": Part.whole(p.detach()) for n, p in model.named_parameters()})
     return model
 
 
