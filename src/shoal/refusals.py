@@ -141,7 +141,10 @@ def _pipeline(config: Config, layout: Layout) -> Iterator[Refusal]:
         lengths = lengths[-1:]  # all take as many turns as the longest
     keys = ("parallel.pp", "parallel.pp_schedule", "parallel.pp_stages", "model.num_layers")
     for length in lengths:
-        for text in pipeline_problems(parallel.pp_schedule, layout.pp, parallel.pp_stages, model.num_layers, length):
+        for text in pipeline_problems(
+            parallel.pp_schedule, layout.pp, parallel.pp_stages, model.num_layers, length,
+            compile=config.train.compile, activation_checkpointing=config.train.activation_checkpointing,
+        ):  # fmt: skip
             yield text, (*keys, "train.global_batch", "train.micro_batch")
 
 

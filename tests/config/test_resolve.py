@@ -118,7 +118,10 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
         ({"train": {"steps": 1}, "model": {"vocab_size": 1000}}, "smaller than the tokenizer's 4096"),
         ({"train": {"steps": True}}, "train.steps must be an integer"),
         ({"train": {"steps": 1}, "optim": {"lr": ".inf"}}, "optim.lr must be a number above 0"),
-        ({"train": {"steps": 1, "dtype": "fp16"}}, "train.dtype must be auto | bfloat16 | float16 | float32, not 'fp16'"),
+        (
+            {"train": {"steps": 1, "dtype": "fp16"}},
+            "train.dtype must be auto | bfloat16 | float16 | float32, not 'fp16'",
+        ),
         ({"train": {"steps": 1}, "model": {"preset": "gtp2"}}, "did you mean gpt2?"),
         ({"train": 3}, "train is a section"),
         ("- a\n- b\n", "expected sections"),

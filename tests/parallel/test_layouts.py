@@ -29,6 +29,17 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "ulysses": (2, {"cp": 2, "cp_method": "ulysses"}),
     "cp x fsdp": (4, {"cp": 2, "dp_shard": 2}),
     "cp x tp x fsdp": (8, {"cp": 2, "tp": 2, "dp_shard": 2}),
+    "gpipe": (2, {"pp": 2, "pp_schedule": "gpipe"}),
+    "1f1b": (4, {"pp": 4}),
+    "interleaved": (2, {"pp": 2, "pp_schedule": "interleaved_1f1b"}),
+    "zbv": (2, {"pp": 2, "pp_schedule": "zbv"}),
+    "dualpipev": (2, {"pp": 2, "pp_schedule": "dualpipev"}),
+    "pp x ddp": (4, {"pp": 2}),
+    "pp x fsdp": (4, {"pp": 2, "dp_shard": 2}),
+    "zbv x fsdp": (4, {"pp": 2, "dp_shard": 2, "pp_schedule": "zbv"}),
+    "pp x tp x fsdp": (8, {"pp": 2, "tp": 2, "dp_shard": 2}),
+    "zbv x tp": (4, {"pp": 2, "tp": 2, "pp_schedule": "zbv"}),
+    "pp x cp x tp": (8, {"pp": 2, "tp": 2, "cp": 2}),
 }
 
 

@@ -148,18 +148,17 @@ def evaluation_rows(rows: Rows, max_tokens: int | None) -> int:
 
 
 def evaluation_batches(
-    rows: Rows, micro_batch: int, dp_rank: int, dp_size: int, max_tokens: int | None = None, multiple: int = 1
+    rows: Rows, micro_batch: int, dp_rank: int, dp_size: int, max_tokens: int | None = None
 ) -> Iterator[Batch]:
     """
     The first rows in order, each on exactly one rank: the same rows whatever `dp_size` is.
 
-    Ranks take turns, and all get equally many batches of one size, a multiple of `multiple`: what is missing at the
-    end is filled with rows that do not count.
+    Ranks take turns, and all get equally many batches of one size: what is missing at the end is filled with rows
+    that do not count.
     """
     count = evaluation_rows(rows, max_tokens)
     batches = -(-count // micro_batch)
-    turns = -(-batches // (dp_size * multiple)) * multiple
-    for turn in range(turns):
+    for turn in range(-(-batches // dp_size)):
         first = (turn * dp_size + dp_rank) * micro_batch
         ids = np.arange(first, first + micro_batch)
         batch = make_batch(rows, np.minimum(ids, count - 1))

@@ -142,7 +142,8 @@ class Llama(LanguageModel):
         self.head = None if shape.tie_embeddings else Linear(shape.dim, shape.vocab_size)
 
     def enter(self, tokens_BT: Tensor, positions: Tensor) -> Tensor:
-        return self.embed(tokens_BT).to(self.compute_dtype)
+        x_BTD: Tensor = self.embed(tokens_BT).to(self.compute_dtype)
+        return x_BTD
 
     def context(self, positions: Tensor) -> tuple[Rope]:
         return (rope_tables(self.shape, positions, self.compute_dtype),)

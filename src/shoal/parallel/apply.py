@@ -8,8 +8,9 @@ The model stays single-device code with its own names; everything here is done t
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +23,7 @@ from shoal.metrics.meter import Phases
 from shoal.models.build import draw_region
 from shoal.models.family import LanguageModel
 from shoal.models.loss import linear_cross_entropy_sum
-from shoal.parallel import context, tensor
-
-try:
-    from shoal.parallel import pipeline
-except ImportError:
-    pipeline = None
+from shoal.parallel import context, pipeline, tensor
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.randomness import Randomness
 from shoal.parallel.recompute import checkpointed, compile_forward, set_activation_budget
@@ -36,6 +32,7 @@ from shoal.parallel.region import Region, Shard
 from shoal.parallel.shard import shard
 from shoal.parallel.tree import Leaves
 from shoal.parallel.vocab_loss import vocab_parallel_cross_entropy_sum
+from shoal.pipeline_plan import stages_per_rank
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor | float], Tensor]  # (hidden, head's weight, labels, scale) -> 0-d
 
@@ -55,6 +52,7 @@ class Runnable:
     cut_batch: Callable[[Batch], Batch]
     turns: int  # forwards that every process of a step takes, some perhaps of nothing that counts
     pipeline: pipeline.Pipeline | None = None
+    tied: bool = False  # over a pipeline: the last stage's head is the first one's embedding
     scale: Tensor | float = 1.0  # of the loss, in the step that runs
 
     def forward_backward(
@@ -114,7 +112,7 @@ class Runnable:
         """
         The loss summed over the valid tokens of these batches, 0-d float64; zero where another process has it.
 
-        Every process must bring equally many, in a pipeline `turns` of them. Collectives over all axes but `dp`.
+        Every process must bring equally many. Collectives over all axes but those of data parallel.
         """
         self.scale = 1.0
         if self.pipeline is not None:
@@ -147,8 +145,9 @@ class Runnable:
                     grad = held.parameter.grad
                     held.tensor.grad = None if grad is None else grad.to_local()  # type: ignore[attr-defined]
             sum_replicated(self.shards, self.mesh)
-            if self.pipeline is not None:
-                pipeline.sum_tied(self.parts, self.shards, self.mesh)
+            if self.pipeline is not None and self.tied:
+                grads = {s.twin: s.tensor.grad for s in self.shards if s.name == "embed.weight"}
+                pipeline.sum_tied(grads.get(False), grads.get(True), self.mesh.axis("pp"))
 
 
 def sum_replicated(shards: Sequence[Shard], mesh: Mesh) -> None:
@@ -162,7 +161,7 @@ def sum_replicated(shards: Sequence[Shard], mesh: Mesh) -> None:
         return
     grads = [s.tensor.grad for s in shards if s.summed_over_tp and s.tensor.grad is not None]
     flat = axis.sum(torch.cat([g.flatten() for g in grads]))
-    for grad, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+    for grad, total in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
         grad.copy_(total.view_as(grad))
 
 
@@ -170,7 +169,7 @@ def parallelize(
     model: LanguageModel, mesh: Mesh, *, parallel: Parallel, train: Train, data: Data, say: Callable[[str], None]
 ) -> Runnable:
     """Make `model` (on meta) a `Runnable` on `mesh`; `say` gets one line for each thing applied."""
-    layout, shape = mesh.layout, model.shape
+    layout = mesh.layout
     shapes = {name: p.shape for name, p in model.named_parameters()}
     slots = tuple(deal(train.global_batch // train.micro_batch, layout.dp))
     sharded = layout.dp_shard > 1
@@ -178,7 +177,7 @@ def parallelize(
 
     parts = {0: model}
     if layout.pp > 1:
-        stages = pipeline.stages_per_rank(parallel.pp_schedule, parallel.pp_stages)
+        stages = stages_per_rank(parallel.pp_schedule, parallel.pp_stages)
         parts = pipeline.cut(model, mesh.axis("pp"), parallel.pp_schedule, stages)
         say(f"pipeline parallel: {layout.pp * stages} stages on {layout.pp} processes, {parallel.pp_schedule}")
 
@@ -233,13 +232,33 @@ def parallelize(
         parts, shards, shapes, gradients, mesh, slots, randomness, _loss(model, mesh), _cutter(mesh, parallel), turns
     )
     if layout.pp > 1:
-        hidden = (train.micro_batch, data.seq_len // layout.cp // layout.tp, shape.dim)
-        runnable.pipeline = pipeline.Pipeline(
-            parts, mesh.axis("pp"), parallel.pp_schedule, turns, mesh.device, hidden, model.compute_dtype,
-            loss=lambda part, out, labels: runnable.loss(out, part.head_weight(), labels, runnable.scale),
-            gradients=gradients, slots=slots[mesh.dp_rank],
-        )  # fmt: skip
+        _open_pipeline(runnable, parallel, train, data, model)
     return runnable
+
+
+def _open_pipeline(runnable: Runnable, parallel: Parallel, train: Train, data: Data, model: LanguageModel) -> None:
+    mesh = runnable.mesh
+    mine = runnable.slots[mesh.dp_rank]
+
+    @contextlib.contextmanager
+    def around(stage: int, micro_batch: int) -> Iterator[None]:
+        yield
+        runnable.gradients[stage].after_backward(mine[micro_batch] if micro_batch < len(mine) else None)
+
+    places = data.seq_len // mesh.layout.cp
+    runnable.tied = model.shape.tie_embeddings
+    runnable.pipeline = pipeline.Pipeline(
+        runnable.parts,
+        mesh.axis("pp"),
+        parallel.pp_schedule,
+        runnable.turns,
+        mesh.device,
+        (train.micro_batch, places // mesh.layout.tp, model.shape.dim),
+        model.compute_dtype,
+        lambda part, out, labels: runnable.loss(out, part.head_weight(), labels, runnable.scale),
+        around,
+        (train.micro_batch, places),
+    )
 
 
 _RECOMPUTED = {
@@ -284,7 +303,8 @@ def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, seed: int,
         region, local = regions[name], parameter
         whole_in_tp = region.is_whole
         counted = places["dp_replicate"] == 0 and (places["tp"] == 0 or not whole_in_tp)
-        counted = counted and not (twin and name == "embed.weight")
+        is_twin = twin and name == "embed.weight"
+        counted = counted and not is_twin
         if layout.dp_shard > 1:
             region = region.chunk(0, cut_further.rank, cut_further.size)
             with torch.no_grad():
@@ -293,7 +313,7 @@ def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, seed: int,
             counted = counted and places["cp"] == 0
         with torch.no_grad():
             draw_region(local, part.initial(name, part.shape), seed, name, region.shape, region.slices)
-        held.append(Shard(name, region, local, parameter, counted, layout.tp > 1 and whole_in_tp))
+        held.append(Shard(name, region, local, parameter, counted, layout.tp > 1 and whole_in_tp, is_twin))
     return held
 
 

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from shoal.parallel.mesh import Axis
 
+# the same collective, renamed in torch 2.13, which warns of the older name
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """
@@ -23,7 +26,7 @@ def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
 
     Backward: each process's part of the gradient, summed over the axis. Collectives over `axis`.
     """
-    return x if axis.size == 1 else _Gather.apply(x, dim, axis)  # type: ignore[no-untyped-call, no-any-return]
+    return x if axis.size == 1 else _Gather.apply(x, dim, axis)  # type: ignore[no-untyped-call]
 
 
 def sum_scatter(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> Tensor:
@@ -43,7 +46,7 @@ def exchange(x: Tensor, split_dim: int, join_dim: int, axis: Axis) -> Tensor:
 
     Backward is the exchange the other way. `split_dim` must divide by the axis's size. A collective over `axis`.
     """
-    return x if axis.size == 1 else _Exchange.apply(x, split_dim, join_dim, axis)  # type: ignore[no-untyped-call, no-any-return]
+    return x if axis.size == 1 else _Exchange.apply(x, split_dim, join_dim, axis)  # type: ignore[no-untyped-call]
 
 
 class _Gather(torch.autograd.Function):
@@ -87,7 +90,7 @@ class _Exchange(torch.autograd.Function):
 def gather_parts(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """`gather` without autograd."""
     parts = torch.empty((axis.size * x.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=axis.group)
+    _all_gather(parts, x.contiguous(), group=axis.group)
     return parts if dim == 0 else torch.cat(parts.chunk(axis.size, 0), dim=dim)
 
 

@@ -68,7 +68,7 @@ class Mesh:
             return Axis()
         if len(mine) == self.world_size:
             return Axis(len(mine), mine.index(self.place.rank), dist.group.WORLD)
-        group, _ = dist.new_subgroups_by_enumeration(lists)
+        group, _ = dist.new_subgroups_by_enumeration(lists)  # type: ignore[no-untyped-call]
         return Axis(len(mine), mine.index(self.place.rank), group)
 
     def axis(self, name: str) -> Axis:

@@ -37,13 +37,11 @@ def _kept_operators() -> list[torch._ops.OpOverload]:
     """What is dear to compute again: matrix products, fused attention, exchanges between processes."""
     aten = torch.ops.aten
     kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
-    for name in (
+    attention = (
         "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-    ):  # fmt: skip
-        if hasattr(aten, name):
-            kept.append(getattr(aten, name).default)
-    return kept
+    )  # fmt: skip
+    return kept + [getattr(aten, name).default for name in attention if hasattr(aten, name)]
 
 
 def compile_forward(module: nn.Module, *, whole: bool) -> None:

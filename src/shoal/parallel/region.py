@@ -68,3 +68,4 @@ class Shard:
     parameter: nn.Parameter
     counted: bool = True
     summed_over_tp: bool = False  # whole on each process of `tp`, with a part of the gradient on each
+    twin: bool = False  # the last pipeline stage's copy of an embedding that the first one holds too

@@ -76,7 +76,7 @@ class ShardedGradients:
             module.set_force_sum_reduction_for_comms(True)
             if leaves is not None:
                 self._sums.append(_TreeReduceScatter(leaves, batch, shards))
-                module.set_custom_reduce_scatter(self._sums[-1])
+                module.set_custom_reduce_scatter(self._sums[-1])  # type: ignore[arg-type]  # torch does not export the base
 
     def zero(self) -> None:
         for p in self._parameters:

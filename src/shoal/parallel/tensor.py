@@ -62,7 +62,8 @@ def connect(model: LanguageModel, axis: Axis, regions: dict[str, Region]) -> Non
                 assert isinstance(row, Linear)
                 module.forward = _partial(module.forward, row, axis)
             case "vocab" if isinstance(module, Embedding):
-                module.forward = _vocab_lookup(module, regions[f"{name}.weight"].offsets[0], axis)
+                looked_up = _vocab_lookup(module, regions[f"{name}.weight"].offsets[0], axis)
+                _replace_forward(module, looked_up)
             case "position":
                 module.forward = _local_lookup(module.forward, axis)
 
@@ -72,7 +73,11 @@ def drop_row_biases(model: LanguageModel) -> None:
     for _, module, style in styles(model):
         if style == "row":
             assert isinstance(module, Linear)
-            module.forward = _product(module)
+            _replace_forward(module, _product(module))
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    module.forward = forward
 
 
 def _product(layer: Linear) -> Callable[[Tensor], Tensor]:

@@ -110,8 +110,8 @@ class Exchange:
 
         The bytes of a ring reduce-scatter where runs are whole nodes (chunks = axis.size).
         """
-        nodes = torch.stack([node for _, _, node in tree.nodes]).unflatten(1, (chunks, -1))
-        size, mine = self._axis.size, len(nodes)
+        size, mine = self._axis.size, len(tree.nodes)
+        nodes = torch.stack([node for _, _, node in tree.nodes]).view(mine, chunks, -1)
         sent = nodes.transpose(0, 1).repeat(size // chunks, 1, 1).contiguous()
         width = sent.shape[2]
         counts = [self._leaves.count(member) for member in range(size)]
@@ -131,6 +131,6 @@ class Exchange:
         assert self._work is not None
         assert self._received is not None
         self._work.wait()
-        total = self._leaves.sum(self._received.split(self._counts))
+        total = self._leaves.sum(torch.split(self._received, self._counts))
         self._work = self._received = None
         return total

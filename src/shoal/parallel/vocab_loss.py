@@ -78,7 +78,7 @@ def _softmax(
     label_C = logits_CV.gather(1, local_C1).squeeze(1) * here_C
     exps_CV = logits_CV.exp_()
     # in the order of ranks, so that the sum is the same on all and every time
-    parts = gather_parts(torch.stack([exps_CV.sum(-1), label_C]), 0, axis).unflatten(0, (axis.size, 2))
+    parts = gather_parts(torch.stack([exps_CV.sum(-1), label_C]), 0, axis).view(axis.size, 2, -1)
     total_C, label_C = parts.sum(0)
     loss = ((total_C.log() - label_C) * weight_C).sum()
     d_logits_CV = exps_CV.mul_((weight_C / total_C).unsqueeze(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -14,28 +15,26 @@ from shoal.models.family import LanguageModel
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.parallel.mesh import Mesh
 
+BATCHES_AT_A_TIME = 4  # times the stages of a pipeline: it fills and empties once for so many
+
 Losses = Callable[[Sequence[Batch]], torch.Tensor]  # of some batches, summed over their valid tokens
 
 
 def evaluate(
-    losses: Losses, mesh: Mesh, prepared: Prepared, config: Config, max_tokens: int | None, turns: int = 1
+    losses: Losses, mesh: Mesh, prepared: Prepared, config: Config, max_tokens: int | None
 ) -> dict[str, float]:
     """
     Mean loss (nats per token) and bits per byte of text over the first `max_tokens` held-out tokens (None: all).
 
     Bits per byte = nats per token x tokens per byte / ln 2, with the tokens per byte of the whole held-out
-    text. `losses` gets `turns` batches at a time, equally often on every process. A collective over the world; the
-    same on every rank.
+    text. A collective over the world; the same on every rank.
     """
     rows = prepared.split("val", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    batches: list[Batch] = []
-    for batch in evaluation_batches(rows, config.train.micro_batch, mesh.dp_rank, mesh.dp_size, max_tokens, turns):
-        batches.append(batch)
-        if len(batches) == turns:
-            totals[0] += losses(batches)
-            totals[1] += sum(b.valid_tokens for b in batches)
-            batches.clear()
+    batches = evaluation_batches(rows, config.train.micro_batch, mesh.dp_rank, mesh.dp_size, max_tokens)
+    while turn := list(itertools.islice(batches, mesh.layout.pp * BATCHES_AT_A_TIME)):
+        totals[0] += losses(turn)
+        totals[1] += sum(b.valid_tokens for b in turn)
     neighbours = mesh.world_size // mesh.dp_size  # along pp, cp and tp: they read the same batches
     loss_sum, tokens = mesh.sum(totals).tolist()
     loss = loss_sum / max(tokens / neighbours, 1.0)

@@ -182,8 +182,7 @@ class Run:
         """Loss on held-out documents, to the console, the metrics and the next checkpoint."""
         runnable = self.runnable
         runnable.train(False)
-        turns = runnable.turns if runnable.pipeline is not None else 1
-        result = evaluate(runnable.evaluate, self.mesh, self.prepared, self.config, max_tokens, turns)
+        result = evaluate(runnable.evaluate, self.mesh, self.prepared, self.config, max_tokens)
         runnable.train()
         self.val = {"step": self.state.step, "tokens": self.state.tokens, **result}
         self.console.say(
