@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import traceback
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 Override = tuple[str, str, str]
 
+VERIFIED = "verify-"  # before the name of a run: where its certificate is kept
 SHORTCUTS = {"name": "launch.name", "processes": "launch.processes"}
 
 
@@ -166,6 +168,15 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     )
     bench.add_argument("--json", action="store_true", help="one JSON object and nothing else")
 
+    verify = add(
+        "verify",
+        _verify,
+        "a certificate: does this layout train what one process would? Exit code 1 if not",
+        True,
+        usage=usage.format("verify"),
+    )
+    verify.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="what you would train")
+
     add("env", _env, "versions, devices, threads: what to paste into a bug report")
     return parser
 
@@ -271,25 +282,62 @@ def _train(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     from shoal.data.open import open_data
 
     open_data(config.data, Console())
-    settled = [f"--launch.processes={config.launch.processes}", f"--launch.threads={config.launch.threads}"]
-    return launch(config, [*argv, *settled], progress=folder.last_step)
+    return launch(config, [*argv, *_settled(config)], progress=folder.last_step)
 
 
-def _work(config: Config) -> int:
-    """One of the processes of a run."""
+def _work(config: Config, *, verify: bool = False) -> int:
+    """One of the processes of a run, or of a verification."""
     from shoal.fault.signals import die_with_parent
 
     die_with_parent()
     from shoal.parallel.mesh import is_lost_peer
-    from shoal.train.loop import train
 
     try:
-        train(config)
+        if verify:
+            from shoal.bench.parity import verify_here
+
+            verify_here(config)
+        else:
+            from shoal.train.loop import train
+
+            train(config)
     except RuntimeError as error:
         if is_lost_peer(error):
             return EXIT_LOST_PEER  # the launcher says which one and why; our own traceback would only hide it
         raise
     return 0
+
+
+def _verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    config = _resolve(args, overrides)
+    from shoal.launch.place import is_worker, read_place
+    from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
+
+    name = config.launch.name
+    config = config.replace("launch", name=f"{VERIFIED}{name}", max_restarts=0)
+    if is_worker():
+        return _work(fit_to_place(config, read_place()), verify=True)
+    from shoal.metrics.console import Console
+    from shoal.runs import RunFolder
+
+    config = plan_processes(config, count_gpus())
+    folder = RunFolder.of(config)
+    folder.lock()
+    certificate = folder.path / "certificate.json"
+    certificate.unlink(missing_ok=True)
+    from shoal.data.open import open_data
+
+    open_data(config.data, Console())
+    code = launch(config, [*argv, *_settled(config)], progress=lambda: None)
+    if code != 0 or not certificate.is_file():
+        return code or 1
+    print(f"{certificate} holds versions, device, layout and all that was compared")
+    return 0 if json.loads(certificate.read_text())["passed"] else 1
+
+
+def _settled(config: Config) -> list[str]:
+    """What the launcher decided, for its workers."""
+    return [f"--launch.processes={config.launch.processes}", f"--launch.threads={config.launch.threads}"]
 
 
 def _prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
@@ -328,8 +376,6 @@ def _config(args: argparse.Namespace, overrides: list[Override], argv: list[str]
     from shoal.resolve import resolve, schema, to_yaml
 
     if args.schema:
-        import json
-
         print(json.dumps(schema(), indent=2))
         return 0
     if args.recipe is None:

@@ -1,0 +1,348 @@
+"""
+`shoal verify`: does this config, in this layout, train what one process would train?
+
+The first process takes a few steps alone, twice: as they are, and with another order of the same sums (products by
+quarters, micro-batches added in another order). How far those two are apart is what rounding alone can do to this
+model on this data; a layout may differ from one process by so much and a little more, and no further. Then all take
+the steps together and compare: each step's loss and gradient norm, each parameter's gradient and update. Last, what
+was saved on the way is loaded into a new model, which has to go on with the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoal import __version__
+from shoal.checkpoint.store import CheckpointStore
+from shoal.config import Config, Parallel
+from shoal.data.open import open_data
+from shoal.data.pack import Rows
+from shoal.data.prepare import Prepared
+from shoal.launch.place import Place
+from shoal.metrics.console import Console
+from shoal.metrics.meter import device_name, no_phases
+from shoal.models.layers import Linear
+from shoal.optim.schedule import learning_rate
+from shoal.parallel.apply import Runnable
+from shoal.parallel.mesh import Mesh, open_mesh
+from shoal.parallel.region import Shard
+from shoal.resolve import to_dict
+from shoal.runs import RunFolder
+from shoal.train.assemble import assemble, open_loader
+from shoal.train.loop import count_steps, set_threads, settle
+from shoal.train.state import TrainState
+from shoal.train.step import train_step
+
+STEPS = 3
+SAVED_AT = 2  # the step after which the state is saved, to go on from it once more
+# How many times further than another order of sums may a layout be from one process? A forgotten sum or a wrong
+# divisor is thousands of times further in float32.
+ALLOWANCE = 8.0
+
+
+@dataclass
+class Trace:
+    """What a few steps did: each step's loss and norm, the first step's gradients, what all of them changed."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    updates: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison: how far apart, how far is allowed, both relative to the size of what is compared."""
+
+    what: str  # "loss", "gradient norm", "gradient", "update"
+    name: str  # of the worst parameter, or "step 2"
+    difference: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.allowed
+
+
+@dataclass
+class Certificate:
+    """What `certificate.json` says."""
+
+    layout: str
+    processes: int
+    dtype: str
+    repro: str
+    findings: dict[str, list[Finding]] = field(default_factory=dict)  # by the dtype it was compared in
+    resumed_same_bits: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return self.resumed_same_bits and all(f.holds for found in self.findings.values() for f in found)
+
+
+def verify_here(config: Config) -> None:
+    """One process of a verification; the first one prints, and writes `certificate.json` in the run's folder."""
+    set_threads(config)
+    with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
+        console = Console(speaks=mesh.is_first)
+        folder = RunFolder.of(config).path
+        prepared = open_data(config.data, console)
+        config = settle(config, RunFolder(folder / "none"), prepared, mesh)
+        if mesh.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+        certificate = certify(config, mesh, prepared, folder, console)
+        if mesh.is_first:
+            (folder / "certificate.json").write_text(json.dumps(to_json(certificate, config), indent=1) + "\n")
+
+
+def certify(config: Config, mesh: Mesh, prepared: Prepared, folder: Path, console: Console) -> Certificate:
+    """
+    Compare `config` in the layout of `mesh` with one process. `folder` holds a checkpoint for a moment.
+
+    A config in bfloat16 or float16 is compared in float32 too, where rounding hides less. A collective over the world.
+    """
+    rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
+    train = config.train
+    certificate = Certificate(str(mesh.layout), mesh.world_size, train.dtype, train.repro)
+    console.say(f"verifying {mesh.layout}, {mesh.world_size} processes, {STEPS} steps of the config's own data", "bold")
+    begun = time.perf_counter()
+    for dtype in dict.fromkeys(("float32", train.dtype)):
+        one = config.replace("train", dtype=dtype)
+        expected, noise = _references(one, mesh, rows)
+        console.note(f"{dtype}: one process took its steps ({time.perf_counter() - begun:.0f} s)")
+        runnable, trace = _take_steps(one, mesh, rows, console if dtype == train.dtype else None)
+        certificate.findings[dtype] = compare(trace, runnable, mesh, expected, noise, bitwise=_same_bits(one, mesh))
+        for finding in certificate.findings[dtype]:
+            _say(console, dtype, finding)
+    certificate.resumed_same_bits = _resumes(config, mesh, rows, folder)
+    same = "goes on with the same bits" if certificate.resumed_same_bits else "goes on with OTHER bits"
+    console.say(
+        f"resumed: what was saved after step {SAVED_AT} {same}", "" if certificate.resumed_same_bits else "bold red"
+    )
+    certificate.facts = _facts(mesh, time.perf_counter() - begun)
+    console.say("PASS" if certificate.passed else "FAIL", "bold green" if certificate.passed else "bold red")
+    return certificate
+
+
+def _references(config: Config, mesh: Mesh, rows: Rows) -> tuple[Trace | None, Trace | None]:
+    """One process's steps, and the same with sums in another order; None on all but the first process, which wait."""
+    found: tuple[Trace | None, Trace | None] = (None, None)
+    if mesh.is_first:
+        alone = Mesh(Place(), mesh.device)
+        plain = config.replace("train", compile=False, activation_checkpointing="none")
+        plain = Config(**{**vars(plain), "parallel": Parallel()})
+        other = plain.replace("train", repro="fast" if config.train.repro == "bitwise" else "bitwise")
+        _, expected = _take_steps(plain, alone, rows)
+        with _products_by_quarters():
+            _, noise = _take_steps(other, alone, rows)
+        found = expected, noise
+    mesh.barrier()
+    return found
+
+
+def _take_steps(config: Config, mesh: Mesh, rows: Rows, console: Console | None = None) -> tuple[Runnable, Trace]:
+    """The first steps of a run of this config. Gradients and updates are of this process's shards."""
+    say = console.note if console is not None else lambda _: None
+    runnable, state = assemble(config, mesh, say)
+    loader, trace = open_loader(config, mesh, rows), Trace()
+    before = {_key(s): s.tensor.detach().clone() for s in runnable.shards}
+    total = max(count_steps(config.train, config.data.seq_len, len(rows)), STEPS)
+    for step in range(1, STEPS + 1):
+        # the plan's rate, but none so small that no update could be told from none
+        lr = max(learning_rate(config.optim, step, total), config.optim.lr / 10)
+        stats = train_step(
+            runnable, state.optimizer, loader.next_step(), step=step, lr=lr, clip_norm=config.optim.clip_norm,
+            bitwise=config.train.repro == "bitwise", stop_asked=False, phases=no_phases, scaler=state.scaler,
+        )  # fmt: skip
+        loss, tokens, norm, _ = stats.numbers.tolist()
+        trace.losses.append(loss / max(tokens, 1.0))
+        trace.norms.append(norm)
+        if step == 1:
+            trace.gradients = {_key(s): s.tensor.grad.clone() for s in runnable.shards if s.tensor.grad is not None}
+    trace.updates = {_key(s): s.tensor.detach() - before[_key(s)] for s in runnable.shards}
+    loader.close()
+    return runnable, trace
+
+
+def _key(shard: Shard) -> str:
+    return f"{shard.name} (twin)" if shard.twin else shard.name
+
+
+@contextlib.contextmanager
+def _products_by_quarters() -> Any:
+    """Each linear layer in four products, halves of its inputs by halves of its outputs, added and rounded again."""
+    plain = Linear.forward
+
+    def forward(self: Linear, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        inputs, outputs = weight.shape[1] // 2, weight.shape[0] // 2
+        halves = []
+        for rows in (weight[:outputs], weight[outputs:]):
+            first, second = F.linear(x[..., :inputs], rows[:, :inputs]), F.linear(x[..., inputs:], rows[:, inputs:])
+            halves.append((first.float() + second.float()).to(x.dtype))
+        out = torch.cat(halves, dim=-1)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    Linear.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Linear.forward = plain  # type: ignore[method-assign]
+
+
+def compare(
+    trace: Trace, runnable: Runnable, mesh: Mesh, expected: Trace | None, noise: Trace | None, *, bitwise: bool
+) -> list[Finding]:
+    """
+    The worst of each kind, by how much of what is allowed it takes. The traces of one process are on the first one;
+    each of their tensors is sent to all, one at a time. Collectives over the world.
+    """
+    losses = [t.losses for t in (expected, noise) if t is not None]
+    norms = [t.norms for t in (expected, noise) if t is not None]
+    gradients = [t.gradients for t in (expected, noise) if t is not None]
+    updates = [t.updates for t in (expected, noise) if t is not None]
+    return [
+        _numbers("loss", trace.losses, losses, mesh, bitwise=bitwise),
+        _numbers("gradient norm", trace.norms, norms, mesh, bitwise=bitwise),
+        _tensors("gradient", trace.gradients, gradients, runnable, mesh, power=2, bitwise=bitwise),
+        _tensors("update", trace.updates, updates, runnable, mesh, power=1, bitwise=bitwise),
+    ]
+
+
+def _numbers(what: str, mine: list[float], alone: list[list[float]], mesh: Mesh, *, bitwise: bool) -> Finding:
+    """A number a step; `alone` are one process's, in both orders, on the first process."""
+    first, second = _shared(torch.tensor(alone or [mine, mine], dtype=torch.float64), mesh)
+    differences = ((torch.tensor(mine, dtype=torch.float64) - first) / first).abs().nan_to_num(nan=math.inf)
+    # one number's spread may be small by luck: the largest of the steps counts, and float32's own grain
+    spread = max(float(((second - first) / first).abs().max()), 2.0**-22)
+    step = int(differences.argmax())
+    return Finding(what, f"step {step + 1}", float(differences[step]), 0.0 if bitwise else ALLOWANCE * spread)
+
+
+def _tensors(
+    what: str, mine: Mapping[str, Tensor], alone: list[dict[str, Tensor]], runnable: Runnable, mesh: Mesh, *,
+    power: int, bitwise: bool,
+) -> Finding:  # fmt: skip
+    """
+    The worst parameter: the norm (of this power) of the difference, over the norm of what is expected.
+
+    An Adam update is almost the gradient's sign: where an element is nearly zero, rounding may turn it round, and one
+    such element would rule a sum of squares. So updates are compared by the sum of sizes, and one may turn round.
+    """
+    names = list(runnable.shapes)
+    held: dict[str, list[Shard]] = {name: [] for name in names}
+    for shard in runnable.shards:
+        if shard.counted or shard.twin:
+            held[shard.name].append(shard)
+    sums = torch.zeros(len(names), 3, dtype=torch.float64)  # of difference, spread, size
+    for index, name in enumerate(names):
+        both = torch.stack([t[name] for t in alone]) if alone else torch.empty(2, *runnable.shapes[name])
+        first, second = _shared(both, mesh).double()
+        if mesh.is_first:
+            sums[index, 1], sums[index, 2] = (second - first).abs().pow(power).sum(), first.abs().pow(power).sum()
+        for shard in held[name]:
+            # a shard without a gradient is as far off as can be
+            here = mine[_key(shard)].cpu().double() if _key(shard) in mine else torch.full(shard.region.sizes, math.inf)
+            sums[index, 0] += (here - first[shard.region.slices]).abs().pow(power).sum().nan_to_num(nan=math.inf)
+    difference, spread, size = mesh.sum(sums.to(mesh.device)).cpu().pow(1 / power).unbind(1)
+    # What is nothing but rounding (a key's bias) has no size to compare with: the whole model's counts a little.
+    usual = (spread / size.clamp(min=1e-30)).median()
+    floor = usual * size + 1e-7 * size.pow(power).sum().pow(1 / power) / len(names) ** (1 / power)
+    allowed = ALLOWANCE * torch.maximum(spread, floor)
+    if power == 1:
+        allowed += 2 * size / torch.tensor([float(shape.numel()) for shape in runnable.shapes.values()])
+    if bitwise:
+        allowed.zero_()
+    worst = int((difference / allowed.clamp(min=1e-30)).argmax())
+    unit = max(float(size[worst]), 1e-30)
+    return Finding(what, names[worst], float(difference[worst]) / unit, float(allowed[worst]) / unit)
+
+
+def _shared(tensor: Tensor, mesh: Mesh) -> Tensor:
+    """The first process's tensor, on the CPU of all. A collective over the world."""
+    if mesh.world_size > 1:
+        tensor = tensor.to(mesh.device).contiguous()
+        dist.broadcast(tensor, 0)
+    return tensor.cpu()
+
+
+def _same_bits(config: Config, mesh: Mesh) -> bool:
+    """Whether this layout promises the very bits of one process (and its arithmetic is the reference's)."""
+    train, layout = config.train, mesh.layout
+    plain = not train.compile and layout.tp == layout.cp == 1
+    return train.repro == "bitwise" and plain and not (layout.pp > 1 and config.model.tie_embeddings)
+
+
+def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:
+    """Save after some steps and go on; load into a new model and go on: the same bits? Collectives over the world."""
+    aside = folder / "checkpoints"
+    store = CheckpointStore(aside, mesh, keep=1, keep_best=False)
+    runnable, state = assemble(config, mesh, lambda _: None)
+    loader = open_loader(config, mesh, rows)
+    for step in range(1, STEPS + 1):
+        loss = _one_step(config, runnable, state, loader.next_step(), step)
+        state.step, state.position = step, loader.position
+        if step == SAVED_AT:
+            saved = store.save(state.tensors(), {**state.scalars(), "data_id": "", "val_loss": None})
+    loader.close()
+    again, resumed = assemble(config, mesh, lambda _: None)
+    with torch.no_grad():
+        for shard in again.shards:
+            shard.tensor.fill_(float("nan"))  # so that what is not loaded is seen
+    resumed.load_scalars(store.load(saved, resumed.tensors()))
+    loader = open_loader(config, mesh, rows, resumed.position)
+    for step in range(SAVED_AT + 1, STEPS + 1):
+        loss_again = _one_step(config, again, resumed, loader.next_step(), step)
+    loader.close()
+    same = loss == loss_again and all(
+        torch.equal(a.tensor, b.tensor) for a, b in zip(runnable.shards, again.shards, strict=True)
+    )
+    differing = mesh.sum(torch.tensor(float(not same), device=mesh.device))
+    if mesh.is_first:
+        shutil.rmtree(aside)
+    return differing.item() == 0
+
+
+def _one_step(config: Config, runnable: Runnable, state: TrainState, batches: Any, step: int) -> float:
+    stats = train_step(
+        runnable, state.optimizer, batches, step=step, lr=config.optim.lr, clip_norm=config.optim.clip_norm,
+        bitwise=config.train.repro == "bitwise", stop_asked=False, phases=no_phases, scaler=state.scaler,
+    )  # fmt: skip
+    return float(stats.numbers[0])
+
+
+def _say(console: Console, dtype: str, finding: Finding) -> None:
+    allowed = "the same bits" if finding.allowed == 0 else f"{finding.allowed:.1e} allowed"
+    where = finding.name if finding.name.startswith("step") else f"worst in {finding.name}"
+    verdict = "" if finding.holds else "  FAIL"
+    text = f"  {dtype:9} {finding.what:14} {finding.difference:8.1e} apart, {allowed:16}  {where}{verdict}"
+    console.say(text, "" if finding.holds else "bold red")
+
+
+def _facts(mesh: Mesh, seconds: float) -> dict[str, Any]:
+    return {
+        "seconds": round(seconds, 1),
+        "device": device_name(mesh.device),
+        "versions": {"shoal": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "platform": platform.platform(),
+    }
+
+
+def to_json(certificate: Certificate, config: Config) -> dict[str, Any]:
+    """The certificate, with the config it is about."""
+    return {"passed": certificate.passed, **asdict(certificate), "config": to_dict(config)}
