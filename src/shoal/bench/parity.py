@@ -173,7 +173,9 @@ def _take_steps(config: Config, mesh: Mesh, rows: Rows, console: Console | None 
         trace.losses.append(loss / max(tokens, 1.0))
         trace.norms.append(norm)
         if step == 1:
-            trace.gradients = {_key(s): s.tensor.grad.clone() for s in runnable.shards if s.tensor.grad is not None}
+            # what they were before clipping, which would hide that all are too long
+            clipped = max(1.0, (norm + 1e-6) / config.optim.clip_norm) if config.optim.clip_norm > 0 else 1.0
+            trace.gradients = {_key(s): s.tensor.grad * clipped for s in runnable.shards if s.tensor.grad is not None}
     trace.updates = {_key(s): s.tensor.detach() - before[_key(s)] for s in runnable.shards}
     loader.close()
     return runnable, trace
@@ -247,9 +249,8 @@ def _tensors(
     names = list(runnable.shapes)
     held: dict[str, list[Shard]] = {name: [] for name in names}
     for shard in runnable.shards:
-        if shard.counted or shard.twin:
-            held[shard.name].append(shard)
-    sums = torch.zeros(len(names), 3, dtype=torch.float64)  # of difference, spread, size
+        held[shard.name].append(shard)
+    sums = torch.zeros(len(names), 4, dtype=torch.float64)  # of difference, spread, size; elements held, with copies
     for index, name in enumerate(names):
         both = torch.stack([t[name] for t in alone]) if alone else torch.empty(2, *runnable.shapes[name])
         first, second = _shared(both, mesh).double()
@@ -259,13 +260,17 @@ def _tensors(
             # a shard without a gradient is as far off as can be
             here = mine[_key(shard)].cpu().double() if _key(shard) in mine else torch.full(shard.region.sizes, math.inf)
             sums[index, 0] += (here - first[shard.region.slices]).abs().pow(power).sum().nan_to_num(nan=math.inf)
-    difference, spread, size = mesh.sum(sums.to(mesh.device)).cpu().pow(1 / power).unbind(1)
+            sums[index, 3] += here.numel()
+    sums = mesh.sum(sums.to(mesh.device)).cpu()
+    numel = torch.tensor([float(runnable.shapes[name].numel()) for name in names])
+    sums[:, 0] *= numel / sums[:, 3]  # the mean of the copies: each process's own is compared
+    difference, spread, size = sums[:, :3].pow(1 / power).unbind(1)
     # What is nothing but rounding (a key's bias) has no size to compare with: the whole model's counts a little.
     usual = (spread / size.clamp(min=1e-30)).median()
     floor = usual * size + 1e-7 * size.pow(power).sum().pow(1 / power) / len(names) ** (1 / power)
     allowed = ALLOWANCE * torch.maximum(spread, floor)
     if power == 1:
-        allowed += 2 * size / torch.tensor([float(shape.numel()) for shape in runnable.shapes.values()])
+        allowed += 2 * size / numel
     if bitwise:
         allowed.zero_()
     worst = int((difference / allowed.clamp(min=1e-30)).argmax())

@@ -22,10 +22,8 @@ def gradient_norm(
     if bitwise:
         return _row_by_row(shards, shapes, mesh)
     if not mesh.layout.sharded:
-        return torch.nn.utils.get_total_norm(gradients(shards))
-    own = gradients([s for s in shards if s.counted])
-    norm = torch.nn.utils.get_total_norm(own) if own else torch.zeros(())
-    return mesh.sum(norm.to(mesh.device).square()).sqrt()
+        return _norm(gradients(shards))
+    return mesh.sum(_norm(gradients([s for s in shards if s.counted])).to(mesh.device).square()).sqrt()
 
 
 def clip(shards: Sequence[Shard], norm: torch.Tensor, max_norm: float, scale: torch.Tensor | None = None) -> None:
@@ -46,6 +44,27 @@ def clip(shards: Sequence[Shard], norm: torch.Tensor, max_norm: float, scale: to
 def gradients(shards: Sequence[Shard]) -> list[torch.Tensor]:
     """Of all shards that have one."""
     return [s.tensor.grad for s in shards if s.tensor.grad is not None and s.tensor.grad.numel()]
+
+
+_RUN = 16384
+
+
+def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """
+    Of all elements, 0-d float32.
+
+    On a CPU torch adds a tensor's squares one after another in float32: for 30 million elements 3e-3 off. Runs of some
+    thousand, and then the runs, are 1e-7 off in the same time.
+    """
+    if not tensors:
+        return torch.zeros(())
+    if tensors[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(tensors)
+    norms = []
+    for flat in (t.reshape(-1) for t in tensors):
+        runs, rest = flat.split([flat.numel() // _RUN * _RUN, flat.numel() % _RUN])
+        norms += [torch.linalg.vector_norm(runs.view(-1, _RUN), dim=1), torch.linalg.vector_norm(rest).view(1)]
+    return torch.linalg.vector_norm(torch.cat(norms))
 
 
 def _row_by_row(shards: Sequence[Shard], shapes: Mapping[str, Sequence[int]], mesh: Mesh) -> torch.Tensor:
