@@ -14,7 +14,6 @@ import torch
 from shoal.bench.parity import Certificate, certify
 from shoal.config import Config
 from shoal.data.open import open_data
-from shoal.launch.place import Place
 from shoal.metrics.console import Console
 from shoal.parallel import apply
 from shoal.parallel.mesh import Mesh
@@ -135,7 +134,7 @@ def _worst(certificate: Certificate, what: str) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize(
-    "processes, options",
+    ("processes", "options"),
     [
         (2, {"dp_shard": 2}),
         (3, {}),
@@ -163,7 +162,7 @@ def test_bitwise_is_held_to_the_bit(world: Callable[[int], World], tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "bug, processes, options",
+    ("bug", "processes", "options"),
     [
         ("a_forgotten_reduction_of_data_parallel", 2, {}),
         ("a_forgotten_reduction_of_tensor_parallel", 2, {"parallel__tp": 2}),
@@ -179,7 +178,7 @@ def test_a_forgotten_reduction_fails_by_the_parameters_name(
 
 
 @pytest.mark.parametrize(
-    "bug, options",
+    ("bug", "options"),
     [
         ("a_loss_divided_by_the_local_token_count", {}),
         ("a_loss_divided_by_the_local_token_count", {"optim__clip_norm": 1.0}),
@@ -195,6 +194,7 @@ def test_a_bug_of_all_parameters_fails_and_names_the_worst(
     certificate = _certify(world, config, 3, bug)
     assert not certificate.passed
     name, holds = _worst(certificate, "gradient")
-    assert not holds and "." in name
+    assert not holds
+    assert "." in name
     right = _certify(world, config, 3, "no_bug")
     assert right.passed, right

@@ -24,6 +24,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp 3": (3, {"dp_shard": 3}),
     "fsdp 4": (4, {"dp_shard": 4, "reshard_after_forward": "never"}),
     "hsdp 2x2": (4, {"dp_shard": 2, "dp_replicate": 2}),
+    "pp 2": (2, {"pp": 2}),
+    "gpipe 2 x ddp 2": (4, {"pp": 2, "pp_schedule": "gpipe"}),
 }
 
 

@@ -289,8 +289,7 @@ def _shared(tensor: Tensor, mesh: Mesh) -> Tensor:
 def _same_bits(config: Config, mesh: Mesh) -> bool:
     """Whether this layout promises the very bits of one process (and its arithmetic is the reference's)."""
     train, layout = config.train, mesh.layout
-    plain = not train.compile and layout.tp == layout.cp == 1
-    return train.repro == "bitwise" and plain and not (layout.pp > 1 and config.model.tie_embeddings)
+    return train.repro == "bitwise" and not train.compile and layout.tp == layout.cp == 1
 
 
 def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:

@@ -62,9 +62,11 @@ def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         return torch.nn.utils.get_total_norm(tensors)
     norms = []
     for flat in (t.reshape(-1) for t in tensors):
-        runs, rest = flat.split([flat.numel() // _RUN * _RUN, flat.numel() % _RUN])
-        norms += [torch.linalg.vector_norm(runs.view(-1, _RUN), dim=1), torch.linalg.vector_norm(rest).view(1)]
-    return torch.linalg.vector_norm(torch.cat(norms))
+        end = flat.numel() // _RUN * _RUN
+        norms += [torch.linalg.vector_norm(flat[:end].view(-1, _RUN), dim=1)]
+        norms += [torch.linalg.vector_norm(flat[end:]).view(1)]
+    total: torch.Tensor = torch.linalg.vector_norm(torch.cat(norms))
+    return total
 
 
 def _row_by_row(shards: Sequence[Shard], shapes: Mapping[str, Sequence[int]], mesh: Mesh) -> torch.Tensor:
