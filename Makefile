@@ -1,6 +1,6 @@
 # Every target makes what it needs, so each works as the first one on a fresh machine.
 
-.PHONY: train test test-all check format setup clean
+.PHONY: train test test-all matrix check format setup clean
 PYTHON ?=
 BIN := .venv/bin
 
@@ -12,6 +12,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest
+
+matrix: setup
+	$(BIN)/python scripts/matrix.py
 
 check: setup
 	$(BIN)/ruff format --check .

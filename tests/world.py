@@ -17,7 +17,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 150.0  # half of it for a collective: a compiler on a busy machine takes its time
 
 _laid_out: dict[tuple[int, ...], Any] = {}  # of this worker: making groups costs time, and each is made once
 

@@ -1,0 +1,277 @@
+"""
+Every layout with each family, precision, checkpointing and compile, against one process; writes docs/matrix.md.
+
+    python scripts/matrix.py [--only PATTERN] [--again] [--limit-minutes N]
+    python scripts/matrix.py --write              only the page, of the results there are
+
+A cell's result is kept in build/matrix.jsonl when it is there, so that a run that was stopped goes on where it was;
+remove that file to begin anew. What the processes say goes to build/matrix.log. Needs no network. Ends with 1 where a
+cell failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and in the processes that are started
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(__file__).resolve().parents[1] / "build" / "inductor")
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests.parallel.matrix import (
+    FAMILIES,
+    GROUPS,
+    LAYOUTS,
+    ROUNDING,
+    SLACK,
+    WORST,
+    WORST_NUMBER,
+    Bench,
+    Cell,
+    Measured,
+    cells,
+    legal,
+    problem,
+    refused,
+)  # fmt: skip
+from tests.world import World
+
+from shoal.bench.environment import describe
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "build" / "matrix.jsonl"
+LOG = ROOT / "build" / "matrix.log"
+PAGE = ROOT / "docs" / "matrix.md"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a cell: what was measured, or the error that it ended with."""
+
+    cell: str
+    commit: str
+    date: str
+    seconds: float
+    measured: Measured | None
+    error: str | None
+
+    def problem(self, cell: Cell) -> str | None:
+        return problem(cell, self.measured) if self.measured else self.error
+
+
+def results() -> dict[str, Result]:
+    """By cell; the last one of a cell counts."""
+    found = {}
+    for line in RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []:
+        fields = json.loads(line)
+        if fields["measured"]:
+            fields["measured"] = Measured(**fields["measured"])
+        found[fields["cell"]] = Result(**fields)
+    return found
+
+
+# Running.
+
+
+class Worlds(dict[int, World]):
+    """Processes by how many they are, started when first asked for."""
+
+    def __missing__(self, size: int) -> World:
+        self[size] = World(size)
+        return self[size]
+
+    def close(self) -> None:
+        for world in self.values():
+            world.close()
+        self.clear()
+
+
+def run(todo: list[Cell], limit_seconds: float) -> None:
+    """Each cell, its result appended to the file, a line on the console."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    console = os.fdopen(os.dup(1), "w", buffering=1)
+    log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)  # what the processes say, which have these from here
+    os.dup2(log, 2)
+    commit, worlds = _commit(), Worlds()
+    start, cost, done = time.monotonic(), sum(cell.cost for cell in todo), 0.0
+    with tempfile.TemporaryDirectory() as folder, RESULTS.open("a", encoding="utf-8") as file:
+        bench = Bench(Path(folder), worlds.__getitem__)
+        for number, cell in enumerate(todo, 1):
+            if time.monotonic() - start > limit_seconds:
+                print(f"stopped at the time limit, {len(todo) - number + 1} cells left", file=console)
+                break
+            result = one(bench, cell, commit)
+            if result.error:
+                worlds.close()  # others may still wait for the one that failed
+            file.write(json.dumps(dataclasses.asdict(result)) + "\n")
+            file.flush()
+            done += cell.cost
+            left = (time.monotonic() - start) * (cost - done) / done
+            said = (result.problem(cell) or "pass").strip().splitlines()[-1]
+            print(f"{number}/{len(todo)}, {left:.0f} s left: {cell}: {result.seconds:.1f} s, {said}", file=console)
+        worlds.close()
+
+
+def one(bench: Bench, cell: Cell, commit: str) -> Result:
+    start = time.monotonic()
+    measured = error = None
+    try:
+        measured = bench.run(cell)
+    except Exception:  # also of a process that died: a result like others, and the next cell's turn
+        error = traceback.format_exc()
+    date = datetime.date.today().isoformat()
+    return Result(str(cell), commit, date, round(time.monotonic() - start, 1), measured, error)
+
+
+def _commit() -> str:
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=False).stdout
+
+    return git("rev-parse", "--short", "HEAD").strip() + " with changes" * bool(git("status", "--porcelain", "src"))
+
+
+# The page.
+
+
+def page(found: dict[str, Result]) -> str:
+    reasons = {cell: refused(cell) for cell in cells()}
+    counts = Counter(text for texts in reasons.values() for text in texts)
+    numbers = {text: number for number, (text, _) in enumerate(counts.most_common(), 1)}
+    parts = [_head(found), *(_table(name, found, reasons, numbers) for name in GROUPS)]
+    parts.append(
+        "## Refused\n\nIn shoal's words. A cell may be refused for several reasons.\n\n| | cells | |\n| --- | --- | --- |\n"
+        + "\n".join(f"| {numbers[text]} | {count} | {text} |" for text, count in counts.most_common())
+    )
+    failed = [(cell, text) for cell in legal() if str(cell) in found and (text := found[str(cell)].problem(cell))]
+    parts.append(
+        "## Failed\n\n" + ("\n\n".join(f"`{cell}`:\n\n```\n{_end(text)}\n```" for cell, text in failed) or "None.")
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(found: dict[str, Result]) -> str:
+    every, can = sum(1 for _ in cells()), legal()
+    got = [found[str(cell)] for cell in can if str(cell) in found]
+    failed = sum(1 for cell in can if str(cell) in found and found[str(cell)].problem(cell))
+    commits = ", ".join(f"{commit} ({number})" for commit, number in Counter(r.commit for r in got).most_common())
+    lines = [line for line in describe().splitlines() if line[:13].strip() in ("python", "torch", "cpu", "system")]
+    return f"""# The matrix
+
+Every layout below, with each model family ({", ".join(FAMILIES)}), precision (float32, bfloat16, float16), activation
+checkpointing (none, full, selective, budget), with and without `torch.compile`: {every} cells of {len(LAYOUTS)} layouts.
+
+| cells | |
+| --- | --- |
+| {len(got) - failed} | pass |
+| {failed} | fail |
+| {every - len(can)} | refused before any process starts, with words that say what to set |
+| {len(can) - len(got)} | not run yet |
+
+Command: `make matrix`, or `python scripts/matrix.py`. It goes on where it was stopped.
+Date: {max((r.date for r in got), default="-")}. Commits, and cells measured at each: {commits or "-"}.
+
+```
+{chr(10).join(lines)}
+processes      on gloo, of one thread each
+```
+
+Each cell trains the same small model (4 blocks, width 48; 8 where a schedule needs 8 stages) for one step of 8
+sequences, and its gradient is put together from all processes, which must hold the same bits where they hold the same
+thing. It is compared with the gradient of one process in float32, without checkpointing and without the compiler.
+
+- float32: the number is the error of the parameter whose gradient is worst, relative to that gradient: the norm of the
+  difference by the norm, beyond 1e-8 of the whole gradient's norm. Allowed: {WORST:.0e}, and {WORST_NUMBER:.0e} of the loss and of the
+  reported norm.
+- bfloat16: the number is the relative error of the whole gradient, and behind it that of one process in bfloat16,
+  which is rounding alone. Allowed, of the gradient, the loss and the norm: {ROUNDING} times what one process has, and {SLACK:.0e}.
+- "same bits": the layout is of `train.repro: bitwise`, and the gradient, loss and norm are those of one process to the bit.
+
+`3/3` is how many of the checkpointing modes that can be had pass; the number is the worst of them. `refused 2` names a
+line of the table at the end; what no layout can have (float16 on this device, budget without the compiler) is not said
+in each row."""
+
+
+def _table(group: str, found: dict[str, Result], reasons: dict[Cell, list[str]], numbers: dict[str, int]) -> str:
+    columns = [(dtype, compile) for dtype in ("float32", "bfloat16") for compile in (False, True)]
+    titles = [dtype + ", compiled" * compile for dtype, compile in columns]
+    lines = [f"## {group}\n", "| layout | model | " + " | ".join(titles) + " |", "| --- " * (2 + len(columns)) + "|"]
+    for layout in GROUPS[group]:
+        for family in FAMILIES:
+            entries = [
+                _entry([c for c in reasons if (c.layout, c.family, c.dtype, c.compile) == (layout, family, *column)], found, reasons, numbers)
+                for column in columns
+            ]  # fmt: skip
+            lines.append(f"| {layout} | {family} | " + " | ".join(entries) + " |")
+    return "\n".join(lines)
+
+
+def _entry(row: list[Cell], found: dict[str, Result], reasons: dict[Cell, list[str]], numbers: dict[str, int]) -> str:
+    """The cells that differ in checkpointing alone."""
+    row = [cell for cell in row if cell.compile or cell.checkpointing != "budget"]
+    can = [cell for cell in row if not reasons[cell]]
+    said = ""
+    if why := sorted({numbers[text] for cell in row for text in reasons[cell]}):
+        said = "refused " + ", ".join(map(str, why))
+    if not can:
+        return said
+    got = [(cell, found[str(cell)]) for cell in can if str(cell) in found]
+    if not got:
+        return "; ".join(filter(None, ["not run", said]))
+    passed = sum(1 for cell, result in got if not result.problem(cell))
+    parts = [f"{passed}/{len(can)}"]
+    if len(got) < len(can):
+        parts.append(f"{len(can) - len(got)} not run")
+    return "; ".join(filter(None, [", ".join(parts + _errors(r.measured for _, r in got if r.measured)), said]))
+
+
+def _errors(every: Iterable[Measured]) -> list[str]:
+    if not (of := list(every)):
+        return []
+    parts = ["same bits"] if all(m.same_bits for m in of) else []
+    if any(m.own_total for m in of):
+        worst = max(of, key=lambda m: m.total)
+        return [*parts, f"{worst.total:.1e} (one process {worst.own_total:.1e})"]
+    return [*parts, f"{max(m.worst for m in of):.1e}"]
+
+
+def _end(text: str, lines: int = 12) -> str:
+    return "\n".join(text.strip().splitlines()[-lines:])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression: 'tp 2 .*gpt2'")
+    parser.add_argument("--again", action="store_true", help="run what failed once more")
+    parser.add_argument(
+        "--limit-minutes", type=float, default=float("inf"), metavar="N", help="begin no cell after that"
+    )
+    parser.add_argument("--write", action="store_true", help="run nothing, write the page")
+    args = parser.parse_args()
+    have = results()
+    todo = [cell for cell in legal() if re.search(args.only, str(cell))]
+    todo = [c for c in todo if str(c) not in have or (args.again and have[str(c)].problem(c))]
+    if todo and not args.write:
+        run(todo, args.limit_minutes * 60)
+    have = results()
+    PAGE.write_text(page(have), encoding="utf-8")
+    return int(any(str(cell) in have and have[str(cell)].problem(cell) for cell in legal()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,362 @@
+"""
+The matrix: every layout of at most 8 processes, with each family, precision, checkpointing and compile.
+
+    cells()            all of them; `refused(cell)` says which cannot be, in shoal's own words
+    Bench.run(cell)    its first step on real processes, against one process: what was measured
+    problem(cell, ..)  why that is not good enough, or None
+    cover()            few cells with every layout, and every pair of features and values that can be had together
+
+`scripts/matrix.py` runs all of it and writes docs/matrix.md; `test_matrix.py` runs what `cover()` gives.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal.config import Config, Parallel
+from shoal.layout import Layout, find_layout
+from shoal.parallel.mesh import Mesh
+from shoal.refusals import refusals
+from tests.parallel.layouts import Step, config_of, first_step, whole
+from tests.world import World
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A layout: how many processes, and the options that differ from `config_of`'s."""
+
+    processes: int
+    options: dict[str, Any]
+
+    @property
+    def bitwise(self) -> bool:
+        return self.options.get("train__repro") == "bitwise"
+
+    @property
+    def alone(self) -> dict[str, Any]:
+        """The options that one process must have, too, to compute the same: all but the layout."""
+        return {k: v for k, v in self.options.items() if not k.startswith(("parallel__", "train__repro"))}
+
+    @property
+    def features(self) -> frozenset[str]:
+        """What it is made of: all that a test of one layout says something about. Sizes are none."""
+        options = {k.removeprefix("parallel__"): v for k, v in self.options.items() if k.startswith("parallel__")}
+        parallel = Parallel(**options)
+        layout = find_layout(parallel, self.processes)
+        assert isinstance(layout, Layout), layout
+        copies, cut = layout.dp_replicate > 1, layout.dp_shard > 1
+        found = {
+            "ddp": copies and not cut,
+            "fsdp": cut and not copies,
+            "hsdp": cut and copies,
+            "offload": parallel.cpu_offload,
+            "reshard never": parallel.reshard_after_forward == "never",
+            "reshard over a number": isinstance(parallel.reshard_after_forward, int),
+            "tp": layout.tp > 1,
+            parallel.cp_method: layout.cp > 1,
+            parallel.pp_schedule: layout.pp > 1,
+            "bitwise": self.bitwise,
+        }
+        return frozenset(name for name, there in found.items() if there)
+
+
+def on(processes: int, *, layers: int = 4, documents: bool = True, bitwise: bool = False, **parallel: Any) -> Setup:
+    """`layers`: one stage needs one block at least; `documents`: attention stays inside one (ring cannot)."""
+    options = {f"parallel__{key}": value for key, value in parallel.items()}
+    if layers != 4:
+        options["model__num_layers"] = layers
+    if not documents:
+        options["data__document_mask"] = False
+    if bitwise:
+        options["train__repro"] = "bitwise"
+    return Setup(processes, options)
+
+
+GROUPS: dict[str, dict[str, Setup]] = {
+    "Data parallel": {
+        "ddp 2": on(2),
+        "ddp 3": on(3),
+        "ddp 4": on(4),
+        "fsdp 2": on(2, dp_shard=2),
+        "fsdp 3": on(3, dp_shard=3),
+        "fsdp 4": on(4, dp_shard=4),
+        "fsdp 2, never": on(2, dp_shard=2, reshard_after_forward="never"),
+        "fsdp 4, over 2": on(4, dp_shard=4, reshard_after_forward=2),
+        "fsdp 2, offload": on(2, dp_shard=2, cpu_offload=True),
+        "hsdp 2x2": on(4, dp_replicate=2, dp_shard=2),
+    },
+    "Data parallel, bitwise": {
+        "bitwise ddp 2": on(2, bitwise=True),
+        "bitwise ddp 3": on(3, bitwise=True),
+        "bitwise ddp 4": on(4, bitwise=True),
+        "bitwise fsdp 2": on(2, bitwise=True, dp_shard=2),
+        "bitwise fsdp 3": on(3, bitwise=True, dp_shard=3),
+        "bitwise fsdp 4, never": on(4, bitwise=True, dp_shard=4, reshard_after_forward="never"),
+        "bitwise hsdp 2x2": on(4, bitwise=True, dp_replicate=2, dp_shard=2),
+    },
+    "Tensor parallel": {
+        "tp 2": on(2, tp=2),
+        "tp 4": on(4, tp=4),
+        "ddp 2 x tp 2": on(4, tp=2),
+        "fsdp 2 x tp 2": on(4, dp_shard=2, tp=2),
+        "hsdp 2x2 x tp 2": on(8, dp_replicate=2, dp_shard=2, tp=2),
+        "tp 3": on(3, tp=3),
+    },
+    "Context parallel": {
+        "cp 2": on(2, cp=2),
+        "cp 4": on(4, cp=4),
+        "ulysses 2": on(2, cp=2, cp_method="ulysses"),
+        "ulysses 4": on(4, cp=4, cp_method="ulysses"),
+        "ring 2": on(2, documents=False, cp=2, cp_method="ring"),
+        "ring 4": on(4, documents=False, cp=4, cp_method="ring"),
+        "ring 2, documents": on(2, cp=2, cp_method="ring"),
+        "ddp 2 x cp 2": on(4, cp=2),
+        "fsdp 2 x cp 2": on(4, dp_shard=2, cp=2),
+        "fsdp 2 x ulysses 2": on(4, dp_shard=2, cp=2, cp_method="ulysses"),
+        "fsdp 2 x ring 2": on(4, documents=False, dp_shard=2, cp=2, cp_method="ring"),
+        "cp 2 x tp 2": on(4, cp=2, tp=2),
+        "ulysses 2 x tp 2": on(4, cp=2, tp=2, cp_method="ulysses"),
+        "ring 2 x tp 2": on(4, documents=False, cp=2, tp=2, cp_method="ring"),
+        "ulysses 2 x tp 4": on(8, cp=2, tp=4, cp_method="ulysses"),
+        "fsdp 2 x cp 2 x tp 2": on(8, dp_shard=2, cp=2, tp=2),
+    },
+    "Pipeline": {
+        "gpipe 2": on(2, pp=2, pp_schedule="gpipe"),
+        "gpipe 4": on(4, pp=4, pp_schedule="gpipe"),
+        "1f1b 2": on(2, pp=2),
+        "1f1b 4": on(4, pp=4),
+        "interleaved 2": on(2, pp=2, pp_schedule="interleaved_1f1b"),
+        "interleaved 4": on(4, layers=8, pp=4, pp_schedule="interleaved_1f1b"),
+        "interleaved 4, 4 blocks": on(4, pp=4, pp_schedule="interleaved_1f1b"),
+        "zbv 2": on(2, pp=2, pp_schedule="zbv"),
+        "zbv 4": on(4, layers=8, pp=4, pp_schedule="zbv"),
+        "dualpipev 2": on(2, pp=2, pp_schedule="dualpipev"),
+        "dualpipev 4": on(4, layers=8, pp=4, pp_schedule="dualpipev"),
+        "1f1b 2 x ddp 2": on(4, pp=2),
+        "1f1b 2 x fsdp 2": on(4, pp=2, dp_shard=2),
+        "interleaved 2 x fsdp 2": on(4, pp=2, dp_shard=2, pp_schedule="interleaved_1f1b"),
+        "zbv 2 x fsdp 2": on(4, pp=2, dp_shard=2, pp_schedule="zbv"),
+        "bitwise 1f1b 2 x fsdp 2": on(4, bitwise=True, pp=2, dp_shard=2),
+        "1f1b 2 x tp 2": on(4, pp=2, tp=2),
+        "zbv 2 x tp 2": on(4, pp=2, tp=2, pp_schedule="zbv"),
+        "1f1b 2 x cp 2": on(4, pp=2, cp=2),
+        "1f1b 2 x fsdp 2 x tp 2": on(8, pp=2, dp_shard=2, tp=2),
+        "1f1b 2 x cp 2 x tp 2": on(8, pp=2, cp=2, tp=2),
+    },
+}
+LAYOUTS: dict[str, Setup] = {name: setup for group in GROUPS.values() for name, setup in group.items()}
+FAMILIES = ("llama", "gpt2")
+DTYPES = ("float32", "bfloat16", "float16")
+CHECKPOINTING = ("none", "full", "selective", "budget")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One place of the matrix. Its fields are the axes."""
+
+    layout: str
+    family: str
+    dtype: str
+    checkpointing: str
+    compile: bool
+
+    def __str__(self) -> str:
+        compiled = ", compiled" if self.compile else ""
+        return f"{self.layout} | {self.family} | {self.dtype} | {self.checkpointing}{compiled}"
+
+    @property
+    def setup(self) -> Setup:
+        return LAYOUTS[self.layout]
+
+    @property
+    def plain(self) -> bool:
+        """Exact to rounding, and no compiler: the sharpest test of a layout."""
+        return self.dtype == "float32" and not self.compile
+
+    @property
+    def processes(self) -> int:
+        return self.setup.processes
+
+    @property
+    def pairs(self) -> frozenset[tuple[str, str]]:
+        """Each two of its layout's features and its values on the other axes."""
+        values = (self.family, self.dtype, f"checkpointing {self.checkpointing}", f"compile {self.compile}")
+        return frozenset(itertools.combinations(sorted(self.setup.features.union(values)), 2))
+
+    @property
+    def cost(self) -> float:
+        """Seconds, roughly: processes take turns on few cores, and a compiler takes its time."""
+        return self.processes * (8.0 if self.compile else 0.4)
+
+    def config(self, folder: Path) -> Config:
+        return config_of(
+            folder, str(self).replace(" | ", "-"), self.family, **self.setup.options, train__device="cpu",
+            train__dtype=self.dtype, train__activation_checkpointing=self.checkpointing, train__compile=self.compile,
+        )  # fmt: skip
+
+
+def cells() -> Iterator[Cell]:
+    """All cells, those that are refused too. Cells that make the compiler write the same code are neighbours."""
+    axes = ((False, True), DTYPES, FAMILIES, CHECKPOINTING, LAYOUTS)
+    for compile, dtype, family, checkpointing, layout in itertools.product(*axes):
+        yield Cell(layout, family, dtype, checkpointing, compile)
+
+
+def refused(cell: Cell) -> list[str]:
+    """Why shoal will not run it; empty where it will."""
+    return list(refusals(cell.config(Path("unused")), cell.processes))
+
+
+@cache
+def legal() -> tuple[Cell, ...]:
+    return tuple(cell for cell in cells() if not refused(cell))
+
+
+@cache
+def cover() -> tuple[Cell, ...]:
+    """
+    Every layout once, exactly; then what is missing of the pairs that any legal cell has, much new for little cost.
+
+    Always the same ones.
+    """
+    pairs = {cell: cell.pairs for cell in legal()}
+    left = set().union(*pairs.values())
+    chosen: list[Cell] = []
+
+    def take(pool: Iterable[Cell]) -> None:
+        best = max(pool, key=lambda cell: len(pairs[cell] & left) / cell.cost)  # of equals the first
+        chosen.append(best)
+        left.difference_update(pairs[best])
+
+    for layout in dict.fromkeys(cell.layout for cell in legal()):
+        take(cell for cell in legal() if cell.layout == layout and cell.plain)
+    while left:
+        take(legal())
+    return tuple(chosen)
+
+
+# What is measured.
+
+Gradients = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One cell's first step against one process that computes in float32, without checkpointing and compile."""
+
+    loss: float  # relative error
+    norm: float  # relative error of the gradient's norm, as the step reports it
+    total: float  # norm of the whole gradient's error, relative
+    worst: float  # the same of the parameter where it is worst, beyond 1e-8 of the whole gradient's norm
+    parameter: str  # which one that is
+    own_loss: float  # the first three of one process that computes in the cell's precision: rounding's own share
+    own_norm: float
+    own_total: float
+    same_bits: bool | None  # where the layout promises one process's bits
+
+
+WORST, WORST_NUMBER = 3e-6, 1e-6  # float32: of a parameter's gradient; of the loss and the norm
+ROUNDING, SLACK = 1.5, 1e-3  # bfloat16: how much worse than one process, and what is added to that
+
+
+def problem(cell: Cell, found: Measured) -> str | None:
+    """What is wrong with what was found; None where nothing is. A nan is wrong."""
+    if found.same_bits is False:
+        return "not the bits of one process"
+    if cell.dtype == "float32":
+        checks = [
+            (f"the gradient of {found.parameter}", found.worst, WORST),
+            ("the loss", found.loss, WORST_NUMBER),
+            ("the norm", found.norm, WORST_NUMBER),
+        ]
+    else:
+        checks = [
+            ("the whole gradient", found.total, ROUNDING * found.own_total + SLACK),
+            ("the loss", found.loss, ROUNDING * found.own_loss + SLACK),
+            ("the norm", found.norm, ROUNDING * found.own_norm + SLACK),
+        ]
+    wrong = [
+        f"relative error {error:.1e} of {what}, allowed {most:.1e}" for what, error, most in checks if not error <= most
+    ]
+    return "; ".join(wrong) or None
+
+
+class Bench:
+    """Runs cells on `world(n)`'s processes, with what one process computes beside them; keeps the latter."""
+
+    def __init__(self, folder: Path, world: Callable[[int], World]) -> None:
+        self._folder, self._world = folder, world
+        self._alone: dict[tuple[Any, ...], tuple[Step, Gradients]] = {}
+
+    def run(self, cell: Cell) -> Measured:
+        """What came of it. Raises what its processes raise."""
+        step, grads = self._step(cell.processes, cell.config(self._folder))
+        exact, wanted = self._one_process(cell, train__dtype="float32")
+        own, rounded = self._one_process(cell, train__dtype=cell.dtype)
+        assert grads.keys() == wanted.keys()
+        norm = _norm(wanted.values())
+        # A key's bias has no gradient but noise, since softmax does not see it.
+        errors = {n: ((grads[n] - w).norm() - 1e-8 * norm).clamp(min=0) / w.norm() for n, w in wanted.items()}
+        parameter = max(errors, key=lambda n: float(errors[n].nan_to_num(torch.inf)))
+        same_bits = None
+        if cell.setup.bitwise:
+            same, same_grads = self._one_process(cell, train__dtype=cell.dtype, **self._same_code(cell))
+            same_bits = (step.loss, step.norm) == (same.loss, same.norm)
+            same_bits = same_bits and all(torch.equal(grads[n], w) for n, w in same_grads.items())
+        return Measured(
+            _relative(step.loss, exact.loss), _relative(step.norm, exact.norm), _difference(grads, wanted) / norm,
+            float(errors[parameter]), parameter,
+            _relative(own.loss, exact.loss), _relative(own.norm, exact.norm), _difference(rounded, wanted) / norm,
+            same_bits,
+        )  # fmt: skip
+
+    def _same_code(self, cell: Cell) -> dict[str, Any]:
+        """One process has the same bits where the compiler has made the same of it; checkpointing alone changes none."""
+        options: dict[str, Any] = {"train__repro": "bitwise"}
+        if cell.compile:
+            options |= {"train__compile": True, "train__activation_checkpointing": cell.checkpointing}
+        return options
+
+    def _one_process(self, cell: Cell, **options: Any) -> tuple[Step, Gradients]:
+        options |= cell.setup.alone
+        key = (cell.family, *sorted(options.items()))
+        if key not in self._alone:
+            config = config_of(self._folder, f"alone-{len(self._alone)}", cell.family, train__device="cpu", **options)
+            self._alone[key] = self._step(1, config)
+        return self._alone[key]
+
+    def _step(self, processes: int, config: Config) -> tuple[Step, Gradients]:
+        steps = self._world(processes).run(step_of, config)
+        [_] = {(step.loss, step.norm) for step in steps}  # all say the same
+        return steps[0], whole([step.gradients for step in steps])
+
+
+def step_of(mesh: Mesh, config: Config) -> Step:
+    """`first_step` in a process that may have compiled other things before, and forgets them."""
+    if config.train.compile:
+        import torch._functorch.config as functorch
+        import torch._inductor.config as inductor
+
+        inductor.compile_threads = 1  # no pool of processes beside each of these
+        functorch.activation_memory_budget = 1.0
+        torch.compiler.reset()
+    return first_step(mesh, config)
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return float(torch.stack([t.double().square().sum() for t in tensors]).sum().sqrt())
+
+
+def _difference(some: Gradients, others: Gradients) -> float:
+    return _norm(some[name].double() - other for name, other in others.items())
+
+
+def _relative(value: float, wanted: float) -> float:
+    return abs(value - wanted) / abs(wanted)
