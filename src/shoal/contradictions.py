@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -38,8 +39,8 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
             "train.micro_batch",
         )
     elif not any(shape_problems(model)):
-        for message, keys in refusals(config, config.launch.processes):
-            yield problem(message, *keys)
+        for sentence in refusals(config, config.launch.processes):
+            yield problem(sentence, *(key for key in sources if re.search(rf"\b{re.escape(key)}\b", sentence)))
     if data.seq_len > model.max_seq_len:
         yield problem(
             f"data.seq_len {data.seq_len} is longer than model.max_seq_len {model.max_seq_len}",

@@ -1,13 +1,12 @@
 """
 What a layout cannot hold, found before any process starts: options that are each valid and not together. No torch.
 
-Each refusal is one sentence that names the options and a value that would do.
+Each is one sentence that names the options, by section and key, and a value that would do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from shoal.config import Config, Model, Parallel
 from shoal.layout import Layout, deal, find_layout
@@ -15,20 +14,11 @@ from shoal.pipeline_plan import problems as pipeline_problems
 from shoal.presets import resolve_shape
 
 
-class Refusal(NamedTuple):
-    """Why not, in one sentence, and the options it is about."""
-
-    text: str
-    options: tuple[str, ...]
-
-
-def refusals(config: Config, processes: int | None) -> Iterator[Refusal]:
+def refusals(config: Config, processes: int | None) -> Iterator[str]:
     """Every reason why `config` cannot run on `processes` (None: as few as it needs)."""
     layout = find_layout(config.parallel, processes)
     if isinstance(layout, str):
-        yield Refusal(
-            layout, (*(f"parallel.{n}" for n in ("pp", "dp_replicate", "dp_shard", "cp", "tp")), "launch.processes")
-        )
+        yield layout
         return
     yield from _batches(config, layout)
     yield from _tensor(config, layout)
@@ -39,50 +29,41 @@ def refusals(config: Config, processes: int | None) -> Iterator[Refusal]:
     yield from _arithmetic(config)
 
 
-def _batches(config: Config, layout: Layout) -> Iterator[Refusal]:
+def _batches(config: Config, layout: Layout) -> Iterator[str]:
     train = config.train
     slots = train.global_batch // train.micro_batch
     if slots < layout.dp:
-        yield Refusal(
-            f"a step of {train.global_batch} sequences in micro-batches of {train.micro_batch} is {slots} micro-batches, fewer "
+        yield (
+            f"train.global_batch {train.global_batch} in parts of train.micro_batch {train.micro_batch} is {slots} micro-batches, fewer "
             f"than the {layout.dp} data-parallel processes; train.global_batch {layout.dp * train.micro_batch} would do"
             + (
                 f", or train.micro_batch {train.global_batch // layout.dp}"
                 if train.global_batch % layout.dp == 0
                 else ""
-            ),
-            (
-                "train.global_batch",
-                "train.micro_batch",
-                "launch.processes",
-                "parallel.dp_replicate",
-                "parallel.dp_shard",
-            ),
+            )
         )
 
 
-def _tensor(config: Config, layout: Layout) -> Iterator[Refusal]:
+def _tensor(config: Config, layout: Layout) -> Iterator[str]:
     model, tp = resolve_shape(config.model), layout.tp
     if tp == 1:
         return
-    for key in ("num_heads", "num_kv_heads"):
+    for key in _head_counts(model):
         size = getattr(model, key)
         if size % tp:
-            yield Refusal(
+            yield (
                 f"parallel.tp {tp} gives each process whole heads, and model.{key} {size} is no multiple of it; "
-                f"set parallel.tp to {_divisor(size, tp)}, or model.{key} to {_up(size, tp)}",
-                ("parallel.tp", f"model.{key}"),
+                f"set parallel.tp to {_divisor(size, tp)}, or model.{key} to {_up(size, tp)}"
             )
     for key, size in (("ffn_dim", model.ffn_dim), ("vocab_size", model.vocab_size)):
         if size is not None and -(-size // tp) * (tp - 1) >= size:
-            yield Refusal(
-                f"model.{key} {size} cut over parallel.tp {tp} leaves a process with nothing; set parallel.tp to {_divisor(size, tp)}",
-                ("parallel.tp", f"model.{key}"),
+            yield (
+                f"model.{key} {size} cut over parallel.tp {tp} leaves a process with nothing; set parallel.tp to {_divisor(size, tp)}"
             )
     yield from _no_dropout(model, "tp", tp)
 
 
-def _context(config: Config, layout: Layout) -> Iterator[Refusal]:
+def _context(config: Config, layout: Layout) -> Iterator[str]:
     model, parallel, cp, tp = resolve_shape(config.model), config.parallel, layout.cp, layout.tp
     seq_len = config.data.seq_len
     if cp > 1:
@@ -91,81 +72,71 @@ def _context(config: Config, layout: Layout) -> Iterator[Refusal]:
         pieces = cp if parallel.cp_method == "ulysses" else 2 * cp
         if seq_len % (pieces * tp):
             times = f"parallel.cp {cp}" + (" x 2" if pieces > cp else "") + (f" x parallel.tp {tp}" if tp > 1 else "")
-            yield Refusal(
-                f"data.seq_len {seq_len} is cut into {times} equal pieces; set data.seq_len to {_up(seq_len, pieces * tp)}",
-                ("data.seq_len", "parallel.cp", "parallel.tp"),
+            yield (
+                f"data.seq_len {seq_len} is cut into {times} equal pieces; set data.seq_len to {_up(seq_len, pieces * tp)}"
             )
         if parallel.cp_method == "ulysses":
-            for key in ("num_heads", "num_kv_heads"):
+            for key in _head_counts(model):
                 if getattr(model, key) % (cp * tp):
-                    yield Refusal(
+                    yield (
                         f"parallel.cp_method ulysses gives each of parallel.cp {cp} processes whole heads, and model.{key} "
                         f"{getattr(model, key)} is no multiple of {cp * tp}; set parallel.cp_method to allgather, or "
-                        f"parallel.cp to {_divisor(getattr(model, key) // tp or 1, cp)}",
-                        ("parallel.cp", "parallel.cp_method", f"model.{key}"),
+                        f"parallel.cp to {_divisor(getattr(model, key) // tp or 1, cp)}"
                     )
         if parallel.cp_method == "ring" and config.data.document_mask:
-            yield Refusal(
-                "parallel.cp_method ring knows no data.document_mask; set parallel.cp_method to allgather or ulysses",
-                ("parallel.cp_method", "data.document_mask"),
+            yield (
+                "parallel.cp_method ring knows no data.document_mask; set parallel.cp_method to allgather or ulysses"
             )
         yield from _no_dropout(model, "cp", cp)
     elif tp > 1 and seq_len % tp:
-        yield Refusal(
+        yield (
             f"data.seq_len {seq_len} is cut over parallel.tp {tp} between matrices, and is no multiple of it; "
-            f"set data.seq_len to {_up(seq_len, tp)}",
-            ("data.seq_len", "parallel.tp"),
+            f"set data.seq_len to {_up(seq_len, tp)}"
         )
 
 
-def _no_dropout(model: Model, axis: str, size: int) -> Iterator[Refusal]:
+def _no_dropout(model: Model, axis: str, size: int) -> Iterator[str]:
     if model.dropout:
-        yield Refusal(
+        yield (
             f"parallel.{axis} {size} would draw other dropout masks than one process does; set model.dropout to 0 "
-            f"(not {model.dropout:g}), or parallel.{axis} to 1",
-            (f"parallel.{axis}", "model.dropout"),
+            f"(not {model.dropout:g}), or parallel.{axis} to 1"
         )
 
 
-def _pipeline(config: Config, layout: Layout) -> Iterator[Refusal]:
+def _pipeline(config: Config, layout: Layout) -> Iterator[str]:
     parallel, model = config.parallel, config.model
     slots = config.train.global_batch // config.train.micro_batch
     lengths = sorted({len(run) for run in deal(slots, layout.dp)}) if slots >= layout.dp else []
     if layout.dp_shard > 1:
         lengths = lengths[-1:]  # all take as many turns as the longest
-    keys = ("parallel.pp", "parallel.pp_schedule", "parallel.pp_stages", "model.num_layers")
     for length in lengths:
-        for text in pipeline_problems(
+        yield from pipeline_problems(
             parallel.pp_schedule, layout.pp, parallel.pp_stages, model.num_layers, length,
             compile=config.train.compile, activation_checkpointing=config.train.activation_checkpointing,
-        ):  # fmt: skip
-            yield Refusal(text, (*keys, "train.global_batch", "train.micro_batch"))
+        )  # fmt: skip
 
 
-def _bitwise(config: Config, layout: Layout) -> Iterator[Refusal]:
+def _bitwise(config: Config, layout: Layout) -> Iterator[str]:
     if config.train.repro != "bitwise":
         return
     if layout.pp > 1 and layout.dp_shard > 1:
-        yield Refusal(
+        yield (
             f"train.repro bitwise cannot fix the order of sums with both parallel.pp {layout.pp} and parallel.dp_shard "
-            f"{layout.dp_shard}; set parallel.dp_shard to 1 (parallel.dp_replicate may be {layout.dp})",
-            ("train.repro", "parallel.pp", "parallel.dp_shard"),
+            f"{layout.dp_shard}; set parallel.dp_shard to 1, parallel.dp_replicate then takes what remains"
         )
     if layout.pp > 1 and resolve_shape(config.model).tie_embeddings:
-        yield Refusal(
+        yield (
             f"train.repro bitwise with parallel.pp {layout.pp} adds a tied embedding's two gradients, of two processes, in "
-            "an order of their own; set model.tie_embeddings to false, or parallel.pp to 1",
-            ("train.repro", "parallel.pp", "model.tie_embeddings"),
+            "an order of their own; set model.tie_embeddings to false, or parallel.pp to 1"
         )
     if config.launch.threads not in (None, 1):
-        yield Refusal(
+        yield (
             f"train.repro bitwise needs one thread a process, and launch.threads is {config.launch.threads}; leave "
-            "launch.threads out, and start more processes",
-            ("train.repro", "launch.threads"),
+            "launch.threads out, and start more processes"
         )
 
 
-def _unused(config: Config, layout: Layout) -> Iterator[Refusal]:
+def _unused(config: Config, layout: Layout) -> Iterator[str]:
     """Options that would do nothing here are refused, not passed over."""
     parallel, defaults = config.parallel, Parallel()
     needs = {
@@ -174,41 +145,40 @@ def _unused(config: Config, layout: Layout) -> Iterator[Refusal]:
     }  # fmt: skip
     for key, (axis, value) in needs.items():
         if getattr(layout, axis) == 1 and getattr(parallel, key) != getattr(defaults, key):
-            yield Refusal(
+            yield (
                 f"parallel.{key} {_show(getattr(parallel, key))} does nothing where parallel.{axis} is 1; set "
-                f"parallel.{axis} to {value}, or leave parallel.{key} out",
-                (f"parallel.{key}", f"parallel.{axis}"),
+                f"parallel.{axis} to {value}, or leave parallel.{key} out"
             )
     number = parallel.reshard_after_forward
     cut = layout.dp_shard * layout.cp
     if isinstance(number, int) and layout.dp_shard > 1 and not (1 < number < cut and cut % number == 0):
         fitting = [str(n) for n in range(2, cut) if cut % n == 0]
-        yield Refusal(
-            f"parallel.reshard_after_forward {number} keeps parameters cut over so many of {cut} processes; set it to "
-            f"{' or '.join([*fitting, 'always', 'never'])}",
-            ("parallel.reshard_after_forward", "parallel.dp_shard"),
+        yield (
+            f"parallel.reshard_after_forward {number} keeps parameters cut over so many of {cut} processes "
+            f"(parallel.dp_shard {layout.dp_shard}); set "
+            f"parallel.reshard_after_forward to {' or '.join([*fitting, 'always', 'never'])}"
         )
 
 
-def _arithmetic(config: Config) -> Iterator[Refusal]:
+def _arithmetic(config: Config) -> Iterator[str]:
     train = config.train
     if train.activation_checkpointing == "budget" and not train.compile:
-        yield Refusal(
+        yield (
             "train.activation_checkpointing budget is the compiler's choice; set train.compile to true, or "
-            "train.activation_checkpointing to selective",
-            ("train.activation_checkpointing", "train.compile"),
+            "train.activation_checkpointing to selective"
         )
     if train.dtype == "float16" and train.device == "cpu":
-        yield Refusal(
-            "train.dtype float16 is for CUDA (a CPU multiplies it a thousand times slower); set train.dtype to "
-            "bfloat16 or float32",
-            ("train.dtype", "train.device"),
+        yield (
+            "train.dtype float16 is for CUDA, train.device is cpu, which multiplies it a thousand times slower; set train.dtype to "
+            "bfloat16 or float32"
         )
     if train.dtype == "float16" and config.optim.name == "muon":
-        yield Refusal(
-            "optim.name muon cannot leave out a step in which float16 overflowed; set train.dtype to bfloat16",
-            ("train.dtype", "optim.name"),
-        )
+        yield ("optim.name muon cannot leave out a step in which float16 overflowed; set train.dtype to bfloat16")
+
+
+def _head_counts(model: Model) -> list[str]:
+    """Options to look at: the key heads are as many as the query heads where nothing else was said."""
+    return ["num_heads"] + ["num_kv_heads"] * (model.num_kv_heads != model.num_heads)
 
 
 def _divisor(size: int, most: int) -> int:

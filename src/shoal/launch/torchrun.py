@@ -65,7 +65,7 @@ def _threads(config: Config, share: int) -> int:
 
 def _refuse(config: Config, processes: int) -> None:
     """Raise `LaunchError` with all that cannot hold on so many processes."""
-    if found := [message for message, _ in refusals(config, processes)]:
+    if found := list(refusals(config, processes)):
         raise LaunchError("\n".join(found))
 
 
