@@ -158,6 +158,28 @@ def _unused(config: Config, layout: Layout) -> Iterator[str]:
             f"(parallel.dp_shard {layout.dp_shard}); set "
             f"parallel.reshard_after_forward to {' or '.join([*fitting, 'always', 'never'])}"
         )
+    if isinstance(number, int) and layout.dp_shard > 1:
+        yield from _smaller_groups(config, layout, number)
+
+
+def _smaller_groups(config: Config, layout: Layout, number: int) -> Iterator[str]:
+    """
+    Keeping parameters over a number of processes takes groups that `fully_shard` opens itself, of its own mesh's ranks.
+
+    Opening a group takes all processes; where several such meshes stand side by side, each opens others. Seen with
+    torch 2.13: they wait for each other until the time is up.
+    """
+    beside = {f"parallel.{axis}": getattr(layout, axis) for axis in ("tp", "pp")}
+    if config.train.repro == "bitwise":  # its sums over replicas are not FSDP's
+        beside["parallel.dp_replicate"] = layout.dp_replicate
+    for option, size in beside.items():
+        if size > 1:
+            bitwise = " and train.repro bitwise" if option == "parallel.dp_replicate" else ""
+            yield (
+                f"parallel.reshard_after_forward {number} with {option} {size}{bitwise} would have torch open groups of "
+                "processes in an order that is not the same everywhere, and wait for ever; set "
+                f"parallel.reshard_after_forward to always or never, or {option} to 1"
+            )
 
 
 def _arithmetic(config: Config) -> Iterator[str]:
