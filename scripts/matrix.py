@@ -35,8 +35,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.parallel.matrix import (
     FAMILIES,
-    GROUPS,
-    LAYOUTS,
     ROUNDING,
     SLACK,
     WORST,
@@ -49,6 +47,7 @@ from tests.parallel.matrix import (
     problem,
     refused,
 )  # fmt: skip
+from tests.parallel.setups import GROUPS, LAYOUTS, TOGETHER
 from tests.world import World
 
 from shoal.bench.environment import describe
@@ -200,24 +199,36 @@ thing. It is compared with the gradient of one process in float32, without check
   reported norm.
 - bfloat16: the number is the relative error of the whole gradient, and behind it that of one process in bfloat16,
   which is rounding alone. Allowed, of the gradient, the loss and the norm: {ROUNDING} times what one process has, and {SLACK:.0e}.
-- "same bits": the layout is of `train.repro: bitwise`, and the gradient, loss and norm are those of one process to the bit.
+- "same bits": the layout is of `train.repro: bitwise`, and the gradient, loss and norm are to the bit those of one process
+  (where `cp` or `tp` is larger than 1: of the same layout without data parallel).
 
 `3/3` is how many of the checkpointing modes that can be had pass; the number is the worst of them. `refused 2` names a
 line of the table at the end; what no layout can have (float16 on this device, budget without the compiler) is not said
-in each row."""
+in each row. The layouts under "{TOGETHER}" are there for each pair of features that can be had and that the others lack:
+they run without checkpointing and compiler alone."""
 
 
 def _table(group: str, found: dict[str, Result], reasons: dict[Cell, list[str]], numbers: dict[str, int]) -> str:
-    columns = [(dtype, compile) for dtype in ("float32", "bfloat16") for compile in (False, True)]
-    titles = [dtype + ", compiled" * compile for dtype, compile in columns]
-    lines = [f"## {group}\n", "| layout | model | " + " | ".join(titles) + " |", "| --- " * (2 + len(columns)) + "|"]
-    for layout in GROUPS[group]:
-        for family in FAMILIES:
-            entries = [
-                _entry([c for c in reasons if (c.layout, c.family, c.dtype, c.compile) == (layout, family, *column)], found, reasons, numbers)
-                for column in columns
-            ]  # fmt: skip
-            lines.append(f"| {layout} | {family} | " + " | ".join(entries) + " |")
+    """A row for each layout and family; for each layout where there are few columns."""
+    mine = [cell for cell in reasons if cell.layout in GROUPS[group] and cell.dtype != "float16"]
+    compiled = any(cell.compile for cell in mine)
+
+    def place(cell: Cell) -> tuple[str, str]:
+        """Row and column."""
+        if compiled:
+            return f"{cell.layout} | {cell.family}", cell.dtype + ", compiled" * cell.compile
+        return cell.layout, f"{cell.dtype}, {cell.family}"
+
+    entries: dict[tuple[str, str], list[Cell]] = {}
+    for cell in mine:
+        entries.setdefault(place(cell), []).append(cell)
+    columns = list(dict.fromkeys(column for _, column in entries))
+    rows = sorted({row for row, _ in entries}, key=lambda row: list(LAYOUTS).index(row.partition(" | ")[0]))
+    heads = ["layout", "model", *columns] if compiled else ["layout", *columns]
+    lines = [f"## {group}\n", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for row in rows:
+        said = [_entry(entries[row, column], found, reasons, numbers) for column in columns]
+        lines.append(f"| {row} | {' | '.join(said)} |")
     return "\n".join(lines)
 
 

@@ -20,138 +20,13 @@ from typing import Any
 
 import torch
 
-from shoal.config import Config, Parallel
-from shoal.layout import Layout, find_layout
+from shoal.config import Config
 from shoal.parallel.mesh import Mesh
 from shoal.refusals import refusals
 from tests.parallel.layouts import Step, config_of, first_step, whole
+from tests.parallel.setups import GROUPS, LAYOUTS, TOGETHER, Setup
 from tests.world import World
 
-
-@dataclass(frozen=True)
-class Setup:
-    """A layout: how many processes, and the options that differ from `config_of`'s."""
-
-    processes: int
-    options: dict[str, Any]
-
-    @property
-    def bitwise(self) -> bool:
-        return self.options.get("train__repro") == "bitwise"
-
-    @property
-    def alone(self) -> dict[str, Any]:
-        """The options that one process must have, too, to compute the same: all but the layout."""
-        return {k: v for k, v in self.options.items() if not k.startswith(("parallel__", "train__repro"))}
-
-    @property
-    def features(self) -> frozenset[str]:
-        """What it is made of: all that a test of one layout says something about. Sizes are none."""
-        options = {k.removeprefix("parallel__"): v for k, v in self.options.items() if k.startswith("parallel__")}
-        parallel = Parallel(**options)
-        layout = find_layout(parallel, self.processes)
-        assert isinstance(layout, Layout), layout
-        copies, cut = layout.dp_replicate > 1, layout.dp_shard > 1
-        found = {
-            "ddp": copies and not cut,
-            "fsdp": cut and not copies,
-            "hsdp": cut and copies,
-            "offload": parallel.cpu_offload,
-            "reshard never": parallel.reshard_after_forward == "never",
-            "reshard over a number": isinstance(parallel.reshard_after_forward, int),
-            "tp": layout.tp > 1,
-            parallel.cp_method: layout.cp > 1,
-            parallel.pp_schedule: layout.pp > 1,
-            "bitwise": self.bitwise,
-        }
-        return frozenset(name for name, there in found.items() if there)
-
-
-def on(processes: int, *, layers: int = 4, documents: bool = True, bitwise: bool = False, **parallel: Any) -> Setup:
-    """`layers`: one stage needs one block at least; `documents`: attention stays inside one (ring cannot)."""
-    options = {f"parallel__{key}": value for key, value in parallel.items()}
-    if layers != 4:
-        options["model__num_layers"] = layers
-    if not documents:
-        options["data__document_mask"] = False
-    if bitwise:
-        options["train__repro"] = "bitwise"
-    return Setup(processes, options)
-
-
-GROUPS: dict[str, dict[str, Setup]] = {
-    "Data parallel": {
-        "ddp 2": on(2),
-        "ddp 3": on(3),
-        "ddp 4": on(4),
-        "fsdp 2": on(2, dp_shard=2),
-        "fsdp 3": on(3, dp_shard=3),
-        "fsdp 4": on(4, dp_shard=4),
-        "fsdp 2, never": on(2, dp_shard=2, reshard_after_forward="never"),
-        "fsdp 4, over 2": on(4, dp_shard=4, reshard_after_forward=2),
-        "fsdp 2, offload": on(2, dp_shard=2, cpu_offload=True),
-        "hsdp 2x2": on(4, dp_replicate=2, dp_shard=2),
-    },
-    "Data parallel, bitwise": {
-        "bitwise ddp 2": on(2, bitwise=True),
-        "bitwise ddp 3": on(3, bitwise=True),
-        "bitwise ddp 4": on(4, bitwise=True),
-        "bitwise fsdp 2": on(2, bitwise=True, dp_shard=2),
-        "bitwise fsdp 3": on(3, bitwise=True, dp_shard=3),
-        "bitwise fsdp 4, never": on(4, bitwise=True, dp_shard=4, reshard_after_forward="never"),
-        "bitwise hsdp 2x2": on(4, bitwise=True, dp_replicate=2, dp_shard=2),
-    },
-    "Tensor parallel": {
-        "tp 2": on(2, tp=2),
-        "tp 4": on(4, tp=4),
-        "ddp 2 x tp 2": on(4, tp=2),
-        "fsdp 2 x tp 2": on(4, dp_shard=2, tp=2),
-        "hsdp 2x2 x tp 2": on(8, dp_replicate=2, dp_shard=2, tp=2),
-        "tp 3": on(3, tp=3),
-    },
-    "Context parallel": {
-        "cp 2": on(2, cp=2),
-        "cp 4": on(4, cp=4),
-        "ulysses 2": on(2, cp=2, cp_method="ulysses"),
-        "ulysses 4": on(4, cp=4, cp_method="ulysses"),
-        "ring 2": on(2, documents=False, cp=2, cp_method="ring"),
-        "ring 4": on(4, documents=False, cp=4, cp_method="ring"),
-        "ring 2, documents": on(2, cp=2, cp_method="ring"),
-        "ddp 2 x cp 2": on(4, cp=2),
-        "fsdp 2 x cp 2": on(4, dp_shard=2, cp=2),
-        "fsdp 2 x ulysses 2": on(4, dp_shard=2, cp=2, cp_method="ulysses"),
-        "fsdp 2 x ring 2": on(4, documents=False, dp_shard=2, cp=2, cp_method="ring"),
-        "cp 2 x tp 2": on(4, cp=2, tp=2),
-        "ulysses 2 x tp 2": on(4, cp=2, tp=2, cp_method="ulysses"),
-        "ring 2 x tp 2": on(4, documents=False, cp=2, tp=2, cp_method="ring"),
-        "ulysses 2 x tp 4": on(8, cp=2, tp=4, cp_method="ulysses"),
-        "fsdp 2 x cp 2 x tp 2": on(8, dp_shard=2, cp=2, tp=2),
-    },
-    "Pipeline": {
-        "gpipe 2": on(2, pp=2, pp_schedule="gpipe"),
-        "gpipe 4": on(4, pp=4, pp_schedule="gpipe"),
-        "1f1b 2": on(2, pp=2),
-        "1f1b 4": on(4, pp=4),
-        "interleaved 2": on(2, pp=2, pp_schedule="interleaved_1f1b"),
-        "interleaved 4": on(4, layers=8, pp=4, pp_schedule="interleaved_1f1b"),
-        "interleaved 4, 4 blocks": on(4, pp=4, pp_schedule="interleaved_1f1b"),
-        "zbv 2": on(2, pp=2, pp_schedule="zbv"),
-        "zbv 4": on(4, layers=8, pp=4, pp_schedule="zbv"),
-        "dualpipev 2": on(2, pp=2, pp_schedule="dualpipev"),
-        "dualpipev 4": on(4, layers=8, pp=4, pp_schedule="dualpipev"),
-        "1f1b 2 x ddp 2": on(4, pp=2),
-        "1f1b 2 x fsdp 2": on(4, pp=2, dp_shard=2),
-        "interleaved 2 x fsdp 2": on(4, pp=2, dp_shard=2, pp_schedule="interleaved_1f1b"),
-        "zbv 2 x fsdp 2": on(4, pp=2, dp_shard=2, pp_schedule="zbv"),
-        "bitwise 1f1b 2 x fsdp 2": on(4, bitwise=True, pp=2, dp_shard=2),
-        "1f1b 2 x tp 2": on(4, pp=2, tp=2),
-        "zbv 2 x tp 2": on(4, pp=2, tp=2, pp_schedule="zbv"),
-        "1f1b 2 x cp 2": on(4, pp=2, cp=2),
-        "1f1b 2 x fsdp 2 x tp 2": on(8, pp=2, dp_shard=2, tp=2),
-        "1f1b 2 x cp 2 x tp 2": on(8, pp=2, cp=2, tp=2),
-    },
-}
-LAYOUTS: dict[str, Setup] = {name: setup for group in GROUPS.values() for name, setup in group.items()}
 FAMILIES = ("llama", "gpt2")
 DTYPES = ("float32", "bfloat16", "float16")
 CHECKPOINTING = ("none", "full", "selective", "budget")
@@ -206,7 +81,8 @@ def cells() -> Iterator[Cell]:
     """All cells, those that are refused too. Cells that make the compiler write the same code are neighbours."""
     axes = ((False, True), DTYPES, FAMILIES, CHECKPOINTING, LAYOUTS)
     for compile, dtype, family, checkpointing, layout in itertools.product(*axes):
-        yield Cell(layout, family, dtype, checkpointing, compile)
+        if layout not in GROUPS[TOGETHER] or (checkpointing == "none" and not compile):
+            yield Cell(layout, family, dtype, checkpointing, compile)
 
 
 def refused(cell: Cell) -> list[str]:
@@ -259,7 +135,7 @@ class Measured:
     own_loss: float  # the first three of one process that computes in the cell's precision: rounding's own share
     own_norm: float
     own_total: float
-    same_bits: bool | None  # where the layout promises one process's bits
+    same_bits: bool | None  # with train.repro bitwise: whether they are those of `Setup.same_bits`
 
 
 WORST, WORST_NUMBER = 3e-6, 1e-6  # float32: of a parameter's gradient; of the loss and the norm
@@ -269,7 +145,7 @@ ROUNDING, SLACK = 1.5, 1e-3  # bfloat16: how much worse than one process, and wh
 def problem(cell: Cell, found: Measured) -> str | None:
     """What is wrong with what was found; None where nothing is. A nan is wrong."""
     if found.same_bits is False:
-        return "not the bits of one process"
+        return "not the bits that train.repro bitwise promises"
     if cell.dtype == "float32":
         checks = [
             (f"the gradient of {found.parameter}", found.worst, WORST),
@@ -289,17 +165,17 @@ def problem(cell: Cell, found: Measured) -> str | None:
 
 
 class Bench:
-    """Runs cells on `world(n)`'s processes, with what one process computes beside them; keeps the latter."""
+    """Runs cells on `world(n)`'s processes, with what they are compared with; keeps the latter."""
 
     def __init__(self, folder: Path, world: Callable[[int], World]) -> None:
         self._folder, self._world = folder, world
-        self._alone: dict[tuple[Any, ...], tuple[Step, Gradients]] = {}
+        self._found: dict[tuple[Any, ...], tuple[Step, Gradients]] = {}
 
     def run(self, cell: Cell) -> Measured:
         """What came of it. Raises what its processes raise."""
         step, grads = self._step(cell.processes, cell.config(self._folder))
-        exact, wanted = self._one_process(cell, train__dtype="float32")
-        own, rounded = self._one_process(cell, train__dtype=cell.dtype)
+        exact, wanted = self._kept(1, cell.family, cell.setup.alone | {"train__dtype": "float32"})
+        own, rounded = self._kept(1, cell.family, cell.setup.alone | {"train__dtype": cell.dtype})
         assert grads.keys() == wanted.keys()
         norm = _norm(wanted.values())
         # A key's bias has no gradient but noise, since softmax does not see it.
@@ -307,7 +183,7 @@ class Bench:
         parameter = max(errors, key=lambda n: float(errors[n].nan_to_num(torch.inf)))
         same_bits = None
         if cell.setup.bitwise:
-            same, same_grads = self._one_process(cell, train__dtype=cell.dtype, **self._same_code(cell))
+            same, same_grads = self._same_bits(cell)
             same_bits = (step.loss, step.norm) == (same.loss, same.norm)
             same_bits = same_bits and all(torch.equal(grads[n], w) for n, w in same_grads.items())
         return Measured(
@@ -317,20 +193,20 @@ class Bench:
             same_bits,
         )  # fmt: skip
 
-    def _same_code(self, cell: Cell) -> dict[str, Any]:
-        """One process has the same bits where the compiler has made the same of it; checkpointing alone changes none."""
-        options: dict[str, Any] = {"train__repro": "bitwise"}
+    def _same_bits(self, cell: Cell) -> tuple[Step, Gradients]:
+        """The same bits are had where the compiler has made the same of it; checkpointing alone changes none."""
+        setup = cell.setup.same_bits
+        options = setup.options | {"train__dtype": cell.dtype}
         if cell.compile:
             options |= {"train__compile": True, "train__activation_checkpointing": cell.checkpointing}
-        return options
+        return self._kept(setup.processes, cell.family, options)
 
-    def _one_process(self, cell: Cell, **options: Any) -> tuple[Step, Gradients]:
-        options |= cell.setup.alone
-        key = (cell.family, *sorted(options.items()))
-        if key not in self._alone:
-            config = config_of(self._folder, f"alone-{len(self._alone)}", cell.family, train__device="cpu", **options)
-            self._alone[key] = self._step(1, config)
-        return self._alone[key]
+    def _kept(self, processes: int, family: str, options: dict[str, Any]) -> tuple[Step, Gradients]:
+        key = (family, *sorted(options.items()))
+        if key not in self._found:
+            config = config_of(self._folder, f"beside-{len(self._found)}", family, train__device="cpu", **options)
+            self._found[key] = self._step(processes, config)
+        return self._found[key]
 
     def _step(self, processes: int, config: Config) -> tuple[Step, Gradients]:
         steps = self._world(processes).run(step_of, config)

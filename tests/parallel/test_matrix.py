@@ -7,13 +7,19 @@ Layouts against one process: every one, and every pair of features with each oth
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.parallel.matrix import FAMILIES, LAYOUTS, Bench, Cell, cells, cover, legal, problem, refused
+from shoal.layout import AXES
+from shoal.refusals import refusals
+from tests.parallel.layouts import config_of
+from tests.parallel.matrix import FAMILIES, Bench, Cell, cells, cover, legal, problem, refused
+from tests.parallel.setups import GROUPS, LAYOUTS, on
 from tests.world import World
 
 PAGE = Path(__file__).parents[2] / "docs" / "matrix.md"
@@ -36,13 +42,36 @@ def test_every_layout_with_every_family(bench: Bench, cell: Cell) -> None:
     assert problem(cell, bench.run(cell)) is None
 
 
-def test_every_pair_of_features_that_can_be_had_is_covered() -> None:
+def test_every_pair_that_the_matrix_has_is_covered() -> None:
     covered = set().union(*(cell.pairs for cell in cover()))
     assert covered == set().union(*(cell.pairs for cell in legal()))
     assert {cell.layout for cell in cover()} == {cell.layout for cell in legal()}
-    # Features of layouts that have no pair: no layout has both, or shoal refuses it.
-    features = set().union(*(setup.features for setup in LAYOUTS.values()))
-    assert {f for pair in covered for f in pair} >= features
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "ddp": {"dp_replicate": 2},
+    "fsdp": {"dp_shard": 2},
+    "hsdp": {"dp_replicate": 2, "dp_shard": 2},
+    "offload": {"dp_shard": 2, "cpu_offload": True},
+    "reshard never": {"dp_shard": 2, "reshard_after_forward": "never"},
+    "reshard over a number": {"dp_shard": 4, "reshard_after_forward": 2},
+    "tp": {"tp": 2},
+    "bitwise": {"bitwise": True},
+    **{name: {"cp": 2, "cp_method": name, "documents": name != "ring"} for name in ("allgather", "ulysses", "ring")},
+    **{name: {"pp": 2, "pp_schedule": name} for name in ("gpipe", "1f1b", "interleaved_1f1b", "zbv", "dualpipev")},
+}
+
+
+@pytest.mark.parametrize(("one", "other"), list(itertools.combinations(sorted(FEATURES), 2)))
+def test_every_pair_of_features_that_shoal_takes_is_in_the_matrix(one: str, other: str) -> None:
+    options = FEATURES[one] | FEATURES[other]
+    options["dp_shard"] = max(FEATURES[one].get("dp_shard", 1), FEATURES[other].get("dp_shard", 1))
+    setup = on(math.prod(options.get(axis, 1) for axis in AXES), **options)
+    if not setup.features >= {one, other}:
+        return  # no layout has both: two schedules
+    configs = [config_of(Path("unused"), "pair", family, **setup.options) for family in FAMILIES]
+    if any(not list(refusals(config, setup.processes)) for config in configs):
+        assert any((one, other) in cell.pairs for cell in cover())
 
 
 def test_no_two_layouts_are_the_same() -> None:
@@ -62,7 +91,7 @@ def test_the_page_is_of_these_cells() -> None:
     again = "run python scripts/matrix.py --write"
     assert f"{len(every)} cells of {len(LAYOUTS)} layouts" in page, again
     assert f"| {len(every) - len(legal())} | refused" in page, again
-    rows = re.findall(r"^\| ([^|]+) \| (\w+) \|(?: [^|]+ \|){4}$", page, re.MULTILINE)
-    assert rows[:1] == [("layout", "model")], again
-    assert [row for row in rows if row[0] != "layout"] == list(itertools.product(LAYOUTS, FAMILIES)), again
+    tables = [page.partition(f"## {group}\n")[2].partition("\n## ")[0] for group in GROUPS]
+    rows = [row for table in tables for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)]
+    assert list(dict.fromkeys(rows)) == ["layout", "---", *LAYOUTS], again
     assert [text for text in {text for cell in every for text in refused(cell)} if text not in page] == [], again
