@@ -16,7 +16,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ def _references(config: Config, mesh: Mesh, rows: Rows) -> tuple[Trace | None, T
 def _take_steps(config: Config, mesh: Mesh, rows: Rows, console: Console | None = None) -> tuple[Runnable, Trace]:
     """The first steps of a run of this config. Gradients and updates are of this process's shards."""
     say = console.note if console is not None else lambda _: None
-    runnable, state = assemble(config, mesh, say)
+    runnable, state = _assemble(config, mesh, say)
     loader, trace = open_loader(config, mesh, rows), Trace()
     before = {_key(s): s.tensor.detach().clone() for s in runnable.shards}
     total = max(count_steps(config.train, config.data.seq_len, len(rows)), STEPS)
@@ -179,6 +179,14 @@ def _take_steps(config: Config, mesh: Mesh, rows: Rows, console: Console | None 
     trace.updates = {_key(s): s.tensor.detach() - before[_key(s)] for s in runnable.shards}
     loader.close()
     return runnable, trace
+
+
+def _assemble(config: Config, mesh: Mesh, say: Callable[[str], None]) -> tuple[Runnable, TrainState]:
+    """As a run does, with a float16 loss scale at which the first step does not overflow."""
+    runnable, state = assemble(config, mesh, say)
+    if state.scaler is not None:
+        state.scaler.scale.fill_(1024.0)
+    return runnable, state
 
 
 def _key(shard: Shard) -> str:
@@ -296,7 +304,7 @@ def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:
     """Save after some steps and go on; load into a new model and go on: the same bits? Collectives over the world."""
     aside = folder / "checkpoints"
     store = CheckpointStore(aside, mesh, keep=1, keep_best=False)
-    runnable, state = assemble(config, mesh, lambda _: None)
+    runnable, state = _assemble(config, mesh, lambda _: None)
     loader = open_loader(config, mesh, rows)
     for step in range(1, STEPS + 1):
         loss = _one_step(config, runnable, state, loader.next_step(), step)
@@ -304,7 +312,7 @@ def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:
         if step == SAVED_AT:
             saved = store.save(state.tensors(), {**state.scalars(), "data_id": "", "val_loss": None})
     loader.close()
-    again, resumed = assemble(config, mesh, lambda _: None)
+    again, resumed = _assemble(config, mesh, lambda _: None)
     with torch.no_grad():
         for shard in again.shards:
             shard.tensor.fill_(float("nan"))  # so that what is not loaded is seen

@@ -90,7 +90,7 @@ def step_line(record: Mapping[str, Any], total_steps: int, left_seconds: float |
         f"step {record['step']:>{width}}/{total_steps}",
         f"loss {record['loss']:.4f}",
         f"lr {record['lr']:.2e}",
-        f"norm {record['grad_norm']:.2f}",
+        "norm inf" if record["grad_norm"] is None else f"norm {record['grad_norm']:.2f}",
         f"{record['tokens_per_second']:,.0f} tok/s",
         f"{1000 * record['step_seconds']:,.0f} ms",
         f"mfu {100 * record['mfu']:.1f}%" if record.get("mfu") is not None else "mfu ?",

@@ -131,9 +131,9 @@ class Meter:
         return timer
 
     def record(
-        self, step: int, tokens: int, step_tokens: int, loss: float, lr: float, norm: float
+        self, step: int, tokens: int, step_tokens: int, loss: float, lr: float, norm: float | None
     ) -> dict[str, Any] | None:
-        """The record of `step`, or None where none is due. `tokens` is the run's total, `step_tokens` this step's."""
+        """The record of `step`, or None where none is due. `tokens` is the run's total, `step_tokens` this step's; no `norm`: an overflow."""
         self._steps_since += 1
         if step % self._config.metrics.every and step != 1:
             return None

@@ -164,12 +164,25 @@ class Run:
         loss_sum, tokens, norm, asked = stats.numbers.tolist()
         self.state.tokens += int(tokens)
         loss = loss_sum / max(tokens, 1.0)
-        check_finite(stats.step, loss, norm)
-        record = self.meter.record(stats.step, self.state.tokens, int(tokens), loss, stats.lr, norm)
+        overflowed = self._overflowed(stats.step, norm)
+        check_finite(stats.step, loss, 0.0 if overflowed else norm)
+        norm_known = None if overflowed else norm
+        record = self.meter.record(stats.step, self.state.tokens, int(tokens), loss, stats.lr, norm_known)
         if record is not None and lines is not None:
             lines.write(record)
             self.console.step(record, self.total_steps, self.meter.left_seconds(self.total_steps - stats.step))
         return bool(asked > 0)
+
+    def _overflowed(self, step: int, norm: float) -> bool:
+        """Whether float16's loss scale left this step out, with a smaller one to try; said where it is so."""
+        scaler = self.state.scaler
+        if scaler is None or math.isfinite(norm) or float(scaler.scale) == 1.0:
+            return False
+        self.console.note(
+            f"step {step} overflowed in float16 and was left out; the loss scale is {float(scaler.scale):g}"
+        )
+        self._event("overflowed", step=step, loss_scale=float(scaler.scale))
+        return True
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0 and self.state.step < self.total_steps
