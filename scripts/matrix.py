@@ -48,7 +48,7 @@ from tests.parallel.matrix import (
     refused,
 )  # fmt: skip
 from tests.parallel.setups import GROUPS, LAYOUTS, TOGETHER
-from tests.world import World
+from tests.world import Worlds
 
 from shoal.bench.environment import describe
 
@@ -87,19 +87,6 @@ def results() -> dict[str, Result]:
 # Running.
 
 
-class Worlds(dict[int, World]):
-    """Processes by how many they are, started when first asked for."""
-
-    def __missing__(self, size: int) -> World:
-        self[size] = World(size)
-        return self[size]
-
-    def close(self) -> None:
-        for world in self.values():
-            world.close()
-        self.clear()
-
-
 def run(todo: list[Cell], limit_seconds: float) -> None:
     """Each cell, its result appended to the file, a line on the console."""
     RESULTS.parent.mkdir(exist_ok=True)
@@ -110,7 +97,7 @@ def run(todo: list[Cell], limit_seconds: float) -> None:
     commit, worlds = _commit(), Worlds()
     start, cost, done = time.monotonic(), sum(cell.cost for cell in todo), 0.0
     with tempfile.TemporaryDirectory() as folder, RESULTS.open("a", encoding="utf-8") as file:
-        bench = Bench(Path(folder), worlds.__getitem__)
+        bench = Bench(Path(folder), worlds)
         for number, cell in enumerate(todo, 1):
             if time.monotonic() - start > limit_seconds:
                 print(f"stopped at the time limit, {len(todo) - number + 1} cells left", file=console)

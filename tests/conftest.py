@@ -1,4 +1,4 @@
-"""Worlds of 2, 3 and 4 processes, each started once, when first asked for."""
+"""Worlds of a few processes, each started once, when first asked for."""
 
 from __future__ import annotations
 
@@ -11,19 +11,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.world import World
+from tests.world import World, Worlds
 
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[Callable[[int], World]]:
     """`world(n)`: the n processes of this session."""
-    worlds: dict[int, World] = {}
-
-    def of(size: int) -> World:
-        if size not in worlds:
-            worlds[size] = World(size)
-        return worlds[size]
-
-    yield of
-    for each in worlds.values():
-        each.close()
+    worlds = Worlds()
+    yield worlds.__getitem__
+    worlds.close()

@@ -19,7 +19,7 @@ from typing import Any
 
 PATIENCE_SECONDS = 150.0  # half of it for a collective: a compiler on a busy machine takes its time
 
-_laid_out: dict[tuple[int, ...], Any] = {}  # of this worker: making groups costs time, and each is made once
+_axes: dict[tuple[Any, ...], Any] = {}  # of this worker, by their groups
 
 
 class World:
@@ -58,17 +58,36 @@ class World:
             process.join()
 
 
+class Worlds(dict[int, World]):
+    """Worlds by size, each started when first asked for."""
+
+    def __missing__(self, size: int) -> World:
+        self[size] = World(size)
+        return self[size]
+
+    def close(self, *, but: tuple[int, ...] = ()) -> None:
+        """Also what waits costs time: a process has a thread for each of its groups, which looks every 10 ms."""
+        for size in [size for size in self if size not in but]:
+            self.pop(size).close()
+
+
 def laid_out(mesh: Any, **sizes: int) -> Any:
     """In a worker: its mesh with these axes (dp_shard=2, tp=2, ...). A collective over the world the first time."""
     from shoal.layout import Layout
-    from shoal.parallel.mesh import Mesh
+    from shoal.parallel.mesh import Axis, Mesh
+
+    class Shared(Mesh):
+        """Layouts share an axis that has the same groups: each group costs time to make, and a thread from then on."""
+
+        def _open(self, axes: tuple[str, ...]) -> Axis:
+            key = (axes, *map(tuple, self.layout.groups(*axes)))
+            if key not in _axes:
+                _axes[key] = super()._open(axes)
+            return _axes[key]
 
     layout = Layout(**sizes)
     assert layout.world_size == mesh.world_size
-    key = (layout.pp, layout.dp_replicate, layout.dp_shard, layout.cp, layout.tp)
-    if key not in _laid_out:
-        _laid_out[key] = Mesh(mesh.place, mesh.device, layout)
-    return _laid_out[key]
+    return Shared(mesh.place, mesh.device, layout)
 
 
 def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:

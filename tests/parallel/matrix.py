@@ -12,7 +12,7 @@ The matrix: every layout of at most 8 processes, with each family, precision, ch
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from shoal.parallel.mesh import Mesh
 from shoal.refusals import refusals
 from tests.parallel.layouts import Step, config_of, first_step, whole
 from tests.parallel.setups import GROUPS, LAYOUTS, TOGETHER, Setup
-from tests.world import World
+from tests.world import Worlds
 
 FAMILIES = ("llama", "gpt2")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -78,11 +78,16 @@ class Cell:
 
 
 def cells() -> Iterator[Cell]:
-    """All cells, those that are refused too. Cells that make the compiler write the same code are neighbours."""
-    axes = ((False, True), DTYPES, FAMILIES, CHECKPOINTING, LAYOUTS)
-    for compile, dtype, family, checkpointing, layout in itertools.product(*axes):
-        if layout not in GROUPS[TOGETHER] or (checkpointing == "none" and not compile):
-            yield Cell(layout, family, dtype, checkpointing, compile)
+    """
+    All cells, those that are refused too: what is fast first, the same number of processes one after the other.
+
+    Of those, cells that make the compiler write the same code are neighbours.
+    """
+    for compile, processes in itertools.product((False, True), sorted({setup.processes for setup in LAYOUTS.values()})):
+        layouts = [name for name, setup in LAYOUTS.items() if setup.processes == processes]
+        for dtype, family, checkpointing, layout in itertools.product(DTYPES, FAMILIES, CHECKPOINTING, layouts):
+            if layout not in GROUPS[TOGETHER] or (checkpointing == "none" and not compile):
+                yield Cell(layout, family, dtype, checkpointing, compile)
 
 
 def refused(cell: Cell) -> list[str]:
@@ -100,7 +105,7 @@ def cover() -> tuple[Cell, ...]:
     """
     Every layout once, exactly; then what is missing of the pairs that any legal cell has, much new for little cost.
 
-    Always the same ones.
+    Always the same ones, the same number of processes one after the other.
     """
     pairs = {cell: cell.pairs for cell in legal()}
     left = set().union(*pairs.values())
@@ -115,7 +120,7 @@ def cover() -> tuple[Cell, ...]:
         take(cell for cell in legal() if cell.layout == layout and cell.plain)
     while left:
         take(legal())
-    return tuple(chosen)
+    return tuple(sorted(chosen, key=lambda cell: (cell.processes, legal().index(cell))))
 
 
 # What is measured.
@@ -165,14 +170,15 @@ def problem(cell: Cell, found: Measured) -> str | None:
 
 
 class Bench:
-    """Runs cells on `world(n)`'s processes, with what they are compared with; keeps the latter."""
+    """Runs cells, with what they are compared with, and keeps the latter; `worlds` of other sizes are closed."""
 
-    def __init__(self, folder: Path, world: Callable[[int], World]) -> None:
-        self._folder, self._world = folder, world
+    def __init__(self, folder: Path, worlds: Worlds) -> None:
+        self._folder, self._worlds = folder, worlds
         self._found: dict[tuple[Any, ...], tuple[Step, Gradients]] = {}
 
     def run(self, cell: Cell) -> Measured:
         """What came of it. Raises what its processes raise."""
+        self._worlds.close(but=(1, cell.setup.same_bits.processes, cell.processes))
         step, grads = self._step(cell.processes, cell.config(self._folder))
         exact, wanted = self._kept(1, cell.family, cell.setup.alone | {"train__dtype": "float32"})
         own, rounded = self._kept(1, cell.family, cell.setup.alone | {"train__dtype": cell.dtype})
@@ -209,7 +215,7 @@ class Bench:
         return self._found[key]
 
     def _step(self, processes: int, config: Config) -> tuple[Step, Gradients]:
-        steps = self._world(processes).run(step_of, config)
+        steps = self._worlds[processes].run(step_of, config)
         [_] = {(step.loss, step.norm) for step in steps}  # all say the same
         return steps[0], whole([step.gradients for step in steps])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,17 @@ from shoal.refusals import refusals
 from tests.parallel.layouts import config_of
 from tests.parallel.matrix import FAMILIES, Bench, Cell, cells, cover, legal, problem, refused
 from tests.parallel.setups import GROUPS, LAYOUTS, on
-from tests.world import World
+from tests.world import Worlds
 
 PAGE = Path(__file__).parents[2] / "docs" / "matrix.md"
 REST = [cell for cell in legal() if cell.plain and cell.checkpointing == "none" and cell not in cover()]
 
 
 @pytest.fixture(scope="module")
-def bench(world: Callable[[int], World], tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("matrix"), world)
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    worlds = Worlds()
+    yield Bench(tmp_path_factory.mktemp("matrix"), worlds)
+    worlds.close()
 
 
 @pytest.mark.parametrize("cell", cover(), ids=str)
