@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from shoal.layout import AXES
 from shoal.refusals import refusals
 from tests.parallel.layouts import config_of
-from tests.parallel.matrix import FAMILIES, Bench, Cell, cells, cover, legal, problem, refused
+from tests.parallel.matrix import FAMILIES, Bench, Cell, Measured, cells, cover, legal, problem, refused
 from tests.parallel.setups import GROUPS, LAYOUTS, on
 from tests.world import Worlds
 
@@ -97,3 +100,24 @@ def test_the_page_is_of_these_cells() -> None:
     rows = [row for table in tables for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)]
     assert list(dict.fromkeys(rows)) == ["layout", "---", *LAYOUTS], again
     assert [text for text in {text for cell in every for text in refused(cell)} if text not in page] == [], again
+
+
+def test_the_page_tells_what_failed_from_what_was_not_run() -> None:
+    with mock.patch.dict(os.environ):  # the script sets its own
+        script = runpy.run_path(str(PAGE.parents[1] / "scripts" / "matrix.py"))
+    fine, wrong = legal()[:2]
+    measured = Measured(0.0, 0.0, 0.0, 2e-7, "norm.weight", 0.0, 0.0, 0.0, None)
+    results = [
+        script["Result"](str(fine), "abc", "2026-01-01", 1.0, measured, None),
+        script["Result"](str(wrong), "abc", "2026-01-01", 1.0, None, "Traceback\nValueError: no such thing"),
+    ]
+    page = script["page"]({result.cell: result for result in results})
+    for text in (
+        "| 1 | pass |",
+        "| 1 | fail |",
+        f"| {len(legal()) - 2} | not run yet |",
+        f"`{wrong}`:",
+        "no such thing",
+    ):
+        assert text in page
+    assert f"| {fine.layout} | {fine.family} | 1/3, 2 not run, 2.0e-07 |" in page
