@@ -5,33 +5,56 @@ The tables of docs/LEARN.md, measured: time, memory and bytes sent of each recip
     python scripts/learn_table.py --table sharding    one table
     python scripts/learn_table.py --results FILE      keep each measurement in FILE; what is there is not measured again
 
-Time: `shoal train` of `--steps` steps, the median of `step_seconds` in metrics.jsonl after the first three, the lowest
-of `--repeats` runs. Bytes: what the loopback interface sent in that run, less what it sent in one of fewer steps, by
-step and process; in a network namespace of its own where `unshare` may make one, so that nobody else's traffic counts.
-Memory: what torch's allocator had given out at its peak, in a process that takes two steps under torch's profiler
-(no Python, no libraries), the process with most. A process holds of it all the time: weights, gradients, moments.
+What is measured is the step that `shoal train` takes (`assemble` and `train_step`), in processes that do nothing else:
+
+- Time: the fastest of the last steps, from a barrier to a barrier, which a neighbour's load makes longer; and the CPU
+  time that all processes together spent in one, which it hardly does.
+- Bytes: what the loopback interface sent meanwhile, by step and process, in a network namespace of its own where
+  `unshare` may make one, so that nobody else's traffic counts.
+- Memory: of the process with most. Held all the time: weights, gradients, moments. Peak: these, and by how much the
+  process grew in the second step.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fcntl
+import gc
 import json
 import os
 import platform
+import shlex
 import socket
-import statistics
 import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+import torch
+
+from shoal.config import Config, Model, Parallel
+from shoal.data.open import open_data
+from shoal.data.pack import Rows
+from shoal.layout import Layout, find_layout
+from shoal.metrics.console import Console
+from shoal.metrics.meter import device_name, no_phases
+from shoal.parallel.mesh import Mesh, open_mesh
+from shoal.pipeline_plan import bubble_fraction
+from shoal.plan.estimate import parameter_count
+from shoal.resolve import read_back, resolve, to_yaml
+from shoal.runs import RunFolder
+from shoal.train.assemble import assemble, open_loader
+from shoal.train.loop import set_threads, settle
+from shoal.train.step import train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "LEARN.md"
-SHORT, WARM_UP, HELD_STEPS = 3, 3, 2  # steps of the shorter run; steps not timed; steps under the profiler
+WATCHED, FIRST_TIMED, LAST = 2, 3, 6  # steps: for memory; for time and bytes
 ALONE = "SHOAL_LEARN_ALONE"  # set in the network namespace
 
 
@@ -39,27 +62,31 @@ ALONE = "SHOAL_LEARN_ALONE"  # set in the network namespace
 class Row:
     """One line of a table: a recipe, what is changed in it, and the bytes that a formula says a process sends."""
 
-    label: str
     recipe: str
     options: str = ""
-    formula: Callable[[], float] | None = None
+    label: str = field(default="", compare=False)
+    formula: Callable[[], float] | None = field(default=None, compare=False)
+
+    @property
+    def config(self) -> Config:
+        words = shlex.split(f"{self.options} --train.steps {LAST} --optim.warmup_steps 0")
+        overrides = [(k.removeprefix("--"), v, k) for k, v in zip(words[::2], words[1::2], strict=True)]
+        return resolve(ROOT / "recipes" / "learn" / f"{self.recipe}.yaml", overrides).config
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a process in a step. Bytes are None where there is one process."""
+    """Of a process in a step."""
 
-    processes: int
     step_seconds: float
+    cpu_seconds: float  # of all processes
     state_bytes: int
     peak_bytes: int
-    sent_bytes: float | None
+    sent_bytes: float
 
 
 def parameters() -> tuple[int, int]:
     """Of the learner's model: all, and those in its blocks."""
-    from shoal.config import Model
-    from shoal.plan.estimate import parameter_count
 
     def count(layers: int) -> int:
         return parameter_count(Model(vocab_size=257, dim=128, num_layers=layers, num_heads=4, max_seq_len=256))
@@ -72,14 +99,19 @@ HIDDEN = 4 * 16 * 256 * 128  # bytes of what flows between blocks, of a whole st
 
 
 def all_reduced(n: int, share: float = 1.0) -> float:
+    """Reduced and gathered by parts, (n - 1) / n of all each time."""
     return 2 * (n - 1) / n * 4 * parameters()[0] * share
 
 
 def sharded(n: int, turns: int, gathers: int = 2, replicas: int = 1) -> float:
-    """Blocks gathered `gathers` times a micro-batch, the rest once; gradients summed and cut once a step."""
+    """
+    Blocks gathered `gathers` times a micro-batch, the rest once; gradients summed and cut once a step.
+
+    gloo's reduce-scatter sends what an all-reduce does, twice what it would need.
+    """
     whole, blocks = parameters()
-    within = 4 * (n - 1) / n * (turns * (gathers * blocks + whole - blocks) + whole)
-    return within + all_reduced(replicas, 1 / n)
+    gathered = turns * (gathers * blocks + whole - blocks)
+    return 4 * (n - 1) / n * (gathered + 2 * whole) + all_reduced(replicas, 1 / n)
 
 
 def tensor(n: int) -> float:
@@ -103,65 +135,58 @@ def context(n: int, method: str) -> float:
     return LAYERS * sent[method] + all_reduced(n)
 
 
-TWO, FOUR = "--parallel.dp_replicate 2", "--processes 4"
+ONE, TWO, THREE, FOUR = "01-one-device", "02-accumulation", "03-data-parallel", "04-sharding"
+FIVE, SIX, SEVEN, EIGHT = "05-tensor-parallel", "06-pipeline", "07-context-parallel", "08-precision-recompute"
+NINE = "09-same-bits"
+ON_4, OF_2, OF_4, OF_8 = (
+    "--launch.processes 4",
+    "--train.micro_batch 2",
+    "--train.micro_batch 4",
+    "--train.micro_batch 8",
+)
+ALL_KEPT, PARTLY = "--train.activation_checkpointing none", "--train.activation_checkpointing selective"
+EXACT = "--train.dtype float32"
+NEVER, ORDER = "--parallel.reshard_after_forward never", "--parallel.pp_schedule"
+
+
+def cut_rows(method: str, n: int) -> Row:
+    options = f"--parallel.cp_method {method} --parallel.cp {n} --launch.processes {n}"
+    return Row(SEVEN, options, f"{method} over {n}", lambda: context(n, method))
+
+
 ROWS = {
-    "01": Row("one process, one micro-batch", "01-one-device"),
-    "02": Row("one process, eight micro-batches", "02-accumulation"),
-    "03": Row("data parallel, 2 processes", "03-data-parallel", "", lambda: all_reduced(2)),
-    "03x4": Row("data parallel, 4 processes", "03-data-parallel", FOUR, lambda: all_reduced(4)),
-    "ddp": Row("data parallel", "03-data-parallel", "--train.micro_batch 8", lambda: all_reduced(2)),
-    "04": Row("FSDP2 over 2", "04-sharding", "", lambda: sharded(2, 1)),
-    "never": Row(
-        "FSDP2 over 2, blocks kept until backward",
-        "04-sharding",
-        "--parallel.reshard_after_forward never",
-        lambda: sharded(2, 1, gathers=1),
-    ),
-    "turns": Row(
-        "FSDP2 over 2, four micro-batches", "04-sharding", "--train.micro_batch 2", lambda: sharded(2, turns=4)
-    ),
-    "fsdp4": Row(
-        "FSDP2 over 4", "04-sharding", f"--parallel.dp_shard 4 --train.micro_batch 4 {FOUR}", lambda: sharded(4, 1)
-    ),
-    "hsdp": Row(
-        "HSDP, 2 replicas over 2", "04-sharding", f"{TWO} --train.micro_batch 4 {FOUR}",
-        lambda: sharded(2, 1, replicas=2),
-    ),
-    "05": Row("tensor parallel over 2", "05-tensor-parallel", "", lambda: tensor(2)),
-    "tp4": Row("tensor parallel over 4", "05-tensor-parallel", f"--parallel.tp 4 {FOUR}", lambda: tensor(4)),
-    "06": Row("1f1b", "06-pipeline", "", lambda: pipeline(1, 2)),
-    "gpipe": Row("gpipe", "06-pipeline", "--parallel.pp_schedule gpipe", lambda: pipeline(1, 2)),
-    "inter": Row(
-        "interleaved_1f1b", "06-pipeline", "--parallel.pp_schedule interleaved_1f1b", lambda: pipeline(3, 2)
-    ),
-    "zbv": Row("zbv", "06-pipeline", "--parallel.pp_schedule zbv", lambda: pipeline(2, 2)),
-    "few": Row("1f1b, two micro-batches of 8 rows", "06-pipeline", "--train.micro_batch 8", lambda: pipeline(1, 2)),
-    "07": Row("allgather over 2", "07-context-parallel", "", lambda: context(2, "allgather")),
-    **{
-        f"{method}{n}": Row(
-            f"{method} over {n}",
-            "07-context-parallel",
-            f"--parallel.cp_method {method} --parallel.cp {n} --processes {n}",
-            lambda method=method, n=n: context(n, method),  # type: ignore[misc]
-        )
-        for n, method in ((2, "ulysses"), (2, "ring"), (4, "allgather"), (4, "ulysses"), (4, "ring"))
-    },
-    "kept": Row("float32, all kept", "01-one-device"),
-    "some": Row(
-        "float32, selective", "08-precision-recompute",
-        "--train.dtype float32 --train.activation_checkpointing selective",
-    ),
-    "full": Row("float32, full", "08-precision-recompute", "--train.dtype float32"),
-    "bf16": Row("bfloat16, all kept", "08-precision-recompute", "--train.activation_checkpointing none"),
-    "08": Row("bfloat16, full", "08-precision-recompute"),
-    "09": Row("bitwise, 2 processes", "09-same-bits", "", lambda: all_reduced(2)),
-    "09x4": Row("bitwise, 4 processes", "09-same-bits", FOUR, lambda: all_reduced(4)),
-}  # fmt: skip
+    "01": Row(ONE, "", "one process, one micro-batch"),
+    "02": Row(TWO, "", "one process"),
+    "03": Row(THREE, "", "step 3, 2 processes", lambda: all_reduced(2)),
+    "03x4": Row(THREE, ON_4, "step 3, 4 processes", lambda: all_reduced(4)),
+    "ddp": Row(THREE, OF_8, "data parallel, 2 processes", lambda: all_reduced(2)),
+    "04": Row(FOUR, "", "FSDP2 over 2", lambda: sharded(2, 1)),
+    "never": Row(FOUR, NEVER, "FSDP2 over 2, blocks kept until backward", lambda: sharded(2, 1, gathers=1)),
+    "turns": Row(FOUR, OF_2, "FSDP2 over 2, four micro-batches", lambda: sharded(2, 4)),
+    "fsdp4": Row(FOUR, f"--parallel.dp_shard 4 {OF_4} {ON_4}", "FSDP2 over 4", lambda: sharded(4, 1)),
+    "hsdp": Row(FOUR, f"--parallel.dp_replicate 2 {OF_4} {ON_4}", "HSDP: 2 times 2", lambda: sharded(2, 1, replicas=2)),
+    "05": Row(FIVE, "", "tensor parallel over 2", lambda: tensor(2)),
+    "tp4": Row(FIVE, f"--parallel.tp 4 {ON_4}", "tensor parallel over 4", lambda: tensor(4)),
+    "06": Row(SIX, "", "1f1b", lambda: pipeline(1, 2)),
+    "gpipe": Row(SIX, f"{ORDER} gpipe", "gpipe", lambda: pipeline(1, 2)),
+    "interleaved_1f1b": Row(SIX, f"{ORDER} interleaved_1f1b", "interleaved_1f1b", lambda: pipeline(3, 2)),
+    "zbv": Row(SIX, f"{ORDER} zbv", "zbv", lambda: pipeline(2, 2)),
+    "few": Row(SIX, OF_8, "1f1b, two micro-batches", lambda: pipeline(1, 2)),
+    "07": Row(SEVEN, "", "allgather over 2", lambda: context(2, "allgather")),
+    **{f"{m}{n}": cut_rows(m, n) for n in (2, 4) for m in ("allgather", "ulysses", "ring")},
+    "kept": Row(ONE, "", "float32, all kept"),
+    "some": Row(EIGHT, f"{EXACT} {PARTLY}", "float32, selective"),
+    "full": Row(EIGHT, EXACT, "float32, full"),
+    "bf16": Row(EIGHT, ALL_KEPT, "bfloat16, all kept"),
+    "08": Row(EIGHT, "", "bfloat16, full"),
+    "09": Row(NINE, "", "bitwise, 2 processes", lambda: all_reduced(2)),
+    "09x4": Row(NINE, ON_4, "bitwise, 4 processes", lambda: all_reduced(4)),
+}
 
 TABLES = {
     "sharding": ("ddp", "04", "never", "turns", "fsdp4", "hsdp"),
     "tensor": ("01", "05", "tp4"),
-    "pipeline": ("02", "06", "gpipe", "inter", "zbv", "few"),
+    "pipeline": ("02", "06", "gpipe", "interleaved_1f1b", "zbv", "few"),
     "context": ("01", "07", "ulysses2", "ring2", "allgather4", "ulysses4", "ring4"),
     "memory": ("kept", "some", "full", "bf16", "08"),
     "bits": ("03", "09", "03x4", "09x4"),
@@ -173,33 +198,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="append", choices=TABLES, help="only this one (may be repeated)")
     parser.add_argument("--results", type=Path, help="a JSON file of measurements, added to")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=18)
-    parser.add_argument("--again", action="store_true", help="time once more what --results holds; the lowest counts")
-    parser.add_argument("--held", nargs=2, type=Path, metavar=("CONFIG", "ANSWER"), help=argparse.SUPPRESS)
+    parser.add_argument("--held", nargs="+", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.held:
-        held(*args.held)
+        held(args.held)
         return
     go_alone()
     names = args.table or list(TABLES)
     results = read(args.results)
-    with tempfile.TemporaryDirectory(prefix="shoal-learn-") as folder:
-        for key in dict.fromkeys(key for name in names for key in TABLES[name]):
-            twin = next(
-                (k for k in results if ROWS[k].recipe == ROWS[key].recipe and ROWS[k].options == ROWS[key].options),
-                None,
-            )
-            if twin is not None and (twin != key or not args.again):
-                results[key] = results[twin]
-                continue
-            found = measure(ROWS[key], Path(folder), steps=args.steps, repeats=args.repeats)
-            if key in results:
-                found["step_seconds"] = min(found["step_seconds"], results[key]["step_seconds"])
-            results[key] = found
-            print(key, found, flush=True)
-            if args.results:
-                args.results.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    rows = {ROWS[key] for name in names for key in TABLES[name]}
+    try:
+        for count in (1, 2, 4):
+            due = [row for row in ROWS.values() if row in rows and row.config.launch.processes == count]
+            measure([row for row in dict.fromkeys(due) if row not in results], count, results)
+    finally:
+        write(args.results, results)
     page = PAGE.read_text(encoding="utf-8")
     for name in names:
         page = with_table(page, name, table(name, results))
@@ -213,135 +226,131 @@ def go_alone() -> None:
             fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 1))  # SIOCSIFFLAGS: up
         return
     unshare = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
-    try:
-        allowed = subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        allowed = False
+    allowed = os.system(f"{' '.join(unshare)} true 2>/dev/null") == 0
     if allowed:
         os.environ[ALONE] = "1"
         os.execvp(unshare[0], [*unshare, sys.executable, *sys.argv])
     print("no network namespace to be had: whatever else uses the loopback interface now is counted too")
 
 
-def measure(row: Row, folder: Path, *, steps: int, repeats: int) -> dict[str, float]:
-    """Run it; as a dict of `Measured`."""
-    sent, seconds, processes = {}, [], 1
-    for number, length in enumerate([SHORT, *[steps] * repeats]):
-        before = loopback_bytes()
-        run = folder / "runs" / f"{row.recipe}-{number}"
-        command = [*train_command(row, folder, length), "--launch.name", run.name]
-        run_quietly(command)
-        sent[length] = loopback_bytes() - before
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        times = [line["step_seconds"] for line in lines if "loss" in line]
-        seconds.append(statistics.median(times[WARM_UP:]))
-        processes = json.loads((run / "events.jsonl").read_text().splitlines()[0])["processes"]
-        subprocess.run(["rm", "-r", str(run)], check=True)
-    by_step = (sent[steps] - sent[SHORT]) / (steps - SHORT)
-    state, peak = hold(row, folder, processes)
-    return asdict(Measured(processes, min(seconds[1:]), state, peak, by_step / processes if processes > 1 else None))
+def measure(rows: Sequence[Row], processes: int, results: dict[Row, Measured]) -> None:
+    """Add to `results` what so many processes, started once, measure of each row."""
+    if not rows:
+        return
+    with tempfile.TemporaryDirectory(prefix="shoal-learn-") as name:
+        folder = Path(name)
+        configs = [folder / f"{number}.yaml" for number in range(len(rows))]
+        for path, row in zip(configs, rows, strict=True):
+            path.write_text(to_yaml(row.config.replace("data", folder=str(folder / "data"))), encoding="utf-8")
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, "-m", *launcher, __file__, "--held", *map(str, configs)]
+        peaks: dict[Row, int] = {}
+        # memory first, where what is freed leaves the process at once, which takes time; then the rest
+        for returning in ({"MALLOC_MMAP_THRESHOLD_": "65536"}, {}):
+            env = os.environ | {"OMP_NUM_THREADS": "1"} | returning
+            with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as running:
+                assert running.stdout is not None
+                for row, line in zip(rows, (line for line in running.stdout if line[0] == "["), strict=True):
+                    found = Measured(*json.loads(line))
+                    peaks.setdefault(row, found.peak_bytes)
+                    results[row] = replace(found, peak_bytes=peaks[row])
+                    print(row.label, results[row], flush=True)
 
 
-def train_command(row: Row, folder: Path, steps: int) -> list[str]:
-    return [
-        sys.executable, "-m", "shoal", "train", f"recipes/learn/{row.recipe}.yaml", *row.options.split(),
-        "--train.steps", str(steps), "--optim.warmup_steps", "0", "--train.sample_prompt=",
-        "--launch.runs", str(folder / "runs"), "--data.folder", str(folder / "data"),
-    ]  # fmt: skip
-
-
-def run_quietly(command: list[str]) -> None:
-    """Raises RuntimeError with what the command said, where it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+def figure(path: str, name: str, column: int) -> int:
+    """A number in the line of /proc that begins with `name:`."""
+    [line] = [x for x in Path(path).read_text().splitlines() if x.strip().startswith(f"{name}:")]
+    return int(line.partition(":")[2].split()[column])
 
 
 def loopback_bytes() -> int:
     """What lo has sent since it was made: payload and headers of everything between processes here."""
-    [line] = [x for x in Path("/proc/net/dev").read_text().splitlines() if x.strip().startswith("lo:")]
-    return int(line.partition(":")[2].split()[8])
+    return figure("/proc/net/dev", "lo", 8)
 
 
-def hold(row: Row, folder: Path, processes: int) -> tuple[int, int]:
-    """(bytes held all the time, bytes at the peak) of the process with most."""
-    config, answer = folder / "config.yaml", folder / "answer.json"
-    shown = [*train_command(row, folder, HELD_STEPS)]
-    shown[3] = "config"
-    config.write_text(subprocess.run(shown, check=True, cwd=ROOT, capture_output=True, text=True).stdout)
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
-    command = [sys.executable, "-m", *launcher] if processes > 1 else [sys.executable, __file__]
-    run_quietly([*command, "--held", str(config), str(answer)])
-    state, peak = json.loads(answer.read_text())
-    return state, peak
-
-
-def held(recipe: Path, answer: Path) -> None:
-    """In one of the processes: two steps under torch's profiler, then what the allocator said."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    from shoal.data.open import open_data
-    from shoal.metrics.console import Console
-    from shoal.metrics.meter import no_phases
-    from shoal.parallel.mesh import open_mesh
-    from shoal.resolve import read_back
-    from shoal.runs import RunFolder
-    from shoal.train.assemble import assemble, open_loader
-    from shoal.train.loop import set_threads, settle
-    from shoal.train.step import train_step
-
-    config = read_back(recipe)
-    set_threads(config)
-    with open_mesh(config.train.device, 300.0, config.parallel) as mesh:
-        prepared = open_data(config.data, Console(speaks=False))
-        config = settle(config, RunFolder(answer.parent / "none"), prepared, mesh)
-        rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=False)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            runnable, state = assemble(config, mesh, lambda _: None)
-            loader = open_loader(config, mesh, rows)
-            for step in range(1, HELD_STEPS + 1):
-                train_step(
-                    runnable, state.optimizer, loader.next_step(), step=step, lr=1e-4, clip_norm=1.0,
-                    bitwise=config.train.repro == "bitwise", stop_asked=False, phases=no_phases, scaler=None,
-                )  # fmt: skip
-        loader.close()
-        own = sum(part.tensor.nbytes for part in state.tensors().values())
-        own += sum(s.tensor.grad.nbytes for s in runnable.shards if s.tensor.grad is not None)
-        trace = answer.with_suffix(f".{mesh.place.rank}.trace")
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-        peak = max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
-        most = torch.tensor([own, peak], dtype=torch.int64)
-        if mesh.world_size > 1:
-            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        if mesh.is_first:
-            answer.write_text(json.dumps(most.tolist()))
+def held(recipes: Sequence[Path]) -> None:
+    """In one of the processes: the first one prints a line for each recipe."""
+    first = read_back(recipes[0])
+    set_threads(first)
+    with open_mesh("cpu", 600.0, Parallel()) as world:
+        if world.is_first:
+            open_data(first.data, Console(speaks=False))
+        world.barrier()
+        for recipe in recipes:
+            config = read_back(recipe)
+            prepared = open_data(config.data, Console(speaks=False))
+            layout = find_layout(config.parallel, world.world_size)
+            assert isinstance(layout, Layout)
+            mesh = Mesh(world.place, world.device, layout)
+            config = settle(config, RunFolder(recipe.parent / "none"), prepared, mesh)
+            rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=False)
+            line = json.dumps(take_steps(config, mesh, rows))
+            if mesh.is_first:
+                print(line, flush=True)
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(0)  # gloo's threads may outlive Python's end
 
 
-def table(name: str, results: dict[str, dict[str, float]]) -> str:
+def take_steps(config: Config, mesh: Mesh, rows: Rows) -> list[float]:
+    """The fields of `Measured`, the same on all processes. Collectives over the world."""
+    gc.collect()  # what the last recipe left
+    libc = ctypes.CDLL(None)
+    seconds, peak = [], 0
+    runnable, state = assemble(config, mesh, lambda _: None)
+    loader = open_loader(config, mesh, rows)
+    for step in range(1, LAST + 1):
+        if step == WATCHED:
+            libc.malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # the highest mark is now's
+            at_rest = 1024 * figure("/proc/self/status", "VmHWM", 0)
+        if step == WATCHED + 1:
+            peak = 1024 * figure("/proc/self/status", "VmHWM", 0) - at_rest
+        if step == FIRST_TIMED:
+            mesh.barrier()
+            before = loopback_bytes()
+        mesh.barrier()
+        begun, spent = time.perf_counter(), time.process_time()
+        train_step(
+            runnable, state.optimizer, loader.next_step(), step=step, lr=1e-4, clip_norm=1.0,
+            bitwise=config.train.repro == "bitwise", stop_asked=False, phases=no_phases, scaler=state.scaler,
+        )  # fmt: skip
+        cpu = torch.tensor(time.process_time() - spent, dtype=torch.float64)
+        mesh.barrier()
+        seconds.append((time.perf_counter() - begun, cpu))
+    sent = (loopback_bytes() - before) / (LAST - FIRST_TIMED + 1) / mesh.world_size if mesh.world_size > 1 else 0.0
+    loader.close()
+    used = [float(mesh.sum(cpu)) for _, cpu in seconds[FIRST_TIMED - 1 :]]
+    own = sum(part.tensor.nbytes for part in state.tensors().values())
+    own += sum(s.tensor.grad.nbytes for s in runnable.shards if s.tensor.grad is not None)
+    most = torch.tensor([own, own + peak], dtype=torch.int64)
+    if mesh.world_size > 1:
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return [min(wall for wall, _ in seconds[FIRST_TIMED - 1 :]), min(used), *most.tolist(), sent]
+
+
+def table(name: str, results: dict[Row, Measured]) -> str:
     """As Markdown, with where it was measured."""
-    from shoal.pipeline_plan import bubble_fraction
-
-    heads = ["", "step", "held all the time", "peak", "sent", "by the formula"]
+    heads = ["", "step", "CPU time of all", "held all the time", "peak", "sent", "by the formula"]
     if name == "memory":
-        heads = heads[:4]
+        heads = heads[:5]
     if name == "pipeline":
         heads.append("idle, by the formula")
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for key in TABLES[name]:
-        row, found = ROWS[key], Measured(**results[key])  # type: ignore[arg-type]
-        label = f"{int(key)}. {row.label}" if name == "costs" else row.label
-        cells = [label, f"{1000 * found.step_seconds:.0f} ms", mb(found.state_bytes), mb(found.peak_bytes)]
-        if len(heads) > 4:
-            cells += [mb(found.sent_bytes or 0, 2), mb(row.formula(), 2) if row.formula else "0"]
+        row, found = ROWS[key], results[ROWS[key]]
+        label = f"{int(key)}. {row.recipe[3:].replace('-', ' ')}" if name == "costs" else row.label
+        cells = [
+            label,
+            *(f"{1000 * s:.0f} ms" for s in (found.step_seconds, found.cpu_seconds)),
+            mb(found.state_bytes),
+            mb(found.peak_bytes),
+        ]
+        if len(heads) > 5:
+            cells += [mb(found.sent_bytes, 2), mb(row.formula(), 2) if row.formula else "0"]
         if name == "pipeline":
-            schedule = "1f1b" if key in ("06", "few") else "interleaved_1f1b" if key == "inter" else key
-            stages = 2 if key in ("inter", "zbv") else 1
-            idle = 0 if key == "02" else bubble_fraction(schedule, 2, stages, 2 if key == "few" else 8)  # type: ignore[arg-type]
+            order = key if ORDER in row.options else "1f1b"
+            stages, turns = 2 if order in ("interleaved_1f1b", "zbv") else 1, 2 if key == "few" else 8
+            idle = 0 if row.config.launch.processes == 1 else bubble_fraction(order, 2, stages, turns)  # type: ignore[arg-type]
             cells.append(f"{idle:.0%}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", where()])
@@ -352,10 +361,6 @@ def mb(size: float, digits: int = 1) -> str:
 
 
 def where() -> str:
-    import torch
-
-    from shoal.metrics.meter import device_name
-
     name = device_name(torch.device("cpu")).partition(" (")[0]
     return (
         f"*{name}, {os.cpu_count()} cores, one thread a process; torch {torch.__version__.partition('+')[0]}, Python "
@@ -373,9 +378,16 @@ def with_table(page: str, name: str, text: str) -> str:
     return f"{before}{begin}\n\n{text}\n\n{end}{after}"
 
 
-def read(path: Path | None) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path and path.is_file() else {}
-    return found
+def read(path: Path | None) -> dict[Row, Measured]:
+    """What was measured before; rows that run the same are one row, whatever they are called."""
+    found = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    return {Row(**row): Measured(**measured) for row, measured in found}
+
+
+def write(path: Path | None, results: dict[Row, Measured]) -> None:
+    if path:
+        pairs = [({"recipe": row.recipe, "options": row.options}, asdict(found)) for row, found in results.items()]
+        path.write_text(json.dumps(pairs, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
