@@ -225,11 +225,16 @@ def step_of(mesh: Mesh, config: Config) -> Step:
     if config.train.compile:
         import torch._functorch.config as functorch
         import torch._inductor.config as inductor
+        from torch._dynamo.utils import counters
 
         inductor.compile_threads = 1  # no pool of processes beside each of these
         functorch.activation_memory_budget = 1.0
         torch.compiler.reset()
-    return first_step(mesh, config)
+        counters.clear()
+    step = first_step(mesh, config)
+    if config.train.compile:
+        assert counters["stats"]["unique_graphs"], "nothing was compiled"
+    return step
 
 
 def _norm(tensors: Iterable[torch.Tensor]) -> float:

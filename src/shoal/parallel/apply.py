@@ -272,7 +272,8 @@ def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str
     """
     Checkpointing, compilation, and tensor parallel's exchanges, which stay out of what is compiled.
 
-    Without tensor parallel a compiled block has its checkpointing inside, so that the compiler sees it.
+    A block that is compiled whole has its checkpointing inside, so that the compiler sees it. Context parallel breaks a
+    block's graph, and the compiler leaves alone what breaks inside of checkpointing: there that goes around.
     """
     if train.activation_checkpointing == "budget":
         set_activation_budget(train.activation_budget)
@@ -284,11 +285,14 @@ def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str
                 if style == "partial":
                     compile_forward(module, whole=mesh.layout.cp == 1)
         tensor.connect(part, mesh.axis("tp"), regions)
+    whole, in_parts = mesh.layout.tp == mesh.layout.cp == 1, mesh.layout.tp == 1 < mesh.layout.cp
     for block in part.blocks.values():
+        if train.compile and in_parts:
+            compile_forward(block, whole=False)
         if again:
             block.forward = checkpointed(block.forward, train.activation_checkpointing)
-        if train.compile and mesh.layout.tp == 1:
-            compile_forward(block, whole=mesh.layout.cp == 1)
+        if train.compile and whole:
+            compile_forward(block, whole=True)
 
 
 def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, seed: int, *, twin: bool) -> list[Shard]:
