@@ -113,6 +113,7 @@ class GradientReducer:
                 bucket.work = None
             elif bucket.exchange is not None:
                 bucket.flat.copy_(gather_parts(bucket.exchange.wait(), 0, self._axis))
+                bucket.tree = None
             elif bucket.tree is not None:
                 bucket.flat.copy_(bucket.tree.root())
         self._armed = False

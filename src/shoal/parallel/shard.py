@@ -125,3 +125,4 @@ class _TreeReduceScatter:
             return
         self._exchange.send(self._tree, self._shards)
         output_tensor.copy_(self._exchange.wait())
+        self.zero()  # a block's whole gradient is not kept until the others' are done

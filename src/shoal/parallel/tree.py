@@ -9,6 +9,7 @@ Floating-point addition is commutative, so only the tree matters, not when a sum
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,24 +72,22 @@ class Leaves:
     runs: tuple[range, ...]
     parts: int = 1  # `cp`: process p has part p % parts
 
-    def count(self, member: int) -> int:
-        """Nodes that this member is left with."""
-        return len(self.spans(member))
-
-    def spans(self, member: int) -> list[tuple[int, int]]:
-        """(level, index) of these nodes."""
-        tree = TreeSum(self.slots)
-        for leaf in self.runs[member]:
-            tree.push(leaf, torch.empty(0))
-        return [node[:2] for node in tree.nodes]
+    @functools.cached_property
+    def spans(self) -> list[list[tuple[int, int]]]:
+        """(level, index) of the nodes that each member is left with."""
+        trees = [TreeSum(self.slots) for _ in self.runs]
+        for tree, run in zip(trees, self.runs, strict=True):
+            for leaf in run:
+                tree.push(leaf, torch.empty(0))
+        return [[node[:2] for node in tree.nodes] for tree in trees]
 
     def sum(self, received: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The sum over all members of what each sent: its nodes [count(member), ...], which are overwritten."""
+        """The sum over all members of what each sent: its nodes [len(spans[member]), ...], which are overwritten."""
         totals = []
         for part in range(self.parts):
             tree = TreeSum(self.slots)
             for member in range(part, len(self.runs), self.parts):
-                for (level, index), node in zip(self.spans(member), received[member], strict=True):
+                for (level, index), node in zip(self.spans[member], received[member], strict=True):
                     tree.join(level, index, node)
             totals.append(tree.root())
         for other in totals[1:]:
@@ -106,15 +105,18 @@ class Exchange:
 
     def send(self, tree: TreeSum, chunks: int) -> None:
         """
-        Each process gets one of the `chunks` that every node is cut into: process r gets chunk r % chunks.
+        Each process gets one of the `chunks` that every node is cut into: process r gets chunk r % chunks. The tree
+        must stay as it is until `wait`.
 
         The bytes of a ring reduce-scatter where runs are whole nodes (chunks = axis.size).
         """
         size, mine = self._axis.size, len(tree.nodes)
-        nodes = torch.stack([node for _, _, node in tree.nodes]).view(mine, chunks, -1)
-        sent = nodes.transpose(0, 1).repeat(size // chunks, 1, 1).contiguous()
+        nodes = [node.view(chunks, -1) for _, _, node in tree.nodes]
+        sent = nodes[0].unsqueeze(1) if mine == 1 else torch.stack(nodes, dim=1)  # one whole node is sent as it is
+        if chunks < size:
+            sent = sent.repeat(size // chunks, 1, 1)
         width = sent.shape[2]
-        counts = [self._leaves.count(member) for member in range(size)]
+        counts = [len(spans) for spans in self._leaves.spans]
         self._received = sent.new_empty(sum(counts), width)
         self._counts = counts
         self._work = dist.all_to_all_single(
