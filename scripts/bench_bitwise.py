@@ -1,0 +1,138 @@
+"""
+What `train.repro: bitwise` costs: `python scripts/bench_bitwise.py [--processes 2] [--steps 12] [--micro-batch 4]`.
+
+Each layout trains the same model twice beside each other in the same processes, once in the fast mode and once in the
+bitwise one, a step of each in turn, so that a machine whose speed drifts treats both alike. The cost is the median of
+neighbouring steps' ratios. Memory is what torch's allocator gave out in a step, at most, beyond what was held before,
+on the process with most. Processes have one thread each; use as many as there are quiet cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", GLOO_SOCKET_IFNAME="lo")
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.profiler import ProfilerActivity, profile
+
+from shoal.bench.environment import describe
+from shoal.config import Config, Data, Model, Optim, Parallel, Train
+from shoal.data.loader import Batch
+from shoal.launch.place import Place
+from shoal.layout import find_layout
+from shoal.metrics.meter import no_phases
+from shoal.parallel.mesh import Mesh
+from shoal.train.assemble import assemble
+from shoal.train.step import train_step
+
+SHAPE = Model(family="llama", dim=384, num_layers=6, num_heads=6, vocab_size=257, max_seq_len=256)  # 10.8M
+SEQ_LEN, WARM_UP = 256, 2
+
+
+def layouts(processes: int) -> dict[str, Parallel]:
+    return {"ddp": Parallel(), "fsdp": Parallel(dp_shard=processes)}
+
+
+class Trainer:
+    """A model in a layout, and a step of it on random tokens."""
+
+    def __init__(self, mesh: Mesh, parallel: Parallel, repro: str, args: argparse.Namespace) -> None:
+        train = Train(steps=1, global_batch=args.tokens // SEQ_LEN, micro_batch=args.micro_batch, dtype=args.dtype, repro=repro)
+        self.config = Config(model=SHAPE, data=Data(seq_len=SEQ_LEN), optim=Optim(), train=train, parallel=parallel)
+        self.runnable, self.state = assemble(self.config, mesh, lambda _: None)
+        generator = torch.Generator().manual_seed(mesh.place.rank)
+        self.batches = []
+        for _ in self.runnable.slots[mesh.dp_rank]:
+            tokens = torch.randint(257, (args.micro_batch, SEQ_LEN), generator=generator)
+            positions = torch.arange(SEQ_LEN).expand_as(tokens)
+            self.batches.append(Batch(tokens, tokens, positions, None, (), tokens.numel()))
+
+    def step(self) -> None:
+        train_step(
+            self.runnable, self.state.optimizer, self.batches, step=1, lr=1e-5, clip_norm=1.0,
+            bitwise=self.config.train.repro == "bitwise", stop_asked=False, phases=no_phases,
+        )  # fmt: skip
+
+
+def seconds(trainer: Trainer) -> float:
+    dist.barrier()
+    begun = time.perf_counter()
+    trainer.step()
+    dist.barrier()
+    return time.perf_counter() - begun
+
+
+def grown_bytes(trainer: Trainer) -> int:
+    """The most that a step's tensors took, on the process with most."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.step()
+    grown = most = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        grown += event.nbytes()
+        most = max(most, grown)
+    worst = torch.tensor(most)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return int(worst)
+
+
+def work(rank: int, store: str, args: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=args.processes, timeout=timedelta(seconds=300)
+    )
+    if rank == 0:
+        print(
+            f"{args.processes} processes of one thread, llama of 10.8M parameters, {args.tokens:,} tokens a step in "
+            f"micro-batches of {args.micro_batch} x {SEQ_LEN}, {args.dtype}, {args.steps} pairs of steps\n\n"
+            "| layout | fast: s a step | bitwise: s a step | ratio (lowest to highest) | fast: MB of a step | bitwise: MB |\n"
+            "| --- | --- | --- | --- | --- | --- |",
+            flush=True,
+        )
+    for name, parallel in layouts(args.processes).items():
+        layout = find_layout(parallel, args.processes)
+        assert not isinstance(layout, str)
+        mesh = Mesh(Place(rank, args.processes, rank, args.processes), torch.device("cpu"), layout)
+        fast, bitwise = Trainer(mesh, parallel, "fast", args), Trainer(mesh, parallel, "bitwise", args)
+        pairs = []
+        for turn in range(WARM_UP + args.steps):
+            first, second = (fast, bitwise) if turn % 2 == 0 else (bitwise, fast)
+            found = {id(first): seconds(first), id(second): seconds(second)}
+            pairs.append((found[id(fast)], found[id(bitwise)]))
+        pairs = pairs[WARM_UP:]
+        memory = [grown_bytes(trainer) / 1e6 for trainer in (fast, bitwise)]
+        if rank == 0:
+            ratios = sorted(b / f for f, b in pairs)
+            print(
+                f"| {name} | {statistics.median(f for f, _ in pairs):.3f} | {statistics.median(b for _, b in pairs):.3f} "
+                f"| {statistics.median(ratios):.3f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {memory[0]:.0f} | {memory[1]:.0f} |",
+                flush=True,
+            )
+    dist.barrier()
+    os._exit(0)  # gloo's threads may outlive Python's end
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=8192, help="of a step")
+    parser.add_argument("--micro-batch", type=int, default=4, help="rows")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    print(describe(), end="\n\n")
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (str(Path(folder, "store")), args), nprocs=args.processes)  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    main()
