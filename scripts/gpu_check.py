@@ -26,7 +26,6 @@ from shoal.config import Config, Data, Launch, Metrics, Model, Optim, Train
 from shoal.launch.place import Place
 from shoal.metrics.meter import no_phases
 from shoal.metrics.trackers import read_json_lines
-from shoal.models.build import global_parameters
 from shoal.parallel.mesh import Mesh
 from shoal.train.loop import Run
 
@@ -52,10 +51,11 @@ def first_step(folder: Path, name: str, device: str, **train: Any) -> tuple[floa
 
     mesh = Mesh(Place(), torch.device(device))
     run = Run.open(small(folder, name, **train), mesh, StopRequest())
-    loss, tokens = run.runnable.forward_backward(run.loader.next_step(), 1, no_phases)
+    scale = run.state.scaler.scale if run.state.scaler else 1.0
+    losses, _ = run.runnable.forward_backward(run.loader.next_step(), 1, no_phases, scale)
     run.close()
-    gradients = {n: p.grad.float().cpu() for n, p in global_parameters(run.runnable.model) if p.grad is not None}
-    return float(loss / tokens), gradients
+    gradients = {s.name: (s.tensor.grad / scale).cpu() for s in run.runnable.shards if s.tensor.grad is not None}
+    return float(losses.sum()), gradients
 
 
 def worst(mine: Gradients, theirs: Gradients) -> float:
@@ -80,6 +80,42 @@ def check_bfloat16(folder: Path) -> tuple[bool, str]:
     return abs(
         loss - their_loss
     ) < 0.02 and error < 0.1, f"loss {their_loss:.4f} against float32's {loss:.4f}, worst gradient {error:.1e}"
+
+
+def check_float16(folder: Path) -> tuple[bool, str]:
+    loss, gradients = first_step(folder, "f32-2", "cuda:0", dtype="float32")
+    their_loss, theirs = first_step(folder, "f16", "cuda:0", dtype="float16")
+    error = worst(gradients, theirs)
+    return abs(
+        loss - their_loss
+    ) < 0.02 and error < 0.05, f"loss {their_loss:.4f} against float32's {loss:.4f}, worst gradient {error:.1e}"
+
+
+def check_recompute(folder: Path) -> tuple[bool, str]:
+    kept = first_step(folder, "kept", "cuda:0", dtype="bfloat16", repro="bitwise")
+    same = []
+    for mode in ("full", "selective"):
+        loss, gradients = first_step(
+            folder, mode, "cuda:0", dtype="bfloat16", repro="bitwise", activation_checkpointing=mode
+        )
+        same.append(loss == kept[0] and all(torch.equal(gradients[n], g) for n, g in kept[1].items()))
+    return all(same), f"full and selective checkpointing, bitwise: {'the same bits' if all(same) else 'other bits'}"
+
+
+def check_muon(folder: Path) -> tuple[bool, str]:
+    recipe = folder / "muon.yaml"
+    recipe.write_text(
+        "model: {dim: 128, num_layers: 2, num_heads: 2, max_seq_len: 128}\ndata: {corpus: dummy, tokenizer: bytes, seq_len: 64}\n"
+        "optim: {name: muon, warmup_steps: 2}\ntrain: {steps: 30, global_batch: 8, micro_batch: 4, device: cuda}\nlaunch: {processes: 1}\n"
+    )
+    shoal(folder, "train", recipe.name)
+    losses = [r["loss"] for r in read_json_lines(folder / "runs" / "muon" / "metrics.jsonl") if "loss" in r]
+    return losses[-1] < losses[0] - 1, f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in 30 steps"
+
+
+def check_verify(folder: Path) -> tuple[bool, str]:
+    text = shoal(folder, "verify", str(ROOT / "recipes" / "quickstart.yaml"), "--processes", "1")
+    return "PASS" in text.splitlines(), "one process, its own dtype and float32, against other orders of sums; resumed"
 
 
 def check_compile(folder: Path) -> tuple[bool, str]:
@@ -184,6 +220,10 @@ def main() -> int:
     checks: list[Callable[[Path], tuple[bool, str]]] = [
         check_float32,
         check_bfloat16,
+        check_float16,
+        check_recompute,
+        check_muon,
+        check_verify,
         check_compile,
         check_flash,
         check_resume,
