@@ -46,7 +46,9 @@ class Trainer:
     """A model in a layout, and a step of it on random tokens."""
 
     def __init__(self, mesh: Mesh, parallel: Parallel, repro: str, args: argparse.Namespace) -> None:
-        train = Train(steps=1, global_batch=args.tokens // SEQ_LEN, micro_batch=args.micro_batch, dtype=args.dtype, repro=repro)
+        train = Train(
+            steps=1, global_batch=args.tokens // SEQ_LEN, micro_batch=args.micro_batch, dtype=args.dtype, repro=repro
+        )
         self.config = Config(model=SHAPE, data=Data(seq_len=SEQ_LEN), optim=Optim(), train=train, parallel=parallel)
         self.runnable, self.state = assemble(self.config, mesh, lambda _: None)
         generator = torch.Generator().manual_seed(mesh.place.rank)

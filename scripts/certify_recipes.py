@@ -1,0 +1,102 @@
+"""
+The certificate of each recipe: `python scripts/certify_recipes.py [--only learn]` runs `shoal verify` on every one, in
+its own layout, on the quickstart in a few more, and writes docs/certificates.md. Ends with 1 where one says FAIL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from shoal.bench.environment import describe
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "certificates.md"
+QUICKSTART_LAYOUTS = [
+    ["--processes", "2"],
+    ["--processes", "3"],
+    ["--parallel.dp_shard", "2"],
+    ["--parallel.dp_shard", "2", "--train.dtype", "bfloat16"],
+    ["--parallel.dp_shard", "3", "--train.repro", "bitwise"],
+    ["--parallel.tp", "3", "--data.seq_len", "255"],
+    ["--parallel.cp", "2"],
+    ["--parallel.pp", "2"],
+    ["--parallel.pp", "2", "--parallel.dp_shard", "2", "--optim.name", "muon"],
+]
+HEAD = """# Certificates of the recipes
+
+What `shoal verify` says of each recipe in its own layout, and of the quickstart in others: how far a layout is from one
+process, and behind it how far it may be, which is measured on one process with sums in another order. `python
+scripts/certify_recipes.py` makes this page.
+
+| recipe | layout | dtype | loss | gradient norm | worst gradient | worst update | resumed | |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def verify(recipe: Path, options: list[str], runs: Path) -> tuple[dict[str, Any], float]:
+    """The certificate, and the seconds that it took."""
+    begun = time.perf_counter()
+    data = ["--data.folder", str(ROOT / "data"), "--launch.runs", str(runs)]
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal", "verify", str(recipe), *options, *data],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    certificate = runs / f"verify-{recipe.stem}" / "certificate.json"
+    if not certificate.is_file():
+        raise RuntimeError(
+            f"{recipe.name} {' '.join(options)} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+        )
+    found: dict[str, Any] = json.loads(certificate.read_text())
+    certificate.unlink()
+    return found, time.perf_counter() - begun
+
+
+def rows(recipe: Path, options: list[str], found: dict[str, Any]) -> list[str]:
+    """One for each dtype that was compared."""
+    name = f"`{recipe.relative_to(ROOT / 'recipes')}`"
+    extra = [o for o in options if o in ("bitwise", "muon")] or (
+        [found["repro"]] if found["repro"] == "bitwise" else []
+    )
+    lines = []
+    for dtype, findings in found["findings"].items():
+        cells = [
+            "the same bits" if f["allowed"] == f["difference"] == 0 else f"{f['difference']:.1e} of {f['allowed']:.1e}"
+            for f in findings
+        ]
+        layout = ", ".join([found["layout"], *extra])
+        resumed = "the same bits" if found["resumed_same_bits"] else "OTHER bits"
+        verdict = "PASS" if found["passed"] else "FAIL"
+        lines.append(f"| {name} | {layout} | {dtype} | {' | '.join(cells)} | {resumed} | {verdict} |")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="recipes whose path contains this; the page is not written")
+    arguments = parser.parse_args()
+    jobs = [(recipe, list[str]()) for recipe in sorted((ROOT / "recipes" / "learn").glob("*.yaml"))]
+    jobs = [(ROOT / "recipes" / "quickstart.yaml", options) for options in QUICKSTART_LAYOUTS] + jobs
+    jobs = [job for job in jobs if arguments.only in str(job[0])]
+    lines, passed = [], True
+    with tempfile.TemporaryDirectory() as runs:
+        for number, (recipe, options) in enumerate(jobs, 1):
+            found, seconds = verify(recipe, options, Path(runs))
+            passed &= found["passed"]
+            lines += rows(recipe, options, found)
+            print(f"[{number}/{len(jobs)}] {lines[-1]} {seconds:.0f} s", flush=True)
+    if not arguments.only:
+        PAGE.write_text(f"{HEAD}{chr(10).join(lines)}\n\n```\n{describe()}\n```\n", encoding="utf-8")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
