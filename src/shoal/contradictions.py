@@ -40,7 +40,8 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
         )
     elif not any(shape_problems(model)):
         for sentence in refusals(config, config.launch.processes):
-            yield problem(sentence, *(key for key in sources if re.search(rf"\b{re.escape(key)}\b", sentence)))
+            cause, _, _ = sentence.partition("; ")
+            yield problem(sentence, *(key for key in sources if re.search(rf"\b{re.escape(key)}\b", cause)))
     if data.seq_len > model.max_seq_len:
         yield problem(
             f"data.seq_len {data.seq_len} is longer than model.max_seq_len {model.max_seq_len}",

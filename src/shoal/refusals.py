@@ -19,7 +19,9 @@ def refusals(config: Config, processes: int | None) -> Iterator[str]:
     layout = find_layout(config.parallel, processes)
     if isinstance(layout, str):
         yield layout
-        return
+        layout = find_layout(config.parallel, None)  # what else would be wrong with as many as it needs
+        if isinstance(layout, str):
+            return
     yield from _batches(config, layout)
     yield from _tensor(config, layout)
     yield from _context(config, layout)

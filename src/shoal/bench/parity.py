@@ -341,9 +341,10 @@ def _one_step(config: Config, runnable: Runnable, state: TrainState, batches: An
 def _say(console: Console, dtype: str, finding: Finding) -> None:
     allowed = "the same bits" if finding.allowed == 0 else f"{finding.allowed:.1e} allowed"
     where = finding.name if finding.name.startswith("step") else f"worst in {finding.name}"
+    where = where if finding.difference else ""
     verdict = "" if finding.holds else "  FAIL"
     text = f"  {dtype:9} {finding.what:14} {finding.difference:8.1e} apart, {allowed:16}  {where}{verdict}"
-    console.say(text, "" if finding.holds else "bold red")
+    console.say(text.rstrip(), "" if finding.holds else "bold red")
 
 
 def _facts(mesh: Mesh, seconds: float) -> dict[str, Any]:
