@@ -18,7 +18,7 @@ import torch
 
 from shoal.bench.environment import describe
 from shoal.config import Model
-from shoal.models.build import build_model, global_parameters, initialize
+from shoal.models.build import build_model, initialize
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.optim.muon import Muon
 from shoal.parallel.mesh import Axis
@@ -54,7 +54,7 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, repeats: int) -
         linear_cross_entropy_sum(model(tokens), model.head_weight(), tokens, 1 / tokens.numel()).backward()
 
     forward_backward()
-    matrices = {n: p for n, p in global_parameters(model) if n.startswith("blocks.") and p.ndim == 2}
+    matrices = {n: p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
     shards = [Shard(n, Region.whole(p.shape), p.detach(), p) for n, p in matrices.items()]
     for shard in shards:
         shard.tensor.grad = torch.randn_like(shard.tensor)

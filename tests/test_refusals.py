@@ -46,6 +46,8 @@ RULES: list[tuple[str, int, dict[str, Any], set[str]]] = [
     ("wait for ever", 8, {"parallel__dp_shard": 4, "parallel__pp": 2, "parallel__reshard_after_forward": 2}, {"parallel.reshard_after_forward", "parallel.pp"}),
     ("wait for ever", 8, {"parallel__dp_shard": 4, "parallel__dp_replicate": 2, "train__repro": "bitwise", "parallel__reshard_after_forward": 2}, {"parallel.reshard_after_forward", "parallel.dp_replicate"}),
     ("the compiler's choice", 1, {"train__activation_checkpointing": "budget"}, {"train.activation_checkpointing", "train.compile"}),
+    ("does nothing", 1, {"train__activation_budget": 0.3, "train__activation_checkpointing": "full"}, {"train.activation_checkpointing", "train.activation_budget"}),
+    ("does nothing", 1, {"optim__muon_momentum": 0.5}, {"optim.name", "optim.muon_momentum"}),
     ("for CUDA", 1, {"train__dtype": "float16", "train__device": "cpu"}, {"train.dtype", "train.device"}),
     ("float16 overflowed", 1, {"train__dtype": "float16", "optim__name": "muon"}, {"train.dtype", "optim.name"}),
 ]  # fmt: skip

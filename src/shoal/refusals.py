@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shoal.config import Config, Model, Parallel
+from shoal.config import Config, Model, Optim, Parallel, Train
 from shoal.layout import Layout, deal, find_layout
 from shoal.pipeline_plan import problems as pipeline_problems
 from shoal.presets import resolve_shape
@@ -151,6 +151,20 @@ def _unused(config: Config, layout: Layout) -> Iterator[str]:
                 f"parallel.{key} {_show(getattr(parallel, key))} does nothing where parallel.{axis} is 1; set "
                 f"parallel.{axis} to {value}, or leave parallel.{key} out"
             )
+    if (
+        config.train.activation_budget != Train().activation_budget
+        and config.train.activation_checkpointing != "budget"
+    ):
+        yield (
+            f"train.activation_budget {config.train.activation_budget:g} does nothing where train.activation_checkpointing is "
+            f"{config.train.activation_checkpointing}; set train.activation_checkpointing to budget, or leave "
+            "train.activation_budget out"
+        )
+    if config.optim.muon_momentum != Optim().muon_momentum and config.optim.name != "muon":
+        yield (
+            f"optim.muon_momentum {config.optim.muon_momentum:g} does nothing where optim.name is {config.optim.name}; set "
+            "optim.name to muon, or leave optim.muon_momentum out"
+        )
     number = parallel.reshard_after_forward
     cut = layout.dp_shard * layout.cp
     if isinstance(number, int) and layout.dp_shard > 1 and not (1 < number < cut and cut % number == 0):

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from shoal.config import Model
 from shoal.data.loader import Batch
-from shoal.models.build import build_model, global_parameters, initialize
+from shoal.models.build import build_model, initialize
 from shoal.models.family import LanguageModel
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.parallel.mesh import Axis, Mesh
@@ -75,7 +75,7 @@ def alone(shape: Model, steps: list[list[Batch]]) -> list[tuple[list[Tensor], Gr
         losses = [loss(model, model(b.tokens, b.positions, b.document_ids), b.labels) for b in batches]
         for value in losses:
             value.backward()
-        grads = {name: p.grad.clone() for name, p in global_parameters(model) if p.grad is not None}
+        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         answers.append(([value.detach() for value in losses], grads))
     return answers
 
@@ -102,7 +102,7 @@ def check(stages: dict[int, LanguageModel], wanted: Grads) -> set[str]:
     """All gradients of these stages against the reference; their names."""
     seen = set()
     for stage in stages.values():
-        for name, parameter in global_parameters(stage):
+        for name, parameter in stage.named_parameters():
             grad = parameter.grad
             assert grad is not None, name
             grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
@@ -122,7 +122,7 @@ def trains(mesh: Mesh, schedule: Schedule, family: str, tied: bool, count: int, 
     give_weights(stages)
     if flat:
         for stage in stages.values():
-            for _, p in global_parameters(stage):
+            for _, p in stage.named_parameters():
                 p.grad = torch.zeros(p.numel() + 3)[3:].view_as(p)  # a place in a larger buffer, as a reducer gives it
     views = {p: p.grad for stage in stages.values() for p in stage.parameters()}
     order: dict[int, list[int]] = {index: [] for index in stages}
@@ -161,7 +161,7 @@ def trains(mesh: Mesh, schedule: Schedule, family: str, tied: bool, count: int, 
 def test_two_processes(world: Callable[[int], World], schedule: Schedule, family: str, tied: bool) -> None:
     seen = world(2).run(trains, schedule, family, tied, 4, family == "llama")
     shape = shape_of(family, tied, 2 * stages_per_rank(schedule, None) + 1)
-    assert set().union(*seen) == {name for name, _ in global_parameters(new_model(shape))}
+    assert set().union(*seen) == {name for name, _ in new_model(shape).named_parameters()}
 
 
 @pytest.mark.parametrize(("schedule", "count"), [("gpipe", 3), ("1f1b", 4), ("interleaved_1f1b", 6), ("zbv", 2), ("zbv", 7), ("dualpipev", 8)])  # fmt: skip
@@ -247,10 +247,10 @@ def test_with_sharded_stages(world: Callable[[int], World], schedule: Schedule, 
 
 def test_stages_hold_what_is_theirs_alone() -> None:
     shape = shape_of("gpt2", True, 9)
-    whole = {name for name, _ in global_parameters(new_model(shape))}
+    whole = {name for name, _ in new_model(shape).named_parameters()}
     held = [cut(new_model(shape), Axis(2, rank), "zbv", 2) for rank in range(2)]
     assert [list(stages) for stages in held] == [[0, 3], [1, 2]]
-    names = {i: {name for name, _ in global_parameters(s)} for stages in held for i, s in stages.items()}
+    names = {i: {name for name, _ in s.named_parameters()} for stages in held for i, s in stages.items()}
     assert set().union(*names.values()) == whole
     assert {n for n in whole if sum(n in held for held in names.values()) > 1} == {"embed.weight"}
     assert names[0] >= {"embed.weight", "position.weight"}

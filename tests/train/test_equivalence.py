@@ -15,7 +15,6 @@ from shoal.fault.signals import StopRequest
 from shoal.launch.place import Place
 from shoal.metrics.meter import no_phases
 from shoal.metrics.trackers import read_json_lines
-from shoal.models.build import global_parameters
 from shoal.parallel.mesh import Mesh
 from shoal.train.loop import Run
 from tests.world import World
@@ -65,7 +64,7 @@ def first_gradients(mesh: Mesh, config: Config) -> tuple[float, dict[str, torch.
     losses, _ = run.runnable.forward_backward(run.loader.next_step(), 1, no_phases)
     loss = mesh.sum(losses.double()).sum()
     run.close()
-    gradients = {n: p.grad.clone() for n, p in global_parameters(run.runnable.parts[0]) if p.grad is not None}
+    gradients = {n: p.grad.clone() for n, p in run.runnable.parts[0].named_parameters() if p.grad is not None}
     return float(loss), gradients
 
 
@@ -98,7 +97,7 @@ def test_accumulation_and_padding_do_not_change_the_gradient(tmp_path: Path) -> 
     assert (batch.labels == -100).any()
     for their_loss, gradients in results:
         assert their_loss == pytest.approx(loss.item(), rel=1e-6)
-        for name, p in global_parameters(model):
+        for name, p in model.named_parameters():
             assert p.grad is not None
             assert (gradients[name] - p.grad).norm() <= 2e-6 * p.grad.norm(), name
 

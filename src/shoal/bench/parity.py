@@ -11,6 +11,7 @@ was saved on the way is loaded into a new model, which has to go on with the sam
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import platform
@@ -99,6 +100,8 @@ def verify_here(config: Config) -> None:
     """One process of a verification; the first one prints, and writes `certificate.json` in the run's folder."""
     set_threads(config)
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
+        if mesh.device.type == "cuda":
+            torch.use_deterministic_algorithms(True, warn_only=True)  # or a resumed run may have other bits rightly
         console = Console(speaks=mesh.is_first)
         folder = RunFolder.of(config).path
         prepared = open_data(config.data, console)
@@ -121,7 +124,8 @@ def certify(config: Config, mesh: Mesh, prepared: Prepared, folder: Path, consol
     certificate = Certificate(str(mesh.layout), mesh.world_size, train.dtype, train.repro)
     console.say(f"verifying {mesh.layout}, {mesh.world_size} processes, {STEPS} steps of the config's own data", "bold")
     begun = time.perf_counter()
-    for dtype in dict.fromkeys(("float32", train.dtype)):
+    ring = config.parallel.cp_method == "ring" and mesh.device.type == "cuda"  # whose kernel has no float32
+    for dtype in dict.fromkeys((train.dtype if ring else "float32", train.dtype)):
         one = config.replace("train", dtype=dtype)
         expected, noise = _references(one, mesh, rows)
         console.note(f"{dtype}: one process took its steps ({time.perf_counter() - begun:.0f} s)")
@@ -150,7 +154,11 @@ def _references(config: Config, mesh: Mesh, rows: Rows) -> tuple[Trace | None, T
         _, expected = _take_steps(plain, alone, rows)
         with _products_by_quarters():
             _, noise = _take_steps(other, alone, rows)
+        for trace in (expected, noise):  # the layout needs the device's memory
+            trace.gradients = {name: tensor.cpu() for name, tensor in trace.gradients.items()}
+            trace.updates = {name: tensor.cpu() for name, tensor in trace.updates.items()}
         found = expected, noise
+        gc.collect()
     mesh.barrier()
     return found
 
@@ -303,7 +311,9 @@ def _same_bits(config: Config, mesh: Mesh) -> bool:
 def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:
     """Save after some steps and go on; load into a new model and go on: the same bits? Collectives over the world."""
     aside = folder / "checkpoints"
-    store = CheckpointStore(aside, mesh, keep=1, keep_best=False)
+    if mesh.is_first:
+        shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
+    store = CheckpointStore(aside, mesh, keep=1, keep_best=False)  # with a barrier
     runnable, state = _assemble(config, mesh, lambda _: None)
     loader = open_loader(config, mesh, rows)
     for step in range(1, STEPS + 1):

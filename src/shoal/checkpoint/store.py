@@ -3,7 +3,7 @@ Checkpoints: written aside, flushed, hashed, renamed; so that what is listed is 
 
     checkpoints/
       step-00000100/
-        shard-00001-model-00001-of-00001.safetensors   one a rank: parameters and AdamW's moments
+        shard-00001-model-00001-of-00001.safetensors   one a rank: parameters and the optimizer's moments
         state.json       step, position, tokens, validation loss
         manifest.json    size and SHA-256 of each file above; written last
       latest -> step-00000100                          for people; a resume looks at the folders
@@ -84,6 +84,9 @@ class CheckpointStore:
         if final.exists():
             return Saved(final, int(state["step"]), state.get("val_loss"))
         with _agreeing(self._mesh, aside):
+            if self._mesh.is_first:
+                aside.mkdir(parents=True, exist_ok=True)
+        with _agreeing(self._mesh, aside):
             self._write(aside, parts)
         with _agreeing(self._mesh, aside):
             if self._mesh.is_first:
@@ -91,8 +94,6 @@ class CheckpointStore:
         return Saved(final, int(state["step"]), state.get("val_loss"))
 
     def _write(self, aside: Path, parts: Mapping[str, Part]) -> None:
-        if self._mesh.is_first:
-            aside.mkdir(parents=True, exist_ok=True)
         with _plainly():
             writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
             planner, alone = RegionSavePlanner(parts), self._mesh.world_size == 1

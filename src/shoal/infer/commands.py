@@ -56,7 +56,8 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str) -> Loade
         what = f"no checkpoint of step {step}; there are steps {steps}" if there else "no checkpoint yet"
         raise CheckpointError(f"{path} has {what}")
     place = choose_device(device)
-    model = build_model(config.model, compute_dtype=DTYPES[config.train.dtype])
+    slow = place.type == "cpu" and config.train.dtype == "float16"
+    model = build_model(config.model, compute_dtype=torch.float32 if slow else DTYPES[config.train.dtype])
     model.to_empty(device=place)
     state = load(chosen[-1], {f"model.{n}": Part.whole(p.detach()) for n, p in model.named_parameters()})
     model.eval()

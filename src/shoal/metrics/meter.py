@@ -182,10 +182,12 @@ class Meter:
         config, mesh = self._config, self._mesh
         if config.metrics.peak_tflops:
             return config.metrics.peak_tflops * 1e12 * mesh.world_size, "metrics.peak_tflops"
-        name: Literal["bfloat16", "float32"] = "bfloat16" if config.train.dtype == "bfloat16" else "float32"
+        name: Literal["bfloat16", "float32"] = (
+            "float32" if config.train.dtype == "float32" else "bfloat16"
+        )  # float16's too
         if mesh.device.type == "cuda" and (known := peak_flops(self.device_name, name)):
             return known * mesh.world_size, "data sheet, dense"
-        dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.train.dtype, torch.float32)
         mesh.barrier()  # all at once, as they will train
         rate = torch.tensor(measured_matmul_flops(mesh.device, dtype), device=mesh.device, dtype=torch.float64)
         return float(mesh.sum(rate)), "a 2048^3 matrix product, measured here"

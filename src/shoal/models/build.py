@@ -9,10 +9,9 @@ and 64 start from the same bits. It is always the CPU's generator that draws, wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shoal.config import Model
 from shoal.models.family import Initial, LanguageModel
@@ -22,8 +21,6 @@ from shoal.presets import resolve_shape
 
 ROWS_AT_A_TIME = 1024
 MASK32 = (1 << 32) - 1
-# What wrappers put into a parameter's name: torch.compile, activation checkpointing, DDP.
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
 
 
 def build_model(model: Model, *, compute_dtype: torch.dtype) -> LanguageModel:
@@ -46,22 +43,9 @@ def build_model(model: Model, *, compute_dtype: torch.dtype) -> LanguageModel:
 def initialize(model: LanguageModel, seed: int, device: torch.device | str) -> None:
     """Give a model on meta its memory on `device`, and its initial weights."""
     model.to_empty(device=device)
-    for name, parameter in global_parameters(model):
+    for name, parameter in model.named_parameters():
         with torch.no_grad():
             draw_region(parameter, model.initial(name, model.shape), seed, name, parameter.shape, (slice(None),))
-
-
-def global_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Each parameter once, under the name it has whatever wraps the model."""
-    for name, parameter in module.named_parameters():
-        yield global_name(name), parameter
-
-
-def global_name(name: str) -> str:
-    """A parameter's name without what wrappers add to it."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def draw_rows(

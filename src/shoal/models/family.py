@@ -42,8 +42,6 @@ class LanguageModel(nn.Module, ABC):
     """
 
     TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]]  # pattern of a module's name -> how it is cut
-    CUT_POINTS: ClassVar[tuple[str, ...]]  # a pipeline may be cut before each of these
-    BLOCK: ClassVar[type[nn.Module]]
 
     shape: Model
     compute_dtype: torch.dtype

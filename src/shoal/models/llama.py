@@ -127,8 +127,6 @@ class Llama(LanguageModel):
         "norm": "replicate",
         "head": "vocab",
     }
-    CUT_POINTS: ClassVar[tuple[str, ...]] = ("blocks.*",)
-    BLOCK: ClassVar[type[nn.Module]] = Block
 
     def __init__(self, shape: Model, compute_dtype: torch.dtype) -> None:
         super().__init__()

@@ -135,7 +135,9 @@ class Runnable:
         places = self.mesh.coordinates
         counts = places["pp"] == places["cp"] == places["tp"] == 0
         own = float(sum(b.valid_tokens for b in batches)) if counts else 0.0
-        return self.mesh.sum(torch.tensor(own, device=self.mesh.device))
+        return self.mesh.sum(
+            torch.full((), own, device=self.mesh.device)
+        )  # filled there: a copy would wait for the device
 
     def _publish(self) -> None:
         """Each shard's gradient as the optimizer takes it: plain, and whole sums."""
@@ -275,8 +277,7 @@ def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str
     A block that is compiled whole has its checkpointing inside, so that the compiler sees it. Context parallel breaks a
     block's graph, and the compiler leaves alone what breaks inside of checkpointing: there that goes around.
     """
-    if train.activation_checkpointing == "budget":
-        set_activation_budget(train.activation_budget)
+    set_activation_budget(train.activation_budget if train.activation_checkpointing == "budget" else 1.0)
     again = train.activation_checkpointing in ("full", "selective")
     if mesh.layout.tp > 1:
         tensor.drop_row_biases(part)
@@ -329,7 +330,8 @@ def _loss(model: LanguageModel, mesh: Mesh) -> Loss:
     vocab_size = model.shape.vocab_size
     assert vocab_size is not None
     first = Region.whole((vocab_size,)).chunk(0, axis.rank, axis.size).offsets[0]
-    return functools.partial(vocab_parallel_cross_entropy_sum, axis=axis, first=first)
+    rows = Region.whole((vocab_size,)).chunk(0, 0, axis.size).sizes[0]
+    return functools.partial(vocab_parallel_cross_entropy_sum, axis=axis, first=first, rows=rows)
 
 
 def _cutter(mesh: Mesh, parallel: Parallel) -> Callable[[Batch], Batch]:

@@ -30,7 +30,7 @@ from shoal.parallel.mesh import Axis
 SEQUENCE, HEADS = 1, 2  # dims of [B, T, H, d]
 
 
-def local_places(seq_len: int, axis: Axis, method: str) -> Tensor:
+def local_places(seq_len: int, axis: Axis, method: str, device: torch.device | None = None) -> Tensor:
     """
     The places of a row that this process holds, rising, int64 [seq_len / axis.size].
 
@@ -39,7 +39,7 @@ def local_places(seq_len: int, axis: Axis, method: str) -> Tensor:
     count = axis.size if method == "ulysses" or axis.size == 1 else 2 * axis.size
     if seq_len % count:
         raise ValueError(f"{seq_len} places do not divide into {count} equal parts")
-    parts = torch.arange(seq_len).chunk(count)
+    parts = torch.arange(seq_len, device=device).chunk(count)
     if count == axis.size:
         return parts[axis.rank]
     return torch.cat((parts[axis.rank], parts[-1 - axis.rank]))
@@ -54,7 +54,7 @@ def cut_batch(batch: Batch, axis: Axis, method: str) -> Batch:
     """
     if axis.size == 1:
         return batch
-    places = local_places(batch.tokens.shape[SEQUENCE], axis, method).to(batch.tokens.device)
+    places = local_places(batch.tokens.shape[SEQUENCE], axis, method, batch.tokens.device)
     ids = batch.document_ids
     return replace(
         batch,

@@ -92,11 +92,6 @@ class Mesh:
     def dp_size(self) -> int:
         return self.layout.dp
 
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether the model's end, and so its loss, is here."""
-        return self.coordinates["pp"] == self.layout.pp - 1
-
     def barrier(self) -> None:
         """Wait for all ranks. A collective over the world."""
         if self.world_size > 1:

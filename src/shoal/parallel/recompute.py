@@ -34,7 +34,7 @@ def checkpointed(forward: Forward, mode: str) -> Forward:
 
 @functools.cache
 def _kept_operators() -> list[torch._ops.OpOverload]:
-    """What is dear to compute again: matrix products, fused attention, exchanges between processes."""
+    """What is dear to compute again: matrix products and fused attention. Exchanges between processes are repeated."""
     aten = torch.ops.aten
     kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
     attention = (

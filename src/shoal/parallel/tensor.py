@@ -7,7 +7,7 @@ Tensor, sequence and loss parallel (Shoeybi et al. 2019, arXiv:1909.08053; Korth
 Each family's `TENSOR_PARALLEL` table says how its modules are cut. Parameters become plain, smaller parameters:
 what runs inside a module is the single-device code on fewer heads or columns, and FSDP2 can lie on top knowing
 nothing of it. Between the modules each process holds its part of the sequence, also through norms and residuals.
-What is not cut is held by all, each with a part of its gradient: `replicated` names it, and `apply.py` sums it.
+What is not cut is held by all, each with a part of its gradient: its `Shard` says so, and `apply.py` sums it.
 """
 
 from __future__ import annotations

@@ -19,16 +19,17 @@ from shoal.parallel.mesh import Axis
 
 
 def vocab_parallel_cross_entropy_sum(
-    hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, scale: Tensor | float, *, axis: Axis, first: int
-) -> Tensor:
+    hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, scale: Tensor | float, *, axis: Axis, first: int,
+    rows: int,
+) -> Tensor:  # fmt: skip
     """
     `linear_cross_entropy_sum` of the whole vocabulary and sequence, the same on every process of `axis`; float32, 0-d.
 
-    hidden_BTD: this process's part of the sequence, [B, T/tp, D]. weight_VD: its rows, from `first` on. labels_BT: of
-    the whole sequence. Collectives over `axis`.
+    hidden_BTD: this process's part of the sequence, [B, T/tp, D]. weight_VD: its rows, from `first` on; `rows` is the most
+    that a process has. labels_BT: of the whole sequence. Collectives over `axis`.
     """
     hidden_ND = gather(hidden_BTD, 1, axis).flatten(0, 1)
-    loss: Tensor = _VocabLoss.apply(hidden_ND, weight_VD, labels_BT.flatten(), scale, axis, first)  # type: ignore[no-untyped-call]
+    loss: Tensor = _VocabLoss.apply(hidden_ND, weight_VD, labels_BT.flatten(), scale, axis, first, rows)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -37,14 +38,16 @@ class _VocabLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, scale: Tensor | float, axis: Axis, first: int
-    ) -> Tensor:
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, scale: Tensor | float, axis: Axis, first: int,
+        rows: int,
+    ) -> Tensor:  # fmt: skip
         weight = weight_VD.to(hidden_ND.dtype)
         loss = torch.zeros((), device=hidden_ND.device)
         train = any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden_ND) if train else None
         d_weight = torch.zeros_like(weight_VD) if train else None
-        step = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        # Chunks meet in collectives: all processes take those of the largest share, where the vocabulary is dealt unevenly.
+        step = max(1, CHUNK_BYTES // (4 * rows))
         for start in range(0, len(hidden_ND), step):
             tokens = slice(start, start + step)
             part, d_logits_CV = _softmax(hidden_ND[tokens] @ weight.t(), labels_N[tokens], scale, axis, first)
@@ -57,10 +60,10 @@ class _VocabLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         grad = grad_outputs[0]
-        return d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype), None, None, None, None
+        return d_hidden * grad.to(d_hidden.dtype), d_weight * grad.to(d_weight.dtype), None, None, None, None, None
 
 
 def _softmax(

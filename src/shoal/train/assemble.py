@@ -22,6 +22,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 def assemble(config: Config, mesh: Mesh, say: Callable[[str], None]) -> tuple[Runnable, TrainState]:
     """The model, parallel and with its initial weights, and its optimizer. `say` gets a line for each thing applied."""
     train = config.train
+    if train.repro == "bitwise" and mesh.device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)  # attention's backward adds in any order otherwise
     model = build_model(config.model, compute_dtype=DTYPES[train.dtype])
     runnable = parallelize(model, mesh, parallel=config.parallel, train=train, data=config.data, say=say)
     team = mesh.axis("stage")

@@ -16,7 +16,7 @@ def gradient_norm(
     """
     The norm of the whole model's gradient, 0-d float32, the same on every process.
 
-    A collective over the world where processes hold different things. `bitwise`: the same bits in every layout in
+    A collective over the world, unless all hold the same. `bitwise`: the same bits in every layout in
     which rows stay whole.
     """
     if bitwise:
@@ -37,8 +37,10 @@ def clip(shards: Sequence[Shard], norm: torch.Tensor, max_norm: float, scale: to
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm > 0 else torch.ones_like(norm)
     if scale is not None:
         factor = factor / scale
-    for grad in gradients(shards):
-        grad.mul_(factor.to(grad.device, non_blocking=True))
+    if grads := gradients(shards):
+        torch._foreach_mul_(
+            grads, factor.to(grads[0].device)
+        )  # a copy only where gradients are offloaded; it must arrive
 
 
 def gradients(shards: Sequence[Shard]) -> list[torch.Tensor]:
@@ -84,7 +86,7 @@ def _row_by_row(shards: Sequence[Shard], shapes: Mapping[str, Sequence[int]], me
             start = offsets[shard.name] + shard.region.offsets[0]
             rows[start : start + shard.region.sizes[0]] += _by_halves(
                 shard.tensor.grad.square().view(shard.region.sizes[0], -1)
-            )
+            ).to(rows.device)
     return _by_halves(mesh.sum(rows).unsqueeze(0)).squeeze(0).sqrt()
 
 

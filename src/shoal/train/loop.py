@@ -35,6 +35,7 @@ from shoal.runs import RunFolder
 from shoal.train.assemble import assemble, open_loader
 from shoal.train.closing import close_run
 from shoal.train.evaluate import evaluate
+from shoal.train.scaler import SMALLEST
 from shoal.train.state import TrainState
 from shoal.train.step import Stats, train_step
 
@@ -176,7 +177,7 @@ class Run:
     def _overflowed(self, step: int, norm: float) -> bool:
         """Whether float16's loss scale left this step out, with a smaller one to try; said where it is so."""
         scaler = self.state.scaler
-        if scaler is None or math.isfinite(norm) or float(scaler.scale) == 1.0:
+        if scaler is None or math.isfinite(norm) or float(scaler.scale) == SMALLEST:
             return False
         self.console.note(
             f"step {step} overflowed in float16 and was left out; the loss scale is {float(scaler.scale):g}"

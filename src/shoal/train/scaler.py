@@ -7,6 +7,7 @@ import torch
 from shoal.optim.build import Optimizer
 
 START, GROW_EVERY = 2.0**16, 2000
+SMALLEST = 0.5  # there where even a scale of 1 overflowed
 
 
 class LossScaler:
@@ -17,7 +18,9 @@ class LossScaler:
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.full((), START, device=device)
+        self.divisor = self.scale.clone()  # what this step's gradients are to be divided by
         self.good_steps = torch.zeros((), device=device)
+        self.skipped = torch.zeros((), device=device)  # steps that overflowed, of all
 
     def judge(self, norm: torch.Tensor, optimizer: Optimizer) -> torch.Tensor:
         """
@@ -28,10 +31,12 @@ class LossScaler:
         unscaled = norm / self.scale
         bad = (~torch.isfinite(norm)).float()
         for part in optimizer.parts:
-            part.found_inf = bad  # type: ignore[attr-defined]  # what fused AdamW reads: it leaves all as it was
+            # where its counters are (offloaded: the CPU), and there before it is read
+            part.found_inf = bad.to(next(iter(part.state)).device)  # type: ignore[attr-defined]  # what fused AdamW reads: it leaves all as it was
         self.divisor = self.scale.clone()
+        self.skipped += bad
         self.good_steps.add_(1.0).mul_(1.0 - bad)
         grow = (self.good_steps >= GROW_EVERY).float()
-        self.scale.mul_((1.0 - 0.5 * bad) * (1.0 + grow)).clamp_(min=1.0)
+        self.scale.mul_((1.0 - 0.5 * bad) * (1.0 + grow)).clamp_(min=SMALLEST)
         self.good_steps.mul_(1.0 - grow)
         return unscaled

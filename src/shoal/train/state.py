@@ -42,16 +42,19 @@ class TrainState:
         """The rest, as JSON takes it."""
         values: dict[str, Any] = {"step": self.step, "position": self.position, "tokens": self.tokens}
         if self.scaler is not None:
-            values["loss_scale"] = [float(self.scaler.scale), float(self.scaler.good_steps)]
+            values["loss_scale"] = [float(x) for x in (self.scaler.scale, self.scaler.good_steps, self.scaler.skipped)]
         return values
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Take over `scalars()` of a checkpoint whose tensors were loaded."""
         self.step, self.position, self.tokens = (int(scalars[k]) for k in ("step", "position", "tokens"))
-        self.optimizer.set_steps(self.step)
+        skipped = 0.0
         if self.scaler is not None and "loss_scale" in scalars:
-            self.scaler.scale.fill_(scalars["loss_scale"][0])
-            self.scaler.good_steps.fill_(scalars["loss_scale"][1])
+            scale, good_steps, skipped = scalars["loss_scale"]
+            self.scaler.scale.fill_(scale)
+            self.scaler.good_steps.fill_(good_steps)
+            self.scaler.skipped.fill_(skipped)
+        self.optimizer.set_steps(self.step - int(skipped))
         loaded = {s.name: s for s in self._first_of_each()}
         for twin in self.shards:
             first = loaded.get(twin.name)
