@@ -1,5 +1,5 @@
 """
-Gradients of all replicas, summed while backward still runs.
+Gradients of all replicas, summed while backward still runs (a pipeline's: after it).
 
 Why not torch's `DistributedDataParallel`: it averages over ranks where we need a sum (the loss is already
 divided by the global number of tokens), it puts `module.` before every name, and it lays its buckets out
@@ -27,7 +27,9 @@ BUCKET_BYTES = 25 * 2**20
 class Gradients(Protocol):
     """
     Who owns the gradients of a part of the model. A step is: `zero`; for each micro-batch `before_backward`, backward,
-    `after_backward`; `finish`. All processes of the axis must call in the same order.
+    `after_backward`; `finish`. All processes of the axis must call in the same order. A pipeline's schedule takes the
+    backwards in an order of its own, and does not say which is the last: it leaves out `before_backward`, and sums
+    leave in `finish`.
     """
 
     def zero(self) -> None:

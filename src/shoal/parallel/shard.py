@@ -61,7 +61,11 @@ def _device_mesh(mesh: Mesh, *, replicas: bool) -> DeviceMesh:
 
 
 class ShardedGradients:
-    """`Gradients` of a model that FSDP2 cut: each `p.grad` is this process's shard of the sum over all of `batch`."""
+    """
+    `Gradients` of a model that FSDP2 cut: each `p.grad` is this process's shard of the sum over all of `batch`.
+
+    In a pipeline torch's stage tells FSDP2 itself when to sum; this is why a tree's order cannot be had there.
+    """
 
     def __init__(self, model: LanguageModel, batch: Axis, shards: Axis, leaves: Leaves | None) -> None:
         assert isinstance(model, FSDPModule)
