@@ -13,6 +13,7 @@ import torch
 from shoal.config import Model
 from shoal.parallel.tree import Leaves, TreeSum
 from tests.parallel.layouts import ALONE, Step, config_of, first_step, whole
+from tests.parallel.matrix import step_of
 from tests.world import World
 
 ODD = Model(dim=37, num_layers=2, num_heads=1, head_dim=32, ffn_dim=101, max_seq_len=64, qk_norm=True, init_std=0.1)
@@ -66,6 +67,16 @@ def test_the_same_bits(
         found, wanted = whole([getattr(s, kind) for s in steps]), whole([getattr(expected, kind)])
         assert [n for n in wanted if not torch.equal(found[n], wanted[n])] == [], kind
     assert {(s.loss, s.norm) for s in steps} == {(expected.loss, expected.norm)}
+
+
+def test_the_same_bits_of_compiled_code(world: Callable[[int], World], tmp_path: Path) -> None:
+    """FSDP2 casts weights to bfloat16 before compiled code sees them; one process casts them inside of it."""
+    alone, steps = (
+        world(size).run(step_of, bitwise_config(tmp_path, f"{size}", "bfloat16", 4, train__compile=True, **options))
+        for size, options in ((1, {}), (2, {"parallel__dp_shard": 2}))
+    )
+    wanted, found = (whole([step.gradients for step in each]) for each in (alone, steps))
+    assert [n for n in wanted if not torch.equal(found[n], wanted[n])] == []
 
 
 @pytest.mark.parametrize("leaves", range(1, 18))

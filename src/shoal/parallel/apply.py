@@ -278,22 +278,22 @@ def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str
     block's graph, and the compiler leaves alone what breaks inside of checkpointing: there that goes around.
     """
     set_activation_budget(train.activation_budget if train.activation_checkpointing == "budget" else 1.0)
-    again = train.activation_checkpointing in ("full", "selective")
+    again, bitwise = train.activation_checkpointing in ("full", "selective"), train.repro == "bitwise"
     if mesh.layout.tp > 1:
         tensor.drop_row_biases(part)
         if train.compile:
             for _, module, style in list(tensor.styles(part)):
                 if style == "partial":
-                    compile_forward(module, whole=mesh.layout.cp == 1)
+                    compile_forward(module, whole=mesh.layout.cp == 1, bitwise=bitwise)
         tensor.connect(part, mesh.axis("tp"), regions)
     whole, in_parts = mesh.layout.tp == mesh.layout.cp == 1, mesh.layout.tp == 1 < mesh.layout.cp
     for block in part.blocks.values():
         if train.compile and in_parts:
-            compile_forward(block, whole=False)
+            compile_forward(block, whole=False, bitwise=bitwise)
         if again:
             block.forward = checkpointed(block.forward, train.activation_checkpointing)
         if train.compile and whole:
-            compile_forward(block, whole=True)
+            compile_forward(block, whole=True, bitwise=bitwise)
 
 
 def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, seed: int, *, twin: bool) -> list[Shard]:

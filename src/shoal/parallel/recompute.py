@@ -44,9 +44,15 @@ def _kept_operators() -> list[torch._ops.OpOverload]:
     return kept + [getattr(aten, name).default for name in attention if hasattr(aten, name)]
 
 
-def compile_forward(module: nn.Module, *, whole: bool) -> None:
-    """Compile `module.forward`; `whole`: as one graph, or an error."""
-    module.forward = torch.compile(module.forward, fullgraph=whole)
+def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool) -> None:
+    """
+    Compile `module.forward`; `whole`: as one graph, or an error.
+
+    `bitwise`: a value that is cast is rounded. The compiler would leave out the rounding of a weight that it casts and
+    uses at once, and cannot where FSDP2 has cast it before: other bits.
+    """
+    options = {"emulate_precision_casts": True} if bitwise else None
+    module.forward = torch.compile(module.forward, fullgraph=whole, options=options)
 
 
 def set_activation_budget(budget: float) -> None:
