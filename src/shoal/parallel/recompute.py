@@ -51,7 +51,7 @@ def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool) -> None:
     `bitwise`: a value that is cast is rounded. The compiler would leave out the rounding of a weight that it casts and
     uses at once, and cannot where FSDP2 has cast it before: other bits.
     """
-    options = {"emulate_precision_casts": True} if bitwise else None
+    options: dict[str, Any] | None = {"emulate_precision_casts": True} if bitwise else None
     module.forward = torch.compile(module.forward, fullgraph=whole, options=options)
 
 
