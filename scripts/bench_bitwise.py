@@ -22,14 +22,13 @@ os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", GLOO_SOCKET_IF
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.profiler import ProfilerActivity, profile
 
 from shoal.bench.environment import describe
+from shoal.bench.memory import allocated_bytes
 from shoal.config import Config, Data, Model, Optim, Parallel, Train
 from shoal.data.loader import Batch
 from shoal.launch.place import Place
 from shoal.layout import find_layout
-from shoal.metrics.meter import no_phases
 from shoal.parallel.mesh import Mesh
 from shoal.train.assemble import assemble
 from shoal.train.step import train_step
@@ -49,8 +48,8 @@ class Trainer:
         train = Train(
             steps=1, global_batch=args.tokens // SEQ_LEN, micro_batch=args.micro_batch, dtype=args.dtype, repro=repro
         )
-        self.config = Config(model=SHAPE, data=Data(seq_len=SEQ_LEN), optim=Optim(), train=train, parallel=parallel)
-        self.runnable, self.state = assemble(self.config, mesh, lambda _: None)
+        config = Config(model=SHAPE, data=Data(seq_len=SEQ_LEN), optim=Optim(), train=train, parallel=parallel)
+        self.runnable, self.state = assemble(config, mesh, lambda _: None)
         generator = torch.Generator().manual_seed(mesh.place.rank)
         self.batches = []
         for _ in self.runnable.slots[mesh.dp_rank]:
@@ -59,10 +58,7 @@ class Trainer:
             self.batches.append(Batch(tokens, tokens, positions, None, (), tokens.numel()))
 
     def step(self) -> None:
-        train_step(
-            self.runnable, self.state.optimizer, self.batches, step=1, lr=1e-5, clip_norm=1.0,
-            bitwise=self.config.train.repro == "bitwise", stop_asked=False, phases=no_phases,
-        )  # fmt: skip
+        train_step(self.runnable, self.state, self.batches, step=1, lr=1e-5, clip_norm=1.0)
 
 
 def seconds(trainer: Trainer) -> float:
@@ -75,14 +71,7 @@ def seconds(trainer: Trainer) -> float:
 
 def grown_bytes(trainer: Trainer) -> int:
     """The most that a step's tensors took, on the process with most."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer.step()
-    grown = most = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        grown += event.nbytes()
-        most = max(most, grown)
-    worst = torch.tensor(most)
+    worst = torch.tensor(allocated_bytes(trainer.step))
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return int(worst)
 

@@ -63,32 +63,34 @@ def worst(mine: Gradients, theirs: Gradients) -> float:
     return max(float((mine[n] - theirs[n]).norm() / mine[n].norm().clamp(min=1e-12)) for n in mine)
 
 
+def compared(
+    reference: tuple[float, Gradients],
+    found: tuple[float, Gradients],
+    name: str,
+    loss_within: float,
+    gradient_within: float,
+) -> tuple[bool, str]:
+    """Whether loss and gradients of a first step agree with those of the reference called `name`, and how well."""
+    (loss, gradients), (their_loss, theirs) = reference, found
+    error = worst(gradients, theirs)
+    fine = abs(loss - their_loss) < loss_within and error < gradient_within
+    return fine, f"loss {their_loss:.6f} against {name}'s {loss:.6f}, worst gradient {error:.1e}"
+
+
 def check_float32(folder: Path) -> tuple[bool, str]:
     torch.backends.cuda.matmul.allow_tf32 = False
-    loss, gradients = first_step(folder, "cpu", "cpu", dtype="float32")
-    their_loss, theirs = first_step(folder, "cuda", "cuda:0", dtype="float32")
-    error = worst(gradients, theirs)
-    return abs(
-        loss - their_loss
-    ) < 1e-4 and error < 1e-4, f"loss {their_loss:.6f} against the CPU's {loss:.6f}, worst gradient {error:.1e}"
+    cpu = first_step(folder, "cpu", "cpu", dtype="float32")
+    return compared(cpu, first_step(folder, "cuda", "cuda:0", dtype="float32"), "the CPU", 1e-4, 1e-4)
 
 
 def check_bfloat16(folder: Path) -> tuple[bool, str]:
-    loss, gradients = first_step(folder, "f32", "cuda:0", dtype="float32")
-    their_loss, theirs = first_step(folder, "bf16", "cuda:0", dtype="bfloat16")
-    error = worst(gradients, theirs)
-    return abs(
-        loss - their_loss
-    ) < 0.02 and error < 0.1, f"loss {their_loss:.4f} against float32's {loss:.4f}, worst gradient {error:.1e}"
+    float32 = first_step(folder, "f32", "cuda:0", dtype="float32")
+    return compared(float32, first_step(folder, "bf16", "cuda:0", dtype="bfloat16"), "float32", 0.02, 0.1)
 
 
 def check_float16(folder: Path) -> tuple[bool, str]:
-    loss, gradients = first_step(folder, "f32-2", "cuda:0", dtype="float32")
-    their_loss, theirs = first_step(folder, "f16", "cuda:0", dtype="float16")
-    error = worst(gradients, theirs)
-    return abs(
-        loss - their_loss
-    ) < 0.02 and error < 0.05, f"loss {their_loss:.4f} against float32's {loss:.4f}, worst gradient {error:.1e}"
+    float32 = first_step(folder, "f32-2", "cuda:0", dtype="float32")
+    return compared(float32, first_step(folder, "f16", "cuda:0", dtype="float16"), "float32", 0.02, 0.05)
 
 
 def check_recompute(folder: Path) -> tuple[bool, str]:
@@ -119,14 +121,12 @@ def check_verify(folder: Path) -> tuple[bool, str]:
 
 
 def check_compile(folder: Path) -> tuple[bool, str]:
-    loss, gradients = first_step(folder, "eager", "cuda:0", dtype="bfloat16")
+    eager = first_step(folder, "eager", "cuda:0", dtype="bfloat16")
     begun = time.perf_counter()
-    their_loss, theirs = first_step(folder, "compiled", "cuda:0", dtype="bfloat16", compile=True)
-    error, seconds = worst(gradients, theirs), time.perf_counter() - begun
-    return (
-        abs(loss - their_loss) < 0.02 and error < 0.1,
-        f"loss {their_loss:.4f} against eager's {loss:.4f}, worst gradient {error:.1e}, {seconds:.0f} s with compiling",
-    )
+    compiled = first_step(folder, "compiled", "cuda:0", dtype="bfloat16", compile=True)
+    seconds = time.perf_counter() - begun
+    fine, text = compared(eager, compiled, "eager", 0.02, 0.1)
+    return fine, f"{text}, {seconds:.0f} s with compiling"
 
 
 def check_flash(folder: Path) -> tuple[bool, str]:

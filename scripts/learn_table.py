@@ -42,7 +42,7 @@ from shoal.data.open import open_data
 from shoal.data.pack import Rows
 from shoal.layout import Layout, find_layout
 from shoal.metrics.console import Console
-from shoal.metrics.meter import device_name, no_phases
+from shoal.metrics.meter import device_name
 from shoal.parallel.mesh import Mesh, open_mesh
 from shoal.pipeline_plan import bubble_fraction
 from shoal.plan.estimate import parameter_count
@@ -310,10 +310,7 @@ def take_steps(config: Config, mesh: Mesh, rows: Rows) -> list[float]:
             before = loopback_bytes()
         mesh.barrier()
         begun, spent = time.perf_counter(), time.process_time()
-        train_step(
-            runnable, state.optimizer, loader.next_step(), step=step, lr=1e-4, clip_norm=1.0,
-            bitwise=config.train.repro == "bitwise", stop_asked=False, phases=no_phases, scaler=state.scaler,
-        )  # fmt: skip
+        train_step(runnable, state, loader.next_step(), step=step, lr=1e-4, clip_norm=1.0)
         cpu = torch.tensor(time.process_time() - spent, dtype=torch.float64)
         mesh.barrier()
         seconds.append((time.perf_counter() - begun, cpu))

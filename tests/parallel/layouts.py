@@ -11,8 +11,7 @@ import torch
 from shoal.config import Config, Data, Launch, Metrics, Model, Optim, Parallel, Train
 from shoal.fault.signals import StopRequest
 from shoal.launch.place import Place
-from shoal.layout import AXES
-from shoal.metrics.meter import no_phases
+from shoal.layout import find_layout
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.region import Region
 from shoal.train.loop import Run
@@ -56,14 +55,9 @@ def config_of(folder: Path, name: str, family: str = "llama", **options: Any) ->
 
 
 def mesh_for(mesh: Mesh, parallel: Parallel) -> Mesh:
-    sizes = {name: getattr(parallel, name) for name in AXES}
-    if sizes["dp_replicate"] == -1:
-        sizes["dp_replicate"] = 1
-        others = 1
-        for size in sizes.values():
-            others *= size
-        sizes["dp_replicate"] = mesh.world_size // others
-    return mesh if mesh.world_size == 1 else laid_out(mesh, **sizes)
+    layout = find_layout(parallel, mesh.world_size)
+    assert not isinstance(layout, str), layout
+    return mesh if mesh.world_size == 1 else laid_out(mesh, **dataclasses.asdict(layout))
 
 
 @dataclasses.dataclass
@@ -80,10 +74,8 @@ def first_step(mesh: Mesh, config: Config, steps: int = 1) -> Step:
     """The gradients of the first step, and the parameters after the last."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     for step in range(1, steps + 1):
-        stats = train_step(
-            run.runnable, run.state.optimizer, run.loader.next_step(), step=step, lr=1e-3, clip_norm=config.optim.clip_norm,
-            bitwise=config.train.repro == "bitwise", stop_asked=False, phases=no_phases, scaler=run.state.scaler,
-        )  # fmt: skip
+        batches = run.loader.next_step()
+        stats = train_step(run.runnable, run.state, batches, step=step, lr=1e-3, clip_norm=config.optim.clip_norm)
         if step == 1:
             loss, tokens, norm, _ = stats.numbers.tolist()
             grads = {

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.profiler import ProfilerActivity, profile
 
+from shoal.bench.memory import allocated_bytes
 from shoal.config import Config
 from shoal.parallel.mesh import Mesh
 from shoal.train.loop import Run
@@ -29,14 +29,8 @@ def peak_bytes(mesh: Mesh, config: Config) -> tuple[int, int, int, int]:
     for gradients in run.runnable.gradients.values():
         gradients.zero()
     held = sum(part.tensor.untyped_storage().nbytes() for part in run.state.tensors().values())
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run._step()
+    most = allocated_bytes(run._step)
     run.close()
-    grown = most = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        grown += event.nbytes()
-        most = max(most, grown)
     sizes = {name: shape.numel() for name, shape in run.runnable.shapes.items()}
     block = sum(size for name, size in sizes.items() if name.startswith("blocks.0."))
     return held + most, held, sum(sizes.values()), block

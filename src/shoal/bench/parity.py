@@ -18,7 +18,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from shoal.data.pack import Rows
 from shoal.data.prepare import Prepared
 from shoal.launch.place import Place
 from shoal.metrics.console import Console
-from shoal.metrics.meter import device_name, no_phases
+from shoal.metrics.meter import device_name
 from shoal.models.layers import Linear
 from shoal.optim.schedule import learning_rate
 from shoal.parallel.apply import Runnable
@@ -148,8 +148,8 @@ def _references(config: Config, mesh: Mesh, rows: Rows) -> tuple[Trace | None, T
     found: tuple[Trace | None, Trace | None] = (None, None)
     if mesh.is_first:
         alone = Mesh(Place(), mesh.device)
-        plain = config.replace("train", compile=False, activation_checkpointing="none")
-        plain = Config(**{**vars(plain), "parallel": Parallel()})
+        plain = replace(config, parallel=Parallel())
+        plain = plain.replace("train", compile=False, activation_checkpointing="none")
         other = plain.replace("train", repro="fast" if config.train.repro == "bitwise" else "bitwise")
         _, expected = _take_steps(plain, alone, rows)
         with _products_by_quarters():
@@ -173,10 +173,7 @@ def _take_steps(config: Config, mesh: Mesh, rows: Rows, console: Console | None 
     for step in range(1, STEPS + 1):
         # the plan's rate, but none so small that no update could be told from none
         lr = max(learning_rate(config.optim, step, total), config.optim.lr / 10)
-        stats = train_step(
-            runnable, state.optimizer, loader.next_step(), step=step, lr=lr, clip_norm=config.optim.clip_norm,
-            bitwise=config.train.repro == "bitwise", stop_asked=False, phases=no_phases, scaler=state.scaler,
-        )  # fmt: skip
+        stats = train_step(runnable, state, loader.next_step(), step=step, lr=lr, clip_norm=config.optim.clip_norm)
         loss, tokens, norm, _ = stats.numbers.tolist()
         trace.losses.append(loss / max(tokens, 1.0))
         trace.norms.append(norm)
@@ -341,10 +338,8 @@ def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:
 
 
 def _one_step(config: Config, runnable: Runnable, state: TrainState, batches: Any, step: int) -> float:
-    stats = train_step(
-        runnable, state.optimizer, batches, step=step, lr=config.optim.lr, clip_norm=config.optim.clip_norm,
-        bitwise=config.train.repro == "bitwise", stop_asked=False, phases=no_phases, scaler=state.scaler,
-    )  # fmt: skip
+    optim = config.optim
+    stats = train_step(runnable, state, batches, step=step, lr=optim.lr, clip_norm=optim.clip_norm)
     return float(stats.numbers[0])
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -159,6 +160,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {state.get('format')}; this shoal reads format {FORMAT}")
     return state
+
+
+def load_model(saved: Saved, model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Give a model on meta its memory on `device` and the weights of `saved`; its `state.json`. Raises as `load` does."""
+    model.to_empty(device=device)
+    return load(saved, {f"model.{name}": Part.whole(p.detach()) for name, p in model.named_parameters()})
 
 
 def verify(folder: Path) -> None:

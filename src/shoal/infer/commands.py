@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from shoal.checkpoint.store import listed, load
+from shoal.checkpoint.store import listed, load_model
 from shoal.config import Config
 from shoal.data.open import open_data
 from shoal.data.prepare import held_out_text
@@ -22,7 +22,6 @@ from shoal.metrics.console import Console
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.parallel.mesh import Mesh, choose_device
-from shoal.parallel.region import Part
 from shoal.runs import RunFolder
 from shoal.train.assemble import DTYPES
 from shoal.train.evaluate import evaluate, model_losses
@@ -58,8 +57,7 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str) -> Loade
     place = choose_device(device)
     slow = place.type == "cpu" and config.train.dtype == "float16"
     model = build_model(config.model, compute_dtype=torch.float32 if slow else DTYPES[config.train.dtype])
-    model.to_empty(device=place)
-    state = load(chosen[-1], {f"model.{n}": Part.whole(p.detach()) for n, p in model.named_parameters()})
+    state = load_model(chosen[-1], model, place)
     model.eval()
     return LoadedRun(
         config, model, load_tokenizer(str(folder.tokenizer_file)), int(state["step"]), state["data_id"], place

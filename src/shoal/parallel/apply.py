@@ -50,6 +50,7 @@ class Runnable:
     randomness: Randomness
     loss: Loss
     cut_batch: Callable[[Batch], Batch]
+    bitwise: bool  # sums are taken in one order, whatever the layout
     turns: int  # forwards that every process of a step takes, some perhaps of nothing that counts
     pipeline: pipeline.Pipeline | None = None
     tied: bool = False  # over a pipeline: the last stage's head is the first one's embedding
@@ -231,8 +232,9 @@ def parallelize(
             say(f"data parallel: gradients of {axis.size} processes summed in {buckets} bucket{'s' * (buckets > 1)}")
 
     runnable = Runnable(
-        parts, shards, shapes, gradients, mesh, slots, randomness, _loss(model, mesh), _cutter(mesh, parallel), turns
-    )
+        parts, shards, shapes, gradients, mesh, slots, randomness, _loss(model, mesh), _cutter(mesh, parallel),
+        leaves is not None, turns,
+    )  # fmt: skip
     if layout.pp > 1:
         _open_pipeline(runnable, parallel, train, data, model)
     return runnable

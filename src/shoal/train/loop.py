@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from shoal.checkpoint.store import CheckpointStore, Saved, listed, load
+from shoal.checkpoint.store import CheckpointStore, Saved, listed, load_model
 from shoal.config import Config, Train
 from shoal.data.loader import Batch, Loader
 from shoal.data.open import open_data
@@ -30,7 +30,6 @@ from shoal.models.family import LanguageModel
 from shoal.optim.schedule import learning_rate, replanned
 from shoal.parallel.apply import Runnable
 from shoal.parallel.mesh import Mesh, check_dtype, open_mesh
-from shoal.parallel.region import Part
 from shoal.runs import RunFolder
 from shoal.train.assemble import assemble, open_loader
 from shoal.train.closing import close_run
@@ -147,15 +146,13 @@ class Run:
             batches: Sequence[Batch] = self.loader.next_step()
         stats = train_step(
             self.runnable,
-            self.state.optimizer,
+            self.state,
             batches,
             step=step,
             lr=learning_rate(config.optim, step, self.total_steps),
             clip_norm=config.optim.clip_norm,
-            bitwise=config.train.repro == "bitwise",
             stop_asked=bool(self.stop),
             phases=timer,
-            scaler=self.state.scaler,
         )
         self.state.step, self.state.position = step, self.loader.position
         return stats
@@ -279,8 +276,7 @@ def whole_model(config: Config, saved: list[Saved], shapes: Mapping[str, torch.S
     if not saved or 4 * sum(s.numel() for s in shapes.values()) > psutil.virtual_memory().available / 10:
         return None
     model = build_model(config.model, compute_dtype=torch.float32)
-    model.to_empty(device="cpu")
-    load(saved[-1], {f"model.{n}": Part.whole(p.detach()) for n, p in model.named_parameters()})
+    load_model(saved[-1], model, torch.device("cpu"))
     return model
 
 

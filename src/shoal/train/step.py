@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from shoal.data.loader import Batch
-from shoal.metrics.meter import Phases
-from shoal.optim.build import Optimizer
+from shoal.metrics.meter import Phases, no_phases
 from shoal.parallel.apply import Runnable
 from shoal.train.clip import clip, gradient_norm
-from shoal.train.scaler import LossScaler
+from shoal.train.state import TrainState
 
 
 @dataclass(frozen=True)
@@ -26,21 +25,20 @@ class Stats:
 
 def train_step(
     runnable: Runnable,
-    optimizer: Optimizer,
+    state: TrainState,
     batches: Sequence[Batch],
     *,
     step: int,
     lr: float,
     clip_norm: float,
-    bitwise: bool,
-    stop_asked: bool,
-    phases: Phases,
-    scaler: LossScaler | None = None,
+    stop_asked: bool = False,
+    phases: Phases = no_phases,
 ) -> Stats:
     """Forward, backward, sum over processes, clip, update. Collectives over all axes."""
+    optimizer, scaler = state.optimizer, state.scaler
     losses, tokens = runnable.forward_backward(batches, step, phases, scaler.scale if scaler else 1.0)
     with phases("optimizer"):
-        norm = gradient_norm(runnable.shards, runnable.shapes, runnable.mesh, bitwise=bitwise)
+        norm = gradient_norm(runnable.shards, runnable.shapes, runnable.mesh, bitwise=runnable.bitwise)
         if scaler is not None:
             norm = scaler.judge(norm, optimizer)
         clip(runnable.shards, norm, clip_norm, scaler.divisor if scaler else None)

@@ -1,0 +1,19 @@
+"""How much memory a piece of work takes, as torch's allocator on the CPU saw it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.profiler import ProfilerActivity, profile
+
+
+def allocated_bytes(work: Callable[[], object]) -> int:
+    """The most that was held at once during `work()`, beyond what was held before it. Tensors on the CPU alone."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    grown = most = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        grown += event.nbytes()
+        most = max(most, grown)
+    return most
