@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "shoal"
 FLOORS: list[set[str]] = [
     {"errors", "disk", "__init__"},
     {"config", "presets"},
-    {"layout", "pipeline_plan"},
+    {"layout", "pipeline_plan", "hub"},
     {"refusals"},
     {"contradictions"},
     {"resolve"},
@@ -27,12 +27,13 @@ FLOORS: list[set[str]] = [
     {"parallel"},
     {"train", "infer.generate"},
     {"infer", "bench", "report"},
+    {"verbs"},
     {"cli"},
     {"__main__"},
 ]
 WITHOUT_TORCH = [
-    "cli", "config", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "plan.estimate", "plan.hardware", "launch.torchrun",
-    "launch.place", "metrics.console", "metrics.trackers", "data.prepare", "data.open",
+    "cli", "verbs", "config", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "plan.estimate", "plan.hardware", "launch.torchrun",
+    "launch.place", "metrics.console", "metrics.trackers", "hub.find", "data.prepare", "data.open",
 ]  # fmt: skip
 
 

@@ -1,25 +1,19 @@
-"""The command line: one verb a command. It parses, delegates and prints; heavy imports wait until they are needed."""
+"""The command line: what each verb takes, and how a command ends. `verbs.py` says what each does."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from shoal import __version__
-from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, ShoalError
+from shoal import __version__, verbs
+from shoal.errors import EXIT_BAD_INPUT, ShoalError
+from shoal.verbs import Override
 
-if TYPE_CHECKING:
-    from shoal.config import Config
-
-Override = tuple[str, str, str]
-
-VERIFIED = "verify-"  # before the name of a run: where its certificate is kept
 SHORTCUTS = {"name": "launch.name", "processes": "launch.processes"}
 
 
@@ -80,10 +74,10 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"shoal {__version__}")
     parser.set_defaults(verb=None)
-    verbs = parser.add_subparsers(metavar="VERB", title="verbs")
+    subparsers = parser.add_subparsers(metavar="VERB", title="verbs")
 
     def add(name: str, run: Any, help: str, sections: bool = False, **kwargs: Any) -> argparse.ArgumentParser:
-        sub = verbs.add_parser(
+        sub = subparsers.add_parser(
             name,
             help=help,
             description=help,
@@ -98,23 +92,23 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
     usage = "shoal {} RECIPE.yaml [--name NAME] [--processes N] [--SECTION.OPTION VALUE ...]"
     train = add(
-        "train", _train, "train a model, or go on with a run of the same name", True, usage=usage.format("train")
+        "train", verbs.train, "train a model, or go on with a run of the same name", True, usage=usage.format("train")
     )
     train.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="what to train: see recipes/")
     prepare = add(
         "prepare",
-        _prepare,
+        verbs.prepare,
         "only the data: corpus -> tokenizer -> token shards; restartable",
         True,
         usage=usage.format("prepare"),
     )
     prepare.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
 
-    evaluate = add("eval", _eval, "the loss of a run on its held-out text, beside gzip and xz")
+    evaluate = add("eval", verbs.eval, "the loss of a run on its held-out text, beside gzip and xz")
     _add_run(evaluate)
     evaluate.add_argument("--json", action="store_true", help="one JSON object and nothing else")
 
-    generate = add("generate", _generate, "let a run's model write")
+    generate = add("generate", verbs.generate, "let a run's model write")
     _add_run(generate)
     generate.add_argument(
         "--prompt",
@@ -141,7 +135,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
     config = add(
         "config",
-        _config,
+        verbs.config,
         "the resolved config, with where each value came from",
         True,
         usage="shoal config [RECIPE.yaml] [--schema] [--SECTION.OPTION VALUE ...]",
@@ -151,7 +145,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
     bench = add(
         "bench",
-        _bench,
+        verbs.bench,
         "measure: `shoal bench speed` times the real training step",
         True,
         usage="shoal bench speed [RECIPE.yaml] [--peers] [--SECTION.OPTION VALUE ...]",
@@ -170,14 +164,14 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
     verify = add(
         "verify",
-        _verify,
+        verbs.verify,
         "a certificate: does this layout train what one process would? Exit code 1 if not",
         True,
         usage=usage.format("verify"),
     )
     verify.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="what you would train")
 
-    add("env", _env, "versions, devices, threads: what to paste into a bug report")
+    add("env", verbs.env, "versions, devices, threads: what to paste into a bug report")
     return parser
 
 
@@ -254,146 +248,3 @@ def read_overrides(args: argparse.Namespace, rest: Sequence[str]) -> tuple[list[
             value = items.pop(0) if items and not items[0].startswith("--") else "true"
         found.append((flag.removeprefix("--"), value, flag))
     return found, stray
-
-
-def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
-    from shoal.resolve import resolve
-
-    resolved = resolve(args.recipe, overrides)
-    if resolved.config.launch.name is None and args.recipe is not None:
-        return resolved.config.replace("launch", name=args.recipe.stem)
-    return resolved.config
-
-
-def _train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    config = _resolve(args, overrides)
-    from shoal.launch.place import is_worker, read_place
-    from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
-
-    if is_worker():
-        return _work(fit_to_place(config, read_place()))
-    from shoal.metrics.console import Console
-    from shoal.runs import RunFolder
-
-    config = plan_processes(config, count_gpus())
-    folder = RunFolder.of(config)
-    folder.agree(config)
-    folder.lock()
-    from shoal.data.open import open_data
-
-    open_data(config.data, Console())
-    return launch(config, [*argv, *_settled(config)], progress=folder.last_step)
-
-
-def _work(config: Config, *, verify: bool = False) -> int:
-    """One of the processes of a run, or of a verification."""
-    from shoal.fault.signals import die_with_parent
-
-    die_with_parent()
-    from shoal.parallel.mesh import is_lost_peer
-
-    try:
-        if verify:
-            from shoal.bench.parity import verify_here
-
-            verify_here(config)
-        else:
-            from shoal.train.loop import train
-
-            train(config)
-    except RuntimeError as error:
-        if is_lost_peer(error):
-            return EXIT_LOST_PEER  # the launcher says which one and why; our own traceback would only hide it
-        raise
-    return 0
-
-
-def _verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    config = _resolve(args, overrides)
-    from shoal.launch.place import is_worker, read_place
-    from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
-
-    name = config.launch.name
-    config = config.replace("launch", name=f"{VERIFIED}{name}", max_restarts=0)
-    if is_worker():
-        return _work(fit_to_place(config, read_place()), verify=True)
-    from shoal.metrics.console import Console
-    from shoal.runs import RunFolder
-
-    config = plan_processes(config, count_gpus())
-    folder = RunFolder.of(config)
-    folder.lock()
-    certificate = folder.path / "certificate.json"
-    certificate.unlink(missing_ok=True)
-    from shoal.data.open import open_data
-
-    open_data(config.data, Console())
-    code = launch(config, [*argv, *_settled(config)], progress=lambda: None)
-    if code != 0 or not certificate.is_file():
-        return code or 1
-    print(f"{certificate} holds versions, device, layout and all that was compared")
-    return 0 if json.loads(certificate.read_text())["passed"] else 1
-
-
-def _settled(config: Config) -> list[str]:
-    """What the launcher decided, for its workers."""
-    return [f"--launch.processes={config.launch.processes}", f"--launch.threads={config.launch.threads}"]
-
-
-def _prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.data.open import open_data
-    from shoal.metrics.console import Console
-
-    console = Console()
-    prepared = open_data(_resolve(args, overrides).data, console)
-    for split, counts in prepared.counts.items():
-        console.say(
-            f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
-            f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes a token)"
-        )
-    console.say(f"in {prepared.folder}")
-    return 0
-
-
-def _eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.infer.commands import evaluate_run
-
-    evaluate_run(Path(args.runs), args.target, step=args.step, device=args.device, as_json=args.json)
-    return 0
-
-
-def _generate(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.infer.commands import generate_from_run
-
-    generate_from_run(
-        Path(args.runs), args.target, step=args.step, device=args.device, prompts=args.prompt, max_new_tokens=args.tokens,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-    )  # fmt: skip
-    return 0
-
-
-def _config(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.resolve import resolve, schema, to_yaml
-
-    if args.schema:
-        print(json.dumps(schema(), indent=2))
-        return 0
-    if args.recipe is None:
-        raise ShoalError("shoal config needs a RECIPE.yaml, or --schema")
-    resolved = resolve(args.recipe, overrides)
-    print(to_yaml(resolved.config, resolved.sources), end="")
-    return 0
-
-
-def _bench(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.bench.speed import bench_speed
-
-    bench_speed(args.recipe, overrides, peers=args.peers, repeats=args.repeats, as_json=args.json)
-    return 0
-
-
-def _env(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.bench.environment import describe
-
-    print(describe())
-    return 0

@@ -4,6 +4,7 @@ The errors a person can meet.
     ShoalError              exit code 2, one message, no traceback
     ├── ConfigError         what was asked for cannot be (all problems at once)
     ├── DataError           corpus, tokenizer or token shards
+    ├── ModelError          a folder of weights: missing, cut short, or of a shape that is not honoured
     ├── CheckpointError     a checkpoint that cannot be read or written
     ├── RunError            the run's folder: locked, unwritable, of another past
     ├── LaunchError         processes, ports, devices
@@ -50,6 +51,10 @@ class ConfigError(ShoalError):
 
 class DataError(ShoalError):
     """A corpus, a tokenizer or token shards that cannot be used."""
+
+
+class ModelError(ShoalError):
+    """A folder of weights that is missing, cut short, or asks for what is not built here."""
 
 
 class CheckpointError(ShoalError):

@@ -1,0 +1,160 @@
+"""What each verb of the command line does: it delegates and prints. Heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.errors import EXIT_LOST_PEER, ShoalError
+
+if TYPE_CHECKING:
+    from shoal.config import Config
+
+Override = tuple[str, str, str]
+
+VERIFIED = "verify-"  # before the name of a run: where its certificate is kept
+
+
+def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
+    from shoal.resolve import resolve
+
+    resolved = resolve(args.recipe, overrides)
+    if resolved.config.launch.name is None and args.recipe is not None:
+        return resolved.config.replace("launch", name=args.recipe.stem)
+    return resolved.config
+
+
+def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    config = _resolve(args, overrides)
+    from shoal.launch.place import is_worker, read_place
+    from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
+
+    if is_worker():
+        return _work(fit_to_place(config, read_place()))
+    from shoal.metrics.console import Console
+    from shoal.runs import RunFolder
+
+    config = plan_processes(config, count_gpus())
+    folder = RunFolder.of(config)
+    folder.agree(config)
+    folder.lock()
+    from shoal.data.open import open_data
+
+    open_data(config.data, Console())
+    return launch(config, [*argv, *_settled(config)], progress=folder.last_step)
+
+
+def _work(config: Config, *, verify: bool = False) -> int:
+    """One of the processes of a run, or of a verification."""
+    from shoal.fault.signals import die_with_parent
+
+    die_with_parent()
+    from shoal.parallel.mesh import is_lost_peer
+
+    try:
+        if verify:
+            from shoal.bench.parity import verify_here
+
+            verify_here(config)
+        else:
+            from shoal.train.loop import train
+
+            train(config)
+    except RuntimeError as error:
+        if is_lost_peer(error):
+            return EXIT_LOST_PEER  # the launcher says which one and why; our own traceback would only hide it
+        raise
+    return 0
+
+
+def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    config = _resolve(args, overrides)
+    from shoal.launch.place import is_worker, read_place
+    from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
+
+    name = config.launch.name
+    config = config.replace("launch", name=f"{VERIFIED}{name}", max_restarts=0)
+    if is_worker():
+        return _work(fit_to_place(config, read_place()), verify=True)
+    from shoal.metrics.console import Console
+    from shoal.runs import RunFolder
+
+    config = plan_processes(config, count_gpus())
+    folder = RunFolder.of(config)
+    folder.lock()
+    certificate = folder.path / "certificate.json"
+    certificate.unlink(missing_ok=True)
+    from shoal.data.open import open_data
+
+    open_data(config.data, Console())
+    code = launch(config, [*argv, *_settled(config)], progress=lambda: None)
+    if code != 0 or not certificate.is_file():
+        return code or 1
+    print(f"{certificate} holds versions, device, layout and all that was compared")
+    return 0 if json.loads(certificate.read_text())["passed"] else 1
+
+
+def _settled(config: Config) -> list[str]:
+    """What the launcher decided, for its workers."""
+    return [f"--launch.processes={config.launch.processes}", f"--launch.threads={config.launch.threads}"]
+
+
+def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.data.open import open_data
+    from shoal.metrics.console import Console
+
+    console = Console()
+    prepared = open_data(_resolve(args, overrides).data, console)
+    for split, counts in prepared.counts.items():
+        console.say(
+            f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
+            f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes a token)"
+        )
+    console.say(f"in {prepared.folder}")
+    return 0
+
+
+def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.infer.commands import evaluate_run
+
+    evaluate_run(Path(args.runs), args.target, step=args.step, device=args.device, as_json=args.json)
+    return 0
+
+
+def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.infer.commands import generate_from_run
+
+    generate_from_run(
+        Path(args.runs), args.target, step=args.step, device=args.device, prompts=args.prompt, max_new_tokens=args.tokens,
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+    )  # fmt: skip
+    return 0
+
+
+def config(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.resolve import resolve, schema, to_yaml
+
+    if args.schema:
+        print(json.dumps(schema(), indent=2))
+        return 0
+    if args.recipe is None:
+        raise ShoalError("shoal config needs a RECIPE.yaml, or --schema")
+    resolved = resolve(args.recipe, overrides)
+    print(to_yaml(resolved.config, resolved.sources), end="")
+    return 0
+
+
+def bench(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.bench.speed import bench_speed
+
+    bench_speed(args.recipe, overrides, peers=args.peers, repeats=args.repeats, as_json=args.json)
+    return 0
+
+
+def env(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.bench.environment import describe
+
+    print(describe())
+    return 0
