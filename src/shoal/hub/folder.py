@@ -1,0 +1,153 @@
+"""A folder of weights, opened: its config, and which tensor is in which file. No torch; no weight is read."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import ModelError
+from shoal.hub.header import Entry, parse_object, read_header
+from shoal.hub.record import fetch_command, load_record
+
+__all__ = ["CONFIG", "INDEX", "SINGLE", "Entry", "ModelFolder"]
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """What a folder holds. Every file of weights is there and of the size that its header says."""
+
+    path: Path
+    config: Mapping[str, Any]  # config.json
+    tensors: Mapping[str, Entry]  # by the name they have in the files
+
+    @classmethod
+    def open(cls, path: Path) -> ModelFolder:
+        """Raises `ModelError`, which names the file, where something is missing, cut short or not what it says."""
+        if not path.is_dir():
+            raise ModelError(f"there is no folder {path}")
+        config = _read_object(path / CONFIG, "it says what the model is")
+        try:
+            tensors = _merge(_weight_files(path))
+        except OSError as error:
+            raise ModelError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
+        if not tensors:
+            raise _broken(path, "holds no tensors")
+        return cls(path, config, tensors)
+
+    @cached_property
+    def dtype(self) -> str:
+        """What most numbers of the weights are, as safetensors names it: "BF16"."""
+        counts: Counter[str] = Counter()
+        for entry in self.tensors.values():
+            counts[entry.dtype] += prod(entry.shape)
+        return counts.most_common(1)[0][0]
+
+    @cached_property
+    def bytes(self) -> int:
+        """Of all weights."""
+        return sum(entry.bytes for entry in self.tensors.values())
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The files of weights, sorted."""
+        return tuple(sorted({entry.file for entry in self.tensors.values()}))
+
+
+def _merge(files: Mapping[Path, set[str]]) -> dict[str, Entry]:
+    """The tensors of all files; each file must have the names that the index puts there."""
+    tensors: dict[str, Entry] = {}
+    for file, promised in files.items():
+        try:
+            found = read_header(file)
+        except ValueError as error:
+            raise _broken(file, str(error)) from None
+        absent = sorted(promised - found.keys())
+        if absent:
+            more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+            raise _broken(file, f"lacks {absent[0]}{more}, which {INDEX} says it has")
+        for name, entry in found.items():
+            if name in tensors:
+                raise _broken(file, f"has {name}, which {tensors[name].file.name} has too")
+            tensors[name] = entry
+    return tensors
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str]]:
+    """The files of weights, and the names that an index promises in each; none without an index."""
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: set()}
+    if (folder / INDEX).is_file():
+        return _indexed_files(folder)
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) > 1:
+        raise _broken(folder, f"has {len(found)} *.safetensors and no {INDEX} that says what is where")
+    if not found:
+        raise _no_weights(folder)
+    return {found[0]: set()}
+
+
+def _indexed_files(folder: Path) -> dict[Path, set[str]]:
+    index = folder / INDEX
+    files: dict[Path, set[str]] = {}
+    for name, file in shard_names(_read_object(index, "it says what is where"), index).items():
+        files.setdefault(folder / file, set()).add(name)
+    for path in files:
+        if not path.is_file():
+            raise _broken(path, f"is missing; {INDEX} names it")
+    return dict(sorted(files.items()))
+
+
+def shard_names(index: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Tensor -> file of an index read from `path`. Raises `ModelError` where a file is not beside the index."""
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise _broken(path, "has no weight_map that says what is where")
+    for file in names.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise _broken(path, f"names {file!r}, which is no *.safetensors beside it")
+    return names
+
+
+def _read_object(path: Path, purpose: str) -> dict[str, Any]:
+    try:
+        return parse_object(path.read_bytes())
+    except FileNotFoundError:
+        raise _broken(path, f"is missing; {purpose}") from None
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise _broken(path, f"is no JSON object: {error}") from None
+
+
+def _no_weights(folder: Path) -> ModelError:
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return ModelError(
+            f"{folder} has only pickled weights ({pickles[0]}): {WHY_NO_PICKLES}; save it with "
+            "safe_serialization=True in transformers, or take a copy that has *.safetensors"
+        )
+    return _broken(folder, "has no *.safetensors")
+
+
+WHY_NO_PICKLES = "a pickle can run code when it is read, so none ever is"
+
+
+def _broken(path: Path, what: str) -> ModelError:
+    """`path` is the folder, or a file in it. Says how to get it again where it was fetched."""
+    folder = path if path.is_dir() else path.parent
+    record = load_record(folder)
+    if record is None:
+        cure = "get that file again, or the whole folder"
+    else:
+        cure = f"{fetch_command(record.name, folder)} --force gets it again"
+    return ModelError(f"{path} {what}; {cure}")

@@ -1,0 +1,132 @@
+"""The header of a safetensors file: which tensors it holds, of what type and shape. No torch; no weight is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from typing import Any
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+LFS_POINTER = b"version https://git-lfs"
+
+BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F8_E8M0": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is, and what it is."""
+
+    file: Path
+    dtype: str  # as safetensors names it: "F32", "BF16"
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return (BITS[self.dtype] * prod(self.shape) + 7) // 8
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """
+    The tensors of a safetensors file, by name, in the order of the header.
+
+    Raises `ValueError`, which says what is wrong with the file but not its name, and `OSError`.
+    https://huggingface.co/docs/safetensors: eight bytes of length, a JSON object, then the data.
+    """
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(max(8, len(LFS_POINTER)))
+        if start == LFS_POINTER:
+            raise ValueError("is a pointer of Git LFS, and not the weights")
+        if len(start) < 8:
+            raise ValueError(f"is cut short: it has {file_bytes} bytes")
+        header_bytes = int.from_bytes(start[:8], "little")
+        if not 2 <= header_bytes <= MAX_HEADER_BYTES:
+            raise ValueError("is no safetensors file")
+        file.seek(8)
+        text = file.read(header_bytes)
+    if len(text) < header_bytes:
+        raise ValueError(f"is cut short: it has {file_bytes:,} bytes, its header alone {8 + header_bytes:,}")
+    fields = _parse(text)
+    fields.pop("__metadata__", None)
+    entries = {}
+    spans = []
+    for name, field in fields.items():
+        entries[name], span = _entry(path, name, field)
+        spans.append(span)
+    _check_spans(spans, file_bytes - 8 - header_bytes)
+    return entries
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """A JSON object in which no name stands twice. Raises `ValueError`."""
+    try:
+        found = json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("is no JSON object")
+    return found
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _TwiceError(f"names {name} twice")
+        found[name] = value
+    return found
+
+
+class _TwiceError(ValueError):
+    pass
+
+
+def _parse(text: bytes) -> dict[str, Any]:
+    try:
+        return parse_object(text)
+    except _TwiceError:
+        raise
+    except ValueError:
+        raise ValueError("is no safetensors file: its header cannot be read") from None
+
+
+def _entry(path: Path, name: str, field: Any) -> tuple[Entry, tuple[int, int]]:
+    """A tensor and the bytes it takes in the data, (first, after the last)."""
+    try:
+        dtype, shape, (start, end) = field["dtype"], field["shape"], field["data_offsets"]
+        sound = isinstance(dtype, str) and _are_counts([start, end]) and isinstance(shape, list) and _are_counts(shape)
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"has a header that does not say where {name} is")
+    if dtype not in BITS:
+        raise ValueError(f"holds {name} in {dtype}, which is not known here")
+    entry = Entry(path, dtype, tuple(shape))
+    if end - start != entry.bytes:
+        raise ValueError(f"has {end - start} bytes for {name}, which is {dtype} of shape {shape}")
+    return entry, (start, end)
+
+
+def _are_counts(values: Iterable[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
+
+
+def _check_spans(spans: list[tuple[int, int]], data_bytes: int) -> None:
+    """Every byte of the data belongs to one tensor."""
+    spans = [(0, 0), *sorted(spans)]
+    if any(first[1] != second[0] for first, second in pairwise(spans)):
+        raise ValueError("has a header whose tensors overlap or leave holes")
+    stated = spans[-1][1]
+    if data_bytes < stated:
+        raise ValueError(f"is cut short: it has {data_bytes:,} bytes of weights, its header says {stated:,}")
+    if data_bytes > stated:
+        raise ValueError(f"has {data_bytes - stated:,} bytes more than its header says")

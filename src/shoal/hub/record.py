@@ -1,0 +1,63 @@
+"""What `shoal fetch` writes beside a model: where it is from, and how large each file is. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shoal.disk import sha256_of
+
+RECORD = "fetched.json"
+MODELS = Path("models")  # where `shoal fetch model NAME` puts NAME
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as the hub states it."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """A folder that `shoal fetch` wrote; the record is its last file, so that where it is, all of them were."""
+
+    name: str
+    revision: str  # as it was asked for: a branch, a tag or a commit
+    commit: str
+    files: Mapping[str, FileRecord]
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=2) + "\n").encode()
+
+    def missing(self, folder: Path, *, hashes: bool = False) -> str:
+        """What is not as it was written, "" where all is: sizes, and with `hashes` every byte. Raises `OSError`."""
+        for name, file in self.files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{path} is missing"
+            there = path.stat().st_size
+            if there != file.bytes:
+                return f"{path} has {there:,} of {file.bytes:,} bytes"
+            if hashes and sha256_of(path) != file.sha256:
+                return f"{path} was altered"
+        return ""
+
+
+def load_record(folder: Path) -> Record | None:
+    """The record of a folder; none where `shoal fetch` did not write it, or the record cannot be read."""
+    try:
+        fields = json.loads((folder / RECORD).read_bytes())
+        files = {name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in fields["files"].items()}
+        return Record(str(fields["name"]), str(fields["revision"]), str(fields["commit"]), files)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+def fetch_command(name: str, folder: Path) -> str:
+    """What a person types to have `name` in `folder`."""
+    there = "" if folder == MODELS / name else f" --to {folder}"
+    return f"shoal fetch model {name}{there}"
