@@ -1,12 +1,21 @@
-"""Files that are either whole or not there, and what they hold. No torch; raises `OSError`."""
+"""Files that are either whole or not there, what they hold, and who holds them. No torch; raises `OSError`."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import IO, Any
+
+LOCK_POLL_SECONDS = 0.2
+
+
+class NoLocksError(OSError):
+    """The disk of a file has no locks."""
 
 
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
@@ -43,3 +52,28 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def take_lock(file: IO[Any], while_waiting: Callable[[], None]) -> bool:
+    """
+    Hold `file` against other processes until it is closed; says whether another one had it before us.
+
+    The kernel drops the lock when its holder dies, however it dies. `while_waiting` is called about
+    five times a second. Raises `NoLocksError`.
+    """
+    waited = False
+    while not _try_lock(file.fileno()):
+        waited = True
+        while_waiting()
+        time.sleep(LOCK_POLL_SECONDS)
+    return waited
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise NoLocksError(error.errno, error.strerror) from error
+    return True

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from shoal.disk import write_whole
+from shoal.disk import NoLocksError, take_lock, write_whole
 from shoal.errors import DataError
-
-LOCK_POLL_SECONDS = 0.2
 
 
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
@@ -46,30 +42,16 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, while_waiting: Callable[[], None]) -> Iterator[bool]:
-    """
-    Hold `path` against other processes; yields whether another one had it before us.
-
-    The kernel drops the lock when its holder dies, however it dies. `while_waiting` is called about
-    five times a second.
-    """
+    """Hold `path` against other processes as `take_lock` does; yields whether another one had it before us."""
     try:
         file = path.open("ab")
     except OSError as error:
         raise cannot_write(path, error) from error
     with file:
-        waited = False
-        while not _try_lock(file.fileno(), path):
-            waited = True
-            while_waiting()
-            time.sleep(LOCK_POLL_SECONDS)
+        try:
+            waited = take_lock(file, while_waiting)
+        except NoLocksError as error:
+            raise DataError(
+                f"cannot lock {path}: {error.strerror}; set data.folder to a disk that has locks"
+            ) from error
         yield waited
-
-
-def _try_lock(descriptor: int, path: Path) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        raise DataError(f"cannot lock {path}: {error.strerror}; set data.folder to a disk that has locks") from error
-    return True
