@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shoal.config import SECTIONS, options
+from shoal.config import SECTIONS, option_name, options
 from shoal.resolve import expectation
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "API.md"
@@ -29,7 +29,7 @@ def table() -> str:
         head = (
             f"### `{name}`\n\n{about}\n\n| option | takes | default | unit | meaning |\n| --- | --- | --- | --- | --- |"
         )
-        keys = [f"{name}.{f.name}" for f in dataclasses.fields(section)]
+        keys = [f"{name}.{option_name(f)}" for f in dataclasses.fields(section)]
         parts.append("\n".join([head, *(_row(key) for key in keys)]))
     return "\n\n".join(parts)
 

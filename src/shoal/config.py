@@ -42,6 +42,13 @@ class Model:
     """The architecture. `null` means: derived, as the help says."""
 
     preset: str | None = opt(None, "start from a named shape, then change it", alias=("name", "model_name"), past=True)
+    from_: str | None = opt(
+        None,
+        "start from these weights: a folder as Hugging Face lays it out, or the NAME of one that was fetched; "
+        "its config.json says the shape",
+        alias=("pretrained", "pretrained_model_name_or_path", "init_from", "checkpoint_dir", "hf_model"),
+        past=True,
+    )
     family: Literal["llama", "gpt2"] = opt(
         "llama",
         "llama: RMSNorm, RoPE, SwiGLU; gpt2: LayerNorm, learned positions, GELU",
@@ -456,6 +463,11 @@ SECTIONS: dict[str, type[Any]] = {
 }
 
 
+def option_name(field: dataclasses.Field[Any]) -> str:
+    """A field's name as people write it: `from` is a word of Python's, so that the field is `from_`."""
+    return field.name.removesuffix("_")
+
+
 def options() -> dict[str, dataclasses.Field[Any]]:
     """Every option by its dotted key, in the order of this file."""
-    return {f"{name}.{f.name}": f for name, section in SECTIONS.items() for f in dataclasses.fields(section)}
+    return {f"{name}.{option_name(f)}": f for name, section in SECTIONS.items() for f in dataclasses.fields(section)}

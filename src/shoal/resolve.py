@@ -20,9 +20,10 @@ from typing import Any
 
 import yaml
 
-from shoal.config import PAST, SECTIONS, Config, options
+from shoal.config import PAST, SECTIONS, Config, option_name, options
 from shoal.contradictions import DEFAULT, DERIVED, contradictions
-from shoal.errors import ConfigError, Problem
+from shoal.errors import ConfigError, ModelError, Problem
+from shoal.hub.shape import FREE, read_model
 from shoal.presets import PRESETS, resolve_shape
 
 
@@ -64,7 +65,7 @@ def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ())
     problems: list[Problem] = []
     given = read_recipe(recipe, problems) if recipe else []
     given += [setting for o in overrides if (setting := _read_override(*o, problems))]
-    settings = _with_preset({s.key: s for s in _known(given, problems)}, problems)
+    settings = _with_shape({s.key: s for s in _known(given, problems)}, problems)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
     if problems:
         raise ConfigError(sorted(problems, key=_place))
@@ -167,14 +168,16 @@ def nearest(key: str) -> str | None:
     """The option that `key` most likely means: by another project's name for it, then by spelling."""
     section, _, leaf = key.rpartition(".")
     leaf = leaf.replace("-", "_").lower()
-    aliases = [k for k, f in options().items() if leaf in (f.name, *f.metadata["alias"])]
+    aliases = [k for k, f in options().items() if leaf in (option_name(f), *f.metadata["alias"])]
     if aliases:
         return next((k for k in aliases if k.startswith(f"{section}.")), aliases[0])
-    beside = {f.name: k for k, f in options().items() if k.startswith(f"{section}.")}
+    beside = {option_name(f): k for k, f in options().items() if k.startswith(f"{section}.")}
     if close := difflib.get_close_matches(leaf, beside, 1, cutoff=0.6):
         return beside[close[0]]
     names = {
-        spelling: k for k, f in options().items() for spelling in (k, f"{section}.{f.name}" if section else f.name)
+        spelling: k
+        for k, f in options().items()
+        for spelling in (k, f"{section}.{option_name(f)}" if section else option_name(f))
     }
     names |= {name: name for name in SECTIONS} if not section else {}
     close = difflib.get_close_matches(key.replace("-", "_").lower(), names, 1, cutoff=0.75)
@@ -184,18 +187,29 @@ def nearest(key: str) -> str | None:
 def _valid_beside(key: str) -> str:
     section = key.partition(".")[0]
     if section in SECTIONS:
-        return ", ".join(f.name for f in dataclasses.fields(SECTIONS[section]))
+        return ", ".join(option_name(f) for f in dataclasses.fields(SECTIONS[section]))
     return "the sections " + ", ".join(SECTIONS)
 
 
 # --- values ----------------------------------------------------------------------------------------------
 
 
-def _with_preset(settings: dict[str, Setting], problems: list[Problem]) -> dict[str, Setting]:
-    """Put the values of `model.preset` below what was given."""
-    setting = settings.get("model.preset")
-    if setting is None or setting.value is None:
+def _with_shape(settings: dict[str, Setting], problems: list[Problem]) -> dict[str, Setting]:
+    """Put what `model.preset` or `model.from` says below what was given."""
+    preset, origin = (
+        s if s and s.value is not None else None for s in map(settings.get, ("model.preset", "model.from"))
+    )
+    if preset and origin:
+        problems.append(
+            Problem(origin.where, f"model.from says the shape, and so does model.preset at {preset.where}; keep one")
+        )
         return settings
+    if preset:
+        return _with_preset(settings, preset, problems)
+    return _with_folder(settings, origin, problems) if origin else settings
+
+
+def _with_preset(settings: dict[str, Setting], setting: Setting, problems: list[Problem]) -> dict[str, Setting]:
     if setting.value not in PRESETS:
         near = difflib.get_close_matches(str(setting.value), PRESETS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -205,6 +219,38 @@ def _with_preset(settings: dict[str, Setting], problems: list[Problem]) -> dict[
         return settings
     preset = {f"model.{k}": v for k, v in PRESETS[setting.value].items()}
     return {k: Setting(k, v, f"preset {setting.value}") for k, v in preset.items()} | settings
+
+
+def _with_folder(settings: dict[str, Setting], origin: Setting, problems: list[Problem]) -> dict[str, Setting]:
+    """The shape of a folder's weights, which nothing that was given may change; its tokenizer, unless one was given."""
+    try:
+        shape, tokenizer = read_model(str(origin.value))
+    except ModelError as error:
+        problems.append(Problem(origin.where, str(error)))
+        return settings
+    for key, value in shape.values.items():
+        given = settings.get(f"model.{key}")
+        if given is not None and given.value != value and key not in FREE[shape.values["family"]]:
+            problems.append(
+                Problem(
+                    given.where,
+                    f"model.{key} {_show(given.value)} is not what {origin.value} has ({_show(value)}); leave it out",
+                )
+            )
+    if shape.window is not None:
+        given = settings.get("model.max_seq_len")
+        if given is None or not isinstance(given.value, int) or given.value > shape.window:
+            problems.append(
+                Problem(
+                    origin.where,
+                    f"{origin.value} looks back over a sliding window of {shape.window} tokens, which is not built here; set "
+                    f"model.max_seq_len to {shape.window} or less, where the window changes nothing",
+                )
+            )
+    said = {f"model.{k}": v for k, v in shape.values.items()}
+    if tokenizer is not None:
+        said["data.tokenizer"] = tokenizer
+    return {k: Setting(k, v, f"model.from {origin.value}") for k, v in said.items()} | settings
 
 
 @functools.cache
@@ -271,8 +317,9 @@ def _show(value: Any) -> str:
 
 
 def _build(values: Mapping[str, Any]) -> Config:
+    fields = {key: f.name for key, f in options().items()}
     sections = {
-        name: section(**{k.partition(".")[2]: v for k, v in values.items() if k.startswith(f"{name}.")})
+        name: section(**{fields[k]: v for k, v in values.items() if k.startswith(f"{name}.")})
         for name, section in SECTIONS.items()
     }
     return Config(**sections)
@@ -283,7 +330,7 @@ def _derive(config: Config, sources: dict[str, str]) -> Resolved:
     derived = dataclasses.replace(config, model=resolve_shape(config.model))
     for f in dataclasses.fields(derived.model):
         if getattr(derived.model, f.name) != getattr(config.model, f.name):
-            sources[f"model.{f.name}"] = DERIVED
+            sources[f"model.{option_name(f)}"] = DERIVED
     return Resolved(derived, sources)
 
 
@@ -292,8 +339,12 @@ def _derive(config: Config, sources: dict[str, str]) -> Resolved:
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Plain values by section, as YAML and JSON take them."""
-    plain = dataclasses.asdict(config)
-    return {s: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()} for s, values in plain.items()}
+    plain: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for key, f in options().items():
+        section, _, name = key.partition(".")
+        value = getattr(getattr(config, section), f.name)
+        plain[section][name] = list(value) if isinstance(value, tuple) else value
+    return plain
 
 
 def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:

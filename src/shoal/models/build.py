@@ -9,6 +9,7 @@ and 64 start from the same bits. It is always the CPU's generator that draws, wh
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from shoal.models.llama import Llama
 from shoal.presets import resolve_shape
 
 ROWS_AT_A_TIME = 1024
+
+# Fills `out` with a region of the parameter `name`, `shape` as a whole: fill(out, name, shape, slices).
+Fill = Callable[[Tensor, str, tuple[int, ...], tuple[slice, ...]], None]
 MASK32 = (1 << 32) - 1
 
 
@@ -40,12 +44,26 @@ def build_model(model: Model, *, compute_dtype: torch.dtype) -> LanguageModel:
                 return GPT2(shape, compute_dtype)
 
 
+def initial_weights(model: LanguageModel, seed: int) -> Fill:
+    """What a model starts from where nothing else is said."""
+
+    def fill(out: Tensor, name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> None:
+        draw_region(out, model.initial(name, model.shape), seed, name, shape, slices)
+
+    return fill
+
+
+def materialize(model: LanguageModel, fill: Fill, device: torch.device | str) -> None:
+    """Give a whole model on meta its memory on `device`, and its weights."""
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            fill(parameter, name, tuple(parameter.shape), tuple(slice(0, size) for size in parameter.shape))
+
+
 def initialize(model: LanguageModel, seed: int, device: torch.device | str) -> None:
     """Give a model on meta its memory on `device`, and its initial weights."""
-    model.to_empty(device=device)
-    for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            draw_region(parameter, model.initial(name, model.shape), seed, name, parameter.shape, (slice(None),))
+    materialize(model, initial_weights(model, seed), device)
 
 
 def draw_rows(

@@ -20,7 +20,7 @@ from shoal.config import Data, Parallel, Train
 from shoal.data.loader import Batch
 from shoal.layout import deal
 from shoal.metrics.meter import Phases
-from shoal.models.build import draw_region
+from shoal.models.build import Fill
 from shoal.models.family import LanguageModel
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.parallel import context, pipeline, tensor
@@ -169,9 +169,12 @@ def sum_replicated(shards: Sequence[Shard], mesh: Mesh) -> None:
 
 
 def parallelize(
-    model: LanguageModel, mesh: Mesh, *, parallel: Parallel, train: Train, data: Data, say: Callable[[str], None]
-) -> Runnable:
-    """Make `model` (on meta) a `Runnable` on `mesh`; `say` gets one line for each thing applied."""
+    model: LanguageModel, mesh: Mesh, *, parallel: Parallel, train: Train, data: Data, weights: Fill,
+    say: Callable[[str], None],
+) -> Runnable:  # fmt: skip
+    """
+    Make `model` (on meta) a `Runnable` on `mesh`, with `weights`; `say` gets one line for each thing applied.
+    """
     layout = mesh.layout
     shapes = {name: p.shape for name, p in model.named_parameters()}
     slots = tuple(deal(train.global_batch // train.micro_batch, layout.dp))
@@ -221,7 +224,7 @@ def parallelize(
     shards = []
     for index, part in parts.items():
         part.to_empty(device="cpu" if offload else mesh.device)
-        shards += hold(part, regions[index], mesh, train.seed, twin=not part.begins)
+        shards += hold(part, regions[index], mesh, weights, twin=not part.begins)
 
     if not sharded:
         axis = mesh.axis("batch")
@@ -298,11 +301,11 @@ def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str
             compile_forward(block, whole=True, bitwise=bitwise)
 
 
-def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, seed: int, *, twin: bool) -> list[Shard]:
+def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, weights: Fill, *, twin: bool) -> list[Shard]:
     """
-    What this process holds of a part that has its memory by now, filled with its initial weights.
+    What this process holds of a part that has its memory by now, filled with its `weights`.
 
-    Each process draws the rows it holds, no more. `twin`: an embedding here is the copy of another stage's.
+    Each process asks for the rows and columns it holds, no more. `twin`: an embedding here is the copy of another stage's.
     """
     layout, places, cut_further = mesh.layout, mesh.coordinates, mesh.axis("shard")
     held = []
@@ -319,7 +322,7 @@ def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, seed: int,
         else:
             counted = counted and places["cp"] == 0
         with torch.no_grad():
-            draw_region(local, part.initial(name, part.shape), seed, name, region.shape, region.slices)
+            weights(local, name, region.shape, region.slices)
         held.append(Shard(name, region, local, parameter, counted, layout.tp > 1 and whole_in_tp, is_twin))
     return held
 

@@ -6,10 +6,14 @@ from collections.abc import Callable
 
 import torch
 
+from shoal.checkpoint.convert import FolderWeights
 from shoal.config import Config
 from shoal.data.loader import Loader
 from shoal.data.pack import Rows
-from shoal.models.build import build_model
+from shoal.hub.find import find_model
+from shoal.hub.folder import ModelFolder
+from shoal.models.build import Fill, build_model, initial_weights
+from shoal.models.family import LanguageModel
 from shoal.optim.build import build_optimizer
 from shoal.parallel.apply import Runnable, parallelize
 from shoal.parallel.mesh import Mesh
@@ -19,17 +23,43 @@ from shoal.train.state import TrainState
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def assemble(config: Config, mesh: Mesh, say: Callable[[str], None]) -> tuple[Runnable, TrainState]:
-    """The model, parallel and with its initial weights, and its optimizer. `say` gets a line for each thing applied."""
+def assemble(
+    config: Config, mesh: Mesh, say: Callable[[str], None], *, fresh: bool = True
+) -> tuple[Runnable, TrainState]:
+    """
+    The model, parallel, and its optimizer. `say` gets a line for each thing applied.
+
+    With the weights it starts from where `fresh`; else with memory that a checkpoint will fill.
+    """
     train = config.train
     if train.repro == "bitwise" and mesh.device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)  # attention's backward adds in any order otherwise
     model = build_model(config.model, compute_dtype=DTYPES[train.dtype])
-    runnable = parallelize(model, mesh, parallel=config.parallel, train=train, data=config.data, say=say)
+    weights = _first_weights(model, config) if fresh else _leave_empty
+    runnable = parallelize(
+        model, mesh, parallel=config.parallel, train=train, data=config.data, weights=weights, say=say
+    )
     team = mesh.axis("stage")
     optimizer = build_optimizer(runnable.shards, config.optim, team, bitwise=train.repro == "bitwise")
     scaler = LossScaler(mesh.device) if train.dtype == "float16" else None
     return runnable, TrainState(runnable.shards, optimizer, scaler)
+
+
+def _first_weights(model: LanguageModel, config: Config) -> Fill:
+    """Those of the folder that the run starts from, or drawn ones."""
+    if config.model.from_ is None:
+        return initial_weights(model, config.train.seed)
+    return folder_weights(model, config.model.from_)
+
+
+def folder_weights(model: LanguageModel, name: str) -> Fill:
+    """The weights of the folder `name` for a model (on meta) of its shape. Raises `ModelError`."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return FolderWeights(ModelFolder.open(find_model(name)), model.shape.family, shapes)
+
+
+def _leave_empty(*_: object) -> None:
+    """A checkpoint comes."""
 
 
 def open_loader(config: Config, mesh: Mesh, rows: Rows, position: int = 0) -> Loader:

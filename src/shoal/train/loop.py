@@ -91,7 +91,7 @@ class Run:
         before = folder.load_config() if folder.config_file.is_file() else config
         mesh.barrier()  # nobody writes the config before everybody has compared
         applied: list[str] = []
-        runnable, state = assemble(config, mesh, applied.append)
+        runnable, state = assemble(config, mesh, applied.append, fresh=not listed(folder.checkpoints))
         store = CheckpointStore(
             folder.checkpoints, mesh, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
         )

@@ -1,0 +1,109 @@
+"""
+Weights in Hugging Face's files <-> our parameters, a region at a time.
+
+A process reads the rows and columns that it holds and no more: the files are mapped, and a slice of a tensor is a
+slice of a file. Weights are float32 here, whatever they are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from shoal.errors import ModelError
+from shoal.hub.folder import Entry, ModelFolder
+from shoal.hub.names import Place, is_computed, place, spellings
+
+DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+
+
+class FolderWeights:
+    """
+    The weights of a folder as the parameters of a model of ours, called to fill a region of one.
+
+    Raises `ModelError` at once, before a byte of weights is read, where the folder lacks a parameter, has one of
+    another shape or dtype, or holds weights that the model has no place for.
+    """
+
+    def __init__(self, folder: ModelFolder, family: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._family = family
+        self._entries = {name: self._find(folder, name, shape) for name, shape in shapes.items()}
+        self._files: dict[str, safe_open] = {}
+        used = {entry_name for entry_name, _ in self._entries.values()}
+        left = [n for n in folder.tensors if n not in used and not is_computed(n)]
+        tied = "head.weight" not in shapes
+        if strange := [n for n in left if not (tied and n == "lm_head.weight")]:
+            raise ModelError(
+                f"{folder.path} has weights that this model has no place for: {_some(strange)}; is its config.json of "
+                "another model? Set model.family to hf to train it through transformers"
+            )
+
+    def _find(self, folder: ModelFolder, name: str, shape: tuple[int, ...]) -> tuple[str, Entry]:
+        there = place(self._family, name)
+        found = next((s for s in spellings(there.name) if s in folder.tensors), None)
+        if found is None:
+            raise ModelError(
+                f"{folder.path} has no weight {there.name}, which its config.json asks for; it is of another model, or "
+                "a file of it is missing"
+            )
+        entry = folder.tensors[found]
+        if entry.dtype not in DTYPES:
+            raise ModelError(
+                f"{entry.file}: {found} is {entry.dtype}; weights are read from {', '.join(DTYPES)}. A quantised "
+                "model must be made plain first"
+            )
+        expected = _their_shape(there, shape)
+        if entry.shape != expected:
+            raise ModelError(
+                f"{entry.file}: {found} is {list(entry.shape)}, and by config.json it would be {list(expected)}"
+            )
+        return found, entry
+
+    def __call__(self, out: Tensor, name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> None:
+        """Fill `out` with a region of the parameter `name`, which is `shape` as a whole."""
+        there = place(self._family, name)
+        found, entry = self._entries[name]
+        if str(entry.file) not in self._files:
+            self._files[str(entry.file)] = safe_open(str(entry.file), framework="pt")
+        stored = self._files[str(entry.file)].get_slice(found)  # type: ignore[no-untyped-call]
+        rows = slices[0]
+        start = there.part * shape[0]
+        rows = slice(rows.start + start, rows.stop + start)
+        if len(shape) == 1:
+            out.copy_(stored[rows])
+        elif there.transposed:
+            out.copy_(stored[slices[1], rows].t())
+        else:
+            out.copy_(stored[rows, slices[1]])
+
+
+def _their_shape(there: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
+    whole = (shape[0] * there.parts, *shape[1:])
+    return whole[::-1] if there.transposed else whole
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def to_hugging_face(family: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """
+    Whole parameters of ours -> tensors as Hugging Face names and lays them out.
+
+    All parts of a tensor of theirs must be among `parameters` (see `hub.names`).
+    """
+    gathered: dict[str, list[tuple[Place, Tensor]]] = {}
+    for name, tensor in parameters.items():
+        there = place(family, name)
+        gathered.setdefault(there.name, []).append((there, tensor))
+    out = {}
+    for theirs, pieces in gathered.items():
+        pieces.sort(key=lambda piece: piece[0].part)
+        assert len(pieces) == pieces[0][0].parts, theirs
+        whole = torch.cat([t for _, t in pieces]) if len(pieces) > 1 else pieces[0][1]
+        out[theirs] = (whole.t() if pieces[0][0].transposed else whole).contiguous()
+    return out

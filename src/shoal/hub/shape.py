@@ -1,0 +1,249 @@
+"""
+A Hugging Face `config.json` -> the values of our `Model`, and back.
+
+Five model types say, in their own keys, what the families here are: `gpt2` is gpt2; `llama`, `mistral`, `qwen2` and
+`qwen3` are llama. A key that is not there has the default of its type in transformers. What a config asks for and is
+not built here is refused by name; a key that nobody here has heard of is told of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from shoal.config import Model
+from shoal.errors import ModelError
+from shoal.hub.find import find_model
+from shoal.hub.folder import CONFIG, ModelFolder
+
+Json = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """What one `model_type` means: the keys that are ours by another name, and what every model of it has."""
+
+    family: str
+    architecture: str  # the class of transformers that its checkpoints name
+    keys: Mapping[str, str]  # Hugging Face's key -> ours
+    defaults: Json  # of keys that are left out
+    always: Json = field(default_factory=dict)  # ours, as every model of this type has them
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # key -> the values that are honoured
+    switch: str | None = None  # the key that switches sliding windows on; None: a window that is there is on
+
+
+_LLAMA_KEYS: Final = {
+    "vocab_size": "vocab_size", "hidden_size": "dim", "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim",
+    "intermediate_size": "ffn_dim", "max_position_embeddings": "max_seq_len", "rms_norm_eps": "norm_eps",
+    "tie_word_embeddings": "tie_embeddings", "initializer_range": "init_std",
+}  # fmt: skip
+_LLAMA_DEFAULTS: Final = {
+    "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}  # fmt: skip
+_LLAMA_ONLY: Final = {"hidden_act": ("silu", None), "attention_dropout": (0, None)}
+_NO_BIASES: Final = {"attention_bias": (False, None), "mlp_bias": (False, None)}
+
+MODEL_TYPES: Final[dict[str, ModelType]] = {
+    "gpt2": ModelType(
+        "gpt2",
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": "vocab_size", "n_embd": "dim", "n_layer": "num_layers", "n_head": "num_heads",
+            "n_inner": "ffn_dim", "n_positions": "max_seq_len", "layer_norm_epsilon": "norm_eps",
+            "tie_word_embeddings": "tie_embeddings", "initializer_range": "init_std", "resid_pdrop": "dropout",
+        },
+        {
+            "n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "initializer_range": 0.02,
+            "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1,
+        },
+        only={
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh", None), "scale_attn_weights": (True, None),
+            "scale_attn_by_inverse_layer_idx": (False, None), "add_cross_attention": (False, None),
+        },
+    ),
+    "llama": ModelType(
+        "llama", "LlamaForCausalLM", _LLAMA_KEYS, {"max_position_embeddings": 2048, **_LLAMA_DEFAULTS},
+        only={**_LLAMA_ONLY, **_NO_BIASES},
+    ),
+    "mistral": ModelType(
+        "llama", "MistralForCausalLM", _LLAMA_KEYS,
+        {"num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096,
+         **{k: v for k, v in _LLAMA_DEFAULTS.items() if k != "num_key_value_heads"}},
+        only=_LLAMA_ONLY,
+    ),
+    "qwen2": ModelType(
+        "llama", "Qwen2ForCausalLM", _LLAMA_KEYS, {"max_position_embeddings": 32_768, **_LLAMA_DEFAULTS},
+        always={"qkv_bias": True}, only=_LLAMA_ONLY, switch="use_sliding_window",
+    ),
+    "qwen3": ModelType(
+        "llama", "Qwen3ForCausalLM", _LLAMA_KEYS,
+        {"max_position_embeddings": 32_768, **_LLAMA_DEFAULTS, "head_dim": 128},
+        always={"qk_norm": True}, only={**_LLAMA_ONLY, **_NO_BIASES}, switch="use_sliding_window",
+    ),
+}  # fmt: skip
+
+_ROPE_KEYS: Final = ("rope_theta", "rope_scaling", "rope_parameters")
+_WINDOW_KEYS: Final = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+_LLAMA3: Final = {
+    "low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor",
+    "original_max_position_embeddings": "rope_original_seq_len",
+}  # fmt: skip
+# Keys that say nothing of the arithmetic: of tokens, of files, of how other programs run it.
+_NEUTRAL: Final = {
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
+    "sep_token_id", "decoder_start_token_id", "transformers_version", "torch_dtype", "dtype", "use_cache",
+    "pretraining_tp", "model_type", "n_ctx", "is_encoder_decoder", "is_decoder", "output_attentions",
+    "output_hidden_states", "return_dict", "id2label", "label2id", "prefix", "problem_type",
+    "chunk_size_feed_forward", "finetuning_task", "task_specific_params", "tokenizer_class", "summary_type",
+    "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout",
+    "reorder_and_upcast_attn", "is_llama_config", "rope_interleaved", "transformers.js_config",
+    "attn_implementation", "_attn_implementation",
+}  # fmt: skip
+_MAY_BE_NULL: Final = ("num_kv_heads", "head_dim", "ffn_dim")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a config says: values of `Model`, and what a person should be told."""
+
+    values: dict[str, Any]
+    window: int | None = None  # tokens that a place may look back; beyond it another model would be needed
+    notes: tuple[str, ...] = ()
+
+
+def read_shape(config: Json, where: str) -> Shape:
+    """
+    The shape that a `config.json` says; `where` is what errors call it.
+
+    Raises `ModelError` with all that cannot be honoured.
+    """
+    kind = MODEL_TYPES.get(str(config.get("model_type")))
+    if kind is None:
+        raise ModelError(
+            f"{where} is a {config.get('model_type')}; the families built here are {', '.join(MODEL_TYPES)}. "
+            "Set model.family to hf to train it through transformers"
+        )
+    given = {**kind.defaults, **config}
+    if missing := [k for k, ours in kind.keys.items() if given.get(k) is None and ours not in _MAY_BE_NULL]:
+        raise ModelError(f"{where} does not say {', '.join(missing)}")
+    if refused := [*_refused(kind, given)]:
+        lines = "\n".join(f"  {line}" for line in refused)
+        raise ModelError(
+            f"{where} asks for what is not built here:\n{lines}\nSet model.family to hf to train it through transformers"
+        )
+    values = {"family": kind.family, **kind.always, **{ours: given[theirs] for theirs, ours in kind.keys.items()}}
+    if kind.family == "llama":
+        values |= _read_rope(given)
+    known = {*kind.keys, *kind.defaults, *kind.only, *_ROPE_KEYS, *_WINDOW_KEYS, *_NEUTRAL, "quantization_config"}
+    strange = sorted(set(config) - known)
+    notes = (f"{where} says {', '.join(strange)}, which says nothing here",) if strange else ()
+    return Shape(values, _window(kind, given), notes)
+
+
+# What may be said otherwise beside a folder: no weight depends on it.
+FREE: Final = {"llama": ("dropout", "init_std", "max_seq_len"), "gpt2": ("dropout", "init_std")}
+
+
+def read_model(name: str) -> tuple[Shape, str | None]:
+    """The shape of a folder, or of a model by its name; and its tokenizer's folder, if it has one. Raises `ModelError`."""
+    folder = ModelFolder.open(find_model(name))
+    shape = read_shape(folder.config, str(folder.path / CONFIG))
+    has_tokenizer = any((folder.path / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
+    return shape, str(folder.path) if has_tokenizer else None
+
+
+def _refused(kind: ModelType, given: Json) -> Iterator[str]:
+    for key, honoured in kind.only.items():
+        if key in given and given[key] not in honoured:
+            yield f"{key} {given[key]} (here it is {honoured[0]})"
+    if given.get("quantization_config"):
+        yield "quantization_config (here weights are float32, bfloat16 or float16)"
+    if kind.family == "gpt2":
+        drops = {given[k] for k in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+        if len(drops) > 1:
+            yield "resid_pdrop, embd_pdrop and attn_pdrop that differ (here they are one model.dropout)"
+        return
+    rope = _rope(given)
+    if rope["rope_type"] not in ("default", "llama3"):
+        yield f"rope scaling of type {rope['rope_type']} (here: default, llama3)"
+    elif rope["rope_type"] == "llama3" and (lacking := [k for k in ("factor", *_LLAMA3) if k not in rope]):
+        yield f"rope scaling of type llama3 without {', '.join(lacking)}"
+    if float(rope.get("partial_rotary_factor") or given.get("partial_rotary_factor") or 1) != 1:
+        yield "partial_rotary_factor (here all of a head turns)"
+
+
+def _rope(given: Json) -> dict[str, Any]:
+    """Either spelling: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
+    rope = {"rope_theta": given.get("rope_theta") or 10_000.0}
+    rope |= given.get("rope_parameters") or given.get("rope_scaling") or {}
+    rope.setdefault("rope_type", rope.get("type") or "default")
+    return rope
+
+
+def _read_rope(given: Json) -> dict[str, Any]:
+    rope = _rope(given)
+    values: dict[str, Any] = {"rope_theta": float(rope["rope_theta"])}
+    if rope["rope_type"] == "llama3":
+        values |= {"rope_factor": float(rope["factor"])}
+        values |= {"rope_low_freq_factor": float(rope["low_freq_factor"])}
+        values |= {"rope_high_freq_factor": float(rope["high_freq_factor"])}
+        values |= {"rope_original_seq_len": int(rope["original_max_position_embeddings"])}
+    return values
+
+
+def _window(kind: ModelType, given: Json) -> int | None:
+    """How far a place may look back, where some block's attention is bounded and the context is longer."""
+    window = given.get("sliding_window")
+    switched_on = given.get(kind.switch, False) if kind.switch else True
+    if "layer_types" in given:
+        switched_on = switched_on and any(t != "full_attention" for t in given["layer_types"] or ())
+    if not window or not switched_on or window >= given["max_position_embeddings"]:
+        return None
+    return int(window)
+
+
+def write_shape(shape: Model, base: Json | None = None) -> dict[str, Any]:
+    """
+    The `config.json` of a resolved shape, without dtype and token ids.
+
+    base: the config that the model came with; what it says and we do not is kept. Raises `ModelError` where no
+    type of model has this shape.
+    """
+    name = str(base["model_type"]) if base else _type_of(shape)
+    kind = MODEL_TYPES[name]
+    config: dict[str, Any] = dict(base or {})
+    config |= {"model_type": name, "architectures": [kind.architecture]}
+    config |= {theirs: getattr(shape, ours) for theirs, ours in kind.keys.items()}
+    if kind.family == "gpt2":
+        return config | {
+            "embd_pdrop": shape.dropout, "attn_pdrop": shape.dropout, "activation_function": "gelu_new",
+        }  # fmt: skip
+    config |= {"hidden_act": "silu", "attention_dropout": 0.0}
+    if "attention_bias" in kind.only:
+        config["attention_bias"] = False
+    if base is None or "rope_parameters" not in base:
+        config |= _write_rope(shape)
+    if kind.defaults.get("sliding_window") is not None:
+        config.setdefault("sliding_window", None)
+    return config
+
+
+def _type_of(shape: Model) -> str:
+    """The type of model that has this shape, for one that came from none."""
+    if shape.family == "gpt2":
+        return "gpt2"
+    if shape.qk_norm and shape.qkv_bias:
+        raise ModelError("no type of model has both model.qk_norm and model.qkv_bias: this one cannot be exported")
+    return "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama"
+
+
+def _write_rope(shape: Model) -> dict[str, Any]:
+    """In the older spelling, which every program reads."""
+    scaling = None
+    if shape.rope_factor is not None:
+        scaling = {"rope_type": "llama3", "factor": shape.rope_factor}
+        scaling |= {theirs: getattr(shape, ours) for theirs, ours in _LLAMA3.items()}
+    return {"rope_theta": shape.rope_theta, "rope_scaling": scaling}
