@@ -6,6 +6,7 @@ runs/NAME/
   tokenizer.json  how its text became ids    events.jsonl    starts, saves, stops
   checkpoints/    see checkpoint/store.py    lock            who trains it now
   samples/        what it wrote when it ended
+  source/         what came beside the weights it started from, where it started from a folder
 """
 
 from __future__ import annotations
@@ -57,6 +58,10 @@ class RunFolder:
     @property
     def events_file(self) -> Path:
         return self.path / "events.jsonl"
+
+    @property
+    def source(self) -> Path:
+        return self.path / "source"
 
     @property
     def samples(self) -> Path:

@@ -139,6 +139,12 @@ def load(saved: Saved, parts: Mapping[str, Part], *, alone: bool = True) -> dict
     """
     verify(saved.folder)
     state = read_state(saved.folder)
+    read_into(saved, parts, alone=alone)
+    return state
+
+
+def read_into(saved: Saved, parts: Mapping[str, Part], *, alone: bool = True) -> None:
+    """`load` without a look at the hashes, for one who has taken it: a large model is read in several turns."""
     try:
         with _plainly():
             reader = HuggingFaceStorageReader(str(saved.folder))
@@ -148,7 +154,6 @@ def load(saved: Saved, parts: Mapping[str, Part], *, alone: bool = True) -> dict
         raise
     except Exception as error:
         raise CheckpointError(f"{saved.folder} could not be loaded: {error}") from error
-    return state
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -216,7 +216,8 @@ def write_shape(shape: Model, base: Json | None = None) -> dict[str, Any]:
     kind = MODEL_TYPES[name]
     config: dict[str, Any] = dict(base or {})
     config |= {"model_type": name, "architectures": [kind.architecture]}
-    config |= {theirs: getattr(shape, ours) for theirs, ours in kind.keys.items()}
+    derived = {theirs for theirs, ours in kind.keys.items() if ours in _MAY_BE_NULL and config.get(theirs, 0) is None}
+    config |= {theirs: getattr(shape, ours) for theirs, ours in kind.keys.items() if theirs not in derived}
     if kind.family == "gpt2":
         return config | {
             "embd_pdrop": shape.dropout, "attn_pdrop": shape.dropout, "activation_function": "gelu_new",

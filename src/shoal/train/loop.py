@@ -21,6 +21,8 @@ from shoal.data.prepare import Prepared
 from shoal.errors import CheckpointError, ConfigError, Problem, RunError
 from shoal.fault.health import check_finite
 from shoal.fault.signals import StopRequest
+from shoal.hub.beside import keep_beside
+from shoal.hub.find import find_model
 from shoal.launch.place import LOCKED_BY
 from shoal.metrics.console import Console
 from shoal.metrics.meter import Meter, settle_dtype
@@ -325,4 +327,6 @@ def write_run_files(folder: RunFolder, config: Config, prepared: Prepared, step:
     """The config and the tokenizer; and no metrics of steps that are taken again."""
     forget_after(folder.metrics_file, step)
     folder.save_config(config)
+    if config.model.from_ is not None:
+        keep_beside(find_model(config.model.from_), folder.source)
     shutil.copyfile(prepared.folder / "tokenizer.json", folder.tokenizer_file)

@@ -1,0 +1,106 @@
+"""The model card of an export: what it was trained on, for how long, how well, and under which licence. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.config import Config
+
+CURVE_POINTS = 12
+_CORPORA = {
+    "stdlib": "the source of Python's standard library",
+    "text": "text files",
+    "jsonl": "JSON lines",
+    "dummy": "generated words",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card tells beside the config."""
+
+    name: str
+    architecture: str
+    parameters: int
+    dtype: str
+    step: int
+    tokens: int
+    license: str | None
+    metrics: Sequence[Mapping[str, Any]]  # metrics.jsonl
+    version: str  # of shoal
+
+
+def model_card(config: Config, facts: Facts) -> str:
+    """`README.md`, with the header that model hubs read."""
+    return "\n".join([*_header(config, facts), *_text(config, facts), *_curve(facts), ""])
+
+
+def _header(config: Config, facts: Facts) -> list[str]:
+    lines = [
+        "---",
+        f"license: {facts.license or 'other'}",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+    ]
+    if config.model.from_ is not None and not config.model.from_.startswith((".", "/", "~")):
+        lines.append(f"base_model: {config.model.from_}")
+    return [*lines, "tags:", "- shoal", "---", ""]
+
+
+def _text(config: Config, facts: Facts) -> list[str]:
+    train, data = config.train, config.data
+    origin = f"weights of `{config.model.from_}`" if config.model.from_ else f"random weights (seed {train.seed})"
+    corpus = _CORPORA[data.corpus] + (f" ({', '.join(f'`{p}`' for p in data.paths)})" if data.paths else "")
+    return [
+        f"# {facts.name}",
+        "",
+        f"{facts.architecture}, {facts.parameters:,} parameters, {facts.dtype}. Trained with shoal {facts.version}.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| started from | {origin} |",
+        f"| data | {corpus}, tokenizer `{data.tokenizer}` |",
+        f"| trained for | {facts.step:,} steps, {facts.tokens:,} tokens |",
+        f"| rows | {data.seq_len} tokens, {train.global_batch} a step |",
+        f"| optimizer | {config.optim.name}, peak learning rate {config.optim.lr:g}, {config.optim.schedule} |",
+        f"| arithmetic | {train.dtype}, weights and sums in float32 |",
+        f"| license | {facts.license or 'not stated: ask whoever trained it, and see the data above'} |",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("this folder")',
+        'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+        "```",
+        "",
+    ]
+
+
+def _curve(facts: Facts) -> list[str]:
+    """Training and held-out loss at some of the steps: the held-out ones and, evenly, others."""
+    records = [r for r in facts.metrics if r["step"] <= facts.step]
+    losses = {int(r["step"]): r for r in records if "loss" in r}
+    held_out = {int(r["step"]): r for r in records if "val_loss" in r}
+    if not losses and not held_out:
+        return []
+    chosen = sorted({*_evenly(sorted(losses)), *_evenly(sorted(held_out))})
+    rows = [
+        f"| {step:,} | {losses.get(step, held_out.get(step, {}))['tokens']:,} | {_number(losses.get(step), 'loss')} "
+        f"| {_number(held_out.get(step), 'val_loss')} | {_number(held_out.get(step), 'val_bits_per_byte')} |"
+        for step in chosen
+    ]
+    head = ["| step | tokens | loss (nats/token) | held-out loss (nats/token) | held-out bits/byte |"]
+    return ["## Curve", "", *head, "| --- | --- | --- | --- | --- |", *rows]
+
+
+def _evenly(steps: Sequence[int]) -> list[int]:
+    """At most so many of them, the first and the last among them."""
+    if len(steps) <= CURVE_POINTS:
+        return list(steps)
+    return [steps[round(i * (len(steps) - 1) / (CURVE_POINTS - 1))] for i in range(CURVE_POINTS)]
+
+
+def _number(record: Mapping[str, Any] | None, key: str) -> str:
+    return f"{record[key]:.4f}" if record else ""

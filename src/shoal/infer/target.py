@@ -1,0 +1,26 @@
+"""Which checkpoint of which run a person means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoal.checkpoint.store import Saved, listed
+from shoal.errors import CheckpointError
+from shoal.runs import RunFolder
+
+
+def find_checkpoint(runs: Path, target: str, step: int | None) -> tuple[RunFolder, Saved]:
+    """
+    Run `target` (a name under `runs`, or a folder) and its checkpoint of `step` (None: the last).
+
+    Raises `RunError` where there is no such run, `CheckpointError` where there is no such checkpoint.
+    """
+    folder = RunFolder(Path(target) if (Path(target) / "config.yaml").is_file() else runs / target)
+    folder.load_config()
+    there = listed(folder.checkpoints)
+    chosen = [s for s in there if step is None or s.step == step]
+    if not chosen:
+        steps = ", ".join(str(s.step) for s in there)
+        what = f"no checkpoint of step {step}; there are steps {steps}" if there else "no checkpoint yet"
+        raise CheckpointError(f"{folder.path} has {what}")
+    return folder, chosen[-1]

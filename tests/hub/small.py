@@ -1,0 +1,62 @@
+"""Small models of the five native types, as transformers makes and saves them, with a tokenizer beside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from shoal.data.tokenize import byte_tokenizer
+
+VOCAB = 272  # a few rows more than the tokenizer has
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 96, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 256,
+}  # fmt: skip
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+TYPES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+
+
+def config(kind: str) -> transformers.PretrainedConfig:
+    """Each with what sets it apart: GPT-2's one matrix for three, Llama 3's frequencies, biases, wide heads, ties."""
+    match kind:
+        case "gpt2":
+            return transformers.GPT2Config(
+                vocab_size=VOCAB, n_embd=48, n_layer=3, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0,
+                attn_pdrop=0.0, bos_token_id=256, eos_token_id=256,
+            )  # fmt: skip
+        case "llama":
+            return transformers.LlamaConfig(rope_parameters=_LLAMA3, **_COMMON)
+        case "mistral":
+            return transformers.MistralConfig(sliding_window=None, **_COMMON)
+        case "qwen2":
+            return transformers.Qwen2Config(tie_word_embeddings=True, **_COMMON)
+        case "qwen3":
+            return transformers.Qwen3Config(head_dim=24, rms_norm_eps=1e-5, **_COMMON)
+    raise AssertionError(kind)
+
+
+def save(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "60KB") -> Path:
+    """A folder of random weights; biases and norms are random too, so that none is passed over unseen."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config(kind)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    transformers.utils.logging.disable_progress_bar()
+    model.save_pretrained(folder, max_shard_size=shard)
+    (folder / "tokenizer.json").write_text(byte_tokenizer().to_json(), encoding="utf-8")
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described), encoding="utf-8")
+    return folder
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """A folder as its users open it."""
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
