@@ -104,6 +104,18 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     )
     prepare.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
 
+    fetch = add(
+        "fetch", verbs.fetch, "a model from a hub to this machine, once and whole; shoal fetch model OWNER/NAME"
+    )
+    fetch.add_argument("kind", choices=["model"], help="what to fetch")
+    fetch.add_argument("name", metavar="NAME", help="as its page on the hub has it: OWNER/NAME")
+    fetch.add_argument("--to", type=Path, metavar="DIR", help="the model's folder (default: models/NAME)")
+    fetch.add_argument("--revision", metavar="R", help="branch, tag or commit (default: what is there, or else main)")
+    fetch.add_argument(
+        "--force", action="store_true", help="fetch it anew; the old one stands until the new one is whole"
+    )
+    fetch.add_argument("--verify", action="store_true", help="hash what is there, not only its sizes")
+
     evaluate = add("eval", verbs.eval, "the loss of a run on its held-out text, beside gzip and xz")
     _add_run(evaluate)
     evaluate.add_argument("--json", action="store_true", help="one JSON object and nothing else")

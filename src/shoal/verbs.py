@@ -116,6 +116,22 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
     return 0
 
 
+def fetch(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from contextlib import nullcontext
+
+    from shoal.hub.fetch import fetch_model, no_progress
+    from shoal.metrics.console import Console
+
+    console = Console()
+    bar = console.progress("fetching") if console.is_terminal else nullcontext(no_progress)
+    with bar as progress:
+        fetch_model(
+            args.name, to=args.to, revision=args.revision, force=args.force, verify=args.verify,
+            tell=console.say, progress=progress,
+        )  # fmt: skip
+    return 0
+
+
 def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.infer.commands import evaluate_run
 

@@ -1,17 +1,129 @@
-"""Where a model is on this machine, by folder or by name."""
+"""Where a model is on this machine, by folder or by name. No torch, and no network."""
 
 from __future__ import annotations
 
+import difflib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from shoal.errors import ModelError
+from shoal.hub.record import MODELS, fetch_command, load_record
 
-MODELS = Path("models")  # where `shoal fetch model NAME` puts NAME
+__all__ = ["MODELS", "by_hand", "check_name", "close_names", "could_be_on_a_hub", "find_model", "no_name"]
 
 
 def find_model(name: str) -> Path:
-    """The folder of a model: `name` itself, or where `shoal fetch` put it. Raises `ModelError`."""
+    """
+    The folder of a model: `name` itself, where `shoal fetch` put it, or where Hugging Face's own programs did.
+
+    Raises `ModelError` where it is nowhere, or where files of a fetched folder are gone or cut short.
+    """
     for folder in (Path(name).expanduser(), MODELS / name):
         if folder.is_dir():
-            return folder
-    raise ModelError(f"there is no folder {name}, and no {MODELS / name}; shoal fetch model {name} gets it")
+            return _whole(folder)
+    return _in_cache(name) or _refuse(name)
+
+
+def by_hand(name: str, folder: Path) -> str:
+    """What a person without a network puts where."""
+    cached = _in_cache(name)
+    if cached:
+        return f"without a network, it is read from {cached}, where Hugging Face's programs put it"
+    return (
+        f"without a network, put {name}'s config.json, *.safetensors (with model.safetensors.index.json where there are "
+        f"several), tokenizer.json, tokenizer_config.json and generation_config.json into {folder}"
+    )
+
+
+def check_name(name: str) -> None:
+    """Raises `ModelError` where no model of a hub can have that name; one that passes is a folder's name too."""
+    if not could_be_on_a_hub(name):
+        raise ModelError(no_name(name))
+
+
+def no_name(name: str) -> str:
+    """What to do about a name that is none."""
+    return f"{name!r} is no name of a model; it is OWNER/NAME, as the model's page on the hub has it"
+
+
+def could_be_on_a_hub(name: str) -> bool:
+    """Whether `name` is NAME or OWNER/NAME, and no path."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts)
+
+
+def close_names(name: str) -> list[str]:
+    """Models of this machine that are called much like `name`, by the whole name or by what follows the slash."""
+    known: dict[str, str] = {}
+    for model in sorted({*_names_under(MODELS), *_names_in_cache()}):
+        known.setdefault(model.lower(), model)
+        known.setdefault(_base(model).lower(), model)
+    close = [c for n in (name, _base(name)) for c in difflib.get_close_matches(n.lower(), known)]
+    return list(dict.fromkeys(known[c] for c in close))
+
+
+def _whole(folder: Path) -> Path:
+    record = load_record(folder)
+    problem = record.missing(folder) if record else ""
+    if record and problem:
+        raise ModelError(f"{problem}; {fetch_command(record.name, folder)} gets it again")
+    return folder
+
+
+def _refuse(name: str) -> Path:
+    close = close_names(name)
+    meant = f"; is it {' or '.join(close)}?" if close else ""
+    if not could_be_on_a_hub(name):
+        raise ModelError(f"there is no folder {name}{meant}")
+    folder = MODELS / name
+    raise ModelError(
+        f"there is no folder {name} and no {folder}{meant}; {fetch_command(name, folder)} gets it; {by_hand(name, folder)}"
+    )
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _names_under(folder: Path) -> Iterator[str]:
+    for pattern in ("*/config.json", "*/*/config.json"):
+        for path in folder.glob(pattern):
+            found = path.parent.relative_to(folder)
+            if not found.name.startswith("."):  # a fetch that is not finished
+                yield found.as_posix()
+
+
+# --- the cache of huggingface_hub --------------------------------------------------------------------------
+
+
+def _cache() -> Path:
+    """As huggingface_hub finds it; read here because importing that library takes longer than looking."""
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]).expanduser()
+    above = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
+    return (Path(os.environ.get("HF_HOME") or above) / "hub").expanduser()
+
+
+def _in_cache(name: str) -> Path | None:
+    """The snapshot of a model's main branch, where its config and weights are in it."""
+    if not could_be_on_a_hub(name):
+        return None
+    folder = _cache() / f"models--{name.replace('/', '--')}"
+    try:
+        commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        return None
+    if not commit.isalnum():
+        return None
+    snapshot = folder / "snapshots" / commit
+    has_weights = any(path.is_file() for path in snapshot.glob("*.safetensors"))
+    return snapshot if has_weights and (snapshot / "config.json").is_file() else None
+
+
+def _names_in_cache() -> Iterator[str]:
+    for folder in _cache().glob("models--*"):
+        name = folder.name.removeprefix("models--").replace("--", "/")
+        if _in_cache(name):
+            yield name

@@ -1,0 +1,308 @@
+"""
+A model from a hub to a folder, once, whole or not at all. No torch.
+
+models/OWNER/NAME/            what the others read; renamed into place when all of it is there
+models/OWNER/.NAME.partial/   what is there of it so far; the next try goes on from it
+models/OWNER/.NAME.lock       held by the one process, of all nodes that see the folder, that fetches
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fnmatch
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.disk import NoLocksError, sync_folder, take_lock, write_whole
+from shoal.errors import ModelError
+from shoal.hub.find import check_name
+from shoal.hub.folder import CONFIG, INDEX, PICKLES, SINGLE, WHY_NO_PICKLES, ModelFolder, shard_names
+from shoal.hub.header import parse_object
+from shoal.hub.record import MODELS, RECORD, FileRecord, Record, fetch_command, load_record
+
+if TYPE_CHECKING:
+    from shoal.hub.remote import Remote, RemoteFile
+    from shoal.hub.transfer import Progress
+
+# Beside the weights: config, tokenizer, chat template, terms. Nothing that could be run.
+WANTED = (
+    "*.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.jinja",
+    "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md", "README.md",
+)  # fmt: skip
+
+
+def no_progress(phase: str, done_bytes: int, total_bytes: int) -> None:
+    """Says nothing."""
+
+
+def no_news(text: str) -> None:
+    """Says nothing."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for."""
+
+    name: str
+    folder: Path
+    revision: str | None = None  # None: what is there, or else main
+    force: bool = False
+    verify: bool = False
+
+
+def fetch_model(
+    name: str,
+    *,
+    to: Path | None = None,
+    revision: str | None = None,
+    force: bool = False,
+    verify: bool = False,
+    tell: Callable[[str], None] = no_news,
+    progress: Progress = no_progress,
+) -> Path:
+    """
+    The folder of a model, fetched if it is not there; of several processes one fetches, the others wait.
+
+    Killed at any moment, the next call goes on where it stopped. `force` fetches what is there again, and the old
+    folder stands until the new one is whole. `verify` hashes what is there, instead of a look at the sizes.
+    Raises `ModelError`.
+    """
+    check_name(name)
+    folder = MODELS / name if to is None else to
+    is_odd = folder.is_symlink() or folder.name in ("", "..")  # what is renamed is the folder that is meant
+    request = Request(name, folder.resolve() if is_odd else folder, revision, force, verify)
+    try:
+        if not force and _is_there(request, tell):  # also where the folder is not ours to write
+            return folder
+        _fetch_alone(request, tell, progress)
+    except BrokenPipeError:  # of who reads what we say
+        raise
+    except NoLocksError as error:
+        raise ModelError(
+            f"cannot lock {error.filename}: {error.strerror}; give --to a folder on a disk that has locks"
+        ) from None
+    except OSError as error:
+        raise ModelError(
+            f"cannot read or write {error.filename or folder}: {error.strerror or error}; {_cure(error)}"
+        ) from error
+    return folder
+
+
+def _cure(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space or give --to a folder on a larger disk; the same command goes on where it stopped"
+    return "give --to a folder that can be written"
+
+
+def _fetch_alone(request: Request, tell: Callable[[str], None], progress: Progress) -> None:
+    """Fetch under the lock, unless another process has done it while we waited."""
+    folder = request.folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    before = _stamp(folder)
+    with _lock(_aside(folder, "lock"), request.name, tell):
+        partial = _aside(folder, "partial")
+        if (partial / RECORD).exists():  # it was whole, and killed before it was renamed
+            _publish(partial, folder)
+        is_new = _stamp(folder) != before
+        if (is_new or not request.force) and _is_there(request, tell):
+            return
+        if request.force:
+            _refuse_foreign(folder)
+        _fetch(request, partial, tell, progress)
+
+
+def _aside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{kind}")
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """Changes whenever a folder is put in place."""
+    try:
+        status = (folder / RECORD).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _lock(path: Path, name: str, tell: Callable[[str], None]) -> Iterator[None]:
+    news = [f"waiting for another process that fetches {name}"]
+
+    def say_once() -> None:
+        if news:
+            tell(news.pop())
+
+    with path.open("ab") as file:
+        try:
+            take_lock(file, say_once)
+        except NoLocksError as error:
+            error.filename = str(path)
+            raise
+        yield
+
+
+# --- what is there already ---------------------------------------------------------------------------------
+
+
+def _is_there(request: Request, tell: Callable[[str], None]) -> bool:
+    """Whether the folder is what is asked for, and whole. Raises `ModelError` where it is something else."""
+    folder = request.folder
+    record = load_record(folder)
+    if record is None:
+        return _was_put_by_hand(folder, tell)
+    other = _difference(request, record)
+    if other and not request.force:
+        again = f"{fetch_command(request.name, folder)} --force replaces it, --to DIR puts the other one elsewhere"
+        raise ModelError(f"{folder} holds {other}; {again}")
+    if other:
+        return False
+    problem = record.missing(folder, hashes=request.verify)
+    if problem:
+        tell(f"{problem}; fetching that again")
+        return False
+    tell(f"{folder} is there and whole: {record.name} at {record.commit[:12]}")
+    return True
+
+
+def _difference(request: Request, record: Record) -> str:
+    """What a fetched folder is, and what it should have been; "" where it is what is asked for."""
+    if record.name != request.name:
+        return f"{record.name}, and not {request.name}"
+    if request.revision not in (None, record.revision, record.commit):
+        return f"revision {record.revision} of it, and not {request.revision}"
+    return ""
+
+
+def _was_put_by_hand(folder: Path, tell: Callable[[str], None]) -> bool:
+    """Whether a model is there that no record describes. Raises `ModelError` where it is something else, or broken."""
+    if (folder / RECORD).exists() or not _holds_something(folder):
+        return False
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"{folder} holds something else: it has no {CONFIG}; give --to another folder")
+    ModelFolder.open(folder)
+    tell(f"{folder} is there; shoal did not fetch it, so only its form is checked")
+    return True
+
+
+def _holds_something(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """What `shoal fetch` did not write is not replaced."""
+    if _holds_something(folder) and not (folder / RECORD).exists():
+        raise ModelError(
+            f"{folder} was not fetched by shoal, so --force does not replace it; move it away, or give --to another folder"
+        )
+
+
+# --- the fetch -------------------------------------------------------------------------------------------
+
+
+def _fetch(request: Request, partial: Path, tell: Callable[[str], None], progress: Progress) -> None:
+    from shoal.hub.remote import look_up
+    from shoal.hub.transfer import Transfer, gigabytes
+
+    folder = request.folder
+    revision = request.revision or "main"
+    remote = look_up(request.name, revision, folder)
+    beside, weights = _choose(remote)
+    partial.mkdir(exist_ok=True)
+    transfer = Transfer(remote, folder, partial, progress)
+    if weights[0].name == INDEX:  # the one small file that says which the others are
+        transfer.total_bytes = weights[0].bytes
+        transfer.bring(weights[0])
+        weights = [weights[0], *_shards(remote, partial / INDEX)]
+    wanted = sorted({*beside, *weights}, key=lambda f: f.name)
+    transfer.start(wanted)
+    tell(
+        f"fetching {remote.name} at {remote.commit[:12]}: {len(wanted)} files, {gigabytes(transfer.total_bytes)} to {folder}"
+    )
+    files = {file.name: FileRecord(file.bytes, transfer.bring(file)) for file in wanted}
+    _keep_only(partial, files)
+    _check_form(remote, partial)
+    sync_folder(partial)
+    write_whole(partial / RECORD, [Record(request.name, revision, remote.commit, files).to_json()])
+    _publish(partial, folder)
+    tell(f"{folder} is there and whole: {remote.name} at {remote.commit[:12]}")
+
+
+def _choose(remote: Remote) -> tuple[list[RemoteFile], list[RemoteFile]]:
+    """What is wanted beside the weights, and the weights: one file, or the index of several. Raises `ModelError`."""
+    top = {name: file for name, file in remote.files.items() if "/" not in name and name != RECORD}
+    beside = [
+        f for n, f in top.items() if any(fnmatch.fnmatchcase(n, w) for w in WANTED) and not n.endswith(".index.json")
+    ]
+    found = [name for name in top if name.endswith(".safetensors")]
+    if SINGLE in found:
+        weights = SINGLE
+    elif INDEX in top:
+        weights = INDEX
+    elif len(found) == 1:
+        weights = found[0]
+    else:
+        raise ModelError(_no_weights(remote.name, found, top))
+    if CONFIG not in top:
+        raise ModelError(
+            f"{remote.name} has no {CONFIG}, so it cannot be known what its weights are; look for a model that has one"
+        )
+    return beside, [top[weights]]
+
+
+def _no_weights(name: str, found: list[str], files: Iterable[str]) -> str:
+    if found:
+        return f"{name} has {len(found)} *.safetensors and no {INDEX} that says what is where"
+    pickles = sorted(f for f in files if any(fnmatch.fnmatchcase(f, pattern) for pattern in PICKLES))
+    if not pickles:
+        return f"{name} has no *.safetensors; look for a model that has them"
+    return (
+        f"{name} has only pickled weights ({pickles[0]}): {WHY_NO_PICKLES}; look for a copy with *.safetensors, or among "
+        "the pull requests on its page for one that adds them: --revision refs/pr/N takes it"
+    )
+
+
+def _shards(remote: Remote, index: Path) -> list[RemoteFile]:
+    """The files that an index names. Raises `ModelError` where the hub has not got one."""
+    try:
+        names = sorted(set(shard_names(parse_object(index.read_bytes()), index).values()))
+    except ValueError as error:
+        raise ModelError(f"the {INDEX} of {remote.name} {error}") from None
+    absent = [name for name in names if name not in remote.files]
+    if absent:
+        raise ModelError(f"{remote.name} lacks {absent[0]}, which its {INDEX} names; it is not whole on the hub")
+    return [remote.files[name] for name in names]
+
+
+def _check_form(remote: Remote, partial: Path) -> None:
+    try:
+        ModelFolder.open(partial)
+    except ModelError as error:
+        raise ModelError(f"{remote.name} came as the hub has it, and is broken there: {error}") from None
+
+
+def _keep_only(folder: Path, names: Iterable[str]) -> None:
+    """Remove what another commit left."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """
+    Rename a whole folder into place.
+
+    Who has a file of the old one open keeps reading the old one. Killed between the two renames, the next call
+    finds the new one whole and goes on here.
+    """
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    sync_folder(folder.parent)
+    for left in folder.parent.glob(f".{folder.name}.old.*"):  # also of a call that was killed here
+        shutil.rmtree(left, ignore_errors=True)

@@ -1,0 +1,110 @@
+"""The files of a model from a hub to a folder: each one gone on with, checked and flushed. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal.disk import sha256_of
+from shoal.errors import ModelError
+from shoal.hub.remote import Remote, RemoteFile, download
+
+Progress = Callable[[str, int, int], None]
+"""Called with the file, and how much of how many bytes of all files are here."""
+
+
+class Transfer:
+    """Files of a model, one after the other, into the partial folder."""
+
+    def __init__(self, remote: Remote, folder: Path, partial: Path, progress: Progress) -> None:
+        self.total_bytes = 0
+        self._remote, self._folder, self._partial, self._progress = remote, folder, partial, progress
+        self._done_bytes = 0
+        self._checked: dict[str, str] = {}  # name -> SHA-256
+
+    def start(self, wanted: list[RemoteFile]) -> None:
+        """Take what is whole in the old folder; raises `ModelError` where the rest does not fit on the disk."""
+        self.total_bytes = sum(file.bytes for file in wanted)
+        for file in wanted:
+            self._take_over(file)
+        here = sum(self._bytes_here(file) for file in wanted)
+        needed, free = self.total_bytes - here, shutil.disk_usage(self._partial).free
+        if needed > free:
+            raise ModelError(
+                f"{self._remote.name} needs {gigabytes(needed)} more and the disk of {self._folder} has {gigabytes(free)} free; "
+                "free some space, or give --to a folder on a larger disk"
+            )
+
+    def bring(self, file: RemoteFile) -> str:
+        """Have a file in the partial folder, flushed and checked; its SHA-256. Raises `ModelError`, `OSError`."""
+        path = self._partial / file.name
+        if file.name not in self._checked:
+            if self._is_whole(path, file):
+                self._advance(file, file.bytes)
+            else:
+                self._download(path, file)
+            self._checked[file.name] = sha256_of(path) if file.sha256 is None else file.sha256
+        return self._checked[file.name]
+
+    def _download(self, path: Path, file: RemoteFile) -> None:
+        part = self._part(file)
+        part.touch()
+        if part.stat().st_size > file.bytes:
+            part.unlink()
+        self._advance(file, part.stat().st_size)
+        download(self._remote, file, part, self._folder, lambda count: self._advance(file, count))
+        if not self._is_whole(part, file):
+            part.unlink()
+            raise ModelError(
+                f"what came of {self._remote.name}'s {file.name} is not what the hub says it is: its hash differs; "
+                "the same command fetches that file again"
+            )
+        _flush(part)
+        part.replace(path)
+
+    def _take_over(self, file: RemoteFile) -> None:
+        """A second name for a file of the old folder; where its bytes are not those, `bring` will see it."""
+        path, old = self._partial / file.name, self._folder / file.name
+        if not path.exists() and not self._part(file).exists() and old.is_file() and old.stat().st_size == file.bytes:
+            with contextlib.suppress(OSError):  # of disks without hard links
+                os.link(old, path)
+
+    def _part(self, file: RemoteFile) -> Path:
+        """Named by its content: after a new commit, a file that did not change goes on, and one that did starts anew."""
+        return self._partial / f".{file.hash[:16]}.part"
+
+    def _bytes_here(self, file: RemoteFile) -> int:
+        path, part = self._partial / file.name, self._part(file)
+        if path.exists() and path.stat().st_size == file.bytes:
+            return file.bytes
+        return part.stat().st_size if part.exists() else 0
+
+    def _is_whole(self, path: Path, file: RemoteFile) -> bool:
+        if not path.is_file() or path.stat().st_size != file.bytes:
+            return False
+        self._progress(f"checking {file.name}", self._done_bytes, self.total_bytes)
+        return (sha256_of(path) if file.sha256 else git_sha1_of(path)) == file.hash
+
+    def _advance(self, file: RemoteFile, count: int) -> None:
+        self._done_bytes += count
+        self._progress(file.name, self._done_bytes, self.total_bytes)
+
+
+def git_sha1_of(path: Path) -> str:
+    """The name that git gives to a file's content, in hexadecimal."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def gigabytes(count: int) -> str:
+    """ "1.2 GB", "3.4 MB"."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,145 @@
+"""
+A hub on loopback, for what cannot be tried on a real one: it answers what huggingface_hub asks of it.
+
+    GET /api/models/NAME/revision/REV?blobs=True    the files with their sizes and hashes
+    GET /NAME/resolve/COMMIT/FILE                   the bytes, also from `Range: bytes=N-` on
+
+A file of weights is sent by way of a redirect, as the real one sends it from elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass
+class Repository:
+    """A model on the hub, and what is wrong with it."""
+
+    files: dict[str, bytes]
+    commit: str = "c0ffee" + "0" * 34
+    branches: tuple[str, ...] = ("main",)
+    token: str = ""  # without it, 401
+    gated: bool = False  # listed, but its files are 403
+    stated_bytes: dict[str, int] = field(default_factory=dict)  # where the hub lies
+    altered: dict[str, bytes] = field(default_factory=dict)  # what is sent instead, of the same size
+    cut_after: int | None = None  # bytes of a body, then the connection is cut
+    ranges: bool = True
+    on_body: Callable[[str], None] = lambda name: None  # called before a body is sent
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories by name, and what was asked of them."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repositories: dict[str, Repository] = {}
+        self.status = 200  # of every answer, where it is another
+        self.page = b""  # answered to everything, where it is not empty
+        self.asked: list[str] = []  # "FILE from N", in order
+        self.tokens: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that was killed is no news."""
+
+
+@contextmanager
+def running_hub() -> Iterator[Hub]:
+    """A hub that answers until the block ends."""
+    with Hub() as hub:
+        thread = threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield hub
+        hub.shutdown()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
+
+    def do_GET(self) -> None:
+        if self.server.page or self.server.status != 200:
+            return self._answer(self.server.status, self.server.page)
+        self.server.tokens.append(self.headers.get("Authorization", ""))
+        path = unquote(urlsplit(self.path).path)
+        for name, repository in self.server.repositories.items():
+            if path.startswith(f"/api/models/{name}/revision/"):
+                return self._list(name, repository, path.rpartition("/revision/")[2])
+            if path.startswith(f"/{name}/resolve/{repository.commit}/"):
+                file = path.rpartition(f"/{repository.commit}/")[2]
+                return self._resolve(name, repository, file)
+            if path.startswith(f"/elsewhere/{name}/"):
+                return self._send(repository, path.removeprefix(f"/elsewhere/{name}/"))
+        return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    def _list(self, name: str, repository: Repository, revision: str) -> None:
+        if repository.token and self.headers.get("Authorization") != f"Bearer {repository.token}":
+            return self._answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if revision not in (*repository.branches, repository.commit):
+            return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        siblings = [_sibling(file, content, repository) for file, content in repository.files.items()]
+        body = {"_id": "0", "id": name, "sha": repository.commit, "siblings": siblings}
+        return self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+    def _resolve(self, name: str, repository: Repository, file: str) -> None:
+        if repository.gated:
+            return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        if file.endswith(".safetensors"):
+            return self._answer(302, b"", {"Location": f"{self.server.url}/elsewhere/{name}/{file}"})
+        return self._send(repository, file)
+
+    def _send(self, repository: Repository, file: str) -> None:
+        content = repository.altered.get(file, repository.files[file])
+        start = 0
+        asked = self.headers.get("Range", "")
+        if asked and repository.ranges:
+            start = int(asked.removeprefix("bytes=").removesuffix("-"))
+        self.server.asked.append(f"{file} from {start}")
+        self.send_response(206 if start else 200)
+        self.send_header("X-Repo-Commit", repository.commit)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        body = content[start:]
+        if repository.cut_after is not None and len(body) > repository.cut_after:
+            body = body[: repository.cut_after]
+            self.close_connection = True
+        self.wfile.write(body[: len(body) // 2])
+        self.wfile.flush()
+        repository.on_body(file)
+        self.wfile.write(body[len(body) // 2 :])
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _sibling(file: str, content: bytes, repository: Repository) -> dict[str, Any]:
+    """As the API states a file: git's own hash, and for weights that of LFS."""
+    size = repository.stated_bytes.get(file, len(content))
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    stated: dict[str, Any] = {"rfilename": file, "size": size, "blobId": blob}
+    if file.endswith((".safetensors", ".bin")):
+        stated["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 134}
+    return stated

@@ -1,0 +1,85 @@
+"""Where models are looked for, and what is said of one that is nowhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from shoal.errors import ModelError
+from shoal.hub.find import find_model
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+    return folder
+
+
+def refused(name: str, pattern: str) -> str:
+    with pytest.raises(ModelError) as caught:
+        find_model(name)
+    assert re.search(pattern, str(caught.value)), str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_by_its_path_and_by_its_name(home: Path) -> None:
+    folder = make(home / "models" / "org" / "tiny")
+    assert find_model("org/tiny") == Path("models/org/tiny")
+    assert find_model("models/org/tiny") == Path("models/org/tiny")
+    assert find_model(str(folder)) == folder
+
+
+@pytest.mark.parametrize(
+    ("variable", "below"),
+    [("HF_HUB_CACHE", "."), ("HUGGINGFACE_HUB_CACHE", "."), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")],
+)
+def test_the_cache_of_hugging_face(home: Path, monkeypatch: pytest.MonkeyPatch, variable: str, below: str) -> None:
+    monkeypatch.setenv(variable, str(home / "c"))
+    cached = home / "c" / below / "models--org--tiny"
+    (cached / "refs").mkdir(parents=True)
+    refused("org/tiny", "shoal fetch model org/tiny")
+    (cached / "refs" / "main").write_text("abc")
+    refused("org/tiny", "shoal fetch model org/tiny")
+    snapshot = make(cached / "snapshots" / "abc")
+    assert find_model("org/tiny") == snapshot
+    refused("org/tinny", "is it org/tiny\\?")
+    (snapshot / "model.safetensors").unlink()  # only a tokenizer was taken from it
+    refused("org/tiny", "shoal fetch model org/tiny")
+    (cached / "refs" / "main").write_text("../../../..")
+    refused("org/tiny", "shoal fetch model org/tiny")
+
+
+def test_a_name_that_is_nowhere_says_what_to_do(home: Path) -> None:
+    message = refused(
+        "org/tiny", "there is no folder org/tiny and no models/org/tiny; shoal fetch model org/tiny gets it"
+    )
+    for file in (
+        "config.json",
+        "*.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "into models/org/tiny",
+    ):
+        assert file in message
+    assert "shoal fetch" not in refused("./no/such/folder", "there is no folder ./no/such/folder")
+
+
+def test_a_misspelt_name_is_recognized(home: Path) -> None:
+    make(home / "models" / "HuggingFaceTB" / "SmolLM2-135M")
+    make(home / "models" / ".half.partial")
+    for name in ("SmolLM2-135M", "smollm2-135m", "HuggingFaceTB/SmolLM-135M", "huggingface/SmolLM2-135M"):
+        refused(name, "is it HuggingFaceTB/SmolLM2-135M\\?")
+    assert "is it" not in refused("gpt2", "shoal fetch model gpt2")
+    assert "partial" not in refused("half", "shoal fetch model half")
