@@ -148,7 +148,13 @@ def test_what_was_not_trained_comes_out_bit_for_bit(tmp_path: Path, kind: str, d
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (folder / name).read_text() == (out / name).read_text()
     again = resolve(
-        None, [("model.from", str(out), "here"), ("data.tokenizer", "bytes", ""), ("train.steps", "1", "here")]
+        None,
+        [
+            ("model.from", str(out), "here"),
+            ("data.tokenizer", "bytes", ""),
+            ("train.steps", "1", "here"),
+            ("data.seq_len", "48", ""),
+        ],
     ).config.model
     assert dataclasses.replace(again, from_=None) == dataclasses.replace(
         config_of(folder, tmp_path, "x").model, from_=None
