@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
 ]
 WITHOUT_TORCH = [
     "cli", "verbs", "config", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "plan.estimate", "plan.hardware", "launch.torchrun",
-    "launch.place", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.record", "data.prepare", "data.open",
+    "launch.place", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open",
 ]  # fmt: skip
 
 

@@ -47,11 +47,16 @@ class Hub(ThreadingHTTPServer):
         self.status = 200  # of every answer, where it is another
         self.page = b""  # answered to everything, where it is not empty
         self.asked: list[str] = []  # "FILE from N", in order
-        self.tokens: list[str] = []
+        self.tokens: dict[str, str] = {}  # what came with the last request to a host
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+    @property
+    def elsewhere(self) -> str:
+        """The same server under another name, so that to a client it is another host."""
+        return self.url.replace("127.0.0.1", "localhost")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that was killed is no news."""
@@ -78,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.page or self.server.status != 200:
             return self._answer(self.server.status, self.server.page)
-        self.server.tokens.append(self.headers.get("Authorization", ""))
+        self.server.tokens[self.headers["Host"]] = self.headers.get("Authorization", "")
         path = unquote(urlsplit(self.path).path)
         for name, repository in self.server.repositories.items():
             if path.startswith(f"/api/models/{name}/revision/"):
@@ -103,7 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repository.gated:
             return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
         if file.endswith(".safetensors"):
-            return self._answer(302, b"", {"Location": f"{self.server.url}/elsewhere/{name}/{file}"})
+            return self._answer(302, b"", {"Location": f"{self.server.elsewhere}/elsewhere/{name}/{file}"})
         return self._send(repository, file)
 
     def _send(self, repository: Repository, file: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import resource
 import threading
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,18 @@ def test_a_hub_that_sends_nothing_ends_it_and_the_next_try_goes_on(scene: Scene)
     assert "model.safetensors from 150000" in scene.hub.asked
 
 
+def test_a_full_disk_and_then_more_room(scene: Scene) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        refused("cannot read or write .*free some space or give --to .*goes on where it stopped")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not scene.folder.exists()
+    fetch_model(NAME)
+    assert "model.safetensors from 100000" in scene.hub.asked
+
+
 def test_after_a_new_commit_no_file_is_of_both(scene: Scene) -> None:
     scene.repository.cut_after = 0
     refused("cannot reach")
@@ -150,7 +163,7 @@ def test_after_a_new_commit_no_file_is_of_both(scene: Scene) -> None:
     scene.repository.altered = {"model.safetensors": b"x" * len(scene.repository.files["model.safetensors"])}
     refused("its hash differs")
     scene.repository.altered = {}
-    scene.repository.files |= {"model.safetensors": weights("a", 300_000, 5), "LICENSE": b"BSD"}
+    scene.repository.files |= {"model.safetensors": weights("a", 300_000, 5), "LICENSE": b"BSD", "NOTICE": b""}
     del scene.repository.files["README.md"]
     fetch_model(NAME)
     assert {n: c for n, c in scene.repository.files.items() if n in scene.there()} == scene.there()
@@ -186,7 +199,7 @@ def test_only_one_of_several_fetches(scene: Scene) -> None:
 def test_a_swap_that_was_killed_in_the_middle_is_finished_without_the_hub(scene: Scene) -> None:
     fetch_model(NAME)
     scene.folder.rename(scene.partial)
-    scene.folder.with_name(".tiny.old.x").mkdir()
+    (scene.folder.with_name(".tiny.old") / "x").mkdir(parents=True)
     scene.hub.repositories.clear()
     fetch_model(NAME)
     assert find_model(NAME) == Path("models/org/tiny")
@@ -230,6 +243,15 @@ def test_what_shoal_did_not_fetch_is_not_replaced(scene: Scene, tmp_path: Path) 
     assert scene.hub.asked == []
 
 
+def test_what_a_person_put_beside_a_fetched_model_is_not_lost(scene: Scene) -> None:
+    fetch_model(NAME)
+    (scene.folder / "notes.txt").write_text("dear")
+    fetch_model(NAME)
+    refused("notes.txt was not fetched by shoal and would be lost", force=True)
+    (scene.folder / "notes.txt").unlink()
+    fetch_model(NAME, force=True)
+
+
 # --- what is refused -------------------------------------------------------------------------------------
 
 
@@ -257,7 +279,8 @@ def test_what_needs_a_token_says_so_and_no_token_is_shown(scene: Scene, monkeypa
         assert "hf_" not in refused("HF_TOKEN")
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     fetch_model(NAME)
-    assert "Bearer hf_right" in scene.hub.tokens
+    hub, elsewhere = (url.removeprefix("http://") for url in (scene.hub.url, scene.hub.elsewhere))
+    assert scene.hub.tokens == {hub: "Bearer hf_right", elsewhere: ""}  # a token stays on the hub
 
 
 def test_a_gated_model_says_where_its_terms_are(scene: Scene) -> None:
@@ -268,11 +291,18 @@ def test_a_gated_model_says_where_its_terms_are(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "pattern"), [(401, "HF_TOKEN"), (403, "HF_TOKEN"), (429, "asked too often"), (500, "fails to answer")]
+    ("status", "pattern"),
+    [
+        (401, "HF_TOKEN"),
+        (403, "HF_TOKEN"),
+        (429, "asked too often"),
+        (418, "refuses org/tiny"),
+        (500, "fails to answer"),
+    ],
 )
 def test_answers_that_are_no_model(scene: Scene, status: int, pattern: str) -> None:
     scene.hub.status = status
-    refused(f"{pattern}|{status}")
+    assert str(status) in refused(pattern)
 
 
 def test_a_page_that_is_no_hub(scene: Scene) -> None:

@@ -4,6 +4,7 @@ A model from a hub to a folder, once, whole or not at all. No torch.
 models/OWNER/NAME/            what the others read; renamed into place when all of it is there
 models/OWNER/.NAME.partial/   what is there of it so far; the next try goes on from it
 models/OWNER/.NAME.lock       held by the one process, of all nodes that see the folder, that fetches
+models/OWNER/.NAME.old/       what was there before, for the moment until it is removed
 """
 
 from __future__ import annotations
@@ -107,12 +108,12 @@ def _fetch_alone(request: Request, tell: Callable[[str], None], progress: Progre
     with _lock(_aside(folder, "lock"), request.name, tell):
         partial = _aside(folder, "partial")
         if (partial / RECORD).exists():  # it was whole, and killed before it was renamed
+            _refuse_foreign(folder)
             _publish(partial, folder)
         is_new = _stamp(folder) != before
         if (is_new or not request.force) and _is_there(request, tell):
             return
-        if request.force:
-            _refuse_foreign(folder)
+        _refuse_foreign(folder)
         _fetch(request, partial, tell, progress)
 
 
@@ -194,11 +195,18 @@ def _holds_something(folder: Path) -> bool:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """What `shoal fetch` did not write is not replaced."""
-    if _holds_something(folder) and not (folder / RECORD).exists():
+    """What `shoal fetch` did not write is not removed. Raises `ModelError`."""
+    if not _holds_something(folder):
+        return
+    if not (folder / RECORD).exists():
         raise ModelError(
             f"{folder} was not fetched by shoal, so --force does not replace it; move it away, or give --to another folder"
         )
+    record = load_record(folder)
+    known = {RECORD, *record.files} if record else set()
+    for path in sorted(folder.iterdir()) if record else []:
+        if path.name not in known and not path.name.startswith("."):
+            raise ModelError(f"{path} was not fetched by shoal and would be lost; move it away first")
 
 
 # --- the fetch -------------------------------------------------------------------------------------------
@@ -215,7 +223,7 @@ def _fetch(request: Request, partial: Path, tell: Callable[[str], None], progres
     partial.mkdir(exist_ok=True)
     transfer = Transfer(remote, folder, partial, progress)
     if weights[0].name == INDEX:  # the one small file that says which the others are
-        transfer.total_bytes = weights[0].bytes
+        transfer.start(weights)
         transfer.bring(weights[0])
         weights = [weights[0], *_shards(remote, partial / INDEX)]
     wanted = sorted({*beside, *weights}, key=lambda f: f.name)
@@ -299,10 +307,10 @@ def _publish(partial: Path, folder: Path) -> None:
     Who has a file of the old one open keeps reading the old one. Killed between the two renames, the next call
     finds the new one whole and goes on here.
     """
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    old = _aside(folder, "old")
+    old.mkdir(exist_ok=True)
     if folder.exists():
-        folder.rename(old)
+        folder.rename(tempfile.mkdtemp(dir=old))  # over the empty one
     partial.rename(folder)
     sync_folder(folder.parent)
-    for left in folder.parent.glob(f".{folder.name}.old.*"):  # also of a call that was killed here
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)  # a network disk keeps what is still read; the next call removes that

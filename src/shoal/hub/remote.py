@@ -60,11 +60,17 @@ class Remote:
 
 def look_up(name: str, revision: str, folder: Path) -> Remote:
     """What the hub has under `name`. `folder` is where it would go, for what is said where the hub is out of reach."""
-    with _explained(name, revision, folder):
-        info = HfApi(library_name="shoal", library_version=__version__).model_info(
-            name, revision=revision, files_metadata=True, timeout=CONNECT_SECONDS
-        )
-        return _remote(name, info)
+    try:
+        with _explained(name, revision, folder):
+            info = HfApi(library_name="shoal", library_version=__version__).model_info(
+                name, revision=revision, files_metadata=True, timeout=CONNECT_SECONDS
+            )
+            return _remote(name, info)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a proxy's page; a token that fits in no header
+        raise ModelError(
+            f"{constants.ENDPOINT} does not answer for {name} as a hub does ({type(error).__name__}); look at "
+            f"HF_ENDPOINT, HF_TOKEN and the proxy; {by_hand(name, folder)}"
+        ) from None
 
 
 def download(remote: Remote, file: RemoteFile, part: Path, folder: Path, advance: Callable[[int], None]) -> None:
@@ -165,11 +171,6 @@ def _explained(name: str, revision: str, folder: Path) -> Iterator[None]:
             f"cannot reach {constants.ENDPOINT} for {name} ({type(error).__name__}); once it can be, the same command "
             f"goes on where it stopped; {by_hand(name, folder)}"
         ) from None
-    except (ValueError, TypeError, KeyError) as error:  # no JSON: a proxy's page; or a token that fits in no header
-        raise ModelError(
-            f"{constants.ENDPOINT} does not answer for {name} as a hub does ({type(error).__name__}); look at HF_ENDPOINT, "
-            f"HF_TOKEN and the proxy; {by_hand(name, folder)}"
-        ) from None
 
 
 def _answer(error: HfHubHTTPError, name: str, revision: str) -> str:
@@ -193,6 +194,8 @@ def _answer(error: HfHubHTTPError, name: str, revision: str) -> str:
         return f"the hub no longer has a file that it listed of {name} (404); try again"
     if status == 429:
         return f"the hub was asked too often ({status}); wait some minutes, or set HF_TOKEN, which allows more"
+    if status < 500:
+        return f"the hub refuses {name} ({status}); {page} may say why"
     return f"the hub fails to answer for {name} ({status}); try again later"
 
 

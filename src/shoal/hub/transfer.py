@@ -53,8 +53,6 @@ class Transfer:
     def _download(self, path: Path, file: RemoteFile) -> None:
         part = self._part(file)
         part.touch()
-        if part.stat().st_size > file.bytes:
-            part.unlink()
         self._advance(file, part.stat().st_size)
         download(self._remote, file, part, self._folder, lambda count: self._advance(file, count))
         if not self._is_whole(part, file):
