@@ -138,7 +138,7 @@ class Data:
     dummy_documents: int = opt(2_000, "documents of a dummy corpus", unit="documents", past=True, ge=2)
     tokenizer: str = opt(
         "bpe",
-        "bpe: train one on the corpus; bytes; or a tokenizer.json",
+        "bpe: train one on the corpus; bytes; tiktoken:NAME; a tokenizer.json or tokenizer.model; a model's folder or name",
         alias=("tokenizer_path", "tokenizer_name"),
         past=True,
     )

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from shoal.config import Config
-from shoal.errors import Problem
+from shoal.errors import ModelError, Problem
+from shoal.hub.find import find_model
 from shoal.presets import shape_problems
 from shoal.refusals import refusals
 
@@ -68,9 +69,12 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
     missing = [p for p in data.paths if not Path(p).expanduser().exists()]
     if missing:
         yield problem(f"data.paths: there is no {', '.join(missing[:3])}", "data.paths")
-    if data.tokenizer not in ("bpe", "bytes") and not Path(data.tokenizer).expanduser().is_file():
+    why = _why_no_tokenizer(data.tokenizer)
+    if why is not None:
         yield problem(
-            f"data.tokenizer is bpe, bytes, or a tokenizer.json; there is no file {data.tokenizer}", "data.tokenizer"
+            "data.tokenizer is bpe, bytes, tiktoken:NAME, a tokenizer.json or tokenizer.model, or a model's folder or "
+            f"name; there is no file {data.tokenizer}, and as a model: {why}",
+            "data.tokenizer",
         )
     needed = {"bytes": 257, "bpe": data.tokenizer_vocab_size}.get(data.tokenizer)
     if model.vocab_size is not None and needed is not None and model.vocab_size < needed:
@@ -79,6 +83,17 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             "model.vocab_size",
             "data.tokenizer_vocab_size",
         )
+
+
+def _why_no_tokenizer(name: str) -> str | None:
+    """None where there is something to open; what it is worth is seen when it is opened."""
+    if name in ("bpe", "bytes") or name.startswith("tiktoken:") or Path(name).expanduser().exists():
+        return None
+    try:
+        find_model(name)
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def _round_up(value: int, multiple: int) -> int:

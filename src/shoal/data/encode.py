@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from shoal.data.documents import START, Corpus, Cursor, Document, Skipped
+from shoal.data.fast import DifferentIdsError, FastEncoder, fast_encoder
 from shoal.data.manifest import SPLITS, Journal, SplitName
 from shoal.data.shards import Tokens, token_dtype, write_shard
 from shoal.data.tokenize import Tokenizer
@@ -21,6 +24,7 @@ from shoal.errors import DataError
 CHUNK_BYTES = 2_000_000  # tokens of a chunk take some fifty times its text while Rust hands them over
 PART_CHARACTERS = 1 << 20  # longer documents are encoded in parts, for the same reason
 CHUNKS_IN_FLIGHT = 3
+COMPARED_CHUNKS = 64  # of so many chunks one, the first of all among them, is encoded by both tokenizers
 
 Split = Callable[[bytes], SplitName]
 
@@ -88,14 +92,37 @@ def write_shards(
     shard_tokens: int,
     journal: Journal,
     tick: Callable[[Cursor], None],
-) -> None:
+) -> str | None:
     """
-    Go on from where `journal` is, and enter every finished shard in it.
+    Go on from where `journal` is, and enter every finished shard in it. Returns what the user should know.
 
-    Shards end with the document that fills them, so they do not depend on chunks or interruptions.
+    Shards end with the document that fills them, so they do not depend on chunks or interruptions. The faster
+    tokenizer is compared as it goes; where it is found wrong, everything is done again without it.
     """
+    fast = fast_encoder(tokenizer) if journal.fast else None
+    if fast is not None:
+        try:
+            _write(folder, corpus, split, tokenizer, fast, shard_tokens, journal, tick)
+            return None
+        except DifferentIdsError as error:
+            journal.start_again_without_fast(folder)
+            note = f"fastokens gives other ids than tokenizers ({error}): the tokens were made again without it"
+    _write(folder, corpus, split, tokenizer, None, shard_tokens, journal, tick)
+    return note if fast is not None else None
+
+
+def _write(
+    folder: Path,
+    corpus: Corpus,
+    split: Split,
+    tokenizer: Tokenizer,
+    fast: FastEncoder | None,
+    shard_tokens: int,
+    journal: Journal,
+    tick: Callable[[Cursor], None],
+) -> None:
     builders = {name: _ShardBuilder(name, folder, tokenizer.vocab_size, journal) for name in SPLITS}
-    for items, tokens in _encoded(_chunks(corpus, split, journal), tokenizer):
+    for items, tokens in _encoded(_chunks(corpus, split, journal), tokenizer, fast):
         for item, ids in zip(items, tokens, strict=True):
             builder = builders[item.split]
             builder.add(ids, item)
@@ -129,7 +156,9 @@ def _chunks(corpus: Corpus, split: Split, journal: Journal) -> Iterator[list[_It
         yield chunk
 
 
-def _encoded(chunks: Iterator[list[_Item]], tokenizer: Tokenizer) -> Iterator[tuple[list[_Item], list[Tokens]]]:
+def _encoded(
+    chunks: Iterator[list[_Item]], tokenizer: Tokenizer, fast: FastEncoder | None
+) -> Iterator[tuple[list[_Item], list[Tokens]]]:
     """
     Each chunk with its tokens, in order. Two threads, so that while one turns Rust's tokens into arrays
     (and this one reads on) the other keeps every core busy.
@@ -137,8 +166,10 @@ def _encoded(chunks: Iterator[list[_Item]], tokenizer: Tokenizer) -> Iterator[tu
     in_flight: deque[tuple[list[_Item], Future[list[Tokens]]]] = deque()
     with ThreadPoolExecutor(2, "encode") as executor:
         try:
-            for items in chunks:
-                in_flight.append((items, executor.submit(_encode, tokenizer, [item.text for item in items])))
+            for number, items in enumerate(chunks):
+                compare = number % COMPARED_CHUNKS == 0
+                future = executor.submit(_encode, tokenizer, fast, compare, [item.text for item in items])
+                in_flight.append((items, future))
                 if len(in_flight) == CHUNKS_IN_FLIGHT:
                     done, future = in_flight.popleft()
                     yield done, future.result()
@@ -149,20 +180,23 @@ def _encoded(chunks: Iterator[list[_Item]], tokenizer: Tokenizer) -> Iterator[tu
             executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Tokens]:
-    """One array a text, its end-of-text token included."""
+def _encode(tokenizer: Tokenizer, fast: FastEncoder | None, compare: bool, texts: Sequence[str]) -> list[Tokens]:
+    """One array a text, the tokens at its ends included."""
     dtype = token_dtype(tokenizer.vocab_size)
+    parts = [_parts(text) if tokenizer.can_be_cut else [text] for text in texts]
+    flat = [part for text in parts for part in text]
+    encoded = _arrays(tokenizer, flat, dtype) if fast is None else iter(fast.encode_batch(flat, compare=compare))
+    begin = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype)
+    end = np.array([tokenizer.eot_id], dtype)
+    return [
+        np.concatenate([begin, *(next(encoded) for _ in text), end], dtype=dtype, casting="unsafe") for text in parts
+    ]
+
+
+def _arrays(tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
     code = "H" if dtype == np.uint16 else "I"
-    parts = [_parts(text) for text in texts]
-    encoded = iter(tokenizer.encode_batch([part for text in parts for part in text]))
-    arrays = []
-    for text in parts:
-        ids = array(code)  # several times faster than numpy at reading a list of ints
-        for _ in text:
-            ids.extend(array(code, next(encoded)))
-        ids.append(tokenizer.eot_id)
-        arrays.append(np.frombuffer(ids, dtype))
-    return arrays
+    for ids in tokenizer.encode_batch(texts):
+        yield np.frombuffer(array(code, ids), dtype)  # several times faster than numpy at reading a list of ints
 
 
 def _parts(text: str) -> list[str]:

@@ -60,6 +60,13 @@ class Journal:
     listing: list[Entry]
     splits: dict[SplitName, Written] = field(default_factory=lambda: {name: Written() for name in SPLITS})
     skips: Skips = field(default_factory=Skips)
+    fast: bool = True  # the faster tokenizer has not been found wrong
+
+    def start_again_without_fast(self, folder: Path) -> None:
+        """Forget every shard: what the faster tokenizer wrote is not to be trusted."""
+        self.splits, self.fast = {name: Written() for name in SPLITS}, False
+        self.save(folder)  # first, so that a kill in between leaves no entry without its shard
+        clear(folder, ["*.safetensors"])
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / JOURNAL, [json.dumps(asdict(self)).encode()])
@@ -78,6 +85,7 @@ def load_journal(folder: Path, options: Mapping[str, Any], listing: list[Entry])
             [Entry(**entry) for entry in saved["listing"]],
             {name: _written(saved["splits"][name]) for name in SPLITS},
             Skips(saved["skips"]["count"], saved["skips"]["first"], Cursor(**saved["skips"]["upto"])),
+            saved.get("fast", True),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -122,9 +122,8 @@ def prepare(data: Data, progress: Progress = no_progress) -> Prepared:
                 return _open_checked(folder, data)
             if not _is_current(folder, data):
                 clear(folder)
-        if not (folder / MANIFEST).exists():
-            _build(folder, data, options, progress)
-    return open_prepared(folder)
+        notes = [] if (folder / MANIFEST).exists() else _build(folder, data, options, progress)
+    return open_prepared(folder, notes)
 
 
 def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
@@ -153,6 +152,7 @@ def held_out_text(prepared: Prepared) -> bytes:
     stream = prepared.streams["val"]
     starts = stream.starts(0, stream.num_tokens)
     ends = np.append(starts[1:], stream.num_tokens) - 1  # without the end-of-text token
+    starts = starts + (prepared.tokenizer.bos_id is not None)
     texts = []
     for low in range(0, len(starts), 64):
         spans = zip(starts[low : low + 64], ends[low : low + 64], strict=True)
@@ -179,15 +179,17 @@ def token_options(data: Data) -> dict[str, Any]:
     if data.tokenizer == "bpe":
         options["bpe"] = [tokenize.PATTERN_VERSION, data.tokenizer_vocab_size, data.tokenizer_sample_bytes]
     else:
-        text = tokenize.load_tokenizer(data.tokenizer).to_json()
-        options["tokenizer"] = hashlib.sha256(text.encode()).hexdigest()
+        tokenizer = tokenize.load_tokenizer(data.tokenizer)
+        options["tokenizer"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+        if tokenizer.bos_id is not None:
+            options["bos"] = tokenizer.bos_id
     return options
 
 
 def folder_name(data: Data, options: dict[str, Any]) -> str:
     """`stdlib-bpe4096-1a2b3c4d`: to be read by people, and of its own for each set of options."""
     tokenizer = Path(data.tokenizer)
-    kind = tokenizer.parent.name if tokenizer.name == "tokenizer.json" else tokenizer.name
+    kind = tokenizer.parent.name if tokenizer.name in ("tokenizer.json", "tokenizer.model") else tokenizer.name
     kind = f"bpe{data.tokenizer_vocab_size}" if data.tokenizer == "bpe" else re.sub(r"[^\w.]+", "_", kind)
     digest = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=4).hexdigest()
     return f"{data.corpus}-{kind or 'tokenizer'}-{digest}"
@@ -216,8 +218,8 @@ def _is_current(folder: Path, data: Data) -> bool:
         return False
 
 
-def _build(folder: Path, data: Data, options: dict[str, Any], progress: Progress) -> None:
-    """The story of preparing, under the lock."""
+def _build(folder: Path, data: Data, options: dict[str, Any], progress: Progress) -> list[str]:
+    """The story of preparing, under the lock. Returns what the user should know."""
     corpus = open_corpus(data)
     listing = corpus.listing()
     ticks = _Ticks(listing, progress)
@@ -225,12 +227,13 @@ def _build(folder: Path, data: Data, options: dict[str, Any], progress: Progress
     _check_space(folder, data, listing)
     split = choose_split(corpus, data.val_fraction, ticks.of("reading"))
     tokenizer = _tokenizer(folder, data, corpus, split, ticks)
-    write_shards(folder, corpus, split, tokenizer, data.shard_tokens, journal, ticks.of("tokens"))
+    note = write_shards(folder, corpus, split, tokenizer, data.shard_tokens, journal, ticks.of("tokens"))
     if corpus.listing() != listing:
         raise DataError("the corpus changed while it was read; start again when it is still")
     digests = [corpus.digest(index) for index in range(len(listing))]
     finish(journal, digests, (folder / TOKENIZER).read_bytes(), tokenizer.vocab_size).save(folder)
     clear(folder, [JOURNAL])
+    return [] if note is None else [note]
 
 
 def _go_on_or_start(folder: Path, options: dict[str, Any], listing: list[Entry]) -> Journal:

@@ -1,0 +1,157 @@
+"""
+How a document begins and ends in a tokenizer's eyes, and what a Hugging Face folder says of it. No torch.
+
+It is kept in the tokenizer.json itself, as its post-processor: what stands before a single text, and what
+between two. So that one file says all, here and in other libraries.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import processors
+
+from shoal.errors import DataError
+
+# Names that others gave the token at the end of a document; the first that a tokenizer has is taken.
+END_NAMES = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|end▁of▁sentence|>",
+    "<｜end▁of▁sentence｜>",
+    "[SEP]",
+)
+# Classes of `transformers` that put the beginning by default, where a folder has no tokenizer.json to say it.
+BEGINNING_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Ids of the tokens before and after each document; `bos` is None where nothing stands before."""
+
+    bos: int | None
+    eos: int
+
+
+def read_ends(tokenizer: tokenizers.Tokenizer, name: str) -> Ends:
+    """What a tokenizer.json says. Raises DataError, with `name` in it, where it has no end."""
+    bos = _beginning(tokenizer, name)
+    eos = _end(tokenizer, bos)
+    if eos is None:
+        raise DataError(
+            f"{name} has no end-of-text token (one of {', '.join(END_NAMES)}); add one, or set data.tokenizer"
+        )
+    return Ends(bos, eos)
+
+
+def apply_folder(tokenizer: tokenizers.Tokenizer, folder: Path, *, has_json: bool) -> None:
+    """
+    Write what the config files of a Hugging Face folder say into the tokenizer, where it says something else.
+
+    `add_bos_token` is obeyed as `transformers` obeys it. Raises DataError where a named token is not there.
+    """
+    config = _read(folder / "tokenizer_config.json")
+    bos_name, add_bos = content_of(config.get("bos_token")), config.get("add_bos_token")
+    bos = _beginning(tokenizer, str(folder))
+    if add_bos is None and not has_json:
+        add_bos = str(config.get("tokenizer_class", "")).removesuffix("Fast") in BEGINNING_CLASSES
+    if add_bos is not None:
+        bos = _id_of(tokenizer, bos_name, "bos_token", folder) if add_bos and bos_name else None
+    eos = _end_of_folder(tokenizer, config, folder)
+    if eos is None:
+        eos = read_ends(tokenizer, str(folder)).eos
+    _write_ends(tokenizer, Ends(bos, eos), str(folder))
+
+
+def content_of(token: Any) -> str | None:
+    """A token of a tokenizer_config.json: text, or an object with its text."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _end_of_folder(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], folder: Path) -> int | None:
+    name = content_of(config.get("eos_token"))
+    if name is not None:
+        return _id_of(tokenizer, name, "eos_token", folder)
+    for file in ("generation_config.json", "config.json"):
+        ids = _read(folder / file).get("eos_token_id")
+        first = ids[0] if isinstance(ids, list) and ids else ids
+        if isinstance(first, int):
+            if tokenizer.id_to_token(first) is None:
+                raise DataError(f"{folder / file} has eos_token_id {first}, which the tokenizer lacks; correct one")
+            return first
+    return None
+
+
+def _id_of(tokenizer: tokenizers.Tokenizer, token: str, key: str, folder: Path) -> int:
+    index: int | None = tokenizer.token_to_id(token)
+    if index is None:
+        raise DataError(
+            f"{folder / 'tokenizer_config.json'} has {key} {token}, which the tokenizer lacks; correct one of them"
+        )
+    return index
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; an absent file is an empty one. Raises DataError where it is neither."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {error}; correct or remove it") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is not a JSON object; correct or remove it")
+    return found
+
+
+def _beginning(tokenizer: tokenizers.Tokenizer, name: str) -> int | None:
+    before, _ = _around(tokenizer)
+    if len(before) > 1:
+        tokens = " ".join(str(tokenizer.id_to_token(index)) for index in before)
+        raise DataError(f"{name} puts more than one token before a text ({tokens}); set data.tokenizer to another")
+    return before[0] if before else None
+
+
+def _around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The tokens put before, and after, a text."""
+    plain: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+    full: list[int] = tokenizer.encode("a").ids
+    if len(full) == len(plain):
+        return [], []
+    first = next((at for at in range(len(full)) if full[at : at + len(plain)] == plain), 0)
+    return full[:first], full[first + len(plain) :]
+
+
+def _end(tokenizer: tokenizers.Tokenizer, bos: int | None) -> int | None:
+    """The first token put between two texts, where it is one that ends the first; else one of END_NAMES."""
+    plain: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+    both: list[int] = tokenizer.encode("a", "a").ids
+    first = (bos is not None) + len(plain)
+    if len(both) > first + len(plain) and both[first] != bos:
+        return both[first]
+    return next((index for index in map(tokenizer.token_to_id, END_NAMES) if index is not None), None)
+
+
+def _write_ends(tokenizer: tokenizers.Tokenizer, ends: Ends, name: str) -> None:
+    """Leaves a tokenizer alone that says so already: its file, and what is named after it, stay the same."""
+    before, after = _around(tokenizer)
+    wanted = [] if ends.bos is None else [ends.bos]
+    if before == wanted and _end(tokenizer, ends.bos) == ends.eos:
+        return
+    names = {index: str(tokenizer.id_to_token(index)) for index in (*wanted, ends.eos, *after)}
+    begin = [names[index] for index in wanted]
+    try:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*begin, "$A", *(names[index] for index in after)],
+            pair=[*begin, "$A", names[ends.eos], *begin, "$B:1"],
+            special_tokens=[(token, index) for index, token in names.items()],
+        )
+    except ValueError as error:
+        raise DataError(f"{name}: its tokens {begin} cannot stand in a tokenizer.json: {error}") from error
