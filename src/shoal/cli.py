@@ -145,6 +145,19 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     )
     generate.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawing (default: 0)")
 
+    export = add("export", verbs.export, "a checkpoint as a folder that transformers, vLLM, llama.cpp open")
+    _add_run(export, device=False)
+    export.add_argument("--to", choices=["hf"], default="hf", help="the layout: Hugging Face's (default: hf)")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    export.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default=None,
+        help="of the weights (default: that of the weights it started from, else float32)",
+    )
+    export.add_argument("--license", default=None, metavar="ID", help="for the model card, as hubs name it: apache-2.0")
+    export.add_argument("--force", action="store_true", help="replace what is at --out")
+
     config = add(
         "config",
         verbs.config,
@@ -200,12 +213,14 @@ def _columns() -> int:
     return shutil.get_terminal_size((120, 24)).columns
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def _add_run(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
     parser.add_argument("target", metavar="RUN", help="a run's name, or its folder")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
     parser.add_argument(
         "--step", type=int, default=None, metavar="N", help="the checkpoint of step N (default: the last)"
     )
+    if not device:
+        return
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute (default: auto)"
     )

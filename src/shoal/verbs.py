@@ -149,6 +149,19 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
     return 0
 
 
+def export(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.infer.export import export_run
+    from shoal.metrics.console import Console
+
+    console = Console()
+    out = export_run(
+        Path(args.runs), args.target, step=args.step, out=args.out, dtype=args.dtype, license=args.license,
+        force=args.force, console=console,
+    )  # fmt: skip
+    console.say(f"{out} is whole: README.md in it says what it is")
+    return 0
+
+
 def config(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.resolve import resolve, schema, to_yaml
 
