@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from shoal.errors import ModelError
@@ -89,6 +91,27 @@ def test_damage_is_named(tmp_path: Path) -> None:
     ]:
         (tmp_path / SINGLE).write_bytes(raw)
         assert SINGLE in refused(tmp_path, pattern)
+
+
+def test_what_the_safetensors_library_refuses_is_refused_and_nothing_else(tmp_path: Path) -> None:
+    """One byte of the header altered, at random; either reader may open it only if the other does."""
+    whole = (make_folder(tmp_path) / SINGLE).read_bytes()
+    header_bytes = 8 + int.from_bytes(whole[:8], "little")
+    draw = random.Random(0)
+    opened = 0
+    for _ in range(500):
+        altered = bytearray(whole)
+        altered[draw.randrange(header_bytes)] = draw.choice(b'09"{}[],: aF\xff')
+        (tmp_path / SINGLE).write_bytes(altered)
+        try:
+            with safe_open(tmp_path / SINGLE, "pt") as file:
+                expected = {name: tuple(file.get_slice(name).get_shape()) for name in list(file.keys())}
+        except SafetensorError:
+            refused(tmp_path, SINGLE)
+        else:
+            assert {n: e.shape for n, e in ModelFolder.open(tmp_path).tensors.items()} == expected
+            opened += 1
+    assert 0 < opened < 500
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,10 @@ def _refuse(name: str) -> Path:
     if not could_be_on_a_hub(name):
         raise ModelError(f"there is no folder {name}{meant}")
     folder = MODELS / name
+    if folder.with_name(f".{folder.name}.partial").is_dir():
+        raise ModelError(
+            f"{folder} is not all there yet; {fetch_command(name, folder)} goes on with it, or waits for who does"
+        )
     raise ModelError(
         f"there is no folder {name} and no {folder}{meant}; {fetch_command(name, folder)} gets it; {by_hand(name, folder)}"
     )
