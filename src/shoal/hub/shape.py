@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from shoal.config import Model
 from shoal.errors import ModelError
+from shoal.hub.any_shape import read_any_shape
 from shoal.hub.find import find_model
 from shoal.hub.folder import CONFIG, ModelFolder
 
@@ -144,13 +145,20 @@ def read_shape(config: Json, where: str) -> Shape:
 
 
 # What may be said otherwise beside a folder: no weight depends on it.
-FREE: Final = {"llama": ("dropout", "init_std", "max_seq_len"), "gpt2": ("dropout", "init_std")}
+FREE: Final = {
+    "llama": ("dropout", "init_std", "max_seq_len"), "gpt2": ("dropout", "init_std"), "hf": ("dropout", "max_seq_len"),
+}  # fmt: skip
 
 
-def read_model(name: str) -> tuple[Shape, str | None]:
-    """The shape of a folder, or of a model by its name; and its tokenizer's folder, if it has one. Raises `ModelError`."""
+def read_model(name: str, family: str | None = None) -> tuple[Shape, str | None]:
+    """
+    The shape of a folder, or of a model by its name; and its tokenizer's folder, if it has one.
+
+    family: as it was given; "hf" reads any config, null those of the families here. Raises `ModelError`.
+    """
     folder = ModelFolder.open(find_model(name))
-    shape = read_shape(folder.config, str(folder.path / CONFIG))
+    where = str(folder.path / CONFIG)
+    shape = Shape(read_any_shape(folder.config, where)) if family == "hf" else read_shape(folder.config, where)
     has_tokenizer = any((folder.path / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
     return shape, str(folder.path) if has_tokenizer else None
 
@@ -221,6 +229,7 @@ def write_shape(shape: Model, base: Json | None = None) -> dict[str, Any]:
     if kind.family == "gpt2":
         return config | {
             "embd_pdrop": shape.dropout, "attn_pdrop": shape.dropout, "activation_function": "gelu_new",
+            "n_ctx": shape.max_seq_len,  # what llama.cpp reads
         }  # fmt: skip
     config |= {"hidden_act": "silu", "attention_dropout": 0.0}
     if "attention_bias" in kind.only:

@@ -179,7 +179,7 @@ def _write_config(
     config = write_shape(resolve_shape(model), source.config if source else None)
     config.pop("torch_dtype", None)
     config["dtype" if source and "dtype" in source.config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-    tokens = {"eos_token_id": tokenizer.eot_id, "bos_token_id": getattr(tokenizer, "bos_id", None)}
+    tokens = {"eos_token_id": tokenizer.eot_id, "bos_token_id": tokenizer.bos_id}
     if source is None:
         config |= tokens
     _write(aside / CONFIG, _json(config))
@@ -198,8 +198,8 @@ def _write_tokenizer(aside: Path, model: Model, source: Source | None, tokenizer
             return
     _write(aside / "tokenizer.json", tokenizer.to_json())
     special = {"eos_token": tokenizer.decode([tokenizer.eot_id])}
-    if getattr(tokenizer, "bos_id", None) is not None:
-        special["bos_token"] = tokenizer.decode([getattr(tokenizer, "bos_id", None)])
+    if tokenizer.bos_id is not None:
+        special["bos_token"] = tokenizer.decode([tokenizer.bos_id])
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast", **special, "model_max_length": model.max_seq_len,
         "clean_up_tokenization_spaces": False,
