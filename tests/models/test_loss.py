@@ -81,6 +81,22 @@ def test_one_side_may_be_frozen(frozen: str) -> None:
     torch.testing.assert_close(found.double(), gradient, rtol=2e-6, atol=1e-6)
 
 
+def test_rows_of_zeros_are_seen_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU gets, here: 37 rows become 64 inside, and all that comes out is as large, and the same."""
+    hidden, weight, labels = inputs(torch.bfloat16)
+
+    def results() -> tuple[Tensor, ...]:
+        loss = linear_cross_entropy_sum(hidden, weight, labels, 1 / 23, chunk_bytes=7 * ROW_BYTES)
+        return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+    plain = results()
+    monkeypatch.setattr("shoal.models.loss.MULTIPLE_OF_ROWS", {"cpu": 64})
+    for a, b in zip(results(), plain, strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        assert linear_cross_entropy_sum(hidden, weight, labels, 1 / 23) == pytest.approx(plain[0].item())
+
+
 def test_bfloat16_is_close_and_the_weights_gradient_is_float32() -> None:
     hidden, weight, labels = inputs(torch.bfloat16)
     loss = linear_cross_entropy_sum(hidden, weight, labels, 1 / 23, chunk_bytes=7 * ROW_BYTES)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
@@ -22,6 +23,9 @@ IGNORED = -100  # a label that counts for nothing
 CHUNK_BYTES = 256 * 2**20
 # The softmax walks over a chunk in slices. On a CPU they are made to stay in its cache: 5% of the whole.
 SLICE_BYTES_CPU = 2 * 2**20
+# A GPU's matrix units want rows of a multiple of 16 bytes, and vocabularies are odd (GPT-2's: 50,257). The cast copy of the
+# weight gets rows of zeros up to a multiple; nothing outside of a product sees them.
+MULTIPLE_OF_ROWS = {"cuda": 64}
 
 
 def linear_cross_entropy_sum(
@@ -45,10 +49,10 @@ def linear_cross_entropy_sum(
     if torch.is_grad_enabled() and (hidden_BTD.requires_grad or weight_VD.requires_grad):
         loss: Tensor = _LinearCrossEntropySum.apply(hidden_ND, weight_VD, labels_N, scale, chunk_bytes)  # type: ignore[no-untyped-call]
         return loss
-    weight = weight_VD.to(hidden_ND.dtype)
+    weight = _cast(weight_VD, hidden_ND.dtype)
     loss = torch.zeros((), device=hidden_ND.device)
     for tokens in _slices(len(hidden_ND), weight.shape[0] * weight.element_size(), chunk_bytes):
-        logits_CV = hidden_ND[tokens] @ weight.t()
+        logits_CV = (hidden_ND[tokens] @ weight.t())[:, : len(weight_VD)]
         loss += _softmax_loss(logits_CV, labels_N[tokens], scale, to_gradient=False)
     return loss
 
@@ -58,15 +62,15 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, scale: Tensor | float, chunk_bytes: int
     ) -> Tensor:
-        weight = weight_VD.to(hidden_ND.dtype)
+        weight = _cast(weight_VD, hidden_ND.dtype)
         loss = torch.zeros((), device=hidden_ND.device)
         d_hidden = torch.empty_like(hidden_ND)
         d_weight: Tensor | None = None
         for tokens in _slices(len(hidden_ND), weight.shape[0] * weight.element_size(), chunk_bytes):
             logits_CV = hidden_ND[tokens] @ weight.t()
-            loss += _softmax_loss(logits_CV, labels_N[tokens], scale, to_gradient=True)
+            loss += _softmax_loss(logits_CV[:, : len(weight_VD)], labels_N[tokens], scale, to_gradient=True)
             torch.mm(logits_CV, weight, out=d_hidden[tokens])
-            product = logits_CV.t() @ hidden_ND[tokens]
+            product = (logits_CV.t() @ hidden_ND[tokens])[: len(weight_VD)]
             d_weight = product.to(weight_VD.dtype) if d_weight is None else d_weight.add_(product)
         ctx.save_for_backward(d_hidden, d_weight)
         return loss
@@ -86,6 +90,14 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         hidden = d_hidden * grad.to(d_hidden.dtype) if ctx.needs_input_grad[0] else None
         weight = d_weight * grad if ctx.needs_input_grad[1] and d_weight is not None else None
         return hidden, weight, None, None, None
+
+
+def _cast(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`; where that makes a copy, it may get rows of zeros: their logits are 0, and left as they are, no gradient."""
+    missing = -len(weight_VD) % MULTIPLE_OF_ROWS.get(weight_VD.device.type, 1)
+    if weight_VD.dtype == dtype or not missing:
+        return weight_VD.to(dtype)
+    return F.pad(weight_VD.to(dtype), (0, 0, 0, missing))
 
 
 def _is_one(grad: Tensor) -> bool:
