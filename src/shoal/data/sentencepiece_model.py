@@ -63,8 +63,7 @@ def _convert(proto: Any, name: str) -> tokenizers.Tokenizer:
     model = _unigram(proto) if proto.trainer_spec.model_type == UNIGRAM else _bpe(proto)
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer = _normalizer(proto.normalizer_spec)
-    if _words_stand_alone(proto):
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_splits(proto))
     tokenizer.decoder = _decoder(proto)
     for piece in proto.pieces:
         if piece.type in (UNKNOWN, CONTROL, USER_DEFINED):
@@ -126,7 +125,16 @@ def _decoder(proto: Any) -> decoders.Sequence:
     return decoders.Sequence(steps)
 
 
-def _words_stand_alone(proto: Any) -> bool:
-    """Whether no piece goes over from a word to the next, so that words can be cut, and their ids remembered."""
-    inner = re.compile(f"[^{SPACE}]{SPACE}")
-    return not any(inner.search(piece.piece) for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED))
+def _splits(proto: Any) -> list[pre_tokenizers.Split]:
+    """Cuts that change no ids: between words, so that their ids are remembered; and around unknown characters."""
+    splits = []
+    between_words = re.compile(f"[^{SPACE}]{SPACE}")
+    if not any(between_words.search(piece.piece) for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)):
+        splits.append(pre_tokenizers.Split(Regex(f"{SPACE}+[^{SPACE}]*|[^{SPACE}]+"), "isolated"))
+    known = {character for piece in proto.pieces if piece.type == NORMAL for character in piece.piece}
+    reserved = {
+        character for piece in proto.pieces if piece.type not in (NORMAL, USER_DEFINED) for character in piece.piece
+    }
+    if reserved - known:  # else the name of a control piece would score better than its letters, one by one
+        splits.append(pre_tokenizers.Split(Regex(f"[{re.escape(''.join(sorted(reserved - known)))}]+"), "isolated"))
+    return splits

@@ -27,8 +27,6 @@ END_NAMES = (
     "<｜end▁of▁sentence｜>",
     "[SEP]",
 )
-# Classes of `transformers` that put the beginning by default, where a folder has no tokenizer.json to say it.
-BEGINNING_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")
 
 
 @dataclass(frozen=True)
@@ -54,15 +52,14 @@ def apply_folder(tokenizer: tokenizers.Tokenizer, folder: Path, *, has_json: boo
     """
     Write what the config files of a Hugging Face folder say into the tokenizer, where it says something else.
 
-    `add_bos_token` is obeyed as `transformers` obeys it. Raises DataError where a named token is not there.
+    As `transformers` does, `add_bos_token` is obeyed where there is no tokenizer.json, which says it itself.
+    Raises DataError where a named token is not there.
     """
-    config = _read(folder / "tokenizer_config.json")
-    bos_name, add_bos = content_of(config.get("bos_token")), config.get("add_bos_token")
+    config = read_object(folder / "tokenizer_config.json")
     bos = _beginning(tokenizer, str(folder))
-    if add_bos is None and not has_json:
-        add_bos = str(config.get("tokenizer_class", "")).removesuffix("Fast") in BEGINNING_CLASSES
-    if add_bos is not None:
-        bos = _id_of(tokenizer, bos_name, "bos_token", folder) if add_bos and bos_name else None
+    name = content_of(config.get("bos_token"))
+    if not has_json and config.get("add_bos_token") and name is not None:
+        bos = _id_of(tokenizer, name, "bos_token", folder)
     eos = _end_of_folder(tokenizer, config, folder)
     if eos is None:
         eos = read_ends(tokenizer, str(folder)).eos
@@ -80,7 +77,7 @@ def _end_of_folder(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], fold
     if name is not None:
         return _id_of(tokenizer, name, "eos_token", folder)
     for file in ("generation_config.json", "config.json"):
-        ids = _read(folder / file).get("eos_token_id")
+        ids = read_object(folder / file).get("eos_token_id")
         first = ids[0] if isinstance(ids, list) and ids else ids
         if isinstance(first, int):
             if tokenizer.id_to_token(first) is None:
@@ -98,7 +95,7 @@ def _id_of(tokenizer: tokenizers.Tokenizer, token: str, key: str, folder: Path) 
     return index
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; an absent file is an empty one. Raises DataError where it is neither."""
     try:
         found = json.loads(path.read_text("utf-8"))
