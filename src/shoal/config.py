@@ -49,9 +49,9 @@ class Model:
         alias=("pretrained", "pretrained_model_name_or_path", "init_from", "checkpoint_dir", "hf_model"),
         past=True,
     )
-    family: Literal["llama", "gpt2"] = opt(
+    family: Literal["llama", "gpt2", "hf"] = opt(
         "llama",
-        "llama: RMSNorm, RoPE, SwiGLU; gpt2: LayerNorm, learned positions, GELU",
+        "llama: RMSNorm, RoPE, SwiGLU; gpt2: LayerNorm, learned positions, GELU; hf: what model.from is, through transformers",
         alias=("arch", "architecture", "model_type"),
         past=True,
     )

@@ -71,7 +71,7 @@ def resolve_shape(model: Model) -> Model:
         model,
         num_kv_heads=model.num_kv_heads or model.num_heads,
         head_dim=model.head_dim or model.dim // model.num_heads,
-        ffn_dim=model.ffn_dim or _ffn_dim(model),
+        ffn_dim=model.ffn_dim or (None if model.family == "hf" else _ffn_dim(model)),
     )
 
 
@@ -86,8 +86,19 @@ def _ffn_dim(model: Model) -> int:
 
 def shape_problems(model: Model) -> list[tuple[str, str]]:
     """What is wrong with a shape: (option's name in `Model`, what would be valid), in the order of `Model`."""
+    if model.family == "hf":
+        return [*_hf_problems(model)]
     family = _gpt2_problems if model.family == "gpt2" else _llama_problems
     return [*_head_problems(model), *family(model)]
+
+
+def _hf_problems(model: Model) -> Iterator[tuple[str, str]]:
+    """Its shape is its folder's."""
+    if model.from_ is None:
+        yield (
+            "family",
+            "hf is a model of a folder; set model.from to one (its config.json and weights), or model.family to llama",
+        )
 
 
 def _head_problems(model: Model) -> Iterator[tuple[str, str]]:

@@ -29,6 +29,7 @@ def refusals(config: Config, processes: int | None) -> Iterator[str]:
     yield from _bitwise(config, layout)
     yield from _unused(config, layout)
     yield from _arithmetic(config)
+    yield from _transformers(config, layout)
 
 
 def _batches(config: Config, layout: Layout) -> Iterator[str]:
@@ -90,7 +91,7 @@ def _context(config: Config, layout: Layout) -> Iterator[str]:
                 "parallel.cp_method ring knows no data.document_mask; set parallel.cp_method to allgather or ulysses"
             )
         yield from _no_dropout(model, "cp", cp)
-    elif tp > 1 and seq_len % tp:
+    elif tp > 1 and seq_len % tp and model.family != "hf":
         yield (
             f"data.seq_len {seq_len} is cut over parallel.tp {tp} between matrices, and is no multiple of it; "
             f"set data.seq_len to {_up(seq_len, tp)}"
@@ -111,7 +112,7 @@ def _pipeline(config: Config, layout: Layout) -> Iterator[str]:
     lengths = sorted({len(run) for run in deal(slots, layout.dp)}) if slots >= layout.dp else []
     if layout.dp_shard > 1:
         lengths = lengths[-1:]  # all take as many turns as the longest
-    for length in lengths:
+    for length in lengths if model.family != "hf" else []:  # which has none
         yield from pipeline_problems(
             parallel.pp_schedule, layout.pp, parallel.pp_stages, model.num_layers, length,
             compile=config.train.compile, activation_checkpointing=config.train.activation_checkpointing,
@@ -212,6 +213,32 @@ def _arithmetic(config: Config) -> Iterator[str]:
         )
     if train.dtype == "float16" and config.optim.name == "muon":
         yield ("optim.name muon cannot leave out a step in which float16 overflowed; set train.dtype to bfloat16")
+
+
+def _transformers(config: Config, layout: Layout) -> Iterator[str]:
+    """What models of `model.family: hf` do not take: their code is not ours."""
+    if config.model.family != "hf":
+        return
+    if layout.pp > 1:
+        yield (
+            f"model.family hf runs whole, and parallel.pp {layout.pp} cuts a model into stages; set parallel.pp to 1, and "
+            "parallel.dp_shard takes its place"
+        )
+    if layout.cp > 1:
+        yield (
+            f"model.family hf has attention of its own, which parallel.cp {layout.cp} would cut; set parallel.cp to 1, and "
+            "parallel.dp_shard or parallel.tp takes its place"
+        )
+    if config.optim.name == "muon":
+        yield (
+            "optim.name muon is for matrices that stand alone, and model.family hf may keep several in one; set optim.name "
+            "to adamw"
+        )
+    if layout.tp > 1 and config.train.compile:
+        yield (
+            f"train.compile cannot compile around the exchanges of parallel.tp {layout.tp} with model.family hf; set "
+            "train.compile to false, or parallel.tp to 1"
+        )
 
 
 def _head_counts(model: Model) -> list[str]:

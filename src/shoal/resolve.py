@@ -23,7 +23,7 @@ import yaml
 from shoal.config import PAST, SECTIONS, Config, option_name, options
 from shoal.contradictions import DEFAULT, DERIVED, contradictions
 from shoal.errors import ConfigError, ModelError, Problem
-from shoal.hub.shape import FREE, read_model
+from shoal.hub.shape import may_differ, read_model
 from shoal.presets import PRESETS, resolve_shape
 
 
@@ -223,14 +223,15 @@ def _with_preset(settings: dict[str, Setting], setting: Setting, problems: list[
 
 def _with_folder(settings: dict[str, Setting], origin: Setting, problems: list[Problem]) -> dict[str, Setting]:
     """The shape of a folder's weights, which nothing that was given may change; its tokenizer, unless one was given."""
+    family = settings.get("model.family")
     try:
-        shape, tokenizer = read_model(str(origin.value))
+        shape, tokenizer = read_model(str(origin.value), str(family.value) if family else None)
     except ModelError as error:
         problems.append(Problem(origin.where, str(error)))
         return settings
     for key, value in shape.values.items():
         given = settings.get(f"model.{key}")
-        if given is not None and given.value != value and key not in FREE[shape.values["family"]]:
+        if given is not None and given.value != value and not may_differ(shape.values, key, given.value):
             problems.append(
                 Problem(
                     given.where,

@@ -8,6 +8,7 @@ slice of a file. Weights are float32 here, whatever they are there.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Final
 
 import torch
@@ -29,22 +30,31 @@ class FolderWeights:
     another shape or dtype, or holds weights that the model has no place for.
     """
 
-    def __init__(self, folder: ModelFolder, family: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self._family = family
+    def __init__(
+        self,
+        folder: ModelFolder,
+        family: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        other_names: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """other_names: names that files may have, and the parameter that each is."""
+        self._family, self._other_names = family, other_names
         self._entries = {name: self._find(folder, name, shape) for name, shape in shapes.items()}
         self._files: dict[str, safe_open] = {}
         used = {entry_name for entry_name, _ in self._entries.values()}
-        left = [n for n in folder.tensors if n not in used and not is_computed(n)]
+        left = [n for n in folder.tensors if n not in used and n not in other_names and not is_computed(n)]
         tied = "head.weight" not in shapes
         if strange := [n for n in left if not (tied and n == "lm_head.weight")]:
+            through = "" if family == "hf" else " Set model.family to hf to train it through transformers"
             raise ModelError(
                 f"{folder.path} has weights that this model has no place for: {_some(strange)}; is its config.json of "
-                "another model? Set model.family to hf to train it through transformers"
+                f"another model?{through}"
             )
 
     def _find(self, folder: ModelFolder, name: str, shape: tuple[int, ...]) -> tuple[str, Entry]:
         there = place(self._family, name)
-        found = next((s for s in spellings(there.name) if s in folder.tensors), None)
+        others = [theirs for theirs, ours in self._other_names.items() if ours == name]
+        found = next((s for s in (*spellings(there.name), *others) if s in folder.tensors), None)
         if found is None:
             raise ModelError(
                 f"{folder.path} has no weight {there.name}, which its config.json asks for; it is of another model, or "
@@ -73,12 +83,10 @@ class FolderWeights:
         rows = slices[0]
         start = there.part * shape[0]
         rows = slice(rows.start + start, rows.stop + start)
-        if len(shape) == 1:
-            out.copy_(stored[rows])
-        elif there.transposed:
+        if there.transposed:
             out.copy_(stored[slices[1], rows].t())
         else:
-            out.copy_(stored[rows, slices[1]])
+            out.copy_(stored[(rows, *slices[1:])])
 
 
 def _their_shape(there: Place, shape: tuple[int, ...]) -> tuple[int, ...]:

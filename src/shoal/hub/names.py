@@ -56,6 +56,8 @@ _COMPUTED: Final = re.compile(r"\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 def place(family: str, name: str) -> Place:
     """Where the parameter that we call `name` lies. KeyError for a name that the family does not have."""
+    if family == "hf":
+        return Place(name)  # transformers' own names
     number = re.match(r"blocks\.(\d+)\.", name)
     if number is None:
         return _TABLES[family][name]

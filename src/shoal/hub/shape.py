@@ -145,9 +145,17 @@ def read_shape(config: Json, where: str) -> Shape:
 
 
 # What may be said otherwise beside a folder: no weight depends on it.
-FREE: Final = {
-    "llama": ("dropout", "init_std", "max_seq_len"), "gpt2": ("dropout", "init_std"), "hf": ("dropout", "max_seq_len"),
-}  # fmt: skip
+FREE: Final = {"llama": ("dropout", "init_std", "max_seq_len"), "gpt2": ("dropout", "init_std")}
+
+
+def may_differ(values: Json, key: str, given: Any) -> bool:
+    """Whether `given` may stand for what a folder says of this key of ours."""
+    if values["family"] != "hf":
+        return key in FREE[values["family"]]
+    # dropout has several rates there, which can be left or all be off; a context may be shorter
+    return (key == "dropout" and given == 0) or (
+        key == "max_seq_len" and isinstance(given, int) and given < values[key]
+    )
 
 
 def read_model(name: str, family: str | None = None) -> tuple[Shape, str | None]:

@@ -15,7 +15,7 @@ import torch
 
 from shoal.config import Config
 from shoal.parallel.mesh import Mesh, has_bfloat16
-from shoal.plan.estimate import flops_per_token, parameter_count
+from shoal.plan.estimate import flops_per_token, parameter_count, why_no_flops
 from shoal.plan.hardware import peak_flops
 
 PHASES = ("data", "forward", "backward", "reduce", "optimizer")
@@ -115,7 +115,10 @@ class Meter:
         self._steps_since = 0
         self._smooth_seconds = 0.0
         self.device_name = device_name(mesh.device)
-        self._flops_per_token = flops_per_token(config.model, config.data.seq_len, config.metrics.mfu_attention)
+        self._why_no_mfu = why_no_flops(config.model, config.data.seq_len)
+        self._flops_per_token = (
+            0 if self._why_no_mfu else flops_per_token(config.model, config.data.seq_len, config.metrics.mfu_attention)
+        )
         self._peak_flops, self._peak_source = self._find_peak()
 
     def start(self) -> None:
@@ -160,7 +163,9 @@ class Meter:
 
     def mfu(self, tokens_per_second: float) -> float | None:
         """The share of the peak that the model's own arithmetic took, by the convention of `describe_mfu`."""
-        return tokens_per_second * self._flops_per_token / self._peak_flops if self._peak_flops else None
+        if not self._peak_flops or not self._flops_per_token:
+            return None
+        return tokens_per_second * self._flops_per_token / self._peak_flops
 
     def left_seconds(self, steps: int) -> float:
         """A guess at the time that `steps` more will take."""
@@ -172,6 +177,8 @@ class Meter:
 
     def describe_mfu(self) -> str:
         """The convention and the peak that MFU is measured against."""
+        if self._why_no_mfu is not None:
+            return f"MFU is not given: {self._why_no_mfu}"
         if self._peak_flops is None:
             return "MFU is not given: this device's peak is not in the table; set metrics.peak_tflops"
         peak = self._peak_flops / 1e12

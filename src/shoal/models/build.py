@@ -36,6 +36,10 @@ def build_model(model: Model, *, compute_dtype: torch.dtype) -> LanguageModel:
     shape = resolve_shape(model)
     if shape.vocab_size is None:
         raise ValueError("model.vocab_size is null: take it from the tokenizer before building")
+    if shape.family == "hf":
+        from shoal.models.hf import HuggingFaceModel  # transformers is an extra, and slow to import
+
+        return HuggingFaceModel(shape, compute_dtype)
     with torch.device("meta"):
         match shape.family:
             case "llama":

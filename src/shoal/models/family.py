@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from shoal.config import Model
 from shoal.models.attention import KVCache
 from shoal.models.layers import Embedding, Linear
+from shoal.models.loss import linear_cross_entropy_sum
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,15 @@ class Initial:
 # the rows of an embedding or head. 'partial' is a module whose inside sees the whole sequence through its 'column'
 # layers and gives partial sums through its one 'row' layer. 'replicate' cuts nothing, and sees a part of the sequence;
 # 'position' likewise, fed with positions.
-TensorParallelStyle = Literal["column", "row", "vocab", "partial", "replicate", "position"]
+#
+# Where no module is 'partial', each layer makes its own exchanges and between layers everything is whole: 'column alone'
+# and 'row alone' belong together, what is between them is cut; 'column joined' gives its outputs whole, 'row dealt' takes
+# its inputs whole; 'alike' is whole and computed alike by each process; 'by heads' is whole and meets cut heads, so that
+# each process has a part of its gradient.
+TensorParallelStyle = Literal[
+    "column", "row", "vocab", "partial", "replicate", "position",
+    "column alone", "row alone", "column joined", "row dealt", "alike", "by heads",
+]  # fmt: skip
 
 
 class LanguageModel(nn.Module, ABC):
@@ -50,6 +60,8 @@ class LanguageModel(nn.Module, ABC):
     norm: nn.Module
     head: Linear | None
     make_mask: Callable[[Tensor], Tensor]  # documents [B, T] -> the mask that `attend` takes
+    why_not_cut: str | None = None  # why there is no table for tensor parallel
+    other_names: Mapping[str, str] = MappingProxyType({})  # what files may hold that is a parameter by another name
     begins: bool = True  # False on pipeline stages whose input is another's hidden states
     ends: bool = True  # False on pipeline stages whose output is not normed
 
@@ -96,6 +108,10 @@ class LanguageModel(nn.Module, ABC):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V] in the dtype of `hidden`."""
         return F.linear(hidden, self.head_weight().to(hidden.dtype))
+
+    def loss(self, hidden_BTD: Tensor, labels_BT: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        """scale * the cross-entropy summed over labels that are not -100; float32, 0-d."""
+        return linear_cross_entropy_sum(hidden_BTD, self.head_weight(), labels_BT, scale)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty cache for `batch` rows of up to `capacity` tokens, beside the model's weights."""

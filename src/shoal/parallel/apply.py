@@ -163,6 +163,8 @@ def sum_replicated(shards: Sequence[Shard], mesh: Mesh) -> None:
     if axis.size == 1:
         return
     grads = [s.tensor.grad for s in shards if s.summed_over_tp and s.tensor.grad is not None]
+    if not grads:
+        return
     flat = axis.sum(torch.cat([g.flatten() for g in grads]))
     for grad, total in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
         grad.copy_(total.view_as(grad))
@@ -193,7 +195,8 @@ def parallelize(
         if layout.tp > 1:
             regions[index] = tensor.cut(part, mesh.axis("tp"))
     if layout.tp > 1:
-        say(f"tensor parallel: matrices, sequences between them, and the loss over {layout.tp} processes")
+        also = "" if model.shape.family == "hf" else ", sequences between them, and the loss"
+        say(f"tensor parallel: matrices{also} over {layout.tp} processes")
 
     if layout.cp > 1:
         for part in parts.values():
@@ -323,13 +326,16 @@ def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, weights: F
             counted = counted and places["cp"] == 0
         with torch.no_grad():
             weights(local, name, region.shape, region.slices)
-        held.append(Shard(name, region, local, parameter, counted, layout.tp > 1 and whole_in_tp, is_twin))
+        in_parts = layout.tp > 1 and whole_in_tp and tensor.has_part_of_gradient(part, name)
+        held.append(Shard(name, region, local, parameter, counted, in_parts, is_twin))
     return held
 
 
 def _loss(model: LanguageModel, mesh: Mesh) -> Loss:
     """Of the whole vocabulary, or of this process's rows of it."""
     axis = mesh.axis("tp")
+    if model.shape.family == "hf":  # its own logits count; with tensor parallel all have them whole
+        return lambda hidden, _, labels, scale: model.loss(hidden, labels, scale)
     if axis.size == 1:
         return linear_cross_entropy_sum
     vocab_size = model.shape.vocab_size

@@ -40,6 +40,33 @@ def sum_scatter(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> 
     return _SumScatter.apply(x, dim, axis, bias)  # type: ignore[no-untyped-call, no-any-return]
 
 
+def copied(x: Tensor, axis: Axis) -> Tensor:
+    """`x`, which is the same on all. Backward: the sum of all processes' gradients. A collective over `axis`, backward."""
+    return x if axis.size == 1 else _Copied.apply(x, axis)  # type: ignore[no-untyped-call]
+
+
+def summed(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
+    """
+    The sum over the axis (plus `bias`, before it is rounded), on all, in the dtype of `x`.
+
+    What comes of it must be computed alike by all, so that its gradient is the same: backward hands it through.
+    Collectives over `axis`.
+    """
+    if axis.size == 1:
+        return x if bias is None else x + bias.to(x.dtype)
+    return _Summed.apply(x, axis, bias)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def joined(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """`gather` of what all then compute alike: backward is this process's part of the gradient. A collective."""
+    return x if axis.size == 1 else _Joined.apply(x, dim, axis)  # type: ignore[no-untyped-call]
+
+
+def dealt(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """This process's part of `x`, which is the same on all; `dim` must divide. Backward: a gather, a collective."""
+    return x if axis.size == 1 else _Dealt.apply(x, dim, axis)  # type: ignore[no-untyped-call]
+
+
 def exchange(x: Tensor, split_dim: int, join_dim: int, axis: Axis) -> Tensor:
     """
     Cut `x` along `split_dim`, send part r to process r, and join what comes along `join_dim`.
@@ -75,6 +102,52 @@ class _SumScatter(torch.autograd.Function):
         return gather_parts(grad, ctx.dim, ctx.axis), None, None, bias
 
 
+class _Copied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return total_parts(grad_outputs[0], ctx.axis), None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, bias: Tensor | None) -> Tensor:
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return total_parts(x, axis, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        grad = grad_outputs[0]
+        bias = None if ctx.bias_dtype is None else grad.flatten(0, -2).float().sum(0).to(ctx.bias_dtype)
+        return grad, None, bias
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.dim, ctx.axis = dim, axis
+        return gather_parts(x, dim, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return grad_outputs[0].chunk(ctx.axis.size, ctx.dim)[ctx.axis.rank].contiguous(), None, None
+
+
+class _Dealt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
+        ctx.dim, ctx.axis = dim, axis
+        return x.chunk(axis.size, dim)[axis.rank].contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return gather_parts(grad_outputs[0], ctx.dim, ctx.axis), None, None
+
+
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, split_dim: int, join_dim: int, axis: Axis) -> Tensor:
@@ -103,6 +176,14 @@ def sum_parts(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> Te
     if bias is not None:
         total += bias
     return total.to(x.dtype)
+
+
+def total_parts(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
+    """`summed` without autograd: each process sums a part of the places, and all get all parts. The same bits on all."""
+    flat = x.reshape(-1, x.shape[-1])
+    rows = -(-len(flat) // axis.size) * axis.size
+    padded = flat if rows == len(flat) else torch.cat([flat, flat.new_zeros(rows - len(flat), flat.shape[1])])
+    return gather_parts(sum_parts(padded, 0, axis, bias), 0, axis)[: len(flat)].view(x.shape)
 
 
 def exchange_parts(x: Tensor, dim: int, axis: Axis) -> Tensor:

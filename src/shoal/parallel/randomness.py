@@ -40,10 +40,10 @@ class Randomness:
         return seeded
 
     def _layer(self, index: int, name: str, part: LanguageModel, forward: Forward) -> Forward:
-        def seeded(*args: object) -> torch.Tensor:
+        def seeded(*args: object, **kwargs: object) -> torch.Tensor:
             if part.training:
                 self._set(index, name)
-            return forward(*args)
+            return forward(*args, **kwargs)
 
         return seeded
 

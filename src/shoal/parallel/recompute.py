@@ -23,10 +23,10 @@ def checkpointed(forward: Forward, mode: str) -> Forward:
     if mode == "selective":
         more["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _kept_operators())
 
-    def recomputed(*args: object) -> torch.Tensor:
+    def recomputed(*args: Any, **kwargs: Any) -> torch.Tensor:
         if not torch.is_grad_enabled():
-            return forward(*args)
-        out: torch.Tensor = checkpoint(forward, *args, use_reentrant=False, **more)
+            return forward(*args, **kwargs)
+        out: torch.Tensor = checkpoint(forward, *args, use_reentrant=False, **more, **kwargs)
         return out
 
     return recomputed

@@ -8,10 +8,16 @@ Each family's `TENSOR_PARALLEL` table says how its modules are cut. Parameters b
 what runs inside a module is the single-device code on fewer heads or columns, and FSDP2 can lie on top knowing
 nothing of it. Between the modules each process holds its part of the sequence, also through norms and residuals.
 What is not cut is held by all, each with a part of its gradient: its `Shard` says so, and `apply.py` sums it.
+
+Models of transformers are cut by the plan of their config, which knows layers and not what is around them. There
+activations are whole between layers, and the loss is over the whole vocabulary:
+
+    x [B, T, D] -> column layer, whose input's gradient is summed -> heads or width / tp -> row layer, whose output is
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 
@@ -19,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shoal.errors import LaunchError
 from shoal.models.family import LanguageModel, TensorParallelStyle
 from shoal.models.layers import Embedding, Linear
-from shoal.parallel.collectives import gather, sum_scatter
+from shoal.parallel.collectives import copied, dealt, gather, joined, sum_scatter, summed
 from shoal.parallel.mesh import Axis
 from shoal.parallel.region import Region
 
@@ -31,6 +38,9 @@ SEQUENCE = 1  # the dim of a sequence in [B, T, ...]
 def styles(model: LanguageModel) -> Iterator[tuple[str, nn.Module, TensorParallelStyle]]:
     """Each module that the family's table names, with how it is cut."""
     for name, module in model.named_modules():
+        if name in model.TENSOR_PARALLEL:
+            yield name, module, model.TENSOR_PARALLEL[name]
+            continue
         for pattern, style in model.TENSOR_PARALLEL.items():
             if fnmatchcase(name, pattern) and name.count(".") == pattern.count("."):
                 yield name, module, style
@@ -38,14 +48,26 @@ def styles(model: LanguageModel) -> Iterator[tuple[str, nn.Module, TensorParalle
 
 
 def cut(model: LanguageModel, axis: Axis) -> dict[str, Region]:
-    """Make each parameter of a model on meta as large as this process's part; which part, by name."""
+    """
+    Make each parameter of a model on meta as large as this process's part; which part, by name.
+
+    Raises `LaunchError` where the model has no table, or a layer's sides cannot be cut evenly that have to be.
+    """
+    if model.why_not_cut is not None:
+        raise LaunchError(f"parallel.tp {axis.size}: {model.why_not_cut}; set parallel.tp to 1")
     regions = {}
     for prefix, module, style in styles(model):
         for name, parameter in list(module.named_parameters(recurse=False)):
             region = Region.whole(parameter.shape)
-            if style in ("column", "vocab"):
+            side = {"column joined": 0, "row dealt": -1}.get(style)
+            if side is not None and name == "weight" and parameter.shape[side] % axis.size:
+                raise LaunchError(
+                    f"parallel.tp {axis.size} does not divide the {parameter.shape[side]} of {prefix}, whose parts are put "
+                    "together again; set parallel.tp to 1, or a divisor of it"
+                )
+            if style in ("column", "vocab", "column alone", "column joined"):
                 region = region.chunk(0, axis.rank, axis.size)
-            elif style == "row" and name == "weight":
+            elif style in ("row", "row alone", "row dealt") and name == "weight":
                 region = region.chunk(1, axis.rank, axis.size)
             regions[f"{prefix}.{name}"] = region
             if not region.is_whole:
@@ -55,8 +77,15 @@ def cut(model: LanguageModel, axis: Axis) -> dict[str, Region]:
 
 def connect(model: LanguageModel, axis: Axis, regions: dict[str, Region]) -> None:
     """Put the exchanges between the parts: what each module gets and gives. After compilation of what is inside."""
+    inputs: dict[str, _SharedInput] = collections.defaultdict(
+        lambda: _SharedInput(axis)
+    )  # by what is around the layers
     for name, module, style in list(styles(model)):
         match style:
+            case "column alone" | "column joined":
+                module.forward = _column(module, inputs[_around(name)], axis, join=style == "column joined")
+            case "row alone" | "row dealt":
+                module.forward = _row(module, inputs[_around(name)], axis, deal=style == "row dealt")
             case "partial":
                 [row] = [m for n, m, s in styles(model) if s == "row" and n.startswith(f"{name}.")]
                 assert isinstance(row, Linear)
@@ -93,6 +122,54 @@ def _partial(inside: Callable[..., Tensor], row: Linear, axis: Axis) -> Callable
         return sum_scatter(sums_BTD, SEQUENCE, axis, bias)
 
     return forward
+
+
+class _SharedInput:
+    """Layers that read the same tensor share the sum of its gradients: what they send back is added before it travels."""
+
+    def __init__(self, axis: Axis) -> None:
+        self._axis = axis
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._last is None or self._last[0] is not x:
+            self._last = (x, copied(x, self._axis))
+        return self._last[1]
+
+    def forget(self) -> None:
+        """The layers have read it: nothing of it is kept."""
+        self._last = None
+
+
+def _column(layer: nn.Module, shared: _SharedInput, axis: Axis, *, join: bool) -> Callable[[Tensor], Tensor]:
+    inside: Callable[[Tensor], Tensor] = layer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        out = inside(shared(x))
+        return joined(out, out.ndim - 1, axis) if join else out
+
+    return forward
+
+
+def _around(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _row(layer: nn.Module, shared: _SharedInput, axis: Axis, *, deal: bool) -> Callable[[Tensor], Tensor]:
+    """The bias is added once, to the sum."""
+    assert isinstance(layer, nn.Linear)
+
+    def forward(x: Tensor) -> Tensor:
+        shared.forget()
+        x = dealt(x, x.ndim - 1, axis) if deal else x
+        return summed(F.linear(x, layer.weight), axis, layer.bias)
+
+    return forward
+
+
+def has_part_of_gradient(model: LanguageModel, name: str) -> bool:
+    """Whether each process has a part of the gradient of a parameter that is whole on all: see `sum_replicated`."""
+    return model.TENSOR_PARALLEL.get(_around(name)) not in ("alike", "row alone", "row dealt")
 
 
 def _vocab_lookup(embedding: Embedding, first: int, axis: Axis) -> Callable[[Tensor], Tensor]:

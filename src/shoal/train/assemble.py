@@ -14,6 +14,7 @@ from shoal.hub.find import find_model
 from shoal.hub.folder import ModelFolder
 from shoal.models.build import Fill, build_model, initial_weights
 from shoal.models.family import LanguageModel
+from shoal.models.hf_check import check_sight
 from shoal.optim.build import build_optimizer
 from shoal.parallel.apply import Runnable, parallelize
 from shoal.parallel.mesh import Mesh
@@ -39,6 +40,11 @@ def assemble(
     runnable = parallelize(
         model, mesh, parallel=config.parallel, train=train, data=config.data, weights=weights, say=say
     )
+    if fresh and config.model.family == "hf":
+        check_sight(
+            runnable.parts[0], batch=train.micro_batch, seq_len=config.data.seq_len,
+            documents=config.data.document_mask, device=mesh.device,
+        )  # fmt: skip
     team = mesh.axis("stage")
     optimizer = build_optimizer(runnable.shards, config.optim, team, bitwise=train.repro == "bitwise")
     scaler = LossScaler(mesh.device) if train.dtype == "float16" else None
@@ -55,7 +61,7 @@ def _first_weights(model: LanguageModel, config: Config) -> Fill:
 def folder_weights(model: LanguageModel, name: str) -> Fill:
     """The weights of the folder `name` for a model (on meta) of its shape. Raises `ModelError`."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return FolderWeights(ModelFolder.open(find_model(name)), model.shape.family, shapes)
+    return FolderWeights(ModelFolder.open(find_model(name)), model.shape.family, shapes, model.other_names)
 
 
 def _leave_empty(*_: object) -> None:

@@ -12,7 +12,6 @@ from shoal.config import Config
 from shoal.data.loader import Batch, evaluation_batches
 from shoal.data.prepare import Prepared
 from shoal.models.family import LanguageModel
-from shoal.models.loss import linear_cross_entropy_sum
 from shoal.parallel.mesh import Mesh
 
 BATCHES_AT_A_TIME = 4  # times the stages of a pipeline: it fills and empties once for so many
@@ -51,7 +50,7 @@ def model_losses(model: LanguageModel, device: torch.device) -> Losses:
         for batch in batches:
             batch = batch.to(device)
             hidden = model(batch.tokens, batch.positions, batch.document_ids)
-            total += linear_cross_entropy_sum(hidden, model.head_weight(), batch.labels)
+            total += model.loss(hidden, batch.labels)
         return total
 
     return losses

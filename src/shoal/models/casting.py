@@ -1,0 +1,45 @@
+"""
+shoal's one meaning of bfloat16, for modules that were not written for it.
+
+`layers.py` casts each weight where it is used. Here the module is somebody else's: while it runs, its parameters are
+replaced by what they are in the dtype of the activations, made by a cast that autograd sees, so that a gradient arrives
+in float32. A block's parameters are cast together, since a block may use a weight in a place of its own; FSDP2 brings
+them cast already, and the bits are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def cast_while_running(module: nn.Module, dtype: torch.dtype, *, inside: bool) -> None:
+    """Run `module` with its own parameters in `dtype`; `inside`: those of all modules in it, too."""
+    owners = list(module.modules()) if inside else [module]
+    plain: Callable[..., Any] = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        kept: list[tuple[dict[str, Any], str, Tensor]] = []
+        try:
+            for owner in owners:
+                held: dict[str, Any] = owner._parameters
+                for name, parameter in held.items():
+                    if parameter is not None and parameter.is_floating_point() and parameter.dtype != dtype:
+                        kept.append((held, name, parameter))
+            for own, name, parameter in kept:
+                own[name] = parameter.to(dtype)
+            return plain(*args, **kwargs)
+        finally:
+            for own, name, parameter in kept:
+                own[name] = parameter
+
+    module.forward = forward
+
+
+def cast_output(module: nn.Module, dtype: torch.dtype) -> None:
+    """Run `module`, an embedding, in float32, and cast what it gives: a row's gradient is summed in float32."""
+    plain: Callable[..., Any] = module.forward
+    module.forward = lambda *args, **kwargs: plain(*args, **kwargs).to(dtype)

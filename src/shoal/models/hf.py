@@ -1,0 +1,268 @@
+"""
+Any `AutoModelForCausalLM` of transformers as a model of ours: `model.family: hf`, with `model.from`.
+
+The arithmetic is transformers' own, layer by layer; parameters have its names. What is ours is the meaning of bfloat16
+(see `layers.py`): parameters are float32, a block's are cast where the block runs, embeddings are looked up in float32
+and cast, the residual stream is in the compute dtype. The same on one process, replicated or sharded, since FSDP2
+brings a block's parameters cast by the same rule. Inside a block what transformers' code rounds, and where, is its own.
+
+Packed documents are told to transformers by their positions, from which it makes the mask of each kind of layer,
+sliding windows too. Not every family reads positions, so `hf_check.py` tries it out before a run starts.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from shoal.config import Model
+from shoal.errors import ModelError
+from shoal.models.casting import cast_output, cast_while_running
+from shoal.models.family import Initial, LanguageModel, TensorParallelStyle
+from shoal.models.hf_head import Head
+from shoal.models.hf_open import open_causal_lm
+from shoal.models.hf_plan import read_plan
+
+
+@dataclass(frozen=True)
+class _Theirs:
+    """Transformers' objects, kept where `nn.Module` does not look: their modules are ours by the names they have."""
+
+    causal_lm: Any
+    decoder: Any  # tokens -> hidden states after the last norm
+    head: Head
+    blocks: Mapping[str, nn.Module]
+    buffers: Mapping[str, Tensor]  # as they were computed, on the CPU
+    tied: Mapping[str, str]  # a parameter's other names -> its name
+    table: Mapping[str, TensorParallelStyle]
+
+
+class HuggingFaceCache:
+    """
+    What a model keeps of earlier tokens while it writes: transformers' cache, and which places are padding.
+
+    A model whose cache is no cache of keys and values computes all tokens again at each call.
+    """
+
+    def __init__(self, past: Any) -> None:
+        self.past = past
+        self.length = 0
+        self.tokens_BS: Tensor | None = None  # where `past` is None
+        self.documents_BS: Tensor | None = None
+
+    def extend(self, tokens_BT: Tensor, documents_BT: Tensor | None) -> None:
+        """Remember these tokens, and which document they are in."""
+        if documents_BT is None and self.documents_BS is not None:
+            raise ValueError("this cache holds several documents: say which one the new places are in")
+        if documents_BT is not None:
+            earlier = [self.documents_BS] if self.documents_BS is not None else []
+            if not earlier and self.length:
+                raise ValueError("this cache holds one document: say from the start which places are in which")
+            self.documents_BS = torch.cat([*earlier, documents_BT], dim=1)
+        if self.past is None:
+            self.tokens_BS = tokens_BT if self.tokens_BS is None else torch.cat([self.tokens_BS, tokens_BT], dim=1)
+        self.length += tokens_BT.shape[1]
+
+
+class HuggingFaceModel(LanguageModel):
+    """Transformers' modules under their own names; its blocks, head and cache where other rooms look for them."""
+
+    def __init__(self, shape: Model, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        causal_lm, in_files = open_causal_lm(shape)
+        decoder = causal_lm.get_decoder()
+        self.shape, self.compute_dtype = shape, compute_dtype
+        _check_dtype(causal_lm, compute_dtype)
+        table, no_plan = read_plan(causal_lm)
+        self._theirs = _Theirs(
+            causal_lm, decoder, Head(causal_lm, decoder), find_blocks(decoder),
+            {name: buffer.detach().clone() for name, buffer in causal_lm.named_buffers()},
+            dict(_tied(causal_lm)), table,
+        )  # fmt: skip
+        self.why_not_cut = no_plan
+        tied = self._theirs.tied
+        self.other_names = {
+            **{name: name for name in self._theirs.buffers}, **tied,
+            **{name: tied.get(first, first) for name, first in in_files.items()},
+        }  # fmt: skip
+        # The same registries, so that names are transformers' own and what is cut or moved here is cut there.
+        for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[registry] = causal_lm.__dict__[registry]
+        takes = inspect.signature(type(decoder).forward).parameters
+        self.takes_positions = "position_ids" in takes
+        self._cast()
+
+    # --- what other rooms look for -------------------------------------------------------------------------
+
+    @property
+    def embed(self) -> Any:  # type: ignore[override]
+        return self._theirs.causal_lm.get_input_embeddings()
+
+    @property
+    def blocks(self) -> Mapping[str, nn.Module]:  # type: ignore[override]
+        return self._theirs.blocks
+
+    @property
+    def TENSOR_PARALLEL(self) -> Mapping[str, TensorParallelStyle]:  # type: ignore[override]
+        return self._theirs.table
+
+    @staticmethod
+    def initial(name: str, shape: Model) -> Initial:
+        raise ModelError("model.family hf starts from weights; set model.from to a folder of them")
+
+    def enter(self, tokens_BT: Tensor, positions: Tensor) -> Tensor:
+        raise NotImplementedError("transformers' decoder is not cut into stages")
+
+    def train(self, mode: bool = True) -> Self:
+        self._theirs.causal_lm.training = mode
+        return super().train(mode)
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
+        """As `nn.Module.to_empty`; but buffers keep their values, and tied parameters stay one."""
+        super().to_empty(device=device, recurse=recurse)
+        for name, value in self._theirs.buffers.items():
+            owner, leaf = self._owner(name)
+            owner._buffers[leaf] = value.to(device, copy=True)
+        for name, first in self._theirs.tied.items():
+            (owner, leaf), (one, its_leaf) = self._owner(name), self._owner(first)
+            owner._parameters[leaf] = one._parameters[its_leaf]
+        return self
+
+    # --- arithmetic ----------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        document_ids_BT: Tensor | None = None,
+        cache: Any = None,
+    ) -> Tensor:
+        """As `LanguageModel.forward`. Positions of packed documents start anew with each."""
+        theirs = self._theirs
+        self._follow(tokens_BT.device)
+        given: dict[str, Any] = {"input_ids": tokens_BT, "use_cache": False}
+        if cache is not None:
+            given |= self._from_cache(cache, tokens_BT, document_ids_BT)
+        elif document_ids_BT is not None and not self.takes_positions:
+            raise ModelError(
+                f"a {theirs.causal_lm.config.model_type} reads no positions, so that it cannot keep documents apart"
+            )
+        if positions_BT is not None and self.takes_positions and len(given["input_ids"][0]) == positions_BT.shape[-1]:
+            given["position_ids"] = positions_BT
+        hidden_BTD: Tensor = theirs.decoder(**given)[0]
+        if hidden_BTD.shape[1] > tokens_BT.shape[1]:  # all were computed again
+            hidden_BTD = hidden_BTD[:, -tokens_BT.shape[1] :]
+        if hidden_BTD.dtype != self.compute_dtype:
+            raise ModelError(
+                f"the code of a {theirs.causal_lm.config.model_type} gives {hidden_BTD.dtype} where train.dtype is "
+                f"{self.compute_dtype}; set train.dtype to float32"
+            )
+        return hidden_BTD
+
+    def _from_cache(self, cache: HuggingFaceCache, tokens_BT: Tensor, documents_BT: Tensor | None) -> dict[str, Any]:
+        """Also makes room in it. What is seen are the places in the newest one's document: the others are padding."""
+        cache.extend(tokens_BT, documents_BT)
+        seen = cache.documents_BS
+        if cache.past is None:
+            if seen is not None:
+                raise ModelError("this family remembers padding: give prompts of one length, or one at a time")
+            return {"input_ids": cache.tokens_BS}
+        mask = None if seen is None else (seen == seen[:, -1:]).long()
+        return {"past_key_values": cache.past, "use_cache": True, "attention_mask": mask}
+
+    def new_cache(self, batch: int, capacity: int) -> Any:
+        from transformers import DynamicCache
+
+        causal_lm = self._theirs.causal_lm
+        keeps = "past_key_values" in inspect.signature(type(self._theirs.decoder).forward).parameters
+        if not keeps or getattr(type(causal_lm), "_is_stateful", False):
+            return HuggingFaceCache(None)
+        return HuggingFaceCache(DynamicCache(config=causal_lm.config))
+
+    def head_weight(self) -> Tensor:
+        weight = self._theirs.head.layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self._theirs.head.logits(hidden)
+
+    def loss(self, hidden_BTD: Tensor, labels_BT: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+        return self._theirs.head.loss(hidden_BTD, labels_BT, scale)
+
+    # --- how it is made ------------------------------------------------------------------------------------
+
+    def _cast(self) -> None:
+        """Nothing in float32. Blocks whole; elsewhere each module its own parameters, embeddings what they give."""
+        if self.compute_dtype == torch.float32:
+            return
+        inside = {id(m) for block in self.blocks.values() for m in block.modules()}
+        for block in self.blocks.values():
+            cast_while_running(block, self.compute_dtype, inside=True)
+        for module in self.modules():
+            if id(module) in inside or module is self:
+                continue
+            if isinstance(module, nn.Embedding):
+                cast_output(module, self.compute_dtype)
+            elif any(True for _ in module.parameters(recurse=False)):
+                cast_while_running(module, self.compute_dtype, inside=False)
+
+    def _follow(self, device: torch.device) -> None:
+        """Parameters that are kept in the machine's memory come by themselves; buffers are brought, once."""
+        for name in self._theirs.buffers:
+            owner, leaf = self._owner(name)
+            buffer = owner._buffers[leaf]
+            if buffer is None or buffer.device == device:
+                return
+            owner._buffers[leaf] = buffer.to(device)
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.get_submodule(path), leaf
+
+
+def find_blocks(decoder: nn.Module) -> dict[str, nn.Module]:
+    """
+    The layers of a decoder by their number: the longest list of modules of which one is in `_no_split_modules`.
+
+    Raises `ModelError` where there is none.
+    """
+    names = set(getattr(decoder, "_no_split_modules", None) or ())
+    lists: list[list[nn.Module]] = [list(m) for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    fitting: list[list[nn.Module]] = [
+        layers for layers in lists if any(type(layer).__name__ in names for layer in layers)
+    ] or lists
+    if not fitting:
+        raise ModelError(
+            f"{type(decoder).__name__} has no list of layers, which are what is cut and computed again here"
+        )
+    longest: list[nn.Module] = max(fitting, key=len)
+    return {str(index): layer for index, layer in enumerate(longest)}
+
+
+def _tied(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(other name, first name) of each parameter that has several."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            yield name, first[id(parameter)]
+        first.setdefault(id(parameter), name)
+
+
+def _check_dtype(causal_lm: Any, dtype: torch.dtype) -> None:
+    kept = [
+        *(getattr(causal_lm, "_keep_in_fp32_modules", None) or ()),
+        *(getattr(causal_lm, "_keep_in_fp32_modules_strict", None) or ()),
+    ]
+    if kept and dtype != torch.float32:
+        raise ModelError(
+            f"a {causal_lm.config.model_type} keeps {', '.join(map(str, kept))} in float32, which is not built here; set "
+            "train.dtype to float32"
+        )
+    if scalars := [name for name, p in causal_lm.named_parameters() if p.ndim == 0]:
+        raise ModelError(f"{scalars[0]} is a parameter without dimensions, which cannot be cut over processes")

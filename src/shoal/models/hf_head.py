@@ -1,0 +1,85 @@
+"""
+From hidden states to logits and loss, as the class of transformers does it.
+
+Its forward is run with a decoder that hands out the hidden states it is given, so that whatever the class does behind
+the decoder (a bias, a scale, a soft cap) is done. Where it does nothing but multiply by its output layer, which is
+tried out once on a small one, the loss is `linear_cross_entropy_sum`, which holds no logits in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from shoal.models.loss import CHUNK_BYTES, IGNORED, linear_cross_entropy_sum
+
+
+class Head:
+    """What stands behind the decoder of a causal language model."""
+
+    def __init__(self, causal_lm: Any, decoder: nn.Module) -> None:
+        self._causal_lm, self._decoder = causal_lm, decoder
+        self.layer: Any = causal_lm.get_output_embeddings()  # a Linear, mostly
+        self.plain = _is_plain(self.layer) and self._only_multiplies()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V], in the dtype the class gives."""
+        out: Tensor = self._run(hidden.reshape(1, -1, hidden.shape[-1]))
+        return out.view(*hidden.shape[:-1], -1)
+
+    def loss(
+        self, hidden_BTD: Tensor, labels_BT: Tensor, scale: Tensor | float, chunk_bytes: int = CHUNK_BYTES
+    ) -> Tensor:
+        """As `linear_cross_entropy_sum`: scale * sum over labels that are not -100; float32, 0-d."""
+        if self.plain:
+            return linear_cross_entropy_sum(hidden_BTD, self.layer.weight, labels_BT, scale, chunk_bytes=chunk_bytes)
+        hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
+        rows = max(1, chunk_bytes // (4 * self.layer.weight.shape[0]))
+        total = torch.zeros((), device=hidden_ND.device)
+        for start in range(0, len(labels_N), rows):
+            piece = (hidden_ND[start : start + rows], labels_N[start : start + rows], scale)
+            # each chunk's logits are made again in backward: one chunk of them exists at a time
+            total = total + checkpoint(self._chunk_loss, *piece, use_reentrant=False)
+        return total
+
+    def _chunk_loss(self, hidden_CD: Tensor, labels_C: Tensor, scale: Tensor | float) -> Tensor:
+        log_p = torch.log_softmax(self.logits(hidden_CD), dim=-1, dtype=torch.float32)
+        weight_C = ((labels_C != IGNORED) * scale).float()
+        return -(log_p.gather(1, labels_C.clamp(min=0).unsqueeze(1)).squeeze(1) * weight_C).sum()
+
+    def _run(self, hidden_BTD: Tensor) -> Tensor:
+        """The class's forward, with these as the decoder's hidden states."""
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
+
+        forward = self._decoder.forward
+        self._decoder.forward = lambda *_, **__: Output(last_hidden_state=hidden_BTD)
+        try:
+            out: Tensor = self._causal_lm.forward(inputs_embeds=hidden_BTD, use_cache=False).logits
+        finally:
+            self._decoder.forward = forward
+        return out
+
+    def _only_multiplies(self) -> bool:
+        """Tried with an output layer of eight rows, on hidden states small and large: a soft cap shows in the latter."""
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(8, self.layer.in_features, generator=generator)
+        hidden = torch.randn(1, 4, self.layer.in_features, generator=generator)
+        hidden[:, 2:] *= 100.0
+        forward: Callable[[Tensor], Tensor] = self.layer.forward
+        self.layer.forward = lambda x: F.linear(x, weight)
+        try:
+            with torch.no_grad():
+                return torch.equal(self._run(hidden), F.linear(hidden, weight))
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            return False  # something else stands there, with weights that are still on meta
+        finally:
+            self.layer.forward = forward
+
+
+def _is_plain(layer: Any) -> bool:
+    return isinstance(layer, nn.Linear) and layer.bias is None

@@ -1,0 +1,55 @@
+"""
+The tensor-parallel plan that a config of transformers carries -> the table that `parallel/tensor.py` reads.
+
+A plan names layers by how they are cut. What it does not name is whole and computed alike by each process: embeddings,
+norms, the output layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+from torch import nn
+
+from shoal.models.family import TensorParallelStyle
+
+STYLES: Final[Mapping[str, TensorParallelStyle]] = {
+    "colwise": "column alone",
+    "rowwise": "row alone",
+    "colwise_gather_output": "column joined",
+    "rowwise_split_input": "row dealt",
+    "replicated_with_grad_allreduce": "by heads",
+    "embedding_rowwise": "alike",  # looked up whole: the same numbers
+    "replicate": "alike",
+}
+
+
+def read_plan(causal_lm: Any) -> tuple[dict[str, TensorParallelStyle], str | None]:
+    """The style of each module that has parameters, by its name; and why it cannot be honoured, where it cannot."""
+    config = causal_lm.config
+    plan: Mapping[str, str] = getattr(config, "base_model_tp_plan", None) or {}
+    owners = {n: m for n, m in causal_lm.named_modules() if any(True for _ in m.parameters(recurse=False))}
+    table: dict[str, TensorParallelStyle] = dict.fromkeys(owners, "alike")
+    if not plan:
+        return table, f"the config of a {config.model_type} carries no plan of how to cut it"
+    if strange := sorted({style for style in plan.values() if style not in STYLES}):
+        return table, f"the plan of a {config.model_type} has {', '.join(strange)}, which is not honoured here"
+    for pattern, theirs in plan.items():
+        style = STYLES[theirs]
+        for name in _matches(pattern, causal_lm.base_model_prefix, owners):
+            if style not in ("alike", "by heads") and not isinstance(owners[name], nn.Linear):
+                kind = type(owners[name]).__name__
+                return (
+                    table,
+                    f"the plan of a {config.model_type} cuts {name}, a {kind}; only Linear layers are cut here",
+                )
+            table[name] = style
+    return table, None
+
+
+def _matches(pattern: str, prefix: str, names: Mapping[str, object]) -> list[str]:
+    """Names of the whole model that a pattern of the base model means; a star is a block's number."""
+    wanted = re.compile(rf"({re.escape(prefix)}\.)?" + re.escape(pattern).replace(r"\*", r"\d+"))
+    return [name for name in names if wanted.fullmatch(name)]
