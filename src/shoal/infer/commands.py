@@ -108,7 +108,7 @@ def generate_from_run(
     if any(not prompt for prompt in prompts):
         raise GenerateError("an empty --prompt: give the text to go on from")
     run = load_run(runs, target, step=step, device=device)
-    ids = [run.tokenizer.encode(prompt) for prompt in prompts]
+    ids = [run.tokenizer.encode_prompt(prompt) for prompt in prompts]
     outputs = generate(
         run.model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
         eot_id=run.tokenizer.eot_id,

@@ -56,7 +56,7 @@ def _command() -> str:
 
 def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
     tokenizer = prepared.tokenizer
-    prompt = tokenizer.encode(config.train.sample_prompt)
+    prompt = tokenizer.encode_prompt(config.train.sample_prompt)
     new = min(config.train.sample_tokens, config.model.max_seq_len - len(prompt))
     model.eval()
     [ids] = generate(

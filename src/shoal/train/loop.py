@@ -18,7 +18,7 @@ from shoal.config import Config, Train
 from shoal.data.loader import Batch, Loader
 from shoal.data.open import open_data
 from shoal.data.prepare import Prepared
-from shoal.errors import CheckpointError, ConfigError, Problem, RunError
+from shoal.errors import CheckpointError, RunError
 from shoal.fault.health import check_finite
 from shoal.fault.signals import StopRequest
 from shoal.hub.beside import keep_beside
@@ -286,13 +286,11 @@ def settle(config: Config, folder: RunFolder, prepared: Prepared, mesh: Mesh) ->
     """
     Fill what only this machine and the tokenizer can say: the vocabulary, the dtype. A collective over the world.
 
-    Raises `ConfigError` where the vocabulary is too small, `LaunchError` where the device lacks the dtype.
+    Raises `DataError` where the vocabulary is too small, `LaunchError` where the device lacks the dtype.
     """
     config = folder.settled(config)
     size = config.model.vocab_size or prepared.vocab_size
-    if size < prepared.vocab_size:
-        text = f"model.vocab_size {size} is smaller than the tokenizer's {prepared.vocab_size}; leave it out to take the tokenizer's"
-        raise ConfigError([Problem("", text)])
+    prepared.tokenizer.check_rows(size)
     dtype = settle_dtype(config.train.dtype, mesh)
     check_dtype(dtype, mesh.device)
     return config.replace("model", vocab_size=size).replace("train", dtype=dtype)
