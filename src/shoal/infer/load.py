@@ -1,0 +1,175 @@
+"""A model to use: a run's checkpoint, or a folder of Hugging Face weights, whole on one device."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from shoal.checkpoint.store import load_model
+from shoal.config import Config, Model
+from shoal.data.tokenize import Tokenizer, load_tokenizer
+from shoal.errors import LaunchError, ModelError, ShoalError
+from shoal.hub.find import find_model
+from shoal.hub.folder import ModelFolder
+from shoal.hub.shape import read_model
+from shoal.infer.target import find_checkpoint
+from shoal.models.attention import CPU_HAS_TILES
+from shoal.models.build import build_model, materialize
+from shoal.models.family import LanguageModel
+from shoal.parallel.mesh import check_dtype, choose_device, has_bfloat16
+from shoal.train.assemble import DTYPES, folder_weights
+
+STORED: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors names them
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """
+    A model in eval mode, and what is needed to use it.
+
+    end_ids: the tokens that end a text. files: the folder with what came beside the weights (chat template), if any.
+    """
+
+    name: str
+    model: LanguageModel
+    tokenizer: Tokenizer | None
+    device: torch.device
+    end_ids: frozenset[int]
+    files: Path | None
+
+    def need_tokenizer(self) -> Tokenizer:
+        """Raises `ModelError` where there is none."""
+        if self.tokenizer is None:
+            raise ModelError(
+                f"{self.name} has no tokenizer, so text is nothing to it; put its tokenizer.json beside it"
+            )
+        return self.tokenizer
+
+
+@dataclass(frozen=True)
+class LoadedRun(LoadedModel):
+    """A run's model as a checkpoint has it."""
+
+    config: Config
+    step: int
+    data_id: str
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which model a person means: a run, or a folder (or the name of one that is on this machine)."""
+
+    runs: Path
+    target: str | None = None
+    folder: str | None = None
+    family: str | None = None
+    step: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises `ShoalError` unless it is one of the two."""
+        if self.target is None and self.folder is None:
+            raise ShoalError("which model? Give a RUN, or --model.from DIR")
+        if self.target is not None and self.folder is not None:
+            raise ShoalError(
+                f"both the run {self.target} and --model.from {self.folder}: they are two models; give one of them"
+            )
+        if self.folder is not None and self.step is not None:
+            raise ShoalError(f"--step {self.step} is of a run's checkpoints, and --model.from {self.folder} has none")
+        if self.folder is None and self.family is not None:
+            raise ShoalError(f"--model.family {self.family} is for --model.from; a run knows its family")
+
+    def load(self) -> LoadedModel:
+        """The model, its weights in the dtype it computes in. Raises `RunError`, `CheckpointError` or `ModelError`."""
+        if self.folder is not None:
+            return load_folder(self.folder, family=self.family, device=self.device, dtype=self.dtype)
+        assert self.target is not None
+        run = load_run(self.runs, self.target, step=self.step, device=self.device, dtype=self.dtype)
+        for parameter in run.model.parameters():  # cast once, and not at each use
+            parameter.data = parameter.data.to(run.model.compute_dtype)
+        return run
+
+
+def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: str = "auto") -> LoadedRun:
+    """
+    The model of run `target` (a name under `runs`, or a folder) at `step` (None: the last), its weights in float32.
+
+    dtype: what it computes in; "auto": as it was trained, but float32 for float16 on a CPU. Raises `RunError` or
+    `CheckpointError`.
+    """
+    folder, saved = find_checkpoint(runs, target, step)
+    config, place = folder.load_config(), choose_device(device)
+    slow = place.type == "cpu" and config.train.dtype == "float16"
+    chosen = dtype if dtype != "auto" else "float32" if slow else config.train.dtype
+    _check_dtype(chosen, place)
+    model = build_model(config.model, compute_dtype=DTYPES[chosen])
+    state = load_model(saved, model, place)
+    files = folder.path / "source"  # where the run keeps what came beside the weights it started from
+    tokenizer = load_tokenizer(str(folder.tokenizer_file))
+    return LoadedRun(
+        name=target, model=model.eval(), tokenizer=tokenizer, device=place, config=config, step=int(state["step"]),
+        data_id=state["data_id"], files=files if files.is_dir() else None,
+        end_ids=_end_ids(files, {}, tokenizer),
+    )  # fmt: skip
+
+
+def load_folder(name: str, *, family: str | None = None, device: str, dtype: str = "auto") -> LoadedModel:
+    """
+    The model of the folder `name`, or of a name that `find_model` knows.
+
+    family: "hf" has transformers compute it, null the code here. dtype: "auto": that of its weights where the device is good at it, else float32. Raises `ModelError`.
+    """
+    shape, tokens_from = read_model(name, family)
+    folder, place = ModelFolder.open(find_model(name)), choose_device(device)
+    chosen = _own_dtype(folder.dtype, place) if dtype == "auto" else dtype
+    _check_dtype(chosen, place)
+    values = {**shape.values, "from_": name}
+    if shape.window is not None:  # beyond its window another model would be needed
+        values["max_seq_len"] = shape.window
+    model = build_model(Model(**values), compute_dtype=DTYPES[chosen])
+    model.to(DTYPES[chosen])  # on meta: the weights are read into the dtype they are used in, not cast at each use
+    materialize(model, folder_weights(model, name), place)
+    tokenizer = load_tokenizer(tokens_from) if tokens_from else None
+    return LoadedModel(
+        name=name, model=model.eval(), tokenizer=tokenizer, device=place, files=folder.path,
+        end_ids=_end_ids(folder.path, folder.config, tokenizer),
+    )  # fmt: skip
+
+
+def _own_dtype(stored: str, device: torch.device) -> str:
+    own = STORED.get(stored, "float32")
+    if device.type == "cpu":
+        # without matrix tiles a CPU multiplies bfloat16 at half the rate of float32, and float16 far slower
+        return own if own == "bfloat16" and CPU_HAS_TILES else "float32"
+    return "float32" if own == "bfloat16" and not has_bfloat16(device) else own
+
+
+def _check_dtype(dtype: str, device: torch.device) -> None:
+    try:
+        check_dtype(dtype, device)
+    except LaunchError as error:
+        raise LaunchError(str(error).replace("train.dtype", "--dtype")) from None
+
+
+def _end_ids(files: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The tokenizer's, and those that the files beside the weights name: chat models end a turn with another."""
+    said = _read(files / "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
+    named = said if isinstance(said, list) else [said]
+    ids = {i for i in named if isinstance(i, int) and i >= 0}
+    return frozenset(ids if tokenizer is None else {*ids, tokenizer.eot_id})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}; get that file again") from error
+    return value if isinstance(value, dict) else {}
