@@ -19,6 +19,8 @@ from shoal.data.encode import fraction_of
 from shoal.data.prepare import Prepared, held_out_text, open_prepared, prepare, token_options
 from shoal.data.tokenize import Tokenizer, load_tokenizer, parse_tokenizer, train_bpe
 from shoal.errors import DataError
+from shoal.resolve import resolve
+from tests.config.test_resolve import problems, write
 from tests.data.conftest import MakeData
 
 SPECIAL = ("<|begin|>", "<|im_end|>", "<|pad|>")
@@ -117,6 +119,16 @@ def test_a_sentencepiece_folder_begins_as_its_config_says(real_tokenizers: Path,
     config.write_text('{"bos_token": "<gone>", "add_bos_token": true}')
     with pytest.raises(DataError, match="bos_token <gone>, which the tokenizer lacks"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_config_may_name_any_of_these(make_folder: MakeFolder, tmp_path: Path) -> None:
+    """And what is nowhere is a problem of the config, before anything starts."""
+    folder = make_folder()
+    for tokenizer in ("bytes", "tiktoken:gpt2", str(folder), str(folder / "tokenizer.json")):
+        recipe = write(tmp_path, {"train": {"steps": 1}, "data": {"tokenizer": tokenizer}})
+        assert resolve(recipe).config.data.tokenizer == tokenizer
+    [found] = problems(tmp_path, {"train": {"steps": 1}, "data": {"tokenizer": "someone/gone"}})
+    assert "there is no file someone/gone" in found
 
 
 def test_a_name_is_found_where_models_are_kept(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:

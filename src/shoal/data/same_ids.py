@@ -16,6 +16,7 @@ TEXTS = (
     "\n\n\t  \r\n \x00\x01\x7f\n",
     "The quick brown fox doesn't jump; they'LL say: \"it's I'm\" and 'ſ 'K.",
     "a\u0301 é e\u0301\u0302 ﬁ ½ Ⅷ ① ｆｕｌｌ \u200d\u200b\ufeff\u00a0\u3000\u2028\u0085x",
+    "Tie\u0302\u0301ng Vie\u0323\u0302t, A\u030angstro\u0308m, ½\u0301 \u00a0\u0301 ﬁ\u0302 か\u3099 ｶﾞ ～",  # taken apart
     "👩‍👩‍👧‍👦 🏴󠁧󠁢󠁥󠁮󠁧󠁿 👍🏽 漢字かな交じり文 שלום \u202e العربية हिन्दी ภาษาไทย 한국어 𝒳𝒴",
     "\U0010ffff\ufffd\ufffe 𐍈\u0600",
     "1234567890 0x1F 1_000.5e-7 3.14159 १२३ 12,345,678",

@@ -106,7 +106,7 @@ def _unknown(proto: Any) -> str:
 
 def _normalizer(spec: Any) -> normalizers.Sequence:
     steps: list[Any] = []
-    if spec.precompiled_charsmap:
+    if spec.precompiled_charsmap:  # tokenizers maps clusters of characters, not as here: often refused in the end
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
