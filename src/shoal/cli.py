@@ -116,34 +116,14 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     )
     fetch.add_argument("--verify", action="store_true", help="hash what is there, not only its sizes")
 
-    evaluate = add("eval", verbs.eval, "the loss of a run on its held-out text, beside gzip and xz")
-    _add_run(evaluate)
-    evaluate.add_argument("--json", action="store_true", help="one JSON object and nothing else")
-
-    generate = add("generate", verbs.generate, "let a run's model write")
-    _add_run(generate)
-    generate.add_argument(
-        "--prompt",
-        action="append",
-        required=True,
-        metavar="TEXT",
-        help="what it goes on from; may be given several times",
+    _add_eval(
+        add(
+            "eval",
+            verbs.eval,
+            "how good a model is: on a run's held-out text, on a text of yours, on tasks of a harness",
+        )
     )
-    generate.add_argument("--tokens", type=int, default=100, metavar="N", help="new tokens at most (default: 100)")
-    generate.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest (default: 0.8)"
-    )
-    generate.add_argument(
-        "--top-k", type=int, default=None, metavar="K", help="draw among the K likeliest only (default: all)"
-    )
-    generate.add_argument(
-        "--top-p",
-        type=float,
-        default=None,
-        metavar="P",
-        help="draw among the likeliest that make up P of the probability (default: all)",
-    )
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawing (default: 0)")
+    _add_generate(add("generate", verbs.generate, "let a model write, or talk with it"))
 
     export = add("export", verbs.export, "a checkpoint as a folder that transformers, vLLM, llama.cpp open")
     _add_run(export, device=False)
@@ -213,8 +193,87 @@ def _columns() -> int:
     return shutil.get_terminal_size((120, 24)).columns
 
 
-def _add_run(parser: argparse.ArgumentParser, *, device: bool = True) -> None:
-    parser.add_argument("target", metavar="RUN", help="a run's name, or its folder")
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="score this text (UTF-8), in windows that slide over it"
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help="with --text: tokens of a window (default: the model's context, at most 2048)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="M",
+        help="with --text: tokens from one window to the next; each token is scored once, after at least context - stride "
+        "others (default: half the context)",
+    )
+    parser.add_argument(
+        "--tasks", metavar="NAME,...", help="tasks of lm-evaluation-harness, such as hellaswag (needs shoal[eval])"
+    )
+    parser.add_argument("--include-path", type=Path, metavar="DIR", help="with --tasks: tasks of your own (*.yaml)")
+    parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: documents of each at most")
+    parser.add_argument(
+        "--num-fewshot", type=int, metavar="K", help="with --tasks: examples before each question (default: the task's)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="what it goes on from; may be given several times"
+    )
+    parser.add_argument("--chat", action="store_true", help="a conversation, in the model's own chat template")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told first")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="new tokens at most (default: 100; an answer of --chat: 512)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="T", help="0: always the likeliest (default: 0.8)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=None, metavar="K", help="draw among the K likeliest only (default: all)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=None,
+        metavar="P",
+        help="draw among the likeliest that make up P of the probability (default: all)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawing (default: 0)")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    """A run, or a folder of weights."""
+    _add_run(parser, optional=True)
+    parser.add_argument(
+        "--model.from",
+        dest="model_from",
+        metavar="DIR",
+        help="instead of a RUN: a Hugging Face folder, or the name of one that is on this machine",
+    )
+    parser.add_argument(
+        "--model.family",
+        dest="model_family",
+        choices=["hf"],
+        default=None,
+        help="with --model.from: hf, to compute it through transformers (default: the code here)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="of the arithmetic (default: auto, a run's own; a folder's own where the device is good at it, else float32)",
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser, *, device: bool = True, optional: bool = False) -> None:
+    parser.add_argument("target", metavar="RUN", nargs="?" if optional else None, help="a run's name, or its folder")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
     parser.add_argument(
         "--step", type=int, default=None, metavar="N", help="the checkpoint of step N (default: the last)"

@@ -11,6 +11,7 @@ from shoal.errors import EXIT_LOST_PEER, ShoalError
 
 if TYPE_CHECKING:
     from shoal.config import Config
+    from shoal.infer.load import Wanted
 
 Override = tuple[str, str, str]
 
@@ -133,20 +134,53 @@ def fetch(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
 
 
 def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.infer.commands import evaluate_run
+    _needs(args, "text", ("context", "stride"))
+    _needs(args, "tasks", ("include_path", "limit", "num_fewshot"))
+    wanted = _wanted(args)
+    from shoal.infer.commands import TextOptions, evaluate_model
+    from shoal.infer.harness import Tasks
 
-    evaluate_run(Path(args.runs), args.target, step=args.step, device=args.device, as_json=args.json)
+    text = None if args.text is None else TextOptions(args.text, args.context, args.stride)
+    tasks = None
+    if args.tasks is not None:
+        names = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
+        tasks = Tasks(names, args.include_path, args.limit, args.num_fewshot)
+    evaluate_model(wanted, text=text, tasks=tasks, as_json=args.json)
     return 0
 
 
 def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.infer.commands import generate_from_run
+    _needs(args, "chat", ("system",))
+    if bool(args.prompt) == args.chat:
+        raise ShoalError("shoal generate needs --prompt TEXT, or --chat for a conversation, and not both")
+    wanted = _wanted(args)
+    from shoal.infer.commands import generate_text, talk
+    from shoal.infer.generate import Sampling
 
-    generate_from_run(
-        Path(args.runs), args.target, step=args.step, device=args.device, prompts=args.prompt, max_new_tokens=args.tokens,
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-    )  # fmt: skip
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.chat:
+        talk(wanted, system=args.system, max_new_tokens=args.tokens, sampling=sampling)
+    else:
+        generate_text(wanted, prompts=args.prompt, max_new_tokens=args.tokens, sampling=sampling)
     return 0
+
+
+def _wanted(args: argparse.Namespace) -> Wanted:
+    from shoal.infer.load import Wanted
+
+    return Wanted(
+        Path(args.runs), args.target, folder=args.model_from, family=args.model_family, step=args.step,
+        device=args.device, dtype=args.dtype,
+    )  # fmt: skip
+
+
+def _needs(args: argparse.Namespace, owner: str, options: tuple[str, ...]) -> None:
+    """Nothing that was asked for is left aside: `options` mean something beside `owner` only."""
+    for option in options:
+        if getattr(args, option) is not None and not getattr(args, owner):
+            raise ShoalError(
+                f"--{option.replace('_', '-')} does nothing without --{owner}; set that too, or leave it out"
+            )
 
 
 def export(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:

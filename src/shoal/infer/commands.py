@@ -1,119 +1,167 @@
-"""`shoal eval` and `shoal generate`: a run's model, on one process."""
+"""`shoal eval` and `shoal generate`: a model in use, on one process."""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from shoal.checkpoint.store import listed, load_model
-from shoal.config import Config
 from shoal.data.open import open_data
 from shoal.data.prepare import held_out_text
-from shoal.data.tokenize import Tokenizer, load_tokenizer
-from shoal.errors import CheckpointError, GenerateError
-from shoal.infer.generate import generate
+from shoal.errors import CheckpointError, DataError, GenerateError, ShoalError
+from shoal.infer.chat import Chat, chat_in_terminal
+from shoal.infer.generate import Sampling, generate
+from shoal.infer.harness import Tasks, run_tasks
+from shoal.infer.load import LoadedModel, LoadedRun, Wanted, load_run
+from shoal.infer.score import choose_windows, score
+from shoal.infer.stream import TextStream, continuation
 from shoal.launch.place import Place
 from shoal.metrics.compression import bits_per_byte
 from shoal.metrics.console import Console
-from shoal.models.build import build_model
-from shoal.models.family import LanguageModel
-from shoal.parallel.mesh import Mesh, choose_device
-from shoal.runs import RunFolder
-from shoal.train.assemble import DTYPES
+from shoal.parallel.mesh import Mesh
 from shoal.train.evaluate import evaluate, model_losses
+
+__all__ = ["LoadedRun", "TextOptions", "evaluate_model", "generate_text", "load_run", "talk"]
+
+PROMPT_TOKENS, CHAT_TOKENS = 100, 512  # new ones at most, where nothing is said
 
 
 @dataclass(frozen=True)
-class LoadedRun:
-    """A run's model as a checkpoint has it."""
+class TextOptions:
+    """A file to score, and its windows (None: see `score.choose_windows`)."""
 
-    config: Config
-    model: LanguageModel
-    tokenizer: Tokenizer
-    step: int
-    data_id: str
-    device: torch.device
+    file: Path
+    context: int | None = None
+    stride: int | None = None
 
 
-def load_run(runs: Path, target: str, *, step: int | None, device: str) -> LoadedRun:
-    """
-    The model of run `target` (a name under `runs`, or a folder) at `step` (None: the last).
-
-    Raises `RunError` or `CheckpointError`.
-    """
-    path = Path(target) if (Path(target) / "config.yaml").is_file() else runs / target
-    folder = RunFolder(path)
-    config = folder.load_config()
-    there = listed(folder.checkpoints)
-    chosen = [s for s in there if step is None or s.step == step]
-    if not chosen:
-        steps = ", ".join(str(s.step) for s in there)
-        what = f"no checkpoint of step {step}; there are steps {steps}" if there else "no checkpoint yet"
-        raise CheckpointError(f"{path} has {what}")
-    place = choose_device(device)
-    slow = place.type == "cpu" and config.train.dtype == "float16"
-    model = build_model(config.model, compute_dtype=torch.float32 if slow else DTYPES[config.train.dtype])
-    state = load_model(chosen[-1], model, place)
-    model.eval()
-    return LoadedRun(
-        config, model, load_tokenizer(str(folder.tokenizer_file)), int(state["step"]), state["data_id"], place
-    )
-
-
-def evaluate_run(runs: Path, target: str, *, step: int | None, device: str, as_json: bool) -> None:
-    """Print the loss on all held-out text, and what gzip and xz make of the same text."""
-    run = load_run(runs, target, step=step, device=device)
+def evaluate_model(wanted: Wanted, *, text: TextOptions | None, tasks: Tasks | None, as_json: bool) -> None:
+    """Print how good a model is on a text, on tasks of the harness, or, for a run, on its own held-out text."""
     console = Console(speaks=not as_json)
+    if text is None and tasks is None:
+        if wanted.folder is not None:
+            raise ShoalError(f"{wanted.folder} has no held-out text of its own: set --text FILE, or --tasks NAME,...")
+        record = _held_out(wanted, console)
+    else:
+        record = _of_text(wanted, text, console) if text else {}
+        if tasks is not None:
+            results, table = run_tasks(wanted, tasks)
+            record["tasks"] = results
+            console.say(table)
+    if as_json:
+        print(json.dumps(record))
+
+
+def _held_out(wanted: Wanted, console: Console) -> dict[str, Any]:
+    """The loss on all held-out text, and what gzip and xz make of the same text."""
+    assert wanted.target is not None
+    run = load_run(wanted.runs, wanted.target, step=wanted.step, device=wanted.device, dtype=wanted.dtype)
     prepared = open_data(run.config.data, console)
     if prepared.data_id != run.data_id:
         raise CheckpointError(
-            f"{target} was trained on other tokens than {prepared.folder} holds now; its held-out text is gone"
+            f"{run.name} was trained on other tokens than {prepared.folder} holds now; its held-out text is gone"
         )
     result = evaluate(model_losses(run.model, run.device), Mesh(Place(), run.device), prepared, run.config, None)
     yardstick = bits_per_byte(held_out_text(prepared))
-    record = {
-        "step": run.step,
+    figures = {
         "nats_per_token": result["val_loss"],
         "perplexity": math.exp(result["val_loss"]),
         "bits_per_byte": result["val_bits_per_byte"],
         **{f"{name}_bits_per_byte": value for name, value in yardstick.items()},
     }
-    if as_json:
-        print(json.dumps(record))
-        return
-    console.say(f"{target} at step {run.step}, on {prepared.counts['val'].text_bytes:,} bytes of held-out text:")
-    for name, value in record.items():
-        if name != "step":
-            console.say(f"  {name.replace('_', ' '):24} {value:.4f}")
+    console.say(f"{run.name} at step {run.step}, on {prepared.counts['val'].text_bytes:,} bytes of held-out text:")
+    _say_figures(console, figures)
+    return {"step": run.step, **figures}
 
 
-def generate_from_run(
-    runs: Path,
-    target: str,
-    *,
-    step: int | None,
-    device: str,
-    prompts: list[str],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int,
-) -> None:
-    """Print each prompt and what the model makes of it."""
+def _of_text(wanted: Wanted, options: TextOptions, console: Console) -> dict[str, Any]:
+    """The loss on the text of a file, in windows."""
+    text, text_bytes = _read_text(options.file)
+    model = wanted.load()
+    context, stride = choose_windows(model.model.shape.max_seq_len, options.context, options.stride)
+    ids = model.need_tokenizer().encode_prompt(text)
+    with Console(speaks=console.is_terminal).progress("scoring") as progress:
+        result = score(
+            model.model, ids, context=context, stride=stride,
+            progress=lambda done, total: progress(f"{done:,} of {total:,} tokens", done, total),
+        )  # fmt: skip
+    figures = {
+        "nats_per_token": result.nats_per_token,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte(text_bytes),
+    }
+    counts = {
+        "tokens": result.tokens, "bytes": text_bytes, "windows": result.windows, "context": context, "stride": stride,
+    }  # fmt: skip
+    console.say(
+        f"{_called(model)}, on {text_bytes:,} bytes ({result.tokens:,} tokens) of {options.file}, in "
+        f"{result.windows:,} windows of {context:,} tokens, each {stride:,} on:"
+    )
+    _say_figures(console, figures)
+    step = {"step": model.step} if isinstance(model, LoadedRun) else {}
+    return {**step, **figures, **counts, "dtype": str(model.model.compute_dtype).removeprefix("torch.")}
+
+
+def _called(model: LoadedModel) -> str:
+    return f"{model.name} at step {model.step}" if isinstance(model, LoadedRun) else model.name
+
+
+def _say_figures(console: Console, figures: Mapping[str, float]) -> None:
+    for name, value in figures.items():
+        console.say(f"  {name.replace('_', ' '):24} {value:.4f}")
+
+
+def _read_text(file: Path) -> tuple[str, int]:
+    """(the text, its bytes)"""
+    try:
+        content = file.read_bytes()
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror or error}; set --text to a file of text") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no UTF-8 text: {error}; set --text to a file that is") from error
+    if not text:
+        raise DataError(f"{file} is empty; set --text to a file with something in it")
+    return text, len(content)
+
+
+def generate_text(wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int | None, sampling: Sampling) -> None:
+    """Print each prompt and what the model makes of it; a single one as it comes."""
     if any(not prompt for prompt in prompts):
         raise GenerateError("an empty --prompt: give the text to go on from")
-    run = load_run(runs, target, step=step, device=device)
-    ids = [run.tokenizer.encode_prompt(prompt) for prompt in prompts]
+    model = wanted.load()
+    tokenizer = model.need_tokenizer()
+    ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    alone = TextStream(tokenizer, ids[0]) if len(prompts) == 1 else None
+    shown = False
+
+    def show(_row: int, token: int) -> None:
+        nonlocal shown
+        assert alone is not None
+        print(alone.push(token) if shown else prompts[0] + alone.push(token), end="", flush=True)
+        shown = True
+
     outputs = generate(
-        run.model, ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed,
-        eot_id=run.tokenizer.eot_id,
+        model.model, ids, max_new_tokens=PROMPT_TOKENS if max_new_tokens is None else max_new_tokens,
+        temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed,
+        eot_id=model.end_ids, known_ids=tokenizer.vocab_size, on_token=show if alone else None,
     )  # fmt: skip
-    for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+    if alone is not None:
+        print(alone.close() if shown else prompts[0])
+        return
+    for number, (prompt, prompt_ids, output) in enumerate(zip(prompts, ids, outputs, strict=True)):
         if number:
             print("-" * 40)
-        print(prompt + run.tokenizer.decode(output))
+        print(prompt + continuation(tokenizer, prompt_ids, output))
+
+
+def talk(wanted: Wanted, *, system: str | None, max_new_tokens: int | None, sampling: Sampling) -> None:
+    """A conversation: lines of standard input, and what the model says to each."""
+    model = wanted.load()
+    limit = CHAT_TOKENS if max_new_tokens is None else max_new_tokens
+    chat = Chat.of(model, system=system, max_new_tokens=limit, sampling=sampling)
+    chat_in_terminal(chat, sys.stdin, sys.stdout)

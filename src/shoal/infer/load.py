@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +14,7 @@ from shoal.config import Config, Model
 from shoal.data.tokenize import Tokenizer, load_tokenizer
 from shoal.errors import LaunchError, ModelError, ShoalError
 from shoal.hub.find import find_model
-from shoal.hub.folder import ModelFolder
+from shoal.hub.folder import CONFIG, ModelFolder
 from shoal.hub.shape import read_model
 from shoal.infer.target import find_checkpoint
 from shoal.models.attention import CPU_HAS_TILES
@@ -110,12 +109,11 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: s
     _check_dtype(chosen, place)
     model = build_model(config.model, compute_dtype=DTYPES[chosen])
     state = load_model(saved, model, place)
-    files = folder.path / "source"  # where the run keeps what came beside the weights it started from
     tokenizer = load_tokenizer(str(folder.tokenizer_file))
+    files = folder.source if _is_of(folder.source, tokenizer) else None
     return LoadedRun(
         name=target, model=model.eval(), tokenizer=tokenizer, device=place, config=config, step=int(state["step"]),
-        data_id=state["data_id"], files=files if files.is_dir() else None,
-        end_ids=_end_ids(files, {}, tokenizer),
+        data_id=state["data_id"], files=files, end_ids=_end_ids(files, tokenizer),
     )  # fmt: skip
 
 
@@ -127,8 +125,7 @@ def load_folder(name: str, *, family: str | None = None, device: str, dtype: str
     """
     shape, tokens_from = read_model(name, family)
     folder, place = ModelFolder.open(find_model(name)), choose_device(device)
-    chosen = _own_dtype(folder.dtype, place) if dtype == "auto" else dtype
-    _check_dtype(chosen, place)
+    chosen = folder_dtype(name, dtype, place)
     values = {**shape.values, "from_": name}
     if shape.window is not None:  # beyond its window another model would be needed
         values["max_seq_len"] = shape.window
@@ -138,8 +135,15 @@ def load_folder(name: str, *, family: str | None = None, device: str, dtype: str
     tokenizer = load_tokenizer(tokens_from) if tokens_from else None
     return LoadedModel(
         name=name, model=model.eval(), tokenizer=tokenizer, device=place, files=folder.path,
-        end_ids=_end_ids(folder.path, folder.config, tokenizer),
+        end_ids=_end_ids(folder.path, tokenizer),
     )  # fmt: skip
+
+
+def folder_dtype(name: str, wanted: str, device: torch.device) -> str:
+    """The dtype to compute a folder's model in. Raises `LaunchError` where the device lacks it."""
+    chosen = wanted if wanted != "auto" else _own_dtype(ModelFolder.open(find_model(name)).dtype, device)
+    _check_dtype(chosen, device)
+    return chosen
 
 
 def _own_dtype(stored: str, device: torch.device) -> str:
@@ -157,12 +161,21 @@ def _check_dtype(dtype: str, device: torch.device) -> None:
         raise LaunchError(str(error).replace("train.dtype", "--dtype")) from None
 
 
-def _end_ids(files: Path, config: Mapping[str, Any], tokenizer: Tokenizer | None) -> frozenset[int]:
+def _is_of(files: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a run kept to the tokenizer of the folder it started from: else the files' ids are other tokens."""
+    has_one = any((files / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return has_one and load_tokenizer(str(files)).to_json() == tokenizer.to_json()
+
+
+def _end_ids(files: Path | None, tokenizer: Tokenizer | None) -> frozenset[int]:
     """The tokenizer's, and those that the files beside the weights name: chat models end a turn with another."""
-    said = _read(files / "generation_config.json").get("eos_token_id", config.get("eos_token_id"))
-    named = said if isinstance(said, list) else [said]
-    ids = {i for i in named if isinstance(i, int) and i >= 0}
-    return frozenset(ids if tokenizer is None else {*ids, tokenizer.eot_id})
+    ids: set[int] = set() if tokenizer is None else {tokenizer.eot_id}
+    for name in ("generation_config.json", CONFIG) if files is not None else ():
+        assert files is not None
+        said = _read(files / name).get("eos_token_id")
+        if said is not None:
+            return frozenset({*ids, *(said if isinstance(said, list) else [said])})
+    return frozenset(ids)
 
 
 def _read(path: Path) -> dict[str, Any]:
