@@ -1,0 +1,135 @@
+"""A conversation with a model, in the words of its own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TextIO
+
+from shoal.data.chat import ChatTemplate
+from shoal.errors import DataError, GenerateError, ShoalError
+from shoal.infer.generate import Sampling, generate
+from shoal.infer.load import LoadedModel
+from shoal.infer.stream import TextStream
+
+HELP = "/exit or Ctrl-D ends it, /clear forgets what was said, Ctrl-C stops an answer"
+
+
+@dataclass
+class Chat:
+    """What was said so far, and how the model goes on with it."""
+
+    model: LoadedModel
+    template: ChatTemplate
+    max_new_tokens: int
+    sampling: Sampling
+    system: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: LoadedModel, *, system: str | None, max_new_tokens: int, sampling: Sampling) -> Chat:
+        """Raises `ModelError` without a tokenizer, `DataError` without a template."""
+        model.need_tokenizer()
+        template = ChatTemplate.of(model.files) if model.files else None
+        if template is None:
+            raise DataError(
+                f"{model.name} has no chat template, so it was not taught to talk; set --prompt to a text to go on from"
+            )
+        chat = cls(model, template, max_new_tokens, sampling, system)
+        chat.clear()
+        return chat
+
+    def clear(self) -> None:
+        """Forget what was said; the system's words stay."""
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+
+    def answer(self, text: str, show: Callable[[str], None]) -> bool:
+        """
+        The model's answer to `text`, shown in pieces as they come; whether it came to its end.
+
+        An answer that is interrupted stays in the conversation as far as it came. Raises `ShoalError` where the
+        conversation is too long or the template refuses it, and forgets `text` again.
+        """
+        self.messages.append({"role": "user", "content": text})
+        try:
+            ids, room = self._prompt()
+        except ShoalError:
+            self.messages.pop()
+            raise
+        stream, pieces, count = TextStream(self.model.need_tokenizer(), ids), list[str](), 0
+
+        def take(piece: str) -> None:
+            pieces.append(piece)
+            show(piece)
+
+        def on_token(_row: int, token: int) -> None:
+            nonlocal count
+            count += 1
+            take(stream.push(token))
+
+        sampling, limit = self.sampling, min(self.max_new_tokens, room)
+        try:
+            generate(
+                self.model.model, [ids], max_new_tokens=limit, temperature=sampling.temperature, top_k=sampling.top_k,
+                top_p=sampling.top_p, seed=sampling.seed + len(self.messages), eot_id=self.model.end_ids,
+                known_ids=self.model.need_tokenizer().vocab_size, on_token=on_token,
+            )  # fmt: skip
+        finally:
+            take(stream.close())
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        return count < limit
+
+    def _prompt(self) -> tuple[list[int], int]:
+        """The conversation as tokens, and how many more fit."""
+        ids = self.model.need_tokenizer().encode_chat(self.template.render(self.messages))
+        context = self.model.model.shape.max_seq_len
+        if len(ids) >= context:
+            raise GenerateError(
+                f"the conversation has {len(ids)} tokens, and the model's context is {context}; /clear begins anew"
+            )
+        return ids, context - len(ids)
+
+
+def chat_in_terminal(chat: Chat, lines: TextIO, out: TextIO) -> None:
+    """Answer line by line until /exit or the end of `lines`."""
+    interactive = lines.isatty() and out.isatty()
+
+    def show(piece: str) -> None:
+        out.write(piece)
+        out.flush()
+
+    if interactive:
+        show(f"{chat.model.name}: {HELP}\n")
+    while (line := _next_line(lines, interactive)) is not None:
+        match line.strip():
+            case "":
+                continue
+            case "/exit":
+                return
+            case "/clear":
+                chat.clear()
+                continue
+            case text:
+                _answer(chat, text, show)
+    if interactive:
+        show("\n")
+
+
+def _answer(chat: Chat, text: str, show: Callable[[str], None]) -> None:
+    try:
+        ended = chat.answer(text, show)
+        show("\n" if ended else f"\n[cut at --tokens {chat.max_new_tokens}, or at the end of the context]\n")
+    except KeyboardInterrupt:
+        show("\n")
+    except ShoalError as error:
+        show(f"[{error}]\n")
+
+
+def _next_line(lines: TextIO, interactive: bool) -> str | None:
+    """None at the end, and for Ctrl-C where nothing is being said."""
+    if not interactive:
+        return lines.readline() or None
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        return None

@@ -1,0 +1,135 @@
+"""
+Tasks of lm-evaluation-harness (`lm_eval`), on a folder that it opens with its own code.
+
+The harness and transformers do all the arithmetic: a run is exported first, to a folder that is removed afterwards.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from shoal.errors import DataError, ShoalError
+from shoal.hub.find import find_model
+from shoal.infer.export import export_run
+from shoal.infer.load import Wanted, folder_dtype
+from shoal.parallel.mesh import choose_device
+
+BATCH: Final = {"cpu": 8, "cuda": 32}  # the same always: the harness' own search would be part of the result
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Which tasks, and what the harness is told of them. include_path: a folder with tasks of one's own (*.yaml)."""
+
+    names: tuple[str, ...]
+    include_path: Path | None = None
+    limit: int | None = None  # documents of each task at most
+    num_fewshot: int | None = None  # examples before each question; None: as the task says
+
+
+def run_tasks(wanted: Wanted, tasks: Tasks) -> tuple[dict[str, dict[str, float]], str]:
+    """
+    (task -> metric -> value, the harness' own table).
+
+    Raises `ShoalError` without the harness, `DataError` for a task that it does not have or whose data is not to be had.
+    """
+    lm_eval = _import()
+    manager = _task_manager(lm_eval, tasks)
+    device = choose_device(wanted.device)
+    with _folder(wanted) as folder:
+        try:
+            results = lm_eval.simple_evaluate(
+                model="hf",
+                model_args={"pretrained": str(folder), "dtype": folder_dtype(str(folder), wanted.dtype, device)},
+                tasks=list(tasks.names), task_manager=manager, num_fewshot=tasks.num_fewshot, limit=tasks.limit,
+                batch_size=BATCH[device.type], device=str(device), bootstrap_iters=0, log_samples=False,
+            )  # fmt: skip
+        except Exception as error:
+            if _is_about_data(error):
+                raise DataError(_no_data(tasks, error)) from error
+            raise
+    return _figures(results), str(lm_eval.utils.make_table(results))
+
+
+def _import() -> Any:
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
+    try:
+        import lm_eval
+        import lm_eval.tasks
+        import lm_eval.utils
+    except ImportError as error:
+        raise ShoalError(
+            f'--tasks needs lm-evaluation-harness, which is not installed ({error}): pip install "shoal[eval]"'
+        ) from error
+    return lm_eval
+
+
+def _task_manager(lm_eval: Any, tasks: Tasks) -> Any:
+    """Knows the harness' tasks and one's own. Raises `DataError` for a name that is neither."""
+    if tasks.include_path is not None and not tasks.include_path.is_dir():
+        raise DataError(f"there is no folder {tasks.include_path}; set --include-path to one with tasks (*.yaml) in it")
+    manager = lm_eval.tasks.TaskManager(include_path=None if tasks.include_path is None else str(tasks.include_path))
+    known = list(manager.all_tasks)
+    for name in tasks.names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known)
+            meant = f"; is it {' or '.join(close)}?" if close else ""
+            raise DataError(
+                f"the harness has no task {name}{meant} Set --include-path to a folder with tasks of your own"
+            )
+    return manager
+
+
+@contextmanager
+def _folder(wanted: Wanted) -> Iterator[Path]:
+    """The folder as it is, or a run as a folder for a while."""
+    if wanted.folder is not None:
+        yield find_model(wanted.folder)
+        return
+    assert wanted.target is not None
+    with tempfile.TemporaryDirectory(prefix="shoal-eval-") as parent:
+        yield export_run(wanted.runs, wanted.target, step=wanted.step, out=Path(parent) / "model")
+
+
+def _is_about_data(error: Exception) -> bool:
+    """Whether what went wrong is that a data set could not be read: datasets and its hub have errors of their own."""
+    module = type(error).__module__.partition(".")[0]
+    return isinstance(error, (OSError, ConnectionError)) or module in (
+        "datasets",
+        "huggingface_hub",
+        "requests",
+        "httpx",
+    )
+
+
+def _no_data(tasks: Tasks, error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (
+        f"the data of {', '.join(tasks.names)} could not be read: {lines[0] if lines else type(error).__name__}; fetch it "
+        "on a machine with a network and bring Hugging Face's cache along (HF_HOME), or give tasks with files of your "
+        "own (--include-path)"
+    )
+
+
+def _figures(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The numbers of each task: "acc,none" is "acc"."""
+    plain = json.loads(json.dumps(results["results"], default=str))
+    return {
+        task: {
+            name.removesuffix(",none"): value
+            for name, value in metrics.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        for task, metrics in plain.items()
+    }
