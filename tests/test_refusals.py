@@ -49,6 +49,11 @@ RULES: list[tuple[str, int, dict[str, Any], set[str]]] = [
     ("does nothing", 1, {"train__activation_budget": 0.3, "train__activation_checkpointing": "full"}, {"train.activation_checkpointing", "train.activation_budget"}),
     ("does nothing", 1, {"optim__muon_momentum": 0.5}, {"optim.name", "optim.muon_momentum"}),
     ("for CUDA", 1, {"train__dtype": "float16", "train__device": "cpu"}, {"train.dtype", "train.device"}),
+    ("cuts a model into stages", 2, {"model__family": "hf", "parallel__pp": 2}, {"model.family", "parallel.pp"}),
+    ("attention of its own", 2, {"model__family": "hf", "parallel__cp": 2}, {"model.family", "parallel.cp"}),
+    ("matrices that stand alone", 1, {"model__family": "hf", "optim__name": "muon"}, {"model.family", "optim.name"}),
+    ("around the exchanges", 2, {"model__family": "hf", "parallel__tp": 2, "train__compile": True}, {"model.family", "parallel.tp", "train.compile"}),
+    ("whole heads", 3, {"model__family": "hf", "parallel__tp": 3}, {"parallel.tp", "model.num_heads"}),
     ("float16 overflowed", 1, {"train__dtype": "float16", "optim__name": "muon"}, {"train.dtype", "optim.name"}),
 ]  # fmt: skip
 

@@ -15,6 +15,7 @@ from shoal.bench.parity import Certificate, certify
 from shoal.config import Config
 from shoal.data.open import open_data
 from shoal.metrics.console import Console
+from shoal.models.build import initial_weights
 from shoal.parallel import apply
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.randomness import Randomness
@@ -102,8 +103,8 @@ def a_wrong_ranks_initial_weights() -> Iterator[None]:
     """Every process but the first draws other initial weights, and nobody sends the first one's round."""
     plain = apply.hold
 
-    def own(part: Any, regions: Any, mesh: Mesh, seed: int, **rest: Any) -> list[Shard]:
-        return plain(part, regions, mesh, seed + mesh.place.rank, **rest)
+    def own(part: Any, regions: Any, mesh: Mesh, weights: Any, **rest: Any) -> list[Shard]:
+        return plain(part, regions, mesh, initial_weights(part, mesh.place.rank), **rest)
 
     with patch.object(apply, "hold", own):
         yield

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoal import __version__
 from shoal.checkpoint.store import CheckpointStore
@@ -201,7 +201,8 @@ def _key(shard: Shard) -> str:
 @contextlib.contextmanager
 def _products_by_quarters() -> Any:
     """Each linear layer in four products, halves of its inputs by halves of its outputs, added and rounded again."""
-    plain = Linear.forward
+    kinds: tuple[Any, ...] = (Linear, nn.Linear)  # ours, and that of transformers' models
+    plain = [kind.forward for kind in kinds]
 
     def forward(self: Linear, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
@@ -213,11 +214,13 @@ def _products_by_quarters() -> Any:
         out = torch.cat(halves, dim=-1)
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
-    Linear.forward = forward  # type: ignore[method-assign]
+    for kind in kinds:
+        kind.forward = forward
     try:
         yield
     finally:
-        Linear.forward = plain  # type: ignore[method-assign]
+        for kind, before in zip(kinds, plain, strict=True):
+            kind.forward = before
 
 
 def compare(

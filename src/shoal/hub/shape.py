@@ -228,6 +228,9 @@ def write_shape(shape: Model, base: Json | None = None) -> dict[str, Any]:
     base: the config that the model came with; what it says and we do not is kept. Raises `ModelError` where no
     type of model has this shape.
     """
+    if shape.family == "hf":
+        assert base is not None  # its shape came from one
+        return dict(base)
     name = str(base["model_type"]) if base else _type_of(shape)
     kind = MODEL_TYPES[name]
     config: dict[str, Any] = dict(base or {})

@@ -47,6 +47,13 @@ def shard(model: LanguageModel, mesh: Mesh, parallel: Parallel, leaves: Leaves |
     return ShardedGradients(model, mesh.axis("batch"), mesh.axis("shard"), leaves)
 
 
+def reshard(model: LanguageModel) -> None:
+    """Forget what a forward without a backward has gathered: it would not see that weights are loaded or changed."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _device_mesh(mesh: Mesh, *, replicas: bool) -> DeviceMesh:
     """Of the processes that a parameter is cut over and, where torch is to sum over replicas too, of those."""
     inner, outer = mesh.axis("shard"), mesh.axis("dp_replicate")

@@ -18,6 +18,7 @@ from shoal.models.hf_check import check_sight
 from shoal.optim.build import build_optimizer
 from shoal.parallel.apply import Runnable, parallelize
 from shoal.parallel.mesh import Mesh
+from shoal.parallel.shard import reshard
 from shoal.train.scaler import LossScaler
 from shoal.train.state import TrainState
 
@@ -45,6 +46,7 @@ def assemble(
             runnable.parts[0], batch=train.micro_batch, seq_len=config.data.seq_len,
             documents=config.data.document_mask, device=mesh.device,
         )  # fmt: skip
+        reshard(runnable.parts[0])
     team = mesh.axis("stage")
     optimizer = build_optimizer(runnable.shards, config.optim, team, bitwise=train.repro == "bitwise")
     scaler = LossScaler(mesh.device) if train.dtype == "float16" else None
