@@ -7,12 +7,13 @@ The harness and transformers do all the arithmetic: a run is exported first, to 
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -45,7 +46,7 @@ def run_tasks(wanted: Wanted, tasks: Tasks) -> tuple[dict[str, dict[str, float]]
     lm_eval = _import()
     manager = _task_manager(lm_eval, tasks)
     device = choose_device(wanted.device)
-    with _folder(wanted) as folder:
+    with _folder(wanted) as folder, _quietly():
         try:
             results = lm_eval.simple_evaluate(
                 model="hf",
@@ -61,8 +62,6 @@ def run_tasks(wanted: Wanted, tasks: Tasks) -> tuple[dict[str, dict[str, float]]
 
 
 def _import() -> Any:
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
     try:
         import lm_eval
@@ -84,9 +83,9 @@ def _task_manager(lm_eval: Any, tasks: Tasks) -> Any:
     for name in tasks.names:
         if name not in known:
             close = difflib.get_close_matches(name, known)
-            meant = f"; is it {' or '.join(close)}?" if close else ""
+            meant = f", but {', '.join(close)}" if close else ""
             raise DataError(
-                f"the harness has no task {name}{meant} Set --include-path to a folder with tasks of your own"
+                f"the harness has no task {name}{meant}; set --include-path to a folder with tasks of your own"
             )
     return manager
 
@@ -100,6 +99,16 @@ def _folder(wanted: Wanted) -> Iterator[Path]:
     assert wanted.target is not None
     with tempfile.TemporaryDirectory(prefix="shoal-eval-") as parent:
         yield export_run(wanted.runs, wanted.target, step=wanted.step, out=Path(parent) / "model")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The harness' bars are for a terminal."""
+    if sys.stderr.isatty():
+        yield
+        return
+    with redirect_stderr(io.StringIO()):
+        yield
 
 
 def _is_about_data(error: Exception) -> bool:

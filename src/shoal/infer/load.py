@@ -20,6 +20,7 @@ from shoal.infer.target import find_checkpoint
 from shoal.models.attention import CPU_HAS_TILES
 from shoal.models.build import build_model, materialize
 from shoal.models.family import LanguageModel
+from shoal.models.layers import Linear
 from shoal.parallel.mesh import check_dtype, choose_device, has_bfloat16
 from shoal.train.assemble import DTYPES, folder_weights
 
@@ -92,6 +93,7 @@ class Wanted:
         run = load_run(self.runs, self.target, step=self.step, device=self.device, dtype=self.dtype)
         for parameter in run.model.parameters():  # cast once, and not at each use
             parameter.data = parameter.data.to(run.model.compute_dtype)
+        lay_out(run.model)
         return run
 
 
@@ -132,11 +134,24 @@ def load_folder(name: str, *, family: str | None = None, device: str, dtype: str
     model = build_model(Model(**values), compute_dtype=DTYPES[chosen])
     model.to(DTYPES[chosen])  # on meta: the weights are read into the dtype they are used in, not cast at each use
     materialize(model, folder_weights(model, name), place)
+    lay_out(model)
     tokenizer = load_tokenizer(tokens_from) if tokens_from else None
     return LoadedModel(
         name=name, model=model.eval(), tokenizer=tokenizer, device=place, files=folder.path,
         end_ids=_end_ids(folder.path, tokenizer),
     )  # fmt: skip
+
+
+def lay_out(model: LanguageModel) -> None:
+    """
+    Turn the matrices of a model on a CPU in memory, inputs first: the same numbers, multiplied faster by few rows.
+
+    Seen in float32 with 4 to 32 rows: 1.2 to 2 times as fast, and as fast with one row and with many. In bfloat16 one
+    row would be slower, so that those stay as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear) and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+            module.weight.data = module.weight.data.t().contiguous().t()
 
 
 def folder_dtype(name: str, wanted: str, device: torch.device) -> str:
