@@ -41,6 +41,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "max_position_embeddings": 64, "dropout": 0.0, "word_embed_proj_dim": 48, "bos_token_id": 1, "eos_token_id": 2,
         "pad_token_id": 0,
     }),  # makes its mask without positions
+    "openai-gpt": ("openai-gpt", {
+        "vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    }),  # knows neither a cache nor bfloat16
     "bert": ("bert", COMMON),  # sees what comes later
 }  # fmt: skip
 FAMILIES = ("gemma2", "gpt_neox", "phi", "olmo2", "stablelm", "cohere", "qwen3", "llama", "gpt2")

@@ -19,6 +19,7 @@ from shoal.infer.generate import generate
 from shoal.models.build import build_model, materialize
 from shoal.models.hf import HuggingFaceModel
 from shoal.models.hf_check import check_sight
+from shoal.models.hf_open import attention_of, faster_attention_of
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.optim.schedule import learning_rate
 from shoal.parallel.recompute import checkpointed, compile_forward
@@ -95,10 +96,8 @@ def test_what_is_written_is_the_same_with_and_without_a_cache_and_beside_others(
     assert expected[0, 12:].tolist() == with_cache[1]
 
 
-def test_a_family_without_a_cache_computes_all_tokens_again(tmp_path: Path) -> None:
-    options = {"vocab_size": hf_small.VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    hf_small.CONFIGS["openai-gpt"] = ("openai-gpt", options)
-    model = ours(hf_small.save("openai-gpt", tmp_path / "gpt"))
+def test_a_family_without_a_cache_computes_all_tokens_again(folders: Folders) -> None:
+    model = ours(folders("openai-gpt"))
     prompt = tokens_of(5, 1)[0].tolist()
     assert generate(model, [prompt], max_new_tokens=6) == generate(model, [prompt], max_new_tokens=6, use_cache=False)
 
@@ -224,6 +223,18 @@ def test_flops_of_a_native_shape_are_the_same_either_way(folders: Folders, tmp_p
     assert why_no_flops(windows, 32) is None
 
 
+def test_flash_attention_is_for_what_torch_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    capped = type("Capped", (), {"_supports_sdpa": False, "_supports_flash_attn": True})
+    plain = type("Plain", (), {"_supports_sdpa": True, "_supports_flash_attn": True})
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert faster_attention_of(capped, cuda, torch.bfloat16) == "flash_attention_2"
+    assert faster_attention_of(plain, cuda, torch.bfloat16) is None
+    assert faster_attention_of(capped, cuda, torch.float32) is None
+    assert faster_attention_of(capped, cpu, torch.bfloat16) is None
+    assert (attention_of(capped), attention_of(plain)) == ("eager", "sdpa")
+
+
 # --- what is refused ---------------------------------------------------------------------------------------------
 
 
@@ -305,6 +316,12 @@ def test_a_family_that_does_not_keep_documents_apart_is_refused_with_a_document_
     with pytest.raises(ModelError, match=r"set data\.document_mask to false"):
         check_sight(ours(folders("opt"), dtype), documents=True, **options)
     check_sight(ours(folders("gemma2"), dtype), documents=True, **options)
+
+
+def test_a_family_whose_code_keeps_to_float32_is_refused_in_bfloat16(folders: Folders) -> None:
+    model = ours(folders("openai-gpt"), torch.bfloat16)
+    with pytest.raises(ModelError, match=r"set train\.dtype to float32"):
+        check_sight(model, batch=2, seq_len=16, documents=False, device=torch.device("cpu"))
 
 
 def test_weights_of_another_model_are_named(folders: Folders, tmp_path: Path) -> None:

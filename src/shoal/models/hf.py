@@ -25,7 +25,7 @@ from shoal.errors import ModelError
 from shoal.models.casting import cast_output, cast_while_running
 from shoal.models.family import Initial, LanguageModel, TensorParallelStyle
 from shoal.models.hf_head import Head
-from shoal.models.hf_open import open_causal_lm
+from shoal.models.hf_open import attention_of, faster_attention_of, open_causal_lm
 from shoal.models.hf_plan import read_plan
 
 
@@ -95,6 +95,7 @@ class HuggingFaceModel(LanguageModel):
             self.__dict__[registry] = causal_lm.__dict__[registry]
         takes = inspect.signature(type(decoder).forward).parameters
         self.takes_positions = "position_ids" in takes
+        self._attention: tuple[str, str | None] = (attention_of(type(causal_lm)), None)  # usual; without documents
         self._cast()
 
     # --- what other rooms look for -------------------------------------------------------------------------
@@ -125,6 +126,8 @@ class HuggingFaceModel(LanguageModel):
     def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
         """As `nn.Module.to_empty`; but buffers keep their values, and tied parameters stay one."""
         super().to_empty(device=device, recurse=recurse)
+        faster = faster_attention_of(type(self._theirs.causal_lm), torch.device(device), self.compute_dtype)
+        self._attention = (self._attention[0], faster)
         for name, value in self._theirs.buffers.items():
             owner, leaf = self._owner(name)
             owner._buffers[leaf] = value.to(device, copy=True)
@@ -145,6 +148,9 @@ class HuggingFaceModel(LanguageModel):
         """As `LanguageModel.forward`. Positions of packed documents start anew with each."""
         theirs = self._theirs
         self._follow(tokens_BT.device)
+        usual, faster = self._attention
+        if faster is not None:
+            theirs.causal_lm.config._attn_implementation = faster if document_ids_BT is None else usual
         given: dict[str, Any] = {"input_ids": tokens_BT, "use_cache": False}
         if cache is not None:
             given |= self._from_cache(cache, tokens_BT, document_ids_BT)

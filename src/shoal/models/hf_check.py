@@ -35,7 +35,7 @@ def check_sight(model: LanguageModel, *, batch: int, seq_len: int, documents: bo
     training = model.training
     model.train(False)
     try:
-        alone = model(torch.cat([second, first], 1))[:, :half]
+        alone = _first_forward(model, torch.cat([second, first], 1))[:, :half]
         if _differ(alone, model(torch.cat([second, third], 1))[:, :half]) > SAME:
             raise ModelError(
                 f"{model.shape.from_} is not causal: what a token gives depends on later ones; it cannot be trained to "
@@ -45,6 +45,19 @@ def check_sight(model: LanguageModel, *, batch: int, seq_len: int, documents: bo
             _check_documents(model, first, second, third, alone)
     finally:
         model.train(training)
+
+
+def _first_forward(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """Raises `ModelError` where the family's code mixes float32 of its own with the compute dtype."""
+    try:
+        hidden: Tensor = model(tokens)
+    except RuntimeError as error:
+        if "dtype" not in str(error) or model.compute_dtype == torch.float32:
+            raise
+        raise ModelError(
+            f"the code of {model.shape.from_} does not run in {model.compute_dtype} ({error}); set train.dtype to float32"
+        ) from error
+    return hidden
 
 
 def _check_documents(model: LanguageModel, first: Tensor, second: Tensor, third: Tensor, alone: Tensor) -> None:

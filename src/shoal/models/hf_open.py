@@ -8,6 +8,7 @@ nothing in a file could bring them back.
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,13 +51,30 @@ def open_causal_lm(shape: Model) -> tuple[Any, dict[str, str]]:
     if kind is None:
         raise ModelError(f"{folder.path} is a {config.model_type}, which transformers has no causal language model for")
     kind = kind[0] if isinstance(kind, tuple) else kind
-    attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
     with _parameters_on_meta():
         model = transformers.AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+            config, dtype=torch.float32, attn_implementation=attention_of(kind), trust_remote_code=False
         )
     _load_buffers(model, folder)
     return model.requires_grad_(True), _other_names(model, folder)
+
+
+def attention_of(kind: Any) -> str:
+    """Torch's own attention, which picks a fused kernel; products and a softmax where scores are capped."""
+    return "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
+
+
+def faster_attention_of(kind: Any, device: torch.device, dtype: torch.dtype) -> str | None:
+    """
+    The FlashAttention library where it is installed and torch's own attention cannot do what the class asks for.
+
+    It keeps packed documents apart in a batch of one row only: not for those.
+    """
+    installed: Any = importlib.import_module("transformers.utils").is_flash_attn_2_available
+    fits = device.type == "cuda" and dtype != torch.float32 and getattr(kind, "_supports_flash_attn", False)
+    if not fits or attention_of(kind) == "sdpa" or not installed():
+        return None
+    return "flash_attention_2"
 
 
 def _read_config(transformers: Any, folder: ModelFolder) -> Any:
