@@ -1,0 +1,129 @@
+"""`shoal eval` and `shoal generate` on a folder and on a run, and what they say to what cannot be."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from shoal.cli import _run
+from shoal.errors import ShoalError
+from shoal.infer.load import load_folder
+from shoal.infer.score import score
+
+from ..cli.commands import Place
+from ..hub.small import save
+from .folders import talker
+
+TEXT = "A text that nobody here was trained on: größer, 漢字.\n" * 4
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models, a text and a finished run."""
+    folder = tmp_path_factory.mktemp("place")
+    talker(folder / "talker")
+    talker(folder / "begins", bos=True)
+    save("llama", folder / "mute")
+    (folder / "mute" / "tokenizer.json").unlink()
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "empty.txt").write_text("")
+    (folder / "bytes.bin").write_bytes(b"\xff\xfe\x00")
+    place = Place(folder)
+    place.good("train", "recipe.yaml", "--name", "done", "--processes", "1", "--train.steps", "4")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()
+    assert _run(list(arguments)) == 0
+    return capsys.readouterr().out
+
+
+def test_a_text_is_scored_with_its_windows_stated(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("eval", "--model.from", "talker", "--text", "text.txt", "--context", "32", "--stride", "8")
+    record = json.loads(said(capsys, *arguments, "--dtype", "float32", "--json"))
+    model = load_folder("talker", device="cpu", dtype="float32")
+    result = score(model.model, model.need_tokenizer().encode(TEXT), context=32, stride=8)
+    assert record["tokens"] == result.tokens == len(TEXT.encode()) - 1
+    assert record["bytes"] == len(TEXT.encode())
+    assert (record["context"], record["stride"], record["windows"]) == (32, 8, result.windows)
+    assert record["nats_per_token"] == pytest.approx(result.nats_per_token, rel=1e-6)
+    assert record["perplexity"] == pytest.approx(math.exp(record["nats_per_token"]))
+    assert record["bits_per_byte"] == pytest.approx(result.nats / math.log(2) / len(TEXT.encode()), rel=1e-6)
+    text = said(capsys, *arguments)
+    assert f"{record['bits_per_byte']:.4f}" in text
+    assert "windows of 32 tokens, each 8 on" in text
+
+
+def test_what_begins_a_document_stands_first_and_then_all_is_scored(capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads(said(capsys, "eval", "--model.from", "begins", "--text", "text.txt", "--json"))
+    assert record["tokens"] == len(TEXT.encode())
+    assert record["context"] == 128
+    assert record["stride"] == 64
+
+
+def test_a_run_is_scored_on_a_text_or_on_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    of_text = json.loads(said(capsys, "eval", "done", "--text", "text.txt", "--json"))
+    assert of_text["step"] == 4
+    assert of_text["bytes"] == len(TEXT.encode())
+    own = json.loads(said(capsys, "eval", "done", "--json"))
+    assert own["step"] == 4
+    assert "xz_bits_per_byte" in own
+
+
+def test_folder_and_run_write(capsys: pytest.CaptureFixture[str]) -> None:
+    one = said(capsys, "generate", "--model.from", "talker", "--prompt", "größe", "--temperature", "0", "--tokens", "9")
+    both = said(
+        capsys, "generate", "--model.from", "talker", "--prompt", "größe", "--prompt", "b", "--temperature", "0",
+        "--tokens", "9",
+    )  # fmt: skip
+    assert one.startswith("größe")
+    assert both.startswith(one + "-" * 40 + "\nb")
+    assert said(capsys, "generate", "done", "--prompt", "ab", "--tokens", "0") == "ab\n"
+
+
+def test_rows_without_a_token_are_never_written(capsys: pytest.CaptureFixture[str]) -> None:
+    """272 rows and 259 tokens: a token of the rest would have no text, and come out as nothing."""
+    text = said(capsys, "generate", "--model.from", "talker", "--prompt", "a", "--temperature", "50", "--tokens", "120")
+    assert len(text.encode("utf-8")) > 100
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["eval"], "Give a RUN, or --model.from DIR"),
+        (["eval", "done", "--model.from", "talker"], "they are two models"),
+        (["eval", "--model.from", "talker"], "--text FILE, or --tasks"),
+        (["eval", "--model.from", "nowhere", "--text", "text.txt"], "no folder nowhere"),
+        (["eval", "--model.from", "mute", "--text", "text.txt"], "mute has no tokenizer"),
+        (["eval", "--model.from", "talker", "--text", "empty.txt"], "empty.txt is empty"),
+        (["eval", "--model.from", "talker", "--text", "bytes.bin"], "bytes.bin is no UTF-8"),
+        (["eval", "--model.from", "talker", "--text", "no.txt"], "cannot read no.txt"),
+        (["eval", "--model.from", "talker", "--text", "text.txt", "--stride", "200"], "--stride is 200"),
+        (["eval", "--model.from", "talker", "--text", "text.txt", "--context", "200"], "--context is 200"),
+        (["eval", "done", "--stride", "2"], "--stride does nothing without --text"),
+        (["eval", "done", "--limit", "2"], "--limit does nothing without --tasks"),
+        (["eval", "done", "--step", "3", "--text", "text.txt"], "no checkpoint of step 3"),
+        (["eval", "gone", "--text", "text.txt"], "is no run"),
+        (["generate", "--model.from", "talker"], "needs --prompt TEXT, or --chat"),
+        (["generate", "--model.from", "talker", "--chat", "--prompt", "a"], "not both"),
+        (["generate", "--model.from", "talker", "--prompt", "a", "--system", "b"], "--system does nothing"),
+        (["generate", "--model.from", "talker", "--prompt", ""], "empty --prompt"),
+        (["generate", "--model.from", "mute", "--prompt", "a"], "mute has no tokenizer"),
+        (["generate", "done", "--chat"], "has no chat template"),
+        (["generate", "done", "--prompt", "a", "--model.family", "hf"], "--model.family hf"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_what_cannot_be_is_said(arguments: list[str], says: str) -> None:
+    with pytest.raises(ShoalError) as caught:
+        _run(arguments)
+    assert says in str(caught.value)
