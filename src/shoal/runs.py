@@ -6,7 +6,8 @@ runs/NAME/
   tokenizer.json  how its text became ids    events.jsonl    starts, saves, stops
   checkpoints/    see checkpoint/store.py    lock            who trains it now
   samples/        what it wrote when it ended
-  source/         what came beside the weights it started from, where it started from a folder
+  source/         what came beside the weights, where it started from a folder
+  tokenizer/      all files of its tokenizer, where that is another folder
 """
 
 from __future__ import annotations
@@ -62,6 +63,22 @@ class RunFolder:
     @property
     def source(self) -> Path:
         return self.path / "source"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
+    def tokenizer_files(self) -> Path | None:
+        """The folder with what its tokenizer came with (its chat template among it); None for one of our own."""
+        return next(
+            (
+                p
+                for p in (self.tokenizer, self.source)
+                if (p / "tokenizer.json").is_file() or (p / "tokenizer.model").is_file()
+            ),
+            None,
+        )
 
     @property
     def samples(self) -> Path:

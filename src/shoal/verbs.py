@@ -43,7 +43,7 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     folder.lock()
     from shoal.data.open import open_data
 
-    open_data(config.data, Console())
+    open_data(config.data, Console(), rows=config.model.vocab_size)
     return launch(config, [*argv, *_settled(config)], progress=folder.last_step)
 
 
@@ -89,7 +89,7 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     certificate.unlink(missing_ok=True)
     from shoal.data.open import open_data
 
-    open_data(config.data, Console())
+    open_data(config.data, Console(), rows=config.model.vocab_size)
     code = launch(config, [*argv, *_settled(config)], progress=lambda: None)
     if code != 0 or not certificate.is_file():
         return code or 1

@@ -41,7 +41,7 @@ def config_of(folder: Path, work: Path, name: str, **parallel: Any) -> Config:
     config = resolve(
         None,
         [
-            ("model.from", str(folder), "here"), ("data.tokenizer", str(folder / "tokenizer.json"), "here"), ("data.corpus", "dummy", "here"), ("data.dummy_documents", "200", "here"),
+            ("model.from", str(folder), "here"), ("data.corpus", "dummy", "here"), ("data.dummy_documents", "200", "here"),
             ("data.seq_len", "48", "here"), ("data.folder", str(work / "data"), "here"), ("train.steps", str(STEPS), "here"),
             ("train.global_batch", "4", "here"), ("train.micro_batch", "2", "here"), ("train.dtype", "float32", "here"),
             ("optim.lr", "1e-3", "here"), ("optim.schedule", "constant", "here"), ("metrics.peak_tflops", "1", "here"),
@@ -151,7 +151,6 @@ def test_what_was_not_trained_comes_out_bit_for_bit(tmp_path: Path, kind: str, d
         None,
         [
             ("model.from", str(out), "here"),
-            ("data.tokenizer", "bytes", ""),
             ("train.steps", "1", "here"),
             ("data.seq_len", "48", ""),
         ],

@@ -103,15 +103,19 @@ class Prepared:
         return np.full(self.vocab_size, counts.text_bytes / counts.tokens)
 
 
-def prepare(data: Data, progress: Progress = no_progress) -> Prepared:
+def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = None) -> Prepared:
     """
     Make the tokens that `data` asks for, or find them made; of several processes one works, the others wait.
 
     Killed at any moment, the next call goes on after the last finished shard, to the same bytes.
     `data.rebuild` makes them anew, unless every byte is there and of this very corpus: that several processes
-    ask for it, or one asks twice, is the same as once. Raises DataError.
+    ask for it, or one asks twice, is the same as once. `rows`, where they are known, are those of the model: a
+    tokenizer that has more tokens is refused before anything is read. Raises DataError.
     """
-    options = token_options(data)
+    given = None if data.tokenizer == "bpe" else tokenize.load_tokenizer(data.tokenizer)
+    if given is not None and rows is not None:
+        given.check_rows(rows)
+    options = token_options(data, given)
     folder = Path(data.folder).expanduser() / folder_name(data, options)
     if not data.rebuild and (folder / MANIFEST).exists():  # also where the folder is not ours to write
         return _open_checked(folder, data)
@@ -122,7 +126,7 @@ def prepare(data: Data, progress: Progress = no_progress) -> Prepared:
                 return _open_checked(folder, data)
             if not _is_current(folder, data):
                 clear(folder)
-        notes = [] if (folder / MANIFEST).exists() else _build(folder, data, options, progress)
+        notes = [] if (folder / MANIFEST).exists() else _build(folder, data, given, options, progress)
     return open_prepared(folder, notes)
 
 
@@ -163,7 +167,7 @@ def held_out_text(prepared: Prepared) -> bytes:
     return text
 
 
-def token_options(data: Data) -> dict[str, Any]:
+def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Everything the tokens depend on but the corpus's content; rows and their order do not belong here."""
     options: dict[str, Any] = {"format": FORMAT, "corpus": data.corpus, "val_fraction": data.val_fraction}
     options["shard_tokens"] = data.shard_tokens
@@ -176,10 +180,9 @@ def token_options(data: Data) -> dict[str, Any]:
             options |= {"paths": list(data.paths), "text_key": data.text_key}
         case "dummy":
             options["dummy_documents"] = data.dummy_documents
-    if data.tokenizer == "bpe":
+    if tokenizer is None:  # one is trained
         options["bpe"] = [tokenize.PATTERN_VERSION, data.tokenizer_vocab_size, data.tokenizer_sample_bytes]
     else:
-        tokenizer = tokenize.load_tokenizer(data.tokenizer)
         options["tokenizer"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
         if tokenizer.bos_id is not None:
             options["bos"] = tokenizer.bos_id
@@ -218,7 +221,7 @@ def _is_current(folder: Path, data: Data) -> bool:
         return False
 
 
-def _build(folder: Path, data: Data, options: dict[str, Any], progress: Progress) -> list[str]:
+def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str, Any], progress: Progress) -> list[str]:
     """The story of preparing, under the lock. Returns what the user should know."""
     corpus = open_corpus(data)
     listing = corpus.listing()
@@ -226,7 +229,7 @@ def _build(folder: Path, data: Data, options: dict[str, Any], progress: Progress
     journal = _go_on_or_start(folder, options, listing)
     _check_space(folder, data, listing)
     split = choose_split(corpus, data.val_fraction, ticks.of("reading"))
-    tokenizer = _tokenizer(folder, data, corpus, split, ticks)
+    tokenizer = _tokenizer(folder, data, given, corpus, split, ticks)
     note = write_shards(folder, corpus, split, tokenizer, data.shard_tokens, journal, ticks.of("tokens"))
     if corpus.listing() != listing:
         raise DataError("the corpus changed while it was read; start again when it is still")
@@ -246,11 +249,13 @@ def _go_on_or_start(folder: Path, options: dict[str, Any], listing: list[Entry])
     return journal
 
 
-def _tokenizer(folder: Path, data: Data, corpus: Corpus, split: Split, ticks: _Ticks) -> Tokenizer:
-    """The one an interrupted preparation left, the one that is named, or one trained now."""
+def _tokenizer(
+    folder: Path, data: Data, given: Tokenizer | None, corpus: Corpus, split: Split, ticks: _Ticks
+) -> Tokenizer:
+    """The one that was given, the one an interrupted preparation left, or one trained now."""
     path = folder / TOKENIZER
-    if data.tokenizer != "bpe":
-        tokenizer = tokenize.load_tokenizer(data.tokenizer)
+    if given is not None:
+        tokenizer = given
     elif path.exists():
         return tokenize.parse_tokenizer(path.read_text("utf-8"), str(path))
     else:

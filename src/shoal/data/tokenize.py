@@ -230,6 +230,14 @@ def load_tokenizer(spec: str) -> Tokenizer:
     return _with_ends(tokenizer, spec)
 
 
+def tokenizer_folder(spec: str) -> Path | None:
+    """The folder that `spec` names; None for what is no folder."""
+    if spec in ("bpe", "bytes") or spec.startswith(TIKTOKEN):
+        return None
+    path = _find(spec)
+    return path if path.is_dir() else None
+
+
 def _find(spec: str) -> Path:
     path = Path(spec).expanduser()
     if path.exists():

@@ -10,26 +10,23 @@ from shoal.disk import sync_folder
 from shoal.hub.folder import CONFIG
 
 GENERATION: Final = "generation_config.json"
-# Any of these and a tokenizer is there; all that are there belong to it.
 TOKENIZER: Final = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tekken.json",
+    GENERATION,  # names tokens
 )  # fmt: skip
 LICENSES: Final = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
+OF_MODEL: Final = (CONFIG, *LICENSES)
 
 
-def keep_beside(folder: Path, copy: Path) -> None:
-    """
-    Copy what a model came with, but for its weights, so that an export needs the folder no more.
-
-    A copy that was made before stands.
-    """
+def keep(folder: Path, names: tuple[str, ...], copy: Path) -> None:
+    """Copy those of `names` that `folder` has, so that an export needs it no more. A copy made before stands."""
     if copy.is_dir():
         return
     aside = copy.with_name(f".{copy.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    copy_files(folder, aside, (CONFIG, GENERATION, *TOKENIZER, *LICENSES))
+    copy_files(folder, aside, names)
     sync_folder(aside)
     aside.rename(copy)
 

@@ -84,8 +84,8 @@ def export_run(
         verify(saved.folder)
         _write_weights(aside, saved, config.model.family, shapes, [names for names, _ in shards], DTYPES[kind], console)
         tokenizer = load_tokenizer(str(folder.tokenizer_file))
-        described = _write_config(aside, config.model, source, tokenizer, DTYPES[kind])
-        _write_tokenizer(aside, config.model, source, tokenizer)
+        described = _write_config(aside, config.model, folder, source, tokenizer, DTYPES[kind])
+        _write_tokenizer(aside, config.model, folder, tokenizer)
         facts = _facts(folder, saved, described, shapes, DTYPES[kind], license)
         _write(aside / "README.md", model_card(config, facts))
         ModelFolder.open(aside)  # what others will open: every tensor in a whole file
@@ -173,29 +173,29 @@ def _write_weights(
 
 
 def _write_config(
-    aside: Path, model: Model, source: Source | None, tokenizer: Tokenizer, dtype: torch.dtype
+    aside: Path, model: Model, folder: RunFolder, source: Source | None, tokenizer: Tokenizer, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """`config.json` and `generation_config.json`; the first is given back."""
+    """`config.json`, which is given back, and the licences that the weights came with."""
     config = write_shape(resolve_shape(model), source.config if source else None)
     config.pop("torch_dtype", None)
     config["dtype" if source and "dtype" in source.config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-    tokens = {"eos_token_id": tokenizer.eot_id, "bos_token_id": tokenizer.bos_id}
-    if source is None:
-        config |= tokens
+    if source is None or folder.tokenizer_files != source.folder:  # it names tokens of another tokenizer
+        config |= _ends(tokenizer)
+    if source is not None:
+        copy_files(source.folder, aside, LICENSES)
     _write(aside / CONFIG, _json(config))
-    if source is None or not copy_files(source.folder, aside, (GENERATION,)):
-        ids = {key: config.get(key, value) for key, value in tokens.items()}
-        _write(aside / GENERATION, _json({key: value for key, value in ids.items() if value is not None}))
     return config
 
 
-def _write_tokenizer(aside: Path, model: Model, source: Source | None, tokenizer: Tokenizer) -> None:
-    """The files it came with, where the run kept to them; else its own."""
-    if source is not None:
-        copy_files(source.folder, aside, LICENSES)
-        if _is_of(source.folder, tokenizer):
-            copy_files(source.folder, aside, TOKENIZER)
-            return
+def _ends(tokenizer: Tokenizer) -> dict[str, int | None]:
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eot_id}
+
+
+def _write_tokenizer(aside: Path, model: Model, folder: RunFolder, tokenizer: Tokenizer) -> None:
+    """All files that it came with, its chat template among them; or one of our own and what others need to know of it."""
+    if folder.tokenizer_files is not None:
+        copy_files(folder.tokenizer_files, aside, TOKENIZER)
+        return
     _write(aside / "tokenizer.json", tokenizer.to_json())
     special = {"eos_token": tokenizer.decode([tokenizer.eot_id])}
     if tokenizer.bos_id is not None:
@@ -205,12 +205,7 @@ def _write_tokenizer(aside: Path, model: Model, source: Source | None, tokenizer
         "clean_up_tokenization_spaces": False,
     }  # fmt: skip
     _write(aside / "tokenizer_config.json", _json(described))
-
-
-def _is_of(folder: Path, tokenizer: Tokenizer) -> bool:
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        return False
-    return load_tokenizer(str(folder)).to_json() == tokenizer.to_json()
+    _write(aside / GENERATION, _json({key: value for key, value in _ends(tokenizer).items() if value is not None}))
 
 
 def _facts(

@@ -112,7 +112,7 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: s
     model = build_model(config.model, compute_dtype=DTYPES[chosen])
     state = load_model(saved, model, place)
     tokenizer = load_tokenizer(str(folder.tokenizer_file))
-    files = folder.source if _is_of(folder.source, tokenizer) else None
+    files = folder.tokenizer_files
     return LoadedRun(
         name=target, model=model.eval(), tokenizer=tokenizer, device=place, config=config, step=int(state["step"]),
         data_id=state["data_id"], files=files, end_ids=_end_ids(files, tokenizer),
@@ -174,12 +174,6 @@ def _check_dtype(dtype: str, device: torch.device) -> None:
         check_dtype(dtype, device)
     except LaunchError as error:
         raise LaunchError(str(error).replace("train.dtype", "--dtype")) from None
-
-
-def _is_of(files: Path, tokenizer: Tokenizer) -> bool:
-    """Whether a run kept to the tokenizer of the folder it started from: else the files' ids are other tokens."""
-    has_one = any((files / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    return has_one and load_tokenizer(str(files)).to_json() == tokenizer.to_json()
 
 
 def _end_ids(files: Path | None, tokenizer: Tokenizer | None) -> frozenset[int]:

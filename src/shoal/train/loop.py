@@ -18,10 +18,11 @@ from shoal.config import Config, Train
 from shoal.data.loader import Batch, Loader
 from shoal.data.open import open_data
 from shoal.data.prepare import Prepared
+from shoal.data.tokenize import tokenizer_folder
 from shoal.errors import CheckpointError, RunError
 from shoal.fault.health import check_finite
 from shoal.fault.signals import StopRequest
-from shoal.hub.beside import keep_beside
+from shoal.hub.beside import OF_MODEL, TOKENIZER, keep
 from shoal.hub.find import find_model
 from shoal.launch.place import LOCKED_BY
 from shoal.metrics.console import Console
@@ -325,6 +326,10 @@ def write_run_files(folder: RunFolder, config: Config, prepared: Prepared, step:
     """The config and the tokenizer; and no metrics of steps that are taken again."""
     forget_after(folder.metrics_file, step)
     folder.save_config(config)
-    if config.model.from_ is not None:
-        keep_beside(find_model(config.model.from_), folder.source)
+    origin = None if config.model.from_ is None else find_model(config.model.from_)
+    tokenizer = tokenizer_folder(config.data.tokenizer)
+    if origin is not None:
+        keep(origin, OF_MODEL if tokenizer != origin else (*OF_MODEL, *TOKENIZER), folder.source)
+    if tokenizer is not None and tokenizer != origin:
+        keep(tokenizer, TOKENIZER, folder.tokenizer)
     shutil.copyfile(prepared.folder / "tokenizer.json", folder.tokenizer_file)
