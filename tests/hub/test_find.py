@@ -54,7 +54,7 @@ def test_the_cache_of_hugging_face(home: Path, monkeypatch: pytest.MonkeyPatch, 
     refused("org/tiny", "shoal fetch model org/tiny")
     snapshot = make(cached / "snapshots" / "abc")
     assert find_model("org/tiny") == snapshot
-    refused("org/tinny", "is it org/tiny\\?")
+    refused("org/tinny", "Did you mean org/tiny\\?")
     (snapshot / "model.safetensors").unlink()  # only a tokenizer was taken from it
     refused("org/tiny", "shoal fetch model org/tiny")
     (cached / "refs" / "main").write_text("../../../..")
@@ -80,7 +80,7 @@ def test_a_misspelt_name_is_recognized(home: Path) -> None:
     make(home / "models" / "HuggingFaceTB" / "SmolLM2-135M")
     make(home / "models" / ".half.partial")
     for name in ("SmolLM2-135M", "smollm2-135m", "HuggingFaceTB/SmolLM-135M", "huggingface/SmolLM2-135M"):
-        refused(name, "is it HuggingFaceTB/SmolLM2-135M\\?")
+        refused(name, "Did you mean HuggingFaceTB/SmolLM2-135M\\?")
     assert "is it" not in refused("gpt2", "shoal fetch model gpt2")
     assert "partial" not in refused("halv", "shoal fetch model halv")
     refused("half", "models/half is not all there yet; shoal fetch model half goes on with it")

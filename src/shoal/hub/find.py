@@ -73,7 +73,7 @@ def _whole(folder: Path) -> Path:
 
 def _refuse(name: str) -> Path:
     close = close_names(name)
-    meant = f"; is it {' or '.join(close)}?" if close else ""
+    meant = f". Did you mean {' or '.join(close)}?" if close else ""
     if not could_be_on_a_hub(name):
         raise ModelError(f"there is no folder {name}{meant}")
     folder = MODELS / name
@@ -82,7 +82,7 @@ def _refuse(name: str) -> Path:
             f"{folder} is not all there yet; {fetch_command(name, folder)} goes on with it, or waits for who does"
         )
     raise ModelError(
-        f"there is no folder {name} and no {folder}{meant}; {fetch_command(name, folder)} gets it; {by_hand(name, folder)}"
+        f"there is no folder {name} and no {folder}{meant or ';'} {fetch_command(name, folder)} gets it; {by_hand(name, folder)}"
     )
 
 
