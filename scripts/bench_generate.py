@@ -6,7 +6,8 @@ Greedy generation with the cache, beside `transformers.generate` on the same wei
 
 Random weights; prompts of 64 tokens (in rows "unequal": 33 to 64, padded on the left), 128 new tokens. Both take the
 same prompts in turn; a ratio is the median over neighbouring pairs, so that a machine whose speed drifts does not
-decide it. In float32 both must give the same tokens.
+decide it. On a machine that others use, OMP_NUM_THREADS=1 with --clock cpu counts what this process alone computed. In
+float32 both must give the same tokens.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-124M": {"model_type": "gpt2", "vocab_size": 50257, "bos_token_id": 0, "eos_token_id": 0},
 }  # fmt: skip
 PROMPT, NEW = 64, 128
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def make_folder(shape: str, parent: Path) -> Path:
@@ -71,13 +73,15 @@ def theirs_of(model: Any, prompts: list[list[int]]) -> Callable[[], list[list[in
     return run
 
 
-def timed(run: Callable[[], list[list[int]]]) -> tuple[float, list[list[int]]]:
-    begun = time.perf_counter()
+def timed(run: Callable[[], list[list[int]]], clock: Callable[[], float]) -> tuple[float, list[list[int]]]:
+    begun = clock()
     tokens = run()
-    return time.perf_counter() - begun, tokens
+    return clock() - begun, tokens
 
 
-def compare(folder: Path, dtype: str, batch: int, unequal: bool, pairs: int) -> tuple[float, float, float, int]:
+def compare(
+    folder: Path, dtype: str, batch: int, unequal: bool, pairs: int, clock: Callable[[], float]
+) -> tuple[float, float, float, int]:
     """(our tokens/s, theirs, median ratio, tokens that differ)"""
     ours = load_folder(str(folder), device="cpu", dtype=dtype).model
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
@@ -89,7 +93,7 @@ def compare(folder: Path, dtype: str, batch: int, unequal: bool, pairs: int) -> 
     different = 0
     for pair in range(pairs):
         order = (0, 1) if pair % 2 == 0 else (1, 0)
-        both = {who: timed(runs[who]) for who in order}
+        both = {who: timed(runs[who], clock) for who in order}
         seconds.append((both[0][0], both[1][0]))
         rows = zip(both[0][1], both[1][1], strict=True)
         different = sum(a != b for mine, other in rows for a, b in zip(mine, other, strict=True))
@@ -106,9 +110,15 @@ def main() -> None:
         "--batches", nargs="+", default=["1", "16", "16-unequal"], help="rows; N-unequal: unequal prompts"
     )
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: the processor time of this process")
     args = parser.parse_args()
+    if args.clock == "cpu" and torch.get_num_threads() > 1:
+        parser.error("--clock cpu adds up the time of all threads: set OMP_NUM_THREADS=1")
     transformers.logging.set_verbosity_error()
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads\n")
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
+        f"{args.clock} time\n"
+    )
     print(
         "| model | dtype | batch | shoal, tokens/s | `transformers.generate`, tokens/s | ratio | tokens that differ |"
     )
@@ -120,7 +130,9 @@ def main() -> None:
             for dtype in args.dtypes:
                 for name in args.batches:
                     batch, _, unequal = name.partition("-")
-                    mine, other, ratio, differ = compare(folder, dtype, int(batch), bool(unequal), args.pairs)
+                    mine, other, ratio, differ = compare(
+                        folder, dtype, int(batch), bool(unequal), args.pairs, CLOCKS[args.clock]
+                    )
                     cells = (shape, dtype, name, f"{mine:,.0f}", f"{other:,.0f}", f"{ratio:.2f}", differ)
                     print("|", " | ".join(map(str, cells)), "|", flush=True)
                     wrong |= dtype == "float32" and differ > 0
