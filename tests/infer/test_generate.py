@@ -109,6 +109,24 @@ def test_generation_stops_at_the_end_of_text(llama: LanguageModel) -> None:
     assert stopped == list(heard.values())
 
 
+def test_any_of_several_ends_stops(llama: LanguageModel) -> None:
+    free = generate(llama, PROMPTS, max_new_tokens=16)
+    ends = {free[0][3], free[1][1]}
+    stopped = generate(llama, PROMPTS, max_new_tokens=16, eot_id=ends)
+    for whole, row in zip(free, stopped, strict=True):
+        first = next((i for i, token in enumerate(whole) if token in ends), len(whole))
+        assert row == whole[:first]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 5.0}, {"temperature": 5.0, "top_p": 0.9}], ids=str)
+def test_ids_that_only_pad_the_vocabulary_are_never_chosen(llama: LanguageModel, options: dict[str, float]) -> None:
+    free = generate(llama, PROMPTS, max_new_tokens=40, **options)
+    assert max(map(max, free)) >= 50
+    bounded = generate(llama, PROMPTS, max_new_tokens=40, known_ids=50, **options)
+    assert max(map(max, bounded)) < 50
+    assert generate(llama, PROMPTS, max_new_tokens=40, known_ids=1000, **options) == free
+
+
 def test_nothing_asked_is_nothing(llama: LanguageModel) -> None:
     assert generate(llama, [], max_new_tokens=4) == []
     assert generate(llama, PROMPTS, max_new_tokens=0) == [[], [], [], []]
