@@ -119,4 +119,4 @@ def test_a_task_that_is_not_there_or_has_no_data(tasks: Path, tmp_path: Path) ->
 def test_without_the_harness_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ShoalError, match=r"shoal\[eval\]"):
-        run_tasks(Wanted(tmp_path, folder="somewhere"), Tasks(("hellaswag",)))
+        run_tasks(Wanted(tmp_path, folder=str(tmp_path)), Tasks(("hellaswag",)))

@@ -22,6 +22,7 @@ from shoal.errors import DataError, ShoalError
 from shoal.hub.find import find_model
 from shoal.infer.export import export_run
 from shoal.infer.load import Wanted, folder_dtype
+from shoal.infer.target import find_checkpoint
 from shoal.parallel.mesh import choose_device
 
 BATCH: Final = {"cpu": 8, "cuda": 32}  # the same always: the harness' own search would be part of the result
@@ -43,6 +44,7 @@ def run_tasks(wanted: Wanted, tasks: Tasks) -> tuple[dict[str, dict[str, float]]
 
     Raises `ShoalError` without the harness, `DataError` for a task that it does not have or whose data is not to be had.
     """
+    _check(wanted, tasks)
     lm_eval = _import()
     manager = _task_manager(lm_eval, tasks)
     device = choose_device(wanted.device)
@@ -61,6 +63,18 @@ def run_tasks(wanted: Wanted, tasks: Tasks) -> tuple[dict[str, dict[str, float]]
     return _figures(results), str(lm_eval.utils.make_table(results))
 
 
+def _check(wanted: Wanted, tasks: Tasks) -> None:
+    """What can be said at once: importing the harness takes seconds."""
+    if not tasks.names:
+        raise ShoalError("--tasks names none: give some, such as hellaswag,arc_easy")
+    if tasks.include_path is not None and not tasks.include_path.is_dir():
+        raise DataError(f"there is no folder {tasks.include_path}; set --include-path to one with tasks (*.yaml) in it")
+    if wanted.folder is not None:
+        find_model(wanted.folder)
+    elif wanted.target is not None:
+        find_checkpoint(wanted.runs, wanted.target, wanted.step)
+
+
 def _import() -> Any:
     os.environ.setdefault("LMEVAL_LOG_LEVEL", "ERROR")
     try:
@@ -76,8 +90,6 @@ def _import() -> Any:
 
 def _task_manager(lm_eval: Any, tasks: Tasks) -> Any:
     """Knows the harness' tasks and one's own. Raises `DataError` for a name that is neither."""
-    if tasks.include_path is not None and not tasks.include_path.is_dir():
-        raise DataError(f"there is no folder {tasks.include_path}; set --include-path to one with tasks (*.yaml) in it")
     manager = lm_eval.tasks.TaskManager(include_path=None if tasks.include_path is None else str(tasks.include_path))
     known = list(manager.all_tasks)
     for name in tasks.names:
