@@ -1,16 +1,16 @@
 # Every target makes what it needs, so each works as the first one on a fresh machine.
 
-.PHONY: train test test-all matrix check format setup clean
+.PHONY: train test test-all matrix check format setup harness clean
 PYTHON ?=
 BIN := .venv/bin
 
 train: setup
 	$(BIN)/shoal train recipes/quickstart.yaml
 
-test: setup
+test: harness
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: setup
+test-all: harness
 	$(BIN)/python -m pytest
 
 matrix: setup
@@ -26,6 +26,13 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 setup: .venv/installed
+
+# lm-evaluation-harness and what it brings: the tests run it, nobody else needs it.
+harness: .venv/harness
+
+.venv/harness: .venv/installed constraints-eval.txt
+	$(BIN)/pip install -qq --no-deps --requirement constraints-eval.txt
+	touch $@
 
 .venv/installed: pyproject.toml constraints.txt scripts/install.sh
 	@PYTHON="$(PYTHON)" bash scripts/install.sh
