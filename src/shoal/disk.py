@@ -32,16 +32,16 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError:
         with contextlib.suppress(OSError):
             aside.unlink()
         raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder: a rename lives in it, and not in the file."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Flush a file, or a folder: a rename lives in the folder, and not in the file."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

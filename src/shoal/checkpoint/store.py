@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from shoal.checkpoint.planner import RegionLoadPlanner, RegionSavePlanner
-from shoal.disk import sha256_of, sync_folder
+from shoal.disk import sha256_of, sync
 from shoal.errors import CheckpointError
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.region import Part
@@ -107,10 +107,10 @@ class CheckpointStore:
             digests = list(pool.map(sha256_of, files))
         entries = {p.name: {"bytes": p.stat().st_size, "sha256": d} for p, d in zip(files, digests, strict=True)}
         _write_json(aside / "manifest.json", {"format": FORMAT, "files": entries})
-        sync_folder(aside)
+        sync(aside)
         aside.rename(final)
         _point(self.folder / "latest", final.name)
-        sync_folder(self.folder)
+        sync(self.folder)
         self._retain()
 
     def _retain(self) -> None:

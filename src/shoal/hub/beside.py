@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Final
 
-from shoal.disk import sync_folder
+from shoal.disk import sync
 from shoal.hub.folder import CONFIG
 
 GENERATION: Final = "generation_config.json"
@@ -27,7 +27,7 @@ def keep(folder: Path, names: tuple[str, ...], copy: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     copy_files(folder, aside, names)
-    sync_folder(aside)
+    sync(aside)
     aside.rename(copy)
 
 

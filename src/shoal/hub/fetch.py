@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.disk import NoLocksError, sync_folder, take_lock, write_whole
+from shoal.disk import NoLocksError, sync, take_lock, write_whole
 from shoal.errors import ModelError
 from shoal.hub.find import check_name
 from shoal.hub.folder import CONFIG, INDEX, PICKLES, SINGLE, WHY_NO_PICKLES, ModelFolder, shard_names
@@ -234,7 +234,7 @@ def _fetch(request: Request, partial: Path, tell: Callable[[str], None], progres
     files = {file.name: FileRecord(file.bytes, transfer.bring(file)) for file in wanted}
     _keep_only(partial, files)
     _check_form(remote, partial)
-    sync_folder(partial)
+    sync(partial)
     write_whole(partial / RECORD, [Record(request.name, revision, remote.commit, files).to_json()])
     _publish(partial, folder)
     tell(f"{folder} is there and whole: {remote.name} at {remote.commit[:12]}")
@@ -312,5 +312,5 @@ def _publish(partial: Path, folder: Path) -> None:
     if folder.exists():
         folder.rename(tempfile.mkdtemp(dir=old))  # over the empty one
     partial.rename(folder)
-    sync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)  # a network disk keeps what is still read; the next call removes that

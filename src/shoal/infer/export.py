@@ -7,7 +7,6 @@ The folder is written aside and renamed when it is whole. Weights pass through m
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from shoal.checkpoint.convert import DTYPES, to_hugging_face
 from shoal.checkpoint.store import Saved, read_into, read_state, verify
 from shoal.config import Model
 from shoal.data.tokenize import Tokenizer, load_tokenizer
-from shoal.disk import sync_folder
+from shoal.disk import sync, write_whole
 from shoal.errors import ModelError
 from shoal.hub.beside import GENERATION, LICENSES, TOKENIZER, copy_files
 from shoal.hub.card import Facts, model_card
@@ -164,7 +163,7 @@ def _write_weights(
         read_into(saved, {f"model.{n}": Part.whole(t) for n, t in parameters.items()})
         tensors = {n: t.to(dtype) for n, t in to_hugging_face(family, parameters).items()}
         save_file(tensors, aside / file, metadata={"format": "pt"})
-        _sync(aside / file)
+        sync(aside / file)
         where |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())
     if len(shards) > 1:
@@ -230,13 +229,13 @@ def _facts(
 
 
 def _put_in_place(aside: Path, out: Path) -> None:
-    sync_folder(aside)
+    sync(aside)
     old = out.absolute().with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
         out.rename(old)
     aside.rename(out)
-    sync_folder(out.absolute().parent)
+    sync(out.absolute().parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -245,13 +244,4 @@ def _json(value: Mapping[str, Any]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_whole(path, [text.encode()])
