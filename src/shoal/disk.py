@@ -6,6 +6,8 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -46,6 +48,32 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def empty_folder(folder: Path) -> None:
+    """Remove all that is in a folder, and not the folder: it may be locked."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """
+    Rename a whole folder into place, of what is there too.
+
+    Who has a file of the old one open keeps reading the old one. What a kill between the two renames leaves is
+    `.NAME.old`, and `new` as it is.
+    """
+    sync(new)
+    old = folder.with_name(f".{folder.name}.old")
+    old.mkdir(exist_ok=True)
+    if folder.exists():
+        folder.rename(tempfile.mkdtemp(dir=old))  # over the empty one
+    new.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)  # a network disk keeps what is still read; the next call removes that
 
 
 def sha256_of(path: Path) -> str:

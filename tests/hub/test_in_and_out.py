@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from shoal.config import Config, Data, Launch, Metrics, Model, Optim, Parallel, Train
 from shoal.infer.export import export_run
@@ -158,6 +158,23 @@ def test_what_was_not_trained_comes_out_bit_for_bit(tmp_path: Path, kind: str, d
     assert dataclasses.replace(again, from_=None) == dataclasses.replace(
         config_of(folder, tmp_path, "x").model, from_=None
     )
+
+
+def test_each_tensor_keeps_the_dtype_it_had(tmp_path: Path) -> None:
+    """Norms in float32 beside matrices in bfloat16, whatever config.json says."""
+    folder = small.save("llama", tmp_path / "in", dtype=torch.bfloat16, shard="5GB")
+    tensors = load_file(folder / "model.safetensors")
+    mixed = {n: torch.randn(t.shape) if "norm" in n else t for n, t in tensors.items()}
+    save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    run = Run.open(config_of(folder, tmp_path, "mixed"), ALONE, NeverStop())
+    run._save()
+    run.close()
+    out = export_run(tmp_path / "runs", "mixed", step=0, out=tmp_path / "out")
+    after = load_file(out / "model.safetensors")
+    assert {n: (t.dtype, t.sum()) for n, t in after.items()} == {n: (t.dtype, t.sum()) for n, t in mixed.items()}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_model_that_came_from_nowhere_opens_too(tmp_path: Path) -> None:

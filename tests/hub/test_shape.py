@@ -157,6 +157,18 @@ def test_weights_that_are_not_the_config_s(llama: Path, tmp_path: Path, change: 
         folder_weights(model, str(folder))
 
 
+def test_a_tied_head_is_the_embedding_or_refused(tmp_path: Path) -> None:
+    """Qwen2 at this size is tied: a head in the files that is the embedding is passed over, another one is not."""
+    folder = small.save("qwen2", tmp_path / "tied")
+    model = build_model(resolved(folder).model, compute_dtype=torch.float32)
+    embed = "model.embed_tokens.weight"
+    same = damaged(folder, tmp_path / "same", lambda t: t.update({"lm_head.weight": t[embed].clone()}))
+    folder_weights(model, str(same))
+    other = damaged(folder, tmp_path / "other", lambda t: t.update({"lm_head.weight": t[embed] + 1}))
+    with pytest.raises(ModelError, match=r"lm_head.weight is not model.embed_tokens.weight"):
+        folder_weights(model, str(other))
+
+
 def test_names_without_the_base_model_s_prefix(tmp_path: Path) -> None:
     """As the hub's own GPT-2 has them: `wte.weight`, and masks beside."""
     folder = small.save("gpt2", tmp_path / "a")

@@ -81,13 +81,17 @@ def test_large_models_go_out_in_several_files(place: Place) -> None:
     [
         ("nobody", None, "x", "is no run; there are bare, own"),
         ("bare", 4, "x", "no checkpoint of step 4; there are steps 3, 5"),
-        ("bare", None, "recipe.yaml", "is there already; --force replaces it"),
+        ("bare", None, "recipe.yaml", "is there already, and is a file"),
+        ("bare", None, "runs/bare", "is there already, and holds checkpoints, which no export writes"),
         ("bare", None, "/proc/x", "cannot be written"),
+        ("bare", None, "~nobody-here/x", "cannot be written"),
     ],
 )
 def test_what_cannot_be_is_one_message(place: Place, target: str, step: int | None, out: str, words: str) -> None:
     with pytest.raises(ShoalError) as error:
-        export_run(place.folder / "runs", target, step=step, out=place.folder / out)
+        export_run(
+            place.folder / "runs", target, step=step, out=place.folder / out if out[0] != "~" else Path(out), force=True
+        )
     assert words in str(error.value)
 
 
@@ -112,10 +116,40 @@ def test_what_fails_half_way_leaves_what_was_there(place: Place, monkeypatch: py
         export_run(place.folder / "runs", "bare", step=5, out=out, force=True)
     assert (out / "model.safetensors").read_bytes() == before
     assert not [*place.folder.glob(".stands*")]
+    with pytest.raises(ModelError, match="is there already; --force replaces it"):
+        export_run(place.folder / "runs", "bare", step=5, out=out)
     monkeypatch.undo()
     export_run(place.folder / "runs", "bare", step=5, out=out, force=True)
     assert (out / "model.safetensors").read_bytes() != before
     assert not [*place.folder.glob(".stands*")]
+
+
+def test_through_a_link_to_another_disk(place: Place, tmp_path: Path) -> None:
+    """The folder behind it is replaced, the link stays; others may read all that is in it."""
+    (tmp_path / "large").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "large")
+    for _ in range(3):
+        export_run(place.folder / "runs", "bare", step=None, out=tmp_path / "out", force=True)
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["large", "out"]
+    modes = {path.stat().st_mode for path in (tmp_path / "large").iterdir()}
+    assert len(modes) == 1
+
+
+def test_two_at_once_do_not_mix(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = export._write_tokenizer
+    refused = []
+
+    def another(*given: object) -> None:
+        with pytest.raises(ModelError) as error:
+            export_run(place.folder / "runs", "bare", step=3, out=place.folder / "both")
+        refused.append(str(error.value))
+        plain(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(export, "_write_tokenizer", another)
+    out = export_run(place.folder / "runs", "bare", step=5, out=place.folder / "both")
+    assert "another export to" in refused[0]
+    assert "| trained for | 5 steps" in (out / "README.md").read_text()
 
 
 def test_an_altered_checkpoint_is_not_exported(place: Place, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors import safe_open
@@ -19,6 +19,7 @@ from shoal.errors import ModelError
 from shoal.hub.folder import Entry, ModelFolder
 from shoal.hub.names import Place, is_computed, place, spellings
 
+ROWS_AT_A_TIME: Final = 4096
 DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
@@ -39,12 +40,14 @@ class FolderWeights:
     ) -> None:
         """other_names: names that files may have, and the parameter that each is."""
         self._family, self._other_names = family, other_names
-        self._entries = {name: self._find(folder, name, shape) for name, shape in shapes.items()}
         self._files: dict[str, safe_open] = {}
+        self._entries = {name: self._find(folder, name, shape) for name, shape in shapes.items()}
         used = {entry_name for entry_name, _ in self._entries.values()}
-        left = [n for n in folder.tensors if n not in used and n not in other_names and not is_computed(n)]
-        tied = "head.weight" not in shapes
-        if strange := [n for n in left if not (tied and n == "lm_head.weight")]:
+        twins = dict(other_names) if "head.weight" in shapes or family == "hf" else {"lm_head.weight": "embed.weight"}
+        for name in set(folder.tensors) - used & twins.keys():
+            self._check_twin(folder.tensors[name], name, twins[name])
+        strange = [n for n in folder.tensors if n not in used and n not in twins and not is_computed(n)]
+        if strange:
             through = "" if family == "hf" else " Set model.family to hf to train it through transformers"
             raise ModelError(
                 f"{folder.path} has weights that this model has no place for: {_some(strange)}; is its config.json of "
@@ -73,13 +76,37 @@ class FolderWeights:
             )
         return found, entry
 
+    def _check_twin(self, entry: Entry, name: str, first: str) -> None:
+        """
+        A tensor that is a parameter under another of its names must hold the same, or it would be lost.
+
+        transformers unties what differs in the files; here a config that says "tied" is taken at its word or refused.
+        """
+        found, other = self._entries.get(first, (name, entry))
+        if found == name:
+            return
+        one, two = self._stored(entry, name), self._stored(other, found)
+        same = entry.shape == other.shape
+        for start in range(0, entry.shape[0] if same else 0, ROWS_AT_A_TIME):
+            rows = slice(start, start + ROWS_AT_A_TIME)
+            same = same and torch.equal(one[rows], two[rows])
+        if not same:
+            raise ModelError(
+                f"{entry.file}: {name} is not {found}, and the config says that they are one (tied); set "
+                "tie_word_embeddings to false in its config.json, or remove the one that is not meant"
+            )
+
+    def _stored(self, entry: Entry, name: str) -> Any:
+        """A tensor of a file, of which slices can be read."""
+        if str(entry.file) not in self._files:
+            self._files[str(entry.file)] = safe_open(str(entry.file), framework="pt")
+        return self._files[str(entry.file)].get_slice(name)  # type: ignore[no-untyped-call]
+
     def __call__(self, out: Tensor, name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> None:
         """Fill `out` with a region of the parameter `name`, which is `shape` as a whole."""
         there = place(self._family, name)
         found, entry = self._entries[name]
-        if str(entry.file) not in self._files:
-            self._files[str(entry.file)] = safe_open(str(entry.file), framework="pt")
-        stored = self._files[str(entry.file)].get_slice(found)  # type: ignore[no-untyped-call]
+        stored = self._stored(entry, found)
         rows = slices[0]
         start = there.part * shape[0]
         rows = slice(rows.start + start, rows.stop + start)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from shoal.disk import sync
-from shoal.hub.folder import CONFIG
+from shoal.disk import sync, write_whole
+from shoal.hub.folder import CONFIG, ModelFolder
+from shoal.hub.names import spellings
 
 GENERATION: Final = "generation_config.json"
+WEIGHTS: Final = "weights.json"  # ours: their dtypes
 TOKENIZER: Final = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tekken.json",
@@ -29,6 +34,34 @@ def keep(folder: Path, names: tuple[str, ...], copy: Path) -> None:
     copy_files(folder, aside, names)
     sync(aside)
     aside.rename(copy)
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """What the weights of a folder are, as safetensors names it: most of them, and those that are not."""
+
+    most: str
+    others: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """As a config.json says it."""
+        return {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}[self.most]
+
+    def of(self, tensor: str) -> str:
+        return next((self.others[s] for s in spellings(tensor) if s in self.others), self.most)
+
+
+def keep_dtypes(model: ModelFolder, copy: Path) -> None:
+    """Write down what the weights were: a config.json may say something else."""
+    others = {name: e.dtype for name, e in model.tensors.items() if e.dtype != model.dtype}
+    write_whole(copy / WEIGHTS, [json.dumps({"dtype": model.dtype, "others": others}).encode()])
+
+
+def read_dtypes(copy: Path) -> Dtypes:
+    """What `keep_dtypes` wrote."""
+    said = json.loads((copy / WEIGHTS).read_text("utf-8"))
+    return Dtypes(said["dtype"], said["others"])
 
 
 def copy_files(folder: Path, target: Path, names: tuple[str, ...]) -> list[str]:

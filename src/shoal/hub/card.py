@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from shoal.config import Config
+from shoal.hub.find import could_be_on_a_hub
 
 CURVE_POINTS = 12
 _CORPORA = {
@@ -44,7 +46,11 @@ def _header(config: Config, facts: Facts) -> list[str]:
         "library_name: transformers",
         "pipeline_tag: text-generation",
     ]
-    if config.model.from_ is not None and not config.model.from_.startswith((".", "/", "~")):
+    if (
+        config.model.from_ is not None
+        and could_be_on_a_hub(config.model.from_)
+        and not Path(config.model.from_).is_dir()
+    ):
         lines.append(f"base_model: {config.model.from_}")
     return [*lines, "tags:", "- shoal", "---", ""]
 

@@ -12,14 +12,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fnmatch
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.disk import NoLocksError, sync, take_lock, write_whole
+from shoal.disk import NoLocksError, replace_folder, sync, take_lock, write_whole
 from shoal.errors import ModelError
 from shoal.hub.find import check_name
 from shoal.hub.folder import CONFIG, INDEX, PICKLES, SINGLE, WHY_NO_PICKLES, ModelFolder, shard_names
@@ -109,7 +107,7 @@ def _fetch_alone(request: Request, tell: Callable[[str], None], progress: Progre
         partial = _aside(folder, "partial")
         if (partial / RECORD).exists():  # it was whole, and killed before it was renamed
             _refuse_foreign(folder)
-            _publish(partial, folder)
+            replace_folder(partial, folder)
         is_new = _stamp(folder) != before
         if (is_new or not request.force) and _is_there(request, tell):
             return
@@ -155,7 +153,7 @@ def _is_there(request: Request, tell: Callable[[str], None]) -> bool:
     folder = request.folder
     record = load_record(folder)
     if record is None:
-        return _was_put_by_hand(folder, tell)
+        return _was_put_by_hand(request, tell)
     other = _difference(request, record)
     if other and not request.force:
         again = f"{fetch_command(request.name, folder)} --force replaces it, --to DIR puts the other one elsewhere"
@@ -179,13 +177,20 @@ def _difference(request: Request, record: Record) -> str:
     return ""
 
 
-def _was_put_by_hand(folder: Path, tell: Callable[[str], None]) -> bool:
+def _was_put_by_hand(request: Request, tell: Callable[[str], None]) -> bool:
     """Whether a model is there that no record describes. Raises `ModelError` where it is something else, or broken."""
+    folder = request.folder
     if (folder / RECORD).exists() or not _holds_something(folder):
         return False
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder} holds something else: it has no {CONFIG}; give --to another folder")
     ModelFolder.open(folder)
+    asked = f"--revision {request.revision}" if request.revision else "--verify" if request.verify else ""
+    if asked:
+        raise ModelError(
+            f"{folder} was not fetched by shoal, so that nothing says what it should be, as {asked} asks; --to DIR fetches "
+            "beside it"
+        )
     tell(f"{folder} is there; shoal did not fetch it, so only its form is checked")
     return True
 
@@ -236,7 +241,7 @@ def _fetch(request: Request, partial: Path, tell: Callable[[str], None], progres
     _check_form(remote, partial)
     sync(partial)
     write_whole(partial / RECORD, [Record(request.name, revision, remote.commit, files).to_json()])
-    _publish(partial, folder)
+    replace_folder(partial, folder)
     tell(f"{folder} is there and whole: {remote.name} at {remote.commit[:12]}")
 
 
@@ -298,19 +303,3 @@ def _keep_only(folder: Path, names: Iterable[str]) -> None:
     for path in folder.iterdir():
         if path.name not in names:
             path.unlink()
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """
-    Rename a whole folder into place.
-
-    Who has a file of the old one open keeps reading the old one. Killed between the two renames, the next call
-    finds the new one whole and goes on here.
-    """
-    old = _aside(folder, "old")
-    old.mkdir(exist_ok=True)
-    if folder.exists():
-        folder.rename(tempfile.mkdtemp(dir=old))  # over the empty one
-    partial.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)  # a network disk keeps what is still read; the next call removes that

@@ -6,14 +6,19 @@ The folder is written aside and renamed when it is whole. Weights pass through m
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from shoal import __version__
@@ -21,9 +26,9 @@ from shoal.checkpoint.convert import DTYPES, to_hugging_face
 from shoal.checkpoint.store import Saved, read_into, read_state, verify
 from shoal.config import Model
 from shoal.data.tokenize import Tokenizer, load_tokenizer
-from shoal.disk import sync, write_whole
+from shoal.disk import empty_folder, replace_folder, sync, write_whole
 from shoal.errors import ModelError
-from shoal.hub.beside import GENERATION, LICENSES, TOKENIZER, copy_files
+from shoal.hub.beside import GENERATION, LICENSES, TOKENIZER, Dtypes, copy_files, read_dtypes
 from shoal.hub.card import Facts, model_card
 from shoal.hub.folder import CONFIG, INDEX, SINGLE, ModelFolder
 from shoal.hub.names import place
@@ -32,25 +37,30 @@ from shoal.infer.target import find_checkpoint
 from shoal.metrics.console import Console
 from shoal.metrics.trackers import read_json_lines
 from shoal.models.build import build_model
+from shoal.models.family import LanguageModel
 from shoal.parallel.region import Part
 from shoal.presets import resolve_shape
 from shoal.runs import RunFolder
 
 NAMES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 SHARD_BYTES: Final = 5_000_000_000  # of a file of weights, about: what the hub's tools make
+WRITTEN: Final = ("README.md", CONFIG, INDEX, "*.safetensors", *TOKENIZER, *LICENSES)
 
 
 @dataclass(frozen=True)
 class Source:
     """What a run started from, where that was a folder."""
 
-    config: Mapping[str, Any]
     folder: Path
+    config: Mapping[str, Any]
+    dtypes: Dtypes
 
     @classmethod
     def of(cls, folder: RunFolder) -> Source | None:
         path = folder.source / CONFIG
-        return cls(json.loads(path.read_text("utf-8")), folder.source) if path.is_file() else None
+        if not path.is_file():
+            return None
+        return cls(folder.source, json.loads(path.read_text("utf-8")), read_dtypes(folder.source))
 
 
 def export_run(
@@ -68,92 +78,112 @@ def export_run(
     """
     Write the checkpoint of `step` (None: the last) of run `target` to the folder `out`.
 
-    dtype: "float32", "bfloat16" or "float16"; None: that of the weights it started from, else float32.
-    Raises `ModelError` where `out` is taken, cannot be written or has no space; `CheckpointError`, `RunError`.
+    dtype: "float32", "bfloat16" or "float16"; None: each tensor's as it was where the run started from weights, else
+    float32. force: replace an export that is there. Raises `ModelError` where `out` is taken, cannot be written or has no
+    space; `CheckpointError`, `RunError`.
     """
     console = console or Console(speaks=False)
     folder, saved = find_checkpoint(runs, target, step)
     config, source = folder.load_config(), Source.of(folder)
-    kind = NAMES[dtype] if dtype else _first_dtype(source)
-    shapes = _shapes(config.model)
-    shards = list(_shards(config.model.family, shapes, DTYPES[kind].itemsize, shard_bytes))
-    aside = _make_aside(out, sum(size for _, size in shards), force)
-    try:
-        console.note(f"verifying {saved.folder}")
-        verify(saved.folder)
-        _write_weights(aside, saved, config.model.family, shapes, [names for names, _ in shards], DTYPES[kind], console)
+    dtypes = Dtypes(NAMES[dtype], {}) if dtype else source.dtypes if source else Dtypes("F32", {})
+    model = build_model(config.model, compute_dtype=torch.float32)
+    shards = list(_shards(model, dtypes, shard_bytes))
+    place = _Place(out, force)
+    console.note(f"verifying {saved.folder}")
+    verify(saved.folder)
+    with place.written(sum(size for _, size in shards)) as aside:
+        _write_weights(aside, saved, model, [names for names, _ in shards], dtypes, console)
         tokenizer = load_tokenizer(str(folder.tokenizer_file))
-        described = _write_config(aside, config.model, folder, source, tokenizer, DTYPES[kind])
+        described = _write_config(aside, model, folder, source, tokenizer, dtypes)
         _write_tokenizer(aside, config.model, folder, tokenizer)
-        facts = _facts(folder, saved, described, shapes, DTYPES[kind], license)
+        facts = _facts(folder, saved, described, model, dtypes, license)
         _write(aside / "README.md", model_card(config, facts))
         ModelFolder.open(aside)  # what others will open: every tensor in a whole file
-        _put_in_place(aside, out)
-    except OSError as error:
-        raise ModelError(f"{out} could not be written: {error.strerror or error}; set --out to another disk") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return out
 
 
-def _first_dtype(source: Source | None) -> str:
-    said = str((source.config.get("torch_dtype") or source.config.get("dtype")) if source else "")
-    return NAMES.get(said, "F32")
+class _Place:
+    """Where an export goes: a folder that appears when it is whole, and replaces nothing but another export."""
+
+    def __init__(self, out: Path, force: bool) -> None:
+        """Raises `ModelError` where `out` is taken by what must not be replaced."""
+        self._said = out
+        try:
+            self._out = out.expanduser().resolve()  # through links, to the disk that they lead to
+            there = sorted(p.name for p in self._out.iterdir()) if self._out.is_dir() else []
+            taken = bool(there) or (self._out.exists() and not self._out.is_dir())
+        except (OSError, RuntimeError) as error:
+            raise ModelError(f"{out} cannot be written: {error}; set --out to a folder that can") from error
+        foreign = [n for n in there if not any(fnmatch(n, known) for known in WRITTEN)]
+        if taken and (foreign or not self._out.is_dir()):
+            what = f"holds {foreign[0]}, which no export writes" if foreign else "is a file"
+            raise ModelError(f"{out} is there already, and {what}; set --out to another folder")
+        if taken and not force:
+            raise ModelError(f"{out} is there already; --force replaces it, or set --out to another folder")
+
+    @contextlib.contextmanager
+    def written(self, needed: int) -> Iterator[Path]:
+        """An empty folder aside, on a disk that has `needed` bytes; put in place when all went well."""
+        aside = self._out.with_name(f".{self._out.name}.partial")
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            with self._alone(aside):
+                try:
+                    empty_folder(aside)
+                    self._check_space(aside, needed)
+                    yield aside
+                    replace_folder(aside, self._out)
+                finally:
+                    shutil.rmtree(aside, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise ModelError(f"{self._said} cannot be written: {why}; set --out to another disk") from error
+
+    @contextlib.contextmanager
+    def _alone(self, aside: Path) -> Iterator[None]:
+        descriptor = os.open(aside, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise ModelError(
+                f"another export to {self._said} is going on; wait for it, or set --out to another"
+            ) from None
+        finally:
+            os.close(descriptor)
+
+    def _check_space(self, aside: Path, needed: int) -> None:
+        free = shutil.disk_usage(aside).free
+        if free < needed:
+            raise ModelError(
+                f"{self._said} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free; set --out to another "
+                "disk, or --dtype to bfloat16"
+            )
 
 
-def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Of all parameters, in the model's order."""
-    return {n: tuple(p.shape) for n, p in build_model(model, compute_dtype=torch.float32).named_parameters()}
-
-
-def _shards(
-    family: str, shapes: Mapping[str, tuple[int, ...]], itemsize: int, shard_bytes: int
-) -> Iterator[tuple[list[str], int]]:
+def _shards(model: LanguageModel, dtypes: Dtypes, shard_bytes: int) -> Iterator[tuple[list[str], int]]:
     """Our names in groups of about `shard_bytes`, with their bytes; what is one tensor of theirs stays together."""
-    tensors: dict[str, list[str]] = {}
-    for name in shapes:
-        tensors.setdefault(place(family, name).name, []).append(name)
+    tensors: dict[str, list[tuple[str, int]]] = {}
+    for name, parameter in model.named_parameters():
+        theirs = place(model.shape.family, name).name
+        size = parameter.numel() * DTYPES[dtypes.of(theirs)].itemsize
+        tensors.setdefault(theirs, []).append((name, size))
     group: list[str] = []
     total = 0
-    for names in tensors.values():
-        size = sum(itemsize * torch.Size(shapes[n]).numel() for n in names)
+    for pieces in tensors.values():
+        size = sum(size for _, size in pieces)
         if group and total + size > shard_bytes:
             yield group, total
             group, total = [], 0
-        group += names
+        group += [name for name, _ in pieces]
         total += size
     yield group, total
 
 
-def _make_aside(out: Path, needed: int, force: bool) -> Path:
-    """An empty folder beside `out`, on a disk that has the space."""
-    if out.exists() and not force and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} is there already; --force replaces it, or set --out to another folder")
-    aside = out.absolute().with_name(f".{out.name}.partial")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        free = shutil.disk_usage(aside).free
-    except OSError as error:
-        raise ModelError(f"{out} cannot be written: {error.strerror}; set --out to a folder that can") from error
-    if free < needed:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise ModelError(
-            f"{out} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free; set --out to another disk, or "
-            "--dtype to bfloat16"
-        )
-    return aside
-
-
 def _write_weights(
-    aside: Path,
-    saved: Saved,
-    family: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    shards: list[list[str]],
-    dtype: torch.dtype,
-    console: Console,
+    aside: Path, saved: Saved, model: LanguageModel, shards: list[list[str]], dtypes: Dtypes, console: Console
 ) -> None:
+    shapes = {name: p.shape for name, p in model.named_parameters()}
     where: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, 1):
@@ -161,8 +191,12 @@ def _write_weights(
         console.note(f"writing {file}")
         parameters = {n: torch.empty(shapes[n]) for n in names}
         read_into(saved, {f"model.{n}": Part.whole(t) for n, t in parameters.items()})
-        tensors = {n: t.to(dtype) for n, t in to_hugging_face(family, parameters).items()}
+        weights = to_hugging_face(model.shape.family, parameters)
+        tensors = {n: t.to(DTYPES[dtypes.of(n)]) for n, t in weights.items()}
+        if number == 1:
+            tensors |= {name: tensor.contiguous() for name, tensor in model.constants().items()}
         save_file(tensors, aside / file, metadata={"format": "pt"})
+        (aside / file).chmod(0o666 & ~_umask())  # safetensors keeps the mode of a temporary file: for its owner alone
         sync(aside / file)
         where |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())
@@ -171,13 +205,21 @@ def _write_weights(
         _write(aside / INDEX, _json(index))
 
 
+def _umask() -> int:
+    """There is no way to ask but to set it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
 def _write_config(
-    aside: Path, model: Model, folder: RunFolder, source: Source | None, tokenizer: Tokenizer, dtype: torch.dtype
+    aside: Path, model: LanguageModel, folder: RunFolder, source: Source | None, tokenizer: Tokenizer, dtypes: Dtypes
 ) -> dict[str, Any]:
     """`config.json`, which is given back, and the licences that the weights came with."""
-    config = write_shape(resolve_shape(model), source.config if source else None)
+    config = write_shape(resolve_shape(model.shape), source.config if source else None)
+    config["architectures"] = config.get("architectures") or [model.architecture]
     config.pop("torch_dtype", None)
-    config["dtype" if source and "dtype" in source.config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    config["dtype" if source and "dtype" in source.config else "torch_dtype"] = dtypes.name
     if source is None or folder.tokenizer_files != source.folder:  # it names tokens of another tokenizer
         config |= _ends(tokenizer)
     if source is not None:
@@ -211,32 +253,21 @@ def _facts(
     folder: RunFolder,
     saved: Saved,
     described: Mapping[str, Any],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
+    model: LanguageModel,
+    dtypes: Dtypes,
     license: str | None,
 ) -> Facts:
     return Facts(
         name=folder.path.name,
         architecture=str(described["architectures"][0]),
-        parameters=sum(torch.Size(shape).numel() for shape in shapes.values()),
-        dtype=str(dtype).removeprefix("torch."),
+        parameters=sum(p.numel() for p in model.parameters()),
+        dtype=dtypes.name,
         step=saved.step,
         tokens=int(read_state(saved.folder)["tokens"]),
         license=license,
         metrics=read_json_lines(folder.metrics_file),
         version=__version__,
     )
-
-
-def _put_in_place(aside: Path, out: Path) -> None:
-    sync(aside)
-    old = out.absolute().with_name(f".{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    aside.rename(out)
-    sync(out.absolute().parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -110,7 +110,8 @@ def _folder(wanted: Wanted) -> Iterator[Path]:
         return
     assert wanted.target is not None
     with tempfile.TemporaryDirectory(prefix="shoal-eval-") as parent:
-        yield export_run(wanted.runs, wanted.target, step=wanted.step, out=Path(parent) / "model")
+        # float32, as the run has them: --dtype says what is computed in
+        yield export_run(wanted.runs, wanted.target, step=wanted.step, out=Path(parent) / "model", dtype="float32")
 
 
 @contextmanager

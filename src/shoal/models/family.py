@@ -101,6 +101,15 @@ class LanguageModel(nn.Module, ABC):
     def initial(name: str, shape: Model) -> Initial:
         """How the parameter of this global name starts."""
 
+    @property
+    def architecture(self) -> str | None:
+        """The class of transformers that computes this, where the family does not say it."""
+        return None
+
+    def constants(self) -> dict[str, Tensor]:
+        """Tensors that files of this model hold beside its parameters, by their name there."""
+        return {}
+
     def head_weight(self) -> Tensor:
         """The output layer [V, D], float32: the embedding itself where they are tied."""
         return self.embed.weight if self.head is None else self.head.weight

@@ -190,6 +190,14 @@ class HuggingFaceModel(LanguageModel):
             return HuggingFaceCache(None)
         return HuggingFaceCache(DynamicCache(config=causal_lm.config))
 
+    @property
+    def architecture(self) -> str:
+        return type(self._theirs.causal_lm).__name__
+
+    def constants(self) -> dict[str, Tensor]:
+        kept = self._theirs.causal_lm.state_dict()
+        return {name: value for name, value in self._theirs.buffers.items() if name in kept}
+
     def head_weight(self) -> Tensor:
         weight = self._theirs.head.layer.weight
         assert isinstance(weight, Tensor)

@@ -67,6 +67,7 @@ def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
         top_p=0.95,
         seed=config.train.seed,
         eot_id=tokenizer.eot_id,
+        known_ids=tokenizer.vocab_size,
     )
     model.train()
     return config.train.sample_prompt + tokenizer.decode(ids)

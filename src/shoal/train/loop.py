@@ -22,8 +22,9 @@ from shoal.data.tokenize import tokenizer_folder
 from shoal.errors import CheckpointError, RunError
 from shoal.fault.health import check_finite
 from shoal.fault.signals import StopRequest
-from shoal.hub.beside import OF_MODEL, TOKENIZER, keep
+from shoal.hub.beside import OF_MODEL, TOKENIZER, WEIGHTS, keep, keep_dtypes
 from shoal.hub.find import find_model
+from shoal.hub.folder import ModelFolder
 from shoal.launch.place import LOCKED_BY
 from shoal.metrics.console import Console
 from shoal.metrics.meter import Meter, settle_dtype
@@ -328,8 +329,9 @@ def write_run_files(folder: RunFolder, config: Config, prepared: Prepared, step:
     folder.save_config(config)
     origin = None if config.model.from_ is None else find_model(config.model.from_)
     tokenizer = tokenizer_folder(config.data.tokenizer)
-    if origin is not None:
+    if origin is not None and not (folder.source / WEIGHTS).is_file():
         keep(origin, OF_MODEL if tokenizer != origin else (*OF_MODEL, *TOKENIZER), folder.source)
+        keep_dtypes(ModelFolder.open(origin), folder.source)
     if tokenizer is not None and tokenizer != origin:
         keep(tokenizer, TOKENIZER, folder.tokenizer)
     shutil.copyfile(prepared.folder / "tokenizer.json", folder.tokenizer_file)
