@@ -31,6 +31,10 @@ class FastEncoder:
         except Exception as error:  # its own, of many kinds
             raise DifferentIdsError(str(error)) from error
         ids = np.frombuffer(content, "<u4").astype(np.uint32, copy=False)
+        if ids.size and int(ids.max()) >= self._tokenizer.vocab_size:
+            raise DifferentIdsError(
+                f"it gave the id {int(ids.max())}, and the tokenizer has {self._tokenizer.vocab_size} tokens"
+            )
         each = np.split(ids, np.frombuffer(offsets, "<u8")[1:-1].astype(np.int64)) if texts else []
         if compare:
             for text, ours, theirs in zip(texts, each, self._tokenizer.encode_batch(texts), strict=True):
