@@ -13,7 +13,7 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import yaml
 from shoal.config import PAST, SECTIONS, Config, option_name, options
 from shoal.contradictions import DEFAULT, DERIVED, contradictions
 from shoal.errors import ConfigError, ModelError, Problem
-from shoal.hub.shape import may_differ, read_model
+from shoal.hub.shape import Shape, may_differ, read_model
 from shoal.presets import PRESETS, resolve_shape
 
 
@@ -38,10 +38,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A valid config, and for each dotted key where its value came from."""
+    """A valid config, for each dotted key where its value came from, and what a person should be told."""
 
     config: Config
     sources: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,7 +66,8 @@ def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ())
     problems: list[Problem] = []
     given = read_recipe(recipe, problems) if recipe else []
     given += [setting for o in overrides if (setting := _read_override(*o, problems))]
-    settings = _with_shape({s.key: s for s in _known(given, problems)}, problems)
+    notes: list[str] = []
+    settings = _with_shape({s.key: s for s in _known(given, problems)}, problems, notes)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
     if problems:
         raise ConfigError(sorted(problems, key=_place))
@@ -73,7 +75,7 @@ def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ())
     sources = {key: settings[key].where if key in settings else DEFAULT for key in options()}
     if problems := list(contradictions(config, sources)):
         raise ConfigError(problems)
-    return _derive(config, sources)
+    return _derive(config, sources, tuple(notes))
 
 
 def _place(problem: Problem) -> tuple[bool, int]:
@@ -194,7 +196,7 @@ def _valid_beside(key: str) -> str:
 # --- values ----------------------------------------------------------------------------------------------
 
 
-def _with_shape(settings: dict[str, Setting], problems: list[Problem]) -> dict[str, Setting]:
+def _with_shape(settings: dict[str, Setting], problems: list[Problem], notes: list[str]) -> dict[str, Setting]:
     """Put what `model.preset` or `model.from` says below what was given."""
     preset, origin = (
         s if s and s.value is not None else None for s in map(settings.get, ("model.preset", "model.from"))
@@ -206,7 +208,7 @@ def _with_shape(settings: dict[str, Setting], problems: list[Problem]) -> dict[s
         return settings
     if preset:
         return _with_preset(settings, preset, problems)
-    return _with_folder(settings, origin, problems) if origin else settings
+    return _with_folder(settings, origin, problems, notes) if origin else settings
 
 
 def _with_preset(settings: dict[str, Setting], setting: Setting, problems: list[Problem]) -> dict[str, Setting]:
@@ -221,7 +223,9 @@ def _with_preset(settings: dict[str, Setting], setting: Setting, problems: list[
     return {k: Setting(k, v, f"preset {setting.value}") for k, v in preset.items()} | settings
 
 
-def _with_folder(settings: dict[str, Setting], origin: Setting, problems: list[Problem]) -> dict[str, Setting]:
+def _with_folder(
+    settings: dict[str, Setting], origin: Setting, problems: list[Problem], notes: list[str]
+) -> dict[str, Setting]:
     """The shape of a folder's weights, which nothing that was given may change; its tokenizer, unless one was given."""
     family = settings.get("model.family")
     try:
@@ -229,29 +233,41 @@ def _with_folder(settings: dict[str, Setting], origin: Setting, problems: list[P
     except ModelError as error:
         problems.append(Problem(origin.where, str(error)))
         return settings
-    for key, value in shape.values.items():
-        given = settings.get(f"model.{key}")
-        if given is not None and given.value != value and not may_differ(shape.values, key, given.value):
-            problems.append(
-                Problem(
-                    given.where,
-                    f"model.{key} {_show(given.value)} is not what {origin.value} has ({_show(value)}); leave it out",
-                )
-            )
-    if shape.window is not None:
-        given = settings.get("model.max_seq_len")
-        if given is None or not isinstance(given.value, int) or given.value > shape.window:
-            problems.append(
-                Problem(
-                    origin.where,
-                    f"{origin.value} looks back over a sliding window of {shape.window} tokens, which is not built here; set "
-                    f"model.max_seq_len to {shape.window} or less, where the window changes nothing",
-                )
-            )
+    notes += shape.notes
+    problems += [*_against_folder(settings, origin, shape), *_beyond_window(settings, origin, shape)]
     said = {f"model.{k}": v for k, v in shape.values.items()}
     if tokenizer is not None:
         said["data.tokenizer"] = tokenizer
+    elif "data.tokenizer" not in settings:
+        problems.append(
+            Problem(
+                origin.where,
+                f"{origin.value} has neither tokenizer.json nor tokenizer.model; set data.tokenizer to the tokenizer of this "
+                "model, or to bpe to train a new one, whose tokens its embedding has never seen",
+            )
+        )
     return {k: Setting(k, v, f"model.from {origin.value}") for k, v in said.items()} | settings
+
+
+def _against_folder(settings: Mapping[str, Setting], origin: Setting, shape: Shape) -> Iterator[Problem]:
+    for key, value in shape.values.items():
+        given = settings.get(f"model.{key}")
+        if given is not None and given.value != value and not may_differ(shape.values, key, given.value):
+            yield Problem(
+                given.where,
+                f"model.{key} {_show(given.value)} is not what {origin.value} has ({_show(value)}); leave it out",
+            )
+
+
+def _beyond_window(settings: Mapping[str, Setting], origin: Setting, shape: Shape) -> Iterator[Problem]:
+    given = settings.get("model.max_seq_len")
+    longest = given.value if given is not None and isinstance(given.value, int) else shape.values["max_seq_len"]
+    if shape.window is not None and longest > shape.window:
+        yield Problem(
+            origin.where,
+            f"{origin.value} looks back over a sliding window of {shape.window} tokens, which is not built here; set "
+            f"model.max_seq_len to {shape.window} or less, where the window changes nothing",
+        )
 
 
 @functools.cache
@@ -326,13 +342,13 @@ def _build(values: Mapping[str, Any]) -> Config:
     return Config(**sections)
 
 
-def _derive(config: Config, sources: dict[str, str]) -> Resolved:
+def _derive(config: Config, sources: dict[str, str], notes: tuple[str, ...]) -> Resolved:
     """Fill what follows from the rest, and say so."""
     derived = dataclasses.replace(config, model=resolve_shape(config.model))
     for f in dataclasses.fields(derived.model):
         if getattr(derived.model, f.name) != getattr(config.model, f.name):
             sources[f"model.{option_name(f)}"] = DERIVED
-    return Resolved(derived, sources)
+    return Resolved(derived, sources, notes)
 
 
 # --- writing, reading back, comparing --------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,22 @@ def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
     from shoal.resolve import resolve
 
     resolved = resolve(args.recipe, overrides)
+    _tell(resolved.notes)
     if resolved.config.launch.name is None and args.recipe is not None:
         return resolved.config.replace("launch", name=args.recipe.stem)
     return resolved.config
+
+
+def _tell(notes: Sequence[str], *, on_stderr: bool = False) -> None:
+    """What a person should act on, once for all processes of a run."""
+    from shoal.launch.place import speaks_first
+
+    if notes and speaks_first():
+        from shoal.metrics.console import Console
+
+        console = Console(on_stderr=on_stderr)
+        for note in notes:
+            console.warn(note)
 
 
 def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
@@ -205,6 +219,7 @@ def config(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     if args.recipe is None:
         raise ShoalError("shoal config needs a RECIPE.yaml, or --schema")
     resolved = resolve(args.recipe, overrides)
+    _tell(resolved.notes, on_stderr=True)
     print(to_yaml(resolved.config, resolved.sources), end="")
     return 0
 

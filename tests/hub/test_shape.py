@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from shoal.errors import ConfigError, ModelError
@@ -80,10 +81,12 @@ def test_keys_left_out_have_the_default_of_their_type() -> None:
     ("kind", "changes", "window"),
     [
         ("mistral", {"sliding_window": 64}, 64),
-        ("mistral", {"sliding_window": 4096}, None),  # wider than the context
+        ("mistral", {"sliding_window": 4096}, 4096),  # wider than the context, which may be raised
         ("mistral", {"sliding_window": None}, None),
         ("qwen2", {"sliding_window": 64, "use_sliding_window": False}, None),
         ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 3}, 64),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "layer_types": None}, 64),
+        ("gpt2", {"sliding_window": 64}, None),  # it knows none
     ],
 )
 def test_a_sliding_window_is_one_only_where_it_is_on(kind: str, changes: dict[str, Any], window: int | None) -> None:
@@ -113,6 +116,18 @@ def test_a_window_is_honoured_by_staying_inside(tmp_path: Path, llama: Path) -> 
     with pytest.raises(ConfigError, match=r"set model\.max_seq_len to 64 or less"):
         resolved(folder)
     assert resolved(folder, model__max_seq_len="64").model.max_seq_len == 64
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": 256}))
+    assert resolved(folder).model.max_seq_len == 128
+    with pytest.raises(ConfigError, match=r"set model\.max_seq_len to 256 or less"):
+        resolved(folder, model__max_seq_len="512")
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_a_window_that_is_on_and_left_out_has_the_default_of_transformers(kind: str) -> None:
+    config = said(kind, use_sliding_window=True)
+    del config["sliding_window"], config["layer_types"]
+    assert read_shape(config, "x").window == 4096
+    assert transformers.AutoConfig.for_model(kind, use_sliding_window=True).sliding_window == 4096
 
 
 def test_nothing_else_may_say_the_shape(llama: Path) -> None:

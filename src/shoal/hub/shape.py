@@ -17,6 +17,7 @@ from shoal.errors import ModelError
 from shoal.hub.any_shape import read_any_shape
 from shoal.hub.find import find_model
 from shoal.hub.folder import CONFIG, ModelFolder
+from shoal.hub.values import Kind, kind_of_option, wrong_values
 
 Json = Mapping[str, Any]
 
@@ -76,22 +77,36 @@ MODEL_TYPES: Final[dict[str, ModelType]] = {
         only=_LLAMA_ONLY,
     ),
     "qwen2": ModelType(
-        "llama", "Qwen2ForCausalLM", _LLAMA_KEYS, {"max_position_embeddings": 32_768, **_LLAMA_DEFAULTS},
+        "llama", "Qwen2ForCausalLM", _LLAMA_KEYS,
+        {"max_position_embeddings": 32_768, "sliding_window": 4096, **_LLAMA_DEFAULTS},
         always={"qkv_bias": True}, only=_LLAMA_ONLY, switch="use_sliding_window",
     ),
     "qwen3": ModelType(
         "llama", "Qwen3ForCausalLM", _LLAMA_KEYS,
-        {"max_position_embeddings": 32_768, **_LLAMA_DEFAULTS, "head_dim": 128},
+        {"max_position_embeddings": 32_768, "sliding_window": 4096, **_LLAMA_DEFAULTS, "head_dim": 128},
         always={"qk_norm": True}, only={**_LLAMA_ONLY, **_NO_BIASES}, switch="use_sliding_window",
     ),
 }  # fmt: skip
 
-_ROPE_KEYS: Final = ("rope_theta", "rope_scaling", "rope_parameters")
-_WINDOW_KEYS: Final = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+_ROPE_KINDS: Final = {
+    "rope_theta": kind_of_option("rope_theta"), "rope_scaling": Kind(dict), "rope_parameters": Kind(dict),
+    "partial_rotary_factor": Kind(float),
+}  # fmt: skip
+_WINDOW_KINDS: Final = {
+    "sliding_window": Kind(int, {"ge": 0}), "use_sliding_window": Kind(bool), "max_window_layers": Kind(int),
+    "layer_types": Kind(list),
+}  # fmt: skip
 _LLAMA3: Final = {
     "low_freq_factor": "rope_low_freq_factor", "high_freq_factor": "rope_high_freq_factor",
     "original_max_position_embeddings": "rope_original_seq_len",
 }  # fmt: skip
+# Inside of rope_scaling, and of rope_parameters.
+_IN_ROPE_KINDS: Final = {
+    "rope_theta": kind_of_option("rope_theta"), "rope_type": Kind(str), "type": Kind(str),
+    "factor": kind_of_option("rope_factor"), "partial_rotary_factor": Kind(float),
+    **{theirs: kind_of_option(ours) for theirs, ours in _LLAMA3.items()},
+}  # fmt: skip
+_DROPS: Final = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 # Keys that say nothing of the arithmetic: of tokens, of files, of how other programs run it.
 _NEUTRAL: Final = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
@@ -128,8 +143,11 @@ def read_shape(config: Json, where: str) -> Shape:
             "Set model.family to hf to train it through transformers"
         )
     given = {**kind.defaults, **config}
-    if missing := [k for k, ours in kind.keys.items() if given.get(k) is None and ours not in _MAY_BE_NULL]:
-        raise ModelError(f"{where} does not say {', '.join(missing)}")
+    if wrong := [*_missing(kind, given), *_wrong(kind, given)]:
+        lines = "\n".join(f"  {line}" for line in wrong)
+        raise ModelError(
+            f"{where} is not the config of a {config['model_type']}; correct it, or get it again:\n{lines}"
+        )
     if refused := [*_refused(kind, given)]:
         lines = "\n".join(f"  {line}" for line in refused)
         raise ModelError(
@@ -138,9 +156,9 @@ def read_shape(config: Json, where: str) -> Shape:
     values = {"family": kind.family, **kind.always, **{ours: given[theirs] for theirs, ours in kind.keys.items()}}
     if kind.family == "llama":
         values |= _read_rope(given)
-    known = {*kind.keys, *kind.defaults, *kind.only, *_ROPE_KEYS, *_WINDOW_KEYS, *_NEUTRAL, "quantization_config"}
+    known = {*kind.keys, *kind.defaults, *kind.only, *_other_kinds(kind), *_NEUTRAL, "quantization_config"}
     strange = sorted(set(config) - known)
-    notes = (f"{where} says {', '.join(strange)}, which says nothing here",) if strange else ()
+    notes = (f"{where} says {', '.join(strange)}, which is not known here and changes nothing",) if strange else ()
     return Shape(values, _window(kind, given), notes)
 
 
@@ -164,11 +182,37 @@ def read_model(name: str, family: str | None = None) -> tuple[Shape, str | None]
 
     family: as it was given; "hf" reads any config, null those of the families here. Raises `ModelError`.
     """
-    folder = ModelFolder.open(find_model(name))
+    return read_folder(ModelFolder.open(find_model(name)), family)
+
+
+def read_folder(folder: ModelFolder, family: str | None = None) -> tuple[Shape, str | None]:
+    """`read_model` of a folder that is open."""
     where = str(folder.path / CONFIG)
     shape = Shape(read_any_shape(folder.config, where)) if family == "hf" else read_shape(folder.config, where)
     has_tokenizer = any((folder.path / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
     return shape, str(folder.path) if has_tokenizer else None
+
+
+def _missing(kind: ModelType, given: Json) -> Iterator[str]:
+    missing = [k for k, ours in kind.keys.items() if given.get(k) is None and ours not in _MAY_BE_NULL]
+    if missing:
+        yield f"it does not say {', '.join(missing)}"
+
+
+def _wrong(kind: ModelType, given: Json) -> Iterator[str]:
+    """What has no meaning at its key. Each is looked at here, once, so that all who read them may trust them."""
+    yield from wrong_values(given, {theirs: kind_of_option(ours) for theirs, ours in kind.keys.items()})
+    yield from wrong_values(given, _other_kinds(kind))
+    for key in ("rope_scaling", "rope_parameters"):
+        if kind.family == "llama" and isinstance(given.get(key), dict):
+            yield from wrong_values(given[key], _IN_ROPE_KINDS, f"{key}: ")
+
+
+def _other_kinds(kind: ModelType) -> dict[str, Kind]:
+    """Of the keys that are not ours by another name."""
+    if kind.family == "gpt2":
+        return {key: kind_of_option("dropout") for key in _DROPS if key not in kind.keys}
+    return {**_ROPE_KINDS, **_WINDOW_KINDS}
 
 
 def _refused(kind: ModelType, given: Json) -> Iterator[str]:
@@ -178,14 +222,14 @@ def _refused(kind: ModelType, given: Json) -> Iterator[str]:
     if given.get("quantization_config"):
         yield "quantization_config (here weights are float32, bfloat16 or float16)"
     if kind.family == "gpt2":
-        drops = {given[k] for k in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+        drops = {given[k] for k in _DROPS}
         if len(drops) > 1:
             yield "resid_pdrop, embd_pdrop and attn_pdrop that differ (here they are one model.dropout)"
         return
     rope = _rope(given)
     if rope["rope_type"] not in ("default", "llama3"):
         yield f"rope scaling of type {rope['rope_type']} (here: default, llama3)"
-    elif rope["rope_type"] == "llama3" and (lacking := [k for k in ("factor", *_LLAMA3) if k not in rope]):
+    elif rope["rope_type"] == "llama3" and (lacking := [k for k in ("factor", *_LLAMA3) if rope.get(k) is None]):
         yield f"rope scaling of type llama3 without {', '.join(lacking)}"
     if float(rope.get("partial_rotary_factor") or given.get("partial_rotary_factor") or 1) != 1:
         yield "partial_rotary_factor (here all of a head turns)"
@@ -194,7 +238,8 @@ def _refused(kind: ModelType, given: Json) -> Iterator[str]:
 def _rope(given: Json) -> dict[str, Any]:
     """Either spelling: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
     rope = {"rope_theta": given.get("rope_theta") or 10_000.0}
-    rope |= given.get("rope_parameters") or given.get("rope_scaling") or {}
+    said = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    rope |= {key: value for key, value in said.items() if value is not None}
     rope.setdefault("rope_type", rope.get("type") or "default")
     return rope
 
@@ -211,14 +256,13 @@ def _read_rope(given: Json) -> dict[str, Any]:
 
 
 def _window(kind: ModelType, given: Json) -> int | None:
-    """How far a place may look back, where some block's attention is bounded and the context is longer."""
-    window = given.get("sliding_window")
-    switched_on = given.get(kind.switch, False) if kind.switch else True
-    if "layer_types" in given:
-        switched_on = switched_on and any(t != "full_attention" for t in given["layer_types"] or ())
-    if not window or not switched_on or window >= given["max_position_embeddings"]:
+    """How far a place may look back where some block's attention is bounded; a context within it is not touched."""
+    if kind.family == "gpt2":
         return None
-    return int(window)
+    switched_on = given.get(kind.switch, False) if kind.switch else True
+    if given.get("layer_types") is not None:
+        switched_on = switched_on and any(t != "full_attention" for t in given["layer_types"])
+    return given["sliding_window"] or None if switched_on and "sliding_window" in given else None
 
 
 def write_shape(shape: Model, base: Json | None = None) -> dict[str, Any]:
@@ -247,7 +291,7 @@ def write_shape(shape: Model, base: Json | None = None) -> dict[str, Any]:
         config["attention_bias"] = False
     if base is None or "rope_parameters" not in base:
         config |= _write_rope(shape)
-    if kind.defaults.get("sliding_window") is not None:
+    if "sliding_window" in kind.defaults and kind.switch is None:
         config.setdefault("sliding_window", None)
     return config
 

@@ -28,6 +28,11 @@ def is_worker() -> bool:
     return "RANK" in os.environ or _under_srun()
 
 
+def speaks_first() -> bool:
+    """True in one process of a run: the launcher, or rank 0 where another program started the workers."""
+    return not is_worker() or (LOCKED_BY not in os.environ and read_place().rank == 0)
+
+
 def read_place() -> Place:
     """From the launcher's variables, or alone. Raises `LaunchError` where some are missing."""
     if _under_srun():

@@ -14,9 +14,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 class Console:
     """Says things on one rank and keeps quiet on the others."""
 
-    def __init__(self, speaks: bool = True) -> None:
+    def __init__(self, speaks: bool = True, *, on_stderr: bool = False) -> None:
+        """on_stderr: where standard output is for another program."""
         self._speaks = speaks
-        self._rich = RichConsole(highlight=False, soft_wrap=True)
+        self._rich = RichConsole(highlight=False, soft_wrap=True, stderr=on_stderr)
 
     @property
     def is_terminal(self) -> bool:
@@ -29,7 +30,7 @@ class Console:
         if self.is_terminal:
             self._rich.print(text, style=style or None, markup=False)
         else:
-            print(text, flush=True)
+            print(text, file=self._rich.file, flush=True)
 
     def note(self, text: str) -> None:
         """A line that is good to know and not in the way."""
