@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 
 from shoal.config import Config
 from shoal.errors import ModelError, Problem
-from shoal.hub.find import find_model
+from shoal.hub.find import find_model, find_path
 from shoal.presets import shape_problems
 from shoal.refusals import refusals
 
@@ -66,7 +65,7 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
         yield problem(
             f"a {data.corpus} corpus takes no data.paths; set data.corpus to text or jsonl", "data.paths", "data.corpus"
         )
-    missing = [p for p in data.paths if not Path(p).expanduser().exists()]
+    missing = [p for p in data.paths if not _is_there(p)]
     if missing:
         yield problem(f"data.paths: there is no {', '.join(missing[:3])}", "data.paths")
     why = _why_no_tokenizer(data.tokenizer)
@@ -85,12 +84,20 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
         )
 
 
+def _is_there(path: str) -> bool:
+    try:
+        return find_path(path) is not None
+    except ModelError:
+        return False
+
+
 def _why_no_tokenizer(name: str) -> str | None:
     """None where there is something to open; what it is worth is seen when it is opened."""
-    if name in ("bpe", "bytes") or name.startswith("tiktoken:") or Path(name).expanduser().exists():
+    if name in ("bpe", "bytes") or name.startswith("tiktoken:"):
         return None
     try:
-        find_model(name)
+        if find_path(name) is None:
+            find_model(name)
     except ModelError as error:
         return str(error)
     return None

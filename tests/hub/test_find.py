@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from shoal.errors import ModelError
+from shoal.data.tokenize import load_tokenizer
+from shoal.errors import ConfigError, DataError, ModelError
 from shoal.hub.find import find_model
+from shoal.resolve import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +76,25 @@ def test_a_name_that_is_nowhere_says_what_to_do(home: Path) -> None:
     ):
         assert file in message
     assert "shoal fetch" not in refused("./no/such/folder", "there is no folder ./no/such/folder")
+
+
+@pytest.mark.parametrize(
+    ("name", "why"), [("~nosuchuser/x", "home directory"), ("x" * 300, "File name too long"), ("locked/x", "no right")]
+)
+def test_where_nobody_can_tell_whether_there_is_one(name: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Path.exists
+
+    def exists(path: Path) -> bool:
+        if path.parent.name == "locked":  # as Python 3.11 has it below a folder without rights
+            raise PermissionError(13, "no right", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    refused(name, f"cannot look for {re.escape(name)}: .*{why}")
+    with pytest.raises(DataError, match=f"no such tokenizer.*{why}"):
+        load_tokenizer(name)
+    with pytest.raises(ConfigError, match=f"data.tokenizer is bpe, bytes(.|\n)*{why}"):
+        resolve(None, [("train.steps", "1", ""), ("data.tokenizer", name, "--data.tokenizer")])
 
 
 def test_a_misspelt_name_is_recognized(home: Path) -> None:

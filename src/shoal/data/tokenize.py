@@ -23,7 +23,7 @@ from shoal.data import same_ids
 from shoal.data.byte_level import byte_characters
 from shoal.data.tokenizer_ends import apply_folder, read_ends
 from shoal.errors import DataError, ModelError
-from shoal.hub.find import find_model
+from shoal.hub.find import find_model, find_path
 
 END_OF_TEXT = "<|endoftext|>"
 TIKTOKEN = "tiktoken:"
@@ -239,11 +239,8 @@ def tokenizer_folder(spec: str) -> Path | None:
 
 
 def _find(spec: str) -> Path:
-    path = Path(spec).expanduser()
-    if path.exists():
-        return path
     try:
-        return find_model(spec)
+        return find_path(spec) or find_model(spec)
     except ModelError as error:
         raise DataError(
             f"no such tokenizer: {spec} ({error}); set data.tokenizer to bpe, bytes, tiktoken:NAME, the path of a "

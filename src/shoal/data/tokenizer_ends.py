@@ -15,7 +15,8 @@ from typing import Any
 import tokenizers
 from tokenizers import processors
 
-from shoal.errors import DataError
+from shoal.errors import DataError, ModelError
+from shoal.hub.values import token_ids
 
 # Names that others gave the token at the end of a document; the first that a tokenizer has is taken.
 END_NAMES = (
@@ -77,9 +78,12 @@ def _end_of_folder(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], fold
     if name is not None:
         return _id_of(tokenizer, name, "eos_token", folder)
     for file in ("generation_config.json", "config.json"):
-        ids = read_object(folder / file).get("eos_token_id")
-        first = ids[0] if isinstance(ids, list) and ids else ids
-        if isinstance(first, int):
+        try:
+            ids = token_ids(read_object(folder / file).get("eos_token_id"), str(folder / file))
+        except ModelError as error:
+            raise DataError(str(error)) from None
+        if ids:
+            first = ids[0]
             if tokenizer.id_to_token(first) is None:
                 raise DataError(f"{folder / file} has eos_token_id {first}, which the tokenizer lacks; correct one")
             return first

@@ -10,7 +10,7 @@ from pathlib import Path
 from shoal.errors import ModelError
 from shoal.hub.record import MODELS, fetch_command, load_record
 
-__all__ = ["MODELS", "by_hand", "check_name", "close_names", "could_be_on_a_hub", "find_model", "no_name"]
+__all__ = ["MODELS", "by_hand", "check_name", "close_names", "could_be_on_a_hub", "find_model", "find_path", "no_name"]
 
 
 def find_model(name: str) -> Path:
@@ -19,10 +19,25 @@ def find_model(name: str) -> Path:
 
     Raises `ModelError` where it is nowhere, or where files of a fetched folder are gone or cut short.
     """
-    for folder in (Path(name).expanduser(), MODELS / name):
-        if folder.is_dir():
+    for place in (name, str(MODELS / name)):
+        folder = find_path(place)
+        if folder is not None and folder.is_dir():
             return _whole(folder)
     return _in_cache(name) or _refuse(name)
+
+
+def find_path(name: str) -> Path | None:
+    """
+    The file or folder of that path, with `~` as shells have it; None where there is none.
+
+    Raises `ModelError` where nobody can tell: no right to look, a `~user` who is none, a name that is too long.
+    """
+    try:
+        path = Path(name).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ModelError(f"cannot look for {name}: {why}") from error
 
 
 def by_hand(name: str, folder: Path) -> str:
