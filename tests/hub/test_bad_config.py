@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shoal.cli import _run
+from shoal.config import Model
 from shoal.errors import ConfigError, ModelError
 from shoal.hub.any_shape import read_any_shape
 from shoal.hub.shape import read_shape
+from shoal.models.build import build_model
 from shoal.resolve import Resolved, resolve
 from tests.hub import small
 
@@ -94,6 +97,22 @@ def change(folder: Path, **changes: Any) -> None:
 def resolved(folder: Path, *options: tuple[str, str]) -> Resolved:
     given = [("model.from", str(folder)), ("train.steps", "1"), ("data.seq_len", "32"), *options]
     return resolve(None, [(key, value, f"--{key}") for key, value in given])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"rms_norm_eps": "x"}, {"num_attention_heads": 5}, {"hidden_act": "nonsense"}, {"rope_parameters": 5}],
+    ids=str,
+)
+def test_what_transformers_finds_wrong_is_said_with_its_cause(folder: Path, changes: dict[str, Any]) -> None:
+    change(folder, **changes)
+    key = next(iter(changes))
+    model = Model(family="hf", from_=str(folder), vocab_size=small.VOCAB)
+    with pytest.raises(
+        ModelError, match=rf"transformers cannot make a model of {folder}/config.json \(\w+Error: "
+    ) as error:
+        build_model(model, compute_dtype=torch.float32)
+    assert key in str(error.value) or str(changes[key]) in str(error.value)
 
 
 def test_a_folder_without_a_tokenizer_needs_one_by_name(folder: Path) -> None:

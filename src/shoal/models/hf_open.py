@@ -19,7 +19,7 @@ from shoal.config import Model
 from shoal.errors import ModelError
 from shoal.hub.any_shape import drop_rates
 from shoal.hub.find import find_model
-from shoal.hub.folder import ModelFolder
+from shoal.hub.folder import CONFIG, ModelFolder
 
 
 def transformers_library() -> Any:
@@ -51,7 +51,7 @@ def open_causal_lm(shape: Model) -> tuple[Any, dict[str, str]]:
     if kind is None:
         raise ModelError(f"{folder.path} is a {config.model_type}, which transformers has no causal language model for")
     kind = kind[0] if isinstance(kind, tuple) else kind
-    with _parameters_on_meta():
+    with _parameters_on_meta(), _saying_why(folder):
         model = transformers.AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention_of(kind), trust_remote_code=False
         )
@@ -80,12 +80,26 @@ def faster_attention_of(kind: Any, device: torch.device, dtype: torch.dtype) -> 
 def _read_config(transformers: Any, folder: ModelFolder) -> Any:
     """Never runs code of the folder's."""
     name = folder.config.get("model_type")
-    if name not in transformers.CONFIG_MAPPING:
+    if not isinstance(name, str) or name not in transformers.CONFIG_MAPPING:
         code = "; it comes with code of its own, which shoal never runs" if folder.config.get("auto_map") else ""
         raise ModelError(
             f"{folder.path} is a {name}, which transformers {transformers.__version__} does not know{code}"
         )
-    return transformers.AutoConfig.from_pretrained(str(folder.path), trust_remote_code=False, local_files_only=True)
+    with _saying_why(folder):
+        return transformers.AutoConfig.from_pretrained(str(folder.path), trust_remote_code=False, local_files_only=True)
+
+
+@contextlib.contextmanager
+def _saying_why(folder: ModelFolder) -> Iterator[None]:
+    """What transformers finds wrong with a config, as a `ModelError`: each of its models raises errors of its own."""
+    try:
+        yield
+    except Exception as error:
+        what = " ".join(str(error).split())
+        raise ModelError(
+            f"transformers cannot make a model of {folder.path / CONFIG} ({type(error).__name__}: {what}); correct it, or "
+            "get it again"
+        ) from error
 
 
 @contextlib.contextmanager
