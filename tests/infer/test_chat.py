@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from shoal.errors import DataError, ModelError
+from shoal.errors import DataError, GenerateError, ModelError
 from shoal.infer import chat as chat_module
 from shoal.infer.chat import Chat, chat_in_terminal
 from shoal.infer.generate import Sampling
@@ -90,6 +90,13 @@ def test_an_answer_can_be_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch)
     chat_in_terminal(chat, io.StringIO("Hello\n"), out)
     assert out.getvalue() == "x\n"
     assert chat.messages[-1] == {"role": "assistant", "content": "x"}
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_lines_that_are_no_text(folder: Path, errors: str) -> None:
+    lines = io.TextIOWrapper(io.BytesIO(b"Hello\n\xff\n"), encoding="utf-8", errors=errors)
+    with pytest.raises(GenerateError, match="standard input is no UTF-8 text"):
+        chat_in_terminal(chat_of(folder), lines, io.StringIO())
 
 
 def test_by_a_pipe(folder: Path) -> None:

@@ -96,6 +96,19 @@ def test_rows_without_a_token_are_never_written(capsys: pytest.CaptureFixture[st
     assert len(text.encode("utf-8")) > 100
 
 
+def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
+    talker(Path("scaled"))
+    config = json.loads(Path("scaled/config.json").read_text())
+    Path("scaled/config.json").write_text(json.dumps(config | {"logits_scaling": 8.0}))
+    for arguments in (
+        ["eval", "--model.from", "scaled", "--text", "text.txt", "--json"],
+        ["generate", "--model.from", "scaled", "--prompt", "a", "--tokens", "1"],
+    ):
+        assert _run(arguments) == 0
+        out, err = capsys.readouterr()
+        assert ("logits_scaling" in out, err.count("logits_scaling")) == (False, 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -121,6 +134,11 @@ def test_rows_without_a_token_are_never_written(capsys: pytest.CaptureFixture[st
         (["generate", "--model.from", "talker", "--chat", "--prompt", "a"], "not both"),
         (["generate", "--model.from", "talker", "--prompt", "a", "--system", "b"], "--system does nothing"),
         (["generate", "--model.from", "talker", "--prompt", ""], "empty --prompt"),
+        (["generate", "--model.from", "talker", "--prompt", "a\udcff"], "--prompt is no UTF-8 text"),
+        (["generate", "--model.from", "talker", "--chat", "--system", "\udcff"], "--system is no UTF-8 text"),
+        (["generate", "--model.from", "talker", "--chat", "--temperature", "-1"], "temperature is -1.0"),
+        (["generate", "--model.from", "talker", "--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
+        (["generate", "--model.from", "talker", "--chat", "--tokens", "-1"], "max_new_tokens is -1"),
         (["generate", "--model.from", "mute", "--prompt", "a"], "mute has no tokenizer"),
         (["generate", "done", "--chat"], "has no chat template"),
         (["generate", "done", "--prompt", "a", "--model.family", "hf"], "--model.family hf"),

@@ -9,7 +9,10 @@ import pytest
 import torch
 import transformers
 
-from shoal.errors import ModelError, ShoalError
+from shoal.data.tokenize import load_tokenizer
+from shoal.errors import DataError, ModelError, ShoalError
+from shoal.hub import folder as folder_module
+from shoal.hub.header import Entry, read_header
 from shoal.infer.generate import generate
 from shoal.infer.load import Wanted, load_folder
 from shoal.models.attention import CPU_HAS_TILES
@@ -86,6 +89,55 @@ def test_a_window_bounds_the_context(tmp_path: Path) -> None:
     config.sliding_window = 32
     config.save_pretrained(tmp_path)
     assert load_folder(str(tmp_path), device="cpu").model.shape.max_seq_len == 32
+    config.sliding_window = 4096
+    config.save_pretrained(tmp_path)
+    assert load_folder(str(tmp_path), device="cpu").model.shape.max_seq_len == 128
+
+
+@pytest.mark.parametrize("said", [{}, [[1]], -1, [True], 2**40], ids=str)
+def test_an_end_that_is_no_token(tmp_path: Path, said: object) -> None:
+    save("llama", tmp_path)
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (tmp_path / name).unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": said}))
+    with pytest.raises(DataError, match=r"config.json has eos_token_id .*; it must be a token's id"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    with pytest.raises(ModelError, match=r"config.json has eos_token_id .*; it must be a token's id"):
+        load_folder(str(tmp_path), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_size": "16"}, "hidden_size is '16'"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"num_key_value_heads": 3}, "cannot be shared evenly"),
+        ({"head_dim": 13}, "make model.head_dim even"),
+        ({"head_dim": None, "num_attention_heads": 5}, "5 heads do not divide dim 48"),
+    ],
+    ids=str,
+)
+def test_a_shape_that_no_model_has(tmp_path: Path, changes: dict[str, object], says: str) -> None:
+    save("llama", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ModelError, match=f"config.json(.|\n)*{says}"):
+        load_folder(str(tmp_path), device="cpu")
+
+
+def test_each_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save("llama", tmp_path)
+    read: list[Path] = []
+
+    def counted(file: Path) -> dict[str, Entry]:
+        read.append(file)
+        return read_header(file)
+
+    monkeypatch.setattr(folder_module, "read_header", counted)
+    load_folder(str(tmp_path), device="cpu")
+    assert sorted(read) == sorted(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(

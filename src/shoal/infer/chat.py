@@ -8,7 +8,7 @@ from typing import TextIO
 
 from shoal.data.chat import ChatTemplate
 from shoal.errors import DataError, GenerateError, ShoalError
-from shoal.infer.generate import Sampling, generate
+from shoal.infer.generate import Sampling, check_text, generate
 from shoal.infer.load import LoadedModel
 from shoal.infer.stream import TextStream
 
@@ -100,7 +100,7 @@ def chat_in_terminal(chat: Chat, lines: TextIO, out: TextIO) -> None:
 
     if interactive:
         show(f"{chat.model.name}: {HELP}\n")
-    while (line := _next_line(lines, interactive)) is not None:
+    while (line := _read_line(lines, interactive)) is not None:
         match line.strip():
             case "":
                 continue
@@ -123,6 +123,18 @@ def _answer(chat: Chat, text: str, show: Callable[[str], None]) -> None:
         show("\n")
     except ShoalError as error:
         show(f"[{error}]\n")
+
+
+def _read_line(lines: TextIO, interactive: bool) -> str | None:
+    """`_next_line`. Raises `GenerateError` where it is no UTF-8; after a wrong byte nobody knows where a line begins."""
+    try:
+        line = _next_line(lines, interactive)
+    except UnicodeDecodeError as error:
+        raise GenerateError(
+            f"standard input is no UTF-8 text: {error.reason}, 0x{error.object[error.start]:02x}"
+        ) from None
+    check_text(line or "", "standard input")
+    return line
 
 
 def _next_line(lines: TextIO, interactive: bool) -> str | None:

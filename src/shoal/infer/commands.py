@@ -14,7 +14,7 @@ from shoal.data.open import open_data
 from shoal.data.prepare import held_out_text
 from shoal.errors import CheckpointError, DataError, GenerateError, ShoalError
 from shoal.infer.chat import Chat, chat_in_terminal
-from shoal.infer.generate import Sampling, generate
+from shoal.infer.generate import Sampling, check_options, check_text, generate
 from shoal.infer.harness import Tasks, run_tasks
 from shoal.infer.load import LoadedModel, LoadedRun, Wanted, load_run
 from shoal.infer.score import choose_windows, score
@@ -81,7 +81,7 @@ def _held_out(wanted: Wanted, console: Console) -> dict[str, Any]:
 def _of_text(wanted: Wanted, options: TextOptions, console: Console) -> dict[str, Any]:
     """The loss on the text of a file, in windows."""
     text, text_bytes = _read_text(options.file)
-    model = wanted.load()
+    model = _load(wanted)
     context, stride = choose_windows(model.model.shape.max_seq_len, options.context, options.stride)
     ids = model.need_tokenizer().encode_prompt(text)
     with Console(speaks=console.is_terminal).progress("scoring") as progress:
@@ -104,6 +104,14 @@ def _of_text(wanted: Wanted, options: TextOptions, console: Console) -> dict[str
     _say_figures(console, figures)
     step = {"step": model.step} if isinstance(model, LoadedRun) else {}
     return {**step, **figures, **counts, "dtype": str(model.model.compute_dtype).removeprefix("torch.")}
+
+
+def _load(wanted: Wanted) -> LoadedModel:
+    """What there is to tell of it goes to standard error: what a model says, and JSON, stand alone on the other."""
+    model = wanted.load()
+    for note in model.notes:
+        Console(on_stderr=True).warn(note)
+    return model
 
 
 def _called(model: LoadedModel) -> str:
@@ -133,7 +141,11 @@ def generate_text(wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int
     """Print each prompt and what the model makes of it; a single one as it comes."""
     if any(not prompt for prompt in prompts):
         raise GenerateError("an empty --prompt: give the text to go on from")
-    model = wanted.load()
+    for prompt in prompts:
+        check_text(prompt, "--prompt")
+    limit = PROMPT_TOKENS if max_new_tokens is None else max_new_tokens
+    check_options(sampling, limit)
+    model = _load(wanted)
     tokenizer = model.need_tokenizer()
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     alone = TextStream(tokenizer, ids[0]) if len(prompts) == 1 else None
@@ -146,7 +158,7 @@ def generate_text(wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int
         shown = True
 
     outputs = generate(
-        model.model, ids, max_new_tokens=PROMPT_TOKENS if max_new_tokens is None else max_new_tokens,
+        model.model, ids, max_new_tokens=limit,
         temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed,
         eot_id=model.end_ids, known_ids=tokenizer.vocab_size, on_token=show if alone else None,
     )  # fmt: skip
@@ -161,7 +173,9 @@ def generate_text(wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int
 
 def talk(wanted: Wanted, *, system: str | None, max_new_tokens: int | None, sampling: Sampling) -> None:
     """A conversation: lines of standard input, and what the model says to each."""
-    model = wanted.load()
     limit = CHAT_TOKENS if max_new_tokens is None else max_new_tokens
+    check_options(sampling, limit)  # at once, and not at each line
+    check_text(system or "", "--system")
+    model = _load(wanted)
     chat = Chat.of(model, system=system, max_new_tokens=limit, sampling=sampling)
     chat_in_terminal(chat, sys.stdin, sys.stdout)

@@ -60,7 +60,8 @@ def generate(
     Raises `GenerateError` for an empty or too long prompt, a token the model does not have, or an option out of range.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
-    _check(model, prompts, max_new_tokens, sampling)
+    check_options(sampling, max_new_tokens)
+    _check_prompts(model, prompts, max_new_tokens)
     ends = frozenset(() if eot_id is None else (eot_id,) if isinstance(eot_id, int) else eot_id)
     if not prompts or not max_new_tokens:
         return [[] for _ in prompts]
@@ -153,7 +154,16 @@ def _uniform(seed: int, row: int, index: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling) -> None:
+def check_text(text: str, what: str) -> None:
+    """Raises `GenerateError` for what came from bytes that are no UTF-8: Python keeps those as lone surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise GenerateError(f"{what} is no UTF-8 text: {error.reason} at character {error.start}") from None
+
+
+def check_options(sampling: Sampling, max_new_tokens: int) -> None:
+    """What can be said before there is a model or a prompt. Raises `GenerateError` for an option out of range."""
     if max_new_tokens < 0:
         raise GenerateError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
     if not (sampling.temperature >= 0 and math.isfinite(sampling.temperature)):
@@ -162,6 +172,9 @@ def _check(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_token
         raise GenerateError(f"top_k is {sampling.top_k}; it must be 1 or more, or none")
     if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
         raise GenerateError(f"top_p is {sampling.top_p}; it must be above 0 and at most 1, or none")
+
+
+def _check_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     for number, prompt in enumerate(prompts, 1):
         _check_prompt(model, f"prompt {number}" if len(prompts) > 1 else "the prompt", prompt, max_new_tokens)
 

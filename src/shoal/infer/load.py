@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,14 +15,16 @@ from shoal.data.tokenize import Tokenizer, load_tokenizer
 from shoal.errors import LaunchError, ModelError, ShoalError
 from shoal.hub.find import find_model
 from shoal.hub.folder import CONFIG, ModelFolder
-from shoal.hub.shape import read_model
+from shoal.hub.shape import Shape, read_folder
+from shoal.hub.values import token_ids
 from shoal.infer.target import find_checkpoint
 from shoal.models.attention import CPU_HAS_TILES
 from shoal.models.build import build_model, materialize
 from shoal.models.family import LanguageModel
 from shoal.models.layers import Linear
 from shoal.parallel.mesh import check_dtype, choose_device, has_bfloat16
-from shoal.train.assemble import DTYPES, folder_weights
+from shoal.presets import shape_problems
+from shoal.train.assemble import DTYPES, weights_of
 
 STORED: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors names them
 
@@ -41,6 +43,7 @@ class LoadedModel:
     device: torch.device
     end_ids: frozenset[int]
     files: Path | None
+    notes: tuple[str, ...] = field(default=(), kw_only=True)  # what a person should be told
 
     def need_tokenizer(self) -> Tokenizer:
         """Raises `ModelError` where there is none."""
@@ -125,21 +128,30 @@ def load_folder(name: str, *, family: str | None = None, device: str, dtype: str
 
     family: "hf" has transformers compute it, null the code here. dtype: "auto": that of its weights where the device is good at it, else float32. Raises `ModelError`.
     """
-    shape, tokens_from = read_model(name, family)
     folder, place = ModelFolder.open(find_model(name)), choose_device(device)
-    chosen = folder_dtype(name, dtype, place)
-    values = {**shape.values, "from_": name}
-    if shape.window is not None:  # beyond its window another model would be needed
-        values["max_seq_len"] = shape.window
-    model = build_model(Model(**values), compute_dtype=DTYPES[chosen])
+    shape, tokens_from = read_folder(folder, family)
+    chosen = _chosen_dtype(folder, dtype, place)
+    model = build_model(_model_of(shape, name, folder), compute_dtype=DTYPES[chosen])
     model.to(DTYPES[chosen])  # on meta: the weights are read into the dtype they are used in, not cast at each use
-    materialize(model, folder_weights(model, name), place)
+    materialize(model, weights_of(model, folder), place)
     lay_out(model)
     tokenizer = load_tokenizer(tokens_from) if tokens_from else None
     return LoadedModel(
         name=name, model=model.eval(), tokenizer=tokenizer, device=place, files=folder.path,
-        end_ids=_end_ids(folder.path, tokenizer),
+        end_ids=_end_ids(folder.path, tokenizer), notes=shape.notes,
     )  # fmt: skip
+
+
+def _model_of(shape: Shape, name: str, folder: ModelFolder) -> Model:
+    """Within the window of its attention: beyond it another model would be needed. Raises `ModelError`."""
+    values = {**shape.values, "from_": name}
+    if shape.window is not None:
+        values["max_seq_len"] = min(shape.window, values["max_seq_len"])
+    model = Model(**values)
+    if problems := shape_problems(model):
+        lines = "\n".join(f"  {what}" for _, what in problems)
+        raise ModelError(f"{folder.path / CONFIG} says what no model can be:\n{lines}")
+    return model
 
 
 def lay_out(model: LanguageModel) -> None:
@@ -156,7 +168,11 @@ def lay_out(model: LanguageModel) -> None:
 
 def folder_dtype(name: str, wanted: str, device: torch.device) -> str:
     """The dtype to compute a folder's model in. Raises `LaunchError` where the device lacks it."""
-    chosen = wanted if wanted != "auto" else _own_dtype(ModelFolder.open(find_model(name)).dtype, device)
+    return _chosen_dtype(ModelFolder.open(find_model(name)), wanted, device)
+
+
+def _chosen_dtype(folder: ModelFolder, wanted: str, device: torch.device) -> str:
+    chosen = wanted if wanted != "auto" else _own_dtype(folder.dtype, device)
     _check_dtype(chosen, device)
     return chosen
 
@@ -181,9 +197,9 @@ def _end_ids(files: Path | None, tokenizer: Tokenizer | None) -> frozenset[int]:
     ids: set[int] = set() if tokenizer is None else {tokenizer.eot_id}
     for name in ("generation_config.json", CONFIG) if files is not None else ():
         assert files is not None
-        said = _read(files / name).get("eos_token_id")
-        if said is not None:
-            return frozenset({*ids, *(said if isinstance(said, list) else [said])})
+        said = token_ids(_read(files / name).get("eos_token_id"), str(files / name))
+        if said:
+            return frozenset({*ids, *said})
     return frozenset(ids)
 
 

@@ -62,8 +62,13 @@ def _first_weights(model: LanguageModel, config: Config) -> Fill:
 
 def folder_weights(model: LanguageModel, name: str) -> Fill:
     """The weights of the folder `name` for a model (on meta) of its shape. Raises `ModelError`."""
+    return weights_of(model, ModelFolder.open(find_model(name)))
+
+
+def weights_of(model: LanguageModel, folder: ModelFolder) -> FolderWeights:
+    """`folder_weights` of a folder that is open."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return FolderWeights(ModelFolder.open(find_model(name)), model.shape.family, shapes, model.other_names)
+    return FolderWeights(folder, model.shape.family, shapes, model.other_names)
 
 
 def _leave_empty(*_: object) -> None:
