@@ -14,7 +14,7 @@ import pytest
 from shoal.config import Data
 from shoal.data.files import exclusive_lock
 from shoal.data.manifest import JOURNAL
-from shoal.data.prepare import Prepared, folder_name, prepare, token_options
+from shoal.data.prepare import Prepared, folder_name, named_tokenizer, prepare, token_options
 from tests.data.conftest import MakeData
 
 # Prepares, and dies by SIGKILL at its n-th flush of a file (half of it written) or of its folder.
@@ -60,7 +60,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(make_data: MakeData,
     whole = prepare(make_data(tokenizer=tokenizer, tokenizer_vocab_size=300, folder=data.folder + "-whole"))
     assert len(whole.counts["train"].shards) > 2
     assert len(whole.counts["val"].shards) > 0
-    folder = Path(data.folder) / folder_name(data, token_options(data))
+    folder = Path(data.folder) / folder_name(data, token_options(data, named_tokenizer(data)))
     finished: dict[str, int] = {}
     for die_at in (5, 6, 7, 3):  # each write flushes the file, then its folder
         process = start(data, die_at)
@@ -96,7 +96,7 @@ def test_of_two_processes_one_works(make_data: MakeData) -> None:
 
 def test_who_waits_says_so_and_goes_on(make_data: MakeData) -> None:
     data = make_data()
-    folder = Path(data.folder) / folder_name(data, token_options(data))
+    folder = Path(data.folder) / folder_name(data, token_options(data, named_tokenizer(data)))
     folder.mkdir(parents=True)
     with exclusive_lock(folder / ".lock", lambda: None):
         process = start(data)

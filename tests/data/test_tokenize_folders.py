@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shoal.config import Data
 from shoal.data.encode import fraction_of
-from shoal.data.prepare import Prepared, held_out_text, open_prepared, prepare, token_options
+from shoal.data.prepare import Prepared, held_out_text, named_tokenizer, open_prepared, prepare, token_options
 from shoal.data.tokenize import Tokenizer, load_tokenizer, parse_tokenizer, train_bpe
 from shoal.errors import DataError
 from shoal.resolve import resolve
@@ -206,7 +206,14 @@ def test_ids_and_folders_of_before_stay(make_data: MakeData) -> None:
         assert prepared.data_id == data_id
     data: Data = make_data(tokenizer=str(prepared.folder / "tokenizer.json"))
     assert prepare(data).data_id == pinned["bpe"]
-    assert sorted(token_options(data)) == ["corpus", "format", "paths", "shard_tokens", "tokenizer", "val_fraction"]
+    assert sorted(token_options(data, named_tokenizer(data))) == [
+        "corpus",
+        "format",
+        "paths",
+        "shard_tokens",
+        "tokenizer",
+        "val_fraction",
+    ]
 
 
 def test_special_tokens_of_a_chat_are_special(make_folder: MakeFolder) -> None:

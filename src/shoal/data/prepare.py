@@ -112,7 +112,7 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
     ask for it, or one asks twice, is the same as once. `rows`, where they are known, are those of the model: a
     tokenizer that has more tokens is refused before anything is read. Raises DataError.
     """
-    given = None if data.tokenizer == "bpe" else tokenize.load_tokenizer(data.tokenizer)
+    given = named_tokenizer(data)
     if given is not None and rows is not None:
         given.check_rows(rows)
     options = token_options(data, given)
@@ -165,6 +165,11 @@ def held_out_text(prepared: Prepared) -> bytes:
     if len(text) != prepared.counts["val"].text_bytes:
         raise DataError("this tokenizer does not give a text back as it was: set data.tokenizer to bpe or bytes")
     return text
+
+
+def named_tokenizer(data: Data) -> Tokenizer | None:
+    """The tokenizer that `data` names; None where one is to be trained. Raises DataError."""
+    return None if data.tokenizer == "bpe" else tokenize.load_tokenizer(data.tokenizer)
 
 
 def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
