@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "shoal"
 FLOORS: list[set[str]] = [
     {"errors", "disk", "__init__"},
     {"config", "presets"},
-    {"layout", "pipeline_plan", "hub"},
+    {"layout", "pipeline_plan", "hub", "recipe"},
     {"refusals"},
     {"contradictions"},
     {"resolve"},
@@ -32,7 +32,7 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 WITHOUT_TORCH = [
-    "cli", "verbs", "config", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "plan.estimate", "plan.hardware", "launch.torchrun",
+    "cli", "verbs", "config", "recipe", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "plan.estimate", "plan.hardware", "launch.torchrun",
     "launch.place", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open",
 ]  # fmt: skip
 

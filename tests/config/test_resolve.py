@@ -13,7 +13,8 @@ import yaml
 
 from shoal.config import Config, Optim, options
 from shoal.errors import ConfigError
-from shoal.resolve import differences, expectation, nearest, read_back, resolve, schema, to_yaml
+from shoal.recipe import nearest
+from shoal.resolve import differences, expectation, read_back, resolve, schema, to_yaml
 
 GOOD = {"model": {"preset": "tiny"}, "train": {"steps": 10}}
 
