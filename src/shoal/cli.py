@@ -76,106 +76,34 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     parser.set_defaults(verb=None)
     subparsers = parser.add_subparsers(metavar="VERB", title="verbs")
 
-    def add(name: str, run: Any, help: str, sections: bool = False, **kwargs: Any) -> argparse.ArgumentParser:
+    def add(name: str, run: Any, help: str, usage: str | None = None) -> argparse.ArgumentParser:
+        """A verb; one with a `usage` takes the options of all sections."""
         sub = subparsers.add_parser(
-            name,
-            help=help,
-            description=help,
-            allow_abbrev=False,
-            formatter_class=_Wide,
-            usage=kwargs.pop("usage", None),
-        )
+            name, help=help, description=help, allow_abbrev=False, formatter_class=_Wide,
+            usage=usage and f"shoal {name} {usage} [--SECTION.OPTION VALUE ...]",
+        )  # fmt: skip
         sub.set_defaults(run=run, verb=name)
-        if sections and verb == name:
+        if usage and verb == name:
             _add_options(sub)
         return sub
 
-    usage = "shoal {} RECIPE.yaml [--name NAME] [--processes N] [--SECTION.OPTION VALUE ...]"
-    train = add(
-        "train", verbs.train, "train a model, or go on with a run of the same name", True, usage=usage.format("train")
+    recipe = "RECIPE.yaml [--name NAME] [--processes N]"
+    _add_recipe(add("train", verbs.train, "train a model, or go on with a run of the same name", recipe))
+    _add_recipe(
+        add("prepare", verbs.prepare, "only the data: corpus -> tokenizer -> token shards; restartable", recipe)
     )
-    train.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="what to train: see recipes/")
-    prepare = add(
-        "prepare",
-        verbs.prepare,
-        "only the data: corpus -> tokenizer -> token shards; restartable",
-        True,
-        usage=usage.format("prepare"),
-    )
-    prepare.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
-
-    fetch = add(
-        "fetch", verbs.fetch, "a model from a hub to this machine, once and whole; shoal fetch model OWNER/NAME"
-    )
-    fetch.add_argument("kind", choices=["model"], help="what to fetch")
-    fetch.add_argument("name", metavar="NAME", help="as its page on the hub has it: OWNER/NAME")
-    fetch.add_argument("--to", type=Path, metavar="DIR", help="the model's folder (default: models/NAME)")
-    fetch.add_argument("--revision", metavar="R", help="branch, tag or commit (default: what is there, or else main)")
-    fetch.add_argument(
-        "--force", action="store_true", help="fetch it anew; the old one stands until the new one is whole"
-    )
-    fetch.add_argument("--verify", action="store_true", help="hash what is there, not only its sizes")
-
-    _add_eval(
-        add(
-            "eval",
-            verbs.eval,
-            "how good a model is: on a run's held-out text, on a text of yours, on tasks of a harness",
-        )
-    )
+    _add_fetch(add("fetch", verbs.fetch, "a model from a hub, once and whole; shoal fetch model OWNER/NAME"))
+    held = "how good a model is: on a run's held-out text, on a text of yours, on tasks of a harness"
+    _add_eval(add("eval", verbs.eval, held))
     _add_generate(add("generate", verbs.generate, "let a model write, or talk with it"))
-
-    export = add("export", verbs.export, "a checkpoint as a folder that transformers, vLLM, llama.cpp open")
-    _add_run(export, device=False)
-    export.add_argument("--to", choices=["hf"], default="hf", help="the layout: Hugging Face's (default: hf)")
-    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
-    export.add_argument(
-        "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        default=None,
-        help="of the weights (default: that of the weights it started from, else float32)",
-    )
-    export.add_argument("--license", default=None, metavar="ID", help="for the model card, as hubs name it: apache-2.0")
-    export.add_argument("--force", action="store_true", help="replace what is at --out")
-
-    config = add(
-        "config",
-        verbs.config,
-        "the resolved config, with where each value came from",
-        True,
-        usage="shoal config [RECIPE.yaml] [--schema] [--SECTION.OPTION VALUE ...]",
-    )
-    config.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml")
-    config.add_argument("--schema", action="store_true", help="print a JSON schema of recipes instead")
-
-    bench = add(
-        "bench",
-        verbs.bench,
-        "measure: `shoal bench speed` times the real training step",
-        True,
-        usage="shoal bench speed [RECIPE.yaml] [--peers] [--SECTION.OPTION VALUE ...]",
-    )
-    bench.add_argument("what", choices=["speed"], help="speed: tokens/s, MFU and the time split of the real step")
-    bench.add_argument(
-        "recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help="default: a 10M-parameter model on dummy text"
-    )
-    bench.add_argument(
-        "--peers", action="store_true", help="beside transformers.Trainer on the same architecture (needs shoal[peers])"
-    )
-    bench.add_argument(
-        "--repeats", type=int, default=5, metavar="N", help="runs of each, in turn; the median counts (default: 5)"
-    )
-    bench.add_argument("--json", action="store_true", help="one JSON object and nothing else")
-
-    verify = add(
-        "verify",
-        verbs.verify,
-        "a certificate: does this layout train what one process would? Exit code 1 if not",
-        True,
-        usage=usage.format("verify"),
-    )
-    verify.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="what you would train")
-
+    opened = "a checkpoint as a folder that transformers, vLLM, llama.cpp open"
+    _add_export(add("export", verbs.export, opened))
+    resolved = "the resolved config, with where each value came from"
+    _add_config(add("config", verbs.config, resolved, "[RECIPE.yaml] [--schema]"))
+    timed = "measure: `shoal bench speed` times the real training step"
+    _add_bench(add("bench", verbs.bench, timed, "speed [RECIPE.yaml] [--peers]"))
+    same = "a certificate: does this layout train what one process would? Exit code 1 if not"
+    _add_recipe(add("verify", verbs.verify, same, recipe))
     add("env", verbs.env, "versions, devices, threads: what to paste into a bug report")
     return parser
 
@@ -191,6 +119,53 @@ def _columns() -> int:
     import shutil
 
     return shutil.get_terminal_size((120, 24)).columns
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="what to train: see recipes/")
+
+
+def _add_fetch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kind", choices=["model"], help="what to fetch")
+    parser.add_argument("name", metavar="NAME", help="as its page on the hub has it: OWNER/NAME")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="the model's folder (default: models/NAME)")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit (default: what is there, or else main)")
+    parser.add_argument(
+        "--force", action="store_true", help="fetch it anew; the old one stands until the new one is whole"
+    )
+    parser.add_argument("--verify", action="store_true", help="hash what is there, not only its sizes")
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    _add_run(parser, device=False)
+    parser.add_argument("--to", choices=["hf"], default="hf", help="the layout: Hugging Face's (default: hf)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the weights (default: each as it was where it started from weights, else float32)",
+    )
+    parser.add_argument("--license", metavar="ID", help="for the model card, as hubs name it: apache-2.0")
+    parser.add_argument("--force", action="store_true", help="replace an export that is there")
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml")
+    parser.add_argument("--schema", action="store_true", help="print a JSON schema of recipes instead")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["speed"], help="speed: tokens/s, MFU and the time split of the real step")
+    parser.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help="default: a 10M-parameter model on dummy text"
+    )
+    parser.add_argument(
+        "--peers", action="store_true", help="beside transformers.Trainer on the same architecture (needs shoal[peers])"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, metavar="N", help="runs of each, in turn; the median counts (default: 5)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
