@@ -81,7 +81,6 @@ def our_accuracy(model: LoadedModel) -> float:
     return right / len(QUESTIONS)
 
 
-@pytest.mark.slow
 def test_its_numbers_are_ours(tasks: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     folder = str(talker(tmp_path, "gpt2"))
@@ -92,7 +91,6 @@ def test_its_numbers_are_ours(tasks: Path, tmp_path: Path) -> None:
     assert all(name in table for name in NAMES)
 
 
-@pytest.mark.slow
 def test_a_run_is_exported_for_it(tasks: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     place = Place(tmp_path)
@@ -103,7 +101,6 @@ def test_a_run_is_exported_for_it(tasks: Path, tmp_path: Path) -> None:
     assert figures["small_texts"]["bits_per_byte"] == pytest.approx(our_bits_per_byte(run), abs=1e-4)
 
 
-@pytest.mark.slow
 def test_a_task_that_is_not_there_or_has_no_data(tasks: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     wanted = Wanted(tmp_path, folder=str(talker(tmp_path / "model")), device="cpu")
