@@ -9,7 +9,6 @@ The model stays single-device code with its own names; everything here is done t
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,6 @@ from shoal.layout import deal
 from shoal.metrics.meter import Phases
 from shoal.models.build import Fill
 from shoal.models.family import LanguageModel
-from shoal.models.loss import linear_cross_entropy_sum
 from shoal.parallel import context, pipeline, tensor
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.randomness import Randomness
@@ -34,7 +32,7 @@ from shoal.parallel.tree import Leaves
 from shoal.parallel.vocab_loss import vocab_parallel_cross_entropy_sum
 from shoal.pipeline_plan import stages_per_rank
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor | float], Tensor]  # (hidden, head's weight, labels, scale) -> 0-d
+Loss = Callable[[LanguageModel, Tensor, Tensor, Tensor | float], Tensor]  # (part, hidden, labels, scale) -> 0-d
 
 
 @dataclass
@@ -106,7 +104,7 @@ class Runnable:
     def _loss_of(self, model: LanguageModel, batch: Batch) -> Tensor:
         batch = self.cut_batch(batch.to(self.mesh.device))
         hidden = model(batch.tokens, batch.positions, batch.document_ids)
-        return self.loss(hidden, model.head_weight(), batch.labels, self.scale)
+        return self.loss(model, hidden, batch.labels, self.scale)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
@@ -195,7 +193,7 @@ def parallelize(
         if layout.tp > 1:
             regions[index] = tensor.cut(part, mesh.axis("tp"))
     if layout.tp > 1:
-        also = "" if model.shape.family == "hf" else ", sequences between them, and the loss"
+        also = ", sequences between them, and the loss" if "partial" in model.TENSOR_PARALLEL.values() else ""
         say(f"tensor parallel: matrices{also} over {layout.tp} processes")
 
     if layout.cp > 1:
@@ -265,7 +263,7 @@ def _open_pipeline(runnable: Runnable, parallel: Parallel, train: Train, data: D
         mesh.device,
         (train.micro_batch, places // mesh.layout.tp, model.shape.dim),
         model.compute_dtype,
-        lambda part, out, labels: runnable.loss(out, part.head_weight(), labels, runnable.scale),
+        lambda part, out, labels: runnable.loss(part, out, labels, runnable.scale),
         around,
         (train.micro_batch, places),
     )
@@ -332,17 +330,17 @@ def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, weights: F
 
 
 def _loss(model: LanguageModel, mesh: Mesh) -> Loss:
-    """Of the whole vocabulary, or of this process's rows of it."""
+    """A part's own, of its whole vocabulary; or of this process's rows of it, where the family's table cuts them."""
     axis = mesh.axis("tp")
-    if model.shape.family == "hf":  # its own logits count; with tensor parallel all have them whole
-        return lambda hidden, _, labels, scale: model.loss(hidden, labels, scale)
-    if axis.size == 1:
-        return linear_cross_entropy_sum
+    if axis.size == 1 or "vocab" not in model.TENSOR_PARALLEL.values():
+        return lambda part, hidden, labels, scale: part.loss(hidden, labels, scale)
     vocab_size = model.shape.vocab_size
     assert vocab_size is not None
     first = Region.whole((vocab_size,)).chunk(0, axis.rank, axis.size).offsets[0]
     rows = Region.whole((vocab_size,)).chunk(0, 0, axis.size).sizes[0]
-    return functools.partial(vocab_parallel_cross_entropy_sum, axis=axis, first=first, rows=rows)
+    return lambda part, hidden, labels, scale: vocab_parallel_cross_entropy_sum(
+        hidden, part.head_weight(), labels, scale, axis=axis, first=first, rows=rows
+    )
 
 
 def _cutter(mesh: Mesh, parallel: Parallel) -> Callable[[Batch], Batch]:
