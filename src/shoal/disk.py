@@ -90,14 +90,15 @@ def take_lock(file: IO[Any], while_waiting: Callable[[], None]) -> bool:
     five times a second. Raises `NoLocksError`.
     """
     waited = False
-    while not _try_lock(file.fileno()):
+    while not try_lock(file.fileno()):
         waited = True
         while_waiting()
         time.sleep(LOCK_POLL_SECONDS)
     return waited
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Hold an open file or folder against other processes, unless one has it. Raises `NoLocksError`."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

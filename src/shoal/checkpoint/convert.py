@@ -17,10 +17,11 @@ from torch import Tensor
 
 from shoal.errors import ModelError
 from shoal.hub.folder import Entry, ModelFolder
+from shoal.hub.header import DTYPE_NAMES
 from shoal.hub.names import Place, is_computed, place, spellings
 
 ROWS_AT_A_TIME: Final = 4096
-DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+DTYPES: Final[dict[str, torch.dtype]] = {kind: getattr(torch, name) for kind, name in DTYPE_NAMES.items()}
 
 
 class FolderWeights:

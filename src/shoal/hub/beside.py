@@ -11,6 +11,7 @@ from typing import Final
 
 from shoal.disk import sync, write_whole
 from shoal.hub.folder import CONFIG, ModelFolder
+from shoal.hub.header import DTYPE_NAMES
 from shoal.hub.names import spellings
 
 GENERATION: Final = "generation_config.json"
@@ -46,7 +47,7 @@ class Dtypes:
     @property
     def name(self) -> str:
         """As a config.json says it."""
-        return {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}[self.most]
+        return DTYPE_NAMES[self.most]
 
     def of(self, tensor: str) -> str:
         return next((self.others[s] for s in spellings(tensor) if s in self.others), self.most)

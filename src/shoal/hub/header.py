@@ -21,6 +21,10 @@ BITS = {
 }  # fmt: skip
 
 
+# The dtypes that weights here can have: as safetensors names them -> as torch, and a config.json, does.
+DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+
+
 @dataclass(frozen=True)
 class Entry:
     """Where a tensor is, and what it is."""

@@ -25,8 +25,6 @@ from shoal.metrics.console import Console
 from shoal.parallel.mesh import Mesh
 from shoal.train.evaluate import evaluate, model_losses
 
-__all__ = ["LoadedRun", "TextOptions", "evaluate_model", "generate_text", "load_run", "talk"]
-
 PROMPT_TOKENS, CHAT_TOKENS = 100, 512  # new ones at most, where nothing is said
 
 

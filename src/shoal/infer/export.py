@@ -7,7 +7,6 @@ The folder is written aside and renamed when it is whole. Weights pass through m
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -26,11 +25,12 @@ from shoal.checkpoint.convert import DTYPES, to_hugging_face
 from shoal.checkpoint.store import Saved, read_into, read_state, verify
 from shoal.config import Model
 from shoal.data.tokenize import Tokenizer, load_tokenizer
-from shoal.disk import empty_folder, replace_folder, sync, write_whole
+from shoal.disk import empty_folder, replace_folder, sync, try_lock, write_whole
 from shoal.errors import ModelError
 from shoal.hub.beside import GENERATION, LICENSES, TOKENIZER, Dtypes, copy_files, read_dtypes
 from shoal.hub.card import Facts, model_card
 from shoal.hub.folder import CONFIG, INDEX, SINGLE, ModelFolder
+from shoal.hub.header import DTYPE_NAMES
 from shoal.hub.names import place
 from shoal.hub.shape import write_shape
 from shoal.infer.target import find_checkpoint
@@ -42,7 +42,7 @@ from shoal.parallel.region import Part
 from shoal.presets import resolve_shape
 from shoal.runs import RunFolder
 
-NAMES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+STORED: Final = {name: kind for kind, name in DTYPE_NAMES.items()}
 SHARD_BYTES: Final = 5_000_000_000  # of a file of weights, about: what the hub's tools make
 WRITTEN: Final = ("README.md", CONFIG, INDEX, "*.safetensors", *TOKENIZER, *LICENSES)
 
@@ -85,7 +85,7 @@ def export_run(
     console = console or Console(speaks=False)
     folder, saved = find_checkpoint(runs, target, step)
     config, source = folder.load_config(), Source.of(folder)
-    dtypes = Dtypes(NAMES[dtype], {}) if dtype else source.dtypes if source else Dtypes("F32", {})
+    dtypes = Dtypes(STORED[dtype], {}) if dtype else source.dtypes if source else Dtypes("F32", {})
     model = build_model(config.model, compute_dtype=torch.float32)
     shards = list(_shards(model, dtypes, shard_bytes))
     place = _Place(out, force)
@@ -143,12 +143,9 @@ class _Place:
     def _alone(self, aside: Path) -> Iterator[None]:
         descriptor = os.open(aside, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not try_lock(descriptor):
+                raise ModelError(f"another export to {self._said} is going on; wait for it, or set --out to another")
             yield
-        except BlockingIOError:
-            raise ModelError(
-                f"another export to {self._said} is going on; wait for it, or set --out to another"
-            ) from None
         finally:
             os.close(descriptor)
 

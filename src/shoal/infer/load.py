@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -15,6 +15,7 @@ from shoal.data.tokenize import Tokenizer, load_tokenizer
 from shoal.errors import LaunchError, ModelError, ShoalError
 from shoal.hub.find import find_model
 from shoal.hub.folder import CONFIG, ModelFolder
+from shoal.hub.header import DTYPE_NAMES
 from shoal.hub.shape import Shape, read_folder
 from shoal.hub.values import token_ids
 from shoal.infer.target import find_checkpoint
@@ -25,8 +26,6 @@ from shoal.models.layers import Linear
 from shoal.parallel.mesh import check_dtype, choose_device, has_bfloat16
 from shoal.presets import shape_problems
 from shoal.train.assemble import DTYPES, weights_of
-
-STORED: Final = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors names them
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,8 @@ def _chosen_dtype(folder: ModelFolder, wanted: str, device: torch.device) -> str
 
 
 def _own_dtype(stored: str, device: torch.device) -> str:
-    own = STORED.get(stored, "float32")
+    own = DTYPE_NAMES.get(stored)
+    own = own if own in DTYPES else "float32"
     if device.type == "cpu":
         # without matrix tiles a CPU multiplies bfloat16 at half the rate of float32, and float16 far slower
         return own if own == "bfloat16" and CPU_HAS_TILES else "float32"
