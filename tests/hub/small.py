@@ -16,7 +16,7 @@ _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 96, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 256,
 }  # fmt: skip
-_LLAMA3 = {
+LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }  # fmt: skip
@@ -32,7 +32,7 @@ def config(kind: str) -> transformers.PretrainedConfig:
                 attn_pdrop=0.0, bos_token_id=256, eos_token_id=256,
             )  # fmt: skip
         case "llama":
-            return transformers.LlamaConfig(rope_parameters=_LLAMA3, **_COMMON)
+            return transformers.LlamaConfig(rope_parameters=LLAMA3, **_COMMON)
         case "mistral":
             return transformers.MistralConfig(sliding_window=None, **_COMMON)
         case "qwen2":

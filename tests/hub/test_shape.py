@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from shoal.errors import ConfigError, ModelError
 from shoal.hub.shape import MODEL_TYPES, read_shape, write_shape
+from shoal.infer.load import load_folder
 from shoal.models.build import build_model
 from shoal.resolve import resolve
 from shoal.train.assemble import folder_weights
@@ -38,6 +39,9 @@ def said(kind: str, **changes: Any) -> dict[str, Any]:
         ("gpt2", {"activation_function": "relu"}, "activation_function relu"),
         ("gpt2", {"attn_pdrop": 0.1}, "one model.dropout"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling of type yarn"),
+        ("qwen2", {"is_causal": False}, "is_causal False"),
+        ("gpt2", {"num_attention_heads": 2}, "num_attention_heads 2 beside n_head 4"),
         ("llama", {"hidden_size": None}, "does not say hidden_size"),
         ("llama", {"model_type": "mamba"}, "families built here are gpt2, llama, mistral, qwen2, qwen3"),
     ],
@@ -46,6 +50,24 @@ def test_what_is_not_built_is_refused_by_name(kind: str, changes: dict[str, Any]
     with pytest.raises(ModelError, match="the config") as error:
         read_shape(said(kind, **changes), "the config")
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {**small.LLAMA3, "factor": 2.0}},  # beside what rope_parameters says
+        {"original_max_position_embeddings": 32},  # beside what is inside of it
+    ],
+    ids=str,
+)
+def test_of_two_that_say_it_the_one_counts_that_transformers_takes(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = small.save("llama", tmp_path / "llama")
+    (folder / "config.json").write_text(json.dumps(said("llama", **changes)))
+    model = load_folder(str(folder), device="cpu", dtype="float32").model
+    tokens = torch.randint(0, 256, (1, 100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = small.load(folder)(tokens).logits
+        torch.testing.assert_close(model.logits(model(tokens)), expected, atol=1e-4, rtol=0)
 
 
 def test_all_reasons_at_once() -> None:

@@ -95,6 +95,15 @@ def test_what_cannot_be_is_one_message(place: Place, target: str, step: int | No
     assert words in str(error.value)
 
 
+def test_a_folder_of_weights_that_is_no_export_stands(place: Place) -> None:
+    out = place.folder / "by-hand"
+    shutil.copytree(export_run(place.folder / "runs", "bare", step=3, out=place.folder / "one"), out)
+    (out / "README.md").write_text("# my model")
+    with pytest.raises(ModelError, match="no export wrote it"):
+        export_run(place.folder / "runs", "bare", step=3, out=out, force=True)
+    assert (out / "README.md").read_text() == "# my model"
+
+
 def test_a_full_disk_is_seen_before(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)

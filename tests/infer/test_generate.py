@@ -66,7 +66,9 @@ def test_one_prompts_sample_does_not_depend_on_the_others(llama: LanguageModel) 
     assert both[0] == other[0]
 
 
-@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-3}], ids=str)
+@pytest.mark.parametrize(
+    "narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-3}, {"temperature": 1e-310}], ids=str
+)
 def test_the_narrowest_sampling_is_greedy(llama: LanguageModel, narrow: dict[str, float]) -> None:
     sampled = generate(llama, PROMPTS, max_new_tokens=16, **({"temperature": 1.0} | narrow))
     assert sampled == generate(llama, PROMPTS, max_new_tokens=16)
@@ -160,3 +162,12 @@ def test_what_cannot_be_honoured_is_an_error(
 ) -> None:
     with pytest.raises(GenerateError, match=says):
         generate(llama, prompts, **({"max_new_tokens": 4} | options))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_numbers_are_none_says_so(temperature: float) -> None:
+    model = random_pair(LLAMA)[0].eval()
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(GenerateError, match="not finite"):
+        generate(model, PROMPTS, max_new_tokens=2, temperature=temperature)

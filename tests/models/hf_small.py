@@ -11,7 +11,7 @@ import transformers
 from shoal.config import Config
 from shoal.resolve import resolve
 
-VOCAB = 272
+VOCAB, SHORT = 272, 24
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 88,
     "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
@@ -45,6 +45,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0,
         "embd_pdrop": 0.0, "attn_pdrop": 0.0,
     }),  # knows neither a cache nor bfloat16
+    "phi3": ("phi3", {
+        **GROUPED, "original_max_position_embeddings": SHORT, "rope_scaling": {
+            "rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.0, 1.2, 1.5, 2.0, 3.0, 4.0],
+        },
+    }),  # turns keys otherwise in a text that is longer than SHORT
     "bert": ("bert", COMMON),  # sees what comes later
 }  # fmt: skip
 FAMILIES = ("gemma2", "gpt_neox", "phi", "olmo2", "stablelm", "cohere", "qwen3", "llama", "gpt2")

@@ -102,6 +102,16 @@ def test_a_family_without_a_cache_computes_all_tokens_again(folders: Folders) ->
     assert generate(model, [prompt], max_new_tokens=6) == generate(model, [prompt], max_new_tokens=6, use_cache=False)
 
 
+@torch.no_grad()
+def test_keys_that_turn_otherwise_in_a_long_text_are_not_kept(folders: Folders) -> None:
+    model = ours(folders("phi3"))
+    prompt = tokens_of(hf_small.SHORT - 4, 1)
+    text = prompt
+    for _ in range(12):  # over the place where the turn changes
+        text = torch.cat([text, hf_small.theirs(folders("phi3"))(text).logits[:, -1:].argmax(-1)], dim=1)
+    assert generate(model, prompt.tolist(), max_new_tokens=12) == [text[0, prompt.shape[1] :].tolist()]
+
+
 @pytest.mark.parametrize("name", ["gemma2", "phi", "gpt_neox", "cohere"])
 def test_training_is_a_plain_loop(folders: Folders, tmp_path: Path, name: str) -> None:
     config = hf_small.config_of(folders(name), tmp_path, "run", data__document_mask=False, optim__weight_decay=0.0)

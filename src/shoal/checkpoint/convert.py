@@ -41,7 +41,8 @@ class FolderWeights:
     ) -> None:
         """other_names: names that files may have, and the parameter that each is."""
         self._family, self._other_names = family, other_names
-        self._files: dict[str, safe_open] = {}
+        # Opened now: a folder that is replaced meanwhile leaves the old files to those who have them open.
+        self._files = {file: safe_open(str(file), framework="pt") for file in folder.files}
         self._entries = {name: self._find(folder, name, shape) for name, shape in shapes.items()}
         used = {entry_name for entry_name, _ in self._entries.values()}
         twins = dict(other_names) if "head.weight" in shapes or family == "hf" else {"lm_head.weight": "embed.weight"}
@@ -99,9 +100,7 @@ class FolderWeights:
 
     def _stored(self, entry: Entry, name: str) -> Any:
         """A tensor of a file, of which slices can be read."""
-        if str(entry.file) not in self._files:
-            self._files[str(entry.file)] = safe_open(str(entry.file), framework="pt")
-        return self._files[str(entry.file)].get_slice(name)  # type: ignore[no-untyped-call]
+        return self._files[entry.file].get_slice(name)  # type: ignore[no-untyped-call]
 
     def __call__(self, out: Tensor, name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> None:
         """Fill `out` with a region of the parameter `name`, which is `shape` as a whole."""

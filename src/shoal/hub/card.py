@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from shoal.config import Config
 from shoal.hub.find import could_be_on_a_hub
 
+CARD: Final = "README.md"
 CURVE_POINTS = 12
+_TAG: Final = "- shoal"
 _CORPORA = {
     "stdlib": "the source of Python's standard library",
     "text": "text files",
@@ -34,6 +36,14 @@ class Facts:
     version: str  # of shoal
 
 
+def is_card(path: Path) -> bool:
+    """Whether `path` is a card that `model_card` wrote."""
+    try:
+        return _TAG in path.read_text("utf-8").splitlines()
+    except (OSError, ValueError):
+        return False
+
+
 def model_card(config: Config, facts: Facts) -> str:
     """`README.md`, with the header that model hubs read."""
     return "\n".join([*_header(config, facts), *_text(config, facts), *_curve(facts), ""])
@@ -52,7 +62,7 @@ def _header(config: Config, facts: Facts) -> list[str]:
         and not Path(config.model.from_).is_dir()
     ):
         lines.append(f"base_model: {config.model.from_}")
-    return [*lines, "tags:", "- shoal", "---", ""]
+    return [*lines, "tags:", _TAG, "---", ""]
 
 
 def _text(config: Config, facts: Facts) -> list[str]:

@@ -45,7 +45,7 @@ _LLAMA_DEFAULTS: Final = {
     "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }  # fmt: skip
-_LLAMA_ONLY: Final = {"hidden_act": ("silu", None), "attention_dropout": (0, None)}
+_LLAMA_ONLY: Final = {"hidden_act": ("silu", None), "attention_dropout": (0, None), "is_causal": (True,)}
 _NO_BIASES: Final = {"attention_bias": (False, None), "mlp_bias": (False, None)}
 
 MODEL_TYPES: Final[dict[str, ModelType]] = {
@@ -63,7 +63,7 @@ MODEL_TYPES: Final[dict[str, ModelType]] = {
         },
         only={
             "activation_function": ("gelu_new", "gelu_pytorch_tanh", None), "scale_attn_weights": (True, None),
-            "scale_attn_by_inverse_layer_idx": (False, None), "add_cross_attention": (False, None),
+            "scale_attn_by_inverse_layer_idx": (False, None), "add_cross_attention": (False, None), "is_causal": (True,),
         },
     ),
     "llama": ModelType(
@@ -90,7 +90,7 @@ MODEL_TYPES: Final[dict[str, ModelType]] = {
 
 _ROPE_KINDS: Final = {
     "rope_theta": kind_of_option("rope_theta"), "rope_scaling": Kind(dict), "rope_parameters": Kind(dict),
-    "partial_rotary_factor": Kind(float),
+    "partial_rotary_factor": Kind(float), "original_max_position_embeddings": kind_of_option("rope_original_seq_len"),
 }  # fmt: skip
 _WINDOW_KINDS: Final = {
     "sliding_window": Kind(int, {"ge": 0}), "use_sliding_window": Kind(bool), "max_window_layers": Kind(int),
@@ -107,6 +107,11 @@ _IN_ROPE_KINDS: Final = {
     **{theirs: kind_of_option(ours) for theirs, ours in _LLAMA3.items()},
 }  # fmt: skip
 _DROPS: Final = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+# Transformers takes these for the same attributes, whichever of the two comes last.
+_GPT2_TWINS: Final = {
+    "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+    "max_position_embeddings": "n_positions",
+}  # fmt: skip
 # Keys that say nothing of the arithmetic: of tokens, of files, of how other programs run it.
 _NEUTRAL: Final = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
@@ -157,6 +162,7 @@ def read_shape(config: Json, where: str) -> Shape:
     if kind.family == "llama":
         values |= _read_rope(given)
     known = {*kind.keys, *kind.defaults, *kind.only, *_other_kinds(kind), *_NEUTRAL, "quantization_config"}
+    known |= set(_GPT2_TWINS) if kind.family == "gpt2" else set()
     strange = sorted(set(config) - known)
     notes = (f"{where} says {', '.join(strange)}, which is not known here and changes nothing",) if strange else ()
     return Shape(values, _window(kind, given), notes)
@@ -225,6 +231,9 @@ def _refused(kind: ModelType, given: Json) -> Iterator[str]:
         drops = {given[k] for k in _DROPS}
         if len(drops) > 1:
             yield "resid_pdrop, embd_pdrop and attn_pdrop that differ (here they are one model.dropout)"
+        for twin, key in _GPT2_TWINS.items():
+            if given.get(twin, given[key]) != given[key]:
+                yield f"{twin} {given[twin]} beside {key} {given[key]} (they are one)"
         return
     rope = _rope(given)
     if rope["rope_type"] not in ("default", "llama3"):
@@ -236,11 +245,13 @@ def _refused(kind: ModelType, given: Json) -> Iterator[str]:
 
 
 def _rope(given: Json) -> dict[str, Any]:
-    """Either spelling: `rope_parameters`, or `rope_theta` with `rope_scaling`."""
+    """Either spelling, and what goes before what, as transformers has it."""
     rope = {"rope_theta": given.get("rope_theta") or 10_000.0}
-    said = given.get("rope_parameters") or given.get("rope_scaling") or {}
+    said = given.get("rope_scaling") or given.get("rope_parameters") or {}
     rope |= {key: value for key, value in said.items() if value is not None}
     rope.setdefault("rope_type", rope.get("type") or "default")
+    if given.get("original_max_position_embeddings") is not None:
+        rope["original_max_position_embeddings"] = given["original_max_position_embeddings"]
     return rope
 
 

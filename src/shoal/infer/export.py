@@ -28,7 +28,7 @@ from shoal.data.tokenize import Tokenizer, load_tokenizer
 from shoal.disk import empty_folder, replace_folder, sync, try_lock, write_whole
 from shoal.errors import ModelError
 from shoal.hub.beside import GENERATION, LICENSES, TOKENIZER, Dtypes, copy_files, read_dtypes
-from shoal.hub.card import Facts, model_card
+from shoal.hub.card import CARD, Facts, is_card, model_card
 from shoal.hub.folder import CONFIG, INDEX, SINGLE, ModelFolder
 from shoal.hub.header import DTYPE_NAMES
 from shoal.hub.names import place
@@ -44,7 +44,7 @@ from shoal.runs import RunFolder
 
 STORED: Final = {name: kind for kind, name in DTYPE_NAMES.items()}
 SHARD_BYTES: Final = 5_000_000_000  # of a file of weights, about: what the hub's tools make
-WRITTEN: Final = ("README.md", CONFIG, INDEX, "*.safetensors", *TOKENIZER, *LICENSES)
+WRITTEN: Final = (CARD, CONFIG, INDEX, "*.safetensors", *TOKENIZER, *LICENSES)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def export_run(
         described = _write_config(aside, model, folder, source, tokenizer, dtypes)
         _write_tokenizer(aside, config.model, folder, tokenizer)
         facts = _facts(folder, saved, described, model, dtypes, license)
-        _write(aside / "README.md", model_card(config, facts))
+        _write(aside / CARD, model_card(config, facts))
         ModelFolder.open(aside)  # what others will open: every tensor in a whole file
     return out
 
@@ -115,6 +115,8 @@ class _Place:
         except (OSError, RuntimeError) as error:
             raise ModelError(f"{out} cannot be written: {error}; set --out to a folder that can") from error
         foreign = [n for n in there if not any(fnmatch(n, known) for known in WRITTEN)]
+        if there and not foreign and not is_card(self._out / CARD):
+            raise ModelError(f"{out} is there already, and no export wrote it; set --out to another folder")
         if taken and (foreign or not self._out.is_dir()):
             what = f"holds {foreign[0]}, which no export writes" if foreign else "is a file"
             raise ModelError(f"{out} is there already, and {what}; set --out to another folder")
@@ -124,7 +126,7 @@ class _Place:
     @contextlib.contextmanager
     def written(self, needed: int) -> Iterator[Path]:
         """An empty folder aside, on a disk that has `needed` bytes; put in place when all went well."""
-        aside = self._out.with_name(f".{self._out.name}.partial")
+        aside = self._out.with_name(f".{self._out.name}.export")
         try:
             aside.mkdir(parents=True, exist_ok=True)
             with self._alone(aside):
@@ -133,8 +135,9 @@ class _Place:
                     self._check_space(aside, needed)
                     yield aside
                     replace_folder(aside, self._out)
-                finally:
+                except BaseException:  # after a success that name may be another export's
                     shutil.rmtree(aside, ignore_errors=True)
+                    raise
         except (OSError, SafetensorError) as error:
             why = getattr(error, "strerror", None) or error
             raise ModelError(f"{self._said} cannot be written: {why}; set --out to another disk") from error

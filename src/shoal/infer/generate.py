@@ -22,6 +22,7 @@ from shoal.errors import GenerateError
 from shoal.models.family import LanguageModel
 
 PADDING, TEXT = 0, 1  # documents
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def generate(
     embedding that only pad it, which no tokenizer has a text for. on_token(prompt's place, token) is called for each as
     it comes. The model should be in eval mode, or its dropout is on.
 
-    Raises `GenerateError` for an empty or too long prompt, a token the model does not have, or an option out of range.
+    Raises `GenerateError` for an empty or too long prompt, a token the model does not have, an option out of range, or
+    a model whose numbers are none.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     check_options(sampling, max_new_tokens)
@@ -72,6 +74,8 @@ def generate(
         tokens_B = choose(rows.next_logits()[:, :known_ids], sampling, index)
         rows.append(tokens_B)
         for row, token in enumerate(tokens_B.tolist()):  # the one wait for the device a step
+            if token == NO_TOKEN:
+                raise GenerateError("the model's logits are not finite: its weights are damaged, or training diverged")
             if token in ends:
                 open_rows.discard(row)
             if row in open_rows:
@@ -119,11 +123,22 @@ class _Rows:
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, index: int) -> Tensor:
-    """One token for each row [B]: the likeliest, or by the inverse of the cumulative distribution."""
+    """
+    One token for each row [B]: the likeliest, or by the inverse of the cumulative distribution. `NO_TOKEN` where the
+    largest logit is no number.
+    """
+    largest_B1 = logits_BV.amax(-1, keepdim=True)  # nan where any is
     if sampling.temperature == 0:
-        return logits_BV.argmax(-1)
+        tokens_B = logits_BV.argmax(-1)
+    else:
+        tokens_B = _draw(logits_BV.double() - largest_B1, sampling, index)  # a tiny temperature makes no infinity
+    return tokens_B.where(largest_B1.squeeze(1).isfinite(), NO_TOKEN)
+
+
+def _draw(logits_BV: Tensor, sampling: Sampling, index: int) -> Tensor:
+    """By the inverse of the cumulative distribution. `logits_BV` has 0 for the likeliest."""
     # float64: a sum over 150,000 tokens must not depend on the order it is taken in
-    probabilities_BV = torch.softmax(logits_BV.double() / sampling.temperature, -1)
+    probabilities_BV = torch.softmax(logits_BV / sampling.temperature, -1)
     probabilities_BV = _keep_likeliest(probabilities_BV, sampling.top_k, sampling.top_p)
     cumulative_BV = probabilities_BV.cumsum(-1)
     uniform = [_uniform(sampling.seed, row, index) for row in range(len(logits_BV))]

@@ -176,7 +176,7 @@ class HuggingFaceModel(LanguageModel):
         seen = cache.documents_BS
         if cache.past is None:
             if seen is not None:
-                raise ModelError("this family remembers padding: give prompts of one length, or one at a time")
+                raise ModelError("this model would remember padding: give prompts of one length, or one at a time")
             return {"input_ids": cache.tokens_BS}
         mask = None if seen is None else (seen == seen[:, -1:]).long()
         return {"past_key_values": cache.past, "use_cache": True, "attention_mask": mask}
@@ -186,7 +186,7 @@ class HuggingFaceModel(LanguageModel):
 
         causal_lm = self._theirs.causal_lm
         keeps = "past_key_values" in inspect.signature(type(self._theirs.decoder).forward).parameters
-        if not keeps or getattr(type(causal_lm), "_is_stateful", False):
+        if not keeps or getattr(type(causal_lm), "_is_stateful", False) or _turns_again(causal_lm.config, capacity):
             return HuggingFaceCache(None)
         return HuggingFaceCache(DynamicCache(config=causal_lm.config))
 
@@ -238,6 +238,14 @@ class HuggingFaceModel(LanguageModel):
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
         return self.get_submodule(path), leaf
+
+
+def _turns_again(config: Any, places: int) -> bool:
+    """Whether keys that are kept would be turned otherwise than new ones: LongRoPE has two turns, by the text's length."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    first = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
+    return "longrope" in kinds and places > (first or config.max_position_embeddings)
 
 
 def find_blocks(decoder: nn.Module) -> dict[str, nn.Module]:
