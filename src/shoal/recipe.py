@@ -28,16 +28,39 @@ class Setting:
     value: Any
     where: str
 
+    @property
+    def is_flag(self) -> bool:
+        """Of the command line: it goes before what a file says."""
+        return self.where.startswith("--")
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which `1e-3` is a number, as YAML 1.2 has it and PyYAML (1.1) does not."""
+    """
+    YAML whose numbers are those of YAML 1.2, where PyYAML has those of 1.1.
+
+    `1e-3` is a number and `010` is ten; `1:30` and dates are text. As in 1.1, yes and no are true and false.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {  # noqa: RUF012
+        first: [(tag, words) for tag, words in resolvers if tag.endswith((":bool", ":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        text = self.construct_scalar(node)
+        if not _INTEGER.match(text):
+            raise ValueError
+        return int(text, 16) if text.startswith("0x") else int(text)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
+# 08 is text, as it is to the YAML 1.1 that configs are saved in, so that a run called "08" keeps its name.
+_INTEGER = re.compile(r"^([-+]?(0|0[0-7_]*[0-7]|[1-9]([0-9_]*[0-9])?)|0x[0-9a-fA-F]+)$")
+_FLOAT = re.compile(
+    r"^([-+]?([0-9][0-9_]*\.[0-9]*|[0-9][0-9_]*(?=[eE])|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
 )
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
 # --- reading ---------------------------------------------------------------------------------------------
@@ -46,7 +69,7 @@ _Loader.add_implicit_resolver(
 def read_recipe(path: Path, problems: list[Problem]) -> list[Setting]:
     """The settings of a YAML file, in its order; what is wrong with its form goes to `problems`."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
         problems.append(Problem(str(path), "there is no such file" + (f"; did you mean {near[0]}?" if near else "")))
@@ -54,20 +77,49 @@ def read_recipe(path: Path, problems: list[Problem]) -> list[Setting]:
     except (OSError, UnicodeDecodeError) as error:
         problems.append(Problem(str(path), f"cannot be read: {error}"))
         return []
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problems.append(Problem(f"{path}:{line}", f"not YAML: {error.problem}"))
+    try:
+        root = yaml.compose(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        problems.append(_not_yaml(path, text, error))
         return []
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
         problems.append(Problem(f"{path}:1", f"expected sections ({', '.join(SECTIONS)}), each with its options"))
         return []
-    return [s for key, node in root.value for s in _read_section(path, key, node, problems)]
+    sections: dict[str, str] = {}
+    settings: list[Setting] = []
+    for key, node in root.value:
+        name, where = _name_of(key), f"{path}:{key.start_mark.line + 1}"
+        if name in sections:
+            problems.append(Problem(where, f"{name} stands here and at {sections[name]}; make them one section"))
+        sections.setdefault(name, where)
+        settings += _read_section(path, key, node, problems)
+    return settings
+
+
+def _not_yaml(path: Path, text: str, error: Exception) -> Problem:
+    """What PyYAML stumbled over, at its line where it says one."""
+    if isinstance(error, RecursionError):
+        return Problem(str(path), "not YAML: nested too deep; a recipe has sections, and options in them")
+    if isinstance(error, yaml.MarkedYAMLError):
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        return Problem(f"{path}:{line}", f"not YAML: {error.problem}")
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return Problem(f"{path}:{line}", f"not YAML: it has the character {error.character:#04x}; remove it")
+    return Problem(str(path), f"not YAML: {error}; correct what is escaped there")  # "\U00FFFFFF" is no character
+
+
+def _name_of(key: yaml.Node) -> str:
+    """Of a section or an option; a list or a mapping, which YAML allows there, is none's."""
+    if isinstance(key, yaml.ScalarNode):
+        return str(key.value)
+    return "(list)" if isinstance(key, yaml.SequenceNode) else "(mapping)"
 
 
 def _read_section(path: Path, key: yaml.Node, node: yaml.Node, problems: list[Problem]) -> list[Setting]:
-    name, where = str(key.value), f"{path}:{key.start_mark.line + 1}"
+    name, where = _name_of(key), f"{path}:{key.start_mark.line + 1}"
     if name not in SECTIONS:
         problems.append(Problem(where, _unknown(name)))
         return []
@@ -78,19 +130,31 @@ def _read_section(path: Path, key: yaml.Node, node: yaml.Node, problems: list[Pr
         return []
     settings: dict[str, Setting] = {}
     for option, value in node.value:
-        dotted, line = f"{name}.{option.value}", f"{path}:{option.start_mark.line + 1}"
+        dotted, line = f"{name}.{_name_of(option)}", f"{path}:{option.start_mark.line + 1}"
         if dotted in settings:
             problems.append(Problem(line, f"{dotted} stands here and at {settings[dotted].where}; keep one"))
-        settings[dotted] = Setting(dotted, _construct(value), line)
+        try:
+            settings[dotted] = Setting(dotted, _construct(value), line)
+        except _NoValueError as error:
+            problems.append(Problem(line, f"{dotted} cannot be read: {error}"))
     return list(settings.values())
 
 
+class _NoValueError(Exception):
+    """YAML in form that stands for no value."""
+
+
 def _construct(node: yaml.Node) -> Any:
+    """Raises `_NoValueError`."""
     loader = _Loader("")
     try:
         return loader.construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError):
-        return str(node.value)
+    except yaml.MarkedYAMLError as error:
+        raise _NoValueError(error.problem) from None
+    except RecursionError:
+        raise _NoValueError("nested too deep") from None
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError):  # what PyYAML's own converters raise
+        raise _NoValueError(f"its text is no {node.tag.rpartition(':')[2]}, which it is marked as") from None
     finally:
         loader.dispose()
 
@@ -99,10 +163,9 @@ def read_override(key: str, text: str, where: str) -> Setting:
     """Of a flag: its text as YAML reads it, or as it stands where it is none."""
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError:
-        node = None
-    value = _construct(node) if node is not None else text
-    return Setting(key, value, where)
+        return Setting(key, text if node is None else _construct(node), where)
+    except (yaml.YAMLError, _NoValueError, ValueError, RecursionError):
+        return Setting(key, text, where)
 
 
 # --- keys ------------------------------------------------------------------------------------------------
