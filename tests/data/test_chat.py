@@ -105,6 +105,24 @@ def test_of_several_the_default(tmp_path: Path) -> None:
         ChatTemplate.of(small_folder(tmp_path, [{"name": "tool_use", "template": "no"}]))
 
 
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (
+            [{"name": ["a"], "template": "no"}, {"name": "rag", "template": "no"}],
+            "templates rag, and none called default",
+        ),
+        ([{"template": "no"}], "templates without names, and none called default"),
+        ({"default": 5}, "a chat template that is not text"),
+        ([{"name": "default"}], "a chat template that is not text"),
+        (5, "a chat template that is not text"),
+    ],
+)
+def test_what_is_no_template(tmp_path: Path, template: Any, says: str) -> None:
+    with pytest.raises(DataError, match=f"tokenizer_config.json has .*{says}"):
+        ChatTemplate.of(small_folder(tmp_path, template))
+
+
 def test_none_is_none(tmp_path: Path) -> None:
     assert ChatTemplate.of(tmp_path) is None
     shutil.rmtree(tmp_path)
@@ -120,6 +138,22 @@ def test_what_a_template_may_not_do(tmp_path: Path) -> None:
             template.render(CHATS[0])
 
 
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ messages | dictsort }}", "AttributeError: "),
+        ("{{ '{1}'.format(messages[0].role) }}", "IndexError: "),
+        ("{{ strftime_now(1) }}", "TypeError: "),
+        ("{{ 'a'.encode('nothing') }}", "LookupError: unknown encoding"),
+    ],
+)
+def test_a_program_that_breaks_is_one_message(tmp_path: Path, template: str, says: str) -> None:
+    wrong = ChatTemplate.of(small_folder(tmp_path, template))
+    assert wrong is not None
+    with pytest.raises(DataError, match=f"tokenizer_config.json refuses these messages, or is wrong: {says}"):
+        wrong.render(CHATS[0])
+
+
 def test_what_goes_wrong_is_said(tmp_path: Path) -> None:
     template = ChatTemplate.of(small_folder(tmp_path, TEMPLATE))
     assert template is not None
@@ -129,3 +163,5 @@ def test_what_goes_wrong_is_said(tmp_path: Path) -> None:
         template.render([])
     with pytest.raises(DataError, match="not a chat template"):
         ChatTemplate.of(small_folder(tmp_path, "{% for x %}"))
+    with pytest.raises(DataError, match="not a chat template"):
+        ChatTemplate.of(small_folder(tmp_path, "{{ " + "(" * 5000))

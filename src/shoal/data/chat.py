@@ -20,11 +20,10 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from shoal.data.tokenizer_ends import content_of, read_object
+from shoal.data.tokenizer_ends import read_object, special_tokens
 from shoal.errors import DataError
 
 TEMPLATE_FILE = "chat_template.jinja"
-SPECIAL = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,10 @@ class ChatTemplate:
         Raises DataError where a file cannot be read, or the template is no Jinja.
         """
         config = read_object(folder / "tokenizer_config.json")
-        tokens = read_object(folder / "special_tokens_map.json") | config
         source, name = _source(folder, config)
         if source is None:
             return None
-        special = {key: text for key in SPECIAL if (text := content_of(tokens.get(key))) is not None}
-        template = cls(source, special, str(name))
+        template = cls(source, special_tokens(folder), str(name))
         _ = template._compiled
         return template
 
@@ -72,14 +69,17 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **{**self.special, **variables},
             )
-        except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, RecursionError) as error:
+        except TemplateError as error:
             raise DataError(f"{self.name} refuses these messages: {error}") from error
+        except Exception as error:  # of a program that is not ours
+            why = f"{type(error).__name__}: {error}"
+            raise DataError(f"{self.name} refuses these messages, or is wrong: {why}; correct it") from error
 
     @cached_property
     def _compiled(self) -> Template:
         try:
             return _environment().from_string(self.source)
-        except TemplateError as error:
+        except (TemplateError, SyntaxError, RecursionError) as error:  # the last two where it is nested too deep
             raise DataError(f"{self.name} is not a chat template: {error}; correct or remove it") from error
 
 
@@ -94,12 +94,21 @@ def _source(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Path]:
         raise DataError(f"cannot read {file}: {error}; correct or remove it") from error
     path, found = folder / "tokenizer_config.json", config.get("chat_template")
     if isinstance(found, list):
-        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = {
+            entry["name"]: entry.get("template")
+            for entry in found
+            if isinstance(entry, dict) and isinstance(entry.get("name"), str)
+        }
     if isinstance(found, dict):
-        if not isinstance(found.get("default"), str):
-            raise DataError(f"{path} has chat templates {', '.join(map(str, found))}, and none called default")
+        if "default" not in found:
+            names = ", ".join(found) or "without names"
+            raise DataError(f"{path} has chat templates {names}, and none called default; name one so")
         found = found["default"]
-    return (found if isinstance(found, str) else None), path
+    elif found is None:
+        return None, path
+    if not isinstance(found, str):
+        raise DataError(f"{path} has a chat template that is not text; correct or remove it")
+    return found, path
 
 
 class _Generation(Extension):

@@ -28,6 +28,8 @@ END_NAMES = (
     "<｜end▁of▁sentence｜>",
     "[SEP]",
 )
+SPECIAL = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+TOKENIZER_CONFIG, TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 
 
 @dataclass(frozen=True)
@@ -56,25 +58,37 @@ def apply_folder(tokenizer: tokenizers.Tokenizer, folder: Path, *, has_json: boo
     As `transformers` does, `add_bos_token` is obeyed where there is no tokenizer.json, which says it itself.
     Raises DataError where a named token is not there.
     """
-    config = read_object(folder / "tokenizer_config.json")
     bos = _beginning(tokenizer, str(folder))
-    name = content_of(config.get("bos_token"))
-    if not has_json and config.get("add_bos_token") and name is not None:
-        bos = _id_of(tokenizer, name, "bos_token", folder)
-    eos = _end_of_folder(tokenizer, config, folder)
+    special = special_tokens(folder)
+    puts_bos = not has_json and read_object(folder / TOKENIZER_CONFIG).get("add_bos_token")
+    if puts_bos and "bos_token" in special:
+        bos = _id_of(tokenizer, special["bos_token"], "bos_token", folder)
+    eos = _end_of_folder(tokenizer, special.get("eos_token"), folder)
     if eos is None:
         eos = read_ends(tokenizer, str(folder)).eos
     _write_ends(tokenizer, Ends(bos, eos), str(folder))
 
 
-def content_of(token: Any) -> str | None:
-    """A token of a tokenizer_config.json: text, or an object with its text."""
+def special_tokens(folder: Path) -> dict[str, str]:
+    """
+    The texts of those of `SPECIAL` that the config files of a Hugging Face folder name.
+
+    As `transformers` has it: the older special_tokens_map.json goes before the config, also where it says null, and is
+    not looked at where the config has all added tokens itself.
+    """
+    said = read_object(folder / TOKENIZER_CONFIG)
+    if "added_tokens_decoder" not in said:
+        said |= read_object(folder / TOKENS_MAP)
+    return {key: text for key in SPECIAL if (text := _content_of(said.get(key))) is not None}
+
+
+def _content_of(token: Any) -> str | None:
+    """A token as these files have it: text, or an object with its text."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
 
-def _end_of_folder(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], folder: Path) -> int | None:
-    name = content_of(config.get("eos_token"))
+def _end_of_folder(tokenizer: tokenizers.Tokenizer, name: str | None, folder: Path) -> int | None:
     if name is not None:
         return _id_of(tokenizer, name, "eos_token", folder)
     for file in ("generation_config.json", "config.json"):
@@ -94,7 +108,8 @@ def _id_of(tokenizer: tokenizers.Tokenizer, token: str, key: str, folder: Path) 
     index: int | None = tokenizer.token_to_id(token)
     if index is None:
         raise DataError(
-            f"{folder / 'tokenizer_config.json'} has {key} {token}, which the tokenizer lacks; correct one of them"
+            f"{folder} has {key} {token}, which the tokenizer lacks; correct it where it stands, {TOKENIZER_CONFIG} or "
+            f"{TOKENS_MAP}"
         )
     return index
 

@@ -1,0 +1,68 @@
+"""Which special tokens a folder has, of two files that may contradict each other: as transformers has it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from shoal.data.chat import ChatTemplate
+from shoal.data.tokenize import load_tokenizer, train_bpe
+from shoal.data.tokenizer_ends import special_tokens
+from shoal.errors import DataError
+
+DECODER = {"added_tokens_decoder": {"300": {"content": "<B>", "special": True}}}
+CASES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [  # config, map, the one that counts
+    ({"token": "<A>"}, {"token": "<B>"}, "<B>"),
+    ({}, {"token": "<B>"}, "<B>"),
+    ({}, {"token": {"content": "<B>", "lstrip": False}}, "<B>"),
+    ({"token": None}, {"token": "<B>"}, "<B>"),
+    ({"token": "<A>"}, {"token": None}, None),
+    ({"token": "<A>"}, {}, "<A>"),
+    (DECODER, {"token": "<B>"}, None),
+    (DECODER | {"token": "<A>"}, {"token": "<B>"}, "<A>"),
+]
+
+
+def make(folder: Path, config: dict[str, Any], older: dict[str, Any]) -> Path:
+    """With "token" of a case as both the beginning and the end."""
+    tokenizer = train_bpe(iter(["Hello there, what is it?"] * 9), 280)
+    tokenizer._tokenizer.add_special_tokens(["<A>", "<B>"])
+    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    rest = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "{{ bos_token }}|{{ eos_token }}"}
+    for name, said in {"tokenizer_config": rest | config, "special_tokens_map": older}.items():
+        both = {"bos_token": said["token"], "eos_token": said["token"]} if "token" in said else {}
+        kept = {key: value for key, value in said.items() if key != "token"}
+        (folder / f"{name}.json").write_text(json.dumps(kept | both), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("config", "older", "token"), CASES)
+def test_the_one_that_counts(tmp_path: Path, config: dict[str, Any], older: dict[str, Any], token: str | None) -> None:
+    folder = make(tmp_path, config, older)
+    theirs, template = AutoTokenizer.from_pretrained(folder), ChatTemplate.of(folder)
+    assert template is not None
+    assert template.special == special_tokens(folder) == theirs.special_tokens_map
+    assert template.special == ({} if token is None else {"bos_token": token, "eos_token": token})
+    text = template.render([{"role": "user", "content": "x"}])
+    assert text == theirs.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.decode([tokenizer.eot_id]) == (token or "<|endoftext|>")
+
+
+def test_the_beginning_too(real_tokenizers: Path, tmp_path: Path) -> None:
+    """Of a SentencePiece folder, whose config says whether a text begins with it, and whose older map says with what."""
+    shutil.copy(real_tokenizers / "mistral" / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": None}))
+    assert load_tokenizer(str(tmp_path)).bos_id is None
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>"}))
+    assert load_tokenizer(str(tmp_path)).bos_id == 1
+
+
+def test_one_that_the_tokenizer_lacks(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"has eos_token <gone>, .* tokenizer_config.json or special_tokens_map.json"):
+        load_tokenizer(str(make(tmp_path, {}, {"token": "<gone>"})))
