@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 
 from shoal.config import Config
 from shoal.errors import ModelError, Problem
@@ -54,6 +55,9 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
             "optim.warmup_steps",
             "train.steps",
         )
+    name = config.launch.name
+    if name is not None and (not name.strip(" .") or Path(name).is_absolute() or ".." in Path(name).parts):
+        yield problem(f"launch.name {name!r} is no name of a folder below launch.runs", "launch.name")
     yield from _corpus_problems(config, problem)
 
 

@@ -76,6 +76,12 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)  # a network disk keeps what is still read; the next call removes that
 
 
+def gigabytes(count: int) -> str:
+    """ "1.2 GB", "3.4 MB", "5.6 kB"."""
+    size, unit = next((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= s / 10 or u == "kB")
+    return f"{count / size:,.1f} {unit}"
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:

@@ -68,10 +68,14 @@ def _place(problem: Problem) -> tuple[bool, int]:
 
 
 def _with_shape(settings: dict[str, Setting], problems: list[Problem], notes: list[str]) -> dict[str, Setting]:
-    """Put what `model.preset` or `model.from` says below what was given."""
+    """Put what `model.preset` or `model.from` says below what was given; of both, what the flag says."""
     preset, origin = (
         s if s and s.value is not None else None for s in map(settings.get, ("model.preset", "model.from"))
     )
+    if preset and origin and preset.is_flag != origin.is_flag:
+        lost = origin if preset.is_flag else preset
+        settings = {k: s for k, s in settings.items() if s is not lost}
+        preset, origin = (None, origin) if origin.is_flag else (preset, None)
     if preset and origin:
         problems.append(
             Problem(origin.where, f"model.from says the shape, and so does model.preset at {preset.where}; keep one")

@@ -12,12 +12,14 @@ runs/NAME/
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -93,7 +95,8 @@ class RunFolder:
         """The config that this run was trained with. Raises `RunError` where there is no run."""
         if not self.config_file.is_file():
             others = sorted(p.parent.name for p in self.path.parent.glob("*/config.yaml"))
-            known = f"; there are {', '.join(others[:8])}" if others else ""
+            more = f" and {len(others) - 8} more" if len(others) > 8 else ""
+            known = f"; there are {', '.join(others[:8])}{more}" if others else ""
             raise RunError(f"{self.path} is no run{known}. shoal train RECIPE.yaml --name {self.path.name} makes one")
         return read_back(self.config_file)
 
@@ -101,15 +104,21 @@ class RunFolder:
         """Write `config.yaml`, whole or not at all."""
         write_whole(self.config_file, [to_yaml(config).encode()])
 
-    def lock(self) -> None:
-        """Hold this run until the process ends, however it ends. Raises `RunError` where somebody else does."""
+    @contextlib.contextmanager
+    def writable(self) -> Iterator[None]:
+        """Raises `RunError` for a folder that cannot be written to."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / "lock").open("a+", encoding="utf-8")
+            yield
         except OSError as error:
             raise RunError(
                 f"{self.path} cannot be written: {error.strerror}; set launch.runs to a folder that can"
             ) from error
+
+    def lock(self) -> None:
+        """Hold this run until the process ends, however it ends. Raises `RunError` where somebody else does."""
+        with self.writable():
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / "lock").open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

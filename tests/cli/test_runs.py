@@ -62,6 +62,7 @@ def test_the_same_command_again_is_at_the_end_and_more_steps_go_on(place: Place)
     again = place.good("train", "recipe.yaml", "--name", "clean")
     assert "resumed from" in again
     assert "step 40/40" not in again
+    assert "all 40 steps of this run are taken; a larger train.steps goes on with it" in again
     longer = place.good("train", "recipe.yaml", "--name", "clean", "--train.steps", "42", "--optim.lr=5e-3")
     assert "optim.lr was 0.01 and is 0.005 from step 41 on" in longer
     assert "the constant schedule was planned for 40 steps and is now for 42" in longer
@@ -115,6 +116,30 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(place: Place, number: sign
     assert "Traceback" not in output
     assert f"step-{int(found[1]):08d}" in place.good("train", "recipe.yaml", "--name", name)
     assert place.losses(name) == clean_losses(place)
+
+
+def test_asked_to_stop_while_it_starts_it_stops(place: Place) -> None:
+    process = place.start("train", "recipe.yaml", "--name", "early", "--train.steps", "100000")
+    wait_for(process, "starting 2 processes")
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Traceback" not in output
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(place: Place) -> None:
+    in_the_way = place.folder / "runs" / "unwritable" / ".config.yaml.tmp"
+    in_the_way.mkdir(parents=True)
+    output = place.refused("train", "recipe.yaml", "--name", "unwritable")
+    assert "runs/unwritable cannot be written: Is a directory; set launch.runs" in output
+
+
+def test_a_last_checkpoint_that_is_not_there_is_no_success(place: Place) -> None:
+    checkpoints = place.folder / "runs" / "unsaved" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / ".step-00000003.tmp").touch()
+    output = place.refused("train", "recipe.yaml", "--name", "unsaved", "--train.steps", "3")
+    assert "could not be written: runs/unsaved/checkpoints has none. Make room there" in output
 
 
 def test_a_run_that_is_being_trained_is_not_trained_twice(place: Place) -> None:

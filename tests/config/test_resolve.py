@@ -124,6 +124,8 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
             "train.dtype must be auto | bfloat16 | float16 | float32, not 'fp16'",
         ),
         ({"train": {"steps": 1}, "model": {"preset": "gtp2"}}, "did you mean gpt2?"),
+        ({"train": {"steps": 1}, "launch": {"name": "../x"}}, "launch.name '../x' is no name of a folder"),
+        ({"train": {"steps": 1}, "launch": {"name": ""}}, "launch.name '' is no name of a folder"),
         ({"train": 3}, "train is a section"),
         ("- a\n- b\n", "expected sections"),
         ("train: [1, 2\n", "not YAML"),

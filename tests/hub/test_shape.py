@@ -160,6 +160,15 @@ def test_nothing_else_may_say_the_shape(llama: Path) -> None:
     assert resolved(llama, model__dim="48", model__init_std="0.3").model.init_std == 0.3
 
 
+def test_of_a_recipes_preset_and_a_flags_folder_the_flag_counts(llama: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {preset: tiny}\ntrain: {steps: 1}\ndata: {seq_len: 32}\n")
+    started = resolve(recipe, [("model.from", str(llama), "--model.from")]).config
+    assert (started.model.preset, started.model.dim) == (None, 48)
+    recipe.write_text(f"model: {{from: {llama}}}\ntrain: {{steps: 1}}\ndata: {{seq_len: 32}}\n")
+    assert resolve(recipe, [("model.preset", "tiny", "--model.preset")]).config.model.from_ is None
+
+
 def damaged(folder: Path, target: Path, change: Any) -> Path:
     """A copy in one file, its tensors changed."""
     tensors = {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+import yaml
 from safetensors.torch import load_file
 
 from shoal.errors import CheckpointError, ModelError, RunError, ShoalError
@@ -53,12 +54,12 @@ def test_the_tokenizers_own_files_are_in_it(place: Place) -> None:
 
 def test_a_checkpoint_a_dtype_and_the_card(place: Place) -> None:
     out = place.folder / "step3"
-    said = place.good("export", "bare", "--step=3", "--out", str(out), "--dtype=bfloat16", "--license=mit")
+    said = place.good("export", "bare", "--step=3", "--out", str(out), "--dtype=bfloat16", "--license=mine: [all]")
     assert f"{out} is whole" in said
     assert {str(t.dtype) for t in load_file(out / "model.safetensors").values()} == {"torch.bfloat16"}
     card = (out / "README.md").read_text()
     header = card.split("---")[1]
-    assert "license: mit" in header
+    assert yaml.safe_load(header)["license"] == "mine: [all]"
     assert "| trained for | 3 steps, " in card
     assert "| 3 |" in card
     assert "| 4 |" not in card  # the curve ends where this checkpoint does
@@ -108,7 +109,7 @@ def test_a_full_disk_is_seen_before(place: Place, monkeypatch: pytest.MonkeyPatc
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     out = place.folder / "full"
-    with pytest.raises(ModelError, match=r"its disk has 0\.00 GB free; set --out to another disk"):
+    with pytest.raises(ModelError, match=r"its disk has 1\.0 kB free; set --out to another disk"):
         export_run(place.folder / "runs", "bare", step=None, out=out)
     assert not [*place.folder.glob(".full*")]
 

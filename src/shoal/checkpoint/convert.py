@@ -50,7 +50,7 @@ class FolderWeights:
             self._check_twin(folder.tensors[name], name, twins[name])
         strange = [n for n in folder.tensors if n not in used and n not in twins and not is_computed(n)]
         if strange:
-            through = "" if family == "hf" else " Set model.family to hf to train it through transformers"
+            through = "" if family == "hf" else " Set model.family to hf to have transformers compute it"
             raise ModelError(
                 f"{folder.path} has weights that this model has no place for: {_some(strange)}; is its config.json of "
                 f"another model?{through}"

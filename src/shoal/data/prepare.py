@@ -42,7 +42,7 @@ from shoal.data.pack import Rows
 from shoal.data.shards import CURE, Shard, TokenStream, token_dtype
 from shoal.data.sources import open_corpus
 from shoal.data.tokenize import Tokenizer
-from shoal.disk import sha256_of
+from shoal.disk import gigabytes, sha256_of
 from shoal.errors import DataError
 
 Progress = Callable[[str, int, int], None]
@@ -280,7 +280,7 @@ def _check_space(folder: Path, data: Data, listing: Sequence[Entry]) -> None:
         free = shutil.disk_usage(folder).free
         if free < needed - done:
             raise DataError(
-                f"{folder} has {free / 1e9:.1f} GB free, and the tokens need about {needed / 1e9:.1f} GB; "
+                f"{folder} has {gigabytes(free)} free, and the tokens need about {gigabytes(needed)}; "
                 "free some space or set data.folder to a larger disk"
             )
 

@@ -151,7 +151,7 @@ class Tokenizer:
         named = ", ".join(ascii(token) for token in tokens[:5]) + (", ..." if len(tokens) > 5 else "")
         raise DataError(
             f"model.vocab_size {rows:,} is smaller than the tokenizer's {self.vocab_size:,}: no row for {named}; "
-            "raise it, leave it out to take the tokenizer's, or set data.tokenizer"
+            "raise it or leave it out to take the tokenizer's, or set data.tokenizer to the one that the model was made for"
         )
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ def model_card(config: Config, facts: Facts) -> str:
 def _header(config: Config, facts: Facts) -> list[str]:
     lines = [
         "---",
-        f"license: {facts.license or 'other'}",
+        f"license: {json.dumps(facts.license or 'other', ensure_ascii=False)}",
         "library_name: transformers",
         "pipeline_tag: text-generation",
     ]

@@ -218,8 +218,9 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _fetch(request: Request, partial: Path, tell: Callable[[str], None], progress: Progress) -> None:
+    from shoal.disk import gigabytes
     from shoal.hub.remote import look_up
-    from shoal.hub.transfer import Transfer, gigabytes
+    from shoal.hub.transfer import Transfer
 
     folder = request.folder
     revision = request.revision or "main"

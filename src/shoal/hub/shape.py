@@ -142,10 +142,12 @@ def read_shape(config: Json, where: str) -> Shape:
     Raises `ModelError` with all that cannot be honoured.
     """
     kind = MODEL_TYPES.get(str(config.get("model_type")))
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{where} does not say its model_type, so nobody can tell what it is; get that file again")
     if kind is None:
         raise ModelError(
-            f"{where} is a {config.get('model_type')}; the families built here are {', '.join(MODEL_TYPES)}. "
-            "Set model.family to hf to train it through transformers"
+            f"{where} is a {config['model_type']}; the families built here are {', '.join(MODEL_TYPES)}. "
+            "Set model.family to hf to have transformers compute it"
         )
     given = {**kind.defaults, **config}
     if wrong := [*_missing(kind, given), *_wrong(kind, given)]:
@@ -156,7 +158,7 @@ def read_shape(config: Json, where: str) -> Shape:
     if refused := [*_refused(kind, given)]:
         lines = "\n".join(f"  {line}" for line in refused)
         raise ModelError(
-            f"{where} asks for what is not built here:\n{lines}\nSet model.family to hf to train it through transformers"
+            f"{where} asks for what is not built here:\n{lines}\nSet model.family to hf to have transformers compute it"
         )
     values = {"family": kind.family, **kind.always, **{ours: given[theirs] for theirs, ours in kind.keys.items()}}
     if kind.family == "llama":

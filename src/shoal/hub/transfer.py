@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from shoal.disk import sha256_of
+from shoal.disk import gigabytes, sha256_of
 from shoal.errors import ModelError
 from shoal.hub.remote import Remote, RemoteFile, download
 
@@ -101,8 +101,3 @@ def git_sha1_of(path: Path) -> str:
 def _flush(path: Path) -> None:
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def gigabytes(count: int) -> str:
-    """ "1.2 GB", "3.4 MB"."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"

@@ -25,7 +25,7 @@ from shoal.checkpoint.convert import DTYPES, to_hugging_face
 from shoal.checkpoint.store import Saved, read_into, read_state, verify
 from shoal.config import Model
 from shoal.data.tokenize import Tokenizer, load_tokenizer
-from shoal.disk import empty_folder, replace_folder, sync, try_lock, write_whole
+from shoal.disk import empty_folder, gigabytes, replace_folder, sync, try_lock, write_whole
 from shoal.errors import ModelError
 from shoal.hub.beside import GENERATION, LICENSES, TOKENIZER, Dtypes, copy_files, read_dtypes
 from shoal.hub.card import CARD, Facts, is_card, model_card
@@ -156,7 +156,7 @@ class _Place:
         free = shutil.disk_usage(aside).free
         if free < needed:
             raise ModelError(
-                f"{self._said} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free; set --out to another "
+                f"{self._said} needs {gigabytes(needed)}, and its disk has {gigabytes(free)} free; set --out to another "
                 "disk, or --dtype to bfloat16"
             )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +109,7 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: s
     `CheckpointError`.
     """
     folder, saved = find_checkpoint(runs, target, step)
-    config, place = folder.load_config(), choose_device(device)
+    config, place = folder.load_config(), find_device(device)
     slow = place.type == "cpu" and config.train.dtype == "float16"
     chosen = dtype if dtype != "auto" else "float32" if slow else config.train.dtype
     _check_dtype(chosen, place)
@@ -127,7 +129,7 @@ def load_folder(name: str, *, family: str | None = None, device: str, dtype: str
 
     family: "hf" has transformers compute it, null the code here. dtype: "auto": that of its weights where the device is good at it, else float32. Raises `ModelError`.
     """
-    folder, place = ModelFolder.open(find_model(name)), choose_device(device)
+    folder, place = ModelFolder.open(find_model(name)), find_device(device)
     shape, tokens_from = read_folder(folder, family)
     chosen = _chosen_dtype(folder, dtype, place)
     model = build_model(_model_of(shape, name, folder), compute_dtype=DTYPES[chosen])
@@ -185,11 +187,25 @@ def _own_dtype(stored: str, device: torch.device) -> str:
     return "float32" if own == "bfloat16" and not has_bfloat16(device) else own
 
 
+def find_device(wanted: str) -> torch.device:
+    """The device that `--device` names. Raises `LaunchError` where it is not to be had."""
+    with _as_flags():
+        return choose_device(wanted)
+
+
 def _check_dtype(dtype: str, device: torch.device) -> None:
-    try:
+    with _as_flags():
         check_dtype(dtype, device)
+
+
+@contextlib.contextmanager
+def _as_flags() -> Iterator[None]:
+    """Errors name what a person gave: these verbs have a flag of their own where training has an option."""
+    try:
+        yield
     except LaunchError as error:
-        raise LaunchError(str(error).replace("train.dtype", "--dtype")) from None
+        text = str(error).replace("train.dtype", "--dtype").replace("train.device", "--device")
+        raise LaunchError(text) from None
 
 
 def _end_ids(files: Path | None, tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -156,7 +156,7 @@ def launch(config: Config, argv: Sequence[str], progress: Callable[[], object]) 
     result = agent.run()
     if stop.signal is not None:
         if result.is_failed():
-            _tell("stopped without saving; the last checkpoint stands, and the same command goes on from there")
+            _tell("stopped without saving; the same command goes on from the last checkpoint, if there is one")
         return 128 + stop.signal
     if not result.is_failed():
         return 0
@@ -177,17 +177,28 @@ class _PassOn:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._reached: set[int] = set()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = self.signal is not None
         self.signal = self.signal or number
+        self._send(signal.SIGKILL if again else signal.SIGTERM)
+
+    def reach_all(self) -> None:
+        """Workers that were not there yet when the signal came: it came while they were being started."""
+        if self.signal is not None:
+            self._send(signal.SIGTERM)
+
+    def _send(self, number: signal.Signals) -> None:
         # children of this process: the agent puts each in a session of its own, so a terminal's Ctrl-C misses them
         import psutil
 
         for child in psutil.Process().children():
-            child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+            if number == signal.SIGKILL or child.pid not in self._reached:
+                self._reached.add(child.pid)
+                child.send_signal(number)
 
 
 def _make_agent(
@@ -204,6 +215,7 @@ def _make_agent(
         failed_at: object = None
 
         def _monitor_workers(self, worker_group: Any) -> Any:
+            stop.reach_all()
             result = super()._monitor_workers(worker_group)
             codes = [failure.exitcode for failure in result.failures.values()]
             if stop.signal is not None or EXIT_BAD_INPUT in codes or (codes and self._fails_again(result.failures)):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from shoal.config import Config
+from shoal.config import Config, Launch
 from shoal.data.prepare import Prepared, held_out_text
 from shoal.infer.generate import generate
 from shoal.metrics.compression import bits_per_byte
@@ -37,13 +38,19 @@ def close_run(
         console.say(text)
     console.say()
     console.say(_yardstick(prepared, summary["val_bits_per_byte"]), "bold")
-    name = folder.path.name
     console.say()
     console.say("next:")
-    shoal = _command()
-    console.say(f'  {shoal} generate {name} --prompt "{config.train.sample_prompt or "The "}" --temperature 0.8')
-    console.say(f"  {shoal} eval {name}")
+    shoal, run = _command(), shlex.quote(_called(config))
+    prompt = shlex.quote(config.train.sample_prompt or "The ")
+    console.say(f"  {shoal} generate {run} --prompt {prompt} --temperature 0.8")
+    console.say(f"  {shoal} eval {run}")
     console.say(f"  {shoal} bench speed")
+
+
+def _called(config: Config) -> str:
+    """What the other verbs know this run by: its name, or its folder where runs are kept elsewhere."""
+    name = config.launch.name or "run"
+    return name if config.launch.runs == Launch().runs else str(Path(config.launch.runs) / name)
 
 
 def _command() -> str:

@@ -101,7 +101,8 @@ class Run:
         )
         restored = restore(store, state, prepared.data_id)
         if mesh.is_first:
-            write_run_files(folder, config, prepared, state.step)
+            with folder.writable():
+                write_run_files(folder, config, prepared, state.step)
         loader = open_loader(config, mesh, rows, state.position)
         meter = Meter(config, mesh)
         events = Events(folder.events_file) if mesh.is_first else None
@@ -236,11 +237,20 @@ class Run:
             )
             return
         self._evaluate(None)
-        self._save()
+        saved = self._save()
         self._event("finished", **self.val)
         if self.mesh.is_first:
             close_run(self.config, self.folder, self.prepared, self._whole_model(), self.val, self.console)
         self.mesh.barrier()
+        if saved is None:
+            raise CheckpointError(
+                f"all {self.total_steps} steps are taken, and the last checkpoint could not be written: "
+                f"{self.store.folder} has {self._newest()}. Make room there; the same command goes on from it"
+            )
+
+    def _newest(self) -> str:
+        saved = listed(self.store.folder)
+        return f"one of step {saved[-1].step}" if saved else "none"
 
     def _whole_model(self) -> LanguageModel | None:
         """The model on one device, or None where no process has it and it would be large."""
@@ -265,9 +275,20 @@ class Run:
         )
         for line in (*applied, self.meter.describe_mfu()):
             self.console.note(line)
+        if self.config.optim.warmup_steps > self.total_steps:
+            self.console.warn(
+                f"optim.warmup_steps is {self.config.optim.warmup_steps}, and the run has {self.total_steps} steps: the "
+                "learning rate never reaches optim.lr; set fewer"
+            )
         if restored is None:
             return
         self.console.say(f"resumed from {restored.folder}", "bold")
+        if self.state.step >= self.total_steps:
+            self.console.warn(
+                f"all {self.total_steps} steps of this run are taken; a larger train.{length_of(config.train)[0]} goes on "
+                "with it, another --name starts anew"
+            )
+            return
         for key, old, new in changed:
             self.console.warn(f"{key} was {old} and is {new} from step {self.state.step + 1} on")
         planned = count_steps(before.train, config.data.seq_len, len(self.loader.rows))
@@ -300,12 +321,18 @@ def settle(config: Config, folder: RunFolder, prepared: Prepared, mesh: Mesh) ->
 
 def count_steps(train: Train, seq_len: int, rows: int) -> int:
     """The run's length in steps, from whichever of steps, tokens or epochs is given."""
-    if train.steps is not None:
-        return train.steps
-    if train.tokens is not None:
-        return math.ceil(train.tokens / (train.global_batch * seq_len))
-    assert train.epochs is not None
-    return math.ceil(train.epochs * rows / train.global_batch)
+    match length_of(train):
+        case "steps", steps:
+            return int(steps)
+        case "tokens", tokens:
+            return math.ceil(tokens / (train.global_batch * seq_len))
+        case _, epochs:
+            return math.ceil(epochs * rows / train.global_batch)
+
+
+def length_of(train: Train) -> tuple[str, float]:
+    """Which of steps, tokens or epochs says how long the run is, and how much of it."""
+    return next((k, v) for k in ("steps", "tokens", "epochs") if (v := getattr(train, k)) is not None)
 
 
 def restore(store: CheckpointStore, state: TrainState, data_id: str) -> Saved | None:
