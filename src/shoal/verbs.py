@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.errors import EXIT_LOST_PEER, ShoalError
+from shoal.errors import EXIT_LOST_PEER, ModelError, ShoalError
 
 if TYPE_CHECKING:
     from shoal.config import Config
@@ -141,10 +141,18 @@ def fetch(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     bar = console.progress("fetching") if console.is_terminal else nullcontext(no_progress)
     with bar as progress:
         fetch_model(
-            args.name, to=args.to, revision=args.revision, force=args.force, verify=args.verify,
+            args.name, to=_expanded(args.to), revision=args.revision, force=args.force, verify=args.verify,
             tell=console.say, progress=progress,
         )  # fmt: skip
     return 0
+
+
+def _expanded(to: Path | None) -> Path | None:
+    """With `~` as shells have it, which leave it alone in --to=~/x."""
+    try:
+        return to and to.expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"there is no {to}: {error} Set --to to a folder that can be written") from error
 
 
 def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:

@@ -77,6 +77,18 @@ def test_what_a_person_sees(scene: Scene, place: Place) -> None:
     assert "100%" in shown
 
 
+def test_a_home_is_meant_where_no_shell_says_so(scene: Scene, place: Place) -> None:
+    (place.folder / "person").mkdir()
+    environment = scene.environment() | {"HOME": str(place.folder / "person")}
+    code, output = place.run(*FETCH, "--to=~/tiny", **environment)
+    assert code == 0, output
+    assert (place.folder / "person" / "tiny" / "config.json").is_file()
+    assert not (place.folder / "~").exists()
+    message = place.refused(*FETCH, "--to=~nosuchuser/tiny", **environment)
+    assert "there is no ~nosuchuser/tiny" in message
+    assert "Set --to to a folder" in message
+
+
 def on_a_terminal(place: Place, scene: Scene) -> str:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "shoal", *FETCH]

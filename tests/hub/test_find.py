@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import re
 from pathlib import Path
 
@@ -95,6 +96,24 @@ def test_where_nobody_can_tell_whether_there_is_one(name: str, why: str, monkeyp
         load_tokenizer(name)
     with pytest.raises(ConfigError, match=f"data.tokenizer is bpe, bytes(.|\n)*{why}"):
         resolve(None, [("train.steps", "1", ""), ("data.tokenizer", name, "--data.tokenizer")])
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"])
+def test_a_cache_in_the_home_of_nobody(home: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "~nosuchuser/x")
+    message = refused("org/tiny", "cannot look for models in ~nosuchuser/x(/[a-z/]*)?: .*home directory")
+    assert message.endswith("Set HF_HUB_CACHE to a folder")
+    assert find_model(str(make(home / "here"))) == home / "here"
+
+
+def test_a_user_without_a_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(*_: object) -> None:
+        raise KeyError
+
+    for variable in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    refused("org/tiny", "cannot look for models in ~/.cache/huggingface/hub: .*Set HF_HUB_CACHE to a folder")
 
 
 def test_a_misspelt_name_is_recognized(home: Path) -> None:

@@ -117,12 +117,18 @@ def _names_under(folder: Path) -> Iterator[str]:
 
 
 def _cache() -> Path:
-    """As huggingface_hub finds it; read here because importing that library takes longer than looking."""
-    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        if os.environ.get(variable):
-            return Path(os.environ[variable]).expanduser()
+    """
+    As huggingface_hub finds it; read here because importing that library takes longer than looking.
+
+    Raises `ModelError` where it is in the home of a user who has none.
+    """
     above = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return (Path(os.environ.get("HF_HOME") or above) / "hub").expanduser()
+    below = Path(os.environ.get("HF_HOME") or above) / "hub"
+    folder = Path(os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or below)
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"cannot look for models in {folder}: {error} Set HF_HUB_CACHE to a folder") from error
 
 
 def _in_cache(name: str) -> Path | None:
