@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -20,6 +21,8 @@ SHORTCUTS = {"name": "launch.name", "processes": "launch.processes"}
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The `shoal` command; ends the process, with 2 on what a person can mend."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, also where a terminal lacks it
     code = 0
     try:
         code = _run(argv)
