@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from transformers import AutoTokenizer
 
 from shoal.data.chat import ChatTemplate
@@ -61,6 +62,26 @@ def test_the_beginning_too(real_tokenizers: Path, tmp_path: Path) -> None:
     assert load_tokenizer(str(tmp_path)).bos_id is None
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>"}))
     assert load_tokenizer(str(tmp_path)).bos_id == 1
+
+
+@pytest.mark.parametrize("after", [["<A>"], ["<A>", "<B>"]])
+def test_what_the_tokenizer_puts_after_a_text_stays(tmp_path: Path, after: list[str]) -> None:
+    """Where its end is written anew."""
+    folder = make(tmp_path, {"token": "<B>"}, {})
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        single=" ".join(["$A", *after]), special_tokens=[(token, inner.token_to_id(token)) for token in after]
+    )
+    inner.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(folder))
+    assert tokenizer.decode([tokenizer.eot_id]) == "<B>"
+    written = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    assert written.to_str() != inner.to_str()
+    assert (
+        written.encode("Hello").ids
+        == inner.encode("Hello").ids
+        == AutoTokenizer.from_pretrained(folder)("Hello").input_ids
+    )
 
 
 def test_one_that_the_tokenizer_lacks(tmp_path: Path) -> None:

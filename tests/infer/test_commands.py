@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shoal.cli import _run
-from shoal.errors import ShoalError
+from shoal.errors import CheckpointError, ShoalError
+from shoal.infer import commands
 from shoal.infer.load import load_folder
 from shoal.infer.score import score
 
@@ -79,6 +82,35 @@ def test_a_run_is_scored_on_a_text_or_on_its_own(capsys: pytest.CaptureFixture[s
     assert "xz_bits_per_byte" in own
 
 
+@pytest.mark.parametrize(
+    ("loss", "in_json", "shown"),
+    [(20.0, math.exp(20.0), "4.852e+08"), (720.0, None, "inf"), (math.nan, None, "nan"), (1.0, math.e, "2.7183")],
+)
+def test_a_loss_of_any_size_is_shown(
+    loss: float, in_json: float | None, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = {"val_loss": loss, "val_bits_per_byte": loss}
+    monkeypatch.setattr(commands, "evaluate", lambda *_: result)
+
+    def no_number(word: str) -> None:
+        pytest.fail(f"{word} is no JSON")
+
+    record = json.loads(said(capsys, "eval", "done", "--json").splitlines()[-1], parse_constant=no_number)
+    assert record["perplexity"] == (in_json if in_json is None else pytest.approx(in_json))
+    [line] = [line for line in said(capsys, "eval", "done").splitlines() if "perplexity" in line]
+    assert line.split() == ["perplexity", shown]
+
+
+def test_a_run_is_not_scored_on_the_text_of_other_data() -> None:
+    shutil.copytree("runs/done", "runs/moved", symlinks=True)
+    config = Path("runs/moved/config.yaml")
+    changed = config.read_text().replace("dummy_documents: 60", "dummy_documents: 61")
+    assert changed != config.read_text()
+    config.write_text(changed)
+    with pytest.raises(CheckpointError, match="moved was trained on other tokens than"):
+        _run(["eval", "moved", "--json"])
+
+
 def test_folder_and_run_write(capsys: pytest.CaptureFixture[str]) -> None:
     one = said(capsys, "generate", "--model.from", "talker", "--prompt", "größe", "--temperature", "0", "--tokens", "9")
     both = said(
@@ -94,6 +126,32 @@ def test_rows_without_a_token_are_never_written(capsys: pytest.CaptureFixture[st
     """272 rows and 259 tokens: a token of the rest would have no text, and come out as nothing."""
     text = said(capsys, "generate", "--model.from", "talker", "--prompt", "a", "--temperature", "50", "--tokens", "120")
     assert len(text.encode("utf-8")) > 100
+
+
+@pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
+def test_rows_without_a_token_are_never_chosen(prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they would be, the same draws choose some of them."""
+    plain, chosen, free = commands.generate, list[int](), list[int]()
+
+    def watched(*given: Any, **options: Any) -> list[list[int]]:
+        outputs = plain(*given, **options)
+        chosen.extend(token for output in outputs for token in output)
+        unbounded = plain(*given, **{**options, "known_ids": None, "on_token": None, "eot_id": None})
+        free.extend(token for output in unbounded for token in output)
+        return outputs
+
+    monkeypatch.setattr(commands, "generate", watched)
+    given = [word for prompt in prompts for word in ("--prompt", prompt)]
+    assert _run(["generate", "--model.from", "talker", *given, "--temperature", "50", "--tokens", "120"]) == 0
+    assert max(chosen) < 259 <= max(free)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_what_a_terminal_has_no_letter_for_is_replaced(place: Path, encoding: str) -> None:
+    code, output = Place(place).run(
+        "generate", "--model.from", "talker", "--prompt", "漢字a", "--tokens", "0", PYTHONIOENCODING=encoding
+    )
+    assert (code, output) == (0, "??a\n")
 
 
 def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,9 +194,11 @@ def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest
         (["generate", "--model.from", "talker", "--prompt", ""], "empty --prompt"),
         (["generate", "--model.from", "talker", "--prompt", "a\udcff"], "--prompt is no UTF-8 text"),
         (["generate", "--model.from", "talker", "--chat", "--system", "\udcff"], "--system is no UTF-8 text"),
-        (["generate", "--model.from", "talker", "--chat", "--temperature", "-1"], "temperature is -1.0"),
-        (["generate", "--model.from", "talker", "--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
-        (["generate", "--model.from", "talker", "--chat", "--tokens", "-1"], "max_new_tokens is -1"),
+        (["generate", "--model.from", "talker", "--chat", "--temperature", "-1"], "--temperature is -1.0"),
+        (["generate", "--model.from", "talker", "--prompt", "a", "--top-p", "2"], "--top-p is 2.0"),
+        (["generate", "--model.from", "talker", "--chat", "--tokens", "-1"], "--tokens is -1"),
+        (["generate", "--model.from", "talker", "--prompt", "a", "--tokens", "99999"], "set --tokens to at most 127"),
+        (["generate", "--model.from", "talker", "--prompt", "a", "--top-k", "0"], "--top-k is 0"),
         (["generate", "--model.from", "mute", "--prompt", "a"], "mute has no tokenizer"),
         (["generate", "done", "--chat"], "has no chat template"),
         (["generate", "done", "--prompt", "a", "--model.family", "hf"], "--model.family hf"),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from shoal.errors import DataError, ShoalError
+from shoal.infer import harness
 from shoal.infer.harness import Tasks, run_tasks
 from shoal.infer.load import LoadedModel, Wanted, load_folder
 from shoal.infer.score import score
@@ -56,6 +60,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "choices.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in TEXTS))
     return folder
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    place = Place(tmp_path_factory.mktemp("trained"))
+    place.good("train", "recipe.yaml", "--name", "done", "--processes", "1", "--train.steps", "4")
+    return place.folder / "runs" / "done"
 
 
 def our_bits_per_byte(model: LoadedModel) -> float:
@@ -111,6 +123,38 @@ def test_a_task_that_is_not_there_or_has_no_data(tasks: Path, tmp_path: Path) ->
     (gone / "texts.yaml").write_text(ROLLING.format(folder=gone))
     with pytest.raises(DataError, match="data of small_texts could not be read"):
         run_tasks(wanted, Tasks(("small_texts",), gone))
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked", "computed"),
+    [
+        ("bfloat16", "auto", "bfloat16"), ("float32", "auto", "float32"), ("float16", "auto", "float32"),
+        ("bfloat16", "float32", "float32"), ("float32", "bfloat16", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_a_run_is_computed_in_what_it_was_trained_in(
+    trained: str, asked: str, computed: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `load_run` has it, though its weights are exported in float32."""
+    run = shutil.copytree(done, tmp_path / "done", symlinks=True)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("dtype: float32", f"dtype: {trained}"))
+    told: list[dict[str, str]] = []
+
+    def evaluate(*, model_args: dict[str, str], **_: object) -> dict[str, Any]:
+        told.append(model_args)
+        return {"results": {}}
+
+    lm_eval = SimpleNamespace(
+        simple_evaluate=evaluate,
+        tasks=SimpleNamespace(TaskManager=lambda **_: SimpleNamespace(all_tasks=["a"])),
+        utils=SimpleNamespace(make_table=str),
+    )
+    monkeypatch.setattr(harness, "_import", lambda: lm_eval)
+    wanted = Wanted(tmp_path, "done", device="cpu", dtype=asked)
+    run_tasks(wanted, Tasks(("a",)))
+    assert [model["dtype"] for model in told] == [computed]
+    assert str(wanted.load().model.compute_dtype) == f"torch.{computed}"
 
 
 def test_without_the_harness_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

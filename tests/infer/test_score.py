@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 from shoal.errors import DataError, ShoalError
 from shoal.infer.load import load_folder
-from shoal.infer.score import choose_windows, score, windows
+from shoal.infer.score import Score, choose_windows, perplexity, score, windows
 
 from ..hub.small import load, save
 
@@ -64,6 +65,14 @@ def test_progress_ends_at_the_end(tmp_path: Path) -> None:
     score(model, list(range(200)), context=16, stride=8, progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (199, 199)
     assert told == sorted(told)
+
+
+def test_a_perplexity_is_a_number_or_says_that_it_is_none() -> None:
+    assert perplexity(2.0) == Score(6.0, 3, 1).perplexity == math.exp(2.0)
+    assert perplexity(709.0) == math.exp(709.0)
+    assert perplexity(710.0) == Score(2130.0, 3, 1).perplexity == math.inf
+    assert math.isnan(perplexity(math.nan))
+    assert math.isnan(Score(math.nan, 3, 1).perplexity)
 
 
 def test_what_is_chosen_where_nothing_is_said() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from shoal.infer.chat import Chat, chat_in_terminal
 from shoal.infer.generate import Sampling, check_options, check_text, generate
 from shoal.infer.harness import Tasks, run_tasks
 from shoal.infer.load import LoadedModel, LoadedRun, Wanted, load_run
-from shoal.infer.score import choose_windows, score
+from shoal.infer.score import choose_windows, perplexity, score
 from shoal.infer.stream import TextStream, continuation
 from shoal.launch.place import Place
 from shoal.metrics.compression import bits_per_byte
@@ -26,6 +27,8 @@ from shoal.parallel.mesh import Mesh
 from shoal.train.evaluate import evaluate, model_losses
 
 PROMPT_TOKENS, CHAT_TOKENS = 100, 512  # new ones at most, where nothing is said
+FLAGS = {"max_new_tokens": "--tokens", "temperature": "--temperature", "top_k": "--top-k", "top_p": "--top-p"}
+LARGE = 1e6  # from there on a number is shown by its exponent: a perplexity may have hundreds of digits
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def evaluate_model(wanted: Wanted, *, text: TextOptions | None, tasks: Tasks | N
             record["tasks"] = results
             console.say(table)
     if as_json:
-        print(json.dumps(record))
+        print(json.dumps(_without_nan(record), allow_nan=False))
 
 
 def _held_out(wanted: Wanted, console: Console) -> dict[str, Any]:
@@ -67,7 +70,7 @@ def _held_out(wanted: Wanted, console: Console) -> dict[str, Any]:
     yardstick = bits_per_byte(held_out_text(prepared))
     figures = {
         "nats_per_token": result["val_loss"],
-        "perplexity": math.exp(result["val_loss"]),
+        "perplexity": perplexity(result["val_loss"]),
         "bits_per_byte": result["val_bits_per_byte"],
         **{f"{name}_bits_per_byte": value for name, value in yardstick.items()},
     }
@@ -118,7 +121,15 @@ def _called(model: LoadedModel) -> str:
 
 def _say_figures(console: Console, figures: Mapping[str, float]) -> None:
     for name, value in figures.items():
-        console.say(f"  {name.replace('_', ' '):24} {value:.4f}")
+        shown = f"{value:.4f}" if value < LARGE else f"{value:.4g}"
+        console.say(f"  {name.replace('_', ' '):24} {shown}")
+
+
+def _without_nan(value: Any) -> Any:
+    """What JSON has no number for is null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_text(file: Path) -> tuple[str, int]:
@@ -142,7 +153,8 @@ def generate_text(wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int
     for prompt in prompts:
         check_text(prompt, "--prompt")
     limit = PROMPT_TOKENS if max_new_tokens is None else max_new_tokens
-    check_options(sampling, limit)
+    with _as_flags():
+        check_options(sampling, limit)
     model = _load(wanted)
     tokenizer = model.need_tokenizer()
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
@@ -155,11 +167,12 @@ def generate_text(wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int
         print(alone.push(token) if shown else prompts[0] + alone.push(token), end="", flush=True)
         shown = True
 
-    outputs = generate(
-        model.model, ids, max_new_tokens=limit,
-        temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed,
-        eot_id=model.end_ids, known_ids=tokenizer.vocab_size, on_token=show if alone else None,
-    )  # fmt: skip
+    with _as_flags():
+        outputs = generate(
+            model.model, ids, max_new_tokens=limit,
+            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed,
+            eot_id=model.end_ids, known_ids=tokenizer.vocab_size, on_token=show if alone else None,
+        )  # fmt: skip
     if alone is not None:
         print(alone.close() if shown else prompts[0])
         return
@@ -169,10 +182,23 @@ def generate_text(wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int
         print(prompt + continuation(tokenizer, prompt_ids, output))
 
 
+@contextlib.contextmanager
+def _as_flags() -> Iterator[None]:
+    """Errors name what a person typed, and not the argument of `generate`."""
+    try:
+        yield
+    except GenerateError as error:
+        text = str(error)
+        for argument, flag in FLAGS.items():
+            text = text.replace(argument, flag)
+        raise GenerateError(text) from None
+
+
 def talk(wanted: Wanted, *, system: str | None, max_new_tokens: int | None, sampling: Sampling) -> None:
     """A conversation: lines of standard input, and what the model says to each."""
     limit = CHAT_TOKENS if max_new_tokens is None else max_new_tokens
-    check_options(sampling, limit)  # at once, and not at each line
+    with _as_flags():
+        check_options(sampling, limit)  # at once, and not at each line
     check_text(system or "", "--system")
     model = _load(wanted)
     chat = Chat.of(model, system=system, max_new_tokens=limit, sampling=sampling)

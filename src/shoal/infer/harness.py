@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from shoal.errors import DataError, ShoalError
 from shoal.hub.find import find_model
 from shoal.infer.export import export_run
@@ -52,7 +54,7 @@ def run_tasks(wanted: Wanted, tasks: Tasks) -> tuple[dict[str, dict[str, float]]
         try:
             results = lm_eval.simple_evaluate(
                 model="hf",
-                model_args={"pretrained": str(folder), "dtype": folder_dtype(str(folder), wanted.dtype, device)},
+                model_args={"pretrained": str(folder), "dtype": _dtype(wanted, folder, device)},
                 tasks=list(tasks.names), task_manager=manager, num_fewshot=tasks.num_fewshot, limit=tasks.limit,
                 batch_size=BATCH[device.type], device=str(device), bootstrap_iters=0, log_samples=False,
             )  # fmt: skip
@@ -110,8 +112,18 @@ def _folder(wanted: Wanted) -> Iterator[Path]:
         return
     assert wanted.target is not None
     with tempfile.TemporaryDirectory(prefix="shoal-eval-") as parent:
-        # float32, as the run has them: --dtype says what is computed in
+        # float32, as the run has them: `_dtype` says what is computed in
         yield export_run(wanted.runs, wanted.target, step=wanted.step, out=Path(parent) / "model", dtype="float32")
+
+
+def _dtype(wanted: Wanted, folder: Path, device: torch.device) -> str:
+    """What is computed in; of a run as `load_run` has it, and not as its weights lie in the exported folder."""
+    chosen = wanted.dtype
+    if wanted.target is not None and chosen == "auto":
+        run, _ = find_checkpoint(wanted.runs, wanted.target, wanted.step)
+        trained = run.load_config().train.dtype
+        chosen = "float32" if device.type == "cpu" and trained == "float16" else trained
+    return folder_dtype(str(folder), chosen, device)
 
 
 @contextmanager

@@ -48,11 +48,18 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """e to the nats per token; infinite where that is no float."""
-        return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
+        return perplexity(self.nats_per_token)
 
     def bits_per_byte(self, text_bytes: int) -> float:
         return self.nats / math.log(2) / text_bytes
+
+
+def perplexity(nats_per_token: float) -> float:
+    """e to the nats per token: infinite where that is no float, and nan of nan."""
+    try:
+        return math.exp(nats_per_token)
+    except OverflowError:
+        return math.inf
 
 
 def choose_windows(max_seq_len: int, context: int | None, stride: int | None) -> tuple[int, int]:
