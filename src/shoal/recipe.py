@@ -58,9 +58,22 @@ _INTEGER = re.compile(r"^([-+]?(0|0[0-7_]*[0-7]|[1-9]([0-9_]*[0-9])?)|0x[0-9a-fA
 _FLOAT = re.compile(
     r"^([-+]?([0-9][0-9_]*\.[0-9]*|[0-9][0-9_]*(?=[eE])|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
 )
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML would take for something else than text: a run may be called 1e3."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
+
+
+def to_text(value: Any) -> str:
+    """A plain value as it stands in a recipe, on one line."""
+    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000)
+    return text.removesuffix("...\n").strip()
 
 
 # --- reading ---------------------------------------------------------------------------------------------

@@ -17,14 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from shoal.config import PAST, SECTIONS, Config, option_name, options
 from shoal.contradictions import DEFAULT, DERIVED, contradictions
 from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
 from shoal.presets import PRESETS, resolve_shape
-from shoal.recipe import Setting, known, read_override, read_recipe
+from shoal.recipe import Setting, known, read_override, read_recipe, to_text
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def _with_shape(settings: dict[str, Setting], problems: list[Problem], notes: li
 
 
 def _with_preset(settings: dict[str, Setting], setting: Setting, problems: list[Problem]) -> dict[str, Setting]:
-    if setting.value not in PRESETS:
+    if not isinstance(setting.value, str) or setting.value not in PRESETS:
         near = difflib.get_close_matches(str(setting.value), PRESETS, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         problems.append(
@@ -245,7 +243,7 @@ def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
     for section, values in to_dict(config).items():
         lines.append(f"{section}:")
         for key, value in values.items():
-            text = yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+            text = to_text(value)
             source = sources.get(f"{section}.{key}", DEFAULT) if sources else None
             lines.append(
                 f"  {key}: {text}" + (f"{' ' * max(1, 44 - len(key) - len(text))}# {source}" if source else "")

@@ -124,6 +124,7 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
             "train.dtype must be auto | bfloat16 | float16 | float32, not 'fp16'",
         ),
         ({"train": {"steps": 1}, "model": {"preset": "gtp2"}}, "did you mean gpt2?"),
+        ({"train": {"steps": 1}, "model": {"preset": ["gpt2"]}}, "there is no preset ['gpt2']"),
         ({"train": {"steps": 1}, "launch": {"name": "../x"}}, "launch.name '../x' is no name of a folder"),
         ({"train": {"steps": 1}, "launch": {"name": ""}}, "launch.name '' is no name of a folder"),
         ({"train": 3}, "train is a section"),
@@ -145,6 +146,14 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
     (tmp_path / "saved.yaml").write_text(to_yaml(resolved.config), encoding="utf-8")
     assert read_back(tmp_path / "saved.yaml") == resolved.config
     assert yaml.safe_load(to_yaml(resolved.config, resolved.sources))["data"]["paths"] == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("name", ["1e3", "08", "0x1f", "1:30", "yes", "null", "2026-01-01", ".5", "a: b", "-"])
+def test_a_run_keeps_its_name(tmp_path: Path, name: str) -> None:
+    config = resolve(write(tmp_path, GOOD)).config.replace("launch", name=name)
+    (tmp_path / "saved.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert read_back(tmp_path / "saved.yaml").launch.name == name
+    assert yaml.safe_load(to_yaml(config))["launch"]["name"] == name
 
 
 def test_differences_know_what_would_change_the_past() -> None:

@@ -54,8 +54,9 @@ def test_a_text_is_scored_with_its_windows_stated(capsys: pytest.CaptureFixture[
     arguments = ("eval", "--model.from", "talker", "--text", "text.txt", "--context", "32", "--stride", "8")
     record = json.loads(said(capsys, *arguments, "--dtype", "float32", "--json"))
     model = load_folder("talker", device="cpu", dtype="float32")
-    result = score(model.model, model.need_tokenizer().encode(TEXT), context=32, stride=8)
-    assert record["tokens"] == result.tokens == len(TEXT.encode()) - 1
+    tokenizer = model.need_tokenizer()
+    result = score(model.model, [tokenizer.eot_id, *tokenizer.encode(TEXT)], context=32, stride=8)
+    assert record["tokens"] == result.tokens == len(TEXT.encode())
     assert record["bytes"] == len(TEXT.encode())
     assert (record["context"], record["stride"], record["windows"]) == (32, 8, result.windows)
     assert record["nats_per_token"] == pytest.approx(result.nats_per_token, rel=1e-6)

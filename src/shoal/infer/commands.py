@@ -84,7 +84,10 @@ def _of_text(wanted: Wanted, options: TextOptions, console: Console) -> dict[str
     text, text_bytes = _read_text(options.file)
     model = _load(wanted)
     context, stride = choose_windows(model.model.shape.max_seq_len, options.context, options.stride)
-    ids = model.need_tokenizer().encode_prompt(text)
+    tokenizer = model.need_tokenizer()
+    ids = tokenizer.encode_prompt(text)
+    if tokenizer.bos_id is None:  # what stands between documents, so that the text's first token is foretold too
+        ids = [tokenizer.eot_id, *ids]
     with Console(speaks=console.is_terminal).progress("scoring") as progress:
         result = score(
             model.model, ids, context=context, stride=stride,

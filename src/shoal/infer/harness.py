@@ -23,9 +23,8 @@ import torch
 from shoal.errors import DataError, ShoalError
 from shoal.hub.find import find_model
 from shoal.infer.export import export_run
-from shoal.infer.load import Wanted, folder_dtype
+from shoal.infer.load import Wanted, find_device, folder_dtype
 from shoal.infer.target import find_checkpoint
-from shoal.parallel.mesh import choose_device
 
 BATCH: Final = {"cpu": 8, "cuda": 32}  # the same always: the harness' own search would be part of the result
 
@@ -49,7 +48,7 @@ def run_tasks(wanted: Wanted, tasks: Tasks) -> tuple[dict[str, dict[str, float]]
     _check(wanted, tasks)
     lm_eval = _import()
     manager = _task_manager(lm_eval, tasks)
-    device = choose_device(wanted.device)
+    device = find_device(wanted.device)
     with _folder(wanted) as folder, _quietly():
         try:
             results = lm_eval.simple_evaluate(
