@@ -381,7 +381,17 @@ class Checkpoint:
         alias=("save_total_limit", "keep_last", "keep_latest_k"),
         ge=1,
     )
+    keep_every: int = opt(0, "keep those of each so many steps too, for ever; 0: none", unit="steps", ge=0)
     keep_best: bool = opt(True, "keep the one with the lowest validation loss too")
+    background: bool = opt(
+        True,
+        "train on while a checkpoint is written; it takes memory for a copy of what each process writes",
+        alias=("async_save", "async", "async_mode"),
+    )
+    fast: str | None = opt(
+        None, "a folder in memory or on a local disk (/dev/shm/x) for checkpoints that need not outlive the machine"
+    )
+    fast_every: int = opt(1, "save there too", unit="steps", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,8 +438,32 @@ class Launch:
         ge=0,
         le=65535,
     )
-    max_restarts: int = opt(3, "a worker that dies is restarted at most so often", unit="restarts", ge=0)
-    timeout_seconds: float = opt(600.0, "a collective that takes longer ends the process", unit="seconds", gt=0)
+    max_restarts: int | None = opt(
+        None, "a worker that dies or hangs is restarted at most so often; null: as long as steps are taken", unit="restarts", ge=0
+    )
+    max_crashes: int = opt(
+        3, "so many crashes without a step further, whatever their cause, end the run", unit="crashes", ge=1
+    )
+    timeout_seconds: float = opt(
+        600.0,
+        "a collective that takes longer ends the process; so does the start, an evaluation or a save of a worker",
+        unit="seconds",
+        gt=0,
+    )
+    hang_seconds: float | None = opt(
+        None,
+        "a step that takes longer is a hang, and the workers are started anew; null: learned from the run's own steps, ten times "
+        "the slowest recent one and at least 20 seconds",
+        unit="seconds",
+        gt=0,
+    )
+    time_limit_minutes: float | None = opt(
+        None,
+        "the run saves and ends in time, with code 85; null: what is left of a Slurm job, if it is one",
+        unit="minutes",
+        alias=("max_time", "time_limit", "max_run_duration"),
+        gt=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

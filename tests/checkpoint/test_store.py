@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from shoal.checkpoint.store import CheckpointStore, listed, load
+from shoal.checkpoint.load import load
+from shoal.checkpoint.saved import Saved, damage, listed
+from shoal.checkpoint.store import CheckpointStore, Keep
 from shoal.errors import CheckpointError
 from shoal.launch.place import Place
 from shoal.parallel.mesh import Mesh
@@ -36,13 +38,29 @@ def state(step: int, val_loss: float | None = None) -> dict[str, object]:
     return {"step": step, "position": 16 * step, "tokens": 0, "val_loss": val_loss, "data_id": "x"}
 
 
-def store_in(folder: Path, mesh: Mesh = ALONE, keep: int = 2) -> CheckpointStore:
-    return CheckpointStore(folder, mesh, keep=keep, keep_best=True)
+def store_in(folder: Path, mesh: Mesh = ALONE, keep: int = 2, every: int = 0) -> CheckpointStore:
+    return CheckpointStore(folder, mesh, keep=Keep(keep, every))
+
+
+def saved_in(store: CheckpointStore, seed: int = 0, step: int = 1, val_loss: float | None = None) -> Saved:
+    outcome = store.save(parts(tensors(seed)), state(step, val_loss))
+    assert outcome.ok, outcome.problem
+    return next(s for s in listed(store.folder) if s.step == step)
+
+
+def is_equal(saved: Saved, seed: int) -> bool:
+    """Whether what a checkpoint holds is `tensors(seed)`, to the bit."""
+    mine = {name: torch.zeros_like(t) for name, t in tensors(seed).items()}
+    load(saved, parts(mine))
+    return all(torch.equal(mine[n], t) for n, t in tensors(seed).items())
 
 
 def save_and_load(mesh: Mesh, folder: Path) -> tuple[bool, dict[str, object]]:
     store = store_in(folder, mesh)
-    saved = store.save(parts(tensors(1)), state(3))
+    store.save(parts(tensors(1)), state(3))
+    saved, problems = store.newest()
+    assert saved is not None
+    assert not problems
     mine = {name: torch.zeros_like(t) for name, t in tensors(1).items()}
     read = store.load(saved, parts(mine))
     return all(torch.equal(mine[n], t) for n, t in tensors(1).items()), read
@@ -55,13 +73,14 @@ def test_several_processes_share_the_writing_and_load_the_same_bits(
     for equal, read in world(size).run(save_and_load, tmp_path):
         assert equal
         assert (read["step"], read["position"]) == (3, 48)
-    alone = {name: torch.zeros_like(t) for name, t in tensors(1).items()}
-    load(listed(tmp_path)[0], parts(alone))  # and one process reads what several wrote
-    assert all(torch.equal(alone[n], t) for n, t in tensors(1).items())
+    assert is_equal(listed(tmp_path)[0], 1)  # and one process reads what several wrote
+    written = [p.stat().st_size for p in listed(tmp_path)[0].folder.glob("*.safetensors")]
+    assert len(written) == size
+    assert max(written) < 2 * sum(written) / size  # all hold the same, and share the writing
 
 
 def test_a_checkpoint_is_safetensors_and_json_alone(tmp_path: Path) -> None:
-    saved = store_in(tmp_path).save(parts(tensors()), state(1))
+    saved = saved_in(store_in(tmp_path))
     kinds = {p.suffix for p in saved.folder.iterdir()}
     assert kinds == {".safetensors", ".json"}
     found = {}
@@ -75,23 +94,30 @@ def test_a_checkpoint_is_safetensors_and_json_alone(tmp_path: Path) -> None:
 def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
     store = store_in(tmp_path, keep=2)
     for step, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, 2.5)]:
-        store.save(parts(tensors()), state(step, loss))
+        saved_in(store, step=step, val_loss=loss)
     assert [s.step for s in listed(tmp_path)] == [2, 4, 5]
     assert os.readlink(tmp_path / "latest") == "step-00000005"
     assert not list(tmp_path.glob(".step*"))
 
 
+def test_those_of_every_so_many_steps_are_kept(tmp_path: Path) -> None:
+    store = store_in(tmp_path, keep=1, every=3)
+    for step in range(1, 9):
+        saved_in(store, step=step)
+    assert [s.step for s in listed(tmp_path)] == [3, 6, 8]
+
+
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("change", "words"),
     [
         (lambda p: p.write_bytes(p.read_bytes()[:-100]), "was cut short"),
         (lambda p: p.unlink(), "is missing"),
         (lambda p: p.write_bytes(p.read_bytes()[:-1] + bytes([p.read_bytes()[-1] ^ 1])), "was altered"),
     ],
 )
-def test_damage_is_named_and_nothing_is_loaded(tmp_path: Path, damage: Callable[[Path], object], words: str) -> None:
-    saved = store_in(tmp_path).save(parts(tensors()), state(1))
-    damage(next(saved.folder.glob("*.safetensors")))
+def test_damage_is_named_and_nothing_is_loaded(tmp_path: Path, change: Callable[[Path], object], words: str) -> None:
+    saved = saved_in(store_in(tmp_path))
+    change(next(saved.folder.glob("*.safetensors")))
     mine = {name: torch.zeros_like(t) for name, t in tensors().items()}
     with pytest.raises(CheckpointError, match=words) as caught:
         load(saved, parts(mine))
@@ -100,7 +126,7 @@ def test_damage_is_named_and_nothing_is_loaded(tmp_path: Path, damage: Callable[
 
 
 def test_another_models_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
-    saved = store_in(tmp_path).save(parts(tensors()), state(1))
+    saved = saved_in(store_in(tmp_path))
     with pytest.raises(
         CheckpointError, match=r"another model: model.0.weight is \[101, 37\] there and \[101, 38\] here"
     ):
@@ -110,8 +136,7 @@ def test_another_models_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_save_that_was_cut_short_is_not_listed_and_is_cleared_away(tmp_path: Path) -> None:
-    store = store_in(tmp_path)
-    store.save(parts(tensors()), state(1))
+    saved_in(store_in(tmp_path))
     (tmp_path / ".step-00000002.tmp").mkdir()
     (tmp_path / ".step-00000002.tmp" / "part").write_text("x")
     (tmp_path / "step-00000003").mkdir()  # no manifest: never complete
@@ -127,16 +152,99 @@ def test_a_full_disk_costs_the_checkpoint_and_not_those_before_it(tmp_path: Path
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        store = store_in(disk, keep=5)
-        store.save(parts(tensors()), state(1))
-        with pytest.raises(CheckpointError, match="disk is full"):
-            store.save(parts(tensors() | {"model.big": torch.zeros(100, 1000)}), state(2))
+        saved_in(store_in(disk, keep=5))
+        outcome = store_in(disk, keep=5).save(parts(tensors() | {"model.big": torch.zeros(100, 1000)}), state(2))
+        assert not outcome.ok
+        assert "the disk is full" in outcome.problem
         assert [s.step for s in listed(disk)] == [1]
-        mine = {name: torch.zeros_like(t) for name, t in tensors().items()}
-        load(listed(disk)[0], parts(mine))
-        assert torch.equal(mine["model.0.weight"], tensors()["model.0.weight"])
+        assert is_equal(listed(disk)[0], 0)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_what_is_trained_on_meanwhile_is_not_what_is_saved(tmp_path: Path) -> None:
+    """The step goes on at once; the votes say when the checkpoint is there."""
+    store, live = store_in(tmp_path), tensors(1)
+    assert store.begin(parts(live), state(4))
+    for tensor in live.values():
+        tensor.zero_()
+    assert store.is_busy
+    assert not store.begin(parts(live), state(5))  # one at a time
+    outcome = None
+    while outcome is None:
+        outcome = store.settle(store.serial, store.votes())
+    assert outcome.ok
+    assert outcome.step == 4
+    assert is_equal(listed(tmp_path)[0], 1)
+    assert store.settle(store.serial, (1.0, 1.0, 0.0)) is None  # votes that come late are of nothing any more
+
+
+def fall_back(mesh: Mesh, folder: Path) -> tuple[int | None, list[str]]:
+    saved, problems = store_in(folder, mesh).newest()
+    return (None if saved is None else saved.step), problems
+
+
+def test_all_fall_back_together_to_the_newest_that_is_whole(world: Callable[[int], World], tmp_path: Path) -> None:
+    store = store_in(tmp_path, keep=5)
+    for step in range(1, 5):
+        saved_in(store, seed=step, step=step)
+    flip(next(listed(tmp_path)[3].folder.glob("*.safetensors")))
+    (listed(tmp_path)[2].folder / "state.json").write_text(
+        (tmp_path / "step-00000001" / "state.json").read_text() + " "
+    )
+    answers = world(2).run(fall_back, tmp_path)
+    assert [step for step, _ in answers] == [2, 2]
+    assert answers[0][1] == answers[1][1]
+    assert "was altered" in answers[0][1][0]
+    assert "grew" in answers[0][1][1]
+    assert [s.step for s in listed(tmp_path)] == [1, 2]
+    assert sorted(p.name for p in tmp_path.glob("damaged-*")) == ["damaged-step-00000003", "damaged-step-00000004"]
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 8
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3])
+def test_several_who_share_the_reading_miss_nothing(tmp_path: Path, shares: int) -> None:
+    saved = saved_in(store_in(tmp_path))
+    for path in sorted(saved.folder.glob("*")):
+        whole = path.read_bytes()
+        if path.name == "manifest.json":
+            continue
+        flip(path)
+        assert sum(bool(damage(saved.folder, share, shares)) for share in range(shares)) == 1
+        path.write_bytes(whole)
+
+
+def fail_on_one(mesh: Mesh, folder: Path) -> str:
+    def at(phase: str) -> None:
+        if phase == "write" and mesh.place.rank == 1:
+            raise OSError(5, "Input/output error")
+
+    store = CheckpointStore(folder, mesh, at=at)
+    return store.save(parts(tensors()), state(2)).problem
+
+
+def test_what_one_process_could_not_write_is_there_for_none_and_all_know_why(
+    world: Callable[[int], World], tmp_path: Path
+) -> None:
+    saved_in(store_in(tmp_path))
+    for problem in world(2).run(fail_on_one, tmp_path):
+        assert problem == f"{tmp_path}: rank 1: [Errno 5] Input/output error"
+    assert [s.step for s in listed(tmp_path)] == [1]
+
+
+def test_a_disk_that_says_written_is_not_taken_at_its_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (sync(fd), os.pwrite(os.open(f"/proc/self/fd/{fd}", os.O_WRONLY), b"x", 99))
+    )
+    problem = store_in(tmp_path).save(parts(tensors()), state(1)).problem
+    assert "reads otherwise than it was written" in problem
 
 
 KILLED = """
@@ -145,7 +253,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.checkpoint.test_store import parts, store_in, tensors, state
 store = store_in(Path({folder!r}), keep=3)
-store.save(parts(tensors(0)), state(1))
+saved = store.save(parts(tensors(0)), state(1))
 print("ready", flush=True)
 step = 2
 while True:
@@ -168,8 +276,5 @@ def test_killed_at_any_moment_every_listed_checkpoint_is_whole(tmp_path: Path) -
     process.wait()
     assert listed(tmp_path)
     for saved in listed(tmp_path):
-        mine = {name: torch.zeros_like(t) for name, t in tensors().items()}
-        load(saved, parts(mine))
-        expected = tensors(0 if saved.step == 1 else saved.step)
-        assert all(torch.equal(mine[n], t) for n, t in expected.items())
+        assert is_equal(saved, 0 if saved.step == 1 else saved.step)
     assert json.loads((tmp_path / "latest" / "state.json").read_text())["step"] <= listed(tmp_path)[-1].step

@@ -85,7 +85,7 @@ def batches_and_losses(mesh: Mesh, config: Config) -> list[tuple[list[tuple[torc
         run.state.step += 1
         loss, tokens, *_ = stats.numbers.tolist()
         seen.append(([(b.tokens, b.labels) for b in batches], loss / tokens))
-    run._save()
+    assert run.saving.finish(run.state, None).ok
     run.close()
     return seen
 
@@ -134,7 +134,7 @@ def test_twenty_steps_in_fsdp_and_tp_out_again_and_the_same_text(
 def test_what_was_not_trained_comes_out_bit_for_bit(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     folder = small.save(kind, tmp_path / "in", dtype=dtype, shard="5GB")
     run = Run.open(config_of(folder, tmp_path, "still"), ALONE, NeverStop())
-    run._save()
+    assert run.saving.finish(run.state, None).ok
     run.close()
     out = export_run(tmp_path / "runs", "still", step=0, out=tmp_path / "out")
     before, after = load_file(folder / "model.safetensors"), load_file(out / "model.safetensors")
@@ -169,7 +169,7 @@ def test_each_tensor_keeps_the_dtype_it_had(tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
     run = Run.open(config_of(folder, tmp_path, "mixed"), ALONE, NeverStop())
-    run._save()
+    assert run.saving.finish(run.state, None).ok
     run.close()
     out = export_run(tmp_path / "runs", "mixed", step=0, out=tmp_path / "out")
     after = load_file(out / "model.safetensors")
@@ -195,7 +195,7 @@ def test_a_model_that_came_from_nowhere_opens_too(tmp_path: Path) -> None:
         )  # fmt: skip
         run = Run.open(config, ALONE, NeverStop())
         run._step()
-        run._save()
+        assert run.saving.finish(run.state, None).ok
         run.close()
         tokens = torch.randint(0, 300, (1, 30), generator=torch.Generator().manual_seed(2))
         with torch.no_grad():

@@ -59,7 +59,7 @@ def leg(mesh: Mesh, config: Config) -> Leg:
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     loaded = _parts(run)
     loss, tokens, *_ = run._step().numbers.tolist()
-    run._save()
+    assert run.saving.finish(run.state, None).ok
     run._evaluate(None)
     run.close()
     return Leg(loaded, _parts(run), loss / tokens, run.val["val_loss"])

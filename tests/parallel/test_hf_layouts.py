@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from shoal.checkpoint.convert import to_hugging_face
-from shoal.checkpoint.store import listed, load_model
+from shoal.checkpoint.load import load_model
+from shoal.checkpoint.saved import listed
 from shoal.config import Config
 from shoal.models.build import build_model
 from shoal.parallel.mesh import Mesh

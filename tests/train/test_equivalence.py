@@ -52,7 +52,7 @@ def train_here(mesh: Mesh, config: Config, steps: int | None = None) -> list[dic
         run.total_steps, planned = steps, run.total_steps
         run.take_steps()
         run.total_steps = planned
-        run._save()
+        assert run.saving.finish(run.state, None).ok
     run.close()
     mesh.barrier()
     return [r for r in read_json_lines(run.folder.metrics_file) if "loss" in r]

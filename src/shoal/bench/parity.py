@@ -28,11 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal import __version__
-from shoal.checkpoint.store import CheckpointStore
+from shoal.checkpoint.store import CheckpointStore, Keep
 from shoal.config import Config, Parallel
 from shoal.data.open import open_data
 from shoal.data.pack import Rows
 from shoal.data.prepare import Prepared
+from shoal.errors import CheckpointError
 from shoal.launch.place import Place
 from shoal.metrics.console import Console
 from shoal.metrics.meter import device_name
@@ -174,7 +175,7 @@ def _take_steps(config: Config, mesh: Mesh, rows: Rows, console: Console | None 
         # the plan's rate, but none so small that no update could be told from none
         lr = max(learning_rate(config.optim, step, total), config.optim.lr / 10)
         stats = train_step(runnable, state, loader.next_step(), step=step, lr=lr, clip_norm=config.optim.clip_norm)
-        loss, tokens, norm, _ = stats.numbers.tolist()
+        loss, tokens, norm = stats.numbers.tolist()
         trace.losses.append(loss / max(tokens, 1.0))
         trace.norms.append(norm)
         if step == 1:
@@ -313,19 +314,22 @@ def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:
     aside = folder / "checkpoints"
     if mesh.is_first:
         shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
-    store = CheckpointStore(aside, mesh, keep=1, keep_best=False)  # with a barrier
+    store = CheckpointStore(aside, mesh, keep=Keep(1, best=False))  # with a barrier
     runnable, state = _assemble(config, mesh, lambda _: None)
     loader = open_loader(config, mesh, rows)
     for step in range(1, STEPS + 1):
         loss = _one_step(config, runnable, state, loader.next_step(), step)
         state.step, state.position = step, loader.position
         if step == SAVED_AT:
-            saved = store.save(state.tensors(), {**state.scalars(), "data_id": "", "val_loss": None})
+            outcome = store.save(state.tensors(), {**state.scalars(), "data_id": "", "val_loss": None})
     loader.close()
     again, resumed = _assemble(config, mesh, lambda _: None)
     with torch.no_grad():
         for shard in again.shards:
             shard.tensor.fill_(float("nan"))  # so that what is not loaded is seen
+    saved, problems = store.newest()
+    if saved is None:
+        raise CheckpointError(outcome.problem or "; ".join(problems))
     resumed.load_scalars(store.load(saved, resumed.tensors()))
     loader = open_loader(config, mesh, rows, resumed.position)
     for step in range(SAVED_AT + 1, STEPS + 1):

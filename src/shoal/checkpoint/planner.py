@@ -8,7 +8,6 @@ boxes. Several processes that hold the same box (replicas) offer it all, and the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from shoal.parallel.mesh import Mesh
 from shoal.parallel.region import Part, Region
 
 
@@ -41,8 +41,18 @@ class RegionSavePlanner(DefaultSavePlanner):
         self.plan = SavePlan([_write_item(name, part) for name, part in self._parts.items()])
         return self.plan
 
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._parts[index.fqn].tensor
+
+def share_out(parts: Mapping[str, Part], mesh: Mesh) -> list[str]:
+    """
+    The names of the parts that this process is to write: of several that hold the same box, one writes it.
+
+    A collective over the world. Raises ValueError where the boxes of all do not make up the tensors.
+    """
+    planner = RegionSavePlanner(parts)
+    planner.set_up_planner({}, is_coordinator=mesh.is_first)
+    plans = mesh.gather_objects(planner.create_local_plan())
+    plans, _ = planner.create_global_plan(plans)  # pure: every process comes to the same
+    return [item.index.fqn for item in plans[mesh.place.rank].items]
 
 
 class RegionLoadPlanner(DefaultLoadPlanner):

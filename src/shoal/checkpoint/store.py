@@ -1,16 +1,13 @@
 """
-Checkpoints: written aside, flushed, hashed, renamed; so that what is listed is complete.
+Checkpoints while a run goes on: staged, written by a thread, and there all at once or not at all.
 
-    checkpoints/
-      step-00000100/
-        shard-00001-model-00001-of-00001.safetensors   one a rank: parameters and the optimizer's moments
-        state.json       step, position, tokens, validation loss
-        manifest.json    size and SHA-256 of each file above; written last
-      latest -> step-00000100                          for people; a resume looks at the folders
+A save has three parts. `begin` copies what this process is to write (all that the step waits for); a thread
+writes it aside, flushes it, hashes it and reads it back; and when every process has done so, the first one
+writes the manifest and renames the folder into its place. Processes tell each other how far they are in the sum that a
+step takes anyway: `votes` go in, `settle` gets what came out. So no step waits for a disk, and all know at the same
+step whether a save is there.
 
-A save has three parts, so that a later one can leave the step's path: `stage` (what to write), `write`
-(each rank its files, through torch.distributed.checkpoint) and `commit` (rank 0: manifest, rename, keep).
-Nothing here is ever pickled or unpickled.
+What fails costs this checkpoint and nothing else. Nothing here is ever pickled or unpickled.
 """
 
 from __future__ import annotations
@@ -20,105 +17,262 @@ import errno
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from shoal.checkpoint.planner import RegionLoadPlanner, RegionSavePlanner
-from shoal.disk import sha256_of, sync
+from shoal.checkpoint.load import read_into
+from shoal.checkpoint.planner import share_out
+from shoal.checkpoint.saved import FORMAT, MANIFEST, STATE, Saved, damage, folder_of, listed, read_state, set_aside
+from shoal.checkpoint.shard import Digest, Item, write_shard
+from shoal.disk import replace_folder, sha256_of, sync, write_whole
 from shoal.errors import CheckpointError
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.region import Part
 
-FORMAT = 1
-_PREFIX = "step-"
+VOTES: Final = 3  # numbers of `votes`
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint that is there: its folder, step, and validation loss where it was evaluated."""
+class Keep:
+    """Which checkpoints stay: the last so many, those of each so many steps (0: none), the best."""
 
-    folder: Path
+    last: int = 2
+    every: int = 0
+    best: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a save."""
+
     step: int
-    val_loss: float | None
+    seconds: float  # from its beginning
+    problem: str = ""  # why it is not there
+
+    @property
+    def ok(self) -> bool:
+        return not self.problem
 
 
-def listed(folder: Path) -> list[Saved]:
-    """The complete checkpoints under `folder`, oldest first."""
-    found = []
-    for path in sorted(folder.glob(f"{_PREFIX}*")) if folder.is_dir() else []:
-        if (path / "manifest.json").is_file() and path.name.removeprefix(_PREFIX).isdigit():
-            with contextlib.suppress(CheckpointError):
-                found.append(Saved(path, int(path.name.removeprefix(_PREFIX)), read_state(path).get("val_loss")))
-    return found
+@dataclass
+class _Save:
+    """One that is under way."""
+
+    serial: int
+    step: int
+    aside: Path
+    state: dict[str, Any]
+    begun: float = field(default_factory=time.perf_counter)
+    thread: threading.Thread | None = None
+    written: bool = False  # this process's part
+    committed: bool = False  # by the first process
+    committing: bool = False
+    error: Exception | None = None
 
 
 class CheckpointStore:
-    """The checkpoints of one run. `save` and `load` are collectives over the world."""
+    """
+    The checkpoints of one run. Its methods are called by all processes, at the same steps.
 
-    def __init__(self, folder: Path, mesh: Mesh, *, keep: int, keep_best: bool) -> None:
-        self.folder, self._mesh, self._keep, self._keep_best = folder, mesh, keep, keep_best
+    durable: flushed and read back; else for a folder in memory, that need not outlive the machine.
+    `at(phase)` is called when a save comes to stage, write, manifest, rename, retention.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        mesh: Mesh,
+        *,
+        keep: Keep = Keep(),
+        durable: bool = True,
+        at: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        self.folder, self._mesh, self._keep, self._durable, self._at = folder, mesh, keep, durable, at
+        self._last: int | None = None  # the step of the newest that all know of
+        self._serial = 0
+        self._save: _Save | None = None
+        self._mine: list[str] | None = None  # the parts that this process writes
+        self._staged: dict[str, torch.Tensor] = {}
         if mesh.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".*"):  # of a save or a removal that was cut short
-                shutil.rmtree(leftover, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                for leftover in folder.glob(".*"):  # of a save or a removal that was cut short
+                    shutil.rmtree(leftover, ignore_errors=True)
         mesh.barrier()
 
-    def save(self, parts: Mapping[str, Part], state: Mapping[str, Any]) -> Saved:
+    # --- saving --------------------------------------------------------------------------------------------
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a save is under way: the same on all processes between two steps."""
+        return self._save is not None
+
+    def begin(self, parts: Mapping[str, Part], state: Mapping[str, Any]) -> bool:
         """
-        Write a checkpoint of step `state["step"]`.
+        Begin to save step `state["step"]`; whether it was begun: not where it is there, or another is under way.
 
-        Raises `CheckpointError` on every rank if any could not write; what was there before stands.
+        `parts` may change as soon as it returns. A collective over the world, at the first call alone.
         """
-        name = f"{_PREFIX}{state['step']:08d}"
-        aside, final = self.folder / f".{name}.tmp", self.folder / name
-        if final.exists():
-            return Saved(final, int(state["step"]), state.get("val_loss"))
-        with _agreeing(self._mesh, aside):
-            if self._mesh.is_first:
-                aside.mkdir(parents=True, exist_ok=True)
-        with _agreeing(self._mesh, aside):
-            self._write(aside, parts)
-        with _agreeing(self._mesh, aside):
-            if self._mesh.is_first:
-                self._commit(aside, final, {"format": FORMAT, **state})
-        return Saved(final, int(state["step"]), state.get("val_loss"))
+        step = int(state["step"])
+        if self._save is not None or step == self._last:
+            return False
+        if self._mine is None:
+            self._mine = share_out(parts, self._mesh)
+        self._serial += 1
+        aside = self.folder / f".step-{step:08d}.{self._serial}.tmp"
+        self._save = save = _Save(self._serial, step, aside, {"format": FORMAT, **state})
+        try:
+            items, copied = self._stage(parts)
+        except Exception as error:  # told to all by the next votes
+            save.error = error
+            return True
+        save.thread = threading.Thread(target=self._write, args=(save, items, copied), name="save", daemon=True)
+        save.thread.start()
+        return True
 
-    def _write(self, aside: Path, parts: Mapping[str, Part]) -> None:
-        with _plainly():
-            writer = HuggingFaceStorageWriter(str(aside), save_distributed=True)
-            planner, alone = RegionSavePlanner(parts), self._mesh.world_size == 1
-            dcp_save(_tensors(parts), storage_writer=writer, planner=planner, no_dist=alone)
+    def _stage(self, parts: Mapping[str, Part]) -> tuple[list[Item], torch.cuda.Event | None]:
+        """Copy what is this process's to write into memory that is kept for it; on CUDA, see when it will be there."""
+        self._at("stage")
+        assert self._mine is not None
+        live = [parts[name].tensor for name in self._mine]
+        on_cuda = any(t.is_cuda for t in live)
+        if not self._staged:
+            self._staged = {
+                n: torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=t.is_cuda)
+                for n, t in zip(self._mine, live, strict=True)
+            }
+        if live:
+            torch._foreach_copy_(list(self._staged.values()), live, non_blocking=True)
+        event = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+        if event is not None:
+            event.record()
+        return [Item(n, parts[n].region.offsets, self._staged[n]) for n in self._mine], event
 
-    def _commit(self, aside: Path, final: Path, state: Mapping[str, Any]) -> None:
-        _write_json(aside / "state.json", state)
-        files = sorted(p for p in aside.iterdir() if p.is_file())
-        with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(sha256_of, files))
-        entries = {p.name: {"bytes": p.stat().st_size, "sha256": d} for p, d in zip(files, digests, strict=True)}
-        _write_json(aside / "manifest.json", {"format": FORMAT, "files": entries})
-        sync(aside)
-        aside.rename(final)
-        _point(self.folder / "latest", final.name)
-        sync(self.folder)
-        self._retain()
+    def _write(self, save: _Save, items: Sequence[Item], copied: torch.cuda.Event | None) -> None:
+        """In a thread: this process's file, and beside it what it is known by."""
+        try:
+            if copied is not None:
+                copied.synchronize()
+            save.aside.mkdir(parents=True, exist_ok=True)
+            path = save.aside / f"shard-{self._mesh.place.rank:05d}.safetensors"
+            digest = write_shard(path, items, durable=self._durable, at=self._at) if items else None
+            said = {} if digest is None else {path.name: {"bytes": digest.bytes, "sha256": digest.sha256}}
+            write_whole(_slip(save.aside, self._mesh.place.rank), [json.dumps(said).encode()])
+            save.written = True
+        except Exception as error:  # whatever it is: the run goes on without this checkpoint
+            save.error = error
+
+    def votes(self) -> tuple[float, ...]:
+        """How far this process is: to be summed over the world, and given to `settle` with `serial`."""
+        save = self._save
+        if save is None:
+            return (0.0,) * VOTES
+        return float(save.written), float(save.committed), float(save.error is not None)
+
+    @property
+    def serial(self) -> int:
+        """Which save the votes are about."""
+        return self._serial
+
+    def settle(self, serial: int, votes: Sequence[float]) -> Outcome | None:
+        """
+        What the sum of `votes`, cast when `serial` was under way, comes to; None where it is not over.
+
+        A collective over the world where a process has failed.
+        """
+        save = self._save
+        if save is None or save.serial != serial:
+            return None  # votes that were on their way when it was over
+        written, committed, failed = votes
+        if failed:
+            return self._give_up(save)
+        if committed:
+            self._save, self._last = None, save.step
+            return Outcome(save.step, time.perf_counter() - save.begun)
+        if written == self._mesh.world_size and self._mesh.is_first and not save.committing:
+            save.committing = True
+            save.thread = threading.Thread(target=self._commit, args=(save,), name="commit", daemon=True)
+            save.thread.start()
+        return None
+
+    def finish(self) -> Outcome | None:
+        """Wait for the save that is under way, if there is one. A collective over the world."""
+        while (save := self._save) is not None:
+            if save.thread is not None:
+                save.thread.join()
+            votes = torch.tensor(self.votes(), dtype=torch.float64, device=self._mesh.device)
+            outcome = self.settle(self._serial, self._mesh.sum(votes).tolist())
+            if outcome is not None:
+                return outcome
+        return None
+
+    def save(self, parts: Mapping[str, Part], state: Mapping[str, Any]) -> Outcome:
+        """Save and wait for it; what was there before is waited for first. A collective over the world."""
+        self.finish()
+        if not self.begin(parts, state):
+            return Outcome(int(state["step"]), 0.0)
+        outcome = self.finish()
+        assert outcome is not None
+        return outcome
+
+    def _give_up(self, save: _Save) -> Outcome:
+        """Say why, and leave nothing behind. A collective over the world."""
+        self._save = None
+        reasons = self._mesh.gather_objects("" if save.error is None else _reason(save.error))
+        rank, reason = next((r, text) for r, text in enumerate(reasons) if text)
+        if self._mesh.is_first:
+            threading.Thread(target=shutil.rmtree, args=(save.aside, True), daemon=True).start()
+        where = f"rank {rank}: " if self._mesh.world_size > 1 else ""
+        return Outcome(save.step, time.perf_counter() - save.begun, f"{self.folder}: {where}{reason}")
+
+    # --- what the first process does when all have written ---------------------------------------------------
+
+    def _commit(self, save: _Save) -> None:
+        """In a thread."""
+        try:
+            self._at("manifest")
+            files = self._digests(save)
+            entries = {name: {"bytes": d.bytes, "sha256": d.sha256} for name, d in files.items()}
+            write_whole(save.aside / MANIFEST, [json.dumps({"format": FORMAT, "files": entries}, indent=1).encode()])
+            self._at("rename")
+            final = folder_of(self.folder, save.step)
+            replace_folder(save.aside, final)
+            _point(self.folder / "latest", final.name)
+            sync(self.folder)
+            save.committed = True
+        except Exception as error:
+            save.error = error
+            return
+        with contextlib.suppress(OSError):  # what should be gone and is not costs room, and no checkpoint
+            self._at("retention")
+            self._retain()
+
+    def _digests(self, save: _Save) -> dict[str, Digest]:
+        """Of all files, as those who wrote them left word."""
+        files: dict[str, Digest] = {}
+        for rank in range(self._mesh.world_size):
+            slip = _slip(save.aside, rank)
+            for name, said in json.loads(slip.read_text("utf-8")).items():
+                if said is not None:
+                    files[name] = Digest(said["bytes"], said["sha256"])
+            slip.unlink()
+        write_whole(save.aside / STATE, [json.dumps(save.state, indent=1).encode()])
+        return files | {STATE: Digest((save.aside / STATE).stat().st_size, sha256_of(save.aside / STATE))}
 
     def _retain(self) -> None:
-        """Keep the last so many and the best; a removal that is cut short leaves nothing half listed."""
+        """Remove what is not to be kept; a removal that is cut short leaves nothing half listed."""
         saved = listed(self.folder)
-        kept = {s.step for s in saved[-self._keep :]}
+        kept = {s.step for s in saved[-self._keep.last :]}
+        if self._keep.every:
+            kept |= {s.step for s in saved if s.step % self._keep.every == 0}
         judged = [s for s in saved if s.val_loss is not None]
-        if self._keep_best and judged:
+        if self._keep.best and judged:
             kept.add(min(judged, key=lambda s: (s.val_loss, s.step)).step)
         for old in saved:
             if old.step not in kept:
@@ -126,149 +280,55 @@ class CheckpointStore:
                 old.folder.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
 
+    # --- loading ---------------------------------------------------------------------------------------------
+
+    def newest(self) -> tuple[Saved | None, list[str]]:
+        """
+        The newest checkpoint of which every byte is as it was written, the same on all processes; and what was wrong
+        with each newer one. Those are set aside. A collective over the world.
+        """
+        found = self._mesh.gather_objects(listed(self.folder) if self._mesh.is_first else None)[0]
+        problems: list[str] = []
+        for saved in reversed(found):
+            mine = damage(saved.folder, self._mesh.place.rank, self._mesh.world_size)
+            damaged = next(filter(None, self._mesh.gather_objects(mine)), "")
+            if not damaged:
+                return saved, problems
+            problems.append(damaged)
+            if self._mesh.is_first:
+                set_aside(saved)
+        return None, problems
+
     def load(self, saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
-        """Fill `parts` in place from `saved`; its `state.json`. Raises `CheckpointError`."""
-        return load(saved, parts, alone=self._mesh.world_size == 1)
+        """Fill `parts` in place from what `newest` found; its `state.json`. Raises `CheckpointError`."""
+        state = read_state(saved.folder)
+        problem = ""
+        try:
+            read_into(saved, parts)
+        except CheckpointError as error:
+            problem = str(error)
+        if problem := next(filter(None, self._mesh.gather_objects(problem)), ""):
+            raise CheckpointError(problem)
+        self._last = saved.step
+        return state
 
 
-def load(saved: Saved, parts: Mapping[str, Part], *, alone: bool = True) -> dict[str, Any]:
-    """
-    Fill `parts` (of all of a checkpoint's tensors, or of some) in place; verified before, read by slices.
-
-    With `alone` false it is a collective over the world. Raises `CheckpointError`.
-    """
-    verify(saved.folder)
-    state = read_state(saved.folder)
-    read_into(saved, parts, alone=alone)
-    return state
+def _slip(aside: Path, rank: int) -> Path:
+    """What a process wrote, for the one that makes the manifest."""
+    return aside / f"written-{rank:05d}.json"
 
 
-def read_into(saved: Saved, parts: Mapping[str, Part], *, alone: bool = True) -> None:
-    """`load` without a look at the hashes, for one who has taken it: a large model is read in several turns."""
-    try:
-        with _plainly():
-            reader = HuggingFaceStorageReader(str(saved.folder))
-            _check_shapes(saved.folder, reader.read_metadata().state_dict_metadata, parts)
-            dcp_load(_tensors(parts), storage_reader=reader, planner=RegionLoadPlanner(parts), no_dist=alone)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"{saved.folder} could not be loaded: {error}") from error
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint."""
-    try:
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}/state.json cannot be read: {error}") from error
-    if state.get("format") != FORMAT:
-        raise CheckpointError(f"{folder} has format {state.get('format')}; this shoal reads format {FORMAT}")
-    return state
-
-
-def load_model(saved: Saved, model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Give a model on meta its memory on `device` and the weights of `saved`; its `state.json`. Raises as `load` does."""
-    model.to_empty(device=device)
-    return load(saved, {f"model.{name}": Part.whole(p.detach()) for name, p in model.named_parameters()})
-
-
-def verify(folder: Path) -> None:
-    """Raise `CheckpointError` unless every file is there, whole and unaltered."""
-    remedy = "Remove that folder to go on from the one before it"
-    try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}/manifest.json cannot be read: {error}. {remedy}") from error
-    for name, entry in files.items():
-        path = folder / Path(name).name  # a name never leads out of the folder
-        size = path.stat().st_size if path.is_file() else None
-        if size is None:
-            raise CheckpointError(f"{path} is missing. {remedy}")
-        if size != entry["bytes"]:
-            raise CheckpointError(
-                f"{path} was cut short or grew: {size} bytes where {entry['bytes']} were written. {remedy}"
-            )
-    with ThreadPoolExecutor() as pool:
-        for name, digest in zip(files, pool.map(lambda n: sha256_of(folder / Path(n).name), files), strict=True):
-            if digest != files[name]["sha256"]:
-                raise CheckpointError(f"{folder / name} was altered: its SHA-256 is not the one written. {remedy}")
-
-
-def _tensors(parts: Mapping[str, Part]) -> dict[str, Any]:
-    return {name: part.tensor for name, part in parts.items()}
-
-
-def _check_shapes(folder: Path, there: Mapping[str, Any], here: Mapping[str, Part]) -> None:
-    for key, part in here.items():
-        if key not in there:
-            raise CheckpointError(f"{folder} is of another model: it has no {key}")
-        if tuple(there[key].size) != part.region.shape:
-            raise CheckpointError(
-                f"{folder} is of another model: {key} is {list(there[key].size)} there and {list(part.region.shape)} here"
-            )
-
-
-@contextlib.contextmanager
-def _agreeing(mesh: Mesh, aside: Path) -> Iterator[None]:
-    """
-    Run a part of a save; if any rank failed, all raise, and what was written aside is removed.
-
-    A collective over the world.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as caught:  # told to the other ranks before it is raised
-        error = caught
-    failed = torch.tensor(float(error is not None), device=mesh.device)
-    if mesh.sum(failed).item() == 0:
-        return
-    if mesh.is_first:
-        shutil.rmtree(aside, ignore_errors=True)
-    if error is None:
-        raise CheckpointError(f"{aside.parent}: another rank could not write its part")
-    raise CheckpointError(_why_not_saved(aside.parent, error)) from error
-
-
-def _why_not_saved(folder: Path, error: Exception) -> str:
+def _reason(error: Exception) -> str:
     text = str(error)
     if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in text:
-        return f"{folder}: the disk is full, so this checkpoint was not written; those before it stand. Free space, and start again with the same command"
-    return (
-        f"{folder}: this checkpoint could not be written, those before it stand: {text.strip() or type(error).__name__}"
-    )
-
-
-@contextlib.contextmanager
-def _plainly() -> Iterator[None]:
-    """
-    Run a part of torch.distributed.checkpoint without the warnings about its own internals, and let what
-    went wrong on a rank come out as what it is (its own exception is no `Exception`).
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint.*")
-            warnings.filterwarnings(
-                "ignore", message=r".*torch\.distributed is disabled, unavailable or uninitialized.*"
-            )
-            yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        raise OSError(getattr(cause, "errno", None) or errno.EIO, f"rank {rank}: {cause}") from error
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+        return "the disk is full"
+    return text.strip() or type(error).__name__
 
 
 def _point(link: Path, target: str) -> None:
-    """Let `link` point at `target`, never at nothing in between."""
+    """Let `link` point at `target`, never at nothing in between. A disk without links has none."""
     aside = link.with_name(f".{link.name}.tmp")
-    with contextlib.suppress(FileNotFoundError):
-        aside.unlink()
-    aside.symlink_to(target)
-    aside.replace(link)
+    with contextlib.suppress(OSError):
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(target)
+        aside.replace(link)

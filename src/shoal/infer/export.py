@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 
 from shoal import __version__
 from shoal.checkpoint.convert import DTYPES, to_hugging_face
-from shoal.checkpoint.store import Saved, read_into, read_state, verify
+from shoal.checkpoint.load import read_into
+from shoal.checkpoint.saved import Saved, read_state, verify
 from shoal.config import Model
 from shoal.data.tokenize import Tokenizer, load_tokenizer
 from shoal.disk import empty_folder, gigabytes, replace_folder, sync, try_lock, write_whole

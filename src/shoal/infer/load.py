@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from shoal.checkpoint.store import load_model
+from shoal.checkpoint.load import load_model
 from shoal.config import Config, Model
 from shoal.data.tokenize import Tokenizer, load_tokenizer
 from shoal.errors import LaunchError, ModelError, ShoalError

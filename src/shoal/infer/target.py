@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shoal.checkpoint.store import Saved, listed
+from shoal.checkpoint.saved import Saved, listed
 from shoal.errors import CheckpointError
 from shoal.runs import RunFolder
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,6 +103,14 @@ class Mesh:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """What each rank gives, in their order; for what is rare and small. A collective over the world."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
 
 def choose_device(wanted: str, place: Place = ALONE) -> torch.device:

@@ -6,20 +6,20 @@ import dataclasses
 import math
 import os
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
 
-from shoal.checkpoint.store import CheckpointStore, Saved, listed, load_model
+from shoal.checkpoint.load import load_model
+from shoal.checkpoint.saved import Saved, listed
 from shoal.config import Config, Train
 from shoal.data.loader import Batch, Loader
 from shoal.data.open import open_data
 from shoal.data.prepare import Prepared
 from shoal.data.tokenize import tokenizer_folder
-from shoal.errors import CheckpointError, RunError
+from shoal.errors import CheckpointError
 from shoal.fault.health import check_finite
 from shoal.fault.signals import StopRequest
 from shoal.hub.beside import OF_MODEL, TOKENIZER, WEIGHTS, keep, keep_dtypes
@@ -38,6 +38,7 @@ from shoal.runs import RunFolder
 from shoal.train.assemble import assemble, open_loader
 from shoal.train.closing import close_run
 from shoal.train.evaluate import evaluate
+from shoal.train.saving import Saving
 from shoal.train.scaler import SMALLEST
 from shoal.train.state import TrainState
 from shoal.train.step import Stats, train_step
@@ -74,7 +75,7 @@ class Run:
     events: Events | None
     runnable: Runnable
     state: TrainState
-    store: CheckpointStore
+    saving: Saving
     loader: Loader
     meter: Meter
     total_steps: int
@@ -94,22 +95,24 @@ class Run:
         changed = folder.agree(config)
         before = folder.load_config() if folder.config_file.is_file() else config
         mesh.barrier()  # nobody writes the config before everybody has compared
+        with folder.writable():
+            events = Events(folder.events_file) if mesh.is_first else None
+        say = events.say if events else lambda event, **facts: None
+        saving = Saving.open(config, folder.checkpoints, mesh, console, say, prepared.data_id)
+        newest = saving.find()
         applied: list[str] = []
-        runnable, state = assemble(config, mesh, applied.append, fresh=not listed(folder.checkpoints))
-        store = CheckpointStore(
-            folder.checkpoints, mesh, keep=config.checkpoint.keep, keep_best=config.checkpoint.keep_best
-        )
-        restored = restore(store, state, prepared.data_id)
+        runnable, state = assemble(config, mesh, applied.append, fresh=newest is None)
+        if newest is not None:
+            saving.restore(newest, state)
         if mesh.is_first:
             with folder.writable():
                 write_run_files(folder, config, prepared, state.step)
         loader = open_loader(config, mesh, rows, state.position)
         meter = Meter(config, mesh)
-        events = Events(folder.events_file) if mesh.is_first else None
         run = cls(
-            config, mesh, stop, console, folder, prepared, events, runnable, state, store, loader, meter, total_steps
+            config, mesh, stop, console, folder, prepared, events, runnable, state, saving, loader, meter, total_steps
         )
-        run._introduce(applied, restored, before, [(d.key, d.before, d.after) for d in changed])
+        run._introduce(applied, newest, before, [(d.key, d.before, d.after) for d in changed])
         return run
 
     def train(self) -> None:
@@ -129,12 +132,12 @@ class Run:
             pending, stats = (stats, pending) if self.mesh.device.type == "cuda" else (None, stats)
             if stats is not None:
                 stopped = self._record(stats, lines)
-            if self._due(self.config.train.eval_every) or self._due(self.config.checkpoint.every):
+            if self._due(self.config.train.eval_every) or self._save_is_due():
                 stopped = (pending is not None and self._record(pending, lines)) or stopped
                 pending = None
                 self._evaluate_if_due()
-                if self._due(self.config.checkpoint.every):
-                    self._save()
+                if self._save_is_due():
+                    self.saving.begin(self.state, self._val_loss())
                 self.meter.start()
         if pending is not None:
             stopped = self._record(pending, lines) or stopped
@@ -149,6 +152,7 @@ class Run:
         timer = self.meter.phases(step)
         with timer("data"):
             batches: Sequence[Batch] = self.loader.next_step()
+        serials = self.saving.serials()
         stats = train_step(
             self.runnable,
             self.state,
@@ -156,15 +160,16 @@ class Run:
             step=step,
             lr=learning_rate(config.optim, step, self.total_steps),
             clip_norm=config.optim.clip_norm,
-            stop_asked=bool(self.stop),
+            votes=[float(bool(self.stop)), *self.saving.votes()],
             phases=timer,
         )
         self.state.step, self.state.position = step, self.loader.position
-        return stats
+        return dataclasses.replace(stats, serials=serials)
 
     def _record(self, stats: Stats, lines: JsonLines | None) -> bool:
         """Judge a step that is over and write its line; True where a rank was asked to stop."""
-        loss_sum, tokens, norm, asked = stats.numbers.tolist()
+        loss_sum, tokens, norm, asked, *votes = stats.numbers.tolist()
+        self.saving.settle(stats.serials, votes, stats.step)
         self.state.tokens += int(tokens)
         loss = loss_sum / max(tokens, 1.0)
         overflowed = self._overflowed(stats.step, norm)
@@ -211,52 +216,44 @@ class Run:
             lines.write(self.val)
             lines.close()
 
-    def _save(self) -> Saved | None:
-        """Write a checkpoint; a disk that refuses costs the checkpoint, not the run."""
-        begun = time.perf_counter()
-        judged = self.val.get("step") == self.state.step  # an older evaluation was of another model
-        val_loss = self.val["val_loss"] if judged else None
-        state = {**self.state.scalars(), "data_id": self.prepared.data_id, "val_loss": val_loss}
-        try:
-            saved = self.store.save(self.state.tensors(), state)
-        except CheckpointError as error:
-            self.console.warn(str(error))
-            self._event("save failed", step=self.state.step, why=str(error))
-            return None
-        self._event("saved", step=self.state.step, seconds=round(time.perf_counter() - begun, 3))
-        return saved
+    def _save_is_due(self) -> bool:
+        return self.saving.is_due(self.state.step) and self.state.step < self.total_steps
+
+    def _val_loss(self) -> float | None:
+        """Of this step; an older evaluation was of another model."""
+        return self.val["val_loss"] if self.val.get("step") == self.state.step else None
 
     def _end(self, stopped: bool) -> None:
         """Save; say how to go on, or how well it went."""
         if stopped and self.state.step < self.total_steps:
-            saved = self._save()
+            saved = self.saving.finish(self.state, self._val_loss())
             self._event("stopped", step=self.state.step)
-            where = f"saved at step {self.state.step}" if saved else "NOT saved"
+            where = f"saved at step {self.state.step}" if saved.ok else "NOT saved"
             self.console.say(
                 f"stopped: {where} of {self.total_steps}. The same command again goes on from there.", "bold"
             )
             return
         self._evaluate(None)
-        saved = self._save()
+        saved = self.saving.finish(self.state, self._val_loss())
         self._event("finished", **self.val)
         if self.mesh.is_first:
             close_run(self.config, self.folder, self.prepared, self._whole_model(), self.val, self.console)
         self.mesh.barrier()
-        if saved is None:
+        if not saved.ok:
             raise CheckpointError(
                 f"all {self.total_steps} steps are taken, and the last checkpoint could not be written: "
-                f"{self.store.folder} has {self._newest()}. Make room there; the same command goes on from it"
+                f"{self.saving.folder} has {self._newest()}. Make room there; the same command goes on from it"
             )
 
     def _newest(self) -> str:
-        saved = listed(self.store.folder)
+        saved = listed(self.saving.folder)
         return f"one of step {saved[-1].step}" if saved else "none"
 
     def _whole_model(self) -> LanguageModel | None:
         """The model on one device, or None where no process has it and it would be large."""
         if not self.mesh.layout.sharded and self.mesh.layout.cp == 1:
             return self.runnable.parts[0]
-        return whole_model(self.config, listed(self.store.folder)[-1:], self.runnable.shapes)
+        return whole_model(self.config, listed(self.saving.folder)[-1:], self.runnable.shapes)
 
     def _event(self, event: str, **facts: object) -> None:
         if self.events is not None:
@@ -333,21 +330,6 @@ def count_steps(train: Train, seq_len: int, rows: int) -> int:
 def length_of(train: Train) -> tuple[str, float]:
     """Which of steps, tokens or epochs says how long the run is, and how much of it."""
     return next((k, v) for k in ("steps", "tokens", "epochs") if (v := getattr(train, k)) is not None)
-
-
-def restore(store: CheckpointStore, state: TrainState, data_id: str) -> Saved | None:
-    """Load the newest checkpoint into `state`; None where there is none. A collective over the world."""
-    saved = listed(store.folder)
-    if not saved:
-        return None
-    scalars = store.load(saved[-1], state.tensors())
-    if scalars["data_id"] != data_id:
-        raise RunError(
-            f"{saved[-1].folder} was trained on other tokens than those prepared now, so going on would repeat or skip "
-            "samples; choose another --name to start anew on the new ones"
-        )
-    state.load_scalars(scalars)
-    return saved[-1]
 
 
 def write_run_files(folder: RunFolder, config: Config, prepared: Prepared, step: int) -> None:

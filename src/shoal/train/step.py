@@ -20,7 +20,8 @@ class Stats:
 
     step: int
     lr: float
-    numbers: torch.Tensor  # [4] float64: loss summed over tokens, valid tokens, gradient norm, ranks asked to stop
+    numbers: torch.Tensor  # [3 + votes] float64: loss summed over tokens, valid tokens, gradient norm, summed votes
+    serials: Sequence[int] = ()  # the saves that the votes are about
 
 
 def train_step(
@@ -31,10 +32,14 @@ def train_step(
     step: int,
     lr: float,
     clip_norm: float,
-    stop_asked: bool = False,
+    votes: Sequence[float] = (),
     phases: Phases = no_phases,
 ) -> Stats:
-    """Forward, backward, sum over processes, clip, update. Collectives over all axes."""
+    """
+    Forward, backward, sum over processes, clip, update. Collectives over all axes.
+
+    votes: what this process has to say to the others; they come back summed over the world.
+    """
     optimizer, scaler = state.optimizer, state.scaler
     losses, tokens = runnable.forward_backward(batches, step, phases, scaler.scale if scaler else 1.0)
     with phases("optimizer"):
@@ -45,6 +50,7 @@ def train_step(
         optimizer.set_learning_rate(lr)
         optimizer.step()
     with phases("reduce"):
-        asked = losses.new_full((1,), float(stop_asked))
-        summed = runnable.mesh.sum(torch.cat([losses, asked]).double())
-    return Stats(step, lr, torch.stack([summed[:-1].sum() * tokens, tokens.double(), norm.double(), summed[-1]]))
+        said = torch.tensor(votes, dtype=torch.float64).to(losses.device, non_blocking=True)
+        summed = runnable.mesh.sum(torch.cat([losses.double(), said]))
+    loss = summed[: len(losses)].sum() * tokens
+    return Stats(step, lr, torch.cat([torch.stack([loss, tokens.double(), norm.double()]), summed[len(losses) :]]))

@@ -1,0 +1,164 @@
+"""When a run saves, what becomes of it, and from where it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from shoal.checkpoint.saved import Saved
+from shoal.checkpoint.store import CheckpointStore, Keep, Outcome
+from shoal.config import Config
+from shoal.errors import RunError
+from shoal.metrics.console import Console
+from shoal.parallel.mesh import Mesh
+from shoal.train.state import TrainState
+
+Say = Callable[..., None]
+"""Called with an event and its facts."""
+
+_FIRST_RETRY: Final = 10  # steps; then twice as many each time
+
+
+@dataclass
+class _Tier:
+    """A store, and its turns."""
+
+    store: CheckpointStore
+    every: int  # steps; 0: only at the end
+    retry_at: int | None = None  # the step at which a save that failed is tried again
+    retries: int = 0
+
+    def is_due(self, step: int) -> bool:
+        return step == self.retry_at or (self.every > 0 and step % self.every == 0)
+
+    def learn(self, outcome: Outcome, step: int) -> None:
+        """When to try again, after a failure."""
+        self.retries = 0 if outcome.ok else self.retries + 1
+        self.retry_at = None if outcome.ok else step + _FIRST_RETRY * 2 ** (self.retries - 1)
+
+
+@dataclass
+class Saving:
+    """
+    The checkpoints of a run: those on its disk, and where `checkpoint.fast` is set, others in a fast place that need
+    not last. Its methods are called by all processes at the same steps.
+    """
+
+    tiers: Sequence[_Tier]
+    mesh: Mesh
+    console: Console
+    event: Say
+    wait: bool  # for each save, rather than train on
+    data_id: str = field(kw_only=True)
+
+    @classmethod
+    def open(cls, config: Config, folder: Path, mesh: Mesh, console: Console, event: Say, data_id: str) -> Saving:
+        """`folder`: that of the run's checkpoints. A collective over the world."""
+        options = config.checkpoint
+        keep = Keep(options.keep, options.keep_every, options.keep_best)
+        tiers = [_Tier(CheckpointStore(folder, mesh, keep=keep), options.every)]
+        if options.fast is not None:
+            near = Path(options.fast) / folder.parent.name
+            store = CheckpointStore(near, mesh, keep=Keep(2, 0, best=False), durable=False)
+            tiers.append(_Tier(store, options.fast_every))
+        return cls(tiers, mesh, console, event, not options.background, data_id=data_id)
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoints that last."""
+        return self.tiers[0].store.folder
+
+    def find(self) -> Saved | None:
+        """
+        The newest checkpoint that is whole, the same on all processes. What was wrong with newer ones is said. A
+        collective over the world.
+        """
+        found: list[Saved] = []
+        for tier in self.tiers:
+            saved, problems = tier.store.newest()
+            for problem in problems:
+                self.console.warn(f"{problem}; that checkpoint is set aside, and the one before it is taken")
+                self.event("damaged", why=problem)
+            found += [saved] if saved else []
+        return max(found, key=lambda s: s.step, default=None)
+
+    def restore(self, saved: Saved, state: TrainState) -> None:
+        """
+        Fill `state` from `saved`. A collective over the world.
+
+        Raises `CheckpointError`, or `RunError` where it was trained on other tokens.
+        """
+        tier = next(t for t in self.tiers if t.store.folder == saved.folder.parent)
+        scalars = tier.store.load(saved, state.tensors())
+        if scalars["data_id"] != self.data_id:
+            raise RunError(
+                f"{saved.folder} was trained on other tokens than those prepared now, so going on would repeat or skip "
+                "samples; choose another --name to start anew on the new ones"
+            )
+        state.load_scalars(scalars)
+
+    # --- between steps ---------------------------------------------------------------------------------------
+
+    def votes(self) -> list[float]:
+        """How far this process's saves are, to be summed over the world in the next step."""
+        return [vote for tier in self.tiers for vote in tier.store.votes()]
+
+    def serials(self) -> list[int]:
+        """What the votes are about."""
+        return [tier.store.serial for tier in self.tiers]
+
+    def settle(self, serials: Sequence[int], votes: Sequence[float], step: int) -> None:
+        """What the sum of the votes, cast when `serials` were under way, comes to: said, and tried again if need be."""
+        size = len(votes) // len(self.tiers)
+        for number, (tier, serial) in enumerate(zip(self.tiers, serials, strict=True)):
+            outcome = tier.store.settle(serial, votes[number * size : (number + 1) * size])
+            if outcome is not None:
+                self._tell(tier, outcome, step)
+
+    def is_due(self, step: int) -> bool:
+        return any(tier.is_due(step) for tier in self.tiers)
+
+    def begin(self, state: TrainState, val_loss: float | None) -> None:
+        """Begin the saves that are due at `state.step`."""
+        for tier in self.tiers:
+            if not tier.is_due(state.step):
+                continue
+            if tier.store.is_busy:
+                if tier is self.tiers[0]:
+                    self.console.warn(
+                        f"no checkpoint of step {state.step}: the one before it is still being written; the disk is slow, "
+                        "or checkpoint.every is short"
+                    )
+                continue
+            tier.retry_at = None
+            if self.wait:
+                self._tell(tier, tier.store.save(state.tensors(), self._scalars(state, val_loss)), state.step)
+            else:
+                tier.store.begin(state.tensors(), self._scalars(state, val_loss))
+
+    def finish(self, state: TrainState, val_loss: float | None) -> Outcome:
+        """Save now where it lasts, and wait until it is there. A collective over the world."""
+        for tier in self.tiers:
+            if (outcome := tier.store.finish()) is not None:
+                self._tell(tier, outcome, state.step)
+        last = self.tiers[0]
+        outcome = last.store.save(state.tensors(), self._scalars(state, val_loss))
+        if outcome.seconds or not outcome.ok:
+            self._tell(last, outcome, state.step)
+        return outcome
+
+    def _scalars(self, state: TrainState, val_loss: float | None) -> Mapping[str, Any]:
+        return {**state.scalars(), "data_id": self.data_id, "val_loss": val_loss}
+
+    def _tell(self, tier: _Tier, outcome: Outcome, step: int) -> None:
+        tier.learn(outcome, step)
+        if not outcome.ok:
+            self.console.warn(
+                f"{outcome.problem}: no checkpoint of step {outcome.step}; those before it stand, training goes on, and it "
+                f"is tried again at step {tier.retry_at}"
+            )
+            self.event("save failed", step=outcome.step, why=outcome.problem)
+        elif tier is self.tiers[0]:
+            self.event("saved", step=outcome.step, seconds=round(outcome.seconds, 3))
