@@ -20,8 +20,9 @@ FLOORS: list[set[str]] = [
     {"contradictions"},
     {"resolve"},
     {"plan", "launch.place", "metrics.trackers", "metrics.compression"},
+    {"fault.heartbeat", "fault.limit"},  # what a worker and its launcher both know
     {"runs"},
-    {"launch.torchrun", "metrics.console"},
+    {"launch", "metrics.console"},
     {"parallel.mesh", "parallel.region"},  # nouns: they cross every border above
     {"data", "models", "optim", "checkpoint", "metrics", "fault"},
     {"parallel"},
@@ -33,7 +34,7 @@ FLOORS: list[set[str]] = [
 ]
 WITHOUT_TORCH = [
     "cli", "verbs", "config", "recipe", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "plan.estimate", "plan.hardware", "launch.torchrun",
-    "launch.place", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open",
+    "launch.place", "launch.watch", "launch.stops", "launch.crashes", "fault.heartbeat", "fault.limit", "fault.signals", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open",
 ]  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 EXIT_BAD_INPUT = 2
 EXIT_LOST_PEER = 3  # of a worker, when another one of its run has gone
+EXIT_REQUEUE = 85  # asked to stop before the end: the same command goes on from what was saved
 
 
 class ShoalError(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.errors import EXIT_LOST_PEER, ModelError, ShoalError
+from shoal.errors import EXIT_LOST_PEER, EXIT_REQUEUE, ModelError, RunError, ShoalError
 
 if TYPE_CHECKING:
     from shoal.config import Config
@@ -48,9 +48,13 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
 
     if is_worker():
         return _work(fit_to_place(config, read_place()))
+    from shoal.fault.limit import start_clock
+    from shoal.launch.stops import leave_when_asked
     from shoal.metrics.console import Console
     from shoal.runs import RunFolder
 
+    start_clock()
+    leave_when_asked()
     config = plan_processes(config, count_gpus())
     folder = RunFolder.of(config)
     folder.agree(config)
@@ -58,14 +62,20 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     from shoal.data.open import open_data
 
     open_data(config.data, Console(), rows=config.model.vocab_size)
-    return launch(config, [*argv, *_settled(config)], progress=folder.last_step)
+    return launch(config, [*argv, *_settled(config)])
 
 
 def _work(config: Config, *, verify: bool = False) -> int:
     """One of the processes of a run, or of a verification."""
-    from shoal.fault.signals import die_with_parent
+    from shoal.fault.heartbeat import Heartbeat, leave_stacks_when_asked
+    from shoal.fault.signals import die_with_parent, hold_signals
 
     die_with_parent()
+    leave_stacks_when_asked()
+    if verify:
+        Heartbeat.open(config.launch).rest()  # its steps are of many kinds; a collective's timeout watches it
+    else:
+        hold_signals()
     from shoal.parallel.mesh import is_lost_peer
 
     try:
@@ -73,15 +83,15 @@ def _work(config: Config, *, verify: bool = False) -> int:
             from shoal.bench.parity import verify_here
 
             verify_here(config)
-        else:
-            from shoal.train.loop import train
+            return 0
+        from shoal.train.loop import train
 
-            train(config)
+        stopped = train(config)  # type: ignore[func-returns-value, unused-ignore]
     except RuntimeError as error:
         if is_lost_peer(error):
             return EXIT_LOST_PEER  # the launcher says which one and why; our own traceback would only hide it
         raise
-    return 0
+    return EXIT_REQUEUE if stopped else 0
 
 
 def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
@@ -104,7 +114,7 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     from shoal.data.open import open_data
 
     open_data(config.data, Console(), rows=config.model.vocab_size)
-    code = launch(config, [*argv, *_settled(config)], progress=lambda: None)
+    code = launch(config, [*argv, *_settled(config)])
     if code != 0 or not certificate.is_file():
         return code or 1
     print(f"{certificate} holds versions, device, layout and all that was compared")
@@ -237,6 +247,34 @@ def bench(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
 
     bench_speed(args.recipe, overrides, peers=args.peers, repeats=args.repeats, as_json=args.json)
     return 0
+
+
+def goodput(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.metrics.goodput import account, table
+
+    found = account(_record(args, "time.jsonl"))
+    print(json.dumps(found.as_json(), indent=2) if args.json else "\n".join(table(found)))
+    return 0
+
+
+def ledger(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.data.ledger import audit, describe
+
+    found = audit(_record(args, "ledger.jsonl"))
+    print(json.dumps(found.as_json(), indent=2) if args.json else "\n".join(describe(found)))
+    return 0 if found.passed else 1
+
+
+def _record(args: argparse.Namespace, name: str) -> Path:
+    """The file `name` in the folder of the run that is asked for. Raises `RunError`."""
+    from shoal.runs import RunFolder
+
+    target = Path(args.target)
+    folder = RunFolder(target if (target / "config.yaml").is_file() else Path(args.runs) / target)
+    folder.load_config()
+    if not (folder.path / name).is_file():
+        raise RunError(f"{folder.path} has no {name}: an older shoal trained it; the next steps taken will be in it")
+    return folder.path / name
 
 
 def env(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:

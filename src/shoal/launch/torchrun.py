@@ -1,7 +1,7 @@
 """
 `shoal train` starts its own workers, through torch's elastic agent.
 
-The launcher holds the run's lock, passes signals on, and starts the workers anew when one dies. It imports
+The launcher holds the run's lock, passes signals on, and starts the workers anew when one dies or hangs. It imports
 torch only when the config is known to be good.
 """
 
@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
-import sys
-import uuid
-from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
-from typing import Any
+from collections.abc import Sequence
 
 from shoal.config import Config
-from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, LaunchError
+from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError
 from shoal.launch.place import LOCKED_BY, Place
+from shoal.launch.stops import PassOn, tell
 from shoal.layout import find_layout
 from shoal.refusals import refusals
 
@@ -129,14 +125,13 @@ def worker_environment(threads: int) -> dict[str, str]:
     }
 
 
-def launch(config: Config, argv: Sequence[str], progress: Callable[[], object]) -> int:
+def launch(config: Config, argv: Sequence[str]) -> int:
     """
     Run `shoal ARGV` in `launch.processes` workers on this machine until they end; the exit code.
 
-    `progress()` says how far the run is: an error that comes again at the same place is not tried a third time.
-
-    0 when they finished, 128 + signal when one asked them to stop and they saved, 2 when a worker met bad
-    input (what it left is said here, once), 1 when workers died more often than `launch.max_restarts`.
+    0 when they finished, 85 when somebody asked them, or one of them, to stop before the end (they saved where they
+    could), 2 when a worker met bad input (what it left is said here, once), 1 when workers died more often than
+    `launch.max_restarts` or `launch.max_crashes` allow.
     """
     check_port(config.launch.port)
     assert config.launch.processes
@@ -146,128 +141,29 @@ def launch(config: Config, argv: Sequence[str], progress: Callable[[], object]) 
     os.environ[LOCKED_BY] = str(os.getpid())
     # The agent would raise in the middle of its work on these; we pass them on and let the workers end.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-    stop = _PassOn()
-    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    stop = PassOn()
+    from shoal.launch.agent import make_agent
 
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # the agent tells each death in forty lines; we in one
     count = config.launch.processes
     print(f"starting {count} process{'es' * (count > 1)}", flush=True)
-    agent = _make_agent(LocalElasticAgent, config, argv, stop, progress)
-    result = agent.run()
-    if stop.signal is not None:
-        if result.is_failed():
-            _tell("stopped without saving; the same command goes on from the last checkpoint, if there is one")
-        return 128 + stop.signal
+    agent = make_agent(config, argv, stop)
+    try:
+        result = agent.run()
+    finally:
+        agent.close()
     if not result.is_failed():
         return 0
     codes = [failure.exitcode for failure in result.failures.values()]
     if EXIT_BAD_INPUT in codes:
         said = [f.message for f in result.failures.values() if f.exitcode == EXIT_BAD_INPUT]
         for message in dict.fromkeys(said):  # most often all ranks found the same
-            _tell(message)
+            tell(message)
         return EXIT_BAD_INPUT
-    _tell(
-        f"the run stopped: worker {_describe(result.failures)}. What was saved stands; the same command goes on from there"
-    )
+    if set(codes) == {EXIT_REQUEUE}:
+        return EXIT_REQUEUE
+    if agent.asked:
+        tell("stopped without saving; the same command goes on from the last checkpoint, if there is one")
+        return EXIT_REQUEUE
+    tell(f"the run stopped: {agent.why}. What was saved stands; the same command goes on from there")
     return 1
-
-
-class _PassOn:
-    """Signals of the launcher go to its workers, once; a second one ends them at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._reached: set[int] = set()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        again = self.signal is not None
-        self.signal = self.signal or number
-        self._send(signal.SIGKILL if again else signal.SIGTERM)
-
-    def reach_all(self) -> None:
-        """Workers that were not there yet when the signal came: it came while they were being started."""
-        if self.signal is not None:
-            self._send(signal.SIGTERM)
-
-    def _send(self, number: signal.Signals) -> None:
-        # children of this process: the agent puts each in a session of its own, so a terminal's Ctrl-C misses them
-        import psutil
-
-        for child in psutil.Process().children():
-            if number == signal.SIGKILL or child.pid not in self._reached:
-                self._reached.add(child.pid)
-                child.send_signal(number)
-
-
-def _make_agent(
-    base: type[Any], config: Config, argv: Sequence[str], stop: _PassOn, progress: Callable[[], object]
-) -> Any:
-    import torch.distributed.elastic.rendezvous.registry as registry
-    from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-    from torch.distributed.elastic.rendezvous import RendezvousParameters
-
-    class Agent(base):  # type: ignore[misc]
-        """Does not restart what will fail again, and says in one line what it does restart."""
-
-        failed_at: object = None
-
-        def _monitor_workers(self, worker_group: Any) -> Any:
-            stop.reach_all()
-            result = super()._monitor_workers(worker_group)
-            codes = [failure.exitcode for failure in result.failures.values()]
-            if stop.signal is not None or EXIT_BAD_INPUT in codes or (codes and self._fails_again(result.failures)):
-                self._remaining_restarts = 0
-            elif result.failures and self._remaining_restarts > 0:
-                left = self._remaining_restarts - 1
-                _tell(
-                    f"worker {_describe(result.failures)}; starting again from the last checkpoint ({left} restarts left)"
-                )
-            return result
-
-        def _fails_again(self, failures: Mapping[int, Any]) -> bool:
-            """An exception (no signal from outside) at the same place as the last one."""
-            here = progress()
-            again = here == self.failed_at and _first(failures)[1].exitcode > 0
-            self.failed_at = here
-            return again
-
-    rendezvous = RendezvousParameters(
-        backend="c10d",
-        endpoint=f"127.0.0.1:{config.launch.port}",
-        run_id=uuid.uuid4().hex,
-        min_nodes=1,
-        max_nodes=1,
-        local_addr="127.0.0.1",
-        is_host=True,
-    )
-    spec = WorkerSpec(
-        role="shoal",
-        local_world_size=config.launch.processes or 1,
-        entrypoint=sys.executable,
-        args=("-m", "shoal", *argv),
-        rdzv_handler=registry.get_rendezvous_handler(rendezvous),
-        max_restarts=config.launch.max_restarts,
-        monitor_interval=0.1,
-        local_addr="127.0.0.1",
-    )
-    return Agent(spec=spec, logs_specs=DefaultLogsSpecs(), start_method="spawn", shutdown_timeout=30)
-
-
-def _describe(failures: Mapping[int, Any]) -> str:
-    """The first worker that died, and how."""
-    rank, failure = _first(failures)
-    code = failure.exitcode
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return f"{rank} {how}"
-
-
-def _first(failures: Mapping[int, Any]) -> tuple[int, Any]:
-    """(rank, failure) of the one that the others followed."""
-    return min(failures.items(), key=lambda item: (item[1].exitcode == EXIT_LOST_PEER, item[1].timestamp))
-
-
-def _tell(text: str) -> None:
-    print(f"shoal: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,168 @@
+"""
+Signs of life of a worker, and how long it may be silent.
+
+The launcher gives its workers a folder. In it each keeps a page of 64 bytes: the step and phase it is in, since when, and
+until when it must have come further. A page is memory that both processes map, so a sign of life is a store to memory.
+Times are CLOCK_MONOTONIC's, which is one clock for all processes of a machine. No torch.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import mmap
+import os
+import signal
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+from shoal.config import Launch
+from shoal.launch.place import LOCKED_BY, read_place
+
+FOLDER: Final = "SHOAL_HEARTBEATS"  # where our launcher listens
+
+_SIZE: Final = 64  # bytes: four integers of eight, then the phase
+_STEP, _TURN, _SINCE, _UNTIL, _NAME = 0, 1, 2, 3, 32
+_NANO: Final = 1_000_000_000
+
+SLOWER: Final = 10  # times the slowest of the recent steps: other people's work on the same cores, a disk that pauses
+FLOOR_SECONDS: Final = 20.0  # a machine may stand still so long, whatever its steps take
+RECENT: Final = 100  # steps
+FEW: Final = 5  # steps, before which nothing is known
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a page says. Times in seconds of the monotonic clock; `until` is infinite where nobody is to watch."""
+
+    step: int
+    turn: int  # signs since the step began
+    phase: str
+    since: float
+    until: float
+
+
+class Page:
+    """One worker's page, as the worker and the launcher both see it. Raises `OSError` where it cannot be made."""
+
+    def __init__(self, folder: Path, local_rank: int) -> None:
+        with (folder / f"rank-{local_rank}").open("a+b") as file:
+            file.truncate(_SIZE)
+            self._bytes = mmap.mmap(file.fileno(), _SIZE)
+        self._numbers = memoryview(self._bytes)[:_NAME].cast("q")
+        self._names: dict[str, bytes] = {}
+
+    def write(self, step: int, turn: int, phase: str) -> None:
+        """This worker is in `phase` of `step` now; the deadline stays."""
+        name = self._names.get(phase)
+        if name is None:
+            name = self._names[phase] = phase.encode("ascii")[: _SIZE - _NAME].ljust(_SIZE - _NAME, b"\0")
+        numbers = self._numbers
+        numbers[_STEP], numbers[_TURN], numbers[_SINCE] = step, turn, time.monotonic_ns()
+        self._bytes[_NAME:] = name
+
+    def allow(self, seconds: float) -> None:
+        """A sign that this worker has come further is due in so many seconds; infinite: nobody watches."""
+        self._numbers[_UNTIL] = 0 if math.isinf(seconds) else time.monotonic_ns() + int(seconds * _NANO)
+
+    def read(self) -> Sign:
+        step, turn, since, until = self._numbers.tolist()
+        phase = self._bytes[_NAME:].rstrip(b"\0").decode("ascii", "replace")
+        return Sign(step, turn, phase, since / _NANO, until / _NANO if until else math.inf)
+
+    def close(self) -> None:
+        self._numbers.release()
+        self._bytes.close()
+
+
+class Patience:
+    """How long a step may take, learned from the steps before it."""
+
+    def __init__(self, first: float, fixed: float | None = None) -> None:
+        """first: seconds for a step while little is known; fixed: seconds for those after it, in place of what is learned."""
+        self._first, self._fixed = first, fixed
+        self._recent: deque[float] = deque(maxlen=RECENT)
+
+    def learn(self, seconds: float) -> None:
+        """A step took so long."""
+        self._recent.append(seconds)
+
+    def allowance(self) -> float:
+        """Seconds for the next step."""
+        if self._fixed is not None:
+            return self._fixed if self._recent else max(self._first, self._fixed)
+        if len(self._recent) < FEW:
+            return self._first
+        slowest = max(self._recent)
+        # Not more than a collective may take, or the workers would end before they are found; steps that take about as
+        # long as that still get twice their time.
+        return max(FLOOR_SECONDS, min(SLOWER * slowest, self._first), 2 * slowest)
+
+
+class Heartbeat:
+    """
+    A worker's side: says where the worker is. Does nothing where no launcher of ours listens.
+
+    A step: `begin`, then `beat` at each phase. Between steps (evaluation, saving, the end): `outside`, again and again
+    where it takes long.
+    """
+
+    def __init__(self, page: Page | None, patience: Patience, outside_seconds: float) -> None:
+        self._page, self._patience, self._outside_seconds = page, patience, outside_seconds
+        self._step, self._turn, self._begun = 0, 0, math.nan
+        self._warm = False  # whether a step was taken: the first one compiles
+
+    @classmethod
+    def open(cls, launch: Launch) -> Self:
+        """For this worker of its launcher."""
+        folder = os.environ.get(FOLDER)
+        listens = folder is not None and os.environ.get(LOCKED_BY) == str(os.getppid())
+        page = Page(Path(folder), read_place().local_rank) if folder is not None and listens else None
+        return cls(page, Patience(launch.timeout_seconds, launch.hang_seconds), launch.timeout_seconds)
+
+    def begin(self, step: int, phase: str = "data") -> None:
+        """A step begins; what the one before it took is learned, where nothing came between."""
+        if self._page is None:
+            return
+        now = time.monotonic()
+        if self._warm and not math.isnan(self._begun):
+            self._patience.learn(now - self._begun)
+        self._warm = self._warm or not math.isnan(self._begun)
+        self._step, self._turn, self._begun = step, 0, now
+        self._page.write(step, 0, phase)
+        self._page.allow(self._patience.allowance())
+
+    def beat(self, phase: str) -> None:
+        """The step comes to `phase`."""
+        if self._page is not None:
+            self._turn += 1
+            self._page.write(self._step, self._turn, phase)
+
+    def outside(self, phase: str, step: int | None = None) -> None:
+        """Something else than a step begins or goes on: starting, evaluating, saving, closing."""
+        if self._page is None:
+            return
+        self._step, self._begun = self._step if step is None else step, math.nan
+        self.beat(phase)
+        self._page.allow(self._outside_seconds)
+
+    def rest(self) -> None:
+        """Nobody is to watch this worker from now on."""
+        if self._page is not None:
+            self._page.allow(math.inf)
+
+
+def stacks_file(folder: Path, local_rank: int) -> Path:
+    """Where a worker leaves its stacks."""
+    return folder / f"stacks-{local_rank}.txt"
+
+
+def leave_stacks_when_asked() -> None:
+    """On SIGUSR2 all threads' stacks go to where the launcher looks for them, also while Python waits for C."""
+    folder = os.environ.get(FOLDER)
+    if folder is not None and os.environ.get(LOCKED_BY) == str(os.getppid()):
+        file = stacks_file(Path(folder), read_place().local_rank).open("w", encoding="utf-8")
+        faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)

@@ -1,0 +1,170 @@
+"""The launcher's side of heartbeats: finds that a worker did not come further in time, and which one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from shoal.fault.heartbeat import FOLDER, Page, Sign, stacks_file
+
+# States in which a process does not come further by itself, and what to say of them.
+STUCK: Final = {
+    psutil.STATUS_STOPPED: "stopped (SIGSTOP)",
+    psutil.STATUS_TRACING_STOP: "stopped (by a debugger)",
+    psutil.STATUS_ZOMBIE: "dead but for a thread of it",
+    psutil.STATUS_DISK_SLEEP: "waiting for a disk or a device (state D)",
+}
+_MUTE: Final = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE)  # run no signal handler
+
+PAUSE_SECONDS: Final = 1.0  # a launcher that looks later than so was itself held up, and its workers perhaps with it
+STACKS_SECONDS: Final = 2.0  # to wait for stacks at most
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a rank said of itself last, and the state of its process ("" where that is not known)."""
+
+    rank: int
+    sign: Sign
+    state: str
+
+
+@dataclass(frozen=True)
+class Hang:
+    """A worker that did not join the others in time."""
+
+    rank: int
+    step: int
+    phase: str
+    silent_seconds: float
+    state: str  # words of `STUCK`, or ""
+    stacks: Path | None  # None where they could not be kept
+
+    def __str__(self) -> str:
+        where = f"{self.phase} of step {self.step}" if self.step else self.phase
+        how = f"{self.state} in {where}, {self.silent_seconds:.0f} s ago" if self.state else (
+            f"in {where} for {self.silent_seconds:.0f} s"
+        )  # fmt: skip
+        return f"rank {self.rank} did not join: {how}" + (f"; stacks in {self.stacks}" if self.stacks else "")
+
+
+def find_culprit(looks: Sequence[Look]) -> Look:
+    """The rank that the others wait for: first one that cannot run, else the one least far, and silent longest."""
+    return min(looks, key=lambda k: (k.state not in STUCK, k.sign.step, k.sign.turn, k.sign.since))
+
+
+class Pauses:
+    """How long the watcher itself was held up: a whole machine that sleeps has no culprit."""
+
+    def __init__(self, now: float) -> None:
+        self._last = now
+        self._pauses: list[tuple[float, float]] = []  # (end, seconds)
+
+    def look(self, now: float) -> None:
+        """The watcher looks."""
+        if now - self._last > PAUSE_SECONDS:
+            self._pauses = [*self._pauses[-9:], (now, now - self._last)]
+        self._last = now
+
+    def since(self, moment: float) -> float:
+        """Seconds of the pauses that ended after `moment`."""
+        return sum(seconds for end, seconds in self._pauses if end > moment)
+
+
+class Watch:
+    """The pages of this machine's workers. Made before the workers: they find the folder in their environment."""
+
+    def __init__(self, stacks: Path) -> None:
+        """stacks: the folder in which those of a hang are kept."""
+        self._stacks = stacks
+        self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
+        os.environ[FOLDER] = str(self._folder)
+        self._pages: dict[int, tuple[int, Page]] = {}  # by local rank: (rank, page)
+        self._pauses = Pauses(time.monotonic())
+
+    def start(self, ranks: Sequence[int], seconds: float) -> None:
+        """Workers of these ranks (in the order of local ranks) are about to start; so long until their first sign."""
+        for _, page in self._pages.values():
+            page.close()
+        self._pages = {local: (rank, Page(self._folder, local)) for local, rank in enumerate(ranks)}
+        for _, page in self._pages.values():
+            page.write(0, 0, "start")
+            page.allow(seconds)
+
+    def sign(self, local_rank: int) -> Sign:
+        """The last sign of a worker, dead or alive."""
+        return self._pages[local_rank][1].read()
+
+    def look(self, pids: Mapping[int, int]) -> Hang | None:
+        """Whether one of the running workers (local rank -> process) is late; then who it is that they wait for."""
+        now = time.monotonic()
+        self._pauses.look(now)
+        signs = {local: self.sign(local) for local in pids}
+        if not any(now > sign.until + self._pauses.since(sign.since) for sign in signs.values()):
+            return None
+        states = {local: _state(pid) for local, pid in pids.items()}
+        kept = self._keep_stacks(pids, states, max(sign.step for sign in signs.values()))
+        # a rank that writes to a disk is in state D for moments: only one that still is counts
+        looks = [
+            Look(self._pages[local][0], signs[local], states[local] if _state(pid) == states[local] else "")
+            for local, pid in pids.items()
+        ]
+        found = find_culprit(looks)
+        sign = found.sign
+        return Hang(found.rank, sign.step, sign.phase, now - sign.since, STUCK.get(found.state, ""), kept)
+
+    def close(self) -> None:
+        for _, page in self._pages.values():
+            page.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _keep_stacks(self, pids: Mapping[int, int], states: Mapping[int, str], step: int) -> Path | None:
+        """All threads' stacks of all ranks in one file of the run; None where it cannot be written."""
+        asked = {local: pid for local, pid in pids.items() if states[local] not in _MUTE}
+        for pid in asked.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR2)
+        self._await_stacks(list(asked))
+        parts = []
+        for local in pids:
+            rank, sign = self._pages[local][0], self.sign(local)
+            parts.append(
+                f"rank {rank}: {sign.phase} of step {sign.step}; process {pids[local]} is {states[local] or 'gone'}\n"
+            )
+            file = stacks_file(self._folder, local)
+            parts.append(file.read_text("utf-8", "replace") if local in asked and file.is_file() else "  no stacks\n")
+        try:
+            self._stacks.mkdir(parents=True, exist_ok=True)
+            path = self._stacks / f"{time.strftime('%Y%m%d-%H%M%S')}-step-{step}.txt"
+            path.write_text("\n".join(parts), encoding="utf-8")
+        except OSError:
+            return None  # a full disk: the run is started again all the same
+        return path
+
+    def _await_stacks(self, asked: Sequence[int]) -> None:
+        """Until their files are there and grow no more."""
+        sizes: list[int] = []
+        end = time.monotonic() + STACKS_SECONDS
+        while time.monotonic() < end:
+            time.sleep(0.1)
+            files = [stacks_file(self._folder, local) for local in asked]
+            before, sizes = sizes, [file.stat().st_size if file.is_file() else 0 for file in files]
+            if all(sizes) and sizes == before:
+                return
+
+
+def _state(pid: int) -> str:
+    try:
+        return str(psutil.Process(pid).status())
+    except psutil.Error:
+        return ""
