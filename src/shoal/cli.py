@@ -107,6 +107,10 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_bench(add("bench", verbs.bench, timed, "speed [RECIPE.yaml] [--peers]"))
     same = "a certificate: does this layout train what one process would? Exit code 1 if not"
     _add_recipe(add("verify", verbs.verify, same, recipe))
+    spent = "where the time of a run went, across restarts: steps that count, and all the rest"
+    _add_record(add("goodput", verbs.goodput, spent))
+    once = "a proof: did a run train on each sample once an epoch, whatever died? Exit code 1 if not"
+    _add_record(add("ledger", verbs.ledger, once))
     add("env", verbs.env, "versions, devices, threads: what to paste into a bug report")
     return parser
 
@@ -261,6 +265,13 @@ def _add_run(parser: argparse.ArgumentParser, *, device: bool = True, optional: 
     parser.add_argument(
         "--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to compute (default: auto)"
     )
+
+
+def _add_record(parser: argparse.ArgumentParser) -> None:
+    """What a run wrote about itself."""
+    parser.add_argument("target", metavar="RUN", help="a run's name, or its folder")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from shoal.data.ledger import Header, Ledger, checksum
+from shoal.data.order import sample_at
 from shoal.metrics.goodput import MEANINGS, Account, Clock, account, in_words, table
 from shoal.metrics.lines import PatientLines, whole_lines
+from tests.cli.commands import Place
 
 SECOND = 1_000_000
 
@@ -292,3 +296,37 @@ def test_a_killed_process_leaves_all_but_a_second(tmp_path: Path) -> None:
     assert found.spent["evaluation"] > 1.0 * SECOND
     assert set(found.spent) == set(MEANINGS)
     assert os.path.getsize(path) < 5000
+
+
+def test_neither_record_needs_torch() -> None:
+    code = "import sys, shoal.metrics.goodput, shoal.data.ledger; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    """`shoal goodput` and `shoal ledger` of a run's folder, by its name and by its path."""
+    place = Place(tmp_path)
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    assert "runs/none is no run" in place.refused("goodput", "none")
+    (run / "config.yaml").write_text("{}\n")
+    assert "has no time.jsonl" in place.refused("goodput", "mine")
+    assert "has no ledger.jsonl" in place.refused("ledger", "mine")
+    life = Life(run / "time.jsonl", began=1000, age=1)
+    life.clock.begin(0)
+    life.steps(1, 4, 0.75)
+    life.clock.close()
+    ledger = Ledger(run / "ledger.jsonl", Header(rows=10, seed=0, global_batch=4, copies=1, data_id="tokens"))
+    ledger.begin(0, 0)
+    ledger.record(1, 0, 4, checksum(sample_at(0, range(4), 10), 40))
+    assert "step                 3.000   75.0%  training" in place.good("goodput", "mine")
+    found = json.loads(place.good("goodput", str(run), "--json"))
+    assert (found["goodput"], found["total_seconds"], sum(found["seconds"].values())) == (0.75, 4, 4)
+    assert "PASS" in place.good("ledger", "mine")
+    assert json.loads(place.good("ledger", "mine", "--json"))["passed"]
+    ledger.record(2, 4, 8, 1)
+    code, output = place.run("ledger", "mine")
+    assert code == 1
+    assert "FAIL" in output
+    code, output = place.run("ledger", "mine", "--json")
+    assert (code, json.loads(output)["first_wrong"]) == (1, 2)
