@@ -57,12 +57,20 @@ class Run:
             self.skipped[self.step] = (first, stop)
         else:
             self.trained[self.step] = ids
-        self.ledger.record(self.step, first, stop, summed(self.header, ids, dp), skipped=skipped)
+        windows = [(a, b) for _, a, b in self.passed]
+        self.ledger.record(self.step, first, stop, summed(self.header, ids, dp), skipped=skipped, windows=windows)
+
+    def stands_behind_a_step(self) -> bool:
+        """Where checkpoints are; windows are passed over by the step behind them."""
+        return not self.passed or self.passed[-1][2] != self.position
 
     def pass_over(self, samples: int) -> None:
-        self.passed.append((self.step, self.position, self.position + samples))
-        self.ledger.pass_over(self.position, self.position + samples)
+        """The next step begins behind these; two windows without a step between them are one."""
+        first = self.position
+        while self.passed and self.passed[-1][2] == first:
+            first = self.passed.pop()[1]
         self.position += samples
+        self.passed.append((self.step, first, self.position))
 
 
 def change(path: Path, number: int, **values: Any) -> None:
@@ -148,10 +156,11 @@ def test_any_life_agrees_with_counting(tmp_path: Path, seed: int) -> None:
                 run.pass_over(draw.randrange(1, 40))
         elif chance < 0.06:
             run.pass_over(draw.randrange(1, 3 * header.rows))
-        elif chance < 0.2:
+        elif chance < 0.2 and run.stands_behind_a_step():
             saved.append((run.step, run.position))
         else:
             run.take(dp=draw.choice([1, 2, 3, header.global_batch]), skipped=chance > 0.95)
+    run.take()  # what is passed over is written with the step behind it
     found = audit(tmp_path / "ledger.jsonl", rows=header.rows, seed=seed)
     assert found.problems == []
     assert (found.steps, found.lives, found.taken_again) == (run.step, lives, again)
@@ -234,6 +243,17 @@ def test_a_window_that_nobody_trained_on_is_found(tmp_path: Path) -> None:
     assert "positions 32 to 47 were passed over before step 4, and no line says so" in found.problems
     assert "step 4 comes after step 2" in found.problems
     assert "epoch 0: 84 of 100 samples, each once, 16 NEVER" in describe(found)
+
+
+def test_a_jump_counts_as_passed_over_only_where_a_window_ends(tmp_path: Path) -> None:
+    for windows, problems in ([(20, 40)], 0), ([(20, 39)], 1), ([(0, 12), (40, 90)], 1), ([], 1):
+        path = tmp_path / f"{windows}.jsonl"
+        run = Run(path, HEADER)
+        run.take()
+        total = checksum(sample_at(7, np.arange(40, 56), 100), 40)
+        run.ledger.record(2, 40, 56, total, windows=windows)
+        assert len(audit(path).problems) == problems
+        assert [(w.first, w.stop) for w in audit(path).passed_over] == [(16, 40)][problems:]
 
 
 def test_other_data_another_seed_another_batch_are_found(tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ class Ledger:
 
     def __init__(self, path: Path, header: Header) -> None:
         self._lines, self._header = PatientLines(path), header
+        self._stop = 0  # of the step before
 
     @property
     def problem(self) -> str | None:
@@ -92,15 +93,29 @@ class Ledger:
 
     def begin(self, step: int, position: int) -> None:
         """Steps go on after `step`, whose samples stop at `position`: what is written of later ones is taken back."""
+        self._stop = position
         self._lines.add({"after": step, "position": position, **asdict(self._header)})
 
-    def record(self, step: int, first: int, stop: int, total: float, *, skipped: bool = False) -> None:
-        """A step on positions [first, stop), whose checksums add up to `total`. skipped: it changed nothing."""
-        self._lines.add({"step": step, "first": first, "stop": stop, "skipped": skipped, "sum": int(total)})
+    def record(
+        self,
+        step: int,
+        first: int,
+        stop: int,
+        total: float,
+        *,
+        skipped: bool = False,
+        windows: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """
+        A step on positions [first, stop), whose checksums add up to `total`. skipped: it changed nothing.
 
-    def pass_over(self, first: int, stop: int) -> None:
-        """Positions [first, stop) are left out on purpose: the next step begins at `stop`."""
-        self._lines.add({"passed_over": [first, stop]})
+        windows: [first, stop) of positions that no step may have a part of. A jump is written as passed over where it ends
+        with one of these; any other is left for the audit to find.
+        """
+        if first > self._stop and any(first == end for _, end in windows):
+            self._lines.add({"passed_over": [self._stop, first]})
+        self._stop = stop
+        self._lines.add({"step": step, "first": first, "stop": stop, "skipped": skipped, "sum": int(total)})
 
     def sync(self) -> None:
         """Outlives a power cut from here on: for when a checkpoint does."""
