@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,11 @@ class Place:
         """(step, loss, gradient norm) at full precision."""
         return [(r["step"], r["loss"], r["grad_norm"]) for r in self.metrics(run) if "loss" in r]
 
+    def event_lines(self, run: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "runs" / run / "events.jsonl").read_text().splitlines()]
+
     def events(self, run: str) -> list[str]:
-        lines = (self.folder / "runs" / run / "events.jsonl").read_text().splitlines()
-        return [json.loads(line)["event"] for line in lines]
+        return [line["event"] for line in self.event_lines(run)]
 
 
 def clean_environment() -> dict[str, str]:
@@ -91,8 +94,13 @@ def wait_for(process: subprocess.Popen[str], words: str) -> str:
     return "".join(until(process, words))
 
 
-def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children()
+def workers_of(process: subprocess.Popen[str], but: Collection[int] = ()) -> list[psutil.Process]:
+    """The two workers in the order of their ranks; waits for those that are about to start in place of `but`."""
+    while True:
+        workers = [w for w in psutil.Process(process.pid).children() if w.pid not in but]
+        if not but or len(workers) == 2:
+            return workers
+        time.sleep(0.01)
 
 
 def gone(processes: list[psutil.Process]) -> bool:

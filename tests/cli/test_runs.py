@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from shoal.errors import EXIT_REQUEUE
 from tests.cli.commands import Place, gone, wait_for, workers_of
 
 
@@ -85,7 +86,9 @@ def test_a_worker_that_is_killed_is_started_again_and_no_bit_differs(place: Plac
     workers_of(process)[1].kill()
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 0, output
-    assert "worker 1 was killed by SIGKILL; starting again from the last checkpoint" in output
+    assert re.search(r"worker 1 was killed by SIGKILL .*step 1\d; starting again from the last checkpoint", output), (
+        output
+    )
     assert "Traceback" not in output
     assert place.losses("worker-killed") == clean_losses(place)
 
@@ -103,14 +106,50 @@ def test_a_launcher_that_is_killed_takes_its_workers_with_it_and_the_run_goes_on
     assert place.losses("launcher-killed") == clean_losses(place)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_that_is_stopped_is_named_and_started_again_and_no_bit_differs(place: Place) -> None:
+    process = place.start("train", "recipe.yaml", "--name", "worker-stopped", "--launch.hang_seconds", "6")
+    wait_for(process, "step 17/40")
+    workers_of(process)[1].suspend()
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, output
+    found = re.search(r"rank 1 did not join: stopped \(SIGSTOP\) in \w+ of step (\d+), .*; stacks in (\S+);", output)
+    assert found, output
+    stacks = (place.folder / found[2]).read_text()
+    assert "in train_step" in stacks  # where rank 0 waits for it
+    assert "rank 1: " in stacks
+    hang = next(e for e in place.event_lines("worker-stopped") if e["event"] == "hang")
+    assert (hang["rank"], hang["step"]) == (1, int(found[1]))
+    assert "Traceback" not in output
+    assert place.losses("worker-stopped") == clean_losses(place)
+
+
+def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_cause(place: Place) -> None:
+    process = place.start("train", "recipe.yaml", "--name", "loop")
+    wait_for(process, "step 17/40")
+    killed: set[int] = set()
+    for _ in range(3):  # the second and third time it has not come so far again
+        workers_of(process, but=killed)[1].kill()
+        killed |= {w.pid for w in workers_of(process)}
+        if len(killed) < 6:
+            wait_for(process, "starting again from the last checkpoint")
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 1, output
+    words = (
+        r"the run stopped: worker 1 was killed by SIGKILL .*; that makes 3 crashes without a step beyond 1[78]\. What"
+    )
+    assert re.search(words, output), output
+    crashes = [e for e in place.event_lines("loop") if e["event"] == "crashed"]
+    assert [(e["rank"], e["how"]) for e in crashes] == [(1, "was killed by SIGKILL")] * 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(place: Place, number: signal.Signals) -> None:
     name = f"stopped-{number.name}"
     process = place.start("train", "recipe.yaml", "--name", name)
     wait_for(process, "step  7/40")
     process.send_signal(number)
     output = process.communicate(timeout=100)[0]
-    assert process.returncode == 128 + number
+    assert process.returncode == EXIT_REQUEUE
     found = re.search(r"stopped: saved at step (\d+) of 40. The same command again goes on from there", output)
     assert found, output
     assert "Traceback" not in output
@@ -123,8 +162,31 @@ def test_asked_to_stop_while_it_starts_it_stops(place: Place) -> None:
     wait_for(process, "starting 2 processes")
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=100)[0]
-    assert process.returncode == 128 + signal.SIGINT
+    assert process.returncode == EXIT_REQUEUE
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_one_worker_that_is_asked_stops_them_all(place: Place, number: signal.Signals) -> None:
+    name = f"one-{number.name}"
+    process = place.start("train", "recipe.yaml", "--name", name)
+    wait_for(process, "step  7/40")
+    workers_of(process)[1].send_signal(number)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == EXIT_REQUEUE, output
+    assert "stopped: saved at step" in output
+    assert "starting again" not in output
+    assert not {"crashed", "hang"} & set(place.events(name))
+    place.good("train", "recipe.yaml", "--name", name)
+    assert place.losses(name) == clean_losses(place)
+
+
+def test_when_its_time_is_up_it_saves_and_asks_to_be_queued_again(place: Place) -> None:
+    code, output = place.run(
+        "train", "recipe.yaml", "--name", "limited", "--train.steps", "1000000", "--launch.time_limit_minutes", "0.3"
+    )
+    assert code == EXIT_REQUEUE, output
+    assert re.search(r"stopped: saved at step [1-9]\d* of 1000000", output), output
 
 
 def test_a_folder_that_cannot_be_written_is_one_message(place: Place) -> None:
@@ -137,7 +199,7 @@ def test_a_folder_that_cannot_be_written_is_one_message(place: Place) -> None:
 def test_a_last_checkpoint_that_is_not_there_is_no_success(place: Place) -> None:
     checkpoints = place.folder / "runs" / "unsaved" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    (checkpoints / ".step-00000003.tmp").touch()
+    (checkpoints / ".step-00000003.1.tmp").touch()  # where the first save is written
     output = place.refused("train", "recipe.yaml", "--name", "unsaved", "--train.steps", "3")
     assert "could not be written: runs/unsaved/checkpoints has none. Make room there" in output
 
@@ -168,10 +230,28 @@ def test_under_torchrun_it_is_a_worker(place: Place) -> None:
     assert place.losses("torchrun") == clean_losses(place)
 
 
+def test_under_torchrun_a_worker_that_is_asked_to_stop_says_so_by_its_code(place: Place) -> None:
+    import subprocess
+    import sys
+
+    from tests.cli.commands import clean_environment
+
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "shoal"]
+    process = subprocess.Popen(
+        [*command, "train", "recipe.yaml", "--name", "torchrun-stopped", "--train.steps", "100000"],
+        cwd=place.folder, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_for(process, "step      3/")
+    workers_of(process)[1].terminate()
+    output = process.communicate(timeout=100)[0]
+    assert "stopped: saved at step" in output
+    assert set(re.findall(r"exitcode *: (-?\d+)", output)) == {str(EXIT_REQUEUE)}, output
+
+
 @pytest.mark.slow
 def test_killed_ten_times_at_random_moments_the_last_bits_are_the_same(place: Place) -> None:
     """SIGKILL of the launcher or of a worker, ten times in one run, at moments that a seed chooses."""
-    long = ("--train.steps", "300", "--train.eval_every", "0", "--launch.max_restarts", "20")
+    long = ("--train.steps", "300", "--train.eval_every", "0", "--launch.max_crashes", "20")
     place.good("train", "recipe.yaml", "--name", "left-alone", *long)
     chance, process, victims = random.Random(20261121), None, []
     for _ in range(10):

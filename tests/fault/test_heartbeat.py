@@ -1,0 +1,121 @@
+"""Signs of life: what a launcher reads is what a worker wrote, and how much time a step gets."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from shoal.config import Launch
+from shoal.fault.heartbeat import (
+    FEW,
+    FLOOR_SECONDS,
+    FOLDER,
+    RECENT,
+    SLOWER,
+    Heartbeat,
+    Page,
+    Patience,
+    leave_stacks_when_asked,
+    stacks_file,
+)  # fmt: skip
+from shoal.launch.place import LOCKED_BY
+
+
+@pytest.fixture
+def listening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Page:
+    """The launcher's view of rank 1's page, in an environment in which rank 1 finds it."""
+    place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in {**place, FOLDER: str(tmp_path), LOCKED_BY: str(os.getppid())}.items():
+        monkeypatch.setenv(name, value)
+    return Page(tmp_path, 1)
+
+
+def test_a_page_says_where_the_worker_is_and_until_when(listening: Page) -> None:
+    heart = Heartbeat.open(Launch(timeout_seconds=600.0))
+    before = time.monotonic()
+    heart.begin(7)
+    heart.beat("forward")
+    heart.beat("backward")
+    sign = listening.read()
+    assert (sign.step, sign.turn, sign.phase) == (7, 2, "backward")
+    assert before <= sign.since <= time.monotonic()
+    assert before + 600 <= sign.until <= time.monotonic() + 600
+    heart.outside("evaluate")
+    assert (listening.read().step, listening.read().phase) == (7, "evaluate")
+    heart.rest()
+    assert listening.read().until == math.inf
+
+
+def test_steps_are_learned_after_the_first_and_only_where_nothing_came_between(listening: Page) -> None:
+    heart = Heartbeat.open(Launch(hang_seconds=5.0, timeout_seconds=600.0))
+
+    def allowed() -> float:
+        return listening.read().until - listening.read().since
+
+    for step in (1, 2):  # the first one compiles, and is not yet over when the second begins
+        heart.begin(step)
+        assert allowed() == pytest.approx(600, abs=1)
+    heart.outside("save")
+    heart.begin(3)
+    assert allowed() == pytest.approx(600, abs=1)
+    heart.begin(4)
+    assert allowed() == pytest.approx(5, abs=1)
+    heart.outside("save")
+    assert allowed() == pytest.approx(600, abs=1)
+
+
+def test_nobody_listens_and_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv(FOLDER, raising=False)
+    Heartbeat.open(Launch()).begin(1)
+    monkeypatch.setenv(FOLDER, str(tmp_path))  # of another launcher, that this process is no worker of
+    monkeypatch.setenv(LOCKED_BY, "0")
+    Heartbeat.open(Launch()).begin(1)
+    leave_stacks_when_asked()
+    assert not list(tmp_path.iterdir())
+
+
+def test_patience_is_ten_times_the_slowest_recent_step_between_bounds() -> None:
+    patience = Patience(600.0)
+    for _ in range(FEW):
+        assert patience.allowance() == 600
+        patience.learn(0.1)
+    assert patience.allowance() == FLOOR_SECONDS
+    patience.learn(5.0)
+    assert patience.allowance() == SLOWER * 5
+    patience.learn(90.0)
+    assert patience.allowance() == 600  # not beyond a collective's timeout
+    patience.learn(400.0)
+    assert patience.allowance() == 800  # unless steps are that slow
+    for _ in range(RECENT):
+        patience.learn(3.0)
+    assert patience.allowance() == SLOWER * 3
+
+
+def test_a_number_in_the_config_holds_after_the_first_step() -> None:
+    patience = Patience(600.0, 4.0)
+    assert patience.allowance() == 600
+    patience.learn(100.0)
+    assert patience.allowance() == 4
+
+
+def test_stacks_are_left_where_the_launcher_looks(listening: Page, tmp_path: Path) -> None:
+    """In a process of its own: pytest has a use for faulthandler too."""
+    import subprocess
+    import sys
+
+    code = (
+        "import os, signal, threading\n"
+        "from shoal.fault.heartbeat import leave_stacks_when_asked\n"
+        "leave_stacks_when_asked()\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "os.kill(os.getpid(), signal.SIGUSR2)\n"
+    )
+    environment = {**os.environ, LOCKED_BY: str(os.getpid())}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    text = stacks_file(tmp_path, 1).read_text()
+    assert text.count("most recent call first") == 2
+    assert "in wait" in text

@@ -1,0 +1,124 @@
+"""Who hangs, and whether to start again: pages written by hand, processes of our own."""
+
+from __future__ import annotations
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shoal.errors import EXIT_LOST_PEER
+from shoal.fault.heartbeat import FOLDER, Page, Sign
+from shoal.launch.crashes import Crashes, first_death, how_it_died
+from shoal.launch.watch import Look, Pauses, Watch, find_culprit
+
+
+def look(rank: int, step: int, turn: int, since: float, state: str = "sleeping") -> Look:
+    return Look(rank, Sign(step, turn, "forward", since, math.inf), state)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [look(0, 12, 3, 5.0), look(2, 12, 3, 4.0)],
+        [look(0, 12, 1, 5.0), look(2, 11, 0, 1.0)],
+    ],
+)
+def test_a_process_that_cannot_run_is_the_one_however_far_it_is(others: list[Look]) -> None:
+    for state in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DISK_SLEEP):
+        assert find_culprit([*others, look(1, 12, 4, 9.0, state)]).rank == 1
+
+
+def test_else_it_is_the_one_least_far_and_silent_longest() -> None:
+    assert find_culprit([look(0, 12, 3, 1.0), look(1, 11, 9, 2.0)]).rank == 1
+    assert find_culprit([look(0, 12, 3, 1.0), look(1, 12, 2, 2.0)]).rank == 1
+    assert find_culprit([look(0, 12, 3, 2.0), look(1, 12, 3, 1.0)]).rank == 1
+
+
+def test_a_machine_that_slept_has_no_culprit() -> None:
+    pauses = Pauses(0.0)
+    for now in (0.1, 0.2, 300.2, 300.3, 302.3):
+        pauses.look(now)
+    assert pauses.since(0.15) == pytest.approx(302)
+    assert pauses.since(301) == pytest.approx(2)
+    assert pauses.since(302.3) == 0
+
+
+@pytest.fixture
+def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+    monkeypatch.setenv(FOLDER, "")  # put back afterwards
+    watch = Watch(tmp_path / "stacks")
+    yield watch
+    watch.close()
+
+
+@pytest.fixture
+def sleepers() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Two processes that leave SIGUSR2 alone."""
+    code = "import signal, time; signal.signal(signal.SIGUSR2, signal.SIG_IGN); print(flush=True); time.sleep(100)"
+    processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)]
+    for process in processes:
+        assert process.stdout is not None
+        process.stdout.readline()
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_stopped_process_is_named_when_somebody_is_late(
+    watch: Watch, sleepers: list[subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    import os
+
+    pids = {local: process.pid for local, process in enumerate(sleepers)}
+    watch.start([4, 5], 600.0)
+    pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]
+    for local, page in enumerate(pages):
+        page.write(12, 2 - local, "forward")
+    assert watch.look(pids) is None
+    sleepers[0].send_signal(signal.SIGSTOP)
+    while psutil.Process(pids[0]).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.01)
+    assert watch.look(pids) is None  # it may be stopped as long as nobody is late
+    pages[1].allow(0.0)
+    hang = watch.look(pids)
+    assert hang is not None
+    assert (hang.rank, hang.step, hang.phase, hang.state) == (4, 12, "forward", "stopped (SIGSTOP)")
+    assert f"rank 4 did not join: stopped (SIGSTOP) in forward of step 12, 0 s ago; stacks in {hang.stacks}" == str(
+        hang
+    )
+    assert hang.stacks is not None
+    assert hang.stacks.parent == tmp_path / "stacks"
+    assert f"rank 5: forward of step 12; process {pids[1]} is sleeping" in hang.stacks.read_text()
+    watch.start([4, 5], 600.0)  # their successors are not late
+    assert watch.look(pids) is None
+
+
+@dataclass
+class Death:
+    exitcode: int
+    timestamp: int
+
+
+def test_the_first_death_is_not_of_one_that_followed() -> None:
+    deaths = {0: Death(EXIT_LOST_PEER, 1), 1: Death(-9, 3), 2: Death(1, 4)}
+    assert first_death(deaths)[0] == 1
+    assert how_it_died(-9) == "was killed by SIGKILL"
+    assert how_it_died(1) == "ended with code 1"
+
+
+def test_crashes_count_until_a_step_further_is_taken() -> None:
+    crashes = Crashes(3)
+    assert [crashes.add(step) for step in (12, 12, 13, 12, 13)] == [False, False, False, False, True]
+    assert (crashes.count, crashes.step) == (3, 13)
+    assert Crashes(1).add(0)
+    going = Crashes(2)
+    assert not any(going.add(step) for step in range(100))
