@@ -49,7 +49,8 @@ from shoal.plan.estimate import parameter_count
 from shoal.resolve import read_back, resolve, to_yaml
 from shoal.runs import RunFolder
 from shoal.train.assemble import assemble, open_loader
-from shoal.train.loop import set_threads, settle
+from shoal.train.loop import set_threads
+from shoal.train.settle import settle
 from shoal.train.step import train_step
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -395,6 +395,28 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Fault:
+    """What is done where numbers go wrong."""
+
+    max_skipped: int = opt(
+        3,
+        "steps in a row that may be left out for a loss or gradient that is no number, or for a spike; one more, and the "
+        "run goes back to the last checkpoint and passes over these samples",
+        unit="steps",
+        ge=0,
+    )
+    spike_zscore: float | None = opt(
+        None,
+        "leave a step out whose loss is so many robust deviations above the recent ones; 6 to 10 are usual; null: none",
+        gt=0,
+    )
+    max_rollbacks: int = opt(3, "how often a run goes back without coming further, before it ends", ge=0)
+    check_replicas_every: int = opt(
+        100, "compare what replicas hold, to the bit, and before each checkpoint; 0: never", unit="steps", ge=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metrics:
     """What a run says of itself."""
 
@@ -439,7 +461,10 @@ class Launch:
         le=65535,
     )
     max_restarts: int | None = opt(
-        None, "a worker that dies or hangs is restarted at most so often; null: as long as steps are taken", unit="restarts", ge=0
+        None,
+        "a worker that dies or hangs is restarted at most so often; null: as long as steps are taken",
+        unit="restarts",
+        ge=0,
     )
     max_crashes: int = opt(
         3, "so many crashes without a step further, whatever their cause, end the run", unit="crashes", ge=1
@@ -476,6 +501,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     train: Train = field(default_factory=Train)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    fault: Fault = field(default_factory=Fault)
     metrics: Metrics = field(default_factory=Metrics)
     launch: Launch = field(default_factory=Launch)
 
@@ -492,6 +518,7 @@ SECTIONS: dict[str, type[Any]] = {
     "optim": Optim,
     "train": Train,
     "checkpoint": Checkpoint,
+    "fault": Fault,
     "metrics": Metrics,
     "launch": Launch,
 }

@@ -22,7 +22,7 @@ from shoal.parallel.randomness import Randomness
 from shoal.parallel.reduce import GradientReducer
 from shoal.parallel.region import Shard
 from shoal.runs import RunFolder
-from shoal.train.loop import settle
+from shoal.train.settle import settle
 from tests.parallel.layouts import config_of, mesh_for
 from tests.world import World
 

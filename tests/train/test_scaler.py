@@ -46,17 +46,17 @@ def test_scale_and_weights_are_those_of_torchs_grad_scaler(monkeypatch: pytest.M
         reference.zero_grad()
 
         ours.grad = gradient * scaler.scale
-        norm = scaler.judge(gradient_norm([shard], {shard.name: ours.shape}, ALONE, bitwise=False), optimizer)
+        norm = scaler.judge(gradient_norm([shard], {shard.name: ours.shape}, ALONE, bitwise=False))
         clip([shard], norm, 1.0, scaler.divisor)
         optimizer.set_learning_rate(0.1)
-        optimizer.step()
+        optimizer.step(torch.tensor(overflows))
         assert float(scaler.scale) == grad_scaler.get_scale()
         torch.testing.assert_close(ours, theirs)
 
 
 def in_float16(mesh: Mesh, config: Config, steps: int) -> tuple[Step, list[float]]:
     """On a CPU, where shoal refuses float16 since it is slow; the model is tiny. The scale after each step of a run."""
-    with patch("shoal.train.loop.check_dtype"):
+    with patch("shoal.train.settle.check_dtype"):
         step = first_step(mesh, config)
         run = Run.open(
             config.replace("launch", name=f"{config.launch.name}-run"), mesh_for(mesh, config.parallel), NeverStop()
@@ -64,7 +64,7 @@ def in_float16(mesh: Mesh, config: Config, steps: int) -> tuple[Step, list[float
         scales = []
         assert run.state.scaler is not None
         for _ in range(steps):
-            run._record(run._step(), None)
+            run._record(run._step())
             scales.append(float(run.state.scaler.scale))
         run.close()
     return step, scales

@@ -45,7 +45,8 @@ from shoal.parallel.region import Shard
 from shoal.resolve import to_dict
 from shoal.runs import RunFolder
 from shoal.train.assemble import assemble, open_loader
-from shoal.train.loop import count_steps, set_threads, settle
+from shoal.train.loop import set_threads
+from shoal.train.settle import count_steps, settle
 from shoal.train.state import TrainState
 from shoal.train.step import train_step
 
@@ -175,7 +176,7 @@ def _take_steps(config: Config, mesh: Mesh, rows: Rows, console: Console | None 
         # the plan's rate, but none so small that no update could be told from none
         lr = max(learning_rate(config.optim, step, total), config.optim.lr / 10)
         stats = train_step(runnable, state, loader.next_step(), step=step, lr=lr, clip_norm=config.optim.clip_norm)
-        loss, tokens, norm = stats.numbers.tolist()
+        loss, tokens, norm, _ = stats.numbers.tolist()
         trace.losses.append(loss / max(tokens, 1.0))
         trace.norms.append(norm)
         if step == 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,8 @@ class Loader:
     """
     This rank's micro-batches of each optimizer step.
 
+    `passed_over`: [first, stop) of positions that no step has a part of.
+
     A step has `global_batch // micro_batch` slots, micro-batches in a fixed order; a rank owns a contiguous run of
     them (`layout.deal`). Raises ValueError where there are fewer than ranks.
     """
@@ -83,6 +85,7 @@ class Loader:
         dp_rank: int,
         dp_size: int,
         position: int = 0,
+        passed_over: Sequence[tuple[int, int]] = (),
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
@@ -94,12 +97,14 @@ class Loader:
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank {dp_rank} is not in range({dp_size})")
         self.position = position
-        """Samples in the steps handed out so far, over all ranks."""
+        """Samples up to the end of the last step that was handed out, over all ranks."""
+        self.first = position
+        """Where that step began."""
         self.rows = rows
-        self._seed, self._pin_memory = seed, pin_memory
+        self._seed, self._pin_memory, self._passed_over = seed, pin_memory, sorted(passed_over)
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._slots = deal(slots, dp_size)[dp_rank]
-        self._ready: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=prefetch)
+        self._ready: queue.Queue[tuple[int, list[Batch]] | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, args=(position,), name="loader", daemon=True)
         self._thread.start()
@@ -112,8 +117,9 @@ class Loader:
         if isinstance(step, BaseException):
             self._ready.put(step)  # the thread has ended: asked again, say the same rather than wait for ever
             raise step
-        self.position += self._global_batch
-        return step
+        self.first, batches = step
+        self.position = self.first + self._global_batch
+        return batches
 
     def close(self) -> None:
         """End the thread. May be called twice."""
@@ -127,10 +133,28 @@ class Loader:
     def _read_ahead(self, position: int) -> None:
         try:
             while not self._closed.is_set():
-                self._ready.put(self._step_at(position))
+                position = self._after_windows(position)
+                self._ready.put((position, self._step_at(position)))
                 position += self._global_batch
         except BaseException as error:  # everything: it is raised in the thread that asks
             self._ready.put(error)
+
+    def _after_windows(self, position: int) -> int:
+        """Where a step may begin from `position` on, that has no sample which is to be passed over."""
+        for first, stop in self._passed_over:
+            if position < stop and position + self._global_batch > first:
+                position = stop
+        return position
+
+    def samples(self, position: int) -> list[int]:
+        """The rows of the step that begins at `position`, over all ranks."""
+        places = np.arange(position, position + self._global_batch)
+        found: list[int] = sample_at(self._seed, places, len(self.rows)).tolist()
+        return found
+
+    def batches_at(self, position: int) -> list[Batch]:
+        """This rank's part of the step that begins at `position`, once more. Reads it now."""
+        return self._step_at(position)
 
     def _step_at(self, position: int) -> list[Batch]:
         """A pure function of the position."""

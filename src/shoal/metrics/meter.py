@@ -133,6 +133,10 @@ class Meter:
         self._split = (step, timer)
         return timer
 
+    def pass_over(self) -> None:
+        """A step that has no record of its own."""
+        self._steps_since += 1
+
     def record(
         self, step: int, tokens: int, step_tokens: int, loss: float, lr: float, norm: float | None
     ) -> dict[str, Any] | None:

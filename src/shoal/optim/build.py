@@ -21,8 +21,16 @@ class Optimizer:
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = tuple(parts)
 
-    def step(self) -> None:
+    def step(self, skip: torch.Tensor | None = None) -> None:
+        """Update; or, where `skip` (0-d bool, the same on every process) is true, leave all as it was."""
         for part in self.parts:
+            if skip is not None:
+                here = skip.to(next(iter(part.state)).device)  # offloaded: the CPU, and there before it is read
+                if here.device.type == "cpu":
+                    if here:
+                        continue
+                else:  # who asks a GPU waits for it: fused AdamW and Muon read this there
+                    part.found_inf = here.float()  # type: ignore[attr-defined]
             part.step()
 
     def set_learning_rate(self, lr: float) -> None:

@@ -89,6 +89,7 @@ class Muon(torch.optim.Optimizer):
             self.state[shard.tensor]["momentum_buffer"] = torch.zeros_like(shard.tensor)
         self._shards, self._team, self._device = list(shards), team, shards[0].tensor.device
         half = self._device.type == "cuda" and has_bfloat16(self._device)
+        self.found_inf: Tensor | None = None  # 0-d, not 0: the next step is to change nothing; as fused AdamW has it
         self._dtype = dtype or (torch.bfloat16 if half else torch.float32)
         self._rounds = _plan([shard.name for shard in shards], self._regions(), team)
 
@@ -110,18 +111,24 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        group = self.param_groups[0]
+        group, skip = self.param_groups[0], None if self.found_inf is None else self.found_inf.bool()
         tensors = [t for t in group["params"] if t.numel()]
         if tensors:  # all may be empty here
             buffers = [self.state[t]["momentum_buffer"] for t in tensors]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors])
-            torch._foreach_mul_(tensors, 1 - group["lr"] * group["weight_decay"])
+            gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
+            momentum, decay = group["momentum"], 1 - group["lr"] * group["weight_decay"]
+            if skip is not None:  # then all of them change nothing
+                momentum, decay = (torch.where(skip, 1.0, kept) for kept in (momentum, decay))
+                for gradient in gradients:
+                    gradient.masked_fill_(skip, 0.0)
+            torch._foreach_mul_(buffers, momentum)
+            torch._foreach_add_(buffers, gradients)
+            torch._foreach_mul_(tensors, decay)
         for each in self._rounds:
-            self._update(each, group)
+            self._update(each, group, skip)
         return loss
 
-    def _update(self, each: _Round, group: dict[str, Any]) -> None:
+    def _update(self, each: _Round, group: dict[str, Any], skip: Tensor | None) -> None:
         wholes = {i: torch.empty(shape, dtype=self._dtype, device=self._device) for i, shape in each.owned.items()}
         for part, tensor in self._exchange(each.gather, lambda part: self._direction(part, group)):
             wholes[part.matrix][part.region.slices] = tensor
@@ -129,7 +136,8 @@ class Muon(torch.optim.Optimizer):
             wholes[i] = orthogonalise(whole, group["steps"])
         for part, tensor in self._exchange(each.scatter, lambda part: wholes[part.matrix][part.region.slices]):
             rate = group["lr"] * 0.2 * math.sqrt(max(part.region.shape))
-            self._shards[part.matrix].tensor.sub_(tensor.float() * rate)
+            change = tensor.float() * rate
+            self._shards[part.matrix].tensor.sub_(change if skip is None else change.masked_fill(skip, 0.0))
 
     def _direction(self, part: _Part, group: dict[str, Any]) -> Tensor:
         """What is orthogonalised, of this process's part of a matrix; float32."""

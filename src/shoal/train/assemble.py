@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -75,8 +75,10 @@ def _leave_empty(*_: object) -> None:
     """A checkpoint comes."""
 
 
-def open_loader(config: Config, mesh: Mesh, rows: Rows, position: int = 0) -> Loader:
-    """This process's micro-batches, from `position` (samples) on."""
+def open_loader(
+    config: Config, mesh: Mesh, rows: Rows, position: int = 0, passed_over: Sequence[tuple[int, int]] = ()
+) -> Loader:
+    """This process's micro-batches, from `position` (samples) on, without those of `passed_over`."""
     return Loader(
         rows,
         seed=config.train.seed,
@@ -85,6 +87,7 @@ def open_loader(config: Config, mesh: Mesh, rows: Rows, position: int = 0) -> Lo
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
         position=position,
+        passed_over=passed_over,
         prefetch=config.data.prefetch,
         pin_memory=mesh.device.type == "cuda",
     )

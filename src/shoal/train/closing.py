@@ -9,11 +9,17 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+import torch
+
+from shoal.checkpoint.load import load_model
+from shoal.checkpoint.saved import Saved
 from shoal.config import Config, Launch
 from shoal.data.prepare import Prepared, held_out_text
 from shoal.infer.generate import generate
 from shoal.metrics.compression import bits_per_byte
 from shoal.metrics.console import Console
+from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.runs import RunFolder
 
@@ -86,3 +92,12 @@ def _yardstick(prepared: Prepared, ours: float) -> str:
     scores = {"this model": ours, **{f"{k} -9": v for k, v in bits_per_byte(text).items()}}
     ranked = ", ".join(f"{k} {v:.3f}" for k, v in sorted(scores.items(), key=lambda item: item[1]))
     return f"held-out text ({len(text):,} bytes), bits per byte: {ranked}"
+
+
+def whole_model(config: Config, saved: list[Saved], shapes: Mapping[str, torch.Size]) -> LanguageModel | None:
+    """A sharded run's model, read from its last checkpoint to the CPU, if it takes no more than a tenth of the memory."""
+    if not saved or 4 * sum(s.numel() for s in shapes.values()) > psutil.virtual_memory().available / 10:
+        return None
+    model = build_model(config.model, compute_dtype=torch.float32)
+    load_model(saved[-1], model, torch.device("cpu"))
+    return model

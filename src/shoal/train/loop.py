@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 
-from shoal.checkpoint.load import load_model
 from shoal.checkpoint.saved import Saved, listed
-from shoal.config import Config, Train
+from shoal.config import Config
 from shoal.data.loader import Batch, Loader
 from shoal.data.open import open_data
 from shoal.data.prepare import Prepared
-from shoal.data.tokenize import tokenizer_folder
-from shoal.errors import CheckpointError
-from shoal.fault.health import check_finite
+from shoal.errors import CheckpointError, DivergedError
+from shoal.fault.inject import Faults, flip, poison
+from shoal.fault.origin import find_origin
 from shoal.fault.signals import StopRequest
-from shoal.hub.beside import OF_MODEL, TOKENIZER, WEIGHTS, keep, keep_dtypes
-from shoal.hub.find import find_model
-from shoal.hub.folder import ModelFolder
 from shoal.launch.place import LOCKED_BY
 from shoal.metrics.console import Console
-from shoal.metrics.meter import Meter, settle_dtype
+from shoal.metrics.meter import Meter, Phases, no_phases
 from shoal.metrics.trackers import Events, JsonLines, forget_after
-from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.optim.schedule import learning_rate, replanned
 from shoal.parallel.apply import Runnable
-from shoal.parallel.mesh import Mesh, check_dtype, open_mesh
+from shoal.parallel.mesh import Mesh, open_mesh
+from shoal.parallel.replicas import compare, has_replicas
 from shoal.runs import RunFolder
 from shoal.train.assemble import assemble, open_loader
-from shoal.train.closing import close_run
+from shoal.train.closing import close_run, whole_model
 from shoal.train.evaluate import evaluate
+from shoal.train.guard import Guard
+from shoal.train.recovery import GoBack, Recovery
 from shoal.train.saving import Saving
 from shoal.train.scaler import SMALLEST
+from shoal.train.settle import count_steps, length_of, settle, write_run_files
 from shoal.train.state import TrainState
 from shoal.train.step import Stats, train_step
 
@@ -78,6 +76,10 @@ class Run:
     saving: Saving
     loader: Loader
     meter: Meter
+    guard: Guard
+    recovery: Recovery
+    faults: Faults
+    lines: JsonLines | None
     total_steps: int
     val: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -98,7 +100,9 @@ class Run:
         with folder.writable():
             events = Events(folder.events_file) if mesh.is_first else None
         say = events.say if events else lambda event, **facts: None
-        saving = Saving.open(config, folder.checkpoints, mesh, console, say, prepared.data_id)
+        faults = Faults(mesh.place.rank)
+        saving = Saving.open(config, folder.checkpoints, mesh, console, say, prepared.data_id, faults.at)
+        faults.at("load")
         newest = saving.find()
         applied: list[str] = []
         runnable, state = assemble(config, mesh, applied.append, fresh=newest is None)
@@ -107,11 +111,17 @@ class Run:
         if mesh.is_first:
             with folder.writable():
                 write_run_files(folder, config, prepared, state.step)
-        loader = open_loader(config, mesh, rows, state.position)
+        loader = open_loader(config, mesh, rows, state.position, state.passed_over)
         meter = Meter(config, mesh)
+        guard = Guard(mesh.device, config.fault.spike_zscore)
+        guard.losses.extend(state.losses)
+        recovery = Recovery(config.fault, console, say)
+        lines = JsonLines(folder.metrics_file) if mesh.is_first else None
+        faults.targets = {"nan": lambda: poison(runnable.parts.values(), faults), "flip": lambda: flip(state.shards)}
         run = cls(
-            config, mesh, stop, console, folder, prepared, events, runnable, state, saving, loader, meter, total_steps
-        )
+            config, mesh, stop, console, folder, prepared, events, runnable, state, saving, loader, meter, guard,
+            recovery, faults, lines, total_steps,
+        )  # fmt: skip
         run._introduce(applied, newest, before, [(d.key, d.before, d.after) for d in changed])
         return run
 
@@ -122,7 +132,14 @@ class Run:
 
     def take_steps(self) -> bool:
         """The steps, and what is due between them; True where somebody asked to stop."""
-        lines = JsonLines(self.folder.metrics_file) if self.mesh.is_first else None
+        while True:
+            try:
+                return self._steps_to_the_end()
+            except GoBack as back:
+                self._go_back(back)
+
+    def _steps_to_the_end(self) -> bool:
+        """`take_steps`, unless something makes the run go back: raises `GoBack`, on all processes at once."""
         pending: Stats | None = None
         stopped = False
         self.meter.start()
@@ -131,28 +148,43 @@ class Run:
             # On a GPU a step's numbers are read while the next one runs; a CPU has taken the step by now.
             pending, stats = (stats, pending) if self.mesh.device.type == "cuda" else (None, stats)
             if stats is not None:
-                stopped = self._record(stats, lines)
-            if self._due(self.config.train.eval_every) or self._save_is_due():
-                stopped = (pending is not None and self._record(pending, lines)) or stopped
+                stopped = self._record(stats)
+            if self._something_is_due():
+                stopped = (pending is not None and self._record(pending)) or stopped
                 pending = None
-                self._evaluate_if_due()
-                if self._save_is_due():
-                    self.saving.begin(self.state, self._val_loss())
+                self._do_what_is_due()
                 self.meter.start()
         if pending is not None:
-            stopped = self._record(pending, lines) or stopped
+            stopped = self._record(pending) or stopped
+        self._check_replicas()
         return stopped
 
     def close(self) -> None:
+        """May be called twice."""
         self.loader.close()
+        if self.lines is not None:
+            self.lines.close()
+
+    def _marked(self, timer: Phases, step: int) -> Phases:
+        """`timer`, and a word at each phase of `step` that this process has come so far."""
+        self.faults.step = step
+
+        @contextlib.contextmanager
+        def mark(name: str) -> Iterator[None]:
+            self.faults.at(name)
+            with timer(name):
+                yield
+
+        return mark
 
     def _step(self) -> Stats:
         """One optimizer step, begun; what it did is in the `Stats`, still on the device."""
         config, step = self.config, self.state.step + 1
-        timer = self.meter.phases(step)
+        timer = self._marked(self.meter.phases(step), step)
         with timer("data"):
             batches: Sequence[Batch] = self.loader.next_step()
         serials = self.saving.serials()
+        self.guard.prepare(step)
         stats = train_step(
             self.runnable,
             self.state,
@@ -160,26 +192,93 @@ class Run:
             step=step,
             lr=learning_rate(config.optim, step, self.total_steps),
             clip_norm=config.optim.clip_norm,
+            guard=self.guard,
             votes=[float(bool(self.stop)), *self.saving.votes()],
             phases=timer,
         )
         self.state.step, self.state.position = step, self.loader.position
-        return dataclasses.replace(stats, serials=serials)
+        return dataclasses.replace(stats, first=self.loader.first, serials=serials)
 
-    def _record(self, stats: Stats, lines: JsonLines | None) -> bool:
-        """Judge a step that is over and write its line; True where a rank was asked to stop."""
-        loss_sum, tokens, norm, asked, *votes = stats.numbers.tolist()
+    def _record(self, stats: Stats) -> bool:
+        """
+        Judge a step that is over and write its line; True where a rank was asked to stop.
+
+        Raises `GoBack` where too many were left out.
+        """
+        loss_sum, tokens, norm, skipped, asked, *votes = stats.numbers.tolist()
         self.saving.settle(stats.serials, votes, stats.step)
-        self.state.tokens += int(tokens)
         loss = loss_sum / max(tokens, 1.0)
         overflowed = self._overflowed(stats.step, norm)
-        check_finite(stats.step, loss, 0.0 if overflowed else norm)
+        self.state.skipped += int(skipped)
+        if skipped and not overflowed:
+            self.meter.pass_over()
+            self._left_out(stats, loss, norm)
+            return bool(asked)
+        self.state.tokens += int(tokens)
+        if not skipped:
+            self.guard.learn(stats.step, loss)
+            self.recovery.went_well(stats.step)
         norm_known = None if overflowed else norm
         record = self.meter.record(stats.step, self.state.tokens, int(tokens), loss, stats.lr, norm_known)
-        if record is not None and lines is not None:
-            lines.write(record)
+        if record is not None and self.lines is not None:
+            self.lines.write(record)
             self.console.step(record, self.total_steps, self.meter.left_seconds(self.total_steps - stats.step))
-        return bool(asked > 0)
+        return bool(asked)
+
+    def _left_out(self, stats: Stats, loss: float, norm: float) -> None:
+        """Find where it began, by taking the step once more, and say it. A collective; raises `GoBack`."""
+        batches = self.loader.batches_at(stats.first)
+        scale = self.state.scaler.scale if self.state.scaler else 1.0
+        found = find_origin(
+            self.runnable.parts,
+            lambda: self.runnable.forward_backward(batches, stats.step, self._marked(no_phases, stats.step), scale),
+        )
+        origins = [(each, rank) for rank, each in enumerate(self.mesh.gather_objects(found)) if each is not None]
+        origin = "{} on rank {}".format(*min(origins)) if origins else ""
+        self.recovery.left_out(
+            stats.step, loss=loss, norm=norm, first=stats.first, stop=stats.first + self.config.train.global_batch,
+            samples=self.loader.samples(stats.first), origin=origin,
+        )  # fmt: skip
+
+    def _go_back(self, back: GoBack) -> None:
+        """To the newest checkpoint that is whole. A collective; raises `DivergedError` where that does not help."""
+        step = self.state.step
+        self.recovery.may_go_back(step, back.why)
+        self.saving.settle_all(step)
+        newest = self.saving.find()
+        if newest is None:
+            raise DivergedError(
+                f"step {step}: {back.why}, and there is no checkpoint to go back to. A lower optim.lr, a longer "
+                "optim.warmup_steps, other weights or another train.seed may help"
+            )
+        self.saving.restore(newest, self.state)
+        samples = ""
+        if back.passed_over is not None:
+            first, stop = back.passed_over
+            self.state.passed_over.append((first, stop))
+            samples = f"; the samples at {first:,} to {stop - 1:,} are passed over"
+        self.guard.losses.clear()
+        self.guard.losses.extend(self.state.losses)
+        self.val = {}
+        self.loader.close()
+        self.loader = open_loader(self.config, self.mesh, self.loader.rows, self.state.position, self.state.passed_over)
+        if self.lines is not None:
+            self.lines.close()
+            forget_after(self.folder.metrics_file, self.state.step)
+            self.lines = JsonLines(self.folder.metrics_file)
+        self.console.warn(f"{back.why}: back from step {step} to {newest.folder}{samples}")
+        self._event("went back", step=step, to=newest.step, why=back.why, passed_over=back.passed_over)
+
+    def _check_replicas(self) -> None:
+        """Raises `GoBack` where processes that should hold the same bits do not. A collective."""
+        if not self.config.fault.check_replicas_every or not has_replicas(self.mesh):
+            return
+        if differing := compare(self.state.tensors(), self.mesh):
+            ranks = sorted({rank for each in differing for rank in each.ranks})
+            names = ", ".join(each.name for each in differing[:3]) + (", ..." if len(differing) > 3 else "")
+            self._event("corrupted", step=self.state.step, ranks=ranks, tensors=[each.name for each in differing])
+            which = f"rank {ranks[0]} holds" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} hold"
+            raise GoBack(f"{which} other bits than its replicas, of {names}: memory or arithmetic failed there")
 
     def _overflowed(self, step: int, norm: float) -> bool:
         """Whether float16's loss scale left this step out, with a smaller one to try; said where it is so."""
@@ -195,9 +294,24 @@ class Run:
     def _due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0 and self.state.step < self.total_steps
 
-    def _evaluate_if_due(self) -> None:
+    def _something_is_due(self) -> bool:
+        return (
+            self._due(self.config.train.eval_every)
+            or self._save_is_due()
+            or self._due(self.config.fault.check_replicas_every)
+        )
+
+    def _do_what_is_due(self) -> None:
         if self._due(self.config.train.eval_every):
             self._evaluate(self.config.train.eval_tokens)
+        saves = self._save_is_due()
+        if saves or self._due(self.config.fault.check_replicas_every):
+            self._check_replicas()
+        if saves and not self.recovery.is_sound:
+            self.saving.put_off(self.state.step)
+        elif saves:
+            self.state.losses = list(self.guard.losses)
+            self.saving.begin(self.state, self._val_loss())
 
     def _evaluate(self, max_tokens: int | None) -> None:
         """Loss on held-out documents, to the console, the metrics and the next checkpoint."""
@@ -211,10 +325,8 @@ class Run:
             f"{self.val['val_bits_per_byte']:.4f} bits/byte",
             "bold",
         )
-        if self.mesh.is_first:
-            lines = JsonLines(self.folder.metrics_file)
-            lines.write(self.val)
-            lines.close()
+        if self.lines is not None:
+            self.lines.write(self.val)
 
     def _save_is_due(self) -> bool:
         return self.saving.is_due(self.state.step) and self.state.step < self.total_steps
@@ -291,56 +403,3 @@ class Run:
         planned = count_steps(before.train, config.data.seq_len, len(self.loader.rows))
         if text := replanned(config.optim, self.state.step, planned, self.total_steps):
             self.console.warn(text)
-
-
-def whole_model(config: Config, saved: list[Saved], shapes: Mapping[str, torch.Size]) -> LanguageModel | None:
-    """A sharded run's model, read from its last checkpoint to the CPU, if it takes no more than a tenth of the memory."""
-    if not saved or 4 * sum(s.numel() for s in shapes.values()) > psutil.virtual_memory().available / 10:
-        return None
-    model = build_model(config.model, compute_dtype=torch.float32)
-    load_model(saved[-1], model, torch.device("cpu"))
-    return model
-
-
-def settle(config: Config, folder: RunFolder, prepared: Prepared, mesh: Mesh) -> Config:
-    """
-    Fill what only this machine and the tokenizer can say: the vocabulary, the dtype. A collective over the world.
-
-    Raises `DataError` where the vocabulary is too small, `LaunchError` where the device lacks the dtype.
-    """
-    config = folder.settled(config)
-    size = config.model.vocab_size or prepared.vocab_size
-    prepared.tokenizer.check_rows(size)
-    dtype = settle_dtype(config.train.dtype, mesh)
-    check_dtype(dtype, mesh.device)
-    return config.replace("model", vocab_size=size).replace("train", dtype=dtype)
-
-
-def count_steps(train: Train, seq_len: int, rows: int) -> int:
-    """The run's length in steps, from whichever of steps, tokens or epochs is given."""
-    match length_of(train):
-        case "steps", steps:
-            return int(steps)
-        case "tokens", tokens:
-            return math.ceil(tokens / (train.global_batch * seq_len))
-        case _, epochs:
-            return math.ceil(epochs * rows / train.global_batch)
-
-
-def length_of(train: Train) -> tuple[str, float]:
-    """Which of steps, tokens or epochs says how long the run is, and how much of it."""
-    return next((k, v) for k in ("steps", "tokens", "epochs") if (v := getattr(train, k)) is not None)
-
-
-def write_run_files(folder: RunFolder, config: Config, prepared: Prepared, step: int) -> None:
-    """The config and the tokenizer; and no metrics of steps that are taken again."""
-    forget_after(folder.metrics_file, step)
-    folder.save_config(config)
-    origin = None if config.model.from_ is None else find_model(config.model.from_)
-    tokenizer = tokenizer_folder(config.data.tokenizer)
-    if origin is not None and not (folder.source / WEIGHTS).is_file():
-        keep(origin, OF_MODEL if tokenizer != origin else (*OF_MODEL, *TOKENIZER), folder.source)
-        keep_dtypes(ModelFolder.open(origin), folder.source)
-    if tokenizer is not None and tokenizer != origin:
-        keep(tokenizer, TOKENIZER, folder.tokenizer)
-    shutil.copyfile(prepared.folder / "tokenizer.json", folder.tokenizer_file)

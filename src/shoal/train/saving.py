@@ -54,11 +54,20 @@ class Saving:
     data_id: str = field(kw_only=True)
 
     @classmethod
-    def open(cls, config: Config, folder: Path, mesh: Mesh, console: Console, event: Say, data_id: str) -> Saving:
-        """`folder`: that of the run's checkpoints. A collective over the world."""
+    def open(
+        cls,
+        config: Config,
+        folder: Path,
+        mesh: Mesh,
+        console: Console,
+        event: Say,
+        data_id: str,
+        at: Callable[[str], None],
+    ) -> Saving:
+        """`folder`: that of the run's checkpoints; `at(phase)` is called as a save goes on. A collective over the world."""
         options = config.checkpoint
         keep = Keep(options.keep, options.keep_every, options.keep_best)
-        tiers = [_Tier(CheckpointStore(folder, mesh, keep=keep), options.every)]
+        tiers = [_Tier(CheckpointStore(folder, mesh, keep=keep, at=at), options.every)]
         if options.fast is not None:
             near = Path(options.fast) / folder.parent.name
             store = CheckpointStore(near, mesh, keep=Keep(2, 0, best=False), durable=False)
@@ -120,6 +129,12 @@ class Saving:
     def is_due(self, step: int) -> bool:
         return any(tier.is_due(step) for tier in self.tiers)
 
+    def put_off(self, step: int) -> None:
+        """What is due at `step` is saved after the next one."""
+        for tier in self.tiers:
+            if tier.is_due(step):
+                tier.retry_at = step + 1
+
     def begin(self, state: TrainState, val_loss: float | None) -> None:
         """Begin the saves that are due at `state.step`."""
         for tier in self.tiers:
@@ -138,11 +153,15 @@ class Saving:
             else:
                 tier.store.begin(state.tensors(), self._scalars(state, val_loss))
 
-    def finish(self, state: TrainState, val_loss: float | None) -> Outcome:
-        """Save now where it lasts, and wait until it is there. A collective over the world."""
+    def settle_all(self, step: int) -> None:
+        """Wait for what is under way. A collective over the world."""
         for tier in self.tiers:
             if (outcome := tier.store.finish()) is not None:
-                self._tell(tier, outcome, state.step)
+                self._tell(tier, outcome, step)
+
+    def finish(self, state: TrainState, val_loss: float | None) -> Outcome:
+        """Save now where it lasts, and wait until it is there. A collective over the world."""
+        self.settle_all(state.step)
         last = self.tiers[0]
         outcome = last.store.save(state.tensors(), self._scalars(state, val_loss))
         if outcome.seconds or not outcome.ok:

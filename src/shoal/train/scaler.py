@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from shoal.optim.build import Optimizer
-
 START, GROW_EVERY = 2.0**16, 2000
 SMALLEST = 0.5  # there where even a scale of 1 overflowed
 
@@ -13,28 +11,23 @@ SMALLEST = 0.5  # there where even a scale of 1 overflowed
 class LossScaler:
     """
     Multiplies the loss so that small gradients survive in float16; halves where they overflow, doubles after 2,000
-    steps that did not. A step that overflowed changes nothing. Nothing waits for the host.
+    steps that did not. The step that overflowed is left out by others. Nothing waits for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.full((), START, device=device)
         self.divisor = self.scale.clone()  # what this step's gradients are to be divided by
         self.good_steps = torch.zeros((), device=device)
-        self.skipped = torch.zeros((), device=device)  # steps that overflowed, of all
 
-    def judge(self, norm: torch.Tensor, optimizer: Optimizer) -> torch.Tensor:
+    def judge(self, norm: torch.Tensor) -> torch.Tensor:
         """
-        Tell the optimizer whether the step counts, and choose the next scale; the norm of the unscaled gradients.
+        Choose the next scale; the norm of the unscaled gradients.
 
         `norm` is that of the scaled gradients: infinite or no number on every process if it is so on one.
         """
         unscaled = norm / self.scale
         bad = (~torch.isfinite(norm)).float()
-        for part in optimizer.parts:
-            # where its counters are (offloaded: the CPU), and there before it is read
-            part.found_inf = bad.to(next(iter(part.state)).device)  # type: ignore[attr-defined]  # what fused AdamW reads: it leaves all as it was
         self.divisor = self.scale.clone()
-        self.skipped += bad
         self.good_steps.add_(1.0).mul_(1.0 - bad)
         grow = (self.good_steps >= GROW_EVERY).float()
         self.scale.mul_((1.0 - 0.5 * bad) * (1.0 + grow)).clamp_(min=SMALLEST)

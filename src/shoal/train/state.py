@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.optim.build import Optimizer
@@ -24,6 +24,9 @@ class TrainState:
     step: int = 0  # optimizer steps taken
     position: int = 0  # samples consumed
     tokens: int = 0  # valid tokens trained on
+    skipped: int = 0  # steps that were left out
+    losses: Sequence[tuple[int, float]] = ()  # (step, loss): what a spike is measured against
+    passed_over: list[tuple[int, int]] = field(default_factory=list)  # [first, stop) of samples that are not trained on
 
     def tensors(self) -> dict[str, Part]:
         """What this process holds of each tensor, by its global name, to be written from or loaded into in place."""
@@ -41,20 +44,21 @@ class TrainState:
     def scalars(self) -> dict[str, Any]:
         """The rest, as JSON takes it."""
         values: dict[str, Any] = {"step": self.step, "position": self.position, "tokens": self.tokens}
+        values |= {"skipped": self.skipped, "losses": list(self.losses), "passed_over": self.passed_over}
         if self.scaler is not None:
-            values["loss_scale"] = [float(x) for x in (self.scaler.scale, self.scaler.good_steps, self.scaler.skipped)]
+            values["loss_scale"] = [float(x) for x in (self.scaler.scale, self.scaler.good_steps)]
         return values
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Take over `scalars()` of a checkpoint whose tensors were loaded."""
         self.step, self.position, self.tokens = (int(scalars[k]) for k in ("step", "position", "tokens"))
-        skipped = 0.0
+        self.skipped = int(scalars.get("skipped", 0))
+        self.losses = [(int(step), float(loss)) for step, loss in scalars.get("losses", ())]
+        self.passed_over = [(int(first), int(stop)) for first, stop in scalars.get("passed_over", ())]
         if self.scaler is not None and "loss_scale" in scalars:
-            scale, good_steps, skipped = scalars["loss_scale"]
-            self.scaler.scale.fill_(scale)
-            self.scaler.good_steps.fill_(good_steps)
-            self.scaler.skipped.fill_(skipped)
-        self.optimizer.set_steps(self.step - int(skipped))
+            self.scaler.scale.fill_(scalars["loss_scale"][0])
+            self.scaler.good_steps.fill_(scalars["loss_scale"][1])
+        self.optimizer.set_steps(self.step - self.skipped)
         loaded = {s.name: s for s in self._first_of_each()}
         for twin in self.shards:
             first = loaded.get(twin.name)

@@ -11,6 +11,7 @@ from shoal.data.loader import Batch
 from shoal.metrics.meter import Phases, no_phases
 from shoal.parallel.apply import Runnable
 from shoal.train.clip import clip, gradient_norm
+from shoal.train.guard import Guard
 from shoal.train.state import TrainState
 
 
@@ -20,7 +21,8 @@ class Stats:
 
     step: int
     lr: float
-    numbers: torch.Tensor  # [3 + votes] float64: loss summed over tokens, valid tokens, gradient norm, summed votes
+    numbers: torch.Tensor  # [4 + votes] float64: loss summed over tokens, valid tokens, gradient norm, left out?, votes
+    first: int = 0  # the position of its first sample
     serials: Sequence[int] = ()  # the saves that the votes are about
 
 
@@ -32,25 +34,31 @@ def train_step(
     step: int,
     lr: float,
     clip_norm: float,
+    guard: Guard | None = None,
     votes: Sequence[float] = (),
     phases: Phases = no_phases,
 ) -> Stats:
     """
-    Forward, backward, sum over processes, clip, update. Collectives over all axes.
+    Forward, backward, sum over processes, judge, clip, update. Collectives over all axes.
 
+    guard: leaves steps out that are not sound, and the state as it was; None: those alone whose norm is no number.
     votes: what this process has to say to the others; they come back summed over the world.
     """
     optimizer, scaler = state.optimizer, state.scaler
     losses, tokens = runnable.forward_backward(batches, step, phases, scaler.scale if scaler else 1.0)
-    with phases("optimizer"):
-        norm = gradient_norm(runnable.shards, runnable.shapes, runnable.mesh, bitwise=runnable.bitwise)
-        if scaler is not None:
-            norm = scaler.judge(norm, optimizer)
-        clip(runnable.shards, norm, clip_norm, scaler.divisor if scaler else None)
-        optimizer.set_learning_rate(lr)
-        optimizer.step()
     with phases("reduce"):
         said = torch.tensor(votes, dtype=torch.float64).to(losses.device, non_blocking=True)
         summed = runnable.mesh.sum(torch.cat([losses.double(), said]))
-    loss = summed[: len(losses)].sum() * tokens
-    return Stats(step, lr, torch.cat([torch.stack([loss, tokens.double(), norm.double()]), summed[len(losses) :]]))
+        loss, said = summed[: len(losses)].sum(), summed[len(losses) :]
+    with phases("optimizer"):
+        norm = gradient_norm(runnable.shards, runnable.shapes, runnable.mesh, bitwise=runnable.bitwise)
+        skip = guard.judge(loss, norm.to(loss.device)) if guard else ~torch.isfinite(norm)
+        if scaler is not None:
+            norm = scaler.judge(norm)
+        clip(runnable.shards, norm, clip_norm, scaler.divisor if scaler else None)
+        optimizer.set_learning_rate(lr)
+        optimizer.step(skip)
+    numbers = torch.stack(
+        [loss * tokens, tokens.double(), norm.double().to(loss.device), skip.double().to(loss.device)]
+    )
+    return Stats(step, lr, torch.cat([numbers, said]))

@@ -1,0 +1,75 @@
+"""Where a number that is none comes from: a step once more, with a look at what every module gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, order=True)
+class Origin:
+    """A place; the lesser of two is the one that came first."""
+
+    in_gradient: bool  # which all processes have after the sum, and which comes after every output
+    stage: int
+    turn: int  # modules that were called before it
+    name: str
+
+    def __str__(self) -> str:
+        return f"the {'gradient' if self.in_gradient else 'output'} of {self.name}"
+
+
+def find_origin(parts: Mapping[int, nn.Module], again: Callable[[], object]) -> Origin | None:
+    """
+    What first gives a number that is not finite when `again` takes the step's forward and backward once more: a module
+    in forward, or else the parameter nearest to the loss whose gradient it is in. None where all is finite.
+
+    parts: pipeline stages by their number. Waits for the device after every module: for what is rare.
+    """
+    watch = _Watch()
+    named = [(stage, name, m) for stage, part in parts.items() for name, m in part.named_modules() if name]
+    hooks = [module.register_forward_hook(watch.hook(stage, name)) for stage, name, module in named]
+    try:
+        again()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if watch.found is not None:
+        return watch.found
+    for stage, part in sorted(parts.items(), reverse=True):
+        for name, parameter in reversed(list(part.named_parameters())):
+            if parameter.grad is not None and not _is_finite(parameter.grad):
+                return Origin(True, -stage, 0, name)
+    return None
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self.found: Origin | None = None
+        self._calls = 0
+
+    def hook(self, stage: int, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._calls += 1
+            if self.found is None and not all(map(_is_finite, _tensors(output))):
+                self.found = Origin(False, stage, self._calls, name)
+
+        return look
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    return [t for each in output for t in _tensors(each)] if isinstance(output, list | tuple) else []
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """In what this process holds of it."""
+    local = getattr(tensor, "to_local", lambda: tensor)()
+    return not local.is_floating_point() or bool(torch.isfinite(local).all())

@@ -1,0 +1,61 @@
+"""What only this machine, the data and the tokenizer can say of a config; and what a run writes down before it starts."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+from shoal.config import Config, Train
+from shoal.data.prepare import Prepared
+from shoal.data.tokenize import tokenizer_folder
+from shoal.hub.beside import OF_MODEL, TOKENIZER, WEIGHTS, keep, keep_dtypes
+from shoal.hub.find import find_model
+from shoal.hub.folder import ModelFolder
+from shoal.metrics.meter import settle_dtype
+from shoal.metrics.trackers import forget_after
+from shoal.parallel.mesh import Mesh, check_dtype
+from shoal.runs import RunFolder
+
+
+def settle(config: Config, folder: RunFolder, prepared: Prepared, mesh: Mesh) -> Config:
+    """
+    Fill what only this machine and the tokenizer can say: the vocabulary, the dtype. A collective over the world.
+
+    Raises `DataError` where the vocabulary is too small, `LaunchError` where the device lacks the dtype.
+    """
+    config = folder.settled(config)
+    size = config.model.vocab_size or prepared.vocab_size
+    prepared.tokenizer.check_rows(size)
+    dtype = settle_dtype(config.train.dtype, mesh)
+    check_dtype(dtype, mesh.device)
+    return config.replace("model", vocab_size=size).replace("train", dtype=dtype)
+
+
+def count_steps(train: Train, seq_len: int, rows: int) -> int:
+    """The run's length in steps, from whichever of steps, tokens or epochs is given."""
+    match length_of(train):
+        case "steps", steps:
+            return int(steps)
+        case "tokens", tokens:
+            return math.ceil(tokens / (train.global_batch * seq_len))
+        case _, epochs:
+            return math.ceil(epochs * rows / train.global_batch)
+
+
+def length_of(train: Train) -> tuple[str, float]:
+    """Which of steps, tokens or epochs says how long the run is, and how much of it."""
+    return next((k, v) for k in ("steps", "tokens", "epochs") if (v := getattr(train, k)) is not None)
+
+
+def write_run_files(folder: RunFolder, config: Config, prepared: Prepared, step: int) -> None:
+    """The config and the tokenizer; and no metrics of steps that are taken again."""
+    forget_after(folder.metrics_file, step)
+    folder.save_config(config)
+    origin = None if config.model.from_ is None else find_model(config.model.from_)
+    tokenizer = tokenizer_folder(config.data.tokenizer)
+    if origin is not None and not (folder.source / WEIGHTS).is_file():
+        keep(origin, OF_MODEL if tokenizer != origin else (*OF_MODEL, *TOKENIZER), folder.source)
+        keep_dtypes(ModelFolder.open(origin), folder.source)
+    if tokenizer is not None and tokenizer != origin:
+        keep(tokenizer, TOKENIZER, folder.tokenizer)
+    shutil.copyfile(prepared.folder / "tokenizer.json", folder.tokenizer_file)
