@@ -86,7 +86,7 @@ def _work(config: Config, *, verify: bool = False) -> int:
             return 0
         from shoal.train.loop import train
 
-        stopped = train(config)  # type: ignore[func-returns-value, unused-ignore]
+        stopped = train(config)
     except RuntimeError as error:
         if is_lost_peer(error):
             return EXIT_LOST_PEER  # the launcher says which one and why; our own traceback would only hide it

@@ -7,8 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +93,8 @@ def wait_for(process: subprocess.Popen[str], words: str) -> str:
     return "".join(until(process, words))
 
 
-def workers_of(process: subprocess.Popen[str], but: Collection[int] = ()) -> list[psutil.Process]:
-    """The two workers in the order of their ranks; waits for those that are about to start in place of `but`."""
-    while True:
-        workers = [w for w in psutil.Process(process.pid).children() if w.pid not in but]
-        if not but or len(workers) == 2:
-            return workers
-        time.sleep(0.01)
+def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children()
 
 
 def gone(processes: list[psutil.Process]) -> bool:

@@ -123,23 +123,15 @@ def test_a_worker_that_is_stopped_is_named_and_started_again_and_no_bit_differs(
     assert place.losses("worker-stopped") == clean_losses(place)
 
 
-def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_cause(place: Place) -> None:
-    process = place.start("train", "recipe.yaml", "--name", "loop")
-    wait_for(process, "step 17/40")
-    killed: set[int] = set()
-    for _ in range(3):  # the second and third time it has not come so far again
-        workers_of(process, but=killed)[1].kill()
-        killed |= {w.pid for w in workers_of(process)}
-        if len(killed) < 6:
-            wait_for(process, "starting again from the last checkpoint")
-    output = process.communicate(timeout=200)[0]
-    assert process.returncode == 1, output
-    words = (
-        r"the run stopped: worker 1 was killed by SIGKILL .*; that makes 3 crashes without a step beyond 1[78]\. What"
-    )
-    assert re.search(words, output), output
-    crashes = [e for e in place.event_lines("loop") if e["event"] == "crashed"]
-    assert [(e["rank"], e["how"]) for e in crashes] == [(1, "was killed by SIGKILL")] * 3
+@pytest.mark.parametrize(("fault", "how"), [("kill", "was killed by SIGKILL"), ("exception", "ended with code 1")])
+def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_cause(place: Place, fault: str, how: str) -> None:
+    faults = [{"step": 12, "phase": "forward", "rank": 1, "fault": fault, "life": life} for life in range(9)]
+    code, output = place.run("train", "recipe.yaml", "--name", f"loop-{fault}", SHOAL_FAULTS=json.dumps(faults))
+    assert code == 1, output
+    last = f"the run stopped: worker 1 {how} in forward of step 12; that makes 3 crashes without a step beyond 12. What"
+    assert last in output, output
+    crashes = [e for e in place.event_lines(f"loop-{fault}") if e["event"] == "crashed"]
+    assert [(e["rank"], e["how"], e["step"]) for e in crashes] == [(1, how, 12)] * 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])

@@ -55,8 +55,10 @@ def report_to_launcher(message: str) -> bool:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None or os.environ.get(LOCKED_BY) != str(os.getppid()):
         return False
-    with open(path, "w", encoding="utf-8") as file:
+    # whole or not there: the launcher may end this process at any moment, and the agent fails on half a file
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         json.dump({"message": message, "timestamp": int(time.time())}, file)
+    os.replace(f"{path}.tmp", path)
     return True
 
 
