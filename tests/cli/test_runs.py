@@ -149,12 +149,18 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(place: Place, number: sign
     assert place.losses(name) == clean_losses(place)
 
 
-def test_asked_to_stop_while_it_starts_it_stops(place: Place) -> None:
-    process = place.start("train", "recipe.yaml", "--name", "early", "--train.steps", "100000")
+@pytest.mark.parametrize("whom", ["launcher", "worker"])
+def test_asked_to_stop_while_it_starts_it_stops(place: Place, whom: str) -> None:
+    process = place.start("train", "recipe.yaml", "--name", f"early-{whom}", "--train.steps", "100000")
     wait_for(process, "starting 2 processes")
-    process.send_signal(signal.SIGINT)
+    if whom == "launcher":
+        process.send_signal(signal.SIGINT)
+    else:
+        while not (workers := workers_of(process)):
+            pass
+        workers[0].terminate()  # it does not listen yet
     output = process.communicate(timeout=100)[0]
-    assert process.returncode == EXIT_REQUEUE
+    assert process.returncode == EXIT_REQUEUE, output
     assert "Traceback" not in output
 
 

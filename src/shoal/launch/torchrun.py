@@ -163,7 +163,8 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     if set(codes) == {EXIT_REQUEUE}:
         return EXIT_REQUEUE
     if agent.asked:
-        tell("stopped without saving; the same command goes on from the last checkpoint, if there is one")
+        cause = f" ({agent.why})" if agent.why else ""
+        tell(f"stopped without saving{cause}; the same command goes on from the last checkpoint, if there is one")
         return EXIT_REQUEUE
     tell(f"the run stopped: {agent.why}. What was saved stands; the same command goes on from there")
     return 1
