@@ -5,7 +5,8 @@ runs/NAME/
   config.yaml     the resolved config        metrics.jsonl   a line a step
   tokenizer.json  how its text became ids    events.jsonl    starts, saves, stops
   checkpoints/    see checkpoint/store.py    lock            who trains it now
-  samples/        what it wrote when it ended
+  samples/        what it wrote when it ended  ledger.jsonl  which samples it was trained on
+  stacks/         of workers that hung       time.jsonl      where the time went
   source/         what came beside the weights, where it started from a folder
   tokenizer/      all files of its tokenizer, where that is another folder
 """
@@ -61,6 +62,14 @@ class RunFolder:
     @property
     def events_file(self) -> Path:
         return self.path / "events.jsonl"
+
+    @property
+    def ledger_file(self) -> Path:
+        return self.path / "ledger.jsonl"
+
+    @property
+    def time_file(self) -> Path:
+        return self.path / "time.jsonl"
 
     @property
     def source(self) -> Path:

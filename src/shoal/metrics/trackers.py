@@ -4,34 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from shoal.disk import write_whole
+from shoal.metrics.lines import PatientLines
 
 
-class JsonLines:
-    """A file that lines are added to. A line is whole or not there, whatever dies."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: IO[str] = path.open("a", encoding="utf-8")
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Add one line, in one write."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class Events(JsonLines):
+class Events(PatientLines):
     """Starts, saves, faults and stops, with the time of day."""
 
     def say(self, event: str, **facts: Any) -> None:
-        self.write({"time": round(time.time(), 3), "event": event, **facts})
+        self.add({"time": round(time.time(), 3), "event": event, **facts})
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:

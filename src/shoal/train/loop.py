@@ -13,17 +13,19 @@ import torch
 
 from shoal.checkpoint.saved import Saved, listed
 from shoal.config import Config
+from shoal.data.ledger import Header, checksum
 from shoal.data.loader import Batch, Loader
 from shoal.data.open import open_data
 from shoal.data.prepare import Prepared
 from shoal.errors import CheckpointError, DivergedError
+from shoal.fault.heartbeat import Heartbeat
 from shoal.fault.inject import Faults, flip, poison
+from shoal.fault.limit import TimeLimit
 from shoal.fault.origin import find_origin
 from shoal.fault.signals import StopRequest
 from shoal.launch.place import LOCKED_BY
 from shoal.metrics.console import Console
 from shoal.metrics.meter import Meter, Phases, no_phases
-from shoal.metrics.trackers import Events, JsonLines, forget_after
 from shoal.models.family import LanguageModel
 from shoal.optim.schedule import learning_rate, replanned
 from shoal.parallel.apply import Runnable
@@ -34,6 +36,7 @@ from shoal.train.assemble import assemble, open_loader
 from shoal.train.closing import close_run, whole_model
 from shoal.train.evaluate import evaluate
 from shoal.train.guard import Guard
+from shoal.train.records import Records
 from shoal.train.recovery import GoBack, Recovery
 from shoal.train.saving import Saving
 from shoal.train.scaler import SMALLEST
@@ -42,14 +45,18 @@ from shoal.train.state import TrainState
 from shoal.train.step import Stats, train_step
 
 
-def train(config: Config) -> None:
-    """Train, from the start or from the last checkpoint, as one of the processes of a run."""
+def train(config: Config) -> bool:
+    """
+    Train, from the start or from the last checkpoint, as one of the processes of a run.
+
+    Whether it was asked to stop before its end.
+    """
     set_threads(config)
     stop = StopRequest()
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
         run = Run.open(config, mesh, stop)
         try:
-            run.train()
+            return run.train()
         finally:
             run.close()
 
@@ -70,7 +77,7 @@ class Run:
     console: Console
     folder: RunFolder
     prepared: Prepared
-    events: Events | None
+    records: Records
     runnable: Runnable
     state: TrainState
     saving: Saving
@@ -79,7 +86,9 @@ class Run:
     guard: Guard
     recovery: Recovery
     faults: Faults
-    lines: JsonLines | None
+    header: Header
+    heartbeat: Heartbeat
+    limit: TimeLimit
     total_steps: int
     val: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -90,6 +99,9 @@ class Run:
         folder = RunFolder.of(config)
         if mesh.is_first and os.environ.get(LOCKED_BY) != str(os.getppid()):
             folder.lock()
+        records = Records(folder, console, writes=mesh.is_first)
+        heartbeat = Heartbeat.open(config.launch)
+        heartbeat.outside("start")
         prepared = open_data(config.data, console)
         config = settle(config, folder, prepared, mesh)
         rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
@@ -97,11 +109,8 @@ class Run:
         changed = folder.agree(config)
         before = folder.load_config() if folder.config_file.is_file() else config
         mesh.barrier()  # nobody writes the config before everybody has compared
-        with folder.writable():
-            events = Events(folder.events_file) if mesh.is_first else None
-        say = events.say if events else lambda event, **facts: None
         faults = Faults(mesh.place.rank)
-        saving = Saving.open(config, folder.checkpoints, mesh, console, say, prepared.data_id, faults.at)
+        saving = Saving.open(config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at)
         faults.at("load")
         newest = saving.find()
         applied: list[str] = []
@@ -110,25 +119,32 @@ class Run:
             saving.restore(newest, state)
         if mesh.is_first:
             with folder.writable():
-                write_run_files(folder, config, prepared, state.step)
+                write_run_files(folder, config, prepared)
         loader = open_loader(config, mesh, rows, state.position, state.passed_over)
         meter = Meter(config, mesh)
         guard = Guard(mesh.device, config.fault.spike_zscore)
         guard.losses.extend(state.losses)
-        recovery = Recovery(config.fault, console, say)
-        lines = JsonLines(folder.metrics_file) if mesh.is_first else None
+        recovery = Recovery(config.fault, console, records.event)
+        header = Header(
+            len(rows), config.train.seed, config.train.global_batch, mesh.world_size // mesh.dp_size, prepared.data_id
+        )
+        limit = TimeLimit.open(config.launch.time_limit_minutes, sum(p.tensor.nbytes for p in state.tensors().values()))
+        saving.on_saved = limit.saved
         faults.targets = {"nan": lambda: poison(runnable.parts.values(), faults), "flip": lambda: flip(state.shards)}
         run = cls(
-            config, mesh, stop, console, folder, prepared, events, runnable, state, saving, loader, meter, guard,
-            recovery, faults, lines, total_steps,
+            config, mesh, stop, console, folder, prepared, records, runnable, state, saving, loader, meter, guard,
+            recovery, faults, header, heartbeat, limit, total_steps,
         )  # fmt: skip
         run._introduce(applied, newest, before, [(d.key, d.before, d.after) for d in changed])
         return run
 
-    def train(self) -> None:
-        """The steps, then the end."""
-        stopped = self.take_steps()
-        self._end(stopped)
+    def train(self) -> bool:
+        """The steps, then the end; whether it was asked to stop before the last step."""
+        stopped = self.take_steps() and self.state.step < self.total_steps
+        self.heartbeat.outside("end")
+        with self.records.clock.spend("end"):
+            self._end(stopped)
+        return stopped
 
     def take_steps(self) -> bool:
         """The steps, and what is due between them; True where somebody asked to stop."""
@@ -142,6 +158,8 @@ class Run:
         """`take_steps`, unless something makes the run go back: raises `GoBack`, on all processes at once."""
         pending: Stats | None = None
         stopped = False
+        self.records.begin(self.header, self.state.step, self.state.position)
+        self.records.clock.begin(self.state.step)
         self.meter.start()
         while self.state.step < self.total_steps and not stopped:
             stats: Stats | None = self._step()
@@ -162,8 +180,7 @@ class Run:
     def close(self) -> None:
         """May be called twice."""
         self.loader.close()
-        if self.lines is not None:
-            self.lines.close()
+        self.records.close()
 
     def _marked(self, timer: Phases, step: int) -> Phases:
         """`timer`, and a word at each phase of `step` that this process has come so far."""
@@ -171,6 +188,7 @@ class Run:
 
         @contextlib.contextmanager
         def mark(name: str) -> Iterator[None]:
+            self.heartbeat.beat(name)
             self.faults.at(name)
             with timer(name):
                 yield
@@ -181,8 +199,10 @@ class Run:
         """One optimizer step, begun; what it did is in the `Stats`, still on the device."""
         config, step = self.config, self.state.step + 1
         timer = self._marked(self.meter.phases(step), step)
-        with timer("data"):
+        self.heartbeat.begin(step)
+        with timer("data"), self.records.clock.spend("data"):
             batches: Sequence[Batch] = self.loader.next_step()
+        samples = sum(checksum(batch.sample_ids, self.header.bits) for batch in batches)
         serials = self.saving.serials()
         self.guard.prepare(step)
         stats = train_step(
@@ -193,11 +213,15 @@ class Run:
             lr=learning_rate(config.optim, step, self.total_steps),
             clip_norm=config.optim.clip_norm,
             guard=self.guard,
-            votes=[float(bool(self.stop)), *self.saving.votes()],
+            votes=[float(self._asked_to_stop()), float(samples), *self.saving.votes()],
             phases=timer,
         )
         self.state.step, self.state.position = step, self.loader.position
         return dataclasses.replace(stats, first=self.loader.first, serials=serials)
+
+    def _asked_to_stop(self) -> bool:
+        time_is_up = self.limit.is_due()  # asked in every step: it learns from that
+        return bool(self.stop) or time_is_up
 
     def _record(self, stats: Stats) -> bool:
         """
@@ -205,7 +229,12 @@ class Run:
 
         Raises `GoBack` where too many were left out.
         """
-        loss_sum, tokens, norm, skipped, asked, *votes = stats.numbers.tolist()
+        loss_sum, tokens, norm, skipped, asked, samples, *votes = stats.numbers.tolist()
+        self.records.clock.reached(stats.step)
+        self.records.samples(
+            stats.step, stats.first, stats.first + self.config.train.global_batch, samples, skipped=bool(skipped),
+            windows=self.state.passed_over,
+        )  # fmt: skip
         self.saving.settle(stats.serials, votes, stats.step)
         loss = loss_sum / max(tokens, 1.0)
         overflowed = self._overflowed(stats.step, norm)
@@ -220,8 +249,8 @@ class Run:
             self.recovery.went_well(stats.step)
         norm_known = None if overflowed else norm
         record = self.meter.record(stats.step, self.state.tokens, int(tokens), loss, stats.lr, norm_known)
-        if record is not None and self.lines is not None:
-            self.lines.write(record)
+        if record is not None:
+            self.records.metrics(record)
             self.console.step(record, self.total_steps, self.meter.left_seconds(self.total_steps - stats.step))
         return bool(asked)
 
@@ -243,6 +272,7 @@ class Run:
     def _go_back(self, back: GoBack) -> None:
         """To the newest checkpoint that is whole. A collective; raises `DivergedError` where that does not help."""
         step = self.state.step
+        self.heartbeat.outside("going back")
         self.recovery.may_go_back(step, back.why)
         self.saving.settle_all(step)
         newest = self.saving.find()
@@ -262,12 +292,8 @@ class Run:
         self.val = {}
         self.loader.close()
         self.loader = open_loader(self.config, self.mesh, self.loader.rows, self.state.position, self.state.passed_over)
-        if self.lines is not None:
-            self.lines.close()
-            forget_after(self.folder.metrics_file, self.state.step)
-            self.lines = JsonLines(self.folder.metrics_file)
         self.console.warn(f"{back.why}: back from step {step} to {newest.folder}{samples}")
-        self._event("went back", step=step, to=newest.step, why=back.why, passed_over=back.passed_over)
+        self.records.event("went back", step=step, to=newest.step, why=back.why, passed_over=back.passed_over)
 
     def _check_replicas(self) -> None:
         """Raises `GoBack` where processes that should hold the same bits do not. A collective."""
@@ -276,7 +302,9 @@ class Run:
         if differing := compare(self.state.tensors(), self.mesh):
             ranks = sorted({rank for each in differing for rank in each.ranks})
             names = ", ".join(each.name for each in differing[:3]) + (", ..." if len(differing) > 3 else "")
-            self._event("corrupted", step=self.state.step, ranks=ranks, tensors=[each.name for each in differing])
+            self.records.event(
+                "corrupted", step=self.state.step, ranks=ranks, tensors=[each.name for each in differing]
+            )
             which = f"rank {ranks[0]} holds" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} hold"
             raise GoBack(f"{which} other bits than its replicas, of {names}: memory or arithmetic failed there")
 
@@ -288,7 +316,7 @@ class Run:
         self.console.note(
             f"step {step} overflowed in float16 and was left out; the loss scale is {float(scaler.scale):g}"
         )
-        self._event("overflowed", step=step, loss_scale=float(scaler.scale))
+        self.records.event("overflowed", step=step, loss_scale=float(scaler.scale))
         return True
 
     def _due(self, every: int) -> bool:
@@ -302,8 +330,11 @@ class Run:
         )
 
     def _do_what_is_due(self) -> None:
+        clock = self.records.clock
+        self.heartbeat.outside("evaluation")
         if self._due(self.config.train.eval_every):
-            self._evaluate(self.config.train.eval_tokens)
+            with clock.spend("evaluation"):
+                self._evaluate(self.config.train.eval_tokens)
         saves = self._save_is_due()
         if saves or self._due(self.config.fault.check_replicas_every):
             self._check_replicas()
@@ -311,7 +342,10 @@ class Run:
             self.saving.put_off(self.state.step)
         elif saves:
             self.state.losses = list(self.guard.losses)
-            self.saving.begin(self.state, self._val_loss())
+            self.heartbeat.outside("save")
+            with clock.spend("checkpoint"):
+                self.records.sync()
+                self.saving.begin(self.state, self._val_loss())
 
     def _evaluate(self, max_tokens: int | None) -> None:
         """Loss on held-out documents, to the console, the metrics and the next checkpoint."""
@@ -325,8 +359,7 @@ class Run:
             f"{self.val['val_bits_per_byte']:.4f} bits/byte",
             "bold",
         )
-        if self.lines is not None:
-            self.lines.write(self.val)
+        self.records.metrics(self.val)
 
     def _save_is_due(self) -> bool:
         return self.saving.is_due(self.state.step) and self.state.step < self.total_steps
@@ -337,19 +370,24 @@ class Run:
 
     def _end(self, stopped: bool) -> None:
         """Save; say how to go on, or how well it went."""
-        if stopped and self.state.step < self.total_steps:
-            saved = self.saving.finish(self.state, self._val_loss())
-            self._event("stopped", step=self.state.step)
+        clock = self.records.clock
+        if stopped:
+            with clock.spend("checkpoint"):
+                saved = self.saving.finish(self.state, self._val_loss())
+            self.records.event("stopped", step=self.state.step)
             where = f"saved at step {self.state.step}" if saved.ok else "NOT saved"
             self.console.say(
                 f"stopped: {where} of {self.total_steps}. The same command again goes on from there.", "bold"
             )
             return
-        self._evaluate(None)
-        saved = self.saving.finish(self.state, self._val_loss())
-        self._event("finished", **self.val)
+        with clock.spend("evaluation"):
+            self._evaluate(None)
+        with clock.spend("checkpoint"):
+            saved = self.saving.finish(self.state, self._val_loss())
+        self.records.event("finished", **self.val)
         if self.mesh.is_first:
             close_run(self.config, self.folder, self.prepared, self._whole_model(), self.val, self.console)
+            self.console.note(self.records.goodput())
         self.mesh.barrier()
         if not saved.ok:
             raise CheckpointError(
@@ -367,16 +405,12 @@ class Run:
             return self.runnable.parts[0]
         return whole_model(self.config, listed(self.saving.folder)[-1:], self.runnable.shapes)
 
-    def _event(self, event: str, **facts: object) -> None:
-        if self.events is not None:
-            self.events.say(event, **facts)
-
     def _introduce(
         self, applied: list[str], restored: Saved | None, before: Config, changed: list[tuple[str, object, object]]
     ) -> None:
         """Say what is about to happen."""
         config, mesh = self.config, self.mesh
-        self._event("started", step=self.state.step, processes=mesh.world_size, device=str(mesh.device))
+        self.records.event("started", step=self.state.step, processes=mesh.world_size, device=str(mesh.device))
         self.console.say(f"{self.folder.path}: {self.meter.describe_model()}", "bold")
         self.console.note(
             f"{mesh.world_size} process{'es' * (mesh.world_size > 1)} on {self.meter.device_name}, {config.train.dtype}, "

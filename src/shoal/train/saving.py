@@ -52,6 +52,7 @@ class Saving:
     event: Say
     wait: bool  # for each save, rather than train on
     data_id: str = field(kw_only=True)
+    on_saved: Callable[[float], None] = field(default=lambda seconds: None, kw_only=True)  # of one that lasts
 
     @classmethod
     def open(
@@ -180,4 +181,5 @@ class Saving:
             )
             self.event("save failed", step=outcome.step, why=outcome.problem)
         elif tier is self.tiers[0]:
+            self.on_saved(outcome.seconds)
             self.event("saved", step=outcome.step, seconds=round(outcome.seconds, 3))

@@ -12,7 +12,6 @@ from shoal.hub.beside import OF_MODEL, TOKENIZER, WEIGHTS, keep, keep_dtypes
 from shoal.hub.find import find_model
 from shoal.hub.folder import ModelFolder
 from shoal.metrics.meter import settle_dtype
-from shoal.metrics.trackers import forget_after
 from shoal.parallel.mesh import Mesh, check_dtype
 from shoal.runs import RunFolder
 
@@ -47,9 +46,8 @@ def length_of(train: Train) -> tuple[str, float]:
     return next((k, v) for k in ("steps", "tokens", "epochs") if (v := getattr(train, k)) is not None)
 
 
-def write_run_files(folder: RunFolder, config: Config, prepared: Prepared, step: int) -> None:
-    """The config and the tokenizer; and no metrics of steps that are taken again."""
-    forget_after(folder.metrics_file, step)
+def write_run_files(folder: RunFolder, config: Config, prepared: Prepared) -> None:
+    """The config, the tokenizer, and what lay beside the weights. Raises `OSError`."""
     folder.save_config(config)
     origin = None if config.model.from_ is None else find_model(config.model.from_)
     tokenizer = tokenizer_folder(config.data.tokenizer)
