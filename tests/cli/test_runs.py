@@ -35,7 +35,8 @@ def test_a_run_says_what_it_does_and_leaves_what_it_should(place: Place) -> None
     assert "Warning" not in output
     run = place.folder / "runs" / "clean"
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", "samples", "tokenizer.json", "lock"
+        "config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", "samples", "tokenizer.json", "lock",
+        "ledger.jsonl", "time.jsonl",
     }  # fmt: skip
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["vocab_size"] == 257
     records = place.metrics("clean")
