@@ -1,6 +1,6 @@
 # Every target makes what it needs, so each works as the first one on a fresh machine.
 
-.PHONY: train test test-all matrix check format setup harness clean
+.PHONY: train test test-all chaos chaos-every matrix check format setup harness clean
 PYTHON ?=
 BIN := .venv/bin
 
@@ -8,10 +8,17 @@ train: setup
 	$(BIN)/shoal train recipes/quickstart.yaml
 
 test: harness
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not chaos"
 
 test-all: harness
 	$(BIN)/python -m pytest
+
+# Every fault in every phase once; then 100 by chance, of which a seed brings any back.
+chaos-every: setup
+	$(BIN)/python -m pytest -m chaos tests/chaos
+
+chaos: setup
+	$(BIN)/python scripts/chaos.py
 
 matrix: setup
 	$(BIN)/python scripts/matrix.py

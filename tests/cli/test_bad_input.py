@@ -121,24 +121,31 @@ def test_a_shard_that_was_altered_or_cut_short(place: Place) -> None:
         shard.write_bytes(whole)
 
 
-@pytest.mark.parametrize("verb", ["train", "eval"])
-def test_a_checkpoint_that_was_cut_short_or_is_of_another_model(place: Place, verb: str) -> None:
-    copy = place.folder / "runs" / f"broken-{verb}"
+def test_a_checkpoint_that_was_cut_short_or_is_of_another_model(place: Place) -> None:
+    copy = place.folder / "runs" / "broken"
     shutil.copytree(place.folder / "runs" / "done", copy, symlinks=True)
     shard = next((copy / "checkpoints" / "latest").glob("*.safetensors"))
     whole = shard.read_bytes()
-    arguments = {
-        "train": ["train", "recipe.yaml", "--name", copy.name, "--train.steps", "8", "--processes", "1"],
-        "eval": ["eval", copy.name],
-    }[verb]
     shard.write_bytes(whole[:-7])
-    assert "was cut short or grew" in place.refused(*arguments)
+    assert "was cut short or grew" in place.refused("eval", copy.name)
     shard.write_bytes(whole)
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("  dim: 32", "  dim: 48"))
-    if verb == "eval":
-        assert "is of another model" in place.refused(*arguments)
+    assert "is of another model" in place.refused("eval", copy.name)
     assert len(list((copy / "checkpoints").glob("step-*"))) == 2  # nothing was thrown away
+
+
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(place: Place) -> None:
+    copy = place.folder / "runs" / "torn"
+    shutil.copytree(place.folder / "runs" / "done", copy, symlinks=True)
+    shard = next((copy / "checkpoints" / "latest").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-7])
+    output = place.good("train", "recipe.yaml", "--name", copy.name, "--train.steps", "6", "--processes", "1")
+    assert "was cut short or grew" in output
+    assert "that checkpoint is set aside, and the one before it is taken" in output
+    assert "resumed from runs/torn/checkpoints/step-00000005" in output
+    assert "damaged" in place.events(copy.name)
+    assert len(list((copy / "checkpoints").glob("damaged-step-*"))) == 1
 
 
 def test_the_runs_cannot_be_written(place: Place) -> None:
@@ -172,7 +179,7 @@ def test_a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_run(p
         "--model.dim", "64",
     )  # fmt: skip
     assert code == 2, output  # it went on to its end, and what it learned is nowhere
-    assert "the disk is full, so this checkpoint was not written; those before it stand" in output
+    assert "the disk is full: no checkpoint of step 5; those before it stand, training goes on" in output
     assert "step 12/12" in output
     assert "the last checkpoint could not be written" in output
     assert "Traceback" not in output

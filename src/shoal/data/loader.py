@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +69,7 @@ class Loader:
     """
     This rank's micro-batches of each optimizer step.
 
-    `passed_over`: [first, stop) of positions that no step has a part of.
+    `passed_over`: [first, stop) of positions that no step has a part of. `at("read")` is called before each step is read.
 
     A step has `global_batch // micro_batch` slots, micro-batches in a fixed order; a rank owns a contiguous run of
     them (`layout.deal`). Raises ValueError where there are fewer than ranks.
@@ -86,6 +86,7 @@ class Loader:
         dp_size: int,
         position: int = 0,
         passed_over: Sequence[tuple[int, int]] = (),
+        at: Callable[[str], None] = lambda phase: None,
         prefetch: int = 2,
         pin_memory: bool = False,
     ) -> None:
@@ -101,6 +102,7 @@ class Loader:
         self.first = position
         """Where that step began."""
         self.rows = rows
+        self._at = at
         self._seed, self._pin_memory, self._passed_over = seed, pin_memory, sorted(passed_over)
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._slots = deal(slots, dp_size)[dp_rank]
@@ -133,6 +135,7 @@ class Loader:
     def _read_ahead(self, position: int) -> None:
         try:
             while not self._closed.is_set():
+                self._at("read")
                 position = self._after_windows(position)
                 self._ready.put((position, self._step_at(position)))
                 position += self._global_batch

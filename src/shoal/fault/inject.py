@@ -1,18 +1,23 @@
 """
 Faults on purpose, for the tests that show what a run lives through: nothing happens unless a plan is set.
 
-A plan is JSON in the environment's SHOAL_FAULTS: a list of {"step", "phase", "rank", "fault", "life"}. A process comes to
-a phase (see `PHASES`) of a step, and where the plan has a fault there, it happens once: `life` counts the starts of the
-run, from 0, so that a fault does not come again when the step is taken again.
+A plan is JSON in the environment's SHOAL_FAULTS: a list of {"step", "phase", "rank", "fault", "life"}. When a process comes
+to a phase (see `PHASES`) for the first time in that step or a later one, and the plan has a fault there, it happens, once.
+`life` counts the starts of the run's workers from 0, so that a fault does not come again with the step.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
+import socket
+import stat
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -23,7 +28,8 @@ from shoal.parallel.region import Shard
 PLAN: Final = "SHOAL_FAULTS"
 LIFE: Final = "TORCHELASTIC_RESTART_COUNT"
 PHASES: Final = (
-    "load", "data", "forward", "backward", "reduce", "optimizer", "stage", "write", "manifest", "rename", "retention",
+    "rendezvous", "load", "read", "data", "forward", "backward", "reduce", "optimizer",
+    "stage", "write", "manifest", "rename", "retention",
 )  # fmt: skip
 
 
@@ -49,17 +55,21 @@ class Faults:
         life = int(environment.get(LIFE, "0"))
         planned = [Fault(**each) for each in json.loads(environment.get(PLAN, "[]"))]
         self._left = [f for f in planned if f.rank == rank and f.life == life]
+        self._lock = threading.Lock()  # saves and the loader are threads of their own
         self.step = 0
         self.targets: dict[str, Callable[[], None]] = {}
         """What is done for a fault that is none of `HAPPENS`: it concerns what only the run knows."""
 
     def at(self, phase: str) -> None:
-        """This process comes to `phase` of its `step`."""
-        for fault in self._left:
-            if (fault.step, fault.phase) == (self.step, phase):
-                self._left.remove(fault)
-                (HAPPENS | self.targets)[fault.fault]()
-                return
+        """This process comes to `phase`."""
+        if not self._left:
+            return
+        with self._lock:
+            due = next((f for f in self._left if f.phase == phase and f.step <= self.step), None)
+            if due is not None:
+                self._left.remove(due)
+        if due is not None:
+            (HAPPENS | self.targets)[due.fault]()
 
 
 def poison(parts: Iterable[nn.Module], faults: Faults) -> None:
@@ -82,12 +92,44 @@ def flip(shards: Sequence[Shard]) -> None:
     words[len(words) // 2] ^= 1 << 20
 
 
+def tear(checkpoints: Path) -> None:
+    """The newest checkpoint is cut short, as after a power cut on a disk that lied; and this process is gone."""
+    newest = max(checkpoints.glob("step-*/*.safetensors"), default=None)
+    if newest is not None:
+        os.truncate(newest, newest.stat().st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _raise() -> None:
     raise PlannedError("a fault that was planned")
+
+
+def _hang() -> None:
+    threading.Event().wait()
+
+
+def _fill() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _cut() -> None:
+    """All connections of this process are closed under it, as by a switch that fails."""
+    for descriptor in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                with socket.socket(fileno=os.dup(descriptor)) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                        connection.shutdown(socket.SHUT_RDWR)
+        except OSError:  # one that listens, or is gone
+            continue
 
 
 HAPPENS: Final[dict[str, Callable[[], None]]] = {
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "term": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "hang": _hang,
     "exception": _raise,
+    "full": _fill,
+    "cut": _cut,
 }

@@ -76,7 +76,12 @@ def _leave_empty(*_: object) -> None:
 
 
 def open_loader(
-    config: Config, mesh: Mesh, rows: Rows, position: int = 0, passed_over: Sequence[tuple[int, int]] = ()
+    config: Config,
+    mesh: Mesh,
+    rows: Rows,
+    position: int = 0,
+    passed_over: Sequence[tuple[int, int]] = (),
+    at: Callable[[str], None] = lambda phase: None,
 ) -> Loader:
     """This process's micro-batches, from `position` (samples) on, without those of `passed_over`."""
     return Loader(
@@ -88,6 +93,7 @@ def open_loader(
         dp_size=mesh.dp_size,
         position=position,
         passed_over=passed_over,
+        at=at,
         prefetch=config.data.prefetch,
         pin_memory=mesh.device.type == "cuda",
     )

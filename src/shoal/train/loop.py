@@ -19,11 +19,11 @@ from shoal.data.open import open_data
 from shoal.data.prepare import Prepared
 from shoal.errors import CheckpointError, DivergedError
 from shoal.fault.heartbeat import Heartbeat
-from shoal.fault.inject import Faults, flip, poison
+from shoal.fault.inject import Faults, flip, poison, tear
 from shoal.fault.limit import TimeLimit
 from shoal.fault.origin import find_origin
 from shoal.fault.signals import StopRequest
-from shoal.launch.place import LOCKED_BY
+from shoal.launch.place import LOCKED_BY, read_place
 from shoal.metrics.console import Console
 from shoal.metrics.meter import Meter, Phases, no_phases
 from shoal.models.family import LanguageModel
@@ -53,6 +53,7 @@ def train(config: Config) -> bool:
     """
     set_threads(config)
     stop = StopRequest()
+    Faults(read_place().rank).at("rendezvous")
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
         run = Run.open(config, mesh, stop)
         try:
@@ -120,7 +121,7 @@ class Run:
         if mesh.is_first:
             with folder.writable():
                 write_run_files(folder, config, prepared)
-        loader = open_loader(config, mesh, rows, state.position, state.passed_over)
+        loader = open_loader(config, mesh, rows, state.position, state.passed_over, faults.at)
         meter = Meter(config, mesh)
         guard = Guard(mesh.device, config.fault.spike_zscore)
         guard.losses.extend(state.losses)
@@ -130,7 +131,11 @@ class Run:
         )
         limit = TimeLimit.open(config.launch.time_limit_minutes, sum(p.tensor.nbytes for p in state.tensors().values()))
         saving.on_saved = limit.saved
-        faults.targets = {"nan": lambda: poison(runnable.parts.values(), faults), "flip": lambda: flip(state.shards)}
+        faults.targets = {
+            "nan": lambda: poison(runnable.parts.values(), faults),
+            "flip": lambda: flip(state.shards),
+            "tear": lambda: tear(saving.folder),
+        }
         run = cls(
             config, mesh, stop, console, folder, prepared, records, runnable, state, saving, loader, meter, guard,
             recovery, faults, header, heartbeat, limit, total_steps,
@@ -291,7 +296,9 @@ class Run:
         self.guard.losses.extend(self.state.losses)
         self.val = {}
         self.loader.close()
-        self.loader = open_loader(self.config, self.mesh, self.loader.rows, self.state.position, self.state.passed_over)
+        self.loader = open_loader(
+            self.config, self.mesh, self.loader.rows, self.state.position, self.state.passed_over, self.faults.at
+        )
         self.console.warn(f"{back.why}: back from step {step} to {newest.folder}{samples}")
         self.records.event("went back", step=step, to=newest.step, why=back.why, passed_over=back.passed_over)
 
