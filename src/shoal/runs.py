@@ -146,6 +146,12 @@ class RunFolder:
         file.flush()
         self._lock = file
 
+    def release(self) -> None:
+        """Hold it no more. May be called twice."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
     def settled(self, config: Config) -> Config:
         """`config` with what the run that is here has settled already, if there is one."""
         return _settled(config, self.load_config()) if self.config_file.is_file() else config

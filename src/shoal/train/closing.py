@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -37,8 +38,9 @@ def close_run(
         console.note("no sample: the model is cut over processes and large; shoal generate writes one")
     elif config.train.sample_prompt and model is not None:
         text = _sample(config, prepared, model)
-        folder.samples.mkdir(exist_ok=True)
-        (folder.samples / "end.txt").write_text(text, encoding="utf-8")
+        with contextlib.suppress(OSError):  # it is printed too
+            folder.samples.mkdir(exist_ok=True)
+            (folder.samples / "end.txt").write_text(text, encoding="utf-8")
         console.say()
         console.say("a sample:", "bold")
         console.say(text)

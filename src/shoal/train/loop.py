@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.checkpoint.saved import Saved, listed
+from shoal.checkpoint.saved import listed
 from shoal.config import Config
 from shoal.data.ledger import Header, checksum
 from shoal.data.loader import Batch, Loader
@@ -27,7 +27,7 @@ from shoal.launch.place import LOCKED_BY, read_place
 from shoal.metrics.console import Console
 from shoal.metrics.meter import Meter, Phases, no_phases
 from shoal.models.family import LanguageModel
-from shoal.optim.schedule import learning_rate, replanned
+from shoal.optim.schedule import learning_rate
 from shoal.parallel.apply import Runnable
 from shoal.parallel.mesh import Mesh, open_mesh
 from shoal.parallel.replicas import compare, has_replicas
@@ -36,11 +36,12 @@ from shoal.train.assemble import assemble, open_loader
 from shoal.train.closing import close_run, whole_model
 from shoal.train.evaluate import evaluate
 from shoal.train.guard import Guard
+from shoal.train.opening import introduce
 from shoal.train.records import Records
 from shoal.train.recovery import GoBack, Recovery
 from shoal.train.saving import Saving
 from shoal.train.scaler import SMALLEST
-from shoal.train.settle import count_steps, length_of, settle, write_run_files
+from shoal.train.settle import count_steps, settle, write_run_files
 from shoal.train.state import TrainState
 from shoal.train.step import Stats, train_step
 
@@ -140,7 +141,7 @@ class Run:
             config, mesh, stop, console, folder, prepared, records, runnable, state, saving, loader, meter, guard,
             recovery, faults, header, heartbeat, limit, total_steps,
         )  # fmt: skip
-        run._introduce(applied, newest, before, [(d.key, d.before, d.after) for d in changed])
+        introduce(run, applied, newest, before, [(d.key, d.before, d.after) for d in changed])
         return run
 
     def train(self) -> bool:
@@ -186,6 +187,7 @@ class Run:
         """May be called twice."""
         self.loader.close()
         self.records.close()
+        self.folder.release()
 
     def _marked(self, timer: Phases, step: int) -> Phases:
         """`timer`, and a word at each phase of `step` that this process has come so far."""
@@ -304,16 +306,8 @@ class Run:
 
     def _check_replicas(self) -> None:
         """Raises `GoBack` where processes that should hold the same bits do not. A collective."""
-        if not self.config.fault.check_replicas_every or not has_replicas(self.mesh):
-            return
-        if differing := compare(self.state.tensors(), self.mesh):
-            ranks = sorted({rank for each in differing for rank in each.ranks})
-            names = ", ".join(each.name for each in differing[:3]) + (", ..." if len(differing) > 3 else "")
-            self.records.event(
-                "corrupted", step=self.state.step, ranks=ranks, tensors=[each.name for each in differing]
-            )
-            which = f"rank {ranks[0]} holds" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} hold"
-            raise GoBack(f"{which} other bits than its replicas, of {names}: memory or arithmetic failed there")
+        if self.config.fault.check_replicas_every and has_replicas(self.mesh):
+            self.recovery.compared(self.state.step, compare(self.state.tensors(), self.mesh))
 
     def _overflowed(self, step: int, norm: float) -> bool:
         """Whether float16's loss scale left this step out, with a smaller one to try; said where it is so."""
@@ -411,36 +405,3 @@ class Run:
         if not self.mesh.layout.sharded and self.mesh.layout.cp == 1:
             return self.runnable.parts[0]
         return whole_model(self.config, listed(self.saving.folder)[-1:], self.runnable.shapes)
-
-    def _introduce(
-        self, applied: list[str], restored: Saved | None, before: Config, changed: list[tuple[str, object, object]]
-    ) -> None:
-        """Say what is about to happen."""
-        config, mesh = self.config, self.mesh
-        self.records.event("started", step=self.state.step, processes=mesh.world_size, device=str(mesh.device))
-        self.console.say(f"{self.folder.path}: {self.meter.describe_model()}", "bold")
-        self.console.note(
-            f"{mesh.world_size} process{'es' * (mesh.world_size > 1)} on {self.meter.device_name}, {config.train.dtype}, "
-            f"{config.train.global_batch * config.data.seq_len:,} tokens a step, {self.total_steps} steps"
-        )
-        for line in (*applied, self.meter.describe_mfu()):
-            self.console.note(line)
-        if self.config.optim.warmup_steps > self.total_steps:
-            self.console.warn(
-                f"optim.warmup_steps is {self.config.optim.warmup_steps}, and the run has {self.total_steps} steps: the "
-                "learning rate never reaches optim.lr; set fewer"
-            )
-        if restored is None:
-            return
-        self.console.say(f"resumed from {restored.folder}", "bold")
-        if self.state.step >= self.total_steps:
-            self.console.warn(
-                f"all {self.total_steps} steps of this run are taken; a larger train.{length_of(config.train)[0]} goes on "
-                "with it, another --name starts anew"
-            )
-            return
-        for key, old, new in changed:
-            self.console.warn(f"{key} was {old} and is {new} from step {self.state.step + 1} on")
-        planned = count_steps(before.train, config.data.seq_len, len(self.loader.rows))
-        if text := replanned(config.optim, self.state.step, planned, self.total_steps):
-            self.console.warn(text)

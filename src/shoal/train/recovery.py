@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from shoal.config import Fault
 from shoal.errors import DivergedError
 from shoal.metrics.console import Console
+from shoal.parallel.replicas import Difference
 
 
 @dataclass
@@ -56,6 +57,16 @@ class Recovery:
         if self._in_row > self._fault.max_skipped:
             self._in_row = 0
             raise GoBack(f"{self._fault.max_skipped + 1} steps in a row were left out", (self._first, stop))
+
+    def compared(self, step: int, differing: Sequence[Difference]) -> None:
+        """Replicas were compared. Raises `GoBack` where they differ."""
+        if not differing:
+            return
+        ranks = sorted({rank for each in differing for rank in each.ranks})
+        names = ", ".join(each.name for each in differing[:3]) + (", ..." if len(differing) > 3 else "")
+        self._event("corrupted", step=step, ranks=ranks, tensors=[each.name for each in differing])
+        which = f"rank {ranks[0]} holds" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} hold"
+        raise GoBack(f"{which} other bits than its replicas, of {names}: memory or arithmetic failed there")
 
     def may_go_back(self, step: int, why: str) -> None:
         """Raises `DivergedError` where going back has not helped so often."""

@@ -1,0 +1,52 @@
+"""What a person is told before the first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shoal.checkpoint.saved import Saved
+from shoal.config import Config
+from shoal.optim.schedule import replanned
+from shoal.train.settle import count_steps, length_of
+
+if TYPE_CHECKING:
+    from shoal.train.loop import Run
+
+
+def introduce(
+    run: Run, applied: list[str], restored: Saved | None, before: Config, changed: list[tuple[str, object, object]]
+) -> None:
+    """
+    Say what is about to happen.
+
+    applied: a line for each thing that was done to the model; restored: what the run goes on from; before, changed: the
+    config it had, and (option, then, now).
+    """
+    config, mesh = run.config, run.mesh
+    run.records.event("started", step=run.state.step, processes=mesh.world_size, device=str(mesh.device))
+    run.console.say(f"{run.folder.path}: {run.meter.describe_model()}", "bold")
+    run.console.note(
+        f"{mesh.world_size} process{'es' * (mesh.world_size > 1)} on {run.meter.device_name}, {config.train.dtype}, "
+        f"{config.train.global_batch * config.data.seq_len:,} tokens a step, {run.total_steps} steps"
+    )
+    for line in (*applied, run.meter.describe_mfu()):
+        run.console.note(line)
+    if run.config.optim.warmup_steps > run.total_steps:
+        run.console.warn(
+            f"optim.warmup_steps is {run.config.optim.warmup_steps}, and the run has {run.total_steps} steps: the "
+            "learning rate never reaches optim.lr; set fewer"
+        )
+    if restored is None:
+        return
+    run.console.say(f"resumed from {restored.folder}", "bold")
+    if run.state.step >= run.total_steps:
+        run.console.warn(
+            f"all {run.total_steps} steps of this run are taken; a larger train.{length_of(config.train)[0]} goes on "
+            "with it, another --name starts anew"
+        )
+        return
+    for key, old, new in changed:
+        run.console.warn(f"{key} was {old} and is {new} from step {run.state.step + 1} on")
+    planned = count_steps(before.train, config.data.seq_len, len(run.loader.rows))
+    if text := replanned(config.optim, run.state.step, planned, run.total_steps):
+        run.console.warn(text)
