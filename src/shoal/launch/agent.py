@@ -120,11 +120,10 @@ class Agent(LocalElasticAgent):
             tell(f"{self.why}; starting again from the last checkpoint{left}")
 
     def _record(self, event: str, **facts: object) -> None:
-        """A line in the run's events; a disk that is full does not end the run."""
-        with contextlib.suppress(OSError):
-            events = Events(self._run_folder.events_file)
-            events.say(event, **facts)
-            events.close()
+        """A line in the run's events."""
+        events = Events(self._run_folder.events_file)
+        events.say(event, **facts)
+        events.close()
 
 
 def make_agent(config: Config, argv: Sequence[str], stop: PassOn) -> Agent:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.disk import write_whole
-from shoal.metrics.lines import PatientLines
+from shoal.metrics.lines import PatientLines, whole_lines
 
 
 class Events(PatientLines):
@@ -19,14 +19,8 @@ class Events(PatientLines):
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file, without a last one that was cut short."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    """The lines of a file that are whole; none where there is no file."""
+    return list(whole_lines(path)) if path.is_file() else []
 
 
 def forget_after(path: Path, step: int) -> int:
