@@ -111,6 +111,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_record(add("goodput", verbs.goodput, spent))
     once = "a proof: did a run train on each sample once an epoch, whatever died? Exit code 1 if not"
     _add_record(add("ledger", verbs.ledger, once))
+    met = "a place where the machines of a run meet, kept on one that stays"
+    _add_rendezvous(add("rendezvous", verbs.rendezvous, met))
     add("env", verbs.env, "versions, devices, threads: what to paste into a bug report")
     return parser
 
@@ -272,6 +274,11 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN", help="a run's name, or its folder")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder of all runs (default: runs)")
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+
+
+def _add_rendezvous(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("address", metavar="HOST:PORT", help="where: what launch.rendezvous says")
+    parser.add_argument("--while-used", action="store_true", help="end when nobody has been connected for 10 seconds")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

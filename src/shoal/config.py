@@ -453,9 +453,30 @@ class Launch:
     threads: int | None = opt(
         None, "CPU threads of a process; null: cores / processes", alias=("num_threads", "omp_num_threads"), ge=1
     )
+    nodes: int = opt(
+        1,
+        "machines, each of which runs the same command; with launch.min_nodes at most so many",
+        alias=("nnodes", "num_nodes"),
+        unit="machines",
+        ge=1,
+    )
+    min_nodes: int | None = opt(
+        None,
+        "the run goes on with so few machines when others die, and with more when they come; null: launch.nodes",
+        unit="machines",
+        ge=1,
+    )
+    rendezvous: str | None = opt(
+        None,
+        "HOST:PORT where the machines meet: one of them, or any that runs shoal rendezvous HOST:PORT",
+        alias=("rdzv_endpoint", "master_addr"),
+    )
+    join_seconds: float = opt(
+        5.0, "when launch.min_nodes machines have come, others have so long to come too", unit="seconds", ge=0
+    )
     port: int = opt(
         0,
-        "TCP port at which the processes meet; 0: any that is free",
+        "TCP port at which the processes of one machine meet; 0: any that is free",
         alias=("master_port", "rdzv_port"),
         ge=0,
         le=65535,

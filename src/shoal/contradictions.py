@@ -6,11 +6,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from shoal.address import read_address
 from shoal.config import Config
 from shoal.errors import ModelError, Problem
 from shoal.hub.find import find_model, find_path
 from shoal.presets import shape_problems
-from shoal.refusals import refusals
+from shoal.refusals import refusals_of_machines
 
 DEFAULT, DERIVED = "default", "derived"
 
@@ -40,7 +41,7 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
             "train.micro_batch",
         )
     elif not any(shape_problems(model)):
-        for sentence in refusals(config, config.launch.processes):
+        for sentence in refusals_of_machines(config, config.launch.processes):
             cause, _, _ = sentence.partition("; ")
             yield problem(sentence, *(key for key in sources if re.search(rf"\b{re.escape(key)}\b", cause)))
     if data.seq_len > model.max_seq_len:
@@ -55,6 +56,7 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
             "optim.warmup_steps",
             "train.steps",
         )
+    yield from _of_machines(config, problem)
     name = config.launch.name
     if name is not None and (not name.strip(" .") or Path(name).is_absolute() or ".." in Path(name).parts):
         yield problem(f"launch.name {name!r} is no name of a folder below launch.runs", "launch.name")
@@ -109,3 +111,21 @@ def _why_no_tokenizer(name: str) -> str | None:
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+def _of_machines(config: Config, problem: MakeProblem) -> Iterable[Problem]:
+    launch = config.launch
+    if launch.min_nodes is not None and launch.min_nodes > launch.nodes:
+        yield problem(
+            f"launch.min_nodes {launch.min_nodes} is more than launch.nodes {launch.nodes}, the most that take part",
+            "launch.min_nodes",
+            "launch.nodes",
+        )
+    if launch.rendezvous is None and launch.nodes > 1:
+        yield problem(
+            f"launch.nodes {launch.nodes} needs launch.rendezvous HOST:PORT, where the machines meet", "launch.nodes"
+        )
+    elif launch.rendezvous is not None and read_address(launch.rendezvous) is None:
+        yield problem(
+            f"launch.rendezvous {launch.rendezvous!r} is no HOST:PORT, such as node0:29400", "launch.rendezvous"
+        )

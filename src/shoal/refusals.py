@@ -32,6 +32,17 @@ def refusals(config: Config, processes: int | None) -> Iterator[str]:
     yield from _transformers(config, layout)
 
 
+def refusals_of_machines(config: Config, processes: int | None) -> Iterator[str]:
+    """What cannot hold on `processes` a machine (None: not known yet), with as few and as many machines as there may be."""
+    most = config.launch.nodes
+    if processes is None or most == 1:
+        yield from refusals(config, processes)
+        return
+    for machines in range(config.launch.min_nodes or most, most + 1):
+        for sentence in refusals(config, processes * machines):
+            yield f"with {machines} machines of {processes} processes: {sentence}"
+
+
 def _batches(config: Config, layout: Layout) -> Iterator[str]:
     train = config.train
     slots = train.global_batch // train.micro_batch

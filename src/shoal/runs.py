@@ -20,9 +20,10 @@ import os
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from shoal.config import Config
 from shoal.disk import write_whole
@@ -123,28 +124,42 @@ class RunFolder:
                 f"{self.path} cannot be written: {error.strerror}; set launch.runs to a folder that can"
             ) from error
 
-    def lock(self) -> None:
-        """Hold this run until the process ends, however it ends. Raises `RunError` where somebody else does."""
+    def lock(self, meeting: str | None = None) -> None:
+        """
+        Hold this run until the process ends, however it ends. Raises `RunError` where somebody else does.
+
+        meeting: where launchers meet that hold it together, one on each machine.
+        """
         with self.writable():
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / "lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if _take(file, fcntl.LOCK_EX):
+            file.seek(0)
+            file.truncate()
+            holder = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "command": " ".join(sys.argv[1:]),
+                "meeting": meeting,
+                "id": uuid.uuid4().hex,
+            }
+            file.write(json.dumps(holder))
+            file.flush()
+            os.fsync(file.fileno())
+            shared = meeting is None or _take(file, fcntl.LOCK_SH)
+        else:
+            shared = meeting is not None and _take(file, fcntl.LOCK_SH) and _held(file).get("meeting") == meeting
+        if not shared:
             raise RunError(
                 f"{self.path} is being trained {_holder(file)}; wait for it, stop it, or choose another --name"
-            ) from None
-        file.seek(0)
-        file.truncate()
-        holder = {
-            "pid": os.getpid(),
-            "host": socket.gethostname(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "command": " ".join(sys.argv[1:]),
-        }
-        file.write(json.dumps(holder))
-        file.flush()
+            )
         self._lock = file
+
+    def lock_id(self) -> str:
+        """What the lock says here, and nowhere else: launchers that see the same one see the same folder."""
+        with (self.path / "lock").open(encoding="utf-8") as file:
+            return str(_held(file).get("id", ""))
 
     def release(self) -> None:
         """Hold it no more. May be called twice."""
@@ -185,11 +200,28 @@ def _settled(config: Config, before: Config) -> Config:
     return config
 
 
-def _holder(file: IO[str]) -> str:
-    """Who wrote the lock file, in words."""
+def _take(file: IO[str], kind: int) -> bool:
+    """A lock of this kind, if it is to be had now."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _held(file: IO[str]) -> dict[str, Any]:
+    """What the one who took the lock wrote into it."""
     file.seek(0)
     try:
-        holder = json.loads(file.read())
-        return f"by process {holder['pid']} on {holder['host']} since {holder['since']} (shoal {holder['command']})"
-    except (ValueError, KeyError):
+        found = json.loads(file.read())
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _holder(file: IO[str]) -> str:
+    """Who wrote the lock file, in words."""
+    try:
+        return "by process {pid} on {host} since {since} (shoal {command})".format(**_held(file))
+    except KeyError:
         return "by another process"

@@ -58,7 +58,7 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     config = plan_processes(config, count_gpus())
     folder = RunFolder.of(config)
     folder.agree(config)
-    folder.lock()
+    folder.lock(config.launch.rendezvous)
     from shoal.data.open import open_data
 
     open_data(config.data, Console(), rows=config.model.vocab_size)
@@ -275,6 +275,18 @@ def _record(args: argparse.Namespace, name: str) -> Path:
     if not (folder.path / name).is_file():
         raise RunError(f"{folder.path} has no {name}: an older shoal trained it; the next steps taken will be in it")
     return folder.path / name
+
+
+def rendezvous(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.address import read_address
+    from shoal.errors import LaunchError
+    from shoal.launch.meeting import serve
+
+    address = read_address(args.address)
+    if address is None:
+        raise LaunchError(f"{args.address!r} is no HOST:PORT, such as node0:29400")
+    serve(*address, while_used=args.while_used, ready=lambda: print(f"machines may meet at {args.address}", flush=True))
+    return 0
 
 
 def env(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:

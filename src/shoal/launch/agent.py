@@ -2,7 +2,7 @@
 torch's elastic agent, which starts the workers of this machine and starts them anew, with what shoal knows of its own.
 
 It finds workers that hang, ends at once those that wait for a dead one, does not restart what was asked to stop or will
-fail again, and says in one line what it does.
+fail again, lets workers save when a machine joins, and says in one line what it does.
 """
 
 from __future__ import annotations
@@ -10,29 +10,37 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import torch.distributed.elastic.rendezvous.registry as registry
+from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousClosedError,
+    RendezvousError,
+    RendezvousTimeoutError,
+)
 
 from shoal.config import Config
-from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, EXIT_REQUEUE
+from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, EXIT_REQUEUE, LaunchError
 from shoal.launch.crashes import Crashes, first_death, how_it_died
-from shoal.launch.stops import PassOn, tell
+from shoal.launch.machines import Machines
+from shoal.launch.meeting import Meeting
+from shoal.launch.stops import AskedToStop, PassOn, tell
 from shoal.launch.watch import Hang, Watch
 from shoal.metrics.trackers import Events
 from shoal.runs import RunFolder
 
 NO_LIMIT: Final = 1_000_000  # restarts: torch counts them down
 CAUSE_SECONDS: Final = 2.0  # a worker that lost a peer may be seen to end before that peer
+SLOW_SECONDS: Final = 3.0  # who waits longer for other machines says so
 # A worker that these killed had not come so far as to listen to them.
 ASKING: Final = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1)
 
@@ -40,18 +48,42 @@ ASKING: Final = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1)
 class Agent(LocalElasticAgent):
     """`why` says, after a run that failed, what it failed of; `asked` whether somebody asked it to stop."""
 
-    def __init__(self, spec: WorkerSpec, config: Config, stop: PassOn) -> None:
-        super().__init__(spec=spec, logs_specs=DefaultLogsSpecs(), start_method="spawn", shutdown_timeout=30)
+    def __init__(self, spec: WorkerSpec, config: Config, stop: PassOn, meeting: Meeting) -> None:
+        super().__init__(spec=spec, logs_specs=DefaultLogsSpecs(), start_method="spawn", exit_barrier_timeout=30)
         self.why = ""
         self.asked = False
-        self._launch, self._stop = config.launch, stop
+        self._launch, self._stop, self._meeting = config.launch, stop, meeting
         self._run_folder = RunFolder.of(config)
         self._watch = Watch(self._run_folder.path / "stacks")
         self._crashes = Crashes(config.launch.max_crashes)
         self._lost_since: float | None = None
+        self._machines: Machines | None = None  # where there are several
+        meeting.rendezvous.on_lost = self._say_lost
 
     def close(self) -> None:
         self._watch.close()
+
+    def _rendezvous(self, worker_group: Any) -> None:
+        """Meet the other machines; a signal ends the wait. Raises `LaunchError` where they cannot work together."""
+        needed = self._launch.min_nodes or self._launch.nodes
+        say = f"waiting at {self._launch.rendezvous}: {needed} machines are needed"
+        timer = threading.Timer(SLOW_SECONDS, tell, [say])
+        with self._stop.may_raise():
+            if self._launch.nodes > 1:
+                timer.start()
+            try:
+                super()._rendezvous(worker_group)
+            finally:
+                timer.cancel()
+        self._meeting.rendezvous.machines = worker_group.group_world_size
+        if self._launch.nodes == 1:
+            return
+        before = self._machines.hosts if self._machines else None
+        self._machines = Machines(worker_group.store, worker_group.group_rank, worker_group.group_world_size)
+        hosts = self._machines.greet(socket.gethostname(), self._run_folder.lock_id())
+        tell(self._machines.describe(before, worker_group.workers[0].world_size))
+        if worker_group.group_rank == 0:
+            self._record("machines", hosts=hosts, processes=worker_group.workers[0].world_size)
 
     def _start_workers(self, worker_group: Any) -> Any:
         self._lost_since = None
@@ -61,12 +93,14 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: Any) -> RunResult:
         """Ten times a second."""
         self._stop.reach_all()
-        assert self._pcontext is not None
-        processes = {local: handler.proc for local, handler in self._pcontext.subprocess_handlers.items()}  # type: ignore[attr-defined]
+        processes = self._processes()
         codes = {local: process.poll() for local, process in processes.items()}
         failed = {local: code for local, code in codes.items() if code}
         running = {local: processes[local] for local, code in codes.items() if code is None}
-        hang = self._watch.look({local: process.pid for local, process in running.items()})
+        pids = {local: process.pid for local, process in running.items()}
+        if self._machines:
+            self._machines.post(lambda: self._watch.looks(pids))
+        hang = self._watch.look(pids, self._machines.others if self._machines else list)
         if hang is None and running and (not failed or self._others_follow(failed)):
             return RunResult(state=WorkerState.HEALTHY)  # torch's own look may end some: with SIGTERM, and 30 s to obey
         _kill(running.values())
@@ -76,6 +110,35 @@ class Agent(LocalElasticAgent):
         ranks = {worker_group.workers[local].global_rank: local for local in failed}
         self._judge({r: f for r, f in result.failures.items() if r in ranks}, ranks, hang)
         return RunResult(state=WorkerState.FAILED, failures=result.failures)
+
+    def _stop_workers(self, worker_group: Any) -> None:
+        """Before they are started anew: where a machine joins they save first, and else they wait for a dead one."""
+        if self._machines and self._pcontext is not None:
+            news = self._meeting.rendezvous.news
+            if news == "joins" or self._machines.regroups():
+                self._machines.regroup()
+                tell("another machine joins: saving, then starting again with it")
+                self._let_save()
+            elif news == "left" and any(process.poll() is None for process in self._processes().values()):
+                tell("a machine has left, or starts its workers again: starting again from the last checkpoint")
+            _kill([process for process in self._processes().values() if process.poll() is None])
+        super()._stop_workers(worker_group)
+
+    def _processes(self) -> dict[int, subprocess.Popen[bytes]]:
+        """By local rank."""
+        assert self._pcontext is not None
+        return {local: handler.proc for local, handler in self._pcontext.subprocess_handlers.items()}  # type: ignore[attr-defined]
+
+    def _let_save(self) -> None:
+        """Ask the workers to stop, and wait until they have, or until one does not come further."""
+        for process in self._processes().values():
+            if process.poll() is None:
+                process.terminate()
+        while running := {local: p.pid for local, p in self._processes().items() if p.poll() is None}:
+            codes = {process.poll() for process in self._processes().values()}
+            if codes - {None, 0, EXIT_REQUEUE} or self._watch.look(running) is not None:
+                return
+            time.sleep(0.1)
 
     def _others_follow(self, failed: Mapping[int, int]) -> bool:
         """Whether those that still run are about to end by themselves, in order or with a better reason."""
@@ -93,6 +156,9 @@ class Agent(LocalElasticAgent):
         failures: of those that ended by themselves, by rank; ranks: their local ranks.
         """
         codes = {failure.exitcode for failure in failures.values()}
+        if codes == {EXIT_REQUEUE} and self._stop.signal is None and self._machines and self._machines.regroups():
+            self._remaining_restarts += 1  # they saved since a machine joins: no failure
+            return
         self.asked = self._stop.signal is not None or EXIT_REQUEUE in codes
         if hang is None:
             rank, failure = first_death(failures)
@@ -102,14 +168,17 @@ class Agent(LocalElasticAgent):
                 self._remaining_restarts = 0
                 return
             step = max(sign.step, self._run_folder.last_step())
-            self.why = f"worker {rank} {how} " + (
-                f"in {sign.phase} of step {sign.step}" if sign.step else f"after step {step}"
-            )
-            self._record("crashed", rank=rank, how=how, step=step, phase=sign.phase)
+            where = f"in {sign.phase} of step {sign.step}" if sign.step else f"after step {step}"
+            if self._machines and codes == {EXIT_LOST_PEER}:
+                self.why = f"lost a worker on another machine {where}"
+            else:
+                self.why = f"worker {rank} {how} {where}"
+                self._record("crashed", rank=rank, how=how, step=step, phase=sign.phase)
         else:
             step = max(hang.step, self._run_folder.last_step())
             self.why = str(hang)
-            self._record("hang", rank=hang.rank, step=hang.step, phase=hang.phase, why=self.why)
+            if self._machines is None or self._machines.first_to("hang"):
+                self._record("hang", rank=hang.rank, step=hang.step, phase=hang.phase, why=self.why)
         if self._crashes.add(step):
             self.why += f"; that makes {self._crashes.count} crashes without a step beyond {self._crashes.step}"
             self._remaining_restarts = 0
@@ -119,6 +188,12 @@ class Agent(LocalElasticAgent):
             left = "" if self._launch.max_restarts is None else f" ({self._remaining_restarts - 1} restarts left)"
             tell(f"{self.why}; starting again from the last checkpoint{left}")
 
+    def _say_lost(self) -> None:
+        tell(
+            f"nothing answers at {self._launch.rendezvous} any more: the run goes on, but no machine can join it, and "
+            "workers that die cannot be started again until something does"
+        )
+
     def _record(self, event: str, **facts: object) -> None:
         """A line in the run's events."""
         events = Events(self._run_folder.events_file)
@@ -126,29 +201,85 @@ class Agent(LocalElasticAgent):
         events.close()
 
 
-def make_agent(config: Config, argv: Sequence[str], stop: PassOn) -> Agent:
-    """An agent that runs `shoal ARGV` in `launch.processes` workers on this machine."""
-    rendezvous = RendezvousParameters(
-        backend="c10d",
-        endpoint=f"127.0.0.1:{config.launch.port}",
-        run_id=uuid.uuid4().hex,
-        min_nodes=1,
-        max_nodes=1,
-        local_addr="127.0.0.1",
-        is_host=True,
-    )
+def run_workers(config: Config, argv: Sequence[str], stop: PassOn) -> int:
+    """Run `shoal ARGV` in the workers of this machine until the run ends; the exit code, see `launch`."""
+    lost = ""
+    while True:
+        try:
+            meeting = Meeting.open(config, tell)
+        except LaunchError:
+            if not lost:
+                raise
+            tell(f"the run stopped: {lost}. What was saved stands; the same command goes on from there")
+            return 1
+        agent = Agent(_workers(config, argv, meeting), config, stop, meeting)
+        try:
+            result = agent.run()
+        except AskedToStop:
+            tell("stopped while other machines were waited for; the same command goes on")
+            return EXIT_REQUEUE
+        except LaunchError as error:
+            meeting.end(EXIT_BAD_INPUT, str(error))
+            raise
+        except RendezvousClosedError:
+            result = None
+        except RendezvousTimeoutError:
+            needed = config.launch.min_nodes or config.launch.nodes
+            tell(
+                f"{needed} machines did not come to {config.launch.rendezvous} within {config.launch.timeout_seconds:.0f} s"
+            )
+            return 1
+        except (RendezvousError, DistError):
+            if config.launch.rendezvous is None:
+                raise
+            lost = f"nothing answers at {config.launch.rendezvous} any more"
+            tell(f"{lost}; waiting for it")
+            continue
+        finally:
+            agent.close()
+        ended = meeting.ended() if result is None else None
+        if result is None:
+            tell(f"the run has ended on another machine{f': {ended.why}' if ended and ended.why else ''}")
+            return ended.code if ended else 1
+        code = _outcome(agent, result)
+        meeting.end(code, agent.why)
+        return code
+
+
+def _workers(config: Config, argv: Sequence[str], meeting: Meeting) -> WorkerSpec:
+    """`launch.processes` workers of `shoal ARGV`."""
     restarts = config.launch.max_restarts
-    spec = WorkerSpec(
+    return WorkerSpec(
         role="shoal",
         local_world_size=config.launch.processes or 1,
         entrypoint=sys.executable,
         args=("-m", "shoal", *argv),
-        rdzv_handler=registry.get_rendezvous_handler(rendezvous),
+        rdzv_handler=meeting.rendezvous,
         max_restarts=NO_LIMIT if restarts is None else restarts,
         monitor_interval=0.1,
-        local_addr="127.0.0.1",
+        local_addr=meeting.address,
     )
-    return Agent(spec, config, stop)
+
+
+def _outcome(agent: Agent, result: RunResult) -> int:
+    """The exit code of a run that is over, and a line where it did not finish."""
+    if not result.is_failed():
+        return 0
+    codes = [failure.exitcode for failure in result.failures.values()]
+    if EXIT_BAD_INPUT in codes:
+        said = [f.message for f in result.failures.values() if f.exitcode == EXIT_BAD_INPUT]
+        for message in dict.fromkeys(said):  # most often all ranks found the same
+            tell(message)
+        agent.why = agent.why or "\n".join(dict.fromkeys(said))
+        return EXIT_BAD_INPUT
+    if set(codes) == {EXIT_REQUEUE}:
+        return EXIT_REQUEUE
+    if agent.asked:
+        cause = f" ({agent.why})" if agent.why else ""
+        tell(f"stopped without saving{cause}; the same command goes on from the last checkpoint, if there is one")
+        return EXIT_REQUEUE
+    tell(f"the run stopped: {agent.why}. What was saved stands; the same command goes on from there")
+    return 1
 
 
 def _kill(processes: Any) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
 from shoal.errors import EXIT_REQUEUE
+
+
+class AskedToStop(Exception):
+    """A signal that came while there were no workers to stop."""
 
 
 class PassOn:
@@ -16,6 +22,7 @@ class PassOn:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._raises = False
         self._reached: set[int] = set()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
@@ -23,7 +30,20 @@ class PassOn:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = self.signal is not None and number == signal.SIGINT
         self.signal = self.signal or number
+        if self._raises:
+            raise AskedToStop
         self._send(signal.SIGKILL if again else signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def may_raise(self) -> Iterator[None]:
+        """While there are no workers: raises `AskedToStop` when a signal comes, or came."""
+        self._raises = True
+        try:
+            if self.signal is not None:
+                raise AskedToStop
+            yield
+        finally:
+            self._raises = False
 
     def reach_all(self) -> None:
         """Workers that were not there yet when the signal came: it came while they were being started."""

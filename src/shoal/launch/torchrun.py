@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from shoal.config import Config
-from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError
+from shoal.errors import LaunchError
 from shoal.launch.place import LOCKED_BY, Place
-from shoal.launch.stops import PassOn, tell
+from shoal.launch.stops import PassOn
 from shoal.layout import find_layout
-from shoal.refusals import refusals
+from shoal.refusals import refusals, refusals_of_machines
 
 
 def plan_processes(config: Config, gpus: int) -> Config:
@@ -39,7 +38,7 @@ def plan_processes(config: Config, gpus: int) -> Config:
         raise LaunchError(
             f"{processes} processes on {cores} CPU cores would only wait for each other; set launch.processes to {cores} or less"
         )
-    _refuse(config, processes)
+    _refuse(refusals_of_machines(config, processes))
     return config.replace("launch", processes=processes, threads=_threads(config, cores // processes))
 
 
@@ -59,9 +58,9 @@ def _threads(config: Config, share: int) -> int:
     return config.launch.threads or (1 if config.train.repro == "bitwise" else max(1, share))
 
 
-def _refuse(config: Config, processes: int) -> None:
-    """Raise `LaunchError` with all that cannot hold on so many processes."""
-    if found := list(refusals(config, processes)):
+def _refuse(sentences: Iterable[str]) -> None:
+    """Raise `LaunchError` with all of them, if there is one."""
+    if found := list(sentences):
         raise LaunchError("\n".join(found))
 
 
@@ -76,7 +75,7 @@ def fit_to_place(config: Config, place: Place) -> Config:
             f"launch.processes is {config.launch.processes}, but {place.local_world_size} were started on this machine; "
             "leave it out here: the launcher decides"
         )
-    _refuse(config, place.world_size)
+    _refuse(refusals(config, place.world_size))
     threads = _threads(config, count_cores() // place.local_world_size)
     for name, value in worker_environment(threads).items():
         os.environ.setdefault(name, value)
@@ -97,20 +96,6 @@ def count_gpus() -> int:
     return 0
 
 
-def check_port(port: int) -> None:
-    """Raise `LaunchError` where `port` is taken (0 takes any that is free)."""
-    if port == 0:
-        return
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise LaunchError(
-                f"port {port} is taken ({error.strerror}); set launch.port to another, or to 0 for any"
-            ) from None
-
-
 def worker_environment(threads: int) -> dict[str, str]:
     """What each worker's environment gets, unless the person set it already."""
     return {
@@ -127,13 +112,12 @@ def worker_environment(threads: int) -> dict[str, str]:
 
 def launch(config: Config, argv: Sequence[str]) -> int:
     """
-    Run `shoal ARGV` in `launch.processes` workers on this machine until they end; the exit code.
+    Run `shoal ARGV` in `launch.processes` workers on this machine, one of `launch.nodes`, until they end; the exit code.
 
     0 when they finished, 85 when somebody asked them, or one of them, to stop before the end (they saved where they
     could), 2 when a worker met bad input (what it left is said here, once), 1 when workers died more often than
-    `launch.max_restarts` or `launch.max_crashes` allow.
+    `launch.max_restarts` or `launch.max_crashes` allow. On several machines all end with the same code.
     """
-    check_port(config.launch.port)
     assert config.launch.processes
     assert config.launch.threads
     for name, value in worker_environment(config.launch.threads).items():
@@ -142,29 +126,9 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     # The agent would raise in the middle of its work on these; we pass them on and let the workers end.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     stop = PassOn()
-    from shoal.launch.agent import make_agent
+    from shoal.launch.agent import run_workers
 
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # the agent tells each death in forty lines; we in one
     count = config.launch.processes
     print(f"starting {count} process{'es' * (count > 1)}", flush=True)
-    agent = make_agent(config, argv, stop)
-    try:
-        result = agent.run()
-    finally:
-        agent.close()
-    if not result.is_failed():
-        return 0
-    codes = [failure.exitcode for failure in result.failures.values()]
-    if EXIT_BAD_INPUT in codes:
-        said = [f.message for f in result.failures.values() if f.exitcode == EXIT_BAD_INPUT]
-        for message in dict.fromkeys(said):  # most often all ranks found the same
-            tell(message)
-        return EXIT_BAD_INPUT
-    if set(codes) == {EXIT_REQUEUE}:
-        return EXIT_REQUEUE
-    if agent.asked:
-        cause = f" ({agent.why})" if agent.why else ""
-        tell(f"stopped without saving{cause}; the same command goes on from the last checkpoint, if there is one")
-        return EXIT_REQUEUE
-    tell(f"the run stopped: {agent.why}. What was saved stands; the same command goes on from there")
-    return 1
+    return run_workers(config, argv, stop)

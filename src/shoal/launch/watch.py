@@ -6,9 +6,10 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -37,6 +38,7 @@ class Look:
     rank: int
     sign: Sign
     state: str
+    host: str = ""  # where it is another machine
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Hang:
     phase: str
     silent_seconds: float
     state: str  # words of `STUCK`, or ""
+    host: str  # where it is on another machine
     stacks: Path | None  # None where they could not be kept
 
     def __str__(self) -> str:
@@ -55,7 +58,8 @@ class Hang:
         how = f"{self.state} in {where}, {self.silent_seconds:.0f} s ago" if self.state else (
             f"in {where} for {self.silent_seconds:.0f} s"
         )  # fmt: skip
-        return f"rank {self.rank} did not join: {how}" + (f"; stacks in {self.stacks}" if self.stacks else "")
+        who = f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
+        return f"{who} did not join: {how}" + (f"; stacks in {self.stacks}" if self.stacks else "")
 
 
 def find_culprit(looks: Sequence[Look]) -> Look:
@@ -105,8 +109,16 @@ class Watch:
         """The last sign of a worker, dead or alive."""
         return self._pages[local_rank][1].read()
 
-    def look(self, pids: Mapping[int, int]) -> Hang | None:
-        """Whether one of the running workers (local rank -> process) is late; then who it is that they wait for."""
+    def looks(self, pids: Mapping[int, int]) -> list[Look]:
+        """Where the running workers (local rank -> process) are."""
+        return [Look(self._pages[local][0], self.sign(local), _state(pid)) for local, pid in pids.items()]
+
+    def look(self, pids: Mapping[int, int], elsewhere: Callable[[], Sequence[Look]] = list) -> Hang | None:
+        """
+        Whether one of the running workers (local rank -> process) is late; then who it is that they wait for.
+
+        elsewhere: asks where those on other machines are.
+        """
         now = time.monotonic()
         self._pauses.look(now)
         signs = {local: self.sign(local) for local in pids}
@@ -119,9 +131,9 @@ class Watch:
             Look(self._pages[local][0], signs[local], states[local] if _state(pid) == states[local] else "")
             for local, pid in pids.items()
         ]
-        found = find_culprit(looks)
+        found = find_culprit([*looks, *elsewhere()])
         sign = found.sign
-        return Hang(found.rank, sign.step, sign.phase, now - sign.since, STUCK.get(found.state, ""), kept)
+        return Hang(found.rank, sign.step, sign.phase, now - sign.since, STUCK.get(found.state, ""), found.host, kept)
 
     def close(self) -> None:
         for _, page in self._pages.values():
@@ -145,7 +157,7 @@ class Watch:
             parts.append(file.read_text("utf-8", "replace") if local in asked and file.is_file() else "  no stacks\n")
         try:
             self._stacks.mkdir(parents=True, exist_ok=True)
-            path = self._stacks / f"{time.strftime('%Y%m%d-%H%M%S')}-step-{step}.txt"
+            path = self._stacks / f"{time.strftime('%Y%m%d-%H%M%S')}-step-{step}-{socket.gethostname()}.txt"
             path.write_text("\n".join(parts), encoding="utf-8")
         except OSError:
             return None  # a full disk: the run is started again all the same
