@@ -66,7 +66,7 @@ class Agent(LocalElasticAgent):
     def _rendezvous(self, worker_group: Any) -> None:
         """Meet the other machines; a signal ends the wait. Raises `LaunchError` where they cannot work together."""
         needed = self._launch.min_nodes or self._launch.nodes
-        say = f"waiting at {self._launch.rendezvous}: {needed} machines are needed"
+        say = f"waiting at {self._launch.rendezvous} for {needed} machine{'s' * (needed > 1)} or more"
         timer = threading.Timer(SLOW_SECONDS, tell, [say])
         with self._stop.may_raise():
             if self._launch.nodes > 1:

@@ -50,7 +50,10 @@ class Machines:
 
     def describe(self, before: Sequence[str] | None, processes: int) -> str:
         """Who takes part, and who did not `before`."""
-        text = f"{self._count} machine{'s' * (self._count > 1)} ({', '.join(self.hosts)}), {processes} processes"
+        text = (
+            f"{self._count} machine{'s' * (self._count > 1)} ({', '.join(self.hosts)}), "
+            f"{processes} process{'es' * (processes > 1)}"
+        )
         if before is None:
             return text
         changes = [f"{name} left" for name in before if before.count(name) > self.hosts.count(name)]

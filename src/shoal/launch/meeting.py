@@ -38,6 +38,9 @@ SIGNS_MISSED: Final = 5
 UNUSED_SECONDS: Final = 10.0  # a store that nobody is connected to for so long ends
 FIRST_SECONDS: Final = 60.0  # somebody has to come within
 
+CLOCK: Final = "shoal/clock"  # the time of day where the store is kept
+SKEW_SECONDS: Final = 4.0  # torch's rendezvous compares one machine's time of day with another's
+
 
 class Rendezvous(DynamicRendezvousHandler):
     """torch's, which says also why the workers are to be started anew, and bears a store that has gone."""
@@ -83,7 +86,9 @@ class Meeting:
     def __init__(self, store: TCPStore, config: Config, address: str) -> None:
         launch = config.launch
         self.store, self.address = store, address
-        self._run = "shoal-" + hashlib.sha256((launch.name or "").encode()).hexdigest()[:16]  # torch makes folders of it
+        self._run = (
+            "shoal-" + hashlib.sha256((launch.name or "").encode()).hexdigest()[:16]
+        )  # torch makes folders of it
         # a run that has ended is closed for good: the next one of its name meets elsewhere in the same store
         self._turn = store.compare_set(f"{self._run}/turn", "", "0").decode()
         run_id = f"{self._run}-{self._turn}"
@@ -122,6 +127,7 @@ class Meeting:
             raise LaunchError(
                 f"what listens at launch.rendezvous {launch.rendezvous} is no meeting point of shoal; set another port"
             ) from error
+        _compare_clocks(store, host)
         return cls(store, config, address)
 
     def end(self, code: int, why: str) -> None:
@@ -154,10 +160,12 @@ def serve(host: str, port: int, *, while_used: bool, ready: Callable[[], None]) 
     Raises `LaunchError` where it cannot listen there.
     """
     store = _keep_store(host, port)
+    store.set(CLOCK, str(time.time()))
     ready()
     process, idle_since, patience = psutil.Process(), time.monotonic(), FIRST_SECONDS
     while not while_used or time.monotonic() - idle_since < patience:
         time.sleep(1.0)
+        store.set(CLOCK, str(time.time()))
         if any(c.laddr.port == store.port and c.raddr for c in process.net_connections(kind="tcp")):
             idle_since, patience = time.monotonic(), UNUSED_SECONDS
 
@@ -195,6 +203,16 @@ def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], Non
                 f"shoal rendezvous {host}:{port} there"
             )
         time.sleep(0.2)
+
+
+def _compare_clocks(store: TCPStore, host: str) -> None:
+    """Raises `LaunchError` where this machine's time of day is far from that of `host`."""
+    skew = time.time() - float(store.get(CLOCK))  # up to a second old
+    if abs(skew) > SKEW_SECONDS:
+        raise LaunchError(
+            f"the clock of this machine is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} that of {host}, so that they would "
+            "take each other for dead; set the clocks, best by NTP"
+        )
 
 
 def _start_store(host: str, port: int) -> None:

@@ -1,0 +1,260 @@
+"""Several launchers of one run, as on several machines: they meet, one is lost, another joins, and all end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from torch.distributed import HashStore
+
+from shoal.checkpoint.saved import listed
+from shoal.data.ledger import audit
+from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError, RunError
+from shoal.fault.heartbeat import Sign
+from shoal.launch.machines import Machines
+from shoal.launch.watch import Look
+from shoal.metrics.trackers import read_json_lines
+from shoal.runs import RunFolder
+from tests.chaos.trial import weights
+from tests.cli.commands import clean_environment
+
+STEPS = 90
+RECIPE = f"""
+model: {{dim: 32, num_layers: 2, num_heads: 2, max_seq_len: 32}}
+data: {{corpus: dummy, dummy_documents: 60, tokenizer: bytes, seq_len: 32}}
+optim: {{lr: 1e-2, warmup_steps: 2, schedule: constant}}
+train: {{steps: {STEPS}, global_batch: 24, micro_batch: 2, dtype: float32, device: cpu, repro: bitwise, eval_every: 0}}
+checkpoint: {{every: 5, keep: 3}}
+metrics: {{peak_tflops: 1}}
+launch: {{hang_seconds: 6, timeout_seconds: 60, threads: 1, processes: 1, join_seconds: 1}}
+"""
+LIMIT_SECONDS = 120.0  # for anything that is waited for
+
+
+class Site:
+    """A folder that several launchers share, and the address at which they meet."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
+        self._open: list[subprocess.Popen[str]] = []
+
+    def start(self, name: str, *options: str, meets: bool = True) -> subprocess.Popen[str]:
+        """A launcher; what it prints goes to NAME.log."""
+        command = [sys.executable, "-m", "shoal", "train", "recipe.yaml", "--name", "run", *options]
+        command += [f"--launch.rendezvous={self.address}"] if meets else []
+        with self.log(name).open("w", encoding="utf-8") as log:
+            process = subprocess.Popen(
+                command, cwd=self.folder, env=clean_environment(), stdout=log, stderr=log, text=True,
+                start_new_session=True,
+            )  # fmt: skip
+        self._open.append(process)
+        return process
+
+    def log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
+
+    @property
+    def run(self) -> RunFolder:
+        return RunFolder(self.folder / "runs" / "run")
+
+    def steps(self) -> int:
+        return self.run.last_step()
+
+    def saved(self) -> int:
+        found = listed(self.run.checkpoints)
+        return found[-1].step if found else 0
+
+    def await_round(self, processes: int, after: int) -> None:
+        """Until so many workers take steps together, in a round that began after `after` others."""
+        until(lambda: [e["processes"] for e in self.events("machines")[after:]][-1:] == [processes], self)
+        begun = len(self.events("machines"))
+        met = self.events("machines")[-1]["time"]
+        until(lambda: self.events("started")[-1]["time"] > met, self)
+        step = self.steps()
+        until(lambda: self.steps() > step, self)
+        assert len(self.events("machines")) == begun
+
+    def rounds(self) -> int:
+        return len(self.events("machines"))
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [e for e in read_json_lines(self.run.events_file) if e["event"] == name]
+
+    def close(self) -> None:
+        for process in self._open:
+            if process.poll() is None:
+                lose(process)
+
+
+def until(true: Callable[[], bool], site: Site) -> None:
+    """Wait; fails with what all have printed."""
+    end = time.monotonic() + LIMIT_SECONDS
+    while not true():
+        if time.monotonic() > end:
+            pytest.fail("\n".join(f"{p.name}\n{p.read_text()}" for p in sorted(site.folder.glob("*.log"))))
+        time.sleep(0.05)
+
+
+def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """All but the place to meet, which outlives who started it."""
+    return [p for p in psutil.Process(launcher.pid).children() if "rendezvous" not in p.cmdline()]
+
+
+def meeting_place(site: Site) -> psutil.Process:
+    return next(p for p in psutil.process_iter() if p.pid != os.getpid() and _is_place(p, site.address))
+
+
+def _is_place(process: psutil.Process, address: str) -> bool:
+    try:
+        return "rendezvous" in process.cmdline() and address in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+def lose(launcher: subprocess.Popen[str]) -> None:
+    """As if the machine lost its power."""
+    for process in [psutil.Process(launcher.pid), *workers(launcher)]:
+        process.kill()
+    launcher.wait()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    site = Site(tmp_path)
+    yield site
+    site.close()
+
+
+def test_machines_come_and_go_and_the_weights_are_those_of_one(site: Site) -> None:
+    alone = site.start("alone", "--name", "alone", meets=False)
+    assert alone.wait(LIMIT_SECONDS) == 0, site.log("alone").read_text()
+
+    fixed = ("--launch.nodes", "2")
+    first, second = site.start("a1", *fixed), site.start("b1", *fixed)
+    until(lambda: site.steps() >= 3, site)
+    second.send_signal(signal.SIGTERM)  # one is asked: all stop at the same step, and say that they may go on
+    assert {first.wait(LIMIT_SECONDS), second.wait(LIMIT_SECONDS)} == {EXIT_REQUEUE}
+    assert site.saved() == site.steps() > 0
+
+    some, rounds = ("--launch.nodes", "3", "--launch.min_nodes", "1"), site.rounds()
+    first, second = site.start("a2", *some), site.start("b2", *some)
+    site.await_round(2, rounds)
+    rounds = site.rounds()
+    workers(second)[0].suspend()  # one hangs: it is named, and all start again
+    site.await_round(2, rounds)
+    (hang,) = site.events("hang")
+    assert "stopped (SIGSTOP)" in hang["why"]
+
+    rounds = site.rounds()
+    lose(second)  # the world is smaller
+    site.await_round(1, rounds)
+    rounds = site.rounds()
+    third = site.start("c2", *some)  # and larger; nothing is lost, since they save before
+    until(lambda: site.rounds() > rounds, site)
+    assert site.events("stopped")[-1]["step"] == site.saved()
+    site.await_round(2, rounds)
+    meeting_place(site).kill()  # nobody can join any more, and the run goes on
+    assert [first.wait(LIMIT_SECONDS), third.wait(LIMIT_SECONDS)] == [0, 0]
+    assert "the run goes on" in site.log("a2").read_text()
+    expected = listed(site.folder / "runs" / "alone" / "checkpoints")[-1]
+    found = listed(site.run.checkpoints)[-1]
+    assert found.step == STEPS
+    assert weights(found.folder) == weights(expected.folder)
+    assert audit(site.run.ledger_file).passed
+
+
+def test_machines_with_folders_of_their_own_are_told_so(site: Site) -> None:
+    first = site.start("a", "--launch.nodes", "2")
+    second = site.start("b", "--launch.nodes", "2", "--launch.runs", "elsewhere")
+    assert {first.wait(LIMIT_SECONDS), second.wait(LIMIT_SECONDS)} == {EXIT_BAD_INPUT}
+    for name in ("a", "b"):
+        assert "set launch.runs to a folder that all machines share" in site.log(name).read_text()
+
+
+def test_a_run_is_held_by_those_who_meet_at_one_place(tmp_path: Path) -> None:
+    folders = [RunFolder(tmp_path / "run") for _ in range(4)]
+    folders[0].lock("node0:29400")
+    folders[1].lock("node0:29400")
+    assert folders[0].lock_id() == folders[1].lock_id() != ""
+    for place in ("node9:29400", None):
+        with pytest.raises(RunError, match="is being trained by process"):
+            folders[2].lock(place)
+    folders[0].release()
+    with pytest.raises(RunError):
+        folders[2].lock()
+    folders[1].release()
+    folders[2].lock()
+    with pytest.raises(RunError):
+        folders[3].lock("node0:29400")
+
+
+def on_each(count: int, do: Callable[[Machines, int], object]) -> list[object]:
+    """What `do` gives on each of `count` machines, or raises."""
+    store, results = HashStore(), [None] * count
+
+    def one(rank: int) -> None:
+        try:
+            results[rank] = do(Machines(store, rank, count), rank)  # type: ignore[call-overload]
+        except LaunchError as error:
+            results[rank] = error  # type: ignore[call-overload]
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return list(results)
+
+
+def test_each_machine_knows_the_others_names_and_disks() -> None:
+    names = ["node0", "node1", "node2"]
+    assert on_each(3, lambda m, rank: m.greet(names[rank], "one disk")) == [names] * 3
+    refused = on_each(3, lambda m, rank: m.greet(names[rank], "one disk" if rank != 1 else "another"))
+    assert all(isinstance(r, LaunchError) for r in refused)
+    assert "node0 and node1 have folders of their own" in str(refused[0])
+
+
+def test_who_came_and_who_left_is_said() -> None:
+    def describe(machines: Machines, rank: int) -> str:
+        machines.greet(["b", "c", "c"][rank], "")
+        return machines.describe(["a", "b", "c"], 6)
+
+    assert on_each(3, describe) == ["3 machines (b, c, c), 6 processes; a left; c joined"] * 3
+
+
+def test_workers_elsewhere_are_seen_by_the_clock_here() -> None:
+    store = HashStore()
+    there, here = Machines(store, 1, 2), Machines(store, 0, 2)
+    there.hosts = here.hosts = ["node0", "node1"]
+    assert here.others() == []
+    began = time.monotonic() - 7.0
+    there.post(lambda: [Look(3, Sign(12, 4, "backward", began, 0.0), "sleeping")])
+    (seen,) = here.others()
+    assert (seen.rank, seen.sign.step, seen.sign.turn, seen.sign.phase, seen.host) == (3, 12, 4, "backward", "node1")
+    assert time.monotonic() - seen.sign.since >= 7.0
+    assert there.first_to("hang")
+    assert not here.first_to("hang")
+    assert not here.regroups()
+    there.regroup()
+    assert here.regroups()
+
+
+def test_the_lock_is_readable_as_json(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.lock("node0:29400")
+    assert json.loads((tmp_path / "run" / "lock").read_text())["meeting"] == "node0:29400"
