@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "shoal"
 
 # Each floor may import from itself and from the floors before it.
 FLOORS: list[set[str]] = [
-    {"errors", "disk", "__init__"},
+    {"errors", "disk", "address", "__init__"},
     {"config", "presets"},
     {"layout", "pipeline_plan", "hub", "recipe"},
     {"refusals"},

@@ -243,7 +243,11 @@ def test_a_disk_that_says_written_is_not_taken_at_its_word(tmp_path: Path, monke
     monkeypatch.setattr(
         os, "fsync", lambda fd: (sync(fd), os.pwrite(os.open(f"/proc/self/fd/{fd}", os.O_WRONLY), b"x", 99))
     )
-    problem = store_in(tmp_path).save(parts(tensors()), state(1)).problem
+    store = store_in(tmp_path)
+    store.begin(parts(tensors()), state(1))
+    outcome = store.finish()
+    assert outcome is not None
+    problem = outcome.problem
     assert "reads otherwise than it was written" in problem
 
 

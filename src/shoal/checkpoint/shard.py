@@ -44,12 +44,17 @@ class Digest:
 
 
 def write_shard(
-    path: Path, items: Sequence[Item], *, durable: bool = True, at: Callable[[str], None] = lambda phase: None
+    path: Path,
+    items: Sequence[Item],
+    *,
+    durable: bool = True,
+    read_back: bool = True,
+    at: Callable[[str], None] = lambda phase: None,
 ) -> Digest:
     """
     Write `items` to `path`; its size and SHA-256, of what was meant to be written.
 
-    durable: flushed to the disk, and read back from it: a disk that says "written" is not taken at its word.
+    durable: flushed to the disk; read_back: and read from it: a disk that says "written" is not taken at its word.
     `at("write")` is called in the middle. Raises `OSError`.
     """
     at("write")
@@ -61,11 +66,13 @@ def write_shard(
             while written < len(piece):  # a raw write may take less than it is given
                 written += file.write(piece[written:])
             hashing.result()
+            if durable and hasattr(os, "posix_fadvise"):  # the disk begins now, and not when all is there
+                os.posix_fadvise(file.fileno(), size, len(piece), os.POSIX_FADV_DONTNEED)
             size += len(piece)
         if durable:
             os.fsync(file.fileno())
     digest = Digest(size, hashed.hexdigest())
-    if durable and (found := _read_back(path)) != digest:
+    if read_back and (found := _read_back(path)) != digest:
         raise OSError(f"{path} reads otherwise than it was written: {found.bytes} bytes of {digest.bytes}")
     return digest
 
