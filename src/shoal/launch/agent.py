@@ -17,15 +17,18 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-import torch.distributed.elastic.rendezvous.registry as registry
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, create_handler
 
 from shoal.config import Config
 from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, EXIT_REQUEUE
 from shoal.launch.crashes import Crashes, first_death, how_it_died
+from shoal.launch.listen import listen
 from shoal.launch.stops import PassOn, tell
 from shoal.launch.watch import Hang, Watch
 from shoal.metrics.trackers import Events
@@ -128,27 +131,28 @@ class Agent(LocalElasticAgent):
 
 def make_agent(config: Config, argv: Sequence[str], stop: PassOn) -> Agent:
     """An agent that runs `shoal ARGV` in `launch.processes` workers on this machine."""
-    rendezvous = RendezvousParameters(
-        backend="c10d",
-        endpoint=f"127.0.0.1:{config.launch.port}",
-        run_id=uuid.uuid4().hex,
-        min_nodes=1,
-        max_nodes=1,
-        local_addr="127.0.0.1",
-        is_host=True,
-    )
     restarts = config.launch.max_restarts
     spec = WorkerSpec(
         role="shoal",
         local_world_size=config.launch.processes or 1,
         entrypoint=sys.executable,
         args=("-m", "shoal", *argv),
-        rdzv_handler=registry.get_rendezvous_handler(rendezvous),
+        rdzv_handler=_rendezvous(config.launch.port),
         max_restarts=NO_LIMIT if restarts is None else restarts,
         monitor_interval=0.1,
         local_addr="127.0.0.1",
     )
     return Agent(spec, config, stop)
+
+
+def _rendezvous(port: int) -> DynamicRendezvousHandler:
+    """Where the agent and its workers meet: a store that listens on loopback alone. torch's own listens everywhere."""
+    listener = listen("127.0.0.1", port)
+    host, port = listener.getsockname()
+    store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    run_id = uuid.uuid4().hex
+    parameters = RendezvousParameters("c10d", f"{host}:{port}", run_id, min_nodes=1, max_nodes=1, local_addr=host)
+    return create_handler(store, C10dRendezvousBackend(store, run_id), parameters)
 
 
 def _kill(processes: Any) -> None:
