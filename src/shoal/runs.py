@@ -191,5 +191,5 @@ def _holder(file: IO[str]) -> str:
     try:
         holder = json.loads(file.read())
         return f"by process {holder['pid']} on {holder['host']} since {holder['since']} (shoal {holder['command']})"
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return "by another process"
