@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "shoal"
 
 # Each floor may import from itself and from the floors before it.
 FLOORS: list[set[str]] = [
-    {"errors", "disk", "address", "__init__"},
+    {"errors", "disk", "address", "secrets", "__init__"},
     {"config", "presets"},
     {"layout", "pipeline_plan", "hub", "recipe"},
     {"refusals"},
@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"fault.heartbeat", "fault.limit"},  # what a worker and its launcher both know
     {"runs"},
     {"launch", "metrics.console"},
-    {"parallel.mesh", "parallel.region"},  # nouns: they cross every border above
+    {"parallel.mesh", "parallel.store", "parallel.region"},  # nouns: they cross every border above
     {"data", "models", "optim", "checkpoint", "metrics", "fault"},
     {"parallel"},
     {"train", "infer.generate"},
@@ -33,8 +33,8 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 WITHOUT_TORCH = [
-    "cli", "verbs", "config", "recipe", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "plan.estimate", "plan.hardware", "launch.torchrun",
-    "launch.place", "launch.watch", "launch.stops", "launch.crashes", "fault.heartbeat", "fault.limit", "fault.signals", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open", "data.ledger", "metrics.goodput", "checkpoint.saved",
+    "cli", "verbs", "config", "recipe", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "secrets", "plan.estimate", "plan.hardware", "launch.torchrun",
+    "launch.place", "launch.watch", "launch.stops", "launch.crashes", "launch.listen", "fault.heartbeat", "fault.limit", "fault.signals", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open", "data.ledger", "metrics.goodput", "checkpoint.saved",
 ]  # fmt: skip
 
 

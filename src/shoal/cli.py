@@ -13,8 +13,10 @@ from typing import Any, NoReturn
 
 from shoal import __version__, verbs
 from shoal.errors import EXIT_BAD_INPUT, ShoalError
+from shoal.secrets import secret_in
 from shoal.verbs import Override
 
+SAID_TO_A_MODEL = ("--prompt", "--system")  # text, in which an address is only an address
 SHORTCUTS = {"name": "launch.name", "processes": "launch.processes"}
 
 
@@ -55,6 +57,10 @@ def _leave(code: int) -> NoReturn:
 
 
 def _run(argv: list[str]) -> int:
+    for before, item in zip(["shoal", *argv], argv, strict=False):
+        if before not in SAID_TO_A_MODEL and (what := secret_in(item)):
+            flag = item.partition("=")[0] if item.startswith("--") else before
+            raise ShoalError(f"what follows {flag}: {what}")
     parser = build_parser(argv[0] if argv else None)
     args, rest = parser.parse_known_args(argv)
     if args.verb is None:
@@ -62,7 +68,8 @@ def _run(argv: list[str]) -> int:
         return 0
     overrides, stray = read_overrides(args, rest)
     if stray:
-        raise ShoalError(f"shoal {args.verb} does not take {' '.join(stray)}; see shoal {args.verb} --help")
+        named = [item.partition("=")[0] for item in stray if item.startswith("-")] or stray  # values may be secrets
+        raise ShoalError(f"shoal {args.verb} does not take {' '.join(named)}; see shoal {args.verb} --help")
     result: int = args.run(args, overrides, argv) or 0
     return result
 

@@ -23,6 +23,7 @@ from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
 from shoal.presets import PRESETS, resolve_shape
 from shoal.recipe import Setting, known, read_override, read_recipe, to_text
+from shoal.secrets import secret_in
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ())
     problems: list[Problem] = []
     given = read_recipe(recipe, problems) if recipe else []
     given += [read_override(*o) for o in overrides]
+    given = list(_without_secrets(given, problems))
     notes: list[str] = []
     settings = _with_shape({s.key: s for s in known(given, problems)}, problems, notes)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
@@ -54,6 +56,15 @@ def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ())
     if problems := list(contradictions(config, sources)):
         raise ConfigError(problems)
     return _derive(config, sources, tuple(notes))
+
+
+def _without_secrets(given: Iterable[Setting], problems: list[Problem]) -> Iterator[Setting]:
+    """Those that hold no secret; a `Problem` that does not quote it for each other one."""
+    for setting in given:
+        if what := secret_in(str(setting.value)):
+            problems.append(Problem(setting.where, f"{setting.key}: {what}"))
+        else:
+            yield setting
 
 
 def _place(problem: Problem) -> tuple[bool, int]:

@@ -214,7 +214,7 @@ def _held(file: IO[str]) -> dict[str, Any]:
     file.seek(0)
     try:
         found = json.loads(file.read())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

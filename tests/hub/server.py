@@ -33,6 +33,7 @@ class Repository:
     altered: dict[str, bytes] = field(default_factory=dict)  # what is sent instead, of the same size
     cut_after: int | None = None  # bytes of a body, then the connection is cut
     ranges: bool = True
+    encodings: dict[str, str] = field(default_factory=dict)  # what a body is said to be packed with
     on_body: Callable[[str], None] = lambda name: None  # called before a body is sent
 
 
@@ -120,6 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked.append(f"{file} from {start}")
         self.send_response(206 if start else 200)
         self.send_header("X-Repo-Commit", repository.commit)
+        if file in repository.encodings:
+            self.send_header("Content-Encoding", repository.encodings[file])
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         body = content[start:]

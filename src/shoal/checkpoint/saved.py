@@ -60,7 +60,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint. Raises `CheckpointError`."""
     try:
         state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read: {error}") from error
     if state.get("format") != FORMAT:
         raise CheckpointError(f"{folder} has format {state.get('format')}; this shoal reads format {FORMAT}")
@@ -82,7 +82,7 @@ def damage(folder: Path, share: int = 0, shares: int = 1) -> str:
     try:
         files: Mapping[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         return next(_damaged_files(folder, files, share, shares), "")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, AttributeError) as error:
         return f"{folder / MANIFEST} cannot be read: {error}"
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import IO
 
 from shoal.data.documents import Cursor, Document, Reader, Skipped
+from shoal.errors import DataError
 
 MAX_LINE_BYTES = 1 << 26
+BOMB_TIMES = 200  # text shrinks to a fifth; gzip can do a thousandth
+BOMB_BYTES = 1 << 28  # until then, a file may be as odd as it likes
 
 
 def jsonl_reader(text_key: str) -> Reader:
@@ -32,8 +35,8 @@ def _read_gzip(raw: IO[bytes], name: str, start: Cursor, text_key: str) -> Itera
     """gzip has no way to seek: the lines before `start` are read again and dropped."""
     after = start
     try:
-        with gzip.open(raw) as lines:
-            for item in _read_lines(lines, raw, name, Cursor(start.file), text_key):
+        with gzip.open(raw) as unpacked:
+            for item in _read_lines(_Unpacked(unpacked, raw, name), raw, name, Cursor(start.file), text_key):
                 after = item.after
                 if after.document > start.document:
                     yield item
@@ -42,8 +45,25 @@ def _read_gzip(raw: IO[bytes], name: str, start: Cursor, text_key: str) -> Itera
         yield Skipped(f"{name}, from line {after.document}", f"damaged gzip ({error})", after)
 
 
+class _Unpacked:
+    """The lines of a gzip file, unless it is made to grow without end."""
+
+    def __init__(self, lines: gzip.GzipFile, raw: IO[bytes], name: str) -> None:
+        self._lines, self._raw, self._name, self._bytes = lines, raw, name, 0
+
+    def readline(self, limit: int) -> bytes:
+        line = self._lines.readline(limit)
+        self._bytes += len(line)
+        if self._bytes > BOMB_BYTES and self._bytes > BOMB_TIMES * self._raw.tell():
+            raise DataError(
+                f"{self._name} unpacks to more than {BOMB_TIMES} times its size, which text does not; take it out of data.paths, or "
+                "unpack it yourself"
+            )
+        return line
+
+
 def _read_lines(
-    lines: IO[bytes] | gzip.GzipFile, raw: IO[bytes], name: str, start: Cursor, text_key: str
+    lines: IO[bytes] | _Unpacked, raw: IO[bytes], name: str, start: Cursor, text_key: str
 ) -> Iterator[Document | Skipped]:
     """`raw` tells how far the file itself was read; blank lines are nothing, not even skipped."""
     index = start.document

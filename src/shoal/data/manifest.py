@@ -87,7 +87,7 @@ def load_journal(folder: Path, options: Mapping[str, Any], listing: list[Entry])
             Skips(saved["skips"]["count"], saved["skips"]["first"], Cursor(**saved["skips"]["upto"])),
             saved.get("fast", True),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return journal if journal.options == options and journal.listing == listing else None
 
@@ -163,8 +163,11 @@ def load_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**{**saved, "splits": splits})
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; run `shoal prepare RECIPE` first") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error!r}); {CURE}") from error
+    for shard in (shard for split in splits.values() for shard in split.shards):
+        if Path(shard.name).name != shard.name:
+            raise DataError(f"{path} names {shard.name}, which leads out of its folder; {CURE}")
     if _data_id(manifest.tokenizer_sha256, splits) != manifest.data_id:
         raise DataError(f"{path} was altered: its data_id does not match its shards; {CURE}")
     return manifest

@@ -9,6 +9,7 @@ import tempfile
 import urllib.request
 from collections.abc import Mapping
 from functools import lru_cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,10 @@ def _converted(name: str) -> str:
         _get(HOST + file)
     try:
         encoding = tiktoken.get_encoding(name)
-    except Exception as error:  # requests' errors, ValueError of a wrong hash
-        raise DataError(f"tiktoken cannot open {name}: {error}; set data.tokenizer, or TIKTOKEN_CACHE_DIR") from error
+    except Exception as error:  # requests' errors, which may quote a proxy's address; ValueError of a wrong hash
+        raise DataError(
+            f"tiktoken cannot open {name} ({type(error).__name__}); set data.tokenizer, or TIKTOKEN_CACHE_DIR"
+        ) from None
     tokenizer = _convert(encoding)
     check_same_ids(f"tiktoken:{name}", tokenizer, encoding.encode_ordinary)
     text: str = tokenizer.to_str()
@@ -74,11 +77,12 @@ def _get(address: str) -> None:
             content = answer.read()
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, [content])
-    except OSError as error:
+    except (OSError, ValueError, HTTPException) as error:  # those that are no OSError quote the address of a proxy
+        why = error if isinstance(error, OSError) else f"{type(error).__name__}: see HTTPS_PROXY"
         raise DataError(
-            f"tiktoken's file {address} is not on this machine and cannot be fetched ({error}); put it at {path}"
+            f"tiktoken's file {address} is not on this machine and cannot be fetched ({why}); put it at {path}"
             + ("" if given else ", or into another folder, under that name, and set TIKTOKEN_CACHE_DIR to the folder")
-        ) from error
+        ) from None
 
 
 def _convert(encoding: Any) -> tokenizers.Tokenizer:

@@ -120,7 +120,7 @@ def read_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}: {error}; correct or remove it") from error
     if not isinstance(found, dict):
         raise DataError(f"{path} is not a JSON object; correct or remove it")

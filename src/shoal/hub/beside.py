@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from shoal.disk import sync, write_whole
+from shoal.errors import ModelError
 from shoal.hub.folder import CONFIG, ModelFolder
 from shoal.hub.header import DTYPE_NAMES
 from shoal.hub.names import spellings
@@ -65,9 +66,23 @@ def read_dtypes(copy: Path) -> Dtypes:
     return Dtypes(said["dtype"], said["others"])
 
 
+def _refuse_stray(folder: Path, path: Path) -> None:
+    """
+    Raises `ModelError` for a link out of the folder: its copy may be published, and a folder from elsewhere may say
+    `LICENSE -> ~/.ssh/id_rsa`. Into the `blobs` of Hugging Face's cache all links of its snapshots lead.
+    """
+    target = path.resolve()
+    if not target.is_relative_to(folder.resolve()) and target.parent.name != "blobs":
+        raise ModelError(
+            f"{path} is a link out of its folder, to {target}, and what it leads to would come along with the model; put the "
+            "file itself there"
+        )
+
+
 def copy_files(folder: Path, target: Path, names: tuple[str, ...]) -> list[str]:
-    """Copy those of `names` that `folder` has; which they were."""
+    """Copy those of `names` that `folder` has; which they were. Raises `ModelError`."""
     found = [name for name in names if (folder / name).is_file()]
     for name in found:
+        _refuse_stray(folder, folder / name)
         shutil.copyfile(folder / name, target / name)
     return found

@@ -53,7 +53,7 @@ def load_record(folder: Path) -> Record | None:
         fields = json.loads((folder / RECORD).read_bytes())
         files = {name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in fields["files"].items()}
         return Record(str(fields["name"]), str(fields["revision"]), str(fields["commit"]), files)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 
 

@@ -24,6 +24,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from shoal import __version__
 from shoal.errors import ModelError
 from shoal.hub.find import by_hand, close_names, no_name
+from shoal.secrets import without_password
 
 # What the HTTP library raises, whichever one huggingface_hub is built on: httpx below 2, httpx2 since.
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -68,7 +69,7 @@ def look_up(name: str, revision: str, folder: Path) -> Remote:
             return _remote(name, info)
     except (ValueError, TypeError, KeyError, AttributeError) as error:  # a proxy's page; a token that fits in no header
         raise ModelError(
-            f"{constants.ENDPOINT} does not answer for {name} as a hub does ({type(error).__name__}); look at "
+            f"{_endpoint()} does not answer for {name} as a hub does ({type(error).__name__}); look at "
             f"HF_ENDPOINT, HF_TOKEN and the proxy; {by_hand(name, folder)}"
         ) from None
 
@@ -126,9 +127,7 @@ def _size(path: Path) -> int:
 
 def _remote(name: str, info: ModelInfo) -> Remote:
     if not info.sha or not re.fullmatch("[0-9a-f]{40}", info.sha):
-        raise ModelError(
-            f"{constants.ENDPOINT} states no commit of {name}; is it a hub? HF_ENDPOINT says which is asked"
-        )
+        raise ModelError(f"{_endpoint()} states no commit of {name}; is it a hub? HF_ENDPOINT says which is asked")
     files = {}
     for file in info.siblings or []:
         path = PurePosixPath(file.rfilename)
@@ -142,12 +141,17 @@ def _remote(name: str, info: ModelInfo) -> Remote:
 
 def _remote_file(name: str, file: RepoSibling) -> RemoteFile:
     size, sha256 = (file.lfs.size, file.lfs.sha256) if file.lfs else (file.size, None)
-    if size is None or not (sha256 or file.blob_id):
+    if type(size) is not int or size < 0 or not (sha256 or file.blob_id):
         raise ModelError(
-            f"{constants.ENDPOINT} states no size and no hash of {name}'s {file.rfilename}, so it could not be checked; "
+            f"{_endpoint()} states no size and no hash of {name}'s {file.rfilename}, so it could not be checked; "
             "HF_ENDPOINT says which hub is asked"
         )
     return RemoteFile(file.rfilename, size, sha256, None if sha256 else file.blob_id)
+
+
+def _endpoint() -> str:
+    """HF_ENDPOINT as it may be shown."""
+    return without_password(constants.ENDPOINT)
 
 
 # --- what went wrong -------------------------------------------------------------------------------------
@@ -168,14 +172,14 @@ def _explained(name: str, revision: str, folder: Path) -> Iterator[None]:
         raise ModelError(_answer(error, name, revision)) from None
     except HTTP_ERROR as error:
         raise ModelError(
-            f"cannot reach {constants.ENDPOINT} for {name} ({type(error).__name__}); once it can be, the same command "
+            f"cannot reach {_endpoint()} for {name} ({type(error).__name__}); once it can be, the same command "
             f"goes on where it stopped; {by_hand(name, folder)}"
         ) from None
 
 
 def _answer(error: HfHubHTTPError, name: str, revision: str) -> str:
     """What a refusal of the hub means, and what to do."""
-    page = f"{constants.ENDPOINT}/{name}"
+    page = f"{_endpoint()}/{name}"
     status = error.response.status_code
     if isinstance(error, GatedRepoError):
         return f"{name} is given only to those who accepted its terms ({status}): accept them at {page}, and set HF_TOKEN to a token of yours"

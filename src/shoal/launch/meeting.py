@@ -172,7 +172,7 @@ def serve(host: str, port: int, *, while_used: bool, ready: Callable[[], None]) 
 
 def _keep_store(host: str, port: int) -> TCPStore:
     """A store in this process that listens on the address of `host` alone."""
-    listener = listen(host, port)
+    listener = listen(host, port, from_afar=True, option="launch.rendezvous")
     name, port = listener.getsockname()[:2]
     return TCPStore(
         name, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=STORE_SECONDS),
@@ -185,13 +185,7 @@ def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], Non
     begun, told, started = time.monotonic(), False, False
     while not _answers(host, port):
         if not started and _is_here(host):
-            if not is_loopback(host) or host in ("localhost", LOOPBACK, "::1"):
-                _start_store(host, port)
-            else:
-                raise LaunchError(
-                    f"launch.rendezvous: on its own machine {host} means an address of loopback (see /etc/hosts), where no "
-                    "other machine reaches it; set the address that it has on the network"
-                )
+            _start_store(host, port)
             started = True
         waited = time.monotonic() - begun
         if waited > 3 and not told:
@@ -216,7 +210,14 @@ def _compare_clocks(store: TCPStore, host: str) -> None:
 
 
 def _start_store(host: str, port: int) -> None:
-    """In a process of its own, that a signal to this one's group does not reach. Two may try: one gets the port."""
+    """In a process of its own, that a signal to this one's group does not reach. Raises `LaunchError`."""
+    try:
+        listen(host, port, from_afar=True, option="launch.rendezvous").close()
+    except LaunchError:
+        time.sleep(1.0)
+        if _answers(host, port):  # another launcher on this machine was quicker
+            return
+        raise
     subprocess.Popen(
         [sys.executable, "-m", "shoal", "rendezvous", f"{host}:{port}", "--while-used"],
         start_new_session=True,

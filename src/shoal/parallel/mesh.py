@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +15,7 @@ from shoal.config import Parallel
 from shoal.errors import LaunchError
 from shoal.launch.place import Place, read_place
 from shoal.layout import Layout, find_layout
+from shoal.parallel.store import open_store, stay_on_loopback
 
 ALONE = Place()
 
@@ -170,11 +169,14 @@ def open_mesh(device: str, timeout_seconds: float, parallel: Parallel) -> Iterat
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if place.world_size > 1:
-        if os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+        stay_on_loopback()
+        timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=timeout_seconds),
+            store=open_store(place, timeout),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
             device_id=chosen if chosen.type == "cuda" else None,
         )
     mesh = Mesh(place, chosen, layout)
