@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -280,6 +281,9 @@ def _record(args: argparse.Namespace, name: str) -> Path:
 def rendezvous(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.address import read_address
     from shoal.errors import LaunchError
+
+    if args.while_used and os.fork():
+        os._exit(0)  # nobody's child: a launcher that ends, or passes a signal on, leaves it alone
     from shoal.launch.meeting import serve
 
     address = read_address(args.address)

@@ -66,15 +66,16 @@ class Machines:
         if now - self._posted < POST_SECONDS:
             return
         self._posted = now
-        mine = [
-            [k.rank, k.sign.step, k.sign.turn, k.sign.phase, now - k.sign.since, k.state] for k in looks()
-        ]  # seconds: each machine's clock is its own
+        # in the time of day, which machines share but for some seconds; signs are in each machine's own
+        began = time.time() - now
+        mine = [[k.rank, k.sign.step, k.sign.turn, k.sign.phase, began + k.sign.since, k.state] for k in looks()]
         with contextlib.suppress(DistError):
             self._store.set(f"looks/{self._rank}", json.dumps(mine))
 
     def others(self) -> list[Look]:
         """What the others left last, as if seen now."""
         now, found = time.monotonic(), []
+        began = time.time() - now
         for rank in range(self._count):
             if rank == self._rank:
                 continue
@@ -82,8 +83,8 @@ class Machines:
                 key = f"looks/{rank}"
                 said = json.loads(self._store.get(key)) if self._store.check([key]) else []
                 found += [
-                    Look(each, Sign(step, turn, phase, now - age, math.inf), state, self.hosts[rank])
-                    for each, step, turn, phase, age, state in said
+                    Look(each, Sign(step, turn, phase, min(since - began, now), math.inf), state, self.hosts[rank])
+                    for each, step, turn, phase, since, state in said
                 ]
         return found
 

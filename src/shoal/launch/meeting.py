@@ -166,7 +166,9 @@ def serve(host: str, port: int, *, while_used: bool, ready: Callable[[], None]) 
     while not while_used or time.monotonic() - idle_since < patience:
         time.sleep(1.0)
         store.set(CLOCK, str(time.time()))
-        if any(c.laddr.port == store.port and c.raddr for c in process.net_connections(kind="tcp")):
+        open_ = process.net_connections(kind="tcp")
+        ours = {c.laddr.port for c in open_}  # the store is its own first client
+        if any(c.laddr.port == store.port and c.raddr and c.raddr.port not in ours for c in open_):
             idle_since, patience = time.monotonic(), UNUSED_SECONDS
 
 
@@ -218,12 +220,13 @@ def _start_store(host: str, port: int) -> None:
         if _answers(host, port):  # another launcher on this machine was quicker
             return
         raise
-    subprocess.Popen(
+    subprocess.run(  # leaves a process of its own, and returns at once
         [sys.executable, "-m", "shoal", "rendezvous", f"{host}:{port}", "--while-used"],
         start_new_session=True,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        check=False,
     )
 
 

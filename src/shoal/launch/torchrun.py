@@ -7,9 +7,10 @@ torch only when the config is known to be good.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from shoal.config import Config
 from shoal.errors import LaunchError
@@ -112,6 +113,17 @@ def worker_environment(threads: int) -> dict[str, str]:
     }
 
 
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """While torch is imported: a store that has gone costs one line of ours, and not a stack of C++ for each attempt."""
+    name = "TORCH_CPP_LOG_LEVEL"
+    chosen = os.environ.get(name)
+    os.environ.setdefault(name, "FATAL")
+    yield
+    if chosen is None:
+        del os.environ[name]  # workers have their own to say
+
+
 def launch(config: Config, argv: Sequence[str]) -> int:
     """
     Run `shoal ARGV` in `launch.processes` workers on this machine, one of `launch.nodes`, until they end; the exit code.
@@ -128,8 +140,8 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     # The agent would raise in the middle of its work on these; we pass them on and let the workers end.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     stop = PassOn()
-    from shoal.launch.agent import run_workers
-
+    with _quiet_torch():
+        from shoal.launch.agent import run_workers
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # the agent tells each death in forty lines; we in one
     count = config.launch.processes
     print(f"starting {count} process{'es' * (count > 1)}", flush=True)

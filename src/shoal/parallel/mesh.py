@@ -143,13 +143,14 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process has gone, and not for a reason of ours."""
+    """Whether a collective failed because another process has gone or cannot be reached, and not for a reason of ours."""
     words = (
         "Connection closed by peer",
         "Connection reset by peer",
         "Broken pipe",
         "Connection refused",
         "remote process exited",
+        "Timed out waiting",
     )
     return dist.is_initialized() and any(word in str(error) for word in words)
 
