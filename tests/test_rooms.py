@@ -34,7 +34,7 @@ FLOORS: list[set[str]] = [
 ]
 WITHOUT_TORCH = [
     "cli", "verbs", "config", "recipe", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "plan.estimate", "plan.hardware", "launch.torchrun",
-    "launch.place", "launch.watch", "launch.stops", "launch.crashes", "fault.heartbeat", "fault.limit", "fault.signals", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open", "data.ledger", "metrics.goodput", "checkpoint.saved",
+    "launch.place", "launch.watch", "launch.stops", "launch.crashes", "fault.heartbeat", "fault.limit", "fault.signals", "fault.stragglers", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open", "data.ledger", "metrics.goodput", "checkpoint.saved",
 ]  # fmt: skip
 
 

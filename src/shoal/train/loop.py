@@ -37,6 +37,7 @@ from shoal.train.closing import close_run, whole_model
 from shoal.train.evaluate import evaluate
 from shoal.train.guard import Guard
 from shoal.train.opening import introduce
+from shoal.train.pace import Pace
 from shoal.train.records import Records
 from shoal.train.recovery import GoBack, Recovery
 from shoal.train.saving import Saving
@@ -87,6 +88,7 @@ class Run:
     meter: Meter
     guard: Guard
     recovery: Recovery
+    pace: Pace
     faults: Faults
     header: Header
     heartbeat: Heartbeat
@@ -127,6 +129,7 @@ class Run:
         guard = Guard(mesh.device, config.fault.spike_zscore)
         guard.losses.extend(state.losses)
         recovery = Recovery(config.fault, console, records.event)
+        pace = Pace.open(config, mesh, runnable, console, records.event)
         header = Header(
             len(rows), config.train.seed, config.train.global_batch, mesh.world_size // mesh.dp_size, prepared.data_id
         )
@@ -139,7 +142,7 @@ class Run:
         }
         run = cls(
             config, mesh, stop, console, folder, prepared, records, runnable, state, saving, loader, meter, guard,
-            recovery, faults, header, heartbeat, limit, total_steps,
+            recovery, pace, faults, header, heartbeat, limit, total_steps,
         )  # fmt: skip
         introduce(run, applied, newest, before, [(d.key, d.before, d.after) for d in changed])
         return run
@@ -186,6 +189,7 @@ class Run:
     def close(self) -> None:
         """May be called twice."""
         self.loader.close()
+        self.pace.close()
         self.records.close()
         self.folder.release()
 
@@ -196,8 +200,8 @@ class Run:
         @contextlib.contextmanager
         def mark(name: str) -> Iterator[None]:
             self.heartbeat.beat(name)
-            self.faults.at(name)
-            with timer(name):
+            with timer(name), self.pace.busy.phase(name):
+                self.faults.at(name)
                 yield
 
         return mark
@@ -207,6 +211,7 @@ class Run:
         config, step = self.config, self.state.step + 1
         timer = self._marked(self.meter.phases(step), step)
         self.heartbeat.begin(step)
+        self.pace.busy.begin()
         with timer("data"), self.records.clock.spend("data"):
             batches: Sequence[Batch] = self.loader.next_step()
         samples = sum(checksum(batch.sample_ids, self.header.bits) for batch in batches)
@@ -220,7 +225,7 @@ class Run:
             lr=learning_rate(config.optim, step, self.total_steps),
             clip_norm=config.optim.clip_norm,
             guard=self.guard,
-            votes=[float(self._asked_to_stop()), float(samples), *self.saving.votes()],
+            votes=[float(self._asked_to_stop()), float(samples), *self.pace.votes(), *self.saving.votes()],
             phases=timer,
         )
         self.state.step, self.state.position = step, self.loader.position
@@ -236,13 +241,15 @@ class Run:
 
         Raises `GoBack` where too many were left out.
         """
-        loss_sum, tokens, norm, skipped, asked, samples, *votes = stats.numbers.tolist()
+        with self.pace.busy.waits.here():  # for the device
+            loss_sum, tokens, norm, skipped, asked, samples, *votes = stats.numbers.tolist()
         self.records.clock.reached(stats.step)
         self.records.samples(
             stats.step, stats.first, stats.first + self.config.train.global_batch, samples, skipped=bool(skipped),
             windows=self.state.passed_over,
         )  # fmt: skip
-        self.saving.settle(stats.serials, votes, stats.step)
+        self.pace.settle(votes[: self.pace.size], stats.step)
+        self.saving.settle(stats.serials, votes[self.pace.size :], stats.step)
         loss = loss_sum / max(tokens, 1.0)
         overflowed = self._overflowed(stats.step, norm)
         self.state.skipped += int(skipped)
@@ -263,6 +270,7 @@ class Run:
 
     def _left_out(self, stats: Stats, loss: float, norm: float) -> None:
         """Find where it began, by taking the step once more, and say it. A collective; raises `GoBack`."""
+        self.pace.busy.interrupt()
         batches = self.loader.batches_at(stats.first)
         scale = self.state.scaler.scale if self.state.scaler else 1.0
         found = find_origin(
@@ -280,6 +288,7 @@ class Run:
         """To the newest checkpoint that is whole. A collective; raises `DivergedError` where that does not help."""
         step = self.state.step
         self.heartbeat.outside("going back")
+        self.pace.busy.interrupt()
         self.recovery.may_go_back(step, back.why)
         self.saving.settle_all(step)
         newest = self.saving.find()
@@ -350,6 +359,7 @@ class Run:
 
     def _evaluate(self, max_tokens: int | None) -> None:
         """Loss on held-out documents, to the console, the metrics and the next checkpoint."""
+        self.pace.busy.interrupt()
         runnable = self.runnable
         runnable.train(False)
         result = evaluate(runnable.evaluate, self.mesh, self.prepared, self.config, max_tokens)
