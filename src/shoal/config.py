@@ -477,7 +477,7 @@ class Launch:
     )
     timeout_seconds: float = opt(
         600.0,
-        "a collective that takes longer ends the process; so does the start, an evaluation or a save of a worker",
+        "a collective that takes longer ends the process; so does the start, a few batches of an evaluation, or a save of a worker",
         unit="seconds",
         gt=0,
     )

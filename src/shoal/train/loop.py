@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from shoal.checkpoint.saved import listed
+from shoal.checkpoint.store import Outcome
 from shoal.config import Config
 from shoal.data.ledger import Header, checksum
 from shoal.data.loader import Batch, Loader
@@ -341,7 +342,7 @@ class Run:
 
     def _do_what_is_due(self) -> None:
         clock = self.records.clock
-        self.heartbeat.outside("evaluation")
+        self.heartbeat.outside("between steps")
         if self._due(self.config.train.eval_every):
             with clock.spend("evaluation"):
                 self._evaluate(self.config.train.eval_tokens)
@@ -362,7 +363,10 @@ class Run:
         self.pace.busy.interrupt()
         runnable = self.runnable
         runnable.train(False)
-        result = evaluate(runnable.evaluate, self.mesh, self.prepared, self.config, max_tokens)
+        result = evaluate(
+            runnable.evaluate, self.mesh, self.prepared, self.config, max_tokens,
+            alive=lambda: self.heartbeat.outside("evaluation"),
+        )  # fmt: skip
         runnable.train()
         self.val = {"step": self.state.step, "tokens": self.state.tokens, **result}
         self.console.say(
@@ -383,8 +387,7 @@ class Run:
         """Save; say how to go on, or how well it went."""
         clock = self.records.clock
         if stopped:
-            with clock.spend("checkpoint"):
-                saved = self.saving.finish(self.state, self._val_loss())
+            saved = self._save_the_last()
             self.records.event("stopped", step=self.state.step)
             where = f"saved at step {self.state.step}" if saved.ok else "NOT saved"
             self.console.say(
@@ -393,8 +396,8 @@ class Run:
             return
         with clock.spend("evaluation"):
             self._evaluate(None)
-        with clock.spend("checkpoint"):
-            saved = self.saving.finish(self.state, self._val_loss())
+        saved = self._save_the_last()
+        self.heartbeat.outside("end")
         self.records.event("finished", **self.val)
         if self.mesh.is_first:
             close_run(self.config, self.folder, self.prepared, self._whole_model(), self.val, self.console)
@@ -405,6 +408,11 @@ class Run:
                 f"all {self.total_steps} steps are taken, and the last checkpoint could not be written: "
                 f"{self.saving.folder} has {self._newest()}. Make room there; the same command goes on from it"
             )
+
+    def _save_the_last(self) -> Outcome:
+        self.heartbeat.outside("save")
+        with self.records.clock.spend("checkpoint"):
+            return self.saving.finish(self.state, self._val_loss())
 
     def _newest(self) -> str:
         saved = listed(self.saving.folder)
