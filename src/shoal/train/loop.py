@@ -112,10 +112,13 @@ class Run:
         rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
         total_steps = count_steps(config.train, config.data.seq_len, len(rows))
         changed = folder.agree(config)
-        before = folder.load_config() if folder.config_file.is_file() else config
+        begun = folder.config_file.is_file()
+        before = folder.load_config() if begun else config
         mesh.barrier()  # nobody writes the config before everybody has compared
         faults = Faults(mesh.place.rank)
-        saving = Saving.open(config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at)
+        saving = Saving.open(
+            config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at, begun=begun
+        )
         faults.at("load")
         newest = saving.find()
         applied: list[str] = []
