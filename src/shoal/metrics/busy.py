@@ -134,11 +134,12 @@ class _Step:
 class _Phase:
     """Not a generator: it is entered for each phase of each micro-batch."""
 
-    __slots__ = ("_begun", "_busy", "_name", "_waited")
+    __slots__ = ("_begun", "_busy", "_end", "_name", "_waited")
 
     def __init__(self, busy: Busy, name: str) -> None:
         self._busy, self._name = busy, name
         self._begun = self._waited = 0.0
+        self._end: torch.cuda.Event | None = None
 
     def __enter__(self) -> None:
         busy, name = self._busy, self._name
@@ -146,11 +147,13 @@ class _Phase:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             busy._now.device[name] = start, end
             start.record()
+            self._end = end
         self._waited, self._begun = busy.waits.seconds, time.perf_counter()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         busy, name = self._busy, self._name
         own = time.perf_counter() - self._begun - (busy.waits.seconds - self._waited)
         busy._now.host[name] = busy._now.host.get(name, 0.0) + own
-        if name in busy._now.device:
-            busy._now.device[name][1].record()
+        if self._end is not None:
+            self._end.record()
+            self._end = None
