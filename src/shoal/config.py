@@ -410,6 +410,12 @@ class Fault:
         "leave a step out whose loss is so many robust deviations above the recent ones; 6 to 10 are usual; null: none",
         gt=0,
     )
+    straggler_factor: float | None = opt(
+        1.3,
+        "name a rank that is busy so many times as long as the others in a phase of a step, for several steps in a row; null: "
+        "nobody looks",
+        gt=1,
+    )
     max_rollbacks: int = opt(3, "how often a run goes back without coming further, before it ends", ge=0)
     check_replicas_every: int = opt(
         100, "compare what replicas hold, to the bit, and before each checkpoint; 0: never", unit="steps", ge=0
@@ -492,7 +498,7 @@ class Launch:
     )
     timeout_seconds: float = opt(
         600.0,
-        "a collective that takes longer ends the process; so does the start, an evaluation or a save of a worker",
+        "a collective that takes longer ends the process; so does the start, a few batches of an evaluation, or a save of a worker",
         unit="seconds",
         gt=0,
     )

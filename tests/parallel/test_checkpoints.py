@@ -60,7 +60,7 @@ def leg(mesh: Mesh, config: Config) -> Leg:
     loaded = _parts(run)
     loss, tokens, *_ = run._step().numbers.tolist()
     assert run.saving.finish(run.state, None).ok
-    run._evaluate(None)
+    run.evaluate(None)
     run.close()
     return Leg(loaded, _parts(run), loss / tokens, run.val["val_loss"])
 

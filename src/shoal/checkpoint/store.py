@@ -125,8 +125,7 @@ class CheckpointStore:
         step = int(state["step"])
         if self._save is not None or step == self._last:
             return False
-        if self._mine is None:
-            self._mine = share_out(parts, self._mesh)
+        self._share(parts)
         self._serial += 1
         aside = self.folder / f".step-{step:08d}.{self._serial}.tmp"
         # the only checkpoint is never replaced by one that was not read
@@ -140,6 +139,15 @@ class CheckpointStore:
         save.thread = threading.Thread(target=self._write, args=(save, items, copied), name="save", daemon=True)
         save.thread.start()
         return True
+
+    def own_bytes(self, parts: Mapping[str, Part]) -> int:
+        """What this process writes in a save. A collective over the world, at the first call of this or of `begin`."""
+        return sum(parts[name].tensor.nbytes for name in self._share(parts))
+
+    def _share(self, parts: Mapping[str, Part]) -> list[str]:
+        if self._mine is None:
+            self._mine = share_out(parts, self._mesh)
+        return self._mine
 
     def _stage(self, parts: Mapping[str, Part]) -> tuple[list[Item], torch.cuda.Event | None]:
         """Copy what is this process's to write into memory that is kept for it; on CUDA, see when it will be there."""

@@ -4,10 +4,13 @@ Faults on purpose, for the tests that show what a run lives through: nothing hap
 A plan is JSON in the environment's SHOAL_FAULTS: a list of {"step", "phase", "rank", "fault", "life"}. When a process comes
 to a phase (see `PHASES`) for the first time in that step or a later one, and the plan has a fault there, it happens, once.
 `life` counts the starts of the run's workers from 0, so that a fault does not come again with the step.
+
+The fault "slow" has "seconds" and "steps" too: in so many steps that phase takes so much longer.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -42,6 +45,8 @@ class Fault:
     rank: int
     fault: str
     life: int = 0
+    seconds: float = 0.0  # of "slow", in each of `steps`
+    steps: int = 1
 
 
 class PlannedError(Exception):
@@ -68,7 +73,11 @@ class Faults:
             due = next((f for f in self._left if f.phase == phase and f.step <= self.step), None)
             if due is not None:
                 self._left.remove(due)
-        if due is not None:
+                if due.steps > 1:
+                    self._left.append(dataclasses.replace(due, step=self.step + 1, steps=due.steps - 1))
+        if due is not None and due.fault == "slow":
+            threading.Event().wait(due.seconds)
+        elif due is not None:
             (HAPPENS | self.targets)[due.fault]()
 
 

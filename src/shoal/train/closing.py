@@ -1,4 +1,4 @@
-"""The end of a run that came to its end: a sample, a yardstick, and what to do next."""
+"""The end of a run: its last checkpoint and, where it came to its end, a sample, a yardstick, and what to do next."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
 from shoal.checkpoint.load import load_model
-from shoal.checkpoint.saved import Saved
+from shoal.checkpoint.saved import Saved, listed
+from shoal.checkpoint.store import Outcome
 from shoal.config import Config, Launch
 from shoal.data.prepare import Prepared, held_out_text
+from shoal.errors import CheckpointError
 from shoal.infer.generate import generate
 from shoal.metrics.compression import bits_per_byte
 from shoal.metrics.console import Console
@@ -24,8 +27,54 @@ from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.runs import RunFolder
 
+if TYPE_CHECKING:
+    from shoal.train.loop import Run
 
-def close_run(
+
+def finish(run: Run, stopped: bool) -> None:
+    """Save; say how to go on, or how well it went."""
+    clock = run.records.clock
+    if stopped:
+        saved = _save(run)
+        run.records.event("stopped", step=run.state.step)
+        where = f"saved at step {run.state.step}" if saved.ok else "NOT saved"
+        run.console.say(f"stopped: {where} of {run.total_steps}. The same command again goes on from there.", "bold")
+        return
+    with clock.spend("evaluation"):
+        run.evaluate(None)
+    saved = _save(run)
+    run.heartbeat.outside("end")
+    run.records.event("finished", **run.val)
+    if run.mesh.is_first:
+        _say_how_it_went(run.config, run.folder, run.prepared, _whole_model(run), run.val, run.console)
+        run.console.note(run.records.goodput())
+    run.mesh.barrier()
+    if not saved.ok:
+        raise CheckpointError(
+            f"all {run.total_steps} steps are taken, and the last checkpoint could not be written: "
+            f"{run.saving.folder} has {_newest(run)}. Make room there; the same command goes on from it"
+        )
+
+
+def _save(run: Run) -> Outcome:
+    run.heartbeat.outside("save")
+    with run.records.clock.spend("checkpoint"):
+        return run.saving.finish(run.state, run.val_loss())
+
+
+def _newest(run: Run) -> str:
+    saved = listed(run.saving.folder)
+    return f"one of step {saved[-1].step}" if saved else "none"
+
+
+def _whole_model(run: Run) -> LanguageModel | None:
+    """The model on one device, or None where no process has it and it would be large."""
+    if not run.mesh.layout.sharded and run.mesh.layout.cp == 1:
+        return run.runnable.parts[0]
+    return _read_whole(run.config, listed(run.saving.folder)[-1:], run.runnable.shapes)
+
+
+def _say_how_it_went(
     config: Config,
     folder: RunFolder,
     prepared: Prepared,
@@ -96,7 +145,7 @@ def _yardstick(prepared: Prepared, ours: float) -> str:
     return f"held-out text ({len(text):,} bytes), bits per byte: {ranked}"
 
 
-def whole_model(config: Config, saved: list[Saved], shapes: Mapping[str, torch.Size]) -> LanguageModel | None:
+def _read_whole(config: Config, saved: list[Saved], shapes: Mapping[str, torch.Size]) -> LanguageModel | None:
     """A sharded run's model, read from its last checkpoint to the CPU, if it takes no more than a tenth of the memory."""
     if not saved or 4 * sum(s.numel() for s in shapes.values()) > psutil.virtual_memory().available / 10:
         return None

@@ -20,18 +20,24 @@ Losses = Callable[[Sequence[Batch]], torch.Tensor]  # of some batches, summed ov
 
 
 def evaluate(
-    losses: Losses, mesh: Mesh, prepared: Prepared, config: Config, max_tokens: int | None
+    losses: Losses,
+    mesh: Mesh,
+    prepared: Prepared,
+    config: Config,
+    max_tokens: int | None,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """
     Mean loss (nats per token) and bits per byte of text over the first `max_tokens` held-out tokens (None: all).
 
     Bits per byte = nats per token x tokens per byte / ln 2, with the tokens per byte of the whole held-out
-    text. A collective over the world; the same on every rank.
+    text. `alive` is called before each few batches. A collective over the world; the same on every rank.
     """
     rows = prepared.split("val", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     batches = evaluation_batches(rows, config.train.micro_batch, mesh.dp_rank, mesh.dp_size, max_tokens)
     while turn := list(itertools.islice(batches, mesh.layout.pp * BATCHES_AT_A_TIME)):
+        alive()
         totals[0] += losses(turn)
         totals[1] += sum(b.valid_tokens for b in turn)
     neighbours = mesh.world_size // mesh.dp_size  # along pp, cp and tp: they read the same batches

@@ -1,46 +1,52 @@
-"""A training run, in the order in which it happens."""
+"""
+A training run, in the order in which it happens.
+
+    train
+      Run.open                    data, model, optimizer, what was saved
+      Run.take_steps              again and again:
+        Run._step                   batches, then `train_step` (step.py): forward, backward, sums, update
+        Run._record                 what it came to, written down
+        Run._do_what_is_due         evaluation, a save
+      finish (closing.py)         the last checkpoint, the last words
+
+Where numbers go wrong: recovery.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from shoal.checkpoint.saved import listed
 from shoal.config import Config
 from shoal.data.ledger import Header, checksum
 from shoal.data.loader import Batch, Loader
 from shoal.data.open import open_data
 from shoal.data.prepare import Prepared
-from shoal.errors import CheckpointError, DivergedError
 from shoal.fault.heartbeat import Heartbeat
 from shoal.fault.inject import Faults, flip, poison, tear
 from shoal.fault.limit import TimeLimit
-from shoal.fault.origin import find_origin
 from shoal.fault.signals import StopRequest
 from shoal.launch.place import LOCKED_BY, read_place
 from shoal.metrics.console import Console
-from shoal.metrics.meter import Meter, Phases, no_phases
-from shoal.models.family import LanguageModel
+from shoal.metrics.meter import Meter, Phases
 from shoal.optim.schedule import learning_rate
 from shoal.parallel.apply import Runnable
 from shoal.parallel.mesh import Mesh, open_mesh
-from shoal.parallel.replicas import compare, has_replicas
 from shoal.runs import RunFolder
 from shoal.train.assemble import assemble, open_loader
-from shoal.train.closing import close_run, whole_model
+from shoal.train.closing import finish
 from shoal.train.evaluate import evaluate
 from shoal.train.guard import Guard
 from shoal.train.opening import introduce
+from shoal.train.pace import Pace
 from shoal.train.records import Records
-from shoal.train.recovery import GoBack, Recovery
+from shoal.train.recovery import GoBack, Recovery, check_replicas, explain, go_back, overflowed
 from shoal.train.saving import Saving
-from shoal.train.scaler import SMALLEST
 from shoal.train.settle import count_steps, settle, write_run_files
 from shoal.train.state import TrainState
 from shoal.train.step import Stats, train_step
@@ -87,6 +93,7 @@ class Run:
     meter: Meter
     guard: Guard
     recovery: Recovery
+    pace: Pace
     faults: Faults
     header: Header
     heartbeat: Heartbeat
@@ -109,10 +116,13 @@ class Run:
         rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
         total_steps = count_steps(config.train, config.data.seq_len, len(rows))
         changed = folder.agree(config)
-        before = folder.load_config() if folder.config_file.is_file() else config
+        begun = folder.config_file.is_file()
+        before = folder.load_config() if begun else config
         mesh.barrier()  # nobody writes the config before everybody has compared
         faults = Faults(mesh.place.rank)
-        saving = Saving.open(config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at)
+        saving = Saving.open(
+            config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at, begun=begun
+        )
         faults.at("load")
         newest = saving.find()
         applied: list[str] = []
@@ -127,6 +137,7 @@ class Run:
         guard = Guard(mesh.device, config.fault.spike_zscore)
         guard.losses.extend(state.losses)
         recovery = Recovery(config.fault, console, records.event)
+        pace = Pace.open(config, mesh, runnable, console, records.event)
         header = Header(
             len(rows), config.train.seed, config.train.global_batch, mesh.world_size // mesh.dp_size, prepared.data_id
         )
@@ -139,7 +150,7 @@ class Run:
         }
         run = cls(
             config, mesh, stop, console, folder, prepared, records, runnable, state, saving, loader, meter, guard,
-            recovery, faults, header, heartbeat, limit, total_steps,
+            recovery, pace, faults, header, heartbeat, limit, total_steps,
         )  # fmt: skip
         introduce(run, applied, newest, before, [(d.key, d.before, d.after) for d in changed])
         return run
@@ -149,7 +160,7 @@ class Run:
         stopped = self.take_steps() and self.state.step < self.total_steps
         self.heartbeat.outside("end")
         with self.records.clock.spend("end"):
-            self._end(stopped)
+            finish(self, stopped)
         return stopped
 
     def take_steps(self) -> bool:
@@ -158,7 +169,7 @@ class Run:
             try:
                 return self._steps_to_the_end()
             except GoBack as back:
-                self._go_back(back)
+                go_back(self, back)
 
     def _steps_to_the_end(self) -> bool:
         """`take_steps`, unless something makes the run go back: raises `GoBack`, on all processes at once."""
@@ -180,24 +191,25 @@ class Run:
                 self.meter.start()
         if pending is not None:
             stopped = self._record(pending) or stopped
-        self._check_replicas()
+        check_replicas(self)
         return stopped
 
     def close(self) -> None:
         """May be called twice."""
         self.loader.close()
+        self.pace.close()
         self.records.close()
         self.folder.release()
 
-    def _marked(self, timer: Phases, step: int) -> Phases:
+    def marked(self, timer: Phases, step: int) -> Phases:
         """`timer`, and a word at each phase of `step` that this process has come so far."""
         self.faults.step = step
 
         @contextlib.contextmanager
         def mark(name: str) -> Iterator[None]:
             self.heartbeat.beat(name)
-            self.faults.at(name)
-            with timer(name):
+            with timer(name), self.pace.busy.phase(name):
+                self.faults.at(name)
                 yield
 
         return mark
@@ -205,8 +217,9 @@ class Run:
     def _step(self) -> Stats:
         """One optimizer step, begun; what it did is in the `Stats`, still on the device."""
         config, step = self.config, self.state.step + 1
-        timer = self._marked(self.meter.phases(step), step)
+        timer = self.marked(self.meter.phases(step), step)
         self.heartbeat.begin(step)
+        self.pace.busy.begin()
         with timer("data"), self.records.clock.spend("data"):
             batches: Sequence[Batch] = self.loader.next_step()
         samples = sum(checksum(batch.sample_ids, self.header.bits) for batch in batches)
@@ -220,7 +233,7 @@ class Run:
             lr=learning_rate(config.optim, step, self.total_steps),
             clip_norm=config.optim.clip_norm,
             guard=self.guard,
-            votes=[float(self._asked_to_stop()), float(samples), *self.saving.votes()],
+            votes=[float(self._asked_to_stop()), float(samples), *self.pace.votes(), *self.saving.votes()],
             phases=timer,
         )
         self.state.step, self.state.position = step, self.loader.position
@@ -236,89 +249,32 @@ class Run:
 
         Raises `GoBack` where too many were left out.
         """
-        loss_sum, tokens, norm, skipped, asked, samples, *votes = stats.numbers.tolist()
+        with self.pace.busy.waits.here():  # for the device
+            loss_sum, tokens, norm, skipped, asked, samples, *votes = stats.numbers.tolist()
         self.records.clock.reached(stats.step)
         self.records.samples(
             stats.step, stats.first, stats.first + self.config.train.global_batch, samples, skipped=bool(skipped),
             windows=self.state.passed_over,
         )  # fmt: skip
-        self.saving.settle(stats.serials, votes, stats.step)
+        self.pace.settle(votes[: self.pace.size], stats.step)
+        self.saving.settle(stats.serials, votes[self.pace.size :], stats.step)
         loss = loss_sum / max(tokens, 1.0)
-        overflowed = self._overflowed(stats.step, norm)
+        has_overflowed = overflowed(self, stats.step, norm)
         self.state.skipped += int(skipped)
-        if skipped and not overflowed:
+        if skipped and not has_overflowed:
             self.meter.pass_over()
-            self._left_out(stats, loss, norm)
+            explain(self, stats, loss, norm)
             return bool(asked)
         self.state.tokens += int(tokens)
         if not skipped:
             self.guard.learn(stats.step, loss)
             self.recovery.went_well(stats.step)
-        norm_known = None if overflowed else norm
+        norm_known = None if has_overflowed else norm
         record = self.meter.record(stats.step, self.state.tokens, int(tokens), loss, stats.lr, norm_known)
         if record is not None:
             self.records.metrics(record)
             self.console.step(record, self.total_steps, self.meter.left_seconds(self.total_steps - stats.step))
         return bool(asked)
-
-    def _left_out(self, stats: Stats, loss: float, norm: float) -> None:
-        """Find where it began, by taking the step once more, and say it. A collective; raises `GoBack`."""
-        batches = self.loader.batches_at(stats.first)
-        scale = self.state.scaler.scale if self.state.scaler else 1.0
-        found = find_origin(
-            self.runnable.parts,
-            lambda: self.runnable.forward_backward(batches, stats.step, self._marked(no_phases, stats.step), scale),
-        )
-        origins = [(each, rank) for rank, each in enumerate(self.mesh.gather_objects(found)) if each is not None]
-        origin = "{} on rank {}".format(*min(origins)) if origins else ""
-        self.recovery.left_out(
-            stats.step, loss=loss, norm=norm, first=stats.first, stop=stats.first + self.config.train.global_batch,
-            samples=self.loader.samples(stats.first), origin=origin,
-        )  # fmt: skip
-
-    def _go_back(self, back: GoBack) -> None:
-        """To the newest checkpoint that is whole. A collective; raises `DivergedError` where that does not help."""
-        step = self.state.step
-        self.heartbeat.outside("going back")
-        self.recovery.may_go_back(step, back.why)
-        self.saving.settle_all(step)
-        newest = self.saving.find()
-        if newest is None:
-            raise DivergedError(
-                f"step {step}: {back.why}, and there is no checkpoint to go back to. A lower optim.lr, a longer "
-                "optim.warmup_steps, other weights or another train.seed may help"
-            )
-        self.saving.restore(newest, self.state)
-        samples = ""
-        if back.passed_over is not None:
-            first, stop = back.passed_over
-            self.state.passed_over.append((first, stop))
-            samples = f"; the samples at {first:,} to {stop - 1:,} are passed over"
-        self.guard.losses.clear()
-        self.guard.losses.extend(self.state.losses)
-        self.val = {}
-        self.loader.close()
-        self.loader = open_loader(
-            self.config, self.mesh, self.loader.rows, self.state.position, self.state.passed_over, self.faults.at
-        )
-        self.console.warn(f"{back.why}: back from step {step} to {newest.folder}{samples}")
-        self.records.event("went back", step=step, to=newest.step, why=back.why, passed_over=back.passed_over)
-
-    def _check_replicas(self) -> None:
-        """Raises `GoBack` where processes that should hold the same bits do not. A collective."""
-        if self.config.fault.check_replicas_every and has_replicas(self.mesh):
-            self.recovery.compared(self.state.step, compare(self.state.tensors(), self.mesh))
-
-    def _overflowed(self, step: int, norm: float) -> bool:
-        """Whether float16's loss scale left this step out, with a smaller one to try; said where it is so."""
-        scaler = self.state.scaler
-        if scaler is None or math.isfinite(norm) or float(scaler.scale) == SMALLEST:
-            return False
-        self.console.note(
-            f"step {step} overflowed in float16 and was left out; the loss scale is {float(scaler.scale):g}"
-        )
-        self.records.event("overflowed", step=step, loss_scale=float(scaler.scale))
-        return True
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.state.step % every == 0 and self.state.step < self.total_steps
@@ -332,13 +288,13 @@ class Run:
 
     def _do_what_is_due(self) -> None:
         clock = self.records.clock
-        self.heartbeat.outside("evaluation")
+        self.heartbeat.outside("between steps")
         if self._due(self.config.train.eval_every):
             with clock.spend("evaluation"):
-                self._evaluate(self.config.train.eval_tokens)
+                self.evaluate(self.config.train.eval_tokens)
         saves = self._save_is_due()
         if saves or self._due(self.config.fault.check_replicas_every):
-            self._check_replicas()
+            check_replicas(self)
         if saves and not self.recovery.is_sound:
             self.saving.put_off(self.state.step)
         elif saves:
@@ -346,13 +302,17 @@ class Run:
             self.heartbeat.outside("save")
             with clock.spend("checkpoint"):
                 self.records.sync()
-                self.saving.begin(self.state, self._val_loss())
+                self.saving.begin(self.state, self.val_loss())
 
-    def _evaluate(self, max_tokens: int | None) -> None:
+    def evaluate(self, max_tokens: int | None) -> None:
         """Loss on held-out documents, to the console, the metrics and the next checkpoint."""
+        self.pace.busy.interrupt()
         runnable = self.runnable
         runnable.train(False)
-        result = evaluate(runnable.evaluate, self.mesh, self.prepared, self.config, max_tokens)
+        result = evaluate(
+            runnable.evaluate, self.mesh, self.prepared, self.config, max_tokens,
+            alive=lambda: self.heartbeat.outside("evaluation"),
+        )  # fmt: skip
         runnable.train()
         self.val = {"step": self.state.step, "tokens": self.state.tokens, **result}
         self.console.say(
@@ -365,43 +325,6 @@ class Run:
     def _save_is_due(self) -> bool:
         return self.saving.is_due(self.state.step) and self.state.step < self.total_steps
 
-    def _val_loss(self) -> float | None:
+    def val_loss(self) -> float | None:
         """Of this step; an older evaluation was of another model."""
         return self.val["val_loss"] if self.val.get("step") == self.state.step else None
-
-    def _end(self, stopped: bool) -> None:
-        """Save; say how to go on, or how well it went."""
-        clock = self.records.clock
-        if stopped:
-            with clock.spend("checkpoint"):
-                saved = self.saving.finish(self.state, self._val_loss())
-            self.records.event("stopped", step=self.state.step)
-            where = f"saved at step {self.state.step}" if saved.ok else "NOT saved"
-            self.console.say(
-                f"stopped: {where} of {self.total_steps}. The same command again goes on from there.", "bold"
-            )
-            return
-        with clock.spend("evaluation"):
-            self._evaluate(None)
-        with clock.spend("checkpoint"):
-            saved = self.saving.finish(self.state, self._val_loss())
-        self.records.event("finished", **self.val)
-        if self.mesh.is_first:
-            close_run(self.config, self.folder, self.prepared, self._whole_model(), self.val, self.console)
-            self.console.note(self.records.goodput())
-        self.mesh.barrier()
-        if not saved.ok:
-            raise CheckpointError(
-                f"all {self.total_steps} steps are taken, and the last checkpoint could not be written: "
-                f"{self.saving.folder} has {self._newest()}. Make room there; the same command goes on from it"
-            )
-
-    def _newest(self) -> str:
-        saved = listed(self.saving.folder)
-        return f"one of step {saved[-1].step}" if saved else "none"
-
-    def _whole_model(self) -> LanguageModel | None:
-        """The model on one device, or None where no process has it and it would be large."""
-        if not self.mesh.layout.sharded and self.mesh.layout.cp == 1:
-            return self.runnable.parts[0]
-        return whole_model(self.config, listed(self.saving.folder)[-1:], self.runnable.shapes)

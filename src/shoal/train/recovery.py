@@ -1,15 +1,24 @@
-"""A run whose numbers went wrong: what is said of it, and when it goes back."""
+"""A run whose numbers went wrong: what is found out and said of it, when it goes back, and how."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from shoal.config import Fault
 from shoal.errors import DivergedError
+from shoal.fault.origin import find_origin
 from shoal.metrics.console import Console
-from shoal.parallel.replicas import Difference
+from shoal.metrics.meter import no_phases
+from shoal.parallel.replicas import Difference, compare, has_replicas
+from shoal.train.assemble import open_loader
+from shoal.train.scaler import SMALLEST
+from shoal.train.step import Stats
+
+if TYPE_CHECKING:
+    from shoal.train.loop import Run
 
 
 @dataclass
@@ -77,3 +86,69 @@ class Recovery:
                 f"step {step}: {why}, and going back {self._fault.max_rollbacks} times did not help. A lower optim.lr, a "
                 "longer optim.warmup_steps or another train.seed may"
             )
+
+
+# --- what is done to a run, by all its processes together ---------------------------------------------------
+
+
+def overflowed(run: Run, step: int, norm: float) -> bool:
+    """Whether float16's loss scale left this step out, with a smaller one to try; said where it is so."""
+    scaler = run.state.scaler
+    if scaler is None or math.isfinite(norm) or float(scaler.scale) == SMALLEST:
+        return False
+    run.console.note(f"step {step} overflowed in float16 and was left out; the loss scale is {float(scaler.scale):g}")
+    run.records.event("overflowed", step=step, loss_scale=float(scaler.scale))
+    return True
+
+
+def explain(run: Run, stats: Stats, loss: float, norm: float) -> None:
+    """Find where it began, by taking the step once more, and say it. A collective; raises `GoBack`."""
+    run.pace.busy.interrupt()
+    batches = run.loader.batches_at(stats.first)
+    scale = run.state.scaler.scale if run.state.scaler else 1.0
+    found = find_origin(
+        run.runnable.parts,
+        lambda: run.runnable.forward_backward(batches, stats.step, run.marked(no_phases, stats.step), scale),
+    )
+    origins = [(each, rank) for rank, each in enumerate(run.mesh.gather_objects(found)) if each is not None]
+    origin = "{} on rank {}".format(*min(origins)) if origins else ""
+    run.recovery.left_out(
+        stats.step, loss=loss, norm=norm, first=stats.first, stop=stats.first + run.config.train.global_batch,
+        samples=run.loader.samples(stats.first), origin=origin,
+    )  # fmt: skip
+
+
+def check_replicas(run: Run) -> None:
+    """Raises `GoBack` where processes that should hold the same bits do not. A collective."""
+    if run.config.fault.check_replicas_every and has_replicas(run.mesh):
+        run.recovery.compared(run.state.step, compare(run.state.tensors(), run.mesh))
+
+
+def go_back(run: Run, back: GoBack) -> None:
+    """To the newest checkpoint that is whole. A collective; raises `DivergedError` where that does not help."""
+    step = run.state.step
+    run.heartbeat.outside("going back")
+    run.pace.busy.interrupt()
+    run.recovery.may_go_back(step, back.why)
+    run.saving.settle_all(step)
+    newest = run.saving.find()
+    if newest is None:
+        raise DivergedError(
+            f"step {step}: {back.why}, and there is no checkpoint to go back to. A lower optim.lr, a longer "
+            "optim.warmup_steps, other weights or another train.seed may help"
+        )
+    run.saving.restore(newest, run.state)
+    samples = ""
+    if back.passed_over is not None:
+        first, stop = back.passed_over
+        run.state.passed_over.append((first, stop))
+        samples = f"; the samples at {first:,} to {stop - 1:,} are passed over"
+    run.guard.losses.clear()
+    run.guard.losses.extend(run.state.losses)
+    run.val = {}
+    run.loader.close()
+    run.loader = open_loader(
+        run.config, run.mesh, run.loader.rows, run.state.position, run.state.passed_over, run.faults.at
+    )
+    run.console.warn(f"{back.why}: back from step {step} to {newest.folder}{samples}")
+    run.records.event("went back", step=step, to=newest.step, why=back.why, passed_over=back.passed_over)

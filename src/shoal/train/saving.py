@@ -13,6 +13,7 @@ from shoal.config import Config
 from shoal.errors import RunError
 from shoal.metrics.console import Console
 from shoal.parallel.mesh import Mesh
+from shoal.train.fast import KEPT, clear, fast_folder, lacks_room, unusable
 from shoal.train.state import TrainState
 
 Say = Callable[..., None]
@@ -29,9 +30,12 @@ class _Tier:
     every: int  # steps; 0: only at the end
     retry_at: int | None = None  # the step at which a save that failed is tried again
     retries: int = 0
+    is_fast: bool = False
+    has_room: bool | None = None  # a fast one; None: nobody has looked
+    closed: bool = False  # a fast one that cannot be used
 
     def is_due(self, step: int) -> bool:
-        return step == self.retry_at or (self.every > 0 and step % self.every == 0)
+        return not self.closed and (step == self.retry_at or (self.every > 0 and step % self.every == 0))
 
     def learn(self, outcome: Outcome, step: int) -> None:
         """When to try again, after a failure."""
@@ -64,16 +68,28 @@ class Saving:
         event: Say,
         data_id: str,
         at: Callable[[str], None],
+        *,
+        begun: bool = True,
     ) -> Saving:
-        """`folder`: that of the run's checkpoints; `at(phase)` is called as a save goes on. A collective over the world."""
+        """
+        `folder`: that of the run's checkpoints; `at(phase)` is called as a save goes on; begun: whether the run was there
+        before, else what lies in its fast place is of another one. A collective over the world.
+        """
         options = config.checkpoint
         keep = Keep(options.keep, options.keep_every, options.keep_best)
         tiers = [_Tier(CheckpointStore(folder, mesh, keep=keep, at=at), options.every)]
+        why = ""
         if options.fast is not None:
-            near = Path(options.fast) / folder.parent.name
-            store = CheckpointStore(near, mesh, keep=Keep(2, 0, best=False), durable=False)
-            tiers.append(_Tier(store, options.fast_every))
-        return cls(tiers, mesh, console, event, not options.background, data_id=data_id)
+            near = fast_folder(options.fast, folder.parent)
+            if mesh.is_first and not begun:
+                clear(near)
+            why = unusable(near, mesh)
+            store = CheckpointStore(near, mesh, keep=Keep(KEPT, 0, best=False), durable=False)
+            tiers.append(_Tier(store, options.fast_every, is_fast=True, closed=bool(why)))
+        saving = cls(tiers, mesh, console, event, not options.background, data_id=data_id)
+        if why:
+            saving._do_without(why, 0)
+        return saving
 
     @property
     def folder(self) -> Path:
@@ -141,12 +157,19 @@ class Saving:
         for tier in self.tiers:
             if not tier.is_due(state.step):
                 continue
-            if tier.store.is_busy:
-                if tier is self.tiers[0]:
-                    self.console.warn(
-                        f"no checkpoint of step {state.step}: the one before it is still being written; the disk is slow, "
-                        "or checkpoint.every is short"
-                    )
+            if tier.is_fast and not self._fits(tier, state):
+                continue
+            if tier.store.is_busy and tier.is_fast:
+                # its promise is the number of steps: training waits, rather than leave one out
+                if (outcome := tier.store.finish()) is not None:
+                    self._tell(tier, outcome, state.step)
+                if not tier.is_due(state.step):
+                    continue
+            elif tier.store.is_busy:
+                self.console.warn(
+                    f"no checkpoint of step {state.step}: the one before it is still being written; the disk is slow, or "
+                    "checkpoint.every is short"
+                )
                 continue
             tier.retry_at = None
             if self.wait:
@@ -167,7 +190,25 @@ class Saving:
         outcome = last.store.save(state.tensors(), self._scalars(state, val_loss))
         if outcome.seconds or not outcome.ok:
             self._tell(last, outcome, state.step)
+        if outcome.ok and self.mesh.is_first:
+            for tier in self.tiers[1:]:
+                clear(tier.store.folder)  # all that it has is older
         return outcome
+
+    def _fits(self, tier: _Tier, state: TrainState) -> bool:
+        """Whether there is room in a fast place: looked at before the first save. A collective over the world, then."""
+        if tier.has_room is None:
+            why = lacks_room(tier.store.folder, tier.store.own_bytes(state.tensors()), self.mesh)
+            tier.has_room, tier.closed = not why, bool(why)
+            if why:
+                self._do_without(why, state.step)
+        return tier.has_room
+
+    def _do_without(self, why: str, step: int) -> None:
+        self.console.warn(
+            f"checkpoint.fast is not used: {why}. Training goes on, and saves each checkpoint.every steps"
+        )
+        self.event("no fast place", step=step, why=why)
 
     def _scalars(self, state: TrainState, val_loss: float | None) -> Mapping[str, Any]:
         return {**state.scalars(), "data_id": self.data_id, "val_loss": val_loss}

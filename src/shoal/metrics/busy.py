@@ -1,0 +1,159 @@
+"""
+How long this process itself is busy in each phase of a step: without the time that it waits for the others.
+
+In a step all processes take equally long, since the fast ones wait for the slow one: what tells them apart is what
+each of them does when nobody keeps it waiting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+
+PHASES: Final = ("data", "forward", "backward", "reduce", "optimizer", "between")
+"""`between`: all else that the host does from one step to the next, a save's stall among it."""
+
+
+class Waits:
+    """
+    Seconds that this process waited for others.
+
+    On a CPU a process waits in torch's `Work.wait` alone, in our own collectives and in those inside FSDP2 and pipelines:
+    there it is timed. On CUDA that returns at once, and a stream waits instead.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._wait: Callable[..., Any] | None = None
+
+    def watch(self) -> None:
+        """Time torch's `Work.wait`, until `close`."""
+        wait = self._wait = dist.Work.wait
+
+        def timed(work: dist.Work, *args: Any, **options: Any) -> Any:
+            begun = time.perf_counter()
+            try:
+                return wait(work, *args, **options)
+            finally:
+                self.seconds += time.perf_counter() - begun
+
+        dist.Work.wait = timed  # type: ignore[method-assign, assignment]
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        """What is done inside waits for others, or for the device, and nothing in it is counted twice."""
+        begun, before = time.perf_counter(), self.seconds
+        try:
+            yield
+        finally:
+            self.seconds = before + time.perf_counter() - begun
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self._wait is not None:
+            dist.Work.wait, self._wait = self._wait, None  # type: ignore[method-assign]
+
+
+class Busy:
+    """
+    This process's seconds in each of `PHASES`, step by step: `begin`, then `with phase("forward"): ...`.
+
+    On CUDA forward, backward and optimizer are the device's time, between events which are read when they are long over;
+    of a step's forwards and backwards the first stands for all.
+    """
+
+    def __init__(self, device: torch.device, turns: int, *, measures: bool = True) -> None:
+        """turns: forwards that this process takes in a step; measures: else it does nothing."""
+        self.waits = Waits()
+        self._cuda, self._turns, self._measures = device.type == "cuda", turns, measures
+        if measures and not self._cuda:
+            self.waits.watch()
+        self._phases = {name: _Phase(self, name) for name in PHASES}
+        self._begun: float | None = None
+        self._waited = 0.0
+        self._interrupted = False
+        self._steps: list[_Step] = []  # that are over on the host, and perhaps not on the device
+        self._now = _Step()
+
+    def begin(self) -> None:
+        """A step begins, and with it the one before is over."""
+        if not self._measures:
+            return
+        now = time.perf_counter()
+        if self._begun is not None:
+            passed = now - self._begun - (self.waits.seconds - self._waited)
+            if not self._interrupted:
+                self._now.host["between"] = max(0.0, passed - sum(self._now.host.values()))
+            self._steps.append(self._now)
+        self._begun, self._waited, self._interrupted, self._now = now, self.waits.seconds, False, _Step()
+
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """`with phase("forward"): ...` counts the time inside to one of `PHASES`."""
+        return self._phases[name] if self._measures else _NOT_MEASURED
+
+    def interrupt(self) -> None:
+        """Something that is no part of training comes between this step and the next: `between` is not known."""
+        self._interrupted = True
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, of the newest step that is over and was not asked for yet; nothing where there is none."""
+        found: dict[str, float] = {}
+        while self._steps and self._steps[0].is_over():
+            step = self._steps.pop(0)
+            found = step.host | {n: start.elapsed_time(end) / 1000 for n, (start, end) in step.device.items()}
+            for name in ("forward", "backward") if self._cuda else ():
+                found[name] = found.get(name, 0.0) * self._turns
+        return found
+
+    def close(self) -> None:
+        """May be called twice."""
+        self.waits.close()
+
+
+_NOT_MEASURED: Final = contextlib.nullcontext()
+
+
+class _Step:
+    __slots__ = ("device", "host")
+
+    def __init__(self) -> None:
+        self.host: dict[str, float] = {}
+        self.device: dict[str, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
+
+    def is_over(self) -> bool:
+        """On the device too; does not wait for it."""
+        return all(end.query() for _, end in self.device.values())  # type: ignore[no-untyped-call]
+
+
+class _Phase:
+    """Not a generator: it is entered for each phase of each micro-batch."""
+
+    __slots__ = ("_begun", "_busy", "_end", "_name", "_waited")
+
+    def __init__(self, busy: Busy, name: str) -> None:
+        self._busy, self._name = busy, name
+        self._begun = self._waited = 0.0
+        self._end: torch.cuda.Event | None = None
+
+    def __enter__(self) -> None:
+        busy, name = self._busy, self._name
+        if busy._cuda and name in ("forward", "backward", "optimizer") and name not in busy._now.device:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            busy._now.device[name] = start, end
+            start.record()
+            self._end = end
+        self._waited, self._begun = busy.waits.seconds, time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        busy, name = self._busy, self._name
+        own = time.perf_counter() - self._begun - (busy.waits.seconds - self._waited)
+        busy._now.host[name] = busy._now.host.get(name, 0.0) + own
+        if self._end is not None:
+            self._end.record()
+            self._end = None

@@ -1,0 +1,173 @@
+"""Checkpoints in a fast place: what is lost when a worker dies, what is damaged, what is left over."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.checkpoint.saved import listed
+from shoal.config import Config
+from shoal.fault.inject import PLAN
+from shoal.metrics.trackers import read_json_lines
+from shoal.parallel.mesh import Mesh
+from shoal.train.fast import fast_folder
+from shoal.train.loop import Run
+from tests.cli.commands import Place
+from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for
+from tests.world import World
+
+OPTIONS = {"train__steps": 7, "train__eval_every": 0, "checkpoint__every": 4, "fault__check_replicas_every": 0}
+
+
+def events(config: Config, kind: str) -> list[dict[str, Any]]:
+    lines = read_json_lines(Path(config.launch.runs) / str(config.launch.name) / "events.jsonl")
+    return [line for line in lines if line["event"] == kind]
+
+
+def fast_of(config: Config) -> Path:
+    assert config.checkpoint.fast is not None
+    return fast_folder(config.checkpoint.fast, Path(config.launch.runs) / str(config.launch.name))
+
+
+def config_in(folder: Path, name: str, **options: Any) -> Config:
+    return config_of(folder, name, checkpoint__fast=str(folder / "fast"), **OPTIONS | options)
+
+
+@contextlib.contextmanager
+def opened(config: Config, mesh: Mesh = ALONE) -> Iterator[Run]:
+    run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
+    try:
+        yield run
+    finally:
+        run.close()
+
+
+def cut_short(config: Config) -> None:
+    """A run whose steps are all taken, and which comes to no end."""
+    with opened(config) as run:
+        run.take_steps()
+        run.saving.settle_all(run.state.step)
+
+
+def damaged(folder: Path, step: int) -> None:
+    [file] = (folder / f"step-{step:08d}").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("phase", ["data", "optimizer"])
+def test_a_killed_worker_takes_one_step_with_it_at_most(tmp_path: Path, phase: str) -> None:
+    place, died = Place(tmp_path), 12
+    plan = json.dumps([{"step": died, "phase": phase, "rank": 1, "fault": "kill"}])
+    fast = [
+        f"--checkpoint.fast={tmp_path / 'fast'}",
+        "--checkpoint.every=0",
+        "--train.eval_every=0",
+        "--train.steps=16",
+    ]
+    code, output = place.run("train", "recipe.yaml", "--name", "killed", *fast, **{PLAN: plan})
+    assert code == 0, output
+    crashed, started = ([e for e in place.event_lines("killed") if e["event"] == k] for k in ("crashed", "started"))
+    assert crashed[0]["step"] == died
+    taken = died - 1  # steps that were taken when it died
+    assert taken - started[1]["step"] <= 1
+    assert f"resumed from {tmp_path / 'fast'}" in output
+    lost = json.loads(place.good("goodput", "killed", "--json"))
+    assert lost["lives"] == 2
+    assert not (tmp_path / "fast").exists()
+    assert listed(tmp_path / "runs" / "killed" / "checkpoints")[-1].step == 16
+
+
+def test_what_is_damaged_is_passed_over_for_the_next_older_fast_or_lasting(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_in(tmp_path, "damaged")
+    cut_short(config)
+    assert [s.step for s in listed(fast_of(config))] == [5, 6]
+    for step, found, where in ((6, 5, fast_of(config)), (5, 4, tmp_path / "runs" / "damaged" / "checkpoints")):
+        damaged(fast_of(config), step)
+        capsys.readouterr()
+        with opened(config) as run:
+            assert run.state.step == found
+        said = capsys.readouterr().out
+        assert f"{step:08d}/shard-00000.safetensors was altered" in said
+        assert f"resumed from {where}" in said
+    assert len(events(config, "damaged")) == 2
+    with opened(config) as run:
+        run.train()
+    assert not (tmp_path / "fast").exists()  # nor what was set aside
+
+
+def test_one_that_lasts_is_taken_where_the_memory_of_the_machine_is_gone(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "gone")
+    cut_short(config)
+    for path in sorted(fast_of(config).glob("**/*"), reverse=True):
+        path.unlink() if path.is_file() or path.is_symlink() else path.rmdir()
+    with opened(config) as run:
+        assert run.state.step == 4
+
+
+def test_a_new_run_of_the_same_name_does_not_go_on_from_the_old_ones(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "again")
+    cut_short(config)
+    (tmp_path / "runs" / "again").rename(tmp_path / "runs" / "before")
+    with opened(config) as run:
+        assert run.state.step == 0
+    elsewhere = config.replace("launch", runs=str(tmp_path / "other"))
+    assert fast_of(elsewhere) != fast_of(config)
+
+
+@pytest.fixture
+def small_memory(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("needs to mount a small disk")
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs to mount a small disk")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_machine_without_room_says_so_once_and_trains_on(
+    tmp_path: Path, small_memory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_in(tmp_path, "small").replace("checkpoint", fast=str(small_memory / "fast"))
+    with opened(config) as run:
+        run.train()
+    [event] = events(config, "no fast place")
+    assert event["step"] == 1
+    assert "has room for" in event["why"]
+    assert capsys.readouterr().out.count("checkpoint.fast is not used") == 1
+    assert listed(run.folder.checkpoints)[-1].step == 7
+    assert not list(small_memory.iterdir())
+
+
+def apart(mesh: Mesh, config: Config) -> int:
+    """Each process with a fast place of its own, as on machines that share no memory."""
+    assert config.checkpoint.fast is not None
+    own = config.replace("checkpoint", fast=f"{config.checkpoint.fast}-{mesh.place.rank}")
+    with opened(own, mesh) as run:
+        run.train()
+        return run.state.step
+
+
+def test_machines_that_do_not_see_each_others_memory_do_without(world: Callable[[int], World], tmp_path: Path) -> None:
+    config = config_in(tmp_path, "apart", train__steps=4)
+    assert world(2).run(apart, config) == [4, 4]
+    [event] = events(config, "no fast place")
+    assert "rank 1 does not see" in event["why"]
+    assert not list(tmp_path.glob("fast*"))
