@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -17,6 +18,7 @@ from shoal.secrets import secret_in
 from shoal.verbs import Override
 
 SAID_TO_A_MODEL = ("--prompt", "--system")  # text, in which an address is only an address
+EXIT_BROKEN_PIPE = 141  # as a shell says of what SIGPIPE ended
 SHORTCUTS = {"name": "launch.name", "processes": "launch.processes"}
 
 
@@ -39,17 +41,40 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print("shoal: interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+        _say_no_more()
+        code = EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:  # of our output: it is on no disk that has a name
+            _refused_output(error)
+        else:
+            traceback.print_exc()
+        code = 1
     except Exception:  # a bug of ours: the traceback, and an end as clean as any other
         traceback.print_exc()
         code = 1
     _leave(code)
 
 
+def _refused_output(error: OSError) -> None:
+    print(f"shoal: standard output cannot be written: {error.strerror}", file=sys.stderr)
+    _say_no_more()
+
+
+def _say_no_more() -> None:
+    """What is still to be written goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _leave(code: int) -> NoReturn:
     """End the process now. A thread of a communication library that outlives Python would abort it."""
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = EXIT_BROKEN_PIPE
+        _say_no_more()
+    except OSError as error:
+        _refused_output(error)
+        code = code or 1
     sys.stderr.flush()
     if "torch" in sys.modules:
         os._exit(code)

@@ -54,6 +54,9 @@ def _tell(notes: Sequence[str], *, on_stderr: bool = False) -> None:
 
 
 def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.metrics.console import outlast
+
+    outlast()
     config = _resolve(args, overrides)
     from shoal.launch.place import is_worker, read_place
     from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
