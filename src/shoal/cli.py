@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import io
 import os
 import sys
@@ -43,11 +42,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         _say_no_more()
         code = EXIT_BROKEN_PIPE
-    except OSError as error:
-        if error.errno == errno.ENOSPC and error.filename is None:  # of our output: it is on no disk that has a name
+    except OSError:
+        told = traceback.format_exc()
+        try:
+            sys.stdout.flush()  # fails again where it was our output that failed
+        except OSError as error:
             _refused_output(error)
         else:
-            traceback.print_exc()
+            print(told, end="", file=sys.stderr)
         code = 1
     except Exception:  # a bug of ours: the traceback, and an end as clean as any other
         traceback.print_exc()
