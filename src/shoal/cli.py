@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from shoal import __version__, verbs
 from shoal.errors import EXIT_BAD_INPUT, ShoalError
+from shoal.output import Output
 from shoal.secrets import secret_in
 from shoal.verbs import Override
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, also where a terminal lacks it
+    sys.stdout = stdout = Output(sys.stdout)
     code = 0
     try:
         code = _run(argv)
@@ -40,31 +42,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print("shoal: interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        _say_no_more()
+        stdout.silence()
         code = EXIT_BROKEN_PIPE
-    except OSError:
-        told = traceback.format_exc()
-        try:
-            sys.stdout.flush()  # fails again where it was our output that failed
-        except OSError as error:
-            _refused_output(error)
-        else:
-            print(told, end="", file=sys.stderr)
-        code = 1
     except Exception:  # a bug of ours: the traceback, and an end as clean as any other
         traceback.print_exc()
         code = 1
     _leave(code)
-
-
-def _refused_output(error: OSError) -> None:
-    print(f"shoal: standard output cannot be written: {error.strerror}", file=sys.stderr)
-    _say_no_more()
-
-
-def _say_no_more() -> None:
-    """What is still to be written goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _leave(code: int) -> NoReturn:
@@ -72,11 +55,11 @@ def _leave(code: int) -> NoReturn:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_BROKEN_PIPE
-        _say_no_more()
-    except OSError as error:
-        _refused_output(error)
-        code = code or 1
+    except ShoalError as error:
+        print(f"shoal: {error}", file=sys.stderr)
+        code = code or EXIT_BAD_INPUT
     sys.stderr.flush()
     if "torch" in sys.modules:
         os._exit(code)

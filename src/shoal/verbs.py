@@ -54,7 +54,7 @@ def _tell(notes: Sequence[str], *, on_stderr: bool = False) -> None:
 
 
 def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.metrics.console import outlast
+    from shoal.output import outlast
 
     outlast()
     config = _resolve(args, overrides)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,43 +9,6 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-
-class Outlasting:
-    """
-    Standard output, or error, of what is not to end because nobody listens: what cannot be said now is said with the next
-    line, where a disk is full, and never, where the reader has gone.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def write(self, text: str) -> int:
-        with self._patience():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._patience():
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    @contextmanager
-    def _patience(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno == errno.EPIPE:
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, self._stream.fileno())
-                os.close(null)
-
-
-def outlast() -> None:
-    """From now on this process does not end because its output cannot be written."""
-    sys.stdout, sys.stderr = Outlasting(sys.stdout), Outlasting(sys.stderr)
 
 
 class Console:
