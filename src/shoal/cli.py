@@ -13,10 +13,12 @@ from typing import Any, NoReturn
 
 from shoal import __version__, verbs
 from shoal.errors import EXIT_BAD_INPUT, ShoalError
+from shoal.output import Output
 from shoal.secrets import secret_in
 from shoal.verbs import Override
 
 SAID_TO_A_MODEL = ("--prompt", "--system")  # text, in which an address is only an address
+EXIT_BROKEN_PIPE = 141  # as a shell says of what SIGPIPE ended
 SHORTCUTS = {"name": "launch.name", "processes": "launch.processes"}
 
 
@@ -25,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, also where a terminal lacks it
+    sys.stdout = stdout = Output(sys.stdout)
     code = 0
     try:
         code = _run(argv)
@@ -39,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print("shoal: interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
+        stdout.silence()
+        code = EXIT_BROKEN_PIPE
     except Exception:  # a bug of ours: the traceback, and an end as clean as any other
         traceback.print_exc()
         code = 1
@@ -49,7 +52,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _leave(code: int) -> NoReturn:
     """End the process now. A thread of a communication library that outlives Python would abort it."""
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_BROKEN_PIPE
+    except ShoalError as error:
+        print(f"shoal: {error}", file=sys.stderr)
+        code = code or EXIT_BAD_INPUT
     sys.stderr.flush()
     if "torch" in sys.modules:
         os._exit(code)

@@ -17,7 +17,8 @@ keeps its traceback.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 EXIT_BAD_INPUT = 2
@@ -26,7 +27,26 @@ EXIT_REQUEUE = 85  # asked to stop before the end: the same command goes on from
 
 
 class ShoalError(Exception):
-    """Base of what a person can mend; `str(error)` is the whole message."""
+    """
+    Base of what a person can mend; `str(error)` is the whole message.
+
+    option: the one that the message is about, and stands in `text` as {option}: another verb may spell it otherwise.
+    """
+
+    def __init__(self, text: str, *, option: str = "") -> None:
+        super().__init__(text.replace("{option}", option) if option else text)
+        self.text, self.option = text, option
+
+
+@contextlib.contextmanager
+def spelled(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors from within name their option as `names` has it: as the person at this verb writes it."""
+    try:
+        yield
+    except ShoalError as error:
+        if error.option not in names:
+            raise
+        raise type(error)(error.text, option=names[error.option]) from None
 
 
 @dataclass(frozen=True)

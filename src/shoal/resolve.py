@@ -58,6 +58,14 @@ def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ())
     return _derive(config, sources, tuple(notes))
 
 
+def peek(recipe: Path | None, overrides: Iterable[tuple[str, str, str]], keys: Iterable[str]) -> dict[str, Any]:
+    """What `recipe` and `overrides` say of a few options, or the default, before anything is judged. Raises nothing."""
+    ignored: list[Problem] = []
+    given = (read_recipe(recipe, ignored) if recipe else []) + [read_override(*o) for o in overrides]
+    said = {s.key: _typed(s, ignored) for s in known(given, ignored)}
+    return {key: said.get(key) or options()[key].default for key in keys}
+
+
 def _without_secrets(given: Iterable[Setting], problems: list[Problem]) -> Iterator[Setting]:
     """Those that hold no secret; a `Problem` that does not quote it for each other one."""
     for setting in given:

@@ -27,7 +27,9 @@ from typing import IO, Any
 
 from shoal.config import Config
 from shoal.disk import write_whole
-from shoal.errors import RunError
+from shoal.errors import RunError, ShoalError
+from shoal.hub.find import stand_in
+from shoal.hub.folder import HEADERS
 from shoal.metrics.trackers import read_json_lines
 from shoal.resolve import Difference, differences, read_back, to_yaml
 
@@ -91,6 +93,20 @@ class RunFolder:
             ),
             None,
         )
+
+    def stand_in(self) -> list[str]:
+        """
+        What this run keeps of the model and the tokenizer that it started from is found where they are gone; which are.
+
+        Raises nothing where there is no run, or it keeps nothing.
+        """
+        try:
+            before = self.load_config()
+        except ShoalError:
+            return []
+        kept = {before.model.from_: self.source if (self.source / HEADERS).is_file() else None}
+        kept.setdefault(before.data.tokenizer, self.tokenizer_files)
+        return [name for name, folder in kept.items() if name and folder and stand_in(name, folder)]
 
     @property
     def samples(self) -> Path:

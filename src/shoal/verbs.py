@@ -14,6 +14,7 @@ from shoal.errors import EXIT_LOST_PEER, EXIT_REQUEUE, ModelError, RunError, Sho
 if TYPE_CHECKING:
     from shoal.config import Config
     from shoal.infer.load import Wanted
+    from shoal.runs import RunFolder
 
 Override = tuple[str, str, str]
 
@@ -23,11 +24,22 @@ VERIFIED = "verify-"  # before the name of a run: where its certificate is kept
 def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
     from shoal.resolve import resolve
 
+    for gone in _run_of(args.recipe, overrides).stand_in():
+        _tell([f"{gone} is gone: going on with what the run keeps of it"])
     resolved = resolve(args.recipe, overrides)
     _tell(resolved.notes)
     if resolved.config.launch.name is None and args.recipe is not None:
         return resolved.config.replace("launch", name=args.recipe.stem)
     return resolved.config
+
+
+def _run_of(recipe: Path | None, overrides: list[Override]) -> RunFolder:
+    """The folder of the run that is asked for, found before the config is judged: it may keep what that needs."""
+    from shoal.resolve import peek
+    from shoal.runs import RunFolder
+
+    said = peek(recipe, overrides, ("launch.runs", "launch.name"))
+    return RunFolder(Path(said["launch.runs"]) / (said["launch.name"] or (recipe.stem if recipe else "run")))
 
 
 def _tell(notes: Sequence[str], *, on_stderr: bool = False) -> None:
@@ -43,6 +55,9 @@ def _tell(notes: Sequence[str], *, on_stderr: bool = False) -> None:
 
 
 def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.output import outlast
+
+    outlast()
     config = _resolve(args, overrides)
     from shoal.launch.place import is_worker, read_place
     from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes

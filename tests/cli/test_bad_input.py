@@ -59,7 +59,7 @@ def test_config_problems_come_together_before_anything_starts(place: Place) -> N
         (["trian", "recipe.yaml"], "invalid choice: 'trian'"),
         (["eval", "nowhere"], "runs/nowhere is no run; there are done"),
         (["eval", "done", "--step", "77"], "has no checkpoint of step 77; there are steps 5, 6"),
-        (["eval", "done", "--tokens", "3"], "shoal eval does not take --tokens 3"),
+        (["eval", "done", "--tokens", "3"], "shoal eval does not take --tokens; see"),
         (["generate", "done", "--prompt", "x" * 80], "the prompt has 80 tokens, and the model's context is 64"),
         (["generate", "done", "--prompt", ""], "an empty --prompt"),
         (["generate", "done", "--prompt", "a", "--top-p", "1.5"], "1.5; it must be above 0 and at most 1"),

@@ -41,6 +41,11 @@ class FolderWeights:
     ) -> None:
         """other_names: names that files may have, and the parameter that each is."""
         self._family, self._other_names = family, other_names
+        if folder.is_kept:
+            raise ModelError(
+                f"the weights that this run is to start from are gone, and it has no checkpoint yet; set model.from to where they "
+                f"are now ({folder.path} keeps all but the weights)"
+            )
         # Opened now: a folder that is replaced meanwhile leaves the old files to those who have them open.
         self._files = {file: safe_open(str(file), framework="pt") for file in folder.files}
         self._entries = {name: self._find(folder, name, shape) for name, shape in shapes.items()}

@@ -11,12 +11,11 @@ from typing import Final
 
 from shoal.disk import sync, write_whole
 from shoal.errors import ModelError
-from shoal.hub.folder import CONFIG, ModelFolder
+from shoal.hub.folder import CONFIG, HEADERS, ModelFolder
 from shoal.hub.header import DTYPE_NAMES
 from shoal.hub.names import spellings
 
 GENERATION: Final = "generation_config.json"
-WEIGHTS: Final = "weights.json"  # ours: their dtypes
 TOKENIZER: Final = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tekken.json",
@@ -54,15 +53,16 @@ class Dtypes:
         return next((self.others[s] for s in spellings(tensor) if s in self.others), self.most)
 
 
-def keep_dtypes(model: ModelFolder, copy: Path) -> None:
-    """Write down what the weights were: a config.json may say something else."""
+def keep_headers(model: ModelFolder, copy: Path) -> None:
+    """Write down what the weights were: a config.json may say something else, and the folder may be gone one day."""
     others = {name: e.dtype for name, e in model.tensors.items() if e.dtype != model.dtype}
-    write_whole(copy / WEIGHTS, [json.dumps({"dtype": model.dtype, "others": others}).encode()])
+    tensors = {name: (entry.dtype, entry.shape) for name, entry in model.tensors.items()}
+    write_whole(copy / HEADERS, [json.dumps({"dtype": model.dtype, "others": others, "tensors": tensors}).encode()])
 
 
 def read_dtypes(copy: Path) -> Dtypes:
-    """What `keep_dtypes` wrote."""
-    said = json.loads((copy / WEIGHTS).read_text("utf-8"))
+    """What `keep_headers` wrote."""
+    said = json.loads((copy / HEADERS).read_text("utf-8"))
     return Dtypes(said["dtype"], said["others"])
 
 

@@ -10,12 +10,45 @@ from pathlib import Path
 from shoal.errors import ModelError
 from shoal.hub.record import MODELS, fetch_command, load_record
 
-__all__ = ["MODELS", "by_hand", "check_name", "close_names", "could_be_on_a_hub", "find_model", "find_path", "no_name"]
+__all__ = [
+    "MODELS",
+    "by_hand",
+    "called",
+    "check_name",
+    "close_names",
+    "could_be_on_a_hub",
+    "find_model",
+    "find_path",
+    "no_name",
+    "stand_in",
+]
+
+
+_kept: dict[str, Path] = {}  # name -> what a run keeps of the folder that it started from
+
+
+def stand_in(name: str, kept: Path) -> bool:
+    """
+    In this process, `kept` is what `find_model` gives where `name` is nowhere; says whether that is so now.
+
+    For a run that goes on: its checkpoint has the weights, and all else that it had from the folder it keeps.
+    """
+    _kept[name] = kept
+    try:
+        return find_model(name) == kept
+    except ModelError:  # it is there, and broken
+        return False
+
+
+def called(folder: Path) -> str:
+    """The path of `folder`; of one that stands in, that for which it does: a run's config does not change by it."""
+    return next((name for name in reversed(_kept) if _kept[name] == folder), str(folder))
 
 
 def find_model(name: str) -> Path:
     """
-    The folder of a model: `name` itself, where `shoal fetch` put it, or where Hugging Face's own programs did.
+    The folder of a model: `name` itself, where `shoal fetch` put it, or where Hugging Face's own programs did; or else
+    what a run keeps of it (`stand_in`).
 
     Raises `ModelError` where it is nowhere, or where files of a fetched folder are gone or cut short.
     """
@@ -23,7 +56,7 @@ def find_model(name: str) -> Path:
         folder = find_path(place)
         if folder is not None and folder.is_dir():
             return _whole(folder)
-    return _in_cache(name) or _refuse(name)
+    return _in_cache(name) or _kept.get(name) or _refuse(name)
 
 
 def find_path(name: str) -> Path | None:

@@ -14,11 +14,12 @@ from shoal.errors import ModelError
 from shoal.hub.header import Entry, parse_object, read_header
 from shoal.hub.record import fetch_command, load_record
 
-__all__ = ["CONFIG", "INDEX", "SINGLE", "Entry", "ModelFolder"]
+__all__ = ["CONFIG", "HEADERS", "INDEX", "SINGLE", "Entry", "ModelFolder"]
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEADERS = "weights.json"  # what a run keeps of its first weights: which they were, and not what was in them
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -37,12 +38,17 @@ class ModelFolder:
             raise ModelError(f"there is no folder {path}")
         config = _read_object(path / CONFIG, "it says what the model is")
         try:
-            tensors = _merge(_weight_files(path))
+            tensors = _kept_headers(path) or _merge(_weight_files(path))
         except OSError as error:
             raise ModelError(f"cannot read {error.filename or path}: {error.strerror or error}") from error
         if not tensors:
             raise _broken(path, "holds no tensors")
         return cls(path, config, tensors)
+
+    @cached_property
+    def is_kept(self) -> bool:
+        """Whether this is what a run keeps of the folder that it started from: all but the weights."""
+        return all(entry.file.name == HEADERS for entry in self.tensors.values())
 
     @cached_property
     def dtype(self) -> str:
@@ -61,6 +67,17 @@ class ModelFolder:
     def files(self) -> tuple[Path, ...]:
         """The files of weights, sorted."""
         return tuple(sorted({entry.file for entry in self.tensors.values()}))
+
+
+def _kept_headers(path: Path) -> dict[str, Entry]:
+    """The tensors that a run's copy says were there; none in a folder of weights, and none in a copy of an older shoal."""
+    if not (path / HEADERS).is_file() or any(path.glob("*.safetensors")):
+        return {}
+    said = _read_object(path / HEADERS, "it says what the weights were").get("tensors", {})
+    try:
+        return {name: Entry(path / HEADERS, kind, tuple(map(int, shape))) for name, (kind, shape) in said.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise _broken(path / HEADERS, "does not say what the weights were") from None
 
 
 def _merge(files: Mapping[Path, set[str]]) -> dict[str, Entry]:

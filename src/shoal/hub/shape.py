@@ -15,7 +15,7 @@ from typing import Any, Final
 from shoal.config import Model
 from shoal.errors import ModelError
 from shoal.hub.any_shape import read_any_shape
-from shoal.hub.find import find_model
+from shoal.hub.find import called, find_model
 from shoal.hub.folder import CONFIG, ModelFolder
 from shoal.hub.values import Kind, kind_of_option, wrong_values
 
@@ -198,7 +198,7 @@ def read_folder(folder: ModelFolder, family: str | None = None) -> tuple[Shape, 
     where = str(folder.path / CONFIG)
     shape = Shape(read_any_shape(folder.config, where)) if family == "hf" else read_shape(folder.config, where)
     has_tokenizer = any((folder.path / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
-    return shape, str(folder.path) if has_tokenizer else None
+    return shape, called(folder.path) if has_tokenizer else None
 
 
 def _missing(kind: ModelType, given: Json) -> Iterator[str]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shoal.data.open import open_data
 from shoal.data.prepare import held_out_text
-from shoal.errors import CheckpointError, DataError, GenerateError, ShoalError
+from shoal.errors import CheckpointError, DataError, GenerateError, ShoalError, spelled
 from shoal.infer.chat import Chat, chat_in_terminal
 from shoal.infer.generate import Sampling, check_options, check_text, generate
 from shoal.infer.harness import Tasks, run_tasks
@@ -156,7 +155,7 @@ def generate_text(wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int
     for prompt in prompts:
         check_text(prompt, "--prompt")
     limit = PROMPT_TOKENS if max_new_tokens is None else max_new_tokens
-    with _as_flags():
+    with spelled(FLAGS):
         check_options(sampling, limit)
     model = _load(wanted)
     tokenizer = model.need_tokenizer()
@@ -170,7 +169,7 @@ def generate_text(wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int
         print(alone.push(token) if shown else prompts[0] + alone.push(token), end="", flush=True)
         shown = True
 
-    with _as_flags():
+    with spelled(FLAGS):
         outputs = generate(
             model.model, ids, max_new_tokens=limit,
             temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed,
@@ -185,22 +184,10 @@ def generate_text(wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int
         print(prompt + continuation(tokenizer, prompt_ids, output))
 
 
-@contextlib.contextmanager
-def _as_flags() -> Iterator[None]:
-    """Errors name what a person typed, and not the argument of `generate`."""
-    try:
-        yield
-    except GenerateError as error:
-        text = str(error)
-        for argument, flag in FLAGS.items():
-            text = text.replace(argument, flag)
-        raise GenerateError(text) from None
-
-
 def talk(wanted: Wanted, *, system: str | None, max_new_tokens: int | None, sampling: Sampling) -> None:
     """A conversation: lines of standard input, and what the model says to each."""
     limit = CHAT_TOKENS if max_new_tokens is None else max_new_tokens
-    with _as_flags():
+    with spelled(FLAGS):
         check_options(sampling, limit)  # at once, and not at each line
     check_text(system or "", "--system")
     model = _load(wanted)

@@ -180,13 +180,17 @@ def check_text(text: str, what: str) -> None:
 def check_options(sampling: Sampling, max_new_tokens: int) -> None:
     """What can be said before there is a model or a prompt. Raises `GenerateError` for an option out of range."""
     if max_new_tokens < 0:
-        raise GenerateError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+        raise GenerateError(f"{{option}} is {max_new_tokens}; it must be 0 or more", option="max_new_tokens")
     if not (sampling.temperature >= 0 and math.isfinite(sampling.temperature)):
-        raise GenerateError(f"temperature is {sampling.temperature}; it must be 0 (greedy) or a positive number")
+        raise GenerateError(
+            f"{{option}} is {sampling.temperature}; it must be 0 (greedy) or a positive number", option="temperature"
+        )
     if sampling.top_k is not None and sampling.top_k < 1:
-        raise GenerateError(f"top_k is {sampling.top_k}; it must be 1 or more, or none")
+        raise GenerateError(f"{{option}} is {sampling.top_k}; it must be 1 or more, or none", option="top_k")
     if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
-        raise GenerateError(f"top_p is {sampling.top_p}; it must be above 0 and at most 1, or none")
+        raise GenerateError(
+            f"{{option}} is {sampling.top_p}; it must be above 0 and at most 1, or none", option="top_p"
+        )
 
 
 def _check_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -204,7 +208,8 @@ def _check_prompt(model: LanguageModel, which: str, prompt: Sequence[int], max_n
     if len(prompt) + max_new_tokens > context:
         raise GenerateError(
             f"{which} has {len(prompt)} tokens, and {max_new_tokens} more do not fit the model's context of {context}; "
-            f"set max_new_tokens to at most {context - len(prompt)}"
+            f"set {{option}} to at most {context - len(prompt)}",
+            option="max_new_tokens",
         )
     if not all(0 <= token < vocab_size for token in prompt):
         raise GenerateError(f"{which} has a token outside 0..{vocab_size - 1}; it is from another tokenizer")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ import torch
 from shoal.checkpoint.load import load_model
 from shoal.config import Config, Model
 from shoal.data.tokenize import Tokenizer, load_tokenizer
-from shoal.errors import LaunchError, ModelError, ShoalError
+from shoal.errors import ModelError, ShoalError, spelled
 from shoal.hub.find import find_model
 from shoal.hub.folder import CONFIG, ModelFolder
 from shoal.hub.header import DTYPE_NAMES
@@ -28,6 +26,9 @@ from shoal.models.layers import Linear
 from shoal.parallel.mesh import check_dtype, choose_device, has_bfloat16
 from shoal.presets import shape_problems
 from shoal.train.assemble import DTYPES, weights_of
+
+# Options of training, as the verbs that use a model have them.
+FLAGS = {"train.dtype": "--dtype", "train.device": "--device"}
 
 
 @dataclass(frozen=True)
@@ -189,23 +190,13 @@ def _own_dtype(stored: str, device: torch.device) -> str:
 
 def find_device(wanted: str) -> torch.device:
     """The device that `--device` names. Raises `LaunchError` where it is not to be had."""
-    with _as_flags():
+    with spelled(FLAGS):
         return choose_device(wanted)
 
 
 def _check_dtype(dtype: str, device: torch.device) -> None:
-    with _as_flags():
+    with spelled(FLAGS):
         check_dtype(dtype, device)
-
-
-@contextlib.contextmanager
-def _as_flags() -> Iterator[None]:
-    """Errors name what a person gave: these verbs have a flag of their own where training has an option."""
-    try:
-        yield
-    except LaunchError as error:
-        text = str(error).replace("train.dtype", "--dtype").replace("train.device", "--device")
-        raise LaunchError(text) from None
 
 
 def _end_ids(files: Path | None, tokenizer: Tokenizer | None) -> frozenset[int]:

@@ -50,7 +50,8 @@ class PatientLines:
 
     def close(self) -> None:
         """Try once more what waits, and close. May be called twice."""
-        self.offer()
+        if not self.offer() and self._waiting:
+            self.problem = f"{self._path} could not be written: its last {len(self._waiting)} lines are lost"
         if self._file is not None:
             os.close(self._file)
             self._file = None

@@ -128,6 +128,11 @@ def _load_buffers(model: nn.Module, folder: ModelFolder) -> None:
     from safetensors import safe_open
 
     kept = {name for name in model.state_dict() if name in dict(model.named_buffers())}
+    if folder.is_kept and kept & set(folder.tensors):
+        raise ModelError(
+            f"{min(kept & set(folder.tensors))} is a constant that no checkpoint holds, and the folder which had it is gone; put "
+            "the folder that model.from names back"
+        )
     for name in sorted(kept & set(folder.tensors)):
         with safe_open(str(folder.tensors[name].file), framework="pt") as file:
             buffer = model.get_buffer(name)

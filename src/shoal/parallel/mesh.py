@@ -118,7 +118,8 @@ def choose_device(wanted: str, place: Place = ALONE) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise LaunchError(
-            "train.device is cuda, but torch sees no CUDA device; set train.device to cpu, or see shoal env"
+            "{option} is cuda, but torch sees no CUDA device; set {option} to cpu, or see shoal env",
+            option="train.device",
         )
     count = torch.cuda.device_count()
     if place.local_world_size > count:
@@ -131,10 +132,13 @@ def choose_device(wanted: str, place: Place = ALONE) -> torch.device:
 def check_dtype(dtype: str, device: torch.device) -> None:
     """Raise `LaunchError` where `device` cannot compute in `dtype`."""
     if dtype == "float16" and device.type == "cpu":
-        raise LaunchError("a CPU multiplies float16 a thousand times slower; set train.dtype to bfloat16 or float32")
+        raise LaunchError(
+            "a CPU multiplies float16 a thousand times slower; set {option} to bfloat16 or float32",
+            option="train.dtype",
+        )
     if dtype == "bfloat16" and not has_bfloat16(device):
         name = torch.cuda.get_device_name(device)
-        raise LaunchError(f"{name} has no bfloat16; set train.dtype to float32")
+        raise LaunchError(f"{name} has no bfloat16; set {{option}} to float32", option="train.dtype")
 
 
 def has_bfloat16(device: torch.device) -> bool:

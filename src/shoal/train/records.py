@@ -80,6 +80,7 @@ class Records:
         for each in (self._events, self._metrics, self._ledger):
             if each is not None:
                 each.close()
+                self._complain(each.problem)
 
     def _complain(self, problem: str | None) -> None:
         """Once for each problem, until it is over."""

@@ -8,9 +8,9 @@ import shutil
 from shoal.config import Config, Train
 from shoal.data.prepare import Prepared
 from shoal.data.tokenize import tokenizer_folder
-from shoal.hub.beside import OF_MODEL, TOKENIZER, WEIGHTS, keep, keep_dtypes
+from shoal.hub.beside import OF_MODEL, TOKENIZER, keep, keep_headers
 from shoal.hub.find import find_model
-from shoal.hub.folder import ModelFolder
+from shoal.hub.folder import HEADERS, ModelFolder
 from shoal.metrics.meter import settle_dtype
 from shoal.parallel.mesh import Mesh, check_dtype
 from shoal.runs import RunFolder
@@ -51,9 +51,9 @@ def write_run_files(folder: RunFolder, config: Config, prepared: Prepared) -> No
     folder.save_config(config)
     origin = None if config.model.from_ is None else find_model(config.model.from_)
     tokenizer = tokenizer_folder(config.data.tokenizer)
-    if origin is not None and not (folder.source / WEIGHTS).is_file():
+    if origin is not None and not (folder.source / HEADERS).is_file():
         keep(origin, OF_MODEL if tokenizer != origin else (*OF_MODEL, *TOKENIZER), folder.source)
-        keep_dtypes(ModelFolder.open(origin), folder.source)
+        keep_headers(ModelFolder.open(origin), folder.source)
     if tokenizer is not None and tokenizer != origin:
         keep(tokenizer, TOKENIZER, folder.tokenizer)
     shutil.copyfile(prepared.folder / "tokenizer.json", folder.tokenizer_file)
