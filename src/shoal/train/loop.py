@@ -54,7 +54,7 @@ def train(config: Config) -> bool:
     """
     set_threads(config)
     stop = StopRequest()
-    Faults(read_place().rank).at("rendezvous")
+    Faults(read_place().rank, RunFolder.of(config).events_file).at("rendezvous")
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
         run = Run.open(config, mesh, stop)
         try:
@@ -111,7 +111,7 @@ class Run:
         changed = folder.agree(config)
         before = folder.load_config() if folder.config_file.is_file() else config
         mesh.barrier()  # nobody writes the config before everybody has compared
-        faults = Faults(mesh.place.rank)
+        faults = Faults(mesh.place.rank, folder.events_file)
         saving = Saving.open(config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at)
         faults.at("load")
         newest = saving.find()
