@@ -13,6 +13,7 @@ def laboratory(tmp_path_factory: pytest.TempPathFactory) -> Laboratory:
     return Laboratory(tmp_path_factory.mktemp("chaos"))
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", few(), ids=lambda case: f"{case.processes} processes")
 def test_a_run_lives_through_some_of_each_kind(laboratory: Laboratory, case: Case) -> None:
     verdict = laboratory.try_out(case, f"few-{few().index(case)}")

@@ -27,7 +27,7 @@ from tests.chaos.case import SAVE_EVERY, STEPS, Case
 from tests.cli.commands import clean_environment
 
 MARK: Final = "SHOAL_CHAOS"  # in the environment of a run's processes, whoever started them
-PATIENCE_SECONDS: Final = 280.0
+PATIENCE_SECONDS: Final = 400.0
 _LOOK_SECONDS: Final = 0.5  # between two looks at the ports of a run
 _LOCAL: Final = ("/dev/shm", "/var/tmp")  # where TMPDIR does not lead
 _OF_TORCH: Final = "torchelastic_"  # a folder for logs, which it makes and leaves
@@ -41,7 +41,7 @@ checkpoint: {{every: {SAVE_EVERY}, keep: 3}}
 fault: {{check_replicas_every: 1}}
 metrics: {{peak_tflops: 1}}
 # crashes before the first step come no further, and a case may have some in a row
-launch: {{hang_seconds: 4, timeout_seconds: 20, threads: 1, max_crashes: 6}}
+launch: {{hang_seconds: 5, timeout_seconds: 40, threads: 1, max_crashes: 6}}
 """
 
 

@@ -124,7 +124,10 @@ def test_a_worker_that_is_stopped_is_named_and_started_again_and_no_bit_differs(
     assert place.losses("worker-stopped") == clean_losses(place)
 
 
-@pytest.mark.parametrize(("fault", "how"), [("kill", "was killed by SIGKILL"), ("exception", "ended with code 1")])
+@pytest.mark.parametrize(
+    ("fault", "how"),
+    [pytest.param("kill", "was killed by SIGKILL", marks=pytest.mark.slow), ("exception", "ended with code 1")],
+)
 def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_cause(place: Place, fault: str, how: str) -> None:
     faults = [{"step": 12, "phase": "forward", "rank": 1, "fault": fault, "life": life} for life in range(9)]
     code, output = place.run("train", "recipe.yaml", "--name", f"loop-{fault}", SHOAL_FAULTS=json.dumps(faults))
@@ -135,7 +138,13 @@ def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_cause(place: P
     assert [(e["rank"], e["how"], e["step"]) for e in crashes] == [(1, how, 12)] * 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+SLOW_SIGUSR1 = pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)
+SLOW_SIGINT = pytest.param(signal.SIGINT, marks=pytest.mark.slow)
+SLOW_SIGTERM = pytest.param(signal.SIGTERM, marks=pytest.mark.slow)
+
+
+# Of the launcher, SIGINT is asked while it starts; SIGUSR1 of a worker: one handler takes all three, everywhere.
+@pytest.mark.parametrize("number", [SLOW_SIGINT, signal.SIGTERM, SLOW_SIGUSR1])
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(place: Place, number: signal.Signals) -> None:
     name = f"stopped-{number.name}"
     process = place.start("train", "recipe.yaml", "--name", name)
@@ -165,7 +174,7 @@ def test_asked_to_stop_while_it_starts_it_stops(place: Place, whom: str) -> None
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [SLOW_SIGTERM, signal.SIGUSR1])
 def test_one_worker_that_is_asked_stops_them_all(place: Place, number: signal.Signals) -> None:
     name = f"one-{number.name}"
     process = place.start("train", "recipe.yaml", "--name", name)
@@ -182,7 +191,7 @@ def test_one_worker_that_is_asked_stops_them_all(place: Place, number: signal.Si
 
 def test_when_its_time_is_up_it_saves_and_asks_to_be_queued_again(place: Place) -> None:
     code, output = place.run(
-        "train", "recipe.yaml", "--name", "limited", "--train.steps", "1000000", "--launch.time_limit_minutes", "0.3"
+        "train", "recipe.yaml", "--name", "limited", "--train.steps", "1000000", "--launch.time_limit_minutes", "0.25"
     )
     assert code == EXIT_REQUEUE, output
     assert re.search(r"stopped: saved at step [1-9]\d* of 1000000", output), output
