@@ -103,13 +103,12 @@ def test_its_numbers_are_ours(tasks: Path, tmp_path: Path) -> None:
     assert all(name in table for name in NAMES)
 
 
-def test_a_run_is_exported_for_it(tasks: Path, tmp_path: Path) -> None:
+def test_a_run_is_exported_for_it(tasks: Path, done: Path) -> None:
     pytest.importorskip("lm_eval")
-    place = Place(tmp_path)
-    place.good("train", "recipe.yaml", "--name", "done", "--processes", "1", "--train.steps", "4")
+    place = Place(done.parents[1])
     said = place.good("eval", "done", "--tasks", "small_texts", "--include-path", str(tasks), "--json")
     figures = json.loads(next(line for line in said.splitlines() if line.startswith("{")))["tasks"]
-    run = Wanted(tmp_path / "runs", "done", device="cpu", dtype="float32").load()
+    run = Wanted(done.parent, "done", device="cpu", dtype="float32").load()
     assert figures["small_texts"]["bits_per_byte"] == pytest.approx(our_bits_per_byte(run), abs=1e-4)
 
 

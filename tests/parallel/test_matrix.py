@@ -11,7 +11,6 @@ import math
 import os
 import re
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,13 +29,22 @@ REST = [cell for cell in legal() if cell.plain and cell.checkpointing == "none" 
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    worlds = Worlds()
-    yield Bench(tmp_path_factory.mktemp("matrix"), worlds)
-    worlds.close()
+def bench(tmp_path_factory: pytest.TempPathFactory, worlds: Worlds) -> Bench:
+    return Bench(tmp_path_factory.mktemp("matrix"), worlds)
 
 
-@pytest.mark.parametrize("cell", cover(), ids=str)
+def _few_compiled() -> set[Cell]:
+    """Of the cells that a compiler sees, one for each way in which a layout cuts a model: the first with that feature."""
+    compiled = [cell for cell in cover() if cell.compile]
+    ways = ("fsdp", "tp", "cp", "1f1b", "bitwise")
+    return {next(cell for cell in compiled if way in cell.layout) for way in ways}
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [c if not c.compile or c in _few_compiled() else pytest.param(c, marks=pytest.mark.slow) for c in cover()],
+    ids=str,
+)
 def test_cell(bench: Bench, cell: Cell) -> None:
     assert problem(cell, bench.run(cell)) is None
 
