@@ -32,7 +32,7 @@ from shoal.parallel.apply import Runnable
 from shoal.parallel.mesh import Mesh, open_mesh
 from shoal.parallel.replicas import compare, has_replicas
 from shoal.runs import RunFolder
-from shoal.train.assemble import assemble, open_loader
+from shoal.train.assemble import assemble, open_loader, start_anew
 from shoal.train.closing import close_run, whole_model
 from shoal.train.evaluate import evaluate
 from shoal.train.guard import Guard
@@ -283,12 +283,15 @@ class Run:
         self.recovery.may_go_back(step, back.why)
         self.saving.settle_all(step)
         newest = self.saving.find()
-        if newest is None:
+        if newest is None and back.passed_over is not None:
             raise DivergedError(
                 f"step {step}: {back.why}, and there is no checkpoint to go back to. A lower optim.lr, a longer "
                 "optim.warmup_steps, other weights or another train.seed may help"
             )
-        self.saving.restore(newest, self.state)
+        if newest is not None:
+            self.saving.restore(newest, self.state)
+        else:  # memory failed before there was a checkpoint, and the numbers themselves were good
+            start_anew(self.config, self.mesh, self.state)
         samples = ""
         if back.passed_over is not None:
             first, stop = back.passed_over
@@ -301,8 +304,9 @@ class Run:
         self.loader = open_loader(
             self.config, self.mesh, self.loader.rows, self.state.position, self.state.passed_over, self.faults.at
         )
-        self.console.warn(f"{back.why}: back from step {step} to {newest.folder}{samples}")
-        self.records.event("went back", step=step, to=newest.step, why=back.why, passed_over=back.passed_over)
+        where = newest.folder if newest else "the start: there is no checkpoint yet"
+        self.console.warn(f"{back.why}: back from step {step} to {where}{samples}")
+        self.records.event("went back", step=step, to=self.state.step, why=back.why, passed_over=back.passed_over)
 
     def _check_replicas(self) -> None:
         """Raises `GoBack` where processes that should hold the same bits do not. A collective."""
