@@ -3,7 +3,7 @@
 .PHONY: train test test-all chaos matrix check format setup harness clean
 PYTHON ?=
 # Which tests; CI's share is "not slow".
-TESTS ?= not slow and not chaos
+TESTS ?= not slow and not ci
 BIN := .venv/bin
 
 train: setup

@@ -20,7 +20,7 @@ def test_a_run_lives_through_some_of_each_kind(laboratory: Laboratory, case: Cas
     assert not verdict.problems, f"{verdict.output}\n{verdict.explain(case)}"
 
 
-@pytest.mark.chaos
+@pytest.mark.ci
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", others(), ids=lambda case: f"run {others().index(case)}")
 def test_a_run_lives_through_every_other_fault(laboratory: Laboratory, case: Case) -> None:

@@ -103,6 +103,7 @@ def test_its_numbers_are_ours(tasks: Path, tmp_path: Path) -> None:
     assert all(name in table for name in NAMES)
 
 
+@pytest.mark.ci
 def test_a_run_is_exported_for_it(tasks: Path, done: Path) -> None:
     pytest.importorskip("lm_eval")
     place = Place(done.parents[1])

@@ -97,8 +97,8 @@ def _follow(
     ("options", "chain"),
     [
         pytest.param({}, CHAIN, id="llama"),
-        pytest.param({"family": "gpt2"}, CHAIN[5:8], id="gpt2", marks=pytest.mark.slow),
-        pytest.param({"optim__name": "muon"}, CHAIN[1:5], id="muon"),
+        pytest.param({"family": "gpt2"}, CHAIN[5:8], id="gpt2", marks=pytest.mark.ci),
+        pytest.param({"optim__name": "muon"}, CHAIN[1:5], id="muon", marks=pytest.mark.ci),
     ],
 )
 def test_a_run_that_goes_through_every_layout(
@@ -107,7 +107,7 @@ def test_a_run_that_goes_through_every_layout(
     _follow(world, tmp_path, chain, **options)
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.ci)])
 def test_a_bitwise_run_on_4_2_1_3_processes_is_the_run_of_one(
     world: Callable[[int], World], tmp_path: Path, dtype: str
 ) -> None:
