@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests.chaos.case import POSSIBLE, STEPS, Case, drawn, ends_the_workers, few, others
-from tests.chaos.trial import Laboratory, steps_left_out
+from tests.chaos.trial import MARK, Laboratory, Trace, judge_events, shared_files, steps_left_out
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +65,44 @@ def test_a_step_that_is_taken_again_is_no_longer_left_out() -> None:
     ]  # fmt: skip
     assert steps_left_out(lines) == (5, 12)
     assert steps_left_out([*lines, {"event": "went back", "step": 14, "to": 4}]) == ()
+
+
+def test_what_did_not_happen_or_was_not_said_is_a_problem() -> None:
+    case = few()[0]
+    faults = [{"event": "fault", **planned, "came": 1} for planned in case.plan]
+    said = [{"event": event, "step": 18} for event in case.must_say.elements()]
+    assert judge_events(case, [*faults, *said]) == []
+    assert judge_events(case, [*faults[1:], *said]) == [f"did not happen: {case.plan[0]}"]
+    [twice] = judge_events(case, [*faults, faults[0], *said])
+    assert "is there twice" in twice
+    [unseen] = judge_events(case, [*faults, *(line for line in said if line["event"] != "left out")])
+    assert unseen == "'left out' stands 0 times in the events, by 1 faults"
+    [once_more] = judge_events(case, [*faults, *said, {"event": "crashed"}])
+    assert once_more == "the workers ended 4 times, by 3 faults"
+
+
+LEAVES_ALL = """
+import socket, sys, tempfile
+listening = socket.create_server(("127.0.0.1", 0))
+print(listening.getsockname()[1], tempfile.mkdtemp(prefix="shoal-"), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_process_a_port_and_a_folder_that_are_left_are_found(tmp_path: Path) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = os.environ | {MARK: str(temporary), "TMPDIR": str(temporary)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", LEAVES_ALL], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    port, folder = process.stdout.readline().split()
+    trace = Trace(temporary, shared_files())
+    trace.look()
+    assert trace.ports == {int(port)}
+    left = trace.left_over()
+    assert left[0].startswith(f"process {process.pid} is left over")
+    assert left[1:] == [f"port {port} is still listening", f"{folder} is left over"]
+    process.communicate()
+    assert trace.left_over() == [f"{folder} is left over"]

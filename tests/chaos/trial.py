@@ -29,7 +29,7 @@ from tests.cli.commands import clean_environment
 MARK: Final = "SHOAL_CHAOS"  # in the environment of a run's processes, whoever started them
 PATIENCE_SECONDS: Final = 400.0
 _LOOK_SECONDS: Final = 0.5  # between two looks at the ports of a run
-_LOCAL: Final = ("/dev/shm", "/var/tmp")  # where TMPDIR does not lead
+_SHARED: Final = ("/dev/shm", "/var/tmp")
 _OF_TORCH: Final = "torchelastic_"  # a folder for logs, which it makes and leaves
 
 RECIPE = f"""
@@ -71,14 +71,13 @@ class Verdict:
 class Trace:
     """What a run had while it ran, and must have given back."""
 
-    name: str
-    temporary: Path
-    before: set[Path]  # in folders that other people write to as well
+    temporary: Path  # its folder for temporary files, and the mark of its processes
+    before: set[Path]  # `shared_files` before it began
     ports: set[int] = field(default_factory=set)
 
     def look(self) -> None:
         """Note the ports at which its processes listen."""
-        for process in _marked(self.name):
+        for process in _marked(self.temporary):
             try:
                 found = process.net_connections("tcp")
             except (psutil.Error, OSError):
@@ -87,11 +86,16 @@ class Trace:
 
     def left_over(self) -> list[str]:
         """In words. Processes first: what they hold is theirs as long as they live."""
-        processes = [f"process {p.pid} is left over: {' '.join(p.cmdline())}" for p in _marked(self.name)]
-        listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
-        files = [*_temporary_files(self.temporary), *(p for p in _local_files() - self.before if not _is_in_use(p))]
+        ours = {p.pid: f"process {p.pid} is left over: {' '.join(p.cmdline())}" for p in _marked(self.temporary)}
+        listening = {
+            c.laddr.port
+            for c in psutil.net_connections("tcp")
+            if c.status == psutil.CONN_LISTEN
+            and (c.pid is None or c.pid in ours)  # else the port is somebody else's now
+        }
+        files = [*_temporary_files(self.temporary), *(p for p in shared_files() - self.before if not _is_in_use(p))]
         return [
-            *processes,
+            *ours.values(),
             *(f"port {port} is still listening" for port in sorted(self.ports & listening)),
             *(f"{path} is left over" for path in sorted(files)),
         ]
@@ -112,10 +116,10 @@ class Laboratory:
         temporary.mkdir(parents=True)
         command = [sys.executable, "-m", "shoal", "train", "recipe.yaml", "--name", name, "--processes", str(processes)]
         environment = clean_environment() | {
-            PLAN: json.dumps(plan), MARK: name, "TMPDIR": str(temporary),
+            PLAN: json.dumps(plan), MARK: str(temporary), "TMPDIR": str(temporary),
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "cache"),  # which is to be there for the next one
         }  # fmt: skip
-        trace = Trace(name, temporary, _local_files())
+        trace = Trace(temporary, shared_files())
         printed = self.folder / f"{name}.txt"
         with printed.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=file, stderr=file)
@@ -126,7 +130,7 @@ class Laboratory:
                     time.sleep(_LOOK_SECONDS)
                 left = trace.left_over() if process.poll() is not None else ["it did not come to an end"]
             finally:
-                for each in _marked(name):
+                for each in _marked(temporary):
                     each.kill()
         process.wait()
         return process.returncode, printed.read_text("utf-8", "replace"), left
@@ -136,7 +140,7 @@ class Laboratory:
         code, output, left = self.run(name, case.processes, case.plan)
         folder = self.folder / "runs" / name
         lines = read_json_lines(folder / "events.jsonl")
-        problems = [*left, *([] if code == 0 else [f"it ended with {code}"]), *_judge_events(case, lines)]
+        problems = [*left, *([] if code == 0 else [f"it ended with {code}"]), *judge_events(case, lines)]
         problems += [] if code else self._judge(folder, lines)
         return Verdict(tuple(problems), tuple(line["event"] for line in lines), output)
 
@@ -174,7 +178,7 @@ class Laboratory:
         return self._clean[left_out]
 
 
-def _judge_events(case: Case, lines: Sequence[dict[str, Any]]) -> list[str]:
+def judge_events(case: Case, lines: Sequence[dict[str, Any]]) -> list[str]:
     """Each fault did happen, once; what came of it was said as often, and nothing else went wrong."""
     happened = [{key: line[key] for key in case.plan[0]} for line in lines if line["event"] == "fault"]
     problems = [f"did not happen: {fault}" for fault in case.plan if fault not in happened]
@@ -227,12 +231,12 @@ def weights(folder: Path) -> dict[str, str]:
     return found
 
 
-def _marked(name: str) -> list[psutil.Process]:
+def _marked(mark: Path) -> list[psutil.Process]:
     """Processes of the run, by the mark in their environment."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == name:
+            if process.environ().get(MARK) == str(mark):
                 found.append(process)
         except psutil.Error:
             continue
@@ -243,8 +247,9 @@ def _temporary_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(_OF_TORCH)]
 
 
-def _local_files() -> set[Path]:
-    return {path for folder in map(Path, _LOCAL) if folder.is_dir() for path in folder.iterdir()}
+def shared_files() -> set[Path]:
+    """What is in folders that are other people's too, where TMPDIR does not lead."""
+    return {path for folder in map(Path, _SHARED) if folder.is_dir() for path in folder.iterdir()}
 
 
 def _is_in_use(path: Path) -> bool:
