@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.case import POSSIBLE, STEPS, Case, drawn, ends_the_workers, few, others
-from tests.chaos.trial import MARK, Laboratory, Trace, judge_events, shared_files, steps_left_out
+from tests.chaos.trial import MARK, Laboratory, Trace, judge_events, steps_left_out
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +83,16 @@ def test_what_did_not_happen_or_was_not_said_is_a_problem() -> None:
 
 LEAVES_ALL = """
 import socket, sys, tempfile
+from multiprocessing.shared_memory import SharedMemory
 listening = socket.create_server(("127.0.0.1", 0))
-print(listening.getsockname()[1], tempfile.mkdtemp(prefix="shoal-"), flush=True)
+shared = SharedMemory(create=True, size=100)
+print(listening.getsockname()[1], tempfile.mkdtemp(prefix="shoal-"), shared.name, flush=True)
 sys.stdin.read()
+shared.unlink()
 """
 
 
-def test_a_process_a_port_and_a_folder_that_are_left_are_found(tmp_path: Path) -> None:
+def test_a_process_a_port_a_folder_and_shared_memory_that_are_left_are_found(tmp_path: Path) -> None:
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     environment = os.environ | {MARK: str(temporary), "TMPDIR": str(temporary)}
@@ -97,12 +100,13 @@ def test_a_process_a_port_and_a_folder_that_are_left_are_found(tmp_path: Path) -
         [sys.executable, "-c", LEAVES_ALL], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
-    port, folder = process.stdout.readline().split()
-    trace = Trace(temporary, shared_files())
+    port, folder, shared = process.stdout.readline().split()
+    trace = Trace(temporary)
     trace.look()
     assert trace.ports == {int(port)}
     left = trace.left_over()
-    assert left[0].startswith(f"process {process.pid} is left over")
-    assert left[1:] == [f"port {port} is still listening", f"{folder} is left over"]
+    assert f"process {process.pid} is left over: " in left[0]
+    assert f"port {port} is still listening" in left
+    assert {f"{folder} is left over", f"/dev/shm/{shared} is left over"} <= set(left)
     process.communicate()
     assert trace.left_over() == [f"{folder} is left over"]

@@ -29,7 +29,6 @@ from tests.cli.commands import clean_environment
 MARK: Final = "SHOAL_CHAOS"  # in the environment of a run's processes, whoever started them
 PATIENCE_SECONDS: Final = 400.0
 _LOOK_SECONDS: Final = 0.5  # between two looks at the ports of a run
-_SHARED: Final = ("/dev/shm", "/var/tmp")
 _OF_TORCH: Final = "torchelastic_"  # a folder for logs, which it makes and leaves
 
 RECIPE = f"""
@@ -72,12 +71,13 @@ class Trace:
     """What a run had while it ran, and must have given back."""
 
     temporary: Path  # its folder for temporary files, and the mark of its processes
-    before: set[Path]  # `shared_files` before it began
     ports: set[int] = field(default_factory=set)
+    shared: set[Path] = field(default_factory=set)
 
     def look(self) -> None:
-        """Note the ports at which its processes listen."""
+        """Note the ports at which its processes listen, and what they have in shared memory."""
         for process in _marked(self.temporary):
+            self.shared |= _shared_files(process.pid)
             try:
                 found = process.net_connections("tcp")
             except (psutil.Error, OSError):
@@ -93,7 +93,7 @@ class Trace:
             if c.status == psutil.CONN_LISTEN
             and (c.pid is None or c.pid in ours)  # else the port is somebody else's now
         }
-        files = [*_temporary_files(self.temporary), *(p for p in shared_files() - self.before if not _is_in_use(p))]
+        files = [*_temporary_files(self.temporary), *filter(Path.exists, self.shared)]
         return [
             *ours.values(),
             *(f"port {port} is still listening" for port in sorted(self.ports & listening)),
@@ -119,7 +119,7 @@ class Laboratory:
             PLAN: json.dumps(plan), MARK: str(temporary), "TMPDIR": str(temporary),
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "cache"),  # which is to be there for the next one
         }  # fmt: skip
-        trace = Trace(temporary, shared_files())
+        trace = Trace(temporary)
         printed = self.folder / f"{name}.txt"
         with printed.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=file, stderr=file)
@@ -247,20 +247,12 @@ def _temporary_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if not path.name.startswith(_OF_TORCH)]
 
 
-def shared_files() -> set[Path]:
-    """What is in folders that are other people's too, where TMPDIR does not lead."""
-    return {path for folder in map(Path, _SHARED) if folder.is_dir() for path in folder.iterdir()}
-
-
-def _is_in_use(path: Path) -> bool:
-    """Whether a process has it mapped or open: then it is not of a run that is over."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            held = str(path) in (process / "maps").read_text() or any(
-                os.readlink(link) == str(path) for link in (process / "fd").iterdir()
-            )
-        except OSError:
-            continue
-        if held:
-            return True
-    return False
+def _shared_files(pid: int) -> set[Path]:
+    """Files in shared memory that a process has mapped or open."""
+    process = Path(f"/proc/{pid}")
+    try:
+        held = {line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()}
+        held |= {os.readlink(link) for link in (process / "fd").iterdir()}
+    except OSError:
+        return set()
+    return {Path(path) for path in held if path.startswith("/dev/shm/") and not path.endswith(" (deleted)")}
