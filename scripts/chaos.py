@@ -1,13 +1,15 @@
 """
-Random faults in a small run, trained for real: does it come to the weights of a run that nothing disturbed?
+Random faults in small runs, trained for real: do they come to the weights of a run that nothing disturbed?
 
-    python scripts/chaos.py                    100 faults, seeds 0 to 99
-    python scripts/chaos.py --first 37 --count 1    that one again, with what it printed
+    python scripts/chaos.py                         100 faults, five in a run: seeds 0 to 19
+    python scripts/chaos.py --first 7 --count 1     seed 7 again, with what it printed
+    python scripts/chaos.py --processes 2 --plan '[{"step": 5, "phase": "write", "rank": 1, "fault": "kill"}]'
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import time
@@ -16,40 +18,50 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.chaos.case import drawn
+from tests.chaos.case import Case, drawn
 from tests.chaos.trial import Laboratory
+
+from shoal.fault.inject import Fault
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--count", type=int, default=100, help="how many seeds")
+    parser.add_argument("--count", type=int, default=20, help="how many seeds, of five faults each")
+    parser.add_argument("--plan", type=json.loads, help="these faults instead: a JSON list, as in SHOAL_FAULTS")
+    parser.add_argument("--processes", type=int, default=2, help="for --plan")
     parser.add_argument("--folder", type=Path, default=Path("build/chaos"), help="where the runs are")
     options = parser.parse_args()
+    if options.plan is not None:
+        cases = {"plan": Case(options.processes, tuple(Fault(**each) for each in options.plan))}
+    else:
+        cases = {f"seed-{s}": drawn(s) for s in range(options.first, options.first + options.count)}
     shutil.rmtree(options.folder, ignore_errors=True)
     laboratory = Laboratory(options.folder)
-    failed = []
-    faults: Counter[str] = Counter()
     begun = time.perf_counter()
-    for seed in range(options.first, options.first + options.count):
-        case = drawn(seed)
-        verdict = laboratory.try_out(case, f"seed-{seed}")
-        faults[case.fault] += 1
-        said = "right" if not verdict.problems else "WRONG: " + "; ".join(verdict.problems)
-        happened = ", ".join(e for e in verdict.events if e not in ("started", "saved", "finished"))
-        print(f"seed {seed:4}  {case}: {said}  ({happened or 'nothing happened'})", flush=True)
-        if verdict.problems:
-            failed.append(seed)
-        if verdict.problems or options.count == 1:
-            print(verdict.output)
-        shutil.rmtree(options.folder / "runs" / f"seed-{seed}", ignore_errors=True)
-    good = options.count - len(failed)
+    wrong = [name for name, case in cases.items() if not passes(laboratory, name, case, talks=len(cases) == 1)]
+    faults = Counter(fault.fault for case in cases.values() for fault in case.faults)
     print(
-        f"{good} of {options.count} came to the right weights, in {time.perf_counter() - begun:.0f} s; {dict(faults)}"
+        f"{len(cases) - len(wrong)} of {len(cases)} runs, with {faults.total()} faults, came to the right weights, in "
+        f"{time.perf_counter() - begun:.0f} s; {dict(faults)}"
     )
-    if failed:
-        print(f"wrong: seeds {', '.join(map(str, failed))}")
-    return 1 if failed else 0
+    if wrong:
+        print(f"wrong: {', '.join(wrong)}")
+    return 1 if wrong else 0
+
+
+def passes(laboratory: Laboratory, name: str, case: Case, *, talks: bool) -> bool:
+    """Try a case out and say what came of it; all that it printed, where it failed or `talks`."""
+    begun = time.perf_counter()
+    verdict = laboratory.try_out(case, name)
+    said = "WRONG" if verdict.problems else "right"
+    print(f"{name}: {said} in {time.perf_counter() - begun:.0f} s, {case}", flush=True)
+    if verdict.problems or talks:
+        print(verdict.output)
+    if verdict.problems:
+        print(verdict.explain(case), flush=True)
+    laboratory.forget(name)
+    return not verdict.problems
 
 
 if __name__ == "__main__":

@@ -17,11 +17,16 @@ from tests.world import World, Worlds
 
 
 @pytest.fixture(scope="session")
-def world() -> Iterator[Callable[[int], World]]:
-    """`world(n)`: the n processes of this session."""
+def worlds() -> Iterator[Worlds]:
     worlds = Worlds()
-    yield worlds.__getitem__
+    yield worlds
     worlds.close()
+
+
+@pytest.fixture(scope="session")
+def world(worlds: Worlds) -> Callable[[int], World]:
+    """`world(n)`: the n processes of this session."""
+    return worlds.__getitem__
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,26 @@
-"""A fault at a moment of a small run, and what must come of it: a pure function of a seed."""
+"""
+Faults at moments of a small run, several in a run, and what must come of them: pure functions of a seed.
+
+Starting workers is nearly all that a fault costs, so a run has many faults. Those that end the workers end a life: the next
+ones are planned for the life after it. What a run mends by itself takes none.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-STEPS: Final = 12
-SAVE_EVERY: Final = 3
+from shoal.fault.inject import Fault
+
+STEPS: Final = 112
+SAVE_EVERY: Final = 4
+GAP: Final = 9  # steps between two faults at least: the reader is 3 ahead, and a save takes a few
+MOST: Final = 9  # faults of a run: after the last there is room for saves that go well
 
 # phase -> what can go wrong there
 _DIES: Final = ("kill", "exception")
@@ -23,63 +35,143 @@ POSSIBLE: Final[dict[str, tuple[str, ...]]] = {
     "reduce": _STEP,
     "optimizer": (*_STEP, "flip"),
     "stage": (*_DIES, "full"),
-    "write": ("kill", "full", "hang"),
-    "manifest": ("kill", "full"),
-    "rename": ("kill", "full"),
+    "write": (*_DIES, "full", "hang"),
+    "manifest": (*_DIES, "full"),
+    "rename": (*_DIES, "full"),
     "retention": ("kill", "full", "tear"),
 }
+SAVES: Final = ("stage", "write", "manifest", "rename", "retention")
 OF_FIRST_RANK: Final = ("manifest", "rename", "retention")
 BEFORE_STEPS: Final = ("rendezvous", "load")
+_EVENTS: Final = {
+    "kill": "crashed", "exception": "crashed", "cut": "crashed", "tear": "crashed", "stop": "hang", "hang": "hang",
+    "nan": "left out", "flip": "corrupted", "full": "save failed",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Case:
-    """
-    One fault; and after a restart (`again`), perhaps the same once more while the workers start anew.
-
-    processes: data parallel, of one thread each.
-    """
+    """A run of so many processes, data parallel, of one thread each; and its faults, in the order in which they happen."""
 
     processes: int
-    step: int
-    phase: str
-    rank: int
-    fault: str
-    again: bool = False
+    faults: tuple[Fault, ...]
 
     @property
     def plan(self) -> list[dict[str, object]]:
-        first = {"step": self.step, "phase": self.phase, "rank": self.rank, "fault": self.fault}
-        more = [{"step": 0, "phase": "load", "rank": 0, "fault": "kill", "life": 1}] if self.again else []
-        return [first, *more]
+        return [dataclasses.asdict(fault) for fault in self.faults]
 
     @property
-    def restarts(self) -> bool:
-        """Whether the workers are started anew: not for what the run mends by itself."""
-        return self.fault not in ("nan", "flip", "full")
+    def must_say(self) -> Counter[str]:
+        """How often each of these events stands in `events.jsonl`."""
+        return Counter(event for fault in self.faults if (event := said_of(fault.phase, fault.fault)))
+
+    def alone(self) -> Iterator[Case]:
+        """Each fault in a run of its own."""
+        return (Case(self.processes, (dataclasses.replace(fault, life=0),)) for fault in self.faults)
+
+    @property
+    def command(self) -> str:
+        """What runs it, and nothing else."""
+        return f"python scripts/chaos.py --processes {self.processes} --plan '{json.dumps(self.plan)}'"
 
     def __str__(self) -> str:
-        again = ", and again while it restarts" if self.again else ""
-        return f"{self.fault} in {self.phase} of step {self.step} on rank {self.rank} of {self.processes}{again}"
+        return f"{self.processes} processes: {', '.join(map(in_words, self.faults))}"
 
 
-def every_fault() -> list[Case]:
-    """Each fault in each phase once, on two processes."""
-    cases = [
-        Case(2, 0 if phase in BEFORE_STEPS else 5, phase, 0 if phase in OF_FIRST_RANK else 1, fault)
+def in_words(fault: Fault) -> str:
+    again = f" of life {fault.life}" if fault.life else ""
+    where = f"of step {fault.step}" if fault.step else "before the first step"
+    return f"{fault.fault} in {fault.phase} {where} on rank {fault.rank}{again}"
+
+
+def said_of(phase: str, fault: str) -> str | None:
+    """The event that comes of a fault; None where nothing does."""
+    if phase in SAVES and fault in ("full", "exception"):
+        return None if phase == "retention" else "save failed"
+    return _EVENTS[fault]
+
+
+def ends_the_workers(phase: str, fault: str) -> bool:
+    return said_of(phase, fault) in ("crashed", "hang")
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A fault that has no step and no life yet."""
+
+    phase: str
+    fault: str
+    rank: int
+
+    @property
+    def ends_the_workers(self) -> bool:
+        return ends_the_workers(self.phase, self.fault)
+
+    @property
+    def lasts(self) -> bool:
+        """A save that hangs: no other save comes before the run has come to its end, and is found to hang."""
+        return self.phase in SAVES and self.fault == "hang"
+
+    @property
+    def is_late(self) -> bool:
+        """A save that fails: in the last life, so that no other fault ends the workers before it."""
+        return self.phase in SAVES and not self.ends_the_workers
+
+
+def arrange(processes: int, drawn: Sequence[_Drawn], jitter: Sequence[int] = ()) -> Case:
+    """
+    The same faults in an order in which each does happen, with lives, and with steps that grow.
+
+    What comes before the first step does so in the life after another fault, one of them also at the very start: again
+    while it restarts. jitter: steps to add to each gap.
+    """
+    waiting = [d for d in drawn if d.phase in BEFORE_STEPS]
+    order = [waiting.pop(0)] if drawn[0] in waiting else []
+    for each in (d for d in drawn if d.phase not in BEFORE_STEPS and not d.is_late and not d.lasts):
+        order.append(each)
+        if each.ends_the_workers and waiting:
+            order.append(waiting.pop(0))
+    order = [*waiting, *order, *(d for d in drawn if d.lasts), *(d for d in drawn if d.is_late)]
+    faults, step, life = [], 0, 0
+    for number, each in enumerate(order):
+        if each.phase not in BEFORE_STEPS:
+            step += GAP + (jitter[number] if jitter else 0)
+        faults.append(Fault(0 if each.phase in BEFORE_STEPS else step, each.phase, each.rank, each.fault, life))
+        life += each.ends_the_workers
+    return Case(processes, tuple(faults))
+
+
+def few() -> list[Case]:
+    """Some of each kind: what dies, what hangs, what is damaged, what is no number; in the time of a coffee."""
+    dies = [_Drawn("backward", "kill", 1), _Drawn("forward", "nan", 1), _Drawn("load", "kill", 0)]
+    damaged = [_Drawn("retention", "tear", 0), _Drawn("write", "full", 1), _Drawn("stage", "exception", 0)]
+    hangs = [_Drawn("reduce", "stop", 0), _Drawn("read", "hang", 1), _Drawn("write", "kill", 1)]
+    flips = [_Drawn("optimizer", "flip", 1), _Drawn("reduce", "cut", 2), _Drawn("read", "exception", 0)]
+    return [arrange(2, dies + damaged), arrange(3, flips + hangs)]
+
+
+def others() -> list[Case]:
+    """Every fault in every phase that `few` has not, once."""
+    done = {(fault.phase, fault.fault) for case in few() for fault in case.faults}
+    left = [
+        _Drawn(phase, fault, 0 if phase in OF_FIRST_RANK else number % 2)
         for phase, faults in POSSIBLE.items()
-        for fault in faults
+        for number, fault in enumerate(faults)
+        if (phase, fault) not in done
     ]
-    return [*cases, dataclasses.replace(cases[0], phase="forward", step=8, again=True)]
+    runs = -(-len(left) // MOST)
+    return [arrange(2, left[number::runs]) for number in range(runs)]
 
 
-def drawn(seed: int) -> Case:
-    """A case by chance, the same for the same seed on any machine."""
+def drawn(seed: int, count: int = 5) -> Case:
+    """`count` faults by chance, the same for the same seed on any machine."""
     draw = random.Random(seed)
-    phase = draw.choice(sorted(POSSIBLE))
-    fault = draw.choice(POSSIBLE[phase])
-    processes = 3 if fault == "flip" else draw.choice((2, 3, 4))
-    rank = 0 if phase in OF_FIRST_RANK else draw.randrange(processes)
-    step = 0 if phase in BEFORE_STEPS else draw.randrange(1, STEPS)
-    case = Case(processes, step, phase, rank, fault)
-    return dataclasses.replace(case, again=case.restarts and draw.random() < 0.2)
+    processes = draw.choice((2, 3, 4))
+    found = []
+    while len(found) < count:
+        phase = draw.choice(sorted(POSSIBLE))
+        fault = draw.choice(POSSIBLE[phase])
+        found.append(_Drawn(phase, fault, 0 if phase in OF_FIRST_RANK else draw.randrange(processes)))
+    if any(each.fault == "flip" for each in found) and processes == 2:
+        processes = 3  # two cannot say which of them is right
+    return arrange(processes, found, [draw.randrange(4) for _ in found])

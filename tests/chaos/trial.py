@@ -1,32 +1,46 @@
-"""Runs a case for real, and judges it: the same weights as without the fault, every sample once, nothing left over."""
+"""Runs a case for real, and judges it: the same weights as without the faults, every sample once, nothing left over."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import psutil
+from safetensors import safe_open
 
 from shoal.checkpoint.saved import listed, verify
 from shoal.data.ledger import audit
+from shoal.errors import CheckpointError
 from shoal.fault.inject import PLAN
+from shoal.metrics.trackers import read_json_lines
 from tests.chaos.case import SAVE_EVERY, STEPS, Case
 from tests.cli.commands import clean_environment
+
+MARK: Final = "SHOAL_CHAOS"  # in the environment of a run's processes, whoever started them
+PATIENCE_SECONDS: Final = 400.0
+_LOOK_SECONDS: Final = 0.5  # between two looks at the ports of a run
+_OF_TORCH: Final = "torchelastic_"  # a folder for logs, which it makes and leaves
 
 RECIPE = f"""
 model: {{dim: 32, num_layers: 2, num_heads: 2, max_seq_len: 32}}
 data: {{corpus: dummy, dummy_documents: 60, tokenizer: bytes, seq_len: 32}}
 optim: {{lr: 1e-2, warmup_steps: 2, schedule: constant}}
-train: {{steps: {STEPS}, global_batch: 24, micro_batch: 2, dtype: float32, device: cpu, repro: bitwise, eval_every: 0}}
+train: {{steps: {STEPS}, global_batch: 12, micro_batch: 2, dtype: float32, device: cpu, repro: bitwise, eval_every: 0}}
 checkpoint: {{every: {SAVE_EVERY}, keep: 3}}
 fault: {{check_replicas_every: 1}}
 metrics: {{peak_tflops: 1}}
-launch: {{hang_seconds: 4, timeout_seconds: 30, threads: 1}}
+# crashes before the first step come no further, and a case may have some in a row
+launch: {{hang_seconds: 5, timeout_seconds: 40, threads: 1, max_crashes: 6}}
 """
 
 
@@ -38,69 +52,177 @@ class Verdict:
     events: tuple[str, ...]
     output: str
 
+    def explain(self, case: Case) -> str:
+        """What was wrong, which faults there were, and how to see any one of them alone."""
+        return "\n".join(
+            [
+                *self.problems,
+                f"events: {', '.join(e for e in self.events if e != 'saved')}",
+                f"the run had these faults: {case}; it once more:",
+                f"  {case.command}",
+                "and any one of them alone:",
+                *(f"  {each.command}" for each in case.alone()),
+            ]
+        )
+
+
+@dataclass
+class Trace:
+    """What a run had while it ran, and must have given back."""
+
+    temporary: Path  # its folder for temporary files, and the mark of its processes
+    ports: set[int] = field(default_factory=set)
+    shared: set[Path] = field(default_factory=set)
+
+    def look(self) -> None:
+        """Note the ports at which its processes listen, and what they have in shared memory."""
+        for process in _marked(self.temporary):
+            self.shared |= _shared_files(process.pid)
+            try:
+                found = process.net_connections("tcp")
+            except (psutil.Error, OSError):
+                continue
+            self.ports |= {c.laddr.port for c in found if c.status == psutil.CONN_LISTEN}
+
+    def left_over(self) -> list[str]:
+        """In words. Processes first: what they hold is theirs as long as they live."""
+        ours = {p.pid: f"process {p.pid} is left over: {' '.join(p.cmdline())}" for p in _marked(self.temporary)}
+        listening = {
+            c.laddr.port
+            for c in psutil.net_connections("tcp")
+            if c.status == psutil.CONN_LISTEN
+            and (c.pid is None or c.pid in ours)  # else the port is somebody else's now
+        }
+        files = [*_temporary_files(self.temporary), *filter(Path.exists, self.shared)]
+        return [
+            *ours.values(),
+            *(f"port {port} is still listening" for port in sorted(self.ports & listening)),
+            *(f"{path} is left over" for path in sorted(files)),
+        ]
+
 
 class Laboratory:
-    """A folder for runs; what a run comes to without faults is computed once for each number of processes."""
+    """A folder for runs; what a run comes to without faults is computed once for each set of steps that are left out."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = folder.absolute()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-        self._clean: dict[str, dict[str, str]] = {}
+        self._clean: dict[tuple[int, ...], dict[str, str]] = {}
 
-    def run(self, name: str, processes: int, plan: list[dict[str, object]]) -> tuple[int, str, set[int]]:
-        """(exit code, output, processes that are left over)"""
+    def run(self, name: str, processes: int, plan: Sequence[dict[str, object]]) -> tuple[int, str, list[str]]:
+        """(exit code, output, what is left over)"""
+        temporary = self.folder / "tmp" / name
+        temporary.mkdir(parents=True)
         command = [sys.executable, "-m", "shoal", "train", "recipe.yaml", "--name", name, "--processes", str(processes)]
-        environment = clean_environment() | {PLAN: json.dumps(plan), "SHOAL_CHAOS": name}
-        process = subprocess.Popen(
-            command, cwd=self.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        output, _ = process.communicate(timeout=180)
-        return process.returncode, output, _still_there(name)
+        environment = clean_environment() | {
+            PLAN: json.dumps(plan), MARK: str(temporary), "TMPDIR": str(temporary),
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "cache"),  # which is to be there for the next one
+        }  # fmt: skip
+        trace = Trace(temporary)
+        printed = self.folder / f"{name}.txt"
+        with printed.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=file, stderr=file)
+            try:
+                end = time.monotonic() + PATIENCE_SECONDS
+                while process.poll() is None and time.monotonic() < end:
+                    trace.look()
+                    time.sleep(_LOOK_SECONDS)
+                left = trace.left_over() if process.poll() is not None else ["it did not come to an end"]
+            finally:
+                for each in _marked(temporary):
+                    each.kill()
+        process.wait()
+        return process.returncode, printed.read_text("utf-8", "replace"), left
 
     def try_out(self, case: Case, name: str) -> Verdict:
         """Run the case, and judge it."""
         code, output, left = self.run(name, case.processes, case.plan)
         folder = self.folder / "runs" / name
-        problems = [] if code == 0 else [f"it ended with {code}"]
-        problems += [f"process {pid} is left over" for pid in sorted(left)]
-        problems += [] if code else self._judge(case, folder)
-        return Verdict(tuple(problems), tuple(e["event"] for e in _lines(folder / "events.jsonl")), output)
+        lines = read_json_lines(folder / "events.jsonl")
+        problems = [*left, *([] if code == 0 else [f"it ended with {code}"]), *judge_events(case, lines)]
+        problems += [] if code else self._judge(folder, lines)
+        return Verdict(tuple(problems), tuple(line["event"] for line in lines), output)
 
-    def _judge(self, case: Case, folder: Path) -> list[str]:
+    def forget(self, name: str) -> None:
+        """Remove a run's files."""
+        shutil.rmtree(self.folder / "runs" / name, ignore_errors=True)
+
+    def _judge(self, folder: Path, lines: Sequence[dict[str, Any]]) -> list[str]:
         saved = listed(folder / "checkpoints")
         if not saved or saved[-1].step != STEPS:
             return [f"the last checkpoint is {saved[-1].step if saved else 'none'}, not {STEPS}"]
-        for each in saved:
-            verify(each.folder)
         problems = []
-        if weights(saved[-1].folder) != self._expected(case):
-            problems.append("other weights than without the fault")
+        for each in saved:
+            try:
+                verify(each.folder)
+            except CheckpointError as error:
+                problems.append(str(error))
+        if weights(saved[-1].folder) != self._expected(steps_left_out(lines)):
+            problems.append("other weights than without the faults")
         found = audit(folder / "ledger.jsonl")
         if not found.passed:
             problems.append(f"the ledger fails: {found.problems[:1]}")
-        known = {"step-", "latest", "damaged-"}
-        strange = [p.name for p in (folder / "checkpoints").iterdir() if not p.name.startswith(tuple(known))]
-        problems += [f"{name} is left over" for name in strange]
-        return problems
+        known = ("step-", "latest", "damaged-")
+        strange = [p.name for p in (folder / "checkpoints").iterdir() if not p.name.startswith(known)]
+        return problems + [f"{name} is left over" for name in strange]
 
-    def _expected(self, case: Case) -> dict[str, str]:
-        """What a run comes to that nothing disturbed; for a step that is left out, one process that leaves it out too."""
-        plan = case.plan[:1] if case.fault == "nan" else []
-        key = f"left-out-{case.step}" if plan else "clean"
-        if key not in self._clean:
-            code, output, _ = self.run(key, 1, [plan[0] | {"rank": 0}] if plan else [])
+    def _expected(self, left_out: tuple[int, ...]) -> dict[str, str]:
+        """What one process comes to that nothing disturbs, and that leaves out these steps."""
+        if left_out not in self._clean:
+            name = "-".join(["clean", *map(str, left_out)])
+            plan = [{"step": step, "phase": "forward", "rank": 0, "fault": "nan"} for step in left_out]
+            code, output, _ = self.run(name, 1, plan)
             assert code == 0, output
-            self._clean[key] = weights(listed(self.folder / "runs" / key / "checkpoints")[-1].folder)
-        return self._clean[key]
+            self._clean[left_out] = weights(listed(self.folder / "runs" / name / "checkpoints")[-1].folder)
+        return self._clean[left_out]
+
+
+def judge_events(case: Case, lines: Sequence[dict[str, Any]]) -> list[str]:
+    """Each fault did happen, once; what came of it was said as often, and nothing else went wrong."""
+    happened = [{key: line[key] for key in case.plan[0]} for line in lines if line["event"] == "fault"]
+    problems = [f"did not happen: {fault}" for fault in case.plan if fault not in happened]
+    problems += [f"happened, and was not planned or is there twice: {fault}" for fault in _more(happened, case.plan)]
+    said = Counter(line["event"] for line in lines)
+    # one that hangs may be seen as the death of those who waited for it
+    wanted = case.must_say
+    ends, wanted_ends = (counts["crashed"] + counts["hang"] for counts in (said, wanted))
+    if ends != wanted_ends:
+        problems.append(f"the workers ended {ends} times, by {wanted_ends} faults")
+    problems += [
+        f"{event!r} stands {said[event]} times in the events, by {wanted[event]} faults"
+        for event in ("left out", "corrupted", "save failed")
+        if said[event] != wanted[event]
+    ]
+    steps = {fault.step for fault in case.faults if fault.fault == "nan"}
+    strange = [line["step"] for line in lines if line["event"] == "left out" and line["step"] not in steps]
+    return problems + [f"step {step} was left out, and no fault was there" for step in strange]
+
+
+def _more(happened: Sequence[dict[str, Any]], planned: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    left = list(planned)
+    more = []
+    for each in happened:
+        if each in left:
+            left.remove(each)
+        else:
+            more.append(each)
+    return more
+
+
+def steps_left_out(lines: Sequence[dict[str, Any]]) -> tuple[int, ...]:
+    """The steps that are left out in the weights of a run's end: not those that it went behind and took again."""
+    steps: set[int] = set()
+    for line in lines:
+        if line["event"] == "left out":
+            steps.add(line["step"])
+        elif line["event"] in ("started", "went back"):
+            steps = {step for step in steps if step <= line["to" if line["event"] == "went back" else "step"]}
+    return tuple(sorted(steps))
 
 
 def weights(folder: Path) -> dict[str, str]:
     """Of every tensor of a checkpoint, a digest of its bytes; written by any number of processes."""
-    import hashlib
-
-    from safetensors import safe_open
-
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(str(path), framework="np") as file:
@@ -109,19 +231,28 @@ def weights(folder: Path) -> dict[str, str]:
     return found
 
 
-def _still_there(name: str) -> set[int]:
+def _marked(mark: Path) -> list[psutil.Process]:
     """Processes of the run, by the mark in their environment."""
-    left = set()
+    found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get("SHOAL_CHAOS") == name:
-                left.add(process.pid)
+            if process.environ().get(MARK) == str(mark):
+                found.append(process)
         except psutil.Error:
             continue
-    return left
+    return found
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    from shoal.metrics.trackers import read_json_lines
+def _temporary_files(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not path.name.startswith(_OF_TORCH)]
 
-    return read_json_lines(path)
+
+def _shared_files(pid: int) -> set[Path]:
+    """Files in shared memory that a process has mapped or open."""
+    process = Path(f"/proc/{pid}")
+    try:
+        held = {line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()}
+        held |= {os.readlink(link) for link in (process / "fd").iterdir()}
+    except OSError:
+        return set()
+    return {Path(path) for path in held if path.startswith("/dev/shm/") and not path.endswith(" (deleted)")}

@@ -107,6 +107,7 @@ def test_a_launcher_that_is_killed_takes_its_workers_with_it_and_the_run_goes_on
     assert place.losses("launcher-killed") == clean_losses(place)
 
 
+@pytest.mark.ci
 def test_a_worker_that_is_stopped_is_named_and_started_again_and_no_bit_differs(place: Place) -> None:
     process = place.start("train", "recipe.yaml", "--name", "worker-stopped", "--launch.hang_seconds", "6")
     wait_for(process, "step 17/40")
@@ -124,7 +125,10 @@ def test_a_worker_that_is_stopped_is_named_and_started_again_and_no_bit_differs(
     assert place.losses("worker-stopped") == clean_losses(place)
 
 
-@pytest.mark.parametrize(("fault", "how"), [("kill", "was killed by SIGKILL"), ("exception", "ended with code 1")])
+@pytest.mark.parametrize(
+    ("fault", "how"),
+    [pytest.param("kill", "was killed by SIGKILL", marks=pytest.mark.ci), ("exception", "ended with code 1")],
+)
 def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_cause(place: Place, fault: str, how: str) -> None:
     faults = [{"step": 12, "phase": "forward", "rank": 1, "fault": fault, "life": life} for life in range(9)]
     code, output = place.run("train", "recipe.yaml", "--name", f"loop-{fault}", SHOAL_FAULTS=json.dumps(faults))
@@ -135,7 +139,15 @@ def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_cause(place: P
     assert [(e["rank"], e["how"], e["step"]) for e in crashes] == [(1, how, 12)] * 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+# One handler takes all three; `make test` sends each of them once, to the launcher or to a worker.
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, marks=pytest.mark.ci),
+        signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.ci),
+    ],
+)
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(place: Place, number: signal.Signals) -> None:
     name = f"stopped-{number.name}"
     process = place.start("train", "recipe.yaml", "--name", name)
@@ -165,7 +177,7 @@ def test_asked_to_stop_while_it_starts_it_stops(place: Place, whom: str) -> None
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.ci), signal.SIGUSR1])
 def test_one_worker_that_is_asked_stops_them_all(place: Place, number: signal.Signals) -> None:
     name = f"one-{number.name}"
     process = place.start("train", "recipe.yaml", "--name", name)
@@ -182,7 +194,7 @@ def test_one_worker_that_is_asked_stops_them_all(place: Place, number: signal.Si
 
 def test_when_its_time_is_up_it_saves_and_asks_to_be_queued_again(place: Place) -> None:
     code, output = place.run(
-        "train", "recipe.yaml", "--name", "limited", "--train.steps", "1000000", "--launch.time_limit_minutes", "0.3"
+        "train", "recipe.yaml", "--name", "limited", "--train.steps", "1000000", "--launch.time_limit_minutes", "0.25"
     )
     assert code == EXIT_REQUEUE, output
     assert re.search(r"stopped: saved at step [1-9]\d* of 1000000", output), output
@@ -214,6 +226,7 @@ def test_a_run_that_is_being_trained_is_not_trained_twice(place: Place) -> None:
     assert gone(workers)
 
 
+@pytest.mark.ci
 def test_under_torchrun_it_is_a_worker(place: Place) -> None:
     import subprocess
     import sys
@@ -245,6 +258,7 @@ def test_under_torchrun_a_worker_that_is_asked_to_stop_says_so_by_its_code(place
     output = process.communicate(timeout=100)[0]
     assert "stopped: saved at step" in output
     assert set(re.findall(r"exitcode *: (-?\d+)", output)) == {str(EXIT_REQUEUE)}, output
+    assert place.losses("torchrun-stopped")[:3] == clean_losses(place)[:3]
 
 
 @pytest.mark.slow

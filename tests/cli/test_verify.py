@@ -63,6 +63,7 @@ def test_fail_ends_with_1_and_names_the_parameter(place: Place) -> None:
     assert _certificate(place)["passed"] is False
 
 
+@pytest.mark.ci
 def test_one_process_is_verified_too(place: Place) -> None:
     output = place.good("verify", "recipe.yaml", "--processes", "1", "--train.activation_checkpointing", "full")
     assert "PASS" in output

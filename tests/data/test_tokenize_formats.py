@@ -38,7 +38,11 @@ def tiktoken_cache(real_tokenizers: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 @pytest.mark.parametrize(
     ("name", "end"),
-    [("gpt2", 50256), ("cl100k_base", 100257), pytest.param("o200k_base", 199999, marks=pytest.mark.slow)],
+    [
+        ("gpt2", 50256),
+        pytest.param("cl100k_base", 100257, marks=pytest.mark.ci),
+        pytest.param("o200k_base", 199999, marks=pytest.mark.slow),
+    ],
 )
 def test_tiktoken(name: str, end: int, tiktoken_cache: Path, tmp_path: Path) -> None:
     ours, theirs = load_tokenizer(f"tiktoken:{name}"), tiktoken.get_encoding(name)

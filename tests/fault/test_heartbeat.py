@@ -50,22 +50,36 @@ def test_a_page_says_where_the_worker_is_and_until_when(listening: Page) -> None
     assert listening.read().until == math.inf
 
 
-def test_steps_are_learned_after_the_first_and_only_where_nothing_came_between(listening: Page) -> None:
+def test_steps_are_learned_after_the_first_whatever_comes_after_each(listening: Page) -> None:
+    """A run that compares its replicas after every step is watched like any other."""
     heart = Heartbeat.open(Launch(hang_seconds=5.0, timeout_seconds=600.0))
 
     def allowed() -> float:
         return listening.read().until - listening.read().since
 
-    for step in (1, 2):  # the first one compiles, and is not yet over when the second begins
+    for step in (1, 2):  # the first one compiles, and is not learned
         heart.begin(step)
         assert allowed() == pytest.approx(600, abs=1)
-    heart.outside("save")
+        heart.outside("save")
+        assert allowed() == pytest.approx(600, abs=1)
     heart.begin(3)
-    assert allowed() == pytest.approx(600, abs=1)
-    heart.begin(4)
     assert allowed() == pytest.approx(5, abs=1)
     heart.outside("save")
     assert allowed() == pytest.approx(600, abs=1)
+    heart.begin(4)
+    assert allowed() == pytest.approx(5, abs=1)
+
+
+def test_what_comes_between_two_steps_is_no_part_of_either(listening: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    heart = Heartbeat.open(Launch(timeout_seconds=600.0))
+    for step in range(1, FEW + 2):  # each of 4 s, with an evaluation of 500 s behind it
+        heart.begin(step)
+        now += 4.0
+        heart.outside("evaluation")
+        now += 500.0
+    assert heart._patience.allowance() == SLOWER * 4.0
 
 
 def test_nobody_listens_and_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def test_the_same_bits(
     assert {(s.loss, s.norm) for s in steps} == {(expected.loss, expected.norm)}
 
 
+@pytest.mark.ci
 def test_the_same_bits_of_compiled_code(world: Callable[[int], World], tmp_path: Path) -> None:
     """FSDP2 casts weights to bfloat16 before compiled code sees them; one process casts them inside of it."""
     alone, steps = (

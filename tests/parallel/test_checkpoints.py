@@ -95,8 +95,11 @@ def _follow(
 
 @pytest.mark.parametrize(
     ("options", "chain"),
-    [({}, CHAIN), ({"family": "gpt2"}, CHAIN[5:8]), ({"optim__name": "muon"}, CHAIN[1:5])],
-    ids=["llama", "gpt2", "muon"],
+    [
+        pytest.param({}, CHAIN, id="llama"),
+        pytest.param({"family": "gpt2"}, CHAIN[5:8], id="gpt2", marks=pytest.mark.ci),
+        pytest.param({"optim__name": "muon"}, CHAIN[1:5], id="muon", marks=pytest.mark.ci),
+    ],
 )
 def test_a_run_that_goes_through_every_layout(
     world: Callable[[int], World], tmp_path: Path, options: dict[str, Any], chain: list[tuple[int, dict[str, Any]]]
@@ -104,7 +107,7 @@ def test_a_run_that_goes_through_every_layout(
     _follow(world, tmp_path, chain, **options)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.ci)])
 def test_a_bitwise_run_on_4_2_1_3_processes_is_the_run_of_one(
     world: Callable[[int], World], tmp_path: Path, dtype: str
 ) -> None:

@@ -36,7 +36,7 @@ def peak_bytes(mesh: Mesh, config: Config) -> tuple[int, int, int, int]:
     return held + most, held, sum(sizes.values()), block
 
 
-@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("degree", [pytest.param(2, marks=pytest.mark.ci), 4])
 @pytest.mark.parametrize("repro", ["fast", "bitwise"])
 def test_a_process_holds_its_share_the_root_and_two_blocks(
     world: Callable[[int], World], tmp_path: Path, degree: int, repro: str

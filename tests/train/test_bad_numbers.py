@@ -147,6 +147,20 @@ def test_a_bit_that_flips_is_found_named_and_undone(
     assert equal(found, world(size).run(trained, config_of(tmp_path, "sound", **options), []))
 
 
+@pytest.mark.parametrize("layout", [{"dp_replicate": 2}, {"dp_replicate": 2, "dp_shard": 2}], ids=["ddp", "hsdp"])
+def test_where_there_is_no_checkpoint_yet_a_flipped_bit_starts_the_run_anew(
+    world: Callable[[int], World], tmp_path: Path, layout: dict[str, int]
+) -> None:
+    options = OPTIONS | {"fault__check_replicas_every": 1, "checkpoint__every": 6}
+    config = config_of(tmp_path, "flipped early", **options | {f"parallel__{k}": v for k, v in layout.items()})
+    size = math.prod(layout.values())
+    found = world(size).run(trained, config, [fault("flip", 3, "optimizer", rank=1)])
+    [event] = events(config, "went back")
+    assert (event["step"], event["to"]) == (3, 0)
+    sound = config.replace("launch", name="sound")
+    assert equal(found, world(size).run(trained, sound, []))
+
+
 def some_differ(mesh: Mesh) -> list[Any]:
     from shoal.parallel.region import Part
 

@@ -72,8 +72,12 @@ def in_float16(mesh: Mesh, config: Config, steps: int) -> tuple[Step, list[float
 
 @pytest.mark.parametrize(
     ("processes", "options"),
-    [(2, {"dp_shard": 2}), (2, {}), (4, {"tp": 2, "pp": 2}), (4, {"dp_shard": 2, "cp": 2})],
-    ids=["fsdp", "ddp", "tp pp", "fsdp cp"],
+    [
+        pytest.param(2, {"dp_shard": 2}, id="fsdp"),
+        pytest.param(2, {}, id="ddp"),
+        pytest.param(4, {"tp": 2, "pp": 2}, id="tp pp"),
+        pytest.param(4, {"dp_shard": 2, "cp": 2}, id="fsdp cp", marks=pytest.mark.ci),
+    ],
 )
 def test_float16_in_a_layout(
     world: Callable[[int], World], tmp_path: Path, processes: int, options: dict[str, Any]

@@ -124,14 +124,11 @@ class Heartbeat:
         return cls(page, Patience(launch.timeout_seconds, launch.hang_seconds), launch.timeout_seconds)
 
     def begin(self, step: int, phase: str = "data") -> None:
-        """A step begins; what the one before it took is learned, where nothing came between."""
+        """A step begins, and the one before it is over."""
         if self._page is None:
             return
-        now = time.monotonic()
-        if self._warm and not math.isnan(self._begun):
-            self._patience.learn(now - self._begun)
-        self._warm = self._warm or not math.isnan(self._begun)
-        self._step, self._turn, self._begun = step, 0, now
+        self._end_step()
+        self._step, self._turn, self._begun = step, 0, time.monotonic()
         self._page.write(step, 0, phase)
         self._page.allow(self._patience.allowance())
 
@@ -145,9 +142,18 @@ class Heartbeat:
         """Something else than a step begins or goes on: starting, evaluating, saving, closing."""
         if self._page is None:
             return
-        self._step, self._begun = self._step if step is None else step, math.nan
+        self._end_step()
+        self._step = self._step if step is None else step
         self.beat(phase)
         self._page.allow(self._outside_seconds)
+
+    def _end_step(self) -> None:
+        """Learn what it took, if there was one; also where something comes after every step."""
+        if math.isnan(self._begun):
+            return
+        if self._warm:
+            self._patience.learn(time.monotonic() - self._begun)
+        self._warm, self._begun = True, math.nan
 
     def rest(self) -> None:
         """Nobody is to watch this worker from now on."""

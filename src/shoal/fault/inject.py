@@ -2,8 +2,9 @@
 Faults on purpose, for the tests that show what a run lives through: nothing happens unless a plan is set.
 
 A plan is JSON in the environment's SHOAL_FAULTS: a list of {"step", "phase", "rank", "fault", "life"}. When a process comes
-to a phase (see `PHASES`) for the first time in that step or a later one, and the plan has a fault there, it happens, once.
-`life` counts the starts of the run's workers from 0, so that a fault does not come again with the step.
+to a phase (see `PHASES`) for the first time in that step or a later one, and the plan has a fault there, it happens, once,
+and a line "fault" in the run's events says so before. `life` counts the starts of the run's workers from 0, so that a fault
+does not come again with the step.
 
 The fault "slow" has "seconds" and "steps" too: in so many steps that phase takes so much longer.
 """
@@ -26,6 +27,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 
+from shoal.metrics.trackers import Events
 from shoal.parallel.region import Shard
 
 PLAN: Final = "SHOAL_FAULTS"
@@ -54,12 +56,13 @@ class PlannedError(Exception):
 
 
 class Faults:
-    """The faults of this process."""
+    """The faults of this process. `events`: the run's file of them."""
 
-    def __init__(self, rank: int, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(self, rank: int, events: Path, environment: Mapping[str, str] = os.environ) -> None:
         life = int(environment.get(LIFE, "0"))
         planned = [Fault(**each) for each in json.loads(environment.get(PLAN, "[]"))]
         self._left = [f for f in planned if f.rank == rank and f.life == life]
+        self._events = events
         self._lock = threading.Lock()  # saves and the loader are threads of their own
         self.step = 0
         self.targets: dict[str, Callable[[], None]] = {}
@@ -78,6 +81,9 @@ class Faults:
         if due is not None and due.fault == "slow":
             threading.Event().wait(due.seconds)
         elif due is not None:
+            events = Events(self._events)  # for this line alone: any process may be the one
+            events.say("fault", **dataclasses.asdict(due), came=self.step)
+            events.close()
             (HAPPENS | self.targets)[due.fault]()
 
 

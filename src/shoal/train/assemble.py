@@ -53,6 +53,19 @@ def assemble(
     return runnable, TrainState(runnable.shards, optimizer, scaler)
 
 
+def start_anew(config: Config, mesh: Mesh, state: TrainState) -> None:
+    """
+    Fill `state` in place with what a run starts from: for where memory failed before there was a checkpoint.
+
+    It takes the memory of a second model meanwhile. A collective over the world.
+    """
+    fresh = assemble(config, mesh, lambda text: None)[1]
+    values = fresh.tensors()
+    for name, part in state.tensors().items():
+        part.tensor.copy_(values[name].tensor)
+    state.load_scalars(fresh.scalars())
+
+
 def _first_weights(model: LanguageModel, config: Config) -> Fill:
     """Those of the folder that the run starts from, or drawn ones."""
     if config.model.from_ is None:

@@ -60,7 +60,7 @@ def train(config: Config) -> bool:
     """
     set_threads(config)
     stop = StopRequest()
-    Faults(read_place().rank).at("rendezvous")
+    Faults(read_place().rank, RunFolder.of(config).events_file).at("rendezvous")
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
         run = Run.open(config, mesh, stop)
         try:
@@ -119,7 +119,7 @@ class Run:
         begun = folder.config_file.is_file()
         before = folder.load_config() if begun else config
         mesh.barrier()  # nobody writes the config before everybody has compared
-        faults = Faults(mesh.place.rank)
+        faults = Faults(mesh.place.rank, folder.events_file)
         saving = Saving.open(
             config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at, begun=begun
         )

@@ -13,7 +13,7 @@ from shoal.fault.origin import find_origin
 from shoal.metrics.console import Console
 from shoal.metrics.meter import no_phases
 from shoal.parallel.replicas import Difference, compare, has_replicas
-from shoal.train.assemble import open_loader
+from shoal.train.assemble import open_loader, start_anew
 from shoal.train.scaler import SMALLEST
 from shoal.train.step import Stats
 
@@ -132,12 +132,15 @@ def go_back(run: Run, back: GoBack) -> None:
     run.recovery.may_go_back(step, back.why)
     run.saving.settle_all(step)
     newest = run.saving.find()
-    if newest is None:
+    if newest is None and back.passed_over is not None:
         raise DivergedError(
             f"step {step}: {back.why}, and there is no checkpoint to go back to. A lower optim.lr, a longer "
             "optim.warmup_steps, other weights or another train.seed may help"
         )
-    run.saving.restore(newest, run.state)
+    if newest is not None:
+        run.saving.restore(newest, run.state)
+    else:  # memory failed before there was a checkpoint, and the numbers themselves were good
+        start_anew(run.config, run.mesh, run.state)
     samples = ""
     if back.passed_over is not None:
         first, stop = back.passed_over
@@ -150,5 +153,6 @@ def go_back(run: Run, back: GoBack) -> None:
     run.loader = open_loader(
         run.config, run.mesh, run.loader.rows, run.state.position, run.state.passed_over, run.faults.at
     )
-    run.console.warn(f"{back.why}: back from step {step} to {newest.folder}{samples}")
-    run.records.event("went back", step=step, to=newest.step, why=back.why, passed_over=back.passed_over)
+    where = newest.folder if newest else "the start: there is no checkpoint yet"
+    run.console.warn(f"{back.why}: back from step {step} to {where}{samples}")
+    run.records.event("went back", step=step, to=run.state.step, why=back.why, passed_over=back.passed_over)
