@@ -29,7 +29,6 @@ from tests.cli.commands import clean_environment
 MARK: Final = "SHOAL_CHAOS"  # in the environment of a run's processes, whoever started them
 PATIENCE_SECONDS: Final = 400.0
 _LOOK_SECONDS: Final = 0.5  # between two looks at the ports of a run
-_OF_TORCH: Final = "torchelastic_"  # a folder for logs, which it makes and leaves
 
 RECIPE = f"""
 model: {{dim: 32, num_layers: 2, num_heads: 2, max_seq_len: 32}}
@@ -244,7 +243,7 @@ def _marked(mark: Path) -> list[psutil.Process]:
 
 
 def _temporary_files(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if not path.name.startswith(_OF_TORCH)]
+    return list(folder.iterdir())
 
 
 def _shared_files(pid: int) -> set[Path]:

@@ -83,7 +83,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     [
         (Disk.fill, Disk.empty, "the disk is full"),
         (Disk.make_read_only, Disk.make_writable, "Read-only file system"),
-        (Disk.take_away, Disk.bring_back, "Not a directory|File exists"),
+        (Disk.take_away, Disk.bring_back, "Not a directory|File exists|No such file"),
     ],
     ids=["full", "read-only", "gone"],
 )

@@ -16,6 +16,7 @@ from shoal.fault.heartbeat import (
     FOLDER,
     RECENT,
     SLOWER,
+    SOONER,
     Heartbeat,
     Page,
     Patience,
@@ -43,7 +44,7 @@ def test_a_page_says_where_the_worker_is_and_until_when(listening: Page) -> None
     sign = listening.read()
     assert (sign.step, sign.turn, sign.phase) == (7, 2, "backward")
     assert before <= sign.since <= time.monotonic()
-    assert before + 600 <= sign.until <= time.monotonic() + 600
+    assert before + SOONER * 600 <= sign.until <= time.monotonic() + SOONER * 600
     heart.outside("evaluate")
     assert (listening.read().step, listening.read().phase) == (7, "evaluate")
     heart.rest()
@@ -59,13 +60,13 @@ def test_steps_are_learned_after_the_first_whatever_comes_after_each(listening: 
 
     for step in (1, 2):  # the first one compiles, and is not learned
         heart.begin(step)
-        assert allowed() == pytest.approx(600, abs=1)
+        assert allowed() == pytest.approx(SOONER * 600, abs=1)
         heart.outside("save")
-        assert allowed() == pytest.approx(600, abs=1)
+        assert allowed() == pytest.approx(SOONER * 600, abs=1)
     heart.begin(3)
     assert allowed() == pytest.approx(5, abs=1)
     heart.outside("save")
-    assert allowed() == pytest.approx(600, abs=1)
+    assert allowed() == pytest.approx(SOONER * 600, abs=1)
     heart.begin(4)
     assert allowed() == pytest.approx(5, abs=1)
 

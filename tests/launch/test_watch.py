@@ -42,6 +42,12 @@ def test_else_it_is_the_one_least_far_and_silent_longest() -> None:
     assert find_culprit([look(0, 12, 3, 2.0), look(1, 12, 3, 1.0)]).rank == 1
 
 
+def test_who_waits_for_others_is_not_the_one() -> None:
+    waiting = Look(0, Sign(12, 3, "reduce", 1.0, math.inf, waits=True), "sleeping")
+    assert find_culprit([waiting, look(1, 12, 3, 2.0)]).rank == 1
+    assert find_culprit([waiting, look(1, 12, 4, 2.0)]).rank == 0  # it is farther
+
+
 def test_a_machine_that_slept_has_no_culprit() -> None:
     pauses = Pauses(0.0)
     for now in (0.1, 0.2, 300.2, 300.3, 302.3):
@@ -54,7 +60,7 @@ def test_a_machine_that_slept_has_no_culprit() -> None:
 @pytest.fixture
 def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     monkeypatch.setenv(FOLDER, "")  # put back afterwards
-    watch = Watch(tmp_path / "stacks")
+    watch = Watch(tmp_path / "stacks", tmp_path)
     yield watch
     watch.close()
 

@@ -1,8 +1,8 @@
 """
 Signs of life of a worker, and how long it may be silent.
 
-The launcher gives its workers a folder. In it each keeps a page of 64 bytes: the step and phase it is in, since when, and
-until when it must have come further. A page is memory that both processes map, so a sign of life is a store to memory.
+The launcher gives its workers a folder. In it each keeps a page of 72 bytes: the step and phase it is in, since when, until
+when it must have come further, and whether it waits for others just now. A page is memory that both processes map, so a sign of life is a store to memory.
 Times are CLOCK_MONOTONIC's, which is one clock for all processes of a machine. No torch.
 """
 
@@ -24,13 +24,14 @@ from shoal.launch.place import LOCKED_BY, read_place
 
 FOLDER: Final = "SHOAL_HEARTBEATS"  # where our launcher listens
 
-_SIZE: Final = 64  # bytes: four integers of eight, then the phase
-_STEP, _TURN, _SINCE, _UNTIL, _NAME = 0, 1, 2, 3, 32
+_SIZE: Final = 72  # bytes: five integers of eight, then the phase
+_STEP, _TURN, _SINCE, _UNTIL, _WAITS, _NAME = 0, 1, 2, 3, 4, 40
 _NANO: Final = 1_000_000_000
 
 SLOWER: Final = 10  # times the slowest of the recent steps: other people's work on the same cores, a disk that pauses
 FLOOR_SECONDS: Final = 20.0  # a machine may stand still so long, whatever its steps take
 RECENT: Final = 100  # steps
+SOONER: Final = 0.9  # of launch.timeout_seconds: who hangs is found before the others' collectives end them
 FEW: Final = 5  # steps, before which nothing is known
 
 
@@ -43,6 +44,7 @@ class Sign:
     phase: str
     since: float
     until: float
+    waits: bool = False  # for other processes, in a collective; never where that is not known
 
 
 class Page:
@@ -62,16 +64,21 @@ class Page:
             name = self._names[phase] = phase.encode("ascii")[: _SIZE - _NAME].ljust(_SIZE - _NAME, b"\0")
         numbers = self._numbers
         numbers[_STEP], numbers[_TURN], numbers[_SINCE] = step, turn, time.monotonic_ns()
+        numbers[_WAITS] = 0
         self._bytes[_NAME:] = name
 
     def allow(self, seconds: float) -> None:
         """A sign that this worker has come further is due in so many seconds; infinite: nobody watches."""
         self._numbers[_UNTIL] = 0 if math.isinf(seconds) else time.monotonic_ns() + int(seconds * _NANO)
 
+    def waits(self, does: bool) -> None:
+        """It waits for others in its phase, or goes on."""
+        self._numbers[_WAITS] = does
+
     def read(self) -> Sign:
-        step, turn, since, until = self._numbers.tolist()
+        step, turn, since, until, waits = self._numbers.tolist()
         phase = self._bytes[_NAME:].rstrip(b"\0").decode("ascii", "replace")
-        return Sign(step, turn, phase, since / _NANO, until / _NANO if until else math.inf)
+        return Sign(step, turn, phase, since / _NANO, until / _NANO if until else math.inf, bool(waits))
 
     def close(self) -> None:
         self._numbers.release()
@@ -121,7 +128,8 @@ class Heartbeat:
         folder = os.environ.get(FOLDER)
         listens = folder is not None and os.environ.get(LOCKED_BY) == str(os.getppid())
         page = Page(Path(folder), read_place().local_rank) if folder is not None and listens else None
-        return cls(page, Patience(launch.timeout_seconds, launch.hang_seconds), launch.timeout_seconds)
+        seconds = SOONER * launch.timeout_seconds
+        return cls(page, Patience(seconds, launch.hang_seconds), seconds)
 
     def begin(self, step: int, phase: str = "data") -> None:
         """A step begins, and the one before it is over."""
@@ -137,6 +145,11 @@ class Heartbeat:
         if self._page is not None:
             self._turn += 1
             self._page.write(self._step, self._turn, phase)
+
+    def waits(self, does: bool) -> None:
+        """It waits for other processes, or goes on: who hangs is one that does not wait."""
+        if self._page is not None:
+            self._page.waits(does)
 
     def outside(self, phase: str, step: int | None = None) -> None:
         """Something else than a step begins or goes on: starting, evaluating, saving, closing."""

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 from torch.distributed import DistError
@@ -49,12 +52,14 @@ class Agent(LocalElasticAgent):
     """`why` says, after a run that failed, what it failed of; `asked` whether somebody asked it to stop."""
 
     def __init__(self, spec: WorkerSpec, config: Config, stop: PassOn, meeting: Meeting) -> None:
-        super().__init__(spec=spec, logs_specs=DefaultLogsSpecs(), start_method="spawn", exit_barrier_timeout=30)
+        self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))  # the workers' pages, and what torch keeps of them
+        logs = DefaultLogsSpecs(log_dir=str(self._folder))
+        super().__init__(spec=spec, logs_specs=logs, start_method="spawn", exit_barrier_timeout=30)
         self.why = ""
         self.asked = False
         self._launch, self._stop, self._meeting = config.launch, stop, meeting
         self._run_folder = RunFolder.of(config)
-        self._watch = Watch(self._run_folder.path / "stacks")
+        self._watch = Watch(self._run_folder.path / "stacks", self._folder)
         self._crashes = Crashes(config.launch.max_crashes)
         self._lost_since: float | None = None
         self._machines: Machines | None = None  # where there are several
@@ -62,6 +67,7 @@ class Agent(LocalElasticAgent):
 
     def close(self) -> None:
         self._watch.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _rendezvous(self, worker_group: Any) -> None:
         """Meet the other machines; a signal ends the wait. Raises `LaunchError` where they cannot work together."""
@@ -101,6 +107,8 @@ class Agent(LocalElasticAgent):
         if self._machines:
             self._machines.post(lambda: self._watch.looks(pids))
         hang = self._watch.look(pids, self._machines.others if self._machines else list)
+        if hang is not None and any(process.poll() is not None for process in running.values()):
+            hang = None  # one ended just now, and perhaps of what the others wait for: the next look sees it among the dead
         if hang is None and running and (not failed or self._others_follow(failed)):
             return RunResult(state=WorkerState.HEALTHY)  # torch's own look may end some: with SIGTERM, and 30 s to obey
         _kill(running.values())

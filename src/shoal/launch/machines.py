@@ -68,7 +68,10 @@ class Machines:
         self._posted = now
         # in the time of day, which machines share but for some seconds; signs are in each machine's own
         began = time.time() - now
-        mine = [[k.rank, k.sign.step, k.sign.turn, k.sign.phase, began + k.sign.since, k.state] for k in looks()]
+        mine = [
+            [k.rank, k.sign.step, k.sign.turn, k.sign.phase, began + k.sign.since, k.sign.waits, k.state]
+            for k in looks()
+        ]
         with contextlib.suppress(DistError):
             self._store.set(f"looks/{self._rank}", json.dumps(mine))
 
@@ -83,8 +86,10 @@ class Machines:
                 key = f"looks/{rank}"
                 said = json.loads(self._store.get(key)) if self._store.check([key]) else []
                 found += [
-                    Look(each, Sign(step, turn, phase, min(since - began, now), math.inf), state, self.hosts[rank])
-                    for each, step, turn, phase, since, state in said
+                    Look(
+                        each, Sign(step, turn, phase, min(since - began, now), math.inf, waits), state, self.hosts[rank]
+                    )
+                    for each, step, turn, phase, since, waits, state in said
                 ]
         return found
 

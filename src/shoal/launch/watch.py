@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from typing import Final
 
 import psutil
 
-from shoal.fault.heartbeat import FOLDER, Page, Sign, stacks_file
+from shoal.fault.heartbeat import FOLDER, SOONER, Page, Sign, stacks_file
 
 # States in which a process does not come further by itself, and what to say of them.
 STUCK: Final = {
@@ -63,8 +61,8 @@ class Hang:
 
 
 def find_culprit(looks: Sequence[Look]) -> Look:
-    """The rank that the others wait for: first one that cannot run, else the one least far, and silent longest."""
-    return min(looks, key=lambda k: (k.state not in STUCK, k.sign.step, k.sign.turn, k.sign.since))
+    """The rank that the others wait for: one that cannot run, else the one least far, not waiting itself, silent longest."""
+    return min(looks, key=lambda k: (k.state not in STUCK, k.sign.step, k.sign.turn, k.sign.waits, k.sign.since))
 
 
 class Pauses:
@@ -88,11 +86,10 @@ class Pauses:
 class Watch:
     """The pages of this machine's workers. Made before the workers: they find the folder in their environment."""
 
-    def __init__(self, stacks: Path) -> None:
-        """stacks: the folder in which those of a hang are kept."""
-        self._stacks = stacks
-        self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))
-        os.environ[FOLDER] = str(self._folder)
+    def __init__(self, stacks: Path, folder: Path) -> None:
+        """stacks: the folder in which those of a hang are kept; folder: of the pages, that is there."""
+        self._stacks, self._folder = stacks, folder
+        os.environ[FOLDER] = str(folder)
         self._pages: dict[int, tuple[int, Page]] = {}  # by local rank: (rank, page)
         self._pauses = Pauses(time.monotonic())
 
@@ -103,7 +100,7 @@ class Watch:
         self._pages = {local: (rank, Page(self._folder, local)) for local, rank in enumerate(ranks)}
         for _, page in self._pages.values():
             page.write(0, 0, "start")
-            page.allow(seconds)
+            page.allow(SOONER * seconds)
 
     def sign(self, local_rank: int) -> Sign:
         """The last sign of a worker, dead or alive."""
@@ -138,7 +135,6 @@ class Watch:
     def close(self) -> None:
         for _, page in self._pages.values():
             page.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _keep_stacks(self, pids: Mapping[int, int], states: Mapping[int, str], step: int) -> Path | None:
         """All threads' stacks of all ranks in one file of the run; None where it cannot be written."""

@@ -30,6 +30,8 @@ class Waits:
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.tell: Callable[[bool], None] = lambda waits: None
+        """Called when it begins to wait, and when it goes on."""
         self._wait: Callable[..., Any] | None = None
 
     def watch(self) -> None:
@@ -38,9 +40,11 @@ class Waits:
 
         def timed(work: dist.Work, *args: Any, **options: Any) -> Any:
             begun = time.perf_counter()
+            self.tell(True)
             try:
                 return wait(work, *args, **options)
             finally:
+                self.tell(False)
                 self.seconds += time.perf_counter() - begun
 
         dist.Work.wait = timed  # type: ignore[method-assign, assignment]

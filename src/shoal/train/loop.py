@@ -138,6 +138,7 @@ class Run:
         guard.losses.extend(state.losses)
         recovery = Recovery(config.fault, console, records.event)
         pace = Pace.open(config, mesh, runnable, console, records.event)
+        pace.busy.waits.tell = heartbeat.waits
         header = Header(
             len(rows), config.train.seed, config.train.global_batch, mesh.world_size // mesh.dp_size, prepared.data_id
         )
