@@ -478,7 +478,7 @@ class Launch:
         alias=("rdzv_endpoint", "master_addr"),
     )
     join_seconds: float = opt(
-        5.0, "when launch.min_nodes machines have come, others have so long to come too", unit="seconds", ge=0
+        5.0, "when launch.min_nodes machines have come, others have so long to come too", unit="seconds", gt=0
     )
     port: int = opt(
         0,

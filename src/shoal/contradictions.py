@@ -121,6 +121,12 @@ def _of_machines(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             "launch.min_nodes",
             "launch.nodes",
         )
+    for key in ("min_nodes", "rendezvous"):
+        if launch.nodes == 1 and getattr(launch, key) is not None:
+            yield problem(
+                f"launch.{key} is for several machines, and launch.nodes is 1; set launch.nodes to the most that there will be",
+                f"launch.{key}",
+            )
     if launch.rendezvous is None and launch.nodes > 1:
         yield problem(
             f"launch.nodes {launch.nodes} needs launch.rendezvous HOST:PORT, where the machines meet", "launch.nodes"

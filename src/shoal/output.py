@@ -16,7 +16,8 @@ class Output:
     """A stream of text that raises `ShoalError` where it cannot be written, and `BrokenPipeError` where its reader has gone."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream = stream
+        # Python has none where the descriptor was closed (`>&-`)
+        self._stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def write(self, text: str) -> int:
         with self._refused():

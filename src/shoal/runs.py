@@ -149,23 +149,30 @@ class RunFolder:
         with self.writable():
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / "lock").open("a+", encoding="utf-8")
-        if _take(file, fcntl.LOCK_EX):
-            file.seek(0)
-            file.truncate()
+        held = _take(file, fcntl.LOCK_EX)
+        for _ in range(
+            50 if meeting else 0
+        ):  # launchers that start together: the first writes, the others wait for that
+            if held or (_take(file, fcntl.LOCK_SH) and _held(file).get("meeting") == meeting):
+                break
+            time.sleep(0.1)
+            held = _take(file, fcntl.LOCK_EX)
+        shared = not held and meeting is not None and _held(file).get("meeting") == meeting
+        if held:
             holder = {
                 "pid": os.getpid(),
                 "host": socket.gethostname(),
                 "since": time.strftime("%Y-%m-%d %H:%M:%S"),
                 "command": " ".join(sys.argv[1:]),
                 "meeting": meeting,
-                "id": uuid.uuid4().hex,
+                "id": _held(file).get("id") or uuid.uuid4().hex,  # of the folder, as long as it is there
             }
+            file.seek(0)
+            file.truncate()
             file.write(json.dumps(holder))
             file.flush()
             os.fsync(file.fileno())
-            shared = meeting is None or _take(file, fcntl.LOCK_SH)
-        else:
-            shared = meeting is not None and _take(file, fcntl.LOCK_SH) and _held(file).get("meeting") == meeting
+            shared = meeting is None or _share(file)
         if not shared:
             raise RunError(
                 f"{self.path} is being trained {_holder(file)}; wait for it, stop it, or choose another --name"
@@ -173,7 +180,7 @@ class RunFolder:
         self._lock = file
 
     def lock_id(self) -> str:
-        """What the lock says here, and nowhere else: launchers that see the same one see the same folder."""
+        """What the lock says here, and nowhere else: who knows it sees this folder, and may read it."""
         with (self.path / "lock").open(encoding="utf-8") as file:
             return str(_held(file).get("id", ""))
 
@@ -223,6 +230,15 @@ def _take(file: IO[str], kind: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _share(file: IO[str]) -> bool:
+    """A lock that others may hold too, in place of ours alone: in between another one may have that for a moment."""
+    for _ in range(50):
+        if _take(file, fcntl.LOCK_SH):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _held(file: IO[str]) -> dict[str, Any]:

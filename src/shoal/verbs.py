@@ -105,9 +105,19 @@ def _work(config: Config, *, verify: bool = False) -> int:
         stopped = train(config)
     except RuntimeError as error:
         if is_lost_peer(error):
-            return EXIT_LOST_PEER  # the launcher says which one and why; our own traceback would only hide it
+            _say_unless_launched(f"lost another process of this run: {str(error).splitlines()[0]}")
+            return EXIT_LOST_PEER
         raise
     return EXIT_REQUEUE if stopped else 0
+
+
+def _say_unless_launched(text: str) -> None:
+    """Our own launcher says which one was lost and why; others do not."""
+    from shoal.launch.place import LOCKED_BY
+    from shoal.launch.stops import tell
+
+    if os.environ.get(LOCKED_BY) != str(os.getppid()):
+        tell(text)
 
 
 def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
@@ -124,7 +134,7 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 
     config = plan_processes(config, count_gpus())
     folder = RunFolder.of(config)
-    folder.lock()
+    folder.lock(config.launch.rendezvous)
     certificate = folder.path / "certificate.json"
     certificate.unlink(missing_ok=True)
     from shoal.data.open import open_data

@@ -19,10 +19,11 @@ import pytest
 from torch.distributed import HashStore
 
 from shoal.checkpoint.saved import listed
+from shoal.config import Config
 from shoal.data.ledger import audit
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError, RunError
 from shoal.fault.heartbeat import Sign
-from shoal.launch.machines import Machines
+from shoal.launch.machines import Machines, describe
 from shoal.launch.watch import Look
 from shoal.metrics.trackers import read_json_lines
 from shoal.runs import RunFolder
@@ -181,13 +182,34 @@ def test_machines_come_and_go_and_the_weights_are_those_of_one(site: Site) -> No
     assert weights(found.folder) == weights(expected.folder)
 
 
-def test_machines_with_folders_of_their_own_are_told_so(site: Site) -> None:
-    first = site.start("a", "--launch.nodes", "2")
-    second = site.start("b", "--launch.nodes", "2", "--launch.runs", "elsewhere")
-    assert {first.wait(LIMIT_SECONDS), second.wait(LIMIT_SECONDS)} == {EXIT_BAD_INPUT}
-    for name in ("a", "b"):
-        assert "set launch.runs to a folder that all machines share" in site.log(name).read_text()
+def test_machines_with_folders_of_their_own_never_meet_and_are_told_what_is_needed(site: Site) -> None:
+    fixed = ("--launch.nodes", "2", "--launch.timeout_seconds", "600")
+    first = site.start("a", *fixed)
+    second = site.start("b", *fixed, "--launch.runs", "elsewhere")
+    for name, runs in (("a", "runs"), ("b", "elsewhere")):
+        until(
+            lambda name=name, runs=runs: (
+                f"in the same folder of runs, {site.folder / runs}" in site.log(name).read_text()
+            ),
+            site,
+        )
+    first.send_signal(signal.SIGTERM)
+    second.send_signal(signal.SIGINT)
+    assert [first.wait(LIMIT_SECONDS), second.wait(LIMIT_SECONDS)] == [EXIT_REQUEUE] * 2
     until(lambda: not meeting_places(site), site)  # it goes when nobody needs it
+
+
+def test_a_machine_that_was_started_otherwise_is_refused_and_the_others_go_on(site: Site) -> None:
+    some = ("--launch.nodes", "3", "--launch.min_nodes", "1")
+    first = site.start("a", *some)
+    site.await_round(1, 0)
+    other = site.start("b", *some, "--optim.lr", "0.5")
+    assert other.wait(LIMIT_SECONDS) == EXIT_BAD_INPUT
+    assert "optim.lr is 0.5 here and 0.01 there; set all alike" in site.log("b").read_text()
+    step = site.steps()
+    until(lambda: site.steps() > step, site)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(LIMIT_SECONDS) == EXIT_REQUEUE
 
 
 def test_a_run_is_held_by_those_who_meet_at_one_place(tmp_path: Path) -> None:
@@ -225,17 +247,40 @@ def on_each(count: int, do: Callable[[Machines, int], object]) -> list[object]:
     return list(results)
 
 
-def test_each_machine_knows_the_others_names_and_disks() -> None:
+def test_each_machine_knows_the_others_names() -> None:
     names = ["node0", "node1", "node2"]
-    assert on_each(3, lambda m, rank: m.greet(names[rank], "one disk")) == [names] * 3
-    refused = on_each(3, lambda m, rank: m.greet(names[rank], "one disk" if rank != 1 else "another"))
-    assert all(isinstance(r, LaunchError) for r in refused)
-    assert "node0 and node1 have folders of their own" in str(refused[0])
+
+    def greet(machines: Machines, rank: int) -> object:
+        return machines.greet(names[rank], {"optim.lr": 0.1}, stays=False), machines.hosts
+
+    assert on_each(3, greet) == [(True, names)] * 3
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_who_was_started_otherwise_leaves(stays: bool) -> None:
+    """The one that newly comes; where all do, the others follow the first."""
+    rates = [0.1, 0.2, 0.1] if not stays else [0.2, 0.1, 0.1]
+
+    def greet(machines: Machines, rank: int) -> object:
+        return machines.greet(f"node{rank}", {"optim.lr": rates[rank]}, stays=stays and rank > 0)
+
+    found = on_each(3, greet)
+    odd = rates.index(0.2)
+    assert isinstance(found[odd], LaunchError)
+    assert "optim.lr is 0.2 here and 0.1 there" in str(found[odd])
+    assert [each for rank, each in enumerate(found) if rank != odd] == [False, False]
+
+
+def test_places_and_speeds_may_differ_and_nothing_else() -> None:
+    config = Config()
+    here = config.replace("data", folder="/local/data").replace("launch", name="x").replace("metrics", peak_tflops=3.0)
+    assert describe(config) == describe(here)
+    assert describe(config) != describe(config.replace("train", steps=7))
 
 
 def test_who_came_and_who_left_is_said() -> None:
     def describe(machines: Machines, rank: int) -> str:
-        machines.greet(["b", "c", "c"][rank], "")
+        machines.greet(["b", "c", "c"][rank], {}, stays=False)
         return machines.describe(["a", "b", "c"], 6)
 
     assert on_each(3, describe) == ["3 machines (b, c, c), 6 processes; a left; c joined"] * 3
@@ -256,6 +301,23 @@ def test_workers_elsewhere_are_seen_by_the_clock_here() -> None:
     assert not here.regroups()
     there.regroup()
     assert here.regroups()
+
+
+def test_launchers_that_start_together_hold_the_run_together(tmp_path: Path) -> None:
+    folders = [RunFolder(tmp_path / "run") for _ in range(8)]
+    ids: list[str] = []
+
+    def hold(folder: RunFolder) -> None:
+        folder.lock("node0:29400")
+        ids.append(folder.lock_id())
+
+    threads = [threading.Thread(target=hold, args=(folder,)) for folder in folders]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ids) == 8
+    assert len(set(ids)) == 1
 
 
 def test_the_lock_is_readable_as_json(tmp_path: Path) -> None:

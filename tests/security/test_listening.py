@@ -75,20 +75,20 @@ def test_processes_that_others_started_listen_on_the_address_that_they_were_told
 
 
 def free_port(host: str) -> int:
-    with listen(host, 0) as listener:
+    with listen(host, 0, option="launch.port") as listener:
         return int(listener.getsockname()[1])
 
 
 def test_a_port_that_is_taken_is_one_message() -> None:
-    with listen("127.0.0.1", 0) as first:
+    with listen("127.0.0.1", 0, option="launch.port") as first:
         port = first.getsockname()[1]
         with pytest.raises(LaunchError, match=rf"port {port} is taken .*set launch.port to another"):
-            listen("127.0.0.1", port)
+            listen("127.0.0.1", port, option="launch.port")
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(LaunchError, match=r"cannot listen on 192.0.2.1.*set MASTER_ADDR"):
-        listen("192.0.2.1", 0)
+        listen("192.0.2.1", 0, option="MASTER_ADDR")
 
 
 def test_a_name_that_is_loopback_on_its_own_machine_does_not_do_for_several() -> None:

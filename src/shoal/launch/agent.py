@@ -17,11 +17,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from torch.distributed import DistError
+from torch.distributed import DistError, DistStoreError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -34,7 +34,7 @@ from torch.distributed.elastic.rendezvous.api import (
 from shoal.config import Config
 from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, EXIT_REQUEUE, LaunchError
 from shoal.launch.crashes import Crashes, first_death, how_it_died
-from shoal.launch.machines import Machines
+from shoal.launch.machines import Machines, describe
 from shoal.launch.meeting import Meeting
 from shoal.launch.stops import AskedToStop, PassOn, tell
 from shoal.launch.watch import Hang, Watch
@@ -44,6 +44,7 @@ from shoal.runs import RunFolder
 NO_LIMIT: Final = 1_000_000  # restarts: torch counts them down
 CAUSE_SECONDS: Final = 2.0  # a worker that lost a peer may be seen to end before that peer
 SLOW_SECONDS: Final = 3.0  # who waits longer for other machines says so
+_STOPPED: Final = "stopped while there were no workers; the same command goes on"
 # A worker that these killed had not come so far as to listen to them.
 ASKING: Final = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1)
 
@@ -51,16 +52,19 @@ ASKING: Final = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1)
 class Agent(LocalElasticAgent):
     """`why` says, after a run that failed, what it failed of; `asked` whether somebody asked it to stop."""
 
-    def __init__(self, spec: WorkerSpec, config: Config, stop: PassOn, meeting: Meeting) -> None:
+    def __init__(self, spec: WorkerSpec, config: Config, stop: PassOn, meeting: Meeting, crashes: Crashes) -> None:
+        """crashes: of this launcher, also before it came to this meeting."""
         self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))  # the workers' pages, and what torch keeps of them
         logs = DefaultLogsSpecs(log_dir=str(self._folder))
         super().__init__(spec=spec, logs_specs=logs, start_method="spawn", exit_barrier_timeout=30)
         self.why = ""
         self.asked = False
+        self.alone_at_fault = False  # it is this machine whose workers die
+        self._config = config
         self._launch, self._stop, self._meeting = config.launch, stop, meeting
         self._run_folder = RunFolder.of(config)
         self._watch = Watch(self._run_folder.path / "stacks", self._folder)
-        self._crashes = Crashes(config.launch.max_crashes)
+        self._crashes, self._elsewhere = crashes, Crashes(3 * crashes.most)
         self._lost_since: float | None = None
         self._machines: Machines | None = None  # where there are several
         meeting.rendezvous.on_lost = self._say_lost
@@ -69,27 +73,54 @@ class Agent(LocalElasticAgent):
         self._watch.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    @property
+    def others_can_go_on(self) -> bool:
+        """Whether there are enough machines without this one."""
+        return self._machines is not None and len(self._machines.hosts) > (self._launch.min_nodes or self._launch.nodes)
+
+    @property
+    def met(self) -> bool:
+        """Whether it has taken part in a round with others."""
+        return self._machines is not None
+
     def _rendezvous(self, worker_group: Any) -> None:
-        """Meet the other machines; a signal ends the wait. Raises `LaunchError` where they cannot work together."""
-        needed = self._launch.min_nodes or self._launch.nodes
-        say = f"waiting at {self._launch.rendezvous} for {needed} machine{'s' * (needed > 1)} or more"
-        timer = threading.Timer(SLOW_SECONDS, tell, [say])
+        """Meet the other machines; a signal ends the wait. Raises `LaunchError` where this one cannot work with them."""
+        timer = threading.Timer(SLOW_SECONDS, self._say_what_it_waits_for)
         with self._stop.may_raise():
             if self._launch.nodes > 1:
                 timer.start()
             try:
-                super()._rendezvous(worker_group)
+                _in_thread(lambda: super(Agent, self)._rendezvous(worker_group))
+                while self._launch.nodes > 1 and not self._greet(worker_group):
+                    _in_thread(lambda: super(Agent, self)._rendezvous(worker_group))
             finally:
                 timer.cancel()
         self._meeting.rendezvous.machines = worker_group.group_world_size
-        if self._launch.nodes == 1:
-            return
-        before = self._machines.hosts if self._machines else None
-        self._machines = Machines(worker_group.store, worker_group.group_rank, worker_group.group_world_size)
-        hosts = self._machines.greet(socket.gethostname(), self._run_folder.lock_id())
-        tell(self._machines.describe(before, worker_group.workers[0].world_size))
+
+    def _greet(self, worker_group: Any) -> bool:
+        """Whether all can work together; else some leave. Raises `LaunchError` where it is this one that has to."""
+        before = self._machines
+        machines = Machines(worker_group.store, worker_group.group_rank, worker_group.group_world_size)
+        stays = machines.greet(socket.gethostname(), describe(self._config), stays=before is not None)
+        if not stays:
+            tell(f"{machines.others_differ}: meeting without what differs")
+            time.sleep(1.0)  # until those have left
+            return False
+        self._machines = machines
+        tell(machines.describe(before.hosts if before else None, worker_group.workers[0].world_size))
         if worker_group.group_rank == 0:
-            self._record("machines", hosts=hosts, processes=worker_group.workers[0].world_size)
+            self._record("machines", hosts=machines.hosts, processes=worker_group.workers[0].world_size)
+        return True
+
+    def _say_what_it_waits_for(self) -> None:
+        needed, place = self._launch.min_nodes or self._launch.nodes, self._launch.rendezvous
+        if self._meeting.rendezvous.is_full:
+            tell(f"all {self._launch.nodes} machines are there: waiting at {place} until one is missing")
+        else:
+            tell(
+                f"waiting at {place} for {needed} machine{'s' * (needed > 1)} or more that run this command in the same folder "
+                f"of runs, {self._run_folder.path.parent.resolve()}"
+            )
 
     def _start_workers(self, worker_group: Any) -> Any:
         self._lost_since = None
@@ -179,6 +210,12 @@ class Agent(LocalElasticAgent):
             where = f"in {sign.phase} of step {sign.step}" if sign.step else f"after step {step}"
             if self._machines and codes == {EXIT_LOST_PEER}:
                 self.why = f"lost a worker on another machine {where}"
+                if self._elsewhere.add(step):  # its own launcher counts it too, and gives up sooner
+                    self.why += f"; that makes {self._elsewhere.count} times without a step beyond {step}"
+                    self._remaining_restarts = 0
+                else:
+                    tell(f"{self.why}; starting again from the last checkpoint")
+                return
             else:
                 self.why = f"worker {rank} {how} {where}"
                 self._record("crashed", rank=rank, how=how, step=step, phase=sign.phase)
@@ -190,6 +227,7 @@ class Agent(LocalElasticAgent):
         if self._crashes.add(step):
             self.why += f"; that makes {self._crashes.count} crashes without a step beyond {self._crashes.step}"
             self._remaining_restarts = 0
+            self.alone_at_fault = hang is None or not hang.host
         elif self.asked:
             self._remaining_restarts = 0
         elif self._remaining_restarts > 0:
@@ -211,47 +249,83 @@ class Agent(LocalElasticAgent):
 
 def run_workers(config: Config, argv: Sequence[str], stop: PassOn) -> int:
     """Run `shoal ARGV` in the workers of this machine until the run ends; the exit code, see `launch`."""
-    lost = ""
+    launch, crashes = config.launch, Crashes(config.launch.max_crashes)
+    folder = RunFolder.of(config).lock_id()
+    lost, met = "", False
     while True:
         try:
-            meeting = Meeting.open(config, tell)
+            with stop.may_raise():
+                meeting = Meeting.open(config, folder, tell)
+        except AskedToStop:
+            tell(_STOPPED)
+            return EXIT_REQUEUE
         except LaunchError:
             if not lost:
                 raise
             tell(f"the run stopped: {lost}. What was saved stands; the same command goes on from there")
-            return 1
-        agent = Agent(_workers(config, argv, meeting), config, stop, meeting)
+            return EXIT_REQUEUE
+        agent = Agent(_workers(config, argv, meeting), config, stop, meeting, crashes)
         try:
             result = agent.run()
         except AskedToStop:
-            tell("stopped while other machines were waited for; the same command goes on")
+            if met or agent.met:  # a run was under way: it stops on all machines
+                meeting.end(EXIT_REQUEUE, "it was asked to stop")
+            meeting.rendezvous.leave()
+            tell(_STOPPED)
             return EXIT_REQUEUE
-        except LaunchError as error:
-            meeting.end(EXIT_BAD_INPUT, str(error))
+        except LaunchError:
+            meeting.rendezvous.leave()
             raise
         except RendezvousClosedError:
             result = None
         except RendezvousTimeoutError:
-            needed = config.launch.min_nodes or config.launch.nodes
-            tell(
-                f"{needed} machines did not come to {config.launch.rendezvous} within {config.launch.timeout_seconds:.0f} s"
-            )
-            return 1
-        except (RendezvousError, DistError):
-            if config.launch.rendezvous is None:
+            meeting.rendezvous.leave()
+            if meeting.rendezvous.is_full:
+                continue  # all seats are taken again: wait for the next one
+            needed = launch.min_nodes or launch.nodes
+            tell(f"{needed} machines did not come to {launch.rendezvous} within {launch.timeout_seconds:.0f} s")
+            return EXIT_REQUEUE if met or agent.met else 1
+        except (RendezvousError, DistError) as error:
+            meeting.rendezvous.leave()
+            if launch.rendezvous is None:
                 raise
-            lost = f"nothing answers at {config.launch.rendezvous} any more"
-            tell(f"{lost}; waiting for it")
+            if isinstance(error, DistStoreError):  # an answer of another machine did not come: that one has gone
+                tell("a machine left while they met; meeting again")
+            else:
+                lost = f"nothing answers at {launch.rendezvous} any more"
+                tell(f"{lost}; waiting for it")
             continue
         finally:
+            met = met or agent.met
             agent.close()
-        ended = meeting.ended() if result is None else None
         if result is None:
+            ended = meeting.ended()
             tell(f"the run has ended on another machine{f': {ended.why}' if ended and ended.why else ''}")
             return ended.code if ended else 1
         code = _outcome(agent, result)
-        meeting.end(code, agent.why)
+        if code == 1 and agent.alone_at_fault and agent.others_can_go_on:
+            meeting.rendezvous.leave()
+        else:
+            meeting.end(code, agent.why)
         return code
+
+
+def _in_thread(do: Callable[[], None]) -> None:
+    """What waits in C++ does not see a signal: it waits in a thread, and this one here, which does."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            do()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="rendezvous", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if errors:
+        raise errors[0]
 
 
 def _workers(config: Config, argv: Sequence[str], meeting: Meeting) -> WorkerSpec:

@@ -13,31 +13,58 @@ LOOPBACK = ("127.0.0.1", "::1")  # who writes one of these means it: several lau
 QUEUE = 4096  # connections that wait to be accepted: all processes of a run come at once
 
 
-def listen(host: str, port: int, *, from_afar: bool = False, option: str = "MASTER_ADDR") -> socket.socket:
+def listen(host: str, port: int, *, option: str, from_afar: bool = False) -> socket.socket:
     """
     A socket that listens on the address of `host` alone; port 0 takes any that is free.
 
     torch's `TCPStore` listens on all interfaces, whatever host it is given, unless it is given a socket
-    (`master_listen_fd`). `from_afar`: other machines are to reach it, so that a name will not do which means loopback
-    here. `option`: where `host` was set. Raises `LaunchError`.
+    (`master_listen_fd`). `option`: where the address was set. `from_afar`: other machines are to reach it, see
+    `address_of`. Raises `LaunchError`.
     """
-    family, address = _address(host, port, option if from_afar and host not in LOOPBACK else "")
+    family, address = address_of(host, port, option=option, from_afar=from_afar)
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    _notice_who_is_gone(listener)
     try:
         listener.bind(address)
         listener.listen(QUEUE)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            raise LaunchError(
-                f"port {port} is taken ({error.strerror}); set launch.port to another, or to 0 for any"
-            ) from None
+            any_ = ", or to 0 for any" if option == "launch.port" else ""
+            raise LaunchError(f"port {port} is taken ({error.strerror}); set {option} to another{any_}") from None
         raise LaunchError(
             f"cannot listen on {host}, port {port}: {error.strerror}; set {option} to an address of this machine by which the "
             "others reach it"
         ) from None
     return listener
+
+
+def address_of(host: str, port: int, *, option: str, from_afar: bool) -> tuple[int, Any]:
+    """
+    (family, address) of `host`, as the socket calls take it. Raises `LaunchError`.
+
+    `from_afar`: other machines are to reach it, so that a name will not do which means loopback here. Debian gives a
+    machine's own name 127.0.1.1 beside, or instead of, its address.
+    """
+    found = _resolve(host, port)
+    if not from_afar or host in LOOPBACK:
+        return found[0]
+    for family, address in found:
+        if not ipaddress.ip_address(address[0]).is_loopback:
+            return family, address
+    raise LaunchError(
+        f"{host} is {found[0][1][0]} on its own machine, where no other can reach it; set {option} to the machine's address on "
+        "the network"
+    )
+
+
+def _notice_who_is_gone(listener: socket.socket) -> None:
+    """Connections that it accepts end a minute after the other machine lost its power, and not never."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def is_loopback(host: str) -> bool:
@@ -46,20 +73,6 @@ def is_loopback(host: str) -> bool:
         return all(ipaddress.ip_address(a[0]).is_loopback for _, a in _resolve(host, 0))
     except LaunchError:
         return False
-
-
-def _address(host: str, port: int, option: str) -> tuple[int, Any]:
-    """Where others are to reach it, `option` says so."""
-    found = _resolve(host, port)
-    if not option:
-        return found[0]
-    for family, address in found:  # Debian gives a machine's own name 127.0.1.1 beside, or instead of, its address
-        if not ipaddress.ip_address(address[0]).is_loopback:
-            return family, address
-    raise LaunchError(
-        f"{host} is {found[0][1][0]} on its own machine, where no other can reach it; set {option} to the machine's address on "
-        "the network"
-    )
 
 
 def _resolve(host: str, port: int) -> list[tuple[int, Any]]:

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-from torch.distributed import DistError
+import torch
 from torch.distributed.distributed_c10d import Store
 
+import shoal
+from shoal.config import Config
 from shoal.errors import LaunchError
 from shoal.fault.heartbeat import Sign
-from shoal.launch.watch import Look
+from shoal.launch.meeting import Aside
+from shoal.launch.watch import LASTING, Look
 
 POST_SECONDS: Final = 1.0
+# Each machine may have its own copy, or its own speed.
+_OF_A_PLACE: Final = {
+    ("data", "paths"), ("data", "folder"), ("data", "tokenizer"), ("model", "from_"), ("checkpoint", "fast"),
+    ("metrics", "peak_tflops"),
+}  # fmt: skip
+
+
+def describe(config: Config) -> dict[str, object]:
+    """What has to be the same on all machines: the options but those of places and processes, and the versions."""
+    found: dict[str, object] = {"shoal": shoal.__version__, "torch": torch.__version__.partition("+")[0]}
+    for section, values in dataclasses.asdict(config).items():
+        found |= {f"{section}.{key}": value for key, value in values.items() if (section, key) not in _OF_A_PLACE}
+    return {key: value for key, value in found.items() if not key.startswith("launch.")}
+
+
+def _difference(mine: Mapping[str, object], theirs: Mapping[str, object]) -> str:
+    keys = [key for key in theirs if mine.get(key) != theirs[key]]
+    return ", ".join(f"{key} is {mine.get(key)} here and {theirs[key]} there" for key in keys[:4])
 
 
 class Machines:
@@ -28,25 +49,31 @@ class Machines:
 
     def __init__(self, store: Store, rank: int, count: int) -> None:
         self._store, self._rank, self._count = store, rank, count
+        self._aside = Aside()
         self.hosts: list[str] = []
+        self.others_differ = ""
         self._posted = 0.0
 
-    def greet(self, host: str, lock: str) -> list[str]:
+    def greet(self, host: str, config: Mapping[str, object], *, stays: bool) -> bool:
         """
-        The names of all machines, in the order of their ranks.
+        Learn the names of all machines, in the order of their ranks; whether all have the same config.
 
-        lock: what the lock of the run's folder says here. Raises `LaunchError` where it says something else elsewhere:
-        that is another folder of the same name.
+        stays: this machine was in the round before, and those decide what is right. Raises `LaunchError` where this
+        machine's config is another one than theirs.
         """
-        self._store.set(f"machine/{self._rank}", json.dumps([host, lock]))
+        self._store.set(f"machine/{self._rank}", json.dumps([host, config, stays]))
         found = [json.loads(self._store.get(f"machine/{rank}")) for rank in range(self._count)]
-        self.hosts = [name for name, _ in found]
-        if others := [name for name, theirs in found if theirs != lock]:
+        self.hosts = [name for name, _, _ in found]
+        right = next((theirs for _, theirs, stayed in found if stayed), found[0][1])
+        mine = json.loads(json.dumps(config))
+        if mine != right:
+            other = next(name for name, theirs, _ in found if theirs == right)
             raise LaunchError(
-                f"{host} and {', '.join(others)} have folders of their own where the run is kept; set launch.runs to a folder "
-                "that all machines share"
+                f"this machine was started otherwise than {other}: {_difference(mine, right)}; set all alike"
             )
-        return self.hosts
+        differing = [name for name, theirs, _ in found if theirs != right]
+        self.others_differ = f"{', '.join(differing)} was started otherwise"
+        return not differing
 
     def describe(self, before: Sequence[str] | None, processes: int) -> str:
         """Who takes part, and who did not `before`."""
@@ -72,42 +99,34 @@ class Machines:
             [k.rank, k.sign.step, k.sign.turn, k.sign.phase, began + k.sign.since, k.sign.waits, k.state]
             for k in looks()
         ]
-        with contextlib.suppress(DistError):
-            self._store.set(f"looks/{self._rank}", json.dumps(mine))
+        for each in mine:
+            each[-1] = each[-1] if each[-1] in LASTING else ""  # one that writes to a disk is in state D for moments
+        self._aside.ask(lambda: self._store.set(f"looks/{self._rank}", json.dumps(mine)), None)
 
     def others(self) -> list[Look]:
         """What the others left last, as if seen now."""
-        now, found = time.monotonic(), []
+        now = time.monotonic()
         began = time.time() - now
-        for rank in range(self._count):
-            if rank == self._rank:
-                continue
-            with contextlib.suppress(DistError):
-                key = f"looks/{rank}"
-                said = json.loads(self._store.get(key)) if self._store.check([key]) else []
-                found += [
-                    Look(
-                        each, Sign(step, turn, phase, min(since - began, now), math.inf, waits), state, self.hosts[rank]
-                    )
-                    for each, step, turn, phase, since, waits, state in said
-                ]
-        return found
+        keys = [f"looks/{rank}" for rank in range(self._count) if rank != self._rank]
+        nothing: list[tuple[str, bytes]] = []
+        said = self._aside.ask(lambda: [(k, self._store.get(k)) for k in keys if self._store.check([k])], nothing)
+        return [
+            Look(each, Sign(step, turn, phase, min(since - began, now), math.inf, waits), state, self._host(key))
+            for key, text in said
+            for each, step, turn, phase, since, waits, state in json.loads(text)
+        ]
+
+    def _host(self, key: str) -> str:
+        return self.hosts[int(key.partition("/")[2])]
 
     def regroup(self) -> None:
         """The round ends so that a machine can join: workers that stop now do so for that."""
-        with contextlib.suppress(DistError):
-            self._store.set("regroup", "yes")
+        self._aside.ask(lambda: self._store.set("regroup", "yes"), None)
 
     def regroups(self) -> bool:
         """Whether somebody said so."""
-        try:
-            return bool(self._store.check(["regroup"]))
-        except DistError:
-            return False
+        return self._aside.ask(lambda: bool(self._store.check(["regroup"])), False)
 
     def first_to(self, what: str) -> bool:
         """Whether no other launcher said `what` in this round before."""
-        try:
-            return int(self._store.add(f"said/{what}", 1)) == 1
-        except DistError:
-            return True
+        return self._aside.ask(lambda: int(self._store.add(f"said/{what}", 1)) == 1, True)

@@ -3,35 +3,49 @@ Where the launchers of a run meet: a store that all of them reach, torch's rende
 
 On one machine the launcher keeps the store itself, on loopback. On several it is kept by a process apart on the machine
 that `launch.rendezvous` names, and lives on while anybody is connected: a launcher that dies there takes nothing with it.
+
+What is asked of the store may never be answered, where its machine lost its power. So nobody waits for it who has workers to
+watch: `Aside` asks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import hmac
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import psutil
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousStateError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    DynamicRendezvousHandler,
+    RendezvousTimeout,
+    _RendezvousExitOp,
+)
 
 from shoal.address import read_address
 from shoal.config import Config
 from shoal.errors import LaunchError
-from shoal.launch.listen import is_loopback, listen
+from shoal.launch.listen import address_of, is_loopback, listen
+
+T = TypeVar("T")
 
 LOOPBACK: Final = "127.0.0.1"
-STORE_SECONDS: Final = 60.0  # for an answer of the store
+STORE_SECONDS: Final = 60.0  # for an answer of the store, where there are no workers yet
+ASIDE_SECONDS: Final = 2.0  # and where there are
 # A launcher gives a sign to the others so often, and is gone when so many are missing. Compared with the others' clocks.
 SIGN_SECONDS: Final = 2
 SIGNS_MISSED: Final = 5
@@ -39,11 +53,59 @@ UNUSED_SECONDS: Final = 10.0  # a store that nobody is connected to for so long 
 FIRST_SECONDS: Final = 60.0  # somebody has to come within
 
 CLOCK: Final = "shoal/clock"  # the time of day where the store is kept
-SKEW_SECONDS: Final = 4.0  # torch's rendezvous compares one machine's time of day with another's
+SKEW_SECONDS: Final = 2.0  # of two machines from that one: torch's rendezvous compares their times of day
+
+
+class Aside:
+    """Asks what may never be answered, in a thread; one question at a time."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def ask(self, question: Callable[[], T], default: T, seconds: float = ASIDE_SECONDS) -> T:
+        """The answer; `default` where the store has gone, or is silent for so long, or still is from the question before."""
+        if self._thread is not None and self._thread.is_alive():
+            return default
+        answers = [default]
+
+        def wait() -> None:
+            with contextlib.suppress(DistError, RendezvousError):
+                answers[0] = question()
+
+        self._thread = threading.Thread(target=wait, name="aside", daemon=True)
+        self._thread.start()
+        self._thread.join(seconds)
+        return answers[0]
+
+
+class Signed(C10dRendezvousBackend):
+    """torch's, whose state is a pickle: here nobody unpickles what was not signed by one who can read the run's folder."""
+
+    def __init__(self, store: TCPStore, run_id: str, key: bytes) -> None:
+        super().__init__(store, run_id)
+        self._secret = key
+
+    def get_state(self) -> tuple[bytes, Any] | None:
+        """Raises `RendezvousStateError` where the signature is not ours."""
+        found = super().get_state()
+        return None if found is None else (self._checked(found[0]), found[1])
+
+    def set_state(self, state: bytes, token: Any | None = None) -> tuple[bytes, Any, bool] | None:
+        found = super().set_state(self._signature(state) + state, token)
+        return None if found is None else (self._checked(found[0]), *found[1:])
+
+    def _signature(self, state: bytes) -> bytes:
+        return hmac.digest(self._secret, state, "sha256")
+
+    def _checked(self, signed: bytes) -> bytes:
+        signature, state = signed[:32], signed[32:]
+        if not hmac.compare_digest(signature, self._signature(state)):
+            raise RendezvousStateError("what the store says of this run was not written by one of its launchers")
+        return state
 
 
 class Rendezvous(DynamicRendezvousHandler):
-    """torch's, which says also why the workers are to be started anew, and bears a store that has gone."""
+    """torch's, which says also why the workers are to be started anew, and bears a store that has gone or is silent."""
 
     news = ""  # "joins", "left" or "ended", after `num_nodes_waiting` was not 0
     machines = 0  # in the round that goes on
@@ -55,9 +117,10 @@ class Rendezvous(DynamicRendezvousHandler):
 
         Without its store a run goes on; only, nobody can join it, and what dies cannot be started again.
         """
-        try:
-            waiting = super().num_nodes_waiting()
-        except RendezvousError:
+        if self.settings.max_nodes == 1:  # nobody else can come or go
+            return 0
+        waiting = self.aside.ask(super().num_nodes_waiting, -1)
+        if waiting < 0:
             if self.on_lost is not None:
                 self.on_lost()
                 self.on_lost = None
@@ -68,8 +131,30 @@ class Rendezvous(DynamicRendezvousHandler):
         elif self._this_node not in state.participants or len(state.participants) < self.machines:
             self.news = "left"
         else:
-            self.news = "joins" if waiting else ""
+            self.news = "joins" if waiting and not self.is_full else ""
         return int(bool(self.news))
+
+    @property
+    def aside(self) -> Aside:
+        if not hasattr(self, "_aside"):
+            self._aside = Aside()
+        return self._aside
+
+    @property
+    def is_full(self) -> bool:
+        """Whether all seats were taken when it was looked last."""
+        state = self._state_holder.state
+        return bool(state.complete) and len(state.participants) >= self.settings.max_nodes
+
+    def leave(self) -> None:
+        """Give the seat back, and be silent: without this it is kept for the other machines by a thread."""
+        self.on_lost = None
+
+        def go() -> None:
+            self._stop_heartbeats()
+            self._op_executor.run(_RendezvousExitOp(), time.monotonic() + ASIDE_SECONDS)
+
+        Aside().ask(go, None)
 
 
 @dataclass(frozen=True)
@@ -83,19 +168,20 @@ class Ended:
 class Meeting:
     """A launcher's seat in the meeting of one run. `address`: this machine's, as the others reach it."""
 
-    def __init__(self, store: TCPStore, config: Config, address: str) -> None:
+    def __init__(self, store: TCPStore, config: Config, folder: str, address: str) -> None:
+        """folder: what only those know who see the run's folder; those with another never meet these."""
         launch = config.launch
         self.store, self.address = store, address
         self._run = (
-            "shoal-" + hashlib.sha256((launch.name or "").encode()).hexdigest()[:16]
-        )  # torch makes folders of it
+            "shoal-" + hashlib.sha256(f"{folder}/{launch.name}".encode()).hexdigest()[:16]
+        )  # torch names files so
         # a run that has ended is closed for good: the next one of its name meets elsewhere in the same store
         self._turn = store.compare_set(f"{self._run}/turn", "", "0").decode()
         run_id = f"{self._run}-{self._turn}"
         self.rendezvous = Rendezvous.from_backend(
             run_id,
             store,
-            C10dRendezvousBackend(store, run_id),
+            Signed(store, run_id, folder.encode()),
             launch.min_nodes or launch.nodes,
             launch.nodes,
             local_addr=address,
@@ -107,46 +193,46 @@ class Meeting:
         )
 
     @classmethod
-    def open(cls, config: Config, tell: Callable[[str], None]) -> Meeting:
+    def open(cls, config: Config, folder: str, tell: Callable[[str], None]) -> Meeting:
         """Come to where `config` says. Raises `LaunchError`; tells what it waits for."""
         launch = config.launch
         if launch.rendezvous is None:
-            return cls(_keep_store(LOOPBACK, launch.port), config, LOOPBACK)
+            return cls(_keep_store(LOOPBACK, launch.port, "launch.port"), config, folder, LOOPBACK)
         found = read_address(launch.rendezvous)
         assert found, "contradictions.py refuses others"
         host, port = found
         _await_store(host, port, launch.timeout_seconds, tell)
         address = _address_towards(host, port)
-        if not is_loopback(address):
-            interface = _interface_of(address)
+        interface = _interface_of(address)
+        if interface and not is_loopback(address):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        try:
-            store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
-        except DistError as error:
+        _, numbers = address_of(host, port, option="launch.rendezvous", from_afar=_is_here(host))
+        store = Aside().ask(lambda: _connect(numbers[0], port), None, STORE_SECONDS / 3)
+        if store is None:
             raise LaunchError(
                 f"what listens at launch.rendezvous {launch.rendezvous} is no meeting point of shoal; set another port"
-            ) from error
+            )
         _compare_clocks(store, host)
-        return cls(store, config, address)
+        return cls(store, config, folder, address)
 
     def end(self, code: int, why: str) -> None:
         """The run has ended for all: leave word, and let nobody in any more. Once; of several the first counts."""
-        try:
+
+        def end() -> None:
             self.store.compare_set(self._ended, "", json.dumps([code, why]))
             self.store.compare_set(f"{self._run}/turn", self._turn, str(int(self._turn) + 1))
             self.rendezvous.shutdown()
-        except (DistError, RendezvousError):
-            pass  # the store has gone before us: there is nobody to tell
+
+        Aside().ask(end, None, 3 * ASIDE_SECONDS)  # where the store has gone before us there is nobody to tell
 
     def ended(self) -> Ended | None:
         """How the run ended, where somebody ended it."""
-        try:
-            if self.store.check([self._ended]):
-                return Ended(*json.loads(self.store.get(self._ended)))
-        except DistError:
-            pass
-        return None
+
+        def look() -> Ended | None:
+            return Ended(*json.loads(self.store.get(self._ended))) if self.store.check([self._ended]) else None
+
+        return Aside().ask(look, None)
 
     @property
     def _ended(self) -> str:
@@ -159,27 +245,36 @@ def serve(host: str, port: int, *, while_used: bool, ready: Callable[[], None]) 
 
     Raises `LaunchError` where it cannot listen there.
     """
-    store = _keep_store(host, port)
+    if while_used:  # where the launcher adopts orphans, it passes its signals on to this one too
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+    store = _keep_store(host, port, "launch.rendezvous")
     store.set(CLOCK, str(time.time()))
     ready()
     process, idle_since, patience = psutil.Process(), time.monotonic(), FIRST_SECONDS
     while not while_used or time.monotonic() - idle_since < patience:
         time.sleep(1.0)
         store.set(CLOCK, str(time.time()))
-        open_ = process.net_connections(kind="tcp")
-        ours = {c.laddr.port for c in open_}  # the store is its own first client
-        if any(c.laddr.port == store.port and c.raddr and c.raddr.port not in ours for c in open_):
+        open_ = [c for c in process.net_connections(kind="tcp") if c.raddr]
+        ours = {c.laddr for c in open_}  # the store is its own first client
+        if any(c.laddr.port == store.port and c.raddr not in ours for c in open_):
             idle_since, patience = time.monotonic(), UNUSED_SECONDS
 
 
-def _keep_store(host: str, port: int) -> TCPStore:
+def _keep_store(host: str, port: int, option: str) -> TCPStore:
     """A store in this process that listens on the address of `host` alone."""
-    listener = listen(host, port, from_afar=True, option="launch.rendezvous")
+    listener = listen(host, port, option=option, from_afar=True)
     name, port = listener.getsockname()[:2]
     return TCPStore(
         name, port, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=STORE_SECONDS),
         master_listen_fd=listener.detach(),
     )  # fmt: skip
+
+
+def _connect(address: str, port: int) -> TCPStore | None:
+    """The store there; None where something else listens."""
+    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
+    return store if store.check([CLOCK]) else None
 
 
 def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], None]) -> None:
@@ -214,7 +309,7 @@ def _compare_clocks(store: TCPStore, host: str) -> None:
 def _start_store(host: str, port: int) -> None:
     """In a process of its own, that a signal to this one's group does not reach. Raises `LaunchError`."""
     try:
-        listen(host, port, from_afar=True, option="launch.rendezvous").close()
+        listen(host, port, option="launch.rendezvous", from_afar=True).close()
     except LaunchError:
         time.sleep(1.0)
         if _answers(host, port):  # another launcher on this machine was quicker
@@ -232,7 +327,7 @@ def _start_store(host: str, port: int) -> None:
 
 def _answers(host: str, port: int) -> bool:
     try:
-        with socket.create_connection((host, port), timeout=2.0):
+        with socket.create_connection((host, port), timeout=2.0):  # each of its addresses in turn
             return True
     except OSError:
         return False
@@ -240,11 +335,8 @@ def _answers(host: str, port: int) -> bool:
 
 def _is_here(host: str) -> bool:
     """Whether `host` is an address of this machine. Raises `LaunchError` where it is nobody's."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise LaunchError(f"launch.rendezvous: cannot find the address of {host}: {error.strerror}") from None
-    with socket.socket(family, kind) as probe:
+    family, address = address_of(host, 0, option="launch.rendezvous", from_afar=False)
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
             probe.bind(address)
         except OSError:
@@ -253,12 +345,13 @@ def _is_here(host: str) -> bool:
 
 
 def _address_towards(host: str, port: int) -> str:
-    """The address with which this machine talks to `host`."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    """The address with which this machine talks to `host`; its own one where that is here."""
+    family, address = address_of(host, port, option="launch.rendezvous", from_afar=_is_here(host))
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # sends nothing
         return str(probe.getsockname()[0])
 
 
-def _interface_of(address: str) -> str:
-    return next(name for name, found in psutil.net_if_addrs().items() if any(a.address == address for a in found))
+def _interface_of(address: str) -> str | None:
+    found = psutil.net_if_addrs().items()
+    return next((name for name, each in found if any(a.address == address for a in each)), None)

@@ -23,6 +23,7 @@ STUCK: Final = {
     psutil.STATUS_ZOMBIE: "dead but for a thread of it",
     psutil.STATUS_DISK_SLEEP: "waiting for a disk or a device (state D)",
 }
+LASTING: Final = tuple(state for state in STUCK if state != psutil.STATUS_DISK_SLEEP)
 _MUTE: Final = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE)  # run no signal handler
 
 PAUSE_SECONDS: Final = 1.0  # a launcher that looks later than so was itself held up, and its workers perhaps with it

@@ -8,8 +8,9 @@ from datetime import timedelta
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
+from shoal.errors import LaunchError
 from shoal.launch.listen import is_loopback, listen
-from shoal.launch.place import Place
+from shoal.launch.place import LOCKED_BY, Place
 
 
 def open_store(place: Place, timeout: timedelta) -> Store:
@@ -22,7 +23,13 @@ def open_store(place: Place, timeout: timedelta) -> Store:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if place.rank > 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return TCPStore(host, port, place.world_size, is_master=False, timeout=timeout)
-    listener = listen(host, port, from_afar=place.world_size > place.local_world_size)
+    try:
+        afar = place.world_size > place.local_world_size
+        listener = listen(host, port, option="MASTER_ADDR and MASTER_PORT", from_afar=afar)
+    except LaunchError as error:
+        if os.environ.get(LOCKED_BY) == str(os.getppid()):  # our launcher chose them: another try has another port
+            raise RuntimeError(str(error)) from error
+        raise
     descriptor = listener.detach()  # the store closes it
     return TCPStore(host, port, place.world_size, is_master=True, timeout=timeout, master_listen_fd=descriptor)
 

@@ -40,7 +40,10 @@ class _Tier:
     def learn(self, outcome: Outcome, step: int) -> None:
         """When to try again, after a failure."""
         self.retries = 0 if outcome.ok else self.retries + 1
-        self.retry_at = None if outcome.ok else step + _FIRST_RETRY * 2 ** (self.retries - 1)
+        if not outcome.ok:
+            self.retry_at = step + _FIRST_RETRY * 2 ** (self.retries - 1)
+        elif self.retry_at != step:  # one that was put off to this very step is still to come
+            self.retry_at = None
 
 
 @dataclass
@@ -103,6 +106,8 @@ class Saving:
         """
         found: list[Saved] = []
         for tier in self.tiers:
+            if tier.closed:  # not all processes see what is there
+                continue
             saved, problems = tier.store.newest()
             for problem in problems:
                 self.console.warn(f"{problem}; that checkpoint is set aside, and the one before it is taken")
