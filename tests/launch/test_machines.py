@@ -84,7 +84,7 @@ class Site:
         until(lambda: [e["processes"] for e in self.events("machines")[after:]][-1:] == [processes], self)
         begun = len(self.events("machines"))
         met = self.events("machines")[-1]["time"]
-        until(lambda: self.events("started")[-1]["time"] > met, self)
+        until(lambda: any(e["time"] > met for e in self.events("started")), self)
         step = self.steps()
         until(lambda: self.steps() > step, self)
         assert len(self.events("machines")) == begun

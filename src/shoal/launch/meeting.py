@@ -256,9 +256,14 @@ def serve(host: str, port: int, *, while_used: bool, ready: Callable[[], None]) 
         time.sleep(1.0)
         store.set(CLOCK, str(time.time()))
         open_ = [c for c in process.net_connections(kind="tcp") if c.raddr]
-        ours = {c.laddr for c in open_}  # the store is its own first client
-        if any(c.laddr.port == store.port and c.raddr not in ours for c in open_):
+        ours = {_plain(c.laddr) for c in open_}  # the store is its own first client
+        if any(c.laddr.port == store.port and _plain(c.raddr) not in ours for c in open_):
             idle_since, patience = time.monotonic(), UNUSED_SECONDS
+
+
+def _plain(address: Any) -> tuple[str, int]:
+    """(ip, port), where a socket for both kinds of addresses writes one of the old kind in the new way."""
+    return address.ip.removeprefix("::ffff:"), address.port
 
 
 def _keep_store(host: str, port: int, option: str) -> TCPStore:
