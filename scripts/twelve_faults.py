@@ -1,7 +1,7 @@
 """
-One run that lives through eleven faults, and another that nothing disturbs: the same weights, and their losses in one picture.
+One run that lives through twelve faults, and another that nothing disturbs: the same weights, and their losses in one picture.
 
-    python scripts/ten_faults.py --picture docs/pictures/ten-faults.svg
+    python scripts/twelve_faults.py --picture docs/pictures/twelve-faults.svg
 
 Needs shoal[plots]. Prints what happened, as a table.
 """
@@ -115,8 +115,8 @@ def draw(folder: Path, watched: dict[str, Watcher], picture: Path) -> None:
     """Losses over steps, one on the other, with a mark for each fault; below, steps over the time that they took."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.0, 8.2), layout="constrained")
-    above, below, text = figure.subplots(3, 1, height_ratios=[3.2, 2.4, 2.2])
+    figure = Figure(figsize=(9.0, 7.4), layout="constrained")
+    above, below, text = figure.subplots(3, 1, height_ratios=[3.2, 2.4, 1.4])
     styles: dict[str, dict[str, Any]] = {
         "clean": {"color": "#9ecae1", "linewidth": 5.0, "label": "nothing disturbed it"},
         "faults": {"color": "#a50f15", "linewidth": 1.1, "label": "it lived through these faults"},
@@ -134,7 +134,7 @@ def draw(folder: Path, watched: dict[str, Watcher], picture: Path) -> None:
     above.set_ylabel("training loss (nats per token)")
     below.set_xlabel("time (seconds)")
     below.set_ylabel("step")
-    above.legend(frameon=False)
+    above.legend(framealpha=1.0, edgecolor="none")
     below.legend(frameon=False, loc="lower right")
     for axes in (above, below):
         axes.grid(alpha=0.25)
@@ -148,8 +148,8 @@ def draw(folder: Path, watched: dict[str, Watcher], picture: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("build/ten-faults"), help="where the runs are")
-    parser.add_argument("--picture", type=Path, default=Path("build/ten-faults.svg"))
+    parser.add_argument("--folder", type=Path, default=Path("build/twelve-faults"), help="where the runs are")
+    parser.add_argument("--picture", type=Path, default=Path("build/twelve-faults.svg"))
     options = parser.parse_args()
     shutil.rmtree(options.folder / "runs", ignore_errors=True)
     options.folder.mkdir(parents=True, exist_ok=True)
