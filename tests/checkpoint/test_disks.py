@@ -82,8 +82,8 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     ("harm", "mend", "words"),
     [
         (Disk.fill, Disk.empty, "the disk is full"),
-        (Disk.make_read_only, Disk.make_writable, "Read-only file system"),
-        (Disk.take_away, Disk.bring_back, "Not a directory|File exists|No such file"),
+        pytest.param(Disk.make_read_only, Disk.make_writable, "Read-only file system", marks=pytest.mark.ci),
+        pytest.param(Disk.take_away, Disk.bring_back, "Not a directory|File exists|No such file", marks=pytest.mark.ci),
     ],
     ids=["full", "read-only", "gone"],
 )

@@ -141,6 +141,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     site.close()
 
 
+@pytest.mark.ci
 def test_machines_come_and_go_and_the_weights_are_those_of_one(site: Site) -> None:
     fixed = ("--launch.nodes", "2")
     first, second = site.start("a1", *fixed), site.start("b1", *fixed)
@@ -182,6 +183,7 @@ def test_machines_come_and_go_and_the_weights_are_those_of_one(site: Site) -> No
     assert weights(found.folder) == weights(expected.folder)
 
 
+@pytest.mark.ci
 def test_machines_with_folders_of_their_own_never_meet_and_are_told_what_is_needed(site: Site) -> None:
     fixed = ("--launch.nodes", "2", "--launch.timeout_seconds", "600")
     first = site.start("a", *fixed)

@@ -124,6 +124,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secretive]:
         yield Secretive(tmp_path_factory.mktemp("place"), hub.url)
 
 
+@pytest.mark.ci
 def test_a_secret_is_nowhere_after_all_that_shoal_does(place: Secretive) -> None:
     watcher = Watcher()
     watcher.start()

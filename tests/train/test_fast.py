@@ -63,7 +63,7 @@ def damaged(folder: Path, step: int) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("phase", ["data", "optimizer"])
+@pytest.mark.parametrize("phase", [pytest.param("data", marks=pytest.mark.ci), "optimizer"])
 def test_a_killed_worker_takes_one_step_with_it_at_most(tmp_path: Path, phase: str) -> None:
     place, died = Place(tmp_path), 12
     plan = json.dumps([{"step": died, "phase": phase, "rank": 1, "fault": "kill"}])

@@ -29,7 +29,7 @@ def place(tmp_path: Path) -> Place:
     return place
 
 
-@pytest.mark.parametrize("family", ["llama", "hf"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("hf", marks=pytest.mark.ci)])
 def test_it_goes_on_without_the_folder_to_the_same_bits(place: Place, family: str) -> None:
     run = ["train", "recipe.yaml", "--model.from", "org/tiny", *(["--model.family", "hf"] if family == "hf" else [])]
     place.good(*run, "--name", "whole")
