@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
-from torch.distributed import HashStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import DistError, HashStore, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous.api import RendezvousStateError, RendezvousTimeoutError
 
 from shoal.address import read_address
@@ -29,7 +29,7 @@ def meet(*seats: Meeting) -> list[threading.Thread]:
     """All of them come to the next round; threads that are over when they are in it."""
 
     def come(seat: Meeting) -> None:
-        with contextlib.suppress(RendezvousTimeoutError):  # a spare that nobody needed
+        with contextlib.suppress(RendezvousTimeoutError, DistError):  # a spare that nobody needed, or came too late
             seat.rendezvous.next_rendezvous()
 
     threads = [threading.Thread(target=come, args=(each,), daemon=True) for each in seats]
