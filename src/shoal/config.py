@@ -517,6 +517,11 @@ class Launch:
         gt=0,
     )
 
+    @property
+    def fewest_nodes(self) -> int:
+        """Machines without which the run waits."""
+        return self.min_nodes or self.nodes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

@@ -38,7 +38,7 @@ def refusals_of_machines(config: Config, processes: int | None) -> Iterator[str]
     if processes is None or most == 1:
         yield from refusals(config, processes)
         return
-    for machines in range(config.launch.min_nodes or most, most + 1):
+    for machines in range(config.launch.fewest_nodes, most + 1):
         for sentence in refusals(config, processes * machines):
             yield f"with {machines} machines of {processes} processes: {sentence}"
 

@@ -23,7 +23,7 @@ from shoal.config import Config
 from shoal.data.ledger import audit
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError, RunError
 from shoal.fault.heartbeat import Sign
-from shoal.launch.machines import Machines, describe
+from shoal.launch.machines import Machines, alike
 from shoal.launch.watch import Look
 from shoal.metrics.trackers import read_json_lines
 from shoal.runs import RunFolder
@@ -276,8 +276,8 @@ def test_who_was_started_otherwise_leaves(stays: bool) -> None:
 def test_places_and_speeds_may_differ_and_nothing_else() -> None:
     config = Config()
     here = config.replace("data", folder="/local/data").replace("launch", name="x").replace("metrics", peak_tflops=3.0)
-    assert describe(config) == describe(here)
-    assert describe(config) != describe(config.replace("train", steps=7))
+    assert alike(config) == alike(here)
+    assert alike(config) != alike(config.replace("train", steps=7))
 
 
 def test_who_came_and_who_left_is_said() -> None:

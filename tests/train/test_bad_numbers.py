@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from shoal.config import Config, Optim
 from shoal.data.order import sample_at
 from shoal.errors import DivergedError
-from shoal.fault.inject import PLAN
 from shoal.metrics.trackers import read_json_lines
 from shoal.optim.build import build_optimizer
 from shoal.parallel.mesh import Mesh
@@ -23,6 +21,7 @@ from shoal.parallel.replicas import compare
 from shoal.train.guard import FEW, Guard, limit
 from shoal.train.loop import Run
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for, whole
+from tests.train.faulty import events, train_with
 from tests.world import World
 
 Parts = dict[str, tuple[Region, torch.Tensor]]
@@ -34,19 +33,8 @@ def fault(kind: str, step: int, phase: str = "forward", rank: int = 0) -> dict[s
 
 def trained(mesh: Mesh, config: Config, faults: list[dict[str, Any]]) -> Parts:
     """A run to its end, with these faults; its weights."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(PLAN, json.dumps(faults))
-        run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
-        try:
-            run.train()
-        finally:
-            run.close()
+    run = train_with(mesh, config, faults)
     return {s.name: (s.region, s.tensor.detach().clone()) for s in run.runnable.shards}
-
-
-def events(config: Config, kind: str) -> list[dict[str, Any]]:
-    lines = read_json_lines(Path(config.launch.runs) / str(config.launch.name) / "events.jsonl")
-    return [line for line in lines if line["event"] == kind]
 
 
 def steps_of(config: Config) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ import torch
 import torch.distributed as dist
 
 from shoal.config import Config
-from shoal.fault.inject import PLAN
 from shoal.fault.stragglers import IN_A_ROW
 from shoal.metrics.trackers import read_json_lines
 from shoal.parallel.mesh import Mesh
-from shoal.train.loop import Run
-from tests.parallel.layouts import NeverStop, config_of, mesh_for
+from tests.parallel.layouts import config_of
+from tests.train.faulty import events, train_with
 from tests.world import World
 
 SECONDS = 0.5  # far more than what this machine's other work takes from a process
@@ -41,20 +39,9 @@ def slow(phase: str, rank: int) -> dict[str, Any]:
 def trained(mesh: Mesh, config: Config, faults: list[dict[str, Any]]) -> tuple[list[tuple[int, float]], bool]:
     """The losses of a run with these faults; whether torch is as it was before."""
     wait = dist.Work.wait
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(PLAN, json.dumps(faults))
-        run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
-        try:
-            run.train()
-        finally:
-            run.close()
+    run = train_with(mesh, config, faults)
     lines = read_json_lines(run.folder.metrics_file)
     return [(line["step"], line["loss"]) for line in lines if "loss" in line], dist.Work.wait is wait
-
-
-def events(config: Config, kind: str) -> list[dict[str, Any]]:
-    lines = read_json_lines(Path(config.launch.runs) / str(config.launch.name) / "events.jsonl")
-    return [line for line in lines if line["event"] == kind]
 
 
 def test_the_slow_ranks_and_their_phases_are_named_within_a_few_steps(

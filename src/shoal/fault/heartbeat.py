@@ -2,7 +2,8 @@
 Signs of life of a worker, and how long it may be silent.
 
 The launcher gives its workers a folder. In it each keeps a page of 72 bytes: the step and phase it is in, since when, until
-when it must have come further, and whether it waits for others just now. A page is memory that both processes map, so a sign of life is a store to memory.
+when it must have come further, and whether it waits for others just now. A page is memory that both processes map, so a
+sign of life is a store to memory.
 Times are CLOCK_MONOTONIC's, which is one clock for all processes of a machine. No torch.
 """
 

@@ -34,7 +34,7 @@ from torch.distributed.elastic.rendezvous.api import (
 from shoal.config import Config
 from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, EXIT_REQUEUE, LaunchError
 from shoal.launch.crashes import Crashes, first_death, how_it_died
-from shoal.launch.machines import Machines, describe
+from shoal.launch.machines import Machines, alike
 from shoal.launch.meeting import Meeting
 from shoal.launch.stops import AskedToStop, PassOn, tell
 from shoal.launch.watch import Hang, Watch
@@ -76,7 +76,7 @@ class Agent(LocalElasticAgent):
     @property
     def others_can_go_on(self) -> bool:
         """Whether there are enough machines without this one."""
-        return self._machines is not None and len(self._machines.hosts) > (self._launch.min_nodes or self._launch.nodes)
+        return self._machines is not None and len(self._machines.hosts) > self._launch.fewest_nodes
 
     @property
     def met(self) -> bool:
@@ -101,7 +101,7 @@ class Agent(LocalElasticAgent):
         """Whether all can work together; else some leave. Raises `LaunchError` where it is this one that has to."""
         before = self._machines
         machines = Machines(worker_group.store, worker_group.group_rank, worker_group.group_world_size)
-        stays = machines.greet(socket.gethostname(), describe(self._config), stays=before is not None)
+        stays = machines.greet(socket.gethostname(), alike(self._config), stays=before is not None)
         if not stays:
             tell(f"{machines.others_differ}: meeting without what differs")
             time.sleep(1.0)  # until those have left
@@ -113,7 +113,7 @@ class Agent(LocalElasticAgent):
         return True
 
     def _say_what_it_waits_for(self) -> None:
-        needed, place = self._launch.min_nodes or self._launch.nodes, self._launch.rendezvous
+        needed, place = self._launch.fewest_nodes, self._launch.rendezvous
         if self._meeting.rendezvous.is_full:
             tell(f"all {self._launch.nodes} machines are there: waiting at {place} until one is missing")
         else:
@@ -282,8 +282,9 @@ def run_workers(config: Config, argv: Sequence[str], stop: PassOn) -> int:
             meeting.rendezvous.leave()
             if meeting.rendezvous.is_full:
                 continue  # all seats are taken again: wait for the next one
-            needed = launch.min_nodes or launch.nodes
-            tell(f"{needed} machines did not come to {launch.rendezvous} within {launch.timeout_seconds:.0f} s")
+            tell(
+                f"{launch.fewest_nodes} machines did not come to {launch.rendezvous} within {launch.timeout_seconds:.0f} s"
+            )
             return EXIT_REQUEUE if met or agent.met else 1
         except (RendezvousError, DistError) as error:
             meeting.rendezvous.leave()

@@ -27,12 +27,14 @@ _OF_A_PLACE: Final = {
 }  # fmt: skip
 
 
-def describe(config: Config) -> dict[str, object]:
+def alike(config: Config) -> dict[str, object]:
     """What has to be the same on all machines: the options but those of places and processes, and the versions."""
     found: dict[str, object] = {"shoal": shoal.__version__, "torch": torch.__version__.partition("+")[0]}
     for section, values in dataclasses.asdict(config).items():
-        found |= {f"{section}.{key}": value for key, value in values.items() if (section, key) not in _OF_A_PLACE}
-    return {key: value for key, value in found.items() if not key.startswith("launch.")}
+        for key, value in values.items():
+            if section != "launch" and (section, key) not in _OF_A_PLACE:
+                found[f"{section}.{key}"] = value
+    return found
 
 
 def _difference(mine: Mapping[str, object], theirs: Mapping[str, object]) -> str:

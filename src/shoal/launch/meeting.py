@@ -111,6 +111,10 @@ class Rendezvous(DynamicRendezvousHandler):
     machines = 0  # in the round that goes on
     on_lost: Callable[[], None] | None = None  # called once, when the store does not answer any more
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._aside = Aside()
+
     def num_nodes_waiting(self) -> int:
         """
         Not 0 where the workers are to be started anew, for whatever reason.
@@ -119,7 +123,7 @@ class Rendezvous(DynamicRendezvousHandler):
         """
         if self.settings.max_nodes == 1:  # nobody else can come or go
             return 0
-        waiting = self.aside.ask(super().num_nodes_waiting, -1)
+        waiting = self._aside.ask(super().num_nodes_waiting, -1)
         if waiting < 0:
             if self.on_lost is not None:
                 self.on_lost()
@@ -133,12 +137,6 @@ class Rendezvous(DynamicRendezvousHandler):
         else:
             self.news = "joins" if waiting and not self.is_full else ""
         return int(bool(self.news))
-
-    @property
-    def aside(self) -> Aside:
-        if not hasattr(self, "_aside"):
-            self._aside = Aside()
-        return self._aside
 
     @property
     def is_full(self) -> bool:
@@ -172,9 +170,8 @@ class Meeting:
         """folder: what only those know who see the run's folder; those with another never meet these."""
         launch = config.launch
         self.store, self.address = store, address
-        self._run = (
-            "shoal-" + hashlib.sha256(f"{folder}/{launch.name}".encode()).hexdigest()[:16]
-        )  # torch names files so
+        digest = hashlib.sha256(f"{folder}/{launch.name}".encode()).hexdigest()
+        self._run = f"shoal-{digest[:16]}"  # torch names files so
         # a run that has ended is closed for good: the next one of its name meets elsewhere in the same store
         self._turn = store.compare_set(f"{self._run}/turn", "", "0").decode()
         run_id = f"{self._run}-{self._turn}"
@@ -182,7 +179,7 @@ class Meeting:
             run_id,
             store,
             Signed(store, run_id, folder.encode()),
-            launch.min_nodes or launch.nodes,
+            launch.fewest_nodes,
             launch.nodes,
             local_addr=address,
             timeout=RendezvousTimeout(
@@ -202,13 +199,13 @@ class Meeting:
         assert found, "contradictions.py refuses others"
         host, port = found
         _await_store(host, port, launch.timeout_seconds, tell)
-        address = _address_towards(host, port)
+        family, place = address_of(host, port, option="launch.rendezvous", from_afar=_is_here(host))
+        address = _address_towards(family, place)
         interface = _interface_of(address)
         if interface and not is_loopback(address):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        _, numbers = address_of(host, port, option="launch.rendezvous", from_afar=_is_here(host))
-        store = Aside().ask(lambda: _connect(numbers[0], port), None, STORE_SECONDS / 3)
+        store = Aside().ask(lambda: _connect(place[0], port), None, STORE_SECONDS / 3)
         if store is None:
             raise LaunchError(
                 f"what listens at launch.rendezvous {launch.rendezvous} is no meeting point of shoal; set another port"
@@ -349,11 +346,10 @@ def _is_here(host: str) -> bool:
     return True
 
 
-def _address_towards(host: str, port: int) -> str:
-    """The address with which this machine talks to `host`; its own one where that is here."""
-    family, address = address_of(host, port, option="launch.rendezvous", from_afar=_is_here(host))
+def _address_towards(family: int, place: Any) -> str:
+    """The address with which this machine talks to `place`; its own one where that is here."""
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # sends nothing
+        probe.connect(place)  # sends nothing
         return str(probe.getsockname()[0])
 
 
