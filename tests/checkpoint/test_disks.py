@@ -29,7 +29,8 @@ class Disk:
         self._mount("--bind", self._own, self.path)
 
     def fill(self) -> None:
-        with (self._own / "filler").open("wb", buffering=0) as file:
+        """To the last byte; again where something was deleted since."""
+        with (self._own / "filler").open("ab", buffering=0) as file:
             try:
                 while file.write(bytes(4096)):
                     pass
@@ -98,7 +99,11 @@ def test_training_goes_on_and_saves_when_the_disk_is_back(
     process = place.start("train", "recipe.yaml", "--name", NAME, "--train.steps", "9000", "--train.eval_every", "0")
     wait_for(process, "step   17/9000")
     harm(disk)
-    said = wait_for(process, "those before it stand, training goes on, and it is tried again at step")
+    said = ""
+    for line in until(process, "those before it stand, training goes on, and it is tried again at step"):
+        said += line
+        if harm is Disk.fill:
+            disk.fill()  # a save that had all its bytes deletes an older checkpoint, and the next one would have that room
     wait_for(process, "/9000  loss")  # it does
     mend(disk)
     failed = max(e["step"] for e in place.event_lines(NAME) if e["event"] == "save failed")
