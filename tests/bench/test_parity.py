@@ -140,11 +140,11 @@ def _worst(certificate: Certificate, what: str) -> tuple[str, bool]:
         (2, {"dp_shard": 2}),
         (3, {}),
         (4, {"tp": 2, "pp": 2}),
-        (4, {"dp_shard": 2, "cp": 2}),
+        pytest.param(4, {"dp_shard": 2, "cp": 2}, marks=pytest.mark.ci),
     ],
     ids=["fsdp", "ddp 3", "tp pp", "fsdp cp"],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.ci)])
 def test_a_right_layout_passes(
     world: Callable[[int], World], tmp_path: Path, processes: int, options: dict[str, Any], dtype: str
 ) -> None:

@@ -152,6 +152,7 @@ def test_what_a_run_writes_of_itself_waits_for_room(tmp_path: Path, disk: Disk) 
     assert "lost" not in output
 
 
+@pytest.mark.ci
 def test_output_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
     place = Place(tmp_path)
     command = f"{place_command()} train recipe.yaml --train.steps 6 --checkpoint.every 3 --train.eval_every 0 --name"

@@ -177,7 +177,8 @@ def test_asked_to_stop_while_it_starts_it_stops(place: Place, whom: str) -> None
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.ci), signal.SIGUSR1])
+@pytest.mark.ci
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_one_worker_that_is_asked_stops_them_all(place: Place, number: signal.Signals) -> None:
     name = f"one-{number.name}"
     process = place.start("train", "recipe.yaml", "--name", name)

@@ -147,7 +147,7 @@ def test_rows_without_a_token_are_never_chosen(prompts: list[str], monkeypatch: 
     assert max(chosen) < 259 <= max(free)
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+@pytest.mark.parametrize("encoding", [pytest.param("latin-1", marks=pytest.mark.ci), "ascii"])
 def test_what_a_terminal_has_no_letter_for_is_replaced(place: Path, encoding: str) -> None:
     code, output = Place(place).run(
         "generate", "--model.from", "talker", "--prompt", "漢字a", "--tokens", "0", PYTHONIOENCODING=encoding

@@ -94,6 +94,7 @@ def our_accuracy(model: LoadedModel) -> float:
     return right / len(QUESTIONS)
 
 
+@pytest.mark.ci
 def test_its_numbers_are_ours(tasks: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     folder = str(talker(tmp_path, "gpt2"))

@@ -201,6 +201,7 @@ def test_machines_with_folders_of_their_own_never_meet_and_are_told_what_is_need
     until(lambda: not meeting_places(site), site)  # it goes when nobody needs it
 
 
+@pytest.mark.ci
 def test_a_machine_that_was_started_otherwise_is_refused_and_the_others_go_on(site: Site) -> None:
     some = ("--launch.nodes", "3", "--launch.min_nodes", "1")
     first = site.start("a", *some)

@@ -52,6 +52,7 @@ def seats() -> Iterator[list[Meeting]]:
         each.rendezvous.leave()
 
 
+@pytest.mark.ci
 def test_two_spares_for_one_seat_do_not_unseat_anybody(seats: list[Meeting]) -> None:
     store = HashStore()
     seats += [seat(store, nodes=2) for _ in range(4)]

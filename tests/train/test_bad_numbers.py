@@ -135,7 +135,13 @@ def test_a_bit_that_flips_is_found_named_and_undone(
     assert equal(found, world(size).run(trained, config_of(tmp_path, "sound", **options), []))
 
 
-@pytest.mark.parametrize("layout", [{"dp_replicate": 2}, {"dp_replicate": 2, "dp_shard": 2}], ids=["ddp", "hsdp"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({"dp_replicate": 2}, id="ddp"),
+        pytest.param({"dp_replicate": 2, "dp_shard": 2}, id="hsdp", marks=pytest.mark.ci),
+    ],
+)
 def test_where_there_is_no_checkpoint_yet_a_flipped_bit_starts_the_run_anew(
     world: Callable[[int], World], tmp_path: Path, layout: dict[str, int]
 ) -> None:

@@ -45,6 +45,7 @@ def test_it_goes_on_without_the_folder_to_the_same_bits(place: Place, family: st
     assert "org/tiny" in anew
 
 
+@pytest.mark.ci
 def test_before_the_first_checkpoint_it_needs_the_weights(place: Place) -> None:
     run = ["train", "recipe.yaml", "--model.from", "org/tiny", "--name", "mine"]
     place.good(*run, "--train.steps", "3")
@@ -53,6 +54,7 @@ def test_before_the_first_checkpoint_it_needs_the_weights(place: Place) -> None:
     assert "it has no checkpoint yet; set model.from to where they are now" in place.refused(*run)
 
 
+@pytest.mark.ci
 def test_what_changed_in_the_folder_changes_nothing_or_is_refused(place: Place) -> None:
     run = ["train", "recipe.yaml", "--model.from", "org/tiny"]
     place.good(*run, "--name", "whole")

@@ -69,16 +69,16 @@ def test_it_is_said_when_it_is_over(world: Callable[[int], World], tmp_path: Pat
     assert over["seconds"] < named["seconds"]
 
 
-LAYOUTS: list[tuple[int, dict[str, Any], str]] = [
-    (2, {"parallel__dp_shard": 2}, "forward"),
-    (2, {"parallel__tp": 2, "train__micro_batch": 4}, "backward"),
-    (2, {"train__repro": "bitwise"}, "optimizer"),
-    (4, {"parallel__pp": 2, "train__micro_batch": 1}, "forward"),
-    (3, {"train__micro_batch": 1}, "backward"),  # with 2, 1 and 1 micro-batches
-]
-
-
-@pytest.mark.parametrize(("size", "options", "phase"), LAYOUTS, ids=["fsdp", "tp", "bitwise", "pp", "uneven"])
+@pytest.mark.parametrize(
+    ("size", "options", "phase"),
+    [
+        pytest.param(2, {"parallel__tp": 2, "train__micro_batch": 4}, "backward", id="tp"),
+        pytest.param(2, {"parallel__dp_shard": 2}, "forward", id="fsdp", marks=pytest.mark.ci),
+        pytest.param(2, {"train__repro": "bitwise"}, "optimizer", id="bitwise", marks=pytest.mark.ci),
+        pytest.param(4, {"parallel__pp": 2, "train__micro_batch": 1}, "forward", id="pp", marks=pytest.mark.ci),
+        pytest.param(3, {"train__micro_batch": 1}, "backward", id="2, 1 and 1 micro-batches", marks=pytest.mark.ci),
+    ],
+)
 def test_those_that_wait_inside_of_a_phase_are_not_taken_for_slow(
     world: Callable[[int], World], tmp_path: Path, size: int, options: dict[str, Any], phase: str
 ) -> None:
@@ -87,6 +87,7 @@ def test_those_that_wait_inside_of_a_phase_are_not_taken_for_slow(
     assert [(e["rank"], e["phase"]) for e in events(config, "straggler")] == [(1, phase)]
 
 
+@pytest.mark.ci
 def test_all_are_slow_and_nobody_is_named(
     world: Callable[[int], World], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,6 +97,7 @@ def test_all_are_slow_and_nobody_is_named(
     assert not events(config, "keeps pace")
 
 
+@pytest.mark.ci
 def test_nobody_looks_where_it_is_null_and_the_numbers_are_the_same(
     world: Callable[[int], World], tmp_path: Path
 ) -> None:
