@@ -2,8 +2,10 @@
 Goodput of a run whose workers are killed again and again: a small model, a SIGKILL to one of them every minute.
 
     python scripts/bench_goodput.py recipes/quickstart.yaml --kills 5
+    python scripts/bench_goodput.py recipes/quickstart.yaml --kills 0 --hangs 3
 
-Prints what `shoal goodput` says in the end, and how long each kill took until the next step.
+Prints how long each kill took until the next step, each hang (a SIGSTOP) until it was found and until the next step, and
+the last signal (a SIGTERM, to one worker) until all was saved; then what `shoal goodput` says.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -27,20 +30,36 @@ def last_step(run: Path) -> int:
     return max((int(r["step"]) for r in records if "step" in r), default=0)
 
 
-def wait_for_lines(path: Path, count: int, process: subprocess.Popen[bytes]) -> float:
-    """When the file has more lines than `count`."""
+def ledger_lines(run: Path) -> int:
+    path = run / "ledger.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def hangs(run: Path) -> list[str]:
+    """What was said of each."""
+    return [str(e["why"]) for e in read_json_lines(run / "events.jsonl") if e["event"] == "hang"]
+
+
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> float:
+    """When it is, in seconds of the monotonic clock."""
     while process.poll() is None:
-        if path.is_file() and path.read_bytes().count(b"\n") > count:
+        if true():
             return time.monotonic()
         time.sleep(0.02)
-    raise SystemExit("the run ended early; give it more --steps")
+    raise SystemExit("the run ended early")
+
+
+def wait_for_step(run: Path, known: int, process: subprocess.Popen[bytes]) -> float:
+    """When it trains again: after `known` lines of the ledger there is one that it goes on, and one of a step."""
+    return wait_until(lambda: ledger_lines(run) > known + 1, process)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--every", type=float, default=60.0, help="seconds from a kill to the next")
+    parser.add_argument("--hangs", type=int, default=0)
+    parser.add_argument("--every", type=float, default=60.0, help="seconds from a fault to the next")
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -52,22 +71,35 @@ def main() -> None:
     command += ["--train.steps", "100000", "--checkpoint.every", str(options.save_every), "--train.eval_every", "0"]
     command += ["--processes", str(options.processes), "--metrics.every", "1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    draw, ledger, took = random.Random(options.seed), run / "ledger.jsonl", []
-    wait_for_lines(ledger, 1, process)
-    for number in range(options.kills):
+    draw = random.Random(options.seed)
+    wait_until(lambda: ledger_lines(run) > 1, process)
+    took: list[float] = []
+    for number in range(options.kills + options.hangs):
         time.sleep(options.every)
         victim = draw.choice(psutil.Process(process.pid).children())
-        lines = ledger.read_bytes().count(b"\n")
-        begun = time.monotonic()
-        victim.send_signal(signal.SIGKILL)
-        took.append(wait_for_lines(ledger, lines + 1, process) - begun)  # a line that it goes on, and a step's
-        print(f"kill {number + 1}: the next step after {took[-1]:.1f} s, at step {last_step(run)}", flush=True)
+        lines, found, begun = ledger_lines(run), len(hangs(run)), time.monotonic()
+        if number < options.kills:
+            victim.send_signal(signal.SIGKILL)
+            took.append(wait_for_step(run, lines, process) - begun)
+            print(f"kill {number + 1}: the next step after {took[-1]:.1f} s, at step {last_step(run)}", flush=True)
+        else:
+            victim.send_signal(signal.SIGSTOP)
+            known = wait_until(lambda found=found: len(hangs(run)) > found, process) - begun
+            trains = wait_for_step(run, ledger_lines(run), process) - begun
+            print(f"stop {number - options.kills + 1}: known after {known:.1f} s, the next step after {trains:.1f} s:")
+            print(f"    {hangs(run)[-1]}", flush=True)
     time.sleep(options.every)
-    process.send_signal(signal.SIGTERM)
-    process.wait()
+    step, begun = last_step(run), time.monotonic()
+    draw.choice(psutil.Process(process.pid).children()).send_signal(signal.SIGTERM)
+    code = process.wait()
+    took_to_stop = time.monotonic() - begun
     print(
-        f"\nfrom a kill to the next step: median {statistics.median(took):.1f} s, {min(took):.1f} to {max(took):.1f}\n"
+        f"asked to stop, one worker, in step {step + 1}: saved at step {last_step(run)}, {took_to_stop:.1f} s to the end "
+        f"of all processes, exit code {code}"
     )
+    if took:
+        took_from_to = f"{min(took):.1f} to {max(took):.1f}"
+        print(f"\nfrom a kill to the next step: median {statistics.median(took):.1f} s, {took_from_to}\n")
     subprocess.run([*shoal, "goodput", str(run)], check=True)
     subprocess.run([*shoal, "ledger", str(run)], check=True)
 
