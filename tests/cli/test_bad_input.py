@@ -173,6 +173,7 @@ def test_a_disk_that_is_full_while_preparing(place: Place, small_disk: Path) -> 
     assert "free" in output
 
 
+@pytest.mark.ci
 def test_a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_run(place: Place, small_disk: Path) -> None:
     code, output = place.run(
         "train", "recipe.yaml", "--name", "full", "--launch.runs", str(small_disk), "--processes", "1", "--train.steps", "12",

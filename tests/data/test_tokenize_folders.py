@@ -154,7 +154,7 @@ def documents(prepared: Prepared, split: Any) -> list[list[int]]:
     return [stream.read(a, b).tolist() for a, b in itertools.pairwise(starts)]
 
 
-@pytest.mark.parametrize("name", ["llama3", "mistral"])
+@pytest.mark.parametrize("name", [pytest.param("llama3", marks=pytest.mark.ci), "mistral"])
 def test_documents_are_prepared_as_transformers_encodes_them(
     name: str, real_tokenizers: Path, make_data: MakeData, corpus: Path, tmp_path: Path
 ) -> None:

@@ -37,7 +37,7 @@ def peak_bytes(mesh: Mesh, config: Config) -> tuple[int, int, int, int]:
 
 
 @pytest.mark.parametrize("degree", [pytest.param(2, marks=pytest.mark.ci), 4])
-@pytest.mark.parametrize("repro", ["fast", "bitwise"])
+@pytest.mark.parametrize("repro", [pytest.param("fast", marks=pytest.mark.ci), "bitwise"])
 def test_a_process_holds_its_share_the_root_and_two_blocks(
     world: Callable[[int], World], tmp_path: Path, degree: int, repro: str
 ) -> None:

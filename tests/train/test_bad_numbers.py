@@ -54,10 +54,17 @@ OPTIONS = {
     "fault__max_skipped": 1,
     "train__eval_every": 0,
 }
-LAYOUTS = [{}, {"dp_shard": 2}, {"tp": 2}, {"pp": 2}]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=["ddp", "fsdp", "tp", "pp"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param({}, id="ddp"),
+        pytest.param({"dp_shard": 2}, id="fsdp"),
+        pytest.param({"tp": 2}, id="tp", marks=pytest.mark.ci),
+        pytest.param({"pp": 2}, id="pp"),
+    ],
+)
 def test_no_number_on_one_rank_is_a_step_that_all_leave_out(
     world: Callable[[int], World], tmp_path: Path, layout: dict[str, int]
 ) -> None:
@@ -122,7 +129,7 @@ def test_where_going_back_does_not_help_the_run_ends_in_words(tmp_path: Path) ->
         trained(ALONE, config, [fault("nan", 1), fault("nan", 2)])
 
 
-@pytest.mark.parametrize(("size", "ranks"), [(2, [0, 1]), (3, [1])])
+@pytest.mark.parametrize(("size", "ranks"), [pytest.param(2, [0, 1], marks=pytest.mark.ci), (3, [1])])
 def test_a_bit_that_flips_is_found_named_and_undone(
     world: Callable[[int], World], tmp_path: Path, size: int, ranks: list[int]
 ) -> None:

@@ -29,7 +29,8 @@ def place(tmp_path: Path) -> Place:
     return place
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("hf", marks=pytest.mark.ci)])
+@pytest.mark.ci
+@pytest.mark.parametrize("family", ["llama", "hf"])
 def test_it_goes_on_without_the_folder_to_the_same_bits(place: Place, family: str) -> None:
     run = ["train", "recipe.yaml", "--model.from", "org/tiny", *(["--model.family", "hf"] if family == "hf" else [])]
     place.good(*run, "--name", "whole")
@@ -45,7 +46,6 @@ def test_it_goes_on_without_the_folder_to_the_same_bits(place: Place, family: st
     assert "org/tiny" in anew
 
 
-@pytest.mark.ci
 def test_before_the_first_checkpoint_it_needs_the_weights(place: Place) -> None:
     run = ["train", "recipe.yaml", "--model.from", "org/tiny", "--name", "mine"]
     place.good(*run, "--train.steps", "3")

@@ -59,6 +59,7 @@ def test_the_slow_ranks_and_their_phases_are_named_within_a_few_steps(
         assert each["seconds"] >= SECONDS > each["others_seconds"]
 
 
+@pytest.mark.ci
 def test_it_is_said_when_it_is_over(world: Callable[[int], World], tmp_path: Path) -> None:
     config = config_of(tmp_path, "data", **OPTIONS)
     world(2).run(trained, config, [slow("data", 1)])
