@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 
 from shoal.checkpoint.store import CheckpointStore, Keep
 from shoal.config import Parallel
-from shoal.launch.torchrun import worker_environment
+from shoal.launch.torchrun import count_cores, worker_environment
 from shoal.parallel.mesh import Mesh, open_mesh
 from shoal.parallel.region import Part
 
@@ -83,7 +83,7 @@ def _turns(mesh: Mesh, folder: Path, tensors: dict[str, torch.Tensor], turns: in
 def _work(rank: int, options: argparse.Namespace, folder: Path) -> None:
     place = {"RANK": rank, "WORLD_SIZE": options.processes, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": options.processes}
     os.environ |= {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(options.port)}
-    torch.set_num_threads(1)
+    torch.set_num_threads(max(1, count_cores() // options.processes))  # as the launcher has it
     with open_mesh("cpu", 60.0, Parallel()) as mesh:
         found = _turns(mesh, folder, _tensors(options.megabytes), options.turns)
         if mesh.is_first:
@@ -107,7 +107,7 @@ def main() -> None:
     options.folder.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="save-", dir=options.folder))
     try:
-        print(f"{options.megabytes} MB on {options.processes} processes, medians of {options.turns} turns", flush=True)
+        print(f"{options.megabytes} MB, processes: {options.processes}, medians of {options.turns} turns", flush=True)
         mp.spawn(_work, args=(options, folder), nprocs=options.processes)  # type: ignore[no-untyped-call]
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -20,6 +20,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -37,6 +38,8 @@ from shoal.parallel.mesh import Mesh
 from shoal.parallel.region import Part
 
 VOTES: Final = 3  # numbers of `votes`
+_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+_PIECE_BYTES: Final = 32 * 2**20  # that a thread copies at once
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,7 @@ class CheckpointStore:
                 n: torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=t.is_cuda)
                 for n, t in zip(self._mine, live, strict=True)
             }
-        for staged, tensor in zip(self._staged.values(), live, strict=True):
-            _copy(staged, tensor)
+        _copy(list(self._staged.values()), live)
         event = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
@@ -332,16 +334,27 @@ class CheckpointStore:
         return state
 
 
-def _copy(to: torch.Tensor, tensor: torch.Tensor) -> None:
-    """On a CPU by `memcpy`, which past some megabytes leaves the cache alone and is nearly twice as fast as torch's copy."""
-    if tensor.is_cuda or not tensor.is_contiguous():
-        to.copy_(tensor, non_blocking=True)
-    else:
-        np.copyto(_bytes(to), _bytes(tensor))
+def _copy(to: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+    """
+    Each tensor into the one beside it.
+
+    On a CPU by `memcpy`, which past some megabytes leaves the cache alone and is nearly twice as fast as torch's copy, and
+    by as many threads as compute: one alone does not fill the memory's bandwidth.
+    """
+    pieces: list[tuple[_Bytes, _Bytes]] = []
+    for staged, tensor in zip(to, tensors, strict=True):
+        if tensor.is_cuda or not tensor.is_contiguous():
+            staged.copy_(tensor, non_blocking=True)
+        else:
+            pieces += zip(_pieces(staged), _pieces(tensor), strict=True)
+    with ThreadPoolExecutor(torch.get_num_threads(), "copy") as threads:
+        list(threads.map(lambda pair: np.copyto(*pair), pieces))
 
 
-def _bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+def _pieces(tensor: torch.Tensor) -> list[_Bytes]:
+    """Its bytes."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return [flat[start : start + _PIECE_BYTES] for start in range(0, len(flat), _PIECE_BYTES)]
 
 
 def _slip(aside: Path, rank: int) -> Path:
