@@ -20,6 +20,7 @@ from shoal.errors import CheckpointError
 from shoal.launch.place import Place
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.region import Part
+from tests.disks import small_disk
 from tests.world import World
 
 ALONE = Mesh(Place(), torch.device("cpu"))
@@ -145,21 +146,14 @@ def test_a_save_that_was_cut_short_is_not_listed_and_is_cleared_away(tmp_path: P
     assert not list(tmp_path.glob(".step*"))
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/shm").exists(), reason="needs to mount a small disk")
 def test_a_full_disk_costs_the_checkpoint_and_not_those_before_it(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], check=False).returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
+    with small_disk(tmp_path / "disk", "200k") as disk:
         saved_in(store_in(disk, keep=5))
         outcome = store_in(disk, keep=5).save(parts(tensors() | {"model.big": torch.zeros(100, 1000)}), state(2))
         assert not outcome.ok
         assert "the disk is full" in outcome.problem
         assert [s.step for s in listed(disk)] == [1]
         assert is_equal(listed(disk)[0], 0)
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_what_is_trained_on_meanwhile_is_not_what_is_saved(tmp_path: Path) -> None:

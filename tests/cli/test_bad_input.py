@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from shoal.config import Config
 from shoal.errors import LaunchError
 from shoal.launch.torchrun import plan_processes
 from tests.cli.commands import Place
+from tests.disks import small_disk
 
 
 @pytest.fixture(scope="module")
@@ -154,29 +154,23 @@ def test_the_runs_cannot_be_written(place: Place) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path):  # type: ignore[no-untyped-def]
-    """A file system of its own, of 1 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
-        pytest.skip("mounting a small disk is not allowed here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        yield disk
 
 
-def test_a_disk_that_is_full_while_preparing(place: Place, small_disk: Path) -> None:
-    (small_disk / "filler").write_bytes(b"x" * 1_000_000)
+def test_a_disk_that_is_full_while_preparing(place: Place, disk: Path) -> None:
+    (disk / "filler").write_bytes(b"x" * 1_000_000)
     output = place.refused(
-        "prepare", "recipe.yaml", "--data.folder", str(small_disk / "data"), "--data.dummy_documents", "500"
+        "prepare", "recipe.yaml", "--data.folder", str(disk / "data"), "--data.dummy_documents", "500"
     )
     assert "free" in output
 
 
 @pytest.mark.ci
-def test_a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_run(place: Place, small_disk: Path) -> None:
+def test_a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_run(place: Place, disk: Path) -> None:
     code, output = place.run(
-        "train", "recipe.yaml", "--name", "full", "--launch.runs", str(small_disk), "--processes", "1", "--train.steps", "12",
+        "train", "recipe.yaml", "--name", "full", "--launch.runs", str(disk), "--processes", "1", "--train.steps", "12",
         "--model.dim", "64",
     )  # fmt: skip
     assert code == 2, output  # it went on to its end, and what it learned is nowhere

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,16 @@ import pytest
 from shoal.checkpoint.saved import listed
 from shoal.config import Config
 from shoal.fault.inject import PLAN
-from shoal.metrics.trackers import read_json_lines
 from shoal.parallel.mesh import Mesh
 from shoal.train.fast import fast_folder
 from shoal.train.loop import Run
 from tests.cli.commands import Place
+from tests.disks import small_disk
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for
+from tests.train.faulty import events
 from tests.world import World
 
 OPTIONS = {"train__steps": 7, "train__eval_every": 0, "checkpoint__every": 4, "fault__check_replicas_every": 0}
-
-
-def events(config: Config, kind: str) -> list[dict[str, Any]]:
-    lines = read_json_lines(Path(config.launch.runs) / str(config.launch.name) / "events.jsonl")
-    return [line for line in lines if line["event"] == kind]
 
 
 def fast_of(config: Config) -> Path:
@@ -127,19 +121,8 @@ def test_a_new_run_of_the_same_name_does_not_go_on_from_the_old_ones(tmp_path: P
 
 @pytest.fixture
 def small_memory(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("needs to mount a small disk")
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("needs to mount a small disk")
-    try:
+    with small_disk(tmp_path / "small", "2m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_machine_without_room_says_so_once_and_trains_on(
