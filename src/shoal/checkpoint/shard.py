@@ -15,13 +15,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shoal.hub.header import DTYPE_NAMES
 
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _PIECE_BYTES: Final = 16 * 2**20
 _KINDS: Final = {getattr(torch, name): kind for kind, name in DTYPE_NAMES.items()}
 
@@ -77,12 +79,18 @@ def write_shard(
     return digest
 
 
+def pieces_of(tensor: Tensor) -> Iterator[Bytes]:
+    """The bytes of a contiguous tensor on the CPU, in its own memory, so many at a time that another thread has its turn."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, len(flat), _PIECE_BYTES):
+        yield flat[start : start + _PIECE_BYTES]
+
+
 def _pieces(items: Sequence[Item]) -> Iterator[memoryview]:
     yield memoryview(_header(items))
     for item in items:
-        flat = item.tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        for start in range(0, len(flat), _PIECE_BYTES):
-            yield flat[start : start + _PIECE_BYTES]
+        for piece in pieces_of(item.tensor.contiguous()):
+            yield piece.data
 
 
 def _header(items: Sequence[Item]) -> bytes:

@@ -31,15 +31,13 @@ import torch
 from shoal.checkpoint.load import read_into
 from shoal.checkpoint.planner import share_out
 from shoal.checkpoint.saved import FORMAT, MANIFEST, STATE, Saved, damage, folder_of, listed, read_state, set_aside
-from shoal.checkpoint.shard import Digest, Item, write_shard
+from shoal.checkpoint.shard import Bytes, Digest, Item, pieces_of, write_shard
 from shoal.disk import replace_folder, sha256_of, sync, write_whole
 from shoal.errors import CheckpointError
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.region import Part
 
 VOTES: Final = 3  # numbers of `votes`
-_Bytes = np.ndarray[Any, np.dtype[np.uint8]]
-_PIECE_BYTES: Final = 32 * 2**20  # that a thread copies at once
 
 
 @dataclass(frozen=True)
@@ -341,20 +339,14 @@ def _copy(to: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
     On a CPU by `memcpy`, which past some megabytes leaves the cache alone and is nearly twice as fast as torch's copy, and
     by as many threads as compute: one alone does not fill the memory's bandwidth.
     """
-    pieces: list[tuple[_Bytes, _Bytes]] = []
+    pieces: list[tuple[Bytes, Bytes]] = []
     for staged, tensor in zip(to, tensors, strict=True):
         if tensor.is_cuda or not tensor.is_contiguous():
             staged.copy_(tensor, non_blocking=True)
         else:
-            pieces += zip(_pieces(staged), _pieces(tensor), strict=True)
+            pieces += zip(pieces_of(staged), pieces_of(tensor), strict=True)
     with ThreadPoolExecutor(torch.get_num_threads(), "copy") as threads:
         list(threads.map(lambda pair: np.copyto(*pair), pieces))
-
-
-def _pieces(tensor: torch.Tensor) -> list[_Bytes]:
-    """Its bytes."""
-    flat = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return [flat[start : start + _PIECE_BYTES] for start in range(0, len(flat), _PIECE_BYTES)]
 
 
 def _slip(aside: Path, rank: int) -> Path:
