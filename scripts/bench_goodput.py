@@ -40,6 +40,12 @@ def hangs(run: Path) -> list[str]:
     return [str(e["why"]) for e in read_json_lines(run / "events.jsonl") if e["event"] == "hang"]
 
 
+def signal_one(number: signal.Signals, launcher: subprocess.Popen[bytes], draw: random.Random) -> float:
+    """To a worker by chance; when."""
+    draw.choice(psutil.Process(launcher.pid).children()).send_signal(number)
+    return time.monotonic()
+
+
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> float:
     """When it is, in seconds of the monotonic clock."""
     while process.poll() is None:
@@ -73,33 +79,34 @@ def main() -> None:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     draw = random.Random(options.seed)
     wait_until(lambda: ledger_lines(run) > 1, process)
-    took: list[float] = []
-    for number in range(options.kills + options.hangs):
+    took = []
+    for number in range(1, options.kills + 1):
         time.sleep(options.every)
-        victim = draw.choice(psutil.Process(process.pid).children())
-        lines, found, begun = ledger_lines(run), len(hangs(run)), time.monotonic()
-        if number < options.kills:
-            victim.send_signal(signal.SIGKILL)
-            took.append(wait_for_step(run, lines, process) - begun)
-            print(f"kill {number + 1}: the next step after {took[-1]:.1f} s, at step {last_step(run)}", flush=True)
-        else:
-            victim.send_signal(signal.SIGSTOP)
-            known = wait_until(lambda found=found: len(hangs(run)) > found, process) - begun
-            trains = wait_for_step(run, ledger_lines(run), process) - begun
-            print(f"stop {number - options.kills + 1}: known after {known:.1f} s, the next step after {trains:.1f} s:")
-            print(f"    {hangs(run)[-1]}", flush=True)
+        lines = ledger_lines(run)
+        begun = signal_one(signal.SIGKILL, process, draw)
+        took.append(wait_for_step(run, lines, process) - begun)
+        print(f"kill {number}: the next step after {took[-1]:.1f} s, at step {last_step(run)}", flush=True)
+    for number in range(1, options.hangs + 1):
+        time.sleep(options.every)
+        begun = signal_one(signal.SIGSTOP, process, draw)
+        known = wait_until(lambda number=number: len(hangs(run)) >= number, process) - begun
+        trains = wait_for_step(run, ledger_lines(run), process) - begun
+        print(
+            f"stop {number}: known after {known:.1f} s, the next step after {trains:.1f} s:\n    {hangs(run)[-1]}",
+            flush=True,
+        )
     time.sleep(options.every)
-    step, begun = last_step(run), time.monotonic()
-    draw.choice(psutil.Process(process.pid).children()).send_signal(signal.SIGTERM)
+    step = last_step(run)
+    begun = signal_one(signal.SIGTERM, process, draw)
     code = process.wait()
-    took_to_stop = time.monotonic() - begun
     print(
-        f"asked to stop, one worker, in step {step + 1}: saved at step {last_step(run)}, {took_to_stop:.1f} s to the end "
-        f"of all processes, exit code {code}"
+        f"asked to stop, one worker, in step {step + 1}: saved at step {last_step(run)}, {time.monotonic() - begun:.1f} s to "
+        f"the end of all processes, exit code {code}"
     )
     if took:
-        took_from_to = f"{min(took):.1f} to {max(took):.1f}"
-        print(f"\nfrom a kill to the next step: median {statistics.median(took):.1f} s, {took_from_to}\n")
+        print(
+            f"\nfrom a kill to the next step: median {statistics.median(took):.1f} s, {min(took):.1f} to {max(took):.1f}\n"
+        )
     subprocess.run([*shoal, "goodput", str(run)], check=True)
     subprocess.run([*shoal, "ledger", str(run)], check=True)
 

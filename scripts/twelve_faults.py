@@ -172,15 +172,10 @@ def main() -> int:
     print("\n| event | step | what it says |\n| --- | --- | --- |")
     for event in read_json_lines(runs / "faults" / "events.jsonl"):
         if event["event"] not in ("saved", "started"):
-            planned = f"{event.get('fault')} in {event.get('phase')} on rank {event.get('rank')}"
-            said = (
-                (event["event"] == "fault" and planned)
-                or event.get("why")
-                or event.get("how")
-                or event.get("reason")
-                or event.get("phase")
-                or ""
-            )
+            if event["event"] == "fault":
+                said = f"{event['fault']} in {event['phase']} on rank {event['rank']}"
+            else:
+                said = next((event[key] for key in ("why", "how", "reason", "phase") if event.get(key)), "")
             print(f"| {event['event']} | {event.get('step', '')} | {said} |")
     last = {name: listed(runs / name / "checkpoints")[-1] for name in ("clean", "faults")}
     same = weights(last["clean"].folder) == weights(last["faults"].folder)
