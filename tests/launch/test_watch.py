@@ -65,14 +65,20 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     watch.close()
 
 
+def until(pid: int, status: str) -> None:
+    while psutil.Process(pid).status() != status:
+        time.sleep(0.01)
+
+
 @pytest.fixture
 def sleepers() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Two processes that leave SIGUSR2 alone."""
+    """Two processes that leave SIGUSR2 alone, asleep: one that has said so still runs for a moment."""
     code = "import signal, time; signal.signal(signal.SIGUSR2, signal.SIG_IGN); print(flush=True); time.sleep(100)"
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)]
     for process in processes:
         assert process.stdout is not None
         process.stdout.readline()
+        until(process.pid, psutil.STATUS_SLEEPING)
     yield processes
     for process in processes:
         process.kill()
@@ -91,8 +97,7 @@ def test_a_stopped_process_is_named_when_somebody_is_late(
         page.write(12, 2 - local, "forward")
     assert watch.look(pids) is None
     sleepers[0].send_signal(signal.SIGSTOP)
-    while psutil.Process(pids[0]).status() != psutil.STATUS_STOPPED:
-        time.sleep(0.01)
+    until(pids[0], psutil.STATUS_STOPPED)
     assert watch.look(pids) is None  # it may be stopped as long as nobody is late
     pages[1].allow(0.0)
     hang = watch.look(pids)
