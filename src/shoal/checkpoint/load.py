@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -15,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from shoal.checkpoint.planner import RegionLoadPlanner
 from shoal.checkpoint.saved import Saved, read_state, verify
+from shoal.checkpoint.shard import places
 from shoal.errors import CheckpointError
 from shoal.parallel.region import Part
 
@@ -50,6 +53,20 @@ def read_into(saved: Saved, parts: Mapping[str, Part]) -> None:
         raise
     except Exception as error:
         raise CheckpointError(f"{saved.folder} could not be loaded: {error}") from error
+
+
+def read_own(file: Path, parts: Mapping[str, Part]) -> None:
+    """Fill `parts` from a shard that holds these very regions. Raises `CheckpointError`."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            offsets = places(shard.metadata())
+            for name, part in parts.items():
+                found = shard.get_tensor(name)
+                if (offsets[name], found.shape) != (part.region.offsets, part.tensor.shape):
+                    raise ValueError(f"{name} is another part of it")
+                part.tensor.copy_(found)
+    except Exception as error:
+        raise CheckpointError(f"{file} could not be loaded: {error}") from error
 
 
 def _check_shapes(saved: Saved, there: Mapping[str, Any], here: Mapping[str, Part]) -> None:

@@ -7,7 +7,8 @@ boxes. Several processes that hold the same box (replicas) offer it all, and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from shoal.checkpoint.sharers import Sharers
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.region import Part, Region
 
@@ -42,17 +44,38 @@ class RegionSavePlanner(DefaultSavePlanner):
         return self.plan
 
 
-def share_out(parts: Mapping[str, Part], mesh: Mesh) -> list[str]:
+def share_out(parts: Mapping[str, Part], mesh: Mesh, sharers: Sharers) -> tuple[list[str], bool]:
     """
-    The names of the parts that this process is to write: of several that hold the same box, one writes it.
+    The names of the parts that this process is to write, and whether each folder gets all tensors, whole.
+
+    Of several that write to one folder and hold the same box, one writes it. Where there are several folders, and what
+    goes into one of them is not all there is, each process writes what it holds, to be read by itself.
 
     A collective over the world. Raises ValueError where the boxes of all do not make up the tensors.
     """
     planner = RegionSavePlanner(parts)
     planner.set_up_planner({}, is_coordinator=mesh.is_first)
     plans = mesh.gather_objects(planner.create_local_plan())
-    plans, _ = planner.create_global_plan(plans)  # pure: every process comes to the same
-    return [item.index.fqn for item in plans[mesh.place.rank].items]
+    names = {item.index.fqn for plan in plans for item in plan.items}
+    if sharers.folders > 1 and not all(_make_up(names, [plans[r] for r in ranks]) for ranks in sharers.groups):
+        return list(parts), False
+    plans, _ = planner.create_global_plan([plans[r] for r in sharers.ranks])  # pure: every process comes to the same
+    return [item.index.fqn for item in plans[sharers.index].items], True
+
+
+def _make_up(names: set[str], plans: Sequence[SavePlan]) -> bool:
+    """Whether the boxes of `plans` are all of the tensors `names`."""
+    missing: dict[str, int] = dict.fromkeys(names, -1)
+    seen = set()
+    for item in (item for plan in plans for item in plan.items):
+        assert item.tensor_data is not None
+        name, box = item.index.fqn, item.tensor_data.chunk
+        if missing[name] < 0:
+            missing[name] = math.prod(item.tensor_data.size)
+        if (name, box.offsets, box.sizes) not in seen:
+            seen.add((name, box.offsets, box.sizes))
+            missing[name] -= math.prod(box.sizes)
+    return not any(missing.values())
 
 
 class RegionLoadPlanner(DefaultLoadPlanner):

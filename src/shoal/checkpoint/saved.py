@@ -28,6 +28,7 @@ from shoal.errors import CheckpointError
 FORMAT: Final = 1
 STATE: Final = "state.json"
 MANIFEST: Final = "manifest.json"
+MARK: Final = "mark"  # in state.json of what is in memory: of which save it is, and of which cut where it is not whole
 _PREFIX: Final = "step-"
 _DAMAGED: Final = "damaged-"
 
@@ -44,6 +45,11 @@ class Saved:
 def folder_of(folder: Path, step: int) -> Path:
     """Where the checkpoint of `step` is, under `folder`."""
     return folder / f"{_PREFIX}{step:08d}"
+
+
+def shard_of(folder: Path, rank: int) -> Path:
+    """What the process `rank` wrote of the checkpoint in `folder`."""
+    return folder / f"shard-{rank:05d}.safetensors"
 
 
 def listed(folder: Path) -> list[Saved]:

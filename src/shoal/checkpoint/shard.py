@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +95,8 @@ def _pieces(items: Sequence[Item]) -> Iterator[memoryview]:
 
 def _header(items: Sequence[Item]) -> bytes:
     """The length of the header, and the header; filled up so that tensors begin at a multiple of 8."""
-    places = {item.name: {"saved_offsets": list(item.offsets)} for item in items}
-    described = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(places)}
+    begins = {item.name: {"saved_offsets": list(item.offsets)} for item in items}
+    described = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(begins)}
     header: dict[str, object] = {"__metadata__": described}
     begin = 0
     for item in items:
@@ -110,6 +110,12 @@ def _header(items: Sequence[Item]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def places(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Where each tensor of a shard begins in the whole one, from what the shard says of itself."""
+    begins = json.loads(metadata["DCP_SHARDING_INFO"])
+    return {name: tuple(begin["saved_offsets"]) for name, begin in begins.items()}
 
 
 def _read_back(path: Path) -> Digest:

@@ -7,6 +7,9 @@ writes the manifest and renames the folder into its place. Processes tell each o
 step takes anyway: `votes` go in, `settle` gets what came out. So no step waits for a disk, and all know at the same
 step whether a save is there.
 
+A folder may be one for all, or one on each machine, in its memory: then the first process of each does what is done
+once, and a checkpoint is there when it is on all machines.
+
 What fails costs this checkpoint and nothing else. Nothing here is ever pickled or unpickled.
 """
 
@@ -19,6 +22,7 @@ import os
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,10 +32,12 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from shoal.checkpoint.load import read_into
+from shoal.checkpoint.load import read_into, read_own
+from shoal.checkpoint.newest import agree, drop_after
 from shoal.checkpoint.planner import share_out
-from shoal.checkpoint.saved import FORMAT, MANIFEST, STATE, Saved, damage, folder_of, listed, read_state, set_aside
+from shoal.checkpoint.saved import FORMAT, MANIFEST, MARK, STATE, Saved, folder_of, listed, read_state, shard_of
 from shoal.checkpoint.shard import Bytes, Digest, Item, pieces_of, write_shard
+from shoal.checkpoint.sharers import Sharers
 from shoal.disk import replace_folder, sha256_of, sync, write_whole
 from shoal.errors import CheckpointError
 from shoal.parallel.mesh import Mesh
@@ -84,6 +90,8 @@ class CheckpointStore:
     The checkpoints of one run. Its methods are called by all processes, at the same steps.
 
     durable: flushed and read back; else for a folder in memory, that need not outlive the machine.
+    sharers: who sees the same folder; all, unless it is said. cut: what decides which parts a process holds, in words; a
+    process reads back what it wrote itself, where that is needed, if these are the same.
     `at(phase)` is called when a save comes to stage, write, manifest, rename, retention.
     """
 
@@ -94,20 +102,24 @@ class CheckpointStore:
         *,
         keep: Keep = Keep(),
         durable: bool = True,
+        sharers: Sharers | None = None,
+        cut: str = "",
         at: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.folder, self._mesh, self._keep, self._durable, self._at = folder, mesh, keep, durable, at
+        self.sharers, self._cut = sharers or Sharers.all(mesh.place.rank, mesh.world_size), cut
         self._last: int | None = None  # the step of the newest that all know of
         self._serial = 0
         self._save: _Save | None = None
         self._mine: list[str] | None = None  # the parts that this process writes
+        self._whole = True  # whether each folder has all of every tensor
         self._staged: dict[str, torch.Tensor] = {}
-        if mesh.is_first:
+        if self.sharers.is_first:
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
                 for leftover in folder.glob(".*"):  # of a save or a removal that was cut short
                     shutil.rmtree(leftover, ignore_errors=True)
-        mesh.barrier()
+        self._life = str(mesh.gather_objects(uuid.uuid4().hex)[0])  # and nobody looks before it is cleared
 
     # --- saving --------------------------------------------------------------------------------------------
 
@@ -131,7 +143,10 @@ class CheckpointStore:
         aside = self.folder / f".step-{step:08d}.{self._serial}.tmp"
         # the only checkpoint is never replaced by one that was not read
         careful = self._durable and (read_back or self._keep.last == 1)
-        self._save = save = _Save(self._serial, step, aside, {"format": FORMAT, **state}, careful)
+        state = {"format": FORMAT, **state}
+        if not self._durable:
+            state[MARK] = {"save": f"{self._life}-{self._serial}", "cut": "" if self._whole else self._cut}
+        self._save = save = _Save(self._serial, step, aside, state, careful)
         try:
             items, copied = self._stage(parts)
         except Exception as error:  # told to all by the next votes
@@ -147,7 +162,7 @@ class CheckpointStore:
 
     def _share(self, parts: Mapping[str, Part]) -> list[str]:
         if self._mine is None:
-            self._mine = share_out(parts, self._mesh)
+            self._mine, self._whole = share_out(parts, self._mesh, self.sharers)
         return self._mine
 
     def _stage(self, parts: Mapping[str, Part]) -> tuple[list[Item], torch.cuda.Event | None]:
@@ -173,7 +188,7 @@ class CheckpointStore:
             if copied is not None:
                 copied.synchronize()
             save.aside.mkdir(parents=True, exist_ok=True)
-            path = save.aside / f"shard-{self._mesh.place.rank:05d}.safetensors"
+            path = shard_of(save.aside, self._mesh.place.rank)
             digest = None
             if items:
                 digest = write_shard(path, items, durable=self._durable, read_back=save.read_back, at=self._at)
@@ -207,10 +222,10 @@ class CheckpointStore:
         written, committed, failed = votes
         if failed:
             return self._give_up(save)
-        if committed:
+        if committed == self.sharers.folders:
             self._save, self._last = None, save.step
             return Outcome(save.step, time.perf_counter() - save.begun)
-        if written == self._mesh.world_size and self._mesh.is_first and not save.committing:
+        if written == self._mesh.world_size and self.sharers.is_first and not save.committing:
             save.committing = True
             save.thread = threading.Thread(target=self._commit, args=(save,), name="commit", daemon=True)
             save.thread.start()
@@ -245,12 +260,20 @@ class CheckpointStore:
         self._save = None
         reasons = self._mesh.gather_objects("" if save.error is None else _reason(save.error))
         rank, reason = next((r, text) for r, text in enumerate(reasons) if text)
-        if self._mesh.is_first:
-            threading.Thread(target=shutil.rmtree, args=(save.aside, True), daemon=True).start()
+        if self.sharers.is_first:
+            threading.Thread(target=self._remove, args=(save,), daemon=True).start()
         where = f"rank {rank}: " if self._mesh.world_size > 1 else ""
         return Outcome(save.step, time.perf_counter() - save.begun, f"{self.folder}: {where}{reason}")
 
-    # --- what the first process does when all have written ---------------------------------------------------
+    def _remove(self, save: _Save) -> None:
+        """In a thread: also where this folder has it by now, and another one has not."""
+        if save.thread is not None:
+            save.thread.join()
+        shutil.rmtree(save.aside, ignore_errors=True)
+        if save.committed:
+            shutil.rmtree(folder_of(self.folder, save.step), ignore_errors=True)
+
+    # --- what the first process of a folder does when all have written ---------------------------------------------------
 
     def _commit(self, save: _Save) -> None:
         """In a thread."""
@@ -275,7 +298,7 @@ class CheckpointStore:
     def _digests(self, save: _Save) -> dict[str, Digest]:
         """Of all files, as those who wrote them left word."""
         files: dict[str, Digest] = {}
-        for rank in range(self._mesh.world_size):
+        for rank in self.sharers.ranks:
             slip = _slip(save.aside, rank)
             for name, said in json.loads(slip.read_text("utf-8")).items():
                 if said is not None:
@@ -304,26 +327,23 @@ class CheckpointStore:
     def newest(self) -> tuple[Saved | None, list[str]]:
         """
         The newest checkpoint of which every byte is as it was written, the same on all processes; and what was wrong
-        with each newer one. Those are set aside. A collective over the world.
+        with each newer one. Those are set aside; in memory, what others do not have is removed. A collective over the
+        world.
         """
-        found = self._mesh.gather_objects(listed(self.folder) if self._mesh.is_first else None)[0]
-        problems: list[str] = []
-        for saved in reversed(found):
-            mine = damage(saved.folder, self._mesh.place.rank, self._mesh.world_size)
-            damaged = next(filter(None, self._mesh.gather_objects(mine)), "")
-            if not damaged:
-                return saved, problems
-            problems.append(damaged)
-            if self._mesh.is_first:
-                set_aside(saved)
-        return None, problems
+        newest, problems = agree(self.folder, self._mesh, self.sharers, self._cut)
+        if not self._durable and self.sharers.is_first:
+            drop_after(self.folder, newest)
+        return newest, problems
 
     def load(self, saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
         """Fill `parts` in place from what `newest` found; its `state.json`. Raises `CheckpointError`."""
         state = read_state(saved.folder)
         problem = ""
         try:
-            read_into(saved, parts)
+            if state.get(MARK, {}).get("cut"):
+                read_own(shard_of(saved.folder, self._mesh.place.rank), parts)
+            else:
+                read_into(saved, parts)
         except CheckpointError as error:
             problem = str(error)
         if problem := next(filter(None, self._mesh.gather_objects(problem)), ""):

@@ -11,6 +11,7 @@ from typing import Final
 
 import psutil
 
+from shoal.checkpoint.sharers import Sharers
 from shoal.disk import gigabytes
 from shoal.parallel.mesh import Mesh
 
@@ -24,40 +25,42 @@ def fast_folder(place: str, run: Path) -> Path:
     return Path(place) / f"{run.name}-{mark}"
 
 
-def unusable(folder: Path, mesh: Mesh) -> str:
+def find_sharers(folder: Path, mesh: Mesh) -> tuple[Sharers, str]:
     """
-    Why `folder` cannot be used, the same on all processes; "" where it can. A collective over the world.
+    Which processes see the same under `folder`, which is made; and why it cannot be used, the same on all processes, ""
+    where it can. A collective over the world.
 
-    All processes must see what the others write there: one that has died left nothing else behind.
+    On one machine, or on a disk that all share, these are all; where each machine has its own memory, those of a machine.
     """
     word = mesh.gather_objects(uuid.uuid4().hex)[0]
-    token, problem = folder / f".{word}", ""
-    if mesh.is_first:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            token.touch()
-        except OSError as error:
-            problem = f"{folder} cannot be written: {error.strerror}"
+    token, problem = folder / f".{word}-{mesh.place.rank}", ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    except OSError as error:
+        problem = f"{folder} cannot be written: {error.strerror}"
     mesh.barrier()
-    there = mesh.gather_objects(token.exists())
-    if mesh.is_first:
-        with contextlib.suppress(OSError):
-            token.unlink(missing_ok=True)
-    if blind := [rank for rank, sees in enumerate(there) if not sees]:
-        problem = problem or f"rank {blind[0]} does not see what rank 0 writes to {folder}: it is on another machine"
-    return str(mesh.gather_objects(problem)[0])
+    seen = mesh.gather_objects([r for r in range(mesh.world_size) if token.with_name(f".{word}-{r}").exists()])
+    with contextlib.suppress(OSError):
+        token.unlink(missing_ok=True)
+    sharers = Sharers(mesh.place.rank, tuple(min(sees, default=rank) for rank, sees in enumerate(seen)))
+    if not problem and sharers.ranks != seen[mesh.place.rank]:
+        problem = f"rank {mesh.place.rank} does not see in {folder} what others see there"
+    return sharers, next(filter(None, mesh.gather_objects(problem)), "")
 
 
-def lacks_room(folder: Path, own_bytes: int, mesh: Mesh) -> str:
+def lacks_room(folder: Path, own_bytes: int, mesh: Mesh, sharers: Sharers) -> str:
     """
     Why so many bytes of each process, `COPIES` times, do not go into `folder`, the same on all processes; "" where they
     do. A collective over the world.
     """
-    needed = COPIES * sum(mesh.gather_objects(own_bytes))
-    there = sum(f.stat().st_size for f in folder.glob("**/*") if f.is_file()) if mesh.is_first else 0
-    room = (_free(folder) if mesh.is_first else 0) + there
-    problem = f"{folder} has room for {gigabytes(room)}, and {COPIES} checkpoints take {gigabytes(needed)}"
-    return str(mesh.gather_objects(problem if room < needed else "")[0])
+    sizes, problem = mesh.gather_objects(own_bytes), ""
+    if sharers.is_first:
+        needed = COPIES * sum(sizes[r] for r in sharers.ranks)
+        room = _free(folder) + sum(f.stat().st_size for f in folder.glob("**/*") if f.is_file())
+        if room < needed:
+            problem = f"{folder} has room for {gigabytes(room)}, and {COPIES} checkpoints take {gigabytes(needed)}"
+    return next(filter(None, mesh.gather_objects(problem)), "")
 
 
 def _free(folder: Path) -> int:

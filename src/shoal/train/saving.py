@@ -13,7 +13,7 @@ from shoal.config import Config
 from shoal.errors import RunError
 from shoal.metrics.console import Console
 from shoal.parallel.mesh import Mesh
-from shoal.train.fast import KEPT, clear, fast_folder, lacks_room, unusable
+from shoal.train.fast import KEPT, clear, fast_folder, find_sharers, lacks_room
 from shoal.train.state import TrainState
 
 Say = Callable[..., None]
@@ -84,10 +84,11 @@ class Saving:
         why = ""
         if options.fast is not None:
             near = fast_folder(options.fast, folder.parent)
-            if mesh.is_first and not begun:
+            sharers, why = find_sharers(near, mesh)
+            if sharers.is_first and not begun:
                 clear(near)
-            why = unusable(near, mesh)
-            store = CheckpointStore(near, mesh, keep=Keep(KEPT, 0, best=False), durable=False)
+            cut = f"{mesh.world_size} {config.parallel}"
+            store = CheckpointStore(near, mesh, keep=Keep(KEPT, 0, best=False), durable=False, sharers=sharers, cut=cut)
             tiers.append(_Tier(store, options.fast_every, is_fast=True, closed=bool(why)))
         saving = cls(tiers, mesh, console, event, not options.background, data_id=data_id)
         if why:
@@ -195,15 +196,16 @@ class Saving:
         outcome = last.store.save(state.tensors(), self._scalars(state, val_loss))
         if outcome.seconds or not outcome.ok:
             self._tell(last, outcome, state.step)
-        if outcome.ok and self.mesh.is_first:
-            for tier in self.tiers[1:]:
+        for tier in self.tiers[1:]:
+            if outcome.ok and tier.store.sharers.is_first:
                 clear(tier.store.folder)  # all that it has is older
         return outcome
 
     def _fits(self, tier: _Tier, state: TrainState) -> bool:
         """Whether there is room in a fast place: looked at before the first save. A collective over the world, then."""
         if tier.has_room is None:
-            why = lacks_room(tier.store.folder, tier.store.own_bytes(state.tensors()), self.mesh)
+            store = tier.store
+            why = lacks_room(store.folder, store.own_bytes(state.tensors()), self.mesh, store.sharers)
             tier.has_room, tier.closed = not why, bool(why)
             if why:
                 self._do_without(why, state.step)

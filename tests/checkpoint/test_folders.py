@@ -1,0 +1,184 @@
+"""Checkpoints in several folders, one for the processes of each machine: there on all, or passed over by all."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal.checkpoint.saved import damage, listed
+from shoal.checkpoint.sharers import Sharers
+from shoal.checkpoint.store import CheckpointStore, Keep
+from shoal.errors import CheckpointError
+from shoal.parallel.mesh import Mesh
+from shoal.parallel.region import Part, Region
+from tests.checkpoint.test_store import flip, is_equal, state, tensors
+from tests.world import World
+
+FIRSTS = (0, 0, 2, 2)  # two machines with two processes each
+RANKS_OF = {"copies": 1, "shards on each machine": 2, "shards over all": 4}
+
+
+def machine(rank: int) -> str:
+    return f"machine-{FIRSTS[rank] // 2}"
+
+
+def held(holds: str, rank: int, seed: int) -> dict[str, Part]:
+    """What a process holds of `tensors(seed)`: their rows cut over neighbours."""
+    count = RANKS_OF[holds]
+    found = {}
+    for name, whole in tensors(seed).items():
+        region = Region.whole(whole.shape).chunk(0, rank % count, count)
+        found[name] = Part(region, whole[region.slices].clone())
+    return found
+
+
+def store_of(
+    mesh: Mesh, folder: Path, holds: str = "copies", at: Callable[[str], None] = lambda phase: None
+) -> CheckpointStore:
+    rank = mesh.place.rank
+    return CheckpointStore(
+        folder / machine(rank), mesh, keep=Keep(2, best=False), durable=False, sharers=Sharers(rank, FIRSTS), cut=holds, at=at
+    )  # fmt: skip
+
+
+def save(mesh: Mesh, folder: Path, holds: str, steps: list[int]) -> list[str]:
+    store = store_of(mesh, folder, holds)
+    return [store.save(held(holds, mesh.place.rank, seed=step), state(step)).problem for step in steps]
+
+
+def load(mesh: Mesh, folder: Path, holds: str, wrote: str | None = None) -> tuple[int | None, list[str]]:
+    """The step that was found, where what it holds is right to the bit; and what was wrong with others."""
+    store = store_of(mesh, folder, wrote or holds)
+    saved, problems = store.newest()
+    if saved is None:
+        return None, problems
+    assert saved.folder.parent == folder / machine(mesh.place.rank)
+    mine = {name: part._replace(tensor=torch.zeros_like(part.tensor)) for name, part in held(holds, mesh.place.rank, 0).items()}  # fmt: skip
+    assert store.load(saved, mine)["step"] == saved.step
+    expected = held(holds, mesh.place.rank, saved.step)
+    assert all(torch.equal(part.tensor, expected[name].tensor) for name, part in mine.items())
+    return saved.step, problems
+
+
+@pytest.mark.parametrize("holds", RANKS_OF)
+def test_each_process_finds_what_it_held_in_the_folder_it_sees(
+    world: Callable[[int], World], tmp_path: Path, holds: str
+) -> None:
+    assert world(4).run(save, tmp_path, holds, [1, 2, 3]) == [[""] * 3] * 4
+    assert world(4).run(load, tmp_path, holds) == [(3, [])] * 4
+    for name in ("machine-0", "machine-1"):
+        assert [s.step for s in listed(tmp_path / name)] == [2, 3]
+        newest = listed(tmp_path / name)[-1]
+        assert damage(newest.folder) == ""
+        if holds != "shards over all":  # one machine alone has all, and it is written once
+            assert is_equal(newest, 3)
+            data = sum(t.nbytes for t in tensors().values())
+            assert data < sum(f.stat().st_size for f in newest.folder.glob("*.safetensors")) < data + 5000
+
+
+def test_shards_over_all_machines_are_of_use_where_nothing_was_cut_otherwise(
+    world: Callable[[int], World], tmp_path: Path
+) -> None:
+    world(4).run(save, tmp_path, "shards over all", [1])
+    assert world(4).run(load, tmp_path, "shards on each machine") == [(None, [])] * 4
+    assert not listed(tmp_path / "machine-0")  # nobody will ask for it again
+
+
+def test_what_was_cut_otherwise_is_not_taken_for_ones_own(world: Callable[[int], World], tmp_path: Path) -> None:
+    world(4).run(save, tmp_path, "shards over all", [1])
+    with pytest.raises(AssertionError, match="is another part of it") as caught:
+        world(4).run(load, tmp_path, "shards on each machine", "shards over all")
+    assert CheckpointError.__name__ in str(caught.value)
+
+
+def saves_of_two_lives(folder: Path, world: World) -> None:
+    """Machine 1 has step 3 of another life than machine 0."""
+    world.run(save, folder, "copies", [1, 3])
+    (folder / "machine-1").rename(folder / "before")
+    shutil.rmtree(folder / "machine-0")
+    world.run(save, folder, "copies", [1, 3])
+    shutil.rmtree(folder / "machine-1" / "step-00000003")
+    (folder / "before" / "step-00000003").rename(folder / "machine-1" / "step-00000003")
+
+
+@pytest.mark.parametrize("what", ["is missing", "is of another life", "was not committed"])
+def test_what_one_machine_has_not_is_passed_over_by_all_and_is_gone(
+    world: Callable[[int], World], tmp_path: Path, what: str
+) -> None:
+    if what == "is of another life":
+        saves_of_two_lives(tmp_path, world(4))
+    else:
+        world(4).run(save, tmp_path, "copies", [1, 3])
+        file = tmp_path / "machine-1" / "step-00000003"
+        shutil.rmtree(file) if what == "is missing" else (file / "manifest.json").unlink()
+    assert world(4).run(load, tmp_path, "copies") == [(1, [])] * 4
+    for name in ("machine-0", "machine-1"):
+        assert [s.step for s in listed(tmp_path / name)] == [1]
+
+
+def test_what_is_damaged_on_one_machine_is_passed_over_by_all(world: Callable[[int], World], tmp_path: Path) -> None:
+    world(4).run(save, tmp_path, "copies", [1, 3])
+    file = sorted((tmp_path / "machine-1" / "step-00000003").glob("*.safetensors"))[1]
+    flip(file)
+    problem = f"{file} was altered: its SHA-256 is not the one written"
+    assert world(4).run(load, tmp_path, "copies") == [(1, [problem])] * 4
+
+
+def test_a_machine_that_has_nothing_has_nothing_in_common(world: Callable[[int], World], tmp_path: Path) -> None:
+    world(4).run(save, tmp_path, "copies", [1])
+    shutil.rmtree(tmp_path / "machine-0")
+    assert world(4).run(load, tmp_path, "copies") == [(None, [])] * 4
+    assert not listed(tmp_path / "machine-1")
+
+
+def fail_on_one_machine(mesh: Mesh, folder: Path) -> str:
+    def at(phase: str) -> None:
+        if phase == "manifest" and mesh.place.rank == 2 and store.serial == 2:
+            raise OSError(5, "Input/output error")
+
+    store = store_of(mesh, folder, at=at)
+    assert store.save(held("copies", mesh.place.rank, 1), state(1)).ok
+    return store.save(held("copies", mesh.place.rank, 2), state(2)).problem
+
+
+def test_what_one_machine_could_not_commit_is_there_for_none(world: Callable[[int], World], tmp_path: Path) -> None:
+    problems = world(4).run(fail_on_one_machine, tmp_path)
+    assert all(problem.endswith(": rank 2: [Errno 5] Input/output error") for problem in problems)
+    assert world(4).run(load, tmp_path, "copies") == [(1, [])] * 4
+
+
+def one_commits_before_the_other(mesh: Mesh, folder: Path) -> list[bool]:
+    """Whether the save was over when one machine had it, and when both had."""
+    goes_on = threading.Event()
+
+    def at(phase: str) -> None:
+        if phase == "manifest" and mesh.place.rank == 2:
+            goes_on.wait(60)
+
+    store = store_of(mesh, folder, at=at)
+    store.begin(held("copies", mesh.place.rank, 1), state(1))
+
+    def look() -> bool:
+        """A step's turn, for those who wait for all but the machine that is slow."""
+        save = store._save
+        assert save is not None
+        assert save.thread is not None
+        if mesh.place.rank != 2 or not save.committing:
+            save.thread.join()
+        votes = mesh.sum(torch.tensor(store.votes(), dtype=torch.float64))
+        return store.settle(store.serial, votes.tolist()) is not None
+
+    assert not look()  # all have written
+    over = [look()]
+    goes_on.set()
+    outcome = store.finish()
+    return [*over, outcome is not None and outcome.ok]
+
+
+def test_a_save_is_over_when_all_machines_have_it(world: Callable[[int], World], tmp_path: Path) -> None:
+    assert world(4).run(one_commits_before_the_other, tmp_path) == [[False, True]] * 4
