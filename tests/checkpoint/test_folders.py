@@ -65,6 +65,17 @@ def load(mesh: Mesh, folder: Path, holds: str, wrote: str | None = None) -> tupl
     return saved.step, problems
 
 
+def test_who_shares_a_folder_is_who_sees_it() -> None:
+    shared = Sharers.of(1, [[0, 1, 2]] * 3)
+    assert shared == Sharers.all(1, 3)
+    assert (shared.ranks, shared.index, shared.is_first, shared.folders) == ([0, 1, 2], 1, False, 1)
+    apart = Sharers.of(3, [[0, 2], [1, 3], [0, 2], [1, 3]])
+    assert apart is not None
+    assert (apart.ranks, apart.index, apart.is_first, apart.folders) == ([1, 3], 1, False, 2)
+    assert Sharers.of(0, [[0], [0, 1]]) is None  # one is late to see what the other wrote
+    assert Sharers.of(0, [[0], []]) is None  # it cannot even write
+
+
 @pytest.mark.parametrize("holds", RANKS_OF)
 def test_each_process_finds_what_it_held_in_the_folder_it_sees(
     world: Callable[[int], World], tmp_path: Path, holds: str

@@ -139,18 +139,60 @@ def test_a_machine_without_room_says_so_once_and_trains_on(
     assert not list(small_memory.iterdir())
 
 
-def apart(mesh: Mesh, config: Config) -> int:
-    """Each process with a fast place of its own, as on machines that share no memory."""
-    assert config.checkpoint.fast is not None
-    own = config.replace("checkpoint", fast=f"{config.checkpoint.fast}-{mesh.place.rank}")
+def apart(config: Config, rank: int) -> Config:
+    """With a fast place of its own, as on a machine that shares no memory with others."""
+    return config.replace("checkpoint", fast=f"{config.checkpoint.fast}-{rank}")
+
+
+def cut_short_apart(mesh: Mesh, config: Config) -> None:
+    own = apart(config, mesh.place.rank)
     with opened(own, mesh) as run:
+        run.take_steps()
+        run.saving.settle_all(run.state.step)
+
+
+def resumed_apart(mesh: Mesh, config: Config) -> tuple[int, bool]:
+    """At which step a run goes on, and whether from its own memory."""
+    own = apart(config, mesh.place.rank)
+    with opened(own, mesh) as run:
+        found = run.saving.find()
+        assert found is not None
+        assert found.step == run.state.step
+        return run.state.step, found.folder.parent == fast_of(own)
+
+
+@pytest.mark.parametrize(("layout", "alone"), [({}, (6, True)), ({"parallel__dp_shard": 2}, (4, False))])
+def test_each_machine_has_memory_of_its_own(
+    world: Callable[[int], World], tmp_path: Path, layout: dict[str, int], alone: tuple[int, bool]
+) -> None:
+    """Copies of a model outlive a machine; shards go on as they are, and else from what lasts."""
+    config = config_in(tmp_path, "apart", **layout)
+    world(2).run(cut_short_apart, config)
+    assert world(2).run(resumed_apart, config) == [(6, True)] * 2
+    smaller = config.replace("parallel", dp_shard=1)
+    assert resumed_apart(ALONE, smaller) == alone  # the other machine is lost
+    assert listed(fast_of(apart(smaller, 0))) if alone[1] else not listed(fast_of(apart(smaller, 0)))
+    with opened(apart(smaller, 0)) as run:
+        run.train()
+    assert [p.name for p in tmp_path.glob("fast*")] == ["fast-1"]  # of the one that was lost
+
+
+def finished_apart(mesh: Mesh, config: Config) -> int:
+    with opened(apart(config, mesh.place.rank), mesh) as run:
         run.train()
         return run.state.step
 
 
-def test_machines_that_do_not_see_each_others_memory_do_without(world: Callable[[int], World], tmp_path: Path) -> None:
-    config = config_in(tmp_path, "apart", train__steps=4)
-    assert world(2).run(apart, config) == [4, 4]
-    [event] = events(config, "no fast place")
-    assert "rank 1 does not see" in event["why"]
+def test_nothing_is_left_in_the_memory_of_any_machine(world: Callable[[int], World], tmp_path: Path) -> None:
+    assert world(2).run(finished_apart, config_in(tmp_path, "done", train__steps=4)) == [4, 4]
     assert not list(tmp_path.glob("fast*"))
+
+
+def test_a_place_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    (tmp_path / "fast").touch()  # a file where the folder should be
+    config = config_in(tmp_path, "file", train__steps=4)
+    with opened(config) as run:
+        run.train()
+    [event] = events(config, "no fast place")
+    assert event["why"].endswith("cannot be written: Not a directory")
+    assert listed(run.folder.checkpoints)[-1].step == 4

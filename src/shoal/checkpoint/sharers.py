@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +21,12 @@ class Sharers:
     @classmethod
     def all(cls, rank: int, world_size: int) -> Sharers:
         return cls(rank, (0,) * world_size)
+
+    @classmethod
+    def of(cls, rank: int, seen: Sequence[list[int]]) -> Sharers | None:
+        """From which processes each one sees, itself among them; None where they do not see each other alike."""
+        found = cls(rank, tuple(min(sees, default=r) for r, sees in enumerate(seen)))
+        return found if all(seen[r] == ranks for ranks in found.groups for r in ranks) else None
 
     @cached_property
     def groups(self) -> list[list[int]]:

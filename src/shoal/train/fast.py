@@ -43,10 +43,11 @@ def find_sharers(folder: Path, mesh: Mesh) -> tuple[Sharers, str]:
     seen = mesh.gather_objects([r for r in range(mesh.world_size) if token.with_name(f".{word}-{r}").exists()])
     with contextlib.suppress(OSError):
         token.unlink(missing_ok=True)
-    sharers = Sharers(mesh.place.rank, tuple(min(sees, default=rank) for rank, sees in enumerate(seen)))
-    if not problem and sharers.ranks != seen[mesh.place.rank]:
-        problem = f"rank {mesh.place.rank} does not see in {folder} what others see there"
-    return sharers, next(filter(None, mesh.gather_objects(problem)), "")
+    sharers = Sharers.of(mesh.place.rank, seen)
+    problem = next(filter(None, mesh.gather_objects(problem)), "")
+    if sharers is None:
+        problem = problem or f"not all who see {folder} see the same there"
+    return sharers or Sharers.all(mesh.place.rank, mesh.world_size), problem
 
 
 def lacks_room(folder: Path, own_bytes: int, mesh: Mesh, sharers: Sharers) -> str:
