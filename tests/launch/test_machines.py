@@ -141,6 +141,16 @@ def site(tmp_path: Path) -> Iterator[Site]:
     site.close()
 
 
+def weights_alone(site: Site) -> str:
+    """Of one process that takes as many steps as the run has."""
+    step = site.saved()
+    alone = site.start("alone", "--name", "alone", "--train.steps", str(step), meets=False)
+    assert alone.wait(LIMIT_SECONDS) == 0, site.log("alone").read_text()
+    found = listed(site.folder / "runs" / "alone" / "checkpoints")[-1]
+    assert found.step == step
+    return weights(found.folder)
+
+
 @pytest.mark.ci
 def test_machines_come_and_go_and_the_weights_are_those_of_one(site: Site) -> None:
     fixed = ("--launch.nodes", "2")
@@ -175,12 +185,45 @@ def test_machines_come_and_go_and_the_weights_are_those_of_one(site: Site) -> No
     first.send_signal(signal.SIGINT)
     assert [first.wait(LIMIT_SECONDS), third.wait(LIMIT_SECONDS)] == [EXIT_REQUEUE] * 2
     assert audit(site.run.ledger_file).passed
-    found = listed(site.run.checkpoints)[-1]
-    alone = site.start("alone", "--name", "alone", "--train.steps", str(found.step), meets=False)
-    assert alone.wait(LIMIT_SECONDS) == 0, site.log("alone").read_text()
-    expected = listed(site.folder / "runs" / "alone" / "checkpoints")[-1]
-    assert expected.step == found.step
-    assert weights(found.folder) == weights(expected.folder)
+    assert weights_alone(site) == weights(listed(site.run.checkpoints)[-1].folder)
+
+
+@pytest.mark.ci
+def test_a_machine_that_is_lost_takes_a_step_with_it_where_each_has_checkpoints_in_memory(site: Site) -> None:
+    def start(name: str) -> subprocess.Popen[str]:
+        memory = f"--checkpoint.fast={site.folder / 'memory' / name}"
+        nodes = ("--launch.nodes=2", "--launch.min_nodes=1")
+        return site.start(name, *nodes, memory, "--checkpoint.every=0", "--train.steps=10000")
+
+    first, second = start("a"), start("b")
+    site.await_round(2, 0)
+    rounds, step = site.rounds(), site.steps()
+    until(lambda: site.steps() > step + 5, site)
+    lose(second)
+    taken = site.steps()
+    site.await_round(1, rounds)
+    assert site.saved() == 0  # there is nothing but memory
+    assert site.events("started")[-1]["step"] >= taken - 2  # the one it waited with, for that before it to be saved
+    assert f"resumed from {site.folder / 'memory' / 'a'}" in site.log("a").read_text()
+
+    rounds = site.rounds()
+    third = start("c")  # its memory is empty: all save before, where both can read it
+    site.await_round(2, rounds)
+    rounds = site.rounds()
+    step = site.steps()
+    until(lambda: site.steps() > step + 5, site)
+    started = len(site.events("started"))
+    (worker,) = workers(third)
+    taken = site.steps()
+    worker.kill()
+    until(lambda: len(site.events("started")) > started, site)
+    assert site.events("started")[-1]["step"] >= taken - 2
+    until(lambda: site.steps() > taken, site)
+    first.send_signal(signal.SIGINT)
+    assert [first.wait(LIMIT_SECONDS), third.wait(LIMIT_SECONDS)] == [EXIT_REQUEUE] * 2
+    assert audit(site.run.ledger_file).passed
+    assert [p.name for p in (site.folder / "memory").iterdir()] == ["b"]  # on the machine that is no more
+    assert weights_alone(site) == weights(listed(site.run.checkpoints)[-1].folder)
 
 
 @pytest.mark.ci
