@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 
+from shoal.checkpoint.memory import Memory, Sharers
 from shoal.checkpoint.saved import damage, listed
-from shoal.checkpoint.sharers import Sharers
 from shoal.checkpoint.store import CheckpointStore, Keep
 from shoal.errors import CheckpointError
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.region import Part, Region
 from tests.checkpoint.test_store import flip, is_equal, state, tensors
+from tests.disks import small_disk
 from tests.world import World
 
 FIRSTS = (0, 0, 2, 2)  # two machines with two processes each
+ALL: Mapping[str, int | None] = {"a": None, "b": None}
 RANKS_OF = {"copies": 1, "shards on each machine": 2, "shards over all": 4}
 
 
@@ -38,22 +40,27 @@ def held(holds: str, rank: int, seed: int) -> dict[str, Part]:
 
 
 def store_of(
-    mesh: Mesh, folder: Path, holds: str = "copies", at: Callable[[str], None] = lambda phase: None
+    mesh: Mesh,
+    folder: Path,
+    holds: str = "copies",
+    life: str = "a",
+    lives: Mapping[str, int | None] = ALL,
+    at: Callable[[str], None] = lambda phase: None,
 ) -> CheckpointStore:
-    rank = mesh.place.rank
-    return CheckpointStore(
-        folder / machine(rank), mesh, keep=Keep(2, best=False), durable=False, sharers=Sharers(rank, FIRSTS), cut=holds, at=at
-    )  # fmt: skip
+    memory = Memory(Sharers(mesh.place.rank, FIRSTS), holds, life, lives)
+    return CheckpointStore(folder / machine(mesh.place.rank), mesh, keep=Keep(2, best=False), memory=memory, at=at)
 
 
-def save(mesh: Mesh, folder: Path, holds: str, steps: list[int]) -> list[str]:
-    store = store_of(mesh, folder, holds)
+def save(mesh: Mesh, folder: Path, holds: str, steps: list[int], life: str = "a") -> list[str]:
+    store = store_of(mesh, folder, holds, life)
     return [store.save(held(holds, mesh.place.rank, seed=step), state(step)).problem for step in steps]
 
 
-def load(mesh: Mesh, folder: Path, holds: str, wrote: str | None = None) -> tuple[int | None, list[str]]:
+def load(
+    mesh: Mesh, folder: Path, holds: str, wrote: str | None = None, lives: Mapping[str, int | None] = ALL
+) -> tuple[int | None, list[str]]:
     """The step that was found, where what it holds is right to the bit; and what was wrong with others."""
-    store = store_of(mesh, folder, wrote or holds)
+    store = store_of(mesh, folder, wrote or holds, lives=lives)
     saved, problems = store.newest()
     if saved is None:
         return None, problems
@@ -67,7 +74,7 @@ def load(mesh: Mesh, folder: Path, holds: str, wrote: str | None = None) -> tupl
 
 def test_who_shares_a_folder_is_who_sees_it() -> None:
     shared = Sharers.of(1, [[0, 1, 2]] * 3)
-    assert shared == Sharers.all(1, 3)
+    assert shared == Sharers.everyone(1, 3)
     assert (shared.ranks, shared.index, shared.is_first, shared.folders) == ([0, 1, 2], 1, False, 1)
     apart = Sharers.of(3, [[0, 2], [1, 3], [0, 2], [1, 3]])
     assert apart is not None
@@ -97,7 +104,7 @@ def test_shards_over_all_machines_are_of_use_where_nothing_was_cut_otherwise(
 ) -> None:
     world(4).run(save, tmp_path, "shards over all", [1])
     assert world(4).run(load, tmp_path, "shards on each machine") == [(None, [])] * 4
-    assert not listed(tmp_path / "machine-0")  # nobody will ask for it again
+    assert world(4).run(load, tmp_path, "shards over all") == [(1, [])] * 4  # it was left where it is
 
 
 def test_what_was_cut_otherwise_is_not_taken_for_ones_own(world: Callable[[int], World], tmp_path: Path) -> None:
@@ -109,7 +116,7 @@ def test_what_was_cut_otherwise_is_not_taken_for_ones_own(world: Callable[[int],
 
 def saves_of_two_lives(folder: Path, world: World) -> None:
     """Machine 1 has step 3 of another life than machine 0."""
-    world.run(save, folder, "copies", [1, 3])
+    world.run(save, folder, "copies", [1, 3], "b")
     (folder / "machine-1").rename(folder / "before")
     shutil.rmtree(folder / "machine-0")
     world.run(save, folder, "copies", [1, 3])
@@ -118,18 +125,30 @@ def saves_of_two_lives(folder: Path, world: World) -> None:
 
 
 @pytest.mark.parametrize("what", ["is missing", "is of another life", "was not committed"])
-def test_what_one_machine_has_not_is_passed_over_by_all_and_is_gone(
+def test_what_one_machine_has_not_is_passed_over_by_all(
     world: Callable[[int], World], tmp_path: Path, what: str
 ) -> None:
     if what == "is of another life":
         saves_of_two_lives(tmp_path, world(4))
     else:
         world(4).run(save, tmp_path, "copies", [1, 3])
-        file = tmp_path / "machine-1" / "step-00000003"
-        shutil.rmtree(file) if what == "is missing" else (file / "manifest.json").unlink()
+        newest = tmp_path / "machine-1" / "step-00000003"
+        shutil.rmtree(newest) if what == "is missing" else (newest / "manifest.json").unlink()
     assert world(4).run(load, tmp_path, "copies") == [(1, [])] * 4
+    assert [s.step for s in listed(tmp_path / "machine-0")] == [1, 3]  # who only looks removes nothing
+    assert world(4).run(save, tmp_path, "copies", [2], "b") == [[""]] * 4
     for name in ("machine-0", "machine-1"):
-        assert [s.step for s in listed(tmp_path / name)] == [1]
+        assert [s.step for s in listed(tmp_path / name)] == [1, 2]  # it would have been the third one's place
+
+
+@pytest.mark.parametrize(
+    ("lives", "found"), [({"a": None}, 3), ({"a": 2, "b": None}, 1), ({"b": None}, None), ({}, None)]
+)
+def test_what_is_of_another_history_is_not_taken(
+    world: Callable[[int], World], tmp_path: Path, lives: dict[str, int | None], found: int | None
+) -> None:
+    world(4).run(save, tmp_path, "copies", [1, 3])
+    assert world(4).run(load, tmp_path, "copies", None, lives) == [(found, [])] * 4
 
 
 def test_what_is_damaged_on_one_machine_is_passed_over_by_all(world: Callable[[int], World], tmp_path: Path) -> None:
@@ -138,13 +157,57 @@ def test_what_is_damaged_on_one_machine_is_passed_over_by_all(world: Callable[[i
     flip(file)
     problem = f"{file} was altered: its SHA-256 is not the one written"
     assert world(4).run(load, tmp_path, "copies") == [(1, [problem])] * 4
+    assert [s.step for s in listed(tmp_path / "machine-0")] == [1, 3]  # the machine whose it is has no other place
+    assert sorted(p.name for p in (tmp_path / "machine-1").iterdir() if p.is_dir()) == ["step-00000001"]
 
 
 def test_a_machine_that_has_nothing_has_nothing_in_common(world: Callable[[int], World], tmp_path: Path) -> None:
     world(4).run(save, tmp_path, "copies", [1])
     shutil.rmtree(tmp_path / "machine-0")
     assert world(4).run(load, tmp_path, "copies") == [(None, [])] * 4
-    assert not listed(tmp_path / "machine-1")
+
+
+def lent(mesh: Mesh, folder: Path, after: int, lives: Mapping[str, int | None] = ALL) -> tuple[int | None, list[str]]:
+    return store_of(mesh, folder, lives=lives).lend(after, folder / "disk")
+
+
+@pytest.mark.parametrize("holds", ["copies", "shards on each machine"])
+def test_what_one_machine_has_all_of_is_lent_to_all(world: Callable[[int], World], tmp_path: Path, holds: str) -> None:
+    (tmp_path / "disk").mkdir()
+    world(4).run(save, tmp_path, holds, [1, 3])
+    shutil.rmtree(tmp_path / "machine-0")
+    for after, lives in ((3, ALL), (0, {"b": None})):
+        assert world(4).run(lent, tmp_path, after, lives) == [(None, [])] * 4
+    assert not list((tmp_path / "disk").iterdir())
+    assert world(4).run(lent, tmp_path, 1) == [(3, [])] * 4
+    [found] = listed(tmp_path / "disk")
+    assert is_equal(found, 3)
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["latest", "step-00000003"]
+
+
+def test_what_is_damaged_or_cut_over_machines_is_not_lent(world: Callable[[int], World], tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    world(4).run(save, tmp_path, "copies", [1, 3])
+    shutil.rmtree(tmp_path / "machine-0")
+    file = sorted((tmp_path / "machine-1" / "step-00000003").glob("*.safetensors"))[1]
+    flip(file)
+    problem = f"{file} was altered: its SHA-256 is not the one written"
+    assert world(4).run(lent, tmp_path, 0) == [(1, [problem])] * 4
+    assert is_equal(listed(tmp_path / "disk")[0], 1)
+    world(4).run(save, tmp_path, "shards over all", [5])
+    shutil.rmtree(tmp_path / "machine-0")
+    assert world(4).run(lent, tmp_path, 1) == [(None, [problem])] * 4
+
+
+def test_a_full_disk_takes_no_loan(world: Callable[[int], World], tmp_path: Path) -> None:
+    world(4).run(save, tmp_path, "copies", [1])
+    shutil.rmtree(tmp_path / "machine-0")
+    with small_disk(tmp_path / "disk", "20k") as disk:
+        for step, [problem] in world(4).run(lent, tmp_path, 0):
+            assert step is None
+            assert "could not be copied to" in problem
+            assert "No space left" in problem
+        assert not list(disk.iterdir())
 
 
 def fail_on_one_machine(mesh: Mesh, folder: Path) -> str:
@@ -154,12 +217,17 @@ def fail_on_one_machine(mesh: Mesh, folder: Path) -> str:
 
     store = store_of(mesh, folder, at=at)
     assert store.save(held("copies", mesh.place.rank, 1), state(1)).ok
-    return store.save(held("copies", mesh.place.rank, 2), state(2)).problem
+    problem = store.save(held("copies", mesh.place.rank, 2), state(2)).problem
+    if store._tidying is not None:
+        store._tidying.join()
+    return problem
 
 
 def test_what_one_machine_could_not_commit_is_there_for_none(world: Callable[[int], World], tmp_path: Path) -> None:
     problems = world(4).run(fail_on_one_machine, tmp_path)
     assert all(problem.endswith(": rank 2: [Errno 5] Input/output error") for problem in problems)
+    for name in ("machine-0", "machine-1"):
+        assert [p.name for p in (tmp_path / name).glob("*step*")] == ["step-00000001"]  # nor half of it
     assert world(4).run(load, tmp_path, "copies") == [(1, [])] * 4
 
 

@@ -202,6 +202,18 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def test_a_step_that_was_set_aside_is_saved_again(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
+    for step in (1, 2):
+        saved_in(store, step=step)
+    flip(next(listed(tmp_path)[1].folder.glob("*.safetensors")))
+    found, [problem] = store.newest()
+    assert found is not None
+    assert (found.step, "was altered" in problem) == (1, True)
+    saved_in(store, seed=7, step=2)
+    assert is_equal(listed(tmp_path)[1], 7)
+
+
 @pytest.mark.parametrize("shares", [1, 2, 3])
 def test_several_who_share_the_reading_miss_nothing(tmp_path: Path, shares: int) -> None:
     saved = saved_in(store_in(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -151,14 +152,17 @@ def cut_short_apart(mesh: Mesh, config: Config) -> None:
         run.saving.settle_all(run.state.step)
 
 
-def resumed_apart(mesh: Mesh, config: Config) -> tuple[int, bool]:
+def resumed(config: Config, mesh: Mesh = ALONE) -> tuple[int, bool]:
     """At which step a run goes on, and whether from its own memory."""
-    own = apart(config, mesh.place.rank)
-    with opened(own, mesh) as run:
+    with opened(config, mesh) as run:
         found = run.saving.find()
         assert found is not None
         assert found.step == run.state.step
-        return run.state.step, found.folder.parent == fast_of(own)
+        return run.state.step, found.folder.parent == fast_of(config)
+
+
+def resumed_apart(mesh: Mesh, config: Config) -> tuple[int, bool]:
+    return resumed(apart(config, mesh.place.rank), mesh)
 
 
 @pytest.mark.parametrize(("layout", "alone"), [({}, (6, True)), ({"parallel__dp_shard": 2}, (4, False))])
@@ -170,11 +174,43 @@ def test_each_machine_has_memory_of_its_own(
     world(2).run(cut_short_apart, config)
     assert world(2).run(resumed_apart, config) == [(6, True)] * 2
     smaller = config.replace("parallel", dp_shard=1)
-    assert resumed_apart(ALONE, smaller) == alone  # the other machine is lost
-    assert listed(fast_of(apart(smaller, 0))) if alone[1] else not listed(fast_of(apart(smaller, 0)))
+    assert resumed(apart(smaller, 0)) == alone  # the other machine is lost
     with opened(apart(smaller, 0)) as run:
         run.train()
     assert [p.name for p in tmp_path.glob("fast*")] == ["fast-1"]  # of the one that was lost
+
+
+def test_what_one_machine_still_has_is_for_all_where_another_takes_the_place_of_the_lost_one(
+    world: Callable[[int], World], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_in(tmp_path, "replaced")
+    world(2).run(cut_short_apart, config)
+    shutil.rmtree(fast_of(apart(config, 0)))
+    assert world(2).run(resumed_apart, config) == [(6, False)] * 2
+    assert [s.step for s in listed(tmp_path / "runs" / "replaced" / "checkpoints")] == [4, 6]
+    [event] = events(config, "lent")
+    assert event["step"] == 6
+    damaged(fast_of(apart(config, 1)), 6)  # it is of no use any more, and nobody asks for it
+    assert world(2).run(resumed_apart, config) == [(6, False)] * 2
+
+
+def test_what_a_machine_that_was_away_has_of_another_history_is_not_taken(
+    world: Callable[[int], World], tmp_path: Path
+) -> None:
+    """Of a run of that name before; of this one, but of steps that were taken again; and both where it is alone."""
+    config = config_in(tmp_path, "again")
+    world(2).run(cut_short_apart, config)
+    shutil.rmtree(tmp_path / "runs" / "again")
+    cut_short(apart(config, 0))
+    assert [s.step for s in listed(fast_of(apart(config, 1)))] == [5, 6]
+    assert resumed(apart(config, 1)) == (4, False)
+
+    longer = config.replace("train", steps=20)
+    world(2).run(cut_short_apart, longer)
+    assert [s.step for s in listed(fast_of(apart(longer, 1)))] == [18, 19]
+    with opened(longer.replace("checkpoint", fast=None)) as run:
+        assert run.state.step == 16
+    assert resumed(apart(longer, 1)) == (16, False)
 
 
 def finished_apart(mesh: Mesh, config: Config) -> int:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from shoal.checkpoint.sharers import Sharers
+from shoal.checkpoint.memory import Sharers
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.region import Part, Region
 
@@ -57,10 +57,12 @@ def share_out(parts: Mapping[str, Part], mesh: Mesh, sharers: Sharers) -> tuple[
     planner.set_up_planner({}, is_coordinator=mesh.is_first)
     plans = mesh.gather_objects(planner.create_local_plan())
     names = {item.index.fqn for plan in plans for item in plan.items}
-    if sharers.folders > 1 and not all(_make_up(names, [plans[r] for r in ranks]) for ranks in sharers.groups):
-        return list(parts), False
-    plans, _ = planner.create_global_plan([plans[r] for r in sharers.ranks])  # pure: every process comes to the same
-    return [item.index.fqn for item in plans[sharers.index].items], True
+    shared, _ = planner.create_global_plan(plans)  # pure: every process comes to the same
+    if sharers.folders > 1:
+        if not all(_make_up(names, [plans[r] for r in ranks]) for ranks in sharers.groups):
+            return list(parts), False
+        shared, _ = planner.create_global_plan([plans[r] for r in sharers.ranks])
+    return [item.index.fqn for item in shared[sharers.index].items], True
 
 
 def _make_up(names: set[str], plans: Sequence[SavePlan]) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,9 +29,18 @@ from shoal.errors import CheckpointError
 FORMAT: Final = 1
 STATE: Final = "state.json"
 MANIFEST: Final = "manifest.json"
-MARK: Final = "mark"  # in state.json of what is in memory: of which save it is, and of which cut where it is not whole
+MARK: Final = "mark"  # in state.json
 _PREFIX: Final = "step-"
 _DAMAGED: Final = "damaged-"
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Of which save a checkpoint in memory is."""
+
+    life: str  # of the processes that wrote it
+    save: int  # which one of theirs
+    cut: str  # how tensors were cut over processes; "": all that is in a folder makes them whole
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,7 @@ class Saved:
     folder: Path
     step: int
     val_loss: float | None
+    mark: Mark | None = None  # of one that was saved in memory
 
 
 def folder_of(folder: Path, step: int) -> Path:
@@ -58,7 +69,9 @@ def listed(folder: Path) -> list[Saved]:
     for path in sorted(folder.glob(f"{_PREFIX}*")) if folder.is_dir() else []:
         if (path / MANIFEST).is_file() and path.name.removeprefix(_PREFIX).isdigit():
             with contextlib.suppress(CheckpointError):
-                found.append(Saved(path, int(path.name.removeprefix(_PREFIX)), read_state(path).get("val_loss")))
+                state = read_state(path)
+                step = int(path.name.removeprefix(_PREFIX))
+                found.append(Saved(path, step, state.get("val_loss"), _mark(state.get(MARK))))
     return found
 
 
@@ -105,6 +118,21 @@ def _damaged_files(folder: Path, files: Mapping[str, Any], share: int, shares: i
         for name, digest in zip(mine, pool.map(lambda n: sha256_of(paths[n]), mine), strict=True):
             if digest != files[name]["sha256"]:
                 yield f"{paths[name]} was altered: its SHA-256 is not the one written"
+
+
+def _mark(found: Any) -> Mark | None:
+    try:
+        return Mark(found["life"], found["save"], found["cut"])
+    except (KeyError, TypeError):
+        return None
+
+
+def discard(folder: Path) -> None:
+    """Remove a checkpoint; a removal that is cut short leaves nothing half listed."""
+    doomed = folder.with_name(f".{folder.name}.old")
+    with contextlib.suppress(OSError):
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def set_aside(saved: Saved) -> None:

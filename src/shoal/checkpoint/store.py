@@ -22,10 +22,9 @@ import os
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,11 +32,23 @@ import numpy as np
 import torch
 
 from shoal.checkpoint.load import read_into, read_own
-from shoal.checkpoint.newest import agree, drop_after
+from shoal.checkpoint.memory import Memory, Sharers
+from shoal.checkpoint.newest import choose, lend, point_to_latest
 from shoal.checkpoint.planner import share_out
-from shoal.checkpoint.saved import FORMAT, MANIFEST, MARK, STATE, Saved, folder_of, listed, read_state, shard_of
+from shoal.checkpoint.saved import (
+    FORMAT,
+    MANIFEST,
+    MARK,
+    STATE,
+    Mark,
+    Saved,
+    discard,
+    folder_of,
+    listed,
+    read_state,
+    shard_of,
+)
 from shoal.checkpoint.shard import Bytes, Digest, Item, pieces_of, write_shard
-from shoal.checkpoint.sharers import Sharers
 from shoal.disk import replace_folder, sha256_of, sync, write_whole
 from shoal.errors import CheckpointError
 from shoal.parallel.mesh import Mesh
@@ -80,7 +91,7 @@ class _Save:
     begun: float = field(default_factory=time.perf_counter)
     thread: threading.Thread | None = None
     written: bool = False  # this process's part
-    committed: bool = False  # by the first process
+    committed: bool = False  # by the first process of its folder
     committing: bool = False
     error: Exception | None = None
 
@@ -89,9 +100,7 @@ class CheckpointStore:
     """
     The checkpoints of one run. Its methods are called by all processes, at the same steps.
 
-    durable: flushed and read back; else for a folder in memory, that need not outlive the machine.
-    sharers: who sees the same folder; all, unless it is said. cut: what decides which parts a process holds, in words; a
-    process reads back what it wrote itself, where that is needed, if these are the same.
+    memory: of a folder in memory, that need not outlive the machine; others are flushed and read back.
     `at(phase)` is called when a save comes to stage, write, manifest, rename, retention.
     """
 
@@ -101,16 +110,15 @@ class CheckpointStore:
         mesh: Mesh,
         *,
         keep: Keep = Keep(),
-        durable: bool = True,
-        sharers: Sharers | None = None,
-        cut: str = "",
+        memory: Memory | None = None,
         at: Callable[[str], None] = lambda phase: None,
     ) -> None:
-        self.folder, self._mesh, self._keep, self._durable, self._at = folder, mesh, keep, durable, at
-        self.sharers, self._cut = sharers or Sharers.all(mesh.place.rank, mesh.world_size), cut
+        self.folder, self._mesh, self._keep, self._memory, self._at = folder, mesh, keep, memory, at
+        self.sharers = memory.sharers if memory else Sharers.everyone(mesh.place.rank, mesh.world_size)
         self._last: int | None = None  # the step of the newest that all know of
         self._serial = 0
         self._save: _Save | None = None
+        self._tidying: threading.Thread | None = None  # after a save that is over
         self._mine: list[str] | None = None  # the parts that this process writes
         self._whole = True  # whether each folder has all of every tensor
         self._staged: dict[str, torch.Tensor] = {}
@@ -119,7 +127,7 @@ class CheckpointStore:
                 folder.mkdir(parents=True, exist_ok=True)
                 for leftover in folder.glob(".*"):  # of a save or a removal that was cut short
                     shutil.rmtree(leftover, ignore_errors=True)
-        self._life = str(mesh.gather_objects(uuid.uuid4().hex)[0])  # and nobody looks before it is cleared
+        mesh.barrier()
 
     # --- saving --------------------------------------------------------------------------------------------
 
@@ -142,10 +150,10 @@ class CheckpointStore:
         self._serial += 1
         aside = self.folder / f".step-{step:08d}.{self._serial}.tmp"
         # the only checkpoint is never replaced by one that was not read
-        careful = self._durable and (read_back or self._keep.last == 1)
+        careful = self._memory is None and (read_back or self._keep.last == 1)
         state = {"format": FORMAT, **state}
-        if not self._durable:
-            state[MARK] = {"save": f"{self._life}-{self._serial}", "cut": "" if self._whole else self._cut}
+        if self._memory:
+            state[MARK] = asdict(Mark(self._memory.life, self._serial, "" if self._whole else self._memory.cut))
         self._save = save = _Save(self._serial, step, aside, state, careful)
         try:
             items, copied = self._stage(parts)
@@ -190,8 +198,8 @@ class CheckpointStore:
             save.aside.mkdir(parents=True, exist_ok=True)
             path = shard_of(save.aside, self._mesh.place.rank)
             digest = None
-            if items:
-                digest = write_shard(path, items, durable=self._durable, read_back=save.read_back, at=self._at)
+            if items or not self._whole:
+                digest = write_shard(path, items, durable=self._memory is None, read_back=save.read_back, at=self._at)
             said = {} if digest is None else {path.name: {"bytes": digest.bytes, "sha256": digest.sha256}}
             write_whole(_slip(save.aside, self._mesh.place.rank), [json.dumps(said).encode()])
             save.written = True
@@ -223,7 +231,7 @@ class CheckpointStore:
         if failed:
             return self._give_up(save)
         if committed == self.sharers.folders:
-            self._save, self._last = None, save.step
+            self._save, self._last, self._tidying = None, save.step, save.thread
             return Outcome(save.step, time.perf_counter() - save.begun)
         if written == self._mesh.world_size and self.sharers.is_first and not save.committing:
             save.committing = True
@@ -261,7 +269,8 @@ class CheckpointStore:
         reasons = self._mesh.gather_objects("" if save.error is None else _reason(save.error))
         rank, reason = next((r, text) for r, text in enumerate(reasons) if text)
         if self.sharers.is_first:
-            threading.Thread(target=self._remove, args=(save,), daemon=True).start()
+            self._tidying = threading.Thread(target=self._remove, args=(save,), name="remove", daemon=True)
+            self._tidying.start()
         where = f"rank {rank}: " if self._mesh.world_size > 1 else ""
         return Outcome(save.step, time.perf_counter() - save.begun, f"{self.folder}: {where}{reason}")
 
@@ -271,9 +280,9 @@ class CheckpointStore:
             save.thread.join()
         shutil.rmtree(save.aside, ignore_errors=True)
         if save.committed:
-            shutil.rmtree(folder_of(self.folder, save.step), ignore_errors=True)
+            discard(folder_of(self.folder, save.step))
 
-    # --- what the first process of a folder does when all have written ---------------------------------------------------
+    # --- what the first process of a folder does when all have written ---------------------------------------
 
     def _commit(self, save: _Save) -> None:
         """In a thread."""
@@ -285,7 +294,7 @@ class CheckpointStore:
             self._at("rename")
             final = folder_of(self.folder, save.step)
             replace_folder(save.aside, final)
-            _point(self.folder / "latest", final.name)
+            point_to_latest(self.folder, save.step)
             sync(self.folder)
             save.committed = True
         except Exception as error:
@@ -293,7 +302,7 @@ class CheckpointStore:
             return
         with contextlib.suppress(OSError):  # what should be gone and is not costs room, and no checkpoint
             self._at("retention")
-            self._retain()
+            self._retain(save.step)
 
     def _digests(self, save: _Save) -> dict[str, Digest]:
         """Of all files, as those who wrote them left word."""
@@ -307,10 +316,11 @@ class CheckpointStore:
         write_whole(save.aside / STATE, [json.dumps(save.state, indent=1).encode()])
         return files | {STATE: Digest((save.aside / STATE).stat().st_size, sha256_of(save.aside / STATE))}
 
-    def _retain(self) -> None:
-        """Remove what is not to be kept; a removal that is cut short leaves nothing half listed."""
+    def _retain(self, step: int) -> None:
+        """Remove what is not to be kept after `step`: in memory also what is newer, whose steps are taken anew."""
         saved = listed(self.folder)
-        kept = {s.step for s in saved[-self._keep.last :]}
+        up_to_now = [s for s in saved if s.step <= step] if self._memory else saved
+        kept = {s.step for s in up_to_now[-self._keep.last :]}
         if self._keep.every:
             kept |= {s.step for s in saved if s.step % self._keep.every == 0}
         judged = [s for s in saved if s.val_loss is not None]
@@ -318,29 +328,35 @@ class CheckpointStore:
             kept.add(min(judged, key=lambda s: (s.val_loss, s.step)).step)
         for old in saved:
             if old.step not in kept:
-                doomed = old.folder.with_name(f".{old.folder.name}.old")
-                old.folder.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                discard(old.folder)
 
     # --- loading ---------------------------------------------------------------------------------------------
 
     def newest(self) -> tuple[Saved | None, list[str]]:
         """
         The newest checkpoint of which every byte is as it was written, the same on all processes; and what was wrong
-        with each newer one. Those are set aside; in memory, what others do not have is removed. A collective over the
-        world.
+        with each newer one. Those are set aside, or in memory removed. A collective over the world.
         """
-        newest, problems = agree(self.folder, self._mesh, self.sharers, self._cut)
-        if not self._durable and self.sharers.is_first:
-            drop_after(self.folder, newest)
+        if self._tidying is not None:
+            self._tidying.join()
+        newest, problems = choose(self.folder, self._mesh, self._memory)
+        self._last = newest.step if newest else None
         return newest, problems
+
+    def lend(self, after: int, to: Path) -> tuple[int | None, list[str]]:
+        """
+        Of a store in memory: where not all machines have the newest, copy it to `to`, which all see. The step, if there is
+        one after `after`; and what was wrong with others. A collective over the world.
+        """
+        assert self._memory is not None
+        return lend(self.folder, self._mesh, self._memory, after, to)
 
     def load(self, saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
         """Fill `parts` in place from what `newest` found; its `state.json`. Raises `CheckpointError`."""
-        state = read_state(saved.folder)
-        problem = ""
+        state, problem = {}, ""
         try:
-            if state.get(MARK, {}).get("cut"):
+            state = read_state(saved.folder)
+            if saved.mark and saved.mark.cut:
                 read_own(shard_of(saved.folder, self._mesh.place.rank), parts)
             else:
                 read_into(saved, parts)
@@ -348,7 +364,6 @@ class CheckpointStore:
             problem = str(error)
         if problem := next(filter(None, self._mesh.gather_objects(problem)), ""):
             raise CheckpointError(problem)
-        self._last = saved.step
         return state
 
 
@@ -379,12 +394,3 @@ def _reason(error: Exception) -> str:
     if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in text:
         return "the disk is full"
     return text.strip() or type(error).__name__
-
-
-def _point(link: Path, target: str) -> None:
-    """Let `link` point at `target`, never at nothing in between. A disk without links has none."""
-    aside = link.with_name(f".{link.name}.tmp")
-    with contextlib.suppress(OSError):
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(target)
-        aside.replace(link)

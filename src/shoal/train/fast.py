@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 import psutil
 
-from shoal.checkpoint.sharers import Sharers
-from shoal.disk import gigabytes
+from shoal.checkpoint.memory import Sharers
+from shoal.disk import gigabytes, write_whole
 from shoal.parallel.mesh import Mesh
 
 KEPT: Final = 2
 COPIES: Final = KEPT + 1  # and one that is being written
+LIVES: Final = "memory.json"  # beside the checkpoints that last
 
 
 def fast_folder(place: str, run: Path) -> Path:
@@ -33,21 +37,22 @@ def find_sharers(folder: Path, mesh: Mesh) -> tuple[Sharers, str]:
     On one machine, or on a disk that all share, these are all; where each machine has its own memory, those of a machine.
     """
     word = mesh.gather_objects(uuid.uuid4().hex)[0]
-    token, problem = folder / f".{word}-{mesh.place.rank}", ""
+    tokens, problem = [folder / f".{word}-{rank}" for rank in range(mesh.world_size)], ""
+    mine = tokens[mesh.place.rank]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        token.touch()
+        mine.touch()
     except OSError as error:
         problem = f"{folder} cannot be written: {error.strerror}"
     mesh.barrier()
-    seen = mesh.gather_objects([r for r in range(mesh.world_size) if token.with_name(f".{word}-{r}").exists()])
+    seen = mesh.gather_objects([rank for rank, token in enumerate(tokens) if os.path.exists(token)])
     with contextlib.suppress(OSError):
-        token.unlink(missing_ok=True)
+        mine.unlink(missing_ok=True)
     sharers = Sharers.of(mesh.place.rank, seen)
     problem = next(filter(None, mesh.gather_objects(problem)), "")
     if sharers is None:
         problem = problem or f"not all who see {folder} see the same there"
-    return sharers or Sharers.all(mesh.place.rank, mesh.world_size), problem
+    return sharers or Sharers.everyone(mesh.place.rank, mesh.world_size), problem
 
 
 def lacks_room(folder: Path, own_bytes: int, mesh: Mesh, sharers: Sharers) -> str:
@@ -77,3 +82,20 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
         folder.parent.rmdir()
+
+
+def read_lives(checkpoints: Path) -> dict[str, int | None]:
+    """Whose checkpoints in memory are of this run, and up to which step, as `write_lives` left word; none where it did not."""
+    try:
+        found = json.loads((checkpoints / LIVES).read_text(encoding="utf-8"))
+        return {str(life): None if last is None else int(last) for life, last in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def write_lives(checkpoints: Path, lives: Mapping[str, int | None]) -> None:
+    """Where all machines see it; nothing where there are none. Raises `OSError`."""
+    if lives:
+        write_whole(checkpoints / LIVES, [json.dumps(lives).encode()])
+    else:
+        (checkpoints / LIVES).unlink(missing_ok=True)

@@ -120,15 +120,14 @@ class Run:
         before = folder.load_config() if begun else config
         mesh.barrier()  # nobody writes the config before everybody has compared
         faults = Faults(mesh.place.rank, folder.events_file)
-        saving = Saving.open(
-            config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at, begun=begun
-        )
+        saving = Saving.open(config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at)
         faults.at("load")
         newest = saving.find()
         applied: list[str] = []
         runnable, state = assemble(config, mesh, applied.append, fresh=newest is None)
         if newest is not None:
             saving.restore(newest, state)
+        saving.begin_life(newest)
         if mesh.is_first:
             with folder.writable():
                 write_run_files(folder, config, prepared)

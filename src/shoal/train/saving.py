@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from shoal.checkpoint.memory import Memory
 from shoal.checkpoint.saved import Saved
 from shoal.checkpoint.store import CheckpointStore, Keep, Outcome
 from shoal.config import Config
 from shoal.errors import RunError
 from shoal.metrics.console import Console
 from shoal.parallel.mesh import Mesh
-from shoal.train.fast import KEPT, clear, fast_folder, find_sharers, lacks_room
+from shoal.train.fast import KEPT, clear, fast_folder, find_sharers, lacks_room, read_lives, write_lives
 from shoal.train.state import TrainState
 
 Say = Callable[..., None]
@@ -30,7 +33,7 @@ class _Tier:
     every: int  # steps; 0: only at the end
     retry_at: int | None = None  # the step at which a save that failed is tried again
     retries: int = 0
-    is_fast: bool = False
+    memory: Memory | None = field(default=None, kw_only=True)  # of a fast one
     has_room: bool | None = None  # a fast one; None: nobody has looked
     closed: bool = False  # a fast one that cannot be used
 
@@ -71,12 +74,9 @@ class Saving:
         event: Say,
         data_id: str,
         at: Callable[[str], None],
-        *,
-        begun: bool = True,
     ) -> Saving:
         """
-        `folder`: that of the run's checkpoints; `at(phase)` is called as a save goes on; begun: whether the run was there
-        before, else what lies in its fast place is of another one. A collective over the world.
+        `folder`: that of the run's checkpoints; `at(phase)` is called as a save goes on. A collective over the world.
         """
         options = config.checkpoint
         keep = Keep(options.keep, options.keep_every, options.keep_best)
@@ -85,11 +85,10 @@ class Saving:
         if options.fast is not None:
             near = fast_folder(options.fast, folder.parent)
             sharers, why = find_sharers(near, mesh)
-            if sharers.is_first and not begun:
-                clear(near)
-            cut = f"{mesh.world_size} {config.parallel}"
-            store = CheckpointStore(near, mesh, keep=Keep(KEPT, 0, best=False), durable=False, sharers=sharers, cut=cut)
-            tiers.append(_Tier(store, options.fast_every, is_fast=True, closed=bool(why)))
+            life, lives = mesh.gather_objects((uuid.uuid4().hex, read_lives(folder)))[0]
+            memory = Memory(sharers, f"{mesh.world_size} {config.parallel}", life, lives)
+            store = CheckpointStore(near, mesh, keep=Keep(KEPT, 0, best=False), memory=memory)
+            tiers.append(_Tier(store, options.fast_every, memory=memory, closed=bool(why)))
         saving = cls(tiers, mesh, console, event, not options.background, data_id=data_id)
         if why:
             saving._do_without(why, 0)
@@ -102,19 +101,29 @@ class Saving:
 
     def find(self) -> Saved | None:
         """
-        The newest checkpoint that is whole, the same on all processes. What was wrong with newer ones is said. A
-        collective over the world.
+        The newest checkpoint that is whole, the same on all processes. What was wrong with newer ones is said. One that
+        is in the memory of some machines and not of all is written where it lasts first. A collective over the world.
         """
-        found: list[Saved] = []
-        for tier in self.tiers:
-            if tier.closed:  # not all processes see what is there
-                continue
+        newest: Saved | None = None
+        for tier in (tier for tier in self.tiers if not tier.closed):
             saved, problems = tier.store.newest()
-            for problem in problems:
-                self.console.warn(f"{problem}; that checkpoint is set aside, and the one before it is taken")
-                self.event("damaged", why=problem)
-            found += [saved] if saved else []
-        return max(found, key=lambda s: s.step, default=None)
+            self._pass_over(problems, "removed" if tier.memory else "set aside")
+            newest = max(filter(None, (newest, saved)), key=lambda s: s.step, default=None)
+        for tier in (tier for tier in self.tiers[1:] if not tier.closed):
+            lent, problems = tier.store.lend(newest.step if newest else 0, self.folder)
+            self._pass_over(problems, "left")
+            if lent is not None:
+                self.console.note(
+                    f"step {lent} was in the memory of some machines alone: it is in {self.folder} now, for all"
+                )
+                self.event("lent", step=lent)
+                newest, _ = self.tiers[0].store.newest()
+        return newest
+
+    def _pass_over(self, problems: Sequence[str], done: str) -> None:
+        for problem in problems:
+            self.console.warn(f"{problem}; that checkpoint is {done}, and the one before it is taken")
+            self.event("damaged", why=problem)
 
     def restore(self, saved: Saved, state: TrainState) -> None:
         """
@@ -130,6 +139,29 @@ class Saving:
                 "samples; choose another --name to start anew on the new ones"
             )
         state.load_scalars(scalars)
+
+    def begin_life(self, newest: Saved | None) -> None:
+        """
+        Leave word that what is in memory is of this run if these processes wrote it, or if it is `newest`, from which they
+        go on: no life before them, nor a machine that was away, had the steps that they take. A collective over the world.
+        """
+        lives: dict[str, int | None] = {newest.mark.life: newest.step} if newest and newest.mark else {}
+        memories = [tier.memory for tier in self.tiers if tier.memory and not tier.closed]
+        lives |= {memory.life: None for memory in memories}
+        problem = ""
+        if self.mesh.is_first:
+            try:
+                write_lives(
+                    self.folder, lives if memories else {}
+                )  # who saves none in memory leaves those of others behind
+            except OSError as error:
+                problem = f"{self.folder} cannot be written: {error.strerror}"
+        if memories and (problem := self.mesh.gather_objects(problem)[0]):
+            for tier in self.tiers[1:]:
+                tier.closed = True
+            self._do_without(problem, 0)
+        for memory in memories:
+            memory.lives = lives
 
     # --- between steps ---------------------------------------------------------------------------------------
 
@@ -163,9 +195,9 @@ class Saving:
         for tier in self.tiers:
             if not tier.is_due(state.step):
                 continue
-            if tier.is_fast and not self._fits(tier, state):
+            if tier.memory and not self._fits(tier, state):
                 continue
-            if tier.store.is_busy and tier.is_fast:
+            if tier.store.is_busy and tier.memory:
                 # its promise is the number of steps: training waits, rather than leave one out
                 if (outcome := tier.store.finish()) is not None:
                     self._tell(tier, outcome, state.step)
@@ -197,8 +229,12 @@ class Saving:
         if outcome.seconds or not outcome.ok:
             self._tell(last, outcome, state.step)
         for tier in self.tiers[1:]:
-            if outcome.ok and tier.store.sharers.is_first:
-                clear(tier.store.folder)  # all that it has is older
+            # all that it has is older; of one that was not to be used, it is not known who sees it
+            if outcome.ok and (tier.closed or tier.store.sharers.is_first):
+                clear(tier.store.folder)
+        if outcome.ok and self.mesh.is_first:
+            with contextlib.suppress(OSError):
+                write_lives(self.folder, {})
         return outcome
 
     def _fits(self, tier: _Tier, state: TrainState) -> bool:

@@ -1,10 +1,17 @@
-"""Which processes see the same folder: all of them on a shared disk, those of one machine in its memory. No torch."""
+"""
+What must be known of checkpoints in the memory of machines: who sees which, and whether they are still of this run.
+
+On a disk that all see, a folder speaks for itself. Memory does not: each machine has its own, and one that was away for a
+while may have steps that the others have taken again since. No torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+
+from shoal.checkpoint.saved import Saved, shard_of
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,7 @@ class Sharers:
     firsts: tuple[int, ...]
 
     @classmethod
-    def all(cls, rank: int, world_size: int) -> Sharers:
+    def everyone(cls, rank: int, world_size: int) -> Sharers:
         return cls(rank, (0,) * world_size)
 
     @classmethod
@@ -51,3 +58,30 @@ class Sharers:
     @property
     def folders(self) -> int:
         return len(self.groups)
+
+
+@dataclass
+class Memory:
+    """
+    sharers: who sees this process's folder; cut: what decides which parts of the tensors a process holds, in words;
+    life: of these processes; lives: whose checkpoints are of this run, and up to which step (None: all of them).
+    """
+
+    sharers: Sharers
+    cut: str
+    life: str
+    lives: Mapping[str, int | None]
+
+    def is_current(self, saved: Saved) -> bool:
+        """Whether the run as it is went through this checkpoint."""
+        if saved.mark is None or saved.mark.life not in self.lives:
+            return False
+        last = self.lives[saved.mark.life]
+        return last is None or saved.step <= last
+
+    def can_read(self, saved: Saved) -> bool:
+        """Whether this process finds its parts there: all is whole, or it wrote what it holds itself."""
+        assert saved.mark is not None
+        if not saved.mark.cut:
+            return True
+        return saved.mark.cut == self.cut and shard_of(saved.folder, self.sharers.rank).is_file()
