@@ -15,7 +15,7 @@ from shoal.checkpoint.saved import listed
 from shoal.config import Config
 from shoal.fault.inject import PLAN
 from shoal.parallel.mesh import Mesh
-from shoal.train.fast import fast_folder
+from shoal.train.fast import LIVES, fast_folder
 from shoal.train.loop import Run
 from tests.cli.commands import Place
 from tests.disks import small_disk
@@ -222,6 +222,16 @@ def finished_apart(mesh: Mesh, config: Config) -> int:
 def test_nothing_is_left_in_the_memory_of_any_machine(world: Callable[[int], World], tmp_path: Path) -> None:
     assert world(2).run(finished_apart, config_in(tmp_path, "done", train__steps=4)) == [4, 4]
     assert not list(tmp_path.glob("fast*"))
+
+
+def test_memory_that_nobody_could_tell_from_anothers_is_done_without(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "mute", train__steps=4)
+    (tmp_path / "runs" / "mute" / "checkpoints" / LIVES).mkdir(parents=True)  # no word can be left there
+    with opened(config) as run:
+        run.train()
+    [event] = events(config, "no fast place")
+    assert event["why"].endswith("checkpoints cannot be written: Is a directory")
+    assert not (tmp_path / "fast").exists()
 
 
 def test_a_place_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:

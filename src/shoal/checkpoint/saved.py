@@ -8,6 +8,7 @@ The checkpoints that are there: which are complete, what they say, whether every
         manifest.json             size and SHA-256 of each file above; written last
       latest -> step-00000100     for people; a resume looks at the folders
       damaged-step-00000090/      one that did not verify and was passed over
+      memory.json                 which of those in the memory of machines are of this run, while there are some
 
 No torch.
 """

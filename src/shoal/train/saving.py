@@ -109,9 +109,9 @@ class Saving:
             saved, problems = tier.store.newest()
             self._pass_over(problems, "removed" if tier.memory else "set aside")
             newest = max(filter(None, (newest, saved)), key=lambda s: s.step, default=None)
-        for tier in (tier for tier in self.tiers[1:] if not tier.closed):
-            lent, problems = tier.store.lend(newest.step if newest else 0, self.folder)
-            self._pass_over(problems, "left")
+        if fast := self._fast:
+            lent, problems = fast.store.lend(newest.step if newest else 0, self.folder)
+            self._pass_over(problems, "not used")
             if lent is not None:
                 self.console.note(
                     f"step {lent} was in the memory of some machines alone: it is in {self.folder} now, for all"
@@ -119,6 +119,11 @@ class Saving:
                 self.event("lent", step=lent)
                 newest, _ = self.tiers[0].store.newest()
         return newest
+
+    @property
+    def _fast(self) -> _Tier | None:
+        """The one in memory, if it is used."""
+        return next((tier for tier in self.tiers if tier.memory and not tier.closed), None)
 
     def _pass_over(self, problems: Sequence[str], done: str) -> None:
         for problem in problems:
@@ -145,23 +150,20 @@ class Saving:
         Leave word that what is in memory is of this run if these processes wrote it, or if it is `newest`, from which they
         go on: no life before them, nor a machine that was away, had the steps that they take. A collective over the world.
         """
-        lives: dict[str, int | None] = {newest.mark.life: newest.step} if newest and newest.mark else {}
-        memories = [tier.memory for tier in self.tiers if tier.memory and not tier.closed]
-        lives |= {memory.life: None for memory in memories}
-        problem = ""
+        fast, lives, problem = self._fast, dict[str, int | None](), ""
+        if fast and fast.memory:
+            if newest and newest.mark:
+                lives[newest.mark.life] = newest.step
+            lives[fast.memory.life] = None
+            fast.memory.lives = lives
         if self.mesh.is_first:
             try:
-                write_lives(
-                    self.folder, lives if memories else {}
-                )  # who saves none in memory leaves those of others behind
+                write_lives(self.folder, lives)
             except OSError as error:
                 problem = f"{self.folder} cannot be written: {error.strerror}"
-        if memories and (problem := self.mesh.gather_objects(problem)[0]):
-            for tier in self.tiers[1:]:
-                tier.closed = True
+        if fast and (problem := self.mesh.gather_objects(problem)[0]):
+            fast.closed = True
             self._do_without(problem, 0)
-        for memory in memories:
-            memory.lives = lives
 
     # --- between steps ---------------------------------------------------------------------------------------
 
