@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shoal.checkpoint.memory import Memory, Sharers
-from shoal.checkpoint.saved import damage, listed
+from shoal.checkpoint.saved import Mark, Saved, damage, listed
 from shoal.checkpoint.store import CheckpointStore, Keep
 from shoal.errors import CheckpointError
 from shoal.parallel.mesh import Mesh
@@ -47,7 +47,7 @@ def store_of(
     lives: Mapping[str, int | None] = ALL,
     at: Callable[[str], None] = lambda phase: None,
 ) -> CheckpointStore:
-    memory = Memory(Sharers(mesh.place.rank, FIRSTS), holds, life, lives)
+    memory = Memory(Sharers(mesh.place.rank, FIRSTS), holds, lives, life)
     return CheckpointStore(folder / machine(mesh.place.rank), mesh, keep=Keep(2, best=False), memory=memory, at=at)
 
 
@@ -70,6 +70,30 @@ def load(
     expected = held(holds, mesh.place.rank, saved.step)
     assert all(torch.equal(part.tensor, expected[name].tensor) for name, part in mine.items())
     return saved.step, problems
+
+
+def saved_by(life: str, step: int) -> Saved:
+    return Saved(Path("step"), step, None, Mark(life, 1, ""))
+
+
+def test_each_life_leads_to_the_next_up_to_the_step_from_which_it_went_on() -> None:
+    memory = Memory(Sharers.everyone(0, 1), "", {})
+    memory.begin_life("a", None)
+    assert memory.lives == {"a": None}
+    memory.begin_life("b", saved_by("a", 6))
+    memory.begin_life("c", saved_by("b", 9))
+    assert memory.lives == {"a": 6, "b": 9, "c": None}
+    assert [memory.is_current(saved_by(*each)) for each in (("a", 6), ("a", 7), ("b", 9), ("c", 99))] == [
+        True, False, True, True
+    ]  # fmt: skip
+    memory.begin_life("d", saved_by("a", 5))  # two were damaged
+    assert memory.lives == {"a": 5, "d": None}
+    memory.begin_life("e", Saved(Path("step"), 4, None))  # one that lasts
+    assert memory.lives == {"e": None}
+    for life in range(20):
+        memory.begin_life(str(life), saved_by(str(life - 1), life) if life else None)
+    assert list(memory.lives)[-2:] == ["18", "19"]
+    assert len(memory.lives) < 12
 
 
 def test_who_shares_a_folder_is_who_sees_it() -> None:
@@ -168,7 +192,14 @@ def test_a_machine_that_has_nothing_has_nothing_in_common(world: Callable[[int],
 
 
 def lent(mesh: Mesh, folder: Path, after: int, lives: Mapping[str, int | None] = ALL) -> tuple[int | None, list[str]]:
-    return store_of(mesh, folder, lives=lives).lend(after, folder / "disk")
+    """The step that was lent, where it can be read by all; and what was wrong with others."""
+    store = store_of(mesh, folder, lives=lives)
+    saved, problems = store.lend(after, folder / "disk")
+    if saved is not None:
+        mine = {name: Part.whole(torch.zeros_like(t)) for name, t in tensors(0).items()}
+        store.load(saved, mine)
+        assert all(torch.equal(mine[name].tensor, t) for name, t in tensors(saved.step).items())
+    return saved and saved.step, problems
 
 
 @pytest.mark.parametrize("holds", ["copies", "shards on each machine"])
@@ -199,15 +230,25 @@ def test_what_is_damaged_or_cut_over_machines_is_not_lent(world: Callable[[int],
     assert world(4).run(lent, tmp_path, 1) == [(None, [problem])] * 4
 
 
-def test_a_full_disk_takes_no_loan(world: Callable[[int], World], tmp_path: Path) -> None:
+def test_what_is_damaged_on_one_machine_is_lent_by_the_next(world: Callable[[int], World], tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    world(4).run(save, tmp_path, "copies", [3])
+    file = sorted((tmp_path / "machine-0" / "step-00000003").glob("*.safetensors"))[1]
+    flip(file)
+    problem = f"{file} was altered: its SHA-256 is not the one written"
+    assert world(4).run(lent, tmp_path, 0) == [(3, [problem])] * 4
+
+
+def test_a_full_disk_takes_no_loan_and_nobody_goes_on_from_less(world: Callable[[int], World], tmp_path: Path) -> None:
     world(4).run(save, tmp_path, "copies", [1])
     shutil.rmtree(tmp_path / "machine-0")
     with small_disk(tmp_path / "disk", "20k") as disk:
-        for step, [problem] in world(4).run(lent, tmp_path, 0):
-            assert step is None
-            assert "could not be copied to" in problem
-            assert "No space left" in problem
-        assert not list(disk.iterdir())
+        with pytest.raises(AssertionError, match="No space left on device") as caught:
+            world(4).run(lent, tmp_path, 0)
+        assert str(caught.value).count("CheckpointError: ") == 4
+        assert not listed(disk)
+    (tmp_path / "disk").mkdir(exist_ok=True)
+    assert world(4).run(lent, tmp_path, 0) == [(1, [])] * 4  # when there is room again
 
 
 def fail_on_one_machine(mesh: Mesh, folder: Path) -> str:

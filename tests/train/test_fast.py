@@ -13,6 +13,7 @@ import pytest
 
 from shoal.checkpoint.saved import listed
 from shoal.config import Config
+from shoal.errors import RunError
 from shoal.fault.inject import PLAN
 from shoal.parallel.mesh import Mesh
 from shoal.train.fast import LIVES, fast_folder
@@ -192,6 +193,30 @@ def test_what_one_machine_still_has_is_for_all_where_another_takes_the_place_of_
     assert event["step"] == 6
     damaged(fast_of(apart(config, 1)), 6)  # it is of no use any more, and nobody asks for it
     assert world(2).run(resumed_apart, config) == [(6, False)] * 2
+
+
+def test_what_one_machine_still_has_is_not_lost_where_another_cannot_write(
+    world: Callable[[int], World], tmp_path: Path
+) -> None:
+    config = config_in(tmp_path, "barred")
+    world(2).run(cut_short_apart, config)
+    shutil.rmtree(fast_of(apart(config, 0)).parent)
+    fast_of(apart(config, 0)).parent.touch()
+    assert world(2).run(resumed_apart, config) == [(6, False)] * 2
+    [event] = events(config, "no fast place")
+    assert "cannot be written" in event["why"]
+
+
+def on_one_alone(mesh: Mesh, config: Config) -> str:
+    own = config if mesh.is_first else config.replace("checkpoint", fast=None)
+    with pytest.raises(RunError) as caught, opened(own, mesh):
+        pass
+    return str(caught.value)
+
+
+def test_a_place_on_some_machines_alone_is_refused(world: Callable[[int], World], tmp_path: Path) -> None:
+    for said in world(2).run(on_one_alone, config_in(tmp_path, "some")):
+        assert "checkpoint.fast is set on rank 0 and not on rank 1" in said
 
 
 def test_what_a_machine_that_was_away_has_of_another_history_is_not_taken(

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 from shoal.checkpoint.saved import Saved, shard_of
+
+_ANCESTORS: Final = 8  # there are no more checkpoints in memory than that
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,23 @@ class Sharers:
 class Memory:
     """
     sharers: who sees this process's folder; cut: what decides which parts of the tensors a process holds, in words;
-    life: of these processes; lives: whose checkpoints are of this run, and up to which step (None: all of them).
+    lives: whose checkpoints are of this run, in order, and up to which step. {"a": 6, "b": None}: those of the processes
+    a up to step 6, from which b went on, and all of b's. life: of these processes, once they have begun.
     """
 
     sharers: Sharers
     cut: str
-    life: str
     lives: Mapping[str, int | None]
+    life: str = ""
+
+    def begin_life(self, life: str, newest: Saved | None) -> None:
+        """What these processes write is of this run, and what led to `newest`, from which they go on; nothing else is."""
+        origin = newest.mark.life if newest and newest.mark else ""
+        names = list(self.lives)
+        led = {name: self.lives[name] for name in names[: names.index(origin) + 1]} if origin in names else {}
+        if newest and led:
+            led[origin] = newest.step
+        self.life, self.lives = life, {**dict(list(led.items())[-_ANCESTORS:]), life: None}
 
     def is_current(self, saved: Saved) -> bool:
         """Whether the run as it is went through this checkpoint."""

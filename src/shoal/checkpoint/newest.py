@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from shoal.checkpoint.memory import Memory, Sharers
 from shoal.checkpoint.saved import Saved, damage, discard, folder_of, listed, set_aside
 from shoal.disk import replace_folder, sync
+from shoal.errors import CheckpointError
 from shoal.parallel.mesh import Mesh
 
 
@@ -41,41 +43,54 @@ def choose(folder: Path, mesh: Mesh, memory: Memory | None) -> tuple[Saved | Non
     return None, problems
 
 
-def lend(folder: Path, mesh: Mesh, memory: Memory, after: int, to: Path) -> tuple[int | None, list[str]]:
+def lend(folder: Path, mesh: Mesh, memory: Memory, after: int, to: Path) -> tuple[Saved | None, list[str]]:
     """
-    Where not all machines have the newest checkpoint, and one has all of it: copy it to the folder `to`, which all see.
+    Where a machine has a checkpoint that is newer than `after`, and all of it: copy it to the folder `to`, which all see.
 
-    The step, if there is one after `after`; and what was wrong with newer ones. A collective over the world.
+    The copy, if there is one; and what was wrong with newer ones. A collective over the world. Raises `CheckpointError`, on
+    all processes, where it cannot be written: who went on from an older one would give this one up.
     """
-    mine = [s for s in listed(folder) if memory.is_current(s) and s.step > after] if memory.sharers.is_first else []
-    there = mesh.gather_objects({s.step: s for s in mine if s.mark and not s.mark.cut})
+    sharers = memory.sharers
+    mine = [s for s in listed(folder) if memory.is_current(s) and s.step > after] if sharers.is_first else []
+    there = mesh.gather_objects([s for s in mine if s.mark and not s.mark.cut])
+    offers = [(saved, rank) for rank, found in enumerate(there) for saved in found]
     problems: list[str] = []
-    for step in sorted({step for found in there for step in found}, reverse=True):
-        lender = next(rank for rank, found in enumerate(there) if step in found)
-        problem = _copy(there[lender][step], to) if mesh.place.rank == lender else ""
-        problem = mesh.gather_objects(problem)[lender]
-        if not problem:
-            return step, problems
-        problems.append(problem)
+    for saved, lender in sorted(offers, key=lambda offer: (-offer[0].step, offer[1])):
+        lends = sharers.ranks[0] == lender  # all that see it share the work
+        damages = mesh.gather_objects(damage(saved.folder, sharers.index, len(sharers.ranks)) if lends else "")
+        if damaged := next(filter(None, damages), ""):
+            problems.append(damaged)
+            continue
+        lent = replace(saved, folder=folder_of(to, saved.step))
+        aside = to / f".{lent.folder.name}.lent.tmp"
+        _together(mesh, saved, lambda: _copy(saved.folder, aside, sharers) if lends else None)  # noqa: B023  # at once
+        _together(mesh, saved, lambda: replace_folder(aside, lent.folder) if mesh.place.rank == lender else None)  # noqa: B023
+        if mesh.is_first:
+            point_to_latest(to, lent.step)
+        return lent, problems
     return None, problems
 
 
-def _copy(saved: Saved, to: Path) -> str:
-    """Why it could not be copied; "" where it is there, flushed."""
-    if damaged := damage(saved.folder):
-        return damaged
-    aside = to / f".{saved.folder.name}.lent.tmp"
+def _together(mesh: Mesh, saved: Saved, do: Callable[[], None]) -> None:
+    """Do it, all processes at once. Raises `CheckpointError` on all of them where it fails on one."""
+    problem = ""
     try:
-        shutil.copytree(saved.folder, aside, dirs_exist_ok=True)
-        for file in aside.iterdir():
-            sync(file)
-        replace_folder(aside, folder_of(to, saved.step))
-    except (OSError, shutil.Error) as error:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(aside)
-        return f"{saved.folder} could not be copied to {to}: {error}"
-    point_to_latest(to, saved.step)
-    return ""
+        do()
+    except OSError as error:
+        problem = str(error)
+    if problem := next(filter(None, mesh.gather_objects(problem)), ""):
+        raise CheckpointError(
+            f"{saved.folder} is in the memory of one machine alone, and cannot be written where all see it: {problem}. "
+            "Mend that, and the same command goes on from there"
+        )
+
+
+def _copy(folder: Path, to: Path, sharers: Sharers) -> None:
+    """This process's share of the files, flushed."""
+    to.mkdir(parents=True, exist_ok=True)
+    for file in sorted(folder.iterdir())[sharers.index :: len(sharers.ranks)]:
+        shutil.copyfile(file, to / file.name)
+        sync(to / file.name)
 
 
 def point_to_latest(folder: Path, step: int) -> None:

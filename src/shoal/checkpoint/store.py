@@ -343,10 +343,10 @@ class CheckpointStore:
         self._last = newest.step if newest else None
         return newest, problems
 
-    def lend(self, after: int, to: Path) -> tuple[int | None, list[str]]:
+    def lend(self, after: int, to: Path) -> tuple[Saved | None, list[str]]:
         """
-        Of a store in memory: where not all machines have the newest, copy it to `to`, which all see. The step, if there is
-        one after `after`; and what was wrong with others. A collective over the world.
+        Of a store in memory: where some machine has one that is newer than `after`, copy it to `to`, which all see. The
+        copy, if there is one; and what was wrong with others. A collective over the world. Raises `CheckpointError`.
         """
         assert self._memory is not None
         return lend(self.folder, self._mesh, self._memory, after, to)

@@ -45,10 +45,10 @@ def find_sharers(folder: Path, mesh: Mesh) -> tuple[Sharers, str]:
     except OSError as error:
         problem = f"{folder} cannot be written: {error.strerror}"
     mesh.barrier()
-    seen = mesh.gather_objects([rank for rank, token in enumerate(tokens) if os.path.exists(token)])
-    with contextlib.suppress(OSError):
+    seen = [rank for rank, token in enumerate(tokens) if os.path.exists(token)]
+    sharers = Sharers.of(mesh.place.rank, mesh.gather_objects(seen or [mesh.place.rank]))
+    with contextlib.suppress(OSError):  # all have looked
         mine.unlink(missing_ok=True)
-    sharers = Sharers.of(mesh.place.rank, seen)
     problem = next(filter(None, mesh.gather_objects(problem)), "")
     if sharers is None:
         problem = problem or f"not all who see {folder} see the same there"

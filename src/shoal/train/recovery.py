@@ -141,6 +141,7 @@ def go_back(run: Run, back: GoBack) -> None:
         run.saving.restore(newest, run.state)
     else:  # memory failed before there was a checkpoint, and the numbers themselves were good
         start_anew(run.config, run.mesh, run.state)
+    run.saving.begin_life(newest)
     samples = ""
     if back.passed_over is not None:
         first, stop = back.passed_over

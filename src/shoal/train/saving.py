@@ -77,16 +77,24 @@ class Saving:
     ) -> Saving:
         """
         `folder`: that of the run's checkpoints; `at(phase)` is called as a save goes on. A collective over the world.
+
+        Raises `RunError` where some have a fast place and others have none.
         """
         options = config.checkpoint
+        have = mesh.gather_objects(options.fast is not None)
+        if any(have) and not all(have):
+            raise RunError(
+                f"checkpoint.fast is set on rank {have.index(True)} and not on rank {have.index(False)}: set it on all "
+                "machines, to a folder of each, or on none"
+            )
         keep = Keep(options.keep, options.keep_every, options.keep_best)
         tiers = [_Tier(CheckpointStore(folder, mesh, keep=keep, at=at), options.every)]
         why = ""
         if options.fast is not None:
             near = fast_folder(options.fast, folder.parent)
             sharers, why = find_sharers(near, mesh)
-            life, lives = mesh.gather_objects((uuid.uuid4().hex, read_lives(folder)))[0]
-            memory = Memory(sharers, f"{mesh.world_size} {config.parallel}", life, lives)
+            lives = mesh.gather_objects(read_lives(folder))[0]
+            memory = Memory(sharers, f"{mesh.world_size} {config.parallel}", lives)
             store = CheckpointStore(near, mesh, keep=Keep(KEPT, 0, best=False), memory=memory)
             tiers.append(_Tier(store, options.fast_every, memory=memory, closed=bool(why)))
         saving = cls(tiers, mesh, console, event, not options.background, data_id=data_id)
@@ -104,26 +112,31 @@ class Saving:
         The newest checkpoint that is whole, the same on all processes. What was wrong with newer ones is said. One that
         is in the memory of some machines and not of all is written where it lasts first. A collective over the world.
         """
-        newest: Saved | None = None
-        for tier in (tier for tier in self.tiers if not tier.closed):
+        found: list[Saved] = []
+        for tier in self.tiers:
+            if tier.closed:
+                continue
             saved, problems = tier.store.newest()
             self._pass_over(problems, "removed" if tier.memory else "set aside")
-            newest = max(filter(None, (newest, saved)), key=lambda s: s.step, default=None)
-        if fast := self._fast:
-            lent, problems = fast.store.lend(newest.step if newest else 0, self.folder)
-            self._pass_over(problems, "not used")
-            if lent is not None:
-                self.console.note(
-                    f"step {lent} was in the memory of some machines alone: it is in {self.folder} now, for all"
-                )
-                self.event("lent", step=lent)
-                newest, _ = self.tiers[0].store.newest()
+            found += [saved] if saved else []
+        newest = max(found, key=lambda s: s.step, default=None)
+        for tier in self.tiers[1:]:  # also one that is closed: a machine has it that is not the cause
+            newest = self._borrow(tier, newest) or newest
         return newest
 
-    @property
-    def _fast(self) -> _Tier | None:
-        """The one in memory, if it is used."""
-        return next((tier for tier in self.tiers if tier.memory and not tier.closed), None)
+    def _borrow(self, tier: _Tier, newest: Saved | None) -> Saved | None:
+        """What some machines have alone in memory, and is worth a copy for all: not where all have one as good as it."""
+        after = newest.step if newest else 0
+        if newest and newest.folder.parent == tier.store.folder:
+            after += tier.every
+        lent, problems = tier.store.lend(after, self.folder)
+        self._pass_over(problems, "not used")
+        if lent:
+            self.console.note(
+                f"step {lent.step} was in the memory of some machines alone: it is in {lent.folder} now, for all"
+            )
+            self.event("lent", step=lent.step)
+        return lent
 
     def _pass_over(self, problems: Sequence[str], done: str) -> None:
         for problem in problems:
@@ -147,23 +160,27 @@ class Saving:
 
     def begin_life(self, newest: Saved | None) -> None:
         """
-        Leave word that what is in memory is of this run if these processes wrote it, or if it is `newest`, from which they
-        go on: no life before them, nor a machine that was away, had the steps that they take. A collective over the world.
+        Leave word whose checkpoints in memory are of this run from now on: what led to `newest`, from which it goes on,
+        and what these processes write; not what a machine that was away has of the steps that they take. A collective over
+        the world.
         """
-        fast, lives, problem = self._fast, dict[str, int | None](), ""
-        if fast and fast.memory:
-            if newest and newest.mark:
-                lives[newest.mark.life] = newest.step
-            lives[fast.memory.life] = None
-            fast.memory.lives = lives
+        life = self.mesh.gather_objects(uuid.uuid4().hex)[0]
+        lives: Mapping[str, int | None] = {}
+        for tier in self.tiers:
+            if tier.memory and not tier.closed:
+                tier.memory.begin_life(life, newest)
+                lives = tier.memory.lives
+        problem = ""
         if self.mesh.is_first:
             try:
                 write_lives(self.folder, lives)
             except OSError as error:
                 problem = f"{self.folder} cannot be written: {error.strerror}"
-        if fast and (problem := self.mesh.gather_objects(problem)[0]):
-            fast.closed = True
-            self._do_without(problem, 0)
+        problem = self.mesh.gather_objects(problem)[0]
+        for tier in self.tiers:
+            if problem and tier.memory and not tier.closed:
+                tier.closed = True
+                self._do_without(problem, 0)
 
     # --- between steps ---------------------------------------------------------------------------------------
 
