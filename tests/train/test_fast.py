@@ -45,9 +45,9 @@ def opened(config: Config, mesh: Mesh = ALONE) -> Iterator[Run]:
         run.close()
 
 
-def cut_short(config: Config) -> None:
+def cut_short(config: Config, mesh: Mesh = ALONE) -> None:
     """A run whose steps are all taken, and which comes to no end."""
-    with opened(config) as run:
+    with opened(config, mesh) as run:
         run.take_steps()
         run.saving.settle_all(run.state.step)
 
@@ -147,10 +147,7 @@ def apart(config: Config, rank: int) -> Config:
 
 
 def cut_short_apart(mesh: Mesh, config: Config) -> None:
-    own = apart(config, mesh.place.rank)
-    with opened(own, mesh) as run:
-        run.take_steps()
-        run.saving.settle_all(run.state.step)
+    cut_short(apart(config, mesh.place.rank), mesh)
 
 
 def resumed(config: Config, mesh: Mesh = ALONE) -> tuple[int, bool]:

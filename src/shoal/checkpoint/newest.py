@@ -15,7 +15,7 @@ from shoal.errors import CheckpointError
 from shoal.parallel.mesh import Mesh
 
 
-def choose(folder: Path, mesh: Mesh, memory: Memory | None) -> tuple[Saved | None, list[str]]:
+def choose(folder: Path, mesh: Mesh, sharers: Sharers, memory: Memory | None) -> tuple[Saved | None, list[str]]:
     """
     The newest checkpoint under `folder` that is whole, the same on all processes; and what was wrong with newer ones, which
     are set aside, or in memory removed.
@@ -23,7 +23,6 @@ def choose(folder: Path, mesh: Mesh, memory: Memory | None) -> tuple[Saved | Non
     In memory, each folder must have it, of one and the same save, and of this run; and all of each tensor, or what its
     processes hold now. A collective over the world.
     """
-    sharers = memory.sharers if memory else Sharers.everyone(mesh.place.rank, mesh.world_size)
     mine = listed(folder) if sharers.is_first else None
     there = [{s.step: s for s in found} for found in mesh.gather_objects(mine) if found is not None]
     problems: list[str] = []
@@ -57,8 +56,7 @@ def lend(folder: Path, mesh: Mesh, memory: Memory, after: int, to: Path) -> tupl
     problems: list[str] = []
     for saved, lender in sorted(offers, key=lambda offer: (-offer[0].step, offer[1])):
         lends = sharers.ranks[0] == lender  # all that see it share the work
-        damages = mesh.gather_objects(damage(saved.folder, sharers.index, len(sharers.ranks)) if lends else "")
-        if damaged := next(filter(None, damages), ""):
+        if damaged := mesh.first_problem(damage(saved.folder, sharers.index, len(sharers.ranks)) if lends else ""):
             problems.append(damaged)
             continue
         lent = replace(saved, folder=folder_of(to, saved.step))
@@ -78,7 +76,7 @@ def _together(mesh: Mesh, saved: Saved, do: Callable[[], None]) -> None:
         do()
     except OSError as error:
         problem = str(error)
-    if problem := next(filter(None, mesh.gather_objects(problem)), ""):
+    if problem := mesh.first_problem(problem):
         raise CheckpointError(
             f"{saved.folder} is in the memory of one machine alone, and cannot be written where all see it: {problem}. "
             "Mend that, and the same command goes on from there"

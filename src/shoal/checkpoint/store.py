@@ -339,7 +339,7 @@ class CheckpointStore:
         """
         if self._tidying is not None:
             self._tidying.join()
-        newest, problems = choose(self.folder, self._mesh, self._memory)
+        newest, problems = choose(self.folder, self._mesh, self.sharers, self._memory)
         self._last = newest.step if newest else None
         return newest, problems
 
@@ -362,7 +362,7 @@ class CheckpointStore:
                 read_into(saved, parts)
         except CheckpointError as error:
             problem = str(error)
-        if problem := next(filter(None, self._mesh.gather_objects(problem)), ""):
+        if problem := self._mesh.first_problem(problem):
             raise CheckpointError(problem)
         return state
 

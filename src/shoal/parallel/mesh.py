@@ -111,6 +111,13 @@ class Mesh:
         dist.all_gather_object(values, value)
         return values
 
+    def first_problem(self, problem: str) -> str:
+        """
+        What the first rank that has a problem says of it, the same on all; "" where none has: so that all raise, or none.
+        A collective over the world.
+        """
+        return next(filter(None, self.gather_objects(problem)), "")
+
 
 def choose_device(wanted: str, place: Place = ALONE) -> torch.device:
     """The device of the process at `place`. Raises `LaunchError` where it is not to be had."""

@@ -49,7 +49,7 @@ def find_sharers(folder: Path, mesh: Mesh) -> tuple[Sharers, str]:
     sharers = Sharers.of(mesh.place.rank, mesh.gather_objects(seen or [mesh.place.rank]))
     with contextlib.suppress(OSError):  # all have looked
         mine.unlink(missing_ok=True)
-    problem = next(filter(None, mesh.gather_objects(problem)), "")
+    problem = mesh.first_problem(problem)
     if sharers is None:
         problem = problem or f"not all who see {folder} see the same there"
     return sharers or Sharers.everyone(mesh.place.rank, mesh.world_size), problem
@@ -66,7 +66,7 @@ def lacks_room(folder: Path, own_bytes: int, mesh: Mesh, sharers: Sharers) -> st
         room = _free(folder) + sum(f.stat().st_size for f in folder.glob("**/*") if f.is_file())
         if room < needed:
             problem = f"{folder} has room for {gigabytes(room)}, and {COPIES} checkpoints take {gigabytes(needed)}"
-    return next(filter(None, mesh.gather_objects(problem)), "")
+    return mesh.first_problem(problem)
 
 
 def _free(folder: Path) -> int:

@@ -164,23 +164,20 @@ class Saving:
         and what these processes write; not what a machine that was away has of the steps that they take. A collective over
         the world.
         """
-        life = self.mesh.gather_objects(uuid.uuid4().hex)[0]
+        fast = next((tier for tier in self.tiers if tier.memory and not tier.closed), None)
         lives: Mapping[str, int | None] = {}
-        for tier in self.tiers:
-            if tier.memory and not tier.closed:
-                tier.memory.begin_life(life, newest)
-                lives = tier.memory.lives
+        if fast and fast.memory:
+            fast.memory.begin_life(self.mesh.gather_objects(uuid.uuid4().hex)[0], newest)
+            lives = fast.memory.lives
         problem = ""
         if self.mesh.is_first:
             try:
                 write_lives(self.folder, lives)
             except OSError as error:
                 problem = f"{self.folder} cannot be written: {error.strerror}"
-        problem = self.mesh.gather_objects(problem)[0]
-        for tier in self.tiers:
-            if problem and tier.memory and not tier.closed:
-                tier.closed = True
-                self._do_without(problem, 0)
+        if fast and (problem := self.mesh.first_problem(problem)):
+            fast.closed = True
+            self._do_without(problem, 0)
 
     # --- between steps ---------------------------------------------------------------------------------------
 
@@ -247,14 +244,20 @@ class Saving:
         outcome = last.store.save(state.tensors(), self._scalars(state, val_loss))
         if outcome.seconds or not outcome.ok:
             self._tell(last, outcome, state.step)
+        if outcome.ok:
+            self._clear_memory()
+        return outcome
+
+    def _clear_memory(self) -> None:
+        """All that is there is older than what lasts."""
         for tier in self.tiers[1:]:
-            # all that it has is older; of one that was not to be used, it is not known who sees it
-            if outcome.ok and (tier.closed or tier.store.sharers.is_first):
+            if (
+                tier.closed or tier.store.sharers.is_first
+            ):  # of one that was not to be used, it is not known who sees it
                 clear(tier.store.folder)
-        if outcome.ok and self.mesh.is_first:
+        if self.mesh.is_first:
             with contextlib.suppress(OSError):
                 write_lives(self.folder, {})
-        return outcome
 
     def _fits(self, tier: _Tier, state: TrainState) -> bool:
         """Whether there is room in a fast place: looked at before the first save. A collective over the world, then."""
