@@ -54,11 +54,19 @@ def _tell(notes: Sequence[str], *, on_stderr: bool = False) -> None:
             console.warn(note)
 
 
+def _tell_of_torch() -> None:
+    """One line, where this torch was not tested."""
+    from shoal.torch_private import version_notes
+
+    _tell(version_notes())
+
+
 def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.output import outlast
 
     outlast()
     config = _resolve(args, overrides)
+    _tell_of_torch()
     from shoal.launch.place import is_worker, read_place
     from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
 
@@ -122,6 +130,7 @@ def _say_unless_launched(text: str) -> None:
 
 def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     config = _resolve(args, overrides)
+    _tell_of_torch()
     from shoal.launch.place import is_worker, read_place
     from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
 
