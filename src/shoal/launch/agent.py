@@ -33,7 +33,7 @@ from torch.distributed.elastic.rendezvous.api import (
 
 from shoal.config import Config
 from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, EXIT_REQUEUE, LaunchError
-from shoal.launch.crashes import Crashes, first_death, how_it_died
+from shoal.launch.crashes import FOLLOWS, Crashes, first_death, how_it_died
 from shoal.launch.machines import Machines, alike
 from shoal.launch.meeting import Meeting
 from shoal.launch.stops import AskedToStop, PassOn, tell
@@ -183,7 +183,7 @@ class Agent(LocalElasticAgent):
         """Whether those that still run are about to end by themselves, in order or with a better reason."""
         if set(failed.values()) == {EXIT_REQUEUE}:
             return True
-        if set(failed.values()) != {EXIT_LOST_PEER}:
+        if not FOLLOWS.keys() >= set(failed.values()):
             return False
         self._lost_since = self._lost_since or time.monotonic()
         return time.monotonic() - self._lost_since < CAUSE_SECONDS
@@ -208,7 +208,7 @@ class Agent(LocalElasticAgent):
                 return
             step = max(sign.step, self._run_folder.last_step())
             where = f"in {sign.phase} of step {sign.step}" if sign.step else f"after step {step}"
-            if self._machines and codes == {EXIT_LOST_PEER}:
+            if self._machines and self._followed_another_machine(codes):
                 self.why = f"lost a worker on another machine {where}"
                 if self._elsewhere.add(step):  # its own launcher counts it too, and gives up sooner
                     self.why += f"; that makes {self._elsewhere.count} times without a step beyond {step}"
@@ -233,6 +233,19 @@ class Agent(LocalElasticAgent):
         elif self._remaining_restarts > 0:
             left = "" if self._launch.max_restarts is None else f" ({self._remaining_restarts - 1} restarts left)"
             tell(f"{self.why}; starting again from the last checkpoint{left}")
+
+    def _followed_another_machine(self, codes: set[int]) -> bool:
+        """Whether those here ended since one elsewhere had: an abort may be a crash of its own, unless another was there before."""
+        assert self._machines is not None
+        if codes == {EXIT_LOST_PEER}:
+            return True
+        end = time.monotonic() + CAUSE_SECONDS
+        while FOLLOWS.keys() >= codes and time.monotonic() < end:
+            if self._machines.was_said("crash"):
+                return True
+            time.sleep(0.1)
+        self._machines.first_to("crash")
+        return False
 
     def _say_lost(self) -> None:
         tell(
