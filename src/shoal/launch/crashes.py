@@ -8,7 +8,6 @@ from typing import Any, Final
 
 from shoal.errors import EXIT_LOST_PEER
 
-
 # How a worker ends that lost a peer; the larger, the surer. NCCL's watchdog aborts its process (SIGABRT) when a peer has gone
 # or a collective takes longer than its timeout; so does much else.
 FOLLOWS: Final = {EXIT_LOST_PEER: 2, -signal.SIGABRT: 1}

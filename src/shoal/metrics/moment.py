@@ -19,7 +19,7 @@ class Moment:
 
     def has_come(self) -> bool:
         """Does not wait."""
-        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+        return self._event is None or bool(self._event.query())
 
     def wait(self) -> None:
         """Until it has come."""
@@ -30,4 +30,4 @@ class Moment:
         """From `earlier` to this one, on the device's own clock. Both must have come."""
         if self._event is None or earlier._event is None:
             return self._seconds - earlier._seconds
-        return float(earlier._event.elapsed_time(self._event)) / 1000  # type: ignore[no-untyped-call]
+        return float(earlier._event.elapsed_time(self._event)) / 1000

@@ -24,13 +24,13 @@ class DeviceProgress:
 
     def __init__(self, device: torch.device, heartbeat: Heartbeat) -> None:
         self._runs_ahead, self._device, self._heartbeat = device.type == "cuda", device, heartbeat
-        self._ahead: deque[tuple[Moment, int, int, str]] = deque()  # beats that the device has not come to
+        self._ahead: deque[tuple[Moment, tuple[int, int, str]]] = deque()  # beats that the device has not come to
         self._reached: tuple[int, int, str] | None = None  # the last one that it has
 
     def mark(self) -> None:
         """What is queued from here on belongs to the heartbeat's last beat."""
         if self._runs_ahead:
-            self._ahead.append((Moment(self._device), *self._heartbeat.place))
+            self._ahead.append((Moment(self._device), self._heartbeat.place))
 
     def wait(self, moment: Moment) -> None:
         """Until it has come."""
@@ -47,5 +47,4 @@ class DeviceProgress:
 
     def _look(self) -> None:
         while self._ahead and self._ahead[0][0].has_come():
-            _, *place = self._ahead.popleft()
-            self._reached = place[0], place[1], place[2]
+            _, self._reached = self._ahead.popleft()
