@@ -19,12 +19,12 @@ class Moment:
 
     def has_come(self) -> bool:
         """Does not wait."""
-        return self._event is None or bool(self._event.query())
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         """Until it has come."""
         if self._event is not None:
-            self._event.synchronize()  # type: ignore[no-untyped-call]
+            self._event.synchronize()
 
     def seconds_since(self, earlier: Moment) -> float:
         """From `earlier` to this one, on the device's own clock. Both must have come."""

@@ -136,6 +136,7 @@ class Run:
         if newest is not None:
             saving.restore(newest, state)
         saving.begin_life(newest)
+        saving.prepare(state)
         if mesh.is_first:
             with folder.writable():
                 write_run_files(folder, config, prepared)
