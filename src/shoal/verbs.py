@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.errors import EXIT_LOST_PEER, EXIT_REQUEUE, ModelError, RunError, ShoalError
+from shoal.errors import EXIT_LOST_PEER, EXIT_REQUEUE, MemoryProblem, ModelError, RunError, ShoalError
 
 if TYPE_CHECKING:
     from shoal.config import Config
@@ -100,7 +100,10 @@ def _work(config: Config, *, verify: bool = False) -> int:
         Heartbeat.open(config.launch).rest()  # its steps are of many kinds; a collective's timeout watches it
     else:
         hold_signals()
+    from shoal.launch.place import read_place
     from shoal.parallel.mesh import is_lost_peer
+    from shoal.plan.fit import what_ran_out, what_would_fit
+    from shoal.runs import RunFolder
 
     try:
         if verify:
@@ -111,8 +114,11 @@ def _work(config: Config, *, verify: bool = False) -> int:
         from shoal.train.loop import train
 
         stopped = train(config)
-    except RuntimeError as error:
-        if is_lost_peer(error):
+    except (RuntimeError, MemoryError, OSError) as error:
+        if said := what_ran_out(error):
+            fits = what_would_fit(RunFolder.of(config).settled(config), read_place().world_size)
+            raise MemoryProblem(f"out of memory: {said}. {fits}") from error
+        if isinstance(error, RuntimeError) and is_lost_peer(error):
             _say_unless_launched(f"lost another process of this run: {str(error).splitlines()[0]}")
             return EXIT_LOST_PEER
         raise

@@ -68,8 +68,7 @@ class Runnable:
         tokens = self._count(batches)
         self.scale = loss_scale / tokens.clamp(min=1.0)
         losses = torch.zeros(self.slots[-1].stop, mesh.layout.cp, device=mesh.device)
-        for gradients in self.gradients.values():
-            gradients.zero()
+        self.forget_gradients()
         self.randomness.begin(step, mine.start)
         padded = [*batches, *(batches[-1].ignored() for _ in range(self.turns - len(batches)))]
         found = self._pipelined(padded, phases) if self.pipeline else self._in_turns(padded, phases)
@@ -80,6 +79,14 @@ class Runnable:
                 gradients.finish()
             self._publish()
         return losses.flatten() / loss_scale, tokens
+
+    def forget_gradients(self) -> None:
+        """Free or zero those of the last step. A shard's plain tensor refers to them too."""
+        for gradients in self.gradients.values():
+            gradients.zero()
+        for held in self.shards:
+            if held.tensor is not held.parameter:
+                held.tensor.grad = None
 
     def _in_turns(self, batches: Sequence[Batch], phases: Phases) -> list[Tensor]:
         [model], [gradients] = self.parts.values(), self.gradients.values()
