@@ -9,7 +9,7 @@ from pathlib import Path
 from shoal.address import read_address
 from shoal.config import Config
 from shoal.errors import ModelError, Problem
-from shoal.hub.find import find_model, find_path
+from shoal.hub.find import find_model, find_path, near_path
 from shoal.presets import shape_problems
 from shoal.refusals import refusals_of_machines
 
@@ -73,7 +73,8 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
         )
     missing = [p for p in data.paths if not _is_there(p)]
     if missing:
-        yield problem(f"data.paths: there is no {', '.join(missing[:3])}", "data.paths")
+        named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
+        yield problem(f"data.paths: there is no {named}", "data.paths")
     why = _why_no_tokenizer(data.tokenizer)
     if why is not None:
         yield problem(
