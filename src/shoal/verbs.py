@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.errors import EXIT_LOST_PEER, EXIT_REQUEUE, ModelError, RunError, ShoalError
+from shoal.errors import EXIT_LOST_PEER, EXIT_REQUEUE, LaunchError, ModelError, RunError, ShoalError
 
 if TYPE_CHECKING:
     from shoal.config import Config
@@ -92,6 +92,7 @@ def _work(config: Config, *, verify: bool = False) -> int:
         Heartbeat.open(config.launch).rest()  # its steps are of many kinds; a collective's timeout watches it
     else:
         hold_signals()
+    from shoal.models.attention import not_deterministic
     from shoal.parallel.mesh import is_lost_peer
 
     try:
@@ -107,6 +108,11 @@ def _work(config: Config, *, verify: bool = False) -> int:
         if is_lost_peer(error):
             _say_unless_launched(f"lost another process of this run: {str(error).splitlines()[0]}")
             return EXIT_LOST_PEER
+        if operator := not_deterministic(error):
+            raise LaunchError(
+                f"{{option}} is bitwise, and {operator} has no deterministic kernel on this device; set {{option}} to fast",
+                option="train.repro",
+            ) from error
         raise
     return EXIT_REQUEUE if stopped else 0
 
@@ -305,7 +311,6 @@ def _record(args: argparse.Namespace, name: str) -> Path:
 
 def rendezvous(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.address import read_address
-    from shoal.errors import LaunchError
 
     if args.while_used and os.fork():
         os._exit(0)  # nobody's child: a launcher that ends, or passes a signal on, leaves it alone
