@@ -109,10 +109,8 @@ def _work(config: Config, *, verify: bool = False) -> int:
             _say_unless_launched(f"lost another process of this run: {str(error).splitlines()[0]}")
             return EXIT_LOST_PEER
         if operator := not_deterministic(error):
-            raise LaunchError(
-                f"{{option}} is bitwise, and {operator} has no deterministic kernel on this device; set {{option}} to fast",
-                option="train.repro",
-            ) from error
+            advice = "" if verify else "; set train.repro to fast"
+            raise LaunchError(f"{operator} has no deterministic kernel on this device{advice}") from error
         raise
     return EXIT_REQUEUE if stopped else 0
 
