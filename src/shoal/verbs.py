@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.errors import EXIT_LOST_PEER, EXIT_REQUEUE, MemoryProblem, ModelError, RunError, ShoalError
+from shoal.errors import EXIT_LOST_PEER, EXIT_REQUEUE, LaunchError, MemoryProblem, ModelError, RunError, ShoalError
 
 if TYPE_CHECKING:
     from shoal.config import Config
@@ -101,6 +101,7 @@ def _work(config: Config, *, verify: bool = False) -> int:
     else:
         hold_signals()
     from shoal.launch.place import read_place
+    from shoal.models.attention import not_deterministic
     from shoal.parallel.mesh import is_lost_peer
     from shoal.plan.fit import what_ran_out, what_would_fit
     from shoal.runs import RunFolder
@@ -121,6 +122,9 @@ def _work(config: Config, *, verify: bool = False) -> int:
         if isinstance(error, RuntimeError) and is_lost_peer(error):
             _say_unless_launched(f"lost another process of this run: {str(error).splitlines()[0]}")
             return EXIT_LOST_PEER
+        if operator := not_deterministic(error):
+            advice = "" if verify else "; set train.repro to fast"
+            raise LaunchError(f"{operator} has no deterministic kernel on this device{advice}") from error
         raise
     return EXIT_REQUEUE if stopped else 0
 
@@ -320,7 +324,6 @@ def _record(args: argparse.Namespace, name: str) -> Path:
 
 def rendezvous(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.address import read_address
-    from shoal.errors import LaunchError
 
     if args.while_used and os.fork():
         os._exit(0)  # nobody's child: a launcher that ends, or passes a signal on, leaves it alone
