@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,13 +25,43 @@ VERIFIED = "verify-"  # before the name of a run: where its certificate is kept
 def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
     from shoal.resolve import resolve
 
-    for gone in _run_of(args.recipe, overrides).stand_in():
+    for gone in _run_of(args.recipe and _recipe(args, overrides), overrides).stand_in():
         _tell([f"{gone} is gone: going on with what the run keeps of it"])
-    resolved = resolve(args.recipe, overrides)
-    _tell(resolved.notes)
+    recipe = _recipe(args, overrides)
+    resolved = resolve(recipe, overrides)
+    told = ["without a recipe, what is not typed is as shoal init writes it"] if args.recipe is None else []
+    _tell([*told, *resolved.notes])
     if resolved.config.launch.name is None and args.recipe is not None:
-        return resolved.config.replace("launch", name=args.recipe.stem)
+        return resolved.config.replace("launch", name=recipe.stem)
     return resolved.config
+
+
+def _recipe(args: argparse.Namespace, overrides: list[Override]) -> Path:
+    """The recipe that is asked for; where a model or data are typed without one, that which `shoal init` writes."""
+    from shoal.recipe import START, find_recipe
+
+    if args.recipe is not None:
+        return find_recipe(args.recipe)
+    if not any(key.startswith(("model.", "data.")) for key, _, _ in overrides):
+        raise ShoalError(
+            f"shoal {args.verb} needs a recipe: shoal {args.verb} quickstart takes one of shoal's own, shoal init mine.yaml "
+            f"writes one to start from, and shoal {args.verb} --model.preset tiny --data.paths FOLDER needs none"
+        )
+    return START
+
+
+def init(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.recipe import START
+
+    try:
+        with args.file.open("x", encoding="utf-8") as file:
+            file.write(START.read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise ShoalError(f"{args.file} is there already, and is left as it is; choose another name") from error
+    except (OSError, ValueError) as error:
+        raise ShoalError(f"{args.file} cannot be written: {error}") from error
+    print(f"{args.file} is a recipe to change; shoal train {shlex.quote(str(args.file))} trains it as it is")
+    return 0
 
 
 def _run_of(recipe: Path | None, overrides: list[Override]) -> RunFolder:
@@ -67,11 +98,12 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     outlast()
     config = _resolve(args, overrides)
     _tell_of_torch()
-    from shoal.launch.place import is_worker, read_place
-    from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
+    from shoal.launch.place import is_worker
+    from shoal.launch.torchrun import count_gpus, launch, plan_processes
 
     if is_worker():
-        return _work(fit_to_place(config, read_place()))
+        return _work(_in_place(config))
+    _say_where(config)
     from shoal.fault.limit import start_clock
     from shoal.launch.stops import leave_when_asked
     from shoal.metrics.console import Console
@@ -87,6 +119,23 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
 
     open_data(config.data, Console(), rows=config.model.vocab_size)
     return launch(config, [*argv, *_settled(config)])
+
+
+def _in_place(config: Config) -> Config:
+    """The config of a worker; where another program started the workers, the first says what it was told."""
+    from shoal.launch.place import describe_place, read_place, speaks_first
+    from shoal.launch.torchrun import fit_to_place
+
+    if speaks_first():
+        print(describe_place(), flush=True)
+    return fit_to_place(config, read_place())
+
+
+def _say_where(config: Config) -> None:
+    """What another launcher's variables mean here, where they make no worker of this process. Raises `LaunchError`."""
+    from shoal.launch.place import unused_claims
+
+    _tell(unused_claims(config.launch.nodes))
 
 
 def _work(config: Config, *, verify: bool = False) -> int:
@@ -122,7 +171,7 @@ def _work(config: Config, *, verify: bool = False) -> int:
         if isinstance(error, RuntimeError) and is_lost_peer(error):
             _say_unless_launched(f"lost another process of this run: {str(error).splitlines()[0]}")
             return EXIT_LOST_PEER
-        if operator := not_deterministic(error):
+        if isinstance(error, RuntimeError) and (operator := not_deterministic(error)):
             advice = "" if verify else "; set train.repro to fast"
             raise LaunchError(f"{operator} has no deterministic kernel on this device{advice}") from error
         raise
@@ -141,13 +190,14 @@ def _say_unless_launched(text: str) -> None:
 def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     config = _resolve(args, overrides)
     _tell_of_torch()
-    from shoal.launch.place import is_worker, read_place
-    from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
+    from shoal.launch.place import is_worker
+    from shoal.launch.torchrun import count_gpus, launch, plan_processes
 
     name = config.launch.name
     config = config.replace("launch", name=f"{VERIFIED}{name}", max_restarts=0)
     if is_worker():
-        return _work(fit_to_place(config, read_place()), verify=True)
+        return _work(_in_place(config), verify=True)
+    _say_where(config)
     from shoal.metrics.console import Console
     from shoal.runs import RunFolder
 
@@ -274,23 +324,27 @@ def export(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 
 
 def config(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.recipe import to_text
     from shoal.resolve import resolve, schema, to_yaml
 
     if args.schema:
         print(json.dumps(schema(), indent=2))
         return 0
-    if args.recipe is None:
-        raise ShoalError("shoal config needs a RECIPE.yaml, or --schema")
-    resolved = resolve(args.recipe, overrides)
+    resolved = resolve(_recipe(args, overrides), overrides)
     _tell(resolved.notes, on_stderr=True)
-    print(to_yaml(resolved.config, resolved.sources), end="")
+    lost = {
+        key: f"{resolved.sources[key]}, not {to_text(s.value)} at {s.where}" for key, s in resolved.replaced.items()
+    }
+    print(to_yaml(resolved.config, {**resolved.sources, **lost}), end="")
     return 0
 
 
 def bench(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.bench.speed import bench_speed
+    from shoal.recipe import find_recipe
 
-    bench_speed(args.recipe, overrides, peers=args.peers, repeats=args.repeats, as_json=args.json)
+    recipe = args.recipe and find_recipe(args.recipe)
+    bench_speed(recipe, overrides, peers=args.peers, repeats=args.repeats, as_json=args.json)
     return 0
 
 

@@ -64,7 +64,10 @@ def _settle(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], fold
         recipe = folder / "default.yaml"
         recipe.write_text(DEFAULT, encoding="utf-8")
         overrides = [("launch.processes", "1", "the default of a benchmark"), *overrides]
-    config = resolve(recipe, overrides).config
+    resolved = resolve(recipe, overrides)
+    for note in resolved.notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    config = resolved.config
     steps = max(config.train.steps or 12, WARMUP_STEPS + 3)
     if steps > 40:
         steps = 12  # a recipe's own length is for training, not for timing
