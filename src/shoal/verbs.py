@@ -65,44 +65,60 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     if is_worker():
         return _work(fit_to_place(config, read_place()))
     from shoal.fault.limit import start_clock
-    from shoal.launch.stops import leave_when_asked
+    from shoal.fault.signals import ends_when_asked
     from shoal.metrics.console import Console
     from shoal.runs import RunFolder
 
     start_clock()
-    leave_when_asked()
-    config = plan_processes(config, count_gpus())
-    folder = RunFolder.of(config)
-    folder.agree(config)
-    folder.lock(config.launch.rendezvous)
-    from shoal.data.open import open_data
+    with ends_when_asked(EXIT_REQUEUE):
+        config = plan_processes(config, count_gpus())
+        folder = RunFolder.of(config)
+        folder.agree(config)
+        folder.lock(config.launch.rendezvous)
+        from shoal.data.open import open_data
 
-    open_data(config.data, Console(), rows=config.model.vocab_size)
+        console = Console()
+        prepared = open_data(config.data, console, rows=config.model.vocab_size)
+        from shoal.train.last_words import tell_if_finished
+
+        if folder.config_file.is_file() and tell_if_finished(config, folder, prepared, console):
+            return 0
     return launch(config, [*argv, *_settled(config)])
 
 
 def _work(config: Config, *, verify: bool = False) -> int:
     """One of the processes of a run, or of a verification."""
     from shoal.fault.heartbeat import Heartbeat, leave_stacks_when_asked
-    from shoal.fault.signals import die_with_parent, hold_signals
+    from shoal.fault.signals import StopRequest, die_with_parent
+    from shoal.launch.place import is_launched, read_place
+    from shoal.launch.stops import tell
+    from shoal.metrics.console import Console
+    from shoal.metrics.narrator import Narrator
 
     die_with_parent()
     leave_stacks_when_asked()
+    narrator = Narrator(Console(speaks=read_place().rank == 0).note)
+    if not is_launched():
+        narrator.watch()
+    heartbeat = Heartbeat.open(config.launch, narrator.begin)
     if verify:
-        Heartbeat.open(config.launch).rest()  # its steps are of many kinds; a collective's timeout watches it
+        heartbeat.rest()  # its steps are of many kinds; a collective's timeout watches it
     else:
-        hold_signals()
+        stop = StopRequest()
+        if not is_launched():
+            stop.end_early(tell if read_place().rank == 0 else lambda text: None)
+    heartbeat.outside("importing torch")
     from shoal.parallel.mesh import is_lost_peer
 
     try:
         if verify:
             from shoal.bench.parity import verify_here
 
-            verify_here(config)
+            verify_here(config, heartbeat)
             return 0
         from shoal.train.loop import train
 
-        stopped = train(config)
+        stopped = train(config, stop, heartbeat)
     except RuntimeError as error:
         if is_lost_peer(error):
             _say_unless_launched(f"lost another process of this run: {str(error).splitlines()[0]}")
@@ -113,10 +129,10 @@ def _work(config: Config, *, verify: bool = False) -> int:
 
 def _say_unless_launched(text: str) -> None:
     """Our own launcher says which one was lost and why; others do not."""
-    from shoal.launch.place import LOCKED_BY
+    from shoal.launch.place import is_launched
     from shoal.launch.stops import tell
 
-    if os.environ.get(LOCKED_BY) != str(os.getppid()):
+    if not is_launched():
         tell(text)
 
 
@@ -129,17 +145,19 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     config = config.replace("launch", name=f"{VERIFIED}{name}", max_restarts=0)
     if is_worker():
         return _work(fit_to_place(config, read_place()), verify=True)
+    from shoal.fault.signals import ends_when_asked
     from shoal.metrics.console import Console
     from shoal.runs import RunFolder
 
-    config = plan_processes(config, count_gpus())
-    folder = RunFolder.of(config)
-    folder.lock(config.launch.rendezvous)
-    certificate = folder.path / "certificate.json"
-    certificate.unlink(missing_ok=True)
-    from shoal.data.open import open_data
+    with ends_when_asked(EXIT_REQUEUE):
+        config = plan_processes(config, count_gpus())
+        folder = RunFolder.of(config)
+        folder.lock(config.launch.rendezvous)
+        certificate = folder.path / "certificate.json"
+        certificate.unlink(missing_ok=True)
+        from shoal.data.open import open_data
 
-    open_data(config.data, Console(), rows=config.model.vocab_size)
+        open_data(config.data, Console(), rows=config.model.vocab_size)
     code = launch(config, [*argv, *_settled(config)])
     if code != 0 or not certificate.is_file():
         return code or 1

@@ -138,11 +138,22 @@ class Meter:
         self._steps_since += 1
 
     def record(
-        self, step: int, tokens: int, step_tokens: int, loss: float, lr: float, norm: float | None
+        self,
+        step: int,
+        tokens: int,
+        step_tokens: int,
+        loss: float,
+        lr: float,
+        norm: float | None,
+        *,
+        last: bool = False,
     ) -> dict[str, Any] | None:
-        """The record of `step`, or None where none is due. `tokens` is the run's total, `step_tokens` this step's; no `norm`: an overflow."""
+        """
+        The record of `step`, or None where none is due; of the run's last one it is. `tokens` is the run's total,
+        `step_tokens` this step's; no `norm`: an overflow.
+        """
         self._steps_since += 1
-        if step % self._config.metrics.every and step != 1:
+        if step % self._config.metrics.every and step != 1 and not last:
             return None
         now = time.perf_counter()
         seconds = (now - self._last) / self._steps_since
