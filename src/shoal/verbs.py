@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.errors import EXIT_LOST_PEER, EXIT_REQUEUE, ModelError, RunError, ShoalError
+from shoal.errors import EXIT_LOST_PEER, EXIT_REQUEUE, ModelError, RunError, ShoalError, spelled
 
 if TYPE_CHECKING:
     from shoal.config import Config
-    from shoal.infer.load import Wanted
+    from shoal.infer.asked import Wanted
+    from shoal.metrics.narrator import Narrator
     from shoal.runs import RunFolder
 
 Override = tuple[str, str, str]
@@ -172,10 +175,13 @@ def _settled(config: Config) -> list[str]:
 
 def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.data.open import open_data
+    from shoal.fault.signals import ends_when_asked
     from shoal.metrics.console import Console
 
     console = Console()
-    prepared = open_data(_resolve(args, overrides).data, console)
+    config = _resolve(args, overrides)
+    with ends_when_asked(EXIT_REQUEUE):
+        prepared = open_data(config.data, console)
     for split, counts in prepared.counts.items():
         console.say(
             f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
@@ -212,16 +218,21 @@ def _expanded(to: Path | None) -> Path | None:
 def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     _needs(args, "text", ("context", "stride"))
     _needs(args, "tasks", ("include_path", "limit", "num_fewshot"))
-    wanted = _wanted(args)
-    from shoal.infer.commands import TextOptions, evaluate_model
-    from shoal.infer.harness import Tasks
+    from shoal.infer.asked import Tasks, Text
 
-    text = None if args.text is None else TextOptions(args.text, args.context, args.stride)
+    wanted = _wanted(args)
+    wanted.check()
+    if wanted.folder is not None and args.text is None and args.tasks is None:
+        raise ShoalError(f"{wanted.folder} has no held-out text of its own: set --text FILE, or --tasks NAME,...")
+    text = None if args.text is None else Text.read(args.text, args.context, args.stride)
     tasks = None
     if args.tasks is not None:
         names = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
         tasks = Tasks(names, args.include_path, args.limit, args.num_fewshot)
-    evaluate_model(wanted, text=text, tasks=tasks, as_json=args.json)
+    with _told(speaks=not args.json) as narrator:
+        from shoal.infer.commands import evaluate_model
+
+        evaluate_model(wanted, text=text, tasks=tasks, as_json=args.json, narrator=narrator)
     return 0
 
 
@@ -229,20 +240,45 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
     _needs(args, "chat", ("system",))
     if bool(args.prompt) == args.chat:
         raise ShoalError("shoal generate needs --prompt TEXT, or --chat for a conversation, and not both")
-    wanted = _wanted(args)
-    from shoal.infer.commands import generate_text, talk
-    from shoal.infer.generate import Sampling
+    from shoal.infer.sampling import CHAT_TOKENS, FLAGS, PROMPT_TOKENS, Sampling, check_options, check_prompts
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    if args.chat:
-        talk(wanted, system=args.system, max_new_tokens=args.tokens, sampling=sampling)
-    else:
-        generate_text(wanted, prompts=args.prompt, max_new_tokens=args.tokens, sampling=sampling)
+    limit = args.tokens if args.tokens is not None else CHAT_TOKENS if args.chat else PROMPT_TOKENS
+    with spelled(FLAGS):
+        check_options(sampling, limit)
+    check_prompts(args.prompt or [], args.system)
+    wanted = _wanted(args)
+    wanted.check()
+    with _told() as narrator:
+        from shoal.infer.commands import generate_text, open_chat
+
+        if args.chat:
+            chat = open_chat(wanted, system=args.system, max_new_tokens=limit, sampling=sampling, narrator=narrator)
+        else:
+            generate_text(wanted, prompts=args.prompt, max_new_tokens=limit, sampling=sampling, narrator=narrator)
+    if args.chat:  # in which Ctrl-C ends an answer only
+        from shoal.infer.chat import chat_in_terminal
+
+        chat_in_terminal(chat, sys.stdin, sys.stdout)
     return 0
 
 
+@contextlib.contextmanager
+def _told(code: int | None = None, *, speaks: bool = True) -> Iterator[Narrator]:
+    """A command with nothing to save: tells on standard error what takes long, and ends when asked to, with `code`."""
+    from shoal.fault.signals import ends_when_asked
+    from shoal.metrics.console import Console
+    from shoal.metrics.narrator import Narrator
+
+    narrator = Narrator.of(Console(speaks=speaks, on_stderr=True))
+    with ends_when_asked(code):
+        narrator.begin("importing torch")
+        yield narrator
+    narrator.close()
+
+
 def _wanted(args: argparse.Namespace) -> Wanted:
-    from shoal.infer.load import Wanted
+    from shoal.infer.asked import Wanted
 
     return Wanted(
         Path(args.runs), args.target, folder=args.model_from, family=args.model_family, step=args.step,
@@ -260,14 +296,21 @@ def _needs(args: argparse.Namespace, owner: str, options: tuple[str, ...]) -> No
 
 
 def export(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.infer.export import export_run
+    from shoal.infer.out_folder import OutFolder
+    from shoal.infer.target import find_checkpoint
     from shoal.metrics.console import Console
 
+    find_checkpoint(Path(args.runs), args.target, args.step)
+    OutFolder(args.out, args.force)
     console = Console()
-    out = export_run(
-        Path(args.runs), args.target, step=args.step, out=args.out, dtype=args.dtype, license=args.license,
-        force=args.force, console=console,
-    )  # fmt: skip
+    with _told() as narrator:
+        from shoal.infer.export import export_run
+
+        narrator.begin(None)
+        out = export_run(
+            Path(args.runs), args.target, step=args.step, out=args.out, dtype=args.dtype, license=args.license,
+            force=args.force, console=console,
+        )  # fmt: skip
     console.say(f"{out} is whole: README.md in it says what it is")
     return 0
 
@@ -289,7 +332,11 @@ def config(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 def bench(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.bench.speed import bench_speed
 
-    bench_speed(args.recipe, overrides, peers=args.peers, repeats=args.repeats, as_json=args.json)
+    with _told(speaks=not args.json) as narrator:
+        narrator.begin(None)
+        bench_speed(
+            args.recipe, overrides, peers=args.peers, repeats=args.repeats, as_json=args.json, narrator=narrator
+        )
     return 0
 
 

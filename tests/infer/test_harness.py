@@ -16,8 +16,9 @@ import torch
 
 from shoal.errors import DataError, ShoalError
 from shoal.infer import harness
-from shoal.infer.harness import Tasks, run_tasks
-from shoal.infer.load import LoadedModel, Wanted, load_folder
+from shoal.infer.asked import Tasks, Wanted
+from shoal.infer.harness import run_tasks
+from shoal.infer.load import LoadedModel, load_folder
 from shoal.infer.score import score
 
 from ..cli.commands import Place

@@ -68,8 +68,11 @@ class Console:
         self.say(step_line(record, total_steps, left_seconds, shutil.get_terminal_size((WIDTH, 24)).columns))
 
     @contextmanager
-    def progress(self, title: str) -> Iterator[Any]:
-        """A bar on a terminal, a line now and then elsewhere; call the result with (phase, done, total)."""
+    def progress(self, title: str, *, steady: bool = False) -> Iterator[Any]:
+        """
+        A bar on a terminal, a line now and then elsewhere; call the result with (phase, done, total). steady: a line every
+        few seconds, however long it takes.
+        """
         if not self._speaks:
             yield lambda phase, done, total: None
         elif self.is_terminal:
@@ -83,7 +86,7 @@ class Console:
             ) as bar:
                 yield _Bar(bar, title)
         else:
-            yield _Lines(title, lambda text: print(text, file=self._rich.file, flush=True))
+            yield _Lines(title, lambda text: print(text, file=self._rich.file, flush=True), steady)
 
 
 class _Bar:
@@ -96,19 +99,24 @@ class _Bar:
 
 
 class _Lines:
-    """Each phase is named when it begins, and again as it goes on: every few seconds, then less and less often."""
+    """
+    Each phase is named when it begins, and again as it goes on: every few seconds, then less and less often unless `steady`.
+    A steady one has one phase, whose text changes.
+    """
 
-    def __init__(self, title: str, say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
-        self._title, self._say, self._now = title, say, now
+    def __init__(
+        self, title: str, say: Callable[[str], None], steady: bool, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._title, self._say, self._steady, self._now = title, say, steady, now
         self._phase, self._since, self._due = "", 0.0, 0.0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now = self._now()
-        if phase != self._phase:
+        if phase != self._phase and not (self._steady and self._phase):
             self._phase, self._since, self._due = phase, now, now
         if now < self._due:
             return
-        self._due = now + max(SECONDS_BETWEEN, (now - self._since) / 10)
+        self._due = now + max(SECONDS_BETWEEN, 0.0 if self._steady else (now - self._since) / 10)
         percent = f" {100 * done // total}%" if total else ""
         self._say(visible(f"{self._title}: {phase}{percent}"))
 
