@@ -106,7 +106,7 @@ def test_by_a_pipe(folder: Path) -> None:
         input="Hello\n", capture_output=True, text=True, env=clean_environment(), check=True,
     )  # fmt: skip
     assert done.stdout.startswith(their_answer(folder, [{"role": "user", "content": "Hello"}]) + "\n")
-    assert done.stderr == ""
+    assert all(line.startswith(("importing torch", "loading the model")) for line in done.stderr.splitlines())
 
 
 def test_what_cannot_talk(folder: Path, tmp_path: Path) -> None:

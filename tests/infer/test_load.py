@@ -158,7 +158,7 @@ def test_it_is_a_run_or_a_folder(asked: dict[str, str | int], says: str, tmp_pat
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no folder"):
-        Wanted(tmp_path, folder=str(tmp_path / "nowhere")).load()
+        Wanted(tmp_path, folder=str(tmp_path / "nowhere")).check()
 
 
 def test_text_needs_a_tokenizer(tmp_path: Path) -> None:

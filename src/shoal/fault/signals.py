@@ -79,16 +79,22 @@ def ends_when_asked(code: int | None = None) -> Iterator[None]:
     def code_of(number: int) -> int:
         return 128 + number if code is None or number == signal.SIGINT else code
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        raise Asked(code_of(number))
-
     came: list[int] = []
+    said = threading.Lock()  # by the handler or the thread, whichever is first
+
+    def say() -> None:
+        if said.acquire(blocking=False):
+            say_at_once(STOPPING_SAID)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        say()
+        raise Asked(code_of(number))
 
     def come(number: int) -> None:
         came.append(number)
         if len(came) > 1:
             os._exit(code_of(number))
-        say_at_once(STOPPING_SAID)
+        say()
         timer = threading.Timer(GRACE_SECONDS, lambda: os._exit(code_of(number)))
         timer.daemon = True
         timer.start()
