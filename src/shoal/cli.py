@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__, verbs
-from shoal.errors import EXIT_BAD_INPUT, ShoalError
+from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, ShoalError
+from shoal.fault.signals import Asked
 from shoal.output import Output
 from shoal.secrets import secret_in
 from shoal.verbs import Override
@@ -40,6 +41,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         if not report_to_launcher(str(error)):
             show(str(error))
         code = EXIT_BAD_INPUT
+    except Asked as asked:
+        if asked.code == EXIT_REQUEUE:
+            print("shoal: stopped; the same command goes on", file=sys.stderr)
+        _leave(asked.code, at_once=True)
     except KeyboardInterrupt:
         print("shoal: interrupted", file=sys.stderr)
         code = 130
@@ -52,8 +57,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     _leave(code)
 
 
-def _leave(code: int) -> NoReturn:
-    """End the process now. A thread of a communication library that outlives Python would abort it."""
+def _leave(code: int, *, at_once: bool = False) -> NoReturn:
+    """
+    End the process now. A thread of a communication library that outlives Python would abort it; other threads would be
+    waited for, unless `at_once`.
+    """
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -63,7 +71,7 @@ def _leave(code: int) -> NoReturn:
         print(f"shoal: {error}", file=sys.stderr)
         code = code or EXIT_BAD_INPUT
     sys.stderr.flush()
-    if "torch" in sys.modules:
+    if at_once or "torch" in sys.modules:
         os._exit(code)
     sys.exit(code)
 

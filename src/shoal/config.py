@@ -450,9 +450,16 @@ class Metrics:
 
     every: int = opt(
         1,
-        "a line in metrics.jsonl and on the console",
+        "a line in metrics.jsonl",
         unit="steps",
         alias=("log_interval", "logging_steps", "log_every", "log_freq", "log_every_n_steps"),
+        ge=1,
+    )
+    console_every: int | None = opt(
+        None,
+        "a step's line on the console, of those that metrics.every records; null: the first 3, the last, and so many in "
+        "between that a run has at most about 40 (1, 2, 5, 10, ... apart)",
+        unit="steps",
         ge=1,
     )
     split_every: int = opt(

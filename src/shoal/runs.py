@@ -58,6 +58,10 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def has_checkpoint(self) -> bool:
+        """Whether one is on disk, whole or not."""
+        return any(self.checkpoints.glob("step-*/manifest.json"))
+
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"

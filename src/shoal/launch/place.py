@@ -34,6 +34,11 @@ def is_worker() -> bool:
     return "RANK" in os.environ or _under_srun()
 
 
+def is_launched() -> bool:
+    """True in a worker of our own launcher, which tells what concerns all of them."""
+    return os.environ.get(LOCKED_BY) == str(os.getppid())
+
+
 def speaks_first() -> bool:
     """True in one process of a run: the launcher, or rank 0 where another program started the workers."""
     return not is_worker() or (LOCKED_BY not in os.environ and read_place().rank == 0)
@@ -113,7 +118,7 @@ def report_to_launcher(message: str) -> bool:
     The file and its form are those of torch's elastic agent.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path is None or os.environ.get(LOCKED_BY) != str(os.getppid()):
+    if path is None or not is_launched():
         return False
     # whole or not there: the launcher may end this process at any moment, and the agent fails on half a file
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
