@@ -28,7 +28,7 @@ WARNING = re.compile(r"warning|deprecat", re.IGNORECASE)
 
 # Each part's tests, as pytest selects them.
 PARTS = {
-    "private names": ["tests/test_torch_private.py"],
+    "names": ["tests/test_torch_private.py"],
     "layouts": ["tests/parallel/test_matrix.py", "-m", "torch", "-k", "not compiled"],
     "compile": ["tests/parallel/test_matrix.py", "-m", "torch", "-k", "compiled"],
     "pipelines": ["tests/parallel/test_pipeline.py", "-k", "two_processes or test_with_sharded_stages"],
@@ -121,18 +121,16 @@ def call(python: Path, arguments: list[str], log: Path, cwd: Path = ROOT) -> tup
 
 def tests(part: str) -> Callable[[Path, Path], Outcome]:
     def run(python: Path, folder: Path) -> Outcome:
-        log = folder / f"{part.replace(' ', '-')}.log"
+        log = folder / f"{part}.log"
         log.unlink(missing_ok=True)
         start = time.monotonic()
         arguments = ["-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--durations=5", "-ra", *PARTS[part]]
         code, text = call(python, arguments, log)
-        found = re.findall(r"(\d+) (passed|failed|errors?|skipped)", text.rpartition("\n=")[2] + text[-300:])
-        counts = {kind.rstrip("s"): int(count) for count, kind in found}
-        bad = counts.get("failed", 0) + counts.get("error", 0)
-        said = f"{counts.get('passed', 0)} of {counts.get('passed', 0) + bad}" + f" (exit code {code})" * (
-            code not in (0, 1)
-        )
-        said += f", {counts['skipped']} skipped" * ("skipped" in counts)
+        found = re.findall(r"(\d+) (passed|failed|error|skipped)", text.rstrip().rpartition("\n")[2])
+        counts = {kind: int(count) for count, kind in found}
+        passed, skipped = counts.get("passed", 0), counts.get("skipped", 0)
+        said = f"{passed} of {passed + counts.get('failed', 0) + counts.get('error', 0)}"
+        said += f", {skipped} skipped" * bool(skipped) + f" (exit code {code})" * (code not in (0, 1))
         return Outcome(code == 0, said, time.monotonic() - start)
 
     return run
