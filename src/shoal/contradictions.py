@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 
 from shoal.address import read_address
-from shoal.config import Config
+from shoal.config import Config, Data
 from shoal.errors import ModelError, Problem
 from shoal.hub.find import find_model, find_path, near_path
 from shoal.presets import shape_problems
@@ -89,7 +89,7 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             f"a {data.corpus} corpus takes no data.paths; set data.corpus to text or jsonl", "data.paths", "data.corpus"
         )
     missing = [p for p in data.paths if not _is_there(p)]
-    if missing:
+    if missing and not _has_tokens(data):  # else they may be what is left of it
         named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
         yield problem(f"data.paths: there is no {named}", "data.paths")
     why = _why_no_tokenizer(data.tokenizer)
@@ -106,6 +106,14 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             "model.vocab_size",
             "data.tokenizer_vocab_size",
         )
+
+
+def _has_tokens(data: Data) -> bool:
+    """Whether there are prepared tokens of some corpus of this kind; preparing looks of which."""
+    try:
+        return any(Path(data.folder).expanduser().glob(f"{data.corpus}-*/manifest.json"))
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def _is_there(path: str) -> bool:

@@ -43,10 +43,9 @@ class Skips:
             self.first.append(f"{item.name}: {item.reason}")
 
     def note(self) -> str:
-        first = "; ".join(self.first)
         if self.count == len(self.first) or not self.reasons:
-            return f"{self.count:,} skipped, not text: {first}"
-        return f"{self.count:,} skipped, not text: {describe(self.reasons)}; the first: {first}"
+            return f"{self.count:,} skipped, not text: {'; '.join(self.first)}"
+        return f"{self.count:,} skipped, not text: {describe(self.reasons)}; the first is {self.first[0]}"
 
     @classmethod
     def load(cls, saved: Any) -> Skips:
