@@ -69,6 +69,7 @@ def test_a_machine_that_slept_has_no_culprit() -> None:
 @pytest.fixture
 def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     monkeypatch.setenv(FOLDER, "")  # put back afterwards
+    monkeypatch.setattr("shoal.launch.watch.STACKS_SECONDS", 0.2)  # the processes here leave none
     watch = Watch(tmp_path / "stacks", tmp_path)
     yield watch
     watch.close()
