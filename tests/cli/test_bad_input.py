@@ -50,6 +50,14 @@ def test_config_problems_come_together_before_anything_starts(place: Place) -> N
     assert not (place.folder / "runs" / "recipe").exists()
 
 
+@pytest.mark.ci
+def test_memory_that_cannot_be_had_ends_a_run_once_with_what_would_fit(place: Place) -> None:
+    """A matrix beyond any address space, asked for by two real processes."""
+    output = place.refused("train", "recipe.yaml", "--name", "huge", "--model.dim", str(2**23))
+    for said in ("281,475.0 GB", "train.micro_batch 1", "train.activation_checkpointing full", "parallel.dp_shard 2"):
+        assert output.count(said) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

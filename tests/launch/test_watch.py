@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from shoal.errors import EXIT_LOST_PEER
-from shoal.fault.heartbeat import FOLDER, Page, Sign
+from shoal.fault.heartbeat import COMPILE, FOLDER, Page, Sign
 from shoal.launch.crashes import Crashes, first_death, how_it_died
-from shoal.launch.watch import Look, Pauses, Watch, find_culprit
+from shoal.launch.watch import Hang, Look, Pauses, Watch, as_far, find_culprit
 
 
 def look(rank: int, step: int, turn: int, since: float, state: str = "sleeping") -> Look:
@@ -48,6 +48,15 @@ def test_who_waits_for_others_is_not_the_one() -> None:
     assert find_culprit([waiting, look(1, 12, 4, 2.0)]).rank == 0  # it is farther
 
 
+def test_it_is_said_where_others_are_at_the_very_place() -> None:
+    """As on GPUs that wait for each other in one kernel: who came there first is a guess."""
+    three = [look(0, 12, 3, 2.0), look(1, 12, 3, 1.0), look(2, 12, 3, 3.0)]
+    assert as_far(find_culprit(three), three) == 2
+    assert as_far(three[0], [three[0], look(1, 12, 4, 1.0), look(2, 12, 3, 2.0, psutil.STATUS_STOPPED)]) == 0
+    assert "2 others" in str(Hang(1, 12, "reduce", 20.0, "", "", None, 2))
+    assert "other" not in str(Hang(1, 12, "reduce", 20.0, "", "", None))
+
+
 def test_a_machine_that_slept_has_no_culprit() -> None:
     pauses = Pauses(0.0)
     for now in (0.1, 0.2, 300.2, 300.3, 302.3):
@@ -60,6 +69,7 @@ def test_a_machine_that_slept_has_no_culprit() -> None:
 @pytest.fixture
 def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     monkeypatch.setenv(FOLDER, "")  # put back afterwards
+    monkeypatch.setattr("shoal.launch.watch.STACKS_SECONDS", 0.2)  # the processes here leave none
     watch = Watch(tmp_path / "stacks", tmp_path)
     yield watch
     watch.close()
@@ -113,6 +123,35 @@ def test_a_stopped_process_is_named_when_somebody_is_late(
     assert watch.look(pids) is None
 
 
+def test_who_compiles_is_waited_for_until_it_is_late_itself(
+    watch: Watch, sleepers: list[subprocess.Popen[bytes]]
+) -> None:
+    import os
+
+    pids = {local: process.pid for local, process in enumerate(sleepers)}
+    watch.start([0, 1], 600.0)
+    pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]
+    pages[0].write(12, 3, "reduce")
+    pages[0].allow(0.0)  # it waits for the other one, and is late
+    pages[1].write(12, 1, COMPILE)
+    assert watch.look(pids) is None
+    pages[1].allow(0.0)
+    hang = watch.look(pids)
+    assert hang is not None
+    assert (hang.rank, hang.phase) == (1, COMPILE)
+
+
+def test_who_compiles_on_another_machine_is_waited_for(watch: Watch, sleepers: list[subprocess.Popen[bytes]]) -> None:
+    import os
+
+    pids = {0: sleepers[0].pid}
+    watch.start([0], 600.0)
+    Page(Path(os.environ[FOLDER]), 0).allow(0.0)
+    there = Look(1, Sign(12, 1, COMPILE, 1.0, math.inf), "running", "node1")
+    assert watch.look(pids, lambda: [there]) is None
+    assert watch.look(pids, list) is not None
+
+
 @dataclass
 class Death:
     exitcode: int
@@ -122,6 +161,9 @@ class Death:
 def test_the_first_death_is_not_of_one_that_followed() -> None:
     deaths = {0: Death(EXIT_LOST_PEER, 1), 1: Death(-9, 3), 2: Death(1, 4)}
     assert first_death(deaths)[0] == 1
+    aborted = {0: Death(EXIT_LOST_PEER, 1), 1: Death(-signal.SIGABRT, 2), 2: Death(-signal.SIGABRT, 3)}
+    assert first_death(aborted)[0] == 1
+    assert first_death({**aborted, 3: Death(1, 9)})[0] == 3
     assert how_it_died(-9) == "was killed by SIGKILL"
     assert how_it_died(1) == "ended with code 1"
 
