@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Final
 
 from shoal.address import read_address
 from shoal.config import Config
 from shoal.errors import ModelError, Problem
-from shoal.hub.find import find_model, find_path
+from shoal.hub.find import find_model, find_path, near_path
 from shoal.presets import shape_problems
-from shoal.recipe import near_path
 from shoal.refusals import refusals_of_machines
 
 DEFAULT, DERIVED = "default", "derived"
@@ -92,7 +90,8 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
         )
     missing = [p for p in data.paths if not _is_there(p)]
     if missing:
-        yield problem(f"data.paths: there is no {', '.join(map(_with_near, missing[:3]))}", "data.paths")
+        named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
+        yield problem(f"data.paths: there is no {named}", "data.paths")
     why = _why_no_tokenizer(data.tokenizer)
     if why is not None:
         yield problem(
@@ -114,11 +113,6 @@ def _is_there(path: str) -> bool:
         return find_path(path) is not None
     except ModelError:
         return False
-
-
-def _with_near(path: str) -> str:
-    near = near_path(Path(path))
-    return f"{path} (did you mean {near}?)" if near else path
 
 
 def _why_no_tokenizer(name: str) -> str | None:

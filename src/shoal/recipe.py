@@ -103,16 +103,6 @@ def find_recipe(given: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def near_path(path: Path) -> str | None:
-    """What is there and is called much like `path`."""
-    try:
-        names = [p.name for p in path.parent.iterdir()]
-    except (OSError, ValueError):
-        return None
-    close = difflib.get_close_matches(path.name, names, 1)
-    return str(path.with_name(close[0])) if close else None
-
-
 def _no_recipe(path: Path) -> str:
     """What to say of a recipe that is nowhere."""
     beside = [str(p) for p in path.parent.glob("*.y*ml")] if len(os.fsencode(path.name)) < 256 else []

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.errors import EXIT_LOST_PEER, EXIT_REQUEUE, ModelError, RunError, ShoalError
+from shoal.errors import EXIT_LOST_PEER, EXIT_REQUEUE, LaunchError, MemoryProblem, ModelError, RunError, ShoalError
 
 if TYPE_CHECKING:
     from shoal.config import Config
@@ -85,11 +85,19 @@ def _tell(notes: Sequence[str], *, on_stderr: bool = False) -> None:
             console.warn(note)
 
 
+def _tell_of_torch() -> None:
+    """One line, where this torch was not tested."""
+    from shoal.torch_private import version_notes
+
+    _tell(version_notes())
+
+
 def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.output import outlast
 
     outlast()
     config = _resolve(args, overrides)
+    _tell_of_torch()
     from shoal.launch.place import is_worker
     from shoal.launch.torchrun import count_gpus, launch, plan_processes
 
@@ -141,7 +149,11 @@ def _work(config: Config, *, verify: bool = False) -> int:
         Heartbeat.open(config.launch).rest()  # its steps are of many kinds; a collective's timeout watches it
     else:
         hold_signals()
+    from shoal.launch.place import read_place
+    from shoal.models.attention import not_deterministic
     from shoal.parallel.mesh import is_lost_peer
+    from shoal.plan.fit import what_ran_out, what_would_fit
+    from shoal.runs import RunFolder
 
     try:
         if verify:
@@ -152,10 +164,16 @@ def _work(config: Config, *, verify: bool = False) -> int:
         from shoal.train.loop import train
 
         stopped = train(config)
-    except RuntimeError as error:
-        if is_lost_peer(error):
+    except (RuntimeError, MemoryError, OSError) as error:
+        if said := what_ran_out(error):
+            fits = what_would_fit(RunFolder.of(config).settled(config), read_place().world_size)
+            raise MemoryProblem(f"out of memory: {said}. {fits}") from error
+        if isinstance(error, RuntimeError) and is_lost_peer(error):
             _say_unless_launched(f"lost another process of this run: {str(error).splitlines()[0]}")
             return EXIT_LOST_PEER
+        if operator := not_deterministic(error):
+            advice = "" if verify else "; set train.repro to fast"
+            raise LaunchError(f"{operator} has no deterministic kernel on this device{advice}") from error
         raise
     return EXIT_REQUEUE if stopped else 0
 
@@ -171,6 +189,7 @@ def _say_unless_launched(text: str) -> None:
 
 def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     config = _resolve(args, overrides)
+    _tell_of_torch()
     from shoal.launch.place import is_worker
     from shoal.launch.torchrun import count_gpus, launch, plan_processes
 
@@ -359,7 +378,6 @@ def _record(args: argparse.Namespace, name: str) -> Path:
 
 def rendezvous(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.address import read_address
-    from shoal.errors import LaunchError
 
     if args.while_used and os.fork():
         os._exit(0)  # nobody's child: a launcher that ends, or passes a signal on, leaves it alone

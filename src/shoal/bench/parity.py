@@ -37,6 +37,7 @@ from shoal.errors import CheckpointError
 from shoal.launch.place import Place
 from shoal.metrics.console import Console
 from shoal.metrics.meter import device_name
+from shoal.models.attention import take_deterministic_kernels
 from shoal.models.layers import Linear
 from shoal.optim.schedule import learning_rate
 from shoal.parallel.apply import Runnable
@@ -103,7 +104,7 @@ def verify_here(config: Config) -> None:
     set_threads(config)
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
         if mesh.device.type == "cuda":
-            torch.use_deterministic_algorithms(True, warn_only=True)  # or a resumed run may have other bits rightly
+            take_deterministic_kernels()  # or a resumed run may have other bits rightly
         console = Console(speaks=mesh.is_first)
         folder = RunFolder.of(config).path
         prepared = open_data(config.data, console)

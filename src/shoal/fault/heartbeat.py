@@ -34,6 +34,7 @@ FLOOR_SECONDS: Final = 20.0  # a machine may stand still so long, whatever its s
 RECENT: Final = 100  # steps
 SOONER: Final = 0.9  # of launch.timeout_seconds: who hangs is found before the others' collectives end them
 FEW: Final = 5  # steps, before which nothing is known
+COMPILE: Final = "compile"  # a phase inside any other: work of this process alone
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,9 @@ class Heartbeat:
 
     def __init__(self, page: Page | None, patience: Patience, outside_seconds: float) -> None:
         self._page, self._patience, self._outside_seconds = page, patience, outside_seconds
-        self._step, self._turn, self._begun = 0, 0, math.nan
+        self._step, self._turn, self._phase, self._begun = 0, 0, "start", math.nan
         self._warm = False  # whether a step was taken: the first one compiles
+        self._left = self._compiles_since = math.nan  # seconds left to the phase that a compilation came into
 
     @classmethod
     def open(cls, launch: Launch) -> Self:
@@ -137,15 +139,42 @@ class Heartbeat:
         if self._page is None:
             return
         self._end_step()
-        self._step, self._turn, self._begun = step, 0, time.monotonic()
+        self._step, self._turn, self._phase, self._begun = step, 0, phase, time.monotonic()
         self._page.write(step, 0, phase)
         self._page.allow(self._patience.allowance())
 
     def beat(self, phase: str) -> None:
         """The step comes to `phase`."""
         if self._page is not None:
-            self._turn += 1
-            self._page.write(self._step, self._turn, phase)
+            self._turn, self._phase = self._turn + 1, phase
+            self._page.write(*self.place)
+
+    @property
+    def place(self) -> tuple[int, int, str]:
+        """(step, signs since it began, phase) of the last sign."""
+        return self._step, self._turn, self._phase
+
+    def device_reached(self, step: int, turn: int, phase: str) -> None:
+        """The host waits for its device, which has come to the sign of this place. The deadline stays."""
+        if self._page is not None:
+            self._page.write(step, turn, phase)
+
+    def compiles(self, *, begins: bool) -> None:
+        """
+        A compilation begins in the middle of a phase, or is over. It has the time of what is done outside of steps, and
+        its step the time that was left, and is learned without it.
+        """
+        if self._page is None:
+            return
+        now = time.monotonic()
+        if begins:
+            self._left, self._compiles_since = self._page.read().until - now, now
+            self._page.write(self._step, self._turn, COMPILE)
+            self._page.allow(self._outside_seconds)
+        else:
+            self._begun += now - self._compiles_since
+            self._page.write(*self.place)
+            self._page.allow(max(0.0, self._left))
 
     def waits(self, does: bool) -> None:
         """It waits for other processes, or goes on: who hangs is one that does not wait."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from shoal.errors import GenerateError
+from shoal.models.attention import decoding_kernels
 from shoal.models.family import LanguageModel
 
 PADDING, TEXT = 0, 1  # documents
@@ -67,9 +68,30 @@ def generate(
     ends = frozenset(() if eot_id is None else (eot_id,) if isinstance(eot_id, int) else eot_id)
     if not prompts or not max_new_tokens:
         return [[] for _ in prompts]
-    rows = _Rows(model, prompts, max_new_tokens, use_cache)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
+    with decoding_kernels():
+        return _write(
+            _Rows(model, prompts, max_new_tokens, use_cache),
+            len(prompts),
+            max_new_tokens,
+            sampling,
+            ends,
+            known_ids,
+            on_token,
+        )
+
+
+def _write(
+    rows: _Rows,
+    count: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    ends: Collection[int],
+    known_ids: int | None,
+    on_token: Callable[[int, int], None] | None,
+) -> list[list[int]]:
+    """`generate` behind its checks, for `count` prompts."""
+    outputs: list[list[int]] = [[] for _ in range(count)]
+    open_rows = set(range(count))
     for index in range(max_new_tokens):
         tokens_B = choose(rows.next_logits()[:, :known_ids], sampling, index)
         rows.append(tokens_B)

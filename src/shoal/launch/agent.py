@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -33,12 +34,14 @@ from torch.distributed.elastic.rendezvous.api import (
 
 from shoal.config import Config
 from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, EXIT_REQUEUE, LaunchError
-from shoal.launch.crashes import Crashes, first_death, how_it_died
+from shoal.launch.crashes import FOLLOWS, Crashes, first_death, how_it_died
 from shoal.launch.machines import Machines, alike
 from shoal.launch.meeting import Meeting
+from shoal.launch.oom import kernel_kills
 from shoal.launch.stops import AskedToStop, PassOn, tell
 from shoal.launch.watch import Hang, Watch
 from shoal.metrics.trackers import Events
+from shoal.plan.fit import what_would_fit
 from shoal.runs import RunFolder
 
 NO_LIMIT: Final = 1_000_000  # restarts: torch counts them down
@@ -59,6 +62,7 @@ class Agent(LocalElasticAgent):
         super().__init__(spec=spec, logs_specs=logs, start_method="spawn", exit_barrier_timeout=30)
         self.why = ""
         self.asked = False
+        self.too_large = False  # for the memory there is
         self.alone_at_fault = False  # it is this machine whose workers die
         self._config = config
         self._launch, self._stop, self._meeting = config.launch, stop, meeting
@@ -66,6 +70,9 @@ class Agent(LocalElasticAgent):
         self._watch = Watch(self._run_folder.path / "stacks", self._folder)
         self._crashes, self._elsewhere = crashes, Crashes(3 * crashes.most)
         self._lost_since: float | None = None
+        self._kernel_kills = 0  # before these workers were started
+        self._first_step = 0  # the last step that had been taken then
+        self._world_size = 1
         self._machines: Machines | None = None  # where there are several
         meeting.rendezvous.on_lost = self._say_lost
 
@@ -123,7 +130,8 @@ class Agent(LocalElasticAgent):
             )
 
     def _start_workers(self, worker_group: Any) -> Any:
-        self._lost_since = None
+        self._lost_since, self._kernel_kills = None, kernel_kills()
+        self._first_step, self._world_size = self._run_folder.last_step(), worker_group.workers[0].world_size
         self._watch.start([w.global_rank for w in worker_group.workers], self._launch.timeout_seconds)
         return super()._start_workers(worker_group)
 
@@ -183,7 +191,7 @@ class Agent(LocalElasticAgent):
         """Whether those that still run are about to end by themselves, in order or with a better reason."""
         if set(failed.values()) == {EXIT_REQUEUE}:
             return True
-        if set(failed.values()) != {EXIT_LOST_PEER}:
+        if not FOLLOWS.keys() >= set(failed.values()):
             return False
         self._lost_since = self._lost_since or time.monotonic()
         return time.monotonic() - self._lost_since < CAUSE_SECONDS
@@ -208,7 +216,7 @@ class Agent(LocalElasticAgent):
                 return
             step = max(sign.step, self._run_folder.last_step())
             where = f"in {sign.phase} of step {sign.step}" if sign.step else f"after step {step}"
-            if self._machines and codes == {EXIT_LOST_PEER}:
+            if self._machines and self._followed_another_machine(codes):
                 self.why = f"lost a worker on another machine {where}"
                 if self._elsewhere.add(step):  # its own launcher counts it too, and gives up sooner
                     self.why += f"; that makes {self._elsewhere.count} times without a step beyond {step}"
@@ -217,8 +225,17 @@ class Agent(LocalElasticAgent):
                     tell(f"{self.why}; starting again from the last checkpoint")
                 return
             else:
+                no_memory = failure.exitcode == -signal.SIGKILL and kernel_kills() > self._kernel_kills
+                if no_memory:
+                    how = "was killed by the kernel (out of memory)"
                 self.why = f"worker {rank} {how} {where}"
                 self._record("crashed", rank=rank, how=how, step=step, phase=sign.phase)
+                if no_memory and step <= self._first_step + 1:  # nor would it fit the next time
+                    self.too_large = True
+                    self._remaining_restarts = 0
+                    settled = self._run_folder.settled(self._config)
+                    self.why += f". {what_would_fit(settled, self._world_size)}"
+                    return
         else:
             step = max(hang.step, self._run_folder.last_step())
             self.why = str(hang)
@@ -233,6 +250,19 @@ class Agent(LocalElasticAgent):
         elif self._remaining_restarts > 0:
             left = "" if self._launch.max_restarts is None else f" ({self._remaining_restarts - 1} restarts left)"
             tell(f"{self.why}; starting again from the last checkpoint{left}")
+
+    def _followed_another_machine(self, codes: set[int]) -> bool:
+        """Whether those here ended since one elsewhere had: an abort may be a crash of its own, unless another was there before."""
+        assert self._machines is not None
+        if codes == {EXIT_LOST_PEER}:
+            return True
+        end = time.monotonic() + CAUSE_SECONDS
+        while FOLLOWS.keys() >= codes and time.monotonic() < end:
+            if self._machines.was_said("crash"):
+                return True
+            time.sleep(0.1)
+        self._machines.first_to("crash")
+        return False
 
     def _say_lost(self) -> None:
         tell(
@@ -351,9 +381,14 @@ def _outcome(agent: Agent, result: RunResult) -> int:
     codes = [failure.exitcode for failure in result.failures.values()]
     if EXIT_BAD_INPUT in codes:
         said = [f.message for f in result.failures.values() if f.exitcode == EXIT_BAD_INPUT]
-        for message in dict.fromkeys(said):  # most often all ranks found the same
+        # most often all ranks found the same, or the same with other numbers: what each had of its memory
+        found = list({re.sub(r"\d+", "", message): message for message in reversed(said)}.values())
+        for message in reversed(found):
             tell(message)
-        agent.why = agent.why or "\n".join(dict.fromkeys(said))
+        agent.why = agent.why or "\n".join(reversed(found))
+        return EXIT_BAD_INPUT
+    if agent.too_large:
+        tell(agent.why)
         return EXIT_BAD_INPUT
     if set(codes) == {EXIT_REQUEUE}:
         return EXIT_REQUEUE

@@ -132,3 +132,7 @@ class Machines:
     def first_to(self, what: str) -> bool:
         """Whether no other launcher said `what` in this round before."""
         return self._aside.ask(lambda: int(self._store.add(f"said/{what}", 1)) == 1, True)
+
+    def was_said(self, what: str) -> bool:
+        """Whether a launcher said `what` in this round."""
+        return self._aside.ask(lambda: bool(self._store.check([f"said/{what}"])), False)

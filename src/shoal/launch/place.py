@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shoal.errors import LaunchError
@@ -177,5 +179,25 @@ def _adopt_slurm() -> None:
     env = os.environ
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
     env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))
-    env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", env["SLURM_NTASKS"]))
+    env.setdefault("LOCAL_WORLD_SIZE", str(_tasks_here(env)))
     env.setdefault("MASTER_PORT", "29500")
+
+
+def _tasks_here(env: Mapping[str, str]) -> int:
+    """
+    Return how many of a Slurm step's tasks run on this node.
+
+    SLURM_NTASKS_PER_NODE is there only where --ntasks-per-node was given, and is then a limit. SLURM_TASKS_PER_NODE lists
+    all nodes, "2(x3),1", in the order of SLURM_NODEID; a list with another sum belongs to the job, not to this step.
+    """
+    tasks = int(env["SLURM_NTASKS"])
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
+        counts: list[int] = []
+        for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", env.get(name, "")):
+            counts += [int(count)] * int(times or 1)
+        node = int(env.get("SLURM_NODEID", "0"))
+        if sum(counts) == tasks and node < len(counts):
+            return counts[node]
+    if "SLURM_NTASKS_PER_NODE" in env:
+        return min(tasks, int(env["SLURM_NTASKS_PER_NODE"]))
+    return -(-tasks // int(env.get("SLURM_NNODES", "1")))

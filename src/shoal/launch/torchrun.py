@@ -18,6 +18,7 @@ from shoal.launch.place import LOCKED_BY, Place
 from shoal.launch.stops import PassOn
 from shoal.layout import find_layout
 from shoal.refusals import refusals, refusals_of_machines
+from shoal.torch_private import require
 
 
 def plan_processes(config: Config, gpus: int) -> Config:
@@ -141,6 +142,7 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     stop = PassOn()
     with _quiet_torch():
+        require("processes")
         from shoal.launch.agent import run_workers
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # the agent tells each death in forty lines; we in one
     count = config.launch.processes

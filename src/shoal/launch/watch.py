@@ -14,7 +14,7 @@ from typing import Final
 
 import psutil
 
-from shoal.fault.heartbeat import FOLDER, SOONER, Page, Sign, stacks_file
+from shoal.fault.heartbeat import COMPILE, FOLDER, SOONER, Page, Sign, stacks_file
 
 # States in which a process does not come further by itself, and what to say of them.
 STUCK: Final = {
@@ -51,6 +51,7 @@ class Hang:
     state: str  # words of `STUCK`, or ""
     host: str  # where it is on another machine
     stacks: Path | None  # None where they could not be kept
+    as_far: int = 0  # other ranks that nothing tells from this one but how long they are there
 
     def __str__(self) -> str:
         where = f"{self.phase} of step {self.step}" if self.step else self.phase
@@ -58,12 +59,27 @@ class Hang:
             f"in {where} for {self.silent_seconds:.0f} s"
         )  # fmt: skip
         who = f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
-        return f"{who} did not join: {how}" + (f"; stacks in {self.stacks}" if self.stacks else "")
+        others = (
+            f"; {self.as_far} other{'s are' if self.as_far > 1 else ' is'} at the same place" if self.as_far else ""
+        )
+        return f"{who} did not join: {how}{others}" + (f"; stacks in {self.stacks}" if self.stacks else "")
 
 
 def find_culprit(looks: Sequence[Look]) -> Look:
     """The rank that the others wait for: one that cannot run, else the one least far, not waiting itself, silent longest."""
-    return min(looks, key=lambda k: (k.state not in STUCK, k.sign.step, k.sign.turn, k.sign.waits, k.sign.since))
+    return min(looks, key=lambda look: (_place(look), look.sign.since))
+
+
+def as_far(culprit: Look, looks: Sequence[Look]) -> int:
+    """
+    How many others are at the very place of `culprit`, so that the guess rests on who came there first. On a GPU whose
+    collectives are queued among its work, nothing says which of them waits for which.
+    """
+    return sum(_place(look) == _place(culprit) for look in looks) - 1
+
+
+def _place(look: Look) -> tuple[bool, int, int, bool]:
+    return look.state not in STUCK, look.sign.step, look.sign.turn, look.sign.waits
 
 
 class Pauses:
@@ -122,6 +138,9 @@ class Watch:
         signs = {local: self.sign(local) for local in pids}
         if not any(now > sign.until + self._pauses.since(sign.since) for sign in signs.values()):
             return None
+        others = list(elsewhere())
+        if any(sign.phase == COMPILE and now <= sign.until for sign in (*signs.values(), *(k.sign for k in others))):
+            return None  # the others wait for one that works; should it not end, it is late itself
         states = {local: _state(pid) for local, pid in pids.items()}
         kept = self._keep_stacks(pids, states, max(sign.step for sign in signs.values()))
         # a rank that writes to a disk is in state D for moments: only one that still is counts
@@ -129,9 +148,12 @@ class Watch:
             Look(self._pages[local][0], signs[local], states[local] if _state(pid) == states[local] else "")
             for local, pid in pids.items()
         ]
-        found = find_culprit([*looks, *elsewhere()])
+        found = find_culprit([*looks, *others])
         sign = found.sign
-        return Hang(found.rank, sign.step, sign.phase, now - sign.since, STUCK.get(found.state, ""), found.host, kept)
+        return Hang(
+            found.rank, sign.step, sign.phase, now - sign.since, STUCK.get(found.state, ""), found.host, kept,
+            as_far(found, [*looks, *others]),
+        )  # fmt: skip
 
     def close(self) -> None:
         for _, page in self._pages.values():

@@ -27,6 +27,7 @@ from shoal.data.ledger import Header, checksum
 from shoal.data.loader import Batch, Loader
 from shoal.data.open import open_data
 from shoal.data.prepare import Prepared
+from shoal.fault.compiling import told_of_compilations
 from shoal.fault.heartbeat import Heartbeat
 from shoal.fault.inject import Faults, flip, poison, tear
 from shoal.fault.limit import TimeLimit
@@ -44,6 +45,7 @@ from shoal.train.evaluate import evaluate
 from shoal.train.guard import Guard
 from shoal.train.opening import introduce
 from shoal.train.pace import Pace
+from shoal.train.progress import DeviceProgress
 from shoal.train.records import Records
 from shoal.train.recovery import GoBack, Recovery, check_replicas, explain, go_back, overflowed
 from shoal.train.saving import Saving
@@ -75,6 +77,11 @@ def set_threads(config: Config) -> None:
         torch.set_num_threads(config.launch.threads)
 
 
+def reads_late(device: torch.device) -> bool:
+    """Whether a step's numbers are read while the next one runs: a GPU's. A CPU has taken the step by then."""
+    return device.type == "cuda"
+
+
 @dataclass
 class Run:
     """All that a run holds while it goes on. Built once, in the order of its fields."""
@@ -97,6 +104,7 @@ class Run:
     faults: Faults
     header: Header
     heartbeat: Heartbeat
+    progress: DeviceProgress
     limit: TimeLimit
     total_steps: int
     val: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -128,6 +136,7 @@ class Run:
         if newest is not None:
             saving.restore(newest, state)
         saving.begin_life(newest)
+        saving.prepare(state)
         if mesh.is_first:
             with folder.writable():
                 write_run_files(folder, config, prepared)
@@ -150,14 +159,15 @@ class Run:
         }
         run = cls(
             config, mesh, stop, console, folder, prepared, records, runnable, state, saving, loader, meter, guard,
-            recovery, pace, faults, header, heartbeat, limit, total_steps,
+            recovery, pace, faults, header, heartbeat, DeviceProgress(mesh.device, heartbeat), limit, total_steps,
         )  # fmt: skip
         introduce(run, applied, newest, before, [(d.key, d.before, d.after) for d in changed])
         return run
 
     def train(self) -> bool:
         """The steps, then the end; whether it was asked to stop before the last step."""
-        stopped = self.take_steps() and self.state.step < self.total_steps
+        with told_of_compilations(self.heartbeat, compiles=self.config.train.compile):
+            stopped = self.take_steps() and self.state.step < self.total_steps
         self.heartbeat.outside("end")
         with self.records.clock.spend("end"):
             finish(self, stopped)
@@ -174,14 +184,13 @@ class Run:
     def _steps_to_the_end(self) -> bool:
         """`take_steps`, unless something makes the run go back: raises `GoBack`, on all processes at once."""
         pending: Stats | None = None
-        stopped = False
+        stopped, late = False, reads_late(self.mesh.device)
         self.records.begin(self.header, self.state.step, self.state.position)
         self.records.clock.begin(self.state.step)
         self.meter.start()
         while self.state.step < self.total_steps and not stopped:
             stats: Stats | None = self._step()
-            # On a GPU a step's numbers are read while the next one runs; a CPU has taken the step by now.
-            pending, stats = (stats, pending) if self.mesh.device.type == "cuda" else (None, stats)
+            pending, stats = (stats, pending) if late else (None, stats)
             if stats is not None:
                 stopped = self._record(stats)
             if self._something_is_due():
@@ -208,6 +217,7 @@ class Run:
         @contextlib.contextmanager
         def mark(name: str) -> Iterator[None]:
             self.heartbeat.beat(name)
+            self.progress.mark()
             with timer(name), self.pace.busy.phase(name):
                 self.faults.at(name)
                 yield
@@ -249,7 +259,8 @@ class Run:
 
         Raises `GoBack` where too many were left out.
         """
-        with self.pace.busy.waits.here():  # for the device
+        with self.pace.busy.waits.here():
+            self.progress.wait(stats.over)
             loss_sum, tokens, norm, skipped, asked, samples, *votes = stats.numbers.tolist()
         self.records.clock.reached(stats.step)
         self.records.samples(
@@ -270,7 +281,7 @@ class Run:
             self.guard.learn(stats.step, loss)
             self.recovery.went_well(stats.step)
         norm_known = None if has_overflowed else norm
-        record = self.meter.record(stats.step, self.state.tokens, int(tokens), loss, stats.lr, norm_known)
+        record = self.meter.record(stats.step, stats.over, self.state.tokens, int(tokens), loss, stats.lr, norm_known)
         if record is not None:
             self.records.metrics(record)
             self.console.step(record, self.total_steps, self.meter.left_seconds(self.total_steps - stats.step))

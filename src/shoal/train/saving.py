@@ -179,6 +179,15 @@ class Saving:
             fast.closed = True
             self._do_without(problem, 0)
 
+    def prepare(self, state: TrainState) -> None:
+        """
+        Ask for the memory that saves take, where it takes long to have: page-locked, for a GPU. A collective over the world.
+        """
+        if self.mesh.device.type == "cuda":
+            for tier in self.tiers:
+                if not tier.closed:
+                    tier.store.prepare(state.tensors())
+
     # --- between steps ---------------------------------------------------------------------------------------
 
     def votes(self) -> list[float]:
