@@ -288,7 +288,7 @@ class Run:
         self.pace.settle(votes[: self.pace.size], stats.step)
         self.saving.settle(stats.serials, votes[self.pace.size :], stats.step)
         loss = loss_sum / max(tokens, 1.0)
-        has_overflowed = overflowed(self, stats.step, norm)
+        has_overflowed = overflowed(self, stats, norm)
         self.state.skipped += int(skipped)
         if skipped and not has_overflowed:
             self.meter.pass_over()
