@@ -6,6 +6,8 @@ import ast
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -19,6 +21,7 @@ from shoal.bench.environment import describe
 from shoal.errors import LaunchError
 from shoal.refusals import refusals
 from shoal.torch_private import PRIVATE, TESTED, Private, exists, is_tested, minor, require, version_notes
+from tests.cli.commands import Place, clean_environment
 from tests.parallel.layouts import config_of
 
 ROOT = Path(__file__).parents[1]
@@ -195,3 +198,26 @@ def test_env_says_whether_this_torch_was_tested(monkeypatch: pytest.MonkeyPatch)
     assert ("not in the tested range" in torch_line()) != is_tested(torch_private.torch_version())
     monkeypatch.setattr("shoal.bench.environment.is_tested", lambda version: False)
     assert "not in the tested range" in torch_line()
+
+
+IN_ANOTHER_TORCH = """
+import sys
+from shoal import cli, torch_private
+needed = torch_private.PRIVATE["processes"]
+gone = torch_private.Private(needed.feature, ("torch.distributed:_gone",), needed.instead)
+torch_private.PRIVATE["processes"], torch_private.TESTED = gone, ("1.13.0",)
+cli.main(["train", sys.argv[1]])
+"""
+
+
+def test_a_start_in_another_torch_is_one_line_and_a_missing_name_ends_it_with_2(tmp_path: Path) -> None:
+    recipe = Place(tmp_path).folder / "recipe.yaml"
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_TORCH, str(recipe)], cwd=tmp_path, env=clean_environment(), capture_output=True,
+        text=True, timeout=200, check=False,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said
+    assert "Traceback" not in said
+    assert said.count("was not tested with this version of shoal") == 1
+    assert f"{PRIVATE['processes'].feature} uses torch.distributed._gone" in " ".join(said.split())
