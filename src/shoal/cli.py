@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from shoal import __version__, verbs
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, ShoalError
 from shoal.fault.signals import Asked
-from shoal.output import Output
+from shoal.output import Output, visible
 from shoal.secrets import secret_in
 from shoal.verbs import Override
 
@@ -66,7 +66,7 @@ def _leave(code: int, *, at_once: bool = False) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_BROKEN_PIPE
     except ShoalError as error:
-        print(f"shoal: {error}", file=sys.stderr)
+        print(f"shoal: {visible(error)}", file=sys.stderr)
         code = code or EXIT_BAD_INPUT
     sys.stderr.flush()
     if at_once or "torch" in sys.modules:
@@ -97,7 +97,7 @@ def _run(argv: list[str]) -> int:
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser; the options of all sections are added only to the verb that is asked for."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="shoal", description="Train language models from scratch, on whatever you have.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"shoal {__version__}")
@@ -140,6 +140,13 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_rendezvous(add("rendezvous", verbs.rendezvous, met))
     add("env", verbs.env, "versions, devices, threads: what to paste into a bug report")
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """What it refuses is shown as all else is: an argument may hold anything."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(visible(message))
 
 
 class _Wide(argparse.HelpFormatter):

@@ -62,13 +62,21 @@ def stop(process: subprocess.Popen[str], number: signal.Signals) -> str:
     ("arguments", "where", "number", "code"),
     [
         ([*TRAIN, "a"], "launcher:shoal.data.prepare", signal.SIGTERM, EXIT_REQUEUE),
-        ([*TRAIN, "b"], "launcher:torch", signal.SIGINT, 130),
+        pytest.param([*TRAIN, "b"], "launcher:torch", signal.SIGINT, 130, marks=pytest.mark.ci),
         ([*TRAIN, "c"], "worker:torch", signal.SIGTERM, EXIT_REQUEUE),
-        (["prepare", "recipe.yaml"], "launcher:shoal.data.prepare", signal.SIGTERM, EXIT_REQUEUE),
+        pytest.param(
+            ["prepare", "recipe.yaml"],
+            "launcher:shoal.data.prepare",
+            signal.SIGTERM,
+            EXIT_REQUEUE,
+            marks=pytest.mark.ci,
+        ),
         (["eval", "done"], "launcher:torch", signal.SIGTERM, 143),
         (["generate", "done", "--prompt", "a"], "launcher:torch", signal.SIGINT, 130),
-        (["export", "done", "--out", "out"], "launcher:torch", signal.SIGINT, 130),
-        (["bench", "speed", "recipe.yaml"], "launcher:shoal.data.prepare", signal.SIGTERM, 143),
+        pytest.param(["export", "done", "--out", "out"], "launcher:torch", signal.SIGINT, 130, marks=pytest.mark.ci),
+        pytest.param(
+            ["bench", "speed", "recipe.yaml"], "launcher:shoal.data.prepare", signal.SIGTERM, 143, marks=pytest.mark.ci
+        ),
         pytest.param(["verify", "recipe.yaml"], "worker:torch", signal.SIGINT, EXIT_REQUEUE, marks=pytest.mark.ci),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),

@@ -14,6 +14,7 @@ from shoal.data.documents import START, Corpus, Cursor, Entry, Skipped
 from shoal.data.files import write_atomically
 from shoal.data.shards import CURE, ShardRecord
 from shoal.errors import DataError
+from shoal.output import on_one_line
 
 FORMAT = 1
 MANIFEST, JOURNAL, TOKENIZER = "manifest.json", "journal.json", "tokenizer.json"
@@ -41,7 +42,7 @@ class Skips:
 
     def note(self) -> str:
         more = f" and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
-        return f"{self.count:,} skipped, not text: {'; '.join(self.first)}{more}"
+        return f"{self.count:,} skipped, not text: {'; '.join(map(on_one_line, self.first))}{more}"
 
 
 @dataclass

@@ -18,6 +18,7 @@ from shoal.data.documents import START, Corpus, Cursor, Document, Entry, Reader,
 from shoal.data.dummy import DummyCorpus
 from shoal.data.jsonl import jsonl_reader
 from shoal.errors import DataError
+from shoal.output import on_one_line
 
 PIECE_BYTES = 1 << 20  # a longer text file becomes several documents, so that memory stays bounded
 SINGLE_FILE_PIECES = 200  # a corpus of one file is cut in about so many, or nothing could be held out
@@ -142,7 +143,7 @@ def _find_files(data: Data, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]
         elif path.is_dir():
             found.update((os.path.join(given, name), path / name) for name in _walk(path, suffixes))
         else:
-            raise DataError(f"no such file or folder: {given}; correct data.paths")
+            raise DataError(f"no such file or folder: {on_one_line(given)}; correct data.paths")
     if not found:
         raise DataError(f"no {' or '.join(suffixes)} files in {', '.join(data.paths)}; correct data.paths")
     return list(found.items())
@@ -171,4 +172,4 @@ def _stdlib_files() -> list[tuple[str, Path]]:
 
 
 def _cannot_read(name: str, error: OSError) -> DataError:
-    return DataError(f"cannot read {name}: {error.strerror or error}; mend it or correct data.paths")
+    return DataError(f"cannot read {on_one_line(name)}: {error.strerror or error}; mend it or correct data.paths")
