@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from shoal import __version__, verbs
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, ShoalError
 from shoal.fault.signals import Asked
-from shoal.output import Output
+from shoal.output import Output, visible
 from shoal.secrets import secret_in
 from shoal.verbs import Override
 
@@ -68,7 +68,7 @@ def _leave(code: int, *, at_once: bool = False) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_BROKEN_PIPE
     except ShoalError as error:
-        print(f"shoal: {error}", file=sys.stderr)
+        print(f"shoal: {visible(error)}", file=sys.stderr)
         code = code or EXIT_BAD_INPUT
     sys.stderr.flush()
     if at_once or "torch" in sys.modules:
@@ -158,7 +158,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that names what a mistyped word may have meant."""
+    """Names what a mistyped word may have meant; what it refuses may hold anything, and is shown as all else is."""
 
     def near_flag(self, flag: str) -> str | None:
         """A flag of this verb's own that is called much like `flag`."""
@@ -170,7 +170,7 @@ class _Parser(argparse.ArgumentParser):
         wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
         if wrong and (near := difflib.get_close_matches(wrong[1], re.findall(r"[\w.-]+", wrong[2]), 1)):
             message += f"; did you mean {near[0]}?"
-        super().error(message)
+        super().error(visible(message))
 
 
 class _Wide(argparse.HelpFormatter):

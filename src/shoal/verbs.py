@@ -251,13 +251,14 @@ def _settled(config: Config) -> list[str]:
 
 
 def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.data.open import open_data
     from shoal.fault.signals import ends_when_asked
     from shoal.metrics.console import Console
 
     console = Console()
     config = _resolve(args, overrides)
     with ends_when_asked(EXIT_REQUEUE):
+        from shoal.data.open import open_data
+
         prepared = open_data(config.data, console)
     for split, counts in prepared.counts.items():
         console.say(

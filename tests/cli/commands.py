@@ -57,8 +57,8 @@ class Place:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def good(self, *arguments: str) -> str:
-        code, output = self.run(*arguments)
+    def good(self, *arguments: str, **environment: str) -> str:
+        code, output = self.run(*arguments, **environment)
         assert code == 0, output
         return output
 

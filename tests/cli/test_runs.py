@@ -110,6 +110,14 @@ def test_a_worker_that_is_killed_is_started_again_and_no_bit_differs(place: Plac
     assert place.losses("worker-killed") == clean_losses(place)
 
 
+@pytest.mark.ci
+def test_what_dies_before_a_checkpoint_starts_from_the_beginning(place: Place) -> None:
+    faults = [{"step": 2, "phase": "forward", "rank": 1, "fault": "kill"}]
+    output = place.good("train", "recipe.yaml", "--name", "early-death", SHOAL_FAULTS=json.dumps(faults))
+    assert "in forward of step 2; starting again from the beginning" in output
+    assert "last checkpoint" not in output
+
+
 def test_a_launcher_that_is_killed_takes_its_workers_with_it_and_the_run_goes_on(place: Place) -> None:
     process = place.start("train", "recipe.yaml", "--name", "launcher-killed")
     wait_for(process, "step 17/40")
@@ -228,8 +236,22 @@ def test_a_last_checkpoint_that_is_not_there_is_no_success(place: Place) -> None
     checkpoints = place.folder / "runs" / "unsaved" / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints / ".step-00000003.1.tmp").touch()  # where the first save is written
-    output = place.refused("train", "recipe.yaml", "--name", "unsaved", "--train.steps", "3")
+    # a batch that is larger than the corpus, of which one epoch is one step: said in the same run
+    output = place.refused(
+        "train", "recipe.yaml", "--name", "unsaved", "--train.steps", "3", "--train.global_batch", "1024",
+        "--train.micro_batch", "64",
+    )  # fmt: skip
     assert "could not be written: runs/unsaved/checkpoints has none. Make room there" in output
+    assert "starts from the beginning" in output
+    assert "goes on from" not in output
+    assert "tried again" not in output  # there is no step 13
+    rows = place.metrics("unsaved")[-1]["tokens"] / 3 / 32
+    found = re.search(
+        r"one step reads the corpus (\d+\.\d) times: train.global_batch is 1,024 rows .* the corpus has (\d+)", output
+    )
+    assert found, output
+    assert float(found[1]) == pytest.approx(1024 / int(found[2]), abs=0.06)
+    assert rows == 1024
 
 
 def test_a_run_that_is_being_trained_is_not_trained_twice(place: Place) -> None:

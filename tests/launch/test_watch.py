@@ -175,3 +175,66 @@ def test_crashes_count_until_a_step_further_is_taken() -> None:
     assert Crashes(1).add(0)
     going = Crashes(2)
     assert not any(going.add(step) for step in range(100))
+
+
+BUSY = "import signal\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\nprint(flush=True)\nwhile True: pass"
+# The work is done by a program that it started, as compilers are.
+STARTS_ONE = (
+    "import signal, subprocess, sys\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\n"
+    "subprocess.run([sys.executable, '-c', 'print(flush=True)\\nimport os, sys\\nwhile os.getppid() == int(sys.argv[1]): pass', str(__import__('os').getpid())])"
+)
+
+
+@pytest.mark.parametrize("code", [BUSY, STARTS_ONE], ids=["itself", "a program of its"])
+def test_who_computes_does_not_hang_unless_it_is_in_a_step_like_those_before(
+    watch: Watch, sleepers: list[subprocess.Popen[bytes]], code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    from shoal.launch import watch as module
+
+    monkeypatch.setattr(module, "WORK_SECONDS", 0.2)
+    busy = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert busy.stdout is not None
+    busy.stdout.readline()
+    try:
+        pids = {0: busy.pid, 1: sleepers[1].pid}
+        watch.start([0, 1], 600.0)
+        pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]
+        pages[0].write(0, 1, "loading weights")
+        pages[1].write(0, 2, "loading weights")  # farther: it waits for the other
+        pages[1].allow(0.0)
+        end = time.monotonic() + 1
+        while time.monotonic() < end:  # much longer than it takes to see who works
+            assert watch.look(pids) is None
+        pages[0].took(3)
+        pages[0].write(4, 1, "forward")
+        pages[0].allow(0.0, in_step=True)
+        pages[1].write(4, 2, "forward")
+        pages[1].allow(0.0, in_step=True)
+        hang = watch.look(pids)
+        assert hang is not None
+        assert (hang.rank, hang.phase) == (0, "forward")
+    finally:
+        busy.kill()
+        busy.communicate()
+
+
+def test_who_sleeps_where_work_may_take_long_hangs(
+    watch: Watch, sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a process does that waits for another one in a collective."""
+    import os
+
+    from shoal.launch import watch as module
+
+    monkeypatch.setattr(module, "WORK_SECONDS", 0.2)
+    pids = {local: process.pid for local, process in enumerate(sleepers)}
+    watch.start([0, 1], 600.0)
+    pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]
+    for local, page in enumerate(pages):
+        page.write(0, 1 + local, "loading weights")
+        page.allow(0.0)
+    while (hang := watch.look(pids)) is None:
+        pass
+    assert (hang.rank, hang.phase) == (0, "loading weights")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shoal.errors import DataError
 from shoal.hub.find import near_path
+from shoal.output import on_one_line
 
 NAMED_AT_MOST = 5  # of what cannot be read; the others are counted
 KINDS_AT_MOST = 8  # of what was skipped
@@ -130,7 +131,9 @@ def _look(given: str) -> tuple[Path, int]:
         return path, path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         link = f" (it is a link to {os.readlink(path)})" if path.is_symlink() else ""
-        raise DataError(f"no such file or folder: {given}{link}{near_path(given)}; correct data.paths") from None
+        raise DataError(
+            f"no such file or folder: {on_one_line(given)}{link}{near_path(given)}; correct data.paths"
+        ) from None
     except (OSError, RuntimeError, ValueError) as error:  # a `~user` who is none; a zero byte
         raise DataError(
             f"cannot read {given} ({getattr(error, 'strerror', None) or error}); correct data.paths"

@@ -15,6 +15,7 @@ from shoal.data.files import write_atomically
 from shoal.data.find import describe
 from shoal.data.shards import CURE, ShardRecord
 from shoal.errors import DataError
+from shoal.output import on_one_line
 
 FORMAT = 1
 MANIFEST, JOURNAL, TOKENIZER = "manifest.json", "journal.json", "tokenizer.json"
@@ -44,8 +45,8 @@ class Skips:
 
     def note(self) -> str:
         if self.count == len(self.first) or not self.reasons:
-            return f"{self.count:,} skipped, not text: {'; '.join(self.first)}"
-        return f"{self.count:,} skipped, not text: {describe(self.reasons)}; the first is {self.first[0]}"
+            return f"{self.count:,} skipped, not text: {'; '.join(map(on_one_line, self.first))}"
+        return f"{self.count:,} skipped, not text: {describe(self.reasons)}; the first is {on_one_line(self.first[0])}"
 
     @classmethod
     def load(cls, saved: Any) -> Skips:

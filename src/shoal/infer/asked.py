@@ -14,6 +14,7 @@ from shoal.errors import DataError, ShoalError
 from shoal.hub.find import find_model
 from shoal.hub.folder import ModelFolder
 from shoal.infer.target import find_checkpoint
+from shoal.output import on_one_line
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,13 @@ class Text:
             content = file.read_bytes()
             text = content.decode("utf-8")
         except OSError as error:
-            raise DataError(f"cannot read {file}: {error.strerror or error}; set --text to a file of text") from error
+            raise DataError(
+                f"cannot read {on_one_line(file)}: {error.strerror or error}; set --text to a file of text"
+            ) from error
         except UnicodeDecodeError as error:
-            raise DataError(f"{file} is no UTF-8 text: {error}; set --text to a file that is") from error
+            raise DataError(f"{on_one_line(file)} is no UTF-8 text: {error}; set --text to a file that is") from error
         if not text:
-            raise DataError(f"{file} is empty; set --text to a file with something in it")
+            raise DataError(f"{on_one_line(file)} is empty; set --text to a file with something in it")
         return cls(file, text, len(content), context, stride)
 
 
@@ -89,5 +92,5 @@ class Tasks:
             raise ShoalError("--tasks names none: give some, such as hellaswag,arc_easy")
         if self.include_path is not None and not self.include_path.is_dir():
             raise DataError(
-                f"there is no folder {self.include_path}; set --include-path to one with tasks (*.yaml) in it"
+                f"there is no folder {on_one_line(self.include_path)}; set --include-path to one with tasks (*.yaml) in it"
             )

@@ -163,11 +163,11 @@ class Watch:
         self._pages: dict[int, tuple[int, Page]] = {}  # by local rank: (rank, page)
         self._pauses = Pauses(time.monotonic())
         self._work = Work()
+        self._saved = 0  # of pages that are closed
 
     def start(self, ranks: Sequence[int], seconds: float) -> None:
         """Workers of these ranks (in the order of local ranks) are about to start; so long until their first sign."""
-        for _, page in self._pages.values():
-            page.close()
+        self.close()
         self._pages = {local: (rank, Page(self._folder, local)) for local, rank in enumerate(ranks)}
         for _, page in self._pages.values():
             page.write(0, 0, "start")
@@ -193,7 +193,7 @@ class Watch:
 
     def saved(self) -> int:
         """The step of the newest checkpoint that a worker told of; 0: none."""
-        return max((page.read().saved for _, page in self._pages.values()), default=0)
+        return max((self._saved, *(page.read().saved for _, page in self._pages.values())))
 
     def look(self, pids: Mapping[int, int], elsewhere: Callable[[], Sequence[Look]] = list) -> Hang | None:
         """
@@ -236,8 +236,10 @@ class Watch:
         return False
 
     def close(self) -> None:
+        self._saved = self.saved()
         for _, page in self._pages.values():
             page.close()
+        self._pages = {}
 
     def _keep_stacks(self, pids: Mapping[int, int], states: Mapping[int, str], step: int) -> Path | None:
         """All threads' stacks of all ranks in one file of the run; None where it cannot be written."""
