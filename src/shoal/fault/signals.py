@@ -79,7 +79,8 @@ def ends_when_asked(code: int | None = None) -> Iterator[None]:
     def code_of(number: int) -> int:
         return 128 + number if code is None or number == signal.SIGINT else code
 
-    came: list[int] = []
+    came: list[int] = []  # to the thread
+    handled: list[int] = []  # by the main thread
     said = threading.Lock()  # by the handler or the thread, whichever is first
 
     def say() -> None:
@@ -87,6 +88,9 @@ def ends_when_asked(code: int | None = None) -> Iterator[None]:
             say_at_once(STOPPING_SAID)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        if handled:  # the thread may be slower
+            os._exit(code_of(number))
+        handled.append(number)
         say()
         raise Asked(code_of(number))
 
