@@ -41,7 +41,7 @@ def introduce(
             f"train.{length[0]} {length[1]:g} is {run.total_steps * config.train.global_batch / rows:.1f} epochs; a smaller "
             "train.global_batch takes more steps"
         )
-    if run.config.optim.warmup_steps > run.total_steps:
+    if config.train.steps is None and config.optim.warmup_steps > run.total_steps:  # else the config has said so
         run.console.warn(
             f"optim.warmup_steps is {run.config.optim.warmup_steps}, and the run has {run.total_steps} steps: the "
             "learning rate never reaches optim.lr; set fewer"
