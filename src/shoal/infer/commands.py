@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.data.open import open_data
-from shoal.data.prepare import held_out_text
+from shoal.data.yardstick import Measuring, Yardstick
 from shoal.errors import CheckpointError, DataError, GenerateError, ShoalError, spelled
 from shoal.infer.chat import Chat, chat_in_terminal
 from shoal.infer.generate import Sampling, check_options, check_text, generate
@@ -20,7 +20,6 @@ from shoal.infer.load import LoadedModel, LoadedRun, Wanted, load_run
 from shoal.infer.score import choose_windows, perplexity, score
 from shoal.infer.stream import TextStream, continuation
 from shoal.launch.place import Place
-from shoal.metrics.compression import bits_per_byte
 from shoal.metrics.console import Console
 from shoal.parallel.mesh import Mesh
 from shoal.train.evaluate import evaluate, model_losses
@@ -65,17 +64,25 @@ def _held_out(wanted: Wanted, console: Console) -> dict[str, Any]:
         raise CheckpointError(
             f"{run.name} was trained on other tokens than {prepared.folder} holds now; its held-out text is gone"
         )
-    result = evaluate(model_losses(run.model, run.device), Mesh(Place(), run.device), prepared, run.config, None)
-    yardstick = bits_per_byte(held_out_text(prepared))
-    figures = {
-        "nats_per_token": result["val_loss"],
-        "perplexity": perplexity(result["val_loss"]),
-        "bits_per_byte": result["val_bits_per_byte"],
-        **{f"{name}_bits_per_byte": value for name, value in yardstick.items()},
-    }
-    console.say(f"{run.name} at step {run.step}, on {prepared.counts['val'].text_bytes:,} bytes of held-out text:")
-    _say_figures(console, figures)
-    return {"step": run.step, **figures}
+    text_bytes = prepared.counts["val"].text_bytes
+    with Measuring(prepared, idle=False) as measuring:
+        result = evaluate(model_losses(run.model, run.device), Mesh(Place(), run.device), prepared, run.config, None)
+        figures = {
+            "nats_per_token": result["val_loss"],
+            "perplexity": perplexity(result["val_loss"]),
+            "bits_per_byte": result["val_bits_per_byte"],
+        }
+        console.say(f"{run.name} at step {run.step}, on {text_bytes:,} bytes of held-out text:")
+        _say_figures(console, figures)
+        found = measuring.wait(
+            math.inf, waits=lambda: console.note("waiting for gzip and xz to read the text, once for this data")
+        )
+    if not isinstance(found, Yardstick):
+        console.warn(f"no comparison with gzip and xz: {found}")
+        return {"step": run.step, **figures}
+    console.say(found.compared(figures["bits_per_byte"], text_bytes))
+    theirs = {f"{n}_{k}_bits_per_byte": v for n, bits in found.bits_per_byte.items() for k, v in bits.items()}
+    return {"step": run.step, **figures, **theirs}
 
 
 def _of_text(wanted: Wanted, options: TextOptions, console: Console) -> dict[str, Any]:

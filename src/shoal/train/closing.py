@@ -18,14 +18,14 @@ from shoal.checkpoint.load import load_model
 from shoal.checkpoint.saved import Saved, listed
 from shoal.checkpoint.store import Outcome
 from shoal.config import Config, Launch
-from shoal.data.prepare import Prepared, held_out_text
+from shoal.data.prepare import Prepared
+from shoal.data.yardstick import Yardstick
 from shoal.errors import CheckpointError
 from shoal.infer.generate import generate
-from shoal.metrics.compression import bits_per_byte
-from shoal.metrics.console import Console
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
-from shoal.runs import RunFolder
+
+YARDSTICK_SECONDS = 120.0
 
 if TYPE_CHECKING:
     from shoal.train.loop import Run
@@ -46,7 +46,7 @@ def finish(run: Run, stopped: bool) -> None:
     run.heartbeat.outside("end")
     run.records.event("finished", **run.val)
     if run.mesh.is_first:
-        _say_how_it_went(run.config, run.folder, run.prepared, _whole_model(run), run.val, run.console)
+        _say_how_it_went(run, _whole_model(run))
         run.console.note(run.records.goodput())
     run.mesh.barrier()
     if not saved.ok:
@@ -74,15 +74,9 @@ def _whole_model(run: Run) -> LanguageModel | None:
     return _read_whole(run.config, listed(run.saving.folder)[-1:], run.runnable.shapes)
 
 
-def _say_how_it_went(
-    config: Config,
-    folder: RunFolder,
-    prepared: Prepared,
-    model: LanguageModel | None,
-    summary: Mapping[str, float],
-    console: Console,
-) -> None:
+def _say_how_it_went(run: Run, model: LanguageModel | None) -> None:
     """Print (and keep under `samples/`) what the model writes; compare its bits per byte with gzip and xz."""
+    config, folder, prepared, console = run.config, run.folder, run.prepared, run.console
     if config.train.sample_prompt and model is None:
         console.note("no sample: the model is cut over processes and large; shoal generate writes one")
     elif config.train.sample_prompt and model is not None:
@@ -94,13 +88,13 @@ def _say_how_it_went(
         console.say("a sample:", "bold")
         console.say(text)
     console.say()
-    console.say(_yardstick(prepared, summary["val_bits_per_byte"]), "bold")
+    console.say(_yardstick(run), "bold")
     console.say()
     console.say("next:")
-    shoal, run = _command(), shlex.quote(_called(config))
+    shoal, name = _command(), shlex.quote(_called(config))
     prompt = shlex.quote(config.train.sample_prompt or "The ")
-    console.say(f"  {shoal} generate {run} --prompt {prompt} --temperature 0.8")
-    console.say(f"  {shoal} eval {run}")
+    console.say(f"  {shoal} generate {name} --prompt {prompt} --temperature 0.8")
+    console.say(f"  {shoal} eval {name}")
     console.say(f"  {shoal} bench speed")
 
 
@@ -137,12 +131,29 @@ def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
     return config.train.sample_prompt + tokenizer.decode(ids)
 
 
-def _yardstick(prepared: Prepared, ours: float) -> str:
-    """ "held-out text, bits per byte: this model 1.80, xz -9 1.60, gzip -9 1.95", best first."""
-    text = held_out_text(prepared)
-    scores = {"this model": ours, **{f"{k} -9": v for k, v in bits_per_byte(text).items()}}
-    ranked = ", ".join(f"{k} {v:.3f}" for k, v in sorted(scores.items(), key=lambda item: item[1]))
-    return f"held-out text ({len(text):,} bytes), bits per byte: {ranked}"
+def _yardstick(run: Run) -> str:
+    """How the model's bits per byte on held-out text compare with those of gzip and xz, which have read the training text too."""
+    assert run.measuring is not None  # of the first rank
+
+    def go_on() -> bool:
+        run.heartbeat.outside("end")
+        return not run.stop
+
+    seconds = min(YARDSTICK_SECONDS, run.config.launch.timeout_seconds / 4)  # the others wait in a barrier
+    found = run.measuring.wait(
+        seconds,
+        go_on,
+        lambda: run.console.note(
+            f"waiting for gzip and xz to read the text, once for this data (at most {seconds:.0f} s)"
+        ),
+    )
+    ours, text_bytes = run.val["val_bits_per_byte"], run.prepared.counts["val"].text_bytes
+    if isinstance(found, Yardstick):
+        return found.compared(ours, text_bytes)
+    return (
+        f"held-out text ({text_bytes:,} bytes), bits per byte: this model {ours:.3f}; no comparison with gzip and xz ({found}): "
+        "shoal eval makes it"
+    )
 
 
 def _read_whole(config: Config, saved: list[Saved], shapes: Mapping[str, torch.Size]) -> LanguageModel | None:
