@@ -80,7 +80,7 @@ def test_a_run_is_scored_on_a_text_or_on_its_own(capsys: pytest.CaptureFixture[s
     assert of_text["bytes"] == len(TEXT.encode())
     own = json.loads(said(capsys, "eval", "done", "--json"))
     assert own["step"] == 4
-    assert "xz_bits_per_byte" in own
+    assert own["xz_primed_bits_per_byte"] < own["xz_cold_bits_per_byte"]
 
 
 @pytest.mark.parametrize(

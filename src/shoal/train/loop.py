@@ -26,6 +26,7 @@ from shoal.data.ledger import Header, checksum
 from shoal.data.loader import Batch, Loader
 from shoal.data.open import open_data
 from shoal.data.prepare import Prepared
+from shoal.data.yardstick import Measuring
 from shoal.fault.compiling import told_of_compilations
 from shoal.fault.heartbeat import Heartbeat
 from shoal.fault.inject import Faults, flip, poison, tear
@@ -111,6 +112,7 @@ class Run:
     limit: TimeLimit
     total_steps: int
     val: dict[str, float] = dataclasses.field(default_factory=dict)
+    measuring: Measuring | None = None  # what gzip and xz make of the held-out text; on the first rank
 
     @classmethod
     def open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat | None = None) -> Run:
@@ -177,6 +179,8 @@ class Run:
             config, mesh, stop, console, folder, prepared, records, runnable, state, saving, loader, meter, guard,
             recovery, pace, faults, header, heartbeat, DeviceProgress(mesh.device, heartbeat), limit, total_steps,
         )  # fmt: skip
+        if mesh.is_first:
+            run.measuring = Measuring(prepared, idle=True)
         introduce(run, applied, newest, before, [(d.key, d.before, d.after) for d in changed])
         return run
 
@@ -222,6 +226,8 @@ class Run:
 
     def close(self) -> None:
         """May be called twice."""
+        if self.measuring is not None:
+            self.measuring.close()
         self.loader.close()
         self.pace.close()
         self.records.close()
