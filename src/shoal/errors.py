@@ -8,6 +8,7 @@ The errors a person can meet.
     ├── CheckpointError     a checkpoint that cannot be read or written
     ├── RunError            the run's folder: locked, unwritable, of another past
     ├── LaunchError         processes, ports, devices
+    ├── MemoryProblem       memory that ran out
     ├── GenerateError       a prompt or a sampling option
     └── DivergedError       the numbers stopped being numbers
 
@@ -88,6 +89,10 @@ class RunError(ShoalError):
 
 class LaunchError(ShoalError):
     """Processes, ports or devices that are not to be had."""
+
+
+class MemoryProblem(ShoalError):
+    """Memory that ran out: the same would happen again."""
 
 
 class GenerateError(ShoalError):

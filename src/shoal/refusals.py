@@ -12,6 +12,7 @@ from shoal.config import Config, Model, Optim, Parallel, Train
 from shoal.layout import Layout, deal, find_layout
 from shoal.pipeline_plan import problems as pipeline_problems
 from shoal.presets import resolve_shape
+from shoal.torch_private import PRIVATE, is_tested, tested_range, torch_version
 
 
 def refusals(config: Config, processes: int | None) -> Iterator[str]:
@@ -100,6 +101,11 @@ def _context(config: Config, layout: Layout) -> Iterator[str]:
         if parallel.cp_method == "ring" and config.data.document_mask:
             yield (
                 "parallel.cp_method ring knows no data.document_mask; set parallel.cp_method to allgather or ulysses"
+            )
+        if parallel.cp_method == "ring" and not is_tested(torch_version()):
+            yield (
+                f"{PRIVATE['ring'].feature} uses private functions of torch, and was tested with torch {tested_range()}, not "
+                f"{torch_version()}; {PRIVATE['ring'].instead}"
             )
         yield from _no_dropout(model, "cp", cp)
     elif tp > 1 and seq_len % tp and model.family != "hf":

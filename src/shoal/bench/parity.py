@@ -34,7 +34,8 @@ from shoal.data.open import open_data
 from shoal.data.pack import Rows
 from shoal.data.prepare import Prepared
 from shoal.errors import CheckpointError
-from shoal.launch.place import Place
+from shoal.fault.heartbeat import Heartbeat
+from shoal.launch.place import Place, is_launched
 from shoal.metrics.console import Console
 from shoal.metrics.meter import device_name
 from shoal.models.attention import take_deterministic_kernels
@@ -43,11 +44,12 @@ from shoal.optim.schedule import learning_rate
 from shoal.parallel.apply import Runnable
 from shoal.parallel.mesh import Mesh, open_mesh
 from shoal.parallel.region import Shard
+from shoal.plan.length import count_steps
 from shoal.resolve import to_dict
 from shoal.runs import RunFolder
 from shoal.train.assemble import assemble, open_loader
 from shoal.train.loop import set_threads
-from shoal.train.settle import count_steps, settle
+from shoal.train.settle import settle
 from shoal.train.state import TrainState
 from shoal.train.step import train_step
 
@@ -99,28 +101,39 @@ class Certificate:
         return self.resumed_same_bits and all(f.holds for found in self.findings.values() for f in found)
 
 
-def verify_here(config: Config) -> None:
+def verify_here(config: Config, heartbeat: Heartbeat) -> None:
     """One process of a verification; the first one prints, and writes `certificate.json` in the run's folder."""
     set_threads(config)
+    heartbeat.outside("meeting the other processes")
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
         if mesh.device.type == "cuda":
             take_deterministic_kernels()  # or a resumed run may have other bits rightly
         console = Console(speaks=mesh.is_first)
         folder = RunFolder.of(config).path
-        prepared = open_data(config.data, console)
+        heartbeat.outside("opening the data")
+        prepared = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
+        heartbeat.outside("measuring the device")
         config = settle(config, RunFolder(folder / "none"), prepared, mesh)
         if mesh.is_first:
             folder.mkdir(parents=True, exist_ok=True)
-        certificate = certify(config, mesh, prepared, folder, console)
+        certificate = certify(config, mesh, prepared, folder, console, heartbeat.outside)
         if mesh.is_first:
             (folder / "certificate.json").write_text(json.dumps(to_json(certificate, config), indent=1) + "\n")
 
 
-def certify(config: Config, mesh: Mesh, prepared: Prepared, folder: Path, console: Console) -> Certificate:
+def certify(
+    config: Config,
+    mesh: Mesh,
+    prepared: Prepared,
+    folder: Path,
+    console: Console,
+    at: Callable[[str], None] = lambda phase: None,
+) -> Certificate:
     """
     Compare `config` in the layout of `mesh` with one process. `folder` holds a checkpoint for a moment.
 
-    A config in bfloat16 or float16 is compared in float32 too, where rounding hides less. A collective over the world.
+    A config in bfloat16 or float16 is compared in float32 too, where rounding hides less. `at(phase)` is called as it goes
+    on. A collective over the world.
     """
     rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     train = config.train
@@ -130,12 +143,16 @@ def certify(config: Config, mesh: Mesh, prepared: Prepared, folder: Path, consol
     ring = config.parallel.cp_method == "ring" and mesh.device.type == "cuda"  # whose kernel has no float32
     for dtype in dict.fromkeys((train.dtype if ring else "float32", train.dtype)):
         one = config.replace("train", dtype=dtype)
+        at(f"{dtype}: one process alone")
         expected, noise = _references(one, mesh, rows)
         console.note(f"{dtype}: one process took its steps ({time.perf_counter() - begun:.0f} s)")
+        at(f"{dtype}: all together")
         runnable, trace = _take_steps(one, mesh, rows, console if dtype == train.dtype else None)
+        at(f"{dtype}: comparing")
         certificate.findings[dtype] = compare(trace, runnable, mesh, expected, noise, bitwise=_same_bits(one, mesh))
         for finding in certificate.findings[dtype]:
             _say(console, dtype, finding)
+    at("saving and resuming")
     certificate.resumed_same_bits = _resumes(config, mesh, rows, folder)
     same = "goes on with the same bits" if certificate.resumed_same_bits else "goes on with OTHER bits"
     console.say(

@@ -57,6 +57,17 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
+def multiplied(own: Tensor, by: Tensor) -> Tensor:
+    """
+    Return `own * by` in the memory of `own`, which the caller made and no longer needs.
+
+    The compiler fuses the product anyway and must not see the write: with torch 2.11 a `torch.autograd.Function` loses
+    its backward in compiled code, so that gradients are zero, if one operation made what forward returns and another
+    returned the same tensor: an operation in place, or a cast to the dtype it has.
+    """
+    return own * by if torch.compiler.is_compiling() else own.mul_(by)
+
+
 class RMSNorm(nn.Module):
     """Zhang and Sennrich 2019 (arXiv:1910.07467): x / rms(x) * weight over the last dim."""
 
@@ -83,7 +94,8 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     # torch.linalg.vector_norm reads x once and writes nothing of its size, unlike x.square().mean().
     rms = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x.shape[-1]
     scale = torch.rsqrt(rms + eps)
-    return (x32 * scale).mul_(weight32).to(x.dtype), scale
+    out = multiplied(x32 * scale, weight32)
+    return out if out.dtype == x.dtype else out.to(x.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):

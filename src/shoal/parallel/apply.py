@@ -30,7 +30,8 @@ from shoal.parallel.region import Region, Shard
 from shoal.parallel.shard import shard
 from shoal.parallel.tree import Leaves
 from shoal.parallel.vocab_loss import vocab_parallel_cross_entropy_sum
-from shoal.pipeline_plan import stages_per_rank
+from shoal.pipeline_plan import V_SHAPED, stages_per_rank
+from shoal.torch_private import require, torch_version
 
 Loss = Callable[[LanguageModel, Tensor, Tensor, Tensor | float], Tensor]  # (part, hidden, labels, scale) -> 0-d
 
@@ -67,8 +68,7 @@ class Runnable:
         tokens = self._count(batches)
         self.scale = loss_scale / tokens.clamp(min=1.0)
         losses = torch.zeros(self.slots[-1].stop, mesh.layout.cp, device=mesh.device)
-        for gradients in self.gradients.values():
-            gradients.zero()
+        self.forget_gradients()
         self.randomness.begin(step, mine.start)
         padded = [*batches, *(batches[-1].ignored() for _ in range(self.turns - len(batches)))]
         found = self._pipelined(padded, phases) if self.pipeline else self._in_turns(padded, phases)
@@ -79,6 +79,14 @@ class Runnable:
                 gradients.finish()
             self._publish()
         return losses.flatten() / loss_scale, tokens
+
+    def forget_gradients(self) -> None:
+        """Free or zero those of the last step. A shard's plain tensor refers to them too."""
+        for gradients in self.gradients.values():
+            gradients.zero()
+        for held in self.shards:
+            if held.tensor is not held.parameter:
+                held.tensor.grad = None
 
     def _in_turns(self, batches: Sequence[Batch], phases: Phases) -> list[Tensor]:
         [model], [gradients] = self.parts.values(), self.gradients.values()
@@ -175,6 +183,7 @@ def parallelize(
     """
     Make `model` (on meta) a `Runnable` on `mesh`, with `weights`; `say` gets one line for each thing applied.
     """
+    require("train")
     layout = mesh.layout
     shapes = {name: p.shape for name, p in model.named_parameters()}
     slots = tuple(deal(train.global_batch // train.micro_batch, layout.dp))
@@ -185,7 +194,11 @@ def parallelize(
     if layout.pp > 1:
         stages = stages_per_rank(parallel.pp_schedule, parallel.pp_stages)
         parts = pipeline.cut(model, mesh.axis("pp"), parallel.pp_schedule, stages)
-        say(f"pipeline parallel: {layout.pp * stages} stages on {layout.pp} processes, {parallel.pp_schedule}")
+        joint = parallel.pp_schedule in V_SHAPED and not pipeline.SPLITS_BACKWARD
+        say(
+            f"pipeline parallel: {layout.pp * stages} stages on {layout.pp} processes, {parallel.pp_schedule}"
+            + f"; torch {torch_version()} cannot split a backward, so processes are idle longer" * joint
+        )
 
     regions: dict[int, dict[str, Region]] = {}
     for index, part in parts.items():
@@ -283,7 +296,8 @@ def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str
     A block that is compiled whole has its checkpointing inside, so that the compiler sees it. Context parallel breaks a
     block's graph, and the compiler leaves alone what breaks inside of checkpointing: there that goes around.
     """
-    set_activation_budget(train.activation_budget if train.activation_checkpointing == "budget" else 1.0)
+    if train.compile:
+        set_activation_budget(train.activation_budget if train.activation_checkpointing == "budget" else 1.0)
     again, bitwise = train.activation_checkpointing in ("full", "selective"), train.repro == "bitwise"
     if mesh.layout.tp > 1:
         tensor.drop_row_biases(part)

@@ -171,7 +171,9 @@ def is_lost_peer(error: RuntimeError) -> bool:
         "Connection reset by peer",
         "Broken pipe",
         "Connection refused",
-        "remote process exited",
+        "remote process exited",  # NCCL's own words for ncclRemoteError, and torch's
+        "remote process exiting",
+        "NCCL communicator was aborted",
         "Timed out waiting",
     )
     return dist.is_initialized() and any(word in str(error) for word in words)

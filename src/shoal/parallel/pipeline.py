@@ -10,7 +10,8 @@ stage, labels by the last, positions and document ids by all.
 
 Public parts of torch are used: `PipelineStage` (with its methods `backward_one_chunk` and `backward_weight_one_chunk`
 overridden), the schedules and their `step`. They are fed with the shapes of what flows, so that no trial run is made at
-the start. One private method is overridden, for torch 2.11 alone: `PipelineStage._get_init_p2p_neighbors_ops`.
+the start. One private method is overridden, for torch 2.11 alone: `PipelineStage._get_init_p2p_neighbors_ops`. That
+version cannot split a backward either: `SPLITS_BACKWARD`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from shoal.data.loader import Batch
 from shoal.models.family import LanguageModel
 from shoal.parallel.mesh import Axis
 from shoal.pipeline_plan import SINGLE, Schedule, forward_slots, rank_stages, stage_blocks, stage_rank
+from shoal.torch_private import minor, torch_version
 
 SCHEDULES: dict[Schedule, type[Any]] = {
     "gpipe": ScheduleGPipe,
@@ -45,6 +47,9 @@ SCHEDULES: dict[Schedule, type[Any]] = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
+# torch 2.11 computes a split backward's weights through `Function` nodes that it cannot read ("_input_metadata is invalid"),
+# and adds up what belongs to several outputs of a node.
+SPLITS_BACKWARD = minor(torch_version()) > (2, 11)
 ENDING = ("norm", "head")  # what a model has behind its blocks; all else stands before them
 
 Loss = Callable[[LanguageModel, Tensor, Tensor], Tensor]  # last stage, hidden [B, T, D], labels [B, T] -> scalar
@@ -251,6 +256,8 @@ class _WatchedStage(PipelineStage):
     A split backward finds weights in the graph by asking the module for its parameters. FSDP2 answers with the shards
     while they are sharded, as they are after forward, and torch then leaves the gradients out without a word. So they
     are unsharded first, as backward needs them anyway.
+
+    Where torch cannot split a backward, all of it is done in the first part, and nothing in the second.
     """
 
     def __init__(self, around: Around, *args: Any, **kwargs: Any) -> None:
@@ -260,12 +267,15 @@ class _WatchedStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        full_backward = full_backward or not SPLITS_BACKWARD
         if not full_backward:
             self._unshard()
         with self._around(self.stage_index, bwd_chunk_id) if full_backward else nullcontext():
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        if not SPLITS_BACKWARD:
+            return
         self._unshard()
         with self._around(self.stage_index, bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from shoal.torch_private import require
+
 Forward = Callable[..., torch.Tensor]
 
 
@@ -33,15 +35,16 @@ def checkpointed(forward: Forward, mode: str) -> Forward:
 
 
 @functools.cache
-def _kept_operators() -> list[torch._ops.OpOverload]:
+def _kept_operators() -> list[Any]:
     """What is dear to compute again: matrix products and fused attention. Exchanges between processes are repeated."""
+    require("selective")
     aten = torch.ops.aten
     kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
     attention = (
         "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
     )  # fmt: skip
-    return kept + [getattr(aten, name).default for name in attention if hasattr(aten, name)]
+    return kept + [getattr(aten, name).default for name in attention]
 
 
 def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool) -> None:
@@ -57,6 +60,7 @@ def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool) -> None:
 
 def set_activation_budget(budget: float) -> None:
     """What the compiler may keep of the activations of what it compiles next: 0 nothing, 1 everything."""
+    require("compile")
     import torch._functorch.config as functorch
 
     functorch.activation_memory_budget = budget

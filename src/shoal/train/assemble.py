@@ -124,5 +124,5 @@ def open_loader(
         passed_over=passed_over,
         at=at,
         prefetch=config.data.prefetch,
-        pin_memory=mesh.device.type == "cuda",
+        device=mesh.device,
     )
