@@ -40,6 +40,7 @@ from shoal.parallel.mesh import Mesh, open_mesh
 from shoal.runs import RunFolder
 from shoal.train.assemble import assemble, open_loader
 from shoal.train.closing import finish
+from shoal.train.compile_check import check_compiled
 from shoal.train.evaluate import evaluate
 from shoal.train.guard import Guard
 from shoal.train.opening import introduce
@@ -157,6 +158,8 @@ class Run:
 
     def train(self) -> bool:
         """The steps, then the end; whether it was asked to stop before the last step."""
+        if self.runnable.compiled and self.config.train.compile_check and self.state.step < self.total_steps:
+            check_compiled(self)
         stopped = self.take_steps() and self.state.step < self.total_steps
         self.heartbeat.outside("end")
         with self.records.clock.spend("end"):
