@@ -28,6 +28,7 @@ from shoal.metrics.meter import no_phases
 from shoal.models.family import LanguageModel
 from shoal.models.layers import products_by_quarters
 from shoal.parallel.apply import Runnable
+from shoal.parallel.reduce import GradientReducer
 
 if TYPE_CHECKING:
     from shoal.train.loop import Run
@@ -97,7 +98,7 @@ def compare_with_eager(
 
     usual, runnable.turns = runnable.turns, turns
     try:
-        with _without_dropout(runnable):
+        with _without_dropout(runnable), _after_backward(runnable):
             with _eager(runnable):
                 loss = compute()
                 gradients = [_on_cpu(shard.tensor.grad) for shard in runnable.shards]
@@ -183,6 +184,19 @@ def _without_dropout(runnable: Runnable) -> Iterator[None]:
         yield
     finally:
         runnable.train()
+
+
+@contextlib.contextmanager
+def _after_backward(runnable: Runnable) -> Iterator[None]:
+    """Replicas' gradients are summed when backward is over: a parameter may get none, and is then to be named."""
+    reducers = [held for held in runnable.gradients.values() if isinstance(held, GradientReducer)]
+    for reducer in reducers:
+        reducer.overlaps = False
+    try:
+        yield
+    finally:
+        for reducer in reducers:
+            reducer.overlaps = True
 
 
 @contextlib.contextmanager
