@@ -350,6 +350,10 @@ class Train:
     )
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto: CUDA where there is one", alias=("accelerator",))
     compile: bool = opt(False, "torch.compile each block", alias=("torch_compile",))
+    compile_check: bool = opt(
+        True,
+        "with train.compile, compare the loss and gradients of one micro-batch with eager code before the first step, and stop the run where they differ by more than rounding",
+    )
     repro: Literal["fast", "bitwise"] = opt(
         "fast",
         "bitwise: the same bits at any data-parallel degree; one CPU thread a process",

@@ -42,6 +42,7 @@ from shoal.plan.length import count_steps
 from shoal.runs import RunFolder
 from shoal.train.assemble import assemble, open_loader
 from shoal.train.closing import finish
+from shoal.train.compile_check import check_compiled
 from shoal.train.evaluate import evaluate
 from shoal.train.guard import Guard
 from shoal.train.last_words import say_held_out
@@ -187,6 +188,8 @@ class Run:
     def train(self) -> bool:
         """The steps, then the end; whether it was asked to stop before the last step."""
         with told_of_compilations(self.heartbeat, compiles=self.config.train.compile):
+            if self.runnable.compiled and self.config.train.compile_check and self.state.step < self.total_steps:
+                check_compiled(self)
             stopped = self.take_steps() and self.state.step < self.total_steps
         self.heartbeat.outside("end")
         with self.records.clock.spend("end"):
