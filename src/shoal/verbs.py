@@ -61,17 +61,18 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     config = _resolve(args, overrides)
     from shoal.launch.place import is_worker, read_place
     from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
+    from shoal.runs import RunFolder
 
+    before = RunFolder.of(config).begun()
     if is_worker():
-        return _work(fit_to_place(config, read_place()))
+        return _work(fit_to_place(config, read_place(), before))
     from shoal.fault.limit import start_clock
     from shoal.launch.stops import leave_when_asked
     from shoal.metrics.console import Console
-    from shoal.runs import RunFolder
 
     start_clock()
     leave_when_asked()
-    config = plan_processes(config, count_gpus())
+    config = plan_processes(config, count_gpus(), before=before, say=Console().warn)
     folder = RunFolder.of(config)
     folder.agree(config)
     folder.lock(config.launch.rendezvous)
@@ -132,7 +133,7 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     from shoal.metrics.console import Console
     from shoal.runs import RunFolder
 
-    config = plan_processes(config, count_gpus())
+    config = plan_processes(config, count_gpus(), say=Console().warn)
     folder = RunFolder.of(config)
     folder.lock(config.launch.rendezvous)
     certificate = folder.path / "certificate.json"

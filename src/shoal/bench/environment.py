@@ -12,7 +12,8 @@ import psutil
 import torch
 
 from shoal import __version__
-from shoal.metrics.meter import device_name
+from shoal import cpu
+from shoal.metrics.machine import device_name, instruction_sets
 from shoal.plan.hardware import peak_flops
 
 PACKAGES = ("torch", "numpy", "pydantic", "tokenizers", "safetensors", "transformers", "accelerate")

@@ -36,7 +36,7 @@ from shoal.data.prepare import Prepared
 from shoal.errors import CheckpointError
 from shoal.launch.place import Place
 from shoal.metrics.console import Console
-from shoal.metrics.meter import device_name
+from shoal.metrics.machine import bits_depend_on, device_name
 from shoal.models.layers import Linear
 from shoal.optim.schedule import learning_rate
 from shoal.parallel.apply import Runnable

@@ -116,8 +116,7 @@ class Run:
         rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
         total_steps = count_steps(config.train, config.data.seq_len, len(rows))
         changed = folder.agree(config)
-        begun = folder.config_file.is_file()
-        before = folder.load_config() if begun else config
+        before = folder.begun() or config
         mesh.barrier()  # nobody writes the config before everybody has compared
         faults = Faults(mesh.place.rank, folder.events_file)
         saving = Saving.open(config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at)
