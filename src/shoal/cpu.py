@@ -129,7 +129,10 @@ def _group_folders() -> list[Path]:
 
 
 def _limit(folder: Path) -> float:
-    for quota, period in (("cpu.max", ""), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # the second version has one file
+    for quota, period in (
+        ("cpu.max", ""),
+        ("cpu.cfs_quota_us", "cpu.cfs_period_us"),
+    ):  # the second version has one file
         try:
             text = f"{(folder / quota).read_text()} {(folder / period).read_text() if period else ''}"
             allowed, of = (float(word) for word in text.split())

@@ -195,6 +195,7 @@ def _expanded(to: Path | None) -> Path | None:
 def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     _needs(args, "text", ("context", "stride"))
     _needs(args, "tasks", ("include_path", "limit", "num_fewshot"))
+    _set_threads(args)
     wanted = _wanted(args)
     from shoal.infer.commands import TextOptions, evaluate_model
     from shoal.infer.harness import Tasks
@@ -212,6 +213,7 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
     _needs(args, "chat", ("system",))
     if bool(args.prompt) == args.chat:
         raise ShoalError("shoal generate needs --prompt TEXT, or --chat for a conversation, and not both")
+    _set_threads(args)
     wanted = _wanted(args)
     from shoal.infer.commands import generate_text, talk
     from shoal.infer.generate import Sampling
@@ -222,6 +224,21 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
     else:
         generate_text(wanted, prompts=args.prompt, max_new_tokens=args.tokens, sampling=sampling)
     return 0
+
+
+def _set_threads(args: argparse.Namespace) -> None:
+    """CPU threads of this process, before torch is imported: those asked for, or as the machine has room for."""
+    from shoal.launch.torchrun import choose_threads, set_environment
+    from shoal.metrics.console import Console
+
+    asked: int | None = args.threads
+    if asked is not None and asked < 1:
+        raise ShoalError(f"--threads is {asked}: give 1 or more")
+    if asked is not None:
+        os.environ["OMP_NUM_THREADS"] = str(asked)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        asked = choose_threads(say=Console(on_stderr=True).warn)
+    set_environment(asked or 1)
 
 
 def _wanted(args: argparse.Namespace) -> Wanted:

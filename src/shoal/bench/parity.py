@@ -107,7 +107,7 @@ def verify_here(config: Config) -> None:
         console = Console(speaks=mesh.is_first)
         folder = RunFolder.of(config).path
         prepared = open_data(config.data, console)
-        config = settle(config, RunFolder(folder / "none"), prepared, mesh)
+        config = settle(config, RunFolder(folder / "none"), prepared, mesh, console.warn)
         if mesh.is_first:
             folder.mkdir(parents=True, exist_ok=True)
         certificate = certify(config, mesh, prepared, folder, console)
@@ -364,7 +364,8 @@ def _facts(mesh: Mesh, seconds: float) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 1),
         "device": device_name(mesh.device),
-        "versions": {"shoal": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "shoal": __version__,
+        "machine": bits_depend_on(mesh.device),
         "platform": platform.platform(),
     }
 

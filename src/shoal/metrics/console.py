@@ -94,7 +94,7 @@ def step_line(record: Mapping[str, Any], total_steps: int, left_seconds: float |
         "norm inf" if record["grad_norm"] is None else f"norm {record['grad_norm']:.2f}",
         f"{record['tokens_per_second']:,.0f} tok/s",
         f"{1000 * record['step_seconds']:,.0f} ms",
-        f"mfu {100 * record['mfu']:.1f}%" if record.get("mfu") is not None else "mfu ?",
+        *([f"mfu {100 * record['mfu']:.1f}%"] if record.get("mfu") is not None else []),
         f"{record['memory_bytes'] / 2**30:.2f} GiB",
     ]
     if left_seconds is not None:

@@ -30,7 +30,7 @@ def bits_depend_on(device: torch.device) -> dict[str, str | int]:
 
     Another processor of the same instructions may cut products otherwise, for its caches.
     """
-    built = torch.__config__.show()  # type: ignore[no-untyped-call]
+    built = torch.__config__.show()
     found: dict[str, str | int] = {
         "processor": cpu.model_name(),
         "instructions": instruction_sets(),

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# torch has no public question for it; without an answer bfloat16 stays bfloat16
-CPU_HAS_TILES: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+from shoal.cpu import has_tiles
+
+CPU_HAS_TILES: bool = has_tiles()
 
 
 class Attend(Protocol):

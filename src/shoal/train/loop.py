@@ -112,7 +112,7 @@ class Run:
         heartbeat = Heartbeat.open(config.launch)
         heartbeat.outside("start")
         prepared = open_data(config.data, console)
-        config = settle(config, folder, prepared, mesh)
+        config = settle(config, folder, prepared, mesh, console.warn)
         rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
         total_steps = count_steps(config.train, config.data.seq_len, len(rows))
         changed = folder.agree(config)

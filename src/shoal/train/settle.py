@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-
 from collections.abc import Callable
 from typing import Final
 
@@ -57,7 +56,7 @@ def settle_dtype(wanted: str, mesh: Mesh) -> str:
     if mesh.device.type == "cuda":
         return "bfloat16" if has_bfloat16(mesh.device) else "float32"
     mesh.barrier()  # all at once, as they will train
-    ratio = 0.0  # of bfloat16 to float32, as a power of two
+    ratio = -math.inf  # of bfloat16 to float32, as a power of two
     if multiplies_bfloat16():
         bfloat16, float32 = _rates(mesh.device, clear=CLEAR)
         ratio = math.log2(bfloat16 / float32) if bfloat16 else 0.0
