@@ -237,7 +237,11 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["speed"], help="speed: tokens/s, MFU and the time split of the real step")
+    parser.add_argument(
+        "what",
+        choices=["speed"],
+        help="speed: tokens/s, the time split of the real step, and MFU or its rate beside a matrix product",
+    )
     parser.add_argument(
         "recipe", type=Path, nargs="?", metavar="RECIPE", help="default: a 10M-parameter model on dummy text"
     )
@@ -326,7 +330,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         type=_dtype,
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="of the arithmetic (default: auto, a run's own; a folder's own where the device is good at it, else float32)",
+        help="of the arithmetic (default: auto, a run's or a folder's own where the device is good at it, else float32)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads (default: a core each, fewer where other programs use them)",
     )
 
 

@@ -112,18 +112,19 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     _tell_of_torch()
     from shoal.launch.place import is_worker
     from shoal.launch.torchrun import count_gpus, launch, plan_processes
+    from shoal.runs import RunFolder
 
+    before = RunFolder.of(config).begun()
     if is_worker():
-        return _work(_in_place(config))
+        return _work(_in_place(config, before))
     _say_where(config)
     from shoal.fault.limit import start_clock
     from shoal.fault.signals import ends_when_asked
     from shoal.metrics.console import Console
-    from shoal.runs import RunFolder
 
     start_clock()
     with ends_when_asked(EXIT_REQUEUE):
-        config = plan_processes(config, count_gpus())
+        config = plan_processes(config, count_gpus(), before=before, say=Console().warn)
         folder = RunFolder.of(config)
         folder.agree(config)
         folder.lock(config.launch.rendezvous)
@@ -138,14 +139,14 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     return launch(config, [*argv, *_settled(config)])
 
 
-def _in_place(config: Config) -> Config:
+def _in_place(config: Config, before: Config | None = None) -> Config:
     """The config of a worker; where another program started the workers, the first says what it was told."""
     from shoal.launch.place import describe_place, read_place, speaks_first
     from shoal.launch.torchrun import fit_to_place
 
     if speaks_first():
         print(describe_place(), flush=True)
-    return fit_to_place(config, read_place())
+    return fit_to_place(config, read_place(), before)
 
 
 def _say_where(config: Config) -> None:
@@ -230,7 +231,7 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     from shoal.runs import RunFolder
 
     with ends_when_asked(EXIT_REQUEUE):
-        config = plan_processes(config, count_gpus())
+        config = plan_processes(config, count_gpus(), say=Console().warn)
         folder = RunFolder.of(config)
         folder.lock(config.launch.rendezvous)
         certificate = folder.path / "certificate.json"
@@ -298,6 +299,8 @@ def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     _needs(args, "tasks", ("include_path", "limit", "num_fewshot"))
     from shoal.infer.asked import Tasks, Text
 
+    _set_threads(args)
+
     wanted = _wanted(args)
     wanted.check()
     if wanted.folder is not None and args.text is None and args.tasks is None:
@@ -319,6 +322,8 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
     if bool(args.prompt) == args.chat:
         raise ShoalError("shoal generate needs --prompt TEXT, or --chat for a conversation, and not both")
     from shoal.infer.sampling import CHAT_TOKENS, FLAGS, PROMPT_TOKENS, Sampling, check_options, check_prompts
+
+    _set_threads(args)
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     limit = args.tokens if args.tokens is not None else CHAT_TOKENS if args.chat else PROMPT_TOKENS
@@ -353,6 +358,21 @@ def _told(code: int | None = None, *, speaks: bool = True) -> Iterator[Narrator]
         narrator.begin("importing torch")
         yield narrator
     narrator.close()
+
+
+def _set_threads(args: argparse.Namespace) -> None:
+    """CPU threads of this process, before torch is imported: those asked for, or as the machine has room for."""
+    from shoal.launch.torchrun import choose_threads, set_environment
+    from shoal.metrics.console import Console
+
+    asked: int | None = args.threads
+    if asked is not None and asked < 1:
+        raise ShoalError(f"--threads is {asked}: give 1 or more")
+    if asked is not None:
+        os.environ["OMP_NUM_THREADS"] = str(asked)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        asked = choose_threads(say=Console(on_stderr=True).warn)
+    set_environment(asked or 1)
 
 
 def _wanted(args: argparse.Namespace) -> Wanted:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from shoal.config import Config
+from shoal.cpu import count_cores
 from shoal.errors import LaunchError
 from shoal.launch.place import LOCKED_BY, Place, is_worker, read_place, report_to_launcher
-from shoal.launch.torchrun import count_cores, fit_to_place
+from shoal.launch.torchrun import fit_to_place
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID",
              "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE",

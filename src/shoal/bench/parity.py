@@ -35,7 +35,7 @@ from shoal.errors import CheckpointError
 from shoal.fault.heartbeat import Heartbeat
 from shoal.launch.place import Place, is_launched
 from shoal.metrics.console import Console
-from shoal.metrics.meter import device_name
+from shoal.metrics.machine import bits_depend_on, device_name
 from shoal.models.attention import take_deterministic_kernels
 from shoal.models.layers import products_by_quarters
 from shoal.optim.schedule import learning_rate
@@ -111,7 +111,7 @@ def verify_here(config: Config, heartbeat: Heartbeat) -> None:
         heartbeat.outside("opening the data")
         prepared = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
         heartbeat.outside("measuring the device")
-        config = settle(config, RunFolder(folder / "none"), prepared, mesh)
+        config = settle(config, RunFolder(folder / "none"), prepared, mesh, console.warn)
         if mesh.is_first:
             folder.mkdir(parents=True, exist_ok=True)
         certificate = certify(config, mesh, prepared, folder, console, heartbeat.outside)
@@ -355,7 +355,8 @@ def _facts(mesh: Mesh, seconds: float) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 1),
         "device": device_name(mesh.device),
-        "versions": {"shoal": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "shoal": __version__,
+        "machine": bits_depend_on(mesh.device),
         "platform": platform.platform(),
     }
 

@@ -11,6 +11,7 @@ import torch
 
 from shoal.checkpoint.load import load_model
 from shoal.config import Config, Model
+from shoal.cpu import multiplies_bfloat16
 from shoal.data.tokenize import Tokenizer, load_tokenizer
 from shoal.errors import ModelError, spelled
 from shoal.hub.find import find_model
@@ -82,12 +83,14 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: s
     """
     The model of run `target` (a name under `runs`, or a folder) at `step` (None: the last), its weights in float32.
 
-    dtype: what it computes in; "auto": as it was trained, but float32 for float16 on a CPU. Raises `RunError` or
+    dtype: what it computes in; "auto": as it was trained, but float32 on a CPU that is slow in that. Raises `RunError` or
     `CheckpointError`.
     """
     folder, saved = find_checkpoint(runs, target, step)
     config, place = folder.load_config(), find_device(device)
-    slow = place.type == "cpu" and config.train.dtype == "float16"
+    slow = place.type == "cpu" and (
+        config.train.dtype == "float16" or (config.train.dtype == "bfloat16" and not multiplies_bfloat16())
+    )
     chosen = dtype if dtype != "auto" else "float32" if slow else config.train.dtype
     _check_dtype(chosen, place)
     model = build_model(config.model, compute_dtype=DTYPES[chosen])

@@ -129,12 +129,11 @@ class Run:
             config.data, Console(speaks=mesh.is_first and not is_launched())
         )  # else it is said already
         heartbeat.outside("measuring the device")
-        config = settle(config, folder, prepared, mesh)
+        config = settle(config, folder, prepared, mesh, console.warn)
         rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
         total_steps = count_steps(config.train, config.data.seq_len, len(rows))
         changed = folder.agree(config)
-        begun = folder.config_file.is_file()
-        before = folder.load_config() if begun else config
+        before = folder.begun() or config
         mesh.barrier()  # nobody writes the config before everybody has compared
         faults = Faults(mesh.place.rank, folder.events_file)
         saving = Saving.open(config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at)
@@ -156,7 +155,6 @@ class Run:
             with folder.writable():
                 write_run_files(folder, config, prepared)
         loader = open_loader(config, mesh, rows, state.position, state.passed_over, faults.at)
-        heartbeat.outside("measuring the device")
         meter = Meter(config, mesh)
         heartbeat.outside("opening the run")
         guard = Guard(mesh.device, config.fault.spike_zscore)
