@@ -80,7 +80,7 @@ def test_a_run_is_scored_on_a_text_or_on_its_own(capsys: pytest.CaptureFixture[s
     assert of_text["bytes"] == len(TEXT.encode())
     own = json.loads(said(capsys, "eval", "done", "--json"))
     assert own["step"] == 4
-    assert "xz_bits_per_byte" in own
+    assert own["xz_primed_bits_per_byte"] < own["xz_cold_bits_per_byte"]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_loss_of_any_size_is_shown(
     loss: float, in_json: float | None, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = {"val_loss": loss, "val_bits_per_byte": loss}
-    monkeypatch.setattr(commands, "evaluate", lambda *_: result)
+    monkeypatch.setattr(commands, "evaluate", lambda *_, **__: result)
 
     def no_number(word: str) -> None:
         pytest.fail(f"{word} is no JSON")
@@ -152,7 +152,8 @@ def test_what_a_terminal_has_no_letter_for_is_replaced(place: Path, encoding: st
     code, output = Place(place).run(
         "generate", "--model.from", "talker", "--prompt", "漢字a", "--tokens", "0", PYTHONIOENCODING=encoding
     )
-    assert (code, output) == (0, "??a\n")
+    assert code == 0
+    assert output.endswith("??a\n")  # behind what it says while it loads, on standard error
 
 
 def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,8 @@ from shoal.launch.place import LOCKED_BY, Place, is_worker, read_place, report_t
 from shoal.launch.torchrun import count_cores, fit_to_place
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID",
-             "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "TORCHELASTIC_ERROR_FILE", LOCKED_BY)  # fmt: skip
+             "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE",
+             "SLURM_TASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE", "TORCHELASTIC_ERROR_FILE", LOCKED_BY)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +45,29 @@ def test_alone_under_torchrun_and_under_srun(monkeypatch: pytest.MonkeyPatch) ->
     assert is_worker()
     assert read_place() == Place(5, 8, 1, 4)
     assert os.environ["RANK"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("given", "here"),
+    [
+        ({"TASKS_PER_NODE": "2(x3),1", "NTASKS": "7", "NODEID": "2"}, 2),
+        ({"TASKS_PER_NODE": "2(x3),1", "NTASKS": "7", "NODEID": "3"}, 1),
+        ({"TASKS_PER_NODE": "8", "NTASKS": "8", "NODEID": "0"}, 8),
+        ({"TASKS_PER_NODE": "4(x2)", "STEP_TASKS_PER_NODE": "1(x2)", "NTASKS": "2", "NODEID": "1"}, 1),
+        ({"TASKS_PER_NODE": "8(x2)", "NTASKS": "4", "NNODES": "2", "NODEID": "1"}, 2),  # the job's list, not the step's
+        ({"TASKS_PER_NODE": "3,1", "NTASKS_PER_NODE": "3", "NTASKS": "4", "NODEID": "1"}, 1),  # a limit, not a count
+        ({"NTASKS": "8", "NNODES": "2"}, 4),
+        ({"NTASKS": "3"}, 3),
+    ],
+    ids=str,
+)
+def test_srun_without_ntasks_per_node_says_how_many_are_here(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], here: int
+) -> None:
+    for name, value in ({"PROCID": "0", "LOCALID": "0", "STEP_ID": "0"} | given).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    assert read_place().local_world_size == here
 
 
 def test_half_a_launchers_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

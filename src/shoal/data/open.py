@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from shoal.config import Data
 from shoal.data.prepare import Prepared, prepare
+from shoal.launch.place import speaks_first
 from shoal.metrics.console import Console
 
 
@@ -11,6 +12,7 @@ def open_data(data: Data, console: Console, *, rows: int | None = None) -> Prepa
     """The tokens of `data` for a model of so many `rows`, made now where they are not there. One process makes them."""
     with console.progress("preparing") as progress:
         prepared = prepare(data, progress, rows=rows)
-    for note in prepared.notes:
-        console.warn(note)
+    if speaks_first():  # a launcher has opened it before its workers do
+        for note in prepared.notes:
+            console.warn(note)
     return prepared

@@ -16,7 +16,6 @@ the start. One private method is overridden, for torch 2.11 alone: `PipelineStag
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -37,7 +36,7 @@ from torch.distributed.pipelining import (
 from shoal.data.loader import Batch
 from shoal.models.family import LanguageModel
 from shoal.parallel.mesh import Axis
-from shoal.pipeline_plan import SINGLE, Schedule, rank_stages, stage_blocks, stage_rank
+from shoal.pipeline_plan import SINGLE, Schedule, forward_slots, rank_stages, stage_blocks, stage_rank
 from shoal.torch_private import minor, torch_version
 
 SCHEDULES: dict[Schedule, type[Any]] = {
@@ -170,31 +169,33 @@ class Pipeline:
         """
         Each micro-batch's loss, in order, on the process of the last stage (else None); as many as there are.
 
-        Messages between neighbours on `axis`, in one order that all processes keep to: by pass through the processes,
-        then by micro-batch. So none waits for one that waits for it.
+        Messages between neighbours on `axis`, those of a slot of `forward_slots` as one batch: with NCCL a single message
+        waits in line with all others of its process, and one that comes a lap later would hold up those behind it.
         """
         losses: list[Tensor] = []
-        arrivals: dict[tuple[int, int], tuple[Tensor, dist.Work | None]] = {}
-        sent: list[tuple[Tensor, dist.Work | None]] = []
-        turns = -(-self._count // self._axis.size)
-        for turn, number, place in itertools.product(range(turns), range(len(batches)), range(self._axis.size)):
-            index = turn * self._axis.size + place
-            here, there = self._holder(index), self._holder(index + 1)
-            me = self._axis.rank
-            if index in self._stages:
-                out = self._forward(index, batches[number], arrivals.pop((index, number), None))
-                if index == self._count - 1:
-                    losses.append(self._last_loss(out, batches[number].labels))
-                elif there == me:
-                    arrivals[index + 1, number] = out, None
-                else:
-                    sent.append((out, dist.isend(out, group=self._axis.group, group_dst=there)))
-            elif there == me and here != me:
-                buffer = torch.empty_like(self._hidden, device=self._device, requires_grad=False)
-                arrivals[index + 1, number] = buffer, dist.irecv(buffer, group=self._axis.group, group_src=here)
-        for _, work in sent:
-            if work is not None:
-                work.wait()
+        arrivals: dict[tuple[int, int], tuple[Tensor, list[dist.Work]]] = {}
+        sent: list[tuple[list[dist.P2POp], list[dist.Work]]] = []  # what is under way stays in memory
+        for slot in forward_slots(self._axis.size, len(self._stages), len(batches)):
+            ways: list[dist.P2POp] = []
+            works: list[dist.Work] = []
+            for index, number in slot:
+                here, there = self._holder(index), self._holder(index + 1)
+                if here == self._axis.rank:
+                    out = self._forward(index, batches[number], arrivals.pop((index, number), None))
+                    if there is None:
+                        losses.append(self._last_loss(out, batches[number].labels))
+                    elif there == here:
+                        arrivals[index + 1, number] = out, []
+                    else:
+                        ways.append(dist.P2POp(dist.isend, out, group=self._axis.group, group_peer=there))
+                elif there == self._axis.rank:
+                    buffer = torch.empty_like(self._hidden, device=self._device, requires_grad=False)
+                    ways.append(dist.P2POp(dist.irecv, buffer, group=self._axis.group, group_peer=here))
+                    arrivals[index + 1, number] = buffer, works
+            works += dist.batch_isend_irecv(ways) if ways else []
+            sent.append((ways, works))
+        for _, works in sent:
+            _wait(works)
         for stage in self._stages.values():
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
@@ -209,12 +210,11 @@ class Pipeline:
         """The rank along the axis of the process with this stage; None behind the last one."""
         return stage_rank(self._schedule_name, self._axis.size, index) if index < self._count else None
 
-    def _forward(self, index: int, batch: Batch, arrival: tuple[Tensor, dist.Work | None] | None) -> Tensor:
+    def _forward(self, index: int, batch: Batch, arrival: tuple[Tensor, list[dist.Work]] | None) -> Tensor:
         x = batch.tokens
         if arrival is not None:
-            x, work = arrival
-            if work is not None:
-                work.wait()
+            x, works = arrival
+            _wait(works)
         out: Tensor = self._stages[index](x, **self._places([batch]))
         return out
 
@@ -240,6 +240,12 @@ class Pipeline:
             output_args=self._hidden,
             group=self._axis.group,
         )
+
+
+def _wait(works: list[dist.Work]) -> None:
+    """Each once: gloo would wait for a second message."""
+    while works:
+        works.pop().wait()
 
 
 class _WatchedStage(PipelineStage):
