@@ -3,7 +3,7 @@ Try another version of torch: an environment of its own, and what depends most o
 
     make test-torch VERSION=2.11.0              in .venv-torch-2.11.0, which is made where it is not there
     make test-torch VERSION=2.11.0 PARTS="layouts compile"
-    make test-torch TORCH_ENV=DIR               in an environment that is there; it needs no shoal in it
+    make test-torch TORCH_ENV=DIR               in an environment that is there, with the packages of constraints.txt
 
 Ends with one line a part and with the table's row for docs/SETUP.md; 1 where a part failed. What each part said is in
 build/test-torch/VERSION/. Python's standard library alone.
@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,20 +27,15 @@ WARNING = re.compile(r"warning|deprecat", re.IGNORECASE)
 
 # Each part's tests, as pytest selects them.
 PARTS = {
-    "private names": ["tests/test_torch_private.py"],
+    "names": ["tests/test_torch_private.py"],
     "layouts": ["tests/parallel/test_matrix.py", "-m", "torch", "-k", "not compiled"],
     "compile": ["tests/parallel/test_matrix.py", "-m", "torch", "-k", "compiled"],
     "pipelines": ["tests/parallel/test_pipeline.py", "-k", "two_processes or test_with_sharded_stages"],
     "context": ["tests/parallel/test_context.py", "-m", "not slow"],
-    "checkpoints": [
-        "tests/checkpoint/test_store.py",
-        "tests/parallel/test_checkpoints.py",
-        "-m",
-        "not ci and not slow",
-    ],
+    "checkpoints": ["tests/checkpoint/test_store.py", "tests/parallel/test_checkpoints.py", "-m", "not ci and not slow"],
     "transformers": ["tests/parallel/test_hf_layouts.py", "-k", "gradients or computed_again or another_layout"],
     "restarts": ["tests/cli/test_runs.py", "-k", "is_killed_is_started_again or asked_to_stop_it_saves"],
-}
+}  # fmt: skip
 QUICKSTART = "quickstart"
 RECIPE = "recipes/quickstart.yaml"
 SHORT = ("--train.steps", "20", "--optim.warmup_steps", "5", "--train.sample_tokens", "8")
@@ -68,8 +62,7 @@ def main() -> int:
     outcomes: dict[str, Outcome] = {}
     for part in arguments.parts or [*PARTS, QUICKSTART]:
         print(f"torch {version}: {part} ...", flush=True)
-        run = quickstart if part == QUICKSTART else tests(part)
-        outcomes[part] = run(python, folder)
+        outcomes[part] = quickstart(python, folder) if part == QUICKSTART else tests(part, python, folder)
         print(f"torch {version}: {part}: {outcomes[part].said}, {outcomes[part].seconds:.0f} s", flush=True)
     print(f"\ntorch {version}, {sum(o.seconds for o in outcomes.values()):.0f} s; details in {folder}")
     for part, outcome in outcomes.items():
@@ -102,60 +95,46 @@ def output(python: Path, code: str) -> str:
     return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def call(python: Path, arguments: list[str], log: Path, cwd: Path = ROOT) -> tuple[int, str]:
+def call(python: Path, arguments: list[str], log: Path) -> tuple[int, str]:
     """Exit code and output, which is added to `log`; shoal is the one of this folder."""
     paths = {"PYTHONPATH": str(ROOT / "src"), "OMP_WAIT_POLICY": "PASSIVE"}
-    with log.open("a", encoding="utf-8") as file:
-        start = file.tell()
+    with log.open("a+", encoding="utf-8", errors="replace") as file:
+        start = file.seek(0, os.SEEK_END)
         try:
             code = subprocess.run(
-                [python, *arguments], cwd=cwd, env=os.environ | paths, stdout=file, stderr=subprocess.STDOUT,
+                [python, *arguments], cwd=ROOT, env=os.environ | paths, stdout=file, stderr=subprocess.STDOUT,
                 timeout=LIMIT_SECONDS, check=False,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             code = 124
-    with log.open(encoding="utf-8", errors="replace") as file:
         file.seek(start)
         return code, file.read()
 
 
-def tests(part: str) -> Callable[[Path, Path], Outcome]:
-    def run(python: Path, folder: Path) -> Outcome:
-        log = folder / f"{part.replace(' ', '-')}.log"
-        log.unlink(missing_ok=True)
-        start = time.monotonic()
-        arguments = ["-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--durations=5", "-ra", *PARTS[part]]
-        code, text = call(python, arguments, log)
-        found = re.findall(r"(\d+) (passed|failed|errors?|skipped)", text.rpartition("\n=")[2] + text[-300:])
-        counts = {kind.rstrip("s"): int(count) for count, kind in found}
-        bad = counts.get("failed", 0) + counts.get("error", 0)
-        said = f"{counts.get('passed', 0)} of {counts.get('passed', 0) + bad}" + f" (exit code {code})" * (
-            code not in (0, 1)
-        )
-        said += f", {counts['skipped']} skipped" * ("skipped" in counts)
-        return Outcome(code == 0, said, time.monotonic() - start)
-
-    return run
+def tests(part: str, python: Path, folder: Path) -> Outcome:
+    log, start = folder / f"{part}.log", time.monotonic()
+    log.unlink(missing_ok=True)
+    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--durations=5", "-ra", *PARTS[part]]
+    code, text = call(python, arguments, log)
+    found = re.findall(r"(\d+) (passed|failed|error|skipped)", text.rstrip().rpartition("\n")[2])
+    counts = {kind: int(count) for count, kind in found}
+    passed, skipped = counts.get("passed", 0), counts.get("skipped", 0)
+    said = f"{passed} of {passed + counts.get('failed', 0) + counts.get('error', 0)}"
+    said += f", {skipped} skipped" * bool(skipped) + f" (exit code {code})" * (code not in (0, 1))
+    return Outcome(code == 0, said, time.monotonic() - start)
 
 
 def quickstart(python: Path, folder: Path) -> Outcome:
-    """Its first 20 steps on two processes, the same cut over them, a resume, text, an export; and every warning."""
+    """Its first 20 steps on two processes, a resume with FSDP2, text, an export; and every warning."""
     log, place = folder / "quickstart.log", folder / "quickstart"
     log.unlink(missing_ok=True)
     shutil.rmtree(place, ignore_errors=True)
     start = time.monotonic()
-    train = [
-        "train",
-        str(ROOT / RECIPE),
-        *SHORT,
-        "--data.folder",
-        str(folder.parent / "data"),
-        "--launch.runs",
-        str(place),
-    ]
+    where = ["--data.folder", str(folder.parent / "data"), "--launch.runs", str(place), "--processes", "2"]
+    train = ["train", str(ROOT / RECIPE), *SHORT, *where]
     commands = {
-        "train": [*train, "--processes", "2", "--checkpoint.every", "10"],
-        "resume, sharded": [*train, "--processes", "2", "--parallel.dp_shard", "2", "--train.steps", "24"],
+        "train": [*train, "--checkpoint.every", "10"],
+        "resume": [*train, "--parallel.dp_shard", "2", "--train.steps", "24"],
         "generate": ["generate", "quickstart", "--runs", str(place), "--prompt", "def ", "--tokens", "8"],
         "export": ["export", "quickstart", "--runs", str(place), "--out", str(place / "exported")],
         "env": ["env"],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Final
 
 from shoal.address import read_address
 from shoal.config import Config, Data
@@ -14,6 +16,7 @@ from shoal.presets import shape_problems
 from shoal.refusals import refusals_of_machines
 
 DEFAULT, DERIVED = "default", "derived"
+LONGEST_NAME: Final = 200  # bytes: file systems take 255, and some names here grow by a word
 
 MakeProblem = Callable[..., Problem]
 
@@ -50,17 +53,32 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
             "data.seq_len",
             "model.max_seq_len",
         )
-    if train.steps is not None and config.optim.warmup_steps > train.steps:
-        yield problem(
-            f"optim.warmup_steps {config.optim.warmup_steps} is more than train.steps {train.steps}",
-            "optim.warmup_steps",
-            "train.steps",
-        )
     yield from _of_machines(config, problem)
-    name = config.launch.name
-    if name is not None and (not name.strip(" .") or Path(name).is_absolute() or ".." in Path(name).parts):
-        yield problem(f"launch.name {name!r} is no name of a folder below launch.runs", "launch.name")
+    if config.launch.name is not None and (why := why_no_name(config.launch.name)):
+        yield problem(f"launch.name {why}", "launch.name")
     yield from _corpus_problems(config, problem)
+
+
+def remarks(config: Config) -> Iterable[str]:
+    """What holds together and is perhaps not what was meant."""
+    warmup, steps = config.optim.warmup_steps, config.train.steps
+    if steps is not None and warmup > steps:
+        yield (
+            f"optim.warmup_steps {warmup} is more than train.steps {steps}: the learning rate rises until the end, to "
+            f"{config.optim.lr * steps / warmup:.3g} of optim.lr {config.optim.lr:g}"
+        )
+
+
+def why_no_name(name: str) -> str | None:
+    """Why a run cannot be called `name`, which is a folder's and a word of command lines; None where it can."""
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        return f"{name[:20]!r}... has {len(name)} characters; {LONGEST_NAME} bytes is the most"
+    if not name.strip(" .") or "/" in name or name[0] in ".-" or not name.isprintable():
+        return (
+            f"{name!r} is no name of a folder below launch.runs: leave out slashes and control characters, and begin it with "
+            "neither a dot nor a dash"
+        )
+    return None
 
 
 def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:

@@ -120,8 +120,8 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
         ({"train": {"steps": True}}, "train.steps must be an integer"),
         ({"train": {"steps": 1}, "optim": {"lr": ".inf"}}, "optim.lr must be a number above 0"),
         (
-            {"train": {"steps": 1, "dtype": "fp16"}},
-            "train.dtype must be auto | bfloat16 | float16 | float32, not 'fp16'",
+            {"train": {"steps": 1, "dtype": "fp17"}},
+            "train.dtype must be auto | bfloat16 | float16 | float32, not 'fp17'",
         ),
         ({"train": {"steps": 1}, "model": {"preset": "gtp2"}}, "did you mean gpt2?"),
         ({"train": {"steps": 1}, "model": {"preset": ["gpt2"]}}, "there is no preset ['gpt2']"),

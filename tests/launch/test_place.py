@@ -64,7 +64,7 @@ def test_alone_under_torchrun_and_under_srun(monkeypatch: pytest.MonkeyPatch) ->
 def test_srun_without_ntasks_per_node_says_how_many_are_here(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, str], here: int
 ) -> None:
-    for name, value in ({"PROCID": "0", "LOCALID": "0"} | given).items():
+    for name, value in ({"PROCID": "0", "LOCALID": "0", "STEP_ID": "0"} | given).items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     monkeypatch.setenv("MASTER_ADDR", "node1")
     assert read_place().local_world_size == here

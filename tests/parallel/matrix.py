@@ -5,7 +5,7 @@ The matrix: every layout of at most 8 processes, with each family, precision, ch
     Bench.run(cell)    its first step on real processes, against one process: what was measured
     problem(cell, ..)  why that is not good enough, or None
     cover()            few cells with every layout, and every pair of features and values that can be had together
-    thin()             of those so few that every feature and value is there, with and without the compiler
+    thin()             of those so few that every feature and value is there
 
 `scripts/matrix.py` runs all of it and writes docs/matrix.md; `test_matrix.py` runs what `cover()` gives, and
 `make test-torch` what `thin()` gives.
@@ -130,15 +130,22 @@ def cover() -> tuple[Cell, ...]:
     return tuple(sorted(chosen, key=lambda cell: (cell.processes, legal().index(cell))))
 
 
+# Features that leave the compiler nothing new, beside others that it is tried with.
+COMPILES_ALIKE = {"hsdp", "reshard over a number", "reshard never", "ulysses", "ring", "gpipe", "1f1b"}
+
+
 @cache
 def thin() -> tuple[Cell, ...]:
-    """Of `cover()` so few that each feature and each value of the other axes is there with and without the compiler."""
-    left = {(value, cell.compile) for cell in cover() for value in cell.values}
+    """Of `cover()` so few that each feature and value is there, and with the compiler each that it may mind."""
+
+    def new(cell: Cell) -> set[tuple[str, bool]]:
+        return {(value, cell.compile) for value in cell.values - (COMPILES_ALIKE if cell.compile else set())}
+
+    left = set().union(*map(new, cover()))
     chosen: list[Cell] = []
     while left:
-        best = max(cover(), key=lambda cell: len(left & {(value, cell.compile) for value in cell.values}) / cell.cost)
-        chosen.append(best)
-        left -= {(value, best.compile) for value in best.values}
+        chosen.append(max(cover(), key=lambda cell: len(left & new(cell)) / cell.cost))
+        left -= new(chosen[-1])
     return tuple(cell for cell in cover() if cell in chosen)
 
 

@@ -130,6 +130,11 @@ class CheckpointStore:
                     shutil.rmtree(leftover, ignore_errors=True)
         mesh.barrier()
 
+    @property
+    def last_step(self) -> int | None:
+        """Of the newest checkpoint that all know of."""
+        return self._last
+
     # --- saving --------------------------------------------------------------------------------------------
 
     @property

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from shoal.errors import DataError
 from shoal.hub.find import near_path
+from shoal.output import on_one_line
 
 NAMED_AT_MOST = 5  # of what cannot be read; the others are counted
 KINDS_AT_MOST = 8  # of what was skipped
@@ -112,14 +113,14 @@ class Finder:
         return "file" if fits else suffix or "no suffix"
 
     def _fails(self, name: str, error: OSError) -> None:
-        self._unreadable.append(f"{name} ({error.strerror})")
+        self._unreadable.append(f"{on_one_line(name)} ({error.strerror})")
 
 
 def describe(kinds: Mapping[str, int]) -> str:
     """ ".pdf (8), .docx (4)", the most frequent first."""
     most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     more = len(most) - KINDS_AT_MOST
-    named = ", ".join(f"{kind} ({count:,})" for kind, count in most[:KINDS_AT_MOST])
+    named = ", ".join(f"{on_one_line(kind)} ({count:,})" for kind, count in most[:KINDS_AT_MOST])
     return f"{named} and {more} more kinds" if more > 0 else named
 
 
@@ -130,7 +131,9 @@ def _look(given: str) -> tuple[Path, int]:
         return path, path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         link = f" (it is a link to {os.readlink(path)})" if path.is_symlink() else ""
-        raise DataError(f"no such file or folder: {given}{link}{near_path(given)}; correct data.paths") from None
+        raise DataError(
+            f"no such file or folder: {on_one_line(given)}{link}{near_path(given)}; correct data.paths"
+        ) from None
     except (OSError, RuntimeError, ValueError) as error:  # a `~user` who is none; a zero byte
         raise DataError(
             f"cannot read {given} ({getattr(error, 'strerror', None) or error}); correct data.paths"

@@ -15,6 +15,7 @@ from shoal.data.files import write_atomically
 from shoal.data.find import describe
 from shoal.data.shards import CURE, ShardRecord
 from shoal.errors import DataError
+from shoal.output import on_one_line
 
 FORMAT = 1
 MANIFEST, JOURNAL, TOKENIZER, YARDSTICK = "manifest.json", "journal.json", "tokenizer.json", "yardstick.json"
@@ -44,8 +45,8 @@ class Skips:
 
     def note(self) -> str:
         if self.count == len(self.first) or not self.reasons:
-            return f"{self.count:,} skipped, not text: {'; '.join(self.first)}"
-        return f"{self.count:,} skipped, not text: {describe(self.reasons)}; the first is {self.first[0]}"
+            return f"{self.count:,} skipped, not text: {'; '.join(map(on_one_line, self.first))}"
+        return f"{self.count:,} skipped, not text: {describe(self.reasons)}; the first is {on_one_line(self.first[0])}"
 
     @classmethod
     def load(cls, saved: Any) -> Skips:
@@ -206,7 +207,7 @@ def check_unchanged(manifest: Manifest, corpus: Corpus) -> None:
 
 def _name_some(kind: str, names: Sequence[str]) -> str:
     more = ", ..." if len(names) > NAMED_AT_MOST else ""
-    return f"{len(names):,} {kind} ({', '.join(names[:NAMED_AT_MOST])}{more})"
+    return f"{len(names):,} {kind} ({', '.join(map(on_one_line, names[:NAMED_AT_MOST]))}{more})"
 
 
 def clear(

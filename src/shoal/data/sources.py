@@ -20,6 +20,7 @@ from shoal.data.encoding import check_text, without_mark
 from shoal.data.find import Finder, describe
 from shoal.data.jsonl import jsonl_reader
 from shoal.errors import DataError
+from shoal.output import on_one_line
 
 PIECE_BYTES = 1 << 20  # a longer text file becomes several documents, so that memory stays bounded
 SINGLE_FILE_PIECES = 200  # a corpus of one file is cut in about so many, or nothing could be held out
@@ -178,4 +179,4 @@ def _stdlib_files() -> list[tuple[str, Path]]:
 
 
 def _cannot_read(name: str, error: OSError) -> DataError:
-    return DataError(f"cannot read {name}: {error.strerror or error}; mend it or correct data.paths")
+    return DataError(f"cannot read {on_one_line(name)}: {error.strerror or error}; mend it or correct data.paths")

@@ -139,16 +139,25 @@ class Meter:
         self._steps_since += 1
 
     def record(
-        self, step: int, over: Moment, tokens: int, step_tokens: int, loss: float, lr: float, norm: float | None
+        self,
+        step: int,
+        over: Moment,
+        tokens: int,
+        step_tokens: int,
+        loss: float,
+        lr: float,
+        norm: float | None,
+        *,
+        last: bool = False,
     ) -> dict[str, Any] | None:
         """
-        The record of `step`, or None where none is due.
+        The record of `step`, or None where none is due; of the run's last one it is.
 
         over: when it was, which may be long before this call; tokens: the run's total; step_tokens: this step's; no `norm`:
         an overflow.
         """
         self._steps_since += 1
-        if step % self._config.metrics.every and step != 1:
+        if step % self._config.metrics.every and step != 1 and not last:
             return None
         seconds = over.seconds_since(self._last) / self._steps_since
         self._last, self._steps_since = over, 0

@@ -75,7 +75,7 @@ def _takes(config: Config, layout: Layout) -> str:
 
 def _ways(config: Config, layout: Layout) -> Iterator[str]:
     train = config.train
-    smaller = [n for n in range(1, train.micro_batch) if train.global_batch % n == 0]
+    smaller = [n for n in range(1, train.micro_batch // 2 + 1) if train.global_batch % n == 0]
     tries: list[tuple[str, str, Any]] = [("train", "micro_batch", smaller[-1])] if smaller else []
     if train.activation_checkpointing == "none":
         tries.append(("train", "activation_checkpointing", "full"))

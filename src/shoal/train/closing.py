@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shlex
-import shutil
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -17,13 +12,16 @@ import torch
 from shoal.checkpoint.load import load_model
 from shoal.checkpoint.saved import Saved, listed
 from shoal.checkpoint.store import Outcome
-from shoal.config import Config, Launch
+from shoal.config import Config
 from shoal.data.prepare import Prepared
 from shoal.data.yardstick import Yardstick
 from shoal.errors import CheckpointError
 from shoal.infer.generate import generate
+from shoal.metrics.console import Console
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
+from shoal.runs import RunFolder
+from shoal.train.last_words import say_sample, say_what_next, what_it_took
 
 YARDSTICK_SECONDS = 120.0
 
@@ -37,22 +35,38 @@ def finish(run: Run, stopped: bool) -> None:
     if stopped:
         saved = _save(run)
         run.records.event("stopped", step=run.state.step)
-        where = f"saved at step {run.state.step}" if saved.ok else "NOT saved"
-        run.console.say(f"stopped: {where} of {run.total_steps}. The same command again goes on from there.", "bold")
+        if run.mesh.is_first:
+            run.console.note(run.records.goodput())
+            took = what_it_took(run.folder, run.state.step, run.state.tokens)
+            run.console.say(f"{run.folder.path}: {took}")
+        step = run.state.step if saved.ok else _newest(run)
+        where = f"{'' if saved.ok else 'NOT '}saved at step {run.state.step} of {run.total_steps}"
+        again = f"goes on from {'there' if saved.ok else f'step {step}'}" if step else "starts from the beginning"
+        run.console.say(f"stopped: {where}. The same command again {again}.", "bold")
         return
     with clock.spend("evaluation"):
         run.evaluate(None)
     saved = _save(run)
-    run.heartbeat.outside("end")
-    run.records.event("finished", **run.val)
+    run.heartbeat.outside("writing a sample")
     if run.mesh.is_first:
-        _say_how_it_went(run, _whole_model(run))
+        _say_sample(run.config, run.folder, run.prepared, _whole_model(run), run.console)
+        run.heartbeat.outside("comparing with gzip and xz")
+        compared = _yardstick(run)
+        run.console.say()
+        run.console.say(compared, "bold")
+        run.records.event("finished", **run.val, compared=compared)
         run.console.note(run.records.goodput())
+        if saved.ok:
+            say_what_next(run.config, run.folder, run.val, run.console)
+    run.heartbeat.outside("end")
     run.mesh.barrier()
     if not saved.ok:
+        newest = _newest(run)
+        has = f"has one of step {newest}" if newest else "has none"
+        again = f"goes on from step {newest}" if newest else "starts from the beginning"
         raise CheckpointError(
             f"all {run.total_steps} steps are taken, and the last checkpoint could not be written: "
-            f"{run.saving.folder} has {_newest(run)}. Make room there; the same command goes on from it"
+            f"{run.saving.folder} {has}. Make room there; the same command {again}"
         )
 
 
@@ -62,9 +76,10 @@ def _save(run: Run) -> Outcome:
         return run.saving.finish(run.state, run.val_loss())
 
 
-def _newest(run: Run) -> str:
+def _newest(run: Run) -> int:
+    """The step of the last checkpoint that is there; 0: none."""
     saved = listed(run.saving.folder)
-    return f"one of step {saved[-1].step}" if saved else "none"
+    return saved[-1].step if saved else 0
 
 
 def _whole_model(run: Run) -> LanguageModel | None:
@@ -74,9 +89,10 @@ def _whole_model(run: Run) -> LanguageModel | None:
     return _read_whole(run.config, listed(run.saving.folder)[-1:], run.runnable.shapes)
 
 
-def _say_how_it_went(run: Run, model: LanguageModel | None) -> None:
-    """Print (and keep under `samples/`) what the model writes; compare its bits per byte with gzip and xz."""
-    config, folder, prepared, console = run.config, run.folder, run.prepared, run.console
+def _say_sample(
+    config: Config, folder: RunFolder, prepared: Prepared, model: LanguageModel | None, console: Console
+) -> None:
+    """Print (and keep under `samples/`) what the model writes."""
     if config.train.sample_prompt and model is None:
         console.note("no sample: the model is cut over processes and large; shoal generate writes one")
     elif config.train.sample_prompt and model is not None:
@@ -84,32 +100,7 @@ def _say_how_it_went(run: Run, model: LanguageModel | None) -> None:
         with contextlib.suppress(OSError):  # it is printed too
             folder.samples.mkdir(exist_ok=True)
             (folder.samples / "end.txt").write_text(text, encoding="utf-8")
-        console.say()
-        console.say("a sample:", "bold")
-        console.say(text)
-    console.say()
-    console.say(_yardstick(run), "bold")
-    console.say()
-    console.say("next:")
-    shoal, name = _command(), shlex.quote(_called(config))
-    prompt = shlex.quote(config.train.sample_prompt or "The ")
-    console.say(f"  {shoal} generate {name} --prompt {prompt} --temperature 0.8")
-    console.say(f"  {shoal} eval {name}")
-    console.say(f"  {shoal} bench speed")
-
-
-def _called(config: Config) -> str:
-    """What the other verbs know this run by: its name, or its folder where runs are kept elsewhere."""
-    name = config.launch.name or "run"
-    return name if config.launch.runs == Launch().runs else str(Path(config.launch.runs) / name)
-
-
-def _command() -> str:
-    """How a person here can start shoal: by its name, or by its path where the environment is not activated."""
-    script = Path(sys.executable).with_name("shoal")
-    if shutil.which("shoal") or not script.exists():
-        return "shoal"
-    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
+        say_sample(text, console)
 
 
 def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
@@ -136,7 +127,7 @@ def _yardstick(run: Run) -> str:
     assert run.measuring is not None  # of the first rank
 
     def go_on() -> bool:
-        run.heartbeat.outside("end")
+        run.heartbeat.outside("comparing with gzip and xz")
         return not run.stop
 
     seconds = min(YARDSTICK_SECONDS, run.config.launch.timeout_seconds / 4)  # the others wait in a barrier

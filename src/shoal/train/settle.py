@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 
-from shoal.config import Config, Train
+from shoal.config import Config
 from shoal.data.prepare import Prepared
 from shoal.data.tokenize import tokenizer_folder
 from shoal.hub.beside import OF_MODEL, TOKENIZER, keep, keep_headers
@@ -28,22 +27,6 @@ def settle(config: Config, folder: RunFolder, prepared: Prepared, mesh: Mesh) ->
     dtype = settle_dtype(config.train.dtype, mesh)
     check_dtype(dtype, mesh.device)
     return config.replace("model", vocab_size=size).replace("train", dtype=dtype)
-
-
-def count_steps(train: Train, seq_len: int, rows: int) -> int:
-    """The run's length in steps, from whichever of steps, tokens or epochs is given."""
-    match length_of(train):
-        case "steps", steps:
-            return int(steps)
-        case "tokens", tokens:
-            return math.ceil(tokens / (train.global_batch * seq_len))
-        case _, epochs:
-            return math.ceil(epochs * rows / train.global_batch)
-
-
-def length_of(train: Train) -> tuple[str, float]:
-    """Which of steps, tokens or epochs says how long the run is, and how much of it."""
-    return next((k, v) for k in ("steps", "tokens", "epochs") if (v := getattr(train, k)) is not None)
 
 
 def write_run_files(folder: RunFolder, config: Config, prepared: Prepared) -> None:

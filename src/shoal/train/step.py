@@ -31,6 +31,7 @@ class Stats:
     copied: torch.Tensor
     first: int = 0  # the position of its first sample
     serials: Sequence[int] = ()  # the saves that the votes are about
+    loss_scale: torch.Tensor | None = None  # float16's for the next step, as this one left it: copied, too
 
     @property
     def numbers(self) -> torch.Tensor:
@@ -79,4 +80,5 @@ def train_step(
     )
     # without waiting, and into pinned memory: `to` asks for it where a copy is non-blocking
     copied = torch.cat([numbers, said]).to("cpu", non_blocking=True)
-    return Stats(step, lr, Moment(losses.device), copied)
+    scale = scaler.scale.to("cpu", non_blocking=True, copy=True) if scaler else None
+    return Stats(step, lr, Moment(losses.device), copied, loss_scale=scale)
