@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 
 from shoal.errors import DataError
+from shoal.output import on_one_line
 
 HEAD_BYTES = 4096
 ZEROS = 0.1  # of a file's first bytes: text in UTF-16 has more, a text with a stray zero byte less
@@ -35,6 +36,7 @@ def without_mark(head: bytes) -> bytes:
 
 def check_text(head: bytes, name: str, otherwise: str = "take it out of data.paths") -> None:
     """Raise DataError where a file that begins with `head` is not UTF-8 text; `otherwise`: what to do but convert it."""
+    name = on_one_line(name)
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             raise _not_utf8(name, encoding, otherwise)

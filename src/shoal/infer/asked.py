@@ -66,7 +66,7 @@ class Text:
         """Raises `DataError` where it cannot be read, is no text, or is empty."""
         try:
             content = without_mark(file.read_bytes())
-            check_text(content, on_one_line(file), "set --text to a file that is")
+            check_text(content, str(file), "set --text to a file that is")
             text = content.decode("utf-8")
         except OSError as error:
             raise DataError(
