@@ -235,13 +235,15 @@ def test_a_manifest_edited_by_hand_is_refused(make_data: MakeData) -> None:
 
 def test_what_was_skipped_is_said_once(make_data: MakeData, corpus: Path) -> None:
     for number in range(9):
-        (corpus / f"bad{number}.txt").write_bytes(b"caf\xe9" if number else b"a zero byte at the end\0")
+        (corpus / (f"bad{number}.txt" if number else "a\nb.txt")).write_bytes(
+            b"caf\xe9" if number else b"a zero byte at the end\0"
+        )
     prepared = prepare(make_data())
     assert prepare(make_data()).notes == prepared.notes
     assert len(prepared.notes) == 1
     assert prepared.notes[0].startswith("9 skipped")
-    assert "bad0.txt" in prepared.notes[0]
     assert "not UTF-8 (8)" in prepared.notes[0]
+    assert "a\\nb.txt, byte 22: zero bytes" in prepared.notes[0]
     (corpus / "a.pdf").touch()
     assert [note.split(":")[0] for note in prepare(make_data()).notes] == ["1 file was skipped", "9 skipped, not text"]
 

@@ -13,6 +13,7 @@ import pytest
 from shoal.cli import _run
 from shoal.errors import CheckpointError, ShoalError
 from shoal.infer import commands
+from shoal.infer.asked import Text
 from shoal.infer.load import load_folder
 from shoal.infer.score import score
 
@@ -65,6 +66,12 @@ def test_a_text_is_scored_with_its_windows_stated(capsys: pytest.CaptureFixture[
     text = said(capsys, *arguments)
     assert f"{record['bits_per_byte']:.4f}" in text
     assert "windows of 32 tokens, each 8 on" in text
+
+
+def test_a_byte_order_mark_is_not_scored(tmp_path: Path) -> None:
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    found = Text.read(tmp_path / "marked.txt")
+    assert (found.content, found.bytes) == (TEXT, len(TEXT.encode()))
 
 
 def test_what_begins_a_document_stands_first_and_then_all_is_scored(capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +185,7 @@ def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest
         (["eval", "--model.from", "nowhere", "--text", "text.txt"], "no folder nowhere"),
         (["eval", "--model.from", "mute", "--text", "text.txt"], "mute has no tokenizer"),
         (["eval", "--model.from", "talker", "--text", "empty.txt"], "empty.txt is empty"),
-        (["eval", "--model.from", "talker", "--text", "bytes.bin"], "bytes.bin is no UTF-8"),
+        (["eval", "--model.from", "talker", "--text", "bytes.bin"], "bytes.bin is in UTF-16, not UTF-8"),
         (["eval", "--model.from", "talker", "--text", "no.txt"], "cannot read no.txt"),
         (["eval", "--model.from", "talker", "--text", "text.txt", "--stride", "200"], "--stride is 200"),
         (["eval", "--model.from", "talker", "--text", "text.txt", "--context", "200"], "--context is 200"),

@@ -207,7 +207,7 @@ def check_unchanged(manifest: Manifest, corpus: Corpus) -> None:
 
 def _name_some(kind: str, names: Sequence[str]) -> str:
     more = ", ..." if len(names) > NAMED_AT_MOST else ""
-    return f"{len(names):,} {kind} ({', '.join(names[:NAMED_AT_MOST])}{more})"
+    return f"{len(names):,} {kind} ({', '.join(map(on_one_line, names[:NAMED_AT_MOST]))}{more})"
 
 
 def clear(

@@ -32,6 +32,7 @@ from shoal.metrics.compression import sizes
 TRAINING_BYTES = 32_000_000  # that prime, at most: xz reads a megabyte or two a second
 HELD_OUT_BYTES = 16_000_000  # that are compared, at most
 POLL_SECONDS = 0.1
+PATIENCE_SECONDS = 1.0  # of a person, before it is said what is waited for
 FLAGS = {"xz": "xz -9e", "gzip": "gzip -9"}
 
 
@@ -117,7 +118,7 @@ class Measuring:
             try:
                 out, _ = self._process.communicate(timeout=POLL_SECONDS)
             except subprocess.TimeoutExpired:
-                if not told:
+                if not told and time.monotonic() - began > PATIENCE_SECONDS:
                     waits()
                     told = True
                 if not go_on():
