@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -19,7 +20,8 @@ from shoal.data.encode import fraction_of
 from shoal.data.manifest import SPLITS
 from shoal.data.prepare import Prepared, held_out_text, open_prepared, prepare
 from shoal.data.tokenize import byte_tokenizer
-from shoal.errors import DataError
+from shoal.errors import ConfigError, DataError
+from shoal.resolve import resolve
 from tests.data.conftest import MakeData
 
 
@@ -191,6 +193,11 @@ def test_a_corpus_that_is_gone_is_a_note(make_data: MakeData, corpus: Path) -> N
     after = prepare(make_data())
     assert after.data_id == before.data_id
     assert "gone" in after.notes[0]
+    for kept, problems in [(after.folder.parent, 0), (corpus.parent / "nothing", 1)]:  # and the config says so too
+        given = {"corpus": "text", "paths": str(corpus), "folder": str(kept)}
+        options = [(f"data.{key}", value, "here") for key, value in given.items()]
+        with pytest.raises(ConfigError, match="there is no") if problems else contextlib.nullcontext():
+            resolve(None, [*options, ("train.steps", "1", "here")])
     with pytest.raises(DataError, match="no such file"):
         prepare(make_data(rebuild=True))
     assert prepare(make_data()).data_id == before.data_id, "and a refused rebuild destroys nothing"

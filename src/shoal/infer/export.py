@@ -97,12 +97,12 @@ def export_run(
         _write_tokenizer(aside, config.model, folder, tokenizer)
         facts = _facts(folder, saved, described, model, dtypes, license)
         _write(aside / CARD, model_card(config, facts))
-        ModelFolder.open(aside)  # what others will open: every tensor in a whole file
-        _open_as_others_do(aside, console)
+        # what others will open: every tensor in a whole file
+        _open_as_others_do(ModelFolder.open(aside), console)
     return out
 
 
-def _open_as_others_do(aside: Path, console: Console) -> None:
+def _open_as_others_do(folder: ModelFolder, console: Console) -> None:
     """
     Have transformers, where it is installed, make the model that the folder says, without memory for its weights.
 
@@ -113,9 +113,10 @@ def _open_as_others_do(aside: Path, console: Console) -> None:
     except ImportError:
         console.note("transformers is not installed here, so it has not opened this export (pip install 'shoal[hf]')")
         return
-    folder = ModelFolder.open(aside)
     try:
-        config = transformers.AutoConfig.from_pretrained(str(aside), trust_remote_code=False, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            str(folder.path), trust_remote_code=False, local_files_only=True
+        )
         with torch.device("meta"):
             theirs = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
     except Exception as error:  # each of its models has errors of its own
