@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "shoal"
 
 # Each floor may import from itself and from the floors before it.
 FLOORS: list[set[str]] = [
-    {"errors", "disk", "address", "secrets", "__init__", "output", "torch_private", "cpu", "cpu"},
+    {"errors", "disk", "address", "secrets", "__init__", "output", "torch_private", "cpu"},
     {"config", "presets"},
     {"layout", "pipeline_plan", "hub", "recipe"},
     {"refusals", "precedence"},
