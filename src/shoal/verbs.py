@@ -415,6 +415,7 @@ def export(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 
 def config(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.recipe import to_text
+    from shoal.report.amounts import amounts
     from shoal.resolve import resolve, schema, to_yaml
 
     if args.schema:
@@ -426,6 +427,8 @@ def config(args: argparse.Namespace, overrides: list[Override], argv: list[str])
         key: f"{resolved.sources[key]}, not {to_text(s.value)} at {s.where}" for key, s in resolved.replaced.items()
     }
     print(to_yaml(resolved.config, {**resolved.sources, **lost}), end="")
+    for line in amounts(resolved.config):
+        print(f"# {line}")
     return 0
 
 

@@ -134,6 +134,12 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
     return open_prepared(folder, notes)
 
 
+def prepared_manifest(data: Data) -> Manifest | None:
+    """What the finished tokens of `data` say of themselves; None where they are not prepared. Raises DataError."""
+    folder = _folder(data, token_options(data, named_tokenizer(data)))
+    return load_manifest(folder) if (folder / MANIFEST).exists() else None
+
+
 def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
     """Finished tokens, without a look at their corpus. Raises DataError where something is missing or cut short."""
     manifest = load_manifest(folder)
