@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "shoal"
 
 # Each floor may import from itself and from the floors before it.
 FLOORS: list[set[str]] = [
-    {"errors", "disk", "address", "secrets", "__init__", "output"},
+    {"errors", "disk", "address", "secrets", "__init__", "output", "cpu"},
     {"config", "presets"},
     {"layout", "pipeline_plan", "hub", "recipe"},
     {"refusals"},
@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 WITHOUT_TORCH = [
-    "cli", "verbs", "config", "recipe", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "secrets", "plan.estimate", "plan.hardware", "launch.torchrun", "launch.place", "launch.watch", "launch.stops", "launch.crashes", "launch.listen", "fault.heartbeat", "fault.limit", "fault.signals", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open", "data.ledger", "metrics.goodput", "checkpoint.saved", "checkpoint.memory", "fault.stragglers", "output",
+    "cli", "verbs", "config", "recipe", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "secrets", "plan.estimate", "plan.hardware", "launch.torchrun", "launch.place", "launch.watch", "launch.stops", "launch.crashes", "launch.listen", "fault.heartbeat", "fault.limit", "fault.signals", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open", "data.ledger", "metrics.goodput", "checkpoint.saved", "checkpoint.memory", "fault.stragglers", "output", "cpu",
 ]  # fmt: skip
 
 
