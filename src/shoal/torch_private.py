@@ -166,11 +166,12 @@ def exists(name: str) -> bool:
 
 
 def _set_by(kind: type) -> set[str]:
-    """Names that the constructors of `kind` and of its bases mention."""
+    """Names that `kind` and its bases declare, or that their constructors mention; others may have wrapped those."""
+    declared = {name for base in kind.__mro__ for name in vars(base).get("__annotations__", {})}
     codes = [
         vars(base)["__init__"].__code__ for base in kind.__mro__ if hasattr(vars(base).get("__init__"), "__code__")
     ]
-    return {name for code in codes for name in _mentioned(code)}
+    return declared | {name for code in codes for name in _mentioned(code)}
 
 
 def _mentioned(code: CodeType) -> set[str]:
