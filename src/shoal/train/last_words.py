@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shoal.checkpoint.saved import listed, read_state
+from shoal.checkpoint.saved import damage, listed, read_state
 from shoal.config import Config, Launch
 from shoal.data.prepare import Prepared
 from shoal.metrics.console import Console, duration
@@ -28,7 +28,7 @@ def tell_if_finished(config: Config, folder: RunFolder, prepared: Prepared, cons
     ended = [each for each in read_json_lines(folder.events_file) if each["event"] == "finished"][-1:]
     if not (saved and ended) or not ended[0].get("step") == saved[0].step >= total_steps:
         return False
-    if read_state(saved[0].folder)["data_id"] != prepared.data_id:
+    if read_state(saved[0].folder)["data_id"] != prepared.data_id or damage(saved[0].folder):
         return False
     [result] = ended
     console.say(f"{folder.path} is finished: {already_taken(config, result['step'])}", "bold")
