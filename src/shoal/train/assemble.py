@@ -20,6 +20,7 @@ from shoal.optim.build import build_optimizer
 from shoal.parallel.apply import Runnable, parallelize
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.shard import reshard
+from shoal.presets import resolve_shape
 from shoal.train.scaler import LossScaler
 from shoal.train.state import TrainState
 
@@ -58,7 +59,7 @@ def assemble(
 
 def _attention_kernel(config: Config, mesh: Mesh) -> str | None:
     """Which attention kernel a step takes, in a line. None where others choose: transformers' models, the ring."""
-    shape, parallel = config.model, config.parallel
+    shape, parallel = resolve_shape(config.model), config.parallel
     if shape.family == "hf" or (parallel.cp_method == "ring" and mesh.layout.cp > 1):
         return None
     assert shape.num_kv_heads is not None
