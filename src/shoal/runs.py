@@ -108,7 +108,7 @@ class RunFolder:
         """
         try:
             before = self.load_config()
-        except ShoalError:
+        except (ShoalError, OSError):
             return []
         kept = {before.model.from_: self.source if (self.source / HEADERS).is_file() else None}
         kept.setdefault(before.data.tokenizer, self.tokenizer_files)

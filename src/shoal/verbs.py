@@ -35,6 +35,7 @@ VERIFIED = "verify-"  # before the name of a run: where its certificate is kept
 
 
 def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
+    from shoal.contradictions import why_no_name
     from shoal.resolve import resolve
 
     for gone in _run_of(args.recipe and _recipe(args, overrides), overrides).stand_in():
@@ -44,6 +45,8 @@ def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
     told = ["without a recipe, what is not typed is as shoal init writes it"] if args.recipe is None else []
     _tell([*told, *resolved.notes])
     if resolved.config.launch.name is None and args.recipe is not None:
+        if why := why_no_name(recipe.stem):
+            raise ShoalError(f"a run is called as its recipe, and {why}; or give --name")
         return resolved.config.replace("launch", name=recipe.stem)
     return resolved.config
 
