@@ -208,6 +208,7 @@ def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest
         (["generate", "--model.from", "talker", "--chat", "--tokens", "-1"], "--tokens is -1"),
         (["generate", "--model.from", "talker", "--prompt", "a", "--tokens", "99999"], "set --tokens to at most 127"),
         (["generate", "--model.from", "talker", "--prompt", "a", "--top-k", "0"], "--top-k is 0"),
+        (["generate", "--model.from", "talker", "--prompt", "a", "--threads", "0"], "--threads is 0"),
         (["generate", "--model.from", "mute", "--prompt", "a"], "mute has no tokenizer"),
         (["generate", "done", "--chat"], "has no chat template"),
         (["generate", "done", "--prompt", "a", "--model.family", "hf"], "--model.family hf"),
