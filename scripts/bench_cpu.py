@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from shoal.bench.environment import describe
-from shoal.metrics.meter import measured_matmul_flops
+from shoal.metrics.products import product_rates
 
 RECIPES = {
     "10M": "model: {family: llama, dim: 384, num_layers: 6, num_heads: 6, max_seq_len: 256}\n"
@@ -45,9 +45,9 @@ def bench(recipe: str, *options: str) -> dict[str, Any]:
 
 
 def matmul() -> str:
-    rates = [measured_matmul_flops(torch.device("cpu"), dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16)]
+    rates = [product_rates([dtype], torch.device("cpu"), 2.0)[0] / 1e9 for dtype in (torch.float32, torch.bfloat16)]
     return (
-        f"float32 {rates[0]:.0f}, bfloat16 {rates[1]:.0f} GFLOP/s (2048^3 product, {torch.get_num_threads()} threads)"
+        f"float32 {rates[0]:.0f}, bfloat16 {rates[1]:.0f} GFLOP/s (matrix products, {torch.get_num_threads()} threads)"
     )
 
 
@@ -57,7 +57,7 @@ def beside_trainer(repeats: int) -> None:
         "`shoal bench speed RECIPE --peers --processes 1 --train.dtype DTYPE`: same architecture, batch, sequence, threads.\n"
     )
     print(
-        "| model | dtype | shoal, tokens/s | Trainer, tokens/s | ratio (median of pairs) | MFU (causal) | of the step: data | optimizer |"
+        "| model | dtype | shoal, tokens/s | Trainer, tokens/s | ratio (median of pairs) | of a product's rate | of the step: data | optimizer |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for recipe in ("10M", "124M"):
@@ -66,7 +66,7 @@ def beside_trainer(repeats: int) -> None:
             ours, theirs = report["shoal"], report["transformers.Trainer"]
             print(
                 f"| {ours['model']} | {dtype} | {ours['tokens_per_second']:,.0f} | {theirs['tokens_per_second']:,.0f} | "
-                f"{ours['times_trainer']:.2f} | {100 * ours['mfu']:.0f}% | {100 * ours['split']['data']:.2f}% | {100 * ours['split']['optimizer']:.1f}% |",
+                f"{ours['times_trainer']:.2f} | {100 * ours['of_product']:.0f}% | {100 * ours['split']['data']:.2f}% | {100 * ours['split']['optimizer']:.1f}% |",
                 flush=True,
             )
 

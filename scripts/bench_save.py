@@ -23,7 +23,8 @@ import torch.multiprocessing as mp
 
 from shoal.checkpoint.store import CheckpointStore, Keep
 from shoal.config import Parallel
-from shoal.launch.torchrun import count_cores, worker_environment
+from shoal.cpu import count_cores
+from shoal.launch.torchrun import worker_environment
 from shoal.parallel.mesh import Mesh, open_mesh
 from shoal.parallel.region import Part
 

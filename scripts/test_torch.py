@@ -30,6 +30,7 @@ PARTS = {
     "names": ["tests/test_torch_private.py"],
     "layouts": ["tests/parallel/test_matrix.py", "-m", "torch", "-k", "not compiled"],
     "compile": ["tests/parallel/test_matrix.py", "-m", "torch", "-k", "compiled"],
+    "comparison": ["tests/train/test_compile_check.py", "-m", "not ci"],
     "pipelines": ["tests/parallel/test_pipeline.py", "-k", "two_processes or test_with_sharded_stages"],
     "context": ["tests/parallel/test_context.py", "-m", "not slow"],
     "checkpoints": ["tests/checkpoint/test_store.py", "tests/parallel/test_checkpoints.py", "-m", "not ci and not slow"],
@@ -97,12 +98,12 @@ def output(python: Path, code: str) -> str:
 
 def call(python: Path, arguments: list[str], log: Path) -> tuple[int, str]:
     """Exit code and output, which is added to `log`; shoal is the one of this folder."""
-    paths = {"PYTHONPATH": str(ROOT / "src"), "OMP_WAIT_POLICY": "PASSIVE"}
+    ours = {"PYTHONPATH": str(ROOT / "src"), "OMP_WAIT_POLICY": "PASSIVE", "TEST_PATIENCE_SECONDS": "600"}
     with log.open("a+", encoding="utf-8", errors="replace") as file:
         start = file.seek(0, os.SEEK_END)
         try:
             code = subprocess.run(
-                [python, *arguments], cwd=ROOT, env=os.environ | paths, stdout=file, stderr=subprocess.STDOUT,
+                [python, *arguments], cwd=ROOT, env=os.environ | ours, stdout=file, stderr=subprocess.STDOUT,
                 timeout=LIMIT_SECONDS, check=False,
             ).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
@@ -114,7 +115,8 @@ def call(python: Path, arguments: list[str], log: Path) -> tuple[int, str]:
 def tests(part: str, python: Path, folder: Path) -> Outcome:
     log, start = folder / f"{part}.log", time.monotonic()
     log.unlink(missing_ok=True)
-    arguments = ["-m", "pytest", "-p", "no:cacheprovider", "--color=no", "--durations=5", "-ra", *PARTS[part]]
+    options = ["-p", "no:cacheprovider", "--color=no", "--durations=5", "-ra", "--timeout=1200"]
+    arguments = ["-m", "pytest", *options, *PARTS[part]]
     code, text = call(python, arguments, log)
     found = re.findall(r"(\d+) (passed|failed|error|skipped)", text.rstrip().rpartition("\n")[2])
     counts = {kind: int(count) for count, kind in found}

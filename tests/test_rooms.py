@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "shoal"
 
 # Each floor may import from itself and from the floors before it.
 FLOORS: list[set[str]] = [
-    {"errors", "disk", "address", "secrets", "__init__", "output", "torch_private"},
+    {"errors", "disk", "address", "secrets", "__init__", "output", "torch_private", "cpu"},
     {"config", "presets"},
     {"layout", "pipeline_plan", "hub", "recipe"},
     {"refusals", "precedence"},
@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
     {"__main__"},
 ]
 WITHOUT_TORCH = [
-    "cli", "verbs", "config", "recipe", "precedence", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "secrets", "plan.estimate", "plan.hardware", "launch.torchrun", "launch.place", "launch.watch", "launch.stops", "launch.crashes", "launch.listen", "fault.heartbeat", "fault.limit", "fault.signals", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open", "data.ledger", "metrics.goodput", "checkpoint.saved", "checkpoint.memory", "fault.stragglers", "output", "torch_private", "metrics.narrator", "plan.length", "train.last_words", "infer.asked", "infer.target", "infer.sampling", "infer.out_folder", "plan.fit", "launch.oom", "fault.compiling",
+    "cli", "verbs", "config", "recipe", "precedence", "report.amounts", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "secrets", "plan.estimate", "plan.hardware", "launch.torchrun", "launch.place", "launch.watch", "launch.stops", "launch.crashes", "launch.listen", "fault.heartbeat", "fault.limit", "fault.signals", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open", "data.ledger", "metrics.goodput", "checkpoint.saved", "checkpoint.memory", "fault.stragglers", "output", "torch_private", "metrics.narrator", "plan.length", "train.last_words", "infer.asked", "infer.target", "infer.sampling", "infer.out_folder", "plan.fit", "launch.oom", "fault.compiling",
 ]  # fmt: skip
 
 

@@ -19,7 +19,8 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PATIENCE_SECONDS = 150.0  # half of it for a collective: a compiler on a busy machine takes its time
+# Half of it for a collective: a compiler on a busy machine takes its time.
+PATIENCE_SECONDS = float(os.environ.get("TEST_PATIENCE_SECONDS", "150"))
 FOLLOW_SECONDS = 10.0  # for the others to answer, once a process has failed: they may wait for it
 
 _axes: dict[tuple[Any, ...], Any] = {}  # of this worker, by their groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import io
 import os
 import re
@@ -35,12 +36,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         code = _run(argv)
     except ShoalError as error:
-        from shoal.launch.place import report_to_launcher
-        from shoal.metrics.console import error as show
-
-        if not report_to_launcher(str(error)):
-            show(str(error))
-        code = EXIT_BAD_INPUT
+        code = _say(str(error))
     except Asked as asked:
         if asked.code == EXIT_REQUEUE:
             print("shoal: stopped; the same command goes on", file=sys.stderr)
@@ -51,10 +47,26 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         stdout.silence()
         code = EXIT_BROKEN_PIPE
-    except Exception:  # a bug of ours: the traceback, and an end as clean as any other
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (
+            errno.ENAMETOOLONG,
+            errno.ELOOP,
+        ):  # of whatever path was given
+            code = _say(f"{str(error.filename)[:60]}...: {error.strerror}; give a shorter path")
+        else:  # a bug of ours: the traceback, and an end as clean as any other
+            traceback.print_exc()
+            code = 1
     _leave(code)
+
+
+def _say(message: str) -> int:
+    """Tell it once for all processes of a run; the exit code."""
+    from shoal.launch.place import report_to_launcher
+    from shoal.metrics.console import error as show
+
+    if not report_to_launcher(message):
+        show(message)
+    return EXIT_BAD_INPUT
 
 
 def _leave(code: int, *, at_once: bool = False) -> NoReturn:
@@ -237,7 +249,11 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["speed"], help="speed: tokens/s, MFU and the time split of the real step")
+    parser.add_argument(
+        "what",
+        choices=["speed"],
+        help="speed: tokens/s, the time split of the real step, and MFU or its rate beside a matrix product",
+    )
     parser.add_argument(
         "recipe", type=Path, nargs="?", metavar="RECIPE", help="default: a 10M-parameter model on dummy text"
     )
@@ -326,7 +342,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         type=_dtype,
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="of the arithmetic (default: auto, a run's own; a folder's own where the device is good at it, else float32)",
+        help="of the arithmetic (default: auto, a run's or a folder's own where the device is good at it, else float32)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads (default: a core each, fewer where other programs use them)",
     )
 
 

@@ -343,13 +343,17 @@ class Train:
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = opt(
         "auto",
-        "of activations and matrix products; weights, optimizer and sums are float32; auto: bfloat16 on a GPU that has it, on a CPU the one whose products are faster there; float16 scales the loss, and is for CUDA",
+        "of activations and matrix products; weights, optimizer and sums are float32; auto: bfloat16 on a GPU that has it, on a CPU float32, or bfloat16 where its instructions make products faster (measured); float16 scales the loss, and is for CUDA",
         alias=("precision", "mixed_precision", "torch_dtype", "param_dtype"),
         akin=("bf16", "fp16"),
         spellings=DTYPE_SPELLINGS,
     )
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto: CUDA where there is one", alias=("accelerator",))
     compile: bool = opt(False, "torch.compile each block", alias=("torch_compile",))
+    compile_check: bool = opt(
+        True,
+        "with train.compile, compare the loss and gradients of one micro-batch with eager code before the first step, and stop the run where they differ by more than rounding",
+    )
     repro: Literal["fast", "bitwise"] = opt(
         "fast",
         "bitwise: the same bits at any data-parallel degree; one CPU thread a process",
@@ -469,7 +473,10 @@ class Metrics:
         "causal", "what MFU counts for attention: the half that a causal mask needs, or all (the field's older habit)"
     )
     peak_tflops: float | None = opt(
-        None, "the device's peak for MFU; null: from the table, or measured", unit="TFLOP/s", gt=0
+        None,
+        "the device's peak, for MFU; null: from the data sheet of a known GPU; a CPU and any other GPU then have no MFU",
+        unit="TFLOP/s",
+        gt=0,
     )
 
 
@@ -487,7 +494,10 @@ class Launch:
         ge=1,
     )
     threads: int | None = opt(
-        None, "CPU threads of a process; null: cores / processes", alias=("num_threads", "omp_num_threads"), ge=1
+        None,
+        "CPU threads of a process; null: cores / processes, fewer where other programs use the cores; a run keeps what it began with",
+        alias=("num_threads", "omp_num_threads"),
+        ge=1,
     )
     nodes: int = opt(
         1,

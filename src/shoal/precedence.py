@@ -51,7 +51,7 @@ def _excludes(key: str, value: Any, other: str, other_value: Any) -> bool:
     if key == "model.from":
         return other.startswith("model.") or other == "data.tokenizer"
     if key == "data.paths":
-        return other == "data.corpus" and other_value in ("stdlib", "dummy")
+        return bool(value) and other == "data.corpus" and other_value in ("stdlib", "dummy")
     return other in _WITHOUT_MEANING.get((key, value) if isinstance(value, str | int) else key, ())
 
 

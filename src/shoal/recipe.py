@@ -19,6 +19,7 @@ import yaml
 
 from shoal.config import SECTIONS, option_name, options
 from shoal.errors import Problem
+from shoal.output import on_one_line
 
 
 @dataclass(frozen=True)
@@ -119,17 +120,18 @@ def read_recipe(path: Path, problems: list[Problem]) -> list[Setting]:
     """The settings of a YAML file, in its order; what is wrong with its form goes to `problems`."""
     try:
         if path.exists() and not path.is_file():  # a pipe would give its text once, and each process reads it
-            problems.append(
-                Problem(str(path), f"is {'a folder' if path.is_dir() else 'no regular file'}; a recipe is a YAML file")
-            )
+            what = "a folder" if path.is_dir() else "no regular file"
+            problems.append(Problem(on_one_line(path), f"is {what}; a recipe is a YAML file"))
             return []
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        problems.append(Problem(str(path), _no_recipe(path)))
+        problems.append(Problem(on_one_line(path), _no_recipe(path)))
         return []
     except (OSError, ValueError) as error:
-        problems.append(Problem(str(path), f"cannot be read: {error}"))
+        why = error.strerror if isinstance(error, OSError) else error
+        problems.append(Problem(on_one_line(path), f"cannot be read: {why}"))
         return []
+    path = Path(on_one_line(path))  # from here on it is only named
     try:
         root = yaml.compose(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -235,12 +237,15 @@ def _construct(node: yaml.Node) -> Any:
 
 
 def read_override(key: str, text: str, where: str) -> Setting:
-    """Of a flag: its text as YAML reads it, or as it stands where it is none."""
+    """Of a flag: its text as YAML reads it, or as it stands where it is none, or text without quotes."""
     try:
         node = yaml.compose(text, Loader=_Loader)
-        return Setting(key, text if node is None else _construct(node), where)
+        value = text if node is None else _construct(node)
     except (yaml.YAMLError, _NoValueError, ValueError, RecursionError):
         return Setting(key, text, where)
+    bare = isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None
+    block = isinstance(node, yaml.CollectionNode) and not node.flow_style  # "a: b", which is nobody's mapping here
+    return Setting(key, text if bare or block else value, where)  # YAML would fold lines, and cut at " #"
 
 
 # --- keys ------------------------------------------------------------------------------------------------

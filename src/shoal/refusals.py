@@ -47,16 +47,20 @@ def refusals_of_machines(config: Config, processes: int | None) -> Iterator[str]
 def _batches(config: Config, layout: Layout) -> Iterator[str]:
     train = config.train
     slots = train.global_batch // train.micro_batch
-    if slots < layout.dp:
-        yield (
-            f"train.global_batch {train.global_batch} in parts of train.micro_batch {train.micro_batch} is {slots} micro-batches, fewer "
-            f"than the {layout.dp} data-parallel processes; train.global_batch {layout.dp * train.micro_batch} would do"
-            + (
-                f", or train.micro_batch {train.global_batch // layout.dp}"
-                if train.global_batch % layout.dp == 0
-                else ""
-            )
-        )
+    if slots >= layout.dp:
+        return
+    asked, ways = config.launch.processes, []
+    fewer = slots * layout.world_size // layout.dp
+    if asked is not None and isinstance(find_layout(config.parallel, fewer), Layout):
+        ways.append(f"launch.processes {fewer}")
+    ways.append(f"train.global_batch {layout.dp * train.micro_batch}")
+    if train.global_batch % layout.dp == 0:
+        ways.append(f"train.micro_batch {train.global_batch // layout.dp}")
+    of = f" of launch.processes {asked}" if asked is not None else ""
+    yield (
+        f"train.global_batch {train.global_batch} in parts of train.micro_batch {train.micro_batch} is {slots} micro-batches, fewer "
+        f"than the {layout.dp} data-parallel processes{of}; {', or '.join(ways)} would do"
+    )
 
 
 def _tensor(config: Config, layout: Layout) -> Iterator[str]:

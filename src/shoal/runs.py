@@ -108,7 +108,7 @@ class RunFolder:
         """
         try:
             before = self.load_config()
-        except ShoalError:
+        except (ShoalError, OSError):
             return []
         kept = {before.model.from_: self.source if (self.source / HEADERS).is_file() else None}
         kept.setdefault(before.data.tokenizer, self.tokenizer_files)
@@ -134,6 +134,10 @@ class RunFolder:
             name = on_one_line(self.path.name)
             raise RunError(f"{on_one_line(self.path)} is no run{meant} shoal train RECIPE.yaml --name {name} makes one")
         return read_back(self.config_file)
+
+    def begun(self) -> Config | None:
+        """The config of the run that is here; None where there is no run yet."""
+        return self.load_config() if self.config_file.is_file() else None
 
     def save_config(self, config: Config) -> None:
         """Write `config.yaml`, whole or not at all."""
@@ -201,7 +205,8 @@ class RunFolder:
 
     def settled(self, config: Config) -> Config:
         """`config` with what the run that is here has settled already, if there is one."""
-        return _settled(config, self.load_config()) if self.config_file.is_file() else config
+        before = self.begun()
+        return _settled(config, before) if before else config
 
     def agree(self, config: Config) -> list[Difference]:
         """
@@ -209,9 +214,9 @@ class RunFolder:
 
         Raises `RunError` where it would change what the steps already taken meant.
         """
-        if not self.config_file.is_file():
+        before = self.begun()
+        if before is None:
             return []
-        before = self.load_config()
         config = _settled(config, before)
         found = [d for d in differences(before, config) if d.key not in ("launch.name", "launch.runs")]
         if forbidden := [d for d in found if d.past]:

@@ -19,7 +19,7 @@ from shoal.errors import LaunchError
 # `make test-torch VERSION=...` passed with each; docs/SETUP.md has the results, pyproject.toml the range.
 TESTED: Final = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 
-Feature = Literal["processes", "train", "compile", "selective", "ring", "v_schedule", "bitwise_shards", "hf", "amx"]
+Feature = Literal["processes", "train", "compile", "selective", "ring", "v_schedule", "bitwise_shards", "hf", "kernel"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def _in(place: str, *names: str) -> tuple[str, ...]:
 _RING = "torch.distributed.tensor.experimental._context_parallel._attention:"
 _ATTENTION = "torch:ops.aten._scaled_dot_product_"
 _AGENT = "torch.distributed.elastic.agent.server.local_elastic_agent:LocalElasticAgent."
+_COMPILER = "torch._dynamo.callback:"
 _RENDEZVOUS = "torch.distributed.elastic.rendezvous.dynamic_rendezvous:"
 
 PRIVATE: Final[dict[Feature, Private]] = {
@@ -57,7 +58,12 @@ PRIVATE: Final[dict[Feature, Private]] = {
     "train": Private("training", ("torch:_foreach_mul_", "torch:_foreach_add_"), ""),
     "compile": Private(
         "train.compile",
-        ("torch._functorch.config:activation_memory_budget", "torch._inductor.config:emulate_precision_casts"),
+        (
+            "torch._functorch.config:activation_memory_budget", "torch._inductor.config:emulate_precision_casts",
+            *_in(f"{_COMPILER}callback_handler.", "register_start_callback", "register_end_callback"),
+            *_in(f"{_COMPILER}callback_handler.", "remove_start_callback", "remove_end_callback"),
+            f"{_COMPILER}CallbackArgs",
+        ),
         "set train.compile to false",
     ),
     "selective": Private(
@@ -94,7 +100,7 @@ PRIVATE: Final[dict[Feature, Private]] = {
         _in("torch.nn:Module.", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"),
         "set model.family to one of shoal's own",
     ),
-    "amx": Private("attention on CPUs with matrix tiles", ("torch.cpu:_is_amx_tile_supported",), "", optional=True),
+    "kernel": Private("the line that names the attention kernel", ("torch:_fused_sdp_choice",), "", optional=True),
 }  # fmt: skip
 
 
@@ -160,11 +166,12 @@ def exists(name: str) -> bool:
 
 
 def _set_by(kind: type) -> set[str]:
-    """Names that the constructors of `kind` and of its bases mention."""
+    """Names that `kind` and its bases declare, or that their constructors mention; others may have wrapped those."""
+    declared = {name for base in kind.__mro__ for name in vars(base).get("__annotations__", {})}
     codes = [
         vars(base)["__init__"].__code__ for base in kind.__mro__ if hasattr(vars(base).get("__init__"), "__code__")
     ]
-    return {name for code in codes for name in _mentioned(code)}
+    return declared | {name for code in codes for name in _mentioned(code)}
 
 
 def _mentioned(code: CodeType) -> set[str]:

@@ -25,7 +25,9 @@ from shoal.errors import (
 
 if TYPE_CHECKING:
     from shoal.config import Config
+    from shoal.data.prepare import Prepared
     from shoal.infer.asked import Wanted
+    from shoal.metrics.console import Console
     from shoal.metrics.narrator import Narrator
     from shoal.runs import RunFolder
 
@@ -35,6 +37,7 @@ VERIFIED = "verify-"  # before the name of a run: where its certificate is kept
 
 
 def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
+    from shoal.contradictions import why_no_name
     from shoal.resolve import resolve
 
     for gone in _run_of(args.recipe and _recipe(args, overrides), overrides).stand_in():
@@ -44,6 +47,8 @@ def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
     told = ["without a recipe, what is not typed is as shoal init writes it"] if args.recipe is None else []
     _tell([*told, *resolved.notes])
     if resolved.config.launch.name is None and args.recipe is not None:
+        if why := why_no_name(recipe.stem):
+            raise ShoalError(f"a run is called as its recipe, and {why}; or give --name")
         return resolved.config.replace("launch", name=recipe.stem)
     return resolved.config
 
@@ -112,18 +117,19 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     _tell_of_torch()
     from shoal.launch.place import is_worker
     from shoal.launch.torchrun import count_gpus, launch, plan_processes
+    from shoal.runs import RunFolder
 
+    before = RunFolder.of(config).begun()
     if is_worker():
-        return _work(_in_place(config))
+        return _work(_in_place(config, before))
     _say_where(config)
     from shoal.fault.limit import start_clock
     from shoal.fault.signals import ends_when_asked
     from shoal.metrics.console import Console
-    from shoal.runs import RunFolder
 
     start_clock()
     with ends_when_asked(EXIT_REQUEUE):
-        config = plan_processes(config, count_gpus())
+        config = plan_processes(config, count_gpus(), before=before, say=Console().warn)
         folder = RunFolder.of(config)
         folder.agree(config)
         folder.lock(config.launch.rendezvous)
@@ -131,21 +137,19 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
 
         console = Console()
         prepared = open_data(config.data, console, rows=config.model.vocab_size)
-        from shoal.train.last_words import tell_if_finished
-
-        if folder.config_file.is_file() and tell_if_finished(config, folder, prepared, console):
+        if folder.config_file.is_file() and _is_finished(config, folder, prepared, console):
             return 0
     return launch(config, [*argv, *_settled(config)])
 
 
-def _in_place(config: Config) -> Config:
+def _in_place(config: Config, before: Config | None = None) -> Config:
     """The config of a worker; where another program started the workers, the first says what it was told."""
     from shoal.launch.place import describe_place, read_place, speaks_first
     from shoal.launch.torchrun import fit_to_place
 
     if speaks_first():
         print(describe_place(), flush=True)
-    return fit_to_place(config, read_place())
+    return fit_to_place(config, read_place(), before)
 
 
 def _say_where(config: Config) -> None:
@@ -153,6 +157,20 @@ def _say_where(config: Config) -> None:
     from shoal.launch.place import unused_claims
 
     _tell(unused_claims(config.launch.nodes))
+
+
+def _is_finished(config: Config, folder: RunFolder, prepared: Prepared, console: Console) -> bool:
+    """Whether all steps of this run are taken; then its result is said again."""
+    from shoal.metrics.narrator import Narrator
+    from shoal.train.last_words import finished, say_result_again
+
+    narrator = Narrator.of(console)
+    with narrator.phase("checking the last checkpoint"):
+        result = finished(config, folder, prepared)
+    narrator.close()
+    if result is not None:
+        say_result_again(config, folder, result, console)
+    return result is not None
 
 
 def _work(config: Config, *, verify: bool = False) -> int:
@@ -230,7 +248,7 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     from shoal.runs import RunFolder
 
     with ends_when_asked(EXIT_REQUEUE):
-        config = plan_processes(config, count_gpus())
+        config = plan_processes(config, count_gpus(), say=Console().warn)
         folder = RunFolder.of(config)
         folder.lock(config.launch.rendezvous)
         certificate = folder.path / "certificate.json"
@@ -298,6 +316,8 @@ def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     _needs(args, "tasks", ("include_path", "limit", "num_fewshot"))
     from shoal.infer.asked import Tasks, Text
 
+    _set_threads(args)
+
     wanted = _wanted(args)
     wanted.check()
     if wanted.folder is not None and args.text is None and args.tasks is None:
@@ -319,6 +339,8 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
     if bool(args.prompt) == args.chat:
         raise ShoalError("shoal generate needs --prompt TEXT, or --chat for a conversation, and not both")
     from shoal.infer.sampling import CHAT_TOKENS, FLAGS, PROMPT_TOKENS, Sampling, check_options, check_prompts
+
+    _set_threads(args)
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     limit = args.tokens if args.tokens is not None else CHAT_TOKENS if args.chat else PROMPT_TOKENS
@@ -353,6 +375,21 @@ def _told(code: int | None = None, *, speaks: bool = True) -> Iterator[Narrator]
         narrator.begin("importing torch")
         yield narrator
     narrator.close()
+
+
+def _set_threads(args: argparse.Namespace) -> None:
+    """CPU threads of this process, before torch is imported: those asked for, or as the machine has room for."""
+    from shoal.launch.torchrun import choose_threads, set_environment
+    from shoal.metrics.console import Console
+
+    asked: int | None = args.threads
+    if asked is not None and asked < 1:
+        raise ShoalError(f"--threads is {asked}: give 1 or more")
+    if asked is not None:
+        os.environ["OMP_NUM_THREADS"] = str(asked)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        asked = choose_threads(say=Console(on_stderr=True).warn)
+    set_environment(asked or 1)
 
 
 def _wanted(args: argparse.Namespace) -> Wanted:
@@ -395,6 +432,7 @@ def export(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 
 def config(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.recipe import to_text
+    from shoal.report.amounts import amounts
     from shoal.resolve import resolve, schema, to_yaml
 
     if args.schema:
@@ -406,6 +444,8 @@ def config(args: argparse.Namespace, overrides: list[Override], argv: list[str])
         key: f"{resolved.sources[key]}, not {to_text(s.value)} at {s.where}" for key, s in resolved.replaced.items()
     }
     print(to_yaml(resolved.config, {**resolved.sources, **lost}), end="")
+    for line in amounts(resolved.config):
+        print(f"# {line}")
     return 0
 
 

@@ -65,7 +65,7 @@ def test_memory_that_cannot_be_had_ends_a_run_once_with_what_would_fit(place: Pl
     [
         (["train", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["train", "recip.yaml"], "did you mean recipe.yaml?"),
-        (["train"], "the following arguments are required: RECIPE.yaml"),
+        (["train"], "shoal train needs a recipe"),
         (["trian", "recipe.yaml"], "invalid choice: 'trian'"),
         (["eval", "nowhere"], "runs/nowhere is no run; there are done"),
         (["train", "no\x1b[2Jsuch.yaml"], "no\\x1b[2Jsuch.yaml"),
@@ -74,10 +74,10 @@ def test_memory_that_cannot_be_had_ends_a_run_once_with_what_would_fit(place: Pl
         (["generate", "done", "--prompt", "x" * 80], "the prompt has 80 tokens, and the model's context is 64"),
         (["generate", "done", "--prompt", ""], "an empty --prompt"),
         (["generate", "done", "--prompt", "a", "--top-p", "1.5"], "1.5; it must be above 0 and at most 1"),
-        (["config"], "needs a RECIPE.yaml"),
+        (["config"], "shoal config needs a recipe"),
         (["prepare", "recipe.yaml", "--data.corpus", "text"], "a text corpus needs data.paths"),
         (["train", "recipe.yaml", "--parallel.dp_replicate", "4"], "parallel.dp_replicate 4 needs 4 processes, launch.processes is 2"),
-        (["train", "recipe.yaml", "--processes", "8", "--train.micro_batch", "4"], "4 micro-batches, fewer than the 8 data-parallel processes; train.global_batch 32 would do, or train.micro_batch 2"),
+        (["train", "recipe.yaml", "--processes", "8", "--train.micro_batch", "4"], "4 micro-batches, fewer than the 8 data-parallel processes of launch.processes 8; launch.processes 4, or train.global_batch 32, or train.micro_batch 2 would do"),
         (["train", "recipe.yaml", "--processes", "64", "--train.global_batch", "128"], "64 processes on"),
         (["train", "recipe.yaml", "--train.device", "cuda"], "there is no CUDA device"),
         (["train", "recipe.yaml", "--train.dtype", "float16"], "which multiplies it a thousand times slower"),
@@ -237,7 +237,7 @@ def test_a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_run(p
         "--model.dim", "64",
     )  # fmt: skip
     assert code == 2, output  # it went on to its end, and what it learned is nowhere
-    assert "the disk is full: no checkpoint of step 5; those before it stand, training goes on" in output
+    assert "the disk is full: no checkpoint of step 5" in output
     assert "step 12/12" in output
     assert "the last checkpoint could not be written" in output
     assert "Traceback" not in output

@@ -104,7 +104,7 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
         ),
         (
             {"train": {"steps": 1, "global_batch": 8, "micro_batch": 8}, "launch": {"processes": 2}},
-            "train.global_batch 16 would do, or train.micro_batch 4",
+            "launch.processes 1, or train.global_batch 16, or train.micro_batch 4 would do",
         ),
         (
             {"train": {"steps": 1}, "launch": {"processes": 2}, "parallel": {"dp_replicate": 4}},

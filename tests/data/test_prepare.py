@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -19,7 +20,8 @@ from shoal.data.encode import fraction_of
 from shoal.data.manifest import SPLITS
 from shoal.data.prepare import Prepared, held_out_text, open_prepared, prepare
 from shoal.data.tokenize import byte_tokenizer
-from shoal.errors import DataError
+from shoal.errors import ConfigError, DataError
+from shoal.resolve import resolve
 from tests.data.conftest import MakeData
 
 
@@ -191,6 +193,11 @@ def test_a_corpus_that_is_gone_is_a_note(make_data: MakeData, corpus: Path) -> N
     after = prepare(make_data())
     assert after.data_id == before.data_id
     assert "gone" in after.notes[0]
+    for kept, problems in [(after.folder.parent, 0), (corpus.parent / "nothing", 1)]:  # and the config says so too
+        given = {"corpus": "text", "paths": str(corpus), "folder": str(kept)}
+        options = [(f"data.{key}", value, "here") for key, value in given.items()]
+        with pytest.raises(ConfigError, match="there is no") if problems else contextlib.nullcontext():
+            resolve(None, [*options, ("train.steps", "1", "here")])
     with pytest.raises(DataError, match="no such file"):
         prepare(make_data(rebuild=True))
     assert prepare(make_data()).data_id == before.data_id, "and a refused rebuild destroys nothing"
@@ -235,13 +242,15 @@ def test_a_manifest_edited_by_hand_is_refused(make_data: MakeData) -> None:
 
 def test_what_was_skipped_is_said_once(make_data: MakeData, corpus: Path) -> None:
     for number in range(9):
-        (corpus / f"bad{number}.txt").write_bytes(b"caf\xe9" if number else b"a zero byte at the end\0")
+        (corpus / (f"bad{number}.txt" if number else "a\nb.txt")).write_bytes(
+            b"caf\xe9" if number else b"a zero byte at the end\0"
+        )
     prepared = prepare(make_data())
     assert prepare(make_data()).notes == prepared.notes
     assert len(prepared.notes) == 1
     assert prepared.notes[0].startswith("9 skipped")
-    assert "bad0.txt" in prepared.notes[0]
     assert "not UTF-8 (8)" in prepared.notes[0]
+    assert "a\\nb.txt, byte 22: zero bytes" in prepared.notes[0]
     (corpus / "a.pdf").touch()
     assert [note.split(":")[0] for note in prepare(make_data()).notes] == ["1 file was skipped", "9 skipped, not text"]
 

@@ -13,6 +13,7 @@ import pytest
 from shoal.cli import _run
 from shoal.errors import CheckpointError, ShoalError
 from shoal.infer import commands
+from shoal.infer.asked import Text
 from shoal.infer.load import load_folder
 from shoal.infer.score import score
 
@@ -67,6 +68,12 @@ def test_a_text_is_scored_with_its_windows_stated(capsys: pytest.CaptureFixture[
     assert "windows of 32 tokens, each 8 on" in text
 
 
+def test_a_byte_order_mark_is_not_scored(tmp_path: Path) -> None:
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + TEXT.encode())
+    found = Text.read(tmp_path / "marked.txt")
+    assert (found.content, found.bytes) == (TEXT, len(TEXT.encode()))
+
+
 def test_what_begins_a_document_stands_first_and_then_all_is_scored(capsys: pytest.CaptureFixture[str]) -> None:
     record = json.loads(said(capsys, "eval", "--model.from", "begins", "--text", "text.txt", "--json"))
     assert record["tokens"] == len(TEXT.encode())
@@ -80,7 +87,7 @@ def test_a_run_is_scored_on_a_text_or_on_its_own(capsys: pytest.CaptureFixture[s
     assert of_text["bytes"] == len(TEXT.encode())
     own = json.loads(said(capsys, "eval", "done", "--json"))
     assert own["step"] == 4
-    assert "xz_bits_per_byte" in own
+    assert own["xz_primed_bits_per_byte"] < own["xz_cold_bits_per_byte"]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +185,7 @@ def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest
         (["eval", "--model.from", "nowhere", "--text", "text.txt"], "no folder nowhere"),
         (["eval", "--model.from", "mute", "--text", "text.txt"], "mute has no tokenizer"),
         (["eval", "--model.from", "talker", "--text", "empty.txt"], "empty.txt is empty"),
-        (["eval", "--model.from", "talker", "--text", "bytes.bin"], "bytes.bin is no UTF-8"),
+        (["eval", "--model.from", "talker", "--text", "bytes.bin"], "bytes.bin is in UTF-16, not UTF-8"),
         (["eval", "--model.from", "talker", "--text", "no.txt"], "cannot read no.txt"),
         (["eval", "--model.from", "talker", "--text", "text.txt", "--stride", "200"], "--stride is 200"),
         (["eval", "--model.from", "talker", "--text", "text.txt", "--context", "200"], "--context is 200"),
@@ -201,6 +208,7 @@ def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest
         (["generate", "--model.from", "talker", "--chat", "--tokens", "-1"], "--tokens is -1"),
         (["generate", "--model.from", "talker", "--prompt", "a", "--tokens", "99999"], "set --tokens to at most 127"),
         (["generate", "--model.from", "talker", "--prompt", "a", "--top-k", "0"], "--top-k is 0"),
+        (["generate", "--model.from", "talker", "--prompt", "a", "--threads", "0"], "--threads is 0"),
         (["generate", "--model.from", "mute", "--prompt", "a"], "mute has no tokenizer"),
         (["generate", "done", "--chat"], "has no chat template"),
         (["generate", "done", "--prompt", "a", "--model.family", "hf"], "--model.family hf"),

@@ -17,7 +17,7 @@ train: {steps: 6, global_batch: 4, micro_batch: 2, dtype: float32, device: cpu, 
 optim: {schedule: constant}
 checkpoint: {every: 3}
 metrics: {peak_tflops: 1}
-launch: {processes: 2}
+launch: {processes: 2, threads: 1}
 """
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from shoal import __version__
-from shoal.metrics.meter import device_name
+from shoal import __version__, cpu
+from shoal.metrics.machine import instruction_sets
 from shoal.plan.hardware import peak_flops
 from shoal.torch_private import is_tested, tested_range
 
@@ -20,6 +20,10 @@ PACKAGES = ("torch", "numpy", "pydantic", "tokenizers", "safetensors", "transfor
 VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
+    "GOMP_SPINCOUNT",
+    "KMP_BLOCKTIME",
+    "ONEDNN_MAX_CPU_ISA",
+    "ATEN_CPU_CAPABILITY",
     "CUDA_VISIBLE_DEVICES",
     "NCCL_SOCKET_IFNAME",
     "GLOO_SOCKET_IFNAME",
@@ -37,10 +41,8 @@ def describe() -> str:
             lines[package] = "not installed"
     tested = is_tested(lines["torch"])
     lines["torch"] += f" ({'' if tested else 'not '}in the tested range, {tested_range()})"
-    lines["cpu"] = (
-        f"{device_name(torch.device('cpu')).partition(' (')[0]}, {psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads"
-    )
-    lines["cpu features"] = _features()
+    lines["cpu"] = f"{cpu.model_name()}, {psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads"
+    lines["cpu features"] = instruction_sets()
     lines["memory"] = (
         f"{psutil.virtual_memory().total / 2**30:.1f} GiB, {psutil.virtual_memory().available / 2**30:.1f} GiB free"
     )
@@ -62,14 +64,6 @@ def _cuda() -> dict[str, str]:
         known = f"{peak / 1e12:.0f} TFLOP/s bfloat16" if peak else "peak not in the table: set metrics.peak_tflops"
         found[f"gpu {index}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {known}"
     return found
-
-
-def _features() -> str:
-    capability = torch.backends.cpu.get_cpu_capability()
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text().split() if info.exists() else []
-    fast = [f for f in ("avx512_bf16", "amx_bf16", "avx_vnni") if f in flags]
-    return ", ".join([str(capability), *fast])
 
 
 def _git() -> str:

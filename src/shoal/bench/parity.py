@@ -10,7 +10,6 @@ was saved on the way is loaded into a new model, which has to go on with the sam
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import math
@@ -24,8 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from shoal import __version__
 from shoal.checkpoint.store import CheckpointStore, Keep
@@ -37,9 +35,9 @@ from shoal.errors import CheckpointError
 from shoal.fault.heartbeat import Heartbeat
 from shoal.launch.place import Place, is_launched
 from shoal.metrics.console import Console
-from shoal.metrics.meter import device_name
+from shoal.metrics.machine import bits_depend_on, device_name
 from shoal.models.attention import take_deterministic_kernels
-from shoal.models.layers import Linear
+from shoal.models.layers import products_by_quarters
 from shoal.optim.schedule import learning_rate
 from shoal.parallel.apply import Runnable
 from shoal.parallel.mesh import Mesh, open_mesh
@@ -113,7 +111,7 @@ def verify_here(config: Config, heartbeat: Heartbeat) -> None:
         heartbeat.outside("opening the data")
         prepared = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
         heartbeat.outside("measuring the device")
-        config = settle(config, RunFolder(folder / "none"), prepared, mesh)
+        config = settle(config, RunFolder(folder / "none"), prepared, mesh, console.warn)
         if mesh.is_first:
             folder.mkdir(parents=True, exist_ok=True)
         certificate = certify(config, mesh, prepared, folder, console, heartbeat.outside)
@@ -172,7 +170,7 @@ def _references(config: Config, mesh: Mesh, rows: Rows) -> tuple[Trace | None, T
         plain = plain.replace("train", compile=False, activation_checkpointing="none")
         other = plain.replace("train", repro="fast" if config.train.repro == "bitwise" else "bitwise")
         _, expected = _take_steps(plain, alone, rows)
-        with _products_by_quarters():
+        with products_by_quarters():
             _, noise = _take_steps(other, alone, rows)
         for trace in (expected, noise):  # the layout needs the device's memory
             trace.gradients = {name: tensor.cpu() for name, tensor in trace.gradients.items()}
@@ -216,31 +214,6 @@ def _assemble(config: Config, mesh: Mesh, say: Callable[[str], None]) -> tuple[R
 
 def _key(shard: Shard) -> str:
     return f"{shard.name} (twin)" if shard.twin else shard.name
-
-
-@contextlib.contextmanager
-def _products_by_quarters() -> Any:
-    """Each linear layer in four products, halves of its inputs by halves of its outputs, added and rounded again."""
-    kinds: tuple[Any, ...] = (Linear, nn.Linear)  # ours, and that of transformers' models
-    plain = [kind.forward for kind in kinds]
-
-    def forward(self: Linear, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        inputs, outputs = weight.shape[1] // 2, weight.shape[0] // 2
-        halves = []
-        for rows in (weight[:outputs], weight[outputs:]):
-            first, second = F.linear(x[..., :inputs], rows[:, :inputs]), F.linear(x[..., inputs:], rows[:, inputs:])
-            halves.append((first.float() + second.float()).to(x.dtype))
-        out = torch.cat(halves, dim=-1)
-        return out if self.bias is None else out + self.bias.to(x.dtype)
-
-    for kind in kinds:
-        kind.forward = forward
-    try:
-        yield
-    finally:
-        for kind, before in zip(kinds, plain, strict=True):
-            kind.forward = before
 
 
 def compare(
@@ -382,7 +355,8 @@ def _facts(mesh: Mesh, seconds: float) -> dict[str, Any]:
     return {
         "seconds": round(seconds, 1),
         "device": device_name(mesh.device),
-        "versions": {"shoal": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "shoal": __version__,
+        "machine": bits_depend_on(mesh.device),
         "platform": platform.platform(),
     }
 

@@ -21,6 +21,7 @@ from typing import Any
 from shoal.config import Config
 from shoal.errors import LaunchError, ShoalError
 from shoal.launch.torchrun import count_gpus, plan_processes, worker_environment
+from shoal.metrics.console import Console
 from shoal.metrics.narrator import Narrator
 from shoal.resolve import resolve, to_yaml
 
@@ -41,7 +42,7 @@ def bench_speed(
     as_json: bool,
     narrator: Narrator,
 ) -> None:
-    """Print tokens/s, MFU and the time split of `recipe`'s step (a 10M-parameter model where none is given)."""
+    """Print tokens/s, the time split, and MFU or the rate beside a matrix product of `recipe`'s step (a 10M-parameter model where none is given)."""
     if peers and not (importlib.util.find_spec("transformers") and importlib.util.find_spec("accelerate")):
         raise ShoalError("--peers needs transformers and accelerate: pip install 'shoal[peers]'")
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
@@ -86,9 +87,8 @@ def _settle(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], fold
     config = config.replace("launch", runs=str(folder / "runs"), name="bench")
     if config.data.corpus == "dummy":
         config = config.replace("data", folder=str(folder / "data"))
-    config = plan_processes(config, count_gpus())
+    config = plan_processes(config, count_gpus(), say=Console(on_stderr=True).warn)
     from shoal.data.open import open_data
-    from shoal.metrics.console import Console
 
     open_data(config.data, Console(speaks=speaks, on_stderr=True))
     return config
@@ -128,6 +128,18 @@ def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "highest": max(rates),
         "step_seconds": statistics.median(run["step_seconds"] for run in runs),
         **({"mfu": statistics.median(run["mfu"] for run in runs)} if runs[0].get("mfu") else {}),
+        **(_of_a_product(runs) if runs[0].get("model_flops") else {}),
+    }
+
+
+def _of_a_product(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The rate of the model's own arithmetic, and its share of the best rate seen in a matrix product, or in a step itself."""
+    rates = [run["model_flops"] for run in runs]
+    best = max(*rates, *(run["product_flops"] for run in runs))
+    return {
+        "model_flops": statistics.median(rates),
+        "product_flops": best,
+        "of_product": statistics.median(rates) / best,
     }
 
 
@@ -136,7 +148,7 @@ def _table(config: Config, report: dict[str, dict[str, Any]]) -> str:
     lines = [
         f"{ours['model']}, {config.train.dtype}, {config.train.global_batch} x {config.data.seq_len} tokens a step, "
         f"processes: {config.launch.processes}, {ours['device']}",
-        ours["mfu_convention"],
+        *filter(None, [ours["mfu_convention"]]),
         f"{'':22}{'tokens/s':>12}{'lowest':>12}{'highest':>12}{'ms/step':>10}{'MFU':>8}",
     ]
     for name, r in report.items():
@@ -147,6 +159,11 @@ def _table(config: Config, report: dict[str, dict[str, Any]]) -> str:
     shares = ours["split"] | {"rest": max(0.0, 1 - sum(ours["split"].values()))}
     split = "  ".join(f"{k} {100 * v:.1f}%" for k, v in shares.items())
     lines.append(f"{'of shoal`s step':22}{split}")
+    if "of_product" in ours:
+        lines.append(
+            f"{'beside a product':22}{ours['model_flops'] / 1e9:,.0f} GFLOP/s of the model's own arithmetic, "
+            f"{100 * ours['of_product']:.0f}% of the best rate seen in a matrix product ({ours['product_flops'] / 1e9:,.0f})"
+        )
     if "times_trainer" in ours:
         lines.append(f"shoal is {ours['times_trainer']:.2f} x transformers.Trainer (median of neighbouring pairs)")
     return "\n".join(lines)

@@ -8,12 +8,18 @@ import statistics
 import sys
 from pathlib import Path
 
+import torch
+
 from shoal.bench.speed import WARMUP_STEPS, summarize_steps
 from shoal.fault.signals import StopRequest, die_with_parent
+from shoal.metrics.products import product_rates
 from shoal.metrics.trackers import read_json_lines
 from shoal.parallel.mesh import open_mesh
 from shoal.resolve import read_back
+from shoal.train.assemble import DTYPES
 from shoal.train.loop import Run, set_threads
+
+PRODUCT_SECONDS = 1.0
 
 
 def main(recipe: Path, answer: Path) -> None:
@@ -24,13 +30,21 @@ def main(recipe: Path, answer: Path) -> None:
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
         run = Run.open(config, mesh, StopRequest())
         run.take_steps()
+        product = _product_flops(run)
         if mesh.is_first:
             records = read_json_lines(run.folder.metrics_file)
-            answer.write_text(json.dumps(_measured(run, records)), encoding="utf-8")
+            answer.write_text(json.dumps(_measured(run, records, product)), encoding="utf-8")
             os.remove(run.folder.metrics_file)
 
 
-def _measured(run: Run, records: list[dict[str, object]]) -> dict[str, object]:
+def _product_flops(run: Run) -> float:
+    """FLOP/s of a matrix product on all processes at once, in the dtype of the run. A collective over the world."""
+    run.mesh.barrier()
+    rates = product_rates([DTYPES[run.config.train.dtype]], run.mesh.device, PRODUCT_SECONDS)
+    return float(run.mesh.sum(torch.tensor(rates[0], device=run.mesh.device, dtype=torch.float64)))
+
+
+def _measured(run: Run, records: list[dict[str, object]], product_flops: float) -> dict[str, object]:
     config = run.config
     tokens = config.train.global_batch * config.data.seq_len
     timed = records[WARMUP_STEPS:]
@@ -41,6 +55,8 @@ def _measured(run: Run, records: list[dict[str, object]]) -> dict[str, object]:
     return {
         **result,
         "mfu": run.meter.mfu(result["tokens_per_second"]),
+        "model_flops": run.meter.model_flops(result["tokens_per_second"]),
+        "product_flops": product_flops,
         "mfu_convention": run.meter.describe_mfu(),
         "model": run.meter.describe_model(),
         "device": run.meter.device_name,

@@ -113,14 +113,14 @@ class Finder:
         return "file" if fits else suffix or "no suffix"
 
     def _fails(self, name: str, error: OSError) -> None:
-        self._unreadable.append(f"{name} ({error.strerror})")
+        self._unreadable.append(f"{on_one_line(name)} ({error.strerror})")
 
 
 def describe(kinds: Mapping[str, int]) -> str:
     """ ".pdf (8), .docx (4)", the most frequent first."""
     most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     more = len(most) - KINDS_AT_MOST
-    named = ", ".join(f"{kind} ({count:,})" for kind, count in most[:KINDS_AT_MOST])
+    named = ", ".join(f"{on_one_line(kind)} ({count:,})" for kind, count in most[:KINDS_AT_MOST])
     return f"{named} and {more} more kinds" if more > 0 else named
 
 

@@ -12,6 +12,7 @@ from typing import IO
 from shoal.data.documents import Cursor, Document, Reader, Skipped
 from shoal.data.encoding import check_text, without_mark
 from shoal.errors import DataError
+from shoal.output import on_one_line
 
 MAX_LINE_BYTES = 1 << 26
 BOMB_TIMES = 200  # text shrinks to a fifth; gzip can do a thousandth
@@ -91,7 +92,7 @@ def _check_first_line(line: bytes, name: str) -> None:
     check_text(line, name)
     if line.lstrip().startswith(b"["):
         raise DataError(
-            f"{name} begins a JSON array; data.corpus jsonl takes one object a line (jq -c '.[]' writes an array so)"
+            f"{on_one_line(name)} begins a JSON array; data.corpus jsonl takes one object a line (jq -c '.[]' writes an array so)"
         )
 
 

@@ -18,7 +18,7 @@ from shoal.errors import DataError
 from shoal.output import on_one_line
 
 FORMAT = 1
-MANIFEST, JOURNAL, TOKENIZER = "manifest.json", "journal.json", "tokenizer.json"
+MANIFEST, JOURNAL, TOKENIZER, YARDSTICK = "manifest.json", "journal.json", "tokenizer.json", "yardstick.json"
 NAMED_AT_MOST = 5  # files that a message names; the others are counted
 
 SplitName = Literal["train", "val"]
@@ -207,10 +207,12 @@ def check_unchanged(manifest: Manifest, corpus: Corpus) -> None:
 
 def _name_some(kind: str, names: Sequence[str]) -> str:
     more = ", ..." if len(names) > NAMED_AT_MOST else ""
-    return f"{len(names):,} {kind} ({', '.join(names[:NAMED_AT_MOST])}{more})"
+    return f"{len(names):,} {kind} ({', '.join(map(on_one_line, names[:NAMED_AT_MOST]))}{more})"
 
 
-def clear(folder: Path, patterns: Iterable[str] = (MANIFEST, JOURNAL, TOKENIZER, "*.safetensors", ".*.tmp")) -> None:
+def clear(
+    folder: Path, patterns: Iterable[str] = (MANIFEST, JOURNAL, TOKENIZER, YARDSTICK, "*.safetensors", ".*.tmp")
+) -> None:
     """Remove what was prepared; the manifest goes first, so that nobody takes the rest for complete."""
     for pattern in patterns:
         for path in folder.glob(pattern):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from shoal.config import Data
 from shoal.data.prepare import Prepared, prepare
-from shoal.launch.place import speaks_first
 from shoal.metrics.console import Console
 
 
@@ -12,7 +11,6 @@ def open_data(data: Data, console: Console, *, rows: int | None = None) -> Prepa
     """The tokens of `data` for a model of so many `rows`, made now where they are not there. One process makes them."""
     with console.progress("preparing") as progress:
         prepared = prepare(data, progress, rows=rows)
-    if speaks_first():  # a launcher has opened it before its workers do
-        for note in prepared.notes:
-            console.warn(note)
+    for note in prepared.notes:
+        console.warn(note)
     return prepared

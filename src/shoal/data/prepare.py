@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ from shoal.data.tokenize import Tokenizer
 from shoal.disk import gigabytes, sha256_of
 from shoal.errors import DataError
 
+SAMPLE_PIECES = 32  # of a text that is too long to be taken whole
 NAME_CHARACTERS = 80  # of a tokenizer's name in that of a folder: file systems take 255 in all
 
 Progress = Callable[[str, int, int], None]
@@ -133,6 +134,12 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
     return open_prepared(folder, notes)
 
 
+def prepared_manifest(data: Data) -> Manifest | None:
+    """What the finished tokens of `data` say of themselves; None where they are not prepared. Raises DataError."""
+    folder = _folder(data, token_options(data, named_tokenizer(data)))
+    return load_manifest(folder) if (folder / MANIFEST).exists() else None
+
+
 def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
     """Finished tokens, without a look at their corpus. Raises DataError where something is missing or cut short."""
     manifest = load_manifest(folder)
@@ -150,24 +157,46 @@ def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
     return prepared
 
 
-def held_out_text(prepared: Prepared) -> bytes:
+def held_out_text(prepared: Prepared, at_most: int | None = None) -> bytes:
     """
-    The text of the val split, for a comparison with gzip or xz.
+    The text of the val split, or about `at_most` bytes of it, for a comparison with gzip or xz.
 
     Raises DataError where the tokenizer does not give a text back as it was.
     """
-    stream = prepared.streams["val"]
-    starts = stream.starts(0, stream.num_tokens)
-    ends = np.append(starts[1:], stream.num_tokens) - 1  # without the end-of-text token
-    starts = starts + (prepared.tokenizer.bos_id is not None)
-    texts = []
-    for low in range(0, len(starts), 64):
-        spans = zip(starts[low : low + 64], ends[low : low + 64], strict=True)
-        texts += prepared.tokenizer.decode_batch([stream.read(a, b).tolist() for a, b in spans])
-    text = "".join(texts).encode()
+    if at_most is not None and prepared.counts["val"].text_bytes > at_most:
+        return sample_of(prepared, "val", at_most)
+    text = _text(prepared, "val", [(0, prepared.streams["val"].num_tokens)])
     if len(text) != prepared.counts["val"].text_bytes:
         raise DataError("this tokenizer does not give a text back as it was: set data.tokenizer to bpe or bytes")
     return text
+
+
+def sample_of(prepared: Prepared, split: SplitName, at_most: int) -> bytes:
+    """A split's text; of one that is longer, about `at_most` bytes in pieces from all over it."""
+    num_tokens, text_bytes = prepared.streams[split].num_tokens, prepared.counts[split].text_bytes
+    if text_bytes <= at_most:
+        return _text(prepared, split, [(0, num_tokens)])
+    length = max(1, num_tokens * at_most // (text_bytes * SAMPLE_PIECES))
+    firsts = [piece * num_tokens // SAMPLE_PIECES for piece in range(SAMPLE_PIECES)]
+    return _text(prepared, split, [(first, min(first + length, num_tokens)) for first in firsts])[:at_most]
+
+
+def _text(prepared: Prepared, split: SplitName, spans: Sequence[tuple[int, int]]) -> bytes:
+    """The text of tokens [first, last) of each span, without what stands at the ends of documents."""
+    stream, tokenizer = prepared.streams[split], prepared.tokenizer
+    ends = {tokenizer.eot_id, tokenizer.bos_id}
+    texts = []
+    for first, last in spans:
+        starts = [first, *(start for start in stream.starts(first, last).tolist() if start > first), last]
+        for low in range(0, len(starts) - 1, 64):
+            pieces = [stream.read(a, b).tolist() for a, b in pairwise(starts[low : low + 65])]
+            texts += tokenizer.decode_batch([_between(ids, ends) for ids in pieces])
+    return "".join(texts).encode()
+
+
+def _between(ids: list[int], ends: set[int | None]) -> list[int]:
+    first = ids[0] in ends
+    return ids[first : len(ids) - (ids[-1] in ends and len(ids) > first)]
 
 
 def named_tokenizer(data: Data) -> Tokenizer | None:

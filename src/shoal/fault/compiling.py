@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from shoal.fault.heartbeat import Heartbeat
+from shoal.torch_private import require
 
 
 @contextlib.contextmanager
@@ -18,6 +19,7 @@ def told_of_compilations(heartbeat: Heartbeat, *, compiles: bool) -> Iterator[No
     if not compiles:
         yield
         return
+    require("compile")
     from torch._dynamo.callback import CallbackArgs, callback_handler
 
     def begins(_: CallbackArgs) -> None:

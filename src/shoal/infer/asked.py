@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from shoal.data.encoding import check_text, without_mark
 from shoal.errors import DataError, ShoalError
 from shoal.hub.find import find_model
 from shoal.hub.folder import ModelFolder
@@ -64,7 +65,8 @@ class Text:
     def read(cls, file: Path, context: int | None = None, stride: int | None = None) -> Self:
         """Raises `DataError` where it cannot be read, is no text, or is empty."""
         try:
-            content = file.read_bytes()
+            content = without_mark(file.read_bytes())
+            check_text(content, str(file), "set --text to a file that is")
             text = content.decode("utf-8")
         except OSError as error:
             raise DataError(

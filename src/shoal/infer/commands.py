@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal.data.open import open_data
-from shoal.data.prepare import held_out_text
 from shoal.data.tokenize import Tokenizer
 from shoal.data.tokenizer_ends import special_tokens
+from shoal.data.yardstick import Measuring, Yardstick
 from shoal.errors import CheckpointError, spelled
 from shoal.infer.asked import Tasks, Text, Wanted
 from shoal.infer.chat import Chat
@@ -22,7 +22,6 @@ from shoal.infer.sampling import FLAGS, Sampling
 from shoal.infer.score import choose_windows, perplexity, score
 from shoal.infer.stream import TextStream, continuation
 from shoal.launch.place import Place
-from shoal.metrics.compression import bits_per_byte
 from shoal.metrics.console import Console
 from shoal.metrics.narrator import Narrator
 from shoal.output import on_one_line
@@ -67,22 +66,29 @@ def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrat
         raise CheckpointError(
             f"{run.name} was trained on other tokens than {prepared.folder} holds now; its held-out text is gone"
         )
-    with aside.progress("evaluating", steady=True) as progress:
-        result = evaluate(
-            model_losses(run.model, run.device), Mesh(Place(), run.device), prepared, run.config, None,
-            progress=lambda done, total: progress(f"{done:,} of {total:,} rows", done, total),
-        )  # fmt: skip
-    with narrator.phase("comparing with gzip and xz"):
-        yardstick = bits_per_byte(held_out_text(prepared))
-    figures = {
-        "nats_per_token": result["val_loss"],
-        "perplexity": perplexity(result["val_loss"]),
-        "bits_per_byte": result["val_bits_per_byte"],
-        **{f"{name}_bits_per_byte": value for name, value in yardstick.items()},
-    }
-    console.say(f"{run.name} at step {run.step}, on {prepared.counts['val'].text_bytes:,} bytes of held-out text:")
-    _say_figures(console, figures)
-    return {"step": run.step, **figures}
+    text_bytes = prepared.counts["val"].text_bytes
+    with Measuring(prepared, idle=False) as measuring:
+        with aside.progress("evaluating", steady=True) as progress:
+            result = evaluate(
+                model_losses(run.model, run.device), Mesh(Place(), run.device), prepared, run.config, None,
+                progress=lambda done, total: progress(f"{done:,} of {total:,} rows", done, total),
+            )  # fmt: skip
+        figures = {
+            "nats_per_token": result["val_loss"],
+            "perplexity": perplexity(result["val_loss"]),
+            "bits_per_byte": result["val_bits_per_byte"],
+        }
+        console.say(f"{run.name} at step {run.step}, on {text_bytes:,} bytes of held-out text:")
+        _say_figures(console, figures)
+        found = measuring.wait(
+            math.inf, waits=lambda: aside.note("waiting for gzip and xz to read the text, once for this data")
+        )
+    if not isinstance(found, Yardstick):
+        console.warn(f"no comparison with gzip and xz: {found}")
+        return {"step": run.step, **figures}
+    console.say(found.compared(figures["bits_per_byte"], text_bytes))
+    theirs = {f"{n}_{k}_bits_per_byte": v for n, bits in found.bits_per_byte.items() for k, v in bits.items()}
+    return {"step": run.step, **figures, **theirs}
 
 
 def _of_text(wanted: Wanted, text: Text, console: Console, aside: Console, narrator: Narrator) -> dict[str, Any]:

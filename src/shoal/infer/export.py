@@ -6,6 +6,7 @@ The folder is written aside and renamed when it is whole. Weights pass through m
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from shoal.checkpoint.saved import Saved, read_state, verify
 from shoal.config import Model
 from shoal.data.tokenize import Tokenizer, load_tokenizer
 from shoal.disk import sync, write_whole
+from shoal.errors import ModelError
 from shoal.hub.beside import GENERATION, LICENSES, TOKENIZER, Dtypes, copy_files, read_dtypes
 from shoal.hub.card import CARD, Facts, model_card
 from shoal.hub.folder import CONFIG, INDEX, SINGLE, ModelFolder
@@ -95,8 +97,36 @@ def export_run(
         _write_tokenizer(aside, config.model, folder, tokenizer)
         facts = _facts(folder, saved, described, model, dtypes, license)
         _write(aside / CARD, model_card(config, facts))
-        ModelFolder.open(aside)  # what others will open: every tensor in a whole file
+        # what others will open: every tensor in a whole file
+        _open_as_others_do(ModelFolder.open(aside), console)
     return out
+
+
+def _open_as_others_do(folder: ModelFolder, console: Console) -> None:
+    """
+    Have transformers, where it is installed, make the model that the folder says, without memory for its weights.
+
+    Raises `ModelError` where it refuses the config, or has a tensor in another shape.
+    """
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError:
+        console.note("transformers is not installed here, so it has not opened this export (pip install 'shoal[hf]')")
+        return
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(folder.path), trust_remote_code=False, local_files_only=True
+        )
+        with torch.device("meta"):
+            theirs = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
+    except Exception as error:  # each of its models has errors of its own
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(f"transformers {transformers.__version__} does not open this export ({why})") from error
+    for name, stored in folder.tensors.items():
+        if name in theirs and tuple(theirs[name].shape) != tuple(stored.shape):
+            raise ModelError(
+                f"transformers {transformers.__version__} has {name} as {list(theirs[name].shape)}, and this export as {list(stored.shape)}"
+            )
 
 
 def _shards(model: LanguageModel, dtypes: Dtypes, shard_bytes: int) -> Iterator[tuple[list[str], int]]:

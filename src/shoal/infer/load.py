@@ -11,6 +11,7 @@ import torch
 
 from shoal.checkpoint.load import load_model
 from shoal.config import Config, Model
+from shoal.cpu import multiplies_bfloat16
 from shoal.data.tokenize import Tokenizer, load_tokenizer
 from shoal.errors import ModelError, spelled
 from shoal.hub.find import find_model
@@ -82,13 +83,12 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: s
     """
     The model of run `target` (a name under `runs`, or a folder) at `step` (None: the last), its weights in float32.
 
-    dtype: what it computes in; "auto": as it was trained, but float32 for float16 on a CPU. Raises `RunError` or
+    dtype: what it computes in; "auto": as it was trained, but float32 on a CPU that is slow in that. Raises `RunError` or
     `CheckpointError`.
     """
     folder, saved = find_checkpoint(runs, target, step)
     config, place = folder.load_config(), find_device(device)
-    slow = place.type == "cpu" and config.train.dtype == "float16"
-    chosen = dtype if dtype != "auto" else "float32" if slow else config.train.dtype
+    chosen = run_dtype(config.train.dtype, dtype, place)
     _check_dtype(chosen, place)
     model = build_model(config.model, compute_dtype=DTYPES[chosen])
     state = load_model(saved, model, place)
@@ -98,6 +98,14 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: s
         name=target, model=model.eval(), tokenizer=tokenizer, device=place, config=config, step=int(state["step"]),
         data_id=state["data_id"], files=files, end_ids=_end_ids(files, tokenizer),
     )  # fmt: skip
+
+
+def run_dtype(trained: str, wanted: str, device: torch.device) -> str:
+    """Return what a run's model is computed in: "auto" is as it was trained, but float32 on a CPU that is slow in that."""
+    if wanted != "auto":
+        return wanted
+    slow = trained == "float16" or (trained == "bfloat16" and not multiplies_bfloat16())
+    return "float32" if device.type == "cpu" and slow else trained
 
 
 def load_folder(name: str, *, family: str | None = None, device: str, dtype: str = "auto") -> LoadedModel:

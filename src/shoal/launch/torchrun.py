@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from shoal.config import Config
+from shoal.cpu import count_cores, free_cores
 from shoal.errors import EXIT_REQUEUE, LaunchError
 from shoal.fault.signals import ends_when_asked
 from shoal.launch.place import LOCKED_BY, Place
@@ -23,9 +24,17 @@ from shoal.metrics.narrator import Narrator
 from shoal.refusals import refusals, refusals_of_machines
 from shoal.torch_private import require
 
+WAIT_POLICY = "OMP_WAIT_POLICY"
 
-def plan_processes(config: Config, gpus: int) -> Config:
-    """Settle `launch.processes` and `launch.threads` for this machine. Raises `LaunchError`."""
+
+def plan_processes(
+    config: Config, gpus: int, *, before: Config | None = None, say: Callable[[str], None] = lambda text: None
+) -> Config:
+    """
+    Settle `launch.processes` and `launch.threads` for this machine. Raises `LaunchError`.
+
+    before: the config of the run that goes on. say: told where other programs leave fewer threads than there are cores.
+    """
     use_cpu = config.train.device == "cpu" or (config.train.device == "auto" and gpus == 0)
     cores = count_cores()
     processes = config.launch.processes or _processes_for(config, min(2, cores) if use_cpu else gpus, grow=not use_cpu)
@@ -44,7 +53,9 @@ def plan_processes(config: Config, gpus: int) -> Config:
             f"{processes} processes on {cores} CPU cores would only wait for each other; set launch.processes to {cores} or less"
         )
     _refuse(refusals_of_machines(config, processes))
-    return config.replace("launch", processes=processes, threads=_threads(config, cores // processes))
+    config = config.replace("launch", processes=processes)
+    threads = settled_threads(config, cores // processes, before)
+    return config.replace("launch", threads=threads or choose_threads(processes, say=say))
 
 
 def _processes_for(config: Config, usual: int, *, grow: bool) -> int:
@@ -58,9 +69,31 @@ def _processes_for(config: Config, usual: int, *, grow: bool) -> int:
     return max(1, usual // fixed) * fixed if grow or fixed == 1 else fixed
 
 
-def _threads(config: Config, share: int) -> int:
-    """CPU threads of a process: its share of the cores, or one where sums must not depend on their number."""
-    return config.launch.threads or (1 if config.train.repro == "bitwise" else max(1, share))
+def settled_threads(config: Config, share: int, before: Config | None) -> int | None:
+    """
+    Return the CPU threads of a process where they are not free to choose: typed, one for bitwise, or those of the run.
+
+    Another number of threads adds in another order: a run keeps its own as long as `share`, the cores of a process, has
+    room for them.
+    """
+    if config.launch.threads or config.train.repro == "bitwise" or share <= 1:
+        return config.launch.threads or 1
+    kept = before.launch.threads if before and before.launch.processes == config.launch.processes else None
+    return kept if kept and kept <= share else None
+
+
+def choose_threads(processes: int = 1, *, say: Callable[[str], None]) -> int:
+    """Return a process's share of the cores that other programs leave free, at least one; `say` where those are fewer."""
+    cores, free = count_cores(), free_cores()
+    share, threads = max(1, cores // processes), max(1, int(free / processes + 0.5))
+    if threads >= share:
+        return share
+    say(
+        f"other programs use {cores - free:.1f} of {cores} cores: {threads} CPU thread{'s' * (threads > 1)} a process "
+        f"instead of {share}"
+    )
+    os.environ.setdefault(WAIT_POLICY, "PASSIVE")
+    return threads
 
 
 def _refuse(sentences: Iterable[str]) -> None:
@@ -69,9 +102,11 @@ def _refuse(sentences: Iterable[str]) -> None:
         raise LaunchError("\n".join(found))
 
 
-def fit_to_place(config: Config, place: Place) -> Config:
+def fit_to_place(config: Config, place: Place, before: Config | None = None) -> Config:
     """
     The config of a worker that torchrun or srun started, checked against what they started; threads are settled.
+
+    before: the config of the run that goes on.
 
     Raises `LaunchError`. Sets the environment of `worker_environment`, which torch reads when it is imported.
     """
@@ -81,15 +116,11 @@ def fit_to_place(config: Config, place: Place) -> Config:
             "leave it out here: the launcher decides"
         )
     _refuse(refusals(config, place.world_size))
-    threads = _threads(config, count_cores() // place.local_world_size)
-    for name, value in worker_environment(threads).items():
-        os.environ.setdefault(name, value)
+    share = max(1, count_cores() // place.local_world_size)
+    # the load is not looked at: it would be that of the other workers, which start too
+    threads = settled_threads(config, share, before) or share
+    set_environment(threads)
     return config.replace("launch", threads=threads)
-
-
-def count_cores() -> int:
-    """The cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def count_gpus() -> int:
@@ -105,6 +136,7 @@ def worker_environment(threads: int) -> dict[str, str]:
     """What each worker's environment gets, unless the person set it already."""
     return {
         "OMP_NUM_THREADS": str(threads),
+        **_waiting(),
         # glibc gives large blocks back to the kernel at once and asks for them again, zeroed, at the next use: keep them
         "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
         "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
@@ -115,6 +147,23 @@ def worker_environment(threads: int) -> dict[str, str]:
         # a prefix of the store for each attempt: without it a restart with gloo meets the dead worker's address
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
+
+
+def _waiting() -> dict[str, str]:
+    """
+    Return for how long a thread without work spins before it sleeps: by default so long that, where another program has
+    the core of one thread, the others burn theirs, and all take ten to fifty times as long. So much is enough between
+    two operators. A person who chose a policy keeps it.
+    """
+    if WAIT_POLICY in os.environ:
+        return {}
+    return {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # rounds of GNU's OpenMP; ms, of LLVM's and Intel's
+
+
+def set_environment(threads: int) -> None:
+    """`worker_environment` for this process, before torch is imported."""
+    for name, value in worker_environment(threads).items():
+        os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager
@@ -138,8 +187,7 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     """
     assert config.launch.processes
     assert config.launch.threads
-    for name, value in worker_environment(config.launch.threads).items():
-        os.environ.setdefault(name, value)
+    set_environment(config.launch.threads)
     os.environ[LOCKED_BY] = str(os.getpid())
     # The agent would raise in the middle of its work on these; we pass them on and let the workers end.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 import resource
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
 from shoal.config import Config
+from shoal.metrics.machine import device_name
 from shoal.metrics.moment import Moment
-from shoal.parallel.mesh import Mesh, has_bfloat16
+from shoal.parallel.mesh import Mesh
 from shoal.plan.estimate import flops_per_token, parameter_count, why_no_flops
 from shoal.plan.hardware import peak_flops
 
@@ -62,40 +61,6 @@ class PhaseTimer:
             self._seconds[name] += start.elapsed_time(end) / 1000.0
         self._events.clear()
         return dict(self._seconds)
-
-
-def measured_matmul_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """The rate of a large square matrix product here, FLOP/s: the stand-in for a peak nobody published."""
-    n = 2048
-    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
-    best, turns, end = 0.0, 0, time.perf_counter() + seconds
-    a @ b
-    while turns < 3 or time.perf_counter() < end:
-        turns += 1
-        begun = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = max(best, 2 * n**3 / (time.perf_counter() - begun))
-    return best
-
-
-def settle_dtype(wanted: str, mesh: Mesh) -> str:
-    """
-    What "auto" means here: the same answer on every rank. A collective over the world.
-
-    Some CPUs multiply bfloat16 twice as fast as float32, others half as fast or a hundred times slower.
-    """
-    if wanted != "auto":
-        return wanted
-    if mesh.device.type == "cuda":
-        return "bfloat16" if has_bfloat16(mesh.device) else "float32"
-    mesh.barrier()
-    # in turn and the best of each, so that a neighbour who is busy for a moment does not decide it
-    turns = [[measured_matmul_flops(mesh.device, t, 0.05) for t in (torch.bfloat16, torch.float32)] for _ in range(3)]
-    best = torch.tensor(turns, dtype=torch.float64).amax(0)
-    bfloat16, float32 = mesh.sum(best).tolist()
-    return "bfloat16" if bfloat16 > float32 else "float32"
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -184,7 +149,11 @@ class Meter:
         """The share of the peak that the model's own arithmetic took, by the convention of `describe_mfu`."""
         if not self._peak_flops or not self._flops_per_token:
             return None
-        return tokens_per_second * self._flops_per_token / self._peak_flops
+        return self.model_flops(tokens_per_second) / self._peak_flops
+
+    def model_flops(self, tokens_per_second: float) -> float:
+        """FLOP/s of the model's own arithmetic, by the convention of MFU; 0 where nobody has counted it."""
+        return tokens_per_second * self._flops_per_token
 
     def left_seconds(self, steps: int) -> float:
         """A guess at the time that `steps` more will take."""
@@ -195,37 +164,29 @@ class Meter:
         return f"{model.preset or model.family}, {parameter_count(model):,} parameters"
 
     def describe_mfu(self) -> str:
-        """The convention and the peak that MFU is measured against."""
+        """The convention and the peak that MFU is measured against; empty on a CPU, which has no MFU unless it is asked for."""
+        if self._peak_flops is None and self._mesh.device.type != "cuda":
+            return ""
         if self._why_no_mfu is not None:
             return f"MFU is not given: {self._why_no_mfu}"
         if self._peak_flops is None:
-            return "MFU is not given: this device's peak is not in the table; set metrics.peak_tflops"
+            return f"MFU is not given: the peak of {self.device_name} is not in the table; set metrics.peak_tflops"
         peak = self._peak_flops / 1e12
         return f"MFU counts {self._config.metrics.mfu_attention} attention against {peak:.3g} TFLOP/s ({self._peak_source})"
 
     def _find_peak(self) -> tuple[float | None, str]:
-        """FLOP/s of all processes together, and where the figure is from."""
+        """
+        FLOP/s of all processes together, and where the figure is from.
+
+        None for a CPU, and for a GPU that is not in the table: a rate measured here is no peak, and MFU was above 1 by it.
+        """
         config, mesh = self._config, self._mesh
         if config.metrics.peak_tflops:
             return config.metrics.peak_tflops * 1e12 * mesh.world_size, "metrics.peak_tflops"
-        name: Literal["bfloat16", "float32"] = (
+        if mesh.device.type != "cuda":
+            return None, ""
+        dtype: Literal["bfloat16", "float32"] = (
             "float32" if config.train.dtype == "float32" else "bfloat16"
         )  # float16's too
-        if mesh.device.type == "cuda" and (known := peak_flops(self.device_name, name)):
-            return known * mesh.world_size, "data sheet, dense"
-        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(config.train.dtype, torch.float32)
-        mesh.barrier()  # all at once, as they will train
-        rate = torch.tensor(measured_matmul_flops(mesh.device, dtype), device=mesh.device, dtype=torch.float64)
-        return float(mesh.sum(rate)), "a 2048^3 matrix product, measured here"
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    count = torch.get_num_threads()
-    threads = f"{count} thread{'s' * (count > 1)} a process"
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return f"{line.partition(':')[2].strip()} ({threads})"
-    return f"{platform.processor() or 'CPU'} ({threads})"
+        known = peak_flops(self.device_name, dtype)
+        return known and known * mesh.world_size, "data sheet, dense"

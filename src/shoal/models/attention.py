@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import CausalBias
 
-# torch has no public question for it; without an answer bfloat16 stays bfloat16
-CPU_HAS_TILES: bool = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
+from shoal.cpu import has_tiles
+
+CPU_HAS_TILES: bool = has_tiles()
 
 KERNELS = {
     SDPBackend.MATH.value: "plain math (memory grows with the square of data.seq_len)",

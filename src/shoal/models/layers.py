@@ -8,6 +8,8 @@ Casting a whole block's weights beforehand, as FSDP2 does, gives the same bits.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -118,3 +120,32 @@ class _RMSNorm(torch.autograd.Function):
         along = (product @ weight32).div_(dim).unsqueeze(-1)
         d_x = (grad * weight32).sub_(normed.mul_(along)).mul_(scale)
         return d_x.to(x.dtype), d_weight.to(weight.dtype), None
+
+
+@contextlib.contextmanager
+def products_by_quarters() -> Iterator[None]:
+    """
+    Compute each linear layer in four products, halves of its inputs by halves of its outputs, added and rounded again.
+
+    The same sums in another order: how far its results are off is what rounding alone can do to a model on its data.
+    """
+    kinds: tuple[Any, ...] = (Linear, nn.Linear)  # ours, and that of transformers' models
+    plain = [kind.forward for kind in kinds]
+
+    def forward(self: Linear, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        inputs, outputs = weight.shape[1] // 2, weight.shape[0] // 2
+        halves = []
+        for rows in (weight[:outputs], weight[outputs:]):
+            first, second = F.linear(x[..., :inputs], rows[:, :inputs]), F.linear(x[..., inputs:], rows[:, inputs:])
+            halves.append((first.float() + second.float()).to(x.dtype))
+        out = torch.cat(halves, dim=-1)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    for kind in kinds:
+        kind.forward = forward
+    try:
+        yield
+    finally:
+        for kind, before in zip(kinds, plain, strict=True):
+            kind.forward = before

@@ -24,7 +24,7 @@ from shoal.models.family import LanguageModel
 from shoal.parallel import context, pipeline, tensor
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.randomness import Randomness
-from shoal.parallel.recompute import checkpointed, compile_forward, set_activation_budget
+from shoal.parallel.recompute import Compiled, checkpointed, compile_forward, set_activation_budget
 from shoal.parallel.reduce import GradientReducer, Gradients
 from shoal.parallel.region import Region, Shard
 from shoal.parallel.shard import shard
@@ -51,6 +51,7 @@ class Runnable:
     cut_batch: Callable[[Batch], Batch]
     bitwise: bool  # sums are taken in one order, whatever the layout
     turns: int  # forwards that every process of a step takes, some perhaps of nothing that counts
+    compiled: list[Compiled]
     pipeline: pipeline.Pipeline | None = None
     tied: bool = False  # over a pipeline: the last stage's head is the first one's embedding
     scale: Tensor | float = 1.0  # of the loss, in the step that runs
@@ -215,8 +216,9 @@ def parallelize(
         say(f"context parallel: each sequence over {layout.cp} processes, {parallel.cp_method}")
 
     randomness = Randomness(parts, train.seed)
+    compiled: list[Compiled] = []
     for index, part in parts.items():
-        wrap_blocks(part, mesh, train, regions[index])
+        compiled += wrap_blocks(part, mesh, train, regions[index])
     if train.activation_checkpointing != "none":
         say(_RECOMPUTED[train.activation_checkpointing].format(budget=train.activation_budget))
     if train.compile:
@@ -250,7 +252,7 @@ def parallelize(
 
     runnable = Runnable(
         parts, shards, shapes, gradients, mesh, slots, randomness, _loss(model, mesh), _cutter(mesh, parallel),
-        leaves is not None, turns,
+        leaves is not None, turns, compiled,
     )  # fmt: skip
     if layout.pp > 1:
         _open_pipeline(runnable, parallel, train, data, model)
@@ -289,9 +291,9 @@ _RECOMPUTED = {
 }
 
 
-def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str, Region]) -> None:
+def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str, Region]) -> list[Compiled]:
     """
-    Checkpointing, compilation, and tensor parallel's exchanges, which stay out of what is compiled.
+    Checkpointing, compilation, and tensor parallel's exchanges, which stay out of what is compiled. Returns that.
 
     A block that is compiled whole has its checkpointing inside, so that the compiler sees it. Context parallel breaks a
     block's graph, and the compiler leaves alone what breaks inside of checkpointing: there that goes around.
@@ -299,21 +301,23 @@ def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str
     if train.compile:
         set_activation_budget(train.activation_budget if train.activation_checkpointing == "budget" else 1.0)
     again, bitwise = train.activation_checkpointing in ("full", "selective"), train.repro == "bitwise"
+    compiled = []
     if mesh.layout.tp > 1:
         tensor.drop_row_biases(part)
         if train.compile:
             for _, module, style in list(tensor.styles(part)):
                 if style == "partial":
-                    compile_forward(module, whole=mesh.layout.cp == 1, bitwise=bitwise)
+                    compiled.append(compile_forward(module, whole=mesh.layout.cp == 1, bitwise=bitwise, again=again))
         tensor.connect(part, mesh.axis("tp"), regions)
     whole, in_parts = mesh.layout.tp == mesh.layout.cp == 1, mesh.layout.tp == 1 < mesh.layout.cp
     for block in part.blocks.values():
         if train.compile and in_parts:
-            compile_forward(block, whole=False, bitwise=bitwise)
+            compiled.append(compile_forward(block, whole=False, bitwise=bitwise, again=again))
         if again:
             block.forward = checkpointed(block.forward, train.activation_checkpointing)
         if train.compile and whole:
-            compile_forward(block, whole=True, bitwise=bitwise)
+            compiled.append(compile_forward(block, whole=True, bitwise=bitwise, again=again))
+    return compiled
 
 
 def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, weights: Fill, *, twin: bool) -> list[Shard]:

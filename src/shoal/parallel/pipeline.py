@@ -10,8 +10,7 @@ stage, labels by the last, positions and document ids by all.
 
 Public parts of torch are used: `PipelineStage` (with its methods `backward_one_chunk` and `backward_weight_one_chunk`
 overridden), the schedules and their `step`. They are fed with the shapes of what flows, so that no trial run is made at
-the start. One private method is overridden, for torch 2.11 alone: `PipelineStage._get_init_p2p_neighbors_ops`. That
-version cannot split a backward either: `SPLITS_BACKWARD`.
+the start. One private method is overridden, for torch 2.11 alone: `PipelineStage._get_init_p2p_neighbors_ops`.
 """
 
 from __future__ import annotations
@@ -47,9 +46,9 @@ SCHEDULES: dict[Schedule, type[Any]] = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
-# torch 2.11 computes a split backward's weights through `Function` nodes that it cannot read ("_input_metadata is invalid"),
-# and adds up what belongs to several outputs of a node.
-SPLITS_BACKWARD = minor(torch_version()) > (2, 11)
+# torch 2.11 and 2.12 cannot compute the weights' part of a split backward behind a Python `Function`: they ask its node for
+# what it does not have ("_input_metadata is invalid").
+SPLITS_BACKWARD = minor(torch_version()) > (2, 12)
 ENDING = ("norm", "head")  # what a model has behind its blocks; all else stands before them
 
 Loss = Callable[[LanguageModel, Tensor, Tensor], Tensor]  # last stage, hidden [B, T, D], labels [B, T] -> scalar

@@ -47,15 +47,32 @@ def _kept_operators() -> list[Any]:
     return kept + [getattr(aten, name).default for name in attention]
 
 
-def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool) -> None:
+class Compiled:
+    """A compiled forward, and the eager one that it was made from: `on` says which of the two runs."""
+
+    def __init__(self, eager: Forward, compiled: Forward) -> None:
+        self._eager, self._compiled = eager, compiled
+        self.on = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._compiled(*args, **kwargs) if self.on else self._eager(*args, **kwargs)
+
+
+def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool, again: bool) -> Compiled:
     """
-    Compile `module.forward`; `whole`: as one graph, or an error.
+    Compile `module.forward`; `whole`: as one graph, or an error. `again`: it is computed again in backward already; the
+    eager one always is, so that it needs no more memory than the compiled one.
 
     `bitwise`: a value that is cast is rounded. The compiler would leave out the rounding of a weight that it casts and
     uses at once, and cannot where FSDP2 has cast it before: other bits.
     """
     options: dict[str, Any] | None = {"emulate_precision_casts": True} if bitwise else None
-    module.forward = torch.compile(module.forward, fullgraph=whole, options=options)
+    eager: Forward = module.forward
+    compiled = Compiled(
+        eager if again else checkpointed(eager, "full"), torch.compile(eager, fullgraph=whole, options=options)
+    )
+    module.forward = compiled
+    return compiled
 
 
 def set_activation_budget(budget: float) -> None:

@@ -56,7 +56,7 @@ def what_would_fit(config: Config, world_size: int) -> str:
 
 
 def _takes(config: Config, layout: Layout) -> str:
-    """Weights and gradients in float32, with AdamW's two moments or Muon's one."""
+    """What a process holds all the time, where it is known."""
     model, least = config.model, ""
     if model.vocab_size is None:  # the tokenizer's, which is not known here: without the embedding
         model, least = dataclasses.replace(model, vocab_size=0), "at least "
@@ -64,13 +64,22 @@ def _takes(config: Config, layout: Layout) -> str:
         parameters = parameter_count(model)
     except ShoalError:  # a folder that has gone
         return ""
-    processes = layout.dp_shard * layout.cp if layout.dp_shard > 1 else 1
-    held = (16 if config.optim.name == "adamw" else 12) * parameters / (processes * layout.tp * layout.pp)
+    held = _held(config, layout, parameters)
     rows, length = config.train.micro_batch, config.data.seq_len // layout.cp
     return (
         f"Weights, gradients and the optimizer's state take {least}{gigabytes(int(held))} of each process, and activations of "
         f"{rows} x {length:,} tokens come on top. "
     )
+
+
+def held_bytes(config: Config, layout: Layout) -> float:
+    """Of a process, all the time: weights and gradients in float32, with AdamW's two moments or Muon's one."""
+    return _held(config, layout, parameter_count(config.model))
+
+
+def _held(config: Config, layout: Layout, parameters: int) -> float:
+    processes = layout.dp_shard * layout.cp if layout.dp_shard > 1 else 1
+    return (16 if config.optim.name == "adamw" else 12) * parameters / (processes * layout.tp * layout.pp)
 
 
 def _ways(config: Config, layout: Layout) -> Iterator[str]:

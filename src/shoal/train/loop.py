@@ -26,6 +26,7 @@ from shoal.data.ledger import Header, checksum
 from shoal.data.loader import Batch, Loader
 from shoal.data.open import open_data
 from shoal.data.prepare import Prepared
+from shoal.data.yardstick import Measuring
 from shoal.fault.compiling import told_of_compilations
 from shoal.fault.heartbeat import Heartbeat
 from shoal.fault.inject import Faults, flip, poison, tear
@@ -41,6 +42,7 @@ from shoal.plan.length import count_steps
 from shoal.runs import RunFolder
 from shoal.train.assemble import assemble, open_loader
 from shoal.train.closing import finish
+from shoal.train.compile_check import check_compiled
 from shoal.train.evaluate import evaluate
 from shoal.train.guard import Guard
 from shoal.train.last_words import say_held_out
@@ -111,6 +113,7 @@ class Run:
     limit: TimeLimit
     total_steps: int
     val: dict[str, float] = dataclasses.field(default_factory=dict)
+    measuring: Measuring | None = None  # what gzip and xz make of the held-out text; on the first rank
 
     @classmethod
     def open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat | None = None) -> Run:
@@ -126,12 +129,11 @@ class Run:
             config.data, Console(speaks=mesh.is_first and not is_launched())
         )  # else it is said already
         heartbeat.outside("measuring the device")
-        config = settle(config, folder, prepared, mesh)
+        config = settle(config, folder, prepared, mesh, console.warn)
         rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
         total_steps = count_steps(config.train, config.data.seq_len, len(rows))
         changed = folder.agree(config)
-        begun = folder.config_file.is_file()
-        before = folder.load_config() if begun else config
+        before = folder.begun() or config
         mesh.barrier()  # nobody writes the config before everybody has compared
         faults = Faults(mesh.place.rank, folder.events_file)
         saving = Saving.open(config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at)
@@ -153,7 +155,6 @@ class Run:
             with folder.writable():
                 write_run_files(folder, config, prepared)
         loader = open_loader(config, mesh, rows, state.position, state.passed_over, faults.at)
-        heartbeat.outside("measuring the device")
         meter = Meter(config, mesh)
         heartbeat.outside("opening the run")
         guard = Guard(mesh.device, config.fault.spike_zscore)
@@ -177,12 +178,16 @@ class Run:
             config, mesh, stop, console, folder, prepared, records, runnable, state, saving, loader, meter, guard,
             recovery, pace, faults, header, heartbeat, DeviceProgress(mesh.device, heartbeat), limit, total_steps,
         )  # fmt: skip
+        if mesh.is_first:
+            run.measuring = Measuring(prepared, idle=True)
         introduce(run, applied, newest, before, [(d.key, d.before, d.after) for d in changed])
         return run
 
     def train(self) -> bool:
         """The steps, then the end; whether it was asked to stop before the last step."""
         with told_of_compilations(self.heartbeat, compiles=self.config.train.compile):
+            if self.runnable.compiled and self.config.train.compile_check and self.state.step < self.total_steps:
+                check_compiled(self)
             stopped = self.take_steps() and self.state.step < self.total_steps
         self.heartbeat.outside("end")
         with self.records.clock.spend("end"):
@@ -222,6 +227,8 @@ class Run:
 
     def close(self) -> None:
         """May be called twice."""
+        if self.measuring is not None:
+            self.measuring.close()
         self.loader.close()
         self.pace.close()
         self.records.close()

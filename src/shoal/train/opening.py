@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from shoal.checkpoint.saved import Saved
 from shoal.config import Config
 from shoal.hub.find import find_model
+from shoal.metrics.machine import bits_depend_on, what_differs
 from shoal.optim.schedule import replanned
 from shoal.plan.length import count_steps, length_of
 from shoal.train.last_words import already_taken
@@ -25,13 +26,17 @@ def introduce(
     config it had, and (option, then, now).
     """
     config, mesh = run.config, run.mesh
-    run.records.event("started", step=run.state.step, processes=mesh.world_size, device=str(mesh.device))
+    machine = bits_depend_on(mesh.device)
+    last = run.records.last_machine()
+    run.records.event(
+        "started", step=run.state.step, processes=mesh.world_size, device=str(mesh.device), machine=machine
+    )
     run.console.say(f"{run.folder.path}: {run.meter.describe_model()}", "bold")
     run.console.note(
         f"{mesh.world_size} process{'es' * (mesh.world_size > 1)} on {run.meter.device_name}, {config.train.dtype}, "
         f"{config.train.global_batch * config.data.seq_len:,} tokens a step, {run.total_steps} steps"
     )
-    for line in (*applied, run.meter.describe_mfu()):
+    for line in filter(None, (*applied, run.meter.describe_mfu())):
         run.console.note(line)
     rows, length = len(run.loader.rows), length_of(config.train)
     if config.train.global_batch > rows:
@@ -41,7 +46,7 @@ def introduce(
             f"train.{length[0]} {length[1]:g} is {run.total_steps * config.train.global_batch / rows:.1f} epochs; a smaller "
             "train.global_batch takes more steps"
         )
-    if run.config.optim.warmup_steps > run.total_steps:
+    if config.train.steps is None and config.optim.warmup_steps > run.total_steps:  # else the config has said so
         run.console.warn(
             f"optim.warmup_steps is {run.config.optim.warmup_steps}, and the run has {run.total_steps} steps: the "
             "learning rate never reaches optim.lr; set fewer"
@@ -56,7 +61,11 @@ def introduce(
     if run.state.step >= run.total_steps:
         run.console.warn(already_taken(config, run.state.step))
         return
+    if last and (differs := what_differs(last, machine)):
+        run.console.warn(f"bits may differ from here on: {differs} since the last start")
     for key, old, new in changed:
+        if key == "launch.threads" and "threads" in last:
+            continue  # said
         run.console.warn(f"{key} was {old} and is {new} from step {run.state.step + 1} on")
     planned = count_steps(before.train, config.data.seq_len, rows)
     if text := replanned(config.optim, run.state.step, planned, run.total_steps):

@@ -10,7 +10,7 @@ from shoal.data.ledger import Header, Ledger
 from shoal.metrics.console import Console
 from shoal.metrics.goodput import Clock, account, in_words
 from shoal.metrics.lines import PatientLines
-from shoal.metrics.trackers import Events, forget_after
+from shoal.metrics.trackers import Events, forget_after, read_json_lines
 from shoal.runs import RunFolder
 
 
@@ -47,6 +47,12 @@ class Records:
             self._metrics = PatientLines(self._folder.metrics_file)
             self._ledger = self._ledger or Ledger(self._folder.ledger_file, header)
             self._ledger.begin(step, position)
+
+    def last_machine(self) -> dict[str, Any]:
+        """What the last start's bits depended on, as `events.jsonl` has it; empty where there is none."""
+        started = [e for e in read_json_lines(self._folder.events_file) if e.get("event") == "started"]
+        machine = started[-1].get("machine") if started else None
+        return machine if isinstance(machine, dict) else {}
 
     def event(self, event: str, **facts: Any) -> None:
         """A line of `events.jsonl`."""
