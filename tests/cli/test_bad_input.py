@@ -70,7 +70,7 @@ def test_memory_that_cannot_be_had_ends_a_run_once_with_what_would_fit(place: Pl
         (["eval", "nowhere"], "runs/nowhere is no run; there are done"),
         (["train", "no\x1b[2Jsuch.yaml"], "no\\x1b[2Jsuch.yaml"),
         (["eval", "done", "--step", "77"], "has no checkpoint of step 77; there are steps 5, 6"),
-        (["eval", "done", "--tokens", "3"], "shoal eval does not take --tokens; see"),
+        (["eval", "done", "--tokens", "3"], "shoal eval does not take --tokens"),
         (["generate", "done", "--prompt", "x" * 80], "the prompt has 80 tokens, and the model's context is 64"),
         (["generate", "done", "--prompt", ""], "an empty --prompt"),
         (["generate", "done", "--prompt", "a", "--top-p", "1.5"], "1.5; it must be above 0 and at most 1"),
