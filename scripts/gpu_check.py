@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # bitwise runs need it, before torch starts CUDA
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a bitwise run's, which its launcher sets else
 
 import argparse
 import json
@@ -33,7 +33,6 @@ from shoal.config import Config, Data, Launch, Metrics, Model, Optim, Train
 from shoal.fault.signals import StopRequest
 from shoal.infer.generate import generate
 from shoal.launch.place import Place
-from shoal.launch.torchrun import worker_environment
 from shoal.metrics.meter import device_name, no_phases
 from shoal.metrics.trackers import read_json_lines
 from shoal.models.attention import KERNELS, attend, document_mask, take_deterministic_kernels
@@ -66,14 +65,15 @@ class Target:
 
 
 def small(target: Target, name: str, **train: Any) -> Config:
-    """A model of a million parameters on generated text, with document masks and grouped heads."""
+    """A model of a million parameters on generated text (a rehearsal's: less), with document masks and grouped heads."""
+    dim, seq_len, batch = (64, 32, 4) if target.rehearses else (256, 128, 16)
     return Config(
-        model=Model(dim=256, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=256, qk_norm=True),
+        model=Model(dim=dim, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=256, qk_norm=True),
         data=Data(
-            corpus="dummy", tokenizer="bytes", seq_len=128, document_mask=True, folder=str(target.folder / "data")
+            corpus="dummy", tokenizer="bytes", seq_len=seq_len, document_mask=True, folder=str(target.folder / "data")
         ),
         optim=Optim(lr=3e-3, warmup_steps=2),
-        train=Train(**{"steps": 8, "global_batch": 16, "micro_batch": 4, "eval_every": 0, **train}),
+        train=Train(**{"steps": 8, "global_batch": batch, "micro_batch": batch // 4, "eval_every": 0, **train}),
         metrics=Metrics(peak_tflops=1.0),
         launch=Launch(runs=str(target.folder / "runs"), name=name),
     )
@@ -415,8 +415,9 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         tell("gpu_check: torch sees no CUDA device here; nothing was checked")
         return 2
-    os.environ |= {k: os.environ.get(k, v) for k, v in worker_environment(torch.get_num_threads()).items()}
     device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     report: dict[str, Any] = {
         "device": device_name(device),
         "versions": dict(line.split(maxsplit=1) for line in describe().splitlines()),

@@ -15,6 +15,7 @@ SCRIPT = str(ROOT / "scripts" / "gpu_check.py")
 
 
 @pytest.mark.ci
+@pytest.mark.timeout(600)
 def test_what_needs_no_gpu_is_rehearsed(tmp_path: Path) -> None:
     out = tmp_path / "check.json"
     command = [sys.executable, SCRIPT, "--device", "cpu", "--quick", "--out", str(out)]
