@@ -20,6 +20,7 @@ LOOK_SECONDS: Final = 0.1  # how long `free_cores` looks, of all the time that m
 _QUIET: Final = 0.5  # a load average below this many cores is not looked into
 
 _INFO: Final = Path("/proc/cpuinfo")
+_GROUP: Final = Path("/proc/self/cgroup")
 _GROUPS: Final = Path("/sys/fs/cgroup")  # of processes, with their limits
 
 
@@ -117,7 +118,7 @@ def _quota() -> float:
 def _group_folders() -> list[Path]:
     """Return where the limits of CPU time stand: of this process's own group, and of what a container sees as the root."""
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = _GROUP.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     found = []

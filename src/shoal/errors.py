@@ -7,7 +7,7 @@ The errors a person can meet.
     ├── ModelError          a folder of weights: missing, cut short, or of a shape that is not honoured
     ├── CheckpointError     a checkpoint that cannot be read or written
     ├── RunError            the run's folder: locked, unwritable, of another past
-    ├── CompileError        the compiler made something else of the model than what it is
+    ├── CompileError        compiled code whose loss or gradients are not those of the model
     ├── LaunchError         processes, ports, devices
     ├── MemoryProblem       memory that ran out
     ├── GenerateError       a prompt or a sampling option

@@ -25,7 +25,9 @@ from shoal.errors import (
 
 if TYPE_CHECKING:
     from shoal.config import Config
+    from shoal.data.prepare import Prepared
     from shoal.infer.asked import Wanted
+    from shoal.metrics.console import Console
     from shoal.metrics.narrator import Narrator
     from shoal.runs import RunFolder
 
@@ -135,9 +137,7 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
 
         console = Console()
         prepared = open_data(config.data, console, rows=config.model.vocab_size)
-        from shoal.train.last_words import tell_if_finished
-
-        if folder.config_file.is_file() and tell_if_finished(config, folder, prepared, console):
+        if folder.config_file.is_file() and _is_finished(config, folder, prepared, console):
             return 0
     return launch(config, [*argv, *_settled(config)])
 
@@ -157,6 +157,20 @@ def _say_where(config: Config) -> None:
     from shoal.launch.place import unused_claims
 
     _tell(unused_claims(config.launch.nodes))
+
+
+def _is_finished(config: Config, folder: RunFolder, prepared: Prepared, console: Console) -> bool:
+    """Whether all steps of this run are taken; then its result is said again."""
+    from shoal.metrics.narrator import Narrator
+    from shoal.train.last_words import finished, say_result_again
+
+    narrator = Narrator.of(console)
+    with narrator.phase("checking the last checkpoint"):
+        result = finished(config, folder, prepared)
+    narrator.close()
+    if result is not None:
+        say_result_again(config, folder, result, console)
+    return result is not None
 
 
 def _work(config: Config, *, verify: bool = False) -> int:

@@ -21,7 +21,7 @@ optim: {lr: 1e-2, warmup_steps: 3, schedule: constant}
 train: {steps: 40, global_batch: 16, micro_batch: 2, dtype: float32, device: cpu, eval_every: 20, sample_prompt: "a", sample_tokens: 20}
 checkpoint: {every: 5}
 metrics: {peak_tflops: 1, console_every: 1}
-launch: {processes: 2}
+launch: {processes: 2, threads: 1}
 """
 
 
@@ -84,8 +84,9 @@ class Place:
 
 
 def clean_environment() -> dict[str, str]:
-    """Without what pytest and other launchers leave, so that the command is nobody's worker."""
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
+    """Nobody's worker's, without what pytest and other launchers leave; one thread where a command would choose by the load."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {"OMP_NUM_THREADS": "1"}
 
 
 def until(process: subprocess.Popen[str], words: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from shoal.errors import EXIT_REQUEUE
@@ -53,6 +54,9 @@ def test_a_run_says_what_it_does_and_leaves_what_it_should(place: Place) -> None
     split = next(r["split_seconds"] for r in records if "split_seconds" in r)
     assert {"data", "forward", "backward", "reduce", "optimizer"} <= set(split)
     assert place.events("clean")[0] == "started"
+    machine = place.event_lines("clean")[0]["machine"]
+    assert (machine["threads"], machine["torch"]) == (1, torch.__version__)
+    assert torch.backends.cpu.get_cpu_capability() in machine["instructions"].split(", ")
     assert place.events("clean")[-1] == "finished"
 
 
@@ -80,7 +84,14 @@ def test_the_same_command_again_is_at_the_end_and_more_steps_go_on(place: Place)
     said = output[output.index("a sample:") : output.index("goodput")]
     assert said in again  # the result of the run, once more
     assert all(path.read_bytes() == content for path, content in files.items())
-    longer = place.good("train", "recipe.yaml", "--name", "clean", "--train.steps", "42", "--optim.lr=5e-3")
+    assert "bits may differ" not in again
+    events = place.folder / "runs" / "clean" / "events.jsonl"
+    events.write_text(events.read_text().replace(f'"torch":"{torch.__version__}"', '"torch":"1.0"'))
+    longer = place.good(
+        "train", "recipe.yaml", "--name", "clean", "--train.steps", "42", "--optim.lr=5e-3", "--launch.threads=2"
+    )
+    assert f"bits may differ from here on: threads 1 -> 2, torch 1.0 -> {torch.__version__} since" in longer
+    assert "launch.threads was" not in longer  # said once
     assert "optim.lr was 0.01 and is 0.005 from step 41 on" in longer
     assert "the constant schedule was planned for 40 steps and is now for 42" in longer
     assert [r[0] for r in place.losses("clean")][-2:] == [41, 42]

@@ -29,7 +29,7 @@ def test_pass_ends_with_0_and_leaves_a_certificate(place: Place) -> None:
     found = _certificate(place)
     assert found["passed"] is True
     assert found["layout"] == "dp_shard 2"
-    assert found["facts"]["versions"]["torch"] == torch.__version__  # type: ignore[index]
+    assert found["facts"]["machine"]["torch"] == torch.__version__  # type: ignore[index]
     assert found["config"]["parallel"]["dp_shard"] == 2  # type: ignore[index]
     kinds = [f["what"] for f in found["findings"]["float32"]]  # type: ignore[index]
     assert kinds == ["loss", "gradient norm", "gradient", "update"]

@@ -131,19 +131,20 @@ def test_a_task_that_is_not_there_or_has_no_data(tasks: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    ("trained", "asked", "computed"),
+    ("trained", "asked", "quick", "computed"),
     [
-        ("bfloat16", "auto", "bfloat16"), ("float32", "auto", "float32"), ("float16", "auto", "float32"),
-        ("bfloat16", "float32", "float32"), ("float32", "bfloat16", "bfloat16"),
+        ("bfloat16", "auto", True, "bfloat16"), ("bfloat16", "auto", False, "float32"), ("float32", "auto", True, "float32"),
+        ("float16", "auto", True, "float32"), ("bfloat16", "float32", True, "float32"), ("float32", "bfloat16", False, "bfloat16"),
     ],
 )  # fmt: skip
 def test_a_run_is_computed_in_what_it_was_trained_in(
-    trained: str, asked: str, computed: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: str, asked: str, quick: bool, computed: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `load_run` has it, though its weights are exported in float32."""
     run = shutil.copytree(done, tmp_path / "done", symlinks=True)
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("dtype: float32", f"dtype: {trained}"))
+    monkeypatch.setattr("shoal.infer.load.multiplies_bfloat16", lambda: quick)
     told: list[dict[str, str]] = []
 
     def evaluate(*, model_args: dict[str, str], **_: object) -> dict[str, Any]:

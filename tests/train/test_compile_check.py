@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -143,7 +144,6 @@ def test_a_run_has_the_same_bits_with_and_without_the_comparison(
 
 
 PLANT = """
-import builtins, sys
 import torch
 from unittest import mock
 def compile(forward, **_):
@@ -164,9 +164,7 @@ def test_the_command_ends_with_2_and_says_it_once(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(PLANT, encoding="utf-8")
     output = place.refused("train", "recipe.yaml", "--name", "lost", "--train.compile", PYTHONPATH=str(tmp_path))
     assert output.count("blocks.0.ffn.up.weight") == 1
-    assert "step " not in output.replace("a step", "").replace("first step", "")
-    assert not [line for line in place.event_lines("lost") if line["event"] == "restarted"]
-    place.good("config", "recipe.yaml", "--train.compile_check", "false")
+    assert place.events("lost") == ["started"]  # no step, and no second try
 
 
 def compiled_ffn(self: FeedForward, x: torch.Tensor) -> torch.Tensor:
@@ -177,10 +175,12 @@ def compiled_ffn(self: FeedForward, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.ci
 def test_with_the_compiler_itself(tmp_path: Path) -> None:
+    """Without the code that it generates, which is slow to make."""
     config = config_of(tmp_path, "real", train__compile=True, train__device="cpu", train__steps=1)
     config = config.replace("model", num_layers=1)
     torch.compiler.reset()
-    with mock.patch.object(FeedForward, "forward", compiled_ffn):
+    graphs = functools.partial(torch.compile, backend="aot_eager")
+    with mock.patch.object(FeedForward, "forward", compiled_ffn), mock.patch.object(torch, "compile", graphs):
         run = Run.open(config, ALONE, NeverStop())
         try:
             with pytest.raises(CompileError, match=r"blocks\.0\.ffn\.gate\.weight"):

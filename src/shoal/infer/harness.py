@@ -23,7 +23,7 @@ from shoal.errors import DataError, ShoalError
 from shoal.hub.find import find_model
 from shoal.infer.asked import Tasks, Wanted
 from shoal.infer.export import export_run
-from shoal.infer.load import find_device, folder_dtype
+from shoal.infer.load import find_device, folder_dtype, run_dtype
 from shoal.infer.target import find_checkpoint
 
 BATCH: Final = {"cpu": 8, "cuda": 32}  # the same always: the harness' own search would be part of the result
@@ -97,8 +97,7 @@ def _dtype(wanted: Wanted, folder: Path, device: torch.device) -> str:
     chosen = wanted.dtype
     if wanted.target is not None and chosen == "auto":
         run, _ = find_checkpoint(wanted.runs, wanted.target, wanted.step)
-        trained = run.load_config().train.dtype
-        chosen = "float32" if device.type == "cpu" and trained == "float16" else trained
+        chosen = run_dtype(run.load_config().train.dtype, chosen, device)
     return folder_dtype(str(folder), chosen, device)
 
 

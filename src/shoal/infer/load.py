@@ -88,10 +88,7 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: s
     """
     folder, saved = find_checkpoint(runs, target, step)
     config, place = folder.load_config(), find_device(device)
-    slow = place.type == "cpu" and (
-        config.train.dtype == "float16" or (config.train.dtype == "bfloat16" and not multiplies_bfloat16())
-    )
-    chosen = dtype if dtype != "auto" else "float32" if slow else config.train.dtype
+    chosen = run_dtype(config.train.dtype, dtype, place)
     _check_dtype(chosen, place)
     model = build_model(config.model, compute_dtype=DTYPES[chosen])
     state = load_model(saved, model, place)
@@ -101,6 +98,14 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: s
         name=target, model=model.eval(), tokenizer=tokenizer, device=place, config=config, step=int(state["step"]),
         data_id=state["data_id"], files=files, end_ids=_end_ids(files, tokenizer),
     )  # fmt: skip
+
+
+def run_dtype(trained: str, wanted: str, device: torch.device) -> str:
+    """Return what a run's model is computed in: "auto" is as it was trained, but float32 on a CPU that is slow in that."""
+    if wanted != "auto":
+        return wanted
+    slow = trained == "float16" or (trained == "bfloat16" and not multiplies_bfloat16())
+    return "float32" if device.type == "cpu" and slow else trained
 
 
 def load_folder(name: str, *, family: str | None = None, device: str, dtype: str = "auto") -> LoadedModel:

@@ -38,7 +38,7 @@ def bits_depend_on(device: torch.device) -> dict[str, str | int]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    for name, pattern in (("mkl", r"Math Kernel Library Version (\S+)"), ("onednn", r"MKL-DNN v(\S+)")):
+    for name, pattern in (("mkl", r"Math Kernel Library Version ([\d.]+)"), ("onednn", r"MKL-DNN v([\d.]+)")):
         if match := re.search(pattern, built):
             found[name] = match[1]
     if device.type == "cuda":

@@ -14,10 +14,10 @@ from typing import Final
 
 import torch
 
-SIZES: Final = (64, 128, 256, 512, 1024, 2048, 4096)
+SIZES: Final = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 LARGE_ENOUGH: Final = 256  # from here on a product's own arithmetic decides, and not what surrounds it
 _TURNS: Final = 4  # of each size: the best counts, so that a neighbour who is busy for a moment does not
-_GROWTH: Final = 8 * 10  # twice the size is 8 times the arithmetic
+_MARGIN: Final = 10  # how many times slower the next size may be than this one
 
 
 def product_rates(
@@ -31,7 +31,7 @@ def product_rates(
     """
     end = time.perf_counter() + seconds
     found = [0.0] * len(dtypes)
-    for n in SIZES:
+    for n, larger in zip(SIZES, (*SIZES[1:], math.inf), strict=True):
         best = _best_seconds(n, dtypes, device, end)
         if max(best) == math.inf:
             break
@@ -39,7 +39,7 @@ def product_rates(
         found = rates if n <= LARGE_ENOUGH else [max(pair) for pair in zip(found, rates, strict=True)]
         if abs(math.log(rates[0] / rates[-1])) > math.log(clear * (1 if n >= LARGE_ENOUGH else 10)):
             break
-        if time.perf_counter() + _GROWTH * sum(best) > end:
+        if time.perf_counter() + _MARGIN * (larger / n) ** 3 * sum(best) > end:
             break
     return found
 

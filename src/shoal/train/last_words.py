@@ -20,17 +20,22 @@ from shoal.plan.length import count_steps, length_of
 from shoal.runs import RunFolder
 
 
-def tell_if_finished(config: Config, folder: RunFolder, prepared: Prepared, console: Console) -> bool:
-    """Whether all steps of this run are taken; then its result is said again, and nothing is written."""
+def finished(config: Config, folder: RunFolder, prepared: Prepared) -> dict[str, Any] | None:
+    """What `events.jsonl` says of the end of a run whose steps are all taken; None where there are more to take."""
     rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     total_steps = count_steps(config.train, config.data.seq_len, len(rows))
     saved = listed(folder.checkpoints)[-1:]
     ended = [each for each in read_json_lines(folder.events_file) if each["event"] == "finished"][-1:]
     if not (saved and ended) or not ended[0].get("step") == saved[0].step >= total_steps:
-        return False
-    if read_state(saved[0].folder)["data_id"] != prepared.data_id or damage(saved[0].folder):
-        return False
-    [result] = ended
+        return None
+    # what is damaged, or of other tokens, is for the run itself to tell of
+    if damage(saved[0].folder) or read_state(saved[0].folder)["data_id"] != prepared.data_id:
+        return None
+    return ended[0]
+
+
+def say_result_again(config: Config, folder: RunFolder, result: Mapping[str, Any], console: Console) -> None:
+    """Of a run that is `finished`; nothing is written."""
     console.say(f"{folder.path} is finished: {already_taken(config, result['step'])}", "bold")
     say_held_out(result, console)
     sample = folder.samples / "end.txt"
@@ -40,7 +45,6 @@ def tell_if_finished(config: Config, folder: RunFolder, prepared: Prepared, cons
         console.say()
         console.say(result["compared"], "bold")
     say_what_next(config, folder, result, console)
-    return True
 
 
 def already_taken(config: Config, steps: int) -> str:

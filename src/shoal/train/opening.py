@@ -27,7 +27,7 @@ def introduce(
     """
     config, mesh = run.config, run.mesh
     machine = bits_depend_on(mesh.device)
-    differs = what_differs(run.records.last_machine(), machine)
+    last = run.records.last_machine()
     run.records.event(
         "started", step=run.state.step, processes=mesh.world_size, device=str(mesh.device), machine=machine
     )
@@ -61,9 +61,11 @@ def introduce(
     if run.state.step >= run.total_steps:
         run.console.warn(already_taken(config, run.state.step))
         return
-    if differs:
-        run.console.warn(f"the last start was on other ground, so that bits may differ from here on: {differs}")
+    if last and (differs := what_differs(last, machine)):
+        run.console.warn(f"bits may differ from here on: {differs} since the last start")
     for key, old, new in changed:
+        if key == "launch.threads" and "threads" in last:
+            continue  # said
         run.console.warn(f"{key} was {old} and is {new} from step {run.state.step + 1} on")
     planned = count_steps(before.train, config.data.seq_len, rows)
     if text := replanned(config.optim, run.state.step, planned, run.total_steps):

@@ -1,0 +1,125 @@
+"""
+The same in fresh interpreters, on the instructions of the machine at hand and on those of an AVX2 CPU: each asserts
+which it got.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.cli.commands import clean_environment
+
+ROOT = Path(__file__).parents[1]
+AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+KINDS = pytest.mark.parametrize(
+    ("told", "capability"),
+    [
+        pytest.param({}, CAPABILITY, id="as it is", marks=pytest.mark.ci),
+        pytest.param(
+            AVX2, "AVX2", id="AVX2",
+            marks=pytest.mark.skipif(not CAPABILITY.startswith("AVX"), reason="only a CPU with AVX2 can play one"),
+        ),
+    ],
+)  # fmt: skip
+
+ASK = """
+import json, torch
+from shoal.cpu import multiplies_bfloat16
+from shoal.launch.place import Place
+from shoal.metrics.machine import instruction_sets
+from shoal.parallel.mesh import Mesh
+from shoal.train.settle import describe_slow_bfloat16, settle_dtype
+cpu = torch.device("cpu")
+print(json.dumps({
+    "capability": torch.backends.cpu.get_cpu_capability(), "sets": instruction_sets(), "quick": multiplies_bfloat16(),
+    "torch": torch.ops.mkldnn._is_mkldnn_bf16_supported(), "auto": settle_dtype("auto", Mesh(Place(), cpu)),
+    "slow": describe_slow_bfloat16(cpu),
+}))
+"""
+
+
+@KINDS
+def test_auto_is_settled_by_the_instructions(told: dict[str, str], capability: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], env=clean_environment() | told, capture_output=True, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    assert found["capability"] == capability
+    assert found["sets"].split(", ")[0] == capability
+    assert found["torch"] or not found["quick"]  # what torch asks of its own libraries
+    assert found["quick"] or found["auto"] == "float32"
+    if told:
+        assert not found["quick"]
+        assert "train.dtype" in found["slow"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the quickstart's data is prepared, once."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    shoal(folder, "prepare", str(ROOT / "recipes" / "quickstart.yaml"))
+    return folder
+
+
+def shoal(folder: Path, *arguments: str, **told: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "shoal", *arguments],
+        cwd=folder, env=clean_environment() | told, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.ci
+@KINDS
+def test_the_quickstart_begins(told: dict[str, str], capability: str, folder: Path) -> None:
+    """Its first 20 steps learn, in the dtype that is settled, and the run says on what it was taken."""
+    name = capability if told else "native"
+    options = ("--train.steps=20", "--optim.warmup_steps=5", "--train.sample_tokens=1", "--metrics.every=1")
+    shoal(folder, "train", str(ROOT / "recipes" / "quickstart.yaml"), "--name", name, *options, **told)
+    run = folder / "runs" / name
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [r["loss"] for r in records if "loss" in r]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 1
+    assert {r["mfu"] for r in records if "loss" in r} == {None}
+    machine = json.loads((run / "events.jsonl").read_text().splitlines()[0])["machine"]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert machine["instructions"].split(", ")[0] == capability
+    assert machine["threads"] == config["launch"]["threads"]
+    assert config["train"]["dtype"] in ({"float32"} if told else {"float32", "bfloat16"})
+
+
+@pytest.mark.ci
+@KINDS
+def test_speed_is_measured(told: dict[str, str], capability: str, folder: Path) -> None:
+    """Beside a product, of which no step takes more than all; no MFU, since nobody knows the peak."""
+    recipe = str(ROOT / "recipes" / "quickstart.yaml")
+    found = json.loads(
+        shoal(
+            folder,
+            "bench",
+            "speed",
+            recipe,
+            "--repeats",
+            "1",
+            "--train.steps=6",
+            "--optim.warmup_steps=0",
+            "--json",
+            **told,
+        )
+    )
+    ours = found["shoal"]
+    assert not ours.get("mfu")
+    assert 0 < ours["of_product"] <= 1
+    assert ours["model"].startswith("llama")
+    assert platform.system() != "Linux" or ours["device"].endswith("a process)")
