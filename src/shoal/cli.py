@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from shoal import __version__, verbs
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, ShoalError
 from shoal.fault.signals import Asked
-from shoal.output import Output, visible
+from shoal.output import Output, say_error, visible
 from shoal.secrets import secret_in
 from shoal.verbs import Override
 
@@ -62,10 +62,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def _say(message: str) -> int:
     """Tell it once for all processes of a run; the exit code."""
     from shoal.launch.place import report_to_launcher
-    from shoal.metrics.console import error as show
 
     if not report_to_launcher(message):
-        show(message)
+        say_error(message)
     return EXIT_BAD_INPUT
 
 
@@ -80,7 +79,7 @@ def _leave(code: int, *, at_once: bool = False) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_BROKEN_PIPE
     except ShoalError as error:
-        print(f"shoal: {visible(error)}", file=sys.stderr)
+        say_error(str(error))
         code = code or EXIT_BAD_INPUT
     sys.stderr.flush()
     if at_once or "torch" in sys.modules:

@@ -27,6 +27,11 @@ def on_one_line(name: object) -> str:
     return visible(name).replace("\n", "\\n").replace("\t", "\\t")
 
 
+def say_error(text: str) -> None:
+    """Print the one message of a `ShoalError` on standard error."""
+    print(f"shoal: {visible(text)}", file=sys.stderr, flush=True)
+
+
 class Output:
     """A stream of text that raises `ShoalError` where it cannot be written, and `BrokenPipeError` where its reader has gone."""
 

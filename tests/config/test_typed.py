@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -280,3 +282,13 @@ def test_a_config_of_a_tokenizer_that_is_not_known_has_amounts_too() -> None:
         resolve(START).config.replace("model", **dataclasses.asdict(shape)).replace("data", tokenizer="nowhere.json")
     )
     assert "embedding" in next(iter(amounts(config)))
+
+
+def test_a_refusal_imports_nothing_that_is_slow() -> None:
+    code = (
+        "import sys\nfrom shoal.cli import main\n"
+        "try:\n    main(['train', 'quickstart', '--train.setps', '3'])\nexcept SystemExit as end:\n"
+        "    print(end.code, *(m for m in ('torch', 'rich', 'tokenizers', 'numpy', 'huggingface_hub') if m in sys.modules))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["2"]

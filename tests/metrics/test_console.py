@@ -10,7 +10,7 @@ import pytest
 
 from shoal.metrics.console import STEP_LINES, Console, _Lines, step_interval, step_line
 from shoal.metrics.narrator import Narrator
-from shoal.output import on_one_line, visible
+from shoal.output import on_one_line, say_error, visible
 
 RECORD: dict[str, Any] = {
     "step": 7, "loss": 3.21, "lr": 3e-4, "grad_norm": 0.55, "tokens_per_second": 123_263.0, "step_seconds": 0.905,
@@ -110,10 +110,9 @@ def test_what_a_terminal_would_obey_is_shown() -> None:
 
 def test_all_that_a_console_says_passes_there(capsys: pytest.CaptureFixture[str]) -> None:
     from shoal.launch.stops import tell
-    from shoal.metrics.console import error
 
     console = Console()
-    for say in (console.say, console.note, console.warn, tell, error):
+    for say in (console.say, console.note, console.warn, tell, say_error):
         say("x\x1b]0;owned\x07")
     with console.progress("preparing") as progress:
         progress("\x1b[2J", 1, 2)
