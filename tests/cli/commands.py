@@ -84,8 +84,9 @@ class Place:
 
 
 def clean_environment() -> dict[str, str]:
-    """Without what pytest and other launchers leave, so that the command is nobody's worker."""
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS")}
+    """Nobody's worker's, without what pytest and other launchers leave; one thread where a command would choose by the load."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {"OMP_NUM_THREADS": "1"}
 
 
 def until(process: subprocess.Popen[str], words: str) -> Iterator[str]:

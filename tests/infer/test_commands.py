@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from shoal.cli import _run
+from shoal.data.tokenize import load_tokenizer
 from shoal.errors import CheckpointError, ShoalError
 from shoal.infer import commands
 from shoal.infer.asked import Text
@@ -79,6 +80,22 @@ def test_what_begins_a_document_stands_first_and_then_all_is_scored(capsys: pyte
     assert record["tokens"] == len(TEXT.encode())
     assert record["context"] == 128
     assert record["stride"] == 64
+    assert record["first_token_after"] == "<|im_start|>"
+
+
+@pytest.mark.parametrize("kind", ["none", "named", "put before"])
+def test_the_first_token_is_predicted_after_the_one_that_the_harness_takes(kind: str, tmp_path: Path) -> None:
+    """Its rule (`prefix_token_id`), on the tokenizer as transformers opens it: bos_token, and eos_token where there is none."""
+    from transformers import AutoTokenizer
+
+    folder = talker(tmp_path / "model", bos=kind == "put before")
+    described = folder / "tokenizer_config.json"
+    if kind == "named":
+        described.write_text(json.dumps(json.loads(described.read_text()) | {"bos_token": "<|im_end|>"}))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    expected = theirs.eos_token_id if theirs.bos_token_id is None else theirs.bos_token_id
+    assert commands.first_token(load_tokenizer(str(folder)), folder) == expected
+    assert expected == {"none": 256, "named": 258, "put before": 257}[kind]
 
 
 def test_a_run_is_scored_on_a_text_or_on_its_own(capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,8 +218,8 @@ def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest
         (["generate", "--model.from", "talker", "--chat", "--prompt", "a"], "not both"),
         (["generate", "--model.from", "talker", "--prompt", "a", "--system", "b"], "--system does nothing"),
         (["generate", "--model.from", "talker", "--prompt", ""], "empty --prompt"),
-        (["generate", "--model.from", "talker", "--prompt", "a\udcff"], "--prompt is no UTF-8 text"),
-        (["generate", "--model.from", "talker", "--chat", "--system", "\udcff"], "--system is no UTF-8 text"),
+        (["generate", "--model.from", "talker", "--prompt", "a\udcff"], "what follows --prompt"),
+        (["generate", "--model.from", "talker", "--chat", "--system", "\udcff"], "what follows --system"),
         (["generate", "--model.from", "talker", "--chat", "--temperature", "-1"], "--temperature is -1.0"),
         (["generate", "--model.from", "talker", "--prompt", "a", "--top-p", "2"], "--top-p is 2.0"),
         (["generate", "--model.from", "talker", "--chat", "--tokens", "-1"], "--tokens is -1"),
