@@ -16,6 +16,7 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a bitwise run's, which its launcher sets else
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -431,7 +432,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.out:
             arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
-    with tempfile.TemporaryDirectory() as name:
+    # what the runs in this process say goes beside what this says: standard output is the report's
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
         target = Target(device, Path(name), arguments.quick)
         for check in CHECKS:
             report["checks"].append(run_check(check, target))
