@@ -421,7 +421,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     report: dict[str, Any] = {
         "device": device_name(device),
-        "versions": dict(line.split(maxsplit=1) for line in describe().splitlines()),
+        "versions": {
+            name: value.strip() for name, _, value in (line.partition("  ") for line in describe().splitlines())
+        },
         "commit": commit(),
         "command": sys.argv,
         "checks": [],
