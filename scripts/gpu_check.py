@@ -16,6 +16,7 @@ import os
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a bitwise run's, which its launcher sets else
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -420,7 +421,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     report: dict[str, Any] = {
         "device": device_name(device),
-        "versions": dict(line.split(maxsplit=1) for line in describe().splitlines()),
+        "versions": {
+            name: value.strip() for name, _, value in (line.partition("  ") for line in describe().splitlines())
+        },
         "commit": commit(),
         "command": sys.argv,
         "checks": [],
@@ -431,7 +434,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.out:
             arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
-    with tempfile.TemporaryDirectory() as name:
+    # what the runs in this process say goes beside what this says: standard output is the report's
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
         target = Target(device, Path(name), arguments.quick)
         for check in CHECKS:
             report["checks"].append(run_check(check, target))

@@ -19,7 +19,9 @@ from shoal.errors import LaunchError
 # `make test-torch VERSION=...` passed with each; docs/SETUP.md has the results, pyproject.toml the range.
 TESTED: Final = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 
-Feature = Literal["processes", "train", "compile", "selective", "ring", "v_schedule", "bitwise_shards", "hf", "kernel"]
+Feature = Literal[
+    "processes", "train", "compile", "selective", "ring", "v_schedule", "bitwise_shards", "hf", "kernel", "timeouts"
+]
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,12 @@ PRIVATE: Final[dict[Feature, Private]] = {
         "set model.family to one of shoal's own",
     ),
     "kernel": Private("the line that names the attention kernel", ("torch:_fused_sdp_choice",), "", optional=True),
+    "timeouts": Private(
+        "launch.timeout_seconds of groups that torch opens by itself",
+        _in("torch.distributed.distributed_c10d:", "default_pg_timeout", "default_pg_nccl_timeout"),
+        "",
+        optional=True,
+    ),
 }  # fmt: skip
 
 
