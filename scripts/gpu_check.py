@@ -173,7 +173,8 @@ def quickstart(folder: Path) -> str:
 def speed(folder: Path, quick: bool, *options: str) -> str:
     arguments = ["bench", "speed", "--json", "--repeats", "1" if quick else "3", *options]
     report = json.loads(shoal(folder, *arguments).splitlines()[-1])["shoal"]
-    return f"| {report['model']} | {' '.join(options[1:])} | {report['tokens_per_second']:,.0f} | {100 * report['mfu']:.1f}% | {report['memory_bytes'] / 2**30:.1f} |"
+    share = "" if report["mfu"] is None else f"{100 * report['mfu']:.1f}%"  # of a device in the table
+    return f"| {report['model']} | {' '.join(options[1:])} | {report['tokens_per_second']:,.0f} | {share} | {report['memory_bytes'] / 2**30:.1f} |"
 
 
 def bench_recipe(folder: Path, preset: str, micro_batch: int, seq_len: int) -> str:
