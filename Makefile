@@ -1,6 +1,6 @@
 # Every target makes what it needs, so each works as the first one on a fresh machine.
 
-.PHONY: train test test-all chaos matrix check format setup harness clean
+.PHONY: train test test-all test-torch chaos matrix check format setup harness clean
 PYTHON ?=
 # Which tests; CI's share is "not slow".
 TESTS ?= not slow and not ci
@@ -14,6 +14,11 @@ test: harness
 
 test-all: harness
 	$(BIN)/python -m pytest
+
+# Another version of torch, in an environment of its own; or, with TORCH_ENV=DIR, in one that is there.
+test-torch:
+	@python=$$(for p in $(PYTHON) python3 python3.13 python3.12 python3.11; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done); \
+	TORCH_ENV="$(TORCH_ENV)" $${python:?no Python 3.11 or newer was found} scripts/test_torch.py $(VERSION) $(if $(PARTS),--parts $(PARTS))
 
 # 100 faults by chance, of which a seed brings any back.
 chaos: setup

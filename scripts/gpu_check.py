@@ -2,12 +2,18 @@
 Everything about shoal that needs a CUDA device, on any machine that has one: correctness first, then speed.
 
     python scripts/gpu_check.py [--quick] [--out FILE]
+    python scripts/gpu_check.py --device cpu --quick       # a rehearsal: all that runs without a GPU, at tiny sizes
 
-Prints what it did and found as Markdown (keep it under docs/benchmarks/), and ends with 1 where a check failed.
-It needs the stdlib corpus and no network.
+Says what it does on standard error. Prints one JSON object: device, versions, commit, checks, speed; with --out it is
+written to FILE too, after each check (keep it under docs/benchmarks/). Ends with 1 where a check failed. It needs the
+stdlib corpus and no network.
 """
 
 from __future__ import annotations
+
+import os
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a bitwise run's, which its launcher sets else
 
 import argparse
 import json
@@ -16,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +30,63 @@ import torch
 
 from shoal.bench.environment import describe
 from shoal.config import Config, Data, Launch, Metrics, Model, Optim, Train
+from shoal.fault.signals import StopRequest
+from shoal.infer.generate import generate
 from shoal.launch.place import Place
-from shoal.metrics.meter import no_phases
+from shoal.metrics.meter import device_name, no_phases
 from shoal.metrics.trackers import read_json_lines
+from shoal.models.attention import KERNELS, attend, document_mask, take_deterministic_kernels
 from shoal.parallel.mesh import Mesh
 from shoal.train.loop import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 Gradients = dict[str, torch.Tensor]
+Found = tuple[bool, str]  # whether it is as it should be, and what was found
 
 
-def small(folder: Path, name: str, **train: Any) -> Config:
-    """A model of a million parameters on generated text, with document masks."""
+@dataclass(frozen=True)
+class Target:
+    """Where the checks run; `folder` is theirs alone."""
+
+    device: torch.device
+    folder: Path
+    quick: bool
+
+    @property
+    def rehearses(self) -> bool:
+        return self.device.type == "cpu"
+
+    def recipe(self, name: str, text: str) -> str:
+        """A recipe of one process on the device, with this beside; its file's name."""
+        path = self.folder / f"{name}.yaml"
+        threads = ", threads: 1" * self.rehearses  # a machine that rehearses does other things beside it
+        path.write_text(f"{text.format(device=self.device.type)}\nlaunch: {{processes: 1{threads}}}\n")
+        return path.name
+
+
+def small(target: Target, name: str, **train: Any) -> Config:
+    """A model of a million parameters on generated text (a rehearsal's: less), with document masks and grouped heads."""
+    dim, seq_len, batch = (64, 32, 4) if target.rehearses else (256, 128, 16)
     return Config(
-        model=Model(dim=256, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=256, qk_norm=True),
-        data=Data(corpus="dummy", tokenizer="bytes", seq_len=128, document_mask=True, folder=str(folder / "data")),
+        model=Model(dim=dim, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=256, qk_norm=True),
+        data=Data(
+            corpus="dummy", tokenizer="bytes", seq_len=seq_len, document_mask=True, folder=str(target.folder / "data")
+        ),
         optim=Optim(lr=3e-3, warmup_steps=2),
-        train=Train(steps=8, global_batch=16, micro_batch=4, **train),
+        train=Train(**{"steps": 8, "global_batch": batch, "micro_batch": batch // 4, "eval_every": 0, **train}),
         metrics=Metrics(peak_tflops=1.0),
-        launch=Launch(runs=str(folder / "runs"), name=name),
+        launch=Launch(runs=str(target.folder / "runs"), name=name),
     )
 
 
-def first_step(folder: Path, name: str, device: str, **train: Any) -> tuple[float, Gradients]:
-    """Mean loss and gradients of the first step on `device`."""
-    from shoal.fault.signals import StopRequest
+def opened(target: Target, name: str, device: torch.device | None = None, **train: Any) -> Run:
+    torch.use_deterministic_algorithms(False)  # a bitwise run before it left that on
+    return Run.open(small(target, name, **train), Mesh(Place(), device or target.device), StopRequest())
 
-    mesh = Mesh(Place(), torch.device(device))
-    run = Run.open(small(folder, name, **train), mesh, StopRequest())
+
+def first_step(target: Target, name: str, device: torch.device | None = None, **train: Any) -> tuple[float, Gradients]:
+    """Mean loss and gradients of the first step."""
+    run = opened(target, name, device, **train)
     scale = run.state.scaler.scale if run.state.scaler else 1.0
     losses, _ = run.runnable.forward_backward(run.loader.next_step(), 1, no_phases, scale)
     run.close()
@@ -60,7 +96,13 @@ def first_step(folder: Path, name: str, device: str, **train: Any) -> tuple[floa
 
 def worst(mine: Gradients, theirs: Gradients) -> float:
     """The largest relative difference of a parameter's gradient."""
-    return max(float((mine[n] - theirs[n]).norm() / mine[n].norm().clamp(min=1e-12)) for n in mine)
+    return max(apart(theirs[n], mine[n]) for n in mine)
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The relative difference."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
 
 def compared(
@@ -69,7 +111,7 @@ def compared(
     name: str,
     loss_within: float,
     gradient_within: float,
-) -> tuple[bool, str]:
+) -> Found:
     """Whether loss and gradients of a first step agree with those of the reference called `name`, and how well."""
     (loss, gradients), (their_loss, theirs) = reference, found
     error = worst(gradients, theirs)
@@ -77,119 +119,245 @@ def compared(
     return fine, f"loss {their_loss:.6f} against {name}'s {loss:.6f}, worst gradient {error:.1e}"
 
 
-def check_float32(folder: Path) -> tuple[bool, str]:
+def check_float32(target: Target) -> Found:
     torch.backends.cuda.matmul.allow_tf32 = False
-    cpu = first_step(folder, "cpu", "cpu", dtype="float32")
-    return compared(cpu, first_step(folder, "cuda", "cuda:0", dtype="float32"), "the CPU", 1e-4, 1e-4)
+    cpu = first_step(target, "cpu", torch.device("cpu"), dtype="float32")
+    return compared(cpu, first_step(target, "there", dtype="float32"), "the CPU", 1e-4, 1e-4)
 
 
-def check_bfloat16(folder: Path) -> tuple[bool, str]:
-    float32 = first_step(folder, "f32", "cuda:0", dtype="float32")
-    return compared(float32, first_step(folder, "bf16", "cuda:0", dtype="bfloat16"), "float32", 0.02, 0.1)
+def check_bfloat16(target: Target) -> Found:
+    float32 = first_step(target, "f32", dtype="float32")
+    return compared(float32, first_step(target, "bf16", dtype="bfloat16"), "float32", 0.02, 0.1)
 
 
-def check_float16(folder: Path) -> tuple[bool, str]:
-    float32 = first_step(folder, "f32-2", "cuda:0", dtype="float32")
-    return compared(float32, first_step(folder, "f16", "cuda:0", dtype="float16"), "float32", 0.02, 0.05)
+def check_float16(target: Target) -> Found:
+    float32 = first_step(target, "f32-2", dtype="float32")
+    return compared(float32, first_step(target, "f16", dtype="float16"), "float32", 0.02, 0.05)
 
 
-def check_recompute(folder: Path) -> tuple[bool, str]:
-    kept = first_step(folder, "kept", "cuda:0", dtype="bfloat16", repro="bitwise")
+def check_recompute(target: Target) -> Found:
+    kept = first_step(target, "kept", dtype="bfloat16", repro="bitwise")
     same = []
     for mode in ("full", "selective"):
-        loss, gradients = first_step(
-            folder, mode, "cuda:0", dtype="bfloat16", repro="bitwise", activation_checkpointing=mode
-        )
+        loss, gradients = first_step(target, mode, dtype="bfloat16", repro="bitwise", activation_checkpointing=mode)
         same.append(loss == kept[0] and all(torch.equal(gradients[n], g) for n, g in kept[1].items()))
     return all(same), f"full and selective checkpointing, bitwise: {'the same bits' if all(same) else 'other bits'}"
 
 
-def check_muon(folder: Path) -> tuple[bool, str]:
-    recipe = folder / "muon.yaml"
-    recipe.write_text(
-        "model: {dim: 128, num_layers: 2, num_heads: 2, max_seq_len: 128}\ndata: {corpus: dummy, tokenizer: bytes, seq_len: 64}\n"
-        "optim: {name: muon, warmup_steps: 2}\ntrain: {steps: 30, global_batch: 8, micro_batch: 4, device: cuda}\nlaunch: {processes: 1}\n"
-    )
-    shoal(folder, "train", recipe.name)
-    losses = [r["loss"] for r in read_json_lines(folder / "runs" / "muon" / "metrics.jsonl") if "loss" in r]
+def attention_inputs(
+    target: Target,
+    *,
+    heads: int = 8,
+    keys: int = 8,
+    places: int = 0,
+    seen: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[torch.Tensor, ...]:
+    """Queries at the last `places` of `seen`, keys and values."""
+    seen = seen or (256 if target.rehearses else 2048)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, places or seen, heads, 64), (2, seen, keys, 64), (2, seen, keys, 64))
+    return tuple(
+        torch.randn(shape, generator=generator).to(target.device, dtype).requires_grad_() for shape in shapes
+    )  # fmt: skip
+
+
+def documents(target: Target, places: int) -> torch.Tensor:
+    return document_mask(torch.arange(places, device=target.device).expand(2, -1) // (places // 3))
+
+
+def check_attention(target: Target) -> Found:
+    """Each way to attend, against float64; grouped heads with a mask must not take memory that grows with the square."""
+    said, fine = [], True
+    for keys, masked in ((8, False), (2, False), (8, True), (2, True)):
+        q, k, v = attention_inputs(target, keys=keys)
+        mask = documents(target, q.shape[1]) if masked else None
+        expected = attend(q.double(), k.double(), v.double(), mask)
+        choice = torch._fused_sdp_choice(
+            *(x.transpose(1, 2) for x in (q, k, v)), mask, 0.0, mask is None, enable_gqa=keys != 8
+        )  # fmt: skip
+        before = reset_peak(target)
+        found = attend(q, k, v, mask)
+        found.float().sum().backward()
+        mebibytes = (reset_peak(target) - before) / 2**20
+        fine &= apart(found, expected) < 0.01
+        what = f"{keys} key heads{', documents' * masked}"
+        said.append(f"{what}: torch alone {KERNELS[choice].split(' (')[0]}, {mebibytes:.0f} MiB here")
+    return fine, "; ".join(said)
+
+
+def reset_peak(target: Target) -> int:
+    """Bytes that were in use at most since this was last asked; 0 on a CPU."""
+    if target.rehearses:
+        return 0
+    most = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return most
+
+
+def check_deterministic(target: Target) -> Found:
+    """Attention's backward, again and again under what a bitwise run asks for."""
+    take_deterministic_kernels()
+    counts = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        for masked in (False, True):
+            q, k, v = attention_inputs(target, keys=2, dtype=dtype)
+            mask = documents(target, q.shape[1]) if masked else None
+            seen = set()
+            for _ in range(3 if target.rehearses else 12):
+                grads = torch.autograd.grad(attend(q, k, v, mask).float().square().sum(), (q, k, v))
+                seen.add(tuple(g.float().cpu().numpy().tobytes() for g in grads))
+            counts[f"{str(dtype)[6:]}{', documents' * masked}"] = len(seen)
+    torch.use_deterministic_algorithms(False)
+    return set(counts.values()) == {1}, f"different results: {counts}"
+
+
+def check_lower_right(target: Target) -> Found:
+    """The way of context parallel: the last queries, causal, without a mask that is written out."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    errors = []
+    for keys in (8, 2):
+        for dtype, within in ((torch.bfloat16, 0.02), (torch.float32, 1e-3)):
+            q, k, v = attention_inputs(target, keys=keys, places=128, seen=512, dtype=dtype)
+            bias = causal_lower_right(128, 512)
+            whole = torch.ones(128, 512, dtype=torch.bool, device=target.device).tril(384)
+            # on a CPU the bias is one that its kernels do not know: `parallel/context.py` writes the mask out there
+            found = attend(q, k, v, whole if target.rehearses else bias)
+            expected = attend(q.double(), k.double(), v.double(), whole)
+            grads, wanted = (torch.autograd.grad(x.double().sum(), (q, k, v)) for x in (found, expected))
+            far = max(apart(a, b) for a, b in zip((found, *grads), (expected, *wanted), strict=True))
+            errors.append((far < within, f"{keys} key heads, {str(dtype)[6:]}: {far:.1e}"))
+    return all(fine for fine, _ in errors), "; ".join(text for _, text in errors)
+
+
+def check_late_reading(target: Target) -> Found:
+    """A step's numbers are read while the next one runs: only then is the last record's own time next to nothing."""
+    steps = 6 if target.rehearses else 60
+    run = opened(target, "late", dtype="bfloat16", steps=steps)
+    run.take_steps()
+    run.close()
+    seconds = [r["step_seconds"] for r in read_json_lines(run.folder.metrics_file) if "step_seconds" in r]
+    median = sorted(seconds)[len(seconds) // 2]
+    text = f"median step {1e3 * median:.2f} ms, last record {1e3 * seconds[-1]:.3f} ms"
+    return target.rehearses or seconds[-1] < median / 2, text
+
+
+def check_muon(target: Target) -> Found:
+    config = small(target, "muon", dtype="float32", steps=30).replace("optim", name="muon")
+    run = Run.open(config, Mesh(Place(), target.device), StopRequest())
+    run.take_steps()
+    run.close()
+    losses = [r["loss"] for r in read_json_lines(run.folder.metrics_file) if "loss" in r]
     return losses[-1] < losses[0] - 1, f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in 30 steps"
 
 
-def check_verify(folder: Path) -> tuple[bool, str]:
-    text = shoal(folder, "verify", str(ROOT / "recipes" / "quickstart.yaml"), "--processes", "1")
+TINY = (
+    "model: {{dim: 128, num_layers: 2, num_heads: 2, max_seq_len: 128}}\n"
+    "data: {{corpus: dummy, tokenizer: bytes, seq_len: 64}}\noptim: {{schedule: constant}}\n"
+    "train: {{steps: 20, global_batch: 8, micro_batch: 4, device: {device}}}"
+)
+
+
+def check_verify(target: Target) -> Found:
+    quickstart = str(ROOT / "recipes" / "quickstart.yaml")
+    recipe = target.recipe("verified", TINY) if target.rehearses else quickstart
+    text = shoal(target, "verify", recipe, "--processes", "1")
     return "PASS" in text.splitlines(), "one process, its own dtype and float32, against other orders of sums; resumed"
 
 
-def check_compile(folder: Path) -> tuple[bool, str]:
-    eager = first_step(folder, "eager", "cuda:0", dtype="bfloat16")
+def check_compile(target: Target) -> Found:
+    eager = first_step(target, "eager", dtype="bfloat16")
     begun = time.perf_counter()
-    compiled = first_step(folder, "compiled", "cuda:0", dtype="bfloat16", compile=True)
+    compiled = first_step(target, "compiled", dtype="bfloat16", compile=True)
     seconds = time.perf_counter() - begun
     fine, text = compared(eager, compiled, "eager", 0.02, 0.1)
     return fine, f"{text}, {seconds:.0f} s with compiling"
 
 
-def check_flash(folder: Path) -> tuple[bool, str]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    q, k, v = (torch.randn(2, 8, 512, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        found = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-    error = float((found - expected).norm() / expected.norm())
-    return error < 0.01, f"the flash kernel runs; {error:.1e} from float64"
-
-
-def check_resume(folder: Path) -> tuple[bool, str]:
-    recipe = folder / "resume.yaml"
-    recipe.write_text(
-        "model: {dim: 128, num_layers: 2, num_heads: 2, max_seq_len: 128}\ndata: {corpus: dummy, tokenizer: bytes, seq_len: 64}\n"
-        "optim: {schedule: constant}\ntrain: {steps: 20, global_batch: 8, micro_batch: 4, device: cuda}\nlaunch: {processes: 1}\n"
-    )
-    shoal(folder, "train", recipe.name, "--name", "whole")
-    shoal(folder, "train", recipe.name, "--name", "parts", "--train.steps", "9")
-    shoal(folder, "train", recipe.name, "--name", "parts")
+def check_resume(target: Target) -> Found:
+    recipe = target.recipe("resume", TINY)
+    shoal(target, "train", recipe, "--name", "whole")
+    shoal(target, "train", recipe, "--name", "parts", "--train.steps", "9")
+    shoal(target, "train", recipe, "--name", "parts")
     whole, parts = (
-        [(r["step"], r["loss"]) for r in read_json_lines(folder / "runs" / n / "metrics.jsonl") if "loss" in r]
+        [(r["step"], r["loss"]) for r in read_json_lines(target.folder / "runs" / n / "metrics.jsonl") if "loss" in r]
         for n in ("whole", "parts")
     )
     return whole == parts, f"{len(parts)} steps, stopped after 9: {'the same bits' if whole == parts else 'other bits'}"
 
 
-def check_generate(folder: Path) -> tuple[bool, str]:
-    text = shoal(folder, "generate", "whole", "--prompt", "ab", "--tokens", "16", "--temperature", "0")
+def check_generate(target: Target) -> Found:
+    """Of the run that `check_resume` left."""
+    text = shoal(
+        target, "generate", "whole", "--prompt", "ab", "--tokens", "16", "--temperature", "0", "--device", target.device.type
+    )  # fmt: skip
     return text.startswith("ab"), repr(text[:40])
 
 
-def quickstart(folder: Path) -> str:
+def check_decoding(target: Target) -> Found:
+    """Twice the same lengths: a kernel that plans for each length is far slower the first time."""
+    run = opened(target, "decoding", dtype="bfloat16")
+    model, count = run.runnable.parts[0].eval(), 8 if target.rehearses else 128
+    seconds = []
+    for prompt in ([1], [1, 2, 3], [1, 2, 3]):  # the first loads the kernels
+        begun = time.perf_counter()
+        generate(model, [prompt * 8], max_new_tokens=count)
+        seconds.append((time.perf_counter() - begun) / count)
+    run.close()
+    text = f"{1e3 * seconds[1]:.2f} ms a token at new lengths, {1e3 * seconds[2]:.2f} ms at known ones"
+    return target.rehearses or seconds[1] < 3 * seconds[2], text
+
+
+def quickstart(target: Target) -> dict[str, float]:
+    """In a rehearsal: what `check_resume` left."""
     begun = time.perf_counter()
-    text = shoal(folder, "train", str(ROOT / "recipes" / "quickstart.yaml"))
+    if not target.rehearses:
+        shoal(target, "train", str(ROOT / "recipes" / "quickstart.yaml"))
     seconds = time.perf_counter() - begun
-    records = [r for r in read_json_lines(folder / "runs" / "quickstart" / "metrics.jsonl") if "loss" in r]
-    ranked = next(line for line in text.splitlines() if "bits per byte" in line)
-    return f"{seconds:.0f} s from start to end, {records[-1]['tokens_per_second']:,.0f} tokens/s; {ranked}"
+    run = "whole" if target.rehearses else "quickstart"
+    records = read_json_lines(target.folder / "runs" / run / "metrics.jsonl")
+    return {
+        "seconds": seconds,
+        "tokens_per_second": [r["tokens_per_second"] for r in records if "loss" in r][-1],
+        "bits_per_byte": [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r][-1],
+    }
 
 
-def speed(folder: Path, quick: bool, *options: str) -> str:
-    arguments = ["bench", "speed", "--json", "--repeats", "1" if quick else "3", *options]
-    report = json.loads(shoal(folder, *arguments).splitlines()[-1])["shoal"]
-    share = "" if report["mfu"] is None else f"{100 * report['mfu']:.1f}%"  # of a device in the table
-    return f"| {report['model']} | {' '.join(options[1:])} | {report['tokens_per_second']:,.0f} | {share} | {report['memory_bytes'] / 2**30:.1f} |"
+def speeds(target: Target) -> list[dict[str, Any]]:
+    """Of each shape, eager and compiled; one that fails is told, and the next is timed all the same."""
+    shapes = [("gpt2", 32, 1024), ("gpt2-medium", 16, 1024), ("llama-3.2-1b", 4, 2048)]
+    found = []
+    for preset, micro_batch, seq_len in [("tiny", 2, 32)] if target.rehearses else shapes:
+        recipe = target.recipe(
+            preset,
+            f"model: {{{{preset: {preset}}}}}\ndata: {{{{corpus: dummy, tokenizer: bytes, seq_len: {seq_len}}}}}\n"
+            f"train: {{{{steps: 20, global_batch: {micro_batch}, micro_batch: {micro_batch}, dtype: bfloat16, device: {{device}}}}}}",
+        )
+        for compiled in ("false",) if target.rehearses else ("false", "true"):
+            timed: dict[str, Any] = {
+                "preset": preset,
+                "micro_batch": micro_batch,
+                "seq_len": seq_len,
+                "compile": compiled,
+            }
+            repeats = "1" if target.quick else "3"
+            try:
+                text = shoal(
+                    target, "bench", "speed", recipe, "--json", "--repeats", repeats, "--train.compile", compiled
+                )
+                timed |= json.loads(text.splitlines()[-1])["shoal"]
+            except RuntimeError as error:
+                timed["failed"] = str(error).splitlines()[-1]
+            tell(f"{preset}, compile {compiled}: {timed.get('failed') or timed['tokens_per_second']}")
+            found.append(timed)
+    return found
 
 
-def bench_recipe(folder: Path, preset: str, micro_batch: int, seq_len: int) -> str:
-    path = folder / f"{preset}.yaml"
-    path.write_text(
-        f"model: {{preset: {preset}}}\ndata: {{corpus: dummy, tokenizer: bytes, seq_len: {seq_len}}}\n"
-        f"train: {{steps: 20, global_batch: {micro_batch}, micro_batch: {micro_batch}, dtype: bfloat16}}\nlaunch: {{processes: 1}}\n"
-    )
-    return str(path)
-
-
-def shoal(folder: Path, *arguments: str) -> str:
+def shoal(target: Target, *arguments: str) -> str:
     """The output of a command that must succeed."""
     done = subprocess.run(
-        [sys.executable, "-m", "shoal", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "shoal", *arguments], cwd=target.folder, capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(
@@ -198,58 +366,81 @@ def shoal(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def main() -> int:
+CHECKS: list[Callable[[Target], Found]] = [
+    check_float32,
+    check_bfloat16,
+    check_float16,
+    check_attention,
+    check_deterministic,
+    check_lower_right,
+    check_recompute,
+    check_late_reading,
+    check_decoding,
+    check_compile,
+    check_muon,
+    check_verify,
+    check_resume,
+    check_generate,
+]
+CUDA_ALONE = {check_float16}
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def run_check(check: Callable[[Target], Found], target: Target) -> dict[str, Any]:
+    name, begun = check.__name__.removeprefix("check_"), time.perf_counter()
+    if target.rehearses and check in CUDA_ALONE:
+        return {"name": name, "passed": None, "found": "needs CUDA", "seconds": 0.0}
+    try:
+        passed, text = check(target)
+    except Exception as error:  # told, and the next is checked all the same
+        passed, text = False, f"{type(error).__name__}: {error}"
+    tell(f"{'pass' if passed else 'FAIL'}: {name}: {text}")
+    return {"name": name, "passed": bool(passed), "found": text, "seconds": time.perf_counter() - begun}
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one repeat of each benchmark")
-    parser.add_argument("--out", type=Path, help="also write what is printed to this file")
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("gpu_check: torch sees no CUDA device here; nothing was checked", file=sys.stderr)
+    parser.add_argument("--out", type=Path, help="also write the JSON to this file, after each check")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal at tiny sizes")
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        tell("gpu_check: torch sees no CUDA device here; nothing was checked")
         return 2
-    lines: list[str] = []
+    device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    report: dict[str, Any] = {
+        "device": device_name(device),
+        "versions": dict(line.split(maxsplit=1) for line in describe().splitlines()),
+        "commit": commit(),
+        "command": sys.argv,
+        "checks": [],
+        "speed": [],
+    }
 
-    def say(line: str) -> None:
-        print(line, flush=True)
-        lines.append(line)
+    def keep() -> None:
         if arguments.out:
-            arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
-    say(
-        f"# {torch.cuda.get_device_name(0)}\n\n```\n{describe()}\n```\n\nCommand: `python {' '.join(sys.argv)}`\n\n## Correctness\n"
-    )
-    failed = False
-    checks: list[Callable[[Path], tuple[bool, str]]] = [
-        check_float32,
-        check_bfloat16,
-        check_float16,
-        check_recompute,
-        check_muon,
-        check_verify,
-        check_compile,
-        check_flash,
-        check_resume,
-        check_generate,
-    ]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for check in checks:
-            try:
-                fine, text = check(folder)
-            except Exception as error:  # told, and the next is checked all the same
-                fine, text = False, f"{type(error).__name__}: {error}"
-            failed |= not fine
-            say(f"- {'pass' if fine else 'FAIL'}: {check.__name__.removeprefix('check_')}: {text}")
-        say(
-            f"\n## Speed\n\nQuickstart: {quickstart(folder)}\n\n| model | options | tokens/s | MFU (causal) | GiB |\n| --- | --- | --- | --- | --- |"
-        )
-        for preset, micro_batch, seq_len in [("gpt2", 32, 1024), ("gpt2-medium", 16, 1024), ("llama-3.2-1b", 4, 2048)]:
-            recipe = bench_recipe(folder, preset, micro_batch, seq_len)
-            for compiled in ("false", "true"):
-                try:
-                    say(speed(folder, arguments.quick, recipe, "--train.compile", compiled))
-                except RuntimeError as error:
-                    say(f"| {preset} | compile {compiled} | failed: {str(error).splitlines()[-1]} | | |")
-    return int(failed)
+        target = Target(device, Path(name), arguments.quick)
+        for check in CHECKS:
+            report["checks"].append(run_check(check, target))
+            keep()
+        report["quickstart"] = quickstart(target)
+        report["speed"] = speeds(target)
+    keep()
+    print(json.dumps(report, indent=1))
+    return int(any(check["passed"] is False for check in report["checks"]))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 #
 #   PYTHON=python3.12        which Python (3.11 to 3.13); otherwise the first that fits
 #   TORCH_WHEELS=DIR_OR_URL  where else to look for torch's wheels
+#   VENV=DIR                 where, if not .venv
+#   TORCH_VERSION=2.11.0     another torch than the pinned one; where it has no CPU build, the CUDA build is taken
 #
 # On Linux without an NVIDIA GPU it takes torch's CPU build: the one that pip finds, or else the one that uv
-# knows (--torch-backend=cpu). The CUDA build is never taken there: it is several gigabytes of no use.
+# knows (--torch-backend=cpu). The CUDA build of the pinned version is never taken there: several gigabytes of no use.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,35 +28,44 @@ without_gpu() { [ "$(uname -s)" = Linux ] && ! { [ -e /dev/nvidiactl ] || [ -e /
 # The wheel that pip would take for torch, without taking it.
 wheel_of_torch() {
     "$pip" install --dry-run -qq --no-deps --ignore-installed --report - "${wheels[@]}" "$torch" 2>/dev/null |
-        .venv/bin/python -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["download_info"]["url"])' 2>/dev/null || true
+        "$venv/bin/python" -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["download_info"]["url"])' 2>/dev/null || true
 }
 
 install_torch() {
     if without_gpu && ! wheel_of_torch | grep -qE '(\+|%2B)cpu'; then
         say "pip would take the CUDA build of torch; asking uv for the CPU build"
         "$pip" install -qq uv
-        .venv/bin/uv pip install -qq --python .venv/bin/python --torch-backend=cpu "$torch" ||
+        if "$venv/bin/uv" pip install -qq --python "$venv/bin/python" --torch-backend=cpu "$torch"; then return; fi
+        [ -n "${TORCH_VERSION:-}" ] ||
             fail "no CPU build of $torch was found; set TORCH_WHEELS to a folder or an index that has one"
-    else
-        "$pip" install -qq "${wheels[@]}" --constraint constraints.txt "$torch"
+        say "no CPU build of $torch was found; taking the CUDA build, several gigabytes"
     fi
+    "$pip" install -qq "${wheels[@]}" --constraint "$constraints" "$torch"
 }
 
 python=$(find_python)
-pip=.venv/bin/pip
-torch=$(grep -E '^torch==' constraints.txt)
+venv=${VENV:-.venv}
+pip=$venv/bin/pip
+torch=torch==${TORCH_VERSION:-$(sed -n 's/^torch==//p' constraints.txt)}
 wheels=()
 if [ -n "${TORCH_WHEELS:-}" ]; then wheels=(--find-links "$TORCH_WHEELS" --extra-index-url "$TORCH_WHEELS"); fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
-say "$("$python" --version) from $(command -v "$python"), into .venv"
-[ -x .venv/bin/python ] && fits .venv/bin/python || "$python" -m venv --clear .venv
+say "$("$python" --version) from $(command -v "$python"), into $venv"
+[ -x "$venv/bin/python" ] && fits "$venv/bin/python" || "$python" -m venv --clear "$venv"
+constraints=constraints.txt
+if [ -n "${TORCH_VERSION:-}" ]; then
+    constraints=$venv/constraints.txt
+    sed "s/^torch==.*/$torch/" constraints.txt >"$constraints"
+fi
 say "1/3 $torch (the largest; some 200 MB for a CPU, more for CUDA)"
 install_torch
 say "2/3 the other pinned versions"
-"$pip" install -qq --requirement constraints.txt --constraint constraints.txt
+"$pip" install -qq --requirement "$constraints" --constraint "$constraints"
 say "3/3 shoal itself"
 "$pip" install -qq --no-deps --no-build-isolation --editable .
-if without_gpu && "$pip" list 2>/dev/null | grep -qi '^nvidia-'; then fail "CUDA packages were installed on a machine without a GPU"; fi
-touch .venv/installed
-say "done; 'source .venv/bin/activate' puts shoal on your path"
+if [ -z "${TORCH_VERSION:-}" ] && without_gpu && "$pip" list 2>/dev/null | grep -qi '^nvidia-'; then
+    fail "CUDA packages were installed on a machine without a GPU"
+fi
+touch "$venv/installed"
+say "done; 'source $venv/bin/activate' puts shoal on your path"

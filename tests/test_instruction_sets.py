@@ -135,7 +135,7 @@ class Widens(nn.Module):
     def forward(self, x):
         return x.float() * 2
 module, x = Widens(), torch.arange(2304).bfloat16()
-compile_forward(module, whole=True, bitwise=False)
+compile_forward(module, whole=True, bitwise=False, again=True)
 assert torch.equal(module(x), x.float() * 2)
 print(torch.backends.cpu.get_cpu_capability())
 """

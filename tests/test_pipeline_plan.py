@@ -17,6 +17,7 @@ from shoal.pipeline_plan import (
     V_SHAPED,
     Schedule,
     bubble_fraction,
+    forward_slots,
     problems,
     rank_stages,
     stage_blocks,
@@ -35,6 +36,22 @@ Action = tuple[str, int, int]  # kind, stage, micro-batch
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, logger="torch.distributed.pipelining")
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved_1f1b", "zbv"])
+@pytest.mark.parametrize(("pp", "micro_batches"), [(2, 4), (4, 8), (4, 3), (3, 10), (2, 0)])
+def test_a_pass_without_backward_fills_the_pipeline(schedule: Schedule, pp: int, micro_batches: int) -> None:
+    stages = stages_per_rank(schedule, None)
+    slots = forward_slots(pp, stages, micro_batches)
+    when = {task: slot for slot, tasks in enumerate(slots) for task in tasks}
+    assert sorted(when) == list(itertools.product(range(pp * stages), range(micro_batches)))
+    assert all(when[stage, number] == when[stage - 1, number] + 1 for stage, number in when if stage)
+    if schedule not in V_SHAPED:
+        for tasks in slots:
+            busy = [stage_rank(schedule, pp, stage) for stage, _ in tasks]
+            assert len(busy) == len(set(busy))
+        if micro_batches % pp == 0 and micro_batches:  # none idles but while the pipeline fills and drains
+            assert len(slots) == stages * micro_batches + pp - 1
 
 
 @pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 8])

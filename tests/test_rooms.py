@@ -13,27 +13,27 @@ SOURCE = Path(__file__).parents[1] / "src" / "shoal"
 
 # Each floor may import from itself and from the floors before it.
 FLOORS: list[set[str]] = [
-    {"errors", "disk", "address", "secrets", "__init__", "output", "cpu"},
+    {"errors", "disk", "address", "secrets", "__init__", "output", "torch_private", "cpu"},
     {"config", "presets"},
     {"layout", "pipeline_plan", "hub", "recipe"},
-    {"refusals"},
+    {"refusals", "precedence"},
     {"contradictions"},
     {"resolve"},
     {"plan", "launch.place", "metrics.lines", "metrics.trackers", "metrics.compression"},
-    {"fault.heartbeat", "fault.limit"},  # what a worker and its launcher both know
+    {"fault.heartbeat", "fault.limit", "fault.signals"},  # what a worker and its launcher both know
     {"runs"},
-    {"launch", "metrics.console"},
+    {"launch", "metrics.console", "metrics.narrator"},
     {"parallel.mesh", "parallel.store", "parallel.region"},  # nouns: they cross every border above
     {"data", "models", "optim", "checkpoint", "metrics", "fault"},
     {"parallel"},
-    {"train", "infer.generate"},
+    {"train", "infer.generate", "infer.sampling"},
     {"infer", "bench", "report"},
     {"verbs"},
     {"cli"},
     {"__main__"},
 ]
 WITHOUT_TORCH = [
-    "cli", "verbs", "config", "recipe", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "secrets", "plan.estimate", "plan.hardware", "launch.torchrun", "launch.place", "launch.watch", "launch.stops", "launch.crashes", "launch.listen", "fault.heartbeat", "fault.limit", "fault.signals", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open", "data.ledger", "metrics.goodput", "checkpoint.saved", "checkpoint.memory", "fault.stragglers", "output", "cpu",
+    "cli", "verbs", "config", "recipe", "precedence", "report.amounts", "resolve", "contradictions", "refusals", "layout", "pipeline_plan", "presets", "runs", "errors", "secrets", "plan.estimate", "plan.hardware", "launch.torchrun", "launch.place", "launch.watch", "launch.stops", "launch.crashes", "launch.listen", "fault.heartbeat", "fault.limit", "fault.signals", "metrics.console", "metrics.trackers", "hub.find", "hub.folder", "hub.fetch", "hub.transfer", "data.prepare", "data.open", "data.ledger", "metrics.goodput", "checkpoint.saved", "checkpoint.memory", "fault.stragglers", "output", "torch_private", "metrics.narrator", "plan.length", "train.last_words", "infer.asked", "infer.target", "infer.sampling", "infer.out_folder", "plan.fit", "launch.oom", "fault.compiling",
 ]  # fmt: skip
 
 

@@ -3,7 +3,8 @@ Real processes on gloo, kept for the whole test session: importing torch costs s
 
     results = World(2).run(function, *args)     # function(mesh, *args) on every rank; a list, by rank
 
-`function` must be importable (a module's function). What it raises on any rank is raised here.
+`function` must be importable (a module's function). What it raises on any rank is raised here. A world in which something
+failed or hung ends, and `Worlds` starts another for the next test: processes may be left in the middle of a collective.
 """
 
 from __future__ import annotations
@@ -11,59 +12,79 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
-PATIENCE_SECONDS = 150.0  # half of it for a collective: a compiler on a busy machine takes its time
+# Half of it for a collective: a compiler on a busy machine takes its time.
+PATIENCE_SECONDS = float(os.environ.get("TEST_PATIENCE_SECONDS", "150"))
+FOLLOW_SECONDS = 10.0  # for the others to answer, once a process has failed: they may wait for it
 
 _axes: dict[tuple[Any, ...], Any] = {}  # of this worker, by their groups
 
 
 class World:
-    """`size` processes that share a gloo group."""
+    """`size` processes that share a gloo group; `alive` until one of them fails, hangs or dies."""
 
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "shoal.train.loop"])
         store = tempfile.mktemp(prefix="shoal-test-store-")
-        self.size, self._pipes, self._processes = size, [], []
+        self.size, self.alive, self.patience_seconds = size, True, PATIENCE_SECONDS
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
         for rank in range(size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
             process.start()
+            theirs.close()  # so that the death of a process is seen
             self._pipes.append(ours)
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(mesh, *args)` on every rank."""
+        """`function(mesh, *args)` on every rank. Raises AssertionError with what failed, TimeoutError where nothing did."""
         for pipe in self._pipes:
             pipe.send((function, args))
-        answers = []
-        for rank, pipe in enumerate(self._pipes):
-            if not pipe.poll(PATIENCE_SECONDS):
-                self.close()
-                raise TimeoutError(f"rank {rank} gave no answer in {PATIENCE_SECONDS} s")
-            answers.append(pipe.recv())
-        failed = [f"rank {rank}:\n{text}" for rank, (fine, text) in enumerate(answers) if not fine]
-        if failed:
-            raise AssertionError("\n".join(failed))
-        return [value for _, value in answers]
+        answers: dict[int, tuple[bool, Any]] = {}
+        end = time.monotonic() + self.patience_seconds
+        while len(answers) < self.size:
+            ready = wait([p for rank, p in enumerate(self._pipes) if rank not in answers], end - time.monotonic())
+            if not ready:
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                try:
+                    fine, value = pipe.recv()
+                except EOFError:
+                    fine, value = False, "it died"
+                answers[self._pipes.index(pipe)] = fine, value
+                if not fine:
+                    end = min(end, time.monotonic() + FOLLOW_SECONDS)
+        failed = [f"rank {rank}:\n{text}" for rank, (fine, text) in sorted(answers.items()) if not fine]
+        silent = [rank for rank in range(self.size) if rank not in answers]
+        if failed or silent:
+            self.close()
+            hung = f"ranks {silent} gave no answer" if silent else ""
+            raise AssertionError("\n".join([*failed, hung])) if failed else TimeoutError(hung)
+        return [answers[rank][1] for rank in range(self.size)]
 
     def close(self) -> None:
+        self.alive = False
         for process in self._processes:
             process.kill()
             process.join()
 
 
 class Worlds(dict[int, World]):
-    """Worlds by size, each started when first asked for."""
+    """Worlds by size, each started when first asked for, and again where the one before has ended."""
 
-    def __missing__(self, size: int) -> World:
-        self[size] = World(size)
-        return self[size]
+    def __getitem__(self, size: int) -> World:
+        if size not in self or not super().__getitem__(size).alive:
+            self[size] = World(size)
+        return super().__getitem__(size)
 
     def close(self, *, but: tuple[int, ...] = ()) -> None:
         """Also what waits costs time: a process has a thread for each of its groups, which looks every 10 ms."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import errno
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -12,8 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__, verbs
-from shoal.errors import EXIT_BAD_INPUT, ShoalError
-from shoal.output import Output
+from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, ShoalError
+from shoal.fault.signals import Asked
+from shoal.output import Output, visible
 from shoal.secrets import secret_in
 from shoal.verbs import Override
 
@@ -32,36 +36,54 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         code = _run(argv)
     except ShoalError as error:
-        from shoal.launch.place import report_to_launcher
-        from shoal.metrics.console import error as show
-
-        if not report_to_launcher(str(error)):
-            show(str(error))
-        code = EXIT_BAD_INPUT
+        code = _say(str(error))
+    except Asked as asked:
+        if asked.code == EXIT_REQUEUE:
+            print("shoal: stopped; the same command goes on", file=sys.stderr)
+        _leave(asked.code, at_once=True)
     except KeyboardInterrupt:
         print("shoal: interrupted", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         stdout.silence()
         code = EXIT_BROKEN_PIPE
-    except Exception:  # a bug of ours: the traceback, and an end as clean as any other
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (
+            errno.ENAMETOOLONG,
+            errno.ELOOP,
+        ):  # of whatever path was given
+            code = _say(f"{str(error.filename)[:60]}...: {error.strerror}; give a shorter path")
+        else:  # a bug of ours: the traceback, and an end as clean as any other
+            traceback.print_exc()
+            code = 1
     _leave(code)
 
 
-def _leave(code: int) -> NoReturn:
-    """End the process now. A thread of a communication library that outlives Python would abort it."""
+def _say(message: str) -> int:
+    """Tell it once for all processes of a run; the exit code."""
+    from shoal.launch.place import report_to_launcher
+    from shoal.metrics.console import error as show
+
+    if not report_to_launcher(message):
+        show(message)
+    return EXIT_BAD_INPUT
+
+
+def _leave(code: int, *, at_once: bool = False) -> NoReturn:
+    """
+    End the process now. A thread of a communication library that outlives Python would abort it; other threads would be
+    waited for, unless `at_once`.
+    """
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_BROKEN_PIPE
     except ShoalError as error:
-        print(f"shoal: {error}", file=sys.stderr)
+        print(f"shoal: {visible(error)}", file=sys.stderr)
         code = code or EXIT_BAD_INPUT
     sys.stderr.flush()
-    if "torch" in sys.modules:
+    if at_once or "torch" in sys.modules:
         os._exit(code)
     sys.exit(code)
 
@@ -71,6 +93,7 @@ def _run(argv: list[str]) -> int:
         if before not in SAID_TO_A_MODEL and (what := secret_in(item)):
             flag = item.partition("=")[0] if item.startswith("--") else before
             raise ShoalError(f"what follows {flag}: {what}")
+    _refuse_unreadable(argv)
     parser = build_parser(argv[0] if argv else None)
     args, rest = parser.parse_known_args(argv)
     if args.verb is None:
@@ -79,9 +102,20 @@ def _run(argv: list[str]) -> int:
     overrides, stray = read_overrides(args, rest)
     if stray:
         named = [item.partition("=")[0] for item in stray if item.startswith("-")] or stray  # values may be secrets
-        raise ShoalError(f"shoal {args.verb} does not take {' '.join(named)}; see shoal {args.verb} --help")
+        near = [n for n in map(args.verb_parser.near_flag, named) if n]
+        hint = f"did you mean {' '.join(near)}?" if near else f"see shoal {args.verb} --help"
+        raise ShoalError(f"shoal {args.verb} does not take {' '.join(named)}; {hint}")
     result: int = args.run(args, overrides, argv) or 0
     return result
+
+
+def _refuse_unreadable(argv: list[str]) -> None:
+    """Raise `ShoalError` for bytes that are no text: no config, no record of a run could hold them."""
+    from shoal.recipe import not_text
+
+    for before, item in zip(["shoal", *argv], argv, strict=False):
+        if why := not_text(item):
+            raise ShoalError(f"what follows {before if not not_text(before) else 'it'}: {why}")
 
 
 # --- the verbs -------------------------------------------------------------------------------------------
@@ -89,25 +123,26 @@ def _run(argv: list[str]) -> int:
 
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser; the options of all sections are added only to the verb that is asked for."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="shoal", description="Train language models from scratch, on whatever you have.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"shoal {__version__}")
     parser.set_defaults(verb=None)
     subparsers = parser.add_subparsers(metavar="VERB", title="verbs")
 
-    def add(name: str, run: Any, help: str, usage: str | None = None) -> argparse.ArgumentParser:
+    def add(name: str, run: Any, help: str, usage: str | None = None) -> _Parser:
         """A verb; one with a `usage` takes the options of all sections."""
         sub = subparsers.add_parser(
             name, help=help, description=help, allow_abbrev=False, formatter_class=_Wide,
             usage=usage and f"shoal {name} {usage} [--SECTION.OPTION VALUE ...]",
         )  # fmt: skip
-        sub.set_defaults(run=run, verb=name)
+        sub.set_defaults(run=run, verb=name, verb_parser=sub)
         if usage and verb == name:
             _add_options(sub)
         return sub
 
-    recipe = "RECIPE.yaml [--name NAME] [--processes N]"
+    recipe = "[RECIPE] [--name NAME] [--processes N]"
+    _add_init(add("init", verbs.init, "write a recipe to start from, with a comment on each line"))
     _add_recipe(add("train", verbs.train, "train a model, or go on with a run of the same name", recipe))
     _add_recipe(
         add("prepare", verbs.prepare, "only the data: corpus -> tokenizer -> token shards; restartable", recipe)
@@ -119,9 +154,9 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     opened = "a checkpoint as a folder that transformers, vLLM, llama.cpp open"
     _add_export(add("export", verbs.export, opened))
     resolved = "the resolved config, with where each value came from"
-    _add_config(add("config", verbs.config, resolved, "[RECIPE.yaml] [--schema]"))
+    _add_config(add("config", verbs.config, resolved, "[RECIPE] [--schema]"))
     timed = "measure: `shoal bench speed` times the real training step"
-    _add_bench(add("bench", verbs.bench, timed, "speed [RECIPE.yaml] [--peers]"))
+    _add_bench(add("bench", verbs.bench, timed, "speed [RECIPE] [--peers]"))
     same = "a certificate: does this layout train what one process would? Exit code 1 if not"
     _add_recipe(add("verify", verbs.verify, same, recipe))
     spent = "where the time of a run went, across restarts: steps that count, and all the rest"
@@ -132,6 +167,22 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_rendezvous(add("rendezvous", verbs.rendezvous, met))
     add("env", verbs.env, "versions, devices, threads: what to paste into a bug report")
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Names what a mistyped word may have meant; what it refuses may hold anything, and is shown as all else is."""
+
+    def near_flag(self, flag: str) -> str | None:
+        """A flag of this verb's own that is called much like `flag`."""
+        flags = re.findall(r"--[a-z][\w.-]*", self.format_usage())
+        return next(iter(difflib.get_close_matches(flag, flags, 1, cutoff=0.75)), None)
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse has it, with a hint where it is a choice that there is not."""
+        wrong = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if wrong and (near := difflib.get_close_matches(wrong[1], re.findall(r"[\w.-]+", wrong[2]), 1)):
+            message += f"; did you mean {near[0]}?"
+        super().error(visible(message))
 
 
 class _Wide(argparse.HelpFormatter):
@@ -148,7 +199,14 @@ def _columns() -> int:
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="what to train: see recipes/")
+    parser.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE",
+        help="what to train: a YAML file, or a recipe of shoal's own by its name, such as quickstart",
+    )  # fmt: skip
+
+
+def _add_init(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE.yaml", help="where to write it; nothing is overwritten")
 
 
 def _add_fetch(parser: argparse.ArgumentParser) -> None:
@@ -168,6 +226,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     parser.add_argument(
         "--dtype",
+        type=_dtype,
         choices=["float32", "bfloat16", "float16"],
         help="of the weights (default: each as it was where it started from weights, else float32)",
     )
@@ -175,8 +234,17 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
 
 
+def _dtype(text: str) -> str:
+    """With the short names that people have for them."""
+    from shoal.config import DTYPE_SPELLINGS
+
+    return DTYPE_SPELLINGS.get(text.lower(), text)
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE.yaml")
+    parser.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE", help="a YAML file, or a name such as quickstart"
+    )
     parser.add_argument("--schema", action="store_true", help="print a JSON schema of recipes instead")
 
 
@@ -187,7 +255,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
         help="speed: tokens/s, the time split of the real step, and MFU or its rate beside a matrix product",
     )
     parser.add_argument(
-        "recipe", type=Path, nargs="?", metavar="RECIPE.yaml", help="default: a 10M-parameter model on dummy text"
+        "recipe", type=Path, nargs="?", metavar="RECIPE", help="default: a 10M-parameter model on dummy text"
     )
     parser.add_argument(
         "--peers", action="store_true", help="beside transformers.Trainer on the same architecture (needs shoal[peers])"
@@ -271,6 +339,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
+        type=_dtype,
         choices=["auto", "float32", "bfloat16"],
         default="auto",
         help="of the arithmetic (default: auto, a run's or a folder's own where the device is good at it, else float32)",
@@ -308,16 +377,31 @@ def _add_rendezvous(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--while-used", action="store_true", help="end when nobody has been connected for 10 seconds")
 
 
+class _Take(argparse.Action):
+    """Append (key, text, flag) to `overrides`, as they come on the command line."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, flag: str | None = None
+    ) -> None:
+        namespace.overrides = [*namespace.overrides, (self.dest, values, flag)]
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    """Every option of the config as a dotted flag."""
+    """Every option of the config as a dotted flag, and by each name that it has here or in other projects."""
     from shoal.config import SECTIONS, options
     from shoal.resolve import expectation
 
+    parser.set_defaults(overrides=[])
     groups = {name: parser.add_argument_group(name, (cls.__doc__ or "").strip()) for name, cls in SECTIONS.items()}
+
+    def add(flags: list[str], key: str, help: str, *, is_bool: bool, to: Any) -> None:
+        to.add_argument(
+            *flags, dest=key, action=_Take, metavar="VALUE", default=argparse.SUPPRESS, help=help,
+            nargs="?" if is_bool else None, const="true" if is_bool else None,
+        )  # fmt: skip
+
     for short, key in SHORTCUTS.items():
-        parser.add_argument(
-            f"--{short}", dest=f"short {key}", metavar="VALUE", default=argparse.SUPPRESS, help=f"the same as --{key}"
-        )
+        add([f"--{short}"], key, f"the same as --{key}", is_bool=False, to=parser)
     for key, f in options().items():
         default = (
             "null"
@@ -330,29 +414,38 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         )
         text = f"{f.metadata['help']} [{expectation(key)}; default: {default if default != '' else 'empty'}]"
         is_bool = isinstance(f.default, bool)
-        groups[key.partition(".")[0]].add_argument(
-            f"--{key}", dest=f"option {key}", metavar="VALUE", default=argparse.SUPPRESS,
-            help=text.replace("%", "%%"), nargs="?" if is_bool else None, const="true" if is_bool else None,
-        )  # fmt: skip
+        add([f"--{key}"], key, text.replace("%", "%%"), is_bool=is_bool, to=groups[key.partition(".")[0]])
+    for name, keys in _names().items():
+        flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"})
+        is_bool = all(isinstance(options()[key].default, bool) for key in keys)
+        # one that several options have is told apart where all problems are, by the name that was typed
+        add(flags, keys[0] if len(keys) == 1 else name, argparse.SUPPRESS, is_bool=is_bool, to=parser)
+
+
+def _names() -> dict[str, list[str]]:
+    """Each name of an option without its section -> the options that are called so."""
+    from shoal.config import option_name, options
+
+    found: dict[str, list[str]] = {}
+    for key, f in options().items():
+        for name in (option_name(f), *f.metadata["alias"]):
+            found.setdefault(name, []).append(key)
+    return {name: keys for name, keys in found.items() if name not in SHORTCUTS}
 
 
 def read_overrides(args: argparse.Namespace, rest: Sequence[str]) -> tuple[list[Override], list[str]]:
     """(key, text, flag) of every dotted option, known or not, and the arguments that are none."""
-    found = []
-    for name, value in vars(args).items():
-        kind, _, key = name.partition(" ")
-        if kind in ("option", "short"):
-            flag = f"--{key}" if kind == "option" else f"--{next(s for s, k in SHORTCUTS.items() if k == key)}"
-            found.append((key, value, flag))
+    if not hasattr(args, "overrides"):
+        return [], list(rest)
+    found: list[Override] = list(args.overrides)
     stray: list[str] = []
-    takes_options = any(name == "recipe" for name in vars(args))
     items = list(rest)
     while items:
         item = items.pop(0)
-        if not (takes_options and item.startswith("--")):
+        flag, has_value, value = item.partition("=")
+        if not item.startswith("--") or args.verb_parser.near_flag(flag):
             stray.append(item)
             continue
-        flag, has_value, value = item.partition("=")
         if not has_value:
             value = items.pop(0) if items and not items[0].startswith("--") else "true"
         found.append((flag.removeprefix("--"), value, flag))

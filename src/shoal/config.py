@@ -8,10 +8,15 @@ arguments; nothing below `train/` sees the whole `Config`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Final, Literal
 
 PAST = "past"  # a resumed run may not change it: it says what the steps already taken meant
+DTYPE_SPELLINGS: Final = {
+    "bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16",
+}  # fmt: skip
 
 
 def opt(
@@ -20,6 +25,8 @@ def opt(
     *,
     unit: str = "",
     alias: tuple[str, ...] = (),
+    akin: tuple[str, ...] = (),
+    spellings: Mapping[str, str] = MappingProxyType({}),
     past: bool = False,
     ge: float | None = None,
     gt: float | None = None,
@@ -27,14 +34,19 @@ def opt(
     lt: float | None = None,
 ) -> Any:
     """
-    An option: `help` and `unit` for people, `alias` for other projects' names of it, `past` if a
-    resume must keep it, and inclusive or exclusive bounds.
+    An option: `help` and `unit` for people, `past` if a resume must keep it, and inclusive or exclusive bounds.
+
+    alias: names of the same thing in other projects, which the command line takes too.
+    akin: names of something close to it, in another unit or of another meaning; they are suggested and not taken.
+    spellings: other words for its values.
     """
     bounds = {k: v for k, v in {"ge": ge, "gt": gt, "le": le, "lt": lt}.items() if v is not None}
     return field(
         default=default,
-        metadata={"help": help, "unit": unit, "alias": alias, PAST: past, "bounds": bounds},
-    )
+        metadata={
+            "help": help, "unit": unit, "alias": alias, "akin": akin, "spellings": spellings, PAST: past, "bounds": bounds,
+        },
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +76,12 @@ class Model:
         ge=1,
     )
     dim: int = opt(
-        256, "width of the residual stream", alias=("n_embd", "hidden_size", "d_model", "hidden_dim"), past=True, ge=1
+        256,
+        "width of the residual stream",
+        alias=("n_embd", "hidden_size", "d_model"),
+        akin=("hidden_dim",),
+        past=True,
+        ge=1,
     )
     num_layers: int = opt(6, "blocks", alias=("n_layer", "n_layers", "num_hidden_layers", "depth"), past=True, ge=1)
     num_heads: int = opt(4, "query heads", alias=("n_head", "n_heads", "num_attention_heads"), past=True, ge=1)
@@ -168,7 +185,7 @@ class Data:
     folder: str = opt("data", "where prepared tokens are kept", alias=("cache_dir", "cache", "out_dir"))
     shard_tokens: int = opt(16_777_216, "tokens of a shard, about", unit="tokens", past=True, ge=1024)
     rebuild: bool = opt(False, "prepare anew, though the folder holds tokens of an earlier state of the corpus")
-    prefetch: int = opt(2, "steps read ahead", unit="steps", alias=("prefetch_factor", "num_workers"), ge=1)
+    prefetch: int = opt(2, "steps read ahead", unit="steps", alias=("prefetch_factor",), akin=("num_workers",), ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +201,8 @@ class Parallel:
     dp_shard: int = opt(
         1,
         "processes that parameters, gradients and optimizer state are cut over (FSDP2)",
-        alias=("fsdp", "zero", "data_parallel_shard_degree", "fsdp_size", "shard"),
+        alias=("fsdp", "data_parallel_shard_degree", "fsdp_size", "shard"),
+        akin=("zero",),
         ge=-1,
     )
     tp: int = opt(
@@ -214,7 +232,8 @@ class Parallel:
     reshard_after_forward: Literal["always", "never"] | int = opt(
         "always",
         "dp_shard: free a block's parameters between forward and backward; a number: keep them over so many processes",
-        alias=("fsdp_reshard_after_forward", "zero_stage"),
+        alias=("fsdp_reshard_after_forward",),
+        akin=("zero_stage",),
     )
     cpu_offload: bool = opt(
         False,
@@ -274,7 +293,8 @@ class Optim:
     final_lr_fraction: float = opt(
         0.0,
         "learning rate at the end, as a share of the peak",
-        alias=("min_lr", "min_lr_ratio", "min_lr_factor"),
+        alias=("min_lr_ratio", "min_lr_factor"),
+        akin=("min_lr",),
         ge=0,
         le=1,
     )
@@ -324,10 +344,16 @@ class Train:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = opt(
         "auto",
         "of activations and matrix products; weights, optimizer and sums are float32; auto: bfloat16 on a GPU that has it, on a CPU float32, or bfloat16 where its instructions make products faster (measured); float16 scales the loss, and is for CUDA",
-        alias=("precision", "mixed_precision", "bf16", "torch_dtype", "param_dtype"),
+        alias=("precision", "mixed_precision", "torch_dtype", "param_dtype"),
+        akin=("bf16", "fp16"),
+        spellings=DTYPE_SPELLINGS,
     )
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto: CUDA where there is one", alias=("accelerator",))
     compile: bool = opt(False, "torch.compile each block", alias=("torch_compile",))
+    compile_check: bool = opt(
+        True,
+        "with train.compile, compare the loss and gradients of one micro-batch with eager code before the first step, and stop the run where they differ by more than rounding",
+    )
     repro: Literal["fast", "bitwise"] = opt(
         "fast",
         "bitwise: the same bits at any data-parallel degree; one CPU thread a process",
@@ -356,7 +382,7 @@ class Train:
         100_000,
         "held-out tokens an evaluation reads, at most; at the end of a run it reads all",
         unit="tokens",
-        alias=("eval_iters", "eval_batches"),
+        akin=("eval_iters", "eval_batches"),
         ge=1,
     )
     sample_prompt: str = opt("", "at the end, print what the model makes of this; empty: print none")
@@ -428,9 +454,16 @@ class Metrics:
 
     every: int = opt(
         1,
-        "a line in metrics.jsonl and on the console",
+        "a line in metrics.jsonl",
         unit="steps",
         alias=("log_interval", "logging_steps", "log_every", "log_freq", "log_every_n_steps"),
+        ge=1,
+    )
+    console_every: int | None = opt(
+        None,
+        "a step's line on the console, of those that metrics.every records; null: the first 3, the last, and so many in "
+        "between that a run has at most about 40 (1, 2, 5, 10, ... apart)",
+        unit="steps",
         ge=1,
     )
     split_every: int = opt(
@@ -456,7 +489,8 @@ class Launch:
     processes: int | None = opt(
         None,
         "on this machine; null: every GPU, or 2 on a CPU",
-        alias=("nproc_per_node", "num_processes", "devices", "gpus", "world_size", "nproc"),
+        alias=("nproc_per_node", "num_processes", "devices", "gpus", "nproc"),
+        akin=("world_size",),
         ge=1,
     )
     threads: int | None = opt(
@@ -481,7 +515,8 @@ class Launch:
     rendezvous: str | None = opt(
         None,
         "HOST:PORT where the machines meet: one of them, or any that runs shoal rendezvous HOST:PORT",
-        alias=("rdzv_endpoint", "master_addr"),
+        alias=("rdzv_endpoint",),
+        akin=("master_addr",),
     )
     join_seconds: float = opt(
         5.0, "when launch.min_nodes machines have come, others have so long to come too", unit="seconds", gt=0
@@ -519,7 +554,7 @@ class Launch:
         None,
         "the run saves and ends in time, with code 85; null: what is left of a Slurm job, if it is one",
         unit="minutes",
-        alias=("max_time", "time_limit", "max_run_duration"),
+        akin=("max_time", "time_limit", "max_run_duration"),
         gt=0,
     )
 

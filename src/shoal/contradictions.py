@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Final
 
 from shoal.address import read_address
-from shoal.config import Config
+from shoal.config import Config, Data
 from shoal.errors import ModelError, Problem
-from shoal.hub.find import find_model, find_path
+from shoal.hub.find import find_model, find_path, near_path
 from shoal.presets import shape_problems
 from shoal.refusals import refusals_of_machines
 
 DEFAULT, DERIVED = "default", "derived"
+LONGEST_NAME: Final = 200  # bytes: file systems take 255, and some names here grow by a word
 
 MakeProblem = Callable[..., Problem]
 
@@ -50,17 +53,32 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
             "data.seq_len",
             "model.max_seq_len",
         )
-    if train.steps is not None and config.optim.warmup_steps > train.steps:
-        yield problem(
-            f"optim.warmup_steps {config.optim.warmup_steps} is more than train.steps {train.steps}",
-            "optim.warmup_steps",
-            "train.steps",
-        )
     yield from _of_machines(config, problem)
-    name = config.launch.name
-    if name is not None and (not name.strip(" .") or Path(name).is_absolute() or ".." in Path(name).parts):
-        yield problem(f"launch.name {name!r} is no name of a folder below launch.runs", "launch.name")
+    if config.launch.name is not None and (why := why_no_name(config.launch.name)):
+        yield problem(f"launch.name {why}", "launch.name")
     yield from _corpus_problems(config, problem)
+
+
+def remarks(config: Config) -> Iterable[str]:
+    """What holds together and is perhaps not what was meant."""
+    warmup, steps = config.optim.warmup_steps, config.train.steps
+    if steps is not None and warmup > steps:
+        yield (
+            f"optim.warmup_steps {warmup} is more than train.steps {steps}: the learning rate rises until the end, to "
+            f"{config.optim.lr * steps / warmup:.3g} of optim.lr {config.optim.lr:g}"
+        )
+
+
+def why_no_name(name: str) -> str | None:
+    """Why a run cannot be called `name`, which is a folder's and a word of command lines; None where it can."""
+    if len(os.fsencode(name)) > LONGEST_NAME:
+        return f"{name[:20]!r}... has {len(name)} characters; {LONGEST_NAME} bytes is the most"
+    if not name.strip(" .") or "/" in name or name[0] in ".-" or not name.isprintable():
+        return (
+            f"{name!r} is no name of a folder below launch.runs: leave out slashes and control characters, and begin it with "
+            "neither a dot nor a dash"
+        )
+    return None
 
 
 def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
@@ -72,8 +90,9 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             f"a {data.corpus} corpus takes no data.paths; set data.corpus to text or jsonl", "data.paths", "data.corpus"
         )
     missing = [p for p in data.paths if not _is_there(p)]
-    if missing:
-        yield problem(f"data.paths: there is no {', '.join(missing[:3])}", "data.paths")
+    if missing and not _has_tokens(data):  # else they may be what is left of it
+        named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
+        yield problem(f"data.paths: there is no {named}", "data.paths")
     why = _why_no_tokenizer(data.tokenizer)
     if why is not None:
         yield problem(
@@ -88,6 +107,14 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             "model.vocab_size",
             "data.tokenizer_vocab_size",
         )
+
+
+def _has_tokens(data: Data) -> bool:
+    """Whether there are prepared tokens of some corpus of this kind; preparing looks of which."""
+    try:
+        return any(Path(data.folder).expanduser().glob(f"{data.corpus}-*/manifest.json"))
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def _is_there(path: str) -> bool:

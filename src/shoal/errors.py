@@ -7,7 +7,9 @@ The errors a person can meet.
     ├── ModelError          a folder of weights: missing, cut short, or of a shape that is not honoured
     ├── CheckpointError     a checkpoint that cannot be read or written
     ├── RunError            the run's folder: locked, unwritable, of another past
+    ├── CompileError        compiled code whose loss or gradients are not those of the model
     ├── LaunchError         processes, ports, devices
+    ├── MemoryProblem       memory that ran out
     ├── GenerateError       a prompt or a sampling option
     └── DivergedError       the numbers stopped being numbers
 
@@ -86,8 +88,16 @@ class RunError(ShoalError):
     """A run's folder that is locked, cannot be written, or holds another past."""
 
 
+class CompileError(ShoalError):
+    """Compiled code whose loss or gradients are not those of the model."""
+
+
 class LaunchError(ShoalError):
     """Processes, ports or devices that are not to be had."""
+
+
+class MemoryProblem(ShoalError):
+    """Memory that ran out: the same would happen again."""
 
 
 class GenerateError(ShoalError):

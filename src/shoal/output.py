@@ -1,15 +1,30 @@
-"""Standard output where it cannot be written: one message, or for what is to outlast it, none. No torch."""
+"""What is printed: control characters made visible; an output that cannot be written costs one message, or none. No torch."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Final
 
 from shoal.errors import ShoalError
+
+# What a terminal obeys, or what turns a line round: C0 and C1 but for tab and line feed, line separators, marks of
+# direction; and the lone surrogates that stand for bytes of a file's name that are no UTF-8.
+_UNSEEN: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: object) -> str:
+    """`text` with its control characters written out, as `\\x1b`; lines stay lines. All that a person is told passes here."""
+    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+def on_one_line(name: object) -> str:
+    """A name from outside, of a file or a run: `visible`, its line feeds and tabs too."""
+    return visible(name).replace("\n", "\\n").replace("\t", "\\t")
 
 
 class Output:

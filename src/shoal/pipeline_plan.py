@@ -41,6 +41,21 @@ def stage_rank(schedule: Schedule, pp: int, stage: int) -> int:
     return pp - 1 - place if schedule in V_SHAPED and turn else place
 
 
+def forward_slots(pp: int, stages: int, micro_batches: int) -> list[list[tuple[int, int]]]:
+    """
+    Which (stage, micro-batch) run at the same time in a pass without backward, slot by slot.
+
+    What one slot made, the next stage takes in the next slot. `pp` micro-batches go through all laps one behind the other,
+    then the next `pp`: where stages are dealt round, no process has two in a slot, and none waits inside a round.
+    """
+    slots: dict[int, list[tuple[int, int]]] = {}
+    for stage, number in itertools.product(range(pp * stages), range(micro_batches)):
+        lap, place = divmod(stage, pp)
+        round_, behind = divmod(number, pp)
+        slots.setdefault((round_ * stages + lap) * pp + behind + place, []).append((stage, number))
+    return [slots[slot] for slot in sorted(slots)]
+
+
 def stage_blocks(num_layers: int, num_stages: int) -> list[range]:
     """
     The blocks of each stage, in order; no stage has two more than another.

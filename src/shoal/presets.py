@@ -139,6 +139,11 @@ def _llama_problems(model: Model) -> Iterator[tuple[str, str]]:
             "dropout",
             f"the llama family has no dropout; set model.dropout to 0 (not {model.dropout:g}), or model.family to gpt2",
         )
+    if model.qk_norm and model.qkv_bias:
+        yield (
+            "qkv_bias",
+            "no model of transformers has biases beside model.qk_norm, so it could not be exported; set one of the two to false",
+        )
     if model.rope_factor is None:
         yield from _not_default(model, ROPE_SCALING, "does nothing without model.rope_factor; set that, or leave it at")
     elif model.rope_low_freq_factor >= model.rope_high_freq_factor:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import yaml
 
 from shoal.config import SECTIONS, option_name, options
 from shoal.errors import Problem
+from shoal.output import on_one_line
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,6 @@ class Setting:
     key: str
     value: Any
     where: str
-
-    @property
-    def is_flag(self) -> bool:
-        """Of the command line: it goes before what a file says."""
-        return self.where.startswith("--")
 
 
 class _Loader(yaml.SafeLoader):
@@ -76,20 +73,65 @@ def to_text(value: Any) -> str:
     return text.removesuffix("...\n").strip()
 
 
+# --- finding ---------------------------------------------------------------------------------------------
+
+PACKAGED: Final = next(
+    (p for p in (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes") if p.is_dir()),
+    Path(__file__).parent / "recipes",
+)
+"""The recipes that come with shoal: in its package, or in the repository that it runs from."""
+START: Final = PACKAGED / "start.yaml"  # what a run without a recipe begins with, and what `shoal init` writes
+
+
+def packaged_recipes() -> list[str]:
+    """Their names, as `shoal train NAME` takes them: quickstart, learn/01-one-device."""
+    return sorted(p.relative_to(PACKAGED).with_suffix("").as_posix() for p in PACKAGED.glob("**/*.yaml"))
+
+
+def find_recipe(given: Path) -> Path:
+    """
+    The file of a recipe that is given by its path or name; `given` itself where there is none.
+
+    A file of that path goes first, then one with .yaml or .yml behind it, then the recipe of shoal's own of that name.
+    """
+    if os.path.exists(given) and not given.is_dir():
+        return given
+    beside = (given.with_name(given.name + suffix) for suffix in (".yaml", ".yml") if given.name)
+    local = next((path for path in beside if os.path.isfile(path)), None)
+    if local is not None or given.as_posix() not in packaged_recipes():
+        return local or given
+    path = PACKAGED / f"{given}.yaml"
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _no_recipe(path: Path) -> str:
+    """What to say of a recipe that is nowhere."""
+    beside = [str(p) for p in path.parent.glob("*.y*ml")] if len(os.fsencode(path.name)) < 256 else []
+    names = {name: name for name in (*packaged_recipes(), *beside)} | {Path(p).stem: p for p in beside}
+    near = difflib.get_close_matches(str(path), names, 1)
+    hint = f"; did you mean {names[near[0]]}?" if near else f"; shoal has {', '.join(packaged_recipes())}"
+    return "there is no such file" + hint
+
+
 # --- reading ---------------------------------------------------------------------------------------------
 
 
 def read_recipe(path: Path, problems: list[Problem]) -> list[Setting]:
     """The settings of a YAML file, in its order; what is wrong with its form goes to `problems`."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would give its text once, and each process reads it
+            what = "a folder" if path.is_dir() else "no regular file"
+            problems.append(Problem(on_one_line(path), f"is {what}; a recipe is a YAML file"))
+            return []
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], 1)
-        problems.append(Problem(str(path), "there is no such file" + (f"; did you mean {near[0]}?" if near else "")))
+        problems.append(Problem(on_one_line(path), _no_recipe(path)))
         return []
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(Problem(str(path), f"cannot be read: {error}"))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        problems.append(Problem(on_one_line(path), f"cannot be read: {why}"))
         return []
+    path = Path(on_one_line(path))  # from here on it is only named
     try:
         root = yaml.compose(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -134,12 +176,12 @@ def _name_of(key: yaml.Node) -> str:
 def _read_section(path: Path, key: yaml.Node, node: yaml.Node, problems: list[Problem]) -> list[Setting]:
     name, where = _name_of(key), f"{path}:{key.start_mark.line + 1}"
     if name not in SECTIONS:
-        problems.append(Problem(where, _unknown(name)))
+        problems.append(Problem(where, _unknown(name) if isinstance(node, yaml.ScalarNode) else _no_section(name)))
         return []
     if isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~"):
         return []
     if not isinstance(node, yaml.MappingNode):
-        problems.append(Problem(where, f"{name} is a section: its options go below it, indented"))
+        problems.append(Problem(where, f"{name} is a section: its options go below it, indented{_meant(name, node)}"))
         return []
     settings: dict[str, Setting] = {}
     for option, value in node.value:
@@ -151,6 +193,28 @@ def _read_section(path: Path, key: yaml.Node, node: yaml.Node, problems: list[Pr
         except _NoValueError as error:
             problems.append(Problem(line, f"{dotted} cannot be read: {error}"))
     return list(settings.values())
+
+
+def _meant(section: str, node: yaml.Node) -> str:
+    """What a section that was given a single value may have meant: model: tiny."""
+    main = {"model": "preset", "data": "corpus", "optim": "name"}.get(section)
+    if main is None or not isinstance(node, yaml.ScalarNode):
+        return ""
+    return f"; did you mean {section}: {{{main}: {node.value}}}?"
+
+
+_OTHERS_SECTIONS: Final = {
+    "optimizer": "optim", "scheduler": "optim", "lr_scheduler": "optim", "training": "train", "trainer": "train",
+    "dataset": "data", "datasets": "data", "tokenizer": "data", "parallelism": "parallel", "distributed": "parallel",
+    "checkpointing": "checkpoint", "logging": "metrics", "network": "model",
+}  # fmt: skip
+
+
+def _no_section(name: str) -> str:
+    """Of options below a name that is no section's."""
+    near = _OTHERS_SECTIONS.get(name.lower()) or next(iter(difflib.get_close_matches(name.lower(), SECTIONS, 1)), None)
+    hint = f"did you mean {near}?" if near else f"valid here: {', '.join(SECTIONS)}"
+    return f"there is no section {name}; {hint}"
 
 
 class _NoValueError(Exception):
@@ -173,12 +237,15 @@ def _construct(node: yaml.Node) -> Any:
 
 
 def read_override(key: str, text: str, where: str) -> Setting:
-    """Of a flag: its text as YAML reads it, or as it stands where it is none."""
+    """Of a flag: its text as YAML reads it, or as it stands where it is none, or text without quotes."""
     try:
         node = yaml.compose(text, Loader=_Loader)
-        return Setting(key, text if node is None else _construct(node), where)
+        value = text if node is None else _construct(node)
     except (yaml.YAMLError, _NoValueError, ValueError, RecursionError):
         return Setting(key, text, where)
+    bare = isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None
+    block = isinstance(node, yaml.CollectionNode) and not node.flow_style  # "a: b", which is nobody's mapping here
+    return Setting(key, text if bare or block else value, where)  # YAML would fold lines, and cut at " #"
 
 
 # --- keys ------------------------------------------------------------------------------------------------
@@ -194,7 +261,26 @@ def known(settings: Iterable[Setting], problems: list[Problem]) -> Iterator[Sett
             problems.append(Problem(setting.where, _unknown(setting.key)))
 
 
+def candidates(name: str) -> list[str]:
+    """The options that are called `name`, here or in other projects, in any section; a flag may be written so if it is one."""
+    leaf = name.replace("-", "_").lower()
+    return [k for k, f in options().items() if leaf in (option_name(f), *f.metadata["alias"])]
+
+
+def not_text(value: str) -> str | None:
+    """Why a value is no text that a file or a terminal could take, or None; it is not to be quoted as it is."""
+    if "\0" in value:
+        return "it has the character 0x00; remove it"
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        return f"{os.fsencode(value)[:80]!r} is not UTF-8; give the file or folder another name"
+    return None
+
+
 def _unknown(key: str) -> str:
+    if key in SECTIONS:
+        return f"{key} is a section; its options are --{key}.OPTION VALUE: {_valid_beside(key)}"
+    if len(found := candidates(key)) > 1:
+        return f"{key} may be {', '.join(found[:-1])} or {found[-1]}; name the one that is meant"
     near = nearest(key)
     hint = f"; did you mean {near}?" if near else f"; valid here: {_valid_beside(key)}"
     return f"there is no option {key}{hint}"
@@ -204,7 +290,7 @@ def nearest(key: str) -> str | None:
     """The option that `key` most likely means: by another project's name for it, then by spelling."""
     section, _, leaf = key.rpartition(".")
     leaf = leaf.replace("-", "_").lower()
-    aliases = [k for k, f in options().items() if leaf in (option_name(f), *f.metadata["alias"])]
+    aliases = [k for k, f in options().items() if leaf in (option_name(f), *f.metadata["alias"], *f.metadata["akin"])]
     if aliases:
         return next((k for k in aliases if k.startswith(f"{section}.")), aliases[0])
     beside = {option_name(f): k for k, f in options().items() if k.startswith(f"{section}.")}

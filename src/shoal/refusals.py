@@ -12,6 +12,7 @@ from shoal.config import Config, Model, Optim, Parallel, Train
 from shoal.layout import Layout, deal, find_layout
 from shoal.pipeline_plan import problems as pipeline_problems
 from shoal.presets import resolve_shape
+from shoal.torch_private import PRIVATE, is_tested, tested_range, torch_version
 
 
 def refusals(config: Config, processes: int | None) -> Iterator[str]:
@@ -46,16 +47,20 @@ def refusals_of_machines(config: Config, processes: int | None) -> Iterator[str]
 def _batches(config: Config, layout: Layout) -> Iterator[str]:
     train = config.train
     slots = train.global_batch // train.micro_batch
-    if slots < layout.dp:
-        yield (
-            f"train.global_batch {train.global_batch} in parts of train.micro_batch {train.micro_batch} is {slots} micro-batches, fewer "
-            f"than the {layout.dp} data-parallel processes; train.global_batch {layout.dp * train.micro_batch} would do"
-            + (
-                f", or train.micro_batch {train.global_batch // layout.dp}"
-                if train.global_batch % layout.dp == 0
-                else ""
-            )
-        )
+    if slots >= layout.dp:
+        return
+    asked, ways = config.launch.processes, []
+    fewer = slots * layout.world_size // layout.dp
+    if asked is not None and isinstance(find_layout(config.parallel, fewer), Layout):
+        ways.append(f"launch.processes {fewer}")
+    ways.append(f"train.global_batch {layout.dp * train.micro_batch}")
+    if train.global_batch % layout.dp == 0:
+        ways.append(f"train.micro_batch {train.global_batch // layout.dp}")
+    of = f" of launch.processes {asked}" if asked is not None else ""
+    yield (
+        f"train.global_batch {train.global_batch} in parts of train.micro_batch {train.micro_batch} is {slots} micro-batches, fewer "
+        f"than the {layout.dp} data-parallel processes{of}; {', or '.join(ways)} would do"
+    )
 
 
 def _tensor(config: Config, layout: Layout) -> Iterator[str]:
@@ -100,6 +105,11 @@ def _context(config: Config, layout: Layout) -> Iterator[str]:
         if parallel.cp_method == "ring" and config.data.document_mask:
             yield (
                 "parallel.cp_method ring knows no data.document_mask; set parallel.cp_method to allgather or ulysses"
+            )
+        if parallel.cp_method == "ring" and not is_tested(torch_version()):
+            yield (
+                f"{PRIVATE['ring'].feature} uses private functions of torch, and was tested with torch {tested_range()}, not "
+                f"{torch_version()}; {PRIVATE['ring'].instead}"
             )
         yield from _no_dropout(model, "cp", cp)
     elif tp > 1 and seq_len % tp and model.family != "hf":

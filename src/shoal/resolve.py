@@ -18,36 +18,44 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config import PAST, SECTIONS, Config, option_name, options
-from shoal.contradictions import DEFAULT, DERIVED, contradictions
+from shoal.contradictions import DEFAULT, DERIVED, contradictions, remarks
 from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
+from shoal.precedence import replacements
 from shoal.presets import PRESETS, resolve_shape
-from shoal.recipe import Setting, known, read_override, read_recipe, to_text
+from shoal.recipe import START, Setting, known, not_text, read_override, read_recipe, to_text
 from shoal.secrets import secret_in
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A valid config, for each dotted key where its value came from, and what a person should be told."""
+    """
+    A valid config, for each dotted key where its value came from, and what a person should be told.
+
+    replaced: what a recipe said, by its key, where something else that was typed left no room for it.
+    """
 
     config: Config
     sources: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    replaced: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
 
 
 def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ()) -> Resolved:
     """
-    The config of `recipe` with `overrides`, each (dotted key, YAML text, where it was written).
+    The config of `recipe` with `overrides`, each (dotted key, YAML text, where it was written), which go before it.
 
     Raises `ConfigError` with every problem: those of the file's form, of keys and of types together; and where there
     are none of them, all that cannot hold together.
     """
     problems: list[Problem] = []
-    given = read_recipe(recipe, problems) if recipe else []
-    given += [read_override(*o) for o in overrides]
-    given = list(_without_secrets(given, problems))
-    notes: list[str] = []
-    settings = _with_shape({s.key: s for s in known(given, problems)}, problems, notes)
+    said = _by_key(read_recipe(recipe, problems) if recipe else [], problems)
+    typed = _by_key([read_override(*o) for o in overrides], problems)
+    found = replacements(said, typed)
+    replaced = {s.key: s for r in found for s in r.lost}
+    notes = [str(r) for r in found if recipe != START]  # where there was no recipe, it had nothing to say
+    settings = {k: s for k, s in said.items() if k not in replaced} | typed
+    settings = _with_shape(_with_corpus(settings), problems, notes)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
     if problems:
         raise ConfigError(sorted(problems, key=_place))
@@ -55,21 +63,26 @@ def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ())
     sources = {key: settings[key].where if key in settings else DEFAULT for key in options()}
     if problems := list(contradictions(config, sources)):
         raise ConfigError(problems)
-    return _derive(config, sources, tuple(notes))
+    return _derive(config, sources, (*notes, *remarks(config)), replaced)
 
 
 def peek(recipe: Path | None, overrides: Iterable[tuple[str, str, str]], keys: Iterable[str]) -> dict[str, Any]:
     """What `recipe` and `overrides` say of a few options, or the default, before anything is judged. Raises nothing."""
     ignored: list[Problem] = []
     given = (read_recipe(recipe, ignored) if recipe else []) + [read_override(*o) for o in overrides]
-    said = {s.key: _typed(s, ignored) for s in known(given, ignored)}
+    said = {key: _typed(s, ignored) for key, s in _by_key(given, ignored).items()}
     return {key: said.get(key) or options()[key].default for key in keys}
 
 
-def _without_secrets(given: Iterable[Setting], problems: list[Problem]) -> Iterator[Setting]:
-    """Those that hold no secret; a `Problem` that does not quote it for each other one."""
+def _by_key(given: Iterable[Setting], problems: list[Problem]) -> dict[str, Setting]:
+    """Those of options that there are; a `Problem` for each other one, and each that holds what no option may."""
+    return {s.key: s for s in known(_speakable(given, problems), problems)}
+
+
+def _speakable(given: Iterable[Setting], problems: list[Problem]) -> Iterator[Setting]:
+    """Those without a secret, and without what is no text; a `Problem` that does not quote it for each other one."""
     for setting in given:
-        if what := secret_in(str(setting.value)):
+        if what := secret_in(str(setting.value)) or not_text(str(setting.value)):
             problems.append(Problem(setting.where, f"{setting.key}: {what}"))
         else:
             yield setting
@@ -84,15 +97,23 @@ def _place(problem: Problem) -> tuple[bool, int]:
 # --- values ----------------------------------------------------------------------------------------------
 
 
+def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
+    """Paths without a kind of corpus are lines of JSON where all of them are called so, and else text."""
+    paths = settings.get("data.paths")
+    if paths is None or not paths.value or "data.corpus" in settings:
+        return settings
+    names = paths.value if isinstance(paths.value, list) else str(paths.value).split(",")
+    lines = all(str(name).strip().endswith((".jsonl", ".jsonl.gz")) for name in names)
+    return settings | {
+        "data.corpus": Setting("data.corpus", "jsonl" if lines else "text", f"data.paths at {paths.where}")
+    }
+
+
 def _with_shape(settings: dict[str, Setting], problems: list[Problem], notes: list[str]) -> dict[str, Setting]:
-    """Put what `model.preset` or `model.from` says below what was given; of both, what the flag says."""
+    """Put what `model.preset` or `model.from` says below what was given."""
     preset, origin = (
         s if s and s.value is not None else None for s in map(settings.get, ("model.preset", "model.from"))
     )
-    if preset and origin and preset.is_flag != origin.is_flag:
-        lost = origin if preset.is_flag else preset
-        settings = {k: s for k, s in settings.items() if s is not lost}
-        preset, origin = (None, origin) if origin.is_flag else (preset, None)
     if preset and origin:
         problems.append(
             Problem(origin.where, f"model.from says the shape, and so does model.preset at {preset.where}; keep one")
@@ -173,6 +194,8 @@ def _typed(setting: Setting, problems: list[Problem]) -> Any:
     from pydantic import ValidationError
 
     value, kind = setting.value, _types()[setting.key]
+    if isinstance(value, str):
+        value = options()[setting.key].metadata["spellings"].get(value.lower(), value)
     if kind == tuple[str, ...]:
         value = tuple(value) if isinstance(value, list) else tuple(v.strip() for v in str(value).split(","))
     elif (
@@ -234,13 +257,15 @@ def _build(values: Mapping[str, Any]) -> Config:
     return Config(**sections)
 
 
-def _derive(config: Config, sources: dict[str, str], notes: tuple[str, ...]) -> Resolved:
+def _derive(
+    config: Config, sources: dict[str, str], notes: tuple[str, ...], replaced: Mapping[str, Setting]
+) -> Resolved:
     """Fill what follows from the rest, and say so."""
     derived = dataclasses.replace(config, model=resolve_shape(config.model))
     for f in dataclasses.fields(derived.model):
         if getattr(derived.model, f.name) != getattr(config.model, f.name):
             sources[f"model.{option_name(f)}"] = DERIVED
-    return Resolved(derived, sources, notes)
+    return Resolved(derived, sources, notes, replaced)
 
 
 # --- writing, reading back, comparing --------------------------------------------------------------------

@@ -14,6 +14,7 @@ runs/NAME/
 from __future__ import annotations
 
 import contextlib
+import difflib
 import fcntl
 import json
 import os
@@ -31,6 +32,7 @@ from shoal.errors import RunError, ShoalError
 from shoal.hub.find import stand_in
 from shoal.hub.folder import HEADERS
 from shoal.metrics.trackers import read_json_lines
+from shoal.output import on_one_line
 from shoal.resolve import Difference, differences, read_back, to_yaml
 
 
@@ -57,6 +59,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def has_checkpoint(self) -> bool:
+        """Whether one is on disk, whole or not."""
+        return any(self.checkpoints.glob("step-*/manifest.json"))
 
     @property
     def metrics_file(self) -> Path:
@@ -102,7 +108,7 @@ class RunFolder:
         """
         try:
             before = self.load_config()
-        except ShoalError:
+        except (ShoalError, OSError):
             return []
         kept = {before.model.from_: self.source if (self.source / HEADERS).is_file() else None}
         kept.setdefault(before.data.tokenizer, self.tokenizer_files)
@@ -121,9 +127,12 @@ class RunFolder:
         """The config that this run was trained with. Raises `RunError` where there is no run."""
         if not self.config_file.is_file():
             others = sorted(p.parent.name for p in self.path.parent.glob("*/config.yaml"))
+            near = difflib.get_close_matches(self.path.name, others, n=3)
             more = f" and {len(others) - 8} more" if len(others) > 8 else ""
-            known = f"; there are {', '.join(others[:8])}{more}" if others else ""
-            raise RunError(f"{self.path} is no run{known}. shoal train RECIPE.yaml --name {self.path.name} makes one")
+            known = f"; there are {', '.join(map(on_one_line, others[:8]))}{more}" if others else ""
+            meant = f"; did you mean {' or '.join(map(on_one_line, near))}?" if near else f"{known}."
+            name = on_one_line(self.path.name)
+            raise RunError(f"{on_one_line(self.path)} is no run{meant} shoal train RECIPE.yaml --name {name} makes one")
         return read_back(self.config_file)
 
     def begun(self) -> Config | None:
@@ -179,7 +188,7 @@ class RunFolder:
             shared = meeting is None or _share(file)
         if not shared:
             raise RunError(
-                f"{self.path} is being trained {_holder(file)}; wait for it, stop it, or choose another --name"
+                f"{on_one_line(self.path)} is being trained {_holder(file)}; wait for it, stop it, or choose another --name"
             )
         self._lock = file
 

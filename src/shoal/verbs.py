@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.errors import EXIT_LOST_PEER, EXIT_REQUEUE, ModelError, RunError, ShoalError
+from shoal.errors import (
+    EXIT_LOST_PEER,
+    EXIT_REQUEUE,
+    LaunchError,
+    MemoryProblem,
+    ModelError,
+    RunError,
+    ShoalError,
+    spelled,
+)
 
 if TYPE_CHECKING:
     from shoal.config import Config
-    from shoal.infer.load import Wanted
+    from shoal.data.prepare import Prepared
+    from shoal.infer.asked import Wanted
+    from shoal.metrics.console import Console
+    from shoal.metrics.narrator import Narrator
     from shoal.runs import RunFolder
 
 Override = tuple[str, str, str]
@@ -22,15 +37,48 @@ VERIFIED = "verify-"  # before the name of a run: where its certificate is kept
 
 
 def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
+    from shoal.contradictions import why_no_name
     from shoal.resolve import resolve
 
-    for gone in _run_of(args.recipe, overrides).stand_in():
+    for gone in _run_of(args.recipe and _recipe(args, overrides), overrides).stand_in():
         _tell([f"{gone} is gone: going on with what the run keeps of it"])
-    resolved = resolve(args.recipe, overrides)
-    _tell(resolved.notes)
+    recipe = _recipe(args, overrides)
+    resolved = resolve(recipe, overrides)
+    told = ["without a recipe, what is not typed is as shoal init writes it"] if args.recipe is None else []
+    _tell([*told, *resolved.notes])
     if resolved.config.launch.name is None and args.recipe is not None:
-        return resolved.config.replace("launch", name=args.recipe.stem)
+        if why := why_no_name(recipe.stem):
+            raise ShoalError(f"a run is called as its recipe, and {why}; or give --name")
+        return resolved.config.replace("launch", name=recipe.stem)
     return resolved.config
+
+
+def _recipe(args: argparse.Namespace, overrides: list[Override]) -> Path:
+    """The recipe that is asked for; where a model or data are typed without one, that which `shoal init` writes."""
+    from shoal.recipe import START, find_recipe
+
+    if args.recipe is not None:
+        return find_recipe(args.recipe)
+    if not any(key.startswith(("model.", "data.")) for key, _, _ in overrides):
+        raise ShoalError(
+            f"shoal {args.verb} needs a recipe: shoal {args.verb} quickstart takes one of shoal's own, shoal init mine.yaml "
+            f"writes one to start from, and shoal {args.verb} --model.preset tiny --data.paths FOLDER needs none"
+        )
+    return START
+
+
+def init(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.recipe import START
+
+    try:
+        with args.file.open("x", encoding="utf-8") as file:
+            file.write(START.read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise ShoalError(f"{args.file} is there already, and is left as it is; choose another name") from error
+    except (OSError, ValueError) as error:
+        raise ShoalError(f"{args.file} cannot be written: {error}") from error
+    print(f"{args.file} is a recipe to change; shoal train {shlex.quote(str(args.file))} trains it as it is")
+    return 0
 
 
 def _run_of(recipe: Path | None, overrides: list[Override]) -> RunFolder:
@@ -54,93 +102,160 @@ def _tell(notes: Sequence[str], *, on_stderr: bool = False) -> None:
             console.warn(note)
 
 
+def _tell_of_torch() -> None:
+    """One line, where this torch was not tested."""
+    from shoal.torch_private import version_notes
+
+    _tell(version_notes())
+
+
 def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.output import outlast
 
     outlast()
     config = _resolve(args, overrides)
-    from shoal.launch.place import is_worker, read_place
-    from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
+    _tell_of_torch()
+    from shoal.launch.place import is_worker
+    from shoal.launch.torchrun import count_gpus, launch, plan_processes
     from shoal.runs import RunFolder
 
     before = RunFolder.of(config).begun()
     if is_worker():
-        return _work(fit_to_place(config, read_place(), before))
+        return _work(_in_place(config, before))
+    _say_where(config)
     from shoal.fault.limit import start_clock
-    from shoal.launch.stops import leave_when_asked
+    from shoal.fault.signals import ends_when_asked
     from shoal.metrics.console import Console
 
     start_clock()
-    leave_when_asked()
-    config = plan_processes(config, count_gpus(), before=before, say=Console().warn)
-    folder = RunFolder.of(config)
-    folder.agree(config)
-    folder.lock(config.launch.rendezvous)
-    from shoal.data.open import open_data
+    with ends_when_asked(EXIT_REQUEUE):
+        config = plan_processes(config, count_gpus(), before=before, say=Console().warn)
+        folder = RunFolder.of(config)
+        folder.agree(config)
+        folder.lock(config.launch.rendezvous)
+        from shoal.data.open import open_data
 
-    open_data(config.data, Console(), rows=config.model.vocab_size)
+        console = Console()
+        prepared = open_data(config.data, console, rows=config.model.vocab_size)
+        if folder.config_file.is_file() and _is_finished(config, folder, prepared, console):
+            return 0
     return launch(config, [*argv, *_settled(config)])
+
+
+def _in_place(config: Config, before: Config | None = None) -> Config:
+    """The config of a worker; where another program started the workers, the first says what it was told."""
+    from shoal.launch.place import describe_place, read_place, speaks_first
+    from shoal.launch.torchrun import fit_to_place
+
+    if speaks_first():
+        print(describe_place(), flush=True)
+    return fit_to_place(config, read_place(), before)
+
+
+def _say_where(config: Config) -> None:
+    """What another launcher's variables mean here, where they make no worker of this process. Raises `LaunchError`."""
+    from shoal.launch.place import unused_claims
+
+    _tell(unused_claims(config.launch.nodes))
+
+
+def _is_finished(config: Config, folder: RunFolder, prepared: Prepared, console: Console) -> bool:
+    """Whether all steps of this run are taken; then its result is said again."""
+    from shoal.metrics.narrator import Narrator
+    from shoal.train.last_words import finished, say_result_again
+
+    narrator = Narrator.of(console)
+    with narrator.phase("checking the last checkpoint"):
+        result = finished(config, folder, prepared)
+    narrator.close()
+    if result is not None:
+        say_result_again(config, folder, result, console)
+    return result is not None
 
 
 def _work(config: Config, *, verify: bool = False) -> int:
     """One of the processes of a run, or of a verification."""
     from shoal.fault.heartbeat import Heartbeat, leave_stacks_when_asked
-    from shoal.fault.signals import die_with_parent, hold_signals
+    from shoal.fault.signals import StopRequest, die_with_parent
+    from shoal.launch.place import is_launched, read_place
+    from shoal.launch.stops import tell
+    from shoal.metrics.console import Console
+    from shoal.metrics.narrator import Narrator
 
     die_with_parent()
     leave_stacks_when_asked()
+    narrator = Narrator(Console(speaks=read_place().rank == 0).note)
+    if not is_launched():
+        narrator.watch()
+    heartbeat = Heartbeat.open(config.launch, narrator.begin)
     if verify:
-        Heartbeat.open(config.launch).rest()  # its steps are of many kinds; a collective's timeout watches it
+        heartbeat.rest()  # its steps are of many kinds; a collective's timeout watches it
     else:
-        hold_signals()
+        stop = StopRequest()
+        if not is_launched():
+            stop.end_early(tell if read_place().rank == 0 else lambda text: None)
+    heartbeat.outside("importing torch")
+    from shoal.models.attention import not_deterministic
     from shoal.parallel.mesh import is_lost_peer
+    from shoal.plan.fit import what_ran_out, what_would_fit
+    from shoal.runs import RunFolder
 
     try:
         if verify:
             from shoal.bench.parity import verify_here
 
-            verify_here(config)
+            verify_here(config, heartbeat)
             return 0
         from shoal.train.loop import train
 
-        stopped = train(config)
-    except RuntimeError as error:
-        if is_lost_peer(error):
+        stopped = train(config, stop, heartbeat)
+    except (RuntimeError, MemoryError, OSError) as error:
+        if said := what_ran_out(error):
+            fits = what_would_fit(RunFolder.of(config).settled(config), read_place().world_size)
+            raise MemoryProblem(f"out of memory: {said}. {fits}") from error
+        if isinstance(error, RuntimeError) and is_lost_peer(error):
             _say_unless_launched(f"lost another process of this run: {str(error).splitlines()[0]}")
             return EXIT_LOST_PEER
+        if isinstance(error, RuntimeError) and (operator := not_deterministic(error)):
+            advice = "" if verify else "; set train.repro to fast"
+            raise LaunchError(f"{operator} has no deterministic kernel on this device{advice}") from error
         raise
     return EXIT_REQUEUE if stopped else 0
 
 
 def _say_unless_launched(text: str) -> None:
     """Our own launcher says which one was lost and why; others do not."""
-    from shoal.launch.place import LOCKED_BY
+    from shoal.launch.place import is_launched
     from shoal.launch.stops import tell
 
-    if os.environ.get(LOCKED_BY) != str(os.getppid()):
+    if not is_launched():
         tell(text)
 
 
 def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     config = _resolve(args, overrides)
-    from shoal.launch.place import is_worker, read_place
-    from shoal.launch.torchrun import count_gpus, fit_to_place, launch, plan_processes
+    _tell_of_torch()
+    from shoal.launch.place import is_worker
+    from shoal.launch.torchrun import count_gpus, launch, plan_processes
 
     name = config.launch.name
     config = config.replace("launch", name=f"{VERIFIED}{name}", max_restarts=0)
     if is_worker():
-        return _work(fit_to_place(config, read_place()), verify=True)
+        return _work(_in_place(config), verify=True)
+    _say_where(config)
+    from shoal.fault.signals import ends_when_asked
     from shoal.metrics.console import Console
     from shoal.runs import RunFolder
 
-    config = plan_processes(config, count_gpus(), say=Console().warn)
-    folder = RunFolder.of(config)
-    folder.lock(config.launch.rendezvous)
-    certificate = folder.path / "certificate.json"
-    certificate.unlink(missing_ok=True)
-    from shoal.data.open import open_data
+    with ends_when_asked(EXIT_REQUEUE):
+        config = plan_processes(config, count_gpus(), say=Console().warn)
+        folder = RunFolder.of(config)
+        folder.lock(config.launch.rendezvous)
+        certificate = folder.path / "certificate.json"
+        certificate.unlink(missing_ok=True)
+        from shoal.data.open import open_data
 
-    open_data(config.data, Console(), rows=config.model.vocab_size)
+        open_data(config.data, Console(), rows=config.model.vocab_size)
     code = launch(config, [*argv, *_settled(config)])
     if code != 0 or not certificate.is_file():
         return code or 1
@@ -154,11 +269,15 @@ def _settled(config: Config) -> list[str]:
 
 
 def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.data.open import open_data
+    from shoal.fault.signals import ends_when_asked
     from shoal.metrics.console import Console
 
     console = Console()
-    prepared = open_data(_resolve(args, overrides).data, console)
+    config = _resolve(args, overrides)
+    with ends_when_asked(EXIT_REQUEUE):
+        from shoal.data.open import open_data
+
+        prepared = open_data(config.data, console)
     for split, counts in prepared.counts.items():
         console.say(
             f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
@@ -195,17 +314,23 @@ def _expanded(to: Path | None) -> Path | None:
 def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     _needs(args, "text", ("context", "stride"))
     _needs(args, "tasks", ("include_path", "limit", "num_fewshot"))
-    _set_threads(args)
-    wanted = _wanted(args)
-    from shoal.infer.commands import TextOptions, evaluate_model
-    from shoal.infer.harness import Tasks
+    from shoal.infer.asked import Tasks, Text
 
-    text = None if args.text is None else TextOptions(args.text, args.context, args.stride)
+    _set_threads(args)
+
+    wanted = _wanted(args)
+    wanted.check()
+    if wanted.folder is not None and args.text is None and args.tasks is None:
+        raise ShoalError(f"{wanted.folder} has no held-out text of its own: set --text FILE, or --tasks NAME,...")
+    text = None if args.text is None else Text.read(args.text, args.context, args.stride)
     tasks = None
     if args.tasks is not None:
         names = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
         tasks = Tasks(names, args.include_path, args.limit, args.num_fewshot)
-    evaluate_model(wanted, text=text, tasks=tasks, as_json=args.json)
+    with _told(speaks=not args.json) as narrator:
+        from shoal.infer.commands import evaluate_model
+
+        evaluate_model(wanted, text=text, tasks=tasks, as_json=args.json, narrator=narrator)
     return 0
 
 
@@ -213,17 +338,43 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
     _needs(args, "chat", ("system",))
     if bool(args.prompt) == args.chat:
         raise ShoalError("shoal generate needs --prompt TEXT, or --chat for a conversation, and not both")
+    from shoal.infer.sampling import CHAT_TOKENS, FLAGS, PROMPT_TOKENS, Sampling, check_options, check_prompts
+
     _set_threads(args)
-    wanted = _wanted(args)
-    from shoal.infer.commands import generate_text, talk
-    from shoal.infer.generate import Sampling
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    if args.chat:
-        talk(wanted, system=args.system, max_new_tokens=args.tokens, sampling=sampling)
-    else:
-        generate_text(wanted, prompts=args.prompt, max_new_tokens=args.tokens, sampling=sampling)
+    limit = args.tokens if args.tokens is not None else CHAT_TOKENS if args.chat else PROMPT_TOKENS
+    with spelled(FLAGS):
+        check_options(sampling, limit)
+    check_prompts(args.prompt or [], args.system)
+    wanted = _wanted(args)
+    wanted.check()
+    with _told() as narrator:
+        from shoal.infer.commands import generate_text, open_chat
+
+        if args.chat:
+            chat = open_chat(wanted, system=args.system, max_new_tokens=limit, sampling=sampling, narrator=narrator)
+        else:
+            generate_text(wanted, prompts=args.prompt, max_new_tokens=limit, sampling=sampling, narrator=narrator)
+    if args.chat:  # in which Ctrl-C ends an answer only
+        from shoal.infer.chat import chat_in_terminal
+
+        chat_in_terminal(chat, sys.stdin, sys.stdout)
     return 0
+
+
+@contextlib.contextmanager
+def _told(code: int | None = None, *, speaks: bool = True) -> Iterator[Narrator]:
+    """A command with nothing to save: tells on standard error what takes long, and ends when asked to, with `code`."""
+    from shoal.fault.signals import ends_when_asked
+    from shoal.metrics.console import Console
+    from shoal.metrics.narrator import Narrator
+
+    narrator = Narrator.of(Console(speaks=speaks, on_stderr=True))
+    with ends_when_asked(code):
+        narrator.begin("importing torch")
+        yield narrator
+    narrator.close()
 
 
 def _set_threads(args: argparse.Namespace) -> None:
@@ -240,7 +391,7 @@ def _set_threads(args: argparse.Namespace) -> None:
 
 
 def _wanted(args: argparse.Namespace) -> Wanted:
-    from shoal.infer.load import Wanted
+    from shoal.infer.asked import Wanted
 
     return Wanted(
         Path(args.runs), args.target, folder=args.model_from, family=args.model_family, step=args.step,
@@ -258,36 +409,52 @@ def _needs(args: argparse.Namespace, owner: str, options: tuple[str, ...]) -> No
 
 
 def export(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.infer.export import export_run
+    from shoal.infer.out_folder import OutFolder
+    from shoal.infer.target import find_checkpoint
     from shoal.metrics.console import Console
 
+    find_checkpoint(Path(args.runs), args.target, args.step)
+    OutFolder(args.out, args.force)
     console = Console()
-    out = export_run(
-        Path(args.runs), args.target, step=args.step, out=args.out, dtype=args.dtype, license=args.license,
-        force=args.force, console=console,
-    )  # fmt: skip
+    with _told() as narrator:
+        from shoal.infer.export import export_run
+
+        narrator.begin(None)
+        out = export_run(
+            Path(args.runs), args.target, step=args.step, out=args.out, dtype=args.dtype, license=args.license,
+            force=args.force, console=console,
+        )  # fmt: skip
     console.say(f"{out} is whole: README.md in it says what it is")
     return 0
 
 
 def config(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.recipe import to_text
+    from shoal.report.amounts import amounts
     from shoal.resolve import resolve, schema, to_yaml
 
     if args.schema:
         print(json.dumps(schema(), indent=2))
         return 0
-    if args.recipe is None:
-        raise ShoalError("shoal config needs a RECIPE.yaml, or --schema")
-    resolved = resolve(args.recipe, overrides)
+    resolved = resolve(_recipe(args, overrides), overrides)
     _tell(resolved.notes, on_stderr=True)
-    print(to_yaml(resolved.config, resolved.sources), end="")
+    lost = {
+        key: f"{resolved.sources[key]}, not {to_text(s.value)} at {s.where}" for key, s in resolved.replaced.items()
+    }
+    print(to_yaml(resolved.config, {**resolved.sources, **lost}), end="")
+    for line in amounts(resolved.config):
+        print(f"# {line}")
     return 0
 
 
 def bench(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.bench.speed import bench_speed
+    from shoal.recipe import find_recipe
 
-    bench_speed(args.recipe, overrides, peers=args.peers, repeats=args.repeats, as_json=args.json)
+    recipe = args.recipe and find_recipe(args.recipe)
+    with _told(speaks=not args.json) as narrator:
+        narrator.begin(None)
+        bench_speed(recipe, overrides, peers=args.peers, repeats=args.repeats, as_json=args.json, narrator=narrator)
     return 0
 
 
@@ -321,7 +488,6 @@ def _record(args: argparse.Namespace, name: str) -> Path:
 
 def rendezvous(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.address import read_address
-    from shoal.errors import LaunchError
 
     if args.while_used and os.fork():
         os._exit(0)  # nobody's child: a launcher that ends, or passes a signal on, leaves it alone

@@ -20,7 +20,7 @@ data: {corpus: dummy, dummy_documents: 60, tokenizer: bytes, seq_len: 32}
 optim: {lr: 1e-2, warmup_steps: 3, schedule: constant}
 train: {steps: 40, global_batch: 16, micro_batch: 2, dtype: float32, device: cpu, eval_every: 20, sample_prompt: "a", sample_tokens: 20}
 checkpoint: {every: 5}
-metrics: {peak_tflops: 1}
+metrics: {peak_tflops: 1, console_every: 1}
 launch: {processes: 2, threads: 1}
 """
 
@@ -48,8 +48,17 @@ class Place:
         output, _ = process.communicate(timeout=200)
         return process.returncode, output
 
-    def good(self, *arguments: str) -> str:
-        code, output = self.run(*arguments)
+    def answer(self, *arguments: str) -> str:
+        """Standard output of a command that must end well: what another program would read."""
+        command = [sys.executable, "-m", "shoal", *arguments]
+        done = subprocess.run(
+            command, cwd=self.folder, env=clean_environment(), capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def good(self, *arguments: str, **environment: str) -> str:
+        code, output = self.run(*arguments, **environment)
         assert code == 0, output
         return output
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 from shoal.config import Config
 from shoal.errors import LaunchError
 from shoal.launch.torchrun import plan_processes
-from tests.cli.commands import Place
+from tests.cli.commands import Place, clean_environment
 from tests.disks import small_disk
 
 
@@ -50,23 +52,32 @@ def test_config_problems_come_together_before_anything_starts(place: Place) -> N
     assert not (place.folder / "runs" / "recipe").exists()
 
 
+@pytest.mark.ci
+def test_memory_that_cannot_be_had_ends_a_run_once_with_what_would_fit(place: Place) -> None:
+    """A matrix beyond any address space, asked for by two real processes."""
+    output = place.refused("train", "recipe.yaml", "--name", "huge", "--model.dim", str(2**23))
+    for said in ("281,475.0 GB", "train.micro_batch 1", "train.activation_checkpointing full", "parallel.dp_shard 2"):
+        assert output.count(said) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["train", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
         (["train", "recip.yaml"], "did you mean recipe.yaml?"),
-        (["train"], "the following arguments are required: RECIPE.yaml"),
+        (["train"], "shoal train needs a recipe"),
         (["trian", "recipe.yaml"], "invalid choice: 'trian'"),
         (["eval", "nowhere"], "runs/nowhere is no run; there are done"),
+        (["train", "no\x1b[2Jsuch.yaml"], "no\\x1b[2Jsuch.yaml"),
         (["eval", "done", "--step", "77"], "has no checkpoint of step 77; there are steps 5, 6"),
-        (["eval", "done", "--tokens", "3"], "shoal eval does not take --tokens; see"),
+        (["eval", "done", "--tokens", "3"], "shoal eval does not take --tokens"),
         (["generate", "done", "--prompt", "x" * 80], "the prompt has 80 tokens, and the model's context is 64"),
         (["generate", "done", "--prompt", ""], "an empty --prompt"),
         (["generate", "done", "--prompt", "a", "--top-p", "1.5"], "1.5; it must be above 0 and at most 1"),
-        (["config"], "needs a RECIPE.yaml"),
+        (["config"], "shoal config needs a recipe"),
         (["prepare", "recipe.yaml", "--data.corpus", "text"], "a text corpus needs data.paths"),
         (["train", "recipe.yaml", "--parallel.dp_replicate", "4"], "parallel.dp_replicate 4 needs 4 processes, launch.processes is 2"),
-        (["train", "recipe.yaml", "--processes", "8", "--train.micro_batch", "4"], "4 micro-batches, fewer than the 8 data-parallel processes; train.global_batch 32 would do, or train.micro_batch 2"),
+        (["train", "recipe.yaml", "--processes", "8", "--train.micro_batch", "4"], "4 micro-batches, fewer than the 8 data-parallel processes of launch.processes 8; launch.processes 4, or train.global_batch 32, or train.micro_batch 2 would do"),
         (["train", "recipe.yaml", "--processes", "64", "--train.global_batch", "128"], "64 processes on"),
         (["train", "recipe.yaml", "--train.device", "cuda"], "there is no CUDA device"),
         (["train", "recipe.yaml", "--train.dtype", "float16"], "which multiplies it a thousand times slower"),
@@ -75,6 +86,58 @@ def test_config_problems_come_together_before_anything_starts(place: Place) -> N
 )  # fmt: skip
 def test_refusals(place: Place, arguments: list[str], words: str) -> None:
     assert words in place.refused(*arguments, CUDA_VISIBLE_DEVICES="")
+
+
+WITHOUT_TORCH = """
+import sys
+from shoal.cli import _run
+from shoal.errors import ShoalError
+for line in sys.stdin.read().splitlines():
+    try:
+        _run(line.split())
+    except ShoalError as error:
+        print(str(error).replace(chr(10), " "))
+    assert "torch" not in sys.modules, line
+"""
+
+
+def test_names_files_and_options_are_judged_before_torch_is_imported(place: Place) -> None:
+    """In one process: torch's import takes seconds, and whoever mistyped something should not wait for it."""
+    (place.folder / "taken").mkdir(exist_ok=True)
+    (place.folder / "taken" / "file").touch()
+    wrong = {
+        "eval doen": "did you mean done?",
+        "generate doen --prompt a": "did you mean done?",
+        "export doen --out out": "did you mean done?",
+        "eval done --step 77": "no checkpoint of step 77",
+        "eval done --text gone.txt": "cannot read gone.txt",
+        "eval done --tasks a --include-path gone": "there is no folder gone",
+        "eval --model.from taken": "config.json",
+        "generate done --prompt a --top-p 2": "--top-p is 2.0",
+        "generate --model.from gone --prompt a": "there is no folder gone",
+        "export done --out taken": "taken is there already",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        input="\n".join(wrong), cwd=place.folder, env=clean_environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert len(said) == len(wrong), said
+    for line, (command, words) in zip(said, wrong.items(), strict=True):
+        assert words in line, command
+
+
+def test_names_of_files_do_not_reach_the_terminal_as_they_are(place: Place) -> None:
+    folder = place.folder / "hostile"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(f"the good text number {number} " * 20, encoding="utf-8")
+    (folder / "a\x1b]0;owned\x07\nshoal: all is well.txt").write_bytes(b"\xff\xff")
+    output = place.good("prepare", "recipe.yaml", "--data.corpus", "text", "--data.paths", "hostile")
+    assert "\x1b" not in output
+    assert "a\\x1b]0;owned\\x07\\nshoal: all is well.txt" in output
+    assert not any(line.startswith("shoal: all is well") for line in output.splitlines())
 
 
 def test_a_port_that_is_taken(place: Place) -> None:
@@ -91,7 +154,7 @@ def test_a_corpus_that_is_empty_or_not_text(place: Place) -> None:
     folder.mkdir()
     arguments = ["prepare", "recipe.yaml", "--data.corpus", "text", "--data.paths", "texts"]
     assert "texts" in place.refused(*arguments)
-    (folder / "bad.txt").write_bytes(b"\xff\xfe caf\xe9")
+    (folder / "bad.txt").write_bytes(b"caf\xe9")
     for number in range(30):
         (folder / f"good{number}.txt").write_text(f"the good text number {number} " * 20, encoding="utf-8")
     output = place.good(*arguments)
@@ -174,7 +237,7 @@ def test_a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_run(p
         "--model.dim", "64",
     )  # fmt: skip
     assert code == 2, output  # it went on to its end, and what it learned is nowhere
-    assert "the disk is full: no checkpoint of step 5; those before it stand, training goes on" in output
+    assert "the disk is full: no checkpoint of step 5, training goes on" in output
     assert "step 12/12" in output
     assert "the last checkpoint could not be written" in output
     assert "Traceback" not in output

@@ -27,12 +27,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 def test_a_run_says_what_it_does_and_leaves_what_it_should(place: Place) -> None:
     output = place.output  # type: ignore[attr-defined]
-    assert re.search(r"step 40/40  loss \d\.\d{4}  lr 1.00e-02  norm .* tok/s  .* ms  mfu .*%  .* GiB", output)
+    steps = re.findall(r"^step +\d+/40  loss .*", output, re.MULTILINE)
+    assert len(steps) == 40
+    assert re.match(r"step 40/40  loss \d\.\d{4}  lr 1.00e-02  norm .* tok/s  .* GiB  0s left", steps[-1])
+    assert max(map(len, steps)) <= 80
+    after = output[output.index("bits per byte: ") :]
+    assert re.search(
+        r"runs/clean: 40 steps, 20,480 tokens in \d+s \([\d,]+ tokens/s in steps\)\nnext:\n  \S*shoal generate clean",
+        after,
+    )
     assert "held-out loss" in output
-    assert re.search(r"bits per byte: .*this model \d\.\d{3}.*", output)
-    assert "gzip -9" in output
-    assert "xz -9" in output
-    assert len(re.findall(r"\n  \S*shoal (generate|eval|bench) ", output)) == 3
+    assert re.search(r"bits per byte: .*this model \d\.\d{3}", output)
+    assert all(re.search(rf"{name} \d\.\d{{3}} \(cold \d\.\d{{3}}\)", output) for name in ("gzip -9", "xz -9e"))
+    assert len(re.findall(r"\n  \S*shoal (generate|eval) ", output)) == 2
     assert "Warning" not in output
     run = place.folder / "runs" / "clean"
     assert {p.name for p in run.iterdir()} == {
@@ -54,22 +61,30 @@ def test_a_run_says_what_it_does_and_leaves_what_it_should(place: Place) -> None
 
 
 def test_eval_and_generate_read_what_training_wrote(place: Place) -> None:
-    scores = json.loads(place.good("eval", "clean", "--json"))
+    scores = json.loads(place.answer("eval", "clean", "--json"))
     final = [r for r in place.metrics("clean") if "val_loss" in r][-1]
     assert scores["nats_per_token"] == pytest.approx(final["val_loss"], rel=1e-5)
     assert scores["perplexity"] == pytest.approx(math.exp(final["val_loss"]), rel=1e-5)
     assert scores["bits_per_byte"] == pytest.approx(final["val_bits_per_byte"], rel=1e-5)
-    once = place.good("generate", "clean", "--prompt", "ab", "--tokens", "12", "--seed", "5")
+    once = place.answer("generate", "clean", "--prompt", "ab", "--tokens", "12", "--seed", "5")
     assert once.startswith("ab")
-    assert once == place.good("generate", "runs/clean", "--prompt", "ab", "--tokens", "12", "--seed", "5")
+    assert once == place.answer("generate", "runs/clean", "--prompt", "ab", "--tokens", "12", "--seed", "5")
 
 
 def test_the_same_command_again_is_at_the_end_and_more_steps_go_on(place: Place) -> None:
+    files = {
+        path: path.read_bytes()
+        for path in (place.folder / "runs" / "clean").rglob("*")
+        if path.name != "lock" and path.is_file()
+    }
     again = place.good("train", "recipe.yaml", "--name", "clean")
-    assert "resumed from" in again
     assert "step 40/40" not in again
+    assert "all 40 steps are taken; a larger train.steps goes on with it" in again
+    output = place.output  # type: ignore[attr-defined]
+    said = output[output.index("a sample:") : output.index("goodput")]
+    assert said in again  # the result of the run, once more
+    assert all(path.read_bytes() == content for path, content in files.items())
     assert "bits may differ" not in again
-    assert "all 40 steps of this run are taken; a larger train.steps goes on with it" in again
     events = place.folder / "runs" / "clean" / "events.jsonl"
     events.write_text(events.read_text().replace(f'"torch":"{torch.__version__}"', '"torch":"1.0"'))
     longer = place.good(
@@ -103,6 +118,14 @@ def test_a_worker_that_is_killed_is_started_again_and_no_bit_differs(place: Plac
     )
     assert "Traceback" not in output
     assert place.losses("worker-killed") == clean_losses(place)
+
+
+@pytest.mark.ci
+def test_what_dies_before_a_checkpoint_starts_from_the_beginning(place: Place) -> None:
+    faults = [{"step": 2, "phase": "forward", "rank": 1, "fault": "kill"}]
+    output = place.good("train", "recipe.yaml", "--name", "early-death", SHOAL_FAULTS=json.dumps(faults))
+    assert "in forward of step 2; starting again from the beginning" in output
+    assert "last checkpoint" not in output
 
 
 def test_a_launcher_that_is_killed_takes_its_workers_with_it_and_the_run_goes_on(place: Place) -> None:
@@ -223,8 +246,22 @@ def test_a_last_checkpoint_that_is_not_there_is_no_success(place: Place) -> None
     checkpoints = place.folder / "runs" / "unsaved" / "checkpoints"
     checkpoints.mkdir(parents=True)
     (checkpoints / ".step-00000003.1.tmp").touch()  # where the first save is written
-    output = place.refused("train", "recipe.yaml", "--name", "unsaved", "--train.steps", "3")
+    # a batch that is larger than the corpus, of which one epoch is one step: said in the same run
+    output = place.refused(
+        "train", "recipe.yaml", "--name", "unsaved", "--train.steps", "3", "--train.global_batch", "1024",
+        "--train.micro_batch", "64",
+    )  # fmt: skip
     assert "could not be written: runs/unsaved/checkpoints has none. Make room there" in output
+    assert "starts from the beginning" in output
+    assert "goes on from" not in output
+    assert "tried again" not in output  # there is no step 13
+    rows = place.metrics("unsaved")[-1]["tokens"] / 3 / 32
+    found = re.search(
+        r"one step reads the corpus (\d+\.\d) times: train.global_batch is 1,024 rows .* the corpus has (\d+)", output
+    )
+    assert found, output
+    assert float(found[1]) == pytest.approx(1024 / int(found[2]), abs=0.06)
+    assert rows == 1024
 
 
 def test_a_run_that_is_being_trained_is_not_trained_twice(place: Place) -> None:
@@ -276,7 +313,16 @@ def test_under_torchrun_a_worker_that_is_asked_to_stop_says_so_by_its_code(place
 @pytest.mark.slow
 def test_killed_ten_times_at_random_moments_the_last_bits_are_the_same(place: Place) -> None:
     """SIGKILL of the launcher or of a worker, ten times in one run, at moments that a seed chooses."""
-    long = ("--train.steps", "300", "--train.eval_every", "0", "--launch.max_crashes", "20")
+    long = (
+        "--train.steps",
+        "300",
+        "--train.eval_every",
+        "0",
+        "--launch.max_crashes",
+        "20",
+        "--metrics.console_every",
+        "1",
+    )
     place.good("train", "recipe.yaml", "--name", "left-alone", *long)
     chance, process, victims = random.Random(20261121), None, []
     for _ in range(10):

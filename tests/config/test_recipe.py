@@ -85,4 +85,4 @@ def test_a_name_is_saved_and_read_back(tmp_path: Path, name: str) -> None:
 def test_a_flag_that_is_no_value_is_text_as_it_stands(tmp_path: Path, text: str) -> None:
     assert read_override("data.tokenizer", text, "").value == text
     found = problems(tmp_path, GOOD, ("train.steps", text, "--train.steps"))
-    assert found[0].startswith("--train.steps: train.steps must be an integer")
+    assert found[0].startswith("--train.steps: train.steps")

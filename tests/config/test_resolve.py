@@ -104,7 +104,7 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
         ),
         (
             {"train": {"steps": 1, "global_batch": 8, "micro_batch": 8}, "launch": {"processes": 2}},
-            "train.global_batch 16 would do, or train.micro_batch 4",
+            "launch.processes 1, or train.global_batch 16, or train.micro_batch 4 would do",
         ),
         (
             {"train": {"steps": 1}, "launch": {"processes": 2}, "parallel": {"dp_replicate": 4}},
@@ -120,8 +120,8 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
         ({"train": {"steps": True}}, "train.steps must be an integer"),
         ({"train": {"steps": 1}, "optim": {"lr": ".inf"}}, "optim.lr must be a number above 0"),
         (
-            {"train": {"steps": 1, "dtype": "fp16"}},
-            "train.dtype must be auto | bfloat16 | float16 | float32, not 'fp16'",
+            {"train": {"steps": 1, "dtype": "fp17"}},
+            "train.dtype must be auto | bfloat16 | float16 | float32, not 'fp17'",
         ),
         ({"train": {"steps": 1}, "model": {"preset": "gtp2"}}, "did you mean gpt2?"),
         ({"train": {"steps": 1}, "model": {"preset": ["gpt2"]}}, "there is no preset ['gpt2']"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tokenizers
 
 from shoal.config import Data
 from shoal.data import prepare as room
@@ -18,7 +20,8 @@ from shoal.data.encode import fraction_of
 from shoal.data.manifest import SPLITS
 from shoal.data.prepare import Prepared, held_out_text, open_prepared, prepare
 from shoal.data.tokenize import byte_tokenizer
-from shoal.errors import DataError
+from shoal.errors import ConfigError, DataError
+from shoal.resolve import resolve
 from tests.data.conftest import MakeData
 
 
@@ -106,6 +109,40 @@ def test_one_document_or_none_is_refused(make_data: MakeData, tmp_path: Path) ->
         prepare(make_data(paths=(str(folder),)))
 
 
+def test_no_documents_says_what_there_is_instead(make_data: MakeData, tmp_path: Path) -> None:
+    folder = tmp_path / "stories"
+    folder.mkdir()
+    records = [{"id": str(n), "story": "Once upon a time. " * n, "length": n} for n in range(20)]
+    (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + "{")
+    (folder / "notes.docx").touch()
+    with pytest.raises(DataError, match="no documents") as error:
+        prepare(make_data(corpus="jsonl", paths=(str(folder),)))
+    said = str(error.value)
+    assert "no string under 'text' (data.text_key) (20), not JSON (1)" in said
+    assert "a.jsonl:1: " in said
+    assert ".docx (1)" in said
+    assert "under 'story', 'id'; set data.text_key" in said
+    prepared = prepare(make_data(corpus="jsonl", paths=(str(folder),), text_key="story"))
+    assert sum(counts.documents for counts in prepared.counts.values()) == 19
+
+
+def test_a_tokenizer_in_three_folders_is_tokenized_with_once(make_data: MakeData, tmp_path: Path) -> None:
+    phases: dict[str, list[str]] = {}
+    folders = set()
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(byte_tokenizer().to_json())
+        phases[name] = []
+        prepared = prepare(make_data(tokenizer=str(tmp_path / name)), lambda phase, *_: phases[name].append(phase))  # noqa: B023
+        folders.add(prepared.folder)
+    assert len(folders) == 1
+    assert ["tokens" in found for found in phases.values()] == [True, False, False]
+    other = tokenizers.Tokenizer.from_str(byte_tokenizer().to_json())
+    other.add_special_tokens(["<|im_end|>"])
+    (tmp_path / "two" / "tokenizer.json").write_text(other.to_str())
+    assert prepare(make_data(tokenizer=str(tmp_path / "two"))).folder not in folders
+
+
 def test_a_split_too_short_for_a_row_says_what_to_lower(make_data: MakeData) -> None:
     prepared = prepare(make_data())
     tokens = prepared.counts["val"].tokens
@@ -156,6 +193,11 @@ def test_a_corpus_that_is_gone_is_a_note(make_data: MakeData, corpus: Path) -> N
     after = prepare(make_data())
     assert after.data_id == before.data_id
     assert "gone" in after.notes[0]
+    for kept, problems in [(after.folder.parent, 0), (corpus.parent / "nothing", 1)]:  # and the config says so too
+        given = {"corpus": "text", "paths": str(corpus), "folder": str(kept)}
+        options = [(f"data.{key}", value, "here") for key, value in given.items()]
+        with pytest.raises(ConfigError, match="there is no") if problems else contextlib.nullcontext():
+            resolve(None, [*options, ("train.steps", "1", "here")])
     with pytest.raises(DataError, match="no such file"):
         prepare(make_data(rebuild=True))
     assert prepare(make_data()).data_id == before.data_id, "and a refused rebuild destroys nothing"
@@ -200,13 +242,17 @@ def test_a_manifest_edited_by_hand_is_refused(make_data: MakeData) -> None:
 
 def test_what_was_skipped_is_said_once(make_data: MakeData, corpus: Path) -> None:
     for number in range(9):
-        (corpus / f"bad{number}.txt").write_bytes(b"\xff\xfe")
+        (corpus / (f"bad{number}.txt" if number else "a\nb.txt")).write_bytes(
+            b"caf\xe9" if number else b"a zero byte at the end\0"
+        )
     prepared = prepare(make_data())
     assert prepare(make_data()).notes == prepared.notes
     assert len(prepared.notes) == 1
     assert prepared.notes[0].startswith("9 skipped")
-    assert "bad0.txt" in prepared.notes[0]
-    assert "4 more" in prepared.notes[0]
+    assert "not UTF-8 (8)" in prepared.notes[0]
+    assert "a\\nb.txt, byte 22: zero bytes" in prepared.notes[0]
+    (corpus / "a.pdf").touch()
+    assert [note.split(":")[0] for note in prepare(make_data()).notes] == ["1 file was skipped", "9 skipped, not text"]
 
 
 def test_options_that_change_tokens_have_a_folder_of_their_own(make_data: MakeData) -> None:
@@ -271,6 +317,20 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(make_data: MakeData, 
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(make_data(), meddle)
     assert "changed" in "".join(texts_of(prepare(make_data()))["train"] + texts_of(prepare(make_data()))["val"])
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_one_message(make_data: MakeData, corpus: Path) -> None:
+    def meddle(phase: str, done: int, total: int) -> None:
+        (corpus / "file39.py").unlink(missing_ok=True)
+
+    with pytest.raises(DataError, match=r"file39.py|changed while it was read"):
+        prepare(make_data(), meddle)
+
+
+@pytest.mark.parametrize("folder", ["~nobody-here/data", "a\0b", "a" * 300, "/proc/self/mem/data"])
+def test_a_folder_that_nobody_can_look_into_is_one_message(make_data: MakeData, folder: str) -> None:
+    with pytest.raises(DataError, match=r"data.folder"):
+        prepare(make_data(folder=folder))
 
 
 def test_a_dummy_corpus_needs_nothing(tmp_path: Path) -> None:

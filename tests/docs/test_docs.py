@@ -82,7 +82,8 @@ def test_make_targets_exist() -> None:
     for page, line in shell_lines():
         words = shlex.split(line)
         if "make" in words:
-            assert set(words[words.index("make") + 1 :]) <= targets, f"{name(page)}: {line}"
+            asked = {w for w in words[words.index("make") + 1 :] if "=" not in w}
+            assert asked <= targets, f"{name(page)}: {line}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from shoal.config import Launch
+from shoal.fault.compiling import told_of_compilations
 from shoal.fault.heartbeat import (
+    COMPILE,
     FEW,
     FLOOR_SECONDS,
     FOLDER,
@@ -81,6 +84,57 @@ def test_what_comes_between_two_steps_is_no_part_of_either(listening: Page, monk
         heart.outside("evaluation")
         now += 500.0
     assert heart._patience.allowance() == SLOWER * 4.0
+
+
+def test_a_compilation_has_room_and_leaves_its_step_the_time_that_was_left(
+    listening: Page, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic_ns", lambda: int(now * 1e9))
+    heart = Heartbeat.open(Launch(timeout_seconds=600.0))
+    for step in range(1, FEW + 2):
+        heart.begin(step)
+        now += 4.0
+    heart.begin(FEW + 2)
+    assert listening.read().until == pytest.approx(now + SLOWER * 4)
+    heart.beat("forward")
+    now += 10.0
+    heart.compiles(begins=True)
+    assert listening.read().phase == COMPILE
+    assert listening.read().until == pytest.approx(now + SOONER * 600)
+    now += 300.0
+    heart.compiles(begins=False)
+    sign = listening.read()
+    assert (sign.step, sign.turn, sign.phase) == (FEW + 2, 1, "forward")
+    assert sign.until == pytest.approx(now + SLOWER * 4 - 10)
+    heart.begin(FEW + 3)
+    assert listening.read().until == pytest.approx(now + SLOWER * 10)  # it took 10 s, and not 310
+
+
+def test_torchs_compiler_says_when_it_compiles_also_again(listening: Page) -> None:
+    """With a compiler of ours, that looks at the page; a new shape and a backward compile again."""
+    import torch
+
+    seen: list[str] = []
+
+    def look(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        seen.append(listening.read().phase)
+        return graph.forward
+
+    @torch.compile(backend=look, dynamic=False)
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+    heart = Heartbeat.open(Launch())
+    heart.begin(7)
+    heart.beat("forward")
+    with told_of_compilations(heart, compiles=True):
+        for size in (3, 3, 4):
+            double(torch.ones(size))
+            assert listening.read().phase == "forward"
+    double(torch.ones(5))  # nobody listens any more
+    assert seen == [COMPILE, COMPILE, "forward"]
 
 
 def test_nobody_listens_and_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

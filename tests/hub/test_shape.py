@@ -162,9 +162,14 @@ def test_nothing_else_may_say_the_shape(llama: Path) -> None:
 
 def test_of_a_recipes_preset_and_a_flags_folder_the_flag_counts(llama: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: {preset: tiny}\ntrain: {steps: 1}\ndata: {seq_len: 32}\n")
-    started = resolve(recipe, [("model.from", str(llama), "--model.from")]).config
-    assert (started.model.preset, started.model.dim) == (None, 48)
+    recipe.write_text(
+        "model: {preset: tiny, dim: 64, qk_norm: true}\ntrain: {steps: 1}\ndata: {seq_len: 32, tokenizer: bytes}\n"
+    )
+    found = resolve(recipe, [("model.from", str(llama), "--model.from")])
+    started = found.config
+    recipe.write_text(f"model: {{from: {llama}}}\ntrain: {{steps: 1}}\ndata: {{seq_len: 32}}\n")
+    assert (started.model, started.data) == (resolve(recipe).config.model, resolve(recipe).config.data)
+    assert all(key in found.notes[0] for key in ("--model.from", "model.preset", "model.dim", "data.tokenizer"))
     recipe.write_text(f"model: {{from: {llama}}}\ntrain: {{steps: 1}}\ndata: {{seq_len: 32}}\n")
     assert resolve(recipe, [("model.preset", "tiny", "--model.preset")]).config.model.from_ is None
 

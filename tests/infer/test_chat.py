@@ -14,8 +14,8 @@ import transformers
 from shoal.errors import DataError, GenerateError, ModelError
 from shoal.infer import chat as chat_module
 from shoal.infer.chat import Chat, chat_in_terminal
-from shoal.infer.generate import Sampling
 from shoal.infer.load import load_folder
+from shoal.infer.sampling import Sampling
 
 from ..cli.commands import clean_environment
 from ..hub.small import load, save
@@ -106,7 +106,7 @@ def test_by_a_pipe(folder: Path) -> None:
         input="Hello\n", capture_output=True, text=True, env=clean_environment(), check=True,
     )  # fmt: skip
     assert done.stdout.startswith(their_answer(folder, [{"role": "user", "content": "Hello"}]) + "\n")
-    assert done.stderr == ""
+    assert all(line.startswith(("importing torch", "loading the model")) for line in done.stderr.splitlines())
 
 
 def test_what_cannot_talk(folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from shoal.errors import GenerateError
-from shoal.infer.generate import Sampling, choose, generate
+from shoal.infer.generate import choose, generate
+from shoal.infer.sampling import Sampling
 from shoal.models.family import LanguageModel
 
 from ..models.hf_weights import random_pair

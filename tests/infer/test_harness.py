@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from shoal.errors import DataError, ShoalError
-from shoal.infer import harness, load
-from shoal.infer.harness import Tasks, run_tasks
-from shoal.infer.load import LoadedModel, Wanted, load_folder
+from shoal.infer import harness
+from shoal.infer.asked import Tasks, Wanted
+from shoal.infer.harness import run_tasks
+from shoal.infer.load import LoadedModel, load, load_folder
 from shoal.infer.score import score
 
 from ..cli.commands import Place
@@ -111,7 +112,7 @@ def test_a_run_is_exported_for_it(tasks: Path, done: Path) -> None:
     place = Place(done.parents[1])
     said = place.good("eval", "done", "--tasks", "small_texts", "--include-path", str(tasks), "--json")
     figures = json.loads(next(line for line in said.splitlines() if line.startswith("{")))["tasks"]
-    run = Wanted(done.parent, "done", device="cpu", dtype="float32").load()
+    run = load(Wanted(done.parent, "done", device="cpu", dtype="float32"))
     assert figures["small_texts"]["bits_per_byte"] == pytest.approx(our_bits_per_byte(run), abs=1e-4)
 
 
@@ -143,7 +144,7 @@ def test_a_run_is_computed_in_what_it_was_trained_in(
     run = shutil.copytree(done, tmp_path / "done", symlinks=True)
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("dtype: float32", f"dtype: {trained}"))
-    monkeypatch.setattr(load, "multiplies_bfloat16", lambda: quick)
+    monkeypatch.setattr("shoal.infer.load.multiplies_bfloat16", lambda: quick)
     told: list[dict[str, str]] = []
 
     def evaluate(*, model_args: dict[str, str], **_: object) -> dict[str, Any]:
@@ -159,7 +160,7 @@ def test_a_run_is_computed_in_what_it_was_trained_in(
     wanted = Wanted(tmp_path, "done", device="cpu", dtype=asked)
     run_tasks(wanted, Tasks(("a",)))
     assert [model["dtype"] for model in told] == [computed]
-    assert str(wanted.load().model.compute_dtype) == f"torch.{computed}"
+    assert str(load(wanted).model.compute_dtype) == f"torch.{computed}"
 
 
 def test_without_the_harness_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

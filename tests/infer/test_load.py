@@ -13,8 +13,9 @@ from shoal.data.tokenize import load_tokenizer
 from shoal.errors import DataError, ModelError, ShoalError
 from shoal.hub import folder as folder_module
 from shoal.hub.header import Entry, read_header
+from shoal.infer.asked import Wanted
 from shoal.infer.generate import generate
-from shoal.infer.load import Wanted, load_folder
+from shoal.infer.load import load_folder
 from shoal.models.attention import CPU_HAS_TILES
 
 from ..hub.small import TYPES, load, save
@@ -157,7 +158,7 @@ def test_it_is_a_run_or_a_folder(asked: dict[str, str | int], says: str, tmp_pat
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no folder"):
-        Wanted(tmp_path, folder=str(tmp_path / "nowhere")).load()
+        Wanted(tmp_path, folder=str(tmp_path / "nowhere")).check()
 
 
 def test_text_needs_a_tokenizer(tmp_path: Path) -> None:

@@ -11,11 +11,21 @@ import pytest
 from shoal.config import Config
 from shoal.cpu import count_cores
 from shoal.errors import LaunchError
-from shoal.launch.place import LOCKED_BY, Place, is_worker, read_place, report_to_launcher
+from shoal.launch.place import (
+    LOCKED_BY,
+    Place,
+    describe_place,
+    is_worker,
+    read_place,
+    report_to_launcher,
+    unused_claims,
+)
 from shoal.launch.torchrun import fit_to_place
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID",
-             "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE", "TORCHELASTIC_ERROR_FILE", LOCKED_BY)  # fmt: skip
+             "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_NNODES", "SLURM_NTASKS_PER_NODE",
+             "SLURM_TASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS",
+             "SLURM_SRUN_COMM_HOST", "TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_RUN_ID", LOCKED_BY)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +57,121 @@ def test_alone_under_torchrun_and_under_srun(monkeypatch: pytest.MonkeyPatch) ->
     assert os.environ["RANK"] == "5"
 
 
+@pytest.mark.parametrize(
+    ("given", "here"),
+    [
+        ({"TASKS_PER_NODE": "2(x3),1", "NTASKS": "7", "NODEID": "2"}, 2),
+        ({"TASKS_PER_NODE": "2(x3),1", "NTASKS": "7", "NODEID": "3"}, 1),
+        ({"TASKS_PER_NODE": "8", "NTASKS": "8", "NODEID": "0"}, 8),
+        ({"TASKS_PER_NODE": "4(x2)", "STEP_TASKS_PER_NODE": "1(x2)", "NTASKS": "2", "NODEID": "1"}, 1),
+        ({"TASKS_PER_NODE": "8(x2)", "NTASKS": "4", "NNODES": "2", "NODEID": "1"}, 2),  # the job's list, not the step's
+        ({"TASKS_PER_NODE": "3,1", "NTASKS_PER_NODE": "3", "NTASKS": "4", "NODEID": "1"}, 1),  # a limit, not a count
+        ({"NTASKS": "8", "NNODES": "2"}, 4),
+        ({"NTASKS": "3"}, 3),
+    ],
+    ids=str,
+)
+def test_srun_without_ntasks_per_node_says_how_many_are_here(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], here: int
+) -> None:
+    for name, value in ({"PROCID": "0", "LOCALID": "0", "STEP_ID": "0"} | given).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    assert read_place().local_world_size == here
+
+
 def test_half_a_launchers_variables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(LaunchError, match="RANK is set but WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not"):
         read_place()
+
+
+TORCHRUN = {
+    "RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "n0",
+    "MASTER_PORT": "29500",
+}
+SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "MASTER_ADDR": "n0"}
+BATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "MASTER_ADDR": "n0"}
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (TORCHRUN | {"RANK": "4"}, ["RANK", "WORLD_SIZE"]),
+        (TORCHRUN | {"RANK": "-1"}, ["RANK"]),
+        (TORCHRUN | {"RANK": ""}, ["RANK"]),
+        (TORCHRUN | {"WORLD_SIZE": "two", "MASTER_PORT": "x"}, ["WORLD_SIZE", "MASTER_PORT"]),
+        (TORCHRUN | {"LOCAL_RANK": "2"}, ["LOCAL_RANK", "LOCAL_WORLD_SIZE"]),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "8"}, ["LOCAL_WORLD_SIZE", "WORLD_SIZE"]),
+        (TORCHRUN | {"MASTER_ADDR": " "}, ["MASTER_ADDR"]),
+        (TORCHRUN | {"MASTER_PORT": "0"}, ["MASTER_PORT"]),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_NTASKS"}, ["SLURM_NTASKS", "--ntasks"]),
+        (SRUN | {"SLURM_PROCID": "2"}, ["SLURM_PROCID", "SLURM_NTASKS"]),
+        (SRUN | {"SLURM_NTASKS": "many"}, ["SLURM_NTASKS"]),
+        (SRUN | {"WORLD_SIZE": "3"}, ["WORLD_SIZE", "SLURM_NTASKS"]),
+    ],
+    ids=str,
+)
+def test_a_launchers_variables_are_judged_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], named: list[str]
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert is_worker()
+    with pytest.raises(LaunchError) as refused:
+        read_place()
+    assert all(name in str(refused.value) for name in named)
+
+
+@pytest.mark.parametrize(
+    ("given", "nodes", "named"),
+    [
+        (BATCH, 1, ["SLURM_NTASKS", "MASTER_ADDR", "srun"]),  # the command given once, where two tasks were meant
+        ({k: v for k, v in SRUN.items() if k != "MASTER_ADDR"}, 1, ["SLURM_NTASKS", "MASTER_ADDR"]),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "n0"}, 1, ["WORLD_SIZE", "RANK"]),
+    ],
+    ids=str,
+)
+def test_variables_that_make_no_worker_and_claim_several_are_refused(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], nodes: int, named: list[str]
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert not is_worker()
+    with pytest.raises(LaunchError) as refused:
+        unused_claims(nodes)
+    assert all(name in str(refused.value) for name in named)
+
+
+def test_a_batch_script_of_one_task_is_told_what_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unused_claims(1) == []
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert unused_claims(1) == []  # MASTER_ADDR alone is what somebody exported
+    monkeypatch.setenv("MASTER_ADDR", "n0")
+    assert not is_worker()
+    [note] = unused_claims(1)
+    assert "MASTER_ADDR" in note
+    monkeypatch.delenv("MASTER_ADDR")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert unused_claims(2) == []  # srun starts a launcher on each node
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(SRUN, ["srun", "rank 1 of 2", "SLURM_PROCID"]), (TORCHRUN, ["rank 1 of 4", "RANK", "n0:29500"])],
+)
+def test_a_worker_says_which_variables_were_used(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], said: list[str]
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    read_place()
+    assert all(words in describe_place() for words in said)
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from shoal.errors import EXIT_LOST_PEER
-from shoal.fault.heartbeat import FOLDER, Page, Sign
+from shoal.fault.heartbeat import COMPILE, FOLDER, Page, Sign
 from shoal.launch.crashes import Crashes, first_death, how_it_died
-from shoal.launch.watch import Look, Pauses, Watch, find_culprit
+from shoal.launch.watch import Hang, Look, Pauses, Watch, as_far, find_culprit
 
 
 def look(rank: int, step: int, turn: int, since: float, state: str = "sleeping") -> Look:
@@ -48,6 +48,15 @@ def test_who_waits_for_others_is_not_the_one() -> None:
     assert find_culprit([waiting, look(1, 12, 4, 2.0)]).rank == 0  # it is farther
 
 
+def test_it_is_said_where_others_are_at_the_very_place() -> None:
+    """As on GPUs that wait for each other in one kernel: who came there first is a guess."""
+    three = [look(0, 12, 3, 2.0), look(1, 12, 3, 1.0), look(2, 12, 3, 3.0)]
+    assert as_far(find_culprit(three), three) == 2
+    assert as_far(three[0], [three[0], look(1, 12, 4, 1.0), look(2, 12, 3, 2.0, psutil.STATUS_STOPPED)]) == 0
+    assert "2 others" in str(Hang(1, 12, "reduce", 20.0, "", "", None, 2))
+    assert "other" not in str(Hang(1, 12, "reduce", 20.0, "", "", None))
+
+
 def test_a_machine_that_slept_has_no_culprit() -> None:
     pauses = Pauses(0.0)
     for now in (0.1, 0.2, 300.2, 300.3, 302.3):
@@ -60,6 +69,7 @@ def test_a_machine_that_slept_has_no_culprit() -> None:
 @pytest.fixture
 def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     monkeypatch.setenv(FOLDER, "")  # put back afterwards
+    monkeypatch.setattr("shoal.launch.watch.STACKS_SECONDS", 0.2)  # the processes here leave none
     watch = Watch(tmp_path / "stacks", tmp_path)
     yield watch
     watch.close()
@@ -113,6 +123,41 @@ def test_a_stopped_process_is_named_when_somebody_is_late(
     assert watch.look(pids) is None
 
 
+def found(watch: Watch, pids: dict[int, int]) -> Hang:
+    """The hang, as soon as it is known that nobody works: that takes a moment."""
+    while (hang := watch.look(pids)) is None:
+        pass
+    return hang
+
+
+def test_who_compiles_is_waited_for_until_it_is_late_itself(
+    watch: Watch, sleepers: list[subprocess.Popen[bytes]]
+) -> None:
+    import os
+
+    pids = {local: process.pid for local, process in enumerate(sleepers)}
+    watch.start([0, 1], 600.0)
+    pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]
+    pages[0].write(12, 3, "reduce")
+    pages[0].allow(0.0)  # it waits for the other one, and is late
+    pages[1].write(12, 1, COMPILE)
+    assert watch.look(pids) is None
+    pages[1].allow(0.0)
+    hang = found(watch, pids)
+    assert (hang.rank, hang.phase) == (1, COMPILE)
+
+
+def test_who_compiles_on_another_machine_is_waited_for(watch: Watch, sleepers: list[subprocess.Popen[bytes]]) -> None:
+    import os
+
+    pids = {0: sleepers[0].pid}
+    watch.start([0], 600.0)
+    Page(Path(os.environ[FOLDER]), 0).allow(0.0)
+    there = Look(1, Sign(12, 1, COMPILE, 1.0, math.inf), "running", "node1")
+    assert watch.look(pids, lambda: [there]) is None
+    assert found(watch, pids).rank == 0
+
+
 @dataclass
 class Death:
     exitcode: int
@@ -122,6 +167,9 @@ class Death:
 def test_the_first_death_is_not_of_one_that_followed() -> None:
     deaths = {0: Death(EXIT_LOST_PEER, 1), 1: Death(-9, 3), 2: Death(1, 4)}
     assert first_death(deaths)[0] == 1
+    aborted = {0: Death(EXIT_LOST_PEER, 1), 1: Death(-signal.SIGABRT, 2), 2: Death(-signal.SIGABRT, 3)}
+    assert first_death(aborted)[0] == 1
+    assert first_death({**aborted, 3: Death(1, 9)})[0] == 3
     assert how_it_died(-9) == "was killed by SIGKILL"
     assert how_it_died(1) == "ended with code 1"
 
@@ -133,3 +181,66 @@ def test_crashes_count_until_a_step_further_is_taken() -> None:
     assert Crashes(1).add(0)
     going = Crashes(2)
     assert not any(going.add(step) for step in range(100))
+
+
+BUSY = "import signal\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\nprint(flush=True)\nwhile True: pass"
+# The work is done by a program that it started, as compilers are.
+STARTS_ONE = (
+    "import signal, subprocess, sys\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\n"
+    "subprocess.run([sys.executable, '-c', 'print(flush=True)\\nimport os, sys\\nwhile os.getppid() == int(sys.argv[1]): pass', str(__import__('os').getpid())])"
+)
+
+
+@pytest.mark.parametrize("code", [BUSY, STARTS_ONE], ids=["itself", "a program of its"])
+def test_who_computes_does_not_hang_unless_it_is_in_a_step_like_those_before(
+    watch: Watch, sleepers: list[subprocess.Popen[bytes]], code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    from shoal.launch import watch as module
+
+    monkeypatch.setattr(module, "WORK_SECONDS", 0.2)
+    busy = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert busy.stdout is not None
+    busy.stdout.readline()
+    try:
+        pids = {0: busy.pid, 1: sleepers[1].pid}
+        watch.start([0, 1], 600.0)
+        pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]
+        pages[0].write(0, 1, "loading weights")
+        pages[1].write(0, 2, "loading weights")  # farther: it waits for the other
+        pages[1].allow(0.0)
+        end = time.monotonic() + 1
+        while time.monotonic() < end:  # much longer than it takes to see who works
+            assert watch.look(pids) is None
+        pages[0].took(3)
+        pages[0].write(4, 1, "forward")
+        pages[0].allow(0.0, in_step=True)
+        pages[1].write(4, 2, "forward")
+        pages[1].allow(0.0, in_step=True)
+        hang = watch.look(pids)
+        assert hang is not None
+        assert (hang.rank, hang.phase) == (0, "forward")
+    finally:
+        busy.kill()
+        busy.communicate()
+
+
+def test_who_sleeps_where_work_may_take_long_hangs(
+    watch: Watch, sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a process does that waits for another one in a collective."""
+    import os
+
+    from shoal.launch import watch as module
+
+    monkeypatch.setattr(module, "WORK_SECONDS", 0.2)
+    pids = {local: process.pid for local, process in enumerate(sleepers)}
+    watch.start([0, 1], 600.0)
+    pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]
+    for local, page in enumerate(pages):
+        page.write(0, 1 + local, "loading weights")
+        page.allow(0.0)
+    while (hang := watch.look(pids)) is None:
+        pass
+    assert (hang.rank, hang.phase) == (0, "loading weights")

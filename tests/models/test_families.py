@@ -106,6 +106,30 @@ def test_a_block_is_one_graph(name: str, dtype: torch.dtype) -> None:
     _check_compiled(name, dtype, "aot_eager")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_no_function_returns_a_tensor_that_two_operations_gave(dtype: torch.dtype) -> None:
+    """Compiled by torch 2.11, one that does has gradients of zero: see `multiplied`. Any torch shows the pattern."""
+    results: dict[str, list[str]] = {}  # of each autograd function's forward, the operations that gave what it returns
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        for name, part in graph.named_modules():
+            if name.startswith("fwd_body"):
+                assert isinstance(part, torch.fx.GraphModule)
+                [(outputs, _)] = list(part.graph.nodes)[-1].args
+                returned = outputs[0].meta["example_value"]
+                results[name] = [str(n.target) for n in part.graph.nodes if n.meta.get("example_value") is returned]
+        return graph
+
+    torch.compiler.reset()
+    model = build_model(SHAPES["qwen3"], compute_dtype=dtype)
+    initialize(model, 0, "cpu")
+    torch.compile(model.blocks["0"].forward, fullgraph=True, backend=backend)(
+        model.enter(tokens_of(16), torch.arange(16)), *model.context(torch.arange(16)), None, None
+    )
+    assert len(results) == 7  # four norms, two turns, the product inside the feed-forward
+    assert {name: operations for name, operations in results.items() if len(operations) != 1} == {}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_a_block_compiles(name: str) -> None:

@@ -14,6 +14,7 @@ from shoal.launch.place import Place
 from shoal.layout import find_layout
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.region import Region
+from shoal.train.compile_check import check_compiled
 from shoal.train.loop import Run
 from shoal.train.step import train_step
 from tests.world import laid_out
@@ -73,6 +74,8 @@ class Step:
 def first_step(mesh: Mesh, config: Config, steps: int = 1) -> Step:
     """The gradients of the first step, and the parameters after the last."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
+    if config.train.compile:
+        check_compiled(run)
     for step in range(1, steps + 1):
         batches = run.loader.next_step()
         stats = train_step(run.runnable, run.state, batches, step=step, lr=1e-3, clip_norm=config.optim.clip_norm)

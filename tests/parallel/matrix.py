@@ -5,8 +5,10 @@ The matrix: every layout of at most 8 processes, with each family, precision, ch
     Bench.run(cell)    its first step on real processes, against one process: what was measured
     problem(cell, ..)  why that is not good enough, or None
     cover()            few cells with every layout, and every pair of features and values that can be had together
+    thin()             of those so few that every feature and value is there
 
-`scripts/matrix.py` runs all of it and writes docs/matrix.md; `test_matrix.py` runs what `cover()` gives.
+`scripts/matrix.py` runs all of it and writes docs/matrix.md; `test_matrix.py` runs what `cover()` gives, and
+`make test-torch` what `thin()` gives.
 """
 
 from __future__ import annotations
@@ -60,10 +62,15 @@ class Cell:
         return self.setup.processes
 
     @property
-    def pairs(self) -> frozenset[tuple[str, str]]:
-        """Each two of its layout's features and its values on the other axes."""
+    def values(self) -> frozenset[str]:
+        """Its layout's features and its values on the other axes."""
         values = (self.family, self.dtype, f"checkpointing {self.checkpointing}", f"compile {self.compile}")
-        return frozenset(itertools.combinations(sorted(self.setup.features.union(values)), 2))
+        return self.setup.features.union(values)
+
+    @property
+    def pairs(self) -> frozenset[tuple[str, str]]:
+        """Each two of its values."""
+        return frozenset(itertools.combinations(sorted(self.values), 2))
 
     @property
     def cost(self) -> float:
@@ -121,6 +128,25 @@ def cover() -> tuple[Cell, ...]:
     while left:
         take(legal())
     return tuple(sorted(chosen, key=lambda cell: (cell.processes, legal().index(cell))))
+
+
+# Features that leave the compiler nothing new, beside others that it is tried with.
+COMPILES_ALIKE = {"hsdp", "reshard over a number", "reshard never", "ulysses", "ring", "gpipe", "1f1b"}
+
+
+@cache
+def thin() -> tuple[Cell, ...]:
+    """Of `cover()` so few that each feature and value is there, and with the compiler each that it may mind."""
+
+    def new(cell: Cell) -> set[tuple[str, bool]]:
+        return {(value, cell.compile) for value in cell.values - (COMPILES_ALIKE if cell.compile else set())}
+
+    left = set().union(*map(new, cover()))
+    chosen: list[Cell] = []
+    while left:
+        chosen.append(max(cover(), key=lambda cell: len(left & new(cell)) / cell.cost))
+        left -= new(chosen[-1])
+    return tuple(cell for cell in cover() if cell in chosen)
 
 
 # What is measured.

@@ -12,11 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from shoal.config import Model
 from shoal.data.loader import Batch
-from shoal.errors import LaunchError
 from shoal.models.attention import document_mask
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
-from shoal.parallel import ring
 from shoal.parallel.context import apply_context, cut_batch, local_places
 from shoal.parallel.mesh import Axis, Mesh
 from tests.models.shapes import SHAPES
@@ -185,12 +183,6 @@ def test_compiled_blocks(world: Callable[[int], World], method: str) -> None:
 
 def test_ring_refuses_documents(world: Callable[[int], World]) -> None:
     world(2).run(refuses_documents)
-
-
-def test_ring_refuses_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ring, "SEEN", ("1.0",))
-    with pytest.raises(LaunchError, match=r"as they are in 1\.0"):
-        bare_model(Axis(2), "ring")
 
 
 def test_an_unknown_method() -> None:

@@ -20,7 +20,7 @@ import pytest
 from shoal.layout import AXES
 from shoal.refusals import refusals
 from tests.parallel.layouts import config_of
-from tests.parallel.matrix import FAMILIES, Bench, Cell, Measured, cells, cover, legal, problem, refused
+from tests.parallel.matrix import FAMILIES, Bench, Cell, Measured, cells, cover, legal, problem, refused, thin
 from tests.parallel.setups import GROUPS, LAYOUTS, on
 from tests.world import Worlds
 
@@ -41,9 +41,11 @@ def _in_every_run(cell: Cell) -> bool:
     return cell.processes in (2, 8) and some.index(cell) % 6 == 0
 
 
-@pytest.mark.parametrize(
-    "cell", [c if _in_every_run(c) else pytest.param(c, marks=pytest.mark.ci) for c in cover()], ids=str
-)
+def _marks(cell: Cell) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.ci] * (not _in_every_run(cell)) + [pytest.mark.torch] * (cell in thin())
+
+
+@pytest.mark.parametrize("cell", [pytest.param(cell, marks=_marks(cell)) for cell in cover()], ids=str)
 def test_cell(bench: Bench, cell: Cell) -> None:
     assert problem(cell, bench.run(cell)) is None
 

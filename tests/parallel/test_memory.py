@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,7 @@ def peak_bytes(mesh: Mesh, config: Config) -> tuple[int, int, int, int]:
     """In a worker: (peak of a step, held between steps, parameters in all, of the largest block)."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     run._step()
-    for gradients in run.runnable.gradients.values():
-        gradients.zero()
+    run.runnable.forget_gradients()
     held = sum(part.tensor.untyped_storage().nbytes() for part in run.state.tensors().values())
     most = allocated_bytes(run._step)
     run.close()
@@ -53,3 +53,29 @@ def test_a_process_holds_its_share_the_root_and_two_blocks(
     least, most = (1.1, 1.25) if repro == "fast" else (1.4, 1.6)
     assert peaks[0] <= least * promised
     assert peaks[-1] <= most * promised
+
+
+def live_gradients(mesh: Mesh, config: Config) -> tuple[int, list[int]]:
+    """In a worker: gradients after a first step, and how many of those still live in each forward of the second."""
+    run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
+    run._step()
+    shards = run.runnable.shards
+    old = [weakref.ref(s.tensor.grad) for s in shards if s.tensor.grad is not None]
+    old += [weakref.ref(s.parameter.grad._local_tensor) for s in shards if s.parameter.grad is not None]  # type: ignore[attr-defined]
+    counts: list[int] = []
+    block = next(iter(run.runnable.parts[0].blocks.values()))
+    hook = block.register_forward_pre_hook(lambda *_: counts.append(sum(ref() is not None for ref in old)))
+    run._step()
+    hook.remove()
+    run.close()
+    return len(old), counts
+
+
+def test_the_last_steps_gradients_are_gone_when_the_next_one_computes(
+    world: Callable[[int], World], tmp_path: Path
+) -> None:
+    config = config_of(tmp_path, "live", parallel__dp_shard=2)
+    for known, living in world(2).run(live_gradients, config):
+        assert known > 20
+        assert living
+        assert set(living) == {0}

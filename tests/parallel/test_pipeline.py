@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from shoal.data.loader import Batch
 from shoal.models.build import build_model, initialize
 from shoal.models.family import LanguageModel
 from shoal.models.loss import linear_cross_entropy_sum
+from shoal.parallel import pipeline
 from shoal.parallel.mesh import Axis, Mesh
 from shoal.parallel.pipeline import Pipeline, cut, sum_tied
 from shoal.pipeline_plan import Schedule, stages_per_rank
@@ -162,6 +164,19 @@ def test_two_processes(world: Callable[[int], World], schedule: Schedule, family
     seen = world(2).run(trains, schedule, family, tied, 4, family == "llama")
     shape = shape_of(family, tied, 2 * stages_per_rank(schedule, None) + 1)
     assert set().union(*seen) == {name for name, _ in new_model(shape).named_parameters()}
+
+
+def trains_without_splitting(mesh: Mesh, schedule: Schedule) -> None:
+    with (
+        mock.patch.object(pipeline, "SPLITS_BACKWARD", False),
+        mock.patch("torch.autograd.grad", side_effect=AssertionError),
+    ):
+        trains(mesh, schedule, "llama", True, 4, True)
+
+
+@pytest.mark.parametrize("schedule", ["zbv", "dualpipev"])
+def test_where_torch_cannot_split_a_backward(world: Callable[[int], World], schedule: Schedule) -> None:
+    world(2).run(trains_without_splitting, schedule)
 
 
 @pytest.mark.parametrize(("schedule", "count"), [("gpipe", 3), ("1f1b", 4), ("interleaved_1f1b", 6), ("zbv", 2), ("zbv", 7), ("dualpipev", 8)])  # fmt: skip

@@ -35,7 +35,7 @@ RECIPE = """
 data: {corpus: dummy, dummy_documents: 60, seq_len: 48}
 train: {steps: 12, global_batch: 4, micro_batch: 2, dtype: float32, device: cpu, sample_tokens: 5}
 checkpoint: {every: 5}
-metrics: {peak_tflops: 1}
+metrics: {peak_tflops: 1, console_every: 1}
 launch: {processes: 2, threads: 1}
 """
 

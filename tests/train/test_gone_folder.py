@@ -34,11 +34,14 @@ def place(tmp_path: Path) -> Place:
 def test_it_goes_on_without_the_folder_to_the_same_bits(place: Place, family: str) -> None:
     run = ["train", "recipe.yaml", "--model.from", "org/tiny", *(["--model.family", "hf"] if family == "hf" else [])]
     place.good(*run, "--name", "whole")
-    place.good(*run, "--name", "mine", "--train.steps", "3")
+    begun = place.good(*run, "--name", "mine", "--train.steps", "3")
+    assert "weights were loaded from org/tiny, models/org/tiny (model.from)" in begun
     shutil.rmtree(place.folder / "models")
     output = place.good(*run, "--name", "mine")
     assert "org/tiny is gone: going on with what the run keeps of it" in output
     assert "resumed from" in output
+    assert "weights were loaded from org/tiny" in output
+    assert "now they are the checkpoint's" in output
     assert place.losses("mine") == place.losses("whole")
     place.good("generate", "mine", "--prompt", "a", "--tokens", "3")
     place.good("export", "mine", "--out", "out")

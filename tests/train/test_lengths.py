@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shoal.config import Train
-from shoal.train.settle import count_steps
+from shoal.plan.length import count_steps
 
 
 @pytest.mark.parametrize(

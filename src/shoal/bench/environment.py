@@ -14,6 +14,7 @@ import torch
 from shoal import __version__, cpu
 from shoal.metrics.machine import instruction_sets
 from shoal.plan.hardware import peak_flops
+from shoal.torch_private import is_tested, tested_range
 
 PACKAGES = ("torch", "numpy", "pydantic", "tokenizers", "safetensors", "transformers", "accelerate")
 VARIABLES = (
@@ -36,6 +37,8 @@ def describe() -> str:
             lines[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             lines[package] = "not installed"
+    tested = is_tested(lines["torch"])
+    lines["torch"] += f" ({'' if tested else 'not '}in the tested range, {tested_range()})"
     lines["cpu"] = f"{cpu.model_name()}, {psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads"
     lines["cpu features"] = instruction_sets()
     lines["memory"] = (

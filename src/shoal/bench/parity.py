@@ -10,7 +10,6 @@ was saved on the way is loaded into a new model, which has to go on with the sam
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
 import math
@@ -24,8 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from shoal import __version__
 from shoal.checkpoint.store import CheckpointStore, Keep
@@ -34,19 +32,22 @@ from shoal.data.open import open_data
 from shoal.data.pack import Rows
 from shoal.data.prepare import Prepared
 from shoal.errors import CheckpointError
-from shoal.launch.place import Place
+from shoal.fault.heartbeat import Heartbeat
+from shoal.launch.place import Place, is_launched
 from shoal.metrics.console import Console
 from shoal.metrics.machine import bits_depend_on, device_name
-from shoal.models.layers import Linear
+from shoal.models.attention import take_deterministic_kernels
+from shoal.models.layers import products_by_quarters
 from shoal.optim.schedule import learning_rate
 from shoal.parallel.apply import Runnable
 from shoal.parallel.mesh import Mesh, open_mesh
 from shoal.parallel.region import Shard
+from shoal.plan.length import count_steps
 from shoal.resolve import to_dict
 from shoal.runs import RunFolder
 from shoal.train.assemble import assemble, open_loader
 from shoal.train.loop import set_threads
-from shoal.train.settle import count_steps, settle
+from shoal.train.settle import settle
 from shoal.train.state import TrainState
 from shoal.train.step import train_step
 
@@ -98,28 +99,39 @@ class Certificate:
         return self.resumed_same_bits and all(f.holds for found in self.findings.values() for f in found)
 
 
-def verify_here(config: Config) -> None:
+def verify_here(config: Config, heartbeat: Heartbeat) -> None:
     """One process of a verification; the first one prints, and writes `certificate.json` in the run's folder."""
     set_threads(config)
+    heartbeat.outside("meeting the other processes")
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
         if mesh.device.type == "cuda":
-            torch.use_deterministic_algorithms(True, warn_only=True)  # or a resumed run may have other bits rightly
+            take_deterministic_kernels()  # or a resumed run may have other bits rightly
         console = Console(speaks=mesh.is_first)
         folder = RunFolder.of(config).path
-        prepared = open_data(config.data, console)
+        heartbeat.outside("opening the data")
+        prepared = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
+        heartbeat.outside("measuring the device")
         config = settle(config, RunFolder(folder / "none"), prepared, mesh, console.warn)
         if mesh.is_first:
             folder.mkdir(parents=True, exist_ok=True)
-        certificate = certify(config, mesh, prepared, folder, console)
+        certificate = certify(config, mesh, prepared, folder, console, heartbeat.outside)
         if mesh.is_first:
             (folder / "certificate.json").write_text(json.dumps(to_json(certificate, config), indent=1) + "\n")
 
 
-def certify(config: Config, mesh: Mesh, prepared: Prepared, folder: Path, console: Console) -> Certificate:
+def certify(
+    config: Config,
+    mesh: Mesh,
+    prepared: Prepared,
+    folder: Path,
+    console: Console,
+    at: Callable[[str], None] = lambda phase: None,
+) -> Certificate:
     """
     Compare `config` in the layout of `mesh` with one process. `folder` holds a checkpoint for a moment.
 
-    A config in bfloat16 or float16 is compared in float32 too, where rounding hides less. A collective over the world.
+    A config in bfloat16 or float16 is compared in float32 too, where rounding hides less. `at(phase)` is called as it goes
+    on. A collective over the world.
     """
     rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     train = config.train
@@ -129,12 +141,16 @@ def certify(config: Config, mesh: Mesh, prepared: Prepared, folder: Path, consol
     ring = config.parallel.cp_method == "ring" and mesh.device.type == "cuda"  # whose kernel has no float32
     for dtype in dict.fromkeys((train.dtype if ring else "float32", train.dtype)):
         one = config.replace("train", dtype=dtype)
+        at(f"{dtype}: one process alone")
         expected, noise = _references(one, mesh, rows)
         console.note(f"{dtype}: one process took its steps ({time.perf_counter() - begun:.0f} s)")
+        at(f"{dtype}: all together")
         runnable, trace = _take_steps(one, mesh, rows, console if dtype == train.dtype else None)
+        at(f"{dtype}: comparing")
         certificate.findings[dtype] = compare(trace, runnable, mesh, expected, noise, bitwise=_same_bits(one, mesh))
         for finding in certificate.findings[dtype]:
             _say(console, dtype, finding)
+    at("saving and resuming")
     certificate.resumed_same_bits = _resumes(config, mesh, rows, folder)
     same = "goes on with the same bits" if certificate.resumed_same_bits else "goes on with OTHER bits"
     console.say(
@@ -154,7 +170,7 @@ def _references(config: Config, mesh: Mesh, rows: Rows) -> tuple[Trace | None, T
         plain = plain.replace("train", compile=False, activation_checkpointing="none")
         other = plain.replace("train", repro="fast" if config.train.repro == "bitwise" else "bitwise")
         _, expected = _take_steps(plain, alone, rows)
-        with _products_by_quarters():
+        with products_by_quarters():
             _, noise = _take_steps(other, alone, rows)
         for trace in (expected, noise):  # the layout needs the device's memory
             trace.gradients = {name: tensor.cpu() for name, tensor in trace.gradients.items()}
@@ -198,31 +214,6 @@ def _assemble(config: Config, mesh: Mesh, say: Callable[[str], None]) -> tuple[R
 
 def _key(shard: Shard) -> str:
     return f"{shard.name} (twin)" if shard.twin else shard.name
-
-
-@contextlib.contextmanager
-def _products_by_quarters() -> Any:
-    """Each linear layer in four products, halves of its inputs by halves of its outputs, added and rounded again."""
-    kinds: tuple[Any, ...] = (Linear, nn.Linear)  # ours, and that of transformers' models
-    plain = [kind.forward for kind in kinds]
-
-    def forward(self: Linear, x: Tensor) -> Tensor:
-        weight = self.weight.to(x.dtype)
-        inputs, outputs = weight.shape[1] // 2, weight.shape[0] // 2
-        halves = []
-        for rows in (weight[:outputs], weight[outputs:]):
-            first, second = F.linear(x[..., :inputs], rows[:, :inputs]), F.linear(x[..., inputs:], rows[:, inputs:])
-            halves.append((first.float() + second.float()).to(x.dtype))
-        out = torch.cat(halves, dim=-1)
-        return out if self.bias is None else out + self.bias.to(x.dtype)
-
-    for kind in kinds:
-        kind.forward = forward
-    try:
-        yield
-    finally:
-        for kind, before in zip(kinds, plain, strict=True):
-            kind.forward = before
 
 
 def compare(

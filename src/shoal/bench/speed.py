@@ -22,6 +22,7 @@ from shoal.config import Config
 from shoal.errors import LaunchError, ShoalError
 from shoal.launch.torchrun import count_gpus, plan_processes, worker_environment
 from shoal.metrics.console import Console
+from shoal.metrics.narrator import Narrator
 from shoal.resolve import resolve, to_yaml
 
 DEFAULT = """
@@ -33,23 +34,28 @@ WARMUP_STEPS = 3
 
 
 def bench_speed(
-    recipe: Path | None, overrides: Sequence[tuple[str, str, str]], *, peers: bool, repeats: int, as_json: bool
+    recipe: Path | None,
+    overrides: Sequence[tuple[str, str, str]],
+    *,
+    peers: bool,
+    repeats: int,
+    as_json: bool,
+    narrator: Narrator,
 ) -> None:
     """Print tokens/s, the time split, and MFU or the rate beside a matrix product of `recipe`'s step (a 10M-parameter model where none is given)."""
     if peers and not (importlib.util.find_spec("transformers") and importlib.util.find_spec("accelerate")):
         raise ShoalError("--peers needs transformers and accelerate: pip install 'shoal[peers]'")
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
         folder = Path(name)
-        config = _settle(recipe, overrides, folder)
+        config = _settle(recipe, overrides, folder, speaks=not as_json)
         contenders = ["shoal"] + (["transformers.Trainer"] if peers else [])
         if peers and (config.launch.processes or 1) > 1:
             raise ShoalError("--peers compares one process with one process; set launch.processes to 1")
         results: dict[str, list[dict[str, Any]]] = {c: [] for c in contenders}
         for repeat in range(repeats):
             for contender in contenders:
-                if not as_json:
-                    print(f"run {repeat + 1} of {repeats}: {contender}", file=sys.stderr, flush=True)
-                results[contender].append(_run_once(contender, config, folder))
+                with narrator.phase(f"run {repeat + 1} of {repeats}: {contender}"):
+                    results[contender].append(_run_once(contender, config, folder))
     report = {c: _summary(runs) for c, runs in results.items()}
     if peers:
         pairs = zip(results["shoal"], results["transformers.Trainer"], strict=True)
@@ -59,13 +65,16 @@ def bench_speed(
     print(json.dumps(report) if as_json else _table(config, report))
 
 
-def _settle(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], folder: Path) -> Config:
+def _settle(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], folder: Path, *, speaks: bool) -> Config:
     """The config to time: of its own run folder, without evaluation or checkpoints, with its data prepared."""
     if recipe is None:
         recipe = folder / "default.yaml"
         recipe.write_text(DEFAULT, encoding="utf-8")
         overrides = [("launch.processes", "1", "the default of a benchmark"), *overrides]
-    config = resolve(recipe, overrides).config
+    resolved = resolve(recipe, overrides)
+    for note in resolved.notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    config = resolved.config
     steps = max(config.train.steps or 12, WARMUP_STEPS + 3)
     if steps > 40:
         steps = 12  # a recipe's own length is for training, not for timing
@@ -81,7 +90,7 @@ def _settle(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], fold
     config = plan_processes(config, count_gpus(), say=Console(on_stderr=True).warn)
     from shoal.data.open import open_data
 
-    open_data(config.data, Console(speaks=False))
+    open_data(config.data, Console(speaks=speaks, on_stderr=True))
     return config
 
 

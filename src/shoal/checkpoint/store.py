@@ -49,6 +49,7 @@ from shoal.checkpoint.saved import (
     shard_of,
 )
 from shoal.checkpoint.shard import Bytes, Digest, Item, pieces_of, write_shard
+from shoal.checkpoint.staging import Staging
 from shoal.disk import replace_folder, sha256_of, sync, write_whole
 from shoal.errors import CheckpointError
 from shoal.parallel.mesh import Mesh
@@ -121,13 +122,18 @@ class CheckpointStore:
         self._tidying: threading.Thread | None = None  # after a save that is over
         self._mine: list[str] | None = None  # the parts that this process writes
         self._whole = True  # whether each folder has all of every tensor
-        self._staged: dict[str, torch.Tensor] = {}
+        self._staging: Staging | None = None
         if self.sharers.is_first:
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
                 for leftover in folder.glob(".*"):  # of a save or a removal that was cut short
                     shutil.rmtree(leftover, ignore_errors=True)
         mesh.barrier()
+
+    @property
+    def last_step(self) -> int | None:
+        """Of the newest checkpoint that all know of."""
+        return self._last
 
     # --- saving --------------------------------------------------------------------------------------------
 
@@ -164,6 +170,14 @@ class CheckpointStore:
         save.thread.start()
         return True
 
+    def prepare(self, parts: Mapping[str, Part]) -> None:
+        """
+        Ask for the memory that a save takes, so that the first one need not wait for it. A collective over the world, at the
+        first call of this or of `begin`.
+        """
+        if self._staging is None:
+            self._staging = Staging([parts[name].tensor for name in self._share(parts)])
+
     def own_bytes(self, parts: Mapping[str, Part]) -> int:
         """What this process writes in a save. A collective over the world, at the first call of this or of `begin`."""
         return sum(parts[name].tensor.nbytes for name in self._share(parts))
@@ -178,22 +192,19 @@ class CheckpointStore:
         self._at("stage")
         assert self._mine is not None
         live = [parts[name].tensor for name in self._mine]
-        on_cuda = any(t.is_cuda for t in live)
-        if not self._staged:
-            self._staged = {
-                n: torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=t.is_cuda)
-                for n, t in zip(self._mine, live, strict=True)
-            }
-        _copy(list(self._staged.values()), live)
-        event = torch.cuda.Event() if on_cuda else None  # type: ignore[no-untyped-call]
+        self._staging = self._staging or Staging(live)
+        staged = self._staging.places()
+        _copy(staged, live)
+        event = torch.cuda.Event() if any(t.is_cuda for t in live) else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
-        return [Item(n, parts[n].region.offsets, self._staged[n]) for n in self._mine], event
+        return [Item(n, parts[n].region.offsets, place) for n, place in zip(self._mine, staged, strict=True)], event
 
     def _write(self, save: _Save, items: Sequence[Item], copied: torch.cuda.Event | None) -> None:
         """In a thread: this process's file, and beside it what it is known by."""
         try:
             if copied is not None:
+                torch.cuda.set_device(self._mesh.device)  # a thread's own, else the first
                 copied.synchronize()
             save.aside.mkdir(parents=True, exist_ok=True)
             path = shard_of(save.aside, self._mesh.place.rank)

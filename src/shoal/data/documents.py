@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -31,11 +31,12 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Something that is no document, and why."""
+    """Something that is no document, and why. `name` says where; `reason` is the same for all of a kind."""
 
     name: str
     reason: str
     after: Cursor
+    fields: Mapping[str, int] = field(default_factory=dict)  # of a record without text: the length of each of its texts
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,10 @@ class Corpus(Protocol):
         """A hash of the content of one file of the listing."""
 
     def read(self, start: Cursor = START) -> Iterator[Document | Skipped]:
-        """From `start` on. Raises DataError where a file cannot be opened."""
+        """From `start` on. Raises DataError where a file cannot be read, or is not UTF-8 text at all."""
+
+    def skipped_files(self) -> Mapping[str, int]:
+        """How many files below `data.paths` are not read, by kind."""
 
 
 Reader = Callable[[Path, str, Cursor], Iterator[Document | Skipped]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from shoal.data.documents import START, Cursor, Document, Entry, Skipped
 
@@ -27,6 +27,9 @@ class DummyCorpus:
     def read(self, start: Cursor = START) -> Iterator[Document | Skipped]:
         for number in range(start.document, self._documents):
             yield Document(f"dummy {number}", self._text(number), Cursor(0, number + 1, number + 1))
+
+    def skipped_files(self) -> Mapping[str, int]:
+        return {}
 
     def _text(self, number: int) -> str:
         draw = random.Random(number)

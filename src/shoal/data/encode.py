@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.documents import START, Corpus, Cursor, Document, Skipped
+from shoal.data.documents import START, Corpus, Cursor, Skipped
 from shoal.data.fast import DifferentIdsError, FastEncoder, fast_encoder
-from shoal.data.manifest import SPLITS, Journal, SplitName
+from shoal.data.find import describe
+from shoal.data.manifest import SPLITS, Journal, Skips, SplitName
 from shoal.data.shards import Tokens, token_dtype, write_shard
 from shoal.data.tokenize import Tokenizer
 from shoal.errors import DataError
@@ -25,6 +26,8 @@ CHUNK_BYTES = 2_000_000  # tokens of a chunk take some fifty times its text whil
 PART_CHARACTERS = 1 << 20  # longer documents are encoded in parts, for the same reason
 CHUNKS_IN_FLIGHT = 3
 COMPARED_CHUNKS = 64  # of so many chunks one, the first of all among them, is encoded by both tokenizers
+
+FIELDS_AT_MOST = 100  # that are collected to name some
 
 Split = Callable[[bytes], SplitName]
 
@@ -51,19 +54,38 @@ def choose_split(corpus: Corpus, val_fraction: float, tick: Callable[[Cursor], N
     Raises DataError where there are no two different texts.
     """
     seen: set[float] = set()
+    skips, fields = Skips(), Counter[str]()
     for document in corpus.read():
         tick(document.after)
-        if isinstance(document, Document):
+        if isinstance(document, Skipped):
+            skips.add(document)
+            if len(fields) < FIELDS_AT_MOST:
+                fields.update(document.fields)
+        else:
             seen.add(fraction_of(document.text.encode())[0])
             if min(seen) < val_fraction <= max(seen):
                 return lambda text: "val" if fraction_of(text)[0] < val_fraction else "train"
     if not seen:
-        raise DataError("the corpus has no documents; correct data.paths, data.corpus or data.text_key")
+        raise DataError(f"the corpus has no documents{_why_none(corpus, skips, fields)}")
     if len(seen) == 1:
-        raise DataError("the corpus has one document only, so none can be held out; add documents to data.paths")
+        raise DataError(
+            "the corpus has one document only (or the same several times), so none can be held out; add documents to data.paths"
+            + (f" ({skips.note()})" if skips.count else "")
+        )
     # All lie on one side of the border: move it past the nearest one.
     border = sorted(seen)[1] if min(seen) >= val_fraction else max(seen)
     return lambda text: "val" if fraction_of(text)[0] < border else "train"
+
+
+def _why_none(corpus: Corpus, skips: Skips, fields: Counter[str]) -> str:
+    """The end of that sentence: what there is instead, and what to set."""
+    said = f": {skips.note()}" if skips.count else ""
+    if files := corpus.skipped_files():
+        said += f"; files that were skipped: {describe(files)}"
+    if not fields:
+        return f"{said}; correct data.paths or data.corpus"
+    named = ", ".join(ascii(name) for name, _ in fields.most_common(10))  # the longest first
+    return f"{said}. The records have text under {named}; set data.text_key to one of them"
 
 
 def training_sample(

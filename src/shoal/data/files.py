@@ -38,6 +38,8 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from error
+    except ValueError as error:  # a zero byte in its name
+        raise DataError(f"{str(folder)!r} is no path ({error}); set data.folder to another") from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import IO
 
 from shoal.data.documents import Cursor, Document, Reader, Skipped
+from shoal.data.encoding import check_text, without_mark
 from shoal.errors import DataError
+from shoal.output import on_one_line
 
 MAX_LINE_BYTES = 1 << 26
 BOMB_TIMES = 200  # text shrinks to a fifth; gzip can do a thousandth
@@ -67,11 +69,17 @@ def _read_lines(
 ) -> Iterator[Document | Skipped]:
     """`raw` tells how far the file itself was read; blank lines are nothing, not even skipped."""
     index = start.document
+    begun = index > 0
     while line := lines.readline(MAX_LINE_BYTES):
         too_long = len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")
         while too_long and (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
             pass
         index += 1
+        if index == 1:
+            line = without_mark(line)
+        if not begun and line.strip():
+            _check_first_line(line, name)
+            begun = True
         after = Cursor(start.file, index, raw.tell())
         label = f"{name}:{index}"
         if too_long:
@@ -80,18 +88,39 @@ def _read_lines(
             yield _parse_line(line, label, text_key, after)
 
 
+def _check_first_line(line: bytes, name: str) -> None:
+    check_text(line, name)
+    if line.lstrip().startswith(b"["):
+        raise DataError(
+            f"{on_one_line(name)} begins a JSON array; data.corpus jsonl takes one object a line (jq -c '.[]' writes an array so)"
+        )
+
+
 def _parse_line(line: bytes, label: str, text_key: str, after: Cursor) -> Document | Skipped:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
-        return Skipped(label, "not JSON in UTF-8", after)
+        value = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return Skipped(label, "not UTF-8", after)
+    except (ValueError, RecursionError):
+        many = b"\r" in line.strip()
+        return Skipped(label, "not JSON: its lines end with CR alone, not LF" if many else "not JSON", after)
     text = value.get(text_key) if isinstance(value, dict) else None
     if not isinstance(text, str):
-        return Skipped(label, f"no string under {text_key!r} (data.text_key)", after)
+        fields = value.items() if isinstance(value, dict) else ()
+        texts = {key: len(said) for key, said in fields if isinstance(said, str)}
+        return Skipped(label, f"no string under {text_key!r} (data.text_key)", after, texts)
     if not text:
         return Skipped(label, "empty text", after)
+    if line.count(json.dumps(text_key).encode()) > 1 and _says_twice(line, text_key):
+        return Skipped(label, f"{text_key!r} twice, so one text would be lost", after)
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
         return Skipped(label, "half a surrogate pair, which is no character", after)
     return Document(label, text, after)
+
+
+def _says_twice(line: bytes, key: str) -> bool:
+    """Whether the object itself, and not one inside of it, has `key` more than once."""
+    pairs: list[tuple[str, object]] = json.loads(line, object_pairs_hook=list)
+    return sum(said == key for said, _ in pairs) > 1

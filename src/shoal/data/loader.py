@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from shoal.data.order import sample_at
 from shoal.data.pack import IGNORED_LABEL, PackedRows, Rows
 from shoal.layout import deal
+
+_CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Loader:
     """
     This rank's micro-batches of each optimizer step.
 
-    `passed_over`: [first, stop) of positions that no step has a part of. `at("read")` is called before each step is read.
+    `device`: that will get them; for CUDA they are in pinned memory. `passed_over`: [first, stop) of positions that no step
+    has a part of. `at("read")` is called before each step is read.
 
     A step has `global_batch // micro_batch` slots, micro-batches in a fixed order; a rank owns a contiguous run of
     them (`layout.deal`). Raises ValueError where there are fewer than ranks.
@@ -88,7 +92,7 @@ class Loader:
         passed_over: Sequence[tuple[int, int]] = (),
         at: Callable[[str], None] = lambda phase: None,
         prefetch: int = 2,
-        pin_memory: bool = False,
+        device: torch.device = _CPU,
     ) -> None:
         slots = global_batch // micro_batch
         if global_batch % micro_batch or slots < dp_size:
@@ -103,7 +107,7 @@ class Loader:
         """Where that step began."""
         self.rows = rows
         self._at = at
-        self._seed, self._pin_memory, self._passed_over = seed, pin_memory, sorted(passed_over)
+        self._seed, self._device, self._passed_over = seed, device, sorted(passed_over)
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._slots = deal(slots, dp_size)[dp_rank]
         self._ready: queue.Queue[tuple[int, list[Batch]] | BaseException] = queue.Queue(maxsize=prefetch)
@@ -134,6 +138,8 @@ class Loader:
 
     def _read_ahead(self, position: int) -> None:
         try:
+            if self._device.type == "cuda":
+                torch.cuda.set_device(self._device)  # a thread's own, else the first
             while not self._closed.is_set():
                 self._at("read")
                 position = self._after_windows(position)
@@ -164,7 +170,7 @@ class Loader:
         first, stop = (position + slot * self._micro_batch for slot in (self._slots.start, self._slots.stop))
         row_ids = sample_at(self._seed, np.arange(first, stop), len(self.rows))
         batches = (make_batch(self.rows, ids) for ids in row_ids.reshape(-1, self._micro_batch))
-        return [batch.pin_memory() if self._pin_memory else batch for batch in batches]
+        return [batch.pin_memory() if self._device.type == "cuda" else batch for batch in batches]
 
 
 def evaluation_rows(rows: Rows, max_tokens: int | None) -> int:

@@ -12,11 +12,13 @@ from typing import Any, Literal, get_args
 
 from shoal.data.documents import START, Corpus, Cursor, Entry, Skipped
 from shoal.data.files import write_atomically
+from shoal.data.find import describe
 from shoal.data.shards import CURE, ShardRecord
 from shoal.errors import DataError
+from shoal.output import on_one_line
 
 FORMAT = 1
-MANIFEST, JOURNAL, TOKENIZER = "manifest.json", "journal.json", "tokenizer.json"
+MANIFEST, JOURNAL, TOKENIZER, YARDSTICK = "manifest.json", "journal.json", "tokenizer.json", "yardstick.json"
 NAMED_AT_MOST = 5  # files that a message names; the others are counted
 
 SplitName = Literal["train", "val"]
@@ -30,18 +32,25 @@ class Skips:
     count: int = 0
     first: list[str] = field(default_factory=list)
     upto: Cursor = START
+    reasons: dict[str, int] = field(default_factory=dict)
 
     def add(self, item: Skipped) -> None:
         """Once each, though a restart reads some of them again."""
         if item.after <= self.upto:
             return
         self.count, self.upto = self.count + 1, item.after
+        self.reasons[item.reason] = self.reasons.get(item.reason, 0) + 1
         if len(self.first) < NAMED_AT_MOST:
             self.first.append(f"{item.name}: {item.reason}")
 
     def note(self) -> str:
-        more = f" and {self.count - len(self.first):,} more" if self.count > len(self.first) else ""
-        return f"{self.count:,} skipped, not text: {'; '.join(self.first)}{more}"
+        if self.count == len(self.first) or not self.reasons:
+            return f"{self.count:,} skipped, not text: {'; '.join(map(on_one_line, self.first))}"
+        return f"{self.count:,} skipped, not text: {describe(self.reasons)}; the first is {on_one_line(self.first[0])}"
+
+    @classmethod
+    def load(cls, saved: Any) -> Skips:
+        return cls(saved["count"], saved["first"], Cursor(**saved["upto"]), saved.get("reasons", {}))
 
 
 @dataclass
@@ -84,7 +93,7 @@ def load_journal(folder: Path, options: Mapping[str, Any], listing: list[Entry])
             saved["options"],
             [Entry(**entry) for entry in saved["listing"]],
             {name: _written(saved["splits"][name]) for name in SPLITS},
-            Skips(saved["skips"]["count"], saved["skips"]["first"], Cursor(**saved["skips"]["upto"])),
+            Skips.load(saved["skips"]),
             saved.get("fast", True),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -159,7 +168,7 @@ def load_manifest(folder: Path) -> Manifest:
             raise DataError(f"{path} has format {saved['format']}, not {FORMAT}; {CURE}")
         splits = {name: _sum([ShardRecord(**s) for s in saved["splits"][name]["shards"]]) for name in SPLITS}
         saved["listing"] = tuple(Entry(**entry) for entry in saved["listing"])
-        saved["skips"] = Skips(saved["skips"]["count"], saved["skips"]["first"], Cursor(**saved["skips"]["upto"]))
+        saved["skips"] = Skips.load(saved["skips"])
         manifest = Manifest(**{**saved, "splits": splits})
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; run `shoal prepare RECIPE` first") from error
@@ -198,10 +207,12 @@ def check_unchanged(manifest: Manifest, corpus: Corpus) -> None:
 
 def _name_some(kind: str, names: Sequence[str]) -> str:
     more = ", ..." if len(names) > NAMED_AT_MOST else ""
-    return f"{len(names):,} {kind} ({', '.join(names[:NAMED_AT_MOST])}{more})"
+    return f"{len(names):,} {kind} ({', '.join(map(on_one_line, names[:NAMED_AT_MOST]))}{more})"
 
 
-def clear(folder: Path, patterns: Iterable[str] = (MANIFEST, JOURNAL, TOKENIZER, "*.safetensors", ".*.tmp")) -> None:
+def clear(
+    folder: Path, patterns: Iterable[str] = (MANIFEST, JOURNAL, TOKENIZER, YARDSTICK, "*.safetensors", ".*.tmp")
+) -> None:
     """Remove what was prepared; the manifest goes first, so that nobody takes the rest for complete."""
     for pattern in patterns:
         for path in folder.glob(pattern):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from shoal.data import tokenize
 from shoal.data.documents import Corpus, Cursor, Entry
 from shoal.data.encode import Split, choose_split, training_sample, write_shards
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
+from shoal.data.find import describe
 from shoal.data.manifest import (
     FORMAT,
     JOURNAL,
@@ -44,6 +45,9 @@ from shoal.data.sources import open_corpus
 from shoal.data.tokenize import Tokenizer
 from shoal.disk import gigabytes, sha256_of
 from shoal.errors import DataError
+
+SAMPLE_PIECES = 32  # of a text that is too long to be taken whole
+NAME_CHARACTERS = 80  # of a tokenizer's name in that of a folder: file systems take 255 in all
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how many bytes; a total of 0 is not known."""
@@ -116,7 +120,7 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
     if given is not None and rows is not None:
         given.check_rows(rows)
     options = token_options(data, given)
-    folder = Path(data.folder).expanduser() / folder_name(data, options)
+    folder = _folder(data, options)
     if not data.rebuild and (folder / MANIFEST).exists():  # also where the folder is not ours to write
         return _open_checked(folder, data)
     make_folder(folder)
@@ -128,6 +132,12 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
                 clear(folder)
         notes = [] if (folder / MANIFEST).exists() else _build(folder, data, given, options, progress)
     return open_prepared(folder, notes)
+
+
+def prepared_manifest(data: Data) -> Manifest | None:
+    """What the finished tokens of `data` say of themselves; None where they are not prepared. Raises DataError."""
+    folder = _folder(data, token_options(data, named_tokenizer(data)))
+    return load_manifest(folder) if (folder / MANIFEST).exists() else None
 
 
 def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
@@ -147,24 +157,46 @@ def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
     return prepared
 
 
-def held_out_text(prepared: Prepared) -> bytes:
+def held_out_text(prepared: Prepared, at_most: int | None = None) -> bytes:
     """
-    The text of the val split, for a comparison with gzip or xz.
+    The text of the val split, or about `at_most` bytes of it, for a comparison with gzip or xz.
 
     Raises DataError where the tokenizer does not give a text back as it was.
     """
-    stream = prepared.streams["val"]
-    starts = stream.starts(0, stream.num_tokens)
-    ends = np.append(starts[1:], stream.num_tokens) - 1  # without the end-of-text token
-    starts = starts + (prepared.tokenizer.bos_id is not None)
-    texts = []
-    for low in range(0, len(starts), 64):
-        spans = zip(starts[low : low + 64], ends[low : low + 64], strict=True)
-        texts += prepared.tokenizer.decode_batch([stream.read(a, b).tolist() for a, b in spans])
-    text = "".join(texts).encode()
+    if at_most is not None and prepared.counts["val"].text_bytes > at_most:
+        return sample_of(prepared, "val", at_most)
+    text = _text(prepared, "val", [(0, prepared.streams["val"].num_tokens)])
     if len(text) != prepared.counts["val"].text_bytes:
         raise DataError("this tokenizer does not give a text back as it was: set data.tokenizer to bpe or bytes")
     return text
+
+
+def sample_of(prepared: Prepared, split: SplitName, at_most: int) -> bytes:
+    """A split's text; of one that is longer, about `at_most` bytes in pieces from all over it."""
+    num_tokens, text_bytes = prepared.streams[split].num_tokens, prepared.counts[split].text_bytes
+    if text_bytes <= at_most:
+        return _text(prepared, split, [(0, num_tokens)])
+    length = max(1, num_tokens * at_most // (text_bytes * SAMPLE_PIECES))
+    firsts = [piece * num_tokens // SAMPLE_PIECES for piece in range(SAMPLE_PIECES)]
+    return _text(prepared, split, [(first, min(first + length, num_tokens)) for first in firsts])[:at_most]
+
+
+def _text(prepared: Prepared, split: SplitName, spans: Sequence[tuple[int, int]]) -> bytes:
+    """The text of tokens [first, last) of each span, without what stands at the ends of documents."""
+    stream, tokenizer = prepared.streams[split], prepared.tokenizer
+    ends = {tokenizer.eot_id, tokenizer.bos_id}
+    texts = []
+    for first, last in spans:
+        starts = [first, *(start for start in stream.starts(first, last).tolist() if start > first), last]
+        for low in range(0, len(starts) - 1, 64):
+            pieces = [stream.read(a, b).tolist() for a, b in pairwise(starts[low : low + 65])]
+            texts += tokenizer.decode_batch([_between(ids, ends) for ids in pieces])
+    return "".join(texts).encode()
+
+
+def _between(ids: list[int], ends: set[int | None]) -> list[int]:
+    first = ids[0] in ends
+    return ids[first : len(ids) - (ids[-1] in ends and len(ids) > first)]
 
 
 def named_tokenizer(data: Data) -> Tokenizer | None:
@@ -194,13 +226,31 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return options
 
 
+def _folder(data: Data, options: dict[str, Any]) -> Path:
+    """
+    Where these tokens are or will be, whatever their tokenizer was called then: only options are what they depend on.
+
+    Raises DataError where nobody can look.
+    """
+    own = folder_name(data, options)
+    digest = own.rpartition("-")[2]
+    try:
+        above = Path(data.folder).expanduser()
+        others = sorted(path.parent for path in above.glob(f"{data.corpus}-*-{digest}/{MANIFEST}"))
+        has_own = (above / own / MANIFEST).exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot look into {data.folder} ({why}); set data.folder to another") from error
+    return above / own if has_own or not others else others[0]
+
+
 def folder_name(data: Data, options: dict[str, Any]) -> str:
     """`stdlib-bpe4096-1a2b3c4d`: to be read by people, and of its own for each set of options."""
     tokenizer = Path(data.tokenizer)
     kind = tokenizer.parent.name if tokenizer.name in ("tokenizer.json", "tokenizer.model") else tokenizer.name
     kind = f"bpe{data.tokenizer_vocab_size}" if data.tokenizer == "bpe" else re.sub(r"[^\w.]+", "_", kind)
     digest = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=4).hexdigest()
-    return f"{data.corpus}-{kind or 'tokenizer'}-{digest}"
+    return f"{data.corpus}-{kind[:NAME_CHARACTERS] or 'tokenizer'}-{digest}"
 
 
 def _open_checked(folder: Path, data: Data) -> Prepared:
@@ -209,9 +259,20 @@ def _open_checked(folder: Path, data: Data) -> Prepared:
     try:
         corpus = open_corpus(data)
     except DataError as error:
-        return open_prepared(folder, [f"the corpus is gone ({error}): going on with its prepared tokens"])
+        return open_prepared(
+            folder, [f"the corpus is gone or cannot be read ({error}): going on with its prepared tokens"]
+        )
     check_unchanged(manifest, corpus)
-    return open_prepared(folder)
+    return open_prepared(folder, _notes(corpus))
+
+
+def _notes(corpus: Corpus) -> list[str]:
+    """What was not read, in one line, if anything."""
+    files = corpus.skipped_files()
+    if not files:
+        return []
+    count = sum(files.values())
+    return [f"{count:,} file{'s were' if count > 1 else ' was'} skipped: {describe(files)}"]
 
 
 def _is_current(folder: Path, data: Data) -> bool:
@@ -241,7 +302,7 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
     digests = [corpus.digest(index) for index in range(len(listing))]
     finish(journal, digests, (folder / TOKENIZER).read_bytes(), tokenizer.vocab_size).save(folder)
     clear(folder, [JOURNAL])
-    return [] if note is None else [note]
+    return [*_notes(corpus), *([] if note is None else [note])]
 
 
 def _go_on_or_start(folder: Path, options: dict[str, Any], listing: list[Entry]) -> Journal:

@@ -8,16 +8,19 @@ text is part of the stream too, as `Skipped`, so that it is counted once however
 from __future__ import annotations
 
 import hashlib
-import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from shoal.config import Data
 from shoal.data.documents import START, Corpus, Cursor, Document, Entry, Reader, Skipped
 from shoal.data.dummy import DummyCorpus
+from shoal.data.encoding import check_text, without_mark
+from shoal.data.find import Finder, describe
 from shoal.data.jsonl import jsonl_reader
 from shoal.errors import DataError
+from shoal.output import on_one_line
 
 PIECE_BYTES = 1 << 20  # a longer text file becomes several documents, so that memory stays bounded
 SINGLE_FILE_PIECES = 200  # a corpus of one file is cut in about so many, or nothing could be held out
@@ -42,20 +45,28 @@ def open_corpus(data: Data) -> Corpus:
         case "stdlib":
             return FileCorpus(_stdlib_files(), read_text_file)
         case "text":
-            files = _find_files(data, TEXT_SUFFIXES)
-            return FileCorpus(files, _text_reader(files))
+            finder = _find_files(data, TEXT_SUFFIXES)
+            return FileCorpus(finder.files(), _text_reader(finder.files()), finder.skipped())
         case "jsonl":
-            return FileCorpus(_find_files(data, JSONL_SUFFIXES), jsonl_reader(data.text_key))
+            finder = _find_files(data, JSONL_SUFFIXES)
+            return FileCorpus(finder.files(), jsonl_reader(data.text_key), finder.skipped())
         case "dummy":
             return DummyCorpus(data.dummy_documents)
+
+
+NONE: Mapping[str, int] = MappingProxyType({})
 
 
 class FileCorpus:
     """Files on disk, each read by `reader` from an offset on."""
 
-    def __init__(self, files: Sequence[tuple[str, Path]], reader: Reader) -> None:
+    def __init__(self, files: Sequence[tuple[str, Path]], reader: Reader, skipped: Mapping[str, int] = NONE) -> None:
         self._files = list(files)
         self._reader = reader
+        self._skipped = skipped
+
+    def skipped_files(self) -> Mapping[str, int]:
+        return self._skipped
 
     def listing(self) -> list[Entry]:
         entries = []
@@ -93,16 +104,25 @@ def read_text_file(
     with path.open("rb") as file:
         file.seek(offset)
         while window := file.read(piece_bytes):
+            if offset == 0:
+                check_text(window, name)
             piece = window if whole else _cut(window, piece_bytes)
-            offset += len(piece)
+            begin, offset = offset, offset + len(piece)
             file.seek(offset)
-            index += 1
-            after = Cursor(start.file, index, offset)
-            label = name if whole else f"{name} (bytes {offset - len(piece)} to {offset})"
-            try:
-                yield Document(label, piece.decode("utf-8"), after)
-            except UnicodeDecodeError as error:
-                yield Skipped(label, f"not UTF-8 ({error.reason} at byte {error.start})", after)
+            text = piece if begin else without_mark(piece)
+            if text:
+                index += 1
+                label = name if whole else f"{name} (bytes {begin} to {offset})"
+                yield _parse_piece(text, label, Cursor(start.file, index, offset))
+
+
+def _parse_piece(piece: bytes, label: str, after: Cursor) -> Document | Skipped:
+    if 0 in piece:
+        return Skipped(f"{label}, byte {piece.index(0)}", "zero bytes, which no text has", after)
+    try:
+        return Document(label, piece.decode("utf-8"), after)
+    except UnicodeDecodeError as error:
+        return Skipped(f"{label}, byte {error.start}", "not UTF-8", after)
 
 
 def _cut(window: bytes, piece_bytes: int) -> bytes:
@@ -125,50 +145,38 @@ def _text_reader(files: Sequence[tuple[str, Path]]) -> Reader:
     """For `text`: a single file is cut finer, so that some of it can be held out."""
     if len(files) > 1:
         return read_text_file
-    size = files[0][1].stat().st_size
+    name, path = files[0]
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise _cannot_read(name, error) from error
     piece_bytes = min(PIECE_BYTES, max(MIN_PIECE_BYTES, size // SINGLE_FILE_PIECES))
     return lambda path, name, start: read_text_file(path, name, start, piece_bytes)
 
 
-def _find_files(data: Data, suffixes: tuple[str, ...]) -> list[tuple[str, Path]]:
-    """(name, path) of every file: a named file whatever its suffix, a folder's by suffix, sorted."""
+def _find_files(data: Data, suffixes: tuple[str, ...]) -> Finder:
+    """The files of `data.paths`. Raises DataError where there are none."""
     if not data.paths:
         raise DataError(f"a {data.corpus} corpus needs files: set data.paths")
-    found: dict[str, Path] = {}
+    finder = Finder(suffixes)
     for given in data.paths:
-        path = Path(given).expanduser()
-        if path.is_file():
-            found[given] = path
-        elif path.is_dir():
-            found.update((os.path.join(given, name), path / name) for name in _walk(path, suffixes))
-        else:
-            raise DataError(f"no such file or folder: {given}; correct data.paths")
-    if not found:
-        raise DataError(f"no {' or '.join(suffixes)} files in {', '.join(data.paths)}; correct data.paths")
-    return list(found.items())
-
-
-def _walk(root: Path, suffixes: tuple[str, ...], skip: frozenset[str] = frozenset()) -> list[str]:
-    """Relative names, sorted, without hidden files and folders."""
-    names = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        relative = Path(folder).relative_to(root)
-        names += [(relative / f).as_posix() for f in files if f.endswith(suffixes) and not f.startswith(".")]
-    return sorted(names)
+        finder.add(given)
+    if not finder.files():
+        there = f"; there are {describe(finder.skipped())}" if finder.skipped() else ""
+        raise DataError(f"no {' or '.join(suffixes)} files in {', '.join(data.paths)}{there}; correct data.paths")
+    return finder
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:
     root = Path(sysconfig.get_path("stdlib"))
-    names = [
-        name
-        for name in _walk(root, (".py",), STDLIB_SKIPPED_FOLDERS)
-        if name not in STDLIB_SKIPPED_FILES and not name.startswith(STDLIB_SKIPPED_PREFIX)
-    ]
-    if not names:
+    finder = Finder((".py",), STDLIB_SKIPPED_FOLDERS)
+    finder.add(str(root))
+    named = [(path.relative_to(root).as_posix(), path) for _, path in finder.files()]
+    files = [(n, p) for n, p in named if n not in STDLIB_SKIPPED_FILES and not n.startswith(STDLIB_SKIPPED_PREFIX)]
+    if not files:
         raise DataError("this Python comes without its source: set data.corpus to text and data.paths to your files")
-    return [(name, root / name) for name in names]
+    return files
 
 
 def _cannot_read(name: str, error: OSError) -> DataError:
-    return DataError(f"cannot read {name}: {error.strerror or error}; mend it or correct data.paths")
+    return DataError(f"cannot read {on_one_line(name)}: {error.strerror or error}; mend it or correct data.paths")

@@ -75,6 +75,11 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(index for index, token in added.items() if token.special)
 
+    def id_of(self, token: str) -> int | None:
+        """Of a token by its text, special ones too; None where there is none."""
+        index: int | None = self._tokenizer.token_to_id(token)
+        return index
+
     def encode(self, text: str) -> list[int]:
         """Without the tokens at a document's ends."""
         return self.encode_batch([text])[0]

@@ -1,16 +1,23 @@
-"""Signals: asked to, a run saves and stops; a person who asks twice stops it at once."""
+"""Signals: asked to, a run saves and stops, and what has nothing to save ends; who asks twice ends it at once. No torch."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Final
+
+from shoal.errors import EXIT_REQUEUE
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+GRACE_SECONDS: Final = 1.0  # for what has nothing to save to come to its end by itself
+STOPPING_SAID: Final = "stopping; once more ends now"
 
 
 class StopRequest:
@@ -22,14 +29,29 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        """Takes over these signals, those too that `hold_signals` kept."""
+        """Takes over these signals."""
         self.signal: signal.Signals | None = None
+        self.nothing_to_lose = True  # until a step is taken
         for number in STOPPING:
             signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
     def __bool__(self) -> bool:
         return self.signal is not None
+
+    def end_early(self, say: Callable[[str], None]) -> None:
+        """
+        From now on a signal that finds nothing to lose ends the process with 85, `GRACE_SECONDS` later at the latest.
+
+        For where no launcher of ours does it, which tells more. Also while the main thread waits in C.
+        """
+
+        def come(number: int) -> None:
+            say(STOPPING_SAID)
+            time.sleep(GRACE_SECONDS)
+            if self.nothing_to_lose:
+                os._exit(EXIT_REQUEUE)
+
+        _listen(come)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
@@ -37,9 +59,89 @@ class StopRequest:
         self.signal = self.signal or signal.Signals(number)
 
 
-def hold_signals() -> None:
-    """Signals that come while a worker starts wait until there is a `StopRequest`."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+class Asked(KeyboardInterrupt):
+    """One of `STOPPING` came. `code`: with which the command ends."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__()
+        self.code = code
+
+
+@contextlib.contextmanager
+def ends_when_asked(code: int | None = None) -> Iterator[None]:
+    """
+    Inside, the first of `STOPPING` raises `Asked`, and ends the process `GRACE_SECONDS` later if it is still there: in a
+    long call of C, or where threads are waited for. A second one ends it at once.
+
+    code: the exit code after SIGTERM and SIGUSR1; None: 128 and the signal's number, as after SIGINT.
+    """
+
+    def code_of(number: int) -> int:
+        return 128 + number if code is None or number == signal.SIGINT else code
+
+    came: list[int] = []  # to the thread
+    handled: list[int] = []  # by the main thread
+    said = threading.Lock()  # by the handler or the thread, whichever is first
+
+    def say() -> None:
+        if said.acquire(blocking=False):
+            say_at_once(STOPPING_SAID)
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if handled:  # the thread may be slower
+            os._exit(code_of(number))
+        handled.append(number)
+        say()
+        raise Asked(code_of(number))
+
+    def come(number: int) -> None:
+        came.append(number)
+        if len(came) > 1:
+            os._exit(code_of(number))
+        say()
+        timer = threading.Timer(GRACE_SECONDS, lambda: os._exit(code_of(number)))
+        timer.daemon = True
+        timer.start()
+
+    before = {number: signal.signal(number, on_signal) for number in STOPPING}
+    stop_listening = _listen(come)
+    try:
+        yield
+    finally:
+        if not came:  # else the process ends, and nothing is to keep it
+            stop_listening()
+            for number, handler in before.items():
+                if signal.getsignal(number) is on_signal:
+                    signal.signal(number, handler)
+
+
+def _listen(come: Callable[[int], None]) -> Callable[[], None]:
+    """
+    Call `come` in a thread with each of `STOPPING` that has a handler in Python, at once: the handler itself waits until
+    the main thread is back from C. Returns what ends that.
+    """
+    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK) if hasattr(os, "pipe2") else os.pipe()
+    os.set_blocking(read, True)
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        while number := os.read(read, 1):
+            if number[0] in STOPPING:
+                come(number[0])
+
+    def stop() -> None:
+        signal.set_wakeup_fd(-1)
+        os.close(write)  # the thread reads its end
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    return stop
+
+
+def say_at_once(text: str) -> None:
+    """A line to standard error from a signal's handler, or beside it: Python's own streams may be in the middle of one."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"shoal: {text}\n".encode())
 
 
 def die_with_parent() -> None:

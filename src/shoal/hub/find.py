@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from shoal.errors import ModelError
@@ -19,10 +20,13 @@ __all__ = [
     "could_be_on_a_hub",
     "find_model",
     "find_path",
+    "near_path",
     "no_name",
     "stand_in",
 ]
 
+
+NAMES_COMPARED = 10_000  # of a folder; more take longer than a hint is worth
 
 _kept: dict[str, Path] = {}  # name -> what a run keeps of the folder that it started from
 
@@ -71,6 +75,23 @@ def find_path(name: str) -> Path | None:
     except (OSError, RuntimeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         raise ModelError(f"cannot look for {name}: {why}") from error
+
+
+def near_path(path: str) -> str:
+    """What `path`, which is not there, may have been meant to be: " (did you mean books/a.txt?)", or nothing."""
+    if any(sign in path for sign in "*?["):
+        return " (patterns are not expanded here; name the folder)"
+    whole = Path(path).expanduser()
+    there = whole
+    while there != there.parent and not there.parent.is_dir():
+        there = there.parent  # the first part that is not there
+    try:
+        beside = [entry.name for entry in islice(os.scandir(there.parent), NAMES_COMPARED)]
+    except OSError:
+        return ""
+    near = [there.parent / name for name in difflib.get_close_matches(there.name, beside, 3)]
+    whole_ones = [deeper for path in near if (deeper := path / whole.relative_to(there)).exists()]
+    return f" (did you mean {' or '.join(map(str, whole_ones or near))}?)" if near else ""
 
 
 def by_hand(name: str, folder: Path) -> str:

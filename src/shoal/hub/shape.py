@@ -289,8 +289,11 @@ def write_shape(shape: Model, base: Json | None = None) -> dict[str, Any]:
         assert base is not None  # its shape came from one
         return dict(base)
     name = str(base["model_type"]) if base else _type_of(shape)
-    kind = MODEL_TYPES[name]
     config: dict[str, Any] = dict(base or {})
+    if name == "llama" and shape.dim % shape.num_heads:  # transformers refuses it there, and computes it here
+        name = "mistral"
+        config = {key: value for key, value in config.items() if key not in _NO_BIASES}
+    kind = MODEL_TYPES[name]
     config |= {"model_type": name, "architectures": [kind.architecture]}
     derived = {theirs for theirs, ours in kind.keys.items() if ours in _MAY_BE_NULL and config.get(theirs, 0) is None}
     config |= {theirs: getattr(shape, ours) for theirs, ours in kind.keys.items() if theirs not in derived}
@@ -313,7 +316,7 @@ def _type_of(shape: Model) -> str:
     """The type of model that has this shape, for one that came from none."""
     if shape.family == "gpt2":
         return "gpt2"
-    if shape.qk_norm and shape.qkv_bias:
+    if shape.qk_norm and shape.qkv_bias:  # a config that says so is rejected; an older run's is not read again
         raise ModelError("no type of model has both model.qk_norm and model.qkv_bias: this one cannot be exported")
     return "qwen3" if shape.qk_norm else "qwen2" if shape.qkv_bias else "llama"
 

@@ -8,8 +8,9 @@ from typing import TextIO
 
 from shoal.data.chat import ChatTemplate
 from shoal.errors import DataError, GenerateError, ShoalError
-from shoal.infer.generate import Sampling, check_text, generate
+from shoal.infer.generate import generate
 from shoal.infer.load import LoadedModel
+from shoal.infer.sampling import Sampling, check_text
 from shoal.infer.stream import TextStream
 
 HELP = "/exit or Ctrl-D ends it, /clear forgets what was said, Ctrl-C stops an answer"

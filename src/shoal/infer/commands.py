@@ -4,90 +4,102 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shoal.data.open import open_data
-from shoal.data.prepare import held_out_text
-from shoal.errors import CheckpointError, DataError, GenerateError, ShoalError, spelled
-from shoal.infer.chat import Chat, chat_in_terminal
-from shoal.infer.generate import Sampling, check_options, check_text, generate
-from shoal.infer.harness import Tasks, run_tasks
-from shoal.infer.load import LoadedModel, LoadedRun, Wanted, load_run
+from shoal.data.tokenize import Tokenizer
+from shoal.data.tokenizer_ends import special_tokens
+from shoal.data.yardstick import Measuring, Yardstick
+from shoal.errors import CheckpointError, spelled
+from shoal.infer.asked import Tasks, Text, Wanted
+from shoal.infer.chat import Chat
+from shoal.infer.generate import generate
+from shoal.infer.harness import run_tasks
+from shoal.infer.load import LoadedModel, LoadedRun, load, load_run
+from shoal.infer.sampling import FLAGS, Sampling
 from shoal.infer.score import choose_windows, perplexity, score
 from shoal.infer.stream import TextStream, continuation
 from shoal.launch.place import Place
-from shoal.metrics.compression import bits_per_byte
 from shoal.metrics.console import Console
+from shoal.metrics.narrator import Narrator
+from shoal.output import on_one_line
 from shoal.parallel.mesh import Mesh
 from shoal.train.evaluate import evaluate, model_losses
 
-PROMPT_TOKENS, CHAT_TOKENS = 100, 512  # new ones at most, where nothing is said
-FLAGS = {"max_new_tokens": "--tokens", "temperature": "--temperature", "top_k": "--top-k", "top_p": "--top-p"}
 LARGE = 1e6  # from there on a number is shown by its exponent: a perplexity may have hundreds of digits
 
 
-@dataclass(frozen=True)
-class TextOptions:
-    """A file to score, and its windows (None: see `score.choose_windows`)."""
+def evaluate_model(
+    wanted: Wanted, *, text: Text | None, tasks: Tasks | None, as_json: bool, narrator: Narrator
+) -> None:
+    """
+    Print how good a model is on a text, on tasks of the harness, or, for a run, on its own held-out text.
 
-    file: Path
-    context: int | None = None
-    stride: int | None = None
-
-
-def evaluate_model(wanted: Wanted, *, text: TextOptions | None, tasks: Tasks | None, as_json: bool) -> None:
-    """Print how good a model is on a text, on tasks of the harness, or, for a run, on its own held-out text."""
-    console = Console(speaks=not as_json)
+    How far it is goes to standard error, and nowhere where another program reads (`as_json`).
+    """
+    console, aside = Console(speaks=not as_json), Console(speaks=not as_json, on_stderr=True)
     if text is None and tasks is None:
-        if wanted.folder is not None:
-            raise ShoalError(f"{wanted.folder} has no held-out text of its own: set --text FILE, or --tasks NAME,...")
-        record = _held_out(wanted, console)
+        record = _held_out(wanted, console, aside, narrator)
     else:
-        record = _of_text(wanted, text, console) if text else {}
+        record = _of_text(wanted, text, console, aside, narrator) if text else {}
         if tasks is not None:
+            narrator.begin(f"lm-evaluation-harness: {', '.join(tasks.names)}")
             results, table = run_tasks(wanted, tasks)
+            narrator.begin(None)
             record["tasks"] = results
             console.say(table)
     if as_json:
         print(json.dumps(_without_nan(record), allow_nan=False))
 
 
-def _held_out(wanted: Wanted, console: Console) -> dict[str, Any]:
+def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrator) -> dict[str, Any]:
     """The loss on all held-out text, and what gzip and xz make of the same text."""
     assert wanted.target is not None
+    narrator.begin("loading the model")
     run = load_run(wanted.runs, wanted.target, step=wanted.step, device=wanted.device, dtype=wanted.dtype)
-    prepared = open_data(run.config.data, console)
+    narrator.begin("opening the data")
+    prepared = open_data(run.config.data, aside)
+    narrator.begin(None)
     if prepared.data_id != run.data_id:
         raise CheckpointError(
             f"{run.name} was trained on other tokens than {prepared.folder} holds now; its held-out text is gone"
         )
-    result = evaluate(model_losses(run.model, run.device), Mesh(Place(), run.device), prepared, run.config, None)
-    yardstick = bits_per_byte(held_out_text(prepared))
-    figures = {
-        "nats_per_token": result["val_loss"],
-        "perplexity": perplexity(result["val_loss"]),
-        "bits_per_byte": result["val_bits_per_byte"],
-        **{f"{name}_bits_per_byte": value for name, value in yardstick.items()},
-    }
-    console.say(f"{run.name} at step {run.step}, on {prepared.counts['val'].text_bytes:,} bytes of held-out text:")
-    _say_figures(console, figures)
-    return {"step": run.step, **figures}
+    text_bytes = prepared.counts["val"].text_bytes
+    with Measuring(prepared, idle=False) as measuring:
+        with aside.progress("evaluating", steady=True) as progress:
+            result = evaluate(
+                model_losses(run.model, run.device), Mesh(Place(), run.device), prepared, run.config, None,
+                progress=lambda done, total: progress(f"{done:,} of {total:,} rows", done, total),
+            )  # fmt: skip
+        figures = {
+            "nats_per_token": result["val_loss"],
+            "perplexity": perplexity(result["val_loss"]),
+            "bits_per_byte": result["val_bits_per_byte"],
+        }
+        console.say(f"{run.name} at step {run.step}, on {text_bytes:,} bytes of held-out text:")
+        _say_figures(console, figures)
+        found = measuring.wait(
+            math.inf, waits=lambda: aside.note("waiting for gzip and xz to read the text, once for this data")
+        )
+    if not isinstance(found, Yardstick):
+        console.warn(f"no comparison with gzip and xz: {found}")
+        return {"step": run.step, **figures}
+    console.say(found.compared(figures["bits_per_byte"], text_bytes))
+    theirs = {f"{n}_{k}_bits_per_byte": v for n, bits in found.bits_per_byte.items() for k, v in bits.items()}
+    return {"step": run.step, **figures, **theirs}
 
 
-def _of_text(wanted: Wanted, options: TextOptions, console: Console) -> dict[str, Any]:
+def _of_text(wanted: Wanted, text: Text, console: Console, aside: Console, narrator: Narrator) -> dict[str, Any]:
     """The loss on the text of a file, in windows."""
-    text, text_bytes = _read_text(options.file)
-    model = _load(wanted)
-    context, stride = choose_windows(model.model.shape.max_seq_len, options.context, options.stride)
+    model = _load(wanted, narrator)
+    context, stride = choose_windows(model.model.shape.max_seq_len, text.context, text.stride)
     tokenizer = model.need_tokenizer()
-    ids = tokenizer.encode_prompt(text)
-    if tokenizer.bos_id is None:  # what stands between documents, so that the text's first token is foretold too
-        ids = [tokenizer.eot_id, *ids]
-    with Console(speaks=console.is_terminal).progress("scoring") as progress:
+    first = first_token(tokenizer, model.files)
+    with narrator.phase("reading the text"):
+        ids = [first, *tokenizer.encode(text.content)]
+    with aside.progress("scoring", steady=True) as progress:
         result = score(
             model.model, ids, context=context, stride=stride,
             progress=lambda done, total: progress(f"{done:,} of {total:,} tokens", done, total),
@@ -95,23 +107,36 @@ def _of_text(wanted: Wanted, options: TextOptions, console: Console) -> dict[str
     figures = {
         "nats_per_token": result.nats_per_token,
         "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte(text_bytes),
+        "bits_per_byte": result.bits_per_byte(text.bytes),
     }
+    after = tokenizer.decode([first])
     counts = {
-        "tokens": result.tokens, "bytes": text_bytes, "windows": result.windows, "context": context, "stride": stride,
+        "tokens": result.tokens, "bytes": text.bytes, "windows": result.windows, "context": context, "stride": stride,
+        "first_token_after": after,
     }  # fmt: skip
     console.say(
-        f"{_called(model)}, on {text_bytes:,} bytes ({result.tokens:,} tokens) of {options.file}, in "
-        f"{result.windows:,} windows of {context:,} tokens, each {stride:,} on:"
+        f"{_called(model)}, on {text.bytes:,} bytes ({result.tokens:,} tokens) of {on_one_line(text.file)}, in "
+        f"{result.windows:,} windows of {context:,} tokens, each {stride:,} on; the first token is predicted after {after}:"
     )
     _say_figures(console, figures)
     step = {"step": model.step} if isinstance(model, LoadedRun) else {}
     return {**step, **figures, **counts, "dtype": str(model.model.compute_dtype).removeprefix("torch.")}
 
 
-def _load(wanted: Wanted) -> LoadedModel:
+def first_token(tokenizer: Tokenizer, files: Path | None) -> int:
+    """
+    After which token a text's first one is predicted: as lm-evaluation-harness has it, the tokenizer's bos_token, put before
+    texts or not, and its eos_token where it has none. files: the folder that says which these are.
+    """
+    named = special_tokens(files).get("bos_token") if files is not None else None
+    found = None if named is None else tokenizer.id_of(named)
+    return next(index for index in (found, tokenizer.bos_id, tokenizer.eot_id) if index is not None)
+
+
+def _load(wanted: Wanted, narrator: Narrator) -> LoadedModel:
     """What there is to tell of it goes to standard error: what a model says, and JSON, stand alone on the other."""
-    model = wanted.load()
+    with narrator.phase("loading the model"):
+        model = load(wanted)
     for note in model.notes:
         Console(on_stderr=True).warn(note)
     return model
@@ -134,30 +159,11 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _read_text(file: Path) -> tuple[str, int]:
-    """(the text, its bytes)"""
-    try:
-        content = file.read_bytes()
-        text = content.decode("utf-8")
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror or error}; set --text to a file of text") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file} is no UTF-8 text: {error}; set --text to a file that is") from error
-    if not text:
-        raise DataError(f"{file} is empty; set --text to a file with something in it")
-    return text, len(content)
-
-
-def generate_text(wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int | None, sampling: Sampling) -> None:
+def generate_text(
+    wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, narrator: Narrator
+) -> None:
     """Print each prompt and what the model makes of it; a single one as it comes."""
-    if any(not prompt for prompt in prompts):
-        raise GenerateError("an empty --prompt: give the text to go on from")
-    for prompt in prompts:
-        check_text(prompt, "--prompt")
-    limit = PROMPT_TOKENS if max_new_tokens is None else max_new_tokens
-    with spelled(FLAGS):
-        check_options(sampling, limit)
-    model = _load(wanted)
+    model = _load(wanted, narrator)
     tokenizer = model.need_tokenizer()
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     alone = TextStream(tokenizer, ids[0]) if len(prompts) == 1 else None
@@ -166,15 +172,18 @@ def generate_text(wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int
     def show(_row: int, token: int) -> None:
         nonlocal shown
         assert alone is not None
+        narrator.begin(None)
         print(alone.push(token) if shown else prompts[0] + alone.push(token), end="", flush=True)
         shown = True
 
+    narrator.begin("reading the prompt" if alone else f"writing {len(prompts)} texts")
     with spelled(FLAGS):
         outputs = generate(
-            model.model, ids, max_new_tokens=limit,
+            model.model, ids, max_new_tokens=max_new_tokens,
             temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed,
             eot_id=model.end_ids, known_ids=tokenizer.vocab_size, on_token=show if alone else None,
         )  # fmt: skip
+    narrator.begin(None)
     if alone is not None:
         print(alone.close() if shown else prompts[0])
         return
@@ -184,12 +193,8 @@ def generate_text(wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int
         print(prompt + continuation(tokenizer, prompt_ids, output))
 
 
-def talk(wanted: Wanted, *, system: str | None, max_new_tokens: int | None, sampling: Sampling) -> None:
-    """A conversation: lines of standard input, and what the model says to each."""
-    limit = CHAT_TOKENS if max_new_tokens is None else max_new_tokens
-    with spelled(FLAGS):
-        check_options(sampling, limit)  # at once, and not at each line
-    check_text(system or "", "--system")
-    model = _load(wanted)
-    chat = Chat.of(model, system=system, max_new_tokens=limit, sampling=sampling)
-    chat_in_terminal(chat, sys.stdin, sys.stdout)
+def open_chat(
+    wanted: Wanted, *, system: str | None, max_new_tokens: int, sampling: Sampling, narrator: Narrator
+) -> Chat:
+    """A conversation that can begin."""
+    return Chat.of(_load(wanted, narrator), system=system, max_new_tokens=max_new_tokens, sampling=sampling)

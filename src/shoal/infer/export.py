@@ -6,18 +6,15 @@ The folder is written aside and renamed when it is whole. Weights pass through m
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from shoal import __version__
@@ -26,14 +23,15 @@ from shoal.checkpoint.load import read_into
 from shoal.checkpoint.saved import Saved, read_state, verify
 from shoal.config import Model
 from shoal.data.tokenize import Tokenizer, load_tokenizer
-from shoal.disk import empty_folder, gigabytes, replace_folder, sync, try_lock, write_whole
+from shoal.disk import sync, write_whole
 from shoal.errors import ModelError
 from shoal.hub.beside import GENERATION, LICENSES, TOKENIZER, Dtypes, copy_files, read_dtypes
-from shoal.hub.card import CARD, Facts, is_card, model_card
+from shoal.hub.card import CARD, Facts, model_card
 from shoal.hub.folder import CONFIG, INDEX, SINGLE, ModelFolder
 from shoal.hub.header import DTYPE_NAMES
 from shoal.hub.names import place
 from shoal.hub.shape import write_shape
+from shoal.infer.out_folder import OutFolder
 from shoal.infer.target import find_checkpoint
 from shoal.metrics.console import Console
 from shoal.metrics.trackers import read_json_lines
@@ -89,7 +87,7 @@ def export_run(
     dtypes = Dtypes(STORED[dtype], {}) if dtype else source.dtypes if source else Dtypes("F32", {})
     model = build_model(config.model, compute_dtype=torch.float32)
     shards = list(_shards(model, dtypes, shard_bytes))
-    place = _Place(out, force)
+    place = OutFolder(out, force)
     console.note(f"verifying {saved.folder}")
     verify(saved.folder)
     with place.written(sum(size for _, size in shards)) as aside:
@@ -99,66 +97,35 @@ def export_run(
         _write_tokenizer(aside, config.model, folder, tokenizer)
         facts = _facts(folder, saved, described, model, dtypes, license)
         _write(aside / CARD, model_card(config, facts))
-        ModelFolder.open(aside)  # what others will open: every tensor in a whole file
+        # what others will open: every tensor in a whole file
+        _open_as_others_do(ModelFolder.open(aside), console)
     return out
 
 
-class _Place:
-    """Where an export goes: a folder that appears when it is whole, and replaces nothing but another export."""
+def _open_as_others_do(folder: ModelFolder, console: Console) -> None:
+    """
+    Have transformers, where it is installed, make the model that the folder says, without memory for its weights.
 
-    def __init__(self, out: Path, force: bool) -> None:
-        """Raises `ModelError` where `out` is taken by what must not be replaced."""
-        self._said = out
-        try:
-            self._out = out.expanduser().resolve()  # through links, to the disk that they lead to
-            there = sorted(p.name for p in self._out.iterdir()) if self._out.is_dir() else []
-            taken = bool(there) or (self._out.exists() and not self._out.is_dir())
-        except (OSError, RuntimeError) as error:
-            raise ModelError(f"{out} cannot be written: {error}; set --out to a folder that can") from error
-        foreign = [n for n in there if not any(fnmatch(n, known) for known in WRITTEN)]
-        if there and not foreign and not is_card(self._out / CARD):
-            raise ModelError(f"{out} is there already, and no export wrote it; set --out to another folder")
-        if taken and (foreign or not self._out.is_dir()):
-            what = f"holds {foreign[0]}, which no export writes" if foreign else "is a file"
-            raise ModelError(f"{out} is there already, and {what}; set --out to another folder")
-        if taken and not force:
-            raise ModelError(f"{out} is there already; --force replaces it, or set --out to another folder")
-
-    @contextlib.contextmanager
-    def written(self, needed: int) -> Iterator[Path]:
-        """An empty folder aside, on a disk that has `needed` bytes; put in place when all went well."""
-        aside = self._out.with_name(f".{self._out.name}.export")
-        try:
-            aside.mkdir(parents=True, exist_ok=True)
-            with self._alone(aside):
-                try:
-                    empty_folder(aside)
-                    self._check_space(aside, needed)
-                    yield aside
-                    replace_folder(aside, self._out)
-                except BaseException:  # after a success that name may be another export's
-                    shutil.rmtree(aside, ignore_errors=True)
-                    raise
-        except (OSError, SafetensorError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise ModelError(f"{self._said} cannot be written: {why}; set --out to another disk") from error
-
-    @contextlib.contextmanager
-    def _alone(self, aside: Path) -> Iterator[None]:
-        descriptor = os.open(aside, os.O_RDONLY)
-        try:
-            if not try_lock(descriptor):
-                raise ModelError(f"another export to {self._said} is going on; wait for it, or set --out to another")
-            yield
-        finally:
-            os.close(descriptor)
-
-    def _check_space(self, aside: Path, needed: int) -> None:
-        free = shutil.disk_usage(aside).free
-        if free < needed:
+    Raises `ModelError` where it refuses the config, or has a tensor in another shape.
+    """
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError:
+        console.note("transformers is not installed here, so it has not opened this export (pip install 'shoal[hf]')")
+        return
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            str(folder.path), trust_remote_code=False, local_files_only=True
+        )
+        with torch.device("meta"):
+            theirs = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False).state_dict()
+    except Exception as error:  # each of its models has errors of its own
+        why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(f"transformers {transformers.__version__} does not open this export ({why})") from error
+    for name, stored in folder.tensors.items():
+        if name in theirs and tuple(theirs[name].shape) != tuple(stored.shape):
             raise ModelError(
-                f"{self._said} needs {gigabytes(needed)}, and its disk has {gigabytes(free)} free; set --out to another "
-                "disk, or --dtype to bfloat16"
+                f"transformers {transformers.__version__} has {name} as {list(theirs[name].shape)}, and this export as {list(stored.shape)}"
             )
 
 

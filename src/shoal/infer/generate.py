@@ -11,28 +11,18 @@ the cache, nor on the device, nor on how long the other rows go on.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from shoal.errors import GenerateError
+from shoal.infer.sampling import Sampling, check_options
+from shoal.models.attention import decoding_kernels
 from shoal.models.family import LanguageModel
 
 PADDING, TEXT = 0, 1  # documents
 NO_TOKEN = -1
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; temperature 0 takes the likeliest."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 0
 
 
 @torch.inference_mode()
@@ -67,9 +57,30 @@ def generate(
     ends = frozenset(() if eot_id is None else (eot_id,) if isinstance(eot_id, int) else eot_id)
     if not prompts or not max_new_tokens:
         return [[] for _ in prompts]
-    rows = _Rows(model, prompts, max_new_tokens, use_cache)
-    outputs: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
+    with decoding_kernels():
+        return _write(
+            _Rows(model, prompts, max_new_tokens, use_cache),
+            len(prompts),
+            max_new_tokens,
+            sampling,
+            ends,
+            known_ids,
+            on_token,
+        )
+
+
+def _write(
+    rows: _Rows,
+    count: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    ends: Collection[int],
+    known_ids: int | None,
+    on_token: Callable[[int, int], None] | None,
+) -> list[list[int]]:
+    """`generate` behind its checks, for `count` prompts."""
+    outputs: list[list[int]] = [[] for _ in range(count)]
+    open_rows = set(range(count))
     for index in range(max_new_tokens):
         tokens_B = choose(rows.next_logits()[:, :known_ids], sampling, index)
         rows.append(tokens_B)
@@ -167,30 +178,6 @@ def _uniform(seed: int, row: int, index: int) -> float:
     """A number in [0, 1) with 53 bits, the same on every machine."""
     digest = hashlib.blake2b(f"{seed}/{row}/{index}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
-
-
-def check_text(text: str, what: str) -> None:
-    """Raises `GenerateError` for what came from bytes that are no UTF-8: Python keeps those as lone surrogates."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise GenerateError(f"{what} is no UTF-8 text: {error.reason} at character {error.start}") from None
-
-
-def check_options(sampling: Sampling, max_new_tokens: int) -> None:
-    """What can be said before there is a model or a prompt. Raises `GenerateError` for an option out of range."""
-    if max_new_tokens < 0:
-        raise GenerateError(f"{{option}} is {max_new_tokens}; it must be 0 or more", option="max_new_tokens")
-    if not (sampling.temperature >= 0 and math.isfinite(sampling.temperature)):
-        raise GenerateError(
-            f"{{option}} is {sampling.temperature}; it must be 0 (greedy) or a positive number", option="temperature"
-        )
-    if sampling.top_k is not None and sampling.top_k < 1:
-        raise GenerateError(f"{{option}} is {sampling.top_k}; it must be 1 or more, or none", option="top_k")
-    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
-        raise GenerateError(
-            f"{{option}} is {sampling.top_p}; it must be above 0 and at most 1, or none", option="top_p"
-        )
 
 
 def _check_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:

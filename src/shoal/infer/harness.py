@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,21 +21,12 @@ import torch
 
 from shoal.errors import DataError, ShoalError
 from shoal.hub.find import find_model
+from shoal.infer.asked import Tasks, Wanted
 from shoal.infer.export import export_run
-from shoal.infer.load import Wanted, find_device, folder_dtype, run_dtype
+from shoal.infer.load import find_device, folder_dtype, run_dtype
 from shoal.infer.target import find_checkpoint
 
 BATCH: Final = {"cpu": 8, "cuda": 32}  # the same always: the harness' own search would be part of the result
-
-
-@dataclass(frozen=True)
-class Tasks:
-    """Which tasks, and what the harness is told of them. include_path: a folder with tasks of one's own (*.yaml)."""
-
-    names: tuple[str, ...]
-    include_path: Path | None = None
-    limit: int | None = None  # documents of each task at most
-    num_fewshot: int | None = None  # examples before each question; None: as the task says
 
 
 def run_tasks(wanted: Wanted, tasks: Tasks) -> tuple[dict[str, dict[str, float]], str]:
@@ -45,7 +35,6 @@ def run_tasks(wanted: Wanted, tasks: Tasks) -> tuple[dict[str, dict[str, float]]
 
     Raises `ShoalError` without the harness, `DataError` for a task that it does not have or whose data is not to be had.
     """
-    _check(wanted, tasks)
     lm_eval = _import()
     manager = _task_manager(lm_eval, tasks)
     device = find_device(wanted.device)
@@ -62,18 +51,6 @@ def run_tasks(wanted: Wanted, tasks: Tasks) -> tuple[dict[str, dict[str, float]]
                 raise DataError(_no_data(tasks, error)) from error
             raise
     return _figures(results), str(lm_eval.utils.make_table(results))
-
-
-def _check(wanted: Wanted, tasks: Tasks) -> None:
-    """What can be said at once: importing the harness takes seconds."""
-    if not tasks.names:
-        raise ShoalError("--tasks names none: give some, such as hellaswag,arc_easy")
-    if tasks.include_path is not None and not tasks.include_path.is_dir():
-        raise DataError(f"there is no folder {tasks.include_path}; set --include-path to one with tasks (*.yaml) in it")
-    if wanted.folder is not None:
-        find_model(wanted.folder)
-    elif wanted.target is not None:
-        find_checkpoint(wanted.runs, wanted.target, wanted.step)
 
 
 def _import() -> Any:

@@ -13,12 +13,13 @@ from shoal.checkpoint.load import load_model
 from shoal.config import Config, Model
 from shoal.cpu import multiplies_bfloat16
 from shoal.data.tokenize import Tokenizer, load_tokenizer
-from shoal.errors import ModelError, ShoalError, spelled
+from shoal.errors import ModelError, spelled
 from shoal.hub.find import find_model
 from shoal.hub.folder import CONFIG, ModelFolder
 from shoal.hub.header import DTYPE_NAMES
 from shoal.hub.shape import Shape, read_folder
 from shoal.hub.values import token_ids
+from shoal.infer.asked import Wanted
 from shoal.infer.target import find_checkpoint
 from shoal.models.attention import CPU_HAS_TILES
 from shoal.models.build import build_model, materialize
@@ -66,41 +67,16 @@ class LoadedRun(LoadedModel):
     data_id: str
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which model a person means: a run, or a folder (or the name of one that is on this machine)."""
-
-    runs: Path
-    target: str | None = None
-    folder: str | None = None
-    family: str | None = None
-    step: int | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Raises `ShoalError` unless it is one of the two."""
-        if self.target is None and self.folder is None:
-            raise ShoalError("which model? Give a RUN, or --model.from DIR")
-        if self.target is not None and self.folder is not None:
-            raise ShoalError(
-                f"both the run {self.target} and --model.from {self.folder}: they are two models; give one of them"
-            )
-        if self.folder is not None and self.step is not None:
-            raise ShoalError(f"--step {self.step} is of a run's checkpoints, and --model.from {self.folder} has none")
-        if self.folder is None and self.family is not None:
-            raise ShoalError(f"--model.family {self.family} is for --model.from; a run knows its family")
-
-    def load(self) -> LoadedModel:
-        """The model, its weights in the dtype it computes in. Raises `RunError`, `CheckpointError` or `ModelError`."""
-        if self.folder is not None:
-            return load_folder(self.folder, family=self.family, device=self.device, dtype=self.dtype)
-        assert self.target is not None
-        run = load_run(self.runs, self.target, step=self.step, device=self.device, dtype=self.dtype)
-        for parameter in run.model.parameters():  # cast once, and not at each use
-            parameter.data = parameter.data.to(run.model.compute_dtype)
-        lay_out(run.model)
-        return run
+def load(wanted: Wanted) -> LoadedModel:
+    """The model, its weights in the dtype it computes in. Raises `RunError`, `CheckpointError` or `ModelError`."""
+    if wanted.folder is not None:
+        return load_folder(wanted.folder, family=wanted.family, device=wanted.device, dtype=wanted.dtype)
+    assert wanted.target is not None
+    run = load_run(wanted.runs, wanted.target, step=wanted.step, device=wanted.device, dtype=wanted.dtype)
+    for parameter in run.model.parameters():  # cast once, and not at each use
+        parameter.data = parameter.data.to(run.model.compute_dtype)
+    lay_out(run.model)
+    return run
 
 
 def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: str = "auto") -> LoadedRun:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,18 +34,23 @@ from torch.distributed.elastic.rendezvous.api import (
 
 from shoal.config import Config
 from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, EXIT_REQUEUE, LaunchError
-from shoal.launch.crashes import Crashes, first_death, how_it_died
+from shoal.launch.crashes import FOLLOWS, Crashes, first_death, how_it_died
 from shoal.launch.machines import Machines, alike
 from shoal.launch.meeting import Meeting
+from shoal.launch.oom import kernel_kills
 from shoal.launch.stops import AskedToStop, PassOn, tell
 from shoal.launch.watch import Hang, Watch
+from shoal.metrics.console import Console
+from shoal.metrics.narrator import Narrator
 from shoal.metrics.trackers import Events
+from shoal.plan.fit import what_would_fit
 from shoal.runs import RunFolder
 
 NO_LIMIT: Final = 1_000_000  # restarts: torch counts them down
 CAUSE_SECONDS: Final = 2.0  # a worker that lost a peer may be seen to end before that peer
 SLOW_SECONDS: Final = 3.0  # who waits longer for other machines says so
 _STOPPED: Final = "stopped while there were no workers; the same command goes on"
+_STARTS: Final = {"start": "starting the workers"}  # phases whose names say too little to a person
 # A worker that these killed had not come so far as to listen to them.
 ASKING: Final = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1)
 
@@ -59,17 +65,24 @@ class Agent(LocalElasticAgent):
         super().__init__(spec=spec, logs_specs=logs, start_method="spawn", exit_barrier_timeout=30)
         self.why = ""
         self.asked = False
+        self.too_large = False  # for the memory there is
         self.alone_at_fault = False  # it is this machine whose workers die
+        self.ended_early = False  # by us, before a step was taken
         self._config = config
         self._launch, self._stop, self._meeting = config.launch, stop, meeting
         self._run_folder = RunFolder.of(config)
         self._watch = Watch(self._run_folder.path / "stacks", self._folder)
+        self._narrator = Narrator(Console().note)
         self._crashes, self._elsewhere = crashes, Crashes(3 * crashes.most)
         self._lost_since: float | None = None
+        self._kernel_kills = 0  # before these workers were started
+        self._first_step = 0  # the last step that had been taken then
+        self._world_size = 1
         self._machines: Machines | None = None  # where there are several
         meeting.rendezvous.on_lost = self._say_lost
 
     def close(self) -> None:
+        self._narrator.close()
         self._watch.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -123,7 +136,8 @@ class Agent(LocalElasticAgent):
             )
 
     def _start_workers(self, worker_group: Any) -> Any:
-        self._lost_since = None
+        self._lost_since, self._kernel_kills = None, kernel_kills()
+        self._first_step, self._world_size = self._run_folder.last_step(), worker_group.workers[0].world_size
         self._watch.start([w.global_rank for w in worker_group.workers], self._launch.timeout_seconds)
         return super()._start_workers(worker_group)
 
@@ -135,6 +149,10 @@ class Agent(LocalElasticAgent):
         failed = {local: code for local, code in codes.items() if code}
         running = {local: processes[local] for local, code in codes.items() if code is None}
         pids = {local: process.pid for local, process in running.items()}
+        if worker_group.group_rank == 0:
+            self._narrate()
+        if running and self._stop.has_waited and not self._watch.taken(processes):
+            return self._end_early(worker_group, running.values())
         if self._machines:
             self._machines.post(lambda: self._watch.looks(pids))
         hang = self._watch.look(pids, self._machines.others if self._machines else list)
@@ -150,6 +168,25 @@ class Agent(LocalElasticAgent):
         self._judge({r: f for r, f in result.failures.items() if r in ranks}, ranks, hang)
         return RunResult(state=WorkerState.FAILED, failures=result.failures)
 
+    def _narrate(self) -> None:
+        """Say what the first worker does, where that is no step like those before it and takes long."""
+        sign = self._watch.sign(0)
+        if not sign.step and not sign.taken:
+            phase: str | None = _STARTS.get(sign.phase, sign.phase)
+        elif not sign.taken and sign.in_step:
+            phase = "first step, compiling" if self._config.train.compile else "first step"
+        else:
+            phase = None if sign.in_step else sign.phase
+        self._narrator.begin(phase)
+        self._narrator.look()
+
+    def _end_early(self, worker_group: Any, running: Iterable[Any]) -> RunResult:
+        """They were asked to stop before the first step, and there is nothing that they would save."""
+        _kill(running)
+        self.asked = self.ended_early = True
+        self._remaining_restarts = 0
+        return RunResult(state=WorkerState.FAILED, failures=super()._monitor_workers(worker_group).failures)
+
     def _stop_workers(self, worker_group: Any) -> None:
         """Before they are started anew: where a machine joins they save first, and else they wait for a dead one."""
         if self._machines and self._pcontext is not None:
@@ -159,7 +196,7 @@ class Agent(LocalElasticAgent):
                 tell("another machine joins: saving, then starting again with it")
                 self._let_save()
             elif news == "left" and any(process.poll() is None for process in self._processes().values()):
-                tell("a machine has left, or starts its workers again: starting again from the last checkpoint")
+                tell(f"a machine has left, or starts its workers again: starting again from {self._last_checkpoint()}")
             _kill([process for process in self._processes().values() if process.poll() is None])
         super()._stop_workers(worker_group)
 
@@ -183,7 +220,7 @@ class Agent(LocalElasticAgent):
         """Whether those that still run are about to end by themselves, in order or with a better reason."""
         if set(failed.values()) == {EXIT_REQUEUE}:
             return True
-        if set(failed.values()) != {EXIT_LOST_PEER}:
+        if not FOLLOWS.keys() >= set(failed.values()):
             return False
         self._lost_since = self._lost_since or time.monotonic()
         return time.monotonic() - self._lost_since < CAUSE_SECONDS
@@ -208,17 +245,26 @@ class Agent(LocalElasticAgent):
                 return
             step = max(sign.step, self._run_folder.last_step())
             where = f"in {sign.phase} of step {sign.step}" if sign.step else f"after step {step}"
-            if self._machines and codes == {EXIT_LOST_PEER}:
+            if self._machines and self._followed_another_machine(codes):
                 self.why = f"lost a worker on another machine {where}"
                 if self._elsewhere.add(step):  # its own launcher counts it too, and gives up sooner
                     self.why += f"; that makes {self._elsewhere.count} times without a step beyond {step}"
                     self._remaining_restarts = 0
                 else:
-                    tell(f"{self.why}; starting again from the last checkpoint")
+                    tell(f"{self.why}; starting again from {self._last_checkpoint()}")
                 return
             else:
+                no_memory = failure.exitcode == -signal.SIGKILL and kernel_kills() > self._kernel_kills
+                if no_memory:
+                    how = "was killed by the kernel (out of memory)"
                 self.why = f"worker {rank} {how} {where}"
                 self._record("crashed", rank=rank, how=how, step=step, phase=sign.phase)
+                if no_memory and step <= self._first_step + 1:  # nor would it fit the next time
+                    self.too_large = True
+                    self._remaining_restarts = 0
+                    settled = self._run_folder.settled(self._config)
+                    self.why += f". {what_would_fit(settled, self._world_size)}"
+                    return
         else:
             step = max(hang.step, self._run_folder.last_step())
             self.why = str(hang)
@@ -232,7 +278,28 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0
         elif self._remaining_restarts > 0:
             left = "" if self._launch.max_restarts is None else f" ({self._remaining_restarts - 1} restarts left)"
-            tell(f"{self.why}; starting again from the last checkpoint{left}")
+            tell(f"{self.why}; starting again from {self._last_checkpoint()}{left}")
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """On disk, or in memory as a worker told."""
+        return self._run_folder.has_checkpoint() or self._watch.saved() > 0
+
+    def _last_checkpoint(self) -> str:
+        return "the last checkpoint" if self.has_checkpoint else "the beginning: there is no checkpoint yet"
+
+    def _followed_another_machine(self, codes: set[int]) -> bool:
+        """Whether those here ended since one elsewhere had: an abort may be a crash of its own, unless another was there before."""
+        assert self._machines is not None
+        if codes == {EXIT_LOST_PEER}:
+            return True
+        end = time.monotonic() + CAUSE_SECONDS
+        while FOLLOWS.keys() >= codes and time.monotonic() < end:
+            if self._machines.was_said("crash"):
+                return True
+            time.sleep(0.1)
+        self._machines.first_to("crash")
+        return False
 
     def _say_lost(self) -> None:
         tell(
@@ -262,7 +329,7 @@ def run_workers(config: Config, argv: Sequence[str], stop: PassOn) -> int:
         except LaunchError:
             if not lost:
                 raise
-            tell(f"the run stopped: {lost}. What was saved stands; the same command goes on from there")
+            tell(f"the run stopped: {lost}. {_what_stands(RunFolder.of(config).has_checkpoint())}")
             return EXIT_REQUEUE
         agent = Agent(_workers(config, argv, meeting), config, stop, meeting, crashes)
         try:
@@ -351,18 +418,31 @@ def _outcome(agent: Agent, result: RunResult) -> int:
     codes = [failure.exitcode for failure in result.failures.values()]
     if EXIT_BAD_INPUT in codes:
         said = [f.message for f in result.failures.values() if f.exitcode == EXIT_BAD_INPUT]
-        for message in dict.fromkeys(said):  # most often all ranks found the same
+        # most often all ranks found the same, or the same with other numbers: what each had of its memory
+        found = list({re.sub(r"\d+", "", message): message for message in reversed(said)}.values())
+        for message in reversed(found):
             tell(message)
-        agent.why = agent.why or "\n".join(dict.fromkeys(said))
+        agent.why = agent.why or "\n".join(reversed(found))
+        return EXIT_BAD_INPUT
+    if agent.too_large:
+        tell(agent.why)
         return EXIT_BAD_INPUT
     if set(codes) == {EXIT_REQUEUE}:
         return EXIT_REQUEUE
     if agent.asked:
         cause = f" ({agent.why})" if agent.why else ""
-        tell(f"stopped without saving{cause}; the same command goes on from the last checkpoint, if there is one")
+        how = "stopped before the first step" if agent.ended_early else f"stopped without saving{cause}"
+        where = "goes on from the last checkpoint" if agent.has_checkpoint else "starts from the beginning"
+        tell(f"{how}; the same command {where}")
         return EXIT_REQUEUE
-    tell(f"the run stopped: {agent.why}. What was saved stands; the same command goes on from there")
+    tell(f"the run stopped: {agent.why}. {_what_stands(agent.has_checkpoint)}")
     return 1
+
+
+def _what_stands(has_checkpoint: bool) -> str:
+    if has_checkpoint:
+        return "What was saved stands; the same command goes on from there"
+    return "Nothing was saved yet; the same command starts from the beginning"
 
 
 def _kill(processes: Any) -> None:

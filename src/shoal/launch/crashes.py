@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from shoal.errors import EXIT_LOST_PEER
+
+# How a worker ends that lost a peer; the larger, the surer. NCCL's watchdog aborts its process (SIGABRT) when a peer has gone
+# or a collective takes longer than its timeout; so does much else.
+FOLLOWS: Final = {EXIT_LOST_PEER: 2, -signal.SIGABRT: 1}
 
 
 class Crashes:
@@ -27,7 +31,7 @@ class Crashes:
 
 def first_death(failures: Mapping[int, Any]) -> tuple[int, Any]:
     """(rank, torch's ProcessFailure) of the one that the others followed."""
-    return min(failures.items(), key=lambda item: (item[1].exitcode == EXIT_LOST_PEER, item[1].timestamp))
+    return min(failures.items(), key=lambda item: (FOLLOWS.get(item[1].exitcode, 0), item[1].timestamp))
 
 
 def how_it_died(code: int) -> str:

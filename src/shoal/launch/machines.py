@@ -98,7 +98,7 @@ class Machines:
         # in the time of day, which machines share but for some seconds; signs are in each machine's own
         began = time.time() - now
         mine = [
-            [k.rank, k.sign.step, k.sign.turn, k.sign.phase, began + k.sign.since, k.sign.waits, k.state]
+            [k.rank, k.sign.step, k.sign.turn, k.sign.phase, began + k.sign.since, k.sign.waits, k.works, k.state]
             for k in looks()
         ]
         for each in mine:
@@ -113,9 +113,9 @@ class Machines:
         nothing: list[tuple[str, bytes]] = []
         said = self._aside.ask(lambda: [(k, self._store.get(k)) for k in keys if self._store.check([k])], nothing)
         return [
-            Look(each, Sign(step, turn, phase, min(since - began, now), math.inf, waits), state, self._host(key))
+            Look(each, Sign(step, turn, phase, min(since - began, now), math.inf, waits), state, self._host(key), works)
             for key, text in said
-            for each, step, turn, phase, since, waits, state in json.loads(text)
+            for each, step, turn, phase, since, waits, works, state in json.loads(text)
         ]
 
     def _host(self, key: str) -> str:
@@ -132,3 +132,7 @@ class Machines:
     def first_to(self, what: str) -> bool:
         """Whether no other launcher said `what` in this round before."""
         return self._aside.ask(lambda: int(self._store.add(f"said/{what}", 1)) == 1, True)
+
+    def was_said(self, what: str) -> bool:
+        """Whether a launcher said `what` in this round."""
+        return self._aside.ask(lambda: bool(self._store.check([f"said/{what}"])), False)

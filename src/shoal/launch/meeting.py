@@ -33,7 +33,6 @@ from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRen
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     DynamicRendezvousHandler,
     RendezvousTimeout,
-    _RendezvousExitOp,
 )
 
 from shoal.address import read_address
@@ -146,6 +145,8 @@ class Rendezvous(DynamicRendezvousHandler):
 
     def leave(self) -> None:
         """Give the seat back, and be silent: without this it is kept for the other machines by a thread."""
+        from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _RendezvousExitOp
+
         self.on_lost = None
 
         def go() -> None:

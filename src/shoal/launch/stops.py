@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from types import FrameType
-from typing import NoReturn
 
-from shoal.errors import EXIT_REQUEUE
+from shoal.fault.signals import GRACE_SECONDS, STOPPING_SAID, say_at_once
+from shoal.output import visible
 
 
 class AskedToStop(Exception):
@@ -22,6 +22,7 @@ class PassOn:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._since = 0.0
         self._raises = False
         self._reached: set[int] = set()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
@@ -29,7 +30,9 @@ class PassOn:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         again = self.signal is not None and number == signal.SIGINT
-        self.signal = self.signal or number
+        if self.signal is None:
+            self.signal, self._since = number, time.monotonic()
+            say_at_once(STOPPING_SAID)
         if self._raises:
             raise AskedToStop
         self._send(signal.SIGKILL if again else signal.SIGTERM)
@@ -44,6 +47,11 @@ class PassOn:
             yield
         finally:
             self._raises = False
+
+    @property
+    def has_waited(self) -> bool:
+        """Whether somebody asked, and workers that have nothing to save had their time to end by themselves."""
+        return self.signal is not None and time.monotonic() - self._since > GRACE_SECONDS
 
     def reach_all(self) -> None:
         """Workers that were not there yet when the signal came: it came while they were being started."""
@@ -60,17 +68,6 @@ class PassOn:
                 child.send_signal(number)
 
 
-def leave_when_asked() -> None:
-    """Before there are workers, SIGTERM and SIGUSR1 end the command as a stop: what it prepares is restartable."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _leave)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    tell("stopped before training; the same command goes on")
-    os._exit(EXIT_REQUEUE)
-
-
 def tell(text: str) -> None:
     """A line of the launcher's."""
-    print(f"shoal: {text}", file=sys.stderr, flush=True)
+    print(f"shoal: {visible(text)}", file=sys.stderr, flush=True)

@@ -14,11 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from shoal.config import Config
 from shoal.cpu import count_cores, free_cores
-from shoal.errors import LaunchError
+from shoal.errors import EXIT_REQUEUE, LaunchError
+from shoal.fault.signals import ends_when_asked
 from shoal.launch.place import LOCKED_BY, Place
 from shoal.launch.stops import PassOn
 from shoal.layout import find_layout
+from shoal.metrics.console import Console
+from shoal.metrics.narrator import Narrator
 from shoal.refusals import refusals, refusals_of_machines
+from shoal.torch_private import require
 
 WAIT_POLICY = "OMP_WAIT_POLICY"
 
@@ -186,10 +190,16 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     os.environ[LOCKED_BY] = str(os.getpid())
     # The agent would raise in the middle of its work on these; we pass them on and let the workers end.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-    stop = PassOn()
-    with _quiet_torch():
+    console = Console()
+    narrator = Narrator.of(console)
+    with ends_when_asked(EXIT_REQUEUE), _quiet_torch():
+        narrator.begin("importing torch")
+        require("processes")
         from shoal.launch.agent import run_workers
+
+        stop = PassOn()
+    narrator.close()
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # the agent tells each death in forty lines; we in one
     count = config.launch.processes
-    print(f"starting {count} process{'es' * (count > 1)}", flush=True)
+    console.say(f"starting {count} process{'es' * (count > 1)}")
     return run_workers(config, argv, stop)

@@ -32,7 +32,7 @@ from shoal.metrics.lines import PatientLines, whole_lines
 MEANINGS: Final = {
     "step": "training: steps that count",
     "start": "from a process's start to its first step: imports, the model, a checkpoint read",
-    "compile": "what the first step took more than the second",
+    "compile": "what the first step took more than the second, and the comparison with eager code",
     "data": "waiting for the loader",
     "evaluation": "held-out loss",
     "checkpoint": "steps waiting for a save",

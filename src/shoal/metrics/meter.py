@@ -13,6 +13,7 @@ import torch
 
 from shoal.config import Config
 from shoal.metrics.machine import device_name
+from shoal.metrics.moment import Moment
 from shoal.parallel.mesh import Mesh
 from shoal.plan.estimate import flops_per_token, parameter_count, why_no_flops
 from shoal.plan.hardware import peak_flops
@@ -75,8 +76,8 @@ class Meter:
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._config, self._mesh = config, mesh
-        self._split: tuple[int, PhaseTimer] | None = None
-        self._last = time.perf_counter()
+        self._splits: dict[int, PhaseTimer] = {}  # by step, until they are read
+        self._last = Moment(mesh.device)
         self._steps_since = 0
         self._smooth_seconds = 0.0
         self.device_name = device_name(mesh.device)
@@ -88,14 +89,14 @@ class Meter:
 
     def start(self) -> None:
         """Time runs from here: after preparation, evaluation and saving, which are no steps."""
-        self._last, self._steps_since = time.perf_counter(), 0
+        self._last, self._steps_since = Moment(self._mesh.device), 0
 
     def phases(self, step: int) -> Phases:
         """The timer of `step`: a real one on the steps whose split is measured."""
         if step % self._config.metrics.split_every and step != 2:
             return no_phases
         timer = PhaseTimer(self._mesh.device)
-        self._split = (step, timer)
+        self._splits[step] = timer
         return timer
 
     def pass_over(self) -> None:
@@ -103,15 +104,28 @@ class Meter:
         self._steps_since += 1
 
     def record(
-        self, step: int, tokens: int, step_tokens: int, loss: float, lr: float, norm: float | None
+        self,
+        step: int,
+        over: Moment,
+        tokens: int,
+        step_tokens: int,
+        loss: float,
+        lr: float,
+        norm: float | None,
+        *,
+        last: bool = False,
     ) -> dict[str, Any] | None:
-        """The record of `step`, or None where none is due. `tokens` is the run's total, `step_tokens` this step's; no `norm`: an overflow."""
+        """
+        The record of `step`, or None where none is due; of the run's last one it is.
+
+        over: when it was, which may be long before this call; tokens: the run's total; step_tokens: this step's; no `norm`:
+        an overflow.
+        """
         self._steps_since += 1
-        if step % self._config.metrics.every and step != 1:
+        if step % self._config.metrics.every and step != 1 and not last:
             return None
-        now = time.perf_counter()
-        seconds = (now - self._last) / self._steps_since
-        self.start()
+        seconds = over.seconds_since(self._last) / self._steps_since
+        self._last, self._steps_since = over, 0
         self._smooth_seconds = seconds if self._smooth_seconds == 0.0 else 0.8 * self._smooth_seconds + 0.2 * seconds
         rate = step_tokens / seconds
         record: dict[str, Any] = {
@@ -125,9 +139,10 @@ class Meter:
             "mfu": self.mfu(rate),
             "memory_bytes": memory_bytes(self._mesh.device),
         }
-        if self._split is not None and self._split[0] <= step:
-            record["split_seconds"] = {"step": self._split[0], **self._split[1].seconds()}
-            self._split = None
+        if timed := [each for each in self._splits if each <= step]:
+            record["split_seconds"] = {"step": timed[-1], **self._splits[timed[-1]].seconds()}
+            for each in timed:
+                del self._splits[each]
         return record
 
     def mfu(self, tokens_per_second: float) -> float | None:

@@ -23,10 +23,13 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return list(whole_lines(path)) if path.is_file() else []
 
 
-def forget_after(path: Path, step: int) -> int:
-    """Take the lines of steps after `step` out of a metrics file, as a resume will make them anew; how many."""
+def forget_after(path: Path, step: int, *, evaluation: bool = False) -> int:
+    """
+    Take the lines of steps after `step` out of a metrics file, as a resume will make them anew; how many. evaluation: that
+    after `step` as well.
+    """
     records = read_json_lines(path)
-    kept = [r for r in records if r["step"] <= step]
+    kept = [r for r in records if r["step"] < step or (r["step"] == step and not (evaluation and "val_loss" in r))]
     if not path.is_file():
         return 0
     write_whole(path, (f"{json.dumps(r)}\n".encode() for r in kept))

@@ -1,9 +1,17 @@
 """
 The one chooser of attention kernels, its masks, and the cache of keys and values.
 
-Everything goes through `torch.nn.functional.scaled_dot_product_attention`, which picks a fused kernel: flash or
+Everything goes through `torch.nn.functional.scaled_dot_product_attention`, which picks a fused kernel: cuDNN, flash or
 efficient on CUDA, flash on the CPU, there also with a boolean mask and with grouped heads (seen: 3% slower with a
 mask). Only dropout sends the CPU to plain math, which holds all of the scores [B, H, T, T] in memory.
+
+On CUDA three things of it are chosen here (torch 2.11, `aten/src/ATen/native/transformers/cuda`):
+
+| case | what torch would do | what is done |
+| --- | --- | --- |
+| grouped heads, with a mask or not in bfloat16 | flash takes neither a mask nor float32, efficient no groups: plain math, unless cuDNN comes first (sm90, sm100) | keys and values are repeated for each query head, so that efficient takes them: linear in the sequence |
+| bitwise | backward of flash and efficient adds in any order, and cuDNN is admitted, while `warn_only` is set | strict determinism: both add in one order, cuDNN is passed over |
+| decoding | cuDNN, where it comes first, plans for each length, and each token has another | cuDNN is off |
 
 A CPU without matrix tiles (AMX) does bfloat16 attention in float32: half the time, casts included, and probabilities
 are not rounded. (Seen on AVX-512 with bf16: 79 ms against 39 ms, forward and backward of [12, 6, 256, 64].)
@@ -11,16 +19,27 @@ are not rounded. (Seen on AVX-512 with bf16: 79 ms against 39 ms, forward and ba
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
+from torch.nn.attention.bias import CausalBias
 
 from shoal.cpu import has_tiles
 
 CPU_HAS_TILES: bool = has_tiles()
+
+KERNELS = {
+    SDPBackend.MATH.value: "plain math (memory grows with the square of data.seq_len)",
+    SDPBackend.FLASH_ATTENTION.value: "flash",
+    SDPBackend.EFFICIENT_ATTENTION.value: "memory-efficient",
+    SDPBackend.CUDNN_ATTENTION.value: "cuDNN",
+}
 
 
 class Attend(Protocol):
@@ -42,18 +61,111 @@ def attend(
     if q_BTHd.shape[1] == 1:
         return _attend_one(q_BTHd, k_BSKd, v_BSKd, mask_B1TS, dropout)
     dtype = q_BTHd.dtype
-    if q_BTHd.device.type == "cpu" and not CPU_HAS_TILES:
-        q_BTHd, k_BSKd, v_BSKd = q_BTHd.float(), k_BSKd.float(), v_BSKd.float()
+    q_BTHd, k_BSHd, v_BSHd = _for_a_fused_kernel(q_BTHd, k_BSKd, v_BSKd, mask_B1TS)
     out_BHTd = F.scaled_dot_product_attention(
         q_BTHd.transpose(1, 2),
-        k_BSKd.transpose(1, 2),
-        v_BSKd.transpose(1, 2),
+        k_BSHd.transpose(1, 2),
+        v_BSHd.transpose(1, 2),
         attn_mask=mask_B1TS,
         dropout_p=dropout,
         is_causal=mask_B1TS is None and q_BTHd.shape[1] > 1,
-        enable_gqa=q_BTHd.shape[2] != k_BSKd.shape[2],
+        enable_gqa=q_BTHd.shape[2] != k_BSHd.shape[2],
     )
     return out_BHTd.transpose(1, 2).flatten(2).to(dtype)
+
+
+def _for_a_fused_kernel(
+    q_BTHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, mask_B1TS: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values in the dtype, and with the heads, that a fused kernel takes."""
+    if q_BTHd.device.type == "cpu" and not CPU_HAS_TILES:
+        return q_BTHd.float(), k_BSKd.float(), v_BSKd.float()
+    times = q_BTHd.shape[2] // k_BSKd.shape[2]
+    if times > 1 and q_BTHd.is_cuda:
+        masked = mask_B1TS is not None and not isinstance(mask_B1TS, CausalBias)
+        if not groups_fused(q_BTHd.dtype, masked=masked):
+            return q_BTHd, repeat_heads(k_BSKd, times), repeat_heads(v_BSKd, times)
+    return q_BTHd, k_BSKd, v_BSKd
+
+
+def groups_fused(dtype: torch.dtype, *, masked: bool) -> bool:
+    """
+    Whether flash, the only fused kernel on CUDA that always takes grouped heads, takes these; in bfloat16 without a mask.
+
+    Before sm80 there is no flash, and no bfloat16: float16 is not asked for on newer devices, and repeats too.
+    cuDNN takes groups where it comes first, but neither in a bitwise run nor in decoding.
+    """
+    return dtype == torch.bfloat16 and not masked
+
+
+def repeat_heads(x_BSKd: Tensor, times: int) -> Tensor:
+    """Each key head `times` times, next to each other as queries are grouped: [B, S, K * times, d]."""
+    return x_BSKd.unsqueeze(3).expand(-1, -1, -1, times, -1).flatten(2, 3)
+
+
+def take_deterministic_kernels() -> None:
+    """
+    Make each operator on CUDA give the same bits again, for the rest of this process; what cannot raises RuntimeError.
+
+    Not with `warn_only`: attention's backward then keeps its faster, unordered sums (`_flash_attention_backward` and
+    `_efficient_attention_backward` in `attention_backward.cu`), and only without it cuDNN is passed over
+    (`check_cudnn_deterministic` in `sdp_utils.cpp`).
+    """
+    torch.use_deterministic_algorithms(True)
+
+
+def not_deterministic(error: RuntimeError) -> str:
+    """The operator that `take_deterministic_kernels` made raise `error`; "" where it is about something else."""
+    name, found, _ = str(error).partition(" does not have a deterministic implementation")
+    return name if found else ""
+
+
+@contextlib.contextmanager
+def decoding_kernels() -> Iterator[None]:
+    """
+    Kernels for sequences that grow: on CUDA none that plans for each length. A CPU has the same ones.
+
+    A bitwise run's demand for determinism rests meanwhile: sampling adds up probabilities, for which CUDA has no
+    deterministic operator.
+    """
+    cudnn: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    strict = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if strict:
+        torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        if strict:
+            torch.use_deterministic_algorithms(True, warn_only=warns)
+
+
+def describe_kernel(
+    *, heads: int, kv_heads: int, head_dim: int, seq_len: int, masked: bool, dropout: float, dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:  # fmt: skip
+    """Say which kernel torch chooses for training at this shape. None where this torch cannot be asked."""
+    ask = getattr(torch, "_fused_sdp_choice", None)
+    if ask is None:
+        return None
+
+    def one(count: int) -> Tensor:  # all places are one in memory
+        return torch.zeros(1, 1, 1, head_dim, dtype=dtype, device=device, requires_grad=True).expand(
+            1, seq_len, count, -1
+        )
+
+    mask = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, seq_len, seq_len) if masked else None
+    groups = heads // kv_heads
+    q, k, v = _for_a_fused_kernel(one(groups), one(1), one(1), mask)
+    choice = ask(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, dropout, mask is None,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )  # fmt: skip
+    name = KERNELS.get(choice, f"number {choice}")
+    repeated = f", keys and values repeated {groups} times" if k.shape[2] > 1 else ""
+    return f"attention: the {name} kernel{repeated}"
 
 
 def _attend_one(q_B1Hd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, mask_B11S: Tensor | None, dropout: float) -> Tensor:

@@ -27,6 +27,7 @@ from shoal.models.family import Initial, LanguageModel, TensorParallelStyle
 from shoal.models.hf_head import Head
 from shoal.models.hf_open import attention_of, faster_attention_of, open_causal_lm
 from shoal.models.hf_plan import read_plan
+from shoal.torch_private import require
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class HuggingFaceModel(LanguageModel):
 
     def __init__(self, shape: Model, compute_dtype: torch.dtype) -> None:
         super().__init__()
+        require("hf")
         causal_lm, in_files = open_causal_lm(shape)
         decoder = causal_lm.get_decoder()
         self.shape, self.compute_dtype = shape, compute_dtype

@@ -8,6 +8,8 @@ Casting a whole block's weights beforehand, as FSDP2 does, gives the same bits.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,6 +59,17 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
+def multiplied(own: Tensor, by: Tensor) -> Tensor:
+    """
+    Return `own * by` in the memory of `own`, which the caller made and no longer needs.
+
+    The compiler fuses the product anyway and must not see the write: with torch 2.11 a `torch.autograd.Function` loses
+    its backward in compiled code, so that gradients are zero, if one operation made what forward returns and another
+    returned the same tensor: an operation in place, or a cast to the dtype it has.
+    """
+    return own * by if torch.compiler.is_compiling() else own.mul_(by)
+
+
 class RMSNorm(nn.Module):
     """Zhang and Sennrich 2019 (arXiv:1910.07467): x / rms(x) * weight over the last dim."""
 
@@ -83,7 +96,8 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     # torch.linalg.vector_norm reads x once and writes nothing of its size, unlike x.square().mean().
     rms = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x.shape[-1]
     scale = torch.rsqrt(rms + eps)
-    return (x32 * scale).mul_(weight32).to(x.dtype), scale
+    out = multiplied(x32 * scale, weight32)
+    return out if out.dtype == x.dtype else out.to(x.dtype), scale
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -106,3 +120,32 @@ class _RMSNorm(torch.autograd.Function):
         along = (product @ weight32).div_(dim).unsqueeze(-1)
         d_x = (grad * weight32).sub_(normed.mul_(along)).mul_(scale)
         return d_x.to(x.dtype), d_weight.to(weight.dtype), None
+
+
+@contextlib.contextmanager
+def products_by_quarters() -> Iterator[None]:
+    """
+    Compute each linear layer in four products, halves of its inputs by halves of its outputs, added and rounded again.
+
+    The same sums in another order: how far its results are off is what rounding alone can do to a model on its data.
+    """
+    kinds: tuple[Any, ...] = (Linear, nn.Linear)  # ours, and that of transformers' models
+    plain = [kind.forward for kind in kinds]
+
+    def forward(self: Linear, x: Tensor) -> Tensor:
+        weight = self.weight.to(x.dtype)
+        inputs, outputs = weight.shape[1] // 2, weight.shape[0] // 2
+        halves = []
+        for rows in (weight[:outputs], weight[outputs:]):
+            first, second = F.linear(x[..., :inputs], rows[:, :inputs]), F.linear(x[..., inputs:], rows[:, inputs:])
+            halves.append((first.float() + second.float()).to(x.dtype))
+        out = torch.cat(halves, dim=-1)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
+
+    for kind in kinds:
+        kind.forward = forward
+    try:
+        yield
+    finally:
+        for kind, before in zip(kinds, plain, strict=True):
+            kind.forward = before

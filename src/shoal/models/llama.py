@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from shoal.config import Model
 from shoal.models.attention import Attend, LayerCache, attend, document_mask
 from shoal.models.family import Initial, LanguageModel, TensorParallelStyle
-from shoal.models.layers import Embedding, Linear, RMSNorm
+from shoal.models.layers import Embedding, Linear, RMSNorm, multiplied
 from shoal.models.rope import Rope, rope_tables, rotate
 
 
@@ -68,7 +68,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate, up = self.gate(x_BTD), self.up(x_BTD)
-        inside: Tensor = _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else F.silu(gate).mul_(up)  # type: ignore[no-untyped-call]
+        inside: Tensor = _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else multiplied(F.silu(gate), up)  # type: ignore[no-untyped-call]
         out: Tensor = self.down(inside)
         return out
 
@@ -83,7 +83,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return multiplied(F.silu(gate), up)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,13 +24,14 @@ from shoal.models.family import LanguageModel
 from shoal.parallel import context, pipeline, tensor
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.randomness import Randomness
-from shoal.parallel.recompute import checkpointed, compile_forward, set_activation_budget
+from shoal.parallel.recompute import Compiled, checkpointed, compile_forward, set_activation_budget
 from shoal.parallel.reduce import GradientReducer, Gradients
 from shoal.parallel.region import Region, Shard
 from shoal.parallel.shard import shard
 from shoal.parallel.tree import Leaves
 from shoal.parallel.vocab_loss import vocab_parallel_cross_entropy_sum
-from shoal.pipeline_plan import stages_per_rank
+from shoal.pipeline_plan import V_SHAPED, stages_per_rank
+from shoal.torch_private import require, torch_version
 
 Loss = Callable[[LanguageModel, Tensor, Tensor, Tensor | float], Tensor]  # (part, hidden, labels, scale) -> 0-d
 
@@ -50,6 +51,7 @@ class Runnable:
     cut_batch: Callable[[Batch], Batch]
     bitwise: bool  # sums are taken in one order, whatever the layout
     turns: int  # forwards that every process of a step takes, some perhaps of nothing that counts
+    compiled: list[Compiled]
     pipeline: pipeline.Pipeline | None = None
     tied: bool = False  # over a pipeline: the last stage's head is the first one's embedding
     scale: Tensor | float = 1.0  # of the loss, in the step that runs
@@ -67,8 +69,7 @@ class Runnable:
         tokens = self._count(batches)
         self.scale = loss_scale / tokens.clamp(min=1.0)
         losses = torch.zeros(self.slots[-1].stop, mesh.layout.cp, device=mesh.device)
-        for gradients in self.gradients.values():
-            gradients.zero()
+        self.forget_gradients()
         self.randomness.begin(step, mine.start)
         padded = [*batches, *(batches[-1].ignored() for _ in range(self.turns - len(batches)))]
         found = self._pipelined(padded, phases) if self.pipeline else self._in_turns(padded, phases)
@@ -79,6 +80,14 @@ class Runnable:
                 gradients.finish()
             self._publish()
         return losses.flatten() / loss_scale, tokens
+
+    def forget_gradients(self) -> None:
+        """Free or zero those of the last step. A shard's plain tensor refers to them too."""
+        for gradients in self.gradients.values():
+            gradients.zero()
+        for held in self.shards:
+            if held.tensor is not held.parameter:
+                held.tensor.grad = None
 
     def _in_turns(self, batches: Sequence[Batch], phases: Phases) -> list[Tensor]:
         [model], [gradients] = self.parts.values(), self.gradients.values()
@@ -175,6 +184,7 @@ def parallelize(
     """
     Make `model` (on meta) a `Runnable` on `mesh`, with `weights`; `say` gets one line for each thing applied.
     """
+    require("train")
     layout = mesh.layout
     shapes = {name: p.shape for name, p in model.named_parameters()}
     slots = tuple(deal(train.global_batch // train.micro_batch, layout.dp))
@@ -185,7 +195,11 @@ def parallelize(
     if layout.pp > 1:
         stages = stages_per_rank(parallel.pp_schedule, parallel.pp_stages)
         parts = pipeline.cut(model, mesh.axis("pp"), parallel.pp_schedule, stages)
-        say(f"pipeline parallel: {layout.pp * stages} stages on {layout.pp} processes, {parallel.pp_schedule}")
+        joint = parallel.pp_schedule in V_SHAPED and not pipeline.SPLITS_BACKWARD
+        say(
+            f"pipeline parallel: {layout.pp * stages} stages on {layout.pp} processes, {parallel.pp_schedule}"
+            + f"; torch {torch_version()} cannot split a backward, so processes are idle longer" * joint
+        )
 
     regions: dict[int, dict[str, Region]] = {}
     for index, part in parts.items():
@@ -202,8 +216,9 @@ def parallelize(
         say(f"context parallel: each sequence over {layout.cp} processes, {parallel.cp_method}")
 
     randomness = Randomness(parts, train.seed)
+    compiled: list[Compiled] = []
     for index, part in parts.items():
-        wrap_blocks(part, mesh, train, regions[index])
+        compiled += wrap_blocks(part, mesh, train, regions[index])
     if train.activation_checkpointing != "none":
         say(_RECOMPUTED[train.activation_checkpointing].format(budget=train.activation_budget))
     if train.compile:
@@ -237,7 +252,7 @@ def parallelize(
 
     runnable = Runnable(
         parts, shards, shapes, gradients, mesh, slots, randomness, _loss(model, mesh), _cutter(mesh, parallel),
-        leaves is not None, turns,
+        leaves is not None, turns, compiled,
     )  # fmt: skip
     if layout.pp > 1:
         _open_pipeline(runnable, parallel, train, data, model)
@@ -276,30 +291,33 @@ _RECOMPUTED = {
 }
 
 
-def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str, Region]) -> None:
+def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str, Region]) -> list[Compiled]:
     """
-    Checkpointing, compilation, and tensor parallel's exchanges, which stay out of what is compiled.
+    Checkpointing, compilation, and tensor parallel's exchanges, which stay out of what is compiled. Returns that.
 
     A block that is compiled whole has its checkpointing inside, so that the compiler sees it. Context parallel breaks a
     block's graph, and the compiler leaves alone what breaks inside of checkpointing: there that goes around.
     """
-    set_activation_budget(train.activation_budget if train.activation_checkpointing == "budget" else 1.0)
+    if train.compile:
+        set_activation_budget(train.activation_budget if train.activation_checkpointing == "budget" else 1.0)
     again, bitwise = train.activation_checkpointing in ("full", "selective"), train.repro == "bitwise"
+    compiled = []
     if mesh.layout.tp > 1:
         tensor.drop_row_biases(part)
         if train.compile:
             for _, module, style in list(tensor.styles(part)):
                 if style == "partial":
-                    compile_forward(module, whole=mesh.layout.cp == 1, bitwise=bitwise)
+                    compiled.append(compile_forward(module, whole=mesh.layout.cp == 1, bitwise=bitwise, again=again))
         tensor.connect(part, mesh.axis("tp"), regions)
     whole, in_parts = mesh.layout.tp == mesh.layout.cp == 1, mesh.layout.tp == 1 < mesh.layout.cp
     for block in part.blocks.values():
         if train.compile and in_parts:
-            compile_forward(block, whole=False, bitwise=bitwise)
+            compiled.append(compile_forward(block, whole=False, bitwise=bitwise, again=again))
         if again:
             block.forward = checkpointed(block.forward, train.activation_checkpointing)
         if train.compile and whole:
-            compile_forward(block, whole=True, bitwise=bitwise)
+            compiled.append(compile_forward(block, whole=True, bitwise=bitwise, again=again))
+    return compiled
 
 
 def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, weights: Fill, *, twin: bool) -> list[Shard]:

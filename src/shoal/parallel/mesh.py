@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from shoal.config import Parallel
 from shoal.errors import LaunchError
@@ -35,6 +36,8 @@ class Axis:
         return tensor
 
 
+DEFAULT_TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")  # of `distributed_c10d`
+
 # What is talked along: the axes themselves, and some taken together.
 GROUPS: dict[str, tuple[str, ...]] = {
     "pp": ("pp",),
@@ -54,9 +57,15 @@ class Mesh:
     `dp_rank` of `dp_size` says which of a step's micro-batches are its own; `pp`, `cp` and `tp` neighbours share them.
     """
 
-    def __init__(self, place: Place, device: torch.device, layout: Layout | None = None) -> None:
-        """A collective over the world where the layout has axes: groups are made by all processes in one order."""
-        self.place, self.device = place, device
+    def __init__(
+        self, place: Place, device: torch.device, layout: Layout | None = None, timeout: timedelta | None = None
+    ) -> None:
+        """
+        A collective over the world where the layout has axes: groups are made by all processes in one order.
+
+        timeout: of the groups of the axes; None: torch's own.
+        """
+        self.place, self.device, self._timeout = place, device, timeout
         self.layout = layout or Layout(dp_replicate=place.world_size)
         self.coordinates = self.layout.coordinates(place.rank)
         self._axes = {name: self._open(axes) for name, axes in GROUPS.items()}
@@ -68,7 +77,7 @@ class Mesh:
             return Axis()
         if len(mine) == self.world_size:
             return Axis(len(mine), mine.index(self.place.rank), dist.group.WORLD)
-        group, _ = dist.new_subgroups_by_enumeration(lists)  # type: ignore[no-untyped-call]
+        group, _ = dist.new_subgroups_by_enumeration(lists, timeout=self._timeout)  # type: ignore[no-untyped-call]
         return Axis(len(mine), mine.index(self.place.rank), group)
 
     def axis(self, name: str) -> Axis:
@@ -129,6 +138,8 @@ def choose_device(wanted: str, place: Place = ALONE) -> torch.device:
             option="train.device",
         )
     count = torch.cuda.device_count()
+    if count == 1:  # Slurm's --gpus-per-task=1 shows each worker a device of its own, as number 0
+        return torch.device("cuda", 0)
     if place.local_world_size > count:
         raise LaunchError(
             f"{place.local_world_size} processes need as many CUDA devices, and there are {count}; set launch.processes to {count}"
@@ -160,10 +171,56 @@ def is_lost_peer(error: RuntimeError) -> bool:
         "Connection reset by peer",
         "Broken pipe",
         "Connection refused",
-        "remote process exited",
+        "remote process exited",  # NCCL's own words for ncclRemoteError, and torch's
+        "remote process exiting",
+        "NCCL communicator was aborted",
         "Timed out waiting",
     )
     return dist.is_initialized() and any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
+def default_timeout(timeout: timedelta) -> Iterator[None]:
+    """
+    Give `timeout` to the groups that torch opens by itself (FSDP2's for `reshard_after_forward` by a number).
+
+    torch takes the timeout of such a group from two variables of a module, not from the group of the world: 30 minutes,
+    10 with NCCL.
+    """
+    names = [name for name in DEFAULT_TIMEOUTS if hasattr(distributed_c10d, name)]
+    before = {name: getattr(distributed_c10d, name) for name in names}
+    for name in names:
+        setattr(distributed_c10d, name, timeout)
+    try:
+        yield
+    finally:
+        for name in names:
+            setattr(distributed_c10d, name, before[name])
+
+
+def _join(place: Place, device: torch.device, timeout: timedelta) -> None:
+    """
+    Open the group of the world. Raises `LaunchError` where NCCL finds two processes on one device.
+
+    With `device_id` NCCL connects all processes here, for each group: a pipeline's first messages need no connection
+    of their own, which torch would otherwise open between two processes while others wait for another pair.
+    """
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=open_store(place, timeout),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        if "Duplicate GPU detected" not in str(error):
+            raise
+        raise LaunchError(
+            f"{place.local_world_size} processes here share a CUDA device; start as many as there are devices, or give "
+            "each its own (Slurm: --gpus-per-task=1)"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -180,19 +237,13 @@ def open_mesh(device: str, timeout_seconds: float, parallel: Parallel) -> Iterat
     chosen = choose_device(device, place)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    timeout = timedelta(seconds=timeout_seconds)
     if place.world_size > 1:
         stay_on_loopback()
-        timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-            store=open_store(place, timeout),
-            rank=place.rank,
-            world_size=place.world_size,
-            timeout=timeout,
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
-    mesh = Mesh(place, chosen, layout)
-    yield mesh
+        _join(place, chosen, timeout)
+    mesh = Mesh(place, chosen, layout, timeout)
+    with default_timeout(timeout):
+        yield mesh
     if mesh.world_size > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -16,7 +16,6 @@ the start. One private method is overridden, for torch 2.11 alone: `PipelineStag
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -37,7 +36,8 @@ from torch.distributed.pipelining import (
 from shoal.data.loader import Batch
 from shoal.models.family import LanguageModel
 from shoal.parallel.mesh import Axis
-from shoal.pipeline_plan import SINGLE, Schedule, rank_stages, stage_blocks, stage_rank
+from shoal.pipeline_plan import SINGLE, Schedule, forward_slots, rank_stages, stage_blocks, stage_rank
+from shoal.torch_private import minor, torch_version
 
 SCHEDULES: dict[Schedule, type[Any]] = {
     "gpipe": ScheduleGPipe,
@@ -46,6 +46,9 @@ SCHEDULES: dict[Schedule, type[Any]] = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
+# torch 2.11 and 2.12 cannot compute the weights' part of a split backward behind a Python `Function`: they ask its node for
+# what it does not have ("_input_metadata is invalid").
+SPLITS_BACKWARD = minor(torch_version()) > (2, 12)
 ENDING = ("norm", "head")  # what a model has behind its blocks; all else stands before them
 
 Loss = Callable[[LanguageModel, Tensor, Tensor], Tensor]  # last stage, hidden [B, T, D], labels [B, T] -> scalar
@@ -166,31 +169,33 @@ class Pipeline:
         """
         Each micro-batch's loss, in order, on the process of the last stage (else None); as many as there are.
 
-        Messages between neighbours on `axis`, in one order that all processes keep to: by pass through the processes,
-        then by micro-batch. So none waits for one that waits for it.
+        Messages between neighbours on `axis`, those of a slot of `forward_slots` as one batch: with NCCL a single message
+        waits in line with all others of its process, and one that comes a lap later would hold up those behind it.
         """
         losses: list[Tensor] = []
-        arrivals: dict[tuple[int, int], tuple[Tensor, dist.Work | None]] = {}
-        sent: list[tuple[Tensor, dist.Work | None]] = []
-        turns = -(-self._count // self._axis.size)
-        for turn, number, place in itertools.product(range(turns), range(len(batches)), range(self._axis.size)):
-            index = turn * self._axis.size + place
-            here, there = self._holder(index), self._holder(index + 1)
-            me = self._axis.rank
-            if index in self._stages:
-                out = self._forward(index, batches[number], arrivals.pop((index, number), None))
-                if index == self._count - 1:
-                    losses.append(self._last_loss(out, batches[number].labels))
-                elif there == me:
-                    arrivals[index + 1, number] = out, None
-                else:
-                    sent.append((out, dist.isend(out, group=self._axis.group, group_dst=there)))
-            elif there == me and here != me:
-                buffer = torch.empty_like(self._hidden, device=self._device, requires_grad=False)
-                arrivals[index + 1, number] = buffer, dist.irecv(buffer, group=self._axis.group, group_src=here)
-        for _, work in sent:
-            if work is not None:
-                work.wait()
+        arrivals: dict[tuple[int, int], tuple[Tensor, list[dist.Work]]] = {}
+        sent: list[tuple[list[dist.P2POp], list[dist.Work]]] = []  # what is under way stays in memory
+        for slot in forward_slots(self._axis.size, len(self._stages), len(batches)):
+            ways: list[dist.P2POp] = []
+            works: list[dist.Work] = []
+            for index, number in slot:
+                here, there = self._holder(index), self._holder(index + 1)
+                if here == self._axis.rank:
+                    out = self._forward(index, batches[number], arrivals.pop((index, number), None))
+                    if there is None:
+                        losses.append(self._last_loss(out, batches[number].labels))
+                    elif there == here:
+                        arrivals[index + 1, number] = out, []
+                    else:
+                        ways.append(dist.P2POp(dist.isend, out, group=self._axis.group, group_peer=there))
+                elif there == self._axis.rank:
+                    buffer = torch.empty_like(self._hidden, device=self._device, requires_grad=False)
+                    ways.append(dist.P2POp(dist.irecv, buffer, group=self._axis.group, group_peer=here))
+                    arrivals[index + 1, number] = buffer, works
+            works += dist.batch_isend_irecv(ways) if ways else []
+            sent.append((ways, works))
+        for _, works in sent:
+            _wait(works)
         for stage in self._stages.values():
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
@@ -205,12 +210,11 @@ class Pipeline:
         """The rank along the axis of the process with this stage; None behind the last one."""
         return stage_rank(self._schedule_name, self._axis.size, index) if index < self._count else None
 
-    def _forward(self, index: int, batch: Batch, arrival: tuple[Tensor, dist.Work | None] | None) -> Tensor:
+    def _forward(self, index: int, batch: Batch, arrival: tuple[Tensor, list[dist.Work]] | None) -> Tensor:
         x = batch.tokens
         if arrival is not None:
-            x, work = arrival
-            if work is not None:
-                work.wait()
+            x, works = arrival
+            _wait(works)
         out: Tensor = self._stages[index](x, **self._places([batch]))
         return out
 
@@ -238,6 +242,12 @@ class Pipeline:
         )
 
 
+def _wait(works: list[dist.Work]) -> None:
+    """Each once: gloo would wait for a second message."""
+    while works:
+        works.pop().wait()
+
+
 class _WatchedStage(PipelineStage):
     """
     Says when the gradients of a micro-batch are added: in backward, or apart from it in schedules that split it.
@@ -245,6 +255,8 @@ class _WatchedStage(PipelineStage):
     A split backward finds weights in the graph by asking the module for its parameters. FSDP2 answers with the shards
     while they are sharded, as they are after forward, and torch then leaves the gradients out without a word. So they
     are unsharded first, as backward needs them anyway.
+
+    Where torch cannot split a backward, all of it is done in the first part, and nothing in the second.
     """
 
     def __init__(self, around: Around, *args: Any, **kwargs: Any) -> None:
@@ -254,12 +266,15 @@ class _WatchedStage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Tensor | None = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        full_backward = full_backward or not SPLITS_BACKWARD
         if not full_backward:
             self._unshard()
         with self._around(self.stage_index, bwd_chunk_id) if full_backward else nullcontext():
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
+        if not SPLITS_BACKWARD:
+            return
         self._unshard()
         with self._around(self.stage_index, bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)

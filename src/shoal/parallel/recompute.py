@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from shoal.metrics.machine import instruction_sets
+from shoal.torch_private import require
 
 Forward = Callable[..., torch.Tensor]
 CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
@@ -39,27 +40,45 @@ def checkpointed(forward: Forward, mode: str) -> Forward:
 
 
 @functools.cache
-def _kept_operators() -> list[torch._ops.OpOverload]:
+def _kept_operators() -> list[Any]:
     """What is dear to compute again: matrix products and fused attention. Exchanges between processes are repeated."""
+    require("selective")
     aten = torch.ops.aten
     kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
     attention = (
         "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
     )  # fmt: skip
-    return kept + [getattr(aten, name).default for name in attention if hasattr(aten, name)]
+    return kept + [getattr(aten, name).default for name in attention]
 
 
-def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool) -> None:
+class Compiled:
+    """A compiled forward, and the eager one that it was made from: `on` says which of the two runs."""
+
+    def __init__(self, eager: Forward, compiled: Forward) -> None:
+        self._eager, self._compiled = eager, compiled
+        self.on = True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._compiled(*args, **kwargs) if self.on else self._eager(*args, **kwargs)
+
+
+def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool, again: bool) -> Compiled:
     """
-    Compile `module.forward`; `whole`: as one graph, or an error.
+    Compile `module.forward`; `whole`: as one graph, or an error. `again`: it is computed again in backward already; the
+    eager one always is, so that it needs no more memory than the compiled one.
 
     `bitwise`: a value that is cast is rounded. The compiler would leave out the rounding of a weight that it casts and
     uses at once, and cannot where FSDP2 has cast it before: other bits.
     """
     separate_cache()
     options: dict[str, Any] | None = {"emulate_precision_casts": True} if bitwise else None
-    module.forward = torch.compile(module.forward, fullgraph=whole, options=options)
+    eager: Forward = module.forward
+    compiled = Compiled(
+        eager if again else checkpointed(eager, "full"), torch.compile(eager, fullgraph=whole, options=options)
+    )
+    module.forward = compiled
+    return compiled
 
 
 def separate_cache() -> None:
@@ -77,6 +96,7 @@ def separate_cache() -> None:
 
 def set_activation_budget(budget: float) -> None:
     """What the compiler may keep of the activations of what it compiles next: 0 nothing, 1 everything."""
+    require("compile")
     import torch._functorch.config as functorch
 
     functorch.activation_memory_budget = budget

@@ -72,6 +72,8 @@ class GradientReducer:
         self._axis, self._leaves = axis, leaves
         self._slot: int | None = None
         self._armed = False
+        self.overlaps = True
+        """Whether a bucket leaves during the last backward: each of its parameters must then get a gradient there."""
         # Backward reaches the last layers first, so their bucket fills, and leaves, first.
         self._buckets = [_make_bucket(ps, axis.size) for ps in _cut(reversed(list(parameters)), bucket_bytes)]
         if axis.size > 1:
@@ -91,7 +93,7 @@ class GradientReducer:
             bucket.tree = None if self._leaves is None else TreeSum(self._leaves.slots)
 
     def before_backward(self, slot: int | None, last: bool) -> None:
-        self._slot, self._armed = slot, last
+        self._slot, self._armed = slot, last and self.overlaps
         for bucket in self._buckets:
             bucket.missing = len(bucket.parameters)
 

@@ -2,8 +2,8 @@
 Ring attention (Liu et al. 2023, arXiv:2310.01889): keys and values go round, and no process ever holds all of them.
 
 The rounds are torch's own, private functions: which chunks meet, how partial softmaxes merge, and the way back. They
-are named here alone, and only with versions of torch they were seen to work with. Each process holds chunks r and
-2N-1-r of 2N, as with allgather: that is how torch balances its rounds.
+are in the list of `torch_private.py`, and used only with versions of torch that were tested (`refusals.py`). Each process
+holds chunks r and 2N-1-r of 2N, as with allgather: that is how torch balances its rounds.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from torch import Tensor
 from shoal.errors import LaunchError
 from shoal.models.attention import CPU_HAS_TILES
 from shoal.parallel.mesh import Axis
+from shoal.torch_private import require
 
-SEEN = ("2.13",)  # versions of torch that tests/parallel/test_context.py passed with
-NEEDED = ("_templated_ring_attention", "_templated_ring_attention_backward", "_cp_options", "_RotateMethod")
 ATTENTION_SEQUENCE = 2  # the dim of a sequence in [B, H, T, d]
 
 
@@ -27,12 +26,12 @@ class Ring:
     """
     What a block's attention calls: causal over the whole sequence. Collectives over `axis`.
 
-    Raises LaunchError where torch's functions are not the known ones.
+    Raises LaunchError where torch lacks one of the functions.
     """
 
     def __init__(self, axis: Axis) -> None:
         self.axis = axis
-        _torch_ring()
+        require("ring")
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(
@@ -94,23 +93,9 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _torch_ring() -> ModuleType:
-    """The module with torch's rounds, set to pass keys on rather than gather them. Raises LaunchError."""
-    version = torch.__version__
-    if not version.startswith(tuple(f"{seen}." for seen in SEEN)):
-        raise LaunchError(_refusal(f"and this is {version}"))
-    try:
-        from torch.distributed.tensor.experimental._context_parallel import _attention
-    except ImportError as error:
-        raise LaunchError(_refusal("which are not here")) from error
-    if not all(hasattr(_attention, name) for name in NEEDED):
-        raise LaunchError(_refusal("which are not here"))
+    """The module with torch's rounds, set to pass keys on rather than gather them."""
+    from torch.distributed.tensor.experimental._context_parallel import _attention
+
     _attention._cp_options.rotate_method = _attention._RotateMethod.ALL_TO_ALL
     _attention._cp_options.enable_load_balance = True
     return _attention
-
-
-def _refusal(why: str) -> str:
-    return (
-        f"ring attention rests on torch's own functions as they are in {', '.join(SEEN)}, {why}; "
-        "use parallel.cp_method allgather or ulysses"
-    )

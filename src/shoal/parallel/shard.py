@@ -24,6 +24,7 @@ from shoal.config import Parallel
 from shoal.models.family import LanguageModel
 from shoal.parallel.mesh import Axis, Mesh
 from shoal.parallel.tree import Exchange, Leaves, TreeSum
+from shoal.torch_private import require
 
 
 def shard(model: LanguageModel, mesh: Mesh, parallel: Parallel, leaves: Leaves | None) -> ShardedGradients:
@@ -76,6 +77,8 @@ class ShardedGradients:
 
     def __init__(self, model: LanguageModel, batch: Axis, shards: Axis, leaves: Leaves | None) -> None:
         assert isinstance(model, FSDPModule)
+        if leaves is not None:
+            require("bitwise_shards")
         self._model: FSDPModule = model
         self._parameters = list(model.parameters())
         self._sums: list[_TreeReduceScatter] = []

@@ -12,6 +12,7 @@ from shoal.data.loader import Loader
 from shoal.data.pack import Rows
 from shoal.hub.find import find_model
 from shoal.hub.folder import ModelFolder
+from shoal.models.attention import describe_kernel, take_deterministic_kernels
 from shoal.models.build import Fill, build_model, initial_weights
 from shoal.models.family import LanguageModel
 from shoal.models.hf_check import check_sight
@@ -19,6 +20,7 @@ from shoal.optim.build import build_optimizer
 from shoal.parallel.apply import Runnable, parallelize
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.shard import reshard
+from shoal.presets import resolve_shape
 from shoal.train.scaler import LossScaler
 from shoal.train.state import TrainState
 
@@ -35,12 +37,14 @@ def assemble(
     """
     train = config.train
     if train.repro == "bitwise" and mesh.device.type == "cuda":
-        torch.use_deterministic_algorithms(True, warn_only=True)  # attention's backward adds in any order otherwise
+        take_deterministic_kernels()
     model = build_model(config.model, compute_dtype=DTYPES[train.dtype])
     weights = _first_weights(model, config) if fresh else _leave_empty
     runnable = parallelize(
         model, mesh, parallel=config.parallel, train=train, data=config.data, weights=weights, say=say
     )
+    if (kernel := _attention_kernel(config, mesh)) is not None:
+        say(kernel)
     if fresh and config.model.family == "hf":
         check_sight(
             runnable.parts[0], batch=train.micro_batch, seq_len=config.data.seq_len,
@@ -51,6 +55,19 @@ def assemble(
     optimizer = build_optimizer(runnable.shards, config.optim, team, bitwise=train.repro == "bitwise")
     scaler = LossScaler(mesh.device) if train.dtype == "float16" else None
     return runnable, TrainState(runnable.shards, optimizer, scaler)
+
+
+def _attention_kernel(config: Config, mesh: Mesh) -> str | None:
+    """Which attention kernel a step takes, in a line. None where others choose: transformers' models, the ring."""
+    shape, parallel = resolve_shape(config.model), config.parallel
+    if shape.family == "hf" or (parallel.cp_method == "ring" and mesh.layout.cp > 1):
+        return None
+    assert shape.num_kv_heads is not None
+    assert shape.head_dim is not None
+    return describe_kernel(
+        heads=shape.num_heads, kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, seq_len=config.data.seq_len,
+        masked=config.data.document_mask, dropout=shape.dropout, dtype=DTYPES[config.train.dtype], device=mesh.device,
+    )  # fmt: skip
 
 
 def start_anew(config: Config, mesh: Mesh, state: TrainState) -> None:
@@ -108,5 +125,5 @@ def open_loader(
         passed_over=passed_over,
         at=at,
         prefetch=config.data.prefetch,
-        pin_memory=mesh.device.type == "cuda",
+        device=mesh.device,
     )

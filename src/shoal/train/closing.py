@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import shlex
-import shutil
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -17,15 +12,18 @@ import torch
 from shoal.checkpoint.load import load_model
 from shoal.checkpoint.saved import Saved, listed
 from shoal.checkpoint.store import Outcome
-from shoal.config import Config, Launch
-from shoal.data.prepare import Prepared, held_out_text
+from shoal.config import Config
+from shoal.data.prepare import Prepared
+from shoal.data.yardstick import Yardstick
 from shoal.errors import CheckpointError
 from shoal.infer.generate import generate
-from shoal.metrics.compression import bits_per_byte
 from shoal.metrics.console import Console
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.runs import RunFolder
+from shoal.train.last_words import say_sample, say_what_next, what_it_took
+
+YARDSTICK_SECONDS = 120.0
 
 if TYPE_CHECKING:
     from shoal.train.loop import Run
@@ -37,22 +35,38 @@ def finish(run: Run, stopped: bool) -> None:
     if stopped:
         saved = _save(run)
         run.records.event("stopped", step=run.state.step)
-        where = f"saved at step {run.state.step}" if saved.ok else "NOT saved"
-        run.console.say(f"stopped: {where} of {run.total_steps}. The same command again goes on from there.", "bold")
+        if run.mesh.is_first:
+            run.console.note(run.records.goodput())
+            took = what_it_took(run.folder, run.state.step, run.state.tokens)
+            run.console.say(f"{run.folder.path}: {took}")
+        step = run.state.step if saved.ok else _newest(run)
+        where = f"{'' if saved.ok else 'NOT '}saved at step {run.state.step} of {run.total_steps}"
+        again = f"goes on from {'there' if saved.ok else f'step {step}'}" if step else "starts from the beginning"
+        run.console.say(f"stopped: {where}. The same command again {again}.", "bold")
         return
     with clock.spend("evaluation"):
         run.evaluate(None)
     saved = _save(run)
-    run.heartbeat.outside("end")
-    run.records.event("finished", **run.val)
+    run.heartbeat.outside("writing a sample")
     if run.mesh.is_first:
-        _say_how_it_went(run.config, run.folder, run.prepared, _whole_model(run), run.val, run.console)
+        _say_sample(run.config, run.folder, run.prepared, _whole_model(run), run.console)
+        run.heartbeat.outside("comparing with gzip and xz")
+        compared = _yardstick(run)
+        run.console.say()
+        run.console.say(compared, "bold")
+        run.records.event("finished", **run.val, compared=compared)
         run.console.note(run.records.goodput())
+        if saved.ok:
+            say_what_next(run.config, run.folder, run.val, run.console)
+    run.heartbeat.outside("end")
     run.mesh.barrier()
     if not saved.ok:
+        newest = _newest(run)
+        has = f"has one of step {newest}" if newest else "has none"
+        again = f"goes on from step {newest}" if newest else "starts from the beginning"
         raise CheckpointError(
             f"all {run.total_steps} steps are taken, and the last checkpoint could not be written: "
-            f"{run.saving.folder} has {_newest(run)}. Make room there; the same command goes on from it"
+            f"{run.saving.folder} {has}. Make room there; the same command {again}"
         )
 
 
@@ -62,9 +76,10 @@ def _save(run: Run) -> Outcome:
         return run.saving.finish(run.state, run.val_loss())
 
 
-def _newest(run: Run) -> str:
+def _newest(run: Run) -> int:
+    """The step of the last checkpoint that is there; 0: none."""
     saved = listed(run.saving.folder)
-    return f"one of step {saved[-1].step}" if saved else "none"
+    return saved[-1].step if saved else 0
 
 
 def _whole_model(run: Run) -> LanguageModel | None:
@@ -74,15 +89,10 @@ def _whole_model(run: Run) -> LanguageModel | None:
     return _read_whole(run.config, listed(run.saving.folder)[-1:], run.runnable.shapes)
 
 
-def _say_how_it_went(
-    config: Config,
-    folder: RunFolder,
-    prepared: Prepared,
-    model: LanguageModel | None,
-    summary: Mapping[str, float],
-    console: Console,
+def _say_sample(
+    config: Config, folder: RunFolder, prepared: Prepared, model: LanguageModel | None, console: Console
 ) -> None:
-    """Print (and keep under `samples/`) what the model writes; compare its bits per byte with gzip and xz."""
+    """Print (and keep under `samples/`) what the model writes."""
     if config.train.sample_prompt and model is None:
         console.note("no sample: the model is cut over processes and large; shoal generate writes one")
     elif config.train.sample_prompt and model is not None:
@@ -90,32 +100,7 @@ def _say_how_it_went(
         with contextlib.suppress(OSError):  # it is printed too
             folder.samples.mkdir(exist_ok=True)
             (folder.samples / "end.txt").write_text(text, encoding="utf-8")
-        console.say()
-        console.say("a sample:", "bold")
-        console.say(text)
-    console.say()
-    console.say(_yardstick(prepared, summary["val_bits_per_byte"]), "bold")
-    console.say()
-    console.say("next:")
-    shoal, run = _command(), shlex.quote(_called(config))
-    prompt = shlex.quote(config.train.sample_prompt or "The ")
-    console.say(f"  {shoal} generate {run} --prompt {prompt} --temperature 0.8")
-    console.say(f"  {shoal} eval {run}")
-    console.say(f"  {shoal} bench speed")
-
-
-def _called(config: Config) -> str:
-    """What the other verbs know this run by: its name, or its folder where runs are kept elsewhere."""
-    name = config.launch.name or "run"
-    return name if config.launch.runs == Launch().runs else str(Path(config.launch.runs) / name)
-
-
-def _command() -> str:
-    """How a person here can start shoal: by its name, or by its path where the environment is not activated."""
-    script = Path(sys.executable).with_name("shoal")
-    if shutil.which("shoal") or not script.exists():
-        return "shoal"
-    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
+        say_sample(text, console)
 
 
 def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
@@ -137,12 +122,29 @@ def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
     return config.train.sample_prompt + tokenizer.decode(ids)
 
 
-def _yardstick(prepared: Prepared, ours: float) -> str:
-    """ "held-out text, bits per byte: this model 1.80, xz -9 1.60, gzip -9 1.95", best first."""
-    text = held_out_text(prepared)
-    scores = {"this model": ours, **{f"{k} -9": v for k, v in bits_per_byte(text).items()}}
-    ranked = ", ".join(f"{k} {v:.3f}" for k, v in sorted(scores.items(), key=lambda item: item[1]))
-    return f"held-out text ({len(text):,} bytes), bits per byte: {ranked}"
+def _yardstick(run: Run) -> str:
+    """How the model's bits per byte on held-out text compare with those of gzip and xz, which have read the training text too."""
+    assert run.measuring is not None  # of the first rank
+
+    def go_on() -> bool:
+        run.heartbeat.outside("comparing with gzip and xz")
+        return not run.stop
+
+    seconds = min(YARDSTICK_SECONDS, run.config.launch.timeout_seconds / 4)  # the others wait in a barrier
+    found = run.measuring.wait(
+        seconds,
+        go_on,
+        lambda: run.console.note(
+            f"waiting for gzip and xz to read the text, once for this data (at most {seconds:.0f} s)"
+        ),
+    )
+    ours, text_bytes = run.val["val_bits_per_byte"], run.prepared.counts["val"].text_bytes
+    if isinstance(found, Yardstick):
+        return found.compared(ours, text_bytes)
+    return (
+        f"held-out text ({text_bytes:,} bytes), bits per byte: this model {ours:.3f}; no comparison with gzip and xz ({found}): "
+        "shoal eval makes it"
+    )
 
 
 def _read_whole(config: Config, saved: list[Saved], shapes: Mapping[str, torch.Size]) -> LanguageModel | None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,42 +26,50 @@ from shoal.data.ledger import Header, checksum
 from shoal.data.loader import Batch, Loader
 from shoal.data.open import open_data
 from shoal.data.prepare import Prepared
+from shoal.data.yardstick import Measuring
+from shoal.fault.compiling import told_of_compilations
 from shoal.fault.heartbeat import Heartbeat
 from shoal.fault.inject import Faults, flip, poison, tear
 from shoal.fault.limit import TimeLimit
 from shoal.fault.signals import StopRequest
-from shoal.launch.place import LOCKED_BY, read_place
+from shoal.launch.place import is_launched, read_place
 from shoal.metrics.console import Console
 from shoal.metrics.meter import Meter, Phases
 from shoal.optim.schedule import learning_rate
 from shoal.parallel.apply import Runnable
 from shoal.parallel.mesh import Mesh, open_mesh
+from shoal.plan.length import count_steps
 from shoal.runs import RunFolder
 from shoal.train.assemble import assemble, open_loader
 from shoal.train.closing import finish
+from shoal.train.compile_check import check_compiled
 from shoal.train.evaluate import evaluate
 from shoal.train.guard import Guard
+from shoal.train.last_words import say_held_out
 from shoal.train.opening import introduce
 from shoal.train.pace import Pace
+from shoal.train.progress import DeviceProgress
 from shoal.train.records import Records
 from shoal.train.recovery import GoBack, Recovery, check_replicas, explain, go_back, overflowed
 from shoal.train.saving import Saving
-from shoal.train.settle import count_steps, settle, write_run_files
+from shoal.train.settle import settle, write_run_files
 from shoal.train.state import TrainState
 from shoal.train.step import Stats, train_step
 
 
-def train(config: Config) -> bool:
+def train(config: Config, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> bool:
     """
     Train, from the start or from the last checkpoint, as one of the processes of a run.
 
-    Whether it was asked to stop before its end.
+    stop, heartbeat: where the caller has them already. Whether it was asked to stop before its end.
     """
     set_threads(config)
-    stop = StopRequest()
+    stop = stop or StopRequest()
+    heartbeat = heartbeat or Heartbeat.open(config.launch)
+    heartbeat.outside("meeting the other processes")
     Faults(read_place().rank, RunFolder.of(config).events_file).at("rendezvous")
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
-        run = Run.open(config, mesh, stop)
+        run = Run.open(config, mesh, stop, heartbeat)
         try:
             return run.train()
         finally:
@@ -73,6 +80,11 @@ def set_threads(config: Config) -> None:
     """As many CPU threads as the launcher settled on."""
     if config.launch.threads:
         torch.set_num_threads(config.launch.threads)
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether a step's numbers are read while the next one runs: a GPU's. A CPU has taken the step by then."""
+    return device.type == "cuda"
 
 
 @dataclass
@@ -97,21 +109,26 @@ class Run:
     faults: Faults
     header: Header
     heartbeat: Heartbeat
+    progress: DeviceProgress
     limit: TimeLimit
     total_steps: int
     val: dict[str, float] = dataclasses.field(default_factory=dict)
+    measuring: Measuring | None = None  # what gzip and xz make of the held-out text; on the first rank
 
     @classmethod
-    def open(cls, config: Config, mesh: Mesh, stop: StopRequest) -> Run:
+    def open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat | None = None) -> Run:
         """Open the data, build the model on meta, parallelize, build the optimizer, restore."""
+        heartbeat = heartbeat or Heartbeat.open(config.launch)
+        heartbeat.outside("opening the data")
         console = Console(speaks=mesh.is_first)
         folder = RunFolder.of(config)
-        if mesh.is_first and os.environ.get(LOCKED_BY) != str(os.getppid()):
+        if mesh.is_first and not is_launched():
             folder.lock()
         records = Records(folder, console, writes=mesh.is_first)
-        heartbeat = Heartbeat.open(config.launch)
-        heartbeat.outside("start")
-        prepared = open_data(config.data, console)
+        prepared = open_data(
+            config.data, Console(speaks=mesh.is_first and not is_launched())
+        )  # else it is said already
+        heartbeat.outside("measuring the device")
         config = settle(config, folder, prepared, mesh, console.warn)
         rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
         total_steps = count_steps(config.train, config.data.seq_len, len(rows))
@@ -120,18 +137,26 @@ class Run:
         mesh.barrier()  # nobody writes the config before everybody has compared
         faults = Faults(mesh.place.rank, folder.events_file)
         saving = Saving.open(config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at)
+        heartbeat.outside("looking for checkpoints")
         faults.at("load")
         newest = saving.find()
         applied: list[str] = []
+        loads = newest is None and config.model.from_ is not None
+        heartbeat.outside("loading weights" if loads else "building the model")
         runnable, state = assemble(config, mesh, applied.append, fresh=newest is None)
         if newest is not None:
+            heartbeat.outside("reading the checkpoint")
             saving.restore(newest, state)
+            heartbeat.saved(newest.step)
         saving.begin_life(newest)
+        saving.prepare(state)
+        heartbeat.outside("opening the run")
         if mesh.is_first:
             with folder.writable():
                 write_run_files(folder, config, prepared)
         loader = open_loader(config, mesh, rows, state.position, state.passed_over, faults.at)
         meter = Meter(config, mesh)
+        heartbeat.outside("opening the run")
         guard = Guard(mesh.device, config.fault.spike_zscore)
         guard.losses.extend(state.losses)
         recovery = Recovery(config.fault, console, records.event)
@@ -142,6 +167,8 @@ class Run:
         )
         limit = TimeLimit.open(config.launch.time_limit_minutes, sum(p.tensor.nbytes for p in state.tensors().values()))
         saving.on_saved = limit.saved
+        saving.on_checkpoint = heartbeat.saved
+        saving.total_steps = total_steps
         faults.targets = {
             "nan": lambda: poison(runnable.parts.values(), faults),
             "flip": lambda: flip(state.shards),
@@ -149,14 +176,19 @@ class Run:
         }
         run = cls(
             config, mesh, stop, console, folder, prepared, records, runnable, state, saving, loader, meter, guard,
-            recovery, pace, faults, header, heartbeat, limit, total_steps,
+            recovery, pace, faults, header, heartbeat, DeviceProgress(mesh.device, heartbeat), limit, total_steps,
         )  # fmt: skip
+        if mesh.is_first:
+            run.measuring = Measuring(prepared, idle=True)
         introduce(run, applied, newest, before, [(d.key, d.before, d.after) for d in changed])
         return run
 
     def train(self) -> bool:
         """The steps, then the end; whether it was asked to stop before the last step."""
-        stopped = self.take_steps() and self.state.step < self.total_steps
+        with told_of_compilations(self.heartbeat, compiles=self.config.train.compile):
+            if self.runnable.compiled and self.config.train.compile_check and self.state.step < self.total_steps:
+                check_compiled(self)
+            stopped = self.take_steps() and self.state.step < self.total_steps
         self.heartbeat.outside("end")
         with self.records.clock.spend("end"):
             finish(self, stopped)
@@ -173,14 +205,14 @@ class Run:
     def _steps_to_the_end(self) -> bool:
         """`take_steps`, unless something makes the run go back: raises `GoBack`, on all processes at once."""
         pending: Stats | None = None
-        stopped = False
-        self.records.begin(self.header, self.state.step, self.state.position)
+        stopped, late = False, reads_late(self.mesh.device)
+        at_end = self.state.step >= self.total_steps
+        self.records.begin(self.header, self.state.step, self.state.position, at_end=at_end)
         self.records.clock.begin(self.state.step)
         self.meter.start()
         while self.state.step < self.total_steps and not stopped:
             stats: Stats | None = self._step()
-            # On a GPU a step's numbers are read while the next one runs; a CPU has taken the step by now.
-            pending, stats = (stats, pending) if self.mesh.device.type == "cuda" else (None, stats)
+            pending, stats = (stats, pending) if late else (None, stats)
             if stats is not None:
                 stopped = self._record(stats)
             if self._something_is_due():
@@ -195,6 +227,8 @@ class Run:
 
     def close(self) -> None:
         """May be called twice."""
+        if self.measuring is not None:
+            self.measuring.close()
         self.loader.close()
         self.pace.close()
         self.records.close()
@@ -207,6 +241,7 @@ class Run:
         @contextlib.contextmanager
         def mark(name: str) -> Iterator[None]:
             self.heartbeat.beat(name)
+            self.progress.mark()
             with timer(name), self.pace.busy.phase(name):
                 self.faults.at(name)
                 yield
@@ -248,9 +283,11 @@ class Run:
 
         Raises `GoBack` where too many were left out.
         """
-        with self.pace.busy.waits.here():  # for the device
+        with self.pace.busy.waits.here():
+            self.progress.wait(stats.over)
             loss_sum, tokens, norm, skipped, asked, samples, *votes = stats.numbers.tolist()
         self.records.clock.reached(stats.step)
+        self.stop.nothing_to_lose = False
         self.records.samples(
             stats.step, stats.first, stats.first + self.config.train.global_batch, samples, skipped=bool(skipped),
             windows=self.state.passed_over,
@@ -258,7 +295,7 @@ class Run:
         self.pace.settle(votes[: self.pace.size], stats.step)
         self.saving.settle(stats.serials, votes[self.pace.size :], stats.step)
         loss = loss_sum / max(tokens, 1.0)
-        has_overflowed = overflowed(self, stats.step, norm)
+        has_overflowed = overflowed(self, stats, norm)
         self.state.skipped += int(skipped)
         if skipped and not has_overflowed:
             self.meter.pass_over()
@@ -269,10 +306,15 @@ class Run:
             self.guard.learn(stats.step, loss)
             self.recovery.went_well(stats.step)
         norm_known = None if has_overflowed else norm
-        record = self.meter.record(stats.step, self.state.tokens, int(tokens), loss, stats.lr, norm_known)
+        left = self.total_steps - stats.step
+        record = self.meter.record(
+            stats.step, stats.over, self.state.tokens, int(tokens), loss, stats.lr, norm_known, last=left == 0
+        )
         if record is not None:
             self.records.metrics(record)
-            self.console.step(record, self.total_steps, self.meter.left_seconds(self.total_steps - stats.step))
+            self.console.step(
+                record, self.total_steps, self.meter.left_seconds(left), self.config.metrics.console_every
+            )
         return bool(asked)
 
     def _due(self, every: int) -> bool:
@@ -314,11 +356,7 @@ class Run:
         )  # fmt: skip
         runnable.train()
         self.val = {"step": self.state.step, "tokens": self.state.tokens, **result}
-        self.console.say(
-            f"step {self.state.step}: held-out loss {self.val['val_loss']:.4f} nats/token, "
-            f"{self.val['val_bits_per_byte']:.4f} bits/byte",
-            "bold",
-        )
+        say_held_out(self.val, self.console)
         self.records.metrics(self.val)
 
     def _save_is_due(self) -> bool:

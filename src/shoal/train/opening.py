@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 from shoal.checkpoint.saved import Saved
 from shoal.config import Config
+from shoal.hub.find import find_model
 from shoal.metrics.machine import bits_depend_on, what_differs
 from shoal.optim.schedule import replanned
-from shoal.train.settle import count_steps, length_of
+from shoal.plan.length import count_steps, length_of
+from shoal.train.last_words import already_taken
 
 if TYPE_CHECKING:
     from shoal.train.loop import Run
@@ -36,19 +38,28 @@ def introduce(
     )
     for line in filter(None, (*applied, run.meter.describe_mfu())):
         run.console.note(line)
-    if run.config.optim.warmup_steps > run.total_steps:
+    rows, length = len(run.loader.rows), length_of(config.train)
+    if config.train.global_batch > rows:
+        run.console.warn(
+            f"one step reads the corpus {config.train.global_batch / rows:.1f} times: train.global_batch is "
+            f"{config.train.global_batch:,} rows of {config.data.seq_len:,} tokens, and the corpus has {rows:,}. "
+            f"train.{length[0]} {length[1]:g} is {run.total_steps * config.train.global_batch / rows:.1f} epochs; a smaller "
+            "train.global_batch takes more steps"
+        )
+    if config.train.steps is None and config.optim.warmup_steps > run.total_steps:  # else the config has said so
         run.console.warn(
             f"optim.warmup_steps is {run.config.optim.warmup_steps}, and the run has {run.total_steps} steps: the "
             "learning rate never reaches optim.lr; set fewer"
         )
+    source = config.model.from_
+    if source is not None:
+        how = f"weights were loaded from {found_at(source)} (model.from)"
+        run.console.say(how if restored is None else f"{how} when the run began; now they are the checkpoint's")
     if restored is None:
         return
     run.console.say(f"resumed from {restored.folder}", "bold")
     if run.state.step >= run.total_steps:
-        run.console.warn(
-            f"all {run.total_steps} steps of this run are taken; a larger train.{length_of(config.train)[0]} goes on "
-            "with it, another --name starts anew"
-        )
+        run.console.warn(already_taken(config, run.state.step))
         return
     if last and (differs := what_differs(last, machine)):
         run.console.warn(f"bits may differ from here on: {differs} since the last start")
@@ -56,6 +67,12 @@ def introduce(
         if key == "launch.threads" and "threads" in last:
             continue  # said
         run.console.warn(f"{key} was {old} and is {new} from step {run.state.step + 1} on")
-    planned = count_steps(before.train, config.data.seq_len, len(run.loader.rows))
+    planned = count_steps(before.train, config.data.seq_len, rows)
     if text := replanned(config.optim, run.state.step, planned, run.total_steps):
         run.console.warn(text)
+
+
+def found_at(name: str) -> str:
+    """ "OWNER/NAME, models/OWNER/NAME": what a person wrote, and the folder where that is another one."""
+    folder = str(find_model(name))
+    return folder if folder == name else f"{name}, {folder}"

@@ -34,11 +34,14 @@ class Records:
             self._events = Events(folder.events_file)
         self.clock = Clock(folder.time_file if writes else None)
 
-    def begin(self, header: Header, step: int, position: int) -> None:
-        """Steps go on after `step`, from `position` on: at the start, and where the run went back."""
+    def begin(self, header: Header, step: int, position: int, *, at_end: bool) -> None:
+        """
+        Steps go on after `step`, from `position` on: at the start, and where the run went back. at_end: there are none, and
+        the evaluation after the last one comes once more.
+        """
         if self._writes:
             with contextlib.suppress(OSError):  # then those steps stand there twice
-                forget_after(self._folder.metrics_file, step)
+                forget_after(self._folder.metrics_file, step, evaluation=at_end)
             if self._metrics is not None:
                 self._metrics.close()
             self._metrics = PatientLines(self._folder.metrics_file)

@@ -91,13 +91,12 @@ class Recovery:
 # --- what is done to a run, by all its processes together ---------------------------------------------------
 
 
-def overflowed(run: Run, step: int, norm: float) -> bool:
+def overflowed(run: Run, stats: Stats, norm: float) -> bool:
     """Whether float16's loss scale left this step out, with a smaller one to try; said where it is so."""
-    scaler = run.state.scaler
-    if scaler is None or math.isfinite(norm) or float(scaler.scale) == SMALLEST:
+    if stats.loss_scale is None or math.isfinite(norm) or (scale := float(stats.loss_scale)) == SMALLEST:
         return False
-    run.console.note(f"step {step} overflowed in float16 and was left out; the loss scale is {float(scaler.scale):g}")
-    run.records.event("overflowed", step=step, loss_scale=float(scaler.scale))
+    run.console.note(f"step {stats.step} overflowed in float16 and was left out; the loss scale is {scale:g}")
+    run.records.event("overflowed", step=stats.step, loss_scale=scale)
     return True
 
 

@@ -63,6 +63,8 @@ class Saving:
     wait: bool  # for each save, rather than train on
     data_id: str = field(kw_only=True)
     on_saved: Callable[[float], None] = field(default=lambda seconds: None, kw_only=True)  # of one that lasts
+    on_checkpoint: Callable[[int], None] = field(default=lambda step: None, kw_only=True)  # of any: its step
+    total_steps: int | None = field(default=None, kw_only=True)  # of the run, where that is known
 
     @classmethod
     def open(
@@ -179,6 +181,15 @@ class Saving:
             fast.closed = True
             self._do_without(problem, 0)
 
+    def prepare(self, state: TrainState) -> None:
+        """
+        Ask for the memory that saves take, where it takes long to have: page-locked, for a GPU. A collective over the world.
+        """
+        if self.mesh.device.type == "cuda":
+            for tier in self.tiers:
+                if not tier.closed:
+                    tier.store.prepare(state.tensors())
+
     # --- between steps ---------------------------------------------------------------------------------------
 
     def votes(self) -> list[float]:
@@ -278,14 +289,22 @@ class Saving:
     def _scalars(self, state: TrainState, val_loss: float | None) -> Mapping[str, Any]:
         return {**state.scalars(), "data_id": self.data_id, "val_loss": val_loss}
 
+    def _next_try(self, tier: _Tier, step: int) -> str:
+        """When a save is tried again, if it is."""
+        if self.total_steps is None or (tier.retry_at or 0) < self.total_steps:
+            return f", training goes on, and it is tried again at step {tier.retry_at}"
+        return ", training goes on, and it is tried again at the end" if step < self.total_steps else ""
+
     def _tell(self, tier: _Tier, outcome: Outcome, step: int) -> None:
         tier.learn(outcome, step)
-        if not outcome.ok:
+        if outcome.ok:
+            self.on_checkpoint(outcome.step)
+            if tier is self.tiers[0]:
+                self.on_saved(outcome.seconds)
+                self.event("saved", step=outcome.step, seconds=round(outcome.seconds, 3))
+        else:
+            stands = "; those before it stand" if tier.store.last_step is not None else ""
             self.console.warn(
-                f"{outcome.problem}: no checkpoint of step {outcome.step}; those before it stand, training goes on, and it "
-                f"is tried again at step {tier.retry_at}"
+                f"{outcome.problem}: no checkpoint of step {outcome.step}{stands}{self._next_try(tier, step)}"
             )
             self.event("save failed", step=outcome.step, why=outcome.problem)
-        elif tier is self.tiers[0]:
-            self.on_saved(outcome.seconds)
-            self.event("saved", step=outcome.step, seconds=round(outcome.seconds, 3))

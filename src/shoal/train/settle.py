@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from shoal.config import Config, Train
+from shoal.config import Config
 from shoal.cpu import multiplies_bfloat16
 from shoal.data.prepare import Prepared
 from shoal.data.tokenize import tokenizer_folder
@@ -76,22 +76,6 @@ def describe_slow_bfloat16(device: torch.device) -> str:
 def _rates(device: torch.device, clear: float = math.inf) -> list[float]:
     """Of bfloat16 and of float32."""
     return product_rates((torch.bfloat16, torch.float32), device, MEASURING_SECONDS, clear=clear)
-
-
-def count_steps(train: Train, seq_len: int, rows: int) -> int:
-    """The run's length in steps, from whichever of steps, tokens or epochs is given."""
-    match length_of(train):
-        case "steps", steps:
-            return int(steps)
-        case "tokens", tokens:
-            return math.ceil(tokens / (train.global_batch * seq_len))
-        case _, epochs:
-            return math.ceil(epochs * rows / train.global_batch)
-
-
-def length_of(train: Train) -> tuple[str, float]:
-    """Which of steps, tokens or epochs says how long the run is, and how much of it."""
-    return next((k, v) for k in ("steps", "tokens", "epochs") if (v := getattr(train, k)) is not None)
 
 
 def write_run_files(folder: RunFolder, config: Config, prepared: Prepared) -> None:

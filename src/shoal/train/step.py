@@ -9,6 +9,7 @@ import torch
 
 from shoal.data.loader import Batch
 from shoal.metrics.meter import Phases, no_phases
+from shoal.metrics.moment import Moment
 from shoal.parallel.apply import Runnable
 from shoal.train.clip import clip, gradient_norm
 from shoal.train.guard import Guard
@@ -17,13 +18,29 @@ from shoal.train.state import TrainState
 
 @dataclass(frozen=True)
 class Stats:
-    """What a step says of itself. `numbers` stays on the device until somebody needs it."""
+    """
+    What a step says of itself.
+
+    copied: the host's copy of its numbers, that is there when the step is `over`. On a GPU the copy is queued right behind
+    the step, so that reading it waits for no later one.
+    """
 
     step: int
     lr: float
-    numbers: torch.Tensor  # [4 + votes] float64: loss summed over tokens, valid tokens, gradient norm, left out?, votes
+    over: Moment
+    copied: torch.Tensor
     first: int = 0  # the position of its first sample
     serials: Sequence[int] = ()  # the saves that the votes are about
+    loss_scale: torch.Tensor | None = None  # float16's for the next step, as this one left it: copied, too
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        """
+        [4 + votes] float64, on the CPU: loss summed over tokens, valid tokens, gradient norm, left out?, votes. Waits until
+        the step is over.
+        """
+        self.over.wait()
+        return self.copied
 
 
 def train_step(
@@ -61,4 +78,7 @@ def train_step(
     numbers = torch.stack(
         [loss * tokens, tokens.double(), norm.double().to(loss.device), skip.double().to(loss.device)]
     )
-    return Stats(step, lr, torch.cat([numbers, said]))
+    # without waiting, and into pinned memory: `to` asks for it where a copy is non-blocking
+    copied = torch.cat([numbers, said]).to("cpu", non_blocking=True)
+    scale = scaler.scale.to("cpu", non_blocking=True, copy=True) if scaler else None
+    return Stats(step, lr, Moment(losses.device), copied, loss_scale=scale)

@@ -1,0 +1,177 @@
+"""
+The held-out text of prepared data by gzip and xz, cold and primed with training text (`metrics/compression.py`).
+
+It takes seconds to a minute, so a process of its own does it, once for prepared data, and keeps it beside the tokens:
+
+    python -m shoal.data.yardstick FOLDER [--idle]
+
+Beside training it takes only what time the CPUs have to spare. No torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from shoal.data.manifest import YARDSTICK
+from shoal.data.prepare import Prepared, held_out_text, open_prepared, sample_of
+from shoal.disk import gigabytes, write_whole
+from shoal.errors import DataError
+from shoal.fault.signals import die_with_parent
+from shoal.metrics.compression import sizes
+
+TRAINING_BYTES = 32_000_000  # that prime, at most: xz reads a megabyte or two a second
+HELD_OUT_BYTES = 16_000_000  # that are compared, at most
+POLL_SECONDS = 0.1
+PATIENCE_SECONDS = 1.0  # of a person, before it is said what is waited for
+FLAGS = {"xz": "xz -9e", "gzip": "gzip -9"}
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Bits a byte by compressor ("xz", "gzip") and by kind ("cold", "primed"), and of how much text."""
+
+    data_id: str
+    training_bytes: int
+    held_out_bytes: int
+    bits_per_byte: dict[str, dict[str, float]]
+
+    def compared(self, ours: float, text_bytes: int) -> str:
+        """
+        Rank a model with the compressors, best first; those count as they are when primed.
+
+        ours: the model's bits a byte; text_bytes: of all held-out text.
+        """
+        said = {"this model": (ours, "")}
+        for name, bits in self.bits_per_byte.items():
+            said[FLAGS[name]] = (bits["primed"], f" (cold {bits['cold']:.3f})")
+        ranked = ", ".join(
+            f"{name} {bits:.3f}{cold}" for name, (bits, cold) in sorted(said.items(), key=lambda s: s[1])
+        )
+        part = f"; gzip and xz on {gigabytes(self.held_out_bytes)} of it" if self.held_out_bytes < text_bytes else ""
+        return (
+            f"held-out text ({text_bytes:,} bytes{part}), bits per byte: {ranked}\n"
+            f"xz and gzip have read {gigabytes(self.training_bytes)} of the training text before, as the model has; cold: nothing"
+        )
+
+
+def measure(prepared: Prepared) -> Yardstick:
+    """Compress, and keep the result in the data's folder where it can be written. Raises DataError."""
+    text, training = held_out_text(prepared, HELD_OUT_BYTES), sample_of(prepared, "train", TRAINING_BYTES)
+    found = Yardstick(prepared.data_id, len(training), len(text), sizes(training, text))
+    with contextlib.suppress(OSError):
+        write_whole(prepared.folder / YARDSTICK, [json.dumps(asdict(found)).encode()])
+    return found
+
+
+def load(prepared: Prepared) -> Yardstick | None:
+    """What was measured before of these tokens."""
+    try:
+        return _parse((prepared.folder / YARDSTICK).read_bytes(), prepared)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _parse(content: bytes, prepared: Prepared) -> Yardstick | None:
+    found = Yardstick(**json.loads(content))
+    bits = {name: {kind: float(found.bits_per_byte[name][kind]) for kind in ("cold", "primed")} for name in FLAGS}
+    return (
+        Yardstick(prepared.data_id, int(found.training_bytes), int(found.held_out_bytes), bits)
+        if (found.data_id == prepared.data_id)
+        else None
+    )
+
+
+class Measuring:
+    """A measurement in a process of its own, unless it was made before. Close it; who closes it early stops it."""
+
+    def __init__(self, prepared: Prepared, *, idle: bool) -> None:
+        """idle: on CPU time that nobody else wants."""
+        self._prepared = prepared
+        self._found = load(prepared)
+        self._process: subprocess.Popen[bytes] | None = None
+        if self._found is None:
+            command = [sys.executable, "-m", "shoal.data.yardstick", str(prepared.folder.absolute())]
+            with contextlib.suppress(OSError):
+                self._process = subprocess.Popen(
+                    [*command, "--idle"] if idle else command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                )  # fmt: skip
+
+    def wait(
+        self, seconds: float, go_on: Callable[[], bool] = lambda: True, waits: Callable[[], None] = lambda: None
+    ) -> Yardstick | str:
+        """
+        Return the result, or why there is none. `go_on` is asked ten times a second; `waits` is called once if it takes a moment.
+        """
+        began, told = time.monotonic(), False
+        while self._process is not None and self._found is None:
+            try:
+                out, _ = self._process.communicate(timeout=POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                if not told and time.monotonic() - began > PATIENCE_SECONDS:
+                    waits()
+                    told = True
+                if not go_on():
+                    return "stopped"
+                if time.monotonic() - began > seconds:
+                    return f"not done within {seconds:.0f} s"
+                continue
+            code, self._process = self._process.returncode, None
+            if code == 2:
+                return out.decode("utf-8", "replace").strip()
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                self._found = _parse(out, self._prepared)
+        return self._found or "that process ended without a result"
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _yield_to_others() -> None:
+    """Run when no other process wants the CPU; and be the first to go where memory ends."""
+    os.nice(19)
+    with contextlib.suppress(OSError, AttributeError):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def main(arguments: list[str]) -> int:
+    """The process of `Measuring`: its result is JSON on standard output; with code 2 it is a message."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    die_with_parent()
+    if "--idle" in arguments:
+        _yield_to_others()
+    try:
+        print(json.dumps(asdict(measure(open_prepared(Path(arguments[0]))))))
+    except DataError as error:
+        print(error)
+        return 2
+    except MemoryError:
+        print("not enough memory")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""Memory that ran out: whether an error says so, what of a run takes it, and what would fit. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from shoal.config import Config
+from shoal.disk import gigabytes
+from shoal.errors import ShoalError
+from shoal.layout import Layout, find_layout
+from shoal.plan.estimate import parameter_count
+from shoal.refusals import refusals
+
+# Of errors that have no type of their own: torch's on a CPU, CUDA's, cuBLAS', NCCL's.
+_WORDS = (
+    "can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+    "'out of memory'", "std::bad_alloc",
+)  # fmt: skip
+
+
+def what_ran_out(error: BaseException) -> str | None:
+    """What the allocator said, in a line; None where `error` is about something else. A compiler's error hides another."""
+    found: BaseException | None = error
+    while found is not None:
+        text = str(found)
+        if (
+            isinstance(found, MemoryError)
+            or type(found).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+            or (isinstance(found, OSError) and found.errno == errno.ENOMEM)
+            or any(words in text for words in _WORDS)
+        ):
+            return _in_a_line(text) or "the process may have no more"
+        found = found.__cause__
+    return None
+
+
+def _in_a_line(text: str) -> str:
+    """A CPU's allocator names bytes; CUDA's needs two sentences for what it had, and gives advice after them."""
+    if asked := re.search(r"tried to allocate (\d+) bytes", text):
+        return f"{gigabytes(int(asked[1]))} more were not to be had"
+    return ". ".join(re.split(r"\.\s+", text.strip())[1:3] if text.startswith("CUDA out") else text.splitlines()[:1])
+
+
+def what_would_fit(config: Config, world_size: int) -> str:
+    """What takes the memory of a process, and the options that would need less of it."""
+    layout = find_layout(config.parallel, world_size)
+    if isinstance(layout, str):
+        layout = Layout(dp_replicate=world_size)
+    ways = list(_ways(config, layout))
+    advice = ", or ".join(ways) if ways else "more processes with parallel.dp_shard, or a smaller model"
+    return f"{_takes(config, layout)}What would take less: {advice}"
+
+
+def _takes(config: Config, layout: Layout) -> str:
+    """What a process holds all the time, where it is known."""
+    model, least = config.model, ""
+    if model.vocab_size is None:  # the tokenizer's, which is not known here: without the embedding
+        model, least = dataclasses.replace(model, vocab_size=0), "at least "
+    try:
+        parameters = parameter_count(model)
+    except ShoalError:  # a folder that has gone
+        return ""
+    held = _held(config, layout, parameters)
+    rows, length = config.train.micro_batch, config.data.seq_len // layout.cp
+    return (
+        f"Weights, gradients and the optimizer's state take {least}{gigabytes(int(held))} of each process, and activations of "
+        f"{rows} x {length:,} tokens come on top. "
+    )
+
+
+def held_bytes(config: Config, layout: Layout) -> float:
+    """Of a process, all the time: weights and gradients in float32, with AdamW's two moments or Muon's one."""
+    return _held(config, layout, parameter_count(config.model))
+
+
+def _held(config: Config, layout: Layout, parameters: int) -> float:
+    processes = layout.dp_shard * layout.cp if layout.dp_shard > 1 else 1
+    return (16 if config.optim.name == "adamw" else 12) * parameters / (processes * layout.tp * layout.pp)
+
+
+def _ways(config: Config, layout: Layout) -> Iterator[str]:
+    train = config.train
+    smaller = [n for n in range(1, train.micro_batch // 2 + 1) if train.global_batch % n == 0]
+    tries: list[tuple[str, str, Any]] = [("train", "micro_batch", smaller[-1])] if smaller else []
+    if train.activation_checkpointing == "none":
+        tries.append(("train", "activation_checkpointing", "full"))
+    if layout.dp_replicate > 1:
+        tries.append(("parallel", "dp_shard", layout.dp_shard * layout.dp_replicate))
+    for section, key, value in tries:
+        changed, more = config.replace(section, **{key: value}), ""
+        if key == "micro_batch":
+            more = f" (with the same train.global_batch, {train.global_batch})"
+        if key == "dp_shard" and config.parallel.dp_replicate != -1:
+            changed, more = changed.replace("parallel", dp_replicate=1), " with parallel.dp_replicate 1"
+        if not list(refusals(changed, layout.world_size)):
+            yield f"{section}.{key} {value}{more}"

@@ -1,0 +1,53 @@
+"""What a config amounts to, before anything is computed: `shoal config` ends with it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from shoal.config import Config
+from shoal.data.prepare import prepared_manifest
+from shoal.disk import gigabytes
+from shoal.errors import ShoalError
+from shoal.launch.torchrun import count_gpus, plan_processes
+from shoal.layout import Layout, find_layout
+from shoal.plan.estimate import parameter_count
+from shoal.plan.fit import held_bytes
+from shoal.plan.length import count_steps, length_of
+
+
+def amounts(config: Config) -> Iterator[str]:
+    """A line for each: parameters, tokens, steps, epochs, memory. What only prepared data can say is said to be unknown."""
+    try:
+        manifest = prepared_manifest(config.data)
+    except ShoalError:  # a tokenizer that cannot be opened; training will say so
+        manifest = None
+    data, train = config.data, config.train
+    known = manifest.vocab_size if manifest else {"bpe": data.tokenizer_vocab_size, "bytes": 257}.get(data.tokenizer)
+    sized = config.replace("model", vocab_size=config.model.vocab_size or known or 0)
+    note = "" if sized.model.vocab_size else ", without the embedding, which the tokenizer decides"
+    yield f"parameters: {parameter_count(sized.model):,}{note}"
+    tokens = train.global_batch * data.seq_len
+    rows = (manifest.splits["train"].tokens - 1) // data.seq_len if manifest else None
+    if rows is None and length_of(train)[0] == "epochs":
+        yield f"tokens: {tokens:,} a step; in all and steps: known when the data is prepared"
+        yield f"epochs: {train.epochs:g}"
+    else:
+        steps = count_steps(train, data.seq_len, rows or 0)
+        yield f"tokens: {tokens:,} a step, {tokens * steps:,} in all"
+        yield f"steps: {steps:,}"
+        yield f"epochs: {steps * train.global_batch / rows:.3g}" if rows else "epochs: known when the data is prepared"
+    layout = _layout(config)
+    yield (
+        f"memory: {gigabytes(int(held_bytes(sized, layout)))} a process for weights, gradients and the optimizer's state "
+        f"({layout}); activations come on top"
+    )
+
+
+def _layout(config: Config) -> Layout:
+    """On this machine; on as few processes as it needs where it cannot run here."""
+    try:
+        processes = plan_processes(config, count_gpus()).launch.processes
+    except ShoalError:
+        processes = None
+    found = find_layout(config.parallel, processes and processes * config.launch.nodes)
+    return found if isinstance(found, Layout) else Layout()

@@ -1,0 +1,110 @@
+"""Ctrl-C and SIGTERM before the first step: whatever a command is doing, it has said so; it ends, and nothing is left."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from shoal.errors import EXIT_REQUEUE
+from shoal.fault.signals import STOPPING_SAID
+from tests.cli.commands import Place, gone, wait_for, workers_of
+
+# Python reads this when it starts: a process that comes to the import of one module stands still there.
+STANDS_STILL = """
+import importlib.abc, os, sys
+who, _, module = os.environ.get("STANDS_STILL", "").partition(":")
+class Still(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == module:
+            print("STANDS STILL", flush=True)
+            os.read(os.pipe()[0], 1)
+if who == ("worker" if "RANK" in os.environ else "launcher"):
+    sys.meta_path.insert(0, Still())
+"""
+TRAIN = ["train", "recipe.yaml", "--name"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """With data, and what looks like a run."""
+    place = Place(tmp_path_factory.mktemp("stops"))
+    (place.folder / "sitecustomize.py").write_text(STANDS_STILL, encoding="utf-8")
+    place.good("prepare", "recipe.yaml")
+    pretend(place.folder / "runs" / "done")
+    return place
+
+
+def pretend(run: Path) -> None:
+    """A run whose checkpoint is listed; nobody comes so far as to read it."""
+    checkpoint = run / "checkpoints" / "step-00000005"
+    checkpoint.mkdir(parents=True)
+    (run / "config.yaml").write_text((run.parents[1] / "recipe.yaml").read_text(), encoding="utf-8")
+    (checkpoint / "state.json").write_text('{"format": 1}')
+    (checkpoint / "manifest.json").write_text("{}")
+
+
+def stop(process: subprocess.Popen[str], number: signal.Signals) -> str:
+    """What it says then; its workers have gone with it."""
+    workers = workers_of(process)
+    process.send_signal(number)
+    output = process.communicate(timeout=60)[0]
+    assert gone(workers)
+    assert STOPPING_SAID in output
+    assert "Traceback" not in output
+    return output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "number", "code"),
+    [
+        ([*TRAIN, "a"], "launcher:shoal.data.prepare", signal.SIGTERM, EXIT_REQUEUE),
+        pytest.param([*TRAIN, "b"], "launcher:torch", signal.SIGINT, 130, marks=pytest.mark.ci),
+        ([*TRAIN, "c"], "worker:torch", signal.SIGTERM, EXIT_REQUEUE),
+        pytest.param(
+            ["prepare", "recipe.yaml"],
+            "launcher:shoal.data.prepare",
+            signal.SIGTERM,
+            EXIT_REQUEUE,
+            marks=pytest.mark.ci,
+        ),
+        (["eval", "done"], "launcher:torch", signal.SIGTERM, 143),
+        (["generate", "done", "--prompt", "a"], "launcher:torch", signal.SIGINT, 130),
+        pytest.param(["export", "done", "--out", "out"], "launcher:torch", signal.SIGINT, 130, marks=pytest.mark.ci),
+        pytest.param(
+            ["bench", "speed", "recipe.yaml"], "launcher:shoal.data.prepare", signal.SIGTERM, 143, marks=pytest.mark.ci
+        ),
+        pytest.param(["verify", "recipe.yaml"], "worker:torch", signal.SIGINT, EXIT_REQUEUE, marks=pytest.mark.ci),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_while_something_is_imported_or_prepared(
+    place: Place, arguments: list[str], where: str, number: signal.Signals, code: int
+) -> None:
+    process = place.start(*arguments, PYTHONPATH=str(place.folder), STANDS_STILL=where)
+    wait_for(process, "STANDS STILL")
+    stop(process, number)
+    assert process.returncode == code
+
+
+@pytest.mark.parametrize(
+    ("phase", "said"),
+    [
+        pytest.param("rendezvous", "meeting the other processes ...", marks=pytest.mark.ci),
+        ("load", "looking for checkpoints ..."),
+        pytest.param("forward", "first step ...", marks=pytest.mark.ci),
+    ],
+)
+def test_while_the_workers_start(place: Place, phase: str, said: str) -> None:
+    """One hangs; the other waits for it in a collective, and would not see a signal before its timeout."""
+    fault = [{"step": int(phase == "forward"), "phase": phase, "rank": 1, "fault": "hang"}]
+    process = place.start(*TRAIN, phase, SHOAL_FAULTS=json.dumps(fault))
+    wait_for(process, said)
+    output = stop(process, signal.SIGTERM)
+    assert process.returncode == EXIT_REQUEUE
+    assert "before the first step" in output
+    assert "from the beginning" in output
+    assert not (place.folder / "runs" / phase / "metrics.jsonl").is_file() or not place.metrics(phase)

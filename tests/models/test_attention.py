@@ -1,0 +1,112 @@
+"""The choices of attention kernels, those for CUDA too, as far as a CPU can tell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from shoal.infer.generate import generate
+from shoal.models.attention import (
+    KERNELS,
+    attend,
+    decoding_kernels,
+    describe_kernel,
+    document_mask,
+    groups_fused,
+    not_deterministic,
+    repeat_heads,
+    take_deterministic_kernels,
+)
+
+from .hf_weights import random_pair
+from .shapes import LLAMA
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked", "fused"),
+    [
+        (torch.bfloat16, False, True),
+        (torch.bfloat16, True, False),
+        (torch.float32, False, False),
+        (torch.float32, True, False),
+        (torch.float16, False, False),
+    ],
+)
+def test_which_grouped_heads_a_gpu_takes_as_they_are(dtype: torch.dtype, masked: bool, fused: bool) -> None:
+    assert groups_fused(dtype, masked=masked) is fused
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_repeated_heads_are_grouped_heads(masked: bool) -> None:
+    """Output and gradients, against torch's own grouping."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 32, heads, 8, generator=generator).requires_grad_() for heads in (6, 2, 2))
+    mask = document_mask(torch.arange(32).expand(2, -1) // 9) if masked else None
+    grouped = attend(q, k, v, mask)
+    repeated = attend(q, repeat_heads(k, 3), repeat_heads(v, 3), mask)
+    torch.testing.assert_close(repeated, grouped)
+    for ours, theirs in zip(
+        torch.autograd.grad(repeated.square().sum(), (q, k, v)),
+        torch.autograd.grad(grouped.square().sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("dropout", "kernel"), [(0.0, SDPBackend.FLASH_ATTENTION), (0.1, SDPBackend.MATH)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_kernel_is_named(masked: bool, dropout: float, kernel: SDPBackend) -> None:
+    said = describe_kernel(
+        heads=6, kv_heads=2, head_dim=16, seq_len=64, masked=masked, dropout=dropout, dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert said == f"attention: the {KERNELS[kernel.value]} kernel"
+    q, k, v = (torch.randn(1, heads, 64, 16) for heads in (6, 2, 2))
+    mask = torch.ones(64, 64, dtype=torch.bool) if masked else None
+    with sdpa_kernel(kernel):  # it can be had: torch raises else
+        F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, enable_gqa=True)
+
+
+def test_without_torchs_answer_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch, "_fused_sdp_choice")
+    assert (
+        describe_kernel(
+            heads=1, kv_heads=1, head_dim=8, seq_len=8, masked=False, dropout=0.0, dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        is None
+    )  # fmt: skip
+
+
+def test_a_bitwise_run_is_strict_and_what_cannot_is_named() -> None:
+    try:
+        take_deterministic_kernels()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # with it flash and efficient add in any order
+        with pytest.raises(RuntimeError) as raised:
+            torch.zeros(4).put_(torch.tensor([1, 1]), torch.ones(2))
+        assert not_deterministic(raised.value) == "put_"
+        with decoding_kernels():
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not_deterministic(RuntimeError("out of memory")) == ""
+
+
+def test_decoding_plans_for_no_length() -> None:
+    """cuDNN is off while tokens are written, and on again afterwards, after an error too."""
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    model, seen = random_pair(LLAMA)[0].eval(), []
+
+    def look(place: int, token: int) -> None:
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    generate(model, [[5, 17]], max_new_tokens=3, on_token=look)
+    assert seen == [False] * 3
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with pytest.raises(KeyError), decoding_kernels():
+        raise KeyError
+    assert torch.backends.cuda.cudnn_sdp_enabled()
