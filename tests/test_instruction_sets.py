@@ -6,6 +6,7 @@ which it got.
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from shoal.parallel.recompute import CACHE, separate_cache
 from tests.cli.commands import clean_environment
 
 ROOT = Path(__file__).parents[1]
@@ -123,3 +125,39 @@ def test_speed_is_measured(told: dict[str, str], capability: str, folder: Path) 
     assert 0 < ours["of_product"] <= 1
     assert ours["model"].startswith("llama")
     assert platform.system() != "Linux" or ours["device"].endswith("a process)")
+
+
+COMPILED = """
+import torch
+from torch import nn
+from shoal.parallel.recompute import compile_forward
+class Widens(nn.Module):
+    def forward(self, x):
+        return x.float() * 2
+module, x = Widens(), torch.arange(2304).bfloat16()
+compile_forward(module, whole=True, bitwise=False, again=True)
+assert torch.equal(module(x), x.float() * 2)
+print(torch.backends.cpu.get_cpu_capability())
+"""
+
+
+def test_the_compilers_cache_is_of_this_kind_of_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    separate_cache()
+    separate_cache()  # once for each module that is compiled
+    found = Path(os.environ[CACHE])
+    assert found.parent == tmp_path
+    assert found.name.split("-")[0] == CAPABILITY
+
+
+@pytest.mark.ci
+def test_compiled_code_is_not_taken_from_another_kind_of_cpu(tmp_path: Path) -> None:
+    if not CAPABILITY.startswith("AVX512"):
+        pytest.skip("needs vectors of two widths")
+    for told, capability in (({}, CAPABILITY), (AVX2, "AVX2")):
+        environment = clean_environment() | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)} | told
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout.strip()) == (0, capability), done.stderr
+    assert len([folder for folder in tmp_path.iterdir() if folder.is_dir()]) == 2

@@ -379,17 +379,15 @@ def _told(code: int | None = None, *, speaks: bool = True) -> Iterator[Narrator]
 
 def _set_threads(args: argparse.Namespace) -> None:
     """CPU threads of this process, before torch is imported: those asked for, or as the machine has room for."""
-    from shoal.launch.torchrun import choose_threads, set_environment
+    from shoal.launch.torchrun import choose_threads
     from shoal.metrics.console import Console
 
     asked: int | None = args.threads
     if asked is not None and asked < 1:
         raise ShoalError(f"--threads is {asked}: give 1 or more")
-    if asked is not None:
-        os.environ["OMP_NUM_THREADS"] = str(asked)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        asked = choose_threads(say=Console(on_stderr=True).warn)
-    set_environment(asked or 1)
+    if asked is None and "OMP_NUM_THREADS" in os.environ:
+        return  # a person's own
+    os.environ["OMP_NUM_THREADS"] = str(choose_threads(asked, say=Console(on_stderr=True).warn))
 
 
 def _wanted(args: argparse.Namespace) -> Wanted:

@@ -32,28 +32,30 @@ def config(processes: int | None = None, threads: int | None = None, repro: str 
 
 
 @pytest.mark.parametrize(
-    ("processes", "free", "threads"),
+    ("settled", "processes", "free", "threads", "passive"),
     [
-        (1, 8.0, 8),
-        (1, 7.6, 8),
-        (1, 2.3, 2),
-        (1, 0.0, 1),
-        (2, 8.0, 4),
-        (2, 5.0, 3),
-        (2, 0.0, 1),
-        (8, 0.0, 1),
-        (16, 8.0, 1),
+        (None, 1, 8.0, 8, False),
+        (None, 1, 7.6, 8, False),
+        (None, 1, 2.3, 2, True),
+        (None, 1, 0.0, 1, True),
+        (None, 2, 8.0, 4, False),
+        (None, 2, 5.0, 3, True),
+        (None, 2, 0.0, 1, True),
+        (None, 8, 0.0, 1, False),  # a thread alone waits for none
+        (None, 16, 8.0, 1, False),
+        (1, 1, 0.0, 1, False),
+        (4, 2, 8.0, 4, False),
+        (4, 2, 3.0, 4, True),  # typed, or the run's own
     ],
 )
 def test_threads_are_the_cores_that_others_leave_free(
-    processes: int, free: float, threads: int, monkeypatch: pytest.MonkeyPatch
+    settled: int | None, processes: int, free: float, threads: int, passive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torchrun, "free_cores", lambda: free)
     said: list[str] = []
-    assert choose_threads(processes, say=said.append) == threads
-    is_fewer = threads < 8 // processes
-    assert len(said) == is_fewer
-    assert (os.environ.get("OMP_WAIT_POLICY") == "PASSIVE") == is_fewer
+    assert choose_threads(settled, processes, say=said.append) == threads
+    assert len(said) == passive
+    assert (os.environ.get("OMP_WAIT_POLICY") == "PASSIVE") == passive
 
 
 @pytest.mark.parametrize(
@@ -83,23 +85,38 @@ def test_one_core_is_one_process_of_one_thread(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_policy_of_ones_own_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {"GOMP_SPINCOUNT", "KMP_BLOCKTIME"} <= set(worker_environment(2))
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert not {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY"} & set(worker_environment(2))
+    monkeypatch.setattr(torchrun, "free_cores", lambda: 0.0)
+    choose_threads(None, say=lambda text: None)
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+BUSY = """
+import sys
+from shoal import cpu
+from shoal.cli import main
+from shoal.launch import torchrun
+torchrun.count_cores, torchrun.free_cores = lambda: 8, lambda: 3.0
+main(["generate", "no-such-run", "--prompt", "a", *sys.argv[1:]])
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch comes with LLVM's OpenMP there")
-@pytest.mark.parametrize("arguments", [["--threads", "3"], pytest.param([], marks=pytest.mark.ci)])
-def test_generate_sets_what_openmp_reads(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "own", "threads", "spins"),
+    [
+        (["--threads", "5"], {}, "5", "0"),
+        pytest.param([], {}, "3", "0", marks=pytest.mark.ci),
+        pytest.param([], {"OMP_NUM_THREADS": "6"}, "6", "300000", marks=pytest.mark.ci),
+    ],
+)
+def test_generate_sets_what_openmp_reads(arguments: list[str], own: dict[str, str], threads: str, spins: str) -> None:
     """Before torch is imported: OpenMP says itself what it has read. The command then ends, since there is no such run."""
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
-    if not arguments:
-        environment |= {"OMP_NUM_THREADS": "5", "OMP_WAIT_POLICY": "PASSIVE"}  # what a person set
     done = subprocess.run(
-        [sys.executable, "-m", "shoal", "generate", "no-such-run", "--prompt", "a", *arguments],
-        env=environment | {"OMP_DISPLAY_ENV": "VERBOSE"}, capture_output=True, text=True, check=False,
+        [sys.executable, "-c", BUSY, *arguments],
+        env=environment | own | {"OMP_DISPLAY_ENV": "VERBOSE"}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    threads, spins = ("3", "10000") if arguments else ("5", "0")
     assert f"OMP_NUM_THREADS = '{threads}'" in done.stderr
     assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr

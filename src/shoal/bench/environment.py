@@ -20,8 +20,6 @@ PACKAGES = ("torch", "numpy", "pydantic", "tokenizers", "safetensors", "transfor
 VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_WAIT_POLICY",
-    "GOMP_SPINCOUNT",
-    "KMP_BLOCKTIME",
     "ONEDNN_MAX_CPU_ISA",
     "ATEN_CPU_CAPABILITY",
     "CUDA_VISIBLE_DEVICES",

@@ -33,7 +33,7 @@ def plan_processes(
     """
     Settle `launch.processes` and `launch.threads` for this machine. Raises `LaunchError`.
 
-    before: the config of the run that goes on. say: told where other programs leave fewer threads than there are cores.
+    before: the config of the run that goes on. say: told where other programs use the cores.
     """
     use_cpu = config.train.device == "cpu" or (config.train.device == "auto" and gpus == 0)
     cores = count_cores()
@@ -54,8 +54,8 @@ def plan_processes(
         )
     _refuse(refusals_of_machines(config, processes))
     config = config.replace("launch", processes=processes)
-    threads = settled_threads(config, cores // processes, before)
-    return config.replace("launch", threads=threads or choose_threads(processes, say=say))
+    threads = choose_threads(settled_threads(config, cores // processes, before), processes, say=say)
+    return config.replace("launch", threads=threads)
 
 
 def _processes_for(config: Config, usual: int, *, grow: bool) -> int:
@@ -82,17 +82,28 @@ def settled_threads(config: Config, share: int, before: Config | None) -> int | 
     return kept if kept and kept <= share else None
 
 
-def choose_threads(processes: int = 1, *, say: Callable[[str], None]) -> int:
-    """Return a process's share of the cores that other programs leave free, at least one; `say` where those are fewer."""
-    cores, free = count_cores(), free_cores()
-    share, threads = max(1, cores // processes), max(1, int(free / processes + 0.5))
-    if threads >= share:
-        return share
-    say(
-        f"other programs use {cores - free:.1f} of {cores} cores: {threads} CPU thread{'s' * (threads > 1)} a process "
-        f"instead of {share}"
-    )
-    os.environ.setdefault(WAIT_POLICY, "PASSIVE")
+def choose_threads(settled: int | None, processes: int = 1, *, say: Callable[[str], None]) -> int:
+    """
+    Return the CPU threads of a process: the `settled` ones, or its share of the cores that other programs leave free.
+
+    Where others use the cores now, `say` is told, and threads without work will sleep. Elsewhere they spin for some
+    milliseconds, as OpenMP has it: that is faster, but where another program has the core of one thread, the others burn
+    theirs, and all take ten to fifty times as long. To be called before torch is imported.
+    """
+    cores = count_cores()
+    share = max(1, cores // processes)
+    if settled == 1 or (settled is None and share == 1):
+        return 1
+    free = free_cores()
+    room = max(1, int(free / processes + 0.5))
+    threads = settled or min(room, share)
+    if room < max(threads, share):
+        os.environ.setdefault(WAIT_POLICY, "PASSIVE")
+        what = f"{threads} CPU thread{'s' * (threads > 1)} a process"
+        say(
+            f"other programs use {cores - free:.1f} of {cores} cores: "
+            + (f"{what} instead of {share}" if settled is None else f"{what}, asleep while they wait")
+        )
     return threads
 
 
@@ -136,7 +147,6 @@ def worker_environment(threads: int) -> dict[str, str]:
     """What each worker's environment gets, unless the person set it already."""
     return {
         "OMP_NUM_THREADS": str(threads),
-        **_waiting(),
         # glibc gives large blocks back to the kernel at once and asks for them again, zeroed, at the next use: keep them
         "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
         "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
@@ -147,17 +157,6 @@ def worker_environment(threads: int) -> dict[str, str]:
         # a prefix of the store for each attempt: without it a restart with gloo meets the dead worker's address
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-
-
-def _waiting() -> dict[str, str]:
-    """
-    Return for how long a thread without work spins before it sleeps: by default so long that, where another program has
-    the core of one thread, the others burn theirs, and all take ten to fifty times as long. So much is enough between
-    two operators. A person who chose a policy keeps it.
-    """
-    if WAIT_POLICY in os.environ:
-        return {}
-    return {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "1"}  # rounds of GNU's OpenMP; ms, of LLVM's and Intel's
 
 
 def set_environment(threads: int) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from shoal.metrics.machine import instruction_sets
 from shoal.torch_private import require
 
 Forward = Callable[..., torch.Tensor]
+CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def checkpointed(forward: Forward, mode: str) -> Forward:
@@ -66,6 +71,7 @@ def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool, again: boo
     `bitwise`: a value that is cast is rounded. The compiler would leave out the rounding of a weight that it casts and
     uses at once, and cannot where FSDP2 has cast it before: other bits.
     """
+    separate_cache()
     options: dict[str, Any] | None = {"emulate_precision_casts": True} if bitwise else None
     eager: Forward = module.forward
     compiled = Compiled(
@@ -73,6 +79,19 @@ def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool, again: boo
     )
     module.forward = compiled
     return compiled
+
+
+def separate_cache() -> None:
+    """
+    Give the compiler a cache for this CPU's instructions alone.
+
+    torch (seen: 2.13) finds what it made for a CPU by the graph, and not by the width of vectors that it made it for. On
+    another kind of CPU that shares the folder the process ends by SIGSEGV.
+    """
+    root = Path(os.environ.get(CACHE) or Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}")
+    kind = instruction_sets().replace(", ", "-")
+    if root.name != kind:
+        os.environ[CACHE] = str(root / kind)
 
 
 def set_activation_budget(budget: float) -> None:
