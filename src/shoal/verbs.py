@@ -316,8 +316,6 @@ def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     _needs(args, "tasks", ("include_path", "limit", "num_fewshot"))
     from shoal.infer.asked import Tasks, Text
 
-    _set_threads(args)
-
     wanted = _wanted(args)
     wanted.check()
     if wanted.folder is not None and args.text is None and args.tasks is None:
@@ -327,6 +325,7 @@ def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     if args.tasks is not None:
         names = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
         tasks = Tasks(names, args.include_path, args.limit, args.num_fewshot)
+    set_threads(args)
     with _told(speaks=not args.json) as narrator:
         from shoal.infer.commands import evaluate_model
 
@@ -340,8 +339,6 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
         raise ShoalError("shoal generate needs --prompt TEXT, or --chat for a conversation, and not both")
     from shoal.infer.sampling import CHAT_TOKENS, FLAGS, PROMPT_TOKENS, Sampling, check_options, check_prompts
 
-    _set_threads(args)
-
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     limit = args.tokens if args.tokens is not None else CHAT_TOKENS if args.chat else PROMPT_TOKENS
     with spelled(FLAGS):
@@ -349,6 +346,7 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
     check_prompts(args.prompt or [], args.system)
     wanted = _wanted(args)
     wanted.check()
+    set_threads(args)
     with _told() as narrator:
         from shoal.infer.commands import generate_text, open_chat
 
@@ -377,7 +375,7 @@ def _told(code: int | None = None, *, speaks: bool = True) -> Iterator[Narrator]
     narrator.close()
 
 
-def _set_threads(args: argparse.Namespace) -> None:
+def set_threads(args: argparse.Namespace) -> None:
     """CPU threads of this process, before torch is imported: those asked for, or as the machine has room for."""
     from shoal.launch.torchrun import choose_threads
     from shoal.metrics.console import Console

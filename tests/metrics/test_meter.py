@@ -9,12 +9,19 @@ from shoal.config import Config
 from shoal.launch.place import Place
 from shoal.metrics import meter
 from shoal.metrics.meter import Meter
+from shoal.metrics.moment import Moment
 from shoal.parallel.mesh import Mesh
 from shoal.plan.estimate import flops_per_token
 from shoal.resolve import resolve
 
 CPU = Mesh(Place(), torch.device("cpu"))
 GPU = Mesh(Place(), torch.device("cuda"))
+
+
+@pytest.fixture(autouse=True)
+def _no_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch has no CUDA it makes no events; nothing here asks when something was."""
+    monkeypatch.setattr(meter, "Moment", lambda device: Moment(torch.device("cpu")))
 
 
 @pytest.fixture
