@@ -150,7 +150,7 @@ def test_the_compilers_cache_is_of_this_kind_of_cpu(monkeypatch: pytest.MonkeyPa
     assert found.name.split("-")[0] == CAPABILITY
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_compiled_code_is_not_taken_from_another_kind_of_cpu(tmp_path: Path) -> None:
     if not CAPABILITY.startswith("AVX512"):
         pytest.skip("needs vectors of two widths")

@@ -199,7 +199,7 @@ def test_who_computes_does_not_hang_unless_it_is_in_a_step_like_those_before(
 
     from shoal.launch import watch as module
 
-    monkeypatch.setattr(module, "WORK_SECONDS", 0.2)
+    monkeypatch.setattr(module, "WORK_SECONDS", 0.6)
     busy = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert busy.stdout is not None
     busy.stdout.readline()
@@ -210,7 +210,7 @@ def test_who_computes_does_not_hang_unless_it_is_in_a_step_like_those_before(
         pages[0].write(0, 1, "loading weights")
         pages[1].write(0, 2, "loading weights")  # farther: it waits for the other
         pages[1].allow(0.0)
-        end = time.monotonic() + 1
+        end = time.monotonic() + 2
         while time.monotonic() < end:  # much longer than it takes to see who works
             assert watch.look(pids) is None
         pages[0].took(3)
@@ -234,7 +234,7 @@ def test_who_sleeps_where_work_may_take_long_hangs(
 
     from shoal.launch import watch as module
 
-    monkeypatch.setattr(module, "WORK_SECONDS", 0.2)
+    monkeypatch.setattr(module, "WORK_SECONDS", 0.6)
     pids = {local: process.pid for local, process in enumerate(sleepers)}
     watch.start([0, 1], 600.0)
     pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]

@@ -177,7 +177,7 @@ class Agent(LocalElasticAgent):
             phase = "first step, compiling" if self._config.train.compile else "first step"
         else:
             phase = None if sign.in_step else sign.phase
-        self._narrator.begin(phase)
+        self._narrator.begin(phase, tell=phase != "end")  # the last words are on the screen by then, with all that time
         self._narrator.look()
 
     def _end_early(self, worker_group: Any, running: Iterable[Any]) -> RunResult:

@@ -43,13 +43,13 @@ class Narrator:
         """Look from a thread, until `close`."""
         threading.Thread(target=self._look_on, name="narrator", daemon=True).start()
 
-    def begin(self, phase: str | None) -> None:
-        """`phase` begins, or goes on; None: nothing that anybody waits for."""
+    def begin(self, phase: str | None, *, tell: bool = True) -> None:
+        """`phase` begins, or goes on; None: nothing that anybody waits for. tell: what the one before took, if long."""
         with self._lock:
             if phase == self._phase:
                 return
             took = self._now() - self._since
-            if self._phase is not None and took >= LONG_SECONDS:
+            if tell and self._phase is not None and took >= LONG_SECONDS:
                 self._say(f"{self._phase}: {_seconds(took)}")
             self._phase, self._since, self._due = phase, self._now(), SOON_SECONDS
 

@@ -50,15 +50,16 @@ def finish(run: Run, stopped: bool) -> None:
     run.heartbeat.outside("writing a sample")
     if run.mesh.is_first:
         _say_sample(run.config, run.folder, run.prepared, _whole_model(run), run.console)
-        run.heartbeat.outside("comparing with gzip and xz")
         compared = _yardstick(run)
+        run.heartbeat.outside("end")
         run.console.say()
         run.console.say(compared, "bold")
         run.records.event("finished", **run.val, compared=compared)
         run.console.note(run.records.goodput())
         if saved.ok:
             say_what_next(run.config, run.folder, run.val, run.console)
-    run.heartbeat.outside("end")
+    else:
+        run.heartbeat.outside("end")
     run.mesh.barrier()
     if not saved.ok:
         newest = _newest(run)
@@ -131,13 +132,7 @@ def _yardstick(run: Run) -> str:
         return not run.stop
 
     seconds = min(YARDSTICK_SECONDS, run.config.launch.timeout_seconds / 4)  # the others wait in a barrier
-    found = run.measuring.wait(
-        seconds,
-        go_on,
-        lambda: run.console.note(
-            f"waiting for gzip and xz to read the text, once for this data (at most {seconds:.0f} s)"
-        ),
-    )
+    found = run.measuring.wait(seconds, go_on)
     ours, text_bytes = run.val["val_bits_per_byte"], run.prepared.counts["val"].text_bytes
     if isinstance(found, Yardstick):
         return found.compared(ours, text_bytes)
