@@ -546,7 +546,7 @@ class Launch:
     hang_seconds: float | None = opt(
         None,
         "a step that takes longer is a hang, and the workers are started anew; null: learned from the run's own steps, ten times "
-        "the slowest recent one and at least 20 seconds",
+        "the slowest recent one and at least 20 seconds, and no hang on a CPU while the process works",
         unit="seconds",
         gt=0,
     )

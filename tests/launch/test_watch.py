@@ -192,7 +192,7 @@ STARTS_ONE = (
 
 
 @pytest.mark.parametrize("code", [BUSY, STARTS_ONE], ids=["itself", "a program of its"])
-def test_who_computes_does_not_hang_unless_it_is_in_a_step_like_those_before(
+def test_who_computes_does_not_hang_unless_it_is_in_a_strict_step_like_those_before(
     watch: Watch, sleepers: list[subprocess.Popen[bytes]], code: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import os
@@ -215,9 +215,11 @@ def test_who_computes_does_not_hang_unless_it_is_in_a_step_like_those_before(
             assert watch.look(pids) is None
         pages[0].took(3)
         pages[0].write(4, 1, "forward")
-        pages[0].allow(0.0, in_step=True)
+        pages[0].allow(0.0, in_step=True)  # as on a CPU that is busy now
         pages[1].write(4, 2, "forward")
         pages[1].allow(0.0, in_step=True)
+        assert watch.look(pids) is None
+        pages[0].allow(0.0, in_step=True, strict=True)
         hang = watch.look(pids)
         assert hang is not None
         assert (hang.rank, hang.phase) == (0, "forward")

@@ -27,8 +27,8 @@ from shoal.launch.place import is_launched, read_place
 FOLDER: Final = "SHOAL_HEARTBEATS"  # where our launcher listens
 
 # Eight bytes each, then the phase.
-_STEP, _TURN, _SINCE, _UNTIL, _WAITS, _IN_STEP, _TAKEN, _SAVED = range(8)
-_NAME, _SIZE = 64, 104
+_STEP, _TURN, _SINCE, _UNTIL, _WAITS, _IN_STEP, _TAKEN, _SAVED, _STRICT = range(9)
+_NAME, _SIZE = 72, 112
 _NANO: Final = 1_000_000_000
 
 SLOWER: Final = 10  # times the slowest of the recent steps: other people's work on the same cores, a disk that pauses
@@ -52,6 +52,7 @@ class Sign:
     in_step: bool = False
     taken: int = 0  # steps, since this worker started
     saved: int = 0  # the step of the newest checkpoint that this run has; 0: none is known
+    strict: bool = False  # a late step counts as a hang also while this process works
 
 
 class Page:
@@ -74,10 +75,10 @@ class Page:
         numbers[_WAITS] = 0
         self._bytes[_NAME:] = name
 
-    def allow(self, seconds: float, *, in_step: bool = False) -> None:
+    def allow(self, seconds: float, *, in_step: bool = False, strict: bool = False) -> None:
         """A sign that this worker has come further is due in so many seconds; infinite: nobody watches."""
         self._numbers[_UNTIL] = 0 if math.isinf(seconds) else time.monotonic_ns() + int(seconds * _NANO)
-        self._numbers[_IN_STEP] = in_step
+        self._numbers[_IN_STEP], self._numbers[_STRICT] = in_step, strict
 
     def took(self, steps: int) -> None:
         """So many steps were taken since this worker started."""
@@ -92,10 +93,10 @@ class Page:
         self._numbers[_WAITS] = does
 
     def read(self) -> Sign:
-        step, turn, since, until, waits, in_step, taken, saved = self._numbers.tolist()
+        step, turn, since, until, waits, in_step, taken, saved, strict = self._numbers.tolist()
         phase = self._bytes[_NAME:].rstrip(b"\0").decode("ascii", "replace")
         end = until / _NANO if until else math.inf
-        return Sign(step, turn, phase, since / _NANO, end, bool(waits), bool(in_step), taken, saved)
+        return Sign(step, turn, phase, since / _NANO, end, bool(waits), bool(in_step), taken, saved, bool(strict))
 
     def close(self) -> None:
         self._numbers.release()
@@ -142,10 +143,13 @@ class Heartbeat:
         patience: Patience,
         outside_seconds: float,
         tell: Callable[[str | None], None] = lambda phase: None,
+        *,
+        strict: bool = False,
     ) -> None:
         self._page, self._patience, self._outside_seconds, self._tell = page, patience, outside_seconds, tell
         self._step, self._turn, self._phase, self._begun = 0, 0, "start", math.nan
         self.taken = 0  # steps; the first one compiles
+        self.strict = strict  # a late step counts as a hang, whether this process works or not
         self._left = self._compiles_since = math.nan  # seconds left to the phase that a compilation came into
 
     @classmethod
@@ -154,7 +158,8 @@ class Heartbeat:
         folder = os.environ.get(FOLDER)
         page = Page(Path(folder), read_place().local_rank) if folder is not None and is_launched() else None
         seconds = SOONER * launch.timeout_seconds
-        return cls(page, Patience(seconds, launch.hang_seconds), seconds, tell if page is None else lambda phase: None)
+        tell = tell if page is None else lambda phase: None
+        return cls(page, Patience(seconds, launch.hang_seconds), seconds, tell, strict=launch.hang_seconds is not None)
 
     def begin(self, step: int, phase: str = "data") -> None:
         """A step begins, and the one before it is over."""
@@ -163,7 +168,7 @@ class Heartbeat:
         self._step, self._turn, self._phase, self._begun = step, 0, phase, time.monotonic()
         if self._page is not None:
             self._page.write(step, 0, phase)
-            self._page.allow(self._patience.allowance(), in_step=True)
+            self._page.allow(self._patience.allowance(), in_step=True, strict=self.strict)
 
     def beat(self, phase: str) -> None:
         """The step comes to `phase`."""
@@ -196,7 +201,7 @@ class Heartbeat:
         else:
             self._begun += now - self._compiles_since
             self._page.write(*self.place)
-            self._page.allow(max(0.0, self._left), in_step=not math.isnan(self._begun))
+            self._page.allow(max(0.0, self._left), in_step=not math.isnan(self._begun), strict=self.strict)
 
     def waits(self, does: bool) -> None:
         """It waits for other processes, or goes on: who hangs is one that does not wait."""

@@ -147,10 +147,10 @@ def _used(pid: int) -> tuple[float, int]:
 
 def may_take_long(sign: Sign) -> bool:
     """
-    Whether the phase is of work that takes as long as it takes: loading, compiling, evaluating, reading data. A step after
-    the first does not: late is late, however busy a process is.
+    Whether who works in this phase is not late, however long it takes: the machine may be busy. A step after the first may
+    be `strict`: a person said how long it may take, or a GPU computes, whose host works while it waits.
     """
-    return not sign.waits and (not sign.in_step or not sign.taken or sign.phase in LOCAL_PHASES)
+    return not sign.waits and not (sign.strict and sign.in_step and sign.taken and sign.phase not in LOCAL_PHASES)
 
 
 class Watch:

@@ -178,13 +178,13 @@ class Run:
             config, mesh, stop, console, folder, prepared, records, runnable, state, saving, loader, meter, guard,
             recovery, pace, faults, header, heartbeat, DeviceProgress(mesh.device, heartbeat), limit, total_steps,
         )  # fmt: skip
-        if mesh.is_first:
-            run.measuring = Measuring(prepared, idle=True)
         introduce(run, applied, newest, before, [(d.key, d.before, d.after) for d in changed])
         return run
 
     def train(self) -> bool:
         """The steps, then the end; whether it was asked to stop before the last step."""
+        if self.mesh.is_first:
+            self.measuring = Measuring(self.prepared, idle=True)
         with told_of_compilations(self.heartbeat, compiles=self.config.train.compile):
             if self.runnable.compiled and self.config.train.compile_check and self.state.step < self.total_steps:
                 check_compiled(self)

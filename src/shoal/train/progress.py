@@ -24,6 +24,7 @@ class DeviceProgress:
 
     def __init__(self, device: torch.device, heartbeat: Heartbeat) -> None:
         self._runs_ahead, self._device, self._heartbeat = device.type == "cuda", device, heartbeat
+        heartbeat.strict = heartbeat.strict or self._runs_ahead  # a host that waits for its device works too
         self._ahead: deque[tuple[Moment, tuple[int, int, str]]] = deque()  # beats that the device has not come to
         self._reached: tuple[int, int, str] | None = None  # the last one that it has
 
