@@ -116,7 +116,7 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     config = _resolve(args, overrides)
     _tell_of_torch()
     from shoal.launch.place import is_worker
-    from shoal.launch.torchrun import count_gpus, launch, plan_processes
+    from shoal.launch.torchrun import launch, plan_processes
     from shoal.runs import RunFolder
 
     before = RunFolder.of(config).begun()
@@ -129,7 +129,7 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
 
     start_clock()
     with ends_when_asked(EXIT_REQUEUE):
-        config = plan_processes(config, count_gpus(), before=before, say=Console().warn)
+        config = plan_processes(config, _count_gpus(), before=before, say=Console().warn)
         folder = RunFolder.of(config)
         folder.agree(config)
         folder.lock(config.launch.rendezvous)
@@ -140,6 +140,16 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
         if folder.config_file.is_file() and _is_finished(config, folder, prepared, console):
             return 0
     return launch(config, [*argv, *_settled(config)])
+
+
+def _count_gpus() -> int:
+    """CUDA devices; says so where that takes long, since torch is imported for it."""
+    from shoal.launch.torchrun import count_gpus
+    from shoal.metrics.console import Console
+    from shoal.metrics.narrator import Narrator
+
+    with contextlib.closing(Narrator.of(Console())) as narrator, narrator.phase("looking for GPUs"):
+        return count_gpus()
 
 
 def _in_place(config: Config, before: Config | None = None) -> Config:
@@ -164,10 +174,8 @@ def _is_finished(config: Config, folder: RunFolder, prepared: Prepared, console:
     from shoal.metrics.narrator import Narrator
     from shoal.train.last_words import finished, say_result_again
 
-    narrator = Narrator.of(console)
-    with narrator.phase("checking the last checkpoint"):
+    with contextlib.closing(Narrator.of(console)) as narrator, narrator.phase("checking the last checkpoint"):
         result = finished(config, folder, prepared)
-    narrator.close()
     if result is not None:
         say_result_again(config, folder, result, console)
     return result is not None
@@ -210,7 +218,7 @@ def _work(config: Config, *, verify: bool = False) -> int:
 
         stopped = train(config, stop, heartbeat)
     except (RuntimeError, MemoryError, OSError) as error:
-        if said := what_ran_out(error):
+        if (said := what_ran_out(error)) and heartbeat.taken <= 1:  # later it has fitted before, and may again
             fits = what_would_fit(RunFolder.of(config).settled(config), read_place().world_size)
             raise MemoryProblem(f"out of memory: {said}. {fits}") from error
         if isinstance(error, RuntimeError) and is_lost_peer(error):
@@ -236,7 +244,7 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     config = _resolve(args, overrides)
     _tell_of_torch()
     from shoal.launch.place import is_worker
-    from shoal.launch.torchrun import count_gpus, launch, plan_processes
+    from shoal.launch.torchrun import launch, plan_processes
 
     name = config.launch.name
     config = config.replace("launch", name=f"{VERIFIED}{name}", max_restarts=0)
@@ -248,7 +256,7 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     from shoal.runs import RunFolder
 
     with ends_when_asked(EXIT_REQUEUE):
-        config = plan_processes(config, count_gpus(), say=Console().warn)
+        config = plan_processes(config, _count_gpus(), say=Console().warn)
         folder = RunFolder.of(config)
         folder.lock(config.launch.rendezvous)
         certificate = folder.path / "certificate.json"
@@ -369,10 +377,9 @@ def _told(code: int | None = None, *, speaks: bool = True) -> Iterator[Narrator]
     from shoal.metrics.narrator import Narrator
 
     narrator = Narrator.of(Console(speaks=speaks, on_stderr=True))
-    with ends_when_asked(code):
+    with ends_when_asked(code), contextlib.closing(narrator):
         narrator.begin("importing torch")
         yield narrator
-    narrator.close()
 
 
 def set_threads(args: argparse.Namespace) -> None:

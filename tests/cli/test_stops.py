@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from shoal.errors import EXIT_REQUEUE
-from shoal.fault.signals import STOPPING_SAID
+from shoal.fault.signals import STOPPING_SAID, stopping_said
 from tests.cli.commands import Place, gone, wait_for, workers_of
 
 # Python reads this when it starts: a process that comes to the import of one module stands still there.
@@ -53,7 +53,7 @@ def stop(process: subprocess.Popen[str], number: signal.Signals) -> str:
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert gone(workers)
-    assert STOPPING_SAID in output
+    assert STOPPING_SAID in output or stopping_said(number) in output
     assert "Traceback" not in output
     return output
 

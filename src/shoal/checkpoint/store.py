@@ -175,8 +175,10 @@ class CheckpointStore:
         Ask for the memory that a save takes, so that the first one need not wait for it. A collective over the world, at the
         first call of this or of `begin`.
         """
+        own = [parts[name].tensor for name in self._share(parts)]
         if self._staging is None:
-            self._staging = Staging([parts[name].tensor for name in self._share(parts)])
+            with contextlib.suppress(RuntimeError, MemoryError):  # no room now: a save tries again, and says so
+                self._staging = Staging(own)
 
     def own_bytes(self, parts: Mapping[str, Part]) -> int:
         """What this process writes in a save. A collective over the world, at the first call of this or of `begin`."""

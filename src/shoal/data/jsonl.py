@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import zlib
@@ -111,13 +112,19 @@ def _parse_line(line: bytes, label: str, text_key: str, after: Cursor) -> Docume
         return Skipped(label, f"no string under {text_key!r} (data.text_key)", after, texts)
     if not text:
         return Skipped(label, "empty text", after)
-    if line.count(json.dumps(text_key).encode()) > 1 and _says_twice(line, text_key):
+    if sum(line.count(spelled) for spelled in _spellings(text_key)) > 1 and _says_twice(line, text_key):
         return Skipped(label, f"{text_key!r} twice, so one text would be lost", after)
     try:
         text.encode()
     except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
         return Skipped(label, "half a surrogate pair, which is no character", after)
     return Document(label, text, after)
+
+
+@functools.cache
+def _spellings(key: str) -> frozenset[bytes]:
+    """How JSON may spell it: as it is, and with escapes for all but ASCII."""
+    return frozenset(json.dumps(key, ensure_ascii=ascii).encode(errors="surrogatepass") for ascii in (True, False))
 
 
 def _says_twice(line: bytes, key: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import sys
@@ -18,6 +19,11 @@ from shoal.errors import EXIT_REQUEUE
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 GRACE_SECONDS: Final = 1.0  # for what has nothing to save to come to its end by itself
 STOPPING_SAID: Final = "stopping; once more ends now"
+
+
+def stopping_said(number: int) -> str:
+    """For where only a second SIGINT ends it."""
+    return STOPPING_SAID if number == signal.SIGINT else "stopping; Ctrl-C ends now"
 
 
 class StopRequest:
@@ -44,9 +50,12 @@ class StopRequest:
 
         For where no launcher of ours does it, which tells more. Also while the main thread waits in C.
         """
+        came: list[int] = []
 
         def come(number: int) -> None:
-            say(STOPPING_SAID)
+            if not came:
+                say(stopping_said(number))
+            came.append(number)
             time.sleep(GRACE_SECONDS)
             if self.nothing_to_lose:
                 os._exit(EXIT_REQUEUE)
@@ -115,6 +124,13 @@ def ends_when_asked(code: int | None = None) -> Iterator[None]:
                     signal.signal(number, handler)
 
 
+@functools.cache
+def _not_in_forks() -> None:
+    """A forked child tells this process nothing of its own signals."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+
 def _listen(come: Callable[[int], None]) -> Callable[[], None]:
     """
     Call `come` in a thread with each of `STOPPING` that has a handler in Python, at once: the handler itself waits until
@@ -124,11 +140,13 @@ def _listen(come: Callable[[int], None]) -> Callable[[], None]:
     os.set_blocking(read, True)
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    _not_in_forks()
 
     def listen() -> None:
         while number := os.read(read, 1):
             if number[0] in STOPPING:
                 come(number[0])
+        os.close(read)
 
     def stop() -> None:
         signal.set_wakeup_fd(-1)

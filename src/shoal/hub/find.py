@@ -81,16 +81,16 @@ def near_path(path: str) -> str:
     """What `path`, which is not there, may have been meant to be: " (did you mean books/a.txt?)", or nothing."""
     if any(sign in path for sign in "*?["):
         return " (patterns are not expanded here; name the folder)"
-    whole = Path(path).expanduser()
-    there = whole
-    while there != there.parent and not there.parent.is_dir():
-        there = there.parent  # the first part that is not there
     try:
+        whole = Path(path).expanduser()
+        there = whole
+        while there != there.parent and not there.parent.is_dir():
+            there = there.parent  # the first part that is not there
         beside = [entry.name for entry in islice(os.scandir(there.parent), NAMES_COMPARED)]
-    except OSError:
+        near = [there.parent / name for name in difflib.get_close_matches(there.name, beside, 3)]
+        whole_ones = [deeper for path in near if (deeper := path / whole.relative_to(there)).exists()]
+    except (OSError, RuntimeError, ValueError):  # no right to look, a `~user` who is none: nothing is known to be near
         return ""
-    near = [there.parent / name for name in difflib.get_close_matches(there.name, beside, 3)]
-    whole_ones = [deeper for path in near if (deeper := path / whole.relative_to(there)).exists()]
     return f" (did you mean {' or '.join(map(str, whole_ones or near))}?)" if near else ""
 
 

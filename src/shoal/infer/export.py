@@ -113,6 +113,11 @@ def _open_as_others_do(folder: ModelFolder, console: Console) -> None:
     except ImportError:
         console.note("transformers is not installed here, so it has not opened this export (pip install 'shoal[hf]')")
         return
+    except Exception as error:  # an installation that does not fit together fails in many ways
+        console.note(
+            f"transformers cannot be imported here, so it has not opened this export ({type(error).__name__}: {error})"
+        )
+        return
     try:
         config = transformers.AutoConfig.from_pretrained(
             str(folder.path), trust_remote_code=False, local_files_only=True

@@ -76,7 +76,6 @@ class Agent(LocalElasticAgent):
         self._crashes, self._elsewhere = crashes, Crashes(3 * crashes.most)
         self._lost_since: float | None = None
         self._kernel_kills = 0  # before these workers were started
-        self._first_step = 0  # the last step that had been taken then
         self._world_size = 1
         self._machines: Machines | None = None  # where there are several
         meeting.rendezvous.on_lost = self._say_lost
@@ -137,7 +136,7 @@ class Agent(LocalElasticAgent):
 
     def _start_workers(self, worker_group: Any) -> Any:
         self._lost_since, self._kernel_kills = None, kernel_kills()
-        self._first_step, self._world_size = self._run_folder.last_step(), worker_group.workers[0].world_size
+        self._world_size = worker_group.workers[0].world_size
         self._watch.start([w.global_rank for w in worker_group.workers], self._launch.timeout_seconds)
         return super()._start_workers(worker_group)
 
@@ -259,7 +258,7 @@ class Agent(LocalElasticAgent):
                     how = "was killed by the kernel (out of memory)"
                 self.why = f"worker {rank} {how} {where}"
                 self._record("crashed", rank=rank, how=how, step=step, phase=sign.phase)
-                if no_memory and step <= self._first_step + 1:  # nor would it fit the next time
+                if no_memory and sign.taken <= 1:  # nor would it fit the next time
                     self.too_large = True
                     self._remaining_restarts = 0
                     settled = self._run_folder.settled(self._config)

@@ -140,15 +140,22 @@ def _in_step() -> bool:
 def _slurm_tasks() -> int:
     """How many tasks Slurm says that there are; 1 where it says nothing."""
     _numbers()
+    _count_tasks_of_step()
     env = os.environ
     return int(env.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in env else 1
+
+
+def _count_tasks_of_step() -> None:
+    """A step's own number of tasks wins: a shell that salloc started is a step of one, and keeps the job's SLURM_NTASKS."""
+    env = os.environ
+    if "SLURM_STEP_NUM_TASKS" in env and _in_step():
+        env["SLURM_NTASKS"] = env["SLURM_STEP_NUM_TASKS"]
 
 
 def _check_slurm() -> None:
     """Raise `LaunchError` where srun's variables are not whole, or the user's own contradict them."""
     env = os.environ
-    if "SLURM_NTASKS" not in env and "SLURM_STEP_NUM_TASKS" in env:
-        env["SLURM_NTASKS"] = env["SLURM_STEP_NUM_TASKS"]
+    _count_tasks_of_step()
     if "SLURM_NTASKS" not in env:
         raise LaunchError("SLURM_PROCID and MASTER_ADDR are set but SLURM_NTASKS is not; give srun --ntasks")
     _numbers()

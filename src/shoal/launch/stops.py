@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-from shoal.fault.signals import GRACE_SECONDS, STOPPING_SAID, say_at_once
+from shoal.fault.signals import GRACE_SECONDS, say_at_once, stopping_said
 from shoal.output import visible
 
 
@@ -32,7 +32,7 @@ class PassOn:
         again = self.signal is not None and number == signal.SIGINT
         if self.signal is None:
             self.signal, self._since = number, time.monotonic()
-            say_at_once(STOPPING_SAID)
+            say_at_once(stopping_said(number))
         if self._raises:
             raise AskedToStop
         self._send(signal.SIGKILL if again else signal.SIGTERM)

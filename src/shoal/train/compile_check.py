@@ -109,11 +109,7 @@ def compare_with_eager(
             difference = _squares(runnable, gradients)
     finally:
         runnable.turns = usual
-        for held in runnable.gradients.values():
-            held.zero()
-        for shard in runnable.shards:
-            if shard.tensor is not shard.parameter:
-                shard.tensor.grad = None
+        runnable.forget_gradients()
     # columns: how far compiled code is, how far rounding goes, size, size of what compiled code gave
     rows = torch.stack([difference[:, 0], spread[:, 0], difference[:, 1], difference[:, 2]], 1).sqrt()
     ours = [abs(compiled_loss - loss), abs(other_loss - loss), abs(loss), abs(compiled_loss)]

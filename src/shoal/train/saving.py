@@ -183,11 +183,12 @@ class Saving:
 
     def prepare(self, state: TrainState) -> None:
         """
-        Ask for the memory that saves take, where it takes long to have: page-locked, for a GPU. A collective over the world.
+        Ask for the memory that saves on disk take, where it takes long to have: page-locked, for a GPU. A collective over
+        the world. Whether there is room for those in memory is seen at the first one.
         """
         if self.mesh.device.type == "cuda":
             for tier in self.tiers:
-                if not tier.closed:
+                if not tier.closed and not tier.memory:
                     tier.store.prepare(state.tensors())
 
     # --- between steps ---------------------------------------------------------------------------------------
