@@ -141,6 +141,15 @@ def test_jsonl_lines_are_documents_and_bad_ones_are_named(tmp_path: Path, suffix
     assert [d.text for d in rest] == ["once", "漢字"]
 
 
+@pytest.mark.parametrize("escaped", [True, False])
+def test_a_key_of_any_alphabet_is_found_twice(tmp_path: Path, *, escaped: bool) -> None:
+    key = json.dumps("текст", ensure_ascii=escaped)
+    (tmp_path / "a.jsonl").write_text(f'{{{key}: "one", "текст": "two"}}\n{{{key}: "once"}}\n', encoding="utf-8")
+    documents, [skipped] = read(Data(corpus="jsonl", paths=(str(tmp_path),), text_key="текст"))
+    assert [d.text for d in documents] == ["once"]
+    assert "twice" in skipped.reason
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_a_json_array_is_named(tmp_path: Path, suffix: str) -> None:
     content = json.dumps([{"text": "a"}, {"text": "b"}], indent=1).encode()

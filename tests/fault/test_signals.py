@@ -78,4 +78,7 @@ def test_afterwards_signals_are_whose_they_were() -> None:
 
 def test_a_worker_of_another_launcher_ends_early_while_there_is_nothing_to_save() -> None:
     say = "say = lambda text: print(text, flush=True)\n"
-    assert run(say + "stop = StopRequest()\nstop.end_early(say)\n" + IN_C) == (EXIT_REQUEUE, stopping_said(signal.SIGTERM))
+    assert run(say + "stop = StopRequest()\nstop.end_early(say)\n" + IN_C) == (
+        EXIT_REQUEUE,
+        stopping_said(signal.SIGTERM),
+    )

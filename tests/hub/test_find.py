@@ -10,7 +10,7 @@ import pytest
 
 from shoal.data.tokenize import load_tokenizer
 from shoal.errors import ConfigError, DataError, ModelError
-from shoal.hub.find import find_model
+from shoal.hub.find import find_model, near_path
 from shoal.resolve import resolve
 
 
@@ -124,3 +124,13 @@ def test_a_misspelt_name_is_recognized(home: Path) -> None:
     assert "is it" not in refused("gpt2", "shoal fetch model gpt2")
     assert "partial" not in refused("halv", "shoal fetch model halv")
     refused("half", "models/half is not all there yet; shoal fetch model half goes on with it")
+
+
+def test_a_path_that_nobody_may_look_at_has_none_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert near_path("~nosuchuser/books") == ""
+
+    def refuse(*_: object, **__: object) -> bool:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "is_dir", refuse)  # as Python 3.11 and 3.12 do in a folder without rights
+    assert near_path("/locked/books") == ""

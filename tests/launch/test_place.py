@@ -147,6 +147,18 @@ def test_variables_that_make_no_worker_and_claim_several_are_refused(
     assert all(name in str(refused.value) for name in named)
 
 
+def test_a_shell_that_salloc_started_is_a_step_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps the job's SLURM_NTASKS."""
+    given = BATCH | {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR")
+    assert unused_claims(1) == []
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("MASTER_ADDR", "n0")
+    assert read_place().world_size == 1
+
+
 def test_a_batch_script_of_one_task_is_told_what_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unused_claims(1) == []
     monkeypatch.setenv("SLURM_PROCID", "0")
