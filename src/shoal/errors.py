@@ -97,7 +97,7 @@ class LaunchError(ShoalError):
 
 
 class MemoryProblem(ShoalError):
-    """Memory that ran out: the same would happen again."""
+    """Memory that ran out where the same would happen again."""
 
 
 class GenerateError(ShoalError):

@@ -127,9 +127,12 @@ def read_recipe(path: Path, problems: list[Problem]) -> list[Setting]:
     except FileNotFoundError:
         problems.append(Problem(on_one_line(path), _no_recipe(path)))
         return []
+    except UnicodeDecodeError:
+        why = "is not UTF-8 (PowerShell's > writes UTF-16: save it as UTF-8)"
+        problems.append(Problem(on_one_line(path), why))
+        return []
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        problems.append(Problem(on_one_line(path), f"cannot be read: {why}"))
+        problems.append(Problem(on_one_line(path), f"cannot be read: {getattr(error, 'strerror', None) or error}"))
         return []
     path = Path(on_one_line(path))  # from here on it is only named
     try:

@@ -22,6 +22,7 @@ from shoal.errors import (
     ShoalError,
     spelled,
 )
+from shoal.output import on_one_line
 
 if TYPE_CHECKING:
     from shoal.config import Config
@@ -77,7 +78,8 @@ def init(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
         raise ShoalError(f"{args.file} is there already, and is left as it is; choose another name") from error
     except (OSError, ValueError) as error:
         raise ShoalError(f"{args.file} cannot be written: {error}") from error
-    print(f"{args.file} is a recipe to change; shoal train {shlex.quote(str(args.file))} trains it as it is")
+    file = on_one_line(args.file)
+    print(f"{file} is a recipe to change; shoal train {shlex.quote(file)} trains it as it is")
     return 0
 
 
@@ -218,9 +220,13 @@ def _work(config: Config, *, verify: bool = False) -> int:
 
         stopped = train(config, stop, heartbeat)
     except (RuntimeError, MemoryError, OSError) as error:
-        if (said := what_ran_out(error)) and heartbeat.taken <= 1:  # later it has fitted before, and may again
+        if said := what_ran_out(error):
             fits = what_would_fit(RunFolder.of(config).settled(config), read_place().world_size)
-            raise MemoryProblem(f"out of memory: {said}. {fits}") from error
+            problem = MemoryProblem(f"out of memory: {said}. {fits}")
+            if heartbeat.taken <= 1:
+                raise problem from error
+            tell(str(problem))  # it fitted before, and may again: a crash like any other
+            return 1
         if isinstance(error, RuntimeError) and is_lost_peer(error):
             _say_unless_launched(f"lost another process of this run: {str(error).splitlines()[0]}")
             return EXIT_LOST_PEER
@@ -267,7 +273,7 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     code = launch(config, [*argv, *_settled(config)])
     if code != 0 or not certificate.is_file():
         return code or 1
-    print(f"{certificate} holds versions, device, layout and all that was compared")
+    print(f"{on_one_line(certificate)} holds versions, device, layout and all that was compared")
     return 0 if json.loads(certificate.read_text())["passed"] else 1
 
 
@@ -379,7 +385,14 @@ def _told(code: int | None = None, *, speaks: bool = True) -> Iterator[Narrator]
     narrator = Narrator.of(Console(speaks=speaks, on_stderr=True))
     with ends_when_asked(code), contextlib.closing(narrator):
         narrator.begin("importing torch")
-        yield narrator
+        try:
+            yield narrator
+        except (RuntimeError, MemoryError, OSError) as error:
+            from shoal.plan.fit import what_ran_out
+
+            if said := what_ran_out(error):
+                raise MemoryProblem(f"out of memory: {said}") from error
+            raise
 
 
 def set_threads(args: argparse.Namespace) -> None:

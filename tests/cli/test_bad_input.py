@@ -60,6 +60,43 @@ def test_memory_that_cannot_be_had_ends_a_run_once_with_what_would_fit(place: Pl
         assert output.count(said) == 1
 
 
+RUNS_OUT = """
+import sys
+from shoal.train import loop
+def train(config, stop, heartbeat):
+    for step in range(1, 2 + int(sys.argv[1])):
+        heartbeat.begin(step)
+    raise MemoryError
+loop.train = train
+from shoal.cli import main
+sys.exit(main(["train", "recipe.yaml", "--name", "out", "--processes", "1"]))
+"""
+
+
+@pytest.mark.parametrize(("steps", "code"), [(0, 2), (3, 1)])  # what has fitted may again: a crash, which is tried anew
+def test_memory_that_runs_out_is_a_crash_only_after_steps_that_fitted(place: Place, steps: int, code: int) -> None:
+    worker = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    done = subprocess.run(
+        [sys.executable, "-c", RUNS_OUT, str(steps)],
+        cwd=place.folder, env=clean_environment() | worker, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert done.stderr.count("train.activation_checkpointing full") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.ci
+def test_others_that_never_come(place: Place) -> None:
+    """As where somebody exported another launcher's variables, and started one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    worker = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    output = place.refused("train", "recipe.yaml", "--name", "alone", "--launch.timeout_seconds", "2", **worker)
+    assert f"127.0.0.1:{port}" in output
+    assert "rank 0 of 2" in output
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -236,6 +236,14 @@ def test_what_is_no_recipe_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "cannot be read" in refused(recipe=Path("x" * 300 + ".yaml"))
 
 
+def test_a_recipe_in_another_encoding(tmp_path: Path) -> None:
+    """As PowerShell's `shoal config > mine.yaml` leaves one."""
+    (tmp_path / "a.yaml").write_text("train: {steps: 1}\n", encoding="utf-16")
+    assert "is not UTF-8" in refused(recipe=tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("train: {steps: 7}\n", encoding="utf-8-sig")
+    assert resolve(tmp_path / "a.yaml").config.train.steps == 7
+
+
 @pytest.mark.parametrize(
     "layout",
     [["dp_replicate", "2"], ["dp_shard", "2"], ["tp", "2"], ["cp", "2"], ["pp", "2"], ["dp_replicate", "4"], ["dp_shard", "4"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.distributed import distributed_c10d
 
 from shoal.config import Config
 from shoal.errors import LaunchError
-from shoal.launch.place import Place
+from shoal.launch.place import LOCKED_BY, Place
 from shoal.parallel import mesh as mesh_module
 from shoal.parallel.mesh import Mesh, choose_device, open_mesh
 from shoal.train.loop import Run
@@ -88,6 +89,9 @@ def test_which_device_a_worker_takes(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     if index is None:
+        with pytest.raises(LaunchError, match=r"4 processes .* there are 2; start 2 .*--gpus-per-task=1"):
+            choose_device("cuda", place)
+        monkeypatch.setenv(LOCKED_BY, str(os.getppid()))  # as our own launcher's workers have it
         with pytest.raises(LaunchError, match=r"4 processes .* there are 2; set launch\.processes to 2"):
             choose_device("auto", place)
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from shoal.errors import ModelError
 from shoal.hub.record import MODELS, fetch_command, load_record
+from shoal.output import on_one_line
 
 __all__ = [
     "MODELS",
@@ -74,7 +75,7 @@ def find_path(name: str) -> Path | None:
         return path if path.exists() else None
     except (OSError, RuntimeError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        raise ModelError(f"cannot look for {name}: {why}") from error
+        raise ModelError(f"cannot look for {on_one_line(name)}: {why}") from error
 
 
 def near_path(path: str) -> str:
@@ -144,7 +145,7 @@ def _refuse(name: str) -> Path:
     close = close_names(name)
     meant = f". Did you mean {' or '.join(close)}?" if close else ""
     if not could_be_on_a_hub(name):
-        raise ModelError(f"there is no folder {name}{meant}")
+        raise ModelError(f"there is no folder {on_one_line(name)}{meant}")
     folder = MODELS / name
     if folder.with_name(f".{folder.name}.partial").is_dir():
         raise ModelError(

@@ -17,6 +17,7 @@ from shoal.errors import ModelError
 from shoal.hub.beside import LICENSES, TOKENIZER
 from shoal.hub.card import CARD, is_card
 from shoal.hub.folder import CONFIG, INDEX
+from shoal.output import on_one_line
 
 WRITTEN: Final = (CARD, CONFIG, INDEX, "*.safetensors", *TOKENIZER, *LICENSES)
 
@@ -26,21 +27,21 @@ class OutFolder:
 
     def __init__(self, out: Path, force: bool) -> None:
         """Raises `ModelError` where `out` is taken by what must not be replaced."""
-        self._said = out
+        self._said = said = on_one_line(out)
         try:
             self._out = out.expanduser().resolve()  # through links, to the disk that they lead to
             there = sorted(p.name for p in self._out.iterdir()) if self._out.is_dir() else []
             taken = bool(there) or (self._out.exists() and not self._out.is_dir())
         except (OSError, RuntimeError) as error:
-            raise ModelError(f"{out} cannot be written: {error}; set --out to a folder that can") from error
+            raise ModelError(f"{said} cannot be written: {error}; set --out to a folder that can") from error
         foreign = [n for n in there if not any(fnmatch(n, known) for known in WRITTEN)]
         if there and not foreign and not is_card(self._out / CARD):
-            raise ModelError(f"{out} is there already, and no export wrote it; set --out to another folder")
+            raise ModelError(f"{said} is there already, and no export wrote it; set --out to another folder")
         if taken and (foreign or not self._out.is_dir()):
             what = f"holds {foreign[0]}, which no export writes" if foreign else "is a file"
-            raise ModelError(f"{out} is there already, and {what}; set --out to another folder")
+            raise ModelError(f"{said} is there already, and {what}; set --out to another folder")
         if taken and not force:
-            raise ModelError(f"{out} is there already; --force replaces it, or set --out to another folder")
+            raise ModelError(f"{said} is there already; --force replaces it, or set --out to another folder")
 
     @contextlib.contextmanager
     def written(self, needed: int) -> Iterator[Path]:

@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shoal.errors import LaunchError
+from shoal.output import on_one_line
 
 LOCKED_BY = "SHOAL_LOCKED_BY"  # the launcher's process id: it holds the run's lock for its workers
 _NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LEAST = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1,
-          "SLURM_PROCID": 0, "SLURM_NTASKS": 1, "SLURM_LOCALID": 0}  # fmt: skip
+          "SLURM_PROCID": 0, "SLURM_NTASKS": 1, "SLURM_LOCALID": 0, "SLURM_NODEID": 0, "SLURM_NNODES": 1,
+          "SLURM_NTASKS_PER_NODE": 1, "SLURM_STEP_NUM_TASKS": 1}  # fmt: skip
+_LAST_PORT = 65535
 # srun sets these in the tasks that it starts; a batch script has SLURM_PROCID 0 and SLURM_NTASKS, and none of them.
 _OF_A_STEP = ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_SRUN_COMM_HOST")
 
@@ -78,7 +81,7 @@ def describe_place() -> str:
         launcher, names = "srun", "SLURM_PROCID, SLURM_NTASKS"
     return (
         f"started by {launcher}: rank {place.rank} of {place.world_size} ({names}), {place.local_world_size} on this machine, "
-        f"meeting at {env['MASTER_ADDR']}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+        f"meeting at {on_one_line(env['MASTER_ADDR'])}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
     )
 
 
@@ -173,6 +176,9 @@ def _numbers() -> None:
         for name, least in _LEAST.items()
         if name in os.environ and not (_is_integer(os.environ[name]) and int(os.environ[name]) >= least)
     ]
+    port = os.environ.get("MASTER_PORT", "1")
+    if _is_integer(port) and int(port) > _LAST_PORT:
+        wrong.append(f"MASTER_PORT is {port}, and ports end at {_LAST_PORT}")
     if wrong:
         raise LaunchError("; ".join(wrong) + "; a launcher sets these: leave them to it, or unset them")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +15,7 @@ from torch.distributed import distributed_c10d
 
 from shoal.config import Parallel
 from shoal.errors import LaunchError
-from shoal.launch.place import Place, read_place
+from shoal.launch.place import Place, is_launched, read_place
 from shoal.layout import Layout, find_layout
 from shoal.parallel.store import open_store, stay_on_loopback
 
@@ -141,8 +142,13 @@ def choose_device(wanted: str, place: Place = ALONE) -> torch.device:
     if count == 1:  # Slurm's --gpus-per-task=1 shows each worker a device of its own, as number 0
         return torch.device("cuda", 0)
     if place.local_world_size > count:
+        fewer = (
+            f"set launch.processes to {count}"
+            if is_launched()
+            else f"start {count} on each machine, or give each its own (Slurm: --gpus-per-task=1)"
+        )
         raise LaunchError(
-            f"{place.local_world_size} processes need as many CUDA devices, and there are {count}; set launch.processes to {count}"
+            f"{place.local_world_size} processes need as many CUDA devices, and there are {count}; {fewer}"
         )
     return torch.device("cuda", place.local_rank)
 
@@ -200,7 +206,8 @@ def default_timeout(timeout: timedelta) -> Iterator[None]:
 
 def _join(place: Place, device: torch.device, timeout: timedelta) -> None:
     """
-    Open the group of the world. Raises `LaunchError` where NCCL finds two processes on one device.
+    Open the group of the world. Raises `LaunchError` where NCCL finds two processes on one device, or where the processes
+    that another launcher's variables promise do not come.
 
     With `device_id` NCCL connects all processes here, for each group: a pipeline's first messages need no connection
     of their own, which torch would otherwise open between two processes while others wait for another pair.
@@ -215,6 +222,13 @@ def _join(place: Place, device: torch.device, timeout: timedelta) -> None:
             device_id=device if device.type == "cuda" else None,
         )
     except RuntimeError as error:
+        if isinstance(error, dist.DistError) and not is_launched():
+            env = os.environ
+            raise LaunchError(
+                f"rank {place.rank} of {place.world_size} waited {timeout.total_seconds():.0f} s at {env.get('MASTER_ADDR')}:"
+                f"{env.get('MASTER_PORT')} (MASTER_ADDR, MASTER_PORT) for the others, and not all came: start shoal once for "
+                "each of RANK 0 to WORLD_SIZE - 1, or unset these variables"
+            ) from error
         if "Duplicate GPU detected" not in str(error):
             raise
         raise LaunchError(

@@ -16,6 +16,7 @@ from shoal.data.prepare import Prepared
 from shoal.metrics.console import Console, duration
 from shoal.metrics.goodput import account
 from shoal.metrics.trackers import read_json_lines
+from shoal.output import on_one_line
 from shoal.plan.length import count_steps, length_of
 from shoal.runs import RunFolder
 
@@ -36,7 +37,7 @@ def finished(config: Config, folder: RunFolder, prepared: Prepared) -> dict[str,
 
 def say_result_again(config: Config, folder: RunFolder, result: Mapping[str, Any], console: Console) -> None:
     """Of a run that is `finished`; nothing is written."""
-    console.say(f"{folder.path} is finished: {already_taken(config, result['step'])}", "bold")
+    console.say(f"{on_one_line(folder.path)} is finished: {already_taken(config, result['step'])}", "bold")
     say_held_out(result, console)
     sample = folder.samples / "end.txt"
     if config.train.sample_prompt and sample.is_file():
@@ -73,7 +74,7 @@ def say_what_next(config: Config, folder: RunFolder, result: Mapping[str, Any], 
     shoal, run = _command(), shlex.quote(_called(config))
     prompt = shlex.quote(config.train.sample_prompt or "The ")
     console.say()
-    console.say(f"{folder.path}: {what_it_took(folder, result['step'], result['tokens'])}", "bold")
+    console.say(f"{on_one_line(folder.path)}: {what_it_took(folder, result['step'], result['tokens'])}", "bold")
     console.say("next:")
     console.say(f"  {shoal} generate {run} --prompt {prompt}")
     console.say(f"  {shoal} eval {run}")

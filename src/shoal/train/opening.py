@@ -9,6 +9,7 @@ from shoal.config import Config
 from shoal.hub.find import find_model
 from shoal.metrics.machine import bits_depend_on, what_differs
 from shoal.optim.schedule import replanned
+from shoal.output import on_one_line
 from shoal.plan.length import count_steps, length_of
 from shoal.train.last_words import already_taken
 
@@ -31,7 +32,7 @@ def introduce(
     run.records.event(
         "started", step=run.state.step, processes=mesh.world_size, device=str(mesh.device), machine=machine
     )
-    run.console.say(f"{run.folder.path}: {run.meter.describe_model()}", "bold")
+    run.console.say(f"{on_one_line(run.folder.path)}: {run.meter.describe_model()}", "bold")
     run.console.note(
         f"{mesh.world_size} process{'es' * (mesh.world_size > 1)} on {run.meter.device_name}, {config.train.dtype}, "
         f"{config.train.global_batch * config.data.seq_len:,} tokens a step, {run.total_steps} steps"
