@@ -109,13 +109,25 @@ def test_a_launchers_variables_that_are_not_whole(place: Place, environment: dic
     assert named in shoal(place, "train", "quickstart", code=2, **environment)
 
 
+def test_what_is_typed_replaces_the_recipes_and_is_named_first(place: Place) -> None:
+    """At the end, as comments, what it amounts to."""
+    said = shoal(place, "config", "quickstart", "--model.preset", "gpt2", "--train.epochs", "2").splitlines()
+    assert all(word in said[0] for word in ("gpt2", "model.dim 192"))
+    assert all(word in said[1] for word in ("--train.epochs 2", "train.steps 650"))
+    amounts = [line.removeprefix("# ").partition(":")[0] for line in said[-5:]]
+    assert amounts[-1] == "memory"
+    assert "parameters" in amounts
+
+
 def test_a_model_trains_on_a_folder_without_a_recipe(place: Place) -> None:
     """And says first what it goes by, and that nobody's MASTER_ADDR was used."""
     said = shoal(
         place, "train", "--model.preset", "tiny", "--data.paths", "books", "--data.tokenizer", "bytes", "--max-steps", "2",
-        "--batch_size", "8", "--dtype", "fp32", "--processes", "1", MASTER_ADDR="nowhere",
+        "--batch_size", "16", "--dtype", "fp32", "--processes", "2", MASTER_ADDR="nowhere",
     )  # fmt: skip
     assert "shoal init" in said.splitlines()[0]
-    assert "MASTER_ADDR" in said
+    lines = said.splitlines()
+    assert sum("MASTER_ADDR" in line for line in lines) == 1  # not once a process
+    assert sum("attention:" in line for line in lines) == 1
     assert "held-out" in said
     assert (place.folder / "runs" / "run" / "config.yaml").is_file()
