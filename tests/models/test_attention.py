@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from shoal.models.attention import (
     repeat_heads,
     take_deterministic_kernels,
 )
-
 from shoal.parallel.mesh import Mesh
 from shoal.train import assemble as assembling
 from tests.parallel.layouts import config_of
@@ -139,6 +139,48 @@ def test_a_bitwise_run_is_strict_and_what_cannot_is_named() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert not_deterministic(RuntimeError("out of memory")) == ""
+
+
+# What torch says where cuBLAS runs without its variable; a build for the CPU alone cannot be made to say it.
+CUBLAS = (
+    "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
+    "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses CuBLAS and "
+    "you have CUDA >= 10.2. To enable deterministic behavior in this case, you must set an environment variable before "
+    "running your PyTorch application: CUBLAS_WORKSPACE_CONFIG=:4096:8 or CUBLAS_WORKSPACE_CONFIG=:16:8. For more "
+    "information, go to https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility"
+)
+
+
+def test_cublas_without_its_variable_is_named() -> None:
+    assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in not_deterministic(RuntimeError(CUBLAS))
+
+
+@pytest.mark.parametrize(
+    ("device", "repro", "strict"), [("cuda", "bitwise", True), ("cuda", "fast", False), ("cpu", "bitwise", False)]
+)
+def test_a_run_asks_for_strict_determinism_on_cuda_where_it_is_bitwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, repro: str, strict: bool
+) -> None:
+    """Seen when the model is about to be built: nothing of it has run before."""
+    seen = []
+
+    class Enough(Exception):
+        """The device is not there: the model cannot be built on it."""
+
+    def look(*_: Any, **__: Any) -> None:
+        seen.append(
+            (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+        )
+        raise Enough
+
+    monkeypatch.setattr(assembling, "build_model", look)
+    config = config_of(tmp_path, "strict", train__repro=repro)
+    try:
+        with pytest.raises(Enough):
+            assembling.assemble(config, Mesh(Place(), torch.device(device)), lambda text: None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [(strict, False)]
 
 
 def test_decoding_plans_for_no_length() -> None:
