@@ -71,7 +71,7 @@ def test_on_a_gpu_memory_for_saves_on_disk_is_asked_for_before_the_first_step(
         monkeypatch.setattr(
             CheckpointStore,
             "prepare",
-            lambda store, parts: asked.append((store.folder.name, parts == run.state.tensors())),
+            lambda store, parts: asked.append((store.folder.name, list(parts) == list(run.state.tensors()))),
         )
         monkeypatch.setattr(run.saving, "mesh", Mesh(ALONE.place, torch.device(device)))
         run.saving.prepare(run.state)
