@@ -21,6 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +32,8 @@ import shoal
 
 DEVICE = torch.device("cuda", 0)
 SHOAL = str(Path(shoal.__file__).parent)
-REAL = str(Path(torch.distributed.__file__).parent)  # works with the CPU's tensors as they are
+# These work with the CPU's tensors as they are: recomputing compares devices that it saw inside and outside of this.
+REAL = (str(Path(torch.distributed.__file__).parent), torch.utils.checkpoint.__file__)
 READS = {
     "item", "tolist", "cpu", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__",
     "__repr__", "__contains__", "nonzero", "masked_select", "equal", "allclose", "is_nonzero", "unique", "argwhere",
@@ -122,11 +124,13 @@ class _Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._attribute(func, args)
-        if func is torch.Tensor.backward:
+        if func in (torch.Tensor.backward, torch.autograd.backward):  # the second is a pipeline's
+            of = (args[0],) if isinstance(args[0], Tensor) else tuple(args[0])
+            given = kwargs.get("grad_tensors") or (None,) * len(of)
             with self:  # what is written in Python of it sees the device, too
-                one = torch.ones_like(args[0])
+                gradients = tuple(torch.ones_like(t) if g is None else g for t, g in zip(of, given, strict=True))
                 return torch.autograd.graph._engine_run_backward(
-                    (args[0],), (one,), False, False, (), allow_unreachable=True, accumulate_grad=True
+                    of, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True
                 )
         inputs = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         on_device = any(t not in host for t in inputs)

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors import safe_open
 
+from shoal.checkpoint import store as store_module
 from shoal.checkpoint.load import load
 from shoal.checkpoint.saved import Saved, damage, listed
+from shoal.checkpoint.staging import Staging
 from shoal.checkpoint.store import CheckpointStore, Keep
 from shoal.errors import CheckpointError
 from shoal.launch.place import Place
 from shoal.parallel.mesh import Mesh
 from shoal.parallel.region import Part
 from tests.disks import small_disk
+from tests.rehearsal import DEVICE, Rehearsal
 from tests.world import World
 
 ALONE = Mesh(Place(), torch.device("cpu"))
@@ -171,6 +179,100 @@ def test_what_is_trained_on_meanwhile_is_not_what_is_saved(tmp_path: Path) -> No
     assert outcome.step == 4
     assert is_equal(listed(tmp_path)[0], 1)
     assert store.settle(store.serial, (1.0, 1.0, 0.0)) is None  # votes that come late are of nothing any more
+
+
+class Cuda:
+    """The calls of CUDA's runtime, each with the thread that made it; nothing is done."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, locks: bool = True) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self._locks = locks
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: self._call("set_device", device))
+
+    def _call(self, *call: Any) -> None:
+        self.calls.append((threading.current_thread().name, *call))
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        self._call("lock", address, size)
+        return 0 if self._locks else 2
+
+    def cudaHostUnregister(self, address: int) -> int:
+        self._call("unlock", address)
+        return 0
+
+    def event(self, *_: Any, **__: Any) -> mock.Mock:
+        event = mock.Mock(spec=["record", "synchronize"])
+        event.synchronize.side_effect = lambda: self._call("synchronize")
+        return event
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_memory_for_a_gpus_saves_is_locked_on_its_device_until_it_goes(
+    monkeypatch: pytest.MonkeyPatch, locks: bool
+) -> None:
+    cuda = Cuda(monkeypatch, locks=locks)
+    live = [torch.randn(5, 3), torch.arange(7, dtype=torch.int16), torch.randn(2, 2, dtype=torch.float64)]
+    with Rehearsal():
+        staging = Staging(live)
+    places = staging.places()
+    assert [(p.shape, p.dtype) for p in places] == [(t.shape, t.dtype) for t in live]
+    (_, _, device), (_, _, first, size) = cuda.calls
+    assert [call[:2] for call in cuda.calls] == [("staging", "set_device"), ("staging", "lock")]
+    assert device == DEVICE
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes) for p in places)
+    assert first <= spans[0][0]
+    assert spans[-1][1] <= first + size
+    assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans))
+    for place, tensor in zip(places, live, strict=True):
+        place.copy_(tensor)
+    assert all(torch.equal(place, tensor) for place, tensor in zip(places, live, strict=True))
+    del cuda.calls[:], places, place
+    gc.collect()
+    assert cuda.calls == []  # the next save takes the same memory
+    del staging
+    gc.collect()
+    assert [call[1:] for call in cuda.calls] == [("unlock", first)] * locks
+
+
+def test_memory_for_a_cpus_saves_is_not_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Cuda(monkeypatch)
+    assert len(Staging([torch.randn(3), torch.randn(2)]).places()) == 2
+    assert cuda.calls == []
+
+
+def test_a_save_from_a_gpu_waits_for_its_copies_in_its_own_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that was prepared is locked once and used by every save; each save's thread takes its device first."""
+    cuda, live = Cuda(monkeypatch), tensors(1)
+    with Rehearsal():
+        monkeypatch.setattr(torch.cuda, "Event", cuda.event)
+        store = store_in(tmp_path, Mesh(Place(), DEVICE))
+        store.prepare(parts(live))
+        for step in (1, 2):
+            assert store.save(parts(live), state(step)).ok
+    calls = [call[:2] for call in cuda.calls]
+    save = [("save", "set_device"), ("save", "synchronize")]
+    assert calls == [("staging", "set_device"), ("staging", "lock"), *save, *save]
+    assert {call[2] for call in cuda.calls if call[1] == "set_device"} == {DEVICE}
+    assert [s.step for s in listed(tmp_path)] == [1, 2]
+    assert all(is_equal(saved, 1) for saved in listed(tmp_path))
+
+
+def test_where_there_is_no_room_yet_a_save_asks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, asked = store_in(tmp_path), []
+
+    def full_at_first(live: Sequence[torch.Tensor]) -> Staging:
+        asked.append(len(live))
+        if len(asked) == 1:
+            raise MemoryError
+        return Staging(live)
+
+    monkeypatch.setattr(store_module, "Staging", full_at_first)
+    store.prepare(parts(tensors()))
+    assert is_equal(saved_in(store), 0)
+    assert asked == [5, 5]
 
 
 def fall_back(mesh: Mesh, folder: Path) -> tuple[int | None, list[str]]:

@@ -31,6 +31,7 @@ def test_a_run_says_what_it_does_and_leaves_what_it_should(place: Place) -> None
     assert len(steps) == 40
     assert re.match(r"step 40/40  loss \d\.\d{4}  lr 1.00e-02  norm .* tok/s  .* GiB  0s left", steps[-1])
     assert max(map(len, steps)) <= 80
+    assert len(re.findall(r"^\s*attention: the .* kernel", output, re.MULTILINE)) == 1  # of two processes
     after = output[output.index("bits per byte: ") :]
     assert re.search(
         r"runs/clean: 40 steps, 20,480 tokens in \d+s \([\d,]+ tokens/s in steps\)\nnext:\n  \S*shoal generate clean",

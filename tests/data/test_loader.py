@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,6 +122,29 @@ def test_closing_ends_the_thread_at_once(rows: Rows) -> None:
     assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="closed"):
         loader.next_step()
+
+
+@pytest.mark.parametrize("device", [torch.device("cuda", 1), torch.device("cpu")], ids=str)
+def test_the_thread_takes_its_processs_device_before_it_locks_memory(
+    rows: Rows, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """A thread's device is the first one until it says otherwise, and page-locking opens a context on it."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda asked: calls.append((thread_name(), "set_device", asked)))
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: (calls.append((thread_name(), "pin")), batch)[1])
+    loader = Loader(rows, seed=0, global_batch=4, micro_batch=2, dp_rank=0, dp_size=1, device=device)
+    batches = loader.next_step()
+    loader.close()
+    assert len(batches) == 2
+    if device.type == "cpu":
+        assert calls == []
+    else:
+        assert calls[:3] == [("loader", "set_device", device), ("loader", "pin"), ("loader", "pin")]
+        assert [call[1] for call in calls].count("set_device") == 1
+
+
+def thread_name() -> str:
+    return threading.current_thread().name
 
 
 @pytest.mark.parametrize(("global_batch", "micro_batch", "dp_size"), [(10, 4, 1), (8, 4, 3), (4, 8, 1)])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shoal.infer.generate import generate
+from shoal.launch.place import Place
 from shoal.models.attention import (
     KERNELS,
     attend,
@@ -19,6 +23,10 @@ from shoal.models.attention import (
     repeat_heads,
     take_deterministic_kernels,
 )
+from shoal.parallel.mesh import Mesh
+from shoal.train import assemble as assembling
+from tests.parallel.layouts import config_of
+from tests.rehearsal import Rehearsal
 
 from .hf_weights import random_pair
 from .shapes import LLAMA
@@ -53,6 +61,43 @@ def test_repeated_heads_are_grouped_heads(masked: bool) -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Attention by its definition in float64, one query head after another."""
+    q, k, v, each = q.double(), k.double(), v.double(), q.shape[2] // k.shape[2]
+    heads = []
+    for head in range(q.shape[2]):
+        scores = q[:, :, head] @ k[:, :, head // each].transpose(1, 2) / q.shape[-1] ** 0.5
+        heads.append(scores.masked_fill(~seen, float("-inf")).softmax(-1) @ v[:, :, head // each])
+    return torch.cat(heads, -1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "masked", "key_heads"),
+    [(torch.bfloat16, True, 6), (torch.float32, True, 6), (torch.float32, False, 6), (torch.bfloat16, False, 2)],
+)
+def test_on_cuda_grouped_heads_are_repeated_where_no_fused_kernel_takes_them(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, masked: bool, key_heads: int
+) -> None:
+    """What torch gets from `attend` for tensors of a CUDA device that is played, and that the result is attention's."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 32, heads, 8, generator=generator).to(dtype) for heads in (6, 2, 2))
+    mask = document_mask(torch.arange(32).expand(2, -1) // 9) if masked else None
+    given: list[Any] = []
+    torchs = F.scaled_dot_product_attention
+
+    def spy(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        given.append((q.shape[1], k.shape[1], v.shape[1], options["enable_gqa"], q.dtype))
+        return torchs(q, k, v, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    with Rehearsal():
+        out = attend(q, k, v, mask)
+    assert given == [(6, key_heads, key_heads, key_heads != 6, dtype)]
+    seen = torch.ones(32, 32, dtype=torch.bool).tril() if mask is None else mask[:, 0]
+    within = 1e-5 if dtype == torch.float32 else 0.03
+    torch.testing.assert_close(out.double(), written_out(q, k, v, seen), rtol=within, atol=within)
 
 
 @pytest.mark.parametrize(("dropout", "kernel"), [(0.0, SDPBackend.FLASH_ATTENTION), (0.1, SDPBackend.MATH)])
@@ -94,6 +139,48 @@ def test_a_bitwise_run_is_strict_and_what_cannot_is_named() -> None:
     finally:
         torch.use_deterministic_algorithms(False)
     assert not_deterministic(RuntimeError("out of memory")) == ""
+
+
+# What torch says where cuBLAS runs without its variable; a build for the CPU alone cannot be made to say it.
+CUBLAS = (
+    "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
+    "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses CuBLAS and "
+    "you have CUDA >= 10.2. To enable deterministic behavior in this case, you must set an environment variable before "
+    "running your PyTorch application: CUBLAS_WORKSPACE_CONFIG=:4096:8 or CUBLAS_WORKSPACE_CONFIG=:16:8. For more "
+    "information, go to https://docs.nvidia.com/cuda/cublas/index.html#results-reproducibility"
+)
+
+
+def test_cublas_without_its_variable_is_named() -> None:
+    assert "CUBLAS_WORKSPACE_CONFIG=:4096:8" in not_deterministic(RuntimeError(CUBLAS))
+
+
+@pytest.mark.parametrize(
+    ("device", "repro", "strict"), [("cuda", "bitwise", True), ("cuda", "fast", False), ("cpu", "bitwise", False)]
+)
+def test_a_run_asks_for_strict_determinism_on_cuda_where_it_is_bitwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, repro: str, strict: bool
+) -> None:
+    """Seen when the model is about to be built: nothing of it has run before."""
+    seen = []
+
+    class Enough(Exception):
+        """The device is not there: the model cannot be built on it."""
+
+    def look(*_: Any, **__: Any) -> None:
+        seen.append(
+            (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+        )
+        raise Enough
+
+    monkeypatch.setattr(assembling, "build_model", look)
+    config = config_of(tmp_path, "strict", train__repro=repro)
+    try:
+        with pytest.raises(Enough):
+            assembling.assemble(config, Mesh(Place(), torch.device(device)), lambda text: None)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [(strict, False)]
 
 
 def test_decoding_plans_for_no_length() -> None:

@@ -18,7 +18,7 @@ from shoal.config import Config
 from shoal.errors import LaunchError
 from shoal.launch.place import LOCKED_BY, Place
 from shoal.parallel import mesh as mesh_module
-from shoal.parallel.mesh import Mesh, choose_device, open_mesh
+from shoal.parallel.mesh import Mesh, choose_device, is_lost_peer, open_mesh
 from shoal.train.loop import Run
 from tests.parallel.layouts import NeverStop, config_of
 from tests.world import World
@@ -111,3 +111,37 @@ def test_two_processes_on_one_device_are_said_in_a_line(monkeypatch: pytest.Monk
     with pytest.raises(LaunchError, match="--gpus-per-task=1"), open_mesh("cuda", 9.0, Config().parallel):
         pass
     assert init.call_args.kwargs["device_id"] == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "is_lost"),
+    [
+        (
+            "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, remote process exited or there was a "
+            "network error, NCCL version 2.27.5\nncclRemoteError: A call failed possibly due to a network error or a remote "
+            "process exiting prematurely.\nLast error:\nsocketProgress: Connection closed by remote peer",
+            True,
+        ),
+        (
+            "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+            True,
+        ),
+        ("NCCL communicator was aborted on rank 1. Original reason for failure was: watchdog timeout", True),
+        ("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:40112", True),
+        ("[gloo/transport/tcp/pair.cc:525] Read error [127.0.0.1]:40112: Connection reset by peer", True),
+        ("[gloo/transport/tcp/pair.cc:301] Write error [127.0.0.1]:40112: Broken pipe", True),
+        ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation to complete", True),
+        (
+            "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.27.5\nncclUnhandledCudaError: ...",
+            False,
+        ),
+        ("NCCL error in: NCCLUtils.cpp:77, invalid usage, NCCL version 2.27.5\nDuplicate GPU detected", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_words_that_say_another_process_has_gone(monkeypatch: pytest.MonkeyPatch, words: str, is_lost: bool) -> None:
+    """NCCL's cannot be had here, so they are those that torch's and NCCL's sources print; where no group is open none counts."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    assert is_lost_peer(RuntimeError(words)) is is_lost
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    assert not is_lost_peer(RuntimeError(words))

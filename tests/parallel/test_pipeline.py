@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -221,6 +222,44 @@ def test_evaluates_between_steps(world: Callable[[int], World], schedule: Schedu
 @pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zbv"])
 def test_evaluates_on_four_processes(world: Callable[[int], World], schedule: Schedule) -> None:
     world(4).run(evaluates, schedule, True)
+
+
+def messages_of_an_evaluation(mesh: Mesh, schedule: Schedule, count: int) -> list[list[str]]:
+    """The batches of messages that an evaluation of `count` micro-batches hands to torch, each by its directions."""
+    axis = laid_out(mesh, dp_replicate=1, pp=mesh.world_size).axis("pp")
+    held = stages_per_rank(schedule, None)
+    shape = shape_of("gpt2", False, axis.size * held)
+    stages = cut(new_model(shape), axis, schedule, held)
+    give_weights(stages)
+    made = pipeline_of(stages, axis, schedule, 2 * axis.size, Scaled())
+    sent: list[list[str]] = []
+    torchs = dist.batch_isend_irecv
+
+    def spy(ops: list[dist.P2POp]) -> list[dist.Work]:
+        sent.append(sorted(op.op.__name__ for op in ops))
+        return torchs(ops)
+
+    with mock.patch.object(dist, "batch_isend_irecv", spy):
+        made.evaluate(batches_of(count, 5))
+    return sent
+
+
+def test_messages_of_one_slot_go_out_together(world: Callable[[int], World]) -> None:
+    """
+    Four stages dealt round to two processes, three micro-batches. By hand, a column for each slot:
+
+        stage 0   1 2 . . 3 . . .
+        stage 1   . 1 2 . . 3 . .
+        stage 2   . . 1 2 . . 3 .
+        stage 3   . . . 1 2 . . 3
+
+    Stages 0 and 2 are the first process's. Each output but the last stage's is a message, sent in the slot that makes it.
+    """
+    way, back, both = ["isend"], ["irecv"], ["irecv", "isend"]
+    assert world(2).run(messages_of_an_evaluation, "interleaved_1f1b", 3) == [
+        [way, both, both, way, way, back, way],
+        [back, both, both, back, back, way, back],
+    ]
 
 
 def shards(mesh: Mesh, schedule: Schedule, reshard: bool) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shoal.checkpoint.saved import listed
+from shoal.checkpoint.store import CheckpointStore
 from shoal.config import Config
 from shoal.errors import RunError
 from shoal.fault.inject import PLAN
@@ -57,6 +59,23 @@ def damaged(folder: Path, step: int) -> None:
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
+
+
+@pytest.mark.parametrize(("device", "prepared"), [("cuda", ["checkpoints"]), ("cpu", [])])
+def test_on_a_gpu_memory_for_saves_on_disk_is_asked_for_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, prepared: list[str]
+) -> None:
+    """Not that of the fast place: whether there is room is seen at the first save there."""
+    asked: list[tuple[str, bool]] = []
+    with opened(config_in(tmp_path, "prepared")) as run:
+        monkeypatch.setattr(
+            CheckpointStore,
+            "prepare",
+            lambda store, parts: asked.append((store.folder.name, list(parts) == list(run.state.tensors()))),
+        )
+        monkeypatch.setattr(run.saving, "mesh", Mesh(ALONE.place, torch.device(device)))
+        run.saving.prepare(run.state)
+    assert asked == [(name, True) for name in prepared]
 
 
 @pytest.mark.parametrize("phase", [pytest.param("data", marks=pytest.mark.ci), "optimizer"])

@@ -61,6 +61,18 @@ def test_a_run_that_reads_late_is_the_same_run(tmp_path: Path, monkeypatch: pyte
     ]
 
 
+@pytest.mark.parametrize(
+    ("device", "hang_seconds", "strict"), [("cuda", None, True), ("cpu", None, False), ("cpu", 30.0, True)]
+)
+def test_a_late_step_is_a_hang_where_the_host_only_waits_for_its_device(
+    device: str, hang_seconds: float | None, strict: bool
+) -> None:
+    """A host that waits for a GPU looks as if it worked, so a launcher must not take work for life; a CPU's does work."""
+    heartbeat = Heartbeat.open(Launch(hang_seconds=hang_seconds))
+    DeviceProgress(torch.device(device), heartbeat)
+    assert heartbeat.strict is strict
+
+
 def test_a_real_moment_is_when_it_was_made_on_a_cpu() -> None:
     first, second = Moment(torch.device("cpu")), Moment(torch.device("cpu"))
     assert first.has_come()

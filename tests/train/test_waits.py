@@ -33,6 +33,7 @@ PLANTED: dict[str, Callable[[Tensor], Any]] = {
     "equal": lambda x: torch.equal(x, x),
     "tensor": lambda x: torch.tensor([1.0], device=DEVICE),
     "masked_select": lambda x: torch.ops.aten.masked_select(x, x > 0),
+    "synchronize": lambda x: torch.cuda.synchronize(),
     "_local_scalar_dense": lambda x: torch.ops.aten._local_scalar_dense(x[0]),
 }
 
@@ -79,47 +80,64 @@ def waits_of_a_step(mesh: Mesh, config: Any, planted: str | None = None) -> list
         judge = run.guard.judge
         run.guard.judge = lambda loss, norm: (loss.tolist(), judge(loss, norm))[1]  # type: ignore[method-assign]
     if planted == "backward":
-        run.runnable.shards[0].parameter.register_post_accumulate_grad_hook(lambda p: p.grad.max().item())
+        # None: what a hook returns is taken for a gradient
+        run.runnable.shards[0].parameter.register_post_accumulate_grad_hook(lambda p: (p.grad.max().item(), None)[1])
     batches, rehearsal = run.loader.next_step(), Rehearsal()
     for batch in batches:
         rehearsal.mark_host([batch.tokens, batch.labels, batch.positions, batch.document_ids])
     device, run.runnable.mesh.device = run.runnable.mesh.device, DEVICE
-    with rehearsal as waits:
-        step(2, batches)
-    run.runnable.mesh.device = device
-    run.close()
+    try:
+        with rehearsal as waits:
+            step(2, batches)
+    finally:  # the mesh is other tests', too
+        run.runnable.mesh.device = device
+        run.close()
     return waits
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+STEPS: dict[str, tuple[int, dict[str, Any]]] = {  # processes, options
+    "plain": (1, {}),
+    "muon": (1, {"optim__name": "muon", "model__qk_norm": False}),
+    "recompute": (1, {"train__activation_checkpointing": "full"}),
+    "dropout": (1, {"family": "gpt2", "model__dropout": 0.1}),
+    "ddp": (2, {}),
+    "fsdp": (2, {"parallel__dp_shard": 2}),
+    "tp": (2, {"parallel__tp": 2}),
+    "cp": (2, {"parallel__cp": 2}),
+    "pp": (2, {"parallel__pp": 2}),
+}
+SLOW = {("tp", "bfloat16"), ("cp", "bfloat16")}  # two seconds each
+
+
 @pytest.mark.parametrize(
-    ("processes", "options"),
+    ("kind", "dtype"),
     [
-        (1, {}),
-        (1, {"optim__name": "muon", "model__qk_norm": False}),
-        (2, {}),
-        (2, {"parallel__dp_shard": 2}),
+        pytest.param(kind, dtype, marks=[pytest.mark.ci] if (kind, dtype) in SLOW else [])
+        for kind in STEPS
+        for dtype in ("float32", "bfloat16")
     ],
-    ids=["plain", "muon", "ddp", "fsdp"],
 )
-def test_a_step_waits_for_nothing(
-    world: Callable[[int], World], tmp_path: Path, processes: int, options: dict[str, Any], dtype: str
-) -> None:
+def test_a_step_waits_for_nothing(world: Callable[[int], World], tmp_path: Path, kind: str, dtype: str) -> None:
+    processes, options = STEPS[kind]
     config = config_of(tmp_path, "waits", train__dtype=dtype, train__global_batch=4, optim__clip_norm=1.0, **options)
     found = world(processes).run(waits_of_a_step, config) if processes > 1 else [waits_of_a_step(ALONE, config)]
     assert found == [[]] * processes
 
 
 @pytest.mark.parametrize(
-    ("planted", "found"),
-    [("judge", ("tolist", "step.train_step")), ("backward", ("item", "apply._in_turns"))],
+    ("kind", "planted", "found"),
+    [
+        ("fsdp", "judge", [("tolist", "step.train_step")]),
+        ("fsdp", "backward", [("item", "apply._in_turns")]),
+        ("pp", "backward", [("item", "pipeline.backward_one_chunk")] * 2),  # for each micro-batch
+    ],
 )
 def test_a_wait_inside_of_a_step_is_found(
-    world: Callable[[int], World], tmp_path: Path, planted: str, found: tuple[str, str]
+    world: Callable[[int], World], tmp_path: Path, kind: str, planted: str, found: list[tuple[str, str]]
 ) -> None:
-    config = config_of(tmp_path, planted, train__global_batch=2, parallel__dp_shard=2)
+    config = config_of(tmp_path, planted, train__global_batch=2, **STEPS[kind][1])
     for waits in world(2).run(waits_of_a_step, config, planted):
-        assert [(wait.kind, wait.where) for wait in waits] == [found]
+        assert [(wait.kind, wait.where) for wait in waits] == found
 
 
 def test_a_record_waits_for_the_step_before_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

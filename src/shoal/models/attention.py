@@ -115,9 +115,18 @@ def take_deterministic_kernels() -> None:
 
 
 def not_deterministic(error: RuntimeError) -> str:
-    """The operator that `take_deterministic_kernels` made raise `error`; "" where it is about something else."""
+    """
+    Name the operator that `take_deterministic_kernels` made raise `error`; "" where the error is about something else.
+
+    cuBLAS has its own words: it is deterministic only with a workspace of fixed size, which it reads from the environment
+    once. Our launchers set it; a worker that something else started may lack it.
+    """
     name, found, _ = str(error).partition(" does not have a deterministic implementation")
-    return name if found else ""
+    if found:
+        return name
+    if str(error).startswith("Deterministic behavior was enabled") and "CUBLAS_WORKSPACE_CONFIG" in str(error):
+        return "cuBLAS without CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
+    return ""
 
 
 @contextlib.contextmanager
