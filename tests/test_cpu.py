@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +95,20 @@ def test_a_containers_share_of_time_counts_as_cores(
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
     assert cpu.count_cores() == cores
+
+
+ON_ONE_CORE = """
+import os, sys
+from shoal.cpu import count_cores
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+print(count_cores(), "torch" in sys.modules)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not bind processes to cores")
+def test_one_core_that_a_process_is_bound_to_is_one() -> None:
+    done = subprocess.run([sys.executable, "-c", ON_ONE_CORE], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "False"]
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ which it got.
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +19,13 @@ import torch
 import yaml
 
 from shoal.parallel.recompute import CACHE, separate_cache
-from tests.cli.commands import clean_environment
+from tests.cli.commands import Place, clean_environment
 
 ROOT = Path(__file__).parents[1]
+CPU = "--train.device=cpu"  # also on a machine with a GPU
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+INFO = Path("/proc/cpuinfo")
+SLOW = "no bfloat16 instructions"
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 KINDS = pytest.mark.parametrize(
     ("told", "capability"),
@@ -43,7 +48,7 @@ from shoal.train.settle import describe_slow_bfloat16, settle_dtype
 cpu = torch.device("cpu")
 print(json.dumps({
     "capability": torch.backends.cpu.get_cpu_capability(), "sets": instruction_sets(), "quick": multiplies_bfloat16(),
-    "torch": torch.ops.mkldnn._is_mkldnn_bf16_supported(), "auto": settle_dtype("auto", Mesh(Place(), cpu)),
+    "torch": getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: None)(), "auto": settle_dtype("auto", Mesh(Place(), cpu)),
     "slow": describe_slow_bfloat16(cpu),
 }))
 """
@@ -57,11 +62,14 @@ def test_auto_is_settled_by_the_instructions(told: dict[str, str], capability: s
     found = json.loads(done.stdout)
     assert found["capability"] == capability
     assert found["sets"].split(", ")[0] == capability
-    assert found["torch"] or not found["quick"]  # what torch asks of its own libraries
+    if found["torch"] is not None:  # a build without oneDNN has nobody to ask
+        assert found["torch"] or not found["quick"]  # what torch asks of its own libraries
     assert found["quick"] or found["auto"] == "float32"
     if told:
         assert not found["quick"]
         assert "train.dtype" in found["slow"]
+        [times] = re.findall(r"takes (\d+) times as long", found["slow"])
+        assert int(times) >= 5  # seen: several tens
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +94,7 @@ def shoal(folder: Path, *arguments: str, **told: str) -> str:
 def test_the_quickstart_begins(told: dict[str, str], capability: str, folder: Path) -> None:
     """Its first 20 steps learn, in the dtype that is settled, and the run says on what it was taken."""
     name = capability if told else "native"
-    options = ("--train.steps=20", "--optim.warmup_steps=5", "--train.sample_tokens=1", "--metrics.every=1")
+    options = (CPU, "--train.steps=20", "--optim.warmup_steps=5", "--train.sample_tokens=1", "--metrics.every=1")
     shoal(folder, "train", str(ROOT / "recipes" / "quickstart.yaml"), "--name", name, *options, **told)
     run = folder / "runs" / name
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -106,25 +114,43 @@ def test_the_quickstart_begins(told: dict[str, str], capability: str, folder: Pa
 def test_speed_is_measured(told: dict[str, str], capability: str, folder: Path) -> None:
     """Beside a product, of which no step takes more than all; no MFU, since nobody knows the peak."""
     recipe = str(ROOT / "recipes" / "quickstart.yaml")
-    found = json.loads(
-        shoal(
-            folder,
-            "bench",
-            "speed",
-            recipe,
-            "--repeats",
-            "1",
-            "--train.steps=6",
-            "--optim.warmup_steps=0",
-            "--json",
-            **told,
-        )
-    )
+    options = (CPU, "--repeats=1", "--train.steps=6", "--optim.warmup_steps=0", "--json")
+    found = json.loads(shoal(folder, "bench", "speed", recipe, *options, **told))
+    said = re.search(r"^cpu features +(.*)$", shoal(folder, "env", **told), re.MULTILINE)
+    assert said
+    assert said[1].split(", ")[0] == capability  # under the same variables
     ours = found["shoal"]
     assert not ours.get("mfu")
     assert 0 < ours["of_product"] <= 1
     assert ours["model"].startswith("llama")
     assert platform.system() != "Linux" or ours["device"].endswith("a process)")
+
+
+@pytest.mark.ci
+@KINDS
+def test_bfloat16_trains_where_it_is_slow_and_that_is_said_once(
+    told: dict[str, str], capability: str, tmp_path: Path
+) -> None:
+    """Its first loss is float32's but for rounding; the kernel says whether this CPU has the instructions."""
+    place = Place(tmp_path)
+    first = {}
+    for dtype in ("float32", "bfloat16"):
+        options = (CPU, f"--train.dtype={dtype}", "--train.steps=3", "--processes=1")
+        output = place.good("train", "recipe.yaml", "--name", dtype, *options, **told)
+        losses = [loss for _, loss, _ in place.losses(dtype)]
+        assert len(losses) == 3
+        assert all(map(math.isfinite, losses))
+        first[dtype] = losses[0]
+        assert place.event_lines(dtype)[0]["machine"]["instructions"].split(", ")[0] == capability
+        if dtype == "float32":
+            assert SLOW not in output
+        elif told:
+            assert output.count(SLOW) == 1
+        elif INFO.is_file():
+            natively = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", INFO.read_text())
+            assert output.count(SLOW) == (0 if natively else 1)
+    # bfloat16 has 8 bits: 1/256 for each rounding, of which a mean over 512 tokens has little left
+    assert first["bfloat16"] == pytest.approx(first["float32"], rel=1 / 256)
 
 
 COMPILED = """

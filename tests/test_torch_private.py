@@ -9,20 +9,33 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
+from scripts import test_torch
+from torch.distributed.fsdp import FSDPModule
 
 from shoal import torch_private
 from shoal.bench.environment import describe
+from shoal.config import Model
 from shoal.errors import LaunchError
+from shoal.fault.compiling import told_of_compilations
+from shoal.models.hf import HuggingFaceModel
+from shoal.parallel import recompute
+from shoal.parallel.apply import parallelize
+from shoal.parallel.recompute import checkpointed, set_activation_budget
+from shoal.parallel.ring import Ring
+from shoal.parallel.shard import ShardedGradients
 from shoal.refusals import refusals
-from shoal.torch_private import PRIVATE, TESTED, Private, exists, is_tested, minor, require, version_notes
+from shoal.torch_private import PRIVATE, TESTED, Feature, Private, exists, is_tested, minor, require, version_notes
 from tests.cli.commands import Place, clean_environment
 from tests.parallel.layouts import config_of
+from tests.parallel.matrix import cover
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "shoal"
@@ -157,16 +170,101 @@ def test_a_missing_one_says_which_feature_and_what_to_do(monkeypatch: pytest.Mon
             assert word in str(caught.value)
 
 
+def _sharded_gradients() -> None:
+    ShardedGradients(Mock(spec=FSDPModule), Mock(), Mock(), Mock())
+
+
+def _told_of_compilations() -> None:
+    with told_of_compilations(Mock(), compiles=True):
+        pass
+
+
+# What a run calls where it comes to need a feature, by the function of shoal's that asks for it. Where the question is
+# gone, these go on, or fall over what is missing: no `LaunchError`.
+ASKED: dict[tuple[str, str, Feature], Callable[[], object]] = {
+    ("fault/compiling.py", "told_of_compilations", "compile"): _told_of_compilations,
+    ("parallel/recompute.py", "set_activation_budget", "compile"): lambda: set_activation_budget(1.0),
+    ("parallel/recompute.py", "_kept_operators", "selective"): lambda: checkpointed(Mock(), "selective"),
+    ("parallel/ring.py", "__init__", "ring"): lambda: Ring(Mock()),
+    ("parallel/shard.py", "__init__", "bitwise_shards"): _sharded_gradients,
+    ("parallel/apply.py", "parallelize", "train"): lambda: parallelize(
+        Mock(), Mock(), parallel=Mock(), train=Mock(), data=Mock(), weights=Mock(), say=Mock()
+    ),
+    ("models/hf.py", "__init__", "hf"): lambda: HuggingFaceModel(Model(), torch.float32),
+}
+
+
+@pytest.mark.parametrize("place", ASKED, ids=lambda place: f"{place[0]} {place[2]}")
+def test_a_feature_asks_before_it_is_used(place: tuple[str, str, Feature], monkeypatch: pytest.MonkeyPatch) -> None:
+    recompute._kept_operators.cache_clear()
+    private = PRIVATE[place[2]]
+    gone = Private(private.feature, ("torch:_gone",), private.instead)
+    monkeypatch.setitem(PRIVATE, place[2], gone)
+    with pytest.raises(LaunchError, match=r"uses torch\._gone"):
+        ASKED[place]()
+
+
+def test_every_place_that_asks_is_tried() -> None:
+    """Also those of features to come; `launch` is tried below, by a process that it ends."""
+    found = {
+        (path.relative_to(SOURCE).as_posix(), function.name, call.args[0].value)  # type: ignore[attr-defined]
+        for path, tree in trees().items()
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for call in ast.walk(function)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "require"
+    }
+    assert found == {*ASKED, ("launch/torchrun.py", "launch", "processes")}
+    needed = {feature for feature, private in PRIVATE.items() if not private.optional}
+    assert {feature for _, _, feature in found} == needed
+
+
 def test_the_range_is_the_one_that_is_declared_and_documented() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     [torch] = [line for line in project["dependencies"] if line.startswith("torch>")]
     major, last = minor(TESTED[-1])
     assert torch == f"torch>={'.'.join(map(str, minor(TESTED[0])))},<{major}.{last + 1}"
-    rows = re.findall(r"^\| (\d+\.\d+\.\d+) \|", (ROOT / "docs" / "SETUP.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert rows == list(TESTED)
-    assert (
-        re.search(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)[1] in TESTED
-    )  # type: ignore[index]
+    lines = (ROOT / "docs" / "SETUP.md").read_text(encoding="utf-8").splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    [header] = [row for row in table if row[0] == "torch" and row[1:2] == ["names"]]
+    assert header == ["torch", *test_torch.PARTS, test_torch.QUICKSTART]
+    rows = [row for row in table if re.fullmatch(r"\d+\.\d+\.\d+", row[0])]
+    assert [row[0] for row in rows] == list(TESTED)
+    assert all(len(row) == len(header) and all(row) for row in rows)
+    pinned = re.search(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert pinned
+    assert pinned[1] in TESTED
+
+
+@pytest.mark.parametrize("part", [part for part, words in test_torch.PARTS.items() if "-k" in words])
+def test_what_a_part_selects_is_there(part: str) -> None:
+    """Else a test that gets another name is left out of the part without a word."""
+    words = test_torch.PARTS[part]
+    files = [(ROOT / word).read_text(encoding="utf-8") for word in words if word.endswith(".py")]
+    functions = [f.name for text in files for f in ast.walk(ast.parse(text)) if isinstance(f, ast.FunctionDef)]
+    names = [name for name in functions if name.startswith("test_")]
+    if "tests/parallel/test_matrix.py" in words:  # its tests are named by their cells
+        names += [str(cell) for cell in cover()]
+    for word in re.split(r" or | and |not ", words[words.index("-k") + 1]):
+        assert not word or any(word in name for name in names), word
+
+
+@pytest.mark.parametrize(
+    ("code", "last", "fine", "said"),
+    [
+        (0, "== 3 passed in 1.00s ==", True, "3 of 3"),
+        (0, "== 3 passed, 2 skipped in 1.00s ==", True, "3 of 3, 2 skipped"),
+        (0, "== 5 skipped in 1.00s ==", False, "0 of 0, 5 skipped"),
+        (1, "== 1 failed, 3 passed in 1.00s ==", False, "3 of 4"),
+        (5, "== 9 deselected in 1.00s ==", False, "0 of 0 (exit code 5)"),
+    ],
+)
+def test_a_part_passes_where_a_test_passed_and_none_failed(
+    code: int, last: str, fine: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(test_torch, "call", lambda *args: (code, f"a line\n{last}\n"))
+    outcome = test_torch.tests("names", Path("python"), tmp_path)
+    assert (outcome.fine, outcome.said) == (fine, said)
 
 
 @pytest.mark.parametrize("version", [*TESTED, "2.13.7", "2.13.0a0"])

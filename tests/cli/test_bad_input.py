@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from shoal.config import Config
+from shoal.cpu import count_cores
 from shoal.errors import LaunchError
 from shoal.launch.torchrun import plan_processes
 from tests.cli.commands import Place, clean_environment
 from tests.disks import small_disk
+
+TOO_MANY = 4 * count_cores() + 1
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +118,7 @@ def test_others_that_never_come(place: Place) -> None:
         (["prepare", "recipe.yaml", "--data.corpus", "text"], "a text corpus needs data.paths"),
         (["train", "recipe.yaml", "--parallel.dp_replicate", "4"], "parallel.dp_replicate 4 needs 4 processes, launch.processes is 2"),
         (["train", "recipe.yaml", "--processes", "8", "--train.micro_batch", "4"], "4 micro-batches, fewer than the 8 data-parallel processes of launch.processes 8; launch.processes 4, or train.global_batch 32, or train.micro_batch 2 would do"),
-        (["train", "recipe.yaml", "--processes", "64", "--train.global_batch", "128"], "64 processes on"),
+        (["train", "recipe.yaml", "--processes", str(TOO_MANY), "--train.global_batch", str(2 * TOO_MANY)], f"{TOO_MANY} processes on"),
         (["train", "recipe.yaml", "--train.device", "cuda"], "there is no CUDA device"),
         (["train", "recipe.yaml", "--train.dtype", "float16"], "which multiplies it a thousand times slower"),
         (["train", "recipe.yaml", "--data.seq_len", "65"], "data.seq_len 65 is longer than model.max_seq_len 64"),

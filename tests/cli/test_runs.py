@@ -87,11 +87,17 @@ def test_the_same_command_again_is_at_the_end_and_more_steps_go_on(place: Place)
     assert all(path.read_bytes() == content for path, content in files.items())
     assert "bits may differ" not in again
     events = place.folder / "runs" / "clean" / "events.jsonl"
-    events.write_text(events.read_text().replace(f'"torch":"{torch.__version__}"', '"torch":"1.0"'))
+    starts = place.event_lines("clean")
+    here = dict(starts[0]["machine"])
+    for line in starts:
+        if "machine" in line:  # as on another kind of CPU
+            line["machine"] |= {"processor": "Another", "instructions": "AVX", "torch": "1.0"}
+    events.write_text("".join(json.dumps(line) + "\n" for line in starts))
     longer = place.good(
         "train", "recipe.yaml", "--name", "clean", "--train.steps", "42", "--optim.lr=5e-3", "--launch.threads=2"
     )
-    assert f"bits may differ from here on: threads 1 -> 2, torch 1.0 -> {torch.__version__} since" in longer
+    differs = f"processor Another -> {here['processor']}, instructions AVX -> {here['instructions']}, threads 1 -> 2"
+    assert f"bits may differ from here on: {differs}, torch 1.0 -> {torch.__version__} since" in longer
     assert "launch.threads was" not in longer  # said once
     assert "optim.lr was 0.01 and is 0.005 from step 41 on" in longer
     assert "the constant schedule was planned for 40 steps and is now for 42" in longer

@@ -6,14 +6,18 @@ import json
 import signal
 import subprocess
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from shoal.config import Config
 from shoal.errors import EXIT_REQUEUE
-from shoal.fault.signals import STOPPING_SAID, stopping_said
+from shoal.fault.signals import GRACE_SECONDS, STOPPING_SAID, stopping_said
+from shoal.launch import agent
 from tests.cli.commands import Place, gone, wait_for, workers_of
 
-# Python reads this when it starts: a process that comes to the import of one module stands still there.
+# Python reads this when it starts: a process that comes to the import of one module stands still there, or to where the
+# dtype is measured.
 STANDS_STILL = """
 import importlib.abc, os, sys
 who, _, module = os.environ.get("STANDS_STILL", "").partition(":")
@@ -23,6 +27,9 @@ class Still(importlib.abc.MetaPathFinder):
             print("STANDS STILL", flush=True)
             os.read(os.pipe()[0], 1)
 if who == ("worker" if "RANK" in os.environ else "launcher"):
+    if module == "measuring":
+        from shoal.train import settle
+        settle.settle_dtype = lambda wanted, mesh: os.read(os.pipe()[0], 1)
     sys.meta_path.insert(0, Still())
 """
 TRAIN = ["train", "recipe.yaml", "--name"]
@@ -88,6 +95,22 @@ def test_while_something_is_imported_or_prepared(
     wait_for(process, "STANDS STILL")
     stop(process, number)
     assert process.returncode == code
+
+
+@pytest.mark.ci
+def test_while_the_device_is_measured(place: Place) -> None:
+    """A product in C that takes minutes, as one did: the worker is not back in Python to see the signal."""
+    process = place.start(*TRAIN, "measured", PYTHONPATH=str(place.folder), STANDS_STILL="worker:measuring")
+    wait_for(process, "measuring the device ...")
+    output = stop(process, signal.SIGTERM)
+    assert process.returncode == EXIT_REQUEUE
+    assert "before the first step" in output
+
+
+def test_what_has_nothing_to_save_has_less_than_two_seconds() -> None:
+    """The time it is given, and the launcher's pause between two looks at its workers."""
+    pause = agent._workers(Config().replace("launch", processes=2), [], Mock()).monitor_interval
+    assert GRACE_SECONDS + pause < 2
 
 
 @pytest.mark.parametrize(

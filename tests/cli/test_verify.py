@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 
 import pytest
@@ -29,7 +30,14 @@ def test_pass_ends_with_0_and_leaves_a_certificate(place: Place) -> None:
     found = _certificate(place)
     assert found["passed"] is True
     assert found["layout"] == "dp_shard 2"
-    assert found["facts"]["machine"]["torch"] == torch.__version__  # type: ignore[index]
+    machine = found["facts"]["machine"]  # type: ignore[index]
+    assert (machine["torch"], machine["python"]) == (torch.__version__, platform.python_version())
+    assert machine["threads"] == 1  # the recipe's
+    assert machine["instructions"].split(", ")[0] == torch.backends.cpu.get_cpu_capability()
+    assert machine["processor"]
+    for name, of_torch in (("mkl", "Math Kernel Library"), ("onednn", "MKL-DNN")):  # by torch's own account
+        version = re.search(rf"{of_torch}\D*([\d.]+)", torch.__config__.show())
+        assert machine.get(name) == (version[1] if version else None)
     assert found["config"]["parallel"]["dp_shard"] == 2  # type: ignore[index]
     kinds = [f["what"] for f in found["findings"]["float32"]]  # type: ignore[index]
     assert kinds == ["loss", "gradient norm", "gradient", "update"]

@@ -292,11 +292,22 @@ def test_a_config_of_a_tokenizer_that_is_not_known_has_amounts_too() -> None:
     assert "embedding" in next(iter(amounts(config)))
 
 
-def test_a_refusal_imports_nothing_that_is_slow() -> None:
-    code = (
-        "import sys\nfrom shoal.cli import main\n"
-        "try:\n    main(['train', 'quickstart', '--train.setps', '3'])\nexcept SystemExit as end:\n"
-        "    print(end.code, *(m for m in ('torch', 'rich', 'tokenizers', 'numpy', 'huggingface_hub') if m in sys.modules))\n"
+SLOW = ("torch", "rich", "tokenizers", "numpy", "huggingface_hub")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "slow"),
+    [
+        (["train", "quickstart", "--train.setps", "3"], 2, SLOW),
+        (["--help"], 0, (*SLOW, "pydantic", "psutil")),
+        (["train", "--help"], 0, SLOW),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_refusal_and_help_import_nothing_that_is_slow(arguments: list[str], code: int, slow: tuple[str, ...]) -> None:
+    program = (
+        f"import sys\nfrom shoal.cli import main\ntry:\n    main({arguments})\nexcept SystemExit as end:\n"
+        f"    print(end.code, *(m for m in {slow} if m in sys.modules), file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.split() == ["2"]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].split() == [str(code)]

@@ -46,6 +46,7 @@ def config(processes: int | None = None, threads: int | None = None, repro: str 
         (1, 1, 0.0, 1, False),
         (4, 2, 8.0, 4, False),
         (4, 2, 3.0, 4, True),  # typed, or the run's own
+        (8, 2, 8.0, 8, True),  # more than there are cores
     ],
 )
 def test_threads_are_the_cores_that_others_leave_free(
@@ -55,6 +56,7 @@ def test_threads_are_the_cores_that_others_leave_free(
     said: list[str] = []
     assert choose_threads(settled, processes, say=said.append) == threads
     assert len(said) == passive
+    assert all(("other programs" in line) == (free < 8) for line in said)
     assert (os.environ.get("OMP_WAIT_POLICY") == "PASSIVE") == passive
 
 
@@ -91,13 +93,14 @@ def test_a_policy_of_ones_own_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
+GENERATE = ["generate", "a-run", "--prompt", "a"]
 BUSY = """
 import sys
 from shoal.cli import build_parser
 from shoal.launch import torchrun
 from shoal.verbs import set_threads
 torchrun.count_cores, torchrun.free_cores = lambda: 8, lambda: 3.0
-set_threads(build_parser("generate").parse_args(["generate", "a-run", "--prompt", "a", *sys.argv[1:]]))
+set_threads(build_parser(sys.argv[1]).parse_args(sys.argv[1:]))
 import torch
 """
 
@@ -106,12 +109,15 @@ import torch
 @pytest.mark.parametrize(
     ("arguments", "own", "threads", "spins"),
     [
-        (["--threads", "5"], {}, "5", "0"),
-        pytest.param([], {}, "3", "0", marks=pytest.mark.ci),
-        pytest.param([], {"OMP_NUM_THREADS": "6"}, "6", "300000", marks=pytest.mark.ci),
+        ([*GENERATE, "--threads", "5"], {}, "5", "0"),
+        pytest.param(["eval", "a-run", "--threads", "5"], {}, "5", "0", marks=pytest.mark.ci),
+        pytest.param(GENERATE, {}, "3", "0", marks=pytest.mark.ci),
+        pytest.param(GENERATE, {"OMP_NUM_THREADS": "6"}, "6", "300000", marks=pytest.mark.ci),
     ],
 )
-def test_generate_sets_what_openmp_reads(arguments: list[str], own: dict[str, str], threads: str, spins: str) -> None:
+def test_generate_and_eval_set_what_openmp_reads(
+    arguments: list[str], own: dict[str, str], threads: str, spins: str
+) -> None:
     """Before torch is imported: OpenMP says itself what it has read."""
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
     done = subprocess.run(

@@ -86,9 +86,9 @@ def choose_threads(settled: int | None, processes: int = 1, *, say: Callable[[st
     """
     Return the CPU threads of a process: the `settled` ones, or its share of the cores that other programs leave free.
 
-    Where others use the cores now, `say` is told, and threads without work will sleep. Elsewhere they spin for some
-    milliseconds, as OpenMP has it: that is faster, but where another program has the core of one thread, the others burn
-    theirs, and all take ten to fifty times as long. To be called before torch is imported.
+    Where there are fewer free cores than threads, `say` is told, and threads without work will sleep. Elsewhere they spin
+    for some milliseconds, as OpenMP has it: that is faster, but where another program has the core of one thread, the
+    others burn theirs, and all take ten to fifty times as long. To be called before torch is imported.
     """
     cores = count_cores()
     share = max(1, cores // processes)
@@ -100,10 +100,11 @@ def choose_threads(settled: int | None, processes: int = 1, *, say: Callable[[st
     if room < max(threads, share):
         os.environ.setdefault(WAIT_POLICY, "PASSIVE")
         what = f"{threads} CPU thread{'s' * (threads > 1)} a process"
-        say(
-            f"other programs use {cores - free:.1f} of {cores} cores: "
-            + (f"{what} instead of {share}" if settled is None else f"{what}, asleep while they wait")
-        )
+        if room < share:
+            why = f"other programs use {cores - free:.1f} of {cores} cores"
+        else:  # more threads were asked for than there are cores, whatever others do
+            why = f"{processes} process{'es' * (processes > 1)} on {cores} core{'s' * (cores > 1)}"
+        say(f"{why}: {what}" + (f" instead of {share}" if settled is None else ", asleep while they wait"))
     return threads
 
 

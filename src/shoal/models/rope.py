@@ -71,6 +71,8 @@ class _Rotate(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
+    # Compiled too, unlike what `multiplied` avoids: the writes return views, and no operation but the product returned
+    # `out` itself. Seen with torch 2.11: the compiled gradients are eager's, with aot_eager and inductor alike.
     out = x * cos
     out[..., :half].addcmul_(second, sin, value=-sign)
     out[..., half:].addcmul_(first, sin, value=sign)
