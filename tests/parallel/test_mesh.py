@@ -106,7 +106,7 @@ def test_two_processes_on_one_device_are_said_in_a_line(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", mock.Mock())
     words = "NCCL error: invalid usage\nDuplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"
-    init = mock.Mock(side_effect=RuntimeError(words))
+    init = mock.Mock(side_effect=dist.DistBackendError(words))  # as NCCL raises it
     monkeypatch.setattr(dist, "init_process_group", init)
     with pytest.raises(LaunchError, match="--gpus-per-task=1"), open_mesh("cuda", 9.0, Config().parallel):
         pass

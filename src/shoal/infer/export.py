@@ -128,11 +128,9 @@ def _open_as_others_do(folder: ModelFolder, console: Console) -> None:
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ModelError(f"transformers {transformers.__version__} does not open this export ({why})") from error
     theirs = dict(model.named_parameters(remove_duplicate=False))
-    there = {
-        id(parameter) for name, parameter in theirs.items() if name in folder.tensors
-    }  # also by its other name, if tied
-    if missing := [name for name, parameter in theirs.items() if id(parameter) not in there]:
-        raise ModelError(f"transformers {transformers.__version__} needs {missing[0]}, which this export does not have")
+    there = {id(theirs[name]) for name in theirs.keys() & folder.tensors.keys()}  # one that is tied has two names
+    if missing := next((name for name, parameter in theirs.items() if id(parameter) not in there), None):
+        raise ModelError(f"transformers {transformers.__version__} needs {missing}, which this export does not have")
     for name, stored in folder.tensors.items():
         if name in theirs and tuple(theirs[name].shape) != tuple(stored.shape):
             raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import time
@@ -17,7 +18,7 @@ _NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LEAST = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1,
           "SLURM_PROCID": 0, "SLURM_NTASKS": 1, "SLURM_LOCALID": 0, "SLURM_NODEID": 0, "SLURM_NNODES": 1,
           "SLURM_NTASKS_PER_NODE": 1, "SLURM_STEP_NUM_TASKS": 1}  # fmt: skip
-_LAST_PORT = 65535
+_MOST = {"MASTER_PORT": 65535}
 # srun sets these in the tasks that it starts; a batch script has SLURM_PROCID 0 and SLURM_NTASKS, and none of them.
 _OF_A_STEP = ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_SRUN_COMM_HOST")
 
@@ -170,15 +171,13 @@ def _check_slurm() -> None:
 
 
 def _numbers() -> None:
-    """Raise `LaunchError` for each variable that is there and no number, or too small a one."""
+    """Raise `LaunchError` for each variable that is there and no number, or too small or large a one."""
     wrong = [
-        f"{name} is {os.environ[name]!r}, not an integer of at least {least}"
+        f"{name} is {said!r}, not an integer of at least {least}" + f" and at most {_MOST.get(name)}" * (name in _MOST)
         for name, least in _LEAST.items()
-        if name in os.environ and not (_is_integer(os.environ[name]) and int(os.environ[name]) >= least)
+        if (said := os.environ.get(name)) is not None
+        and not (_is_integer(said) and least <= int(said) <= _MOST.get(name, math.inf))
     ]
-    port = os.environ.get("MASTER_PORT", "1")
-    if _is_integer(port) and int(port) > _LAST_PORT:
-        wrong.append(f"MASTER_PORT is {port}, and ports end at {_LAST_PORT}")
     if wrong:
         raise LaunchError("; ".join(wrong) + "; a launcher sets these: leave them to it, or unset them")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +14,7 @@ from torch.distributed import distributed_c10d
 
 from shoal.config import Parallel
 from shoal.errors import LaunchError
-from shoal.launch.place import Place, is_launched, read_place
+from shoal.launch.place import Place, describe_place, is_launched, read_place
 from shoal.layout import Layout, find_layout
 from shoal.parallel.store import open_store, stay_on_loopback
 
@@ -222,12 +221,10 @@ def _join(place: Place, device: torch.device, timeout: timedelta) -> None:
             device_id=device if device.type == "cuda" else None,
         )
     except RuntimeError as error:
-        if isinstance(error, dist.DistError) and not is_launched():
-            env = os.environ
+        if isinstance(error, dist.DistStoreError | dist.DistNetworkError) and not is_launched():
             raise LaunchError(
-                f"rank {place.rank} of {place.world_size} waited {timeout.total_seconds():.0f} s at {env.get('MASTER_ADDR')}:"
-                f"{env.get('MASTER_PORT')} (MASTER_ADDR, MASTER_PORT) for the others, and not all came: start shoal once for "
-                "each of RANK 0 to WORLD_SIZE - 1, or unset these variables"
+                f"{describe_place()}: after {timeout.total_seconds():.0f} s not all had come; start shoal once for each of "
+                "RANK 0 to WORLD_SIZE - 1, or unset these variables"
             ) from error
         if "Duplicate GPU detected" not in str(error):
             raise

@@ -58,8 +58,7 @@ def finish(run: Run, stopped: bool) -> None:
         run.console.note(run.records.goodput())
         if saved.ok:
             say_what_next(run.config, run.folder, run.val, run.console)
-    else:
-        run.heartbeat.outside("end")
+    run.heartbeat.outside("end")
     run.mesh.barrier()
     if not saved.ok:
         newest = _newest(run)
