@@ -25,13 +25,13 @@ import torch.multiprocessing as mp
 
 from shoal.bench.environment import describe
 from shoal.bench.memory import allocated_bytes
-from shoal.config import Config, Data, Model, Optim, Parallel, Train
+from shoal.config.layout import find_layout
+from shoal.config.options import Config, Data, Model, Optim, Parallel, Train
 from shoal.data.loader import Batch
-from shoal.launch.place import Place
-from shoal.layout import find_layout
-from shoal.parallel.mesh import Mesh
-from shoal.train.assemble import assemble
-from shoal.train.step import train_step
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.place import Place
+from shoal.training.assemble import assemble
+from shoal.training.step import train_step
 
 SHAPE = Model(family="llama", dim=384, num_layers=6, num_heads=6, vocab_size=257, max_seq_len=256)  # 10.8M
 SEQ_LEN, WARM_UP = 256, 2

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 import transformers
 
-from shoal.infer.generate import generate
 from shoal.infer.load import load_folder
+from shoal.models.generate import generate
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-10m": {

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from shoal.metrics.trackers import read_json_lines
+from shoal.run.events import read_json_lines
 
 
 def last_step(run: Path) -> int:

@@ -25,15 +25,15 @@ import torch.multiprocessing as multiprocessing
 from safetensors.torch import save_file
 
 from shoal.checkpoint.convert import to_hugging_face
-from shoal.config import Data, Model, Parallel, Train
+from shoal.config.layout import Layout
+from shoal.config.options import Data, Model, Parallel, Train
+from shoal.config.presets import resolve_shape
 from shoal.hub.shape import read_model, write_shape
-from shoal.launch.place import Place
-from shoal.layout import Layout
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.place import Place
 from shoal.models.build import Fill, build_model, initialize
 from shoal.parallel.apply import parallelize
-from shoal.parallel.mesh import Mesh
-from shoal.presets import resolve_shape
-from shoal.train.assemble import folder_weights
+from shoal.training.assemble import folder_weights
 
 SHAPE = Model(
     vocab_size=32_000, dim=1024, num_heads=16, num_kv_heads=8, ffn_dim=2816, num_layers=22, max_seq_len=2048,

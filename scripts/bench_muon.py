@@ -17,13 +17,13 @@ from collections.abc import Callable
 import torch
 
 from shoal.bench.environment import describe
-from shoal.config import Model
+from shoal.config.options import Model
+from shoal.config.presets import PRESETS
+from shoal.mesh.mesh import Axis
+from shoal.mesh.region import Region, Shard
 from shoal.models.build import build_model, initialize
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.optim.muon import Muon
-from shoal.parallel.mesh import Axis
-from shoal.parallel.region import Region, Shard
-from shoal.presets import PRESETS
 
 CASES = {  # shape, and the rows and tokens of a row of one forward
     "10M": (Model(family="llama", dim=384, num_layers=6, num_heads=6, vocab_size=256, max_seq_len=256), 12, 256),

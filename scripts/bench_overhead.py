@@ -3,7 +3,7 @@ What it costs that a run can be trusted, while nothing fails: the loop's step be
 
     python scripts/bench_overhead.py recipes/quickstart.yaml --processes 2 --pairs 100
 
-bare: a batch, `train_step` without guard and votes, its numbers read. whole: the step of `train/loop.py`, with heartbeats,
+bare: a batch, `train_step` without guard and votes, its numbers read. whole: the step of `training/loop.py`, with heartbeats,
 guard, votes, ledger, goodput, stragglers and metrics. Both on the same model and data; processor time of the process's one
 thread of training, which other programs on the machine hardly change.
 """
@@ -21,14 +21,14 @@ from pathlib import Path
 import torch
 import torch.multiprocessing as mp
 
-from shoal.config import Config
-from shoal.fault.heartbeat import FOLDER
-from shoal.fault.signals import StopRequest
-from shoal.launch.place import LOCKED_BY
-from shoal.parallel.mesh import open_mesh
-from shoal.resolve import resolve
-from shoal.train.loop import Run
-from shoal.train.step import train_step
+from shoal.config.options import Config
+from shoal.elastic.heartbeat import FOLDER
+from shoal.mesh.mesh import open_mesh
+from shoal.mesh.place import LOCKED_BY
+from shoal.resolve.resolve import resolve
+from shoal.system.signals import StopRequest
+from shoal.training.loop import Run
+from shoal.training.step import train_step
 
 
 def _bare(run: Run) -> None:

@@ -29,14 +29,14 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
-from shoal.config import Model
+from shoal.config.options import Model
+from shoal.config.schedules import Schedule, bubble_fraction, stages_per_rank
 from shoal.data.loader import Batch
+from shoal.mesh.mesh import Axis
 from shoal.models.build import build_model, initialize
 from shoal.models.family import LanguageModel
 from shoal.models.loss import linear_cross_entropy_sum
-from shoal.parallel.mesh import Axis
 from shoal.parallel.pipeline import Pipeline, cut
-from shoal.pipeline_plan import Schedule, bubble_fraction, stages_per_rank
 
 ALL: tuple[Schedule, ...] = ("gpipe", "1f1b", "interleaved_1f1b", "zbv", "dualpipev")
 WARM_UP = 2

@@ -22,11 +22,11 @@ import torch
 import torch.multiprocessing as mp
 
 from shoal.checkpoint.store import CheckpointStore, Keep
-from shoal.config import Parallel
-from shoal.cpu import count_cores
+from shoal.config.options import Parallel
 from shoal.launch.torchrun import worker_environment
-from shoal.parallel.mesh import Mesh, open_mesh
-from shoal.parallel.region import Part
+from shoal.mesh.mesh import Mesh, open_mesh
+from shoal.mesh.region import Part
+from shoal.system.cpu import count_cores
 
 TENSORS = 60  # of a model and two moments
 

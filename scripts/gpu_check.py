@@ -31,17 +31,17 @@ from unittest import mock
 import torch
 
 from shoal.bench.environment import describe
-from shoal.config import Config, Data, Launch, Metrics, Model, Optim, Train
-from shoal.fault.signals import StopRequest
-from shoal.infer.generate import generate
-from shoal.launch.place import Place
+from shoal.config.options import Config, Data, Launch, Metrics, Model, Optim, Train
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.place import Place
 from shoal.metrics.meter import device_name, no_phases
-from shoal.metrics.trackers import read_json_lines
 from shoal.models.attention import KERNELS, attend, document_mask, take_deterministic_kernels
-from shoal.parallel.mesh import Mesh
-from shoal.train import loop
-from shoal.train.loop import Run
-from shoal.train.step import Stats, train_step
+from shoal.models.generate import generate
+from shoal.run.events import read_json_lines
+from shoal.system.signals import StopRequest
+from shoal.training import loop
+from shoal.training.loop import Run
+from shoal.training.step import Stats, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 Gradients = dict[str, torch.Tensor]

@@ -37,21 +37,21 @@ from pathlib import Path
 
 import torch
 
-from shoal.config import Config, Model, Parallel
-from shoal.data.open import open_data
+from shoal.config.layout import Layout, find_layout
+from shoal.config.options import Config, Model, Parallel
+from shoal.config.schedules import bubble_fraction
 from shoal.data.pack import Rows
-from shoal.layout import Layout, find_layout
-from shoal.metrics.console import Console
+from shoal.data.prepare import open_data
+from shoal.mesh.mesh import Mesh, open_mesh
 from shoal.metrics.meter import device_name
-from shoal.parallel.mesh import Mesh, open_mesh
-from shoal.pipeline_plan import bubble_fraction
 from shoal.plan.estimate import parameter_count
-from shoal.resolve import read_back, resolve, to_yaml
-from shoal.runs import RunFolder
-from shoal.train.assemble import assemble, open_loader
-from shoal.train.loop import set_threads
-from shoal.train.settle import settle
-from shoal.train.step import train_step
+from shoal.resolve.resolve import read_back, resolve, to_yaml
+from shoal.run.console import Console
+from shoal.run.folder import RunFolder
+from shoal.training.assemble import assemble, open_loader
+from shoal.training.finish_config import settle
+from shoal.training.loop import set_threads
+from shoal.training.step import train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "LEARN.md"

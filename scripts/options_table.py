@@ -1,5 +1,5 @@
 """
-The table of all options in docs/API.md, written from `shoal.config`.
+The table of all options in docs/API.md, written from `shoal.config.options`.
 
     python scripts/options_table.py            write it into docs/API.md
     python scripts/options_table.py --check    end with 1 where docs/API.md says something else
@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shoal.config import SECTIONS, option_name, options
-from shoal.resolve import expectation
+from shoal.config.options import SECTIONS, option_name, options
+from shoal.resolve.resolve import expectation
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "API.md"
 BEGIN, END = "<!-- options: begin (written by scripts/options_table.py) -->", "<!-- options: end -->"

@@ -27,10 +27,10 @@ WARNING = re.compile(r"warning|deprecat", re.IGNORECASE)
 
 # Each part's tests, as pytest selects them.
 PARTS = {
-    "names": ["tests/test_torch_private.py"],
+    "names": ["tests/system/test_torch_private.py"],
     "layouts": ["tests/parallel/test_matrix.py", "-m", "torch", "-k", "not compiled"],
     "compile": ["tests/parallel/test_matrix.py", "-m", "torch", "-k", "compiled"],
-    "comparison": ["tests/train/test_compile_check.py", "-m", "not ci"],
+    "comparison": ["tests/training/test_compile_check.py", "-m", "not ci"],
     "pipelines": ["tests/parallel/test_pipeline.py", "-k", "two_processes or test_with_sharded_stages"],
     "context": ["tests/parallel/test_context.py", "-m", "not slow"],
     "checkpoints": ["tests/checkpoint/test_store.py", "tests/parallel/test_checkpoints.py", "-m", "not ci and not slow"],

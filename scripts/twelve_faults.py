@@ -28,7 +28,7 @@ from shoal.checkpoint.saved import listed
 from shoal.data.ledger import audit
 from shoal.errors import EXIT_REQUEUE
 from shoal.fault.inject import PLAN
-from shoal.metrics.trackers import read_json_lines
+from shoal.run.events import read_json_lines
 
 STEPS = 300
 RECIPE = f"""

@@ -40,11 +40,11 @@ KINDS = pytest.mark.parametrize(
 
 ASK = """
 import json, torch
-from shoal.cpu import multiplies_bfloat16
-from shoal.launch.place import Place
+from shoal.system.cpu import multiplies_bfloat16
+from shoal.mesh.place import Place
 from shoal.metrics.machine import instruction_sets
-from shoal.parallel.mesh import Mesh
-from shoal.train.settle import describe_slow_bfloat16, settle_dtype
+from shoal.mesh.mesh import Mesh
+from shoal.training.finish_config import describe_slow_bfloat16, settle_dtype
 cpu = torch.device("cpu")
 print(json.dumps({
     "capability": torch.backends.cpu.get_cpu_capability(), "sets": instruction_sets(), "quick": multiplies_bfloat16(),

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from shoal.parallel.mesh import Mesh
+from shoal.mesh.mesh import Mesh
 from tests.world import Worlds
 
 

@@ -31,7 +31,7 @@ class World:
 
     def __init__(self, size: int) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "shoal.train.loop"])
+        context.set_forkserver_preload(["torch", "shoal.training.loop"])
         store = tempfile.mktemp(prefix="shoal-test-store-")
         self.size, self.alive, self.patience_seconds = size, True, PATIENCE_SECONDS
         self._pipes: list[Connection] = []
@@ -94,8 +94,8 @@ class Worlds(dict[int, World]):
 
 def laid_out(mesh: Any, **sizes: int) -> Any:
     """In a worker: its mesh with these axes (dp_shard=2, tp=2, ...). A collective over the world the first time."""
-    from shoal.layout import Layout
-    from shoal.parallel.mesh import Axis, Mesh
+    from shoal.config.layout import Layout
+    from shoal.mesh.mesh import Axis, Mesh
 
     class Shared(Mesh):
         """Layouts share an axis that has the same groups: each group costs time to make, and a thread from then on."""
@@ -115,8 +115,8 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    from shoal.launch.place import Place
-    from shoal.parallel.mesh import Mesh
+    from shoal.mesh.mesh import Mesh
+    from shoal.mesh.place import Place
 
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 
 from shoal import __version__, verbs
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, ShoalError
-from shoal.fault.signals import Asked
-from shoal.output import Output, say_error, visible
-from shoal.secrets import secret_in
+from shoal.system.output import Output, say_error, visible
+from shoal.system.secrets import secret_in
+from shoal.system.signals import Asked
 from shoal.verbs import Override
 
 SAID_TO_A_MODEL = ("--prompt", "--system")  # text, in which an address is only an address
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _say(message: str) -> int:
     """Tell it once for all processes of a run; the exit code."""
-    from shoal.launch.place import report_to_launcher
+    from shoal.mesh.place import report_to_launcher
 
     if not report_to_launcher(message):
         say_error(message)
@@ -110,7 +110,7 @@ def _run(argv: list[str]) -> int:
 
 def _refuse_unreadable(argv: list[str]) -> None:
     """Raise `ShoalError` for bytes that are no text: no config, no record of a run could hold them."""
-    from shoal.recipe import not_text
+    from shoal.resolve.recipe import not_text
 
     for before, item in zip(["shoal", *argv], argv, strict=False):
         if why := not_text(item):
@@ -235,7 +235,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 def _dtype(text: str) -> str:
     """With the short names that people have for them."""
-    from shoal.config import DTYPE_SPELLINGS
+    from shoal.config.options import DTYPE_SPELLINGS
 
     return DTYPE_SPELLINGS.get(text.lower(), text)
 
@@ -387,8 +387,8 @@ class _Take(argparse.Action):
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """Every option of the config as a dotted flag, and by each name that it has here or in other projects."""
-    from shoal.config import SECTIONS, options
-    from shoal.resolve import expectation
+    from shoal.config.options import SECTIONS, options
+    from shoal.resolve.resolve import expectation
 
     parser.set_defaults(overrides=[])
     groups = {name: parser.add_argument_group(name, (cls.__doc__ or "").strip()) for name, cls in SECTIONS.items()}
@@ -423,7 +423,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _names() -> dict[str, list[str]]:
     """Each name of an option without its section -> the options that are called so."""
-    from shoal.config import option_name, options
+    from shoal.config.options import option_name, options
 
     found: dict[str, list[str]] = {}
     for key, f in options().items():

@@ -22,15 +22,15 @@ from shoal.errors import (
     ShoalError,
     spelled,
 )
-from shoal.output import on_one_line
+from shoal.system.output import on_one_line
 
 if TYPE_CHECKING:
-    from shoal.config import Config
+    from shoal.config.options import Config
     from shoal.data.prepare import Prepared
     from shoal.infer.asked import Wanted
-    from shoal.metrics.console import Console
-    from shoal.metrics.narrator import Narrator
-    from shoal.runs import RunFolder
+    from shoal.run.console import Console
+    from shoal.run.folder import RunFolder
+    from shoal.run.narrator import Narrator
 
 Override = tuple[str, str, str]
 
@@ -38,8 +38,8 @@ VERIFIED = "verify-"  # before the name of a run: where its certificate is kept
 
 
 def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
-    from shoal.contradictions import why_no_name
-    from shoal.resolve import resolve
+    from shoal.resolve.checks import why_no_name
+    from shoal.resolve.resolve import resolve
 
     for gone in _run_of(args.recipe and _recipe(args, overrides), overrides).stand_in():
         _tell([f"{gone} is gone: going on with what the run keeps of it"])
@@ -56,7 +56,7 @@ def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
 
 def _recipe(args: argparse.Namespace, overrides: list[Override]) -> Path:
     """The recipe that is asked for; where a model or data are typed without one, that which `shoal init` writes."""
-    from shoal.recipe import START, find_recipe
+    from shoal.resolve.recipe import START, find_recipe
 
     if args.recipe is not None:
         return find_recipe(args.recipe)
@@ -69,7 +69,7 @@ def _recipe(args: argparse.Namespace, overrides: list[Override]) -> Path:
 
 
 def init(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.recipe import START
+    from shoal.resolve.recipe import START
 
     try:
         with args.file.open("x", encoding="utf-8") as file:
@@ -85,8 +85,8 @@ def init(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
 
 def _run_of(recipe: Path | None, overrides: list[Override]) -> RunFolder:
     """The folder of the run that is asked for, found before the config is judged: it may keep what that needs."""
-    from shoal.resolve import peek
-    from shoal.runs import RunFolder
+    from shoal.resolve.resolve import peek
+    from shoal.run.folder import RunFolder
 
     said = peek(recipe, overrides, ("launch.runs", "launch.name"))
     return RunFolder(Path(said["launch.runs"]) / (said["launch.name"] or (recipe.stem if recipe else "run")))
@@ -94,10 +94,10 @@ def _run_of(recipe: Path | None, overrides: list[Override]) -> RunFolder:
 
 def _tell(notes: Sequence[str], *, on_stderr: bool = False) -> None:
     """What a person should act on, once for all processes of a run."""
-    from shoal.launch.place import speaks_first
+    from shoal.mesh.place import speaks_first
 
     if notes and speaks_first():
-        from shoal.metrics.console import Console
+        from shoal.run.console import Console
 
         console = Console(on_stderr=on_stderr)
         for note in notes:
@@ -106,28 +106,28 @@ def _tell(notes: Sequence[str], *, on_stderr: bool = False) -> None:
 
 def _tell_of_torch() -> None:
     """One line, where this torch was not tested."""
-    from shoal.torch_private import version_notes
+    from shoal.system.torch_private import version_notes
 
     _tell(version_notes())
 
 
 def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.output import outlast
+    from shoal.system.output import outlast
 
     outlast()
     config = _resolve(args, overrides)
     _tell_of_torch()
-    from shoal.launch.place import is_worker
     from shoal.launch.torchrun import launch, plan_processes
-    from shoal.runs import RunFolder
+    from shoal.mesh.place import is_worker
+    from shoal.run.folder import RunFolder
 
     before = RunFolder.of(config).begun()
     if is_worker():
         return _work(_in_place(config, before))
     _say_where(config)
     from shoal.fault.limit import start_clock
-    from shoal.fault.signals import ends_when_asked
-    from shoal.metrics.console import Console
+    from shoal.run.console import Console
+    from shoal.system.signals import ends_when_asked
 
     start_clock()
     with ends_when_asked(EXIT_REQUEUE):
@@ -135,7 +135,7 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
         folder = RunFolder.of(config)
         folder.agree(config)
         folder.lock(config.launch.rendezvous)
-        from shoal.data.open import open_data
+        from shoal.data.prepare import open_data
 
         console = Console()
         prepared = open_data(config.data, console, rows=config.model.vocab_size)
@@ -147,8 +147,8 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
 def _count_gpus() -> int:
     """CUDA devices; says so where that takes long, since torch is imported for it."""
     from shoal.launch.torchrun import count_gpus
-    from shoal.metrics.console import Console
-    from shoal.metrics.narrator import Narrator
+    from shoal.run.console import Console
+    from shoal.run.narrator import Narrator
 
     with contextlib.closing(Narrator.of(Console())) as narrator, narrator.phase("looking for GPUs"):
         return count_gpus()
@@ -156,8 +156,8 @@ def _count_gpus() -> int:
 
 def _in_place(config: Config, before: Config | None = None) -> Config:
     """The config of a worker; where another program started the workers, the first says what it was told."""
-    from shoal.launch.place import describe_place, read_place, speaks_first
     from shoal.launch.torchrun import fit_to_place
+    from shoal.mesh.place import describe_place, read_place, speaks_first
 
     if speaks_first():
         print(describe_place(), flush=True)
@@ -166,15 +166,15 @@ def _in_place(config: Config, before: Config | None = None) -> Config:
 
 def _say_where(config: Config) -> None:
     """What another launcher's variables mean here, where they make no worker of this process. Raises `LaunchError`."""
-    from shoal.launch.place import unused_claims
+    from shoal.mesh.place import unused_claims
 
     _tell(unused_claims(config.launch.nodes))
 
 
 def _is_finished(config: Config, folder: RunFolder, prepared: Prepared, console: Console) -> bool:
     """Whether all steps of this run are taken; then its result is said again."""
-    from shoal.metrics.narrator import Narrator
-    from shoal.train.last_words import finished, say_result_again
+    from shoal.run.narrator import Narrator
+    from shoal.training.last_words import finished, say_result_again
 
     with contextlib.closing(Narrator.of(console)) as narrator, narrator.phase("checking the last checkpoint"):
         result = finished(config, folder, prepared)
@@ -185,12 +185,12 @@ def _is_finished(config: Config, folder: RunFolder, prepared: Prepared, console:
 
 def _work(config: Config, *, verify: bool = False) -> int:
     """One of the processes of a run, or of a verification."""
-    from shoal.fault.heartbeat import Heartbeat, leave_stacks_when_asked
-    from shoal.fault.signals import StopRequest, die_with_parent
-    from shoal.launch.place import is_launched, read_place
-    from shoal.launch.stops import tell
-    from shoal.metrics.console import Console
-    from shoal.metrics.narrator import Narrator
+    from shoal.elastic.heartbeat import Heartbeat, leave_stacks_when_asked
+    from shoal.elastic.stops import tell
+    from shoal.mesh.place import is_launched, read_place
+    from shoal.run.console import Console
+    from shoal.run.narrator import Narrator
+    from shoal.system.signals import StopRequest, die_with_parent
 
     die_with_parent()
     leave_stacks_when_asked()
@@ -205,10 +205,10 @@ def _work(config: Config, *, verify: bool = False) -> int:
         if not is_launched():
             stop.end_early(tell if read_place().rank == 0 else lambda text: None)
     heartbeat.outside("importing torch")
+    from shoal.mesh.mesh import is_lost_peer
     from shoal.models.attention import not_deterministic
-    from shoal.parallel.mesh import is_lost_peer
     from shoal.plan.fit import what_ran_out, what_would_fit
-    from shoal.runs import RunFolder
+    from shoal.run.folder import RunFolder
 
     try:
         if verify:
@@ -216,7 +216,7 @@ def _work(config: Config, *, verify: bool = False) -> int:
 
             verify_here(config, heartbeat)
             return 0
-        from shoal.train.loop import train
+        from shoal.training.loop import train
 
         stopped = train(config, stop, heartbeat)
     except (RuntimeError, MemoryError, OSError) as error:
@@ -239,8 +239,8 @@ def _work(config: Config, *, verify: bool = False) -> int:
 
 def _say_unless_launched(text: str) -> None:
     """Our own launcher says which one was lost and why; others do not."""
-    from shoal.launch.place import is_launched
-    from shoal.launch.stops import tell
+    from shoal.elastic.stops import tell
+    from shoal.mesh.place import is_launched
 
     if not is_launched():
         tell(text)
@@ -249,17 +249,17 @@ def _say_unless_launched(text: str) -> None:
 def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     config = _resolve(args, overrides)
     _tell_of_torch()
-    from shoal.launch.place import is_worker
     from shoal.launch.torchrun import launch, plan_processes
+    from shoal.mesh.place import is_worker
 
     name = config.launch.name
     config = config.replace("launch", name=f"{VERIFIED}{name}", max_restarts=0)
     if is_worker():
         return _work(_in_place(config), verify=True)
     _say_where(config)
-    from shoal.fault.signals import ends_when_asked
-    from shoal.metrics.console import Console
-    from shoal.runs import RunFolder
+    from shoal.run.console import Console
+    from shoal.run.folder import RunFolder
+    from shoal.system.signals import ends_when_asked
 
     with ends_when_asked(EXIT_REQUEUE):
         config = plan_processes(config, _count_gpus(), say=Console().warn)
@@ -267,7 +267,7 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
         folder.lock(config.launch.rendezvous)
         certificate = folder.path / "certificate.json"
         certificate.unlink(missing_ok=True)
-        from shoal.data.open import open_data
+        from shoal.data.prepare import open_data
 
         open_data(config.data, Console(), rows=config.model.vocab_size)
     code = launch(config, [*argv, *_settled(config)])
@@ -283,13 +283,13 @@ def _settled(config: Config) -> list[str]:
 
 
 def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.fault.signals import ends_when_asked
-    from shoal.metrics.console import Console
+    from shoal.run.console import Console
+    from shoal.system.signals import ends_when_asked
 
     console = Console()
     config = _resolve(args, overrides)
     with ends_when_asked(EXIT_REQUEUE):
-        from shoal.data.open import open_data
+        from shoal.data.prepare import open_data
 
         prepared = open_data(config.data, console)
     for split, counts in prepared.counts.items():
@@ -305,7 +305,7 @@ def fetch(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     from contextlib import nullcontext
 
     from shoal.hub.fetch import fetch_model, no_progress
-    from shoal.metrics.console import Console
+    from shoal.run.console import Console
 
     console = Console()
     bar = console.progress("fetching") if console.is_terminal else nullcontext(no_progress)
@@ -351,7 +351,7 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
     _needs(args, "chat", ("system",))
     if bool(args.prompt) == args.chat:
         raise ShoalError("shoal generate needs --prompt TEXT, or --chat for a conversation, and not both")
-    from shoal.infer.sampling import CHAT_TOKENS, FLAGS, PROMPT_TOKENS, Sampling, check_options, check_prompts
+    from shoal.models.sampling import CHAT_TOKENS, FLAGS, PROMPT_TOKENS, Sampling, check_options, check_prompts
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     limit = args.tokens if args.tokens is not None else CHAT_TOKENS if args.chat else PROMPT_TOKENS
@@ -378,9 +378,9 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
 @contextlib.contextmanager
 def _told(code: int | None = None, *, speaks: bool = True) -> Iterator[Narrator]:
     """A command with nothing to save: tells on standard error what takes long, and ends when asked to, with `code`."""
-    from shoal.fault.signals import ends_when_asked
-    from shoal.metrics.console import Console
-    from shoal.metrics.narrator import Narrator
+    from shoal.run.console import Console
+    from shoal.run.narrator import Narrator
+    from shoal.system.signals import ends_when_asked
 
     narrator = Narrator.of(Console(speaks=speaks, on_stderr=True))
     with ends_when_asked(code), contextlib.closing(narrator):
@@ -398,7 +398,7 @@ def _told(code: int | None = None, *, speaks: bool = True) -> Iterator[Narrator]
 def set_threads(args: argparse.Namespace) -> None:
     """CPU threads of this process, before torch is imported: those asked for, or as the machine has room for."""
     from shoal.launch.torchrun import choose_threads
-    from shoal.metrics.console import Console
+    from shoal.run.console import Console
 
     asked: int | None = args.threads
     if asked is not None and asked < 1:
@@ -429,7 +429,7 @@ def _needs(args: argparse.Namespace, owner: str, options: tuple[str, ...]) -> No
 def export(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.infer.out_folder import OutFolder
     from shoal.infer.target import find_checkpoint
-    from shoal.metrics.console import Console
+    from shoal.run.console import Console
 
     find_checkpoint(Path(args.runs), args.target, args.step)
     OutFolder(args.out, args.force)
@@ -447,9 +447,9 @@ def export(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 
 
 def config(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.recipe import to_text
     from shoal.report.amounts import amounts
-    from shoal.resolve import resolve, schema, to_yaml
+    from shoal.resolve.recipe import to_text
+    from shoal.resolve.resolve import resolve, schema, to_yaml
 
     if args.schema:
         print(json.dumps(schema(), indent=2))
@@ -467,7 +467,7 @@ def config(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 
 def bench(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.bench.speed import bench_speed
-    from shoal.recipe import find_recipe
+    from shoal.resolve.recipe import find_recipe
 
     recipe = args.recipe and find_recipe(args.recipe)
     with _told(speaks=not args.json) as narrator:
@@ -477,7 +477,7 @@ def bench(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
 
 
 def goodput(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.metrics.goodput import account, table
+    from shoal.run.goodput import account, table
 
     found = account(_record(args, "time.jsonl"))
     print(json.dumps(found.as_json(), indent=2) if args.json else "\n".join(table(found)))
@@ -494,7 +494,7 @@ def ledger(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 
 def _record(args: argparse.Namespace, name: str) -> Path:
     """The file `name` in the folder of the run that is asked for. Raises `RunError`."""
-    from shoal.runs import RunFolder
+    from shoal.run.folder import RunFolder
 
     target = Path(args.target)
     folder = RunFolder(target if (target / "config.yaml").is_file() else Path(args.runs) / target)
@@ -505,11 +505,11 @@ def _record(args: argparse.Namespace, name: str) -> Path:
 
 
 def rendezvous(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.address import read_address
+    from shoal.system.network import read_address
 
     if args.while_used and os.fork():
         os._exit(0)  # nobody's child: a launcher that ends, or passes a signal on, leaves it alone
-    from shoal.launch.meeting import serve
+    from shoal.elastic.rendezvous import serve
 
     address = read_address(args.address)
     if address is None:

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from shoal.bench.parity import Certificate, certify
-from shoal.config import Config
-from shoal.data.open import open_data
-from shoal.metrics.console import Console
+from shoal.config.options import Config
+from shoal.data.prepare import open_data
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.region import Shard
 from shoal.models.build import initial_weights
 from shoal.parallel import apply
-from shoal.parallel.mesh import Mesh
 from shoal.parallel.randomness import Randomness
 from shoal.parallel.reduce import GradientReducer
-from shoal.parallel.region import Shard
-from shoal.runs import RunFolder
-from shoal.train.settle import settle
+from shoal.run.console import Console
+from shoal.run.folder import RunFolder
+from shoal.training.finish_config import settle
 from tests.parallel.layouts import config_of, mesh_for
 from tests.world import World
 
@@ -58,7 +58,7 @@ def a_forgotten_reduction_of_data_parallel() -> Iterator[None]:
         with patch.object(GradientReducer, "__init__", forgetful):
             return model_of(model, mesh, **rest)
 
-    with patch("shoal.train.assemble.parallelize", parallelize):
+    with patch("shoal.training.assemble.parallelize", parallelize):
         yield
 
 

@@ -22,7 +22,7 @@ from shoal.checkpoint.saved import listed, verify
 from shoal.data.ledger import audit
 from shoal.errors import CheckpointError
 from shoal.fault.inject import PLAN
-from shoal.metrics.trackers import read_json_lines
+from shoal.run.events import read_json_lines
 from tests.chaos.case import SAVE_EVERY, STEPS, Case
 from tests.cli.commands import clean_environment
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from shoal.checkpoint.memory import Memory, Sharers
+from shoal.checkpoint.memory_tier import Memory, Sharers
 from shoal.checkpoint.saved import Mark, Saved, damage, listed
 from shoal.checkpoint.store import CheckpointStore, Keep
 from shoal.errors import CheckpointError
-from shoal.parallel.mesh import Mesh
-from shoal.parallel.region import Part, Region
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.region import Part, Region
 from tests.checkpoint.test_store import flip, is_equal, state, tensors
 from tests.disks import small_disk
 from tests.world import World

@@ -19,14 +19,14 @@ import torch
 from safetensors import safe_open
 
 from shoal.checkpoint import store as store_module
-from shoal.checkpoint.load import load
+from shoal.checkpoint.restore import load
 from shoal.checkpoint.saved import Saved, damage, listed
 from shoal.checkpoint.staging import Staging
 from shoal.checkpoint.store import CheckpointStore, Keep
 from shoal.errors import CheckpointError
-from shoal.launch.place import Place
-from shoal.parallel.mesh import Mesh
-from shoal.parallel.region import Part
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.place import Place
+from shoal.mesh.region import Part
 from tests.disks import small_disk
 from tests.rehearsal import DEVICE, Rehearsal
 from tests.world import World

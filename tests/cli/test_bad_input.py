@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from shoal.config import Config
-from shoal.cpu import count_cores
+from shoal.config.options import Config
 from shoal.errors import LaunchError
 from shoal.launch.torchrun import plan_processes
+from shoal.system.cpu import count_cores
 from tests.cli.commands import Place, clean_environment
 from tests.disks import small_disk
 
@@ -65,7 +65,7 @@ def test_memory_that_cannot_be_had_ends_a_run_once_with_what_would_fit(place: Pl
 
 RUNS_OUT = """
 import sys
-from shoal.train import loop
+from shoal.training import loop
 def train(config, stop, heartbeat):
     for step in range(1, 2 + int(sys.argv[1])):
         heartbeat.begin(step)
@@ -294,7 +294,7 @@ def test_more_processes_than_gpus_are_refused_without_one() -> None:
 def test_a_gpu_without_bfloat16_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from shoal.parallel.mesh import check_dtype
+    from shoal.mesh.mesh import check_dtype
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")

@@ -13,7 +13,7 @@ import yaml
 from tests.cli.commands import Place, clean_environment
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.ci  # what is resolved is tested in tests/config/test_typed.py
+pytestmark = pytest.mark.ci  # what is resolved is tested in tests/resolve/test_typed.py
 
 
 @pytest.fixture(scope="module")

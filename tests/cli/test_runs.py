@@ -356,7 +356,7 @@ def test_killed_ten_times_at_random_moments_the_last_bits_are_the_same(place: Pl
 
 
 def test_the_recipes_that_come_with_it_are_valid() -> None:
-    from shoal.resolve import resolve
+    from shoal.resolve.resolve import resolve
 
     recipes = sorted((Path(__file__).parents[2] / "recipes").glob("**/*.yaml"))
     assert recipes

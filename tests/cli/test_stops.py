@@ -10,10 +10,10 @@ from unittest.mock import Mock
 
 import pytest
 
-from shoal.config import Config
+from shoal.config.options import Config
+from shoal.elastic import agent
 from shoal.errors import EXIT_REQUEUE
-from shoal.fault.signals import GRACE_SECONDS, STOPPING_SAID, stopping_said
-from shoal.launch import agent
+from shoal.system.signals import GRACE_SECONDS, STOPPING_SAID, stopping_said
 from tests.cli.commands import Place, gone, wait_for, workers_of
 
 # Python reads this when it starts: a process that comes to the import of one module stands still there, or to where the
@@ -28,7 +28,7 @@ class Still(importlib.abc.MetaPathFinder):
             os.read(os.pipe()[0], 1)
 if who == ("worker" if "RANK" in os.environ else "launcher"):
     if module == "measuring":
-        from shoal.train import settle
+        from shoal.training import finish_config as settle
         settle.settle_dtype = lambda wanted, mesh: os.read(os.pipe()[0], 1)
     sys.meta_path.insert(0, Still())
 """

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from shoal.data.chat import ChatTemplate
-from shoal.data.tokenize import load_tokenizer, train_bpe
+from shoal.data.tokens.chat_template import ChatTemplate
+from shoal.data.tokens.tokenize import load_tokenizer, train_bpe
 from shoal.errors import DataError
 
 CHATS: list[list[dict[str, str]]] = [

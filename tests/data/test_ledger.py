@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shoal.config.layout import deal
 from shoal.data.ledger import FLOAT64_BITS, Audit, Header, Ledger, audit, bits_for, checksum, describe
 from shoal.data.order import sample_at
-from shoal.layout import deal
 
 HEADER = Header(rows=100, seed=7, global_batch=16, copies=1, data_id="tokens")
 

@@ -14,14 +14,14 @@ from typing import NamedTuple
 import pytest
 import tokenizers
 
-from shoal.config import Data
+from shoal.config.options import Data
 from shoal.data import prepare as room
 from shoal.data.encode import fraction_of
 from shoal.data.manifest import SPLITS
 from shoal.data.prepare import Prepared, held_out_text, open_prepared, prepare
-from shoal.data.tokenize import byte_tokenizer
+from shoal.data.tokens.tokenize import byte_tokenizer
 from shoal.errors import ConfigError, DataError
-from shoal.resolve import resolve
+from shoal.resolve.resolve import resolve
 from tests.data.conftest import MakeData
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from shoal import disk
 from shoal.data import files
 from shoal.data.shards import BLOCK_BYTES, Shard, ShardRecord, TokenStream, token_dtype, write_shard
 from shoal.errors import DataError
+from shoal.system import disk
 
 U16 = np.dtype(np.uint16)
 

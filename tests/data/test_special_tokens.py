@@ -11,9 +11,9 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer
 
-from shoal.data.chat import ChatTemplate
-from shoal.data.tokenize import load_tokenizer, train_bpe
-from shoal.data.tokenizer_ends import special_tokens
+from shoal.data.tokens.chat_template import ChatTemplate
+from shoal.data.tokens.tokenize import load_tokenizer, train_bpe
+from shoal.data.tokens.tokenizer_ends import special_tokens
 from shoal.errors import DataError
 
 DECODER = {"added_tokens_decoder": {"300": {"content": "<B>", "special": True}}}

@@ -9,7 +9,14 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from shoal.data.tokenize import END_OF_TEXT, Tokenizer, byte_tokenizer, load_tokenizer, parse_tokenizer, train_bpe
+from shoal.data.tokens.tokenize import (
+    END_OF_TEXT,
+    Tokenizer,
+    byte_tokenizer,
+    load_tokenizer,
+    parse_tokenizer,
+    train_bpe,
+)
 from shoal.errors import DataError
 
 NASTY = [

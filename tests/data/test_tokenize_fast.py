@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from shoal.data import encode
-from shoal.data.fast import FastEncoder, fast_encoder
 from shoal.data.prepare import prepare
-from shoal.data.same_ids import sample
-from shoal.data.tokenize import byte_tokenizer, load_tokenizer, train_bpe
+from shoal.data.tokens.fastokens import FastEncoder, fast_encoder
+from shoal.data.tokens.same_ids import sample
+from shoal.data.tokens.tokenize import byte_tokenizer, load_tokenizer, train_bpe
 from tests.data.conftest import MakeData
 from tests.data.test_prepare import files_of
 

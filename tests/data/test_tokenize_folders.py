@@ -14,14 +14,14 @@ import tokenizers
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from shoal.config import Data
+from shoal.config.options import Data
 from shoal.data.encode import fraction_of
 from shoal.data.prepare import Prepared, held_out_text, named_tokenizer, open_prepared, prepare, token_options
-from shoal.data.tokenize import Tokenizer, load_tokenizer, parse_tokenizer, train_bpe
+from shoal.data.tokens.tokenize import Tokenizer, load_tokenizer, parse_tokenizer, train_bpe
 from shoal.errors import DataError
-from shoal.resolve import resolve
-from tests.config.test_resolve import problems, write
+from shoal.resolve.resolve import resolve
 from tests.data.conftest import MakeData
+from tests.resolve.test_resolve import problems, write
 
 SPECIAL = ("<|begin|>", "<|im_end|>", "<|pad|>")
 MakeFolder = Callable[..., Path]

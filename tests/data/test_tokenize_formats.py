@@ -12,10 +12,10 @@ import sentencepiece
 import tiktoken
 from transformers import PreTrainedTokenizerFast
 
-from shoal.data import tiktoken_files
-from shoal.data.same_ids import TEXTS, sample
-from shoal.data.sentencepiece_model import from_sentencepiece
-from shoal.data.tokenize import Tokenizer, load_tokenizer, parse_tokenizer
+from shoal.data.tokens import tiktoken_files
+from shoal.data.tokens.same_ids import TEXTS, sample
+from shoal.data.tokens.sentencepiece_model import from_sentencepiece
+from shoal.data.tokens.tokenize import Tokenizer, load_tokenizer, parse_tokenizer
 from shoal.errors import DataError
 
 HERE = Path(__file__)

@@ -13,11 +13,11 @@ import pytest
 import tokenizers
 from tokenizers import normalizers
 
+from shoal.data.compression import sizes
 from shoal.data.manifest import YARDSTICK
 from shoal.data.prepare import held_out_text, prepare, sample_of
-from shoal.data.tokenize import byte_tokenizer
+from shoal.data.tokens.tokenize import byte_tokenizer
 from shoal.data.yardstick import Measuring, Yardstick, load
-from shoal.metrics.compression import sizes
 from tests.data.conftest import MakeData
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from shoal.cli import build_parser, read_overrides
-from shoal.config import SECTIONS, options
-from shoal.resolve import resolve
+from shoal.config.options import SECTIONS, options
+from shoal.resolve.resolve import resolve
 from tests.cli.commands import Place
 
 ROOT = Path(__file__).parents[2]
@@ -118,7 +118,7 @@ def test_options_that_are_named_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_that_are_named_exist(page: Path) -> None:
-    """`train/loop.py` and the like, below src/shoal, tests/ or the root."""
+    """`training/loop.py` and the like, below src/shoal, tests/ or the root."""
     for path in re.findall(
         r"`((?:src|tests|scripts|docs|recipes|[a-z]+)/[\w/]+\.(?:py|yaml|sh))`", page.read_text("utf-8")
     ):

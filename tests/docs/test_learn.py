@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from shoal.cli import build_parser, read_overrides
-from shoal.config import Config
+from shoal.config.layout import Layout, find_layout
+from shoal.config.options import Config
 from shoal.errors import ConfigError
-from shoal.layout import Layout, find_layout
-from shoal.refusals import refusals
-from shoal.resolve import resolve
+from shoal.resolve.layout_checks import refusals
+from shoal.resolve.resolve import resolve
 from tests.cli.commands import Place
 
 ROOT = Path(__file__).parents[2]

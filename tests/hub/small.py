@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from shoal.data.tokenize import byte_tokenizer
+from shoal.data.tokens.tokenize import byte_tokenizer
 
 VOCAB = 272  # a few rows more than the tokenizer has
 _COMMON: dict[str, Any] = {

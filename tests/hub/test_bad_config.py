@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from shoal.cli import _run
-from shoal.config import Model
+from shoal.config.options import Model
 from shoal.errors import ConfigError, ModelError
 from shoal.hub.any_shape import read_any_shape
 from shoal.hub.shape import read_shape
 from shoal.models.build import build_model
-from shoal.resolve import Resolved, resolve
+from shoal.resolve.resolve import Resolved, resolve
 from tests.hub import small
 
 

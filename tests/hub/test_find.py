@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from shoal.data.tokenize import load_tokenizer
+from shoal.data.tokens.tokenize import load_tokenizer
 from shoal.errors import ConfigError, DataError, ModelError
 from shoal.hub.find import find_model, near_path
-from shoal.resolve import resolve
+from shoal.resolve.resolve import resolve
 
 
 @pytest.fixture(autouse=True)

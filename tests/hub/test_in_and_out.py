@@ -13,15 +13,15 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from shoal.config import Config, Data, Launch, Metrics, Model, Optim, Parallel, Train
+from shoal.config.options import Config, Data, Launch, Metrics, Model, Optim, Parallel, Train
 from shoal.infer.export import export_run
+from shoal.mesh.mesh import Mesh
 from shoal.models.build import build_model, materialize
 from shoal.models.family import LanguageModel
-from shoal.parallel.mesh import Mesh
-from shoal.resolve import resolve
-from shoal.train.assemble import folder_weights
-from shoal.train.loop import Run
-from shoal.train.step import train_step
+from shoal.resolve.resolve import resolve
+from shoal.training.assemble import folder_weights
+from shoal.training.loop import Run
+from shoal.training.step import train_step
 from tests.hub import small
 from tests.parallel.layouts import ALONE, NeverStop, mesh_for
 from tests.world import World

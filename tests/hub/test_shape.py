@@ -15,8 +15,8 @@ from shoal.errors import ConfigError, ModelError
 from shoal.hub.shape import MODEL_TYPES, read_shape, write_shape
 from shoal.infer.load import load_folder
 from shoal.models.build import build_model
-from shoal.resolve import resolve
-from shoal.train.assemble import folder_weights
+from shoal.resolve.resolve import resolve
+from shoal.training.assemble import folder_weights
 from tests.hub import small
 
 
@@ -85,7 +85,7 @@ def test_a_key_that_nobody_knows_is_told_of() -> None:
 @pytest.mark.parametrize("kind", small.TYPES)
 def test_older_and_newer_spellings_say_the_same(kind: str) -> None:
     """`write_shape` spells as transformers 4 did; what transformers 5 wrote must be the same shape."""
-    from shoal.config import Model
+    from shoal.config.options import Model
 
     values = read_shape(said(kind), "new").values
     assert read_shape(write_shape(Model(**values)) | {"model_type": kind}, "old").values == values

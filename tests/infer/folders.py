@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tokenizers
 
-from shoal.data.tokenize import byte_tokenizer
+from shoal.data.tokens.tokenize import byte_tokenizer
 
 from ..hub.small import save
 

@@ -15,7 +15,7 @@ from shoal.errors import DataError, GenerateError, ModelError
 from shoal.infer import chat as chat_module
 from shoal.infer.chat import Chat, chat_in_terminal
 from shoal.infer.load import load_folder
-from shoal.infer.sampling import Sampling
+from shoal.models.sampling import Sampling
 
 from ..cli.commands import clean_environment
 from ..hub.small import load, save

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from shoal.cli import _run
-from shoal.data.tokenize import load_tokenizer
+from shoal.data.tokens.tokenize import load_tokenizer
 from shoal.errors import CheckpointError, ShoalError
 from shoal.infer import commands
 from shoal.infer.asked import Text

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from shoal.errors import CheckpointError, ModelError, RunError, ShoalError
 from shoal.infer import export
 from shoal.infer.export import export_run
-from shoal.resolve import resolve
-from shoal.train.loop import Run
+from shoal.resolve.resolve import resolve
+from shoal.training.loop import Run
 from tests.cli.commands import Place
 from tests.hub import small
 from tests.parallel.layouts import ALONE, NeverStop

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import tokenizers
 
-from shoal.config import Config
-from shoal.data.tokenize import load_tokenizer
+from shoal.config.options import Config
+from shoal.data.tokens.tokenize import load_tokenizer
 from shoal.infer.export import export_run
-from shoal.resolve import resolve
-from shoal.train.loop import Run
+from shoal.resolve.resolve import resolve
+from shoal.training.loop import Run
 from tests.cli.commands import Place
 from tests.hub import small
 from tests.infer.folders import TURN_END, talker

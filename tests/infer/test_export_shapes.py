@@ -13,16 +13,16 @@ import transformers
 from safetensors.torch import save_file
 
 from shoal.checkpoint.convert import to_hugging_face
-from shoal.config import Model
+from shoal.config.options import Model
+from shoal.config.presets import resolve_shape, shape_problems
 from shoal.errors import ModelError
 from shoal.hub.shape import read_shape, write_shape
 from shoal.infer import export
 from shoal.infer.export import export_run
 from shoal.infer.load import load_run
 from shoal.models.build import build_model
-from shoal.presets import resolve_shape, shape_problems
-from shoal.resolve import resolve
-from shoal.train.loop import Run
+from shoal.resolve.resolve import resolve
+from shoal.training.loop import Run
 from tests.cli.commands import RECIPE
 from tests.hub import small
 from tests.parallel.layouts import ALONE, NeverStop

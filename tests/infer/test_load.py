@@ -9,14 +9,14 @@ import pytest
 import torch
 import transformers
 
-from shoal.data.tokenize import load_tokenizer
+from shoal.data.tokens.tokenize import load_tokenizer
 from shoal.errors import DataError, ModelError, ShoalError
 from shoal.hub import folder as folder_module
 from shoal.hub.header import Entry, read_header
 from shoal.infer.asked import Wanted
-from shoal.infer.generate import generate
 from shoal.infer.load import load_folder
 from shoal.models.attention import CPU_HAS_TILES
+from shoal.models.generate import generate
 
 from ..hub.small import TYPES, load, save
 from .folders import talker

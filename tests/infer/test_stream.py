@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from shoal.data.tokenize import Tokenizer, byte_tokenizer
+from shoal.data.tokens.tokenize import Tokenizer, byte_tokenizer
 from shoal.infer.stream import TextStream, continuation
 
 TEXT = "naïve 漢字 👩‍👩‍👧‍👦 end"

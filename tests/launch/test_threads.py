@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from shoal.config import Config
+from shoal.config.options import Config
 from shoal.launch import torchrun
-from shoal.launch.place import Place
 from shoal.launch.torchrun import choose_threads, fit_to_place, plan_processes, worker_environment
+from shoal.mesh.place import Place
 
 
 @pytest.fixture(autouse=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.config import Config
-from shoal.launch.place import Place
+from shoal.config.options import Config
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.place import Place
 from shoal.metrics import meter
 from shoal.metrics.meter import Meter
 from shoal.metrics.moment import Moment
-from shoal.parallel.mesh import Mesh
 from shoal.plan.estimate import flops_per_token
-from shoal.resolve import resolve
+from shoal.resolve.resolve import resolve
 
 CPU = Mesh(Place(), torch.device("cpu"))
 GPU = Mesh(Place(), torch.device("cuda"))

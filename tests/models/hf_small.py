@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import transformers
 
-from shoal.config import Config
-from shoal.resolve import resolve
+from shoal.config.options import Config
+from shoal.resolve.resolve import resolve
 
 VOCAB, SHORT = 272, 24
 COMMON: dict[str, Any] = {

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from shoal.config import Model
+from shoal.config.options import Model
 from shoal.models.build import build_model, initialize
 from shoal.models.family import LanguageModel
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shoal.config import Model
+from shoal.config.options import Model
 
 LLAMA = Model(vocab_size=97, dim=64, num_layers=2, num_heads=4, max_seq_len=128)
 GPT2 = Model(family="gpt2", vocab_size=97, dim=64, num_layers=2, num_heads=4, max_seq_len=64, tie_embeddings=True)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from shoal.infer.generate import generate
-from shoal.launch.place import Place
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.place import Place
 from shoal.models.attention import (
     KERNELS,
     attend,
@@ -23,8 +23,8 @@ from shoal.models.attention import (
     repeat_heads,
     take_deterministic_kernels,
 )
-from shoal.parallel.mesh import Mesh
-from shoal.train import assemble as assembling
+from shoal.models.generate import generate
+from shoal.training import assemble as assembling
 from tests.parallel.layouts import config_of
 from tests.rehearsal import Rehearsal
 

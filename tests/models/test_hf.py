@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from shoal.checkpoint.convert import to_hugging_face
-from shoal.config import Model
+from shoal.config.options import Model
 from shoal.errors import ConfigError, ModelError
-from shoal.infer.generate import generate
 from shoal.models.build import build_model, materialize
+from shoal.models.generate import generate
 from shoal.models.hf import HuggingFaceModel
 from shoal.models.hf_check import check_sight
 from shoal.models.hf_open import attention_of, faster_attention_of
@@ -24,9 +24,9 @@ from shoal.models.loss import linear_cross_entropy_sum
 from shoal.optim.schedule import learning_rate
 from shoal.parallel.recompute import checkpointed, compile_forward
 from shoal.plan.estimate import flops_per_token, parameter_count, why_no_flops
-from shoal.train.assemble import folder_weights
-from shoal.train.loop import Run
-from shoal.train.step import train_step
+from shoal.training.assemble import folder_weights
+from shoal.training.loop import Run
+from shoal.training.step import train_step
 from tests.models import hf_small
 from tests.parallel.layouts import ALONE, NeverStop
 

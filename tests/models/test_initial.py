@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from shoal.config import Model
+from shoal.config.options import Model
 from shoal.models.build import build_model, draw_rows, initialize
 from shoal.models.family import Initial
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from shoal.mesh.mesh import Axis, Mesh
+from shoal.mesh.region import Region, Shard
 from shoal.optim import muon
 from shoal.optim.muon import Muon, deal, orthogonalise
-from shoal.parallel.mesh import Axis, Mesh
-from shoal.parallel.region import Region, Shard
 from tests.world import World, laid_out
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

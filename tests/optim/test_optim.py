@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from shoal.config import Optim
-from shoal.launch.place import Place
+from shoal.config.options import Optim
+from shoal.mesh.mesh import Axis, Mesh
+from shoal.mesh.place import Place
+from shoal.mesh.region import Region, Shard
 from shoal.optim.build import Optimizer, build_optimizer
 from shoal.optim.schedule import learning_rate, replanned
-from shoal.parallel.mesh import Axis, Mesh
-from shoal.parallel.region import Region, Shard
-from shoal.train.clip import clip, gradient_norm
+from shoal.training.clip import clip, gradient_norm
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 
-from shoal.config import Config, Data, Launch, Metrics, Model, Optim, Parallel, Train
-from shoal.fault.signals import StopRequest
-from shoal.launch.place import Place
-from shoal.layout import find_layout
-from shoal.parallel.mesh import Mesh
-from shoal.parallel.region import Region
-from shoal.train.compile_check import check_compiled
-from shoal.train.loop import Run
-from shoal.train.step import train_step
+from shoal.config.layout import find_layout
+from shoal.config.options import Config, Data, Launch, Metrics, Model, Optim, Parallel, Train
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.place import Place
+from shoal.mesh.region import Region
+from shoal.system.signals import StopRequest
+from shoal.training.compile_check import check_compiled
+from shoal.training.loop import Run
+from shoal.training.step import train_step
 from tests.world import laid_out
 
 ALONE = Mesh(Place(), torch.device("cpu"))

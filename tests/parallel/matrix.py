@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from shoal.config import Config
-from shoal.parallel.mesh import Mesh
-from shoal.refusals import refusals
+from shoal.config.options import Config
+from shoal.mesh.mesh import Mesh
+from shoal.resolve.layout_checks import refusals
 from tests.parallel.layouts import Step, config_of, first_step, whole
 from tests.parallel.setups import GROUPS, LAYOUTS, TOGETHER, Setup
 from tests.world import Worlds

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from shoal.config import Parallel
-from shoal.layout import Layout, find_layout
+from shoal.config.layout import Layout, find_layout
+from shoal.config.options import Parallel
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.config import Model
+from shoal.config.options import Model
 from shoal.parallel.tree import Leaves, TreeSum
 from tests.parallel.layouts import ALONE, Step, config_of, first_step, whole
 from tests.parallel.matrix import step_of

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.config import Config
-from shoal.parallel.mesh import Mesh
-from shoal.parallel.region import Region
-from shoal.train.loop import Run
+from shoal.config.options import Config
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.region import Region
+from shoal.training.loop import Run
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for, whole
 from tests.world import World
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from shoal.mesh.mesh import Mesh
 from shoal.parallel.collectives import exchange, gather, sum_scatter
-from shoal.parallel.mesh import Mesh
 from tests.world import World, laid_out
 
 

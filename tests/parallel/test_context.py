@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from shoal.config import Model
+from shoal.config.options import Model
 from shoal.data.loader import Batch
+from shoal.mesh.mesh import Axis, Mesh
 from shoal.models.attention import document_mask
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.parallel.context import apply_context, cut_batch, local_places
-from shoal.parallel.mesh import Axis, Mesh
 from tests.models.shapes import SHAPES
 from tests.world import World, laid_out
 

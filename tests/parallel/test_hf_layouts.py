@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from shoal.checkpoint.convert import to_hugging_face
-from shoal.checkpoint.load import load_model
+from shoal.checkpoint.restore import load_model
 from shoal.checkpoint.saved import listed
-from shoal.config import Config
+from shoal.config.options import Config
+from shoal.mesh.mesh import Mesh
 from shoal.models.build import build_model
-from shoal.parallel.mesh import Mesh
-from shoal.refusals import refusals
-from shoal.train.loop import Run
+from shoal.resolve.layout_checks import refusals
+from shoal.training.loop import Run
 from tests.models import hf_small
 from tests.parallel.layouts import ALONE, NeverStop, Step, first_step, mesh_for, whole
 from tests.world import World

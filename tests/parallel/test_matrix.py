@@ -17,8 +17,8 @@ from unittest import mock
 
 import pytest
 
-from shoal.layout import AXES
-from shoal.refusals import refusals
+from shoal.config.layout import AXES
+from shoal.resolve.layout_checks import refusals
 from tests.parallel.layouts import config_of
 from tests.parallel.matrix import FAMILIES, Bench, Cell, Measured, cells, cover, legal, problem, refused, thin
 from tests.parallel.setups import GROUPS, LAYOUTS, on

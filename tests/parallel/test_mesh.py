@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from shoal.config import Config
+from shoal.config.options import Config
 from shoal.errors import LaunchError
-from shoal.launch.place import LOCKED_BY, Place
-from shoal.parallel import mesh as mesh_module
-from shoal.parallel.mesh import Mesh, choose_device, is_lost_peer, open_mesh
-from shoal.train.loop import Run
+from shoal.mesh import mesh as mesh_module
+from shoal.mesh.mesh import Mesh, choose_device, is_lost_peer, open_mesh
+from shoal.mesh.place import LOCKED_BY, Place
+from shoal.training.loop import Run
 from tests.parallel.layouts import NeverStop, config_of
 from tests.world import World
 

@@ -15,15 +15,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from shoal.config import Model
+from shoal.config.options import Model
+from shoal.config.schedules import Schedule, stages_per_rank
 from shoal.data.loader import Batch
+from shoal.mesh.mesh import Axis, Mesh
 from shoal.models.build import build_model, initialize
 from shoal.models.family import LanguageModel
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.parallel import pipeline
-from shoal.parallel.mesh import Axis, Mesh
 from shoal.parallel.pipeline import Pipeline, cut, sum_tied
-from shoal.pipeline_plan import Schedule, stages_per_rank
 from tests.world import World, laid_out
 
 BATCH, SEQ, DIM, VOCAB = 2, 12, 16, 29

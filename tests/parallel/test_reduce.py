@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from shoal.launch.place import Place
-from shoal.parallel.mesh import Mesh
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.place import Place
 from shoal.parallel.reduce import GradientReducer
 from tests.world import World
 

@@ -8,8 +8,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from shoal.parallel.mesh import Mesh
-from shoal.parallel.region import Region
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.region import Region
 from shoal.parallel.vocab_loss import vocab_parallel_cross_entropy_sum
 from tests.world import World, laid_out
 

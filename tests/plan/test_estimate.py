@@ -12,11 +12,11 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from shoal.config import Model
+from shoal.config.options import Model
+from shoal.config.presets import PRESETS, resolve_shape
 from shoal.models.build import build_model, initialize
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.plan.estimate import flops_per_token, matmul_parameter_count, parameter_count
-from shoal.presets import PRESETS, resolve_shape
 
 from ..models.hf_weights import hf_config
 from ..models.shapes import SHAPES
@@ -85,5 +85,7 @@ def test_vocab_size_must_be_known() -> None:
 
 
 def test_plan_does_not_import_torch() -> None:
-    code = "import sys, shoal.plan.estimate, shoal.plan.hardware, shoal.presets; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, shoal.plan.estimate, shoal.plan.hardware, shoal.config.presets; sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

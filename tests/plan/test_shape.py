@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shoal.config import Model
-from shoal.presets import PRESETS, resolve_shape, shape_problems
+from shoal.config.options import Model
+from shoal.config.presets import PRESETS, resolve_shape, shape_problems
 
 from ..models.shapes import SHAPES
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from shoal.errors import LaunchError
-from shoal.launch.listen import is_loopback, listen
+from shoal.system.network import is_loopback, listen
 from tests.cli.commands import Place, clean_environment, wait_for
 
 
@@ -40,8 +40,8 @@ def test_a_run_on_one_machine_listens_on_loopback_alone(tmp_path: Path) -> None:
 
 WORKER = """
 import os, sys
-from shoal.config import Parallel
-from shoal.parallel.mesh import open_mesh
+from shoal.config.options import Parallel
+from shoal.mesh.mesh import open_mesh
 with open_mesh("cpu", 60.0, Parallel()) as mesh:
     print("ready", flush=True)
     sys.stdin.read()

@@ -21,7 +21,7 @@ from urllib.parse import quote
 import psutil
 import pytest
 
-from shoal.secrets import secret_in, without_password
+from shoal.system.secrets import secret_in, without_password
 from tests.cli.commands import Place, wait_for, workers_of
 from tests.hub import small
 from tests.hub.server import Repository, running_hub

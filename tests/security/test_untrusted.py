@@ -18,18 +18,18 @@ from pathlib import Path
 import pytest
 
 from shoal.checkpoint.saved import damage, listed
-from shoal.config import Data, Model
+from shoal.config.options import Data, Model
+from shoal.data.corpus.sources import open_corpus
 from shoal.data.manifest import load_manifest
 from shoal.data.prepare import prepare
-from shoal.data.sources import open_corpus
 from shoal.errors import DataError, ModelError, ShoalError
 from shoal.hub.beside import copy_files
 from shoal.hub.fetch import fetch_model
 from shoal.hub.folder import ModelFolder
 from shoal.infer.load import load_folder
-from shoal.metrics.lines import whole_lines
 from shoal.models.hf_open import open_causal_lm
-from shoal.resolve import resolve
+from shoal.resolve.resolve import resolve
+from shoal.run.jsonl import whole_lines
 from tests.hub import small
 from tests.hub.conftest import NAME, Scene, scene
 
@@ -49,8 +49,8 @@ def corpus_of(path: Path) -> Data:
 def test_a_gzip_bomb_is_refused_before_it_has_unpacked(
     filler: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.data.jsonl.BOMB_BYTES", 1 << 20)
-    monkeypatch.setattr("shoal.data.jsonl.MAX_LINE_BYTES", 1 << 18)
+    monkeypatch.setattr("shoal.data.corpus.jsonl.BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr("shoal.data.corpus.jsonl.MAX_LINE_BYTES", 1 << 18)
     path = tmp_path / "bomb.jsonl.gz"
     bomb = io.BytesIO()
     with gzip.open(bomb, "wb") as file:
@@ -63,7 +63,7 @@ def test_a_gzip_bomb_is_refused_before_it_has_unpacked(
 
 
 def test_honest_text_that_repeats_itself_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.data.jsonl.BOMB_BYTES", 1 << 16)
+    monkeypatch.setattr("shoal.data.corpus.jsonl.BOMB_BYTES", 1 << 16)
     path = tmp_path / "honest.jsonl.gz"
     with gzip.open(path, "wt") as file:
         for number in range(20_000):

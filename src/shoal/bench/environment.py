@@ -11,10 +11,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from shoal import __version__, cpu
+from shoal import __version__
 from shoal.metrics.machine import instruction_sets
 from shoal.plan.hardware import peak_flops
-from shoal.torch_private import is_tested, tested_range
+from shoal.system import cpu
+from shoal.system.torch_private import is_tested, tested_range
 
 PACKAGES = ("torch", "numpy", "pydantic", "tokenizers", "safetensors", "transformers", "accelerate")
 VARIABLES = (

@@ -27,29 +27,28 @@ from torch import Tensor
 
 from shoal import __version__
 from shoal.checkpoint.store import CheckpointStore, Keep
-from shoal.config import Config, Parallel
-from shoal.data.open import open_data
+from shoal.config.options import Config, Parallel
 from shoal.data.pack import Rows
-from shoal.data.prepare import Prepared
+from shoal.data.prepare import Prepared, open_data
+from shoal.elastic.heartbeat import Heartbeat
 from shoal.errors import CheckpointError
-from shoal.fault.heartbeat import Heartbeat
-from shoal.launch.place import Place, is_launched
-from shoal.metrics.console import Console
+from shoal.mesh.mesh import Mesh, open_mesh
+from shoal.mesh.place import Place, is_launched
+from shoal.mesh.region import Shard
 from shoal.metrics.machine import bits_depend_on, device_name
 from shoal.models.attention import take_deterministic_kernels
 from shoal.models.layers import products_by_quarters
 from shoal.optim.schedule import learning_rate
 from shoal.parallel.apply import Runnable
-from shoal.parallel.mesh import Mesh, open_mesh
-from shoal.parallel.region import Shard
 from shoal.plan.length import count_steps
-from shoal.resolve import to_dict
-from shoal.runs import RunFolder
-from shoal.train.assemble import assemble, open_loader
-from shoal.train.loop import set_threads
-from shoal.train.settle import settle
-from shoal.train.state import TrainState
-from shoal.train.step import train_step
+from shoal.resolve.resolve import to_dict
+from shoal.run.console import Console
+from shoal.run.folder import RunFolder
+from shoal.training.assemble import assemble, open_loader
+from shoal.training.finish_config import settle
+from shoal.training.loop import set_threads
+from shoal.training.state import TrainState
+from shoal.training.step import train_step
 
 STEPS = 3
 SAVED_AT = 2  # the step after which the state is saved, to go on from it once more

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.config import Config
+from shoal.config.options import Config
 from shoal.errors import LaunchError, ShoalError
 from shoal.launch.torchrun import count_gpus, plan_processes, worker_environment
-from shoal.metrics.console import Console
-from shoal.metrics.narrator import Narrator
-from shoal.resolve import resolve, to_yaml
+from shoal.resolve.resolve import resolve, to_yaml
+from shoal.run.console import Console
+from shoal.run.narrator import Narrator
 
 DEFAULT = """
 model: {family: llama, dim: 384, num_layers: 6, num_heads: 6, max_seq_len: 256}
@@ -88,7 +88,7 @@ def _settle(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], fold
     if config.data.corpus == "dummy":
         config = config.replace("data", folder=str(folder / "data"))
     config = plan_processes(config, count_gpus(), say=Console(on_stderr=True).warn)
-    from shoal.data.open import open_data
+    from shoal.data.prepare import open_data
 
     open_data(config.data, Console(speaks=speaks, on_stderr=True))
     return config

@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from shoal.bench.speed import WARMUP_STEPS, summarize_steps
-from shoal.fault.signals import StopRequest, die_with_parent
+from shoal.mesh.mesh import open_mesh
 from shoal.metrics.products import product_rates
-from shoal.metrics.trackers import read_json_lines
-from shoal.parallel.mesh import open_mesh
-from shoal.resolve import read_back
-from shoal.train.assemble import DTYPES
-from shoal.train.loop import Run, set_threads
+from shoal.resolve.resolve import read_back
+from shoal.run.events import read_json_lines
+from shoal.system.signals import StopRequest, die_with_parent
+from shoal.training.assemble import DTYPES
+from shoal.training.loop import Run, set_threads
 
 PRODUCT_SECONDS = 1.0
 

@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from shoal.bench.speed import summarize_steps
-from shoal.config import Config, Model
-from shoal.data.open import open_data
-from shoal.metrics.console import Console
-from shoal.resolve import read_back
+from shoal.config.options import Config, Model
+from shoal.data.prepare import open_data
+from shoal.resolve.resolve import read_back
+from shoal.run.console import Console
 
 
 def main(recipe: Path, answer: Path) -> None:

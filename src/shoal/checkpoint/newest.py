@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from shoal.checkpoint.memory import Memory, Sharers
+from shoal.checkpoint.memory_tier import Memory, Sharers
 from shoal.checkpoint.saved import Saved, damage, discard, folder_of, listed, set_aside
-from shoal.disk import replace_folder, sync
 from shoal.errors import CheckpointError
-from shoal.parallel.mesh import Mesh
+from shoal.mesh.mesh import Mesh
+from shoal.system.disk import replace_folder, sync
 
 
 def choose(folder: Path, mesh: Mesh, sharers: Sharers, memory: Memory | None) -> tuple[Saved | None, list[str]]:

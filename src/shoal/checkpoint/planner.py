@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from shoal.checkpoint.memory import Sharers
-from shoal.parallel.mesh import Mesh
-from shoal.parallel.region import Part, Region
+from shoal.checkpoint.memory_tier import Sharers
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.region import Part, Region
 
 
 class RegionSavePlanner(DefaultSavePlanner):

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from shoal.disk import sha256_of
 from shoal.errors import CheckpointError
+from shoal.system.disk import sha256_of
 
 FORMAT: Final = 1
 STATE: Final = "state.json"

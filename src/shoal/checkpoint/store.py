@@ -31,10 +31,10 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from shoal.checkpoint.load import read_into, read_own
-from shoal.checkpoint.memory import Memory, Sharers
+from shoal.checkpoint.memory_tier import Memory, Sharers
 from shoal.checkpoint.newest import choose, lend, point_to_latest
 from shoal.checkpoint.planner import share_out
+from shoal.checkpoint.restore import read_into, read_own
 from shoal.checkpoint.saved import (
     FORMAT,
     MANIFEST,
@@ -48,12 +48,12 @@ from shoal.checkpoint.saved import (
     read_state,
     shard_of,
 )
-from shoal.checkpoint.shard import Bytes, Digest, Item, pieces_of, write_shard
+from shoal.checkpoint.shard_file import Bytes, Digest, Item, pieces_of, write_shard
 from shoal.checkpoint.staging import Staging
-from shoal.disk import replace_folder, sha256_of, sync, write_whole
 from shoal.errors import CheckpointError
-from shoal.parallel.mesh import Mesh
-from shoal.parallel.region import Part
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.region import Part
+from shoal.system.disk import replace_folder, sha256_of, sync, write_whole
 
 VOTES: Final = 3  # numbers of `votes`
 

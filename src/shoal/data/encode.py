@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.documents import START, Corpus, Cursor, Skipped
-from shoal.data.fast import DifferentIdsError, FastEncoder, fast_encoder
-from shoal.data.find import describe
+from shoal.data.corpus.documents import START, Corpus, Cursor, Skipped
+from shoal.data.corpus.paths import describe
 from shoal.data.manifest import SPLITS, Journal, Skips, SplitName
 from shoal.data.shards import Tokens, token_dtype, write_shard
-from shoal.data.tokenize import Tokenizer
+from shoal.data.tokens.fastokens import DifferentIdsError, FastEncoder, fast_encoder
+from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
 
 CHUNK_BYTES = 2_000_000  # tokens of a chunk take some fifty times its text while Rust hands them over

@@ -7,8 +7,8 @@ import errno
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from shoal.disk import NoLocksError, take_lock, write_whole
 from shoal.errors import DataError
+from shoal.system.disk import NoLocksError, take_lock, write_whole
 
 
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:

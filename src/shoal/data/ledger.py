@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.data.order import sample_at
-from shoal.metrics.lines import PatientLines, whole_lines
+from shoal.run.jsonl import PatientLines, whole_lines
 
 MOST_BITS: Final = 40  # two different steps have equal sums once in 2^40
 FLOAT64_BITS: Final = 53  # integers up to 2^53 and their sums are exact

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.config.layout import deal
 from shoal.data.order import sample_at
 from shoal.data.pack import IGNORED_LABEL, PackedRows, Rows
-from shoal.layout import deal
 
 _CPU: Final = torch.device("cpu")
 

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from shoal.data.documents import START, Corpus, Cursor, Entry, Skipped
+from shoal.data.corpus.documents import START, Corpus, Cursor, Entry, Skipped
+from shoal.data.corpus.paths import describe
 from shoal.data.files import write_atomically
-from shoal.data.find import describe
 from shoal.data.shards import CURE, ShardRecord
 from shoal.errors import DataError
-from shoal.output import on_one_line
+from shoal.system.output import on_one_line
 
 FORMAT = 1
 MANIFEST, JOURNAL, TOKENIZER, YARDSTICK = "manifest.json", "journal.json", "tokenizer.json", "yardstick.json"

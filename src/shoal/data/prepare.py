@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from shoal.config import Data
-from shoal.data import tokenize
-from shoal.data.documents import Corpus, Cursor, Entry
+from shoal.config.options import Data
+from shoal.data.corpus.documents import Corpus, Cursor, Entry
+from shoal.data.corpus.paths import describe
+from shoal.data.corpus.sources import open_corpus
 from shoal.data.encode import Split, choose_split, training_sample, write_shards
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
-from shoal.data.find import describe
 from shoal.data.manifest import (
     FORMAT,
     JOURNAL,
@@ -41,10 +41,11 @@ from shoal.data.manifest import (
 )
 from shoal.data.pack import Rows
 from shoal.data.shards import CURE, Shard, TokenStream, token_dtype
-from shoal.data.sources import open_corpus
-from shoal.data.tokenize import Tokenizer
-from shoal.disk import gigabytes, sha256_of
+from shoal.data.tokens import tokenize
+from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
+from shoal.run.console import Console
+from shoal.system.disk import gigabytes, sha256_of
 
 SAMPLE_PIECES = 32  # of a text that is too long to be taken whole
 NAME_CHARACTERS = 80  # of a tokenizer's name in that of a folder: file systems take 255 in all
@@ -368,3 +369,12 @@ class _Ticks:
         """Say the last again, where nothing is read for a while."""
         phase, done = self._last
         self._progress(phase, done, self.total)
+
+
+def open_data(data: Data, console: Console, *, rows: int | None = None) -> Prepared:
+    """The tokens of `data` for a model of so many `rows`, made now where they are not there. One process makes them."""
+    with console.progress("preparing") as progress:
+        prepared = prepare(data, progress, rows=rows)
+    for note in prepared.notes:
+        console.warn(note)
+    return prepared

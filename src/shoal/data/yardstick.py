@@ -22,12 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from shoal.data.compression import sizes
 from shoal.data.manifest import YARDSTICK
 from shoal.data.prepare import Prepared, held_out_text, open_prepared, sample_of
-from shoal.disk import gigabytes, write_whole
 from shoal.errors import DataError
-from shoal.fault.signals import die_with_parent
-from shoal.metrics.compression import sizes
+from shoal.system.disk import gigabytes, write_whole
+from shoal.system.signals import die_with_parent
 
 TRAINING_BYTES = 32_000_000  # that prime, at most: xz reads a megabyte or two a second
 HELD_OUT_BYTES = 16_000_000  # that are compared, at most

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from shoal.fault.heartbeat import Heartbeat
-from shoal.torch_private import require
+from shoal.elastic.heartbeat import Heartbeat
+from shoal.system.torch_private import require
 
 
 @contextlib.contextmanager

@@ -27,8 +27,8 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from shoal.metrics.trackers import Events
-from shoal.parallel.region import Shard
+from shoal.mesh.region import Shard
+from shoal.run.events import Events
 
 PLAN: Final = "SHOAL_FAULTS"
 LIFE: Final = "TORCHELASTIC_RESTART_COUNT"

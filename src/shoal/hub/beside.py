@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from shoal.disk import sync, write_whole
 from shoal.errors import ModelError
 from shoal.hub.folder import CONFIG, HEADERS, ModelFolder
 from shoal.hub.header import DTYPE_NAMES
 from shoal.hub.names import spellings
+from shoal.system.disk import sync, write_whole
 
 GENERATION: Final = "generation_config.json"
 TOKENIZER: Final = (

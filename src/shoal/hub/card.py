@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from shoal.config import Config
+from shoal.config.options import Config
 from shoal.hub.find import could_be_on_a_hub
 
 CARD: Final = "README.md"

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shoal.disk import NoLocksError, replace_folder, sync, take_lock, write_whole
 from shoal.errors import ModelError
 from shoal.hub.find import check_name
 from shoal.hub.folder import CONFIG, INDEX, PICKLES, SINGLE, WHY_NO_PICKLES, ModelFolder, shard_names
 from shoal.hub.header import parse_object
 from shoal.hub.record import MODELS, RECORD, FileRecord, Record, fetch_command, load_record
+from shoal.system.disk import NoLocksError, replace_folder, sync, take_lock, write_whole
 
 if TYPE_CHECKING:
     from shoal.hub.remote import Remote, RemoteFile
@@ -218,9 +218,9 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _fetch(request: Request, partial: Path, tell: Callable[[str], None], progress: Progress) -> None:
-    from shoal.disk import gigabytes
     from shoal.hub.remote import look_up
     from shoal.hub.transfer import Transfer
+    from shoal.system.disk import gigabytes
 
     folder = request.folder
     revision = request.revision or "main"

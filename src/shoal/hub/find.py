@@ -10,7 +10,7 @@ from pathlib import Path
 
 from shoal.errors import ModelError
 from shoal.hub.record import MODELS, fetch_command, load_record
-from shoal.output import on_one_line
+from shoal.system.output import on_one_line
 
 __all__ = [
     "MODELS",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shoal.disk import sha256_of
+from shoal.system.disk import sha256_of
 
 RECORD = "fetched.json"
 MODELS = Path("models")  # where `shoal fetch model NAME` puts NAME

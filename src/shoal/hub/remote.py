@@ -24,7 +24,7 @@ from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 from shoal import __version__
 from shoal.errors import ModelError
 from shoal.hub.find import by_hand, close_names, no_name
-from shoal.secrets import without_password
+from shoal.system.secrets import without_password
 
 # What the HTTP library raises, whichever one huggingface_hub is built on: httpx below 2, httpx2 since.
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from shoal.config import Model
+from shoal.config.options import Model
 from shoal.errors import ModelError
 from shoal.hub.any_shape import read_any_shape
 from shoal.hub.find import called, find_model

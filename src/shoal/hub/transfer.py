@@ -9,9 +9,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from shoal.disk import gigabytes, sha256_of
 from shoal.errors import ModelError
 from shoal.hub.remote import Remote, RemoteFile, download
+from shoal.system.disk import gigabytes, sha256_of
 
 Progress = Callable[[str, int, int], None]
 """Called with the file, and how much of how many bytes of all files are here."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-from shoal.config import Model
+from shoal.config.options import Model
 from shoal.errors import ModelError
 
 Json = Mapping[str, Any]

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from shoal.data.encoding import check_text, without_mark
+from shoal.data.corpus.encoding import check_text, without_mark
 from shoal.errors import DataError, ShoalError
 from shoal.hub.find import find_model
 from shoal.hub.folder import ModelFolder
 from shoal.infer.target import find_checkpoint
-from shoal.output import on_one_line
+from shoal.system.output import on_one_line
 
 
 @dataclass(frozen=True)

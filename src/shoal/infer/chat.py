@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
 
-from shoal.data.chat import ChatTemplate
+from shoal.data.tokens.chat_template import ChatTemplate
 from shoal.errors import DataError, GenerateError, ShoalError
-from shoal.infer.generate import generate
 from shoal.infer.load import LoadedModel
-from shoal.infer.sampling import Sampling, check_text
 from shoal.infer.stream import TextStream
+from shoal.models.generate import generate
+from shoal.models.sampling import Sampling, check_text
 
 HELP = "/exit or Ctrl-D ends it, /clear forgets what was said, Ctrl-C stops an answer"
 

@@ -8,25 +8,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.data.open import open_data
-from shoal.data.tokenize import Tokenizer
-from shoal.data.tokenizer_ends import special_tokens
+from shoal.data.prepare import open_data
+from shoal.data.tokens.tokenize import Tokenizer
+from shoal.data.tokens.tokenizer_ends import special_tokens
 from shoal.data.yardstick import Measuring, Yardstick
 from shoal.errors import CheckpointError, spelled
 from shoal.infer.asked import Tasks, Text, Wanted
 from shoal.infer.chat import Chat
-from shoal.infer.generate import generate
 from shoal.infer.harness import run_tasks
 from shoal.infer.load import LoadedModel, LoadedRun, load, load_run
-from shoal.infer.sampling import FLAGS, Sampling
 from shoal.infer.score import choose_windows, perplexity, score
 from shoal.infer.stream import TextStream, continuation
-from shoal.launch.place import Place
-from shoal.metrics.console import Console
-from shoal.metrics.narrator import Narrator
-from shoal.output import on_one_line
-from shoal.parallel.mesh import Mesh
-from shoal.train.evaluate import evaluate, model_losses
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.place import Place
+from shoal.models.generate import generate
+from shoal.models.sampling import FLAGS, Sampling
+from shoal.run.console import Console
+from shoal.run.narrator import Narrator
+from shoal.system.output import on_one_line
+from shoal.training.evaluate import evaluate, model_losses
 
 LARGE = 1e6  # from there on a number is shown by its exponent: a perplexity may have hundreds of digits
 

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 
 from shoal import __version__
 from shoal.checkpoint.convert import DTYPES, to_hugging_face
-from shoal.checkpoint.load import read_into
+from shoal.checkpoint.restore import read_into
 from shoal.checkpoint.saved import Saved, read_state, verify
-from shoal.config import Model
-from shoal.data.tokenize import Tokenizer, load_tokenizer
-from shoal.disk import sync, write_whole
+from shoal.config.options import Model
+from shoal.config.presets import resolve_shape
+from shoal.data.tokens.tokenize import Tokenizer, load_tokenizer
 from shoal.errors import ModelError
 from shoal.hub.beside import GENERATION, LICENSES, TOKENIZER, Dtypes, copy_files, read_dtypes
 from shoal.hub.card import CARD, Facts, model_card
@@ -33,13 +33,13 @@ from shoal.hub.names import place
 from shoal.hub.shape import write_shape
 from shoal.infer.out_folder import OutFolder
 from shoal.infer.target import find_checkpoint
-from shoal.metrics.console import Console
-from shoal.metrics.trackers import read_json_lines
+from shoal.mesh.region import Part
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
-from shoal.parallel.region import Part
-from shoal.presets import resolve_shape
-from shoal.runs import RunFolder
+from shoal.run.console import Console
+from shoal.run.events import read_json_lines
+from shoal.run.folder import RunFolder
+from shoal.system.disk import sync, write_whole
 
 STORED: Final = {name: kind for kind, name in DTYPE_NAMES.items()}
 SHARD_BYTES: Final = 5_000_000_000  # of a file of weights, about: what the hub's tools make

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from shoal.checkpoint.load import load_model
-from shoal.config import Config, Model
-from shoal.cpu import multiplies_bfloat16
-from shoal.data.tokenize import Tokenizer, load_tokenizer
+from shoal.checkpoint.restore import load_model
+from shoal.config.options import Config, Model
+from shoal.config.presets import shape_problems
+from shoal.data.tokens.tokenize import Tokenizer, load_tokenizer
 from shoal.errors import ModelError, spelled
 from shoal.hub.find import find_model
 from shoal.hub.folder import CONFIG, ModelFolder
@@ -21,13 +21,13 @@ from shoal.hub.shape import Shape, read_folder
 from shoal.hub.values import token_ids
 from shoal.infer.asked import Wanted
 from shoal.infer.target import find_checkpoint
+from shoal.mesh.mesh import check_dtype, choose_device, has_bfloat16
 from shoal.models.attention import CPU_HAS_TILES
 from shoal.models.build import build_model, materialize
 from shoal.models.family import LanguageModel
 from shoal.models.layers import Linear
-from shoal.parallel.mesh import check_dtype, choose_device, has_bfloat16
-from shoal.presets import shape_problems
-from shoal.train.assemble import DTYPES, weights_of
+from shoal.system.cpu import multiplies_bfloat16
+from shoal.training.assemble import DTYPES, weights_of
 
 # Options of training, as the verbs that use a model have them.
 FLAGS = {"train.dtype": "--dtype", "train.device": "--device"}

@@ -12,12 +12,12 @@ from typing import Final
 
 from safetensors import SafetensorError
 
-from shoal.disk import empty_folder, gigabytes, replace_folder, try_lock
 from shoal.errors import ModelError
 from shoal.hub.beside import LICENSES, TOKENIZER
 from shoal.hub.card import CARD, is_card
 from shoal.hub.folder import CONFIG, INDEX
-from shoal.output import on_one_line
+from shoal.system.disk import empty_folder, gigabytes, replace_folder, try_lock
+from shoal.system.output import on_one_line
 
 WRITTEN: Final = (CARD, CONFIG, INDEX, "*.safetensors", *TOKENIZER, *LICENSES)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.data.tokenize import Tokenizer
+from shoal.data.tokens.tokenize import Tokenizer
 
 UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character (yet)
 

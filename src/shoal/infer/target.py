@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shoal.checkpoint.saved import Saved, listed
 from shoal.errors import CheckpointError
-from shoal.runs import RunFolder
+from shoal.run.folder import RunFolder
 
 
 def find_checkpoint(runs: Path, target: str, step: int | None) -> tuple[RunFolder, Saved]:

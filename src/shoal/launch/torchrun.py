@@ -12,17 +12,17 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from shoal.config import Config
-from shoal.cpu import count_cores, free_cores
+from shoal.config.layout import find_layout
+from shoal.config.options import Config
+from shoal.elastic.stops import PassOn
 from shoal.errors import EXIT_REQUEUE, LaunchError
-from shoal.fault.signals import ends_when_asked
-from shoal.launch.place import LOCKED_BY, Place
-from shoal.launch.stops import PassOn
-from shoal.layout import find_layout
-from shoal.metrics.console import Console
-from shoal.metrics.narrator import Narrator
-from shoal.refusals import refusals, refusals_of_machines
-from shoal.torch_private import require
+from shoal.mesh.place import LOCKED_BY, Place
+from shoal.resolve.layout_checks import refusals, refusals_of_machines
+from shoal.run.console import Console
+from shoal.run.narrator import Narrator
+from shoal.system.cpu import count_cores, free_cores
+from shoal.system.signals import ends_when_asked
+from shoal.system.torch_private import require
 
 WAIT_POLICY = "OMP_WAIT_POLICY"
 
@@ -196,7 +196,7 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     with ends_when_asked(EXIT_REQUEUE), _quiet_torch():
         narrator.begin("importing torch")
         require("processes")
-        from shoal.launch.agent import run_workers
+        from shoal.elastic.agent import run_workers
 
         stop = PassOn()
     narrator.close()

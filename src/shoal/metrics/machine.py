@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from shoal import cpu
+from shoal.system import cpu
 
 
 def device_name(device: torch.device) -> str:

@@ -11,10 +11,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from shoal.config import Config
+from shoal.config.options import Config
+from shoal.mesh.mesh import Mesh
 from shoal.metrics.machine import device_name
 from shoal.metrics.moment import Moment
-from shoal.parallel.mesh import Mesh
 from shoal.plan.estimate import flops_per_token, parameter_count, why_no_flops
 from shoal.plan.hardware import peak_flops
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.bias import CausalBias
 
-from shoal.cpu import has_tiles
+from shoal.system.cpu import has_tiles
 
 CPU_HAS_TILES: bool = has_tiles()
 

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from shoal.config import Model
+from shoal.config.options import Model
+from shoal.config.presets import resolve_shape
 from shoal.models.family import Initial, LanguageModel
 from shoal.models.gpt2 import GPT2
 from shoal.models.llama import Llama
-from shoal.presets import resolve_shape
 
 ROWS_AT_A_TIME = 1024
 

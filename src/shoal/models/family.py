@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoal.config import Model
+from shoal.config.options import Model
 from shoal.models.attention import KVCache
 from shoal.models.layers import Embedding, Linear
 from shoal.models.loss import linear_cross_entropy_sum

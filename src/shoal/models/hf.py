@@ -20,14 +20,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from shoal.config import Model
+from shoal.config.options import Model
 from shoal.errors import ModelError
 from shoal.models.casting import cast_output, cast_while_running
 from shoal.models.family import Initial, LanguageModel, TensorParallelStyle
 from shoal.models.hf_head import Head
 from shoal.models.hf_open import attention_of, faster_attention_of, open_causal_lm
 from shoal.models.hf_plan import read_plan
-from shoal.torch_private import require
+from shoal.system.torch_private import require
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from shoal.config import Model
+from shoal.config.options import Model
 from shoal.errors import ModelError
 from shoal.hub.any_shape import drop_rates
 from shoal.hub.find import find_model

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shoal.config import Model
+from shoal.config.options import Model
 from shoal.models.attention import Attend, LayerCache, attend, document_mask
 from shoal.models.family import Initial, LanguageModel, TensorParallelStyle
 from shoal.models.layers import Embedding, Linear, RMSNorm, multiplied

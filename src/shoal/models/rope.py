@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.config import Model
+from shoal.config.options import Model
 
 Rope = tuple[Tensor, Tensor]  # cosines [B or 1, T, 1, head_dim], sines [B or 1, T, 1, head_dim / 2]
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-from shoal.config import Optim
+from shoal.config.options import Optim
+from shoal.mesh.mesh import Axis
+from shoal.mesh.region import Shard
 from shoal.optim.muon import Muon
-from shoal.parallel.mesh import Axis
-from shoal.parallel.region import Shard
 
 # What an optimizer keeps of a parameter, as a checkpoint names it.
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")

@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal.parallel.mesh import Axis, has_bfloat16
-from shoal.parallel.region import Region, Shard
+from shoal.mesh.mesh import Axis, has_bfloat16
+from shoal.mesh.region import Region, Shard
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: five steps take all of [0.005, 1] into [0.68, 1.16]
 EPS = 1e-7  # a matrix of less norm is not blown up

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from shoal.config import Optim
+from shoal.config.options import Optim
 
 Factor = Callable[[float], float]
 

@@ -15,23 +15,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.config import Data, Parallel, Train
+from shoal.config.layout import deal
+from shoal.config.options import Data, Parallel, Train
+from shoal.config.schedules import V_SHAPED, stages_per_rank
 from shoal.data.loader import Batch
-from shoal.layout import deal
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.region import Region, Shard
 from shoal.metrics.meter import Phases
 from shoal.models.build import Fill
 from shoal.models.family import LanguageModel
 from shoal.parallel import context, pipeline, tensor
-from shoal.parallel.mesh import Mesh
+from shoal.parallel.fsdp import shard
 from shoal.parallel.randomness import Randomness
 from shoal.parallel.recompute import Compiled, checkpointed, compile_forward, set_activation_budget
 from shoal.parallel.reduce import GradientReducer, Gradients
-from shoal.parallel.region import Region, Shard
-from shoal.parallel.shard import shard
 from shoal.parallel.tree import Leaves
 from shoal.parallel.vocab_loss import vocab_parallel_cross_entropy_sum
-from shoal.pipeline_plan import V_SHAPED, stages_per_rank
-from shoal.torch_private import require, torch_version
+from shoal.system.torch_private import require, torch_version
 
 Loss = Callable[[LanguageModel, Tensor, Tensor, Tensor | float], Tensor]  # (part, hidden, labels, scale) -> 0-d
 

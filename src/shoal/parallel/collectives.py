@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal.parallel.mesh import Axis
+from shoal.mesh.mesh import Axis
 
 # the same collective, renamed in torch 2.13, which warns of the older name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from shoal.data.loader import Batch
+from shoal.mesh.mesh import Axis
 from shoal.models.attention import Attend, attend, document_mask
 from shoal.models.family import LanguageModel
 from shoal.parallel.collectives import exchange, gather, gather_parts
-from shoal.parallel.mesh import Axis
 
 SEQUENCE, HEADS = 1, 2  # dims of [B, T, H, d]
 

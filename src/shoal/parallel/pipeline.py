@@ -33,11 +33,11 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
+from shoal.config.schedules import SINGLE, Schedule, forward_slots, rank_stages, stage_blocks, stage_rank
 from shoal.data.loader import Batch
+from shoal.mesh.mesh import Axis
 from shoal.models.family import LanguageModel
-from shoal.parallel.mesh import Axis
-from shoal.pipeline_plan import SINGLE, Schedule, forward_slots, rank_stages, stage_blocks, stage_rank
-from shoal.torch_private import minor, torch_version
+from shoal.system.torch_private import minor, torch_version
 
 SCHEDULES: dict[Schedule, type[Any]] = {
     "gpipe": ScheduleGPipe,

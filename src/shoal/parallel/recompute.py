@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from shoal.metrics.machine import instruction_sets
-from shoal.torch_private import require
+from shoal.system.torch_private import require
 
 Forward = Callable[..., torch.Tensor]
 CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"

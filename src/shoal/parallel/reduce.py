@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from shoal.mesh.mesh import Axis
 from shoal.parallel.collectives import gather_parts
-from shoal.parallel.mesh import Axis
 from shoal.parallel.tree import Exchange, Leaves, TreeSum
 
 BUCKET_BYTES = 25 * 2**20

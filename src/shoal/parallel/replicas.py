@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from shoal.parallel.mesh import Mesh
-from shoal.parallel.region import Part, Region
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.region import Part, Region
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 Ring attention (Liu et al. 2023, arXiv:2310.01889): keys and values go round, and no process ever holds all of them.
 
 The rounds are torch's own, private functions: which chunks meet, how partial softmaxes merge, and the way back. They
-are in the list of `torch_private.py`, and used only with versions of torch that were tested (`refusals.py`). Each process
+are in the list of `system/torch_private.py`, and used only with versions of torch that were tested (`resolve/layout_checks.py`). Each process
 holds chunks r and 2N-1-r of 2N, as with allgather: that is how torch balances its rounds.
 """
 
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from shoal.errors import LaunchError
+from shoal.mesh.mesh import Axis
 from shoal.models.attention import CPU_HAS_TILES
-from shoal.parallel.mesh import Axis
-from shoal.torch_private import require
+from shoal.system.torch_private import require
 
 ATTENTION_SEQUENCE = 2  # the dim of a sequence in [B, H, T, d]
 

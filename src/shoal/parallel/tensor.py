@@ -26,11 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.errors import LaunchError
+from shoal.mesh.mesh import Axis
+from shoal.mesh.region import Region
 from shoal.models.family import LanguageModel, TensorParallelStyle
 from shoal.models.layers import Embedding, Linear
 from shoal.parallel.collectives import copied, dealt, gather, joined, sum_scatter, summed
-from shoal.parallel.mesh import Axis
-from shoal.parallel.region import Region
 
 SEQUENCE = 1  # the dim of a sequence in [B, T, ...]
 

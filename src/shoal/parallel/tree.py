@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from shoal.parallel.mesh import Axis
+from shoal.mesh.mesh import Axis
 
 
 class TreeSum:

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal.mesh.mesh import Axis
 from shoal.models.loss import CHUNK_BYTES, IGNORED
 from shoal.parallel.collectives import gather, gather_parts
-from shoal.parallel.mesh import Axis
 
 
 def vocab_parallel_cross_entropy_sum(

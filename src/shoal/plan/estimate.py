@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any, Literal
 
-from shoal.config import Model
+from shoal.config.options import Model
+from shoal.config.presets import resolve_shape
 from shoal.hub.find import find_model
 from shoal.hub.folder import ModelFolder
 from shoal.hub.names import is_computed
-from shoal.presets import resolve_shape
 
 Attention = Literal["causal", "full"]
 

@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from shoal.config import Config
-from shoal.disk import gigabytes
+from shoal.config.layout import Layout, find_layout
+from shoal.config.options import Config
 from shoal.errors import ShoalError
-from shoal.layout import Layout, find_layout
 from shoal.plan.estimate import parameter_count
-from shoal.refusals import refusals
+from shoal.resolve.layout_checks import refusals
+from shoal.system.disk import gigabytes
 
 # Of errors that have no type of their own: torch's on a CPU, CUDA's, cuBLAS', NCCL's.
 _WORDS = (

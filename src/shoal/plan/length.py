@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from shoal.config import Train
+from shoal.config.options import Train
 
 
 def count_steps(train: Train, seq_len: int, rows: int) -> int:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from shoal.config import Config
+from shoal.config.layout import Layout, find_layout
+from shoal.config.options import Config
 from shoal.data.prepare import prepared_manifest
-from shoal.disk import gigabytes
 from shoal.errors import ShoalError
 from shoal.launch.torchrun import count_gpus, plan_processes
-from shoal.layout import Layout, find_layout
 from shoal.plan.estimate import parameter_count
 from shoal.plan.fit import held_bytes
 from shoal.plan.length import count_steps, length_of
+from shoal.system.disk import gigabytes
 
 
 def amounts(config: Config) -> Iterator[str]:

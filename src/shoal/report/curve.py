@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import RunError, ShoalError
-from shoal.metrics.trackers import read_json_lines
+from shoal.run.events import read_json_lines
 
 
 def draw_curve(run: Path, picture: Path) -> None:

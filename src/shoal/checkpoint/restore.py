@@ -1,0 +1,98 @@
+"""Checkpoints into memory: each process reads its own regions, whatever layout wrote them. Nothing is unpickled."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+
+from shoal.checkpoint.planner import RegionLoadPlanner
+from shoal.checkpoint.saved import Saved, read_state, verify
+from shoal.checkpoint.shard_file import places
+from shoal.errors import CheckpointError
+from shoal.mesh.region import Part
+
+
+def load(saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
+    """
+    Fill `parts` (of all of a checkpoint's tensors, or of some) in place; its `state.json`. Verified before, read by slices.
+
+    Raises `CheckpointError`.
+    """
+    verify(saved.folder)
+    state = read_state(saved.folder)
+    read_into(saved, parts)
+    return state
+
+
+def load_model(saved: Saved, model: nn.Module, device: torch.device) -> dict[str, Any]:
+    """Give a model on meta its memory on `device` and the weights of `saved`; its `state.json`. Raises as `load` does."""
+    model.to_empty(device=device)
+    return load(saved, {f"model.{name}": Part.whole(p.detach()) for name, p in model.named_parameters()})
+
+
+def read_into(saved: Saved, parts: Mapping[str, Part]) -> None:
+    """`load` without a look at the hashes, for one who has taken it: a large model is read in several turns."""
+    try:
+        with _plainly():
+            reader = HuggingFaceStorageReader(str(saved.folder))
+            _check_shapes(saved, reader.read_metadata().state_dict_metadata, parts)
+            tensors: dict[str, Any] = {name: part.tensor for name, part in parts.items()}
+            # alone: what a process reads concerns no other one, and the plan of all would grow with their number
+            dcp_load(tensors, storage_reader=reader, planner=RegionLoadPlanner(parts), no_dist=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{saved.folder} could not be loaded: {error}") from error
+
+
+def read_own(file: Path, parts: Mapping[str, Part]) -> None:
+    """Fill `parts` from a shard that holds these very regions. Raises `CheckpointError`."""
+    try:
+        with safe_open(file, framework="pt") as shard:
+            offsets = places(shard.metadata())
+            for name, part in parts.items():
+                found = shard.get_tensor(name)
+                if (offsets[name], found.shape) != (part.region.offsets, part.tensor.shape):
+                    raise ValueError(f"{name} is another part of it")
+                part.tensor.copy_(found)
+    except Exception as error:
+        raise CheckpointError(f"{file} could not be loaded: {error}") from error
+
+
+def _check_shapes(saved: Saved, there: Mapping[str, Any], here: Mapping[str, Part]) -> None:
+    for key, part in here.items():
+        if key not in there:
+            raise CheckpointError(f"{saved.folder} is of another model: it has no {key}")
+        if tuple(there[key].size) != part.region.shape:
+            raise CheckpointError(
+                f"{saved.folder} is of another model: {key} is {list(there[key].size)} there and "
+                f"{list(part.region.shape)} here"
+            )
+
+
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
+    """
+    Run a part of torch.distributed.checkpoint without the warnings about its own internals, and let what
+    went wrong come out as what it is (its own exception is no `Exception`).
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint.*")
+            warnings.filterwarnings(
+                "ignore", message=r".*torch\.distributed is disabled, unavailable or uninitialized.*"
+            )
+            yield
+    except CheckpointException as error:
+        _, (cause, _) = min(error.failures.items())
+        raise OSError(str(cause)) from error

@@ -1,0 +1,1 @@
+"""What a user can ask for, and what follows from it alone."""

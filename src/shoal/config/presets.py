@@ -1,0 +1,182 @@
+"""
+Named shapes, and what follows from a shape.
+
+Each preset holds the values of the model's public Hugging Face `config.json` (repository named beside it), under our
+names. A preset says only where it differs from `Model`'s defaults, plus what makes it recognisable.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any, Final
+
+from shoal.config.options import Model
+
+GPT2_VOCAB: Final = 50_257
+LLAMA3_VOCAB: Final = 128_256
+
+
+def _gpt2(dim: int, num_layers: int, num_heads: int) -> dict[str, Any]:
+    """openai-community/gpt2, gpt2-medium, gpt2-large, gpt2-xl: one recipe at four sizes."""
+    return {
+        "family": "gpt2", "vocab_size": GPT2_VOCAB, "dim": dim, "num_layers": num_layers, "num_heads": num_heads,
+        "max_seq_len": 1024, "norm_eps": 1e-5, "tie_embeddings": True, "init_std": 0.02,
+    }  # fmt: skip
+
+
+PRESETS: Final[dict[str, dict[str, Any]]] = {
+    # Ours: about a million parameters beside its embedding, for trying things out. vocab_size: the tokenizer's.
+    "tiny": {
+        "family": "llama", "dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 448,
+        "max_seq_len": 512, "tie_embeddings": True,
+    },
+    "gpt2": _gpt2(768, 12, 12),
+    "gpt2-medium": _gpt2(1024, 24, 16),
+    "gpt2-large": _gpt2(1280, 36, 20),
+    "gpt2-xl": _gpt2(1600, 48, 25),
+    # HuggingFaceTB/SmolLM2-135M
+    "smollm2-135m": {
+        "family": "llama", "vocab_size": 49_152, "dim": 576, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3,
+        "head_dim": 64, "ffn_dim": 1536, "max_seq_len": 8192, "norm_eps": 1e-5, "rope_theta": 100_000.0,
+        "tie_embeddings": True, "init_std": 1 / 24,  # 0.041666666666666664 = 1 / sqrt(576)
+    },
+    # Qwen/Qwen3-0.6B: its heads are wider than dim / num_heads
+    "qwen3-0.6b": {
+        "family": "llama", "vocab_size": 151_936, "dim": 1024, "num_layers": 28, "num_heads": 16, "num_kv_heads": 8,
+        "head_dim": 128, "ffn_dim": 3072, "max_seq_len": 40_960, "norm_eps": 1e-6, "rope_theta": 1_000_000.0,
+        "qk_norm": True, "tie_embeddings": True, "init_std": 0.02,
+    },
+    # meta-llama/Llama-3.2-1B
+    "llama-3.2-1b": {
+        "family": "llama", "vocab_size": LLAMA3_VOCAB, "dim": 2048, "num_layers": 16, "num_heads": 32,
+        "num_kv_heads": 8, "head_dim": 64, "ffn_dim": 8192, "max_seq_len": 131_072, "norm_eps": 1e-5,
+        "rope_theta": 500_000.0, "rope_factor": 32.0, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,
+        "rope_original_seq_len": 8192, "tie_embeddings": True, "init_std": 0.02,
+    },
+    # meta-llama/Llama-3.1-8B
+    "llama-3.1-8b": {
+        "family": "llama", "vocab_size": LLAMA3_VOCAB, "dim": 4096, "num_layers": 32, "num_heads": 32,
+        "num_kv_heads": 8, "head_dim": 128, "ffn_dim": 14_336, "max_seq_len": 131_072, "norm_eps": 1e-5,
+        "rope_theta": 500_000.0, "rope_factor": 8.0, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,
+        "rope_original_seq_len": 8192, "tie_embeddings": False, "init_std": 0.02,
+    },
+}  # fmt: skip
+
+
+def resolve_shape(model: Model) -> Model:
+    """`model` with every derived width filled in; `vocab_size` is the tokenizer's to fill."""
+    return dataclasses.replace(
+        model,
+        num_kv_heads=model.num_kv_heads or model.num_heads,
+        head_dim=model.head_dim or model.dim // model.num_heads,
+        ffn_dim=model.ffn_dim or (None if model.family == "hf" else _ffn_dim(model)),
+    )
+
+
+def _ffn_dim(model: Model) -> int:
+    """
+    GPT-2: 4 dim. Llama: 8/3 dim up to a multiple of 64, which matrix units like.
+
+    Three matrices of 8/3 dim cost what two of 4 dim do (Shazeer 2020, arXiv:2002.05202, section 3).
+    """
+    return 4 * model.dim if model.family == "gpt2" else -(-model.dim * 8 // (3 * 64)) * 64
+
+
+def shape_problems(model: Model) -> list[tuple[str, str]]:
+    """What is wrong with a shape: (option's name in `Model`, what would be valid), in the order of `Model`."""
+    if model.family == "hf":
+        return [*_hf_problems(model)]
+    family = _gpt2_problems if model.family == "gpt2" else _llama_problems
+    return [*_head_problems(model), *family(model)]
+
+
+def _hf_problems(model: Model) -> Iterator[tuple[str, str]]:
+    """Its shape is its folder's."""
+    if model.from_ is None:
+        yield (
+            "family",
+            "hf is a model of a folder; set model.from to one (its config.json and weights), or model.family to llama",
+        )
+
+
+def _head_problems(model: Model) -> Iterator[tuple[str, str]]:
+    if model.head_dim is None and model.dim % model.num_heads:
+        fits = ", ".join(map(str, _divisors_near(model.dim, model.num_heads)))
+        yield (
+            "num_heads",
+            (
+                f"{model.num_heads} heads do not divide dim {model.dim}; set model.num_heads to a divisor ({fits}), "
+                f"or model.head_dim"
+            ),
+        )
+    if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
+        fits = ", ".join(map(str, _divisors_near(model.num_heads, model.num_kv_heads)))
+        yield (
+            "num_kv_heads",
+            (
+                f"{model.num_kv_heads} key heads cannot be shared evenly by {model.num_heads} query heads; "
+                f"set model.num_kv_heads to a divisor of num_heads ({fits})"
+            ),
+        )
+
+
+def _divisors_near(number: int, wanted: int) -> list[int]:
+    """The four divisors of `number` nearest to `wanted`, ascending."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:4])
+
+
+def _llama_problems(model: Model) -> Iterator[tuple[str, str]]:
+    uneven = model.head_dim is None and model.dim % model.num_heads  # said already
+    head_dim = model.head_dim or model.dim // model.num_heads
+    if head_dim % 2 and not uneven:
+        key = "head_dim" if model.head_dim else "num_heads"
+        yield key, f"RoPE turns pairs, and a head is {head_dim} wide; make model.head_dim even"
+    if model.dropout:
+        yield (
+            "dropout",
+            f"the llama family has no dropout; set model.dropout to 0 (not {model.dropout:g}), or model.family to gpt2",
+        )
+    if model.qk_norm and model.qkv_bias:
+        yield (
+            "qkv_bias",
+            "no model of transformers has biases beside model.qk_norm, so it could not be exported; set one of the two to false",
+        )
+    if model.rope_factor is None:
+        yield from _not_default(model, ROPE_SCALING, "does nothing without model.rope_factor; set that, or leave it at")
+    elif model.rope_low_freq_factor >= model.rope_high_freq_factor:
+        yield (
+            "rope_low_freq_factor",
+            (
+                f"{model.rope_low_freq_factor:g} is not below model.rope_high_freq_factor "
+                f"{model.rope_high_freq_factor:g}; Llama 3 uses 1 and 4"
+            ),
+        )
+
+
+ROPE_SCALING: Final = ("rope_low_freq_factor", "rope_high_freq_factor", "rope_original_seq_len")
+LLAMA_ONLY: Final = ("rope_theta", "rope_factor", *ROPE_SCALING, "qk_norm")
+
+
+def _gpt2_problems(model: Model) -> Iterator[tuple[str, str]]:
+    yield from _not_default(model, LLAMA_ONLY, "is not in the gpt2 family; set model.family to llama, or leave it at")
+    if model.num_kv_heads not in (None, model.num_heads):
+        yield (
+            "num_kv_heads",
+            (
+                f"gpt2 has a key head for each of its {model.num_heads} query heads; set model.num_kv_heads to null, "
+                "or model.family to llama"
+            ),
+        )
+    if model.head_dim is not None and model.head_dim * model.num_heads != model.dim:
+        yield "head_dim", f"gpt2's heads are dim / num_heads wide; set model.head_dim to null (not {model.head_dim})"
+
+
+def _not_default(model: Model, keys: tuple[str, ...], why: str) -> Iterator[tuple[str, str]]:
+    defaults = Model()
+    for key in keys:
+        default = getattr(defaults, key)
+        if getattr(model, key) != default:
+            yield key, f"{why} {json.dumps(default)}"

@@ -1,0 +1,1 @@
+"""Documents, from wherever they lie."""

@@ -1,0 +1,55 @@
+"""Is a file UTF-8 text? What is something else is named before any of it is trained on. No torch."""
+
+from __future__ import annotations
+
+import codecs
+
+from shoal.errors import DataError
+from shoal.system.output import on_one_line
+
+HEAD_BYTES = 4096
+ZEROS = 0.1  # of a file's first bytes: text in UTF-16 has more, a text with a stray zero byte less
+
+# Longest first: UTF-32's mark begins with UTF-16's.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
+_MAGIC = (
+    (b"\x1f\x8b", "gzip"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"\xfd7zXZ\x00", "xz"),
+    (b"BZh91AY&SY", "bzip2"),
+    (b"PK\x03\x04", "zip"),
+    (b"PAR1\x15", "Parquet"),
+    (b"%PDF-", "PDF"),
+    (b"SQLite format 3\x00", "SQLite"),
+)
+
+
+def without_mark(head: bytes) -> bytes:
+    """The start of a file without UTF-8's byte order mark."""
+    return head.removeprefix(codecs.BOM_UTF8)
+
+
+def check_text(head: bytes, name: str, otherwise: str = "take it out of data.paths") -> None:
+    """Raise DataError where a file that begins with `head` is not UTF-8 text; `otherwise`: what to do but convert it."""
+    name = on_one_line(name)
+    for mark, encoding in _MARKS:
+        if head.startswith(mark):
+            raise _not_utf8(name, encoding, otherwise)
+    for magic, kind in _MAGIC:
+        if head.startswith(magic):
+            raise DataError(f"{name} is a {kind} file, not text in UTF-8; unpack or convert it, or {otherwise}")
+    start = head[:HEAD_BYTES]
+    if start.count(0) > ZEROS * len(start):
+        evens, odds = start[::2].count(0), start[1::2].count(0)
+        if max(evens, odds) > 10 * min(evens, odds):
+            raise _not_utf8(name, "UTF-16LE" if odds > evens else "UTF-16BE", otherwise)
+        raise DataError(f"{name} is full of zero bytes, which no text has; {otherwise}")
+
+
+def _not_utf8(name: str, encoding: str, otherwise: str) -> DataError:
+    return DataError(f"{name} is in {encoding}, not UTF-8; convert it (iconv -f {encoding} -t UTF-8), or {otherwise}")

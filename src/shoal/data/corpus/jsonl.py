@@ -1,0 +1,133 @@
+"""A jsonl file, plain or gzipped: a line is a document. Streamed, whatever its size. No torch."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from shoal.data.corpus.documents import Cursor, Document, Reader, Skipped
+from shoal.data.corpus.encoding import check_text, without_mark
+from shoal.errors import DataError
+from shoal.system.output import on_one_line
+
+MAX_LINE_BYTES = 1 << 26
+BOMB_TIMES = 200  # text shrinks to a fifth; gzip can do a thousandth
+BOMB_BYTES = 1 << 28  # until then, a file may be as odd as it likes
+
+
+def jsonl_reader(text_key: str) -> Reader:
+    """Takes each line's `text_key`; a line that has none, or is no JSON, is skipped."""
+
+    def read(path: Path, name: str, start: Cursor) -> Iterator[Document | Skipped]:
+        with path.open("rb") as raw:
+            if path.name.endswith(".gz"):
+                yield from _read_gzip(raw, name, start, text_key)
+            else:
+                raw.seek(start.offset)
+                yield from _read_lines(raw, raw, name, start, text_key)
+
+    return read
+
+
+def _read_gzip(raw: IO[bytes], name: str, start: Cursor, text_key: str) -> Iterator[Document | Skipped]:
+    """gzip has no way to seek: the lines before `start` are read again and dropped."""
+    after = start
+    try:
+        with gzip.open(raw) as unpacked:
+            for item in _read_lines(_Unpacked(unpacked, raw, name), raw, name, Cursor(start.file), text_key):
+                after = item.after
+                if after.document > start.document:
+                    yield item
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        after = Cursor(after.file, after.document + 1, after.offset)
+        yield Skipped(f"{name}, from line {after.document}", f"damaged gzip ({error})", after)
+
+
+class _Unpacked:
+    """The lines of a gzip file, unless it is made to grow without end."""
+
+    def __init__(self, lines: gzip.GzipFile, raw: IO[bytes], name: str) -> None:
+        self._lines, self._raw, self._name, self._bytes = lines, raw, name, 0
+
+    def readline(self, limit: int) -> bytes:
+        line = self._lines.readline(limit)
+        self._bytes += len(line)
+        if self._bytes > BOMB_BYTES and self._bytes > BOMB_TIMES * self._raw.tell():
+            raise DataError(
+                f"{self._name} unpacks to more than {BOMB_TIMES} times its size, which text does not; take it out of data.paths, or "
+                "unpack it yourself"
+            )
+        return line
+
+
+def _read_lines(
+    lines: IO[bytes] | _Unpacked, raw: IO[bytes], name: str, start: Cursor, text_key: str
+) -> Iterator[Document | Skipped]:
+    """`raw` tells how far the file itself was read; blank lines are nothing, not even skipped."""
+    index = start.document
+    begun = index > 0
+    while line := lines.readline(MAX_LINE_BYTES):
+        too_long = len(line) == MAX_LINE_BYTES and not line.endswith(b"\n")
+        while too_long and (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+            pass
+        index += 1
+        if index == 1:
+            line = without_mark(line)
+        if not begun and line.strip():
+            _check_first_line(line, name)
+            begun = True
+        after = Cursor(start.file, index, raw.tell())
+        label = f"{name}:{index}"
+        if too_long:
+            yield Skipped(label, f"longer than {MAX_LINE_BYTES >> 20} MiB", after)
+        elif line.strip():
+            yield _parse_line(line, label, text_key, after)
+
+
+def _check_first_line(line: bytes, name: str) -> None:
+    check_text(line, name)
+    if line.lstrip().startswith(b"["):
+        raise DataError(
+            f"{on_one_line(name)} begins a JSON array; data.corpus jsonl takes one object a line (jq -c '.[]' writes an array so)"
+        )
+
+
+def _parse_line(line: bytes, label: str, text_key: str, after: Cursor) -> Document | Skipped:
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return Skipped(label, "not UTF-8", after)
+    except (ValueError, RecursionError):
+        many = b"\r" in line.strip()
+        return Skipped(label, "not JSON: its lines end with CR alone, not LF" if many else "not JSON", after)
+    text = value.get(text_key) if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        fields = value.items() if isinstance(value, dict) else ()
+        texts = {key: len(said) for key, said in fields if isinstance(said, str)}
+        return Skipped(label, f"no string under {text_key!r} (data.text_key)", after, texts)
+    if not text:
+        return Skipped(label, "empty text", after)
+    if sum(line.count(spelled) for spelled in _spellings(text_key)) > 1 and _says_twice(line, text_key):
+        return Skipped(label, f"{text_key!r} twice, so one text would be lost", after)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
+        return Skipped(label, "half a surrogate pair, which is no character", after)
+    return Document(label, text, after)
+
+
+@functools.cache
+def _spellings(key: str) -> frozenset[bytes]:
+    """How JSON may spell it: as it is, and with escapes for all but ASCII."""
+    return frozenset(json.dumps(key, ensure_ascii=ascii).encode(errors="surrogatepass") for ascii in (True, False))
+
+
+def _says_twice(line: bytes, key: str) -> bool:
+    """Whether the object itself, and not one inside of it, has `key` more than once."""
+    pairs: list[tuple[str, object]] = json.loads(line, object_pairs_hook=list)
+    return sum(said == key for said, _ in pairs) > 1

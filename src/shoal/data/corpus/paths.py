@@ -1,0 +1,140 @@
+"""Which files a corpus is made of: all below a path is read, or counted as skipped, or an error. No torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from shoal.errors import DataError
+from shoal.hub.find import near_path
+from shoal.system.output import on_one_line
+
+NAMED_AT_MOST = 5  # of what cannot be read; the others are counted
+KINDS_AT_MOST = 8  # of what was skipped
+
+
+class Finder:
+    """Collects the files below paths. What cannot be read is collected too, so that one error names all of it."""
+
+    def __init__(self, suffixes: tuple[str, ...], skip_folders: frozenset[str] = frozenset()) -> None:
+        self._suffixes, self._skip_folders = suffixes, skip_folders
+        # By real path, so that nothing is read twice and a loop of links ends.
+        self._files: dict[str, tuple[str, Path]] = {}
+        self._folders: set[str] = set()
+        self._skipped: dict[str, str] = {}  # of which kind
+        self._counts: Counter[str] = Counter()
+        self._unreadable: list[str] = []
+
+    def add(self, given: str) -> None:
+        """Take a file, whatever its suffix, or the files of a folder by suffix. Raises DataError where there is neither."""
+        path, mode = _look(given)
+        if stat.S_ISDIR(mode):
+            found = sorted(self._walk(path))
+            for relative, file, real in found:
+                self._add_file(os.path.join(given, relative), file, real)
+        elif stat.S_ISREG(mode):
+            self._add_file(given, path, os.path.realpath(path))
+        else:
+            raise DataError(f"{given} is a pipe, socket or device; set data.paths to a file with what it gives")
+
+    def files(self) -> list[tuple[str, Path]]:
+        """Return (name, path) in the order of reading. Raises DataError where something cannot be read."""
+        if self._unreadable:
+            more = len(self._unreadable) - NAMED_AT_MOST
+            named = ", ".join(self._unreadable[:NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
+            raise DataError(f"cannot read {named}; correct that, or take it out of data.paths")
+        return list(self._files.values())
+
+    def skipped(self) -> Counter[str]:
+        """Count what was not read by kind: a suffix, or a word."""
+        return self._counts + Counter(kind for real, kind in self._skipped.items() if real not in self._files)
+
+    def _add_file(self, name: str, path: Path, real: str) -> None:
+        if real in self._files:
+            self._counts["listed twice"] += 1
+            return
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            self._fails(name, error)
+            return
+        if not os.access(path, os.R_OK):
+            self._fails(name, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        self._files[real] = (name, path)
+        self._counts["empty"] += size == 0
+
+    def _walk(self, root: Path) -> Iterator[tuple[str, Path, str]]:
+        """(name below `root`, path, real path) of each file with one of the suffixes; links to folders come last."""
+        folders, links = [("", os.path.realpath(root))], list[tuple[str, str]]()
+        while folders or links:
+            below, real = folders.pop() if folders else links.pop(0)
+            if real in self._folders:
+                self._counts["listed twice"] += 1
+                continue
+            self._folders.add(real)
+            try:
+                entries = sorted(os.scandir(real), key=lambda entry: entry.name)
+            except OSError as error:
+                self._fails(str(root / below), error)
+                continue
+            for entry in entries:
+                name = f"{below}{entry.name}"
+                target = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
+                kind = self._kind(entry, str(root / name))
+                if kind == "folder":
+                    (links if entry.is_symlink() else folders).append((f"{name}/", target))
+                elif kind == "file":
+                    yield name, root / name, target
+                elif kind is not None:
+                    self._skipped[target] = kind
+
+    def _kind(self, entry: os.DirEntry[str], name: str) -> str | None:
+        """ "folder", "file", what it is skipped as, or None where there is nothing to count."""
+        suffix = Path(entry.name).suffix
+        fits = entry.name.lower().endswith(self._suffixes)
+        if entry.name.startswith("."):
+            return "hidden"
+        try:
+            mode = entry.stat().st_mode
+        except OSError as error:
+            if entry.is_symlink() and suffix and not fits:
+                return suffix
+            if entry.is_symlink() or not isinstance(error, FileNotFoundError):  # else it has vanished
+                self._fails(name, error)
+            return None
+        if stat.S_ISDIR(mode):
+            return None if entry.name in self._skip_folders else "folder"
+        if not stat.S_ISREG(mode):
+            return "pipe, socket or device"
+        return "file" if fits else suffix or "no suffix"
+
+    def _fails(self, name: str, error: OSError) -> None:
+        self._unreadable.append(f"{on_one_line(name)} ({error.strerror})")
+
+
+def describe(kinds: Mapping[str, int]) -> str:
+    """ ".pdf (8), .docx (4)", the most frequent first."""
+    most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    more = len(most) - KINDS_AT_MOST
+    named = ", ".join(f"{on_one_line(kind)} ({count:,})" for kind, count in most[:KINDS_AT_MOST])
+    return f"{named} and {more} more kinds" if more > 0 else named
+
+
+def _look(given: str) -> tuple[Path, int]:
+    """The path with `~` as shells have it, and its mode. Raises DataError."""
+    try:
+        path = Path(given).expanduser()
+        return path, path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        link = f" (it is a link to {os.readlink(path)})" if path.is_symlink() else ""
+        raise DataError(
+            f"no such file or folder: {on_one_line(given)}{link}{near_path(given)}; correct data.paths"
+        ) from None
+    except (OSError, RuntimeError, ValueError) as error:  # a `~user` who is none; a zero byte
+        raise DataError(
+            f"cannot read {given} ({getattr(error, 'strerror', None) or error}); correct data.paths"
+        ) from error

@@ -1,0 +1,1 @@
+"""Workers started, watched and started again."""

@@ -1,0 +1,1 @@
+"""Where a process stands, and how it speaks to the others."""

@@ -1,0 +1,202 @@
+"""
+Tokens from a model, a batch of prompts at a time.
+
+Prompts of different lengths are **padded on the left**, so that all rows end, and grow, together. Padding is a
+document of its own: no token of a prompt sees it, and positions count from a prompt's first token.
+
+**Sampling noise is a function** of (seed, the prompt's place in the list, the token's index): it depends neither on
+the cache, nor on the device, nor on how long the other rows go on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from shoal.errors import GenerateError
+from shoal.models.attention import decoding_kernels
+from shoal.models.family import LanguageModel
+from shoal.models.sampling import Sampling, check_options
+
+PADDING, TEXT = 0, 1  # documents
+NO_TOKEN = -1
+
+
+@torch.inference_mode()
+def generate(
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eot_id: int | Collection[int] | None = None,
+    known_ids: int | None = None,
+    use_cache: bool = True,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """
+    The new tokens of each prompt, in order; without the prompt, and without the `eot_id` (one of them) that ends it.
+
+    temperature: 0: greedy; top_k, top_p: sample among the likeliest k, and among the fewest that have this much
+    probability together; both after the temperature. known_ids: ids from this one on are never chosen: rows of the
+    embedding that only pad it, which no tokenizer has a text for. on_token(prompt's place, token) is called for each as
+    it comes. The model should be in eval mode, or its dropout is on.
+
+    Raises `GenerateError` for an empty or too long prompt, a token the model does not have, an option out of range, or
+    a model whose numbers are none.
+    """
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    check_options(sampling, max_new_tokens)
+    _check_prompts(model, prompts, max_new_tokens)
+    ends = frozenset(() if eot_id is None else (eot_id,) if isinstance(eot_id, int) else eot_id)
+    if not prompts or not max_new_tokens:
+        return [[] for _ in prompts]
+    with decoding_kernels():
+        return _write(
+            _Rows(model, prompts, max_new_tokens, use_cache),
+            len(prompts),
+            max_new_tokens,
+            sampling,
+            ends,
+            known_ids,
+            on_token,
+        )
+
+
+def _write(
+    rows: _Rows,
+    count: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    ends: Collection[int],
+    known_ids: int | None,
+    on_token: Callable[[int, int], None] | None,
+) -> list[list[int]]:
+    """`generate` behind its checks, for `count` prompts."""
+    outputs: list[list[int]] = [[] for _ in range(count)]
+    open_rows = set(range(count))
+    for index in range(max_new_tokens):
+        tokens_B = choose(rows.next_logits()[:, :known_ids], sampling, index)
+        rows.append(tokens_B)
+        for row, token in enumerate(tokens_B.tolist()):  # the one wait for the device a step
+            if token == NO_TOKEN:
+                raise GenerateError("the model's logits are not finite: its weights are damaged, or training diverged")
+            if token in ends:
+                open_rows.discard(row)
+            if row in open_rows:
+                outputs[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+        if not open_rows:
+            break
+    return outputs
+
+
+class _Rows:
+    """The tokens so far, padded on the left, with or without a cache of what the model made of them."""
+
+    def __init__(
+        self, model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, use_cache: bool
+    ) -> None:
+        device = next(model.parameters()).device
+        longest = max(map(len, prompts))
+        padding_B1 = torch.tensor([[longest - len(p)] for p in prompts], device=device)
+        places_T = torch.arange(longest, device=device)
+        self._model = model
+        # What the model reads next, [B, T]: the prompts, and with a cache then one token at a time.
+        self._tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        self._positions = (places_T - padding_B1).clamp(min=0)
+        padded = any(len(p) < longest for p in prompts)
+        self._documents = torch.where(places_T < padding_B1, PADDING, TEXT) if padded else None
+        # The last token is chosen, and never read.
+        self._cache = model.new_cache(len(prompts), longest + max_new_tokens - 1) if use_cache else None
+
+    def next_logits(self) -> Tensor:
+        """Logits [B, V] of the token that comes next, float32."""
+        hidden_BTD = self._model(self._tokens, self._positions, self._documents, self._cache)
+        return self._model.logits(hidden_BTD[:, -1]).float()
+
+    def append(self, tokens_B: Tensor) -> None:
+        def go_on(before_BT: Tensor, new_B1: Tensor) -> Tensor:
+            return torch.cat((before_BT, new_B1), dim=1) if self._cache is None else new_B1
+
+        tokens_B1 = tokens_B.unsqueeze(1)
+        self._tokens = go_on(self._tokens, tokens_B1)
+        self._positions = go_on(self._positions, self._positions[:, -1:] + 1)
+        if self._documents is not None:
+            self._documents = go_on(self._documents, torch.full_like(tokens_B1, TEXT))
+
+
+def choose(logits_BV: Tensor, sampling: Sampling, index: int) -> Tensor:
+    """
+    One token for each row [B]: the likeliest, or by the inverse of the cumulative distribution. `NO_TOKEN` where the
+    largest logit is no number.
+    """
+    largest_B1 = logits_BV.amax(-1, keepdim=True)  # nan where any is
+    if sampling.temperature == 0:
+        tokens_B = logits_BV.argmax(-1)
+    else:
+        tokens_B = _draw(logits_BV.double() - largest_B1, sampling, index)  # a tiny temperature makes no infinity
+    return tokens_B.where(largest_B1.squeeze(1).isfinite(), NO_TOKEN)
+
+
+def _draw(logits_BV: Tensor, sampling: Sampling, index: int) -> Tensor:
+    """By the inverse of the cumulative distribution. `logits_BV` has 0 for the likeliest."""
+    # float64: a sum over 150,000 tokens must not depend on the order it is taken in
+    probabilities_BV = torch.softmax(logits_BV / sampling.temperature, -1)
+    probabilities_BV = _keep_likeliest(probabilities_BV, sampling.top_k, sampling.top_p)
+    cumulative_BV = probabilities_BV.cumsum(-1)
+    uniform = [_uniform(sampling.seed, row, index) for row in range(len(logits_BV))]
+    noise_B1 = torch.tensor(uniform, dtype=torch.float64, device=logits_BV.device).unsqueeze(1)
+    return torch.searchsorted(cumulative_BV, noise_B1 * cumulative_BV[:, -1:], right=True).squeeze(1)
+
+
+def _keep_likeliest(probabilities_BV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
+    """
+    Zero for all but the likeliest `top_k` and, of these, the fewest that hold `top_p` of what is left.
+
+    Nucleus sampling: Holtzman et al. 2019 (arXiv:1904.09751), section 3.1. The likeliest always stays.
+    """
+    if top_k is None and top_p is None:
+        return probabilities_BV
+    ordered, tokens = probabilities_BV.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        ordered[:, top_k:] = 0
+    if top_p is not None:
+        before = ordered.cumsum(-1) - ordered
+        ordered[before >= top_p * ordered.sum(-1, keepdim=True)] = 0
+    return torch.zeros_like(ordered).scatter_(1, tokens, ordered)
+
+
+def _uniform(seed: int, row: int, index: int) -> float:
+    """A number in [0, 1) with 53 bits, the same on every machine."""
+    digest = hashlib.blake2b(f"{seed}/{row}/{index}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _check_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    for number, prompt in enumerate(prompts, 1):
+        _check_prompt(model, f"prompt {number}" if len(prompts) > 1 else "the prompt", prompt, max_new_tokens)
+
+
+def _check_prompt(model: LanguageModel, which: str, prompt: Sequence[int], max_new_tokens: int) -> None:
+    context, vocab_size = model.shape.max_seq_len, model.shape.vocab_size
+    assert vocab_size is not None
+    if not prompt:
+        raise GenerateError(f"{which} is empty; it needs at least one token to go on from")
+    if len(prompt) > context:
+        raise GenerateError(f"{which} has {len(prompt)} tokens, and the model's context is {context}; shorten it")
+    if len(prompt) + max_new_tokens > context:
+        raise GenerateError(
+            f"{which} has {len(prompt)} tokens, and {max_new_tokens} more do not fit the model's context of {context}; "
+            f"set {{option}} to at most {context - len(prompt)}",
+            option="max_new_tokens",
+        )
+    if not all(0 <= token < vocab_size for token in prompt):
+        raise GenerateError(f"{which} has a token outside 0..{vocab_size - 1}; it is from another tokenizer")

@@ -1,0 +1,1 @@
+"""From presets, recipes and flags to one checked config."""

@@ -1,0 +1,72 @@
+"""What is typed goes before what a recipe says: also where both say the same thing by different options. Pure, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from shoal.config.presets import LLAMA_ONLY
+from shoal.resolve.recipe import Setting, to_text
+
+LENGTHS: Final = ("train.steps", "train.tokens", "train.epochs")
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Settings of a recipe that a typed one leaves no room for."""
+
+    by: Setting
+    lost: tuple[Setting, ...]
+
+    def __str__(self) -> str:
+        file = self.lost[0].where.rpartition(":")[0]
+        lost = ", ".join(f"{s.key} {to_text(s.value)}" for s in self.lost)
+        return f"{self.by.where} {to_text(self.by.value)} replaces what {file} says: {lost}"
+
+
+def replacements(recipe: Mapping[str, Setting], typed: Mapping[str, Setting]) -> list[Replacement]:
+    """What of `recipe` each typed setting replaces beside its own option; each lost setting once."""
+    found, lost = [], set[str]()
+    for by in typed.values():
+        keys = [
+            k for k in recipe if k not in lost and k not in typed and _excludes(by.key, by.value, k, recipe[k].value)
+        ]
+        if keys and by.key in recipe:
+            keys = [k for k in recipe if k in keys or k == by.key]  # its own option belongs to what is named
+        lost.update(keys)
+        if keys:
+            found.append(Replacement(by, tuple(recipe[k] for k in keys)))
+    return found
+
+
+def _excludes(key: str, value: Any, other: str, other_value: Any) -> bool:
+    """Whether `key` at `value` leaves no room for a recipe's `other` at `other_value`."""
+    if value is None:
+        return False
+    if key in LENGTHS:
+        return other in LENGTHS
+    if key == "model.preset":
+        return other.startswith("model.")
+    if key == "model.from":
+        return other.startswith("model.") or other == "data.tokenizer"
+    if key == "data.paths":
+        return bool(value) and other == "data.corpus" and other_value in ("stdlib", "dummy")
+    return other in _WITHOUT_MEANING.get((key, value) if isinstance(value, str | int) else key, ())
+
+
+_WITHOUT_MEANING: Final[Mapping[Any, Iterable[str]]] = {
+    ("model.family", "gpt2"): [f"model.{k}" for k in LLAMA_ONLY],
+    ("model.family", "llama"): ["model.dropout"],
+    ("data.corpus", "stdlib"): ["data.paths"],
+    ("data.corpus", "dummy"): ["data.paths"],
+    ("parallel.dp_shard", 1): ["parallel.reshard_after_forward", "parallel.cpu_offload"],
+    ("parallel.cp", 1): ["parallel.cp_method"],
+    ("parallel.pp", 1): ["parallel.pp_schedule", "parallel.pp_stages"],
+    ("optim.name", "adamw"): ["optim.muon_momentum"],
+    ("train.activation_checkpointing", "none"): ["train.activation_budget"],
+    ("train.activation_checkpointing", "full"): ["train.activation_budget"],
+    ("train.activation_checkpointing", "selective"): ["train.activation_budget"],
+    ("launch.nodes", 1): ["launch.min_nodes", "launch.rendezvous"],
+}
+"""(an option, its value) -> options that would do nothing beside it, and are refused there."""

@@ -1,0 +1,164 @@
+"""What a person sees: lines, coloured on a terminal and plain elsewhere. Only one rank speaks."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from shoal.system.output import visible
+
+FIRST_LINES: Final = 3  # steps that are shown in any case, when a run starts
+STEP_LINES: Final = 40  # of a run, about: more lines would push out what matters
+WIDTH: Final = 80  # columns, where nobody says
+# What a step's line goes without where it is too long, in this order: first what follows from tokens/s.
+DROPPED: Final = ("ms", "mfu", "lr", "memory", "norm", "left")
+SECONDS_BETWEEN: Final = 3.0  # lines of progress where there is no terminal to keep one up to date
+
+
+class Console:
+    """Says things on one rank and keeps quiet on the others."""
+
+    def __init__(self, speaks: bool = True, *, on_stderr: bool = False) -> None:
+        """on_stderr: where standard output is for another program."""
+        self._speaks = speaks
+        self._rich = RichConsole(highlight=False, soft_wrap=True, stderr=on_stderr)
+        self._steps_shown = 0
+
+    @property
+    def is_terminal(self) -> bool:
+        return self._rich.is_terminal
+
+    def say(self, text: str = "", style: str = "") -> None:
+        """One line."""
+        if not self._speaks:
+            return
+        text = visible(text)
+        if self.is_terminal:
+            self._rich.print(text, style=style or None, markup=False)
+        else:
+            print(text, file=self._rich.file, flush=True)
+
+    def note(self, text: str) -> None:
+        """A line that is good to know and not in the way."""
+        self.say(text, "dim")
+
+    def warn(self, text: str) -> None:
+        """A line that somebody should act on."""
+        self.say(f"note: {text}", "yellow")
+
+    def step(
+        self, record: Mapping[str, Any], total_steps: int, left_seconds: float | None, every: int | None = None
+    ) -> None:
+        """
+        The line of a step, from the record that goes to `metrics.jsonl`: of the first few, of the last, and of each
+        `every`th (None: see `step_interval`).
+        """
+        step = record["step"]
+        due = step % (every or step_interval(total_steps)) == 0 or step == total_steps
+        if not due and self._steps_shown >= FIRST_LINES:
+            return
+        self._steps_shown += 1
+        self.say(step_line(record, total_steps, left_seconds, shutil.get_terminal_size((WIDTH, 24)).columns))
+
+    @contextmanager
+    def progress(self, title: str, *, steady: bool = False) -> Iterator[Any]:
+        """
+        A bar on a terminal, a line now and then elsewhere; call the result with (phase, done, total). steady: a line every
+        few seconds, however long it takes.
+        """
+        if not self._speaks:
+            yield lambda phase, done, total: None
+        elif self.is_terminal:
+            with Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeRemainingColumn(),
+                console=self._rich,
+                transient=True,
+            ) as bar:
+                yield _Bar(bar, title)
+        else:
+            yield _Lines(title, lambda text: print(text, file=self._rich.file, flush=True), steady)
+
+
+class _Bar:
+    def __init__(self, bar: Progress, title: str) -> None:
+        self._bar, self._title, self._task = bar, title, bar.add_task(title)
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        text = visible(f"{self._title}: {phase}")
+        self._bar.update(self._task, description=text, completed=done, total=max(total, 1))
+
+
+class _Lines:
+    """
+    Each phase is named when it begins, and again as it goes on: every few seconds, then less and less often unless `steady`.
+    A steady one has one phase, whose text changes.
+    """
+
+    def __init__(
+        self, title: str, say: Callable[[str], None], steady: bool, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._title, self._say, self._steady, self._now = title, say, steady, now
+        self._phase, self._since, self._due = "", 0.0, 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = self._now()
+        if phase != self._phase and not (self._steady and self._phase):
+            self._phase, self._since, self._due = phase, now, now
+        if now < self._due:
+            return
+        self._due = now + max(SECONDS_BETWEEN, 0.0 if self._steady else (now - self._since) / 10)
+        percent = f" {100 * done // total}%" if total else ""
+        self._say(visible(f"{self._title}: {phase}{percent}"))
+
+
+def step_interval(total_steps: int) -> int:
+    """Steps from one line to the next: 1, 2, 5, 10, 20, ..., so that a run has at most `STEP_LINES`."""
+    power = 1
+    while True:
+        for each in (1, 2, 5):
+            if total_steps <= STEP_LINES * each * power:
+                return each * power
+        power *= 10
+
+
+def step_line(
+    record: Mapping[str, Any], total_steps: int, left_seconds: float | None, columns: int | None = None
+) -> str:
+    """
+    Loss, learning rate, gradient norm, tokens/s, ms/step, MFU, memory, time left; in `columns` as far as `DROPPED` allows.
+    """
+    width = len(str(total_steps))
+    mfu = record.get("mfu")
+    parts = {
+        "step": f"step {record['step']:>{width}}/{total_steps}",
+        "loss": f"loss {record['loss']:.4f}",
+        "lr": f"lr {record['lr']:.2e}",
+        "norm": "norm inf" if record["grad_norm"] is None else f"norm {record['grad_norm']:.2f}",
+        "rate": f"{record['tokens_per_second']:,.0f} tok/s",
+        "ms": f"{1000 * record['step_seconds']:,.0f} ms",
+        "mfu": "" if mfu is None else f"mfu {100 * mfu:.1f}%",
+        "memory": f"{record['memory_bytes'] / 2**30:.2f} GiB",
+        "left": "" if left_seconds is None else f"{duration(left_seconds)} left",
+    }
+    for name in ("", *DROPPED):
+        parts.pop(name, None)
+        line = "  ".join(filter(None, parts.values()))
+        if columns is None or len(line) <= columns:
+            break
+    return line
+
+
+def duration(seconds: float) -> str:
+    """ "2h05m", "3m20s", "12s"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

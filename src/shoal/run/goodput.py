@@ -1,0 +1,331 @@
+"""
+Where the time of a run went, across restarts. No torch.
+
+`time.jsonl` has about a line a second, written by the first process alone, each with all that is known of the life (one
+process, from its start to its end) until then:
+
+    {"life": when it began, "step": the last step taken, "reached": [spent on "step" until that step], "spent": {category: ...}}
+
+and {"begin": true} where steps go on from an earlier one: at a start, and at a rollback.
+
+All times are whole microseconds, so that sums are exact. A life's categories add up to the time since it began; what
+lies between its last line and the beginning of the next life is idle. So all of it is accounted for, and a process that is
+killed takes the knowledge of one second with it, which counts as idle too.
+"""
+
+from __future__ import annotations
+
+import bisect
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import psutil
+
+from shoal.run.console import duration
+from shoal.run.jsonl import PatientLines, whole_lines
+
+MEANINGS: Final = {
+    "step": "training: steps that count",
+    "start": "from a process's start to its first step: imports, the model, a checkpoint read",
+    "compile": "what the first step took more than the second, and the comparison with eager code",
+    "data": "waiting for the loader",
+    "evaluation": "held-out loss",
+    "checkpoint": "steps waiting for a save",
+    "end": "after the last step: samples, the last words",
+    "lost": "steps that were taken again, or not to their end",
+    "idle": "between two lives: nothing ran",
+}
+SPENT: Final = tuple(category for category in MEANINGS if category not in ("lost", "idle"))
+
+
+def _now() -> int:
+    """Microseconds of a clock that is never set."""
+    return time.perf_counter_ns() // 1000
+
+
+def process_start() -> tuple[int, int]:
+    """When this process started, before it imported anything, and how long ago that is: microseconds."""
+    began = psutil.Process().create_time()
+    seconds = time.time() - began
+    if hasattr(time, "CLOCK_BOOTTIME"):
+        # psutil adds the time of boot, known to the second only; without it, the age is known to 10 ms
+        seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - (began - psutil.boot_time())
+    age = max(0, int(seconds * 1e6))
+    return time.time_ns() // 1000 - age, age
+
+
+class Clock:
+    """
+    Counts each microsecond of this process, from its start, to one category: first to "start", from `begin` on to
+    "step", inside `spend` to another.
+
+    path: `time.jsonl`, which a thread writes to, so that no step waits for a disk; None: nothing is written. Nothing
+    raises for a disk's sake. now: microseconds. began: (microseconds since 1970 when this process started, since then).
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        *,
+        every_seconds: float = 1.0,
+        now: Callable[[], int] = _now,
+        began: tuple[int, int] | None = None,
+    ) -> None:
+        self._life, age = process_start() if began is None else began
+        self._now, self._mark = now, now()
+        self._spent = dict.fromkeys(SPENT, 0) | {"start": age}
+        self._category = "start"
+        self._step: int | None = None
+        self._reached = 0
+        self._first: int | None = None  # what the first step took, until there is a second
+        self._steps_taken = 0
+        self._lock = threading.Lock()
+        self._lines = None if path is None else PatientLines(path)
+        self._turns: list[dict[str, Any]] = []  # lines that must not be left out: each side of a way back
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._write_on, args=(every_seconds,), name="clock", daemon=True)
+        if self._lines is not None:
+            self.write()
+            self._thread.start()
+
+    def begin(self, step: int) -> None:
+        """From here on steps are taken, and `step` is the last one that was: at the start, and after a rollback."""
+        with self._lock:
+            self._charge()
+            if self._step is not None:
+                self._turns.append(self._line())
+            else:
+                self._category = "step"
+            self._step, self._reached = step, self._spent["step"]
+            self._turns.append(self._line() | {"begin": True})
+
+    def reached(self, step: int) -> None:
+        """`step` is taken."""
+        with self._lock:
+            self._charge()
+            spent = self._spent
+            if self._steps_taken == 0:
+                self._first = spent["step"]
+                spent["compile"] += self._first
+                spent["step"] = 0
+            elif self._first is not None:
+                usual = min(self._first, spent["step"])  # of the first step, what the second one took too
+                spent["compile"] -= usual
+                spent["step"] += usual
+                self._first = None
+            self._steps_taken += 1
+            self._step, self._reached = step, spent["step"]
+
+    def spend(self, category: str) -> _Spending:
+        """`with clock.spend("data"): ...` counts the time inside to that category; one inside another takes its own."""
+        return _Spending(self, category)
+
+    def switch(self, category: str) -> str:
+        """Count what comes to `category`; returns the one that it was counted to. Raises ValueError for no category."""
+        if category not in self._spent:
+            raise ValueError(f"{category} is none of {', '.join(self._spent)}")
+        with self._lock:
+            self._charge()
+            before, self._category = self._category, category
+        return before
+
+    def write(self) -> None:
+        """Write what is known now."""
+        if self._lines is None:
+            return
+        with self._lock:
+            self._charge()
+            turns, line = list(self._turns), self._line()
+        if self._lines.offer(*turns, line):
+            with self._lock:
+                del self._turns[: len(turns)]
+
+    def close(self) -> None:
+        """The last line. May be called twice."""
+        self._closed.set()
+        if self._lines is not None:
+            if self._thread.is_alive():
+                self._thread.join()
+            self.write()
+            self._lines.close()
+            self._lines = None
+
+    def _charge(self) -> None:
+        now = self._now()
+        self._spent[self._category] += now - self._mark
+        self._mark = now
+
+    def _line(self) -> dict[str, Any]:
+        spent = {category: each for category, each in self._spent.items() if each}
+        return {"life": self._life, "step": self._step, "reached": self._reached, "spent": spent}
+
+    def _write_on(self, every_seconds: float) -> None:
+        while not self._closed.wait(every_seconds):
+            self.write()
+
+
+class _Spending:
+    """Not a generator: `with` is entered in every step, and this is three times as fast."""
+
+    __slots__ = ("_before", "_category", "_clock")
+
+    def __init__(self, clock: Clock, category: str) -> None:
+        self._clock, self._category, self._before = clock, category, ""
+
+    def __enter__(self) -> None:
+        self._before = self._clock.switch(self._category)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._clock.switch(self._before)
+
+
+# --- what the lines say ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Account:
+    """
+    All the time of a run so far.
+
+    spent: microseconds by category, all of `MEANINGS`, which add up to `total`: from the first life's beginning to the
+    last line. Where the system's clock was set back in between, what two lives would share is counted once.
+    """
+
+    spent: Mapping[str, int]
+    lives: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.spent.values())
+
+    @property
+    def goodput(self) -> float:
+        """The share of the time in steps that count: in [0, 1]."""
+        return self.spent["step"] / max(self.total, 1)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "goodput": self.goodput,
+            "total_seconds": self.total / 1e6,
+            "seconds": {category: each / 1e6 for category, each in self.spent.items()},
+            "lives": self.lives,
+            "step": self.step,
+        }
+
+
+@dataclass
+class _Kept:
+    """
+    What steps took, as far as none of them was taken again.
+
+    At `times[i]` microseconds of kept steps, step `steps[i]` was taken; between two of these, steps took equally long.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    times: list[int] = field(default_factory=list)
+    lost: int = 0
+    _now: int = 0  # with the step that is under way
+    _last_spent: int = 0  # of this life, as its last line has it
+
+    def go_back(self, step: int) -> None:
+        """All that comes after `step` is lost."""
+        if not self.steps:
+            self.steps, self.times = [step], [self._now]
+            return
+        # a step behind the last one known: the line that would have had it was never written, and nothing is lost
+        at = self._now if step > self.steps[-1] else self._time_of(step)
+        self.lost += self._now - at
+        cut = bisect.bisect_left(self.steps, step)
+        self.steps[cut:], self.times[cut:] = [step], [at]
+        self._now = at
+
+    def go_on(self, step: int, reached: int, spent: int) -> None:
+        """This life has now spent `spent` on steps, and had spent `reached` when `step` was taken."""
+        self._now += spent - self._last_spent
+        self._last_spent = spent
+        # of a life's first step alone nobody knows yet how much of it is "compile": none of it is "step" so far
+        if step > self.steps[-1] and reached > 0:
+            self.steps.append(step)
+            self.times.append(max(self.times[-1], self._now - (spent - reached)))
+
+    def start_life(self) -> None:
+        self._last_spent = 0
+
+    def _time_of(self, step: int) -> int:
+        right = bisect.bisect_left(self.steps, step)
+        if right == 0 or self.steps[right] == step:
+            return self.times[right]
+        (a, b), (begin, end) = self.steps[right - 1 : right + 1], self.times[right - 1 : right + 1]
+        return begin + (end - begin) * (step - a) // (b - a)
+
+
+def account(path: Path) -> Account:
+    """What `time.jsonl` says. Raises `OSError` where there is no such file."""
+    spent = dict.fromkeys(MEANINGS, 0)
+    kept = _Kept()
+    lives, step, taken = 0, None, 0
+    end: int | None = None
+    life: dict[str, Any] = {}
+    for line in whole_lines(path):
+        if line["life"] != life.get("life"):
+            end = _close_life(spent, life, end)
+            kept.start_life()
+            lives += 1
+            step = None
+        life = line
+        if line["step"] is None:
+            continue
+        if "begin" in line or step is None:
+            kept.go_back(line["step"])
+        step = taken = line["step"]
+        kept.go_on(step, line["reached"], line["spent"].get("step", 0))
+    _close_life(spent, life, end)
+    spent["step"] -= kept.lost
+    spent["lost"] = kept.lost
+    return Account(spent, lives, taken)
+
+
+def _close_life(spent: dict[str, int], last: Mapping[str, Any], end: int | None) -> int | None:
+    """Add a life, by its last line, and what was idle since `end`, of the one before; when this one ended."""
+    if not last:
+        return end
+    begun: int = last["life"]
+    own: int = sum(last["spent"].values())
+    for category, each in last["spent"].items():
+        spent[category] += each
+    if end is None or begun >= end:
+        spent["idle"] += 0 if end is None else begun - end
+        return begun + own
+    twice: int = min(end - begun, last["spent"].get("start", 0))
+    spent["start"] -= twice
+    return end + own - twice
+
+
+def in_words(account: Account) -> str:
+    """For the end of a run, in a line: "goodput 93.1%: step 5m12s, start 9.2s, data 4.0s"."""
+    parts = sorted(((each, category) for category, each in account.spent.items()), reverse=True)
+    shown = [f"{c} {_seconds(each / 1e6)}" for each, c in parts if 1000 * each >= account.total]
+    return f"goodput {100 * account.goodput:.1f}%: {', '.join(shown)}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f}s" if seconds < 10 else duration(seconds)
+
+
+def table(account: Account) -> list[str]:
+    """Lines for a terminal: seconds and percent by category, the largest first, and all of it."""
+    total = account.total
+    rows = sorted(account.spent.items(), key=lambda item: -item[1])
+    lines = [f"{'':12}{'seconds':>14}{'share':>8}"]
+    lines += [f"{c:12}{each / 1e6:>14,.3f}{100 * each / max(total, 1):>7.1f}%  {MEANINGS[c]}" for c, each in rows]
+    lives = "one life" if account.lives == 1 else f"{account.lives} lives"
+    lines.append(
+        f"{'all':12}{total / 1e6:>14,.3f}{100:>7.1f}%  {duration(total / 1e6)} in {lives}, to step {account.step}"
+    )
+    return lines

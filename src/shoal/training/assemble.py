@@ -1,0 +1,129 @@
+"""From a settled config to what trains: model, optimizer, loader, each in this process's part of the layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from shoal.checkpoint.convert import FolderWeights
+from shoal.config.options import Config
+from shoal.config.presets import resolve_shape
+from shoal.data.loader import Loader
+from shoal.data.pack import Rows
+from shoal.hub.find import find_model
+from shoal.hub.folder import ModelFolder
+from shoal.mesh.mesh import Mesh
+from shoal.models.attention import describe_kernel, take_deterministic_kernels
+from shoal.models.build import Fill, build_model, initial_weights
+from shoal.models.family import LanguageModel
+from shoal.models.hf_check import check_sight
+from shoal.optim.build import build_optimizer
+from shoal.parallel.apply import Runnable, parallelize
+from shoal.parallel.fsdp import reshard
+from shoal.training.scaler import LossScaler
+from shoal.training.state import TrainState
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def assemble(
+    config: Config, mesh: Mesh, say: Callable[[str], None], *, fresh: bool = True
+) -> tuple[Runnable, TrainState]:
+    """
+    The model, parallel, and its optimizer. `say` gets a line for each thing applied.
+
+    With the weights it starts from where `fresh`; else with memory that a checkpoint will fill.
+    """
+    train = config.train
+    if train.repro == "bitwise" and mesh.device.type == "cuda":
+        take_deterministic_kernels()
+    model = build_model(config.model, compute_dtype=DTYPES[train.dtype])
+    weights = _first_weights(model, config) if fresh else _leave_empty
+    runnable = parallelize(
+        model, mesh, parallel=config.parallel, train=train, data=config.data, weights=weights, say=say
+    )
+    if (kernel := _attention_kernel(config, mesh)) is not None:
+        say(kernel)
+    if fresh and config.model.family == "hf":
+        check_sight(
+            runnable.parts[0], batch=train.micro_batch, seq_len=config.data.seq_len,
+            documents=config.data.document_mask, device=mesh.device,
+        )  # fmt: skip
+        reshard(runnable.parts[0])
+    team = mesh.axis("stage")
+    optimizer = build_optimizer(runnable.shards, config.optim, team, bitwise=train.repro == "bitwise")
+    scaler = LossScaler(mesh.device) if train.dtype == "float16" else None
+    return runnable, TrainState(runnable.shards, optimizer, scaler)
+
+
+def _attention_kernel(config: Config, mesh: Mesh) -> str | None:
+    """Which attention kernel a step takes, in a line. None where others choose: transformers' models, the ring."""
+    shape, parallel = resolve_shape(config.model), config.parallel
+    if shape.family == "hf" or (parallel.cp_method == "ring" and mesh.layout.cp > 1):
+        return None
+    assert shape.num_kv_heads is not None
+    assert shape.head_dim is not None
+    return describe_kernel(
+        heads=shape.num_heads, kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, seq_len=config.data.seq_len,
+        masked=config.data.document_mask, dropout=shape.dropout, dtype=DTYPES[config.train.dtype], device=mesh.device,
+    )  # fmt: skip
+
+
+def start_anew(config: Config, mesh: Mesh, state: TrainState) -> None:
+    """
+    Fill `state` in place with what a run starts from: for where memory failed before there was a checkpoint.
+
+    It takes the memory of a second model meanwhile. A collective over the world.
+    """
+    fresh = assemble(config, mesh, lambda text: None)[1]
+    values = fresh.tensors()
+    for name, part in state.tensors().items():
+        part.tensor.copy_(values[name].tensor)
+    state.load_scalars(fresh.scalars())
+
+
+def _first_weights(model: LanguageModel, config: Config) -> Fill:
+    """Those of the folder that the run starts from, or drawn ones."""
+    if config.model.from_ is None:
+        return initial_weights(model, config.train.seed)
+    return folder_weights(model, config.model.from_)
+
+
+def folder_weights(model: LanguageModel, name: str) -> Fill:
+    """The weights of the folder `name` for a model (on meta) of its shape. Raises `ModelError`."""
+    return weights_of(model, ModelFolder.open(find_model(name)))
+
+
+def weights_of(model: LanguageModel, folder: ModelFolder) -> FolderWeights:
+    """`folder_weights` of a folder that is open."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return FolderWeights(folder, model.shape.family, shapes, model.other_names)
+
+
+def _leave_empty(*_: object) -> None:
+    """A checkpoint comes."""
+
+
+def open_loader(
+    config: Config,
+    mesh: Mesh,
+    rows: Rows,
+    position: int = 0,
+    passed_over: Sequence[tuple[int, int]] = (),
+    at: Callable[[str], None] = lambda phase: None,
+) -> Loader:
+    """This process's micro-batches, from `position` (samples) on, without those of `passed_over`."""
+    return Loader(
+        rows,
+        seed=config.train.seed,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp_size,
+        position=position,
+        passed_over=passed_over,
+        at=at,
+        prefetch=config.data.prefetch,
+        device=mesh.device,
+    )

@@ -1,0 +1,91 @@
+"""What only this machine, the data and the tokenizer can say of a config; and what a run writes down before it starts."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from typing import Final
+
+import torch
+
+from shoal.config.options import Config
+from shoal.data.prepare import Prepared
+from shoal.data.tokens.tokenize import tokenizer_folder
+from shoal.hub.beside import OF_MODEL, TOKENIZER, keep, keep_headers
+from shoal.hub.find import find_model
+from shoal.hub.folder import HEADERS, ModelFolder
+from shoal.mesh.mesh import Mesh, check_dtype, has_bfloat16
+from shoal.metrics.products import product_rates
+from shoal.run.folder import RunFolder
+from shoal.system.cpu import multiplies_bfloat16
+
+# All that is measured at a start may take half a second; `free_cores` has the rest of it.
+MEASURING_SECONDS: Final = 0.4
+# A dtype that is faster by less than this may be the slower one when the machine is quiet: no more is measured for it.
+CLEAR: Final = 1.25
+
+
+def settle(
+    config: Config, folder: RunFolder, prepared: Prepared, mesh: Mesh, say: Callable[[str], None] = lambda text: None
+) -> Config:
+    """
+    Fill what only this machine and the tokenizer can say: the vocabulary, the dtype. A collective over the world.
+
+    say: told what a person should know of the dtype that was asked for.
+    Raises `DataError` where the vocabulary is too small, `LaunchError` where the device lacks the dtype.
+    """
+    config = folder.settled(config)
+    size = config.model.vocab_size or prepared.vocab_size
+    prepared.tokenizer.check_rows(size)
+    dtype = settle_dtype(config.train.dtype, mesh)
+    check_dtype(dtype, mesh.device)
+    if dtype == "bfloat16" and mesh.device.type == "cpu" and mesh.is_first and not multiplies_bfloat16():
+        say(describe_slow_bfloat16(mesh.device))
+    return config.replace("model", vocab_size=size).replace("train", dtype=dtype)
+
+
+def settle_dtype(wanted: str, mesh: Mesh) -> str:
+    """
+    Return what "auto" means here: the same on every rank. A collective over the world where it is measured.
+
+    Where a CPU has instructions for bfloat16 it may multiply it twice as fast as float32, or half as fast.
+    """
+    if wanted != "auto":
+        return wanted
+    if mesh.device.type == "cuda":
+        return "bfloat16" if has_bfloat16(mesh.device) else "float32"
+    mesh.barrier()  # all at once, as they will train
+    ratio = -math.inf  # of bfloat16 to float32, as a power of two
+    if multiplies_bfloat16():
+        bfloat16, float32 = _rates(mesh.device, clear=CLEAR)
+        ratio = math.log2(bfloat16 / float32) if bfloat16 else 0.0
+    return "bfloat16" if float(mesh.sum(torch.tensor(ratio, dtype=torch.float64))) > 0 else "float32"
+
+
+def describe_slow_bfloat16(device: torch.device) -> str:
+    """Return a line on bfloat16 where the CPU has no instructions for it: how many times slower it is, seen now."""
+    bfloat16, float32 = _rates(device)
+    slower = f"{float32 / bfloat16:.0f} times as long as" if bfloat16 else "far longer than"
+    return (
+        f"this CPU has no bfloat16 instructions: a matrix product takes {slower} in float32; set train.dtype to float32 "
+        "or auto"
+    )
+
+
+def _rates(device: torch.device, clear: float = math.inf) -> list[float]:
+    """Of bfloat16 and of float32."""
+    return product_rates((torch.bfloat16, torch.float32), device, MEASURING_SECONDS, clear=clear)
+
+
+def write_run_files(folder: RunFolder, config: Config, prepared: Prepared) -> None:
+    """The config, the tokenizer, and what lay beside the weights. Raises `OSError`."""
+    folder.save_config(config)
+    origin = None if config.model.from_ is None else find_model(config.model.from_)
+    tokenizer = tokenizer_folder(config.data.tokenizer)
+    if origin is not None and not (folder.source / HEADERS).is_file():
+        keep(origin, OF_MODEL if tokenizer != origin else (*OF_MODEL, *TOKENIZER), folder.source)
+        keep_headers(ModelFolder.open(origin), folder.source)
+    if tokenizer is not None and tokenizer != origin:
+        keep(tokenizer, TOKENIZER, folder.tokenizer)
+    shutil.copyfile(prepared.folder / "tokenizer.json", folder.tokenizer_file)

@@ -1,0 +1,68 @@
+"""What a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.mesh.region import Part, Shard
+from shoal.optim.build import Optimizer
+from shoal.training.scaler import LossScaler
+
+
+@dataclass
+class TrainState:
+    """
+    Model, optimizer, how far training is. The data's position is one integer; the schedule and all
+    randomness are functions of the step and the seed, so nothing of them is kept.
+    """
+
+    shards: Sequence[Shard]
+    optimizer: Optimizer
+    scaler: LossScaler | None = None
+    step: int = 0  # optimizer steps taken
+    position: int = 0  # samples consumed
+    tokens: int = 0  # valid tokens trained on
+    skipped: int = 0  # steps that were left out
+    losses: Sequence[tuple[int, float]] = ()  # (step, loss): what a spike is measured against
+    passed_over: list[tuple[int, int]] = field(default_factory=list)  # [first, stop) of samples that are not trained on
+
+    def tensors(self) -> dict[str, Part]:
+        """What this process holds of each tensor, by its global name, to be written from or loaded into in place."""
+        named = {}
+        for shard in self._first_of_each():
+            named[f"model.{shard.name}"] = Part(shard.region, shard.tensor.detach())
+            for moment, tensor in self.optimizer.moments(shard).items():
+                named[f"optim.{moment}.{shard.name}"] = Part(shard.region, tensor)
+        return named
+
+    def _first_of_each(self) -> list[Shard]:
+        """One shard a name: where two stages of a process hold the same embedding, the other one is its twin."""
+        return list({s.name: s for s in reversed(self.shards) if s.tensor.numel()}.values())
+
+    def scalars(self) -> dict[str, Any]:
+        """The rest, as JSON takes it."""
+        values: dict[str, Any] = {"step": self.step, "position": self.position, "tokens": self.tokens}
+        values |= {"skipped": self.skipped, "losses": list(self.losses), "passed_over": self.passed_over}
+        if self.scaler is not None:
+            values["loss_scale"] = [float(x) for x in (self.scaler.scale, self.scaler.good_steps)]
+        return values
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        """Take over `scalars()` of a checkpoint whose tensors were loaded."""
+        self.step, self.position, self.tokens = (int(scalars[k]) for k in ("step", "position", "tokens"))
+        self.skipped = int(scalars.get("skipped", 0))
+        self.losses = [(int(step), float(loss)) for step, loss in scalars.get("losses", ())]
+        self.passed_over = [(int(first), int(stop)) for first, stop in scalars.get("passed_over", ())]
+        if self.scaler is not None and "loss_scale" in scalars:
+            self.scaler.scale.fill_(scalars["loss_scale"][0])
+            self.scaler.good_steps.fill_(scalars["loss_scale"][1])
+        self.optimizer.set_steps(self.step - self.skipped)
+        loaded = {s.name: s for s in self._first_of_each()}
+        for twin in self.shards:
+            first = loaded.get(twin.name)
+            if first is not None and first is not twin:
+                twin.tensor.detach().copy_(first.tensor.detach())
+                for moment, tensor in self.optimizer.moments(first).items():
+                    self.optimizer.moments(twin)[moment].copy_(tensor)

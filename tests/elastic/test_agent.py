@@ -1,0 +1,124 @@
+"""What the launcher makes of real workers that end: which one was first, and whether it is worth starting again."""
+
+from __future__ import annotations
+
+import os
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]
+
+from shoal.config.options import Config, Launch, Model, Train
+from shoal.elastic import agent
+from shoal.elastic.agent import Agent, run_workers
+from shoal.elastic.heartbeat import FOLDER
+from shoal.elastic.machines import Machines
+from shoal.elastic.stops import PassOn
+from shoal.errors import EXIT_LOST_PEER
+from shoal.run.events import read_json_lines
+from shoal.run.folder import RunFolder
+
+ABORT, KILLED = -6, -9
+
+# Rank 0 reads from a pipe until rank 1, who alone writes to it, has gone: then it aborts, as NCCL's watchdog would.
+FOLLOWING = """
+import os, resource, signal, sys
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+if os.environ["RANK"] == "1":
+    os.open(sys.argv[1], os.O_WRONLY)
+    os.kill(os.getpid(), signal.SIGKILL)
+open(sys.argv[1]).read()
+os.abort()
+"""
+
+
+class NoSignals(PassOn):
+    """Of a launcher inside pytest, which has its own use for signals."""
+
+    def __init__(self) -> None:
+        self.signal, self._raises, self._reached = None, False, set()
+
+
+@pytest.fixture
+def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[int, list[dict[str, Any]]]]:
+    """Runs two workers of some code; the launcher's exit code, and the run's events."""
+    monkeypatch.setenv(FOLDER, "")  # put back afterwards
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGQUIT")
+
+    def launch(code: str) -> tuple[int, list[dict[str, Any]]]:
+        config = Config(
+            model=Model(dim=64, num_layers=1, num_heads=2, vocab_size=256),
+            train=Train(global_batch=8, micro_batch=4, dtype="float32", device="cpu"),
+            launch=Launch(runs=str(tmp_path), name="run", processes=2, max_restarts=0),
+        )
+        folder = RunFolder.of(config)
+        folder.lock()
+        os.mkfifo(tmp_path / "pipe")
+        make = agent._workers
+
+        def workers(*args: Any) -> Any:
+            spec = make(*args)
+            spec.args = ("-c", code, str(tmp_path / "pipe"))
+            return spec
+
+        monkeypatch.setattr(agent, "_workers", workers)
+        try:
+            return run_workers(config, [], NoSignals()), read_json_lines(folder.events_file)
+        finally:
+            folder.release()
+
+    return launch
+
+
+def test_who_aborts_after_a_peer_was_killed_is_not_the_one_that_crashed(
+    launched: Callable[[str], tuple[int, list[dict[str, Any]]]],
+) -> None:
+    code, events = launched(FOLLOWING)
+    [crash] = [e for e in events if e["event"] == "crashed"]
+    assert code == 1
+    assert crash["rank"] == 1
+    assert "SIGKILL" in crash["how"]
+
+
+def test_who_aborts_alone_crashed(launched: Callable[[str], tuple[int, list[dict[str, Any]]]]) -> None:
+    code, events = launched(f"import os; os.abort() if os.environ['RANK'] == '1' else os._exit({EXIT_LOST_PEER})")
+    [crash] = [e for e in events if e["event"] == "crashed"]
+    assert code == 1
+    assert crash["rank"] == 1
+    assert "SIGABRT" in crash["how"]
+
+
+def test_a_worker_that_the_kernel_ended_for_memory_is_not_started_again(
+    launched: Callable[[str], tuple[int, list[dict[str, Any]]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    kills = iter([0, *[1] * 9])  # when the workers start, and when one has died
+    monkeypatch.setattr(agent, "kernel_kills", lambda: next(kills))
+    code, events = launched(FOLLOWING)
+    assert code == 2
+    assert [e["event"] for e in events] == ["crashed"]
+    said = capfd.readouterr().err
+    for option in ("train.micro_batch 2", "train.activation_checkpointing full", "parallel.dp_shard 2"):
+        assert said.count(option) == 1
+
+
+def followed(store: HashStore, codes: set[int], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether a launcher of two blames another machine for workers that ended with these codes."""
+    monkeypatch.setattr(agent, "CAUSE_SECONDS", 0.05)
+    here = types.SimpleNamespace(_machines=Machines(store, 0, 2))
+    return Agent._followed_another_machine(here, codes)  # type: ignore[arg-type]
+
+
+def test_an_abort_is_laid_to_another_machine_only_where_one_said_that_it_crashed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = HashStore()
+    assert followed(store, {EXIT_LOST_PEER}, monkeypatch)
+    assert not followed(store, {ABORT}, monkeypatch)  # and says so
+    assert followed(store, {ABORT}, monkeypatch)
+    assert followed(store, {ABORT, EXIT_LOST_PEER}, monkeypatch)
+    assert not followed(store, {KILLED, EXIT_LOST_PEER}, monkeypatch)

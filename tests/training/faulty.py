@@ -1,0 +1,33 @@
+"""A run with faults on purpose, in the processes of a world, and what it says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.config.options import Config
+from shoal.fault.inject import PLAN
+from shoal.mesh.mesh import Mesh
+from shoal.run.events import read_json_lines
+from shoal.training.loop import Run
+from tests.parallel.layouts import NeverStop, mesh_for
+
+
+def train_with(mesh: Mesh, config: Config, faults: list[dict[str, Any]]) -> Run:
+    """A run to its end, with these faults; closed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PLAN, json.dumps(faults))
+        run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
+        try:
+            run.train()
+        finally:
+            run.close()
+    return run
+
+
+def events(config: Config, kind: str) -> list[dict[str, Any]]:
+    lines = read_json_lines(Path(config.launch.runs) / str(config.launch.name) / "events.jsonl")
+    return [line for line in lines if line["event"] == kind]

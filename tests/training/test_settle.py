@@ -1,0 +1,132 @@
+"""What `train.dtype: auto` comes to on a CPU, and what is said of a dtype that is slow there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from shoal.config.options import Config
+from shoal.launch import torchrun
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.place import Place
+from shoal.run.folder import RunFolder
+from shoal.system import cpu
+from shoal.training import finish_config as settle
+from shoal.training.finish_config import describe_slow_bfloat16, settle_dtype
+from tests.world import World
+
+ALONE = Mesh(Place(), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rates", "settled"),
+    [
+        ("auto", None, "float32"),  # no instructions: nothing is measured
+        ("auto", [2.0, 1.0], "bfloat16"),
+        ("auto", [1.0, 2.0], "float32"),
+        ("auto", [0.0, 0.0], "float32"),  # there was no time
+        ("bfloat16", None, "bfloat16"),
+        ("float32", None, "float32"),
+    ],
+)
+def test_auto_is_float32_unless_bfloat16_was_seen_to_be_faster(
+    wanted: str, rates: list[float] | None, settled: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*args: object, **options: object) -> list[float]:
+        assert rates is not None, "measured where nothing was to be"
+        return rates
+
+    monkeypatch.setattr(settle, "product_rates", measured)
+    monkeypatch.setattr(settle, "multiplies_bfloat16", lambda: rates is not None)
+    assert settle_dtype(wanted, ALONE) == settled
+
+
+def settle_with(mesh: Mesh, ratios: list[float]) -> str:
+    """On a rank that sees bfloat16 so many times as fast as float32; 0: one without the instructions."""
+    ratio = ratios[mesh.place.rank]
+    before = settle.multiplies_bfloat16, settle.product_rates
+    settle.multiplies_bfloat16, settle.product_rates = lambda: ratio > 0, lambda *a, **o: [ratio, 1.0]  # type: ignore[assignment]
+    try:
+        return settle_dtype("auto", mesh)
+    finally:
+        settle.multiplies_bfloat16, settle.product_rates = before
+
+
+@pytest.mark.parametrize(
+    ("ratios", "settled"), [([3.0, 0.5], "bfloat16"), ([1.5, 0.5], "float32"), ([9.0, 0.0], "float32")]
+)
+def test_all_ranks_settle_on_the_same(ratios: list[float], settled: str, world: Callable[[int], World]) -> None:
+    assert world(2).run(settle_with, ratios) == [settled, settled]
+
+
+def test_slow_bfloat16_is_told_by_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settle, "product_rates", lambda *args, **options: [1.0, 97.0])
+    assert re.search(r"\b97 times", describe_slow_bfloat16(ALONE.device))
+    monkeypatch.setattr(settle, "product_rates", lambda *args, **options: [0.0, 0.0])  # there was no time
+    assert "far longer" in describe_slow_bfloat16(ALONE.device)
+
+
+def settled_with(mesh: Mesh, folder: str, dtype: str, quick: bool, rates: list[float]) -> tuple[str, list[str]]:
+    """The dtype that `settle` itself comes to on a rank of this kind, and what it said."""
+    said: list[str] = []
+    rows = SimpleNamespace(check_rows=lambda size: None)
+    prepared: Any = SimpleNamespace(vocab_size=257, tokenizer=rows)
+    before = settle.multiplies_bfloat16, settle.product_rates
+    settle.multiplies_bfloat16, settle.product_rates = lambda: quick, lambda *a, **o: rates  # type: ignore[assignment]
+    try:
+        config = Config().replace("train", dtype=dtype)
+        return settle.settle(config, RunFolder(Path(folder)), prepared, mesh, said.append).train.dtype, said
+    finally:
+        settle.multiplies_bfloat16, settle.product_rates = before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quick", "count"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("float32", False, 0)]
+)
+def test_slow_bfloat16_is_said_once_by_the_first_rank_and_the_run_goes_on_with_it(
+    dtype: str, quick: bool, count: int, world: Callable[[int], World], tmp_path: Path
+) -> None:
+    first, second = world(2).run(settled_with, str(tmp_path / "new"), dtype, quick, [1.0, 97.0])
+    assert (first[0], second) == (dtype, (dtype, []))
+    assert len(first[1]) == count
+    assert all("97 times" in line for line in first[1])
+
+
+def test_a_resume_keeps_what_was_measured_and_another_run_measures_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else a killed run would end with other bits, and one busy moment would decide for every run after it."""
+    wanted = Config().replace("train", dtype="auto", steps=1, device="cpu").replace("launch", processes=2)
+    folder = RunFolder(tmp_path / "first")
+    folder.path.mkdir()
+    folder.save_config(wanted.replace("train", dtype="bfloat16").replace("launch", threads=3))
+    measured: list[object] = []
+
+    def rates(*args: object, **options: object) -> list[float]:
+        measured.append(args)
+        return [1.0, 2.0]
+
+    monkeypatch.setattr(settle, "product_rates", rates)
+    monkeypatch.setattr(settle, "multiplies_bfloat16", lambda: True)
+    kept = folder.settled(wanted)
+    assert kept.train.dtype == "bfloat16"
+    assert settle_dtype(kept.train.dtype, ALONE) == "bfloat16"
+    assert not measured
+    monkeypatch.setattr(torchrun, "count_cores", lambda: 16)
+    monkeypatch.setattr(torchrun, "free_cores", lambda: 16.0)
+    assert torchrun.plan_processes(wanted, 0, before=folder.begun()).launch.threads == 3
+    for count, name in enumerate(("second", "third"), start=1):
+        another = RunFolder(tmp_path / name).settled(wanted)
+        assert another.train.dtype == "auto"
+        assert settle_dtype(another.train.dtype, ALONE) == "float32"
+        assert len(measured) == count
+
+
+def test_what_is_measured_at_a_start_takes_half_a_second_at_most() -> None:
+    assert settle.MEASURING_SECONDS + cpu.LOOK_SECONDS <= 0.5
