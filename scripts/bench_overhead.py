@@ -27,7 +27,8 @@ from shoal.mesh.mesh import open_mesh
 from shoal.mesh.place import LOCKED_BY
 from shoal.resolve.resolve import resolve
 from shoal.system.signals import StopRequest
-from shoal.training.loop import Run
+from shoal.training.loop import record, something_is_due, take_step
+from shoal.training.run import Run
 from shoal.training.step import train_step
 
 
@@ -45,8 +46,8 @@ def _bare(run: Run) -> None:
 
 
 def _whole(run: Run) -> None:
-    run._record(run._step())
-    run._something_is_due()
+    record(run, take_step(run))
+    something_is_due(run)
 
 
 def _work(rank: int, options: argparse.Namespace, config: Config) -> None:
@@ -59,7 +60,7 @@ def _work(rank: int, options: argparse.Namespace, config: Config) -> None:
         run = Run.open(config, mesh, StopRequest())
         run.records.begin(run.header, 0, 0, at_end=False)
         run.records.clock.begin(0)
-        run.meter.start()
+        run.watch.meter.start()
         for pair in range(options.pairs + 5):
             for name, step in (("bare", _bare), ("whole", _whole))[:: 1 if pair % 2 else -1]:
                 mesh.barrier()

@@ -40,7 +40,7 @@ from shoal.models.generate import generate
 from shoal.run.events import read_json_lines
 from shoal.system.signals import StopRequest
 from shoal.training import loop
-from shoal.training.loop import Run
+from shoal.training.run import Run
 from shoal.training.step import Stats, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,7 +279,7 @@ class Taken:
 def take_steps(target: Target, *, late: bool, steps: int) -> Taken:
     """Take the steps of a bitwise run that reads late or at once. On a GPU late is what the loop itself decides."""
     run, taken = opened(target, f"late-{late}", dtype="bfloat16", repro="bitwise", steps=steps), Taken([], [])
-    record = run._record
+    record = loop.record
     before: Stats | None = None  # of the step that was queued last
 
     def step(*args: Any, **options: Any) -> Stats:
@@ -291,15 +291,18 @@ def take_steps(target: Target, *, late: bool, steps: int) -> Taken:
         before = stats
         return stats
 
-    def counted(stats: Stats) -> bool:
+    def counted(run: Run, stats: Stats) -> bool:
         taken.read_late += before is not None and stats.step < before.step
-        return record(stats)
+        return record(run, stats)
 
-    run._record = counted  # type: ignore[method-assign]
-    with mock.patch.object(loop, "train_step", step), contextlib.ExitStack() as patches:
+    with (
+        mock.patch.object(loop, "train_step", step),
+        mock.patch.object(loop, "record", counted),
+        contextlib.ExitStack() as patches,
+    ):
         if target.rehearses or not late:
             patches.enter_context(mock.patch.object(loop, "reads_late", return_value=late))
-        run.take_steps()
+        loop.take_steps(run)
     run.close()
     torch.use_deterministic_algorithms(False)
     for line in read_json_lines(run.folder.metrics_file):
@@ -312,7 +315,7 @@ def take_steps(target: Target, *, late: bool, steps: int) -> Taken:
 def check_muon(target: Target) -> Found:
     config = small(target, "muon", dtype="float32", steps=30).replace("optim", name="muon")
     run = Run.open(config, Mesh(Place(), target.device), StopRequest())
-    run.take_steps()
+    loop.take_steps(run)
     run.close()
     losses = [r["loss"] for r in read_json_lines(run.folder.metrics_file) if "loss" in r]
     return losses[-1] < losses[0] - 1, f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in 30 steps"

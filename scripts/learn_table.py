@@ -49,7 +49,7 @@ from shoal.resolve.resolve import read_back, resolve, to_yaml
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
 from shoal.training.assemble import assemble, open_loader
-from shoal.training.finish_config import settle
+from shoal.training.finish_config import finish_config
 from shoal.training.loop import set_threads
 from shoal.training.step import train_step
 
@@ -283,7 +283,7 @@ def held(recipes: Sequence[Path]) -> None:
             layout = find_layout(config.parallel, world.world_size)
             assert isinstance(layout, Layout)
             mesh = Mesh(world.place, world.device, layout)
-            config = settle(config, RunFolder(recipe.parent / "none"), prepared, mesh)
+            config = finish_config(config, RunFolder(recipe.parent / "none"), prepared, mesh)
             rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=False)
             line = json.dumps(take_steps(config, mesh, rows))
             if mesh.is_first:

@@ -221,7 +221,7 @@ def _work(config: Config, *, verify: bool = False) -> int:
         stopped = train(config, stop, heartbeat)
     except (RuntimeError, MemoryError, OSError) as error:
         if said := what_ran_out(error):
-            fits = what_would_fit(RunFolder.of(config).settled(config), read_place().world_size)
+            fits = what_would_fit(RunFolder.of(config).with_earlier_choices(config), read_place().world_size)
             problem = MemoryProblem(f"out of memory: {said}. {fits}")
             if heartbeat.taken <= 1:
                 raise problem from error

@@ -22,7 +22,7 @@ from shoal.parallel.randomness import Randomness
 from shoal.parallel.reduce import GradientReducer
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
-from shoal.training.finish_config import settle
+from shoal.training.finish_config import finish_config
 from tests.parallel.layouts import config_of, mesh_for
 from tests.world import World
 
@@ -35,7 +35,7 @@ def certified(mesh: Mesh, config: Config, bug: str) -> Certificate:
     console = Console(speaks=False)
     prepared = open_data(config.data, console)
     folder = RunFolder.of(config).path
-    config = settle(config, RunFolder(folder / "none"), prepared, mesh)
+    config = finish_config(config, RunFolder(folder / "none"), prepared, mesh)
     with BUGS[bug]():
         return certify(config, mesh, prepared, folder, console)
 

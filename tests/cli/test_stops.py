@@ -29,7 +29,7 @@ class Still(importlib.abc.MetaPathFinder):
 if who == ("worker" if "RANK" in os.environ else "launcher"):
     if module == "measuring":
         from shoal.training import finish_config as settle
-        settle.settle_dtype = lambda wanted, mesh: os.read(os.pipe()[0], 1)
+        settle.choose_dtype = lambda wanted, mesh: os.read(os.pipe()[0], 1)
     sys.meta_path.insert(0, Still())
 """
 TRAIN = ["train", "recipe.yaml", "--name"]

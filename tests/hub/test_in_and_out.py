@@ -20,7 +20,8 @@ from shoal.models.build import build_model, materialize
 from shoal.models.family import LanguageModel
 from shoal.resolve.resolve import resolve
 from shoal.training.assemble import folder_weights
-from shoal.training.loop import Run
+from shoal.training.loop import take_step
+from shoal.training.run import Run
 from shoal.training.step import train_step
 from tests.hub import small
 from tests.parallel.layouts import ALONE, NeverStop, mesh_for
@@ -194,7 +195,7 @@ def test_a_model_that_came_from_nowhere_opens_too(tmp_path: Path) -> None:
             metrics=Metrics(peak_tflops=1.0), launch=Launch(runs=str(tmp_path), name=f"own{number}"),
         )  # fmt: skip
         run = Run.open(config, ALONE, NeverStop())
-        run._step()
+        take_step(run)
         assert run.saving.finish(run.state, None).ok
         run.close()
         tokens = torch.randint(0, 300, (1, 30), generator=torch.Generator().manual_seed(2))

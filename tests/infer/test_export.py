@@ -15,7 +15,8 @@ from shoal.errors import CheckpointError, ModelError, RunError, ShoalError
 from shoal.infer import export
 from shoal.infer.export import export_run
 from shoal.resolve.resolve import resolve
-from shoal.training.loop import Run
+from shoal.training.loop import complete
+from shoal.training.run import Run
 from tests.cli.commands import Place
 from tests.hub import small
 from tests.parallel.layouts import ALONE, NeverStop
@@ -37,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         }  # fmt: skip
         config = resolve(place.folder / "recipe.yaml", [(k, str(v), "the test") for k, v in given.items()]).config
         run = Run.open(config, ALONE, NeverStop())
-        run.train()
+        complete(run)
         run.close()
     return place
 

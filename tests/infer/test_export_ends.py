@@ -12,7 +12,8 @@ from shoal.config.options import Config
 from shoal.data.tokens.tokenize import load_tokenizer
 from shoal.infer.export import export_run
 from shoal.resolve.resolve import resolve
-from shoal.training.loop import Run
+from shoal.training.loop import complete
+from shoal.training.run import Run
 from tests.cli.commands import Place
 from tests.hub import small
 from tests.infer.folders import TURN_END, talker
@@ -53,7 +54,7 @@ def exported(place: Place, name: str, **given: Any) -> dict[str, Any]:
     }  # fmt: skip
     config: Config = resolve(None, [(key, str(value), "the test") for key, value in options.items()]).config
     run = Run.open(config, ALONE, NeverStop())
-    run.train()
+    complete(run)
     run.close()
     out = export_run(place.folder / "runs", name, step=None, out=place.folder / f"{name}-out")
     described: dict[str, Any] = json.loads((out / "config.json").read_text())

@@ -22,7 +22,8 @@ from shoal.infer.export import export_run
 from shoal.infer.load import load_run
 from shoal.models.build import build_model
 from shoal.resolve.resolve import resolve
-from shoal.training.loop import Run
+from shoal.training.loop import complete
+from shoal.training.run import Run
 from tests.cli.commands import RECIPE
 from tests.hub import small
 from tests.parallel.layouts import ALONE, NeverStop
@@ -88,7 +89,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     given = {**UNEVEN, "launch.name": "uneven", "launch.runs": folder / "runs", "data.folder": folder / "data", "train.steps": 3, "launch.processes": 1}  # fmt: skip
     config = resolve(folder / "recipe.yaml", [(key, str(value), "the test") for key, value in given.items()]).config
     run = Run.open(config, ALONE, NeverStop())
-    run.train()
+    complete(run)
     run.close()
     return folder / "runs"
 

@@ -25,7 +25,7 @@ from shoal.optim.schedule import learning_rate
 from shoal.parallel.recompute import checkpointed, compile_forward
 from shoal.plan.estimate import flops_per_token, parameter_count, why_no_flops
 from shoal.training.assemble import folder_weights
-from shoal.training.loop import Run
+from shoal.training.run import Run
 from shoal.training.step import train_step
 from tests.models import hf_small
 from tests.parallel.layouts import ALONE, NeverStop

@@ -15,7 +15,7 @@ from shoal.mesh.place import Place
 from shoal.mesh.region import Region
 from shoal.system.signals import StopRequest
 from shoal.training.compile_check import check_compiled
-from shoal.training.loop import Run
+from shoal.training.run import Run
 from shoal.training.step import train_step
 from tests.world import laid_out
 

@@ -13,7 +13,8 @@ import torch
 from shoal.config.options import Config
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Region
-from shoal.training.loop import Run
+from shoal.training.loop import take_step
+from shoal.training.run import Run
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for, whole
 from tests.world import World
 
@@ -58,7 +59,7 @@ def leg(mesh: Mesh, config: Config) -> Leg:
     """One step more of a run, saved, and evaluated."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     loaded = _parts(run)
-    loss, tokens, *_ = run._step().numbers.tolist()
+    loss, tokens, *_ = take_step(run).numbers.tolist()
     assert run.saving.finish(run.state, None).ok
     run.evaluate(None)
     run.close()

@@ -12,7 +12,8 @@ from shoal.config.options import Config
 from shoal.fault.inject import PLAN
 from shoal.mesh.mesh import Mesh
 from shoal.run.events import read_json_lines
-from shoal.training.loop import Run
+from shoal.training.loop import complete
+from shoal.training.run import Run
 from tests.parallel.layouts import NeverStop, mesh_for
 
 
@@ -22,7 +23,7 @@ def train_with(mesh: Mesh, config: Config, faults: list[dict[str, Any]]) -> Run:
         patch.setenv(PLAN, json.dumps(faults))
         run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
         try:
-            run.train()
+            complete(run)
         finally:
             run.close()
     return run

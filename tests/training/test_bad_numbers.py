@@ -19,7 +19,8 @@ from shoal.optim.build import build_optimizer
 from shoal.parallel.replicas import compare
 from shoal.run.events import read_json_lines
 from shoal.training.guard import FEW, Guard, limit
-from shoal.training.loop import Run
+from shoal.training.loop import complete, record, take_step
+from shoal.training.run import Run
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for, whole
 from tests.training.faulty import events, train_with
 from tests.world import World
@@ -85,10 +86,10 @@ def test_no_number_on_one_rank_is_a_step_that_all_leave_out(
 def test_a_step_that_is_left_out_changes_nothing(tmp_path: Path) -> None:
     config = config_of(tmp_path, "one", **OPTIONS | {"train__steps": 4, "optim__schedule": "constant"})
     run = Run.open(config, ALONE, NeverStop())
-    run._record(run._step())
+    record(run, take_step(run))
     before = {n: p.tensor.clone() for n, p in run.state.tensors().items()}
     run.guard._limit.fill_(0.0)  # every loss is a spike
-    run._record(run._step())
+    record(run, take_step(run))
     assert all(torch.equal(before[n], p.tensor) for n, p in run.state.tensors().items())
     assert (run.state.step, run.state.skipped) == (2, 1)
     run.close()
@@ -114,7 +115,7 @@ def passing_over(mesh: Mesh, config: Config, window: tuple[int, int]) -> Parts:
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     run.loader.close()
     run.loader = open_loader(config, run.mesh, run.loader.rows, 0, [window])
-    run.train()
+    complete(run)
     run.close()
     return {s.name: (s.region, s.tensor.detach().clone()) for s in run.runnable.shards}
 

@@ -18,7 +18,8 @@ from shoal.errors import CompileError
 from shoal.mesh.mesh import Mesh
 from shoal.models.llama import FeedForward
 from shoal.training.compile_check import judge
-from shoal.training.loop import Run
+from shoal.training.loop import complete
+from shoal.training.run import Run
 from tests.cli.commands import Place
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for, whole
 from tests.world import World
@@ -67,7 +68,7 @@ def found(mesh: Mesh, config: Any, *, zeros: bool) -> str:
     with mock.patch.object(torch, "compile", Careless(zeros=zeros)):
         run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
         try:
-            run.train()
+            complete(run)
         except CompileError as error:
             return str(error)
         finally:
@@ -112,7 +113,7 @@ def trained(mesh: Mesh, config: Any) -> dict[str, Any]:
     with mock.patch.object(torch, "compile", faithful):
         run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
         try:
-            run.train()
+            complete(run)
         finally:
             run.close()
     return {s.name: (s.region, s.tensor.detach().clone()) for s in run.runnable.shards}
@@ -184,7 +185,7 @@ def test_with_the_compiler_itself(tmp_path: Path) -> None:
         run = Run.open(config, ALONE, NeverStop())
         try:
             with pytest.raises(CompileError, match=r"blocks\.0\.ffn\.gate\.weight"):
-                run.train()
+                complete(run)
         finally:
             run.close()
     torch.compiler.reset()

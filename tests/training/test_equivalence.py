@@ -16,7 +16,8 @@ from shoal.mesh.place import Place
 from shoal.metrics.meter import no_phases
 from shoal.run.events import read_json_lines
 from shoal.system.signals import StopRequest
-from shoal.training.loop import Run
+from shoal.training.loop import complete, take_steps
+from shoal.training.run import Run
 from tests.world import World
 
 ALONE = Mesh(Place(), torch.device("cpu"))
@@ -47,10 +48,10 @@ def train_here(mesh: Mesh, config: Config, steps: int | None = None) -> list[dic
     """Take `steps` steps (None: all) and, where those are all, end the run; the metrics."""
     run = Run.open(config, mesh, NeverStop())
     if steps is None:
-        run.train()
+        complete(run)
     else:
         run.total_steps, planned = steps, run.total_steps
-        run.take_steps()
+        take_steps(run)
         run.total_steps = planned
         assert run.saving.finish(run.state, None).ok
     run.close()

@@ -19,7 +19,8 @@ from shoal.config.options import Config
 from shoal.errors import RunError
 from shoal.fault.inject import PLAN
 from shoal.mesh.mesh import Mesh
-from shoal.training.loop import Run
+from shoal.training.loop import complete, take_steps
+from shoal.training.run import Run
 from tests.cli.commands import Place
 from tests.disks import small_disk
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for
@@ -50,8 +51,8 @@ def opened(config: Config, mesh: Mesh = ALONE) -> Iterator[Run]:
 def cut_short(config: Config, mesh: Mesh = ALONE) -> None:
     """A run whose steps are all taken, and which comes to no end."""
     with opened(config, mesh) as run:
-        run.take_steps()
-        run.saving.settle_all(run.state.step)
+        take_steps(run)
+        run.saving.wait_for_all(run.state.step)
 
 
 def damaged(folder: Path, step: int) -> None:
@@ -117,7 +118,7 @@ def test_what_is_damaged_is_passed_over_for_the_next_older_fast_or_lasting(
         assert f"resumed from {where}" in said
     assert len(events(config, "damaged")) == 2
     with opened(config) as run:
-        run.train()
+        complete(run)
     assert not (tmp_path / "fast").exists()  # nor what was set aside
 
 
@@ -151,7 +152,7 @@ def test_a_machine_without_room_says_so_once_and_trains_on(
 ) -> None:
     config = config_in(tmp_path, "small").replace("checkpoint", fast=str(small_memory / "fast"))
     with opened(config) as run:
-        run.train()
+        complete(run)
     [event] = events(config, "no fast place")
     assert event["step"] == 1
     assert "has room for" in event["why"]
@@ -193,7 +194,7 @@ def test_each_machine_has_memory_of_its_own(
     smaller = config.replace("parallel", dp_shard=1)
     assert resumed(apart(smaller, 0)) == alone  # the other machine is lost
     with opened(apart(smaller, 0)) as run:
-        run.train()
+        complete(run)
     assert [p.name for p in tmp_path.glob("fast*")] == ["fast-1"]  # of the one that was lost
 
 
@@ -256,7 +257,7 @@ def test_what_a_machine_that_was_away_has_of_another_history_is_not_taken(
 
 def finished_apart(mesh: Mesh, config: Config) -> int:
     with opened(apart(config, mesh.place.rank), mesh) as run:
-        run.train()
+        complete(run)
         return run.state.step
 
 
@@ -269,7 +270,7 @@ def test_memory_that_nobody_could_tell_from_anothers_is_done_without(tmp_path: P
     config = config_in(tmp_path, "mute", train__steps=4)
     (tmp_path / "runs" / "mute" / "checkpoints" / LIVES).mkdir(parents=True)  # no word can be left there
     with opened(config) as run:
-        run.train()
+        complete(run)
     [event] = events(config, "no fast place")
     assert event["why"].endswith("checkpoints cannot be written: Is a directory")
     assert not (tmp_path / "fast").exists()
@@ -279,7 +280,7 @@ def test_a_place_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "fast").touch()  # a file where the folder should be
     config = config_in(tmp_path, "file", train__steps=4)
     with opened(config) as run:
-        run.train()
+        complete(run)
     [event] = events(config, "no fast place")
     assert event["why"].endswith("cannot be written: Not a directory")
     assert listed(run.folder.checkpoints)[-1].step == 4

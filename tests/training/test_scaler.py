@@ -16,7 +16,8 @@ from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Region, Shard
 from shoal.optim.build import build_optimizer
 from shoal.training.clip import clip, gradient_norm
-from shoal.training.loop import Run
+from shoal.training.loop import record, take_step
+from shoal.training.run import Run
 from shoal.training.scaler import LossScaler
 from tests.parallel.layouts import ALONE, NeverStop, Step, config_of, first_step, mesh_for, whole
 from tests.world import World
@@ -64,7 +65,7 @@ def in_float16(mesh: Mesh, config: Config, steps: int) -> tuple[Step, list[float
         scales = []
         assert run.state.scaler is not None
         for _ in range(steps):
-            run._record(run._step())
+            record(run, take_step(run))
             scales.append(float(run.state.scaler.scale))
         run.close()
     return step, scales

@@ -18,7 +18,7 @@ from shoal.mesh.place import Place
 from shoal.run.folder import RunFolder
 from shoal.system import cpu
 from shoal.training import finish_config as settle
-from shoal.training.finish_config import describe_slow_bfloat16, settle_dtype
+from shoal.training.finish_config import choose_dtype, describe_slow_bfloat16
 from tests.world import World
 
 ALONE = Mesh(Place(), torch.device("cpu"))
@@ -44,7 +44,7 @@ def test_auto_is_float32_unless_bfloat16_was_seen_to_be_faster(
 
     monkeypatch.setattr(settle, "product_rates", measured)
     monkeypatch.setattr(settle, "multiplies_bfloat16", lambda: rates is not None)
-    assert settle_dtype(wanted, ALONE) == settled
+    assert choose_dtype(wanted, ALONE) == settled
 
 
 def settle_with(mesh: Mesh, ratios: list[float]) -> str:
@@ -53,7 +53,7 @@ def settle_with(mesh: Mesh, ratios: list[float]) -> str:
     before = settle.multiplies_bfloat16, settle.product_rates
     settle.multiplies_bfloat16, settle.product_rates = lambda: ratio > 0, lambda *a, **o: [ratio, 1.0]  # type: ignore[assignment]
     try:
-        return settle_dtype("auto", mesh)
+        return choose_dtype("auto", mesh)
     finally:
         settle.multiplies_bfloat16, settle.product_rates = before
 
@@ -81,7 +81,7 @@ def settled_with(mesh: Mesh, folder: str, dtype: str, quick: bool, rates: list[f
     settle.multiplies_bfloat16, settle.product_rates = lambda: quick, lambda *a, **o: rates  # type: ignore[assignment]
     try:
         config = Config().replace("train", dtype=dtype)
-        return settle.settle(config, RunFolder(Path(folder)), prepared, mesh, said.append).train.dtype, said
+        return settle.finish_config(config, RunFolder(Path(folder)), prepared, mesh, said.append).train.dtype, said
     finally:
         settle.multiplies_bfloat16, settle.product_rates = before
 
@@ -114,17 +114,17 @@ def test_a_resume_keeps_what_was_measured_and_another_run_measures_again(
 
     monkeypatch.setattr(settle, "product_rates", rates)
     monkeypatch.setattr(settle, "multiplies_bfloat16", lambda: True)
-    kept = folder.settled(wanted)
+    kept = folder.with_earlier_choices(wanted)
     assert kept.train.dtype == "bfloat16"
-    assert settle_dtype(kept.train.dtype, ALONE) == "bfloat16"
+    assert choose_dtype(kept.train.dtype, ALONE) == "bfloat16"
     assert not measured
     monkeypatch.setattr(torchrun, "count_cores", lambda: 16)
     monkeypatch.setattr(torchrun, "free_cores", lambda: 16.0)
     assert torchrun.plan_processes(wanted, 0, before=folder.begun()).launch.threads == 3
     for count, name in enumerate(("second", "third"), start=1):
-        another = RunFolder(tmp_path / name).settled(wanted)
+        another = RunFolder(tmp_path / name).with_earlier_choices(wanted)
         assert another.train.dtype == "auto"
-        assert settle_dtype(another.train.dtype, ALONE) == "float32"
+        assert choose_dtype(another.train.dtype, ALONE) == "float32"
         assert len(measured) == count
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from shoal.data.loader import Batch
 from shoal.mesh.mesh import Mesh
 from shoal.training import loop
-from shoal.training.loop import Run
+from shoal.training.run import Run
 from shoal.training.step import train_step
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for
 from tests.rehearsal import DEVICE, Rehearsal, Wait
@@ -153,19 +153,19 @@ def test_a_record_waits_for_the_step_before_alone(monkeypatch: pytest.MonkeyPatc
         story.append(("step", step))
         return stats
 
-    plain = Run._record
+    plain = loop.record
 
-    def record(self: Run, stats: Any) -> bool:
+    def record(run: Run, stats: Any) -> bool:
         before = len(rehearsal.waits)
-        result = plain(self, stats)
+        result = plain(run, stats)
         story.append(("record", stats.step, len(rehearsal.waits) - before))
         return result
 
     monkeypatch.setattr(loop, "train_step", step)
-    monkeypatch.setattr(Run, "_record", record)
+    monkeypatch.setattr(loop, "record", record)
     run.mesh.device = DEVICE
     with rehearsal as waits:
-        run.take_steps()
+        loop.take_steps(run)
     run.close()
     late = [("step", 1)]
     for number in range(1, 5):

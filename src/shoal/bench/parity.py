@@ -45,7 +45,7 @@ from shoal.resolve.resolve import to_dict
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
 from shoal.training.assemble import assemble, open_loader
-from shoal.training.finish_config import settle
+from shoal.training.finish_config import finish_config
 from shoal.training.loop import set_threads
 from shoal.training.state import TrainState
 from shoal.training.step import train_step
@@ -110,7 +110,7 @@ def verify_here(config: Config, heartbeat: Heartbeat) -> None:
         heartbeat.outside("opening the data")
         prepared = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
         heartbeat.outside("measuring the device")
-        config = settle(config, RunFolder(folder / "none"), prepared, mesh, console.warn)
+        config = finish_config(config, RunFolder(folder / "none"), prepared, mesh, console.warn)
         if mesh.is_first:
             folder.mkdir(parents=True, exist_ok=True)
         certificate = certify(config, mesh, prepared, folder, console, heartbeat.outside)

@@ -17,7 +17,8 @@ from shoal.resolve.resolve import read_back
 from shoal.run.events import read_json_lines
 from shoal.system.signals import StopRequest, die_with_parent
 from shoal.training.assemble import DTYPES
-from shoal.training.loop import Run, set_threads
+from shoal.training.loop import set_threads, take_steps
+from shoal.training.run import Run
 
 PRODUCT_SECONDS = 1.0
 
@@ -29,7 +30,7 @@ def main(recipe: Path, answer: Path) -> None:
     set_threads(config)
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
         run = Run.open(config, mesh, StopRequest())
-        run.take_steps()
+        take_steps(run)
         product = _product_flops(run)
         if mesh.is_first:
             records = read_json_lines(run.folder.metrics_file)
@@ -54,12 +55,12 @@ def _measured(run: Run, records: list[dict[str, object]], product_flops: float) 
     result = summarize_steps(steps, tokens)
     return {
         **result,
-        "mfu": run.meter.mfu(result["tokens_per_second"]),
-        "model_flops": run.meter.model_flops(result["tokens_per_second"]),
+        "mfu": run.watch.meter.mfu(result["tokens_per_second"]),
+        "model_flops": run.watch.meter.model_flops(result["tokens_per_second"]),
         "product_flops": product_flops,
-        "mfu_convention": run.meter.describe_mfu(),
-        "model": run.meter.describe_model(),
-        "device": run.meter.device_name,
+        "mfu_convention": run.watch.meter.describe_mfu(),
+        "model": run.watch.meter.describe_model(),
+        "device": run.watch.meter.device_name,
         "memory_bytes": max(int(r["memory_bytes"]) for r in timed),  # type: ignore[call-overload]
         "split": {n: statistics.median(s[n] for s in splits) / result["step_seconds"] for n in names},  # type: ignore[index]
     }

@@ -261,7 +261,7 @@ class Agent(LocalElasticAgent):
                 if no_memory and sign.taken <= 1:  # nor would it fit the next time
                     self.too_large = True
                     self._remaining_restarts = 0
-                    settled = self._run_folder.settled(self._config)
+                    settled = self._run_folder.with_earlier_choices(self._config)
                     self.why += f". {what_would_fit(settled, self._world_size)}"
                     return
         else:

@@ -203,10 +203,10 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
-    def settled(self, config: Config) -> Config:
+    def with_earlier_choices(self, config: Config) -> Config:
         """`config` with what the run that is here has settled already, if there is one."""
         before = self.begun()
-        return _settled(config, before) if before else config
+        return _with_choices_of(config, before) if before else config
 
     def agree(self, config: Config) -> list[Difference]:
         """
@@ -217,7 +217,7 @@ class RunFolder:
         before = self.begun()
         if before is None:
             return []
-        config = _settled(config, before)
+        config = _with_choices_of(config, before)
         found = [d for d in differences(before, config) if d.key not in ("launch.name", "launch.runs")]
         if forbidden := [d for d in found if d.past]:
             lines = "\n".join(f"  {d.key}: {d.before} -> {d.after}" for d in forbidden)
@@ -228,7 +228,7 @@ class RunFolder:
         return found
 
 
-def _settled(config: Config, before: Config) -> Config:
+def _with_choices_of(config: Config, before: Config) -> Config:
     """`config` with what a run settles when it starts taken from the config it started with."""
     if config.model.vocab_size is None:  # the tokenizer's, which data.* decides
         config = config.replace("model", vocab_size=before.model.vocab_size)

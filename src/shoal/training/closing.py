@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -22,11 +21,9 @@ from shoal.models.generate import generate
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
 from shoal.training.last_words import say_sample, say_what_next, what_it_took
+from shoal.training.run import Run
 
 YARDSTICK_SECONDS = 120.0
-
-if TYPE_CHECKING:
-    from shoal.training.loop import Run
 
 
 def finish(run: Run, stopped: bool) -> None:
@@ -47,18 +44,18 @@ def finish(run: Run, stopped: bool) -> None:
     with clock.spend("evaluation"):
         run.evaluate(None)
     saved = _save(run)
-    run.heartbeat.outside("writing a sample")
+    run.watch.heartbeat.outside("writing a sample")
     if run.mesh.is_first:
         _say_sample(run.config, run.folder, run.prepared, _whole_model(run), run.console)
         compared = _yardstick(run)
-        run.heartbeat.outside("end")
+        run.watch.heartbeat.outside("end")
         run.console.say()
         run.console.say(compared, "bold")
         run.records.event("finished", **run.val, compared=compared)
         run.console.note(run.records.goodput())
         if saved.ok:
             say_what_next(run.config, run.folder, run.val, run.console)
-    run.heartbeat.outside("end")
+    run.watch.heartbeat.outside("end")
     run.mesh.barrier()
     if not saved.ok:
         newest = _newest(run)
@@ -71,7 +68,7 @@ def finish(run: Run, stopped: bool) -> None:
 
 
 def _save(run: Run) -> Outcome:
-    run.heartbeat.outside("save")
+    run.watch.heartbeat.outside("save")
     with run.records.clock.spend("checkpoint"):
         return run.saving.finish(run.state, run.val_loss())
 
@@ -127,8 +124,8 @@ def _yardstick(run: Run) -> str:
     assert run.measuring is not None  # of the first rank
 
     def go_on() -> bool:
-        run.heartbeat.outside("comparing with gzip and xz")
-        return not run.stop
+        run.watch.heartbeat.outside("comparing with gzip and xz")
+        return not run.stopping.stop
 
     seconds = min(YARDSTICK_SECONDS, run.config.launch.timeout_seconds / 4)  # the others wait in a barrier
     found = run.measuring.wait(seconds, go_on)

@@ -16,7 +16,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +29,7 @@ from shoal.models.family import LanguageModel
 from shoal.models.layers import products_by_quarters
 from shoal.parallel.apply import Runnable
 from shoal.parallel.reduce import GradientReducer
-
-if TYPE_CHECKING:
-    from shoal.training.loop import Run
+from shoal.training.run import Run
 
 ALLOWANCE = 10.0  # times what rounding does
 SMALLEST = 2.0**-22  # float32's own grain, relative: sums of few numbers may come out the same in any order
@@ -60,7 +58,7 @@ def check_compiled(run: Run) -> None:
     with run.records.clock.spend("compile"):
         found = compare_with_eager(
             run.runnable, run.loader.batches_at(run.state.position), run.config, run.state.step + 1,
-            alive=lambda: run.heartbeat.outside("compile check"),
+            alive=lambda: run.watch.heartbeat.outside("compile check"),
         )  # fmt: skip
     seconds = time.perf_counter() - begun
     if not found.comparable:

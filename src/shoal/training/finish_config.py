@@ -26,7 +26,7 @@ MEASURING_SECONDS: Final = 0.4
 CLEAR: Final = 1.25
 
 
-def settle(
+def finish_config(
     config: Config, folder: RunFolder, prepared: Prepared, mesh: Mesh, say: Callable[[str], None] = lambda text: None
 ) -> Config:
     """
@@ -35,17 +35,17 @@ def settle(
     say: told what a person should know of the dtype that was asked for.
     Raises `DataError` where the vocabulary is too small, `LaunchError` where the device lacks the dtype.
     """
-    config = folder.settled(config)
+    config = folder.with_earlier_choices(config)
     size = config.model.vocab_size or prepared.vocab_size
     prepared.tokenizer.check_rows(size)
-    dtype = settle_dtype(config.train.dtype, mesh)
+    dtype = choose_dtype(config.train.dtype, mesh)
     check_dtype(dtype, mesh.device)
     if dtype == "bfloat16" and mesh.device.type == "cpu" and mesh.is_first and not multiplies_bfloat16():
         say(describe_slow_bfloat16(mesh.device))
     return config.replace("model", vocab_size=size).replace("train", dtype=dtype)
 
 
-def settle_dtype(wanted: str, mesh: Mesh) -> str:
+def choose_dtype(wanted: str, mesh: Mesh) -> str:
     """
     Return what "auto" means here: the same on every rank. A collective over the world where it is measured.
 

@@ -2,42 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from shoal.checkpoint.saved import Saved
-from shoal.config.options import Config
 from shoal.hub.find import find_model
 from shoal.metrics.machine import bits_depend_on, what_differs
 from shoal.optim.schedule import replanned
 from shoal.plan.length import count_steps, length_of
 from shoal.system.output import on_one_line
 from shoal.training.last_words import already_taken
-
-if TYPE_CHECKING:
-    from shoal.training.loop import Run
+from shoal.training.run import Run
 
 
-def introduce(
-    run: Run, applied: list[str], restored: Saved | None, before: Config, changed: list[tuple[str, object, object]]
-) -> None:
-    """
-    Say what is about to happen.
-
-    applied: a line for each thing that was done to the model; restored: what the run goes on from; before, changed: the
-    config it had, and (option, then, now).
-    """
-    config, mesh = run.config, run.mesh
+def introduce(run: Run) -> None:
+    """Say what is about to happen."""
+    config, mesh, restored = run.config, run.mesh, run.start.restored
     machine = bits_depend_on(mesh.device)
     last = run.records.last_machine()
     run.records.event(
         "started", step=run.state.step, processes=mesh.world_size, device=str(mesh.device), machine=machine
     )
-    run.console.say(f"{on_one_line(run.folder.path)}: {run.meter.describe_model()}", "bold")
+    run.console.say(f"{on_one_line(run.folder.path)}: {run.watch.meter.describe_model()}", "bold")
     run.console.note(
-        f"{mesh.world_size} process{'es' * (mesh.world_size > 1)} on {run.meter.device_name}, {config.train.dtype}, "
+        f"{mesh.world_size} process{'es' * (mesh.world_size > 1)} on {run.watch.meter.device_name}, {config.train.dtype}, "
         f"{config.train.global_batch * config.data.seq_len:,} tokens a step, {run.total_steps} steps"
     )
-    for line in filter(None, (*applied, run.meter.describe_mfu())):
+    for line in filter(None, (*run.start.applied, run.watch.meter.describe_mfu())):
         run.console.note(line)
     rows, length = len(run.loader.rows), length_of(config.train)
     if config.train.global_batch > rows:
@@ -64,11 +51,11 @@ def introduce(
         return
     if last and (differs := what_differs(last, machine)):
         run.console.warn(f"bits may differ from here on: {differs} since the last start")
-    for key, old, new in changed:
-        if key == "launch.threads" and "threads" in last:
+    for each in run.start.changed:
+        if each.key == "launch.threads" and "threads" in last:
             continue  # said
-        run.console.warn(f"{key} was {old} and is {new} from step {run.state.step + 1} on")
-    planned = count_steps(before.train, config.data.seq_len, rows)
+        run.console.warn(f"{each.key} was {each.before} and is {each.after} from step {run.state.step + 1} on")
+    planned = count_steps(run.start.before.train, config.data.seq_len, rows)
     if text := replanned(config.optim, run.state.step, planned, run.total_steps):
         run.console.warn(text)
 

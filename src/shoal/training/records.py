@@ -23,7 +23,7 @@ class Records:
 
     def __init__(self, folder: RunFolder, console: Console, *, writes: bool) -> None:
         """Raises `RunError` where the folder cannot be written to."""
-        self._folder, self._console, self._writes = folder, console, writes
+        self.folder, self.console, self._writes = folder, console, writes
         self._said: set[str] = set()
         self._events: Events | None = None
         self._metrics: PatientLines | None = None
@@ -41,16 +41,16 @@ class Records:
         """
         if self._writes:
             with contextlib.suppress(OSError):  # then those steps stand there twice
-                forget_after(self._folder.metrics_file, step, evaluation=at_end)
+                forget_after(self.folder.metrics_file, step, evaluation=at_end)
             if self._metrics is not None:
                 self._metrics.close()
-            self._metrics = PatientLines(self._folder.metrics_file)
-            self._ledger = self._ledger or Ledger(self._folder.ledger_file, header)
+            self._metrics = PatientLines(self.folder.metrics_file)
+            self._ledger = self._ledger or Ledger(self.folder.ledger_file, header)
             self._ledger.begin(step, position)
 
     def last_machine(self) -> dict[str, Any]:
         """What the last start's bits depended on, as `events.jsonl` has it; empty where there is none."""
-        started = [e for e in read_json_lines(self._folder.events_file) if e.get("event") == "started"]
+        started = [e for e in read_json_lines(self.folder.events_file) if e.get("event") == "started"]
         machine = started[-1].get("machine") if started else None
         return machine if isinstance(machine, dict) else {}
 
@@ -81,7 +81,7 @@ class Records:
     def goodput(self) -> str:
         """Where the time went until now, in a line; "" on all but the first process."""
         self.clock.write()
-        return in_words(account(self._folder.time_file)) if self._writes else ""
+        return in_words(account(self.folder.time_file)) if self._writes else ""
 
     def close(self) -> None:
         """May be called twice."""
@@ -97,4 +97,4 @@ class Records:
             self._said.clear()
         elif problem not in self._said:
             self._said.add(problem)
-            self._console.warn(problem)
+            self.console.warn(problem)

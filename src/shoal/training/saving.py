@@ -243,7 +243,7 @@ class Saving:
             else:
                 tier.store.begin(state.tensors(), self._scalars(state, val_loss))
 
-    def settle_all(self, step: int) -> None:
+    def wait_for_all(self, step: int) -> None:
         """Wait for what is under way. A collective over the world."""
         for tier in self.tiers:
             if (outcome := tier.store.finish()) is not None:
@@ -251,7 +251,7 @@ class Saving:
 
     def finish(self, state: TrainState, val_loss: float | None) -> Outcome:
         """Save now where it lasts, and wait until it is there. A collective over the world."""
-        self.settle_all(state.step)
+        self.wait_for_all(state.step)
         last = self.tiers[0]
         outcome = last.store.save(state.tensors(), self._scalars(state, val_loss))
         if outcome.seconds or not outcome.ok:

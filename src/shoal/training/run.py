@@ -1,0 +1,247 @@
+"""Everything a run holds while it trains, and how it is opened."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from shoal.checkpoint.saved import Saved
+from shoal.config.options import Config
+from shoal.data.ledger import Header
+from shoal.data.loader import Loader
+from shoal.data.pack import Rows
+from shoal.data.prepare import Prepared, open_data
+from shoal.data.yardstick import Measuring
+from shoal.elastic.heartbeat import Heartbeat
+from shoal.fault.inject import Faults, flip, poison, tear
+from shoal.fault.limit import TimeLimit
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.place import is_launched
+from shoal.metrics.meter import Meter, Phases
+from shoal.parallel.apply import Runnable
+from shoal.plan.length import count_steps
+from shoal.resolve.resolve import Difference
+from shoal.run.console import Console
+from shoal.run.folder import RunFolder
+from shoal.system.signals import StopRequest
+from shoal.training.assemble import assemble, open_loader
+from shoal.training.evaluate import evaluate
+from shoal.training.finish_config import finish_config, write_run_files
+from shoal.training.guard import Guard
+from shoal.training.health import Recovery
+from shoal.training.last_words import say_held_out
+from shoal.training.pace import Pace
+from shoal.training.progress import DeviceProgress
+from shoal.training.records import Records
+from shoal.training.saving import Saving
+from shoal.training.state import TrainState
+
+
+@dataclass(kw_only=True)
+class Start:
+    """How a run starts, for what a person is told of it."""
+
+    before: Config  # the config that it had
+    changed: Sequence[Difference]
+    restored: Saved | None = None  # the checkpoint that it resumes from
+    applied: list[str] = field(default_factory=list)  # a line for each thing that was done to the model
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """What observes the steps of a run."""
+
+    heartbeat: Heartbeat
+    progress: DeviceProgress
+    meter: Meter
+    pace: Pace
+    faults: Faults
+
+    @classmethod
+    def open(
+        cls, config: Config, mesh: Mesh, runnable: Runnable, heartbeat: Heartbeat, faults: Faults, records: Records
+    ) -> Watch:
+        """A collective over the world."""
+        meter = Meter(config, mesh)
+        heartbeat.outside("opening the run")
+        pace = Pace.open(config, mesh, runnable, records.console, records.event)
+        pace.busy.waits.tell = heartbeat.waits
+        progress = DeviceProgress(mesh.device, heartbeat)
+        return cls(heartbeat=heartbeat, progress=progress, meter=meter, pace=pace, faults=faults)
+
+    def marked(self, timer: Phases, step: int) -> Phases:
+        """`timer`, and a word at each phase of `step` that this process has come so far."""
+        self.faults.step = step
+
+        @contextlib.contextmanager
+        def mark(name: str) -> Iterator[None]:
+            self.heartbeat.beat(name)
+            self.progress.mark()
+            with timer(name), self.pace.busy.phase(name):
+                self.faults.at(name)
+                yield
+
+        return mark
+
+
+@dataclass(kw_only=True)
+class Stopping:
+    """What may ask a run to stop before its last step: a signal, or the end of its time."""
+
+    stop: StopRequest
+    limit: TimeLimit
+
+    def is_asked(self) -> bool:
+        """Whether this process was asked to stop; call it once a step, from which the time limit learns."""
+        time_is_up = self.limit.is_due()
+        return bool(self.stop) or time_is_up
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything a run holds while it trains."""
+
+    config: Config
+    mesh: Mesh
+    console: Console
+    folder: RunFolder
+    prepared: Prepared
+    records: Records
+    header: Header
+    runnable: Runnable
+    state: TrainState
+    saving: Saving
+    loader: Loader
+    guard: Guard
+    recovery: Recovery
+    watch: Watch
+    stopping: Stopping
+    total_steps: int
+    start: Start
+    val: dict[str, float] = field(default_factory=dict)
+    measuring: Measuring | None = None  # the held-out text's size by gzip and xz; on the first rank
+
+    @classmethod
+    def open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat | None = None) -> Run:
+        """Open the data, build the model on meta, parallelize, build the optimizer, restore."""
+        heartbeat = heartbeat or Heartbeat.open(config.launch)
+        heartbeat.outside("opening the data")
+        records = _open_records(config, mesh)
+        console, folder = records.console, records.folder
+        prepared = open_data(
+            config.data, Console(speaks=mesh.is_first and not is_launched())
+        )  # else it is said already
+        heartbeat.outside("measuring the device")
+        config = finish_config(config, folder, prepared, mesh, console.warn)
+        rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
+        start = Start(changed=folder.agree(config), before=folder.begun() or config)
+        mesh.barrier()  # nobody writes the config before everybody has compared
+        faults = Faults(mesh.place.rank, folder.events_file)
+        saving = Saving.open(config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at)
+        saving.total_steps = count_steps(config.train, config.data.seq_len, len(rows))
+        runnable, state = _build_or_restore(config, mesh, saving, heartbeat, faults, start)
+        heartbeat.outside("opening the run")
+        if mesh.is_first:
+            with folder.writable():
+                write_run_files(folder, config, prepared)
+        loader = open_loader(config, mesh, rows, state.position, state.passed_over, faults.at)
+        guard = Guard(mesh.device, config.fault.spike_zscore)
+        guard.losses.extend(state.losses)
+        run = cls(
+            config=config,
+            mesh=mesh,
+            console=console,
+            folder=folder,
+            prepared=prepared,
+            records=records,
+            header=_ledger_header(config, mesh, rows, prepared),
+            runnable=runnable,
+            state=state,
+            saving=saving,
+            loader=loader,
+            guard=guard,
+            recovery=Recovery(config.fault, console, records.event),
+            watch=Watch.open(config, mesh, runnable, heartbeat, faults, records),
+            stopping=Stopping(stop=stop, limit=_time_limit(config, state)),
+            total_steps=saving.total_steps,
+            start=start,
+        )
+        run.connect()
+        return run
+
+    def connect(self) -> None:
+        """Tell those who need to know of each save, and give planned faults what they break."""
+        self.saving.on_saved = self.stopping.limit.saved
+        self.saving.on_checkpoint = self.watch.heartbeat.saved
+        faults = self.watch.faults
+        faults.targets = {
+            "nan": lambda: poison(self.runnable.parts.values(), faults),
+            "flip": lambda: flip(self.state.shards),
+            "tear": lambda: tear(self.saving.folder),
+        }
+
+    def evaluate(self, max_tokens: int | None) -> None:
+        """Loss on held-out documents, to the console, the metrics and the next checkpoint."""
+        self.watch.pace.busy.interrupt()
+        runnable = self.runnable
+        runnable.train(False)
+        result = evaluate(
+            runnable.evaluate, self.mesh, self.prepared, self.config, max_tokens,
+            alive=lambda: self.watch.heartbeat.outside("evaluation"),
+        )  # fmt: skip
+        runnable.train()
+        self.val = {"step": self.state.step, "tokens": self.state.tokens, **result}
+        say_held_out(self.val, self.console)
+        self.records.metrics(self.val)
+
+    def val_loss(self) -> float | None:
+        """Of this step; an older evaluation was of another model."""
+        return self.val["val_loss"] if self.val.get("step") == self.state.step else None
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self.measuring is not None:
+            self.measuring.close()
+        self.loader.close()
+        self.watch.pace.close()
+        self.records.close()
+        self.folder.release()
+
+
+def _open_records(config: Config, mesh: Mesh) -> Records:
+    """Lock the run's folder, unless a launcher holds it, and open its files."""
+    folder = RunFolder.of(config)
+    if mesh.is_first and not is_launched():
+        folder.lock()
+    return Records(folder, Console(speaks=mesh.is_first), writes=mesh.is_first)
+
+
+def _build_or_restore(
+    config: Config, mesh: Mesh, saving: Saving, heartbeat: Heartbeat, faults: Faults, start: Start
+) -> tuple[Runnable, TrainState]:
+    """Build the model and its optimizer, and fill them from the newest checkpoint if there is one."""
+    heartbeat.outside("looking for checkpoints")
+    faults.at("load")
+    newest = start.restored = saving.find()
+    loads = newest is None and config.model.from_ is not None
+    heartbeat.outside("loading weights" if loads else "building the model")
+    runnable, state = assemble(config, mesh, start.applied.append, fresh=newest is None)
+    if newest is not None:
+        heartbeat.outside("reading the checkpoint")
+        saving.restore(newest, state)
+        heartbeat.saved(newest.step)
+    saving.begin_life(newest)
+    saving.prepare(state)
+    return runnable, state
+
+
+def _ledger_header(config: Config, mesh: Mesh, rows: Rows, prepared: Prepared) -> Header:
+    """Return the facts that a run's ledger of samples begins with."""
+    train = config.train
+    return Header(len(rows), train.seed, train.global_batch, mesh.world_size // mesh.dp_size, prepared.data_id)
+
+
+def _time_limit(config: Config, state: TrainState) -> TimeLimit:
+    """Return this worker's time limit, with the bytes it saves for a first guess at a save's time."""
+    return TimeLimit.open(config.launch.time_limit_minutes, sum(p.tensor.nbytes for p in state.tensors().values()))
