@@ -41,7 +41,7 @@ def _bare(run: Run) -> None:
         lr=1e-4,
         clip_norm=run.config.optim.clip_norm,
     )
-    stats.numbers.tolist()
+    stats.read()
     run.state.step, run.state.position = run.state.step + 1, run.loader.position
 
 

@@ -84,7 +84,7 @@ def batches_and_losses(mesh: Mesh, config: Config) -> list[tuple[list[tuple[torc
         batches = run.loader.next_step()
         stats = train_step(run.runnable, run.state, batches, step=run.state.step + 1, lr=config.optim.lr, clip_norm=1.0)
         run.state.step += 1
-        loss, tokens, *_ = stats.numbers.tolist()
+        loss, tokens, *_ = stats.read()
         seen.append(([(b.tokens, b.labels) for b in batches], loss / tokens))
     assert run.saving.finish(run.state, None).ok
     run.close()

@@ -122,7 +122,7 @@ def test_training_is_a_plain_loop(folders: Folders, tmp_path: Path, name: str) -
         batches = run.loader.next_step()
         lr = learning_rate(config.optim, step, 4)
         stats = train_step(run.runnable, run.state, batches, step=step, lr=lr, clip_norm=0.0)
-        loss, tokens, *_ = stats.numbers.tolist()
+        loss, tokens, *_ = stats.read()
         count, expected = sum(b.valid_tokens for b in batches), 0.0
         optimizer.zero_grad()
         for batch in batches:

@@ -80,7 +80,7 @@ def first_step(mesh: Mesh, config: Config, steps: int = 1) -> Step:
         batches = run.loader.next_step()
         stats = train_step(run.runnable, run.state, batches, step=step, lr=1e-3, clip_norm=config.optim.clip_norm)
         if step == 1:
-            loss, tokens, norm, _ = stats.numbers.tolist()
+            loss, tokens, norm, *_ = stats.read()
             grads = {
                 s.name: (s.region, s.tensor.grad.clone()) for s in run.runnable.shards if s.tensor.grad is not None
             }

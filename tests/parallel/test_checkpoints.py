@@ -59,7 +59,7 @@ def leg(mesh: Mesh, config: Config) -> Leg:
     """One step more of a run, saved, and evaluated."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     loaded = _parts(run)
-    loss, tokens, *_ = take_step(run).numbers.tolist()
+    loss, tokens, *_ = take_step(run).read()
     assert run.saving.finish(run.state, None).ok
     run.evaluate(None)
     run.close()

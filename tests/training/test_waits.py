@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from shoal.data.loader import Batch
+from shoal.mesh.ballot import Ballot, Vote
 from shoal.mesh.mesh import Mesh
 from shoal.training import loop
 from shoal.training.run import Run
@@ -72,7 +73,8 @@ def waits_of_a_step(mesh: Mesh, config: Any, planted: str | None = None) -> list
 
     def step(number: int, batches: Sequence[Batch]) -> None:
         train_step(
-            run.runnable, run.state, batches, step=number, lr=1e-3, clip_norm=1.0, guard=run.guard, votes=[0.0, 1.0]
+            run.runnable, run.state, batches, step=number, lr=1e-3, clip_norm=1.0, guard=run.guard,
+            ballot=Ballot({"one": Vote([0.0, 1.0])}),
         )  # fmt: skip
 
     step(1, run.loader.next_step())

@@ -191,7 +191,7 @@ def _take_steps(config: Config, mesh: Mesh, rows: Rows, console: Console | None 
         # the plan's rate, but none so small that no update could be told from none
         lr = max(learning_rate(config.optim, step, total), config.optim.lr / 10)
         stats = train_step(runnable, state, loader.next_step(), step=step, lr=lr, clip_norm=config.optim.clip_norm)
-        loss, tokens, norm, _ = stats.numbers.tolist()
+        loss, tokens, norm, *_ = stats.read()
         trace.losses.append(loss / max(tokens, 1.0))
         trace.norms.append(norm)
         if step == 1:
@@ -338,7 +338,7 @@ def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:
 def _one_step(config: Config, runnable: Runnable, state: TrainState, batches: Any, step: int) -> float:
     optim = config.optim
     stats = train_step(runnable, state, batches, step=step, lr=optim.lr, clip_norm=optim.clip_norm)
-    return float(stats.numbers[0])
+    return stats.read().loss_sum
 
 
 def _say(console: Console, dtype: str, finding: Finding) -> None:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -55,8 +55,6 @@ from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Part
 from shoal.system.disk import replace_folder, sha256_of, sync, write_whole
 
-VOTES: Final = 3  # numbers of `votes`
-
 
 @dataclass(frozen=True)
 class Keep:
@@ -78,6 +76,14 @@ class Outcome:
     @property
     def ok(self) -> bool:
         return not self.problem
+
+
+class Progress(NamedTuple):
+    """How far a process is with a save; summed over the world, how many are so far."""
+
+    written: float = 0.0
+    committed: float = 0.0
+    failed: float = 0.0
 
 
 @dataclass
@@ -219,12 +225,12 @@ class CheckpointStore:
         except Exception as error:  # whatever it is: the run goes on without this checkpoint
             save.error = error
 
-    def votes(self) -> tuple[float, ...]:
+    def votes(self) -> Progress:
         """How far this process is: to be summed over the world, and given to `settle` with `serial`."""
         save = self._save
         if save is None:
-            return (0.0,) * VOTES
-        return float(save.written), float(save.committed), float(save.error is not None)
+            return Progress()
+        return Progress(float(save.written), float(save.committed), float(save.error is not None))
 
     @property
     def serial(self) -> int:
@@ -240,13 +246,13 @@ class CheckpointStore:
         save = self._save
         if save is None or save.serial != serial:
             return None  # votes that were on their way when it was over
-        written, committed, failed = votes
-        if failed:
+        world = Progress(*votes)
+        if world.failed:
             return self._give_up(save)
-        if committed == self.sharers.folders:
+        if world.committed == self.sharers.folders:
             self._save, self._last, self._tidying = None, save.step, save.thread
             return Outcome(save.step, time.perf_counter() - save.begun)
-        if written == self._mesh.world_size and self.sharers.is_first and not save.committing:
+        if world.written == self._mesh.world_size and self.sharers.is_first and not save.committing:
             save.committing = True
             save.thread = threading.Thread(target=self._commit, args=(save,), name="commit", daemon=True)
             save.thread.start()

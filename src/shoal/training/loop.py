@@ -27,6 +27,7 @@ from shoal.data.yardstick import Measuring
 from shoal.elastic.heartbeat import Heartbeat
 from shoal.fault.compiling import told_of_compilations
 from shoal.fault.inject import Faults
+from shoal.mesh.ballot import Ballot, Vote
 from shoal.mesh.mesh import open_mesh
 from shoal.mesh.place import read_place
 from shoal.optim.schedule import learning_rate
@@ -127,8 +128,6 @@ def take_step(run: Run) -> Stats:
     run.watch.pace.busy.begin()
     with timer("data"), run.records.clock.spend("data"):
         batches: Sequence[Batch] = run.loader.next_step()
-    samples = sum(checksum(batch.sample_ids, run.header.bits) for batch in batches)
-    serials = run.saving.serials()
     run.guard.prepare(step)
     stats = train_step(
         run.runnable,
@@ -138,11 +137,24 @@ def take_step(run: Run) -> Stats:
         lr=learning_rate(config.optim, step, run.total_steps),
         clip_norm=config.optim.clip_norm,
         guard=run.guard,
-        votes=[float(run.stopping.is_asked()), float(samples), *run.watch.pace.votes(), *run.saving.votes()],
+        ballot=cast_ballot(run, step, batches),
         phases=timer,
     )
     run.state.step, run.state.position = step, run.loader.position
-    return dataclasses.replace(stats, first=run.loader.first, serials=serials)
+    return dataclasses.replace(stats, first=run.loader.first)
+
+
+def cast_ballot(run: Run, step: int, batches: Sequence[Batch]) -> Ballot:
+    """What each room of this process says to the others in `step`."""
+    samples = sum(checksum(batch.sample_ids, run.header.bits) for batch in batches)
+    return Ballot(
+        {
+            "stop": Vote([float(run.stopping.is_asked())]),
+            "samples": Vote([float(samples)]),
+            "pace": run.watch.pace.vote(step),
+            **run.saving.votes(step),
+        }
+    )
 
 
 def record(run: Run, stats: Stats) -> bool:
@@ -153,22 +165,22 @@ def record(run: Run, stats: Stats) -> bool:
     """
     with run.watch.pace.busy.waits.here():
         run.watch.progress.wait(stats.over)
-        loss_sum, tokens, norm, skipped, asked, samples, *votes = stats.numbers.tolist()
+        loss_sum, tokens, norm, skipped, sums = stats.read()
     run.records.clock.reached(stats.step)
     run.stopping.stop.nothing_to_lose = False
+    said = stats.ballot.count(sums)
+    asked = bool(said["stop"][0])
     run.records.samples(
-        stats.step, stats.first, stats.first + run.config.train.global_batch, samples, skipped=bool(skipped),
+        stats.step, stats.first, stats.first + run.config.train.global_batch, said["samples"][0], skipped=skipped,
         windows=run.state.passed_over,
     )  # fmt: skip
-    run.watch.pace.settle(votes[: run.watch.pace.size], stats.step)
-    run.saving.settle(stats.serials, votes[run.watch.pace.size :], stats.step)
     loss = loss_sum / max(tokens, 1.0)
     has_overflowed = overflowed(run, stats, norm)
     run.state.skipped += int(skipped)
     if skipped and not has_overflowed:
         run.watch.meter.pass_over()
         explain(run, stats, loss, norm)
-        return bool(asked)
+        return asked
     run.state.tokens += int(tokens)
     if not skipped:
         run.guard.learn(stats.step, loss)
@@ -181,7 +193,7 @@ def record(run: Run, stats: Stats) -> bool:
     if line is not None:
         run.records.metrics(line)
         run.console.step(line, run.total_steps, run.watch.meter.left_seconds(left), run.config.metrics.console_every)
-    return bool(asked)
+    return asked
 
 
 def something_is_due(run: Run) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 
 from shoal.config.options import Config
 from shoal.fault.stragglers import Change, Stragglers
+from shoal.mesh.ballot import Vote
 from shoal.mesh.mesh import Mesh
 from shoal.metrics.busy import PHASES, Busy
 from shoal.parallel.apply import Runnable
@@ -58,26 +59,21 @@ class Pace:
         phases = comparable(config, mesh)
         return cls(busy, ranks, hosts, mesh.place.rank, phases, most / runnable.turns, console, event)
 
-    @property
-    def size(self) -> int:
-        """How many votes there are."""
-        return len(self._hosts) * len(PHASES)
-
-    def votes(self) -> list[float]:
+    def vote(self, step: int) -> Vote:
         """A place for each process and phase, of which this one fills its own: the sum over the world has all of them."""
-        votes = [0.0] * self.size
+        numbers = [0.0] * (len(self._hosts) * len(PHASES))
         seconds = self.busy.seconds()
-        for place, phase in enumerate(PHASES if votes else ()):
+        for place, phase in enumerate(PHASES if numbers else ()):
             if phase in self._phases:
                 scale = self._scale if phase in ("forward", "backward") else 1.0
-                votes[self._rank * len(PHASES) + place] = scale * seconds.get(phase, 0.0)
-        return votes
+                numbers[self._rank * len(PHASES) + place] = scale * seconds.get(phase, 0.0)
+        return Vote(numbers, lambda sums: self._compare(step - 1, sums))
 
-    def settle(self, votes: Sequence[float], step: int) -> None:
-        """Say what the sum of the votes that were cast in `step` comes to."""
-        if self._ranks is None or not votes:
+    def _compare(self, step: int, seconds: Sequence[float]) -> None:
+        """Say who is slow by the seconds of all ranks in all phases of `step`."""
+        if self._ranks is None or not seconds:
             return
-        changes = self._ranks.look(step - 1, np.array(votes).reshape(len(self._hosts), len(PHASES)))
+        changes = self._ranks.look(step, np.array(seconds).reshape(len(self._hosts), len(PHASES)))
         for (rank, is_slow), group in groupby(
             sorted(changes, key=lambda c: (c.rank, not c.is_slow)), lambda c: (c.rank, c.is_slow)
         ):

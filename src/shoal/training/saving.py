@@ -15,6 +15,7 @@ from shoal.checkpoint.saved import Saved
 from shoal.checkpoint.store import CheckpointStore, Keep, Outcome
 from shoal.config.options import Config
 from shoal.errors import RunError
+from shoal.mesh.ballot import Vote
 from shoal.mesh.mesh import Mesh
 from shoal.run.console import Console
 from shoal.training.state import TrainState
@@ -193,21 +194,18 @@ class Saving:
 
     # --- between steps ---------------------------------------------------------------------------------------
 
-    def votes(self) -> list[float]:
-        """How far this process's saves are, to be summed over the world in the next step."""
-        return [vote for tier in self.tiers for vote in tier.store.votes()]
+    def votes(self, step: int) -> dict[str, Vote]:
+        """How far this process's saves are, by tier."""
+        return {"fast save" if tier.memory else "save": self._vote(tier, step) for tier in self.tiers}
 
-    def serials(self) -> list[int]:
-        """What the votes are about."""
-        return [tier.store.serial for tier in self.tiers]
+    def _vote(self, tier: _Tier, step: int) -> Vote:
+        serial = tier.store.serial  # of the save that it is about
 
-    def settle(self, serials: Sequence[int], votes: Sequence[float], step: int) -> None:
-        """What the sum of the votes, cast when `serials` were under way, comes to: said, and tried again if need be."""
-        size = len(votes) // len(self.tiers)
-        for number, (tier, serial) in enumerate(zip(self.tiers, serials, strict=True)):
-            outcome = tier.store.settle(serial, votes[number * size : (number + 1) * size])
-            if outcome is not None:
+        def hear(sums: Sequence[float]) -> None:
+            if (outcome := tier.store.settle(serial, sums)) is not None:
                 self._tell(tier, outcome, step)
+
+        return Vote(tier.store.votes(), hear)
 
     def is_due(self, step: int) -> bool:
         return any(tier.is_due(step) for tier in self.tiers)

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from shoal.data.loader import Batch
+from shoal.mesh.ballot import EMPTY, Ballot
 from shoal.metrics.meter import Phases, no_phases
 from shoal.metrics.moment import Moment
 from shoal.parallel.apply import Runnable
 from shoal.training.clip import clip, gradient_norm
 from shoal.training.guard import Guard
 from shoal.training.state import TrainState
+
+
+class Result(NamedTuple):
+    """What a step came to, on the host."""
+
+    loss_sum: float  # over valid tokens
+    tokens: float  # valid ones
+    norm: float  # of the gradient
+    skipped: bool
+    said: Sequence[float]  # the ballot's sums
 
 
 @dataclass(frozen=True)
@@ -29,18 +41,15 @@ class Stats:
     lr: float
     over: Moment
     copied: torch.Tensor
+    ballot: Ballot = EMPTY
     first: int = 0  # the position of its first sample
-    serials: Sequence[int] = ()  # the saves that the votes are about
     loss_scale: torch.Tensor | None = None  # float16's for the next step, as this one left it: copied, too
 
-    @property
-    def numbers(self) -> torch.Tensor:
-        """
-        [4 + votes] float64, on the CPU: loss summed over tokens, valid tokens, gradient norm, left out?, votes. Waits until
-        the step is over.
-        """
+    def read(self) -> Result:
+        """Return the step's numbers; waits until the step is over."""
         self.over.wait()
-        return self.copied
+        loss_sum, tokens, norm, skipped, *said = self.copied.tolist()
+        return Result(loss_sum, tokens, norm, bool(skipped), said)
 
 
 def train_step(
@@ -52,19 +61,19 @@ def train_step(
     lr: float,
     clip_norm: float,
     guard: Guard | None = None,
-    votes: Sequence[float] = (),
+    ballot: Ballot = EMPTY,
     phases: Phases = no_phases,
 ) -> Stats:
     """
     Forward, backward, sum over processes, judge, clip, update. Collectives over all axes.
 
     guard: leaves steps out that are not sound, and the state as it was; None: those alone whose norm is no number.
-    votes: what this process has to say to the others; they come back summed over the world.
+    ballot: what this process has to say to the others; its sums over the world come back.
     """
     optimizer, scaler = state.optimizer, state.scaler
     losses, tokens = runnable.forward_backward(batches, step, phases, scaler.scale if scaler else 1.0)
     with phases("reduce"):
-        said = torch.tensor(votes, dtype=torch.float64).to(losses.device, non_blocking=True)
+        said = ballot.numbers().to(losses.device, non_blocking=True)
         summed = runnable.mesh.sum(torch.cat([losses.double(), said]))
         loss, said = summed[: len(losses)].sum(), summed[len(losses) :]
     with phases("optimizer"):
@@ -81,4 +90,4 @@ def train_step(
     # without waiting, and into pinned memory: `to` asks for it where a copy is non-blocking
     copied = torch.cat([numbers, said]).to("cpu", non_blocking=True)
     scale = scaler.scale.to("cpu", non_blocking=True, copy=True) if scaler else None
-    return Stats(step, lr, Moment(losses.device), copied, loss_scale=scale)
+    return Stats(step, lr, Moment(losses.device), copied, ballot, loss_scale=scale)
