@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.chaos.case import Case, drawn
 from tests.chaos.trial import Laboratory
 
-from shoal.fault.inject import Fault
+from shoal.fault.inject import Injected
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("build/chaos"), help="where the runs are")
     options = parser.parse_args()
     if options.plan is not None:
-        cases = {"plan": Case(options.processes, tuple(Fault(**each) for each in options.plan))}
+        cases = {"plan": Case(options.processes, tuple(Injected(**each) for each in options.plan))}
     else:
         cases = {f"seed-{s}": drawn(s) for s in range(options.first, options.first + options.count)}
     shutil.rmtree(options.folder, ignore_errors=True)

@@ -34,10 +34,11 @@ from shoal.bench.environment import describe
 from shoal.config.options import Config, Data, Launch, Metrics, Model, Optim, Train
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place
-from shoal.metrics.meter import device_name, no_phases
+from shoal.metrics.machine import device_name
 from shoal.models.attention import KERNELS, attend, document_mask, take_deterministic_kernels
 from shoal.models.generate import generate
 from shoal.run.events import read_json_lines
+from shoal.run.phases import NO_PHASES
 from shoal.system.signals import StopRequest
 from shoal.training import loop
 from shoal.training.run import Run
@@ -92,7 +93,7 @@ def first_step(target: Target, name: str, device: torch.device | None = None, **
     """Mean loss and gradients of the first step."""
     run = opened(target, name, device, **train)
     scale = run.state.scaler.scale if run.state.scaler else 1.0
-    losses, _ = run.runnable.forward_backward(run.loader.next_step(), 1, no_phases, scale)
+    losses, _ = run.runnable.forward_backward(run.loader.next_step(), 1, NO_PHASES, scale)
     run.close()
     gradients = {s.name: (s.tensor.grad / scale).cpu() for s in run.runnable.shards if s.tensor.grad is not None}
     return float(losses.sum()), gradients

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from shoal.fault.inject import Fault
+from shoal.fault.inject import Injected
 
 STEPS: Final = 112
 SAVE_EVERY: Final = 4
@@ -54,7 +54,7 @@ class Case:
     """A run of so many processes, data parallel, of one thread each; and its faults, in the order in which they happen."""
 
     processes: int
-    faults: tuple[Fault, ...]
+    faults: tuple[Injected, ...]
 
     @property
     def plan(self) -> list[dict[str, object]]:
@@ -78,7 +78,7 @@ class Case:
         return f"{self.processes} processes: {', '.join(map(in_words, self.faults))}"
 
 
-def in_words(fault: Fault) -> str:
+def in_words(fault: Injected) -> str:
     again = f" of life {fault.life}" if fault.life else ""
     where = f"of step {fault.step}" if fault.step else "before the first step"
     return f"{fault.fault} in {fault.phase} {where} on rank {fault.rank}{again}"
@@ -136,7 +136,7 @@ def arrange(processes: int, drawn: Sequence[_Drawn], jitter: Sequence[int] = ())
     for number, each in enumerate(order):
         if each.phase not in BEFORE_STEPS:
             step += GAP + (jitter[number] if jitter else 0)
-        faults.append(Fault(0 if each.phase in BEFORE_STEPS else step, each.phase, each.rank, each.fault, life))
+        faults.append(Injected(0 if each.phase in BEFORE_STEPS else step, each.phase, each.rank, each.fault, life))
         life += each.ends_the_workers
     return Case(processes, tuple(faults))
 

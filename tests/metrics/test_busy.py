@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from shoal.metrics import busy as module
 from shoal.metrics.busy import Busy
+from shoal.run.phases import Phases
 
 
 class Turned:
@@ -40,9 +41,10 @@ def waited(seconds: float) -> None:
 
 def take(busy: Busy, clock: Turned, *phases: tuple[str, float, float]) -> None:
     """A step of phases, each with what the process does and what it waits in it."""
+    observed = Phases([busy])
     busy.begin()
     for name, own, wait in phases:
-        with busy.phase(name):
+        with observed(name):
             clock.go_on(own)
             waited(wait)
 

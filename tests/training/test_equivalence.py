@@ -13,8 +13,8 @@ import torch
 from shoal.config.options import Config, Data, Launch, Metrics, Model, Optim, Train
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place
-from shoal.metrics.meter import no_phases
 from shoal.run.events import read_json_lines
+from shoal.run.phases import NO_PHASES
 from shoal.system.signals import StopRequest
 from shoal.training.loop import complete, take_steps
 from shoal.training.run import Run
@@ -62,7 +62,7 @@ def train_here(mesh: Mesh, config: Config, steps: int | None = None) -> list[dic
 def first_gradients(mesh: Mesh, config: Config) -> tuple[float, dict[str, torch.Tensor]]:
     """The first step's mean loss and gradients, before the optimizer has them."""
     run = Run.open(config, mesh, NeverStop())
-    losses, _ = run.runnable.forward_backward(run.loader.next_step(), 1, no_phases)
+    losses, _ = run.runnable.forward_backward(run.loader.next_step(), 1, NO_PHASES)
     loss = mesh.sum(losses.double()).sum()
     run.close()
     gradients = {n: p.grad.clone() for n, p in run.runnable.parts[0].named_parameters() if p.grad is not None}

@@ -13,8 +13,8 @@ from shoal.config.options import Launch
 from shoal.elastic.heartbeat import FOLDER, Heartbeat, Page
 from shoal.mesh.place import LOCKED_BY
 from shoal.metrics import meter
-from shoal.metrics.meter import PHASES
 from shoal.metrics.moment import Moment
+from shoal.run.phases import PHASES
 from shoal.training import loop, step
 from shoal.training.progress import DeviceProgress
 from tests.training.test_equivalence import ALONE, config_in, train_here
@@ -109,8 +109,7 @@ def test_a_page_says_where_the_device_is_while_its_host_waits(tmp_path: Path, mo
     for number in (4, 5):
         heart.begin(number)
         for phase in ("forward", "backward", "optimizer"):
-            heart.beat(phase)
-            progress.mark()
+            progress.enter(phase)
     until = page.read().until
     assert (page.read().step, page.read().phase) == (5, "optimizer")  # the host
     seen = []

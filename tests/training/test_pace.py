@@ -113,13 +113,13 @@ def test_nobody_looks_where_it_is_null_and_the_numbers_are_the_same(
 
 def test_the_line_on_the_console(capsys: pytest.CaptureFixture[str]) -> None:
     from shoal.fault.stragglers import Change
-    from shoal.metrics.busy import PHASES, Busy
+    from shoal.metrics.busy import PARTS, Busy
     from shoal.run.console import Console
     from shoal.training.pace import Pace
 
     said: list[dict[str, Any]] = []
     pace = Pace(
-        Busy(torch.device("cpu"), 1, measures=False), None, ["node1", "node7"], 0, PHASES, 1.0, Console(),
+        Busy(torch.device("cpu"), 1, measures=False), None, ["node1", "node7"], 0, PARTS, 1.0, Console(),
         lambda event, **facts: said.append({"event": event, **facts}),
     )  # fmt: skip
     pace._tell(1, True, [Change(1, 1, True, 1.94, 1.06, (120, 125)), Change(1, 4, True, 0.05, 0.032, (121, 125))])

@@ -2,7 +2,7 @@
 Faults on purpose, for the tests that show what a run lives through: nothing happens unless a plan is set.
 
 A plan is JSON in the environment's SHOAL_FAULTS: a list of {"step", "phase", "rank", "fault", "life"}. When a process comes
-to a phase (see `PHASES`) for the first time in that step or a later one, and the plan has a fault there, it happens, once,
+to a phase (see `POINTS`) for the first time in that step or a later one, and the plan has a fault there, it happens, once,
 and a line "fault" in the run's events says so before. `life` counts the starts of the run's workers from 0, so that a fault
 does not come again with the step.
 
@@ -29,17 +29,17 @@ from torch import nn
 
 from shoal.mesh.region import Shard
 from shoal.run.events import Events
+from shoal.run.phases import PHASES
 
 PLAN: Final = "SHOAL_FAULTS"
 LIFE: Final = "TORCHELASTIC_RESTART_COUNT"
-PHASES: Final = (
-    "rendezvous", "load", "read", "data", "forward", "backward", "reduce", "optimizer",
-    "stage", "write", "manifest", "rename", "retention",
+POINTS: Final = (
+    "rendezvous", "load", "read", *PHASES, "stage", "write", "manifest", "rename", "retention",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Fault:
+class Injected:
     """What happens to a process when it comes to a phase of a step."""
 
     step: int
@@ -60,13 +60,20 @@ class Faults:
 
     def __init__(self, rank: int, events: Path, environment: Mapping[str, str] = os.environ) -> None:
         life = int(environment.get(LIFE, "0"))
-        planned = [Fault(**each) for each in json.loads(environment.get(PLAN, "[]"))]
+        planned = [Injected(**each) for each in json.loads(environment.get(PLAN, "[]"))]
         self._left = [f for f in planned if f.rank == rank and f.life == life]
         self._events = events
         self._lock = threading.Lock()  # saves and the loader are threads of their own
         self.step = 0
         self.targets: dict[str, Callable[[], None]] = {}
         """What is done for a fault that is none of `HAPPENS`: it concerns what only the run knows."""
+
+    def enter(self, phase: str) -> None:
+        """A phase of a step begins."""
+        self.at(phase)
+
+    def leave(self, phase: str) -> None:
+        """Do nothing: a fault happens where a phase begins."""
 
     def at(self, phase: str) -> None:
         """This process comes to `phase`."""

@@ -10,14 +10,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 
-PHASES: Final = ("data", "forward", "backward", "reduce", "optimizer", "between")
-"""`between`: all else that the host does from one step to the next, a save's stall among it."""
+from shoal.run.phases import PHASES
+
+PARTS: Final = (*PHASES, "between")
+"""Of a step; `between`: all else that the host does from one step to the next, a save's stall among it."""
 
 
 class Waits:
@@ -66,7 +67,7 @@ class Waits:
 
 class Busy:
     """
-    This process's seconds in each of `PHASES`, step by step: `begin`, then `with phase("forward"): ...`.
+    This process's seconds in each of `PARTS`, step by step: `begin`, then `enter` and `leave` for each phase.
 
     On CUDA forward, backward and optimizer are the device's time, between events which are read when they are long over;
     of a step's forwards and backwards the first stands for all.
@@ -78,7 +79,8 @@ class Busy:
         self._cuda, self._turns, self._measures = device.type == "cuda", turns, measures
         if measures and not self._cuda:
             self.waits.watch()
-        self._phases = {name: _Phase(self, name) for name in PHASES}
+        self._entered: dict[str, tuple[float, float]] = {}  # by phase: waited, and when it began
+        self._ends: dict[str, torch.cuda.Event] = {}  # to be recorded where the phase ends
         self._begun: float | None = None
         self._waited = 0.0
         self._interrupted = False
@@ -97,9 +99,26 @@ class Busy:
             self._steps.append(self._now)
         self._begun, self._waited, self._interrupted, self._now = now, self.waits.seconds, False, _Step()
 
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """`with phase("forward"): ...` counts the time inside to one of `PHASES`."""
-        return self._phases[name] if self._measures else _NOT_MEASURED
+    def enter(self, phase: str) -> None:
+        if not self._measures:
+            return
+        device = self._now.device
+        if self._cuda and phase in ("forward", "backward", "optimizer") and phase not in device:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            device[phase] = start, end
+            start.record()
+            self._ends[phase] = end
+        self._entered[phase] = self.waits.seconds, time.perf_counter()
+
+    def leave(self, phase: str) -> None:
+        if not self._measures:
+            return
+        waited, begun = self._entered[phase]
+        own = time.perf_counter() - begun - (self.waits.seconds - waited)
+        host = self._now.host
+        host[phase] = host.get(phase, 0.0) + own
+        if self._ends and (end := self._ends.pop(phase, None)) is not None:
+            end.record()
 
     def interrupt(self) -> None:
         """Something that is no part of training comes between this step and the next: `between` is not known."""
@@ -120,9 +139,6 @@ class Busy:
         self.waits.close()
 
 
-_NOT_MEASURED: Final = contextlib.nullcontext()
-
-
 class _Step:
     __slots__ = ("device", "host")
 
@@ -133,31 +149,3 @@ class _Step:
     def is_over(self) -> bool:
         """On the device too; does not wait for it."""
         return all(end.query() for _, end in self.device.values())  # type: ignore[no-untyped-call]
-
-
-class _Phase:
-    """Not a generator: it is entered for each phase of each micro-batch."""
-
-    __slots__ = ("_begun", "_busy", "_end", "_name", "_waited")
-
-    def __init__(self, busy: Busy, name: str) -> None:
-        self._busy, self._name = busy, name
-        self._begun = self._waited = 0.0
-        self._end: torch.cuda.Event | None = None
-
-    def __enter__(self) -> None:
-        busy, name = self._busy, self._name
-        if busy._cuda and name in ("forward", "backward", "optimizer") and name not in busy._now.device:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            busy._now.device[name] = start, end
-            start.record()
-            self._end = end
-        self._waited, self._begun = busy.waits.seconds, time.perf_counter()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        busy, name = self._busy, self._name
-        own = time.perf_counter() - self._begun - (busy.waits.seconds - self._waited)
-        busy._now.host[name] = busy._now.host.get(name, 0.0) + own
-        if self._end is not None:
-            self._end.record()
-            self._end = None

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
@@ -17,20 +15,7 @@ from shoal.metrics.machine import device_name
 from shoal.metrics.moment import Moment
 from shoal.plan.estimate import flops_per_token, parameter_count, why_no_flops
 from shoal.plan.hardware import peak_flops
-
-PHASES = ("data", "forward", "backward", "reduce", "optimizer")
-
-
-class Phases(Protocol):
-    """`with phases("forward"): ...` counts the time inside to that phase, or does nothing."""
-
-    def __call__(self, name: str) -> contextlib.AbstractContextManager[None]: ...
-
-
-@contextlib.contextmanager
-def no_phases(name: str) -> Iterator[None]:
-    """On steps whose split nobody measures."""
-    yield
+from shoal.run.phases import PHASES
 
 
 class PhaseTimer:
@@ -40,19 +25,20 @@ class PhaseTimer:
         self._cuda = device.type == "cuda"
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._begun: dict[str, float] = {}
+        self._started: dict[str, torch.cuda.Event] = {}
 
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        if self._cuda and name != "data":  # data is the host's time
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            yield
-            end.record()
-            self._events.append((name, start, end))
+    def enter(self, phase: str) -> None:
+        if self._cuda and phase != "data":  # data is the host's time
+            self._started[phase] = _recorded()
         else:
-            begun = time.perf_counter()
-            yield
-            self._seconds[name] += time.perf_counter() - begun
+            self._begun[phase] = time.perf_counter()
+
+    def leave(self, phase: str) -> None:
+        if phase in self._started:
+            self._events.append((phase, self._started.pop(phase), _recorded()))
+        else:
+            self._seconds[phase] += time.perf_counter() - self._begun[phase]
 
     def seconds(self) -> dict[str, float]:
         """The split; on CUDA it waits for the step's last event, which is over by the time it is asked."""
@@ -61,6 +47,13 @@ class PhaseTimer:
             self._seconds[name] += start.elapsed_time(end) / 1000.0
         self._events.clear()
         return dict(self._seconds)
+
+
+def _recorded() -> torch.cuda.Event:
+    """Return an event that the device comes to after all that is queued so far."""
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -77,6 +70,7 @@ class Meter:
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._config, self._mesh = config, mesh
         self._splits: dict[int, PhaseTimer] = {}  # by step, until they are read
+        self._timer: PhaseTimer | None = None  # of the step that runs, if its split is measured
         self._last = Moment(mesh.device)
         self._steps_since = 0
         self._smooth_seconds = 0.0
@@ -91,13 +85,19 @@ class Meter:
         """Time runs from here: after preparation, evaluation and saving, which are no steps."""
         self._last, self._steps_since = Moment(self._mesh.device), 0
 
-    def phases(self, step: int) -> Phases:
-        """The timer of `step`: a real one on the steps whose split is measured."""
-        if step % self._config.metrics.split_every and step != 2:
-            return no_phases
-        timer = PhaseTimer(self._mesh.device)
-        self._splits[step] = timer
-        return timer
+    def begin(self, step: int) -> None:
+        """`step` begins: its phases are timed if it is one whose split is measured."""
+        self._timer = None
+        if step % self._config.metrics.split_every == 0 or step == 2:
+            self._timer = self._splits[step] = PhaseTimer(self._mesh.device)
+
+    def enter(self, phase: str) -> None:
+        if self._timer is not None:
+            self._timer.enter(phase)
+
+    def leave(self, phase: str) -> None:
+        if self._timer is not None:
+            self._timer.leave(phase)
 
     def pass_over(self) -> None:
         """A step that has no record of its own."""

@@ -79,7 +79,7 @@ class Clock:
         self._life, age = process_start() if began is None else began
         self._now, self._mark = now, now()
         self._spent = dict.fromkeys(SPENT, 0) | {"start": age}
-        self._category = "start"
+        self._category = self._before = "start"
         self._step: int | None = None
         self._reached = 0
         self._first: int | None = None  # what the first step took, until there is a second
@@ -124,6 +124,15 @@ class Clock:
     def spend(self, category: str) -> _Spending:
         """`with clock.spend("data"): ...` counts the time inside to that category; one inside another takes its own."""
         return _Spending(self, category)
+
+    def enter(self, phase: str) -> None:
+        """A phase of a step begins: its time counts to the category of this name, if there is one."""
+        if phase in self._spent:
+            self._before = self.switch(phase)
+
+    def leave(self, phase: str) -> None:
+        if phase in self._spent:
+            self.switch(self._before)
 
     def switch(self, category: str) -> str:
         """Count what comes to `category`; returns the one that it was counted to. Raises ValueError for no category."""

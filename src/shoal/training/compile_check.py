@@ -24,11 +24,11 @@ from torch import Tensor
 from shoal.config.options import Config
 from shoal.data.loader import Batch
 from shoal.errors import CompileError
-from shoal.metrics.meter import no_phases
 from shoal.models.family import LanguageModel
 from shoal.models.layers import products_by_quarters
 from shoal.parallel.apply import Runnable
 from shoal.parallel.reduce import GradientReducer
+from shoal.run.phases import NO_PHASES
 from shoal.training.run import Run
 
 ALLOWANCE = 10.0  # times what rounding does
@@ -91,7 +91,7 @@ def compare_with_eager(
 
     def compute() -> float:
         alive()
-        losses, _ = runnable.forward_backward(batches, step, no_phases, scale)
+        losses, _ = runnable.forward_backward(batches, step, NO_PHASES, scale)
         return float(runnable.mesh.sum(losses.double()).sum())
 
     usual, runnable.turns = runnable.turns, turns

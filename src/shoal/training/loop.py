@@ -123,10 +123,8 @@ def _steps_to_the_end(run: Run) -> bool:
 def take_step(run: Run) -> Stats:
     """One optimizer step, begun; what it did is in the `Stats`, still on the device."""
     config, step = run.config, run.state.step + 1
-    timer = run.watch.marked(run.watch.meter.phases(step), step)
-    run.watch.heartbeat.begin(step)
-    run.watch.pace.busy.begin()
-    with timer("data"), run.records.clock.spend("data"):
+    run.watch.begin(step)
+    with run.watch.phases("data"):
         batches: Sequence[Batch] = run.loader.next_step()
     run.guard.prepare(step)
     stats = train_step(
@@ -138,7 +136,7 @@ def take_step(run: Run) -> Stats:
         clip_norm=config.optim.clip_norm,
         guard=run.guard,
         ballot=cast_ballot(run, step, batches),
-        phases=timer,
+        phases=run.watch.phases,
     )
     run.state.step, run.state.position = step, run.loader.position
     return dataclasses.replace(stats, first=run.loader.first)

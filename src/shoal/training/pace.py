@@ -13,7 +13,7 @@ from shoal.config.options import Config
 from shoal.fault.stragglers import Change, Stragglers
 from shoal.mesh.ballot import Vote
 from shoal.mesh.mesh import Mesh
-from shoal.metrics.busy import PHASES, Busy
+from shoal.metrics.busy import PARTS, Busy
 from shoal.parallel.apply import Runnable
 from shoal.run.console import Console
 
@@ -52,7 +52,7 @@ class Pace:
         if factor is not None and compares and mesh.is_first:
             # the stages of a pipeline do different work: each rank is compared with those at its own
             peers = mesh.layout.groups("dp_replicate", "dp_shard", "cp", "tp")
-            ranks = Stragglers(factor, peers, len(PHASES))
+            ranks = Stragglers(factor, peers, len(PARTS))
         # where some have a micro-batch more than others, as if all had as many
         most = max(map(len, runnable.slots))
         busy = Busy(mesh.device, runnable.turns, measures=compares)
@@ -61,19 +61,19 @@ class Pace:
 
     def vote(self, step: int) -> Vote:
         """A place for each process and phase, of which this one fills its own: the sum over the world has all of them."""
-        numbers = [0.0] * (len(self._hosts) * len(PHASES))
+        numbers = [0.0] * (len(self._hosts) * len(PARTS))
         seconds = self.busy.seconds()
-        for place, phase in enumerate(PHASES if numbers else ()):
+        for place, phase in enumerate(PARTS if numbers else ()):
             if phase in self._phases:
                 scale = self._scale if phase in ("forward", "backward") else 1.0
-                numbers[self._rank * len(PHASES) + place] = scale * seconds.get(phase, 0.0)
+                numbers[self._rank * len(PARTS) + place] = scale * seconds.get(phase, 0.0)
         return Vote(numbers, lambda sums: self._compare(step - 1, sums))
 
     def _compare(self, step: int, seconds: Sequence[float]) -> None:
         """Say who is slow by the seconds of all ranks in all phases of `step`."""
         if self._ranks is None or not seconds:
             return
-        changes = self._ranks.look(step, np.array(seconds).reshape(len(self._hosts), len(PHASES)))
+        changes = self._ranks.look(step, np.array(seconds).reshape(len(self._hosts), len(PARTS)))
         for (rank, is_slow), group in groupby(
             sorted(changes, key=lambda c: (c.rank, not c.is_slow)), lambda c: (c.rank, c.is_slow)
         ):
@@ -82,7 +82,7 @@ class Pace:
     def _tell(self, rank: int, is_slow: bool, changes: Sequence[Change]) -> None:
         worst = changes[0]
         takes = "; ".join(
-            f"{_WORDS[PHASES[c.phase]]} takes {_short(c.seconds)}, the others' {_short(c.others)}" for c in changes
+            f"{_WORDS[PARTS[c.phase]]} takes {_short(c.seconds)}, the others' {_short(c.others)}" for c in changes
         )
         steps = f"steps {worst.steps[0]} to {worst.steps[1]}"
         tell = self._console.warn if is_slow else self._console.note
@@ -90,7 +90,7 @@ class Pace:
         for c in changes:
             self._event(
                 "straggler" if is_slow else "keeps pace", step=c.steps[1], rank=rank, host=self._hosts[rank],
-                phase=PHASES[c.phase], seconds=round(c.seconds, 6), others_seconds=round(c.others, 6), since=c.steps[0],
+                phase=PARTS[c.phase], seconds=round(c.seconds, 6), others_seconds=round(c.others, 6), since=c.steps[0],
             )  # fmt: skip
 
     def close(self) -> None:
@@ -113,7 +113,7 @@ def comparable(config: Config, mesh: Mesh) -> list[str]:
             inside.add("optimizer")  # the gradient's norm
     if config.optim.name == "muon":
         inside.add("optimizer")  # a matrix has one owner: some own more than others
-    return [phase for phase in PHASES if phase not in inside]
+    return [phase for phase in PARTS if phase not in inside]
 
 
 def _short(seconds: float) -> str:

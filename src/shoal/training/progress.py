@@ -28,10 +28,14 @@ class DeviceProgress:
         self._ahead: deque[tuple[Moment, tuple[int, int, str]]] = deque()  # beats that the device has not come to
         self._reached: tuple[int, int, str] | None = None  # the last one that it has
 
-    def mark(self) -> None:
-        """What is queued from here on belongs to the heartbeat's last beat."""
+    def enter(self, phase: str) -> None:
+        """Beat: what is queued from here on belongs to `phase`."""
+        self._heartbeat.beat(phase)
         if self._runs_ahead:
             self._ahead.append((Moment(self._device), self._heartbeat.place))
+
+    def leave(self, phase: str) -> None:
+        """Do nothing: a worker's page says which phase it came to last."""
 
     def wait(self, moment: Moment) -> None:
         """Until it has come."""

@@ -6,7 +6,6 @@ import math
 
 from shoal.errors import DivergedError
 from shoal.fault.origin import find_origin
-from shoal.metrics.meter import no_phases
 from shoal.parallel.replicas import compare, has_replicas
 from shoal.training.assemble import open_loader, start_anew
 from shoal.training.health import GoBack
@@ -29,9 +28,11 @@ def explain(run: Run, stats: Stats, loss: float, norm: float) -> None:
     run.watch.pace.busy.interrupt()
     batches = run.loader.batches_at(stats.first)
     scale = run.state.scaler.scale if run.state.scaler else 1.0
+    run.watch.faults.step = stats.step
+    phases = run.watch.phases.without(run.watch.meter)  # a step's split is of the step itself
     found = find_origin(
         run.runnable.parts,
-        lambda: run.runnable.forward_backward(batches, stats.step, run.watch.marked(no_phases, stats.step), scale),
+        lambda: run.runnable.forward_backward(batches, stats.step, phases, scale),
     )
     origins = [(each, rank) for rank, each in enumerate(run.mesh.gather_objects(found)) if each is not None]
     origin = "{} on rank {}".format(*min(origins)) if origins else ""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shoal.checkpoint.saved import Saved
@@ -18,12 +17,13 @@ from shoal.fault.inject import Faults, flip, poison, tear
 from shoal.fault.limit import TimeLimit
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import is_launched
-from shoal.metrics.meter import Meter, Phases
+from shoal.metrics.meter import Meter
 from shoal.parallel.apply import Runnable
 from shoal.plan.length import count_steps
 from shoal.resolve.resolve import Difference
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
+from shoal.run.phases import Phases
 from shoal.system.signals import StopRequest
 from shoal.training.assemble import assemble, open_loader
 from shoal.training.evaluate import evaluate
@@ -57,6 +57,7 @@ class Watch:
     meter: Meter
     pace: Pace
     faults: Faults
+    phases: Phases
 
     @classmethod
     def open(
@@ -68,21 +69,16 @@ class Watch:
         pace = Pace.open(config, mesh, runnable, records.console, records.event)
         pace.busy.waits.tell = heartbeat.waits
         progress = DeviceProgress(mesh.device, heartbeat)
-        return cls(heartbeat=heartbeat, progress=progress, meter=meter, pace=pace, faults=faults)
+        # Faults happen inside what is timed; "data" counts to the clock without a fault's delay.
+        phases = Phases([progress, meter, pace.busy, faults, records.clock])
+        return cls(heartbeat=heartbeat, progress=progress, meter=meter, pace=pace, faults=faults, phases=phases)
 
-    def marked(self, timer: Phases, step: int) -> Phases:
-        """`timer`, and a word at each phase of `step` that this process has come so far."""
+    def begin(self, step: int) -> None:
+        """`step` begins."""
+        self.meter.begin(step)
         self.faults.step = step
-
-        @contextlib.contextmanager
-        def mark(name: str) -> Iterator[None]:
-            self.heartbeat.beat(name)
-            self.progress.mark()
-            with timer(name), self.pace.busy.phase(name):
-                self.faults.at(name)
-                yield
-
-        return mark
+        self.heartbeat.begin(step)
+        self.pace.busy.begin()
 
 
 @dataclass(kw_only=True)

@@ -10,9 +10,9 @@ import torch
 
 from shoal.data.loader import Batch
 from shoal.mesh.ballot import EMPTY, Ballot
-from shoal.metrics.meter import Phases, no_phases
 from shoal.metrics.moment import Moment
 from shoal.parallel.apply import Runnable
+from shoal.run.phases import NO_PHASES, Phases
 from shoal.training.clip import clip, gradient_norm
 from shoal.training.guard import Guard
 from shoal.training.state import TrainState
@@ -62,7 +62,7 @@ def train_step(
     clip_norm: float,
     guard: Guard | None = None,
     ballot: Ballot = EMPTY,
-    phases: Phases = no_phases,
+    phases: Phases = NO_PHASES,
 ) -> Stats:
     """
     Forward, backward, sum over processes, judge, clip, update. Collectives over all axes.
