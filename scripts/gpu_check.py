@@ -37,8 +37,8 @@ from shoal.mesh.place import Place
 from shoal.metrics.machine import device_name
 from shoal.models.attention import KERNELS, attend, document_mask, take_deterministic_kernels
 from shoal.models.generate import generate
-from shoal.run.events import read_json_lines
 from shoal.run.phases import NO_PHASES
+from shoal.run.records import read_metrics
 from shoal.system.signals import StopRequest
 from shoal.training import loop
 from shoal.training.run import Run
@@ -306,10 +306,9 @@ def take_steps(target: Target, *, late: bool, steps: int) -> Taken:
         loop.take_steps(run)
     run.close()
     torch.use_deterministic_algorithms(False)
-    for line in read_json_lines(run.folder.metrics_file):
-        if "loss" in line:
-            taken.losses.append(line["loss"])
-            taken.seconds.append(line["step_seconds"])
+    for record_of_step in read_metrics(run.folder.metrics_file).steps:
+        taken.losses.append(record_of_step.loss)
+        taken.seconds.append(record_of_step.step_seconds)
     return taken
 
 
@@ -318,7 +317,7 @@ def check_muon(target: Target) -> Found:
     run = Run.open(config, Mesh(Place(), target.device), StopRequest())
     loop.take_steps(run)
     run.close()
-    losses = [r["loss"] for r in read_json_lines(run.folder.metrics_file) if "loss" in r]
+    losses = [r.loss for r in read_metrics(run.folder.metrics_file).steps]
     return losses[-1] < losses[0] - 1, f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in 30 steps"
 
 
@@ -351,7 +350,7 @@ def check_resume(target: Target) -> Found:
     shoal(target, "train", recipe, "--name", "parts", "--train.steps", "9")
     shoal(target, "train", recipe, "--name", "parts")
     whole, parts = (
-        [(r["step"], r["loss"]) for r in read_json_lines(target.folder / "runs" / n / "metrics.jsonl") if "loss" in r]
+        [(r.step, r.loss) for r in read_metrics(target.folder / "runs" / n / "metrics.jsonl").steps]
         for n in ("whole", "parts")
     )
     return whole == parts, f"{len(parts)} steps, stopped after 9: {'the same bits' if whole == parts else 'other bits'}"
@@ -386,11 +385,11 @@ def quickstart(target: Target) -> dict[str, float]:
         shoal(target, "train", str(ROOT / "recipes" / "quickstart.yaml"))
     seconds = time.perf_counter() - begun
     run = "whole" if target.rehearses else "quickstart"
-    records = read_json_lines(target.folder / "runs" / run / "metrics.jsonl")
+    metrics = read_metrics(target.folder / "runs" / run / "metrics.jsonl")
     return {
         "seconds": seconds,
-        "tokens_per_second": [r["tokens_per_second"] for r in records if "loss" in r][-1],
-        "bits_per_byte": [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r][-1],
+        "tokens_per_second": metrics.steps[-1].tokens_per_second,
+        "bits_per_byte": metrics.evaluations[-1].val_bits_per_byte,
     }
 
 

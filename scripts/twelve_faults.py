@@ -29,6 +29,7 @@ from shoal.data.ledger import audit
 from shoal.errors import EXIT_REQUEUE
 from shoal.fault.inject import PLAN
 from shoal.run.events import read_json_lines
+from shoal.run.records import read_metrics
 
 STEPS = 300
 RECIPE = f"""
@@ -96,8 +97,7 @@ class Watcher:
 
     def _watch(self) -> None:
         while not self._over.wait(0.5):
-            steps = [int(r["step"]) for r in read_json_lines(self._metrics)] if self._metrics.is_file() else []
-            self.seen.append((time.monotonic() - self._began, steps[-1] if steps else 0))
+            self.seen.append((time.monotonic() - self._began, read_metrics(self._metrics).last_step))
 
     def close(self) -> None:
         self._over.set()
@@ -122,8 +122,8 @@ def draw(folder: Path, watched: dict[str, Watcher], picture: Path) -> None:
         "faults": {"color": "#a50f15", "linewidth": 1.1, "label": "it lived through these faults"},
     }
     for name, style in styles.items():
-        records = [r for r in read_json_lines(folder / "runs" / name / "metrics.jsonl") if "loss" in r]
-        above.plot([r["step"] for r in records], [r["loss"] for r in records], **style)
+        records = read_metrics(folder / "runs" / name / "metrics.jsonl").steps
+        above.plot([r.step for r in records], [r.loss for r in records], **style)
         below.plot(*zip(*watched[name].seen, strict=True), **style | {"linewidth": style["linewidth"] * 0.6 + 0.6})
     top = above.get_ylim()[1]
     for number, blow in enumerate([*FIRST, *SECOND], 1):

@@ -63,7 +63,7 @@ def leg(mesh: Mesh, config: Config) -> Leg:
     assert run.saving.finish(run.state, None).ok
     run.evaluate(None)
     run.close()
-    return Leg(loaded, _parts(run), loss / tokens, run.val["val_loss"])
+    return Leg(loaded, _parts(run), loss / tokens, run.val_loss())
 
 
 def _parts(run: Run) -> Parts:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
-from typing import Any
 
 import pytest
 
 from shoal.run.console import STEP_LINES, Console, _Lines, step_interval, step_line
 from shoal.run.narrator import Narrator
+from shoal.run.records import StepRecord
 from shoal.system.output import on_one_line, say_error, visible
 
-RECORD: dict[str, Any] = {
-    "step": 7, "loss": 3.21, "lr": 3e-4, "grad_norm": 0.55, "tokens_per_second": 123_263.0, "step_seconds": 0.905,
-    "mfu": 0.388, "memory_bytes": 3 << 30,
-}  # fmt: skip
+RECORD = StepRecord(
+    step=7, tokens=100, loss=3.21, lr=3e-4, grad_norm=0.55, tokens_per_second=123_263.0, step_seconds=0.905, mfu=0.388,
+    memory_bytes=3 << 30,
+)  # fmt: skip
 
 
 def test_a_step_fits_the_width_by_leaving_out_what_matters_least() -> None:
@@ -29,7 +30,7 @@ def test_a_step_fits_the_width_by_leaving_out_what_matters_least() -> None:
         ["left"], [],
     ]  # fmt: skip
     assert seen[-1] == "step     7/20000  loss 3.2100  123,263 tok/s"  # what is never left out
-    assert "mfu" not in step_line(RECORD | {"mfu": None}, 20_000, None)
+    assert "mfu" not in step_line(dataclasses.replace(RECORD, mfu=None), 20_000, None)
 
 
 @pytest.mark.parametrize("total", [1, 40, 41, 80, 81, 600, 4_000, 100_000, 10**7])
@@ -41,7 +42,7 @@ def test_a_run_has_some_forty_steps_on_the_console(total: int, capsys: pytest.Ca
     console = Console()
     for step in sorted({*range(1, 50), *range(interval, total + 1, interval), total}):
         if step <= total:
-            console.step(RECORD | {"step": step}, total, None)
+            console.step(dataclasses.replace(RECORD, step=step), total, None)
     shown = [
         int(line.split()[1].partition("/")[0])
         for line in capsys.readouterr().out.replace("step ", "step").replace("step", "step ").splitlines()
@@ -52,7 +53,7 @@ def test_a_run_has_some_forty_steps_on_the_console(total: int, capsys: pytest.Ca
 def test_how_often_can_be_said(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
     for step in range(1, 11):
-        console.step(RECORD | {"step": step}, 10, None, 4)
+        console.step(dataclasses.replace(RECORD, step=step), 10, None, 4)
     assert [line.split("/")[0].split()[-1] for line in capsys.readouterr().out.splitlines()] == [
         "1",
         "2",

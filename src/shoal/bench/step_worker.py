@@ -6,6 +6,7 @@ import json
 import os
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from shoal.bench.speed import WARMUP_STEPS, summarize_steps
 from shoal.mesh.mesh import open_mesh
 from shoal.metrics.products import product_rates
 from shoal.resolve.resolve import read_back
-from shoal.run.events import read_json_lines
+from shoal.run.records import StepRecord, read_metrics
 from shoal.system.signals import StopRequest, die_with_parent
 from shoal.training.assemble import DTYPES
 from shoal.training.loop import set_threads, take_steps
@@ -33,7 +34,7 @@ def main(recipe: Path, answer: Path) -> None:
         take_steps(run)
         product = _product_flops(run)
         if mesh.is_first:
-            records = read_json_lines(run.folder.metrics_file)
+            records = read_metrics(run.folder.metrics_file).steps
             answer.write_text(json.dumps(_measured(run, records, product)), encoding="utf-8")
             os.remove(run.folder.metrics_file)
 
@@ -45,13 +46,13 @@ def _product_flops(run: Run) -> float:
     return float(run.mesh.sum(torch.tensor(rates[0], device=run.mesh.device, dtype=torch.float64)))
 
 
-def _measured(run: Run, records: list[dict[str, object]], product_flops: float) -> dict[str, object]:
+def _measured(run: Run, records: Sequence[StepRecord], product_flops: float) -> dict[str, object]:
     config = run.config
     tokens = config.train.global_batch * config.data.seq_len
     timed = records[WARMUP_STEPS:]
-    splits = [r["split_seconds"] for r in timed if "split_seconds" in r]
-    names = [k for k in splits[0] if k != "step"] if splits else []  # type: ignore[attr-defined]
-    steps = [float(r["step_seconds"]) for r in records]  # type: ignore[arg-type]
+    splits = [r.split_seconds for r in timed if r.split_seconds is not None]
+    names = [k for k in splits[0] if k != "step"] if splits else []
+    steps = [r.step_seconds for r in records]
     result = summarize_steps(steps, tokens)
     return {
         **result,
@@ -61,8 +62,8 @@ def _measured(run: Run, records: list[dict[str, object]], product_flops: float) 
         "mfu_convention": run.watch.meter.describe_mfu(),
         "model": run.watch.meter.describe_model(),
         "device": run.watch.meter.device_name,
-        "memory_bytes": max(int(r["memory_bytes"]) for r in timed),  # type: ignore[call-overload]
-        "split": {n: statistics.median(s[n] for s in splits) / result["step_seconds"] for n in names},  # type: ignore[index]
+        "memory_bytes": max(r.memory_bytes for r in timed),
+        "split": {n: statistics.median(s[n] for s in splits) / result["step_seconds"] for n in names},
     }
 
 

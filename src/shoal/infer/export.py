@@ -37,8 +37,8 @@ from shoal.mesh.region import Part
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.run.console import Console
-from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
+from shoal.run.records import read_metrics
 from shoal.system.disk import sync, write_whole
 
 STORED: Final = {name: kind for kind, name in DTYPE_NAMES.items()}
@@ -234,6 +234,7 @@ def _facts(
     dtypes: Dtypes,
     license: str | None,
 ) -> Facts:
+    metrics = read_metrics(folder.metrics_file)
     return Facts(
         name=folder.path.name,
         architecture=str(described["architectures"][0]),
@@ -242,7 +243,8 @@ def _facts(
         step=saved.step,
         tokens=int(read_state(saved.folder)["tokens"]),
         license=license,
-        metrics=read_json_lines(folder.metrics_file),
+        steps=metrics.steps,
+        evaluations=metrics.evaluations,
         version=__version__,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -16,6 +16,7 @@ from shoal.metrics.moment import Moment
 from shoal.plan.estimate import flops_per_token, parameter_count, why_no_flops
 from shoal.plan.hardware import peak_flops
 from shoal.run.phases import PHASES
+from shoal.run.records import StepRecord
 
 
 class PhaseTimer:
@@ -114,7 +115,7 @@ class Meter:
         norm: float | None,
         *,
         last: bool = False,
-    ) -> dict[str, Any] | None:
+    ) -> StepRecord | None:
         """
         The record of `step`, or None where none is due; of the run's last one it is.
 
@@ -128,22 +129,24 @@ class Meter:
         self._last, self._steps_since = over, 0
         self._smooth_seconds = seconds if self._smooth_seconds == 0.0 else 0.8 * self._smooth_seconds + 0.2 * seconds
         rate = step_tokens / seconds
-        record: dict[str, Any] = {
-            "step": step,
-            "tokens": tokens,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens_per_second": rate,
-            "step_seconds": seconds,
-            "mfu": self.mfu(rate),
-            "memory_bytes": memory_bytes(self._mesh.device),
-        }
-        if timed := [each for each in self._splits if each <= step]:
-            record["split_seconds"] = {"step": timed[-1], **self._splits[timed[-1]].seconds()}
-            for each in timed:
-                del self._splits[each]
-        return record
+        return StepRecord(
+            step=step,
+            tokens=tokens,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens_per_second=rate,
+            step_seconds=seconds,
+            mfu=self.mfu(rate),
+            memory_bytes=memory_bytes(self._mesh.device),
+            split_seconds=self._take_split(step),
+        )
+
+    def _take_split(self, step: int) -> dict[str, float] | None:
+        """Return the newest split of a step up to `step`, and forget it with those before it."""
+        timed = [each for each in self._splits if each <= step]
+        splits = {each: self._splits.pop(each) for each in timed}
+        return {"step": timed[-1], **splits[timed[-1]].seconds()} if timed else None
 
     def mfu(self, tokens_per_second: float) -> float | None:
         """The share of the peak that the model's own arithmetic took, by the convention of `describe_mfu`."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from shoal.run.records import StepRecord
 from shoal.system.output import visible
 
 FIRST_LINES: Final = 3  # steps that are shown in any case, when a run starts
@@ -52,14 +53,12 @@ class Console:
         """A line that somebody should act on."""
         self.say(f"note: {text}", "yellow")
 
-    def step(
-        self, record: Mapping[str, Any], total_steps: int, left_seconds: float | None, every: int | None = None
-    ) -> None:
+    def step(self, record: StepRecord, total_steps: int, left_seconds: float | None, every: int | None = None) -> None:
         """
         The line of a step, from the record that goes to `metrics.jsonl`: of the first few, of the last, and of each
         `every`th (None: see `step_interval`).
         """
-        step = record["step"]
+        step = record.step
         due = step % (every or step_interval(total_steps)) == 0 or step == total_steps
         if not due and self._steps_shown >= FIRST_LINES:
             return
@@ -130,23 +129,20 @@ def step_interval(total_steps: int) -> int:
         power *= 10
 
 
-def step_line(
-    record: Mapping[str, Any], total_steps: int, left_seconds: float | None, columns: int | None = None
-) -> str:
+def step_line(record: StepRecord, total_steps: int, left_seconds: float | None, columns: int | None = None) -> str:
     """
     Loss, learning rate, gradient norm, tokens/s, ms/step, MFU, memory, time left; in `columns` as far as `DROPPED` allows.
     """
     width = len(str(total_steps))
-    mfu = record.get("mfu")
     parts = {
-        "step": f"step {record['step']:>{width}}/{total_steps}",
-        "loss": f"loss {record['loss']:.4f}",
-        "lr": f"lr {record['lr']:.2e}",
-        "norm": "norm inf" if record["grad_norm"] is None else f"norm {record['grad_norm']:.2f}",
-        "rate": f"{record['tokens_per_second']:,.0f} tok/s",
-        "ms": f"{1000 * record['step_seconds']:,.0f} ms",
-        "mfu": "" if mfu is None else f"mfu {100 * mfu:.1f}%",
-        "memory": f"{record['memory_bytes'] / 2**30:.2f} GiB",
+        "step": f"step {record.step:>{width}}/{total_steps}",
+        "loss": f"loss {record.loss:.4f}",
+        "lr": f"lr {record.lr:.2e}",
+        "norm": "norm inf" if record.grad_norm is None else f"norm {record.grad_norm:.2f}",
+        "rate": f"{record.tokens_per_second:,.0f} tok/s",
+        "ms": f"{1000 * record.step_seconds:,.0f} ms",
+        "mfu": "" if record.mfu is None else f"mfu {100 * record.mfu:.1f}%",
+        "memory": f"{record.memory_bytes / 2**30:.2f} GiB",
         "left": "" if left_seconds is None else f"{duration(left_seconds)} left",
     }
     for name in ("", *DROPPED):

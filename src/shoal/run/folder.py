@@ -31,7 +31,7 @@ from shoal.errors import RunError, ShoalError
 from shoal.hub.find import stand_in
 from shoal.hub.folder import HEADERS
 from shoal.resolve.resolve import Difference, differences, read_back, to_yaml
-from shoal.run.events import read_json_lines
+from shoal.run.records import read_metrics
 from shoal.system.disk import write_whole
 from shoal.system.output import on_one_line
 
@@ -120,8 +120,7 @@ class RunFolder:
 
     def last_step(self) -> int:
         """The last step in the metrics; 0 where there is none."""
-        records = read_json_lines(self.metrics_file)
-        return int(records[-1]["step"]) if records else 0
+        return read_metrics(self.metrics_file).last_step
 
     def load_config(self) -> Config:
         """The config that this run was trained with. Raises `RunError` where there is no run."""

@@ -51,10 +51,11 @@ def finish(run: Run, stopped: bool) -> None:
         run.watch.heartbeat.outside("end")
         run.console.say()
         run.console.say(compared, "bold")
-        run.records.event("finished", **run.val, compared=compared)
+        assert run.evaluation is not None
+        run.records.event("finished", **run.evaluation.as_line(), compared=compared)
         run.console.note(run.records.goodput())
         if saved.ok:
-            say_what_next(run.config, run.folder, run.val, run.console)
+            say_what_next(run.config, run.folder, run.evaluation, run.console)
     run.watch.heartbeat.outside("end")
     run.mesh.barrier()
     if not saved.ok:
@@ -122,6 +123,7 @@ def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
 def _yardstick(run: Run) -> str:
     """How the model's bits per byte on held-out text compare with those of gzip and xz, which have read the training text too."""
     assert run.measuring is not None  # of the first rank
+    assert run.evaluation is not None
 
     def go_on() -> bool:
         run.watch.heartbeat.outside("comparing with gzip and xz")
@@ -129,7 +131,7 @@ def _yardstick(run: Run) -> str:
 
     seconds = min(YARDSTICK_SECONDS, run.config.launch.timeout_seconds / 4)  # the others wait in a barrier
     found = run.measuring.wait(seconds, go_on)
-    ours, text_bytes = run.val["val_bits_per_byte"], run.prepared.counts["val"].text_bytes
+    ours, text_bytes = run.evaluation.val_bits_per_byte, run.prepared.counts["val"].text_bytes
     if isinstance(found, Yardstick):
         return found.compared(ours, text_bytes)
     return (

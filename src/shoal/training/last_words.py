@@ -6,9 +6,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shoal.checkpoint.saved import damage, listed, read_state
 from shoal.config.options import Config, Launch
@@ -18,10 +17,19 @@ from shoal.run.console import Console, duration
 from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
 from shoal.run.goodput import account
+from shoal.run.records import Evaluation
 from shoal.system.output import on_one_line
 
 
-def finished(config: Config, folder: RunFolder, prepared: Prepared) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class Finished:
+    """The result of a run that has taken all its steps."""
+
+    evaluation: Evaluation
+    compared: str  # with gzip and xz, in a line
+
+
+def finished(config: Config, folder: RunFolder, prepared: Prepared) -> Finished | None:
     """What `events.jsonl` says of the end of a run whose steps are all taken; None where there are more to take."""
     rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     total_steps = count_steps(config.train, config.data.seq_len, len(rows))
@@ -32,20 +40,20 @@ def finished(config: Config, folder: RunFolder, prepared: Prepared) -> dict[str,
     # what is damaged, or of other tokens, is for the run itself to tell of
     if damage(saved[0].folder) or read_state(saved[0].folder)["data_id"] != prepared.data_id:
         return None
-    return ended[0]
+    return Finished(Evaluation.of_line(ended[0]), ended[0].get("compared") or "")
 
 
-def say_result_again(config: Config, folder: RunFolder, result: Mapping[str, Any], console: Console) -> None:
+def say_result_again(config: Config, folder: RunFolder, result: Finished, console: Console) -> None:
     """Of a run that is `finished`; nothing is written."""
-    console.say(f"{on_one_line(folder.path)} is finished: {already_taken(config, result['step'])}", "bold")
-    say_held_out(result, console)
+    console.say(f"{on_one_line(folder.path)} is finished: {already_taken(config, result.evaluation.step)}", "bold")
+    say_held_out(result.evaluation, console)
     sample = folder.samples / "end.txt"
     if config.train.sample_prompt and sample.is_file():
         say_sample(sample.read_text(encoding="utf-8", errors="replace"), console)
-    if result.get("compared"):
+    if result.compared:
         console.say()
-        console.say(result["compared"], "bold")
-    say_what_next(config, folder, result, console)
+        console.say(result.compared, "bold")
+    say_what_next(config, folder, result.evaluation, console)
 
 
 def already_taken(config: Config, steps: int) -> str:
@@ -54,10 +62,10 @@ def already_taken(config: Config, steps: int) -> str:
     return f"all {steps} steps are taken; a larger train.{length} goes on with it, another --name starts anew"
 
 
-def say_held_out(val: Mapping[str, Any], console: Console) -> None:
+def say_held_out(val: Evaluation, console: Console) -> None:
     """The loss on held-out text."""
     console.say(
-        f"step {val['step']}: held-out loss {val['val_loss']:.4f} nats/token, {val['val_bits_per_byte']:.4f} bits/byte",
+        f"step {val.step}: held-out loss {val.val_loss:.4f} nats/token, {val.val_bits_per_byte:.4f} bits/byte",
         "bold",
     )
 
@@ -69,12 +77,12 @@ def say_sample(text: str, console: Console) -> None:
     console.say(text)
 
 
-def say_what_next(config: Config, folder: RunFolder, result: Mapping[str, Any], console: Console) -> None:
+def say_what_next(config: Config, folder: RunFolder, val: Evaluation, console: Console) -> None:
     """The run's folder, what it took, and the commands that use it."""
     shoal, run = _command(), shlex.quote(_called(config))
     prompt = shlex.quote(config.train.sample_prompt or "The ")
     console.say()
-    console.say(f"{on_one_line(folder.path)}: {what_it_took(folder, result['step'], result['tokens'])}", "bold")
+    console.say(f"{on_one_line(folder.path)}: {what_it_took(folder, val.step, val.tokens)}", "bold")
     console.say("next:")
     console.say(f"  {shoal} generate {run} --prompt {prompt}")
     console.say(f"  {shoal} eval {run}")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from shoal.data.ledger import Header, Ledger
 from shoal.run.console import Console
-from shoal.run.events import Events, forget_after, read_json_lines
+from shoal.run.events import Events, read_json_lines
 from shoal.run.folder import RunFolder
 from shoal.run.goodput import Clock, account, in_words
-from shoal.run.jsonl import PatientLines
+from shoal.run.records import Evaluation, MetricsFile, StepRecord, forget_after
 
 
 class Records:
@@ -26,7 +26,7 @@ class Records:
         self.folder, self.console, self._writes = folder, console, writes
         self._said: set[str] = set()
         self._events: Events | None = None
-        self._metrics: PatientLines | None = None
+        self._metrics: MetricsFile | None = None
         self._ledger: Ledger | None = None
         if writes:
             with folder.writable():
@@ -44,7 +44,7 @@ class Records:
                 forget_after(self.folder.metrics_file, step, evaluation=at_end)
             if self._metrics is not None:
                 self._metrics.close()
-            self._metrics = PatientLines(self.folder.metrics_file)
+            self._metrics = MetricsFile(self.folder.metrics_file)
             self._ledger = self._ledger or Ledger(self.folder.ledger_file, header)
             self._ledger.begin(step, position)
 
@@ -59,10 +59,10 @@ class Records:
         if self._events is not None:
             self._events.say(event, **facts)
 
-    def metrics(self, record: Mapping[str, Any]) -> None:
+    def metrics(self, record: StepRecord | Evaluation) -> None:
         """A line of `metrics.jsonl`."""
         if self._metrics is not None:
-            self._metrics.add(record)
+            self._metrics.record(record)
             self._complain(self._metrics.problem)
 
     def samples(

@@ -73,7 +73,7 @@ def go_back(run: Run, back: GoBack) -> None:
         samples = f"; the samples at {first:,} to {stop - 1:,} are passed over"
     run.guard.losses.clear()
     run.guard.losses.extend(run.state.losses)
-    run.val = {}
+    run.evaluation = None
     run.loader.close()
     run.loader = open_loader(
         run.config, run.mesh, run.loader.rows, run.state.position, run.state.passed_over, run.watch.faults.at

@@ -24,6 +24,7 @@ from shoal.resolve.resolve import Difference
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
 from shoal.run.phases import Phases
+from shoal.run.records import Evaluation
 from shoal.system.signals import StopRequest
 from shoal.training.assemble import assemble, open_loader
 from shoal.training.evaluate import evaluate
@@ -115,7 +116,7 @@ class Run:
     stopping: Stopping
     total_steps: int
     start: Start
-    val: dict[str, float] = field(default_factory=dict)
+    evaluation: Evaluation | None = None  # the last one
     measuring: Measuring | None = None  # the held-out text's size by gzip and xz; on the first rank
 
     @classmethod
@@ -187,13 +188,14 @@ class Run:
             alive=lambda: self.watch.heartbeat.outside("evaluation"),
         )  # fmt: skip
         runnable.train()
-        self.val = {"step": self.state.step, "tokens": self.state.tokens, **result}
-        say_held_out(self.val, self.console)
-        self.records.metrics(self.val)
+        self.evaluation = Evaluation(step=self.state.step, tokens=self.state.tokens, **result)
+        say_held_out(self.evaluation, self.console)
+        self.records.metrics(self.evaluation)
 
     def val_loss(self) -> float | None:
         """Of this step; an older evaluation was of another model."""
-        return self.val["val_loss"] if self.val.get("step") == self.state.step else None
+        last = self.evaluation
+        return last.val_loss if last is not None and last.step == self.state.step else None
 
     def close(self) -> None:
         """May be called twice."""
