@@ -20,6 +20,7 @@ from shoal.models.family import LanguageModel
 from shoal.models.generate import generate
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
+from shoal.run.records import Evaluation
 from shoal.training.last_words import say_sample, say_what_next, what_it_took
 from shoal.training.run import Run
 
@@ -27,35 +28,35 @@ YARDSTICK_SECONDS = 120.0
 
 
 def finish(run: Run, stopped: bool) -> None:
-    """Save; say how to go on, or how well it went."""
-    clock = run.records.clock
+    """Save; then say how to resume a run that was stopped, or how good the model is."""
     if stopped:
-        saved = _save(run)
-        run.records.event("stopped", step=run.state.step)
-        if run.mesh.is_first:
-            run.console.note(run.records.goodput())
-            took = what_it_took(run.folder, run.state.step, run.state.tokens)
-            run.console.say(f"{run.folder.path}: {took}")
-        step = run.state.step if saved.ok else _newest(run)
-        where = f"{'' if saved.ok else 'NOT '}saved at step {run.state.step} of {run.total_steps}"
-        again = f"goes on from {'there' if saved.ok else f'step {step}'}" if step else "starts from the beginning"
-        run.console.say(f"stopped: {where}. The same command again {again}.", "bold")
-        return
-    with clock.spend("evaluation"):
+        _finish_early(run)
+    else:
+        _finish_whole(run)
+
+
+def _finish_early(run: Run) -> None:
+    """Save, and say from where the same command resumes."""
+    saved = _save(run)
+    run.records.event("stopped", step=run.state.step)
+    if run.mesh.is_first:
+        run.console.note(run.records.goodput())
+        took = what_it_took(run.folder, run.state.step, run.state.tokens)
+        run.console.say(f"{run.folder.path}: {took}")
+    step = run.state.step if saved.ok else _newest(run)
+    where = f"{'' if saved.ok else 'NOT '}saved at step {run.state.step} of {run.total_steps}"
+    again = f"goes on from {'there' if saved.ok else f'step {step}'}" if step else "starts from the beginning"
+    run.console.say(f"stopped: {where}. The same command again {again}.", "bold")
+
+
+def _finish_whole(run: Run) -> None:
+    """Evaluate, save, write a sample, compare. Raises `CheckpointError` if the last checkpoint could not be written."""
+    with run.records.clock.spend("evaluation"):
         run.evaluate(None)
     saved = _save(run)
     run.watch.heartbeat.outside("writing a sample")
     if run.mesh.is_first:
-        _say_sample(run.config, run.folder, run.prepared, _whole_model(run), run.console)
-        compared = _yardstick(run)
-        run.watch.heartbeat.outside("end")
-        run.console.say()
-        run.console.say(compared, "bold")
-        assert run.evaluation is not None
-        run.records.event("finished", **run.evaluation.as_line(), compared=compared)
-        run.console.note(run.records.goodput())
-        if saved.ok:
-            say_what_next(run.config, run.folder, run.evaluation, run.console)
+        _say_results(run, saved)
     run.watch.heartbeat.outside("end")
     run.mesh.barrier()
     if not saved.ok:
@@ -66,6 +67,20 @@ def finish(run: Run, stopped: bool) -> None:
             f"all {run.total_steps} steps are taken, and the last checkpoint could not be written: "
             f"{run.saving.folder} {has}. Make room there; the same command {again}"
         )
+
+
+def _say_results(run: Run, saved: Outcome) -> None:
+    """Print a sample, the comparison with gzip and xz, where the time went, and the next commands. The first rank's."""
+    assert run.evaluation is not None
+    _say_sample(run.config, run.folder, run.prepared, _whole_model(run), run.console)
+    compared = _yardstick(run, run.evaluation)
+    run.watch.heartbeat.outside("end")
+    run.console.say()
+    run.console.say(compared, "bold")
+    run.records.event("finished", **run.evaluation.as_line(), compared=compared)
+    run.console.note(run.records.goodput())
+    if saved.ok:
+        say_what_next(run.config, run.folder, run.evaluation, run.console)
 
 
 def _save(run: Run) -> Outcome:
@@ -120,10 +135,9 @@ def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
     return config.train.sample_prompt + tokenizer.decode(ids)
 
 
-def _yardstick(run: Run) -> str:
+def _yardstick(run: Run, evaluation: Evaluation) -> str:
     """How the model's bits per byte on held-out text compare with those of gzip and xz, which have read the training text too."""
     assert run.measuring is not None  # of the first rank
-    assert run.evaluation is not None
 
     def go_on() -> bool:
         run.watch.heartbeat.outside("comparing with gzip and xz")
@@ -131,7 +145,7 @@ def _yardstick(run: Run) -> str:
 
     seconds = min(YARDSTICK_SECONDS, run.config.launch.timeout_seconds / 4)  # the others wait in a barrier
     found = run.measuring.wait(seconds, go_on)
-    ours, text_bytes = run.evaluation.val_bits_per_byte, run.prepared.counts["val"].text_bytes
+    ours, text_bytes = evaluation.val_bits_per_byte, run.prepared.counts["val"].text_bytes
     if isinstance(found, Yardstick):
         return found.compared(ours, text_bytes)
     return (

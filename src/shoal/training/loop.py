@@ -39,7 +39,7 @@ from shoal.training.health import GoBack
 from shoal.training.opening import introduce
 from shoal.training.recovery import check_replicas, explain, go_back, overflowed
 from shoal.training.run import Run
-from shoal.training.step import Stats, train_step
+from shoal.training.step import Result, Stats, train_step
 
 
 def train(config: Config, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> bool:
@@ -157,41 +157,45 @@ def cast_ballot(run: Run, step: int, batches: Sequence[Batch]) -> Ballot:
 
 def record(run: Run, stats: Stats) -> bool:
     """
-    Judge a step that is over and write its line; True where a rank was asked to stop.
+    Read a step that is over, tell the rooms what all ranks said in it, and judge it; True if a rank was asked to stop.
 
-    Raises `GoBack` where too many were left out.
+    Raises `GoBack` if too many steps in a row were skipped.
     """
     with run.watch.pace.busy.waits.here():
         run.watch.progress.wait(stats.over)
-        loss_sum, tokens, norm, skipped, sums = stats.read()
+        result = stats.read()
     run.records.clock.reached(stats.step)
     run.stopping.stop.nothing_to_lose = False
-    said = stats.ballot.count(sums)
-    asked = bool(said["stop"][0])
+    said = stats.ballot.count(result.said)
     run.records.samples(
-        stats.step, stats.first, stats.first + run.config.train.global_batch, said["samples"][0], skipped=skipped,
-        windows=run.state.passed_over,
+        stats.step, stats.first, stats.first + run.config.train.global_batch, said["samples"][0],
+        skipped=result.skipped, windows=run.state.passed_over,
     )  # fmt: skip
-    loss = loss_sum / max(tokens, 1.0)
-    has_overflowed = overflowed(run, stats, norm)
-    run.state.skipped += int(skipped)
-    if skipped and not has_overflowed:
+    _judge(run, stats, result)
+    return bool(said["stop"][0])
+
+
+def _judge(run: Run, stats: Stats, result: Result) -> None:
+    """Count a step and write its line, or find out why it was skipped. Raises `GoBack`."""
+    loss = result.loss_sum / max(result.tokens, 1.0)
+    has_overflowed = overflowed(run, stats, result.norm)
+    run.state.skipped += result.skipped
+    if result.skipped and not has_overflowed:
         run.watch.meter.pass_over()
-        explain(run, stats, loss, norm)
-        return asked
-    run.state.tokens += int(tokens)
-    if not skipped:
+        explain(run, stats, loss, result.norm)
+        return
+    run.state.tokens += int(result.tokens)
+    if not result.skipped:
         run.guard.learn(stats.step, loss)
         run.recovery.went_well(stats.step)
-    norm_known = None if has_overflowed else norm
+    norm = None if has_overflowed else result.norm
     left = run.total_steps - stats.step
     line = run.watch.meter.record(
-        stats.step, stats.over, run.state.tokens, int(tokens), loss, stats.lr, norm_known, last=left == 0
+        stats.step, stats.over, run.state.tokens, int(result.tokens), loss, stats.lr, norm, last=left == 0
     )
     if line is not None:
         run.records.metrics(line)
         run.console.step(line, run.total_steps, run.watch.meter.left_seconds(left), run.config.metrics.console_every)
-    return asked
 
 
 def something_is_due(run: Run) -> bool:
