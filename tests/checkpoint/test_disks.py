@@ -94,7 +94,7 @@ def test_training_goes_on_and_saves_when_the_disk_is_back(
     )  # fmt: skip
     wait_for(process, "step   17/9000")
     harm(disk)
-    said = wait_for(process, "those before it stand, training goes on, and it is tried again at step")
+    said = wait_for(process, "earlier ones are kept; training continues, and the save is retried at step")
     wait_for(process, "/9000  loss")  # it does
     mend(disk)
     failed = max(e["step"] for e in place.event_lines(NAME) if e["event"] == "save failed")

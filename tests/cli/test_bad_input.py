@@ -245,7 +245,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(place: Place)
     shard.write_bytes(shard.read_bytes()[:-7])
     output = place.good("train", "recipe.yaml", "--name", copy.name, "--train.steps", "6", "--processes", "1")
     assert "was cut short or grew" in output
-    assert "that checkpoint is set aside, and the one before it is taken" in output
+    assert "that checkpoint is set aside, and the one before it is used" in output
     assert "resumed from runs/torn/checkpoints/step-00000005" in output
     assert "damaged" in place.events(copy.name)
     assert len(list((copy / "checkpoints").glob("damaged-step-*"))) == 1

@@ -80,7 +80,7 @@ def test_the_same_command_again_is_at_the_end_and_more_steps_go_on(place: Place)
     }
     again = place.good("train", "recipe.yaml", "--name", "clean")
     assert "step 40/40" not in again
-    assert "all 40 steps are taken; a larger train.steps goes on with it" in again
+    assert "all 40 steps are taken; a larger train.steps continues the run" in again
     output = place.output  # type: ignore[attr-defined]
     said = output[output.index("a sample:") : output.index("goodput")]
     assert said in again  # the result of the run, once more
@@ -196,7 +196,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(place: Place, number: sign
     process.send_signal(number)
     output = process.communicate(timeout=100)[0]
     assert process.returncode == EXIT_REQUEUE
-    found = re.search(r"stopped: saved at step (\d+) of 40. The same command again goes on from there", output)
+    found = re.search(r"stopped: saved at step (\d+) of 40. The same command again resumes from there", output)
     assert found, output
     assert "Traceback" not in output
     assert f"step-{int(found[1]):08d}" in place.good("train", "recipe.yaml", "--name", name)
@@ -260,8 +260,8 @@ def test_a_last_checkpoint_that_is_not_there_is_no_success(place: Place) -> None
     )  # fmt: skip
     assert "could not be written: runs/unsaved/checkpoints has none. Make room there" in output
     assert "starts from the beginning" in output
-    assert "goes on from" not in output
-    assert "tried again" not in output  # there is no step 13
+    assert "resumes from" not in output
+    assert "retried" not in output  # there is no step 13
     rows = place.metrics("unsaved")[-1]["tokens"] / 3 / 32
     found = re.search(
         r"one step reads the corpus (\d+\.\d) times: train.global_batch is 1,024 rows .* the corpus has (\d+)", output

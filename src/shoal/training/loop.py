@@ -4,13 +4,13 @@ A training run, in the order in which it happens.
     train
       Run.open (run.py)           data, model, optimizer, what was saved
       complete
-        take_steps                again and again:
+        take_steps                until the last step:
           take_step                 batches, then `train_step` (step.py): forward, backward, sums, update
-          record                    what it came to, written down
-          do_what_is_due            evaluation, a save
+          record                    read the step's numbers, judge them, write them
+          do_what_is_due            evaluate, save
         finish (closing.py)       the last checkpoint, the last words
 
-Where numbers go wrong: recovery.py.
+NaN, Inf, loss spikes and rollbacks: recovery.py.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from shoal.training.step import Result, Stats, train_step
 
 def train(config: Config, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> bool:
     """
-    Train, from the start or from the last checkpoint, as one of the processes of a run.
+    Train from the start or from the last checkpoint, as one process of a run; True if the run was stopped early.
 
-    stop, heartbeat: where the caller has them already. Whether it was asked to stop before its end.
+    stop, heartbeat: the caller's, if it has opened them already.
     """
     set_threads(config)
     stop = stop or StopRequest()
@@ -62,18 +62,18 @@ def train(config: Config, stop: StopRequest | None = None, heartbeat: Heartbeat 
 
 
 def set_threads(config: Config) -> None:
-    """As many CPU threads as the launcher settled on."""
+    """Use as many CPU threads as the launcher chose."""
     if config.launch.threads:
         torch.set_num_threads(config.launch.threads)
 
 
 def reads_late(device: torch.device) -> bool:
-    """Whether a step's numbers are read while the next one runs: a GPU's. A CPU has taken the step by then."""
+    """Return whether a step's numbers are read while the next step runs: on a GPU. A CPU has finished the step by then."""
     return device.type == "cuda"
 
 
 def complete(run: Run) -> bool:
-    """The start's words, the steps, then the end; whether it was asked to stop before the last step."""
+    """Introduce the run, take its steps and finish it; True if it was asked to stop before the last step."""
     introduce(run)
     if run.mesh.is_first:
         run.measuring = Measuring(run.prepared, idle=True)
@@ -88,7 +88,7 @@ def complete(run: Run) -> bool:
 
 
 def take_steps(run: Run) -> bool:
-    """The steps, and what is due between them; True where somebody asked to stop."""
+    """Take the steps, with rollbacks, and do what is due between them; True if a rank was asked to stop."""
     while True:
         try:
             return _steps_to_the_end(run)
@@ -97,7 +97,7 @@ def take_steps(run: Run) -> bool:
 
 
 def _steps_to_the_end(run: Run) -> bool:
-    """`take_steps`, unless something makes the run go back: raises `GoBack`, on all processes at once."""
+    """Take the steps. Raises `GoBack`, on all ranks at the same step, if the run must roll back."""
     pending: Stats | None = None
     stopped, late = False, reads_late(run.mesh.device)
     at_end = run.state.step >= run.total_steps
@@ -121,7 +121,7 @@ def _steps_to_the_end(run: Run) -> bool:
 
 
 def take_step(run: Run) -> Stats:
-    """One optimizer step, begun; what it did is in the `Stats`, still on the device."""
+    """Queue one optimizer step; the returned `Stats` hold its numbers, still on the device."""
     config, step = run.config, run.state.step + 1
     run.watch.begin(step)
     with run.watch.phases("data"):
@@ -143,7 +143,7 @@ def take_step(run: Run) -> Stats:
 
 
 def cast_ballot(run: Run, step: int, batches: Sequence[Batch]) -> Ballot:
-    """What each room of this process says to the others in `step`."""
+    """Collect what each room of this process tells the other ranks in `step`."""
     samples = sum(checksum(batch.sample_ids, run.header.bits) for batch in batches)
     return Ballot(
         {
@@ -199,12 +199,14 @@ def _judge(run: Run, stats: Stats, result: Result) -> None:
 
 
 def something_is_due(run: Run) -> bool:
+    """Return whether an evaluation, a save or a comparison of replicas is due after this step."""
     return (
         _due(run, run.config.train.eval_every) or _save_is_due(run) or _due(run, run.config.fault.check_replicas_every)
     )
 
 
 def do_what_is_due(run: Run) -> None:
+    """Evaluate, compare replicas and save, each if it is due. Replicas are always compared before a save."""
     clock = run.records.clock
     run.watch.heartbeat.outside("between steps")
     if _due(run, run.config.train.eval_every):

@@ -1,4 +1,4 @@
-"""What a person is told before the first step."""
+"""What the user is told before the first step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def introduce(run: Run) -> None:
     if source is not None:
         how = f"weights were loaded from {found_at(source)} (model.from)"
         fresh = run.start.restored is None
-        run.console.say(how if fresh else f"{how} when the run began; now they are the checkpoint's")
+        run.console.say(how if fresh else f"{how} when the run began; now they come from the checkpoint")
     if run.start.restored is not None:
         _describe_resume(run, run.start.restored, last, machine)
 
@@ -52,13 +52,15 @@ def _warn_of_length(run: Run) -> None:
         run.console.warn(
             f"one step reads the corpus {config.train.global_batch / rows:.1f} times: train.global_batch is "
             f"{config.train.global_batch:,} rows of {config.data.seq_len:,} tokens, and the corpus has {rows:,}. "
-            f"train.{length[0]} {length[1]:g} is {run.total_steps * config.train.global_batch / rows:.1f} epochs; a smaller "
-            "train.global_batch takes more steps"
+            f"train.{length[0]} {length[1]:g} is {run.total_steps * config.train.global_batch / rows:.1f} epochs; for "
+            "more steps set a smaller train.global_batch"
         )
-    if config.train.steps is None and config.optim.warmup_steps > run.total_steps:  # else the config has said so
+    if (
+        config.train.steps is None and config.optim.warmup_steps > run.total_steps
+    ):  # else resolving the config has warned already
         run.console.warn(
             f"optim.warmup_steps is {config.optim.warmup_steps}, and the run has {run.total_steps} steps: the "
-            "learning rate never reaches optim.lr; set fewer"
+            "learning rate never reaches optim.lr; set a smaller optim.warmup_steps"
         )
 
 
@@ -72,7 +74,7 @@ def _describe_resume(run: Run, restored: Saved, last: Mapping[str, Any], machine
         run.console.warn(f"bits may differ from here on: {differs} since the last start")
     for each in run.start.changed:
         if each.key == "launch.threads" and "threads" in last:
-            continue  # said
+            continue  # `what_differs` reports it
         run.console.warn(f"{each.key} was {each.before} and is {each.after} from step {run.state.step + 1} on")
     planned = count_steps(run.start.before.train, run.config.data.seq_len, len(run.loader.rows))
     if text := replanned(run.config.optim, run.state.step, planned, run.total_steps):
@@ -80,6 +82,6 @@ def _describe_resume(run: Run, restored: Saved, last: Mapping[str, Any], machine
 
 
 def found_at(name: str) -> str:
-    """ "OWNER/NAME, models/OWNER/NAME": what a person wrote, and the folder where that is another one."""
+    """Return "OWNER/NAME, models/OWNER/NAME": the name as given, and the folder if it differs."""
     folder = str(find_model(name))
     return folder if folder == name else f"{name}, {folder}"

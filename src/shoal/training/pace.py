@@ -1,4 +1,4 @@
-"""Who keeps the others waiting: each process measures itself, and the first one compares and says it."""
+"""Finds stragglers: each rank measures itself, and the first rank compares and reports."""
 
 from __future__ import annotations
 
@@ -21,46 +21,47 @@ _WORDS: Final = {
     "data": "its wait for data",
     "forward": "its forward",
     "backward": "its backward",
-    "reduce": "its share of the sums",
+    "reduce": "its reduction of gradients",
     "optimizer": "its optimizer",
-    "between": "what it does between steps",
+    "between": "its work between steps",
 }
 
 
 class Pace:
     """
-    Its methods are called by all processes at the same steps. What each was busy with in a step travels with the votes of
-    the next one, in a sum that is taken anyway.
+    Compares the ranks' own times by phase. All ranks call its methods at the same steps.
+
+    A step's times travel on the ballot of the next step, in a sum that is taken anyway.
     """
 
     def __init__(
         self, busy: Busy, ranks: Stragglers | None, hosts: Sequence[str], rank: int, phases: Sequence[str],
         scale: float, console: Console, event: Callable[..., None],
     ) -> None:  # fmt: skip
-        """hosts: by rank; empty: nothing is compared. phases: those that can be; scale: of forward and backward."""
+        """hosts: by rank; empty disables it. phases: those that can be compared. scale: of forward's and backward's times."""
         self.busy = busy
         self._ranks, self._hosts, self._rank, self._phases, self._scale = ranks, hosts, rank, phases, scale
         self._console, self._event = console, event
 
     @classmethod
     def open(cls, config: Config, mesh: Mesh, runnable: Runnable, console: Console, event: Callable[..., None]) -> Pace:
-        """A collective over the world."""
+        """Gather the ranks' hosts, and start to measure. A collective over the world."""
         factor = config.fault.straggler_factor
         compares = factor is not None and mesh.world_size > 1
         hosts = mesh.gather_objects(socket.gethostname()) if compares else []
         ranks = None
         if factor is not None and compares and mesh.is_first:
-            # the stages of a pipeline do different work: each rank is compared with those at its own
+            # Pipeline stages do different work: compare ranks within a stage.
             peers = mesh.layout.groups("dp_replicate", "dp_shard", "cp", "tp")
             ranks = Stragglers(factor, peers, len(PARTS))
-        # where some have a micro-batch more than others, as if all had as many
+        # Ranks may have one micro-batch fewer than others: scale their times to the largest count.
         most = max(map(len, runnable.slots))
         busy = Busy(mesh.device, runnable.turns, measures=compares)
         phases = comparable(config, mesh)
         return cls(busy, ranks, hosts, mesh.place.rank, phases, most / runnable.turns, console, event)
 
     def vote(self, step: int) -> Vote:
-        """A place for each process and phase, of which this one fills its own: the sum over the world has all of them."""
+        """Tell this rank's seconds by phase: one number per rank and phase, zero for other ranks, so that the sum has all."""
         numbers = [0.0] * (len(self._hosts) * len(PARTS))
         seconds = self.busy.seconds()
         for place, phase in enumerate(PARTS if numbers else ()):
@@ -70,7 +71,7 @@ class Pace:
         return Vote(numbers, lambda sums: self._compare(step - 1, sums))
 
     def _compare(self, step: int, seconds: Sequence[float]) -> None:
-        """Say who is slow by the seconds of all ranks in all phases of `step`."""
+        """Report stragglers in `step`. seconds: [ranks * parts], flattened."""
         if self._ranks is None or not seconds:
             return
         changes = self._ranks.look(step, np.array(seconds).reshape(len(self._hosts), len(PARTS)))
@@ -80,6 +81,7 @@ class Pace:
             self._tell(rank, is_slow, list(group))
 
     def _tell(self, rank: int, is_slow: bool, changes: Sequence[Change]) -> None:
+        """Report a rank that became slow, or is not slow any more."""
         worst = changes[0]
         takes = "; ".join(
             f"{_WORDS[PARTS[c.phase]]} takes {_short(c.seconds)}, the others' {_short(c.others)}" for c in changes
@@ -94,15 +96,15 @@ class Pace:
             )  # fmt: skip
 
     def close(self) -> None:
-        """May be called twice."""
+        """Stop measuring. May be called twice."""
         self.busy.close()
 
 
 def comparable(config: Config, mesh: Mesh) -> list[str]:
     """
-    The phases in which a process's own time can be told from its waiting, and is the same work for all.
+    Return the phases in which a rank's own time can be told from its waiting, and all ranks have equal work.
 
-    On CUDA a stream waits in a collective, and events around it count that: what has one inside is left out.
+    On CUDA a stream waits inside a collective, and events around it include the wait: phases with collectives are excluded.
     """
     inside = set()
     if mesh.device.type == "cuda":
@@ -112,7 +114,7 @@ def comparable(config: Config, mesh: Mesh) -> list[str]:
         if mesh.layout.sharded or config.train.repro == "bitwise":
             inside.add("optimizer")  # the gradient's norm
     if config.optim.name == "muon":
-        inside.add("optimizer")  # a matrix has one owner: some own more than others
+        inside.add("optimizer")  # each matrix has one owner rank, and some own more than others
     return [phase for phase in PARTS if phase not in inside]
 
 

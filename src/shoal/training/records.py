@@ -1,4 +1,4 @@
-"""What a run writes down of itself while it goes on: metrics, events, the ledger of samples, where the time went."""
+"""Writes a run's files while it trains: metrics, events, the ledger of samples, where the time went."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from shoal.run.records import Evaluation, MetricsFile, StepRecord, forget_after
 
 class Records:
     """
-    The first process's files in the run's folder; the others keep time alone.
+    The run's files, written by the first rank; other ranks only keep time.
 
-    A disk that refuses costs no run: what waits is written when it can be.
+    A full disk does not stop a run: lines wait until they can be written.
     """
 
     def __init__(self, folder: RunFolder, console: Console, *, writes: bool) -> None:
-        """Raises `RunError` where the folder cannot be written to."""
+        """Create the run's folder. Raises `RunError` if it cannot be written to."""
         self.folder, self.console, self._writes = folder, console, writes
         self._said: set[str] = set()
         self._events: Events | None = None
@@ -36,11 +36,12 @@ class Records:
 
     def begin(self, header: Header, step: int, position: int, *, at_end: bool) -> None:
         """
-        Steps go on after `step`, from `position` on: at the start, and where the run went back. at_end: there are none, and
-        the evaluation after the last one comes once more.
+        Prepare the files for the steps after `step`, from sample `position` on: at the start and after a rollback.
+
+        at_end: no steps are left; only the last evaluation is repeated.
         """
         if self._writes:
-            with contextlib.suppress(OSError):  # then those steps stand there twice
+            with contextlib.suppress(OSError):  # then these steps appear twice in the file
                 forget_after(self.folder.metrics_file, step, evaluation=at_end)
             if self._metrics is not None:
                 self._metrics.close()
@@ -49,18 +50,18 @@ class Records:
             self._ledger.begin(step, position)
 
     def last_machine(self) -> dict[str, Any]:
-        """What the last start's bits depended on, as `events.jsonl` has it; empty where there is none."""
+        """Return what the last start's bits depended on, from `events.jsonl`; empty if there was none."""
         started = [e for e in read_json_lines(self.folder.events_file) if e.get("event") == "started"]
         machine = started[-1].get("machine") if started else None
         return machine if isinstance(machine, dict) else {}
 
     def event(self, event: str, **facts: Any) -> None:
-        """A line of `events.jsonl`."""
+        """Write a line of `events.jsonl`."""
         if self._events is not None:
             self._events.say(event, **facts)
 
     def metrics(self, record: StepRecord | Evaluation) -> None:
-        """A line of `metrics.jsonl`."""
+        """Write a line of `metrics.jsonl`."""
         if self._metrics is not None:
             self._metrics.record(record)
             self._complain(self._metrics.problem)
@@ -68,23 +69,23 @@ class Records:
     def samples(
         self, step: int, first: int, stop: int, total: float, *, skipped: bool, windows: Sequence[tuple[int, int]]
     ) -> None:
-        """A line of `ledger.jsonl`: a step of positions [first, stop), and the sum of what the processes had of it."""
+        """Write a line of `ledger.jsonl`: a step of positions [first, stop); total: its samples' checksum over the world."""
         if self._ledger is not None:
             self._ledger.record(step, first, stop, total, skipped=skipped, windows=windows)
             self._complain(self._ledger.problem)
 
     def sync(self) -> None:
-        """A power cut leaves no checkpoint that is ahead of the ledger."""
+        """Flush the ledger, so that a power cut leaves no checkpoint ahead of it."""
         if self._ledger is not None:
             self._ledger.sync()
 
     def goodput(self) -> str:
-        """Where the time went until now, in a line; "" on all but the first process."""
+        """Return where the time went so far, in a line; empty on all but the first rank."""
         self.clock.write()
         return in_words(account(self.folder.time_file)) if self._writes else ""
 
     def close(self) -> None:
-        """May be called twice."""
+        """Write what waits, and close the files. May be called twice."""
         self.clock.close()
         for each in (self._events, self._metrics, self._ledger):
             if each is not None:
@@ -92,7 +93,7 @@ class Records:
                 self._complain(each.problem)
 
     def _complain(self, problem: str | None) -> None:
-        """Once for each problem, until it is over."""
+        """Warn of a problem once, until it is over."""
         if problem is None:
             self._said.clear()
         elif problem not in self._said:

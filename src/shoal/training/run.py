@@ -41,12 +41,12 @@ from shoal.training.state import TrainState
 
 @dataclass(kw_only=True)
 class Start:
-    """How a run starts, for what a person is told of it."""
+    """How a run starts, as the user is told."""
 
-    before: Config  # the config that it had
+    before: Config  # the config of the run so far
     changed: Sequence[Difference]
     restored: Saved | None = None  # the checkpoint that it resumes from
-    applied: list[str] = field(default_factory=list)  # a line for each thing that was done to the model
+    applied: list[str] = field(default_factory=list)  # a line for each technique applied to the model
 
 
 @dataclass(kw_only=True)
@@ -64,18 +64,18 @@ class Watch:
     def open(
         cls, config: Config, mesh: Mesh, runnable: Runnable, heartbeat: Heartbeat, faults: Faults, records: Records
     ) -> Watch:
-        """A collective over the world."""
+        """Open the observers. A collective over the world."""
         meter = Meter(config, mesh)
         heartbeat.outside("opening the run")
         pace = Pace.open(config, mesh, runnable, records.console, records.event)
         pace.busy.waits.tell = heartbeat.waits
         progress = DeviceProgress(mesh.device, heartbeat)
-        # Faults happen inside what is timed; "data" counts to the clock without a fault's delay.
+        # Order matters: a planned delay must be inside what the meter and the pace time, and outside the clock's "data".
         phases = Phases([progress, meter, pace.busy, faults, records.clock])
         return cls(heartbeat=heartbeat, progress=progress, meter=meter, pace=pace, faults=faults, phases=phases)
 
     def begin(self, step: int) -> None:
-        """`step` begins."""
+        """Tell the observers that `step` begins."""
         self.meter.begin(step)
         self.faults.step = step
         self.heartbeat.begin(step)
@@ -90,7 +90,7 @@ class Stopping:
     limit: TimeLimit
 
     def is_asked(self) -> bool:
-        """Whether this process was asked to stop; call it once a step, from which the time limit learns."""
+        """Return whether this process was asked to stop. Call it once a step: the time limit learns from that."""
         time_is_up = self.limit.is_due()
         return bool(self.stop) or time_is_up
 
@@ -117,7 +117,7 @@ class Run:
     total_steps: int
     start: Start
     evaluation: Evaluation | None = None  # the last one
-    measuring: Measuring | None = None  # the held-out text's size by gzip and xz; on the first rank
+    measuring: Measuring | None = None  # compresses the held-out text with gzip and xz; on the first rank
 
     @classmethod
     def open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat | None = None) -> Run:
@@ -128,12 +128,12 @@ class Run:
         console, folder = records.console, records.folder
         prepared = open_data(
             config.data, Console(speaks=mesh.is_first and not is_launched())
-        )  # else it is said already
+        )  # a launcher has shown the progress already
         heartbeat.outside("measuring the device")
         config = finish_config(config, folder, prepared, mesh, console.warn)
         rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
         start = Start(changed=folder.agree(config), before=folder.begun() or config)
-        mesh.barrier()  # nobody writes the config before everybody has compared
+        mesh.barrier()  # all ranks compare the config before the first one writes it
         faults = Faults(mesh.place.rank, folder.events_file)
         saving = Saving.open(config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at)
         saving.total_steps = count_steps(config.train, config.data.seq_len, len(rows))
@@ -168,7 +168,7 @@ class Run:
         return run
 
     def connect(self) -> None:
-        """Tell those who need to know of each save, and give planned faults what they break."""
+        """Connect saves with the time limit and the heartbeat, and planned faults with their targets."""
         self.saving.on_saved = self.stopping.limit.saved
         self.saving.on_checkpoint = self.watch.heartbeat.saved
         faults = self.watch.faults
@@ -179,7 +179,7 @@ class Run:
         }
 
     def evaluate(self, max_tokens: int | None) -> None:
-        """Loss on held-out documents, to the console, the metrics and the next checkpoint."""
+        """Compute the validation loss; show and record it, and keep it for the next checkpoint. A collective."""
         self.watch.pace.busy.interrupt()
         runnable = self.runnable
         runnable.train(False)
@@ -193,12 +193,12 @@ class Run:
         self.records.metrics(self.evaluation)
 
     def val_loss(self) -> float | None:
-        """Of this step; an older evaluation was of another model."""
+        """Return the validation loss of this very step, or None: an older one belongs to other weights."""
         last = self.evaluation
         return last.val_loss if last is not None and last.step == self.state.step else None
 
     def close(self) -> None:
-        """May be called twice."""
+        """Close files, threads and the run's lock. May be called twice."""
         if self.measuring is not None:
             self.measuring.close()
         self.loader.close()
@@ -241,5 +241,5 @@ def _ledger_header(config: Config, mesh: Mesh, rows: Rows, prepared: Prepared) -
 
 
 def _time_limit(config: Config, state: TrainState) -> TimeLimit:
-    """Return this worker's time limit, with the bytes it saves for a first guess at a save's time."""
+    """Open this worker's time limit; the bytes it saves give a first guess of a save's time."""
     return TimeLimit.open(config.launch.time_limit_minutes, sum(p.tensor.nbytes for p in state.tensors().values()))

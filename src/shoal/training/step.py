@@ -19,11 +19,11 @@ from shoal.training.state import TrainState
 
 
 class Result(NamedTuple):
-    """What a step came to, on the host."""
+    """The numbers of a step, on the host."""
 
-    loss_sum: float  # over valid tokens
-    tokens: float  # valid ones
-    norm: float  # of the gradient
+    loss_sum: float  # summed over valid tokens, nats
+    tokens: float  # valid tokens
+    norm: float  # of the gradient, before clipping
     skipped: bool
     said: Sequence[float]  # the ballot's sums
 
@@ -31,10 +31,10 @@ class Result(NamedTuple):
 @dataclass(frozen=True)
 class Stats:
     """
-    What a step says of itself.
+    A step's numbers, on their way from the device.
 
-    copied: the host's copy of its numbers, that is there when the step is `over`. On a GPU the copy is queued right behind
-    the step, so that reading it waits for no later one.
+    copied: the host's copy, complete when the step is `over`. On a GPU the copy is queued right behind the step, so that
+    reading it does not wait for the next step.
     """
 
     step: int
@@ -42,11 +42,11 @@ class Stats:
     over: Moment
     copied: torch.Tensor
     ballot: Ballot = EMPTY
-    first: int = 0  # the position of its first sample
-    loss_scale: torch.Tensor | None = None  # float16's for the next step, as this one left it: copied, too
+    first: int = 0  # position of its first sample
+    loss_scale: torch.Tensor | None = None  # float16's loss scale after this step; copied to the host too
 
     def read(self) -> Result:
-        """Return the step's numbers; waits until the step is over."""
+        """Wait until the step is over; return its numbers."""
         self.over.wait()
         loss_sum, tokens, norm, skipped, *said = self.copied.tolist()
         return Result(loss_sum, tokens, norm, bool(skipped), said)
@@ -65,10 +65,10 @@ def train_step(
     phases: Phases = NO_PHASES,
 ) -> Stats:
     """
-    Forward, backward, sum over processes, judge, clip, update. Collectives over all axes.
+    Run forward, backward, the sums over ranks, the guard, clipping and the update. Collectives over all axes.
 
-    guard: leaves steps out that are not sound, and the state as it was; None: those alone whose norm is no number.
-    ballot: what this process has to say to the others; its sums over the world come back.
+    guard: decides whether to skip the update; None: skip it only if the gradient norm is NaN or Inf.
+    ballot: what this rank tells the others; it travels in the same all-reduce as the losses.
     """
     optimizer, scaler = state.optimizer, state.scaler
     losses, tokens = runnable.forward_backward(batches, step, phases, scaler.scale if scaler else 1.0)
@@ -87,7 +87,7 @@ def train_step(
     numbers = torch.stack(
         [loss * tokens, tokens.double(), norm.double().to(loss.device), skip.double().to(loss.device)]
     )
-    # without waiting, and into pinned memory: `to` asks for it where a copy is non-blocking
+    # No wait: a non-blocking `to` copies into pinned memory, which it allocates itself.
     copied = torch.cat([numbers, said]).to("cpu", non_blocking=True)
     scale = scaler.scale.to("cpu", non_blocking=True, copy=True) if scaler else None
     return Stats(step, lr, Moment(losses.device), copied, ballot, loss_scale=scale)
