@@ -129,7 +129,7 @@ def test_what_a_run_writes_of_itself_waits_for_room(tmp_path: Path, disk: Disk) 
     )  # fmt: skip
     wait_for(process, "step   17/9000")
     disk.fill()
-    wait_for(process, "cannot be written: No space left on device; it is tried again")
+    wait_for(process, "cannot be written: No space left on device; writing is retried")
     said = "".join(until(process, "/9000  loss"))
     disk.empty()
     wait_for(process, "/9000  loss")

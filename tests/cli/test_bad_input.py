@@ -107,7 +107,7 @@ def test_others_that_never_come(place: Place) -> None:
         (["train", "recip.yaml"], "did you mean recipe.yaml?"),
         (["train"], "shoal train needs a recipe"),
         (["trian", "recipe.yaml"], "invalid choice: 'trian'"),
-        (["eval", "nowhere"], "runs/nowhere is no run; there are done"),
+        (["eval", "nowhere"], "runs/nowhere is not a run; there are done"),
         (["train", "no\x1b[2Jsuch.yaml"], "no\\x1b[2Jsuch.yaml"),
         (["eval", "done", "--step", "77"], "has no checkpoint of step 77; there are steps 5, 6"),
         (["eval", "done", "--tokens", "3"], "shoal eval does not take --tokens"),

@@ -81,7 +81,7 @@ def test_large_models_go_out_in_several_files(place: Place) -> None:
 @pytest.mark.parametrize(
     ("target", "step", "out", "words"),
     [
-        ("nobody", None, "x", "is no run; there are bare, own"),
+        ("nobody", None, "x", "is not a run; there are bare, own"),
         ("bare", 4, "x", "no checkpoint of step 4; there are steps 3, 5"),
         ("bare", None, "recipe.yaml", "is there already, and is a file"),
         ("bare", None, "runs/bare", "is there already, and holds checkpoints, which no export writes"),

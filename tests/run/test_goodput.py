@@ -309,7 +309,7 @@ def test_the_commands(tmp_path: Path) -> None:
     place = Place(tmp_path)
     run = tmp_path / "runs" / "mine"
     run.mkdir(parents=True)
-    assert "runs/none is no run" in place.refused("goodput", "none")
+    assert "runs/none is not a run" in place.refused("goodput", "none")
     (run / "config.yaml").write_text("{}\n")
     assert "has no time.jsonl" in place.refused("goodput", "mine")
     assert "has no ledger.jsonl" in place.refused("ledger", "mine")

@@ -1,8 +1,7 @@
 """
-How long this process itself is busy in each phase of a step: without the time that it waits for the others.
+How long this process is busy in each phase of a step, without the time it waits for others.
 
-In a step all processes take equally long, since the fast ones wait for the slow one: what tells them apart is what
-each of them does when nobody keeps it waiting.
+A step takes equally long on all processes, since fast ones wait for the slowest: only busy time tells them apart.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ import torch.distributed as dist
 from shoal.run.phases import PHASES
 
 PARTS: Final = (*PHASES, "between")
-"""Of a step; `between`: all else that the host does from one step to the next, a save's stall among it."""
+"""The parts of a step; `between`: everything else on the host until the next step, including a save's stall."""
 
 
 class Waits:
     """
     Seconds that this process waited for others.
 
-    On a CPU a process waits in torch's `Work.wait` alone, in our own collectives and in those inside FSDP2 and pipelines:
-    there it is timed. On CUDA that returns at once, and a stream waits instead.
+    On a CPU a process waits only in torch's `Work.wait`, for our own collectives and those of FSDP2 and pipelines: it is
+    timed there. On CUDA `Work.wait` returns at once, and a stream waits instead.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.tell: Callable[[bool], None] = lambda waits: None
-        """Called when it begins to wait, and when it goes on."""
+        """Called with True when a wait begins, with False when it ends."""
         self._wait: Callable[..., Any] | None = None
 
     def watch(self) -> None:
@@ -52,7 +51,7 @@ class Waits:
 
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
-        """What is done inside waits for others, or for the device, and nothing in it is counted twice."""
+        """Count the time inside as waiting, for others or for the device; count nested waits once."""
         begun, before = time.perf_counter(), self.seconds
         try:
             yield
@@ -60,7 +59,7 @@ class Waits:
             self.seconds = before + time.perf_counter() - begun
 
     def close(self) -> None:
-        """May be called twice."""
+        """Restore `Work.wait`. May be called twice."""
         if self._wait is not None:
             dist.Work.wait, self._wait = self._wait, None  # type: ignore[method-assign]
 
@@ -69,26 +68,26 @@ class Busy:
     """
     This process's seconds in each of `PARTS`, step by step: `begin`, then `enter` and `leave` for each phase.
 
-    On CUDA forward, backward and optimizer are the device's time, between events which are read when they are long over;
-    of a step's forwards and backwards the first stands for all.
+    On CUDA forward, backward and optimizer are timed on the device, by events that are read long after they occurred; the
+    first forward and backward of a step represent all.
     """
 
     def __init__(self, device: torch.device, turns: int, *, measures: bool = True) -> None:
-        """turns: forwards that this process takes in a step; measures: else it does nothing."""
+        """turns: forwards of this process in a step. measures: False disables it."""
         self.waits = Waits()
         self._cuda, self._turns, self._measures = device.type == "cuda", turns, measures
         if measures and not self._cuda:
             self.waits.watch()
-        self._entered: dict[str, tuple[float, float]] = {}  # by phase: waited, and when it began
-        self._ends: dict[str, torch.cuda.Event] = {}  # to be recorded where the phase ends
+        self._entered: dict[str, tuple[float, float]] = {}  # by phase: seconds waited so far, begin
+        self._ends: dict[str, torch.cuda.Event] = {}  # by phase: recorded when it ends
         self._begun: float | None = None
         self._waited = 0.0
         self._interrupted = False
-        self._steps: list[_Step] = []  # that are over on the host, and perhaps not on the device
+        self._steps: list[_Step] = []  # over on the host, perhaps not on the device
         self._now = _Step()
 
     def begin(self) -> None:
-        """A step begins, and with it the one before is over."""
+        """Begin a step; the one before it is over."""
         if not self._measures:
             return
         now = time.perf_counter()
@@ -100,6 +99,7 @@ class Busy:
         self._begun, self._waited, self._interrupted, self._now = now, self.waits.seconds, False, _Step()
 
     def enter(self, phase: str) -> None:
+        """Start timing `phase`."""
         if not self._measures:
             return
         device = self._now.device
@@ -111,6 +111,7 @@ class Busy:
         self._entered[phase] = self.waits.seconds, time.perf_counter()
 
     def leave(self, phase: str) -> None:
+        """Add the time since `enter`, without waits."""
         if not self._measures:
             return
         waited, begun = self._entered[phase]
@@ -121,11 +122,11 @@ class Busy:
             end.record()
 
     def interrupt(self) -> None:
-        """Something that is no part of training comes between this step and the next: `between` is not known."""
+        """Mark `between` as unknown: something other than training happens before the next step."""
         self._interrupted = True
 
     def seconds(self) -> dict[str, float]:
-        """By phase, of the newest step that is over and was not asked for yet; nothing where there is none."""
+        """Return seconds by part of the newest finished step not returned before; empty if there is none."""
         found: dict[str, float] = {}
         while self._steps and self._steps[0].is_over():
             step = self._steps.pop(0)
@@ -135,7 +136,7 @@ class Busy:
         return found
 
     def close(self) -> None:
-        """May be called twice."""
+        """Stop measuring. May be called twice."""
         self.waits.close()
 
 
@@ -147,5 +148,5 @@ class _Step:
         self.device: dict[str, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
 
     def is_over(self) -> bool:
-        """On the device too; does not wait for it."""
+        """Return whether the step is over on the device too, without waiting."""
         return all(end.query() for _, end in self.device.values())  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""The run's events: `events.jsonl`, a line an event."""
+"""The run's events: `events.jsonl`, one line per event."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ class Events(PatientLines):
     """Starts, saves, faults and stops, with the time of day."""
 
     def say(self, event: str, **facts: Any) -> None:
+        """Add a line for `event`, with the time."""
         self.add({"time": round(time.time(), 3), "event": event, **facts})
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that are whole; none where there is no file."""
+    """Return the whole lines of a file; none if there is no file."""
     return list(whole_lines(path)) if path.is_file() else []

@@ -51,7 +51,7 @@ def check_replicas(run: Run) -> None:
 def go_back(run: Run, back: GoBack) -> None:
     """Roll back to the newest whole checkpoint. A collective; raises `DivergedError` if rollbacks do not help."""
     step = run.state.step
-    run.watch.heartbeat.outside("going back")
+    run.watch.heartbeat.outside("rolling back")
     run.watch.pace.busy.interrupt()
     run.recovery.may_go_back(step, back.why)
     run.saving.wait_for_all(step)
