@@ -1,4 +1,4 @@
-"""What a person sees: which steps, in how many columns, what takes long, and no control characters of others."""
+"""The console: which steps are shown, in how many columns, long phases, and no foreign control characters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_step_fits_the_width_by_leaving_out_what_matters_least() -> None:
         ["mfu", "lr", "GiB", "norm", "left"], ["lr", "GiB", "norm", "left"], ["GiB", "norm", "left"], ["norm", "left"],
         ["left"], [],
     ]  # fmt: skip
-    assert seen[-1] == "step     7/20000  loss 3.2100  123,263 tok/s"  # what is never left out
+    assert seen[-1] == "step     7/20000  loss 3.2100  123,263 tok/s"  # never dropped
     assert "mfu" not in step_line(dataclasses.replace(RECORD, mfu=None), 20_000, None)
 
 
@@ -83,7 +83,7 @@ def test_what_takes_long_is_named_while_it_lasts_and_when_it_is_over() -> None:
             narrator.begin("loading")
         elif clock.now == 80.0:
             narrator.begin(None)
-        narrator.begin("loading") if 2.0 < clock.now < 80.0 else None  # again and again changes nothing
+        narrator.begin("loading") if 2.0 < clock.now < 80.0 else None  # repeating it changes nothing
         narrator.look()
     assert said == [
         (2.0, "a second: 1.5 s"), (4.0, "loading ..."), (12.0, "loading: 10s so far"), (32.0, "loading: 30s so far"),

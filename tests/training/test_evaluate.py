@@ -1,4 +1,4 @@
-"""A long evaluation that goes on is no hang."""
+"""A long evaluation that makes progress is not a hang."""
 
 from __future__ import annotations
 

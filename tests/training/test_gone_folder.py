@@ -1,4 +1,4 @@
-"""A run that started from a folder goes on without it: its checkpoint has the weights, and it keeps the rest."""
+"""A run that started from a model folder resumes without it: its checkpoint has the weights, and it keeps the rest."""
 
 from __future__ import annotations
 

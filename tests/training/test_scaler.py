@@ -56,7 +56,7 @@ def test_scale_and_weights_are_those_of_torchs_grad_scaler(monkeypatch: pytest.M
 
 
 def in_float16(mesh: Mesh, config: Config, steps: int) -> tuple[Step, list[float]]:
-    """On a CPU, where shoal refuses float16 since it is slow; the model is tiny. The scale after each step of a run."""
+    """Train in float16 on a CPU, with shoal's check for its slowness disabled; return the scale after each step."""
     with patch("shoal.training.finish_config.check_dtype"):
         step = first_step(mesh, config)
         run = Run.open(
@@ -92,11 +92,11 @@ def test_float16_in_a_layout(
     norm = sum(g.square().sum() for g in exact.values()).sqrt()  # type: ignore[union-attr]
     error, own = (sum((g[n] - exact[n]).square().sum() for n in exact).sqrt() / norm for g in (grads, one))  # type: ignore[union-attr]
     assert error < 1.5 * own + 1e-4
-    assert 1e-5 < own < 1e-2  # it is rounded, and no more than that
+    assert 1e-5 < own < 1e-2  # only rounding
 
 
 def test_a_run_goes_on_after_a_step_that_overflowed(tmp_path: Path) -> None:
-    """The first scale is too large here: it is halved, nothing is learnt from that step, and the run goes on."""
+    """If the first scale is too large, it is halved, the step is skipped, and the run continues."""
     with patch("shoal.training.scaler.START", 2.0**30):
         step, scales = in_float16(ALONE, config_of(tmp_path, "large", train__dtype="float16"), 3)
     assert scales == [2.0**29, 2.0**28, 2.0**27]

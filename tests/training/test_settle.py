@@ -1,4 +1,4 @@
-"""What `train.dtype: auto` comes to on a CPU, and what is said of a dtype that is slow there."""
+"""The dtype chosen for `train.dtype: auto` on a CPU, and the warning about a slow one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_auto_is_float32_unless_bfloat16_was_seen_to_be_faster(
 
 
 def settle_with(mesh: Mesh, ratios: list[float]) -> str:
-    """On a rank that sees bfloat16 so many times as fast as float32; 0: one without the instructions."""
+    """Choose the dtype on a rank where bfloat16 is `ratio` times as fast as float32; 0: without the instructions."""
     ratio = ratios[mesh.place.rank]
     before = settle.multiplies_bfloat16, settle.product_rates
     settle.multiplies_bfloat16, settle.product_rates = lambda: ratio > 0, lambda *a, **o: [ratio, 1.0]  # type: ignore[assignment]
@@ -73,7 +73,7 @@ def test_slow_bfloat16_is_told_by_how_much(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def settled_with(mesh: Mesh, folder: str, dtype: str, quick: bool, rates: list[float]) -> tuple[str, list[str]]:
-    """The dtype that `settle` itself comes to on a rank of this kind, and what it said."""
+    """Return the dtype that `finish_config` chooses on a rank of this kind, and its warnings."""
     said: list[str] = []
     rows = SimpleNamespace(check_rows=lambda size: None)
     prepared: Any = SimpleNamespace(vocab_size=257, tokenizer=rows)
@@ -101,7 +101,7 @@ def test_slow_bfloat16_is_said_once_by_the_first_rank_and_the_run_goes_on_with_i
 def test_a_resume_keeps_what_was_measured_and_another_run_measures_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Else a killed run would end with other bits, and one busy moment would decide for every run after it."""
+    """Otherwise a killed run would end with other bits, and one busy moment would decide for all later runs."""
     wanted = Config().replace("train", dtype="auto", steps=1, device="cpu").replace("launch", processes=2)
     folder = RunFolder(tmp_path / "first")
     folder.path.mkdir()

@@ -1,4 +1,4 @@
-"""A step never waits for the device, as far as a CPU can tell; what is planted to wait is found."""
+"""A step never waits for the device, as far as a CPU can tell; planted waits are found."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_what_does_not_wait_is_none() -> None:
 
 
 def waits_of_a_step(mesh: Mesh, config: Any, planted: str | None = None) -> list[Wait]:
-    """Those of the second step; planted: "judge" of the step reads the loss, or "backward" a gradient."""
+    """Return the waits of the second step; planted: "judge" reads the loss, "backward" a gradient."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
 
     def step(number: int, batches: Sequence[Batch]) -> None:
@@ -82,7 +82,7 @@ def waits_of_a_step(mesh: Mesh, config: Any, planted: str | None = None) -> list
         judge = run.guard.judge
         run.guard.judge = lambda loss, norm: (loss.tolist(), judge(loss, norm))[1]  # type: ignore[method-assign]
     if planted == "backward":
-        # None: what a hook returns is taken for a gradient
+        # None: a hook's return value would replace the gradient
         run.runnable.shards[0].parameter.register_post_accumulate_grad_hook(lambda p: (p.grad.max().item(), None)[1])
     batches, rehearsal = run.loader.next_step(), Rehearsal()
     for batch in batches:
@@ -91,7 +91,7 @@ def waits_of_a_step(mesh: Mesh, config: Any, planted: str | None = None) -> list
     try:
         with rehearsal as waits:
             step(2, batches)
-    finally:  # the mesh is other tests', too
+    finally:  # other tests use the mesh too
         run.runnable.mesh.device = device
         run.close()
     return waits
