@@ -48,7 +48,7 @@ def equal(one: list[Parts], other: list[Parts]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "train__steps": 8,
     "checkpoint__every": 2,
     "checkpoint__background": False,

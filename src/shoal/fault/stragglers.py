@@ -72,7 +72,11 @@ class Stragglers:
         return sorted(found, key=lambda c: c.others - c.seconds)
 
     def _usual(self, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return the median of the peers' seconds for each rank in their slower half; the own seconds for the others."""
+        """
+        Return for each rank the median seconds of its peers without itself; its own if it has none.
+
+        The median is exact for ranks in the slower half, which are the only ones that can be slow.
+        """
         usual = seconds.copy()
         for ranks in self._peers:
             n = len(ranks)

@@ -66,7 +66,7 @@ class Recovery:
         names = ", ".join(each.name for each in differing[:3]) + (", ..." if len(differing) > 3 else "")
         self._event("corrupted", step=step, ranks=ranks, tensors=[each.name for each in differing])
         which = f"rank {ranks[0]} holds" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} hold"
-        raise GoBack(f"{which} bits that differ from its replicas, in {names}: memory or arithmetic failed there")
+        raise GoBack(f"{which} bits that differ from the other replicas, in {names}: memory or arithmetic failed there")
 
     def may_go_back(self, step: int, why: str) -> None:
         """Count a rollback. Raises `DivergedError` after more than `fault.max_rollbacks` without progress."""
