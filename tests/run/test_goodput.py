@@ -170,7 +170,8 @@ def test_a_clock_that_is_set_back_counts_nothing_twice(tmp_path: Path) -> None:
 def test_sums_are_the_time_between_the_first_start_and_the_last_line(tmp_path: Path, seed: int) -> None:
     """Random lives, against a model that remembers each step's time and adds up the kept ones."""
     draw = random.Random(seed)
-    path, now, saved, took = tmp_path / "time.jsonl", 5_000.0, 0, {}
+    path, now, saved = tmp_path / "time.jsonl", 5_000.0, 0
+    took: dict[int, float] = {}
     lost = idle = 0.0
     end = now
     for _ in range(6):
@@ -254,7 +255,7 @@ def test_a_folder_that_is_not_there_raises_nothing(tmp_path: Path) -> None:
         silent.begin(0)
         silent.reached(1)
         silent.close()
-    with pytest.raises(ValueError, match="lunch is none of step, start"):
+    with pytest.raises(ValueError, match="unknown category lunch; use one of step, start"):
         clock.spend("lunch").__enter__()
 
 

@@ -126,7 +126,7 @@ def test_where_going_back_does_not_help_the_run_ends_in_words(tmp_path: Path) ->
     with pytest.raises(DivergedError, match="1 rollbacks did not help"):
         trained(ALONE, config, faults)
     config = config_of(tmp_path, "early", **OPTIONS)
-    with pytest.raises(DivergedError, match=r"step 2: 2 steps in a row were left out, and there is no checkpoint"):
+    with pytest.raises(DivergedError, match=r"step 2: 2 steps in a row were skipped, and there is no checkpoint"):
         trained(ALONE, config, [fault("nan", 1), fault("nan", 2)])
 
 

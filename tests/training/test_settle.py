@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -50,12 +51,8 @@ def test_auto_is_float32_unless_bfloat16_was_seen_to_be_faster(
 def settle_with(mesh: Mesh, ratios: list[float]) -> str:
     """Choose the dtype on a rank where bfloat16 is `ratio` times as fast as float32; 0: without the instructions."""
     ratio = ratios[mesh.place.rank]
-    before = settle.multiplies_bfloat16, settle.product_rates
-    settle.multiplies_bfloat16, settle.product_rates = lambda: ratio > 0, lambda *a, **o: [ratio, 1.0]  # type: ignore[assignment]
-    try:
+    with mock.patch.multiple(settle, multiplies_bfloat16=lambda: ratio > 0, product_rates=lambda *a, **o: [ratio, 1.0]):
         return choose_dtype("auto", mesh)
-    finally:
-        settle.multiplies_bfloat16, settle.product_rates = before
 
 
 @pytest.mark.parametrize(
@@ -77,13 +74,9 @@ def settled_with(mesh: Mesh, folder: str, dtype: str, quick: bool, rates: list[f
     said: list[str] = []
     rows = SimpleNamespace(check_rows=lambda size: None)
     prepared: Any = SimpleNamespace(vocab_size=257, tokenizer=rows)
-    before = settle.multiplies_bfloat16, settle.product_rates
-    settle.multiplies_bfloat16, settle.product_rates = lambda: quick, lambda *a, **o: rates  # type: ignore[assignment]
-    try:
-        config = Config().replace("train", dtype=dtype)
+    config = Config().replace("train", dtype=dtype)
+    with mock.patch.multiple(settle, multiplies_bfloat16=lambda: quick, product_rates=lambda *a, **o: rates):
         return settle.finish_config(config, RunFolder(Path(folder)), prepared, mesh, said.append).train.dtype, said
-    finally:
-        settle.multiplies_bfloat16, settle.product_rates = before
 
 
 @pytest.mark.parametrize(

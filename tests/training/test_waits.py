@@ -83,7 +83,8 @@ def waits_of_a_step(mesh: Mesh, config: Any, planted: str | None = None) -> list
         run.guard.judge = lambda loss, norm: (loss.tolist(), judge(loss, norm))[1]  # type: ignore[method-assign]
     if planted == "backward":
         # None: a hook's return value would replace the gradient
-        run.runnable.shards[0].parameter.register_post_accumulate_grad_hook(lambda p: (p.grad.max().item(), None)[1])
+        weight = run.runnable.shards[0].parameter
+        weight.register_post_accumulate_grad_hook(lambda p: (p.grad.max().item(), None)[1])  # type: ignore[no-untyped-call]
     batches, rehearsal = run.loader.next_step(), Rehearsal()
     for batch in batches:
         rehearsal.mark_host([batch.tokens, batch.labels, batch.positions, batch.document_ids])
