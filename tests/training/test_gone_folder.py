@@ -41,7 +41,7 @@ def test_it_goes_on_without_the_folder_to_the_same_bits(place: Place, family: st
     assert "org/tiny is gone: going on with what the run keeps of it" in output
     assert "resumed from" in output
     assert "weights were loaded from org/tiny" in output
-    assert "now they are the checkpoint's" in output
+    assert "now they come from the checkpoint" in output
     assert place.losses("mine") == place.losses("whole")
     place.good("generate", "mine", "--prompt", "a", "--tokens", "3")
     place.good("export", "mine", "--out", "out")
