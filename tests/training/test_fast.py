@@ -113,9 +113,9 @@ def test_what_is_damaged_is_passed_over_for_the_next_older_fast_or_lasting(
         capsys.readouterr()
         with opened(config) as run:
             assert run.state.step == found
-        said = capsys.readouterr().out
-        assert f"{step:08d}/shard-00000.safetensors was altered" in said
-        assert f"resumed from {where}" in said
+            assert run.start.restored is not None
+            assert run.start.restored.folder.parent == where
+        assert f"{step:08d}/shard-00000.safetensors was altered" in capsys.readouterr().out
     assert len(events(config, "damaged")) == 2
     with opened(config) as run:
         complete(run)
