@@ -174,11 +174,11 @@ def test_what_is_trained_on_meanwhile_is_not_what_is_saved(tmp_path: Path) -> No
     assert not store.begin(parts(live), state(5))  # one at a time
     outcome = None
     while outcome is None:
-        outcome = store.settle(store.serial, store.votes())
+        outcome = store.advance(store.serial, store.votes())
     assert outcome.ok
     assert outcome.step == 4
     assert is_equal(listed(tmp_path)[0], 1)
-    assert store.settle(store.serial, (1.0, 1.0, 0.0)) is None  # votes that come late are of nothing any more
+    assert store.advance(store.serial, (1.0, 1.0, 0.0)) is None  # votes that come late are of nothing any more
 
 
 class Cuda:
@@ -215,7 +215,7 @@ def test_memory_for_a_gpus_saves_is_locked_on_its_device_until_it_goes(
     live = [torch.randn(5, 3), torch.arange(7, dtype=torch.int16), torch.randn(2, 2, dtype=torch.float64)]
     with Rehearsal():
         staging = Staging(live)
-    places = staging.places()
+    places = staging.buffers()
     assert [(p.shape, p.dtype) for p in places] == [(t.shape, t.dtype) for t in live]
     (_, _, device), (_, _, first, size) = cuda.calls
     assert [call[:2] for call in cuda.calls] == [("staging", "set_device"), ("staging", "lock")]
@@ -237,7 +237,7 @@ def test_memory_for_a_gpus_saves_is_locked_on_its_device_until_it_goes(
 
 def test_memory_for_a_cpus_saves_is_not_locked(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cuda(monkeypatch)
-    assert len(Staging([torch.randn(3), torch.randn(2)]).places()) == 2
+    assert len(Staging([torch.randn(3), torch.randn(2)]).buffers()) == 2
     assert cuda.calls == []
 
 

@@ -12,11 +12,12 @@ import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from shoal.config.options import Config, Launch, Model, Train
-from shoal.elastic import agent
-from shoal.elastic.agent import Agent, run_workers
+from shoal.elastic import agent, supervise
+from shoal.elastic.agent import Agent
 from shoal.elastic.heartbeat import FOLDER
 from shoal.elastic.machines import Machines
-from shoal.elastic.stops import PassOn
+from shoal.elastic.stops import SignalForwarder
+from shoal.elastic.supervise import run_workers
 from shoal.errors import EXIT_LOST_PEER
 from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
@@ -35,7 +36,7 @@ os.abort()
 """
 
 
-class NoSignals(PassOn):
+class NoSignals(SignalForwarder):
     """Of a launcher inside pytest, which has its own use for signals."""
 
     def __init__(self) -> None:
@@ -57,14 +58,14 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         folder = RunFolder.of(config)
         folder.lock()
         os.mkfifo(tmp_path / "pipe")
-        make = agent._workers
+        make = supervise._workers
 
         def workers(*args: Any) -> Any:
             spec = make(*args)
             spec.args = ("-c", code, str(tmp_path / "pipe"))
             return spec
 
-        monkeypatch.setattr(agent, "_workers", workers)
+        monkeypatch.setattr(supervise, "_workers", workers)
         try:
             return run_workers(config, [], NoSignals()), read_json_lines(folder.events_file)
         finally:

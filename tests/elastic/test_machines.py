@@ -22,8 +22,8 @@ from shoal.checkpoint.saved import listed
 from shoal.config.options import Config
 from shoal.data.ledger import audit
 from shoal.elastic.heartbeat import Sign
-from shoal.elastic.machines import Machines, alike
-from shoal.elastic.watch import Look
+from shoal.elastic.machines import Machines, shared_settings
+from shoal.elastic.watch import RankStatus
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError, RunError
 from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
@@ -320,8 +320,8 @@ def test_who_was_started_otherwise_leaves(stays: bool) -> None:
 def test_places_and_speeds_may_differ_and_nothing_else() -> None:
     config = Config()
     here = config.replace("data", folder="/local/data").replace("launch", name="x").replace("metrics", peak_tflops=3.0)
-    assert alike(config) == alike(here)
-    assert alike(config) != alike(config.replace("train", steps=7))
+    assert shared_settings(config) == shared_settings(here)
+    assert shared_settings(config) != shared_settings(config.replace("train", steps=7))
 
 
 def test_who_came_and_who_left_is_said() -> None:
@@ -338,15 +338,15 @@ def test_workers_elsewhere_are_seen_by_the_clock_here() -> None:
     there.hosts = here.hosts = ["node0", "node1"]
     assert here.others() == []
     began = time.monotonic() - 7.0
-    there.post(lambda: [Look(3, Sign(12, 4, "backward", began, 0.0), "sleeping")])
+    there.post(lambda: [RankStatus(3, Sign(12, 4, "backward", began, 0.0), "sleeping")])
     (seen,) = here.others()
     assert (seen.rank, seen.sign.step, seen.sign.turn, seen.sign.phase, seen.host) == (3, 12, 4, "backward", "node1")
     assert time.monotonic() - seen.sign.since >= 7.0
-    assert there.first_to("hang")
-    assert not here.first_to("hang")
-    assert not here.regroups()
-    there.regroup()
-    assert here.regroups()
+    assert there.announce("hang")
+    assert not here.announce("hang")
+    assert not here.is_regrouping()
+    there.request_regroup()
+    assert here.is_regrouping()
 
 
 def test_launchers_that_start_together_hold_the_run_together(tmp_path: Path) -> None:

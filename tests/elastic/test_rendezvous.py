@@ -13,7 +13,7 @@ from torch.distributed import DistError, HashStore, TCPStore  # type: ignore[att
 from torch.distributed.elastic.rendezvous.api import RendezvousStateError, RendezvousTimeoutError
 
 from shoal.config.options import Config
-from shoal.elastic.rendezvous import Aside, Meeting, Signed
+from shoal.elastic.rendezvous import Meeting, SignedBackend, TimedCalls
 from shoal.system.network import read_address
 
 FAR = 30.0  # seconds, for what comes at once
@@ -111,11 +111,11 @@ def test_runs_of_one_name_in_two_folders_do_not_meet(seats: list[Meeting]) -> No
 
 def test_what_was_not_signed_by_one_who_sees_the_folder_is_not_unpickled() -> None:
     store = HashStore()
-    ours, theirs = (Signed(store, "run", key) for key in (b"ours", b"theirs"))
+    ours, theirs = (SignedBackend(store, "run", key) for key in (b"ours", b"theirs"))
     theirs.set_state(b"a pickle that runs what it likes")
     with pytest.raises(RendezvousStateError, match="not written by one of its launchers"):
         ours.get_state()
-    other = Signed(store, "another", b"ours")
+    other = SignedBackend(store, "another", b"ours")
     other.set_state(b"ours")
     found = other.get_state()
     assert found is not None
@@ -123,13 +123,13 @@ def test_what_was_not_signed_by_one_who_sees_the_folder_is_not_unpickled() -> No
 
 
 def test_a_store_that_is_silent_keeps_nobody_waiting() -> None:
-    aside, silent = Aside(), threading.Event()
-    assert aside.ask(lambda: 1, 0) == 1
-    assert aside.ask(lambda: int(silent.wait()), 0, 0.01) == 0
-    assert aside.ask(lambda: 1, 0) == 0  # the question before is not answered yet
+    calls, silent = TimedCalls(), threading.Event()
+    assert calls.call(lambda: 1, 0) == 1
+    assert calls.call(lambda: int(silent.wait()), 0, 0.01) == 0
+    assert calls.call(lambda: 1, 0) == 0  # the question before is not answered yet
     silent.set()
     until_answered = time.monotonic() + FAR
-    while aside.ask(lambda: 1, 0) == 0:
+    while calls.call(lambda: 1, 0) == 0:
         assert time.monotonic() < until_answered
 
 

@@ -32,7 +32,7 @@ def config(processes: int | None = None, threads: int | None = None, repro: str 
 
 
 @pytest.mark.parametrize(
-    ("settled", "processes", "free", "threads", "passive"),
+    ("fixed", "processes", "free", "threads", "passive"),
     [
         (None, 1, 8.0, 8, False),
         (None, 1, 7.6, 8, False),
@@ -50,11 +50,11 @@ def config(processes: int | None = None, threads: int | None = None, repro: str 
     ],
 )
 def test_threads_are_the_cores_that_others_leave_free(
-    settled: int | None, processes: int, free: float, threads: int, passive: bool, monkeypatch: pytest.MonkeyPatch
+    fixed: int | None, processes: int, free: float, threads: int, passive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torchrun, "free_cores", lambda: free)
     said: list[str] = []
-    assert choose_threads(settled, processes, say=said.append) == threads
+    assert choose_threads(fixed, processes, say=said.append) == threads
     assert len(said) == passive
     assert all(("other programs" in line) == (free < 8) for line in said)
     assert (os.environ.get("OMP_WAIT_POLICY") == "PASSIVE") == passive

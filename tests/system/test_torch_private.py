@@ -180,6 +180,15 @@ def test_a_missing_one_says_which_feature_and_what_to_do(monkeypatch: pytest.Mon
             assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("name", PRIVATE["processes"].names)
+def test_a_torch_without_a_name_of_its_elastic_agent_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_private, "exists", lambda each: each != name)
+    with pytest.raises(LaunchError) as caught:
+        require("processes")
+    assert f"starting and restarting processes uses {name.replace(':', '.')}, which torch " in str(caught.value)
+    assert "torchrun" in str(caught.value)
+
+
 def _sharded_gradients() -> None:
     ShardedGradients(Mock(spec=FSDPModule), Mock(), Mock(), Mock())
 

@@ -14,22 +14,22 @@ from typing import Final
 
 import psutil
 
-from shoal.checkpoint.memory_tier import Sharers
+from shoal.checkpoint.memory_tier import FolderGroup
 from shoal.mesh.mesh import Mesh
 from shoal.system.disk import gigabytes, write_whole
 
 KEPT: Final = 2
 COPIES: Final = KEPT + 1  # and one that is being written
-LIVES: Final = "memory.json"  # beside the checkpoints that last
+GENERATIONS_FILE: Final = "memory.json"  # beside the checkpoints that last
 
 
-def fast_folder(place: str, run: Path) -> Path:
+def folder_in_memory(place: str, run: Path) -> Path:
     """Of the run whose folder is `run`; another run of that name, elsewhere, has another one."""
     mark = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]
     return Path(place) / f"{run.name}-{mark}"
 
 
-def find_sharers(folder: Path, mesh: Mesh) -> tuple[Sharers, str]:
+def find_folder_group(folder: Path, mesh: Mesh) -> tuple[FolderGroup, str]:
     """
     Which processes see the same under `folder`, which is made; and why it cannot be used, the same on all processes, ""
     where it can. A collective over the world.
@@ -46,23 +46,23 @@ def find_sharers(folder: Path, mesh: Mesh) -> tuple[Sharers, str]:
         problem = f"{folder} cannot be written: {error.strerror}"
     mesh.barrier()
     seen = [rank for rank, token in enumerate(tokens) if os.path.exists(token)]
-    sharers = Sharers.of(mesh.place.rank, mesh.gather_objects(seen or [mesh.place.rank]))
+    group = FolderGroup.from_visible(mesh.place.rank, mesh.gather_objects(seen or [mesh.place.rank]))
     with contextlib.suppress(OSError):  # all have looked
         mine.unlink(missing_ok=True)
     problem = mesh.first_problem(problem)
-    if sharers is None:
+    if group is None:
         problem = problem or f"not all who see {folder} see the same there"
-    return sharers or Sharers.everyone(mesh.place.rank, mesh.world_size), problem
+    return group or FolderGroup.shared_by_all(mesh.place.rank, mesh.world_size), problem
 
 
-def lacks_room(folder: Path, own_bytes: int, mesh: Mesh, sharers: Sharers) -> str:
+def lacks_room(folder: Path, own_bytes: int, mesh: Mesh, group: FolderGroup) -> str:
     """
     Why so many bytes of each process, `COPIES` times, do not go into `folder`, the same on all processes; "" where they
     do. A collective over the world.
     """
     sizes, problem = mesh.gather_objects(own_bytes), ""
-    if sharers.is_first:
-        needed = COPIES * sum(sizes[r] for r in sharers.ranks)
+    if group.is_leader:
+        needed = COPIES * sum(sizes[r] for r in group.ranks)
         room = _free(folder) + sum(f.stat().st_size for f in folder.glob("**/*") if f.is_file())
         if room < needed:
             problem = f"{folder} has room for {gigabytes(room)}, and {COPIES} checkpoints take {gigabytes(needed)}"
@@ -84,18 +84,18 @@ def clear(folder: Path) -> None:
         folder.parent.rmdir()
 
 
-def read_lives(checkpoints: Path) -> dict[str, int | None]:
-    """Whose checkpoints in memory are of this run, and up to which step, as `write_lives` left word; none where it did not."""
+def read_generations(checkpoints: Path) -> dict[str, int | None]:
+    """Whose checkpoints in memory are of this run, and up to which step, as `write_generations` left word; none where it did not."""
     try:
-        found = json.loads((checkpoints / LIVES).read_text(encoding="utf-8"))
-        return {str(life): None if last is None else int(last) for life, last in found.items()}
+        found = json.loads((checkpoints / GENERATIONS_FILE).read_text(encoding="utf-8"))
+        return {str(generation): None if last is None else int(last) for generation, last in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
-def write_lives(checkpoints: Path, lives: Mapping[str, int | None]) -> None:
+def write_generations(checkpoints: Path, generations: Mapping[str, int | None]) -> None:
     """Where all machines see it; nothing where there are none. Raises `OSError`."""
-    if lives:
-        write_whole(checkpoints / LIVES, [json.dumps(lives).encode()])
+    if generations:
+        write_whole(checkpoints / GENERATIONS_FILE, [json.dumps(generations).encode()])
     else:
-        (checkpoints / LIVES).unlink(missing_ok=True)
+        (checkpoints / GENERATIONS_FILE).unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from shoal.checkpoint.memory_tier import Sharers
+from shoal.checkpoint.memory_tier import FolderGroup
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Part, Region
 
@@ -44,7 +44,7 @@ class RegionSavePlanner(DefaultSavePlanner):
         return self.plan
 
 
-def share_out(parts: Mapping[str, Part], mesh: Mesh, sharers: Sharers) -> tuple[list[str], bool]:
+def share_out(parts: Mapping[str, Part], mesh: Mesh, group: FolderGroup) -> tuple[list[str], bool]:
     """
     The names of the parts that this process is to write, and whether each folder gets all tensors, whole.
 
@@ -58,11 +58,11 @@ def share_out(parts: Mapping[str, Part], mesh: Mesh, sharers: Sharers) -> tuple[
     plans = mesh.gather_objects(planner.create_local_plan())
     names = {item.index.fqn for plan in plans for item in plan.items}
     shared, _ = planner.create_global_plan(plans)  # pure: every process comes to the same
-    if sharers.folders > 1:
-        if not all(_make_up(names, [plans[r] for r in ranks]) for ranks in sharers.groups):
+    if group.count > 1:
+        if not all(_make_up(names, [plans[r] for r in ranks]) for ranks in group.groups):
             return list(parts), False
-        shared, _ = planner.create_global_plan([plans[r] for r in sharers.ranks])
-    return [item.index.fqn for item in shared[sharers.index].items], True
+        shared, _ = planner.create_global_plan([plans[r] for r in group.ranks])
+    return [item.index.fqn for item in shared[group.index].items], True
 
 
 def _make_up(names: set[str], plans: Sequence[SavePlan]) -> bool:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from shoal.checkpoint.planner import RegionLoadPlanner
 from shoal.checkpoint.saved import Saved, read_state, verify
-from shoal.checkpoint.shard_file import places
+from shoal.checkpoint.shard_file import read_offsets
 from shoal.errors import CheckpointError
 from shoal.mesh.region import Part
 
@@ -59,7 +59,7 @@ def read_own(file: Path, parts: Mapping[str, Part]) -> None:
     """Fill `parts` from a shard that holds these very regions. Raises `CheckpointError`."""
     try:
         with safe_open(file, framework="pt") as shard:
-            offsets = places(shard.metadata())
+            offsets = read_offsets(shard.metadata())
             for name, part in parts.items():
                 found = shard.get_tensor(name)
                 if (offsets[name], found.shape) != (part.region.offsets, part.tensor.shape):

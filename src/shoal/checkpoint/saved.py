@@ -30,18 +30,31 @@ from shoal.system.disk import sha256_of
 FORMAT: Final = 1
 STATE: Final = "state.json"
 MANIFEST: Final = "manifest.json"
-MARK: Final = "mark"  # in state.json
+_SAVE_ID: Final = "mark"  # key in state.json
 _PREFIX: Final = "step-"
 _DAMAGED: Final = "damaged-"
 
 
 @dataclass(frozen=True)
-class Mark:
+class SaveId:
     """Of which save a checkpoint in memory is."""
 
-    life: str  # of the processes that wrote it
+    generation: str  # of the processes that wrote it
     save: int  # which one of theirs
-    cut: str  # how tensors were cut over processes; "": all that is in a folder makes them whole
+    layout_key: str  # how tensors were cut over processes; "": all that is in a folder makes them whole
+
+    def to_state(self) -> dict[str, Any]:
+        """Return what `state.json` keeps of it."""
+        return {_SAVE_ID: {"life": self.generation, "save": self.save, "cut": self.layout_key}}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> SaveId | None:
+        """Return what `to_state` put into `state.json`; None if there is none."""
+        try:
+            found = state[_SAVE_ID]
+            return cls(found["life"], found["save"], found["cut"])
+        except (KeyError, TypeError):
+            return None
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Saved:
     folder: Path
     step: int
     val_loss: float | None
-    mark: Mark | None = None  # of one that was saved in memory
+    save_id: SaveId | None = None  # of one that was saved in memory
 
 
 def folder_of(folder: Path, step: int) -> Path:
@@ -72,7 +85,7 @@ def listed(folder: Path) -> list[Saved]:
             with contextlib.suppress(CheckpointError):
                 state = read_state(path)
                 step = int(path.name.removeprefix(_PREFIX))
-                found.append(Saved(path, step, state.get("val_loss"), _mark(state.get(MARK))))
+                found.append(Saved(path, step, state.get("val_loss"), SaveId.from_state(state)))
     return found
 
 
@@ -119,13 +132,6 @@ def _damaged_files(folder: Path, files: Mapping[str, Any], share: int, shares: i
         for name, digest in zip(mine, pool.map(lambda n: sha256_of(paths[n]), mine), strict=True):
             if digest != files[name]["sha256"]:
                 yield f"{paths[name]} was altered: its SHA-256 is not the one written"
-
-
-def _mark(found: Any) -> Mark | None:
-    try:
-        return Mark(found["life"], found["save"], found["cut"])
-    except (KeyError, TypeError):
-        return None
 
 
 def discard(folder: Path) -> None:

@@ -29,7 +29,7 @@ _KINDS: Final = {getattr(torch, name): kind for kind, name in DTYPE_NAMES.items(
 
 
 @dataclass(frozen=True)
-class Item:
+class ShardItem:
     """A region of the tensor `name`, that begins at `offsets`."""
 
     name: str
@@ -47,7 +47,7 @@ class Digest:
 
 def write_shard(
     path: Path,
-    items: Sequence[Item],
+    items: Sequence[ShardItem],
     *,
     durable: bool = True,
     read_back: bool = True,
@@ -86,14 +86,14 @@ def pieces_of(tensor: Tensor) -> Iterator[Bytes]:
         yield flat[start : start + _PIECE_BYTES]
 
 
-def _pieces(items: Sequence[Item]) -> Iterator[memoryview]:
+def _pieces(items: Sequence[ShardItem]) -> Iterator[memoryview]:
     yield memoryview(_header(items))
     for item in items:
         for piece in pieces_of(item.tensor.contiguous()):
             yield piece.data
 
 
-def _header(items: Sequence[Item]) -> bytes:
+def _header(items: Sequence[ShardItem]) -> bytes:
     """The length of the header, and the header; filled up so that tensors begin at a multiple of 8."""
     begins = {item.name: {"saved_offsets": list(item.offsets)} for item in items}
     described = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(begins)}
@@ -112,7 +112,7 @@ def _header(items: Sequence[Item]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def places(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+def read_offsets(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
     """Where each tensor of a shard begins in the whole one, from what the shard says of itself."""
     begins = json.loads(metadata["DCP_SHARDING_INFO"])
     return {name: tuple(begin["saved_offsets"]) for name, begin in begins.items()}

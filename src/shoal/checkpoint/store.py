@@ -4,7 +4,7 @@ Checkpoints while a run goes on: staged, written by a thread, and there all at o
 A save has three parts. `begin` copies what this process is to write (all that the step waits for); a thread
 writes it aside, flushes it, hashes it and reads it back; and when every process has done so, the first one
 writes the manifest and renames the folder into its place. Processes tell each other how far they are in the sum that a
-step takes anyway: `votes` go in, `settle` gets what came out. So no step waits for a disk, and all know at the same
+step takes anyway: `votes` go in, `advance` gets what came out. So no step waits for a disk, and all know at the same
 step whether a save is there.
 
 A folder may be one for all, or one on each machine, in its memory: then the first process of each does what is done
@@ -17,43 +17,38 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 
-from shoal.checkpoint.memory_tier import Memory, Sharers
-from shoal.checkpoint.newest import choose, lend, point_to_latest
+from shoal.checkpoint.commit import leave_receipt, write_manifest
+from shoal.checkpoint.memory_tier import FolderGroup, MemoryTier
+from shoal.checkpoint.newest import choose, point_to_latest, replicate
 from shoal.checkpoint.planner import share_out
 from shoal.checkpoint.restore import read_into, read_own
 from shoal.checkpoint.saved import (
     FORMAT,
-    MANIFEST,
-    MARK,
-    STATE,
-    Mark,
     Saved,
+    SaveId,
     discard,
     folder_of,
     listed,
     read_state,
     shard_of,
 )
-from shoal.checkpoint.shard_file import Bytes, Digest, Item, pieces_of, write_shard
-from shoal.checkpoint.staging import Staging
+from shoal.checkpoint.shard_file import ShardItem, write_shard
+from shoal.checkpoint.staging import Staging, copy_all
 from shoal.errors import CheckpointError
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Part
-from shoal.system.disk import replace_folder, sha256_of, sync, write_whole
+from shoal.system.disk import replace_folder, sync
 
 VOTES: Final = 3  # numbers of `votes`
 
@@ -65,6 +60,17 @@ class Keep:
     last: int = 2
     every: int = 0
     best: bool = True
+
+    def steps(self, saved: Sequence[Saved], newest: int | None = None) -> set[int]:
+        """Which steps stay of those `saved`, oldest first. newest: count the last ones from this step back."""
+        last = [s.step for s in saved if newest is None or s.step <= newest]
+        kept = set(last[-self.last :])
+        if self.every:
+            kept |= {s.step for s in saved if s.step % self.every == 0}
+        judged = [s for s in saved if s.val_loss is not None]
+        if self.best and judged:
+            kept.add(min(judged, key=lambda s: (s.val_loss, s.step)).step)
+        return kept
 
 
 @dataclass(frozen=True)
@@ -111,11 +117,11 @@ class CheckpointStore:
         mesh: Mesh,
         *,
         keep: Keep = Keep(),
-        memory: Memory | None = None,
+        memory: MemoryTier | None = None,
         at: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.folder, self._mesh, self._keep, self._memory, self._at = folder, mesh, keep, memory, at
-        self.sharers = memory.sharers if memory else Sharers.everyone(mesh.place.rank, mesh.world_size)
+        self.folder_group = memory.group if memory else FolderGroup.shared_by_all(mesh.place.rank, mesh.world_size)
         self._last: int | None = None  # the step of the newest that all know of
         self._serial = 0
         self._save: _Save | None = None
@@ -123,7 +129,7 @@ class CheckpointStore:
         self._mine: list[str] | None = None  # the parts that this process writes
         self._whole = True  # whether each folder has all of every tensor
         self._staging: Staging | None = None
-        if self.sharers.is_first:
+        if self.folder_group.is_leader:
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
                 for leftover in folder.glob(".*"):  # of a save or a removal that was cut short
@@ -159,7 +165,8 @@ class CheckpointStore:
         careful = self._memory is None and (read_back or self._keep.last == 1)
         state = {"format": FORMAT, **state}
         if self._memory:
-            state[MARK] = asdict(Mark(self._memory.life, self._serial, "" if self._whole else self._memory.cut))
+            layout_key = "" if self._whole else self._memory.layout_key
+            state |= SaveId(self._memory.generation, self._serial, layout_key).to_state()
         self._save = save = _Save(self._serial, step, aside, state, careful)
         try:
             items, copied = self._stage(parts)
@@ -186,23 +193,25 @@ class CheckpointStore:
 
     def _share(self, parts: Mapping[str, Part]) -> list[str]:
         if self._mine is None:
-            self._mine, self._whole = share_out(parts, self._mesh, self.sharers)
+            self._mine, self._whole = share_out(parts, self._mesh, self.folder_group)
         return self._mine
 
-    def _stage(self, parts: Mapping[str, Part]) -> tuple[list[Item], torch.cuda.Event | None]:
+    def _stage(self, parts: Mapping[str, Part]) -> tuple[list[ShardItem], torch.cuda.Event | None]:
         """Copy what is this process's to write into memory that is kept for it; on CUDA, see when it will be there."""
         self._at("stage")
         assert self._mine is not None
         live = [parts[name].tensor for name in self._mine]
         self._staging = self._staging or Staging(live)
-        staged = self._staging.places()
-        _copy(staged, live)
+        staged = self._staging.buffers()
+        copy_all(live, staged)
         event = torch.cuda.Event() if any(t.is_cuda for t in live) else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
-        return [Item(n, parts[n].region.offsets, place) for n, place in zip(self._mine, staged, strict=True)], event
+        return [
+            ShardItem(n, parts[n].region.offsets, buffer) for n, buffer in zip(self._mine, staged, strict=True)
+        ], event
 
-    def _write(self, save: _Save, items: Sequence[Item], copied: torch.cuda.Event | None) -> None:
+    def _write(self, save: _Save, items: Sequence[ShardItem], copied: torch.cuda.Event | None) -> None:
         """In a thread: this process's file, and beside it what it is known by."""
         try:
             if copied is not None:
@@ -213,14 +222,13 @@ class CheckpointStore:
             digest = None
             if items or not self._whole:
                 digest = write_shard(path, items, durable=self._memory is None, read_back=save.read_back, at=self._at)
-            said = {} if digest is None else {path.name: {"bytes": digest.bytes, "sha256": digest.sha256}}
-            write_whole(_slip(save.aside, self._mesh.place.rank), [json.dumps(said).encode()])
+            leave_receipt(save.aside, self._mesh.place.rank, path, digest)
             save.written = True
         except Exception as error:  # whatever it is: the run goes on without this checkpoint
             save.error = error
 
     def votes(self) -> tuple[float, ...]:
-        """How far this process is: to be summed over the world, and given to `settle` with `serial`."""
+        """How far this process is: to be summed over the world, and given to `advance` with `serial`."""
         save = self._save
         if save is None:
             return (0.0,) * VOTES
@@ -231,7 +239,7 @@ class CheckpointStore:
         """Which save the votes are about."""
         return self._serial
 
-    def settle(self, serial: int, votes: Sequence[float]) -> Outcome | None:
+    def advance(self, serial: int, votes: Sequence[float]) -> Outcome | None:
         """
         What the sum of `votes`, cast when `serial` was under way, comes to; None where it is not over.
 
@@ -243,10 +251,10 @@ class CheckpointStore:
         written, committed, failed = votes
         if failed:
             return self._give_up(save)
-        if committed == self.sharers.folders:
+        if committed == self.folder_group.count:
             self._save, self._last, self._tidying = None, save.step, save.thread
             return Outcome(save.step, time.perf_counter() - save.begun)
-        if written == self._mesh.world_size and self.sharers.is_first and not save.committing:
+        if written == self._mesh.world_size and self.folder_group.is_leader and not save.committing:
             save.committing = True
             save.thread = threading.Thread(target=self._commit, args=(save,), name="commit", daemon=True)
             save.thread.start()
@@ -258,7 +266,7 @@ class CheckpointStore:
             if save.thread is not None:
                 save.thread.join()
             votes = torch.tensor(self.votes(), dtype=torch.float64, device=self._mesh.device)
-            outcome = self.settle(self._serial, self._mesh.sum(votes).tolist())
+            outcome = self.advance(self._serial, self._mesh.sum(votes).tolist())
             if outcome is not None:
                 return outcome
         return None
@@ -281,7 +289,7 @@ class CheckpointStore:
         self._save = None
         reasons = self._mesh.gather_objects("" if save.error is None else _reason(save.error))
         rank, reason = next((r, text) for r, text in enumerate(reasons) if text)
-        if self.sharers.is_first:
+        if self.folder_group.is_leader:
             self._tidying = threading.Thread(target=self._remove, args=(save,), name="remove", daemon=True)
             self._tidying.start()
         where = f"rank {rank}: " if self._mesh.world_size > 1 else ""
@@ -301,9 +309,7 @@ class CheckpointStore:
         """In a thread."""
         try:
             self._at("manifest")
-            files = self._digests(save)
-            entries = {name: {"bytes": d.bytes, "sha256": d.sha256} for name, d in files.items()}
-            write_whole(save.aside / MANIFEST, [json.dumps({"format": FORMAT, "files": entries}, indent=1).encode()])
+            write_manifest(save.aside, self.folder_group.ranks, save.state)
             self._at("rename")
             final = folder_of(self.folder, save.step)
             replace_folder(save.aside, final)
@@ -317,28 +323,10 @@ class CheckpointStore:
             self._at("retention")
             self._retain(save.step)
 
-    def _digests(self, save: _Save) -> dict[str, Digest]:
-        """Of all files, as those who wrote them left word."""
-        files: dict[str, Digest] = {}
-        for rank in self.sharers.ranks:
-            slip = _slip(save.aside, rank)
-            for name, said in json.loads(slip.read_text("utf-8")).items():
-                if said is not None:
-                    files[name] = Digest(said["bytes"], said["sha256"])
-            slip.unlink()
-        write_whole(save.aside / STATE, [json.dumps(save.state, indent=1).encode()])
-        return files | {STATE: Digest((save.aside / STATE).stat().st_size, sha256_of(save.aside / STATE))}
-
     def _retain(self, step: int) -> None:
         """Remove what is not to be kept after `step`: in memory also what is newer, whose steps are taken anew."""
         saved = listed(self.folder)
-        up_to_now = [s for s in saved if s.step <= step] if self._memory else saved
-        kept = {s.step for s in up_to_now[-self._keep.last :]}
-        if self._keep.every:
-            kept |= {s.step for s in saved if s.step % self._keep.every == 0}
-        judged = [s for s in saved if s.val_loss is not None]
-        if self._keep.best and judged:
-            kept.add(min(judged, key=lambda s: (s.val_loss, s.step)).step)
+        kept = self._keep.steps(saved, step if self._memory else None)
         for old in saved:
             if old.step not in kept:
                 discard(old.folder)
@@ -352,24 +340,24 @@ class CheckpointStore:
         """
         if self._tidying is not None:
             self._tidying.join()
-        newest, problems = choose(self.folder, self._mesh, self.sharers, self._memory)
+        newest, problems = choose(self.folder, self._mesh, self.folder_group, self._memory)
         self._last = newest.step if newest else None
         return newest, problems
 
-    def lend(self, after: int, to: Path) -> tuple[Saved | None, list[str]]:
+    def replicate(self, after: int, to: Path) -> tuple[Saved | None, list[str]]:
         """
         Of a store in memory: where some machine has one that is newer than `after`, copy it to `to`, which all see. The
         copy, if there is one; and what was wrong with others. A collective over the world. Raises `CheckpointError`.
         """
         assert self._memory is not None
-        return lend(self.folder, self._mesh, self._memory, after, to)
+        return replicate(self.folder, self._mesh, self._memory, after, to)
 
     def load(self, saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
         """Fill `parts` in place from what `newest` found; its `state.json`. Raises `CheckpointError`."""
         state, problem = {}, ""
         try:
             state = read_state(saved.folder)
-            if saved.mark and saved.mark.cut:
+            if saved.save_id and saved.save_id.layout_key:
                 read_own(shard_of(saved.folder, self._mesh.place.rank), parts)
             else:
                 read_into(saved, parts)
@@ -378,28 +366,6 @@ class CheckpointStore:
         if problem := self._mesh.first_problem(problem):
             raise CheckpointError(problem)
         return state
-
-
-def _copy(to: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
-    """
-    Each tensor into the one beside it.
-
-    On a CPU by `memcpy`, which past some megabytes leaves the cache alone and is nearly twice as fast as torch's copy, and
-    by as many threads as compute: one alone does not fill the memory's bandwidth.
-    """
-    pieces: list[tuple[Bytes, Bytes]] = []
-    for staged, tensor in zip(to, tensors, strict=True):
-        if tensor.is_cuda or not tensor.is_contiguous():
-            staged.copy_(tensor, non_blocking=True)
-        else:
-            pieces += zip(pieces_of(staged), pieces_of(tensor), strict=True)
-    with ThreadPoolExecutor(torch.get_num_threads(), "copy") as threads:
-        list(threads.map(lambda pair: np.copyto(*pair), pieces))
-
-
-def _slip(aside: Path, rank: int) -> Path:
-    """What a process wrote, for the one that makes the manifest."""
-    return aside / f"written-{rank:05d}.json"
 
 
 def _reason(error: Exception) -> str:

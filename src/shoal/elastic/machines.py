@@ -15,8 +15,8 @@ from torch.distributed.distributed_c10d import Store
 import shoal
 from shoal.config.options import Config
 from shoal.elastic.heartbeat import Sign
-from shoal.elastic.rendezvous import Aside
-from shoal.elastic.watch import LASTING, Look
+from shoal.elastic.rendezvous import TimedCalls
+from shoal.elastic.watch import LASTING, RankStatus
 from shoal.errors import LaunchError
 
 POST_SECONDS: Final = 1.0
@@ -27,7 +27,7 @@ _OF_A_PLACE: Final = {
 }  # fmt: skip
 
 
-def alike(config: Config) -> dict[str, object]:
+def shared_settings(config: Config) -> dict[str, object]:
     """What has to be the same on all machines: the options but those of places and processes, and the versions."""
     found: dict[str, object] = {"shoal": shoal.__version__, "torch": torch.__version__.partition("+")[0]}
     for section, values in dataclasses.asdict(config).items():
@@ -51,7 +51,7 @@ class Machines:
 
     def __init__(self, store: Store, rank: int, count: int) -> None:
         self._store, self._rank, self._count = store, rank, count
-        self._aside = Aside()
+        self._calls = TimedCalls()
         self.hosts: list[str] = []
         self.others_differ = ""
         self._posted = 0.0
@@ -89,7 +89,7 @@ class Machines:
         changes += [f"{name} joined" for name in self.hosts if self.hosts.count(name) > before.count(name)]
         return "; ".join([text, *dict.fromkeys(changes)])
 
-    def post(self, looks: Callable[[], Sequence[Look]]) -> None:
+    def post(self, statuses: Callable[[], Sequence[RankStatus]]) -> None:
         """Leave for the others how far the workers here are; once a second at most."""
         now = time.monotonic()
         if now - self._posted < POST_SECONDS:
@@ -99,21 +99,23 @@ class Machines:
         began = time.time() - now
         mine = [
             [k.rank, k.sign.step, k.sign.turn, k.sign.phase, began + k.sign.since, k.sign.waits, k.works, k.state]
-            for k in looks()
+            for k in statuses()
         ]
         for each in mine:
             each[-1] = each[-1] if each[-1] in LASTING else ""  # one that writes to a disk is in state D for moments
-        self._aside.ask(lambda: self._store.set(f"looks/{self._rank}", json.dumps(mine)), None)
+        self._calls.call(lambda: self._store.set(f"looks/{self._rank}", json.dumps(mine)), None)
 
-    def others(self) -> list[Look]:
+    def others(self) -> list[RankStatus]:
         """What the others left last, as if seen now."""
         now = time.monotonic()
         began = time.time() - now
         keys = [f"looks/{rank}" for rank in range(self._count) if rank != self._rank]
         nothing: list[tuple[str, bytes]] = []
-        said = self._aside.ask(lambda: [(k, self._store.get(k)) for k in keys if self._store.check([k])], nothing)
+        said = self._calls.call(lambda: [(k, self._store.get(k)) for k in keys if self._store.check([k])], nothing)
         return [
-            Look(each, Sign(step, turn, phase, min(since - began, now), math.inf, waits), state, self._host(key), works)
+            RankStatus(
+                each, Sign(step, turn, phase, min(since - began, now), math.inf, waits), state, self._host(key), works
+            )
             for key, text in said
             for each, step, turn, phase, since, waits, works, state in json.loads(text)
         ]
@@ -121,18 +123,18 @@ class Machines:
     def _host(self, key: str) -> str:
         return self.hosts[int(key.partition("/")[2])]
 
-    def regroup(self) -> None:
+    def request_regroup(self) -> None:
         """The round ends so that a machine can join: workers that stop now do so for that."""
-        self._aside.ask(lambda: self._store.set("regroup", "yes"), None)
+        self._calls.call(lambda: self._store.set("regroup", "yes"), None)
 
-    def regroups(self) -> bool:
+    def is_regrouping(self) -> bool:
         """Whether somebody said so."""
-        return self._aside.ask(lambda: bool(self._store.check(["regroup"])), False)
+        return self._calls.call(lambda: bool(self._store.check(["regroup"])), False)
 
-    def first_to(self, what: str) -> bool:
+    def announce(self, what: str) -> bool:
         """Whether no other launcher said `what` in this round before."""
-        return self._aside.ask(lambda: int(self._store.add(f"said/{what}", 1)) == 1, True)
+        return self._calls.call(lambda: int(self._store.add(f"said/{what}", 1)) == 1, True)
 
-    def was_said(self, what: str) -> bool:
+    def was_announced(self, what: str) -> bool:
         """Whether a launcher said `what` in this round."""
-        return self._aside.ask(lambda: bool(self._store.check([f"said/{what}"])), False)
+        return self._calls.call(lambda: bool(self._store.check([f"said/{what}"])), False)

@@ -5,7 +5,7 @@ On one machine the launcher keeps the store itself, on loopback. On several it i
 that `launch.rendezvous` names, and lives on while anybody is connected: a launcher that dies there takes nothing with it.
 
 What is asked of the store may never be answered, where its machine lost its power. So nobody waits for it who has workers to
-watch: `Aside` asks.
+watch: `TimedCalls` asks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 LOOPBACK: Final = "127.0.0.1"
 STORE_SECONDS: Final = 60.0  # for an answer of the store, where there are no workers yet
-ASIDE_SECONDS: Final = 2.0  # and where there are
+CALL_SECONDS: Final = 2.0  # and where there are
 # A launcher gives a sign to the others so often, and is gone when so many are missing. Compared with the others' clocks.
 SIGN_SECONDS: Final = 2
 SIGNS_MISSED: Final = 5
@@ -54,13 +54,13 @@ CLOCK: Final = "shoal/clock"  # the time of day where the store is kept
 SKEW_SECONDS: Final = 2.0  # of two machines from that one: torch's rendezvous compares their times of day
 
 
-class Aside:
+class TimedCalls:
     """Asks what may never be answered, in a thread; one question at a time."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
 
-    def ask(self, question: Callable[[], T], default: T, seconds: float = ASIDE_SECONDS) -> T:
+    def call(self, question: Callable[[], T], default: T, seconds: float = CALL_SECONDS) -> T:
         """The answer; `default` where the store has gone, or is silent for so long, or still is from the question before."""
         if self._thread is not None and self._thread.is_alive():
             return default
@@ -70,13 +70,13 @@ class Aside:
             with contextlib.suppress(DistError, RendezvousError):
                 answers[0] = question()
 
-        self._thread = threading.Thread(target=wait, name="aside", daemon=True)
+        self._thread = threading.Thread(target=wait, name="timed call", daemon=True)
         self._thread.start()
         self._thread.join(seconds)
         return answers[0]
 
 
-class Signed(C10dRendezvousBackend):
+class SignedBackend(C10dRendezvousBackend):
     """torch's, whose state is a pickle: here nobody unpickles what was not signed by one who can read the run's folder."""
 
     def __init__(self, store: TCPStore, run_id: str, key: bytes) -> None:
@@ -111,7 +111,7 @@ class Rendezvous(DynamicRendezvousHandler):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._aside = Aside()
+        self._calls = TimedCalls()
 
     def num_nodes_waiting(self) -> int:
         """
@@ -121,7 +121,7 @@ class Rendezvous(DynamicRendezvousHandler):
         """
         if self.settings.max_nodes == 1:  # nobody else can come or go
             return 0
-        waiting = self._aside.ask(super().num_nodes_waiting, -1)
+        waiting = self._calls.call(super().num_nodes_waiting, -1)
         if waiting < 0:
             if self.on_lost is not None:
                 self.on_lost()
@@ -150,9 +150,9 @@ class Rendezvous(DynamicRendezvousHandler):
 
         def go() -> None:
             self._stop_heartbeats()
-            self._op_executor.run(_RendezvousExitOp(), time.monotonic() + ASIDE_SECONDS)
+            self._op_executor.run(_RendezvousExitOp(), time.monotonic() + CALL_SECONDS)
 
-        Aside().ask(go, None)
+        TimedCalls().call(go, None)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class Meeting:
         self.rendezvous = Rendezvous.from_backend(
             run_id,
             store,
-            Signed(store, run_id, folder.encode()),
+            SignedBackend(store, run_id, folder.encode()),
             launch.fewest_nodes,
             launch.nodes,
             local_addr=address,
@@ -205,7 +205,7 @@ class Meeting:
         if interface and not is_loopback(address):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        store = Aside().ask(lambda: _connect(place[0], port), None, STORE_SECONDS / 3)
+        store = TimedCalls().call(lambda: _connect(place[0], port), None, STORE_SECONDS / 3)
         if store is None:
             raise LaunchError(
                 f"what listens at launch.rendezvous {launch.rendezvous} is no meeting point of shoal; set another port"
@@ -221,7 +221,7 @@ class Meeting:
             self.store.compare_set(f"{self._run}/turn", self._turn, str(int(self._turn) + 1))
             self.rendezvous.shutdown()
 
-        Aside().ask(end, None, 3 * ASIDE_SECONDS)  # where the store has gone before us there is nobody to tell
+        TimedCalls().call(end, None, 3 * CALL_SECONDS)  # where the store has gone before us there is nobody to tell
 
     def ended(self) -> Ended | None:
         """How the run ended, where somebody ended it."""
@@ -229,7 +229,7 @@ class Meeting:
         def look() -> Ended | None:
             return Ended(*json.loads(self.store.get(self._ended))) if self.store.check([self._ended]) else None
 
-        return Aside().ask(look, None)
+        return TimedCalls().call(look, None)
 
     @property
     def _ended(self) -> str:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
 
-from shoal.system.output import visible
 from shoal.system.signals import GRACE_SECONDS, say_at_once, stopping_said
 
 
-class AskedToStop(Exception):
+class StopRequested(Exception):
     """A signal that came while there were no workers to stop."""
 
 
-class PassOn:
+class SignalForwarder:
     """Signals of the launcher go to its workers, once; a second SIGINT, a person's Ctrl-C, ends them at once."""
 
     def __init__(self) -> None:
@@ -34,22 +32,22 @@ class PassOn:
             self.signal, self._since = number, time.monotonic()
             say_at_once(stopping_said(number))
         if self._raises:
-            raise AskedToStop
+            raise StopRequested
         self._send(signal.SIGKILL if again else signal.SIGTERM)
 
     @contextlib.contextmanager
     def may_raise(self) -> Iterator[None]:
-        """While there are no workers: raises `AskedToStop` when a signal comes, or came."""
+        """While there are no workers: raises `StopRequested` when a signal comes, or came."""
         self._raises = True
         try:
             if self.signal is not None:
-                raise AskedToStop
+                raise StopRequested
             yield
         finally:
             self._raises = False
 
     @property
-    def has_waited(self) -> bool:
+    def grace_is_over(self) -> bool:
         """Whether somebody asked, and workers that have nothing to save had their time to end by themselves."""
         return self.signal is not None and time.monotonic() - self._since > GRACE_SECONDS
 
@@ -66,8 +64,3 @@ class PassOn:
             if number == signal.SIGKILL or child.pid not in self._reached:
                 self._reached.add(child.pid)
                 child.send_signal(number)
-
-
-def tell(text: str) -> None:
-    """A line of the launcher's."""
-    print(f"shoal: {visible(text)}", file=sys.stderr, flush=True)

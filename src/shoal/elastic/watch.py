@@ -36,7 +36,7 @@ STACKS_SECONDS: Final = 2.0  # to wait for stacks at most
 
 
 @dataclass(frozen=True)
-class Look:
+class RankStatus:
     """What a rank said of itself last, and the state of its process ("" where that is not known)."""
 
     rank: int
@@ -57,7 +57,7 @@ class Hang:
     state: str  # words of `STUCK`, or ""
     host: str  # where it is on another machine
     stacks: Path | None  # None where they could not be kept
-    as_far: int = 0  # other ranks that nothing tells from this one but how long they are there
+    ties: int = 0  # other ranks that nothing tells from this one but how long they are there
 
     def __str__(self) -> str:
         where = f"{self.phase} of step {self.step}" if self.step else self.phase
@@ -65,27 +65,25 @@ class Hang:
             f"in {where} for {self.silent_seconds:.0f} s"
         )  # fmt: skip
         who = f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
-        others = (
-            f"; {self.as_far} other{'s are' if self.as_far > 1 else ' is'} at the same place" if self.as_far else ""
-        )
+        others = f"; {self.ties} other{'s are' if self.ties > 1 else ' is'} at the same place" if self.ties else ""
         return f"{who} did not join: {how}{others}" + (f"; stacks in {self.stacks}" if self.stacks else "")
 
 
-def find_culprit(looks: Sequence[Look]) -> Look:
+def find_culprit(statuses: Sequence[RankStatus]) -> RankStatus:
     """The rank that the others wait for: one that cannot run, else the one least far, not waiting itself, silent longest."""
-    return min(looks, key=lambda look: (_place(look), look.sign.since))
+    return min(statuses, key=lambda each: (_progress(each), each.sign.since))
 
 
-def as_far(culprit: Look, looks: Sequence[Look]) -> int:
+def count_ties(culprit: RankStatus, statuses: Sequence[RankStatus]) -> int:
     """
     How many others are at the very place of `culprit`, so that the guess rests on who came there first. On a GPU whose
     collectives are queued among its work, nothing says which of them waits for which.
     """
-    return sum(_place(look) == _place(culprit) for look in looks) - 1
+    return sum(_progress(each) == _progress(culprit) for each in statuses) - 1
 
 
-def _place(look: Look) -> tuple[bool, int, int, bool]:
-    return look.state not in STUCK, look.sign.step, look.sign.turn, look.sign.waits
+def _progress(of: RankStatus) -> tuple[bool, int, int, bool]:
+    return of.state not in STUCK, of.sign.step, of.sign.turn, of.sign.waits
 
 
 class Pauses:
@@ -95,7 +93,7 @@ class Pauses:
         self._last = now
         self._pauses: list[tuple[float, float]] = []  # (end, seconds)
 
-    def look(self, now: float) -> None:
+    def tick(self, now: float) -> None:
         """The watcher looks."""
         if now - self._last > PAUSE_SECONDS:
             self._pauses = [*self._pauses[-9:], (now, now - self._last)]
@@ -113,7 +111,7 @@ class Work:
         self._seen: dict[int, tuple[float, float, int]] = {}  # by process: when, seconds of a core, bytes of a disk
         self._found: dict[int, bool] = {}
 
-    def look(self, pid: int, now: float) -> bool:
+    def is_busy(self, pid: int, now: float) -> bool:
         """Whether it works; True as well while that is not known, for `WORK_SECONDS` from the first look on."""
         before = self._seen.get(pid)
         if before is None:
@@ -178,12 +176,12 @@ class Watch:
         """The last sign of a worker, dead or alive."""
         return self._pages[local_rank][1].read()
 
-    def looks(self, pids: Mapping[int, int]) -> list[Look]:
+    def statuses(self, pids: Mapping[int, int]) -> list[RankStatus]:
         """Where the running workers (local rank -> process) are."""
         now = time.monotonic()
         signs = {local: self.sign(local) for local in pids}
         return [
-            Look(self._pages[local][0], signs[local], _state(pid), works=self._works(pid, signs[local], now))
+            RankStatus(self._pages[local][0], signs[local], _state(pid), works=self._works(pid, signs[local], now))
             for local, pid in pids.items()
         ]
 
@@ -195,7 +193,7 @@ class Watch:
         """The step of the newest checkpoint that a worker told of; 0: none."""
         return max((self._saved, *(page.read().saved for _, page in self._pages.values())))
 
-    def look(self, pids: Mapping[int, int], elsewhere: Callable[[], Sequence[Look]] = list) -> Hang | None:
+    def find_hang(self, pids: Mapping[int, int], elsewhere: Callable[[], Sequence[RankStatus]] = list) -> Hang | None:
         """
         Whether one of the running workers (local rank -> process) is late; then who it is that they wait for.
 
@@ -203,35 +201,35 @@ class Watch:
         elsewhere: asks where those on other machines are.
         """
         now = time.monotonic()
-        self._pauses.look(now)
+        self._pauses.tick(now)
         signs = {local: self.sign(local) for local in pids}
         if any(now > sign.until - 2 * WORK_SECONDS for sign in signs.values()):
-            self.looks(pids)  # so that it is known who works by the time that somebody is late
+            self.statuses(pids)  # so that it is known who works by the time that somebody is late
         if not any(now > sign.until + self._pauses.since(sign.since) for sign in signs.values()):
             return None
         others = list(elsewhere())
         if any(sign.phase == COMPILE and now <= sign.until for sign in (*signs.values(), *(k.sign for k in others))):
             return None  # the others wait for one that works; should it not end, it is late itself
-        found = find_culprit([*self.looks(pids), *others])
+        found = find_culprit([*self.statuses(pids), *others])
         if found.works and found.state not in _MUTE:
             return None
         states = {local: _state(pid) for local, pid in pids.items()}
         kept = self._keep_stacks(pids, states, max(sign.step for sign in signs.values()))
         # a rank that writes to a disk is in state D for moments: only one that still is counts
-        looks = [
-            Look(self._pages[local][0], signs[local], states[local] if _state(pid) == states[local] else "")
+        statuses = [
+            RankStatus(self._pages[local][0], signs[local], states[local] if _state(pid) == states[local] else "")
             for local, pid in pids.items()
         ]
-        found = find_culprit([*looks, *others])
+        found = find_culprit([*statuses, *others])
         sign = found.sign
         return Hang(
             found.rank, sign.step, sign.phase, now - sign.since, STUCK.get(found.state, ""), found.host, kept,
-            as_far(found, [*looks, *others]),
+            count_ties(found, [*statuses, *others]),
         )  # fmt: skip
 
     def _works(self, pid: int, sign: Sign, now: float) -> bool:
         if may_take_long(sign):
-            return self._work.look(pid, now)
+            return self._work.is_busy(pid, now)
         self._work.forget(pid)
         return False
 

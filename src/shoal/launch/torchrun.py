@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from shoal.config.layout import find_layout
 from shoal.config.options import Config
-from shoal.elastic.stops import PassOn
+from shoal.elastic.stops import SignalForwarder
 from shoal.errors import EXIT_REQUEUE, LaunchError
 from shoal.mesh.place import LOCKED_BY, Place
 from shoal.resolve.layout_checks import refusals, refusals_of_machines
@@ -54,7 +54,7 @@ def plan_processes(
         )
     _refuse(refusals_of_machines(config, processes))
     config = config.replace("launch", processes=processes)
-    threads = choose_threads(settled_threads(config, cores // processes, before), processes, say=say)
+    threads = choose_threads(fixed_threads(config, cores // processes, before), processes, say=say)
     return config.replace("launch", threads=threads)
 
 
@@ -69,7 +69,7 @@ def _processes_for(config: Config, usual: int, *, grow: bool) -> int:
     return max(1, usual // fixed) * fixed if grow or fixed == 1 else fixed
 
 
-def settled_threads(config: Config, share: int, before: Config | None) -> int | None:
+def fixed_threads(config: Config, share: int, before: Config | None) -> int | None:
     """
     Return the CPU threads of a process where they are not free to choose: typed, one for bitwise, or those of the run.
 
@@ -82,9 +82,9 @@ def settled_threads(config: Config, share: int, before: Config | None) -> int | 
     return kept if kept and kept <= share else None
 
 
-def choose_threads(settled: int | None, processes: int = 1, *, say: Callable[[str], None]) -> int:
+def choose_threads(fixed: int | None, processes: int = 1, *, say: Callable[[str], None]) -> int:
     """
-    Return the CPU threads of a process: the `settled` ones, or its share of the cores that other programs leave free.
+    Return the CPU threads of a process: the `fixed` ones, or its share of the cores that other programs leave free.
 
     Where there are fewer free cores than threads, `say` is told, and threads without work will sleep. Elsewhere they spin
     for some milliseconds, as OpenMP has it: that is faster, but where another program has the core of one thread, the
@@ -92,11 +92,11 @@ def choose_threads(settled: int | None, processes: int = 1, *, say: Callable[[st
     """
     cores = count_cores()
     share = max(1, cores // processes)
-    if settled == 1 or (settled is None and share == 1):
+    if fixed == 1 or (fixed is None and share == 1):
         return 1
     free = free_cores()
     room = max(1, int(free / processes + 0.5))
-    threads = settled or min(room, share)
+    threads = fixed or min(room, share)
     if room < max(threads, share):
         os.environ.setdefault(WAIT_POLICY, "PASSIVE")
         what = f"{threads} CPU thread{'s' * (threads > 1)} a process"
@@ -104,7 +104,7 @@ def choose_threads(settled: int | None, processes: int = 1, *, say: Callable[[st
             why = f"other programs use {cores - free:.1f} of {cores} cores"
         else:  # more threads were asked for than there are cores, whatever others do
             why = f"{processes} process{'es' * (processes > 1)} on {cores} core{'s' * (cores > 1)}"
-        say(f"{why}: {what}" + (f" instead of {share}" if settled is None else ", asleep while they wait"))
+        say(f"{why}: {what}" + (f" instead of {share}" if fixed is None else ", asleep while they wait"))
     return threads
 
 
@@ -130,7 +130,7 @@ def fit_to_place(config: Config, place: Place, before: Config | None = None) -> 
     _refuse(refusals(config, place.world_size))
     share = max(1, count_cores() // place.local_world_size)
     # the load is not looked at: it would be that of the other workers, which start too
-    threads = settled_threads(config, share, before) or share
+    threads = fixed_threads(config, share, before) or share
     set_environment(threads)
     return config.replace("launch", threads=threads)
 
@@ -196,9 +196,9 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     with ends_when_asked(EXIT_REQUEUE), _quiet_torch():
         narrator.begin("importing torch")
         require("processes")
-        from shoal.elastic.agent import run_workers
+        from shoal.elastic.supervise import run_workers
 
-        stop = PassOn()
+        stop = SignalForwarder()
     narrator.close()
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # the agent tells each death in forty lines; we in one
     count = config.launch.processes

@@ -9,7 +9,7 @@ from datetime import timedelta
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from shoal.errors import LaunchError
-from shoal.mesh.place import LOCKED_BY, Place
+from shoal.mesh.place import Place, is_launched
 from shoal.system.network import is_loopback, listen
 
 
@@ -27,7 +27,7 @@ def open_store(place: Place, timeout: timedelta) -> Store:
         afar = place.world_size > place.local_world_size
         listener = listen(host, port, option="MASTER_ADDR and MASTER_PORT", from_afar=afar)
     except LaunchError as error:
-        if os.environ.get(LOCKED_BY) == str(os.getppid()):  # our launcher chose them: another try has another port
+        if is_launched():  # our launcher chose them: another try has another port
             raise RuntimeError(str(error)) from error
         raise
     descriptor = listener.detach()  # the store closes it
