@@ -133,7 +133,7 @@ def test_shards_over_all_machines_are_of_use_where_nothing_was_cut_otherwise(
 
 def test_what_was_cut_otherwise_is_not_taken_for_ones_own(world: Callable[[int], World], tmp_path: Path) -> None:
     world(4).run(save, tmp_path, "shards over all", [1])
-    with pytest.raises(AssertionError, match="is another part of it") as caught:
+    with pytest.raises(AssertionError, match="holds another region of the tensor") as caught:
         world(4).run(load, tmp_path, "shards on each machine", "shards over all")
     assert CheckpointError.__name__ in str(caught.value)
 
@@ -179,7 +179,7 @@ def test_what_is_damaged_on_one_machine_is_passed_over_by_all(world: Callable[[i
     world(4).run(save, tmp_path, "copies", [1, 3])
     file = sorted((tmp_path / "machine-1" / "step-00000003").glob("*.safetensors"))[1]
     flip(file)
-    problem = f"{file} was altered: its SHA-256 is not the one written"
+    problem = f"{file} was altered: its SHA-256 differs from the manifest"
     assert world(4).run(load, tmp_path, "copies") == [(1, [problem])] * 4
     assert [s.step for s in listed(tmp_path / "machine-0")] == [1, 3]  # the machine whose it is has no other place
     assert sorted(p.name for p in (tmp_path / "machine-1").iterdir() if p.is_dir()) == ["step-00000001"]
@@ -224,7 +224,7 @@ def test_what_is_damaged_or_cut_over_machines_is_not_lent(world: Callable[[int],
     shutil.rmtree(tmp_path / "machine-0")
     file = sorted((tmp_path / "machine-1" / "step-00000003").glob("*.safetensors"))[1]
     flip(file)
-    problem = f"{file} was altered: its SHA-256 is not the one written"
+    problem = f"{file} was altered: its SHA-256 differs from the manifest"
     assert world(4).run(lent, tmp_path, 0) == [(1, [problem])] * 4
     assert is_equal(listed(tmp_path / "disk")[0], 1)
     world(4).run(save, tmp_path, "shards over all", [5])
@@ -237,7 +237,7 @@ def test_what_is_damaged_on_one_machine_is_lent_by_the_next(world: Callable[[int
     world(4).run(save, tmp_path, "copies", [3])
     file = sorted((tmp_path / "machine-0" / "step-00000003").glob("*.safetensors"))[1]
     flip(file)
-    problem = f"{file} was altered: its SHA-256 is not the one written"
+    problem = f"{file} was altered: its SHA-256 differs from the manifest"
     assert world(4).run(lent, tmp_path, 0) == [(3, [problem])] * 4
 
 

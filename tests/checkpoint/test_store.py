@@ -356,7 +356,7 @@ def test_a_disk_that_says_written_is_not_taken_at_its_word(tmp_path: Path, monke
     outcome = store.finish()
     assert outcome is not None
     problem = outcome.problem
-    assert "reads otherwise than it was written" in problem
+    assert "differs from what was written" in problem
 
 
 KILLED = """

@@ -179,7 +179,7 @@ def test_machines_come_and_go_and_the_weights_are_those_of_one(site: Site) -> No
     site.await_round(2, rounds)
     for place in meeting_places(site):
         place.kill()  # nobody can join any more, and the run goes on
-    until(lambda: "the run goes on" in site.log("a2").read_text(), site)
+    until(lambda: "the run continues" in site.log("a2").read_text(), site)
     step = site.steps()
     until(lambda: site.steps() > step + 2, site)
     first.send_signal(signal.SIGINT)
@@ -234,7 +234,7 @@ def test_machines_with_folders_of_their_own_never_meet_and_are_told_what_is_need
     for name, runs in (("a", "runs"), ("b", "elsewhere")):
         until(
             lambda name=name, runs=runs: (
-                f"in the same folder of runs, {site.folder / runs}" in site.log(name).read_text()
+                f"with the same launch.runs folder, {site.folder / runs}" in site.log(name).read_text()
             ),
             site,
         )
@@ -251,7 +251,7 @@ def test_a_machine_that_was_started_otherwise_is_refused_and_the_others_go_on(si
     site.await_round(1, 0)
     other = site.start("b", *some, "--optim.lr", "0.5")
     assert other.wait(LIMIT_SECONDS) == EXIT_BAD_INPUT
-    assert "optim.lr is 0.5 here and 0.01 there; set all alike" in site.log("b").read_text()
+    assert "optim.lr is 0.5 here and 0.01 there; set the same on all nodes" in site.log("b").read_text()
     step = site.steps()
     until(lambda: site.steps() > step, site)
     first.send_signal(signal.SIGTERM)
@@ -329,7 +329,7 @@ def test_who_came_and_who_left_is_said() -> None:
         machines.greet(["b", "c", "c"][rank], {}, stays=False)
         return machines.describe(["a", "b", "c"], 6)
 
-    assert on_each(3, describe) == ["3 machines (b, c, c), 6 processes; a left; c joined"] * 3
+    assert on_each(3, describe) == ["3 nodes (b, c, c), 6 processes; a left; c joined"] * 3
 
 
 def test_workers_elsewhere_are_seen_by_the_clock_here() -> None:

@@ -1,4 +1,4 @@
-"""What the first rank of a folder does when every rank has written its shard: check the receipts, write the manifest."""
+"""Receipts of written shards, and the manifest that completes a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From which checkpoint all processes go on, where each may see another folder."""
+"""The checkpoint from which all ranks resume, although each may see a different folder."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from shoal.system.disk import replace_folder, sync
 
 def choose(folder: Path, mesh: Mesh, group: FolderGroup, memory: MemoryTier | None) -> tuple[Saved | None, list[str]]:
     """
-    The newest checkpoint under `folder` that is whole, the same on all processes; and what was wrong with newer ones, which
-    are set aside, or in memory removed.
+    Find the newest undamaged checkpoint under `folder`, the same on all ranks; and the damage of newer ones.
 
-    In memory, each folder must have it, of one and the same save, and of this run; and all of each tensor, or what its
-    processes hold now. A collective over the world.
+    Damaged ones are renamed, or removed from memory. A checkpoint in memory must be in the run's history, and every folder
+    must have it from the same save, with whole tensors or with the parts that its ranks hold now. A collective over the
+    world.
     """
     mine = listed(folder) if group.is_leader else None
     there = [{s.step: s for s in found} for found in mesh.gather_objects(mine) if found is not None]
@@ -44,10 +44,10 @@ def choose(folder: Path, mesh: Mesh, group: FolderGroup, memory: MemoryTier | No
 
 def replicate(folder: Path, mesh: Mesh, memory: MemoryTier, after: int, to: Path) -> tuple[Saved | None, list[str]]:
     """
-    Where a machine has a checkpoint that is newer than `after`, and all of it: copy it to the folder `to`, which all see.
+    Copy a whole checkpoint newer than `after` from one machine's memory to the folder `to`, which all ranks see.
 
-    The copy, if there is one; and what was wrong with newer ones. A collective over the world. Raises `CheckpointError`, on
-    all processes, where it cannot be written: who went on from an older one would give this one up.
+    Returns the copy, if any, and the damage of newer ones. A collective over the world. Raises `CheckpointError` on all
+    ranks if it cannot be written: resuming from an older one would lose it.
     """
     group = memory.group
     mine = [s for s in listed(folder) if memory.is_current(s) and s.step > after] if group.is_leader else []
@@ -55,7 +55,7 @@ def replicate(folder: Path, mesh: Mesh, memory: MemoryTier, after: int, to: Path
     offers = [(saved, rank) for rank, found in enumerate(there) for saved in found]
     problems: list[str] = []
     for saved, source in sorted(offers, key=lambda offer: (-offer[0].step, offer[1])):
-        is_source = group.ranks[0] == source  # all that see it share the work
+        is_source = group.ranks[0] == source  # all ranks that see it share the copying
         if damaged := mesh.first_problem(damage(saved.folder, group.index, len(group.ranks)) if is_source else ""):
             problems.append(damaged)
             continue
@@ -70,7 +70,7 @@ def replicate(folder: Path, mesh: Mesh, memory: MemoryTier, after: int, to: Path
 
 
 def _together(mesh: Mesh, saved: Saved, do: Callable[[], None]) -> None:
-    """Do it, all processes at once. Raises `CheckpointError` on all of them where it fails on one."""
+    """Call `do` on all ranks. Raises `CheckpointError` on all if it fails on one."""
     problem = ""
     try:
         do()
@@ -78,13 +78,13 @@ def _together(mesh: Mesh, saved: Saved, do: Callable[[], None]) -> None:
         problem = str(error)
     if problem := mesh.first_problem(problem):
         raise CheckpointError(
-            f"{saved.folder} is in the memory of one machine alone, and cannot be written where all see it: {problem}. "
-            "Mend that, and the same command goes on from there"
+            f"{saved.folder} is only in one machine's memory, and cannot be copied to the shared disk: {problem}. "
+            "Fix that, then run the same command to resume from it"
         )
 
 
 def _copy(folder: Path, to: Path, group: FolderGroup) -> None:
-    """This process's share of the files, flushed."""
+    """Copy and flush this rank's share of the files."""
     to.mkdir(parents=True, exist_ok=True)
     for file in sorted(folder.iterdir())[group.index :: len(group.ranks)]:
         shutil.copyfile(file, to / file.name)
@@ -92,7 +92,7 @@ def _copy(folder: Path, to: Path, group: FolderGroup) -> None:
 
 
 def point_to_latest(folder: Path, step: int) -> None:
-    """Let the link `latest` point at a checkpoint, never at nothing in between. A disk without links has none."""
+    """Point the link `latest` at a checkpoint, atomically. Does nothing on a disk without links."""
     aside = folder / ".latest.tmp"
     with contextlib.suppress(OSError):
         aside.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Memory on the host that a save is copied to, kept from one save to the next."""
+"""Host memory that a save copies tensors to, kept from one save to the next."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import torch
 
 from shoal.checkpoint.shard_file import Bytes, pieces_of
 
-_ALIGNED: Final = 64  # bytes: any dtype may begin there
+_ALIGNED: Final = 64  # bytes, enough for any dtype
 
 
 class Staging:
     """
-    A place on the host for each of some tensors, in one block of just their size.
+    A host buffer for each of the given tensors, in one block of exactly their total size.
 
-    For CUDA tensors it is page-locked, so that a copy need not be waited for. torch's own allocator of such memory rounds up
-    to powers of two, and locking takes seconds for many gigabytes: so a thread locks the block, begun when the run starts.
+    For CUDA tensors the block is page-locked, so that copies are asynchronous. torch's allocator of pinned memory rounds up
+    to powers of two, so we lock our own block. Locking gigabytes takes seconds, so a thread does it from the start of the run.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -41,14 +41,14 @@ class Staging:
             self._locking.start()
 
     def buffers(self) -> list[torch.Tensor]:
-        """One for each tensor, in their order. Waits until they can be used."""
+        """Return one buffer per tensor, in their order. Waits until they are page-locked."""
         if self._locking is not None:
             self._locking.join()
             self._locking = None
         return self._buffers
 
     def _lock(self, device: torch.device) -> None:
-        """Where it cannot be had, copies wait for the device, and are right all the same."""
+        """Page-lock the block. If this fails, copies are synchronous but still correct."""
         torch.cuda.set_device(device)
         address, portable = self._block.data_ptr(), 1  # for all devices of the process
         cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -58,10 +58,10 @@ class Staging:
 
 def copy_all(tensors: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> None:
     """
-    Each tensor into the one beside it.
+    Copy each tensor to its counterpart.
 
-    On a CPU by `memcpy`, which past some megabytes leaves the cache alone and is nearly twice as fast as torch's copy, and
-    by as many threads as compute: one alone does not fill the memory's bandwidth.
+    CPU tensors are copied with `memcpy`, which bypasses the cache above some megabytes and is nearly twice as fast as torch's
+    copy. As many threads as torch uses share it, since one thread does not saturate the memory bandwidth.
     """
     pieces: list[tuple[Bytes, Bytes]] = []
     for staged, tensor in zip(to, tensors, strict=True):

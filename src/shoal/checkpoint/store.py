@@ -1,16 +1,16 @@
 """
-Checkpoints while a run goes on: staged, written by a thread, and there all at once or not at all.
+Saving checkpoints in the background of training, atomically.
 
-A save has three parts. `begin` copies what this process is to write (all that the step waits for); a thread
-writes it aside, flushes it, hashes it and reads it back; and when every process has done so, the first one
-writes the manifest and renames the folder into its place. Processes tell each other how far they are in the sum that a
-step takes anyway: `votes` go in, `advance` gets what came out. So no step waits for a disk, and all know at the same
-step whether a save is there.
+A save has three parts. `begin` copies what this rank writes to host memory; the step waits only for this. A thread writes
+the copy to a temporary folder, flushes it, hashes it and reads it back. When every rank has done so, the leader of the
+folder writes the manifest and renames the folder. Ranks exchange their progress in an all-reduce that each step does anyway:
+`votes` go in, `advance` gets the sum. So no step waits for a disk, and all ranks learn at the same step that a save is done.
 
-A folder may be one for all, or one on each machine, in its memory: then the first process of each does what is done
-once, and a checkpoint is there when it is on all machines.
+All ranks may share a folder, or each machine may have its own in memory. Then each folder has a leader, and a checkpoint is
+complete when every folder has it.
 
-What fails costs this checkpoint and nothing else. Nothing here is ever pickled or unpickled.
+A failure costs only the checkpoint being saved. Files are never pickles; ranks exchange small objects through
+torch.distributed, which pickles them.
 """
 
 from __future__ import annotations
@@ -55,14 +55,14 @@ VOTES: Final = 3  # numbers of `votes`
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the last so many, those of each so many steps (0: none), the best."""
+    """Which checkpoints to keep: the `last` ones, every `every`-th step (0: none), and the best by validation loss."""
 
     last: int = 2
     every: int = 0
     best: bool = True
 
     def steps(self, saved: Sequence[Saved], newest: int | None = None) -> set[int]:
-        """Which steps stay of those `saved`, oldest first. newest: count the last ones from this step back."""
+        """Return the steps to keep of `saved`, oldest first. newest: newer steps do not count as the last ones."""
         last = [s.step for s in saved if newest is None or s.step <= newest]
         kept = set(last[-self.last :])
         if self.every:
@@ -75,11 +75,11 @@ class Keep:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a save."""
+    """The result of a save."""
 
     step: int
-    seconds: float  # from its beginning
-    problem: str = ""  # why it is not there
+    seconds: float  # since it began
+    problem: str = ""  # why it failed
 
     @property
     def ok(self) -> bool:
@@ -88,7 +88,7 @@ class Outcome:
 
 @dataclass
 class _Save:
-    """One that is under way."""
+    """A save in progress."""
 
     serial: int
     step: int
@@ -97,18 +97,18 @@ class _Save:
     read_back: bool
     begun: float = field(default_factory=time.perf_counter)
     thread: threading.Thread | None = None
-    written: bool = False  # this process's part
-    committed: bool = False  # by the first process of its folder
+    written: bool = False  # this rank's shard
+    committed: bool = False  # by the leader of this folder
     committing: bool = False
     error: Exception | None = None
 
 
 class CheckpointStore:
     """
-    The checkpoints of one run. Its methods are called by all processes, at the same steps.
+    The checkpoints of one run in one folder. All ranks call its methods at the same steps.
 
-    memory: of a folder in memory, that need not outlive the machine; others are flushed and read back.
-    `at(phase)` is called when a save comes to stage, write, manifest, rename, retention.
+    memory: set for a folder in memory; other folders are flushed and read back. `at(phase)` is called when a save reaches
+    stage, write, manifest, rename and retention.
     """
 
     def __init__(
@@ -122,38 +122,38 @@ class CheckpointStore:
     ) -> None:
         self.folder, self._mesh, self._keep, self._memory, self._at = folder, mesh, keep, memory, at
         self.folder_group = memory.group if memory else FolderGroup.shared_by_all(mesh.place.rank, mesh.world_size)
-        self._last: int | None = None  # the step of the newest that all know of
+        self._last: int | None = None  # step of the newest checkpoint known to all ranks
         self._serial = 0
         self._save: _Save | None = None
-        self._tidying: threading.Thread | None = None  # after a save that is over
-        self._mine: list[str] | None = None  # the parts that this process writes
-        self._whole = True  # whether each folder has all of every tensor
+        self._tidying: threading.Thread | None = None  # removes a failed save
+        self._mine: list[str] | None = None  # the parts that this rank writes
+        self._whole = True  # each folder holds every tensor whole
         self._staging: Staging | None = None
         if self.folder_group.is_leader:
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-                for leftover in folder.glob(".*"):  # of a save or a removal that was cut short
+                for leftover in folder.glob(".*"):  # of an interrupted save or removal
                     shutil.rmtree(leftover, ignore_errors=True)
         mesh.barrier()
 
     @property
     def last_step(self) -> int | None:
-        """Of the newest checkpoint that all know of."""
+        """The step of the newest checkpoint known to all ranks."""
         return self._last
 
     # --- saving --------------------------------------------------------------------------------------------
 
     @property
     def is_busy(self) -> bool:
-        """Whether a save is under way: the same on all processes between two steps."""
+        """Whether a save is in progress; the same on all ranks between steps."""
         return self._save is not None
 
     def begin(self, parts: Mapping[str, Part], state: Mapping[str, Any], *, read_back: bool = True) -> bool:
         """
-        Begin to save step `state["step"]`; whether it was begun: not where it is there, or another is under way.
+        Begin to save step `state["step"]`; return False if that step is already saved, or a save is in progress.
 
-        `parts` may change as soon as it returns. read_back: from the disk, before it counts as written. A collective over
-        the world, at the first call alone.
+        `parts` may change once this returns. read_back: verify the file by reading it from the disk. The first call is a
+        collective over the world.
         """
         step = int(state["step"])
         if self._save is not None or step == self._last:
@@ -161,7 +161,7 @@ class CheckpointStore:
         self._share(parts)
         self._serial += 1
         aside = self.folder / f".step-{step:08d}.{self._serial}.tmp"
-        # the only checkpoint is never replaced by one that was not read
+        # never replace the only checkpoint by one that was not read back
         careful = self._memory is None and (read_back or self._keep.last == 1)
         state = {"format": FORMAT, **state}
         if self._memory:
@@ -170,7 +170,7 @@ class CheckpointStore:
         self._save = save = _Save(self._serial, step, aside, state, careful)
         try:
             items, copied = self._stage(parts)
-        except Exception as error:  # told to all by the next votes
+        except Exception as error:  # reported to all ranks by the next votes
             save.error = error
             return True
         save.thread = threading.Thread(target=self._write, args=(save, items, copied), name="save", daemon=True)
@@ -179,16 +179,17 @@ class CheckpointStore:
 
     def prepare(self, parts: Mapping[str, Part]) -> None:
         """
-        Ask for the memory that a save takes, so that the first one need not wait for it. A collective over the world, at the
-        first call of this or of `begin`.
+        Allocate the host memory for saves, so that the first save does not wait for it.
+
+        The first call of this or `begin` is a collective over the world.
         """
         own = [parts[name].tensor for name in self._share(parts)]
         if self._staging is None:
-            with contextlib.suppress(RuntimeError, MemoryError):  # no room now: a save tries again, and says so
+            with contextlib.suppress(RuntimeError, MemoryError):  # no memory now: a save tries again and reports it
                 self._staging = Staging(own)
 
     def own_bytes(self, parts: Mapping[str, Part]) -> int:
-        """What this process writes in a save. A collective over the world, at the first call of this or of `begin`."""
+        """Return the bytes that this rank writes. The first call of this or `begin` is a collective over the world."""
         return sum(parts[name].tensor.nbytes for name in self._share(parts))
 
     def _share(self, parts: Mapping[str, Part]) -> list[str]:
@@ -197,7 +198,7 @@ class CheckpointStore:
         return self._mine
 
     def _stage(self, parts: Mapping[str, Part]) -> tuple[list[ShardItem], torch.cuda.Event | None]:
-        """Copy what is this process's to write into memory that is kept for it; on CUDA, see when it will be there."""
+        """Copy this rank's parts to the staging buffers; on CUDA, also return the event that ends the copies."""
         self._at("stage")
         assert self._mine is not None
         live = [parts[name].tensor for name in self._mine]
@@ -212,10 +213,10 @@ class CheckpointStore:
         ], event
 
     def _write(self, save: _Save, items: Sequence[ShardItem], copied: torch.cuda.Event | None) -> None:
-        """In a thread: this process's file, and beside it what it is known by."""
+        """Write this rank's shard and receipt; runs in a thread."""
         try:
             if copied is not None:
-                torch.cuda.set_device(self._mesh.device)  # a thread's own, else the first
+                torch.cuda.set_device(self._mesh.device)  # the device is set per thread
                 copied.synchronize()
             save.aside.mkdir(parents=True, exist_ok=True)
             path = shard_of(save.aside, self._mesh.place.rank)
@@ -224,11 +225,11 @@ class CheckpointStore:
                 digest = write_shard(path, items, durable=self._memory is None, read_back=save.read_back, at=self._at)
             leave_receipt(save.aside, self._mesh.place.rank, path, digest)
             save.written = True
-        except Exception as error:  # whatever it is: the run goes on without this checkpoint
+        except Exception as error:  # of any kind: the run continues without this checkpoint
             save.error = error
 
     def votes(self) -> tuple[float, ...]:
-        """How far this process is: to be summed over the world, and given to `advance` with `serial`."""
+        """Return this rank's progress, to be summed over the world and passed to `advance` with `serial`."""
         save = self._save
         if save is None:
             return (0.0,) * VOTES
@@ -236,18 +237,18 @@ class CheckpointStore:
 
     @property
     def serial(self) -> int:
-        """Which save the votes are about."""
+        """The number of the save that the votes are about."""
         return self._serial
 
     def advance(self, serial: int, votes: Sequence[float]) -> Outcome | None:
         """
-        What the sum of `votes`, cast when `serial` was under way, comes to; None where it is not over.
+        Advance save `serial` by the sum of all ranks' `votes`; return its outcome, None if it is not over.
 
-        A collective over the world where a process has failed.
+        A collective over the world if a rank has failed.
         """
         save = self._save
         if save is None or save.serial != serial:
-            return None  # votes that were on their way when it was over
+            return None  # these votes arrived after the save was over
         written, committed, failed = votes
         if failed:
             return self._give_up(save)
@@ -261,7 +262,7 @@ class CheckpointStore:
         return None
 
     def finish(self) -> Outcome | None:
-        """Wait for the save that is under way, if there is one. A collective over the world."""
+        """Wait for the save in progress, if any. A collective over the world."""
         while (save := self._save) is not None:
             if save.thread is not None:
                 save.thread.join()
@@ -273,9 +274,9 @@ class CheckpointStore:
 
     def save(self, parts: Mapping[str, Part], state: Mapping[str, Any]) -> Outcome:
         """
-        Save and wait for it; what was there before is waited for first. A collective over the world.
+        Save, and wait until it is done; a save in progress is finished first. A collective over the world.
 
-        It is not read back: who waits has little time, and every byte is compared with its hash when it is loaded.
+        The file is not read back: the caller may have little time, and loading verifies every byte anyway.
         """
         self.finish()
         if not self.begin(parts, state, read_back=False):
@@ -285,7 +286,7 @@ class CheckpointStore:
         return outcome
 
     def _give_up(self, save: _Save) -> Outcome:
-        """Say why, and leave nothing behind. A collective over the world."""
+        """Return the failure, and remove the temporary files. A collective over the world."""
         self._save = None
         reasons = self._mesh.gather_objects("" if save.error is None else _reason(save.error))
         rank, reason = next((r, text) for r, text in enumerate(reasons) if text)
@@ -296,17 +297,17 @@ class CheckpointStore:
         return Outcome(save.step, time.perf_counter() - save.begun, f"{self.folder}: {where}{reason}")
 
     def _remove(self, save: _Save) -> None:
-        """In a thread: also where this folder has it by now, and another one has not."""
+        """Remove a failed save, even if this folder already has it but another has not; runs in a thread."""
         if save.thread is not None:
             save.thread.join()
         shutil.rmtree(save.aside, ignore_errors=True)
         if save.committed:
             discard(folder_of(self.folder, save.step))
 
-    # --- what the first process of a folder does when all have written ---------------------------------------
+    # --- the leader's part, when all ranks have written ------------------------------------------------------
 
     def _commit(self, save: _Save) -> None:
-        """In a thread."""
+        """Complete the checkpoint and remove old ones; runs in a thread."""
         try:
             self._at("manifest")
             write_manifest(save.aside, self.folder_group.ranks, save.state)
@@ -319,12 +320,12 @@ class CheckpointStore:
         except Exception as error:
             save.error = error
             return
-        with contextlib.suppress(OSError):  # what should be gone and is not costs room, and no checkpoint
+        with contextlib.suppress(OSError):  # a failed removal costs space, but no checkpoint
             self._at("retention")
             self._retain(save.step)
 
     def _retain(self, step: int) -> None:
-        """Remove what is not to be kept after `step`: in memory also what is newer, whose steps are taken anew."""
+        """Remove what need not be kept after `step`; in memory also newer checkpoints, whose steps are being repeated."""
         saved = listed(self.folder)
         kept = self._keep.steps(saved, step if self._memory else None)
         for old in saved:
@@ -335,8 +336,9 @@ class CheckpointStore:
 
     def newest(self) -> tuple[Saved | None, list[str]]:
         """
-        The newest checkpoint of which every byte is as it was written, the same on all processes; and what was wrong
-        with each newer one. Those are set aside, or in memory removed. A collective over the world.
+        Find the newest undamaged checkpoint, the same on all ranks; and the damage of each newer one.
+
+        Damaged checkpoints are renamed, or removed from memory. A collective over the world.
         """
         if self._tidying is not None:
             self._tidying.join()
@@ -346,14 +348,15 @@ class CheckpointStore:
 
     def replicate(self, after: int, to: Path) -> tuple[Saved | None, list[str]]:
         """
-        Of a store in memory: where some machine has one that is newer than `after`, copy it to `to`, which all see. The
-        copy, if there is one; and what was wrong with others. A collective over the world. Raises `CheckpointError`.
+        Copy a checkpoint newer than `after` from some machine's memory to `to`, which all ranks see.
+
+        Returns the copy, if any, and the damage of others. A collective over the world. Raises `CheckpointError`.
         """
         assert self._memory is not None
         return replicate(self.folder, self._mesh, self._memory, after, to)
 
     def load(self, saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
-        """Fill `parts` in place from what `newest` found; its `state.json`. Raises `CheckpointError`."""
+        """Fill `parts` in place from a checkpoint that `newest` found; return its `state.json`. Raises `CheckpointError`."""
         state, problem = {}, ""
         try:
             state = read_state(saved.folder)

@@ -1,8 +1,8 @@
 """
-torch's elastic agent, which starts the workers of this machine and starts them anew, with what shoal knows of its own.
+torch's elastic agent, which starts and restarts the workers of this node, with shoal's own rules.
 
-It finds workers that hang, ends at once those that wait for a dead one, does not restart what was asked to stop or will
-fail again, lets workers save when a machine joins, and says in one line what it does.
+It finds hung workers, kills workers that wait for a dead one, and lets workers save when a node joins. It does not restart a
+run that was asked to stop or that would fail again. Each decision is printed as one line.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ from shoal.run.narrator import Narrator
 from shoal.system.output import say_error
 
 NO_LIMIT: Final = 1_000_000  # restarts: torch counts them down
-CAUSE_SECONDS: Final = 2.0  # a worker that lost a peer may be seen to end before that peer
-SLOW_SECONDS: Final = 3.0  # who waits longer for other machines says so
-_STARTS: Final = {"start": "starting the workers"}  # phases whose names say too little to a person
-# A worker that these killed had not come so far as to listen to them.
+CAUSE_SECONDS: Final = 2.0  # a worker that lost a peer may end before that peer's death is seen
+SLOW_SECONDS: Final = 3.0  # print a line after waiting this long for other nodes
+_STARTS: Final = {"start": "starting the workers"}  # clearer words for some phases
+# Exit codes of a worker killed by a stop signal before it could install its handlers.
 ASKING: Final = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1)
 
 
 class Agent(LocalElasticAgent):
-    """`why` says, after a run that failed, what it failed of; `asked` whether somebody asked it to stop."""
+    """Runs this node's workers. `why`: the cause of a failure. `asked`: whether the run was asked to stop."""
 
     def __init__(
         self, spec: WorkerSpec, config: Config, stop: SignalForwarder, meeting: Meeting, crashes: Crashes
     ) -> None:
-        """crashes: of this launcher, also before it came to this meeting."""
-        self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))  # the workers' pages, and what torch keeps of them
+        """crashes: the launcher's count, kept from one rendezvous to the next."""
+        self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))  # for the workers' pages, and torch's own files
         logs = DefaultLogsSpecs(log_dir=str(self._folder))
         super().__init__(spec=spec, logs_specs=logs, start_method="spawn", exit_barrier_timeout=30)
         self.why = ""
         self.asked = False
-        self.too_large = False  # for the memory there is
-        self.alone_at_fault = False  # it is this machine whose workers die
-        self.ended_early = False  # by us, before a step was taken
+        self.too_large = False  # the model does not fit in memory
+        self.alone_at_fault = False  # only this node's workers crash
+        self.ended_early = False  # killed by us before the first step
         self._config = config
         self._launch, self._stop, self._meeting = config.launch, stop, meeting
         self._run_folder = RunFolder.of(config)
@@ -69,28 +69,29 @@ class Agent(LocalElasticAgent):
         self._narrator = Narrator(Console().note)
         self._crashes, self._elsewhere = crashes, Crashes(3 * crashes.most)
         self._lost_since: float | None = None
-        self._kernel_kills = 0  # before these workers were started
+        self._kernel_kills = 0  # kernel_kills() when these workers started
         self._world_size = 1
-        self._machines: Machines | None = None  # where there are several
+        self._machines: Machines | None = None  # None on one node
         meeting.rendezvous.on_lost = self._say_lost
 
     def close(self) -> None:
+        """Remove the agent's files; may be called twice."""
         self._narrator.close()
         self._watch.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def others_can_go_on(self) -> bool:
-        """Whether there are enough machines without this one."""
+        """Whether enough nodes remain without this one."""
         return self._machines is not None and len(self._machines.hosts) > self._launch.fewest_nodes
 
     @property
     def met(self) -> bool:
-        """Whether it has taken part in a round with others."""
+        """Whether it has taken part in a round with other nodes."""
         return self._machines is not None
 
     def _rendezvous(self, worker_group: Any) -> None:
-        """Meet the other machines; a signal ends the wait. Raises `LaunchError` where this one cannot work with them."""
+        """Meet the other nodes; a signal ends the wait. Raises `LaunchError` if this node's config does not match."""
         timer = threading.Timer(SLOW_SECONDS, self._say_what_it_waits_for)
         with self._stop.may_raise():
             if self._launch.nodes > 1:
@@ -104,13 +105,13 @@ class Agent(LocalElasticAgent):
         self._meeting.rendezvous.machines = worker_group.group_world_size
 
     def _greet(self, worker_group: Any) -> bool:
-        """Whether all can work together; else some leave. Raises `LaunchError` where it is this one that has to."""
+        """Return whether all configs match; if not, nodes leave. Raises `LaunchError` if this node must leave."""
         before = self._machines
         machines = Machines(worker_group.store, worker_group.group_rank, worker_group.group_world_size)
         stays = machines.greet(socket.gethostname(), shared_settings(self._config), stays=before is not None)
         if not stays:
-            say_error(f"{machines.others_differ}: meeting without what differs")
-            time.sleep(1.0)  # until those have left
+            say_error(f"{machines.others_differ}: meeting again without it")
+            time.sleep(1.0)  # until they have left
             return False
         self._machines = machines
         say_error(machines.describe(before.hosts if before else None, worker_group.workers[0].world_size))
@@ -121,11 +122,11 @@ class Agent(LocalElasticAgent):
     def _say_what_it_waits_for(self) -> None:
         needed, place = self._launch.fewest_nodes, self._launch.rendezvous
         if self._meeting.rendezvous.is_full:
-            say_error(f"all {self._launch.nodes} machines are there: waiting at {place} until one is missing")
+            say_error(f"all {self._launch.nodes} nodes are present: waiting at {place} as a spare until one leaves")
         else:
             say_error(
-                f"waiting at {place} for {needed} machine{'s' * (needed > 1)} or more that run this command in the same folder "
-                f"of runs, {self._run_folder.path.parent.resolve()}"
+                f"waiting at {place} for at least {needed} node{'s' * (needed > 1)} running this command with the same "
+                f"launch.runs folder, {self._run_folder.path.parent.resolve()}"
             )
 
     def _start_workers(self, worker_group: Any) -> Any:
@@ -135,7 +136,7 @@ class Agent(LocalElasticAgent):
         return super()._start_workers(worker_group)
 
     def _monitor_workers(self, worker_group: Any) -> RunResult:
-        """Ten times a second."""
+        """Check the workers; called ten times a second."""
         self._stop.reach_all()
         processes = self._processes()
         codes = {local: process.poll() for local, process in processes.items()}
@@ -150,9 +151,11 @@ class Agent(LocalElasticAgent):
             self._machines.post(lambda: self._watch.statuses(pids))
         hang = self._watch.find_hang(pids, self._machines.others if self._machines else list)
         if hang is not None and any(process.poll() is not None for process in running.values()):
-            hang = None  # one ended just now, and perhaps of what the others wait for: the next look sees it among the dead
+            hang = None  # one ended just now, and may be the cause: the next check sees it as dead
         if hang is None and running and (not failed or self._others_follow(failed)):
-            return RunResult(state=WorkerState.HEALTHY)  # torch's own look may end some: with SIGTERM, and 30 s to obey
+            return RunResult(
+                state=WorkerState.HEALTHY
+            )  # do not call torch's own check yet: it would end workers by SIGTERM, with 30 s to obey
         _kill(running.values())
         result: RunResult = super()._monitor_workers(worker_group)
         if hang is None and not result.is_failed():
@@ -162,7 +165,7 @@ class Agent(LocalElasticAgent):
         return RunResult(state=WorkerState.FAILED, failures=result.failures)
 
     def _narrate(self) -> None:
-        """Say what the first worker does, where that is no step like those before it and takes long."""
+        """Print the phase of the first worker if it is not a usual step and takes long."""
         sign = self._watch.sign(0)
         if not sign.step and not sign.taken:
             phase: str | None = _STARTS.get(sign.phase, sign.phase)
@@ -170,38 +173,36 @@ class Agent(LocalElasticAgent):
             phase = "first step, compiling" if self._config.train.compile else "first step"
         else:
             phase = None if sign.in_step else sign.phase
-        self._narrator.begin(phase, tell=phase != "end")  # the last words are on the screen by then, with all that time
+        self._narrator.begin(phase, tell=phase != "end")  # the run's closing line already reports that time
         self._narrator.look()
 
     def _end_early(self, worker_group: Any, running: Iterable[Any]) -> RunResult:
-        """They were asked to stop before the first step, and there is nothing that they would save."""
+        """Kill workers that were asked to stop before the first step: they have nothing to save."""
         _kill(running)
         self.asked = self.ended_early = True
         self._remaining_restarts = 0
         return RunResult(state=WorkerState.FAILED, failures=super()._monitor_workers(worker_group).failures)
 
     def _stop_workers(self, worker_group: Any) -> None:
-        """Before they are started anew: where a machine joins they save first, and else they wait for a dead one."""
+        """Stop the workers before a restart: let them save if a node joins, else kill them, since they wait for a dead one."""
         if self._machines and self._pcontext is not None:
             news = self._meeting.rendezvous.news
             if news == "joins" or self._machines.is_regrouping():
                 self._machines.request_regroup()
-                say_error("another machine joins: saving, then starting again with it")
+                say_error("another node joins: saving, then starting again with it")
                 self._let_save()
             elif news == "left" and any(process.poll() is None for process in self._processes().values()):
-                say_error(
-                    f"a machine has left, or starts its workers again: starting again from {self._last_checkpoint()}"
-                )
+                say_error(f"a node left or restarted its workers: starting again from {self._last_checkpoint()}")
             _kill([process for process in self._processes().values() if process.poll() is None])
         super()._stop_workers(worker_group)
 
     def _processes(self) -> dict[int, subprocess.Popen[bytes]]:
-        """By local rank."""
+        """Return the worker processes by local rank."""
         assert self._pcontext is not None
         return {local: handler.proc for local, handler in self._pcontext.subprocess_handlers.items()}  # type: ignore[attr-defined]
 
     def _let_save(self) -> None:
-        """Ask the workers to stop, and wait until they have, or until one does not come further."""
+        """Ask the workers to stop, and wait until they have, or until one fails or hangs."""
         for process in self._processes().values():
             if process.poll() is None:
                 process.terminate()
@@ -212,7 +213,7 @@ class Agent(LocalElasticAgent):
             time.sleep(0.1)
 
     def _others_follow(self, failed: Mapping[int, int]) -> bool:
-        """Whether those that still run are about to end by themselves, in order or with a better reason."""
+        """Return whether the running workers should soon end by themselves, perhaps with a clearer cause."""
         if set(failed.values()) == {EXIT_REQUEUE}:
             return True
         if not FOLLOWS.keys() >= set(failed.values()):
@@ -222,13 +223,13 @@ class Agent(LocalElasticAgent):
 
     def _judge(self, failures: Mapping[int, Any], ranks: Mapping[int, int], hang: Hang | None) -> None:
         """
-        Start again or not; record it and say it.
+        Decide whether to restart; record and print the cause.
 
-        failures: of those that ended by themselves, by rank; ranks: their local ranks.
+        failures: those of workers that ended by themselves, by rank. ranks: their local ranks.
         """
         codes = {failure.exitcode for failure in failures.values()}
         if codes == {EXIT_REQUEUE} and self._stop.signal is None and self._machines and self._machines.is_regrouping():
-            self._remaining_restarts += 1  # they saved since a machine joins: no failure
+            self._remaining_restarts += 1  # they saved because a node joins: not a failure
             return
         self.asked = self._stop.signal is not None or EXIT_REQUEUE in codes
         step = self._judge_deaths(failures, ranks) if hang is None else self._judge_hang(hang)
@@ -245,14 +246,14 @@ class Agent(LocalElasticAgent):
             say_error(f"{self.why}; starting again from {self._last_checkpoint()}{left}")
 
     def _judge_hang(self, hang: Hang) -> int:
-        """Record it; the step at which it counts as a crash."""
+        """Record the hang; return the step at which it counts as a crash."""
         self.why = str(hang)
         if self._machines is None or self._machines.announce("hang"):
             self._record("hang", rank=hang.rank, step=hang.step, phase=hang.phase, why=self.why)
         return max(hang.step, self._run_folder.last_step())
 
     def _judge_deaths(self, failures: Mapping[int, Any], ranks: Mapping[int, int]) -> int | None:
-        """Find what the workers died of; the step at which it counts as a crash, None if that is decided otherwise."""
+        """Find why the workers died; return the step at which it counts as a crash, None if already decided."""
         codes = {failure.exitcode for failure in failures.values()}
         rank, failure = first_death(failures)
         sign = self._watch.sign(ranks[rank])
@@ -269,7 +270,7 @@ class Agent(LocalElasticAgent):
         how = "was killed by the kernel (out of memory)" if no_memory else how_it_died(failure.exitcode)
         self.why = f"worker {rank} {how} {where}"
         self._record("crashed", rank=rank, how=how, step=step, phase=sign.phase)
-        if no_memory and sign.taken <= 1:  # nor would it fit the next time
+        if no_memory and sign.taken <= 1:  # it would not fit after a restart either
             self.too_large = True
             self._remaining_restarts = 0
             self.why += f". {what_would_fit(self._run_folder.settled(self._config), self._world_size)}"
@@ -277,8 +278,8 @@ class Agent(LocalElasticAgent):
         return step
 
     def _follow(self, step: int, where: str) -> None:
-        """Start again after a crash on another machine, whose launcher counts it too, and gives up sooner."""
-        self.why = f"lost a worker on another machine {where}"
+        """Restart after a crash on another node, whose launcher counts it too and gives up earlier."""
+        self.why = f"lost a worker on another node {where}"
         if self._elsewhere.add(step):
             self.why += f"; that makes {self._elsewhere.count} times without a step beyond {step}"
             self._remaining_restarts = 0
@@ -287,14 +288,14 @@ class Agent(LocalElasticAgent):
 
     @property
     def has_checkpoint(self) -> bool:
-        """On disk, or in memory as a worker told."""
+        """Whether there is a checkpoint on disk, or one in memory that a worker reported."""
         return self._run_folder.has_checkpoint() or self._watch.saved() > 0
 
     def _last_checkpoint(self) -> str:
         return "the last checkpoint" if self.has_checkpoint else "the beginning: there is no checkpoint yet"
 
     def _followed_another_machine(self, codes: set[int]) -> bool:
-        """Whether those here ended since one elsewhere had: an abort may be a crash of its own, unless another was there before."""
+        """Return whether the workers here died after one on another node. An abort counts only if another node crashed first."""
         assert self._machines is not None
         if codes == {EXIT_LOST_PEER}:
             return True
@@ -308,19 +309,19 @@ class Agent(LocalElasticAgent):
 
     def _say_lost(self) -> None:
         say_error(
-            f"nothing answers at {self._launch.rendezvous} any more: the run goes on, but no machine can join it, and "
-            "workers that die cannot be started again until something does"
+            f"the rendezvous at {self._launch.rendezvous} no longer answers: the run continues, but until it is back no node "
+            "can join and dead workers cannot be restarted"
         )
 
     def _record(self, event: str, **facts: object) -> None:
-        """A line in the run's events."""
+        """Append a line to the run's events."""
         events = Events(self._run_folder.events_file)
         events.say(event, **facts)
         events.close()
 
 
 def _in_thread(do: Callable[[], None]) -> None:
-    """What waits in C++ does not see a signal: it waits in a thread, and this one here, which does."""
+    """Call `do` in a thread and wait for it: a wait in C++ would block signals, this one does not."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -339,13 +340,13 @@ def _in_thread(do: Callable[[], None]) -> None:
 
 def _kill(processes: Any) -> None:
     """
-    End them now: they wait for one that is dead, and would not listen to SIGTERM before a collective's timeout.
+    Kill workers that wait for a dead one: they would not handle SIGTERM before a collective's timeout.
 
-    SIGKILL reaches stopped ones too. One in state D dies when its device answers; it is not waited for.
+    SIGKILL also reaches stopped processes. One in state D dies when its device answers, and is not waited for.
     """
     for process in processes:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # each leads a session of its own
+            os.killpg(process.pid, signal.SIGKILL)  # each leads its own session
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(2.0)

@@ -1,4 +1,4 @@
-"""One launcher of a run: meets the others, runs the workers through torch's elastic agent, and says how the run ended."""
+"""The main loop of a launcher: meet the other nodes, run the workers, and report the outcome."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError
 from shoal.run.folder import RunFolder
 from shoal.system.output import say_error
 
-NO_LIMIT: Final = 1_000_000  # restarts: torch counts them down
-_STOPPED: Final = "stopped while there were no workers; the same command goes on"
+NO_LIMIT: Final = 1_000_000  # restarts; torch counts down from it
+_STOPPED: Final = "stopped while no workers were running; the same command resumes"
 
 
 def run_workers(config: Config, argv: Sequence[str], stop: SignalForwarder) -> int:
-    """Run `shoal ARGV` in the workers of this machine until the run ends; the exit code, see `launch`."""
+    """Run `shoal ARGV` in this node's workers until the run ends; return the exit code, see `launch`."""
     launcher = _Launcher(config, argv, stop)
     while (code := launcher.meet_and_run()) is None:
         pass
@@ -37,18 +37,18 @@ def run_workers(config: Config, argv: Sequence[str], stop: SignalForwarder) -> i
 
 
 class _Launcher:
-    """What a launcher keeps from one meeting with the others to the next."""
+    """The state that a launcher keeps from one rendezvous to the next."""
 
     def __init__(self, config: Config, argv: Sequence[str], stop: SignalForwarder) -> None:
         self._config, self._argv, self._stop = config, argv, stop
         self._crashes = Crashes(config.launch.max_crashes)
         self._folder = RunFolder.of(config)
         self._lock_id = self._folder.lock_id()
-        self._lost = ""  # why the others cannot be reached, if they could be before
+        self._lost = ""  # why the last rendezvous was lost
         self._met = False
 
     def meet_and_run(self) -> int | None:
-        """Meet the others and run the workers; the exit code, or None if they have to meet again."""
+        """Meet the other nodes and run the workers; return the exit code, or None if the nodes must meet again."""
         try:
             with self._stop.may_raise():
                 meeting = Meeting.open(self._config, self._lock_id, say_error)
@@ -58,7 +58,7 @@ class _Launcher:
         except LaunchError:
             if not self._lost:
                 raise
-            say_error(f"the run stopped: {self._lost}. {_what_stands(self._folder.has_checkpoint())}")
+            say_error(f"the run stopped: {self._lost}. {_what_is_kept(self._folder.has_checkpoint())}")
             return EXIT_REQUEUE
         agent = Agent(_workers(self._config, self._argv, meeting), self._config, self._stop, meeting, self._crashes)
         try:
@@ -71,7 +71,7 @@ class _Launcher:
         try:
             result = agent.run()
         except StopRequested:
-            if self._met or agent.met:  # a run was under way: it stops on all machines
+            if self._met or agent.met:  # a run was in progress: stop it on all nodes
                 meeting.end(EXIT_REQUEUE, "it was asked to stop")
             meeting.rendezvous.leave()
             say_error(_STOPPED)
@@ -85,7 +85,7 @@ class _Launcher:
         except RendezvousTimeoutError:
             meeting.rendezvous.leave()
             if meeting.rendezvous.is_full:
-                return None  # all seats are taken again: wait for the next one
+                return None  # all seats are taken again: wait for the next free one
             return self._give_up_waiting(agent)
         except (RendezvousError, DistError) as error:
             meeting.rendezvous.leave()
@@ -93,7 +93,7 @@ class _Launcher:
                 raise
             self._say_broken_off(error)
             return None
-        agent.close()  # its narrator has the word before the outcome
+        agent.close()  # its narrator's last line comes before the outcome
         code = _outcome(agent, result)
         if code == 1 and agent.alone_at_fault and agent.others_can_go_on:
             meeting.rendezvous.leave()
@@ -104,26 +104,26 @@ class _Launcher:
     def _give_up_waiting(self, agent: Agent) -> int:
         launch = self._config.launch
         say_error(
-            f"{launch.fewest_nodes} machines did not come to {launch.rendezvous} within {launch.timeout_seconds:.0f} s"
+            f"fewer than {launch.fewest_nodes} nodes came to {launch.rendezvous} within {launch.timeout_seconds:.0f} s"
         )
         return EXIT_REQUEUE if self._met or agent.met else 1
 
     def _say_broken_off(self, error: Exception) -> None:
-        if isinstance(error, DistStoreError):  # an answer of another machine did not come: that one has gone
-            say_error("a machine left while they met; meeting again")
+        if isinstance(error, DistStoreError):  # another node did not answer: it is gone
+            say_error("a node left during the rendezvous; meeting again")
         else:
-            self._lost = f"nothing answers at {self._config.launch.rendezvous} any more"
+            self._lost = f"the rendezvous at {self._config.launch.rendezvous} no longer answers"
             say_error(f"{self._lost}; waiting for it")
 
 
 def _ended_elsewhere(meeting: Meeting) -> int:
     ended = meeting.ended()
-    say_error(f"the run has ended on another machine{f': {ended.why}' if ended and ended.why else ''}")
+    say_error(f"the run has ended on another node{f': {ended.why}' if ended and ended.why else ''}")
     return ended.code if ended else 1
 
 
 def _workers(config: Config, argv: Sequence[str], meeting: Meeting) -> WorkerSpec:
-    """`launch.processes` workers of `shoal ARGV`."""
+    """Describe `launch.processes` workers of `shoal ARGV` for torch's agent."""
     restarts = config.launch.max_restarts
     return WorkerSpec(
         role="shoal",
@@ -138,13 +138,13 @@ def _workers(config: Config, argv: Sequence[str], meeting: Meeting) -> WorkerSpe
 
 
 def _outcome(agent: Agent, result: RunResult) -> int:
-    """The exit code of a run that is over, and a line where it did not finish."""
+    """Return the exit code of an ended run; if it did not finish, print the reason."""
     if not result.is_failed():
         return 0
     codes = [failure.exitcode for failure in result.failures.values()]
     if EXIT_BAD_INPUT in codes:
         said = [f.message for f in result.failures.values() if f.exitcode == EXIT_BAD_INPUT]
-        # most often all ranks found the same, or the same with other numbers: what each had of its memory
+        # usually all ranks report the same problem, perhaps with other numbers, such as their memory
         found = list({re.sub(r"\d+", "", message): message for message in reversed(said)}.values())
         for message in reversed(found):
             say_error(message)
@@ -158,14 +158,14 @@ def _outcome(agent: Agent, result: RunResult) -> int:
     if agent.asked:
         cause = f" ({agent.why})" if agent.why else ""
         how = "stopped before the first step" if agent.ended_early else f"stopped without saving{cause}"
-        where = "goes on from the last checkpoint" if agent.has_checkpoint else "starts from the beginning"
+        where = "resumes from the last checkpoint" if agent.has_checkpoint else "starts from the beginning"
         say_error(f"{how}; the same command {where}")
         return EXIT_REQUEUE
-    say_error(f"the run stopped: {agent.why}. {_what_stands(agent.has_checkpoint)}")
+    say_error(f"the run stopped: {agent.why}. {_what_is_kept(agent.has_checkpoint)}")
     return 1
 
 
-def _what_stands(has_checkpoint: bool) -> str:
+def _what_is_kept(has_checkpoint: bool) -> str:
     if has_checkpoint:
-        return "What was saved stands; the same command goes on from there"
-    return "Nothing was saved yet; the same command starts from the beginning"
+        return "Saved checkpoints are kept; the same command resumes from the last one"
+    return "No checkpoint was saved; the same command starts from the beginning"
