@@ -1,4 +1,4 @@
-"""Checkpoints in several folders, one for the processes of each machine: there on all, or passed over by all."""
+"""Checkpoints in several folders, one per machine: used only if every machine has them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def machine(rank: int) -> str:
 
 
 def held(holds: str, rank: int, seed: int) -> dict[str, Part]:
-    """What a process holds of `tensors(seed)`: their rows cut over neighbours."""
+    """Return a rank's parts of `tensors(seed)`, sharded by rows over neighboring ranks."""
     count = RANKS_OF[holds]
     found = {}
     for name, whole in tensors(seed).items():
@@ -59,7 +59,7 @@ def save(mesh: Mesh, folder: Path, holds: str, steps: list[int], generation: str
 def load(
     mesh: Mesh, folder: Path, holds: str, wrote: str | None = None, generations: Mapping[str, int | None] = ALL
 ) -> tuple[int | None, list[str]]:
-    """The step that was found, where what it holds is right to the bit; and what was wrong with others."""
+    """Return the step found, after checking that its contents are bitwise right, and the damage of others."""
     store = store_of(mesh, folder, wrote or holds, generations=generations)
     saved, problems = store.newest()
     if saved is None:
@@ -86,9 +86,9 @@ def test_each_life_leads_to_the_next_up_to_the_step_from_which_it_went_on() -> N
     assert [memory.is_current(saved_by(*each)) for each in (("a", 6), ("a", 7), ("b", 9), ("c", 99))] == [
         True, False, True, True
     ]  # fmt: skip
-    memory.begin_generation("d", saved_by("a", 5))  # two were damaged
+    memory.begin_generation("d", saved_by("a", 5))  # two newer ones were damaged
     assert memory.generations == {"a": 5, "d": None}
-    memory.begin_generation("e", Saved(Path("step"), 4, None))  # one that lasts
+    memory.begin_generation("e", Saved(Path("step"), 4, None))  # from a checkpoint on disk
     assert memory.generations == {"e": None}
     for generation in range(20):
         memory.begin_generation(str(generation), saved_by(str(generation - 1), generation) if generation else None)
@@ -103,8 +103,8 @@ def test_who_shares_a_folder_is_who_sees_it() -> None:
     apart = FolderGroup.from_visible(3, [[0, 2], [1, 3], [0, 2], [1, 3]])
     assert apart is not None
     assert (apart.ranks, apart.index, apart.is_leader, apart.count) == ([1, 3], 1, False, 2)
-    assert FolderGroup.from_visible(0, [[0], [0, 1]]) is None  # one is late to see what the other wrote
-    assert FolderGroup.from_visible(0, [[0], []]) is None  # it cannot even write
+    assert FolderGroup.from_visible(0, [[0], [0, 1]]) is None  # rank 0 does not see yet what rank 1 wrote
+    assert FolderGroup.from_visible(0, [[0], []]) is None  # rank 1 cannot write
 
 
 @pytest.mark.parametrize("holds", RANKS_OF)
@@ -117,7 +117,7 @@ def test_each_process_finds_what_it_held_in_the_folder_it_sees(
         assert [s.step for s in listed(tmp_path / name)] == [2, 3]
         newest = listed(tmp_path / name)[-1]
         assert damage(newest.folder) == ""
-        if holds != "shards over all":  # one machine alone has all, and it is written once
+        if holds != "shards over all":  # one machine holds everything, written once
             assert is_equal(newest, 3)
             data = sum(t.nbytes for t in tensors().values())
             assert data < sum(f.stat().st_size for f in newest.folder.glob("*.safetensors")) < data + 5000
@@ -128,7 +128,7 @@ def test_shards_over_all_machines_are_of_use_where_nothing_was_cut_otherwise(
 ) -> None:
     world(4).run(save, tmp_path, "shards over all", [1])
     assert world(4).run(load, tmp_path, "shards on each machine") == [(None, [])] * 4
-    assert world(4).run(load, tmp_path, "shards over all") == [(1, [])] * 4  # it was left where it is
+    assert world(4).run(load, tmp_path, "shards over all") == [(1, [])] * 4  # the skipped checkpoint is kept
 
 
 def test_what_was_cut_otherwise_is_not_taken_for_ones_own(world: Callable[[int], World], tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_what_was_cut_otherwise_is_not_taken_for_ones_own(world: Callable[[int],
 
 
 def saves_of_two_lives(folder: Path, world: World) -> None:
-    """Machine 1 has step 3 of another generation than machine 0."""
+    """Give machine 1 a step 3 of another generation than machine 0's."""
     world.run(save, folder, "copies", [1, 3], "b")
     (folder / "machine-1").rename(folder / "before")
     shutil.rmtree(folder / "machine-0")
@@ -159,10 +159,10 @@ def test_what_one_machine_has_not_is_passed_over_by_all(
         newest = tmp_path / "machine-1" / "step-00000003"
         shutil.rmtree(newest) if what == "is missing" else (newest / "manifest.json").unlink()
     assert world(4).run(load, tmp_path, "copies") == [(1, [])] * 4
-    assert [s.step for s in listed(tmp_path / "machine-0")] == [1, 3]  # who only looks removes nothing
+    assert [s.step for s in listed(tmp_path / "machine-0")] == [1, 3]  # looking removes nothing
     assert world(4).run(save, tmp_path, "copies", [2], "b") == [[""]] * 4
     for name in ("machine-0", "machine-1"):
-        assert [s.step for s in listed(tmp_path / name)] == [1, 2]  # it would have been the third one's place
+        assert [s.step for s in listed(tmp_path / name)] == [1, 2]  # step 3 is removed: it belongs to another history
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_machine_that_has_nothing_has_nothing_in_common(world: Callable[[int],
 def lent(
     mesh: Mesh, folder: Path, after: int, generations: Mapping[str, int | None] = ALL
 ) -> tuple[int | None, list[str]]:
-    """The step that was lent, where it can be read by all; and what was wrong with others."""
+    """Return the step that was replicated, after checking that all ranks can load it, and the damage of others."""
     store = store_of(mesh, folder, generations=generations)
     saved, problems = store.replicate(after, folder / "disk")
     if saved is not None:
@@ -250,7 +250,7 @@ def test_a_full_disk_takes_no_loan_and_nobody_goes_on_from_less(world: Callable[
         assert str(caught.value).count("CheckpointError: ") == 4
         assert not listed(disk)
     (tmp_path / "disk").mkdir(exist_ok=True)
-    assert world(4).run(lent, tmp_path, 0) == [(1, [])] * 4  # when there is room again
+    assert world(4).run(lent, tmp_path, 0) == [(1, [])] * 4  # once there is space again
 
 
 def fail_on_one_machine(mesh: Mesh, folder: Path) -> str:
@@ -270,12 +270,12 @@ def test_what_one_machine_could_not_commit_is_there_for_none(world: Callable[[in
     problems = world(4).run(fail_on_one_machine, tmp_path)
     assert all(problem.endswith(": rank 2: [Errno 5] Input/output error") for problem in problems)
     for name in ("machine-0", "machine-1"):
-        assert [p.name for p in (tmp_path / name).glob("*step*")] == ["step-00000001"]  # nor half of it
+        assert [p.name for p in (tmp_path / name).glob("*step*")] == ["step-00000001"]  # no partial checkpoint either
     assert world(4).run(load, tmp_path, "copies") == [(1, [])] * 4
 
 
 def one_commits_before_the_other(mesh: Mesh, folder: Path) -> list[bool]:
-    """Whether the save was over when one machine had it, and when both had."""
+    """Return whether the save was over when one machine had it, and when both had it."""
     goes_on = threading.Event()
 
     def at(phase: str) -> None:
@@ -286,7 +286,7 @@ def one_commits_before_the_other(mesh: Mesh, folder: Path) -> list[bool]:
     store.begin(held("copies", mesh.place.rank, 1), state(1))
 
     def look() -> bool:
-        """A step's turn, for those who wait for all but the machine that is slow."""
+        """Advance the save as a step does, after waiting for every machine but the slow one."""
         save = store._save
         assert save is not None
         assert save.thread is not None
@@ -295,7 +295,7 @@ def one_commits_before_the_other(mesh: Mesh, folder: Path) -> list[bool]:
         votes = mesh.sum(torch.tensor(store.votes(), dtype=torch.float64))
         return store.advance(store.serial, votes.tolist()) is not None
 
-    assert not look()  # all have written
+    assert not look()  # all ranks have written
     over = [look()]
     goes_on.set()
     outcome = store.finish()

@@ -1,4 +1,4 @@
-"""Who hangs, and whether to start again: pages written by hand, processes of our own."""
+"""Which rank hangs, and whether to restart, from hand-written pages and real processes."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_else_it_is_the_one_least_far_and_silent_longest() -> None:
 def test_who_waits_for_others_is_not_the_one() -> None:
     waiting = RankStatus(0, Sign(12, 3, "reduce", 1.0, math.inf, waits=True), "sleeping")
     assert find_culprit([waiting, look(1, 12, 3, 2.0)]).rank == 1
-    assert find_culprit([waiting, look(1, 12, 4, 2.0)]).rank == 0  # it is farther
+    assert find_culprit([waiting, look(1, 12, 4, 2.0)]).rank == 0  # rank 1 is further advanced
 
 
 def test_it_is_said_where_others_are_at_the_very_place() -> None:
-    """As on GPUs that wait for each other in one kernel: who came there first is a guess."""
+    """On GPUs that wait for each other in one kernel, the first to arrive is only a guess."""
     three = [look(0, 12, 3, 2.0), look(1, 12, 3, 1.0), look(2, 12, 3, 3.0)]
     assert count_ties(find_culprit(three), three) == 2
     assert count_ties(three[0], [three[0], look(1, 12, 4, 1.0), look(2, 12, 3, 2.0, psutil.STATUS_STOPPED)]) == 0
@@ -68,8 +68,8 @@ def test_a_machine_that_slept_has_no_culprit() -> None:
 
 @pytest.fixture
 def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
-    monkeypatch.setenv(FOLDER, "")  # put back afterwards
-    monkeypatch.setattr("shoal.elastic.watch.STACKS_SECONDS", 0.2)  # the processes here leave none
+    monkeypatch.setenv(FOLDER, "")  # restored after the test
+    monkeypatch.setattr("shoal.elastic.watch.STACKS_SECONDS", 0.2)  # these processes write none
     watch = Watch(tmp_path / "stacks", tmp_path)
     yield watch
     watch.close()
@@ -82,7 +82,7 @@ def until(pid: int, status: str) -> None:
 
 @pytest.fixture
 def sleepers() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Two processes that leave SIGUSR2 alone, asleep: one that has said so still runs for a moment."""
+    """Start two processes that ignore SIGUSR2, and wait until they sleep: after printing they run for a moment."""
     code = "import signal, time; signal.signal(signal.SIGUSR2, signal.SIG_IGN); print(flush=True); time.sleep(100)"
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)]
     for process in processes:
@@ -108,7 +108,7 @@ def test_a_stopped_process_is_named_when_somebody_is_late(
     assert watch.find_hang(pids) is None
     sleepers[0].send_signal(signal.SIGSTOP)
     until(pids[0], psutil.STATUS_STOPPED)
-    assert watch.find_hang(pids) is None  # it may be stopped as long as nobody is late
+    assert watch.find_hang(pids) is None  # a stopped process is fine until a rank is late
     pages[1].allow(0.0)
     hang = watch.find_hang(pids)
     assert hang is not None
@@ -124,7 +124,7 @@ def test_a_stopped_process_is_named_when_somebody_is_late(
 
 
 def found(watch: Watch, pids: dict[int, int]) -> Hang:
-    """The hang, as soon as it is known that nobody works: that takes a moment."""
+    """Return the hang, once activity has been measured."""
     while (hang := watch.find_hang(pids)) is None:
         pass
     return hang
@@ -139,7 +139,7 @@ def test_who_compiles_is_waited_for_until_it_is_late_itself(
     watch.start([0, 1], 600.0)
     pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]
     pages[0].write(12, 3, "reduce")
-    pages[0].allow(0.0)  # it waits for the other one, and is late
+    pages[0].allow(0.0)  # it waits for the other rank, and is late
     pages[1].write(12, 1, COMPILE)
     assert watch.find_hang(pids) is None
     pages[1].allow(0.0)
@@ -184,7 +184,7 @@ def test_crashes_count_until_a_step_further_is_taken() -> None:
 
 
 BUSY = "import signal\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\nprint(flush=True)\nwhile True: pass"
-# The work is done by a program that it started, as compilers are.
+# The work is done by a child program, as with compilers.
 STARTS_ONE = (
     "import signal, subprocess, sys\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\n"
     "subprocess.run([sys.executable, '-c', 'print(flush=True)\\nimport os, sys\\nwhile os.getppid() == int(sys.argv[1]): pass', str(__import__('os').getpid())])"
@@ -208,14 +208,14 @@ def test_who_computes_does_not_hang_unless_it_is_in_a_strict_step_like_those_bef
         watch.start([0, 1], 600.0)
         pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]
         pages[0].write(0, 1, "loading weights")
-        pages[1].write(0, 2, "loading weights")  # farther: it waits for the other
+        pages[1].write(0, 2, "loading weights")  # further advanced: it waits for the other
         pages[1].allow(0.0)
         end = time.monotonic() + 2
-        while time.monotonic() < end:  # much longer than it takes to see who works
+        while time.monotonic() < end:  # much longer than measuring activity takes
             assert watch.find_hang(pids) is None
         pages[0].took(3)
         pages[0].write(4, 1, "forward")
-        pages[0].allow(0.0, in_step=True)  # as on a CPU that is busy now
+        pages[0].allow(0.0, in_step=True)  # as on a busy CPU
         pages[1].write(4, 2, "forward")
         pages[1].allow(0.0, in_step=True)
         assert watch.find_hang(pids) is None
@@ -231,7 +231,7 @@ def test_who_computes_does_not_hang_unless_it_is_in_a_strict_step_like_those_bef
 def test_who_sleeps_where_work_may_take_long_hangs(
     watch: Watch, sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a process does that waits for another one in a collective."""
+    """A process that waits for another rank in a collective sleeps."""
     import os
 
     from shoal.elastic import watch as module

@@ -60,9 +60,9 @@ def replicate(folder: Path, mesh: Mesh, memory: MemoryTier, after: int, to: Path
             problems.append(damaged)
             continue
         replica = replace(saved, folder=folder_of(to, saved.step))
-        aside = to / f".{replica.folder.name}.lent.tmp"
-        _together(mesh, saved, lambda: _copy(saved.folder, aside, group) if is_source else None)  # noqa: B023  # at once
-        _together(mesh, saved, lambda: replace_folder(aside, replica.folder) if mesh.place.rank == source else None)  # noqa: B023
+        temporary = to / f".{replica.folder.name}.lent.tmp"
+        _together(mesh, saved, lambda: _copy(saved.folder, temporary, group) if is_source else None)  # noqa: B023  # called at once
+        _together(mesh, saved, lambda: replace_folder(temporary, replica.folder) if mesh.place.rank == source else None)  # noqa: B023
         if mesh.is_first:
             point_to_latest(to, replica.step)
         return replica, problems
@@ -93,8 +93,8 @@ def _copy(folder: Path, to: Path, group: FolderGroup) -> None:
 
 def point_to_latest(folder: Path, step: int) -> None:
     """Point the link `latest` at a checkpoint, atomically. Does nothing on a disk without links."""
-    aside = folder / ".latest.tmp"
+    temporary = folder / ".latest.tmp"
     with contextlib.suppress(OSError):
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(folder_of(folder, step).name)
-        aside.replace(folder / "latest")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder_of(folder, step).name)
+        temporary.replace(folder / "latest")

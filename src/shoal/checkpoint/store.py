@@ -92,7 +92,7 @@ class _Save:
 
     serial: int
     step: int
-    aside: Path
+    temporary: Path
     state: dict[str, Any]
     read_back: bool
     begun: float = field(default_factory=time.perf_counter)
@@ -160,14 +160,14 @@ class CheckpointStore:
             return False
         self._share(parts)
         self._serial += 1
-        aside = self.folder / f".step-{step:08d}.{self._serial}.tmp"
+        temporary = self.folder / f".step-{step:08d}.{self._serial}.tmp"
         # never replace the only checkpoint by one that was not read back
         careful = self._memory is None and (read_back or self._keep.last == 1)
         state = {"format": FORMAT, **state}
         if self._memory:
             layout_key = "" if self._whole else self._memory.layout_key
             state |= SaveId(self._memory.generation, self._serial, layout_key).to_state()
-        self._save = save = _Save(self._serial, step, aside, state, careful)
+        self._save = save = _Save(self._serial, step, temporary, state, careful)
         try:
             items, copied = self._stage(parts)
         except Exception as error:  # reported to all ranks by the next votes
@@ -218,12 +218,12 @@ class CheckpointStore:
             if copied is not None:
                 torch.cuda.set_device(self._mesh.device)  # the device is set per thread
                 copied.synchronize()
-            save.aside.mkdir(parents=True, exist_ok=True)
-            path = shard_of(save.aside, self._mesh.place.rank)
+            save.temporary.mkdir(parents=True, exist_ok=True)
+            path = shard_of(save.temporary, self._mesh.place.rank)
             digest = None
             if items or not self._whole:
                 digest = write_shard(path, items, durable=self._memory is None, read_back=save.read_back, at=self._at)
-            leave_receipt(save.aside, self._mesh.place.rank, path, digest)
+            leave_receipt(save.temporary, self._mesh.place.rank, path, digest)
             save.written = True
         except Exception as error:  # of any kind: the run continues without this checkpoint
             save.error = error
@@ -300,7 +300,7 @@ class CheckpointStore:
         """Remove a failed save, even if this folder already has it but another has not; runs in a thread."""
         if save.thread is not None:
             save.thread.join()
-        shutil.rmtree(save.aside, ignore_errors=True)
+        shutil.rmtree(save.temporary, ignore_errors=True)
         if save.committed:
             discard(folder_of(self.folder, save.step))
 
@@ -310,10 +310,10 @@ class CheckpointStore:
         """Complete the checkpoint and remove old ones; runs in a thread."""
         try:
             self._at("manifest")
-            write_manifest(save.aside, self.folder_group.ranks, save.state)
+            write_manifest(save.temporary, self.folder_group.ranks, save.state)
             self._at("rename")
             final = folder_of(self.folder, save.step)
-            replace_folder(save.aside, final)
+            replace_folder(save.temporary, final)
             point_to_latest(self.folder, save.step)
             sync(self.folder)
             save.committed = True
