@@ -125,7 +125,7 @@ class CheckpointStore:
         self._last: int | None = None  # step of the newest checkpoint known to all ranks
         self._serial = 0
         self._save: _Save | None = None
-        self._tidying: threading.Thread | None = None  # removes a failed save
+        self._tidying: threading.Thread | None = None  # runs on after a save is over
         self._mine: list[str] | None = None  # the parts that this rank writes
         self._whole = True  # each folder holds every tensor whole
         self._staging: Staging | None = None

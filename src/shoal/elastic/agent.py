@@ -39,7 +39,6 @@ from shoal.run.folder import RunFolder
 from shoal.run.narrator import Narrator
 from shoal.system.output import say_error
 
-NO_LIMIT: Final = 1_000_000  # restarts: torch counts them down
 CAUSE_SECONDS: Final = 2.0  # a worker that lost a peer may end before that peer's death is seen
 SLOW_SECONDS: Final = 3.0  # print a line after waiting this long for other nodes
 _STARTS: Final = {"start": "starting the workers"}  # clearer words for some phases
@@ -153,9 +152,8 @@ class Agent(LocalElasticAgent):
         if hang is not None and any(process.poll() is not None for process in running.values()):
             hang = None  # one ended just now, and may be the cause: the next check sees it as dead
         if hang is None and running and (not failed or self._others_follow(failed)):
-            return RunResult(
-                state=WorkerState.HEALTHY
-            )  # do not call torch's own check yet: it would end workers by SIGTERM, with 30 s to obey
+            # do not call torch's own check yet: it would end workers by SIGTERM, with 30 s to obey
+            return RunResult(state=WorkerState.HEALTHY)
         _kill(running.values())
         result: RunResult = super()._monitor_workers(worker_group)
         if hang is None and not result.is_failed():

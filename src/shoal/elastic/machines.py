@@ -102,9 +102,8 @@ class Machines:
             for k in statuses()
         ]
         for each in mine:
-            each[-1] = (
-                each[-1] if each[-1] in LASTING else ""
-            )  # a process that writes to a disk is in state D for moments
+            # state D is not reported: a process that writes to a disk is in it for moments
+            each[-1] = each[-1] if each[-1] in LASTING else ""
         self._calls.call(lambda: self._store.set(f"looks/{self._rank}", json.dumps(mine)), None)
 
     def others(self) -> list[RankStatus]:

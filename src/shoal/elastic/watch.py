@@ -24,11 +24,8 @@ STUCK: Final = {
     psutil.STATUS_DISK_SLEEP: "waiting for a disk or a device (state D)",
 }
 LASTING: Final = tuple(state for state in STUCK if state != psutil.STATUS_DISK_SLEEP)
-_MUTE: Final = (
-    psutil.STATUS_STOPPED,
-    psutil.STATUS_TRACING_STOP,
-    psutil.STATUS_ZOMBIE,
-)  # states that run no signal handler
+# States that run no signal handler.
+_MUTE: Final = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE)
 
 WORK_SECONDS: Final = 2.0  # interval over which a process's activity is measured
 WORK_SHARE: Final = 0.05  # of a core: less is threads that poll a clock
@@ -113,9 +110,8 @@ class Work:
     """Detects busy processes: they, or programs that they started, use a core or a disk."""
 
     def __init__(self) -> None:
-        self._seen: dict[
-            int, tuple[float, float, int]
-        ] = {}  # by process: time of measurement, core seconds, disk bytes
+        # by process: time of measurement, core seconds, disk bytes
+        self._seen: dict[int, tuple[float, float, int]] = {}
         self._found: dict[int, bool] = {}
 
     def is_busy(self, pid: int, now: float) -> bool:

@@ -44,7 +44,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "dp_replicate": ("dp_replicate",),
     "cp": ("cp",),
     "tp": ("tp",),
-    "shard": ("dp_shard", "cp"),  # FSDP shards; context parallelism adds to them
+    "shard": ("dp_shard", "cp"),  # FSDP shards parameters over both
     "batch": ("dp_replicate", "dp_shard", "cp"),  # gradients are all-reduced over it
     "stage": ("dp_replicate", "dp_shard", "cp", "tp"),  # all ranks of one pipeline stage
 }
