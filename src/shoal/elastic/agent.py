@@ -107,8 +107,7 @@ class Agent(LocalElasticAgent):
         """Return whether all configs match; if not, nodes leave. Raises `LaunchError` if this node must leave."""
         before = self._machines
         machines = Machines(worker_group.store, worker_group.group_rank, worker_group.group_world_size)
-        stays = machines.greet(socket.gethostname(), shared_settings(self._config), stays=before is not None)
-        if not stays:
+        if not machines.greet(socket.gethostname(), shared_settings(self._config), stays=before is not None):
             say_error(f"{machines.others_differ}: meeting again without it")
             time.sleep(1.0)  # until they have left
             return False
