@@ -76,7 +76,7 @@ def test_what_did_not_happen_or_was_not_said_is_a_problem() -> None:
     [twice] = judge_events(case, [*faults, faults[0], *said])
     assert "or twice" in twice
     [unseen] = judge_events(case, [*faults, *(line for line in said if line["event"] != "left out")])
-    assert unseen == "'left out' appears 0 times in the events, for 1 faults"
+    assert unseen.endswith("appears 0 times in the events, for 1 faults")
     [once_more] = judge_events(case, [*faults, *said, {"event": "crashed"}])
     assert once_more == "the workers ended 4 times, for 3 faults"
 

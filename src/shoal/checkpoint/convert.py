@@ -39,7 +39,7 @@ class FolderWeights:
         shapes: Mapping[str, tuple[int, ...]],
         other_names: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """other_names: alternative names in the files, and the parameter that each stands for."""
+        """other_names: alternative names in the files, and the parameter for each."""
         self._family, self._other_names = family, other_names
         if folder.is_kept:
             raise ModelError(

@@ -104,7 +104,7 @@ class _Launcher:
     def _give_up_waiting(self, agent: Agent) -> int:
         launch = self._config.launch
         say_error(
-            f"fewer than {launch.fewest_nodes} nodes came to {launch.rendezvous} within {launch.timeout_seconds:.0f} s"
+            f"fewer than {launch.fewest_nodes} nodes joined at {launch.rendezvous} within {launch.timeout_seconds:.0f} s"
         )
         return EXIT_REQUEUE if self._met or agent.met else 1
 
