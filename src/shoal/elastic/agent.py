@@ -108,7 +108,7 @@ class Agent(LocalElasticAgent):
         before = self._machines
         machines = Machines(worker_group.store, worker_group.group_rank, worker_group.group_world_size)
         if not machines.greet(socket.gethostname(), shared_settings(self._config), stays=before is not None):
-            say_error(f"{machines.others_differ}: meeting again without it")
+            say_error(f"the config of {machines.differing} differs: meeting again without {machines.differing}")
             time.sleep(1.0)  # until they have left
             return False
         self._machines = machines

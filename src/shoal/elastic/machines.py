@@ -53,7 +53,7 @@ class Machines:
         self._store, self._rank, self._count = store, rank, count
         self._calls = TimedCalls()
         self.hosts: list[str] = []
-        self.others_differ = ""
+        self.differing = ""  # hosts with another config
         self._posted = 0.0
 
     def greet(self, host: str, config: Mapping[str, object], *, stays: bool) -> bool:
@@ -74,7 +74,7 @@ class Machines:
                 f"this node's config differs from that of {other}: {_difference(mine, right)}; set the same on all nodes"
             )
         differing = [name for name, theirs, _ in found if theirs != right]
-        self.others_differ = f"the config of {', '.join(differing)} differs"
+        self.differing = ", ".join(differing)
         return not differing
 
     def describe(self, before: Sequence[str] | None, processes: int) -> str:

@@ -15,7 +15,7 @@ from shoal.system.network import is_loopback, listen
 
 def open_store(place: Place, timeout: timedelta) -> Store:
     """
-    Open the store at MASTER_ADDR:MASTER_PORT, once all ranks have connected. Raises `LaunchError`.
+    Open the store at MASTER_ADDR:MASTER_PORT, and wait until all ranks have connected. Raises `LaunchError`.
 
     Rank 0 listens on that address only; torch's own `env://` would listen on every interface of the machine. Under
     torchrun the launcher already serves the store.
