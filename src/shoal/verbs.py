@@ -22,7 +22,7 @@ from shoal.errors import (
     ShoalError,
     spelled,
 )
-from shoal.system.output import on_one_line
+from shoal.system.output import on_one_line, say_error
 
 if TYPE_CHECKING:
     from shoal.config.options import Config
@@ -186,7 +186,6 @@ def _is_finished(config: Config, folder: RunFolder, prepared: Prepared, console:
 def _work(config: Config, *, verify: bool = False) -> int:
     """One of the processes of a run, or of a verification."""
     from shoal.elastic.heartbeat import Heartbeat, leave_stacks_when_asked
-    from shoal.elastic.stops import tell
     from shoal.mesh.place import is_launched, read_place
     from shoal.run.console import Console
     from shoal.run.narrator import Narrator
@@ -203,7 +202,7 @@ def _work(config: Config, *, verify: bool = False) -> int:
     else:
         stop = StopRequest()
         if not is_launched():
-            stop.end_early(tell if read_place().rank == 0 else lambda text: None)
+            stop.end_early(say_error if read_place().rank == 0 else lambda text: None)
     heartbeat.outside("importing torch")
     from shoal.mesh.mesh import is_lost_peer
     from shoal.models.attention import not_deterministic
@@ -225,7 +224,7 @@ def _work(config: Config, *, verify: bool = False) -> int:
             problem = MemoryProblem(f"out of memory: {said}. {fits}")
             if heartbeat.taken <= 1:
                 raise problem from error
-            tell(str(problem))  # it fitted before, and may again: a crash like any other
+            say_error(str(problem))  # it fitted before, and may again: a crash like any other
             return 1
         if isinstance(error, RuntimeError) and is_lost_peer(error):
             _say_unless_launched(f"lost another process of this run: {str(error).splitlines()[0]}")
@@ -239,11 +238,10 @@ def _work(config: Config, *, verify: bool = False) -> int:
 
 def _say_unless_launched(text: str) -> None:
     """Our own launcher says which one was lost and why; others do not."""
-    from shoal.elastic.stops import tell
     from shoal.mesh.place import is_launched
 
     if not is_launched():
-        tell(text)
+        say_error(text)
 
 
 def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or gone while a run saves: training goes on, and so does saving when the disk is back."""
+"""A full, read-only or missing disk during saves: training continues, and saving resumes when the disk is back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = "mine"
 
 
 class Disk:
-    """A small file system's second name (a bind mount), `path`, so that it can go and come back."""
+    """A bind mount of a small file system at `path`, so that it can be removed and restored."""
 
     def __init__(self, own: Path, path: Path) -> None:
         self.path, self._own = path, own
@@ -39,13 +39,13 @@ class Disk:
 
     def make_read_only(self) -> None:
         while not self._mount("-o", "remount,bind,ro", self.path, check=False):
-            """Refused while a file is being written."""
+            """The kernel rejects it while a file is being written."""
 
     def make_writable(self) -> None:
         self._mount("-o", "remount,bind,rw", self.path)
 
     def take_away(self) -> None:
-        """And a file is where it was, so that nobody makes a folder there."""
+        """Unmount the disk, and put a file there so that no folder can be created."""
         subprocess.run(["umount", "-l", self.path], check=True)
         self.path.rmdir()
         self.path.write_text("no disk")
@@ -90,7 +90,7 @@ def test_training_goes_on_and_saves_when_the_disk_is_back(
     (run / "checkpoints").symlink_to(disk.path / "saved")
     process = place.start(
         "train", "recipe.yaml", "--name", NAME, "--train.steps", "9000", "--train.eval_every", "0",
-        "--checkpoint.keep", "1000",  # one that was deleted on a full disk would leave its room to the next
+        "--checkpoint.keep", "1000",  # deleting one on a full disk would make room for the next
     )  # fmt: skip
     wait_for(process, "step   17/9000")
     harm(disk)
@@ -113,7 +113,7 @@ def test_training_goes_on_and_saves_when_the_disk_is_back(
 
 
 def until_saved(place: Place, process: subprocess.Popen[str], *, after: int) -> Iterator[str]:
-    """The lines of a run until its events tell of a checkpoint after step `after`."""
+    """Yield the output of a run until its events list a checkpoint after step `after`."""
     assert process.stdout is not None
     for line in process.stdout:
         if any(e["event"] == "saved" and e["step"] > after for e in place.event_lines(NAME)):

@@ -234,7 +234,7 @@ def test_a_checkpoint_that_was_cut_short_or_is_of_another_model(place: Place) ->
     shard.write_bytes(whole)
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("  dim: 32", "  dim: 48"))
-    assert "is of another model" in place.refused("eval", copy.name)
+    assert "belongs to another model" in place.refused("eval", copy.name)
     assert len(list((copy / "checkpoints").glob("step-*"))) == 2  # nothing was thrown away
 
 
@@ -285,7 +285,7 @@ def test_a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_run(p
 
 def test_more_processes_than_gpus_are_refused_without_one() -> None:
     config = Config().replace("launch", processes=4).replace("train", steps=1, device="cuda")
-    with pytest.raises(LaunchError, match="4 processes need as many GPUs, and there are 2"):
+    with pytest.raises(LaunchError, match="4 processes need 4 GPUs, but there are 2"):
         plan_processes(config, gpus=2)
     assert plan_processes(Config().replace("train", steps=1), gpus=8).launch.processes == 8
     assert plan_processes(Config().replace("train", steps=1, device="cpu"), gpus=8).launch.processes in (1, 2)
@@ -298,7 +298,7 @@ def test_a_gpu_without_bfloat16_is_told_apart(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    with pytest.raises(LaunchError, match=r"Tesla T4 has no bfloat16; set train\.dtype to float32"):
+    with pytest.raises(LaunchError, match=r"Tesla T4 does not support bfloat16; set train\.dtype to float32"):
         check_dtype("bfloat16", torch.device("cuda", 0))
     check_dtype("float32", torch.device("cuda", 0))
     check_dtype("bfloat16", torch.device("cpu"))

@@ -174,7 +174,9 @@ def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_cause(place: P
     faults = [{"step": 12, "phase": "forward", "rank": 1, "fault": fault, "life": life} for life in range(9)]
     code, output = place.run("train", "recipe.yaml", "--name", f"loop-{fault}", SHOAL_FAULTS=json.dumps(faults))
     assert code == 1, output
-    last = f"the run stopped: worker 1 {how} in forward of step 12; that makes 3 crashes without a step beyond 12. What"
+    last = (
+        f"the run stopped: worker 1 {how} in forward of step 12; that makes 3 crashes without a step beyond 12. Saved"
+    )
     assert last in output, output
     crashes = [e for e in place.event_lines(f"loop-{fault}") if e["event"] == "crashed"]
     assert [(e["rank"], e["how"], e["step"]) for e in crashes] == [(1, how, 12)] * 3

@@ -335,7 +335,7 @@ def test_a_family_whose_code_keeps_to_float32_is_refused_in_bfloat16(folders: Fo
 
 
 def test_weights_of_another_model_are_named(folders: Folders, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no place for: model\.layers\.1"):
+    with pytest.raises(ModelError, match=r"does not use: model\.layers\.1"):
         ours(rewritten(folders("llama"), tmp_path, num_hidden_layers=1))
 
 

@@ -110,14 +110,12 @@ def test_what_a_terminal_would_obey_is_shown() -> None:
 
 
 def test_all_that_a_console_says_passes_there(capsys: pytest.CaptureFixture[str]) -> None:
-    from shoal.elastic.stops import tell
-
     console = Console()
-    for say in (console.say, console.note, console.warn, tell, say_error):
+    for say in (console.say, console.note, console.warn, say_error):
         say("x\x1b]0;owned\x07")
     with console.progress("preparing") as progress:
         progress("\x1b[2J", 1, 2)
     both = capsys.readouterr()
     assert "\x1b" not in both.out + both.err
-    assert (both.out + both.err).count("\\x1b") == 6
+    assert (both.out + both.err).count("\\x1b") == 5
     assert isinstance(io.StringIO(both.out).readline(), str)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.checkpoint.memory_folder import LIVES, fast_folder
+from shoal.checkpoint.memory_folder import GENERATIONS_FILE, folder_in_memory
 from shoal.checkpoint.saved import listed
 from shoal.checkpoint.store import CheckpointStore
 from shoal.config.options import Config
@@ -32,7 +32,7 @@ OPTIONS = {"train__steps": 7, "train__eval_every": 0, "checkpoint__every": 4, "f
 
 def fast_of(config: Config) -> Path:
     assert config.checkpoint.fast is not None
-    return fast_folder(config.checkpoint.fast, Path(config.launch.runs) / str(config.launch.name))
+    return folder_in_memory(config.checkpoint.fast, Path(config.launch.runs) / str(config.launch.name))
 
 
 def config_in(folder: Path, name: str, **options: Any) -> Config:
@@ -268,7 +268,7 @@ def test_nothing_is_left_in_the_memory_of_any_machine(world: Callable[[int], Wor
 
 def test_memory_that_nobody_could_tell_from_anothers_is_done_without(tmp_path: Path) -> None:
     config = config_in(tmp_path, "mute", train__steps=4)
-    (tmp_path / "runs" / "mute" / "checkpoints" / LIVES).mkdir(parents=True)  # nothing can be written there
+    (tmp_path / "runs" / "mute" / "checkpoints" / GENERATIONS_FILE).mkdir(parents=True)  # nothing can be written there
     with opened(config) as run:
         complete(run)
     [event] = events(config, "no fast place")

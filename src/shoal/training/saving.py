@@ -9,8 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from shoal.checkpoint.memory_folder import KEPT, clear, fast_folder, find_sharers, lacks_room, read_lives, write_lives
-from shoal.checkpoint.memory_tier import Memory
+from shoal.checkpoint.memory_folder import (
+    KEPT,
+    clear,
+    find_folder_group,
+    folder_in_memory,
+    lacks_room,
+    read_generations,
+    write_generations,
+)
+from shoal.checkpoint.memory_tier import MemoryTier
 from shoal.checkpoint.saved import Saved
 from shoal.checkpoint.store import CheckpointStore, Keep, Outcome
 from shoal.config.options import Config
@@ -34,7 +42,7 @@ class _Tier:
     every: int  # steps; 0: only at the end
     retry_at: int | None = None  # step at which a failed save is retried
     retries: int = 0
-    memory: Memory | None = field(default=None, kw_only=True)  # of the fast tier
+    memory: MemoryTier | None = field(default=None, kw_only=True)  # of the fast tier
     has_room: bool | None = None  # fast tier; None: not checked yet
     closed: bool = False  # fast tier that cannot be used
 
@@ -96,10 +104,10 @@ class Saving:
         tiers = [_Tier(CheckpointStore(folder, mesh, keep=keep, at=at), options.every)]
         why = ""
         if options.fast is not None:
-            near = fast_folder(options.fast, folder.parent)
-            sharers, why = find_sharers(near, mesh)
-            lives = mesh.gather_objects(read_lives(folder))[0]
-            memory = Memory(sharers, f"{mesh.world_size} {config.parallel}", lives)
+            near = folder_in_memory(options.fast, folder.parent)
+            group, why = find_folder_group(near, mesh)
+            generations = mesh.gather_objects(read_generations(folder))[0]
+            memory = MemoryTier(group, f"{mesh.world_size} {config.parallel}", generations)
             store = CheckpointStore(near, mesh, keep=Keep(KEPT, 0, best=False), memory=memory)
             tiers.append(_Tier(store, options.fast_every, memory=memory, closed=bool(why)))
         saving = cls(tiers, mesh, console, event, not options.background, data_id=data_id)
@@ -135,14 +143,14 @@ class Saving:
         after = newest.step if newest else 0
         if newest and newest.folder.parent == tier.store.folder:
             after += tier.every
-        lent, problems = tier.store.lend(after, self.folder)
+        replica, problems = tier.store.replicate(after, self.folder)
         self._pass_over(problems, "not used")
-        if lent:
+        if replica:
             self.console.note(
-                f"step {lent.step} was in the memory of some nodes only; it is now in {lent.folder}, for all"
+                f"step {replica.step} was in the memory of some nodes only; it is now in {replica.folder}, for all"
             )
-            self.event("lent", step=lent.step)
-        return lent
+            self.event("lent", step=replica.step)
+        return replica
 
     def _pass_over(self, problems: Sequence[str], done: str) -> None:
         """Report checkpoints that cannot be used, and what was done with them."""
@@ -171,14 +179,14 @@ class Saving:
         and those it writes from now on, but not those of a node that was away meanwhile. A collective over the world.
         """
         fast = next((tier for tier in self.tiers if tier.memory and not tier.closed), None)
-        lives: Mapping[str, int | None] = {}
+        generations: Mapping[str, int | None] = {}
         if fast and fast.memory:
-            fast.memory.begin_life(self.mesh.gather_objects(uuid.uuid4().hex)[0], newest)
-            lives = fast.memory.lives
+            fast.memory.begin_generation(self.mesh.gather_objects(uuid.uuid4().hex)[0], newest)
+            generations = fast.memory.generations
         problem = ""
         if self.mesh.is_first:
             try:
-                write_lives(self.folder, lives)
+                write_generations(self.folder, generations)
             except OSError as error:
                 problem = f"{self.folder} cannot be written: {error.strerror}"
         if fast and (problem := self.mesh.first_problem(problem)):
@@ -206,7 +214,7 @@ class Saving:
         serial = tier.store.serial  # the save that this vote is about: it may be over when the sums come
 
         def hear(sums: Sequence[float]) -> None:
-            if (outcome := tier.store.settle(serial, sums)) is not None:
+            if (outcome := tier.store.advance(serial, sums)) is not None:
                 self._tell(tier, outcome, step)
 
         return Vote(tier.store.votes(), hear)
@@ -267,18 +275,18 @@ class Saving:
         """Delete the in-memory checkpoints: all are older than the one on disk."""
         for tier in self.tiers[1:]:
             if (
-                tier.closed or tier.store.sharers.is_first
+                tier.closed or tier.store.folder_group.is_leader
             ):  # of a tier that could not be used, it is unknown which ranks share it
                 clear(tier.store.folder)
         if self.mesh.is_first:
             with contextlib.suppress(OSError):
-                write_lives(self.folder, {})
+                write_generations(self.folder, {})
 
     def _fits(self, tier: _Tier, state: TrainState) -> bool:
         """Return whether the fast tier has room: checked before its first save, as a collective over the world."""
         if tier.has_room is None:
             store = tier.store
-            why = lacks_room(store.folder, store.own_bytes(state.tensors()), self.mesh, store.sharers)
+            why = lacks_room(store.folder, store.own_bytes(state.tensors()), self.mesh, store.folder_group)
             tier.has_room, tier.closed = not why, bool(why)
             if why:
                 self._do_without(why, state.step)
