@@ -12,19 +12,21 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", GLOO_SOCKET_IFNAME="lo")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tests.parallel.allocated import allocated_bytes
 
 from shoal.bench.environment import describe
-from shoal.bench.memory import allocated_bytes
 from shoal.config.layout import find_layout
 from shoal.config.options import Config, Data, Model, Optim, Parallel, Train
 from shoal.data.loader import Batch

@@ -9,6 +9,7 @@ The errors a person can meet.
     ├── RunError            the run's folder: locked, unwritable, of another past
     ├── CompileError        compiled code whose loss or gradients are not those of the model
     ├── LaunchError         processes, ports, devices
+    │   └── LostPeerError   another process of the run is gone
     ├── MemoryProblem       memory that ran out
     ├── GenerateError       a prompt or a sampling option
     └── DivergedError       the numbers stopped being numbers
@@ -94,6 +95,10 @@ class CompileError(ShoalError):
 
 class LaunchError(ShoalError):
     """Processes, ports or devices that are not to be had."""
+
+
+class LostPeerError(LaunchError):
+    """Another process of the run is gone."""
 
 
 class MemoryProblem(ShoalError):

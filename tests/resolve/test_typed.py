@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from shoal.bench.speed import DEFAULT
-from shoal.cli import build_parser, read_overrides
+from shoal.commands.flags import read_overrides
+from shoal.commands.parser import build_parser
 from shoal.config.options import Model, options
 from shoal.config.presets import resolve_shape
 from shoal.data.prepare import prepare

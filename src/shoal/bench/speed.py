@@ -47,7 +47,7 @@ def bench_speed(
         raise ShoalError("--peers needs transformers and accelerate: pip install 'shoal[peers]'")
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
         folder = Path(name)
-        config = _settle(recipe, overrides, folder, speaks=not as_json)
+        config = _timed_config(recipe, overrides, folder)
         contenders = ["shoal"] + (["transformers.Trainer"] if peers else [])
         if peers and (config.launch.processes or 1) > 1:
             raise ShoalError("--peers compares one process with one process; set launch.processes to 1")
@@ -65,7 +65,7 @@ def bench_speed(
     print(json.dumps(report) if as_json else _table(config, report))
 
 
-def _settle(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], folder: Path, *, speaks: bool) -> Config:
+def _timed_config(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], folder: Path) -> Config:
     """The config to time: of its own run folder, without evaluation or checkpoints, with its data prepared."""
     if recipe is None:
         recipe = folder / "default.yaml"
@@ -90,7 +90,7 @@ def _settle(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], fold
     config = plan_processes(config, count_gpus(), say=Console(on_stderr=True).warn)
     from shoal.data.prepare import open_data
 
-    open_data(config.data, Console(speaks=speaks, on_stderr=True))
+    open_data(config.data, Console(on_stderr=True))
     return config
 
 

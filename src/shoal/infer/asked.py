@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from shoal.checkpoint.saved import MANIFEST
 from shoal.data.corpus.encoding import check_text, without_mark
 from shoal.errors import DataError, ShoalError
 from shoal.hub.find import find_model
@@ -42,6 +43,17 @@ class Wanted:
             raise ShoalError(f"--step {self.step} is of a run's checkpoints, and --model.from {self.folder} has none")
         if self.folder is None and self.family is not None:
             raise ShoalError(f"--model.family {self.family} is for --model.from; a run knows its family")
+
+    @classmethod
+    def at(cls, path: str | Path, *, device: str, dtype: str) -> Self:
+        """Return the one in a folder: a run's, a checkpoint's of a run, or one of Hugging Face's."""
+        folder = Path(path).expanduser()
+        run, (_, _, step) = folder.parent.parent, folder.name.rpartition("-")
+        if (folder / "config.yaml").is_file():
+            return cls(folder.parent, str(folder), device=device, dtype=dtype)
+        if (folder / MANIFEST).is_file() and step.isdigit():
+            return cls(run.parent, str(run), step=int(step), device=device, dtype=dtype)
+        return cls(folder.parent, folder=str(path), device=device, dtype=dtype)
 
     def check(self) -> None:
         """Raises `RunError`, `CheckpointError` or `ModelError` where there is no such model."""

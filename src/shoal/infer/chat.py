@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TextIO
 
 from shoal.data.tokens.chat_template import ChatTemplate
 from shoal.errors import DataError, GenerateError, ShoalError
 from shoal.infer.load import LoadedModel
 from shoal.infer.stream import TextStream
-from shoal.models.generate import generate
 from shoal.models.sampling import Sampling, check_text
 
 HELP = "/exit or Ctrl-D ends it, /clear forgets what was said, Ctrl-C stops an answer"
@@ -69,12 +68,9 @@ class Chat:
             take(stream.push(token))
 
         sampling, limit = self.sampling, min(self.max_new_tokens, room)
+        sampling = replace(sampling, seed=sampling.seed + len(self.messages))  # another draw at each turn
         try:
-            generate(
-                self.model.model, [ids], max_new_tokens=limit, temperature=sampling.temperature, top_k=sampling.top_k,
-                top_p=sampling.top_p, seed=sampling.seed + len(self.messages), eot_id=self.model.end_ids,
-                known_ids=self.model.need_tokenizer().vocab_size, on_token=on_token,
-            )  # fmt: skip
+            self.model.continue_tokens([ids], max_new_tokens=limit, sampling=sampling, on_token=on_token)
         finally:
             take(stream.close())
             self.messages.append({"role": "assistant", "content": "".join(pieces)})

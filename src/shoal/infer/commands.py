@@ -21,7 +21,6 @@ from shoal.infer.score import choose_windows, perplexity, score
 from shoal.infer.stream import TextStream, continuation
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place
-from shoal.models.generate import generate
 from shoal.models.sampling import FLAGS, Sampling
 from shoal.run.console import Console
 from shoal.run.narrator import Narrator
@@ -37,9 +36,9 @@ def evaluate_model(
     """
     Print how good a model is on a text, on tasks of the harness, or, for a run, on its own held-out text.
 
-    How far it is goes to standard error, and nowhere where another program reads (`as_json`).
+    How far it is goes to standard error. as_json: standard output has one JSON object and nothing else.
     """
-    console, aside = Console(speaks=not as_json), Console(speaks=not as_json, on_stderr=True)
+    console, aside = Console(speaks=not as_json), Console(on_stderr=True)
     if text is None and tasks is None:
         record = _held_out(wanted, console, aside, narrator)
     else:
@@ -178,11 +177,9 @@ def generate_text(
 
     narrator.begin("reading the prompt" if alone else f"writing {len(prompts)} texts")
     with spelled(FLAGS):
-        outputs = generate(
-            model.model, ids, max_new_tokens=max_new_tokens,
-            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed,
-            eot_id=model.end_ids, known_ids=tokenizer.vocab_size, on_token=show if alone else None,
-        )  # fmt: skip
+        outputs = model.continue_tokens(
+            ids, max_new_tokens=max_new_tokens, sampling=sampling, on_token=show if alone else None
+        )
     narrator.begin(None)
     if alone is not None:
         print(alone.close() if shown else prompts[0])

@@ -43,7 +43,6 @@ from shoal.system.disk import sync, write_whole
 
 STORED: Final = {name: kind for kind, name in DTYPE_NAMES.items()}
 SHARD_BYTES: Final = 5_000_000_000  # of a file of weights, about: what the hub's tools make
-WRITTEN: Final = (CARD, CONFIG, INDEX, "*.safetensors", *TOKENIZER, *LICENSES)
 
 
 @dataclass(frozen=True)
@@ -75,19 +74,37 @@ def export_run(
     console: Console | None = None,
 ) -> Path:
     """
-    Write the checkpoint of `step` (None: the last) of run `target` to the folder `out`.
+    Write the checkpoint of `step` (None: the last) of run `target` to the folder `out`, and return that.
+
+    force: replace an export that is there. The rest is as in `export_checkpoint`; raises `RunError` too.
+    """
+    folder, saved = find_checkpoint(runs, target, step)
+    place = OutFolder(out, force)
+    export_checkpoint(folder, saved, place, dtype=dtype, license=license, shard_bytes=shard_bytes, console=console)
+    return out
+
+
+def export_checkpoint(
+    folder: RunFolder,
+    saved: Saved,
+    place: OutFolder,
+    *,
+    dtype: str | None = None,
+    license: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    console: Console | None = None,
+) -> None:
+    """
+    Write a checkpoint of the run in `folder` to `place`.
 
     dtype: "float32", "bfloat16" or "float16"; None: each tensor's as it was where the run started from weights, else
-    float32. force: replace an export that is there. Raises `ModelError` where `out` is taken, cannot be written or has no
-    space; `CheckpointError`, `RunError`.
+    float32. Raises `ModelError` where `place` cannot be written or has no space; `CheckpointError`.
     """
     console = console or Console(speaks=False)
-    folder, saved = find_checkpoint(runs, target, step)
     config, source = folder.load_config(), Source.of(folder)
     dtypes = Dtypes(STORED[dtype], {}) if dtype else source.dtypes if source else Dtypes("F32", {})
     model = build_model(config.model, compute_dtype=torch.float32)
     shards = list(_shards(model, dtypes, shard_bytes))
-    place = OutFolder(out, force)
     console.note(f"verifying {saved.folder}")
     verify(saved.folder)
     with place.written(sum(size for _, size in shards)) as aside:
@@ -99,7 +116,6 @@ def export_run(
         _write(aside / CARD, model_card(config, facts))
         # what others will open: every tensor in a whole file
         _open_as_others_do(ModelFolder.open(aside), console)
-    return out
 
 
 def _open_as_others_do(folder: ModelFolder, console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from shoal.mesh.mesh import check_dtype, choose_device, has_bfloat16
 from shoal.models.attention import CPU_HAS_TILES
 from shoal.models.build import build_model, materialize
 from shoal.models.family import LanguageModel
+from shoal.models.generate import generate
 from shoal.models.layers import Linear
+from shoal.models.sampling import Sampling
 from shoal.system.cpu import multiplies_bfloat16
 from shoal.training.assemble import DTYPES, weights_of
 
@@ -57,6 +60,26 @@ class LoadedModel:
             )
         return self.tokenizer
 
+    def continue_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """
+        Return the new tokens of each prompt, up to the end of its text or `max_new_tokens`.
+
+        on_token(prompt's place, token) is called for each as it comes. Raises `GenerateError`, or `ModelError` without a
+        tokenizer.
+        """
+        return generate(
+            self.model, prompts, max_new_tokens=max_new_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
+            top_p=sampling.top_p, seed=sampling.seed, eot_id=self.end_ids, known_ids=self.need_tokenizer().vocab_size,
+            on_token=on_token,
+        )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class LoadedRun(LoadedModel):
@@ -65,6 +88,15 @@ class LoadedRun(LoadedModel):
     config: Config
     step: int
     data_id: str
+
+
+def load_path(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """
+    Return the model of a run's folder, of a checkpoint's, or of a Hugging Face folder (or the name of one on this machine).
+
+    Raises `RunError`, `CheckpointError`, `ModelError`, or `LaunchError` if the device lacks `dtype`.
+    """
+    return load(Wanted.at(path, device=device, dtype=dtype))
 
 
 def load(wanted: Wanted) -> LoadedModel:

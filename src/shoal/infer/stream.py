@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from shoal.data.tokens.tokenize import Tokenizer
+from shoal.infer.load import LoadedModel
+from shoal.models.sampling import Sampling, check_text
 
 UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character (yet)
 
@@ -45,3 +47,12 @@ def continuation(tokenizer: Tokenizer, prompt: Sequence[int], output: Sequence[i
     """The text that `output` adds to `prompt`."""
     stream = TextStream(tokenizer, prompt)
     return "".join([*map(stream.push, output), stream.close()])
+
+
+def complete(model: LoadedModel, prompt: str, max_new_tokens: int, sampling: Sampling) -> str:
+    """Return the text that a model adds to `prompt`. Raises `GenerateError`, or `ModelError` without a tokenizer."""
+    check_text(prompt, "the prompt")
+    tokenizer = model.need_tokenizer()
+    ids = tokenizer.encode_prompt(prompt)
+    [output] = model.continue_tokens([ids], max_new_tokens=max_new_tokens, sampling=sampling)
+    return continuation(tokenizer, ids, output)

@@ -34,12 +34,12 @@ class StopRequest:
     processes one by one while their launcher passes the same signal on, and sends another one when the time is up.
     """
 
-    def __init__(self) -> None:
-        """Takes over these signals."""
+    def __init__(self, *, ends_process: bool = True) -> None:
+        """Takes over these signals. ends_process: else a second SIGINT raises `KeyboardInterrupt`."""
         self.signal: signal.Signals | None = None
         self.nothing_to_lose = True  # until a step is taken
-        for number in STOPPING:
-            signal.signal(number, self._on_signal)
+        self._ends_process = ends_process
+        self._give_back = _take(self._on_signal)
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -56,14 +56,18 @@ class StopRequest:
             if not came:
                 say(stopping_said(number))
             came.append(number)
-            time.sleep(GRACE_SECONDS)
-            if self.nothing_to_lose:
-                os._exit(EXIT_REQUEUE)
+            _end_soon(EXIT_REQUEUE, lambda: self.nothing_to_lose)
 
         _listen(come)
 
+    def close(self) -> None:
+        """Give these signals back to those who had them before."""
+        self._give_back()
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
+            if not self._ends_process:
+                raise KeyboardInterrupt
             os._exit(128 + number)
         self.signal = self.signal or signal.Signals(number)
 
@@ -108,20 +112,35 @@ def ends_when_asked(code: int | None = None) -> Iterator[None]:
         if len(came) > 1:
             os._exit(code_of(number))
         say()
-        timer = threading.Timer(GRACE_SECONDS, lambda: os._exit(code_of(number)))
-        timer.daemon = True
-        timer.start()
+        _end_soon(code_of(number))
 
-    before = {number: signal.signal(number, on_signal) for number in STOPPING}
+    give_back = _take(on_signal)
     stop_listening = _listen(come)
     try:
         yield
     finally:
         if not came:  # else the process ends, and nothing is to keep it
             stop_listening()
-            for number, handler in before.items():
-                if signal.getsignal(number) is on_signal:
-                    signal.signal(number, handler)
+            give_back()
+
+
+def _take(handler: Callable[[int, FrameType | None], None]) -> Callable[[], None]:
+    """Handle `STOPPING` with `handler`; return what gives them back to those who had them, unless others took them since."""
+    before = {number: signal.signal(number, handler) for number in STOPPING}
+
+    def give_back() -> None:
+        for number, old in before.items():
+            if signal.getsignal(number) == handler:
+                signal.signal(number, old)
+
+    return give_back
+
+
+def _end_soon(code: int, may_end: Callable[[], bool] = lambda: True) -> None:
+    """End the process with `code` in `GRACE_SECONDS`, if it is still there and `may_end` says so then."""
+    timer = threading.Timer(GRACE_SECONDS, lambda: os._exit(code) if may_end() else None)
+    timer.daemon = True
+    timer.start()
 
 
 @functools.cache

@@ -1,0 +1,160 @@
+"""`shoal fetch`, `eval`, `generate` and `export`: a model in use, on one process."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.commands.flags import Override
+from shoal.errors import MemoryProblem, ModelError, ShoalError, spelled
+
+if TYPE_CHECKING:
+    from shoal.infer.asked import Wanted
+    from shoal.run.narrator import Narrator
+
+
+def fetch(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from contextlib import nullcontext
+
+    from shoal.hub.fetch import fetch_model, no_progress
+    from shoal.run.console import Console
+
+    console = Console()
+    bar = console.progress("fetching") if console.is_terminal else nullcontext(no_progress)
+    with bar as progress:
+        fetch_model(
+            args.name, to=_expanded(args.to), revision=args.revision, force=args.force, verify=args.verify,
+            tell=console.say, progress=progress,
+        )  # fmt: skip
+    return 0
+
+
+def _expanded(to: Path | None) -> Path | None:
+    """With `~` as shells have it, which leave it alone in --to=~/x."""
+    try:
+        return to and to.expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"there is no {to}: {error} Set --to to a folder that can be written") from error
+
+
+def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    _needs(args, "text", ("context", "stride"))
+    _needs(args, "tasks", ("include_path", "limit", "num_fewshot"))
+    from shoal.infer.asked import Tasks, Text
+
+    wanted = _wanted(args)
+    wanted.check()
+    if wanted.folder is not None and args.text is None and args.tasks is None:
+        raise ShoalError(f"{wanted.folder} has no held-out text of its own: set --text FILE, or --tasks NAME,...")
+    text = None if args.text is None else Text.read(args.text, args.context, args.stride)
+    tasks = None
+    if args.tasks is not None:
+        names = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
+        tasks = Tasks(names, args.include_path, args.limit, args.num_fewshot)
+    set_threads(args)
+    with narrated() as narrator:
+        from shoal.infer.commands import evaluate_model
+
+        evaluate_model(wanted, text=text, tasks=tasks, as_json=args.json, narrator=narrator)
+    return 0
+
+
+def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    _needs(args, "chat", ("system",))
+    if bool(args.prompt) == args.chat:
+        raise ShoalError("shoal generate needs --prompt TEXT, or --chat for a conversation, and not both")
+    from shoal.models.sampling import CHAT_TOKENS, FLAGS, PROMPT_TOKENS, Sampling, check_options, check_prompts
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    limit = args.tokens if args.tokens is not None else CHAT_TOKENS if args.chat else PROMPT_TOKENS
+    with spelled(FLAGS):
+        check_options(sampling, limit)
+    check_prompts(args.prompt or [], args.system)
+    wanted = _wanted(args)
+    wanted.check()
+    set_threads(args)
+    with narrated() as narrator:
+        from shoal.infer.commands import generate_text, open_chat
+
+        if args.chat:
+            chat = open_chat(wanted, system=args.system, max_new_tokens=limit, sampling=sampling, narrator=narrator)
+        else:
+            generate_text(wanted, prompts=args.prompt, max_new_tokens=limit, sampling=sampling, narrator=narrator)
+    if args.chat:  # in which Ctrl-C ends an answer only
+        from shoal.infer.chat import chat_in_terminal
+
+        chat_in_terminal(chat, sys.stdin, sys.stdout)
+    return 0
+
+
+@contextlib.contextmanager
+def narrated() -> Iterator[Narrator]:
+    """Yield a narrator for a command with nothing to save: it names slow phases on stderr, and a signal ends the command."""
+    from shoal.run.console import Console
+    from shoal.run.narrator import Narrator
+    from shoal.system.signals import ends_when_asked
+
+    narrator = Narrator.of(Console(on_stderr=True))
+    with ends_when_asked(), contextlib.closing(narrator):
+        narrator.begin("importing torch")
+        try:
+            yield narrator
+        except (RuntimeError, MemoryError, OSError) as error:
+            from shoal.plan.fit import what_ran_out
+
+            if said := what_ran_out(error):
+                raise MemoryProblem(f"out of memory: {said}") from error
+            raise
+
+
+def set_threads(args: argparse.Namespace) -> None:
+    """CPU threads of this process, before torch is imported: those asked for, or as the machine has room for."""
+    from shoal.launch.torchrun import choose_threads
+    from shoal.run.console import Console
+
+    asked: int | None = args.threads
+    if asked is not None and asked < 1:
+        raise ShoalError(f"--threads is {asked}: give 1 or more")
+    if asked is None and "OMP_NUM_THREADS" in os.environ:
+        return  # a person's own
+    os.environ["OMP_NUM_THREADS"] = str(choose_threads(asked, say=Console(on_stderr=True).warn))
+
+
+def _wanted(args: argparse.Namespace) -> Wanted:
+    from shoal.infer.asked import Wanted
+
+    return Wanted(
+        Path(args.runs), args.target, folder=args.model_from, family=args.model_family, step=args.step,
+        device=args.device, dtype=args.dtype,
+    )  # fmt: skip
+
+
+def _needs(args: argparse.Namespace, owner: str, options: tuple[str, ...]) -> None:
+    """Nothing that was asked for is left aside: `options` mean something beside `owner` only."""
+    for option in options:
+        if getattr(args, option) is not None and not getattr(args, owner):
+            raise ShoalError(
+                f"--{option.replace('_', '-')} does nothing without --{owner}; set that too, or leave it out"
+            )
+
+
+def export(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.infer.out_folder import OutFolder
+    from shoal.infer.target import find_checkpoint
+    from shoal.run.console import Console
+
+    folder, saved = find_checkpoint(Path(args.runs), args.target, args.step)
+    place = OutFolder(args.out, args.force)
+    console = Console()
+    with narrated() as narrator:
+        from shoal.infer.export import export_checkpoint
+
+        narrator.begin(None)
+        export_checkpoint(folder, saved, place, dtype=args.dtype, license=args.license, console=console)
+    console.say(f"{args.out} is whole: README.md in it says what it is")
+    return 0
