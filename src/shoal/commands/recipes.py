@@ -114,6 +114,9 @@ def tell_once(notes: Sequence[str], *, on_stderr: bool = False) -> None:
 
 def tell_of_torch() -> None:
     """One line, where this torch was not tested."""
+    from shoal.system.torch_private import version_notes
+
+    tell_once(version_notes())
 
 
 def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
