@@ -17,15 +17,17 @@ from shoal.system.output import Output, say_error
 from shoal.system.secrets import secret_in
 from shoal.system.signals import Asked
 
-SAID_TO_A_MODEL = ("--prompt", "--system")  # text, in which an address is only an address
-EXIT_BROKEN_PIPE = 141  # as a shell says of what SIGPIPE ended
+SAID_TO_A_MODEL = ("--prompt", "--system")  # text for the model, in which a URL is no credential
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """The `shoal` command; ends the process, with 2 on what a person can mend."""
+    """Run the `shoal` command and end the process, with exit code 2 for an error that the user can fix."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="replace")  # a model writes what it likes, also where a terminal lacks it
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # generated text may have characters that the terminal's encoding lacks
     sys.stdout = stdout = Output(sys.stdout)
     code = 0
     try:
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         code = _say(str(error))
     except Asked as asked:
         if asked.code == EXIT_REQUEUE:
-            print("shoal: stopped; the same command goes on", file=sys.stderr)
+            print("shoal: stopped; run the same command to resume", file=sys.stderr)
         _leave(asked.code, at_once=True)
     except KeyboardInterrupt:
         print("shoal: interrupted", file=sys.stderr)
@@ -43,19 +45,16 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         stdout.silence()
         code = EXIT_BROKEN_PIPE
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (
-            errno.ENAMETOOLONG,
-            errno.ELOOP,
-        ):  # of whatever path was given
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             code = _say(f"{str(error.filename)[:60]}...: {error.strerror}; give a shorter path")
-        else:  # a bug of ours: the traceback, and an end as clean as any other
+        else:  # a bug in shoal: print the traceback, then end as cleanly as after any other error
             traceback.print_exc()
             code = 1
     _leave(code)
 
 
 def _say(message: str) -> int:
-    """Tell it once for all processes of a run; the exit code."""
+    """Report an error once for all processes of a run; return the exit code."""
     from shoal.mesh.place import report_to_launcher
 
     if not report_to_launcher(message):
@@ -65,8 +64,10 @@ def _say(message: str) -> int:
 
 def _leave(code: int, *, at_once: bool = False) -> NoReturn:
     """
-    End the process now. A thread of a communication library that outlives Python would abort it; other threads would be
-    waited for, unless `at_once`.
+    End the process now, after flushing.
+
+    If torch is loaded, or `at_once`: skip Python's shutdown, which waits for threads, and which a thread of a communication
+    library may abort.
     """
     try:
         sys.stdout.flush()
@@ -86,7 +87,7 @@ def _run(argv: list[str]) -> int:
     for before, item in zip(["shoal", *argv], argv, strict=False):
         if before not in SAID_TO_A_MODEL and (what := secret_in(item)):
             flag = item.partition("=")[0] if item.startswith("--") else before
-            raise ShoalError(f"what follows {flag}: {what}")
+            raise ShoalError(f"the value of {flag}: {what}")
     _refuse_unreadable(argv)
     parser = build_parser(argv[0] if argv else None)
     args, rest = parser.parse_known_args(argv)
@@ -95,7 +96,9 @@ def _run(argv: list[str]) -> int:
         return 0
     overrides, stray = read_overrides(args, rest)
     if stray:
-        named = [item.partition("=")[0] for item in stray if item.startswith("-")] or stray  # values may be secrets
+        named = [
+            item.partition("=")[0] for item in stray if item.startswith("-")
+        ] or stray  # not their values, which may be secrets
         near = [n for n in map(args.verb_parser.near_flag, named) if n]
         hint = f"did you mean {' '.join(near)}?" if near else f"see shoal {args.verb} --help"
         raise ShoalError(f"shoal {args.verb} does not take {' '.join(named)}; {hint}")
@@ -104,9 +107,9 @@ def _run(argv: list[str]) -> int:
 
 
 def _refuse_unreadable(argv: list[str]) -> None:
-    """Raise `ShoalError` for bytes that are no text: no config, no record of a run could hold them."""
+    """Raise `ShoalError` for an argument that is not valid text: neither a config nor a run's records could store it."""
     from shoal.resolve.recipe import not_text
 
     for before, item in zip(["shoal", *argv], argv, strict=False):
         if why := not_text(item):
-            raise ShoalError(f"what follows {before if not not_text(before) else 'it'}: {why}")
+            raise ShoalError(f"the argument after {before if not not_text(before) else 'another invalid one'}: {why}")

@@ -109,7 +109,7 @@ def test_others_that_never_come(place: Place) -> None:
         (["trian", "recipe.yaml"], "invalid choice: 'trian'"),
         (["eval", "nowhere"], "runs/nowhere is no run; there are done"),
         (["train", "no\x1b[2Jsuch.yaml"], "no\\x1b[2Jsuch.yaml"),
-        (["eval", "done", "--step", "77"], "has no checkpoint of step 77; there are steps 5, 6"),
+        (["eval", "done", "--step", "77"], "has no checkpoint of step 77; it has steps 5, 6"),
         (["eval", "done", "--tokens", "3"], "shoal eval does not take --tokens"),
         (["generate", "done", "--prompt", "x" * 80], "the prompt has 80 tokens, and the model's context is 64"),
         (["generate", "done", "--prompt", ""], "an empty --prompt"),
@@ -155,7 +155,7 @@ def test_names_files_and_options_are_judged_before_torch_is_imported(place: Plac
         "eval --model.from taken": "config.json",
         "generate done --prompt a --top-p 2": "--top-p is 2.0",
         "generate --model.from gone --prompt a": "there is no folder gone",
-        "export done --out taken": "taken is there already",
+        "export done --out taken": "taken already exists",
     }
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],
@@ -186,7 +186,7 @@ def test_a_port_that_is_taken(place: Place) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         output = place.refused("train", "recipe.yaml", "--name", "port", "--launch.port", str(port))
-    assert f"port {port} is taken" in output
+    assert f"port {port} is in use" in output
 
 
 def test_a_corpus_that_is_empty_or_not_text(place: Place) -> None:

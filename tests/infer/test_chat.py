@@ -66,7 +66,7 @@ def test_lines_are_answered_until_exit(folder: Path) -> None:
     out = io.StringIO()
     chat = chat_of(folder)
     chat_in_terminal(chat, io.StringIO("Hello\n\n/clear\nHello\n/exit\nmore\n"), out)
-    first, second = out.getvalue().split(f"\n[cut at --tokens {LIMIT}, or at the end of the context]\n")[:2]
+    first, second = out.getvalue().split(f"\n[stopped at --tokens {LIMIT} or at the end of the context]\n")[:2]
     assert first == second != ""
     assert [m["role"] for m in chat.messages] == ["user", "assistant"]
 
@@ -74,7 +74,7 @@ def test_lines_are_answered_until_exit(folder: Path) -> None:
 def test_a_conversation_that_is_too_long_says_so_and_goes_on(folder: Path) -> None:
     chat, out = chat_of(folder), io.StringIO()
     chat_in_terminal(chat, io.StringIO("a" * 200 + "\nHi\n"), out)
-    assert "/clear begins anew" in out.getvalue()
+    assert "/clear starts a new one" in out.getvalue()
     assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["Hi"]
 
 
@@ -95,7 +95,7 @@ def test_an_answer_can_be_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_lines_that_are_no_text(folder: Path, errors: str) -> None:
     lines = io.TextIOWrapper(io.BytesIO(b"Hello\n\xff\n"), encoding="utf-8", errors=errors)
-    with pytest.raises(GenerateError, match="standard input is no UTF-8 text"):
+    with pytest.raises(GenerateError, match="standard input is not UTF-8 text"):
         chat_in_terminal(chat_of(folder), lines, io.StringIO())
 
 

@@ -66,7 +66,7 @@ def test_a_text_is_scored_with_its_windows_stated(capsys: pytest.CaptureFixture[
     assert record["bits_per_byte"] == pytest.approx(result.nats / math.log(2) / len(TEXT.encode()), rel=1e-6)
     text = said(capsys, *arguments)
     assert f"{record['bits_per_byte']:.4f}" in text
-    assert "windows of 32 tokens, each 8 on" in text
+    assert "windows of 32 tokens, 8 apart" in text
 
 
 def test_a_byte_order_mark_is_not_scored(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_run_is_not_scored_on_the_text_of_other_data() -> None:
     changed = config.read_text().replace("dummy_documents: 60", "dummy_documents: 61")
     assert changed != config.read_text()
     config.write_text(changed)
-    with pytest.raises(CheckpointError, match="moved was trained on other tokens than"):
+    with pytest.raises(CheckpointError, match="has other tokens than moved was trained on"):
         _run(["eval", "moved", "--json"])
 
 
@@ -196,9 +196,9 @@ def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["eval"], "Give a RUN, or --model.from DIR"),
-        (["eval", "done", "--model.from", "talker"], "they are two models"),
-        (["eval", "--model.from", "talker"], "--text FILE, or --tasks"),
+        (["eval"], "set RUN or --model.from DIR"),
+        (["eval", "done", "--model.from", "talker"], "are two models"),
+        (["eval", "--model.from", "talker"], "--text FILE or --tasks"),
         (["eval", "--model.from", "nowhere", "--text", "text.txt"], "no folder nowhere"),
         (["eval", "--model.from", "mute", "--text", "text.txt"], "mute has no tokenizer"),
         (["eval", "--model.from", "talker", "--text", "empty.txt"], "empty.txt is empty"),
@@ -206,20 +206,20 @@ def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest
         (["eval", "--model.from", "talker", "--text", "no.txt"], "cannot read no.txt"),
         (["eval", "--model.from", "talker", "--text", "text.txt", "--stride", "200"], "--stride is 200"),
         (["eval", "--model.from", "talker", "--text", "text.txt", "--context", "200"], "--context is 200"),
-        (["eval", "done", "--stride", "2"], "--stride does nothing without --text"),
-        (["eval", "done", "--limit", "2"], "--limit does nothing without --tasks"),
+        (["eval", "done", "--stride", "2"], "--stride has no effect without --text"),
+        (["eval", "done", "--limit", "2"], "--limit has no effect without --tasks"),
         (["eval", "done", "--step", "3", "--text", "text.txt"], "no checkpoint of step 3"),
         (["eval", "gone", "--text", "text.txt"], "is no run"),
         (["eval", "gone", "--tasks", "hellaswag"], "is no run"),
         (["eval", "--model.from", "nowhere", "--tasks", "hellaswag"], "no folder nowhere"),
-        (["eval", "--model.from", "talker", "--tasks", ","], "--tasks names none"),
+        (["eval", "--model.from", "talker", "--tasks", ","], "--tasks is empty"),
         (["eval", "--model.from", "talker", "--tasks", "a", "--include-path", "no"], "there is no folder no;"),
-        (["generate", "--model.from", "talker"], "needs --prompt TEXT, or --chat"),
-        (["generate", "--model.from", "talker", "--chat", "--prompt", "a"], "not both"),
-        (["generate", "--model.from", "talker", "--prompt", "a", "--system", "b"], "--system does nothing"),
+        (["generate", "--model.from", "talker"], "either --prompt TEXT or --chat"),
+        (["generate", "--model.from", "talker", "--chat", "--prompt", "a"], "either --prompt TEXT or --chat"),
+        (["generate", "--model.from", "talker", "--prompt", "a", "--system", "b"], "--system has no effect"),
         (["generate", "--model.from", "talker", "--prompt", ""], "empty --prompt"),
-        (["generate", "--model.from", "talker", "--prompt", "a\udcff"], "what follows --prompt"),
-        (["generate", "--model.from", "talker", "--chat", "--system", "\udcff"], "what follows --system"),
+        (["generate", "--model.from", "talker", "--prompt", "a\udcff"], "argument after --prompt"),
+        (["generate", "--model.from", "talker", "--chat", "--system", "\udcff"], "argument after --system"),
         (["generate", "--model.from", "talker", "--chat", "--temperature", "-1"], "--temperature is -1.0"),
         (["generate", "--model.from", "talker", "--prompt", "a", "--top-p", "2"], "--top-p is 2.0"),
         (["generate", "--model.from", "talker", "--chat", "--tokens", "-1"], "--tokens is -1"),

@@ -55,7 +55,7 @@ def test_the_tokenizers_own_files_are_in_it(place: Place) -> None:
 def test_a_checkpoint_a_dtype_and_the_card(place: Place) -> None:
     out = place.folder / "step3"
     said = place.good("export", "bare", "--step=3", "--out", str(out), "--dtype=bfloat16", "--license=mine: [all]")
-    assert f"{out} is whole" in said
+    assert f"exported to {out}" in said
     assert {str(t.dtype) for t in load_file(out / "model.safetensors").values()} == {"torch.bfloat16"}
     card = (out / "README.md").read_text()
     header = card.split("---")[1]
@@ -81,11 +81,11 @@ def test_large_models_go_out_in_several_files(place: Place) -> None:
     ("target", "step", "out", "words"),
     [
         ("nobody", None, "x", "is no run; there are bare, own"),
-        ("bare", 4, "x", "no checkpoint of step 4; there are steps 3, 5"),
-        ("bare", None, "recipe.yaml", "is there already, and is a file"),
-        ("bare", None, "runs/bare", "is there already, and holds checkpoints, which no export writes"),
-        ("bare", None, "/proc/x", "cannot be written"),
-        ("bare", None, "~nobody-here/x", "cannot be written"),
+        ("bare", 4, "x", "no checkpoint of step 4; it has steps 3, 5"),
+        ("bare", None, "recipe.yaml", "already exists and is a file"),
+        ("bare", None, "runs/bare", "already exists and contains checkpoints, which no export writes"),
+        ("bare", None, "/proc/x", "cannot write"),
+        ("bare", None, "~nobody-here/x", "cannot write"),
     ],
 )
 def test_what_cannot_be_is_one_message(place: Place, target: str, step: int | None, out: str, words: str) -> None:
@@ -100,7 +100,7 @@ def test_a_folder_of_weights_that_is_no_export_stands(place: Place) -> None:
     out = place.folder / "by-hand"
     shutil.copytree(export_run(place.folder / "runs", "bare", step=3, out=place.folder / "one"), out)
     (out / "README.md").write_text("# my model")
-    with pytest.raises(ModelError, match="no export wrote it"):
+    with pytest.raises(ModelError, match="is not an export"):
         export_run(place.folder / "runs", "bare", step=3, out=out, force=True)
     assert (out / "README.md").read_text() == "# my model"
 
@@ -126,7 +126,7 @@ def test_what_fails_half_way_leaves_what_was_there(place: Place, monkeypatch: py
         export_run(place.folder / "runs", "bare", step=5, out=out, force=True)
     assert (out / "model.safetensors").read_bytes() == before
     assert not [*place.folder.glob(".stands*")]
-    with pytest.raises(ModelError, match="is there already; --force replaces it"):
+    with pytest.raises(ModelError, match="already exists; set --force"):
         export_run(place.folder / "runs", "bare", step=5, out=out)
     monkeypatch.undo()
     export_run(place.folder / "runs", "bare", step=5, out=out, force=True)

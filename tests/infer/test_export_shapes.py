@@ -110,7 +110,7 @@ def test_what_transformers_refuses_is_no_export(
 ) -> None:
     write = write_shape
     for changed, words in [
-        ({"num_attention_heads": 5}, "does not open this export"),
+        ({"num_attention_heads": 5}, "cannot open this export"),
         ({"hidden_size": 66}, "has lm_head.weight as"),
     ]:
         monkeypatch.setattr(

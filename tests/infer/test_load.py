@@ -144,7 +144,7 @@ def test_each_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({}, "Give a RUN, or --model.from"),
+        ({}, "set RUN or --model.from"),
         ({"target": "a", "folder": "b"}, "two models"),
         ({"folder": "b", "step": 3}, "--step 3"),
         ({"target": "a", "family": "hf"}, "--model.family hf"),

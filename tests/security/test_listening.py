@@ -82,7 +82,7 @@ def free_port(host: str) -> int:
 def test_a_port_that_is_taken_is_one_message() -> None:
     with listen("127.0.0.1", 0, option="launch.port") as first:
         port = first.getsockname()[1]
-        with pytest.raises(LaunchError, match=rf"port {port} is taken .*set launch.port to another"):
+        with pytest.raises(LaunchError, match=rf"port {port} is in use .*set launch.port to another"):
             listen("127.0.0.1", port, option="launch.port")
 
 
@@ -93,7 +93,9 @@ def test_an_address_of_another_machine_is_refused() -> None:
 
 def test_a_name_that_is_loopback_on_its_own_machine_does_not_do_for_several() -> None:
     for host in ("localhost", "127.0.1.1"):
-        with pytest.raises(LaunchError, match=rf"{host} is .*no other can reach it; set launch.rendezvous"):
+        with pytest.raises(
+            LaunchError, match=rf"{host} resolves to .*other machines cannot reach; set launch.rendezvous"
+        ):
             listen(host, 0, from_afar=True, option="launch.rendezvous")
 
 

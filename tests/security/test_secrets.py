@@ -185,7 +185,7 @@ def test_one_in_an_option_is_refused_and_not_repeated(place: Secretive, argument
     output = place.refused(*arguments)
     (place.folder / "secret.yaml").unlink()
     assert "HF_TOKEN" in output
-    assert "would be written down" in output
+    assert "would be stored" in output
     assert not holds(output.encode())
     assert "a1B2" not in output
     assert not any(holds(p.read_bytes()) for p in (place.folder / "runs").rglob("*") if p.is_file())
@@ -194,10 +194,10 @@ def test_one_in_an_option_is_refused_and_not_repeated(place: Secretive, argument
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("https://me:pass@host/x", "password in an address"),
-        ("s3://key@bucket/x", "password in an address"),
+        ("https://me:pass@host/x", "password in a URL"),
+        ("s3://key@bucket/x", "password in a URL"),
         ("before WORD123456 after", "value of MY_API_KEY"),
-        ("hf_" + "x" * 34, "token of Hugging Face"),
+        ("hf_" + "x" * 34, "Hugging Face token"),
         ("https://host/x@main", ""),
         ("org/model@main", ""),
         ("mail@host.example", ""),

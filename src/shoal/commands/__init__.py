@@ -1,1 +1,1 @@
-"""The verbs of the command line: what each takes, and what it does."""
+"""The verbs of the command line: their options, and the code that runs them."""

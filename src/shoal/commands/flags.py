@@ -1,4 +1,4 @@
-"""Every option of the config as a flag."""
+"""Every config option as a command-line flag."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SHORTCUTS = {"name": "launch.name", "processes": "launch.processes"}
 
 
 class _Take(argparse.Action):
-    """Append (key, text, flag) to `overrides`, as they come on the command line."""
+    """An action that appends (key, text, flag) to `overrides`, in command-line order."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, flag: str | None = None
@@ -20,7 +20,7 @@ class _Take(argparse.Action):
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Every option of the config as a dotted flag, and by each name that it has here or in other projects."""
+    """Add each config option as a dotted flag, and under its short name and the names that other projects use."""
     from shoal.config.options import SECTIONS, options
     from shoal.resolve.resolve import expectation
 
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
 
     for short, key in SHORTCUTS.items():
-        add([f"--{short}"], key, f"the same as --{key}", is_bool=False, to=parser)
+        add([f"--{short}"], key, f"short for --{key}", is_bool=False, to=parser)
     for key, f in options().items():
         default = (
             "null"
@@ -51,12 +51,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name, keys in _names().items():
         flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"})
         is_bool = all(isinstance(options()[key].default, bool) for key in keys)
-        # one that several options have is told apart where all problems are, by the name that was typed
+        # keep an ambiguous name as typed: resolving reports it with all other problems
         add(flags, keys[0] if len(keys) == 1 else name, argparse.SUPPRESS, is_bool=is_bool, to=parser)
 
 
 def _names() -> dict[str, list[str]]:
-    """Each name of an option without its section -> the options that are called so."""
+    """Return a map from each option name without its section to the options of that name."""
     from shoal.config.options import option_name, options
 
     found: dict[str, list[str]] = {}
@@ -67,7 +67,7 @@ def _names() -> dict[str, list[str]]:
 
 
 def read_overrides(args: argparse.Namespace, rest: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """(key, text, flag) of every dotted option, known or not, and the arguments that are none."""
+    """Return (key, text, flag) of each dotted option, known or unknown, and all other unparsed arguments."""
     if not hasattr(args, "overrides"):
         return [], list(rest)
     found: list[Override] = list(args.overrides)

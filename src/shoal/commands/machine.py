@@ -1,4 +1,4 @@
-"""`shoal bench`, `shoal env` and `shoal rendezvous`: about a machine, not about a run."""
+"""`shoal bench`, `shoal env` and `shoal rendezvous`, which are about a machine rather than a run."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def rendezvous(args: argparse.Namespace, overrides: list[Override], argv: list[s
     from shoal.system.network import read_address
 
     if args.while_used and os.fork():
-        os._exit(0)  # nobody's child: a launcher that ends, or passes a signal on, leaves it alone
+        os._exit(0)  # detach: a launcher that ends or forwards a signal then does not reach it
     from shoal.elastic.rendezvous import serve
 
     address = read_address(args.address)
     if address is None:
-        raise LaunchError(f"{args.address!r} is no HOST:PORT, such as node0:29400")
-    serve(*address, while_used=args.while_used, ready=lambda: print(f"machines may meet at {args.address}", flush=True))
+        raise LaunchError(f"{args.address!r} is not HOST:PORT, such as node0:29400")
+    serve(*address, while_used=args.while_used, ready=lambda: print(f"rendezvous ready at {args.address}", flush=True))
     return 0
 
 

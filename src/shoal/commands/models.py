@@ -1,4 +1,4 @@
-"""`shoal fetch`, `eval`, `generate` and `export`: a model in use, on one process."""
+"""`shoal fetch`, `eval`, `generate` and `export`, which use a model in one process."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def fetch(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
 
 
 def _expanded(to: Path | None) -> Path | None:
-    """With `~` as shells have it, which leave it alone in --to=~/x."""
+    """Expand `~`, which shells do not in --to=~/x."""
     try:
         return to and to.expanduser()
     except RuntimeError as error:
-        raise ModelError(f"there is no {to}: {error} Set --to to a folder that can be written") from error
+        raise ModelError(f"cannot find {to}: {error} Set --to to a writable folder") from error
 
 
 def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
@@ -50,7 +50,7 @@ def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     wanted = _wanted(args)
     wanted.check()
     if wanted.folder is not None and args.text is None and args.tasks is None:
-        raise ShoalError(f"{wanted.folder} has no held-out text of its own: set --text FILE, or --tasks NAME,...")
+        raise ShoalError(f"{wanted.folder} has no held-out text; set --text FILE or --tasks NAME,...")
     text = None if args.text is None else Text.read(args.text, args.context, args.stride)
     tasks = None
     if args.tasks is not None:
@@ -67,7 +67,7 @@ def eval(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
 def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     _needs(args, "chat", ("system",))
     if bool(args.prompt) == args.chat:
-        raise ShoalError("shoal generate needs --prompt TEXT, or --chat for a conversation, and not both")
+        raise ShoalError("set either --prompt TEXT or --chat")
     from shoal.models.sampling import CHAT_TOKENS, FLAGS, PROMPT_TOKENS, Sampling, check_options, check_prompts
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
@@ -85,7 +85,7 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
             chat = open_chat(wanted, system=args.system, max_new_tokens=limit, sampling=sampling, narrator=narrator)
         else:
             generate_text(wanted, prompts=args.prompt, max_new_tokens=limit, sampling=sampling, narrator=narrator)
-    if args.chat:  # in which Ctrl-C ends an answer only
+    if args.chat:  # outside `narrated`: here Ctrl-C ends only an answer
         from shoal.infer.chat import chat_in_terminal
 
         chat_in_terminal(chat, sys.stdin, sys.stdout)
@@ -94,7 +94,7 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
 
 @contextlib.contextmanager
 def narrated() -> Iterator[Narrator]:
-    """Yield a narrator for a command with nothing to save: it names slow phases on stderr, and a signal ends the command."""
+    """Yield a narrator that names slow phases on stderr; a signal ends the command, which has nothing to save."""
     from shoal.run.console import Console
     from shoal.run.narrator import Narrator
     from shoal.system.signals import ends_when_asked
@@ -113,15 +113,15 @@ def narrated() -> Iterator[Narrator]:
 
 
 def set_threads(args: argparse.Namespace) -> None:
-    """CPU threads of this process, before torch is imported: those asked for, or as the machine has room for."""
+    """Set this process's CPU threads before torch is imported: the number given, or one per free core."""
     from shoal.launch.torchrun import choose_threads
     from shoal.run.console import Console
 
     asked: int | None = args.threads
     if asked is not None and asked < 1:
-        raise ShoalError(f"--threads is {asked}: give 1 or more")
+        raise ShoalError(f"--threads is {asked}; it must be at least 1")
     if asked is None and "OMP_NUM_THREADS" in os.environ:
-        return  # a person's own
+        return  # keep the user's own setting
     os.environ["OMP_NUM_THREADS"] = str(choose_threads(asked, say=Console(on_stderr=True).warn))
 
 
@@ -135,12 +135,10 @@ def _wanted(args: argparse.Namespace) -> Wanted:
 
 
 def _needs(args: argparse.Namespace, owner: str, options: tuple[str, ...]) -> None:
-    """Nothing that was asked for is left aside: `options` mean something beside `owner` only."""
+    """Raise `ShoalError` if one of `options` is set without `owner`, which alone uses them."""
     for option in options:
         if getattr(args, option) is not None and not getattr(args, owner):
-            raise ShoalError(
-                f"--{option.replace('_', '-')} does nothing without --{owner}; set that too, or leave it out"
-            )
+            raise ShoalError(f"--{option.replace('_', '-')} has no effect without --{owner}; set both or neither")
 
 
 def export(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
@@ -156,5 +154,5 @@ def export(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 
         narrator.begin(None)
         export_checkpoint(folder, saved, place, dtype=args.dtype, license=args.license, console=console)
-    console.say(f"{args.out} is whole: README.md in it says what it is")
+    console.say(f"exported to {args.out}; its README.md describes the model")
     return 0

@@ -1,4 +1,4 @@
-"""From a recipe and flags to a config, and the verbs about that alone: init, prepare, config."""
+"""Resolving a recipe and flags to a config, and the verbs that need only that: init, prepare and config."""
 
 from __future__ import annotations
 
@@ -20,29 +20,33 @@ if TYPE_CHECKING:
 
 
 def resolve_asked(args: argparse.Namespace, overrides: list[Override]) -> Config:
-    """Return the config of the run that the command line asks for, and print what to know of it."""
-    told = ["without a recipe, what is not typed is as shoal init writes it"] if args.recipe is None else []
+    """Return the config that the command line asks for, and print notes on it."""
+    told = (
+        ["no recipe given: options that are not set have the values that shoal init writes"]
+        if args.recipe is None
+        else []
+    )
     return resolve_run(recipe_asked(args, overrides), overrides, named=args.recipe is not None, told=told)
 
 
 def resolve_run(recipe: Path, overrides: list[Override], *, named: bool, told: Sequence[str] = ()) -> Config:
-    """Return the config of a run, called like its recipe if that is `named`, and print `told` and what else to know."""
+    """Return a run's config, named after its recipe if `named`, and print `told` and other notes."""
     from shoal.resolve.checks import why_no_name
     from shoal.resolve.resolve import resolve
 
     for gone in _run_of(recipe if named else None, overrides).stand_in():
-        tell_once([f"{gone} is gone: going on with what the run keeps of it"])
+        tell_once([f"{gone} is gone: resuming with the run's own copy"])
     resolved = resolve(recipe, overrides)
     tell_once([*told, *resolved.notes])
     if resolved.config.launch.name is None and named:
         if why := why_no_name(recipe.stem):
-            raise ShoalError(f"a run is called as its recipe, and {why}; or give --name")
+            raise ShoalError(f"a run takes its recipe's name, and {why}; or set --name")
         return resolved.config.replace("launch", name=recipe.stem)
     return resolved.config
 
 
 def config_of(recipe: str | Path | None, options: Mapping[str, Any]) -> Config:
-    """Return a config from Python: of `recipe`, or of the one that `shoal init` writes, with `options` over it."""
+    """Return the config of `recipe`, or of the recipe that `shoal init` writes, with `options` applied."""
     from shoal.resolve.recipe import START, find_recipe
 
     found = START if recipe is None else find_recipe(Path(recipe))
@@ -50,27 +54,27 @@ def config_of(recipe: str | Path | None, options: Mapping[str, Any]) -> Config:
 
 
 def _override(key: str, value: Any) -> Override:
-    """Return an option as a flag would give it; `key` may be any name that is a flag."""
+    """Return an option as a flag gives it; `key` is any name that is valid as a flag."""
     from shoal.resolve.recipe import candidates, to_text
 
     found = candidates(key)
     dotted = SHORTCUTS.get(key) or (found[0] if len(found) == 1 else key)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    elif hasattr(value, "item"):  # a number of numpy's
+    elif hasattr(value, "item"):  # a NumPy or torch scalar
         value = value.item()
     return dotted, to_text(value), key
 
 
 def recipe_asked(args: argparse.Namespace, overrides: list[Override]) -> Path:
-    """The recipe that is asked for; where a model or data are typed without one, that which `shoal init` writes."""
+    """Return the recipe given; if none is, but model or data options are, the one that `shoal init` writes."""
     from shoal.resolve.recipe import START, find_recipe
 
     if args.recipe is not None:
         return find_recipe(args.recipe)
     if not any(key.startswith(("model.", "data.")) for key, _, _ in overrides):
         raise ShoalError(
-            f"shoal {args.verb} needs a recipe: shoal {args.verb} quickstart takes one of shoal's own, shoal init mine.yaml "
+            f"shoal {args.verb} needs a recipe: shoal {args.verb} quickstart uses a built-in one, shoal init mine.yaml "
             f"writes one to start from, and shoal {args.verb} --model.preset tiny --data.paths FOLDER needs none"
         )
     return START
@@ -83,16 +87,16 @@ def init(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
         with args.file.open("x", encoding="utf-8") as file:
             file.write(START.read_text(encoding="utf-8"))
     except FileExistsError as error:
-        raise ShoalError(f"{args.file} is there already, and is left as it is; choose another name") from error
+        raise ShoalError(f"{args.file} already exists and was not changed; choose another name") from error
     except (OSError, ValueError) as error:
-        raise ShoalError(f"{args.file} cannot be written: {error}") from error
+        raise ShoalError(f"cannot write {args.file}: {error}") from error
     file = on_one_line(args.file)
-    print(f"{file} is a recipe to change; shoal train {shlex.quote(file)} trains it as it is")
+    print(f"wrote {file}, a recipe to edit; shoal train {shlex.quote(file)} trains it unchanged")
     return 0
 
 
 def _run_of(recipe: Path | None, overrides: list[Override]) -> RunFolder:
-    """The folder of the run that is asked for, found before the config is judged: it may keep what that needs."""
+    """Return the run's folder before the config is validated: the folder may have files that validation needs."""
     from shoal.resolve.resolve import peek
     from shoal.run.folder import RunFolder
 
@@ -101,7 +105,7 @@ def _run_of(recipe: Path | None, overrides: list[Override]) -> RunFolder:
 
 
 def tell_once(notes: Sequence[str], *, on_stderr: bool = False) -> None:
-    """What a person should act on, once for all processes of a run."""
+    """Print notes to act on, once for all processes of a run."""
     from shoal.mesh.place import speaks_first
 
     if notes and speaks_first():
@@ -113,7 +117,7 @@ def tell_once(notes: Sequence[str], *, on_stderr: bool = False) -> None:
 
 
 def tell_of_torch() -> None:
-    """One line, where this torch was not tested."""
+    """Print a note if this version of torch is untested."""
     from shoal.system.torch_private import version_notes
 
     tell_once(version_notes())
@@ -132,9 +136,9 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
     for split, counts in prepared.counts.items():
         console.say(
             f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
-            f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes a token)"
+            f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes per token)"
         )
-    console.say(f"in {prepared.folder}")
+    console.say(f"written to {prepared.folder}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`shoal goodput` and `shoal ledger`: what a run wrote about itself."""
+"""`shoal goodput` and `shoal ledger`: reports from a run's own records."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def ledger(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 
 
 def _record(args: argparse.Namespace, name: str) -> Path:
-    """The file `name` in the folder of the run that is asked for. Raises `RunError`."""
+    """Return the file `name` of the run given. Raises `RunError`."""
     from shoal.run.folder import RunFolder
 
     target = Path(args.target)
     folder = RunFolder(target if (target / "config.yaml").is_file() else Path(args.runs) / target)
     folder.load_config()
     if not (folder.path / name).is_file():
-        raise RunError(f"{folder.path} has no {name}: an older shoal trained it; the next steps taken will be in it")
+        raise RunError(f"{folder.path} has no {name}: an older shoal trained it; steps taken from now on are recorded")
     return folder.path / name

@@ -1,4 +1,4 @@
-"""`shoal train` and `shoal verify`: plan the processes and start them, or work as one of them."""
+"""`shoal train` and `shoal verify`: plan and start the processes, or work as one of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from shoal.run.console import Console
     from shoal.run.folder import RunFolder
 
-VERIFIED = "verify-"  # before the name of a run: where its certificate is kept
+VERIFIED = "verify-"  # prefix of a run's name for the folder of its certificate
 
 
 def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
@@ -62,14 +62,14 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     code = launch(config, [*argv, *_planned_flags(config)])
     if code != 0 or not certificate.is_file():
         return code or 1
-    print(f"{on_one_line(certificate)} holds versions, device, layout and all that was compared")
+    print(f"wrote {on_one_line(certificate)}: versions, device, layout and every comparison")
     return 0 if json.loads(certificate.read_text())["passed"] else 1
 
 
 @contextlib.contextmanager
 def _planned(config: Config, before: Config | None = None) -> Iterator[tuple[Config, RunFolder, Console]]:
     """
-    Yield the config with processes and threads planned, and the run's folder, locked; a signal meanwhile ends the command.
+    Yield the config with processes and threads planned, and the run's locked folder; a signal inside ends the command.
 
     before: the config of the run to resume.
     """
@@ -91,7 +91,7 @@ def _planned(config: Config, before: Config | None = None) -> Iterator[tuple[Con
 
 
 def _planned_flags(config: Config) -> list[str]:
-    """Return what the launcher planned, as flags for its workers."""
+    """Return the planned processes and threads as flags for the workers."""
     return [f"--launch.processes={config.launch.processes}", f"--launch.threads={config.launch.threads}"]
 
 

@@ -1,4 +1,4 @@
-"""One process of a run or of a verification: it works, and says what went wrong in terms a person can act on."""
+"""One process of a run or of a verification, and its errors in terms that a user can act on."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trained:
-    """The result of `shoal.train`: the run's folder, and whether all steps are done. If not, the same call resumes."""
+    """The result of `shoal.train`: the run's folder, and whether all steps are done; if not, the same call resumes."""
 
     folder: Path
     finished: bool
 
 
 def train_here(config: Config) -> Trained:
-    """Train in this process: alone, or as the one that torchrun or srun started."""
+    """Train in this process, alone or as one of those that torchrun or srun started."""
     from shoal.mesh.place import is_worker
     from shoal.run.folder import RunFolder
     from shoal.system.signals import StopRequest
@@ -56,7 +56,7 @@ def train_here(config: Config) -> Trained:
 
 
 def _checked(config: Config) -> Config:
-    """Return a config that was made by hand, with its shape completed. Raises `ConfigError`."""
+    """Validate a config, which may be built by hand; return it with its derived widths. Raises `ConfigError`."""
     from shoal.config.options import options
     from shoal.config.presets import resolve_shape
     from shoal.resolve.checks import DEFAULT, contradictions
@@ -67,7 +67,7 @@ def _checked(config: Config) -> Config:
 
 
 def _plan_alone(config: Config, before: Config | None) -> Config:
-    """Return the config for one process. Raises `LaunchError` if it asks for several."""
+    """Return the config planned for one process. Raises `LaunchError` if it asks for more."""
     from shoal.launch.torchrun import plan_processes
     from shoal.mesh.place import unused_claims
     from shoal.run.console import Console
@@ -75,8 +75,8 @@ def _plan_alone(config: Config, before: Config | None) -> Config:
     count = (config.launch.processes or 1) * config.launch.nodes
     if count > 1:
         raise LaunchError(
-            f"shoal.train trains in this process alone, and the config asks for {count}; set launch.processes and "
-            "launch.nodes to 1, start the script through torchrun, or use the command shoal train"
+            f"shoal.train uses one process, and the config asks for {count}; set launch.processes and launch.nodes to 1, "
+            "start the script with torchrun, or use the command shoal train"
         )
     tell_once(unused_claims(config.launch.nodes))
     config = config.replace("launch", processes=1)
@@ -84,7 +84,7 @@ def _plan_alone(config: Config, before: Config | None) -> Config:
 
 
 def look_for_gpus() -> int:
-    """Return the number of CUDA devices, and name the phase if that takes long: torch is imported for it."""
+    """Return the number of CUDA devices; if torch must be imported for that, say so."""
     from shoal.launch.torchrun import count_gpus
     from shoal.run.console import Console
     from shoal.run.narrator import Narrator
@@ -94,7 +94,7 @@ def look_for_gpus() -> int:
 
 
 def place_worker(config: Config, before: Config | None = None) -> Config:
-    """Return the config of a worker; if another program started the workers, the first prints what it was told."""
+    """Return a worker's config; under another launcher, print its rank and world size first, on rank 0."""
     from shoal.launch.torchrun import fit_to_place
     from shoal.mesh.place import describe_place, read_place, speaks_first
 
@@ -119,7 +119,7 @@ def train_as_worker(config: Config) -> int:
 def verify_as_worker(config: Config) -> int:
     """Compare layouts as one process of a verification; return the exit code."""
     heartbeat = _begin(config)
-    heartbeat.rest()  # its steps are of many kinds; a collective's timeout watches it
+    heartbeat.rest()  # no hang detection: its steps differ too much; the timeout of collectives remains
 
     def work() -> bool:
         heartbeat.outside("importing torch")
@@ -139,7 +139,7 @@ def _train(config: Config, stop: StopRequest, heartbeat: Heartbeat) -> bool:
 
 
 def _begin(config: Config) -> Heartbeat:
-    """Tie this worker to its launcher; return its heartbeat."""
+    """Bind this worker to its launcher's life; return its heartbeat."""
     from shoal.elastic.heartbeat import leave_stacks_when_asked
     from shoal.system.signals import die_with_parent
 
@@ -162,7 +162,7 @@ def _open_heartbeat(config: Config) -> tuple[Narrator, Heartbeat]:
 
 
 def _exit_code(config: Config, heartbeat: Heartbeat, work: Callable[[], bool], advice: str = "") -> int:
-    """Return how this worker ends: 85 if `work` returns true, as it does when asked to stop early."""
+    """Run `work` and return the exit code: 85 if `work` returns true, which means stopped early on request."""
     from shoal.elastic.stops import tell
     from shoal.mesh.place import is_launched
 
@@ -171,11 +171,11 @@ def _exit_code(config: Config, heartbeat: Heartbeat, work: Callable[[], bool], a
     except (RuntimeError, MemoryError, OSError) as error:
         problem = _explain(error, config, advice)
         if isinstance(problem, LostPeerError):
-            if not is_launched():  # our own launcher says which one was lost and why
+            if not is_launched():  # shoal's own launcher reports which worker was lost and why
                 tell(str(problem))
             return EXIT_LOST_PEER
         if isinstance(problem, MemoryProblem) and heartbeat.taken > 1:
-            tell(str(problem))  # it fitted before, and may again: a crash like any other
+            tell(str(problem))  # earlier steps fitted, so a restart may too: treat it as a crash
             return 1
         if problem is not None:
             raise problem from error
@@ -183,7 +183,7 @@ def _exit_code(config: Config, heartbeat: Heartbeat, work: Callable[[], bool], a
 
 
 def _explain(error: Exception, config: Config, advice: str) -> ShoalError | None:
-    """Return an error of torch's as one that a person can act on; None for any other. advice: for a missing kernel."""
+    """Return a torch error as one that a user can act on, or None. advice: appended for a missing deterministic kernel."""
     from shoal.mesh.mesh import is_lost_peer
     from shoal.mesh.place import read_place
     from shoal.models.attention import not_deterministic
