@@ -1,12 +1,12 @@
 """
-shoal trains language models from scratch, on whatever you have. See `shoal --help` and docs/API.md.
+Trains language models from scratch, on whatever hardware you have. See `shoal --help` and docs/API.md.
 
     from shoal import generate, load, read_config, train
 
     run = train(read_config("quickstart", steps=20))
     print(generate(load(run.folder), "def "))
 
-Nothing heavy is imported before it is used: `import shoal` takes neither torch nor numpy.
+`import shoal` imports neither torch nor numpy; each function imports what it needs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ __all__ = ["Config", "generate", "load", "read_config", "train"]
 
 def read_config(recipe: str | Path | None = None, /, **options: Any) -> Config:
     """
-    Return a valid config: a recipe's, with `options` over it.
+    Return a valid config: a recipe with `options` applied.
 
-    recipe: a YAML file, or a recipe of shoal's own by its name, such as "quickstart"; None: what `shoal init` writes.
-    options: as flags of `shoal train` are called: `steps=20`, `name="first"`, or `**{"train.steps": 20}`. Raises
-    `ConfigError` with every problem.
+    recipe: a YAML file, or the name of a built-in recipe, such as "quickstart"; None: the recipe that `shoal init` writes.
+    options: named like flags of `shoal train`: `steps=20`, `name="first"`, or `**{"train.steps": 20}`. Raises `ConfigError`
+    with every problem.
     """
     from shoal.commands.recipes import config_of
 
@@ -42,8 +42,8 @@ def train(config: Config) -> Trained:
     """
     Train in this process, from the start or the run's last checkpoint; return the run's `folder` and whether it `finished`.
 
-    Alone, or as one of the processes that torchrun or srun started. The first Ctrl-C, SIGTERM or SIGUSR1 saves and stops,
-    a second Ctrl-C raises `KeyboardInterrupt`; call it from the main thread, which gets signals. Raises `ShoalError`.
+    The process works alone, or as one of those that torchrun or srun started. The first Ctrl-C, SIGTERM or SIGUSR1 saves and
+    stops; a second Ctrl-C raises `KeyboardInterrupt`. Call from the main thread, which gets signals. Raises `ShoalError`.
     """
     from shoal.commands.worker import train_here
 
@@ -52,10 +52,10 @@ def train(config: Config) -> Trained:
 
 def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
     """
-    Return the model and the tokenizer of a run's folder (its last checkpoint), of one checkpoint, or of a Hugging Face folder.
+    Load a model and its tokenizer from a run's folder (the last checkpoint), one checkpoint, or a Hugging Face folder.
 
-    device: "auto", "cpu" or "cuda". dtype: "float32", "bfloat16", or "auto": its own, or float32 where the device is slow
-    in that. Raises `ShoalError`.
+    device: "auto", "cpu" or "cuda". dtype: "float32", "bfloat16", or "auto": its own, or float32 if the device is slow
+    in it. Raises `ShoalError`.
     """
     from shoal.infer.load import load_path
 
@@ -73,10 +73,11 @@ def generate(
     seed: int = 0,
 ) -> str:
     """
-    Return the text that a model adds to `prompt`, up to its end or `max_new_tokens`; the same for the same `seed`.
+    Return the text that a model adds to `prompt`, up to the end of the text or `max_new_tokens`.
 
-    temperature: 0 always takes the likeliest token. top_k, top_p: draw among the likeliest `top_k`, or among those that make
-    up `top_p` of the probability; None: among all. Raises `GenerateError`, or `ModelError` without a tokenizer.
+    temperature: 0 always takes the likeliest token. top_k, top_p: sample from the `top_k` likeliest tokens, or from the
+    likeliest that together have probability `top_p`; None: from all. The same seed gives the same text. Raises
+    `GenerateError`, or `ModelError` without a tokenizer.
     """
     from shoal.infer.stream import complete
     from shoal.models.sampling import Sampling

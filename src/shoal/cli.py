@@ -17,7 +17,7 @@ from shoal.system.output import Output, say_error
 from shoal.system.secrets import secret_in
 from shoal.system.signals import Asked
 
-SAID_TO_A_MODEL = ("--prompt", "--system")  # text for the model, in which a URL is no credential
+MODEL_TEXT = ("--prompt", "--system")  # options with text for the model: URLs in it are not checked for credentials
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as shells report it
 
 
@@ -85,10 +85,10 @@ def _leave(code: int, *, at_once: bool = False) -> NoReturn:
 
 def _run(argv: list[str]) -> int:
     for before, item in zip(["shoal", *argv], argv, strict=False):
-        if before not in SAID_TO_A_MODEL and (what := secret_in(item)):
+        if before not in MODEL_TEXT and (what := secret_in(item)):
             flag = item.partition("=")[0] if item.startswith("--") else before
             raise ShoalError(f"the value of {flag}: {what}")
-    _refuse_unreadable(argv)
+    _reject_unreadable(argv)
     parser = build_parser(argv[0] if argv else None)
     args, rest = parser.parse_known_args(argv)
     if args.verb is None:
@@ -106,7 +106,7 @@ def _run(argv: list[str]) -> int:
     return result
 
 
-def _refuse_unreadable(argv: list[str]) -> None:
+def _reject_unreadable(argv: list[str]) -> None:
     """Raise `ShoalError` for an argument that is not valid text: neither a config nor a run's records could store it."""
     from shoal.resolve.recipe import not_text
 

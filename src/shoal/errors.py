@@ -53,7 +53,7 @@ def spelled(names: Mapping[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of a config: `where` it was written, and `what` is wrong and how to fix it."""
+    """One problem of a config: its origin (`where`), and a message (`what`) that says how to fix it."""
 
     where: str  # "recipe.yaml:12", "--optim.lr", or "" if only defaults are involved
     what: str

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-Override = tuple[str, str, str]  # dotted key, YAML text, where it was written
+Override = tuple[str, str, str]  # dotted key, YAML text, origin for messages
 SHORTCUTS = {"name": "launch.name", "processes": "launch.processes"}
 
 

@@ -107,8 +107,8 @@ def narrated() -> Iterator[Narrator]:
         except (RuntimeError, MemoryError, OSError) as error:
             from shoal.plan.fit import what_ran_out
 
-            if said := what_ran_out(error):
-                raise MemoryProblem(f"out of memory: {said}") from error
+            if reason := what_ran_out(error):
+                raise MemoryProblem(f"out of memory: {reason}") from error
             raise
 
 

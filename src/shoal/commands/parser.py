@@ -37,32 +37,26 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     recipe = "[RECIPE] [--name NAME] [--processes N]"
     _add_init(add("init", recipes.init, "write a commented recipe to start from"))
     _add_recipe(add("train", train.train, "train a model, or resume the run of the same name", recipe))
-    _add_recipe(
-        add(
-            "prepare",
-            recipes.prepare,
-            "prepare the data only: corpus -> tokenizer -> token shards; a restart continues",
-            recipe,
-        )
-    )
+    prepared = "prepare the data only: corpus -> tokenizer -> token shards; a restart continues"
+    _add_recipe(add("prepare", recipes.prepare, prepared, recipe))
     _add_fetch(add("fetch", models.fetch, "download a model from a hub: shoal fetch model OWNER/NAME"))
-    held = "evaluate a model: on its run's held-out text, on your text, or on lm-evaluation-harness tasks"
-    _add_eval(add("eval", models.eval, held))
+    evaluated = "evaluate a model: on its run's held-out text, on your text, or on lm-evaluation-harness tasks"
+    _add_eval(add("eval", models.eval, evaluated))
     _add_generate(add("generate", models.generate, "generate text from a prompt, or chat"))
-    opened = "export a checkpoint as a Hugging Face folder, for transformers, vLLM or llama.cpp"
-    _add_export(add("export", models.export, opened))
+    exported = "export a checkpoint as a Hugging Face folder, for transformers, vLLM or llama.cpp"
+    _add_export(add("export", models.export, exported))
     resolved = "print the resolved config and the origin of each value"
     _add_config(add("config", recipes.config, resolved, "[RECIPE] [--schema]"))
-    timed = "run a benchmark: `shoal bench speed` times the real training step"
-    _add_bench(add("bench", machine.bench, timed, "speed [RECIPE] [--peers]"))
-    same = "check that this parallel layout trains the same model as one process; exit code 1 if it does not"
-    _add_recipe(add("verify", train.verify, same, recipe))
-    spent = "report how a run spent its time, across restarts: on steps that count, and on everything else"
-    _add_record(add("goodput", records.goodput, spent))
-    once = "check that a run trained on each sample exactly once per epoch, across restarts; exit code 1 if not"
-    _add_record(add("ledger", records.ledger, once))
-    met = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
-    _add_rendezvous(add("rendezvous", machine.rendezvous, met))
+    timing = "run a benchmark: `shoal bench speed` times the real training step"
+    _add_bench(add("bench", machine.bench, timing, "speed [RECIPE] [--peers]"))
+    checked = "check that this parallel layout trains the same model as one process; exit code 1 if it does not"
+    _add_recipe(add("verify", train.verify, checked, recipe))
+    account = "report how a run spent its time, across restarts: on steps that count, and on everything else"
+    _add_record(add("goodput", records.goodput, account))
+    exactly_once = "check that a run trained on each sample exactly once per epoch, across restarts; exit code 1 if not"
+    _add_record(add("ledger", records.ledger, exactly_once))
+    meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
+    _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
     add("env", machine.env, "print versions, devices and threads, for a bug report")
     return parser
 

@@ -21,23 +21,20 @@ if TYPE_CHECKING:
 
 def resolve_asked(args: argparse.Namespace, overrides: list[Override]) -> Config:
     """Return the config that the command line asks for, and print notes on it."""
-    told = (
-        ["no recipe given: options that are not set have the values that shoal init writes"]
-        if args.recipe is None
-        else []
-    )
-    return resolve_run(recipe_asked(args, overrides), overrides, named=args.recipe is not None, told=told)
+    unset = "no recipe given: options that are not set have the values that shoal init writes"
+    notes = [unset] if args.recipe is None else []
+    return resolve_run(recipe_asked(args, overrides), overrides, named=args.recipe is not None, notes=notes)
 
 
-def resolve_run(recipe: Path, overrides: list[Override], *, named: bool, told: Sequence[str] = ()) -> Config:
-    """Return a run's config, named after its recipe if `named`, and print `told` and other notes."""
+def resolve_run(recipe: Path, overrides: list[Override], *, named: bool, notes: Sequence[str] = ()) -> Config:
+    """Return a run's config, named after its recipe if `named`, and print `notes` and those of resolving."""
     from shoal.resolve.checks import why_no_name
     from shoal.resolve.resolve import resolve
 
     for gone in _run_of(recipe if named else None, overrides).stand_in():
         tell_once([f"{gone} is gone: resuming with the run's own copy"])
     resolved = resolve(recipe, overrides)
-    tell_once([*told, *resolved.notes])
+    tell_once([*notes, *resolved.notes])
     if resolved.config.launch.name is None and named:
         if why := why_no_name(recipe.stem):
             raise ShoalError(f"a run takes its recipe's name, and {why}; or set --name")
@@ -100,8 +97,8 @@ def _run_of(recipe: Path | None, overrides: list[Override]) -> RunFolder:
     from shoal.resolve.resolve import peek
     from shoal.run.folder import RunFolder
 
-    said = peek(recipe, overrides, ("launch.runs", "launch.name"))
-    return RunFolder(Path(said["launch.runs"]) / (said["launch.name"] or (recipe.stem if recipe else "run")))
+    given = peek(recipe, overrides, ("launch.runs", "launch.name"))
+    return RunFolder(Path(given["launch.runs"]) / (given["launch.name"] or (recipe.stem if recipe else "run")))
 
 
 def tell_once(notes: Sequence[str], *, on_stderr: bool = False) -> None:

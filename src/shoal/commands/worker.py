@@ -190,9 +190,9 @@ def _explain(error: Exception, config: Config, advice: str) -> ShoalError | None
     from shoal.plan.fit import what_ran_out, what_would_fit
     from shoal.run.folder import RunFolder
 
-    if said := what_ran_out(error):
+    if reason := what_ran_out(error):
         fits = what_would_fit(RunFolder.of(config).settled(config), read_place().world_size)
-        return MemoryProblem(f"out of memory: {said}. {fits}")
+        return MemoryProblem(f"out of memory: {reason}. {fits}")
     if isinstance(error, RuntimeError) and is_lost_peer(error):
         return LostPeerError(f"lost another process of this run: {str(error).splitlines()[0]}")
     if isinstance(error, RuntimeError) and (operator := not_deterministic(error)):

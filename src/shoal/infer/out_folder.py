@@ -27,21 +27,21 @@ class OutFolder:
 
     def __init__(self, out: Path, force: bool) -> None:
         """Raise `ModelError` if `out` exists and must not be replaced."""
-        self._said = said = on_one_line(out)
+        self._name = name = on_one_line(out)
         try:
             self._out = out.expanduser().resolve()  # follow links, to write on the disk they point to
             there = sorted(p.name for p in self._out.iterdir()) if self._out.is_dir() else []
             taken = bool(there) or (self._out.exists() and not self._out.is_dir())
         except (OSError, RuntimeError) as error:
-            raise ModelError(f"cannot write {said}: {error}; set --out to a writable folder") from error
+            raise ModelError(f"cannot write {name}: {error}; set --out to a writable folder") from error
         foreign = [n for n in there if not any(fnmatch(n, known) for known in WRITTEN)]
         if there and not foreign and not is_card(self._out / CARD):
-            raise ModelError(f"{said} already exists and is not an export; set --out to another folder")
+            raise ModelError(f"{name} already exists and is not an export; set --out to another folder")
         if taken and (foreign or not self._out.is_dir()):
             what = f"contains {foreign[0]}, which no export writes" if foreign else "is a file"
-            raise ModelError(f"{said} already exists and {what}; set --out to another folder")
+            raise ModelError(f"{name} already exists and {what}; set --out to another folder")
         if taken and not force:
-            raise ModelError(f"{said} already exists; set --force to replace it, or --out to another folder")
+            raise ModelError(f"{name} already exists; set --force to replace it, or --out to another folder")
 
     @contextlib.contextmanager
     def written(self, needed: int) -> Iterator[Path]:
@@ -60,7 +60,7 @@ class OutFolder:
                     raise
         except (OSError, SafetensorError) as error:
             why = getattr(error, "strerror", None) or error
-            raise ModelError(f"cannot write {self._said}: {why}; set --out to another disk") from error
+            raise ModelError(f"cannot write {self._name}: {why}; set --out to another disk") from error
 
     @contextlib.contextmanager
     def _alone(self, aside: Path) -> Iterator[None]:
@@ -68,7 +68,7 @@ class OutFolder:
         try:
             if not try_lock(descriptor):
                 raise ModelError(
-                    f"another export to {self._said} is running; wait for it, or set --out to another folder"
+                    f"another export to {self._name} is running; wait for it, or set --out to another folder"
                 )
             yield
         finally:
@@ -78,6 +78,6 @@ class OutFolder:
         free = shutil.disk_usage(aside).free
         if free < needed:
             raise ModelError(
-                f"{self._said} needs {gigabytes(needed)}, and its disk has {gigabytes(free)} free; set --out to another "
+                f"{self._name} needs {gigabytes(needed)}, and its disk has {gigabytes(free)} free; set --out to another "
                 "disk, or --dtype to bfloat16"
             )

@@ -27,7 +27,7 @@ def listen(host: str, port: int, *, option: str, from_afar: bool = False) -> soc
     Return a socket that listens on the address of `host` only; port 0 takes any free port.
 
     torch's `TCPStore` listens on all interfaces regardless of its host, unless it gets a socket (`master_listen_fd`).
-    option: where the address was set. from_afar: other machines must reach it, see `address_of`. Raises `LaunchError`.
+    option: the option with the address, for messages. from_afar: other machines must reach it, see `address_of`. Raises `LaunchError`.
     """
     family, address = address_of(host, port, option=option, from_afar=from_afar)
     listener = socket.socket(family, socket.SOCK_STREAM)

@@ -40,12 +40,12 @@ class Output:
         self._stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
     def write(self, text: str) -> int:
-        with self._refused():
+        with self._handled():
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._refused():
+        with self._handled():
             self._stream.flush()
 
     def silence(self) -> None:
@@ -58,7 +58,7 @@ class Output:
         return getattr(self._stream, name)
 
     @contextmanager
-    def _refused(self) -> Iterator[None]:
+    def _handled(self) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:
@@ -72,7 +72,7 @@ class Outlasting(Output):
     """A stream that never raises: after a full disk it tries the next line again; after a closed pipe it discards output."""
 
     @contextmanager
-    def _refused(self) -> Iterator[None]:
+    def _handled(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
