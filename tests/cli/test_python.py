@@ -43,7 +43,7 @@ def interpreter(folder: Path, code: str) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Trained from Python: stopped after its first step, then resumed."""
+    """Return a folder with a run trained from Python: stopped after its first step, then resumed."""
     place = Place(tmp_path_factory.mktemp("python"))
     assert interpreter(place.folder, TRAIN) == "False True runs/python"
     return place
@@ -146,7 +146,7 @@ def test_a_config_made_by_hand_is_checked_and_completed(tmp_path: Path, monkeypa
 
 
 def test_the_notebook_runs(tmp_path: Path) -> None:
-    """Its cells, in order, in one fresh interpreter: no kernel is needed for that."""
+    """Its cells run in order in one fresh interpreter, which needs no Jupyter kernel."""
     cells = [cell for cell in json.loads(NOTEBOOK.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in cells)
     interpreter(tmp_path, "\n".join("".join(cell["source"]) for cell in cells))

@@ -1,4 +1,4 @@
-"""A conversation: the model's own template and history, as transformers writes them; lines in, pieces out."""
+"""Conversations: the template and history match transformers; input comes in lines, output in pieces."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def chat_of(folder: Path, *, system: str | None = None, limit: int = LIMIT) -> C
 
 
 def their_answer(folder: Path, messages: list[dict[str, str]]) -> str:
-    """Greedy, without the rows that only pad the vocabulary."""
+    """Return transformers' greedy answer, without the rows that only pad the vocabulary."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -58,7 +58,7 @@ def test_answers_and_history_are_those_of_transformers(folder: Path) -> None:
         answer = their_answer(folder, expected)
         expected.append({"role": "assistant", "content": answer})
         assert "".join(pieces) == answer
-        assert len(pieces) > 2  # it came as it was made
+        assert len(pieces) > 2  # it was shown while it was generated
     assert chat.messages == expected
 
 

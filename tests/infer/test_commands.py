@@ -1,4 +1,4 @@
-"""`shoal eval` and `shoal generate` on a folder and on a run, and what they say to what cannot be."""
+"""`shoal eval` and `shoal generate` on a folder and on a run, and their messages for invalid input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEXT = "A text that nobody here was trained on: größer, 漢字.\n" * 4
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with models, a text and a finished run."""
+    """Return a folder with models, a text and a finished run."""
     folder = tmp_path_factory.mktemp("place")
     talker(folder / "talker")
     talker(folder / "begins", bos=True)
@@ -85,7 +85,7 @@ def test_what_begins_a_document_stands_first_and_then_all_is_scored(capsys: pyte
 
 @pytest.mark.parametrize("kind", ["none", "named", "put before"])
 def test_the_first_token_is_predicted_after_the_one_that_the_harness_takes(kind: str, tmp_path: Path) -> None:
-    """Its rule (`prefix_token_id`), on the tokenizer as transformers opens it: bos_token, and eos_token where there is none."""
+    """The harness takes (`prefix_token_id`) the bos_token of transformers' tokenizer, or its eos_token without one."""
     from transformers import AutoTokenizer
 
     folder = talker(tmp_path / "model", bos=kind == "put before")
@@ -148,14 +148,14 @@ def test_folder_and_run_write(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_rows_without_a_token_are_never_written(capsys: pytest.CaptureFixture[str]) -> None:
-    """272 rows and 259 tokens: a token of the rest would have no text, and come out as nothing."""
+    """Of 272 rows, 13 have no token: generating one would print nothing."""
     text = said(capsys, "generate", "--model.from", "talker", "--prompt", "a", "--temperature", "50", "--tokens", "120")
     assert len(text.encode("utf-8")) > 100
 
 
 @pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
 def test_rows_without_a_token_are_never_chosen(prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they would be, the same draws choose some of them."""
+    """Without the limit, the same draws choose some of them."""
     plain, chosen, free = commands.generate, list[int](), list[int]()
 
     def watched(*given: Any, **options: Any) -> list[list[int]]:
@@ -177,7 +177,7 @@ def test_what_a_terminal_has_no_letter_for_is_replaced(place: Path, encoding: st
         "generate", "--model.from", "talker", "--prompt", "漢字a", "--tokens", "0", PYTHONIOENCODING=encoding
     )
     assert code == 0
-    assert output.endswith("??a\n")  # behind what it says while it loads, on standard error
+    assert output.endswith("??a\n")  # after the progress on standard error
 
 
 def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What an export refuses, what it leaves behind when it fails, and what lies beside the weights."""
+"""Exports: what they reject, what a failure leaves behind, and the files beside the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.parallel.layouts import ALONE, NeverStop
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A run of five steps, with checkpoints of two, whose tokenizer is a folder with a chat template."""
+    """Return a folder with a run of five steps and two checkpoints, whose tokenizer has a chat template."""
     place = Place(tmp_path_factory.mktemp("export"))
     small.save("llama", place.folder / "llama")
     (place.folder / "llama" / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -62,7 +62,7 @@ def test_a_checkpoint_a_dtype_and_the_card(place: Place) -> None:
     assert yaml.safe_load(header)["license"] == "mine: [all]"
     assert "| trained for | 3 steps, " in card
     assert "| 3 |" in card
-    assert "| 4 |" not in card  # the curve ends where this checkpoint does
+    assert "| 4 |" not in card  # the curve ends at this checkpoint
     assert transformers.AutoTokenizer.from_pretrained(out).eos_token == "<|endoftext|>"
 
 
@@ -135,7 +135,7 @@ def test_what_fails_half_way_leaves_what_was_there(place: Place, monkeypatch: py
 
 
 def test_through_a_link_to_another_disk(place: Place, tmp_path: Path) -> None:
-    """The folder behind it is replaced, the link stays; others may read all that is in it."""
+    """The folder behind the link is replaced, the link stays, and others may read all files."""
     (tmp_path / "large").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "large")
     for _ in range(3):
