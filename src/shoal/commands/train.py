@@ -27,7 +27,6 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     config = resolve_asked(args, overrides)
     tell_of_torch()
     from shoal.commands.worker import place_worker, train_as_worker
-    from shoal.data.prepare import open_data
     from shoal.fault.limit import start_clock
     from shoal.launch.torchrun import launch
     from shoal.mesh.place import is_worker
@@ -38,6 +37,8 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
         return train_as_worker(place_worker(config, before))
     start_clock()
     with _planned(config, before) as (config, folder, console):
+        from shoal.data.prepare import open_data
+
         prepared = open_data(config.data, console, rows=config.model.vocab_size)
         if folder.config_file.is_file() and _is_finished(config, folder, prepared, console):
             return 0
@@ -48,7 +49,6 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     config = resolve_asked(args, overrides)
     tell_of_torch()
     from shoal.commands.worker import place_worker, verify_as_worker
-    from shoal.data.prepare import open_data
     from shoal.launch.torchrun import launch
     from shoal.mesh.place import is_worker
 
@@ -58,6 +58,8 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     with _planned(config) as (config, folder, console):
         certificate = folder.path / "certificate.json"
         certificate.unlink(missing_ok=True)
+        from shoal.data.prepare import open_data
+
         open_data(config.data, console, rows=config.model.vocab_size)
     code = launch(config, [*argv, *_planned_flags(config)])
     if code != 0 or not certificate.is_file():
