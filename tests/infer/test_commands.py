@@ -14,6 +14,7 @@ from shoal.cli import _run
 from shoal.data.tokens.tokenize import load_tokenizer
 from shoal.errors import CheckpointError, ShoalError
 from shoal.infer import commands
+from shoal.infer import load as load_module
 from shoal.infer.asked import Text
 from shoal.infer.load import load_folder
 from shoal.infer.score import score
@@ -156,7 +157,7 @@ def test_rows_without_a_token_are_never_written(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
 def test_rows_without_a_token_are_never_chosen(prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the limit, the same draws choose some of them."""
-    plain, chosen, free = commands.generate, list[int](), list[int]()
+    plain, chosen, free = load_module.generate, list[int](), list[int]()
 
     def watched(*given: Any, **options: Any) -> list[list[int]]:
         outputs = plain(*given, **options)
@@ -165,7 +166,7 @@ def test_rows_without_a_token_are_never_chosen(prompts: list[str], monkeypatch: 
         free.extend(token for output in unbounded for token in output)
         return outputs
 
-    monkeypatch.setattr(commands, "generate", watched)
+    monkeypatch.setattr(load_module, "generate", watched)
     given = [word for prompt in prompts for word in ("--prompt", prompt)]
     assert _run(["generate", "--model.from", "talker", *given, "--temperature", "50", "--tokens", "120"]) == 0
     assert max(chosen) < 259 <= max(free)

@@ -111,7 +111,7 @@ def test_what_transformers_refuses_is_no_export(
     write = write_shape
     for changed, words in [
         ({"num_attention_heads": 5}, "cannot open this export"),
-        ({"hidden_size": 66}, "has lm_head.weight as"),
+        ({"hidden_size": 66}, "expects lm_head.weight of shape"),
     ]:
         monkeypatch.setattr(
             export, "write_shape", lambda *given, changed=changed: write(*given) | {"model_type": "llama"} | changed

@@ -93,6 +93,6 @@ def test_windows_out_of_range(context: int, stride: int | None, says: str) -> No
 
 def test_what_cannot_be_scored(tmp_path: Path) -> None:
     model = load_folder(str(save("llama", tmp_path)), device="cpu").model
-    for ids, says in (([], "0 tokens"), ([5], "1 tokens"), ([5, 272], r"0\.\.271")):
+    for ids, says in (([], "0 tokens"), ([5], "1 tokens"), ([5, 272], "0 to 271")):
         with pytest.raises(DataError, match=says):
             score(model, ids, context=8, stride=8)
