@@ -1,11 +1,11 @@
 """
-What it costs that a run can be trusted, while nothing fails: the loop's step beside the bare one, in turns.
+Measure the cost of fault tolerance without faults: the loop's full step compared with a bare one, alternating.
 
     python scripts/bench_overhead.py recipes/quickstart.yaml --processes 2 --pairs 100
 
-bare: a batch, `train_step` without guard and votes, its numbers read. whole: the step of `training/loop.py`, with heartbeats,
-guard, votes, ledger, goodput, stragglers and metrics. Both on the same model and data; processor time of the process's one
-thread of training, which other programs on the machine hardly change.
+bare: take a batch, call `train_step` without guard and votes, read its numbers. whole: the step of `training/loop.py`, with
+heartbeats, guard, votes, ledger, goodput, stragglers and metrics. Both use the same model and data. Time is the CPU time of
+the training thread, which other programs on the machine hardly affect.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def _work(rank: int, options: argparse.Namespace, config: Config) -> None:
         more = statistics.median(ratios)
         quarter = len(ratios) // 4
         print(
-            f"{options.processes} processes: a bare step {middle['bare'] * 1e3:.1f} ms, the whole {middle['whole'] * 1e3:.1f} ms; "
-            f"of pairs {more:+.2%} (middle half {ratios[quarter]:+.2%} to {ratios[-quarter - 1]:+.2%})"
+            f"{options.processes} processes: bare step {middle['bare'] * 1e3:.1f} ms, whole {middle['whole'] * 1e3:.1f} ms; "
+            f"median of pairs {more:+.2%} (middle half {ratios[quarter]:+.2%} to {ratios[-quarter - 1]:+.2%})"
         )
 
 

@@ -156,7 +156,7 @@ def test_output_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
         assert [step for step, _, _ in place.losses(run)] == [1, 2, 3, 4, 5, 6]
         assert place.events(run).count("crashed") == 0
     shown = shell(place, f"{place_command()} env > /dev/full")
-    said = "shoal: standard output cannot be written: No space left on device\n"
+    said = "shoal: cannot write standard output: No space left on device\n"
     assert (shown.returncode, shown.stderr) == (2, said)
 
 

@@ -96,9 +96,9 @@ def test_a_policy_of_ones_own_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 GENERATE = ["generate", "a-run", "--prompt", "a"]
 BUSY = """
 import sys
-from shoal.cli import build_parser
+from shoal.commands.models import set_threads
+from shoal.commands.parser import build_parser
 from shoal.launch import torchrun
-from shoal.verbs import set_threads
 torchrun.count_cores, torchrun.free_cores = lambda: 8, lambda: 3.0
 set_threads(build_parser(sys.argv[1]).parse_args(sys.argv[1:]))
 import torch

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from shoal.bench.memory import allocated_bytes
 from shoal.config.options import Config
 from shoal.mesh.mesh import Mesh
 from shoal.training.loop import take_step
 from shoal.training.run import Run
+from tests.parallel.allocated import allocated_bytes
 from tests.parallel.layouts import NeverStop, config_of, mesh_for
 from tests.world import World
 

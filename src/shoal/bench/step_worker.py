@@ -1,4 +1,4 @@
-"""One timed run of shoal's own step: `python -m shoal.bench.step_worker CONFIG ANSWER`, alone or under torchrun."""
+"""Times one run of shoal's step: `python -m shoal.bench.step_worker CONFIG ANSWER`, alone or under torchrun."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PRODUCT_SECONDS = 1.0
 
 
 def main(recipe: Path, answer: Path) -> None:
-    """Take the steps of `recipe` as `shoal train` does; rank 0 writes what they took."""
+    """Take the steps of `recipe` as `shoal train` does; rank 0 writes the measurements."""
     die_with_parent()
     config = read_back(recipe)
     set_threads(config)
@@ -40,7 +40,7 @@ def main(recipe: Path, answer: Path) -> None:
 
 
 def _product_flops(run: Run) -> float:
-    """FLOP/s of a matrix product on all processes at once, in the dtype of the run. A collective over the world."""
+    """Return the FLOP/s of a matrix product on all processes together, in the run's dtype. A collective over the world."""
     run.mesh.barrier()
     rates = product_rates([DTYPES[run.config.train.dtype]], run.mesh.device, PRODUCT_SECONDS)
     return float(run.mesh.sum(torch.tensor(rates[0], device=run.mesh.device, dtype=torch.float64)))

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture: `python -m shoal.report.curve runs/NAME out.svg` (needs shoal[plots])."""
+"""Draws a run's loss curve: `python -m shoal.report.curve runs/NAME out.svg` (needs shoal[plots])."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from shoal.run.records import Evaluation, StepRecord, read_metrics
 
 
 def draw_curve(run: Path, picture: Path) -> None:
-    """Training and held-out loss over tokens, from `metrics.jsonl`. Raises `RunError` where there is nothing to draw."""
+    """Draw training and validation loss over tokens, from `metrics.jsonl`. Raises `RunError` if there are no steps."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -19,11 +19,11 @@ def draw_curve(run: Path, picture: Path) -> None:
     metrics = read_metrics(run / "metrics.jsonl")
     train, held_out = metrics.steps, metrics.evaluations
     if not train:
-        raise RunError(f"{run} has no steps in its metrics.jsonl")
+        raise RunError(f"{run / 'metrics.jsonl'} has no steps")
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = figure.add_subplot()
     axes.plot(
-        _millions(train), [r.loss for r in train], color="#9ecae1", linewidth=1.2, label="training, a step's mean"
+        _millions(train), [r.loss for r in train], color="#9ecae1", linewidth=1.2, label="training, mean of a step"
     )
     axes.plot(
         _millions(held_out),
@@ -31,7 +31,7 @@ def draw_curve(run: Path, picture: Path) -> None:
         color="#08519c",
         marker="o",
         markersize=4,
-        label="held-out documents",
+        label="validation, held-out documents",
     )
     if held_out:
         last = held_out[-1]

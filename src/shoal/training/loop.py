@@ -49,7 +49,7 @@ def train(config: Config, stop: StopRequest | None = None, heartbeat: Heartbeat 
     stop, heartbeat: the caller's, if it has opened them already.
     """
     set_threads(config)
-    stop = stop or StopRequest()
+    stop = StopRequest() if stop is None else stop  # one that was not asked yet is false
     heartbeat = heartbeat or Heartbeat.open(config.launch)
     heartbeat.outside("meeting the other processes")
     Faults(read_place().rank, RunFolder.of(config).events_file).at("rendezvous")
