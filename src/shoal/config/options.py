@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, Literal
 
+from shoal.config.families import FAMILIES, FamilyName
+
 PAST = "past"  # a resumed run may not change it: it says what the steps already taken meant
 DTYPE_SPELLINGS: Final = {
     "bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16",
@@ -61,9 +63,9 @@ class Model:
         alias=("pretrained", "pretrained_model_name_or_path", "init_from", "checkpoint_dir", "hf_model"),
         past=True,
     )
-    family: Literal["llama", "gpt2", "hf"] = opt(
+    family: FamilyName = opt(  # noqa: RUF009
         "llama",
-        "llama: RMSNorm, RoPE, SwiGLU; gpt2: LayerNorm, learned positions, GELU; hf: what model.from is, through transformers",
+        "; ".join(f"{name}: {family.summary}" for name, family in FAMILIES.items()),
         alias=("arch", "architecture", "model_type"),
         past=True,
     )

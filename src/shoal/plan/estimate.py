@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any, Literal
 
+from shoal.config.families import FAMILIES
 from shoal.config.options import Model
 from shoal.config.presets import resolve_shape
 from shoal.hub.find import find_model
@@ -23,7 +24,7 @@ Attention = Literal["causal", "full"]
 
 def parameter_count(model: Model) -> int:
     """Trainable values; a tied head is counted once. With `family: hf`, what the folder's files hold."""
-    if model.family == "hf":
+    if not FAMILIES[model.family].native:
         return sum(map(prod, _folder_tensors(model).values()))
     return _embedding(model) + _matrices(model) + _vectors(model)
 
@@ -34,7 +35,7 @@ def matmul_parameter_count(model: Model) -> int:
 
     The embedding is a look-up and learned positions are a sum: neither is counted.
     """
-    if model.family == "hf":
+    if not FAMILIES[model.family].native:
         return _folder_matrices(model)
     tied_head = _vocab_size(model) * model.dim if model.tie_embeddings else 0
     return _matrices(model) + tied_head
@@ -48,7 +49,7 @@ def flops_per_token(model: Model, seq_len: int, attention: Attention = "causal")
     `matmul_parameter_count`. `full` counts every pair of tokens, `causal` the half that a causal mask leaves. What
     activation checkpointing computes again is not useful work, and not counted.
     """
-    if model.family == "hf":
+    if not FAMILIES[model.family].native:
         return 6 * _folder_matrices(model) + _folder_pairs(model, seq_len, attention)
     model = resolve_shape(model)
     assert model.head_dim is not None
@@ -57,7 +58,7 @@ def flops_per_token(model: Model, seq_len: int, attention: Attention = "causal")
 
 
 def _embedding(model: Model) -> int:
-    positions = model.max_seq_len if model.family == "gpt2" else 0
+    positions = 0 if FAMILIES[model.family].rotary else model.max_seq_len
     return (_vocab_size(model) + positions) * model.dim
 
 
@@ -65,21 +66,20 @@ def _matrices(model: Model) -> int:
     """Of the blocks, and the head where it is a matrix of its own."""
     q_dim, kv_dim, ffn_dim = _widths(model)
     attention = 2 * model.dim * q_dim + 2 * model.dim * kv_dim  # q and o, k and v
-    ffn = (2 if model.family == "gpt2" else 3) * model.dim * ffn_dim  # up and down; gate, up and down
+    ffn = (3 if FAMILIES[model.family].gated else 2) * model.dim * ffn_dim
     head = 0 if model.tie_embeddings else _vocab_size(model) * model.dim
     return model.num_layers * (attention + ffn) + head
 
 
 def _vectors(model: Model) -> int:
     """Norms and biases."""
-    q_dim, kv_dim, ffn_dim = _widths(model)
-    if model.family == "gpt2":
-        norm = 2 * model.dim  # weight and bias
-        biases = q_dim + 2 * kv_dim + model.dim + ffn_dim + model.dim  # q, k and v, o, up, down
-        return model.num_layers * (2 * norm + biases) + norm
-    head_dim = q_dim // model.num_heads
-    biases = (q_dim + 2 * kv_dim) * model.qkv_bias
-    return model.num_layers * (2 * model.dim + biases + 2 * head_dim * model.qk_norm) + model.dim
+    family, (q_dim, kv_dim, ffn_dim) = FAMILIES[model.family], _widths(model)
+    norm = (1 + family.biases) * model.dim
+    biases = (q_dim + 2 * kv_dim) * (family.biases or model.qkv_bias)
+    if family.biases:
+        biases += model.dim + (1 + family.gated) * ffn_dim + model.dim  # o, up (and gate), down
+    qk_norms = 2 * (q_dim // model.num_heads) * model.qk_norm
+    return model.num_layers * (2 * norm + biases + qk_norms) + norm
 
 
 def _widths(model: Model) -> tuple[int, int, int]:
@@ -102,7 +102,7 @@ def _vocab_size(model: Model) -> int:
 
 def why_no_flops(model: Model, seq_len: int) -> str | None:
     """Why `flops_per_token` would be a guess; None where it is none."""
-    if model.family != "hf":
+    if FAMILIES[model.family].native:
         return None
     config = _folder(model).config
     strange = {t for t in config.get("layer_types") or () if t not in ("full_attention", "sliding_attention")}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from shoal.config.families import FAMILIES
 from shoal.config.layout import Layout, deal, find_layout
 from shoal.config.options import Config, Model, Optim, Parallel, Train
 from shoal.config.presets import resolve_shape
@@ -112,7 +113,7 @@ def _context(config: Config, layout: Layout) -> Iterator[str]:
                 f"{torch_version()}; {PRIVATE['ring'].instead}"
             )
         yield from _no_dropout(model, "cp", cp)
-    elif tp > 1 and seq_len % tp and model.family != "hf":
+    elif tp > 1 and seq_len % tp and FAMILIES[model.family].native:
         yield (
             f"data.seq_len {seq_len} is cut over parallel.tp {tp} between matrices, and is no multiple of it; "
             f"set data.seq_len to {_up(seq_len, tp)}"
@@ -133,7 +134,7 @@ def _pipeline(config: Config, layout: Layout) -> Iterator[str]:
     lengths = sorted({len(run) for run in deal(slots, layout.dp)}) if slots >= layout.dp else []
     if layout.dp_shard > 1:
         lengths = lengths[-1:]  # all take as many turns as the longest
-    for length in lengths if model.family != "hf" else []:  # which has none
+    for length in lengths if FAMILIES[model.family].native else []:  # which has none
         yield from pipeline_problems(
             parallel.pp_schedule, layout.pp, parallel.pp_stages, model.num_layers, length,
             compile=config.train.compile, activation_checkpointing=config.train.activation_checkpointing,
@@ -238,7 +239,7 @@ def _arithmetic(config: Config) -> Iterator[str]:
 
 def _transformers(config: Config, layout: Layout) -> Iterator[str]:
     """What models of `model.family: hf` do not take: their code is not ours."""
-    if config.model.family != "hf":
+    if FAMILIES[config.model.family].native:
         return
     if layout.pp > 1:
         yield (

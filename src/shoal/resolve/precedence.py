@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shoal.config.presets import LLAMA_ONLY
+from shoal.config.families import FAMILIES
 from shoal.resolve.recipe import Setting, to_text
 
 LENGTHS: Final = ("train.steps", "train.tokens", "train.epochs")
@@ -56,8 +56,7 @@ def _excludes(key: str, value: Any, other: str, other_value: Any) -> bool:
 
 
 _WITHOUT_MEANING: Final[Mapping[Any, Iterable[str]]] = {
-    ("model.family", "gpt2"): [f"model.{k}" for k in LLAMA_ONLY],
-    ("model.family", "llama"): ["model.dropout"],
+    **{("model.family", name): [f"model.{key}" for key in family.unused] for name, family in FAMILIES.items()},
     ("data.corpus", "stdlib"): ["data.paths"],
     ("data.corpus", "dummy"): ["data.paths"],
     ("parallel.dp_shard", 1): ["parallel.reshard_after_forward", "parallel.cpu_offload"],
