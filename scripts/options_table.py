@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shoal.config.options import SECTIONS, option_name, options
+from shoal.config.option import option_name
+from shoal.config.options import SECTIONS, options
 from shoal.resolve.resolve import expectation
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "API.md"

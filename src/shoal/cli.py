@@ -423,7 +423,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _names() -> dict[str, list[str]]:
     """Each name of an option without its section -> the options that are called so."""
-    from shoal.config.options import option_name, options
+    from shoal.config.option import option_name
+    from shoal.config.options import options
 
     found: dict[str, list[str]] = {}
     for key, f in options().items():

@@ -14,7 +14,7 @@ import yaml
 from shoal.config.options import Config, Optim, options
 from shoal.errors import ConfigError
 from shoal.resolve.recipe import nearest
-from shoal.resolve.resolve import differences, expectation, read_back, resolve, schema, to_yaml
+from shoal.resolve.resolve import changed_options, expectation, read_back, resolve, schema, to_yaml
 
 GOOD = {"model": {"preset": "tiny"}, "train": {"steps": 10}}
 
@@ -159,7 +159,7 @@ def test_a_run_keeps_its_name(tmp_path: Path, name: str) -> None:
 def test_differences_know_what_would_change_the_past() -> None:
     before = Config()
     after = before.replace("model", dim=512).replace("train", steps=7)
-    assert [(d.key, d.before, d.after, d.past) for d in differences(before, after)] == [
+    assert [(d.key, d.before, d.after, d.past) for d in changed_options(before, after)] == [
         ("model.dim", 256, 512, True),
         ("train.steps", None, 7, False),
     ]

@@ -106,7 +106,7 @@ def find_layout(parallel: Parallel, processes: int | None) -> Layout | str:
     return layout
 
 
-def deal(slots: int, dp: int) -> list[range]:
+def split_slots(slots: int, dp: int) -> list[range]:
     """A step's slots (micro-batches) dealt to `dp` parts: contiguous, the first ones a slot longer where it must be."""
     short, longer = divmod(slots, dp)
     starts = [part * short + min(part, longer) for part in range(dp + 1)]

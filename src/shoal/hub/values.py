@@ -11,15 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
+from shoal.config.option import TYPE_WORDS, with_bounds
 from shoal.config.options import Model
 from shoal.errors import ModelError
 
 Json = Mapping[str, Any]
 
-_WORDS: Final = {
-    int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "an object", list: "a list of texts",
-}  # fmt: skip
-_PHRASES: Final = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
 _LARGEST_TOKEN: Final = 2**31 - 1
 
 
@@ -40,7 +37,7 @@ class Kind:
         return fits and all(getattr(operator, name)(value, bound) for name, bound in self.bounds.items())
 
     def __str__(self) -> str:
-        return " ".join([_WORDS[self.type], " and ".join(f"{_PHRASES[k]} {v}" for k, v in self.bounds.items())]).strip()
+        return with_bounds(TYPE_WORDS[self.type], self.bounds)
 
 
 def wrong_values(said: Json, kinds: Mapping[str, Kind], inside: str = "") -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from shoal.config.families import FAMILIES
-from shoal.config.layout import Layout, deal, find_layout
+from shoal.config.layout import Layout, find_layout, split_slots
 from shoal.config.options import Config, Model, Optim, Parallel, Train
 from shoal.config.presets import resolve_shape
 from shoal.config.schedules import problems as pipeline_problems
@@ -131,7 +131,7 @@ def _no_dropout(model: Model, axis: str, size: int) -> Iterator[str]:
 def _pipeline(config: Config, layout: Layout) -> Iterator[str]:
     parallel, model = config.parallel, config.model
     slots = config.train.global_batch // config.train.micro_batch
-    lengths = sorted({len(run) for run in deal(slots, layout.dp)}) if slots >= layout.dp else []
+    lengths = sorted({len(run) for run in split_slots(slots, layout.dp)}) if slots >= layout.dp else []
     if layout.dp_shard > 1:
         lengths = lengths[-1:]  # all take as many turns as the longest
     for length in lengths if FAMILIES[model.family].native else []:  # which has none

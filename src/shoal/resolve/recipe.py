@@ -17,7 +17,8 @@ from typing import Any, Final
 
 import yaml
 
-from shoal.config.options import SECTIONS, option_name, options
+from shoal.config.option import option_name
+from shoal.config.options import SECTIONS, options
 from shoal.errors import Problem
 from shoal.system.output import on_one_line
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shoal.config.options import PAST, SECTIONS, Config, option_name, options
+from shoal.config.option import PAST, TYPE_WORDS, option_name, with_bounds
+from shoal.config.options import SECTIONS, Config, options
 from shoal.config.presets import PRESETS, resolve_shape
 from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
@@ -228,20 +229,12 @@ def expectation(key: str) -> str:
     kind, meta = _types()[key], options()[key].metadata
     union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     parts = [a for a in typing.get_args(kind) if a is not types.NoneType] if union else [kind]
-    words = {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        tuple[str, ...]: "a list of texts",
-    }
     text = " or ".join(
-        " | ".join(map(str, typing.get_args(p))) if typing.get_origin(p) is typing.Literal else words[p] for p in parts
+        " | ".join(map(str, typing.get_args(p))) if typing.get_origin(p) is typing.Literal else TYPE_WORDS[p]
+        for p in parts
     )
-    phrases = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
-    bounds = " and ".join(f"{phrases[k]} {v}" for k, v in meta["bounds"].items())
     unit = f" ({meta['unit']})" if meta["unit"] else ""
-    return f"{text}{' ' + bounds if bounds else ''}{unit}{', or null' if union else ''}"
+    return f"{with_bounds(text, meta['bounds'])}{unit}{', or null' if union else ''}"
 
 
 def _show(value: Any) -> str:
@@ -324,7 +317,7 @@ def schema() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Difference:
+class ChangedOption:
     """An option that a resumed run would change; `past` where the steps already taken forbid it."""
 
     key: str
@@ -333,11 +326,11 @@ class Difference:
     past: bool
 
 
-def differences(before: Config, after: Config) -> list[Difference]:
+def changed_options(before: Config, after: Config) -> list[ChangedOption]:
     """What changes from one config to the other, in the order of `config/options.py`."""
     old, new = to_dict(before), to_dict(after)
     return [
-        Difference(key, old[s][k], new[s][k], f.metadata[PAST])
+        ChangedOption(key, old[s][k], new[s][k], f.metadata[PAST])
         for key, f in options().items()
         for s, _, k in [key.partition(".")]
         if old[s][k] != new[s][k]

@@ -30,7 +30,7 @@ from shoal.config.options import Config
 from shoal.errors import RunError, ShoalError
 from shoal.hub.find import stand_in
 from shoal.hub.folder import HEADERS
-from shoal.resolve.resolve import Difference, differences, read_back, to_yaml
+from shoal.resolve.resolve import ChangedOption, changed_options, read_back, to_yaml
 from shoal.run.events import read_json_lines
 from shoal.system.disk import write_whole
 from shoal.system.output import on_one_line
@@ -208,7 +208,7 @@ class RunFolder:
         before = self.begun()
         return _settled(config, before) if before else config
 
-    def agree(self, config: Config) -> list[Difference]:
+    def agree(self, config: Config) -> list[ChangedOption]:
         """
         What `config` would change of the run that is here; none where there is no run yet.
 
@@ -218,7 +218,7 @@ class RunFolder:
         if before is None:
             return []
         config = _settled(config, before)
-        found = [d for d in differences(before, config) if d.key not in ("launch.name", "launch.runs")]
+        found = [d for d in changed_options(before, config) if d.key not in ("launch.name", "launch.runs")]
         if forbidden := [d for d in found if d.past]:
             lines = "\n".join(f"  {d.key}: {d.before} -> {d.after}" for d in forbidden)
             raise RunError(

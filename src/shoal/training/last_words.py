@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.checkpoint.saved import damage, listed, read_state
-from shoal.config.options import Config, Launch
+from shoal.config.options import Config
+from shoal.config.run_options import Launch
 from shoal.data.prepare import Prepared
 from shoal.plan.length import count_steps, length_of
 from shoal.run.console import Console, duration

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from shoal.config.options import Fault
+from shoal.config.run_options import Fault
 from shoal.errors import DivergedError
 from shoal.fault.origin import find_origin
 from shoal.metrics.meter import no_phases
