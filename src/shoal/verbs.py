@@ -41,10 +41,11 @@ def _resolve(args: argparse.Namespace, overrides: list[Override]) -> Config:
     from shoal.resolve.checks import why_no_name
     from shoal.resolve.resolve import resolve
 
-    for gone in _run_of(args.recipe and _recipe(args, overrides), overrides).stand_in():
+    kept = _run_of(args.recipe and _recipe(args, overrides), overrides).kept()
+    for gone in kept:
         _tell([f"{gone} is gone: going on with what the run keeps of it"])
     recipe = _recipe(args, overrides)
-    resolved = resolve(recipe, overrides)
+    resolved = resolve(recipe, overrides, kept)
     told = ["without a recipe, what is not typed is as shoal init writes it"] if args.recipe is None else []
     _tell([*told, *resolved.notes])
     if resolved.config.launch.name is None and args.recipe is not None:

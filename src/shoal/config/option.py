@@ -50,6 +50,11 @@ def option_name(field: dataclasses.Field[Any]) -> str:
     return field.name.removesuffix("_")
 
 
+def option_fields(section: type[Any]) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a section that are options."""
+    return [f for f in dataclasses.fields(section) if f.metadata]
+
+
 def with_bounds(words: str, bounds: Mapping[str, float]) -> str:
     """Return `words` with bounds as `opt` names them: "an integer of at least 1"."""
     return " ".join([words, " and ".join(f"{_BOUND_WORDS[name]} {bound}" for name, bound in bounds.items())]).strip()

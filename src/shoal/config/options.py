@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from shoal.config.families import FAMILIES, FamilyName
-from shoal.config.option import opt, option_name
+from shoal.config.option import opt, option_fields, option_name
 from shoal.config.run_options import Checkpoint, Fault, Launch, Metrics
 
 DTYPE_SPELLINGS: Final = {
     "bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16",
 }  # fmt: skip
+FLOAT16_ON_CPU: Final = "a CPU multiplies float16 a thousand times slower; set {option} to bfloat16 or float32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,7 @@ class Model:
     init_std: float = opt(
         0.02, "standard deviation of the initial weights", alias=("initializer_range",), past=True, gt=0
     )
+    kept: Path | None = None  # no option: the run's copy of the folder model.from, if that folder is gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +160,7 @@ class Data:
     shard_tokens: int = opt(16_777_216, "tokens of a shard, about", unit="tokens", past=True, ge=1024)
     rebuild: bool = opt(False, "prepare anew, though the folder holds tokens of an earlier state of the corpus")
     prefetch: int = opt(2, "steps read ahead", unit="steps", alias=("prefetch_factor",), akin=("num_workers",), ge=1)
+    kept: Path | None = None  # no option: the run's copy of the folder data.tokenizer, if that folder is gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -395,4 +399,4 @@ SECTIONS: dict[str, type[Any]] = {
 
 def options() -> dict[str, dataclasses.Field[Any]]:
     """Every option by its dotted key, in the order of this file."""
-    return {f"{name}.{option_name(f)}": f for name, section in SECTIONS.items() for f in dataclasses.fields(section)}
+    return {f"{name}.{option_name(f)}": f for name, section in SECTIONS.items() for f in option_fields(section)}

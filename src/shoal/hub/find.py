@@ -15,7 +15,6 @@ from shoal.system.output import on_one_line
 __all__ = [
     "MODELS",
     "by_hand",
-    "called",
     "check_name",
     "close_names",
     "could_be_on_a_hub",
@@ -23,45 +22,24 @@ __all__ = [
     "find_path",
     "near_path",
     "no_name",
-    "stand_in",
 ]
 
 
 NAMES_COMPARED = 10_000  # of a folder; more take longer than a hint is worth
 
-_kept: dict[str, Path] = {}  # name -> what a run keeps of the folder that it started from
 
-
-def stand_in(name: str, kept: Path) -> bool:
+def find_model(name: str, kept: Path | None = None) -> Path:
     """
-    In this process, `kept` is what `find_model` gives where `name` is nowhere; says whether that is so now.
+    Return the folder of a model: `name` itself, that of `shoal fetch`, that of Hugging Face's cache, or else `kept`.
 
-    For a run that goes on: its checkpoint has the weights, and all else that it had from the folder it keeps.
-    """
-    _kept[name] = kept
-    try:
-        return find_model(name) == kept
-    except ModelError:  # it is there, and broken
-        return False
-
-
-def called(folder: Path) -> str:
-    """The path of `folder`; of one that stands in, that for which it does: a run's config does not change by it."""
-    return next((name for name in reversed(_kept) if _kept[name] == folder), str(folder))
-
-
-def find_model(name: str) -> Path:
-    """
-    The folder of a model: `name` itself, where `shoal fetch` put it, or where Hugging Face's own programs did; or else
-    what a run keeps of it (`stand_in`).
-
-    Raises `ModelError` where it is nowhere, or where files of a fetched folder are gone or cut short.
+    kept: a run's copy of all but the weights. Raises `ModelError` if there is none, or if files of a fetched folder
+    are missing or cut short.
     """
     for place in (name, str(MODELS / name)):
         folder = find_path(place)
         if folder is not None and folder.is_dir():
             return _whole(folder)
-    return _in_cache(name) or _kept.get(name) or _refuse(name)
+    return _in_cache(name) or kept or _refuse(name)
 
 
 def find_path(name: str) -> Path | None:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from shoal.config.families import FAMILIES, Family, ModelType
 from shoal.config.options import Model
 from shoal.errors import ModelError
 from shoal.hub.any_shape import read_any_shape
-from shoal.hub.find import called, find_model
+from shoal.hub.find import find_model
 from shoal.hub.folder import CONFIG, ModelFolder
 from shoal.hub.values import Kind, kind_of_option, wrong_values
 
@@ -113,13 +115,19 @@ def may_differ(values: Json, key: str, given: Any) -> bool:
     )
 
 
-def read_model(name: str, family: str | None = None) -> tuple[Shape, str | None]:
+def read_model(
+    name: str, family: str | None = None, kept: Mapping[str, Path] = MappingProxyType({})
+) -> tuple[Shape, str | None]:
     """
     The shape of a folder, or of a model by its name; and its tokenizer's folder, if it has one.
 
-    family: as it was given; "hf" reads any config, null those of the families here. Raises `ModelError`.
+    family: as it was given; "hf" reads any config, null those of the families here. kept: as `resolve` takes it.
+    Raises `ModelError`.
     """
-    return read_folder(ModelFolder.open(find_model(name)), family)
+    shape, tokenizer = read_folder(ModelFolder.open(find_model(name, kept.get(name))), family)
+    # by the last name, data.tokenizer's own: the config of a resumed run does not change
+    names = [other for other, folder in kept.items() if str(folder) == tokenizer]
+    return shape, names[-1] if names else tokenizer
 
 
 def read_folder(folder: ModelFolder, family: str | None = None) -> tuple[Shape, str | None]:
@@ -127,7 +135,7 @@ def read_folder(folder: ModelFolder, family: str | None = None) -> tuple[Shape, 
     where = str(folder.path / CONFIG)
     shape = Shape(read_any_shape(folder.config, where)) if family == "hf" else read_shape(folder.config, where)
     has_tokenizer = any((folder.path / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
-    return shape, called(folder.path) if has_tokenizer else None
+    return shape, str(folder.path) if has_tokenizer else None
 
 
 def _missing(kind: ModelType, given: Json) -> Iterator[str]:

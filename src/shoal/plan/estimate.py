@@ -115,7 +115,7 @@ def why_no_flops(model: Model, seq_len: int) -> str | None:
 
 def _folder(model: Model) -> ModelFolder:
     assert model.from_ is not None
-    return ModelFolder.open(find_model(model.from_))
+    return ModelFolder.open(find_model(model.from_, model.kept))
 
 
 def _folder_tensors(model: Model) -> dict[str, tuple[int, ...]]:

@@ -93,7 +93,7 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
     if missing and not _has_tokens(data):  # else they may be what is left of it
         named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
         yield problem(f"data.paths: there is no {named}", "data.paths")
-    why = _why_no_tokenizer(data.tokenizer)
+    why = _why_no_tokenizer(data)
     if why is not None:
         yield problem(
             "data.tokenizer is bpe, bytes, tiktoken:NAME, a tokenizer.json or tokenizer.model, or a model's folder or "
@@ -124,13 +124,14 @@ def _is_there(path: str) -> bool:
         return False
 
 
-def _why_no_tokenizer(name: str) -> str | None:
+def _why_no_tokenizer(data: Data) -> str | None:
     """None where there is something to open; what it is worth is seen when it is opened."""
+    name = data.tokenizer
     if name in ("bpe", "bytes") or name.startswith("tiktoken:"):
         return None
     try:
         if find_path(name) is None:
-            find_model(name)
+            find_model(name, data.kept)
     except ModelError as error:
         return str(error)
     return None

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from shoal.config.families import FAMILIES
 from shoal.config.layout import Layout, find_layout, split_slots
-from shoal.config.options import Config, Model, Optim, Parallel, Train
+from shoal.config.options import FLOAT16_ON_CPU, Config, Model, Optim, Parallel, Train
 from shoal.config.presets import resolve_shape
 from shoal.config.schedules import problems as pipeline_problems
 from shoal.system.torch_private import PRIVATE, is_tested, tested_range, torch_version
@@ -229,10 +229,7 @@ def _arithmetic(config: Config) -> Iterator[str]:
             "train.activation_checkpointing to selective"
         )
     if train.dtype == "float16" and train.device == "cpu":
-        yield (
-            "train.dtype float16 is for CUDA, train.device is cpu, which multiplies it a thousand times slower; set train.dtype to "
-            "bfloat16 or float32"
-        )
+        yield f"train.dtype float16 is for CUDA, train.device is cpu: {FLOAT16_ON_CPU.format(option='train.dtype')}"
     if train.dtype == "float16" and config.optim.name == "muon":
         yield ("optim.name muon cannot leave out a step in which float16 overflowed; set train.dtype to bfloat16")
 

@@ -6,7 +6,6 @@ What a value must be is judged in `resolve/resolve.py`; here it is what YAML say
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import re
@@ -17,7 +16,7 @@ from typing import Any, Final
 
 import yaml
 
-from shoal.config.option import option_name
+from shoal.config.option import option_fields, option_name
 from shoal.config.options import SECTIONS, options
 from shoal.errors import Problem
 from shoal.system.output import on_one_line
@@ -313,5 +312,5 @@ def nearest(key: str) -> str | None:
 def _valid_beside(key: str) -> str:
     section = key.partition(".")[0]
     if section in SECTIONS:
-        return ", ".join(option_name(f) for f in dataclasses.fields(SECTIONS[section]))
+        return ", ".join(option_name(f) for f in option_fields(SECTIONS[section]))
     return "the sections " + ", ".join(SECTIONS)

@@ -15,10 +15,11 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from shoal.config.option import PAST, TYPE_WORDS, option_name, with_bounds
-from shoal.config.options import SECTIONS, Config, options
+from shoal.config.option import PAST, TYPE_WORDS, option_fields, option_name, with_bounds
+from shoal.config.options import SECTIONS, Config, Model, options
 from shoal.config.presets import PRESETS, resolve_shape
 from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
@@ -42,9 +43,15 @@ class Resolved:
     replaced: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
 
 
-def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ()) -> Resolved:
+def resolve(
+    recipe: Path | None,
+    overrides: Iterable[tuple[str, str, str]] = (),
+    kept: Mapping[str, Path] = MappingProxyType({}),
+) -> Resolved:
     """
     The config of `recipe` with `overrides`, each (dotted key, YAML text, where it was written), which go before it.
+
+    kept: what a run to resume keeps of folders that are gone, by the name of each (`RunFolder.kept`).
 
     Raises `ConfigError` with every problem: those of the file's form, of keys and of types together; and where there
     are none of them, all that cannot hold together.
@@ -56,11 +63,11 @@ def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ())
     replaced = {s.key: s for r in found for s in r.lost}
     notes = [str(r) for r in found if recipe != START]  # where there was no recipe, it had nothing to say
     settings = {k: s for k, s in said.items() if k not in replaced} | typed
-    settings = _with_shape(_with_corpus(settings), problems, notes)
+    settings = _with_shape(_with_corpus(settings), problems, notes, kept)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
     if problems:
         raise ConfigError(sorted(problems, key=_place))
-    config = _build(values)
+    config = with_kept(_build(values), kept)
     sources = {key: settings[key].where if key in settings else DEFAULT for key in options()}
     if problems := list(contradictions(config, sources)):
         raise ConfigError(problems)
@@ -110,7 +117,9 @@ def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
     }
 
 
-def _with_shape(settings: dict[str, Setting], problems: list[Problem], notes: list[str]) -> dict[str, Setting]:
+def _with_shape(
+    settings: dict[str, Setting], problems: list[Problem], notes: list[str], kept: Mapping[str, Path]
+) -> dict[str, Setting]:
     """Put what `model.preset` or `model.from` says below what was given."""
     preset, origin = (
         s if s and s.value is not None else None for s in map(settings.get, ("model.preset", "model.from"))
@@ -122,7 +131,7 @@ def _with_shape(settings: dict[str, Setting], problems: list[Problem], notes: li
         return settings
     if preset:
         return _with_preset(settings, preset, problems)
-    return _with_folder(settings, origin, problems, notes) if origin else settings
+    return _with_folder(settings, origin, problems, notes, kept) if origin else settings
 
 
 def _with_preset(settings: dict[str, Setting], setting: Setting, problems: list[Problem]) -> dict[str, Setting]:
@@ -138,12 +147,16 @@ def _with_preset(settings: dict[str, Setting], setting: Setting, problems: list[
 
 
 def _with_folder(
-    settings: dict[str, Setting], origin: Setting, problems: list[Problem], notes: list[str]
+    settings: dict[str, Setting],
+    origin: Setting,
+    problems: list[Problem],
+    notes: list[str],
+    kept: Mapping[str, Path],
 ) -> dict[str, Setting]:
     """The shape of a folder's weights, which nothing that was given may change; its tokenizer, unless one was given."""
     family = settings.get("model.family")
     try:
-        shape, tokenizer = read_model(str(origin.value), str(family.value) if family else None)
+        shape, tokenizer = read_model(str(origin.value), str(family.value) if family else None, kept)
     except ModelError as error:
         problems.append(Problem(origin.where, str(error)))
         return settings
@@ -250,12 +263,19 @@ def _build(values: Mapping[str, Any]) -> Config:
     return Config(**sections)
 
 
+def with_kept(config: Config, kept: Mapping[str, Path]) -> Config:
+    """Return `config` with what a run keeps of its model and its tokenizer, by their names."""
+    model = dataclasses.replace(config.model, kept=kept.get(config.model.from_ or ""))
+    data = dataclasses.replace(config.data, kept=kept.get(config.data.tokenizer))
+    return dataclasses.replace(config, model=model, data=data)
+
+
 def _derive(
     config: Config, sources: dict[str, str], notes: tuple[str, ...], replaced: Mapping[str, Setting]
 ) -> Resolved:
     """Fill what follows from the rest, and say so."""
     derived = dataclasses.replace(config, model=resolve_shape(config.model))
-    for f in dataclasses.fields(derived.model):
+    for f in option_fields(Model):
         if getattr(derived.model, f.name) != getattr(config.model, f.name):
             sources[f"model.{option_name(f)}"] = DERIVED
     return Resolved(derived, sources, notes, replaced)

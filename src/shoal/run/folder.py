@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from shoal.config.options import Config
-from shoal.errors import RunError, ShoalError
-from shoal.hub.find import stand_in
+from shoal.errors import ModelError, RunError, ShoalError
+from shoal.hub.find import find_model
 from shoal.hub.folder import HEADERS
-from shoal.resolve.resolve import ChangedOption, changed_options, read_back, to_yaml
+from shoal.resolve.resolve import ChangedOption, changed_options, read_back, to_yaml, with_kept
 from shoal.run.events import read_json_lines
 from shoal.system.disk import write_whole
 from shoal.system.output import on_one_line
@@ -100,19 +100,21 @@ class RunFolder:
             None,
         )
 
-    def stand_in(self) -> list[str]:
+    def kept(self) -> dict[str, Path]:
         """
-        What this run keeps of the model and the tokenizer that it started from is found where they are gone; which are.
+        Return what this run keeps of a model and a tokenizer that are gone, by the name that its config has for each.
 
-        Raises nothing where there is no run, or it keeps nothing.
+        Empty if there is no run. Raises nothing.
         """
         try:
-            before = self.load_config()
+            return self._kept(self._read_config())
         except (ShoalError, OSError):
-            return []
-        kept = {before.model.from_: self.source if (self.source / HEADERS).is_file() else None}
-        kept.setdefault(before.data.tokenizer, self.tokenizer_files)
-        return [name for name, folder in kept.items() if name and folder and stand_in(name, folder)]
+            return {}
+
+    def _kept(self, config: Config) -> dict[str, Path]:
+        kept = {config.model.from_: self.source if (self.source / HEADERS).is_file() else None}
+        kept.setdefault(config.data.tokenizer, self.tokenizer_files)
+        return {name: folder for name, folder in kept.items() if name and folder and _is_gone(name, folder)}
 
     @property
     def samples(self) -> Path:
@@ -133,6 +135,10 @@ class RunFolder:
             meant = f"; did you mean {' or '.join(map(on_one_line, near))}?" if near else f"{known}."
             name = on_one_line(self.path.name)
             raise RunError(f"{on_one_line(self.path)} is no run{meant} shoal train RECIPE.yaml --name {name} makes one")
+        config = self._read_config()
+        return with_kept(config, self._kept(config))
+
+    def _read_config(self) -> Config:
         return read_back(self.config_file)
 
     def begun(self) -> Config | None:
@@ -271,3 +277,11 @@ def _holder(file: IO[str]) -> str:
         return "by process {pid} on {host} since {since} (shoal {command})".format(**_held(file))
     except KeyError:
         return "by another process"
+
+
+def _is_gone(name: str, kept: Path) -> bool:
+    """Return whether `name` is nowhere, so that a run uses what it keeps of it."""
+    try:
+        return find_model(name, kept) == kept
+    except ModelError:  # it is there, and broken
+        return False

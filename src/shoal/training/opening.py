@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.checkpoint.saved import Saved
@@ -54,7 +55,7 @@ def introduce(
         )
     source = config.model.from_
     if source is not None:
-        how = f"weights were loaded from {found_at(source)} (model.from)"
+        how = f"weights were loaded from {found_at(source, config.model.kept)} (model.from)"
         run.console.say(how if restored is None else f"{how} when the run began; now they are the checkpoint's")
     if restored is None:
         return
@@ -73,7 +74,7 @@ def introduce(
         run.console.warn(text)
 
 
-def found_at(name: str) -> str:
+def found_at(name: str, kept: Path | None) -> str:
     """ "OWNER/NAME, models/OWNER/NAME": what a person wrote, and the folder where that is another one."""
-    folder = str(find_model(name))
+    folder = str(find_model(name, kept))
     return folder if folder == name else f"{name}, {folder}"
