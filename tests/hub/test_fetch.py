@@ -78,7 +78,7 @@ def test_what_is_gone_or_altered_comes_again_and_only_that(scene: Scene) -> None
         scene.hub.asked.clear()
         damage()
         if not options:
-            with pytest.raises(ModelError, match="shoal fetch model org/tiny gets it again"):
+            with pytest.raises(ModelError, match="shoal fetch model org/tiny fetches it again"):
                 find_model(NAME)
         fetch_model(NAME, **options)
         assert scene.hub.asked == ["model.safetensors from 0"]
@@ -267,8 +267,8 @@ def test_a_name_that_is_nowhere(scene: Scene) -> None:
     fetch_model(NAME)
     refused("is it org/tiny, which is on this machine\\?", name="org/tony")
     for name in ("../etc", "a/b/c", "/etc", "", "..", "a/..", "a b", "a//b"):
-        refused("is no name of a model", name=name)
-    refused("is no name of a model", name="a--b")
+        refused("is not a model's name", name=name)
+    refused("is not a model's name", name="a--b")
 
 
 def test_what_needs_a_token_says_so_and_no_token_is_shown(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ Json = Mapping[str, Any]
 
 
 class Stored(NamedTuple):
-    """The place of a parameter in Hugging Face's files, perhaps transposed or one of several equal parts of a tensor."""
+    """Where Hugging Face's files hold a parameter: a tensor, perhaps transposed, or one of its equal parts."""
 
     name: str
     transposed: bool = False

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-PAST = "past"  # a resumed run may not change it: it says what the steps already taken meant
+PAST = "past"  # a resumed run cannot change it: the steps already taken depend on it
 TYPE_WORDS: Final[dict[Any, str]] = {
     int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "an object", list: "a list of texts",
     tuple[str, ...]: "a list of texts",
@@ -30,11 +30,11 @@ def opt(
     lt: float | None = None,
 ) -> Any:
     """
-    An option: `help` and `unit` for people, `past` if a resume must keep it, and inclusive or exclusive bounds.
+    Declare an option: its help and unit, `past` if a resumed run must keep its value, inclusive or exclusive bounds.
 
-    alias: names of the same thing in other projects, which the command line takes too.
-    akin: names of something close to it, in another unit or of another meaning; they are suggested and not taken.
-    spellings: other words for its values.
+    alias: other projects' names for it, which the command line accepts.
+    akin: names of related options with another unit or meaning. An error suggests this option for them.
+    spellings: other spellings of its values.
     """
     bounds = {k: v for k, v in {"ge": ge, "gt": gt, "le": le, "lt": lt}.items() if v is not None}
     return dataclasses.field(
@@ -46,7 +46,7 @@ def opt(
 
 
 def option_name(field: dataclasses.Field[Any]) -> str:
-    """A field's name as people write it: `from` is a word of Python's, so that the field is `from_`."""
+    """Return a field's name as users write it: the field `from_` is `from`, a keyword of Python."""
     return field.name.removesuffix("_")
 
 

@@ -24,13 +24,18 @@ FLOAT16_ON_CPU: Final = "a CPU multiplies float16 a thousand times slower; set {
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The architecture. `null` means: derived, as the help says."""
+    """The architecture. `null` means derived, as the option describes."""
 
-    preset: str | None = opt(None, "start from a named shape, then change it", alias=("name", "model_name"), past=True)
+    preset: str | None = opt(
+        None,
+        "named architecture to start from; other model options override its values",
+        alias=("name", "model_name"),
+        past=True,
+    )
     from_: str | None = opt(
         None,
-        "start from these weights: a folder as Hugging Face lays it out, or the NAME of one that was fetched; "
-        "its config.json says the shape",
+        "weights to start from: a folder in Hugging Face's layout, or the NAME of a fetched model; its "
+        "config.json defines the shape",
         alias=("pretrained", "pretrained_model_name_or_path", "init_from", "checkpoint_dir", "hf_model"),
         past=True,
     )
@@ -42,7 +47,7 @@ class Model:
     )
     vocab_size: int | None = opt(
         None,
-        "rows of the embedding; null: the tokenizer's",
+        "rows of the embedding; null: the tokenizer's vocabulary size",
         unit="tokens",
         alias=("padded_vocab_size",),
         past=True,
@@ -56,26 +61,32 @@ class Model:
         past=True,
         ge=1,
     )
-    num_layers: int = opt(6, "blocks", alias=("n_layer", "n_layers", "num_hidden_layers", "depth"), past=True, ge=1)
-    num_heads: int = opt(4, "query heads", alias=("n_head", "n_heads", "num_attention_heads"), past=True, ge=1)
+    num_layers: int = opt(
+        6, "number of transformer blocks", alias=("n_layer", "n_layers", "num_hidden_layers", "depth"), past=True, ge=1
+    )
+    num_heads: int = opt(
+        4, "number of query heads per block", alias=("n_head", "n_heads", "num_attention_heads"), past=True, ge=1
+    )
     num_kv_heads: int | None = opt(
         None,
-        "key and value heads (GQA); null: num_heads",
+        "number of key and value heads per block (grouped-query attention); null: num_heads",
         alias=("n_kv_heads", "num_key_value_heads", "num_query_groups"),
         past=True,
         ge=1,
     )
-    head_dim: int | None = opt(None, "width of a head; null: dim / num_heads", alias=("kv_channels",), past=True, ge=1)
+    head_dim: int | None = opt(
+        None, "width of one attention head; null: dim / num_heads", alias=("kv_channels",), past=True, ge=1
+    )
     ffn_dim: int | None = opt(
         None,
-        "width inside the feed-forward; null: 4 dim (gpt2), 8/3 dim up to a multiple of 64 (llama)",
+        "inner width of the feed-forward layers; null: 4 dim (gpt2), or 8/3 dim rounded up to a multiple of 64 (llama)",
         alias=("intermediate_size", "n_inner", "ffn_hidden_size"),
         past=True,
         ge=1,
     )
     max_seq_len: int = opt(
         1024,
-        "longest context",
+        "maximum context length",
         unit="tokens",
         alias=("block_size", "n_positions", "max_position_embeddings", "context_length"),
         past=True,
@@ -84,26 +95,47 @@ class Model:
     norm_eps: float = opt(
         1e-5, "epsilon inside the norms", alias=("rms_norm_eps", "layer_norm_epsilon"), past=True, gt=0
     )
-    rope_theta: float = opt(10_000.0, "base of the rotary frequencies (llama)", alias=("rope_base",), past=True, gt=0)
-    rope_factor: float | None = opt(None, "Llama 3 context scaling; null: none", past=True, ge=1)
+    rope_theta: float = opt(
+        10_000.0, "base of the rotary position frequencies (llama)", alias=("rope_base",), past=True, gt=0
+    )
+    rope_factor: float | None = opt(
+        None,
+        "Llama 3 context extension: divisor of the low rotary frequencies; null disables the extension",
+        past=True,
+        ge=1,
+    )
     rope_low_freq_factor: float = opt(
-        1.0, "Llama 3 scaling: below this many turns, frequencies are divided by rope_factor", past=True, gt=0
+        1.0,
+        "Llama 3 context extension: frequencies with fewer turns than this over the original context are divided "
+        "by rope_factor",
+        past=True,
+        gt=0,
     )
-    rope_high_freq_factor: float = opt(4.0, "Llama 3 scaling: above this many turns, frequencies stay", past=True, gt=0)
+    rope_high_freq_factor: float = opt(
+        4.0,
+        "Llama 3 context extension: frequencies with more turns than this over the original context are unchanged",
+        past=True,
+        gt=0,
+    )
     rope_original_seq_len: int = opt(
-        8192, "Llama 3 scaling: the context it was first trained at", unit="tokens", past=True, ge=1
+        8192, "Llama 3 context extension: context length of the original training", unit="tokens", past=True, ge=1
     )
-    qk_norm: bool = opt(False, "RMSNorm on each query and key head (Qwen3)", past=True)
+    qk_norm: bool = opt(False, "apply RMSNorm to each query and key head (Qwen3)", past=True)
     qkv_bias: bool = opt(
         False,
-        "biases on the query, key and value projections (Qwen2; gpt2 always has them)",
+        "add biases to the query, key and value projections (Qwen2; gpt2 always has them)",
         alias=("attention_bias", "add_qkv_bias"),
         past=True,
     )
     tie_embeddings: bool = opt(
-        False, "the output layer is the embedding", alias=("tie_word_embeddings", "weight_tying"), past=True
+        False,
+        "use the embedding as the output layer (tied embedding)",
+        alias=("tie_word_embeddings", "weight_tying"),
+        past=True,
     )
-    dropout: float = opt(0.0, "share of activations dropped while training (gpt2)", past=True, ge=0, lt=1)
+    dropout: float = opt(
+        0.0, "fraction of activations dropped in training (gpt2); 0 disables dropout", past=True, ge=0, lt=1
+    )
     init_std: float = opt(
         0.02, "standard deviation of the initial weights", alias=("initializer_range",), past=True, gt=0
     )
@@ -112,11 +144,12 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Corpus -> tokenizer -> token shards -> rows."""
+    """The corpus, its tokenizer, its token shards and the rows that training reads."""
 
     corpus: Literal["stdlib", "text", "jsonl", "dummy"] = opt(
         "stdlib",
-        "stdlib: Python's own source; text: files and folders; jsonl: .jsonl and .jsonl.gz; dummy: generated",
+        "kind of corpus. stdlib: Python's own source code; text: text files and folders; jsonl: .jsonl and "
+        ".jsonl.gz files; dummy: generated documents",
         alias=("dataset", "source"),
         past=True,
     )
@@ -124,71 +157,84 @@ class Data:
         (), "files or folders of a text or jsonl corpus", alias=("path", "files", "data_path"), past=True
     )
     text_key: str = opt(
-        "text", "the field of a jsonl line that holds its text", alias=("text_field", "text_column"), past=True
+        "text", "field of each JSON line that holds its text", alias=("text_field", "text_column"), past=True
     )
-    dummy_documents: int = opt(2_000, "documents of a dummy corpus", unit="documents", past=True, ge=2)
+    dummy_documents: int = opt(2_000, "number of documents in a dummy corpus", unit="documents", past=True, ge=2)
     tokenizer: str = opt(
         "bpe",
-        "bpe: train one on the corpus; bytes; tiktoken:NAME; a tokenizer.json or tokenizer.model; a model's folder or name",
+        "bpe: train a BPE tokenizer on the corpus; bytes: one token per byte; tiktoken:NAME; the path of a "
+        "tokenizer.json or tokenizer.model; or a model's folder or name",
         alias=("tokenizer_path", "tokenizer_name"),
         past=True,
     )
-    tokenizer_vocab_size: int = opt(4096, "size of a BPE trained here", unit="tokens", past=True, ge=257)
+    tokenizer_vocab_size: int = opt(
+        4096, "vocabulary size of a BPE tokenizer trained on the corpus", unit="tokens", past=True, ge=257
+    )
     tokenizer_sample_bytes: int = opt(
-        64_000_000, "text that a BPE is trained on, at most", unit="bytes", past=True, ge=1
+        64_000_000, "maximum amount of text used to train a BPE tokenizer", unit="bytes", past=True, ge=1
     )
     seq_len: int = opt(
         512,
-        "length of a row",
+        "length of one training sequence (row)",
         unit="tokens",
         alias=("sequence_length", "seq_length", "block_size", "context_length", "max_length"),
         past=True,
         ge=1,
     )
     document_mask: bool = opt(
-        False, "attention stays inside a document", alias=("intra_document_masking", "reset_attention_mask"), past=True
+        False,
+        "restrict attention to tokens of the same document",
+        alias=("intra_document_masking", "reset_attention_mask"),
+        past=True,
     )
     val_fraction: float = opt(
         0.05,
-        "share of documents held out, chosen by their content",
+        "fraction of documents held out for validation, chosen by their content",
         alias=("validation_split", "val_split", "test_size"),
         past=True,
         gt=0,
         lt=1,
     )
-    folder: str = opt("data", "where prepared tokens are kept", alias=("cache_dir", "cache", "out_dir"))
-    shard_tokens: int = opt(16_777_216, "tokens of a shard, about", unit="tokens", past=True, ge=1024)
-    rebuild: bool = opt(False, "prepare anew, though the folder holds tokens of an earlier state of the corpus")
-    prefetch: int = opt(2, "steps read ahead", unit="steps", alias=("prefetch_factor",), akin=("num_workers",), ge=1)
+    folder: str = opt("data", "folder for prepared tokens", alias=("cache_dir", "cache", "out_dir"))
+    shard_tokens: int = opt(16_777_216, "approximate size of one token shard", unit="tokens", past=True, ge=1024)
+    rebuild: bool = opt(
+        False,
+        "prepare the tokens again if the corpus has changed since they were prepared; false: reject the old tokens",
+    )
+    prefetch: int = opt(
+        2, "number of steps to read ahead", unit="steps", alias=("prefetch_factor",), akin=("num_workers",), ge=1
+    )
     kept: Path | None = None  # no option: the run's copy of the folder data.tokenizer, if that folder is gone
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """The layout: the product of its five axes is the number of processes; one of them may be -1, what remains."""
+    """The layout. The product of the five axes is the number of processes; one axis may be -1, the remaining processes."""
 
     dp_replicate: int = opt(
         -1,
-        "replicas (DDP; with dp_shard, HSDP); -1: what remains, or 1 where another axis is -1",
+        "number of data-parallel replicas (DDP; with dp_shard: HSDP); -1: the remaining processes, or 1 if "
+        "another axis is -1",
         alias=("ddp", "dp", "data_parallel", "data_parallel_size", "dp_size", "data_parallel_replicate_degree"),
         ge=-1,
     )
     dp_shard: int = opt(
         1,
-        "processes that parameters, gradients and optimizer state are cut over (FSDP2)",
+        "number of processes that shard parameters, gradients and optimizer state (FSDP2); -1: the remaining processes",
         alias=("fsdp", "data_parallel_shard_degree", "fsdp_size", "shard"),
         akin=("zero",),
         ge=-1,
     )
     tp: int = opt(
         1,
-        "processes that each matrix is cut over (tensor parallel, with sequence and loss parallel)",
+        "number of processes that split each matrix (tensor parallel, with sequence and loss parallel); -1: the "
+        "remaining processes",
         alias=("tensor_parallel_degree", "tensor_parallel", "tensor_model_parallel_size", "tp_size"),
         ge=-1,
     )
     cp: int = opt(
         1,
-        "processes that each sequence is cut over (context parallel)",
+        "number of processes that split each sequence (context parallel); -1: the remaining processes",
         alias=(
             "context_parallel_degree",
             "context_parallel",
@@ -200,34 +246,36 @@ class Parallel:
     )
     pp: int = opt(
         1,
-        "processes that the blocks are cut over (pipeline parallel)",
+        "number of processes that split the blocks into stages (pipeline parallel); -1: the remaining processes",
         alias=("pipeline_parallel_degree", "pipeline_parallel", "pipeline_model_parallel_size", "pp_size"),
         ge=-1,
     )
     reshard_after_forward: Literal["always", "never"] | int = opt(
         "always",
-        "dp_shard: free a block's parameters between forward and backward; a number: keep them over so many processes",
+        "with dp_shard, between forward and backward. always: free each block's gathered parameters; never: keep "
+        "them; a number: keep them sharded over groups of this many processes",
         alias=("fsdp_reshard_after_forward",),
         akin=("zero_stage",),
     )
     cpu_offload: bool = opt(
         False,
-        "dp_shard: keep parameters, gradients and optimizer state in the machine's memory, not the GPU's",
+        "with dp_shard: keep parameters, gradients and optimizer state in CPU memory instead of GPU memory",
         alias=("enable_cpu_offload", "offload"),
     )
     cp_method: Literal["allgather", "ulysses", "ring"] = opt(
         "allgather",
-        "allgather: every key comes to each process; ulysses: heads are exchanged for places; ring: keys go round",
+        "attention with cp. allgather: each process gathers all keys and values; ulysses: an all-to-all exchanges "
+        "sequence parts for heads; ring: keys and values pass from process to process",
         alias=("context_parallel_method", "cp_comm_type", "context_parallel_rotate_method"),
     )
     pp_schedule: Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv", "dualpipev"] = opt(
         "1f1b",
-        "order of forward and backward over the stages; the last three hold several stages a process",
+        "order of forward and backward over the pipeline stages; the last three hold several stages per process",
         alias=("pipeline_parallel_schedule", "pipeline_schedule"),
     )
     pp_stages: int | None = opt(
         None,
-        "stages a process holds; null: 1 for gpipe and 1f1b, 2 for the others",
+        "pipeline stages per process; null: 1 for gpipe and 1f1b, 2 for the others",
         unit="stages",
         alias=("virtual_stages", "num_virtual_stages", "virtual_pipeline_model_parallel_size"),
         ge=1,
@@ -236,38 +284,42 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """The optimizer and its schedule."""
+    """The optimizer and its learning rate schedule."""
 
     name: Literal["adamw", "muon"] = opt(
         "adamw",
-        "muon: the blocks' matrices by Muon, everything else by AdamW",
+        "adamw: AdamW for all parameters; muon: Muon for the matrices of the blocks, AdamW for everything else",
         alias=("optimizer", "optimizer_name", "optim_type"),
         past=True,
     )
     lr: float = opt(1e-3, "peak learning rate", alias=("learning_rate", "max_lr", "peak_lr"), gt=0)
-    beta1: float = opt(0.9, "decay of the gradient's average", alias=("adam_beta1",), ge=0, lt=1)
-    beta2: float = opt(0.95, "decay of the squared gradient's average", alias=("adam_beta2",), ge=0, lt=1)
+    beta1: float = opt(0.9, "AdamW's decay of the gradient average", alias=("adam_beta1",), ge=0, lt=1)
+    beta2: float = opt(0.95, "AdamW's decay of the squared gradient average", alias=("adam_beta2",), ge=0, lt=1)
     eps: float = opt(1e-8, "AdamW's epsilon", alias=("adam_eps", "adam_epsilon", "epsilon"), gt=0)
-    muon_momentum: float = opt(0.95, "Muon's decay of the gradient's sum (Nesterov)", ge=0, lt=1)
-    weight_decay: float = opt(0.1, "decoupled decay, on matrices only", alias=("wd",), ge=0)
+    muon_momentum: float = opt(0.95, "Muon's Nesterov momentum", ge=0, lt=1)
+    weight_decay: float = opt(0.1, "decoupled weight decay, on matrices only; 0 disables it", alias=("wd",), ge=0)
     clip_norm: float = opt(
         1.0,
-        "the gradient's norm is clipped to this; 0: not",
+        "maximum gradient norm; 0 disables clipping",
         alias=("grad_clip", "max_grad_norm", "clip_grad", "gradient_clipping", "max_norm", "clip"),
         ge=0,
     )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = opt(
         "cosine",
-        "after the warm-up; wsd: constant, then linear over the last decay_fraction",
+        "learning rate after warmup; wsd: constant, then linear decay over the last decay_fraction of the run",
         alias=("lr_scheduler_type", "scheduler", "lr_scheduler", "lr_decay_style", "decay_type"),
     )
     warmup_steps: int = opt(
-        0, "linear warm-up", unit="steps", alias=("warmup", "num_warmup_steps", "warmup_iters", "lr_warmup_iters"), ge=0
+        0,
+        "length of the linear warmup; 0 disables it",
+        unit="steps",
+        alias=("warmup", "num_warmup_steps", "warmup_iters", "lr_warmup_iters"),
+        ge=0,
     )
-    decay_fraction: float = opt(0.2, "wsd: share of the run spent decaying", alias=("decay_ratio",), gt=0, le=1)
+    decay_fraction: float = opt(0.2, "wsd: fraction of the run spent decaying", alias=("decay_ratio",), gt=0, le=1)
     final_lr_fraction: float = opt(
         0.0,
-        "learning rate at the end, as a share of the peak",
+        "learning rate at the end of the run, as a fraction of the peak",
         alias=("min_lr_ratio", "min_lr_factor"),
         akin=("min_lr",),
         ge=0,
@@ -281,92 +333,103 @@ class Train:
 
     steps: int | None = opt(
         None,
-        "length in optimizer steps",
+        "run length in optimizer steps",
         unit="steps",
         alias=("max_steps", "max_iters", "num_steps", "train_iters", "iterations", "total_steps"),
         ge=1,
     )
     tokens: int | None = opt(
         None,
-        "length in tokens, rounded up to a step",
+        "run length in tokens, rounded up to whole steps",
         unit="tokens",
         alias=("max_tokens", "train_tokens", "total_tokens"),
         ge=1,
     )
     epochs: float | None = opt(
         None,
-        "length in passes over the corpus, rounded up to a step",
+        "run length in passes over the corpus, rounded up to whole steps",
         alias=("num_epochs", "num_train_epochs", "max_epochs"),
         gt=0,
     )
     global_batch: int = opt(
         64,
-        "sequences in one optimizer step, over all processes",
+        "sequences per optimizer step, over all processes",
         unit="sequences",
         alias=("batch_size", "global_batch_size", "train_batch_size", "total_batch_size"),
         ge=1,
     )
     micro_batch: int = opt(
         8,
-        "sequences in one forward of one process",
+        "sequences per forward pass of one process; gradient accumulation makes up the global batch",
         unit="sequences",
         alias=("micro_batch_size", "local_batch_size", "per_device_train_batch_size", "device_batch_size"),
         ge=1,
     )
     seed: int = opt(
-        0, "of initial weights, order of data and dropout", alias=("random_seed", "manual_seed"), past=True, ge=0
+        0,
+        "seed of the initial weights, the data order and dropout",
+        alias=("random_seed", "manual_seed"),
+        past=True,
+        ge=0,
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = opt(
         "auto",
-        "of activations and matrix products; weights, optimizer and sums are float32; auto: bfloat16 on a GPU that has it, on a CPU float32, or bfloat16 where its instructions make products faster (measured); float16 scales the loss, and is for CUDA",
+        "dtype of activations and matrix products; weights, optimizer state and sums are always float32. auto: "
+        "bfloat16 on a GPU that supports it; on a CPU float32, or bfloat16 if its instructions are faster "
+        "(measured). float16 uses loss scaling and needs CUDA",
         alias=("precision", "mixed_precision", "torch_dtype", "param_dtype"),
         akin=("bf16", "fp16"),
         spellings=DTYPE_SPELLINGS,
     )
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "auto: CUDA where there is one", alias=("accelerator",))
-    compile: bool = opt(False, "torch.compile each block", alias=("torch_compile",))
+    device: Literal["auto", "cpu", "cuda"] = opt(
+        "auto", "auto: CUDA if available, else the CPU", alias=("accelerator",)
+    )
+    compile: bool = opt(False, "compile each block with torch.compile", alias=("torch_compile",))
     compile_check: bool = opt(
         True,
-        "with train.compile, compare the loss and gradients of one micro-batch with eager code before the first step, and stop the run where they differ by more than rounding",
+        "with train.compile: compare loss and gradients of one micro-batch with eager code before the first step, "
+        "and stop the run if they differ by more than rounding",
     )
     repro: Literal["fast", "bitwise"] = opt(
         "fast",
-        "bitwise: the same bits at any data-parallel degree; one CPU thread a process",
+        "bitwise: bitwise identical results at any data-parallel degree, with one CPU thread per process; fast: "
+        "no such guarantee",
         alias=("deterministic", "reproducibility", "deterministic_mode"),
     )
     activation_checkpointing: Literal["none", "full", "selective", "budget"] = opt(
         "none",
-        "what is computed again in backward; full: each block; selective: all but products and attention; budget: what train.activation_budget leaves no room for",
+        "what backward recomputes. none: nothing; full: each block; selective: all but matrix products and "
+        "attention; budget: what exceeds train.activation_budget",
         alias=("gradient_checkpointing", "checkpointing", "ac", "recompute", "activation_checkpoint"),
     )
     activation_budget: float = opt(
         0.5,
-        "budget: activations kept, 0: as with full, 1: as with none; the compiler chooses which",
+        "budget: fraction of activation memory to use, as chosen by the compiler; 0: as with full, 1: as with none",
         alias=("memory_budget", "activation_memory_budget"),
         ge=0,
         le=1,
     )
     eval_every: int = opt(
         0,
-        "evaluate on held-out documents; 0: only at the end",
+        "interval between evaluations on held-out documents; 0: only at the end",
         unit="steps",
         alias=("eval_interval", "eval_steps", "eval_freq", "val_check_interval"),
         ge=0,
     )
     eval_tokens: int = opt(
         100_000,
-        "held-out tokens an evaluation reads, at most; at the end of a run it reads all",
+        "maximum held-out tokens per evaluation; the last one of a run reads all",
         unit="tokens",
         akin=("eval_iters", "eval_batches"),
         ge=1,
     )
-    sample_prompt: str = opt("", "at the end, print what the model makes of this; empty: print none")
-    sample_tokens: int = opt(100, "length of that sample", unit="tokens", ge=1)
+    sample_prompt: str = opt("", "prompt that the model continues at the end of the run; empty disables it")
+    sample_tokens: int = opt(100, "length of that continuation", unit="tokens", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All of it."""
+    """All options of a run."""
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -379,7 +442,7 @@ class Config:
     launch: Launch = field(default_factory=Launch)
 
     def replace(self, section: str, **values: Any) -> Config:
-        """A copy with `values` changed in one section."""
+        """Return a copy with `values` changed in one section."""
         changed = dataclasses.replace(getattr(self, section), **values)
         return dataclasses.replace(self, **{section: changed})
 
@@ -398,5 +461,5 @@ SECTIONS: dict[str, type[Any]] = {
 
 
 def options() -> dict[str, dataclasses.Field[Any]]:
-    """Every option by its dotted key, in the order of this file."""
+    """Return every option by its dotted key, in the order of declaration."""
     return {f"{name}.{option_name(f)}": f for name, section in SECTIONS.items() for f in option_fields(section)}

@@ -1,8 +1,8 @@
 """
-Named shapes, and what follows from a shape.
+Named model shapes, the widths derived from a shape, and its consistency checks.
 
-Each preset holds the values of the model's public Hugging Face `config.json` (repository named beside it), under our
-names. A preset says only where it differs from `Model`'s defaults, plus what makes it recognisable.
+Each preset holds values of the model's public Hugging Face `config.json` (repository named beside it), under our names.
+It lists only values that differ from `Model`'s defaults, and those that make it recognizable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LLAMA3_VOCAB: Final = 128_256
 
 
 def _gpt2(dim: int, num_layers: int, num_heads: int) -> dict[str, Any]:
-    """openai-community/gpt2, gpt2-medium, gpt2-large, gpt2-xl: one recipe at four sizes."""
+    """Return the shape of openai-community/gpt2, gpt2-medium, gpt2-large or gpt2-xl."""
     return {
         "family": "gpt2", "vocab_size": GPT2_VOCAB, "dim": dim, "num_layers": num_layers, "num_heads": num_heads,
         "max_seq_len": 1024, "norm_eps": 1e-5, "tie_embeddings": True, "init_std": 0.02,
@@ -28,7 +28,7 @@ def _gpt2(dim: int, num_layers: int, num_heads: int) -> dict[str, Any]:
 
 
 PRESETS: Final[dict[str, dict[str, Any]]] = {
-    # Ours: about a million parameters beside its embedding, for trying things out. vocab_size: the tokenizer's.
+    # shoal's own, for experiments: about a million parameters beside the embedding. vocab_size: the tokenizer's.
     "tiny": {
         "family": "llama", "dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 448,
         "max_seq_len": 512, "tie_embeddings": True,
@@ -43,7 +43,7 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
         "head_dim": 64, "ffn_dim": 1536, "max_seq_len": 8192, "norm_eps": 1e-5, "rope_theta": 100_000.0,
         "tie_embeddings": True, "init_std": 1 / 24,  # 0.041666666666666664 = 1 / sqrt(576)
     },
-    # Qwen/Qwen3-0.6B: its heads are wider than dim / num_heads
+    # Qwen/Qwen3-0.6B: heads are wider than dim / num_heads
     "qwen3-0.6b": {
         "family": "llama", "vocab_size": 151_936, "dim": 1024, "num_layers": 28, "num_heads": 16, "num_kv_heads": 8,
         "head_dim": 128, "ffn_dim": 3072, "max_seq_len": 40_960, "norm_eps": 1e-6, "rope_theta": 1_000_000.0,

@@ -1,8 +1,8 @@
 """
-From what a person wrote to a `Config`: preset < recipe file < flags, every problem found before one is raised.
+The config of a run, resolved from a preset, a recipe and flags, each overriding those before it. Never imports torch.
 
-A value keeps the place it came from all the way, so that an error can name the line or the flag and
-`shoal config` can say where each value is from. torch is never imported here.
+All problems are collected before one error is raised. Each value keeps its source, so that an error names the line or
+the flag, and `shoal config` shows the source of every value.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from shoal.system.secrets import secret_in
 @dataclass(frozen=True)
 class Resolved:
     """
-    A valid config, for each dotted key where its value came from, and what a person should be told.
+    A valid config, the source of each value by dotted key, and notes for the user.
 
-    replaced: what a recipe said, by its key, where something else that was typed left no room for it.
+    replaced: settings of a recipe, by key, that a flag for another option made meaningless.
     """
 
     config: Config
@@ -49,19 +49,19 @@ def resolve(
     kept: Mapping[str, Path] = MappingProxyType({}),
 ) -> Resolved:
     """
-    The config of `recipe` with `overrides`, each (dotted key, YAML text, where it was written), which go before it.
+    Return the config of `recipe`, overridden by `overrides`: (dotted key, YAML text, where it was written) each.
 
-    kept: what a run to resume keeps of folders that are gone, by the name of each (`RunFolder.kept`).
-
-    Raises `ConfigError` with every problem: those of the file's form, of keys and of types together; and where there
-    are none of them, all that cannot hold together.
+    kept: a resumed run's copies of folders that are gone, by the name of each (`RunFolder.kept`). Raises `ConfigError`
+    with every problem of the file's form, of keys and of types; without any, with every incompatible combination.
     """
     problems: list[Problem] = []
     said = _by_key(read_recipe(recipe, problems) if recipe else [], problems)
     typed = _by_key([read_override(*o) for o in overrides], problems)
     found = replacements(said, typed)
     replaced = {s.key: s for r in found for s in r.lost}
-    notes = [str(r) for r in found if recipe != START]  # where there was no recipe, it had nothing to say
+    notes = [
+        str(r) for r in found if recipe != START
+    ]  # START stands for no recipe, so nothing of the user's is replaced
     settings = {k: s for k, s in said.items() if k not in replaced} | typed
     settings = _with_shape(_with_corpus(settings), problems, notes, kept)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
@@ -75,7 +75,7 @@ def resolve(
 
 
 def peek(recipe: Path | None, overrides: Iterable[tuple[str, str, str]], keys: Iterable[str]) -> dict[str, Any]:
-    """What `recipe` and `overrides` say of a few options, or the default, before anything is judged. Raises nothing."""
+    """Return the values of a few options, or their defaults, before any check. Raises nothing."""
     ignored: list[Problem] = []
     given = (read_recipe(recipe, ignored) if recipe else []) + [read_override(*o) for o in overrides]
     said = {key: _typed(s, ignored) for key, s in _by_key(given, ignored).items()}
@@ -83,12 +83,12 @@ def peek(recipe: Path | None, overrides: Iterable[tuple[str, str, str]], keys: I
 
 
 def _by_key(given: Iterable[Setting], problems: list[Problem]) -> dict[str, Setting]:
-    """Those of options that there are; a `Problem` for each other one, and each that holds what no option may."""
+    """Return the valid settings by key; add a `Problem` for each unknown key or forbidden text."""
     return {s.key: s for s in known(_speakable(given, problems), problems)}
 
 
 def _speakable(given: Iterable[Setting], problems: list[Problem]) -> Iterator[Setting]:
-    """Those without a secret, and without what is no text; a `Problem` that does not quote it for each other one."""
+    """Yield settings without a secret or invalid text; add a `Problem`, which does not quote it, for each other one."""
     for setting in given:
         if what := secret_in(str(setting.value)) or not_text(str(setting.value)):
             problems.append(Problem(setting.where, f"{setting.key}: {what}"))
@@ -97,7 +97,7 @@ def _speakable(given: Iterable[Setting], problems: list[Problem]) -> Iterator[Se
 
 
 def _place(problem: Problem) -> tuple[bool, int]:
-    """A file's problems by line, then those of flags as they were given."""
+    """Return a sort key: a file's problems by line, then those of flags in their order."""
     line = problem.where.rpartition(":")[2]
     return (not line.isdigit(), int(line) if line.isdigit() else 0)
 
@@ -106,7 +106,7 @@ def _place(problem: Problem) -> tuple[bool, int]:
 
 
 def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
-    """Paths without a kind of corpus are lines of JSON where all of them are called so, and else text."""
+    """Derive data.corpus from data.paths, if only the latter is set: jsonl if all names end so, else text."""
     paths = settings.get("data.paths")
     if paths is None or not paths.value or "data.corpus" in settings:
         return settings
@@ -120,13 +120,13 @@ def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
 def _with_shape(
     settings: dict[str, Setting], problems: list[Problem], notes: list[str], kept: Mapping[str, Path]
 ) -> dict[str, Setting]:
-    """Put what `model.preset` or `model.from` says below what was given."""
+    """Return `settings` with the shape of `model.preset` or `model.from` below them."""
     preset, origin = (
         s if s and s.value is not None else None for s in map(settings.get, ("model.preset", "model.from"))
     )
     if preset and origin:
         problems.append(
-            Problem(origin.where, f"model.from says the shape, and so does model.preset at {preset.where}; keep one")
+            Problem(origin.where, f"model.from and model.preset (at {preset.where}) both define the shape; remove one")
         )
         return settings
     if preset:
@@ -153,7 +153,7 @@ def _with_folder(
     notes: list[str],
     kept: Mapping[str, Path],
 ) -> dict[str, Setting]:
-    """The shape of a folder's weights, which nothing that was given may change; its tokenizer, unless one was given."""
+    """Return `settings` with the shape of a folder's weights, which none may change, and its tokenizer if none is set."""
     family = settings.get("model.family")
     try:
         shape, tokenizer = read_model(str(origin.value), str(family.value) if family else None, kept)
@@ -169,8 +169,8 @@ def _with_folder(
         problems.append(
             Problem(
                 origin.where,
-                f"{origin.value} has neither tokenizer.json nor tokenizer.model; set data.tokenizer to the tokenizer of this "
-                "model, or to bpe to train a new one, whose tokens its embedding has never seen",
+                f"{origin.value} has neither tokenizer.json nor tokenizer.model; set data.tokenizer to this model's "
+                "tokenizer, or to bpe to train a new one, whose tokens its embedding was not trained on",
             )
         )
     return {k: Setting(k, v, f"model.from {origin.value}") for k, v in said.items()} | settings
@@ -182,7 +182,7 @@ def _against_folder(settings: Mapping[str, Setting], origin: Setting, shape: Sha
         if given is not None and given.value != value and not may_differ(shape.values, key, given.value):
             yield Problem(
                 given.where,
-                f"model.{key} {_show(given.value)} is not what {origin.value} has ({_show(value)}); leave it out",
+                f"model.{key} {_show(given.value)} differs from {origin.value}, which has {_show(value)}; remove it",
             )
 
 
@@ -192,8 +192,8 @@ def _beyond_window(settings: Mapping[str, Setting], origin: Setting, shape: Shap
     if shape.window is not None and longest > shape.window:
         yield Problem(
             origin.where,
-            f"{origin.value} looks back over a sliding window of {shape.window} tokens, which is not built here; set "
-            f"model.max_seq_len to {shape.window} or less, where the window changes nothing",
+            f"{origin.value} uses a sliding window of {shape.window} tokens, which shoal does not implement; set "
+            f"model.max_seq_len to {shape.window} or less, so that the window has no effect",
         )
 
 
@@ -204,7 +204,7 @@ def _types() -> dict[str, Any]:
 
 
 def _typed(setting: Setting, problems: list[Problem]) -> Any:
-    """The value as its option's type; pydantic judges in strict mode, so that `true` is no integer."""
+    """Return the value in its option's type, checked by pydantic in strict mode, so that `true` is not an integer."""
     from pydantic import ValidationError
 
     value, kind = setting.value, _types()[setting.key]
@@ -220,7 +220,7 @@ def _typed(setting: Setting, problems: list[Problem]) -> Any:
     ):
         value = int(value)  # 1e3 steps
     elif kind in (str, str | None) and isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)  # a run called 7
+        value = str(value)  # a run named 7
     try:
         return _adapter(setting.key).validate_python(value, strict=True)
     except ValidationError:
@@ -238,7 +238,7 @@ def _adapter(key: str) -> Any:
 
 
 def expectation(key: str) -> str:
-    """What `key` takes, in words: "an integer of at least 1 (steps), or null"."""
+    """Return the valid values of `key` in words: "an integer of at least 1 (steps), or null"."""
     kind, meta = _types()[key], options()[key].metadata
     union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     parts = [a for a in typing.get_args(kind) if a is not types.NoneType] if union else [kind]
@@ -247,7 +247,7 @@ def expectation(key: str) -> str:
         for p in parts
     )
     unit = f" ({meta['unit']})" if meta["unit"] else ""
-    return f"{with_bounds(text, meta['bounds'])}{unit}{', or null' if union else ''}"
+    return f"{with_bounds(text, meta['bounds'])}{unit}{', or null' if types.NoneType in typing.get_args(kind) else ''}"
 
 
 def _show(value: Any) -> str:
@@ -273,7 +273,7 @@ def with_kept(config: Config, kept: Mapping[str, Path]) -> Config:
 def _derive(
     config: Config, sources: dict[str, str], notes: tuple[str, ...], replaced: Mapping[str, Setting]
 ) -> Resolved:
-    """Fill what follows from the rest, and say so."""
+    """Fill in the values derived from others, with their source."""
     derived = dataclasses.replace(config, model=resolve_shape(config.model))
     for f in option_fields(Model):
         if getattr(derived.model, f.name) != getattr(config.model, f.name):
@@ -285,7 +285,7 @@ def _derive(
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Plain values by section, as YAML and JSON take them."""
+    """Return plain values by section, for YAML and JSON."""
     plain: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for key, f in options().items():
         section, _, name = key.partition(".")
@@ -295,7 +295,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
-    """The config as a recipe; with `sources`, each line ends in where its value came from."""
+    """Return the config as a recipe; with `sources`, each line ends with the source of its value."""
     lines = []
     for section, values in to_dict(config).items():
         lines.append(f"{section}:")
@@ -309,7 +309,7 @@ def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
 
 
 def read_back(path: Path) -> Config:
-    """A config that `to_yaml` wrote. What may have moved since, such as the corpus, is not looked at."""
+    """Return a config that `to_yaml` wrote, without checks of what may have moved since, such as the corpus."""
     problems: list[Problem] = []
     settings = list(known(read_recipe(path, problems), problems))
     values = {s.key: _typed(s, problems) for s in settings}
@@ -319,7 +319,7 @@ def read_back(path: Path) -> Config:
 
 
 def schema() -> dict[str, Any]:
-    """A JSON schema of the recipe, for editors and other programs."""
+    """Return a JSON schema of the recipe, for editors and other programs."""
     sections = {name: {"type": "object", "additionalProperties": False, "properties": {}} for name in SECTIONS}
     for key, f in options().items():
         section, _, name = key.partition(".")
@@ -338,7 +338,7 @@ def schema() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ChangedOption:
-    """An option that a resumed run would change; `past` where the steps already taken forbid it."""
+    """An option that a resumed run would change; `past` if the steps already taken forbid that."""
 
     key: str
     before: Any
@@ -347,7 +347,7 @@ class ChangedOption:
 
 
 def changed_options(before: Config, after: Config) -> list[ChangedOption]:
-    """What changes from one config to the other, in the order of `config/options.py`."""
+    """Return the options that differ between two configs, in the order of declaration."""
     old, new = to_dict(before), to_dict(after)
     return [
         ChangedOption(key, old[s][k], new[s][k], f.metadata[PAST])
