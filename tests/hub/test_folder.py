@@ -86,7 +86,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         (b"\xff" * 100, "is not a safetensors file"),
         (whole[:8] + b"{" * length + whole[8 + length :], "header cannot be read"),
         (whole[:8] + b"[" * length + whole[8 + length :], "header cannot be read"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "is a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "is a Git LFS pointer"),
         ((30).to_bytes(8, "little") + b'{"a": 1, "a": 2}'.ljust(30), "names a twice"),
     ]:
         (tmp_path / SINGLE).write_bytes(raw)
@@ -118,7 +118,7 @@ def test_what_the_safetensors_library_refuses_is_refused_and_nothing_else(tmp_pa
     ("field", "value", "pattern"),
     [
         ("dtype", "F7", "in F7, an unknown dtype"),
-        ("shape", [12, 5], "has 96 bytes for model.embed.weight, which is BF16 of shape"),
+        ("shape", [12, 5], "has 96 bytes for model.embed.weight, which is BF16 with shape"),
         ("shape", [-1, 4], "without a valid location"),
         ("shape", "4", "without a valid location"),
         ("data_offsets", [0], "without a valid location"),
@@ -151,12 +151,12 @@ def test_an_index_that_lies_is_named(tmp_path: Path) -> None:
     refused(tmp_path, "model-9.safetensors is missing")
     for outside in ("../x.safetensors", "/x.safetensors", "a/x.safetensors", "model.bin", 3):
         say({"a": outside})
-        refused(tmp_path, "which is no \\*.safetensors beside it")
+        refused(tmp_path, "which is not a \\*.safetensors beside it")
     say([])
     refused(tmp_path, "has no weight_map")
     say(index["weight_map"])
     save_file(TENSORS, tmp_path / second)
-    refused(tmp_path, f"{second} has .*, which {first} has too")
+    refused(tmp_path, f"{second} has .*, as does {first}")
     (tmp_path / first).unlink()
     refused(tmp_path, f"{first} is missing")
 

@@ -43,7 +43,7 @@ def said(kind: str, **changes: Any) -> dict[str, Any]:
         ("qwen2", {"is_causal": False}, "is_causal False"),
         ("gpt2", {"num_attention_heads": 2}, "num_attention_heads 2 beside n_head 4"),
         ("llama", {"hidden_size": None}, "lacks hidden_size"),
-        ("llama", {"model_type": "mamba"}, "families built here are gpt2, llama, mistral, qwen2, qwen3"),
+        ("llama", {"model_type": "mamba"}, "shoal implements llama, mistral, qwen2, qwen3, gpt2"),
     ],
 )  # fmt: skip
 def test_what_is_not_built_is_refused_by_name(kind: str, changes: dict[str, Any], words: str) -> None:
