@@ -8,13 +8,13 @@ Write the table of all options in docs/API.md from `shoal.config.options`.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from shoal.config.options import SECTIONS, option_name, options
+from shoal.config.option import option_fields, option_name
+from shoal.config.options import SECTIONS, options
 from shoal.resolve.resolve import expectation
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "API.md"
@@ -29,7 +29,7 @@ def table() -> str:
         head = (
             f"### `{name}`\n\n{about}\n\n| option | takes | default | unit | meaning |\n| --- | --- | --- | --- | --- |"
         )
-        keys = [f"{name}.{option_name(f)}" for f in dataclasses.fields(section)]
+        keys = [f"{name}.{option_name(f)}" for f in option_fields(section)]
         parts.append("\n".join([head, *(_row(key) for key in keys)]))
     return "\n\n".join(parts)
 

@@ -50,7 +50,7 @@ def test_config_problems_come_together_before_anything_starts(place: Place) -> N
         "train", "recipe.yaml", "--model.num_heads", "5", "--train.global_batch=17", "--model.vocab_size", "100"
     )
     assert "num_heads" in output
-    assert "train.global_batch 17 is no multiple of train.micro_batch 2; try 18" in output
+    assert "train.micro_batch 2 does not divide train.global_batch 17; set train.global_batch to 18" in output
     assert "model.vocab_size 100 is smaller than the tokenizer's 257" in output
     assert not (place.folder / "runs" / "recipe").exists()
 
@@ -117,12 +117,12 @@ def test_others_that_never_come(place: Place) -> None:
         (["generate", "done", "--prompt", ""], "an empty --prompt"),
         (["generate", "done", "--prompt", "a", "--top-p", "1.5"], "1.5; it must be above 0 and at most 1"),
         (["config"], "shoal config needs a recipe"),
-        (["prepare", "recipe.yaml", "--data.corpus", "text"], "a text corpus needs data.paths"),
+        (["prepare", "recipe.yaml", "--data.corpus", "text"], "set data.paths"),
         (["train", "recipe.yaml", "--parallel.dp_replicate", "4"], "parallel.dp_replicate 4 needs 4 processes, launch.processes is 2"),
-        (["train", "recipe.yaml", "--processes", "8", "--train.micro_batch", "4"], "4 micro-batches, fewer than the 8 data-parallel processes of launch.processes 8; launch.processes 4, or train.global_batch 32, or train.micro_batch 2 would do"),
+        (["train", "recipe.yaml", "--processes", "8", "--train.micro_batch", "4"], "4 micro-batches, fewer than the 8 data-parallel ranks of launch.processes 8; set launch.processes to 4, or train.global_batch to 32, or train.micro_batch to 2"),
         (["train", "recipe.yaml", "--processes", str(TOO_MANY), "--train.global_batch", str(2 * TOO_MANY)], f"{TOO_MANY} processes on"),
         (["train", "recipe.yaml", "--train.device", "cuda"], "there is no CUDA device"),
-        (["train", "recipe.yaml", "--train.dtype", "float16"], "which multiplies it a thousand times slower"),
+        (["train", "recipe.yaml", "--train.dtype", "float16"], "a thousand times slower"),
         (["train", "recipe.yaml", "--data.seq_len", "65"], "data.seq_len 65 is longer than model.max_seq_len 64"),
     ],
 )  # fmt: skip

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from shoal.config.layout import AXES, Layout, deal, find_layout
+from shoal.config.layout import AXES, Layout, find_layout, split_slots
 from shoal.config.options import Parallel
 
 SIZES = list(itertools.product((1, 2), (1, 3), (1, 2), (1, 2), (1, 2)))
@@ -73,7 +73,7 @@ def test_why_there_is_none(parallel: dict[str, int], processes: int | None, word
 @pytest.mark.parametrize("dp", range(1, 9))
 @pytest.mark.parametrize("slots", range(8, 20))
 def test_slots_are_dealt_in_order_and_evenly(slots: int, dp: int) -> None:
-    hands = deal(slots, dp)
+    hands = split_slots(slots, dp)
     assert list(itertools.chain(*hands)) == list(range(slots))
     lengths = [len(hand) for hand in hands]
     assert lengths == sorted(lengths, reverse=True)

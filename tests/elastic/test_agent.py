@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from shoal.config.options import Config, Launch, Model, Train
+from shoal.config.options import Config, Model, Train
+from shoal.config.run_options import Launch
 from shoal.elastic import agent, supervise
 from shoal.elastic.agent import Agent
 from shoal.elastic.heartbeat import FOLDER

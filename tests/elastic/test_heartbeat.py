@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.config.options import Launch
+from shoal.config.run_options import Launch
 from shoal.elastic.heartbeat import (
     COMPILE,
     FEW,

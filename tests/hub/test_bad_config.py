@@ -52,7 +52,7 @@ LLAMA3 = said("llama")["rope_parameters"]
         ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
         ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
         ("llama", {"vocab_size": "64"}, "vocab_size is '64'"),
-        ("llama", {"model_type": ["llama"]}, "does not say its model_type"),
+        ("llama", {"model_type": ["llama"]}, "has no model_type"),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -54,12 +54,12 @@ def test_of_two_at_once_one_fetches(scene: Scene, place: Place) -> None:
     def start_another(file: str) -> None:
         if file == "model.safetensors":
             others.append(place.start(*FETCH, **scene.environment()))
-            wait_for(others[0], "waiting for another process that fetches org/tiny")
+            wait_for(others[0], "waiting for another process, which fetches org/tiny")
 
     scene.repository.on_body = start_another
     code, output = place.run(*FETCH, **scene.environment())
     assert code == 0, output
-    assert "models/org/tiny is there and whole" in others[0].communicate(timeout=60)[0]
+    assert "models/org/tiny is complete" in others[0].communicate(timeout=60)[0]
     assert others[0].returncode == 0
     assert len(scene.hub.asked) == 6
 
@@ -70,7 +70,7 @@ def test_what_a_person_sees(scene: Scene, place: Place) -> None:
     assert code == 0
     assert output.splitlines() == [
         "fetching org/tiny at c0ffee000000: 6 files, 0.3 MB to elsewhere/tiny",
-        "elsewhere/tiny is there and whole: org/tiny at c0ffee000000",
+        "elsewhere/tiny is complete: org/tiny at c0ffee000000",
     ]
     shown = on_a_terminal(place, scene)
     assert "━" in shown

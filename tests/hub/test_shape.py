@@ -42,8 +42,8 @@ def said(kind: str, **changes: Any) -> dict[str, Any]:
         ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling of type yarn"),
         ("qwen2", {"is_causal": False}, "is_causal False"),
         ("gpt2", {"num_attention_heads": 2}, "num_attention_heads 2 beside n_head 4"),
-        ("llama", {"hidden_size": None}, "does not say hidden_size"),
-        ("llama", {"model_type": "mamba"}, "families built here are gpt2, llama, mistral, qwen2, qwen3"),
+        ("llama", {"hidden_size": None}, "lacks hidden_size"),
+        ("llama", {"model_type": "mamba"}, "shoal implements llama, mistral, qwen2, qwen3, gpt2"),
     ],
 )  # fmt: skip
 def test_what_is_not_built_is_refused_by_name(kind: str, changes: dict[str, Any], words: str) -> None:
@@ -92,7 +92,7 @@ def test_older_and_newer_spellings_say_the_same(kind: str) -> None:
 
 
 def test_keys_left_out_have_the_default_of_their_type() -> None:
-    """Mistral looks back over 4096 tokens where it does not say otherwise; Qwen3's heads are 128 wide."""
+    """By default, Mistral has a window of 4096 tokens and Qwen3 heads 128 wide."""
     bare = {k: said("mistral")[k] for k in MODEL_TYPES["mistral"].keys if k not in ("head_dim", "num_key_value_heads")}
     shape = read_shape({**bare, "model_type": "mistral", "max_position_embeddings": 32_768}, "x")
     assert (shape.window, shape.values["num_kv_heads"]) == (4096, 8)
@@ -153,9 +153,9 @@ def test_a_window_that_is_on_and_left_out_has_the_default_of_transformers(kind: 
 
 
 def test_nothing_else_may_say_the_shape(llama: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model.dim 256 is not what .* has \(48\); leave it out"):
+    with pytest.raises(ConfigError, match=r"model.dim 256 differs from .*, which has 48; remove it"):
         resolved(llama, model__dim="256")
-    with pytest.raises(ConfigError, match="keep one"):
+    with pytest.raises(ConfigError, match="both define the shape"):
         resolved(llama, model__preset="gpt2")
     assert resolved(llama, model__dim="48", model__init_std="0.3").model.init_std == 0.3
 

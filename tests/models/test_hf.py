@@ -271,7 +271,7 @@ def rewritten(folder: Path, tmp_path: Path, **changes: Any) -> Path:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"layerdrop": 0.1}, "layerdrop 0.1"),
-        ({"hidden_size": None}, "it does not say hidden_size or n_embd"),
+        ({"hidden_size": None}, "hidden_size or n_embd"),
         ({"text_config": {}}, "text_config"),
     ],
 )

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from shoal.config.layout import find_layout
-from shoal.config.options import Config, Data, Launch, Metrics, Model, Optim, Parallel, Train
+from shoal.config.options import Config, Data, Model, Optim, Parallel, Train
+from shoal.config.run_options import Launch, Metrics
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place
 from shoal.mesh.region import Region

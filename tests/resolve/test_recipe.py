@@ -28,7 +28,7 @@ def value_of(folder: Path, text: str) -> Any:
     [
         ("train:\n  steps: 1\x00\n", 2, "the character 0x00; remove it"),
         ("train:\n\n  steps: \x07\n", 3, "the character 0x07; remove it"),
-        ("train:\n  steps: " + "[" * 2000 + "\n", None, "nested too deep"),
+        ("train:\n  steps: " + "[" * 2000 + "\n", None, "nested too deeply"),
         ('train:\n  steps: "\\U00FFFFFF"\n', None, "not YAML"),
         ('train:\n  steps: !!int ""\n', 2, "train.steps cannot be read: its text is no int"),
         ("train:\n  steps: !!int 1:30\n", 2, "train.steps cannot be read: its text is no int"),
@@ -57,7 +57,7 @@ def test_what_is_wrong_there_hides_nothing_else(tmp_path: Path) -> None:
 def test_a_section_that_stands_twice_is_a_problem(tmp_path: Path, again: str) -> None:
     found = problems(tmp_path, f"train:\n  steps: 1\nmodel: {{preset: tiny}}\n{again}")
     recipe = tmp_path / "recipe.yaml"
-    assert found == [f"{recipe}:4: train stands here and at {recipe}:1; make them one section"]
+    assert found == [f"{recipe}:4: train is here and at {recipe}:1; merge the two sections"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from shoal.config.options import Launch
+from shoal.config.run_options import Launch
 from shoal.elastic.heartbeat import FOLDER, Heartbeat, Page
 from shoal.mesh.place import LOCKED_BY
 from shoal.metrics import meter

@@ -15,10 +15,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from shoal.config.families import FAMILIES, Stored
 from shoal.errors import ModelError
 from shoal.hub.folder import Entry, ModelFolder
 from shoal.hub.header import DTYPE_NAMES
-from shoal.hub.names import Place, is_computed, place, spellings
+from shoal.hub.names import is_computed, spellings, stored_as
 
 ROWS_AT_A_TIME: Final = 4096
 DTYPES: Final[dict[str, torch.dtype]] = {kind: getattr(torch, name) for kind, name in DTYPE_NAMES.items()}
@@ -41,6 +42,7 @@ class FolderWeights:
     ) -> None:
         """other_names: alternative names in the files, and the parameter for each."""
         self._family, self._other_names = family, other_names
+        native = FAMILIES[family].native
         if folder.is_kept:
             raise ModelError(
                 f"the initial weights of this run are gone, and it has no checkpoint yet; set model.from to their new location "
@@ -50,19 +52,20 @@ class FolderWeights:
         self._files = {file: safe_open(str(file), framework="pt") for file in folder.files}
         self._entries = {name: self._find(folder, name, shape) for name, shape in shapes.items()}
         used = {entry_name for entry_name, _ in self._entries.values()}
-        twins = dict(other_names) if "head.weight" in shapes or family == "hf" else {"lm_head.weight": "embed.weight"}
+        tied = native and "head.weight" not in shapes
+        twins = {stored_as(family, "head.weight").name: "embed.weight"} if tied else dict(other_names)
         for name in set(folder.tensors) - used & twins.keys():
             self._check_twin(folder.tensors[name], name, twins[name])
         strange = [n for n in folder.tensors if n not in used and n not in twins and not is_computed(n)]
         if strange:
-            through = "" if family == "hf" else " Set model.family to hf to have transformers compute it"
+            through = " Set model.family to hf to have transformers compute it" if native else ""
             raise ModelError(
                 f"{folder.path} has weights that this model does not use: {_some(strange)}; does its config.json belong to "
                 f"another model?{through}"
             )
 
     def _find(self, folder: ModelFolder, name: str, shape: tuple[int, ...]) -> tuple[str, Entry]:
-        there = place(self._family, name)
+        there = stored_as(self._family, name)
         others = [theirs for theirs, ours in self._other_names.items() if ours == name]
         found = next((s for s in (*spellings(there.name), *others) if s in folder.tensors), None)
         if found is None:
@@ -109,7 +112,7 @@ class FolderWeights:
 
     def __call__(self, out: Tensor, name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> None:
         """Fill `out` with the region `slices` of the parameter `name`, whose whole shape is `shape`."""
-        there = place(self._family, name)
+        there = stored_as(self._family, name)
         found, entry = self._entries[name]
         stored = self._stored(entry, found)
         rows = slices[0]
@@ -121,7 +124,7 @@ class FolderWeights:
             out.copy_(stored[(rows, *slices[1:])])
 
 
-def _their_shape(there: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _their_shape(there: Stored, shape: tuple[int, ...]) -> tuple[int, ...]:
     whole = (shape[0] * there.parts, *shape[1:])
     return whole[::-1] if there.transposed else whole
 
@@ -136,9 +139,9 @@ def to_hugging_face(family: str, parameters: Mapping[str, Tensor]) -> dict[str, 
 
     `parameters` must contain all parts of each of their tensors (see `hub.names`).
     """
-    gathered: dict[str, list[tuple[Place, Tensor]]] = {}
+    gathered: dict[str, list[tuple[Stored, Tensor]]] = {}
     for name, tensor in parameters.items():
-        there = place(family, name)
+        there = stored_as(family, name)
         gathered.setdefault(there.name, []).append((there, tensor))
     out = {}
     for theirs, pieces in gathered.items():

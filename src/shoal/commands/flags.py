@@ -57,7 +57,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _names() -> dict[str, list[str]]:
     """Return a map from each option name without its section to the options of that name."""
-    from shoal.config.options import option_name, options
+    from shoal.config.option import option_name
+    from shoal.config.options import options
 
     found: dict[str, list[str]] = {}
     for key, f in options().items():

@@ -31,9 +31,10 @@ def resolve_run(recipe: Path, overrides: list[Override], *, named: bool, notes: 
     from shoal.resolve.checks import why_no_name
     from shoal.resolve.resolve import resolve
 
-    for gone in _run_of(recipe if named else None, overrides).stand_in():
+    kept = _run_of(recipe if named else None, overrides).kept()
+    for gone in kept:
         tell_once([f"{gone} is gone: resuming with the run's own copy"])
-    resolved = resolve(recipe, overrides)
+    resolved = resolve(recipe, overrides, kept)
     tell_once([*notes, *resolved.notes])
     if resolved.config.launch.name is None and named:
         if why := why_no_name(recipe.stem):

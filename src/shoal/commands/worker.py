@@ -19,6 +19,7 @@ from shoal.errors import (
     MemoryProblem,
     ShoalError,
 )
+from shoal.system.output import say_error
 
 if TYPE_CHECKING:
     from shoal.config.options import Config

@@ -202,7 +202,7 @@ def _between(ids: list[int], ends: set[int | None]) -> list[int]:
 
 def named_tokenizer(data: Data) -> Tokenizer | None:
     """The tokenizer that `data` names; None where one is to be trained. Raises DataError."""
-    return None if data.tokenizer == "bpe" else tokenize.load_tokenizer(data.tokenizer)
+    return None if data.tokenizer == "bpe" else tokenize.load_tokenizer(data.tokenizer, data.kept)
 
 
 def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from shoal.config.options import Launch
+from shoal.config.run_options import Launch
 from shoal.mesh.place import is_launched, read_place
 
 FOLDER: Final = "SHOAL_HEARTBEATS"  # set by shoal's launcher: the folder of the pages

@@ -23,7 +23,7 @@ POST_SECONDS: Final = 1.0
 # These may differ: each machine may have its own copy of the data, and its own speed.
 _OF_A_PLACE: Final = {
     ("data", "paths"), ("data", "folder"), ("data", "tokenizer"), ("model", "from_"), ("checkpoint", "fast"),
-    ("metrics", "peak_tflops"),
+    ("metrics", "peak_tflops"), ("model", "kept"), ("data", "kept"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The model card of an export: what it was trained on, for how long, how well, and under which licence. No torch."""
+"""The model card of an export: its data, training length, losses and license. No torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class HeldOutLoss(Protocol):
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells beside the config."""
+    """The content of a card beside the config."""
 
     name: str
     architecture: str
@@ -63,7 +63,7 @@ class Facts:
 
 
 def is_card(path: Path) -> bool:
-    """Whether `path` is a card that `model_card` wrote."""
+    """Return whether `model_card` wrote the file `path`."""
     try:
         return _TAG in path.read_text("utf-8").splitlines()
     except (OSError, ValueError):
@@ -71,7 +71,7 @@ def is_card(path: Path) -> bool:
 
 
 def model_card(config: Config, facts: Facts) -> str:
-    """`README.md`, with the header that model hubs read."""
+    """Return the text of `README.md`, with the header that model hubs read."""
     return "\n".join([*_header(config, facts), *_text(config, facts), *_curve(facts), ""])
 
 
@@ -121,7 +121,7 @@ def _text(config: Config, facts: Facts) -> list[str]:
 
 
 def _curve(facts: Facts) -> list[str]:
-    """Training and held-out loss at some of the steps: the held-out ones and, evenly, others."""
+    """Return a table of training and validation loss at evenly chosen steps."""
     losses = {r.step: r for r in facts.steps if r.step <= facts.step}
     held_out = {r.step: r for r in facts.evaluations if r.step <= facts.step}
     if not losses and not held_out:
@@ -137,7 +137,7 @@ def _curve(facts: Facts) -> list[str]:
 
 
 def _evenly(steps: Sequence[int]) -> list[int]:
-    """At most so many of them, the first and the last among them."""
+    """Return at most `CURVE_POINTS` of them, with the first and the last."""
     if len(steps) <= CURVE_POINTS:
         return list(steps)
     return [steps[round(i * (len(steps) - 1) / (CURVE_POINTS - 1))] for i in range(CURVE_POINTS)]

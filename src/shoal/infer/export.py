@@ -29,7 +29,7 @@ from shoal.hub.beside import GENERATION, LICENSES, TOKENIZER, Dtypes, copy_files
 from shoal.hub.card import CARD, Facts, model_card
 from shoal.hub.folder import CONFIG, INDEX, SINGLE, ModelFolder
 from shoal.hub.header import DTYPE_NAMES
-from shoal.hub.names import place
+from shoal.hub.names import stored_as
 from shoal.hub.shape import write_shape
 from shoal.infer.out_folder import OutFolder
 from shoal.infer.target import find_checkpoint
@@ -158,7 +158,7 @@ def _shards(model: LanguageModel, dtypes: Dtypes, shard_bytes: int) -> Iterator[
     """Yield shoal's parameter names in groups of about `shard_bytes`, with their bytes; parts of one HF tensor stay together."""
     tensors: dict[str, list[tuple[str, int]]] = {}
     for name, parameter in model.named_parameters():
-        theirs = place(model.shape.family, name).name
+        theirs = stored_as(model.shape.family, name).name
         size = parameter.numel() * DTYPES[dtypes.of(theirs)].itemsize
         tensors.setdefault(theirs, []).append((name, size))
     group: list[str] = []

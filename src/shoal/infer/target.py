@@ -17,7 +17,6 @@ def find_checkpoint(runs: Path, target: str, step: int | None) -> tuple[RunFolde
     """
     folder = RunFolder(Path(target) if (Path(target) / "config.yaml").is_file() else runs / target)
     folder.load_config()
-    folder.stand_in()  # a model of transformers is built from its original folder, which may be gone
     there = listed(folder.checkpoints)
     chosen = [s for s in there if step is None or s.step == step]
     if not chosen:

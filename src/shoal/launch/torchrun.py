@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from shoal.config.layout import find_layout
-from shoal.config.options import Config
+from shoal.config.options import FLOAT16_ON_CPU, Config
 from shoal.elastic.stops import SignalForwarder
 from shoal.errors import EXIT_REQUEUE, LaunchError
 from shoal.mesh.place import LOCKED_BY, Place
@@ -47,9 +47,7 @@ def plan_processes(
             f"{processes} processes need {processes} GPUs, but there are {gpus}; set launch.processes to {gpus} or less"
         )
     if use_cpu and config.train.dtype == "float16":
-        raise LaunchError(
-            "a CPU multiplies float16 a thousand times slower than float32; set train.dtype to bfloat16 or float32"
-        )
+        raise LaunchError(FLOAT16_ON_CPU, option="train.dtype")
     if use_cpu and processes > 4 * cores:
         raise LaunchError(
             f"{processes} processes are too many for {cores} CPU cores; set launch.processes to {cores} or less"

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from shoal.config.layout import Layout, find_layout
-from shoal.config.options import Parallel
+from shoal.config.options import FLOAT16_ON_CPU, Parallel
 from shoal.errors import LaunchError
 from shoal.mesh.place import Place, describe_place, is_launched, read_place
 from shoal.mesh.store import open_store, stay_on_loopback
@@ -160,10 +160,7 @@ def choose_device(wanted: str, place: Place = ALONE) -> torch.device:
 def check_dtype(dtype: str, device: torch.device) -> None:
     """Raise `LaunchError` if `device` cannot compute in `dtype`."""
     if dtype == "float16" and device.type == "cpu":
-        raise LaunchError(
-            "a CPU multiplies float16 a thousand times slower than float32; set {option} to bfloat16 or float32",
-            option="train.dtype",
-        )
+        raise LaunchError(FLOAT16_ON_CPU, option="train.dtype")
     if dtype == "bfloat16" and not has_bfloat16(device):
         name = torch.cuda.get_device_name(device)
         raise LaunchError(f"{name} does not support bfloat16; set {{option}} to float32", option="train.dtype")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.config.layout import deal
+from shoal.config.layout import split_slots
 from shoal.config.options import Data, Parallel, Train
 from shoal.config.schedules import V_SHAPED, stages_per_rank
 from shoal.data.loader import Batch
@@ -187,7 +187,7 @@ def parallelize(
     require("train")
     layout = mesh.layout
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    slots = tuple(deal(train.global_batch // train.micro_batch, layout.dp))
+    slots = tuple(split_slots(train.global_batch // train.micro_batch, layout.dp))
     sharded = layout.dp_shard > 1
     turns = max(map(len, slots)) if sharded else len(slots[mesh.dp_rank])
 

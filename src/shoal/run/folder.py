@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from shoal.config.options import Config
-from shoal.errors import RunError, ShoalError
-from shoal.hub.find import stand_in
+from shoal.errors import ModelError, RunError, ShoalError
+from shoal.hub.find import find_model
 from shoal.hub.folder import HEADERS
-from shoal.resolve.resolve import Difference, differences, read_back, to_yaml
+from shoal.resolve.resolve import ChangedOption, changed_options, read_back, to_yaml, with_kept
 from shoal.run.records import read_metrics
 from shoal.system.disk import write_whole
 from shoal.system.output import on_one_line
@@ -100,19 +100,21 @@ class RunFolder:
             None,
         )
 
-    def stand_in(self) -> list[str]:
+    def kept(self) -> dict[str, Path]:
         """
-        Let this run's copies stand in for a source model or tokenizer that is gone; return the names of those.
+        Return what this run keeps of a model and a tokenizer that are gone, by the name that its config has for each.
 
-        Raises nothing if there is no run, or it keeps no copies.
+        Empty if there is no run. Raises nothing.
         """
         try:
-            before = self.load_config()
+            return self._kept(self._read_config())
         except (ShoalError, OSError):
-            return []
-        kept = {before.model.from_: self.source if (self.source / HEADERS).is_file() else None}
-        kept.setdefault(before.data.tokenizer, self.tokenizer_files)
-        return [name for name, folder in kept.items() if name and folder and stand_in(name, folder)]
+            return {}
+
+    def _kept(self, config: Config) -> dict[str, Path]:
+        kept = {config.model.from_: self.source if (self.source / HEADERS).is_file() else None}
+        kept.setdefault(config.data.tokenizer, self.tokenizer_files)
+        return {name: folder for name, folder in kept.items() if name and folder and _is_gone(name, folder)}
 
     @property
     def samples(self) -> Path:
@@ -134,6 +136,10 @@ class RunFolder:
             raise RunError(
                 f"{on_one_line(self.path)} is not a run{meant} shoal train RECIPE.yaml --name {name} starts one"
             )
+        config = self._read_config()
+        return with_kept(config, self._kept(config))
+
+    def _read_config(self) -> Config:
         return read_back(self.config_file)
 
     def begun(self) -> Config | None:
@@ -209,7 +215,7 @@ class RunFolder:
         before = self.begun()
         return _with_choices_of(config, before) if before else config
 
-    def agree(self, config: Config) -> list[Difference]:
+    def agree(self, config: Config) -> list[ChangedOption]:
         """
         Return what `config` would change in the run here; empty if there is no run yet.
 
@@ -219,7 +225,7 @@ class RunFolder:
         if before is None:
             return []
         config = _with_choices_of(config, before)
-        found = [d for d in differences(before, config) if d.key not in ("launch.name", "launch.runs")]
+        found = [d for d in changed_options(before, config) if d.key not in ("launch.name", "launch.runs")]
         if forbidden := [d for d in found if d.past]:
             lines = "\n".join(f"  {d.key}: {d.before} -> {d.after}" for d in forbidden)
             raise RunError(
@@ -272,3 +278,11 @@ def _holder(file: IO[str]) -> str:
         return "by process {pid} on {host} since {since} (shoal {command})".format(**_held(file))
     except KeyError:
         return "by another process"
+
+
+def _is_gone(name: str, kept: Path) -> bool:
+    """Return whether `name` is nowhere, so that a run uses what it keeps of it."""
+    try:
+        return find_model(name, kept) == kept
+    except ModelError:  # it is there, and broken
+        return False

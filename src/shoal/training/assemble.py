@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -87,12 +88,12 @@ def _first_weights(model: LanguageModel, config: Config) -> Fill:
     """Return the weights of the folder `model.from`, or random ones."""
     if config.model.from_ is None:
         return initial_weights(model, config.train.seed)
-    return folder_weights(model, config.model.from_)
+    return folder_weights(model, config.model.from_, config.model.kept)
 
 
-def folder_weights(model: LanguageModel, name: str) -> Fill:
+def folder_weights(model: LanguageModel, name: str, kept: Path | None = None) -> Fill:
     """Return the weights of the model folder `name` for a model (on meta) of its shape. Raises `ModelError`."""
-    return weights_of(model, ModelFolder.open(find_model(name)))
+    return weights_of(model, ModelFolder.open(find_model(name, kept)))
 
 
 def weights_of(model: LanguageModel, folder: ModelFolder) -> FolderWeights:

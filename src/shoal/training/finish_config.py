@@ -81,8 +81,8 @@ def _rates(device: torch.device, clear: float = math.inf) -> list[float]:
 def write_run_files(folder: RunFolder, config: Config, prepared: Prepared) -> None:
     """Write the config, the tokenizer, and the files that came with the weights. Raises `OSError`."""
     folder.save_config(config)
-    origin = None if config.model.from_ is None else find_model(config.model.from_)
-    tokenizer = tokenizer_folder(config.data.tokenizer)
+    origin = None if config.model.from_ is None else find_model(config.model.from_, config.model.kept)
+    tokenizer = tokenizer_folder(config.data.tokenizer, config.data.kept)
     if origin is not None and not (folder.source / HEADERS).is_file():
         keep(origin, OF_MODEL if tokenizer != origin else (*OF_MODEL, *TOKENIZER), folder.source)
         keep_headers(ModelFolder.open(origin), folder.source)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shoal.config.options import Fault
+from shoal.config.run_options import Fault
 from shoal.errors import DivergedError
 from shoal.parallel.replicas import Difference
 from shoal.run.console import Console

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.checkpoint.saved import damage, listed, read_state
-from shoal.config.options import Config, Launch
+from shoal.config.options import Config
+from shoal.config.run_options import Launch
 from shoal.data.prepare import Prepared
 from shoal.plan.length import count_steps, length_of
 from shoal.run.console import Console, duration

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from shoal.checkpoint.saved import Saved
@@ -26,7 +27,7 @@ def introduce(run: Run) -> None:
     _warn_of_length(run)
     source = run.config.model.from_
     if source is not None:
-        how = f"weights were loaded from {found_at(source)} (model.from)"
+        how = f"weights were loaded from {found_at(source, run.config.model.kept)} (model.from)"
         fresh = run.start.restored is None
         run.console.say(how if fresh else f"{how} when the run began; now they come from the checkpoint")
     if run.start.restored is not None:
@@ -81,7 +82,7 @@ def _describe_resume(run: Run, restored: Saved, last: Mapping[str, Any], machine
         run.console.warn(text)
 
 
-def found_at(name: str) -> str:
+def found_at(name: str, kept: Path | None) -> str:
     """Return "OWNER/NAME, models/OWNER/NAME": the name as given, and the folder if it differs."""
-    folder = str(find_model(name))
+    folder = str(find_model(name, kept))
     return folder if folder == name else f"{name}, {folder}"

@@ -20,7 +20,7 @@ from shoal.mesh.place import is_launched
 from shoal.metrics.meter import Meter
 from shoal.parallel.apply import Runnable
 from shoal.plan.length import count_steps
-from shoal.resolve.resolve import Difference
+from shoal.resolve.resolve import ChangedOption
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
 from shoal.run.phases import Phases
@@ -44,7 +44,7 @@ class Start:
     """How a run starts, as the user is told."""
 
     before: Config  # the config of the run so far
-    changed: Sequence[Difference]
+    changed: Sequence[ChangedOption]
     restored: Saved | None = None  # the checkpoint that it resumes from
     applied: list[str] = field(default_factory=list)  # a line for each technique applied to the model
 
