@@ -138,7 +138,7 @@ class House:
             for place in range(len(row)):
                 others = [b for b in row if b is not box]
                 orders.append([*others[:place], box, *others[place:]])
-            row[:] = min(orders, key=self.cost)
+            row[:] = min(orders, key=lambda order: self.cost(order))
             self.settle(row)
 
     def cost(self, row: Sequence[Box]) -> float:

@@ -16,11 +16,11 @@ from shoal.cli import build_parser, read_overrides
 from shoal.config.options import SECTIONS, options
 from shoal.resolve.resolve import resolve
 from tests.cli.commands import Place
+from tests.test_rooms import imported, modules, room
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
 RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
-IMPORTS = ("<!-- imports: begin (checked by tests/docs/test_docs.py) -->", "<!-- imports: end -->")
 # Made by a run and committed with it; a page may point at it before.
 PICTURES = ROOT / "docs" / "pictures"
 
@@ -149,29 +149,17 @@ def test_python_blocks_compile() -> None:
             ast.parse(re.sub(r"^  ", "", block, flags=re.MULTILINE) if block.startswith("  ") else block)
 
 
-def imports() -> str:
-    """room -> the rooms it imports, as ARCHITECTURE.md has it."""
-    rooms: dict[str, set[str]] = {}
-    source = ROOT / "src" / "shoal"
-    for path in sorted(source.glob("**/*.py")):
-        parts = path.relative_to(source).with_suffix("").parts
-        room = parts[0] + ("/" if len(parts) > 1 else "")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("shoal."):
-                target = node.module.split(".")[1]
-                rooms.setdefault(room, set()).add(target + ("/" if (source / target).is_dir() else ""))
-    rows = [
-        f"| `{room}` | {', '.join(sorted(targets - {room}))} |"
-        for room, targets in sorted(rooms.items())
-        if targets - {room}
-    ]
-    return "\n".join(["| room | imports |", "| --- | --- |", *rows])
+def test_the_picture_of_the_house_is_what_the_code_says() -> None:
+    module = runpy.run_path(str(ROOT / "scripts" / "draw_house.py"))
+    assert module["PICTURE"].read_text(encoding="utf-8") == module["svg"](), "run python scripts/draw_house.py"
 
 
-def test_the_table_of_imports_is_what_the_code_says() -> None:
-    begin, end = IMPORTS
+def test_models_import_what_the_page_says() -> None:
     page = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    assert page.partition(begin)[2].partition(end)[0].strip() == imports()
+    [said] = re.findall(r"`models` imports only (.+?)\. ", page.replace("\n", " "))
+    assert set(re.findall(r"`(\w+)`", said)) == set().union(
+        *({room(t) for t in imported(path)} for name, path in modules().items() if room(name) == "models")
+    ) - {"models"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)

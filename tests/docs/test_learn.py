@@ -6,17 +6,26 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from shoal.checkpoint.convert import to_hugging_face
 from shoal.cli import build_parser, read_overrides
 from shoal.config.layout import Layout, find_layout
 from shoal.config.options import Config
 from shoal.errors import ConfigError
+from shoal.mesh.mesh import Mesh
+from shoal.models.build import build_model, initialize
 from shoal.resolve.layout_checks import refusals
 from shoal.resolve.resolve import resolve
 from tests.cli.commands import Place
+from tests.training.test_equivalence import train_here
+from tests.world import World, laid_out
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "LEARN.md").read_text(encoding="utf-8")
@@ -103,6 +112,35 @@ def test_each_table_has_its_rows_and_the_bytes_of_its_formula(name: str) -> None
             assert row[6] == TABLE["mb"](formula(), 2)
             assert 1 <= float(row[5].split()[0]) / float(row[6].split()[0]) <= 1.04, row
         assert all(row[:5])
+
+
+def shoals_losses(mesh: Mesh, config: Config, steps: int) -> list[float]:
+    mesh = laid_out(mesh, dp_shard=config.parallel.dp_shard, dp_replicate=2 // config.parallel.dp_shard)
+    return [line["loss"] for line in train_here(mesh, config, steps)]
+
+
+def plain_losses(mesh: Mesh, script: Path, exported: Path, prepared: Path, steps: int) -> list[float]:
+    sys.path.insert(0, str(script.parent))  # as Python does for a script that it starts
+    losses: list[float] = runpy.run_path(str(script))["train"](exported, prepared, steps)
+    return losses
+
+
+@pytest.mark.parametrize(("script", "number"), [("01_ddp_basics.py", 3), ("02_fsdp_training.py", 4)])
+def test_plain_torch_has_the_same_losses(
+    world: Callable[[int], World], script: str, number: int, tmp_path: Path
+) -> None:
+    config = config_of(number).replace("data", folder=str(tmp_path / "data"))
+    config = config.replace("launch", runs=str(tmp_path / "runs"), name="few")
+    steps = 5  # of the warmup, whose learning rates do not depend on the length of a run
+    ours = world(2).run(shoals_losses, config, steps)[0]
+    model = build_model(config.replace("model", vocab_size=257).model, compute_dtype=torch.float32)
+    initialize(model, config.train.seed, "cpu")
+    weights = to_hugging_face("llama", {name: p.detach() for name, p in model.named_parameters()})
+    save_file(weights, tmp_path / "model.safetensors")
+    [prepared] = (tmp_path / "data").glob("dummy-bytes-*")
+    for losses in world(2).run(plain_losses, ROOT / "docs" / "learn" / script, tmp_path, prepared, steps):
+        assert losses == pytest.approx(ours, rel=1e-6)
+        assert len(losses) == steps
 
 
 @pytest.mark.slow
