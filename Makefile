@@ -31,6 +31,8 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell README.md CONTRIBUTING.md Makefile docs recipes src scripts tests
+	$(BIN)/python scripts/check_english.py
 
 format: setup
 	$(BIN)/ruff format .
