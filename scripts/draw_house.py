@@ -134,11 +134,12 @@ class House:
         """Move each box of a floor to the place in its order where arrows cross least and are shortest."""
         for box in list(row):
             self.settle(row)
-            orders: list[Sequence[Box]] = []
+            orders: list[list[Box]] = []
             for place in range(len(row)):
                 others = [b for b in row if b is not box]
                 orders.append([*others[:place], box, *others[place:]])
-            row[:] = min(orders, key=lambda order: self.cost(order))
+            best: list[Box] = min(orders, key=self.cost)
+            row[:] = best
             self.settle(row)
 
     def cost(self, row: Sequence[Box]) -> float:
