@@ -61,7 +61,7 @@ PHRASES: dict[str, str] = {
     r"the very": "the same",
     r"keeps? (?:those|that) of": "keep every Nth",
     r"busy so": "plain words",
-    r"is nothing to": "cannot process",
+    r"is nothing to it": "cannot process",
     r"cannot hold together|can hold together": "incompatible",
 }
 # Where a phrase is right: (file's end, text around it, why).
