@@ -42,7 +42,7 @@ PHRASES: dict[str, str] = {
     r"(?:leave|leaves|leaving|left) (?:it |them |this |that )?out": "skip, omit",
     r"makes? of": "name the action",
     r"(?:come|comes|coming|came) to": "reach, total, become",
-    r"as (?:it|they) (?:is|are|was|were)(?! (?:needed|written|read|made|used|due))": "unchanged",
+    r"as (?:it|they) (?:is|are|was|were)(?=[.,;:)]|$|\s+(?:and|or|in|on|with)\b)": "unchanged",
     r"lies|lain": "is",
     r"stands|stood(?! for)": "is, remains",
     r"(?:is|are|was|were|be|been) said|(?<!\w)said (?:so|once|of|in)": "report, print, state",
