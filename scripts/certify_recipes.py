@@ -1,6 +1,6 @@
 """
-The certificate of each recipe: `python scripts/certify_recipes.py [--only learn]` runs `shoal verify` on every one, in
-its own layout, on the quickstart in a few more, and writes docs/certificates.md. Ends with 1 where one says FAIL.
+The certificate of each recipe: `python scripts/certify_recipes.py [--only learn]` runs `shoal verify` on every one in its
+own layout, and on the quickstart in a few more, and writes docs/certificates.md. Exit code 1 if one fails.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ QUICKSTART_LAYOUTS = [
 ]
 HEAD = """# Certificates of the recipes
 
-What `shoal verify` says of each recipe in its own layout, and of the quickstart in others: how far a layout is from one
-process, and behind it how far it may be, which is measured on one process with sums in another order. `python
+The result of `shoal verify` for each recipe in its own layout, and for the quickstart in others: the difference from one
+process, and the tolerance, which is measured on one process with sums in another order. `python
 scripts/certify_recipes.py` makes this page.
 
 | recipe | layout | dtype | loss | gradient norm | worst gradient | worst update | resumed | |

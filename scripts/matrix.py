@@ -2,11 +2,11 @@
 Every layout with each family, precision, checkpointing and compile, against one process; writes docs/matrix.md.
 
     python scripts/matrix.py [--only PATTERN] [--again] [--limit-minutes N]
-    python scripts/matrix.py --write              only the page, of the results there are
+    python scripts/matrix.py --write              only the page, from existing results
+    python scripts/matrix.py --words              only the reasons for rejections in the page, after a change of their words
 
-A cell's result is kept in build/matrix.jsonl when it is there, so that a run that was stopped goes on where it was;
-remove that file to begin anew. What the processes say goes to build/matrix.log. Needs no network. Ends with 1 where a
-cell failed.
+Each result is appended to build/matrix.jsonl, so that a stopped run resumes; remove that file to start from scratch. The
+processes' output is in build/matrix.log. Needs no network. Exit code 1 if a cell failed.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from shoal.bench.environment import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build" / "matrix.jsonl"
+REJECTED = "## Rejected"
 LOG = ROOT / "build" / "matrix.log"
 PAGE = ROOT / "docs" / "matrix.md"
 
@@ -139,16 +140,25 @@ def page(found: dict[str, Result]) -> str:
     reasons = {cell: refused(cell) for cell in cells()}
     counts = Counter(text for texts in reasons.values() for text in texts)
     numbers = {text: number for number, (text, _) in enumerate(counts.most_common(), 1)}
-    parts = [_head(found), *(_table(name, found, reasons, numbers) for name in GROUPS)]
-    parts.append(
-        "## Refused\n\nIn shoal's words. A cell may be refused for several reasons.\n\n| | cells | |\n| --- | --- | --- |\n"
-        + "\n".join(f"| {numbers[text]} | {count} | {text} |" for text, count in counts.most_common())
-    )
+    parts = [_head(found), *(_table(name, found, reasons, numbers) for name in GROUPS), _rejections(counts)]
     failed = [(cell, text) for cell in legal() if str(cell) in found and (text := found[str(cell)].problem(cell))]
     parts.append(
         "## Failed\n\n" + ("\n\n".join(f"`{cell}`:\n\n```\n{_end(text)}\n```" for cell, text in failed) or "None.")
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _rejections(counts: Counter[str]) -> str:
+    rows = [f"| {number} | {count} | {text} |" for number, (text, count) in enumerate(counts.most_common(), 1)]
+    head = f"{REJECTED}\n\nIn shoal's words. A cell may be rejected for several reasons."
+    return "\n".join([head, "", "| | cells | |", "| --- | --- | --- |", *rows])
+
+
+def with_words(page: str) -> str:
+    """Return the page with today's reasons for rejections; their numbers stay, since cells and counts do."""
+    before, _, rest = page.partition(REJECTED)
+    counts = Counter(text for cell in cells() for text in refused(cell))
+    return f"{before}{_rejections(counts)}\n\n## Failed{rest.partition('## Failed')[2]}"
 
 
 def _head(found: dict[str, Result]) -> str:
@@ -166,10 +176,10 @@ checkpointing (none, full, selective, budget), with and without `torch.compile`:
 | --- | --- |
 | {len(got) - failed} | pass |
 | {failed} | fail |
-| {every - len(can)} | refused before any process starts, with words that say what to set |
+| {every - len(can)} | rejected before any process starts, with a suggested fix |
 | {len(can) - len(got)} | not run yet |
 
-Command: `make matrix`, or `python scripts/matrix.py`. It goes on where it was stopped.
+Command: `make matrix`, or `python scripts/matrix.py`. It resumes where it was stopped.
 Date: {max((r.date for r in got), default="-")}. Commits, and cells measured at each: {commits or "-"}.
 
 ```
@@ -177,22 +187,22 @@ Date: {max((r.date for r in got), default="-")}. Commits, and cells measured at 
 processes      on gloo, of one thread each
 ```
 
-Each cell trains the same small model (4 blocks, width 48; 8 where a schedule needs 8 stages) for one step of 8
-sequences, and its gradient is put together from all processes, which must hold the same bits where they hold the same
-thing. It is compared with the gradient of one process in float32, without checkpointing and without the compiler.
+Each cell trains the same small model (4 blocks, width 48; 8 if a schedule needs 8 stages) for one step of 8 sequences.
+Its gradient is assembled from all processes; copies of the same data must have the same bits. It is compared with the
+gradient of one process in float32, without checkpointing and without the compiler.
 
-- float32: the number is the error of the parameter whose gradient is worst, relative to that gradient: the norm of the
+- float32: the number is the error of the parameter with the worst gradient, relative to that gradient: the norm of the
   difference by the norm, beyond 1e-8 of the whole gradient's norm. Allowed: {WORST:.0e}, and {WORST_NUMBER:.0e} of the loss and of the
   reported norm.
-- bfloat16: the number is the relative error of the whole gradient, and behind it that of one process in bfloat16,
-  which is rounding alone. Allowed, of the gradient, the loss and the norm: {ROUNDING} times what one process has, and {SLACK:.0e}.
-- "same bits": the layout is of `train.repro: bitwise`, and the gradient, loss and norm are to the bit those of one process
-  (where `cp` or `tp` is larger than 1: of the same layout without data parallel).
+- bfloat16: the number is the relative error of the whole gradient, followed by that of one process in bfloat16, which is
+  rounding alone. Allowed, of the gradient, the loss and the norm: {ROUNDING} times that of one process, and {SLACK:.0e}.
+- "same bits": the layout uses `train.repro: bitwise`, and the gradient, loss and norm are bitwise identical to those of one
+  process (if `cp` or `tp` is larger than 1: of the same layout without data parallel).
 
-`3/3` is how many of the checkpointing modes that can be had pass; the number is the worst of them. `refused 2` names a
-line of the table at the end; what no layout can have (float16 on this device, budget without the compiler) is not said
-in each row. The layouts under "{TOGETHER}" are there for each pair of features that can be had and that the others lack:
-they run without checkpointing and compiler alone."""
+`3/3` counts the possible checkpointing modes that pass; the number is the worst of them. `rejected 2` names a line of the
+table at the end. Rows omit options that no layout has (float16 on this device, budget without the compiler). The layouts
+under "{TOGETHER}" cover each possible pair of features that the others lack: they run without checkpointing and compiler
+only."""
 
 
 def _table(group: str, found: dict[str, Result], reasons: dict[Cell, list[str]], numbers: dict[str, int]) -> str:
@@ -225,7 +235,7 @@ def _entry(row: list[Cell], found: dict[str, Result], reasons: dict[Cell, list[s
     can = [cell for cell in row if not reasons[cell]]
     said = ""
     if why := sorted({numbers[text] for cell in row for text in reasons[cell]}):
-        said = "refused " + ", ".join(map(str, why))
+        said = "rejected " + ", ".join(map(str, why))
     if not can:
         return said
     got = [(cell, found[str(cell)]) for cell in can if str(cell) in found]
@@ -255,12 +265,16 @@ def _end(text: str, lines: int = 12) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression: 'tp 2 .*gpt2'")
-    parser.add_argument("--again", action="store_true", help="run what failed once more")
+    parser.add_argument("--again", action="store_true", help="run failed cells again")
     parser.add_argument(
-        "--limit-minutes", type=float, default=float("inf"), metavar="N", help="begin no cell after that"
+        "--limit-minutes", type=float, default=float("inf"), metavar="N", help="start no cell after N minutes"
     )
     parser.add_argument("--write", action="store_true", help="run nothing, write the page")
+    parser.add_argument("--words", action="store_true", help="run nothing, update the page's reasons for rejections")
     args = parser.parse_args()
+    if args.words:
+        PAGE.write_text(with_words(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return 0
     have = results()
     todo = [cell for cell in legal() if re.search(args.only, str(cell))]
     todo = [c for c in todo if str(c) not in have or (args.again and have[str(c)].problem(c))]
