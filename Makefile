@@ -40,7 +40,7 @@ format: setup
 
 setup: .venv/installed
 
-# lm-evaluation-harness and what it brings: the tests run it, nobody else needs it.
+# lm-evaluation-harness and its dependencies: needed only by the tests.
 harness: .venv/harness
 
 .venv/harness: .venv/installed constraints-eval.txt

@@ -1,10 +1,10 @@
 """
-What `train.repro: bitwise` costs: `python scripts/bench_bitwise.py [--processes 2] [--steps 12] [--micro-batch 4]`.
+The cost of `train.repro: bitwise`: `python scripts/bench_bitwise.py [--processes 2] [--steps 12] [--micro-batch 4]`.
 
-Each layout trains the same model twice beside each other in the same processes, once in the fast mode and once in the
-bitwise one, a step of each in turn, so that a machine whose speed drifts treats both alike. The cost is the median of
-neighbouring steps' ratios. Memory is what torch's allocator gave out in a step, at most, beyond what was held before,
-on the process with most. Processes have one thread each; use as many as there are quiet cores.
+Each layout trains two copies of a model in the same processes, one in the fast mode and one bitwise, a step of each in
+turn, so that a drifting machine affects both alike. The cost is the median of neighboring steps' ratios. Memory is the
+peak of torch's allocator in a step, beyond the memory held before, on the process with most. Processes have one thread
+each; use at most as many as there are idle cores.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def seconds(trainer: Trainer) -> float:
 
 
 def grown_bytes(trainer: Trainer) -> int:
-    """The most that a step's tensors took, on the process with most."""
+    """Return the peak memory of a step's tensors, in bytes, on the process with most."""
     worst = torch.tensor(allocated_bytes(trainer.step))
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return int(worst)

@@ -2,7 +2,7 @@
 The CPU figures of docs/benchmarks: `python scripts/bench_cpu.py [--repeats N] [--only WORD] > docs/benchmarks/NAME.md`.
 
 Each row is a call of `shoal bench speed --json`; contenders that a ratio compares run in turn. Run it on a machine
-with nothing else to do: it prints the rate of a matrix product before and after, which should not differ.
+without other work: it prints the rate of a matrix product before and after, which should not differ.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RECIPES = {
 
 
 def bench(recipe: str, *options: str) -> dict[str, Any]:
-    """The report of one `shoal bench speed`."""
+    """Return the report of one `shoal bench speed`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(RECIPES[recipe], encoding="utf-8")

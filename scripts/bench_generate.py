@@ -5,8 +5,8 @@ Greedy generation with the cache, beside `transformers.generate` on the same wei
     python scripts/bench_generate.py --shapes llama-10m --batches 1 --dtypes float32 --pairs 9
 
 Random weights; prompts of 64 tokens (in rows "unequal": 33 to 64, padded on the left), 128 new tokens. Both take the
-same prompts in turn; a ratio is the median over neighbouring pairs, so that a machine whose speed drifts does not
-decide it. On a machine that others use, OMP_NUM_THREADS=1 with --clock cpu counts what this process alone computed. In
+same prompts in turn; a ratio is the median over neighboring pairs, so that a machine whose speed drifts does not
+decide it. On a shared machine, OMP_NUM_THREADS=1 with --clock cpu counts only this process's computing. In
 float32 both must give the same tokens.
 """
 
@@ -45,7 +45,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 def make_folder(shape: str, parent: Path) -> Path:
-    """A folder with random weights, wide enough apart that rounding decides no token."""
+    """Return a folder with random weights, spread so widely that rounding does not change a token."""
     torch.manual_seed(0)
     values = dict(SHAPES[shape])
     config = transformers.AutoConfig.for_model(values.pop("model_type"), initializer_range=0.05, **values)
@@ -82,7 +82,7 @@ def timed(run: Callable[[], list[list[int]]], clock: Callable[[], float]) -> tup
 def compare(
     folder: Path, dtype: str, batch: int, unequal: bool, pairs: int, clock: Callable[[], float]
 ) -> tuple[float, float, float, int]:
-    """(our tokens/s, theirs, median ratio, tokens that differ)"""
+    """Return (our tokens/s, theirs, median ratio, tokens that differ)."""
     ours = load_folder(str(folder), device="cpu", dtype=dtype).model
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     prompts = make_prompts(batch, unequal, ours.shape.vocab_size or 0)

@@ -1,11 +1,11 @@
 """
-Goodput of a run whose workers are killed again and again: a small model, a SIGKILL to one of them every minute.
+Goodput of a small model's run with a SIGKILL to one of its workers every minute.
 
     python scripts/bench_goodput.py recipes/quickstart.yaml --kills 5
     python scripts/bench_goodput.py recipes/quickstart.yaml --kills 0 --hangs 3
 
-Prints how long each kill took until the next step, each hang (a SIGSTOP) until it was found and until the next step, and
-the last signal (a SIGTERM, to one worker) until all was saved; then what `shoal goodput` says.
+Prints the time from each kill to the next step, from each hang (a SIGSTOP) to its detection and to the next step, and
+from the last signal (a SIGTERM, to one worker) to the completed save; then the output of `shoal goodput`.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def ledger_lines(run: Path) -> int:
 
 
 def hangs(run: Path) -> list[str]:
-    """What was said of each."""
+    """Return the message of each."""
     return [str(e["why"]) for e in read_json_lines(run / "events.jsonl") if e["event"] == "hang"]
 
 
 def signal_one(number: signal.Signals, launcher: subprocess.Popen[bytes], draw: random.Random) -> float:
-    """To a worker by chance; when."""
+    """Send it to a random worker; return when."""
     draw.choice(psutil.Process(launcher.pid).children()).send_signal(number)
     return time.monotonic()
 
 
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> float:
-    """When it is, in seconds of the monotonic clock."""
+    """Return its time, in seconds of the monotonic clock."""
     while process.poll() is None:
         if true():
             return time.monotonic()
@@ -56,7 +56,7 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> fl
 
 
 def wait_for_step(run: Path, known: int, process: subprocess.Popen[bytes]) -> float:
-    """When it trains again: after `known` lines of the ledger there is one that it goes on, and one of a step."""
+    """Return when it trains again: after `known` lines of the ledger, one for the restart and one for a step."""
     return wait_until(lambda: ledger_lines(run) > known + 1, process)
 
 

@@ -1,9 +1,9 @@
 """
-How long weights take from a safetensors file into FSDP2, beside reading the file: `python scripts/bench_load.py`.
+Time to load weights from a safetensors file into FSDP2, beside reading the file: `python scripts/bench_load.py`.
 
-The model (300M parameters, 1.2 GB in float32; `--dtype bfloat16`: 600M) is made in `--folder` where it is not there.
-Each turn first reads the file into memory that was there already, then starts the processes' loading; the kernel's
-cache is warm for both, or emptied before each (`--cold`). Memory is each process's own (RssAnon): pages of the file are the
+The model (300M parameters, 1.2 GB in float32; `--dtype bfloat16`: 600M) is made in `--folder` if it is missing.
+Each turn first reads the file into existing memory, then starts the processes' loading. The kernel's cache is warm for
+both, or emptied before each (`--cold`). Memory is each process's own (RssAnon): pages of the file are the
 kernel's, and shared.
 """
 
@@ -43,7 +43,7 @@ LAYERS = {"float32": 22, "bfloat16": 49}  # 1.2 GB in either
 
 
 def make(folder: Path, dtype: str) -> Path:
-    """The folder with its one file of weights."""
+    """Return the folder with its one file of weights."""
     shape = resolve_shape(dataclasses.replace(SHAPE, num_layers=LAYERS[dtype]))
     target = folder / f"load-{dtype}"
     if not (target / "model.safetensors").is_file():

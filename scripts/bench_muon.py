@@ -1,10 +1,10 @@
 """
-What Muon costs of a training step: `python scripts/bench_muon.py [--device cpu] [--only 10M] [--repeats 5]`.
+Muon's share of a training step: `python scripts/bench_muon.py [--device cpu] [--only 10M] [--repeats 5]`.
 
 One process. Times an update of the blocks' matrices by Muon, by torch's Muon and by fused AdamW, and forward and
 backward of the tokens named; medians, taken in turn. Muon's time does not depend on the tokens of a step, so its share
-falls as they grow: the last column says how many would bring it to 5%. On a CPU, gpt2
-takes minutes a repeat.
+falls as they grow: the last column is the number that brings it to 5%. On a CPU, gpt2 takes
+minutes a repeat.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(name: str, device: torch.device, dtype: torch.dtype, repeats: int) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     shape, rows, seq_len = CASES[name]
     model = build_model(shape, compute_dtype=dtype)
     initialize(model, 0, device)

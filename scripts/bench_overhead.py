@@ -1,11 +1,11 @@
 """
-What it costs that a run can be trusted, while nothing fails: the loop's step beside the bare one, in turns.
+The cost of the safeguards while nothing fails: the loop's step beside the bare one, in turns.
 
     python scripts/bench_overhead.py recipes/quickstart.yaml --processes 2 --pairs 100
 
 bare: a batch, `train_step` without guard and votes, its numbers read. whole: the step of `training/loop.py`, with heartbeats,
-guard, votes, ledger, goodput, stragglers and metrics. Both on the same model and data; processor time of the process's one
-thread of training, which other programs on the machine hardly change.
+guard, votes, ledger, goodput, stragglers and metrics. Both use the same model and data. The figures are processor time of
+the training thread, which other programs on the machine hardly change.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """
-How long a process of a pipeline idles, beside what the formula says.
+Idle time of a pipeline's processes, beside the formula.
 
     python scripts/bench_pipeline.py [--processes 2] [--micro-batches 8] [--steps 12] [--schedules 1f1b,zbv]
 
 Idle is the step's wall time, from a barrier to the last process's end, less a process's time inside forward, loss and
-backward; the formula is `pipeline_plan.bubble_fraction`. One thread a process, so that it needs as many cores as
-processes, and quiet ones: a neighbour's load is counted as idleness. The table shows the median of the steps, and the
+backward; the formula is `bubble_fraction` of `config/schedules.py`. Each process has one thread, so it needs as many
+idle cores as processes: other programs' load counts as idle time. The table shows the median of the steps, and the
 fastest step, which was disturbed least.
 """
 
@@ -61,7 +61,7 @@ def _zero(stages: dict[int, LanguageModel]) -> None:
 
 
 def measure(axis: Axis, schedule: Schedule, args: argparse.Namespace) -> list[tuple[float, float]]:
-    """For each step: wall seconds, alike on all, and this process's busy seconds. Collectives over the world."""
+    """Return for each step its wall seconds, equal on all, and this process's busy seconds. Collectives over the world."""
     shape = Model(
         family="llama", dim=args.dim, num_layers=args.layers, num_heads=4, vocab_size=512, max_seq_len=args.seq_len,
         tie_embeddings=False,

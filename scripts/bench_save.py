@@ -1,10 +1,11 @@
 """
-What a checkpoint costs a step, beside torch.save of the same state: in turns, so that a busy machine slows all alike.
+The cost of a checkpoint to a step, beside torch.save of the same state: in turns, so that a busy machine slows all alike.
 
     python scripts/bench_save.py --megabytes 500 --processes 2 --turns 5
 
-stall: what a step waits for where the checkpoint is written in the background. save: until it is there, flushed and
-hashed, and in the background read back. torch.save writes the same tensors from one process, neither flushed nor hashed; flushed: with fsync.
+stall: the wait of a step if the checkpoint is written in the background. save: the time until it is complete, flushed and
+hashed, and in the background read back. torch.save writes the same tensors from one process, neither flushed nor hashed;
+flushed: with fsync.
 """
 
 from __future__ import annotations

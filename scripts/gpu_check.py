@@ -176,7 +176,7 @@ def check_attention(target: Target) -> Found:
 
     At 2 rows, 8 heads and 2048 places all the scores in bfloat16 are 128 MiB, and plain math keeps at least those for its
     backward. A fused kernel needs about 30 MiB for tensors of the queries' size (4 MiB each) and 24 MiB for a mask as it
-    wants it. The bound lies between the two.
+    wants it. The bound is between the two.
     """
     said, fine, bound = [], True, 96 * 2**20
     for keys, masked in ((8, False), (2, False), (8, True), (2, True)):

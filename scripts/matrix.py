@@ -61,7 +61,7 @@ PAGE = ROOT / "docs" / "matrix.md"
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a cell: what was measured, or the error that it ended with."""
+    """The result of a cell: its measurements, or the error that it ended with."""
 
     cell: str
     commit: str
@@ -75,7 +75,7 @@ class Result:
 
 
 def results() -> dict[str, Result]:
-    """By cell; the last one of a cell counts."""
+    """Return the results by cell; the last one of a cell counts."""
     found = {}
     for line in RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []:
         fields = json.loads(line)
@@ -89,11 +89,11 @@ def results() -> dict[str, Result]:
 
 
 def run(todo: list[Cell], limit_seconds: float) -> None:
-    """Each cell, its result appended to the file, a line on the console."""
+    """Run each cell, append its result to the file, and print a line."""
     RESULTS.parent.mkdir(exist_ok=True)
     console = os.fdopen(os.dup(1), "w", buffering=1)
     log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)  # what the processes say, which have these from here
+    os.dup2(log, 1)  # the processes inherit these for their output
     os.dup2(log, 2)
     commit, worlds = _commit(), Worlds()
     start, cost, done = time.monotonic(), sum(cell.cost for cell in todo), 0.0
@@ -105,7 +105,7 @@ def run(todo: list[Cell], limit_seconds: float) -> None:
                 break
             result = one(bench, cell, commit)
             if result.error:
-                worlds.close()  # others may still wait for the one that failed
+                worlds.close()  # others may still wait for the failed one
             file.write(json.dumps(dataclasses.asdict(result)) + "\n")
             file.flush()
             done += cell.cost
@@ -120,7 +120,7 @@ def one(bench: Bench, cell: Cell, commit: str) -> Result:
     measured = error = None
     try:
         measured = bench.run(cell)
-    except Exception:  # also of a process that died: a result like others, and the next cell's turn
+    except Exception:  # a process that died is a result like others; the next cell follows
         error = traceback.format_exc()
     date = datetime.date.today().isoformat()
     return Result(str(cell), commit, date, round(time.monotonic() - start, 1), measured, error)
@@ -206,12 +206,12 @@ only."""
 
 
 def _table(group: str, found: dict[str, Result], reasons: dict[Cell, list[str]], numbers: dict[str, int]) -> str:
-    """A row for each layout and family; for each layout where there are few columns."""
+    """Return a table with a row for each layout and family; only for each layout if there are few columns."""
     mine = [cell for cell in reasons if cell.layout in GROUPS[group] and cell.dtype != "float16"]
     compiled = any(cell.compile for cell in mine)
 
     def place(cell: Cell) -> tuple[str, str]:
-        """Row and column."""
+        """Return the row and the column of a cell."""
         if compiled:
             return f"{cell.layout} | {cell.family}", cell.dtype + ", compiled" * cell.compile
         return cell.layout, f"{cell.dtype}, {cell.family}"
@@ -230,7 +230,7 @@ def _table(group: str, found: dict[str, Result], reasons: dict[Cell, list[str]],
 
 
 def _entry(row: list[Cell], found: dict[str, Result], reasons: dict[Cell, list[str]], numbers: dict[str, int]) -> str:
-    """The cells that differ in checkpointing alone."""
+    """Return the entry of cells that differ only in checkpointing."""
     row = [cell for cell in row if cell.compile or cell.checkpointing != "budget"]
     can = [cell for cell in row if not reasons[cell]]
     said = ""

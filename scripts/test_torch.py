@@ -1,12 +1,12 @@
 """
-Try another version of torch: an environment of its own, and what depends most on torch, in some minutes.
+Test another version of torch, in an environment of its own: the parts that depend most on torch, in some minutes.
 
-    make test-torch VERSION=2.11.0              in .venv-torch-2.11.0, which is made where it is not there
+    make test-torch VERSION=2.11.0              in .venv-torch-2.11.0, which is made if missing
     make test-torch VERSION=2.11.0 PARTS="layouts compile"
-    make test-torch TORCH_ENV=DIR               in an environment that is there, with the packages of constraints.txt
+    make test-torch TORCH_ENV=DIR               in an existing environment, with the packages of constraints.txt
 
-Ends with one line a part and with the table's row for docs/SETUP.md; 1 where a part failed. What each part said is in
-build/test-torch/VERSION/. Python's standard library alone.
+Prints one line a part and the table's row for docs/SETUP.md. Exit code 1 if a part failed. The output of each part is in
+build/test-torch/VERSION/. Uses only Python's standard library.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SHORT = ("--train.steps", "20", "--optim.warmup_steps", "5", "--train.sample_tok
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one part: `said` is its line in the summary."""
+    """The result of one part: `said` is its line in the summary."""
 
     fine: bool
     said: str
@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def environment(version: str | None) -> Path:
-    """The Python of TORCH_ENV, or of an environment that is made, if it is not there, with this version of torch."""
+    """Return the Python of TORCH_ENV, or of an environment with this version of torch, made if missing."""
     there = os.environ.get("TORCH_ENV")
     if there:
         python = Path(there).absolute() / "bin" / "python"
@@ -82,7 +82,7 @@ def environment(version: str | None) -> Path:
             sys.exit(f"test-torch: TORCH_ENV is {there}, and there is no {python}")
         return python
     if version is None:
-        sys.exit("test-torch: say which torch: make test-torch VERSION=2.11.0, or TORCH_ENV=DIR")
+        sys.exit("test-torch: set the version of torch: make test-torch VERSION=2.11.0, or TORCH_ENV=DIR")
     folder = ROOT / f".venv-torch-{version}"
     if not (folder / "installed").exists():
         settings = {"VENV": str(folder), "TORCH_VERSION": version, "PYTHON": os.environ.get("PYTHON") or sys.executable}
@@ -97,7 +97,7 @@ def output(python: Path, code: str) -> str:
 
 
 def call(python: Path, arguments: list[str], log: Path) -> tuple[int, str]:
-    """Exit code and output, which is added to `log`; shoal is the one of this folder."""
+    """Run a command with this folder's shoal. Return its exit code and output, which is added to `log`."""
     ours = {"PYTHONPATH": str(ROOT / "src"), "OMP_WAIT_POLICY": "PASSIVE", "TEST_PATIENCE_SECONDS": "600"}
     with log.open("a+", encoding="utf-8", errors="replace") as file:
         start = file.seek(0, os.SEEK_END)
@@ -128,7 +128,7 @@ def tests(part: str, python: Path, folder: Path) -> Outcome:
 
 
 def quickstart(python: Path, folder: Path) -> Outcome:
-    """Its first 20 steps on two processes, a resume with FSDP2, text, an export; and every warning."""
+    """Run its first 20 steps on two processes, a resume with FSDP2, text, an export; count warnings."""
     log, place = folder / "quickstart.log", folder / "quickstart"
     log.unlink(missing_ok=True)
     shutil.rmtree(place, ignore_errors=True)

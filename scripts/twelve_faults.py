@@ -1,9 +1,9 @@
 """
-One run that lives through twelve faults, and another that nothing disturbs: the same weights, and their losses in one picture.
+One run that survives twelve faults, and an undisturbed one: the same weights, and their losses in one picture.
 
     python scripts/twelve_faults.py --picture docs/pictures/twelve-faults.svg
 
-Needs shoal[plots]. Prints what happened, as a table.
+Needs shoal[plots]. Prints a table of the events.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ launch: {{hang_seconds: 5, timeout_seconds: 60, threads: 1}}
 
 @dataclass(frozen=True)
 class Blow:
-    """A fault, when, and in words; those that end the workers begin a life."""
+    """A fault, its step, and its words; a fault that ends the workers begins a life."""
 
     words: str
     step: int
@@ -65,7 +65,7 @@ FIRST = (
     Blow("all connections cut", 112, "data", 0, "cut"),
     Blow("the loader hangs", 130, "read", 1, "hang"),
     Blow("power cut: newest checkpoint torn", 150, "retention", 0, "tear"),
-    Blow("SIGTERM: asked to stop; goes on with three processes", 175, "forward", 1, "term"),
+    Blow("SIGTERM: asked to stop; resumes with three processes", 175, "forward", 1, "term"),
 )
 SECOND = (
     Blow("a bit of a weight flips", 200, "optimizer", 1, "flip", ends=False),
@@ -86,7 +86,7 @@ def plan_of(blows: tuple[Blow, ...]) -> str:
 
 
 class Watcher:
-    """How far a run is, twice a second: (seconds since the beginning, step)."""
+    """Record a run's progress twice a second: (seconds since the beginning, step)."""
 
     def __init__(self, metrics: Path) -> None:
         self.seen: list[tuple[float, int]] = []
@@ -105,21 +105,21 @@ class Watcher:
 
 
 def train(folder: Path, name: str, processes: int, blows: tuple[Blow, ...] = ()) -> int:
-    """The exit code."""
+    """Return the exit code."""
     command = [sys.executable, "-m", "shoal", "train", "recipe.yaml", "--name", name, "--processes", str(processes)]
     done = subprocess.run(command, cwd=folder, env=os.environ | {PLAN: plan_of(blows)}, check=False)
     return done.returncode
 
 
 def draw(folder: Path, watched: dict[str, Watcher], picture: Path) -> None:
-    """Losses over steps, one on the other, with a mark for each fault; below, steps over the time that they took."""
+    """Draw both losses over steps, with a mark for each fault; below, steps over time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 7.4), layout="constrained")
     above, below, text = figure.subplots(3, 1, height_ratios=[3.2, 2.4, 1.4])
     styles: dict[str, dict[str, Any]] = {
-        "clean": {"color": "#9ecae1", "linewidth": 5.0, "label": "nothing disturbed it"},
-        "faults": {"color": "#a50f15", "linewidth": 1.1, "label": "it lived through these faults"},
+        "clean": {"color": "#9ecae1", "linewidth": 5.0, "label": "undisturbed"},
+        "faults": {"color": "#a50f15", "linewidth": 1.1, "label": "with these faults"},
     }
     for name, style in styles.items():
         records = [r for r in read_json_lines(folder / "runs" / name / "metrics.jsonl") if "loss" in r]
