@@ -1,4 +1,4 @@
-"""docs/LEARN.md and recipes/learn: a chapter for each recipe, in their order; what is shown is what happens."""
+"""docs/LEARN.md and recipes/learn: a chapter for each recipe, in order; shown output is real output."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TABLE = runpy.run_path(str(ROOT / "scripts" / "learn_table.py"), run_name="learn
 
 
 def refused() -> list[tuple[str, str]]:
-    """(command, what it answers) of each refusal that is shown: the last command before it is the one."""
+    """Return (command, its message) of each rejection on the page; the last command before it caused it."""
     found = []
     for block in re.finditer(r"^```\n(shoal: [^\n]* in the config\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
         *_, command = re.findall(r"`(shoal train [^`]+)`", PAGE[: block.start()])
@@ -101,7 +101,7 @@ def test_the_refusals_are_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("name", TABLE["TABLES"])
 def test_each_table_has_its_rows_and_the_bytes_of_its_formula(name: str) -> None:
-    """What was sent is what the formula says, and at most 4% more: headers, and a few numbers."""
+    """Sent bytes equal the formula, plus at most 4%: headers, and a few numbers."""
     lines = PAGE.partition(f"<!-- table: {name} begin -->")[2].partition(f"<!-- table: {name} end -->")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][2:]
     keys = TABLE["TABLES"][name]
@@ -146,7 +146,7 @@ def test_plain_torch_has_the_same_losses(
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_each_recipe_trains(recipe: Path, tmp_path: Path) -> None:
-    """A few steps of it, with the first loss of all: that of one device (bfloat16: nearly)."""
+    """Run a few steps; the first loss is that of one device (bfloat16: nearly)."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     place = Place(tmp_path)
     few = ["--train.steps=2", "--optim.warmup_steps=1", "--train.sample_tokens=5"]
