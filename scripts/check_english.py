@@ -183,15 +183,16 @@ def findings(found: Sequence[Text]) -> Iterator[tuple[Text, int, str, str]]:
 
 
 def sentences(found: Sequence[Text]) -> list[tuple[Text, int, str]]:
-    """Return (text, line, sentence) of pages, docstrings and messages: four words or more."""
+    """Return (text, line, sentence) of pages, docstrings and messages, of four words or more."""
     drawn = []
     for text in found:
         if text.kind == "comment" or (text.kind == "message" and "tests" in text.path.parts):
             continue
         words = _FENCE.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text.words) if text.kind == "page" else text.words
         for match in re.finditer(r"(?:[^.!?|\n]|[.!?](?!\s)|\n(?!\s*\n|\s*[-#|>]))+[.!?]?", words):
-            sentence = " ".join(match[0].strip(" -#>*\n").split())
-            if len(re.findall(r"[A-Za-z]{2,}", sentence)) >= 4:
+            sentence = " ".join(match[0].replace("**", "").strip(" -#>\n").split())
+            whole = text.kind == "message" or sentence.endswith((".", "!", "?"))  # else a cell, a heading or a command
+            if whole and len(re.findall(r"[A-Za-z]{2,}", sentence)) >= 4:
                 at = match.start() + len(match[0]) - len(match[0].lstrip())
                 drawn.append((text, text.line_at(at), sentence))
     return drawn
