@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,6 @@ def test_sentences_are_drawn_by_their_seed() -> None:
     assert drawn(1) == drawn(1) != drawn(2)
     for line in drawn(1):
         path, number, sentence = line.split(":", 2)
-        [first_word, *_] = sentence.partition("] ")[2].split()
+        [first_word, *_] = re.findall(r"[A-Za-z]{2,}", sentence.partition("] ")[2])
         near = (ROOT / path).read_text(encoding="utf-8").splitlines()[int(number) - 1 : int(number) + 5]
-        assert any(first_word.strip("`*|") in text for text in near), line
+        assert any(first_word in text for text in near), line
