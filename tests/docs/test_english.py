@@ -82,5 +82,5 @@ def test_sentences_are_drawn_by_their_seed() -> None:
     for line in drawn(1):
         path, number, sentence = line.split(":", 2)
         [first_word, *_] = re.findall(r"[A-Za-z]{2,}", sentence.partition("] ")[2])
-        near = (ROOT / path).read_text(encoding="utf-8").splitlines()[int(number) - 1 : int(number) + 5]
+        near = (ROOT / path).read_text(encoding="utf-8").splitlines()[max(0, int(number) - 5) : int(number) + 5]
         assert any(first_word in text for text in near), line
