@@ -42,10 +42,10 @@ PHRASES: dict[str, str] = {
     r"(?:leave|leaves|leaving|left) (?:it |them |this |that )?out": "skip, omit",
     r"makes? of": "name the action",
     r"(?:come|comes|coming|came) to": "reach, total, become",
-    r"as (?:it|they) (?:is|are|was|were)(?=[.,;:)]|$|\s+(?:and|or|in|on|with)\b)": "unchanged",
+    r"(?<!long\x20)as (?:it|they) (?:is|are|was|were)(?=[.,;:)]|$|\s+(?:and|or|in|on|with)\b)": "unchanged",
     r"lies|lain": "is",
     r"stands|stood(?! for)": "is, remains",
-    r"(?:is|are|was|were|be|been) said|(?<!\w)said (?:so|once|of|in)": "report, print, state",
+    r"(?:is|are|was|were|be|been) said|(?<!\w)said (?:so|once|of)": "report, print, state",
     r"for want of": "for lack of, without",
     r"Raises? (?:\S+ ){1,4}where|(?:None|True|False|null|nothing|0) where": "if",
     r"where (?:there (?:is|are|was|were)|(?:no|nothing|none|neither|one)\b(?! (?:else|of)\b)|(?:it|they) (?:is|are|was|were) (?:not|no|none|set|given|known|"
