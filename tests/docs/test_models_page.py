@@ -1,4 +1,4 @@
-"""docs/MODELS.md, followed: the part that needs no hub, as a newcomer does it."""
+"""The part of docs/MODELS.md that needs no hub, run as a newcomer runs it."""
 
 from __future__ import annotations
 
