@@ -1,4 +1,4 @@
-"""Axes, ranks and groups by their definition; which layouts a number of processes can have."""
+"""Axes, ranks and groups against their definitions, and the layouts of a number of processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES = list(itertools.product((1, 2), (1, 3), (1, 2), (1, 2), (1, 2)))
 def test_ranks_and_coordinates_are_each_others_inverse(sizes: tuple[int, ...]) -> None:
     layout = Layout(*sizes)
     places = [tuple(layout.coordinates(rank).values()) for rank in range(layout.world_size)]
-    # the last axis's neighbours have neighbouring ranks: the places come in lexical order
+    # neighbors along the last axis have adjacent ranks: coordinates come in lexical order
     assert places == list(itertools.product(*map(range, sizes)))
     assert [layout.rank(**layout.coordinates(rank)) for rank in range(layout.world_size)] == list(
         range(layout.world_size)

@@ -1,4 +1,4 @@
-"""Every rule: what it says, and that what it says would do does."""
+"""Every rule: its message, and that its advice works."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ RULES: list[tuple[str, int, dict[str, Any], set[str]]] = [
 
 
 def _advice(text: str) -> list[tuple[str, str]]:
-    """(option, value) of each way out that a sentence offers: "set a.b to 1 or 2, or c.d to e"; "remove a.b"."""
+    """Return (option, value) of each suggestion in a sentence: "set a.b to 1 or 2, or c.d to e"; "remove a.b"."""
     _, _, ways = text.partition("; ")
     found = []
     for option, values in re.findall(r"(\w+\.\w+) (?:to|may be) ([\w.-]+(?: or [\w.-]+(?!\.))*)", ways):
