@@ -48,7 +48,7 @@ RULES: list[tuple[str, int, dict[str, Any], set[str]]] = [
     ("needs the compiler", 1, {"train__activation_checkpointing": "budget"}, {"train.activation_checkpointing", "train.compile"}),
     ("has no effect", 1, {"train__activation_budget": 0.3, "train__activation_checkpointing": "full"}, {"train.activation_checkpointing", "train.activation_budget"}),
     ("has no effect", 1, {"optim__muon_momentum": 0.5}, {"optim.name", "optim.muon_momentum"}),
-    ("for CUDA", 1, {"train__dtype": "float16", "train__device": "cpu"}, {"train.dtype", "train.device"}),
+    ("needs CUDA", 1, {"train__dtype": "float16", "train__device": "cpu"}, {"train.dtype", "train.device"}),
     ("into the stages", 2, {"model__family": "hf", "parallel__pp": 2}, {"model.family", "parallel.pp"}),
     ("its own attention", 2, {"model__family": "hf", "parallel__cp": 2}, {"model.family", "parallel.cp"}),
     ("separate matrices", 1, {"model__family": "hf", "optim__name": "muon"}, {"model.family", "optim.name"}),

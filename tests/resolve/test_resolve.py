@@ -114,7 +114,10 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
         ({"train": {"steps": 1, "epochs": 2}}, "train.steps and train.epochs are both set"),
         ({"train": {"steps": 1}, "data": {"seq_len": 4096}}, "exceeds model.max_seq_len"),
         ({"train": {"steps": 1}, "data": {"corpus": "text"}}, "set data.paths"),
-        ({"train": {"steps": 1}, "data": {"corpus": "text", "paths": ["nowhere.txt"]}}, "data.paths does not exist: nowhere.txt"),
+        (
+            {"train": {"steps": 1}, "data": {"corpus": "text", "paths": ["nowhere.txt"]}},
+            "data.paths does not exist: nowhere.txt",
+        ),
         ({"train": {"steps": 1}, "data": {"tokenizer": "nowhere.json"}}, "data.tokenizer nowhere.json was not found"),
         ({"train": {"steps": 1}, "model": {"vocab_size": 1000}}, "smaller than the tokenizer's 4096"),
         ({"train": {"steps": True}}, "train.steps must be an integer"),
