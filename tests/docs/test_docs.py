@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from shoal.cli import build_parser, read_overrides
+from shoal.commands.flags import read_overrides
+from shoal.commands.parser import build_parser
 from shoal.config.options import SECTIONS, options
 from shoal.resolve.resolve import resolve
 from tests.cli.commands import Place

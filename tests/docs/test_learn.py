@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from shoal.cli import build_parser, read_overrides
+from shoal.commands.flags import read_overrides
+from shoal.commands.parser import build_parser
 from shoal.config.layout import Layout, find_layout
 from shoal.config.options import Config
 from shoal.errors import ConfigError

@@ -85,8 +85,8 @@ def test_a_home_is_meant_where_no_shell_says_so(scene: Scene, place: Place) -> N
     assert (place.folder / "person" / "tiny" / "config.json").is_file()
     assert not (place.folder / "~").exists()
     message = place.refused(*FETCH, "--to=~nosuchuser/tiny", **environment)
-    assert "there is no ~nosuchuser/tiny" in message
-    assert "Set --to to a folder" in message
+    assert "cannot find ~nosuchuser/tiny" in message
+    assert "Set --to to a writable folder" in message
 
 
 def on_a_terminal(place: Place, scene: Scene) -> str:

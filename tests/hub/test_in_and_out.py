@@ -21,7 +21,8 @@ from shoal.models.build import build_model, materialize
 from shoal.models.family import LanguageModel
 from shoal.resolve.resolve import resolve
 from shoal.training.assemble import folder_weights
-from shoal.training.loop import Run
+from shoal.training.loop import take_step
+from shoal.training.run import Run
 from shoal.training.step import train_step
 from tests.hub import small
 from tests.parallel.layouts import ALONE, NeverStop, mesh_for
@@ -84,7 +85,7 @@ def batches_and_losses(mesh: Mesh, config: Config) -> list[tuple[list[tuple[torc
         batches = run.loader.next_step()
         stats = train_step(run.runnable, run.state, batches, step=run.state.step + 1, lr=config.optim.lr, clip_norm=1.0)
         run.state.step += 1
-        loss, tokens, *_ = stats.numbers.tolist()
+        loss, tokens, *_ = stats.read()
         seen.append(([(b.tokens, b.labels) for b in batches], loss / tokens))
     assert run.saving.finish(run.state, None).ok
     run.close()
@@ -195,7 +196,7 @@ def test_a_model_that_came_from_nowhere_opens_too(tmp_path: Path) -> None:
             metrics=Metrics(peak_tflops=1.0), launch=Launch(runs=str(tmp_path), name=f"own{number}"),
         )  # fmt: skip
         run = Run.open(config, ALONE, NeverStop())
-        run._step()
+        take_step(run)
         assert run.saving.finish(run.state, None).ok
         run.close()
         tokens = torch.randint(0, 300, (1, 30), generator=torch.Generator().manual_seed(2))

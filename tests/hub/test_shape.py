@@ -190,10 +190,10 @@ def damaged(folder: Path, target: Path, change: Any) -> Path:
         (lambda t: t.pop("model.norm.weight"), "has no weight model.norm.weight"),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(47)}),
-            r"is \[47\], and by config.json it would be \[48\]",
+            r"has shape \[47\], but config.json implies \[48\]",
         ),
         (lambda t: t.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}), "is I8; weights are read from"),
-        (lambda t: t.update({"model.adapter.weight": torch.zeros(4)}), "no place for: model.adapter.weight"),
+        (lambda t: t.update({"model.adapter.weight": torch.zeros(4)}), "does not use: model.adapter.weight"),
         (lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}), ""),
     ],
     ids=["missing", "shape", "dtype", "name", "computed"],
@@ -216,7 +216,7 @@ def test_a_tied_head_is_the_embedding_or_refused(tmp_path: Path) -> None:
     same = damaged(folder, tmp_path / "same", lambda t: t.update({"lm_head.weight": t[embed].clone()}))
     folder_weights(model, str(same))
     other = damaged(folder, tmp_path / "other", lambda t: t.update({"lm_head.weight": t[embed] + 1}))
-    with pytest.raises(ModelError, match=r"lm_head.weight is not model.embed_tokens.weight"):
+    with pytest.raises(ModelError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
         folder_weights(model, str(other))
 
 

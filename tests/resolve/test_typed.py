@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from shoal.bench.speed import DEFAULT
-from shoal.cli import build_parser, read_overrides
+from shoal.commands.flags import read_overrides
+from shoal.commands.parser import build_parser
 from shoal.config.options import Model, options
 from shoal.config.presets import resolve_shape
 from shoal.data.prepare import prepare
@@ -278,7 +279,7 @@ def test_the_amounts_of_a_config(tmp_path: Path) -> None:
     after = dict(line.split(": ", 1) for line in amounts(config))
     assert after["steps"] == f"{steps:,}"
     assert steps == count_steps(config.train, 32, rows)
-    assert after["tokens"] == f"512 a step, {512 * steps:,} in all"
+    assert after["tokens"] == f"512 per step, {512 * steps:,} in total"
     assert float(after["epochs"]) == pytest.approx(steps * 16 / rows, rel=5e-3)
     assert "dp_shard 2" in after["memory"]
     assert float(after["memory"].split()[0]) == pytest.approx(16 * parameters / 2 / 1e6, abs=0.05)

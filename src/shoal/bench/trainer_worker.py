@@ -1,7 +1,7 @@
 """
-One timed run of transformers.Trainer: `python -m shoal.bench.trainer_worker CONFIG ANSWER`.
+Times one run of transformers.Trainer: `python -m shoal.bench.trainer_worker CONFIG ANSWER`.
 
-The same architecture, batch, sequence, threads and dtype as shoal's; the rest as a person would write it.
+Architecture, batch, sequence length, threads and dtype are as in shoal's run; everything else is usual practice.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from shoal.run.console import Console
 
 
 def main(recipe: Path, answer: Path) -> None:
-    """Train a model of `recipe`'s shape on random tokens; write what the steps took."""
+    """Train a model of `recipe`'s shape on random tokens; write the step times."""
     config = read_back(recipe)
     train, threads = config.train, config.launch.threads
     if threads:
@@ -74,7 +74,7 @@ def peer_config(model: Model, vocab_size: int) -> PretrainedConfig:
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Random tokens: what they are costs nothing to look up and changes no speed."""
+    """Random tokens: free to look up, and as fast to train on as any others."""
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         rows = (config.train.steps or 12) * config.train.global_batch
@@ -90,7 +90,7 @@ class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 class _Clock(TrainerCallback):
-    """Seconds from the end of a step to the end of the next."""
+    """Measures the seconds from the end of one step to the end of the next."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

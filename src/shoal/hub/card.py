@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Protocol
 
 from shoal.config.options import Config
 from shoal.hub.find import could_be_on_a_hub
@@ -22,6 +22,30 @@ _CORPORA = {
 }
 
 
+class TrainingLoss(Protocol):
+    """The loss of a training step, as `metrics.jsonl` records it."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def loss(self) -> float: ...
+
+
+class HeldOutLoss(Protocol):
+    """The loss on held-out text, as `metrics.jsonl` records it."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def val_loss(self) -> float: ...
+    @property
+    def val_bits_per_byte(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class Facts:
     """The content of a card beside the config."""
@@ -33,7 +57,8 @@ class Facts:
     step: int
     tokens: int
     license: str | None
-    metrics: Sequence[Mapping[str, Any]]  # metrics.jsonl
+    steps: Sequence[TrainingLoss]  # of metrics.jsonl
+    evaluations: Sequence[HeldOutLoss]
     version: str  # of shoal
 
 
@@ -97,14 +122,13 @@ def _text(config: Config, facts: Facts) -> list[str]:
 
 def _curve(facts: Facts) -> list[str]:
     """Return a table of training and validation loss at evenly chosen steps."""
-    records = [r for r in facts.metrics if r["step"] <= facts.step]
-    losses = {int(r["step"]): r for r in records if "loss" in r}
-    held_out = {int(r["step"]): r for r in records if "val_loss" in r}
+    losses = {r.step: r for r in facts.steps if r.step <= facts.step}
+    held_out = {r.step: r for r in facts.evaluations if r.step <= facts.step}
     if not losses and not held_out:
         return []
     chosen = sorted({*_evenly(sorted(losses)), *_evenly(sorted(held_out))})
     rows = [
-        f"| {step:,} | {losses.get(step, held_out.get(step, {}))['tokens']:,} | {_number(losses.get(step), 'loss')} "
+        f"| {step:,} | {(losses.get(step) or held_out[step]).tokens:,} | {_number(losses.get(step), 'loss')} "
         f"| {_number(held_out.get(step), 'val_loss')} | {_number(held_out.get(step), 'val_bits_per_byte')} |"
         for step in chosen
     ]
@@ -119,5 +143,5 @@ def _evenly(steps: Sequence[int]) -> list[int]:
     return [steps[round(i * (len(steps) - 1) / (CURVE_POINTS - 1))] for i in range(CURVE_POINTS)]
 
 
-def _number(record: Mapping[str, Any] | None, key: str) -> str:
-    return f"{record[key]:.4f}" if record else ""
+def _number(record: TrainingLoss | HeldOutLoss | None, key: str) -> str:
+    return f"{getattr(record, key):.4f}" if record else ""

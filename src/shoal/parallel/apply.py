@@ -21,7 +21,6 @@ from shoal.config.schedules import V_SHAPED, stages_per_rank
 from shoal.data.loader import Batch
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Region, Shard
-from shoal.metrics.meter import Phases
 from shoal.models.build import Fill
 from shoal.models.family import LanguageModel
 from shoal.parallel import context, pipeline, tensor
@@ -31,6 +30,7 @@ from shoal.parallel.recompute import Compiled, checkpointed, compile_forward, se
 from shoal.parallel.reduce import GradientReducer, Gradients
 from shoal.parallel.tree import Leaves
 from shoal.parallel.vocab_loss import vocab_parallel_cross_entropy_sum
+from shoal.run.phases import Phases
 from shoal.system.torch_private import require, torch_version
 
 Loss = Callable[[LanguageModel, Tensor, Tensor, Tensor | float], Tensor]  # (part, hidden, labels, scale) -> 0-d
