@@ -1,4 +1,4 @@
-"""Fetching from a hub that is served here: whole or not at all, once, and gone on with after every interruption."""
+"""Fetches from a local hub: complete or not at all, once, and resumed after every interruption."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_force_brings_what_is_new_while_the_old_one_is_read(scene: Scene) -> Non
         start = reader.read(1000)
         fetch_model(NAME, force=True)
         assert start + reader.read() == old
-    assert seen == [True]  # until the new one was whole
+    assert seen == [True]  # until the new one was complete
     assert (scene.folder / "model.safetensors").read_bytes() == new
     record = load_record(scene.folder)
     assert record is not None
@@ -171,7 +171,7 @@ def test_after_a_new_commit_no_file_is_of_both(scene: Scene) -> None:
 
 
 def test_only_one_of_several_fetches(scene: Scene) -> None:
-    """The second asks while the first is in the middle, and says that it waits."""
+    """Start a second fetch in the middle of the first; it reports that it waits."""
     waits = threading.Event()
     said: list[str] = []
 
@@ -252,7 +252,7 @@ def test_what_a_person_put_beside_a_fetched_model_is_not_lost(scene: Scene) -> N
     fetch_model(NAME, force=True)
 
 
-# --- what is refused -------------------------------------------------------------------------------------
+# --- rejected -------------------------------------------------------------------------------------
 
 
 def refused(pattern: str, name: str = NAME, **options: Any) -> str:

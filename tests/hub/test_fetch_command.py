@@ -1,4 +1,4 @@
-"""`shoal fetch` as processes: killed, two at once, and what a person sees."""
+"""`shoal fetch` as processes: killed, run twice at once, and its output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(scene: Scene, place: P
     tick = threading.Event()
 
     def kill(file: str) -> None:
-        """When some of the weights are on the disk."""
+        """Wait until some of the weights are on disk."""
         if file == "model.safetensors":
             while not any(part.stat().st_size for part in scene.partial.glob(".*.part")):
                 tick.wait(0.01)
@@ -42,7 +42,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(scene: Scene, place: P
     scene.hub.asked.clear()
     code, output = place.run(*FETCH, **scene.environment())
     assert code == 0, output
-    first, *rest = scene.hub.asked  # not what came before
+    first, *rest = scene.hub.asked  # without earlier files
     assert re.fullmatch("model.safetensors from [1-9][0-9]*", first)
     assert rest == ["tokenizer.json from 0"]
     assert scene.there()["model.safetensors"] == scene.repository.files["model.safetensors"]
@@ -65,7 +65,7 @@ def test_of_two_at_once_one_fetches(scene: Scene, place: Place) -> None:
 
 
 def test_what_a_person_sees(scene: Scene, place: Place) -> None:
-    """Two lines in a log; on a terminal a bar too."""
+    """Expect two lines in a log, and a progress bar on a terminal."""
     code, output = place.run(*FETCH, "--to", "elsewhere/tiny", **scene.environment())
     assert code == 0
     assert output.splitlines() == [

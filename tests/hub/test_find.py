@@ -1,4 +1,4 @@
-"""Where models are looked for, and what is said of one that is nowhere."""
+"""The places where models are found, and the message for one that is missing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_cache_of_hugging_face(home: Path, monkeypatch: pytest.MonkeyPatch, 
     snapshot = make(cached / "snapshots" / "abc")
     assert find_model("org/tiny") == snapshot
     refused("org/tinny", "Did you mean org/tiny\\?")
-    (snapshot / "model.safetensors").unlink()  # only a tokenizer was taken from it
+    (snapshot / "model.safetensors").unlink()  # a snapshot of the tokenizer alone
     refused("org/tiny", "shoal fetch model org/tiny")
     (cached / "refs" / "main").write_text("../../../..")
     refused("org/tiny", "shoal fetch model org/tiny")

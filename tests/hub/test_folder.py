@@ -1,4 +1,4 @@
-"""Opening a folder of weights: what the safetensors library wrote is read back, and every kind of damage is named."""
+"""Folders of weights: what the safetensors library wrote is read back, and all damage is reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TENSORS = {
 
 
 def make_folder(folder: Path, shards: int = 1) -> Path:
-    """A model as other programs write it: one file, or shards and an index."""
+    """Write a model as other programs do: one file, or shards and an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     if shards == 1:
@@ -94,7 +94,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 
 def test_what_the_safetensors_library_refuses_is_refused_and_nothing_else(tmp_path: Path) -> None:
-    """One byte of the header altered, at random; either reader may open it only if the other does."""
+    """Alter a random byte of the header; both readers accept it, or both reject it."""
     whole = (make_folder(tmp_path) / SINGLE).read_bytes()
     header_bytes = 8 + int.from_bytes(whole[:8], "little")
     draw = random.Random(0)

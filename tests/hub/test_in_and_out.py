@@ -1,4 +1,4 @@
-"""Weights in from transformers, trained in a layout, out again: judged by transformers at every door."""
+"""Weights imported, trained in a layout and exported, each compared with transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def config_of(folder: Path, work: Path, name: str, **parallel: Any) -> Config:
-    """As a person would write it: `model.from`, and what to train on."""
+    """Resolve a typical config: `model.from`, and what to train on."""
     config = resolve(
         None,
         [
@@ -69,7 +69,7 @@ def test_logits_are_those_of_transformers(folders: dict[str, Path], tmp_path: Pa
         model = ours(folder, config)
         found = model.logits(model(tokens))
         assert (found - expected).abs().max() < 1e-5  # of logits of about 2
-        # In bfloat16 nobody is right: ours are as near to float32's as theirs are.
+        # In bfloat16 neither is exact: ours are as close to float32's as theirs.
         theirs16 = small.load(folder, torch.bfloat16)(tokens).logits.float()
         model16 = ours(folder, config, torch.bfloat16)
         ours16 = model16.logits(model16(tokens)).float()
@@ -78,7 +78,7 @@ def test_logits_are_those_of_transformers(folders: dict[str, Path], tmp_path: Pa
 
 
 def batches_and_losses(mesh: Mesh, config: Config) -> list[tuple[list[tuple[torch.Tensor, torch.Tensor]], float]]:
-    """Each step's (tokens, labels) and the mean loss it had, of a run that saves at its end."""
+    """Return each step's (tokens, labels) and mean loss, of a run that saves at its end."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     seen = []
     for _ in range(STEPS):
@@ -93,7 +93,7 @@ def batches_and_losses(mesh: Mesh, config: Config) -> list[tuple[list[tuple[torc
 
 
 def plain_loop(model: Any, steps: list[Any], config: Config) -> Iterator[float]:
-    """Training as a page of transformers' documentation has it, on the same batches."""
+    """Train as in transformers' documentation, on the same batches."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -163,7 +163,7 @@ def test_what_was_not_trained_comes_out_bit_for_bit(tmp_path: Path, kind: str, d
 
 
 def test_each_tensor_keeps_the_dtype_it_had(tmp_path: Path) -> None:
-    """Norms in float32 beside matrices in bfloat16, whatever config.json says."""
+    """Export norms in float32 beside matrices in bfloat16, whatever config.json says."""
     folder = small.save("llama", tmp_path / "in", dtype=torch.bfloat16, shard="5GB")
     tensors = load_file(folder / "model.safetensors")
     mixed = {n: torch.randn(t.shape) if "norm" in n else t for n, t in tensors.items()}
@@ -180,7 +180,7 @@ def test_each_tensor_keeps_the_dtype_it_had(tmp_path: Path) -> None:
 
 
 def test_a_model_that_came_from_nowhere_opens_too(tmp_path: Path) -> None:
-    """Our own shapes, with the tokenizer that was trained here: each the exact layout of a known family."""
+    """Export our own shapes, with our own tokenizer, in the exact layout of a known model type."""
     for number, shape in enumerate(
         (
             Model(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, tie_embeddings=True, rope_factor=4.0),

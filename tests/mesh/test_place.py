@@ -193,8 +193,8 @@ def test_a_worker_says_which_variables_were_used(
     ("section", "values", "words"),
     [
         ("launch", {"processes": 2}, "launch.processes is 2, but the launcher started 4 on this node"),
-        ("parallel", {"dp_replicate": 2}, "parallel.dp_replicate 2 needs 2 processes, launch.processes is 8"),
-        ("train", {"global_batch": 40, "micro_batch": 8}, "5 micro-batches, fewer than the 8 data-parallel processes"),
+        ("parallel", {"dp_replicate": 2}, "parallel.dp_replicate 2 needs 2 processes, but launch.processes is 8"),
+        ("train", {"global_batch": 40, "micro_batch": 8}, "5 micro-batches, fewer than the 8 data-parallel ranks"),
     ],
 )
 def test_a_worker_is_refused_what_its_launcher_contradicts(section: str, values: dict[str, int], words: str) -> None:

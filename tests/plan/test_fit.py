@@ -1,4 +1,4 @@
-"""Memory that ran out: real errors are known for what they are, and what is advised is accepted."""
+"""Out of memory: real errors are recognized, and the advice is valid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every rule: what it says, and that what it says would do does."""
+"""Every rule: its message, and that its advice works."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ RULES: list[tuple[str, int, dict[str, Any], set[str]]] = [
     ("needs the compiler", 1, {"train__activation_checkpointing": "budget"}, {"train.activation_checkpointing", "train.compile"}),
     ("has no effect", 1, {"train__activation_budget": 0.3, "train__activation_checkpointing": "full"}, {"train.activation_checkpointing", "train.activation_budget"}),
     ("has no effect", 1, {"optim__muon_momentum": 0.5}, {"optim.name", "optim.muon_momentum"}),
-    ("for CUDA", 1, {"train__dtype": "float16", "train__device": "cpu"}, {"train.dtype", "train.device"}),
+    ("needs CUDA", 1, {"train__dtype": "float16", "train__device": "cpu"}, {"train.dtype", "train.device"}),
     ("into the stages", 2, {"model__family": "hf", "parallel__pp": 2}, {"model.family", "parallel.pp"}),
     ("its own attention", 2, {"model__family": "hf", "parallel__cp": 2}, {"model.family", "parallel.cp"}),
     ("separate matrices", 1, {"model__family": "hf", "optim__name": "muon"}, {"model.family", "optim.name"}),
@@ -59,7 +59,7 @@ RULES: list[tuple[str, int, dict[str, Any], set[str]]] = [
 
 
 def _advice(text: str) -> list[tuple[str, str]]:
-    """(option, value) of each way out that a sentence offers: "set a.b to 1 or 2, or c.d to e"; "remove a.b"."""
+    """Return (option, value) of each suggestion in a sentence: "set a.b to 1 or 2, or c.d to e"; "remove a.b"."""
     _, _, ways = text.partition("; ")
     found = []
     for option, values in re.findall(r"(\w+\.\w+) (?:to|may be) ([\w.-]+(?: or [\w.-]+(?!\.))*)", ways):

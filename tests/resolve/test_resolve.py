@@ -1,4 +1,4 @@
-"""Configs: every problem at once, each with its place and the way out."""
+"""Resolved configs: every problem at once, each with its source and a fix."""
 
 from __future__ import annotations
 
@@ -108,14 +108,17 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
         ),
         (
             {"train": {"steps": 1}, "launch": {"processes": 2}, "parallel": {"dp_replicate": 4}},
-            "needs 4 processes, launch.processes is 2",
+            "needs 4 processes, but launch.processes is 2",
         ),
         ({"train": {}}, "the length of the run is not set"),
         ({"train": {"steps": 1, "epochs": 2}}, "train.steps and train.epochs are both set"),
-        ({"train": {"steps": 1}, "data": {"seq_len": 4096}}, "longer than model.max_seq_len"),
-        ({"train": {"steps": 1}, "data": {"corpus": "text"}}, "needs data.paths"),
-        ({"train": {"steps": 1}, "data": {"corpus": "text", "paths": ["nowhere.txt"]}}, "there is no nowhere.txt"),
-        ({"train": {"steps": 1}, "data": {"tokenizer": "nowhere.json"}}, "there is no file nowhere.json"),
+        ({"train": {"steps": 1}, "data": {"seq_len": 4096}}, "exceeds model.max_seq_len"),
+        ({"train": {"steps": 1}, "data": {"corpus": "text"}}, "set data.paths"),
+        (
+            {"train": {"steps": 1}, "data": {"corpus": "text", "paths": ["nowhere.txt"]}},
+            "data.paths does not exist: nowhere.txt",
+        ),
+        ({"train": {"steps": 1}, "data": {"tokenizer": "nowhere.json"}}, "data.tokenizer nowhere.json was not found"),
         ({"train": {"steps": 1}, "model": {"vocab_size": 1000}}, "smaller than the tokenizer's 4096"),
         ({"train": {"steps": True}}, "train.steps must be an integer"),
         ({"train": {"steps": 1}, "optim": {"lr": ".inf"}}, "optim.lr must be a number above 0"),

@@ -12,7 +12,7 @@ TYPE_WORDS: Final[dict[Any, str]] = {
     int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "an object", list: "a list of texts",
     tuple[str, ...]: "a list of texts",
 }  # fmt: skip
-_BOUND_WORDS: Final = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
+_BOUND_WORDS: Final = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def opt(

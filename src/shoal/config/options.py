@@ -139,7 +139,7 @@ class Model:
     init_std: float = opt(
         0.02, "standard deviation of the initial weights", alias=("initializer_range",), past=True, gt=0
     )
-    kept: Path | None = None  # no option: the run's copy of the folder model.from, if that folder is gone
+    kept: Path | None = None  # not an option: the run's copy of the folder model.from, if that folder is gone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ class Data:
     prefetch: int = opt(
         2, "number of steps to read ahead", unit="steps", alias=("prefetch_factor",), akin=("num_workers",), ge=1
     )
-    kept: Path | None = None  # no option: the run's copy of the folder data.tokenizer, if that folder is gone
+    kept: Path | None = None  # not an option: the run's copy of the folder data.tokenizer, if that folder is gone
 
 
 @dataclass(frozen=True, kw_only=True)

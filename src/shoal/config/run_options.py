@@ -21,7 +21,7 @@ class Checkpoint:
     )
     keep: int = opt(
         2,
-        "number of latest checkpoints to keep, beside the best",
+        "latest checkpoints to keep, beside the best",
         unit="checkpoints",
         alias=("save_total_limit", "keep_last", "keep_latest_k"),
         ge=1,

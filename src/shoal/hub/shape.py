@@ -251,9 +251,10 @@ def _type_of(shape: Model, family: Family) -> str:
     for name, kind in family.types.items():
         if all(getattr(shape, key) == kind.always.get(key, False) for key in switches):
             return name
-    # resolving rejects such a config, but an older run's config is not resolved again
+    # resolving rejects such a llama, but an older run's config is not resolved again
+    given = ", ".join(f"model.{key} {str(getattr(shape, key)).lower()}" for key in sorted(switches))
     raise ModelError(
-        "no model type of transformers has both model.qk_norm and model.qkv_bias, so this model cannot be exported"
+        f"cannot export: no model type of transformers is of model.family {shape.family}" + (given and f" with {given}")
     )
 
 

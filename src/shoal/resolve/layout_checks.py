@@ -229,7 +229,7 @@ def _arithmetic(config: Config) -> Iterator[str]:
             "train.activation_checkpointing to selective"
         )
     if train.dtype == "float16" and train.device == "cpu":
-        yield f"train.dtype float16 is for CUDA, train.device is cpu: {FLOAT16_ON_CPU.format(option='train.dtype')}"
+        yield f"train.dtype float16 needs CUDA, but train.device is cpu: {FLOAT16_ON_CPU.format(option='train.dtype')}"
     if train.dtype == "float16" and config.optim.name == "muon":
         yield "optim.name muon cannot skip a step after an overflow in float16; set train.dtype to bfloat16"
 

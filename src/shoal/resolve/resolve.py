@@ -242,7 +242,7 @@ def expectation(key: str) -> str:
     kind, meta = _types()[key], options()[key].metadata
     union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     parts = [a for a in typing.get_args(kind) if a is not types.NoneType] if union else [kind]
-    text = " or ".join(
+    text = " | ".join(
         " | ".join(map(str, typing.get_args(p))) if typing.get_origin(p) is typing.Literal else TYPE_WORDS[p]
         for p in parts
     )
