@@ -29,7 +29,7 @@ from shoal.mesh.mesh import Mesh, open_mesh
 from shoal.mesh.region import Part
 from shoal.system.cpu import count_cores
 
-TENSORS = 60  # stand for a model and two moments
+TENSORS = 60  # like a model with two moments
 
 
 def _tensors(megabytes: int) -> dict[str, torch.Tensor]:

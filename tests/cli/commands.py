@@ -96,7 +96,7 @@ def until(process: subprocess.Popen[str], words: str) -> Iterator[str]:
         yield line
         if words in line:
             return
-    pytest.fail(f"the command ended before it said {words!r}")
+    pytest.fail(f"the command ended before it printed {words!r}")
 
 
 def wait_for(process: subprocess.Popen[str], words: str) -> str:

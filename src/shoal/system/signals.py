@@ -52,13 +52,13 @@ class StopRequest:
         """
         came: list[int] = []
 
-        def come(number: int) -> None:
+        def arrived(number: int) -> None:
             if not came:
                 say(stopping_said(number))
             came.append(number)
             _end_soon(EXIT_REQUEUE, lambda: self.nothing_to_lose)
 
-        _listen(come)
+        _listen(arrived)
 
     def close(self) -> None:
         """Restore the previous handlers."""
@@ -107,7 +107,7 @@ def ends_when_asked(code: int | None = None) -> Iterator[None]:
         say()
         raise Asked(code_of(number))
 
-    def come(number: int) -> None:
+    def arrived(number: int) -> None:
         came.append(number)
         if len(came) > 1:
             os._exit(code_of(number))
@@ -115,7 +115,7 @@ def ends_when_asked(code: int | None = None) -> Iterator[None]:
         _end_soon(code_of(number))
 
     give_back = _take(on_signal)
-    stop_listening = _listen(come)
+    stop_listening = _listen(arrived)
     try:
         yield
     finally:
@@ -150,9 +150,9 @@ def _not_in_forks() -> None:
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
-def _listen(come: Callable[[int], None]) -> Callable[[], None]:
+def _listen(arrived: Callable[[int], None]) -> Callable[[], None]:
     """
-    Call `come` in a thread with each of `STOPPING` at once; return a function that ends this.
+    Call `arrived` in a thread with each of `STOPPING` at once; return a function that ends this.
 
     A Python handler alone would wait until the main thread returns from C code.
     """
@@ -165,7 +165,7 @@ def _listen(come: Callable[[int], None]) -> Callable[[], None]:
     def listen() -> None:
         while number := os.read(read, 1):
             if number[0] in STOPPING:
-                come(number[0])
+                arrived(number[0])
         os.close(read)
 
     def stop() -> None:
