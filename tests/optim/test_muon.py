@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shoal.mesh.mesh import Axis, Mesh
 from shoal.mesh.region import Region, Shard
 from shoal.optim import muon
-from shoal.optim.muon import Muon, deal, orthogonalise
+from shoal.optim.muon import Muon, assign_owners, orthogonalise
 from tests.world import World, laid_out
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -125,7 +125,7 @@ def test_every_layout_gives_the_same_bits(world: Callable[[int], World], size: i
     assert sum(orthogonalised) == len(SHAPES) * STEPS  # each matrix once
     if size == 2:
         assert min(orthogonalised) > 0
-    rounds = len(deal(SHAPES, size))
+    rounds = len(assign_owners(SHAPES, size))
     assert set(exchanged) == {rounds * STEPS * (1 if layout == "replicas" else 2)}  # replicas have nothing to gather
 
 
@@ -222,14 +222,14 @@ def test_state_is_there_before_the_first_step_and_one_process_talks_to_nobody() 
 
 
 def test_equal_matrices_are_dealt_evenly() -> None:
-    rounds = deal([(768, 768)] * 48, 8)
+    rounds = assign_owners([(768, 768)] * 48, 8)
     assert [sorted(owners.values()) for owners in rounds] == [list(range(8))] * 6
     assert sorted(i for owners in rounds for i in owners) == list(range(48))
-    assert [len(owners) for owners in deal([(64, 64)] * 5, 2)] == [2, 2, 1]
+    assert [len(owners) for owners in assign_owners([(64, 64)] * 5, 2)] == [2, 2, 1]
 
 
 def test_small_matrices_fill_a_round_that_a_large_one_opens() -> None:
-    (owners,) = deal([(16, 16), *[(8, 8)] * 4, (64, 64)], 2)
+    (owners,) = assign_owners([(16, 16), *[(8, 8)] * 4, (64, 64)], 2)
     assert owners[5] == 0
     assert {owners[i] for i in range(5)} == {1}
 
@@ -238,7 +238,7 @@ def test_small_matrices_fill_a_round_that_a_large_one_opens() -> None:
 def test_a_round_is_bounded_by_its_first_matrix(processes: int) -> None:
     """GPT-2's matrices and odd ones; in work and in memory, on each process."""
     shapes = [*[(768, 768)] * 48, *[(3072, 768), (768, 3072)] * 12, (8, 500_000), (37, 101), (1, 1)]
-    rounds = deal(shapes, processes)
+    rounds = assign_owners(shapes, processes)
     assert sorted(i for owners in rounds for i in owners) == list(range(len(shapes)))
     for owners in rounds:
         first = shapes[next(iter(owners))]

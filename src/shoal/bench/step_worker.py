@@ -13,10 +13,10 @@ import torch
 from shoal.bench.speed import WARMUP_STEPS, summarize_steps
 from shoal.mesh.mesh import open_mesh
 from shoal.metrics.products import product_rates
+from shoal.models.build import COMPUTE_DTYPES
 from shoal.resolve.resolve import read_back
 from shoal.run.events import read_json_lines
 from shoal.system.signals import StopRequest, die_with_parent
-from shoal.training.assemble import DTYPES
 from shoal.training.loop import Run, set_threads
 
 PRODUCT_SECONDS = 1.0
@@ -40,7 +40,7 @@ def main(recipe: Path, answer: Path) -> None:
 def _product_flops(run: Run) -> float:
     """FLOP/s of a matrix product on all processes at once, in the dtype of the run. A collective over the world."""
     run.mesh.barrier()
-    rates = product_rates([DTYPES[run.config.train.dtype]], run.mesh.device, PRODUCT_SECONDS)
+    rates = product_rates([COMPUTE_DTYPES[run.config.train.dtype]], run.mesh.device, PRODUCT_SECONDS)
     return float(run.mesh.sum(torch.tensor(rates[0], device=run.mesh.device, dtype=torch.float64)))
 
 

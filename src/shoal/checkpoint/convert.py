@@ -21,7 +21,7 @@ from shoal.hub.header import DTYPE_NAMES
 from shoal.hub.names import Place, is_computed, place, spellings
 
 ROWS_AT_A_TIME: Final = 4096
-DTYPES: Final[dict[str, torch.dtype]] = {kind: getattr(torch, name) for kind, name in DTYPE_NAMES.items()}
+STORED_DTYPES: Final[dict[str, torch.dtype]] = {kind: getattr(torch, name) for kind, name in DTYPE_NAMES.items()}
 
 
 class FolderWeights:
@@ -71,9 +71,9 @@ class FolderWeights:
                 "a file of it is missing"
             )
         entry = folder.tensors[found]
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in STORED_DTYPES:
             raise ModelError(
-                f"{entry.file}: {found} is {entry.dtype}; weights are read from {', '.join(DTYPES)}. A quantised "
+                f"{entry.file}: {found} is {entry.dtype}; weights are read from {', '.join(STORED_DTYPES)}. A quantised "
                 "model must be made plain first"
             )
         expected = _their_shape(there, shape)

@@ -21,6 +21,7 @@ from shoal.models.gpt2 import GPT2
 from shoal.models.llama import Llama
 
 ROWS_AT_A_TIME = 1024
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # of `train.dtype`
 
 # Fills `out` with a region of the parameter `name`, `shape` as a whole: fill(out, name, shape, slices).
 Fill = Callable[[Tensor, str, tuple[int, ...], tuple[slice, ...]], None]

@@ -26,18 +26,27 @@ class Initial:
     std: float = 0.0
 
 
-# 'column' cuts a weight's rows (its outputs), 'row' its columns (its inputs, so that outputs are partial sums), 'vocab'
-# the rows of an embedding or head. 'partial' is a module whose inside sees the whole sequence through its 'column'
-# layers and gives partial sums through its one 'row' layer. 'replicate' cuts nothing, and sees a part of the sequence;
-# 'position' likewise, fed with positions.
+# How a module's weights are split by tensor parallel, and which collectives surround it (`parallel/tensor.py`).
 #
-# Where no module is 'partial', each layer makes its own exchanges and between layers everything is whole: 'column alone'
-# and 'row alone' belong together, what is between them is cut; 'column joined' gives its outputs whole, 'row dealt' takes
-# its inputs whole; 'alike' is whole and computed alike by each process; 'by heads' is whole and meets cut heads, so that
-# each process has a part of its gradient.
+# With sequence parallel (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2), as shoal's own families use it:
+#   gather_reduce_scatter           all-gathers its input along the sequence and reduce-scatters its output. It contains
+#                                   'colwise' layers and one 'rowwise' layer, which run no collective of their own
+#   colwise, rowwise                splits the weight's outputs, or its inputs, so that the output is a partial sum
+#   vocab_parallel                  splits the rows of an embedding or head
+#   sequence_parallel               replicates the weight; its input is this rank's part of the sequence
+#   local_positions                 replicates the weight, and looks up this rank's part of the positions
+#
+# Without it, as the plans of transformers want it, each layer has its own collectives and the rest is replicated:
+#   colwise_grad_allreduce          as 'colwise'; all-reduces the gradient of its input
+#   rowwise_allreduce               as 'rowwise'; all-reduces its output
+#   colwise_gather_output           as 'colwise_grad_allreduce'; all-gathers its output
+#   rowwise_split_input             as 'rowwise_allreduce'; takes its part of a replicated input
+#   replicated                      replicates the weight; every rank computes the same, so that gradients agree
+#   replicated_with_grad_allreduce  replicates the weight, which meets split heads: gradients are partial sums
 TensorParallelStyle = Literal[
-    "column", "row", "vocab", "partial", "replicate", "position",
-    "column alone", "row alone", "column joined", "row dealt", "alike", "by heads",
+    "gather_reduce_scatter", "colwise", "rowwise", "vocab_parallel", "sequence_parallel", "local_positions",
+    "colwise_grad_allreduce", "rowwise_allreduce", "colwise_gather_output", "rowwise_split_input", "replicated",
+    "replicated_with_grad_allreduce",
 ]  # fmt: skip
 
 

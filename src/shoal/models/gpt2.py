@@ -77,19 +77,19 @@ class GPT2(LanguageModel):
     """embed + position -> blocks -> norm (-> the embedding again, or a head)."""
 
     TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]] = {
-        "embed": "vocab",
-        "position": "position",
-        "blocks.*.attention": "partial",
-        "blocks.*.attention.q": "column",
-        "blocks.*.attention.k": "column",
-        "blocks.*.attention.v": "column",
-        "blocks.*.attention.o": "row",
-        "blocks.*.*_norm": "replicate",
-        "blocks.*.ffn": "partial",
-        "blocks.*.ffn.up": "column",
-        "blocks.*.ffn.down": "row",
-        "norm": "replicate",
-        "head": "vocab",
+        "embed": "vocab_parallel",
+        "position": "local_positions",
+        "blocks.*.attention": "gather_reduce_scatter",
+        "blocks.*.attention.q": "colwise",
+        "blocks.*.attention.k": "colwise",
+        "blocks.*.attention.v": "colwise",
+        "blocks.*.attention.o": "rowwise",
+        "blocks.*.*_norm": "sequence_parallel",
+        "blocks.*.ffn": "gather_reduce_scatter",
+        "blocks.*.ffn.up": "colwise",
+        "blocks.*.ffn.down": "rowwise",
+        "norm": "sequence_parallel",
+        "head": "vocab_parallel",
     }
 
     def __init__(self, shape: Model, compute_dtype: torch.dtype) -> None:

@@ -16,13 +16,13 @@ from torch import nn
 from shoal.models.family import TensorParallelStyle
 
 STYLES: Final[Mapping[str, TensorParallelStyle]] = {
-    "colwise": "column alone",
-    "rowwise": "row alone",
-    "colwise_gather_output": "column joined",
-    "rowwise_split_input": "row dealt",
-    "replicated_with_grad_allreduce": "by heads",
-    "embedding_rowwise": "alike",  # looked up whole: the same numbers
-    "replicate": "alike",
+    "colwise": "colwise_grad_allreduce",
+    "rowwise": "rowwise_allreduce",
+    "colwise_gather_output": "colwise_gather_output",
+    "rowwise_split_input": "rowwise_split_input",
+    "replicated_with_grad_allreduce": "replicated_with_grad_allreduce",
+    "embedding_rowwise": "replicated",  # looked up whole: the same numbers
+    "replicate": "replicated",
 }
 
 
@@ -31,7 +31,7 @@ def read_plan(causal_lm: Any) -> tuple[dict[str, TensorParallelStyle], str | Non
     config = causal_lm.config
     plan: Mapping[str, str] = getattr(config, "base_model_tp_plan", None) or {}
     owners = {n: m for n, m in causal_lm.named_modules() if any(True for _ in m.parameters(recurse=False))}
-    table: dict[str, TensorParallelStyle] = dict.fromkeys(owners, "alike")
+    table: dict[str, TensorParallelStyle] = dict.fromkeys(owners, "replicated")
     if not plan:
         return table, f"the config of a {config.model_type} carries no plan of how to cut it"
     if strange := sorted({style for style in plan.values() if style not in STYLES}):
@@ -39,7 +39,7 @@ def read_plan(causal_lm: Any) -> tuple[dict[str, TensorParallelStyle], str | Non
     for pattern, theirs in plan.items():
         style = STYLES[theirs]
         for name in _matches(pattern, causal_lm.base_model_prefix, owners):
-            if style not in ("alike", "by heads") and not isinstance(owners[name], nn.Linear):
+            if not style.startswith("replicated") and not isinstance(owners[name], nn.Linear):
                 kind = type(owners[name]).__name__
                 return (
                     table,

@@ -113,20 +113,20 @@ class Llama(LanguageModel):
     """embed -> blocks -> norm (-> head, or the embedding again)."""
 
     TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]] = {
-        "embed": "vocab",
-        "blocks.*.attention": "partial",
-        "blocks.*.attention.q": "column",
-        "blocks.*.attention.k": "column",
-        "blocks.*.attention.v": "column",
-        "blocks.*.attention.o": "row",
-        "blocks.*.attention.*_norm": "replicate",
-        "blocks.*.*_norm": "replicate",
-        "blocks.*.ffn": "partial",
-        "blocks.*.ffn.gate": "column",
-        "blocks.*.ffn.up": "column",
-        "blocks.*.ffn.down": "row",
-        "norm": "replicate",
-        "head": "vocab",
+        "embed": "vocab_parallel",
+        "blocks.*.attention": "gather_reduce_scatter",
+        "blocks.*.attention.q": "colwise",
+        "blocks.*.attention.k": "colwise",
+        "blocks.*.attention.v": "colwise",
+        "blocks.*.attention.o": "rowwise",
+        "blocks.*.attention.*_norm": "sequence_parallel",
+        "blocks.*.*_norm": "sequence_parallel",
+        "blocks.*.ffn": "gather_reduce_scatter",
+        "blocks.*.ffn.gate": "colwise",
+        "blocks.*.ffn.up": "colwise",
+        "blocks.*.ffn.down": "rowwise",
+        "norm": "sequence_parallel",
+        "head": "vocab_parallel",
     }
 
     def __init__(self, shape: Model, compute_dtype: torch.dtype) -> None:

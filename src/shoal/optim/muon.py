@@ -209,7 +209,7 @@ class _Round:
 def _plan(names: Sequence[str], regions: Sequence[Sequence[Region]], team: Axis) -> list[_Round]:
     """The rounds of a step, from who holds what; `regions` are [matrix][rank]."""
     rounds = []
-    for owners in deal([held[0].shape for held in regions], team.size):
+    for owners in assign_owners([held[0].shape for held in regions], team.size):
         gathered, scattered = [], []
         for i, owner in owners.items():
             holders: dict[Region, list[int]] = {}
@@ -229,7 +229,7 @@ def _plan(names: Sequence[str], regions: Sequence[Sequence[Region]], team: Axis)
     return rounds
 
 
-def deal(shapes: Sequence[tuple[int, ...]], processes: int) -> list[dict[int, int]]:
+def assign_owners(shapes: Sequence[tuple[int, ...]], processes: int) -> list[dict[int, int]]:
     """
     Rounds of matrix -> the process that owns it; the costly ones first.
 

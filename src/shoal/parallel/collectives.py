@@ -17,35 +17,35 @@ from torch import Tensor
 from shoal.mesh.mesh import Axis
 
 # the same collective, renamed in torch 2.13, which warns of the older name
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
+def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """
     Parts of all processes side by side along `dim`, in order of ranks; all of one size.
 
     Backward: each process's part of the gradient, summed over the axis. Collectives over `axis`.
     """
-    return x if axis.size == 1 else _Gather.apply(x, dim, axis)  # type: ignore[no-untyped-call]
+    return x if axis.size == 1 else _AllGather.apply(x, dim, axis)  # type: ignore[no-untyped-call]
 
 
-def sum_scatter(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> Tensor:
+def reduce_scatter(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> Tensor:
     """
     This process's part along `dim` of the sum over the axis (plus `bias`, before it is rounded), in the dtype of `x`.
 
-    `dim` must divide by the axis's size. Backward: `gather`. Collectives over `axis`.
+    `dim` must divide by the axis's size. Backward: `all_gather`. Collectives over `axis`.
     """
     if axis.size == 1:
         return x if bias is None else x + bias.to(x.dtype)
-    return _SumScatter.apply(x, dim, axis, bias)  # type: ignore[no-untyped-call, no-any-return]
+    return _ReduceScatter.apply(x, dim, axis, bias)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def copied(x: Tensor, axis: Axis) -> Tensor:
+def all_reduce_gradient(x: Tensor, axis: Axis) -> Tensor:
     """`x`, which is the same on all. Backward: the sum of all processes' gradients. A collective over `axis`, backward."""
-    return x if axis.size == 1 else _Copied.apply(x, axis)  # type: ignore[no-untyped-call]
+    return x if axis.size == 1 else _AllReduceGradient.apply(x, axis)  # type: ignore[no-untyped-call]
 
 
-def summed(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
+def all_reduce(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
     """
     The sum over the axis (plus `bias`, before it is rounded), on all, in the dtype of `x`.
 
@@ -54,29 +54,29 @@ def summed(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
     """
     if axis.size == 1:
         return x if bias is None else x + bias.to(x.dtype)
-    return _Summed.apply(x, axis, bias)  # type: ignore[no-untyped-call, no-any-return]
+    return _AllReduce.apply(x, axis, bias)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def joined(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """`gather` of what all then compute alike: backward is this process's part of the gradient. A collective."""
-    return x if axis.size == 1 else _Joined.apply(x, dim, axis)  # type: ignore[no-untyped-call]
+def gather_output(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """`all_gather` of what all then compute alike: backward is this process's part of the gradient. A collective."""
+    return x if axis.size == 1 else _GatherOutput.apply(x, dim, axis)  # type: ignore[no-untyped-call]
 
 
-def dealt(x: Tensor, dim: int, axis: Axis) -> Tensor:
+def split_input(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """This process's part of `x`, which is the same on all; `dim` must divide. Backward: a gather, a collective."""
-    return x if axis.size == 1 else _Dealt.apply(x, dim, axis)  # type: ignore[no-untyped-call]
+    return x if axis.size == 1 else _SplitInput.apply(x, dim, axis)  # type: ignore[no-untyped-call]
 
 
-def exchange(x: Tensor, split_dim: int, join_dim: int, axis: Axis) -> Tensor:
+def all_to_all(x: Tensor, split_dim: int, join_dim: int, axis: Axis) -> Tensor:
     """
     Cut `x` along `split_dim`, send part r to process r, and join what comes along `join_dim`.
 
     Backward is the exchange the other way. `split_dim` must divide by the axis's size. A collective over `axis`.
     """
-    return x if axis.size == 1 else _Exchange.apply(x, split_dim, join_dim, axis)  # type: ignore[no-untyped-call]
+    return x if axis.size == 1 else _AllToAll.apply(x, split_dim, join_dim, axis)  # type: ignore[no-untyped-call]
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
         ctx.dim, ctx.axis = dim, axis
@@ -87,7 +87,7 @@ class _Gather(torch.autograd.Function):
         return sum_parts(grad_outputs[0], ctx.dim, ctx.axis), None, None
 
 
-class _SumScatter(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, axis: Axis, bias: Tensor | None) -> Tensor:
         ctx.dim, ctx.axis = dim, axis
@@ -102,7 +102,7 @@ class _SumScatter(torch.autograd.Function):
         return gather_parts(grad, ctx.dim, ctx.axis), None, None, bias
 
 
-class _Copied(torch.autograd.Function):
+class _AllReduceGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -113,7 +113,7 @@ class _Copied(torch.autograd.Function):
         return total_parts(grad_outputs[0], ctx.axis), None
 
 
-class _Summed(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, bias: Tensor | None) -> Tensor:
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -126,7 +126,7 @@ class _Summed(torch.autograd.Function):
         return grad, None, bias
 
 
-class _Joined(torch.autograd.Function):
+class _GatherOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
         ctx.dim, ctx.axis = dim, axis
@@ -137,7 +137,7 @@ class _Joined(torch.autograd.Function):
         return grad_outputs[0].chunk(ctx.axis.size, ctx.dim)[ctx.axis.rank].contiguous(), None, None
 
 
-class _Dealt(torch.autograd.Function):
+class _SplitInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
         ctx.dim, ctx.axis = dim, axis
@@ -148,7 +148,7 @@ class _Dealt(torch.autograd.Function):
         return gather_parts(grad_outputs[0], ctx.dim, ctx.axis), None, None
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, split_dim: int, join_dim: int, axis: Axis) -> Tensor:
         ctx.split_dim, ctx.join_dim, ctx.axis = split_dim, join_dim, axis
@@ -161,14 +161,14 @@ class _Exchange(torch.autograd.Function):
 
 
 def gather_parts(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """`gather` without autograd."""
+    """`all_gather` without autograd."""
     parts = torch.empty((axis.size * x.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)
-    _all_gather(parts, x.contiguous(), group=axis.group)
+    _gather_single(parts, x.contiguous(), group=axis.group)
     return parts if dim == 0 else torch.cat(parts.chunk(axis.size, 0), dim=dim)
 
 
 def sum_parts(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> Tensor:
-    """`sum_scatter` without autograd."""
+    """`reduce_scatter` without autograd."""
     total, *others = exchange_parts(x, dim, axis).unbind(0)
     total = total.float() if total.dtype != torch.float32 else total.clone()
     for other in others:
@@ -179,7 +179,7 @@ def sum_parts(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> Te
 
 
 def total_parts(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
-    """`summed` without autograd: each process sums a part of the places, and all get all parts. The same bits on all."""
+    """`all_reduce` without autograd: each process sums a part of the places, and all get all parts. The same bits on all."""
     flat = x.reshape(-1, x.shape[-1])
     rows = -(-len(flat) // axis.size) * axis.size
     padded = flat if rows == len(flat) else torch.cat([flat, flat.new_zeros(rows - len(flat), flat.shape[1])])

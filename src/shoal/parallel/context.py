@@ -25,7 +25,7 @@ from shoal.data.loader import Batch
 from shoal.mesh.mesh import Axis
 from shoal.models.attention import Attend, attend, document_mask
 from shoal.models.family import LanguageModel
-from shoal.parallel.collectives import exchange, gather, gather_parts
+from shoal.parallel.collectives import all_gather, all_to_all, gather_parts
 
 SEQUENCE, HEADS = 1, 2  # dims of [B, T, H, d]
 
@@ -137,9 +137,9 @@ class _Ulysses:
         parts_BTNLd = torch.cat(
             [torch.unflatten(x, HEADS, (size, -1)) for x in (q_BTHd, k_BTKd, v_BTKd)], dim=HEADS + 1
         )
-        own_BSLd = exchange(parts_BTNLd.flatten(HEADS, HEADS + 1), HEADS, SEQUENCE, self.axis)
+        own_BSLd = all_to_all(parts_BTNLd.flatten(HEADS, HEADS + 1), HEADS, SEQUENCE, self.axis)
         q_BShd, k_BSkd, v_BSkd = own_BSLd.split_with_sizes([count // size for count in heads], HEADS)
-        return exchange(attend(q_BShd, k_BSkd, v_BSkd, mask_B1TS, dropout=dropout), SEQUENCE, HEADS, self.axis)
+        return all_to_all(attend(q_BShd, k_BSkd, v_BSkd, mask_B1TS, dropout=dropout), SEQUENCE, HEADS, self.axis)
 
 
 def _whole_sequence(x_BT: Tensor, axis: Axis) -> Tensor:
@@ -148,7 +148,7 @@ def _whole_sequence(x_BT: Tensor, axis: Axis) -> Tensor:
 
     Backward: this process's part of the gradient, summed over the axis in a fixed order, in float32.
     """
-    parts_NBT = gather(x_BT, 0, axis).view(axis.size, *x_BT.shape)
+    parts_NBT = all_gather(x_BT, 0, axis).view(axis.size, *x_BT.shape)
     early, late = parts_NBT.chunk(2, dim=1 + SEQUENCE)
     return torch.cat((*early.unbind(0), *late.unbind(0)[::-1]), dim=SEQUENCE)
 

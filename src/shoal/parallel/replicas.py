@@ -13,7 +13,7 @@ from shoal.mesh.region import Part, Region
 
 
 @dataclass(frozen=True)
-class Difference:
+class Mismatch:
     """A tensor of which replicas hold other bits."""
 
     name: str
@@ -25,7 +25,7 @@ def has_replicas(mesh: Mesh) -> bool:
     return mesh.axis("batch").size > mesh.axis("shard").size
 
 
-def compare(parts: Mapping[str, Part], mesh: Mesh) -> list[Difference]:
+def compare(parts: Mapping[str, Part], mesh: Mesh) -> list[Mismatch]:
     """
     Where replicas differ: the sum of a tensor's bits, as 32-bit integers, is compared, which every single flip changes.
 
@@ -41,9 +41,7 @@ def compare(parts: Mapping[str, Part], mesh: Mesh) -> list[Difference]:
     for rank, theirs in enumerate(mesh.gather_objects(mine)):
         for key, value in theirs.items():
             held[key][rank] = value
-    return [
-        Difference(name, _outvoted(by_rank)) for (name, _), by_rank in held.items() if len(set(by_rank.values())) > 1
-    ]
+    return [Mismatch(name, _outvoted(by_rank)) for (name, _), by_rank in held.items() if len(set(by_rank.values())) > 1]
 
 
 def _outvoted(by_rank: Mapping[int, int]) -> tuple[int, ...]:

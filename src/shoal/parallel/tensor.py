@@ -30,7 +30,14 @@ from shoal.mesh.mesh import Axis
 from shoal.mesh.region import Region
 from shoal.models.family import LanguageModel, TensorParallelStyle
 from shoal.models.layers import Embedding, Linear
-from shoal.parallel.collectives import copied, dealt, gather, joined, sum_scatter, summed
+from shoal.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    all_reduce_gradient,
+    gather_output,
+    reduce_scatter,
+    split_input,
+)
 
 SEQUENCE = 1  # the dim of a sequence in [B, T, ...]
 
@@ -59,15 +66,15 @@ def cut(model: LanguageModel, axis: Axis) -> dict[str, Region]:
     for prefix, module, style in styles(model):
         for name, parameter in list(module.named_parameters(recurse=False)):
             region = Region.whole(parameter.shape)
-            side = {"column joined": 0, "row dealt": -1}.get(style)
+            side = {"colwise_gather_output": 0, "rowwise_split_input": -1}.get(style)
             if side is not None and name == "weight" and parameter.shape[side] % axis.size:
                 raise LaunchError(
                     f"parallel.tp {axis.size} does not divide the {parameter.shape[side]} of {prefix}, whose parts are put "
                     "together again; set parallel.tp to 1, or a divisor of it"
                 )
-            if style in ("column", "vocab", "column alone", "column joined"):
+            if style in ("colwise", "vocab_parallel", "colwise_grad_allreduce", "colwise_gather_output"):
                 region = region.chunk(0, axis.rank, axis.size)
-            elif style in ("row", "row alone", "row dealt") and name == "weight":
+            elif style in ("rowwise", "rowwise_allreduce", "rowwise_split_input") and name == "weight":
                 region = region.chunk(1, axis.rank, axis.size)
             regions[f"{prefix}.{name}"] = region
             if not region.is_whole:
@@ -82,15 +89,15 @@ def connect(model: LanguageModel, axis: Axis, regions: dict[str, Region]) -> Non
     )  # by what is around the layers
     for name, module, style in list(styles(model)):
         match style:
-            case "column alone" | "column joined":
-                module.forward = _column(module, inputs[_around(name)], axis, join=style == "column joined")
-            case "row alone" | "row dealt":
-                module.forward = _row(module, inputs[_around(name)], axis, deal=style == "row dealt")
-            case "partial":
-                [row] = [m for n, m, s in styles(model) if s == "row" and n.startswith(f"{name}.")]
+            case "colwise_grad_allreduce" | "colwise_gather_output":
+                module.forward = _column(module, inputs[_around(name)], axis, join=style == "colwise_gather_output")
+            case "rowwise_allreduce" | "rowwise_split_input":
+                module.forward = _row(module, inputs[_around(name)], axis, split=style == "rowwise_split_input")
+            case "gather_reduce_scatter":
+                [row] = [m for n, m, s in styles(model) if s == "rowwise" and n.startswith(f"{name}.")]
                 assert isinstance(row, Linear)
                 module.forward = _partial(module.forward, row, axis)
-            case "vocab" if isinstance(module, Embedding):
+            case "vocab_parallel" if isinstance(module, Embedding):
                 looked_up = _vocab_lookup(module, regions[f"{name}.weight"].offsets[0], axis)
                 _replace_forward(module, looked_up)
             case "position":
@@ -100,7 +107,7 @@ def connect(model: LanguageModel, axis: Axis, regions: dict[str, Region]) -> Non
 def drop_row_biases(model: LanguageModel) -> None:
     """Row layers give partial sums alone; their bias is added once, where those are summed. Before compilation."""
     for _, module, style in styles(model):
-        if style == "row":
+        if style == "rowwise":
             assert isinstance(module, Linear)
             _replace_forward(module, _product(module))
 
@@ -117,9 +124,9 @@ def _partial(inside: Callable[..., Tensor], row: Linear, axis: Axis) -> Callable
     """Whole sequence in, partial sums out, and each process keeps its part of the sequence of their sum."""
 
     def forward(x_BTD: Tensor, *rest: object) -> Tensor:
-        sums_BTD = inside(gather(x_BTD, SEQUENCE, axis), *rest)
+        sums_BTD = inside(all_gather(x_BTD, SEQUENCE, axis), *rest)
         bias = None if row.bias is None else row.bias.to(sums_BTD.dtype)
-        return sum_scatter(sums_BTD, SEQUENCE, axis, bias)
+        return reduce_scatter(sums_BTD, SEQUENCE, axis, bias)
 
     return forward
 
@@ -133,7 +140,7 @@ class _SharedInput:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._last is None or self._last[0] is not x:
-            self._last = (x, copied(x, self._axis))
+            self._last = (x, all_reduce_gradient(x, self._axis))
         return self._last[1]
 
     def forget(self) -> None:
@@ -146,7 +153,7 @@ def _column(layer: nn.Module, shared: _SharedInput, axis: Axis, *, join: bool) -
 
     def forward(x: Tensor) -> Tensor:
         out = inside(shared(x))
-        return joined(out, out.ndim - 1, axis) if join else out
+        return gather_output(out, out.ndim - 1, axis) if join else out
 
     return forward
 
@@ -155,21 +162,21 @@ def _around(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _row(layer: nn.Module, shared: _SharedInput, axis: Axis, *, deal: bool) -> Callable[[Tensor], Tensor]:
+def _row(layer: nn.Module, shared: _SharedInput, axis: Axis, *, split: bool) -> Callable[[Tensor], Tensor]:
     """The bias is added once, to the sum."""
     assert isinstance(layer, nn.Linear)
 
     def forward(x: Tensor) -> Tensor:
         shared.forget()
-        x = dealt(x, x.ndim - 1, axis) if deal else x
-        return summed(F.linear(x, layer.weight), axis, layer.bias)
+        x = split_input(x, x.ndim - 1, axis) if split else x
+        return all_reduce(F.linear(x, layer.weight), axis, layer.bias)
 
     return forward
 
 
 def has_part_of_gradient(model: LanguageModel, name: str) -> bool:
     """Whether each process has a part of the gradient of a parameter that is whole on all: see `sum_replicated`."""
-    return model.TENSOR_PARALLEL.get(_around(name)) not in ("alike", "row alone", "row dealt")
+    return model.TENSOR_PARALLEL.get(_around(name)) not in ("replicated", "rowwise_allreduce", "rowwise_split_input")
 
 
 def _vocab_lookup(embedding: Embedding, first: int, axis: Axis) -> Callable[[Tensor], Tensor]:
@@ -179,7 +186,7 @@ def _vocab_lookup(embedding: Embedding, first: int, axis: Axis) -> Callable[[Ten
         rows = embedding.weight.shape[0]
         here_BT = (ids_BT >= first) & (ids_BT < first + rows)
         found_BTD = F.embedding((ids_BT - first).clamp(0, rows - 1), embedding.weight)
-        return sum_scatter(found_BTD * here_BT.unsqueeze(-1), SEQUENCE, axis)
+        return reduce_scatter(found_BTD * here_BT.unsqueeze(-1), SEQUENCE, axis)
 
     return forward
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shoal.mesh.mesh import Axis
 from shoal.models.loss import CHUNK_BYTES, IGNORED
-from shoal.parallel.collectives import gather, gather_parts
+from shoal.parallel.collectives import all_gather, gather_parts
 
 
 def vocab_parallel_cross_entropy_sum(
@@ -28,7 +28,7 @@ def vocab_parallel_cross_entropy_sum(
     hidden_BTD: this process's part of the sequence, [B, T/tp, D]. weight_VD: its rows, from `first` on; `rows` is the most
     that a process has. labels_BT: of the whole sequence. Collectives over `axis`.
     """
-    hidden_ND = gather(hidden_BTD, 1, axis).flatten(0, 1)
+    hidden_ND = all_gather(hidden_BTD, 1, axis).flatten(0, 1)
     loss: Tensor = _VocabLoss.apply(hidden_ND, weight_VD, labels_BT.flatten(), scale, axis, first, rows)  # type: ignore[no-untyped-call]
     return loss
 

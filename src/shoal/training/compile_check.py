@@ -27,8 +27,8 @@ from shoal.errors import CompileError
 from shoal.metrics.meter import no_phases
 from shoal.models.family import LanguageModel
 from shoal.models.layers import products_by_quarters
-from shoal.parallel.apply import Runnable
 from shoal.parallel.reduce import GradientReducer
+from shoal.parallel.runnable import Runnable
 
 if TYPE_CHECKING:
     from shoal.training.loop import Run

@@ -34,7 +34,7 @@ from shoal.mesh.mesh import Mesh, open_mesh
 from shoal.mesh.place import is_launched, read_place
 from shoal.metrics.meter import Meter, Phases
 from shoal.optim.schedule import learning_rate
-from shoal.parallel.apply import Runnable
+from shoal.parallel.runnable import Runnable
 from shoal.plan.length import count_steps
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder

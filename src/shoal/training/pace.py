@@ -13,7 +13,7 @@ from shoal.config.options import Config
 from shoal.fault.stragglers import Change, Stragglers
 from shoal.mesh.mesh import Mesh
 from shoal.metrics.busy import PHASES, Busy
-from shoal.parallel.apply import Runnable
+from shoal.parallel.runnable import Runnable
 from shoal.run.console import Console
 
 _WORDS: Final = {

@@ -11,7 +11,7 @@ from shoal.config.options import Fault
 from shoal.errors import DivergedError
 from shoal.fault.origin import find_origin
 from shoal.metrics.meter import no_phases
-from shoal.parallel.replicas import Difference, compare, has_replicas
+from shoal.parallel.replicas import Mismatch, compare, has_replicas
 from shoal.run.console import Console
 from shoal.training.assemble import open_loader, start_anew
 from shoal.training.scaler import SMALLEST
@@ -67,7 +67,7 @@ class Recovery:
             self._in_row = 0
             raise GoBack(f"{self._fault.max_skipped + 1} steps in a row were left out", (self._first, stop))
 
-    def compared(self, step: int, differing: Sequence[Difference]) -> None:
+    def compared(self, step: int, differing: Sequence[Mismatch]) -> None:
         """Replicas were compared. Raises `GoBack` where they differ."""
         if not differing:
             return

@@ -10,7 +10,7 @@ import torch
 from shoal.data.loader import Batch
 from shoal.metrics.meter import Phases, no_phases
 from shoal.metrics.moment import Moment
-from shoal.parallel.apply import Runnable
+from shoal.parallel.runnable import Runnable
 from shoal.training.clip import clip, gradient_norm
 from shoal.training.guard import Guard
 from shoal.training.state import TrainState
