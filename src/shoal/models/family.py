@@ -28,7 +28,7 @@ class Initial:
 
 # How a module's weights are split by tensor parallel, and which collectives surround it (`parallel/tensor.py`).
 #
-# With sequence parallel (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2), as shoal's own families use it:
+# With sequence parallel (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2), as shoal's own families use it:
 #   gather_reduce_scatter           all-gathers its input along the sequence and reduce-scatters its output. It contains
 #                                   'colwise' layers and one 'rowwise' layer, which run no collective of their own
 #   colwise, rowwise                splits the weight's outputs, or its inputs, so that the output is a partial sum

@@ -1,9 +1,9 @@
 """
-The one place that says in which order a model is made parallel, and what comes of it: a `Runnable`.
+The one place that sets the order in which a model is parallelized. The result is a `Runnable`.
 
-    pipeline -> tensor and sequence -> context -> checkpointing -> compile -> shard -> initialise -> reduce
+    pipeline -> tensor and sequence -> context -> checkpointing -> compile -> shard -> initialize -> reduce
 
-The model stays single-device code with its own names; everything here is done to it from outside.
+The model remains single-device code and keeps its parameter names: everything here wraps it from outside.
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ def parallelize(
     model: LanguageModel, mesh: Mesh, *, parallel: Parallel, train: Train, data: Data, weights: Fill,
     say: Callable[[str], None],
 ) -> Runnable:  # fmt: skip
-    """
-    Make `model` (on meta) a `Runnable` on `mesh`, with `weights`; `say` gets one line for each thing applied.
-    """
+    """Parallelize `model` (on meta) over `mesh` and fill it with `weights`. `say` gets one line per technique applied."""
     require("train")
     layout = mesh.layout
     shapes = {name: p.shape for name, p in model.named_parameters()}
     slots = tuple(deal(train.global_batch // train.micro_batch, layout.dp))
     sharded = layout.dp_shard > 1
+    # FSDP2's collectives are part of forward and backward: every rank must run equally many, some on ignored labels.
     turns = max(map(len, slots)) if sharded else len(slots[mesh.dp_rank])
 
     parts = {0: model}
@@ -56,7 +55,7 @@ def parallelize(
             + f"; torch {torch_version()} cannot split a backward, so processes are idle longer" * joint
         )
 
-    regions: dict[int, dict[str, Region]] = {}
+    regions: dict[int, dict[str, Region]] = {}  # before FSDP2: it shards the rows that tensor parallel leaves
     for index, part in parts.items():
         regions[index] = {name: Region.whole(p.shape) for name, p in part.named_parameters()}
         if layout.tp > 1:
@@ -74,7 +73,7 @@ def parallelize(
             context.apply_context(part, mesh.axis("cp"), parallel.cp_method)
         say(f"context parallel: each sequence over {layout.cp} processes, {parallel.cp_method}")
 
-    randomness = Randomness(parts, train.seed)
+    randomness = Randomness(parts, train.seed)  # wrapped last, so that a recomputed forward draws the same numbers
     compiled: list[Compiled] = []
     for index, part in parts.items():
         compiled += wrap_blocks(part, mesh, train, regions[index])
@@ -86,6 +85,7 @@ def parallelize(
 
     leaves = None
     if train.repro == "bitwise":
+        # `cp` neighbors hold the same slots, and each a part of every leaf's gradient
         runs = [slots[member // layout.cp] for member in range(layout.dp * layout.cp)]
         leaves = Leaves(slots[-1].stop, tuple(runs), layout.cp)
         say(f"sums: one tree over the {leaves.slots} micro-batches of a step, whatever the number of processes")
@@ -96,7 +96,7 @@ def parallelize(
         say(f"FSDP2: parameters, gradients and optimizer state over {mesh.axis('shard').size} processes{across}")
 
     offload = parallel.cpu_offload and sharded
-    shards = []
+    shards = []  # memory is allocated only now: a rank never holds a whole parameter that it shards
     for index, part in parts.items():
         part.to_empty(device="cpu" if offload else mesh.device)
         shards += hold(part, regions[index], mesh, weights, twin=not part.begins)
@@ -122,7 +122,7 @@ def _open_pipeline(runnable: Runnable, parallel: Parallel, train: Train, data: D
     mesh = runnable.mesh
     mine = runnable.slots[mesh.dp_rank]
 
-    @contextlib.contextmanager
+    @contextlib.contextmanager  # the schedule calls it when a micro-batch's gradients have been added
     def around(stage: int, micro_batch: int) -> Iterator[None]:
         yield
         runnable.gradients[stage].after_backward(mine[micro_batch] if micro_batch < len(mine) else None)
@@ -144,18 +144,18 @@ def _open_pipeline(runnable: Runnable, parallel: Parallel, train: Train, data: D
 
 
 _RECOMPUTED = {
-    "full": "activation checkpointing: each block is computed again in backward",
-    "selective": "activation checkpointing: in backward all but products and attention are computed again",
+    "full": "activation checkpointing: backward recomputes each block",
+    "selective": "activation checkpointing: backward recomputes all but matrix products and attention",
     "budget": "activation checkpointing: the compiler keeps {budget:.0%} of the activations",
 }
 
 
 def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str, Region]) -> list[Compiled]:
     """
-    Checkpointing, compilation, and tensor parallel's exchanges, which stay out of what is compiled. Returns that.
+    Apply checkpointing, compilation and tensor parallel's collectives, which are not compiled. Return what is compiled.
 
-    A block that is compiled whole has its checkpointing inside, so that the compiler sees it. Context parallel breaks a
-    block's graph, and the compiler leaves alone what breaks inside of checkpointing: there that goes around.
+    A block compiled as one graph has its checkpointing inside, where the compiler sees it. Context parallel breaks the
+    block's graph, and the compiler skips code that breaks inside checkpointing: there, checkpointing goes around it.
     """
     if train.compile:
         set_activation_budget(train.activation_budget if train.activation_checkpointing == "budget" else 1.0)
@@ -181,15 +181,17 @@ def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str
 
 def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, weights: Fill, *, twin: bool) -> list[Shard]:
     """
-    What this process holds of a part that has its memory by now, filled with its `weights`.
+    Return this rank's shards of a part whose memory is allocated, filled with `weights`.
 
-    Each process asks for the rows and columns it holds, no more. `twin`: an embedding here is the copy of another stage's.
+    Each rank reads only the rows and columns it holds. `twin`: an embedding here is a copy of the first stage's.
     """
     layout, places, cut_further = mesh.layout, mesh.coordinates, mesh.axis("shard")
     held = []
     for name, parameter in part.named_parameters():
         region, local = regions[name], parameter
         whole_in_tp = region.is_whole
+        # Of the ranks that hold the same elements, one counts them: in the norm and in parameter counts.
+        # Of the ranks that hold the same elements, one counts them in the gradient's norm.
         counted = places["dp_replicate"] == 0 and (places["tp"] == 0 or not whole_in_tp)
         is_twin = twin and name == "embed.weight"
         counted = counted and not is_twin
@@ -207,7 +209,7 @@ def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, weights: F
 
 
 def _loss(model: LanguageModel, mesh: Mesh) -> Loss:
-    """A part's own, of its whole vocabulary; or of this process's rows of it, where the family's table cuts them."""
+    """Return the part's own loss, or the vocabulary-parallel one if the family's table shards the vocabulary."""
     axis = mesh.axis("tp")
     if axis.size == 1 or "vocab_parallel" not in model.TENSOR_PARALLEL.values():
         return lambda part, hidden, labels, scale: part.loss(hidden, labels, scale)

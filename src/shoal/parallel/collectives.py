@@ -1,9 +1,9 @@
 """
-Exchanges along an axis that autograd sees through, for tensor and context parallel.
+Differentiable collectives along an axis, for tensor and context parallel.
 
-Sums are taken the same way each time: every process sends to each other the part that one will keep (all-to-all, the
-bytes of a ring reduce-scatter), and adds what it got in the order of ranks, in float32, rounding once. So a sum does
-not depend on the library's algorithm, and bfloat16 parts lose nothing on the way.
+All sums use one algorithm. Every rank sends each other rank the part that it will keep (an all-to-all, which moves as
+many bytes as a ring reduce-scatter), then adds the received parts in rank order in float32 and rounds once. So a sum
+does not depend on the library's algorithm, and bfloat16 parts are not rounded in between.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch import Tensor
 
 from shoal.mesh.mesh import Axis
 
-# the same collective, renamed in torch 2.13, which warns of the older name
+# one collective: torch 2.13 renamed it and warns about the older name
 _gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """
-    Parts of all processes side by side along `dim`, in order of ranks; all of one size.
+    Concatenate the equal parts of all ranks along `dim`, in rank order.
 
-    Backward: each process's part of the gradient, summed over the axis. Collectives over `axis`.
+    Backward: a reduce-scatter of the gradient. Collectives over `axis`.
     """
     return x if axis.size == 1 else _AllGather.apply(x, dim, axis)  # type: ignore[no-untyped-call]
 
 
 def reduce_scatter(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> Tensor:
     """
-    This process's part along `dim` of the sum over the axis (plus `bias`, before it is rounded), in the dtype of `x`.
+    Return this rank's part along `dim` of the sum over the axis, in the dtype of `x`; `bias` is added before rounding.
 
-    `dim` must divide by the axis's size. Backward: `all_gather`. Collectives over `axis`.
+    The axis's size must divide `dim`. Backward: an all-gather. Collectives over `axis`.
     """
     if axis.size == 1:
         return x if bias is None else x + bias.to(x.dtype)
@@ -41,15 +41,19 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) 
 
 
 def all_reduce_gradient(x: Tensor, axis: Axis) -> Tensor:
-    """`x`, which is the same on all. Backward: the sum of all processes' gradients. A collective over `axis`, backward."""
+    """
+    Return `x`, which is replicated. Backward: all-reduce its gradient, a collective over `axis`.
+
+    The operator f of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053, section 3); `all_reduce` is its g.
+    """
     return x if axis.size == 1 else _AllReduceGradient.apply(x, axis)  # type: ignore[no-untyped-call]
 
 
 def all_reduce(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
     """
-    The sum over the axis (plus `bias`, before it is rounded), on all, in the dtype of `x`.
+    Return the sum over the axis on all ranks, in the dtype of `x`; `bias` is added before rounding.
 
-    What comes of it must be computed alike by all, so that its gradient is the same: backward hands it through.
+    All ranks must compute the same from it, so that its gradient is replicated: backward passes that on unchanged.
     Collectives over `axis`.
     """
     if axis.size == 1:
@@ -58,20 +62,20 @@ def all_reduce(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
 
 
 def gather_output(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """`all_gather` of what all then compute alike: backward is this process's part of the gradient. A collective."""
+    """All-gather along `dim`, for a replicated use. Backward: this rank's part of the gradient, not a sum. A collective."""
     return x if axis.size == 1 else _GatherOutput.apply(x, dim, axis)  # type: ignore[no-untyped-call]
 
 
 def split_input(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """This process's part of `x`, which is the same on all; `dim` must divide. Backward: a gather, a collective."""
+    """Return this rank's equal part of a replicated `x` along `dim`. Backward: an all-gather, a collective."""
     return x if axis.size == 1 else _SplitInput.apply(x, dim, axis)  # type: ignore[no-untyped-call]
 
 
 def all_to_all(x: Tensor, split_dim: int, join_dim: int, axis: Axis) -> Tensor:
     """
-    Cut `x` along `split_dim`, send part r to process r, and join what comes along `join_dim`.
+    Split `x` along `split_dim`, send part r to rank r, and concatenate the received parts along `join_dim`.
 
-    Backward is the exchange the other way. `split_dim` must divide by the axis's size. A collective over `axis`.
+    The axis's size must divide `split_dim`. Backward: the reverse all-to-all. A collective over `axis`.
     """
     return x if axis.size == 1 else _AllToAll.apply(x, split_dim, join_dim, axis)  # type: ignore[no-untyped-call]
 
@@ -97,7 +101,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
         grad = grad_outputs[0]
-        # the bias's gradient over this process's part alone: whoever made the bias one sums it over the axis
+        # over this rank's part of the places; `sum_replicated` adds those of the other ranks
         bias = grad.flatten(0, -2).float().sum(0) if ctx.has_bias else None
         return gather_parts(grad, ctx.dim, ctx.axis), None, None, bias
 
@@ -169,7 +173,7 @@ def gather_parts(x: Tensor, dim: int, axis: Axis) -> Tensor:
 
 def sum_parts(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> Tensor:
     """`reduce_scatter` without autograd."""
-    total, *others = exchange_parts(x, dim, axis).unbind(0)
+    total, *others = exchange_parts(x, dim, axis).unbind(0)  # in rank order
     total = total.float() if total.dtype != torch.float32 else total.clone()
     for other in others:
         total += other
@@ -179,7 +183,7 @@ def sum_parts(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> Te
 
 
 def total_parts(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
-    """`all_reduce` without autograd: each process sums a part of the places, and all get all parts. The same bits on all."""
+    """`all_reduce` without autograd: a reduce-scatter and an all-gather, so that all ranks get the same bits."""
     flat = x.reshape(-1, x.shape[-1])
     rows = -(-len(flat) // axis.size) * axis.size
     padded = flat if rows == len(flat) else torch.cat([flat, flat.new_zeros(rows - len(flat), flat.shape[1])])
@@ -187,9 +191,9 @@ def total_parts(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
 
 
 def exchange_parts(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """[axis.size, ...]: from each process, its part for this one along `dim`."""
+    """Send part r of `x` along `dim` to rank r; return the received parts, [axis.size, ...]."""
     if x.shape[dim] % axis.size:
-        raise ValueError(f"{x.shape[dim]} do not divide into {axis.size} equal parts")
+        raise ValueError(f"cannot split {x.shape[dim]} into {axis.size} equal parts")
     sent = torch.stack(x.chunk(axis.size, dim))
     got = torch.empty_like(sent)
     dist.all_to_all_single(got, sent, group=axis.group)

@@ -1,4 +1,4 @@
-"""A model that is made parallel, and what one step does with it: forward, backward and the gradients' sums."""
+"""A parallelized model and its part of an optimizer step: forward, backward and gradient reduction."""
 
 from __future__ import annotations
 
@@ -23,34 +23,36 @@ Loss = Callable[[LanguageModel, Tensor, Tensor, Tensor | float], Tensor]  # (par
 
 @dataclass
 class Runnable:
-    """A model ready to train: its parts, what this process holds of it, and one callable for a whole step's batches."""
+    """A model ready to train: its parts, this rank's shards, and one call that runs all micro-batches of a step."""
 
-    parts: dict[int, LanguageModel]  # this process's pipeline stages; {0: the model} without a pipeline
+    parts: dict[int, LanguageModel]  # this rank's pipeline stages; {0: the model} without a pipeline
     shards: list[Shard]
-    shapes: dict[str, torch.Size]  # of every parameter of the whole model
-    gradients: dict[int, Gradients]  # of each part
+    shapes: dict[str, torch.Size]  # of all parameters of the unsharded model
+    gradients: dict[int, Gradients]  # by part
     mesh: Mesh
-    slots: tuple[range, ...]  # of a step, by data-parallel rank
+    slots: tuple[range, ...]  # a step's micro-batches, by data-parallel rank
     randomness: Randomness
     loss: Loss
     cut_batch: Callable[[Batch], Batch]
-    bitwise: bool  # sums are taken in one order, whatever the layout
-    turns: int  # forwards that every process of a step takes, some perhaps of nothing that counts
+    bitwise: bool  # sums are added in one order in every layout
+    turns: int  # forwards per step on each rank; those beyond its slots run on ignored labels
     compiled: list[Compiled]
     pipeline: pipeline.Pipeline | None = None
-    tied: bool = False  # over a pipeline: the last stage's head is the first one's embedding
-    scale: Tensor | float = 1.0  # of the loss, in the step that runs
+    tied: bool = False  # in a pipeline: the last stage's head shares the first stage's embedding
+    scale: Tensor | float = 1.0  # of the loss, in the current step
 
     def forward_backward(
         self, batches: Sequence[Batch], step: int, phases: Phases, loss_scale: Tensor | float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """
-        Gradients of the mean loss over the step's valid tokens (times `loss_scale`), in each shard's `tensor.grad`.
+        Compute the gradients of loss_scale * the mean loss over the step's valid tokens, in each shard's `tensor.grad`.
 
-        Returns what each slot added to that mean, [slots * cp], zero where another process has it, so that the sum
-        over the world is exact; and the step's number of valid tokens, 0-d. Collectives over all axes.
+        Return each slot's share of that mean, [slots * cp], and the step's number of valid tokens, 0-d. A share is 0
+        on all ranks but one, so that summing over the world is exact. Collectives over all axes.
         """
         mesh, mine = self.mesh, self.slots[self.mesh.dp_rank]
+        # The global count is known before backward: micro-batches and ranks then only add, and no padding or layout
+        # changes the mean.
         tokens = self._count(batches)
         self.scale = loss_scale / tokens.clamp(min=1.0)
         losses = torch.zeros(self.slots[-1].stop, mesh.layout.cp, device=mesh.device)
@@ -67,10 +69,10 @@ class Runnable:
         return losses.flatten() / loss_scale, tokens
 
     def forget_gradients(self) -> None:
-        """Free or zero those of the last step. A shard's plain tensor refers to them too."""
+        """Free or zero the gradients of the last step."""
         for gradients in self.gradients.values():
             gradients.zero()
-        for held in self.shards:
+        for held in self.shards:  # the plain tensor of an FSDP2 shard refers to its gradient too
             if held.tensor is not held.parameter:
                 held.tensor.grad = None
 
@@ -87,11 +89,11 @@ class Runnable:
                 loss.backward()  # type: ignore[no-untyped-call]
                 gradients.after_backward(slot)
             losses.append(loss.detach())
-        return losses if self.mesh.axis("tp").rank == 0 else []
+        return losses if self.mesh.axis("tp").rank == 0 else []  # all tp ranks have the same loss: one reports it
 
     def _pipelined(self, batches: Sequence[Batch], phases: Phases) -> list[Tensor]:
         assert self.pipeline is not None
-        with phases("forward"):  # and backward: they take turns
+        with phases("forward"):  # and backward: the schedule interleaves them
             losses = self.pipeline.forward_backward([self.cut_batch(b.to(self.mesh.device)) for b in batches])
         return losses if losses is not None and self.mesh.axis("tp").rank == 0 else []
 
@@ -103,9 +105,9 @@ class Runnable:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """
-        The loss summed over the valid tokens of these batches, 0-d float64; zero where another process has it.
+        Return the loss summed over the valid tokens of these batches, 0-d float64; 0 on all but one of the tp, pp ranks.
 
-        Every process must bring equally many. Collectives over all axes but those of data parallel.
+        Every rank must pass equally many batches. Collectives over all axes but the data-parallel ones.
         """
         self.scale = 1.0
         if self.pipeline is not None:
@@ -119,12 +121,12 @@ class Runnable:
         return total
 
     def train(self, on: bool = True) -> None:
-        """Dropout on or off."""
+        """Switch dropout on or off."""
         for part in self.parts.values():
             part.train(on)
 
     def _count(self, batches: Sequence[Batch]) -> Tensor:
-        """Valid tokens of the step, on every process. Neighbours along pp, cp and tp have the same batches."""
+        """Return the step's valid tokens, on every rank. Ranks along pp, cp and tp load the same batches: one counts."""
         places = self.mesh.coordinates
         counts = places["pp"] == places["cp"] == places["tp"] == 0
         own = float(sum(b.valid_tokens for b in batches)) if counts else 0.0
@@ -133,7 +135,7 @@ class Runnable:
         )  # filled there: a copy would wait for the device
 
     def _publish(self) -> None:
-        """Each shard's gradient as the optimizer takes it: plain, and whole sums."""
+        """Complete each shard's gradient and set it where the optimizer reads it, as a plain tensor."""
         with torch.no_grad():
             for held in self.shards:
                 if held.tensor is not held.parameter:
@@ -147,9 +149,9 @@ class Runnable:
 
 def sum_replicated(shards: Sequence[Shard], mesh: Mesh) -> None:
     """
-    What tensor parallel leaves whole has a part of its gradient on each process (its part of the sequence).
+    Sum over `tp` the gradients of parameters that tensor parallel replicates, in place. A collective over `tp`.
 
-    A collective over `tp`.
+    Each rank has computed them from its part of the sequence (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2).
     """
     axis = mesh.axis("tp")
     if axis.size == 1:
@@ -157,6 +159,6 @@ def sum_replicated(shards: Sequence[Shard], mesh: Mesh) -> None:
     grads = [s.tensor.grad for s in shards if s.summed_over_tp and s.tensor.grad is not None]
     if not grads:
         return
-    flat = axis.sum(torch.cat([g.flatten() for g in grads]))
+    flat = axis.sum(torch.cat([g.flatten() for g in grads]))  # one collective for all: norms and biases are small
     for grad, total in zip(grads, torch.split(flat, [g.numel() for g in grads]), strict=True):
         grad.copy_(total.view_as(grad))
