@@ -321,5 +321,5 @@ def test_stages_hold_what_is_theirs_alone() -> None:
 def test_a_step_has_as_many_micro_batches_as_it_was_made_for() -> None:
     pipeline = object.__new__(Pipeline)
     pipeline._micro_batches = 4
-    with pytest.raises(ValueError, match="made for 4 micro-batches, not 3"):
+    with pytest.raises(ValueError, match="4 micro-batches, not 3"):
         pipeline.forward_backward(batches_of(3, 0))
