@@ -105,7 +105,7 @@ def stages(mesh: Mesh) -> None:
 def incomplete(mesh: Mesh) -> None:
     team = Axis(mesh.world_size, mesh.place.rank, dist.group.WORLD)
     region = Region.whole((6, 4)).chunk(0, team.rank, team.size + 1)  # nobody holds the last chunk
-    with pytest.raises(ValueError, match="w: its parts have 16 elements, and the whole has 24"):
+    with pytest.raises(ValueError, match="w: its shards have 16 elements, but the whole has 24"):
         Muon([shard("w", region, drawn(0, 6, 4))], team, lr=0.1, momentum=0.9, weight_decay=0.0)
 
 
