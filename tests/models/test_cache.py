@@ -32,7 +32,7 @@ def test_what_does_not_fit_is_refused() -> None:
     )
     documents = torch.zeros((1, 2), dtype=torch.long)
     cache.extend(2, documents)
-    with pytest.raises(ValueError, match="4 places do not fit a cache of 3"):
+    with pytest.raises(ValueError, match="4 positions do not fit a cache of 3"):
         cache.extend(2, documents)
     with pytest.raises(ValueError, match="say which"):
         cache.extend(1, None)
