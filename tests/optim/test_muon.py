@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shoal.mesh.mesh import Axis, Mesh
 from shoal.mesh.region import Region, Shard
 from shoal.optim import muon
-from shoal.optim.muon import Muon, assign_owners, orthogonalise
+from shoal.optim.muon import Muon, assign_owners, orthogonalize
 from tests.world import World, laid_out
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -78,12 +78,12 @@ def regions_of(layout: str, rank: int, size: int) -> list[Region]:
 
 
 def same_bits(mesh: Mesh, layout: str, dtype: torch.dtype | None = None) -> tuple[int, int]:
-    """How often this process orthogonalised, and exchanged."""
+    """How often this process orthogonalized, and exchanged."""
     team = Axis(mesh.world_size, mesh.place.rank, dist.group.WORLD)
     regions = regions_of(layout, team.rank, team.size)
     alone = trained([Region.whole(shape) for shape in SHAPES], Axis(), dtype)
     with (
-        mock.patch.object(muon, "orthogonalise", wraps=orthogonalise) as done,
+        mock.patch.object(muon, "orthogonalize", wraps=orthogonalize) as done,
         mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchanged,
     ):
         mine = trained(regions, team, dtype)
@@ -121,10 +121,10 @@ def incomplete(mesh: Mesh) -> None:
     ],
 )
 def test_every_layout_gives_the_same_bits(world: Callable[[int], World], size: int, layout: str) -> None:
-    orthogonalised, exchanged = zip(*world(size).run(same_bits, layout), strict=True)
-    assert sum(orthogonalised) == len(SHAPES) * STEPS  # each matrix once
+    orthogonalized, exchanged = zip(*world(size).run(same_bits, layout), strict=True)
+    assert sum(orthogonalized) == len(SHAPES) * STEPS  # each matrix once
     if size == 2:
-        assert min(orthogonalised) > 0
+        assert min(orthogonalized) > 0
     rounds = len(assign_owners(SHAPES, size))
     assert set(exchanged) == {rounds * STEPS * (1 if layout == "replicas" else 2)}  # replicas have nothing to gather
 
@@ -193,7 +193,7 @@ def test_against_torchs() -> None:
 def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
     u, _, vh = torch.linalg.svd(drawn(0, *shape), full_matrices=False)
     values = torch.linspace(0.1, 1.0, min(shape))
-    out = orthogonalise((u * values) @ vh, 5)
+    out = orthogonalize((u * values) @ vh, 5)
     inside = u.t() @ out @ vh.t()
     assert torch.allclose(inside, inside.diag().diag(), atol=1e-5)  # the directions stay
     assert float(inside.diag().min()) > 0.68
@@ -202,8 +202,8 @@ def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
 
 def test_a_transposed_matrix_gives_the_transposed_result_and_zeros_stay() -> None:
     matrix = drawn(0, 37, 101)
-    assert torch.equal(orthogonalise(matrix, 5).t(), orthogonalise(matrix.t().contiguous(), 5))
-    assert not orthogonalise(torch.zeros(5, 3), 5).any()
+    assert torch.equal(orthogonalize(matrix, 5).t(), orthogonalize(matrix.t().contiguous(), 5))
+    assert not orthogonalize(torch.zeros(5, 3), 5).any()
 
 
 def test_state_is_there_before_the_first_step_and_one_process_talks_to_nobody() -> None:

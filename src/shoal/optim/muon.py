@@ -35,7 +35,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 EPS = 1e-7  # smallest norm divided by: a gradient of zeros remains zeros
 
 
-def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
+def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     """
     Return U S' V^T for a matrix U S V^T, with S' near 1: `steps` times X <- a X + b (X X^T) X + c (X X^T)^2 X.
 
@@ -57,8 +57,8 @@ class Muon(torch.optim.Optimizer):
     """
     Muon over shards of matrices.
 
-    W <- (1 - lr weight_decay) W - lr 0.2 sqrt(max(rows, columns)) orthogonalise(gradient + momentum B), with
-    B <- momentum B + gradient; without `nesterov`, orthogonalise(B). The scale gives updates AdamW's typical RMS of 0.2,
+    W <- (1 - lr weight_decay) W - lr 0.2 sqrt(max(rows, columns)) orthogonalize(gradient + momentum B), with
+    B <- momentum B + gradient; without `nesterov`, orthogonalize(B). The scale gives updates AdamW's typical RMS of 0.2,
     so that AdamW's learning rate and weight decay fit (Liu et al. 2025, section 2.2). B is
     `state[shard.tensor]["momentum_buffer"]`, of the shard's size.
 
@@ -141,7 +141,7 @@ class Muon(torch.optim.Optimizer):
         for part, tensor in self._exchange(each.gather, lambda part: self._direction(part, group)):
             wholes[part.matrix][part.region.slices] = tensor
         for i, whole in wholes.items():
-            wholes[i] = orthogonalise(whole, group["steps"])
+            wholes[i] = orthogonalize(whole, group["steps"])
         for part, tensor in self._exchange(each.scatter, lambda part: wholes[part.matrix][part.region.slices]):
             rate = group["lr"] * 0.2 * math.sqrt(max(part.region.shape))
             change = tensor.float() * rate
