@@ -285,7 +285,7 @@ def test_a_model_that_needs_its_own_code_is_refused(folders: Folders, tmp_path: 
     copy = rewritten(folders("llama"), tmp_path, model_type="strange", auto_map={"AutoConfig": "evil.Config"})
     (copy / "evil.py").write_text("raise SystemExit('this was run')")
     with pytest.raises(
-        ModelError, match=r"is a strange, which transformers .* does not know; it comes with code of its own"
+        ModelError, match=r"is a strange, which transformers .* does not know; it comes with its own code"
     ):
         ours(copy)
 

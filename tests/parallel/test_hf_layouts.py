@@ -136,7 +136,7 @@ def test_a_native_family_through_transformers_is_the_same_model(take: Take, tmp_
 
 
 def test_a_family_without_a_plan_is_refused(take: Take) -> None:
-    with pytest.raises(AssertionError, match=r"a stablelm carries no plan of how to cut it; set parallel\.tp to 1"):
+    with pytest.raises(AssertionError, match=r"the config of a stablelm has no tensor-parallel plan; set parallel\.tp to 1"):
         take("stablelm", 2, parallel__tp=2)
 
 
