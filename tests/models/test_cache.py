@@ -34,5 +34,5 @@ def test_what_does_not_fit_is_refused() -> None:
     cache.extend(2, documents)
     with pytest.raises(ValueError, match="4 positions do not fit a cache of 3"):
         cache.extend(2, documents)
-    with pytest.raises(ValueError, match="say which"):
+    with pytest.raises(ValueError, match="pass documents_BT"):
         cache.extend(1, None)
