@@ -1,4 +1,4 @@
-"""Keys and values kept from earlier calls: the same hidden states, and no room for what does not fit."""
+"""The KV cache: the same hidden states as without it, and errors beyond its capacity."""
 
 from __future__ import annotations
 

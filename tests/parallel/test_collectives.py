@@ -1,4 +1,4 @@
-"""Exchanges that autograd sees through, against one process that holds everything."""
+"""Differentiable collectives against one process that holds everything."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sums(mesh: Mesh, dtype: torch.dtype) -> None:
 
 def exchanges(mesh: Mesh) -> None:
     axis = laid_out(mesh, dp_replicate=1, cp=mesh.world_size).axis("cp")
-    x = whole(0, 2, 12, 12, 3)  # places and heads
+    x = whole(0, 2, 12, 12, 3)  # positions and heads
     mine = x.chunk(axis.size, 1)[axis.rank].clone().requires_grad_()
     out = all_to_all(mine, 2, 1, axis)
     assert torch.equal(out, x.chunk(axis.size, 2)[axis.rank])
