@@ -11,7 +11,6 @@ dtype: casting them before or after the all-gather gives the same bits (see `mod
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -24,7 +23,7 @@ from torch.distributed.fsdp import (
 from shoal.config.options import Parallel
 from shoal.mesh.mesh import Axis, Mesh
 from shoal.models.family import LanguageModel
-from shoal.parallel.tree import Exchange, Leaves, TreeSum
+from shoal.parallel.tree import Leaves, TreeReduceScatter
 from shoal.system.torch_private import require
 
 
@@ -82,7 +81,7 @@ class ShardedGradients:
             require("bitwise_shards")
         self._model: FSDPModule = model
         self._parameters = list(model.parameters())
-        self._sums: list[_TreeReduceScatter] = []
+        self._sums: list[TreeReduceScatter] = []
         for module in model.modules():
             if not isinstance(module, FSDPModule):
                 continue
@@ -90,7 +89,7 @@ class ShardedGradients:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             if leaves is not None:
-                self._sums.append(_TreeReduceScatter(leaves, batch, shards))
+                self._sums.append(TreeReduceScatter(leaves, batch, shards))
                 module.set_custom_reduce_scatter(self._sums[-1])  # type: ignore[arg-type]  # torch does not export the base
 
     def zero(self) -> None:
@@ -111,33 +110,3 @@ class ShardedGradients:
 
     def finish(self) -> None:
         pass
-
-
-class _TreeReduceScatter:
-    """Replacement of FSDP2's reduce-scatter for one group: only the last micro-batch's sends, the sum of the tree."""
-
-    def __init__(self, leaves: Leaves, batch: Axis, shards: Axis) -> None:
-        self._leaves, self._shards = leaves, shards.size
-        self._exchange = Exchange(leaves, batch)
-        self.slot: int | None = None
-        self.last = False
-        self.zero()
-
-    def zero(self) -> None:
-        self._tree = TreeSum(self._leaves.slots)
-
-    def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, op: object,
-        async_op: bool = False,
-    ) -> None:  # fmt: skip
-        if self.slot is not None:
-            self._tree.push(self.slot, input_tensor)
-        if not self.last:
-            output_tensor.zero_()  # FSDP2 adds it to `p.grad`
-            return
-        self._exchange.send(self._tree, self._shards)
-        output_tensor.copy_(self._exchange.wait())
-        self.zero()  # frees the block's unsharded gradient before the next block's backward

@@ -137,3 +137,33 @@ class Exchange:
         total = self._leaves.sum(torch.split(self._received, self._counts))
         self._work = self._received = None
         return total
+
+
+class TreeReduceScatter:
+    """Replacement of FSDP2's reduce-scatter for one group: only the last micro-batch's sends, the sum of the tree."""
+
+    def __init__(self, leaves: Leaves, batch: Axis, shards: Axis) -> None:
+        self._leaves, self._shards = leaves, shards.size
+        self._exchange = Exchange(leaves, batch)
+        self.slot: int | None = None
+        self.last = False
+        self.zero()
+
+    def zero(self) -> None:
+        self._tree = TreeSum(self._leaves.slots)
+
+    def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, op: object,
+        async_op: bool = False,
+    ) -> None:  # fmt: skip
+        if self.slot is not None:
+            self._tree.push(self.slot, input_tensor)
+        if not self.last:
+            output_tensor.zero_()  # FSDP2 adds it to `p.grad`
+            return
+        self._exchange.send(self._tree, self._shards)
+        output_tensor.copy_(self._exchange.wait())
+        self.zero()  # frees the block's unsharded gradient before the next block's backward
