@@ -9,7 +9,7 @@ The model remains single-device code and keeps its parameter names: everything h
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -31,11 +31,13 @@ from shoal.parallel.tree import Leaves
 from shoal.parallel.vocab_loss import vocab_parallel_cross_entropy_sum
 from shoal.system.torch_private import require, torch_version
 
+Parts = dict[int, LanguageModel]  # this rank's pipeline stages, by index
+Say = Callable[[str], None]
+
 
 def parallelize(
-    model: LanguageModel, mesh: Mesh, *, parallel: Parallel, train: Train, data: Data, weights: Fill,
-    say: Callable[[str], None],
-) -> Runnable:  # fmt: skip
+    model: LanguageModel, mesh: Mesh, *, parallel: Parallel, train: Train, data: Data, weights: Fill, say: Say
+) -> Runnable:
     """Parallelize `model` (on meta) over `mesh` and fill it with `weights`. `say` gets one line per technique applied."""
     require("train")
     layout = mesh.layout
@@ -45,69 +47,20 @@ def parallelize(
     # FSDP2's collectives are part of forward and backward: every rank must run equally many, some on ignored labels.
     turns = max(map(len, slots)) if sharded else len(slots[mesh.dp_rank])
 
-    parts = {0: model}
-    if layout.pp > 1:
-        stages = stages_per_rank(parallel.pp_schedule, parallel.pp_stages)
-        parts = pipeline.cut(model, mesh.axis("pp"), parallel.pp_schedule, stages)
-        joint = parallel.pp_schedule in V_SHAPED and not pipeline.SPLITS_BACKWARD
-        say(
-            f"pipeline parallel: {layout.pp * stages} stages on {layout.pp} processes, {parallel.pp_schedule}"
-            + f"; torch {torch_version()} cannot split a backward, so processes are idle longer" * joint
-        )
-
-    regions: dict[int, dict[str, Region]] = {}  # before FSDP2: it shards the rows that tensor parallel leaves
-    for index, part in parts.items():
-        regions[index] = {name: Region.whole(p.shape) for name, p in part.named_parameters()}
-        if layout.tp > 1:
-            regions[index] = tensor.cut(part, mesh.axis("tp"))
-    if layout.tp > 1:
-        also = (
-            ", sequences between them, and the loss"
-            if "gather_reduce_scatter" in model.TENSOR_PARALLEL.values()
-            else ""
-        )
-        say(f"tensor parallel: matrices{also} over {layout.tp} processes")
-
-    if layout.cp > 1:
-        for part in parts.values():
-            context.apply_context(part, mesh.axis("cp"), parallel.cp_method)
-        say(f"context parallel: each sequence over {layout.cp} processes, {parallel.cp_method}")
-
-    randomness = Randomness(parts, train.seed)  # wrapped last, so that a recomputed forward draws the same numbers
-    compiled: list[Compiled] = []
-    for index, part in parts.items():
-        compiled += wrap_blocks(part, mesh, train, regions[index])
-    if train.activation_checkpointing != "none":
-        say(_RECOMPUTED[train.activation_checkpointing].format(budget=train.activation_budget))
-    if train.compile:
-        say("compile: each block" if layout.tp == 1 else "compile: attention and feed-forward of each block")
-    randomness.wrap()
-
-    leaves = None
-    if train.repro == "bitwise":
-        # `cp` neighbors hold the same slots, and each a part of every leaf's gradient
-        runs = [slots[member // layout.cp] for member in range(layout.dp * layout.cp)]
-        leaves = Leaves(slots[-1].stop, tuple(runs), layout.cp)
-        say(f"sums: one tree over the {leaves.slots} micro-batches of a step, whatever the number of processes")
-    gradients: dict[int, Gradients] = {}
-    if sharded:
-        gradients |= {index: shard(part, mesh, parallel, leaves) for index, part in parts.items()}
-        across = f", and {layout.dp_replicate} replicas of that" * (layout.dp_replicate > 1)
-        say(f"FSDP2: parameters, gradients and optimizer state over {mesh.axis('shard').size} processes{across}")
-
-    offload = parallel.cpu_offload and sharded
+    parts = _split_into_stages(model, mesh, parallel, say)
+    regions = _split_matrices(model, parts, mesh, say)  # before FSDP2, which shards the rows of these parts
+    _split_sequences(parts, mesh, parallel, say)
+    compiled = _wrap_parts(parts, mesh, train, regions, say)
+    randomness = Randomness(parts, train.seed)
+    randomness.wrap()  # outside of checkpointing, so that a recomputed forward draws the same numbers
+    leaves = _leaves(slots, mesh, say) if train.repro == "bitwise" else None
+    gradients = _shard(parts, mesh, parallel, leaves, say) if sharded else {}
     shards = []  # memory is allocated only now: a rank never holds a whole parameter that it shards
     for index, part in parts.items():
-        part.to_empty(device="cpu" if offload else mesh.device)
+        part.to_empty(device="cpu" if parallel.cpu_offload and sharded else mesh.device)
         shards += hold(part, regions[index], mesh, weights, twin=not part.begins)
-
     if not sharded:
-        axis = mesh.axis("batch")
-        reducers = {index: GradientReducer(part.parameters(), axis, leaves) for index, part in parts.items()}
-        gradients |= reducers
-        if axis.size > 1:
-            buckets = sum(map(len, reducers.values()))
-            say(f"data parallel: gradients of {axis.size} processes summed in {buckets} bucket{'s' * (buckets > 1)}")
+        gradients = _replicate(parts, mesh, leaves, say)
 
     runnable = Runnable(
         parts, shards, shapes, gradients, mesh, slots, randomness, _loss(model, mesh), _cutter(mesh, parallel),
@@ -116,6 +69,78 @@ def parallelize(
     if layout.pp > 1:
         _open_pipeline(runnable, parallel, train, data, model)
     return runnable
+
+
+def _split_into_stages(model: LanguageModel, mesh: Mesh, parallel: Parallel, say: Say) -> dict[int, LanguageModel]:
+    count = mesh.layout.pp
+    if count == 1:
+        return {0: model}
+    stages = stages_per_rank(parallel.pp_schedule, parallel.pp_stages)
+    joint = parallel.pp_schedule in V_SHAPED and not pipeline.SPLITS_BACKWARD
+    say(
+        f"pipeline parallel: {count * stages} stages on {count} processes, {parallel.pp_schedule}"
+        + f"; torch {torch_version()} cannot split a backward, so processes are idle longer" * joint
+    )
+    return pipeline.cut(model, mesh.axis("pp"), parallel.pp_schedule, stages)
+
+
+def _split_matrices(model: LanguageModel, parts: Parts, mesh: Mesh, say: Say) -> dict[int, dict[str, Region]]:
+    """Apply tensor parallel's cut, if any. Return this rank's region of each parameter, by part."""
+    axis = mesh.axis("tp")
+    if axis.size == 1:
+        return {i: {n: Region.whole(p.shape) for n, p in part.named_parameters()} for i, part in parts.items()}
+    by_sequence = "gather_reduce_scatter" in model.TENSOR_PARALLEL.values()
+    also = ", sequences between them, and the loss" if by_sequence else ""
+    regions = {index: tensor.cut(part, axis) for index, part in parts.items()}
+    say(f"tensor parallel: matrices{also} over {axis.size} processes")
+    return regions
+
+
+def _split_sequences(parts: Parts, mesh: Mesh, parallel: Parallel, say: Say) -> None:
+    axis = mesh.axis("cp")
+    if axis.size > 1:
+        for part in parts.values():
+            context.apply_context(part, axis, parallel.cp_method)
+        say(f"context parallel: each sequence over {axis.size} processes, {parallel.cp_method}")
+
+
+def _wrap_parts(
+    parts: Parts, mesh: Mesh, train: Train, regions: dict[int, dict[str, Region]], say: Say
+) -> list[Compiled]:
+    compiled: list[Compiled] = []
+    for index, part in parts.items():
+        compiled += wrap_blocks(part, mesh, train, regions[index])
+    if train.activation_checkpointing != "none":
+        say(_RECOMPUTED[train.activation_checkpointing].format(budget=train.activation_budget))
+    if train.compile:
+        say("compile: each block" if mesh.layout.tp == 1 else "compile: attention and feed-forward of each block")
+    return compiled
+
+
+def _leaves(slots: Sequence[range], mesh: Mesh, say: Say) -> Leaves:
+    layout = mesh.layout
+    # `cp` neighbors hold the same slots, and each a part of every leaf's gradient
+    runs = [slots[member // layout.cp] for member in range(layout.dp * layout.cp)]
+    leaves = Leaves(slots[-1].stop, tuple(runs), layout.cp)
+    say(f"sums: one tree over the {leaves.slots} micro-batches of a step, whatever the number of processes")
+    return leaves
+
+
+def _shard(parts: Parts, mesh: Mesh, parallel: Parallel, leaves: Leaves | None, say: Say) -> dict[int, Gradients]:
+    gradients: dict[int, Gradients] = {i: shard(part, mesh, parallel, leaves) for i, part in parts.items()}
+    replicas = mesh.layout.dp_replicate
+    across = f", and {replicas} replicas of that" * (replicas > 1)
+    say(f"FSDP2: parameters, gradients and optimizer state over {mesh.axis('shard').size} processes{across}")
+    return gradients
+
+
+def _replicate(parts: Parts, mesh: Mesh, leaves: Leaves | None, say: Say) -> dict[int, Gradients]:
+    axis = mesh.axis("batch")
+    reducers = {index: GradientReducer(part.parameters(), axis, leaves) for index, part in parts.items()}
+    if axis.size > 1:
+        buckets = sum(map(len, reducers.values()))
+        say(f"data parallel: gradients of {axis.size} processes summed in {buckets} bucket{'s' * (buckets > 1)}")
+    return {**reducers}
 
 
 def _open_pipeline(runnable: Runnable, parallel: Parallel, train: Train, data: Data, model: LanguageModel) -> None:
