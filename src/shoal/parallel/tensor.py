@@ -100,7 +100,7 @@ def connect(model: LanguageModel, axis: Axis, regions: dict[str, Region]) -> Non
             case "vocab_parallel" if isinstance(module, Embedding):
                 looked_up = _vocab_lookup(module, regions[f"{name}.weight"].offsets[0], axis)
                 _replace_forward(module, looked_up)
-            case "position":
+            case "local_positions":
                 module.forward = _local_lookup(module.forward, axis)
 
 
