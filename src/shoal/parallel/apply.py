@@ -215,7 +215,6 @@ def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, weights: F
     for name, parameter in part.named_parameters():
         region, local = regions[name], parameter
         whole_in_tp = region.is_whole
-        # Of the ranks that hold the same elements, one counts them: in the norm and in parameter counts.
         # Of the ranks that hold the same elements, one counts them in the gradient's norm.
         counted = places["dp_replicate"] == 0 and (places["tp"] == 0 or not whole_in_tp)
         is_twin = twin and name == "embed.weight"

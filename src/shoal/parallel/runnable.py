@@ -130,9 +130,8 @@ class Runnable:
         places = self.mesh.coordinates
         counts = places["pp"] == places["cp"] == places["tp"] == 0
         own = float(sum(b.valid_tokens for b in batches)) if counts else 0.0
-        return self.mesh.sum(
-            torch.full((), own, device=self.mesh.device)
-        )  # filled there: a copy would wait for the device
+        # filled on the device: copying a number there would wait for it
+        return self.mesh.sum(torch.full((), own, device=self.mesh.device))
 
     def _publish(self) -> None:
         """Complete each shard's gradient and set it where the optimizer reads it, as a plain tensor."""

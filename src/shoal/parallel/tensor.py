@@ -84,9 +84,7 @@ def cut(model: LanguageModel, axis: Axis) -> dict[str, Region]:
 
 def connect(model: LanguageModel, axis: Axis, regions: dict[str, Region]) -> None:
     """Wrap each module's forward in its collectives. Call after compiling the modules, which excludes the collectives."""
-    inputs: dict[str, _SharedInput] = collections.defaultdict(
-        lambda: _SharedInput(axis)
-    )  # by what is around the layers
+    inputs: dict[str, _SharedInput] = collections.defaultdict(lambda: _SharedInput(axis))  # by the enclosing module
     for name, module, style in list(styles(model)):
         match style:
             case "colwise_grad_allreduce" | "colwise_gather_output":
