@@ -29,7 +29,7 @@ PICTURE = ROOT / "docs" / "pictures" / "house.svg"
 WAY = [
     ("data.loader", "next_step", "take the micro-batches that a thread has read ahead"),
     ("training.step", "train_step", "start the optimizer step"),
-    ("parallel.apply", "forward_backward", "count the step's valid tokens over all ranks"),
+    ("parallel.runnable", "forward_backward", "count the step's valid tokens over all ranks"),
     ("models.llama", "forward", "run the blocks; backward follows, micro-batch by micro-batch"),
     ("models.loss", "linear_cross_entropy_sum", "sum the loss, divided by the step's tokens"),
     ("parallel.reduce", "after_backward", "send gradients during the last backward"),

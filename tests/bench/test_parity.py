@@ -17,7 +17,7 @@ from shoal.data.prepare import open_data
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Shard
 from shoal.models.build import initial_weights
-from shoal.parallel import apply
+from shoal.parallel import apply, runnable
 from shoal.parallel.randomness import Randomness
 from shoal.parallel.reduce import GradientReducer
 from shoal.run.console import Console
@@ -65,12 +65,12 @@ def a_forgotten_reduction_of_data_parallel() -> Iterator[None]:
 @contextmanager
 def a_forgotten_reduction_of_tensor_parallel() -> Iterator[None]:
     """Skip the all-reduce of a norm's weight, which saw only one rank's part of the sequence."""
-    plain = apply.sum_replicated
+    plain = runnable.sum_replicated
 
     def forgetful(shards: list[Shard], mesh: Mesh) -> None:
         plain([s for s in shards if s.name != FORGOTTEN], mesh)
 
-    with patch.object(apply, "sum_replicated", forgetful):
+    with patch.object(runnable, "sum_replicated", forgetful):
         yield
 
 
@@ -78,11 +78,11 @@ def a_forgotten_reduction_of_tensor_parallel() -> Iterator[None]:
 def a_loss_divided_by_the_local_token_count() -> Iterator[None]:
     """Return the mean of the ranks' means, a common mistake."""
 
-    def local(self: apply.Runnable, batches: Any) -> torch.Tensor:
+    def local(self: runnable.Runnable, batches: Any) -> torch.Tensor:
         own = sum(b.valid_tokens for b in batches)
         return torch.tensor(float(own * self.mesh.layout.dp))
 
-    with patch.object(apply.Runnable, "_count", local):
+    with patch.object(runnable.Runnable, "_count", local):
         yield
 
 

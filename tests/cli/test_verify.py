@@ -49,14 +49,14 @@ def test_pass_ends_with_0_and_leaves_a_certificate(place: Place) -> None:
 PLANTED = """
 import sys
 if "-m" in sys.orig_argv and "RANK" in __import__("os").environ:  # a worker
-    import shoal.parallel.apply as apply
-    plain = apply.Runnable._publish
+    import shoal.parallel.runnable as runnable
+    plain = runnable.Runnable._publish
     def forgetful(self):
         plain(self)
         if self.mesh.world_size > 1:
             [grad] = [s.tensor.grad for s in self.shards if s.name == "blocks.0.ffn_norm.weight"]
             grad /= 2
-    apply.Runnable._publish = forgetful
+    runnable.Runnable._publish = forgetful
 """
 
 

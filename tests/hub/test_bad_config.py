@@ -109,7 +109,7 @@ def test_what_transformers_finds_wrong_is_said_with_its_cause(folder: Path, chan
     key = next(iter(changes))
     model = Model(family="hf", from_=str(folder), vocab_size=small.VOCAB)
     with pytest.raises(
-        ModelError, match=rf"transformers cannot make a model of {folder}/config.json \(\w+Error: "
+        ModelError, match=rf"transformers cannot build a model from {folder}/config.json \(\w+Error: "
     ) as error:
         build_model(model, compute_dtype=torch.float32)
     assert key in str(error.value) or str(changes[key]) in str(error.value)

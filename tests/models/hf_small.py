@@ -1,4 +1,4 @@
-"""Small models of families that are not built here, as transformers makes and saves them; biases and norms are random."""
+"""Small models of families that only transformers implements, as it saves them; biases and norms are random."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 GROUPED: dict[str, Any] = {**COMMON, "num_key_value_heads": 2}
 
-# What each is here for is said beside it.
+# The comments give the reason for each.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     # soft caps on scores and logits, windows on every other layer, scaled embeddings that are the head, 1 + weight norms
     "gemma2": ("gemma2", {
@@ -27,36 +27,36 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "gpt_neox": ("gpt_neox", {**COMMON, "rotary_pct": 0.5}),  # one layer for queries, keys and values; renamed in files
     "phi": ("phi", {**COMMON, "partial_rotary_factor": 0.5}),  # a bias in the head, attention beside the feed-forward
-    "olmo2": ("olmo2", GROUPED),  # norms over all query heads: a plan that puts parts together again
-    "stablelm": ("stablelm", {**GROUPED, "partial_rotary_factor": 0.5}),  # carries no plan
+    "olmo2": ("olmo2", GROUPED),  # norms over all query heads: its plan gathers outputs
+    "stablelm": ("stablelm", {**GROUPED, "partial_rotary_factor": 0.5}),  # has no tensor-parallel plan
     "cohere": ("cohere", {**GROUPED, "logit_scale": 0.25}),  # scaled logits
     "qwen3": ("qwen3", {**GROUPED, "head_dim": 16, "tie_word_embeddings": True}),  # norms of each head
     "llama": ("llama", GROUPED),
     "gpt2": ("gpt2", {
         "vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0,
         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None,
-    }),  # its matrices are no Linear layers
+    }),  # its matrices are not Linear layers
     "opt": ("opt", {
         "vocab_size": VOCAB, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 96,
         "max_position_embeddings": 64, "dropout": 0.0, "word_embed_proj_dim": 48, "bos_token_id": 1, "eos_token_id": 2,
         "pad_token_id": 0,
-    }),  # makes its mask without positions
+    }),  # builds its mask without positions
     "openai-gpt": ("openai-gpt", {
         "vocab_size": VOCAB, "n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0,
         "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-    }),  # knows neither a cache nor bfloat16
+    }),  # supports neither a KV cache nor bfloat16
     "phi3": ("phi3", {
         **GROUPED, "original_max_position_embeddings": SHORT, "rope_scaling": {
             "rope_type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.0, 1.2, 1.5, 2.0, 3.0, 4.0],
         },
-    }),  # turns keys otherwise in a text that is longer than SHORT
-    "bert": ("bert", COMMON),  # sees what comes later
+    }),  # rotates keys differently in texts longer than SHORT
+    "bert": ("bert", COMMON),  # not causal
 }  # fmt: skip
 FAMILIES = ("gemma2", "gpt_neox", "phi", "olmo2", "stablelm", "cohere", "qwen3", "llama", "gpt2")
 
 
 def save(name: str, folder: Path, **changes: Any) -> Path:
-    """A folder of random weights of this family; `changes` to its config."""
+    """Save a folder of random weights of this family, with `changes` to its config."""
     kind, options = CONFIGS[name]
     torch.manual_seed(0)
     config = transformers.CONFIG_MAPPING[kind](**{**options, **changes})
@@ -70,12 +70,12 @@ def save(name: str, folder: Path, **changes: Any) -> Path:
 
 
 def theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """Opened by transformers, as anybody would."""
+    """Open a folder with transformers."""
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def config_of(folder: Path, work: Path, name: str, **options: Any) -> Config:
-    """As a person would write it; more options by their dotted keys, with two underscores for the dot."""
+    """Return a config for the folder; more options by their dotted keys, with two underscores for the dot."""
     values = {
         "model.from": folder, "model.family": "hf", "data.tokenizer": "bytes", "data.corpus": "dummy",
         "data.dummy_documents": 120, "data.seq_len": 32, "data.folder": work / "data", "data.document_mask": "true",

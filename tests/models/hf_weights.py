@@ -1,4 +1,4 @@
-"""Transformers' models with our shapes and our weights: the implementation nobody here wrote."""
+"""Transformers' models with shoal's shapes and weights, as an independent implementation."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GPT2_NAMES = [
 
 
 def random_pair(model: Model, seed: int = 0) -> tuple[LanguageModel, nn.Module]:
-    """(ours, transformers') in float32 with the same random weights; biases and norms are random too."""
+    """Return (shoal's, transformers') model in float32 with the same random weights, biases and norms."""
     ours = build_model(model, compute_dtype=torch.float32)
     initialize(ours, seed, "cpu")
     generator = torch.Generator().manual_seed(seed)
@@ -53,7 +53,7 @@ def random_pair(model: Model, seed: int = 0) -> tuple[LanguageModel, nn.Module]:
 
 
 def hf_config(shape: Model) -> transformers.PretrainedConfig:
-    """Transformers' config of a resolved shape."""
+    """Return transformers' config of a resolved shape."""
     if shape.family == "gpt2":
         return transformers.GPT2Config(
             vocab_size=shape.vocab_size, n_embd=shape.dim, n_layer=shape.num_layers, n_head=shape.num_heads,
@@ -83,7 +83,7 @@ def hf_config(shape: Model) -> transformers.PretrainedConfig:
 
 
 def to_hf(shape: Model, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names and layouts -> transformers'. GPT-2 there has q, k and v in one, and its matrices transposed."""
+    """Convert names and layouts to transformers': its GPT-2 has q, k and v in one matrix, and matrices transposed."""
     if shape.family == "llama":
         return {_rename(name, LLAMA_NAMES): tensor.detach() for name, tensor in tensors.items()}
     out: dict[str, Tensor] = {}

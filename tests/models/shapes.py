@@ -1,4 +1,4 @@
-"""Small shapes that between them use every option of both families."""
+"""Small shapes that together use every option of both families."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The choices of attention kernels, those for CUDA too, as far as a CPU can tell."""
+"""The choices of attention kernels, including those for CUDA as far as a CPU can test them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_which_grouped_heads_a_gpu_takes_as_they_are(dtype: torch.dtype, masked:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_repeated_heads_are_grouped_heads(masked: bool) -> None:
-    """Output and gradients, against torch's own grouping."""
+    """Output and gradients equal those of torch's own grouping."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 32, heads, 8, generator=generator).requires_grad_() for heads in (6, 2, 2))
     mask = document_mask(torch.arange(32).expand(2, -1) // 9) if masked else None
@@ -64,7 +64,7 @@ def test_repeated_heads_are_grouped_heads(masked: bool) -> None:
 
 
 def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Attention by its definition in float64, one query head after another."""
+    """Compute attention by its definition in float64, one query head at a time."""
     q, k, v, each = q.double(), k.double(), v.double(), q.shape[2] // k.shape[2]
     heads = []
     for head in range(q.shape[2]):
@@ -80,7 +80,7 @@ def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.T
 def test_on_cuda_grouped_heads_are_repeated_where_no_fused_kernel_takes_them(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, masked: bool, key_heads: int
 ) -> None:
-    """What torch gets from `attend` for tensors of a CUDA device that is played, and that the result is attention's."""
+    """Return the arguments that torch gets from `attend` on a mocked CUDA device; check the result."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 32, heads, 8, generator=generator).to(dtype) for heads in (6, 2, 2))
     mask = document_mask(torch.arange(32).expand(2, -1) // 9) if masked else None
@@ -110,7 +110,7 @@ def test_the_kernel_is_named(masked: bool, dropout: float, kernel: SDPBackend) -
     assert said == f"attention: the {KERNELS[kernel.value]} kernel"
     q, k, v = (torch.randn(1, heads, 64, 16) for heads in (6, 2, 2))
     mask = torch.ones(64, 64, dtype=torch.bool) if masked else None
-    with sdpa_kernel(kernel):  # it can be had: torch raises else
+    with sdpa_kernel(kernel):  # torch raises if the kernel is unavailable
         F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, enable_gqa=True)
 
 
@@ -141,7 +141,7 @@ def test_a_bitwise_run_is_strict_and_what_cannot_is_named() -> None:
     assert not_deterministic(RuntimeError("out of memory")) == ""
 
 
-# What torch says where cuBLAS runs without its variable; a build for the CPU alone cannot be made to say it.
+# torch's message if cuBLAS runs without its variable; a CPU build cannot produce it.
 CUBLAS = (
     "Deterministic behavior was enabled with either `torch.use_deterministic_algorithms(True)` or "
     "`at::Context::setDeterministicAlgorithms(true)`, but this operation is not deterministic because it uses CuBLAS and "
@@ -161,11 +161,11 @@ def test_cublas_without_its_variable_is_named() -> None:
 def test_a_run_asks_for_strict_determinism_on_cuda_where_it_is_bitwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, repro: str, strict: bool
 ) -> None:
-    """Seen when the model is about to be built: nothing of it has run before."""
+    """Determinism is set before the model is built and any of it has run."""
     seen = []
 
     class Enough(Exception):
-        """The device is not there: the model cannot be built on it."""
+        """Stand in for a missing device, on which no model can be built."""
 
     def look(*_: Any, **__: Any) -> None:
         seen.append(
@@ -184,7 +184,7 @@ def test_a_run_asks_for_strict_determinism_on_cuda_where_it_is_bitwise(
 
 
 def test_decoding_plans_for_no_length() -> None:
-    """cuDNN is off while tokens are written, and on again afterwards, after an error too."""
+    """cuDNN is off while tokens are generated, and on again afterwards, also after an error."""
     assert torch.backends.cuda.cudnn_sdp_enabled()
     model, seen = random_pair(LLAMA)[0].eval(), []
 

@@ -1,4 +1,4 @@
-"""Keys and values kept from earlier calls: the same hidden states, and no room for what does not fit."""
+"""The KV cache: the same hidden states as without it, and errors beyond its capacity."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_what_does_not_fit_is_refused() -> None:
     )
     documents = torch.zeros((1, 2), dtype=torch.long)
     cache.extend(2, documents)
-    with pytest.raises(ValueError, match="4 places do not fit a cache of 3"):
+    with pytest.raises(ValueError, match="4 positions do not fit a cache of 3"):
         cache.extend(2, documents)
-    with pytest.raises(ValueError, match="say which"):
+    with pytest.raises(ValueError, match="pass documents_BT"):
         cache.extend(1, None)

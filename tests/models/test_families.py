@@ -1,4 +1,4 @@
-"""What both families promise beyond their arithmetic: documents, positions, bfloat16, compilation, tables of names."""
+"""Properties of both families beyond their arithmetic: documents, positions, bfloat16, compilation, tables of names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_positions_left_out_are_counted(name: str) -> None:
     tokens = tokens_of(12, batch=2)
     counted = torch.arange(12).expand(2, 12)
     torch.testing.assert_close(model(tokens), model(tokens, counted), atol=1e-6, rtol=0)
-    assert (model(tokens) - model(tokens, counted * 2)).abs().max() > 1e-3  # and they matter
+    assert (model(tokens) - model(tokens, counted * 2)).abs().max() > 1e-3  # positions have an effect
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -96,7 +96,7 @@ def _check_compiled(name: str, dtype: torch.dtype, backend: str) -> None:
     for block in model.blocks.values():
         block.compile(fullgraph=True, backend=backend)
     compiled = _gradient(model, tokens_of(16, batch=2))
-    # Compiled, a chain of operators is rounded to bfloat16 once, eagerly at each.
+    # Compiled code rounds a chain of operators to bfloat16 once, eager code at each operator.
     assert (eager - compiled).norm() < (1e-5 if dtype == torch.float32 else 5e-2) * eager.norm()
 
 
@@ -108,8 +108,8 @@ def test_a_block_is_one_graph(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_no_function_returns_a_tensor_that_two_operations_gave(dtype: torch.dtype) -> None:
-    """Compiled by torch 2.11, one that does has gradients of zero: see `multiplied`. Any torch shows the pattern."""
-    results: dict[str, list[str]] = {}  # of each autograd function's forward, the operations that gave what it returns
+    """Compiled by torch 2.11, one that does has zero gradients: see `multiplied`. Any torch shows the pattern."""
+    results: dict[str, list[str]] = {}  # by autograd function: the operations that returned its forward's result
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
         for name, part in graph.named_modules():
@@ -126,7 +126,7 @@ def test_no_function_returns_a_tensor_that_two_operations_gave(dtype: torch.dtyp
     torch.compile(model.blocks["0"].forward, fullgraph=True, backend=backend)(
         model.enter(tokens_of(16), torch.arange(16)), *model.context(torch.arange(16)), None, None
     )
-    assert len(results) == 7  # four norms, two turns, the product inside the feed-forward
+    assert len(results) == 7  # four norms, two rotations, the product inside the feed-forward
     assert {name: operations for name, operations in results.items() if len(operations) != 1} == {}
 
 

@@ -1,4 +1,4 @@
-"""Generation: against transformers, with and without its cache, alone and in a batch, and as a distribution."""
+"""Generation against transformers, with and without a cache, alone and in a batch, and as a distribution."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_batch_equals_each_prompt_alone(model: LanguageModel) -> None:
 
 def test_the_seed_decides(llama: LanguageModel) -> None:
     first = generate(llama, PROMPTS, max_new_tokens=16, temperature=1.0, seed=1)
-    torch.manual_seed(123)  # which it must not look at
+    torch.manual_seed(123)  # which it must not use
     assert first == generate(llama, PROMPTS, max_new_tokens=16, temperature=1.0, seed=1)
     assert first != generate(llama, PROMPTS, max_new_tokens=16, temperature=1.0, seed=2)
 
@@ -86,7 +86,7 @@ PROBABILITIES = torch.tensor([0.02, 0.4, 0.08, 0.25, 0.0, 0.15, 0.1], dtype=torc
         (Sampling(temperature=1.0, top_k=100), [0, 1, 2, 3, 5, 6]),
         (Sampling(temperature=1.0, top_p=0.7), [1, 3, 5]),  # 0.4 + 0.25 is not yet 0.7
         (Sampling(temperature=1.0, top_p=0.64), [1, 3]),
-        (Sampling(temperature=1.0, top_k=4, top_p=0.7), [1, 3]),  # 0.7 of the 0.9 that are left
+        (Sampling(temperature=1.0, top_k=4, top_p=0.7), [1, 3]),  # 0.7 of the remaining 0.9
         (Sampling(temperature=0.5, top_p=0.9), [1, 3, 5]),  # of 0.16, 0.0625, 0.0225, ...
     ],
     ids=str,
@@ -147,7 +147,7 @@ def test_the_whole_context_can_be_filled(llama: LanguageModel) -> None:
         ([[1] * 129], {}, "shorten it"),
         ([[1] * 120], {"max_new_tokens": 9}, "at most 8"),
         ([[1, 97]], {}, "0..96"),
-        ([[-1]], {}, "another tokenizer"),
+        ([[-1]], {}, "tokenizer"),
         ([[1]], {"max_new_tokens": -1}, "max_new_tokens is -1"),
         ([[1]], {"temperature": -0.1}, "temperature is -0.1"),
         ([[1]], {"temperature": float("nan")}, "temperature is nan"),
@@ -170,5 +170,5 @@ def test_a_model_whose_numbers_are_none_says_so(temperature: float) -> None:
     model = random_pair(LLAMA)[0].eval()
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)
-    with pytest.raises(GenerateError, match="not finite"):
+    with pytest.raises(GenerateError, match="NaN or Inf"):
         generate(model, PROMPTS, max_new_tokens=2, temperature=temperature)

@@ -1,4 +1,4 @@
-"""Any causal language model of transformers: its logits, its training, its names; and what is refused."""
+"""Any causal language model of transformers: its logits, training and names, and the rejected ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Folders = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """The folder of a family, made when it is first asked for."""
+    """Return the folder of a family, created at its first use."""
     root = tmp_path_factory.mktemp("families")
 
     def folder(name: str) -> Path:
@@ -107,7 +107,7 @@ def test_keys_that_turn_otherwise_in_a_long_text_are_not_kept(folders: Folders) 
     model = ours(folders("phi3"))
     prompt = tokens_of(hf_small.SHORT - 4, 1)
     text = prompt
-    for _ in range(12):  # over the place where the turn changes
+    for _ in range(12):  # across the position at which the rotation changes
         text = torch.cat([text, hf_small.theirs(folders("phi3"))(text).logits[:, -1:].argmax(-1)], dim=1)
     assert generate(model, prompt.tolist(), max_new_tokens=12) == [text[0, prompt.shape[1] :].tolist()]
 
@@ -245,7 +245,7 @@ def test_flash_attention_is_for_what_torch_cannot_do(monkeypatch: pytest.MonkeyP
     assert (attention_of(capped), attention_of(plain)) == ("eager", "sdpa")
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- rejected models ---------------------------------------------------------------------------------------------
 
 
 def resolved(folder: Path, work: Path) -> str:
@@ -285,7 +285,7 @@ def test_a_model_that_needs_its_own_code_is_refused(folders: Folders, tmp_path: 
     copy = rewritten(folders("llama"), tmp_path, model_type="strange", auto_map={"AutoConfig": "evil.Config"})
     (copy / "evil.py").write_text("raise SystemExit('this was run')")
     with pytest.raises(
-        ModelError, match=r"is a strange, which transformers .* does not know; it comes with code of its own"
+        ModelError, match=r"is a strange, which transformers .* does not know; it comes with its own code"
     ):
         ours(copy)
 

@@ -1,4 +1,4 @@
-"""Initial weights are a function of (seed, name, row) and of nothing else."""
+"""Initial weights are a function of (seed, name, row) only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norms compute in float32 and round once; ours equals PyTorch's."""
+"""Norms compute in float32 and round once; they equal PyTorch's."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shoal.models.llama import _SwiGLU
 def test_what_a_function_returns_is_written_in_place_by_eager_alone(
     function: type[torch.autograd.Function], compiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In code that torch 2.11 compiles such a write loses the gradients. torch counts the writes to a tensor."""
+    """In code compiled by torch 2.11 such a write loses the gradients; torch counts the writes to a tensor."""
     x, other = torch.ones(2, 8), torch.ones(8)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiles)
     out = function.forward(Mock(), *((x, x) if function is _SwiGLU else (x, other, 1e-5)))
@@ -26,7 +26,7 @@ def test_what_a_function_returns_is_written_in_place_by_eager_alone(
 
 @pytest.mark.parametrize("kind", [RMSNorm, LayerNorm])
 def test_norms_compute_in_float32(kind: type[RMSNorm] | type[LayerNorm]) -> None:
-    """In bfloat16: the float32 norm of the same numbers, rounded at the end."""
+    """In bfloat16 a norm is the float32 norm of the same numbers, rounded at the end."""
     generator = torch.Generator().manual_seed(0)
     norm = kind(48, 1e-5)
     with torch.no_grad():

@@ -14,7 +14,7 @@ ROW_BYTES = 4 * VOCAB  # of one token's logits
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden [2, 15, 8], weight [37, 8], labels [2, 15], every fourth of them ignored)."""
+    """Return hidden [2, 15, 8], weight [37, 8], labels [2, 15], every fourth of them ignored."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn((2, TOKENS // 2, DIM), generator=generator).to(dtype).requires_grad_()
     weight = torch.randn((VOCAB, DIM), generator=generator).requires_grad_()
@@ -24,7 +24,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def expected(hidden: Tensor, weight: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, ...]:
-    """(loss, gradient of hidden, gradient of weight), all in float64."""
+    """Return (loss, gradient of hidden, gradient of weight), all in float64."""
     hidden, weight = (t.detach().double().requires_grad_() for t in (hidden, weight))
     loss = scale * F.cross_entropy((hidden @ weight.t()).flatten(0, 1), labels.flatten(), reduction="sum")
     return loss.detach(), *torch.autograd.grad(loss, (hidden, weight))
@@ -82,7 +82,7 @@ def test_one_side_may_be_frozen(frozen: str) -> None:
 
 
 def test_rows_of_zeros_are_seen_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU gets, here: 37 rows become 64 inside, and all that comes out is as large, and the same."""
+    """The padding for GPUs, on a CPU: 37 rows become 64 inside; results have the same shapes and values."""
     hidden, weight, labels = inputs(torch.bfloat16)
 
     monkeypatch.setattr("shoal.models.loss.MULTIPLE_OF_ROWS", {"cpu": 64})

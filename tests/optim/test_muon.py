@@ -1,4 +1,4 @@
-"""Muon against its paper and torch's, and the same bits in every layout."""
+"""Muon against its paper and torch's implementation; bitwise identical in every layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from shoal.mesh.mesh import Axis, Mesh
 from shoal.mesh.region import Region, Shard
 from shoal.optim import muon
-from shoal.optim.muon import Muon, deal, orthogonalise
+from shoal.optim.muon import Muon, assign_owners, orthogonalize
 from tests.world import World, laid_out
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -40,7 +40,7 @@ def gradients(step: int) -> list[Tensor]:
 
 
 def trained(regions: Sequence[Region], team: Axis, dtype: torch.dtype | None = None) -> list[tuple[Tensor, Tensor]]:
-    """This process's parts after a few steps at changing rates, and their momentum."""
+    """Return this rank's shards and their momentum after a few steps at changing learning rates."""
     shards = [shard(f"w{i}", region, w) for i, (region, w) in enumerate(zip(regions, weights(), strict=True))]
     optimizer = Muon(shards, team, lr=0.1, momentum=0.9, weight_decay=0.3, dtype=dtype)
     for step in range(1, STEPS + 1):
@@ -52,7 +52,7 @@ def trained(regions: Sequence[Region], team: Axis, dtype: torch.dtype | None = N
 
 
 def regions_of(layout: str, rank: int, size: int) -> list[Region]:
-    """What a process holds of each matrix."""
+    """Return this rank's region of each matrix."""
     wholes = [Region.whole(shape) for shape in SHAPES]
     match layout:
         case "replicas":
@@ -78,12 +78,12 @@ def regions_of(layout: str, rank: int, size: int) -> list[Region]:
 
 
 def same_bits(mesh: Mesh, layout: str, dtype: torch.dtype | None = None) -> tuple[int, int]:
-    """How often this process orthogonalised, and exchanged."""
+    """Return how often this rank orthogonalized, and ran an all-to-all."""
     team = Axis(mesh.world_size, mesh.place.rank, dist.group.WORLD)
     regions = regions_of(layout, team.rank, team.size)
     alone = trained([Region.whole(shape) for shape in SHAPES], Axis(), dtype)
     with (
-        mock.patch.object(muon, "orthogonalise", wraps=orthogonalise) as done,
+        mock.patch.object(muon, "orthogonalize", wraps=orthogonalize) as done,
         mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as exchanged,
     ):
         mine = trained(regions, team, dtype)
@@ -94,7 +94,7 @@ def same_bits(mesh: Mesh, layout: str, dtype: torch.dtype | None = None) -> tupl
 
 
 def stages(mesh: Mesh) -> None:
-    """Teams beside each other, each with matrices of its own."""
+    """Several teams at a time, each with its own matrices."""
     team = laid_out(mesh, pp=2, dp_replicate=1, dp_shard=2).axis("stage")
     alone = trained([Region.whole(shape) for shape in SHAPES], Axis())
     regions = [Region.whole(shape).chunk(0, team.rank, 2) for shape in SHAPES]
@@ -104,8 +104,8 @@ def stages(mesh: Mesh) -> None:
 
 def incomplete(mesh: Mesh) -> None:
     team = Axis(mesh.world_size, mesh.place.rank, dist.group.WORLD)
-    region = Region.whole((6, 4)).chunk(0, team.rank, team.size + 1)  # nobody holds the last chunk
-    with pytest.raises(ValueError, match="w: its parts have 16 elements, and the whole has 24"):
+    region = Region.whole((6, 4)).chunk(0, team.rank, team.size + 1)  # no rank holds the last chunk
+    with pytest.raises(ValueError, match="w: its shards have 16 elements, but the whole has 24"):
         Muon([shard("w", region, drawn(0, 6, 4))], team, lr=0.1, momentum=0.9, weight_decay=0.0)
 
 
@@ -121,12 +121,14 @@ def incomplete(mesh: Mesh) -> None:
     ],
 )
 def test_every_layout_gives_the_same_bits(world: Callable[[int], World], size: int, layout: str) -> None:
-    orthogonalised, exchanged = zip(*world(size).run(same_bits, layout), strict=True)
-    assert sum(orthogonalised) == len(SHAPES) * STEPS  # each matrix once
+    orthogonalized, exchanged = zip(*world(size).run(same_bits, layout), strict=True)
+    assert sum(orthogonalized) == len(SHAPES) * STEPS  # each matrix once
     if size == 2:
-        assert min(orthogonalised) > 0
-    rounds = len(deal(SHAPES, size))
-    assert set(exchanged) == {rounds * STEPS * (1 if layout == "replicas" else 2)}  # replicas have nothing to gather
+        assert min(orthogonalized) > 0
+    rounds = len(assign_owners(SHAPES, size))
+    assert set(exchanged) == {
+        rounds * STEPS * (1 if layout == "replicas" else 2)
+    }  # with replicas the owner already holds its matrix
 
 
 def test_every_layout_gives_the_same_bits_in_bfloat16_as_on_cuda(world: Callable[[int], World]) -> None:
@@ -148,7 +150,7 @@ def test_parts_that_do_not_make_up_the_whole(world: Callable[[int], World]) -> N
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_against_its_paper_in_float64(nesterov: bool, device: str) -> None:
     """
-    Newton-Schulz by its closed form: the polynomial of each singular value (Jordan 2024); the rest written out
+    Newton-Schulz equals its closed form, the polynomial of each singular value (Jordan 2024); the update is written out
     (Liu et al. 2025, section 2).
     """
     tolerance = 2e-5 if device == "cpu" else 2e-2  # of an update's norm: float32, bfloat16
@@ -175,7 +177,7 @@ def test_against_its_paper_in_float64(nesterov: bool, device: str) -> None:
 
 
 def test_against_torchs() -> None:
-    """Which multiplies in bfloat16, and averages where we sum: its momentum is ours times a constant."""
+    """torch's Muon multiplies in bfloat16 and averages instead of summing: its momentum is shoal's times a constant."""
     for shape in SHAPES:
         start = drawn(0, *shape)
         mine, theirs = shard("w", Region.whole(shape), start), nn.Parameter(start.clone())
@@ -193,17 +195,17 @@ def test_against_torchs() -> None:
 def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
     u, _, vh = torch.linalg.svd(drawn(0, *shape), full_matrices=False)
     values = torch.linspace(0.1, 1.0, min(shape))
-    out = orthogonalise((u * values) @ vh, 5)
+    out = orthogonalize((u * values) @ vh, 5)
     inside = u.t() @ out @ vh.t()
-    assert torch.allclose(inside, inside.diag().diag(), atol=1e-5)  # the directions stay
+    assert torch.allclose(inside, inside.diag().diag(), atol=1e-5)  # the singular vectors remain
     assert float(inside.diag().min()) > 0.68
     assert float(inside.diag().max()) < 1.16
 
 
 def test_a_transposed_matrix_gives_the_transposed_result_and_zeros_stay() -> None:
     matrix = drawn(0, 37, 101)
-    assert torch.equal(orthogonalise(matrix, 5).t(), orthogonalise(matrix.t().contiguous(), 5))
-    assert not orthogonalise(torch.zeros(5, 3), 5).any()
+    assert torch.equal(orthogonalize(matrix, 5).t(), orthogonalize(matrix.t().contiguous(), 5))
+    assert not orthogonalize(torch.zeros(5, 3), 5).any()
 
 
 def test_state_is_there_before_the_first_step_and_one_process_talks_to_nobody() -> None:
@@ -216,29 +218,29 @@ def test_state_is_there_before_the_first_step_and_one_process_talks_to_nobody() 
         buffer = optimizer.state[mine.tensor]["momentum_buffer"]
         assert buffer.shape == (8, 3)
         assert not buffer.any()
-        optimizer.step()  # no gradient counts as zeros: decay alone
+        optimizer.step()  # a missing gradient counts as zeros: weight decay only
     assert torch.allclose(mine.tensor, 0.95 * drawn(0, 8, 3))
     assert optimizer.state[mine.tensor]["momentum_buffer"] is buffer
 
 
 def test_equal_matrices_are_dealt_evenly() -> None:
-    rounds = deal([(768, 768)] * 48, 8)
+    rounds = assign_owners([(768, 768)] * 48, 8)
     assert [sorted(owners.values()) for owners in rounds] == [list(range(8))] * 6
     assert sorted(i for owners in rounds for i in owners) == list(range(48))
-    assert [len(owners) for owners in deal([(64, 64)] * 5, 2)] == [2, 2, 1]
+    assert [len(owners) for owners in assign_owners([(64, 64)] * 5, 2)] == [2, 2, 1]
 
 
 def test_small_matrices_fill_a_round_that_a_large_one_opens() -> None:
-    (owners,) = deal([(16, 16), *[(8, 8)] * 4, (64, 64)], 2)
+    (owners,) = assign_owners([(16, 16), *[(8, 8)] * 4, (64, 64)], 2)
     assert owners[5] == 0
     assert {owners[i] for i in range(5)} == {1}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8, 64])
 def test_a_round_is_bounded_by_its_first_matrix(processes: int) -> None:
-    """GPT-2's matrices and odd ones; in work and in memory, on each process."""
+    """No rank exceeds its bounds on work and memory, for GPT-2's matrices and odd ones."""
     shapes = [*[(768, 768)] * 48, *[(3072, 768), (768, 3072)] * 12, (8, 500_000), (37, 101), (1, 1)]
-    rounds = deal(shapes, processes)
+    rounds = assign_owners(shapes, processes)
     assert sorted(i for owners in rounds for i in owners) == list(range(len(shapes)))
     for owners in rounds:
         first = shapes[next(iter(owners))]

@@ -43,7 +43,7 @@ def test_schedules(schedule: str, step: int, expected: float) -> None:
 def test_the_floor_is_a_share_of_the_peak() -> None:
     optim = Optim(lr=2.0, schedule="linear", final_lr_fraction=0.1)
     assert learning_rate(optim, 100, 100) == pytest.approx(0.2)
-    assert learning_rate(optim, 1000, 100) == pytest.approx(0.2)  # past the plan it stays there
+    assert learning_rate(optim, 1000, 100) == pytest.approx(0.2)  # constant after the last planned step
 
 
 def test_a_longer_plan_says_what_it_does_to_the_rate() -> None:
@@ -66,7 +66,7 @@ def optimizer_of(model: nn.Module, optim: Optim, *, bitwise: bool = False) -> Op
 
 @pytest.mark.parametrize("bitwise", [False, True])
 def test_adamw_against_its_paper_in_float64(bitwise: bool) -> None:
-    """Loshchilov and Hutter 2019, algorithm 2, written out."""
+    """AdamW equals algorithm 2 of Loshchilov and Hutter 2019, written out."""
     torch.manual_seed(0)
     model = nn.Linear(7, 5)
     optim = Optim(lr=0.01, weight_decay=0.3, beta1=0.9, beta2=0.95, eps=1e-8)

@@ -1,4 +1,4 @@
-"""A tiny run in any layout, and what its first step computes, for the tests of this folder."""
+"""A tiny run in any layout, and the results of its first step, for the tests of this folder."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ SHAPES = {
 
 
 class NeverStop(StopRequest):
-    """A worker of the tests serves many runs: it leaves the signals alone."""
+    """A stop request that handles no signals: a worker of the tests serves many runs."""
 
     def __init__(self) -> None:
         self.signal = None
 
 
 def config_of(folder: Path, name: str, family: str = "llama", **options: Any) -> Config:
-    """Options by their dotted keys, with two underscores for the dot: parallel__tp=2."""
+    """Return a config with options by their dotted keys, two underscores for the dot: parallel__tp=2."""
     config = Config(
         model=SHAPES[family],
         data=Data(
@@ -64,7 +64,7 @@ def mesh_for(mesh: Mesh, parallel: Parallel) -> Mesh:
 
 @dataclasses.dataclass
 class Step:
-    """What a process has after one step: its loss and norm, and its regions of gradients and new parameters."""
+    """Results of one step on a rank: loss, norm, and its regions of gradients and updated parameters."""
 
     loss: float
     norm: float
@@ -73,7 +73,7 @@ class Step:
 
 
 def first_step(mesh: Mesh, config: Config, steps: int = 1) -> Step:
-    """The gradients of the first step, and the parameters after the last."""
+    """Return the gradients of the first step, and the parameters after the last."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     if config.train.compile:
         check_compiled(run)
@@ -91,7 +91,7 @@ def first_step(mesh: Mesh, config: Config, steps: int = 1) -> Step:
 
 
 def whole(parts: list[dict[str, tuple[Region, torch.Tensor]]]) -> dict[str, torch.Tensor]:
-    """All processes' regions put together; where several hold one, they must agree to the bit."""
+    """Assemble all ranks' regions into whole tensors; ranks that hold the same region must have the same bits."""
     found: dict[str, torch.Tensor] = {}
     for part in parts:
         for name, (region, tensor) in part.items():

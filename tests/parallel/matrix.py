@@ -1,11 +1,11 @@
 """
 The matrix: every layout of at most 8 processes, with each family, precision, checkpointing and compile.
 
-    cells()            all of them; `refused(cell)` says which cannot be, in shoal's own words
-    Bench.run(cell)    its first step on real processes, against one process: what was measured
+    cells()            all of them; `refused(cell)` returns shoal's reasons to reject one
+    Bench.run(cell)    measures its first step on real processes against one process
     problem(cell, ..)  why that is not good enough, or None
-    cover()            few cells with every layout, and every pair of features and values that can be had together
-    thin()             of those so few that every feature and value is there
+    cover()            few cells with every layout, and every pair of features and values that can be combined
+    thin()             even fewer, with every feature and value
 
 `scripts/matrix.py` runs all of it and writes docs/matrix.md; `test_matrix.py` runs what `cover()` gives, and
 `make test-torch` what `thin()` gives.
@@ -36,7 +36,7 @@ CHECKPOINTING = ("none", "full", "selective", "budget")
 
 @dataclass(frozen=True)
 class Cell:
-    """One place of the matrix. Its fields are the axes."""
+    """One cell of the matrix. Its fields are the axes."""
 
     layout: str
     family: str
@@ -54,7 +54,7 @@ class Cell:
 
     @property
     def plain(self) -> bool:
-        """Exact to rounding, and no compiler: the sharpest test of a layout."""
+        """Return whether it is exact up to float32 rounding and not compiled: the sharpest test of a layout."""
         return self.dtype == "float32" and not self.compile
 
     @property
@@ -63,18 +63,18 @@ class Cell:
 
     @property
     def values(self) -> frozenset[str]:
-        """Its layout's features and its values on the other axes."""
+        """Return its layout's features and its values on the other axes."""
         values = (self.family, self.dtype, f"checkpointing {self.checkpointing}", f"compile {self.compile}")
         return self.setup.features.union(values)
 
     @property
     def pairs(self) -> frozenset[tuple[str, str]]:
-        """Each two of its values."""
+        """Return all pairs of its values."""
         return frozenset(itertools.combinations(sorted(self.values), 2))
 
     @property
     def cost(self) -> float:
-        """Seconds, roughly: processes take turns on few cores, and a compiler takes its time."""
+        """Return its approximate seconds: processes share few cores, and compiling is slow."""
         return self.processes * (8.0 if self.compile else 0.4)
 
     def config(self, folder: Path) -> Config:
@@ -86,9 +86,9 @@ class Cell:
 
 def cells() -> Iterator[Cell]:
     """
-    All cells, those that are refused too: what is fast first, the same number of processes one after the other.
+    Yield all cells, including rejected ones, fast ones first and sorted by number of processes.
 
-    Of those, cells that make the compiler write the same code are neighbours.
+    Cells for which the compiler generates the same code are adjacent.
     """
     for compile, processes in itertools.product((False, True), sorted({setup.processes for setup in LAYOUTS.values()})):
         layouts = [name for name, setup in LAYOUTS.items() if setup.processes == processes]
@@ -98,7 +98,7 @@ def cells() -> Iterator[Cell]:
 
 
 def refused(cell: Cell) -> list[str]:
-    """Why shoal will not run it; empty where it will."""
+    """Return why shoal rejects the cell; empty if it runs."""
     return list(refusals(cell.config(Path("unused")), cell.processes))
 
 
@@ -110,16 +110,16 @@ def legal() -> tuple[Cell, ...]:
 @cache
 def cover() -> tuple[Cell, ...]:
     """
-    Every layout once, exactly; then what is missing of the pairs that any legal cell has, much new for little cost.
+    Return one exact cell of every layout, then cells for the remaining pairs of values, greedily by new pairs per cost.
 
-    Always the same ones, the same number of processes one after the other.
+    Deterministic; sorted by number of processes.
     """
     pairs = {cell: cell.pairs for cell in legal()}
     left = set().union(*pairs.values())
     chosen: list[Cell] = []
 
     def take(pool: Iterable[Cell]) -> None:
-        best = max(pool, key=lambda cell: len(pairs[cell] & left) / cell.cost)  # of equals the first
+        best = max(pool, key=lambda cell: len(pairs[cell] & left) / cell.cost)  # the first of equals
         chosen.append(best)
         left.difference_update(pairs[best])
 
@@ -130,13 +130,13 @@ def cover() -> tuple[Cell, ...]:
     return tuple(sorted(chosen, key=lambda cell: (cell.processes, legal().index(cell))))
 
 
-# Features that leave the compiler nothing new, beside others that it is tried with.
+# Features for which the compiler generates no new code, compared to features that are tested.
 COMPILES_ALIKE = {"hsdp", "reshard over a number", "reshard never", "ulysses", "ring", "gpipe", "1f1b"}
 
 
 @cache
 def thin() -> tuple[Cell, ...]:
-    """Of `cover()` so few that each feature and value is there, and with the compiler each that it may mind."""
+    """Return few cells of `cover()` that have each feature and value, and compiled each that affects the compiler."""
 
     def new(cell: Cell) -> set[tuple[str, bool]]:
         return {(value, cell.compile) for value in cell.values - (COMPILES_ALIKE if cell.compile else set())}
@@ -149,32 +149,32 @@ def thin() -> tuple[Cell, ...]:
     return tuple(cell for cell in cover() if cell in chosen)
 
 
-# What is measured.
+# Measurements.
 
 Gradients = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One cell's first step against one process that computes in float32, without checkpointing and compile."""
+    """One cell's first step against one process in float32, without checkpointing and compile."""
 
     loss: float  # relative error
     norm: float  # relative error of the gradient's norm, as the step reports it
     total: float  # norm of the whole gradient's error, relative
-    worst: float  # the same of the parameter where it is worst, beyond 1e-8 of the whole gradient's norm
-    parameter: str  # which one that is
-    own_loss: float  # the first three of one process that computes in the cell's precision: rounding's own share
+    worst: float  # the same of the worst parameter, beyond 1e-8 of the whole gradient's norm
+    parameter: str  # the worst one
+    own_loss: float  # the first three, of one process in the cell's precision: the error of rounding alone
     own_norm: float
     own_total: float
-    same_bits: bool | None  # with train.repro bitwise: whether they are those of `Setup.same_bits`
+    same_bits: bool | None  # with train.repro bitwise: whether the bits equal those of `Setup.same_bits`
 
 
-WORST, WORST_NUMBER = 3e-6, 1e-6  # float32: of a parameter's gradient; of the loss and the norm
-ROUNDING, SLACK = 1.5, 1e-3  # bfloat16: how much worse than one process, and what is added to that
+WORST, WORST_NUMBER = 3e-6, 1e-6  # float32 bounds: of a parameter's gradient; of the loss and the norm
+ROUNDING, SLACK = 1.5, 1e-3  # bfloat16 bounds: factor over the error of one process, plus a constant
 
 
 def problem(cell: Cell, found: Measured) -> str | None:
-    """What is wrong with what was found; None where nothing is. A nan is wrong."""
+    """Return what is wrong with the measurements, or None. NaN is wrong."""
     if found.same_bits is False:
         return "not the bits that train.repro bitwise promises"
     if cell.dtype == "float32":
@@ -196,21 +196,21 @@ def problem(cell: Cell, found: Measured) -> str | None:
 
 
 class Bench:
-    """Runs cells, with what they are compared with, and keeps the latter; `worlds` of other sizes are closed."""
+    """Runs cells and their references, which it caches; closes `worlds` of other sizes."""
 
     def __init__(self, folder: Path, worlds: Worlds) -> None:
         self._folder, self._worlds = folder, worlds
         self._found: dict[tuple[Any, ...], tuple[Step, Gradients]] = {}
 
     def run(self, cell: Cell) -> Measured:
-        """What came of it. Raises what its processes raise."""
+        """Run the cell and return the measurements. Raises what its processes raise."""
         self._worlds.close(but=(1, cell.setup.same_bits.processes, cell.processes))
         step, grads = self._step(cell.processes, cell.config(self._folder))
         exact, wanted = self._kept(1, cell.family, cell.setup.alone | {"train__dtype": "float32"})
         own, rounded = self._kept(1, cell.family, cell.setup.alone | {"train__dtype": cell.dtype})
         assert grads.keys() == wanted.keys()
         norm = _norm(wanted.values())
-        # A key's bias has no gradient but noise, since softmax does not see it.
+        # A key's bias has gradient 0 up to rounding, since softmax does not depend on it.
         errors = {n: ((grads[n] - w).norm() - 1e-8 * norm).clamp(min=0) / w.norm() for n, w in wanted.items()}
         parameter = max(errors, key=lambda n: float(errors[n].nan_to_num(torch.inf)))
         same_bits = None
@@ -226,7 +226,7 @@ class Bench:
         )  # fmt: skip
 
     def _same_bits(self, cell: Cell) -> tuple[Step, Gradients]:
-        """The same bits are had where the compiler has made the same of it; checkpointing alone changes none."""
+        """Run the reference for bits. Compiled code needs equal checkpointing; without compiling, it changes no bits."""
         setup = cell.setup.same_bits
         options = setup.options | {"train__dtype": cell.dtype}
         if cell.compile:
@@ -242,18 +242,18 @@ class Bench:
 
     def _step(self, processes: int, config: Config) -> tuple[Step, Gradients]:
         steps = self._worlds[processes].run(step_of, config)
-        [_] = {(step.loss, step.norm) for step in steps}  # all say the same
+        [_] = {(step.loss, step.norm) for step in steps}  # all ranks report the same
         return steps[0], whole([step.gradients for step in steps])
 
 
 def step_of(mesh: Mesh, config: Config) -> Step:
-    """`first_step` in a process that may have compiled other things before, and forgets them."""
+    """Run `first_step` in a process after discarding all that it has compiled before."""
     if config.train.compile:
         import torch._functorch.config as functorch
         import torch._inductor.config as inductor
         from torch._dynamo.utils import counters
 
-        inductor.compile_threads = 1  # no pool of processes beside each of these
+        inductor.compile_threads = 1  # no pool of compile processes in each worker
         functorch.activation_memory_budget = 1.0
         torch.compiler.reset()
         counters.clear()

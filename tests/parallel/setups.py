@@ -11,7 +11,7 @@ from shoal.config.options import Parallel
 
 @dataclass(frozen=True)
 class Setup:
-    """A layout: how many processes, and the options that differ from `config_of`'s."""
+    """A layout: its number of processes, and the options that differ from those of `config_of`."""
 
     processes: int
     options: dict[str, Any]
@@ -22,19 +22,19 @@ class Setup:
 
     @property
     def alone(self) -> dict[str, Any]:
-        """The options that one process must have, too, to compute the same: all but the layout."""
+        """Return the options that one process needs to compute the same: all but the layout."""
         return {k: v for k, v in self.options.items() if not k.startswith(("parallel__", "train__repro"))}
 
     @property
     def same_bits(self) -> Setup:
-        """Whose bits `train.repro: bitwise` promises: those of one process, or of as few as `cp` and `tp` need."""
+        """Return the setup whose bits `train.repro: bitwise` promises: one process, or as few as `cp` and `tp` need."""
         kept = {f"parallel__{key}" for key in ("cp", "cp_method", "tp")}
         options = {k: v for k, v in self.options.items() if k in kept or not k.startswith("parallel__")}
         return Setup(options.get("parallel__cp", 1) * options.get("parallel__tp", 1), options)
 
     @property
     def features(self) -> frozenset[str]:
-        """What it is made of: all that a test of one layout says something about. Sizes are none."""
+        """Return the features of the layout, without their sizes: all that a test of it covers."""
         options = {k.removeprefix("parallel__"): v for k, v in self.options.items() if k.startswith("parallel__")}
         parallel = Parallel(**options)
         layout = find_layout(parallel, self.processes)
@@ -56,7 +56,7 @@ class Setup:
 
 
 def on(processes: int, *, layers: int = 4, documents: bool = True, bitwise: bool = False, **parallel: Any) -> Setup:
-    """`layers`: one stage needs one block at least; `documents`: attention stays inside one (ring cannot)."""
+    """Return a pipeline's options. `layers`: at least one per stage; `documents`: use a document mask (ring cannot)."""
     options = {f"parallel__{key}": value for key, value in parallel.items()}
     if layers != 4:
         options["model__num_layers"] = layers
@@ -197,5 +197,5 @@ GROUPS: dict[str, dict[str, Setup]] = {
         "bitwise dualpipev 2 x ddp 2": on(4, bitwise=True, pp=2, pp_schedule="dualpipev"),
     },
 }
-TOGETHER = "Features together"  # a layout for each pair of features that the others lack: its cells are the plain ones
+TOGETHER = "Features together"  # one layout for each pair of features that no other has; only its plain cells are used
 LAYOUTS: dict[str, Setup] = {name: setup for group in GROUPS.values() for name, setup in group.items()}

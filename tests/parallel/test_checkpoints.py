@@ -1,4 +1,4 @@
-"""One run that changes its layout at each stop: the state to the bit, the losses and held-out loss of one process."""
+"""A run that changes its layout at each stop: bitwise identical state, and the losses of one process."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ REPLICAS: list[tuple[int, dict[str, Any]]] = [
 
 @dataclasses.dataclass
 class Leg:
-    """What a process had when it came, when it went, and the loss on its way."""
+    """State of a rank at its start and at its end, and the losses in between."""
 
     loaded: Parts
     saved: Parts
@@ -56,7 +56,7 @@ class Leg:
 
 
 def leg(mesh: Mesh, config: Config) -> Leg:
-    """One step more of a run, saved, and evaluated."""
+    """Resume a run for one step, save, and evaluate."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     loaded = _parts(run)
     loss, tokens, *_ = take_step(run).read()

@@ -1,4 +1,4 @@
-"""Exchanges that autograd sees through, against one process that holds everything."""
+"""Differentiable collectives against one process that holds everything."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shoal.mesh.mesh import Mesh
-from shoal.parallel.collectives import exchange, gather, sum_scatter
+from shoal.parallel.collectives import all_gather, all_to_all, reduce_scatter
 from tests.world import World, laid_out
 
 
@@ -20,7 +20,7 @@ def gathers(mesh: Mesh, dim: int) -> None:
     axis = laid_out(mesh, dp_replicate=1, tp=mesh.world_size).axis("tp")
     x = whole(0, 2, 12, 5)
     mine = x.chunk(axis.size, dim)[axis.rank].clone().requires_grad_()
-    out = gather(mine, dim, axis)
+    out = all_gather(mine, dim, axis)
     assert torch.equal(out, x)
     weight = torch.stack([whole(rank + 1, *x.shape) for rank in range(axis.size)])
     (out * weight[axis.rank]).sum().backward()
@@ -32,7 +32,7 @@ def sums(mesh: Mesh, dtype: torch.dtype) -> None:
     axis = laid_out(mesh, dp_replicate=1, tp=mesh.world_size).axis("tp")
     parts = torch.stack([whole(rank, 2, 12, 5, dtype=dtype) for rank in range(axis.size)])
     mine, bias = parts[axis.rank].clone().requires_grad_(), whole(9, 5).requires_grad_()
-    out = sum_scatter(mine, 1, axis, bias)
+    out = reduce_scatter(mine, 1, axis, bias)
     wanted = (parts.double().sum(0) + bias.detach()).to(dtype).chunk(axis.size, 1)[axis.rank]
     assert out.dtype == dtype
     assert torch.allclose(out.float(), wanted.float(), atol=1e-6, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6)
@@ -46,11 +46,11 @@ def sums(mesh: Mesh, dtype: torch.dtype) -> None:
 
 def exchanges(mesh: Mesh) -> None:
     axis = laid_out(mesh, dp_replicate=1, cp=mesh.world_size).axis("cp")
-    x = whole(0, 2, 12, 12, 3)  # places and heads
+    x = whole(0, 2, 12, 12, 3)  # positions and heads
     mine = x.chunk(axis.size, 1)[axis.rank].clone().requires_grad_()
-    out = exchange(mine, 2, 1, axis)
+    out = all_to_all(mine, 2, 1, axis)
     assert torch.equal(out, x.chunk(axis.size, 2)[axis.rank])
-    back = exchange(out, 1, 2, axis)
+    back = all_to_all(out, 1, 2, axis)
     assert torch.equal(back, mine)
     (out * x.chunk(axis.size, 2)[axis.rank]).sum().backward()
     assert mine.grad is not None

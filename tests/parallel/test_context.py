@@ -1,4 +1,4 @@
-"""Sequences cut over processes, against one process that computes the whole in float64."""
+"""Context parallel against one process that computes the whole sequence in float64."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 def documents() -> Tensor:
-    """Three documents in one row, cut where no process's part ends; the other row begins again with its first id."""
+    """Return ids of three documents in one row, not aligned with the ranks' parts; the other row reuses its first id."""
     row = torch.tensor([0] * 7 + [1] * 22 + [2] * 19)
     return torch.stack((row, torch.tensor([4] * 31 + [9] * 10 + [4] * 7)))
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """By the definition: scores [B, H, T, T] of every pair, keys repeated for grouped heads -> [B, T, H, d]."""
+    """Compute attention by its definition: scores [B, H, T, T] of every pair, keys repeated for groups -> [B, T, H, d]."""
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("bhts,bshd->bthd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
 def far(got: Tensor, wanted: Tensor) -> float:
-    """The worst difference, relative to the largest number."""
+    """Return the largest difference, relative to the largest number."""
     return float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max())
 
 
 def bare_model(axis: Axis, method: str) -> Any:
-    """A model of one block, for its attention and its maker of masks."""
+    """Build a model of one block, for its attention and its mask function."""
     model = build_model(SHAPES["llama"], compute_dtype=torch.float32)
     apply_context(model, axis, method)
     return model
@@ -85,13 +85,13 @@ def attends(mesh: Mesh, method: str, heads: tuple[int, int], masked: bool, dtype
 def drawn_model(shape: Model) -> LanguageModel:
     model = build_model(shape, compute_dtype=torch.float32).to_empty(device="cpu")
     for index, parameter in enumerate(model.parameters()):
-        # wider than a model begins, so that attention is not nearly even
+        # wider than initial weights, so that attention is far from uniform
         parameter.data = draw(100 + index, *parameter.shape) * 0.3
     return model
 
 
 def trains(mesh: Mesh, name: str, method: str, masked: bool, how: str) -> None:
-    """Hidden states at this process's places, and gradients summed over the axis, of a whole model."""
+    """Return a model's hidden states at this rank's positions, and its gradients summed over the axis."""
     axis = laid_out(mesh, dp_replicate=1, cp=mesh.world_size).axis("cp")
     tokens = torch.randint(97, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
     ids = documents() if masked else None
@@ -116,14 +116,14 @@ def trains(mesh: Mesh, name: str, method: str, masked: bool, how: str) -> None:
     got, expected = grads(model), grads(single)
     assert got.keys() == expected.keys()
     for key, grad in got.items():
-        # a bias of keys moves all scores of a query alike: its gradient is rounding alone, beside its weight's
+        # a key's bias shifts all scores of a query equally: its gradient is only rounding, compared to its weight's
         beside = expected[key.replace("k.bias", "k.weight")]
         worst = (axis.sum(grad) - expected[key]).abs().max()
         assert worst < 1e-5 * beside.abs().max(), key
 
 
 def grads(model: LanguageModel) -> dict[str, Tensor]:
-    """By name; not the head's, where it has one: only hidden states were asked for."""
+    """Return gradients by name, without a separate head's: only hidden states were computed."""
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -199,7 +199,7 @@ def test_places_are_each_held_once_and_balanced(method: str, size: int) -> None:
     if method != "ulysses":
         assert len({int((places + 1).sum()) for places in held}) == 1  # keys seen under a causal mask
     if size > 1:
-        with pytest.raises(ValueError, match="do not divide"):
+        with pytest.raises(ValueError, match=r"into [2346] equal parts"):
             local_places(SEQ + 1, Axis(size), method)
 
 

@@ -1,4 +1,4 @@
-"""Models of transformers in layouts: the gradients of one process, and its bits where they are promised."""
+"""Models of transformers in layouts: the gradients of one process, and its bits if they are promised."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WORST = 2e-6  # relative error of a parameter's gradient, float32
 
 @pytest.fixture(scope="module")
 def take(tmp_path_factory: pytest.TempPathFactory, world: Callable[[int], World]) -> Take:
-    """One step of a family in a layout: what it said, and whole gradients."""
+    """Run one step of a family in a layout; return its report and the whole gradients."""
     root = tmp_path_factory.mktemp("layouts")
     kept: dict[Any, tuple[Step, dict[str, torch.Tensor]]] = {}
 
@@ -53,7 +53,7 @@ DROPOUT: dict[str, dict[str, Any]] = {}
 
 
 def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Relative, of each parameter's gradient; what is noise beside the whole gradient (a key's bias) counts little."""
+    """Return relative errors of the parameters' gradients; those tiny beside the whole gradient (a key's bias) count little."""
     assert found.keys() == wanted.keys()
     norm = torch.stack([g.norm() for g in wanted.values()]).norm()
     return {n: float(((found[n] - w).norm() - 1e-8 * norm).clamp(min=0) / w.norm()) for n, w in wanted.items()}
@@ -137,12 +137,14 @@ def test_a_native_family_through_transformers_is_the_same_model(take: Take, tmp_
 
 
 def test_a_family_without_a_plan_is_refused(take: Take) -> None:
-    with pytest.raises(AssertionError, match=r"a stablelm carries no plan of how to cut it; set parallel\.tp to 1"):
+    with pytest.raises(
+        AssertionError, match=r"the config of a stablelm has no tensor-parallel plan; set parallel\.tp to 1"
+    ):
         take("stablelm", 2, parallel__tp=2)
 
 
 def holds(mesh: Mesh, config: Config) -> tuple[int, int]:
-    """(elements that this process holds, elements of the model)."""
+    """Return (elements on this rank, elements of the model)."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     run.close()
     return sum(s.tensor.numel() for s in run.runnable.shards), sum(s.numel() for s in run.runnable.shapes.values())
@@ -156,7 +158,7 @@ def test_nobody_holds_the_whole_model(tmp_path: Path, world: Callable[[int], Wor
 
 
 def without_weights(mesh: Mesh, config: Config) -> float:
-    """The loss of the first batch when all weights were made zero after the model was built."""
+    """Return the loss of the first batch after setting all weights of the built model to 0."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     with torch.no_grad():
         for shard in run.runnable.shards:
@@ -167,7 +169,7 @@ def without_weights(mesh: Mesh, config: Config) -> float:
 
 
 def test_what_was_tried_out_before_is_not_kept(tmp_path: Path, world: Callable[[int], World]) -> None:
-    """FSDP2 keeps what a forward has gathered; weights that come later must be seen."""
+    """FSDP2 keeps gathered parameters after a forward; weights that are loaded later must be used."""
     folder = hf_small.save("gemma2", tmp_path / "gemma2")
     config = hf_small.config_of(folder, tmp_path, "later", parallel__dp_shard=2)
     for loss in world(2).run(without_weights, config):
@@ -181,7 +183,7 @@ def train(mesh: Mesh, config: Config) -> None:
 
 
 def test_a_run_ends_and_another_layout_goes_on(tmp_path: Path, world: Callable[[int], World]) -> None:
-    """Trained by two, sharded; saved; opened by one, and by transformers' own class."""
+    """Train sharded on two ranks, save, and open it on one, and with transformers' own class."""
     folder = hf_small.save("gemma2", tmp_path / "gemma2")
     config = hf_small.config_of(folder, tmp_path, "whole", parallel__dp_shard=2, train__sample_prompt="def ")
     world(2).run(train, config)

@@ -1,7 +1,7 @@
 """
-Layouts against one process: every one, and every pair of features with each other and with the other axes.
+All layouts against one process: each one, and every pair of features with each other and with the other axes.
 
-`scripts/matrix.py` runs all cells. What is not in `cover()` of the exact, uncompiled cells runs here too, slowly.
+`scripts/matrix.py` runs all cells. Exact, uncompiled cells that are not in `cover()` run here too, marked slow.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, worlds: Worlds) -> Bench:
 
 
 def _in_every_run(cell: Cell) -> bool:
-    """Whether `make test` has it; CI has all: of what a compiler sees, and of those of 8 processes, it has a few."""
+    """Return whether `make test` runs the cell: few of those that compile or need 8 processes. CI runs all."""
     if not cell.compile and cell.processes < 8:
         return True
     some = [each for each in cover() if (each.compile, each.processes) == (cell.compile, cell.processes)]
@@ -82,7 +82,7 @@ def test_every_pair_of_features_that_shoal_takes_is_in_the_matrix(one: str, othe
     options["dp_shard"] = max(FEATURES[one].get("dp_shard", 1), FEATURES[other].get("dp_shard", 1))
     setup = on(math.prod(options.get(axis, 1) for axis in AXES), **options)
     if not setup.features >= {one, other}:
-        return  # no layout has both: two schedules
+        return  # two schedules: no layout has both
     configs = [config_of(Path("unused"), "pair", family, **setup.options) for family in FAMILIES]
     if any(not list(refusals(config, setup.processes)) for config in configs):
         assert any((one, other) in cell.pairs for cell in cover())
@@ -112,7 +112,7 @@ def test_the_page_is_of_these_cells() -> None:
 
 
 def test_the_page_tells_what_failed_from_what_was_not_run() -> None:
-    with mock.patch.dict(os.environ):  # the script sets its own
+    with mock.patch.dict(os.environ):  # the script sets its own variables
         script = runpy.run_path(str(PAGE.parents[1] / "scripts" / "matrix.py"))
     fine, wrong = legal()[:2]
     measured = Measured(0.0, 0.0, 0.0, 2e-7, "norm.weight", 0.0, 0.0, 0.0, None)

@@ -1,4 +1,4 @@
-"""What a process holds under FSDP2, as torch's allocator saw it in a step, against what sharding promises."""
+"""Memory of a rank under FSDP2, as measured by torch's allocator during a step, against the amount that sharding promises."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.parallel.allocated import allocated_bytes
 from tests.parallel.layouts import NeverStop, config_of, mesh_for
 from tests.world import World
 
-# Large against its activations: a step is one row of 8 tokens a process.
+# Large compared to its activations: a step is one row of 8 tokens per rank.
 SHAPE: dict[str, Any] = {
     "model__dim": 128, "model__num_layers": 24, "model__head_dim": 32, "model__ffn_dim": 512, "model__tie_embeddings": False,
     "data__seq_len": 8, "data__document_mask": False,
@@ -25,7 +25,7 @@ SHAPE: dict[str, Any] = {
 
 
 def peak_bytes(mesh: Mesh, config: Config) -> tuple[int, int, int, int]:
-    """In a worker: (peak of a step, held between steps, parameters in all, of the largest block)."""
+    """Return, in a worker: (peak of a step, bytes between steps, parameters in total, of the largest block)."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     take_step(run)
     run.runnable.forget_gradients()
@@ -42,22 +42,22 @@ def peak_bytes(mesh: Mesh, config: Config) -> tuple[int, int, int, int]:
 def test_a_process_holds_its_share_the_root_and_two_blocks(
     world: Callable[[int], World], tmp_path: Path, degree: int, repro: str
 ) -> None:
-    """Weights, gradients and moments by N; whole, with gradients, only what lies outside the blocks and two blocks."""
+    """Weights, gradients and moments are divided by N; only two blocks and the rest are unsharded, with gradients."""
     options = {"parallel__dp_shard": degree, "train__repro": repro, "train__global_batch": degree}
     found = world(degree).run(peak_bytes, config_of(tmp_path, "memory", **options, **SHAPE))
     whole, block = found[0][2:]
     promised = 16 * whole / degree + 8 * (whole - 24 * block + 2 * block)
     peaks = sorted(peak for peak, *_ in found)
     assert all(held <= 12 * whole / degree * 1.01 for _, held, *_ in found)  # between steps: no gradients
-    # A tree's node and what the others sent for it are a block or two more. And gloo's thread lets go of a message when
-    # it gets to run, so that some processes have more than others.
+    # A tree's node and the parts received for it are one or two blocks more. gloo's thread frees a message only when it
+    # is scheduled, so some ranks have more than others.
     least, most = (1.1, 1.25) if repro == "fast" else (1.4, 1.6)
     assert peaks[0] <= least * promised
     assert peaks[-1] <= most * promised
 
 
 def live_gradients(mesh: Mesh, config: Config) -> tuple[int, list[int]]:
-    """In a worker: gradients after a first step, and how many of those still live in each forward of the second."""
+    """Return, in a worker: gradients after a first step, and how many of them are alive in each forward of the second."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     take_step(run)
     shards = run.runnable.shards

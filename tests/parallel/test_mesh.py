@@ -1,4 +1,4 @@
-"""The groups of a mesh, and the device of a process."""
+"""The groups of a mesh, and the device of a rank."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ ASKED_SECONDS = 77.0
 
 
 def timeouts_of_a_run(mesh: Mesh, config: Config) -> tuple[timedelta, dict[str, timedelta]]:
-    """The timeout that a run asks of the group of the world, and those of all groups that exist after a step and a save."""
+    """Return the timeout of the world group, and those of all groups that exist after a step and a save."""
     groups = distributed_c10d._world.pg_map
     before = set(groups)
     with (
         mock.patch.object(mesh_module, "read_place", return_value=mesh.place),
         mock.patch.object(mesh_module, "open_store"),
         mock.patch.object(mesh_module, "stay_on_loopback"),
-        mock.patch.object(dist, "init_process_group") as init,  # the world of the tests is there already
+        mock.patch.object(dist, "init_process_group") as init,  # the tests' world group exists already
         mock.patch.object(dist, "destroy_process_group"),
         open_mesh("cpu", ASKED_SECONDS, config.parallel) as opened,
     ):
@@ -59,7 +59,7 @@ def timeouts_of_a_run(mesh: Mesh, config: Config) -> tuple[timedelta, dict[str, 
     [
         ({"dp_shard": 2, "tp": 2}, 2),
         ({"dp_shard": 2, "pp": 2}, 2),
-        ({"dp_shard": 4, "reshard_after_forward": 2}, 1),  # FSDP2 opens groups of its own
+        ({"dp_shard": 4, "reshard_after_forward": 2}, 1),  # FSDP2 opens its own groups
     ],
     ids=str,
 )
@@ -92,7 +92,7 @@ def test_which_device_a_worker_takes(
     if index is None:
         with pytest.raises(LaunchError, match=r"4 processes .* there are 2; start 2 .*--gpus-per-task=1"):
             choose_device("cuda", place)
-        monkeypatch.setenv(LOCKED_BY, str(os.getppid()))  # as our own launcher's workers have it
+        monkeypatch.setenv(LOCKED_BY, str(os.getppid()))  # as in workers of shoal's launcher
         with pytest.raises(LaunchError, match=r"4 processes .* there are 2; set launch\.processes to 2"):
             choose_device("auto", place)
     else:
@@ -141,7 +141,7 @@ def test_two_processes_on_one_device_are_said_in_a_line(monkeypatch: pytest.Monk
     ],
 )
 def test_words_that_say_another_process_has_gone(monkeypatch: pytest.MonkeyPatch, words: str, is_lost: bool) -> None:
-    """NCCL's cannot be had here, so they are those that torch's and NCCL's sources print; where no group is open none counts."""
+    """Without NCCL, use the messages in torch's and NCCL's sources; without an open group, none counts as a lost peer."""
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     assert is_lost_peer(RuntimeError(words)) is is_lost
     monkeypatch.setattr(dist, "is_initialized", lambda: False)

@@ -1,4 +1,4 @@
-"""Pipelines of real processes, against one process that runs the same micro-batches through the whole model."""
+"""Pipelines of real processes against one process that runs the same micro-batches through the whole model."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def batches_of(count: int, seed: int, *, documents: bool = True) -> list[Batch]:
 
 
 class Scaled:
-    """A loss whose scale changes each step, as the number of a step's tokens does."""
+    """A loss whose scale changes at each step, as the number of tokens does."""
 
     def __init__(self) -> None:
         self.scale = torch.ones(())
@@ -68,7 +68,7 @@ class Scaled:
 
 
 def alone(shape: Model, steps: list[list[Batch]]) -> list[tuple[list[Tensor], Grads]]:
-    """The reference: for each step its losses and gradients, by plain backward over the whole model."""
+    """Return the reference: each step's losses and gradients, by plain backward through the whole model."""
     model, loss = new_model(shape), Scaled()
     initialize(model, 0, "cpu")
     answers = []
@@ -102,7 +102,7 @@ def tie(stages: dict[int, LanguageModel], axis: Axis, count: int) -> None:
 
 
 def check(stages: dict[int, LanguageModel], wanted: Grads) -> set[str]:
-    """All gradients of these stages against the reference; their names."""
+    """Compare all gradients of these stages with the reference; return their names."""
     seen = set()
     for stage in stages.values():
         for name, parameter in stage.named_parameters():
@@ -111,7 +111,7 @@ def check(stages: dict[int, LanguageModel], wanted: Grads) -> set[str]:
             grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
             assert grad.dtype == torch.float32
             error = (grad - wanted[name]).norm() / wanted[name].norm().clamp(min=1e-12)
-            # the tied embedding is a sum of two, the reference one of all; a key's bias moves nothing: a zero's noise
+            # the tied embedding's gradient is a sum of two sums; a key's bias has gradient 0 up to rounding
             assert error < 1e-6 or (grad - wanted[name]).abs().max() < 1e-8, f"{name}: {error:.2e}"
             seen.add(name)
     return seen
@@ -126,7 +126,9 @@ def trains(mesh: Mesh, schedule: Schedule, family: str, tied: bool, count: int, 
     if flat:
         for stage in stages.values():
             for _, p in stage.named_parameters():
-                p.grad = torch.zeros(p.numel() + 3)[3:].view_as(p)  # a place in a larger buffer, as a reducer gives it
+                p.grad = torch.zeros(p.numel() + 3)[3:].view_as(
+                    p
+                )  # a view of a larger buffer, as a reducer's buckets are
     views = {p: p.grad for stage in stages.values() for p in stage.parameters()}
     order: dict[int, list[int]] = {index: [] for index in stages}
 
@@ -193,7 +195,7 @@ def evaluates(mesh: Mesh, schedule: Schedule, tied: bool) -> None:
     give_weights(stages)
     loss, count = Scaled(), 2 * axis.size
     pipeline = pipeline_of(stages, axis, schedule, count, loss)
-    other = batches_of(3, 5, documents=False)  # fewer than a step's, and before any step
+    other = batches_of(3, 5, documents=False)  # fewer than in a step, and before any step
     step = batches_of(count, 1)
     [(wanted, _), (_, grads)] = alone(shape, [other, step])
     loss.scale = torch.tensor(1.0 / sum(b.valid_tokens for b in other))
@@ -225,7 +227,7 @@ def test_evaluates_on_four_processes(world: Callable[[int], World], schedule: Sc
 
 
 def messages_of_an_evaluation(mesh: Mesh, schedule: Schedule, count: int) -> list[list[str]]:
-    """The batches of messages that an evaluation of `count` micro-batches hands to torch, each by its directions."""
+    """Return the directions of each batch of messages in an evaluation of `count` micro-batches."""
     axis = laid_out(mesh, dp_replicate=1, pp=mesh.world_size).axis("pp")
     held = stages_per_rank(schedule, None)
     shape = shape_of("gpt2", False, axis.size * held)
@@ -246,14 +248,14 @@ def messages_of_an_evaluation(mesh: Mesh, schedule: Schedule, count: int) -> lis
 
 def test_messages_of_one_slot_go_out_together(world: Callable[[int], World]) -> None:
     """
-    Four stages dealt round to two processes, three micro-batches. By hand, a column for each slot:
+    Four stages interleaved on two ranks, three micro-batches. By hand, one column per slot:
 
         stage 0   1 2 . . 3 . . .
         stage 1   . 1 2 . . 3 . .
         stage 2   . . 1 2 . . 3 .
         stage 3   . . . 1 2 . . 3
 
-    Stages 0 and 2 are the first process's. Each output but the last stage's is a message, sent in the slot that makes it.
+    Stages 0 and 2 are on the first rank. Each output but the last stage's is a message, sent in the slot that computes it.
     """
     way, back, both = ["isend"], ["irecv"], ["irecv", "isend"]
     assert world(2).run(messages_of_an_evaluation, "interleaved_1f1b", 3) == [
@@ -321,5 +323,5 @@ def test_stages_hold_what_is_theirs_alone() -> None:
 def test_a_step_has_as_many_micro_batches_as_it_was_made_for() -> None:
     pipeline = object.__new__(Pipeline)
     pipeline._micro_batches = 4
-    with pytest.raises(ValueError, match="made for 4 micro-batches, not 3"):
+    with pytest.raises(ValueError, match="4 micro-batches, not 3"):
         pipeline.forward_backward(batches_of(3, 0))

@@ -1,4 +1,4 @@
-"""Data parallel: gradients of N processes against one process that sees the whole batch."""
+"""Data parallel: gradients of N ranks against one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_model() -> nn.Sequential:
 
 
 def gradients(mesh: Mesh, micro_batches: int, bucket_bytes: int) -> list[torch.Tensor]:
-    """The summed gradients of this rank's share of `micro_batches`, after two steps' worth of buckets."""
+    """Return the all-reduced gradients of `micro_batches`, in the second step with the same buckets."""
     model = make_model()
     reducer = GradientReducer(model.parameters(), mesh.axis("batch"), None, bucket_bytes)
     share = micro_batches // mesh.dp_size

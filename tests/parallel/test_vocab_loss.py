@@ -1,4 +1,4 @@
-"""The loss over parts of the vocabulary, dealt unevenly and in chunks, against torch's cross-entropy in float64."""
+"""The vocabulary-parallel loss, with uneven shards and in chunks, against torch's cross-entropy in float64."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ def loss_and_gradients(mesh: Mesh, chunk_bytes: int) -> None:
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("chunk_bytes", [2**28, 4 * 128 * 4, 4 * 62 * 5])
 def test_uneven_parts_in_chunks(world: Callable[[int], World], processes: int, chunk_bytes: int) -> None:
-    """257 rows on 2 processes are 129 and 128: by its own rows each would choose chunks of another size."""
+    """257 rows on 2 ranks are 129 and 128: chunk sizes based on a rank's own rows would differ."""
     world(processes).run(loss_and_gradients, chunk_bytes)

@@ -39,7 +39,7 @@ from shoal.metrics.machine import bits_depend_on, device_name
 from shoal.models.attention import take_deterministic_kernels
 from shoal.models.layers import products_by_quarters
 from shoal.optim.schedule import learning_rate
-from shoal.parallel.apply import Runnable
+from shoal.parallel.runnable import Runnable
 from shoal.plan.length import count_steps
 from shoal.resolve.resolve import to_dict
 from shoal.run.console import Console

@@ -14,10 +14,10 @@ import torch
 from shoal.bench.speed import WARMUP_STEPS, summarize_steps
 from shoal.mesh.mesh import open_mesh
 from shoal.metrics.products import product_rates
+from shoal.models.build import COMPUTE_DTYPES
 from shoal.resolve.resolve import read_back
 from shoal.run.records import StepRecord, read_metrics
 from shoal.system.signals import StopRequest, die_with_parent
-from shoal.training.assemble import DTYPES
 from shoal.training.loop import set_threads, take_steps
 from shoal.training.run import Run
 
@@ -42,7 +42,7 @@ def main(recipe: Path, answer: Path) -> None:
 def _product_flops(run: Run) -> float:
     """Return the FLOP/s of a matrix product on all processes together, in the run's dtype. A collective over the world."""
     run.mesh.barrier()
-    rates = product_rates([DTYPES[run.config.train.dtype]], run.mesh.device, PRODUCT_SECONDS)
+    rates = product_rates([COMPUTE_DTYPES[run.config.train.dtype]], run.mesh.device, PRODUCT_SECONDS)
     return float(run.mesh.sum(torch.tensor(rates[0], device=run.mesh.device, dtype=torch.float64)))
 
 

@@ -22,7 +22,7 @@ from shoal.hub.header import DTYPE_NAMES
 from shoal.hub.names import is_computed, spellings, stored_as
 
 ROWS_AT_A_TIME: Final = 4096
-DTYPES: Final[dict[str, torch.dtype]] = {kind: getattr(torch, name) for kind, name in DTYPE_NAMES.items()}
+STORED_DTYPES: Final[dict[str, torch.dtype]] = {kind: getattr(torch, name) for kind, name in DTYPE_NAMES.items()}
 
 
 class FolderWeights:
@@ -74,9 +74,9 @@ class FolderWeights:
                 "one of its files is missing"
             )
         entry = folder.tensors[found]
-        if entry.dtype not in DTYPES:
+        if entry.dtype not in STORED_DTYPES:
             raise ModelError(
-                f"{entry.file}: {found} is {entry.dtype}; readable dtypes are {', '.join(DTYPES)}. Dequantize "
+                f"{entry.file}: {found} is {entry.dtype}; readable dtypes are {', '.join(STORED_DTYPES)}. Dequantize "
                 "a quantized model first"
             )
         expected = _their_shape(there, shape)

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from shoal import __version__
-from shoal.checkpoint.convert import DTYPES, to_hugging_face
+from shoal.checkpoint.convert import STORED_DTYPES, to_hugging_face
 from shoal.checkpoint.restore import read_into
 from shoal.checkpoint.saved import Saved, read_state, verify
 from shoal.config.options import Model
@@ -159,7 +159,7 @@ def _shards(model: LanguageModel, dtypes: Dtypes, shard_bytes: int) -> Iterator[
     tensors: dict[str, list[tuple[str, int]]] = {}
     for name, parameter in model.named_parameters():
         theirs = stored_as(model.shape.family, name).name
-        size = parameter.numel() * DTYPES[dtypes.of(theirs)].itemsize
+        size = parameter.numel() * STORED_DTYPES[dtypes.of(theirs)].itemsize
         tensors.setdefault(theirs, []).append((name, size))
     group: list[str] = []
     total = 0
@@ -185,7 +185,7 @@ def _write_weights(
         parameters = {n: torch.empty(shapes[n]) for n in names}
         read_into(saved, {f"model.{n}": Part.whole(t) for n, t in parameters.items()})
         weights = to_hugging_face(model.shape.family, parameters)
-        tensors = {n: t.to(DTYPES[dtypes.of(n)]) for n, t in weights.items()}
+        tensors = {n: t.to(STORED_DTYPES[dtypes.of(n)]) for n, t in weights.items()}
         if number == 1:
             tensors |= {name: tensor.contiguous() for name, tensor in model.constants().items()}
         save_file(tensors, aside / file, metadata={"format": "pt"})

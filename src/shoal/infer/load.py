@@ -24,13 +24,13 @@ from shoal.infer.asked import Wanted
 from shoal.infer.target import find_checkpoint
 from shoal.mesh.mesh import check_dtype, choose_device, has_bfloat16
 from shoal.models.attention import CPU_HAS_TILES
-from shoal.models.build import build_model, materialize
+from shoal.models.build import COMPUTE_DTYPES, build_model, materialize
 from shoal.models.family import LanguageModel
 from shoal.models.generate import generate
 from shoal.models.layers import Linear
 from shoal.models.sampling import Sampling
 from shoal.system.cpu import multiplies_bfloat16
-from shoal.training.assemble import DTYPES, weights_of
+from shoal.training.assemble import weights_of
 
 # Training options -> their names in the verbs that use a model.
 FLAGS = {"train.dtype": "--dtype", "train.device": "--device"}
@@ -122,7 +122,7 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: s
     config, place = folder.load_config(), find_device(device)
     chosen = run_dtype(config.train.dtype, dtype, place)
     _check_dtype(chosen, place)
-    model = build_model(config.model, compute_dtype=DTYPES[chosen])
+    model = build_model(config.model, compute_dtype=COMPUTE_DTYPES[chosen])
     state = load_model(saved, model, place)
     tokenizer = load_tokenizer(str(folder.tokenizer_file))
     files = folder.tokenizer_files
@@ -150,8 +150,8 @@ def load_folder(name: str, *, family: str | None = None, device: str, dtype: str
     folder, place = ModelFolder.open(find_model(name)), find_device(device)
     shape, tokens_from = read_folder(folder, family)
     chosen = _chosen_dtype(folder, dtype, place)
-    model = build_model(_model_of(shape, name, folder), compute_dtype=DTYPES[chosen])
-    model.to(DTYPES[chosen])  # on meta, so that weights are read directly into the compute dtype
+    model = build_model(_model_of(shape, name, folder), compute_dtype=COMPUTE_DTYPES[chosen])
+    model.to(COMPUTE_DTYPES[chosen])  # on meta, so that weights are read directly into the compute dtype
     materialize(model, weights_of(model, folder), place)
     lay_out(model)
     tokenizer = load_tokenizer(tokens_from) if tokens_from else None
@@ -198,7 +198,7 @@ def _chosen_dtype(folder: ModelFolder, wanted: str, device: torch.device) -> str
 
 def _own_dtype(stored: str, device: torch.device) -> str:
     own = DTYPE_NAMES.get(stored)
-    own = own if own in DTYPES else "float32"
+    own = own if own in COMPUTE_DTYPES else "float32"
     if device.type == "cpu":
         # without matrix tiles (AMX) a CPU multiplies bfloat16 at half the rate of float32, and float16 far slower
         return own if own == "bfloat16" and CPU_HAS_TILES else "float32"

@@ -1,1 +1,1 @@
-"""Model families, as single-device code: nothing here knows of other processes."""
+"""Model families as single-device code: nothing here knows of other ranks."""

@@ -1,20 +1,21 @@
 """
-The one chooser of attention kernels, its masks, and the cache of keys and values.
+Choice of the attention kernel, attention masks, and the KV cache.
 
-Everything goes through `torch.nn.functional.scaled_dot_product_attention`, which picks a fused kernel: cuDNN, flash or
-efficient on CUDA, flash on the CPU, there also with a boolean mask and with grouped heads (seen: 3% slower with a
-mask). Only dropout sends the CPU to plain math, which holds all of the scores [B, H, T, T] in memory.
+Attention is softmax(q k^T / sqrt(d)) v per head (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1), by
+`torch.nn.functional.scaled_dot_product_attention`. That selects a fused kernel: cuDNN, flash or memory-efficient on CUDA,
+flash on CPUs, there also with a boolean mask (3% slower) and with grouped heads. Dropout is the only case in which a CPU
+uses plain math, which holds all scores [B, H, T, T] in memory.
 
-On CUDA three things of it are chosen here (torch 2.11, `aten/src/ATen/native/transformers/cuda`):
+On CUDA this module decides three cases (torch 2.11, `aten/src/ATen/native/transformers/cuda`):
 
-| case | what torch would do | what is done |
+| case | torch's choice | here |
 | --- | --- | --- |
-| grouped heads, with a mask or not in bfloat16 | flash takes neither a mask nor float32, efficient no groups: plain math, unless cuDNN comes first (sm90, sm100) | keys and values are repeated for each query head, so that efficient takes them: linear in the sequence |
-| bitwise | backward of flash and efficient adds in any order, and cuDNN is admitted, while `warn_only` is set | strict determinism: both add in one order, cuDNN is passed over |
-| decoding | cuDNN, where it comes first, plans for each length, and each token has another | cuDNN is off |
+| grouped heads with a mask, or not in bfloat16 | flash takes neither a mask nor float32, efficient takes no groups: plain math, unless cuDNN is preferred (sm90, sm100) | repeat keys and values for each query head, so that efficient takes them: memory linear in the sequence |
+| bitwise | backward of flash and efficient adds in any order, and cuDNN is allowed, while `warn_only` is set | strict determinism: both add in one order, cuDNN is skipped |
+| decoding | cuDNN, if preferred, plans for each length, and every token has a new length | disable cuDNN |
 
-A CPU without matrix tiles (AMX) does bfloat16 attention in float32: half the time, casts included, and probabilities
-are not rounded. (Seen on AVX-512 with bf16: 79 ms against 39 ms, forward and backward of [12, 6, 256, 64].)
+A CPU without matrix tiles (AMX) computes bfloat16 attention in float32: half the time including the casts, and
+probabilities are not rounded. (AVX-512 with bf16: 79 ms, in float32 39 ms, forward and backward of [12, 6, 256, 64].)
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ KERNELS = {
 
 
 class Attend(Protocol):
-    """What a block's attention calls, so that it can be given another that knows of more processes."""
+    """The function a block's attention calls; context parallel replaces it by one that spans several ranks."""
 
     def __call__(
         self, q_BTHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, mask_B1TS: Tensor | None = None, *, dropout: float = 0.0
@@ -54,9 +55,9 @@ def attend(
     q_BTHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, mask_B1TS: Tensor | None = None, *, dropout: float = 0.0
 ) -> Tensor:
     """
-    Attention of H query heads on K key heads (H a multiple of K) -> [B, T, H * d].
+    Return the attention of H query heads to K key heads (H a multiple of K), [B, T, H * d].
 
-    Without a mask: causal where T = S, and a single query (T = 1) sees every key. With one: what is True is seen.
+    Without a mask: causal if T = S; a single query (T = 1) sees every key. In a mask, True means visible.
     """
     if q_BTHd.shape[1] == 1:
         return _attend_one(q_BTHd, k_BSKd, v_BSKd, mask_B1TS, dropout)
@@ -77,7 +78,7 @@ def attend(
 def _for_a_fused_kernel(
     q_BTHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, mask_B1TS: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values in the dtype, and with the heads, that a fused kernel takes."""
+    """Return queries, keys and values in a dtype and with a number of heads that a fused kernel takes."""
     if q_BTHd.device.type == "cpu" and not CPU_HAS_TILES:
         return q_BTHd.float(), k_BSKd.float(), v_BSKd.float()
     times = q_BTHd.shape[2] // k_BSKd.shape[2]
@@ -90,25 +91,25 @@ def _for_a_fused_kernel(
 
 def groups_fused(dtype: torch.dtype, *, masked: bool) -> bool:
     """
-    Whether flash, the only fused kernel on CUDA that always takes grouped heads, takes these; in bfloat16 without a mask.
+    Return whether flash takes these grouped heads: in bfloat16 without a mask.
 
-    Before sm80 there is no flash, and no bfloat16: float16 is not asked for on newer devices, and repeats too.
-    cuDNN takes groups where it comes first, but neither in a bitwise run nor in decoding.
+    Flash is the only fused kernel on CUDA that always takes groups. Devices before sm80 have neither flash nor bfloat16;
+    float16 is meant for them, so it repeats heads too. cuDNN takes groups, but is not used for bitwise or decoding.
     """
     return dtype == torch.bfloat16 and not masked
 
 
 def repeat_heads(x_BSKd: Tensor, times: int) -> Tensor:
-    """Each key head `times` times, next to each other as queries are grouped: [B, S, K * times, d]."""
+    """Repeat each key head `times` times, adjacent, as query heads are grouped: [B, S, K * times, d]."""
     return x_BSKd.unsqueeze(3).expand(-1, -1, -1, times, -1).flatten(2, 3)
 
 
 def take_deterministic_kernels() -> None:
     """
-    Make each operator on CUDA give the same bits again, for the rest of this process; what cannot raises RuntimeError.
+    Make all CUDA operators deterministic for the rest of this process; those that cannot be raise RuntimeError.
 
-    Not with `warn_only`: attention's backward then keeps its faster, unordered sums (`_flash_attention_backward` and
-    `_efficient_attention_backward` in `attention_backward.cu`), and only without it cuDNN is passed over
+    Not with `warn_only`: attention's backward would keep its faster, unordered sums (`_flash_attention_backward` and
+    `_efficient_attention_backward` in `attention_backward.cu`), and cuDNN would not be skipped
     (`check_cudnn_deterministic` in `sdp_utils.cpp`).
     """
     torch.use_deterministic_algorithms(True)
@@ -116,10 +117,10 @@ def take_deterministic_kernels() -> None:
 
 def not_deterministic(error: RuntimeError) -> str:
     """
-    Name the operator that `take_deterministic_kernels` made raise `error`; "" where the error is about something else.
+    Return the operator that raised `error` because of `take_deterministic_kernels`; "" for any other error.
 
-    cuBLAS has its own words: it is deterministic only with a workspace of fixed size, which it reads from the environment
-    once. Our launchers set it; a worker that something else started may lack it.
+    cuBLAS has its own message: it is deterministic only with a workspace of fixed size, which it reads from the
+    environment once. shoal's launcher sets it; a worker started otherwise may lack it.
     """
     name, found, _ = str(error).partition(" does not have a deterministic implementation")
     if found:
@@ -132,10 +133,10 @@ def not_deterministic(error: RuntimeError) -> str:
 @contextlib.contextmanager
 def decoding_kernels() -> Iterator[None]:
     """
-    Kernels for sequences that grow: on CUDA none that plans for each length. A CPU has the same ones.
+    Select kernels for growing sequences: on CUDA none that plans for each length. On CPUs nothing changes.
 
-    A bitwise run's demand for determinism rests meanwhile: sampling adds up probabilities, for which CUDA has no
-    deterministic operator.
+    Strict determinism is suspended meanwhile: sampling needs a cumulative sum, for which CUDA has no deterministic
+    operator.
     """
     cudnn: bool = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     strict = torch.are_deterministic_algorithms_enabled()
@@ -155,12 +156,12 @@ def describe_kernel(
     *, heads: int, kv_heads: int, head_dim: int, seq_len: int, masked: bool, dropout: float, dtype: torch.dtype,
     device: torch.device,
 ) -> str | None:  # fmt: skip
-    """Say which kernel torch chooses for training at this shape. None where this torch cannot be asked."""
+    """Return a line on the kernel that torch selects for training at this shape; None if this torch cannot tell."""
     ask = getattr(torch, "_fused_sdp_choice", None)
     if ask is None:
         return None
 
-    def one(count: int) -> Tensor:  # all places are one in memory
+    def one(count: int) -> Tensor:  # all positions share one vector of memory
         return torch.zeros(1, 1, 1, head_dim, dtype=dtype, device=device, requires_grad=True).expand(
             1, seq_len, count, -1
         )
@@ -179,10 +180,10 @@ def describe_kernel(
 
 def _attend_one(q_B1Hd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, mask_B11S: Tensor | None, dropout: float) -> Tensor:
     """
-    A single query a row, as in decoding: the H / K heads that share a key head go in as its queries.
+    Attend from a single query per row, as in decoding: the H / K heads that share a key head become its T = H / K queries.
 
-    Each key and value is then read once and not H / K times (seen: half the time with three heads to a key head), and
-    never copied to another dtype, which would be most of the work here.
+    Each key and value is then read once instead of H / K times (half the time with three heads per key head), and never
+    cast, which would be most of the work here.
     """
     group_BKGd = q_B1Hd.view(len(q_B1Hd), k_BSKd.shape[2], -1, q_B1Hd.shape[-1])
     out_BKGd = F.scaled_dot_product_attention(
@@ -193,10 +194,10 @@ def _attend_one(q_B1Hd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, mask_B11S: Tenso
 
 def document_mask(documents_BT: Tensor, keys_BS: Tensor | None = None, first: int = 0) -> Tensor:
     """
-    Causal, and inside a document -> [B, 1, T, S], True where a query may look.
+    Return the causal mask within documents, [B, 1, T, S]; True means visible.
 
-    `keys_BS` are the documents of all keys, where the queries are only the places from `first` on. Every query sees
-    itself, whatever its document: no row of the softmax is empty.
+    `keys_BS`: the documents of all keys, if the queries are only the positions from `first` on. Every query sees itself,
+    so no row of the softmax is empty, which would give NaN.
     """
     keys_BS = documents_BT if keys_BS is None else keys_BS
     last = torch.arange(first, first + documents_BT.shape[1], device=documents_BT.device)
@@ -207,14 +208,14 @@ def document_mask(documents_BT: Tensor, keys_BS: Tensor | None = None, first: in
 
 @dataclass
 class LayerCache:
-    """One block's keys and values [B, capacity, K, d]; the places before `start` are filled."""
+    """One block's keys and values [B, capacity, K, d]; the positions before `start` are filled."""
 
     keys: Tensor
     values: Tensor
     start: int = 0
 
     def append(self, k_BTKd: Tensor, v_BTKd: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the newest places; give all that are filled."""
+        """Append the newest positions; return all that are filled."""
         end = self.start + k_BTKd.shape[1]
         self.keys[:, self.start : end] = k_BTKd
         self.values[:, self.start : end] = v_BTKd
@@ -222,7 +223,7 @@ class LayerCache:
 
 
 class KVCache:
-    """Keys and values of all blocks for up to `capacity` places, allocated once; for decoding, not for training."""
+    """KV cache: keys and values of all blocks for up to `capacity` positions, allocated once; for decoding only."""
 
     def __init__(
         self, *, num_layers: int, batch: int, capacity: int, num_kv_heads: int, head_dim: int,
@@ -236,20 +237,20 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
         self._documents_BS = torch.zeros((batch, capacity), dtype=torch.long, device=device)
-        self.masked = False  # several documents are in it, so every call must say which
+        self.masked = False  # it holds several documents, so every call must pass their ids
 
     def extend(self, num_tokens: int, documents_BT: Tensor | None) -> Tensor | None:
         """
-        Make room for `num_tokens` more places, and give the mask [B, 1, T, S] of what they may see.
+        Reserve `num_tokens` more positions, and return their mask [B, 1, T, S].
 
-        `documents_BT` tells padding from text, or documents apart; once given, it is needed every time. None means
-        one document, and no mask where none is needed (see `attend`).
+        `documents_BT`: ids that separate documents, or padding from text; once passed, required in every call. None means
+        one document, and no mask if `attend` needs none.
         """
         start, end = self.length, self.length + num_tokens
         if end > self.capacity:
-            raise ValueError(f"{end} places do not fit a cache of {self.capacity}")
+            raise ValueError(f"{end} positions do not fit a cache of {self.capacity}")
         if documents_BT is None and self.masked:
-            raise ValueError("this cache holds several documents: say which one the new places are in")
+            raise ValueError("this cache holds several documents: pass documents_BT")
         for layer in self.layers:
             layer.start = start
         self.length = end

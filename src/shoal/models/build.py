@@ -1,9 +1,9 @@
 """
-A shape -> a model on the meta device, and its initial weights.
+Models on the meta device, and their initial weights.
 
 **Initial weights do not depend on the layout.** Row r of a parameter is a function of (seed, the parameter's global
-name, r) and nothing else: its numbers come from a generator of its own. A rank draws the rows it holds; 1 process
-and 64 start from the same bits. It is always the CPU's generator that draws, whatever device the weights go to.
+name, r) only: each row has its own generator. A rank draws only the rows it holds; 1 rank and 64 start from the same
+bits. The CPU's generator draws, on every device.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from shoal.config.presets import resolve_shape
 from shoal.models.family import Initial, LanguageModel
 
 ROWS_AT_A_TIME = 1024
+COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}  # of `train.dtype`
 
-# Fills `out` with a region of the parameter `name`, `shape` as a whole: fill(out, name, shape, slices).
+# Fills `out` with the region `slices` of the parameter `name` of unsharded `shape`: fill(out, name, shape, slices).
 Fill = Callable[[Tensor, str, tuple[int, ...], tuple[slice, ...]], None]
 MASK32 = (1 << 32) - 1
 
 
 def build_model(model: Model, *, compute_dtype: torch.dtype) -> LanguageModel:
     """
-    The model on the meta device: shapes and names, no memory. `initialize` gives it weights.
+    Build the model on the meta device: shapes and names, without memory. `initialize` gives it weights.
 
     Raises ValueError if `model.vocab_size` is still null.
     """
@@ -46,7 +47,7 @@ def build_model(model: Model, *, compute_dtype: torch.dtype) -> LanguageModel:
 
 
 def initial_weights(model: LanguageModel, seed: int) -> Fill:
-    """What a model starts from where nothing else is said."""
+    """Return a `Fill` with random initial weights."""
 
     def fill(out: Tensor, name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> None:
         draw_region(out, model.initial(name, model.shape), seed, name, shape, slices)
@@ -55,7 +56,7 @@ def initial_weights(model: LanguageModel, seed: int) -> Fill:
 
 
 def materialize(model: LanguageModel, fill: Fill, device: torch.device | str) -> None:
-    """Give a whole model on meta its memory on `device`, and its weights."""
+    """Allocate an unsharded model on `device` and fill it with weights."""
     model.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -63,14 +64,14 @@ def materialize(model: LanguageModel, fill: Fill, device: torch.device | str) ->
 
 
 def initialize(model: LanguageModel, seed: int, device: torch.device | str) -> None:
-    """Give a model on meta its memory on `device`, and its initial weights."""
+    """Allocate an unsharded model on `device` and fill it with initial weights."""
     materialize(model, initial_weights(model, seed), device)
 
 
 def draw_rows(
     initial: Initial, seed: int, name: str, shape: torch.Size | tuple[int, ...], start: int, stop: int
 ) -> Tensor:
-    """Rows [start, stop) along the first dim of a parameter of this whole shape; float32, on the CPU."""
+    """Draw rows [start, stop) along the first dim of a parameter of unsharded `shape`; float32, on the CPU."""
     rows = torch.empty((stop - start, *shape[1:]))
     match initial.kind:
         case "zeros":
@@ -89,9 +90,9 @@ def draw_region(
     out: Tensor, initial: Initial, seed: int, name: str, shape: torch.Size | tuple[int, ...], slices: tuple[slice, ...]
 ) -> None:
     """
-    Fill `out` with a region of a parameter of this whole shape: `slices` of it, rows first.
+    Fill `out` with the region `slices`, rows first, of a parameter of unsharded `shape`.
 
-    A few rows at a time, so that a process that holds some columns never holds all of them.
+    Draws a few rows at a time, so that a rank that holds only some columns never holds all of them.
     """
     first, stop, _ = slices[0].indices(shape[0])
     for start in range(first, stop, ROWS_AT_A_TIME):
@@ -104,12 +105,12 @@ def _key(seed: int, name: str) -> int:
 
 
 def _row_seed(key: int, row: int) -> int:
-    """32 bits, all that the CPU's Mersenne Twister takes of a seed. Two rows of a parameter never share one."""
+    """Return a row's seed: 32 bits, as many as the CPU's Mersenne Twister uses. It is unique within a parameter."""
     return _mix32(_mix32(row) ^ key)
 
 
 def _mix32(value: int) -> int:
-    """MurmurHash3's finalizer (fmix32): one-to-one on 32 bits, and neighbours end far apart."""
+    """Mix 32 bits by MurmurHash3's finalizer (fmix32): a bijection that sends neighboring rows to unrelated seeds."""
     value ^= value >> 16
     value = value * 0x85EBCA6B & MASK32
     value ^= value >> 13

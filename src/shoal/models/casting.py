@@ -1,10 +1,9 @@
 """
-shoal's one meaning of bfloat16, for modules that were not written for it.
+Mixed precision as in `layers.py`, for modules of other libraries.
 
-`layers.py` casts each weight where it is used. Here the module is somebody else's: while it runs, its parameters are
-replaced by what they are in the dtype of the activations, made by a cast that autograd sees, so that a gradient arrives
-in float32. A block's parameters are cast together, since a block may use a weight in a place of its own; FSDP2 brings
-them cast already, and the bits are the same.
+`layers.py` casts each weight where it is used. The modules here cannot: while one runs, its parameters are replaced by
+copies in the dtype of the activations. Autograd records the cast, so gradients arrive in float32. A block's parameters are
+cast together, since a block may use the weight of a submodule itself. FSDP2 passes them already cast, with the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 
 def cast_while_running(module: nn.Module, dtype: torch.dtype, *, inside: bool) -> None:
-    """Run `module` with its own parameters in `dtype`; `inside`: those of all modules in it, too."""
+    """Run `module` with its own parameters in `dtype`; `inside`: also those of all its submodules."""
     owners = list(module.modules()) if inside else [module]
     plain: Callable[..., Any] = module.forward
 
@@ -40,6 +39,6 @@ def cast_while_running(module: nn.Module, dtype: torch.dtype, *, inside: bool) -
 
 
 def cast_output(module: nn.Module, dtype: torch.dtype) -> None:
-    """Run `module`, an embedding, in float32, and cast what it gives: a row's gradient is summed in float32."""
+    """Run `module`, an embedding, in float32 and cast its output, so that a row's gradient is summed in float32."""
     plain: Callable[..., Any] = module.forward
     module.forward = lambda *args, **kwargs: plain(*args, **kwargs).to(dtype)

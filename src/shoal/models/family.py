@@ -1,4 +1,4 @@
-"""What a model family offers: one abstract model, and the tables that other rooms read."""
+"""The interface of a model family: an abstract model, and the tables that parallelization reads."""
 
 from __future__ import annotations
 
@@ -20,38 +20,47 @@ from shoal.models.loss import linear_cross_entropy_sum
 
 @dataclass(frozen=True)
 class Initial:
-    """How a parameter starts: drawn from N(0, std^2), or the same number everywhere."""
+    """Initialization of a parameter: drawn from N(0, std^2), or constant."""
 
     kind: Literal["normal", "zeros", "ones"]
     std: float = 0.0
 
 
-# 'column' cuts a weight's rows (its outputs), 'row' its columns (its inputs, so that outputs are partial sums), 'vocab'
-# the rows of an embedding or head. 'partial' is a module whose inside sees the whole sequence through its 'column'
-# layers and gives partial sums through its one 'row' layer. 'replicate' cuts nothing, and sees a part of the sequence;
-# 'position' likewise, fed with positions.
+# How a module's weights are split by tensor parallel, and which collectives surround it (`parallel/tensor.py`).
 #
-# Where no module is 'partial', each layer makes its own exchanges and between layers everything is whole: 'column alone'
-# and 'row alone' belong together, what is between them is cut; 'column joined' gives its outputs whole, 'row dealt' takes
-# its inputs whole; 'alike' is whole and computed alike by each process; 'by heads' is whole and meets cut heads, so that
-# each process has a part of its gradient.
+# With sequence parallel (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2), as shoal's own families use it:
+#   gather_reduce_scatter           all-gathers its input along the sequence and reduce-scatters its output. It contains
+#                                   'colwise' layers and one 'rowwise' layer, which run no collective of their own
+#   colwise, rowwise                splits the weight's outputs, or its inputs, so that the output is a partial sum
+#   vocab_parallel                  splits the rows of an embedding or head
+#   sequence_parallel               replicates the weight; its input is this rank's part of the sequence
+#   local_positions                 replicates the weight, and looks up this rank's part of the positions
+#
+# Without it, as the plans of transformers want it, each layer has its own collectives and the rest is replicated:
+#   colwise_grad_allreduce          as 'colwise'; all-reduces the gradient of its input
+#   rowwise_allreduce               as 'rowwise'; all-reduces its output
+#   colwise_gather_output           as 'colwise_grad_allreduce'; all-gathers its output
+#   rowwise_split_input             as 'rowwise_allreduce'; takes its part of a replicated input
+#   replicated                      replicates the weight; every rank computes the same, so that gradients agree
+#   replicated_with_grad_allreduce  replicates the weight, which meets split heads: gradients are partial sums
 TensorParallelStyle = Literal[
-    "column", "row", "vocab", "partial", "replicate", "position",
-    "column alone", "row alone", "column joined", "row dealt", "alike", "by heads",
+    "gather_reduce_scatter", "colwise", "rowwise", "vocab_parallel", "sequence_parallel", "local_positions",
+    "colwise_grad_allreduce", "rowwise_allreduce", "colwise_gather_output", "rowwise_split_input", "replicated",
+    "replicated_with_grad_allreduce",
 ]  # fmt: skip
 
 
 class LanguageModel(nn.Module, ABC):
     """
-    Tokens -> hidden states; decoder-only; single-device code.
+    Decoder-only model, tokens -> hidden states; single-device code.
 
     Sharding, checkpointing and compilation are applied from outside, to `blocks`. `compute_dtype` is the dtype of the
-    residual stream and of every product (see `layers.py`); parameters stay float32. A pipeline stage is a model from
-    which parts were taken: the first alone has `embed` (the last too, where the head is tied to it), the last alone
-    has `norm`, and `blocks` keep the names they had.
+    residual stream and of all products (see `layers.py`); parameters remain float32. A pipeline stage is a model without
+    some of its modules: only the first has `embed` (also the last, if the head is tied to it), only the last has `norm`,
+    and `blocks` keep their names.
     """
 
-    TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]]  # pattern of a module's name -> how it is cut
+    TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]]  # pattern of a module's name -> its style
 
     shape: Model
     compute_dtype: torch.dtype
@@ -61,9 +70,9 @@ class LanguageModel(nn.Module, ABC):
     head: Linear | None
     make_mask: Callable[[Tensor], Tensor]  # documents [B, T] -> the mask that `attend` takes
     why_not_cut: str | None = None  # why there is no table for tensor parallel
-    other_names: Mapping[str, str] = MappingProxyType({})  # what files may hold that is a parameter by another name
-    begins: bool = True  # False on pipeline stages whose input is another's hidden states
-    ends: bool = True  # False on pipeline stages whose output is not normed
+    other_names: Mapping[str, str] = MappingProxyType({})  # other names of parameters in files -> the name here
+    begins: bool = True  # False on pipeline stages whose input is hidden states
+    ends: bool = True  # False on pipeline stages without the last norm
 
     def forward(
         self,
@@ -73,12 +82,12 @@ class LanguageModel(nn.Module, ABC):
         cache: KVCache | None = None,
     ) -> Tensor:
         """
-        Hidden states [B, T, D] after the last norm, in `compute_dtype`; `logits` or the loss take them on.
+        Return hidden states [B, T, D] after the last norm, in `compute_dtype`, for `logits` or `loss`.
 
-        tokens_BT: on a later stage of a pipeline, hidden states [B, T, D] of the one before.
-        positions_BT: where each token stands in its document; None: 0, 1, 2, ... (from the cache's length on).
-        document_ids_BT: attention stays inside equal ids; None: a row is one document.
-        cache: keys and values of earlier tokens, which this call adds to.
+        tokens_BT: on a later pipeline stage, the hidden states [B, T, D] of the previous one.
+        positions_BT: each token's position in its document; None: 0, 1, 2, ..., starting at the cache's length.
+        document_ids_BT: tokens attend only to equal ids; None: a row is one document.
+        cache: keys and values of earlier tokens, to which this call appends.
         """
         positions = self._positions(tokens_BT, positions_BT, cache)
         context = self.context(positions)
@@ -90,40 +99,40 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def enter(self, tokens_BT: Tensor, positions: Tensor) -> Tensor:
-        """What the first block gets, [B, T, D] in `compute_dtype`; positions are [T] or [B, T]."""
+        """Return the first block's input, [B, T, D] in `compute_dtype`; positions are [T] or [B, T]."""
 
     def context(self, positions: Tensor) -> tuple[object, ...]:
-        """What each block gets beside the residual stream and the mask, from positions [T] or [B, T]."""
+        """Return each block's inputs besides the residual stream and the mask, from positions [T] or [B, T]."""
         return ()
 
     @staticmethod
     @abstractmethod
     def initial(name: str, shape: Model) -> Initial:
-        """How the parameter of this global name starts."""
+        """Return the initialization of the parameter of this global name."""
 
     @property
     def architecture(self) -> str | None:
-        """The class of transformers that computes this, where the family does not say it."""
+        """Return the class of transformers that computes this model, if the family does not determine it."""
         return None
 
     def constants(self) -> dict[str, Tensor]:
-        """Tensors that files of this model hold beside its parameters, by their name there."""
+        """Return the tensors that files of this model hold besides its parameters, by their name there."""
         return {}
 
     def head_weight(self) -> Tensor:
-        """The output layer [V, D], float32: the embedding itself where they are tied."""
+        """Return the output layer's weight [V, D], float32: that of a tied embedding, if there is no head."""
         return self.embed.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V] in the dtype of `hidden`."""
+        """Return logits [..., V] from [..., D], in the dtype of `hidden`."""
         return F.linear(hidden, self.head_weight().to(hidden.dtype))
 
     def loss(self, hidden_BTD: Tensor, labels_BT: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """scale * the cross-entropy summed over labels that are not -100; float32, 0-d."""
+        """Return scale * the cross-entropy summed over labels that are not -100; float32, 0-d."""
         return linear_cross_entropy_sum(hidden_BTD, self.head_weight(), labels_BT, scale)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty cache for `batch` rows of up to `capacity` tokens, beside the model's weights."""
+        """Return an empty KV cache for `batch` rows of up to `capacity` tokens, on the device of the weights."""
         shape = self.shape
         assert shape.num_kv_heads is not None
         assert shape.head_dim is not None
@@ -133,14 +142,14 @@ class LanguageModel(nn.Module, ABC):
         )  # fmt: skip
 
     def _positions(self, tokens_BT: Tensor, given: Tensor | None, cache: KVCache | None) -> Tensor:
-        """The positions as given, or [T] counted from the cache's length. Call before the cache is extended."""
+        """Return the given positions, or [T] counted from the cache's length. Call before extending the cache."""
         if given is not None:
             return given
         start = cache.length if cache else 0
         return torch.arange(start, start + tokens_BT.shape[1], device=tokens_BT.device)
 
     def _mask(self, tokens_BT: Tensor, document_ids_BT: Tensor | None, cache: KVCache | None) -> Tensor | None:
-        """What each token may see, as `attend` takes it; makes room in the cache where there is one."""
+        """Return the mask as `attend` takes it; reserves positions in the cache, if there is one."""
         if cache is not None:
             return cache.extend(tokens_BT.shape[1], document_ids_BT)
         return None if document_ids_BT is None else self.make_mask(document_ids_BT)

@@ -1,11 +1,11 @@
 """
-Tokens from a model, a batch of prompts at a time.
+Generation of tokens for a batch of prompts.
 
-Prompts of different lengths are **padded on the left**, so that all rows end, and grow, together. Padding is a
-document of its own: no token of a prompt sees it, and positions count from a prompt's first token.
+Prompts of different lengths are **padded on the left**, so that all rows end at the same position. Padding is a document
+of its own: no token of a prompt sees it, and positions count from a prompt's first token.
 
-**Sampling noise is a function** of (seed, the prompt's place in the list, the token's index): it depends neither on
-the cache, nor on the device, nor on how long the other rows go on.
+**Sampling noise is a function** of (seed, the prompt's index, the token's index). It depends neither on the cache, nor on
+the device, nor on the length of other rows.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """
-    The new tokens of each prompt, in order; without the prompt, and without the `eot_id` (one of them) that ends it.
+    Return the new tokens of each prompt, without the prompt and without the `eot_id` (or one of them) that ends it.
 
-    temperature: 0: greedy; top_k, top_p: sample among the likeliest k, and among the fewest that have this much
-    probability together; both after the temperature. known_ids: ids from this one on are never chosen: rows of the
-    embedding that only pad it, which no tokenizer has a text for. on_token(prompt's place, token) is called for each as
-    it comes. The model should be in eval mode, or its dropout is on.
+    temperature: 0 is greedy. top_k, top_p: sample among the k likeliest tokens, and among the fewest whose probabilities
+    sum to top_p; both after the temperature. known_ids: never choose this id or a larger one, which only pads the
+    embedding and has no text. on_token(prompt's index, token): called for each token at once. Put the model in eval mode
+    to disable dropout.
 
-    Raises `GenerateError` for an empty or too long prompt, a token the model does not have, an option out of range, or
-    a model whose numbers are none.
+    Raises `GenerateError` for an empty or too long prompt, an unknown token, an option out of range, or logits that are
+    NaN or Inf.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     check_options(sampling, max_new_tokens)
@@ -78,15 +78,15 @@ def _write(
     known_ids: int | None,
     on_token: Callable[[int, int], None] | None,
 ) -> list[list[int]]:
-    """`generate` behind its checks, for `count` prompts."""
+    """Generate tokens for `count` checked prompts."""
     outputs: list[list[int]] = [[] for _ in range(count)]
     open_rows = set(range(count))
     for index in range(max_new_tokens):
         tokens_B = choose(rows.next_logits()[:, :known_ids], sampling, index)
         rows.append(tokens_B)
-        for row, token in enumerate(tokens_B.tolist()):  # the one wait for the device a step
+        for row, token in enumerate(tokens_B.tolist()):  # the only wait for the device per token
             if token == NO_TOKEN:
-                raise GenerateError("the model's logits are not finite: its weights are damaged, or training diverged")
+                raise GenerateError("the model's logits are NaN or Inf: its weights are damaged, or training diverged")
             if token in ends:
                 open_rows.discard(row)
             if row in open_rows:
@@ -99,7 +99,7 @@ def _write(
 
 
 class _Rows:
-    """The tokens so far, padded on the left, with or without a cache of what the model made of them."""
+    """The tokens so far, padded on the left, with or without a KV cache."""
 
     def __init__(
         self, model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, use_cache: bool
@@ -109,16 +109,16 @@ class _Rows:
         padding_B1 = torch.tensor([[longest - len(p)] for p in prompts], device=device)
         places_T = torch.arange(longest, device=device)
         self._model = model
-        # What the model reads next, [B, T]: the prompts, and with a cache then one token at a time.
+        # The model's next input, [B, T]: the prompts; then, with a cache, one token at a time.
         self._tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
         self._positions = (places_T - padding_B1).clamp(min=0)
         padded = any(len(p) < longest for p in prompts)
         self._documents = torch.where(places_T < padding_B1, PADDING, TEXT) if padded else None
-        # The last token is chosen, and never read.
+        # The last new token is never an input, so it needs no room.
         self._cache = model.new_cache(len(prompts), longest + max_new_tokens - 1) if use_cache else None
 
     def next_logits(self) -> Tensor:
-        """Logits [B, V] of the token that comes next, float32."""
+        """Return the logits [B, V] of the next token, float32."""
         hidden_BTD = self._model(self._tokens, self._positions, self._documents, self._cache)
         return self._model.logits(hidden_BTD[:, -1]).float()
 
@@ -135,20 +135,25 @@ class _Rows:
 
 def choose(logits_BV: Tensor, sampling: Sampling, index: int) -> Tensor:
     """
-    One token for each row [B]: the likeliest, or by the inverse of the cumulative distribution. `NO_TOKEN` where the
-    largest logit is no number.
+    Return one token per row [B]: the likeliest, or a sampled one; `NO_TOKEN` if the largest logit is NaN or Inf.
     """
-    largest_B1 = logits_BV.amax(-1, keepdim=True)  # nan where any is
+    largest_B1 = logits_BV.amax(-1, keepdim=True)  # NaN if any logit is
     if sampling.temperature == 0:
         tokens_B = logits_BV.argmax(-1)
     else:
-        tokens_B = _draw(logits_BV.double() - largest_B1, sampling, index)  # a tiny temperature makes no infinity
+        tokens_B = _draw(
+            logits_BV.double() - largest_B1, sampling, index
+        )  # <= 0, so that a tiny temperature cannot overflow
     return tokens_B.where(largest_B1.squeeze(1).isfinite(), NO_TOKEN)
 
 
 def _draw(logits_BV: Tensor, sampling: Sampling, index: int) -> Tensor:
-    """By the inverse of the cumulative distribution. `logits_BV` has 0 for the likeliest."""
-    # float64: a sum over 150,000 tokens must not depend on the order it is taken in
+    """
+    Sample by inverse transform: the first token whose cumulative probability exceeds the uniform noise.
+
+    The largest of `logits_BV` is 0.
+    """
+    # float64: rounding of a sum over 150,000 tokens, whose order differs by device, must not change the token
     probabilities_BV = torch.softmax(logits_BV / sampling.temperature, -1)
     probabilities_BV = _keep_likeliest(probabilities_BV, sampling.top_k, sampling.top_p)
     cumulative_BV = probabilities_BV.cumsum(-1)
@@ -159,9 +164,9 @@ def _draw(logits_BV: Tensor, sampling: Sampling, index: int) -> Tensor:
 
 def _keep_likeliest(probabilities_BV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """
-    Zero for all but the likeliest `top_k` and, of these, the fewest that hold `top_p` of what is left.
+    Set to 0 all but the `top_k` likeliest and, of these, the fewest that hold `top_p` of the remaining probability.
 
-    Nucleus sampling: Holtzman et al. 2019 (arXiv:1904.09751), section 3.1. The likeliest always stays.
+    Nucleus sampling: Holtzman et al. 2019 (arXiv:1904.09751), section 3.1. The likeliest token always remains.
     """
     if top_k is None and top_p is None:
         return probabilities_BV
@@ -175,7 +180,7 @@ def _keep_likeliest(probabilities_BV: Tensor, top_k: int | None, top_p: float | 
 
 
 def _uniform(seed: int, row: int, index: int) -> float:
-    """A number in [0, 1) with 53 bits, the same on every machine."""
+    """Return a number in [0, 1) with 53 bits, the same on every machine."""
     digest = hashlib.blake2b(f"{seed}/{row}/{index}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
@@ -189,7 +194,7 @@ def _check_prompt(model: LanguageModel, which: str, prompt: Sequence[int], max_n
     context, vocab_size = model.shape.max_seq_len, model.shape.vocab_size
     assert vocab_size is not None
     if not prompt:
-        raise GenerateError(f"{which} is empty; it needs at least one token to go on from")
+        raise GenerateError(f"{which} is empty; it needs at least one token")
     if len(prompt) > context:
         raise GenerateError(f"{which} has {len(prompt)} tokens, and the model's context is {context}; shorten it")
     if len(prompt) + max_new_tokens > context:
@@ -199,4 +204,4 @@ def _check_prompt(model: LanguageModel, which: str, prompt: Sequence[int], max_n
             option="max_new_tokens",
         )
     if not all(0 <= token < vocab_size for token in prompt):
-        raise GenerateError(f"{which} has a token outside 0..{vocab_size - 1}; it is from another tokenizer")
+        raise GenerateError(f"{which} has a token outside 0..{vocab_size - 1}; use the model's own tokenizer")

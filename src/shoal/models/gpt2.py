@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): LayerNorm before each half of a block, learned positions, GELU, biases everywhere."""
+"""GPT-2 (Radford et al. 2019, section 2.3): pre-LayerNorm blocks, learned positions, GELU, biases everywhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shoal.models.layers import Embedding, LayerNorm, Linear
 
 
 class Attention(nn.Module):
-    """Causal self-attention with a key head for each query head; dropout on its weights."""
+    """Causal multi-head self-attention; dropout on its probabilities."""
 
     def __init__(self, shape: Model) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.o = Linear(shape.dim, shape.dim, bias=True)
 
     def forward(self, x_BTD: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
-        # Heads are counted by what there is (-1), so that a tensor-parallel rank can hold some of them.
+        # -1 heads: a tensor-parallel rank holds only some of them.
         q_BTHd = self.q(x_BTD).unflatten(-1, (-1, self.head_dim))
         k_BTHd = self.k(x_BTD).unflatten(-1, (-1, self.head_dim))
         v_BTHd = self.v(x_BTD).unflatten(-1, (-1, self.head_dim))
@@ -41,7 +41,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """down(gelu(up x)), with GELU's tanh approximation, as GPT-2 was trained."""
+    """down(gelu(up x)), with the tanh approximation of GELU that GPT-2 was trained with (arXiv:1606.08415, section 2)."""
 
     def __init__(self, shape: Model) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + ffn(norm x), with dropout on what is added."""
+    """x + attention(norm x), then x + ffn(norm x), with dropout on both branches."""
 
     def __init__(self, shape: Model) -> None:
         super().__init__()
@@ -74,22 +74,22 @@ class Block(nn.Module):
 
 
 class GPT2(LanguageModel):
-    """embed + position -> blocks -> norm (-> the embedding again, or a head)."""
+    """embed + position -> blocks -> norm (-> the tied embedding, or a head)."""
 
     TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]] = {
-        "embed": "vocab",
-        "position": "position",
-        "blocks.*.attention": "partial",
-        "blocks.*.attention.q": "column",
-        "blocks.*.attention.k": "column",
-        "blocks.*.attention.v": "column",
-        "blocks.*.attention.o": "row",
-        "blocks.*.*_norm": "replicate",
-        "blocks.*.ffn": "partial",
-        "blocks.*.ffn.up": "column",
-        "blocks.*.ffn.down": "row",
-        "norm": "replicate",
-        "head": "vocab",
+        "embed": "vocab_parallel",
+        "position": "local_positions",
+        "blocks.*.attention": "gather_reduce_scatter",
+        "blocks.*.attention.q": "colwise",
+        "blocks.*.attention.k": "colwise",
+        "blocks.*.attention.v": "colwise",
+        "blocks.*.attention.o": "rowwise",
+        "blocks.*.*_norm": "sequence_parallel",
+        "blocks.*.ffn": "gather_reduce_scatter",
+        "blocks.*.ffn.up": "colwise",
+        "blocks.*.ffn.down": "rowwise",
+        "norm": "sequence_parallel",
+        "head": "vocab_parallel",
     }
 
     def __init__(self, shape: Model, compute_dtype: torch.dtype) -> None:
@@ -111,18 +111,21 @@ class GPT2(LanguageModel):
     @staticmethod
     def initial(name: str, shape: Model) -> Initial:
         """
-        | parameter | starts |
+        Return a parameter's initialization.
+
+        | parameter | initialization |
         | --- | --- |
-        | norms' weights | ones |
+        | norm weights | ones |
         | biases | zeros |
         | attention.o, ffn.down (they write to the residual stream) | normal, init_std / sqrt(2 num_layers) |
-        | every other matrix, positions too | normal, init_std |
+        | all other matrices, including positions | normal, init_std |
         """
         if name.endswith("norm.weight"):
             return Initial("ones")
         if name.endswith(".bias"):
             return Initial("zeros")
         if name.endswith(("attention.o.weight", "ffn.down.weight")):
-            # The sum of 2 num_layers such outputs then grows no wider than one (Radford et al. 2019, section 2.3).
+            # The residual stream sums 2 num_layers such outputs: its variance then does not grow with depth
+            # (Radford et al. 2019, section 2.3).
             return Initial("normal", shape.init_std / (2 * shape.num_layers) ** 0.5)
         return Initial("normal", shape.init_std)

@@ -1,13 +1,13 @@
 """
-Any `AutoModelForCausalLM` of transformers as a model of ours: `model.family: hf`, with `model.from`.
+Any `AutoModelForCausalLM` of transformers as a `LanguageModel`: `model.family: hf`, with `model.from`.
 
-The arithmetic is transformers' own, layer by layer; parameters have its names. What is ours is the meaning of bfloat16
-(see `layers.py`): parameters are float32, a block's are cast where the block runs, embeddings are looked up in float32
-and cast, the residual stream is in the compute dtype. The same on one process, replicated or sharded, since FSDP2
-brings a block's parameters cast by the same rule. Inside a block what transformers' code rounds, and where, is its own.
+Transformers computes each layer; parameters have its names. Mixed precision is shoal's (see `layers.py`): parameters are
+float32, a block's are cast while it runs, embeddings are looked up in float32 and cast, and the residual stream is in the
+compute dtype. This is the same on one rank, replicated or sharded, since FSDP2 casts a block's parameters by the same
+rule. Within a block, transformers' code decides what it rounds.
 
-Packed documents are told to transformers by their positions, from which it makes the mask of each kind of layer,
-sliding windows too. Not every family reads positions, so `hf_check.py` tries it out before a run starts.
+Transformers detects packed documents by their positions, and builds the mask of each kind of layer from them, including
+sliding windows. Not every family reads positions, so `hf_check.py` tests it before a run starts.
 """
 
 from __future__ import annotations
@@ -32,38 +32,38 @@ from shoal.system.torch_private import require
 
 @dataclass(frozen=True)
 class _Theirs:
-    """Transformers' objects, kept where `nn.Module` does not look: their modules are ours by the names they have."""
+    """Transformers' objects, hidden from `nn.Module`, which would register their modules under a second name."""
 
     causal_lm: Any
     decoder: Any  # tokens -> hidden states after the last norm
     head: Head
     blocks: Mapping[str, nn.Module]
-    buffers: Mapping[str, Tensor]  # as they were computed, on the CPU
+    buffers: Mapping[str, Tensor]  # as computed at construction, on the CPU
     tied: Mapping[str, str]  # a parameter's other names -> its name
     table: Mapping[str, TensorParallelStyle]
 
 
 class HuggingFaceCache:
     """
-    What a model keeps of earlier tokens while it writes: transformers' cache, and which places are padding.
+    Cache for decoding: transformers' KV cache, and which positions are padding.
 
-    A model whose cache is no cache of keys and values computes all tokens again at each call.
+    A model whose cache holds other than keys and values recomputes all tokens at each call.
     """
 
     def __init__(self, past: Any) -> None:
         self.past = past
         self.length = 0
-        self.tokens_BS: Tensor | None = None  # where `past` is None
+        self.tokens_BS: Tensor | None = None  # used if `past` is None
         self.documents_BS: Tensor | None = None
 
     def extend(self, tokens_BT: Tensor, documents_BT: Tensor | None) -> None:
-        """Remember these tokens, and which document they are in."""
+        """Append these tokens and their document ids."""
         if documents_BT is None and self.documents_BS is not None:
-            raise ValueError("this cache holds several documents: say which one the new places are in")
+            raise ValueError("this cache holds several documents: pass documents_BT")
         if documents_BT is not None:
             earlier = [self.documents_BS] if self.documents_BS is not None else []
             if not earlier and self.length:
-                raise ValueError("this cache holds one document: say from the start which places are in which")
+                raise ValueError("this cache holds one document: pass documents_BT from the first call on")
             self.documents_BS = torch.cat([*earlier, documents_BT], dim=1)
         if self.past is None:
             self.tokens_BS = tokens_BT if self.tokens_BS is None else torch.cat([self.tokens_BS, tokens_BT], dim=1)
@@ -71,7 +71,7 @@ class HuggingFaceCache:
 
 
 class HuggingFaceModel(LanguageModel):
-    """Transformers' modules under their own names; its blocks, head and cache where other rooms look for them."""
+    """Transformers' modules under their own names, with the interface of `LanguageModel`."""
 
     def __init__(self, shape: Model, compute_dtype: torch.dtype) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class HuggingFaceModel(LanguageModel):
             **{name: name for name in self._theirs.buffers}, **tied,
             **{name: tied.get(first, first) for name, first in in_files.items()},
         }  # fmt: skip
-        # The same registries, so that names are transformers' own and what is cut or moved here is cut there.
+        # Shared registries: names are transformers' own, and sharding or moving a parameter here changes it there.
         for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[registry] = causal_lm.__dict__[registry]
         takes = inspect.signature(type(decoder).forward).parameters
@@ -100,7 +100,7 @@ class HuggingFaceModel(LanguageModel):
         self._attention: tuple[str, str | None] = (attention_of(type(causal_lm)), None)  # usual; without documents
         self._cast()
 
-    # --- what other rooms look for -------------------------------------------------------------------------
+    # --- interface of `LanguageModel` ----------------------------------------------------------------------
 
     @property
     def embed(self) -> Any:  # type: ignore[override]
@@ -116,17 +116,17 @@ class HuggingFaceModel(LanguageModel):
 
     @staticmethod
     def initial(name: str, shape: Model) -> Initial:
-        raise ModelError("model.family hf starts from weights; set model.from to a folder of them")
+        raise ModelError("model.family hf needs weights to start from; set model.from to their folder")
 
     def enter(self, tokens_BT: Tensor, positions: Tensor) -> Tensor:
-        raise NotImplementedError("transformers' decoder is not cut into stages")
+        raise NotImplementedError("transformers' decoder is not split into pipeline stages")
 
     def train(self, mode: bool = True) -> Self:
         self._theirs.causal_lm.training = mode
         return super().train(mode)
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
-        """As `nn.Module.to_empty`; but buffers keep their values, and tied parameters stay one."""
+        """Allocate as `nn.Module.to_empty`, but keep the buffers' values and the ties of parameters."""
         super().to_empty(device=device, recurse=recurse)
         faster = faster_attention_of(type(self._theirs.causal_lm), torch.device(device), self.compute_dtype)
         self._attention = (self._attention[0], faster)
@@ -147,7 +147,7 @@ class HuggingFaceModel(LanguageModel):
         document_ids_BT: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """As `LanguageModel.forward`. Positions of packed documents start anew with each."""
+        """Compute `LanguageModel.forward`. Positions of packed documents restart at 0 in each document."""
         theirs = self._theirs
         self._follow(tokens_BT.device)
         usual, faster = self._attention
@@ -158,27 +158,29 @@ class HuggingFaceModel(LanguageModel):
             given |= self._from_cache(cache, tokens_BT, document_ids_BT)
         elif document_ids_BT is not None and not self.takes_positions:
             raise ModelError(
-                f"a {theirs.causal_lm.config.model_type} reads no positions, so that it cannot keep documents apart"
+                f"a {theirs.causal_lm.config.model_type} reads no positions, so it cannot separate documents"
             )
         if positions_BT is not None and self.takes_positions and len(given["input_ids"][0]) == positions_BT.shape[-1]:
             given["position_ids"] = positions_BT
         hidden_BTD: Tensor = theirs.decoder(**given)[0]
-        if hidden_BTD.shape[1] > tokens_BT.shape[1]:  # all were computed again
+        if hidden_BTD.shape[1] > tokens_BT.shape[1]:  # without a KV cache all were recomputed
             hidden_BTD = hidden_BTD[:, -tokens_BT.shape[1] :]
         if hidden_BTD.dtype != self.compute_dtype:
             raise ModelError(
-                f"the code of a {theirs.causal_lm.config.model_type} gives {hidden_BTD.dtype} where train.dtype is "
+                f"the code of a {theirs.causal_lm.config.model_type} returns {hidden_BTD.dtype}, but train.dtype is "
                 f"{self.compute_dtype}; set train.dtype to float32"
             )
         return hidden_BTD
 
     def _from_cache(self, cache: HuggingFaceCache, tokens_BT: Tensor, documents_BT: Tensor | None) -> dict[str, Any]:
-        """Also makes room in it. What is seen are the places in the newest one's document: the others are padding."""
+        """Extend the cache and return the decoder's arguments. Positions outside the newest document are padding."""
         cache.extend(tokens_BT, documents_BT)
         seen = cache.documents_BS
         if cache.past is None:
             if seen is not None:
-                raise ModelError("this model would remember padding: give prompts of one length, or one at a time")
+                raise ModelError(
+                    "this model's state would include padding: give prompts of one length, or one at a time"
+                )
             return {"input_ids": cache.tokens_BS}
         mask = None if seen is None else (seen == seen[:, -1:]).long()
         return {"past_key_values": cache.past, "use_cache": True, "attention_mask": mask}
@@ -211,10 +213,10 @@ class HuggingFaceModel(LanguageModel):
     def loss(self, hidden_BTD: Tensor, labels_BT: Tensor, scale: Tensor | float = 1.0) -> Tensor:
         return self._theirs.head.loss(hidden_BTD, labels_BT, scale)
 
-    # --- how it is made ------------------------------------------------------------------------------------
+    # --- construction --------------------------------------------------------------------------------------
 
     def _cast(self) -> None:
-        """Nothing in float32. Blocks whole; elsewhere each module its own parameters, embeddings what they give."""
+        """Cast blocks as a whole; elsewhere each module's own parameters, and the output of embeddings."""
         if self.compute_dtype == torch.float32:
             return
         inside = {id(m) for block in self.blocks.values() for m in block.modules()}
@@ -229,7 +231,7 @@ class HuggingFaceModel(LanguageModel):
                 cast_while_running(module, self.compute_dtype, inside=False)
 
     def _follow(self, device: torch.device) -> None:
-        """Parameters that are kept in the machine's memory come by themselves; buffers are brought, once."""
+        """Move the buffers to `device`, once. FSDP2 itself moves parameters that are offloaded to the CPU."""
         for name in self._theirs.buffers:
             owner, leaf = self._owner(name)
             buffer = owner._buffers[leaf]
@@ -243,7 +245,7 @@ class HuggingFaceModel(LanguageModel):
 
 
 def _turns_again(config: Any, places: int) -> bool:
-    """Whether keys that are kept would be turned otherwise than new ones: LongRoPE has two turns, by the text's length."""
+    """Return whether cached keys could have another rotation than new ones: LongRoPE has two, by the text's length."""
     rope = getattr(config, "rope_parameters", None) or {}
     first = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
     kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
@@ -252,9 +254,9 @@ def _turns_again(config: Any, places: int) -> bool:
 
 def find_blocks(decoder: nn.Module) -> dict[str, nn.Module]:
     """
-    The layers of a decoder by their number: the longest list of modules of which one is in `_no_split_modules`.
+    Return a decoder's layers by index: the longest list of modules that has one of the classes in `_no_split_modules`.
 
-    Raises `ModelError` where there is none.
+    Raises `ModelError` if there is none.
     """
     names = set(getattr(decoder, "_no_split_modules", None) or ())
     lists: list[list[nn.Module]] = [list(m) for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]
@@ -263,14 +265,14 @@ def find_blocks(decoder: nn.Module) -> dict[str, nn.Module]:
     ] or lists
     if not fitting:
         raise ModelError(
-            f"{type(decoder).__name__} has no list of layers, which are what is cut and computed again here"
+            f"{type(decoder).__name__} has no list of layers, which sharding and activation checkpointing need"
         )
     longest: list[nn.Module] = max(fitting, key=len)
     return {str(index): layer for index, layer in enumerate(longest)}
 
 
 def _tied(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """(other name, first name) of each parameter that has several."""
+    """Yield (other name, first name) of each parameter that has several names."""
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in first:
@@ -285,8 +287,8 @@ def _check_dtype(causal_lm: Any, dtype: torch.dtype) -> None:
     ]
     if kept and dtype != torch.float32:
         raise ModelError(
-            f"a {causal_lm.config.model_type} keeps {', '.join(map(str, kept))} in float32, which is not built here; set "
-            "train.dtype to float32"
+            f"a {causal_lm.config.model_type} keeps {', '.join(map(str, kept))} in float32, which shoal does not support; "
+            "set train.dtype to float32"
         )
     if scalars := [name for name, p in causal_lm.named_parameters() if p.ndim == 0]:
-        raise ModelError(f"{scalars[0]} is a parameter without dimensions, which cannot be cut over processes")
+        raise ModelError(f"{scalars[0]} is a parameter without dimensions, which cannot be sharded")

@@ -1,9 +1,9 @@
 """
-Whether a model of transformers sees what it should: nothing that comes later, and nothing of another document.
+Check that tokens of a transformers model see neither later tokens nor other documents.
 
-Which family reads positions, makes a mask of them or keeps a state from one document to the next is not written down
-anywhere. So it is tried out, on the run's own weights, in its layout, with rows of its length, before the first step:
-what a place gives must not change when what it may not see is changed. A few forwards of one micro-batch.
+No metadata tells which families read positions, build masks from them, or carry state from one document to the next. So
+this is tested before the first step, with the run's weights, layout and row length: the output at a position must not
+change if tokens change that it may not see. Costs a few forwards of one micro-batch.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 from shoal.errors import ModelError
 from shoal.models.family import LanguageModel
 
-# Relative norm of the difference. The same kernel on what must be the same: bits, mostly. A document at another place
-# in a row goes through other kernels, which round otherwise.
+# Bounds on the relative norm of the difference. SAME: one kernel on equal inputs, mostly equal bits. SAME_ELSEWHERE: a
+# document at another position of a row uses other kernels, which round differently.
 SAME, SAME_ELSEWHERE = 1e-4, {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @torch.no_grad()
 def check_sight(model: LanguageModel, *, batch: int, seq_len: int, documents: bool, device: torch.device) -> None:
     """
-    Raises `ModelError` where a token sees later ones or, with `documents`, those of another document.
+    Raise `ModelError` if a token sees later ones or, with `documents`, those of another document.
 
-    All processes that hold a part of the model take part: its forward may be a collective.
+    All ranks that hold a part of the model must call it: forward may run collectives.
     """
     if seq_len < 2:
         return
@@ -38,7 +38,7 @@ def check_sight(model: LanguageModel, *, batch: int, seq_len: int, documents: bo
         alone = _first_forward(model, torch.cat([second, first], 1))[:, :half]
         if _differ(alone, model(torch.cat([second, third], 1))[:, :half]) > SAME:
             raise ModelError(
-                f"{model.shape.from_} is not causal: what a token gives depends on later ones; it cannot be trained to "
+                f"{model.shape.from_} is not causal: a token's output depends on later tokens, so it cannot be trained to "
                 "predict them"
             )
         if documents:
@@ -48,7 +48,7 @@ def check_sight(model: LanguageModel, *, batch: int, seq_len: int, documents: bo
 
 
 def _first_forward(model: LanguageModel, tokens: Tensor) -> Tensor:
-    """Raises `ModelError` where the family's code mixes float32 of its own with the compute dtype."""
+    """Run a forward. Raises `ModelError` if the family's code mixes float32 with the compute dtype."""
     try:
         hidden: Tensor = model(tokens)
     except RuntimeError as error:
@@ -67,12 +67,12 @@ def _check_documents(model: LanguageModel, first: Tensor, second: Tensor, third:
     behind, other = (model(torch.cat([x, second], 1), places, ids)[:, half:] for x in (first, third))
     if _differ(behind, other) > SAME or _differ(behind, alone) > SAME_ELSEWHERE[model.compute_dtype]:
         raise ModelError(
-            f"{model.shape.from_} does not keep documents of a row apart, and data.document_mask is true; set "
+            f"{model.shape.from_} does not separate the documents of a row, but data.document_mask is true; set "
             "data.document_mask to false"
         )
 
 
 def _differ(one: Tensor, other: Tensor) -> float:
-    """Relative norm of the difference; infinite where there is a nan."""
+    """Return the relative norm of the difference; infinity if there is a NaN."""
     error = (one.float() - other.float()).norm() / one.float().norm().clamp(min=1e-12)
     return float(error.nan_to_num(nan=float("inf")))

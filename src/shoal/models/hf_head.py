@@ -1,9 +1,9 @@
 """
-From hidden states to logits and loss, as the class of transformers does it.
+Logits and loss from hidden states, as the class of transformers computes them.
 
-Its forward is run with a decoder that hands out the hidden states it is given, so that whatever the class does behind
-the decoder (a bias, a scale, a soft cap) is done. Where it does nothing but multiply by its output layer, which is
-tried out once on a small one, the loss is `linear_cross_entropy_sum`, which holds no logits in float32.
+Its forward runs with a decoder replaced by one that returns the given hidden states. So all that the class does after the
+decoder (a bias, a scale, a soft cap) is applied. If it only multiplies by its output layer, which is tested once on a
+small one, the loss is `linear_cross_entropy_sum`, which saves memory.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from shoal.models.loss import CHUNK_BYTES, IGNORED, linear_cross_entropy_sum
 
 
 class Head:
-    """What stands behind the decoder of a causal language model."""
+    """The part of a causal language model after its decoder."""
 
     def __init__(self, causal_lm: Any, decoder: nn.Module) -> None:
         self._causal_lm, self._decoder = causal_lm, decoder
-        self.layer: Any = causal_lm.get_output_embeddings()  # a Linear, mostly
+        self.layer: Any = causal_lm.get_output_embeddings()  # usually a Linear
         self.plain = _is_plain(self.layer) and self._only_multiplies()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., D] -> [..., V], in the dtype the class gives."""
+        """Return logits [..., V] from [..., D], in the dtype that the class returns."""
         out: Tensor = self._run(hidden.reshape(1, -1, hidden.shape[-1]))
         return out.view(*hidden.shape[:-1], -1)
 
     def loss(
         self, hidden_BTD: Tensor, labels_BT: Tensor, scale: Tensor | float, chunk_bytes: int = CHUNK_BYTES
     ) -> Tensor:
-        """As `linear_cross_entropy_sum`: scale * sum over labels that are not -100; float32, 0-d."""
+        """Return scale * the cross-entropy summed over labels that are not -100; float32, 0-d."""
         if self.plain:
             return linear_cross_entropy_sum(hidden_BTD, self.layer.weight, labels_BT, scale, chunk_bytes=chunk_bytes)
         hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
@@ -43,7 +43,7 @@ class Head:
         total = torch.zeros((), device=hidden_ND.device)
         for start in range(0, len(labels_N), rows):
             piece = (hidden_ND[start : start + rows], labels_N[start : start + rows], scale)
-            # each chunk's logits are made again in backward: one chunk of them exists at a time
+            # backward recomputes each chunk's logits, so that only one chunk's exist at a time
             total = total + checkpoint(self._chunk_loss, *piece, use_reentrant=False)
         return total
 
@@ -53,7 +53,7 @@ class Head:
         return -(log_p.gather(1, labels_C.clamp(min=0).unsqueeze(1)).squeeze(1) * weight_C).sum()
 
     def _run(self, hidden_BTD: Tensor) -> Tensor:
-        """The class's forward, with these as the decoder's hidden states."""
+        """Run the class's forward with these as the decoder's hidden states."""
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
         forward = self._decoder.forward
@@ -65,18 +65,18 @@ class Head:
         return out
 
     def _only_multiplies(self) -> bool:
-        """Tried with an output layer of eight rows, on hidden states small and large: a soft cap shows in the latter."""
+        """Return whether logits equal a product with the output layer: here of 8 rows, on small and large inputs."""
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(8, self.layer.in_features, generator=generator)
         hidden = torch.randn(1, 4, self.layer.in_features, generator=generator)
-        hidden[:, 2:] *= 100.0
+        hidden[:, 2:] *= 100.0  # a soft cap shows only on large logits
         forward: Callable[[Tensor], Tensor] = self.layer.forward
         self.layer.forward = lambda x: F.linear(x, weight)
         try:
             with torch.no_grad():
                 return torch.equal(self._run(hidden), F.linear(hidden, weight))
         except (RuntimeError, TypeError, ValueError, NotImplementedError):
-            return False  # something else stands there, with weights that are still on meta
+            return False  # the class has further layers, whose weights are still on meta
         finally:
             self.layer.forward = forward
 

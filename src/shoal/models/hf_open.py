@@ -1,8 +1,8 @@
 """
-A folder's config.json -> transformers' model, its parameters on meta.
+Build transformers' model from a folder's config.json, with its parameters on meta.
 
-Buffers are made for real, on the CPU: rotary frequencies and the like are computed once, when a module is built, and
-nothing in a file could bring them back.
+Buffers are allocated on the CPU: modules compute rotary frequencies and the like once, when they are built, and no file
+contains them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from shoal.hub.folder import CONFIG, ModelFolder
 
 
 def transformers_library() -> Any:
-    """Transformers, imported, and quiet. Raises `ModelError` where it is not installed."""
+    """Import transformers and silence its log. Raises `ModelError` if it is not installed."""
     try:
         import transformers
     except ImportError as error:
-        raise ModelError('model.family hf needs transformers; pip install "shoal[hf]" brings it') from error
+        raise ModelError('model.family hf needs transformers; install it with pip install "shoal[hf]"') from error
     library: Any = transformers
     library.logging.set_verbosity_error()
     return library
@@ -35,10 +35,10 @@ def transformers_library() -> Any:
 
 def open_causal_lm(shape: Model) -> tuple[Any, dict[str, str]]:
     """
-    The causal language model that `model.from` describes: parameters float32 on meta, buffers as they will be. And what
-    its files call a parameter by another name than the model does.
+    Return the causal language model of `model.from`, and the parameters' other names in its files.
 
-    Raises `ModelError` where transformers does not know it, or it would need code that is not in transformers.
+    Parameters are float32 on meta, buffers have their values. Raises `ModelError` if transformers does not know the
+    model, or it needs code that is not in transformers.
     """
     assert shape.from_ is not None
     transformers = transformers_library()
@@ -49,7 +49,7 @@ def open_causal_lm(shape: Model) -> tuple[Any, dict[str, str]]:
             setattr(config, key, 0.0)
     kind = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
     if kind is None:
-        raise ModelError(f"{folder.path} is a {config.model_type}, which transformers has no causal language model for")
+        raise ModelError(f"{folder.path} is a {config.model_type}, for which transformers has no causal language model")
     kind = kind[0] if isinstance(kind, tuple) else kind
     with _parameters_on_meta(), _saying_why(folder):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -60,15 +60,15 @@ def open_causal_lm(shape: Model) -> tuple[Any, dict[str, str]]:
 
 
 def attention_of(kind: Any) -> str:
-    """Torch's own attention, which picks a fused kernel; products and a softmax where scores are capped."""
+    """Return "sdpa", torch's attention with fused kernels, or "eager" for classes that cap scores and so cannot use it."""
     return "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
 
 
 def faster_attention_of(kind: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """
-    The FlashAttention library where it is installed and torch's own attention cannot do what the class asks for.
+    Return the FlashAttention library's name if it is installed and torch's own attention cannot compute the class.
 
-    It keeps packed documents apart in a batch of one row only: not for those.
+    Do not use it for packed documents: it separates them in batches of one row only.
     """
     installed: Any = importlib.import_module("transformers.utils").is_flash_attn_2_available
     fits = device.type == "cuda" and dtype != torch.float32 and getattr(kind, "_supports_flash_attn", False)
@@ -78,10 +78,10 @@ def faster_attention_of(kind: Any, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _read_config(transformers: Any, folder: ModelFolder) -> Any:
-    """Never runs code of the folder's."""
+    """Read the folder's config, without running code from the folder."""
     name = folder.config.get("model_type")
     if not isinstance(name, str) or name not in transformers.CONFIG_MAPPING:
-        code = "; it comes with code of its own, which shoal never runs" if folder.config.get("auto_map") else ""
+        code = "; it comes with its own code, which shoal never runs" if folder.config.get("auto_map") else ""
         raise ModelError(
             f"{folder.path} is a {name}, which transformers {transformers.__version__} does not know{code}"
         )
@@ -91,23 +91,23 @@ def _read_config(transformers: Any, folder: ModelFolder) -> Any:
 
 @contextlib.contextmanager
 def _saying_why(folder: ModelFolder) -> Iterator[None]:
-    """What transformers finds wrong with a config, as a `ModelError`: each of its models raises errors of its own."""
+    """Turn any error of transformers about a config into a `ModelError`: each of its models raises different errors."""
     try:
         yield
     except Exception as error:
         what = " ".join(str(error).split())
         raise ModelError(
-            f"transformers cannot make a model of {folder.path / CONFIG} ({type(error).__name__}: {what}); correct it, or "
-            "get it again"
+            f"transformers cannot build a model from {folder.path / CONFIG} ({type(error).__name__}: {what}); correct it, "
+            "or fetch it again"
         ) from error
 
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """
-    Modules built here keep their parameters on meta, and their buffers where they are made.
+    Put parameters of modules built in this context on meta, and leave their buffers on their device.
 
-    A parameter goes to meta when its module takes it, before anybody has written to it: its memory was never touched.
+    A parameter is replaced when its module registers it, before it is written: its memory pages are never touched.
     """
     plain = nn.Module.register_parameter
 
@@ -124,14 +124,14 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _load_buffers(model: nn.Module, folder: ModelFolder) -> None:
-    """What the files hold of buffers: constants of the model that no gradient changes."""
+    """Load the buffers that the files hold: constants of the model, which training does not change."""
     from safetensors import safe_open
 
     kept = {name for name in model.state_dict() if name in dict(model.named_buffers())}
     if folder.is_kept and kept & set(folder.tensors):
         raise ModelError(
-            f"{min(kept & set(folder.tensors))} is a constant that no checkpoint holds, and the folder which had it is gone; put "
-            "the folder that model.from names back"
+            f"{min(kept & set(folder.tensors))} is a constant that no checkpoint holds, and the folder with it is gone; "
+            "restore the folder that model.from names"
         )
     for name in sorted(kept & set(folder.tensors)):
         with safe_open(str(folder.tensors[name].file), framework="pt") as file:
@@ -141,8 +141,8 @@ def _load_buffers(model: nn.Module, folder: ModelFolder) -> None:
 
 def _other_names(model: Any, folder: ModelFolder) -> dict[str, str]:
     """
-    A name in the files -> the parameter's: an older name that transformers knows, or one with or without the part
-    before the base model's own names.
+    Return name in the files -> parameter name, if they differ: older names that transformers knows, or names with or
+    without the base model's prefix.
     """
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     prefix, found = f"{model.base_model_prefix}.", {}
@@ -159,7 +159,7 @@ def _renamed(model: Any, name: str) -> str:
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, apply_renamings
-    except ImportError:  # a transformers that moved them: then a name is what it is
+    except ImportError:  # another version of transformers moved them: do without renaming
         return name
     changes = [change for change in get_model_conversion_mapping(model) if isinstance(change, WeightRenaming)]
     return str(apply_renamings(name, changes))

@@ -1,9 +1,9 @@
 """
-The layers both families share: float32 weights, cast to the activations' dtype where they are used.
+Layers that both families share: float32 master weights, cast to the activations' dtype at each use.
 
-This is shoal's one meaning of bfloat16. A weight is cast once a use, so that its gradient arrives in float32;
-products accumulate in float32 and are rounded once; norms compute in float32 inside and round once, at their end.
-Casting a whole block's weights beforehand, as FSDP2 does, gives the same bits.
+This defines mixed precision in shoal (Micikevicius et al. 2018, arXiv:1710.03740, section 3.1). A weight is cast at each
+use, so its gradient arrives in float32. Products accumulate in float32 and round once; norms compute in float32 and
+round once, at the end. Casting a whole block's weights in advance, as FSDP2 does, gives the same bits.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Linear(nn.Module):
 
 class Embedding(nn.Module):
     """
-    Rows of a table, looked up in the table's dtype.
+    Table of rows, looked up in the table's dtype.
 
-    The caller casts what it gets: a row's gradient is then a float32 sum over all the places it was used.
+    The caller casts the result, so that a row's gradient is a float32 sum over all positions that used it.
     """
 
     def __init__(self, rows: int, dim: int) -> None:
@@ -46,7 +46,7 @@ class Embedding(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Ba et al. 2016 (arXiv:1607.06450). PyTorch's kernels compute in float32 on every device."""
+    """Layer normalization (Ba et al. 2016, arXiv:1607.06450). PyTorch's kernels compute in float32 on every device."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -61,17 +61,17 @@ class LayerNorm(nn.Module):
 
 def multiplied(own: Tensor, by: Tensor) -> Tensor:
     """
-    Return `own * by` in the memory of `own`, which the caller made and no longer needs.
+    Return `own * by` in the memory of `own`, a temporary of the caller.
 
-    The compiler fuses the product anyway and must not see the write: with torch 2.11 a `torch.autograd.Function` loses
-    its backward in compiled code, so that gradients are zero, if one operation made what forward returns and another
-    returned the same tensor: an operation in place, or a cast to the dtype it has.
+    Compiled code multiplies out of place: the compiler fuses the product anyway, and must not see the write. With torch
+    2.11 a compiled `torch.autograd.Function` loses its backward, and gradients are zero, if forward returns a tensor
+    that two operations returned: the second in place, or a cast to the same dtype.
     """
     return own * by if torch.compiler.is_compiling() else own.mul_(by)
 
 
 class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019 (arXiv:1910.07467): x / rms(x) * weight over the last dim."""
+    """RMS normalization (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4): x / rms(x) * weight over the last dim."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -80,20 +80,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
-        if x.is_cuda:  # one kernel each way
+        if x.is_cuda:  # there it is one fused kernel, forward and backward
             return F.rms_norm(x, weight.shape, weight, self.eps)
         if not torch.is_grad_enabled():
             return _rms_norm(x, weight, self.eps)[0]
-        # Elsewhere F.rms_norm is a chain of eleven operators and their autograd: 1.4 to 2.4 times as slow.
+        # On CPUs F.rms_norm is a chain of eleven operators and their autograd: 1.4 to 2.4 times as slow.
         out: Tensor = _RMSNorm.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
         return out
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The normed x, and what each row was multiplied by, float32."""
-    # Operands of one dtype throughout: mixed ones take PyTorch's slow path on a CPU.
+    """Return the normalized x, and each row's factor 1 / rms, float32."""
+    # All operands have one dtype: mixed dtypes take PyTorch's slow path on CPUs.
     x32, weight32 = x.float(), weight.float()
-    # torch.linalg.vector_norm reads x once and writes nothing of its size, unlike x.square().mean().
+    # torch.linalg.vector_norm reads x once and allocates no temporary of its size, unlike x.square().mean().
     rms = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square() / x.shape[-1]
     scale = torch.rsqrt(rms + eps)
     out = multiplied(x32 * scale, weight32)
@@ -101,7 +101,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """RMSNorm in few passes over memory; keeps only x and one number a row for backward."""
+    """RMSNorm in few passes over memory; saves only x and one number per row for backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -116,7 +116,8 @@ class _RMSNorm(torch.autograd.Function):
         normed = x.float() * scale
         product = grad * normed
         d_weight = product.flatten(0, -2).sum(0)
-        # d_x = scale * (w g - n mean(w g n)), n the normed x: the norm removes what points along x.
+        # With n = x * scale: d_x = scale * (w g - n mean(w g n)). The output does not depend on the length of x, so the
+        # gradient has no component along x.
         along = (product @ weight32).div_(dim).unsqueeze(-1)
         d_x = (grad * weight32).sub_(normed.mul_(along)).mul_(scale)
         return d_x.to(x.dtype), d_weight.to(weight.dtype), None
@@ -127,9 +128,9 @@ def products_by_quarters() -> Iterator[None]:
     """
     Compute each linear layer in four products, halves of its inputs by halves of its outputs, added and rounded again.
 
-    The same sums in another order: how far its results are off is what rounding alone can do to a model on its data.
+    These are the same sums in another order: the change of the results measures the effect of rounding alone.
     """
-    kinds: tuple[Any, ...] = (Linear, nn.Linear)  # ours, and that of transformers' models
+    kinds: tuple[Any, ...] = (Linear, nn.Linear)  # shoal's, and that of transformers' models
     plain = [kind.forward for kind in kinds]
 
     def forward(self: Linear, x: Tensor) -> Tensor:

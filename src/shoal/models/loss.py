@@ -1,9 +1,9 @@
 """
-Cross-entropy of a linear layer, without ever holding its logits in float32.
+Cross-entropy of a linear layer, without holding all its logits.
 
-The vocabulary is where a small model spends its memory and much of its time. Logits are made a chunk of tokens at a
-time in the compute dtype, and each chunk's gradients at once, as in Liger Kernel (Hsu et al. 2024,
-arXiv:2410.10989, section 3.2): backward has nothing left to do but to multiply.
+A small model spends most of its memory and much of its time on the vocabulary. Logits are computed for one chunk of
+tokens at a time, in the compute dtype, and each chunk's gradients immediately after, as in Liger Kernel (Hsu et al. 2024,
+arXiv:2410.10989, section 3.2). Backward only multiplies them by the incoming gradient.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # a label that counts for nothing
+IGNORED = -100  # label of a token without loss
 
-# Each chunk of tokens costs a pass over the weight's gradient, so that chunks are large (GPT-2's head with 1,024
-# tokens on a CPU: 902 ms in one chunk, 1,115 ms in three, 1,871 ms in twelve).
+# Each chunk of tokens costs a pass over the weight's gradient, so chunks are large (GPT-2's head with 1,024 tokens on a
+# CPU: 902 ms in one chunk, 1,115 ms in three, 1,871 ms in twelve).
 CHUNK_BYTES = 256 * 2**20
-# The softmax walks over a chunk in slices. On a CPU they are made to stay in its cache: 5% of the whole.
+# The softmax processes a chunk in slices. On a CPU they fit its cache, which saves 5% of the whole.
 SLICE_BYTES_CPU = 2 * 2**20
-# A GPU's matrix units want rows of a multiple of 16 bytes, and vocabularies are odd (GPT-2's: 50,257). The cast copy of the
-# weight gets rows of zeros up to a multiple; nothing outside of a product sees them.
+# A GPU's matrix units need rows of a multiple of 16 bytes, and vocabularies are odd (GPT-2's: 50,257). The cast copy of
+# the weight is padded with rows of zeros; nothing outside a product sees them.
 MULTIPLE_OF_ROWS = {"cuda": 64}
 
 
@@ -36,13 +36,13 @@ def linear_cross_entropy_sum(
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """
-    scale * sum over labels that are not -100 of -log softmax(weight hidden)[label]; a float32 scalar.
+    Return scale * sum over labels that are not -100 of -log softmax(weight hidden)[label]; a float32 scalar.
 
-    `scale` is usually one over the global number of valid tokens, so that the results of all micro-batches and ranks
-    add up to the mean loss, and their gradients to its gradient. It may be a tensor, and is not read on the host.
+    `scale` is usually 1 / the global number of valid tokens, so that the results of all micro-batches and ranks add up to
+    the mean loss, and their gradients to its gradient. It may be a tensor, which the host does not read.
 
-    Products are in the dtype of `hidden_BTD`, to which the weight is cast; softmax, sum and the weight's gradient
-    over chunks are float32. `chunk_bytes` bounds the logits that exist at one time. Deterministic for given shapes.
+    Products use the dtype of `hidden_BTD`, to which the weight is cast; softmax, sum and the accumulation of the weight's
+    gradient are float32. `chunk_bytes` bounds the logits that exist at a time. Deterministic for given shapes.
     """
     hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
     if torch.is_grad_enabled() and (hidden_BTD.requires_grad or weight_VD.requires_grad):
@@ -69,6 +69,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             logits_CV = hidden_ND[tokens] @ weight.t()
             loss += _softmax_loss(logits_CV[:, : len(weight_VD)], labels_N[tokens], scale, to_gradient=True)
             torch.mm(logits_CV, weight, out=d_hidden[tokens])
+            # `logits_CV` now holds d loss / d logits: with z = h W^T, d h = d z W and d W = d z^T h
             product = (logits_CV.t() @ hidden_ND[tokens])[: len(weight_VD)]
             d_weight = product.to(weight_VD.dtype) if d_weight is None else d_weight.add_(product)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -92,7 +93,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
 
 def _cast(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
-    """In `dtype`; where that makes a copy, it may get rows of zeros: their logits are 0, and left as they are, no gradient."""
+    """Cast the weight to `dtype`; a copy may get rows of zeros, whose logits are 0 and add nothing to a gradient."""
     missing = -len(weight_VD) % MULTIPLE_OF_ROWS.get(weight_VD.device.type, 1)
     if weight_VD.dtype == dtype or not missing:
         return weight_VD.to(dtype)
@@ -101,27 +102,31 @@ def _cast(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _is_one(grad: Tensor) -> bool:
     """
-    Whether the products below would change nothing, asked only where the answer is at hand.
+    Return whether `grad` is 1, so that backward can skip its products; False if finding out would wait for a device.
 
-    On a CPU they cost 3 to 5% of GPT-2's step: a pass over the head's gradient. A compiler's tensors have no number.
+    On a CPU they cost 3 to 5% of GPT-2's step, a pass over the head's gradient. While compiling, tensors have no value.
     """
     return grad.device.type == "cpu" and type(grad) is Tensor and grad.item() == 1.0
 
 
 def _slices(length: int, row_bytes: int, limit_bytes: int) -> Iterator[slice]:
-    """Equal runs of rows, each within the limit; at least one row each."""
+    """Yield consecutive slices of rows, each within the limit but at least one row; the last may be shorter."""
     rows = max(1, limit_bytes // row_bytes)
     for start in range(0, length, rows):
         yield slice(start, min(start + rows, length))
 
 
 def _softmax_loss(logits_CV: Tensor, labels_C: Tensor, scale: Tensor | float, *, to_gradient: bool) -> Tensor:
-    """The loss of these tokens; with `to_gradient`, the logits are overwritten by its gradient for them."""
+    """
+    Return the loss of these tokens; with `to_gradient`, overwrite the logits by its gradient with respect to them.
+
+    With p = softmax(z): loss = -weight log p[label], and d loss / d z = weight (p - onehot(label)).
+    """
     loss = torch.zeros((), device=logits_CV.device)
     limit = SLICE_BYTES_CPU if logits_CV.device.type == "cpu" else CHUNK_BYTES
     for rows in _slices(len(logits_CV), 4 * logits_CV.shape[1], limit):
         labels = labels_C[rows].unsqueeze(1)
-        weight = ((labels != IGNORED) * scale).float()  # 0 where ignored: no branch, no count on the host
+        weight = ((labels != IGNORED) * scale).float()  # 0 if ignored, without a branch or a count on the host
         labels = labels.clamp(min=0)
         log_p = torch.log_softmax(logits_CV[rows], dim=-1, dtype=torch.float32)
         loss -= (log_p.gather(1, labels) * weight).sum()

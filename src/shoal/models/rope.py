@@ -1,4 +1,4 @@
-"""Rotary position embedding: Su et al. 2021 (arXiv:2104.09864), in Llama's layout (first half with second half)."""
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864, section 3.2), pairing x[i] with x[i + d/2] as Llama does."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Rope = tuple[Tensor, Tensor]  # cosines [B or 1, T, 1, head_dim], sines [B or 1,
 
 def inverse_frequencies(model: Model, device: torch.device) -> Tensor:
     """
-    Radians a position turns each pair, [head_dim / 2], float32; with Llama 3's scaling where the model asks for it.
+    Return each pair's angle per position, theta^(-2i/d) radians, [head_dim / 2], float32; with Llama 3's scaling if set.
 
-    Computed where it is used, and never stored: it cannot be left uninitialised by a move from the meta device.
+    Computed at each use, not a buffer: a buffer would be uninitialized after moving from the meta device.
     """
     assert model.head_dim is not None
     exponents = torch.arange(0, model.head_dim, 2, device=device, dtype=torch.float32) / model.head_dim
@@ -27,19 +27,20 @@ def inverse_frequencies(model: Model, device: torch.device) -> Tensor:
 
 def _scale_llama3(turns: Tensor, model: Model, factor: float) -> Tensor:
     """
-    Slow pairs turn `factor` times slower, fast ones stay, those between are blended.
+    Divide low frequencies by `factor`, keep high ones, and interpolate between.
 
-    Llama 3.1's rule: meta-llama/llama-models, `models/llama3/model.py`, `apply_scaling`.
+    Llama 3.1's rule: meta-llama/llama-models, `models/llama3/model.py`, `apply_scaling`. Low frequencies make less than a
+    few turns in the original context, so longer texts would show the model angles it was not trained on.
     """
     low, high = model.rope_low_freq_factor, model.rope_high_freq_factor
-    # how often a pair turns round in the context the model was first trained at
+    # full turns of each pair in the context of the original training
     rounds = model.rope_original_seq_len * turns / (2 * math.pi)
     kept = ((rounds - low) / (high - low)).clamp(0, 1)
     return (1 - kept) * turns / factor + kept * turns
 
 
 def rope_tables(model: Model, positions: Tensor, dtype: torch.dtype) -> Rope:
-    """Tables for positions [T] or [B, T]: angles in float32, then rounded once to `dtype`."""
+    """Return cosines and sines for positions [T] or [B, T]: float32 angles, rounded once to `dtype`."""
     angles = positions.float().unsqueeze(-1) * inverse_frequencies(model, positions.device)
     angles = angles.unsqueeze(-2) if positions.ndim == 2 else angles[None, :, None]
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
@@ -47,15 +48,15 @@ def rope_tables(model: Model, positions: Tensor, dtype: torch.dtype) -> Rope:
 
 
 def rotate(x_BTHd: Tensor, rope: Rope) -> Tensor:
-    """Turn each pair (x[i], x[i + d/2]) by its position's angle."""
-    if not torch.is_grad_enabled():  # what a Function costs beside the arithmetic counts for one token
+    """Rotate each pair (x[i], x[i + d/2]) by its position's angle."""
+    if not torch.is_grad_enabled():  # for a single token a Function's overhead matters
         return _turn(x_BTHd, *rope, 1.0)
     out: Tensor = _Rotate.apply(x_BTHd, *rope)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Rotate(torch.autograd.Function):
-    """Backward turns the other way; doing it in place saves a third of the passes over memory, both ways."""
+    """Rotation whose backward rotates by the negative angle. In place, which saves a third of the memory passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -71,8 +72,9 @@ class _Rotate(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
-    # Compiled too, unlike what `multiplied` avoids: the writes return views, and no operation but the product returned
-    # `out` itself. Seen with torch 2.11: the compiled gradients are eager's, with aot_eager and inductor alike.
+    # (a, b) -> (a cos - b sin, b cos + a sin) for the pair a = x[i], b = x[i + d/2]. Safe to compile, despite the rule of
+    # `multiplied`: the writes return views, so only the product returned `out` itself. With torch 2.11 compiled gradients
+    # equal eager's, with aot_eager and inductor.
     out = x * cos
     out[..., :half].addcmul_(second, sin, value=-sign)
     out[..., half:].addcmul_(first, sin, value=sign)

@@ -1,4 +1,4 @@
-"""How the next token is chosen, and whether that can be: options of a person, judged before there is a model. No torch."""
+"""Sampling options, checked before a model is loaded. No torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from shoal.errors import GenerateError
 
-PROMPT_TOKENS, CHAT_TOKENS = 100, 512  # new ones at most, where nothing is said
+PROMPT_TOKENS, CHAT_TOKENS = 100, 512  # default maximum of new tokens
 FLAGS = {"max_new_tokens": "--tokens", "temperature": "--temperature", "top_k": "--top-k", "top_p": "--top-p"}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; temperature 0 takes the likeliest."""
+    """Choice of the next token; temperature 0 takes the likeliest."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -23,24 +23,24 @@ class Sampling:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raises `GenerateError` for what came from bytes that are no UTF-8: Python keeps those as lone surrogates."""
+    """Raise `GenerateError` for text decoded from bytes that are not UTF-8, which Python keeps as lone surrogates."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise GenerateError(f"{what} is no UTF-8 text: {error.reason} at character {error.start}") from None
+        raise GenerateError(f"{what} is not UTF-8 text: {error.reason} at character {error.start}") from None
 
 
 def check_prompts(prompts: Sequence[str], system: str | None) -> None:
-    """Raises `GenerateError` for one that is empty or no text."""
+    """Raise `GenerateError` for a prompt that is empty or not text."""
     if any(not prompt for prompt in prompts):
-        raise GenerateError("an empty --prompt: give the text to go on from")
+        raise GenerateError("an empty --prompt: give a text to continue")
     for prompt in prompts:
         check_text(prompt, "--prompt")
     check_text(system or "", "--system")
 
 
 def check_options(sampling: Sampling, max_new_tokens: int) -> None:
-    """What can be said before there is a model or a prompt. Raises `GenerateError` for an option out of range."""
+    """Raise `GenerateError` for an option out of range."""
     if max_new_tokens < 0:
         raise GenerateError(f"{{option}} is {max_new_tokens}; it must be 0 or more", option="max_new_tokens")
     if not (sampling.temperature >= 0 and math.isfinite(sampling.temperature)):
@@ -48,8 +48,8 @@ def check_options(sampling: Sampling, max_new_tokens: int) -> None:
             f"{{option}} is {sampling.temperature}; it must be 0 (greedy) or a positive number", option="temperature"
         )
     if sampling.top_k is not None and sampling.top_k < 1:
-        raise GenerateError(f"{{option}} is {sampling.top_k}; it must be 1 or more, or none", option="top_k")
+        raise GenerateError(f"{{option}} is {sampling.top_k}; it must be 1 or more, or unset", option="top_k")
     if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
         raise GenerateError(
-            f"{{option}} is {sampling.top_p}; it must be above 0 and at most 1, or none", option="top_p"
+            f"{{option}} is {sampling.top_p}; it must be above 0 and at most 1, or unset", option="top_p"
         )

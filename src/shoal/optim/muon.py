@@ -1,18 +1,18 @@
 """
-Muon for the blocks' matrices, however they are cut over processes.
+Muon for the blocks' matrices, in any sharding.
 
 Muon (Jordan 2024, kellerjordan.github.io/posts/muon) takes the momentum of a matrix's gradient and sets its singular
-values to about 1; the scale and the decay are those of Liu et al. 2025 (arXiv:2502.16982, section 2.2).
+values to about 1; scale and weight decay are those of Liu et al. 2025 (arXiv:2502.16982, section 2.2).
 
-Momentum is elementwise, but orthogonalising needs the whole matrix. So each matrix has one owner: the parts go to it,
-it does the work once, and each process gets its part of the result back. **The layout does not change the result**, to
-the last bit (on one kind of device, at an equal number of CPU threads): the same whole matrix goes through the same
-products wherever its parts come from, and what is done to parts rounds each element by itself. Three habits hold that:
+Momentum is elementwise, but orthogonalization needs the whole matrix. So each matrix has one owner: the shards are sent
+to it, it orthogonalizes once, and each rank gets its shard of the result back. **Results are bitwise identical in every
+layout** (on one type of device, with equally many CPU threads): the same whole matrix goes through the same products,
+and operations on shards round each element by itself. Three rules ensure this:
 
-- No multiply-add on a part (`alpha=`, `lerp`): a kernel may fuse the two in its vector loop and not in the rest.
-- A whole matrix is memory of its own, since a library may choose how it multiplies by how the memory is aligned.
-- Matrices of one shape are not stacked for `bmm`: cuBLAS may choose by their number, and how many meet depends on
-  the layout.
+- No multiply-add on a shard (`alpha=`, `lerp`): a kernel may fuse the two in its vector loop and not in the remainder.
+- A whole matrix has memory of its own, since a library may select its kernel by the memory's alignment.
+- Matrices of one shape are not stacked for `bmm`: cuBLAS may select its kernel by the batch size, which depends on the
+  layout.
 """
 
 from __future__ import annotations
@@ -29,18 +29,22 @@ from torch import Tensor
 from shoal.mesh.mesh import Axis, has_bfloat16
 from shoal.mesh.region import Region, Shard
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan's: five steps take all of [0.005, 1] into [0.68, 1.16]
-EPS = 1e-7  # a matrix of less norm is not blown up
+# Jordan's: large slope at 0, so that five steps map all singular values in [0.005, 1] into [0.68, 1.16]. They need not
+# converge to 1: a rough orthogonalization trains as well.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+EPS = 1e-7  # smallest norm divided by: a gradient of zeros remains zeros
 
 
-def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
+def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     """
-    U S' V^T for a matrix U S V^T, with S' near 1: Newton-Schulz, X <- a X + b (X X^T) X + c (X X^T)^2 X, `steps` times.
+    Return U S' V^T for a matrix U S V^T, with S' near 1: `steps` times X <- a X + b (X X^T) X + c (X X^T)^2 X.
 
-    In the dtype of `matrix`. The Gram matrix is of the shorter side, so that a matrix and its transpose give the same.
+    A Newton-Schulz iteration: an odd polynomial of X acts on its singular values only. In the dtype of `matrix`. The
+    Gram matrix is of the shorter side, which is cheaper and gives a matrix and its transpose the same result.
     """
     tall = len(matrix) > matrix.shape[1]
     x = matrix.t().contiguous() if tall else matrix
+    # the Frobenius norm bounds the largest singular value: all are then in [0, 1], where the iteration is bounded
     x = x / torch.linalg.vector_norm(x, dtype=torch.float32).clamp(min=EPS)
     a, b, c = COEFFICIENTS
     for _ in range(steps):
@@ -51,16 +55,19 @@ def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """
-    W <- (1 - lr weight_decay) W - lr 0.2 sqrt(max(rows, columns)) orthogonalise(gradient + momentum B), where
-    B <- momentum B + gradient; without `nesterov`, of B alone. The scale gives updates AdamW's usual RMS of 0.2, so
-    that its learning rate and decay fit. B is `state[shard.tensor]["momentum_buffer"]`, of the shard's size.
+    Muon over shards of matrices.
 
-    Newton-Schulz, and what is sent for it, is in `dtype`. If that is None: bfloat16 on CUDA, which halves the traffic;
-    float32 on a GPU that has none, and on a CPU, where it is slower even on a core with AVX-512 bfloat16 (10.6M
-    parameters: 1.20 s, and 0.71 s in float32).
+    W <- (1 - lr weight_decay) W - lr 0.2 sqrt(max(rows, columns)) orthogonalize(gradient + momentum B), with
+    B <- momentum B + gradient; without `nesterov`, orthogonalize(B). The scale gives updates AdamW's typical RMS of 0.2,
+    so that AdamW's learning rate and weight decay fit (Liu et al. 2025, section 2.2). B is
+    `state[shard.tensor]["momentum_buffer"]`, of the shard's size.
 
-    The matrices travel in rounds of about one a process. A process holds what it owns of a round whole, and sends each
-    part of it to all that hold it: with R replicas, R times the largest matrix, and as much is received.
+    Newton-Schulz and its messages use `dtype`. The default is bfloat16 on CUDA, which halves the traffic; float32 on a
+    GPU without bfloat16, and on CPUs, where bfloat16 is slower even with AVX-512 bfloat16 (10.6M parameters: 1.20 s,
+    in float32 0.71 s).
+
+    Matrices are sent in rounds of about one per rank. A rank holds the matrices it owns in a round unsharded, and sends
+    each shard to all ranks that hold it: with R replicas R times the largest matrix, and it receives as much.
     """
 
     def __init__(
@@ -76,25 +83,26 @@ class Muon(torch.optim.Optimizer):
         dtype: torch.dtype | None = None,
     ) -> None:
         """
-        `shards`: this process's parts, 2-D, of the same matrices in the same order on every process of `team`, which
-        together hold all of each; a part may be empty, or held by several. A collective over `team`.
+        Allocate the state and plan the messages. A collective over `team`.
 
-        Raises ValueError where a tensor is no matrix, or the parts do not make up the whole.
+        `shards`: this rank's 2-D shards, of the same matrices in the same order on every rank of `team`. Together the
+        ranks hold each matrix completely; a shard may be empty, or held by several. Raises ValueError if a tensor is not
+        a matrix, or its shards do not cover it.
         """
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "steps": steps}
         super().__init__([shard.tensor for shard in shards], defaults)
         for shard in shards:
             if len(shard.region.shape) != 2:
-                raise ValueError(f"{shard.name} has shape {shard.region.shape}, and Muon is for matrices")
+                raise ValueError(f"{shard.name} has shape {shard.region.shape}, but Muon is for matrices only")
             self.state[shard.tensor]["momentum_buffer"] = torch.zeros_like(shard.tensor)
         self._shards, self._team, self._device = list(shards), team, shards[0].tensor.device
         half = self._device.type == "cuda" and has_bfloat16(self._device)
-        self.found_inf: Tensor | None = None  # 0-d, not 0: the next step is to change nothing; as fused AdamW has it
+        self.found_inf: Tensor | None = None  # 0-d; not 0: the next step changes nothing. Fused AdamW's convention
         self._dtype = dtype or (torch.bfloat16 if half else torch.float32)
         self._rounds = _plan([shard.name for shard in shards], self._regions(), team)
 
     def _regions(self) -> list[list[Region]]:
-        """[matrix][rank of the team]: who holds what. A collective."""
+        """Return which region of each matrix each rank holds, [matrix][rank of the team]. A collective."""
         if self._team.size == 1:
             return [[shard.region] for shard in self._shards]
         rows = [[*s.region.shape, *s.region.offsets, *s.region.sizes] for s in self._shards]
@@ -106,18 +114,18 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update every part from its gradient; one that has none counts as zeros. Collectives over the team."""
+        """Update all shards from their gradients; a missing gradient counts as zeros. Collectives over the team."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         group, skip = self.param_groups[0], None if self.found_inf is None else self.found_inf.bool()
         tensors = [t for t in group["params"] if t.numel()]
-        if tensors:  # all may be empty here
+        if tensors:  # all shards of this rank may be empty
             buffers = [self.state[t]["momentum_buffer"] for t in tensors]
             gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors]
             momentum, decay = group["momentum"], 1 - group["lr"] * group["weight_decay"]
-            if skip is not None:  # then all of them change nothing
+            if skip is not None:  # factors of 1 and gradients of 0 change nothing, without reading `skip` on the host
                 momentum, decay = (torch.where(skip, 1.0, kept) for kept in (momentum, decay))
                 for gradient in gradients:
                     gradient.masked_fill_(skip, 0.0)
@@ -133,14 +141,14 @@ class Muon(torch.optim.Optimizer):
         for part, tensor in self._exchange(each.gather, lambda part: self._direction(part, group)):
             wholes[part.matrix][part.region.slices] = tensor
         for i, whole in wholes.items():
-            wholes[i] = orthogonalise(whole, group["steps"])
+            wholes[i] = orthogonalize(whole, group["steps"])
         for part, tensor in self._exchange(each.scatter, lambda part: wholes[part.matrix][part.region.slices]):
             rate = group["lr"] * 0.2 * math.sqrt(max(part.region.shape))
             change = tensor.float() * rate
             self._shards[part.matrix].tensor.sub_(change if skip is None else change.masked_fill(skip, 0.0))
 
     def _direction(self, part: _Part, group: dict[str, Any]) -> Tensor:
-        """What is orthogonalised, of this process's part of a matrix; float32."""
+        """Return this rank's shard of the matrix to orthogonalize; float32. Nesterov: gradient + momentum B."""
         tensor = self._shards[part.matrix].tensor
         buffer: Tensor = self.state[tensor]["momentum_buffer"]
         if not group["nesterov"]:
@@ -149,7 +157,7 @@ class Muon(torch.optim.Optimizer):
         return ahead if tensor.grad is None else ahead.add_(tensor.grad)
 
     def _exchange(self, exchange: _Exchange, take: Callable[[_Part], Tensor]) -> Iterator[tuple[_Part, Tensor]]:
-        """Send what `take` gives for each part, and yield the parts that come. A collective where any are to move."""
+        """Send `take(part)` for each part, and yield the received parts. A collective if any part has to be sent."""
         for part in exchange.kept:
             yield part, take(part)
         if exchange.quiet:
@@ -163,7 +171,7 @@ class Muon(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class _Part:
-    """A region of a matrix that goes from one process of the team to one, perhaps the same."""
+    """A region of a matrix that is sent from one rank of the team to another, or stays on one."""
 
     matrix: int
     region: Region
@@ -176,11 +184,11 @@ class _Part:
 
 
 class _Exchange:
-    """What of one collective concerns this process, in the order in which it lies in the buffers."""
+    """This rank's share of one all-to-all, in the order of its buffers."""
 
     def __init__(self, parts: Sequence[_Part], team: Axis) -> None:
         moving = [part for part in parts if part.source != part.target]
-        self.quiet = not moving  # for all processes: then there is no collective
+        self.quiet = not moving  # on all ranks: no collective then
         self.kept = [part for part in parts if part.source == part.target == team.rank]
         self.sent = sorted((p for p in moving if p.source == team.rank), key=lambda p: (p.target, p.matrix))
         self.received = sorted((p for p in moving if p.target == team.rank), key=lambda p: (p.source, p.matrix))
@@ -192,7 +200,7 @@ class _Exchange:
 
 
 def _pieces(buffer: Tensor, parts: Sequence[_Part]) -> Iterator[tuple[_Part, Tensor]]:
-    """Where each part lies in a buffer, as a matrix."""
+    """Yield each part's place in a buffer, viewed as a matrix."""
     start = 0
     for part in parts:
         yield part, buffer[start : start + part.numel].view(part.region.sizes)
@@ -201,15 +209,15 @@ def _pieces(buffer: Tensor, parts: Sequence[_Part]) -> Iterator[tuple[_Part, Ten
 
 @dataclass(frozen=True)
 class _Round:
-    owned: dict[int, tuple[int, ...]]  # matrices that this process orthogonalises, and their shapes
+    owned: dict[int, tuple[int, ...]]  # matrices that this rank orthogonalizes -> their shapes
     gather: _Exchange  # to the owners
-    scatter: _Exchange  # back, to all that hold a part
+    scatter: _Exchange  # back, to all ranks that hold a part
 
 
 def _plan(names: Sequence[str], regions: Sequence[Sequence[Region]], team: Axis) -> list[_Round]:
-    """The rounds of a step, from who holds what; `regions` are [matrix][rank]."""
+    """Plan the rounds of a step from the `regions` that ranks hold, [matrix][rank]."""
     rounds = []
-    for owners in deal([held[0].shape for held in regions], team.size):
+    for owners in assign_owners([held[0].shape for held in regions], team.size):
         gathered, scattered = [], []
         for i, owner in owners.items():
             holders: dict[Region, list[int]] = {}
@@ -218,9 +226,9 @@ def _plan(names: Sequence[str], regions: Sequence[Sequence[Region]], team: Axis)
                     holders.setdefault(region, []).append(rank)
             there, wanted = sum(math.prod(region.sizes) for region in holders), math.prod(regions[i][0].shape)
             if there != wanted or len({region.shape for region in regions[i]}) > 1:
-                raise ValueError(f"{names[i]}: its parts have {there} elements, and the whole has {wanted}")
+                raise ValueError(f"{names[i]}: its shards have {there} elements, but the whole has {wanted}")
             for region, ranks in holders.items():
-                # of several that hold the same, the nearest sends: the owner itself, or one on its machine
+                # of several replicas the nearest sends: the owner itself, or one on its node
                 nearest = min(ranks, key=lambda rank: (abs(rank - owner), rank))
                 gathered.append(_Part(i, region, nearest, owner))
                 scattered += [_Part(i, region, owner, rank) for rank in ranks]
@@ -229,13 +237,14 @@ def _plan(names: Sequence[str], regions: Sequence[Sequence[Region]], team: Axis)
     return rounds
 
 
-def deal(shapes: Sequence[tuple[int, ...]], processes: int) -> list[dict[int, int]]:
+def assign_owners(shapes: Sequence[tuple[int, ...]], processes: int) -> list[dict[int, int]]:
     """
-    Rounds of matrix -> the process that owns it; the costly ones first.
+    Return rounds of matrix -> owning rank, the most expensive matrices first.
 
-    A round takes from the costliest matrix that is left down, each to the process with the least to do, until that
-    one would have more to do, or to hold, than the round's first matrix alone. So nobody waits long for another.
+    A round assigns the remaining matrices by descending cost, each to the least loaded rank. It ends when that rank would
+    have more work, or more memory, than the round's first matrix alone. So no rank waits long for another.
     """
+    # multiplications of X X^T, up to a constant: the Gram matrix is of the shorter side
     cost = [rows * columns * min(rows, columns) for rows, columns in shapes]
     rounds: list[dict[int, int]] = []
     work, held = [0] * processes, [0] * processes

@@ -1,1 +1,1 @@
-"""How a model that knows of one device trains on many: mesh, reduction, and the order in which they are applied."""
+"""Parallel training of single-device models: sharding, gradient reduction, and the order in which they are applied."""

@@ -1,9 +1,9 @@
 """
-Exchanges along an axis that autograd sees through, for tensor and context parallel.
+Differentiable collectives along an axis, for tensor and context parallel.
 
-Sums are taken the same way each time: every process sends to each other the part that one will keep (all-to-all, the
-bytes of a ring reduce-scatter), and adds what it got in the order of ranks, in float32, rounding once. So a sum does
-not depend on the library's algorithm, and bfloat16 parts lose nothing on the way.
+All sums use one algorithm. Every rank sends each other rank the part that it will keep (an all-to-all, which moves as
+many bytes as a ring reduce-scatter), then adds the received parts in rank order in float32 and rounds once. So a sum
+does not depend on the library's algorithm, and bfloat16 parts are not rounded in between.
 """
 
 from __future__ import annotations
@@ -16,67 +16,71 @@ from torch import Tensor
 
 from shoal.mesh.mesh import Axis
 
-# the same collective, renamed in torch 2.13, which warns of the older name
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# one collective: torch 2.13 renamed it and warns about the older name
+_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
+def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """
-    Parts of all processes side by side along `dim`, in order of ranks; all of one size.
+    Concatenate the equal parts of all ranks along `dim`, in rank order.
 
-    Backward: each process's part of the gradient, summed over the axis. Collectives over `axis`.
+    Backward: a reduce-scatter of the gradient. Collectives over `axis`.
     """
-    return x if axis.size == 1 else _Gather.apply(x, dim, axis)  # type: ignore[no-untyped-call]
+    return x if axis.size == 1 else _AllGather.apply(x, dim, axis)  # type: ignore[no-untyped-call]
 
 
-def sum_scatter(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> Tensor:
+def reduce_scatter(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> Tensor:
     """
-    This process's part along `dim` of the sum over the axis (plus `bias`, before it is rounded), in the dtype of `x`.
+    Return this rank's part along `dim` of the sum over the axis, in the dtype of `x`; `bias` is added before rounding.
 
-    `dim` must divide by the axis's size. Backward: `gather`. Collectives over `axis`.
+    The axis's size must divide `dim`. Backward: an all-gather. Collectives over `axis`.
     """
     if axis.size == 1:
         return x if bias is None else x + bias.to(x.dtype)
-    return _SumScatter.apply(x, dim, axis, bias)  # type: ignore[no-untyped-call, no-any-return]
+    return _ReduceScatter.apply(x, dim, axis, bias)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def copied(x: Tensor, axis: Axis) -> Tensor:
-    """`x`, which is the same on all. Backward: the sum of all processes' gradients. A collective over `axis`, backward."""
-    return x if axis.size == 1 else _Copied.apply(x, axis)  # type: ignore[no-untyped-call]
-
-
-def summed(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
+def all_reduce_gradient(x: Tensor, axis: Axis) -> Tensor:
     """
-    The sum over the axis (plus `bias`, before it is rounded), on all, in the dtype of `x`.
+    Return `x`, which is replicated. Backward: all-reduce its gradient, a collective over `axis`.
 
-    What comes of it must be computed alike by all, so that its gradient is the same: backward hands it through.
+    The operator f of Megatron-LM (Shoeybi et al. 2019, arXiv:1909.08053, section 3); `all_reduce` is its g.
+    """
+    return x if axis.size == 1 else _AllReduceGradient.apply(x, axis)  # type: ignore[no-untyped-call]
+
+
+def all_reduce(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
+    """
+    Return the sum over the axis on all ranks, in the dtype of `x`; `bias` is added before rounding.
+
+    All ranks must compute the same from it, so that its gradient is replicated: backward passes that on unchanged.
     Collectives over `axis`.
     """
     if axis.size == 1:
         return x if bias is None else x + bias.to(x.dtype)
-    return _Summed.apply(x, axis, bias)  # type: ignore[no-untyped-call, no-any-return]
+    return _AllReduce.apply(x, axis, bias)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def joined(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """`gather` of what all then compute alike: backward is this process's part of the gradient. A collective."""
-    return x if axis.size == 1 else _Joined.apply(x, dim, axis)  # type: ignore[no-untyped-call]
+def gather_output(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """All-gather along `dim`, for a replicated use. Backward: this rank's part of the gradient, not a sum. A collective."""
+    return x if axis.size == 1 else _GatherOutput.apply(x, dim, axis)  # type: ignore[no-untyped-call]
 
 
-def dealt(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """This process's part of `x`, which is the same on all; `dim` must divide. Backward: a gather, a collective."""
-    return x if axis.size == 1 else _Dealt.apply(x, dim, axis)  # type: ignore[no-untyped-call]
+def split_input(x: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Return this rank's equal part of a replicated `x` along `dim`. Backward: an all-gather, a collective."""
+    return x if axis.size == 1 else _SplitInput.apply(x, dim, axis)  # type: ignore[no-untyped-call]
 
 
-def exchange(x: Tensor, split_dim: int, join_dim: int, axis: Axis) -> Tensor:
+def all_to_all(x: Tensor, split_dim: int, join_dim: int, axis: Axis) -> Tensor:
     """
-    Cut `x` along `split_dim`, send part r to process r, and join what comes along `join_dim`.
+    Split `x` along `split_dim`, send part r to rank r, and concatenate the received parts along `join_dim`.
 
-    Backward is the exchange the other way. `split_dim` must divide by the axis's size. A collective over `axis`.
+    The axis's size must divide `split_dim`. Backward: the reverse all-to-all. A collective over `axis`.
     """
-    return x if axis.size == 1 else _Exchange.apply(x, split_dim, join_dim, axis)  # type: ignore[no-untyped-call]
+    return x if axis.size == 1 else _AllToAll.apply(x, split_dim, join_dim, axis)  # type: ignore[no-untyped-call]
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
         ctx.dim, ctx.axis = dim, axis
@@ -87,7 +91,7 @@ class _Gather(torch.autograd.Function):
         return sum_parts(grad_outputs[0], ctx.dim, ctx.axis), None, None
 
 
-class _SumScatter(torch.autograd.Function):
+class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, axis: Axis, bias: Tensor | None) -> Tensor:
         ctx.dim, ctx.axis = dim, axis
@@ -97,12 +101,12 @@ class _SumScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
         grad = grad_outputs[0]
-        # the bias's gradient over this process's part alone: whoever made the bias one sums it over the axis
+        # over this rank's part of the places; `sum_replicated` adds those of the other ranks
         bias = grad.flatten(0, -2).float().sum(0) if ctx.has_bias else None
         return gather_parts(grad, ctx.dim, ctx.axis), None, None, bias
 
 
-class _Copied(torch.autograd.Function):
+class _AllReduceGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
         ctx.axis = axis
@@ -113,7 +117,7 @@ class _Copied(torch.autograd.Function):
         return total_parts(grad_outputs[0], ctx.axis), None
 
 
-class _Summed(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, bias: Tensor | None) -> Tensor:
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -126,7 +130,7 @@ class _Summed(torch.autograd.Function):
         return grad, None, bias
 
 
-class _Joined(torch.autograd.Function):
+class _GatherOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
         ctx.dim, ctx.axis = dim, axis
@@ -137,7 +141,7 @@ class _Joined(torch.autograd.Function):
         return grad_outputs[0].chunk(ctx.axis.size, ctx.dim)[ctx.axis.rank].contiguous(), None, None
 
 
-class _Dealt(torch.autograd.Function):
+class _SplitInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, axis: Axis) -> Tensor:
         ctx.dim, ctx.axis = dim, axis
@@ -148,7 +152,7 @@ class _Dealt(torch.autograd.Function):
         return gather_parts(grad_outputs[0], ctx.dim, ctx.axis), None, None
 
 
-class _Exchange(torch.autograd.Function):
+class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, split_dim: int, join_dim: int, axis: Axis) -> Tensor:
         ctx.split_dim, ctx.join_dim, ctx.axis = split_dim, join_dim, axis
@@ -161,15 +165,15 @@ class _Exchange(torch.autograd.Function):
 
 
 def gather_parts(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """`gather` without autograd."""
+    """`all_gather` without autograd."""
     parts = torch.empty((axis.size * x.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)
-    _all_gather(parts, x.contiguous(), group=axis.group)
+    _gather_single(parts, x.contiguous(), group=axis.group)
     return parts if dim == 0 else torch.cat(parts.chunk(axis.size, 0), dim=dim)
 
 
 def sum_parts(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> Tensor:
-    """`sum_scatter` without autograd."""
-    total, *others = exchange_parts(x, dim, axis).unbind(0)
+    """`reduce_scatter` without autograd."""
+    total, *others = exchange_parts(x, dim, axis).unbind(0)  # in rank order
     total = total.float() if total.dtype != torch.float32 else total.clone()
     for other in others:
         total += other
@@ -179,7 +183,7 @@ def sum_parts(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) -> Te
 
 
 def total_parts(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
-    """`summed` without autograd: each process sums a part of the places, and all get all parts. The same bits on all."""
+    """`all_reduce` without autograd: a reduce-scatter and an all-gather, so that all ranks get the same bits."""
     flat = x.reshape(-1, x.shape[-1])
     rows = -(-len(flat) // axis.size) * axis.size
     padded = flat if rows == len(flat) else torch.cat([flat, flat.new_zeros(rows - len(flat), flat.shape[1])])
@@ -187,9 +191,9 @@ def total_parts(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
 
 
 def exchange_parts(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """[axis.size, ...]: from each process, its part for this one along `dim`."""
+    """Send part r of `x` along `dim` to rank r; return the received parts, [axis.size, ...]."""
     if x.shape[dim] % axis.size:
-        raise ValueError(f"{x.shape[dim]} do not divide into {axis.size} equal parts")
+        raise ValueError(f"cannot split {x.shape[dim]} into {axis.size} equal parts")
     sent = torch.stack(x.chunk(axis.size, dim))
     got = torch.empty_like(sent)
     dist.all_to_all_single(got, sent, group=axis.group)

@@ -1,16 +1,16 @@
 """
-FSDP2 and HSDP: parameters, gradients and optimizer state cut over processes (Rajbhandari et al. 2020, arXiv:1910.02054).
+FSDP2 and HSDP: parameters, gradients and optimizer state sharded over ranks (ZeRO stage 3).
 
-Each block is a group: gathered before its forward, freed after it, gathered again for backward, its gradients summed
-and cut. `torch.distributed.fsdp.fully_shard` does this. What lies outside the blocks (embedding, last norm, head) is
-one group more, in float32, since its gradients are sums over many places. A block's parameters travel in the compute
-dtype: cast before they are gathered or after, the bits are the same (see `models/layers.py`).
+ZeRO: Rajbhandari et al. 2020, arXiv:1910.02054, section 5; FSDP: Zhao et al. 2023, arXiv:2304.11277. Each block is a
+group of `torch.distributed.fsdp.fully_shard`: all-gathered before forward, freed after it, all-gathered again for
+backward, and its gradients reduce-scattered. The parameters outside the blocks (embedding, last norm, head) are one more
+group, in float32, since their gradients are sums over many positions. A block's parameters are sent in the compute
+dtype: casting them before or after the all-gather gives the same bits (see `models/layers.py`).
 """
 
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -23,12 +23,12 @@ from torch.distributed.fsdp import (
 from shoal.config.options import Parallel
 from shoal.mesh.mesh import Axis, Mesh
 from shoal.models.family import LanguageModel
-from shoal.parallel.tree import Exchange, Leaves, TreeSum
+from shoal.parallel.tree import Leaves, TreeReduceScatter
 from shoal.system.torch_private import require
 
 
 def shard(model: LanguageModel, mesh: Mesh, parallel: Parallel, leaves: Leaves | None) -> ShardedGradients:
-    """Cut a model on meta over `dp_shard` and `cp`; `leaves` asks for sums of one tree."""
+    """Shard a model on meta over `dp_shard` and `cp`. With `leaves`, gradients are added as one tree (`tree.py`)."""
     reshard: bool | int
     match parallel.reshard_after_forward:
         case "always" | "never" as word:
@@ -43,20 +43,20 @@ def shard(model: LanguageModel, mesh: Mesh, parallel: Parallel, leaves: Leaves |
     rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks.values():
         fully_shard(block, mesh=devices, reshard_after_forward=reshard, mp_policy=blocks, offload_policy=offload)
-    # The loss multiplies by the head after forward is over: it must still be there.
+    # The loss multiplies by the head after forward has returned: it must still be unsharded.
     fully_shard(model, mesh=devices, reshard_after_forward=False, mp_policy=rest, offload_policy=offload)
     return ShardedGradients(model, mesh.axis("batch"), mesh.axis("shard"), leaves)
 
 
 def reshard(model: LanguageModel) -> None:
-    """Forget what a forward without a backward has gathered: it would not see that weights are loaded or changed."""
+    """Free the parameters that a forward without a backward has gathered: they would not follow a change of the shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def _device_mesh(mesh: Mesh, *, replicas: bool) -> DeviceMesh:
-    """Of the processes that a parameter is cut over and, where torch is to sum over replicas too, of those."""
+    """Return the mesh that shards parameters, with the replicas as outer dim if torch is to all-reduce over them."""
     inner, outer = mesh.axis("shard"), mesh.axis("dp_replicate")
     assert inner.group is not None
     if outer.size == 1 or not replicas:
@@ -70,9 +70,9 @@ def _device_mesh(mesh: Mesh, *, replicas: bool) -> DeviceMesh:
 
 class ShardedGradients:
     """
-    `Gradients` of a model that FSDP2 cut: each `p.grad` is this process's shard of the sum over all of `batch`.
+    `Gradients` of a model that FSDP2 shards: each `p.grad` is this rank's shard of the sum over all of `batch`.
 
-    In a pipeline torch's stage tells FSDP2 itself when to sum; this is why a tree's order cannot be had there.
+    In a pipeline, torch's stage itself tells FSDP2 when to reduce, so the tree's order is not available there.
     """
 
     def __init__(self, model: LanguageModel, batch: Axis, shards: Axis, leaves: Leaves | None) -> None:
@@ -81,15 +81,15 @@ class ShardedGradients:
             require("bitwise_shards")
         self._model: FSDPModule = model
         self._parameters = list(model.parameters())
-        self._sums: list[_TreeReduceScatter] = []
+        self._sums: list[TreeReduceScatter] = []
         for module in model.modules():
             if not isinstance(module, FSDPModule):
                 continue
-            # The loss is already divided by the global number of tokens. gloo has no scaled sum: plain ones.
+            # The loss is already divided by the global number of tokens: sum, do not average. gloo has no pre-scaled sum.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             if leaves is not None:
-                self._sums.append(_TreeReduceScatter(leaves, batch, shards))
+                self._sums.append(TreeReduceScatter(leaves, batch, shards))
                 module.set_custom_reduce_scatter(self._sums[-1])  # type: ignore[arg-type]  # torch does not export the base
 
     def zero(self) -> None:
@@ -110,33 +110,3 @@ class ShardedGradients:
 
     def finish(self) -> None:
         pass
-
-
-class _TreeReduceScatter:
-    """FSDP2's reduce-scatter of one group: nothing until a step's last micro-batch, then the sum of the tree."""
-
-    def __init__(self, leaves: Leaves, batch: Axis, shards: Axis) -> None:
-        self._leaves, self._shards = leaves, shards.size
-        self._exchange = Exchange(leaves, batch)
-        self.slot: int | None = None
-        self.last = False
-        self.zero()
-
-    def zero(self) -> None:
-        self._tree = TreeSum(self._leaves.slots)
-
-    def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, op: object,
-        async_op: bool = False,
-    ) -> None:  # fmt: skip
-        if self.slot is not None:
-            self._tree.push(self.slot, input_tensor)
-        if not self.last:
-            output_tensor.zero_()
-            return
-        self._exchange.send(self._tree, self._shards)
-        output_tensor.copy_(self._exchange.wait())
-        self.zero()  # a block's whole gradient is not kept until the others' are done

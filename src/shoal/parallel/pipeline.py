@@ -1,16 +1,16 @@
 """
-Pipeline parallel: each process holds some of the model's blocks, and micro-batches flow through all of them.
+Pipeline parallel: each rank holds some of the model's blocks, and micro-batches pass through all stages.
 
     tokens -> stage 0 -> hidden [B, T, D] -> stage 1 -> ... -> last stage -> loss
               (embed)        gradient [B, T, D] goes back        (norm, head)
 
-`torch.distributed.pipelining` orders and carries out the work; the schedules and what they ask for are explained in
-`shoal/pipeline_plan.py`. Every process of the `pp` axis loads the same micro-batches: tokens are used by the first
-stage, labels by the last, positions and document ids by all.
+`torch.distributed.pipelining` runs the schedule; `config/schedules.py` explains the schedules and their requirements.
+Every rank of the `pp` axis loads the same micro-batches: the first stage uses the tokens, the last the labels, all the
+positions and document ids.
 
 Public parts of torch are used: `PipelineStage` (with its methods `backward_one_chunk` and `backward_weight_one_chunk`
-overridden), the schedules and their `step`. They are fed with the shapes of what flows, so that no trial run is made at
-the start. One private method is overridden, for torch 2.11 alone: `PipelineStage._get_init_p2p_neighbors_ops`.
+overridden), the schedules and their `step`. They get the shapes that stages exchange, so that torch needs no trial run
+to infer them. One private method is overridden, for torch 2.11 only: `PipelineStage._get_init_p2p_neighbors_ops`.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ SCHEDULES: dict[Schedule, type[Any]] = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
-# torch 2.11 and 2.12 cannot compute the weights' part of a split backward behind a Python `Function`: they ask its node for
-# what it does not have ("_input_metadata is invalid").
+# In torch 2.11 and 2.12 the weight part of a split backward fails behind a Python `Function`: they read an attribute that
+# its node does not have ("_input_metadata is invalid").
 SPLITS_BACKWARD = minor(torch_version()) > (2, 12)
-ENDING = ("norm", "head")  # what a model has behind its blocks; all else stands before them
+ENDING = ("norm", "head")  # modules after the blocks; all others come before them
 
 Loss = Callable[[LanguageModel, Tensor, Tensor], Tensor]  # last stage, hidden [B, T, D], labels [B, T] -> scalar
 Around = Callable[[int, int], AbstractContextManager[None]]  # stage, micro-batch
@@ -57,10 +57,10 @@ Around = Callable[[int, int], AbstractContextManager[None]]  # stage, micro-batc
 
 def cut(model: LanguageModel, axis: Axis, schedule: Schedule, stages: int) -> dict[int, LanguageModel]:
     """
-    This process's `stages` stages of a model on meta, by index; what a stage lacks is gone, what it has keeps its name.
+    Return this rank's `stages` stages of a model on meta, by index. A stage's modules keep their names; others are removed.
 
-    The first stage has all that stands before the blocks, the last the norm and the head. Where the head is tied to
-    the embedding, the last stage has an `embed` of its own: `sum_tied` keeps the two alike.
+    The first stage has all modules before the blocks, the last the norm and the head. If the head is tied to the
+    embedding, the last stage has its own copy of `embed`: `sum_tied` keeps the two equal.
     """
     count = axis.size * stages
     blocks = stage_blocks(len(model.blocks), count)
@@ -85,10 +85,10 @@ def _take(model: LanguageModel, blocks: range, *, begins: bool, ends: bool) -> L
 
 def sum_tied(first: Tensor | None, last: Tensor | None, axis: Axis) -> None:
     """
-    Give the first and the last stage's copy of a tied embedding the sum of both gradients, in place.
+    Set the gradients of both copies of a tied embedding, on the first and the last stage, to their sum, in place.
 
-    Each process passes the gradients of the copies it holds: both in a V, one at either end of `axis`, none between.
-    Equal bits for both, since a + b = b + a. A message each way between the ends of `axis`.
+    Each rank passes the gradients of the copies it holds: both in a V schedule, else one at either end of `axis` and
+    none between. Both copies get the same bits, since a + b = b + a. One message each way between the ends of `axis`.
     """
     if first is not None and last is not None:
         first += last
@@ -109,14 +109,14 @@ def sum_tied(first: Tensor | None, last: Tensor | None, axis: Axis) -> None:
 
 class Pipeline:
     """
-    A step's micro-batches through this process's stages. All processes of `axis` make one and call it alike.
+    Runs a step's micro-batches through this rank's stages. All ranks of `axis` construct one and make the same calls.
 
-    stages: as `cut` made them, with weights, and otherwise parallelized.
-    hidden_shape, dtype: of what goes from stage to stage on this process, for one micro-batch; tokens_shape: of what
-        enters the first stage, where that has another length (the sequence's parts of tensor parallel).
-    loss: called by the process of the last stage; its result is summed over micro-batches, never divided.
-    around: entered (with the stage's index and the micro-batch's) around all that adds to a stage's gradients for
-        one micro-batch; each stage comes to its micro-batches in order.
+    stages: as `cut` returns them, with weights, and parallelized along the other axes.
+    hidden_shape, dtype: of one micro-batch's hidden states between stages, on this rank; tokens_shape: of the first
+        stage's input, if its length differs (tensor parallel splits the sequence between stages).
+    loss: called on the rank of the last stage; its results are summed over micro-batches, never divided.
+    around: a context entered, with the stage's and the micro-batch's index, around all code that adds one micro-batch's
+        gradients to a stage. Each stage takes its micro-batches in order.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class Pipeline:
         self._hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
         self._tokens_shape, self._device = tokens_shape or hidden_shape[:2], device
         parts = [self._stage(index, around) for index in stages]
-        # gradients are summed: the loss is already divided by the tokens of the whole step
+        # do not divide gradients by the number of micro-batches: the loss is already divided by the step's tokens
         self._schedule = SCHEDULES[schedule](
             parts[0] if schedule in SINGLE else parts,
             n_microbatches=micro_batches,
@@ -147,13 +147,13 @@ class Pipeline:
 
     def forward_backward(self, batches: Sequence[Batch]) -> list[Tensor] | None:
         """
-        Each micro-batch's loss, in order, on the process of the last stage (else None); gradients add to `p.grad`.
+        Add the gradients to `p.grad`. Return each micro-batch's loss, in order, on the last stage's rank, else None.
 
-        Messages between neighbours on `axis`; FSDP2's collectives over its own axis at each stage's last micro-batch.
+        Messages between neighbors on `axis`; FSDP2's collectives over its own axis at each stage's last micro-batch.
         """
         if len(batches) != self._micro_batches:
-            raise ValueError(f"the pipeline was made for {self._micro_batches} micro-batches, not {len(batches)}")
-        # torch's `step` cuts the whole again into equal parts: views of the joined rows
+            raise ValueError(f"the pipeline was built for {self._micro_batches} micro-batches, not {len(batches)}")
+        # torch's `step` splits its arguments into equal micro-batches again: views of the concatenated rows
         losses: list[Tensor] = []
         self._schedule.step(
             *([torch.cat([b.tokens for b in batches])] if 0 in self._stages else []),
@@ -167,14 +167,14 @@ class Pipeline:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> list[Tensor] | None:
         """
-        Each micro-batch's loss, in order, on the process of the last stage (else None); as many as there are.
+        Return each micro-batch's loss, in order, on the last stage's rank, else None; for any number of batches.
 
-        Messages between neighbours on `axis`, those of a slot of `forward_slots` as one batch: with NCCL a single message
-        waits in line with all others of its process, and one that comes a lap later would hold up those behind it.
+        Messages between neighbors on `axis`, one batch per slot of `forward_slots`. With NCCL single messages of a rank
+        run in order: one that arrives a round later would delay those behind it.
         """
         losses: list[Tensor] = []
         arrivals: dict[tuple[int, int], tuple[Tensor, list[dist.Work]]] = {}
-        sent: list[tuple[list[dist.P2POp], list[dist.Work]]] = []  # what is under way stays in memory
+        sent: list[tuple[list[dist.P2POp], list[dist.Work]]] = []  # keeps buffers alive until their messages are done
         for slot in forward_slots(self._axis.size, len(self._stages), len(batches)):
             ways: list[dist.P2POp] = []
             works: list[dist.Work] = []
@@ -199,7 +199,7 @@ class Pipeline:
         for stage in self._stages.values():
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
-                    module.reshard()  # no backward comes that would
+                    module.reshard()  # backward would do it, but there is none
         return losses if self._has_last else None
 
     @property
@@ -207,7 +207,7 @@ class Pipeline:
         return self._count - 1 in self._stages
 
     def _holder(self, index: int) -> int | None:
-        """The rank along the axis of the process with this stage; None behind the last one."""
+        """Return the rank along the axis that holds this stage; None after the last stage."""
         return stage_rank(self._schedule_name, self._axis.size, index) if index < self._count else None
 
     def _forward(self, index: int, batch: Batch, arrival: tuple[Tensor, list[dist.Work]] | None) -> Tensor:
@@ -219,7 +219,7 @@ class Pipeline:
         return out
 
     def _places(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """What each stage gets beside the hidden states: [batches * B, T] each."""
+        """Return each stage's further inputs, positions and document ids: [batches * B, T] each."""
         places = {"positions_BT": torch.cat([b.positions for b in batches])}
         ids = [b.document_ids for b in batches if b.document_ids is not None]
         return {**places, "document_ids_BT": torch.cat(ids)} if ids else places
@@ -228,7 +228,7 @@ class Pipeline:
         return self._loss(self._stages[self._count - 1], hidden, labels)
 
     def _stage(self, index: int, around: Around) -> PipelineStage:
-        """Torch's view of a stage. On the first, what comes in are token ids."""
+        """Wrap a stage for torch's schedule. The first stage's input is token ids."""
         tokens = torch.empty(self._tokens_shape, dtype=torch.int64, device="meta")
         return _WatchedStage(
             around,
@@ -243,20 +243,20 @@ class Pipeline:
 
 
 def _wait(works: list[dist.Work]) -> None:
-    """Each once: gloo would wait for a second message."""
+    """Wait for each work once: gloo would wait for a second message."""
     while works:
         works.pop().wait()
 
 
 class _WatchedStage(PipelineStage):
     """
-    Says when the gradients of a micro-batch are added: in backward, or apart from it in schedules that split it.
+    Enters `around` when a micro-batch's gradients are added: in backward, or in its weight part if it is split.
 
-    A split backward finds weights in the graph by asking the module for its parameters. FSDP2 answers with the shards
-    while they are sharded, as they are after forward, and torch then leaves the gradients out without a word. So they
-    are unsharded first, as backward needs them anyway.
+    A split backward (Qi et al. 2024, arXiv:2401.10241, section 2) looks up the module's parameters in the graph. After
+    forward FSDP2 has resharded them, so torch finds the shards and silently skips their gradients. They are therefore
+    unsharded first, which backward needs anyway.
 
-    Where torch cannot split a backward, all of it is done in the first part, and nothing in the second.
+    If torch cannot split a backward, the first part does all of it and the second nothing.
     """
 
     def __init__(self, around: Around, *args: Any, **kwargs: Any) -> None:
@@ -280,7 +280,7 @@ class _WatchedStage(PipelineStage):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """Torch 2.11's first messages between neighbours, without those of a V's lowest process to itself: gloo fails."""
+        """Drop the messages of torch 2.11 that the lowest rank of a V sends to itself: gloo fails on them."""
         ops: list[dist.P2POp] = super()._get_init_p2p_neighbors_ops()
         return [op for op in ops if op.group_peer != self.group_rank]
 

@@ -1,4 +1,4 @@
-"""Dropout as a function of (seed, step, slot, layer): the same in every layout, and nothing of it in a checkpoint."""
+"""Dropout as a function of (seed, step, slot, layer): identical in every layout, with no state to checkpoint."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from shoal.parallel.recompute import Forward
 
 
 class Randomness:
-    """Seeds the generators before each part and each block that draws; where no model draws, it does nothing."""
+    """Seeds the generators before each part and each block; does nothing without dropout."""
 
     def __init__(self, parts: Mapping[int, LanguageModel], seed: int) -> None:
         self._parts = {index: part for index, part in parts.items() if part.shape.dropout > 0}
         self._seed, self._step, self._first = seed, 0, 0
-        self._forwards = dict.fromkeys(parts, 0)  # a part's forwards come in the order of the step's slots
+        self._forwards = dict.fromkeys(parts, 0)  # so far in this step; each part runs them in the order of the slots
 
     def wrap(self) -> None:
-        """Outermost, around checkpointing: what is computed again finds the generators as they were."""
+        """Wrap the forwards, outside of checkpointing, which saves the generators' state here and recomputes with it."""
         for index, part in self._parts.items():
             part.forward = self._whole(index, part.forward)  # type: ignore[method-assign]
             for name, block in part.blocks.items():
                 block.forward = self._layer(index, name, part, block.forward)
 
     def begin(self, step: int, first_slot: int) -> None:
-        """The next forwards are those of this step, from this slot on."""
+        """Start a step: its next forwards are those of `first_slot` and the slots after it."""
         self._step, self._first = step, first_slot
         self._forwards = dict.fromkeys(self._forwards, 0)
 
@@ -50,4 +50,5 @@ class Randomness:
     def _set(self, index: int, layer: str) -> None:
         slot = self._first + self._forwards[index] - 1
         key = f"{self._seed} {self._step} {slot} {layer}"
+        # a hash, so that neighboring steps and slots get unrelated seeds; 63 bits, since torch takes a signed integer
         torch.manual_seed(int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1)

@@ -1,4 +1,4 @@
-"""Activation checkpointing and compilation of blocks, done to their `forward`, so that names and hooks stay."""
+"""Activation checkpointing and compilation of blocks. Both replace `forward`, so that names and hooks are unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
 
 def checkpointed(forward: Forward, mode: str) -> Forward:
     """
-    `forward`, computed again in backward: all of it ("full"), or all but products and attention ("selective").
+    Return `forward`, recomputed in backward: all of it ("full"), or all but products and attention ("selective").
 
     Chen et al. 2016 (arXiv:1604.06174); selective: Korthikanti et al. 2022 (arXiv:2205.05198), section 5, by operator.
     """
@@ -41,7 +41,7 @@ def checkpointed(forward: Forward, mode: str) -> Forward:
 
 @functools.cache
 def _kept_operators() -> list[Any]:
-    """What is dear to compute again: matrix products and fused attention. Exchanges between processes are repeated."""
+    """Return the operators that are expensive to recompute: matrix products and fused attention. Collectives are rerun."""
     require("selective")
     aten = torch.ops.aten
     kept = [aten.mm.default, aten.addmm.default, aten.bmm.default]
@@ -53,7 +53,7 @@ def _kept_operators() -> list[Any]:
 
 
 class Compiled:
-    """A compiled forward, and the eager one that it was made from: `on` says which of the two runs."""
+    """A compiled forward and its eager original; `on` selects which of the two runs."""
 
     def __init__(self, eager: Forward, compiled: Forward) -> None:
         self._eager, self._compiled = eager, compiled
@@ -65,11 +65,11 @@ class Compiled:
 
 def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool, again: bool) -> Compiled:
     """
-    Compile `module.forward`; `whole`: as one graph, or an error. `again`: it is computed again in backward already; the
-    eager one always is, so that it needs no more memory than the compiled one.
+    Compile `module.forward`. `whole`: as one graph, else an error. `again`: it already is recomputed in backward; if not,
+    the eager one is, so that it needs no more memory than the compiled one.
 
-    `bitwise`: a value that is cast is rounded. The compiler would leave out the rounding of a weight that it casts and
-    uses at once, and cannot where FSDP2 has cast it before: other bits.
+    `bitwise`: round at every cast. The compiler would skip rounding a weight that it casts and uses at once. It cannot
+    skip it if FSDP2 has cast the weight before, and bits would depend on the layout.
     """
     separate_cache()
     options: dict[str, Any] | None = {"emulate_precision_casts": True} if bitwise else None
@@ -83,10 +83,10 @@ def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool, again: boo
 
 def separate_cache() -> None:
     """
-    Give the compiler a cache for this CPU's instructions alone.
+    Set the compiler's cache to a folder for this CPU's instruction set.
 
-    torch (seen: 2.13) finds what it made for a CPU by the graph, and not by the width of vectors that it made it for. On
-    another kind of CPU that shares the folder the process ends by SIGSEGV.
+    torch 2.13 keys compiled CPU code by its graph, not by the vector width it was compiled for. A CPU with another
+    instruction set that shares the folder then loads it, and the process ends with SIGSEGV.
     """
     root = Path(os.environ.get(CACHE) or Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}")
     kind = instruction_sets().replace(", ", "-")
@@ -95,7 +95,7 @@ def separate_cache() -> None:
 
 
 def set_activation_budget(budget: float) -> None:
-    """What the compiler may keep of the activations of what it compiles next: 0 nothing, 1 everything."""
+    """Set the fraction of activations that code compiled from now on may keep: 0 none, 1 all."""
     require("compile")
     import torch._functorch.config as functorch
 

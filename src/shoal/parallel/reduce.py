@@ -1,10 +1,10 @@
 """
-Gradients of all replicas, summed while backward still runs (a pipeline's: after it).
+Gradient all-reduce over replicas, overlapped with backward (in a pipeline: after it).
 
-Why not torch's `DistributedDataParallel`: it averages over ranks where we need a sum (the loss is already
-divided by the global number of tokens), it puts `module.` before every name, and it lays its buckets out
-anew after the first step, so that with three ranks or more a resumed run adds in another order than the
-run that never stopped. Here the buckets are laid out once, by the order of the parameters alone.
+Why not torch's `DistributedDataParallel` (Li et al. 2020, arXiv:2006.15704): it averages over ranks, but the loss is
+already divided by the global number of tokens, so gradients must be summed. It prefixes every name with `module.`. And it
+rebuilds its buckets after the first step, so that with three ranks or more a resumed run adds in another order than an
+uninterrupted one. Here the buckets depend on the order of the parameters only.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ BUCKET_BYTES = 25 * 2**20
 
 class Gradients(Protocol):
     """
-    Who owns the gradients of a part of the model. A step is: `zero`; for each micro-batch `before_backward`, backward,
-    `after_backward`; `finish`. All processes of the axis must call in the same order. A pipeline's schedule takes the
-    backwards in an order of its own, and does not say which is the last: it leaves out `before_backward`, and sums
-    leave in `finish`.
+    Owner of the gradients of a part of the model.
+
+    A step calls `zero`; for each micro-batch `before_backward`, backward, `after_backward`; then `finish`. All ranks of
+    the axis must call in the same order. A pipeline's schedule orders the backwards itself and does not tell which is the
+    last: it skips `before_backward`, and gradients are sent in `finish`.
     """
 
     def zero(self) -> None:
-        """Forget the last step's gradients."""
+        """Discard the last step's gradients."""
 
     def before_backward(self, slot: int | None, last: bool) -> None:
-        """The next backward is of this slot of the step (None: of nothing that counts), and the last here or not."""
+        """Announce the backward of `slot` (None: of ignored labels); `last`: this rank's last one in the step."""
 
     def after_backward(self, slot: int | None) -> None:
-        """The backward of this slot is over."""
+        """Accept the gradients of `slot`, whose backward has returned."""
 
     def finish(self) -> None:
-        """Wait until each `p.grad` holds its part of the sum over all processes. A collective over the axis."""
+        """Wait until each `p.grad` holds its part of the sum over all ranks. A collective over the axis."""
 
 
 @dataclass
@@ -53,16 +54,16 @@ class _Bucket:
     tree: TreeSum | None = None
     exchange: Exchange | None = None
     work: dist.Work | None = None
-    missing: int = 0  # gradients that the last micro-batch has still to add
-    left: bool = False
+    missing: int = 0  # gradients that the last micro-batch has yet to add
+    left: bool = False  # sent, or being sent
     parameters: list[nn.Parameter] = field(default_factory=list)
 
 
 class GradientReducer:
     """
-    `Gradients` of whole parameters: `p.grad` is a view of a bucket from the start to the end of training.
+    `Gradients` of unsharded parameters: `p.grad` is a view of a bucket throughout training.
 
-    With `leaves`, sums are taken as those of one tree (see `tree.py`), else by the library's all-reduce.
+    With `leaves`, gradients are added as one tree (see `tree.py`), else by the library's all-reduce.
     """
 
     def __init__(
@@ -73,8 +74,8 @@ class GradientReducer:
         self._slot: int | None = None
         self._armed = False
         self.overlaps = True
-        """Whether a bucket leaves during the last backward: each of its parameters must then get a gradient there."""
-        # Backward reaches the last layers first, so their bucket fills, and leaves, first.
+        """Whether a bucket is sent during the last backward: each of its parameters must then get a gradient there."""
+        # Backward reaches the last layers first, so their bucket is complete, and sent, first.
         self._buckets = [_make_bucket(ps, axis.size) for ps in _cut(reversed(list(parameters)), bucket_bytes)]
         if axis.size > 1:
             for bucket in self._buckets:
@@ -109,7 +110,7 @@ class GradientReducer:
         for bucket in self._buckets:
             if not bucket.left and self._axis.size > 1:
                 if self._armed:
-                    raise RuntimeError("a parameter got no gradient in the last micro-batch, so its bucket never left")
+                    raise RuntimeError("a parameter got no gradient in the last micro-batch: its bucket was never sent")
                 self._leave(bucket)
         for bucket in self._buckets:
             if bucket.work is not None:
@@ -142,11 +143,11 @@ class GradientReducer:
 
 
 def _cut(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Runs of parameters of at most `bucket_bytes` each (a larger parameter is alone)."""
+    """Split parameters into consecutive runs of at most `bucket_bytes` each; a larger parameter is a run by itself."""
     runs: list[list[nn.Parameter]] = []
     room = 0
     for p in parameters:
-        size = p.numel() * 4
+        size = p.numel() * 4  # bytes: gradients are float32
         if not runs or size > room:
             runs.append([])
             room = bucket_bytes
@@ -156,7 +157,7 @@ def _cut(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> list[list[nn.
 
 
 def _make_bucket(parameters: list[nn.Parameter], multiple: int) -> _Bucket:
-    """Padded to a `multiple`, so that it can be cut into so many equal parts."""
+    """Allocate a bucket, padded so that `multiple` ranks get equal chunks, and make each `p.grad` a view of it."""
     size = sum(p.numel() for p in parameters)
     flat = torch.zeros(-(-size // multiple) * multiple, dtype=torch.float32, device=parameters[0].device)
     offset = 0

@@ -1,4 +1,4 @@
-"""Do all processes that hold the same piece of a model hold the same bits of it?"""
+"""Check that all ranks that hold the same shard of a model hold the same bits."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from shoal.mesh.region import Part, Region
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A tensor of which replicas hold other bits."""
+class Mismatch:
+    """A tensor whose replicas differ."""
 
     name: str
-    ranks: tuple[int, ...]  # that are outvoted; all that hold it, where there is no majority
+    ranks: tuple[int, ...]  # the minority; all that hold it, if there is no majority
 
 
 def has_replicas(mesh: Mesh) -> bool:
-    """Whether anything is held twice: with fully sharded weights there is nothing to compare."""
+    """Return whether any shard is held twice: fully sharded weights have nothing to compare."""
     return mesh.axis("batch").size > mesh.axis("shard").size
 
 
-def compare(parts: Mapping[str, Part], mesh: Mesh) -> list[Difference]:
+def compare(parts: Mapping[str, Part], mesh: Mesh) -> list[Mismatch]:
     """
-    Where replicas differ: the sum of a tensor's bits, as 32-bit integers, is compared, which every single flip changes.
+    Return the tensors whose replicas differ. Compares the sum of a tensor's words as integers, which any bit flip changes.
 
     Reads each part once. A collective over the world; the host waits for the device.
     """
@@ -41,9 +41,7 @@ def compare(parts: Mapping[str, Part], mesh: Mesh) -> list[Difference]:
     for rank, theirs in enumerate(mesh.gather_objects(mine)):
         for key, value in theirs.items():
             held[key][rank] = value
-    return [
-        Difference(name, _outvoted(by_rank)) for (name, _), by_rank in held.items() if len(set(by_rank.values())) > 1
-    ]
+    return [Mismatch(name, _outvoted(by_rank)) for (name, _), by_rank in held.items() if len(set(by_rank.values())) > 1]
 
 
 def _outvoted(by_rank: Mapping[int, int]) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
 """
-Ring attention (Liu et al. 2023, arXiv:2310.01889): keys and values go round, and no process ever holds all of them.
+Ring attention (Liu et al. 2023, arXiv:2310.01889): ranks pass keys and values on, and none ever holds all of them.
 
-The rounds are torch's own, private functions: which chunks meet, how partial softmaxes merge, and the way back. They
-are in the list of `system/torch_private.py`, and used only with versions of torch that were tested (`resolve/layout_checks.py`). Each process
-holds chunks r and 2N-1-r of 2N, as with allgather: that is how torch balances its rounds.
+The rounds are private functions of torch: they choose which chunks meet, merge partial softmaxes and compute the
+backward. `system/torch_private.py` lists them, and only tested versions of torch use them (`resolve/layout_checks.py`).
+Each rank holds chunks r and 2N-1-r of 2N, as with allgather: this is how torch balances its rounds.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ ATTENTION_SEQUENCE = 2  # the dim of a sequence in [B, H, T, d]
 
 class Ring:
     """
-    What a block's attention calls: causal over the whole sequence. Collectives over `axis`.
+    The attention function of a block, causal over the whole sequence. Collectives over `axis`.
 
-    Raises LaunchError where torch lacks one of the functions.
+    Raises LaunchError if torch lacks one of the functions.
     """
 
     def __init__(self, axis: Axis) -> None:
@@ -37,29 +37,29 @@ class Ring:
     def __call__(
         self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, mask_B1TS: Tensor | None = None, *, dropout: float = 0.0
     ) -> Tensor:
-        """-> [B, T, H * d]. No mask and no dropout: ValueError."""
+        """Return [B, T, H * d]. Raises ValueError for a mask or dropout."""
         if mask_B1TS is not None:
             no_mask(mask_B1TS)
         if dropout:
-            raise ValueError("ring attention has no dropout")
+            raise ValueError("ring attention does not support dropout; use parallel.cp_method allgather or ulysses")
         dtype = q_BTHd.dtype
-        if q_BTHd.device.type == "cpu" and not CPU_HAS_TILES:  # as `attend` does
+        if q_BTHd.device.type == "cpu" and not CPU_HAS_TILES:  # float32 is faster there, as in `attend`
             q_BTHd, k_BTKd, v_BTKd = q_BTHd.float(), k_BTKd.float(), v_BTKd.float()
         elif q_BTHd.is_cuda and dtype == torch.float32:
             raise LaunchError(
-                "ring attention on CUDA is for bfloat16 alone; set train.dtype bfloat16, or parallel.cp_method allgather"
+                "ring attention on CUDA supports bfloat16 only; set train.dtype bfloat16, or parallel.cp_method allgather"
             )
         out_BTHd: Tensor = _RingAttention.apply(q_BTHd, k_BTKd, v_BTKd, self.axis)  # type: ignore[no-untyped-call]
         return out_BTHd.flatten(2).to(dtype)
 
 
 def no_mask(documents_BT: Tensor) -> Tensor:
-    """In place of a mask's maker: torch's rounds take none."""
-    raise ValueError("ring attention keeps no documents apart; use parallel.cp_method allgather or ulysses")
+    """Reject document masks, which torch's rounds do not take."""
+    raise ValueError("ring attention has no document mask; use parallel.cp_method allgather or ulysses")
 
 
 class _RingAttention(torch.autograd.Function):
-    """The flash operator of the device, round by round, on [B, T, H, d] and keys [B, T, K, d]; H a multiple of K."""
+    """The device's flash operator, round by round, on queries [B, T, H, d] and keys [B, T, K, d]; H a multiple of K."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, axis: Axis) -> Tensor:
@@ -79,7 +79,7 @@ class _RingAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         if q.is_cuda:
             op = aten._scaled_dot_product_flash_attention_backward.default
-            # what the forward operator gave beside its output: lengths of rows, the state of its random numbers
+            # the forward operator's further results: row lengths and random state, which its backward requires
             names = ("cum_seq_q", "cum_seq_k", "max_q", "max_k", "philox_seed", "philox_offset")
             rest = dict(zip(names, ctx.rest, strict=False))
         else:
@@ -93,7 +93,7 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _torch_ring() -> ModuleType:
-    """The module with torch's rounds, set to pass keys on rather than gather them."""
+    """Return torch's module of rounds, set to pass keys on instead of gathering them."""
     from torch.distributed.tensor.experimental._context_parallel import _attention
 
     _attention._cp_options.rotate_method = _attention._RotateMethod.ALL_TO_ALL

@@ -1,18 +1,18 @@
 """
 Tensor, sequence and loss parallel (Shoeybi et al. 2019, arXiv:1909.08053; Korthikanti et al. 2022, arXiv:2205.05198).
 
-    x [B, T/tp, D] -> norm -> gather -> [B, T, D] -> column layers, heads or width / tp, row layer
-                   -> partial sums [B, T, D] -> sum and scatter -> [B, T/tp, D]
+    x [B, T/tp, D] -> norm -> all-gather -> [B, T, D] -> colwise layers -> heads or width / tp -> rowwise layer
+                   -> partial sums [B, T, D] -> reduce-scatter -> [B, T/tp, D]
 
-Each family's `TENSOR_PARALLEL` table says how its modules are cut. Parameters become plain, smaller parameters:
-what runs inside a module is the single-device code on fewer heads or columns, and FSDP2 can lie on top knowing
-nothing of it. Between the modules each process holds its part of the sequence, also through norms and residuals.
-What is not cut is held by all, each with a part of its gradient: its `Shard` says so, and `apply.py` sums it.
+Each family's `TENSOR_PARALLEL` table says how its modules are sharded. Parameters become plain, smaller parameters:
+inside a module runs the single-device code on fewer heads or columns, and FSDP2 can shard the result further without
+knowing of it. Between these modules each rank holds its part of the sequence, through norms and residuals too.
+Replicated parameters have a partial gradient on each rank: their `Shard` marks it, and `runnable.py` sums it.
 
-Models of transformers are cut by the plan of their config, which knows layers and not what is around them. There
-activations are whole between layers, and the loss is over the whole vocabulary:
+Models of transformers are sharded by the plan of their config, which names single layers. Between those, activations are
+replicated, and the loss is over the whole vocabulary:
 
-    x [B, T, D] -> column layer, whose input's gradient is summed -> heads or width / tp -> row layer, whose output is
+    x [B, T, D] -> colwise layer (all-reduces its input's gradient) -> heads or width / tp -> rowwise layer (all-reduces)
 """
 
 from __future__ import annotations
@@ -30,13 +30,20 @@ from shoal.mesh.mesh import Axis
 from shoal.mesh.region import Region
 from shoal.models.family import LanguageModel, TensorParallelStyle
 from shoal.models.layers import Embedding, Linear
-from shoal.parallel.collectives import copied, dealt, gather, joined, sum_scatter, summed
+from shoal.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    all_reduce_gradient,
+    gather_output,
+    reduce_scatter,
+    split_input,
+)
 
 SEQUENCE = 1  # the dim of a sequence in [B, T, ...]
 
 
 def styles(model: LanguageModel) -> Iterator[tuple[str, nn.Module, TensorParallelStyle]]:
-    """Each module that the family's table names, with how it is cut."""
+    """Yield each module that the family's table names, with its style."""
     for name, module in model.named_modules():
         if name in model.TENSOR_PARALLEL:
             yield name, module, model.TENSOR_PARALLEL[name]
@@ -49,9 +56,9 @@ def styles(model: LanguageModel) -> Iterator[tuple[str, nn.Module, TensorParalle
 
 def cut(model: LanguageModel, axis: Axis) -> dict[str, Region]:
     """
-    Make each parameter of a model on meta as large as this process's part; which part, by name.
+    Shrink each parameter of a model on meta to this rank's part. Return the parts by name.
 
-    Raises `LaunchError` where the model has no table, or a layer's sides cannot be cut evenly that have to be.
+    Raises `LaunchError` if the model has no table, or `axis` does not divide a side that must be split evenly.
     """
     if model.why_not_cut is not None:
         raise LaunchError(f"parallel.tp {axis.size}: {model.why_not_cut}; set parallel.tp to 1")
@@ -59,15 +66,15 @@ def cut(model: LanguageModel, axis: Axis) -> dict[str, Region]:
     for prefix, module, style in styles(model):
         for name, parameter in list(module.named_parameters(recurse=False)):
             region = Region.whole(parameter.shape)
-            side = {"column joined": 0, "row dealt": -1}.get(style)
+            side = {"colwise_gather_output": 0, "rowwise_split_input": -1}.get(style)
             if side is not None and name == "weight" and parameter.shape[side] % axis.size:
                 raise LaunchError(
-                    f"parallel.tp {axis.size} does not divide the {parameter.shape[side]} of {prefix}, whose parts are put "
-                    "together again; set parallel.tp to 1, or a divisor of it"
+                    f"parallel.tp {axis.size} does not divide the {parameter.shape[side]} of {prefix}, whose parts are "
+                    "gathered again; set parallel.tp to 1, or a divisor of it"
                 )
-            if style in ("column", "vocab", "column alone", "column joined"):
+            if style in ("colwise", "vocab_parallel", "colwise_grad_allreduce", "colwise_gather_output"):
                 region = region.chunk(0, axis.rank, axis.size)
-            elif style in ("row", "row alone", "row dealt") and name == "weight":
+            elif style in ("rowwise", "rowwise_allreduce", "rowwise_split_input") and name == "weight":
                 region = region.chunk(1, axis.rank, axis.size)
             regions[f"{prefix}.{name}"] = region
             if not region.is_whole:
@@ -76,31 +83,29 @@ def cut(model: LanguageModel, axis: Axis) -> dict[str, Region]:
 
 
 def connect(model: LanguageModel, axis: Axis, regions: dict[str, Region]) -> None:
-    """Put the exchanges between the parts: what each module gets and gives. After compilation of what is inside."""
-    inputs: dict[str, _SharedInput] = collections.defaultdict(
-        lambda: _SharedInput(axis)
-    )  # by what is around the layers
+    """Wrap each module's forward in its collectives. Call after compiling the modules, which excludes the collectives."""
+    inputs: dict[str, _SharedInput] = collections.defaultdict(lambda: _SharedInput(axis))  # by the enclosing module
     for name, module, style in list(styles(model)):
         match style:
-            case "column alone" | "column joined":
-                module.forward = _column(module, inputs[_around(name)], axis, join=style == "column joined")
-            case "row alone" | "row dealt":
-                module.forward = _row(module, inputs[_around(name)], axis, deal=style == "row dealt")
-            case "partial":
-                [row] = [m for n, m, s in styles(model) if s == "row" and n.startswith(f"{name}.")]
+            case "colwise_grad_allreduce" | "colwise_gather_output":
+                module.forward = _column(module, inputs[_around(name)], axis, join=style == "colwise_gather_output")
+            case "rowwise_allreduce" | "rowwise_split_input":
+                module.forward = _row(module, inputs[_around(name)], axis, split=style == "rowwise_split_input")
+            case "gather_reduce_scatter":
+                [row] = [m for n, m, s in styles(model) if s == "rowwise" and n.startswith(f"{name}.")]
                 assert isinstance(row, Linear)
                 module.forward = _partial(module.forward, row, axis)
-            case "vocab" if isinstance(module, Embedding):
+            case "vocab_parallel" if isinstance(module, Embedding):
                 looked_up = _vocab_lookup(module, regions[f"{name}.weight"].offsets[0], axis)
                 _replace_forward(module, looked_up)
-            case "position":
+            case "local_positions":
                 module.forward = _local_lookup(module.forward, axis)
 
 
 def drop_row_biases(model: LanguageModel) -> None:
-    """Row layers give partial sums alone; their bias is added once, where those are summed. Before compilation."""
+    """Make rowwise layers return partial sums without the bias, which is added once, to the sum. Call before compiling."""
     for _, module, style in styles(model):
-        if style == "row":
+        if style == "rowwise":
             assert isinstance(module, Linear)
             _replace_forward(module, _product(module))
 
@@ -114,18 +119,18 @@ def _product(layer: Linear) -> Callable[[Tensor], Tensor]:
 
 
 def _partial(inside: Callable[..., Tensor], row: Linear, axis: Axis) -> Callable[..., Tensor]:
-    """Whole sequence in, partial sums out, and each process keeps its part of the sequence of their sum."""
+    """All-gather the sequence, run `inside`, and reduce-scatter its partial sums along the sequence."""
 
     def forward(x_BTD: Tensor, *rest: object) -> Tensor:
-        sums_BTD = inside(gather(x_BTD, SEQUENCE, axis), *rest)
+        sums_BTD = inside(all_gather(x_BTD, SEQUENCE, axis), *rest)
         bias = None if row.bias is None else row.bias.to(sums_BTD.dtype)
-        return sum_scatter(sums_BTD, SEQUENCE, axis, bias)
+        return reduce_scatter(sums_BTD, SEQUENCE, axis, bias)
 
     return forward
 
 
 class _SharedInput:
-    """Layers that read the same tensor share the sum of its gradients: what they send back is added before it travels."""
+    """Layers that read the same tensor, such as q, k and v: their gradients are added locally, then all-reduced once."""
 
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
@@ -133,11 +138,11 @@ class _SharedInput:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._last is None or self._last[0] is not x:
-            self._last = (x, copied(x, self._axis))
+            self._last = (x, all_reduce_gradient(x, self._axis))
         return self._last[1]
 
     def forget(self) -> None:
-        """The layers have read it: nothing of it is kept."""
+        """Drop the tensor once all layers have read it, so that its memory can be freed."""
         self._last = None
 
 
@@ -146,7 +151,7 @@ def _column(layer: nn.Module, shared: _SharedInput, axis: Axis, *, join: bool) -
 
     def forward(x: Tensor) -> Tensor:
         out = inside(shared(x))
-        return joined(out, out.ndim - 1, axis) if join else out
+        return gather_output(out, out.ndim - 1, axis) if join else out
 
     return forward
 
@@ -155,37 +160,37 @@ def _around(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _row(layer: nn.Module, shared: _SharedInput, axis: Axis, *, deal: bool) -> Callable[[Tensor], Tensor]:
-    """The bias is added once, to the sum."""
+def _row(layer: nn.Module, shared: _SharedInput, axis: Axis, *, split: bool) -> Callable[[Tensor], Tensor]:
+    """All-reduce the layer's partial sums; the bias is added once, to the sum."""
     assert isinstance(layer, nn.Linear)
 
     def forward(x: Tensor) -> Tensor:
         shared.forget()
-        x = dealt(x, x.ndim - 1, axis) if deal else x
-        return summed(F.linear(x, layer.weight), axis, layer.bias)
+        x = split_input(x, x.ndim - 1, axis) if split else x
+        return all_reduce(F.linear(x, layer.weight), axis, layer.bias)
 
     return forward
 
 
 def has_part_of_gradient(model: LanguageModel, name: str) -> bool:
-    """Whether each process has a part of the gradient of a parameter that is whole on all: see `sum_replicated`."""
-    return model.TENSOR_PARALLEL.get(_around(name)) not in ("alike", "row alone", "row dealt")
+    """Return whether a replicated parameter's gradient is a partial sum on each rank, for `sum_replicated` to complete."""
+    return model.TENSOR_PARALLEL.get(_around(name)) not in ("replicated", "rowwise_allreduce", "rowwise_split_input")
 
 
 def _vocab_lookup(embedding: Embedding, first: int, axis: Axis) -> Callable[[Tensor], Tensor]:
-    """Each process looks up the ids whose rows it has; one of them has each, so that the sum is exact."""
+    """Look up the ids whose rows this rank holds, and 0 for others. Exactly one rank has each id, so the sum is exact."""
 
     def forward(ids_BT: Tensor) -> Tensor:
         rows = embedding.weight.shape[0]
         here_BT = (ids_BT >= first) & (ids_BT < first + rows)
         found_BTD = F.embedding((ids_BT - first).clamp(0, rows - 1), embedding.weight)
-        return sum_scatter(found_BTD * here_BT.unsqueeze(-1), SEQUENCE, axis)
+        return reduce_scatter(found_BTD * here_BT.unsqueeze(-1), SEQUENCE, axis)
 
     return forward
 
 
 def _local_lookup(inside: Callable[[Tensor], Tensor], axis: Axis) -> Callable[[Tensor], Tensor]:
-    """Only this process's part of the sequence: the last dim of positions [T] or [B, T]."""
+    """Look up this rank's part of the sequence, the last dim of positions [T] or [B, T]."""
 
     def forward(ids: Tensor) -> Tensor:
         return inside(ids.chunk(axis.size, -1)[axis.rank])

@@ -1,10 +1,10 @@
 """
-Sums in one order, whoever takes part: the micro-batches of a step are the leaves of one binary tree.
+Sums in an order that is independent of the layout: a step's micro-batches are the leaves of one binary tree.
 
-Node (level, index) is the sum of leaves [index * 2^level, (index + 1) * 2^level) that there are: of its left and its
-right half. A process owns a run of leaves, sums what is whole within it, as a binary counter carries, and is left
-with few nodes; whoever joins the nodes of all processes adds exactly what one process alone would have added.
-Floating-point addition is commutative, so only the tree matters, not when a sum is taken.
+Node (level, index) is the sum of the existing leaves in [index * 2^level, (index + 1) * 2^level): of its left and its
+right half. A rank owns a run of leaves, sums all complete subtrees within it, as a binary counter carries, and is left
+with few nodes. Joining the nodes of all ranks adds the same pairs as one process alone would add. Floating-point
+addition is commutative but not associative: bits depend on the tree, not on when or where a pair is added.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from shoal.mesh.mesh import Axis
 
 
 class TreeSum:
-    """The nodes of a run of leaves, from the left; each pair of siblings becomes its parent at once."""
+    """The nodes of a run of leaves, from the left; two siblings are replaced by their parent immediately."""
 
     def __init__(self, leaves: int) -> None:
         self.nodes: list[tuple[int, int, torch.Tensor]] = []  # (level, index, sum), no two of them siblings
@@ -29,6 +29,7 @@ class TreeSum:
 
     def push(self, index: int, leaf: torch.Tensor) -> None:
         """Add leaf `index`, the next one; `leaf` may be overwritten afterwards."""
+        # An odd leaf is added to its left sibling in place: this saves the copy of every second leaf.
         if index % 2 and self.nodes and self.nodes[-1][:2] == (0, index - 1):
             self.nodes[-1][2].add_(leaf)
             self.nodes[-1] = (1, index // 2, self.nodes[-1][2])
@@ -37,7 +38,7 @@ class TreeSum:
             self.join(0, index, leaf.clone())
 
     def join(self, level: int, index: int, node: torch.Tensor) -> None:
-        """Add a node to the right of those that are there; its memory is the tree's from now on."""
+        """Add a node to the right of the present ones; the tree takes over its memory."""
         self.nodes.append((level, index, node))
         self._carry()
 
@@ -48,12 +49,13 @@ class TreeSum:
                 del self.nodes[-1]
                 self.nodes[-1] = (level + 1, index // 2, self.nodes[-1][2].add_(node))
             elif index % 2 == 0 and level < self._top and (index + 1) << level >= self._leaves:
-                self.nodes[-1] = (level + 1, index // 2, node)  # there is no right sibling
+                # beyond the last leaf there is no right sibling: the node alone is its parent
+                self.nodes[-1] = (level + 1, index // 2, node)
             else:
                 return
 
     def root(self) -> torch.Tensor:
-        """The sum of all leaves."""
+        """Return the sum of all leaves."""
         [(level, _, node)] = self.nodes
         assert level == self._top
         return node
@@ -62,19 +64,19 @@ class TreeSum:
 @dataclass(frozen=True)
 class Leaves:
     """
-    Whose leaves are whose, along an axis: a run of the step's slots for each process, in order of ranks.
+    Which rank along an axis owns which leaves: a run of the step's slots for each, in rank order.
 
-    Where sequences are cut (`cp`), neighbours own the same slots, each a part of every leaf: a tree for each part, and
-    the parts' sums added in order.
+    Context parallel splits sequences, so that `cp` neighbors own the same slots and each a part of every leaf. Then each
+    part has a tree of its own, and the parts' sums are added in order.
     """
 
     slots: int
     runs: tuple[range, ...]
-    parts: int = 1  # `cp`: process p has part p % parts
+    parts: int = 1  # the size of `cp`: rank p has part p % parts
 
     @functools.cached_property
     def spans(self) -> list[list[tuple[int, int]]]:
-        """(level, index) of the nodes that each member is left with."""
+        """Return (level, index) of the nodes that each member is left with."""
         trees = [TreeSum(self.slots) for _ in self.runs]
         for tree, run in zip(trees, self.runs, strict=True):
             for leaf in run:
@@ -82,7 +84,7 @@ class Leaves:
         return [[node[:2] for node in tree.nodes] for tree in trees]
 
     def sum(self, received: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The sum over all members of what each sent: its nodes [len(spans[member]), ...], which are overwritten."""
+        """Return the sum of all members' nodes, [len(spans[member]), ...] each, which are overwritten."""
         totals = []
         for part in range(self.parts):
             tree = TreeSum(self.slots)
@@ -96,7 +98,7 @@ class Leaves:
 
 
 class Exchange:
-    """A sum of trees on its way: begun by `send`, ended by `wait`. Collectives over `axis`."""
+    """An asynchronous reduce-scatter of trees, started by `send` and completed by `wait`. Collectives over `axis`."""
 
     def __init__(self, leaves: Leaves, axis: Axis) -> None:
         self._leaves, self._axis = leaves, axis
@@ -105,14 +107,13 @@ class Exchange:
 
     def send(self, tree: TreeSum, chunks: int) -> None:
         """
-        Each process gets one of the `chunks` that every node is cut into: process r gets chunk r % chunks. The tree
-        must stay as it is until `wait`.
+        Split every node into `chunks`, and send chunk r % chunks to rank r. The tree must not change until `wait`.
 
-        The bytes of a ring reduce-scatter where runs are whole nodes (chunks = axis.size).
+        If every run is one node and chunks = axis.size, this moves as many bytes as a ring reduce-scatter.
         """
         size, mine = self._axis.size, len(tree.nodes)
         nodes = [node.view(chunks, -1) for _, _, node in tree.nodes]
-        sent = nodes[0].unsqueeze(1) if mine == 1 else torch.stack(nodes, dim=1)  # one whole node is sent as it is
+        sent = nodes[0].unsqueeze(1) if mine == 1 else torch.stack(nodes, dim=1)  # a single node needs no copy
         if chunks < size:
             sent = sent.repeat(size // chunks, 1, 1)
         width = sent.shape[2]
@@ -129,10 +130,40 @@ class Exchange:
         )
 
     def wait(self) -> torch.Tensor:
-        """This process's chunk of the sum."""
+        """Return this rank's chunk of the sum."""
         assert self._work is not None
         assert self._received is not None
         self._work.wait()
         total = self._leaves.sum(torch.split(self._received, self._counts))
         self._work = self._received = None
         return total
+
+
+class TreeReduceScatter:
+    """Replacement of FSDP2's reduce-scatter for one group: only the last micro-batch's sends, the sum of the tree."""
+
+    def __init__(self, leaves: Leaves, batch: Axis, shards: Axis) -> None:
+        self._leaves, self._shards = leaves, shards.size
+        self._exchange = Exchange(leaves, batch)
+        self.slot: int | None = None
+        self.last = False
+        self.zero()
+
+    def zero(self) -> None:
+        self._tree = TreeSum(self._leaves.slots)
+
+    def allocate(self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: dist.ProcessGroup, op: object,
+        async_op: bool = False,
+    ) -> None:  # fmt: skip
+        if self.slot is not None:
+            self._tree.push(self.slot, input_tensor)
+        if not self.last:
+            output_tensor.zero_()  # FSDP2 adds it to `p.grad`
+            return
+        self._exchange.send(self._tree, self._shards)
+        output_tensor.copy_(self._exchange.wait())
+        self.zero()  # frees the block's unsharded gradient before the next block's backward

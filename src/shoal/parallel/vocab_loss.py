@@ -1,8 +1,8 @@
 """
-Loss parallel: the cross-entropy of `models/loss.py`, with the vocabulary cut over processes.
+Loss parallel: the cross-entropy of `models/loss.py`, with the vocabulary sharded over ranks.
 
-Nobody ever holds the logits of the whole vocabulary: processes exchange three numbers a token, its largest logit,
-its sum of exponentials and its label's logit (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
+No rank ever holds the logits of the whole vocabulary. Ranks exchange three numbers per token: its largest logit, its sum
+of exponentials and its label's logit (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shoal.mesh.mesh import Axis
 from shoal.models.loss import CHUNK_BYTES, IGNORED
-from shoal.parallel.collectives import gather, gather_parts
+from shoal.parallel.collectives import all_gather, gather_parts
 
 
 def vocab_parallel_cross_entropy_sum(
@@ -23,18 +23,18 @@ def vocab_parallel_cross_entropy_sum(
     rows: int,
 ) -> Tensor:  # fmt: skip
     """
-    `linear_cross_entropy_sum` of the whole vocabulary and sequence, the same on every process of `axis`; float32, 0-d.
+    Return `linear_cross_entropy_sum` over the whole vocabulary and sequence, on every rank of `axis`; float32, 0-d.
 
-    hidden_BTD: this process's part of the sequence, [B, T/tp, D]. weight_VD: its rows, from `first` on; `rows` is the most
-    that a process has. labels_BT: of the whole sequence. Collectives over `axis`.
+    hidden_BTD: this rank's part of the sequence, [B, T/tp, D]. weight_VD: its rows, from `first` on; `rows` is the
+    largest number of rows on a rank. labels_BT: of the whole sequence. Collectives over `axis`.
     """
-    hidden_ND = gather(hidden_BTD, 1, axis).flatten(0, 1)
+    hidden_ND = all_gather(hidden_BTD, 1, axis).flatten(0, 1)
     loss: Tensor = _VocabLoss.apply(hidden_ND, weight_VD, labels_BT.flatten(), scale, axis, first, rows)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _VocabLoss(torch.autograd.Function):
-    """Makes its gradients in forward, a chunk of tokens at a time."""
+    """Computes the gradients in forward, one chunk of tokens at a time, so that only one chunk's logits exist."""
 
     @staticmethod
     def forward(
@@ -46,7 +46,7 @@ class _VocabLoss(torch.autograd.Function):
         train = any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden_ND) if train else None
         d_weight = torch.zeros_like(weight_VD) if train else None
-        # Chunks meet in collectives: all processes take those of the largest share, where the vocabulary is dealt unevenly.
+        # Each chunk takes part in collectives, so all ranks use the chunks of the largest share of an uneven vocabulary.
         step = max(1, CHUNK_BYTES // (4 * rows))
         for start in range(0, len(hidden_ND), step):
             tokens = slice(start, start + step)
@@ -69,10 +69,14 @@ class _VocabLoss(torch.autograd.Function):
 def _softmax(
     logits_CV: Tensor, labels_C: Tensor, scale: Tensor | float, axis: Axis, first: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss of these tokens, and its gradient with respect to this process's logits; both float32."""
+    """
+    Return the loss of these tokens and its gradient with respect to this rank's logits; both float32.
+
+    With p = softmax(z): loss = log(sum exp z) - z[label], and d loss / d z = p - onehot(label).
+    """
     logits_CV = logits_CV.float()
     peak_C = logits_CV.amax(-1)
-    dist.all_reduce(peak_C, op=dist.ReduceOp.MAX, group=axis.group)
+    dist.all_reduce(peak_C, op=dist.ReduceOp.MAX, group=axis.group)  # without it exp overflows; it cancels in p
     logits_CV -= peak_C.unsqueeze(1)
     weight_C = ((labels_C != IGNORED) * scale).float()
     local_C = labels_C - first
@@ -80,7 +84,7 @@ def _softmax(
     local_C1 = local_C.clamp(0, logits_CV.shape[1] - 1).unsqueeze(1)
     label_C = logits_CV.gather(1, local_C1).squeeze(1) * here_C
     exps_CV = logits_CV.exp_()
-    # in the order of ranks, so that the sum is the same on all and every time
+    # added in rank order, so that the sum has the same bits on all ranks and in every run
     parts = gather_parts(torch.stack([exps_CV.sum(-1), label_C]), 0, axis).view(axis.size, 2, -1)
     total_C, label_C = parts.sum(0)
     loss = ((total_C.log() - label_C) * weight_C).sum()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from shoal.checkpoint.convert import FolderWeights
 from shoal.config.options import Config
 from shoal.config.presets import resolve_shape
@@ -16,16 +14,15 @@ from shoal.hub.find import find_model
 from shoal.hub.folder import ModelFolder
 from shoal.mesh.mesh import Mesh
 from shoal.models.attention import describe_kernel, take_deterministic_kernels
-from shoal.models.build import Fill, build_model, initial_weights
+from shoal.models.build import COMPUTE_DTYPES, Fill, build_model, initial_weights
 from shoal.models.family import LanguageModel
 from shoal.models.hf_check import check_sight
 from shoal.optim.build import build_optimizer
-from shoal.parallel.apply import Runnable, parallelize
+from shoal.parallel.apply import parallelize
 from shoal.parallel.fsdp import reshard
+from shoal.parallel.runnable import Runnable
 from shoal.training.scaler import LossScaler
 from shoal.training.state import TrainState
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def assemble(
@@ -39,7 +36,7 @@ def assemble(
     train = config.train
     if train.repro == "bitwise" and mesh.device.type == "cuda":
         take_deterministic_kernels()
-    model = build_model(config.model, compute_dtype=DTYPES[train.dtype])
+    model = build_model(config.model, compute_dtype=COMPUTE_DTYPES[train.dtype])
     weights = _first_weights(model, config) if fresh else _leave_empty
     runnable = parallelize(
         model, mesh, parallel=config.parallel, train=train, data=config.data, weights=weights, say=say
@@ -67,7 +64,8 @@ def _attention_kernel(config: Config, mesh: Mesh) -> str | None:
     assert shape.head_dim is not None
     return describe_kernel(
         heads=shape.num_heads, kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, seq_len=config.data.seq_len,
-        masked=config.data.document_mask, dropout=shape.dropout, dtype=DTYPES[config.train.dtype], device=mesh.device,
+        masked=config.data.document_mask, dropout=shape.dropout, dtype=COMPUTE_DTYPES[config.train.dtype],
+        device=mesh.device,
     )  # fmt: skip
 
 

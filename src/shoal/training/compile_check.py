@@ -26,8 +26,8 @@ from shoal.data.loader import Batch
 from shoal.errors import CompileError
 from shoal.models.family import LanguageModel
 from shoal.models.layers import products_by_quarters
-from shoal.parallel.apply import Runnable
 from shoal.parallel.reduce import GradientReducer
+from shoal.parallel.runnable import Runnable
 from shoal.run.phases import NO_PHASES
 from shoal.training.run import Run
 

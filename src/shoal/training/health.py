@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shoal.config.run_options import Fault
 from shoal.errors import DivergedError
-from shoal.parallel.replicas import Difference
+from shoal.parallel.replicas import Mismatch
 from shoal.run.console import Console
 
 
@@ -58,7 +58,7 @@ class Recovery:
             self._in_row = 0
             raise GoBack(f"{self._fault.max_skipped + 1} steps in a row were skipped", (self._first, stop))
 
-    def compared(self, step: int, differing: Sequence[Difference]) -> None:
+    def compared(self, step: int, differing: Sequence[Mismatch]) -> None:
         """Report a comparison of replicas. Raises `GoBack` if they differ."""
         if not differing:
             return

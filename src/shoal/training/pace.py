@@ -14,7 +14,7 @@ from shoal.fault.stragglers import Change, Stragglers
 from shoal.mesh.ballot import Vote
 from shoal.mesh.mesh import Mesh
 from shoal.metrics.busy import PARTS, Busy
-from shoal.parallel.apply import Runnable
+from shoal.parallel.runnable import Runnable
 from shoal.run.console import Console
 
 _WORDS: Final = {

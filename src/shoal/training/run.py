@@ -18,7 +18,7 @@ from shoal.fault.limit import TimeLimit
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import is_launched
 from shoal.metrics.meter import Meter
-from shoal.parallel.apply import Runnable
+from shoal.parallel.runnable import Runnable
 from shoal.plan.length import count_steps
 from shoal.resolve.resolve import ChangedOption
 from shoal.run.console import Console

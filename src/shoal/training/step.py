@@ -11,7 +11,7 @@ import torch
 from shoal.data.loader import Batch
 from shoal.mesh.ballot import EMPTY, Ballot
 from shoal.metrics.moment import Moment
-from shoal.parallel.apply import Runnable
+from shoal.parallel.runnable import Runnable
 from shoal.run.phases import NO_PHASES, Phases
 from shoal.training.clip import clip, gradient_norm
 from shoal.training.guard import Guard
