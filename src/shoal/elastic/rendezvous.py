@@ -50,6 +50,7 @@ SIGNS_MISSED: Final = 5
 UNUSED_SECONDS: Final = 10.0  # a store that nobody is connected to for so long ends
 FIRST_SECONDS: Final = 60.0  # somebody has to come within
 
+CLOCK_SECONDS: Final = 5.0  # for a store to have `CLOCK`
 CLOCK: Final = "shoal/clock"  # the time of day where the store is kept
 SKEW_SECONDS: Final = 2.0  # of two machines from that one: torch's rendezvous compares their times of day
 
@@ -276,7 +277,11 @@ def _keep_store(host: str, port: int, option: str) -> TCPStore:
 def _connect(address: str, port: int) -> TCPStore | None:
     """The store there; None where something else listens."""
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
-    return store if store.check([CLOCK]) else None
+    try:
+        store.wait([CLOCK], timedelta(seconds=CLOCK_SECONDS))  # one that has just begun to listen sets it next
+    except DistError:
+        return None
+    return store
 
 
 def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], None]) -> None:
