@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.cli.commands import Place
 from tests.world import World, Worlds
 
 ROOT = Path(__file__).parents[1]
@@ -87,6 +88,14 @@ def worlds() -> Iterator[Worlds]:
 def world(worlds: Worlds) -> Callable[[int], World]:
     """`world(n)`: the n processes of this session."""
     return worlds.__getitem__
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and `done`, a run of 4 steps: to be read, or to be copied."""
+    place = Place(tmp_path_factory.mktemp("finished"))
+    place.good("train", "recipe.yaml", "--name", "done", "--processes", "1", "--train.steps", "4")
+    return place.folder
 
 
 @pytest.fixture(scope="session")

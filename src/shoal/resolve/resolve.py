@@ -214,13 +214,16 @@ def _typed(setting: Setting, problems: list[Problem]) -> Any:
         return None
 
 
-@functools.cache
 def _adapter(key: str) -> Any:
+    return _adapter_of(_types()[key], **options()[key].metadata["bounds"])
+
+
+@functools.cache
+def _adapter_of(kind: Any, **bounds: float) -> Any:
+    """Options of one kind share what judges them: making it takes 2 ms."""
     from pydantic import Field, TypeAdapter
 
-    bounds = options()[key].metadata["bounds"]
-    kind: Any = typing.Annotated[_types()[key], Field(allow_inf_nan=False, **bounds)] if bounds else _types()[key]
-    return TypeAdapter(kind)
+    return TypeAdapter(typing.Annotated[kind, Field(allow_inf_nan=False, **bounds)] if bounds else kind)
 
 
 def expectation(key: str) -> str:
@@ -297,6 +300,16 @@ def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
 
 def read_back(path: Path) -> Config:
     """A config that `to_yaml` wrote. What may have moved since, such as the corpus, is not looked at."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        content = b""  # reading it says why
+    return _read_back(path, content)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_back(path: Path, content: bytes) -> Config:
+    """`content` is what `path` has: a process asks some times for the config of its run, which takes 60 ms to parse."""
     problems: list[Problem] = []
     settings = list(known(read_recipe(path, problems), problems))
     values = {s.key: _typed(s, problems) for s in settings}
