@@ -9,7 +9,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import fcntl
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +57,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    report = yield
-    return fail_if_skipped(report)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    return fail_if_skipped((yield))
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
-    report = yield
-    return fail_if_skipped(report)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    return fail_if_skipped((yield))
 
 
 def fail_if_skipped(report: Any) -> Any:

@@ -43,7 +43,7 @@ IMPORTED: Final = ("shoal.elastic.agent", "shoal.training.loop", "shoal.bench.pa
 LAUNCHERS: Final = {"train", "verify"}
 READ_AT_START: Final = {"--threads", "--launch.threads"}  # they set variables that torch reads when it is imported
 READ_LATER: Final = re.compile(
-    r"(SHOAL|TORCHELASTIC|PYTEST|MASTER|LOCAL|GROUP|ROLE)_.*|RANK|WORLD_SIZE|TMPDIR|PWD|OLDPWD|_"
+    r"(SHOAL|TORCHELASTIC|PYTEST|MASTER|LOCAL|GROUP|ROLE)_.*|RANK|WORLD_SIZE|TMPDIR|PWD|OLDPWD|_|CUDA_VISIBLE_DEVICES"
     # read by torch when a group is made or when it compiles; the first sets how the store logs, in the launcher alone
     r"|TORCH_CPP_LOG_LEVEL|TORCH_DISABLE_SHARE_RDZV_TCP_STORE|TORCH_NCCL_.*|TORCHINDUCTOR_CACHE_DIR|GLOO_SOCKET_IFNAME"
     r"|CUBLAS_WORKSPACE_CONFIG|MALLOC_(MMAP|TRIM)_THRESHOLD_|GLIBC_TUNABLES"  # of cuBLAS, and of how fast malloc is
@@ -159,8 +159,8 @@ def _become(asked: Mapping[str, Any], files: Sequence[int]) -> NoReturn:
             time.sleep(0.001)
         _prctl(_SET_NAME, b"python", 0, 0, 0)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
+        for ended_by in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(ended_by, signal.SIG_DFL)
         if asked["session"]:
             os.setsid()
         for number, file in enumerate(files):
@@ -192,8 +192,7 @@ def _open_streams() -> None:
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         errors = "backslashreplace" if name == "stderr" else "strict"
         lines = number == 2 or os.isatty(number)
-        stream = open(number, mode, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
-        stream.reconfigure(line_buffering=lines)
+        stream = open(number, mode, 1 if lines else -1, encoding="utf-8", errors=errors, closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
 
@@ -205,7 +204,7 @@ def _fork_workers(environment: Mapping[str, str]) -> None:
     class Worker(Popen):
         server = Server.forked(environment)
 
-    subprocess_handler.Popen = Worker  # type: ignore[attr-defined, misc]
+    subprocess_handler.Popen = Worker  # type: ignore[attr-defined]
 
 
 _environment = dict(os.environ)  # of this session, before a test adds to it

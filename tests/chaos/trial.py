@@ -80,7 +80,7 @@ class Trace:
                 found = process.net_connections("tcp")
             except (psutil.Error, OSError):
                 continue
-            self.ports |= {c.laddr.port for c in found if c.status == psutil.CONN_LISTEN}
+            self.ports |= {c.laddr.port for c in found if c.laddr and c.status == psutil.CONN_LISTEN}
 
     def left_over(self) -> list[str]:
         """In words. Processes first: what they hold is theirs as long as they live."""

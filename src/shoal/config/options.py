@@ -8,6 +8,7 @@ arguments; nothing below `train/` sees the whole `Config`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -602,6 +603,7 @@ def option_name(field: dataclasses.Field[Any]) -> str:
     return field.name.removesuffix("_")
 
 
+@functools.cache
 def options() -> dict[str, dataclasses.Field[Any]]:
     """Every option by its dotted key, in the order of this file."""
     return {f"{name}.{option_name(f)}": f for name, section in SECTIONS.items() for f in dataclasses.fields(section)}
