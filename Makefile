@@ -2,18 +2,20 @@
 
 .PHONY: train test test-all test-torch chaos matrix check format setup harness clean
 PYTHON ?=
-# Which tests; CI's share is "not slow".
+# Which tests; CI's share is "not slow". SHARDS of them run side by side, of 2 to 3 GiB each.
 TESTS ?= not slow and not ci
+SHARDS ?= 2
+PYTEST = $(BIN)/python -m pytest --numprocesses $(SHARDS)
 BIN := .venv/bin
 
 train: setup
 	$(BIN)/shoal train recipes/quickstart.yaml
 
 test: harness
-	$(BIN)/python -m pytest -m "$(TESTS)"
+	$(PYTEST) -m "$(TESTS)" $(PYTEST_OPTIONS)
 
 test-all: harness
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Another version of torch, in an environment of its own; or, with TORCH_ENV=DIR, in one that is there.
 test-torch:

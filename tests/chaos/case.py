@@ -167,7 +167,7 @@ def drawn(seed: int, count: int = 5) -> Case:
     """Return `count` random faults, the same for the same seed on any machine."""
     draw = random.Random(seed)
     processes = draw.choice((2, 3, 4))
-    found = []
+    found: list[_Drawn] = []
     while len(found) < count:
         phase = draw.choice(sorted(POSSIBLE))
         fault = draw.choice(POSSIBLE[phase])

@@ -6,8 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,6 +21,7 @@ from shoal.data.ledger import audit
 from shoal.errors import CheckpointError
 from shoal.fault.inject import PLAN
 from shoal.run.events import read_json_lines
+from tests import warm
 from tests.chaos.case import SAVE_EVERY, STEPS, Case
 from tests.cli.commands import clean_environment
 
@@ -81,7 +80,7 @@ class Trace:
                 found = process.net_connections("tcp")
             except (psutil.Error, OSError):
                 continue
-            self.ports |= {c.laddr.port for c in found if c.status == psutil.CONN_LISTEN}
+            self.ports |= {c.laddr.port for c in found if c.laddr and c.status == psutil.CONN_LISTEN}
 
     def left_over(self) -> list[str]:
         """Describe what was not released, processes first."""
@@ -113,15 +112,15 @@ class Laboratory:
         """Run a plan; return (exit code, output, what is left over)."""
         temporary = self.folder / "tmp" / name
         temporary.mkdir(parents=True)
-        command = [sys.executable, "-m", "shoal", "train", "recipe.yaml", "--name", name, "--processes", str(processes)]
+        command = warm.shoal("train", "recipe.yaml", "--name", name, "--processes", str(processes))
         environment = clean_environment() | {
             PLAN: json.dumps(plan), MARK: str(temporary), "TMPDIR": str(temporary),
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "cache"),  # kept for the next run
         }  # fmt: skip
         trace = Trace(temporary)
-        printed = self.folder / f"{name}.txt"
+        printed = _printed(temporary)
         with printed.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=file, stderr=file)
+            process = warm.Popen(command, cwd=self.folder, env=environment, stdout=file, stderr=file)
             try:
                 end = time.monotonic() + PATIENCE_SECONDS
                 while process.poll() is None and time.monotonic() < end:
@@ -231,15 +230,23 @@ def weights(folder: Path) -> dict[str, str]:
 
 
 def _marked(mark: Path) -> list[psutil.Process]:
-    """Find the run's processes by the mark in their environment."""
+    """Find the run's processes by the mark in their environment; a forked one has only the run's output open."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == str(mark):
+            if process.environ().get(MARK) == str(mark) or _output_of(process.pid) == str(_printed(mark)):
                 found.append(process)
-        except psutil.Error:
+        except (psutil.Error, OSError):
             continue
     return found
+
+
+def _printed(mark: Path) -> Path:
+    return mark.parents[1] / f"{mark.name}.txt"
+
+
+def _output_of(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/fd/1")
 
 
 def _temporary_files(folder: Path) -> list[Path]:

@@ -6,13 +6,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+
+from tests import warm
 
 RECIPE = """
 model: {dim: 32, num_layers: 1, num_heads: 2, max_seq_len: 64}
@@ -33,8 +34,8 @@ class Place:
         (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "shoal", *arguments],
+        return warm.popen_of(arguments[0])(
+            warm.shoal(*arguments),
             cwd=self.folder,
             env=clean_environment() | environment,
             stdout=subprocess.PIPE,
@@ -50,12 +51,13 @@ class Place:
 
     def answer(self, *arguments: str) -> str:
         """Return the standard output of a command that must succeed."""
-        command = [sys.executable, "-m", "shoal", *arguments]
-        done = subprocess.run(
-            command, cwd=self.folder, env=clean_environment(), capture_output=True, text=True, timeout=200, check=False
+        pipe = subprocess.PIPE
+        process = warm.popen_of(arguments[0])(
+            warm.shoal(*arguments), cwd=self.folder, env=clean_environment(), stdout=pipe, stderr=pipe, text=True
         )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        output, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, output + errors
+        return str(output)
 
     def good(self, *arguments: str, **environment: str) -> str:
         code, output = self.run(*arguments, **environment)
@@ -104,7 +106,7 @@ def wait_for(process: subprocess.Popen[str], words: str) -> str:
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children()
+    return [p for p in psutil.Process(process.pid).children() if p.name() != warm.NAME]
 
 
 def gone(processes: list[psutil.Process]) -> bool:

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from shoal.elastic.watch import RankStatus
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError, RunError
 from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
+from tests import warm
 from tests.chaos.trial import weights
 from tests.cli.commands import clean_environment
 
@@ -55,10 +55,10 @@ class Site:
 
     def start(self, name: str, *options: str, meets: bool = True) -> subprocess.Popen[str]:
         """Start a launcher that prints to NAME.log."""
-        command = [sys.executable, "-m", "shoal", "train", "recipe.yaml", "--name", "run", *options]
+        command = warm.shoal("train", "recipe.yaml", "--name", "run", *options)
         command += [f"--launch.rendezvous={self.address}"] if meets else []
         with self.log(name).open("w", encoding="utf-8") as log:
-            process = subprocess.Popen(
+            process = warm.Popen(
                 command, cwd=self.folder, env=clean_environment(), stdout=log, stderr=log, text=True,
                 start_new_session=True,
             )  # fmt: skip
@@ -113,7 +113,7 @@ def until(true: Callable[[], bool], site: Site) -> None:
 
 
 def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(launcher.pid).children()
+    return [p for p in psutil.Process(launcher.pid).children() if p.name() != warm.NAME]
 
 
 def meeting_places(site: Site) -> list[psutil.Process]:

@@ -27,9 +27,9 @@ TEXT = "A text that nobody here was trained on: größer, 漢字.\n" * 4
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with models, a text and a finished run."""
-    folder = tmp_path_factory.mktemp("place")
+    folder = shutil.copytree(finished, tmp_path_factory.mktemp("place") / "place", symlinks=True)
     talker(folder / "talker")
     talker(folder / "begins", bos=True)
     save("llama", folder / "mute")
@@ -37,8 +37,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "empty.txt").write_text("")
     (folder / "bytes.bin").write_bytes(b"\xff\xfe\x00")
-    place = Place(folder)
-    place.good("train", "recipe.yaml", "--name", "done", "--processes", "1", "--train.steps", "4")
     return folder
 
 

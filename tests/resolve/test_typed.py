@@ -143,8 +143,9 @@ def test_flags_that_people_know(words: list[str], key: str, value: object) -> No
 
 def test_each_name_is_one_options_flag_or_says_which_it_may_be() -> None:
     names = {name for key, f in options().items() for name in (key.partition(".")[2], *f.metadata["alias"])}
+    parser = build_parser("train")
     for name in names - {"name", "processes"}:
-        args, rest = build_parser("train").parse_known_args(["train", f"--{name}=1"])
+        args, rest = parser.parse_known_args(["train", f"--{name}=1"])
         [(key, _, flag)], _ = read_overrides(args, rest)
         assert flag == f"--{name}"
         meant = candidates(name)

@@ -8,6 +8,7 @@ All options of a run: nine frozen sections, each option with its default, its me
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -460,6 +461,7 @@ SECTIONS: dict[str, type[Any]] = {
 }
 
 
+@functools.cache
 def options() -> dict[str, dataclasses.Field[Any]]:
     """Return every option by its dotted key, in the order of declaration."""
     return {f"{name}.{option_name(f)}": f for name, section in SECTIONS.items() for f in option_fields(section)}

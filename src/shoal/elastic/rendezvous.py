@@ -49,6 +49,7 @@ SIGNS_MISSED: Final = 5
 UNUSED_SECONDS: Final = 10.0  # a store without connections for this long ends
 FIRST_SECONDS: Final = 60.0  # the first connection must come within
 
+CLOCK_SECONDS: Final = 5.0  # to wait for a store's `CLOCK`
 CLOCK: Final = "shoal/clock"  # key of the time of day on the store's node
 SKEW_SECONDS: Final = 2.0  # maximum clock difference: torch's rendezvous compares the nodes' times of day
 
@@ -276,7 +277,11 @@ def _keep_store(host: str, port: int, option: str) -> TCPStore:
 def _connect(address: str, port: int) -> TCPStore | None:
     """Connect to the store; None if another service listens there."""
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
-    return store if store.check([CLOCK]) else None
+    try:
+        store.wait([CLOCK], timedelta(seconds=CLOCK_SECONDS))  # one that has just begun to listen sets it next
+    except DistError:
+        return None
+    return store
 
 
 def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], None]) -> None:

@@ -228,13 +228,16 @@ def _typed(setting: Setting, problems: list[Problem]) -> Any:
         return None
 
 
-@functools.cache
 def _adapter(key: str) -> Any:
+    return _adapter_of(_types()[key], **options()[key].metadata["bounds"])
+
+
+@functools.cache
+def _adapter_of(kind: Any, **bounds: float) -> Any:
+    """Options of one kind share what judges them: making it takes 2 ms."""
     from pydantic import Field, TypeAdapter
 
-    bounds = options()[key].metadata["bounds"]
-    kind: Any = typing.Annotated[_types()[key], Field(allow_inf_nan=False, **bounds)] if bounds else _types()[key]
-    return TypeAdapter(kind)
+    return TypeAdapter(typing.Annotated[kind, Field(allow_inf_nan=False, **bounds)] if bounds else kind)
 
 
 def expectation(key: str) -> str:
@@ -310,6 +313,16 @@ def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
 
 def read_back(path: Path) -> Config:
     """Return a config that `to_yaml` wrote, without checks of what may have moved since, such as the corpus."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        content = b""  # `read_recipe` reports why
+    return _read_back(path, content)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_back(path: Path, content: bytes) -> Config:
+    """Parse `path`, whose bytes are `content`: a process reads its run's config several times, at 60 ms each."""
     problems: list[Problem] = []
     settings = list(known(read_recipe(path, problems), problems))
     values = {s.key: _typed(s, problems) for s in settings}
