@@ -274,7 +274,7 @@ def test_the_amounts_of_a_config(tmp_path: Path) -> None:
     # embedding; four square matrices, three of the feed-forward; three norms
     parameters = 257 * 32 + 4 * 32 * 32 + 3 * 32 * 64 + 3 * 32
     assert before["parameters"] == f"{parameters:,}"
-    assert before["tokens"].startswith("512 a step;")
+    assert before["tokens"].startswith("512 per step;")
     rows = len(prepare(config.data).split("train", seq_len=32))
     steps = -(-2 * rows // 16)
     after = dict(line.split(": ", 1) for line in amounts(config))
