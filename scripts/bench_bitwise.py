@@ -26,8 +26,9 @@ import torch.multiprocessing as mp
 from tests.parallel.allocated import allocated_bytes
 
 from shoal.bench.environment import describe
+from shoal.config.data_options import Data
 from shoal.config.layout import find_layout
-from shoal.config.options import Config, Data, Model, Optim, Parallel, Train
+from shoal.config.options import Config, Model, Optim, Parallel, Train
 from shoal.data.loader import Batch
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place

@@ -24,8 +24,9 @@ import torch.multiprocessing as multiprocessing
 from safetensors.torch import save_file
 
 from shoal.checkpoint.convert import to_hugging_face
+from shoal.config.data_options import Data
 from shoal.config.layout import Layout
-from shoal.config.options import Data, Model, Parallel, Train
+from shoal.config.options import Model, Parallel, Train
 from shoal.config.presets import resolve_shape
 from shoal.hub.shape import read_model, write_shape
 from shoal.mesh.mesh import Mesh

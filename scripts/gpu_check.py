@@ -31,7 +31,8 @@ from unittest import mock
 import torch
 
 from shoal.bench.environment import describe
-from shoal.config.options import Config, Data, Model, Optim, Train
+from shoal.config.data_options import Data
+from shoal.config.options import Config, Model, Optim, Train
 from shoal.config.run_options import Launch, Metrics
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import shoal
-from shoal.config.options import Data, Model, Train
+from shoal.config.data_options import Data
+from shoal.config.options import Model, Train
 from shoal.config.run_options import Launch
 from shoal.errors import ConfigError, GenerateError, LaunchError, ModelError, RunError, ShoalError
 from tests.cli.commands import Place, clean_environment

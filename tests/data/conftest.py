@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from shoal.config.options import Data
+from shoal.config.data_options import Data
 
 MakeData = Callable[..., Data]
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import tokenizers
 
-from shoal.config.options import Data
+from shoal.config.data_options import Data
 from shoal.data import prepare as room
 from shoal.data.encode import fraction_of
 from shoal.data.manifest import SPLITS

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.config.options import Data
+from shoal.config.data_options import Data
 from shoal.data.files import exclusive_lock
 from shoal.data.manifest import JOURNAL
 from shoal.data.prepare import Prepared, folder_name, named_tokenizer, prepare, token_options
@@ -20,7 +20,7 @@ from tests.data.conftest import MakeData
 # Prepares, and dies by SIGKILL at its n-th flush of a file (half of it written) or of its folder.
 PREPARE = """
 import json, os, signal, stat, sys
-from shoal.config.options import Data
+from shoal.config.data_options import Data
 from shoal.system import disk
 from shoal.data.prepare import prepare
 

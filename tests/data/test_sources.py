@@ -16,7 +16,7 @@ from typing import Literal
 
 import pytest
 
-from shoal.config.options import Data
+from shoal.config.data_options import Data
 from shoal.data.corpus.documents import Cursor, Document, Skipped
 from shoal.data.corpus.sources import open_corpus, read_text_file
 from shoal.errors import DataError
@@ -254,7 +254,7 @@ def test_each_file_is_read_once_or_counted(tmp_path: Path) -> None:
 
 OTHER_USER = """
 import os, sys
-from shoal.config.options import Data
+from shoal.config.data_options import Data
 from shoal.data.corpus.sources import open_corpus
 from shoal.errors import DataError
 if os.getuid() == 0:  # whom no permission binds

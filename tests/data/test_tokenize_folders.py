@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from shoal.config.options import Data
+from shoal.config.data_options import Data
 from shoal.data.encode import fraction_of
 from shoal.data.prepare import Prepared, held_out_text, named_tokenizer, open_prepared, prepare, token_options
 from shoal.data.tokens.tokenize import Tokenizer, load_tokenizer, parse_tokenizer, train_bpe

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from shoal.config.options import Config, Data, Model, Optim, Parallel, Train
+from shoal.config.data_options import Data
+from shoal.config.options import Config, Model, Optim, Parallel, Train
 from shoal.config.run_options import Launch, Metrics
 from shoal.infer.export import export_run
 from shoal.mesh.mesh import Mesh

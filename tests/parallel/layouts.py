@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from shoal.config.data_options import Data
 from shoal.config.layout import find_layout
-from shoal.config.options import Config, Data, Model, Optim, Parallel, Train
+from shoal.config.options import Config, Model, Optim, Parallel, Train
 from shoal.config.run_options import Launch, Metrics
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from shoal.config.options import Config, Data, Model, Optim, Parallel, Train
+from shoal.config.data_options import Data
+from shoal.config.options import Config, Model, Optim, Parallel, Train
 from shoal.plan.estimate import parameter_count
 from shoal.plan.fit import what_ran_out, what_would_fit
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from shoal.checkpoint.saved import damage, listed
-from shoal.config.options import Data, Model
+from shoal.config.data_options import Data
+from shoal.config.options import Model
 from shoal.data.corpus.sources import open_corpus
 from shoal.data.manifest import load_manifest
 from shoal.data.prepare import prepare

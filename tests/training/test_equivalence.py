@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.config.options import Config, Data, Model, Optim, Train
+from shoal.config.data_options import Data
+from shoal.config.options import Config, Model, Optim, Train
 from shoal.config.run_options import Launch, Metrics
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal.config.options import Data
+from shoal.config.data_options import Data
 from shoal.data.corpus.documents import Corpus, Cursor, Entry
 from shoal.data.corpus.paths import describe
 from shoal.data.corpus.sources import open_corpus

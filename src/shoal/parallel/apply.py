@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from shoal.config.data_options import Data
 from shoal.config.layout import split_slots
-from shoal.config.options import Data, Parallel, Train
+from shoal.config.options import Parallel, Train
 from shoal.config.schedules import V_SHAPED, stages_per_rank
 from shoal.data.loader import Batch
 from shoal.mesh.mesh import Mesh

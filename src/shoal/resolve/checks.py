@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from shoal.config.options import Config, Data
+from shoal.config.data_options import Data
+from shoal.config.options import Config
 from shoal.config.presets import shape_problems
 from shoal.errors import ModelError, Problem
 from shoal.hub.find import find_model, find_path, near_path

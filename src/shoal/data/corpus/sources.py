@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from shoal.config.options import Data
+from shoal.config.data_options import Data
 from shoal.data.corpus.documents import START, Corpus, Cursor, Document, Entry, Reader, Skipped
 from shoal.data.corpus.dummy import DummyCorpus
 from shoal.data.corpus.encoding import check_text, without_mark
