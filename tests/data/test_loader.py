@@ -12,7 +12,7 @@ import torch
 
 from shoal.data.loader import Batch, Loader, evaluation_batches, evaluation_rows
 from shoal.data.order import sample_at
-from shoal.data.pack import Rows
+from shoal.data.pack import PackedStream, Rows
 from shoal.data.shards import Shard, TokenStream, write_shard
 from shoal.errors import DataError
 
@@ -36,7 +36,7 @@ def make_rows(path: Path, document_mask: bool, alter: bool = False) -> Rows:
         raw = bytearray(path.read_bytes())
         raw[-1] ^= 1
         path.write_bytes(raw)
-    return Rows(TokenStream([Shard(path, record, tokens.dtype)]), SEQ_LEN, document_mask, np.ones(1))
+    return PackedStream(TokenStream([Shard(path, record, tokens.dtype)]), SEQ_LEN, document_mask)
 
 
 def steps(
@@ -81,8 +81,9 @@ def test_slots_are_the_same_batches_whoever_owns_them(rows: Rows) -> None:
 
 def test_a_batch_holds_its_rows(rows: Rows) -> None:
     for batch in steps(rows, 1, 0, 1)[0]:
-        packed = rows.pack(batch.sample_ids)
+        packed = rows.read(batch.sample_ids)
         assert batch.document_ids is not None
+        assert packed.document_ids is not None
         for tensor, array in [
             (batch.tokens, packed.tokens),
             (batch.labels, packed.labels),

@@ -16,9 +16,10 @@ import tokenizers
 
 from shoal.config.options import Data
 from shoal.data import prepare as room
+from shoal.data.decode import held_out_text
 from shoal.data.encode import fraction_of
 from shoal.data.manifest import SPLITS
-from shoal.data.prepare import Prepared, held_out_text, open_prepared, prepare
+from shoal.data.prepare import Prepared, open_prepared, prepare
 from shoal.data.tokens.tokenize import byte_tokenizer
 from shoal.errors import ConfigError, DataError
 from shoal.resolve.resolve import resolve

@@ -14,7 +14,8 @@ import pytest
 from shoal.config.options import Data
 from shoal.data.files import exclusive_lock
 from shoal.data.manifest import JOURNAL
-from shoal.data.prepare import Prepared, folder_name, named_tokenizer, prepare, token_options
+from shoal.data.prepare import Prepared, prepare
+from shoal.data.token_folder import folder_name, named_tokenizer, token_options
 from tests.data.conftest import MakeData
 
 # Prepares, and dies by SIGKILL at its n-th flush of a file (half of it written) or of its folder.

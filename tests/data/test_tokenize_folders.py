@@ -15,8 +15,10 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shoal.config.options import Data
+from shoal.data.decode import held_out_text
 from shoal.data.encode import fraction_of
-from shoal.data.prepare import Prepared, held_out_text, named_tokenizer, open_prepared, prepare, token_options
+from shoal.data.prepare import Prepared, open_prepared, prepare
+from shoal.data.token_folder import named_tokenizer, token_options
 from shoal.data.tokens.tokenize import Tokenizer, load_tokenizer, parse_tokenizer, train_bpe
 from shoal.errors import DataError
 from shoal.resolve.resolve import resolve
@@ -182,10 +184,6 @@ def test_documents_are_prepared_as_transformers_encodes_them(
     assert held_out_text(prepared) == "".join(held).encode()
     again = open_prepared(prepared.folder).tokenizer
     assert (again.bos_id, again.eot_id) == (theirs.bos_token_id, theirs.eos_token_id)
-    lengths = again.token_bytes()
-    assert lengths is not None
-    ids = list(itertools.chain(*documents(prepared, "train")))
-    assert lengths[ids].sum() == prepared.counts["train"].text_bytes, "bytes of tokens are bytes of text"
 
 
 def test_a_long_document_is_not_cut_where_parts_get_a_space(

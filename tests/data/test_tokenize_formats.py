@@ -51,11 +51,6 @@ def test_tiktoken(name: str, end: int, tiktoken_cache: Path, tmp_path: Path) -> 
     assert (ours.eot_id, ours.bos_id, ours.vocab_size) == (end, None, theirs.n_vocab)
     assert ours.special_ids == set(theirs._special_tokens.values())
     assert ours.encode_chat("a<|endoftext|>b") == theirs.encode("a<|endoftext|>b", allowed_special="all")
-    lengths = ours.token_bytes()
-    assert lengths is not None
-    assert [lengths[i] for i in ours.encode(TEXT)] == [
-        len(theirs.decode_single_token_bytes(i)) for i in ours.encode(TEXT)
-    ]
     if name == "gpt2":
         assert ours.encode("hello world") == [31373, 995]
         assert as_transformers(ours, tmp_path)(TEXT).input_ids == theirs.encode_ordinary(TEXT)
@@ -114,16 +109,8 @@ def test_sentencepiece_models_trained_here(kind: str, options: dict[str, object]
     texts = [*sample(["<s>", "</s>", "<unk>", "<0x41>"]), TEXT]
     assert ours.encode_batch(texts) == [theirs.encode(text) for text in texts]
     assert ours.eot_id == theirs.eos_id()
-    lengths = ours.token_bytes()
-    if not options:
-        assert lengths is None, "spaces get lost: only an average can be said"
-        return
-    assert lengths is not None
-    for text in filter(None, PLAIN):
-        ids = [*ours.encode(text), ours.eot_id]
-        assert ours.decode(ids[:-1]) == text
-        assert lengths[ids].sum() == len(text.encode())
-    assert lengths[ours.eot_id] == (-1 if "add_dummy_prefix" not in options else 0)
+    if options:  # by default SentencePiece drops repeated spaces
+        assert [ours.decode(ours.encode(text)) for text in PLAIN] == PLAIN
 
 
 def test_a_model_whose_ids_would_differ_is_refused(tmp_path: Path) -> None:

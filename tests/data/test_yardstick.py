@@ -14,8 +14,9 @@ import tokenizers
 from tokenizers import normalizers
 
 from shoal.data.compression import sizes
+from shoal.data.decode import held_out_text, sample_of
 from shoal.data.manifest import YARDSTICK
-from shoal.data.prepare import held_out_text, prepare, sample_of
+from shoal.data.prepare import prepare
 from shoal.data.tokens.tokenize import byte_tokenizer
 from shoal.data.yardstick import Measuring, Yardstick, load
 from tests.data.conftest import MakeData

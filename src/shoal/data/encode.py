@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.data.corpus.documents import START, Corpus, Cursor, Skipped
-from shoal.data.corpus.paths import describe
+from shoal.data.corpus.paths import count_kinds
 from shoal.data.manifest import SPLITS, Journal, Skips, SplitName
 from shoal.data.shards import Tokens, token_dtype, write_shard
 from shoal.data.tokens.fastokens import DifferentIdsError, FastEncoder, fast_encoder
@@ -81,7 +81,7 @@ def _why_none(corpus: Corpus, skips: Skips, fields: Counter[str]) -> str:
     """The end of that sentence: what there is instead, and what to set."""
     said = f": {skips.note()}" if skips.count else ""
     if files := corpus.skipped_files():
-        said += f"; files that were skipped: {describe(files)}"
+        said += f"; files that were skipped: {count_kinds(files)}"
     if not fields:
         return f"{said}; correct data.paths or data.corpus"
     named = ", ".join(ascii(name) for name, _ in fields.most_common(10))  # the longest first

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shoal.config.layout import deal
 from shoal.data.order import sample_at
-from shoal.data.pack import IGNORED_LABEL, PackedRows, Rows
+from shoal.data.pack import IGNORED_LABEL, Rows
 
 _CPU: Final = torch.device("cpu")
 
@@ -38,7 +38,7 @@ class Batch:
 
     def ignored(self) -> Batch:
         """The same shapes, and nothing that counts: a turn for a process that has none of its own."""
-        return _only(self, 0)
+        return _count_only(self, 0)
 
     def to(self, device: torch.device | str) -> Batch:
         """On `device`; from pinned memory without waiting for the copy."""
@@ -57,14 +57,14 @@ class Batch:
 
 def make_batch(rows: Rows, row_ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Batch:
     """The rows of these numbers. Raises DataError where their bytes were altered."""
-    packed: PackedRows = rows.pack(row_ids)
+    arrays = rows.read(row_ids)
     return Batch(
-        torch.from_numpy(packed.tokens),
-        torch.from_numpy(packed.labels),
-        torch.from_numpy(packed.positions),
-        torch.from_numpy(packed.document_ids) if rows.document_mask else None,
+        torch.from_numpy(arrays.tokens),
+        torch.from_numpy(arrays.labels),
+        torch.from_numpy(arrays.positions),
+        None if arrays.document_ids is None else torch.from_numpy(arrays.document_ids),
         tuple(row_ids.tolist()),
-        int((packed.labels != IGNORED_LABEL).sum()),
+        int((arrays.labels != IGNORED_LABEL).sum()),
     )
 
 
@@ -195,10 +195,10 @@ def evaluation_batches(
         first = (turn * dp_size + dp_rank) * micro_batch
         ids = np.arange(first, first + micro_batch)
         batch = make_batch(rows, np.minimum(ids, count - 1))
-        yield batch if ids[-1] < count else _only(batch, max(0, count - first))
+        yield batch if ids[-1] < count else _count_only(batch, max(0, count - first))
 
 
-def _only(batch: Batch, rows: int) -> Batch:
+def _count_only(batch: Batch, rows: int) -> Batch:
     """The same shapes, in which only the first `rows` rows count."""
     labels = batch.labels.clone()
     labels[rows:] = IGNORED_LABEL

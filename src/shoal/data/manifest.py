@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from shoal.data.corpus.documents import START, Corpus, Cursor, Entry, Skipped
-from shoal.data.corpus.paths import describe
+from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Skipped
+from shoal.data.corpus.paths import count_kinds
 from shoal.data.files import write_atomically
 from shoal.data.shards import CURE, ShardRecord
 from shoal.errors import DataError
@@ -46,7 +46,9 @@ class Skips:
     def note(self) -> str:
         if self.count == len(self.first) or not self.reasons:
             return f"{self.count:,} skipped, not text: {'; '.join(map(on_one_line, self.first))}"
-        return f"{self.count:,} skipped, not text: {describe(self.reasons)}; the first is {on_one_line(self.first[0])}"
+        return (
+            f"{self.count:,} skipped, not text: {count_kinds(self.reasons)}; the first is {on_one_line(self.first[0])}"
+        )
 
     @classmethod
     def load(cls, saved: Any) -> Skips:
@@ -66,7 +68,7 @@ class Journal:
     """How far preparing has come. Each shard is entered when it is whole on disk, so a kill loses at most one."""
 
     options: Mapping[str, Any]
-    listing: list[Entry]
+    listing: list[CorpusFile]
     splits: dict[SplitName, Written] = field(default_factory=lambda: {name: Written() for name in SPLITS})
     skips: Skips = field(default_factory=Skips)
     fast: bool = True  # the faster tokenizer has not been found wrong
@@ -85,13 +87,13 @@ class Journal:
         return min(written.after for written in self.splits.values())
 
 
-def load_journal(folder: Path, options: Mapping[str, Any], listing: list[Entry]) -> Journal | None:
+def load_journal(folder: Path, options: Mapping[str, Any], listing: list[CorpusFile]) -> Journal | None:
     """The journal of an interrupted preparation, if it was of the same corpus in the same state."""
     try:
         saved = json.loads((folder / JOURNAL).read_bytes())
         journal = Journal(
             saved["options"],
-            [Entry(**entry) for entry in saved["listing"]],
+            [CorpusFile(**entry) for entry in saved["listing"]],
             {name: _written(saved["splits"][name]) for name in SPLITS},
             Skips.load(saved["skips"]),
             saved.get("fast", True),
@@ -120,7 +122,7 @@ class Manifest:
     """Everything about prepared tokens. `data_id` names them by their content: equal ids, equal tokens."""
 
     options: Mapping[str, Any]
-    listing: tuple[Entry, ...]
+    listing: tuple[CorpusFile, ...]
     digests: tuple[str, ...]
     tokenizer_sha256: str
     vocab_size: int
@@ -167,7 +169,7 @@ def load_manifest(folder: Path) -> Manifest:
         if saved["format"] != FORMAT:
             raise DataError(f"{path} has format {saved['format']}, not {FORMAT}; {CURE}")
         splits = {name: _sum([ShardRecord(**s) for s in saved["splits"][name]["shards"]]) for name in SPLITS}
-        saved["listing"] = tuple(Entry(**entry) for entry in saved["listing"])
+        saved["listing"] = tuple(CorpusFile(**entry) for entry in saved["listing"])
         saved["skips"] = Skips.load(saved["skips"])
         manifest = Manifest(**{**saved, "splits": splits})
     except OSError as error:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import re
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shoal.config.options import Data
-from shoal.data.corpus.documents import Corpus, Cursor, Entry
-from shoal.data.corpus.paths import describe
+from shoal.data.corpus.documents import Corpus, CorpusFile, Cursor
+from shoal.data.corpus.paths import count_kinds
 from shoal.data.corpus.sources import open_corpus
 from shoal.data.encode import Split, choose_split, training_sample, write_shards
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
 from shoal.data.manifest import (
-    FORMAT,
     JOURNAL,
     MANIFEST,
     SPLITS,
@@ -39,16 +33,14 @@ from shoal.data.manifest import (
     load_journal,
     load_manifest,
 )
-from shoal.data.pack import Rows
+from shoal.data.pack import PackedStream, Rows
 from shoal.data.shards import CURE, Shard, TokenStream, token_dtype
+from shoal.data.token_folder import find_folder, named_tokenizer, token_options
 from shoal.data.tokens import tokenize
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
 from shoal.run.console import Console
 from shoal.system.disk import gigabytes, sha256_of
-
-SAMPLE_PIECES = 32  # of a text that is too long to be taken whole
-NAME_CHARACTERS = 80  # of a tokenizer's name in that of a folder: file systems take 255 in all
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how many bytes; a total of 0 is not known."""
@@ -83,11 +75,12 @@ class Prepared:
 
     def split(self, name: SplitName, *, seq_len: int, document_mask: bool = False) -> Rows:
         """A split in rows. Raises DataError where it does not fill one."""
-        rows = Rows(self.streams[name], seq_len, document_mask, self._bytes_of_token(name))
-        if not rows.num_rows:
+        stream = self.streams[name]
+        rows = PackedStream(stream, seq_len, document_mask)
+        if not len(rows):
             cure = "raise data.val_fraction, add documents" if name == "val" else "add documents"
             raise DataError(
-                f"the {name} split has {rows.num_tokens:,} tokens, too few for one row of data.seq_len {seq_len:,} "
+                f"the {name} split has {stream.num_tokens:,} tokens, too few for one row of data.seq_len {seq_len:,} "
                 f"(+ 1); {cure} or lower data.seq_len"
             )
         return rows
@@ -99,13 +92,6 @@ class Prepared:
             name: TokenStream([Shard(self.folder / s.name, s, dtype) for s in self.counts[name].shards])
             for name in SPLITS
         }
-
-    def _bytes_of_token(self, name: SplitName) -> np.ndarray[Any, np.dtype[np.float64]]:
-        exact = self.tokenizer.token_bytes()
-        if exact is not None:
-            return exact.astype(np.float64)
-        counts = self.counts[name]
-        return np.full(self.vocab_size, counts.text_bytes / counts.tokens)
 
 
 def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = None) -> Prepared:
@@ -121,7 +107,7 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
     if given is not None and rows is not None:
         given.check_rows(rows)
     options = token_options(data, given)
-    folder = _folder(data, options)
+    folder = find_folder(data, options)
     if not data.rebuild and (folder / MANIFEST).exists():  # also where the folder is not ours to write
         return _open_checked(folder, data)
     make_folder(folder)
@@ -137,7 +123,7 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
 
 def prepared_manifest(data: Data) -> Manifest | None:
     """What the finished tokens of `data` say of themselves; None where they are not prepared. Raises DataError."""
-    folder = _folder(data, token_options(data, named_tokenizer(data)))
+    folder = find_folder(data, token_options(data, named_tokenizer(data)))
     return load_manifest(folder) if (folder / MANIFEST).exists() else None
 
 
@@ -156,102 +142,6 @@ def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
     prepared = Prepared(folder, tokenizer, manifest, (*notes, *skipped))
     _ = prepared.streams  # opens every shard, so that a missing one is found now
     return prepared
-
-
-def held_out_text(prepared: Prepared, at_most: int | None = None) -> bytes:
-    """
-    The text of the val split, or about `at_most` bytes of it, for a comparison with gzip or xz.
-
-    Raises DataError where the tokenizer does not give a text back as it was.
-    """
-    if at_most is not None and prepared.counts["val"].text_bytes > at_most:
-        return sample_of(prepared, "val", at_most)
-    text = _text(prepared, "val", [(0, prepared.streams["val"].num_tokens)])
-    if len(text) != prepared.counts["val"].text_bytes:
-        raise DataError("this tokenizer does not give a text back as it was: set data.tokenizer to bpe or bytes")
-    return text
-
-
-def sample_of(prepared: Prepared, split: SplitName, at_most: int) -> bytes:
-    """A split's text; of one that is longer, about `at_most` bytes in pieces from all over it."""
-    num_tokens, text_bytes = prepared.streams[split].num_tokens, prepared.counts[split].text_bytes
-    if text_bytes <= at_most:
-        return _text(prepared, split, [(0, num_tokens)])
-    length = max(1, num_tokens * at_most // (text_bytes * SAMPLE_PIECES))
-    firsts = [piece * num_tokens // SAMPLE_PIECES for piece in range(SAMPLE_PIECES)]
-    return _text(prepared, split, [(first, min(first + length, num_tokens)) for first in firsts])[:at_most]
-
-
-def _text(prepared: Prepared, split: SplitName, spans: Sequence[tuple[int, int]]) -> bytes:
-    """The text of tokens [first, last) of each span, without what stands at the ends of documents."""
-    stream, tokenizer = prepared.streams[split], prepared.tokenizer
-    ends = {tokenizer.eot_id, tokenizer.bos_id}
-    texts = []
-    for first, last in spans:
-        starts = [first, *(start for start in stream.starts(first, last).tolist() if start > first), last]
-        for low in range(0, len(starts) - 1, 64):
-            pieces = [stream.read(a, b).tolist() for a, b in pairwise(starts[low : low + 65])]
-            texts += tokenizer.decode_batch([_between(ids, ends) for ids in pieces])
-    return "".join(texts).encode()
-
-
-def _between(ids: list[int], ends: set[int | None]) -> list[int]:
-    first = ids[0] in ends
-    return ids[first : len(ids) - (ids[-1] in ends and len(ids) > first)]
-
-
-def named_tokenizer(data: Data) -> Tokenizer | None:
-    """The tokenizer that `data` names; None where one is to be trained. Raises DataError."""
-    return None if data.tokenizer == "bpe" else tokenize.load_tokenizer(data.tokenizer)
-
-
-def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Everything the tokens depend on but the corpus's content; rows and their order do not belong here."""
-    options: dict[str, Any] = {"format": FORMAT, "corpus": data.corpus, "val_fraction": data.val_fraction}
-    options["shard_tokens"] = data.shard_tokens
-    match data.corpus:
-        case "stdlib":
-            options["python"] = list(sys.version_info[:3])
-        case "text":
-            options["paths"] = list(data.paths)
-        case "jsonl":
-            options |= {"paths": list(data.paths), "text_key": data.text_key}
-        case "dummy":
-            options["dummy_documents"] = data.dummy_documents
-    if tokenizer is None:  # one is trained
-        options["bpe"] = [tokenize.PATTERN_VERSION, data.tokenizer_vocab_size, data.tokenizer_sample_bytes]
-    else:
-        options["tokenizer"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
-        if tokenizer.bos_id is not None:
-            options["bos"] = tokenizer.bos_id
-    return options
-
-
-def _folder(data: Data, options: dict[str, Any]) -> Path:
-    """
-    Where these tokens are or will be, whatever their tokenizer was called then: only options are what they depend on.
-
-    Raises DataError where nobody can look.
-    """
-    own = folder_name(data, options)
-    digest = own.rpartition("-")[2]
-    try:
-        above = Path(data.folder).expanduser()
-        others = sorted(path.parent for path in above.glob(f"{data.corpus}-*-{digest}/{MANIFEST}"))
-        has_own = (above / own / MANIFEST).exists()
-    except (OSError, RuntimeError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot look into {data.folder} ({why}); set data.folder to another") from error
-    return above / own if has_own or not others else others[0]
-
-
-def folder_name(data: Data, options: dict[str, Any]) -> str:
-    """`stdlib-bpe4096-1a2b3c4d`: to be read by people, and of its own for each set of options."""
-    tokenizer = Path(data.tokenizer)
-    kind = tokenizer.parent.name if tokenizer.name in ("tokenizer.json", "tokenizer.model") else tokenizer.name
-    kind = f"bpe{data.tokenizer_vocab_size}" if data.tokenizer == "bpe" else re.sub(r"[^\w.]+", "_", kind)
-    digest = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=4).hexdigest()
-    return f"{data.corpus}-{kind[:NAME_CHARACTERS] or 'tokenizer'}-{digest}"
 
 
 def _open_checked(folder: Path, data: Data) -> Prepared:
@@ -273,7 +163,7 @@ def _notes(corpus: Corpus) -> list[str]:
     if not files:
         return []
     count = sum(files.values())
-    return [f"{count:,} file{'s were' if count > 1 else ' was'} skipped: {describe(files)}"]
+    return [f"{count:,} file{'s were' if count > 1 else ' was'} skipped: {count_kinds(files)}"]
 
 
 def _is_current(folder: Path, data: Data) -> bool:
@@ -293,7 +183,7 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
     corpus = open_corpus(data)
     listing = corpus.listing()
     ticks = _Ticks(listing, progress)
-    journal = _go_on_or_start(folder, options, listing)
+    journal = _resume_or_start(folder, options, listing)
     _check_space(folder, data, listing)
     split = choose_split(corpus, data.val_fraction, ticks.of("reading"))
     tokenizer = _tokenizer(folder, data, given, corpus, split, ticks)
@@ -306,7 +196,7 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
     return [*_notes(corpus), *([] if note is None else [note])]
 
 
-def _go_on_or_start(folder: Path, options: dict[str, Any], listing: list[Entry]) -> Journal:
+def _resume_or_start(folder: Path, options: dict[str, Any], listing: list[CorpusFile]) -> Journal:
     """The journal of an interrupted preparation, or a new one in a cleared folder."""
     journal = load_journal(folder, options, listing)
     if journal is None:
@@ -333,7 +223,7 @@ def _tokenizer(
     return tokenizer
 
 
-def _check_space(folder: Path, data: Data, listing: Sequence[Entry]) -> None:
+def _check_space(folder: Path, data: Data, listing: Sequence[CorpusFile]) -> None:
     """Refuse what cannot end well; an estimate on the low side, so that nothing is refused that would."""
     text_bytes = sum(entry.bytes * (3 if entry.name.endswith(".gz") else 1) for entry in listing)
     needed = int(text_bytes * (2 if data.tokenizer == "bytes" else 0.4))
@@ -350,7 +240,7 @@ def _check_space(folder: Path, data: Data, listing: Sequence[Entry]) -> None:
 class _Ticks:
     """Turns a place in the corpus into calls of `progress`."""
 
-    def __init__(self, listing: Sequence[Entry], progress: Progress) -> None:
+    def __init__(self, listing: Sequence[CorpusFile], progress: Progress) -> None:
         self._before = list(accumulate((entry.bytes for entry in listing), initial=0))
         self._progress = progress
         self._last = ("", 0)

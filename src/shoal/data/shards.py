@@ -13,7 +13,6 @@ its CRC when it is first read: starting costs nothing, and altered bytes are nev
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +25,9 @@ import numpy.typing as npt
 
 from shoal.data.files import write_atomically
 from shoal.errors import DataError
+from shoal.hub.header import LENGTH_BYTES, header_bytes
 
 BLOCK_BYTES = 1 << 16
-LENGTH_BYTES = 8  # of the header, at the start of the file: https://github.com/huggingface/safetensors#format
 CURE = "make it anew with `shoal prepare RECIPE --data.rebuild true`"
 SAFETENSORS_NAMES = {"uint16": "U16", "uint32": "U32", "int64": "I64"}
 
@@ -60,15 +59,11 @@ def write_shard(path: Path, tokens: Tokens, starts: Starts, text_bytes: int) -> 
     checks = np.array([zlib.crc32(block) for block in _blocks(body)], np.uint32)
     # Widest element first: each tensor is then aligned to its own width.
     tensors: dict[str, npt.NDArray[Any]] = {"starts": starts, "checks": checks, "tokens": tokens}
-    header: dict[str, Any] = {"__metadata__": {"format": "shoal tokens", "block_bytes": str(BLOCK_BYTES)}}
-    offset = 0
-    for name, tensor in tensors.items():
-        dtype, end = SAFETENSORS_NAMES[tensor.dtype.name], offset + tensor.nbytes
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(LENGTH_BYTES, "little") + text + starts.tobytes() + checks.tobytes()
+    described = {name: (SAFETENSORS_NAMES[tensor.dtype.name], tensor.shape) for name, tensor in tensors.items()}
+    metadata = {"format": "shoal tokens", "block_bytes": str(BLOCK_BYTES)}
+    # spaced: `data_id` hashes these bytes, so the spaces of existing shards must stay
+    header = header_bytes(described, metadata, spaced=True)
+    head = header + starts.tobytes() + checks.tobytes()
     write_atomically(path, (head, body))
     sha256 = hashlib.sha256(head)
     sha256.update(body)

@@ -40,7 +40,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class CorpusFile:
     """One line of a listing. The name is relative to what the user wrote."""
 
     name: str
@@ -51,7 +51,7 @@ class Entry:
 class Corpus(Protocol):
     """A stream of documents in a fixed order, and what to compare to see that it changed."""
 
-    def listing(self) -> list[Entry]:
+    def listing(self) -> list[CorpusFile]:
         """The files in the order of reading."""
 
     def digest(self, index: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 
-from shoal.data.corpus.documents import START, Cursor, Document, Entry, Skipped
+from shoal.data.corpus.documents import START, CorpusFile, Cursor, Document, Skipped
 
 
 class DummyCorpus:
@@ -18,8 +18,8 @@ class DummyCorpus:
     def __init__(self, documents: int) -> None:
         self._documents = documents
 
-    def listing(self) -> list[Entry]:
-        return [Entry("dummy", self._documents, 0)]
+    def listing(self) -> list[CorpusFile]:
+        return [CorpusFile("dummy", self._documents, 0)]
 
     def digest(self, index: int) -> str:
         return "generated"

@@ -116,7 +116,7 @@ class Finder:
         self._unreadable.append(f"{on_one_line(name)} ({error.strerror})")
 
 
-def describe(kinds: Mapping[str, int]) -> str:
+def count_kinds(kinds: Mapping[str, int]) -> str:
     """ ".pdf (8), .docx (4)", the most frequent first."""
     most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     more = len(most) - KINDS_AT_MOST

@@ -14,11 +14,11 @@ from pathlib import Path
 from types import MappingProxyType
 
 from shoal.config.options import Data
-from shoal.data.corpus.documents import START, Corpus, Cursor, Document, Entry, Reader, Skipped
+from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Document, Reader, Skipped
 from shoal.data.corpus.dummy import DummyCorpus
 from shoal.data.corpus.encoding import check_text, without_mark
 from shoal.data.corpus.jsonl import jsonl_reader
-from shoal.data.corpus.paths import Finder, describe
+from shoal.data.corpus.paths import Finder, count_kinds
 from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
@@ -68,14 +68,14 @@ class FileCorpus:
     def skipped_files(self) -> Mapping[str, int]:
         return self._skipped
 
-    def listing(self) -> list[Entry]:
+    def listing(self) -> list[CorpusFile]:
         entries = []
         for name, path in self._files:
             try:
                 status = path.stat()
             except OSError as error:
                 raise _cannot_read(name, error) from error
-            entries.append(Entry(name, status.st_size, status.st_mtime_ns))
+            entries.append(CorpusFile(name, status.st_size, status.st_mtime_ns))
         return entries
 
     def digest(self, index: int) -> str:
@@ -162,7 +162,7 @@ def _find_files(data: Data, suffixes: tuple[str, ...]) -> Finder:
     for given in data.paths:
         finder.add(given)
     if not finder.files():
-        there = f"; there are {describe(finder.skipped())}" if finder.skipped() else ""
+        there = f"; there are {count_kinds(finder.skipped())}" if finder.skipped() else ""
         raise DataError(f"no {' or '.join(suffixes)} files in {', '.join(data.paths)}{there}; correct data.paths")
     return finder
 

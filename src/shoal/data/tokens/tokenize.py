@@ -6,20 +6,14 @@ Whatever it was, it becomes a `tokenizers.Tokenizer`, and its file a tokenizer.j
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from shoal.data.tokens import same_ids
 from shoal.data.tokens.byte_level import byte_characters
 from shoal.data.tokens.tokenizer_ends import apply_folder, read_ends
 from shoal.errors import DataError, ModelError
@@ -27,7 +21,6 @@ from shoal.hub.find import find_model, find_path
 
 END_OF_TEXT = "<|endoftext|>"
 TIKTOKEN = "tiktoken:"
-SPACE = "▁"  # how SentencePiece writes one
 HEARTBEAT_SECONDS = 0.5
 
 # GPT-4's pattern with two changes for source code. A line's end takes the next line's indentation, and
@@ -41,7 +34,6 @@ PATTERN = (
     r"|[ \t]+(?!\S)"  # spaces, but for the one that a word takes
     r"|\s+"
 )
-BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's name of a byte
 PATTERN_VERSION = 1  # change it with the pattern: tokens prepared by another are not these
 
 
@@ -113,35 +105,6 @@ class Tokenizer:
         text: str = self._tokenizer.to_str()
         return text
 
-    def token_bytes(self) -> npt.NDArray[np.int64] | None:
-        """
-        [vocab_size] bytes of text that each token stands for, or None if that cannot be said exactly.
-
-        A tokenizer that puts a space before each text has it taken back at the document's end: -1 there.
-        """
-        spec = json.loads(self._tokenizer.to_str())
-        added = {token["id"]: "" if token["special"] else token["content"] for token in spec.get("added_tokens", ())}
-        vocab = self._tokenizer.get_vocab(with_added_tokens=False)
-        lengths = np.zeros(self.vocab_size, np.int64)
-        if _is_byte_level(spec.get("decoder")):
-            for token, index in vocab.items():
-                lengths[index] = len(token)  # byte-level vocabularies write a byte as a character
-        elif spec["model"].get("byte_fallback"):
-            for token, index in vocab.items():
-                lengths[index] = 1 if BYTE_PIECE.fullmatch(token) else len(token.replace(SPACE, " ").encode())
-        else:
-            return None
-        for index, content in added.items():
-            lengths[index] = len(content.encode())
-        lengths[self.eot_id] -= int(lengths[self.encode("a")].sum()) - 1
-        return lengths if _is_byte_level(spec.get("decoder")) or self._adds_up(lengths) else None
-
-    def _adds_up(self, lengths: npt.NDArray[np.int64]) -> bool:
-        """Seen on texts: a normaliser may change them, or spaces get lost."""
-        texts = [text for text in same_ids.TEXTS if text and SPACE not in text]
-        ids = [[*ids, self.eot_id] for ids in self.encode_batch(texts)]
-        return all(lengths[i].sum() == len(text.encode()) for i, text in zip(ids, texts, strict=True))
-
     @cached_property
     def can_be_cut(self) -> bool:
         """Whether the ids of a text's parts give the text; not where each part gets a space in front."""
@@ -165,12 +128,6 @@ class Tokenizer:
         copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         copy.encode_special_tokens = False
         return copy
-
-
-def _is_byte_level(decoder: Any) -> bool:
-    if not isinstance(decoder, dict):
-        return False
-    return decoder.get("type") == "ByteLevel" or any(_is_byte_level(part) for part in decoder.get("decoders", ()))
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, progress: Callable[[], None] = lambda: None) -> Tokenizer:
