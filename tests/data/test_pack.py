@@ -10,7 +10,7 @@ import pytest
 from shoal.data.pack import PackedStream
 from shoal.data.shards import Shard, TokenStream, write_shard
 
-# Documents of 3, 1, 4 and 5 tokens, each with its end-of-text token (0) last; shards end after the second.
+# Documents of 3, 1, 4 and 5 tokens, each ending with the end-of-text token (0); the first shard ends after the second document.
 FIRST = [11, 12, 0, 0]
 SECOND = [21, 22, 23, 0, 31, 32, 33, 34, 0]
 
@@ -44,7 +44,7 @@ def test_documents_are_kept_apart(stream: TokenStream) -> None:
 
 
 def test_a_border_at_the_end_of_a_row_is_seen_from_both_sides(stream: TokenStream) -> None:
-    packed = PackedStream(stream, 4, True).read([1, 0])  # in the order asked for
+    packed = PackedStream(stream, 4, True).read([1, 0])  # in the requested order
     assert packed.labels.tolist() == [[22, 23, 0, -100], [12, 0, -100, -100]]
     assert packed.positions.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0]]
 

@@ -24,7 +24,7 @@ SEQ_LEN = 16
 
 
 class Counting:
-    """Row i counts up from i; only the second half of a row is predicted, as an answer is."""
+    """Row i counts up from i; only its second half is predicted, like an answer to an instruction."""
 
     seq_len = SEQ_LEN
 

@@ -38,7 +38,7 @@ def test_a_shard_is_a_safetensors_file_of_what_was_given(tmp_path: Path, count: 
     shard = Shard(path, record, U16)
     np.testing.assert_array_equal(shard.read(0, count), tokens)
     np.testing.assert_array_equal(shard.starts, starts)
-    assert not list(tmp_path.glob(".*")), "nothing is left aside"
+    assert not list(tmp_path.glob(".*")), "no temporary file is left"
 
 
 def test_a_flipped_bit_is_found_where_it_is_touched(tmp_path: Path) -> None:

@@ -9,25 +9,25 @@ from shoal.data.manifest import SplitName
 from shoal.data.prepare import Prepared
 from shoal.errors import DataError
 
-SAMPLE_PIECES = 32  # of a text that is too long to be taken whole
+SAMPLE_PIECES = 32  # taken from all over a text that is too long
 
 
 def held_out_text(prepared: Prepared, at_most: int | None = None) -> bytes:
     """
-    The text of the val split, or about `at_most` bytes of it, for a comparison with gzip or xz.
+    Return the text of the val split, or about `at_most` bytes of it, to compare with gzip or xz.
 
-    Raises DataError where the tokenizer does not give a text back as it was.
+    Raises DataError if the tokenizer does not restore texts exactly.
     """
     if at_most is not None and prepared.counts["val"].text_bytes > at_most:
         return sample_of(prepared, "val", at_most)
     text = _text(prepared, "val", [(0, prepared.streams["val"].num_tokens)])
     if len(text) != prepared.counts["val"].text_bytes:
-        raise DataError("this tokenizer does not give a text back as it was: set data.tokenizer to bpe or bytes")
+        raise DataError("this tokenizer does not restore texts exactly; set data.tokenizer to bpe or bytes")
     return text
 
 
 def sample_of(prepared: Prepared, split: SplitName, at_most: int) -> bytes:
-    """A split's text; of one that is longer, about `at_most` bytes in pieces from all over it."""
+    """Return a split's text; if it is longer, about `at_most` bytes in pieces from all over it."""
     num_tokens, text_bytes = prepared.streams[split].num_tokens, prepared.counts[split].text_bytes
     if text_bytes <= at_most:
         return _text(prepared, split, [(0, num_tokens)])
@@ -37,7 +37,7 @@ def sample_of(prepared: Prepared, split: SplitName, at_most: int) -> bytes:
 
 
 def _text(prepared: Prepared, split: SplitName, spans: Sequence[tuple[int, int]]) -> bytes:
-    """The text of tokens [first, last) of each span, without what stands at the ends of documents."""
+    """Return the text of tokens [first, last) of each span, without the tokens that begin and end documents."""
     stream, tokenizer = prepared.streams[split], prepared.tokenizer
     ends = {tokenizer.eot_id, tokenizer.bos_id}
     texts = []

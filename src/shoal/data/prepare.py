@@ -1,4 +1,4 @@
-"""A corpus made ready for training: corpus -> tokenizer -> token shards, once, and then only opened. No torch."""
+"""Prepare a corpus for training, once: corpus -> tokenizer -> token shards. Later calls open the result. No torch."""
 
 from __future__ import annotations
 
@@ -43,25 +43,25 @@ from shoal.run.console import Console
 from shoal.system.disk import gigabytes, sha256_of
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, and how much of how many bytes; a total of 0 is not known."""
+"""Called with (phase, bytes done, bytes in all); a total of 0 means unknown."""
 
 
 def no_progress(phase: str, done_bytes: int, total_bytes: int) -> None:
-    """Says nothing."""
+    """Ignore progress."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokens on disk, opened. Sizes are checked; bytes are when they are first read."""
+    """Opened tokens on disk. File sizes are checked on opening, bytes when they are first read."""
 
     folder: Path
     tokenizer: Tokenizer
     manifest: Manifest
-    notes: tuple[str, ...] = ()  # what the user should know
+    notes: tuple[str, ...] = ()  # warnings for the user
 
     @property
     def data_id(self) -> str:
-        """Names the tokens by their content: runs with equal ids read equal tokens."""
+        """A hash of the tokens' content: runs with equal ids read equal tokens."""
         return self.manifest.data_id
 
     @property
@@ -70,11 +70,11 @@ class Prepared:
 
     @property
     def counts(self) -> Mapping[SplitName, SplitRecord]:
-        """Documents, tokens and bytes of text of each split."""
+        """Documents, tokens and bytes of text in each split."""
         return self.manifest.splits
 
     def split(self, name: SplitName, *, seq_len: int, document_mask: bool = False) -> Rows:
-        """A split in rows. Raises DataError where it does not fill one."""
+        """Cut a split into rows. Raises DataError if it does not fill one row."""
         stream = self.streams[name]
         rows = PackedStream(stream, seq_len, document_mask)
         if not len(rows):
@@ -96,19 +96,19 @@ class Prepared:
 
 def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = None) -> Prepared:
     """
-    Make the tokens that `data` asks for, or find them made; of several processes one works, the others wait.
+    Make the tokens that `data` asks for, or open them if they exist. Of several processes one works, the others wait.
 
-    Killed at any moment, the next call goes on after the last finished shard, to the same bytes.
-    `data.rebuild` makes them anew, unless every byte is there and of this very corpus: that several processes
-    ask for it, or one asks twice, is the same as once. `rows`, where they are known, are those of the model: a
-    tokenizer that has more tokens is refused before anything is read. Raises DataError.
+    After a kill at any moment, the next call resumes after the last finished shard and writes the same bytes.
+    `data.rebuild` makes the tokens again unless they are intact and the corpus is unchanged, so asking twice, or from
+    several processes, rebuilds once. rows: rows of the model's embedding, if known; a tokenizer with more tokens is
+    rejected before the corpus is read. Raises DataError.
     """
     given = named_tokenizer(data)
     if given is not None and rows is not None:
         given.check_rows(rows)
     options = token_options(data, given)
     folder = find_folder(data, options)
-    if not data.rebuild and (folder / MANIFEST).exists():  # also where the folder is not ours to write
+    if not data.rebuild and (folder / MANIFEST).exists():  # before locking: the folder may be read-only
         return _open_checked(folder, data)
     make_folder(folder)
     with exclusive_lock(folder / ".lock", lambda: progress("waiting for another process", 0, 0)):
@@ -122,13 +122,13 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
 
 
 def prepared_manifest(data: Data) -> Manifest | None:
-    """What the finished tokens of `data` say of themselves; None where they are not prepared. Raises DataError."""
+    """Return the manifest of the tokens of `data`; None if they are not prepared. Raises DataError."""
     folder = find_folder(data, token_options(data, named_tokenizer(data)))
     return load_manifest(folder) if (folder / MANIFEST).exists() else None
 
 
 def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
-    """Finished tokens, without a look at their corpus. Raises DataError where something is missing or cut short."""
+    """Open finished tokens without checking their corpus. Raises DataError if a file is missing or truncated."""
     manifest = load_manifest(folder)
     path = folder / TOKENIZER
     try:
@@ -140,25 +140,23 @@ def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
     skipped = [manifest.skips.note()] if manifest.skips.count else []
     tokenizer = tokenize.parse_tokenizer(text.decode(), str(path))
     prepared = Prepared(folder, tokenizer, manifest, (*notes, *skipped))
-    _ = prepared.streams  # opens every shard, so that a missing one is found now
+    _ = prepared.streams  # open every shard, so that a missing one is found now
     return prepared
 
 
 def _open_checked(folder: Path, data: Data) -> Prepared:
-    """Open, after a look whether the corpus is still the same. A corpus that is gone is fine: its tokens are not."""
+    """Open finished tokens if the corpus is unchanged. If the corpus is gone, its tokens suffice."""
     manifest = load_manifest(folder)
     try:
         corpus = open_corpus(data)
     except DataError as error:
-        return open_prepared(
-            folder, [f"the corpus is gone or cannot be read ({error}): going on with its prepared tokens"]
-        )
+        return open_prepared(folder, [f"the corpus is gone or cannot be read ({error}); using its prepared tokens"])
     check_unchanged(manifest, corpus)
     return open_prepared(folder, _notes(corpus))
 
 
 def _notes(corpus: Corpus) -> list[str]:
-    """What was not read, in one line, if anything."""
+    """Return a line on the files that were skipped, if any."""
     files = corpus.skipped_files()
     if not files:
         return []
@@ -167,7 +165,7 @@ def _notes(corpus: Corpus) -> list[str]:
 
 
 def _is_current(folder: Path, data: Data) -> bool:
-    """Whether preparing anew would give what is there. Reads every byte; raises DataError if the corpus is gone."""
+    """Return whether preparing again would give the same bytes. Reads every byte; DataError if the corpus is gone."""
     corpus = open_corpus(data)
     try:
         manifest = load_manifest(folder)
@@ -179,7 +177,7 @@ def _is_current(folder: Path, data: Data) -> bool:
 
 
 def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str, Any], progress: Progress) -> list[str]:
-    """The story of preparing, under the lock. Returns what the user should know."""
+    """Prepare the corpus, under the lock. Returns warnings for the user."""
     corpus = open_corpus(data)
     listing = corpus.listing()
     ticks = _Ticks(listing, progress)
@@ -189,7 +187,7 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
     tokenizer = _tokenizer(folder, data, given, corpus, split, ticks)
     note = write_shards(folder, corpus, split, tokenizer, data.shard_tokens, journal, ticks.of("tokens"))
     if corpus.listing() != listing:
-        raise DataError("the corpus changed while it was read; start again when it is still")
+        raise DataError("the corpus changed while it was read; start again once it no longer changes")
     digests = [corpus.digest(index) for index in range(len(listing))]
     finish(journal, digests, (folder / TOKENIZER).read_bytes(), tokenizer.vocab_size).save(folder)
     clear(folder, [JOURNAL])
@@ -197,7 +195,7 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
 
 
 def _resume_or_start(folder: Path, options: dict[str, Any], listing: list[CorpusFile]) -> Journal:
-    """The journal of an interrupted preparation, or a new one in a cleared folder."""
+    """Return the journal of an interrupted preparation, or a new one in a cleared folder."""
     journal = load_journal(folder, options, listing)
     if journal is None:
         clear(folder)
@@ -209,7 +207,7 @@ def _resume_or_start(folder: Path, options: dict[str, Any], listing: list[Corpus
 def _tokenizer(
     folder: Path, data: Data, given: Tokenizer | None, corpus: Corpus, split: Split, ticks: _Ticks
 ) -> Tokenizer:
-    """The one that was given, the one an interrupted preparation left, or one trained now."""
+    """Return the given tokenizer, the one an interrupted preparation saved, or one trained now."""
     path = folder / TOKENIZER
     if given is not None:
         tokenizer = given
@@ -224,7 +222,7 @@ def _tokenizer(
 
 
 def _check_space(folder: Path, data: Data, listing: Sequence[CorpusFile]) -> None:
-    """Refuse what cannot end well; an estimate on the low side, so that nothing is refused that would."""
+    """Raise DataError if the tokens cannot fit on the disk. The estimate is low, so that it rejects nothing that fits."""
     text_bytes = sum(entry.bytes * (3 if entry.name.endswith(".gz") else 1) for entry in listing)
     needed = int(text_bytes * (2 if data.tokenizer == "bytes" else 0.4))
     done = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -232,13 +230,13 @@ def _check_space(folder: Path, data: Data, listing: Sequence[CorpusFile]) -> Non
         free = shutil.disk_usage(folder).free
         if free < needed - done:
             raise DataError(
-                f"{folder} has {gigabytes(free)} free, and the tokens need about {gigabytes(needed)}; "
+                f"{folder} has {gigabytes(free)} free, but the tokens need about {gigabytes(needed)}; "
                 "free some space or set data.folder to a larger disk"
             )
 
 
 class _Ticks:
-    """Turns a place in the corpus into calls of `progress`."""
+    """Converts a place in the corpus to bytes, and calls `progress` with them."""
 
     def __init__(self, listing: Sequence[CorpusFile], progress: Progress) -> None:
         self._before = list(accumulate((entry.bytes for entry in listing), initial=0))
@@ -247,22 +245,24 @@ class _Ticks:
         self.total = self._before[-1]
 
     def of(self, phase: str) -> Callable[[Cursor], None]:
+        """Return a function that reports the place reached in `phase`."""
+
         def tick(cursor: Cursor) -> None:
             done = min(self._before[cursor.file] + cursor.offset, self.total)
             self._last = (phase, done)
-            if phase != "tokenizer":  # that phase is told by `repeat`, from the main thread
+            if phase != "tokenizer":  # `repeat` reports that phase, from the main thread
                 self.repeat()
 
         return tick
 
     def repeat(self) -> None:
-        """Say the last again, where nothing is read for a while."""
+        """Report the last place again while nothing is read."""
         phase, done = self._last
         self._progress(phase, done, self.total)
 
 
 def open_data(data: Data, console: Console, *, rows: int | None = None) -> Prepared:
-    """The tokens of `data` for a model of so many `rows`, made now where they are not there. One process makes them."""
+    """Open the tokens of `data`, preparing them if needed, with progress and warnings on the console. See `prepare`."""
     with console.progress("preparing") as progress:
         prepared = prepare(data, progress, rows=rows)
     for note in prepared.notes:

@@ -1,4 +1,4 @@
-"""Which folder holds the tokens of a config: everything they depend on is hashed into its name. No torch."""
+"""The folder of a config's tokens: a hash of everything they depend on is in its name. No torch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from shoal.data.tokens import tokenize
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
 
-NAME_CHARACTERS = 80  # of a tokenizer's name in that of a folder: file systems take 255 in all
+NAME_CHARACTERS = 80  # of a tokenizer's name in a folder's; file systems allow 255 in all
 
 
 def named_tokenizer(data: Data) -> Tokenizer | None:
-    """The tokenizer that `data` names; None where one is to be trained. Raises DataError."""
+    """Return the tokenizer that `data` names; None if one is to be trained. Raises DataError."""
     return None if data.tokenizer == "bpe" else tokenize.load_tokenizer(data.tokenizer)
 
 
 def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Everything the tokens depend on but the corpus's content; rows and their order do not belong here."""
+    """Return everything the tokens depend on except the corpus's content. Rows and their order are not part of it."""
     options: dict[str, Any] = {"format": FORMAT, "corpus": data.corpus, "val_fraction": data.val_fraction}
     options["shard_tokens"] = data.shard_tokens
     match data.corpus:
@@ -36,7 +36,7 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
             options |= {"paths": list(data.paths), "text_key": data.text_key}
         case "dummy":
             options["dummy_documents"] = data.dummy_documents
-    if tokenizer is None:  # one is trained
+    if tokenizer is None:  # one will be trained
         options["bpe"] = [tokenize.PATTERN_VERSION, data.tokenizer_vocab_size, data.tokenizer_sample_bytes]
     else:
         options["tokenizer"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
@@ -47,9 +47,10 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 def find_folder(data: Data, options: dict[str, Any]) -> Path:
     """
-    Where these tokens are or will be, whatever their tokenizer was called then: only options are what they depend on.
+    Return the folder where these tokens are or will be.
 
-    Raises DataError where nobody can look.
+    Finds them by the hash of their options alone, since the tokenizer's name may have changed. Raises DataError if
+    `data.folder` cannot be searched.
     """
     own = folder_name(data, options)
     digest = own.rpartition("-")[2]
@@ -59,12 +60,12 @@ def find_folder(data: Data, options: dict[str, Any]) -> Path:
         has_own = (above / own / MANIFEST).exists()
     except (OSError, RuntimeError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot look into {data.folder} ({why}); set data.folder to another") from error
+        raise DataError(f"cannot search {data.folder} ({why}); set data.folder to another") from error
     return above / own if has_own or not others else others[0]
 
 
 def folder_name(data: Data, options: dict[str, Any]) -> str:
-    """`stdlib-bpe4096-1a2b3c4d`: to be read by people, and of its own for each set of options."""
+    """Return a readable name such as `stdlib-bpe4096-1a2b3c4d`, unique to these options."""
     tokenizer = Path(data.tokenizer)
     kind = tokenizer.parent.name if tokenizer.name in ("tokenizer.json", "tokenizer.model") else tokenizer.name
     kind = f"bpe{data.tokenizer_vocab_size}" if data.tokenizer == "bpe" else re.sub(r"[^\w.]+", "_", kind)

@@ -1,4 +1,4 @@
-"""A generated corpus: something to learn, nothing to install. No torch."""
+"""A generated corpus, for runs without data. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from shoal.data.corpus.documents import START, CorpusFile, Cursor, Document, Ski
 
 
 class DummyCorpus:
-    """Generated sentences, a pure function of the document's number: something to learn, nothing to install."""
+    """Generated sentences that a model can learn: a pure function of the document's number."""
 
     _ADJECTIVES = ("blue", "small", "loud", "old", "quick", "salty", "bright", "calm")
     _NOUNS = ("herring", "tide", "harbour", "lantern", "net", "gull", "current", "reef")
