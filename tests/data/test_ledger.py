@@ -132,7 +132,7 @@ def test_a_run_in_which_nothing_goes_wrong(tmp_path: Path) -> None:
     assert (found.lives, found.steps, found.taken_again, found.samples) == (1, 30, 0, 480)
     assert [(n, e.trained) for n, e in found.epochs.items()] == [(0, 100), (1, 100), (2, 100), (3, 100), (4, 80)]
     text = describe(found)
-    assert "4 epochs (0 to 3): each of 100 samples once" in text
+    assert "4 epochs (0 to 3): each of the 100 samples once" in text
     assert "epoch 4: 80 of 100 samples so far, each once" in text
     assert text[-1].startswith("PASS")
 
