@@ -31,6 +31,8 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell README.md CONTRIBUTING.md Makefile docs recipes src scripts tests
+	$(BIN)/python scripts/check_english.py
 
 format: setup
 	$(BIN)/ruff format .
@@ -38,7 +40,7 @@ format: setup
 
 setup: .venv/installed
 
-# lm-evaluation-harness and what it brings: the tests run it, nobody else needs it.
+# lm-evaluation-harness and its dependencies: needed only by the tests.
 harness: .venv/harness
 
 .venv/harness: .venv/installed constraints-eval.txt

@@ -1,10 +1,9 @@
 """
-What `train.repro: bitwise` costs: `python scripts/bench_bitwise.py [--processes 2] [--steps 12] [--micro-batch 4]`.
+Measure the cost of `train.repro: bitwise`: `python scripts/bench_bitwise.py [--processes 2] [--steps 12] [--micro-batch 4]`.
 
-Each layout trains the same model twice beside each other in the same processes, once in the fast mode and once in the
-bitwise one, a step of each in turn, so that a machine whose speed drifts treats both alike. The cost is the median of
-neighbouring steps' ratios. Memory is what torch's allocator gave out in a step, at most, beyond what was held before,
-on the process with most. Processes have one thread each; use as many as there are quiet cores.
+Each layout trains the same model twice in the same processes, in fast and in bitwise mode, alternating steps so that drift of
+the machine's speed affects both. The cost is the median ratio of neighboring steps. Memory is the peak that torch's allocator
+adds in a step, on the process with the most. Each process has one thread; use at most as many as there are idle cores.
 """
 
 from __future__ import annotations
@@ -12,19 +11,21 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", GLOO_SOCKET_IFNAME="lo")
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tests.parallel.allocated import allocated_bytes
 
 from shoal.bench.environment import describe
-from shoal.bench.memory import allocated_bytes
 from shoal.config.layout import find_layout
 from shoal.config.options import Config, Data, Model, Optim, Parallel, Train
 from shoal.data.loader import Batch
@@ -42,7 +43,7 @@ def layouts(processes: int) -> dict[str, Parallel]:
 
 
 class Trainer:
-    """A model in a layout, and a step of it on random tokens."""
+    """A model in a layout, trained on random tokens."""
 
     def __init__(self, mesh: Mesh, parallel: Parallel, repro: str, args: argparse.Namespace) -> None:
         train = Train(
@@ -70,7 +71,7 @@ def seconds(trainer: Trainer) -> float:
 
 
 def grown_bytes(trainer: Trainer) -> int:
-    """The most that a step's tensors took, on the process with most."""
+    """Return the peak memory of a step's tensors, on the process with the most."""
     worst = torch.tensor(allocated_bytes(trainer.step))
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return int(worst)
@@ -83,9 +84,9 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
     )
     if rank == 0:
         print(
-            f"{args.processes} processes of one thread, llama of 10.8M parameters, {args.tokens:,} tokens a step in "
+            f"{args.processes} processes of one thread, llama of 10.8M parameters, {args.tokens:,} tokens per step in "
             f"micro-batches of {args.micro_batch} x {SEQ_LEN}, {args.dtype}, {args.steps} pairs of steps\n\n"
-            "| layout | fast: s a step | bitwise: s a step | ratio (lowest to highest) | fast: MB of a step | bitwise: MB |\n"
+            "| layout | fast: s/step | bitwise: s/step | ratio (lowest to highest) | fast: MB per step | bitwise: MB per step |\n"
             "| --- | --- | --- | --- | --- | --- |",
             flush=True,
         )
@@ -109,14 +110,14 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
                 flush=True,
             )
     dist.barrier()
-    os._exit(0)  # gloo's threads may outlive Python's end
+    os._exit(0)  # gloo's threads may outlive Python's shutdown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=8192, help="of a step")
-    parser.add_argument("--micro-batch", type=int, default=4, help="rows")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens per step")
+    parser.add_argument("--micro-batch", type=int, default=4, help="rows per micro-batch")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
 """
-The CPU figures of docs/benchmarks: `python scripts/bench_cpu.py [--repeats N] [--only WORD] > docs/benchmarks/NAME.md`.
+Write the CPU page of docs/benchmarks: `python scripts/bench_cpu.py [--repeats N] [--only WORD] > docs/benchmarks/NAME.md`.
 
-Each row is a call of `shoal bench speed --json`; contenders that a ratio compares run in turn. Run it on a machine
-with nothing else to do: it prints the rate of a matrix product before and after, which should not differ.
+Each row is one call of `shoal bench speed --json`; contenders of a ratio alternate. Run it on an idle machine: it prints the
+rate of a matrix product before and after, and the two should agree.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RECIPES = {
 
 
 def bench(recipe: str, *options: str) -> dict[str, Any]:
-    """The report of one `shoal bench speed`."""
+    """Return the report of one `shoal bench speed`."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yaml"
         path.write_text(RECIPES[recipe], encoding="utf-8")
@@ -52,12 +52,12 @@ def matmul() -> str:
 
 
 def beside_trainer(repeats: int) -> None:
-    print("\n## One process, beside transformers.Trainer\n")
+    print("\n## One process, compared with transformers.Trainer\n")
     print(
         "`shoal bench speed RECIPE --peers --processes 1 --train.dtype DTYPE`: same architecture, batch, sequence, threads.\n"
     )
     print(
-        "| model | dtype | shoal, tokens/s | Trainer, tokens/s | ratio (median of pairs) | of a product's rate | of the step: data | optimizer |"
+        "| model | dtype | shoal, tokens/s | Trainer, tokens/s | ratio (median of pairs) | share of a matrix product's rate | share of the step: data | optimizer |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for recipe in ("10M", "124M"):
@@ -72,8 +72,8 @@ def beside_trainer(repeats: int) -> None:
 
 
 def two_processes(repeats: int) -> None:
-    print("\n## Two processes of one thread, beside one process of two\n")
-    print("`shoal bench speed RECIPE --processes N`, 8,192 tokens a step, in turn.\n")
+    print("\n## Two processes of one thread, compared with one process of two\n")
+    print("`shoal bench speed RECIPE --processes N`, 8,192 tokens per step, alternating.\n")
     print(
         "| model | dtype | 1 x 2 threads, tokens/s | 2 x 1 thread, tokens/s | ratio (median of pairs) | exposed reduce |"
     )

@@ -1,13 +1,13 @@
 """
-Greedy generation with the cache, beside `transformers.generate` on the same weights, in one process.
+Compare greedy generation with a KV cache to `transformers.generate` on the same weights, in one process.
 
     python scripts/bench_generate.py
     python scripts/bench_generate.py --shapes llama-10m --batches 1 --dtypes float32 --pairs 9
 
-Random weights; prompts of 64 tokens (in rows "unequal": 33 to 64, padded on the left), 128 new tokens. Both take the
-same prompts in turn; a ratio is the median over neighbouring pairs, so that a machine whose speed drifts does not
-decide it. On a machine that others use, OMP_NUM_THREADS=1 with --clock cpu counts what this process alone computed. In
-float32 both must give the same tokens.
+Weights are random; prompts have 64 tokens (rows "unequal": 33 to 64, padded on the left), outputs 128. Both contenders
+alternate on the same prompts; a ratio is the median over neighboring pairs, which cancels drift of the machine's speed. On a
+shared machine, set OMP_NUM_THREADS=1 and --clock cpu to count only this process's CPU time. In float32 both must generate
+the same tokens.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 def make_folder(shape: str, parent: Path) -> Path:
-    """A folder with random weights, wide enough apart that rounding decides no token."""
+    """Make a folder with random weights, spread widely enough that rounding changes no token."""
     torch.manual_seed(0)
     values = dict(SHAPES[shape])
     config = transformers.AutoConfig.for_model(values.pop("model_type"), initializer_range=0.05, **values)
@@ -82,7 +82,7 @@ def timed(run: Callable[[], list[list[int]]], clock: Callable[[], float]) -> tup
 def compare(
     folder: Path, dtype: str, batch: int, unequal: bool, pairs: int, clock: Callable[[], float]
 ) -> tuple[float, float, float, int]:
-    """(our tokens/s, theirs, median ratio, tokens that differ)"""
+    """Return (shoal's tokens/s, transformers' tokens/s, median ratio, tokens that differ)."""
     ours = load_folder(str(folder), device="cpu", dtype=dtype).model
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     prompts = make_prompts(batch, unequal, ours.shape.vocab_size or 0)
@@ -107,13 +107,16 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument(
-        "--batches", nargs="+", default=["1", "16", "16-unequal"], help="rows; N-unequal: unequal prompts"
+        "--batches",
+        nargs="+",
+        default=["1", "16", "16-unequal"],
+        help="prompts in a batch; N-unequal: of unequal length",
     )
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: the processor time of this process")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: this process's CPU time")
     args = parser.parse_args()
     if args.clock == "cpu" and torch.get_num_threads() > 1:
-        parser.error("--clock cpu adds up the time of all threads: set OMP_NUM_THREADS=1")
+        parser.error("--clock cpu adds up the time of all threads; set OMP_NUM_THREADS=1")
     transformers.logging.set_verbosity_error()
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, {torch.get_num_threads()} threads, "
@@ -137,9 +140,9 @@ def main() -> None:
                     print("|", " | ".join(map(str, cells)), "|", flush=True)
                     wrong |= dtype == "float32" and differ > 0
     if wrong:
-        print("in float32 the tokens must be the same", file=sys.stderr)
+        print("error: tokens differ in float32", file=sys.stderr)
     sys.stdout.flush()
-    os._exit(int(wrong))  # a thread of a library that outlives Python could hang it
+    os._exit(int(wrong))  # a library thread that outlives Python could hang the shutdown
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """
-Goodput of a run whose workers are killed again and again: a small model, a SIGKILL to one of them every minute.
+Measure the goodput of a run whose workers are killed repeatedly: one SIGKILL per minute.
 
     python scripts/bench_goodput.py recipes/quickstart.yaml --kills 5
     python scripts/bench_goodput.py recipes/quickstart.yaml --kills 0 --hangs 3
 
-Prints how long each kill took until the next step, each hang (a SIGSTOP) until it was found and until the next step, and
-the last signal (a SIGTERM, to one worker) until all was saved; then what `shoal goodput` says.
+Prints the seconds from each kill to the next step; from each hang (SIGSTOP) to its detection and to the next step; and from
+the last signal (SIGTERM to one worker) to the end of all processes. Then prints `shoal goodput` and `shoal ledger`.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def ledger_lines(run: Path) -> int:
 
 
 def hangs(run: Path) -> list[str]:
-    """What was said of each."""
+    """Return the recorded reason of each hang."""
     return [str(e["why"]) for e in read_json_lines(run / "events.jsonl") if e["event"] == "hang"]
 
 
 def signal_one(number: signal.Signals, launcher: subprocess.Popen[bytes], draw: random.Random) -> float:
-    """To a worker by chance; when."""
+    """Signal a random worker; return the time."""
     draw.choice(psutil.Process(launcher.pid).children()).send_signal(number)
     return time.monotonic()
 
 
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> float:
-    """When it is, in seconds of the monotonic clock."""
+    """Wait until `true()`; return the monotonic time in seconds."""
     while process.poll() is None:
         if true():
             return time.monotonic()
@@ -56,7 +56,7 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> fl
 
 
 def wait_for_step(run: Path, known: int, process: subprocess.Popen[bytes]) -> float:
-    """When it trains again: after `known` lines of the ledger there is one that it goes on, and one of a step."""
+    """Wait until it trains again: after `known` ledger lines, one of a resume and one of a step follow. Return the time."""
     return wait_until(lambda: ledger_lines(run) > known + 1, process)
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--hangs", type=int, default=0)
-    parser.add_argument("--every", type=float, default=60.0, help="seconds from a fault to the next")
+    parser.add_argument("--every", type=float, default=60.0, help="seconds between faults")
     parser.add_argument("--save-every", type=int, default=20, help="steps between checkpoints")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -85,14 +85,14 @@ def main() -> None:
         lines = ledger_lines(run)
         begun = signal_one(signal.SIGKILL, process, draw)
         took.append(wait_for_step(run, lines, process) - begun)
-        print(f"kill {number}: the next step after {took[-1]:.1f} s, at step {last_step(run)}", flush=True)
+        print(f"kill {number}: next step after {took[-1]:.1f} s, at step {last_step(run)}", flush=True)
     for number in range(1, options.hangs + 1):
         time.sleep(options.every)
         begun = signal_one(signal.SIGSTOP, process, draw)
         known = wait_until(lambda number=number: len(hangs(run)) >= number, process) - begun
         trains = wait_for_step(run, ledger_lines(run), process) - begun
         print(
-            f"stop {number}: known after {known:.1f} s, the next step after {trains:.1f} s:\n    {hangs(run)[-1]}",
+            f"hang {number}: detected after {known:.1f} s, next step after {trains:.1f} s:\n    {hangs(run)[-1]}",
             flush=True,
         )
     time.sleep(options.every)
@@ -100,8 +100,8 @@ def main() -> None:
     begun = signal_one(signal.SIGTERM, process, draw)
     code = process.wait()
     print(
-        f"asked to stop, one worker, in step {step + 1}: saved at step {last_step(run)}, {time.monotonic() - begun:.1f} s to "
-        f"the end of all processes, exit code {code}"
+        f"SIGTERM to one worker in step {step + 1}: saved at step {last_step(run)}, all processes ended after "
+        f"{time.monotonic() - begun:.1f} s, exit code {code}"
     )
     if took:
         print(

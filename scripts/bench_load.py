@@ -1,10 +1,9 @@
 """
-How long weights take from a safetensors file into FSDP2, beside reading the file: `python scripts/bench_load.py`.
+Measure loading a safetensors file into FSDP2, relative to reading the file: `python scripts/bench_load.py`.
 
-The model (300M parameters, 1.2 GB in float32; `--dtype bfloat16`: 600M) is made in `--folder` where it is not there.
-Each turn first reads the file into memory that was there already, then starts the processes' loading; the kernel's
-cache is warm for both, or emptied before each (`--cold`). Memory is each process's own (RssAnon): pages of the file are the
-kernel's, and shared.
+The model (300M parameters, 1.2 GB in float32; `--dtype bfloat16`: 600M parameters) is made in `--folder` if missing. Each turn
+reads the file into existing memory, then loads it in all processes; first with the page cache warm, then emptied before
+each. Memory is each process's own (RssAnon); pages of the file are shared.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ SHAPE = Model(
     vocab_size=32_000, dim=1024, num_heads=16, num_kv_heads=8, ffn_dim=2816, num_layers=22, max_seq_len=2048,
     tie_embeddings=False,
 )  # fmt: skip
-LAYERS = {"float32": 22, "bfloat16": 49}  # 1.2 GB in either
+LAYERS = {"float32": 22, "bfloat16": 49}  # 1.2 GB in both
 
 
 def make(folder: Path, dtype: str) -> Path:
-    """The folder with its one file of weights."""
+    """Make the folder with one file of weights, if missing; return it."""
     shape = resolve_shape(dataclasses.replace(SHAPE, num_layers=LAYERS[dtype]))
     target = folder / f"load-{dtype}"
     if not (target / "model.safetensors").is_file():
@@ -57,7 +56,7 @@ def make(folder: Path, dtype: str) -> Path:
 
 
 def forget(path: Path) -> None:
-    """Take a file out of the kernel's cache."""
+    """Drop a file from the page cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

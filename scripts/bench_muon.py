@@ -1,10 +1,9 @@
 """
-What Muon costs of a training step: `python scripts/bench_muon.py [--device cpu] [--only 10M] [--repeats 5]`.
+Measure Muon's share of a training step: `python scripts/bench_muon.py [--device cpu] [--only 10M] [--repeats 5]`.
 
-One process. Times an update of the blocks' matrices by Muon, by torch's Muon and by fused AdamW, and forward and
-backward of the tokens named; medians, taken in turn. Muon's time does not depend on the tokens of a step, so its share
-falls as they grow: the last column says how many would bring it to 5%. On a CPU, gpt2
-takes minutes a repeat.
+In one process, times an update of the blocks' matrices by Muon, torch's Muon and fused AdamW, and forward and backward of the
+tokens named: medians, alternating. Muon's time does not depend on the tokens per step, so its share falls as they grow; the
+last column is the number of tokens at which it is 5%. On a CPU, gpt2 takes minutes per repeat.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from shoal.models.build import build_model, initialize
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.optim.muon import Muon
 
-CASES = {  # shape, and the rows and tokens of a row of one forward
+CASES = {  # shape, rows of one forward, tokens per row
     "10M": (Model(family="llama", dim=384, num_layers=6, num_heads=6, vocab_size=256, max_seq_len=256), 12, 256),
     "gpt2": (Model(**PRESETS["gpt2"]), 2, 512),
     "gpt2-medium": (Model(**PRESETS["gpt2-medium"]), 2, 512),
@@ -43,7 +42,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(name: str, device: torch.device, dtype: torch.dtype, repeats: int) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     shape, rows, seq_len = CASES[name]
     model = build_model(shape, compute_dtype=dtype)
     initialize(model, 0, device)
@@ -63,7 +62,7 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, repeats: int) -
         torch.optim.AdamW(tensors, lr=1e-6, fused=True).step,
         Muon(shards, Axis(), lr=1e-6, momentum=0.95, weight_decay=0.1).step,
         Muon(shards, Axis(), lr=1e-6, momentum=0.95, weight_decay=0.1, dtype=torch.bfloat16).step,
-        torch.optim.Muon(tensors, lr=1e-6, adjust_lr_fn="match_rms_adamw").step,  # bfloat16 everywhere
+        torch.optim.Muon(tensors, lr=1e-6, adjust_lr_fn="match_rms_adamw").step,  # computes in bfloat16
         forward_backward,
     ]
     for each in work:
@@ -82,7 +81,9 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, repeats: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of forward and backward")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="dtype of forward and backward"
+    )
     parser.add_argument("--only", choices=list(CASES), action="append")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()

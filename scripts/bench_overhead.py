@@ -1,11 +1,11 @@
 """
-What it costs that a run can be trusted, while nothing fails: the loop's step beside the bare one, in turns.
+Measure the cost of fault tolerance without faults: the loop's full step compared with a bare one, alternating.
 
     python scripts/bench_overhead.py recipes/quickstart.yaml --processes 2 --pairs 100
 
-bare: a batch, `train_step` without guard and votes, its numbers read. whole: the step of `training/loop.py`, with heartbeats,
-guard, votes, ledger, goodput, stragglers and metrics. Both on the same model and data; processor time of the process's one
-thread of training, which other programs on the machine hardly change.
+bare: take a batch, call `train_step` without guard and votes, read its numbers. whole: the step of `training/loop.py`, with
+heartbeats, guard, votes, ledger, goodput, stragglers and metrics. Both use the same model and data. Time is the CPU time of
+the training thread, which other programs on the machine hardly affect.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from shoal.mesh.mesh import open_mesh
 from shoal.mesh.place import LOCKED_BY
 from shoal.resolve.resolve import resolve
 from shoal.system.signals import StopRequest
-from shoal.training.loop import Run
+from shoal.training.loop import record, something_is_due, take_step
+from shoal.training.run import Run
 from shoal.training.step import train_step
 
 
@@ -40,13 +41,13 @@ def _bare(run: Run) -> None:
         lr=1e-4,
         clip_norm=run.config.optim.clip_norm,
     )
-    stats.numbers.tolist()
+    stats.read()
     run.state.step, run.state.position = run.state.step + 1, run.loader.position
 
 
 def _whole(run: Run) -> None:
-    run._record(run._step())
-    run._something_is_due()
+    record(run, take_step(run))
+    something_is_due(run)
 
 
 def _work(rank: int, options: argparse.Namespace, config: Config) -> None:
@@ -59,7 +60,7 @@ def _work(rank: int, options: argparse.Namespace, config: Config) -> None:
         run = Run.open(config, mesh, StopRequest())
         run.records.begin(run.header, 0, 0, at_end=False)
         run.records.clock.begin(0)
-        run.meter.start()
+        run.watch.meter.start()
         for pair in range(options.pairs + 5):
             for name, step in (("bare", _bare), ("whole", _whole))[:: 1 if pair % 2 else -1]:
                 mesh.barrier()
@@ -73,8 +74,8 @@ def _work(rank: int, options: argparse.Namespace, config: Config) -> None:
         more = statistics.median(ratios)
         quarter = len(ratios) // 4
         print(
-            f"{options.processes} processes: a bare step {middle['bare'] * 1e3:.1f} ms, the whole {middle['whole'] * 1e3:.1f} ms; "
-            f"of pairs {more:+.2%} (middle half {ratios[quarter]:+.2%} to {ratios[-quarter - 1]:+.2%})"
+            f"{options.processes} processes: bare step {middle['bare'] * 1e3:.1f} ms, whole {middle['whole'] * 1e3:.1f} ms; "
+            f"median of pairs {more:+.2%} (middle half {ratios[quarter]:+.2%} to {ratios[-quarter - 1]:+.2%})"
         )
 
 

@@ -1,12 +1,11 @@
 """
-How long a process of a pipeline idles, beside what the formula says.
+Measure the idle time of pipeline processes and compare it with the formula of the bubble.
 
     python scripts/bench_pipeline.py [--processes 2] [--micro-batches 8] [--steps 12] [--schedules 1f1b,zbv]
 
-Idle is the step's wall time, from a barrier to the last process's end, less a process's time inside forward, loss and
-backward; the formula is `pipeline_plan.bubble_fraction`. One thread a process, so that it needs as many cores as
-processes, and quiet ones: a neighbour's load is counted as idleness. The table shows the median of the steps, and the
-fastest step, which was disturbed least.
+Idle time is the step's wall time, from a barrier to the end of the last process, minus a process's time in forward, loss and
+backward; the formula is `bubble_fraction` in `config/schedules.py`. Each process has one thread and needs an idle core: other
+programs' load counts as idle time. The table shows the median step and the fastest one, which was disturbed least.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ def _zero(stages: dict[int, LanguageModel]) -> None:
 
 
 def measure(axis: Axis, schedule: Schedule, args: argparse.Namespace) -> list[tuple[float, float]]:
-    """For each step: wall seconds, alike on all, and this process's busy seconds. Collectives over the world."""
+    """Return each step's wall seconds (equal on all ranks) and this process's busy seconds. Collectives over the world."""
     shape = Model(
         family="llama", dim=args.dim, num_layers=args.layers, num_heads=4, vocab_size=512, max_seq_len=args.seq_len,
         tie_embeddings=False,
@@ -109,15 +108,15 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
     axis = Axis(args.processes, rank, dist.group.WORLD)
     if rank == 0:
         print(
-            f"{args.processes} processes, {args.layers} blocks {args.dim} wide, {args.micro_batches} micro-batches of "
+            f"{args.processes} processes, {args.layers} blocks of width {args.dim}, {args.micro_batches} micro-batches of "
             f"{args.batch} x {args.seq_len}, float32, {args.steps} steps\n\n"
-            "| schedule | formula | median step: seconds | idle, by process | idle / formula "
-            "| fastest step: seconds | idle, by process | idle / formula |\n"
+            "| schedule | formula | median step: seconds | idle, per process | idle / formula "
+            "| fastest step: seconds | idle, per process | idle / formula |\n"
             "| --- | --- | --- | --- | --- | --- | --- | --- |"
         )
     for schedule in args.schedules:
         steps = measure(axis, schedule, args)
-        fastest = min(range(len(steps)), key=lambda i: steps[i][0])  # the same on all, as wall time is
+        fastest = min(range(len(steps)), key=lambda i: steps[i][0])  # equal on all ranks, like wall time
         mine = torch.tensor(
             [
                 statistics.median(wall for wall, _ in steps),
@@ -139,7 +138,7 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
             print(f"| {schedule} | {formula:.3f} | {' | '.join(cells)} |", flush=True)
     dist.barrier()
     dist.destroy_process_group()
-    os._exit(0)  # gloo's threads may outlive Python's end
+    os._exit(0)  # gloo's threads may outlive Python's shutdown
 
 
 def main() -> None:

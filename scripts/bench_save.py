@@ -1,10 +1,11 @@
 """
-What a checkpoint costs a step, beside torch.save of the same state: in turns, so that a busy machine slows all alike.
+Measure the cost of a checkpoint and compare it with torch.save of the same state, alternating.
 
     python scripts/bench_save.py --megabytes 500 --processes 2 --turns 5
 
-stall: what a step waits for where the checkpoint is written in the background. save: until it is there, flushed and
-hashed, and in the background read back. torch.save writes the same tensors from one process, neither flushed nor hashed; flushed: with fsync.
+stall: the time that a step waits if the checkpoint is written in the background. save: the time until the checkpoint is
+flushed, hashed and, in the background, read back. torch.save writes the same tensors from one process without flushing and
+hashing; "flushed": with fsync.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from shoal.mesh.mesh import Mesh, open_mesh
 from shoal.mesh.region import Part
 from shoal.system.cpu import count_cores
 
-TENSORS = 60  # of a model and two moments
+TENSORS = 60  # like a model with two moments
 
 
 def _tensors(megabytes: int) -> dict[str, torch.Tensor]:
@@ -59,7 +60,7 @@ def _turns(mesh: Mesh, folder: Path, tensors: dict[str, torch.Tensor], turns: in
     def note(name: str, seconds: float) -> None:
         found.setdefault(name, []).append(seconds)
 
-    for turn in range(turns + 1):  # the first one makes the memory for copies
+    for turn in range(turns + 1):  # the first turn, not counted, allocates the memory for copies
         mesh.barrier()
         begun = time.perf_counter()
         store.begin(parts, {"step": turn, "val_loss": None})
@@ -68,12 +69,12 @@ def _turns(mesh: Mesh, folder: Path, tensors: dict[str, torch.Tensor], turns: in
         assert outcome is not None
         assert outcome.ok, outcome.problem
         mesh.barrier()
-        note("save, in the background", time.perf_counter() - begun)
+        note("save in the background", time.perf_counter() - begun)
         begun = time.perf_counter()
         outcome = store.save(parts, {"step": turns + 1 + turn, "val_loss": None})
         assert outcome.ok, outcome.problem
         mesh.barrier()
-        note("save, waited for", time.perf_counter() - begun)
+        note("save in the foreground", time.perf_counter() - begun)
         if mesh.is_first:
             note("torch.save", _seconds(lambda: _torch_save(tensors, folder / "theirs.pt", flushed=False)))
             note("torch.save, flushed", _seconds(lambda: _torch_save(tensors, folder / "theirs.pt", flushed=True)))
@@ -84,7 +85,7 @@ def _turns(mesh: Mesh, folder: Path, tensors: dict[str, torch.Tensor], turns: in
 def _work(rank: int, options: argparse.Namespace, folder: Path) -> None:
     place = {"RANK": rank, "WORLD_SIZE": options.processes, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": options.processes}
     os.environ |= {k: str(v) for k, v in place.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(options.port)}
-    torch.set_num_threads(max(1, count_cores() // options.processes))  # as the launcher has it
+    torch.set_num_threads(max(1, count_cores() // options.processes))  # like the launcher
     with open_mesh("cpu", 60.0, Parallel()) as mesh:
         found = _turns(mesh, folder, _tensors(options.megabytes), options.turns)
         if mesh.is_first:
@@ -102,13 +103,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--port", type=int, default=29577)
-    parser.add_argument("--folder", type=Path, default=Path("build"), help="on the disk to be measured")
+    parser.add_argument("--folder", type=Path, default=Path("build"), help="folder on the disk to measure")
     options = parser.parse_args()
     os.environ |= worker_environment(1)
     options.folder.mkdir(exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="save-", dir=options.folder))
     try:
-        print(f"{options.megabytes} MB, processes: {options.processes}, medians of {options.turns} turns", flush=True)
+        print(f"{options.megabytes} MB, {options.processes} processes, medians of {options.turns} turns", flush=True)
         mp.spawn(_work, args=(options, folder), nprocs=options.processes)  # type: ignore[no-untyped-call]
     finally:
         shutil.rmtree(folder, ignore_errors=True)

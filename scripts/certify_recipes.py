@@ -1,6 +1,8 @@
 """
-The certificate of each recipe: `python scripts/certify_recipes.py [--only learn]` runs `shoal verify` on every one, in
-its own layout, on the quickstart in a few more, and writes docs/certificates.md. Ends with 1 where one says FAIL.
+Certify every recipe: `python scripts/certify_recipes.py [--only learn]`.
+
+Runs `shoal verify` on each recipe in its own layout, and on the quickstart in others, and writes docs/certificates.md. Exits
+with 1 if one of them reports FAIL.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ QUICKSTART_LAYOUTS = [
 ]
 HEAD = """# Certificates of the recipes
 
-What `shoal verify` says of each recipe in its own layout, and of the quickstart in others: how far a layout is from one
-process, and behind it how far it may be, which is measured on one process with sums in another order. `python
-scripts/certify_recipes.py` makes this page.
+The results of `shoal verify` for each recipe in its own layout, and for the quickstart in others: the difference from one
+process, and the difference allowed, which is measured on one process with another order of sums. `python
+scripts/certify_recipes.py` writes this page.
 
 | recipe | layout | dtype | loss | gradient norm | worst gradient | worst update | resumed | |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |
@@ -42,7 +44,7 @@ scripts/certify_recipes.py` makes this page.
 
 
 def verify(recipe: Path, options: list[str], runs: Path) -> tuple[dict[str, Any], float]:
-    """The certificate, and the seconds that it took."""
+    """Verify; return the certificate and the seconds it took."""
     begun = time.perf_counter()
     data = ["--data.folder", str(ROOT / "data"), "--launch.runs", str(runs)]
     done = subprocess.run(
@@ -62,7 +64,7 @@ def verify(recipe: Path, options: list[str], runs: Path) -> tuple[dict[str, Any]
 
 
 def rows(recipe: Path, options: list[str], found: dict[str, Any]) -> list[str]:
-    """One for each dtype that was compared."""
+    """Return one row per dtype compared."""
     name = f"`{recipe.relative_to(ROOT / 'recipes')}`"
     extra = [o for o in options if o in ("bitwise", "muon")] or (
         [found["repro"]] if found["repro"] == "bitwise" else []
@@ -70,11 +72,13 @@ def rows(recipe: Path, options: list[str], found: dict[str, Any]) -> list[str]:
     lines = []
     for dtype, findings in found["findings"].items():
         cells = [
-            "the same bits" if f["allowed"] == f["difference"] == 0 else f"{f['difference']:.1e} of {f['allowed']:.1e}"
+            "bitwise identical"
+            if f["allowed"] == f["difference"] == 0
+            else f"{f['difference']:.1e} of {f['allowed']:.1e}"
             for f in findings
         ]
         layout = ", ".join([found["layout"], *extra])
-        resumed = "the same bits" if found["resumed_same_bits"] else "OTHER bits"
+        resumed = "bitwise identical" if found["resumed_same_bits"] else "DIFFERENT bits"
         verdict = "PASS" if found["passed"] else "FAIL"
         lines.append(f"| {name} | {layout} | {dtype} | {' | '.join(cells)} | {resumed} | {verdict} |")
     return lines
@@ -82,7 +86,7 @@ def rows(recipe: Path, options: list[str], found: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="recipes whose path contains this; the page is not written")
+    parser.add_argument("--only", default="", help="only recipes whose path contains this; does not write the page")
     arguments = parser.parse_args()
     jobs = [(recipe, list[str]()) for recipe in sorted((ROOT / "recipes" / "learn").glob("*.yaml"))]
     jobs = [(ROOT / "recipes" / "quickstart.yaml", options) for options in QUICKSTART_LAYOUTS] + jobs

@@ -1,8 +1,8 @@
 """
-Random faults in small runs, trained for real: do they come to the weights of a run that nothing disturbed?
+Inject random faults into small real runs, and check that they reach the weights of an undisturbed run.
 
-    python scripts/chaos.py                         100 faults, five in a run: seeds 0 to 19
-    python scripts/chaos.py --first 7 --count 1     seed 7 again, with what it printed
+    python scripts/chaos.py                         100 faults, five per run: seeds 0 to 19
+    python scripts/chaos.py --first 7 --count 1     seed 7 again, with its output
     python scripts/chaos.py --processes 2 --plan '[{"step": 5, "phase": "write", "rank": 1, "fault": "kill"}]'
 """
 
@@ -21,19 +21,19 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.chaos.case import Case, drawn
 from tests.chaos.trial import Laboratory
 
-from shoal.fault.inject import Fault
+from shoal.fault.inject import Injected
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--count", type=int, default=20, help="how many seeds, of five faults each")
-    parser.add_argument("--plan", type=json.loads, help="these faults instead: a JSON list, as in SHOAL_FAULTS")
-    parser.add_argument("--processes", type=int, default=2, help="for --plan")
-    parser.add_argument("--folder", type=Path, default=Path("build/chaos"), help="where the runs are")
+    parser.add_argument("--count", type=int, default=20, help="number of seeds, with five faults each")
+    parser.add_argument("--plan", type=json.loads, help="run these faults instead: a JSON list, as in SHOAL_FAULTS")
+    parser.add_argument("--processes", type=int, default=2, help="processes of --plan")
+    parser.add_argument("--folder", type=Path, default=Path("build/chaos"), help="folder for the runs")
     options = parser.parse_args()
     if options.plan is not None:
-        cases = {"plan": Case(options.processes, tuple(Fault(**each) for each in options.plan))}
+        cases = {"plan": Case(options.processes, tuple(Injected(**each) for each in options.plan))}
     else:
         cases = {f"seed-{s}": drawn(s) for s in range(options.first, options.first + options.count)}
     shutil.rmtree(options.folder, ignore_errors=True)
@@ -42,7 +42,7 @@ def main() -> int:
     wrong = [name for name, case in cases.items() if not passes(laboratory, name, case, talks=len(cases) == 1)]
     faults = Counter(fault.fault for case in cases.values() for fault in case.faults)
     print(
-        f"{len(cases) - len(wrong)} of {len(cases)} runs, with {faults.total()} faults, came to the right weights, in "
+        f"{len(cases) - len(wrong)} of {len(cases)} runs, with {faults.total()} faults, reached the right weights in "
         f"{time.perf_counter() - begun:.0f} s; {dict(faults)}"
     )
     if wrong:
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def passes(laboratory: Laboratory, name: str, case: Case, *, talks: bool) -> bool:
-    """Try a case out and say what came of it; all that it printed, where it failed or `talks`."""
+    """Run a case and print the verdict; also its output if it failed or `talks`."""
     begun = time.perf_counter()
     verdict = laboratory.try_out(case, name)
     said = "WRONG" if verdict.problems else "right"

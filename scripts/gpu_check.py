@@ -1,19 +1,19 @@
 """
-Everything about shoal that needs a CUDA device, on any machine that has one: correctness first, then speed.
+Check everything in shoal that needs a CUDA device: correctness first, then speed.
 
     python scripts/gpu_check.py [--quick] [--out FILE]
-    python scripts/gpu_check.py --device cpu --quick       # a rehearsal: all that runs without a GPU, at tiny sizes
+    python scripts/gpu_check.py --device cpu --quick       # rehearsal: the checks that run without a GPU, at tiny sizes
 
-Says what it does on standard error. Prints one JSON object: device, versions, commit, checks, speed; with --out it is
-written to FILE too, after each check (keep it under docs/benchmarks/). Ends with 1 where a check or the quickstart failed. It needs the
-stdlib corpus and no network.
+Reports progress on standard error. Prints one JSON object: device, versions, commit, checks, speed; with --out also writes it
+to FILE after each check (keep it under docs/benchmarks/). Exits with 1 if a check or the quickstart failed. Needs the stdlib
+corpus and no network.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # a bitwise run's, which its launcher sets else
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for bitwise runs; shoal's launcher would set it
 
 import argparse
 import contextlib
@@ -31,26 +31,28 @@ from unittest import mock
 import torch
 
 from shoal.bench.environment import describe
-from shoal.config.options import Config, Data, Launch, Metrics, Model, Optim, Train
+from shoal.config.options import Config, Data, Model, Optim, Train
+from shoal.config.run_options import Launch, Metrics
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place
-from shoal.metrics.meter import device_name, no_phases
+from shoal.metrics.machine import device_name
 from shoal.models.attention import KERNELS, attend, document_mask, take_deterministic_kernels
 from shoal.models.generate import generate
-from shoal.run.events import read_json_lines
+from shoal.run.phases import NO_PHASES
+from shoal.run.records import read_metrics
 from shoal.system.signals import StopRequest
 from shoal.training import loop
-from shoal.training.loop import Run
+from shoal.training.run import Run
 from shoal.training.step import Stats, train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 Gradients = dict[str, torch.Tensor]
-Found = tuple[bool, str]  # whether it is as it should be, and what was found
+Found = tuple[bool, str]  # whether the check passed, and its findings
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the checks run; `folder` is theirs alone."""
+    """The device of the checks, and a temporary folder for them."""
 
     device: torch.device
     folder: Path
@@ -61,15 +63,15 @@ class Target:
         return self.device.type == "cpu"
 
     def recipe(self, name: str, text: str) -> str:
-        """A recipe of one process on the device, with this beside; its file's name."""
+        """Write a recipe for one process on the device; return its file name."""
         path = self.folder / f"{name}.yaml"
-        threads = ", threads: 1" * self.rehearses  # a machine that rehearses does other things beside it
+        threads = ", threads: 1" * self.rehearses  # a rehearsal shares its machine with other programs
         path.write_text(f"{text.format(device=self.device.type)}\nlaunch: {{processes: 1{threads}}}\n")
         return path.name
 
 
 def small(target: Target, name: str, **train: Any) -> Config:
-    """A model of a million parameters on generated text (a rehearsal's: less), with document masks and grouped heads."""
+    """Return a config: a model of 1M parameters (fewer in a rehearsal), generated text, document masks, grouped heads."""
     dim, seq_len, batch = (64, 32, 4) if target.rehearses else (256, 128, 16)
     return Config(
         model=Model(dim=dim, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=256, qk_norm=True),
@@ -84,27 +86,27 @@ def small(target: Target, name: str, **train: Any) -> Config:
 
 
 def opened(target: Target, name: str, device: torch.device | None = None, **train: Any) -> Run:
-    torch.use_deterministic_algorithms(False)  # a bitwise run before it left that on
+    torch.use_deterministic_algorithms(False)  # an earlier bitwise run leaves that on
     return Run.open(small(target, name, **train), Mesh(Place(), device or target.device), StopRequest())
 
 
 def first_step(target: Target, name: str, device: torch.device | None = None, **train: Any) -> tuple[float, Gradients]:
-    """Mean loss and gradients of the first step."""
+    """Return the mean loss and the gradients of the first step."""
     run = opened(target, name, device, **train)
     scale = run.state.scaler.scale if run.state.scaler else 1.0
-    losses, _ = run.runnable.forward_backward(run.loader.next_step(), 1, no_phases, scale)
+    losses, _ = run.runnable.forward_backward(run.loader.next_step(), 1, NO_PHASES, scale)
     run.close()
     gradients = {s.name: (s.tensor.grad / scale).cpu() for s in run.runnable.shards if s.tensor.grad is not None}
     return float(losses.sum()), gradients
 
 
 def worst(mine: Gradients, theirs: Gradients) -> float:
-    """The largest relative difference of a parameter's gradient."""
+    """Return the largest relative difference of a parameter's gradient."""
     return max(apart(theirs[n], mine[n]) for n in mine)
 
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The relative difference."""
+    """Return the relative difference of two tensors."""
     found, expected = found.detach().double(), expected.detach().double()
     return float((found - expected).norm() / expected.norm().clamp(min=1e-12))
 
@@ -116,17 +118,17 @@ def compared(
     loss_within: float,
     gradient_within: float,
 ) -> Found:
-    """Whether loss and gradients of a first step agree with those of the reference called `name`, and how well."""
+    """Return whether the first step's loss and gradients agree with the reference called `name`, and how well."""
     (loss, gradients), (their_loss, theirs) = reference, found
     error = worst(gradients, theirs)
     fine = abs(loss - their_loss) < loss_within and error < gradient_within
-    return fine, f"loss {their_loss:.6f} against {name}'s {loss:.6f}, worst gradient {error:.1e}"
+    return fine, f"loss {their_loss:.6f}, {name}: {loss:.6f}; worst gradient {error:.1e}"
 
 
 def check_float32(target: Target) -> Found:
     torch.backends.cuda.matmul.allow_tf32 = False
     cpu = first_step(target, "cpu", torch.device("cpu"), dtype="float32")
-    return compared(cpu, first_step(target, "there", dtype="float32"), "the CPU", 1e-4, 1e-4)
+    return compared(cpu, first_step(target, "there", dtype="float32"), "CPU", 1e-4, 1e-4)
 
 
 def check_bfloat16(target: Target) -> Found:
@@ -145,7 +147,7 @@ def check_recompute(target: Target) -> Found:
     for mode in ("full", "selective"):
         loss, gradients = first_step(target, mode, dtype="bfloat16", repro="bitwise", activation_checkpointing=mode)
         same.append(loss == kept[0] and all(torch.equal(gradients[n], g) for n, g in kept[1].items()))
-    return all(same), f"full and selective checkpointing, bitwise: {'the same bits' if all(same) else 'other bits'}"
+    return all(same), f"full and selective checkpointing: {'bitwise identical' if all(same) else 'different bits'}"
 
 
 def attention_inputs(
@@ -157,7 +159,7 @@ def attention_inputs(
     seen: int = 0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[torch.Tensor, ...]:
-    """Queries at the last `places` of `seen`, keys and values."""
+    """Return queries at the last `places` of `seen` positions, and keys and values at all of them."""
     seen = seen or (256 if target.rehearses else 2048)
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, places or seen, heads, 64), (2, seen, keys, 64), (2, seen, keys, 64))
@@ -172,11 +174,11 @@ def documents(target: Target, places: int) -> torch.Tensor:
 
 def check_attention(target: Target) -> Found:
     """
-    Each way to attend, against float64, and the memory of forward and backward, which must not hold all the scores.
+    Compare each attention variant with float64, and check that forward and backward do not store all scores.
 
-    At 2 rows, 8 heads and 2048 places all the scores in bfloat16 are 128 MiB, and plain math keeps at least those for its
-    backward. A fused kernel needs about 30 MiB for tensors of the queries' size (4 MiB each) and 24 MiB for a mask as it
-    wants it. The bound lies between the two.
+    At 2 rows, 8 heads and 2048 positions the scores in bfloat16 take 128 MiB, and unfused math keeps them for backward. A
+    fused kernel needs about 30 MiB for tensors of the queries' size (4 MiB each) and 24 MiB for a mask in its format. The
+    bound is between the two.
     """
     said, fine, bound = [], True, 96 * 2**20
     for keys, masked in ((8, False), (2, False), (8, True), (2, True)):
@@ -189,7 +191,7 @@ def check_attention(target: Target) -> Found:
         found, taken = with_memory(target, lambda q=q, k=k, v=v, mask=mask: forward_backward(q, k, v, mask))
         fine &= apart(found, expected) < 0.01 and taken < bound
         what = f"{keys} key heads{', documents' * masked}"
-        said.append(f"{what}: torch alone {KERNELS[choice].split(' (')[0]}, {taken / 2**20:.0f} MiB here")
+        said.append(f"{what}: torch would choose {KERNELS[choice].split(' (')[0]}; shoal took {taken / 2**20:.0f} MiB")
     return fine, "; ".join(said)
 
 
@@ -200,17 +202,17 @@ def forward_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
 
 
 def with_memory(target: Target, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """What `work` returns, and the bytes that it took at most beyond those in use before it; 0 on a CPU."""
+    """Return the result of `work` and its peak memory in bytes, beyond that in use before; 0 on a CPU."""
     if target.rehearses:
         return work(), 0
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()  # not the peak: that is what came before, the float64 reference
+    before = torch.cuda.memory_allocated()  # not the peak, which includes the float64 reference before
     result = work()
     return result, torch.cuda.max_memory_allocated() - before
 
 
 def check_deterministic(target: Target) -> Found:
-    """Attention's backward, again and again under what a bitwise run asks for."""
+    """Check that attention's backward is deterministic, repeatedly, with the settings of a bitwise run."""
     take_deterministic_kernels()
     counts = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -227,7 +229,7 @@ def check_deterministic(target: Target) -> Found:
 
 
 def check_lower_right(target: Target) -> Found:
-    """The way of context parallel: the last queries, causal, without a mask that is written out."""
+    """Check attention as context parallelism uses it: the last queries, causal, without a materialized mask."""
     from torch.nn.attention.bias import causal_lower_right
 
     errors = []
@@ -236,7 +238,7 @@ def check_lower_right(target: Target) -> Found:
             q, k, v = attention_inputs(target, keys=keys, places=128, seen=512, dtype=dtype)
             bias = causal_lower_right(128, 512)
             whole = torch.ones(128, 512, dtype=torch.bool, device=target.device).tril(384)
-            # on a CPU the bias is one that its kernels do not know: `parallel/context.py` writes the mask out there
+            # CPU kernels do not support the bias: `parallel/context.py` materializes the mask there
             found = attend(q, k, v, whole if target.rehearses else bias)
             expected = attend(q.double(), k.double(), v.double(), whole)
             grads, wanted = (torch.autograd.grad(x.double().sum(), (q, k, v)) for x in (found, expected))
@@ -247,20 +249,21 @@ def check_lower_right(target: Target) -> Found:
 
 def check_late_reading(target: Target) -> Found:
     """
-    A step's numbers are read while the next one runs, and are those of a run that reads each one at once. Each record has
-    its own step's time on the device: the last one too, which is read when nothing else is queued.
+    Check that a step's numbers are read while the next step runs, and equal those of a run that reads at once.
+
+    Each record must have its own step's device time, including the last one, which is read when nothing else is queued.
     """
     steps = 6 if target.rehearses else 60
     late, at_once = (take_steps(target, late=late, steps=steps) for late in (True, False))
     same = late.losses == at_once.losses and len(late.losses) == steps
     apart_in_time = (late.read_late, at_once.read_late) == (steps - 1, 0)
-    # a CPU has taken a step when it is queued; the first steps load kernels, for which a host may wait
+    # on a CPU a step is done when queued; on a GPU the host may wait in the first steps, which load kernels
     overlaps = target.rehearses or (late.overlapped > steps // 2 and at_once.overlapped == 0)
     median = sorted(late.seconds)[steps // 2]
     timed = target.rehearses or late.seconds[-1] > median / 2
     text = (
         f"{late.read_late} of {steps} steps read late and {late.overlapped} still running when the next was queued "
-        f"(read at once: {at_once.read_late} and {at_once.overlapped}), {'the same' if same else 'other'} losses; "
+        f"(read at once: {at_once.read_late} and {at_once.overlapped}), {'identical' if same else 'different'} losses; "
         f"median step {1e3 * median:.2f} ms, last record {1e3 * late.seconds[-1]:.3f} ms"
     )
     return same and apart_in_time and overlaps and timed, text
@@ -268,7 +271,7 @@ def check_late_reading(target: Target) -> Found:
 
 @dataclass
 class Taken:
-    """Of a run's steps: losses and times, how many were read after the next was queued, and still ran at that moment."""
+    """Records of steps: losses, times, the number read after the next was queued, and the number then still running."""
 
     losses: list[float]
     seconds: list[float]
@@ -277,44 +280,46 @@ class Taken:
 
 
 def take_steps(target: Target, *, late: bool, steps: int) -> Taken:
-    """Take the steps of a bitwise run that reads late or at once. On a GPU late is what the loop itself decides."""
+    """Take the steps of a bitwise run that reads late or at once. On a GPU the loop itself chooses late."""
     run, taken = opened(target, f"late-{late}", dtype="bfloat16", repro="bitwise", steps=steps), Taken([], [])
-    record = run._record
-    before: Stats | None = None  # of the step that was queued last
+    record = loop.record
+    before: Stats | None = None  # the step queued last
 
     def step(*args: Any, **options: Any) -> Stats:
         nonlocal before
         if not target.rehearses:
-            torch.cuda._sleep(50_000_000)  # some 30 ms: a device that is faster than its host is never behind it
+            torch.cuda._sleep(50_000_000)  # about 30 ms, so that the device is slower than its host
         stats = train_step(*args, **options)
         taken.overlapped += before is not None and not before.over.has_come()
         before = stats
         return stats
 
-    def counted(stats: Stats) -> bool:
+    def counted(run: Run, stats: Stats) -> bool:
         taken.read_late += before is not None and stats.step < before.step
-        return record(stats)
+        return record(run, stats)
 
-    run._record = counted  # type: ignore[method-assign]
-    with mock.patch.object(loop, "train_step", step), contextlib.ExitStack() as patches:
+    with (
+        mock.patch.object(loop, "train_step", step),
+        mock.patch.object(loop, "record", counted),
+        contextlib.ExitStack() as patches,
+    ):
         if target.rehearses or not late:
             patches.enter_context(mock.patch.object(loop, "reads_late", return_value=late))
-        run.take_steps()
+        loop.take_steps(run)
     run.close()
     torch.use_deterministic_algorithms(False)
-    for line in read_json_lines(run.folder.metrics_file):
-        if "loss" in line:
-            taken.losses.append(line["loss"])
-            taken.seconds.append(line["step_seconds"])
+    for record_of_step in read_metrics(run.folder.metrics_file).steps:
+        taken.losses.append(record_of_step.loss)
+        taken.seconds.append(record_of_step.step_seconds)
     return taken
 
 
 def check_muon(target: Target) -> Found:
     config = small(target, "muon", dtype="float32", steps=30).replace("optim", name="muon")
     run = Run.open(config, Mesh(Place(), target.device), StopRequest())
-    run.take_steps()
+    loop.take_steps(run)
     run.close()
-    losses = [r["loss"] for r in read_json_lines(run.folder.metrics_file) if "loss" in r]
+    losses = [r.loss for r in read_metrics(run.folder.metrics_file).steps]
     return losses[-1] < losses[0] - 1, f"loss {losses[0]:.2f} -> {losses[-1]:.2f} in 30 steps"
 
 
@@ -329,7 +334,10 @@ def check_verify(target: Target) -> Found:
     quickstart = str(ROOT / "recipes" / "quickstart.yaml")
     recipe = target.recipe("verified", TINY) if target.rehearses else quickstart
     text = shoal(target, "verify", recipe, "--processes", "1")
-    return "PASS" in text.splitlines(), "one process, its own dtype and float32, against other orders of sums; resumed"
+    return (
+        "PASS" in text.splitlines(),
+        "one process, its own dtype and float32, compared with other orders of summation; resumed",
+    )
 
 
 def check_compile(target: Target) -> Found:
@@ -338,7 +346,7 @@ def check_compile(target: Target) -> Found:
     compiled = first_step(target, "compiled", dtype="bfloat16", compile=True)
     seconds = time.perf_counter() - begun
     fine, text = compared(eager, compiled, "eager", 0.02, 0.1)
-    return fine, f"{text}, {seconds:.0f} s with compiling"
+    return fine, f"{text}, {seconds:.0f} s including compilation"
 
 
 def check_resume(target: Target) -> Found:
@@ -347,14 +355,17 @@ def check_resume(target: Target) -> Found:
     shoal(target, "train", recipe, "--name", "parts", "--train.steps", "9")
     shoal(target, "train", recipe, "--name", "parts")
     whole, parts = (
-        [(r["step"], r["loss"]) for r in read_json_lines(target.folder / "runs" / n / "metrics.jsonl") if "loss" in r]
+        [(r.step, r.loss) for r in read_metrics(target.folder / "runs" / n / "metrics.jsonl").steps]
         for n in ("whole", "parts")
     )
-    return whole == parts, f"{len(parts)} steps, stopped after 9: {'the same bits' if whole == parts else 'other bits'}"
+    return (
+        whole == parts,
+        f"{len(parts)} steps, resumed after 9: {'bitwise identical' if whole == parts else 'different bits'}",
+    )
 
 
 def check_generate(target: Target) -> Found:
-    """Of the run that `check_resume` left."""
+    """Generate from the run that `check_resume` left."""
     text = shoal(
         target, "generate", "whole", "--prompt", "ab", "--tokens", "16", "--temperature", "0", "--device", target.device.type
     )  # fmt: skip
@@ -362,36 +373,36 @@ def check_generate(target: Target) -> Found:
 
 
 def check_decoding(target: Target) -> Found:
-    """Twice the same lengths: a kernel that plans for each length is far slower the first time."""
+    """Decode the same lengths twice: a kernel that plans for each length is far slower the first time."""
     run = opened(target, "decoding", dtype="bfloat16")
     model, count = run.runnable.parts[0].eval(), 8 if target.rehearses else 128
     seconds = []
-    for prompt in ([1], [1, 2, 3], [1, 2, 3]):  # the first loads the kernels
+    for prompt in ([1], [1, 2, 3], [1, 2, 3]):  # the first prompt loads the kernels
         begun = time.perf_counter()
         generate(model, [prompt * 8], max_new_tokens=count)
         seconds.append((time.perf_counter() - begun) / count)
     run.close()
-    text = f"{1e3 * seconds[1]:.2f} ms a token at new lengths, {1e3 * seconds[2]:.2f} ms at known ones"
+    text = f"{1e3 * seconds[1]:.2f} ms/token at new lengths, {1e3 * seconds[2]:.2f} ms/token at known ones"
     return target.rehearses or seconds[1] < 3 * seconds[2], text
 
 
 def quickstart(target: Target) -> dict[str, float]:
-    """In a rehearsal: what `check_resume` left."""
+    """Train the quickstart; in a rehearsal, read the run that `check_resume` left."""
     begun = time.perf_counter()
     if not target.rehearses:
         shoal(target, "train", str(ROOT / "recipes" / "quickstart.yaml"))
     seconds = time.perf_counter() - begun
     run = "whole" if target.rehearses else "quickstart"
-    records = read_json_lines(target.folder / "runs" / run / "metrics.jsonl")
+    metrics = read_metrics(target.folder / "runs" / run / "metrics.jsonl")
     return {
         "seconds": seconds,
-        "tokens_per_second": [r["tokens_per_second"] for r in records if "loss" in r][-1],
-        "bits_per_byte": [r["val_bits_per_byte"] for r in records if "val_bits_per_byte" in r][-1],
+        "tokens_per_second": metrics.steps[-1].tokens_per_second,
+        "bits_per_byte": metrics.evaluations[-1].val_bits_per_byte,
     }
 
 
 def speeds(target: Target) -> list[dict[str, Any]]:
-    """Of each shape, eager and compiled; one that fails is told, and the next is timed all the same."""
+    """Time each shape, eager and compiled; report a failure and continue with the next."""
     shapes = [("gpt2", 32, 1024), ("gpt2-medium", 16, 1024), ("llama-3.2-1b", 4, 2048)]
     found = []
     for preset, micro_batch, seq_len in [("tiny", 2, 32)] if target.rehearses else shapes:
@@ -421,7 +432,7 @@ def speeds(target: Target) -> list[dict[str, Any]]:
 
 
 def shoal(target: Target, *arguments: str) -> str:
-    """The output of a command that must succeed."""
+    """Return the output of a command that must succeed."""
     done = subprocess.run(
         [sys.executable, "-m", "shoal", *arguments], cwd=target.folder, capture_output=True, text=True, check=False
     )
@@ -461,7 +472,7 @@ def run_check(check: Callable[[Target], Found], target: Target) -> dict[str, Any
         return {"name": name, "passed": None, "found": "needs CUDA", "seconds": 0.0}
     try:
         passed, text = check(target)
-    except Exception as error:  # told, and the next is checked all the same
+    except Exception as error:  # report it and continue with the next check
         passed, text = False, f"{type(error).__name__}: {error}"
     tell(f"{'pass' if passed else 'FAIL'}: {name}: {text}")
     return {"name": name, "passed": bool(passed), "found": text, "seconds": time.perf_counter() - begun}
@@ -476,10 +487,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one repeat of each benchmark")
     parser.add_argument("--out", type=Path, help="also write the JSON to this file, after each check")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a rehearsal at tiny sizes")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="device to check; cpu: a rehearsal at tiny sizes"
+    )
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        tell("gpu_check: torch sees no CUDA device here; nothing was checked")
+        tell("gpu_check: torch finds no CUDA device; nothing was checked")
         return 2
     device = torch.device("cuda", 0) if arguments.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
@@ -499,7 +512,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.out:
             arguments.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
-    # what the runs in this process say goes beside what this says: standard output is the report's
+    # output of runs in this process goes to stderr: stdout is for the report
     with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
         target = Target(device, Path(name), arguments.quick)
         for check in CHECKS:
@@ -507,7 +520,7 @@ def main(argv: list[str] | None = None) -> int:
             keep()
         try:
             report["quickstart"] = quickstart(target)
-        except Exception as error:  # told, and the speeds are measured all the same
+        except Exception as error:  # report it and continue with the speeds
             report["quickstart"] = {"failed": f"{type(error).__name__}: {error}"}
             tell(f"FAIL: quickstart: {report['quickstart']['failed']}")
         keep()

@@ -1,18 +1,18 @@
 """
-The tables of docs/LEARN.md, measured: time, memory and bytes sent of each recipe in recipes/learn.
+Measure the tables of docs/LEARN.md: time, memory and bytes sent of each recipe in recipes/learn.
 
-    python scripts/learn_table.py                     measure all, and write the tables into docs/LEARN.md
+    python scripts/learn_table.py                     measure all and write the tables to docs/LEARN.md
     python scripts/learn_table.py --table sharding    one table
-    python scripts/learn_table.py --results FILE      keep each measurement in FILE; what is there is not measured again
+    python scripts/learn_table.py --results FILE      store measurements in FILE, and skip those already there
 
-What is measured is the step that `shoal train` takes (`assemble` and `train_step`), in processes that do nothing else:
+Measures the step of `shoal train` (`assemble` and `train_step`) in processes that do nothing else:
 
-- Time: the fastest of the last steps, from a barrier to a barrier, which a neighbour's load makes longer; and the CPU
-  time that all processes together spent in one, which it hardly does.
-- Bytes: what the loopback interface sent meanwhile, by step and process, in a network namespace of its own where
-  `unshare` may make one, so that nobody else's traffic counts.
-- Memory: of the process with most. Held all the time: weights, gradients, moments. Peak: these, and by how much the
-  process grew in the second step.
+- Time: the fastest of the last steps, from barrier to barrier, which other programs' load lengthens; and the CPU time of all
+  processes together, which such load hardly affects.
+- Bytes: sent by the loopback interface, per step and process. If `unshare` is allowed, in a network namespace of its own, so
+  that no other traffic counts.
+- Memory: of the process with the most. Held all the time: weights, gradients, moments. Peak: these, plus the process's growth
+  in the second step.
 """
 
 from __future__ import annotations
@@ -49,19 +49,23 @@ from shoal.resolve.resolve import read_back, resolve, to_yaml
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
 from shoal.training.assemble import assemble, open_loader
-from shoal.training.finish_config import settle
+from shoal.training.finish_config import finish_config
 from shoal.training.loop import set_threads
 from shoal.training.step import train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "LEARN.md"
-WATCHED, FIRST_TIMED, LAST = 2, 3, 6  # steps: for memory; for time and bytes
+WATCHED, FIRST_TIMED, LAST = (
+    2,
+    3,
+    6,
+)  # steps: of the memory measurement; first and last of the time and bytes measurement
 ALONE = "SHOAL_LEARN_ALONE"  # set in the network namespace
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a recipe, what is changed in it, and the bytes that a formula says a process sends."""
+    """A table row: a recipe, the options changed in it, and a formula for the bytes that a process sends."""
 
     recipe: str
     options: str = ""
@@ -77,7 +81,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a process in a step."""
+    """Measurements of one process in one step."""
 
     step_seconds: float
     cpu_seconds: float  # of all processes
@@ -87,7 +91,7 @@ class Measured:
 
 
 def parameters() -> tuple[int, int]:
-    """Of the learner's model: all, and those in its blocks."""
+    """Return the model's number of parameters: all, and those in its blocks."""
 
     def count(layers: int) -> int:
         return parameter_count(Model(vocab_size=257, dim=128, num_layers=layers, num_heads=4, max_seq_len=256))
@@ -96,19 +100,19 @@ def parameters() -> tuple[int, int]:
 
 
 LAYERS = 4
-HIDDEN = 4 * 16 * 256 * 128  # bytes of what flows between blocks, of a whole step: float32 [16, 256, 128]
+HIDDEN = 4 * 16 * 256 * 128  # bytes of a step's hidden state: float32 [16, 256, 128]
 
 
 def all_reduced(n: int, share: float = 1.0) -> float:
-    """Reduced and gathered by parts, (n - 1) / n of all each time."""
+    """Return the bytes of an all-reduce: reduce-scatter and all-gather, each (n - 1) / n of the gradients."""
     return 2 * (n - 1) / n * 4 * parameters()[0] * share
 
 
 def sharded(n: int, turns: int, gathers: int = 2, replicas: int = 1) -> float:
     """
-    Blocks gathered `gathers` times a micro-batch, the rest once; gradients summed and cut once a step.
+    Return the bytes of FSDP: blocks gathered `gathers` times per micro-batch, the rest once; one reduce-scatter per step.
 
-    gloo's reduce-scatter sends what an all-reduce does, twice what it would need.
+    gloo's reduce-scatter sends as much as an all-reduce, twice the minimum.
     """
     whole, blocks = parameters()
     gathered = turns * (gathers * blocks + whole - blocks)
@@ -116,18 +120,18 @@ def sharded(n: int, turns: int, gathers: int = 2, replicas: int = 1) -> float:
 
 
 def tensor(n: int) -> float:
-    """Two pairs of gather and sum-scatter a block, and backward as much; one pair for the embedding and for the head."""
+    """Return the bytes of tensor parallelism: two gather and reduce-scatter pairs per block and direction, two more outside."""
     return (n - 1) / n * HIDDEN * (LAYERS * 8 + 2 + 2)
 
 
 def pipeline(crossings: int, n: int) -> float:
-    """Forward sends what flows once over each border between processes, backward its gradient."""
+    """Return the bytes of a pipeline: at each crossing between processes, the hidden state forward, its gradient backward."""
     return 2 * HIDDEN * crossings / n
 
 
 def context(n: int, method: str) -> float:
-    """Of all blocks, and the gradients' sum over all processes."""
-    part = HIDDEN / n  # a key or a value or a query of this process's places
+    """Return the bytes of context parallelism in all blocks, plus the gradients' all-reduce."""
+    part = HIDDEN / n  # the keys, values or queries of one process's positions
     sent = {
         "allgather": 2 * 2 * (n - 1) * part,
         "ulysses": 2 * 4 * (n - 1) / n * part,
@@ -197,8 +201,8 @@ TABLES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="append", choices=TABLES, help="only this one (may be repeated)")
-    parser.add_argument("--results", type=Path, help="a JSON file of measurements, added to")
+    parser.add_argument("--table", action="append", choices=TABLES, help="only this table (may be repeated)")
+    parser.add_argument("--results", type=Path, help="JSON file of measurements, extended by this run")
     parser.add_argument("--held", nargs="+", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.held:
@@ -221,7 +225,7 @@ def main() -> None:
 
 
 def go_alone() -> None:
-    """Start anew in a network namespace where lo is ours alone, if that is allowed."""
+    """Restart in a network namespace with a loopback interface of its own, if allowed."""
     if ALONE in os.environ:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 1))  # SIOCSIFFLAGS: up
@@ -231,11 +235,11 @@ def go_alone() -> None:
     if allowed:
         os.environ[ALONE] = "1"
         os.execvp(unshare[0], [*unshare, sys.executable, *sys.argv])
-    print("no network namespace to be had: whatever else uses the loopback interface now is counted too")
+    print("cannot make a network namespace: other traffic on the loopback interface is counted too")
 
 
 def measure(rows: Sequence[Row], processes: int, results: dict[Row, Measured]) -> None:
-    """Add to `results` what so many processes, started once, measure of each row."""
+    """Measure each row with this many processes, started once, and add the results."""
     if not rows:
         return
     with tempfile.TemporaryDirectory(prefix="shoal-learn-") as name:
@@ -246,7 +250,7 @@ def measure(rows: Sequence[Row], processes: int, results: dict[Row, Measured]) -
         launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, "-m", *launcher, __file__, "--held", *map(str, configs)]
         peaks: dict[Row, int] = {}
-        # memory first, where what is freed leaves the process at once, which takes time; then the rest
+        # memory first, with an allocator that returns freed memory at once, which is slow; then time and bytes
         for returning in ({"MALLOC_MMAP_THRESHOLD_": "65536"}, {}):
             env = os.environ | {"OMP_NUM_THREADS": "1"} | returning
             with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as running:
@@ -259,18 +263,18 @@ def measure(rows: Sequence[Row], processes: int, results: dict[Row, Measured]) -
 
 
 def figure(path: str, name: str, column: int) -> int:
-    """A number in the line of /proc that begins with `name:`."""
+    """Return a number from the line of a /proc file that begins with `name:`."""
     [line] = [x for x in Path(path).read_text().splitlines() if x.strip().startswith(f"{name}:")]
     return int(line.partition(":")[2].split()[column])
 
 
 def loopback_bytes() -> int:
-    """What lo has sent since it was made: payload and headers of everything between processes here."""
+    """Return the bytes that the loopback interface has sent: payload and headers."""
     return figure("/proc/net/dev", "lo", 8)
 
 
 def held(recipes: Sequence[Path]) -> None:
-    """In one of the processes: the first one prints a line for each recipe."""
+    """Measure in one of the processes; rank 0 prints one line per recipe."""
     first = read_back(recipes[0])
     set_threads(first)
     with open_mesh("cpu", 600.0, Parallel()) as world:
@@ -283,18 +287,18 @@ def held(recipes: Sequence[Path]) -> None:
             layout = find_layout(config.parallel, world.world_size)
             assert isinstance(layout, Layout)
             mesh = Mesh(world.place, world.device, layout)
-            config = settle(config, RunFolder(recipe.parent / "none"), prepared, mesh)
+            config = finish_config(config, RunFolder(recipe.parent / "none"), prepared, mesh)
             rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=False)
             line = json.dumps(take_steps(config, mesh, rows))
             if mesh.is_first:
                 print(line, flush=True)
     sys.stdout.flush()
-    os._exit(0)  # gloo's threads may outlive Python's end
+    os._exit(0)  # gloo's threads may outlive Python's shutdown
 
 
 def take_steps(config: Config, mesh: Mesh, rows: Rows) -> list[float]:
-    """The fields of `Measured`, the same on all processes. Collectives over the world."""
-    gc.collect()  # what the last recipe left
+    """Return the fields of `Measured`, equal on all ranks. Collectives over the world."""
+    gc.collect()  # free the last recipe's model
     libc = ctypes.CDLL(None)
     seconds, peak = [], 0
     runnable, state = assemble(config, mesh, lambda _: None)
@@ -302,7 +306,7 @@ def take_steps(config: Config, mesh: Mesh, rows: Rows) -> list[float]:
     for step in range(1, LAST + 1):
         if step == WATCHED:
             libc.malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the highest mark is now's
+            Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
             at_rest = 1024 * figure("/proc/self/status", "VmHWM", 0)
         if step == WATCHED + 1:
             peak = 1024 * figure("/proc/self/status", "VmHWM", 0) - at_rest
@@ -327,7 +331,7 @@ def take_steps(config: Config, mesh: Mesh, rows: Rows) -> list[float]:
 
 
 def table(name: str, results: dict[Row, Measured]) -> str:
-    """As Markdown, with where it was measured."""
+    """Return the table as Markdown, with the machine it was measured on."""
     heads = ["", "step", "CPU time of all", "held all the time", "peak", "sent", "by the formula"]
     if name == "memory":
         heads = heads[:5]
@@ -367,7 +371,7 @@ def where() -> str:
 
 
 def with_table(page: str, name: str, text: str) -> str:
-    """`page` with what stands between this table's marks replaced. Raises ValueError where a mark is missing."""
+    """Return `page` with the table between its marks replaced. Raises ValueError if a mark is missing."""
     begin, end = f"<!-- table: {name} begin -->", f"<!-- table: {name} end -->"
     before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)
@@ -377,7 +381,7 @@ def with_table(page: str, name: str, text: str) -> str:
 
 
 def read(path: Path | None) -> dict[Row, Measured]:
-    """What was measured before; rows that run the same are one row, whatever they are called."""
+    """Return stored measurements; rows with the same recipe and options are one row, whatever their labels."""
     found = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
     return {Row(**row): Measured(**measured) for row, measured in found}
 

@@ -1,12 +1,11 @@
 """
-Every layout with each family, precision, checkpointing and compile, against one process; writes docs/matrix.md.
+Compare every layout with one process, for each family, precision, checkpointing mode and compile; write docs/matrix.md.
 
     python scripts/matrix.py [--only PATTERN] [--again] [--limit-minutes N]
-    python scripts/matrix.py --write              only the page, of the results there are
+    python scripts/matrix.py --write              only write the page, from existing results
 
-A cell's result is kept in build/matrix.jsonl when it is there, so that a run that was stopped goes on where it was;
-remove that file to begin anew. What the processes say goes to build/matrix.log. Needs no network. Ends with 1 where a
-cell failed.
+Results are stored in build/matrix.jsonl cell by cell, so a stopped run resumes; remove that file to start over. Output of the
+processes goes to build/matrix.log. Needs no network. Exits with 1 if a cell failed.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and in the processes that are started
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, also in child processes
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(__file__).resolve().parents[1] / "build" / "inductor")
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
@@ -60,7 +59,7 @@ PAGE = ROOT / "docs" / "matrix.md"
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a cell: what was measured, or the error that it ended with."""
+    """The result of a cell: its measurements, or the error it ended with."""
 
     cell: str
     commit: str
@@ -74,7 +73,7 @@ class Result:
 
 
 def results() -> dict[str, Result]:
-    """By cell; the last one of a cell counts."""
+    """Return stored results by cell; a cell's last result counts."""
     found = {}
     for line in RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []:
         fields = json.loads(line)
@@ -88,11 +87,11 @@ def results() -> dict[str, Result]:
 
 
 def run(todo: list[Cell], limit_seconds: float) -> None:
-    """Each cell, its result appended to the file, a line on the console."""
+    """Run cells; append each result to the file and print one line."""
     RESULTS.parent.mkdir(exist_ok=True)
     console = os.fdopen(os.dup(1), "w", buffering=1)
     log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)  # what the processes say, which have these from here
+    os.dup2(log, 1)  # child processes inherit these
     os.dup2(log, 2)
     commit, worlds = _commit(), Worlds()
     start, cost, done = time.monotonic(), sum(cell.cost for cell in todo), 0.0
@@ -100,11 +99,11 @@ def run(todo: list[Cell], limit_seconds: float) -> None:
         bench = Bench(Path(folder), worlds)
         for number, cell in enumerate(todo, 1):
             if time.monotonic() - start > limit_seconds:
-                print(f"stopped at the time limit, {len(todo) - number + 1} cells left", file=console)
+                print(f"stopped at the time limit with {len(todo) - number + 1} cells left", file=console)
                 break
             result = one(bench, cell, commit)
             if result.error:
-                worlds.close()  # others may still wait for the one that failed
+                worlds.close()  # other processes may still wait for the failed one
             file.write(json.dumps(dataclasses.asdict(result)) + "\n")
             file.flush()
             done += cell.cost
@@ -119,7 +118,7 @@ def one(bench: Bench, cell: Cell, commit: str) -> Result:
     measured = error = None
     try:
         measured = bench.run(cell)
-    except Exception:  # also of a process that died: a result like others, and the next cell's turn
+    except Exception:  # including a dead process: record it and continue with the next cell
         error = traceback.format_exc()
     date = datetime.date.today().isoformat()
     return Result(str(cell), commit, date, round(time.monotonic() - start, 1), measured, error)
@@ -141,7 +140,7 @@ def page(found: dict[str, Result]) -> str:
     numbers = {text: number for number, (text, _) in enumerate(counts.most_common(), 1)}
     parts = [_head(found), *(_table(name, found, reasons, numbers) for name in GROUPS)]
     parts.append(
-        "## Refused\n\nIn shoal's words. A cell may be refused for several reasons.\n\n| | cells | |\n| --- | --- | --- |\n"
+        "## Rejected\n\nThe messages of shoal. A cell may be rejected for several reasons.\n\n| | cells | |\n| --- | --- | --- |\n"
         + "\n".join(f"| {numbers[text]} | {count} | {text} |" for text, count in counts.most_common())
     )
     failed = [(cell, text) for cell in legal() if str(cell) in found and (text := found[str(cell)].problem(cell))]
@@ -166,42 +165,42 @@ checkpointing (none, full, selective, budget), with and without `torch.compile`:
 | --- | --- |
 | {len(got) - failed} | pass |
 | {failed} | fail |
-| {every - len(can)} | refused before any process starts, with words that say what to set |
+| {every - len(can)} | rejected before any process starts, with a suggested fix |
 | {len(can) - len(got)} | not run yet |
 
-Command: `make matrix`, or `python scripts/matrix.py`. It goes on where it was stopped.
+Command: `make matrix`, or `python scripts/matrix.py`. A stopped run resumes.
 Date: {max((r.date for r in got), default="-")}. Commits, and cells measured at each: {commits or "-"}.
 
 ```
 {chr(10).join(lines)}
-processes      on gloo, of one thread each
+processes      gloo, one thread each
 ```
 
-Each cell trains the same small model (4 blocks, width 48; 8 where a schedule needs 8 stages) for one step of 8
-sequences, and its gradient is put together from all processes, which must hold the same bits where they hold the same
-thing. It is compared with the gradient of one process in float32, without checkpointing and without the compiler.
+Each cell trains the same small model (4 blocks, width 48; 8 blocks if a schedule needs 8 stages) for one step of 8 sequences.
+Its gradient is assembled from all processes, whose replicas must be bitwise identical, and compared with the gradient of one
+process in float32, without checkpointing and without the compiler.
 
-- float32: the number is the error of the parameter whose gradient is worst, relative to that gradient: the norm of the
-  difference by the norm, beyond 1e-8 of the whole gradient's norm. Allowed: {WORST:.0e}, and {WORST_NUMBER:.0e} of the loss and of the
+- float32: the number is the error of the worst parameter's gradient: the norm of the difference divided by that gradient's
+  norm, beyond 1e-8 of the whole gradient's norm. Allowed: {WORST:.0e}, and {WORST_NUMBER:.0e} for the loss and the
   reported norm.
-- bfloat16: the number is the relative error of the whole gradient, and behind it that of one process in bfloat16,
-  which is rounding alone. Allowed, of the gradient, the loss and the norm: {ROUNDING} times what one process has, and {SLACK:.0e}.
-- "same bits": the layout is of `train.repro: bitwise`, and the gradient, loss and norm are to the bit those of one process
-  (where `cp` or `tp` is larger than 1: of the same layout without data parallel).
+- bfloat16: the numbers are the relative error of the whole gradient, and that of one process in bfloat16, which is due to
+  rounding alone. Allowed for the gradient, the loss and the norm: {ROUNDING} times the error of one process, plus {SLACK:.0e}.
+- "same bits": the layout has `train.repro: bitwise`, and the gradient, loss and norm are bitwise identical to those of one
+  process (if `cp` or `tp` is larger than 1: to the same layout without data parallelism).
 
-`3/3` is how many of the checkpointing modes that can be had pass; the number is the worst of them. `refused 2` names a
-line of the table at the end; what no layout can have (float16 on this device, budget without the compiler) is not said
-in each row. The layouts under "{TOGETHER}" are there for each pair of features that can be had and that the others lack:
-they run without checkpointing and compiler alone."""
+`3/3` counts the supported checkpointing modes that pass; the number is the worst of them. `rejected 2` refers to a line of
+the table at the end; combinations that no layout supports (float16 on this device, budget without the compiler) are not
+repeated in each row. The layouts under "{TOGETHER}" cover each pair of features that is supported and missing in the others; they run
+only without checkpointing and without the compiler."""
 
 
 def _table(group: str, found: dict[str, Result], reasons: dict[Cell, list[str]], numbers: dict[str, int]) -> str:
-    """A row for each layout and family; for each layout where there are few columns."""
+    """Return a table with a row per layout and family, or per layout if there are few columns."""
     mine = [cell for cell in reasons if cell.layout in GROUPS[group] and cell.dtype != "float16"]
     compiled = any(cell.compile for cell in mine)
 
     def place(cell: Cell) -> tuple[str, str]:
-        """Row and column."""
+        """Return a cell's row and column."""
         if compiled:
             return f"{cell.layout} | {cell.family}", cell.dtype + ", compiled" * cell.compile
         return cell.layout, f"{cell.dtype}, {cell.family}"
@@ -220,12 +219,12 @@ def _table(group: str, found: dict[str, Result], reasons: dict[Cell, list[str]],
 
 
 def _entry(row: list[Cell], found: dict[str, Result], reasons: dict[Cell, list[str]], numbers: dict[str, int]) -> str:
-    """The cells that differ in checkpointing alone."""
+    """Return the entry for cells that differ only in checkpointing."""
     row = [cell for cell in row if cell.compile or cell.checkpointing != "budget"]
     can = [cell for cell in row if not reasons[cell]]
     said = ""
     if why := sorted({numbers[text] for cell in row for text in reasons[cell]}):
-        said = "refused " + ", ".join(map(str, why))
+        said = "rejected " + ", ".join(map(str, why))
     if not can:
         return said
     got = [(cell, found[str(cell)]) for cell in can if str(cell) in found]
@@ -254,12 +253,17 @@ def _end(text: str, lines: int = 12) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", metavar="PATTERN", help="a regular expression: 'tp 2 .*gpt2'")
-    parser.add_argument("--again", action="store_true", help="run what failed once more")
     parser.add_argument(
-        "--limit-minutes", type=float, default=float("inf"), metavar="N", help="begin no cell after that"
+        "--only",
+        default="",
+        metavar="PATTERN",
+        help="run only cells that match this regular expression, such as 'tp 2 .*gpt2'",
     )
-    parser.add_argument("--write", action="store_true", help="run nothing, write the page")
+    parser.add_argument("--again", action="store_true", help="also rerun failed cells")
+    parser.add_argument(
+        "--limit-minutes", type=float, default=float("inf"), metavar="N", help="start no cell after N minutes"
+    )
+    parser.add_argument("--write", action="store_true", help="run nothing, only write the page")
     args = parser.parse_args()
     have = results()
     todo = [cell for cell in legal() if re.search(args.only, str(cell))]

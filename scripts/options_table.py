@@ -1,20 +1,20 @@
 """
-The table of all options in docs/API.md, written from `shoal.config.options`.
+Write the table of all options in docs/API.md from `shoal.config.options`.
 
-    python scripts/options_table.py            write it into docs/API.md
-    python scripts/options_table.py --check    end with 1 where docs/API.md says something else
+    python scripts/options_table.py            write docs/API.md
+    python scripts/options_table.py --check    exit with 1 if docs/API.md is out of date
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from shoal.config.options import SECTIONS, option_name, options
+from shoal.config.option import option_fields, option_name
+from shoal.config.options import SECTIONS, options
 from shoal.resolve.resolve import expectation
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "API.md"
@@ -22,14 +22,14 @@ BEGIN, END = "<!-- options: begin (written by scripts/options_table.py) -->", "<
 
 
 def table() -> str:
-    """A heading, a line and a table for each section, as Markdown."""
+    """Return a heading, a sentence and a table for each section, as Markdown."""
     parts = []
     for name, section in SECTIONS.items():
         about = " ".join((section.__doc__ or "").split())
         head = (
             f"### `{name}`\n\n{about}\n\n| option | takes | default | unit | meaning |\n| --- | --- | --- | --- | --- |"
         )
-        keys = [f"{name}.{option_name(f)}" for f in dataclasses.fields(section)]
+        keys = [f"{name}.{option_name(f)}" for f in option_fields(section)]
         parts.append("\n".join([head, *(_row(key) for key in keys)]))
     return "\n\n".join(parts)
 
@@ -44,7 +44,7 @@ def _row(key: str) -> str:
 
 
 def _default(value: Any) -> str:
-    """As a recipe would say it."""
+    """Return a default value as written in a recipe."""
     return (
         json.dumps(list(value))
         if isinstance(value, tuple)
@@ -55,7 +55,7 @@ def _default(value: Any) -> str:
 
 
 def with_table(page: str) -> str:
-    """`page` with what stands between the two marks replaced. Raises ValueError where a mark is missing."""
+    """Return `page` with the tables between the two marks replaced. Raises ValueError if a mark is missing."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -65,9 +65,7 @@ def with_table(page: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; end with 1 where the table is out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the table is out of date")
     check = parser.parse_args().check
     page = PAGE.read_text(encoding="utf-8")
     wanted = with_table(page)

@@ -1,12 +1,12 @@
 """
-Try another version of torch: an environment of its own, and what depends most on torch, in some minutes.
+Test another version of torch in its own environment: the parts that depend most on torch, in a few minutes.
 
-    make test-torch VERSION=2.11.0              in .venv-torch-2.11.0, which is made where it is not there
+    make test-torch VERSION=2.11.0              in .venv-torch-2.11.0, which is made if missing
     make test-torch VERSION=2.11.0 PARTS="layouts compile"
-    make test-torch TORCH_ENV=DIR               in an environment that is there, with the packages of constraints.txt
+    make test-torch TORCH_ENV=DIR               in an existing environment with the packages of constraints.txt
 
-Ends with one line a part and with the table's row for docs/SETUP.md; 1 where a part failed. What each part said is in
-build/test-torch/VERSION/. Python's standard library alone.
+Prints one line per part and the row for the table in docs/SETUP.md; exits with 1 if a part failed. Each part's output is in
+build/test-torch/VERSION/. Needs only Python's standard library.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT_SECONDS = 1800  # of a part, on a busy machine
+LIMIT_SECONDS = 1800  # per part, on a busy machine
 WARNING = re.compile(r"warning|deprecat", re.IGNORECASE)
 
 # Each part's tests, as pytest selects them.
@@ -44,7 +44,7 @@ SHORT = ("--train.steps", "20", "--optim.warmup_steps", "5", "--train.sample_tok
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one part: `said` is its line in the summary."""
+    """The outcome of one part; `said` is its line in the summary."""
 
     fine: bool
     said: str
@@ -53,8 +53,8 @@ class Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("version", nargs="?", help="of torch, such as 2.11.0; with TORCH_ENV set it is read there")
-    parser.add_argument("--parts", nargs="*", choices=[*PARTS, QUICKSTART], help="only these")
+    parser.add_argument("version", nargs="?", help="version of torch, such as 2.11.0; unused with TORCH_ENV")
+    parser.add_argument("--parts", nargs="*", choices=[*PARTS, QUICKSTART], help="run only these parts")
     arguments = parser.parse_args()
     python = environment(arguments.version)
     version = output(python, "import importlib.metadata as m; print(m.version('torch'))")
@@ -74,21 +74,21 @@ def main() -> int:
 
 
 def environment(version: str | None) -> Path:
-    """The Python of TORCH_ENV, or of an environment that is made, if it is not there, with this version of torch."""
+    """Return the Python of TORCH_ENV, or of an environment with this version of torch, made if missing."""
     there = os.environ.get("TORCH_ENV")
     if there:
         python = Path(there).absolute() / "bin" / "python"
         if not python.exists():
-            sys.exit(f"test-torch: TORCH_ENV is {there}, and there is no {python}")
+            sys.exit(f"test-torch: TORCH_ENV is {there}, but {python} does not exist")
         return python
     if version is None:
-        sys.exit("test-torch: say which torch: make test-torch VERSION=2.11.0, or TORCH_ENV=DIR")
+        sys.exit("test-torch: set the version, make test-torch VERSION=2.11.0, or TORCH_ENV=DIR")
     folder = ROOT / f".venv-torch-{version}"
     if not (folder / "installed").exists():
         settings = {"VENV": str(folder), "TORCH_VERSION": version, "PYTHON": os.environ.get("PYTHON") or sys.executable}
         made = subprocess.run(["bash", "scripts/install.sh"], cwd=ROOT, env=os.environ | settings, check=False)
         if made.returncode:
-            sys.exit(f"test-torch: {folder.name} could not be made")
+            sys.exit(f"test-torch: cannot make {folder.name}")
     return folder / "bin" / "python"
 
 
@@ -97,7 +97,7 @@ def output(python: Path, code: str) -> str:
 
 
 def call(python: Path, arguments: list[str], log: Path) -> tuple[int, str]:
-    """Exit code and output, which is added to `log`; shoal is the one of this folder."""
+    """Run a command with this repository's shoal; return exit code and output, which is appended to `log`."""
     ours = {"PYTHONPATH": str(ROOT / "src"), "OMP_WAIT_POLICY": "PASSIVE", "TEST_PATIENCE_SECONDS": "600"}
     with log.open("a+", encoding="utf-8", errors="replace") as file:
         start = file.seek(0, os.SEEK_END)
@@ -123,12 +123,12 @@ def tests(part: str, python: Path, folder: Path) -> Outcome:
     passed, skipped = counts.get("passed", 0), counts.get("skipped", 0)
     said = f"{passed} of {passed + counts.get('failed', 0) + counts.get('error', 0)}"
     said += f", {skipped} skipped" * bool(skipped) + f" (exit code {code})" * (code not in (0, 1))
-    fine = code == 0 and passed > 0  # none passed where every one was skipped
+    fine = code == 0 and passed > 0  # none passed if all were skipped
     return Outcome(fine, said, time.monotonic() - start)
 
 
 def quickstart(python: Path, folder: Path) -> Outcome:
-    """Its first 20 steps on two processes, a resume with FSDP2, text, an export; and every warning."""
+    """Run 20 steps of the quickstart on two processes, a resume with FSDP2, generation and an export; count warnings."""
     log, place = folder / "quickstart.log", folder / "quickstart"
     log.unlink(missing_ok=True)
     shutil.rmtree(place, ignore_errors=True)

@@ -1,9 +1,9 @@
 """
-One run that lives through twelve faults, and another that nothing disturbs: the same weights, and their losses in one picture.
+Train one run through twelve faults and one without; compare their weights and draw both losses in one picture.
 
     python scripts/twelve_faults.py --picture docs/pictures/twelve-faults.svg
 
-Needs shoal[plots]. Prints what happened, as a table.
+Needs shoal[plots]. Prints the events as a table.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from shoal.data.ledger import audit
 from shoal.errors import EXIT_REQUEUE
 from shoal.fault.inject import PLAN
 from shoal.run.events import read_json_lines
+from shoal.run.records import read_metrics
 
 STEPS = 300
 RECIPE = f"""
@@ -45,7 +46,7 @@ launch: {{hang_seconds: 5, timeout_seconds: 60, threads: 1}}
 
 @dataclass(frozen=True)
 class Blow:
-    """A fault, when, and in words; those that end the workers begin a life."""
+    """A fault, its time and its description; one that `ends` the workers starts another life."""
 
     words: str
     step: int
@@ -56,22 +57,22 @@ class Blow:
     more: dict[str, float] = field(default_factory=dict)
 
 
-# Two processes, until one is asked to stop; then three.
+# Two processes until SIGTERM; then three.
 FIRST = (
     Blow("SIGKILL in backward", 25, "backward", 1, "kill"),
     Blow("exception in forward", 50, "forward", 0, "exception"),
-    Blow("SIGSTOP while gradients are summed", 72, "reduce", 1, "stop"),
+    Blow("SIGSTOP in the all-reduce of gradients", 72, "reduce", 1, "stop"),
     Blow("disk full while saving", 90, "write", 0, "full", ends=False),
-    Blow("all connections cut", 112, "data", 0, "cut"),
+    Blow("all connections closed", 112, "data", 0, "cut"),
     Blow("the loader hangs", 130, "read", 1, "hang"),
     Blow("power cut: newest checkpoint torn", 150, "retention", 0, "tear"),
-    Blow("SIGTERM: asked to stop; goes on with three processes", 175, "forward", 1, "term"),
+    Blow("SIGTERM: stops; resumes with three processes", 175, "forward", 1, "term"),
 )
 SECOND = (
     Blow("a bit of a weight flips", 200, "optimizer", 1, "flip", ends=False),
     Blow("a rank is slow for 12 steps", 220, "forward", 2, "slow", ends=False, more={"seconds": 0.6, "steps": 12}),
-    Blow("SIGKILL in the middle of a checkpoint", 250, "rename", 0, "kill"),
-    Blow("SIGKILL while it restarts", 0, "load", 1, "kill"),
+    Blow("SIGKILL in the middle of a save", 250, "rename", 0, "kill"),
+    Blow("SIGKILL during the restart", 0, "load", 1, "kill"),
 )
 
 
@@ -86,7 +87,7 @@ def plan_of(blows: tuple[Blow, ...]) -> str:
 
 
 class Watcher:
-    """How far a run is, twice a second: (seconds since the beginning, step)."""
+    """Records a run's progress twice a second: (seconds since the start, step)."""
 
     def __init__(self, metrics: Path) -> None:
         self.seen: list[tuple[float, int]] = []
@@ -96,8 +97,7 @@ class Watcher:
 
     def _watch(self) -> None:
         while not self._over.wait(0.5):
-            steps = [int(r["step"]) for r in read_json_lines(self._metrics)] if self._metrics.is_file() else []
-            self.seen.append((time.monotonic() - self._began, steps[-1] if steps else 0))
+            self.seen.append((time.monotonic() - self._began, read_metrics(self._metrics).last_step))
 
     def close(self) -> None:
         self._over.set()
@@ -105,29 +105,29 @@ class Watcher:
 
 
 def train(folder: Path, name: str, processes: int, blows: tuple[Blow, ...] = ()) -> int:
-    """The exit code."""
+    """Train a run with faults; return the exit code."""
     command = [sys.executable, "-m", "shoal", "train", "recipe.yaml", "--name", name, "--processes", str(processes)]
     done = subprocess.run(command, cwd=folder, env=os.environ | {PLAN: plan_of(blows)}, check=False)
     return done.returncode
 
 
 def draw(folder: Path, watched: dict[str, Watcher], picture: Path) -> None:
-    """Losses over steps, one on the other, with a mark for each fault; below, steps over the time that they took."""
+    """Draw both losses over steps, with a mark for each fault; below, steps over time."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.0, 7.4), layout="constrained")
     above, below, text = figure.subplots(3, 1, height_ratios=[3.2, 2.4, 1.4])
     styles: dict[str, dict[str, Any]] = {
-        "clean": {"color": "#9ecae1", "linewidth": 5.0, "label": "nothing disturbed it"},
-        "faults": {"color": "#a50f15", "linewidth": 1.1, "label": "it lived through these faults"},
+        "clean": {"color": "#9ecae1", "linewidth": 5.0, "label": "without faults"},
+        "faults": {"color": "#a50f15", "linewidth": 1.1, "label": "through these faults"},
     }
     for name, style in styles.items():
-        records = [r for r in read_json_lines(folder / "runs" / name / "metrics.jsonl") if "loss" in r]
-        above.plot([r["step"] for r in records], [r["loss"] for r in records], **style)
+        records = read_metrics(folder / "runs" / name / "metrics.jsonl").steps
+        above.plot([r.step for r in records], [r.loss for r in records], **style)
         below.plot(*zip(*watched[name].seen, strict=True), **style | {"linewidth": style["linewidth"] * 0.6 + 0.6})
     top = above.get_ylim()[1]
     for number, blow in enumerate([*FIRST, *SECOND], 1):
-        step = blow.step or SECOND[2].step + 8  # while it restarts
+        step = blow.step or SECOND[2].step + 8  # during the restart
         above.axvline(step, color="#636363", linewidth=0.6, linestyle=":")
         above.annotate(str(number), (step, top), ha="center", va="bottom", fontsize=9)
     above.set_xlabel("step")
@@ -148,7 +148,7 @@ def draw(folder: Path, watched: dict[str, Watcher], picture: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("build/twelve-faults"), help="where the runs are")
+    parser.add_argument("--folder", type=Path, default=Path("build/twelve-faults"), help="folder for the runs")
     parser.add_argument("--picture", type=Path, default=Path("build/twelve-faults.svg"))
     options = parser.parse_args()
     shutil.rmtree(options.folder / "runs", ignore_errors=True)
@@ -169,7 +169,7 @@ def main() -> int:
             print(f"{name} ended with {codes}")
             return 1
     draw(options.folder, watched, options.picture)
-    print("\n| event | step | what it says |\n| --- | --- | --- |")
+    print("\n| event | step | details |\n| --- | --- | --- |")
     for event in read_json_lines(runs / "faults" / "events.jsonl"):
         if event["event"] not in ("saved", "started"):
             if event["event"] == "fault":
@@ -180,8 +180,8 @@ def main() -> int:
     last = {name: listed(runs / name / "checkpoints")[-1] for name in ("clean", "faults")}
     same = weights(last["clean"].folder) == weights(last["faults"].folder)
     passed = audit(runs / "faults" / "ledger.jsonl").passed
-    print(f"\nstep {last['faults'].step}: the weights and moments are {'the same' if same else 'OTHERS'}, to the bit; "
-          f"the ledger says {'PASS' if passed else 'FAIL'}")  # fmt: skip
+    print(f"\nstep {last['faults'].step}: weights and moments are {'bitwise identical' if same else 'DIFFERENT'}; "
+          f"ledger: {'PASS' if passed else 'FAIL'}")  # fmt: skip
     return 0 if same and passed else 1
 
 

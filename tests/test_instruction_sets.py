@@ -44,11 +44,11 @@ from shoal.system.cpu import multiplies_bfloat16
 from shoal.mesh.place import Place
 from shoal.metrics.machine import instruction_sets
 from shoal.mesh.mesh import Mesh
-from shoal.training.finish_config import describe_slow_bfloat16, settle_dtype
+from shoal.training.finish_config import describe_slow_bfloat16, choose_dtype
 cpu = torch.device("cpu")
 print(json.dumps({
     "capability": torch.backends.cpu.get_cpu_capability(), "sets": instruction_sets(), "quick": multiplies_bfloat16(),
-    "torch": getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: None)(), "auto": settle_dtype("auto", Mesh(Place(), cpu)),
+    "torch": getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: None)(), "auto": choose_dtype("auto", Mesh(Place(), cpu)),
     "slow": describe_slow_bfloat16(cpu),
 }))
 """

@@ -1,3 +1,97 @@
-"""shoal trains language models from scratch, on whatever you have. See `shoal --help` and docs/API.md."""
+"""
+Trains language models from scratch, on whatever hardware you have. See `shoal --help` and docs/API.md.
+
+    from shoal import generate, load, read_config, train
+
+    run = train(read_config("quickstart", steps=20))
+    print(generate(load(run.folder), "def "))
+
+`import shoal` imports neither torch nor numpy; each function imports what it needs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
+    from shoal.commands.worker import Trained
+    from shoal.config.options import Config
+    from shoal.infer.load import LoadedModel
 
 __version__ = "0.1.0"
+__all__ = ["Config", "generate", "load", "read_config", "train"]
+
+
+def read_config(recipe: str | Path | None = None, /, **options: Any) -> Config:
+    """
+    Return a valid config: a recipe with `options` applied.
+
+    recipe: a YAML file, or the name of a built-in recipe, such as "quickstart"; None: the recipe that `shoal init` writes.
+    options: named like flags of `shoal train`: `steps=20`, `name="first"`, or `**{"train.steps": 20}`. Raises `ConfigError`
+    with every problem.
+    """
+    from shoal.commands.recipes import config_of
+
+    return config_of(recipe, options)
+
+
+def train(config: Config) -> Trained:
+    """
+    Train in this process, from the start or the run's last checkpoint; return the run's `folder` and whether it `finished`.
+
+    The process works alone, or as one of those that torchrun or srun started. The first Ctrl-C, SIGTERM or SIGUSR1 saves and
+    stops; a second Ctrl-C raises `KeyboardInterrupt`. Call from the main thread, which gets signals. Raises `ShoalError`.
+    """
+    from shoal.commands.worker import train_here
+
+    return train_here(config)
+
+
+def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """
+    Load a model and its tokenizer from a run's folder (the last checkpoint), one checkpoint, or a Hugging Face folder.
+
+    device: "auto", "cpu" or "cuda". dtype: "float32", "bfloat16", or "auto": its own, or float32 if the device is slow
+    in it. Raises `ShoalError`.
+    """
+    from shoal.infer.load import load_path
+
+    return load_path(path, device=device, dtype=dtype)
+
+
+def generate(
+    model: LoadedModel,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> str:
+    """
+    Return the text that a model adds to `prompt`, up to the end of the text or `max_new_tokens`.
+
+    temperature: 0 always takes the likeliest token. top_k, top_p: sample from the `top_k` likeliest tokens, or from the
+    likeliest that together have probability `top_p`; None: from all. The same seed gives the same text. Raises
+    `GenerateError`, or `ModelError` without a tokenizer.
+    """
+    from shoal.infer.stream import complete
+    from shoal.models.sampling import Sampling
+
+    return complete(model, prompt, max_new_tokens, Sampling(temperature, top_k, top_p, seed))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Config":
+        from shoal.config.options import Config
+
+        return Config
+    raise AttributeError(f"module 'shoal' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "Config"]

@@ -1,4 +1,4 @@
-"""`python -m shoal` is `shoal`; the launcher starts its workers so."""
+"""Run `shoal` as `python -m shoal`, which is how the launcher starts its workers."""
 
 from shoal.cli import main
 

@@ -1,20 +1,20 @@
 """
-The errors a person can meet.
+The errors that a user can fix.
 
     ShoalError              exit code 2, one message, no traceback
-    ├── ConfigError         what was asked for cannot be (all problems at once)
-    ├── DataError           corpus, tokenizer or token shards
-    ├── ModelError          a folder of weights: missing, cut short, or of a shape that is not honoured
+    ├── ConfigError         invalid config, with all problems at once
+    ├── DataError           invalid corpus, tokenizer or token shards
+    ├── ModelError          a folder of weights that is missing, truncated or unsupported
     ├── CheckpointError     a checkpoint that cannot be read or written
-    ├── RunError            the run's folder: locked, unwritable, of another past
-    ├── CompileError        compiled code whose loss or gradients are not those of the model
-    ├── LaunchError         processes, ports, devices
-    ├── MemoryProblem       memory that ran out
-    ├── GenerateError       a prompt or a sampling option
-    └── DivergedError       the numbers stopped being numbers
+    ├── RunError            a run's folder that is locked, unwritable or incompatible
+    ├── CompileError        compiled code with other losses or gradients than eager code
+    ├── LaunchError         unavailable processes, ports or devices
+    │   └── LostPeerError   another process of the run is gone
+    ├── MemoryProblem       out of memory
+    ├── GenerateError       an invalid prompt or sampling option
+    └── DivergedError       a loss or gradient norm that stays NaN or Inf
 
-Each message says what is wrong and what to set. Anything that is not a `ShoalError` is a bug of ours and
-keeps its traceback.
+Each message says what is wrong and what to set. Any other exception is a bug in shoal and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 EXIT_BAD_INPUT = 2
-EXIT_LOST_PEER = 3  # of a worker, when another one of its run has gone
-EXIT_REQUEUE = 85  # asked to stop before the end: the same command goes on from what was saved
+EXIT_LOST_PEER = 3  # a worker exits with this after another worker of its run is gone
+EXIT_REQUEUE = 85  # stopped early on request; the same command resumes from the last checkpoint
 
 
 class ShoalError(Exception):
     """
-    Base of what a person can mend; `str(error)` is the whole message.
+    Base class of errors that a user can fix; `str(error)` is the whole message.
 
-    option: the one that the message is about, and stands in `text` as {option}: another verb may spell it otherwise.
+    option: the option at fault, written {option} in `text`, because verbs spell the same option differently.
     """
 
     def __init__(self, text: str, *, option: str = "") -> None:
@@ -42,7 +42,7 @@ class ShoalError(Exception):
 
 @contextlib.contextmanager
 def spelled(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors from within name their option as `names` has it: as the person at this verb writes it."""
+    """Rename the option of errors raised inside, from its internal name to this verb's spelling in `names`."""
     try:
         yield
     except ShoalError as error:
@@ -53,9 +53,9 @@ def spelled(names: Mapping[str, str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a config: `where` it was written, and `what` to do about it."""
+    """One problem of a config: its origin (`where`), and a message (`what`) that says how to fix it."""
 
-    where: str  # "recipe.yaml:12", "--optim.lr", or "" where two values contradict each other
+    where: str  # "recipe.yaml:12", "--optim.lr", or "" if only defaults are involved
     what: str
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Problem:
 
 
 class ConfigError(ShoalError):
-    """Every problem of a config, found before anything starts."""
+    """All problems of a config, found before anything starts."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
@@ -73,36 +73,40 @@ class ConfigError(ShoalError):
 
 
 class DataError(ShoalError):
-    """A corpus, a tokenizer or token shards that cannot be used."""
+    """An unusable corpus, tokenizer or token shard."""
 
 
 class ModelError(ShoalError):
-    """A folder of weights that is missing, cut short, or asks for what is not built here."""
+    """A folder of weights that is missing, truncated, or needs an unsupported feature."""
 
 
 class CheckpointError(ShoalError):
-    """A checkpoint that is missing, cut short, altered, or of another model."""
+    """A checkpoint that is missing, truncated, altered, or from another model."""
 
 
 class RunError(ShoalError):
-    """A run's folder that is locked, cannot be written, or holds another past."""
+    """A run's folder that is locked, unwritable, or holds a run with an incompatible config."""
 
 
 class CompileError(ShoalError):
-    """Compiled code whose loss or gradients are not those of the model."""
+    """Compiled code whose loss or gradients differ from eager code by more than rounding."""
 
 
 class LaunchError(ShoalError):
-    """Processes, ports or devices that are not to be had."""
+    """Unavailable or inconsistent processes, ports or devices."""
+
+
+class LostPeerError(LaunchError):
+    """Another process of the run is gone."""
 
 
 class MemoryProblem(ShoalError):
-    """Memory that ran out where the same would happen again."""
+    """Out of memory in a way that a restart would repeat."""
 
 
 class GenerateError(ShoalError):
-    """A prompt or a sampling option that cannot be honoured."""
+    """An invalid prompt or sampling option."""
 
 
 class DivergedError(ShoalError):
-    """The loss or the gradient norm is no longer finite."""
+    """A loss or gradient norm that stays NaN or Inf."""

@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py: all of it that runs without a GPU is rehearsed."""
+"""A rehearsal of scripts/gpu_check.py: everything that runs without a GPU."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def script() -> Any:
     assert spec.loader is not None
     module = sys.modules["gpu_check"] = importlib.util.module_from_spec(
         spec
-    )  # where its dataclasses look themselves up
+    )  # its dataclasses look up their module here
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # it would set it for all the tests after this
+        patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise later tests would inherit it
         spec.loader.exec_module(module)
     return module
 
 
 class Allocator:
-    """Memory of a device that is not there, as `torch.cuda` tells of it."""
+    """A fake device's memory, as `torch.cuda` reports it."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
@@ -51,7 +51,7 @@ def test_memory_is_counted_from_what_was_in_use_before(
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: memory.now)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: memory.most)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", memory.reset)
-    memory.take(1000)  # a reference's peak, most of it freed again
+    memory.take(1000)  # a reference's peak, mostly freed
     memory.take(-900)
 
     def work() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`shoal verify`: PASS where a layout is right; with a planted bug FAIL, by the parameter's name."""
+"""`shoal verify`: PASS for a correct layout; FAIL for a planted bug, naming the parameter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from shoal.parallel.randomness import Randomness
 from shoal.parallel.reduce import GradientReducer
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
-from shoal.training.finish_config import settle
+from shoal.training.finish_config import finish_config
 from tests.parallel.layouts import config_of, mesh_for
 from tests.world import World
 
@@ -30,12 +30,12 @@ FORGOTTEN = "blocks.1.ffn_norm.weight"
 
 
 def certified(mesh: Mesh, config: Config, bug: str) -> Certificate:
-    """In a worker: the certificate of this config, of a shoal that has this bug (in layouts, not on one process)."""
+    """Return, in a worker, the certificate of this config with this bug planted in parallel layouts."""
     mesh = mesh_for(mesh, config.parallel)
     console = Console(speaks=False)
     prepared = open_data(config.data, console)
     folder = RunFolder.of(config).path
-    config = settle(config, RunFolder(folder / "none"), prepared, mesh)
+    config = finish_config(config, RunFolder(folder / "none"), prepared, mesh)
     with BUGS[bug]():
         return certify(config, mesh, prepared, folder, console)
 
@@ -47,7 +47,7 @@ def no_bug() -> Iterator[None]:
 
 @contextmanager
 def a_forgotten_reduction_of_data_parallel() -> Iterator[None]:
-    """One parameter is in no bucket: each replica keeps its own gradient."""
+    """Skip one parameter in the buckets: each replica keeps its own gradient."""
     plain, model_of = GradientReducer.__init__, apply.parallelize
 
     def parallelize(model: Any, mesh: Mesh, **rest: Any) -> Any:
@@ -64,7 +64,7 @@ def a_forgotten_reduction_of_data_parallel() -> Iterator[None]:
 
 @contextmanager
 def a_forgotten_reduction_of_tensor_parallel() -> Iterator[None]:
-    """A norm's weight saw this process's part of the sequence, and nobody adds the others'."""
+    """Skip the all-reduce of a norm's weight, which saw only one rank's part of the sequence."""
     plain = apply.sum_replicated
 
     def forgetful(shards: list[Shard], mesh: Mesh) -> None:
@@ -76,7 +76,7 @@ def a_forgotten_reduction_of_tensor_parallel() -> Iterator[None]:
 
 @contextmanager
 def a_loss_divided_by_the_local_token_count() -> Iterator[None]:
-    """The mean of the processes' means, as many trainers have it."""
+    """Return the mean of the ranks' means, a common mistake."""
 
     def local(self: apply.Runnable, batches: Any) -> torch.Tensor:
         own = sum(b.valid_tokens for b in batches)
@@ -88,7 +88,7 @@ def a_loss_divided_by_the_local_token_count() -> Iterator[None]:
 
 @contextmanager
 def a_wrong_ranks_dropout() -> Iterator[None]:
-    """Every process draws as the first one does."""
+    """Draw the same dropout on every rank."""
     plain = Randomness.begin
 
     def same_everywhere(self: Randomness, step: int, first_slot: int) -> None:
@@ -100,7 +100,7 @@ def a_wrong_ranks_dropout() -> Iterator[None]:
 
 @contextmanager
 def a_wrong_ranks_initial_weights() -> Iterator[None]:
-    """Every process but the first draws other initial weights, and nobody sends the first one's round."""
+    """Draw other initial weights on every rank but 0, without a broadcast."""
     plain = apply.hold
 
     def own(part: Any, regions: Any, mesh: Mesh, weights: Any, **rest: Any) -> list[Shard]:
@@ -152,7 +152,7 @@ def test_a_right_layout_passes(
     certificate = _certify(world, config_of(tmp_path, "right", train__dtype=dtype, **options), processes, "no_bug")
     assert certificate.passed, certificate
     assert certificate.findings.keys() == {"float32", dtype}
-    assert not list((tmp_path / "runs" / "right").glob("checkpoints"))  # what it saved on the way is gone
+    assert not list((tmp_path / "runs" / "right").glob("checkpoints"))  # its temporary checkpoint is removed
 
 
 def test_bitwise_is_held_to_the_bit(world: Callable[[int], World], tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_forgotten_reduction_fails_by_the_parameters_name(
 def test_a_bug_of_all_parameters_fails_and_names_the_worst(
     world: Callable[[int], World], tmp_path: Path, bug: str, options: dict[str, Any]
 ) -> None:
-    """Three processes for eight micro-batches: one has fewer, so a mean of means is not the mean."""
+    """Three processes share eight micro-batches unequally, so a mean of means is not the mean."""
     config = config_of(tmp_path, "bug", **options)
     certificate = _certify(world, config, 3, bug)
     assert not certificate.passed

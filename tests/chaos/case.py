@@ -1,8 +1,8 @@
 """
-Faults at moments of a small run, several in a run, and what must come of them: pure functions of a seed.
+Plans of faults for a small run, and their expected events: pure functions of a seed.
 
-Starting workers is nearly all that a fault costs, so a run has many faults. Those that end the workers end a life: the next
-ones are planned for the life after it. What a run mends by itself takes none.
+Most of a fault's cost is restarting the workers, so each run has many faults. A fault that ends the workers ends a "life",
+and later faults are planned for the next life. Faults that a run repairs by itself do not.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from shoal.fault.inject import Fault
+from shoal.fault.inject import Injected
 
 STEPS: Final = 112
 SAVE_EVERY: Final = 4
-GAP: Final = 9  # steps between two faults at least: the reader is 3 ahead, and a save takes a few
-MOST: Final = 9  # faults of a run: after the last there is room for saves that go well
+GAP: Final = 9  # minimum steps between faults: the reader is 3 steps ahead, and a save takes a few
+MOST: Final = 9  # maximum faults per run, so that good saves can follow the last one
 
-# phase -> what can go wrong there
+# phase -> possible faults
 _DIES: Final = ("kill", "exception")
 _STEP: Final = (*_DIES, "stop", "hang", "cut")
 POSSIBLE: Final[dict[str, tuple[str, ...]]] = {
@@ -51,10 +51,10 @@ _EVENTS: Final = {
 
 @dataclass(frozen=True)
 class Case:
-    """A run of so many processes, data parallel, of one thread each; and its faults, in the order in which they happen."""
+    """A data-parallel run of `processes` with one thread each, and its faults in order."""
 
     processes: int
-    faults: tuple[Fault, ...]
+    faults: tuple[Injected, ...]
 
     @property
     def plan(self) -> list[dict[str, object]]:
@@ -62,30 +62,30 @@ class Case:
 
     @property
     def must_say(self) -> Counter[str]:
-        """How often each of these events stands in `events.jsonl`."""
+        """How often each of these events must appear in `events.jsonl`."""
         return Counter(event for fault in self.faults if (event := said_of(fault.phase, fault.fault)))
 
     def alone(self) -> Iterator[Case]:
-        """Each fault in a run of its own."""
+        """Yield a case for each fault alone."""
         return (Case(self.processes, (dataclasses.replace(fault, life=0),)) for fault in self.faults)
 
     @property
     def command(self) -> str:
-        """What runs it, and nothing else."""
+        """The command that runs this case alone."""
         return f"python scripts/chaos.py --processes {self.processes} --plan '{json.dumps(self.plan)}'"
 
     def __str__(self) -> str:
         return f"{self.processes} processes: {', '.join(map(in_words, self.faults))}"
 
 
-def in_words(fault: Fault) -> str:
+def in_words(fault: Injected) -> str:
     again = f" of life {fault.life}" if fault.life else ""
     where = f"of step {fault.step}" if fault.step else "before the first step"
     return f"{fault.fault} in {fault.phase} {where} on rank {fault.rank}{again}"
 
 
 def said_of(phase: str, fault: str) -> str | None:
-    """The event that comes of a fault; None where nothing does."""
+    """Return the event that a fault causes; None if it causes none."""
     if phase in SAVES and fault in ("full", "exception"):
         return None if phase == "retention" else "save failed"
     return _EVENTS[fault]
@@ -97,7 +97,7 @@ def ends_the_workers(phase: str, fault: str) -> bool:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A fault that has no step and no life yet."""
+    """A fault without a step and a life yet."""
 
     phase: str
     fault: str
@@ -109,21 +109,21 @@ class _Drawn:
 
     @property
     def lasts(self) -> bool:
-        """A save that hangs: no other save comes before the run has come to its end, and is found to hang."""
+        """A save that hangs: it is detected only at the end of the run, and blocks other saves until then."""
         return self.phase in SAVES and self.fault == "hang"
 
     @property
     def is_late(self) -> bool:
-        """A save that fails: in the last life, so that no other fault ends the workers before it."""
+        """A save that fails: planned in the last life, so that no other fault ends the workers first."""
         return self.phase in SAVES and not self.ends_the_workers
 
 
 def arrange(processes: int, drawn: Sequence[_Drawn], jitter: Sequence[int] = ()) -> Case:
     """
-    The same faults in an order in which each does happen, with lives, and with steps that grow.
+    Order the faults so that each one happens, with lives and increasing steps.
 
-    What comes before the first step does so in the life after another fault, one of them also at the very start: again
-    while it restarts. jitter: steps to add to each gap.
+    Faults before the first step happen in the restart after another fault; one of them may also come first. jitter: steps
+    added to each gap.
     """
     waiting = [d for d in drawn if d.phase in BEFORE_STEPS]
     order = [waiting.pop(0)] if drawn[0] in waiting else []
@@ -136,13 +136,13 @@ def arrange(processes: int, drawn: Sequence[_Drawn], jitter: Sequence[int] = ())
     for number, each in enumerate(order):
         if each.phase not in BEFORE_STEPS:
             step += GAP + (jitter[number] if jitter else 0)
-        faults.append(Fault(0 if each.phase in BEFORE_STEPS else step, each.phase, each.rank, each.fault, life))
+        faults.append(Injected(0 if each.phase in BEFORE_STEPS else step, each.phase, each.rank, each.fault, life))
         life += each.ends_the_workers
     return Case(processes, tuple(faults))
 
 
 def few() -> list[Case]:
-    """Some of each kind: what dies, what hangs, what is damaged, what is no number; in the time of a coffee."""
+    """Return a few cases with each kind of fault: deaths, hangs, damage and NaN."""
     dies = [_Drawn("backward", "kill", 1), _Drawn("forward", "nan", 1), _Drawn("load", "kill", 0)]
     damaged = [_Drawn("retention", "tear", 0), _Drawn("write", "full", 1), _Drawn("stage", "exception", 0)]
     hangs = [_Drawn("reduce", "stop", 0), _Drawn("read", "hang", 1), _Drawn("write", "kill", 1)]
@@ -151,7 +151,7 @@ def few() -> list[Case]:
 
 
 def others() -> list[Case]:
-    """Every fault in every phase that `few` has not, once."""
+    """Return cases with every fault in every phase that `few` lacks, once each."""
     done = {(fault.phase, fault.fault) for case in few() for fault in case.faults}
     left = [
         _Drawn(phase, fault, 0 if phase in OF_FIRST_RANK else number % 2)
@@ -164,7 +164,7 @@ def others() -> list[Case]:
 
 
 def drawn(seed: int, count: int = 5) -> Case:
-    """`count` faults by chance, the same for the same seed on any machine."""
+    """Return `count` random faults, the same for the same seed on any machine."""
     draw = random.Random(seed)
     processes = draw.choice((2, 3, 4))
     found = []
@@ -173,5 +173,5 @@ def drawn(seed: int, count: int = 5) -> Case:
         fault = draw.choice(POSSIBLE[phase])
         found.append(_Drawn(phase, fault, 0 if phase in OF_FIRST_RANK else draw.randrange(processes)))
     if any(each.fault == "flip" for each in found) and processes == 2:
-        processes = 3  # two cannot say which of them is right
+        processes = 3  # two replicas cannot tell which is right
     return arrange(processes, found, [draw.randrange(4) for _ in found])

@@ -1,4 +1,4 @@
-"""Runs a case for real, and judges it: the same weights as without the faults, every sample once, nothing left over."""
+"""Run a case and judge it: the same weights as without faults, every sample once, nothing left over."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from shoal.run.events import read_json_lines
 from tests.chaos.case import SAVE_EVERY, STEPS, Case
 from tests.cli.commands import clean_environment
 
-MARK: Final = "SHOAL_CHAOS"  # in the environment of a run's processes, whoever started them
+MARK: Final = "SHOAL_CHAOS"  # environment variable that marks a run's processes
 PATIENCE_SECONDS: Final = 400.0
-_LOOK_SECONDS: Final = 0.5  # between two looks at the ports of a run
+_LOOK_SECONDS: Final = 0.5  # between two checks of a run's ports
 
 RECIPE = f"""
 model: {{dim: 32, num_layers: 2, num_heads: 2, max_seq_len: 32}}
@@ -38,28 +38,28 @@ train: {{steps: {STEPS}, global_batch: 12, micro_batch: 2, dtype: float32, devic
 checkpoint: {{every: {SAVE_EVERY}, keep: 3}}
 fault: {{check_replicas_every: 1}}
 metrics: {{peak_tflops: 1}}
-# crashes before the first step come no further, and a case may have some in a row
+# crashes before the first step count as no progress, and a case may have several in a row
 launch: {{hang_seconds: 5, timeout_seconds: 40, threads: 1, max_crashes: 6}}
 """
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`problems` is empty where the run lived through it. `events`: their names, in order."""
+    """The judgment of a run. problems: empty if it passed. events: their names, in order."""
 
     problems: tuple[str, ...]
     events: tuple[str, ...]
     output: str
 
     def explain(self, case: Case) -> str:
-        """What was wrong, which faults there were, and how to see any one of them alone."""
+        """Describe the problems, the faults, and the commands that repeat the run or each fault alone."""
         return "\n".join(
             [
                 *self.problems,
                 f"events: {', '.join(e for e in self.events if e != 'saved')}",
-                f"the run had these faults: {case}; it once more:",
+                f"the run had these faults: {case}; to repeat it:",
                 f"  {case.command}",
-                "and any one of them alone:",
+                "each fault alone:",
                 *(f"  {each.command}" for each in case.alone()),
             ]
         )
@@ -67,14 +67,14 @@ class Verdict:
 
 @dataclass
 class Trace:
-    """What a run had while it ran, and must have given back."""
+    """The resources that a run used, and must release."""
 
-    temporary: Path  # its folder for temporary files, and the mark of its processes
+    temporary: Path  # its folder for temporary files, also the mark of its processes
     ports: set[int] = field(default_factory=set)
     shared: set[Path] = field(default_factory=set)
 
     def look(self) -> None:
-        """Note the ports at which its processes listen, and what they have in shared memory."""
+        """Record the ports on which its processes listen, and their files in shared memory."""
         for process in _marked(self.temporary):
             self.shared |= _shared_files(process.pid)
             try:
@@ -84,13 +84,13 @@ class Trace:
             self.ports |= {c.laddr.port for c in found if c.status == psutil.CONN_LISTEN}
 
     def left_over(self) -> list[str]:
-        """In words. Processes first: what they hold is theirs as long as they live."""
+        """Describe what was not released, processes first."""
         ours = {p.pid: f"process {p.pid} is left over: {' '.join(p.cmdline())}" for p in _marked(self.temporary)}
         listening = {
             c.laddr.port
             for c in psutil.net_connections("tcp")
             if c.status == psutil.CONN_LISTEN
-            and (c.pid is None or c.pid in ours)  # else the port is somebody else's now
+            and (c.pid is None or c.pid in ours)  # otherwise another program has the port now
         }
         files = [*_temporary_files(self.temporary), *filter(Path.exists, self.shared)]
         return [
@@ -101,7 +101,7 @@ class Trace:
 
 
 class Laboratory:
-    """A folder for runs; what a run comes to without faults is computed once for each set of steps that are left out."""
+    """A folder for runs. The weights without faults are computed once for each set of skipped steps."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
@@ -110,13 +110,13 @@ class Laboratory:
         self._clean: dict[tuple[int, ...], dict[str, str]] = {}
 
     def run(self, name: str, processes: int, plan: Sequence[dict[str, object]]) -> tuple[int, str, list[str]]:
-        """(exit code, output, what is left over)"""
+        """Run a plan; return (exit code, output, what is left over)."""
         temporary = self.folder / "tmp" / name
         temporary.mkdir(parents=True)
         command = [sys.executable, "-m", "shoal", "train", "recipe.yaml", "--name", name, "--processes", str(processes)]
         environment = clean_environment() | {
             PLAN: json.dumps(plan), MARK: str(temporary), "TMPDIR": str(temporary),
-            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "cache"),  # which is to be there for the next one
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "cache"),  # kept for the next run
         }  # fmt: skip
         trace = Trace(temporary)
         printed = self.folder / f"{name}.txt"
@@ -127,7 +127,7 @@ class Laboratory:
                 while process.poll() is None and time.monotonic() < end:
                     trace.look()
                     time.sleep(_LOOK_SECONDS)
-                left = trace.left_over() if process.poll() is not None else ["it did not come to an end"]
+                left = trace.left_over() if process.poll() is not None else ["it did not end"]
             finally:
                 for each in _marked(temporary):
                     each.kill()
@@ -135,7 +135,7 @@ class Laboratory:
         return process.returncode, printed.read_text("utf-8", "replace"), left
 
     def try_out(self, case: Case, name: str) -> Verdict:
-        """Run the case, and judge it."""
+        """Run the case and judge it."""
         code, output, left = self.run(name, case.processes, case.plan)
         folder = self.folder / "runs" / name
         lines = read_json_lines(folder / "events.jsonl")
@@ -167,7 +167,7 @@ class Laboratory:
         return problems + [f"{name} is left over" for name in strange]
 
     def _expected(self, left_out: tuple[int, ...]) -> dict[str, str]:
-        """What one process comes to that nothing disturbs, and that leaves out these steps."""
+        """Return the weights of one undisturbed process that skips these steps."""
         if left_out not in self._clean:
             name = "-".join(["clean", *map(str, left_out)])
             plan = [{"step": step, "phase": "forward", "rank": 0, "fault": "nan"} for step in left_out]
@@ -178,24 +178,24 @@ class Laboratory:
 
 
 def judge_events(case: Case, lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Each fault did happen, once; what came of it was said as often, and nothing else went wrong."""
+    """Return a problem for each fault that did not happen exactly once, or whose events do not match."""
     happened = [{key: line[key] for key in case.plan[0]} for line in lines if line["event"] == "fault"]
     problems = [f"did not happen: {fault}" for fault in case.plan if fault not in happened]
-    problems += [f"happened, and was not planned or is there twice: {fault}" for fault in _more(happened, case.plan)]
+    problems += [f"happened unplanned, or twice: {fault}" for fault in _more(happened, case.plan)]
     said = Counter(line["event"] for line in lines)
-    # one that hangs may be seen as the death of those who waited for it
+    # a hang may be seen as the death of the ranks that waited
     wanted = case.must_say
     ends, wanted_ends = (counts["crashed"] + counts["hang"] for counts in (said, wanted))
     if ends != wanted_ends:
-        problems.append(f"the workers ended {ends} times, by {wanted_ends} faults")
+        problems.append(f"the workers ended {ends} times, for {wanted_ends} faults")
     problems += [
-        f"{event!r} stands {said[event]} times in the events, by {wanted[event]} faults"
+        f"{event!r} appears {said[event]} times in the events, for {wanted[event]} faults"
         for event in ("left out", "corrupted", "save failed")
         if said[event] != wanted[event]
     ]
     steps = {fault.step for fault in case.faults if fault.fault == "nan"}
     strange = [line["step"] for line in lines if line["event"] == "left out" and line["step"] not in steps]
-    return problems + [f"step {step} was left out, and no fault was there" for step in strange]
+    return problems + [f"step {step} was skipped without a fault" for step in strange]
 
 
 def _more(happened: Sequence[dict[str, Any]], planned: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -210,7 +210,7 @@ def _more(happened: Sequence[dict[str, Any]], planned: Sequence[dict[str, Any]])
 
 
 def steps_left_out(lines: Sequence[dict[str, Any]]) -> tuple[int, ...]:
-    """The steps that are left out in the weights of a run's end: not those that it went behind and took again."""
+    """Return the steps skipped in the final weights: not those that were taken again after a rollback."""
     steps: set[int] = set()
     for line in lines:
         if line["event"] == "left out":
@@ -221,7 +221,7 @@ def steps_left_out(lines: Sequence[dict[str, Any]]) -> tuple[int, ...]:
 
 
 def weights(folder: Path) -> dict[str, str]:
-    """Of every tensor of a checkpoint, a digest of its bytes; written by any number of processes."""
+    """Return a digest of every tensor in a checkpoint, however many processes wrote it."""
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(str(path), framework="np") as file:
@@ -231,7 +231,7 @@ def weights(folder: Path) -> dict[str, str]:
 
 
 def _marked(mark: Path) -> list[psutil.Process]:
-    """Processes of the run, by the mark in their environment."""
+    """Find the run's processes by the mark in their environment."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -247,7 +247,7 @@ def _temporary_files(folder: Path) -> list[Path]:
 
 
 def _shared_files(pid: int) -> set[Path]:
-    """Files in shared memory that a process has mapped or open."""
+    """Return the shared-memory files that a process has mapped or open."""
     process = Path(f"/proc/{pid}")
     try:
         held = {line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()}

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or gone while a run saves: training goes on, and so does saving when the disk is back."""
+"""A full, read-only or missing disk during saves: training continues, and saving resumes when the disk is back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = "mine"
 
 
 class Disk:
-    """A small file system's second name (a bind mount), `path`, so that it can go and come back."""
+    """A bind mount of a small file system at `path`, so that it can be removed and restored."""
 
     def __init__(self, own: Path, path: Path) -> None:
         self.path, self._own = path, own
@@ -39,13 +39,13 @@ class Disk:
 
     def make_read_only(self) -> None:
         while not self._mount("-o", "remount,bind,ro", self.path, check=False):
-            """Refused while a file is being written."""
+            """The kernel rejects it while a file is being written."""
 
     def make_writable(self) -> None:
         self._mount("-o", "remount,bind,rw", self.path)
 
     def take_away(self) -> None:
-        """And a file is where it was, so that nobody makes a folder there."""
+        """Unmount the disk, and put a file there so that no folder can be created."""
         subprocess.run(["umount", "-l", self.path], check=True)
         self.path.rmdir()
         self.path.write_text("no disk")
@@ -90,11 +90,11 @@ def test_training_goes_on_and_saves_when_the_disk_is_back(
     (run / "checkpoints").symlink_to(disk.path / "saved")
     process = place.start(
         "train", "recipe.yaml", "--name", NAME, "--train.steps", "9000", "--train.eval_every", "0",
-        "--checkpoint.keep", "1000",  # one that was deleted on a full disk would leave its room to the next
+        "--checkpoint.keep", "1000",  # deleting one on a full disk would make room for the next
     )  # fmt: skip
     wait_for(process, "step   17/9000")
     harm(disk)
-    said = wait_for(process, "those before it stand, training goes on, and it is tried again at step")
+    said = wait_for(process, "earlier ones are kept; training continues, and the save is retried at step")
     wait_for(process, "/9000  loss")  # it does
     mend(disk)
     failed = max(e["step"] for e in place.event_lines(NAME) if e["event"] == "save failed")
@@ -113,7 +113,7 @@ def test_training_goes_on_and_saves_when_the_disk_is_back(
 
 
 def until_saved(place: Place, process: subprocess.Popen[str], *, after: int) -> Iterator[str]:
-    """The lines of a run until its events tell of a checkpoint after step `after`."""
+    """Yield the output of a run until its events list a checkpoint after step `after`."""
     assert process.stdout is not None
     for line in process.stdout:
         if any(e["event"] == "saved" and e["step"] > after for e in place.event_lines(NAME)):
@@ -129,7 +129,7 @@ def test_what_a_run_writes_of_itself_waits_for_room(tmp_path: Path, disk: Disk) 
     )  # fmt: skip
     wait_for(process, "step   17/9000")
     disk.fill()
-    wait_for(process, "cannot be written: No space left on device; it is tried again")
+    wait_for(process, "cannot be written: No space left on device; writing is retried")
     said = "".join(until(process, "/9000  loss"))
     disk.empty()
     wait_for(process, "/9000  loss")
@@ -156,7 +156,7 @@ def test_output_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
         assert [step for step, _, _ in place.losses(run)] == [1, 2, 3, 4, 5, 6]
         assert place.events(run).count("crashed") == 0
     shown = shell(place, f"{place_command()} env > /dev/full")
-    said = "shoal: standard output cannot be written: No space left on device\n"
+    said = "shoal: cannot write standard output: No space left on device\n"
     assert (shown.returncode, shown.stderr) == (2, said)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or not there; what was damaged is named; nothing is a pickle."""
+"""Checkpoints: complete or absent; damage is named; no file is a pickle."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def saved_in(store: CheckpointStore, seed: int = 0, step: int = 1, val_loss: flo
 
 
 def is_equal(saved: Saved, seed: int) -> bool:
-    """Whether what a checkpoint holds is `tensors(seed)`, to the bit."""
+    """Return whether a checkpoint holds exactly `tensors(seed)`."""
     mine = {name: torch.zeros_like(t) for name, t in tensors(seed).items()}
     load(saved, parts(mine))
     return all(torch.equal(mine[n], t) for n, t in tensors(seed).items())
@@ -82,10 +82,10 @@ def test_several_processes_share_the_writing_and_load_the_same_bits(
     for equal, read in world(size).run(save_and_load, tmp_path):
         assert equal
         assert (read["step"], read["position"]) == (3, 48)
-    assert is_equal(listed(tmp_path)[0], 1)  # and one process reads what several wrote
+    assert is_equal(listed(tmp_path)[0], 1)  # one process reads what several wrote
     written = [p.stat().st_size for p in listed(tmp_path)[0].folder.glob("*.safetensors")]
     assert len(written) == size
-    assert max(written) < 2 * sum(written) / size  # all hold the same, and share the writing
+    assert max(written) < 2 * sum(written) / size  # all ranks hold the same tensors, and share the writing
 
 
 def test_a_checkpoint_is_safetensors_and_json_alone(tmp_path: Path) -> None:
@@ -165,24 +165,24 @@ def test_a_full_disk_costs_the_checkpoint_and_not_those_before_it(tmp_path: Path
 
 
 def test_what_is_trained_on_meanwhile_is_not_what_is_saved(tmp_path: Path) -> None:
-    """The step goes on at once; the votes say when the checkpoint is there."""
+    """`begin` returns at once; the votes tell when the checkpoint is complete."""
     store, live = store_in(tmp_path), tensors(1)
     assert store.begin(parts(live), state(4))
     for tensor in live.values():
         tensor.zero_()
     assert store.is_busy
-    assert not store.begin(parts(live), state(5))  # one at a time
+    assert not store.begin(parts(live), state(5))  # only one save at a time
     outcome = None
     while outcome is None:
-        outcome = store.settle(store.serial, store.votes())
+        outcome = store.advance(store.serial, store.votes())
     assert outcome.ok
     assert outcome.step == 4
     assert is_equal(listed(tmp_path)[0], 1)
-    assert store.settle(store.serial, (1.0, 1.0, 0.0)) is None  # votes that come late are of nothing any more
+    assert store.advance(store.serial, (1.0, 1.0, 0.0)) is None  # late votes are ignored
 
 
 class Cuda:
-    """The calls of CUDA's runtime, each with the thread that made it; nothing is done."""
+    """A fake CUDA runtime that records each call with its thread."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, locks: bool = True) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -215,7 +215,7 @@ def test_memory_for_a_gpus_saves_is_locked_on_its_device_until_it_goes(
     live = [torch.randn(5, 3), torch.arange(7, dtype=torch.int16), torch.randn(2, 2, dtype=torch.float64)]
     with Rehearsal():
         staging = Staging(live)
-    places = staging.places()
+    places = staging.buffers()
     assert [(p.shape, p.dtype) for p in places] == [(t.shape, t.dtype) for t in live]
     (_, _, device), (_, _, first, size) = cuda.calls
     assert [call[:2] for call in cuda.calls] == [("staging", "set_device"), ("staging", "lock")]
@@ -229,7 +229,7 @@ def test_memory_for_a_gpus_saves_is_locked_on_its_device_until_it_goes(
     assert all(torch.equal(place, tensor) for place, tensor in zip(places, live, strict=True))
     del cuda.calls[:], places, place
     gc.collect()
-    assert cuda.calls == []  # the next save takes the same memory
+    assert cuda.calls == []  # the next save uses the same memory
     del staging
     gc.collect()
     assert [call[1:] for call in cuda.calls] == [("unlock", first)] * locks
@@ -237,14 +237,14 @@ def test_memory_for_a_gpus_saves_is_locked_on_its_device_until_it_goes(
 
 def test_memory_for_a_cpus_saves_is_not_locked(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cuda(monkeypatch)
-    assert len(Staging([torch.randn(3), torch.randn(2)]).places()) == 2
+    assert len(Staging([torch.randn(3), torch.randn(2)]).buffers()) == 2
     assert cuda.calls == []
 
 
 def test_a_save_from_a_gpu_waits_for_its_copies_in_its_own_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory that was prepared is locked once and used by every save; each save's thread takes its device first."""
+    """Prepared memory is locked once and used by every save; each save's thread sets its device first."""
     cuda, live = Cuda(monkeypatch), tensors(1)
     with Rehearsal():
         monkeypatch.setattr(torch.cuda, "Event", cuda.event)
@@ -298,7 +298,7 @@ def test_all_fall_back_together_to_the_newest_that_is_whole(world: Callable[[int
 
 
 def flip(path: Path) -> None:
-    """One bit in the middle of a file."""
+    """Flip one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 8
     path.write_bytes(data)
@@ -356,7 +356,7 @@ def test_a_disk_that_says_written_is_not_taken_at_its_word(tmp_path: Path, monke
     outcome = store.finish()
     assert outcome is not None
     problem = outcome.problem
-    assert "reads otherwise than it was written" in problem
+    assert "differs from what was written" in problem
 
 
 KILLED = """
@@ -382,7 +382,7 @@ def test_killed_at_any_moment_every_listed_checkpoint_is_whole(tmp_path: Path) -
     assert process.stdout is not None
     process.stdout.readline()
     seen = 0
-    while seen < 4:  # it is in the middle of some save by then; which part differs from run to run
+    while seen < 4:  # by then it is inside some save, at a different point in each run
         seen = max((s.step for s in listed(tmp_path)), default=0)
     process.kill()
     process.wait()

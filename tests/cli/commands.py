@@ -1,4 +1,4 @@
-"""`shoal` as a person starts it: a real process, its output read line by line."""
+"""Running `shoal` as a user does: in a real process, reading its output line by line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ launch: {processes: 2, threads: 1}
 
 
 class Place:
-    """A folder with a recipe in it, where commands are run."""
+    """A working folder with a recipe, in which commands run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,13 +43,13 @@ class Place:
         )
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
-        """(exit code, output)"""
+        """Return (exit code, output)."""
         process = self.start(*arguments, **environment)
         output, _ = process.communicate(timeout=200)
         return process.returncode, output
 
     def answer(self, *arguments: str) -> str:
-        """Standard output of a command that must end well: what another program would read."""
+        """Return the standard output of a command that must succeed."""
         command = [sys.executable, "-m", "shoal", *arguments]
         done = subprocess.run(
             command, cwd=self.folder, env=clean_environment(), capture_output=True, text=True, timeout=200, check=False
@@ -63,7 +63,7 @@ class Place:
         return output
 
     def refused(self, *arguments: str, **environment: str) -> str:
-        """The one message of a command that must end with 2 and without a traceback."""
+        """Return the output of a command that must exit with 2 and no traceback."""
         code, output = self.run(*arguments, **environment)
         assert code == 2, output
         assert "Traceback" not in output
@@ -73,7 +73,7 @@ class Place:
         return [json.loads(line) for line in (self.folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]
 
     def losses(self, run: str) -> list[tuple[int, float, float]]:
-        """(step, loss, gradient norm) at full precision."""
+        """Return (step, loss, gradient norm) of each step, at full precision."""
         return [(r["step"], r["loss"], r["grad_norm"]) for r in self.metrics(run) if "loss" in r]
 
     def event_lines(self, run: str) -> list[dict[str, Any]]:
@@ -84,19 +84,19 @@ class Place:
 
 
 def clean_environment() -> dict[str, str]:
-    """Nobody's worker's, without what pytest and other launchers leave; one thread where a command would choose by the load."""
+    """Return an environment without variables of pytest and launchers, and with one thread, so that load has no influence."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
 def until(process: subprocess.Popen[str], words: str) -> Iterator[str]:
-    """The lines of a running command up to the one with `words`; fails where it ends before."""
+    """Yield a running command's lines up to the one with `words`; fail if it ends before."""
     assert process.stdout is not None
     for line in process.stdout:
         yield line
         if words in line:
             return
-    pytest.fail(f"the command ended before it said {words!r}")
+    pytest.fail(f"the command ended before it printed {words!r}")
 
 
 def wait_for(process: subprocess.Popen[str], words: str) -> str:
@@ -108,7 +108,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def gone(processes: list[psutil.Process]) -> bool:
-    """True when all have ended (or wait only to be reaped) within the patience of a test."""
+    """Return whether all processes end (or become zombies) within ten seconds; kill the rest."""
     left = processes
     for _ in range(20):
         _, left = psutil.wait_procs(left, timeout=0.5)

@@ -1,4 +1,4 @@
-"""Bad input: one clear message, a code of 2, no traceback, nothing lost."""
+"""Bad input gives one clear message, exit code 2, no traceback, and loses nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOO_MANY = 4 * count_cores() + 1
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """With one finished run, `done`."""
+    """Return a folder with one finished run, `done`."""
     place = Place(tmp_path_factory.mktemp("bad"))
     place.good("train", "recipe.yaml", "--name", "done", "--train.steps", "6", "--processes", "1")
     return place
@@ -50,14 +50,14 @@ def test_config_problems_come_together_before_anything_starts(place: Place) -> N
         "train", "recipe.yaml", "--model.num_heads", "5", "--train.global_batch=17", "--model.vocab_size", "100"
     )
     assert "num_heads" in output
-    assert "train.global_batch 17 is no multiple of train.micro_batch 2; try 18" in output
+    assert "train.micro_batch 2 does not divide train.global_batch 17; set train.global_batch to 18" in output
     assert "model.vocab_size 100 is smaller than the tokenizer's 257" in output
     assert not (place.folder / "runs" / "recipe").exists()
 
 
 @pytest.mark.ci
 def test_memory_that_cannot_be_had_ends_a_run_once_with_what_would_fit(place: Place) -> None:
-    """A matrix beyond any address space, asked for by two real processes."""
+    """Two real processes allocate a matrix beyond any address space."""
     output = place.refused("train", "recipe.yaml", "--name", "huge", "--model.dim", str(2**23))
     for said in ("281,475.0 GB", "train.micro_batch 1", "train.activation_checkpointing full", "parallel.dp_shard 2"):
         assert output.count(said) == 1
@@ -76,7 +76,9 @@ sys.exit(main(["train", "recipe.yaml", "--name", "out", "--processes", "1"]))
 """
 
 
-@pytest.mark.parametrize(("steps", "code"), [(0, 2), (3, 1)])  # what has fitted may again: a crash, which is tried anew
+@pytest.mark.parametrize(
+    ("steps", "code"), [(0, 2), (3, 1)]
+)  # steps that fitted may fit again: a crash, which is restarted
 def test_memory_that_runs_out_is_a_crash_only_after_steps_that_fitted(place: Place, steps: int, code: int) -> None:
     worker = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     done = subprocess.run(
@@ -90,7 +92,7 @@ def test_memory_that_runs_out_is_a_crash_only_after_steps_that_fitted(place: Pla
 
 @pytest.mark.ci
 def test_others_that_never_come(place: Place) -> None:
-    """As where somebody exported another launcher's variables, and started one process."""
+    """Start one process with another launcher's variables."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -107,21 +109,21 @@ def test_others_that_never_come(place: Place) -> None:
         (["train", "recip.yaml"], "did you mean recipe.yaml?"),
         (["train"], "shoal train needs a recipe"),
         (["trian", "recipe.yaml"], "invalid choice: 'trian'"),
-        (["eval", "nowhere"], "runs/nowhere is no run; there are done"),
+        (["eval", "nowhere"], "runs/nowhere is not a run; there are done"),
         (["train", "no\x1b[2Jsuch.yaml"], "no\\x1b[2Jsuch.yaml"),
-        (["eval", "done", "--step", "77"], "has no checkpoint of step 77; there are steps 5, 6"),
+        (["eval", "done", "--step", "77"], "has no checkpoint of step 77; it has steps 5, 6"),
         (["eval", "done", "--tokens", "3"], "shoal eval does not take --tokens"),
         (["generate", "done", "--prompt", "x" * 80], "the prompt has 80 tokens, and the model's context is 64"),
         (["generate", "done", "--prompt", ""], "an empty --prompt"),
         (["generate", "done", "--prompt", "a", "--top-p", "1.5"], "1.5; it must be above 0 and at most 1"),
         (["config"], "shoal config needs a recipe"),
-        (["prepare", "recipe.yaml", "--data.corpus", "text"], "a text corpus needs data.paths"),
-        (["train", "recipe.yaml", "--parallel.dp_replicate", "4"], "parallel.dp_replicate 4 needs 4 processes, launch.processes is 2"),
-        (["train", "recipe.yaml", "--processes", "8", "--train.micro_batch", "4"], "4 micro-batches, fewer than the 8 data-parallel processes of launch.processes 8; launch.processes 4, or train.global_batch 32, or train.micro_batch 2 would do"),
+        (["prepare", "recipe.yaml", "--data.corpus", "text"], "set data.paths"),
+        (["train", "recipe.yaml", "--parallel.dp_replicate", "4"], "parallel.dp_replicate 4 needs 4 processes, but launch.processes is 2"),
+        (["train", "recipe.yaml", "--processes", "8", "--train.micro_batch", "4"], "4 micro-batches, fewer than the 8 data-parallel ranks of launch.processes 8; set launch.processes to 4, or train.global_batch to 32, or train.micro_batch to 2"),
         (["train", "recipe.yaml", "--processes", str(TOO_MANY), "--train.global_batch", str(2 * TOO_MANY)], f"{TOO_MANY} processes on"),
         (["train", "recipe.yaml", "--train.device", "cuda"], "there is no CUDA device"),
-        (["train", "recipe.yaml", "--train.dtype", "float16"], "which multiplies it a thousand times slower"),
-        (["train", "recipe.yaml", "--data.seq_len", "65"], "data.seq_len 65 is longer than model.max_seq_len 64"),
+        (["train", "recipe.yaml", "--train.dtype", "float16"], "a thousand times slower"),
+        (["train", "recipe.yaml", "--data.seq_len", "65"], "data.seq_len 65 exceeds model.max_seq_len 64"),
     ],
 )  # fmt: skip
 def test_refusals(place: Place, arguments: list[str], words: str) -> None:
@@ -142,7 +144,7 @@ for line in sys.stdin.read().splitlines():
 
 
 def test_names_files_and_options_are_judged_before_torch_is_imported(place: Place) -> None:
-    """In one process: torch's import takes seconds, and whoever mistyped something should not wait for it."""
+    """In one process: a typo should not cost the seconds that importing torch takes."""
     (place.folder / "taken").mkdir(exist_ok=True)
     (place.folder / "taken" / "file").touch()
     wrong = {
@@ -155,7 +157,7 @@ def test_names_files_and_options_are_judged_before_torch_is_imported(place: Plac
         "eval --model.from taken": "config.json",
         "generate done --prompt a --top-p 2": "--top-p is 2.0",
         "generate --model.from gone --prompt a": "there is no folder gone",
-        "export done --out taken": "taken is there already",
+        "export done --out taken": "taken already exists",
     }
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],
@@ -186,7 +188,7 @@ def test_a_port_that_is_taken(place: Place) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         output = place.refused("train", "recipe.yaml", "--name", "port", "--launch.port", str(port))
-    assert f"port {port} is taken" in output
+    assert f"port {port} is in use" in output
 
 
 def test_a_corpus_that_is_empty_or_not_text(place: Place) -> None:
@@ -218,7 +220,7 @@ def test_a_shard_that_was_altered_or_cut_short(place: Place) -> None:
         shard.write_bytes(bytes(altered))
         output = place.refused("train", "recipe.yaml", "--name", "shard")
         assert shard.name in output
-        assert output.count("--data.rebuild true") == 1  # both workers met it, and it is said once
+        assert output.count("--data.rebuild true") == 1  # both workers found it; it is printed once
         assert "--data.rebuild true" in output
     finally:
         shard.write_bytes(whole)
@@ -234,8 +236,8 @@ def test_a_checkpoint_that_was_cut_short_or_is_of_another_model(place: Place) ->
     shard.write_bytes(whole)
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace("  dim: 32", "  dim: 48"))
-    assert "is of another model" in place.refused("eval", copy.name)
-    assert len(list((copy / "checkpoints").glob("step-*"))) == 2  # nothing was thrown away
+    assert "belongs to another model" in place.refused("eval", copy.name)
+    assert len(list((copy / "checkpoints").glob("step-*"))) == 2  # nothing was deleted
 
 
 def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(place: Place) -> None:
@@ -245,7 +247,7 @@ def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(place: Place)
     shard.write_bytes(shard.read_bytes()[:-7])
     output = place.good("train", "recipe.yaml", "--name", copy.name, "--train.steps", "6", "--processes", "1")
     assert "was cut short or grew" in output
-    assert "that checkpoint is set aside, and the one before it is taken" in output
+    assert "that checkpoint is set aside, and the one before it is used" in output
     assert "resumed from runs/torn/checkpoints/step-00000005" in output
     assert "damaged" in place.events(copy.name)
     assert len(list((copy / "checkpoints").glob("damaged-step-*"))) == 1
@@ -276,7 +278,7 @@ def test_a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_run(p
         "train", "recipe.yaml", "--name", "full", "--launch.runs", str(disk), "--processes", "1", "--train.steps", "12",
         "--model.dim", "64",
     )  # fmt: skip
-    assert code == 2, output  # it went on to its end, and what it learned is nowhere
+    assert code == 2, output  # it trained to the end, and could not save the result
     assert "the disk is full: no checkpoint of step 5, training goes on" in output
     assert "step 12/12" in output
     assert "the last checkpoint could not be written" in output
@@ -285,7 +287,7 @@ def test_a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_run(p
 
 def test_more_processes_than_gpus_are_refused_without_one() -> None:
     config = Config().replace("launch", processes=4).replace("train", steps=1, device="cuda")
-    with pytest.raises(LaunchError, match="4 processes need as many GPUs, and there are 2"):
+    with pytest.raises(LaunchError, match="4 processes need 4 GPUs, but there are 2"):
         plan_processes(config, gpus=2)
     assert plan_processes(Config().replace("train", steps=1), gpus=8).launch.processes == 8
     assert plan_processes(Config().replace("train", steps=1, device="cpu"), gpus=8).launch.processes in (1, 2)
@@ -298,7 +300,7 @@ def test_a_gpu_without_bfloat16_is_told_apart(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
-    with pytest.raises(LaunchError, match=r"Tesla T4 has no bfloat16; set train\.dtype to float32"):
+    with pytest.raises(LaunchError, match=r"Tesla T4 does not support bfloat16; set train\.dtype to float32"):
         check_dtype("bfloat16", torch.device("cuda", 0))
     check_dtype("float32", torch.device("cuda", 0))
     check_dtype("bfloat16", torch.device("cpu"))

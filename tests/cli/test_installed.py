@@ -1,4 +1,4 @@
-"""shoal from its wheel, outside of the repository, and what its first commands say."""
+"""shoal installed from its wheel, outside the repository, and the output of its first commands."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import yaml
 from tests.cli.commands import Place, clean_environment
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.ci  # what is resolved is tested in tests/resolve/test_typed.py
+pytestmark = pytest.mark.ci  # the resolved values are tested in tests/resolve/test_typed.py
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A folder with nothing but `books`, and the wheel, unpacked, beside it."""
+    """Return a folder that contains only `books`, with the unpacked wheel next to it."""
     folder = tmp_path_factory.mktemp("installed")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder / "wheel")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def shoal(place: Place, *arguments: str, code: int = 0, **environment: str) -> str:
-    """What the wheel's command says; it goes before an editable installation."""
+    """Return the output of the wheel's command, which precedes an editable installation."""
     done = subprocess.run(
         [sys.executable, "-m", "shoal", *arguments], cwd=place.folder, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, check=False, timeout=200,
@@ -60,7 +60,7 @@ def test_init_writes_a_recipe_once(place: Place) -> None:
     assert "mine.yaml" in shoal(place, "init", "mine.yaml", code=2)
     assert (place.folder / "mine.yaml").read_bytes() == written
     assert "shoal init" in shoal(place, "init", "no/where.yaml", code=2) or not (place.folder / "no").exists()
-    resolved = yaml.safe_load(shoal(place, "config", "mine"))  # by its name; the amounts are comments
+    resolved = yaml.safe_load(shoal(place, "config", "mine"))  # by its name; the totals are comments
     assert resolved["model"]["preset"] == "tiny"
 
 
@@ -110,7 +110,7 @@ def test_a_launchers_variables_that_are_not_whole(place: Place, environment: dic
 
 
 def test_what_is_typed_replaces_the_recipes_and_is_named_first(place: Place) -> None:
-    """At the end, as comments, what it amounts to."""
+    """The output ends with the totals, as comments."""
     said = shoal(place, "config", "quickstart", "--model.preset", "gpt2", "--train.epochs", "2").splitlines()
     assert all(word in said[0] for word in ("gpt2", "model.dim 192"))
     assert all(word in said[1] for word in ("--train.epochs 2", "train.steps 650"))
@@ -120,14 +120,14 @@ def test_what_is_typed_replaces_the_recipes_and_is_named_first(place: Place) -> 
 
 
 def test_a_model_trains_on_a_folder_without_a_recipe(place: Place) -> None:
-    """And says first what it goes by, and that nobody's MASTER_ADDR was used."""
+    """It first prints its assumptions, and that MASTER_ADDR is unused."""
     said = shoal(
         place, "train", "--model.preset", "tiny", "--data.paths", "books", "--data.tokenizer", "bytes", "--max-steps", "2",
         "--batch_size", "16", "--dtype", "fp32", "--processes", "2", MASTER_ADDR="nowhere",
     )  # fmt: skip
     assert "shoal init" in said.splitlines()[0]
     lines = said.splitlines()
-    assert sum("MASTER_ADDR" in line for line in lines) == 1  # not once a process
+    assert sum("MASTER_ADDR" in line for line in lines) == 1  # not once per process
     assert sum("attention:" in line for line in lines) == 1
     assert "held-out" in said
     assert (place.folder / "runs" / "run" / "config.yaml").is_file()

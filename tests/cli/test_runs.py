@@ -1,4 +1,4 @@
-"""A run from its start to its end, interrupted in every way that a person or a machine can."""
+"""Runs from start to end, interrupted in every way by users and machines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.cli.commands import Place, gone, wait_for, workers_of
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """With one run, `clean`, that nothing disturbed."""
+    """Return a folder with one undisturbed run, `clean`."""
     place = Place(tmp_path_factory.mktemp("place"))
     place.output = place.good("train", "recipe.yaml", "--name", "clean")  # type: ignore[attr-defined]
     return place
@@ -31,7 +31,7 @@ def test_a_run_says_what_it_does_and_leaves_what_it_should(place: Place) -> None
     assert len(steps) == 40
     assert re.match(r"step 40/40  loss \d\.\d{4}  lr 1.00e-02  norm .* tok/s  .* GiB  0s left", steps[-1])
     assert max(map(len, steps)) <= 80
-    assert len(re.findall(r"^\s*attention: the .* kernel", output, re.MULTILINE)) == 1  # of two processes
+    assert len(re.findall(r"^\s*attention: the .* kernel", output, re.MULTILINE)) == 1  # from two processes
     after = output[output.index("bits per byte: ") :]
     assert re.search(
         r"runs/clean: 40 steps, 20,480 tokens in \d+s \([\d,]+ tokens/s in steps\)\nnext:\n  \S*shoal generate clean",
@@ -80,17 +80,17 @@ def test_the_same_command_again_is_at_the_end_and_more_steps_go_on(place: Place)
     }
     again = place.good("train", "recipe.yaml", "--name", "clean")
     assert "step 40/40" not in again
-    assert "all 40 steps are taken; a larger train.steps goes on with it" in again
+    assert "all 40 steps are taken; a larger train.steps continues the run" in again
     output = place.output  # type: ignore[attr-defined]
     said = output[output.index("a sample:") : output.index("goodput")]
-    assert said in again  # the result of the run, once more
+    assert said in again  # the result of the run, printed again
     assert all(path.read_bytes() == content for path, content in files.items())
     assert "bits may differ" not in again
     events = place.folder / "runs" / "clean" / "events.jsonl"
     starts = place.event_lines("clean")
     here = dict(starts[0]["machine"])
     for line in starts:
-        if "machine" in line:  # as on another kind of CPU
+        if "machine" in line:  # as if from another CPU
             line["machine"] |= {"processor": "Another", "instructions": "AVX", "torch": "1.0"}
     events.write_text("".join(json.dumps(line) + "\n" for line in starts))
     longer = place.good(
@@ -98,7 +98,7 @@ def test_the_same_command_again_is_at_the_end_and_more_steps_go_on(place: Place)
     )
     differs = f"processor Another -> {here['processor']}, instructions AVX -> {here['instructions']}, threads 1 -> 2"
     assert f"bits may differ from here on: {differs}, torch 1.0 -> {torch.__version__} since" in longer
-    assert "launch.threads was" not in longer  # said once
+    assert "launch.threads was" not in longer  # printed once
     assert "optim.lr was 0.01 and is 0.005 from step 41 on" in longer
     assert "the constant schedule was planned for 40 steps and is now for 42" in longer
     assert [r[0] for r in place.losses("clean")][-2:] == [41, 42]
@@ -158,7 +158,7 @@ def test_a_worker_that_is_stopped_is_named_and_started_again_and_no_bit_differs(
     found = re.search(r"rank 1 did not join: stopped \(SIGSTOP\) in \w+ of step (\d+), .*; stacks in (\S+);", output)
     assert found, output
     stacks = (place.folder / found[2]).read_text()
-    assert "in train_step" in stacks  # where rank 0 waits for it
+    assert "in train_step" in stacks  # here rank 0 waits for it
     assert "rank 1: " in stacks
     hang = next(e for e in place.event_lines("worker-stopped") if e["event"] == "hang")
     assert (hang["rank"], hang["step"]) == (1, int(found[1]))
@@ -174,13 +174,15 @@ def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_cause(place: P
     faults = [{"step": 12, "phase": "forward", "rank": 1, "fault": fault, "life": life} for life in range(9)]
     code, output = place.run("train", "recipe.yaml", "--name", f"loop-{fault}", SHOAL_FAULTS=json.dumps(faults))
     assert code == 1, output
-    last = f"the run stopped: worker 1 {how} in forward of step 12; that makes 3 crashes without a step beyond 12. What"
+    last = (
+        f"the run stopped: worker 1 {how} in forward of step 12; that makes 3 crashes without a step beyond 12. Saved"
+    )
     assert last in output, output
     crashes = [e for e in place.event_lines(f"loop-{fault}") if e["event"] == "crashed"]
     assert [(e["rank"], e["how"], e["step"]) for e in crashes] == [(1, how, 12)] * 3
 
 
-# One handler takes all three; `make test` sends each of them once, to the launcher or to a worker.
+# One handler serves all three; `make test` sends each once, to the launcher or to a worker.
 @pytest.mark.parametrize(
     "number",
     [
@@ -196,7 +198,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(place: Place, number: sign
     process.send_signal(number)
     output = process.communicate(timeout=100)[0]
     assert process.returncode == EXIT_REQUEUE
-    found = re.search(r"stopped: saved at step (\d+) of 40. The same command again goes on from there", output)
+    found = re.search(r"stopped: saved at step (\d+) of 40. The same command again resumes from there", output)
     assert found, output
     assert "Traceback" not in output
     assert f"step-{int(found[1]):08d}" in place.good("train", "recipe.yaml", "--name", name)
@@ -212,7 +214,7 @@ def test_asked_to_stop_while_it_starts_it_stops(place: Place, whom: str) -> None
     else:
         while not (workers := workers_of(process)):
             pass
-        workers[0].terminate()  # it does not listen yet
+        workers[0].terminate()  # it does not handle signals yet
     output = process.communicate(timeout=100)[0]
     assert process.returncode == EXIT_REQUEUE, output
     assert "Traceback" not in output
@@ -252,16 +254,16 @@ def test_a_folder_that_cannot_be_written_is_one_message(place: Place) -> None:
 def test_a_last_checkpoint_that_is_not_there_is_no_success(place: Place) -> None:
     checkpoints = place.folder / "runs" / "unsaved" / "checkpoints"
     checkpoints.mkdir(parents=True)
-    (checkpoints / ".step-00000003.1.tmp").touch()  # where the first save is written
-    # a batch that is larger than the corpus, of which one epoch is one step: said in the same run
+    (checkpoints / ".step-00000003.1.tmp").touch()  # makes the first save fail
+    # also: a batch larger than the corpus, so that an epoch is one step
     output = place.refused(
         "train", "recipe.yaml", "--name", "unsaved", "--train.steps", "3", "--train.global_batch", "1024",
         "--train.micro_batch", "64",
     )  # fmt: skip
     assert "could not be written: runs/unsaved/checkpoints has none. Make room there" in output
     assert "starts from the beginning" in output
-    assert "goes on from" not in output
-    assert "tried again" not in output  # there is no step 13
+    assert "resumes from" not in output
+    assert "retried" not in output  # there is no step 13
     rows = place.metrics("unsaved")[-1]["tokens"] / 3 / 32
     found = re.search(
         r"one step reads the corpus (\d+\.\d) times: train.global_batch is 1,024 rows .* the corpus has (\d+)", output
@@ -319,7 +321,7 @@ def test_under_torchrun_a_worker_that_is_asked_to_stop_says_so_by_its_code(place
 
 @pytest.mark.slow
 def test_killed_ten_times_at_random_moments_the_last_bits_are_the_same(place: Place) -> None:
-    """SIGKILL of the launcher or of a worker, ten times in one run, at moments that a seed chooses."""
+    """SIGKILL to the launcher or a worker, ten times in one run, at times drawn from a seed."""
     long = (
         "--train.steps",
         "300",

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM before the first step: whatever a command is doing, it has said so; it ends, and nothing is left."""
+"""Ctrl-C and SIGTERM before the first step: a command has named its phase, ends, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from shoal.errors import EXIT_REQUEUE
 from shoal.system.signals import GRACE_SECONDS, STOPPING_SAID, stopping_said
 from tests.cli.commands import Place, gone, wait_for, workers_of
 
-# Python reads this when it starts: a process that comes to the import of one module stands still there, or to where the
-# dtype is measured.
+# Python runs this at startup: the process hangs at the import of the module given, or at measuring the dtype.
 STANDS_STILL = """
 import importlib.abc, os, sys
 who, _, module = os.environ.get("STANDS_STILL", "").partition(":")
@@ -29,7 +28,7 @@ class Still(importlib.abc.MetaPathFinder):
 if who == ("worker" if "RANK" in os.environ else "launcher"):
     if module == "measuring":
         from shoal.training import finish_config as settle
-        settle.settle_dtype = lambda wanted, mesh: os.read(os.pipe()[0], 1)
+        settle.choose_dtype = lambda wanted, mesh: os.read(os.pipe()[0], 1)
     sys.meta_path.insert(0, Still())
 """
 TRAIN = ["train", "recipe.yaml", "--name"]
@@ -37,7 +36,7 @@ TRAIN = ["train", "recipe.yaml", "--name"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """With data, and what looks like a run."""
+    """Return a folder with prepared data and a fake run."""
     place = Place(tmp_path_factory.mktemp("stops"))
     (place.folder / "sitecustomize.py").write_text(STANDS_STILL, encoding="utf-8")
     place.good("prepare", "recipe.yaml")
@@ -46,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def pretend(run: Path) -> None:
-    """A run whose checkpoint is listed; nobody comes so far as to read it."""
+    """Make a run with a listed checkpoint, which is never read."""
     checkpoint = run / "checkpoints" / "step-00000005"
     checkpoint.mkdir(parents=True)
     (run / "config.yaml").write_text((run.parents[1] / "recipe.yaml").read_text(), encoding="utf-8")
@@ -55,7 +54,7 @@ def pretend(run: Path) -> None:
 
 
 def stop(process: subprocess.Popen[str], number: signal.Signals) -> str:
-    """What it says then; its workers have gone with it."""
+    """Signal a command; return its output, after checking that its workers ended too."""
     workers = workers_of(process)
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
@@ -99,7 +98,7 @@ def test_while_something_is_imported_or_prepared(
 
 @pytest.mark.ci
 def test_while_the_device_is_measured(place: Place) -> None:
-    """A product in C that takes minutes, as one did: the worker is not back in Python to see the signal."""
+    """A matrix product in C takes minutes, during which Python cannot handle the signal."""
     process = place.start(*TRAIN, "measured", PYTHONPATH=str(place.folder), STANDS_STILL="worker:measuring")
     wait_for(process, "measuring the device ...")
     output = stop(process, signal.SIGTERM)
@@ -108,7 +107,7 @@ def test_while_the_device_is_measured(place: Place) -> None:
 
 
 def test_what_has_nothing_to_save_has_less_than_two_seconds() -> None:
-    """The time it is given, and the launcher's pause between two looks at its workers."""
+    """The grace period plus the launcher's polling interval are below two seconds."""
     pause = agent._workers(Config().replace("launch", processes=2), [], Mock()).monitor_interval
     assert GRACE_SECONDS + pause < 2
 
@@ -122,7 +121,7 @@ def test_what_has_nothing_to_save_has_less_than_two_seconds() -> None:
     ],
 )
 def test_while_the_workers_start(place: Place, phase: str, said: str) -> None:
-    """One hangs; the other waits for it in a collective, and would not see a signal before its timeout."""
+    """One worker hangs; the other waits for it in a collective and cannot handle a signal before the timeout."""
     fault = [{"step": int(phase == "forward"), "phase": phase, "rank": 1, "fault": "hang"}]
     process = place.start(*TRAIN, phase, SHOAL_FAULTS=json.dumps(fault))
     wait_for(process, said)

@@ -1,4 +1,4 @@
-"""`shoal verify` as a person starts it."""
+"""`shoal verify` from the command line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _certificate(place: Place) -> dict[str, object]:
 def test_pass_ends_with_0_and_leaves_a_certificate(place: Place) -> None:
     output = place.good("verify", "recipe.yaml", "--parallel.dp_shard", "2")
     assert re.search(r"^PASS$", output, re.MULTILINE)
-    assert "goes on with the same bits" in output
+    assert "bitwise identical" in output
     assert "FAIL" not in output
     assert "Warning" not in output
     found = _certificate(place)
@@ -32,10 +32,10 @@ def test_pass_ends_with_0_and_leaves_a_certificate(place: Place) -> None:
     assert found["layout"] == "dp_shard 2"
     machine = found["facts"]["machine"]  # type: ignore[index]
     assert (machine["torch"], machine["python"]) == (torch.__version__, platform.python_version())
-    assert machine["threads"] == 1  # the recipe's
+    assert machine["threads"] == 1  # from the recipe
     assert machine["instructions"].split(", ")[0] == torch.backends.cpu.get_cpu_capability()
     assert machine["processor"]
-    for name, of_torch in (("mkl", "Math Kernel Library"), ("onednn", "MKL-DNN")):  # by torch's own account
+    for name, of_torch in (("mkl", "Math Kernel Library"), ("onednn", "MKL-DNN")):  # as torch reports it
         version = re.search(rf"{of_torch}\D*([\d.]+)", torch.__config__.show())
         assert machine.get(name) == (version[1] if version else None)
     assert found["config"]["parallel"]["dp_shard"] == 2  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""Axes, ranks and groups by their definition; which layouts a number of processes can have."""
+"""Axes, ranks and groups against their definitions, and the layouts of a number of processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from shoal.config.layout import AXES, Layout, deal, find_layout
+from shoal.config.layout import AXES, Layout, find_layout, split_slots
 from shoal.config.options import Parallel
 
 SIZES = list(itertools.product((1, 2), (1, 3), (1, 2), (1, 2), (1, 2)))
@@ -16,7 +16,7 @@ SIZES = list(itertools.product((1, 2), (1, 3), (1, 2), (1, 2), (1, 2)))
 def test_ranks_and_coordinates_are_each_others_inverse(sizes: tuple[int, ...]) -> None:
     layout = Layout(*sizes)
     places = [tuple(layout.coordinates(rank).values()) for rank in range(layout.world_size)]
-    # the last axis's neighbours have neighbouring ranks: the places come in lexical order
+    # neighbors along the last axis have adjacent ranks: coordinates come in lexical order
     assert places == list(itertools.product(*map(range, sizes)))
     assert [layout.rank(**layout.coordinates(rank)) for rank in range(layout.world_size)] == list(
         range(layout.world_size)
@@ -57,11 +57,11 @@ def test_the_layout_of_so_many_processes(parallel: dict[str, int], processes: in
 @pytest.mark.parametrize(
     ("parallel", "processes", "words"),
     [
-        ({"tp": 2}, 3, "parallel.tp 2 needs a multiple of 2 processes, and launch.processes is 3; set launch.processes to 2 or 4"),
+        ({"tp": 2}, 3, "parallel.tp 2 needs a multiple of 2 processes, but launch.processes is 3; set launch.processes to 2 or 4"),
         ({"dp_shard": 4}, 2, "set launch.processes to 4"),
-        ({"dp_replicate": 1, "tp": 2}, 4, "needs 2 processes, launch.processes is 4"),
+        ({"dp_replicate": 1, "tp": 2}, 4, "needs 2 processes, but launch.processes is 4"),
         ({"dp_shard": -1, "tp": -1}, 4, "both -1"),
-        ({"cp": 0}, None, "parallel.cp is at least 1"),
+        ({"cp": 0}, None, "parallel.cp is 0"),
     ],
 )  # fmt: skip
 def test_why_there_is_none(parallel: dict[str, int], processes: int | None, words: str) -> None:
@@ -73,7 +73,7 @@ def test_why_there_is_none(parallel: dict[str, int], processes: int | None, word
 @pytest.mark.parametrize("dp", range(1, 9))
 @pytest.mark.parametrize("slots", range(8, 20))
 def test_slots_are_dealt_in_order_and_evenly(slots: int, dp: int) -> None:
-    hands = deal(slots, dp)
+    hands = split_slots(slots, dp)
     assert list(itertools.chain(*hands)) == list(range(slots))
     lengths = [len(hand) for hand in hands]
     assert lengths == sorted(lengths, reverse=True)

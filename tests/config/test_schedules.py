@@ -1,4 +1,4 @@
-"""What follows from a schedule, against torch's own schedules played without processes."""
+"""Stages, slots and bubbles against torch's own schedules, simulated without processes."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_bubble_is_that_of_torch_s_schedule(schedule: Schedule, stages: int, pp:
 
 @pytest.mark.parametrize("pp", [2, 4])
 def test_bubble_of_one_stage_a_process(pp: int) -> None:
-    """torch carries gpipe and 1f1b out by hand, so that there is no list of actions to play."""
+    """Check gpipe and 1f1b by formula: torch hard-codes them, so there is no list of actions to simulate."""
     for schedule, micro_batches in itertools.product(SINGLE, (pp, 2 * pp, 8 * pp)):
         wanted = (pp - 1) / (micro_batches + pp - 1)
         assert bubble_fraction(schedule, pp, 1, micro_batches) == pytest.approx(wanted)
@@ -173,7 +173,7 @@ def test_what_fits_is_not_refused() -> None:
 
 
 def _play(schedule: Schedule, pp: int, stages: int, micro_batches: int) -> Iterator[float]:
-    """Each process's idle share where forward takes 1, and each half of backward takes 1; ValueError where refused."""
+    """Return each rank's idle fraction, if forward and each half of backward take 1. Raises ValueError if rejected."""
     mine = [SimpleNamespace(stage_index=i, num_stages=pp * stages, group_size=pp, group_rank=0, submod=None) for i in range(stages)]  # fmt: skip
     order = MULTI[schedule](mine, micro_batches).pipeline_order
     left = {rank: list(_actions(order[rank])) for rank in range(pp)}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shoal.config.layout import deal
+from shoal.config.layout import split_slots
 from shoal.data.ledger import FLOAT64_BITS, Audit, Header, Ledger, audit, bits_for, checksum, describe
 from shoal.data.order import sample_at
 
@@ -20,7 +20,7 @@ HEADER = Header(rows=100, seed=7, global_batch=16, copies=1, data_id="tokens")
 
 def summed(header: Header, ids: list[int], dp: int) -> float:
     """Add the processes' checksums as an all-reduce in float64 does, in any order."""
-    parts = [checksum(ids[part.start : part.stop], header.bits) for part in deal(len(ids), dp)]
+    parts = [checksum(ids[part.start : part.stop], header.bits) for part in split_slots(len(ids), dp)]
     said = np.array(parts * header.copies, np.float64)
     np.random.default_rng(len(ids)).shuffle(said)
     return float(said.sum())

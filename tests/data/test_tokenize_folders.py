@@ -130,7 +130,7 @@ def test_a_config_may_name_any_of_these(make_folder: MakeFolder, tmp_path: Path)
         recipe = write(tmp_path, {"train": {"steps": 1}, "data": {"tokenizer": tokenizer}})
         assert resolve(recipe).config.data.tokenizer == tokenizer
     [found] = problems(tmp_path, {"train": {"steps": 1}, "data": {"tokenizer": "someone/gone"}})
-    assert "there is no file someone/gone" in found
+    assert "data.tokenizer someone/gone was not found" in found
 
 
 def test_a_name_is_found_where_models_are_kept(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The documentation says what is so: its commands, links, options and recipes are those of the code."""
+"""The documentation matches the code: commands, links, options and recipes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from shoal.cli import build_parser, read_overrides
+from shoal.commands.flags import read_overrides
+from shoal.commands.parser import build_parser
 from shoal.config.options import SECTIONS, options
 from shoal.resolve.resolve import resolve
 from tests.cli.commands import Place
+from tests.test_rooms import imported, modules, room
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
 RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
-IMPORTS = ("<!-- imports: begin (checked by tests/docs/test_docs.py) -->", "<!-- imports: end -->")
-# Made by a run and committed with it; a page may point at it before.
+# Made by runs; a page may link to a picture before it is committed.
 PICTURES = ROOT / "docs" / "pictures"
 
 
@@ -30,12 +31,12 @@ def name(path: Path) -> str:
 
 
 def blocks(text: str, language: str) -> list[str]:
-    """The fenced blocks of a language."""
+    """Return the fenced blocks of a language."""
     return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
 
 
 def shell_lines() -> Iterator[tuple[Path, str]]:
-    """Each command line of a fenced sh block in any page, without its comment."""
+    """Yield each command line of the fenced sh blocks of all pages, without its comment."""
     for page in PAGES:
         for block in blocks(page.read_text(encoding="utf-8"), "sh"):
             block = re.sub(r"<<'(\w+)'.*?^\1$", "", block, flags=re.MULTILINE | re.DOTALL)
@@ -45,7 +46,7 @@ def shell_lines() -> Iterator[tuple[Path, str]]:
 
 
 def shoal_commands() -> list[tuple[str, list[str]]]:
-    """(page, arguments) of every `shoal ...` in a sh block, and behind `-m` of another launcher."""
+    """Return (page, arguments) of every `shoal ...` in a sh block, also after `-m` of another launcher."""
     found = []
     for page, line in shell_lines():
         words = shlex.split(line)
@@ -55,7 +56,7 @@ def shoal_commands() -> list[tuple[str, list[str]]]:
 
 
 def shown_recipes() -> set[str]:
-    """Names of the recipes that a page shows inline: "Put this into `mine.yaml`"."""
+    """Return the names of the recipes that a page shows inline: "Put this into `mine.yaml`"."""
     return {name for page in PAGES for name in re.findall(r"into `(\w+\.yaml)`", page.read_text(encoding="utf-8"))}
 
 
@@ -102,7 +103,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """What the headings of a page are called in a link, by GitHub's rule."""
+    """Return the anchors of a page's headings, by GitHub's rule."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -118,7 +119,7 @@ def test_options_that_are_named_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_that_are_named_exist(page: Path) -> None:
-    """`training/loop.py` and the like, below src/shoal, tests/ or the root."""
+    """Check paths such as `training/loop.py`, below src/shoal, tests/ or the root."""
     for path in re.findall(
         r"`((?:src|tests|scripts|docs|recipes|[a-z]+)/[\w/]+\.(?:py|yaml|sh))`", page.read_text("utf-8")
     ):
@@ -133,7 +134,7 @@ def test_the_table_of_options_is_what_the_code_says() -> None:
 
 
 def test_python_names_exist() -> None:
-    """Every `shoal.module.name` of API.md."""
+    """Check every `shoal.module.name` of API.md."""
     for module, attribute in re.findall(
         r"`shoal((?:\.[a-z_]+)+)\.(\w+)", (ROOT / "docs" / "API.md").read_text("utf-8")
     ):
@@ -149,29 +150,17 @@ def test_python_blocks_compile() -> None:
             ast.parse(re.sub(r"^  ", "", block, flags=re.MULTILINE) if block.startswith("  ") else block)
 
 
-def imports() -> str:
-    """room -> the rooms it imports, as ARCHITECTURE.md has it."""
-    rooms: dict[str, set[str]] = {}
-    source = ROOT / "src" / "shoal"
-    for path in sorted(source.glob("**/*.py")):
-        parts = path.relative_to(source).with_suffix("").parts
-        room = parts[0] + ("/" if len(parts) > 1 else "")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("shoal."):
-                target = node.module.split(".")[1]
-                rooms.setdefault(room, set()).add(target + ("/" if (source / target).is_dir() else ""))
-    rows = [
-        f"| `{room}` | {', '.join(sorted(targets - {room}))} |"
-        for room, targets in sorted(rooms.items())
-        if targets - {room}
-    ]
-    return "\n".join(["| room | imports |", "| --- | --- |", *rows])
+def test_the_picture_of_the_house_is_what_the_code_says() -> None:
+    module = runpy.run_path(str(ROOT / "scripts" / "draw_house.py"))
+    assert module["PICTURE"].read_text(encoding="utf-8") == module["svg"](), "run python scripts/draw_house.py"
 
 
-def test_the_table_of_imports_is_what_the_code_says() -> None:
-    begin, end = IMPORTS
+def test_models_import_what_the_page_says() -> None:
     page = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    assert page.partition(begin)[2].partition(end)[0].strip() == imports()
+    [said] = re.findall(r"`models` imports only (.+?)\. ", page.replace("\n", " "))
+    assert set(re.findall(r"`(\w+)`", said)) == set().union(
+        *({room(t) for t in imported(path)} for name, path in modules().items() if room(name) == "models")
+    ) - {"models"}
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=name)
@@ -180,7 +169,7 @@ def test_recipes_are_valid(recipe: Path) -> None:
 
 
 def test_recipes_shown_inline_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's, with the files that they name."""
+    """Check the README's recipes, with the files that they name."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "books").mkdir()
     (tmp_path / "stories.jsonl").touch()
@@ -201,7 +190,7 @@ def test_the_learners_steps_differ_only_in_what_they_teach() -> None:
 
 @pytest.mark.slow
 def test_the_readmes_first_commands_run(tmp_path: Path) -> None:
-    """What `make train` and the two commands behind it do, with few steps."""
+    """Run `make train`'s command and the two commands after it, with few steps."""
     assert "shoal train recipes/quickstart.yaml" in (ROOT / "Makefile").read_text(encoding="utf-8")
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     place = Place(tmp_path)

@@ -1,4 +1,4 @@
-"""docs/LEARN.md and recipes/learn: a chapter for each recipe, in their order; what is shown is what happens."""
+"""docs/LEARN.md and recipes/learn: a chapter for each recipe, in order; shown output is real output."""
 
 from __future__ import annotations
 
@@ -6,17 +6,26 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from shoal.checkpoint.convert import to_hugging_face
 from shoal.cli import build_parser, read_overrides
 from shoal.config.layout import Layout, find_layout
 from shoal.config.options import Config
 from shoal.errors import ConfigError
+from shoal.mesh.mesh import Mesh
+from shoal.models.build import build_model, initialize
 from shoal.resolve.layout_checks import refusals
 from shoal.resolve.resolve import resolve
 from tests.cli.commands import Place
+from tests.training.test_equivalence import train_here
+from tests.world import World, laid_out
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "LEARN.md").read_text(encoding="utf-8")
@@ -26,7 +35,7 @@ TABLE = runpy.run_path(str(ROOT / "scripts" / "learn_table.py"), run_name="learn
 
 
 def refused() -> list[tuple[str, str]]:
-    """(command, what it answers) of each refusal that is shown: the last command before it is the one."""
+    """Return (command, its message) of each rejection on the page; the last command before it caused it."""
     found = []
     for block in re.finditer(r"^```\n(shoal: [^\n]* in the config\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
         *_, command = re.findall(r"`(shoal train [^`]+)`", PAGE[: block.start()])
@@ -65,7 +74,8 @@ def test_each_recipe_is_legal(recipe: Path) -> None:
     assert not list(refusals(config, config.launch.processes))
     layout = find_layout(config.parallel, config.launch.processes)
     assert isinstance(layout, Layout)
-    assert layout.world_size == config.launch.processes <= 2
+    assert config.launch.processes in (1, 2)
+    assert layout.world_size == config.launch.processes
 
 
 def test_the_steps_differ_only_in_what_they_teach() -> None:
@@ -92,7 +102,7 @@ def test_the_refusals_are_the_real_ones(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("name", TABLE["TABLES"])
 def test_each_table_has_its_rows_and_the_bytes_of_its_formula(name: str) -> None:
-    """What was sent is what the formula says, and at most 4% more: headers, and a few numbers."""
+    """Sent bytes equal the formula, plus at most 4%: headers, and a few numbers."""
     lines = PAGE.partition(f"<!-- table: {name} begin -->")[2].partition(f"<!-- table: {name} end -->")[0].splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][2:]
     keys = TABLE["TABLES"][name]
@@ -105,10 +115,39 @@ def test_each_table_has_its_rows_and_the_bytes_of_its_formula(name: str) -> None
         assert all(row[:5])
 
 
+def shoals_losses(mesh: Mesh, config: Config, steps: int) -> list[float]:
+    mesh = laid_out(mesh, dp_shard=config.parallel.dp_shard, dp_replicate=2 // config.parallel.dp_shard)
+    return [line["loss"] for line in train_here(mesh, config, steps)]
+
+
+def plain_losses(mesh: Mesh, script: Path, exported: Path, prepared: Path, steps: int) -> list[float]:
+    sys.path.insert(0, str(script.parent))  # as Python does for a script that it starts
+    losses: list[float] = runpy.run_path(str(script))["train"](exported, prepared, steps)
+    return losses
+
+
+@pytest.mark.parametrize(("script", "number"), [("01_ddp_basics.py", 3), ("02_fsdp_training.py", 4)])
+def test_plain_torch_has_the_same_losses(
+    world: Callable[[int], World], script: str, number: int, tmp_path: Path
+) -> None:
+    config = config_of(number).replace("data", folder=str(tmp_path / "data"))
+    config = config.replace("launch", runs=str(tmp_path / "runs"), name="few")
+    steps = 5  # of the warmup, whose learning rates do not depend on the length of a run
+    ours = world(2).run(shoals_losses, config, steps)[0]
+    model = build_model(config.replace("model", vocab_size=257).model, compute_dtype=torch.float32)
+    initialize(model, config.train.seed, "cpu")
+    weights = to_hugging_face("llama", {name: p.detach() for name, p in model.named_parameters()})
+    save_file(weights, tmp_path / "model.safetensors")
+    [prepared] = (tmp_path / "data").glob("dummy-bytes-*")
+    for losses in world(2).run(plain_losses, ROOT / "docs" / "learn" / script, tmp_path, prepared, steps):
+        assert losses == pytest.approx(ours, rel=1e-6)
+        assert len(losses) == steps
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_each_recipe_trains(recipe: Path, tmp_path: Path) -> None:
-    """A few steps of it, with the first loss of all: that of one device (bfloat16: nearly)."""
+    """Run a few steps; the first loss is that of one device (bfloat16: nearly)."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     place = Place(tmp_path)
     few = ["--train.steps=2", "--optim.warmup_steps=1", "--train.sample_tokens=5"]

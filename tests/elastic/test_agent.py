@@ -1,4 +1,4 @@
-"""What the launcher makes of real workers that end: which one was first, and whether it is worth starting again."""
+"""How the launcher judges real workers that die: which died first, and whether to restart."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from shoal.config.options import Config, Launch, Model, Train
-from shoal.elastic import agent
-from shoal.elastic.agent import Agent, run_workers
+from shoal.config.options import Config, Model, Train
+from shoal.config.run_options import Launch
+from shoal.elastic import agent, supervise
+from shoal.elastic.agent import Agent
 from shoal.elastic.heartbeat import FOLDER
 from shoal.elastic.machines import Machines
-from shoal.elastic.stops import PassOn
+from shoal.elastic.stops import SignalForwarder
+from shoal.elastic.supervise import run_workers
 from shoal.errors import EXIT_LOST_PEER
 from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
 
 ABORT, KILLED = -6, -9
 
-# Rank 0 reads from a pipe until rank 1, who alone writes to it, has gone: then it aborts, as NCCL's watchdog would.
+# Rank 0 reads a pipe until its only writer, rank 1, is gone. Then it aborts, as NCCL's watchdog would.
 FOLLOWING = """
 import os, resource, signal, sys
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -35,8 +37,8 @@ os.abort()
 """
 
 
-class NoSignals(PassOn):
-    """Of a launcher inside pytest, which has its own use for signals."""
+class NoSignals(SignalForwarder):
+    """A forwarder that installs no handlers, for a launcher inside pytest."""
 
     def __init__(self) -> None:
         self.signal, self._raises, self._reached = None, False, set()
@@ -44,8 +46,8 @@ class NoSignals(PassOn):
 
 @pytest.fixture
 def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[int, list[dict[str, Any]]]]:
-    """Runs two workers of some code; the launcher's exit code, and the run's events."""
-    monkeypatch.setenv(FOLDER, "")  # put back afterwards
+    """Run two workers of some code; return the launcher's exit code and the run's events."""
+    monkeypatch.setenv(FOLDER, "")  # restored after the test
     monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGQUIT")
 
     def launch(code: str) -> tuple[int, list[dict[str, Any]]]:
@@ -57,14 +59,14 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
         folder = RunFolder.of(config)
         folder.lock()
         os.mkfifo(tmp_path / "pipe")
-        make = agent._workers
+        make = supervise._workers
 
         def workers(*args: Any) -> Any:
             spec = make(*args)
             spec.args = ("-c", code, str(tmp_path / "pipe"))
             return spec
 
-        monkeypatch.setattr(agent, "_workers", workers)
+        monkeypatch.setattr(supervise, "_workers", workers)
         try:
             return run_workers(config, [], NoSignals()), read_json_lines(folder.events_file)
         finally:
@@ -96,7 +98,7 @@ def test_a_worker_that_the_kernel_ended_for_memory_is_not_started_again(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    kills = iter([0, *[1] * 9])  # when the workers start, and when one has died
+    kills = iter([0, *[1] * 9])  # at the workers' start, and after a death
     monkeypatch.setattr(agent, "kernel_kills", lambda: next(kills))
     code, events = launched(FOLLOWING)
     assert code == 2
@@ -107,7 +109,7 @@ def test_a_worker_that_the_kernel_ended_for_memory_is_not_started_again(
 
 
 def followed(store: HashStore, codes: set[int], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether a launcher of two blames another machine for workers that ended with these codes."""
+    """Return whether a launcher on two nodes blames the other node for workers with these exit codes."""
     monkeypatch.setattr(agent, "CAUSE_SECONDS", 0.05)
     here = types.SimpleNamespace(_machines=Machines(store, 0, 2))
     return Agent._followed_another_machine(here, codes)  # type: ignore[arg-type]
@@ -118,7 +120,7 @@ def test_an_abort_is_laid_to_another_machine_only_where_one_said_that_it_crashed
 ) -> None:
     store = HashStore()
     assert followed(store, {EXIT_LOST_PEER}, monkeypatch)
-    assert not followed(store, {ABORT}, monkeypatch)  # and says so
+    assert not followed(store, {ABORT}, monkeypatch)  # and announces a crash
     assert followed(store, {ABORT}, monkeypatch)
     assert followed(store, {ABORT, EXIT_LOST_PEER}, monkeypatch)
     assert not followed(store, {KILLED, EXIT_LOST_PEER}, monkeypatch)

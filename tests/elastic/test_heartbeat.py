@@ -1,4 +1,4 @@
-"""Signs of life: what a launcher reads is what a worker wrote, and how much time a step gets."""
+"""Heartbeats: the launcher reads what the worker wrote; the time limits of steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.config.options import Launch
+from shoal.config.run_options import Launch
 from shoal.elastic.heartbeat import (
     COMPILE,
     FEW,
@@ -31,7 +31,7 @@ from shoal.mesh.place import LOCKED_BY
 
 @pytest.fixture
 def listening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Page:
-    """The launcher's view of rank 1's page, in an environment in which rank 1 finds it."""
+    """Return the launcher's view of rank 1's page, in the environment of rank 1."""
     place = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
     for name, value in {**place, FOLDER: str(tmp_path), LOCKED_BY: str(os.getppid())}.items():
         monkeypatch.setenv(name, value)
@@ -55,13 +55,13 @@ def test_a_page_says_where_the_worker_is_and_until_when(listening: Page) -> None
 
 
 def test_steps_are_learned_after_the_first_whatever_comes_after_each(listening: Page) -> None:
-    """A run that compares its replicas after every step is watched like any other."""
+    """Replica checks after every step do not disturb the limits."""
     heart = Heartbeat.open(Launch(hang_seconds=5.0, timeout_seconds=600.0))
 
     def allowed() -> float:
         return listening.read().until - listening.read().since
 
-    for step in (1, 2):  # the first one compiles, and is not learned
+    for step in (1, 2):  # the first step compiles and is not learned
         heart.begin(step)
         assert allowed() == pytest.approx(SOONER * 600, abs=1)
         heart.outside("save")
@@ -78,7 +78,7 @@ def test_what_comes_between_two_steps_is_no_part_of_either(listening: Page, monk
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     heart = Heartbeat.open(Launch(timeout_seconds=600.0))
-    for step in range(1, FEW + 2):  # each of 4 s, with an evaluation of 500 s behind it
+    for step in range(1, FEW + 2):  # each takes 4 s, followed by an evaluation of 500 s
         heart.begin(step)
         now += 4.0
         heart.outside("evaluation")
@@ -109,11 +109,11 @@ def test_a_compilation_has_room_and_leaves_its_step_the_time_that_was_left(
     assert (sign.step, sign.turn, sign.phase) == (FEW + 2, 1, "forward")
     assert sign.until == pytest.approx(now + SLOWER * 4 - 10)
     heart.begin(FEW + 3)
-    assert listening.read().until == pytest.approx(now + SLOWER * 10)  # it took 10 s, and not 310
+    assert listening.read().until == pytest.approx(now + SLOWER * 10)  # it took 10 s, not 310
 
 
 def test_torchs_compiler_says_when_it_compiles_also_again(listening: Page) -> None:
-    """With a compiler of ours, that looks at the page; a new shape and a backward compile again."""
+    """Use a compiler that reads the page; a new shape compiles again."""
     import torch
 
     seen: list[str] = []
@@ -133,14 +133,14 @@ def test_torchs_compiler_says_when_it_compiles_also_again(listening: Page) -> No
         for size in (3, 3, 4):
             double(torch.ones(size))
             assert listening.read().phase == "forward"
-    double(torch.ones(5))  # nobody listens any more
+    double(torch.ones(5))  # the callbacks are removed
     assert seen == [COMPILE, COMPILE, "forward"]
 
 
 def test_nobody_listens_and_nothing_happens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv(FOLDER, raising=False)
     Heartbeat.open(Launch()).begin(1)
-    monkeypatch.setenv(FOLDER, str(tmp_path))  # of another launcher, that this process is no worker of
+    monkeypatch.setenv(FOLDER, str(tmp_path))  # set by another launcher, whose worker this process is not
     monkeypatch.setenv(LOCKED_BY, "0")
     Heartbeat.open(Launch()).begin(1)
     leave_stacks_when_asked()
@@ -156,9 +156,9 @@ def test_patience_is_ten_times_the_slowest_recent_step_between_bounds() -> None:
     patience.learn(5.0)
     assert patience.allowance() == SLOWER * 5
     patience.learn(90.0)
-    assert patience.allowance() == 600  # not beyond a collective's timeout
+    assert patience.allowance() == 600  # capped by a collective's timeout
     patience.learn(400.0)
-    assert patience.allowance() == 800  # unless steps are that slow
+    assert patience.allowance() == 800  # unless steps are slower
     for _ in range(RECENT):
         patience.learn(3.0)
     assert patience.allowance() == SLOWER * 3
@@ -172,7 +172,7 @@ def test_a_number_in_the_config_holds_after_the_first_step() -> None:
 
 
 def test_stacks_are_left_where_the_launcher_looks(listening: Page, tmp_path: Path) -> None:
-    """In a process of its own: pytest has a use for faulthandler too."""
+    """Run in a separate process, since pytest uses faulthandler too."""
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""Several launchers of one run, as on several machines: they meet, one is lost, another joins, and all end together."""
+"""Several launchers of one run, as on several nodes: they meet, lose one, gain one, and end together."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from shoal.checkpoint.saved import listed
 from shoal.config.options import Config
 from shoal.data.ledger import audit
 from shoal.elastic.heartbeat import Sign
-from shoal.elastic.machines import Machines, alike
-from shoal.elastic.watch import Look
+from shoal.elastic.machines import Machines, shared_settings
+from shoal.elastic.watch import RankStatus
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError, RunError
 from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
@@ -39,11 +39,11 @@ checkpoint: {every: 5, keep: 3}
 metrics: {peak_tflops: 1}
 launch: {hang_seconds: 6, timeout_seconds: 60, threads: 1, processes: 1, join_seconds: 1}
 """
-LIMIT_SECONDS = 120.0  # for anything that is waited for
+LIMIT_SECONDS = 120.0  # for every wait
 
 
 class Site:
-    """A folder that several launchers share, and the address at which they meet."""
+    """A folder that several launchers share, and their rendezvous address."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,7 +54,7 @@ class Site:
         self._open: list[subprocess.Popen[str]] = []
 
     def start(self, name: str, *options: str, meets: bool = True) -> subprocess.Popen[str]:
-        """A launcher; what it prints goes to NAME.log."""
+        """Start a launcher that prints to NAME.log."""
         command = [sys.executable, "-m", "shoal", "train", "recipe.yaml", "--name", "run", *options]
         command += [f"--launch.rendezvous={self.address}"] if meets else []
         with self.log(name).open("w", encoding="utf-8") as log:
@@ -80,7 +80,7 @@ class Site:
         return found[-1].step if found else 0
 
     def await_round(self, processes: int, after: int) -> None:
-        """Until so many workers take steps together, in a round that began after `after` others."""
+        """Wait until `processes` workers take steps in a round that began after `after` earlier rounds."""
         until(lambda: [e["processes"] for e in self.events("machines")[after:]][-1:] == [processes], self)
         begun = len(self.events("machines"))
         met = self.events("machines")[-1]["time"]
@@ -104,7 +104,7 @@ class Site:
 
 
 def until(true: Callable[[], bool], site: Site) -> None:
-    """Wait; fails with what all have printed."""
+    """Wait until `true()`; on timeout fail with the output of all launchers."""
     end = time.monotonic() + LIMIT_SECONDS
     while not true():
         if time.monotonic() > end:
@@ -128,7 +128,7 @@ def _is_place(process: psutil.Process, address: str) -> bool:
 
 
 def lose(launcher: subprocess.Popen[str]) -> None:
-    """As if the machine lost its power."""
+    """Kill a launcher and its workers, as if the node lost power."""
     for process in [psutil.Process(launcher.pid), *workers(launcher)]:
         process.kill()
     launcher.wait()
@@ -142,7 +142,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 def weights_alone(site: Site) -> str:
-    """Of one process that takes as many steps as the run has."""
+    """Return the weights of one process after as many steps as the run has taken."""
     step = site.saved()
     alone = site.start("alone", "--name", "alone", "--train.steps", str(step), meets=False)
     assert alone.wait(LIMIT_SECONDS) == 0, site.log("alone").read_text()
@@ -156,7 +156,7 @@ def test_machines_come_and_go_and_the_weights_are_those_of_one(site: Site) -> No
     fixed = ("--launch.nodes", "2")
     first, second = site.start("a1", *fixed), site.start("b1", *fixed)
     until(lambda: site.steps() >= 3, site)
-    second.send_signal(signal.SIGTERM)  # one is asked: all stop at the same step, and say that they may go on
+    second.send_signal(signal.SIGTERM)  # one is asked to stop: all stop at the same step with the resume exit code
     assert {first.wait(LIMIT_SECONDS), second.wait(LIMIT_SECONDS)} == {EXIT_REQUEUE}
     assert site.saved() == site.steps() > 0
 
@@ -164,22 +164,22 @@ def test_machines_come_and_go_and_the_weights_are_those_of_one(site: Site) -> No
     first, second = site.start("a2", *some), site.start("b2", *some)
     site.await_round(2, rounds)
     rounds = site.rounds()
-    workers(second)[0].suspend()  # one hangs: it is named, and all start again
+    workers(second)[0].suspend()  # one hangs: it is named, and all restart
     site.await_round(2, rounds)
     (hang,) = site.events("hang")
     assert "stopped (SIGSTOP)" in hang["why"]
 
     rounds = site.rounds()
-    lose(second)  # the world is smaller
+    lose(second)  # the world shrinks
     site.await_round(1, rounds)
     rounds = site.rounds()
-    third = site.start("c2", *some)  # and larger; nothing is lost, since they save before
+    third = site.start("c2", *some)  # and grows; nothing is lost, since workers save first
     until(lambda: site.rounds() > rounds, site)
     assert site.events("stopped")[-1]["step"] == site.saved()
     site.await_round(2, rounds)
     for place in meeting_places(site):
-        place.kill()  # nobody can join any more, and the run goes on
-    until(lambda: "the run goes on" in site.log("a2").read_text(), site)
+        place.kill()  # no node can join any more, and the run continues
+    until(lambda: "the run continues" in site.log("a2").read_text(), site)
     step = site.steps()
     until(lambda: site.steps() > step + 2, site)
     first.send_signal(signal.SIGINT)
@@ -202,12 +202,12 @@ def test_a_machine_that_is_lost_takes_a_step_with_it_where_each_has_checkpoints_
     lose(second)
     taken = site.steps()
     site.await_round(1, rounds)
-    assert site.saved() == 0  # there is nothing but memory
-    assert site.events("started")[-1]["step"] >= taken - 2  # the one it waited with, for that before it to be saved
+    assert site.saved() == 0  # there are only checkpoints in memory
+    assert site.events("started")[-1]["step"] >= taken - 2  # a save waits for the one before it
     assert f"resumed from {site.folder / 'memory' / 'a'}" in site.log("a").read_text()
 
     rounds = site.rounds()
-    third = start("c")  # its memory is empty: all save before, where both can read it
+    third = start("c")  # its memory is empty: all save to the shared disk first
     site.await_round(2, rounds)
     rounds = site.rounds()
     step = site.steps()
@@ -222,7 +222,7 @@ def test_a_machine_that_is_lost_takes_a_step_with_it_where_each_has_checkpoints_
     first.send_signal(signal.SIGINT)
     assert [first.wait(LIMIT_SECONDS), third.wait(LIMIT_SECONDS)] == [EXIT_REQUEUE] * 2
     assert audit(site.run.ledger_file).passed
-    assert [p.name for p in (site.folder / "memory").iterdir()] == ["b"]  # on the machine that is no more
+    assert [p.name for p in (site.folder / "memory").iterdir()] == ["b"]  # on the lost node
     assert weights_alone(site) == weights(listed(site.run.checkpoints)[-1].folder)
 
 
@@ -234,14 +234,14 @@ def test_machines_with_folders_of_their_own_never_meet_and_are_told_what_is_need
     for name, runs in (("a", "runs"), ("b", "elsewhere")):
         until(
             lambda name=name, runs=runs: (
-                f"in the same folder of runs, {site.folder / runs}" in site.log(name).read_text()
+                f"with the same launch.runs folder, {site.folder / runs}" in site.log(name).read_text()
             ),
             site,
         )
     first.send_signal(signal.SIGTERM)
     second.send_signal(signal.SIGINT)
     assert [first.wait(LIMIT_SECONDS), second.wait(LIMIT_SECONDS)] == [EXIT_REQUEUE] * 2
-    until(lambda: not meeting_places(site), site)  # it goes when nobody needs it
+    until(lambda: not meeting_places(site), site)  # the store ends when unused
 
 
 @pytest.mark.ci
@@ -251,7 +251,7 @@ def test_a_machine_that_was_started_otherwise_is_refused_and_the_others_go_on(si
     site.await_round(1, 0)
     other = site.start("b", *some, "--optim.lr", "0.5")
     assert other.wait(LIMIT_SECONDS) == EXIT_BAD_INPUT
-    assert "optim.lr is 0.5 here and 0.01 there; set all alike" in site.log("b").read_text()
+    assert "optim.lr is 0.5 here and 0.01 there; set the same on all nodes" in site.log("b").read_text()
     step = site.steps()
     until(lambda: site.steps() > step, site)
     first.send_signal(signal.SIGTERM)
@@ -276,7 +276,7 @@ def test_a_run_is_held_by_those_who_meet_at_one_place(tmp_path: Path) -> None:
 
 
 def on_each(count: int, do: Callable[[Machines, int], object]) -> list[object]:
-    """What `do` gives on each of `count` machines, or raises."""
+    """Return the result, or the error, of `do` on each of `count` machines."""
     store, results = HashStore(), [None] * count
 
     def one(rank: int) -> None:
@@ -304,7 +304,7 @@ def test_each_machine_knows_the_others_names() -> None:
 
 @pytest.mark.parametrize("stays", [False, True])
 def test_who_was_started_otherwise_leaves(stays: bool) -> None:
-    """The one that newly comes; where all do, the others follow the first."""
+    """A new node with another config leaves; if all are new, the first one's config is the reference."""
     rates = [0.1, 0.2, 0.1] if not stays else [0.2, 0.1, 0.1]
 
     def greet(machines: Machines, rank: int) -> object:
@@ -320,8 +320,8 @@ def test_who_was_started_otherwise_leaves(stays: bool) -> None:
 def test_places_and_speeds_may_differ_and_nothing_else() -> None:
     config = Config()
     here = config.replace("data", folder="/local/data").replace("launch", name="x").replace("metrics", peak_tflops=3.0)
-    assert alike(config) == alike(here)
-    assert alike(config) != alike(config.replace("train", steps=7))
+    assert shared_settings(config) == shared_settings(here)
+    assert shared_settings(config) != shared_settings(config.replace("train", steps=7))
 
 
 def test_who_came_and_who_left_is_said() -> None:
@@ -329,7 +329,7 @@ def test_who_came_and_who_left_is_said() -> None:
         machines.greet(["b", "c", "c"][rank], {}, stays=False)
         return machines.describe(["a", "b", "c"], 6)
 
-    assert on_each(3, describe) == ["3 machines (b, c, c), 6 processes; a left; c joined"] * 3
+    assert on_each(3, describe) == ["3 nodes (b, c, c), 6 processes; a left; c joined"] * 3
 
 
 def test_workers_elsewhere_are_seen_by_the_clock_here() -> None:
@@ -338,15 +338,15 @@ def test_workers_elsewhere_are_seen_by_the_clock_here() -> None:
     there.hosts = here.hosts = ["node0", "node1"]
     assert here.others() == []
     began = time.monotonic() - 7.0
-    there.post(lambda: [Look(3, Sign(12, 4, "backward", began, 0.0), "sleeping")])
+    there.post(lambda: [RankStatus(3, Sign(12, 4, "backward", began, 0.0), "sleeping")])
     (seen,) = here.others()
     assert (seen.rank, seen.sign.step, seen.sign.turn, seen.sign.phase, seen.host) == (3, 12, 4, "backward", "node1")
     assert time.monotonic() - seen.sign.since >= 7.0
-    assert there.first_to("hang")
-    assert not here.first_to("hang")
-    assert not here.regroups()
-    there.regroup()
-    assert here.regroups()
+    assert there.announce("hang")
+    assert not here.announce("hang")
+    assert not here.is_regrouping()
+    there.request_regroup()
+    assert here.is_regrouping()
 
 
 def test_launchers_that_start_together_hold_the_run_together(tmp_path: Path) -> None:

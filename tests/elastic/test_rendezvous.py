@@ -1,4 +1,4 @@
-"""Where launchers meet: seats, a store that goes or is silent, and what is not taken from strangers."""
+"""The rendezvous of launchers: seats, a lost or silent store, and states with a wrong signature."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch.distributed import DistError, HashStore, TCPStore  # type: ignore[att
 from torch.distributed.elastic.rendezvous.api import RendezvousStateError, RendezvousTimeoutError
 
 from shoal.config.options import Config
-from shoal.elastic.rendezvous import Aside, Meeting, Signed
+from shoal.elastic.rendezvous import Meeting, SignedBackend, TimedCalls
 from shoal.system.network import read_address
 
-FAR = 30.0  # seconds, for what comes at once
+FAR = 30.0  # seconds; an upper limit for things that happen at once
 
 
 def seat(store: object, folder: str = "folder", **launch: object) -> Meeting:
-    """A launcher's, of a run with these options."""
+    """Return a launcher's seat in a run with these options."""
     config = Config().replace("launch", name="run", timeout_seconds=FAR, join_seconds=0.2, **launch)
     return Meeting(store, config, folder, "127.0.0.1")  # type: ignore[arg-type]
 
 
 def meet(*seats: Meeting) -> list[threading.Thread]:
-    """All of them come to the next round; threads that are over when they are in it."""
+    """Let all seats join the next round; return threads that end when they are in it."""
 
     def come(seat: Meeting) -> None:
-        with contextlib.suppress(RendezvousTimeoutError, DistError):  # a spare that nobody needed, or came too late
+        with contextlib.suppress(RendezvousTimeoutError, DistError):  # an unused or late spare
             seat.rendezvous.next_rendezvous()
 
     threads = [threading.Thread(target=come, args=(each,), daemon=True) for each in seats]
@@ -65,7 +65,7 @@ def test_two_spares_for_one_seat_do_not_unseat_anybody(seats: list[Meeting]) -> 
     second.rendezvous.leave()
     until(lambda: first.rendezvous.news == "left", first)
     assert met(meet(first))
-    until(lambda: sum(not thread.is_alive() for thread in waiting) == 1, first)  # one of the spares has the seat
+    until(lambda: sum(not thread.is_alive() for thread in waiting) == 1, first)  # one of the spares got the seat
     for _ in range(20):
         assert first.rendezvous.num_nodes_waiting() == 0
         time.sleep(0.1)
@@ -111,11 +111,11 @@ def test_runs_of_one_name_in_two_folders_do_not_meet(seats: list[Meeting]) -> No
 
 def test_what_was_not_signed_by_one_who_sees_the_folder_is_not_unpickled() -> None:
     store = HashStore()
-    ours, theirs = (Signed(store, "run", key) for key in (b"ours", b"theirs"))
+    ours, theirs = (SignedBackend(store, "run", key) for key in (b"ours", b"theirs"))
     theirs.set_state(b"a pickle that runs what it likes")
     with pytest.raises(RendezvousStateError, match="not written by one of its launchers"):
         ours.get_state()
-    other = Signed(store, "another", b"ours")
+    other = SignedBackend(store, "another", b"ours")
     other.set_state(b"ours")
     found = other.get_state()
     assert found is not None
@@ -123,13 +123,13 @@ def test_what_was_not_signed_by_one_who_sees_the_folder_is_not_unpickled() -> No
 
 
 def test_a_store_that_is_silent_keeps_nobody_waiting() -> None:
-    aside, silent = Aside(), threading.Event()
-    assert aside.ask(lambda: 1, 0) == 1
-    assert aside.ask(lambda: int(silent.wait()), 0, 0.01) == 0
-    assert aside.ask(lambda: 1, 0) == 0  # the question before is not answered yet
+    calls, silent = TimedCalls(), threading.Event()
+    assert calls.call(lambda: 1, 0) == 1
+    assert calls.call(lambda: int(silent.wait()), 0, 0.01) == 0
+    assert calls.call(lambda: 1, 0) == 0  # the previous call still hangs
     silent.set()
     until_answered = time.monotonic() + FAR
-    while aside.ask(lambda: 1, 0) == 0:
+    while calls.call(lambda: 1, 0) == 0:
         assert time.monotonic() < until_answered
 
 

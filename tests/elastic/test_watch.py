@@ -1,4 +1,4 @@
-"""Who hangs, and whether to start again: pages written by hand, processes of our own."""
+"""Which rank hangs, and whether to restart, from hand-written pages and real processes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 
 from shoal.elastic.crashes import Crashes, first_death, how_it_died
 from shoal.elastic.heartbeat import COMPILE, FOLDER, Page, Sign
-from shoal.elastic.watch import Hang, Look, Pauses, Watch, as_far, find_culprit
+from shoal.elastic.watch import Hang, Pauses, RankStatus, Watch, count_ties, find_culprit
 from shoal.errors import EXIT_LOST_PEER
 
 
-def look(rank: int, step: int, turn: int, since: float, state: str = "sleeping") -> Look:
-    return Look(rank, Sign(step, turn, "forward", since, math.inf), state)
+def look(rank: int, step: int, turn: int, since: float, state: str = "sleeping") -> RankStatus:
+    return RankStatus(rank, Sign(step, turn, "forward", since, math.inf), state)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def look(rank: int, step: int, turn: int, since: float, state: str = "sleeping")
         [look(0, 12, 1, 5.0), look(2, 11, 0, 1.0)],
     ],
 )
-def test_a_process_that_cannot_run_is_the_one_however_far_it_is(others: list[Look]) -> None:
+def test_a_process_that_cannot_run_is_the_one_however_far_it_is(others: list[RankStatus]) -> None:
     for state in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE, psutil.STATUS_DISK_SLEEP):
         assert find_culprit([*others, look(1, 12, 4, 9.0, state)]).rank == 1
 
@@ -43,16 +43,16 @@ def test_else_it_is_the_one_least_far_and_silent_longest() -> None:
 
 
 def test_who_waits_for_others_is_not_the_one() -> None:
-    waiting = Look(0, Sign(12, 3, "reduce", 1.0, math.inf, waits=True), "sleeping")
+    waiting = RankStatus(0, Sign(12, 3, "reduce", 1.0, math.inf, waits=True), "sleeping")
     assert find_culprit([waiting, look(1, 12, 3, 2.0)]).rank == 1
-    assert find_culprit([waiting, look(1, 12, 4, 2.0)]).rank == 0  # it is farther
+    assert find_culprit([waiting, look(1, 12, 4, 2.0)]).rank == 0  # rank 1 is further advanced
 
 
 def test_it_is_said_where_others_are_at_the_very_place() -> None:
-    """As on GPUs that wait for each other in one kernel: who came there first is a guess."""
+    """On GPUs that wait for each other in one kernel, the first to arrive is only a guess."""
     three = [look(0, 12, 3, 2.0), look(1, 12, 3, 1.0), look(2, 12, 3, 3.0)]
-    assert as_far(find_culprit(three), three) == 2
-    assert as_far(three[0], [three[0], look(1, 12, 4, 1.0), look(2, 12, 3, 2.0, psutil.STATUS_STOPPED)]) == 0
+    assert count_ties(find_culprit(three), three) == 2
+    assert count_ties(three[0], [three[0], look(1, 12, 4, 1.0), look(2, 12, 3, 2.0, psutil.STATUS_STOPPED)]) == 0
     assert "2 others" in str(Hang(1, 12, "reduce", 20.0, "", "", None, 2))
     assert "other" not in str(Hang(1, 12, "reduce", 20.0, "", "", None))
 
@@ -60,7 +60,7 @@ def test_it_is_said_where_others_are_at_the_very_place() -> None:
 def test_a_machine_that_slept_has_no_culprit() -> None:
     pauses = Pauses(0.0)
     for now in (0.1, 0.2, 300.2, 300.3, 302.3):
-        pauses.look(now)
+        pauses.tick(now)
     assert pauses.since(0.15) == pytest.approx(302)
     assert pauses.since(301) == pytest.approx(2)
     assert pauses.since(302.3) == 0
@@ -68,8 +68,8 @@ def test_a_machine_that_slept_has_no_culprit() -> None:
 
 @pytest.fixture
 def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
-    monkeypatch.setenv(FOLDER, "")  # put back afterwards
-    monkeypatch.setattr("shoal.elastic.watch.STACKS_SECONDS", 0.2)  # the processes here leave none
+    monkeypatch.setenv(FOLDER, "")  # restored after the test
+    monkeypatch.setattr("shoal.elastic.watch.STACKS_SECONDS", 0.2)  # these processes write none
     watch = Watch(tmp_path / "stacks", tmp_path)
     yield watch
     watch.close()
@@ -82,7 +82,7 @@ def until(pid: int, status: str) -> None:
 
 @pytest.fixture
 def sleepers() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Two processes that leave SIGUSR2 alone, asleep: one that has said so still runs for a moment."""
+    """Start two processes that ignore SIGUSR2, and wait until they sleep: after printing they run for a moment."""
     code = "import signal, time; signal.signal(signal.SIGUSR2, signal.SIG_IGN); print(flush=True); time.sleep(100)"
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) for _ in range(2)]
     for process in processes:
@@ -105,12 +105,12 @@ def test_a_stopped_process_is_named_when_somebody_is_late(
     pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]
     for local, page in enumerate(pages):
         page.write(12, 2 - local, "forward")
-    assert watch.look(pids) is None
+    assert watch.find_hang(pids) is None
     sleepers[0].send_signal(signal.SIGSTOP)
     until(pids[0], psutil.STATUS_STOPPED)
-    assert watch.look(pids) is None  # it may be stopped as long as nobody is late
+    assert watch.find_hang(pids) is None  # a stopped process is fine until a rank is late
     pages[1].allow(0.0)
-    hang = watch.look(pids)
+    hang = watch.find_hang(pids)
     assert hang is not None
     assert (hang.rank, hang.step, hang.phase, hang.state) == (4, 12, "forward", "stopped (SIGSTOP)")
     assert f"rank 4 did not join: stopped (SIGSTOP) in forward of step 12, 0 s ago; stacks in {hang.stacks}" == str(
@@ -120,12 +120,12 @@ def test_a_stopped_process_is_named_when_somebody_is_late(
     assert hang.stacks.parent == tmp_path / "stacks"
     assert f"rank 5: forward of step 12; process {pids[1]} is sleeping" in hang.stacks.read_text()
     watch.start([4, 5], 600.0)  # their successors are not late
-    assert watch.look(pids) is None
+    assert watch.find_hang(pids) is None
 
 
 def found(watch: Watch, pids: dict[int, int]) -> Hang:
-    """The hang, as soon as it is known that nobody works: that takes a moment."""
-    while (hang := watch.look(pids)) is None:
+    """Return the hang, once activity has been measured."""
+    while (hang := watch.find_hang(pids)) is None:
         pass
     return hang
 
@@ -139,9 +139,9 @@ def test_who_compiles_is_waited_for_until_it_is_late_itself(
     watch.start([0, 1], 600.0)
     pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]
     pages[0].write(12, 3, "reduce")
-    pages[0].allow(0.0)  # it waits for the other one, and is late
+    pages[0].allow(0.0)  # it waits for the other rank, and is late
     pages[1].write(12, 1, COMPILE)
-    assert watch.look(pids) is None
+    assert watch.find_hang(pids) is None
     pages[1].allow(0.0)
     hang = found(watch, pids)
     assert (hang.rank, hang.phase) == (1, COMPILE)
@@ -153,8 +153,8 @@ def test_who_compiles_on_another_machine_is_waited_for(watch: Watch, sleepers: l
     pids = {0: sleepers[0].pid}
     watch.start([0], 600.0)
     Page(Path(os.environ[FOLDER]), 0).allow(0.0)
-    there = Look(1, Sign(12, 1, COMPILE, 1.0, math.inf), "running", "node1")
-    assert watch.look(pids, lambda: [there]) is None
+    there = RankStatus(1, Sign(12, 1, COMPILE, 1.0, math.inf), "running", "node1")
+    assert watch.find_hang(pids, lambda: [there]) is None
     assert found(watch, pids).rank == 0
 
 
@@ -184,7 +184,7 @@ def test_crashes_count_until_a_step_further_is_taken() -> None:
 
 
 BUSY = "import signal\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\nprint(flush=True)\nwhile True: pass"
-# The work is done by a program that it started, as compilers are.
+# The work is done by a child program, as with compilers.
 STARTS_ONE = (
     "import signal, subprocess, sys\nsignal.signal(signal.SIGUSR2, signal.SIG_IGN)\n"
     "subprocess.run([sys.executable, '-c', 'print(flush=True)\\nimport os, sys\\nwhile os.getppid() == int(sys.argv[1]): pass', str(__import__('os').getpid())])"
@@ -208,19 +208,19 @@ def test_who_computes_does_not_hang_unless_it_is_in_a_strict_step_like_those_bef
         watch.start([0, 1], 600.0)
         pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]
         pages[0].write(0, 1, "loading weights")
-        pages[1].write(0, 2, "loading weights")  # farther: it waits for the other
+        pages[1].write(0, 2, "loading weights")  # further advanced: it waits for the other
         pages[1].allow(0.0)
         end = time.monotonic() + 2
-        while time.monotonic() < end:  # much longer than it takes to see who works
-            assert watch.look(pids) is None
+        while time.monotonic() < end:  # much longer than measuring activity takes
+            assert watch.find_hang(pids) is None
         pages[0].took(3)
         pages[0].write(4, 1, "forward")
-        pages[0].allow(0.0, in_step=True)  # as on a CPU that is busy now
+        pages[0].allow(0.0, in_step=True)  # as on a busy CPU
         pages[1].write(4, 2, "forward")
         pages[1].allow(0.0, in_step=True)
-        assert watch.look(pids) is None
+        assert watch.find_hang(pids) is None
         pages[0].allow(0.0, in_step=True, strict=True)
-        hang = watch.look(pids)
+        hang = watch.find_hang(pids)
         assert hang is not None
         assert (hang.rank, hang.phase) == (0, "forward")
     finally:
@@ -231,7 +231,7 @@ def test_who_computes_does_not_hang_unless_it_is_in_a_strict_step_like_those_bef
 def test_who_sleeps_where_work_may_take_long_hangs(
     watch: Watch, sleepers: list[subprocess.Popen[bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a process does that waits for another one in a collective."""
+    """A process that waits for another rank in a collective sleeps."""
     import os
 
     from shoal.elastic import watch as module
@@ -243,6 +243,6 @@ def test_who_sleeps_where_work_may_take_long_hangs(
     for local, page in enumerate(pages):
         page.write(0, 1 + local, "loading weights")
         page.allow(0.0)
-    while (hang := watch.look(pids)) is None:
+    while (hang := watch.find_hang(pids)) is None:
         pass
     assert (hang.rank, hang.phase) == (0, "loading weights")

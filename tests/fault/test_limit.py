@@ -1,4 +1,4 @@
-"""When to stop before the time is up: closed forms, by a clock of our own."""
+"""When to stop before the time is up: closed forms, on a test clock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shoal.fault.limit import ENDS, FLOOR_SECONDS, RECENT, SLOW_DISK, STARTED, S
 
 
 class Clock:
-    """Stands until it is moved."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -22,9 +22,9 @@ class Clock:
 def test_the_margin_is_two_saves_some_steps_and_a_floor() -> None:
     clock = Clock()
     limit = TimeLimit(clock.now + 1000, int(7 * SLOW_DISK), clock)
-    assert limit.margin() == 2 * 7 + FLOOR_SECONDS  # a guess, from the bytes
+    assert limit.margin() == 2 * 7 + FLOOR_SECONDS  # a guess from the bytes
     limit.saved(3.0)
-    assert limit.margin() == 2 * 3 + FLOOR_SECONDS  # what was seen takes its place
+    assert limit.margin() == 2 * 3 + FLOOR_SECONDS  # replaced by the measured time
     for seconds in (1.0, 4.0, 2.0):
         clock.now += seconds
         assert not limit.is_due()
@@ -55,7 +55,7 @@ def test_the_option_counts_from_the_launcher_and_comes_before_slurm() -> None:
     begun = time.monotonic() - 540  # restarted nine minutes after the launcher began
     assert TimeLimit.open(9.1, 0, {STARTED: str(begun), **slurm}).is_due()
     assert not TimeLimit.open(60.0, 0, {STARTED: str(begun), **slurm}).is_due()
-    assert not TimeLimit.open(1.0, 0, {}).is_due()  # from now, where nobody launched it
+    assert not TimeLimit.open(1.0, 0, {}).is_due()  # from now, without a launcher
 
 
 def test_without_an_option_it_is_slurms_or_none() -> None:

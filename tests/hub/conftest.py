@@ -1,4 +1,4 @@
-"""A hub, a model on it, and this process pointed at it."""
+"""A local hub with a model, to which this process connects."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ INDEX = "model.safetensors.index.json"
 
 
 def weights(name: str, count: int, fill: int = 0) -> bytes:
-    """A safetensors file of one tensor of `count` bytes."""
+    """Return a safetensors file with one tensor of `count` bytes."""
     header = json.dumps({name: {"dtype": "U8", "shape": [count], "data_offsets": [0, count]}}).encode()
     return len(header).to_bytes(8, "little") + header + bytes([fill]) * count
 
 
 def one_file() -> dict[str, bytes]:
-    """A model, and beside it what must not be fetched."""
+    """Return a model's files, and others that must not be fetched."""
     return {
         "config.json": b'{"model_type": "llama"}',
         "model.safetensors": weights("a", 300_000),
@@ -52,22 +52,22 @@ def two_shards() -> dict[str, bytes]:
 
 
 class Scene(NamedTuple):
-    """A hub with one model, and the working directory from which it is fetched."""
+    """A hub with one model, and the working directory of the fetch."""
 
     hub: Hub
     repository: Repository
-    folder: Path  # where the model goes
+    folder: Path  # of the fetched model
 
     @property
     def partial(self) -> Path:
         return self.folder.with_name(".tiny.partial")
 
     def there(self) -> dict[str, bytes]:
-        """The fetched files, without the record."""
+        """Return the fetched files, without the record."""
         return {p.name: p.read_bytes() for p in sorted(self.folder.iterdir()) if p.name != "fetched.json"}
 
     def environment(self) -> dict[str, str]:
-        """Of a process that fetches from this hub."""
+        """Return the environment of a process that fetches from this hub."""
         return {"HF_ENDPOINT": self.hub.url, "HF_HOME": str(self.folder.parents[2] / "home"), "HF_HUB_OFFLINE": "0"}
 
 

@@ -1,10 +1,10 @@
 """
-A hub on loopback, for what cannot be tried on a real one: it answers what huggingface_hub asks of it.
+A hub on loopback, for tests that a real one does not allow. It serves what huggingface_hub requests:
 
     GET /api/models/NAME/revision/REV?blobs=True    the files with their sizes and hashes
     GET /NAME/resolve/COMMIT/FILE                   the bytes, also from `Range: bytes=N-` on
 
-A file of weights is sent by way of a redirect, as the real one sends it from elsewhere.
+Weights are served through a redirect to another host, as on the real hub.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Repository:
-    """A model on the hub, and what is wrong with it."""
+    """A model on the hub, and its faults."""
 
     files: dict[str, bytes]
     commit: str = "c0ffee" + "0" * 34
     branches: tuple[str, ...] = ("main",)
     token: str = ""  # without it, 401
     gated: bool = False  # listed, but its files are 403
-    stated_bytes: dict[str, int] = field(default_factory=dict)  # where the hub lies
-    altered: dict[str, bytes] = field(default_factory=dict)  # what is sent instead, of the same size
+    stated_bytes: dict[str, int] = field(default_factory=dict)  # false sizes that the hub states
+    altered: dict[str, bytes] = field(default_factory=dict)  # false content of the same size
     cut_after: int | None = None  # bytes of a body, then the connection is cut
     ranges: bool = True
-    encodings: dict[str, str] = field(default_factory=dict)  # what a body is said to be packed with
+    encodings: dict[str, str] = field(default_factory=dict)  # false content encodings
     on_body: Callable[[str], None] = lambda name: None  # called before a body is sent
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories by name, and what was asked of them."""
+    """The state of the server: repositories by name, and recorded requests."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, Repository] = {}
-        self.status = 200  # of every answer, where it is another
-        self.page = b""  # answered to everything, where it is not empty
+        self.status = 200  # of every response
+        self.page = b""  # sent for every request, unless empty
         self.asked: list[str] = []  # "FILE from N", in order
-        self.tokens: dict[str, str] = {}  # what came with the last request to a host
+        self.tokens: dict[str, str] = {}  # of the last request to each host
 
     @property
     def url(self) -> str:
@@ -56,16 +56,16 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def elsewhere(self) -> str:
-        """The same server under another name, so that to a client it is another host."""
+        """The same server under a second name, which clients treat as another host."""
         return self.url.replace("127.0.0.1", "localhost")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that was killed is no news."""
+        """Ignore the errors of killed clients."""
 
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    """A hub that answers until the block ends."""
+    """Run a hub until the block ends."""
     with Hub() as hub:
         thread = threading.Thread(target=hub.serve_forever, args=(0.01,), daemon=True)
         thread.start()
@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Hub
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
+        """Log nothing."""
 
     def do_GET(self) -> None:
         if self.server.page or self.server.status != 200:
@@ -144,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _sibling(file: str, content: bytes, repository: Repository) -> dict[str, Any]:
-    """As the API states a file: git's own hash, and for weights that of LFS."""
+    """Return the API's entry of a file: git's hash, and for weights the LFS hash."""
     size = repository.stated_bytes.get(file, len(content))
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     stated: dict[str, Any] = {"rfilename": file, "size": size, "blobId": blob}

@@ -1,4 +1,4 @@
-"""Small models of the five native types, as transformers makes and saves them, with a tokenizer beside."""
+"""Small models of the five native types, made and saved by transformers, with a tokenizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TYPES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 
 def config(kind: str) -> transformers.PretrainedConfig:
-    """Each with what sets it apart: GPT-2's one matrix for three, Llama 3's frequencies, biases, wide heads, ties."""
+    """Return configs with each type's peculiarities: fused QKV, Llama 3 frequencies, biases, wide heads, ties."""
     match kind:
         case "gpt2":
             return transformers.GPT2Config(
@@ -43,7 +43,7 @@ def config(kind: str) -> transformers.PretrainedConfig:
 
 
 def save(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "60KB") -> Path:
-    """A folder of random weights; biases and norms are random too, so that none is passed over unseen."""
+    """Save a folder of random weights, with random biases and norms, so that a skipped one is noticed."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config(kind)).to(dtype)
     with torch.no_grad():
@@ -58,5 +58,5 @@ def save(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: 
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """A folder as its users open it."""
+    """Return a folder's model, loaded by transformers."""
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()

@@ -1,4 +1,4 @@
-"""A `config.json` may say anything: what has no meaning is said at once, by its key, and never a traceback."""
+"""Invalid values in a `config.json`: all are reported at once, by key, without a traceback."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ LLAMA3 = said("llama")["rope_parameters"]
         ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'"),
         ("llama", {"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no'"),
         ("llama", {"vocab_size": "64"}, "vocab_size is '64'"),
-        ("llama", {"model_type": ["llama"]}, "does not say its model_type"),
+        ("llama", {"model_type": ["llama"]}, "has no model_type"),
     ],
     ids=lambda value: json.dumps(value)[:60] if isinstance(value, dict) else "",
 )  # fmt: skip
@@ -81,7 +81,7 @@ def test_no_longest_context_is_no_mistake_there() -> None:
     assert shape["max_seq_len"] > 100_000
 
 
-# --- a folder on its way to a run ---------------------------------------------------------------------------
+# --- a folder in a run ---------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_what_transformers_finds_wrong_is_said_with_its_cause(folder: Path, chan
 
 
 def test_a_folder_without_a_tokenizer_needs_one_by_name(folder: Path) -> None:
-    """A GPT-2 with vocab.json and merges.txt, a Mistral with tekken.json: no new tokenizer takes their place unseen."""
+    """Reject a folder with only vocab.json and merges.txt, or tekken.json, instead of silently training a tokenizer."""
     (folder / "tokenizer.json").unlink()
     (folder / "vocab.json").write_text("{}")
     with pytest.raises(

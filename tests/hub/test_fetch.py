@@ -1,4 +1,4 @@
-"""Fetching from a hub that is served here: whole or not at all, once, and gone on with after every interruption."""
+"""Fetches from a local hub: complete or not at all, once, and resumed after every interruption."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_what_is_wanted_comes_and_nothing_else(scene: Scene) -> None:
     assert scene.there() == {name: content for name, content in one_file().items() if name in wanted}
     assert said == [
         "fetching org/tiny at c0ffee000000: 6 files, 0.3 MB to models/org/tiny",
-        "models/org/tiny is there and whole: org/tiny at c0ffee000000",
+        "models/org/tiny is complete: org/tiny at c0ffee000000",
     ]
     assert find_model(NAME) == Path("models/org/tiny")
     assert ModelFolder.open(scene.folder).tensors.keys() == {"a"}
@@ -64,7 +64,7 @@ def test_what_is_there_is_not_asked_for_again(scene: Scene) -> None:
     fetch_model(NAME, verify=True, revision="main")
     fetch_model(NAME, revision=scene.repository.commit)
     assert len(scene.hub.asked) == asked
-    assert said == ["models/org/tiny is there and whole: org/tiny at c0ffee000000"]
+    assert said == ["models/org/tiny is complete: org/tiny at c0ffee000000"]
 
 
 def test_what_is_gone_or_altered_comes_again_and_only_that(scene: Scene) -> None:
@@ -78,7 +78,7 @@ def test_what_is_gone_or_altered_comes_again_and_only_that(scene: Scene) -> None
         scene.hub.asked.clear()
         damage()
         if not options:
-            with pytest.raises(ModelError, match="shoal fetch model org/tiny gets it again"):
+            with pytest.raises(ModelError, match="shoal fetch model org/tiny fetches it again"):
                 find_model(NAME)
         fetch_model(NAME, **options)
         assert scene.hub.asked == ["model.safetensors from 0"]
@@ -96,7 +96,7 @@ def test_force_brings_what_is_new_while_the_old_one_is_read(scene: Scene) -> Non
         start = reader.read(1000)
         fetch_model(NAME, force=True)
         assert start + reader.read() == old
-    assert seen == [True]  # until the new one was whole
+    assert seen == [True]  # until the new one was complete
     assert (scene.folder / "model.safetensors").read_bytes() == new
     record = load_record(scene.folder)
     assert record is not None
@@ -122,7 +122,7 @@ def test_a_cut_connection_is_gone_on_with(scene: Scene, ranges: bool) -> None:
         fetch_model(NAME)
         assert "model.safetensors from 200000" in scene.hub.asked
     else:
-        refused("cannot reach .* goes on where it stopped")
+        refused("cannot reach .* the same command resumes the fetch")
         scene.repository.cut_after = None
         fetch_model(NAME)
     assert scene.there()["model.safetensors"] == scene.repository.files["model.safetensors"]
@@ -148,7 +148,7 @@ def test_a_full_disk_and_then_more_room(scene: Scene) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        refused("cannot read or write .*free some space or give --to .*goes on where it stopped")
+        refused("cannot read or write .*free some space or set --to .*resumes the fetch")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not scene.folder.exists()
@@ -171,7 +171,7 @@ def test_after_a_new_commit_no_file_is_of_both(scene: Scene) -> None:
 
 
 def test_only_one_of_several_fetches(scene: Scene) -> None:
-    """The second asks while the first is in the middle, and says that it waits."""
+    """Start a second fetch in the middle of the first; it reports that it waits."""
     waits = threading.Event()
     said: list[str] = []
 
@@ -190,8 +190,8 @@ def test_only_one_of_several_fetches(scene: Scene) -> None:
     fetch_model(NAME, force=True)
     second.join(60)
     assert said == [
-        "waiting for another process that fetches org/tiny",
-        "models/org/tiny is there and whole: org/tiny at c0ffee000000",
+        "waiting for another process, which fetches org/tiny",
+        "models/org/tiny is complete: org/tiny at c0ffee000000",
     ]
     assert len(scene.hub.asked) == 6
 
@@ -210,7 +210,7 @@ def test_a_revision_is_taken_and_another_one_is_not_put_over_it(scene: Scene) ->
     scene.repository.branches = ("main", "refs/pr/1", "v2")
     fetch_model(NAME, revision="refs/pr/1")
     fetch_model(NAME)
-    refused("holds revision refs/pr/1 of it, and not v2; .*--force replaces it", revision="v2")
+    refused("holds its revision refs/pr/1, not v2; .*--force replaces it", revision="v2")
     fetch_model(NAME, revision="v2", force=True)
     record = load_record(scene.folder)
     assert record is not None
@@ -226,7 +226,7 @@ def test_to_another_folder(scene: Scene, tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink()
     assert load_record(real) is not None
     scene.hub.repositories["org/other"] = scene.repository
-    refused("holds org/tiny, and not org/other", name="org/other", to=Path("link"))
+    refused("holds org/tiny, not org/other", name="org/other", to=Path("link"))
 
 
 def test_what_shoal_did_not_fetch_is_not_replaced(scene: Scene, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_what_shoal_did_not_fetch_is_not_replaced(scene: Scene, tmp_path: Path) 
     (scene.folder / "model.safetensors").write_bytes(weights("a", 10))
     said: list[str] = []
     fetch_model(NAME, tell=said.append)
-    assert said == ["models/org/tiny is there; shoal did not fetch it, so only its form is checked"]
+    assert said == ["models/org/tiny exists; shoal did not fetch it, so only its form is checked"]
     assert scene.hub.asked == []
 
 
@@ -252,7 +252,7 @@ def test_what_a_person_put_beside_a_fetched_model_is_not_lost(scene: Scene) -> N
     fetch_model(NAME, force=True)
 
 
-# --- what is refused -------------------------------------------------------------------------------------
+# --- rejected -------------------------------------------------------------------------------------
 
 
 def refused(pattern: str, name: str = NAME, **options: Any) -> str:
@@ -267,8 +267,8 @@ def test_a_name_that_is_nowhere(scene: Scene) -> None:
     fetch_model(NAME)
     refused("is it org/tiny, which is on this machine\\?", name="org/tony")
     for name in ("../etc", "a/b/c", "/etc", "", "..", "a/..", "a b", "a//b"):
-        refused("is no name of a model", name=name)
-    refused("is no name of a model", name="a--b")
+        refused("is not a model's name", name=name)
+    refused("is not a model's name", name="a--b")
 
 
 def test_what_needs_a_token_says_so_and_no_token_is_shown(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,7 +285,7 @@ def test_what_needs_a_token_says_so_and_no_token_is_shown(scene: Scene, monkeypa
 
 def test_a_gated_model_says_where_its_terms_are(scene: Scene) -> None:
     scene.repository.gated = True
-    message = refused("only to those who accepted its terms \\(403\\)")
+    message = refused("only for users who accepted its terms \\(403\\)")
     assert f"{scene.hub.url}/{NAME}" in message
     assert "HF_TOKEN" in message
 
@@ -295,9 +295,9 @@ def test_a_gated_model_says_where_its_terms_are(scene: Scene) -> None:
     [
         (401, "HF_TOKEN"),
         (403, "HF_TOKEN"),
-        (429, "asked too often"),
-        (418, "refuses org/tiny"),
-        (500, "fails to answer"),
+        (429, "too many requests"),
+        (418, "rejects the request for org/tiny"),
+        (500, "has an error of its own"),
     ],
 )
 def test_answers_that_are_no_model(scene: Scene, status: int, pattern: str) -> None:
@@ -327,7 +327,7 @@ def test_a_repository_that_is_no_model(scene: Scene) -> None:
     del scene.repository.files[SHARDS[1]]
     refused(f"lacks {SHARDS[1]}, which its .*index.json names")
     scene.repository.files = two_shards() | {SHARDS[1]: weights("c", 10)}
-    refused("came as the hub has it, and is broken there: .* lacks b")
+    refused("is broken on the hub: .* lacks b")
     scene.repository.files = two_shards()
     del scene.repository.files[INDEX]
     refused("has 3 \\*.safetensors and no")
@@ -337,18 +337,18 @@ def test_a_repository_that_is_no_model(scene: Scene) -> None:
 @pytest.mark.parametrize("name", ["../../evil.json", "/etc/evil.json", "a/../../evil.json", "..\\evil.json"])
 def test_a_file_that_leads_out_of_the_folder(scene: Scene, tmp_path: Path, name: str) -> None:
     scene.repository.files[name] = b"{}"
-    refused("leads out of its folder")
+    refused("outside its folder")
     assert not list(tmp_path.rglob("evil*"))
 
 
 def test_an_index_that_leads_out_of_the_folder(scene: Scene) -> None:
     scene.repository.files = two_shards() | {INDEX: b'{"weight_map": {"a": "../evil.safetensors"}}'}
-    refused("is no \\*.safetensors beside it")
+    refused("is not a \\*.safetensors beside it")
 
 
 def test_a_disk_too_small_is_seen_before(scene: Scene) -> None:
     scene.repository.stated_bytes["model.safetensors"] = 10**16
-    refused("needs 10,000,000.0 GB more and the disk of models/org/tiny has .* free")
+    refused("needs 10,000,000.0 GB more, but the disk of models/org/tiny has .* free")
     assert scene.hub.asked == []
 
 
@@ -357,13 +357,13 @@ def test_more_or_less_than_was_stated(scene: Scene) -> None:
     scene.repository.stated_bytes["model.safetensors"] = size - 1
     refused("sends more of org/tiny's model.safetensors than")
     scene.repository.stated_bytes["model.safetensors"] = size + 1
-    refused("cannot reach|sends nothing of org/tiny's model.safetensors|no longer has|fails to answer")
+    refused("cannot reach|sends no data of org/tiny's model.safetensors|no longer has|has an error of its own")
 
 
 def test_a_folder_that_cannot_be_written(scene: Scene, tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file")
-    refused("cannot read or write .*models.*; give --to a folder that can be written")
-    refused("cannot read or write .*; give --to", to=Path("/proc/nowhere/tiny"))
+    refused("cannot read or write .*models.*; set --to to a writable folder")
+    refused("cannot read or write .*; set --to", to=Path("/proc/nowhere/tiny"))
 
 
 def test_no_network(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,4 +380,4 @@ def test_no_network(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     (cache / "refs" / "main").write_text("abc")
     for file in ("config.json", "model.safetensors"):
         (snapshot / file).write_bytes(one_file()[file])
-    refused(f"it is read from {snapshot}")
+    refused(f"shoal reads it from {snapshot}")

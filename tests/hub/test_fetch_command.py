@@ -1,4 +1,4 @@
-"""`shoal fetch` as processes: killed, two at once, and what a person sees."""
+"""`shoal fetch` as processes: killed, run twice at once, and its output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(scene: Scene, place: P
     tick = threading.Event()
 
     def kill(file: str) -> None:
-        """When some of the weights are on the disk."""
+        """Wait until some of the weights are on disk."""
         if file == "model.safetensors":
             while not any(part.stat().st_size for part in scene.partial.glob(".*.part")):
                 tick.wait(0.01)
@@ -42,7 +42,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(scene: Scene, place: P
     scene.hub.asked.clear()
     code, output = place.run(*FETCH, **scene.environment())
     assert code == 0, output
-    first, *rest = scene.hub.asked  # not what came before
+    first, *rest = scene.hub.asked  # without earlier files
     assert re.fullmatch("model.safetensors from [1-9][0-9]*", first)
     assert rest == ["tokenizer.json from 0"]
     assert scene.there()["model.safetensors"] == scene.repository.files["model.safetensors"]
@@ -54,23 +54,23 @@ def test_of_two_at_once_one_fetches(scene: Scene, place: Place) -> None:
     def start_another(file: str) -> None:
         if file == "model.safetensors":
             others.append(place.start(*FETCH, **scene.environment()))
-            wait_for(others[0], "waiting for another process that fetches org/tiny")
+            wait_for(others[0], "waiting for another process, which fetches org/tiny")
 
     scene.repository.on_body = start_another
     code, output = place.run(*FETCH, **scene.environment())
     assert code == 0, output
-    assert "models/org/tiny is there and whole" in others[0].communicate(timeout=60)[0]
+    assert "models/org/tiny is complete" in others[0].communicate(timeout=60)[0]
     assert others[0].returncode == 0
     assert len(scene.hub.asked) == 6
 
 
 def test_what_a_person_sees(scene: Scene, place: Place) -> None:
-    """Two lines in a log; on a terminal a bar too."""
+    """Expect two lines in a log, and a progress bar on a terminal."""
     code, output = place.run(*FETCH, "--to", "elsewhere/tiny", **scene.environment())
     assert code == 0
     assert output.splitlines() == [
         "fetching org/tiny at c0ffee000000: 6 files, 0.3 MB to elsewhere/tiny",
-        "elsewhere/tiny is there and whole: org/tiny at c0ffee000000",
+        "elsewhere/tiny is complete: org/tiny at c0ffee000000",
     ]
     shown = on_a_terminal(place, scene)
     assert "━" in shown
@@ -85,8 +85,8 @@ def test_a_home_is_meant_where_no_shell_says_so(scene: Scene, place: Place) -> N
     assert (place.folder / "person" / "tiny" / "config.json").is_file()
     assert not (place.folder / "~").exists()
     message = place.refused(*FETCH, "--to=~nosuchuser/tiny", **environment)
-    assert "there is no ~nosuchuser/tiny" in message
-    assert "Set --to to a folder" in message
+    assert "cannot find ~nosuchuser/tiny" in message
+    assert "Set --to to a writable folder" in message
 
 
 def on_a_terminal(place: Place, scene: Scene) -> str:

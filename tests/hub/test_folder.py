@@ -1,4 +1,4 @@
-"""Opening a folder of weights: what the safetensors library wrote is read back, and every kind of damage is named."""
+"""Folders of weights: what the safetensors library wrote is read back, and all damage is reported."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TENSORS = {
 
 
 def make_folder(folder: Path, shards: int = 1) -> Path:
-    """A model as other programs write it: one file, or shards and an index."""
+    """Write a model as other programs do: one file, or shards and an index."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     if shards == 1:
@@ -78,15 +78,15 @@ def test_damage_is_named(tmp_path: Path) -> None:
     whole = (make_folder(tmp_path) / SINGLE).read_bytes()
     length = int.from_bytes(whole[:8], "little")
     for raw, pattern in [
-        (whole[:-1], "is cut short: it has .* bytes of weights, its header says"),
+        (whole[:-1], "is cut short: it has .* bytes of weights, but its header says"),
         (whole[: length // 2], "is cut short"),
         (whole[:5], "is cut short: it has 5 bytes"),
         (b"", "is cut short: it has 0 bytes"),
         (whole + b"x", "has 1 bytes more than its header says"),
-        (b"\xff" * 100, "is no safetensors file"),
+        (b"\xff" * 100, "is not a safetensors file"),
         (whole[:8] + b"{" * length + whole[8 + length :], "header cannot be read"),
         (whole[:8] + b"[" * length + whole[8 + length :], "header cannot be read"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "is a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "is a Git LFS pointer"),
         ((30).to_bytes(8, "little") + b'{"a": 1, "a": 2}'.ljust(30), "names a twice"),
     ]:
         (tmp_path / SINGLE).write_bytes(raw)
@@ -94,7 +94,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 
 def test_what_the_safetensors_library_refuses_is_refused_and_nothing_else(tmp_path: Path) -> None:
-    """One byte of the header altered, at random; either reader may open it only if the other does."""
+    """Alter a random byte of the header; both readers accept it, or both reject it."""
     whole = (make_folder(tmp_path) / SINGLE).read_bytes()
     header_bytes = 8 + int.from_bytes(whole[:8], "little")
     draw = random.Random(0)
@@ -117,13 +117,13 @@ def test_what_the_safetensors_library_refuses_is_refused_and_nothing_else(tmp_pa
 @pytest.mark.parametrize(
     ("field", "value", "pattern"),
     [
-        ("dtype", "F7", "in F7, which is not known here"),
-        ("shape", [12, 5], "has 96 bytes for model.embed.weight, which is BF16 of shape"),
-        ("shape", [-1, 4], "does not say where"),
-        ("shape", "4", "does not say where"),
-        ("data_offsets", [0], "does not say where"),
-        ("data_offsets", [1, 97], "overlap or leave holes"),
-        ("data_offsets", [0.0, 96.0], "does not say where"),
+        ("dtype", "F7", "in F7, an unknown dtype"),
+        ("shape", [12, 5], "has 96 bytes for model.embed.weight, which is BF16 with shape"),
+        ("shape", [-1, 4], "without a valid location"),
+        ("shape", "4", "without a valid location"),
+        ("data_offsets", [0], "without a valid location"),
+        ("data_offsets", [1, 97], "overlap or leave gaps"),
+        ("data_offsets", [0.0, 96.0], "without a valid location"),
     ],
 )
 def test_a_header_that_lies_is_named(tmp_path: Path, field: str, value: object, pattern: str) -> None:
@@ -151,12 +151,12 @@ def test_an_index_that_lies_is_named(tmp_path: Path) -> None:
     refused(tmp_path, "model-9.safetensors is missing")
     for outside in ("../x.safetensors", "/x.safetensors", "a/x.safetensors", "model.bin", 3):
         say({"a": outside})
-        refused(tmp_path, "which is no \\*.safetensors beside it")
+        refused(tmp_path, "which is not a \\*.safetensors beside it")
     say([])
     refused(tmp_path, "has no weight_map")
     say(index["weight_map"])
     save_file(TENSORS, tmp_path / second)
-    refused(tmp_path, f"{second} has .*, which {first} has too")
+    refused(tmp_path, f"{second} has .*, as does {first}")
     (tmp_path / first).unlink()
     refused(tmp_path, f"{first} is missing")
 
@@ -164,7 +164,11 @@ def test_an_index_that_lies_is_named(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_named(tmp_path: Path) -> None:
     refused(tmp_path / "nothing", "there is no folder")
     refused(tmp_path, "config.json is missing")
-    for text, pattern in [("{", "is no JSON object"), ("[1]", "is no JSON object"), ('{"a": 1, "a": 2}', "a twice")]:
+    for text, pattern in [
+        ("{", "is not a JSON object"),
+        ("[1]", "is not a JSON object"),
+        ('{"a": 1, "a": 2}', "a twice"),
+    ]:
         (tmp_path / "config.json").write_text(text)
         refused(tmp_path, f"config.json.*{pattern}")
     (tmp_path / "config.json").write_text("{}")

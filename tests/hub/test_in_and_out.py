@@ -1,4 +1,4 @@
-"""Weights in from transformers, trained in a layout, out again: judged by transformers at every door."""
+"""Weights imported, trained in a layout and exported, each compared with transformers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from shoal.config.options import Config, Data, Launch, Metrics, Model, Optim, Parallel, Train
+from shoal.config.options import Config, Data, Model, Optim, Parallel, Train
+from shoal.config.run_options import Launch, Metrics
 from shoal.infer.export import export_run
 from shoal.mesh.mesh import Mesh
 from shoal.models.build import build_model, materialize
 from shoal.models.family import LanguageModel
 from shoal.resolve.resolve import resolve
 from shoal.training.assemble import folder_weights
-from shoal.training.loop import Run
+from shoal.training.loop import take_step
+from shoal.training.run import Run
 from shoal.training.step import train_step
 from tests.hub import small
 from tests.parallel.layouts import ALONE, NeverStop, mesh_for
@@ -37,7 +39,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def config_of(folder: Path, work: Path, name: str, **parallel: Any) -> Config:
-    """As a person would write it: `model.from`, and what to train on."""
+    """Resolve a typical config: `model.from`, and what to train on."""
     config = resolve(
         None,
         [
@@ -67,7 +69,7 @@ def test_logits_are_those_of_transformers(folders: dict[str, Path], tmp_path: Pa
         model = ours(folder, config)
         found = model.logits(model(tokens))
         assert (found - expected).abs().max() < 1e-5  # of logits of about 2
-        # In bfloat16 nobody is right: ours are as near to float32's as theirs are.
+        # In bfloat16 neither is exact: ours are as close to float32's as theirs.
         theirs16 = small.load(folder, torch.bfloat16)(tokens).logits.float()
         model16 = ours(folder, config, torch.bfloat16)
         ours16 = model16.logits(model16(tokens)).float()
@@ -76,14 +78,14 @@ def test_logits_are_those_of_transformers(folders: dict[str, Path], tmp_path: Pa
 
 
 def batches_and_losses(mesh: Mesh, config: Config) -> list[tuple[list[tuple[torch.Tensor, torch.Tensor]], float]]:
-    """Each step's (tokens, labels) and the mean loss it had, of a run that saves at its end."""
+    """Return each step's (tokens, labels) and mean loss, of a run that saves at its end."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     seen = []
     for _ in range(STEPS):
         batches = run.loader.next_step()
         stats = train_step(run.runnable, run.state, batches, step=run.state.step + 1, lr=config.optim.lr, clip_norm=1.0)
         run.state.step += 1
-        loss, tokens, *_ = stats.numbers.tolist()
+        loss, tokens, *_ = stats.read()
         seen.append(([(b.tokens, b.labels) for b in batches], loss / tokens))
     assert run.saving.finish(run.state, None).ok
     run.close()
@@ -91,7 +93,7 @@ def batches_and_losses(mesh: Mesh, config: Config) -> list[tuple[list[tuple[torc
 
 
 def plain_loop(model: Any, steps: list[Any], config: Config) -> Iterator[float]:
-    """Training as a page of transformers' documentation has it, on the same batches."""
+    """Train as in transformers' documentation, on the same batches."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -161,7 +163,7 @@ def test_what_was_not_trained_comes_out_bit_for_bit(tmp_path: Path, kind: str, d
 
 
 def test_each_tensor_keeps_the_dtype_it_had(tmp_path: Path) -> None:
-    """Norms in float32 beside matrices in bfloat16, whatever config.json says."""
+    """Export norms in float32 beside matrices in bfloat16, whatever config.json says."""
     folder = small.save("llama", tmp_path / "in", dtype=torch.bfloat16, shard="5GB")
     tensors = load_file(folder / "model.safetensors")
     mixed = {n: torch.randn(t.shape) if "norm" in n else t for n, t in tensors.items()}
@@ -178,7 +180,7 @@ def test_each_tensor_keeps_the_dtype_it_had(tmp_path: Path) -> None:
 
 
 def test_a_model_that_came_from_nowhere_opens_too(tmp_path: Path) -> None:
-    """Our own shapes, with the tokenizer that was trained here: each the exact layout of a known family."""
+    """Export our own shapes, with our own tokenizer, in the exact layout of a known model type."""
     for number, shape in enumerate(
         (
             Model(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, tie_embeddings=True, rope_factor=4.0),
@@ -194,7 +196,7 @@ def test_a_model_that_came_from_nowhere_opens_too(tmp_path: Path) -> None:
             metrics=Metrics(peak_tflops=1.0), launch=Launch(runs=str(tmp_path), name=f"own{number}"),
         )  # fmt: skip
         run = Run.open(config, ALONE, NeverStop())
-        run._step()
+        take_step(run)
         assert run.saving.finish(run.state, None).ok
         run.close()
         tokens = torch.randint(0, 300, (1, 30), generator=torch.Generator().manual_seed(2))

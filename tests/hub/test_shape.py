@@ -1,4 +1,4 @@
-"""What a `config.json` may say, and what is refused by name."""
+"""Supported values of a `config.json`, and those rejected by name."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def said(kind: str, **changes: Any) -> dict[str, Any]:
         ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling of type yarn"),
         ("qwen2", {"is_causal": False}, "is_causal False"),
         ("gpt2", {"num_attention_heads": 2}, "num_attention_heads 2 beside n_head 4"),
-        ("llama", {"hidden_size": None}, "does not say hidden_size"),
-        ("llama", {"model_type": "mamba"}, "families built here are gpt2, llama, mistral, qwen2, qwen3"),
+        ("llama", {"hidden_size": None}, "lacks hidden_size"),
+        ("llama", {"model_type": "mamba"}, "shoal implements llama, mistral, qwen2, qwen3, gpt2"),
     ],
 )  # fmt: skip
 def test_what_is_not_built_is_refused_by_name(kind: str, changes: dict[str, Any], words: str) -> None:
@@ -55,8 +55,8 @@ def test_what_is_not_built_is_refused_by_name(kind: str, changes: dict[str, Any]
 @pytest.mark.parametrize(
     "changes",
     [
-        {"rope_scaling": {**small.LLAMA3, "factor": 2.0}},  # beside what rope_parameters says
-        {"original_max_position_embeddings": 32},  # beside what is inside of it
+        {"rope_scaling": {**small.LLAMA3, "factor": 2.0}},  # beside rope_parameters
+        {"original_max_position_embeddings": 32},  # beside the value inside rope_parameters
     ],
     ids=str,
 )
@@ -84,7 +84,7 @@ def test_a_key_that_nobody_knows_is_told_of() -> None:
 
 @pytest.mark.parametrize("kind", small.TYPES)
 def test_older_and_newer_spellings_say_the_same(kind: str) -> None:
-    """`write_shape` spells as transformers 4 did; what transformers 5 wrote must be the same shape."""
+    """Compare spellings: `write_shape` writes that of transformers 4, and transformers 5 wrote the folder."""
     from shoal.config.options import Model
 
     values = read_shape(said(kind), "new").values
@@ -92,7 +92,7 @@ def test_older_and_newer_spellings_say_the_same(kind: str) -> None:
 
 
 def test_keys_left_out_have_the_default_of_their_type() -> None:
-    """Mistral looks back over 4096 tokens where it does not say otherwise; Qwen3's heads are 128 wide."""
+    """Check defaults: Mistral has a window of 4096 tokens and Qwen3 heads 128 wide."""
     bare = {k: said("mistral")[k] for k in MODEL_TYPES["mistral"].keys if k not in ("head_dim", "num_key_value_heads")}
     shape = read_shape({**bare, "model_type": "mistral", "max_position_embeddings": 32_768}, "x")
     assert (shape.window, shape.values["num_kv_heads"]) == (4096, 8)
@@ -108,7 +108,7 @@ def test_keys_left_out_have_the_default_of_their_type() -> None:
         ("qwen2", {"sliding_window": 64, "use_sliding_window": False}, None),
         ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "layer_types": ["sliding_attention"] * 3}, 64),
         ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "layer_types": None}, 64),
-        ("gpt2", {"sliding_window": 64}, None),  # it knows none
+        ("gpt2", {"sliding_window": 64}, None),  # gpt2 has no windows
     ],
 )
 def test_a_sliding_window_is_one_only_where_it_is_on(kind: str, changes: dict[str, Any], window: int | None) -> None:
@@ -153,9 +153,9 @@ def test_a_window_that_is_on_and_left_out_has_the_default_of_transformers(kind: 
 
 
 def test_nothing_else_may_say_the_shape(llama: Path) -> None:
-    with pytest.raises(ConfigError, match=r"model.dim 256 is not what .* has \(48\); leave it out"):
+    with pytest.raises(ConfigError, match=r"model.dim 256 differs from .*, which has 48; remove it"):
         resolved(llama, model__dim="256")
-    with pytest.raises(ConfigError, match="keep one"):
+    with pytest.raises(ConfigError, match="both define the shape"):
         resolved(llama, model__preset="gpt2")
     assert resolved(llama, model__dim="48", model__init_std="0.3").model.init_std == 0.3
 
@@ -175,7 +175,7 @@ def test_of_a_recipes_preset_and_a_flags_folder_the_flag_counts(llama: Path, tmp
 
 
 def damaged(folder: Path, target: Path, change: Any) -> Path:
-    """A copy in one file, its tensors changed."""
+    """Return a copy in one file, with changed tensors."""
     tensors = {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
     change(tensors)
     target.mkdir()
@@ -190,10 +190,10 @@ def damaged(folder: Path, target: Path, change: Any) -> Path:
         (lambda t: t.pop("model.norm.weight"), "has no weight model.norm.weight"),
         (
             lambda t: t.update({"model.norm.weight": torch.zeros(47)}),
-            r"is \[47\], and by config.json it would be \[48\]",
+            r"has shape \[47\], but config.json implies \[48\]",
         ),
         (lambda t: t.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}), "is I8; weights are read from"),
-        (lambda t: t.update({"model.adapter.weight": torch.zeros(4)}), "no place for: model.adapter.weight"),
+        (lambda t: t.update({"model.adapter.weight": torch.zeros(4)}), "does not use: model.adapter.weight"),
         (lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}), ""),
     ],
     ids=["missing", "shape", "dtype", "name", "computed"],
@@ -209,19 +209,19 @@ def test_weights_that_are_not_the_config_s(llama: Path, tmp_path: Path, change: 
 
 
 def test_a_tied_head_is_the_embedding_or_refused(tmp_path: Path) -> None:
-    """Qwen2 at this size is tied: a head in the files that is the embedding is passed over, another one is not."""
+    """Accept a tied Qwen2 whose files repeat the embedding as head; reject another head."""
     folder = small.save("qwen2", tmp_path / "tied")
     model = build_model(resolved(folder).model, compute_dtype=torch.float32)
     embed = "model.embed_tokens.weight"
     same = damaged(folder, tmp_path / "same", lambda t: t.update({"lm_head.weight": t[embed].clone()}))
     folder_weights(model, str(same))
     other = damaged(folder, tmp_path / "other", lambda t: t.update({"lm_head.weight": t[embed] + 1}))
-    with pytest.raises(ModelError, match=r"lm_head.weight is not model.embed_tokens.weight"):
+    with pytest.raises(ModelError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
         folder_weights(model, str(other))
 
 
 def test_names_without_the_base_model_s_prefix(tmp_path: Path) -> None:
-    """As the hub's own GPT-2 has them: `wte.weight`, and masks beside."""
+    """Load names as in the hub's GPT-2: `wte.weight`, with masks beside."""
     folder = small.save("gpt2", tmp_path / "a")
 
     def shorten(tensors: dict[str, torch.Tensor]) -> None:
@@ -248,7 +248,7 @@ def test_names_without_the_base_model_s_prefix(tmp_path: Path) -> None:
     ],
 )
 def test_a_region_is_the_slice_of_the_whole(tmp_path: Path, kind: str, name: str) -> None:
-    """Of plain, of joined and of transposed matrices; that no more is read, tests/hub/test_loading.py measures."""
+    """Read regions of plain, fused and transposed matrices."""
     folder = small.save(kind, tmp_path / kind)
     model = build_model(resolved(folder).model, compute_dtype=torch.float32)
     fill, shape = folder_weights(model, str(folder)), tuple(model.get_parameter(name).shape)

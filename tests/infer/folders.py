@@ -1,4 +1,4 @@
-"""Small folders of weights to use: with an end of text, a chat template, and rows that only pad the vocabulary."""
+"""Small folders of weights, with an end of text, a chat template, and embedding rows that only pad the vocabulary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TURN_END = 258
 
 
 def talker(folder: Path, kind: str = "llama", *, bos: bool = False) -> Path:
-    """A model of 272 rows with 259 tokens: bytes, <|endoftext|>, <|im_start|> and <|im_end|>, which ends a turn."""
+    """Make a model of 272 rows and 259 tokens: bytes, <|endoftext|>, <|im_start|> and <|im_end|>, which ends a turn."""
     save(kind, folder)
     tokenizer = tokenizers.Tokenizer.from_str(byte_tokenizer().to_json())
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])

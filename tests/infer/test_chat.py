@@ -1,4 +1,4 @@
-"""A conversation: the model's own template and history, as transformers writes them; lines in, pieces out."""
+"""Conversations: the template and history match transformers; input comes in lines, output in pieces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from shoal.errors import DataError, GenerateError, ModelError
-from shoal.infer import chat as chat_module
+from shoal.infer import load as load_module
 from shoal.infer.chat import Chat, chat_in_terminal
 from shoal.infer.load import load_folder
 from shoal.models.sampling import Sampling
@@ -35,7 +35,7 @@ def chat_of(folder: Path, *, system: str | None = None, limit: int = LIMIT) -> C
 
 
 def their_answer(folder: Path, messages: list[dict[str, str]]) -> str:
-    """Greedy, without the rows that only pad the vocabulary."""
+    """Return transformers' greedy answer, without the rows that only pad the vocabulary."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -58,7 +58,7 @@ def test_answers_and_history_are_those_of_transformers(folder: Path) -> None:
         answer = their_answer(folder, expected)
         expected.append({"role": "assistant", "content": answer})
         assert "".join(pieces) == answer
-        assert len(pieces) > 2  # it came as it was made
+        assert len(pieces) > 2  # it was shown while it was generated
     assert chat.messages == expected
 
 
@@ -66,7 +66,7 @@ def test_lines_are_answered_until_exit(folder: Path) -> None:
     out = io.StringIO()
     chat = chat_of(folder)
     chat_in_terminal(chat, io.StringIO("Hello\n\n/clear\nHello\n/exit\nmore\n"), out)
-    first, second = out.getvalue().split(f"\n[cut at --tokens {LIMIT}, or at the end of the context]\n")[:2]
+    first, second = out.getvalue().split(f"\n[stopped at --tokens {LIMIT} or at the end of the context]\n")[:2]
     assert first == second != ""
     assert [m["role"] for m in chat.messages] == ["user", "assistant"]
 
@@ -74,7 +74,7 @@ def test_lines_are_answered_until_exit(folder: Path) -> None:
 def test_a_conversation_that_is_too_long_says_so_and_goes_on(folder: Path) -> None:
     chat, out = chat_of(folder), io.StringIO()
     chat_in_terminal(chat, io.StringIO("a" * 200 + "\nHi\n"), out)
-    assert "/clear begins anew" in out.getvalue()
+    assert "/clear starts a new one" in out.getvalue()
     assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["Hi"]
 
 
@@ -86,7 +86,7 @@ def test_an_answer_can_be_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch)
         on_token(0, ord("x"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(chat_module, "generate", stopped)
+    monkeypatch.setattr(load_module, "generate", stopped)
     chat_in_terminal(chat, io.StringIO("Hello\n"), out)
     assert out.getvalue() == "x\n"
     assert chat.messages[-1] == {"role": "assistant", "content": "x"}
@@ -95,7 +95,7 @@ def test_an_answer_can_be_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
 def test_lines_that_are_no_text(folder: Path, errors: str) -> None:
     lines = io.TextIOWrapper(io.BytesIO(b"Hello\n\xff\n"), encoding="utf-8", errors=errors)
-    with pytest.raises(GenerateError, match="standard input is no UTF-8 text"):
+    with pytest.raises(GenerateError, match=r"standard input is not? UTF-8 text"):
         chat_in_terminal(chat_of(folder), lines, io.StringIO())
 
 

@@ -1,4 +1,4 @@
-"""`shoal eval` and `shoal generate` on a folder and on a run, and what they say to what cannot be."""
+"""`shoal eval` and `shoal generate` on a folder and on a run, and their messages for invalid input."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from shoal.cli import _run
 from shoal.data.tokens.tokenize import load_tokenizer
 from shoal.errors import CheckpointError, ShoalError
 from shoal.infer import commands
+from shoal.infer import load as load_module
 from shoal.infer.asked import Text
 from shoal.infer.load import load_folder
 from shoal.infer.score import score
@@ -27,7 +28,7 @@ TEXT = "A text that nobody here was trained on: größer, 漢字.\n" * 4
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with models, a text and a finished run."""
+    """Return a folder with models, a text and a finished run."""
     folder = tmp_path_factory.mktemp("place")
     talker(folder / "talker")
     talker(folder / "begins", bos=True)
@@ -66,7 +67,7 @@ def test_a_text_is_scored_with_its_windows_stated(capsys: pytest.CaptureFixture[
     assert record["bits_per_byte"] == pytest.approx(result.nats / math.log(2) / len(TEXT.encode()), rel=1e-6)
     text = said(capsys, *arguments)
     assert f"{record['bits_per_byte']:.4f}" in text
-    assert "windows of 32 tokens, each 8 on" in text
+    assert "windows of 32 tokens, 8 apart" in text
 
 
 def test_a_byte_order_mark_is_not_scored(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_what_begins_a_document_stands_first_and_then_all_is_scored(capsys: pyte
 
 @pytest.mark.parametrize("kind", ["none", "named", "put before"])
 def test_the_first_token_is_predicted_after_the_one_that_the_harness_takes(kind: str, tmp_path: Path) -> None:
-    """Its rule (`prefix_token_id`), on the tokenizer as transformers opens it: bos_token, and eos_token where there is none."""
+    """The harness takes (`prefix_token_id`) the bos_token of transformers' tokenizer, or its eos_token without one."""
     from transformers import AutoTokenizer
 
     folder = talker(tmp_path / "model", bos=kind == "put before")
@@ -132,7 +133,7 @@ def test_a_run_is_not_scored_on_the_text_of_other_data() -> None:
     changed = config.read_text().replace("dummy_documents: 60", "dummy_documents: 61")
     assert changed != config.read_text()
     config.write_text(changed)
-    with pytest.raises(CheckpointError, match="moved was trained on other tokens than"):
+    with pytest.raises(CheckpointError, match="has other tokens than moved was trained on"):
         _run(["eval", "moved", "--json"])
 
 
@@ -148,15 +149,15 @@ def test_folder_and_run_write(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_rows_without_a_token_are_never_written(capsys: pytest.CaptureFixture[str]) -> None:
-    """272 rows and 259 tokens: a token of the rest would have no text, and come out as nothing."""
+    """Of 272 rows, 13 have no token: generating one would print nothing."""
     text = said(capsys, "generate", "--model.from", "talker", "--prompt", "a", "--temperature", "50", "--tokens", "120")
     assert len(text.encode("utf-8")) > 100
 
 
 @pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
 def test_rows_without_a_token_are_never_chosen(prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where they would be, the same draws choose some of them."""
-    plain, chosen, free = commands.generate, list[int](), list[int]()
+    """Without the limit, the same draws choose some of them."""
+    plain, chosen, free = load_module.generate, list[int](), list[int]()
 
     def watched(*given: Any, **options: Any) -> list[list[int]]:
         outputs = plain(*given, **options)
@@ -165,7 +166,7 @@ def test_rows_without_a_token_are_never_chosen(prompts: list[str], monkeypatch: 
         free.extend(token for output in unbounded for token in output)
         return outputs
 
-    monkeypatch.setattr(commands, "generate", watched)
+    monkeypatch.setattr(load_module, "generate", watched)
     given = [word for prompt in prompts for word in ("--prompt", prompt)]
     assert _run(["generate", "--model.from", "talker", *given, "--temperature", "50", "--tokens", "120"]) == 0
     assert max(chosen) < 259 <= max(free)
@@ -177,7 +178,7 @@ def test_what_a_terminal_has_no_letter_for_is_replaced(place: Path, encoding: st
         "generate", "--model.from", "talker", "--prompt", "漢字a", "--tokens", "0", PYTHONIOENCODING=encoding
     )
     assert code == 0
-    assert output.endswith("??a\n")  # behind what it says while it loads, on standard error
+    assert output.endswith("??a\n")  # after the progress on standard error
 
 
 def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -196,9 +197,9 @@ def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["eval"], "Give a RUN, or --model.from DIR"),
-        (["eval", "done", "--model.from", "talker"], "they are two models"),
-        (["eval", "--model.from", "talker"], "--text FILE, or --tasks"),
+        (["eval"], "set RUN or --model.from DIR"),
+        (["eval", "done", "--model.from", "talker"], "are two models"),
+        (["eval", "--model.from", "talker"], "--text FILE or --tasks"),
         (["eval", "--model.from", "nowhere", "--text", "text.txt"], "no folder nowhere"),
         (["eval", "--model.from", "mute", "--text", "text.txt"], "mute has no tokenizer"),
         (["eval", "--model.from", "talker", "--text", "empty.txt"], "empty.txt is empty"),
@@ -206,20 +207,20 @@ def test_what_there_is_to_tell_of_a_folder_goes_to_standard_error(capsys: pytest
         (["eval", "--model.from", "talker", "--text", "no.txt"], "cannot read no.txt"),
         (["eval", "--model.from", "talker", "--text", "text.txt", "--stride", "200"], "--stride is 200"),
         (["eval", "--model.from", "talker", "--text", "text.txt", "--context", "200"], "--context is 200"),
-        (["eval", "done", "--stride", "2"], "--stride does nothing without --text"),
-        (["eval", "done", "--limit", "2"], "--limit does nothing without --tasks"),
+        (["eval", "done", "--stride", "2"], "--stride has no effect without --text"),
+        (["eval", "done", "--limit", "2"], "--limit has no effect without --tasks"),
         (["eval", "done", "--step", "3", "--text", "text.txt"], "no checkpoint of step 3"),
-        (["eval", "gone", "--text", "text.txt"], "is no run"),
-        (["eval", "gone", "--tasks", "hellaswag"], "is no run"),
+        (["eval", "gone", "--text", "text.txt"], "is not a run"),
+        (["eval", "gone", "--tasks", "hellaswag"], "is not a run"),
         (["eval", "--model.from", "nowhere", "--tasks", "hellaswag"], "no folder nowhere"),
-        (["eval", "--model.from", "talker", "--tasks", ","], "--tasks names none"),
+        (["eval", "--model.from", "talker", "--tasks", ","], "--tasks is empty"),
         (["eval", "--model.from", "talker", "--tasks", "a", "--include-path", "no"], "there is no folder no;"),
-        (["generate", "--model.from", "talker"], "needs --prompt TEXT, or --chat"),
-        (["generate", "--model.from", "talker", "--chat", "--prompt", "a"], "not both"),
-        (["generate", "--model.from", "talker", "--prompt", "a", "--system", "b"], "--system does nothing"),
+        (["generate", "--model.from", "talker"], "either --prompt TEXT or --chat"),
+        (["generate", "--model.from", "talker", "--chat", "--prompt", "a"], "either --prompt TEXT or --chat"),
+        (["generate", "--model.from", "talker", "--prompt", "a", "--system", "b"], "--system has no effect"),
         (["generate", "--model.from", "talker", "--prompt", ""], "empty --prompt"),
-        (["generate", "--model.from", "talker", "--prompt", "a\udcff"], "what follows --prompt"),
-        (["generate", "--model.from", "talker", "--chat", "--system", "\udcff"], "what follows --system"),
+        (["generate", "--model.from", "talker", "--prompt", "a\udcff"], "argument after --prompt"),
+        (["generate", "--model.from", "talker", "--chat", "--system", "\udcff"], "argument after --system"),
         (["generate", "--model.from", "talker", "--chat", "--temperature", "-1"], "--temperature is -1.0"),
         (["generate", "--model.from", "talker", "--prompt", "a", "--top-p", "2"], "--top-p is 2.0"),
         (["generate", "--model.from", "talker", "--chat", "--tokens", "-1"], "--tokens is -1"),

@@ -1,4 +1,4 @@
-"""What an export refuses, what it leaves behind when it fails, and what lies beside the weights."""
+"""Exports: what they reject, what a failure leaves behind, and the files beside the weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from shoal.errors import CheckpointError, ModelError, RunError, ShoalError
 from shoal.infer import export
 from shoal.infer.export import export_run
 from shoal.resolve.resolve import resolve
-from shoal.training.loop import Run
+from shoal.training.loop import complete
+from shoal.training.run import Run
 from tests.cli.commands import Place
 from tests.hub import small
 from tests.parallel.layouts import ALONE, NeverStop
@@ -23,7 +24,7 @@ from tests.parallel.layouts import ALONE, NeverStop
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A run of five steps, with checkpoints of two, whose tokenizer is a folder with a chat template."""
+    """Return a folder with a run of five steps and two checkpoints, whose tokenizer has a chat template."""
     place = Place(tmp_path_factory.mktemp("export"))
     small.save("llama", place.folder / "llama")
     (place.folder / "llama" / "chat_template.jinja").write_text("{{ messages[0].content }}")
@@ -37,7 +38,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         }  # fmt: skip
         config = resolve(place.folder / "recipe.yaml", [(k, str(v), "the test") for k, v in given.items()]).config
         run = Run.open(config, ALONE, NeverStop())
-        run.train()
+        complete(run)
         run.close()
     return place
 
@@ -55,14 +56,14 @@ def test_the_tokenizers_own_files_are_in_it(place: Place) -> None:
 def test_a_checkpoint_a_dtype_and_the_card(place: Place) -> None:
     out = place.folder / "step3"
     said = place.good("export", "bare", "--step=3", "--out", str(out), "--dtype=bfloat16", "--license=mine: [all]")
-    assert f"{out} is whole" in said
+    assert f"exported to {out}" in said
     assert {str(t.dtype) for t in load_file(out / "model.safetensors").values()} == {"torch.bfloat16"}
     card = (out / "README.md").read_text()
     header = card.split("---")[1]
     assert yaml.safe_load(header)["license"] == "mine: [all]"
     assert "| trained for | 3 steps, " in card
     assert "| 3 |" in card
-    assert "| 4 |" not in card  # the curve ends where this checkpoint does
+    assert "| 4 |" not in card  # the curve ends at this checkpoint
     assert transformers.AutoTokenizer.from_pretrained(out).eos_token == "<|endoftext|>"
 
 
@@ -80,12 +81,12 @@ def test_large_models_go_out_in_several_files(place: Place) -> None:
 @pytest.mark.parametrize(
     ("target", "step", "out", "words"),
     [
-        ("nobody", None, "x", "is no run; there are bare, own"),
-        ("bare", 4, "x", "no checkpoint of step 4; there are steps 3, 5"),
-        ("bare", None, "recipe.yaml", "is there already, and is a file"),
-        ("bare", None, "runs/bare", "is there already, and holds checkpoints, which no export writes"),
-        ("bare", None, "/proc/x", "cannot be written"),
-        ("bare", None, "~nobody-here/x", "cannot be written"),
+        ("nobody", None, "x", "is not a run; there are bare, own"),
+        ("bare", 4, "x", "no checkpoint of step 4; it has steps 3, 5"),
+        ("bare", None, "recipe.yaml", "already exists and is a file"),
+        ("bare", None, "runs/bare", "already exists and contains checkpoints, which no export writes"),
+        ("bare", None, "/proc/x", "cannot write"),
+        ("bare", None, "~nobody-here/x", "cannot write"),
     ],
 )
 def test_what_cannot_be_is_one_message(place: Place, target: str, step: int | None, out: str, words: str) -> None:
@@ -100,7 +101,7 @@ def test_a_folder_of_weights_that_is_no_export_stands(place: Place) -> None:
     out = place.folder / "by-hand"
     shutil.copytree(export_run(place.folder / "runs", "bare", step=3, out=place.folder / "one"), out)
     (out / "README.md").write_text("# my model")
-    with pytest.raises(ModelError, match="no export wrote it"):
+    with pytest.raises(ModelError, match="is not an export"):
         export_run(place.folder / "runs", "bare", step=3, out=out, force=True)
     assert (out / "README.md").read_text() == "# my model"
 
@@ -126,7 +127,7 @@ def test_what_fails_half_way_leaves_what_was_there(place: Place, monkeypatch: py
         export_run(place.folder / "runs", "bare", step=5, out=out, force=True)
     assert (out / "model.safetensors").read_bytes() == before
     assert not [*place.folder.glob(".stands*")]
-    with pytest.raises(ModelError, match="is there already; --force replaces it"):
+    with pytest.raises(ModelError, match="already exists; set --force"):
         export_run(place.folder / "runs", "bare", step=5, out=out)
     monkeypatch.undo()
     export_run(place.folder / "runs", "bare", step=5, out=out, force=True)
@@ -135,7 +136,7 @@ def test_what_fails_half_way_leaves_what_was_there(place: Place, monkeypatch: py
 
 
 def test_through_a_link_to_another_disk(place: Place, tmp_path: Path) -> None:
-    """The folder behind it is replaced, the link stays; others may read all that is in it."""
+    """The folder behind the link is replaced, the link stays, and others may read all files."""
     (tmp_path / "large").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "large")
     for _ in range(3):

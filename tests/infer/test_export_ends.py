@@ -1,4 +1,4 @@
-"""Which ends of a text an exported config.json names: those of the tokenizer that the run was trained with."""
+"""An exported config.json names the end tokens of the tokenizer that the run was trained with."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from shoal.config.options import Config
 from shoal.data.tokens.tokenize import load_tokenizer
 from shoal.infer.export import export_run
 from shoal.resolve.resolve import resolve
-from shoal.training.loop import Run
+from shoal.training.loop import complete
+from shoal.training.run import Run
 from tests.cli.commands import Place
 from tests.hub import small
 from tests.infer.folders import TURN_END, talker
 from tests.parallel.layouts import ALONE, NeverStop
 
-ENDS = {"bos_token_id": 257, "eos_token_id": [TURN_END, 256]}  # as the source has them, a turn's end among them
+ENDS = {"bos_token_id": 257, "eos_token_id": [TURN_END, 256]}  # as in the source, including the end of a turn
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A folder of weights with a tokenizer, and the folder of another tokenizer, whose ends are others."""
+    """Return a folder of weights with a tokenizer, and a folder of another tokenizer with other end tokens."""
     place = Place(tmp_path_factory.mktemp("ends"))
     talker(place.folder / "source")
     described = json.loads((place.folder / "source" / "config.json").read_text())
@@ -44,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def exported(place: Place, name: str, **given: Any) -> dict[str, Any]:
-    """The config.json of a run of one step that started from the source."""
+    """Return the exported config.json of a one-step run that started from the source."""
     options = {
         "model.from": place.folder / "source", "data.folder": place.folder / "data", "data.corpus": "dummy",
         "data.dummy_documents": 60, "data.seq_len": 32, "train.steps": 1, "train.global_batch": 2, "train.micro_batch": 2,
@@ -53,7 +54,7 @@ def exported(place: Place, name: str, **given: Any) -> dict[str, Any]:
     }  # fmt: skip
     config: Config = resolve(None, [(key, str(value), "the test") for key, value in options.items()]).config
     run = Run.open(config, ALONE, NeverStop())
-    run.train()
+    complete(run)
     run.close()
     out = export_run(place.folder / "runs", name, step=None, out=place.folder / f"{name}-out")
     described: dict[str, Any] = json.loads((out / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Every shape that a config may say opens in transformers once it is exported, and computes the same there."""
+"""Every shape that a config allows opens in transformers after export, and computes the same logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from shoal.infer.export import export_run
 from shoal.infer.load import load_run
 from shoal.models.build import build_model
 from shoal.resolve.resolve import resolve
-from shoal.training.loop import Run
+from shoal.training.loop import complete
+from shoal.training.run import Run
 from tests.cli.commands import RECIPE
 from tests.hub import small
 from tests.parallel.layouts import ALONE, NeverStop
@@ -82,13 +83,13 @@ def test_what_has_no_type_there_is_rejected_when_the_config_is_read() -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With a run whose heads are wider than transformers has them in a Llama."""
+    """Return a folder with a run whose head width differs from that of transformers' Llama."""
     folder = tmp_path_factory.mktemp("shapes")
     (folder / "recipe.yaml").write_text(RECIPE)
     given = {**UNEVEN, "launch.name": "uneven", "launch.runs": folder / "runs", "data.folder": folder / "data", "train.steps": 3, "launch.processes": 1}  # fmt: skip
     config = resolve(folder / "recipe.yaml", [(key, str(value), "the test") for key, value in given.items()]).config
     run = Run.open(config, ALONE, NeverStop())
-    run.train()
+    complete(run)
     run.close()
     return folder / "runs"
 
@@ -110,8 +111,8 @@ def test_what_transformers_refuses_is_no_export(
 ) -> None:
     write = write_shape
     for changed, words in [
-        ({"num_attention_heads": 5}, "does not open this export"),
-        ({"hidden_size": 66}, "has lm_head.weight as"),
+        ({"num_attention_heads": 5}, "cannot open this export"),
+        ({"hidden_size": 66}, "expects lm_head.weight of shape"),
     ]:
         monkeypatch.setattr(
             export, "write_shape", lambda *given, changed=changed: write(*given) | {"model_type": "llama"} | changed
@@ -121,6 +122,6 @@ def test_what_transformers_refuses_is_no_export(
         assert f"transformers {transformers.__version__}" in str(error.value)
         assert [*tmp_path.iterdir()] == []
     monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "transformers", None)  # as where it is not installed
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
     export_run(runs, "uneven", step=None, out=tmp_path / "out", console=export.Console())
     assert "transformers is not installed" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, really run: its numbers on an exported model are those we compute ourselves."""
+"""lm-evaluation-harness tasks, really run: its numbers on an exported model equal shoal's own."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ metric_list: [{{metric: bits_per_byte, aggregation: bits_per_byte, higher_is_bet
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two tasks of one's own, with their data beside them."""
+    """Return a folder with two user tasks and their data."""
     folder = tmp_path_factory.mktemp("tasks")
     (folder / "choices.yaml").write_text(CHOICES.format(folder=folder))
     (folder / "texts.yaml").write_text(ROLLING.format(folder=folder))
@@ -66,14 +66,14 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run."""
+    """Return a finished run."""
     place = Place(tmp_path_factory.mktemp("trained"))
     place.good("train", "recipe.yaml", "--name", "done", "--processes", "1", "--train.steps", "4")
     return place.folder / "runs" / "done"
 
 
 def our_bits_per_byte(model: LoadedModel) -> float:
-    """The harness puts the end of text first and scores all of a text."""
+    """Return the score by the harness's rule: put the end of text first, then score the whole text."""
     tokenizer = model.need_tokenizer()
     nats = sum(score(model.model, [tokenizer.eot_id, *tokenizer.encode(t)], context=64, stride=64).nats for t in TEXTS)
     return nats / math.log(2) / sum(len(t.encode()) for t in TEXTS)
@@ -118,7 +118,7 @@ def test_a_run_is_exported_for_it(tasks: Path, done: Path) -> None:
 
 def test_a_task_that_is_not_there_or_has_no_data(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = pytest.importorskip("lm_eval.tasks")
-    # its own 14,683 tasks take nine seconds to list, and are in the test above
+    # listing its own 14,683 tasks takes nine seconds; the test above covers them
     monkeypatch.setattr(there, "TaskManager", partial(there.TaskManager, include_defaults=False))
     wanted = Wanted(tmp_path, folder=str(talker(tmp_path / "model")), device="cpu")
     with pytest.raises(DataError, match="no task small_choice, but small_choices"):
@@ -140,7 +140,7 @@ def test_a_task_that_is_not_there_or_has_no_data(tasks: Path, tmp_path: Path, mo
 def test_a_run_is_computed_in_what_it_was_trained_in(
     trained: str, asked: str, quick: bool, computed: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As `load_run` has it, though its weights are exported in float32."""
+    """The dtype is that of `load_run`, although the weights are exported in float32."""
     run = shutil.copytree(done, tmp_path / "done", symlinks=True)
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("dtype: float32", f"dtype: {trained}"))

@@ -1,4 +1,4 @@
-"""One way to a model: a folder or a run, in the dtype that was asked for, with all the tokens that end a text."""
+"""Loading a folder or a run, in the requested dtype, with all tokens that end a text."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_auto_is_the_folders_own_dtype_where_the_device_is_good_at_it(stored: to
 
 def test_what_ends_a_text_is_said_by_tokenizer_and_files(tmp_path: Path) -> None:
     assert load_folder(str(talker(tmp_path)), device="cpu").end_ids == {256, 258}
-    (tmp_path / "generation_config.json").write_text("{}")  # then config.json says it
+    (tmp_path / "generation_config.json").write_text("{}")  # then config.json names it
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
     assert load_folder(str(tmp_path), device="cpu").end_ids == {256, 7}
@@ -144,7 +144,7 @@ def test_each_header_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({}, "Give a RUN, or --model.from"),
+        ({}, "set RUN or --model.from"),
         ({"target": "a", "folder": "b"}, "two models"),
         ({"folder": "b", "step": 3}, "--step 3"),
         ({"target": "a", "family": "hf"}, "--model.family hf"),

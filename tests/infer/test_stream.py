@@ -1,4 +1,4 @@
-"""Text that comes in pieces is the text, and no piece has half a character."""
+"""Streamed pieces join to the whole text, and no piece has half a character."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEXT = "naïve 漢字 👩‍👩‍👧‍👦 end"
 
 
 def words() -> Tokenizer:
-    """One that drops the space before a text's first word."""
+    """Return a tokenizer that drops the space before a text's first word."""
     vocab = {"<unk>": 0, "</s>": 1, "▁a": 2, "▁b": 3, "c": 4}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()

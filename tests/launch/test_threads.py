@@ -1,4 +1,4 @@
-"""CPU threads: how many a process has, what a run keeps, and how those without work wait."""
+"""CPU threads: how many a process gets, what a run keeps, and how idle threads wait."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shoal.mesh.place import Place
 
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of eight cores, all free; what is set in the environment is gone after the test."""
+    """Pretend to have eight free cores, and restore the environment after the test."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "")
     monkeypatch.delenv("OMP_WAIT_POLICY")
     for name in worker_environment(1):
@@ -32,7 +32,7 @@ def config(processes: int | None = None, threads: int | None = None, repro: str 
 
 
 @pytest.mark.parametrize(
-    ("settled", "processes", "free", "threads", "passive"),
+    ("fixed", "processes", "free", "threads", "passive"),
     [
         (None, 1, 8.0, 8, False),
         (None, 1, 7.6, 8, False),
@@ -41,20 +41,20 @@ def config(processes: int | None = None, threads: int | None = None, repro: str 
         (None, 2, 8.0, 4, False),
         (None, 2, 5.0, 3, True),
         (None, 2, 0.0, 1, True),
-        (None, 8, 0.0, 1, False),  # a thread alone waits for none
+        (None, 8, 0.0, 1, False),  # a single thread waits for no other
         (None, 16, 8.0, 1, False),
         (1, 1, 0.0, 1, False),
         (4, 2, 8.0, 4, False),
-        (4, 2, 3.0, 4, True),  # typed, or the run's own
-        (8, 2, 8.0, 8, True),  # more than there are cores
+        (4, 2, 3.0, 4, True),  # set by the user, or the run's own
+        (8, 2, 8.0, 8, True),  # more than the cores
     ],
 )
 def test_threads_are_the_cores_that_others_leave_free(
-    settled: int | None, processes: int, free: float, threads: int, passive: bool, monkeypatch: pytest.MonkeyPatch
+    fixed: int | None, processes: int, free: float, threads: int, passive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torchrun, "free_cores", lambda: free)
     said: list[str] = []
-    assert choose_threads(settled, processes, say=said.append) == threads
+    assert choose_threads(fixed, processes, say=said.append) == threads
     assert len(said) == passive
     assert all(("other programs" in line) == (free < 8) for line in said)
     assert (os.environ.get("OMP_WAIT_POLICY") == "PASSIVE") == passive
@@ -64,10 +64,10 @@ def test_threads_are_the_cores_that_others_leave_free(
     ("asked", "before", "threads"),
     [
         (config(2), None, 4),
-        (config(2), config(2, 3), 3),  # whatever the machine does now
-        (config(2, 4), config(2, 3), 4),  # typed
-        (config(2), config(2, 6), 4),  # the machine has fewer cores than it had
-        (config(4), config(2, 1), 2),  # other processes: other bits in any case
+        (config(2), config(2, 3), 3),  # whatever the load is now
+        (config(2, 4), config(2, 3), 4),  # set by the user
+        (config(2), config(2, 6), 4),  # the machine has fewer cores than before
+        (config(4), config(2, 1), 2),  # another process count changes the bits anyway
         (config(2, repro="bitwise"), config(2, 3), 1),
     ],
 )
@@ -96,9 +96,9 @@ def test_a_policy_of_ones_own_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 GENERATE = ["generate", "a-run", "--prompt", "a"]
 BUSY = """
 import sys
-from shoal.cli import build_parser
+from shoal.commands.models import set_threads
+from shoal.commands.parser import build_parser
 from shoal.launch import torchrun
-from shoal.verbs import set_threads
 torchrun.count_cores, torchrun.free_cores = lambda: 8, lambda: 3.0
 set_threads(build_parser(sys.argv[1]).parse_args(sys.argv[1:]))
 import torch
@@ -118,7 +118,7 @@ import torch
 def test_generate_and_eval_set_what_openmp_reads(
     arguments: list[str], own: dict[str, str], threads: str, spins: str
 ) -> None:
-    """Before torch is imported: OpenMP says itself what it has read."""
+    """They are set before torch is imported: OpenMP prints what it read."""
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
     done = subprocess.run(
         [sys.executable, "-c", BUSY, *arguments],

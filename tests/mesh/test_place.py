@@ -1,4 +1,4 @@
-"""Workers that somebody else starts, and what they leave for the launcher."""
+"""Workers started by other launchers, and errors left for shoal's launcher."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody's worker; what a test sets, directly or not, is gone after it."""
+    """Remove all launcher variables, and restore the environment after the test."""
     for name in VARIABLES:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -46,7 +46,7 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_alone_under_torchrun_and_under_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_worker()
     assert read_place() == Place(0, 1, 0, 1)
-    monkeypatch.setenv("SLURM_PROCID", "5")  # inside an allocation, but nobody said where to meet
+    monkeypatch.setenv("SLURM_PROCID", "5")  # inside an allocation, but without a rendezvous address
     assert not is_worker()
     monkeypatch.setenv("MASTER_ADDR", "node1")
     monkeypatch.setenv("SLURM_NTASKS", "8")
@@ -133,7 +133,7 @@ def test_a_launchers_variables_are_judged_as_a_whole(
 @pytest.mark.parametrize(
     ("given", "nodes", "named"),
     [
-        (BATCH, 1, ["SLURM_NTASKS", "MASTER_ADDR", "srun"]),  # the command given once, where two tasks were meant
+        (BATCH, 1, ["SLURM_NTASKS", "MASTER_ADDR", "srun"]),  # started once instead of as two tasks
         ({k: v for k, v in SRUN.items() if k != "MASTER_ADDR"}, 1, ["SLURM_NTASKS", "MASTER_ADDR"]),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "n0"}, 1, ["WORLD_SIZE", "RANK"]),
     ],
@@ -151,7 +151,7 @@ def test_variables_that_make_no_worker_and_claim_several_are_refused(
 
 
 def test_a_shell_that_salloc_started_is_a_step_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It keeps the job's SLURM_NTASKS."""
+    """The shell keeps the job's SLURM_NTASKS."""
     given = BATCH | {"SLURM_NTASKS": "4", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -165,7 +165,7 @@ def test_a_shell_that_salloc_started_is_a_step_of_one(monkeypatch: pytest.Monkey
 def test_a_batch_script_of_one_task_is_told_what_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert unused_claims(1) == []
     monkeypatch.setenv("SLURM_PROCID", "0")
-    assert unused_claims(1) == []  # MASTER_ADDR alone is what somebody exported
+    assert unused_claims(1) == []  # a leftover SLURM_PROCID alone is fine
     monkeypatch.setenv("MASTER_ADDR", "n0")
     assert not is_worker()
     [note] = unused_claims(1)
@@ -192,9 +192,9 @@ def test_a_worker_says_which_variables_were_used(
 @pytest.mark.parametrize(
     ("section", "values", "words"),
     [
-        ("launch", {"processes": 2}, "launch.processes is 2, but 4 were started on this machine"),
-        ("parallel", {"dp_replicate": 2}, "parallel.dp_replicate 2 needs 2 processes, launch.processes is 8"),
-        ("train", {"global_batch": 40, "micro_batch": 8}, "5 micro-batches, fewer than the 8 data-parallel processes"),
+        ("launch", {"processes": 2}, "launch.processes is 2, but the launcher started 4 on this node"),
+        ("parallel", {"dp_replicate": 2}, "parallel.dp_replicate 2 needs 2 processes, but launch.processes is 8"),
+        ("train", {"global_batch": 40, "micro_batch": 8}, "5 micro-batches, fewer than the 8 data-parallel ranks"),
     ],
 )
 def test_a_worker_is_refused_what_its_launcher_contradicts(section: str, values: dict[str, int], words: str) -> None:
@@ -211,7 +211,7 @@ def test_an_error_is_left_for_our_launcher_only(monkeypatch: pytest.MonkeyPatch,
     file = tmp_path / "error.json"
     assert not report_to_launcher("words")
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
-    assert not report_to_launcher("words")  # torchrun sets it too, and nobody would print it
+    assert not report_to_launcher("words")  # torchrun sets it too, but does not print the message
     monkeypatch.setenv(LOCKED_BY, str(os.getppid()))
     assert report_to_launcher("words")
     assert json.loads(file.read_text())["message"] == "words"

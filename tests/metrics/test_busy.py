@@ -1,9 +1,8 @@
-"""A process's own time, on a clock that the test turns; and on a device that is behind its host."""
+"""A process's own time, on a clock that the test advances, and on a device behind its host."""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,10 +11,11 @@ import torch.distributed as dist
 
 from shoal.metrics import busy as module
 from shoal.metrics.busy import Busy
+from shoal.run.phases import Phases
 
 
 class Turned:
-    """Seconds, which go on when the test says so."""
+    """Seconds that advance when the test says so."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -25,24 +25,25 @@ class Turned:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Turned]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Turned:
     turned = Turned()
     monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: turned.now))
-    # in place of a collective: it takes as long as it is told
+    # in place of a collective: takes the given seconds
     monkeypatch.setattr(dist.Work, "wait", lambda work, seconds=0.0: turned.go_on(seconds))
     return turned
 
 
 def waited(seconds: float) -> None:
-    """In a collective."""
+    """Wait in a collective."""
     dist.Work.wait(None, seconds)  # type: ignore[arg-type]
 
 
 def take(busy: Busy, clock: Turned, *phases: tuple[str, float, float]) -> None:
-    """A step of phases, each with what the process does and what it waits in it."""
+    """Take a step of phases, each with seconds of own work and of waiting."""
+    observed = Phases([busy])
     busy.begin()
     for name, own, wait in phases:
-        with busy.phase(name):
+        with observed(name):
             clock.go_on(own)
             waited(wait)
 
@@ -55,7 +56,7 @@ def test_waiting_is_left_out_of_every_phase_and_of_what_is_between(clock: Turned
     assert busy.seconds() == {}  # the step is not over
     busy.begin()
     assert busy.seconds() == pytest.approx({"data": 1.0, "forward": 4.0, "reduce": 0.25, "between": 3.0})
-    assert busy.seconds() == {}  # it was given
+    assert busy.seconds() == {}  # returned already
     busy.close()
 
 
@@ -66,7 +67,7 @@ def test_what_is_between_is_not_known_where_something_else_came_there(clock: Tur
     clock.go_on(60.0)
     take(busy, clock, ("data", 2.0, 0.0))
     assert busy.seconds() == pytest.approx({"data": 1.0})
-    with busy.waits.here():  # for the device, and in it for others: once
+    with busy.waits.here():  # a wait for others inside a wait for the device counts once
         clock.go_on(4.0)
         waited(1.0)
     clock.go_on(0.5)
@@ -93,7 +94,7 @@ def test_on_cuda_nobody_waits_for_an_event_and_the_first_turn_stands_for_all(
     clock: Turned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Event:
-        """Knows when it was recorded; is over when `done` says so. It has no `synchronize`."""
+        """Knows when it was recorded; is over once `done` is set. It has no `synchronize`."""
 
         done = False
 

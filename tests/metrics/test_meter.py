@@ -1,4 +1,4 @@
-"""MFU is against a peak that somebody published or gave, or is not given."""
+"""MFU is reported against a published or configured peak, or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GPU = Mesh(Place(), torch.device("cuda"))
 
 @pytest.fixture(autouse=True)
 def _no_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch has no CUDA it makes no events; nothing here asks when something was."""
+    """Without CUDA torch makes no events; nothing here reads a time."""
     monkeypatch.setattr(meter, "Moment", lambda device: Moment(torch.device("cpu")))
 
 

@@ -1,4 +1,4 @@
-"""Rates of matrix products within a deadline: on a clock that only products move."""
+"""Rates of matrix products within a deadline, on a clock that only products advance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAIR = (torch.bfloat16, torch.float32)
 
 
 class Machine:
-    """Multiplies at the given FLOP/s, by dtype and size; `taken` are the products it was asked for."""
+    """Multiplies at the given FLOP/s by dtype and size; `taken`: the products requested."""
 
     def __init__(self, rate: Callable[[torch.dtype, int], float]) -> None:
         self.now, self.rate = 0.0, rate
@@ -35,8 +35,8 @@ class Machine:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[torch.dtype, int], float]], Machine]:
     def make(rate: Callable[[torch.dtype, int], float]) -> Machine:
         made = Machine(rate)
-        monkeypatch.setattr(products.time, "perf_counter", made.perf_counter)
-        monkeypatch.setattr(products.torch, "mm", made.mm)
+        monkeypatch.setattr("shoal.metrics.products.time.perf_counter", made.perf_counter)
+        monkeypatch.setattr("shoal.metrics.products.torch.mm", made.mm)
         return made
 
     return make

@@ -25,7 +25,7 @@ from shoal.optim.schedule import learning_rate
 from shoal.parallel.recompute import checkpointed, compile_forward
 from shoal.plan.estimate import flops_per_token, parameter_count, why_no_flops
 from shoal.training.assemble import folder_weights
-from shoal.training.loop import Run
+from shoal.training.run import Run
 from shoal.training.step import train_step
 from tests.models import hf_small
 from tests.parallel.layouts import ALONE, NeverStop
@@ -122,7 +122,7 @@ def test_training_is_a_plain_loop(folders: Folders, tmp_path: Path, name: str) -
         batches = run.loader.next_step()
         lr = learning_rate(config.optim, step, 4)
         stats = train_step(run.runnable, run.state, batches, step=step, lr=lr, clip_norm=0.0)
-        loss, tokens, *_ = stats.numbers.tolist()
+        loss, tokens, *_ = stats.read()
         count, expected = sum(b.valid_tokens for b in batches), 0.0
         optimizer.zero_grad()
         for batch in batches:
@@ -271,7 +271,7 @@ def rewritten(folder: Path, tmp_path: Path, **changes: Any) -> Path:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"layerdrop": 0.1}, "layerdrop 0.1"),
-        ({"hidden_size": None}, "it does not say hidden_size or n_embd"),
+        ({"hidden_size": None}, "hidden_size or n_embd"),
         ({"text_config": {}}, "text_config"),
     ],
 )
@@ -335,7 +335,7 @@ def test_a_family_whose_code_keeps_to_float32_is_refused_in_bfloat16(folders: Fo
 
 
 def test_weights_of_another_model_are_named(folders: Folders, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"no place for: model\.layers\.1"):
+    with pytest.raises(ModelError, match=r"does not use: model\.layers\.1"):
         ours(rewritten(folders("llama"), tmp_path, num_hidden_layers=1))
 
 

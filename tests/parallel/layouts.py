@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from shoal.config.layout import find_layout
-from shoal.config.options import Config, Data, Launch, Metrics, Model, Optim, Parallel, Train
+from shoal.config.options import Config, Data, Model, Optim, Parallel, Train
+from shoal.config.run_options import Launch, Metrics
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place
 from shoal.mesh.region import Region
 from shoal.system.signals import StopRequest
 from shoal.training.compile_check import check_compiled
-from shoal.training.loop import Run
+from shoal.training.run import Run
 from shoal.training.step import train_step
 from tests.world import laid_out
 
@@ -80,7 +81,7 @@ def first_step(mesh: Mesh, config: Config, steps: int = 1) -> Step:
         batches = run.loader.next_step()
         stats = train_step(run.runnable, run.state, batches, step=step, lr=1e-3, clip_norm=config.optim.clip_norm)
         if step == 1:
-            loss, tokens, norm, _ = stats.numbers.tolist()
+            loss, tokens, norm, *_ = stats.read()
             grads = {
                 s.name: (s.region, s.tensor.grad.clone()) for s in run.runnable.shards if s.tensor.grad is not None
             }

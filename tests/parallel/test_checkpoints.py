@@ -13,7 +13,8 @@ import torch
 from shoal.config.options import Config
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Region
-from shoal.training.loop import Run
+from shoal.training.loop import take_step
+from shoal.training.run import Run
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for, whole
 from tests.world import World
 
@@ -58,11 +59,11 @@ def leg(mesh: Mesh, config: Config) -> Leg:
     """One step more of a run, saved, and evaluated."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     loaded = _parts(run)
-    loss, tokens, *_ = run._step().numbers.tolist()
+    loss, tokens, *_ = take_step(run).read()
     assert run.saving.finish(run.state, None).ok
     run.evaluate(None)
     run.close()
-    return Leg(loaded, _parts(run), loss / tokens, run.val["val_loss"])
+    return Leg(loaded, _parts(run), loss / tokens, run.val_loss())
 
 
 def _parts(run: Run) -> Parts:

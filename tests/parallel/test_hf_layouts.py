@@ -17,7 +17,8 @@ from shoal.config.options import Config
 from shoal.mesh.mesh import Mesh
 from shoal.models.build import build_model
 from shoal.resolve.layout_checks import refusals
-from shoal.training.loop import Run
+from shoal.training.loop import complete
+from shoal.training.run import Run
 from tests.models import hf_small
 from tests.parallel.layouts import ALONE, NeverStop, Step, first_step, mesh_for, whole
 from tests.world import World
@@ -175,7 +176,7 @@ def test_what_was_tried_out_before_is_not_kept(tmp_path: Path, world: Callable[[
 
 def train(mesh: Mesh, config: Config) -> None:
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
-    run.train()
+    complete(run)
     run.close()
 
 

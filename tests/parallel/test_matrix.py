@@ -102,9 +102,9 @@ def test_every_refusal_says_what_to_set() -> None:
 def test_the_page_is_of_these_cells() -> None:
     page = PAGE.read_text(encoding="utf-8")
     every = list(cells())
-    again = "run python scripts/matrix.py --write"
+    again = "run python scripts/matrix.py --write, or --words"
     assert f"{len(every)} cells of {len(LAYOUTS)} layouts" in page, again
-    assert f"| {len(every) - len(legal())} | refused" in page, again
+    assert f"| {len(every) - len(legal())} | rejected" in page, again
     tables = [page.partition(f"## {group}\n")[2].partition("\n## ")[0] for group in GROUPS]
     rows = [row for table in tables for row in re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)]
     assert list(dict.fromkeys(rows)) == ["layout", "---", *LAYOUTS], again

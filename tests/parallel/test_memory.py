@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from shoal.bench.memory import allocated_bytes
 from shoal.config.options import Config
 from shoal.mesh.mesh import Mesh
-from shoal.training.loop import Run
+from shoal.training.loop import take_step
+from shoal.training.run import Run
+from tests.parallel.allocated import allocated_bytes
 from tests.parallel.layouts import NeverStop, config_of, mesh_for
 from tests.world import World
 
@@ -26,10 +27,10 @@ SHAPE: dict[str, Any] = {
 def peak_bytes(mesh: Mesh, config: Config) -> tuple[int, int, int, int]:
     """In a worker: (peak of a step, held between steps, parameters in all, of the largest block)."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
-    run._step()
+    take_step(run)
     run.runnable.forget_gradients()
     held = sum(part.tensor.untyped_storage().nbytes() for part in run.state.tensors().values())
-    most = allocated_bytes(run._step)
+    most = allocated_bytes(lambda: take_step(run))
     run.close()
     sizes = {name: shape.numel() for name, shape in run.runnable.shapes.items()}
     block = sum(size for name, size in sizes.items() if name.startswith("blocks.0."))
@@ -58,14 +59,14 @@ def test_a_process_holds_its_share_the_root_and_two_blocks(
 def live_gradients(mesh: Mesh, config: Config) -> tuple[int, list[int]]:
     """In a worker: gradients after a first step, and how many of those still live in each forward of the second."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
-    run._step()
+    take_step(run)
     shards = run.runnable.shards
     old = [weakref.ref(s.tensor.grad) for s in shards if s.tensor.grad is not None]
     old += [weakref.ref(s.parameter.grad._local_tensor) for s in shards if s.parameter.grad is not None]  # type: ignore[attr-defined]
     counts: list[int] = []
     block = next(iter(run.runnable.parts[0].blocks.values()))
     hook = block.register_forward_pre_hook(lambda *_: counts.append(sum(ref() is not None for ref in old)))
-    run._step()
+    take_step(run)
     hook.remove()
     run.close()
     return len(old), counts

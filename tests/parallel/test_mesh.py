@@ -19,7 +19,8 @@ from shoal.errors import LaunchError
 from shoal.mesh import mesh as mesh_module
 from shoal.mesh.mesh import Mesh, choose_device, is_lost_peer, open_mesh
 from shoal.mesh.place import LOCKED_BY, Place
-from shoal.training.loop import Run
+from shoal.training.loop import take_step
+from shoal.training.run import Run
 from tests.parallel.layouts import NeverStop, config_of
 from tests.world import World
 
@@ -39,7 +40,7 @@ def timeouts_of_a_run(mesh: Mesh, config: Config) -> tuple[timedelta, dict[str, 
         open_mesh("cpu", ASKED_SECONDS, config.parallel) as opened,
     ):
         run = Run.open(config, opened, NeverStop())
-        run._step()
+        take_step(run)
         assert run.saving.finish(run.state, None).ok
         run.evaluate(None)
         run.close()

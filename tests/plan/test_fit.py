@@ -1,4 +1,4 @@
-"""Memory that ran out: real errors are known for what they are, and what is advised is accepted."""
+"""Out of memory: real errors are recognized, and the advice is valid."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def error_of(work: object) -> BaseException:
 
 def test_the_cpus_allocators_are_believed() -> None:
     assert what_ran_out(error_of(lambda: torch.empty(1 << 50, dtype=torch.uint8))) == (
-        "1,125,899.9 GB more were not to be had"
+        "1,125,899.9 GB more could not be allocated"
     )
     assert "Unable to allocate" in (what_ran_out(error_of(lambda: np.empty(1 << 60, dtype=np.uint8))) or "")
     assert what_ran_out(MemoryError())

@@ -1,4 +1,4 @@
-"""Peaks are those of the very card, or unknown."""
+"""Peaks of the exact device, or none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows from a shape, and what is wrong with one."""
+"""Derived widths of a shape, and its problems."""
 
 from __future__ import annotations
 

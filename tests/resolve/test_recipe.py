@@ -1,4 +1,4 @@
-"""What YAML lets people write and no recipe means: each a problem with its line, and never a traceback."""
+"""Valid YAML that makes no recipe: each a problem with its line, without a traceback."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .test_resolve import GOOD, problems, write
 
 
 def value_of(folder: Path, text: str) -> Any:
-    """As a recipe has it, and as a flag has it."""
+    """Return the value of a text, which is the same in a recipe and in a flag."""
     found: list[Problem] = []
     [setting] = read_recipe(write(folder, f"train:\n  steps: {text}\n"), found)
     assert not found
@@ -28,13 +28,13 @@ def value_of(folder: Path, text: str) -> Any:
     [
         ("train:\n  steps: 1\x00\n", 2, "the character 0x00; remove it"),
         ("train:\n\n  steps: \x07\n", 3, "the character 0x07; remove it"),
-        ("train:\n  steps: " + "[" * 2000 + "\n", None, "nested too deep"),
+        ("train:\n  steps: " + "[" * 2000 + "\n", None, "nested too deeply"),
         ('train:\n  steps: "\\U00FFFFFF"\n', None, "not YAML"),
-        ('train:\n  steps: !!int ""\n', 2, "train.steps cannot be read: its text is no int"),
-        ("train:\n  steps: !!int 1:30\n", 2, "train.steps cannot be read: its text is no int"),
-        ("train:\n  steps: !!bool x\n", 2, "its text is no bool"),
-        ("train:\n  steps: !!float ''\n", 2, "its text is no float"),
-        ("train:\n  steps: !!timestamp x\n", 2, "its text is no timestamp"),
+        ('train:\n  steps: !!int ""\n', 2, "train.steps cannot be read: its text is not the int"),
+        ("train:\n  steps: !!int 1:30\n", 2, "train.steps cannot be read: its text is not the int"),
+        ("train:\n  steps: !!bool x\n", 2, "its text is not the bool"),
+        ("train:\n  steps: !!float ''\n", 2, "its text is not the float"),
+        ("train:\n  steps: !!timestamp x\n", 2, "its text is not the timestamp"),
         ("train:\n  steps: !secret x\n", 2, "train.steps cannot be read: could not determine a constructor"),
         ("train:\n  steps: &a [*a]\n", 2, "unconstructable recursive node"),
         ("train: &a\n  steps: *a\n", 2, "unconstructable recursive node"),
@@ -57,7 +57,7 @@ def test_what_is_wrong_there_hides_nothing_else(tmp_path: Path) -> None:
 def test_a_section_that_stands_twice_is_a_problem(tmp_path: Path, again: str) -> None:
     found = problems(tmp_path, f"train:\n  steps: 1\nmodel: {{preset: tiny}}\n{again}")
     recipe = tmp_path / "recipe.yaml"
-    assert found == [f"{recipe}:4: train stands here and at {recipe}:1; make them one section"]
+    assert found == [f"{recipe}:4: train is here and at {recipe}:1; merge the two sections"]
 
 
 @pytest.mark.parametrize(

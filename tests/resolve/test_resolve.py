@@ -1,4 +1,4 @@
-"""Configs: every problem at once, each with its place and the way out."""
+"""Resolved configs: every problem at once, each with its source and a fix."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from shoal.config.options import Config, Optim, options
 from shoal.errors import ConfigError
 from shoal.resolve.recipe import nearest
-from shoal.resolve.resolve import differences, expectation, read_back, resolve, schema, to_yaml
+from shoal.resolve.resolve import changed_options, expectation, read_back, resolve, schema, to_yaml
 
 GOOD = {"model": {"preset": "tiny"}, "train": {"steps": 10}}
 
@@ -100,22 +100,25 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
         ({"train": {"steps": 1}, "model": {"num_heads": 4, "num_kv_heads": 3}}, "num_kv_heads"),
         (
             {"train": {"steps": 1, "global_batch": 10, "micro_batch": 4}},
-            "global_batch 10 is no multiple of train.micro_batch 4; try 12",
+            "does not divide train.global_batch 10; set train.global_batch to 12",
         ),
         (
             {"train": {"steps": 1, "global_batch": 8, "micro_batch": 8}, "launch": {"processes": 2}},
-            "launch.processes 1, or train.global_batch 16, or train.micro_batch 4 would do",
+            "launch.processes to 1, or train.global_batch to 16, or train.micro_batch to 4",
         ),
         (
             {"train": {"steps": 1}, "launch": {"processes": 2}, "parallel": {"dp_replicate": 4}},
-            "needs 4 processes, launch.processes is 2",
+            "needs 4 processes, but launch.processes is 2",
         ),
-        ({"train": {}}, "the length of the run is not given"),
-        ({"train": {"steps": 1, "epochs": 2}}, "train.steps and train.epochs are both given"),
-        ({"train": {"steps": 1}, "data": {"seq_len": 4096}}, "longer than model.max_seq_len"),
-        ({"train": {"steps": 1}, "data": {"corpus": "text"}}, "needs data.paths"),
-        ({"train": {"steps": 1}, "data": {"corpus": "text", "paths": ["nowhere.txt"]}}, "there is no nowhere.txt"),
-        ({"train": {"steps": 1}, "data": {"tokenizer": "nowhere.json"}}, "there is no file nowhere.json"),
+        ({"train": {}}, "the length of the run is not set"),
+        ({"train": {"steps": 1, "epochs": 2}}, "train.steps and train.epochs are both set"),
+        ({"train": {"steps": 1}, "data": {"seq_len": 4096}}, "exceeds model.max_seq_len"),
+        ({"train": {"steps": 1}, "data": {"corpus": "text"}}, "set data.paths"),
+        (
+            {"train": {"steps": 1}, "data": {"corpus": "text", "paths": ["nowhere.txt"]}},
+            "data.paths does not exist: nowhere.txt",
+        ),
+        ({"train": {"steps": 1}, "data": {"tokenizer": "nowhere.json"}}, "data.tokenizer nowhere.json was not found"),
         ({"train": {"steps": 1}, "model": {"vocab_size": 1000}}, "smaller than the tokenizer's 4096"),
         ({"train": {"steps": True}}, "train.steps must be an integer"),
         ({"train": {"steps": 1}, "optim": {"lr": ".inf"}}, "optim.lr must be a number above 0"),
@@ -125,8 +128,8 @@ def test_numbers_as_people_write_them(tmp_path: Path, text: str, value: float) -
         ),
         ({"train": {"steps": 1}, "model": {"preset": "gtp2"}}, "did you mean gpt2?"),
         ({"train": {"steps": 1}, "model": {"preset": ["gpt2"]}}, "there is no preset ['gpt2']"),
-        ({"train": {"steps": 1}, "launch": {"name": "../x"}}, "launch.name '../x' is no name of a folder"),
-        ({"train": {"steps": 1}, "launch": {"name": ""}}, "launch.name '' is no name of a folder"),
+        ({"train": {"steps": 1}, "launch": {"name": "../x"}}, "launch.name '../x' cannot name a folder"),
+        ({"train": {"steps": 1}, "launch": {"name": ""}}, "launch.name '' cannot name a folder"),
         ({"train": 3}, "train is a section"),
         ("- a\n- b\n", "expected sections"),
         ("train: [1, 2\n", "not YAML"),
@@ -138,7 +141,7 @@ def test_what_cannot_be_is_refused_with_the_way_out(tmp_path: Path, content: obj
 
 def test_a_key_that_stands_twice_is_a_problem(tmp_path: Path) -> None:
     [found] = problems(tmp_path, "train:\n  steps: 1\n  steps: 2\n")
-    assert "stands here and at" in found
+    assert "is here and at" in found
 
 
 def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
@@ -159,7 +162,7 @@ def test_a_run_keeps_its_name(tmp_path: Path, name: str) -> None:
 def test_differences_know_what_would_change_the_past() -> None:
     before = Config()
     after = before.replace("model", dim=512).replace("train", steps=7)
-    assert [(d.key, d.before, d.after, d.past) for d in differences(before, after)] == [
+    assert [(d.key, d.before, d.after, d.past) for d in changed_options(before, after)] == [
         ("model.dim", 256, 512, True),
         ("train.steps", None, 7, False),
     ]

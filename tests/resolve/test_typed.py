@@ -1,4 +1,4 @@
-"""What is typed: it replaces what a recipe says by other options, and is understood by the names that people know."""
+"""Flags: they override a recipe, also by related options, and accept other projects' names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from shoal.bench.speed import DEFAULT
-from shoal.cli import build_parser, read_overrides
+from shoal.commands.flags import read_overrides
+from shoal.commands.parser import build_parser
 from shoal.config.options import Model, options
 from shoal.config.presets import resolve_shape
 from shoal.data.prepare import prepare
@@ -29,7 +30,7 @@ QUICKSTART = PACKAGED / "quickstart.yaml"
 
 
 def typed(*words: str, recipe: Path = QUICKSTART) -> Resolved:
-    """What `shoal train RECIPE WORDS` resolves to."""
+    """Return what `shoal train RECIPE WORDS` resolves to."""
     args, rest = build_parser("train").parse_known_args(["train", str(recipe), *words])
     overrides, stray = read_overrides(args, rest)
     assert not stray
@@ -42,7 +43,7 @@ def refused(*words: str, recipe: Path = QUICKSTART) -> str:
     return "\n".join(map(str, caught.value.problems))
 
 
-# --- instead of the recipe's ------------------------------------------------------------------------------
+# --- overriding a recipe ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", [str(QUICKSTART), DEFAULT, "model: {preset: tiny, dim: 64}\ntrain: {steps: 1}\n"])
@@ -70,7 +71,7 @@ def test_a_length_that_is_typed_replaces_the_recipes(tmp_path: Path, length: str
         train = typed(f"--train.{length}", "7", recipe=write(tmp_path, {"train": {said: 900}})).config.train
         given = {k: getattr(train, k) for k in ("steps", "tokens", "epochs") if getattr(train, k) is not None}
         assert given == {length: 7}
-    assert "both given" in refused("--train.steps", "7", "--train.epochs", "1")
+    assert "both set" in refused("--train.steps", "7", "--train.epochs", "1")
 
 
 @pytest.mark.parametrize(
@@ -157,12 +158,12 @@ def test_each_name_is_one_options_flag_or_says_which_it_may_be() -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--min_lr", "1e-5"], "optim.final_lr_fraction"),  # a rate, where ours is a share of the peak
+        (["--min_lr", "1e-5"], "optim.final_lr_fraction"),  # a rate, while ours is a fraction of the peak
         (["--eval_iters", "200"], "train.eval_tokens"),
         (["--zero", "3"], "parallel.dp_shard"),
         (["--model", "tiny"], "--model.OPTION"),
         (["--model.preset", "tinny"], "did you mean tiny?"),
-        (["--processes", "200"], "launch.processes 8"),
+        (["--processes", "200"], "launch.processes to 8"),
         (["--data.paths", "recip"], "data.paths"),
     ],
 )
@@ -215,7 +216,7 @@ def test_a_recipe_is_found_by_its_path_then_beside_it_then_among_ours(
     assert {"quickstart", "start", "learn/01-one-device"} <= set(packaged_recipes())
     for name in packaged_recipes():
         assert find_recipe(Path(name)) == PACKAGED / f"{name}.yaml"
-    (tmp_path / "quickstart").mkdir()  # a folder is no recipe
+    (tmp_path / "quickstart").mkdir()  # a folder is not a recipe
     assert find_recipe(Path("quickstart")) == QUICKSTART
     (tmp_path / "quickstart.yaml").touch()
     assert find_recipe(Path("quickstart")) == Path("quickstart.yaml")
@@ -231,13 +232,13 @@ def test_what_is_no_recipe_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Path("mine.yaml").touch()
     assert "did you mean quickstart?" in refused(recipe=Path("quickstat"))
     assert "did you mean mine.yaml?" in refused(recipe=Path("mien.yaml"))
-    assert "no regular file" in refused(recipe=Path("pipe"))  # which each process would read
+    assert "not a regular file" in refused(recipe=Path("pipe"))  # each process would have to read it
     assert "is a folder" in refused(recipe=tmp_path)
     assert "cannot be read" in refused(recipe=Path("x" * 300 + ".yaml"))
 
 
 def test_a_recipe_in_another_encoding(tmp_path: Path) -> None:
-    """As PowerShell's `shoal config > mine.yaml` leaves one."""
+    """Reject UTF-16, as PowerShell's `shoal config > mine.yaml` writes it."""
     (tmp_path / "a.yaml").write_text("train: {steps: 1}\n", encoding="utf-16")
     assert "is not UTF-8" in refused(recipe=tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("train: {steps: 7}\n", encoding="utf-8-sig")
@@ -256,7 +257,7 @@ def test_the_quickstart_takes_every_layout(layout: Sequence[str], method: str) -
     typed(*flags, *(["--parallel.cp_method", method] if "cp" in layout else []))
 
 
-# --- what it comes to -------------------------------------------------------------------------------------
+# --- sizes -------------------------------------------------------------------------------------
 
 
 def test_the_amounts_of_a_config(tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ def test_the_amounts_of_a_config(tmp_path: Path) -> None:
     after = dict(line.split(": ", 1) for line in amounts(config))
     assert after["steps"] == f"{steps:,}"
     assert steps == count_steps(config.train, 32, rows)
-    assert after["tokens"] == f"512 a step, {512 * steps:,} in all"
+    assert after["tokens"] == f"512 per step, {512 * steps:,} in total"
     assert float(after["epochs"]) == pytest.approx(steps * 16 / rows, rel=5e-3)
     assert "dp_shard 2" in after["memory"]
     assert float(after["memory"].split()[0]) == pytest.approx(16 * parameters / 2 / 1e6, abs=0.05)

@@ -1,21 +1,22 @@
-"""What a person sees: which steps, in how many columns, what takes long, and no control characters of others."""
+"""The console: which steps are shown, in how many columns, long phases, and no foreign control characters."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
-from typing import Any
 
 import pytest
 
 from shoal.run.console import STEP_LINES, Console, _Lines, step_interval, step_line
 from shoal.run.narrator import Narrator
+from shoal.run.records import StepRecord
 from shoal.system.output import on_one_line, say_error, visible
 
-RECORD: dict[str, Any] = {
-    "step": 7, "loss": 3.21, "lr": 3e-4, "grad_norm": 0.55, "tokens_per_second": 123_263.0, "step_seconds": 0.905,
-    "mfu": 0.388, "memory_bytes": 3 << 30,
-}  # fmt: skip
+RECORD = StepRecord(
+    step=7, tokens=100, loss=3.21, lr=3e-4, grad_norm=0.55, tokens_per_second=123_263.0, step_seconds=0.905, mfu=0.388,
+    memory_bytes=3 << 30,
+)  # fmt: skip
 
 
 def test_a_step_fits_the_width_by_leaving_out_what_matters_least() -> None:
@@ -28,8 +29,8 @@ def test_a_step_fits_the_width_by_leaving_out_what_matters_least() -> None:
         ["mfu", "lr", "GiB", "norm", "left"], ["lr", "GiB", "norm", "left"], ["GiB", "norm", "left"], ["norm", "left"],
         ["left"], [],
     ]  # fmt: skip
-    assert seen[-1] == "step     7/20000  loss 3.2100  123,263 tok/s"  # what is never left out
-    assert "mfu" not in step_line(RECORD | {"mfu": None}, 20_000, None)
+    assert seen[-1] == "step     7/20000  loss 3.2100  123,263 tok/s"  # never dropped
+    assert "mfu" not in step_line(dataclasses.replace(RECORD, mfu=None), 20_000, None)
 
 
 @pytest.mark.parametrize("total", [1, 40, 41, 80, 81, 600, 4_000, 100_000, 10**7])
@@ -41,7 +42,7 @@ def test_a_run_has_some_forty_steps_on_the_console(total: int, capsys: pytest.Ca
     console = Console()
     for step in sorted({*range(1, 50), *range(interval, total + 1, interval), total}):
         if step <= total:
-            console.step(RECORD | {"step": step}, total, None)
+            console.step(dataclasses.replace(RECORD, step=step), total, None)
     shown = [
         int(line.split()[1].partition("/")[0])
         for line in capsys.readouterr().out.replace("step ", "step").replace("step", "step ").splitlines()
@@ -52,7 +53,7 @@ def test_a_run_has_some_forty_steps_on_the_console(total: int, capsys: pytest.Ca
 def test_how_often_can_be_said(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
     for step in range(1, 11):
-        console.step(RECORD | {"step": step}, 10, None, 4)
+        console.step(dataclasses.replace(RECORD, step=step), 10, None, 4)
     assert [line.split("/")[0].split()[-1] for line in capsys.readouterr().out.splitlines()] == [
         "1",
         "2",
@@ -82,7 +83,7 @@ def test_what_takes_long_is_named_while_it_lasts_and_when_it_is_over() -> None:
             narrator.begin("loading")
         elif clock.now == 80.0:
             narrator.begin(None)
-        narrator.begin("loading") if 2.0 < clock.now < 80.0 else None  # again and again changes nothing
+        narrator.begin("loading") if 2.0 < clock.now < 80.0 else None  # repeating it changes nothing
         narrator.look()
     assert said == [
         (2.0, "a second: 1.5 s"), (4.0, "loading ..."), (12.0, "loading: 10s so far"), (32.0, "loading: 30s so far"),
@@ -109,14 +110,12 @@ def test_what_a_terminal_would_obey_is_shown() -> None:
 
 
 def test_all_that_a_console_says_passes_there(capsys: pytest.CaptureFixture[str]) -> None:
-    from shoal.elastic.stops import tell
-
     console = Console()
-    for say in (console.say, console.note, console.warn, tell, say_error):
+    for say in (console.say, console.note, console.warn, say_error):
         say("x\x1b]0;owned\x07")
     with console.progress("preparing") as progress:
         progress("\x1b[2J", 1, 2)
     both = capsys.readouterr()
     assert "\x1b" not in both.out + both.err
-    assert (both.out + both.err).count("\\x1b") == 6
+    assert (both.out + both.err).count("\\x1b") == 5
     assert isinstance(io.StringIO(both.out).readline(), str)

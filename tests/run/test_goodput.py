@@ -1,4 +1,4 @@
-"""Where the time went: every microsecond of a run once, whatever died."""
+"""Where the time went: each microsecond of a run counts once, whatever process died."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECOND = 1_000_000
 
 
 class Life:
-    """A clock whose time is set by hand, in seconds."""
+    """A clock set by the test, in seconds."""
 
     def __init__(self, path: Path, began: float, age: float = 0) -> None:
         self.now = 0
@@ -111,13 +111,13 @@ def test_a_rollback_within_a_life_is_lost_also_within_a_second(tmp_path: Path) -
     life.clock.begin(4)
     life.steps(5, 20, 1)
     life.passes(3)
-    life.clock.begin(20)  # a step that was not taken to its end
+    life.clock.begin(20)  # a step cut short
     life.clock.close()
     assert seconds(account(tmp_path / "time.jsonl")) == {"step": 20, "lost": 9}
 
 
 def test_a_step_that_no_line_tells_of_is_not_lost(tmp_path: Path) -> None:
-    """Killed after a save, before the line that would have had its step."""
+    """Killed after a save, before the line with its step was written."""
     path = tmp_path / "time.jsonl"
     life = Life(path, began=0)
     life.clock.begin(0)
@@ -168,9 +168,10 @@ def test_a_clock_that_is_set_back_counts_nothing_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_sums_are_the_time_between_the_first_start_and_the_last_line(tmp_path: Path, seed: int) -> None:
-    """Random lives; what each step took is remembered here, and what was kept is added up step by step."""
+    """Random lives, against a model that remembers each step's time and adds up the kept ones."""
     draw = random.Random(seed)
-    path, now, saved, took = tmp_path / "time.jsonl", 5_000.0, 0, {}
+    path, now, saved = tmp_path / "time.jsonl", 5_000.0, 0
+    took: dict[int, float] = {}
     lost = idle = 0.0
     end = now
     for _ in range(6):
@@ -216,7 +217,7 @@ def test_a_line_that_was_cut_short_is_left_out_and_nothing_grows_onto_it(tmp_pat
 
 
 def test_a_full_disk_stops_nothing_and_its_seconds_are_kept(tmp_path: Path) -> None:
-    """The limit on a file's size is as full as a disk gets without being root."""
+    """A limit on file size stands in for a full disk."""
     path = tmp_path / "time.jsonl"
     limit, signals = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -254,7 +255,7 @@ def test_a_folder_that_is_not_there_raises_nothing(tmp_path: Path) -> None:
         silent.begin(0)
         silent.reached(1)
         silent.close()
-    with pytest.raises(ValueError, match="lunch is none of step, start"):
+    with pytest.raises(ValueError, match="unknown category lunch; use one of step, start"):
         clock.spend("lunch").__enter__()
 
 
@@ -276,7 +277,7 @@ def test_a_killed_process_leaves_all_but_a_second(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from shoal.run.goodput import Clock\n"
         "clock = Clock(Path(sys.argv[1])); clock.begin(0); clock.reached(1); clock.reached(2); print(flush=True)\n"
-        "clock.spend('evaluation').__enter__(); time.sleep(60)"  # in one call: only the thread can tell
+        "clock.spend('evaluation').__enter__(); time.sleep(60)"  # one blocking call: only the thread writes
     )
     begun = time.time()
     process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
@@ -293,7 +294,7 @@ def test_a_killed_process_leaves_all_but_a_second(tmp_path: Path) -> None:
     life = next(whole_lines(path))["life"] / SECOND
     assert begun - 0.05 <= life <= started
     assert killed - 1.3 < life + found.total / SECOND <= killed + 0.01
-    assert found.spent["start"] >= 0.5 * (started - begun) * SECOND  # imports are a part of it
+    assert found.spent["start"] >= 0.5 * (started - begun) * SECOND  # includes imports
     assert found.spent["evaluation"] > 1.0 * SECOND
     assert set(found.spent) == set(MEANINGS)
     assert os.path.getsize(path) < 5000
@@ -305,11 +306,11 @@ def test_neither_record_needs_torch() -> None:
 
 
 def test_the_commands(tmp_path: Path) -> None:
-    """`shoal goodput` and `shoal ledger` of a run's folder, by its name and by its path."""
+    """`shoal goodput` and `shoal ledger` take a run by name or by path."""
     place = Place(tmp_path)
     run = tmp_path / "runs" / "mine"
     run.mkdir(parents=True)
-    assert "runs/none is no run" in place.refused("goodput", "none")
+    assert "runs/none is not a run" in place.refused("goodput", "none")
     (run / "config.yaml").write_text("{}\n")
     assert "has no time.jsonl" in place.refused("goodput", "mine")
     assert "has no ledger.jsonl" in place.refused("ledger", "mine")

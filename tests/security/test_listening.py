@@ -1,4 +1,4 @@
-"""Nothing listens beyond the interface that it was told."""
+"""Nothing listens on an interface other than the configured one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.cli.commands import Place, clean_environment, wait_for
 
 
 def listening(process: psutil.Process) -> list[str]:
-    """The addresses on which a process and all below it take connections: TCP that listens, and UDP that is bound."""
+    """Return the addresses on which a process and its children listen (TCP) or are bound (UDP)."""
     return [
         connection.laddr.ip
         for each in (process, *process.children(recursive=True))
@@ -34,7 +34,7 @@ def test_a_run_on_one_machine_listens_on_loopback_alone(tmp_path: Path) -> None:
     found = listening(psutil.Process(process.pid))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert len(found) >= 3  # the launcher's store, and what its two workers open: the test looks in the right place
+    assert len(found) >= 3  # the launcher's store and its workers' sockets, so the test does find sockets
     assert [address for address in found if not ipaddress.ip_address(address).is_loopback] == []
 
 
@@ -50,7 +50,7 @@ os._exit(0)
 
 
 def test_processes_that_others_started_listen_on_the_address_that_they_were_told(tmp_path: Path) -> None:
-    """As under srun, where rank 0 makes the store itself. 127.0.0.2 stands for one address of several."""
+    """As under srun, rank 0 makes the store itself; 127.0.0.2 represents one of several addresses."""
     port = free_port("127.0.0.2")
     told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.2", "MASTER_PORT": str(port)}
     workers = [
@@ -82,7 +82,7 @@ def free_port(host: str) -> int:
 def test_a_port_that_is_taken_is_one_message() -> None:
     with listen("127.0.0.1", 0, option="launch.port") as first:
         port = first.getsockname()[1]
-        with pytest.raises(LaunchError, match=rf"port {port} is taken .*set launch.port to another"):
+        with pytest.raises(LaunchError, match=rf"port {port} is in use .*set launch.port to another"):
             listen("127.0.0.1", port, option="launch.port")
 
 
@@ -93,7 +93,9 @@ def test_an_address_of_another_machine_is_refused() -> None:
 
 def test_a_name_that_is_loopback_on_its_own_machine_does_not_do_for_several() -> None:
     for host in ("localhost", "127.0.1.1"):
-        with pytest.raises(LaunchError, match=rf"{host} is .*no other can reach it; set launch.rendezvous"):
+        with pytest.raises(
+            LaunchError, match=rf"{host} resolves to .*other machines cannot reach; set launch.rendezvous"
+        ):
             listen(host, 0, from_afar=True, option="launch.rendezvous")
 
 

@@ -1,7 +1,7 @@
 """
 Secrets never reach a config, a log, a file or a command line.
 
-A random secret is put wherever a person may have one; all that shoal does is done; and then it is looked for.
+A random secret is put everywhere a user may have one; every command runs; then all files and output are searched for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.cli.commands import Place, wait_for, workers_of
 from tests.hub import small
 from tests.hub.server import Repository, running_hub
 
-CANARY = f"kanarie/{secrets.token_hex(8)}+{secrets.token_hex(8)}="  # with what an address would quote
+CANARY = f"kanarie/{secrets.token_hex(8)}+{secrets.token_hex(8)}="  # with characters that a URL quotes
 VARIABLES = (
     "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY",
 )  # fmt: skip
@@ -41,7 +41,7 @@ launch: {processes: 2, threads: 1}
 
 
 def spellings() -> list[bytes]:
-    """The secret as it is, as an address quotes it, and in base64 from each of three places."""
+    """Return the secret in plain text, URL-quoted, and in base64 at each of three offsets."""
     plain = CANARY.encode()
     in_base64 = [base64.b64encode(b"x" * shift + plain)[4 if shift else 0 : -4] for shift in range(3)]
     return [
@@ -58,12 +58,12 @@ def holds(content: bytes) -> bool:
 
 
 def files_with_it(folder: Path) -> list[str]:
-    """The files below `folder` that hold the secret, in their bytes or their names."""
+    """Return the files below `folder` with the secret in their bytes or names."""
     return [str(p) for p in folder.rglob("*") if holds(bytes(p)) or (p.is_file() and holds(p.read_bytes()))]
 
 
 class Watcher(threading.Thread):
-    """Reads the command lines of this test's processes again and again, until it is stopped."""
+    """Reads the command lines of this test's processes repeatedly, until stopped."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -88,7 +88,7 @@ class Watcher(threading.Thread):
 
 
 class Secretive(Place):
-    """A folder in which every place where a secret may be has one; it keeps all that commands say."""
+    """A folder with the secret in every possible place; it records all output of commands."""
 
     def __init__(self, folder: Path, hub_url: str) -> None:
         super().__init__(folder)
@@ -131,10 +131,13 @@ def test_a_secret_is_nowhere_after_all_that_shoal_does(place: Secretive) -> None
     token_file = place.folder / "hf" / "token"
     token_file.parent.mkdir()
     token_file.write_text(CANARY)
-    place.tell("fetch", "model", NAME)  # which sends the token: the hub gives nothing without
-    place.tell("fetch", "model", NAME, "--force", HF_TOKEN="", HUGGING_FACE_HUB_TOKEN="")  # the one in the file
+    place.tell("fetch", "model", NAME)  # sends the token, which the hub requires
+    place.tell("fetch", "model", NAME, "--force", HF_TOKEN="", HUGGING_FACE_HUB_TOKEN="")  # the token in the file
     place.tell("fetch", "model", "org/none", code=2)
-    for endpoint in (place.environment["HF_ENDPOINT"], "http://127.0.0.1:9"):  # one that answers, and one that does not
+    for endpoint in (
+        place.environment["HF_ENDPOINT"],
+        "http://127.0.0.1:9",
+    ):  # a proxy that answers, and one that does not
         address = endpoint.replace("://", f"://somebody:{quote(CANARY, safe='')}@")
         assert "shoal: " in place.tell("fetch", "model", NAME, "--to", "elsewhere", HF_ENDPOINT=address, code=2)
     token_file.unlink()
@@ -158,7 +161,7 @@ def test_a_secret_is_nowhere_after_all_that_shoal_does(place: Secretive) -> None
     place.tell("train", "recipe.yaml", "--data.tokenizer", "tiktoken:gpt2", "--name", "none", code=2)
     watcher.stop()
     assert len(list((place.folder / "runs" / "mine" / "stacks").iterdir())) == 1
-    assert any("--launch.processes=2" in line for line in watcher.seen)  # it saw workers
+    assert any("--launch.processes=2" in line for line in watcher.seen)  # the watcher did see workers
     assert watcher.leaks == set()
     assert not holds(place.said)
     assert files_with_it(place.folder) == []
@@ -185,7 +188,7 @@ def test_one_in_an_option_is_refused_and_not_repeated(place: Secretive, argument
     output = place.refused(*arguments)
     (place.folder / "secret.yaml").unlink()
     assert "HF_TOKEN" in output
-    assert "would be written down" in output
+    assert "would be stored" in output
     assert not holds(output.encode())
     assert "a1B2" not in output
     assert not any(holds(p.read_bytes()) for p in (place.folder / "runs").rglob("*") if p.is_file())
@@ -194,10 +197,10 @@ def test_one_in_an_option_is_refused_and_not_repeated(place: Secretive, argument
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("https://me:pass@host/x", "password in an address"),
-        ("s3://key@bucket/x", "password in an address"),
+        ("https://me:pass@host/x", "password in a URL"),
+        ("s3://key@bucket/x", "password in a URL"),
         ("before WORD123456 after", "value of MY_API_KEY"),
-        ("hf_" + "x" * 34, "token of Hugging Face"),
+        ("hf_" + "x" * 34, "Hugging Face token"),
         ("https://host/x@main", ""),
         ("org/model@main", ""),
         ("mail@host.example", ""),

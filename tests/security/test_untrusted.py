@@ -1,8 +1,8 @@
 """
-What comes from elsewhere is not believed: names that lead out, links, sizes that lie, what unpacks without end, code.
+Untrusted input: names and links that escape a folder, wrong sizes, decompression bombs, code.
 
-shoal opens no archives. It fetches files one by one, reads safetensors and JSON, and unpacks `.jsonl.gz` line by line.
-More of it is in tests/hub (names and sizes that a hub states, headers that lie).
+shoal opens no archives. It downloads single files, reads safetensors and JSON, and unpacks `.jsonl.gz` line by line.
+tests/hub has more: names and sizes from a hub, and wrong headers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "shoal"
 DEEP = b'{"a":' * 200_000 + b"1" + b"}" * 200_000
 
 
-# --- what unpacks without end ----------------------------------------------------------------------------
+# --- decompression bombs ---------------------------------------------------------------------------------
 
 
 def corpus_of(path: Path) -> Data:
@@ -72,13 +72,13 @@ def test_honest_text_that_repeats_itself_is_read(tmp_path: Path, monkeypatch: py
 
 
 def test_a_hub_that_sends_a_small_file_which_unpacks_to_a_large_one(scene: Scene) -> None:
-    """Its body is said to be packed, though that was not asked for."""
+    """Its response is compressed although the request did not allow that."""
     bomb = gzip.compress(b"{" + b" " * 50_000_000)
     config = scene.repository.files["config.json"]
     scene.repository.stated_bytes["config.json"] = len(config)
     scene.repository.altered["config.json"] = bomb
     scene.repository.encodings["config.json"] = "gzip"
-    with pytest.raises(ModelError, match=r"sends more of org/tiny's config.json than the \d+ bytes it states"):
+    with pytest.raises(ModelError, match=r"sends more of org/tiny's config.json than its stated \d+ bytes"):
         fetch_model(NAME)
     assert not scene.folder.exists()
 
@@ -91,7 +91,7 @@ def test_a_size_that_no_file_has(scene: Scene, stated: object) -> None:
     assert not scene.folder.exists()
 
 
-# --- what is nested without end ---------------------------------------------------------------------------
+# --- endless nesting --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_json_that_is_nested_without_end_is_at_most_one_message(read: Callable[[
         read(tmp_path)
 
 
-# --- names and links that lead out ------------------------------------------------------------------------
+# --- names and links that escape a folder -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "../model.safetensors", "a/b.safetensors"])
@@ -135,7 +135,7 @@ def test_an_index_whose_shards_are_elsewhere(name: str, tmp_path: Path) -> None:
     found = json.loads(index.read_text())
     found["weight_map"] = dict.fromkeys(found["weight_map"], name)
     index.write_text(json.dumps(found))
-    with pytest.raises(ModelError, match=r"which is no \*.safetensors beside it"):
+    with pytest.raises(ModelError, match=r"which is not a \*.safetensors beside it"):
         ModelFolder.open(folder)
 
 
@@ -163,7 +163,7 @@ def test_a_link_out_of_a_models_folder_does_not_come_along(tmp_path: Path) -> No
         made.mkdir()
     key.write_text("private")
     (folder / "LICENSE").symlink_to("../id_rsa")
-    with pytest.raises(ModelError, match=r"LICENSE is a link out of its folder, to .*id_rsa"):
+    with pytest.raises(ModelError, match=r"LICENSE links out of its folder to .*id_rsa"):
         copy_files(folder, target, ("LICENSE",))
     assert list(target.iterdir()) == []
 
@@ -184,7 +184,7 @@ def test_links_within_a_folder_and_into_the_cache_of_hugging_face_do(tmp_path: P
 
 
 def test_nothing_turns_on_code_from_elsewhere_and_nothing_opens_archives_or_pickles() -> None:
-    """Over all of the source: `trust_remote_code` is written only as False, and what could run or unpack is not imported."""
+    """In all source files, `trust_remote_code` is only False, and no module that runs or unpacks foreign code is imported."""
     for path in sorted(SOURCE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             where = f"{path}:{getattr(node, 'lineno', 0)}"

@@ -1,4 +1,4 @@
-"""What a CPU can do, from what its kernel says of it and what torch was told to leave unused."""
+"""CPU features, from the kernel's report and from variables that disable them in torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COOPER = "processor\t: 0\nmodel name\t: Xeon\nflags\t\t: avx2 avx512f avx512_bf1
 SAPPHIRE = "processor\t: 0\nmodel name\t: Xeon\nflags\t\t: avx2 avx512f avx512_bf16 amx_bf16 amx_tile\n"
 GRAVITON2 = "processor\t: 0\nBogoMIPS\t: 243.75\nFeatures\t: fp asimd atomics\n"
 GRAVITON3 = "processor\t: 0\nBogoMIPS\t: 243.75\nFeatures\t: fp asimd sve i8mm bf16\n"
-SECOND = "\nprocessor\t: 1\nflags\t\t: avx512_bf16 amx_bf16\nFeatures\t: bf16\n"  # not looked at
+SECOND = "\nprocessor\t: 1\nflags\t\t: avx512_bf16 amx_bf16\nFeatures\t: bf16\n"  # not read
 
 
 @pytest.fixture(autouse=True)
@@ -114,10 +114,10 @@ def test_one_core_that_a_process_is_bound_to_is_one() -> None:
 @pytest.mark.parametrize(
     ("load", "busy_percent", "free"),
     [
-        (0.2, 100.0, 8.0),  # nothing worth a look
+        (0.2, 100.0, 8.0),  # too low to check
         (4.0, 50.0, 4.0),
         (40.0, 100.0, 0.0),
-        (6.0, 0.0, 8.0),  # of what has ended
+        (6.0, 0.0, 8.0),  # from programs that have ended
         (2.0, 100.0, 6.0),
     ],
 )

@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop, in processes of their own."""
+"""Signals that ask a process to stop, each tested in its own process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BEGIN = (
     "from shoal.system.signals import Asked, StopRequest, ends_when_asked\n"
     "send = lambda number: os.kill(os.getpid(), number)\n"
 )
-# A call of C in which SIGTERM comes, and which does not come back to Python for it: it waits for a program that ends with
+# A C call during which SIGTERM arrives, and which does not return to Python: it waits for a program that ends only with
 # this process.
 IN_C = (
     "import ctypes\n"
@@ -55,13 +55,13 @@ def test_what_has_nothing_to_save_is_interrupted(number: signal.Signals, code: i
 
 
 def test_in_a_long_call_of_c_it_is_ended() -> None:
-    """By a thread: the main one, which is to raise, never comes back."""
+    """A thread ends it: the main thread, which should raise, never returns."""
     program = "with ends_when_asked(85):\n" + "".join(f"    {line}\n" for line in IN_C.splitlines())
     assert run(program) == (85, f"shoal: {STOPPING_SAID}\n")
 
 
 def test_a_second_signal_ends_at_once() -> None:
-    """Though the first one is swallowed, as by a library that catches everything."""
+    """The second signal works although a library caught the first one's exception."""
     program = (
         "with ends_when_asked(85):\n"
         f"    try:\n        send({signal.SIGTERM})\n        threading.Event().wait()\n"

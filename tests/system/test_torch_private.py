@@ -1,4 +1,4 @@
-"""The list of torch's private names: each is in this torch, none is used that is not listed, a missing one is named."""
+"""The list of torch's private names: each exists in this torch, all used ones are listed, a missing one is named."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SOURCE = ROOT / "src" / "shoal"
 NAMES = [name for private in PRIVATE.values() for name in private.names]
 LISTED = {part for name in NAMES for part in re.split(r"[.:]", name)}
 
-# Private names that are not torch's, by whose they are.
+# Private names that are not torch's, by owner.
 OTHERS = {
     "os": {"_exit"},
     "namedtuple": {"_replace"},
@@ -76,7 +76,7 @@ def trees() -> dict[Path, ast.Module]:
 
 
 def used(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Private names that are read from something, imported, or named in a string, with their lines."""
+    """Yield private names that are read as attributes, imported, or named in a string, with their lines."""
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Attribute):
@@ -141,7 +141,7 @@ def test_no_private_name_is_listed_that_is_not_used() -> None:
 
 
 def test_what_a_class_overrides_of_torch_is_listed() -> None:
-    """Also an attribute of torch's object that we set, or one of ours that would hide one of torch's."""
+    """This includes attributes of torch that we set, and names of ours that would hide torch's."""
     found = set()
     for path, tree in trees().items():
         origin = {
@@ -180,6 +180,15 @@ def test_a_missing_one_says_which_feature_and_what_to_do(monkeypatch: pytest.Mon
             assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("name", PRIVATE["processes"].names)
+def test_a_torch_without_a_name_of_its_elastic_agent_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_private, "exists", lambda each: each != name)
+    with pytest.raises(LaunchError) as caught:
+        require("processes")
+    assert f"starting and restarting processes uses {name.replace(':', '.')}, which torch " in str(caught.value)
+    assert "torchrun" in str(caught.value)
+
+
 def _sharded_gradients() -> None:
     ShardedGradients(Mock(spec=FSDPModule), Mock(), Mock(), Mock())
 
@@ -189,8 +198,8 @@ def _told_of_compilations() -> None:
         pass
 
 
-# What a run calls where it comes to need a feature, by the function of shoal's that asks for it. Where the question is
-# gone, these go on, or fall over what is missing: no `LaunchError`.
+# How a run reaches each call of `require`, by the function that contains it. If the call were removed, these would
+# continue or fail on the missing name, without a `LaunchError`.
 ASKED: dict[tuple[str, str, Feature], Callable[[], object]] = {
     ("fault/compiling.py", "told_of_compilations", "compile"): _told_of_compilations,
     ("parallel/recompute.py", "set_activation_budget", "compile"): lambda: set_activation_budget(1.0),
@@ -215,7 +224,7 @@ def test_a_feature_asks_before_it_is_used(place: tuple[str, str, Feature], monke
 
 
 def test_every_place_that_asks_is_tried() -> None:
-    """Also those of features to come; `launch` is tried below, by a process that it ends."""
+    """`launch` is tested below, in a process that it ends."""
     found = {
         (path.relative_to(SOURCE).as_posix(), function.name, call.args[0].value)  # type: ignore[attr-defined]
         for path, tree in trees().items()
@@ -248,12 +257,12 @@ def test_the_range_is_the_one_that_is_declared_and_documented() -> None:
 
 @pytest.mark.parametrize("part", [part for part, words in test_torch.PARTS.items() if "-k" in words])
 def test_what_a_part_selects_is_there(part: str) -> None:
-    """Else a test that gets another name is left out of the part without a word."""
+    """Otherwise a renamed test would silently drop out of its part."""
     words = test_torch.PARTS[part]
     files = [(ROOT / word).read_text(encoding="utf-8") for word in words if word.endswith(".py")]
     functions = [f.name for text in files for f in ast.walk(ast.parse(text)) if isinstance(f, ast.FunctionDef)]
     names = [name for name in functions if name.startswith("test_")]
-    if "tests/parallel/test_matrix.py" in words:  # its tests are named by their cells
+    if "tests/parallel/test_matrix.py" in words:  # its tests are named after their cells
         names += [str(cell) for cell in cover()]
     for word in re.split(r" or | and |not ", words[words.index("-k") + 1]):
         assert not word or any(word in name for name in names), word

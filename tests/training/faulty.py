@@ -1,4 +1,4 @@
-"""A run with faults on purpose, in the processes of a world, and what it says of them."""
+"""A run with planned faults on the ranks of a world, and its events."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from shoal.config.options import Config
 from shoal.fault.inject import PLAN
 from shoal.mesh.mesh import Mesh
 from shoal.run.events import read_json_lines
-from shoal.training.loop import Run
+from shoal.training.loop import complete
+from shoal.training.run import Run
 from tests.parallel.layouts import NeverStop, mesh_for
 
 
 def train_with(mesh: Mesh, config: Config, faults: list[dict[str, Any]]) -> Run:
-    """A run to its end, with these faults; closed."""
+    """Train to the end with these planned faults; return the closed run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(PLAN, json.dumps(faults))
         run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
         try:
-            run.train()
+            complete(run)
         finally:
             run.close()
     return run

@@ -1,4 +1,4 @@
-"""Steps that do not count, spikes, replicas that differ: what is left out, what is said, and to what a run comes."""
+"""NaN and Inf, spikes, differing replicas: what is skipped and reported, and the result of the run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Region, Shard
 from shoal.optim.build import build_optimizer
 from shoal.parallel.replicas import compare
-from shoal.run.events import read_json_lines
+from shoal.run.folder import RunFolder
+from shoal.run.records import read_metrics
 from shoal.training.guard import FEW, Guard, limit
-from shoal.training.loop import Run
+from shoal.training.loop import complete, record, take_step
+from shoal.training.run import Run
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for, whole
 from tests.training.faulty import events, train_with
 from tests.world import World
@@ -32,14 +34,13 @@ def fault(kind: str, step: int, phase: str = "forward", rank: int = 0) -> dict[s
 
 
 def trained(mesh: Mesh, config: Config, faults: list[dict[str, Any]]) -> Parts:
-    """A run to its end, with these faults; its weights."""
+    """Train to the end with these planned faults; return the weights."""
     run = train_with(mesh, config, faults)
     return {s.name: (s.region, s.tensor.detach().clone()) for s in run.runnable.shards}
 
 
 def steps_of(config: Config) -> list[int]:
-    lines = read_json_lines(Path(config.launch.runs) / str(config.launch.name) / "metrics.jsonl")
-    return [line["step"] for line in lines if "loss" in line]
+    return [r.step for r in read_metrics(RunFolder.of(config).metrics_file).steps]
 
 
 def equal(one: list[Parts], other: list[Parts]) -> bool:
@@ -47,7 +48,7 @@ def equal(one: list[Parts], other: list[Parts]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "train__steps": 8,
     "checkpoint__every": 2,
     "checkpoint__background": False,
@@ -85,10 +86,10 @@ def test_no_number_on_one_rank_is_a_step_that_all_leave_out(
 def test_a_step_that_is_left_out_changes_nothing(tmp_path: Path) -> None:
     config = config_of(tmp_path, "one", **OPTIONS | {"train__steps": 4, "optim__schedule": "constant"})
     run = Run.open(config, ALONE, NeverStop())
-    run._record(run._step())
+    record(run, take_step(run))
     before = {n: p.tensor.clone() for n, p in run.state.tensors().items()}
     run.guard._limit.fill_(0.0)  # every loss is a spike
-    run._record(run._step())
+    record(run, take_step(run))
     assert all(torch.equal(before[n], p.tensor) for n, p in run.state.tensors().items())
     assert (run.state.step, run.state.skipped) == (2, 1)
     run.close()
@@ -97,7 +98,7 @@ def test_a_step_that_is_left_out_changes_nothing(tmp_path: Path) -> None:
 def test_too_many_in_a_row_and_the_run_goes_back_and_passes_them_over(
     world: Callable[[int], World], tmp_path: Path
 ) -> None:
-    """The same run with these samples passed over from the start has the same weights."""
+    """A run that skips these samples from the start has the same weights."""
     config = config_of(tmp_path, "back", **OPTIONS)
     found = world(2).run(trained, config, [fault("nan", 4), fault("nan", 5, rank=1)])
     [event] = events(config, "went back")
@@ -114,18 +115,18 @@ def passing_over(mesh: Mesh, config: Config, window: tuple[int, int]) -> Parts:
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     run.loader.close()
     run.loader = open_loader(config, run.mesh, run.loader.rows, 0, [window])
-    run.train()
+    complete(run)
     run.close()
     return {s.name: (s.region, s.tensor.detach().clone()) for s in run.runnable.shards}
 
 
 def test_where_going_back_does_not_help_the_run_ends_in_words(tmp_path: Path) -> None:
-    faults = [fault("nan", step) for step in range(4, 7)] * 200  # each time a micro-batch comes by
+    faults = [fault("nan", step) for step in range(4, 7)] * 200  # at every attempt
     config = config_of(tmp_path, "lost", **OPTIONS | {"fault__max_rollbacks": 1})
-    with pytest.raises(DivergedError, match="going back 1 times did not help"):
+    with pytest.raises(DivergedError, match="1 rollbacks did not help"):
         trained(ALONE, config, faults)
     config = config_of(tmp_path, "early", **OPTIONS)
-    with pytest.raises(DivergedError, match=r"step 2: 2 steps in a row were left out, and there is no checkpoint"):
+    with pytest.raises(DivergedError, match=r"step 2: 2 steps in a row were skipped, and there is no checkpoint"):
         trained(ALONE, config, [fault("nan", 1), fault("nan", 2)])
 
 
@@ -195,7 +196,7 @@ def test_a_spike_is_left_out_and_not_learnt_from() -> None:
 
 
 def test_muon_leaves_all_as_it_was_without_asking_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU nobody waits to see whether a step counts: the same arithmetic here, on a CPU."""
+    """On a GPU the host does not wait to learn whether a step counts; here with the same arithmetic on a CPU."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(6, 4))
     shard = Shard("blocks.0.w", Region.whole(weight.shape), weight, weight)

@@ -1,4 +1,4 @@
-"""The gradient's norm against float64, and clipping against torch's."""
+"""The gradient norm against float64, and clipping against torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _norm(shards: list[Shard], bitwise: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("bitwise", [False, True])
 def test_the_norm_is_right_for_a_large_tensor_too(bitwise: bool) -> None:
-    """Added one by one in float32, as torch's norm does on a CPU, the squares of these are 1e-3 off."""
+    """Added sequentially in float32, as torch's norm does on a CPU, these squares have an error of 1e-3."""
     shards = _shards((20_000, 768), (37, 101), (5,))
     wanted = torch.cat([s.tensor.grad.flatten().double() for s in shards]).norm()  # type: ignore[union-attr]
     torch.testing.assert_close(_norm(shards, bitwise).double(), wanted, rtol=1e-6, atol=0)

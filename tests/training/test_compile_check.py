@@ -1,4 +1,4 @@
-"""Compiled code that computes something else than eager code is found and named; the comparison changes nothing."""
+"""Compiled code that differs from eager code is found and named; the comparison changes nothing in the run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from shoal.errors import CompileError
 from shoal.mesh.mesh import Mesh
 from shoal.models.llama import FeedForward
 from shoal.training.compile_check import judge
-from shoal.training.loop import Run
+from shoal.training.loop import complete
+from shoal.training.run import Run
 from tests.cli.commands import Place
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for, whole
 from tests.world import World
@@ -35,12 +36,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def faithful(forward: Callable[..., Any], **_: object) -> Callable[..., Any]:
-    """A compiler that gives what it was given: the comparison's own effects are then all that could be seen."""
+    """Return the function unchanged, so that only side effects of the comparison could show."""
     return lambda *args, **kwargs: forward(*args, **kwargs)
 
 
 class Careless:
-    """A compiler that loses the gradient of one matrix, of the third feed-forward it sees: zeros, or none at all."""
+    """Lose the gradient of one matrix in the third feed-forward: zeros, or no gradient."""
 
     def __init__(self, *, zeros: bool) -> None:
         self._zeros, self._seen = zeros, itertools.count()
@@ -63,11 +64,11 @@ class Careless:
 
 
 def found(mesh: Mesh, config: Any, *, zeros: bool) -> str:
-    """What the run with a careless compiler ends with."""
+    """Return the error of a run with a faulty compiler."""
     with mock.patch.object(torch, "compile", Careless(zeros=zeros)):
         run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
         try:
-            run.train()
+            complete(run)
         except CompileError as error:
             return str(error)
         finally:
@@ -112,7 +113,7 @@ def trained(mesh: Mesh, config: Any) -> dict[str, Any]:
     with mock.patch.object(torch, "compile", faithful):
         run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
         try:
-            run.train()
+            complete(run)
         finally:
             run.close()
     return {s.name: (s.region, s.tensor.detach().clone()) for s in run.runnable.shards}
@@ -164,18 +165,18 @@ def test_the_command_ends_with_2_and_says_it_once(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(PLANT, encoding="utf-8")
     output = place.refused("train", "recipe.yaml", "--name", "lost", "--train.compile", PYTHONPATH=str(tmp_path))
     assert output.count("blocks.0.ffn.up.weight") == 1
-    assert place.events("lost") == ["started"]  # no step, and no second try
+    assert place.events("lost") == ["started"]  # no step, and no retry
 
 
 def compiled_ffn(self: FeedForward, x: torch.Tensor) -> torch.Tensor:
-    """Right where it is computed eagerly."""
+    """Correct only in eager mode."""
     weight = self.gate.weight.detach() if torch.compiler.is_compiling() else self.gate.weight
     return self.down(F.silu(F.linear(x, weight)) * self.up(x))  # type: ignore[no-any-return]
 
 
 @pytest.mark.ci
 def test_with_the_compiler_itself(tmp_path: Path) -> None:
-    """Without the code that it generates, which is slow to make."""
+    """Use a compiler that generates no code, which would be slow."""
     config = config_of(tmp_path, "real", train__compile=True, train__device="cpu", train__steps=1)
     config = config.replace("model", num_layers=1)
     torch.compiler.reset()
@@ -184,7 +185,7 @@ def test_with_the_compiler_itself(tmp_path: Path) -> None:
         run = Run.open(config, ALONE, NeverStop())
         try:
             with pytest.raises(CompileError, match=r"blocks\.0\.ffn\.gate\.weight"):
-                run.train()
+                complete(run)
         finally:
             run.close()
     torch.compiler.reset()
@@ -203,9 +204,9 @@ LOSS = (1e-7, 1e-7, 6.0, 6.0)
         ((9e-6, 1e-6, 1.0, 1.0), (1e-6, 1e-6, 1.0, 1.0), "a", 0),
         ((1.2e-5, 1e-6, 1.0, 1.0), (1e-6, 1e-6, 1.0, 1.0), "a", 1),
         ((1e-6, 1e-6, 1.0, 1.0), (math.nan, 1e-6, 1.0, math.nan), "b", 1),
-        # rounding allows more than all of it, and it is all gone
+        # rounding would allow more than its size, but it is zero
         ((0.1, 0.3, 1.0, 1.0), (1.0, 0.3, 1.0, 0.0), "b", 1),
-        # nothing but rounding: no size that it could be off by
+        # only rounding noise: there is no size to compare with
         ((1e-6, 1e-6, 1.0, 1.0), (2e-9, 1e-9, 1e-9, 1e-9), "a", 0),
     ],
 )

@@ -1,4 +1,4 @@
-"""What ran on N processes is what one process would have done; what was stopped goes on with the same bits."""
+"""N processes train what one process would; a stopped run resumes with identical bits."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.config.options import Config, Data, Launch, Metrics, Model, Optim, Train
+from shoal.config.options import Config, Data, Model, Optim, Train
+from shoal.config.run_options import Launch, Metrics
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place
-from shoal.metrics.meter import no_phases
-from shoal.run.events import read_json_lines
+from shoal.run.phases import NO_PHASES
+from shoal.run.records import StepRecord, read_metrics
 from shoal.system.signals import StopRequest
-from shoal.training.loop import Run
+from shoal.training.loop import complete, take_steps
+from shoal.training.run import Run
 from tests.world import World
 
 ALONE = Mesh(Place(), torch.device("cpu"))
 
 
 class NeverStop(StopRequest):
-    """A worker of the tests serves many runs: it leaves the signals alone."""
+    """Handles no signals: a worker of the tests serves many runs."""
 
     def __init__(self) -> None:
         self.signal = None
@@ -43,25 +45,25 @@ def config_in(folder: Path, name: str, **train: Any) -> Config:
     )  # fmt: skip
 
 
-def train_here(mesh: Mesh, config: Config, steps: int | None = None) -> list[dict[str, Any]]:
-    """Take `steps` steps (None: all) and, where those are all, end the run; the metrics."""
+def train_here(mesh: Mesh, config: Config, steps: int | None = None) -> list[StepRecord]:
+    """Take `steps` steps (None: all, and finish the run); return the metrics of the steps."""
     run = Run.open(config, mesh, NeverStop())
     if steps is None:
-        run.train()
+        complete(run)
     else:
         run.total_steps, planned = steps, run.total_steps
-        run.take_steps()
+        take_steps(run)
         run.total_steps = planned
         assert run.saving.finish(run.state, None).ok
     run.close()
     mesh.barrier()
-    return [r for r in read_json_lines(run.folder.metrics_file) if "loss" in r]
+    return list(read_metrics(run.folder.metrics_file).steps)
 
 
 def first_gradients(mesh: Mesh, config: Config) -> tuple[float, dict[str, torch.Tensor]]:
-    """The first step's mean loss and gradients, before the optimizer has them."""
+    """Return the first step's mean loss and gradients, before the optimizer uses them."""
     run = Run.open(config, mesh, NeverStop())
-    losses, _ = run.runnable.forward_backward(run.loader.next_step(), 1, no_phases)
+    losses, _ = run.runnable.forward_backward(run.loader.next_step(), 1, NO_PHASES)
     loss = mesh.sum(losses.double()).sum()
     run.close()
     gradients = {n: p.grad.clone() for n, p in run.runnable.parts[0].named_parameters() if p.grad is not None}
@@ -79,7 +81,7 @@ def test_the_first_step_agrees_with_one_process(world: Callable[[int], World], s
 
 
 def test_accumulation_and_padding_do_not_change_the_gradient(tmp_path: Path) -> None:
-    """The sum over all valid tokens divided by their number, whatever the micro-batch: against float64 in one go."""
+    """The loss is the sum over valid tokens divided by their number for any micro-batch: compared with float64 in one batch."""
     results = [
         first_gradients(ALONE, config_in(tmp_path, f"micro{micro}", global_batch=8, micro_batch=micro))
         for micro in (8, 4, 1)
@@ -93,7 +95,7 @@ def test_accumulation_and_padding_do_not_change_the_gradient(tmp_path: Path) -> 
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
     for p in model.parameters():
         p.grad = None
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert (batch.labels == -100).any()
     for their_loss, gradients in results:
         assert their_loss == pytest.approx(loss.item(), rel=1e-6)
@@ -106,24 +108,24 @@ def test_fifty_steps_stay_together(world: Callable[[int], World], tmp_path: Path
     alone = train_here(ALONE, config_in(tmp_path, "alone", steps=50))
     config = config_in(tmp_path, "two", steps=50)
     world(2).run(train_here, config)
-    two = [r for r in read_json_lines(Path(config.launch.runs) / "two" / "metrics.jsonl") if "loss" in r]
+    two = read_metrics(Path(config.launch.runs) / "two" / "metrics.jsonl").steps
     assert len(alone) == len(two) == 50
-    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(alone, two, strict=True)) < 1e-3
-    assert alone[-1]["loss"] < alone[0]["loss"] - 1.0  # and it learns
+    assert max(abs(a.loss - b.loss) for a, b in zip(alone, two, strict=True)) < 1e-3
+    assert alone[-1].loss < alone[0].loss - 1.0  # and it learns
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_resumed_run_has_the_same_bits(world: Callable[[int], World], size: int, dtype: str, tmp_path: Path) -> None:
-    def run(config: Config, steps: int | None) -> list[dict[str, Any]]:
+    def run(config: Config, steps: int | None) -> list[StepRecord]:
         return train_here(ALONE, config, steps) if size == 1 else world(size).run(train_here, config, steps)[0]
 
     whole = run(config_in(tmp_path, "whole", dtype=dtype), None)
     parts = config_in(tmp_path, "parts", dtype=dtype)
     run(parts, 2)
     resumed = run(parts, None)
-    assert [r["loss"] for r in resumed] == [r["loss"] for r in whole]
-    assert [r["grad_norm"] for r in resumed] == [r["grad_norm"] for r in whole]
+    assert [r.loss for r in resumed] == [r.loss for r in whole]
+    assert [r.grad_norm for r in resumed] == [r.grad_norm for r in whole]
 
 
 def test_another_number_of_processes_goes_on_with_the_same_samples(
@@ -133,9 +135,9 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(
     config = config_in(tmp_path, "changed")
     train_here(ALONE, config, 2)
     world(3).run(train_here, config)
-    changed = [r for r in read_json_lines(Path(config.launch.runs) / "changed" / "metrics.jsonl") if "loss" in r]
-    assert [r["step"] for r in changed] == [1, 2, 3, 4, 5, 6]
-    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(whole, changed, strict=True)) < 1e-4
+    changed = read_metrics(Path(config.launch.runs) / "changed" / "metrics.jsonl").steps
+    assert [r.step for r in changed] == [1, 2, 3, 4, 5, 6]
+    assert max(abs(a.loss - b.loss) for a, b in zip(whole, changed, strict=True)) < 1e-4
 
 
 def test_checkpointing_changes_no_bit(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A long evaluation that goes on is no hang."""
+"""A long evaluation that makes progress is not a hang."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from shoal.data.loader import Batch
 from shoal.elastic.heartbeat import Heartbeat, Page, Patience, Sign
 from shoal.training.evaluate import BATCHES_AT_A_TIME
-from shoal.training.loop import Run
+from shoal.training.loop import complete
+from shoal.training.run import Run
 from tests.parallel.layouts import ALONE, NeverStop, config_of
 
 
@@ -19,7 +20,7 @@ def test_each_few_batches_get_the_whole_time_again(tmp_path: Path) -> None:
     config = config_of(tmp_path, "long", train__steps=1, train__micro_batch=1)
     run = Run.open(config, ALONE, NeverStop())
     page = Page(tmp_path, 0)
-    run.heartbeat = Heartbeat(page, Patience(600.0), outside_seconds=600.0)
+    run.watch.heartbeat = Heartbeat(page, Patience(600.0), outside_seconds=600.0)
     loss_of, signs = run.runnable.evaluate, list[Sign]()
 
     def seen(batches: Sequence[Batch]) -> torch.Tensor:
@@ -28,7 +29,7 @@ def test_each_few_batches_get_the_whole_time_again(tmp_path: Path) -> None:
 
     run.runnable.evaluate = seen  # type: ignore[method-assign]
     try:
-        run.train()
+        complete(run)
     finally:
         run.close()
     rows = len(run.prepared.split("val", seq_len=config.data.seq_len, document_mask=config.data.document_mask))

@@ -1,4 +1,4 @@
-"""Checkpoints in a fast place: what is lost when a worker dies, what is damaged, what is left over."""
+"""In-memory checkpoints: loss when a worker dies, damage, leftovers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from shoal.checkpoint.memory_folder import LIVES, fast_folder
+from shoal.checkpoint.memory_folder import GENERATIONS_FILE, folder_in_memory
 from shoal.checkpoint.saved import listed
 from shoal.checkpoint.store import CheckpointStore
 from shoal.config.options import Config
 from shoal.errors import RunError
 from shoal.fault.inject import PLAN
 from shoal.mesh.mesh import Mesh
-from shoal.training.loop import Run
+from shoal.training.loop import complete, take_steps
+from shoal.training.run import Run
 from tests.cli.commands import Place
 from tests.disks import small_disk
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for
@@ -31,7 +32,7 @@ OPTIONS = {"train__steps": 7, "train__eval_every": 0, "checkpoint__every": 4, "f
 
 def fast_of(config: Config) -> Path:
     assert config.checkpoint.fast is not None
-    return fast_folder(config.checkpoint.fast, Path(config.launch.runs) / str(config.launch.name))
+    return folder_in_memory(config.checkpoint.fast, Path(config.launch.runs) / str(config.launch.name))
 
 
 def config_in(folder: Path, name: str, **options: Any) -> Config:
@@ -48,10 +49,10 @@ def opened(config: Config, mesh: Mesh = ALONE) -> Iterator[Run]:
 
 
 def cut_short(config: Config, mesh: Mesh = ALONE) -> None:
-    """A run whose steps are all taken, and which comes to no end."""
+    """Take all steps of a run without finishing it."""
     with opened(config, mesh) as run:
-        run.take_steps()
-        run.saving.settle_all(run.state.step)
+        take_steps(run)
+        run.saving.wait_for_all(run.state.step)
 
 
 def damaged(folder: Path, step: int) -> None:
@@ -65,7 +66,7 @@ def damaged(folder: Path, step: int) -> None:
 def test_on_a_gpu_memory_for_saves_on_disk_is_asked_for_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, prepared: list[str]
 ) -> None:
-    """Not that of the fast place: whether there is room is seen at the first save there."""
+    """Memory of the fast tier is not allocated up front: its room is checked at its first save."""
     asked: list[tuple[str, bool]] = []
     with opened(config_in(tmp_path, "prepared")) as run:
         monkeypatch.setattr(
@@ -92,7 +93,7 @@ def test_a_killed_worker_takes_one_step_with_it_at_most(tmp_path: Path, phase: s
     assert code == 0, output
     crashed, started = ([e for e in place.event_lines("killed") if e["event"] == k] for k in ("crashed", "started"))
     assert crashed[0]["step"] == died
-    taken = died - 1  # steps that were taken when it died
+    taken = died - 1  # steps completed when it died
     assert taken - started[1]["step"] <= 1
     assert f"resumed from {tmp_path / 'fast'}" in output
     lost = json.loads(place.good("goodput", "killed", "--json"))
@@ -112,12 +113,12 @@ def test_what_is_damaged_is_passed_over_for_the_next_older_fast_or_lasting(
         capsys.readouterr()
         with opened(config) as run:
             assert run.state.step == found
-        said = capsys.readouterr().out
-        assert f"{step:08d}/shard-00000.safetensors was altered" in said
-        assert f"resumed from {where}" in said
+            assert run.start.restored is not None
+            assert run.start.restored.folder.parent == where
+        assert f"{step:08d}/shard-00000.safetensors was altered" in capsys.readouterr().out
     assert len(events(config, "damaged")) == 2
     with opened(config) as run:
-        run.train()
+        complete(run)
     assert not (tmp_path / "fast").exists()  # nor what was set aside
 
 
@@ -151,7 +152,7 @@ def test_a_machine_without_room_says_so_once_and_trains_on(
 ) -> None:
     config = config_in(tmp_path, "small").replace("checkpoint", fast=str(small_memory / "fast"))
     with opened(config) as run:
-        run.train()
+        complete(run)
     [event] = events(config, "no fast place")
     assert event["step"] == 1
     assert "has room for" in event["why"]
@@ -161,7 +162,7 @@ def test_a_machine_without_room_says_so_once_and_trains_on(
 
 
 def apart(config: Config, rank: int) -> Config:
-    """With a fast place of its own, as on a machine that shares no memory with others."""
+    """Return `config` with a fast folder of this rank alone, as on a node of its own."""
     return config.replace("checkpoint", fast=f"{config.checkpoint.fast}-{rank}")
 
 
@@ -170,7 +171,7 @@ def cut_short_apart(mesh: Mesh, config: Config) -> None:
 
 
 def resumed(config: Config, mesh: Mesh = ALONE) -> tuple[int, bool]:
-    """At which step a run goes on, and whether from its own memory."""
+    """Return the step from which a run resumes, and whether from its own memory."""
     with opened(config, mesh) as run:
         found = run.saving.find()
         assert found is not None
@@ -186,14 +187,14 @@ def resumed_apart(mesh: Mesh, config: Config) -> tuple[int, bool]:
 def test_each_machine_has_memory_of_its_own(
     world: Callable[[int], World], tmp_path: Path, layout: dict[str, int], alone: tuple[int, bool]
 ) -> None:
-    """Copies of a model outlive a machine; shards go on as they are, and else from what lasts."""
+    """Replicas survive the loss of a node; shards resume from memory in the same layout, else from disk."""
     config = config_in(tmp_path, "apart", **layout)
     world(2).run(cut_short_apart, config)
     assert world(2).run(resumed_apart, config) == [(6, True)] * 2
     smaller = config.replace("parallel", dp_shard=1)
-    assert resumed(apart(smaller, 0)) == alone  # the other machine is lost
+    assert resumed(apart(smaller, 0)) == alone  # the other node is lost
     with opened(apart(smaller, 0)) as run:
-        run.train()
+        complete(run)
     assert [p.name for p in tmp_path.glob("fast*")] == ["fast-1"]  # of the one that was lost
 
 
@@ -207,7 +208,7 @@ def test_what_one_machine_still_has_is_for_all_where_another_takes_the_place_of_
     assert [s.step for s in listed(tmp_path / "runs" / "replaced" / "checkpoints")] == [4, 6]
     [event] = events(config, "lent")
     assert event["step"] == 6
-    damaged(fast_of(apart(config, 1)), 6)  # it is of no use any more, and nobody asks for it
+    damaged(fast_of(apart(config, 1)), 6)  # no longer needed, and not read
     assert world(2).run(resumed_apart, config) == [(6, False)] * 2
 
 
@@ -238,7 +239,7 @@ def test_a_place_on_some_machines_alone_is_refused(world: Callable[[int], World]
 def test_what_a_machine_that_was_away_has_of_another_history_is_not_taken(
     world: Callable[[int], World], tmp_path: Path
 ) -> None:
-    """Of a run of that name before; of this one, but of steps that were taken again; and both where it is alone."""
+    """Checkpoints of an earlier run of that name, and of steps that were repeated, are not used."""
     config = config_in(tmp_path, "again")
     world(2).run(cut_short_apart, config)
     shutil.rmtree(tmp_path / "runs" / "again")
@@ -256,7 +257,7 @@ def test_what_a_machine_that_was_away_has_of_another_history_is_not_taken(
 
 def finished_apart(mesh: Mesh, config: Config) -> int:
     with opened(apart(config, mesh.place.rank), mesh) as run:
-        run.train()
+        complete(run)
         return run.state.step
 
 
@@ -267,9 +268,9 @@ def test_nothing_is_left_in_the_memory_of_any_machine(world: Callable[[int], Wor
 
 def test_memory_that_nobody_could_tell_from_anothers_is_done_without(tmp_path: Path) -> None:
     config = config_in(tmp_path, "mute", train__steps=4)
-    (tmp_path / "runs" / "mute" / "checkpoints" / LIVES).mkdir(parents=True)  # no word can be left there
+    (tmp_path / "runs" / "mute" / "checkpoints" / GENERATIONS_FILE).mkdir(parents=True)  # nothing can be written there
     with opened(config) as run:
-        run.train()
+        complete(run)
     [event] = events(config, "no fast place")
     assert event["why"].endswith("checkpoints cannot be written: Is a directory")
     assert not (tmp_path / "fast").exists()
@@ -279,7 +280,7 @@ def test_a_place_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     (tmp_path / "fast").touch()  # a file where the folder should be
     config = config_in(tmp_path, "file", train__steps=4)
     with opened(config) as run:
-        run.train()
+        complete(run)
     [event] = events(config, "no fast place")
     assert event["why"].endswith("cannot be written: Not a directory")
     assert listed(run.folder.checkpoints)[-1].step == 4

@@ -1,4 +1,4 @@
-"""A run that started from a folder goes on without it: its checkpoint has the weights, and it keeps the rest."""
+"""A run that started from a model folder resumes without it: its checkpoint has the weights, and it keeps the rest."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def test_it_goes_on_without_the_folder_to_the_same_bits(place: Place, family: st
     assert "weights were loaded from org/tiny, models/org/tiny (model.from)" in begun
     shutil.rmtree(place.folder / "models")
     output = place.good(*run, "--name", "mine")
-    assert "org/tiny is gone: going on with what the run keeps of it" in output
+    assert "org/tiny is gone: resuming with the run's own copy" in output
     assert "resumed from" in output
     assert "weights were loaded from org/tiny" in output
-    assert "now they are the checkpoint's" in output
+    assert "now they come from the checkpoint" in output
     assert place.losses("mine") == place.losses("whole")
     place.good("generate", "mine", "--prompt", "a", "--tokens", "3")
     place.good("export", "mine", "--out", "out")

@@ -1,20 +1,21 @@
-"""A step's numbers that are read while the next step runs, as on a GPU: the same run, and each step's own time and split."""
+"""Reading a step's numbers while the next step runs, as on a GPU: the same run, with each step's own time and split."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 
-from shoal.config.options import Launch
+from shoal.config.run_options import Launch
 from shoal.elastic.heartbeat import FOLDER, Heartbeat, Page
 from shoal.mesh.place import LOCKED_BY
 from shoal.metrics import meter
-from shoal.metrics.meter import PHASES
 from shoal.metrics.moment import Moment
+from shoal.run.phases import PHASES
+from shoal.run.records import StepRecord
 from shoal.training import loop, step
 from shoal.training.progress import DeviceProgress
 from tests.training.test_equivalence import ALONE, config_in, train_here
@@ -23,7 +24,7 @@ STEP_SECONDS = 2.0
 
 
 class Device(Moment):
-    """On a device of which each step takes two seconds, and that is busy whenever it is first looked at."""
+    """On a device whose steps take two seconds, and that is busy at the first query."""
 
     now: ClassVar[float] = 0.0
 
@@ -42,7 +43,7 @@ def after_a_step(device: torch.device) -> Device:
 
 
 def test_a_run_that_reads_late_is_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def trained(name: str) -> list[dict[str, Any]]:
+    def trained(name: str) -> list[StepRecord]:
         config = config_in(tmp_path, name, steps=7, eval_every=3, eval_tokens=96)
         return train_here(ALONE, config.replace("metrics", every=1, split_every=1))
 
@@ -52,13 +53,11 @@ def test_a_run_that_reads_late_is_the_same_run(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(loop, "reads_late", lambda device: True)
     late = trained("late")
     for records in (at_once, late):
-        assert [r["step"] for r in records] == list(range(1, 8))
-        assert [r["step_seconds"] for r in records] == [STEP_SECONDS] * 7  # the last one's, too
-        assert [r["split_seconds"]["step"] for r in records] == list(range(1, 8))
-        assert all(r["split_seconds"][phase] > 0 for r in records for phase in PHASES)
-    assert [(r["loss"], r["grad_norm"], r["tokens"]) for r in late] == [
-        (r["loss"], r["grad_norm"], r["tokens"]) for r in at_once
-    ]
+        assert [r.step for r in records] == list(range(1, 8))
+        assert [r.step_seconds for r in records] == [STEP_SECONDS] * 7  # the last one's, too
+        assert [(r.split_seconds or {})["step"] for r in records] == list(range(1, 8))
+        assert all((r.split_seconds or {})[phase] > 0 for r in records for phase in PHASES)
+    assert [(r.loss, r.grad_norm, r.tokens) for r in late] == [(r.loss, r.grad_norm, r.tokens) for r in at_once]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +66,7 @@ def test_a_run_that_reads_late_is_the_same_run(tmp_path: Path, monkeypatch: pyte
 def test_a_late_step_is_a_hang_where_the_host_only_waits_for_its_device(
     device: str, hang_seconds: float | None, strict: bool
 ) -> None:
-    """A host that waits for a GPU looks as if it worked, so a launcher must not take work for life; a CPU's does work."""
+    """A host that waits for a GPU looks busy, so being busy must not count as progress; on a CPU it does."""
     heartbeat = Heartbeat.open(Launch(hang_seconds=hang_seconds))
     DeviceProgress(torch.device(device), heartbeat)
     assert heartbeat.strict is strict
@@ -81,7 +80,7 @@ def test_a_real_moment_is_when_it_was_made_on_a_cpu() -> None:
 
 
 class Slow(Moment):
-    """Comes when the device has come to its number; looking at it moves the device on."""
+    """Comes when the device reaches its number."""
 
     reached: ClassVar[list[int]] = []
     made: ClassVar[int] = 0
@@ -109,8 +108,7 @@ def test_a_page_says_where_the_device_is_while_its_host_waits(tmp_path: Path, mo
     for number in (4, 5):
         heart.begin(number)
         for phase in ("forward", "backward", "optimizer"):
-            heart.beat(phase)
-            progress.mark()
+            progress.enter(phase)
     until = page.read().until
     assert (page.read().step, page.read().phase) == (5, "optimizer")  # the host
     seen = []
@@ -127,6 +125,6 @@ def test_a_page_says_where_the_device_is_while_its_host_waits(tmp_path: Path, mo
     host = (5, 3, "optimizer")
     assert seen == [host, (4, 1, "forward"), (4, 2, "backward"), (4, 3, "optimizer"), (5, 1, "forward")]
     sign = page.read()
-    assert (sign.step, sign.turn, sign.phase) == host  # it goes on
+    assert (sign.step, sign.turn, sign.phase) == host  # the host continues
     assert sign.until == until
     assert not math.isinf(until)

@@ -1,4 +1,4 @@
-"""A run's length, whichever way it is given."""
+"""A run's length, given as steps, tokens or epochs."""
 
 from __future__ import annotations
 

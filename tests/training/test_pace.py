@@ -1,4 +1,4 @@
-"""A rank that is made slow in a run: it is named, with the phase, and no other one is."""
+"""A rank that is slowed down is reported with its phase, and no other rank is."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch.distributed as dist
 from shoal.config.options import Config
 from shoal.fault.stragglers import IN_A_ROW
 from shoal.mesh.mesh import Mesh
-from shoal.run.events import read_json_lines
+from shoal.run.records import read_metrics
 from tests.parallel.layouts import config_of
 from tests.training.faulty import events, train_with
 from tests.world import World
 
-SECONDS = 0.5  # far more than what this machine's other work takes from a process
+SECONDS = 0.5  # far more than other work on the machine delays a process
 BEGINS, LASTS = 3, 8  # steps
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "data__seq_len": 16,
     "train__global_batch": 4,
     "train__micro_batch": 2,
@@ -37,11 +37,10 @@ def slow(phase: str, rank: int) -> dict[str, Any]:
 
 
 def trained(mesh: Mesh, config: Config, faults: list[dict[str, Any]]) -> tuple[list[tuple[int, float]], bool]:
-    """The losses of a run with these faults; whether torch is as it was before."""
+    """Return the losses of a run with these planned faults, and whether `Work.wait` is restored."""
     wait = dist.Work.wait
     run = train_with(mesh, config, faults)
-    lines = read_json_lines(run.folder.metrics_file)
-    return [(line["step"], line["loss"]) for line in lines if "loss" in line], dist.Work.wait is wait
+    return [(r.step, r.loss) for r in read_metrics(run.folder.metrics_file).steps], dist.Work.wait is wait
 
 
 def test_the_slow_ranks_and_their_phases_are_named_within_a_few_steps(
@@ -55,7 +54,7 @@ def test_the_slow_ranks_and_their_phases_are_named_within_a_few_steps(
     assert len(named) == len(planned)
     assert {(e["phase"], e["rank"]) for e in named} == planned
     for each in named:
-        assert BEGINS + IN_A_ROW - 1 <= each["step"] <= BEGINS + LASTS - 1  # the one, where nobody else is at work
+        assert BEGINS + IN_A_ROW - 1 <= each["step"] <= BEGINS + LASTS - 1  # the lower bound on an idle machine
         assert each["seconds"] >= SECONDS > each["others_seconds"]
 
 
@@ -113,13 +112,13 @@ def test_nobody_looks_where_it_is_null_and_the_numbers_are_the_same(
 
 def test_the_line_on_the_console(capsys: pytest.CaptureFixture[str]) -> None:
     from shoal.fault.stragglers import Change
-    from shoal.metrics.busy import PHASES, Busy
+    from shoal.metrics.busy import PARTS, Busy
     from shoal.run.console import Console
     from shoal.training.pace import Pace
 
     said: list[dict[str, Any]] = []
     pace = Pace(
-        Busy(torch.device("cpu"), 1, measures=False), None, ["node1", "node7"], 0, PHASES, 1.0, Console(),
+        Busy(torch.device("cpu"), 1, measures=False), None, ["node1", "node7"], 0, PARTS, 1.0, Console(),
         lambda event, **facts: said.append({"event": event, **facts}),
     )  # fmt: skip
     pace._tell(1, True, [Change(1, 1, True, 1.94, 1.06, (120, 125)), Change(1, 4, True, 0.05, 0.032, (121, 125))])

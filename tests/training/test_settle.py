@@ -1,4 +1,4 @@
-"""What `train.dtype: auto` comes to on a CPU, and what is said of a dtype that is slow there."""
+"""The dtype chosen for `train.dtype: auto` on a CPU, and the warning about a slow one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from shoal.mesh.place import Place
 from shoal.run.folder import RunFolder
 from shoal.system import cpu
 from shoal.training import finish_config as settle
-from shoal.training.finish_config import describe_slow_bfloat16, settle_dtype
+from shoal.training.finish_config import choose_dtype, describe_slow_bfloat16
 from tests.world import World
 
 ALONE = Mesh(Place(), torch.device("cpu"))
@@ -44,18 +45,14 @@ def test_auto_is_float32_unless_bfloat16_was_seen_to_be_faster(
 
     monkeypatch.setattr(settle, "product_rates", measured)
     monkeypatch.setattr(settle, "multiplies_bfloat16", lambda: rates is not None)
-    assert settle_dtype(wanted, ALONE) == settled
+    assert choose_dtype(wanted, ALONE) == settled
 
 
 def settle_with(mesh: Mesh, ratios: list[float]) -> str:
-    """On a rank that sees bfloat16 so many times as fast as float32; 0: one without the instructions."""
+    """Choose the dtype on a rank where bfloat16 is `ratio` times as fast as float32; 0: without the instructions."""
     ratio = ratios[mesh.place.rank]
-    before = settle.multiplies_bfloat16, settle.product_rates
-    settle.multiplies_bfloat16, settle.product_rates = lambda: ratio > 0, lambda *a, **o: [ratio, 1.0]  # type: ignore[assignment]
-    try:
-        return settle_dtype("auto", mesh)
-    finally:
-        settle.multiplies_bfloat16, settle.product_rates = before
+    with mock.patch.multiple(settle, multiplies_bfloat16=lambda: ratio > 0, product_rates=lambda *a, **o: [ratio, 1.0]):
+        return choose_dtype("auto", mesh)
 
 
 @pytest.mark.parametrize(
@@ -73,17 +70,13 @@ def test_slow_bfloat16_is_told_by_how_much(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def settled_with(mesh: Mesh, folder: str, dtype: str, quick: bool, rates: list[float]) -> tuple[str, list[str]]:
-    """The dtype that `settle` itself comes to on a rank of this kind, and what it said."""
+    """Return the dtype that `finish_config` chooses on a rank of this kind, and its warnings."""
     said: list[str] = []
     rows = SimpleNamespace(check_rows=lambda size: None)
     prepared: Any = SimpleNamespace(vocab_size=257, tokenizer=rows)
-    before = settle.multiplies_bfloat16, settle.product_rates
-    settle.multiplies_bfloat16, settle.product_rates = lambda: quick, lambda *a, **o: rates  # type: ignore[assignment]
-    try:
-        config = Config().replace("train", dtype=dtype)
-        return settle.settle(config, RunFolder(Path(folder)), prepared, mesh, said.append).train.dtype, said
-    finally:
-        settle.multiplies_bfloat16, settle.product_rates = before
+    config = Config().replace("train", dtype=dtype)
+    with mock.patch.multiple(settle, multiplies_bfloat16=lambda: quick, product_rates=lambda *a, **o: rates):
+        return settle.finish_config(config, RunFolder(Path(folder)), prepared, mesh, said.append).train.dtype, said
 
 
 @pytest.mark.parametrize(
@@ -101,7 +94,7 @@ def test_slow_bfloat16_is_said_once_by_the_first_rank_and_the_run_goes_on_with_i
 def test_a_resume_keeps_what_was_measured_and_another_run_measures_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Else a killed run would end with other bits, and one busy moment would decide for every run after it."""
+    """Otherwise a killed run would end with other bits, and one busy moment would decide for all later runs."""
     wanted = Config().replace("train", dtype="auto", steps=1, device="cpu").replace("launch", processes=2)
     folder = RunFolder(tmp_path / "first")
     folder.path.mkdir()
@@ -114,17 +107,17 @@ def test_a_resume_keeps_what_was_measured_and_another_run_measures_again(
 
     monkeypatch.setattr(settle, "product_rates", rates)
     monkeypatch.setattr(settle, "multiplies_bfloat16", lambda: True)
-    kept = folder.settled(wanted)
+    kept = folder.with_earlier_choices(wanted)
     assert kept.train.dtype == "bfloat16"
-    assert settle_dtype(kept.train.dtype, ALONE) == "bfloat16"
+    assert choose_dtype(kept.train.dtype, ALONE) == "bfloat16"
     assert not measured
     monkeypatch.setattr(torchrun, "count_cores", lambda: 16)
     monkeypatch.setattr(torchrun, "free_cores", lambda: 16.0)
     assert torchrun.plan_processes(wanted, 0, before=folder.begun()).launch.threads == 3
     for count, name in enumerate(("second", "third"), start=1):
-        another = RunFolder(tmp_path / name).settled(wanted)
+        another = RunFolder(tmp_path / name).with_earlier_choices(wanted)
         assert another.train.dtype == "auto"
-        assert settle_dtype(another.train.dtype, ALONE) == "float32"
+        assert choose_dtype(another.train.dtype, ALONE) == "float32"
         assert len(measured) == count
 
 

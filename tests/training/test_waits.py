@@ -1,4 +1,4 @@
-"""A step never waits for the device, as far as a CPU can tell; what is planted to wait is found."""
+"""A step never waits for the device, as far as a CPU can tell; planted waits are found."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from shoal.data.loader import Batch
+from shoal.mesh.ballot import Ballot, Vote
 from shoal.mesh.mesh import Mesh
 from shoal.training import loop
-from shoal.training.loop import Run
+from shoal.training.run import Run
 from shoal.training.step import train_step
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for
 from tests.rehearsal import DEVICE, Rehearsal, Wait
@@ -67,12 +68,13 @@ def test_what_does_not_wait_is_none() -> None:
 
 
 def waits_of_a_step(mesh: Mesh, config: Any, planted: str | None = None) -> list[Wait]:
-    """Those of the second step; planted: "judge" of the step reads the loss, or "backward" a gradient."""
+    """Return the waits of the second step; planted: "judge" reads the loss, "backward" a gradient."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
 
     def step(number: int, batches: Sequence[Batch]) -> None:
         train_step(
-            run.runnable, run.state, batches, step=number, lr=1e-3, clip_norm=1.0, guard=run.guard, votes=[0.0, 1.0]
+            run.runnable, run.state, batches, step=number, lr=1e-3, clip_norm=1.0, guard=run.guard,
+            ballot=Ballot({"one": Vote([0.0, 1.0])}),
         )  # fmt: skip
 
     step(1, run.loader.next_step())
@@ -80,8 +82,9 @@ def waits_of_a_step(mesh: Mesh, config: Any, planted: str | None = None) -> list
         judge = run.guard.judge
         run.guard.judge = lambda loss, norm: (loss.tolist(), judge(loss, norm))[1]  # type: ignore[method-assign]
     if planted == "backward":
-        # None: what a hook returns is taken for a gradient
-        run.runnable.shards[0].parameter.register_post_accumulate_grad_hook(lambda p: (p.grad.max().item(), None)[1])
+        # None: a hook's return value would replace the gradient
+        weight = run.runnable.shards[0].parameter
+        weight.register_post_accumulate_grad_hook(lambda p: (p.grad.max().item(), None)[1])  # type: ignore[no-untyped-call]
     batches, rehearsal = run.loader.next_step(), Rehearsal()
     for batch in batches:
         rehearsal.mark_host([batch.tokens, batch.labels, batch.positions, batch.document_ids])
@@ -89,7 +92,7 @@ def waits_of_a_step(mesh: Mesh, config: Any, planted: str | None = None) -> list
     try:
         with rehearsal as waits:
             step(2, batches)
-    finally:  # the mesh is other tests', too
+    finally:  # other tests use the mesh too
         run.runnable.mesh.device = device
         run.close()
     return waits
@@ -153,19 +156,19 @@ def test_a_record_waits_for_the_step_before_alone(monkeypatch: pytest.MonkeyPatc
         story.append(("step", step))
         return stats
 
-    plain = Run._record
+    plain = loop.record
 
-    def record(self: Run, stats: Any) -> bool:
+    def record(run: Run, stats: Any) -> bool:
         before = len(rehearsal.waits)
-        result = plain(self, stats)
+        result = plain(run, stats)
         story.append(("record", stats.step, len(rehearsal.waits) - before))
         return result
 
     monkeypatch.setattr(loop, "train_step", step)
-    monkeypatch.setattr(Run, "_record", record)
+    monkeypatch.setattr(loop, "record", record)
     run.mesh.device = DEVICE
     with rehearsal as waits:
-        run.take_steps()
+        loop.take_steps(run)
     run.close()
     late = [("step", 1)]
     for number in range(1, 5):

@@ -1,1 +1,1 @@
-"""Measuring: speed here and now, side by side with others."""
+"""Benchmarks of the training step, the certificate of a layout, and a description of the machine."""

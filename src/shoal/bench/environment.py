@@ -1,4 +1,4 @@
-"""What to paste into a bug report."""
+"""A description of the machine and its software, for a bug report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VARIABLES = (
 
 
 def describe() -> str:
-    """Versions, devices, threads, memory and git, a line each. Nothing of it is secret: no paths, no other variables."""
+    """Return versions, devices, threads, memory and commit, one per line; no paths and no other variables, so no secrets."""
     lines = {"shoal": f"{__version__}{_git()}", "python": platform.python_version(), "system": platform.platform()}
     for package in PACKAGES:
         try:
@@ -66,7 +66,7 @@ def _cuda() -> dict[str, str]:
 
 
 def _git() -> str:
-    """The commit that an editable installation runs from."""
+    """Return the commit of an editable installation, or an empty string."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return ""

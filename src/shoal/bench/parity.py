@@ -1,11 +1,11 @@
 """
-`shoal verify`: does this config, in this layout, train what one process would train?
+`shoal verify`: check that a config in its parallel layout trains the same model as one process.
 
-The first process takes a few steps alone, twice: as they are, and with another order of the same sums (products by
-quarters, micro-batches added in another order). How far those two are apart is what rounding alone can do to this
-model on this data; a layout may differ from one process by so much and a little more, and no further. Then all take
-the steps together and compare: each step's loss and gradient norm, each parameter's gradient and update. Last, what
-was saved on the way is loaded into a new model, which has to go on with the same bits.
+Rank 0 first takes a few steps alone, twice: normally, and with the same sums in another order (matrix products in quarters,
+micro-batches added in another order). The difference between the two is the effect of rounding on this model and data; a
+layout may differ from one process by a small multiple of it. Then all ranks take the steps together and compare each step's
+loss and gradient norm, and each parameter's gradient and update. Last, a checkpoint from the middle is loaded into a new
+model, which must continue bitwise identically.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ from shoal.resolve.resolve import to_dict
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
 from shoal.training.assemble import assemble, open_loader
-from shoal.training.finish_config import settle
+from shoal.training.finish_config import finish_config
 from shoal.training.loop import set_threads
 from shoal.training.state import TrainState
 from shoal.training.step import train_step
 
 STEPS = 3
-SAVED_AT = 2  # the step after which the state is saved, to go on from it once more
-# How many times further than another order of sums may a layout be from one process? A forgotten sum or a wrong
-# divisor is thousands of times further in float32.
+SAVED_AT = 2  # save after this step, and resume from it once
+# A layout may differ from one process by this multiple of the difference between two orders of summation. In float32 a
+# missing all-reduce or a wrong divisor differs by thousands of times more.
 ALLOWANCE = 8.0
 
 
 @dataclass
 class Trace:
-    """What a few steps did: each step's loss and norm, the first step's gradients, what all of them changed."""
+    """A record of a few steps: each step's loss and gradient norm, the first step's gradients, the total updates."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -69,10 +69,10 @@ class Trace:
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison: how far apart, how far is allowed, both relative to the size of what is compared."""
+    """One comparison: the difference found and the one allowed, both relative to the reference's size."""
 
     what: str  # "loss", "gradient norm", "gradient", "update"
-    name: str  # of the worst parameter, or "step 2"
+    name: str  # the worst parameter's name, or "step 2"
     difference: float
     allowed: float
 
@@ -83,13 +83,13 @@ class Finding:
 
 @dataclass
 class Certificate:
-    """What `certificate.json` says."""
+    """The contents of `certificate.json`."""
 
     layout: str
     processes: int
     dtype: str
     repro: str
-    findings: dict[str, list[Finding]] = field(default_factory=dict)  # by the dtype it was compared in
+    findings: dict[str, list[Finding]] = field(default_factory=dict)  # by dtype of the comparison
     resumed_same_bits: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -99,18 +99,18 @@ class Certificate:
 
 
 def verify_here(config: Config, heartbeat: Heartbeat) -> None:
-    """One process of a verification; the first one prints, and writes `certificate.json` in the run's folder."""
+    """Verify as one process; rank 0 prints, and writes `certificate.json` to the run's folder."""
     set_threads(config)
     heartbeat.outside("meeting the other processes")
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
         if mesh.device.type == "cuda":
-            take_deterministic_kernels()  # or a resumed run may have other bits rightly
+            take_deterministic_kernels()  # without these, a correct resume may differ in bits
         console = Console(speaks=mesh.is_first)
         folder = RunFolder.of(config).path
         heartbeat.outside("opening the data")
         prepared = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
         heartbeat.outside("measuring the device")
-        config = settle(config, RunFolder(folder / "none"), prepared, mesh, console.warn)
+        config = finish_config(config, RunFolder(folder / "none"), prepared, mesh, console.warn)
         if mesh.is_first:
             folder.mkdir(parents=True, exist_ok=True)
         certificate = certify(config, mesh, prepared, folder, console, heartbeat.outside)
@@ -127,23 +127,23 @@ def certify(
     at: Callable[[str], None] = lambda phase: None,
 ) -> Certificate:
     """
-    Compare `config` in the layout of `mesh` with one process. `folder` holds a checkpoint for a moment.
+    Compare `config` in the layout of `mesh` with one process. Writes a temporary checkpoint to `folder`.
 
-    A config in bfloat16 or float16 is compared in float32 too, where rounding hides less. `at(phase)` is called as it goes
-    on. A collective over the world.
+    A config in bfloat16 or float16 is also compared in float32, where rounding hides less. `at(phase)` is called as each
+    phase begins. A collective over the world.
     """
     rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     train = config.train
     certificate = Certificate(str(mesh.layout), mesh.world_size, train.dtype, train.repro)
-    console.say(f"verifying {mesh.layout}, {mesh.world_size} processes, {STEPS} steps of the config's own data", "bold")
+    console.say(f"verifying {mesh.layout}, {mesh.world_size} processes, {STEPS} steps on the config's own data", "bold")
     begun = time.perf_counter()
-    ring = config.parallel.cp_method == "ring" and mesh.device.type == "cuda"  # whose kernel has no float32
+    ring = config.parallel.cp_method == "ring" and mesh.device.type == "cuda"  # its kernel does not support float32
     for dtype in dict.fromkeys((train.dtype if ring else "float32", train.dtype)):
         one = config.replace("train", dtype=dtype)
         at(f"{dtype}: one process alone")
         expected, noise = _references(one, mesh, rows)
         console.note(f"{dtype}: one process took its steps ({time.perf_counter() - begun:.0f} s)")
-        at(f"{dtype}: all together")
+        at(f"{dtype}: all processes")
         runnable, trace = _take_steps(one, mesh, rows, console if dtype == train.dtype else None)
         at(f"{dtype}: comparing")
         certificate.findings[dtype] = compare(trace, runnable, mesh, expected, noise, bitwise=_same_bits(one, mesh))
@@ -151,17 +151,15 @@ def certify(
             _say(console, dtype, finding)
     at("saving and resuming")
     certificate.resumed_same_bits = _resumes(config, mesh, rows, folder)
-    same = "goes on with the same bits" if certificate.resumed_same_bits else "goes on with OTHER bits"
-    console.say(
-        f"resumed: what was saved after step {SAVED_AT} {same}", "" if certificate.resumed_same_bits else "bold red"
-    )
+    same = "bitwise identical" if certificate.resumed_same_bits else "DIFFERENT bits"
+    console.say(f"resumed after step {SAVED_AT}: {same}", "" if certificate.resumed_same_bits else "bold red")
     certificate.facts = _facts(mesh, time.perf_counter() - begun)
     console.say("PASS" if certificate.passed else "FAIL", "bold green" if certificate.passed else "bold red")
     return certificate
 
 
 def _references(config: Config, mesh: Mesh, rows: Rows) -> tuple[Trace | None, Trace | None]:
-    """One process's steps, and the same with sums in another order; None on all but the first process, which wait."""
+    """Return the steps of one process, and the same with another order of sums; None on ranks other than 0, which wait."""
     found: tuple[Trace | None, Trace | None] = (None, None)
     if mesh.is_first:
         alone = Mesh(Place(), mesh.device)
@@ -171,7 +169,7 @@ def _references(config: Config, mesh: Mesh, rows: Rows) -> tuple[Trace | None, T
         _, expected = _take_steps(plain, alone, rows)
         with products_by_quarters():
             _, noise = _take_steps(other, alone, rows)
-        for trace in (expected, noise):  # the layout needs the device's memory
+        for trace in (expected, noise):  # free the device's memory for the layout
             trace.gradients = {name: tensor.cpu() for name, tensor in trace.gradients.items()}
             trace.updates = {name: tensor.cpu() for name, tensor in trace.updates.items()}
         found = expected, noise
@@ -181,21 +179,21 @@ def _references(config: Config, mesh: Mesh, rows: Rows) -> tuple[Trace | None, T
 
 
 def _take_steps(config: Config, mesh: Mesh, rows: Rows, console: Console | None = None) -> tuple[Runnable, Trace]:
-    """The first steps of a run of this config. Gradients and updates are of this process's shards."""
+    """Take the first steps of a run; return the model and the trace, with gradients and updates of this rank's shards."""
     say = console.note if console is not None else lambda _: None
     runnable, state = _assemble(config, mesh, say)
     loader, trace = open_loader(config, mesh, rows), Trace()
     before = {_key(s): s.tensor.detach().clone() for s in runnable.shards}
     total = max(count_steps(config.train, config.data.seq_len, len(rows)), STEPS)
     for step in range(1, STEPS + 1):
-        # the plan's rate, but none so small that no update could be told from none
+        # the scheduled rate, with a lower limit that keeps updates measurable
         lr = max(learning_rate(config.optim, step, total), config.optim.lr / 10)
         stats = train_step(runnable, state, loader.next_step(), step=step, lr=lr, clip_norm=config.optim.clip_norm)
-        loss, tokens, norm, _ = stats.numbers.tolist()
+        loss, tokens, norm, *_ = stats.read()
         trace.losses.append(loss / max(tokens, 1.0))
         trace.norms.append(norm)
         if step == 1:
-            # what they were before clipping, which would hide that all are too long
+            # undo clipping, which would hide a common factor of all gradients
             clipped = max(1.0, (norm + 1e-6) / config.optim.clip_norm) if config.optim.clip_norm > 0 else 1.0
             trace.gradients = {_key(s): s.tensor.grad * clipped for s in runnable.shards if s.tensor.grad is not None}
     trace.updates = {_key(s): s.tensor.detach() - before[_key(s)] for s in runnable.shards}
@@ -204,7 +202,7 @@ def _take_steps(config: Config, mesh: Mesh, rows: Rows, console: Console | None 
 
 
 def _assemble(config: Config, mesh: Mesh, say: Callable[[str], None]) -> tuple[Runnable, TrainState]:
-    """As a run does, with a float16 loss scale at which the first step does not overflow."""
+    """Assemble as a run does, with a float16 loss scale at which the first step does not overflow."""
     runnable, state = assemble(config, mesh, say)
     if state.scaler is not None:
         state.scaler.scale.fill_(1024.0)
@@ -219,8 +217,9 @@ def compare(
     trace: Trace, runnable: Runnable, mesh: Mesh, expected: Trace | None, noise: Trace | None, *, bitwise: bool
 ) -> list[Finding]:
     """
-    The worst of each kind, by how much of what is allowed it takes. The traces of one process are on the first one;
-    each of their tensors is sent to all, one at a time. Collectives over the world.
+    Return the worst comparison of each kind, relative to its allowance.
+
+    Rank 0 has the traces of one process; their tensors are broadcast one at a time. Collectives over the world.
     """
     losses = [t.losses for t in (expected, noise) if t is not None]
     norms = [t.norms for t in (expected, noise) if t is not None]
@@ -235,10 +234,10 @@ def compare(
 
 
 def _numbers(what: str, mine: list[float], alone: list[list[float]], mesh: Mesh, *, bitwise: bool) -> Finding:
-    """A number a step; `alone` are one process's, in both orders, on the first process."""
+    """Compare one number per step. alone: on rank 0, those of one process, in both orders of summation."""
     first, second = _shared(torch.tensor(alone or [mine, mine], dtype=torch.float64), mesh)
     differences = ((torch.tensor(mine, dtype=torch.float64) - first) / first).abs().nan_to_num(nan=math.inf)
-    # one number's spread may be small by luck: the largest of the steps counts, and float32's own grain
+    # one step's spread may be small by chance: use the largest of all steps, and at least float32's resolution
     spread = max(float(((second - first) / first).abs().max()), 2.0**-22)
     step = int(differences.argmax())
     return Finding(what, f"step {step + 1}", float(differences[step]), 0.0 if bitwise else ALLOWANCE * spread)
@@ -249,31 +248,31 @@ def _tensors(
     power: int, bitwise: bool,
 ) -> Finding:  # fmt: skip
     """
-    The worst parameter: the norm (of this power) of the difference, over the norm of what is expected.
+    Return the worst parameter, by the norm (of this power) of the difference relative to the norm of the expected value.
 
-    An Adam update is almost the gradient's sign: where an element is nearly zero, rounding may turn it round, and one
-    such element would rule a sum of squares. So updates are compared by the sum of sizes, and one may turn round.
+    An Adam update is almost the gradient's sign, which rounding may flip for an element near zero. One flip would dominate
+    a sum of squares, so updates are compared by the sum of absolute values, with one flip allowed.
     """
     names = list(runnable.shapes)
     held: dict[str, list[Shard]] = {name: [] for name in names}
     for shard in runnable.shards:
         held[shard.name].append(shard)
-    sums = torch.zeros(len(names), 4, dtype=torch.float64)  # of difference, spread, size; elements held, with copies
+    sums = torch.zeros(len(names), 4, dtype=torch.float64)  # difference, spread, size; elements held, counting replicas
     for index, name in enumerate(names):
         both = torch.stack([t[name] for t in alone]) if alone else torch.empty(2, *runnable.shapes[name])
         first, second = _shared(both, mesh).double()
         if mesh.is_first:
             sums[index, 1], sums[index, 2] = (second - first).abs().pow(power).sum(), first.abs().pow(power).sum()
         for shard in held[name]:
-            # a shard without a gradient is as far off as can be
+            # a missing gradient counts as an infinite difference
             here = mine[_key(shard)].cpu().double() if _key(shard) in mine else torch.full(shard.region.sizes, math.inf)
             sums[index, 0] += (here - first[shard.region.slices]).abs().pow(power).sum().nan_to_num(nan=math.inf)
             sums[index, 3] += here.numel()
     sums = mesh.sum(sums.to(mesh.device)).cpu()
     numel = torch.tensor([float(runnable.shapes[name].numel()) for name in names])
-    sums[:, 0] *= numel / sums[:, 3]  # the mean of the copies: each process's own is compared
+    sums[:, 0] *= numel / sums[:, 3]  # the mean over replicas, each of which was compared
     difference, spread, size = sums[:, :3].pow(1 / power).unbind(1)
-    # What is nothing but rounding (a key's bias) has no size to compare with: the whole model's counts a little.
+    # A tensor that is pure rounding (a key bias) has no size to compare with: add a small part of the whole model's size.
     usual = (spread / size.clamp(min=1e-30)).median()
     floor = usual * size + 1e-7 * size.pow(power).sum().pow(1 / power) / len(names) ** (1 / power)
     allowed = ALLOWANCE * torch.maximum(spread, floor)
@@ -287,7 +286,7 @@ def _tensors(
 
 
 def _shared(tensor: Tensor, mesh: Mesh) -> Tensor:
-    """The first process's tensor, on the CPU of all. A collective over the world."""
+    """Return rank 0's tensor, on the CPU of every rank. A collective over the world."""
     if mesh.world_size > 1:
         tensor = tensor.to(mesh.device).contiguous()
         dist.broadcast(tensor, 0)
@@ -295,16 +294,16 @@ def _shared(tensor: Tensor, mesh: Mesh) -> Tensor:
 
 
 def _same_bits(config: Config, mesh: Mesh) -> bool:
-    """Whether this layout promises the very bits of one process (and its arithmetic is the reference's)."""
+    """Return whether this layout promises bitwise identity with one process (and computes with the same kernels)."""
     train, layout = config.train, mesh.layout
     return train.repro == "bitwise" and not train.compile and layout.tp == layout.cp == 1
 
 
 def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:
-    """Save after some steps and go on; load into a new model and go on: the same bits? Collectives over the world."""
+    """Return whether a run resumed from a checkpoint is bitwise identical to one that continued. Collectives over the world."""
     aside = folder / "checkpoints"
     if mesh.is_first:
-        shutil.rmtree(aside, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(aside, ignore_errors=True)  # left by a killed verification
     store = CheckpointStore(aside, mesh, keep=Keep(1, best=False))  # with a barrier
     runnable, state = _assemble(config, mesh, lambda _: None)
     loader = open_loader(config, mesh, rows)
@@ -317,7 +316,7 @@ def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:
     again, resumed = _assemble(config, mesh, lambda _: None)
     with torch.no_grad():
         for shard in again.shards:
-            shard.tensor.fill_(float("nan"))  # so that what is not loaded is seen
+            shard.tensor.fill_(float("nan"))  # so that a tensor that is not loaded is noticed
     saved, problems = store.newest()
     if saved is None:
         raise CheckpointError(outcome.problem or "; ".join(problems))
@@ -338,15 +337,15 @@ def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:
 def _one_step(config: Config, runnable: Runnable, state: TrainState, batches: Any, step: int) -> float:
     optim = config.optim
     stats = train_step(runnable, state, batches, step=step, lr=optim.lr, clip_norm=optim.clip_norm)
-    return float(stats.numbers[0])
+    return stats.read().loss_sum
 
 
 def _say(console: Console, dtype: str, finding: Finding) -> None:
-    allowed = "the same bits" if finding.allowed == 0 else f"{finding.allowed:.1e} allowed"
+    allowed = "bitwise identical" if finding.allowed == 0 else f"{finding.allowed:.1e} allowed"
     where = finding.name if finding.name.startswith("step") else f"worst in {finding.name}"
     where = where if finding.difference else ""
     verdict = "" if finding.holds else "  FAIL"
-    text = f"  {dtype:9} {finding.what:14} {finding.difference:8.1e} apart, {allowed:16}  {where}{verdict}"
+    text = f"  {dtype:9} {finding.what:14} {finding.difference:8.1e} apart, {allowed:17}  {where}{verdict}"
     console.say(text.rstrip(), "" if finding.holds else "bold red")
 
 
@@ -361,5 +360,5 @@ def _facts(mesh: Mesh, seconds: float) -> dict[str, Any]:
 
 
 def to_json(certificate: Certificate, config: Config) -> dict[str, Any]:
-    """The certificate, with the config it is about."""
+    """Return the certificate with its config."""
     return {"passed": certificate.passed, **asdict(certificate), "config": to_dict(config)}

@@ -1,8 +1,8 @@
 """
-`shoal bench speed`: the real training step, each run in processes of its own, contenders in turn.
+`shoal bench speed`: times the real training step, each run in new processes, alternating between contenders.
 
-A figure is the median over the repeats of a run's median step; a ratio is the median of the ratios of
-neighbouring runs, so that a machine whose speed drifts does not decide it.
+A figure is the median over repeats of each run's median step. A ratio is the median of the ratios of neighboring runs, which
+cancels drift of the machine's speed.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def bench_speed(
     as_json: bool,
     narrator: Narrator,
 ) -> None:
-    """Print tokens/s, the time split, and MFU or the rate beside a matrix product of `recipe`'s step (a 10M-parameter model where none is given)."""
+    """Print tokens/s, time by phase, and MFU or the rate relative to a matrix product. recipe: None is a 10M-parameter model."""
     if peers and not (importlib.util.find_spec("transformers") and importlib.util.find_spec("accelerate")):
         raise ShoalError("--peers needs transformers and accelerate: pip install 'shoal[peers]'")
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
         folder = Path(name)
-        config = _settle(recipe, overrides, folder, speaks=not as_json)
+        config = _timed_config(recipe, overrides, folder)
         contenders = ["shoal"] + (["transformers.Trainer"] if peers else [])
         if peers and (config.launch.processes or 1) > 1:
             raise ShoalError("--peers compares one process with one process; set launch.processes to 1")
@@ -65,19 +65,19 @@ def bench_speed(
     print(json.dumps(report) if as_json else _table(config, report))
 
 
-def _settle(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], folder: Path, *, speaks: bool) -> Config:
-    """The config to time: of its own run folder, without evaluation or checkpoints, with its data prepared."""
+def _timed_config(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], folder: Path) -> Config:
+    """Return the config to time: with a temporary run folder, prepared data, no evaluation and no checkpoints."""
     if recipe is None:
         recipe = folder / "default.yaml"
         recipe.write_text(DEFAULT, encoding="utf-8")
-        overrides = [("launch.processes", "1", "the default of a benchmark"), *overrides]
+        overrides = [("launch.processes", "1", "benchmark default"), *overrides]
     resolved = resolve(recipe, overrides)
     for note in resolved.notes:
         print(f"note: {note}", file=sys.stderr, flush=True)
     config = resolved.config
     steps = max(config.train.steps or 12, WARMUP_STEPS + 3)
     if steps > 40:
-        steps = 12  # a recipe's own length is for training, not for timing
+        steps = 12  # a recipe's own length is for training
     config = config.replace("train", steps=steps, tokens=None, epochs=None, eval_every=0, sample_prompt="")
     config = (
         config.replace("optim", warmup_steps=0)
@@ -90,12 +90,12 @@ def _settle(recipe: Path | None, overrides: Sequence[tuple[str, str, str]], fold
     config = plan_processes(config, count_gpus(), say=Console(on_stderr=True).warn)
     from shoal.data.prepare import open_data
 
-    open_data(config.data, Console(speaks=speaks, on_stderr=True))
+    open_data(config.data, Console(on_stderr=True))
     return config
 
 
 def _run_once(contender: str, config: Config, folder: Path) -> dict[str, Any]:
-    """One run in fresh processes; what it measured."""
+    """Time one run in new processes; return its measurements."""
     recipe, answer = folder / "timed.yaml", folder / "answer.json"
     recipe.write_text(to_yaml(config), encoding="utf-8")
     answer.unlink(missing_ok=True)
@@ -104,7 +104,7 @@ def _run_once(contender: str, config: Config, folder: Path) -> dict[str, Any]:
     processes, threads = config.launch.processes or 1, config.launch.threads or 1
     if processes > 1:
         command[2:3] = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
-    ours = worker_environment(threads) if contender == "shoal" else {}  # what `shoal train` sets, and no more
+    ours = worker_environment(threads) if contender == "shoal" else {}  # what `shoal train` sets
     environment = ours | os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode or not answer.is_file():
@@ -114,7 +114,7 @@ def _run_once(contender: str, config: Config, folder: Path) -> dict[str, Any]:
 
 
 def summarize_steps(seconds: Sequence[float], tokens_per_step: int) -> dict[str, float]:
-    """The median step after the warm-up, and the rate that follows."""
+    """Return the median step time after warmup, and tokens/s."""
     median = statistics.median(seconds[WARMUP_STEPS:])
     return {"step_seconds": median, "tokens_per_second": tokens_per_step / median}
 
@@ -133,7 +133,7 @@ def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _of_a_product(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The rate of the model's own arithmetic, and its share of the best rate seen in a matrix product, or in a step itself."""
+    """Return the rate of the model's FLOPs, and its share of the best rate of a matrix product or a step."""
     rates = [run["model_flops"] for run in runs]
     best = max(*rates, *(run["product_flops"] for run in runs))
     return {
@@ -158,12 +158,12 @@ def _table(config: Config, report: dict[str, dict[str, Any]]) -> str:
         )
     shares = ours["split"] | {"rest": max(0.0, 1 - sum(ours["split"].values()))}
     split = "  ".join(f"{k} {100 * v:.1f}%" for k, v in shares.items())
-    lines.append(f"{'of shoal`s step':22}{split}")
+    lines.append(f"{'phases of the step':22}{split}")
     if "of_product" in ours:
         lines.append(
-            f"{'beside a product':22}{ours['model_flops'] / 1e9:,.0f} GFLOP/s of the model's own arithmetic, "
-            f"{100 * ours['of_product']:.0f}% of the best rate seen in a matrix product ({ours['product_flops'] / 1e9:,.0f})"
+            f"{'matrix product':22}{ours['model_flops'] / 1e9:,.0f} GFLOP/s of model FLOPs, "
+            f"{100 * ours['of_product']:.0f}% of the best rate of a matrix product ({ours['product_flops'] / 1e9:,.0f})"
         )
     if "times_trainer" in ours:
-        lines.append(f"shoal is {ours['times_trainer']:.2f} x transformers.Trainer (median of neighbouring pairs)")
+        lines.append(f"shoal is {ours['times_trainer']:.2f} x transformers.Trainer (median of neighboring pairs)")
     return "\n".join(lines)

@@ -1,11 +1,12 @@
 """
-One timed run of transformers.Trainer: `python -m shoal.bench.trainer_worker CONFIG ANSWER`.
+Times one run of transformers.Trainer: `python -m shoal.bench.trainer_worker CONFIG ANSWER`.
 
-The same architecture, batch, sequence, threads and dtype as shoal's; the rest as a person would write it.
+Architecture, batch, sequence length, threads and dtype are as in shoal's run; everything else is usual practice.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -16,11 +17,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
     PretrainedConfig,
-    Qwen3Config,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -28,13 +27,15 @@ from transformers import (
 
 from shoal.bench.speed import summarize_steps
 from shoal.config.options import Config, Model
+from shoal.config.presets import resolve_shape
 from shoal.data.prepare import open_data
+from shoal.hub.shape import write_shape
 from shoal.resolve.resolve import read_back
 from shoal.run.console import Console
 
 
 def main(recipe: Path, answer: Path) -> None:
-    """Train a model of `recipe`'s shape on random tokens; write what the steps took."""
+    """Train a model of `recipe`'s shape on random tokens; write the step times."""
     config = read_back(recipe)
     train, threads = config.train, config.launch.threads
     if threads:
@@ -67,23 +68,13 @@ def main(recipe: Path, answer: Path) -> None:
 
 
 def peer_config(model: Model, vocab_size: int) -> PretrainedConfig:
-    """The same shape in transformers' terms."""
-    if model.family == "gpt2":
-        return GPT2Config(
-            vocab_size=vocab_size, n_embd=model.dim, n_layer=model.num_layers, n_head=model.num_heads, n_inner=model.ffn_dim,
-            n_positions=model.max_seq_len, resid_pdrop=model.dropout, embd_pdrop=model.dropout, attn_pdrop=model.dropout,
-        )  # fmt: skip
-    kind: Any = Qwen3Config if model.qk_norm else LlamaConfig
-    peer: PretrainedConfig = kind(
-        vocab_size=vocab_size, hidden_size=model.dim, num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_kv_heads, head_dim=model.head_dim, intermediate_size=model.ffn_dim,
-        max_position_embeddings=model.max_seq_len, tie_word_embeddings=model.tie_embeddings, attention_bias=model.qkv_bias,
-    )  # fmt: skip
-    return peer
+    """Return the same shape as transformers' config."""
+    shape = resolve_shape(dataclasses.replace(model, vocab_size=vocab_size))
+    return AutoConfig.for_model(**write_shape(shape))
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Random tokens: what they are costs nothing to look up and changes no speed."""
+    """Random tokens: free to look up, and as fast to train on as any others."""
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         rows = (config.train.steps or 12) * config.train.global_batch
@@ -99,7 +90,7 @@ class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 
 class _Clock(TrainerCallback):
-    """Seconds from the end of a step to the end of the next."""
+    """Measures the seconds from the end of one step to the end of the next."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

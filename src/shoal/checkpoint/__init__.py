@@ -1,1 +1,1 @@
-"""What survives a run: sharded safetensors and JSON, complete or not there."""
+"""Checkpoints: sharded safetensors and JSON files, written atomically."""

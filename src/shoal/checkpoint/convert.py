@@ -1,8 +1,8 @@
 """
-Weights in Hugging Face's files <-> our parameters, a region at a time.
+Conversion between Hugging Face weight files and shoal's parameters, one region at a time.
 
-A process reads the rows and columns that it holds and no more: the files are mapped, and a slice of a tensor is a
-slice of a file. Weights are float32 here, whatever they are there.
+A rank reads only the rows and columns that it holds: the files are memory-mapped, and a slice of a tensor is a slice of a
+file. shoal's weights are float32, whatever the dtype in the files.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from shoal.config.families import FAMILIES, Stored
 from shoal.errors import ModelError
 from shoal.hub.folder import Entry, ModelFolder
 from shoal.hub.header import DTYPE_NAMES
-from shoal.hub.names import Place, is_computed, place, spellings
+from shoal.hub.names import is_computed, spellings, stored_as
 
 ROWS_AT_A_TIME: Final = 4096
 DTYPES: Final[dict[str, torch.dtype]] = {kind: getattr(torch, name) for kind, name in DTYPE_NAMES.items()}
@@ -26,10 +27,10 @@ DTYPES: Final[dict[str, torch.dtype]] = {kind: getattr(torch, name) for kind, na
 
 class FolderWeights:
     """
-    The weights of a folder as the parameters of a model of ours, called to fill a region of one.
+    The weights of a Hugging Face folder as a model's parameters. Call it to fill a region of a parameter.
 
-    Raises `ModelError` at once, before a byte of weights is read, where the folder lacks a parameter, has one of
-    another shape or dtype, or holds weights that the model has no place for.
+    The constructor raises `ModelError`, before any weights are read, if the folder lacks a parameter, has one of another
+    shape or dtype, or has weights that the model does not use.
     """
 
     def __init__(
@@ -39,55 +40,57 @@ class FolderWeights:
         shapes: Mapping[str, tuple[int, ...]],
         other_names: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """other_names: names that files may have, and the parameter that each is."""
+        """other_names: alternative names in the files, and the parameter for each."""
         self._family, self._other_names = family, other_names
+        native = FAMILIES[family].native
         if folder.is_kept:
             raise ModelError(
-                f"the weights that this run is to start from are gone, and it has no checkpoint yet; set model.from to where they "
-                f"are now ({folder.path} keeps all but the weights)"
+                f"the initial weights of this run are gone, and it has no checkpoint yet; set model.from to their new location "
+                f"({folder.path} keeps everything but the weights)"
             )
-        # Opened now: a folder that is replaced meanwhile leaves the old files to those who have them open.
+        # Opened now: if the folder is replaced meanwhile, open files keep the old contents.
         self._files = {file: safe_open(str(file), framework="pt") for file in folder.files}
         self._entries = {name: self._find(folder, name, shape) for name, shape in shapes.items()}
         used = {entry_name for entry_name, _ in self._entries.values()}
-        twins = dict(other_names) if "head.weight" in shapes or family == "hf" else {"lm_head.weight": "embed.weight"}
+        tied = native and "head.weight" not in shapes
+        twins = {stored_as(family, "head.weight").name: "embed.weight"} if tied else dict(other_names)
         for name in set(folder.tensors) - used & twins.keys():
             self._check_twin(folder.tensors[name], name, twins[name])
         strange = [n for n in folder.tensors if n not in used and n not in twins and not is_computed(n)]
         if strange:
-            through = "" if family == "hf" else " Set model.family to hf to have transformers compute it"
+            through = " Set model.family to hf to have transformers compute it" if native else ""
             raise ModelError(
-                f"{folder.path} has weights that this model has no place for: {_some(strange)}; is its config.json of "
+                f"{folder.path} has weights that this model does not use: {_some(strange)}; does its config.json belong to "
                 f"another model?{through}"
             )
 
     def _find(self, folder: ModelFolder, name: str, shape: tuple[int, ...]) -> tuple[str, Entry]:
-        there = place(self._family, name)
+        there = stored_as(self._family, name)
         others = [theirs for theirs, ours in self._other_names.items() if ours == name]
         found = next((s for s in (*spellings(there.name), *others) if s in folder.tensors), None)
         if found is None:
             raise ModelError(
-                f"{folder.path} has no weight {there.name}, which its config.json asks for; it is of another model, or "
-                "a file of it is missing"
+                f"{folder.path} has no weight {there.name}, which its config.json requires; it belongs to another model, or "
+                "one of its files is missing"
             )
         entry = folder.tensors[found]
         if entry.dtype not in DTYPES:
             raise ModelError(
-                f"{entry.file}: {found} is {entry.dtype}; weights are read from {', '.join(DTYPES)}. A quantised "
-                "model must be made plain first"
+                f"{entry.file}: {found} is {entry.dtype}; readable dtypes are {', '.join(DTYPES)}. Dequantize "
+                "a quantized model first"
             )
         expected = _their_shape(there, shape)
         if entry.shape != expected:
             raise ModelError(
-                f"{entry.file}: {found} is {list(entry.shape)}, and by config.json it would be {list(expected)}"
+                f"{entry.file}: {found} has shape {list(entry.shape)}, but config.json implies {list(expected)}"
             )
         return found, entry
 
     def _check_twin(self, entry: Entry, name: str, first: str) -> None:
         """
-        A tensor that is a parameter under another of its names must hold the same, or it would be lost.
+        Raise `ModelError` if a tied tensor differs from its parameter, since its values would be lost.
 
-        transformers unties what differs in the files; here a config that says "tied" is taken at its word or refused.
+        transformers silently unties tensors that differ in the files; here the config's "tied" must hold.
         """
         found, other = self._entries.get(first, (name, entry))
         if found == name:
@@ -99,17 +102,17 @@ class FolderWeights:
             same = same and torch.equal(one[rows], two[rows])
         if not same:
             raise ModelError(
-                f"{entry.file}: {name} is not {found}, and the config says that they are one (tied); set "
-                "tie_word_embeddings to false in its config.json, or remove the one that is not meant"
+                f"{entry.file}: {name} differs from {found}, but the config ties them; set tie_word_embeddings to false in its "
+                "config.json, or remove the wrong tensor"
             )
 
     def _stored(self, entry: Entry, name: str) -> Any:
-        """A tensor of a file, of which slices can be read."""
+        """Return a tensor of a file as a sliceable handle, without reading it."""
         return self._files[entry.file].get_slice(name)  # type: ignore[no-untyped-call]
 
     def __call__(self, out: Tensor, name: str, shape: tuple[int, ...], slices: tuple[slice, ...]) -> None:
-        """Fill `out` with a region of the parameter `name`, which is `shape` as a whole."""
-        there = place(self._family, name)
+        """Fill `out` with the region `slices` of the parameter `name`, whose whole shape is `shape`."""
+        there = stored_as(self._family, name)
         found, entry = self._entries[name]
         stored = self._stored(entry, found)
         rows = slices[0]
@@ -121,7 +124,7 @@ class FolderWeights:
             out.copy_(stored[(rows, *slices[1:])])
 
 
-def _their_shape(there: Place, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _their_shape(there: Stored, shape: tuple[int, ...]) -> tuple[int, ...]:
     whole = (shape[0] * there.parts, *shape[1:])
     return whole[::-1] if there.transposed else whole
 
@@ -132,13 +135,13 @@ def _some(names: list[str]) -> str:
 
 def to_hugging_face(family: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
-    Whole parameters of ours -> tensors as Hugging Face names and lays them out.
+    Convert whole parameters to tensors with Hugging Face's names and layout.
 
-    All parts of a tensor of theirs must be among `parameters` (see `hub.names`).
+    `parameters` must contain all parts of each of their tensors (see `hub.names`).
     """
-    gathered: dict[str, list[tuple[Place, Tensor]]] = {}
+    gathered: dict[str, list[tuple[Stored, Tensor]]] = {}
     for name, tensor in parameters.items():
-        there = place(family, name)
+        there = stored_as(family, name)
         gathered.setdefault(there.name, []).append((there, tensor))
     out = {}
     for theirs, pieces in gathered.items():

@@ -1,4 +1,4 @@
-"""The fast place of a run's checkpoints: where it is, whether it can be used, and what is left of it after the run."""
+"""The folder of `checkpoint.fast`, usually in memory: its path, its groups of ranks, its space, and its removal."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Final
 
 import psutil
 
-from shoal.checkpoint.memory_tier import Sharers
+from shoal.checkpoint.memory_tier import FolderGroup
 from shoal.mesh.mesh import Mesh
 from shoal.system.disk import gigabytes, write_whole
 
 KEPT: Final = 2
-COPIES: Final = KEPT + 1  # and one that is being written
-LIVES: Final = "memory.json"  # beside the checkpoints that last
+COPIES: Final = KEPT + 1  # one more is being written
+GENERATIONS_FILE: Final = "memory.json"  # in the folder of the checkpoints on disk
 
 
-def fast_folder(place: str, run: Path) -> Path:
-    """Of the run whose folder is `run`; another run of that name, elsewhere, has another one."""
+def folder_in_memory(place: str, run: Path) -> Path:
+    """Return the folder under `place` for the run in `run`. Runs of one name in different folders get different ones."""
     mark = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]
     return Path(place) / f"{run.name}-{mark}"
 
 
-def find_sharers(folder: Path, mesh: Mesh) -> tuple[Sharers, str]:
+def find_folder_group(folder: Path, mesh: Mesh) -> tuple[FolderGroup, str]:
     """
-    Which processes see the same under `folder`, which is made; and why it cannot be used, the same on all processes, ""
-    where it can. A collective over the world.
+    Create `folder`; find the ranks that see the same one, and the reason why it cannot be used, "" if it can.
 
-    On one machine, or on a disk that all share, these are all; where each machine has its own memory, those of a machine.
+    On one machine, or on a shared disk, the group is all ranks; if each machine has its own memory, the ranks of one
+    machine. The reason is the same on all ranks. A collective over the world.
     """
     word = mesh.gather_objects(uuid.uuid4().hex)[0]
     tokens, problem = [folder / f".{word}-{rank}" for rank in range(mesh.world_size)], ""
@@ -46,31 +46,32 @@ def find_sharers(folder: Path, mesh: Mesh) -> tuple[Sharers, str]:
         problem = f"{folder} cannot be written: {error.strerror}"
     mesh.barrier()
     seen = [rank for rank, token in enumerate(tokens) if os.path.exists(token)]
-    sharers = Sharers.of(mesh.place.rank, mesh.gather_objects(seen or [mesh.place.rank]))
-    with contextlib.suppress(OSError):  # all have looked
+    group = FolderGroup.from_visible(mesh.place.rank, mesh.gather_objects(seen or [mesh.place.rank]))
+    with contextlib.suppress(OSError):  # all ranks have looked
         mine.unlink(missing_ok=True)
     problem = mesh.first_problem(problem)
-    if sharers is None:
-        problem = problem or f"not all who see {folder} see the same there"
-    return sharers or Sharers.everyone(mesh.place.rank, mesh.world_size), problem
+    if group is None:
+        problem = problem or f"the ranks disagree about who shares {folder}"
+    return group or FolderGroup.shared_by_all(mesh.place.rank, mesh.world_size), problem
 
 
-def lacks_room(folder: Path, own_bytes: int, mesh: Mesh, sharers: Sharers) -> str:
+def lacks_room(folder: Path, own_bytes: int, mesh: Mesh, group: FolderGroup) -> str:
     """
-    Why so many bytes of each process, `COPIES` times, do not go into `folder`, the same on all processes; "" where they
-    do. A collective over the world.
+    Return why `folder` has no room for `COPIES` checkpoints with `own_bytes` of this rank; "" if it has.
+
+    The answer is the same on all ranks. A collective over the world.
     """
     sizes, problem = mesh.gather_objects(own_bytes), ""
-    if sharers.is_first:
-        needed = COPIES * sum(sizes[r] for r in sharers.ranks)
+    if group.is_leader:
+        needed = COPIES * sum(sizes[r] for r in group.ranks)
         room = _free(folder) + sum(f.stat().st_size for f in folder.glob("**/*") if f.is_file())
         if room < needed:
-            problem = f"{folder} has room for {gigabytes(room)}, and {COPIES} checkpoints take {gigabytes(needed)}"
+            problem = f"{folder} has room for {gigabytes(room)}, but {COPIES} checkpoints take {gigabytes(needed)}"
     return mesh.first_problem(problem)
 
 
 def _free(folder: Path) -> int:
-    """Bytes; in memory no more than the machine has left: it would kill a process, not refuse to write."""
+    """Return the free bytes, in tmpfs at most the free memory: beyond that the kernel kills processes."""
     free = shutil.disk_usage(folder).free
     mounts = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
     here = next((mounts[p] for p in (folder.resolve(), *folder.resolve().parents) if p in mounts), "")
@@ -78,24 +79,24 @@ def _free(folder: Path) -> int:
 
 
 def clear(folder: Path) -> None:
-    """Nothing of it is left, nor of an empty folder around it."""
+    """Remove `folder`, and its parent if that is empty."""
     shutil.rmtree(folder, ignore_errors=True)
     with contextlib.suppress(OSError):
         folder.parent.rmdir()
 
 
-def read_lives(checkpoints: Path) -> dict[str, int | None]:
-    """Whose checkpoints in memory are of this run, and up to which step, as `write_lives` left word; none where it did not."""
+def read_generations(checkpoints: Path) -> dict[str, int | None]:
+    """Read which generations' in-memory checkpoints belong to this run, and up to which step; {} if none are recorded."""
     try:
-        found = json.loads((checkpoints / LIVES).read_text(encoding="utf-8"))
-        return {str(life): None if last is None else int(last) for life, last in found.items()}
+        found = json.loads((checkpoints / GENERATIONS_FILE).read_text(encoding="utf-8"))
+        return {str(generation): None if last is None else int(last) for generation, last in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
 
-def write_lives(checkpoints: Path, lives: Mapping[str, int | None]) -> None:
-    """Where all machines see it; nothing where there are none. Raises `OSError`."""
-    if lives:
-        write_whole(checkpoints / LIVES, [json.dumps(lives).encode()])
+def write_generations(checkpoints: Path, generations: Mapping[str, int | None]) -> None:
+    """Record `generations` on the disk that all machines see; remove the record if there are none. Raises `OSError`."""
+    if generations:
+        write_whole(checkpoints / GENERATIONS_FILE, [json.dumps(generations).encode()])
     else:
-        (checkpoints / LIVES).unlink(missing_ok=True)
+        (checkpoints / GENERATIONS_FILE).unlink(missing_ok=True)

@@ -1,8 +1,8 @@
 """
-What must be known of checkpoints in the memory of machines: who sees which, and whether they are still of this run.
+Checkpoints in the memory of machines: which ranks share a folder, and which checkpoints belong to the run's history.
 
-On a disk that all see, a folder speaks for itself. Memory does not: each machine has its own, and one that was away for a
-while may have steps that the others have taken again since. No torch.
+On a shared disk, every checkpoint found belongs to the run. In memory this does not hold: each machine has its own, and a
+machine that was away may hold steps that the others have since taken again. No torch.
 """
 
 from __future__ import annotations
@@ -14,87 +14,92 @@ from typing import Final
 
 from shoal.checkpoint.saved import Saved, shard_of
 
-_ANCESTORS: Final = 8  # there are no more checkpoints in memory than that
+_ANCESTORS: Final = 8  # more than the checkpoints kept in memory
 
 
 @dataclass(frozen=True)
-class Sharers:
+class FolderGroup:
     """
-    Those that write to the same folder as `rank`, and how many folders there are in all.
+    The ranks that write to the same folder as `rank`, and the number of folders in all.
 
-    firsts: for each process of the world, the first one that sees what it sees.
+    leaders: for each rank of the world, the lowest rank that sees the same folder.
     """
 
     rank: int
-    firsts: tuple[int, ...]
+    leaders: tuple[int, ...]
 
     @classmethod
-    def everyone(cls, rank: int, world_size: int) -> Sharers:
+    def shared_by_all(cls, rank: int, world_size: int) -> FolderGroup:
+        """Return the group of a folder that all ranks see."""
         return cls(rank, (0,) * world_size)
 
     @classmethod
-    def of(cls, rank: int, seen: Sequence[list[int]]) -> Sharers | None:
-        """From which processes each one sees, itself among them; None where they do not see each other alike."""
+    def from_visible(cls, rank: int, seen: Sequence[list[int]]) -> FolderGroup | None:
+        """Build the group from the ranks, itself included, that each rank sees; None if they disagree."""
         found = cls(rank, tuple(min(sees, default=r) for r, sees in enumerate(seen)))
         return found if all(seen[r] == ranks for ranks in found.groups for r in ranks) else None
 
     @cached_property
     def groups(self) -> list[list[int]]:
-        """The processes of each folder."""
-        return [[r for r, f in enumerate(self.firsts) if f == first] for first in sorted(set(self.firsts))]
+        """The ranks of each folder."""
+        return [[r for r, f in enumerate(self.leaders) if f == first] for first in sorted(set(self.leaders))]
 
     @cached_property
     def ranks(self) -> list[int]:
-        """The processes of this one's folder."""
+        """The ranks that share this rank's folder."""
         return next(ranks for ranks in self.groups if self.rank in ranks)
 
     @property
     def index(self) -> int:
-        """The place of this process among them."""
+        """The position of this rank in `ranks`."""
         return self.ranks.index(self.rank)
 
     @property
-    def is_first(self) -> bool:
-        """True on the one that does in a folder what is done once."""
+    def is_leader(self) -> bool:
+        """True on the rank that does a folder's single-writer work."""
         return self.index == 0
 
     @property
-    def folders(self) -> int:
+    def count(self) -> int:
+        """The number of folders."""
         return len(self.groups)
 
 
 @dataclass
-class Memory:
+class MemoryTier:
     """
-    sharers: who sees this process's folder; cut: what decides which parts of the tensors a process holds, in words;
-    lives: whose checkpoints are of this run, in order, and up to which step. {"a": 6, "b": None}: those of the processes
-    a up to step 6, from which b went on, and all of b's. life: of these processes, once they have begun.
+    The checkpoints in memory, and the history of the run that decides which of them count.
+
+    A generation is one start of the run's processes. generations: those in the run's history, oldest first, each with the
+    last step that counts. {"a": 6, "b": None}: generation a's checkpoints up to step 6, from which b resumed, and all of
+    b's. generation: that of these processes, once they have begun. group: the ranks that see this rank's folder.
+    layout_key: describes which parts of the tensors each rank holds.
     """
 
-    sharers: Sharers
-    cut: str
-    lives: Mapping[str, int | None]
-    life: str = ""
+    group: FolderGroup
+    layout_key: str
+    generations: Mapping[str, int | None]
+    generation: str = ""
 
-    def begin_life(self, life: str, newest: Saved | None) -> None:
-        """What these processes write is of this run, and what led to `newest`, from which they go on; nothing else is."""
-        origin = newest.mark.life if newest and newest.mark else ""
-        names = list(self.lives)
-        led = {name: self.lives[name] for name in names[: names.index(origin) + 1]} if origin in names else {}
+    def begin_generation(self, generation: str, newest: Saved | None) -> None:
+        """Add `generation` to the history that led to `newest`, the checkpoint it resumes from; drop every other one."""
+        origin = newest.save_id.generation if newest and newest.save_id else ""
+        names = list(self.generations)
+        led = {name: self.generations[name] for name in names[: names.index(origin) + 1]} if origin in names else {}
         if newest and led:
             led[origin] = newest.step
-        self.life, self.lives = life, {**dict(list(led.items())[-_ANCESTORS:]), life: None}
+        self.generation, self.generations = generation, {**dict(list(led.items())[-_ANCESTORS:]), generation: None}
 
     def is_current(self, saved: Saved) -> bool:
-        """Whether the run as it is went through this checkpoint."""
-        if saved.mark is None or saved.mark.life not in self.lives:
+        """Return whether this checkpoint is in the run's history."""
+        if saved.save_id is None or saved.save_id.generation not in self.generations:
             return False
-        last = self.lives[saved.mark.life]
+        last = self.generations[saved.save_id.generation]
         return last is None or saved.step <= last
 
     def can_read(self, saved: Saved) -> bool:
-        """Whether this process finds its parts there: all is whole, or it wrote what it holds itself."""
-        assert saved.mark is not None
-        if not saved.mark.cut:
+        """Return whether this rank can load it: its tensors are whole, or this rank wrote the parts it holds now."""
+        assert saved.save_id is not None
+        if not saved.save_id.layout_key:
             return True
-        return saved.mark.cut == self.cut and shard_of(saved.folder, self.sharers.rank).is_file()
+        return saved.save_id.layout_key == self.layout_key and shard_of(saved.folder, self.group.rank).is_file()

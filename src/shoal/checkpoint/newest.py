@@ -1,4 +1,4 @@
-"""From which checkpoint all processes go on, where each may see another folder."""
+"""The checkpoint from which all ranks resume, although each may see a different folder."""
 
 from __future__ import annotations
 
@@ -8,69 +8,69 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from shoal.checkpoint.memory_tier import Memory, Sharers
+from shoal.checkpoint.memory_tier import FolderGroup, MemoryTier
 from shoal.checkpoint.saved import Saved, damage, discard, folder_of, listed, set_aside
 from shoal.errors import CheckpointError
 from shoal.mesh.mesh import Mesh
 from shoal.system.disk import replace_folder, sync
 
 
-def choose(folder: Path, mesh: Mesh, sharers: Sharers, memory: Memory | None) -> tuple[Saved | None, list[str]]:
+def choose(folder: Path, mesh: Mesh, group: FolderGroup, memory: MemoryTier | None) -> tuple[Saved | None, list[str]]:
     """
-    The newest checkpoint under `folder` that is whole, the same on all processes; and what was wrong with newer ones, which
-    are set aside, or in memory removed.
+    Find the newest undamaged checkpoint under `folder`, the same on all ranks; and the damage of newer ones.
 
-    In memory, each folder must have it, of one and the same save, and of this run; and all of each tensor, or what its
-    processes hold now. A collective over the world.
+    Damaged ones are renamed, or removed from memory. A checkpoint in memory must be in the run's history, and every folder
+    must have it from the same save, with whole tensors or with the parts that its ranks hold now. A collective over the
+    world.
     """
-    mine = listed(folder) if sharers.is_first else None
+    mine = listed(folder) if group.is_leader else None
     there = [{s.step: s for s in found} for found in mesh.gather_objects(mine) if found is not None]
     problems: list[str] = []
     for theirs in reversed(there[0].values()):
         saved = replace(theirs, folder=folder / theirs.folder.name)
-        if any(saved.step not in found or found[saved.step].mark != saved.mark for found in there):
+        if any(saved.step not in found or found[saved.step].save_id != saved.save_id for found in there):
             continue
         if memory and not (memory.is_current(saved) and all(mesh.gather_objects(memory.can_read(saved)))):
             continue
-        damages = mesh.gather_objects(damage(saved.folder, sharers.index, len(sharers.ranks)))
+        damages = mesh.gather_objects(damage(saved.folder, group.index, len(group.ranks)))
         damaged = next(filter(None, damages), "")
         if not damaged:
             return saved, problems
         problems.append(damaged)
-        if sharers.is_first and any(damages[rank] for rank in sharers.ranks):
+        if group.is_leader and any(damages[rank] for rank in group.ranks):
             discard(saved.folder) if memory else set_aside(saved)
     return None, problems
 
 
-def lend(folder: Path, mesh: Mesh, memory: Memory, after: int, to: Path) -> tuple[Saved | None, list[str]]:
+def replicate(folder: Path, mesh: Mesh, memory: MemoryTier, after: int, to: Path) -> tuple[Saved | None, list[str]]:
     """
-    Where a machine has a checkpoint that is newer than `after`, and all of it: copy it to the folder `to`, which all see.
+    Copy a whole checkpoint newer than `after` from one machine's memory to the folder `to`, which all ranks see.
 
-    The copy, if there is one; and what was wrong with newer ones. A collective over the world. Raises `CheckpointError`, on
-    all processes, where it cannot be written: who went on from an older one would give this one up.
+    Returns the copy, if any, and the damage of newer ones. A collective over the world. Raises `CheckpointError` on all
+    ranks if it cannot be written: resuming from an older one would lose it.
     """
-    sharers = memory.sharers
-    mine = [s for s in listed(folder) if memory.is_current(s) and s.step > after] if sharers.is_first else []
-    there = mesh.gather_objects([s for s in mine if s.mark and not s.mark.cut])
+    group = memory.group
+    mine = [s for s in listed(folder) if memory.is_current(s) and s.step > after] if group.is_leader else []
+    there = mesh.gather_objects([s for s in mine if s.save_id and not s.save_id.layout_key])
     offers = [(saved, rank) for rank, found in enumerate(there) for saved in found]
     problems: list[str] = []
-    for saved, lender in sorted(offers, key=lambda offer: (-offer[0].step, offer[1])):
-        lends = sharers.ranks[0] == lender  # all that see it share the work
-        if damaged := mesh.first_problem(damage(saved.folder, sharers.index, len(sharers.ranks)) if lends else ""):
+    for saved, source in sorted(offers, key=lambda offer: (-offer[0].step, offer[1])):
+        is_source = group.ranks[0] == source  # all ranks that see it share the copying
+        if damaged := mesh.first_problem(damage(saved.folder, group.index, len(group.ranks)) if is_source else ""):
             problems.append(damaged)
             continue
-        lent = replace(saved, folder=folder_of(to, saved.step))
-        aside = to / f".{lent.folder.name}.lent.tmp"
-        _together(mesh, saved, lambda: _copy(saved.folder, aside, sharers) if lends else None)  # noqa: B023  # at once
-        _together(mesh, saved, lambda: replace_folder(aside, lent.folder) if mesh.place.rank == lender else None)  # noqa: B023
+        replica = replace(saved, folder=folder_of(to, saved.step))
+        temporary = to / f".{replica.folder.name}.lent.tmp"
+        _together(mesh, saved, lambda: _copy(saved.folder, temporary, group) if is_source else None)  # noqa: B023  # called at once
+        _together(mesh, saved, lambda: replace_folder(temporary, replica.folder) if mesh.place.rank == source else None)  # noqa: B023
         if mesh.is_first:
-            point_to_latest(to, lent.step)
-        return lent, problems
+            point_to_latest(to, replica.step)
+        return replica, problems
     return None, problems
 
 
 def _together(mesh: Mesh, saved: Saved, do: Callable[[], None]) -> None:
-    """Do it, all processes at once. Raises `CheckpointError` on all of them where it fails on one."""
+    """Call `do` on all ranks. Raises `CheckpointError` on all if it fails on one."""
     problem = ""
     try:
         do()
@@ -78,23 +78,23 @@ def _together(mesh: Mesh, saved: Saved, do: Callable[[], None]) -> None:
         problem = str(error)
     if problem := mesh.first_problem(problem):
         raise CheckpointError(
-            f"{saved.folder} is in the memory of one machine alone, and cannot be written where all see it: {problem}. "
-            "Mend that, and the same command goes on from there"
+            f"{saved.folder} is only in one machine's memory, and cannot be copied to the shared disk: {problem}. "
+            "Fix that, then run the same command to resume from it"
         )
 
 
-def _copy(folder: Path, to: Path, sharers: Sharers) -> None:
-    """This process's share of the files, flushed."""
+def _copy(folder: Path, to: Path, group: FolderGroup) -> None:
+    """Copy and flush this rank's share of the files."""
     to.mkdir(parents=True, exist_ok=True)
-    for file in sorted(folder.iterdir())[sharers.index :: len(sharers.ranks)]:
+    for file in sorted(folder.iterdir())[group.index :: len(group.ranks)]:
         shutil.copyfile(file, to / file.name)
         sync(to / file.name)
 
 
 def point_to_latest(folder: Path, step: int) -> None:
-    """Let the link `latest` point at a checkpoint, never at nothing in between. A disk without links has none."""
-    aside = folder / ".latest.tmp"
+    """Point the link `latest` at a checkpoint, atomically. Does nothing on a disk without links."""
+    temporary = folder / ".latest.tmp"
     with contextlib.suppress(OSError):
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(folder_of(folder, step).name)
-        aside.replace(folder / "latest")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder_of(folder, step).name)
+        temporary.replace(folder / "latest")

@@ -1,8 +1,8 @@
 """
-What each process writes and reads, told to torch.distributed.checkpoint by regions.
+Plans for torch.distributed.checkpoint: which regions each rank writes and reads.
 
-A layout is nothing but regions: what was written in one layout is read in any other, each process asking for its own
-boxes. Several processes that hold the same box (replicas) offer it all, and the planner lets one of them write it.
+A layout is a set of regions, so a checkpoint written in one layout loads in any other: each rank reads its own boxes. If
+several ranks hold the same box (replicas), the planner picks one of them to write it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from shoal.checkpoint.memory_tier import Sharers
+from shoal.checkpoint.memory_tier import FolderGroup
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Part, Region
 
 
 class RegionSavePlanner(DefaultSavePlanner):
-    """Writes the parts it was given."""
+    """A planner that writes the given parts."""
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -44,29 +44,29 @@ class RegionSavePlanner(DefaultSavePlanner):
         return self.plan
 
 
-def share_out(parts: Mapping[str, Part], mesh: Mesh, sharers: Sharers) -> tuple[list[str], bool]:
+def share_out(parts: Mapping[str, Part], mesh: Mesh, group: FolderGroup) -> tuple[list[str], bool]:
     """
-    The names of the parts that this process is to write, and whether each folder gets all tensors, whole.
+    Return the names of the parts that this rank writes, and whether each folder gets every tensor whole.
 
-    Of several that write to one folder and hold the same box, one writes it. Where there are several folders, and what
-    goes into one of them is not all there is, each process writes what it holds, to be read by itself.
+    Among ranks that share a folder and hold the same box, one writes it. If there are several folders and the ranks of one
+    do not hold every tensor whole, each rank writes all its parts, and only that rank can read them.
 
-    A collective over the world. Raises ValueError where the boxes of all do not make up the tensors.
+    A collective over the world. Raises ValueError if the boxes of all ranks do not add up to the tensors.
     """
     planner = RegionSavePlanner(parts)
     planner.set_up_planner({}, is_coordinator=mesh.is_first)
     plans = mesh.gather_objects(planner.create_local_plan())
     names = {item.index.fqn for plan in plans for item in plan.items}
-    shared, _ = planner.create_global_plan(plans)  # pure: every process comes to the same
-    if sharers.folders > 1:
-        if not all(_make_up(names, [plans[r] for r in ranks]) for ranks in sharers.groups):
+    shared, _ = planner.create_global_plan(plans)  # deterministic: every rank computes the same plan
+    if group.count > 1:
+        if not all(_make_up(names, [plans[r] for r in ranks]) for ranks in group.groups):
             return list(parts), False
-        shared, _ = planner.create_global_plan([plans[r] for r in sharers.ranks])
-    return [item.index.fqn for item in shared[sharers.index].items], True
+        shared, _ = planner.create_global_plan([plans[r] for r in group.ranks])
+    return [item.index.fqn for item in shared[group.index].items], True
 
 
 def _make_up(names: set[str], plans: Sequence[SavePlan]) -> bool:
-    """Whether the boxes of `plans` are all of the tensors `names`."""
+    """Return whether the boxes of `plans` cover the tensors `names`."""
     missing: dict[str, int] = dict.fromkeys(names, -1)
     seen = set()
     for item in (item for plan in plans for item in plan.items):
@@ -81,7 +81,7 @@ def _make_up(names: set[str], plans: Sequence[SavePlan]) -> bool:
 
 
 class RegionLoadPlanner(DefaultLoadPlanner):
-    """Reads into the parts it was given, in place."""
+    """A planner that reads into the given parts in place."""
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

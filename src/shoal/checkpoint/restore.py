@@ -1,4 +1,4 @@
-"""Checkpoints into memory: each process reads its own regions, whatever layout wrote them. Nothing is unpickled."""
+"""Loading checkpoints: each rank reads its own regions, whichever layout wrote them. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
 from shoal.checkpoint.planner import RegionLoadPlanner
 from shoal.checkpoint.saved import Saved, read_state, verify
-from shoal.checkpoint.shard_file import places
+from shoal.checkpoint.shard_file import read_offsets
 from shoal.errors import CheckpointError
 from shoal.mesh.region import Part
 
 
 def load(saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
     """
-    Fill `parts` (of all of a checkpoint's tensors, or of some) in place; its `state.json`. Verified before, read by slices.
+    Verify the checkpoint, fill `parts` (all or some of its tensors) in place, and return its `state.json`.
 
     Raises `CheckpointError`.
     """
@@ -35,19 +35,19 @@ def load(saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
 
 
 def load_model(saved: Saved, model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Give a model on meta its memory on `device` and the weights of `saved`; its `state.json`. Raises as `load` does."""
+    """Allocate a model on meta on `device`, load the weights of `saved`, and return its `state.json`; raises as `load`."""
     model.to_empty(device=device)
     return load(saved, {f"model.{name}": Part.whole(p.detach()) for name, p in model.named_parameters()})
 
 
 def read_into(saved: Saved, parts: Mapping[str, Part]) -> None:
-    """`load` without a look at the hashes, for one who has taken it: a large model is read in several turns."""
+    """Fill `parts` without verifying hashes again, for callers that have: a large model is read in several calls."""
     try:
         with _plainly():
             reader = HuggingFaceStorageReader(str(saved.folder))
             _check_shapes(saved, reader.read_metadata().state_dict_metadata, parts)
             tensors: dict[str, Any] = {name: part.tensor for name, part in parts.items()}
-            # alone: what a process reads concerns no other one, and the plan of all would grow with their number
+            # no_dist: each rank reads for itself; a shared plan would grow with the number of ranks
             dcp_load(tensors, storage_reader=reader, planner=RegionLoadPlanner(parts), no_dist=True)
     except CheckpointError:
         raise
@@ -56,14 +56,14 @@ def read_into(saved: Saved, parts: Mapping[str, Part]) -> None:
 
 
 def read_own(file: Path, parts: Mapping[str, Part]) -> None:
-    """Fill `parts` from a shard that holds these very regions. Raises `CheckpointError`."""
+    """Fill `parts` from a shard that holds exactly these regions. Raises `CheckpointError`."""
     try:
         with safe_open(file, framework="pt") as shard:
-            offsets = places(shard.metadata())
+            offsets = read_offsets(shard.metadata())
             for name, part in parts.items():
                 found = shard.get_tensor(name)
                 if (offsets[name], found.shape) != (part.region.offsets, part.tensor.shape):
-                    raise ValueError(f"{name} is another part of it")
+                    raise ValueError(f"{name} holds another region of the tensor")
                 part.tensor.copy_(found)
     except Exception as error:
         raise CheckpointError(f"{file} could not be loaded: {error}") from error
@@ -72,10 +72,10 @@ def read_own(file: Path, parts: Mapping[str, Part]) -> None:
 def _check_shapes(saved: Saved, there: Mapping[str, Any], here: Mapping[str, Part]) -> None:
     for key, part in here.items():
         if key not in there:
-            raise CheckpointError(f"{saved.folder} is of another model: it has no {key}")
+            raise CheckpointError(f"{saved.folder} belongs to another model: it has no {key}")
         if tuple(there[key].size) != part.region.shape:
             raise CheckpointError(
-                f"{saved.folder} is of another model: {key} is {list(there[key].size)} there and "
+                f"{saved.folder} belongs to another model: {key} is {list(there[key].size)} there and "
                 f"{list(part.region.shape)} here"
             )
 
@@ -83,8 +83,9 @@ def _check_shapes(saved: Saved, there: Mapping[str, Any], here: Mapping[str, Par
 @contextlib.contextmanager
 def _plainly() -> Iterator[None]:
     """
-    Run a part of torch.distributed.checkpoint without the warnings about its own internals, and let what
-    went wrong come out as what it is (its own exception is no `Exception`).
+    Run torch.distributed.checkpoint without warnings about its internals, and raise the cause of its failure.
+
+    Its own `CheckpointException` does not derive from `Exception`.
     """
     try:
         with warnings.catch_warnings():

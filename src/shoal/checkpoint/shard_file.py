@@ -1,8 +1,8 @@
 """
-One process's part of a checkpoint: a safetensors file, hashed while it is written.
+One rank's shard of a checkpoint: a safetensors file, hashed while it is written.
 
-A tensor of it is a region of a whole one. Where a region begins is in the header, in the words that
-torch.distributed.checkpoint's reader of safetensors knows.
+Each of its tensors is a region of a whole tensor. The header holds the regions' offsets in the format that
+torch.distributed.checkpoint's safetensors reader expects.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ _KINDS: Final = {getattr(torch, name): kind for kind, name in DTYPE_NAMES.items(
 
 
 @dataclass(frozen=True)
-class Item:
-    """A region of the tensor `name`, that begins at `offsets`."""
+class ShardItem:
+    """A region of the tensor `name` at `offsets`."""
 
     name: str
     offsets: tuple[int, ...]
@@ -38,7 +38,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Digest:
-    """What a file is known by."""
+    """The size and SHA-256 of a file."""
 
     bytes: int
     sha256: str
@@ -46,17 +46,17 @@ class Digest:
 
 def write_shard(
     path: Path,
-    items: Sequence[Item],
+    items: Sequence[ShardItem],
     *,
     durable: bool = True,
     read_back: bool = True,
     at: Callable[[str], None] = lambda phase: None,
 ) -> Digest:
     """
-    Write `items` to `path`; its size and SHA-256, of what was meant to be written.
+    Write `items` to `path`; return the size and SHA-256 of the bytes given to the disk.
 
-    durable: flushed to the disk; read_back: and read from it: a disk that says "written" is not taken at its word.
-    `at("write")` is called in the middle. Raises `OSError`.
+    durable: flush to the disk. read_back: read the file again and compare hashes, in case the disk lost data.
+    `at("write")` is called before writing. Raises `OSError`.
     """
     at("write")
     hashed, size = hashlib.sha256(), 0
@@ -64,48 +64,49 @@ def write_shard(
         for piece in _pieces(items):
             hashing = other_thread.submit(hashed.update, piece)
             written = 0
-            while written < len(piece):  # a raw write may take less than it is given
+            while written < len(piece):  # a raw write may be partial
                 written += file.write(piece[written:])
             hashing.result()
-            if durable and hasattr(os, "posix_fadvise"):  # the disk begins now, and not when all is there
+            if durable and hasattr(os, "posix_fadvise"):  # start writing to the disk now, not at the end
                 os.posix_fadvise(file.fileno(), size, len(piece), os.POSIX_FADV_DONTNEED)
             size += len(piece)
         if durable:
             os.fsync(file.fileno())
     digest = Digest(size, hashed.hexdigest())
     if read_back and (found := _read_back(path)) != digest:
-        raise OSError(f"{path} reads otherwise than it was written: {found.bytes} bytes of {digest.bytes}")
+        raise OSError(f"{path} differs from what was written: read {found.bytes} bytes, wrote {digest.bytes}")
     return digest
 
 
 def pieces_of(tensor: Tensor) -> Iterator[Bytes]:
-    """The bytes of a contiguous tensor on the CPU, in its own memory, so many at a time that another thread has its turn."""
+    """Yield views of a contiguous CPU tensor's bytes, in pieces small enough to overlap writing and hashing."""
     flat = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     for start in range(0, len(flat), _PIECE_BYTES):
         yield flat[start : start + _PIECE_BYTES]
 
 
-def _pieces(items: Sequence[Item]) -> Iterator[memoryview]:
+def _pieces(items: Sequence[ShardItem]) -> Iterator[memoryview]:
     yield memoryview(_header(items))
     for item in items:
         for piece in pieces_of(item.tensor.contiguous()):
             yield piece.data
 
 
-def _header(items: Sequence[Item]) -> bytes:
+def _header(items: Sequence[ShardItem]) -> bytes:
+    """Return the safetensors header with its length prefix, padded so that tensors begin at a multiple of 8 bytes."""
     begins = {item.name: {"saved_offsets": list(item.offsets)} for item in items}
     described = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(begins)}
     return header_bytes({item.name: (_KINDS[item.tensor.dtype], tuple(item.tensor.shape)) for item in items}, described)
 
 
-def places(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Where each tensor of a shard begins in the whole one, from what the shard says of itself."""
+def read_offsets(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Read from a shard's metadata the offsets of each tensor's region."""
     begins = json.loads(metadata["DCP_SHARDING_INFO"])
     return {name: tuple(begin["saved_offsets"]) for name, begin in begins.items()}
 
 
 def _read_back(path: Path) -> Digest:
-    """From the disk, as far as the system can be told to forget what it remembers of the file."""
+    """Hash the file as read from the disk: the page cache is dropped first if the system allows it."""
     hashed, size = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):

@@ -1,23 +1,27 @@
-"""Memory on the host that a save is copied to, kept from one save to the next."""
+"""Host memory that a save copies tensors to, kept from one save to the next."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+import numpy as np
 import torch
 
-_ALIGNED: Final = 64  # bytes: any dtype may begin there
+from shoal.checkpoint.shard_file import Bytes, pieces_of
+
+_ALIGNED: Final = 64  # bytes, enough for any dtype
 
 
 class Staging:
     """
-    A place on the host for each of some tensors, in one block of just their size.
+    A host buffer for each of the given tensors, in one block of exactly their total size.
 
-    For CUDA tensors it is page-locked, so that a copy need not be waited for. torch's own allocator of such memory rounds up
-    to powers of two, and locking takes seconds for many gigabytes: so a thread locks the block, begun when the run starts.
+    For CUDA tensors the block is page-locked, so that copies are asynchronous. torch's allocator of pinned memory rounds up
+    to powers of two, so we lock our own block. Locking gigabytes takes seconds, so a thread does it from the start of the run.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -26,7 +30,7 @@ class Staging:
             end = -(-end // _ALIGNED) * _ALIGNED + tensor.nbytes
             ends.append(end)
         self._block = torch.empty(end, dtype=torch.uint8)
-        self._places = [
+        self._buffers = [
             self._block[stop - t.nbytes : stop].view(t.dtype).view(t.shape)
             for t, stop in zip(tensors, ends, strict=True)
         ]
@@ -36,17 +40,34 @@ class Staging:
             self._locking = threading.Thread(target=self._lock, args=(on_cuda,), name="staging", daemon=True)
             self._locking.start()
 
-    def places(self) -> list[torch.Tensor]:
-        """One for each tensor, in their order. Waits until they can be used."""
+    def buffers(self) -> list[torch.Tensor]:
+        """Return one buffer per tensor, in their order. Waits until they are page-locked."""
         if self._locking is not None:
             self._locking.join()
             self._locking = None
-        return self._places
+        return self._buffers
 
     def _lock(self, device: torch.device) -> None:
-        """Where it cannot be had, copies wait for the device, and are right all the same."""
+        """Page-lock the block. If this fails, copies are synchronous but still correct."""
         torch.cuda.set_device(device)
         address, portable = self._block.data_ptr(), 1  # for all devices of the process
         cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         if int(cuda.cudaHostRegister(address, self._block.nbytes, portable)) == 0:
             weakref.finalize(self._block, cuda.cudaHostUnregister, address).atexit = False
+
+
+def copy_all(tensors: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> None:
+    """
+    Copy each tensor to its counterpart.
+
+    CPU tensors are copied with `memcpy`, which bypasses the cache above some megabytes and is nearly twice as fast as torch's
+    copy. As many threads as torch uses share it, since one thread does not saturate the memory bandwidth.
+    """
+    pieces: list[tuple[Bytes, Bytes]] = []
+    for staged, tensor in zip(to, tensors, strict=True):
+        if tensor.is_cuda or not tensor.is_contiguous():
+            staged.copy_(tensor, non_blocking=True)
+        else:
+            pieces += zip(pieces_of(staged), pieces_of(tensor), strict=True)
+    with ThreadPoolExecutor(torch.get_num_threads(), "copy") as threads:
+        list(threads.map(lambda pair: np.copyto(*pair), pieces))

@@ -1,108 +1,120 @@
 """
-Checkpoints while a run goes on: staged, written by a thread, and there all at once or not at all.
+Saving checkpoints in the background of training, atomically.
 
-A save has three parts. `begin` copies what this process is to write (all that the step waits for); a thread
-writes it aside, flushes it, hashes it and reads it back; and when every process has done so, the first one
-writes the manifest and renames the folder into its place. Processes tell each other how far they are in the sum that a
-step takes anyway: `votes` go in, `settle` gets what came out. So no step waits for a disk, and all know at the same
-step whether a save is there.
+A save has three parts. `begin` copies what this rank writes to host memory; the step waits only for this. A thread writes
+the copy to a temporary folder, flushes it, hashes it and reads it back. When every rank has done so, the leader of the
+folder writes the manifest and renames the folder. Ranks exchange their progress in an all-reduce that each step does anyway:
+`votes` go in, `advance` gets the sum. So no step waits for a disk, and all ranks learn at the same step that a save is done.
 
-A folder may be one for all, or one on each machine, in its memory: then the first process of each does what is done
-once, and a checkpoint is there when it is on all machines.
+All ranks may share a folder, or each machine may have its own in memory. Then each folder has a leader, and a checkpoint is
+complete when every folder has it.
 
-What fails costs this checkpoint and nothing else. Nothing here is ever pickled or unpickled.
+A failure costs only the checkpoint being saved. Files are never pickles; ranks exchange small objects through
+torch.distributed, which pickles them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
-from shoal.checkpoint.memory_tier import Memory, Sharers
-from shoal.checkpoint.newest import choose, lend, point_to_latest
+from shoal.checkpoint.commit import leave_receipt, write_manifest
+from shoal.checkpoint.memory_tier import FolderGroup, MemoryTier
+from shoal.checkpoint.newest import choose, point_to_latest, replicate
 from shoal.checkpoint.planner import share_out
 from shoal.checkpoint.restore import read_into, read_own
 from shoal.checkpoint.saved import (
     FORMAT,
-    MANIFEST,
-    MARK,
-    STATE,
-    Mark,
     Saved,
+    SaveId,
     discard,
     folder_of,
     listed,
     read_state,
     shard_of,
 )
-from shoal.checkpoint.shard_file import Bytes, Digest, Item, pieces_of, write_shard
-from shoal.checkpoint.staging import Staging
+from shoal.checkpoint.shard_file import ShardItem, write_shard
+from shoal.checkpoint.staging import Staging, copy_all
 from shoal.errors import CheckpointError
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Part
-from shoal.system.disk import replace_folder, sha256_of, sync, write_whole
-
-VOTES: Final = 3  # numbers of `votes`
+from shoal.system.disk import replace_folder, sync
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints stay: the last so many, those of each so many steps (0: none), the best."""
+    """Which checkpoints to keep: the `last` ones, every `every`-th step (0: none), and the best by validation loss."""
 
     last: int = 2
     every: int = 0
     best: bool = True
 
+    def steps(self, saved: Sequence[Saved], newest: int | None = None) -> set[int]:
+        """Return the steps to keep of `saved`, oldest first. newest: newer steps do not count as the last ones."""
+        last = [s.step for s in saved if newest is None or s.step <= newest]
+        kept = set(last[-self.last :])
+        if self.every:
+            kept |= {s.step for s in saved if s.step % self.every == 0}
+        judged = [s for s in saved if s.val_loss is not None]
+        if self.best and judged:
+            kept.add(min(judged, key=lambda s: (s.val_loss, s.step)).step)
+        return kept
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a save."""
+    """The result of a save."""
 
     step: int
-    seconds: float  # from its beginning
-    problem: str = ""  # why it is not there
+    seconds: float  # since it began
+    problem: str = ""  # why it failed
 
     @property
     def ok(self) -> bool:
         return not self.problem
 
 
+class Progress(NamedTuple):
+    """How far a process is with a save; summed over the world, how many are so far."""
+
+    written: float = 0.0
+    committed: float = 0.0
+    failed: float = 0.0
+
+
 @dataclass
 class _Save:
-    """One that is under way."""
+    """A save in progress."""
 
     serial: int
     step: int
-    aside: Path
+    temporary: Path
     state: dict[str, Any]
     read_back: bool
     begun: float = field(default_factory=time.perf_counter)
     thread: threading.Thread | None = None
-    written: bool = False  # this process's part
-    committed: bool = False  # by the first process of its folder
+    written: bool = False  # this rank's shard
+    committed: bool = False  # by the leader of this folder
     committing: bool = False
     error: Exception | None = None
 
 
 class CheckpointStore:
     """
-    The checkpoints of one run. Its methods are called by all processes, at the same steps.
+    The checkpoints of one run in one folder. All ranks call its methods at the same steps.
 
-    memory: of a folder in memory, that need not outlive the machine; others are flushed and read back.
-    `at(phase)` is called when a save comes to stage, write, manifest, rename, retention.
+    memory: set for a folder in memory; other folders are flushed and read back. `at(phase)` is called when a save reaches
+    stage, write, manifest, rename and retention.
     """
 
     def __init__(
@@ -111,59 +123,60 @@ class CheckpointStore:
         mesh: Mesh,
         *,
         keep: Keep = Keep(),
-        memory: Memory | None = None,
+        memory: MemoryTier | None = None,
         at: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.folder, self._mesh, self._keep, self._memory, self._at = folder, mesh, keep, memory, at
-        self.sharers = memory.sharers if memory else Sharers.everyone(mesh.place.rank, mesh.world_size)
-        self._last: int | None = None  # the step of the newest that all know of
+        self.folder_group = memory.group if memory else FolderGroup.shared_by_all(mesh.place.rank, mesh.world_size)
+        self._last: int | None = None  # step of the newest checkpoint known to all ranks
         self._serial = 0
         self._save: _Save | None = None
-        self._tidying: threading.Thread | None = None  # after a save that is over
-        self._mine: list[str] | None = None  # the parts that this process writes
-        self._whole = True  # whether each folder has all of every tensor
+        self._tidying: threading.Thread | None = None  # runs on after a save is over
+        self._mine: list[str] | None = None  # the parts that this rank writes
+        self._whole = True  # each folder holds every tensor whole
         self._staging: Staging | None = None
-        if self.sharers.is_first:
+        if self.folder_group.is_leader:
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-                for leftover in folder.glob(".*"):  # of a save or a removal that was cut short
+                for leftover in folder.glob(".*"):  # of an interrupted save or removal
                     shutil.rmtree(leftover, ignore_errors=True)
         mesh.barrier()
 
     @property
     def last_step(self) -> int | None:
-        """Of the newest checkpoint that all know of."""
+        """The step of the newest checkpoint known to all ranks."""
         return self._last
 
     # --- saving --------------------------------------------------------------------------------------------
 
     @property
     def is_busy(self) -> bool:
-        """Whether a save is under way: the same on all processes between two steps."""
+        """Whether a save is in progress; the same on all ranks between steps."""
         return self._save is not None
 
     def begin(self, parts: Mapping[str, Part], state: Mapping[str, Any], *, read_back: bool = True) -> bool:
         """
-        Begin to save step `state["step"]`; whether it was begun: not where it is there, or another is under way.
+        Begin to save step `state["step"]`; return False if that step is already saved, or a save is in progress.
 
-        `parts` may change as soon as it returns. read_back: from the disk, before it counts as written. A collective over
-        the world, at the first call alone.
+        `parts` may change once this returns. read_back: verify the file by reading it from the disk. The first call is a
+        collective over the world.
         """
         step = int(state["step"])
         if self._save is not None or step == self._last:
             return False
         self._share(parts)
         self._serial += 1
-        aside = self.folder / f".step-{step:08d}.{self._serial}.tmp"
-        # the only checkpoint is never replaced by one that was not read
+        temporary = self.folder / f".step-{step:08d}.{self._serial}.tmp"
+        # never replace the only checkpoint by one that was not read back
         careful = self._memory is None and (read_back or self._keep.last == 1)
         state = {"format": FORMAT, **state}
         if self._memory:
-            state[MARK] = asdict(Mark(self._memory.life, self._serial, "" if self._whole else self._memory.cut))
-        self._save = save = _Save(self._serial, step, aside, state, careful)
+            layout_key = "" if self._whole else self._memory.layout_key
+            state |= SaveId(self._memory.generation, self._serial, layout_key).to_state()
+        self._save = save = _Save(self._serial, step, temporary, state, careful)
         try:
             items, copied = self._stage(parts)
-        except Exception as error:  # told to all by the next votes
+        except Exception as error:  # reported to all ranks by the next votes
             save.error = error
             return True
         save.thread = threading.Thread(target=self._write, args=(save, items, copied), name="save", daemon=True)
@@ -172,102 +185,104 @@ class CheckpointStore:
 
     def prepare(self, parts: Mapping[str, Part]) -> None:
         """
-        Ask for the memory that a save takes, so that the first one need not wait for it. A collective over the world, at the
-        first call of this or of `begin`.
+        Allocate the host memory for saves, so that the first save does not wait for it.
+
+        The first call of this or `begin` is a collective over the world.
         """
         own = [parts[name].tensor for name in self._share(parts)]
         if self._staging is None:
-            with contextlib.suppress(RuntimeError, MemoryError):  # no room now: a save tries again, and says so
+            with contextlib.suppress(RuntimeError, MemoryError):  # no memory now: a save tries again and reports it
                 self._staging = Staging(own)
 
     def own_bytes(self, parts: Mapping[str, Part]) -> int:
-        """What this process writes in a save. A collective over the world, at the first call of this or of `begin`."""
+        """Return the bytes that this rank writes. The first call of this or `begin` is a collective over the world."""
         return sum(parts[name].tensor.nbytes for name in self._share(parts))
 
     def _share(self, parts: Mapping[str, Part]) -> list[str]:
         if self._mine is None:
-            self._mine, self._whole = share_out(parts, self._mesh, self.sharers)
+            self._mine, self._whole = share_out(parts, self._mesh, self.folder_group)
         return self._mine
 
-    def _stage(self, parts: Mapping[str, Part]) -> tuple[list[Item], torch.cuda.Event | None]:
-        """Copy what is this process's to write into memory that is kept for it; on CUDA, see when it will be there."""
+    def _stage(self, parts: Mapping[str, Part]) -> tuple[list[ShardItem], torch.cuda.Event | None]:
+        """Copy this rank's parts to the staging buffers; on CUDA, also return the event that ends the copies."""
         self._at("stage")
         assert self._mine is not None
         live = [parts[name].tensor for name in self._mine]
         self._staging = self._staging or Staging(live)
-        staged = self._staging.places()
-        _copy(staged, live)
+        staged = self._staging.buffers()
+        copy_all(live, staged)
         event = torch.cuda.Event() if any(t.is_cuda for t in live) else None  # type: ignore[no-untyped-call]
         if event is not None:
             event.record()
-        return [Item(n, parts[n].region.offsets, place) for n, place in zip(self._mine, staged, strict=True)], event
+        return [
+            ShardItem(n, parts[n].region.offsets, buffer) for n, buffer in zip(self._mine, staged, strict=True)
+        ], event
 
-    def _write(self, save: _Save, items: Sequence[Item], copied: torch.cuda.Event | None) -> None:
-        """In a thread: this process's file, and beside it what it is known by."""
+    def _write(self, save: _Save, items: Sequence[ShardItem], copied: torch.cuda.Event | None) -> None:
+        """Write this rank's shard and receipt; runs in a thread."""
         try:
             if copied is not None:
-                torch.cuda.set_device(self._mesh.device)  # a thread's own, else the first
+                torch.cuda.set_device(self._mesh.device)  # the device is set per thread
                 copied.synchronize()
-            save.aside.mkdir(parents=True, exist_ok=True)
-            path = shard_of(save.aside, self._mesh.place.rank)
+            save.temporary.mkdir(parents=True, exist_ok=True)
+            path = shard_of(save.temporary, self._mesh.place.rank)
             digest = None
             if items or not self._whole:
                 digest = write_shard(path, items, durable=self._memory is None, read_back=save.read_back, at=self._at)
-            said = {} if digest is None else {path.name: {"bytes": digest.bytes, "sha256": digest.sha256}}
-            write_whole(_slip(save.aside, self._mesh.place.rank), [json.dumps(said).encode()])
+            leave_receipt(save.temporary, self._mesh.place.rank, path, digest)
             save.written = True
-        except Exception as error:  # whatever it is: the run goes on without this checkpoint
+        except Exception as error:  # of any kind: the run continues without this checkpoint
             save.error = error
 
-    def votes(self) -> tuple[float, ...]:
-        """How far this process is: to be summed over the world, and given to `settle` with `serial`."""
+    def votes(self) -> Progress:
+        """Return this rank's progress, to be summed over the world and passed to `advance` with `serial`."""
         save = self._save
         if save is None:
-            return (0.0,) * VOTES
-        return float(save.written), float(save.committed), float(save.error is not None)
+            return Progress()
+        return Progress(float(save.written), float(save.committed), float(save.error is not None))
 
     @property
     def serial(self) -> int:
-        """Which save the votes are about."""
+        """The number of the save that the votes are about."""
         return self._serial
 
-    def settle(self, serial: int, votes: Sequence[float]) -> Outcome | None:
+    def advance(self, serial: int, votes: Sequence[float]) -> Outcome | None:
         """
-        What the sum of `votes`, cast when `serial` was under way, comes to; None where it is not over.
+        Advance save `serial` by the sum of all ranks' `votes`; return its outcome, None if it is not over.
 
-        A collective over the world where a process has failed.
+        A collective over the world if a rank has failed.
         """
         save = self._save
         if save is None or save.serial != serial:
-            return None  # votes that were on their way when it was over
-        written, committed, failed = votes
-        if failed:
+            return None  # these votes arrived after the save was over
+        world = Progress(*votes)
+        if world.failed:
             return self._give_up(save)
-        if committed == self.sharers.folders:
+        if world.committed == self.folder_group.count:
             self._save, self._last, self._tidying = None, save.step, save.thread
             return Outcome(save.step, time.perf_counter() - save.begun)
-        if written == self._mesh.world_size and self.sharers.is_first and not save.committing:
+        if world.written == self._mesh.world_size and self.folder_group.is_leader and not save.committing:
             save.committing = True
             save.thread = threading.Thread(target=self._commit, args=(save,), name="commit", daemon=True)
             save.thread.start()
         return None
 
     def finish(self) -> Outcome | None:
-        """Wait for the save that is under way, if there is one. A collective over the world."""
+        """Wait for the save in progress, if any. A collective over the world."""
         while (save := self._save) is not None:
             if save.thread is not None:
                 save.thread.join()
             votes = torch.tensor(self.votes(), dtype=torch.float64, device=self._mesh.device)
-            outcome = self.settle(self._serial, self._mesh.sum(votes).tolist())
+            outcome = self.advance(self._serial, self._mesh.sum(votes).tolist())
             if outcome is not None:
                 return outcome
         return None
 
     def save(self, parts: Mapping[str, Part], state: Mapping[str, Any]) -> Outcome:
         """
-        Save and wait for it; what was there before is waited for first. A collective over the world.
+        Save, and wait until it is done; a save in progress is finished first. A collective over the world.
 
-        It is not read back: who waits has little time, and every byte is compared with its hash when it is loaded.
+        The file is not read back: the caller may have little time, and loading verifies every byte anyway.
         """
         self.finish()
         if not self.begin(parts, state, read_back=False):
@@ -277,68 +292,48 @@ class CheckpointStore:
         return outcome
 
     def _give_up(self, save: _Save) -> Outcome:
-        """Say why, and leave nothing behind. A collective over the world."""
+        """Return the failure, and remove the temporary files. A collective over the world."""
         self._save = None
         reasons = self._mesh.gather_objects("" if save.error is None else _reason(save.error))
         rank, reason = next((r, text) for r, text in enumerate(reasons) if text)
-        if self.sharers.is_first:
+        if self.folder_group.is_leader:
             self._tidying = threading.Thread(target=self._remove, args=(save,), name="remove", daemon=True)
             self._tidying.start()
         where = f"rank {rank}: " if self._mesh.world_size > 1 else ""
         return Outcome(save.step, time.perf_counter() - save.begun, f"{self.folder}: {where}{reason}")
 
     def _remove(self, save: _Save) -> None:
-        """In a thread: also where this folder has it by now, and another one has not."""
+        """Remove a failed save, even if this folder already has it but another has not; runs in a thread."""
         if save.thread is not None:
             save.thread.join()
-        shutil.rmtree(save.aside, ignore_errors=True)
+        shutil.rmtree(save.temporary, ignore_errors=True)
         if save.committed:
             discard(folder_of(self.folder, save.step))
 
-    # --- what the first process of a folder does when all have written ---------------------------------------
+    # --- the leader's part, when all ranks have written ------------------------------------------------------
 
     def _commit(self, save: _Save) -> None:
-        """In a thread."""
+        """Complete the checkpoint and remove old ones; runs in a thread."""
         try:
             self._at("manifest")
-            files = self._digests(save)
-            entries = {name: {"bytes": d.bytes, "sha256": d.sha256} for name, d in files.items()}
-            write_whole(save.aside / MANIFEST, [json.dumps({"format": FORMAT, "files": entries}, indent=1).encode()])
+            write_manifest(save.temporary, self.folder_group.ranks, save.state)
             self._at("rename")
             final = folder_of(self.folder, save.step)
-            replace_folder(save.aside, final)
+            replace_folder(save.temporary, final)
             point_to_latest(self.folder, save.step)
             sync(self.folder)
             save.committed = True
         except Exception as error:
             save.error = error
             return
-        with contextlib.suppress(OSError):  # what should be gone and is not costs room, and no checkpoint
+        with contextlib.suppress(OSError):  # a failed removal costs space, but no checkpoint
             self._at("retention")
             self._retain(save.step)
 
-    def _digests(self, save: _Save) -> dict[str, Digest]:
-        """Of all files, as those who wrote them left word."""
-        files: dict[str, Digest] = {}
-        for rank in self.sharers.ranks:
-            slip = _slip(save.aside, rank)
-            for name, said in json.loads(slip.read_text("utf-8")).items():
-                if said is not None:
-                    files[name] = Digest(said["bytes"], said["sha256"])
-            slip.unlink()
-        write_whole(save.aside / STATE, [json.dumps(save.state, indent=1).encode()])
-        return files | {STATE: Digest((save.aside / STATE).stat().st_size, sha256_of(save.aside / STATE))}
-
     def _retain(self, step: int) -> None:
-        """Remove what is not to be kept after `step`: in memory also what is newer, whose steps are taken anew."""
+        """Remove what need not be kept after `step`; in memory also newer checkpoints, whose steps are being repeated."""
         saved = listed(self.folder)
-        up_to_now = [s for s in saved if s.step <= step] if self._memory else saved
-        kept = {s.step for s in up_to_now[-self._keep.last :]}
-        if self._keep.every:
-            kept |= {s.step for s in saved if s.step % self._keep.every == 0}
-        judged = [s for s in saved if s.val_loss is not None]
-        if self._keep.best and judged:
-            kept.add(min(judged, key=lambda s: (s.val_loss, s.step)).step)
+        kept = self._keep.steps(saved, step if self._memory else None)
         for old in saved:
             if old.step not in kept:
                 discard(old.folder)
@@ -347,29 +342,31 @@ class CheckpointStore:
 
     def newest(self) -> tuple[Saved | None, list[str]]:
         """
-        The newest checkpoint of which every byte is as it was written, the same on all processes; and what was wrong
-        with each newer one. Those are set aside, or in memory removed. A collective over the world.
+        Find the newest undamaged checkpoint, the same on all ranks; and the damage of each newer one.
+
+        Damaged checkpoints are renamed, or removed from memory. A collective over the world.
         """
         if self._tidying is not None:
             self._tidying.join()
-        newest, problems = choose(self.folder, self._mesh, self.sharers, self._memory)
+        newest, problems = choose(self.folder, self._mesh, self.folder_group, self._memory)
         self._last = newest.step if newest else None
         return newest, problems
 
-    def lend(self, after: int, to: Path) -> tuple[Saved | None, list[str]]:
+    def replicate(self, after: int, to: Path) -> tuple[Saved | None, list[str]]:
         """
-        Of a store in memory: where some machine has one that is newer than `after`, copy it to `to`, which all see. The
-        copy, if there is one; and what was wrong with others. A collective over the world. Raises `CheckpointError`.
+        Copy a checkpoint newer than `after` from some machine's memory to `to`, which all ranks see.
+
+        Returns the copy, if any, and the damage of others. A collective over the world. Raises `CheckpointError`.
         """
         assert self._memory is not None
-        return lend(self.folder, self._mesh, self._memory, after, to)
+        return replicate(self.folder, self._mesh, self._memory, after, to)
 
     def load(self, saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
-        """Fill `parts` in place from what `newest` found; its `state.json`. Raises `CheckpointError`."""
+        """Fill `parts` in place from a checkpoint that `newest` found; return its `state.json`. Raises `CheckpointError`."""
         state, problem = {}, ""
         try:
             state = read_state(saved.folder)
-            if saved.mark and saved.mark.cut:
+            if saved.save_id and saved.save_id.layout_key:
                 read_own(shard_of(saved.folder, self._mesh.place.rank), parts)
             else:
                 read_into(saved, parts)
@@ -378,28 +375,6 @@ class CheckpointStore:
         if problem := self._mesh.first_problem(problem):
             raise CheckpointError(problem)
         return state
-
-
-def _copy(to: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
-    """
-    Each tensor into the one beside it.
-
-    On a CPU by `memcpy`, which past some megabytes leaves the cache alone and is nearly twice as fast as torch's copy, and
-    by as many threads as compute: one alone does not fill the memory's bandwidth.
-    """
-    pieces: list[tuple[Bytes, Bytes]] = []
-    for staged, tensor in zip(to, tensors, strict=True):
-        if tensor.is_cuda or not tensor.is_contiguous():
-            staged.copy_(tensor, non_blocking=True)
-        else:
-            pieces += zip(pieces_of(staged), pieces_of(tensor), strict=True)
-    with ThreadPoolExecutor(torch.get_num_threads(), "copy") as threads:
-        list(threads.map(lambda pair: np.copyto(*pair), pieces))
-
-
-def _slip(aside: Path, rank: int) -> Path:
-    """What a process wrote, for the one that makes the manifest."""
-    return aside / f"written-{rank:05d}.json"
 
 
 def _reason(error: Exception) -> str:

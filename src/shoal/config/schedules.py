@@ -1,8 +1,8 @@
 """
-What follows from a pipeline's schedule: which stages a process holds, what is refused, how long it idles. No torch.
+The consequences of a pipeline schedule: the stages of each rank, rejected options, the bubble. No torch.
 
-A stage is a run of blocks. `gpipe` and `1f1b` give each process one stage; `interleaved_1f1b` deals several round and
-round (process 0 of 2: stages 0 and 2); `zbv` and `dualpipev` deal two in a V (process 0 of 2: stages 0 and 3).
+A stage is a contiguous range of blocks. `gpipe` and `1f1b` give each rank one stage. `interleaved_1f1b` assigns several
+round-robin (rank 0 of 2: stages 0 and 2). `zbv` and `dualpipev` assign two in a V (rank 0 of 2: stages 0 and 3).
 """
 
 from __future__ import annotations
@@ -15,38 +15,36 @@ from typing import Literal
 Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "zbv", "dualpipev"]
 
 SINGLE: tuple[Schedule, ...] = ("gpipe", "1f1b")
-V_SHAPED: tuple[Schedule, ...] = (
-    "zbv",
-    "dualpipev",
-)  # these split backward, too: first inputs', later weights' gradients
+# These also split backward: gradients of inputs first, gradients of weights later.
+V_SHAPED: tuple[Schedule, ...] = ("zbv", "dualpipev")
 
 
 def stages_per_rank(schedule: Schedule, pp_stages: int | None) -> int:
-    """Stages a process holds, where the user may have left it open."""
+    """Return the stages per rank; `pp_stages` None is the schedule's default."""
     if pp_stages is not None:
         return pp_stages
     return 1 if schedule in SINGLE else 2
 
 
 def rank_stages(schedule: Schedule, pp: int, stages: int, rank: int) -> list[int]:
-    """Indices of the `stages` stages of the process at `rank` of `pp`, ascending."""
+    """Return the indices of the `stages` stages of the process at `rank` of `pp`, ascending."""
     if schedule in V_SHAPED:
         return [rank, 2 * pp - 1 - rank]
     return [rank + turn * pp for turn in range(stages)]
 
 
 def stage_rank(schedule: Schedule, pp: int, stage: int) -> int:
-    """The place along the `pp` axis of the process that holds this stage."""
+    """Return the coordinate along the `pp` axis of the process that holds this stage."""
     turn, place = divmod(stage, pp)
     return pp - 1 - place if schedule in V_SHAPED and turn else place
 
 
 def forward_slots(pp: int, stages: int, micro_batches: int) -> list[list[tuple[int, int]]]:
     """
-    Which (stage, micro-batch) run at the same time in a pass without backward, slot by slot.
+    Return the (stage, micro-batch) pairs of each time slot of a pass without backward.
 
-    What one slot made, the next stage takes in the next slot. `pp` micro-batches go through all laps one behind the other,
-    then the next `pp`: where stages are dealt round, no process has two in a slot, and none waits inside a round.
+    A slot's outputs are the next stage's inputs in the next slot. `pp` micro-batches run through all laps in a row, then
+    the next `pp`. With round-robin stages, no process then has two pairs in a slot, nor idles within a round.
     """
     slots: dict[int, list[tuple[int, int]]] = {}
     for stage, number in itertools.product(range(pp * stages), range(micro_batches)):
@@ -58,9 +56,9 @@ def forward_slots(pp: int, stages: int, micro_batches: int) -> list[list[tuple[i
 
 def stage_blocks(num_layers: int, num_stages: int) -> list[range]:
     """
-    The blocks of each stage, in order; no stage has two more than another.
+    Return the blocks of each stage, in order; their sizes differ by at most one.
 
-    Where they do not divide, the stages in the middle take one more: the first has the embedding, the last the head.
+    The middle stages take the remainder, since the first also computes the embedding and the last the head.
     """
     short, longer = divmod(num_layers, num_stages)
     takers = [*range(1, num_stages - 1), 0][:longer]
@@ -74,42 +72,42 @@ def problems(
     *, compile: bool = False, activation_checkpointing: str = "none",
 ) -> Iterator[str]:  # fmt: skip
     """
-    Why these options cannot hold together: a sentence for each reason, with a value that would do.
+    Yield one sentence per incompatibility of these options, each with a valid value.
 
-    micro_batches: of one step, for each of the data-parallel parts.
+    micro_batches: per step and data-parallel rank.
     """
     if pp == 1:
         if pp_stages not in (None, 1):
             yield (
-                f"parallel.pp_stages {pp_stages} cuts a pipeline, and parallel.pp is 1; "
-                "leave parallel.pp_stages out, or set parallel.pp to 2"
+                f"parallel.pp_stages {pp_stages} needs a pipeline, but parallel.pp is 1; "
+                "remove parallel.pp_stages, or set parallel.pp to 2"
             )
         return
     stages = stages_per_rank(schedule, pp_stages)
     if schedule in SINGLE and stages != 1:
         yield (
-            f"parallel.pp_schedule {schedule} gives each process one stage, and parallel.pp_stages is {pp_stages}; "
+            f"parallel.pp_schedule {schedule} gives each process one stage, but parallel.pp_stages is {pp_stages}; "
             "set parallel.pp_stages to 1, or parallel.pp_schedule to interleaved_1f1b"
         )
         return
     if schedule in V_SHAPED and stages != 2:
         yield (
-            f"parallel.pp_schedule {schedule} gives each process two stages, and parallel.pp_stages is {pp_stages}; "
+            f"parallel.pp_schedule {schedule} gives each process two stages, but parallel.pp_stages is {pp_stages}; "
             "set parallel.pp_stages to 2, or parallel.pp_schedule to interleaved_1f1b"
         )
         return
     if pp * stages > num_layers:
         yield _too_few_blocks(schedule, pp, stages, num_layers)
-    if schedule in V_SHAPED and compile:  # seen with torch 2.13: "Failed to run stage backward input"
+    if schedule in V_SHAPED and compile:  # torch 2.13 fails: "Failed to run stage backward input"
         yield (
-            f"parallel.pp_schedule {schedule} splits backward, which torch cannot do with train.compile; "
+            f"parallel.pp_schedule {schedule} splits backward, which torch does not support with train.compile; "
             "set train.compile to false, or parallel.pp_schedule to interleaved_1f1b"
         )
-    if schedule in V_SHAPED and activation_checkpointing != "none":  # seen: 12 times for a block of 12 weights
+    if schedule in V_SHAPED and activation_checkpointing != "none":  # measured: 12 times for a block of 12 weights
         yield (
-            f"parallel.pp_schedule {schedule} takes each weight's gradient apart, and with train.activation_checkpointing "
-            f"{activation_checkpointing} each would compute its whole block again; set train.activation_checkpointing to "
-            "none, or parallel.pp_schedule to interleaved_1f1b"
+            f"parallel.pp_schedule {schedule} computes each weight's gradient separately, and with "
+            f"train.activation_checkpointing {activation_checkpointing} each would recompute its whole block; set "
+            "train.activation_checkpointing to none, or parallel.pp_schedule to interleaved_1f1b"
         )
     if not _flows(schedule, pp, micro_batches):
         yield _wrong_micro_batches(schedule, pp, micro_batches)
@@ -124,17 +122,17 @@ def _too_few_blocks(schedule: Schedule, pp: int, stages: int, num_layers: int) -
     if schedule in V_SHAPED and num_layers >= pp:
         ways.insert(0, "parallel.pp_schedule to 1f1b")
     return (
-        f"parallel.pp {pp} with parallel.pp_stages {stages} (parallel.pp_schedule {schedule}) makes {pp * stages} "
-        f"stages of at least one block, and model.num_layers is {num_layers}; set {' or '.join(ways)}"
+        f"parallel.pp {pp} with parallel.pp_stages {stages} (parallel.pp_schedule {schedule}) needs {pp * stages} "
+        f"stages of at least one block, but model.num_layers is {num_layers}; set {' or '.join(ways)}"
     )
 
 
 def _flows(schedule: Schedule, pp: int, micro_batches: int) -> bool:
-    """Whether torch's schedule takes so many micro-batches (`torch.distributed.pipelining.schedules`, 2.11 to 2.13)."""
+    """Return whether torch's schedule accepts this count (`torch.distributed.pipelining.schedules`, 2.11 to 2.13)."""
     match schedule:
         case "1f1b":
             return micro_batches >= pp
-        case "interleaved_1f1b":  # they go in rounds of at least `pp`, all as long
+        case "interleaved_1f1b":  # in rounds of equal length, at least `pp`
             return micro_batches % max(1, micro_batches // pp) == 0
         case "dualpipev":
             return micro_batches >= 2 * pp
@@ -144,37 +142,37 @@ def _flows(schedule: Schedule, pp: int, micro_batches: int) -> bool:
 
 def _wrong_micro_batches(schedule: Schedule, pp: int, micro_batches: int) -> str:
     rule = {
-        "1f1b": f"at least {pp} micro-batches, one for each stage",
-        "interleaved_1f1b": f"micro-batches that divide into {micro_batches // pp} equal rounds",
-        "dualpipev": f"at least {2 * pp} micro-batches, one for each stage",
+        "1f1b": f"at least {pp} micro-batches, one per stage",
+        "interleaved_1f1b": f"a number of micro-batches that divides into {micro_batches // pp} equal rounds",
+        "dualpipev": f"at least {2 * pp} micro-batches, one per stage",
     }[schedule]
     enough = next(n for n in itertools.count(micro_batches) if _flows(schedule, pp, n))
-    ways = [f"make train.global_batch / train.micro_batch {Fraction(enough, micro_batches)} times what it is"]
+    ways = [f"multiply train.global_batch / train.micro_batch by {Fraction(enough, micro_batches)}"]
     fewer = next((p for p in range(pp - 1, 1, -1) if _flows(schedule, p, micro_batches)), None)
     if fewer is not None:
         ways.append(f"set parallel.pp to {fewer}")
     other: Schedule = "1f1b" if _flows("1f1b", pp, micro_batches) else "gpipe"
     ways.append(f"parallel.pp_schedule to {other}" if fewer is not None else f"set parallel.pp_schedule to {other}")
     return (
-        f"parallel.pp_schedule {schedule} with parallel.pp {pp} needs {rule}, and train.global_batch and "
-        f"train.micro_batch make {micro_batches} a step for each data-parallel part; {', or '.join(ways)}"
+        f"parallel.pp_schedule {schedule} with parallel.pp {pp} needs {rule}, but train.global_batch and "
+        f"train.micro_batch give {micro_batches} per step and data-parallel rank; {', or '.join(ways)}"
     )
 
 
 def bubble_fraction(schedule: Schedule, pp: int, stages: int, micro_batches: int) -> float:
     """
-    The share of a step in which a process waits for others, where backward takes twice as long as forward.
+    Return the bubble: the fraction of a step that a rank idles, if backward takes twice as long as forward.
 
-    From the first process's start to the last one's end, with `stages` equal stages a process and messages that take
-    no time. In units of one micro-batch's forward through one stage, a process works 3 * stages * micro_batches.
+    Measured from the first rank's start to the last one's end, with `stages` equal stages per rank and instant messages.
+    In units of one micro-batch's forward through one stage, a rank works 3 * stages * micro_batches.
 
-    - gpipe, 1f1b: (pp - 1) whole forwards and backwards are waited for (Narayanan et al. 2021, arXiv:2104.04473,
-      section 2.2.1); the more stages a process holds, the shorter they are (section 2.2.2). Fewer micro-batches than
-      `pp` leave a hole in each turn but the first.
-    - zbv, dualpipev: pp - 1 forwards. Qi et al. 2024 (arXiv:2401.10241, section 6) call that zero, since a process that
-      began late also ends late, and may begin its next step at once; a step that ends together (with a global norm of
-      the gradient, say) does wait. With fewer micro-batches than 2 pp - 2, zbv's way down the V and up again is not
-      filled. dualpipev: DeepSeek-AI 2024 (arXiv:2412.19437, section 3.2.1), as torch runs it, one thing at a time.
+    - gpipe, 1f1b: a rank idles for (pp - 1) whole forwards and backwards (Narayanan et al. 2021, arXiv:2104.04473,
+      section 2.2.1); more stages per rank make each shorter (section 2.2.2). With fewer micro-batches than `pp`, every
+      lap but the first has a gap.
+    - zbv, dualpipev: pp - 1 forwards. Qi et al. 2024 (arXiv:2401.10241, section 6) count these as zero: a rank that
+      starts late also ends late, and may start its next step at once. A step that ends with a collective (such as a
+      global gradient norm) does wait. With fewer micro-batches than 2 pp - 2, zbv's path down and up the V has gaps.
+      dualpipev: DeepSeek-AI 2024 (arXiv:2412.19437, section 3.2.1), as torch runs it, without overlap.
     """
     match schedule:
         case "zbv":

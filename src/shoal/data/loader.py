@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.config.layout import deal
+from shoal.config.layout import split_slots
 from shoal.data.order import sample_at
 from shoal.data.pack import IGNORED_LABEL, Rows
 
@@ -76,7 +76,7 @@ class Loader:
     that no step uses. `at("read")` is called before each step is read.
 
     A step has `global_batch // micro_batch` slots: micro-batches in a fixed order. A rank owns consecutive slots
-    (`layout.deal`). Raises ValueError if there are fewer slots than ranks.
+    (`layout.split_slots`). Raises ValueError if there are fewer slots than ranks.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Loader:
         self._at = at
         self._seed, self._device, self._passed_over = seed, device, sorted(passed_over)
         self._global_batch, self._micro_batch = global_batch, micro_batch
-        self._slots = deal(slots, dp_size)[dp_rank]
+        self._slots = split_slots(slots, dp_size)[dp_rank]
         self._ready: queue.Queue[tuple[int, list[Batch]] | BaseException] = queue.Queue(maxsize=prefetch)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read_ahead, args=(position,), name="loader", daemon=True)

@@ -20,7 +20,7 @@ NAME_CHARACTERS = 80  # of a tokenizer's name in a folder's; file systems allow 
 
 def named_tokenizer(data: Data) -> Tokenizer | None:
     """Return the tokenizer that `data` names; None if one is to be trained. Raises DataError."""
-    return None if data.tokenizer == "bpe" else tokenize.load_tokenizer(data.tokenizer)
+    return None if data.tokenizer == "bpe" else tokenize.load_tokenizer(data.tokenizer, data.kept)
 
 
 def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Workers started, watched and started again."""
+"""Starting, watching and restarting workers on one or several nodes."""

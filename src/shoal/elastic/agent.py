@@ -1,73 +1,66 @@
 """
-torch's elastic agent, which starts the workers of this machine and starts them anew, with what shoal knows of its own.
+torch's elastic agent, which starts and restarts the workers of this node, with shoal's own rules.
 
-It finds workers that hang, ends at once those that wait for a dead one, does not restart what was asked to stop or will
-fail again, lets workers save when a machine joins, and says in one line what it does.
+It finds hung workers, kills workers that wait for a dead one, and lets workers save when a node joins. It does not restart a
+run that was asked to stop or that would fail again. Each decision is printed as one line.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from torch.distributed import DistError, DistStoreError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
-from torch.distributed.elastic.rendezvous.api import (
-    RendezvousClosedError,
-    RendezvousError,
-    RendezvousTimeoutError,
-)
 
 from shoal.config.options import Config
 from shoal.elastic.crashes import FOLLOWS, Crashes, first_death, how_it_died
-from shoal.elastic.machines import Machines, alike
+from shoal.elastic.machines import Machines, shared_settings
 from shoal.elastic.oom import kernel_kills
 from shoal.elastic.rendezvous import Meeting
-from shoal.elastic.stops import AskedToStop, PassOn, tell
+from shoal.elastic.stops import SignalForwarder
 from shoal.elastic.watch import Hang, Watch
-from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, EXIT_REQUEUE, LaunchError
+from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, EXIT_REQUEUE
 from shoal.plan.fit import what_would_fit
 from shoal.run.console import Console
 from shoal.run.events import Events
 from shoal.run.folder import RunFolder
 from shoal.run.narrator import Narrator
+from shoal.system.output import say_error
 
-NO_LIMIT: Final = 1_000_000  # restarts: torch counts them down
-CAUSE_SECONDS: Final = 2.0  # a worker that lost a peer may be seen to end before that peer
-SLOW_SECONDS: Final = 3.0  # who waits longer for other machines says so
-_STOPPED: Final = "stopped while there were no workers; the same command goes on"
-_STARTS: Final = {"start": "starting the workers"}  # phases whose names say too little to a person
-# A worker that these killed had not come so far as to listen to them.
+CAUSE_SECONDS: Final = 2.0  # a worker that lost a peer may end before that peer's death is seen
+SLOW_SECONDS: Final = 3.0  # print a line after waiting this long for other nodes
+_STARTS: Final = {"start": "starting the workers"}  # clearer words for some phases
+# Exit codes of a worker killed by a stop signal before it could install its handlers.
 ASKING: Final = (-signal.SIGTERM, -signal.SIGINT, -signal.SIGUSR1)
 
 
 class Agent(LocalElasticAgent):
-    """`why` says, after a run that failed, what it failed of; `asked` whether somebody asked it to stop."""
+    """Runs this node's workers. `why`: the cause of a failure. `asked`: whether the run was asked to stop."""
 
-    def __init__(self, spec: WorkerSpec, config: Config, stop: PassOn, meeting: Meeting, crashes: Crashes) -> None:
-        """crashes: of this launcher, also before it came to this meeting."""
-        self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))  # the workers' pages, and what torch keeps of them
+    def __init__(
+        self, spec: WorkerSpec, config: Config, stop: SignalForwarder, meeting: Meeting, crashes: Crashes
+    ) -> None:
+        """crashes: the launcher's count, kept from one rendezvous to the next."""
+        self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))  # for the workers' pages, and torch's own files
         logs = DefaultLogsSpecs(log_dir=str(self._folder))
         super().__init__(spec=spec, logs_specs=logs, start_method="spawn", exit_barrier_timeout=30)
         self.why = ""
         self.asked = False
-        self.too_large = False  # for the memory there is
-        self.alone_at_fault = False  # it is this machine whose workers die
-        self.ended_early = False  # by us, before a step was taken
+        self.too_large = False  # the model does not fit in memory
+        self.alone_at_fault = False  # only this node's workers crash
+        self.ended_early = False  # killed by us before the first step
         self._config = config
         self._launch, self._stop, self._meeting = config.launch, stop, meeting
         self._run_folder = RunFolder.of(config)
@@ -75,28 +68,29 @@ class Agent(LocalElasticAgent):
         self._narrator = Narrator(Console().note)
         self._crashes, self._elsewhere = crashes, Crashes(3 * crashes.most)
         self._lost_since: float | None = None
-        self._kernel_kills = 0  # before these workers were started
+        self._kernel_kills = 0  # kernel_kills() when these workers started
         self._world_size = 1
-        self._machines: Machines | None = None  # where there are several
+        self._machines: Machines | None = None  # None on one node
         meeting.rendezvous.on_lost = self._say_lost
 
     def close(self) -> None:
+        """Remove the agent's files; may be called twice."""
         self._narrator.close()
         self._watch.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def others_can_go_on(self) -> bool:
-        """Whether there are enough machines without this one."""
+        """Whether enough nodes remain without this one."""
         return self._machines is not None and len(self._machines.hosts) > self._launch.fewest_nodes
 
     @property
     def met(self) -> bool:
-        """Whether it has taken part in a round with others."""
+        """Whether it has taken part in a round with other nodes."""
         return self._machines is not None
 
     def _rendezvous(self, worker_group: Any) -> None:
-        """Meet the other machines; a signal ends the wait. Raises `LaunchError` where this one cannot work with them."""
+        """Meet the other nodes; a signal ends the wait. Raises `LaunchError` if this node's config does not match."""
         timer = threading.Timer(SLOW_SECONDS, self._say_what_it_waits_for)
         with self._stop.may_raise():
             if self._launch.nodes > 1:
@@ -110,16 +104,15 @@ class Agent(LocalElasticAgent):
         self._meeting.rendezvous.machines = worker_group.group_world_size
 
     def _greet(self, worker_group: Any) -> bool:
-        """Whether all can work together; else some leave. Raises `LaunchError` where it is this one that has to."""
+        """Return whether all configs match; if not, nodes leave. Raises `LaunchError` if this node must leave."""
         before = self._machines
         machines = Machines(worker_group.store, worker_group.group_rank, worker_group.group_world_size)
-        stays = machines.greet(socket.gethostname(), alike(self._config), stays=before is not None)
-        if not stays:
-            tell(f"{machines.others_differ}: meeting without what differs")
-            time.sleep(1.0)  # until those have left
+        if not machines.greet(socket.gethostname(), shared_settings(self._config), stays=before is not None):
+            say_error(f"the config of {machines.differing} differs: meeting again without {machines.differing}")
+            time.sleep(1.0)  # until they have left
             return False
         self._machines = machines
-        tell(machines.describe(before.hosts if before else None, worker_group.workers[0].world_size))
+        say_error(machines.describe(before.hosts if before else None, worker_group.workers[0].world_size))
         if worker_group.group_rank == 0:
             self._record("machines", hosts=machines.hosts, processes=worker_group.workers[0].world_size)
         return True
@@ -127,11 +120,11 @@ class Agent(LocalElasticAgent):
     def _say_what_it_waits_for(self) -> None:
         needed, place = self._launch.fewest_nodes, self._launch.rendezvous
         if self._meeting.rendezvous.is_full:
-            tell(f"all {self._launch.nodes} machines are there: waiting at {place} until one is missing")
+            say_error(f"all {self._launch.nodes} nodes are present: waiting at {place} as a spare until one leaves")
         else:
-            tell(
-                f"waiting at {place} for {needed} machine{'s' * (needed > 1)} or more that run this command in the same folder "
-                f"of runs, {self._run_folder.path.parent.resolve()}"
+            say_error(
+                f"waiting at {place} for at least {needed} node{'s' * (needed > 1)} running this command with the same "
+                f"launch.runs folder, {self._run_folder.path.parent.resolve()}"
             )
 
     def _start_workers(self, worker_group: Any) -> Any:
@@ -141,7 +134,7 @@ class Agent(LocalElasticAgent):
         return super()._start_workers(worker_group)
 
     def _monitor_workers(self, worker_group: Any) -> RunResult:
-        """Ten times a second."""
+        """Check the workers; called ten times a second."""
         self._stop.reach_all()
         processes = self._processes()
         codes = {local: process.poll() for local, process in processes.items()}
@@ -150,15 +143,16 @@ class Agent(LocalElasticAgent):
         pids = {local: process.pid for local, process in running.items()}
         if worker_group.group_rank == 0:
             self._narrate()
-        if running and self._stop.has_waited and not self._watch.taken(processes):
+        if running and self._stop.grace_is_over and not self._watch.taken(processes):
             return self._end_early(worker_group, running.values())
         if self._machines:
-            self._machines.post(lambda: self._watch.looks(pids))
-        hang = self._watch.look(pids, self._machines.others if self._machines else list)
+            self._machines.post(lambda: self._watch.statuses(pids))
+        hang = self._watch.find_hang(pids, self._machines.others if self._machines else list)
         if hang is not None and any(process.poll() is not None for process in running.values()):
-            hang = None  # one ended just now, and perhaps of what the others wait for: the next look sees it among the dead
+            hang = None  # one ended just now, and may be the cause: the next check sees it as dead
         if hang is None and running and (not failed or self._others_follow(failed)):
-            return RunResult(state=WorkerState.HEALTHY)  # torch's own look may end some: with SIGTERM, and 30 s to obey
+            # do not call torch's own check yet: it would end workers by SIGTERM, with 30 s to obey
+            return RunResult(state=WorkerState.HEALTHY)
         _kill(running.values())
         result: RunResult = super()._monitor_workers(worker_group)
         if hang is None and not result.is_failed():
@@ -168,7 +162,7 @@ class Agent(LocalElasticAgent):
         return RunResult(state=WorkerState.FAILED, failures=result.failures)
 
     def _narrate(self) -> None:
-        """Say what the first worker does, where that is no step like those before it and takes long."""
+        """Print the phase of the first worker if it is not a usual step and takes long."""
         sign = self._watch.sign(0)
         if not sign.step and not sign.taken:
             phase: str | None = _STARTS.get(sign.phase, sign.phase)
@@ -176,47 +170,47 @@ class Agent(LocalElasticAgent):
             phase = "first step, compiling" if self._config.train.compile else "first step"
         else:
             phase = None if sign.in_step else sign.phase
-        self._narrator.begin(phase, tell=phase != "end")  # the last words are on the screen by then, with all that time
+        self._narrator.begin(phase, tell=phase != "end")  # the run's closing line already reports that time
         self._narrator.look()
 
     def _end_early(self, worker_group: Any, running: Iterable[Any]) -> RunResult:
-        """They were asked to stop before the first step, and there is nothing that they would save."""
+        """Kill workers that were asked to stop before the first step: they have nothing to save."""
         _kill(running)
         self.asked = self.ended_early = True
         self._remaining_restarts = 0
         return RunResult(state=WorkerState.FAILED, failures=super()._monitor_workers(worker_group).failures)
 
     def _stop_workers(self, worker_group: Any) -> None:
-        """Before they are started anew: where a machine joins they save first, and else they wait for a dead one."""
+        """Stop the workers before a restart: let them save if a node joins, else kill them, since they wait for a dead one."""
         if self._machines and self._pcontext is not None:
             news = self._meeting.rendezvous.news
-            if news == "joins" or self._machines.regroups():
-                self._machines.regroup()
-                tell("another machine joins: saving, then starting again with it")
+            if news == "joins" or self._machines.is_regrouping():
+                self._machines.request_regroup()
+                say_error("another node joins: saving, then starting again with it")
                 self._let_save()
             elif news == "left" and any(process.poll() is None for process in self._processes().values()):
-                tell(f"a machine has left, or starts its workers again: starting again from {self._last_checkpoint()}")
+                say_error(f"a node left or restarted its workers: starting again from {self._last_checkpoint()}")
             _kill([process for process in self._processes().values() if process.poll() is None])
         super()._stop_workers(worker_group)
 
     def _processes(self) -> dict[int, subprocess.Popen[bytes]]:
-        """By local rank."""
+        """Return the worker processes by local rank."""
         assert self._pcontext is not None
         return {local: handler.proc for local, handler in self._pcontext.subprocess_handlers.items()}  # type: ignore[attr-defined]
 
     def _let_save(self) -> None:
-        """Ask the workers to stop, and wait until they have, or until one does not come further."""
+        """Ask the workers to stop, and wait until they have, or until one fails or hangs."""
         for process in self._processes().values():
             if process.poll() is None:
                 process.terminate()
         while running := {local: p.pid for local, p in self._processes().items() if p.poll() is None}:
             codes = {process.poll() for process in self._processes().values()}
-            if codes - {None, 0, EXIT_REQUEUE} or self._watch.look(running) is not None:
+            if codes - {None, 0, EXIT_REQUEUE} or self._watch.find_hang(running) is not None:
                 return
             time.sleep(0.1)
 
     def _others_follow(self, failed: Mapping[int, int]) -> bool:
-        """Whether those that still run are about to end by themselves, in order or with a better reason."""
+        """Return whether the running workers should soon end by themselves, perhaps with a clearer cause."""
         if set(failed.values()) == {EXIT_REQUEUE}:
             return True
         if not FOLLOWS.keys() >= set(failed.values()):
@@ -226,49 +220,18 @@ class Agent(LocalElasticAgent):
 
     def _judge(self, failures: Mapping[int, Any], ranks: Mapping[int, int], hang: Hang | None) -> None:
         """
-        Start again or not; record it and say it.
+        Decide whether to restart; record and print the cause.
 
-        failures: of those that ended by themselves, by rank; ranks: their local ranks.
+        failures: those of workers that ended by themselves, by rank. ranks: their local ranks.
         """
         codes = {failure.exitcode for failure in failures.values()}
-        if codes == {EXIT_REQUEUE} and self._stop.signal is None and self._machines and self._machines.regroups():
-            self._remaining_restarts += 1  # they saved since a machine joins: no failure
+        if codes == {EXIT_REQUEUE} and self._stop.signal is None and self._machines and self._machines.is_regrouping():
+            self._remaining_restarts += 1  # they saved because a node joins: not a failure
             return
         self.asked = self._stop.signal is not None or EXIT_REQUEUE in codes
-        if hang is None:
-            rank, failure = first_death(failures)
-            how, sign = how_it_died(failure.exitcode), self._watch.sign(ranks[rank])
-            self.asked = self.asked or failure.exitcode in ASKING
-            if self.asked or EXIT_BAD_INPUT in codes:
-                self._remaining_restarts = 0
-                return
-            step = max(sign.step, self._run_folder.last_step())
-            where = f"in {sign.phase} of step {sign.step}" if sign.step else f"after step {step}"
-            if self._machines and self._followed_another_machine(codes):
-                self.why = f"lost a worker on another machine {where}"
-                if self._elsewhere.add(step):  # its own launcher counts it too, and gives up sooner
-                    self.why += f"; that makes {self._elsewhere.count} times without a step beyond {step}"
-                    self._remaining_restarts = 0
-                else:
-                    tell(f"{self.why}; starting again from {self._last_checkpoint()}")
-                return
-            else:
-                no_memory = failure.exitcode == -signal.SIGKILL and kernel_kills() > self._kernel_kills
-                if no_memory:
-                    how = "was killed by the kernel (out of memory)"
-                self.why = f"worker {rank} {how} {where}"
-                self._record("crashed", rank=rank, how=how, step=step, phase=sign.phase)
-                if no_memory and sign.taken <= 1:  # nor would it fit the next time
-                    self.too_large = True
-                    self._remaining_restarts = 0
-                    settled = self._run_folder.settled(self._config)
-                    self.why += f". {what_would_fit(settled, self._world_size)}"
-                    return
-        else:
-            step = max(hang.step, self._run_folder.last_step())
-            self.why = str(hang)
-            if self._machines is None or self._machines.first_to("hang"):
-                self._record("hang", rank=hang.rank, step=hang.step, phase=hang.phase, why=self.why)
+        step = self._judge_deaths(failures, ranks) if hang is None else self._judge_hang(hang)
+        if step is None:
+            return
         if self._crashes.add(step):
             self.why += f"; that makes {self._crashes.count} crashes without a step beyond {self._crashes.step}"
             self._remaining_restarts = 0
@@ -277,108 +240,85 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0
         elif self._remaining_restarts > 0:
             left = "" if self._launch.max_restarts is None else f" ({self._remaining_restarts - 1} restarts left)"
-            tell(f"{self.why}; starting again from {self._last_checkpoint()}{left}")
+            say_error(f"{self.why}; starting again from {self._last_checkpoint()}{left}")
+
+    def _judge_hang(self, hang: Hang) -> int:
+        """Record the hang; return the step at which it counts as a crash."""
+        self.why = str(hang)
+        if self._machines is None or self._machines.announce("hang"):
+            self._record("hang", rank=hang.rank, step=hang.step, phase=hang.phase, why=self.why)
+        return max(hang.step, self._run_folder.last_step())
+
+    def _judge_deaths(self, failures: Mapping[int, Any], ranks: Mapping[int, int]) -> int | None:
+        """Find why the workers died; return the step at which it counts as a crash, None if already decided."""
+        codes = {failure.exitcode for failure in failures.values()}
+        rank, failure = first_death(failures)
+        sign = self._watch.sign(ranks[rank])
+        self.asked = self.asked or failure.exitcode in ASKING
+        if self.asked or EXIT_BAD_INPUT in codes:
+            self._remaining_restarts = 0
+            return None
+        step = max(sign.step, self._run_folder.last_step())
+        where = f"in {sign.phase} of step {sign.step}" if sign.step else f"after step {step}"
+        if self._machines and self._followed_another_machine(codes):
+            self._follow(step, where)
+            return None
+        no_memory = failure.exitcode == -signal.SIGKILL and kernel_kills() > self._kernel_kills
+        how = "was killed by the kernel (out of memory)" if no_memory else how_it_died(failure.exitcode)
+        self.why = f"worker {rank} {how} {where}"
+        self._record("crashed", rank=rank, how=how, step=step, phase=sign.phase)
+        if no_memory and sign.taken <= 1:  # it would not fit after a restart either
+            self.too_large = True
+            self._remaining_restarts = 0
+            self.why += f". {what_would_fit(self._run_folder.with_earlier_choices(self._config), self._world_size)}"
+            return None
+        return step
+
+    def _follow(self, step: int, where: str) -> None:
+        """Restart after a crash on another node, whose launcher counts it too and gives up earlier."""
+        self.why = f"lost a worker on another node {where}"
+        if self._elsewhere.add(step):
+            self.why += f"; that makes {self._elsewhere.count} times without a step beyond {step}"
+            self._remaining_restarts = 0
+        else:
+            say_error(f"{self.why}; starting again from {self._last_checkpoint()}")
 
     @property
     def has_checkpoint(self) -> bool:
-        """On disk, or in memory as a worker told."""
+        """Whether there is a checkpoint on disk, or one in memory that a worker reported."""
         return self._run_folder.has_checkpoint() or self._watch.saved() > 0
 
     def _last_checkpoint(self) -> str:
         return "the last checkpoint" if self.has_checkpoint else "the beginning: there is no checkpoint yet"
 
     def _followed_another_machine(self, codes: set[int]) -> bool:
-        """Whether those here ended since one elsewhere had: an abort may be a crash of its own, unless another was there before."""
+        """Return whether the workers here died after one on another node. An abort counts only if another node crashed first."""
         assert self._machines is not None
         if codes == {EXIT_LOST_PEER}:
             return True
         end = time.monotonic() + CAUSE_SECONDS
         while FOLLOWS.keys() >= codes and time.monotonic() < end:
-            if self._machines.was_said("crash"):
+            if self._machines.was_announced("crash"):
                 return True
             time.sleep(0.1)
-        self._machines.first_to("crash")
+        self._machines.announce("crash")
         return False
 
     def _say_lost(self) -> None:
-        tell(
-            f"nothing answers at {self._launch.rendezvous} any more: the run goes on, but no machine can join it, and "
-            "workers that die cannot be started again until something does"
+        say_error(
+            f"the rendezvous at {self._launch.rendezvous} no longer answers: the run continues, but until it is back no node "
+            "can join and dead workers cannot be restarted"
         )
 
     def _record(self, event: str, **facts: object) -> None:
-        """A line in the run's events."""
+        """Append a line to the run's events."""
         events = Events(self._run_folder.events_file)
         events.say(event, **facts)
         events.close()
 
 
-def run_workers(config: Config, argv: Sequence[str], stop: PassOn) -> int:
-    """Run `shoal ARGV` in the workers of this machine until the run ends; the exit code, see `launch`."""
-    launch, crashes = config.launch, Crashes(config.launch.max_crashes)
-    folder = RunFolder.of(config).lock_id()
-    lost, met = "", False
-    while True:
-        try:
-            with stop.may_raise():
-                meeting = Meeting.open(config, folder, tell)
-        except AskedToStop:
-            tell(_STOPPED)
-            return EXIT_REQUEUE
-        except LaunchError:
-            if not lost:
-                raise
-            tell(f"the run stopped: {lost}. {_what_stands(RunFolder.of(config).has_checkpoint())}")
-            return EXIT_REQUEUE
-        agent = Agent(_workers(config, argv, meeting), config, stop, meeting, crashes)
-        try:
-            result = agent.run()
-        except AskedToStop:
-            if met or agent.met:  # a run was under way: it stops on all machines
-                meeting.end(EXIT_REQUEUE, "it was asked to stop")
-            meeting.rendezvous.leave()
-            tell(_STOPPED)
-            return EXIT_REQUEUE
-        except LaunchError:
-            meeting.rendezvous.leave()
-            raise
-        except RendezvousClosedError:
-            result = None
-        except RendezvousTimeoutError:
-            meeting.rendezvous.leave()
-            if meeting.rendezvous.is_full:
-                continue  # all seats are taken again: wait for the next one
-            tell(
-                f"{launch.fewest_nodes} machines did not come to {launch.rendezvous} within {launch.timeout_seconds:.0f} s"
-            )
-            return EXIT_REQUEUE if met or agent.met else 1
-        except (RendezvousError, DistError) as error:
-            meeting.rendezvous.leave()
-            if launch.rendezvous is None:
-                raise
-            if isinstance(error, DistStoreError):  # an answer of another machine did not come: that one has gone
-                tell("a machine left while they met; meeting again")
-            else:
-                lost = f"nothing answers at {launch.rendezvous} any more"
-                tell(f"{lost}; waiting for it")
-            continue
-        finally:
-            met = met or agent.met
-            agent.close()
-        if result is None:
-            ended = meeting.ended()
-            tell(f"the run has ended on another machine{f': {ended.why}' if ended and ended.why else ''}")
-            return ended.code if ended else 1
-        code = _outcome(agent, result)
-        if code == 1 and agent.alone_at_fault and agent.others_can_go_on:
-            meeting.rendezvous.leave()
-        else:
-            meeting.end(code, agent.why)
-        return code
-
-
 def _in_thread(do: Callable[[], None]) -> None:
-    """What waits in C++ does not see a signal: it waits in a thread, and this one here, which does."""
+    """Call `do` in a thread and wait for it: a wait in C++ would block signals, this one does not."""
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -395,64 +335,15 @@ def _in_thread(do: Callable[[], None]) -> None:
         raise errors[0]
 
 
-def _workers(config: Config, argv: Sequence[str], meeting: Meeting) -> WorkerSpec:
-    """`launch.processes` workers of `shoal ARGV`."""
-    restarts = config.launch.max_restarts
-    return WorkerSpec(
-        role="shoal",
-        local_world_size=config.launch.processes or 1,
-        entrypoint=sys.executable,
-        args=("-m", "shoal", *argv),
-        rdzv_handler=meeting.rendezvous,
-        max_restarts=NO_LIMIT if restarts is None else restarts,
-        monitor_interval=0.1,
-        local_addr=meeting.address,
-    )
-
-
-def _outcome(agent: Agent, result: RunResult) -> int:
-    """The exit code of a run that is over, and a line where it did not finish."""
-    if not result.is_failed():
-        return 0
-    codes = [failure.exitcode for failure in result.failures.values()]
-    if EXIT_BAD_INPUT in codes:
-        said = [f.message for f in result.failures.values() if f.exitcode == EXIT_BAD_INPUT]
-        # most often all ranks found the same, or the same with other numbers: what each had of its memory
-        found = list({re.sub(r"\d+", "", message): message for message in reversed(said)}.values())
-        for message in reversed(found):
-            tell(message)
-        agent.why = agent.why or "\n".join(reversed(found))
-        return EXIT_BAD_INPUT
-    if agent.too_large:
-        tell(agent.why)
-        return EXIT_BAD_INPUT
-    if set(codes) == {EXIT_REQUEUE}:
-        return EXIT_REQUEUE
-    if agent.asked:
-        cause = f" ({agent.why})" if agent.why else ""
-        how = "stopped before the first step" if agent.ended_early else f"stopped without saving{cause}"
-        where = "goes on from the last checkpoint" if agent.has_checkpoint else "starts from the beginning"
-        tell(f"{how}; the same command {where}")
-        return EXIT_REQUEUE
-    tell(f"the run stopped: {agent.why}. {_what_stands(agent.has_checkpoint)}")
-    return 1
-
-
-def _what_stands(has_checkpoint: bool) -> str:
-    if has_checkpoint:
-        return "What was saved stands; the same command goes on from there"
-    return "Nothing was saved yet; the same command starts from the beginning"
-
-
 def _kill(processes: Any) -> None:
     """
-    End them now: they wait for one that is dead, and would not listen to SIGTERM before a collective's timeout.
+    Kill workers that wait for a dead one: they would not handle SIGTERM before a collective's timeout.
 
-    SIGKILL reaches stopped ones too. One in state D dies when its device answers; it is not waited for.
+    SIGKILL also reaches stopped processes. One in state D dies when its device answers, and is not waited for.
     """
     for process in processes:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # each leads a session of its own
+            os.killpg(process.pid, signal.SIGKILL)  # each leads its own session
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(2.0)

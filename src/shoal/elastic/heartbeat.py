@@ -1,10 +1,10 @@
 """
-Signs of life of a worker, and how long it may be silent.
+Heartbeats of a worker, and how long it may be silent.
 
-The launcher gives its workers a folder. In it each keeps a page: the step and phase it is in, since when, until when it must
-have come further, whether it waits for others just now, how many steps it has taken, and the newest checkpoint it knows of.
-A page is memory that both processes map, so a sign of life is a store to memory.
-Times are CLOCK_MONOTONIC's, which is one clock for all processes of a machine. No torch.
+The launcher gives its workers a folder. Each worker keeps a page of 112 bytes there: nine integers of 8 bytes, then the name
+of its phase. The page holds the step and phase, since when, the deadline for further progress, whether the worker waits for
+others, the number of steps taken, and its newest checkpoint. Both processes map the page, so a heartbeat is a memory write.
+Times are CLOCK_MONOTONIC's, which all processes of a machine share. No torch.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
-from shoal.config.options import Launch
+from shoal.config.run_options import Launch
 from shoal.mesh.place import is_launched, read_place
 
-FOLDER: Final = "SHOAL_HEARTBEATS"  # where our launcher listens
+FOLDER: Final = "SHOAL_HEARTBEATS"  # set by shoal's launcher: the folder of the pages
 
-# Eight bytes each, then the phase.
+# Nine integers of 8 bytes, then the name of the phase: 72 + 40 bytes.
 _STEP, _TURN, _SINCE, _UNTIL, _WAITS, _IN_STEP, _TAKEN, _SAVED, _STRICT = range(9)
 _NAME, _SIZE = 72, 112
 _NANO: Final = 1_000_000_000
 
-SLOWER: Final = 10  # times the slowest of the recent steps: other people's work on the same cores, a disk that pauses
-FLOOR_SECONDS: Final = 20.0  # a machine may stand still so long, whatever its steps take
+SLOWER: Final = 10  # times the slowest recent step: allows for other programs on the same cores, or a slow disk
+FLOOR_SECONDS: Final = 20.0  # a machine may pause this long, however short its steps are
 RECENT: Final = 100  # steps
-SOONER: Final = 0.9  # of launch.timeout_seconds: who hangs is found before the others' collectives end them
-FEW: Final = 5  # steps, before which nothing is known
-COMPILE: Final = "compile"  # a phase inside any other: work of this process alone
+SOONER: Final = 0.9  # of launch.timeout_seconds: find the hang before the others' collectives time out
+FEW: Final = 5  # steps needed before a limit is learned
+COMPILE: Final = "compile"  # a phase inside any other, in which this process works alone
 
 
 @dataclass(frozen=True)
 class Sign:
-    """What a page says. Times in seconds of the monotonic clock; `until` is infinite where nobody is to watch."""
+    """The contents of a page. Times are in seconds of the monotonic clock; `until` is infinite if nothing is watched."""
 
     step: int
-    turn: int  # signs since the step began
+    turn: int  # heartbeats since the step began
     phase: str
     since: float
     until: float
-    waits: bool = False  # for other processes, in a collective; never where that is not known
+    waits: bool = False  # for other ranks in a collective; False if unknown
     in_step: bool = False
-    taken: int = 0  # steps, since this worker started
-    saved: int = 0  # the step of the newest checkpoint that this run has; 0: none is known
-    strict: bool = False  # a late step counts as a hang also while this process works
+    taken: int = 0  # steps since this worker started
+    saved: int = 0  # the step of the newest checkpoint; 0: none known
+    strict: bool = False  # a late step is a hang even if this process is busy
 
 
 class Page:
-    """One worker's page, as the worker and the launcher both see it. Raises `OSError` where it cannot be made."""
+    """One worker's page, mapped by the worker and by the launcher. Raises `OSError` if it cannot be created."""
 
     def __init__(self, folder: Path, local_rank: int) -> None:
         with (folder / f"rank-{local_rank}").open("a+b") as file:
@@ -66,7 +66,7 @@ class Page:
         self._names: dict[str, bytes] = {}
 
     def write(self, step: int, turn: int, phase: str) -> None:
-        """This worker is in `phase` of `step` now; the deadline stays."""
+        """Record that this worker is now in `phase` of `step`; keep the deadline."""
         name = self._names.get(phase)
         if name is None:
             name = self._names[phase] = phase.encode("ascii")[: _SIZE - _NAME].ljust(_SIZE - _NAME, b"\0")
@@ -76,23 +76,24 @@ class Page:
         self._bytes[_NAME:] = name
 
     def allow(self, seconds: float, *, in_step: bool = False, strict: bool = False) -> None:
-        """A sign that this worker has come further is due in so many seconds; infinite: nobody watches."""
+        """Set the deadline for the next step to `seconds` from now; infinite: not watched."""
         self._numbers[_UNTIL] = 0 if math.isinf(seconds) else time.monotonic_ns() + int(seconds * _NANO)
         self._numbers[_IN_STEP], self._numbers[_STRICT] = in_step, strict
 
     def took(self, steps: int) -> None:
-        """So many steps were taken since this worker started."""
+        """Record the number of steps since this worker started."""
         self._numbers[_TAKEN] = steps
 
     def saved(self, step: int) -> None:
-        """There is a checkpoint of `step`."""
+        """Record that a checkpoint of `step` exists."""
         self._numbers[_SAVED] = step
 
     def waits(self, does: bool) -> None:
-        """It waits for others in its phase, or goes on."""
+        """Record whether this worker waits for other ranks."""
         self._numbers[_WAITS] = does
 
     def read(self) -> Sign:
+        """Return the current contents."""
         step, turn, since, until, waits, in_step, taken, saved, strict = self._numbers.tolist()
         phase = self._bytes[_NAME:].rstrip(b"\0").decode("ascii", "replace")
         end = until / _NANO if until else math.inf
@@ -104,37 +105,37 @@ class Page:
 
 
 class Patience:
-    """How long a step may take, learned from the steps before it."""
+    """The time limit of a step, learned from previous steps."""
 
     def __init__(self, first: float, fixed: float | None = None) -> None:
-        """first: seconds for a step while little is known; fixed: seconds for those after it, in place of what is learned."""
+        """first: limit in seconds until enough steps are known; fixed: limit after the first step, instead of learning."""
         self._first, self._fixed = first, fixed
         self._recent: deque[float] = deque(maxlen=RECENT)
 
     def learn(self, seconds: float) -> None:
-        """A step took so long."""
+        """Record how long a step took."""
         self._recent.append(seconds)
 
     def allowance(self) -> float:
-        """Seconds for the next step."""
+        """Return the limit for the next step, in seconds."""
         if self._fixed is not None:
             return self._fixed if self._recent else max(self._first, self._fixed)
         if len(self._recent) < FEW:
             return self._first
         slowest = max(self._recent)
-        # Not more than a collective may take, or the workers would end before they are found; steps that take about as
-        # long as that still get twice their time.
+        # At most a collective's timeout, or the workers would end before the hang is found; but always twice the slowest
+        # step, for steps that take nearly that long.
         return max(FLOOR_SECONDS, min(SLOWER * slowest, self._first), 2 * slowest)
 
 
 class Heartbeat:
     """
-    A worker's side: says where the worker is. Does nothing where no launcher of ours listens, but call `tell`.
+    The worker's side: reports the worker's progress. Without a shoal launcher it only calls `tell`.
 
-    A step: `begin`, then `beat` at each phase. Between steps (evaluation, saving, the end): `outside`, again and again
-    where it takes long.
+    In a step, call `begin`, then `beat` at each phase. Between steps (evaluation, saving, the end), call `outside`, repeatedly
+    if it takes long.
 
-    tell: called with each phase before the first step and between steps, and with None where a step begins.
+    tell: called with each phase before the first step and between steps, and with None when a step begins.
     """
 
     def __init__(
@@ -149,12 +150,12 @@ class Heartbeat:
         self._page, self._patience, self._outside_seconds, self._tell = page, patience, outside_seconds, tell
         self._step, self._turn, self._phase, self._begun = 0, 0, "start", math.nan
         self.taken = 0  # steps; the first one compiles
-        self.strict = strict  # a late step counts as a hang, whether this process works or not
-        self._left = self._compiles_since = math.nan  # seconds left to the phase that a compilation came into
+        self.strict = strict  # a late step is a hang even if this process is busy
+        self._left = self._compiles_since = math.nan  # seconds left for the phase that a compilation interrupted
 
     @classmethod
     def open(cls, launch: Launch, tell: Callable[[str | None], None] = lambda phase: None) -> Self:
-        """For this worker of its launcher; `tell` is for where no launcher of ours listens."""
+        """Open this worker's page. `tell` is used only without a shoal launcher."""
         folder = os.environ.get(FOLDER)
         page = Page(Path(folder), read_place().local_rank) if folder is not None and is_launched() else None
         seconds = SOONER * launch.timeout_seconds
@@ -162,7 +163,7 @@ class Heartbeat:
         return cls(page, Patience(seconds, launch.hang_seconds), seconds, tell, strict=launch.hang_seconds is not None)
 
     def begin(self, step: int, phase: str = "data") -> None:
-        """A step begins, and the one before it is over."""
+        """Begin a step and end the previous one."""
         self._end_step()
         self._tell(None if self.taken else "first step")
         self._step, self._turn, self._phase, self._begun = step, 0, phase, time.monotonic()
@@ -171,25 +172,27 @@ class Heartbeat:
             self._page.allow(self._patience.allowance(), in_step=True, strict=self.strict)
 
     def beat(self, phase: str) -> None:
-        """The step comes to `phase`."""
+        """Report that the step reached `phase`."""
         if self._page is not None:
             self._turn, self._phase = self._turn + 1, phase
             self._page.write(*self.place)
 
     @property
     def place(self) -> tuple[int, int, str]:
-        """(step, signs since it began, phase) of the last sign."""
+        """(step, heartbeats since it began, phase) of the last heartbeat."""
         return self._step, self._turn, self._phase
 
     def device_reached(self, step: int, turn: int, phase: str) -> None:
-        """The host waits for its device, which has come to the sign of this place. The deadline stays."""
+        """Report the progress of the device, for which the host waits; keep the deadline."""
         if self._page is not None:
             self._page.write(step, turn, phase)
 
     def compiles(self, *, begins: bool) -> None:
         """
-        A compilation begins in the middle of a phase, or is over. It has the time of what is done outside of steps, and
-        its step the time that was left, and is learned without it.
+        Report that a compilation begins in the middle of a phase, or ends.
+
+        It gets the time limit of work outside steps. The step keeps its remaining time, and its learned duration excludes
+        the compilation.
         """
         if self._page is None:
             return
@@ -204,12 +207,12 @@ class Heartbeat:
             self._page.allow(max(0.0, self._left), in_step=not math.isnan(self._begun), strict=self.strict)
 
     def waits(self, does: bool) -> None:
-        """It waits for other processes, or goes on: who hangs is one that does not wait."""
+        """Report whether this worker waits for other ranks: a worker that waits is not the cause of a hang."""
         if self._page is not None:
             self._page.waits(does)
 
     def outside(self, phase: str, step: int | None = None) -> None:
-        """Something else than a step begins or goes on: starting, evaluating, saving, closing."""
+        """Report work outside steps: starting, evaluating, saving, closing."""
         self._end_step()
         self._tell(phase)
         self._step = self._step if step is None else step
@@ -218,12 +221,12 @@ class Heartbeat:
             self._page.allow(self._outside_seconds)
 
     def saved(self, step: int) -> None:
-        """There is a checkpoint of `step`, from which the run goes on."""
+        """Report a checkpoint of `step`, from which the run can resume."""
         if self._page is not None:
             self._page.saved(step)
 
     def _end_step(self) -> None:
-        """Learn what it took, if there was one; also where something comes after every step."""
+        """End the step, if there is one, and learn how long it took."""
         if math.isnan(self._begun):
             return
         if self.taken:
@@ -233,19 +236,19 @@ class Heartbeat:
             self._page.took(self.taken)
 
     def rest(self) -> None:
-        """Nobody is to watch this worker from now on; where it is can still be said."""
+        """Stop watching this worker; its progress is still reported."""
         self._outside_seconds = math.inf
         if self._page is not None:
             self._page.allow(math.inf)
 
 
 def stacks_file(folder: Path, local_rank: int) -> Path:
-    """Where a worker leaves its stacks."""
+    """Return the file to which a worker writes its stack traces."""
     return folder / f"stacks-{local_rank}.txt"
 
 
 def leave_stacks_when_asked() -> None:
-    """On SIGUSR2 all threads' stacks go to where the launcher looks for them, also while Python waits for C."""
+    """On SIGUSR2, write all threads' stacks to `stacks_file`, even while Python waits in C."""
     folder = os.environ.get(FOLDER)
     if folder is not None and is_launched():
         file = stacks_file(Path(folder), read_place().local_rank).open("w", encoding="utf-8")

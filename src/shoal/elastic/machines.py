@@ -1,4 +1,4 @@
-"""What the launchers of a run tell each other while a round of it goes on: names, and how far their workers are."""
+"""Messages between a run's launchers during one rendezvous round: their hosts, and the progress of their workers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch.distributed.distributed_c10d import Store
 import shoal
 from shoal.config.options import Config
 from shoal.elastic.heartbeat import Sign
-from shoal.elastic.rendezvous import Aside
-from shoal.elastic.watch import LASTING, Look
+from shoal.elastic.rendezvous import TimedCalls
+from shoal.elastic.watch import LASTING, RankStatus
 from shoal.errors import LaunchError
 
 POST_SECONDS: Final = 1.0
-# Each machine may have its own copy, or its own speed.
+# These may differ: each machine may have its own copy of the data, and its own speed.
 _OF_A_PLACE: Final = {
     ("data", "paths"), ("data", "folder"), ("data", "tokenizer"), ("model", "from_"), ("checkpoint", "fast"),
-    ("metrics", "peak_tflops"),
+    ("metrics", "peak_tflops"), ("model", "kept"), ("data", "kept"),
 }  # fmt: skip
 
 
-def alike(config: Config) -> dict[str, object]:
-    """What has to be the same on all machines: the options but those of places and processes, and the versions."""
+def shared_settings(config: Config) -> dict[str, object]:
+    """Return what must match on all machines: versions and all options except paths, speeds and `launch`."""
     found: dict[str, object] = {"shoal": shoal.__version__, "torch": torch.__version__.partition("+")[0]}
     for section, values in dataclasses.asdict(config).items():
         for key, value in values.items():
@@ -44,24 +44,24 @@ def _difference(mine: Mapping[str, object], theirs: Mapping[str, object]) -> str
 
 class Machines:
     """
-    Of one round. `store`: one that is of this round alone; `rank`, `count`: of this machine among them.
+    The machines of one rendezvous round. If the store is lost, queries return defaults.
 
-    A store that has gone is borne: what is asked of it is not known then.
+    store: a store used by this round only. rank, count: this machine's among them.
     """
 
     def __init__(self, store: Store, rank: int, count: int) -> None:
         self._store, self._rank, self._count = store, rank, count
-        self._aside = Aside()
+        self._calls = TimedCalls()
         self.hosts: list[str] = []
-        self.others_differ = ""
+        self.differing = ""  # hosts with another config
         self._posted = 0.0
 
     def greet(self, host: str, config: Mapping[str, object], *, stays: bool) -> bool:
         """
-        Learn the names of all machines, in the order of their ranks; whether all have the same config.
+        Exchange hosts and configs with all machines; return whether all configs match.
 
-        stays: this machine was in the round before, and those decide what is right. Raises `LaunchError` where this
-        machine's config is another one than theirs.
+        stays: this machine was in the previous round; the configs of those machines are the reference. Raises `LaunchError`
+        if this machine's config differs from the reference.
         """
         self._store.set(f"machine/{self._rank}", json.dumps([host, config, stays]))
         found = [json.loads(self._store.get(f"machine/{rank}")) for rank in range(self._count)]
@@ -71,16 +71,16 @@ class Machines:
         if mine != right:
             other = next(name for name, theirs, _ in found if theirs == right)
             raise LaunchError(
-                f"this machine was started otherwise than {other}: {_difference(mine, right)}; set all alike"
+                f"this node's config differs from that of {other}: {_difference(mine, right)}; set the same on all nodes"
             )
         differing = [name for name, theirs, _ in found if theirs != right]
-        self.others_differ = f"{', '.join(differing)} was started otherwise"
+        self.differing = ", ".join(differing)
         return not differing
 
     def describe(self, before: Sequence[str] | None, processes: int) -> str:
-        """Who takes part, and who did not `before`."""
+        """Describe the machines, and which left or joined since `before`."""
         text = (
-            f"{self._count} machine{'s' * (self._count > 1)} ({', '.join(self.hosts)}), "
+            f"{self._count} node{'s' * (self._count > 1)} ({', '.join(self.hosts)}), "
             f"{processes} process{'es' * (processes > 1)}"
         )
         if before is None:
@@ -89,31 +89,34 @@ class Machines:
         changes += [f"{name} joined" for name in self.hosts if self.hosts.count(name) > before.count(name)]
         return "; ".join([text, *dict.fromkeys(changes)])
 
-    def post(self, looks: Callable[[], Sequence[Look]]) -> None:
-        """Leave for the others how far the workers here are; once a second at most."""
+    def post(self, statuses: Callable[[], Sequence[RankStatus]]) -> None:
+        """Publish the progress of this machine's workers, at most once a second."""
         now = time.monotonic()
         if now - self._posted < POST_SECONDS:
             return
         self._posted = now
-        # in the time of day, which machines share but for some seconds; signs are in each machine's own
+        # in time of day, which agrees between machines to some seconds; monotonic clocks do not
         began = time.time() - now
         mine = [
             [k.rank, k.sign.step, k.sign.turn, k.sign.phase, began + k.sign.since, k.sign.waits, k.works, k.state]
-            for k in looks()
+            for k in statuses()
         ]
         for each in mine:
-            each[-1] = each[-1] if each[-1] in LASTING else ""  # one that writes to a disk is in state D for moments
-        self._aside.ask(lambda: self._store.set(f"looks/{self._rank}", json.dumps(mine)), None)
+            # state D is not reported: a process that writes to a disk is in it for moments
+            each[-1] = each[-1] if each[-1] in LASTING else ""
+        self._calls.call(lambda: self._store.set(f"looks/{self._rank}", json.dumps(mine)), None)
 
-    def others(self) -> list[Look]:
-        """What the others left last, as if seen now."""
+    def others(self) -> list[RankStatus]:
+        """Return the latest status of the other machines' workers, in this machine's monotonic time."""
         now = time.monotonic()
         began = time.time() - now
         keys = [f"looks/{rank}" for rank in range(self._count) if rank != self._rank]
         nothing: list[tuple[str, bytes]] = []
-        said = self._aside.ask(lambda: [(k, self._store.get(k)) for k in keys if self._store.check([k])], nothing)
+        said = self._calls.call(lambda: [(k, self._store.get(k)) for k in keys if self._store.check([k])], nothing)
         return [
-            Look(each, Sign(step, turn, phase, min(since - began, now), math.inf, waits), state, self._host(key), works)
+            RankStatus(
+                each, Sign(step, turn, phase, min(since - began, now), math.inf, waits), state, self._host(key), works
+            )
             for key, text in said
             for each, step, turn, phase, since, waits, works, state in json.loads(text)
         ]
@@ -121,18 +124,18 @@ class Machines:
     def _host(self, key: str) -> str:
         return self.hosts[int(key.partition("/")[2])]
 
-    def regroup(self) -> None:
-        """The round ends so that a machine can join: workers that stop now do so for that."""
-        self._aside.ask(lambda: self._store.set("regroup", "yes"), None)
+    def request_regroup(self) -> None:
+        """Announce that workers stop now only to let another machine join."""
+        self._calls.call(lambda: self._store.set("regroup", "yes"), None)
 
-    def regroups(self) -> bool:
-        """Whether somebody said so."""
-        return self._aside.ask(lambda: bool(self._store.check(["regroup"])), False)
+    def is_regrouping(self) -> bool:
+        """Return whether a launcher called `request_regroup` in this round."""
+        return self._calls.call(lambda: bool(self._store.check(["regroup"])), False)
 
-    def first_to(self, what: str) -> bool:
-        """Whether no other launcher said `what` in this round before."""
-        return self._aside.ask(lambda: int(self._store.add(f"said/{what}", 1)) == 1, True)
+    def announce(self, what: str) -> bool:
+        """Announce `what`; return True if no launcher has announced it in this round."""
+        return self._calls.call(lambda: int(self._store.add(f"said/{what}", 1)) == 1, True)
 
-    def was_said(self, what: str) -> bool:
-        """Whether a launcher said `what` in this round."""
-        return self._aside.ask(lambda: bool(self._store.check([f"said/{what}"])), False)
+    def was_announced(self, what: str) -> bool:
+        """Return whether a launcher announced `what` in this round."""
+        return self._calls.call(lambda: bool(self._store.check([f"said/{what}"])), False)

@@ -1,4 +1,4 @@
-"""Processes that the kernel ended for want of memory, as far as it can be seen from here. No torch."""
+"""The count of processes killed by the kernel's out-of-memory killer. No torch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from pathlib import Path
 
 def kernel_kills(root: Path = Path("/")) -> int:
     """
-    How many the kernel's out-of-memory killer has ended so far in this process's memory cgroup, where its children are
-    too; on the whole machine where there is no such cgroup; 0 where it is not said.
+    Return how many processes the kernel's out-of-memory killer has killed so far.
+
+    Counts this process's memory cgroup, which includes its children, or the whole machine if there is no such cgroup.
+    Returns 0 if the kernel reports no count.
     """
     try:
         groups = (root / "proc/self/cgroup").read_text("utf-8")
@@ -23,7 +25,7 @@ def kernel_kills(root: Path = Path("/")) -> int:
     for file in files:
         try:
             count = re.search(r"^oom_kill (\d+)$", file.read_text("utf-8"), re.MULTILINE)
-        except OSError:  # a container's own view has other paths
+        except OSError:  # inside a container the paths may differ
             continue
         if count:
             return int(count[1])

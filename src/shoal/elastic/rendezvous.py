@@ -1,11 +1,10 @@
 """
-Where the launchers of a run meet: a store that all of them reach, torch's rendezvous in it, and how the run ended.
+The rendezvous of a run's launchers: a store that all of them reach, torch's rendezvous in it, and the run's outcome.
 
-On one machine the launcher keeps the store itself, on loopback. On several it is kept by a process apart on the machine
-that `launch.rendezvous` names, and lives on while anybody is connected: a launcher that dies there takes nothing with it.
+On one node the launcher serves the store itself, on loopback. On several nodes a separate process serves it on the node that
+`launch.rendezvous` names, and lives while a launcher is connected, so that it survives the launcher of its own node.
 
-What is asked of the store may never be answered, where its machine lost its power. So nobody waits for it who has workers to
-watch: `Aside` asks.
+The store may never answer if its node lost power. A launcher that has workers to watch therefore asks through `TimedCalls`.
 """
 
 from __future__ import annotations
@@ -42,26 +41,26 @@ from shoal.system.network import address_of, is_loopback, listen, read_address
 T = TypeVar("T")
 
 LOOPBACK: Final = "127.0.0.1"
-STORE_SECONDS: Final = 60.0  # for an answer of the store, where there are no workers yet
-ASIDE_SECONDS: Final = 2.0  # and where there are
-# A launcher gives a sign to the others so often, and is gone when so many are missing. Compared with the others' clocks.
+STORE_SECONDS: Final = 60.0  # to wait for the store's answer while there are no workers
+CALL_SECONDS: Final = 2.0  # and while there are workers
+# A launcher signals the others at this interval, and counts as gone after this many missed signals, by their clocks.
 SIGN_SECONDS: Final = 2
 SIGNS_MISSED: Final = 5
-UNUSED_SECONDS: Final = 10.0  # a store that nobody is connected to for so long ends
-FIRST_SECONDS: Final = 60.0  # somebody has to come within
+UNUSED_SECONDS: Final = 10.0  # a store without connections for this long ends
+FIRST_SECONDS: Final = 60.0  # the first connection must come within
 
-CLOCK: Final = "shoal/clock"  # the time of day where the store is kept
-SKEW_SECONDS: Final = 2.0  # of two machines from that one: torch's rendezvous compares their times of day
+CLOCK: Final = "shoal/clock"  # key of the time of day on the store's node
+SKEW_SECONDS: Final = 2.0  # maximum clock difference: torch's rendezvous compares the nodes' times of day
 
 
-class Aside:
-    """Asks what may never be answered, in a thread; one question at a time."""
+class TimedCalls:
+    """Calls functions that may never return, in a thread with a time limit, one at a time."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
 
-    def ask(self, question: Callable[[], T], default: T, seconds: float = ASIDE_SECONDS) -> T:
-        """The answer; `default` where the store has gone, or is silent for so long, or still is from the question before."""
+    def call(self, question: Callable[[], T], default: T, seconds: float = CALL_SECONDS) -> T:
+        """Return the answer; `default` if the store is lost, or does not answer in time, or an earlier call still hangs."""
         if self._thread is not None and self._thread.is_alive():
             return default
         answers = [default]
@@ -70,25 +69,26 @@ class Aside:
             with contextlib.suppress(DistError, RendezvousError):
                 answers[0] = question()
 
-        self._thread = threading.Thread(target=wait, name="aside", daemon=True)
+        self._thread = threading.Thread(target=wait, name="timed call", daemon=True)
         self._thread.start()
         self._thread.join(seconds)
         return answers[0]
 
 
-class Signed(C10dRendezvousBackend):
-    """torch's, whose state is a pickle: here nobody unpickles what was not signed by one who can read the run's folder."""
+class SignedBackend(C10dRendezvousBackend):
+    """torch's rendezvous backend, whose state is a pickle. It accepts only states signed with a key from the run's folder."""
 
     def __init__(self, store: TCPStore, run_id: str, key: bytes) -> None:
         super().__init__(store, run_id)
         self._secret = key
 
     def get_state(self) -> tuple[bytes, Any] | None:
-        """Raises `RendezvousStateError` where the signature is not ours."""
+        """Return the state. Raises `RendezvousStateError` if its signature is wrong."""
         found = super().get_state()
         return None if found is None else (self._checked(found[0]), found[1])
 
     def set_state(self, state: bytes, token: Any | None = None) -> tuple[bytes, Any, bool] | None:
+        """Write the signed state. Raises `RendezvousStateError` if the state found there has a wrong signature."""
         found = super().set_state(self._signature(state) + state, token)
         return None if found is None else (self._checked(found[0]), *found[1:])
 
@@ -98,30 +98,30 @@ class Signed(C10dRendezvousBackend):
     def _checked(self, signed: bytes) -> bytes:
         signature, state = signed[:32], signed[32:]
         if not hmac.compare_digest(signature, self._signature(state)):
-            raise RendezvousStateError("what the store says of this run was not written by one of its launchers")
+            raise RendezvousStateError("the state of this run's rendezvous was not written by one of its launchers")
         return state
 
 
 class Rendezvous(DynamicRendezvousHandler):
-    """torch's, which says also why the workers are to be started anew, and bears a store that has gone or is silent."""
+    """torch's rendezvous, which also tells why workers must restart, and tolerates losing its store."""
 
-    news = ""  # "joins", "left" or "ended", after `num_nodes_waiting` was not 0
-    machines = 0  # in the round that goes on
-    on_lost: Callable[[], None] | None = None  # called once, when the store does not answer any more
+    news = ""  # "joins", "left" or "ended", set when `num_nodes_waiting` is not 0
+    machines = 0  # in the current round
+    on_lost: Callable[[], None] | None = None  # called once when the store stops answering
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._aside = Aside()
+        self._calls = TimedCalls()
 
     def num_nodes_waiting(self) -> int:
         """
-        Not 0 where the workers are to be started anew, for whatever reason.
+        Return 1 if the workers must restart, for any reason in `news`, else 0.
 
-        Without its store a run goes on; only, nobody can join it, and what dies cannot be started again.
+        A run continues without its store, but no node can join, and dead workers cannot be restarted.
         """
-        if self.settings.max_nodes == 1:  # nobody else can come or go
+        if self.settings.max_nodes == 1:  # no other node can join or leave
             return 0
-        waiting = self._aside.ask(super().num_nodes_waiting, -1)
+        waiting = self._calls.call(super().num_nodes_waiting, -1)
         if waiting < 0:
             if self.on_lost is not None:
                 self.on_lost()
@@ -138,47 +138,47 @@ class Rendezvous(DynamicRendezvousHandler):
 
     @property
     def is_full(self) -> bool:
-        """Whether all seats were taken when it was looked last."""
+        """Whether all seats were taken at the last check."""
         state = self._state_holder.state
         return bool(state.complete) and len(state.participants) >= self.settings.max_nodes
 
     def leave(self) -> None:
-        """Give the seat back, and be silent: without this it is kept for the other machines by a thread."""
+        """Give up the seat and stop signaling; otherwise a thread keeps the seat."""
         from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _RendezvousExitOp
 
         self.on_lost = None
 
         def go() -> None:
             self._stop_heartbeats()
-            self._op_executor.run(_RendezvousExitOp(), time.monotonic() + ASIDE_SECONDS)
+            self._op_executor.run(_RendezvousExitOp(), time.monotonic() + CALL_SECONDS)
 
-        Aside().ask(go, None)
+        TimedCalls().call(go, None)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended, as the launcher that ended it left it for the others."""
+    """The outcome of a run, as recorded for the other launchers."""
 
     code: int
     why: str
 
 
 class Meeting:
-    """A launcher's seat in the meeting of one run. `address`: this machine's, as the others reach it."""
+    """A launcher's seat in the rendezvous of one run. `address`: the address at which others reach this node."""
 
     def __init__(self, store: TCPStore, config: Config, folder: str, address: str) -> None:
-        """folder: what only those know who see the run's folder; those with another never meet these."""
+        """folder: a secret kept in the run's folder, so that only launchers that can read the folder meet."""
         launch = config.launch
         self.store, self.address = store, address
         digest = hashlib.sha256(f"{folder}/{launch.name}".encode()).hexdigest()
-        self._run = f"shoal-{digest[:16]}"  # torch names files so
-        # a run that has ended is closed for good: the next one of its name meets elsewhere in the same store
+        self._run = f"shoal-{digest[:16]}"  # torch uses it in file names
+        # an ended rendezvous stays closed: the next run of this name uses the next turn in the same store
         self._turn = store.compare_set(f"{self._run}/turn", "", "0").decode()
         run_id = f"{self._run}-{self._turn}"
         self.rendezvous = Rendezvous.from_backend(
             run_id,
             store,
-            Signed(store, run_id, folder.encode()),
+            SignedBackend(store, run_id, folder.encode()),
             launch.fewest_nodes,
             launch.nodes,
             local_addr=address,
@@ -191,12 +191,12 @@ class Meeting:
 
     @classmethod
     def open(cls, config: Config, folder: str, tell: Callable[[str], None]) -> Meeting:
-        """Come to where `config` says. Raises `LaunchError`; tells what it waits for."""
+        """Connect to `launch.rendezvous`. Calls `tell` with what it waits for. Raises `LaunchError`."""
         launch = config.launch
         if launch.rendezvous is None:
             return cls(_keep_store(LOOPBACK, launch.port, "launch.port"), config, folder, LOOPBACK)
         found = read_address(launch.rendezvous)
-        assert found, "resolve/checks.py refuses others"
+        assert found, "resolve/checks.py rejects other addresses"
         host, port = found
         _await_store(host, port, launch.timeout_seconds, tell)
         family, place = address_of(host, port, option="launch.rendezvous", from_afar=_is_here(host))
@@ -205,31 +205,31 @@ class Meeting:
         if interface and not is_loopback(address):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        store = Aside().ask(lambda: _connect(place[0], port), None, STORE_SECONDS / 3)
+        store = TimedCalls().call(lambda: _connect(place[0], port), None, STORE_SECONDS / 3)
         if store is None:
             raise LaunchError(
-                f"what listens at launch.rendezvous {launch.rendezvous} is no meeting point of shoal; set another port"
+                f"the service at launch.rendezvous {launch.rendezvous} is not a shoal rendezvous; set another port"
             )
         _compare_clocks(store, host)
         return cls(store, config, folder, address)
 
     def end(self, code: int, why: str) -> None:
-        """The run has ended for all: leave word, and let nobody in any more. Once; of several the first counts."""
+        """Record the run's outcome and close the rendezvous. Only the first call of all launchers counts."""
 
         def end() -> None:
             self.store.compare_set(self._ended, "", json.dumps([code, why]))
             self.store.compare_set(f"{self._run}/turn", self._turn, str(int(self._turn) + 1))
             self.rendezvous.shutdown()
 
-        Aside().ask(end, None, 3 * ASIDE_SECONDS)  # where the store has gone before us there is nobody to tell
+        TimedCalls().call(end, None, 3 * CALL_SECONDS)  # if the store is already gone, no launcher is left to read it
 
     def ended(self) -> Ended | None:
-        """How the run ended, where somebody ended it."""
+        """Return the run's outcome; None if it has not ended."""
 
         def look() -> Ended | None:
             return Ended(*json.loads(self.store.get(self._ended))) if self.store.check([self._ended]) else None
 
-        return Aside().ask(look, None)
+        return TimedCalls().call(look, None)
 
     @property
     def _ended(self) -> str:
@@ -238,11 +238,11 @@ class Meeting:
 
 def serve(host: str, port: int, *, while_used: bool, ready: Callable[[], None]) -> None:
     """
-    Keep a store at `host`, until the process ends or, `while_used`, as long as anybody is connected.
+    Serve a store at `host`: until the process ends or, with `while_used`, while a launcher is connected.
 
-    Raises `LaunchError` where it cannot listen there.
+    Raises `LaunchError` if it cannot listen there.
     """
-    if while_used:  # where the launcher adopts orphans, it passes its signals on to this one too
+    if while_used:  # a launcher that adopts orphans forwards its signals to this process too
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
     store = _keep_store(host, port, "launch.rendezvous")
@@ -253,18 +253,18 @@ def serve(host: str, port: int, *, while_used: bool, ready: Callable[[], None]) 
         time.sleep(1.0)
         store.set(CLOCK, str(time.time()))
         open_ = [c for c in process.net_connections(kind="tcp") if c.raddr]
-        ours = {_plain(c.laddr) for c in open_}  # the store is its own first client
+        ours = {_plain(c.laddr) for c in open_}  # the store is its own client
         if any(c.laddr.port == store.port and _plain(c.raddr) not in ours for c in open_):
             idle_since, patience = time.monotonic(), UNUSED_SECONDS
 
 
 def _plain(address: Any) -> tuple[str, int]:
-    """(ip, port), where a socket for both kinds of addresses writes one of the old kind in the new way."""
+    """Return (ip, port); a dual-stack socket writes IPv4 addresses as ::ffff:a.b.c.d."""
     return address.ip.removeprefix("::ffff:"), address.port
 
 
 def _keep_store(host: str, port: int, option: str) -> TCPStore:
-    """A store in this process that listens on the address of `host` alone."""
+    """Serve a store in this process that listens only on the address of `host`."""
     listener = listen(host, port, option=option, from_afar=True)
     name, port = listener.getsockname()[:2]
     return TCPStore(
@@ -274,13 +274,13 @@ def _keep_store(host: str, port: int, option: str) -> TCPStore:
 
 
 def _connect(address: str, port: int) -> TCPStore | None:
-    """The store there; None where something else listens."""
+    """Connect to the store; None if another service listens there."""
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
     return store if store.check([CLOCK]) else None
 
 
 def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], None]) -> None:
-    """Until there is one; on its own machine it is started. Raises `LaunchError`."""
+    """Wait until the store answers; start it if `host` is this node. Raises `LaunchError`."""
     begun, told, started = time.monotonic(), False, False
     while not _answers(host, port):
         if not started and _is_here(host):
@@ -288,36 +288,36 @@ def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], Non
             started = True
         waited = time.monotonic() - begun
         if waited > 3 and not told:
-            tell(f"waiting for {host}:{port}, where the machines of this run meet")
+            tell(f"waiting for the rendezvous at {host}:{port}")
             told = True
         if waited > seconds:
             raise LaunchError(
-                f"nothing answers at launch.rendezvous {host}:{port} for {waited:.0f} s; start the run on that machine too, or "
+                f"launch.rendezvous {host}:{port} did not answer within {waited:.0f} s; start the run on that node too, or run "
                 f"shoal rendezvous {host}:{port} there"
             )
         time.sleep(0.2)
 
 
 def _compare_clocks(store: TCPStore, host: str) -> None:
-    """Raises `LaunchError` where this machine's time of day is far from that of `host`."""
+    """Raise `LaunchError` if this node's clock differs from that of `host` by more than `SKEW_SECONDS`."""
     skew = time.time() - float(store.get(CLOCK))  # up to a second old
     if abs(skew) > SKEW_SECONDS:
         raise LaunchError(
-            f"the clock of this machine is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} that of {host}, so that they would "
-            "take each other for dead; set the clocks, best by NTP"
+            f"the clock of this node is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} that of {host}, so each would take "
+            "the other for dead; synchronize the clocks, for example with NTP"
         )
 
 
 def _start_store(host: str, port: int) -> None:
-    """In a process of its own, that a signal to this one's group does not reach. Raises `LaunchError`."""
+    """Start the store in a separate session, which signals to this process group do not reach. Raises `LaunchError`."""
     try:
         listen(host, port, option="launch.rendezvous", from_afar=True).close()
     except LaunchError:
         time.sleep(1.0)
-        if _answers(host, port):  # another launcher on this machine was quicker
+        if _answers(host, port):  # another launcher on this node was first
             return
         raise
-    subprocess.run(  # leaves a process of its own, and returns at once
+    subprocess.run(  # starts a detached process and returns at once
         [sys.executable, "-m", "shoal", "rendezvous", f"{host}:{port}", "--while-used"],
         start_new_session=True,
         stdin=subprocess.DEVNULL,
@@ -329,14 +329,14 @@ def _start_store(host: str, port: int) -> None:
 
 def _answers(host: str, port: int) -> bool:
     try:
-        with socket.create_connection((host, port), timeout=2.0):  # each of its addresses in turn
+        with socket.create_connection((host, port), timeout=2.0):  # tries each of its addresses
             return True
     except OSError:
         return False
 
 
 def _is_here(host: str) -> bool:
-    """Whether `host` is an address of this machine. Raises `LaunchError` where it is nobody's."""
+    """Return whether `host` is an address of this node. Raises `LaunchError` if it cannot be resolved."""
     family, address = address_of(host, 0, option="launch.rendezvous", from_afar=False)
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         try:
@@ -347,7 +347,7 @@ def _is_here(host: str) -> bool:
 
 
 def _address_towards(family: int, place: Any) -> str:
-    """The address with which this machine talks to `place`; its own one where that is here."""
+    """Return this node's own address on the route to `place`."""
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(place)  # sends nothing
         return str(probe.getsockname()[0])

@@ -1,24 +1,22 @@
-"""What the launcher does when it is asked to stop, and how it says things."""
+"""How the launcher handles signals that ask it to stop. No torch."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
 
-from shoal.system.output import visible
 from shoal.system.signals import GRACE_SECONDS, say_at_once, stopping_said
 
 
-class AskedToStop(Exception):
-    """A signal that came while there were no workers to stop."""
+class StopRequested(Exception):
+    """A signal arrived while there were no workers to stop."""
 
 
-class PassOn:
-    """Signals of the launcher go to its workers, once; a second SIGINT, a person's Ctrl-C, ends them at once."""
+class SignalForwarder:
+    """Forwards each stop signal to the workers once. A second SIGINT (Ctrl-C) kills them."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -34,40 +32,35 @@ class PassOn:
             self.signal, self._since = number, time.monotonic()
             say_at_once(stopping_said(number))
         if self._raises:
-            raise AskedToStop
+            raise StopRequested
         self._send(signal.SIGKILL if again else signal.SIGTERM)
 
     @contextlib.contextmanager
     def may_raise(self) -> Iterator[None]:
-        """While there are no workers: raises `AskedToStop` when a signal comes, or came."""
+        """Raise `StopRequested` inside this block if a signal arrives or has arrived; for use while there are no workers."""
         self._raises = True
         try:
             if self.signal is not None:
-                raise AskedToStop
+                raise StopRequested
             yield
         finally:
             self._raises = False
 
     @property
-    def has_waited(self) -> bool:
-        """Whether somebody asked, and workers that have nothing to save had their time to end by themselves."""
+    def grace_is_over(self) -> bool:
+        """Whether a stop was requested so long ago that workers with nothing to save should have ended."""
         return self.signal is not None and time.monotonic() - self._since > GRACE_SECONDS
 
     def reach_all(self) -> None:
-        """Workers that were not there yet when the signal came: it came while they were being started."""
+        """Send the stop to workers that were only being started when the signal arrived."""
         if self.signal is not None:
             self._send(signal.SIGTERM)
 
     def _send(self, number: signal.Signals) -> None:
-        # children of this process: the agent puts each in a session of its own, so a terminal's Ctrl-C misses them
+        # the agent starts each child in its own session, so a terminal's Ctrl-C does not reach them
         import psutil
 
         for child in psutil.Process().children():
             if number == signal.SIGKILL or child.pid not in self._reached:
                 self._reached.add(child.pid)
                 child.send_signal(number)
-
-
-def tell(text: str) -> None:
-    """A line of the launcher's."""
-    print(f"shoal: {visible(text)}", file=sys.stderr, flush=True)

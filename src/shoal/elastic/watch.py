@@ -1,4 +1,4 @@
-"""The launcher's side of heartbeats: finds that a worker did not come further in time, and which one."""
+"""The launcher's side of heartbeats: detects a hang and finds the rank that causes it. No torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 
 from shoal.elastic.heartbeat import COMPILE, FOLDER, SOONER, Page, Sign, stacks_file
 
-# States in which a process does not come further by itself, and what to say of them.
+# States in which a process makes no progress by itself, with their descriptions.
 STUCK: Final = {
     psutil.STATUS_STOPPED: "stopped (SIGSTOP)",
     psutil.STATUS_TRACING_STOP: "stopped (by a debugger)",
@@ -24,40 +24,41 @@ STUCK: Final = {
     psutil.STATUS_DISK_SLEEP: "waiting for a disk or a device (state D)",
 }
 LASTING: Final = tuple(state for state in STUCK if state != psutil.STATUS_DISK_SLEEP)
-_MUTE: Final = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE)  # run no signal handler
+# States that run no signal handler.
+_MUTE: Final = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE)
 
-WORK_SECONDS: Final = 2.0  # over which it is seen whether a process works
-WORK_SHARE: Final = 0.05  # of a core: less than that is threads that look at a clock
-WORK_BYTES: Final = 1 << 20  # to or from a disk in that time
-LOCAL_PHASES: Final = ("data",)  # of a step: in which no process waits for another
+WORK_SECONDS: Final = 2.0  # interval over which a process's activity is measured
+WORK_SHARE: Final = 0.05  # of a core: less is threads that poll a clock
+WORK_BYTES: Final = 1 << 20  # read from or written to a disk in that interval
+LOCAL_PHASES: Final = ("data",)  # of a step, in which no rank waits for another
 
-PAUSE_SECONDS: Final = 1.0  # a launcher that looks later than so was itself held up, and its workers perhaps with it
-STACKS_SECONDS: Final = 2.0  # to wait for stacks at most
+PAUSE_SECONDS: Final = 1.0  # a longer gap between checks means that the launcher, and perhaps its workers, were paused
+STACKS_SECONDS: Final = 2.0  # maximum wait for stack traces
 
 
 @dataclass(frozen=True)
-class Look:
-    """What a rank said of itself last, and the state of its process ("" where that is not known)."""
+class RankStatus:
+    """A rank's last heartbeat, and the state of its process ("" if unknown)."""
 
     rank: int
     sign: Sign
     state: str
-    host: str = ""  # where it is another machine
-    works: bool = False  # computes, or reads a disk, where that may take as long as it takes
+    host: str = ""  # if on another machine
+    works: bool = False  # busy with work that has no time limit
 
 
 @dataclass(frozen=True)
 class Hang:
-    """A worker that did not join the others in time."""
+    """A rank that did not join the others in time."""
 
     rank: int
     step: int
     phase: str
     silent_seconds: float
     state: str  # words of `STUCK`, or ""
-    host: str  # where it is on another machine
-    stacks: Path | None  # None where they could not be kept
-    as_far: int = 0  # other ranks that nothing tells from this one but how long they are there
+    host: str  # if on another machine
+    stacks: Path | None  # None if they could not be written
+    ties: int = 0  # other ranks with the same progress, which only arrived later
 
     def __str__(self) -> str:
         where = f"{self.phase} of step {self.step}" if self.step else self.phase
@@ -65,56 +66,56 @@ class Hang:
             f"in {where} for {self.silent_seconds:.0f} s"
         )  # fmt: skip
         who = f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
-        others = (
-            f"; {self.as_far} other{'s are' if self.as_far > 1 else ' is'} at the same place" if self.as_far else ""
-        )
+        others = f"; {self.ties} other{'s are' if self.ties > 1 else ' is'} at the same place" if self.ties else ""
         return f"{who} did not join: {how}{others}" + (f"; stacks in {self.stacks}" if self.stacks else "")
 
 
-def find_culprit(looks: Sequence[Look]) -> Look:
-    """The rank that the others wait for: one that cannot run, else the one least far, not waiting itself, silent longest."""
-    return min(looks, key=lambda look: (_place(look), look.sign.since))
+def find_culprit(statuses: Sequence[RankStatus]) -> RankStatus:
+    """Return the rank that the others wait for: one that cannot run, else the least advanced, not waiting, longest silent."""
+    return min(statuses, key=lambda each: (_progress(each), each.sign.since))
 
 
-def as_far(culprit: Look, looks: Sequence[Look]) -> int:
+def count_ties(culprit: RankStatus, statuses: Sequence[RankStatus]) -> int:
     """
-    How many others are at the very place of `culprit`, so that the guess rests on who came there first. On a GPU whose
-    collectives are queued among its work, nothing says which of them waits for which.
+    Count the other ranks with the same progress as `culprit`: then the choice rests only on who arrived first.
+
+    On a GPU, collectives are queued among other work, so nothing shows which rank waits for which.
     """
-    return sum(_place(look) == _place(culprit) for look in looks) - 1
+    return sum(_progress(each) == _progress(culprit) for each in statuses) - 1
 
 
-def _place(look: Look) -> tuple[bool, int, int, bool]:
-    return look.state not in STUCK, look.sign.step, look.sign.turn, look.sign.waits
+def _progress(of: RankStatus) -> tuple[bool, int, int, bool]:
+    return of.state not in STUCK, of.sign.step, of.sign.turn, of.sign.waits
 
 
 class Pauses:
-    """How long the watcher itself was held up: a whole machine that sleeps has no culprit."""
+    """The times during which the launcher itself was paused: a whole machine that sleeps has no culprit."""
 
     def __init__(self, now: float) -> None:
         self._last = now
         self._pauses: list[tuple[float, float]] = []  # (end, seconds)
 
-    def look(self, now: float) -> None:
-        """The watcher looks."""
+    def tick(self, now: float) -> None:
+        """Record a check at `now`."""
         if now - self._last > PAUSE_SECONDS:
             self._pauses = [*self._pauses[-9:], (now, now - self._last)]
         self._last = now
 
     def since(self, moment: float) -> float:
-        """Seconds of the pauses that ended after `moment`."""
+        """Return the seconds of all pauses that ended after `moment`."""
         return sum(seconds for end, seconds in self._pauses if end > moment)
 
 
 class Work:
-    """Which processes work: they, or programs that they started, use a core or a disk."""
+    """Detects busy processes: they, or programs that they started, use a core or a disk."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[float, float, int]] = {}  # by process: when, seconds of a core, bytes of a disk
+        # by process: time of measurement, core seconds, disk bytes
+        self._seen: dict[int, tuple[float, float, int]] = {}
         self._found: dict[int, bool] = {}
 
-    def look(self, pid: int, now: float) -> bool:
-        """Whether it works; True as well while that is not known, for `WORK_SECONDS` from the first look on."""
+    def is_busy(self, pid: int, now: float) -> bool:
+        """Return whether the process is busy; True until `WORK_SECONDS` after the first call, while it is unknown."""
         before = self._seen.get(pid)
         if before is None:
             self._seen[pid] = (now, *_used(pid))
@@ -126,19 +127,19 @@ class Work:
         return self._found.get(pid, True)
 
     def forget(self, pid: int) -> None:
-        """Nobody asks about it now: the next answer is about what comes then."""
+        """Discard the measurements of a process, so that the next ones start from zero."""
         self._seen.pop(pid, None)
         self._found.pop(pid, None)
 
 
 def _used(pid: int) -> tuple[float, int]:
-    """(seconds of a core, bytes read from and written to a disk) of a process and those below it, since they started."""
+    """Return (core seconds, disk bytes read and written) of a process and its descendants since they started."""
     seconds, moved = 0.0, 0
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
         for each in (process, *process.children(recursive=True)):
             with contextlib.suppress(psutil.Error):
-                seconds += sum(each.cpu_times()[:4])  # with those of its children that have ended
+                seconds += sum(each.cpu_times()[:4])  # includes children that have ended
                 if hasattr(each, "io_counters"):
                     counts = each.io_counters()
                     moved += counts.read_bytes + counts.write_bytes
@@ -147,26 +148,27 @@ def _used(pid: int) -> tuple[float, int]:
 
 def may_take_long(sign: Sign) -> bool:
     """
-    Whether who works in this phase is not late, however long it takes: the machine may be busy. A step after the first may
-    be `strict`: a person said how long it may take, or a GPU computes, whose host works while it waits.
+    Return whether a busy process may take any time in this phase, since the machine may be loaded.
+
+    Steps after the first may be `strict`: the user set their limit, or a GPU computes, whose host is busy while it waits.
     """
     return not sign.waits and not (sign.strict and sign.in_step and sign.taken and sign.phase not in LOCAL_PHASES)
 
 
 class Watch:
-    """The pages of this machine's workers. Made before the workers: they find the folder in their environment."""
+    """The pages of this machine's workers. Create it before the workers, which find the folder in their environment."""
 
     def __init__(self, stacks: Path, folder: Path) -> None:
-        """stacks: the folder in which those of a hang are kept; folder: of the pages, that is there."""
+        """stacks: folder for the stack traces of hangs; folder: existing folder for the pages."""
         self._stacks, self._folder = stacks, folder
         os.environ[FOLDER] = str(folder)
         self._pages: dict[int, tuple[int, Page]] = {}  # by local rank: (rank, page)
         self._pauses = Pauses(time.monotonic())
         self._work = Work()
-        self._saved = 0  # of pages that are closed
+        self._saved = 0  # newest checkpoint on closed pages
 
     def start(self, ranks: Sequence[int], seconds: float) -> None:
-        """Workers of these ranks (in the order of local ranks) are about to start; so long until their first sign."""
+        """Prepare pages for workers of `ranks`, in local rank order; allow `seconds` for their first heartbeat."""
         self.close()
         self._pages = {local: (rank, Page(self._folder, local)) for local, rank in enumerate(ranks)}
         for _, page in self._pages.values():
@@ -175,74 +177,75 @@ class Watch:
             page.allow(SOONER * seconds)
 
     def sign(self, local_rank: int) -> Sign:
-        """The last sign of a worker, dead or alive."""
+        """Return the last heartbeat of a worker, dead or alive."""
         return self._pages[local_rank][1].read()
 
-    def looks(self, pids: Mapping[int, int]) -> list[Look]:
-        """Where the running workers (local rank -> process) are."""
+    def statuses(self, pids: Mapping[int, int]) -> list[RankStatus]:
+        """Return the status of the running workers. pids: local rank -> process id."""
         now = time.monotonic()
         signs = {local: self.sign(local) for local in pids}
         return [
-            Look(self._pages[local][0], signs[local], _state(pid), works=self._works(pid, signs[local], now))
+            RankStatus(self._pages[local][0], signs[local], _state(pid), works=self._works(pid, signs[local], now))
             for local, pid in pids.items()
         ]
 
     def taken(self, local_ranks: Iterable[int]) -> int:
-        """Steps that one of these workers has taken since it started, at most."""
+        """Return the most steps that any of these workers has taken since it started."""
         return max((self.sign(local).taken for local in local_ranks), default=0)
 
     def saved(self) -> int:
-        """The step of the newest checkpoint that a worker told of; 0: none."""
+        """Return the step of the newest checkpoint that a worker reported; 0: none."""
         return max((self._saved, *(page.read().saved for _, page in self._pages.values())))
 
-    def look(self, pids: Mapping[int, int], elsewhere: Callable[[], Sequence[Look]] = list) -> Hang | None:
+    def find_hang(self, pids: Mapping[int, int], elsewhere: Callable[[], Sequence[RankStatus]] = list) -> Hang | None:
         """
-        Whether one of the running workers (local rank -> process) is late; then who it is that they wait for.
+        Return the rank that causes a hang if a running worker is late, else None.
 
-        None as well where that one works on something that may take long: others wait for it, and nobody hangs.
-        elsewhere: asks where those on other machines are.
+        Also None if that rank is busy with work that may take long. pids: local rank -> process id. elsewhere: returns the
+        status of workers on other machines.
         """
         now = time.monotonic()
-        self._pauses.look(now)
+        self._pauses.tick(now)
         signs = {local: self.sign(local) for local in pids}
         if any(now > sign.until - 2 * WORK_SECONDS for sign in signs.values()):
-            self.looks(pids)  # so that it is known who works by the time that somebody is late
+            self.statuses(pids)  # measure activity ahead of the deadline
         if not any(now > sign.until + self._pauses.since(sign.since) for sign in signs.values()):
             return None
         others = list(elsewhere())
         if any(sign.phase == COMPILE and now <= sign.until for sign in (*signs.values(), *(k.sign for k in others))):
-            return None  # the others wait for one that works; should it not end, it is late itself
-        found = find_culprit([*self.looks(pids), *others])
+            return None  # the others wait for a compilation, which has its own deadline
+        found = find_culprit([*self.statuses(pids), *others])
         if found.works and found.state not in _MUTE:
             return None
         states = {local: _state(pid) for local, pid in pids.items()}
         kept = self._keep_stacks(pids, states, max(sign.step for sign in signs.values()))
-        # a rank that writes to a disk is in state D for moments: only one that still is counts
-        looks = [
-            Look(self._pages[local][0], signs[local], states[local] if _state(pid) == states[local] else "")
+        # a rank that writes to a disk is in state D for moments: count it only if it still is
+        statuses = [
+            RankStatus(self._pages[local][0], signs[local], states[local] if _state(pid) == states[local] else "")
             for local, pid in pids.items()
         ]
-        found = find_culprit([*looks, *others])
+        found = find_culprit([*statuses, *others])
         sign = found.sign
         return Hang(
             found.rank, sign.step, sign.phase, now - sign.since, STUCK.get(found.state, ""), found.host, kept,
-            as_far(found, [*looks, *others]),
+            count_ties(found, [*statuses, *others]),
         )  # fmt: skip
 
     def _works(self, pid: int, sign: Sign, now: float) -> bool:
         if may_take_long(sign):
-            return self._work.look(pid, now)
+            return self._work.is_busy(pid, now)
         self._work.forget(pid)
         return False
 
     def close(self) -> None:
+        """Close the pages; the newest checkpoint stays known."""
         self._saved = self.saved()
         for _, page in self._pages.values():
             page.close()
         self._pages = {}
 
     def _keep_stacks(self, pids: Mapping[int, int], states: Mapping[int, str], step: int) -> Path | None:
-        """All threads' stacks of all ranks in one file of the run; None where it cannot be written."""
+        """Write the stacks of all ranks' threads to one file; return its path, None if it cannot be written."""
         asked = {local: pid for local, pid in pids.items() if states[local] not in _MUTE}
         for pid in asked.values():
             with contextlib.suppress(ProcessLookupError):
@@ -261,11 +264,11 @@ class Watch:
             path = self._stacks / f"{time.strftime('%Y%m%d-%H%M%S')}-step-{step}-{socket.gethostname()}.txt"
             path.write_text("\n".join(parts), encoding="utf-8")
         except OSError:
-            return None  # a full disk: the run is started again all the same
+            return None  # a full disk must not prevent the restart
         return path
 
     def _await_stacks(self, asked: Sequence[int]) -> None:
-        """Until their files are there and grow no more."""
+        """Wait until the files exist and stop growing."""
         sizes: list[int] = []
         end = time.monotonic() + STACKS_SECONDS
         while time.monotonic() < end:

@@ -1,1 +1,1 @@
-"""What to do when something outside asks a run to stop, or its numbers go wrong."""
+"""Time limits, stragglers, the origin of NaN and Inf, and planned faults for tests."""

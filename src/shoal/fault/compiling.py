@@ -1,4 +1,4 @@
-"""Compilations are local work: while one runs, its worker is not late."""
+"""Tells the heartbeat of compilations: local work during which a worker is not late."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from shoal.system.torch_private import require
 @contextlib.contextmanager
 def told_of_compilations(heartbeat: Heartbeat, *, compiles: bool) -> Iterator[None]:
     """
-    Inside, torch's compiler tells `heartbeat` when it begins and ends, at whatever step it comes to that.
+    Have torch's compiler tell `heartbeat` when a compilation begins and ends, at any step inside.
 
-    compiles: whether the run compiles at all; else torch's compiler is not even imported.
+    compiles: False does nothing, and does not import the compiler.
     """
     if not compiles:
         yield

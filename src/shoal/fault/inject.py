@@ -1,12 +1,11 @@
 """
-Faults on purpose, for the tests that show what a run lives through: nothing happens unless a plan is set.
+Planned faults, for tests of recovery: without a plan nothing happens.
 
-A plan is JSON in the environment's SHOAL_FAULTS: a list of {"step", "phase", "rank", "fault", "life"}. When a process comes
-to a phase (see `PHASES`) for the first time in that step or a later one, and the plan has a fault there, it happens, once,
-and a line "fault" in the run's events says so before. `life` counts the starts of the run's workers from 0, so that a fault
-does not come again with the step.
+A plan is JSON in the environment variable SHOAL_FAULTS: a list of {"step", "phase", "rank", "fault", "life"}. A fault happens
+once, when its rank reaches its phase (see `POINTS`) in that step or a later one; the event "fault" is recorded first.
+`life` counts the starts of the run's workers from 0, so a fault does not recur when the step is repeated.
 
-The fault "slow" has "seconds" and "steps" too: in so many steps that phase takes so much longer.
+The fault "slow" also has "seconds" and "steps": that phase takes longer by these seconds, in as many steps.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ from torch import nn
 
 from shoal.mesh.region import Shard
 from shoal.run.events import Events
+from shoal.run.phases import PHASES
 
 PLAN: Final = "SHOAL_FAULTS"
 LIFE: Final = "TORCHELASTIC_RESTART_COUNT"
-PHASES: Final = (
-    "rendezvous", "load", "read", "data", "forward", "backward", "reduce", "optimizer",
-    "stage", "write", "manifest", "rename", "retention",
+POINTS: Final = (
+    "rendezvous", "load", "read", *PHASES, "stage", "write", "manifest", "rename", "retention",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Fault:
-    """What happens to a process when it comes to a phase of a step."""
+class Injected:
+    """A planned fault of one rank in one phase of a step."""
 
     step: int
     phase: str
@@ -52,24 +51,31 @@ class Fault:
 
 
 class PlannedError(Exception):
-    """The exception of the fault "exception"."""
+    """Raised by the fault "exception"."""
 
 
 class Faults:
-    """The faults of this process. `events`: the run's file of them."""
+    """The planned faults of this process. events: the run's event file."""
 
     def __init__(self, rank: int, events: Path, environment: Mapping[str, str] = os.environ) -> None:
         life = int(environment.get(LIFE, "0"))
-        planned = [Fault(**each) for each in json.loads(environment.get(PLAN, "[]"))]
+        planned = [Injected(**each) for each in json.loads(environment.get(PLAN, "[]"))]
         self._left = [f for f in planned if f.rank == rank and f.life == life]
         self._events = events
-        self._lock = threading.Lock()  # saves and the loader are threads of their own
+        self._lock = threading.Lock()  # saves and the loader run in other threads
         self.step = 0
         self.targets: dict[str, Callable[[], None]] = {}
-        """What is done for a fault that is none of `HAPPENS`: it concerns what only the run knows."""
+        """Faults not in `HAPPENS`: they need parts of the run."""
+
+    def enter(self, phase: str) -> None:
+        """Cause the faults planned where `phase` begins."""
+        self.at(phase)
+
+    def leave(self, phase: str) -> None:
+        """Do nothing: faults happen where a phase begins."""
 
     def at(self, phase: str) -> None:
-        """This process comes to `phase`."""
+        """Cause the fault planned at `phase`, if one is due."""
         if not self._left:
             return
         with self._lock:
@@ -81,14 +87,14 @@ class Faults:
         if due is not None and due.fault == "slow":
             threading.Event().wait(due.seconds)
         elif due is not None:
-            events = Events(self._events)  # for this line alone: any process may be the one
+            events = Events(self._events)  # any rank may write this line
             events.say("fault", **dataclasses.asdict(due), came=self.step)
             events.close()
             (HAPPENS | self.targets)[due.fault]()
 
 
 def poison(parts: Iterable[nn.Module], faults: Faults) -> None:
-    """What the first block gives is no number, in this step."""
+    """Make the first block's output NaN in this step."""
     step = faults.step
     block = next(m for part in parts for n, m in part.named_modules() if n.removeprefix("blocks.").isdigit())
 
@@ -102,13 +108,13 @@ def poison(parts: Iterable[nn.Module], faults: Faults) -> None:
 
 
 def flip(shards: Sequence[Shard]) -> None:
-    """One bit of one weight that this process holds."""
+    """Flip one bit of one weight held by this process."""
     words = shards[len(shards) // 2].tensor.detach().view(torch.int32).view(-1)
     words[len(words) // 2] ^= 1 << 20
 
 
 def tear(checkpoints: Path) -> None:
-    """The newest checkpoint is cut short, as after a power cut on a disk that lied; and this process is gone."""
+    """Truncate the newest checkpoint, as after a power cut on a disk that lied about flushing; kill this process."""
     newest = max(checkpoints.glob("step-*/*.safetensors"), default=None)
     if newest is not None:
         os.truncate(newest, newest.stat().st_size // 2)
@@ -116,7 +122,7 @@ def tear(checkpoints: Path) -> None:
 
 
 def _raise() -> None:
-    raise PlannedError("a fault that was planned")
+    raise PlannedError("a planned fault")
 
 
 def _hang() -> None:
@@ -128,14 +134,14 @@ def _fill() -> None:
 
 
 def _cut() -> None:
-    """All connections of this process are closed under it, as by a switch that fails."""
+    """Close all network connections of this process, as a failing switch would."""
     for descriptor in map(int, os.listdir("/proc/self/fd")):
         try:
             if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
                 with socket.socket(fileno=os.dup(descriptor)) as connection:
                     if connection.family in (socket.AF_INET, socket.AF_INET6):
                         connection.shutdown(socket.SHUT_RDWR)
-        except OSError:  # one that listens, or is gone
+        except OSError:  # it listens, or is closed already
             continue
 
 

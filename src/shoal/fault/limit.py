@@ -1,4 +1,4 @@
-"""When a run must stop to be saved before its time is up. No torch."""
+"""When a run must stop so that it can save before its time is up. No torch."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Final, Self
 
-STARTED: Final = "SHOAL_STARTED"  # the launcher's start, in seconds of the monotonic clock: a restart gives no new time
+STARTED: Final = (
+    "SHOAL_STARTED"  # the launcher's start, monotonic seconds: a restart of workers does not extend the time
+)
 ENDS: Final = "SLURM_JOB_END_TIME"  # seconds since 1970
 
 FLOOR_SECONDS: Final = 10.0  # to end all processes
-STEPS: Final = 3  # a stop is agreed on in one step, and on a GPU read in the next
+STEPS: Final = 3  # one to finish, one to agree on the stop, and on a GPU one until that is read
 RECENT: Final = 20  # steps
-SLOW_DISK: Final = 50e6  # bytes/s, of a process, while no save was seen
+SLOW_DISK: Final = 50e6  # bytes/s per process, assumed until the first save
 
 
 def start_clock() -> None:
-    """The launcher's time begins to count."""
+    """Start the launcher's time."""
     os.environ[STARTED] = str(time.monotonic())
 
 
 class TimeLimit:
     """
-    Says at each step whether to stop now: when what is left is less than
+    Decides at each step whether to stop: if the time left is less than
 
-        2 x the slowest save + 3 x the slowest of the recent steps (with what came between them) + 10 s.
+        2 * slowest save + 3 * slowest recent step (with the time up to the next step) + 10 s.
     """
 
     def __init__(self, ends: float | None, state_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """ends: by `clock`, None for no limit; state_bytes: what this process writes in a save, for a first guess."""
+        """ends: by `clock`; None: no limit. state_bytes: of this process in a save, for a first guess of its time."""
         self._ends, self._clock = ends, clock
         self._save_seconds = state_bytes / SLOW_DISK
         self._seen_save = False
@@ -40,8 +42,8 @@ class TimeLimit:
     @classmethod
     def open(cls, minutes: float | None, state_bytes: int, environment: Mapping[str, str] = os.environ) -> Self:
         """
-        Of this worker: `minutes` from the start of its launcher (or of itself, where another program launched it), or
-        where that is null, when Slurm ends its job, if there is one.
+        Open this worker's limit: `minutes` after its launcher started (or itself, under another launcher). If `minutes` is
+        None: the end of its Slurm job, if there is one.
         """
         now = time.monotonic()
         if minutes is not None:
@@ -51,16 +53,16 @@ class TimeLimit:
         return cls(None, state_bytes)
 
     def saved(self, seconds: float) -> None:
-        """A save took so long; the first one takes the place of the guess."""
+        """Learn a save's time; the first one replaces the guess."""
         self._save_seconds = max(self._save_seconds, seconds) if self._seen_save else seconds
         self._seen_save = True
 
     def margin(self) -> float:
-        """Seconds that are needed to stop in order."""
+        """Return the seconds needed to stop in order."""
         return 2 * self._save_seconds + STEPS * max(self._recent, default=0.0) + FLOOR_SECONDS
 
     def is_due(self) -> bool:
-        """Whether to stop now; asked once a step, which tells how long they take."""
+        """Return whether to stop now. Call it once a step: it measures steps by its calls."""
         now = self._clock()
         self._recent.append(now - self._last)
         self._last = now

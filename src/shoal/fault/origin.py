@@ -1,4 +1,4 @@
-"""Where a number that is none comes from: a step once more, with a look at what every module gives."""
+"""Find the first NaN or Inf by rerunning the step with hooks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, order=True)
 class Origin:
-    """A place; the lesser of two is the one that came first."""
+    """The place where NaN or Inf appeared; the smaller of two came first."""
 
-    in_gradient: bool  # which all processes have after the sum, and which comes after every output
+    in_gradient: bool  # gradients come after every output
     stage: int
-    turn: int  # modules that were called before it
+    turn: int  # modules called before it
     name: str
 
     def __str__(self) -> str:
@@ -25,10 +25,10 @@ class Origin:
 
 def find_origin(parts: Mapping[int, nn.Module], again: Callable[[], object]) -> Origin | None:
     """
-    What first gives a number that is not finite when `again` takes the step's forward and backward once more: a module
-    in forward, or else the parameter nearest to the loss whose gradient it is in. None where all is finite.
+    Return where NaN or Inf first appears when `again` repeats the step's forward and backward; None if all is finite.
 
-    parts: pipeline stages by their number. Waits for the device after every module: for what is rare.
+    That is a module in forward, or else the parameter nearest to the loss with such a gradient. parts: pipeline stages by
+    number. Waits for the device after every module, which is acceptable for a rare event.
     """
     watch = _Watch()
     named = [(stage, name, m) for stage, part in parts.items() for name, m in part.named_modules() if name]
@@ -48,11 +48,15 @@ def find_origin(parts: Mapping[int, nn.Module], again: Callable[[], object]) -> 
 
 
 class _Watch:
+    """Remembers the first module whose output is not finite."""
+
     def __init__(self) -> None:
         self.found: Origin | None = None
         self._calls = 0
 
     def hook(self, stage: int, name: str) -> Callable[[nn.Module, Any, Any], None]:
+        """Return a forward hook for the module `name`."""
+
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
             self._calls += 1
             if self.found is None and not all(map(_is_finite, _tensors(output))):
@@ -62,6 +66,7 @@ class _Watch:
 
 
 def _tensors(output: Any) -> list[Tensor]:
+    """Return the tensors in a module's output."""
     if isinstance(output, Tensor):
         return [output]
     if isinstance(output, Mapping):
@@ -70,6 +75,6 @@ def _tensors(output: Any) -> list[Tensor]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """In what this process holds of it."""
+    """Return whether this process's part of a tensor is finite."""
     local = getattr(tensor, "to_local", lambda: tensor)()
     return not local.is_floating_point() or bool(torch.isfinite(local).all())

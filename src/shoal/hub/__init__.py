@@ -1,1 +1,1 @@
-"""Folders of weights as Hugging Face lays them out: where they are, what is in them, what shape they say. No torch."""
+"""Folders of weights in Hugging Face's layout: finding, fetching, opening them, and reading their shape. No torch."""

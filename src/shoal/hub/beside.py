@@ -1,4 +1,4 @@
-"""What lies beside the weights in a folder: tokenizer, generation config, licence. No torch."""
+"""The files beside the weights in a folder: tokenizer, generation config, license. No torch."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ GENERATION: Final = "generation_config.json"
 TOKENIZER: Final = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tekken.json",
-    GENERATION,  # names tokens
+    GENERATION,  # names token ids
 )  # fmt: skip
 LICENSES: Final = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "USE_POLICY.md")
 OF_MODEL: Final = (CONFIG, *LICENSES)
 
 
 def keep(folder: Path, names: tuple[str, ...], copy: Path) -> None:
-    """Copy those of `names` that `folder` has, so that an export needs it no more. A copy made before stands."""
+    """Copy those of `names` that `folder` has, so that an export works without it. An existing copy is kept."""
     if copy.is_dir():
         return
     aside = copy.with_name(f".{copy.name}.tmp")
@@ -39,14 +39,14 @@ def keep(folder: Path, names: tuple[str, ...], copy: Path) -> None:
 
 @dataclass(frozen=True)
 class Dtypes:
-    """What the weights of a folder are, as safetensors names it: most of them, and those that are not."""
+    """The dtypes of a folder's weights, by safetensors' names: the most common one, and exceptions by tensor."""
 
     most: str
     others: Mapping[str, str]
 
     @property
     def name(self) -> str:
-        """As a config.json says it."""
+        """The most common dtype, by config.json's name."""
         return DTYPE_NAMES[self.most]
 
     def of(self, tensor: str) -> str:
@@ -54,33 +54,35 @@ class Dtypes:
 
 
 def keep_headers(model: ModelFolder, copy: Path) -> None:
-    """Write down what the weights were: a config.json may say something else, and the folder may be gone one day."""
+    """Record the dtypes and shapes of the weights: config.json may differ, and the folder may be deleted."""
     others = {name: e.dtype for name, e in model.tensors.items() if e.dtype != model.dtype}
     tensors = {name: (entry.dtype, entry.shape) for name, entry in model.tensors.items()}
     write_whole(copy / HEADERS, [json.dumps({"dtype": model.dtype, "others": others, "tensors": tensors}).encode()])
 
 
 def read_dtypes(copy: Path) -> Dtypes:
-    """What `keep_headers` wrote."""
+    """Return the dtypes that `keep_headers` wrote."""
     said = json.loads((copy / HEADERS).read_text("utf-8"))
     return Dtypes(said["dtype"], said["others"])
 
 
 def _refuse_stray(folder: Path, path: Path) -> None:
     """
-    Raises `ModelError` for a link out of the folder: its copy may be published, and a folder from elsewhere may say
-    `LICENSE -> ~/.ssh/id_rsa`. Into the `blobs` of Hugging Face's cache all links of its snapshots lead.
+    Raise `ModelError` for a link out of the folder.
+
+    Its copy may be published, and a downloaded folder may contain `LICENSE -> ~/.ssh/id_rsa`. Links into the `blobs` of
+    Hugging Face's cache are allowed, since all its snapshots consist of them.
     """
     target = path.resolve()
     if not target.is_relative_to(folder.resolve()) and target.parent.name != "blobs":
         raise ModelError(
-            f"{path} is a link out of its folder, to {target}, and what it leads to would come along with the model; put the "
-            "file itself there"
+            f"{path} links out of its folder to {target}, whose content would be copied with the model; replace the link "
+            "by the file"
         )
 
 
 def copy_files(folder: Path, target: Path, names: tuple[str, ...]) -> list[str]:
-    """Copy those of `names` that `folder` has; which they were. Raises `ModelError`."""
+    """Copy those of `names` that `folder` has, and return them. Raises `ModelError`."""
     found = [name for name in names if (folder / name).is_file()]
     for name in found:
         _refuse_stray(folder, folder / name)

@@ -1,12 +1,12 @@
-"""The model card of an export: what it was trained on, for how long, how well, and under which licence. No torch."""
+"""The model card of an export: its data, training length, losses and license. No torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Protocol
 
 from shoal.config.options import Config
 from shoal.hub.find import could_be_on_a_hub
@@ -22,9 +22,33 @@ _CORPORA = {
 }
 
 
+class TrainingLoss(Protocol):
+    """The loss of a training step, as `metrics.jsonl` records it."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def loss(self) -> float: ...
+
+
+class HeldOutLoss(Protocol):
+    """The loss on held-out text, as `metrics.jsonl` records it."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def val_loss(self) -> float: ...
+    @property
+    def val_bits_per_byte(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells beside the config."""
+    """The content of a card beside the config."""
 
     name: str
     architecture: str
@@ -33,12 +57,13 @@ class Facts:
     step: int
     tokens: int
     license: str | None
-    metrics: Sequence[Mapping[str, Any]]  # metrics.jsonl
+    steps: Sequence[TrainingLoss]  # of metrics.jsonl
+    evaluations: Sequence[HeldOutLoss]
     version: str  # of shoal
 
 
 def is_card(path: Path) -> bool:
-    """Whether `path` is a card that `model_card` wrote."""
+    """Return whether `model_card` wrote the file `path`."""
     try:
         return _TAG in path.read_text("utf-8").splitlines()
     except (OSError, ValueError):
@@ -46,7 +71,7 @@ def is_card(path: Path) -> bool:
 
 
 def model_card(config: Config, facts: Facts) -> str:
-    """`README.md`, with the header that model hubs read."""
+    """Return the text of `README.md`, with the header that model hubs read."""
     return "\n".join([*_header(config, facts), *_text(config, facts), *_curve(facts), ""])
 
 
@@ -96,15 +121,14 @@ def _text(config: Config, facts: Facts) -> list[str]:
 
 
 def _curve(facts: Facts) -> list[str]:
-    """Training and held-out loss at some of the steps: the held-out ones and, evenly, others."""
-    records = [r for r in facts.metrics if r["step"] <= facts.step]
-    losses = {int(r["step"]): r for r in records if "loss" in r}
-    held_out = {int(r["step"]): r for r in records if "val_loss" in r}
+    """Return a table of training and validation loss at evenly chosen steps."""
+    losses = {r.step: r for r in facts.steps if r.step <= facts.step}
+    held_out = {r.step: r for r in facts.evaluations if r.step <= facts.step}
     if not losses and not held_out:
         return []
     chosen = sorted({*_evenly(sorted(losses)), *_evenly(sorted(held_out))})
     rows = [
-        f"| {step:,} | {losses.get(step, held_out.get(step, {}))['tokens']:,} | {_number(losses.get(step), 'loss')} "
+        f"| {step:,} | {(losses.get(step) or held_out[step]).tokens:,} | {_number(losses.get(step), 'loss')} "
         f"| {_number(held_out.get(step), 'val_loss')} | {_number(held_out.get(step), 'val_bits_per_byte')} |"
         for step in chosen
     ]
@@ -113,11 +137,11 @@ def _curve(facts: Facts) -> list[str]:
 
 
 def _evenly(steps: Sequence[int]) -> list[int]:
-    """At most so many of them, the first and the last among them."""
+    """Return at most `CURVE_POINTS` of them, with the first and the last."""
     if len(steps) <= CURVE_POINTS:
         return list(steps)
     return [steps[round(i * (len(steps) - 1) / (CURVE_POINTS - 1))] for i in range(CURVE_POINTS)]
 
 
-def _number(record: Mapping[str, Any] | None, key: str) -> str:
-    return f"{record[key]:.4f}" if record else ""
+def _number(record: TrainingLoss | HeldOutLoss | None, key: str) -> str:
+    return f"{getattr(record, key):.4f}" if record else ""

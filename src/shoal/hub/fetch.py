@@ -1,10 +1,10 @@
 """
-A model from a hub to a folder, once, whole or not at all. No torch.
+The fetch of a model from a hub to a folder, complete or not at all, by one process at a time. No torch.
 
-models/OWNER/NAME/            what the others read; renamed into place when all of it is there
-models/OWNER/.NAME.partial/   what is there of it so far; the next try goes on from it
-models/OWNER/.NAME.lock       held by the one process, of all nodes that see the folder, that fetches
-models/OWNER/.NAME.old/       what was there before, for the moment until it is removed
+models/OWNER/NAME/            the model; renamed into place once it is complete
+models/OWNER/.NAME.partial/   an unfinished fetch, which the next one resumes
+models/OWNER/.NAME.lock       held by the fetching process, across all nodes that see the folder
+models/OWNER/.NAME.old/       the previous content, until it is removed
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from shoal.hub.remote import Remote, RemoteFile
     from shoal.hub.transfer import Progress
 
-# Beside the weights: config, tokenizer, chat template, terms. Nothing that could be run.
+# Files beside the weights: config, tokenizer, chat template, license. No code.
 WANTED = (
     "*.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "*.jinja",
     "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md", "README.md",
@@ -36,20 +36,20 @@ WANTED = (
 
 
 def no_progress(phase: str, done_bytes: int, total_bytes: int) -> None:
-    """Says nothing."""
+    """Report nothing."""
 
 
 def no_news(text: str) -> None:
-    """Says nothing."""
+    """Report nothing."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for."""
+    """A requested model."""
 
     name: str
     folder: Path
-    revision: str | None = None  # None: what is there, or else main
+    revision: str | None = None  # None: the present one, or else main
     force: bool = False
     verify: bool = False
 
@@ -65,25 +65,24 @@ def fetch_model(
     progress: Progress = no_progress,
 ) -> Path:
     """
-    The folder of a model, fetched if it is not there; of several processes one fetches, the others wait.
+    Return the folder of a model, fetched if it is missing. Of several processes, one fetches and the others wait.
 
-    Killed at any moment, the next call goes on where it stopped. `force` fetches what is there again, and the old
-    folder stands until the new one is whole. `verify` hashes what is there, instead of a look at the sizes.
-    Raises `ModelError`.
+    After a kill at any moment, the next call resumes. `force` fetches again; the old folder remains until the new one
+    is complete. `verify` hashes existing files instead of comparing sizes. Raises `ModelError`.
     """
     check_name(name)
     folder = MODELS / name if to is None else to
-    is_odd = folder.is_symlink() or folder.name in ("", "..")  # what is renamed is the folder that is meant
+    is_odd = folder.is_symlink() or folder.name in ("", "..")  # rename the folder itself, not a link to it
     request = Request(name, folder.resolve() if is_odd else folder, revision, force, verify)
     try:
-        if not force and _is_there(request, tell):  # also where the folder is not ours to write
+        if not force and _is_there(request, tell):  # also if the folder is read-only
             return folder
         _fetch_alone(request, tell, progress)
-    except BrokenPipeError:  # of who reads what we say
+    except BrokenPipeError:  # of the reader of our output
         raise
     except NoLocksError as error:
         raise ModelError(
-            f"cannot lock {error.filename}: {error.strerror}; give --to a folder on a disk that has locks"
+            f"cannot lock {error.filename}: {error.strerror}; set --to to a folder on a disk that supports locks"
         ) from None
     except OSError as error:
         raise ModelError(
@@ -94,18 +93,18 @@ def fetch_model(
 
 def _cure(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "free some space or give --to a folder on a larger disk; the same command goes on where it stopped"
-    return "give --to a folder that can be written"
+        return "free some space or set --to to a folder on a larger disk; the same command then resumes the fetch"
+    return "set --to to a writable folder"
 
 
 def _fetch_alone(request: Request, tell: Callable[[str], None], progress: Progress) -> None:
-    """Fetch under the lock, unless another process has done it while we waited."""
+    """Fetch under the lock, unless another process finished it while this one waited."""
     folder = request.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     before = _stamp(folder)
     with _lock(_aside(folder, "lock"), request.name, tell):
         partial = _aside(folder, "partial")
-        if (partial / RECORD).exists():  # it was whole, and killed before it was renamed
+        if (partial / RECORD).exists():  # it was complete, and killed before the rename
             _refuse_foreign(folder)
             replace_folder(partial, folder)
         is_new = _stamp(folder) != before
@@ -120,7 +119,7 @@ def _aside(folder: Path, kind: str) -> Path:
 
 
 def _stamp(folder: Path) -> tuple[int, int] | None:
-    """Changes whenever a folder is put in place."""
+    """Return a value that changes whenever a new folder is put in place."""
     try:
         status = (folder / RECORD).stat()
     except OSError:
@@ -130,7 +129,7 @@ def _stamp(folder: Path) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def _lock(path: Path, name: str, tell: Callable[[str], None]) -> Iterator[None]:
-    news = [f"waiting for another process that fetches {name}"]
+    news = [f"waiting for another process, which fetches {name}"]
 
     def say_once() -> None:
         if news:
@@ -145,18 +144,18 @@ def _lock(path: Path, name: str, tell: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-# --- what is there already ---------------------------------------------------------------------------------
+# --- an existing folder ---------------------------------------------------------------------------------
 
 
 def _is_there(request: Request, tell: Callable[[str], None]) -> bool:
-    """Whether the folder is what is asked for, and whole. Raises `ModelError` where it is something else."""
+    """Return whether the folder is the requested model, and complete. Raises `ModelError` if it holds another."""
     folder = request.folder
     record = load_record(folder)
     if record is None:
         return _was_put_by_hand(request, tell)
     other = _difference(request, record)
     if other and not request.force:
-        again = f"{fetch_command(request.name, folder)} --force replaces it, --to DIR puts the other one elsewhere"
+        again = f"{fetch_command(request.name, folder)} --force replaces it, --to DIR fetches elsewhere"
         raise ModelError(f"{folder} holds {other}; {again}")
     if other:
         return False
@@ -164,34 +163,33 @@ def _is_there(request: Request, tell: Callable[[str], None]) -> bool:
     if problem:
         tell(f"{problem}; fetching that again")
         return False
-    tell(f"{folder} is there and whole: {record.name} at {record.commit[:12]}")
+    tell(f"{folder} is complete: {record.name} at {record.commit[:12]}")
     return True
 
 
 def _difference(request: Request, record: Record) -> str:
-    """What a fetched folder is, and what it should have been; "" where it is what is asked for."""
+    """Return how a fetched folder differs from the request; "" if it does not."""
     if record.name != request.name:
-        return f"{record.name}, and not {request.name}"
+        return f"{record.name}, not {request.name}"
     if request.revision not in (None, record.revision, record.commit):
-        return f"revision {record.revision} of it, and not {request.revision}"
+        return f"its revision {record.revision}, not {request.revision}"
     return ""
 
 
 def _was_put_by_hand(request: Request, tell: Callable[[str], None]) -> bool:
-    """Whether a model is there that no record describes. Raises `ModelError` where it is something else, or broken."""
+    """Return whether the folder holds a model without a record. Raises `ModelError` if it is broken, or no model."""
     folder = request.folder
     if (folder / RECORD).exists() or not _holds_something(folder):
         return False
     if not (folder / CONFIG).is_file():
-        raise ModelError(f"{folder} holds something else: it has no {CONFIG}; give --to another folder")
+        raise ModelError(f"{folder} holds something else: it has no {CONFIG}; set --to to another folder")
     ModelFolder.open(folder)
     asked = f"--revision {request.revision}" if request.revision else "--verify" if request.verify else ""
     if asked:
         raise ModelError(
-            f"{folder} was not fetched by shoal, so that nothing says what it should be, as {asked} asks; --to DIR fetches "
-            "beside it"
+            f"{folder} was not fetched by shoal, so {asked} has no record to compare with; --to DIR fetches it elsewhere"
         )
-    tell(f"{folder} is there; shoal did not fetch it, so only its form is checked")
+    tell(f"{folder} exists; shoal did not fetch it, so only its form is checked")
     return True
 
 
@@ -200,12 +198,12 @@ def _holds_something(folder: Path) -> bool:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """What `shoal fetch` did not write is not removed. Raises `ModelError`."""
+    """Raise `ModelError` if the folder holds anything that `shoal fetch` did not write, which is never removed."""
     if not _holds_something(folder):
         return
     if not (folder / RECORD).exists():
         raise ModelError(
-            f"{folder} was not fetched by shoal, so --force does not replace it; move it away, or give --to another folder"
+            f"{folder} was not fetched by shoal, so --force does not replace it; move it away, or set --to to another folder"
         )
     record = load_record(folder)
     known = {RECORD, *record.files} if record else set()
@@ -228,7 +226,7 @@ def _fetch(request: Request, partial: Path, tell: Callable[[str], None], progres
     beside, weights = _choose(remote)
     partial.mkdir(exist_ok=True)
     transfer = Transfer(remote, folder, partial, progress)
-    if weights[0].name == INDEX:  # the one small file that says which the others are
+    if weights[0].name == INDEX:  # the small file that lists the others
         transfer.start(weights)
         transfer.bring(weights[0])
         weights = [weights[0], *_shards(remote, partial / INDEX)]
@@ -243,11 +241,11 @@ def _fetch(request: Request, partial: Path, tell: Callable[[str], None], progres
     sync(partial)
     write_whole(partial / RECORD, [Record(request.name, revision, remote.commit, files).to_json()])
     replace_folder(partial, folder)
-    tell(f"{folder} is there and whole: {remote.name} at {remote.commit[:12]}")
+    tell(f"{folder} is complete: {remote.name} at {remote.commit[:12]}")
 
 
 def _choose(remote: Remote) -> tuple[list[RemoteFile], list[RemoteFile]]:
-    """What is wanted beside the weights, and the weights: one file, or the index of several. Raises `ModelError`."""
+    """Return the files beside the weights, and the weights: one file, or the index. Raises `ModelError`."""
     top = {name: file for name, file in remote.files.items() if "/" not in name and name != RECORD}
     beside = [
         f for n, f in top.items() if any(fnmatch.fnmatchcase(n, w) for w in WANTED) and not n.endswith(".index.json")
@@ -262,33 +260,31 @@ def _choose(remote: Remote) -> tuple[list[RemoteFile], list[RemoteFile]]:
     else:
         raise ModelError(_no_weights(remote.name, found, top))
     if CONFIG not in top:
-        raise ModelError(
-            f"{remote.name} has no {CONFIG}, so it cannot be known what its weights are; look for a model that has one"
-        )
+        raise ModelError(f"{remote.name} has no {CONFIG}, which describes its weights; look for a model that has one")
     return beside, [top[weights]]
 
 
 def _no_weights(name: str, found: list[str], files: Iterable[str]) -> str:
     if found:
-        return f"{name} has {len(found)} *.safetensors and no {INDEX} that says what is where"
+        return f"{name} has {len(found)} *.safetensors and no {INDEX} that lists their tensors"
     pickles = sorted(f for f in files if any(fnmatch.fnmatchcase(f, pattern) for pattern in PICKLES))
     if not pickles:
         return f"{name} has no *.safetensors; look for a model that has them"
     return (
-        f"{name} has only pickled weights ({pickles[0]}): {WHY_NO_PICKLES}; look for a copy with *.safetensors, or among "
-        "the pull requests on its page for one that adds them: --revision refs/pr/N takes it"
+        f"{name} has only pickled weights ({pickles[0]}): {WHY_NO_PICKLES}; look for a copy with *.safetensors, or for "
+        "a pull request on its page that adds them, fetched with --revision refs/pr/N"
     )
 
 
 def _shards(remote: Remote, index: Path) -> list[RemoteFile]:
-    """The files that an index names. Raises `ModelError` where the hub has not got one."""
+    """Return the files that an index names. Raises `ModelError` if the hub lacks one."""
     try:
         names = sorted(set(shard_names(parse_object(index.read_bytes()), index).values()))
     except ValueError as error:
         raise ModelError(f"the {INDEX} of {remote.name} {error}") from None
     absent = [name for name in names if name not in remote.files]
     if absent:
-        raise ModelError(f"{remote.name} lacks {absent[0]}, which its {INDEX} names; it is not whole on the hub")
+        raise ModelError(f"{remote.name} lacks {absent[0]}, which its {INDEX} names; it is incomplete on the hub")
     return [remote.files[name] for name in names]
 
 
@@ -296,11 +292,11 @@ def _check_form(remote: Remote, partial: Path) -> None:
     try:
         ModelFolder.open(partial)
     except ModelError as error:
-        raise ModelError(f"{remote.name} came as the hub has it, and is broken there: {error}") from None
+        raise ModelError(f"{remote.name} is broken on the hub: {error}") from None
 
 
 def _keep_only(folder: Path, names: Iterable[str]) -> None:
-    """Remove what another commit left."""
+    """Remove files of an earlier commit."""
     for path in folder.iterdir():
         if path.name not in names:
             path.unlink()

@@ -1,4 +1,4 @@
-"""Where a model is on this machine, by folder or by name. No torch, and no network."""
+"""The place of a model on this machine, by folder or by name. No torch, and no network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from shoal.system.output import on_one_line
 __all__ = [
     "MODELS",
     "by_hand",
-    "called",
     "check_name",
     "close_names",
     "could_be_on_a_hub",
@@ -23,52 +22,31 @@ __all__ = [
     "find_path",
     "near_path",
     "no_name",
-    "stand_in",
 ]
 
 
-NAMES_COMPARED = 10_000  # of a folder; more take longer than a hint is worth
-
-_kept: dict[str, Path] = {}  # name -> what a run keeps of the folder that it started from
+NAMES_COMPARED = 10_000  # per folder; more would take longer than a hint is worth
 
 
-def stand_in(name: str, kept: Path) -> bool:
+def find_model(name: str, kept: Path | None = None) -> Path:
     """
-    In this process, `kept` is what `find_model` gives where `name` is nowhere; says whether that is so now.
+    Return the folder of a model: `name` itself, that of `shoal fetch`, that of Hugging Face's cache, or else `kept`.
 
-    For a run that goes on: its checkpoint has the weights, and all else that it had from the folder it keeps.
-    """
-    _kept[name] = kept
-    try:
-        return find_model(name) == kept
-    except ModelError:  # it is there, and broken
-        return False
-
-
-def called(folder: Path) -> str:
-    """The path of `folder`; of one that stands in, that for which it does: a run's config does not change by it."""
-    return next((name for name in reversed(_kept) if _kept[name] == folder), str(folder))
-
-
-def find_model(name: str) -> Path:
-    """
-    The folder of a model: `name` itself, where `shoal fetch` put it, or where Hugging Face's own programs did; or else
-    what a run keeps of it (`stand_in`).
-
-    Raises `ModelError` where it is nowhere, or where files of a fetched folder are gone or cut short.
+    kept: a run's copy of everything but the weights. Raises `ModelError` if there is none, or if files of a fetched folder
+    are missing or cut short.
     """
     for place in (name, str(MODELS / name)):
         folder = find_path(place)
         if folder is not None and folder.is_dir():
             return _whole(folder)
-    return _in_cache(name) or _kept.get(name) or _refuse(name)
+    return _in_cache(name) or kept or _refuse(name)
 
 
 def find_path(name: str) -> Path | None:
     """
-    The file or folder of that path, with `~` as shells have it; None where there is none.
+    Return the file or folder of that path, with `~` expanded as in a shell; None if it does not exist.
 
-    Raises `ModelError` where nobody can tell: no right to look, a `~user` who is none, a name that is too long.
+    Raises `ModelError` if that cannot be determined: no permission, an unknown `~user`, a name that is too long.
     """
     try:
         path = Path(name).expanduser()
@@ -79,52 +57,52 @@ def find_path(name: str) -> Path | None:
 
 
 def near_path(path: str) -> str:
-    """What `path`, which is not there, may have been meant to be: " (did you mean books/a.txt?)", or nothing."""
+    """Return a hint for a missing `path`: " (did you mean books/a.txt?)", or an empty text."""
     if any(sign in path for sign in "*?["):
-        return " (patterns are not expanded here; name the folder)"
+        return " (patterns are not expanded; name the folder)"
     try:
         whole = Path(path).expanduser()
         there = whole
         while there != there.parent and not there.parent.is_dir():
-            there = there.parent  # the first part that is not there
+            there = there.parent  # the first missing part
         beside = [entry.name for entry in islice(os.scandir(there.parent), NAMES_COMPARED)]
         near = [there.parent / name for name in difflib.get_close_matches(there.name, beside, 3)]
         whole_ones = [deeper for path in near if (deeper := path / whole.relative_to(there)).exists()]
-    except (OSError, RuntimeError, ValueError):  # no right to look, a `~user` who is none: nothing is known to be near
+    except (OSError, RuntimeError, ValueError):  # no permission, or an unknown `~user`: there is no hint
         return ""
     return f" (did you mean {' or '.join(map(str, whole_ones or near))}?)" if near else ""
 
 
 def by_hand(name: str, folder: Path) -> str:
-    """What a person without a network puts where."""
+    """Return instructions to provide a model without a network."""
     cached = _in_cache(name)
     if cached:
-        return f"without a network, it is read from {cached}, where Hugging Face's programs put it"
+        return f"without a network, shoal reads it from {cached}, Hugging Face's cache"
     return (
-        f"without a network, put {name}'s config.json, *.safetensors (with model.safetensors.index.json where there are "
+        f"without a network, put {name}'s config.json, *.safetensors (with model.safetensors.index.json if there are "
         f"several), tokenizer.json, tokenizer_config.json and generation_config.json into {folder}"
     )
 
 
 def check_name(name: str) -> None:
-    """Raises `ModelError` where no model of a hub can have that name; one that passes is a folder's name too."""
+    """Raise `ModelError` unless `name` could be a model on a hub, and so a folder's name too."""
     if not could_be_on_a_hub(name):
         raise ModelError(no_name(name))
 
 
 def no_name(name: str) -> str:
-    """What to do about a name that is none."""
-    return f"{name!r} is no name of a model; it is OWNER/NAME, as the model's page on the hub has it"
+    """Return the message for an invalid name."""
+    return f"{name!r} is not a model's name; use OWNER/NAME, as shown on the model's page on the hub"
 
 
 def could_be_on_a_hub(name: str) -> bool:
-    """Whether `name` is NAME or OWNER/NAME, and no path."""
+    """Return whether `name` is NAME or OWNER/NAME, rather than a path."""
     parts = name.split("/")
     return len(parts) <= 2 and all(p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts)
 
 
 def close_names(name: str) -> list[str]:
-    """Models of this machine that are called much like `name`, by the whole name or by what follows the slash."""
+    """Return the models on this machine with a name similar to `name`, in whole or after the slash."""
     known: dict[str, str] = {}
     for model in sorted({*_names_under(MODELS), *_names_in_cache()}):
         known.setdefault(model.lower(), model)
@@ -137,7 +115,7 @@ def _whole(folder: Path) -> Path:
     record = load_record(folder)
     problem = record.missing(folder) if record else ""
     if record and problem:
-        raise ModelError(f"{problem}; {fetch_command(record.name, folder)} gets it again")
+        raise ModelError(f"{problem}; {fetch_command(record.name, folder)} fetches it again")
     return folder
 
 
@@ -149,10 +127,10 @@ def _refuse(name: str) -> Path:
     folder = MODELS / name
     if folder.with_name(f".{folder.name}.partial").is_dir():
         raise ModelError(
-            f"{folder} is not all there yet; {fetch_command(name, folder)} goes on with it, or waits for who does"
+            f"{folder} is not complete yet; {fetch_command(name, folder)} resumes the fetch, or waits for another process"
         )
     raise ModelError(
-        f"there is no folder {name} and no {folder}{meant or ';'} {fetch_command(name, folder)} gets it; {by_hand(name, folder)}"
+        f"there is no folder {name} and no {folder}{meant or ';'} {fetch_command(name, folder)} fetches it; {by_hand(name, folder)}"
     )
 
 
@@ -164,7 +142,7 @@ def _names_under(folder: Path) -> Iterator[str]:
     for pattern in ("*/config.json", "*/*/config.json"):
         for path in folder.glob(pattern):
             found = path.parent.relative_to(folder)
-            if not found.name.startswith("."):  # a fetch that is not finished
+            if not found.name.startswith("."):  # an unfinished fetch
                 yield found.as_posix()
 
 
@@ -173,9 +151,9 @@ def _names_under(folder: Path) -> Iterator[str]:
 
 def _cache() -> Path:
     """
-    As huggingface_hub finds it; read here because importing that library takes longer than looking.
+    Return Hugging Face's cache, found as huggingface_hub does. Importing that library would take longer.
 
-    Raises `ModelError` where it is in the home of a user who has none.
+    Raises `ModelError` if the cache is in an unknown user's home.
     """
     above = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     below = Path(os.environ.get("HF_HOME") or above) / "hub"
@@ -187,7 +165,7 @@ def _cache() -> Path:
 
 
 def _in_cache(name: str) -> Path | None:
-    """The snapshot of a model's main branch, where its config and weights are in it."""
+    """Return the snapshot of a model's main branch, if it has a config and weights."""
     if not could_be_on_a_hub(name):
         return None
     folder = _cache() / f"models--{name.replace('/', '--')}"

@@ -1,4 +1,4 @@
-"""A folder of weights, opened: its config, and which tensor is in which file. No torch; no weight is read."""
+"""An open folder of weights: its config, and the file of each tensor. No torch; reads no weights."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["CONFIG", "HEADERS", "INDEX", "SINGLE", "Entry", "ModelFolder"]
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-HEADERS = "weights.json"  # what a run keeps of its first weights: which they were, and not what was in them
+HEADERS = "weights.json"  # what a run keeps of its initial weights: names, dtypes and shapes
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """What a folder holds. Every file of weights is there and of the size that its header says."""
+    """The content of a folder. Every file of weights exists and has the size in its header."""
 
     path: Path
     config: Mapping[str, Any]  # config.json
@@ -33,10 +33,10 @@ class ModelFolder:
 
     @classmethod
     def open(cls, path: Path) -> ModelFolder:
-        """Raises `ModelError`, which names the file, where something is missing, cut short or not what it says."""
+        """Open a folder. Raises `ModelError`, which names the file, if one is missing, cut short or inconsistent."""
         if not path.is_dir():
             raise ModelError(f"there is no folder {path}")
-        config = _read_object(path / CONFIG, "it says what the model is")
+        config = _read_object(path / CONFIG, "it describes the model")
         try:
             tensors = _kept_headers(path) or _merge(_weight_files(path))
         except OSError as error:
@@ -47,12 +47,12 @@ class ModelFolder:
 
     @cached_property
     def is_kept(self) -> bool:
-        """Whether this is what a run keeps of the folder that it started from: all but the weights."""
+        """Whether this is a run's copy of the folder that it started from, without the weights."""
         return all(entry.file.name == HEADERS for entry in self.tensors.values())
 
     @cached_property
     def dtype(self) -> str:
-        """What most numbers of the weights are, as safetensors names it: "BF16"."""
+        """The dtype of most weights, by safetensors' name: "BF16"."""
         counts: Counter[str] = Counter()
         for entry in self.tensors.values():
             counts[entry.dtype] += prod(entry.shape)
@@ -60,7 +60,7 @@ class ModelFolder:
 
     @cached_property
     def bytes(self) -> int:
-        """Of all weights."""
+        """The size of all weights."""
         return sum(entry.bytes for entry in self.tensors.values())
 
     @cached_property
@@ -70,18 +70,18 @@ class ModelFolder:
 
 
 def _kept_headers(path: Path) -> dict[str, Entry]:
-    """The tensors that a run's copy says were there; none in a folder of weights, and none in a copy of an older shoal."""
+    """Return the tensors recorded in a run's copy; none for a folder of weights, or a copy by an older shoal."""
     if not (path / HEADERS).is_file() or any(path.glob("*.safetensors")):
         return {}
-    said = _read_object(path / HEADERS, "it says what the weights were").get("tensors", {})
+    said = _read_object(path / HEADERS, "it describes the weights").get("tensors", {})
     try:
         return {name: Entry(path / HEADERS, kind, tuple(map(int, shape))) for name, (kind, shape) in said.items()}
     except (AttributeError, TypeError, ValueError):
-        raise _broken(path / HEADERS, "does not say what the weights were") from None
+        raise _broken(path / HEADERS, "does not describe the weights") from None
 
 
 def _merge(files: Mapping[Path, set[str]]) -> dict[str, Entry]:
-    """The tensors of all files; each file must have the names that the index puts there."""
+    """Return the tensors of all files. Raises `ModelError` if a file lacks a name that the index promises."""
     tensors: dict[str, Entry] = {}
     for file, promised in files.items():
         try:
@@ -94,20 +94,20 @@ def _merge(files: Mapping[Path, set[str]]) -> dict[str, Entry]:
             raise _broken(file, f"lacks {absent[0]}{more}, which {INDEX} says it has")
         for name, entry in found.items():
             if name in tensors:
-                raise _broken(file, f"has {name}, which {tensors[name].file.name} has too")
+                raise _broken(file, f"has {name}, as does {tensors[name].file.name}")
             tensors[name] = entry
     return tensors
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str]]:
-    """The files of weights, and the names that an index promises in each; none without an index."""
+    """Return the files of weights, each with the names that an index promises in it; none without an index."""
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: set()}
     if (folder / INDEX).is_file():
         return _indexed_files(folder)
     found = sorted(folder.glob("*.safetensors"))
     if len(found) > 1:
-        raise _broken(folder, f"has {len(found)} *.safetensors and no {INDEX} that says what is where")
+        raise _broken(folder, f"has {len(found)} *.safetensors and no {INDEX} that lists their tensors")
     if not found:
         raise _no_weights(folder)
     return {found[0]: set()}
@@ -116,7 +116,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
 def _indexed_files(folder: Path) -> dict[Path, set[str]]:
     index = folder / INDEX
     files: dict[Path, set[str]] = {}
-    for name, file in shard_names(_read_object(index, "it says what is where"), index).items():
+    for name, file in shard_names(_read_object(index, "it lists the file of each tensor"), index).items():
         files.setdefault(folder / file, set()).add(name)
     for path in files:
         if not path.is_file():
@@ -125,13 +125,13 @@ def _indexed_files(folder: Path) -> dict[Path, set[str]]:
 
 
 def shard_names(index: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Tensor -> file of an index read from `path`. Raises `ModelError` where a file is not beside the index."""
+    """Return tensor -> file of an index read from `path`. Raises `ModelError` for a file outside its folder."""
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise _broken(path, "has no weight_map that says what is where")
+        raise _broken(path, "has no weight_map that lists the file of each tensor")
     for file in names.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise _broken(path, f"names {file!r}, which is no *.safetensors beside it")
+            raise _broken(path, f"names {file!r}, which is not a *.safetensors beside it")
     return names
 
 
@@ -143,7 +143,7 @@ def _read_object(path: Path, purpose: str) -> dict[str, Any]:
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise _broken(path, f"is no JSON object: {error}") from None
+        raise _broken(path, f"is not a JSON object: {error}") from None
 
 
 def _no_weights(folder: Path) -> ModelError:
@@ -151,20 +151,20 @@ def _no_weights(folder: Path) -> ModelError:
     if pickles:
         return ModelError(
             f"{folder} has only pickled weights ({pickles[0]}): {WHY_NO_PICKLES}; save it with "
-            "safe_serialization=True in transformers, or take a copy that has *.safetensors"
+            "safe_serialization=True in transformers, or use a copy that has *.safetensors"
         )
     return _broken(folder, "has no *.safetensors")
 
 
-WHY_NO_PICKLES = "a pickle can run code when it is read, so none ever is"
+WHY_NO_PICKLES = "a pickle can run code when it is read, so shoal reads none"
 
 
 def _broken(path: Path, what: str) -> ModelError:
-    """`path` is the folder, or a file in it. Says how to get it again where it was fetched."""
+    """Return the error for `path`, a folder or a file in it, with the command that fetches it again."""
     folder = path if path.is_dir() else path.parent
     record = load_record(folder)
     if record is None:
         cure = "get that file again, or the whole folder"
     else:
-        cure = f"{fetch_command(record.name, folder)} --force gets it again"
+        cure = f"{fetch_command(record.name, folder)} --force fetches it again"
     return ModelError(f"{path} {what}; {cure}")

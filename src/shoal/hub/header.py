@@ -22,13 +22,13 @@ BITS = {
 }  # fmt: skip
 
 
-# The dtypes that weights here can have: as safetensors names them -> as torch, and a config.json, does.
+# The supported dtypes of weights: safetensors' name -> the name in torch and config.json.
 DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is, and what it is."""
+    """A tensor's file, dtype and shape."""
 
     file: Path
     dtype: str  # as safetensors names it: "F32", "BF16"
@@ -65,26 +65,26 @@ def header_bytes(
 
 def read_header(path: Path) -> dict[str, Entry]:
     """
-    The tensors of a safetensors file, by name, in the order of the header.
+    Return the tensors of a safetensors file by name, in the order of the header.
 
-    Raises `ValueError`, which says what is wrong with the file but not its name, and `OSError`.
-    https://huggingface.co/docs/safetensors: eight bytes of length, a JSON object, then the data.
+    Format (https://huggingface.co/docs/safetensors): eight bytes of length, a JSON object, then the data. Raises
+    `ValueError`, whose message is a predicate without the file's name, and `OSError`.
     """
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(max(LENGTH_BYTES, len(LFS_POINTER)))
         if start == LFS_POINTER:
-            raise ValueError("is a pointer of Git LFS, and not the weights")
+            raise ValueError("is a Git LFS pointer instead of the weights")
         if len(start) < LENGTH_BYTES:
             raise ValueError(f"is cut short: it has {file_bytes} bytes")
         length = int.from_bytes(start[:LENGTH_BYTES], "little")
         if not 2 <= length <= MAX_HEADER_BYTES:
-            raise ValueError("is no safetensors file")
+            raise ValueError("is not a safetensors file")
         file.seek(LENGTH_BYTES)
         text = file.read(length)
     data_start = LENGTH_BYTES + length
     if len(text) < length:
-        raise ValueError(f"is cut short: it has {file_bytes:,} bytes, its header alone {data_start:,}")
+        raise ValueError(f"is cut short: it has {file_bytes:,} bytes, but its header alone has {data_start:,}")
     fields = _parse(text)
     fields.pop("__metadata__", None)
     entries = {}
@@ -97,13 +97,13 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """A JSON object in which no name stands twice. Raises `ValueError`."""
+    """Return a JSON object without duplicate names. Raises `ValueError`."""
     try:
         found = json.loads(text, object_pairs_hook=_once)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     if not isinstance(found, dict):
-        raise ValueError("is no JSON object")
+        raise ValueError("is not a JSON object")
     return found
 
 
@@ -126,23 +126,23 @@ def _parse(text: bytes) -> dict[str, Any]:
     except _TwiceError:
         raise
     except ValueError:
-        raise ValueError("is no safetensors file: its header cannot be read") from None
+        raise ValueError("is not a safetensors file: its header cannot be read") from None
 
 
 def _entry(path: Path, name: str, field: Any) -> tuple[Entry, tuple[int, int]]:
-    """A tensor and the bytes it takes in the data, (first, after the last)."""
+    """Return a tensor and its byte range in the data, (start, end)."""
     try:
         dtype, shape, (start, end) = field["dtype"], field["shape"], field["data_offsets"]
         sound = isinstance(dtype, str) and _are_counts([start, end]) and isinstance(shape, list) and _are_counts(shape)
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:
-        raise ValueError(f"has a header that does not say where {name} is")
+        raise ValueError(f"has a header without a valid location of {name}")
     if dtype not in BITS:
-        raise ValueError(f"holds {name} in {dtype}, which is not known here")
+        raise ValueError(f"holds {name} in {dtype}, an unknown dtype")
     entry = Entry(path, dtype, tuple(shape))
     if end - start != entry.bytes:
-        raise ValueError(f"has {end - start} bytes for {name}, which is {dtype} of shape {shape}")
+        raise ValueError(f"has {end - start} bytes for {name}, which is {dtype} with shape {shape}")
     return entry, (start, end)
 
 
@@ -151,12 +151,12 @@ def _are_counts(values: Iterable[Any]) -> bool:
 
 
 def _check_spans(spans: list[tuple[int, int]], data_bytes: int) -> None:
-    """Every byte of the data belongs to one tensor."""
+    """Check that every byte of the data belongs to exactly one tensor. Raises `ValueError`."""
     spans = [(0, 0), *sorted(spans)]
     if any(first[1] != second[0] for first, second in pairwise(spans)):
-        raise ValueError("has a header whose tensors overlap or leave holes")
+        raise ValueError("has a header whose tensors overlap or leave gaps")
     stated = spans[-1][1]
     if data_bytes < stated:
-        raise ValueError(f"is cut short: it has {data_bytes:,} bytes of weights, its header says {stated:,}")
+        raise ValueError(f"is cut short: it has {data_bytes:,} bytes of weights, but its header says {stated:,}")
     if data_bytes > stated:
         raise ValueError(f"has {data_bytes - stated:,} bytes more than its header says")

@@ -1,4 +1,4 @@
-"""What `shoal fetch` writes beside a model: where it is from, and how large each file is. No torch."""
+"""The record that `shoal fetch` writes beside a model: its origin, and each file's size and hash. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODELS = Path("models")  # where `shoal fetch model NAME` puts NAME
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as the hub states it."""
+    """A file's size and hash, as the hub states them."""
 
     bytes: int
     sha256: str
@@ -23,10 +23,10 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """A folder that `shoal fetch` wrote; the record is its last file, so that where it is, all of them were."""
+    """A folder that `shoal fetch` wrote; the record is written last, so its presence means that all files were."""
 
     name: str
-    revision: str  # as it was asked for: a branch, a tag or a commit
+    revision: str  # as requested: a branch, a tag or a commit
     commit: str
     files: Mapping[str, FileRecord]
 
@@ -34,7 +34,7 @@ class Record:
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
     def missing(self, folder: Path, *, hashes: bool = False) -> str:
-        """What is not as it was written, "" where all is: sizes, and with `hashes` every byte. Raises `OSError`."""
+        """Return the first problem of the files' sizes and, with `hashes`, contents; "" if none. Raises `OSError`."""
         for name, file in self.files.items():
             path = folder / name
             if not path.is_file():
@@ -48,7 +48,7 @@ class Record:
 
 
 def load_record(folder: Path) -> Record | None:
-    """The record of a folder; none where `shoal fetch` did not write it, or the record cannot be read."""
+    """Return the record of a folder; None if there is none, or it cannot be read."""
     try:
         fields = json.loads((folder / RECORD).read_bytes())
         files = {name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in fields["files"].items()}
@@ -58,6 +58,6 @@ def load_record(folder: Path) -> Record | None:
 
 
 def fetch_command(name: str, folder: Path) -> str:
-    """What a person types to have `name` in `folder`."""
+    """Return the command that fetches `name` into `folder`."""
     there = "" if folder == MODELS / name else f" --to {folder}"
     return f"shoal fetch model {name}{there}"

@@ -1,4 +1,4 @@
-"""A hub: what it has, and its files as bytes. Every way in which it can fail is a `ModelError`. No torch."""
+"""A model hub: its listing and its files. Every failure is a `ModelError`. No torch."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from shoal.errors import ModelError
 from shoal.hub.find import by_hand, close_names, no_name
 from shoal.system.secrets import without_password
 
-# What the HTTP library raises, whichever one huggingface_hub is built on: httpx below 2, httpx2 since.
+# The base error of huggingface_hub's HTTP library: httpx before version 2, httpx2 since.
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 CONNECT_SECONDS = 10.0
-READ_SECONDS = 30.0  # without a single byte
-FRUITLESS_TRIES = 3  # connections in a row that bring nothing
+READ_SECONDS = 30.0  # without receiving a byte
+FRUITLESS_TRIES = 3  # consecutive connections without data
 PAUSE_SECONDS = 1.0  # after such a connection
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the hub states it, with one hash or the other."""
+    """A file as the hub states it, with one of the two hashes."""
 
     name: str
     bytes: int
-    sha256: str | None  # of a file in LFS
-    git_sha1: str | None  # of git's blob, where the file is in git itself
+    sha256: str | None  # of a file in Git LFS
+    git_sha1: str | None  # of the blob, for a file in git itself
 
     @property
     def hash(self) -> str:
-        """Names the content."""
+        """The identity of the content."""
         return self.sha256 or self.git_sha1 or ""
 
 
@@ -60,26 +60,26 @@ class Remote:
 
 
 def look_up(name: str, revision: str, folder: Path) -> Remote:
-    """What the hub has under `name`. `folder` is where it would go, for what is said where the hub is out of reach."""
+    """Return the hub's listing of `name`. `folder`: the destination, for messages. Raises `ModelError`."""
     try:
         with _explained(name, revision, folder):
             info = HfApi(library_name="shoal", library_version=__version__).model_info(
                 name, revision=revision, files_metadata=True, timeout=CONNECT_SECONDS
             )
             return _remote(name, info)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a proxy's page; a token that fits in no header
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a proxy's page; a token invalid in a header
         raise ModelError(
-            f"{_endpoint()} does not answer for {name} as a hub does ({type(error).__name__}); look at "
-            f"HF_ENDPOINT, HF_TOKEN and the proxy; {by_hand(name, folder)}"
+            f"{_endpoint()} does not answer for {name} as a hub does ({type(error).__name__}); check HF_ENDPOINT, "
+            f"HF_TOKEN and the proxy; {by_hand(name, folder)}"
         ) from None
 
 
 def download(remote: Remote, file: RemoteFile, part: Path, folder: Path, advance: Callable[[int], None]) -> None:
     """
-    Bring `part` to the size of `file`: it goes on where it ends, also after a cut connection.
+    Download `file` to `part`, resuming at its end, also after a lost connection.
 
-    `advance` is called with the bytes that came, or minus those that must come again. Raises `ModelError` and,
-    of the disk, `OSError`.
+    `advance` is called with the number of bytes received, negative for bytes to fetch again. Raises `ModelError`, and
+    `OSError` for disk errors.
     """
     fruitless = 0
     while (start := _size(part)) < file.bytes:
@@ -94,20 +94,20 @@ def download(remote: Remote, file: RemoteFile, part: Path, folder: Path, advance
             continue
         fruitless += 1
         if fruitless >= FRUITLESS_TRIES:
-            raise ModelError(f"the hub sends nothing of {remote.name}'s {file.name}; try again later")
+            raise ModelError(f"the hub sends no data of {remote.name}'s {file.name}; try again later")
         time.sleep(PAUSE_SECONDS)
 
 
 def _stream(remote: Remote, file: RemoteFile, part: Path, start: int, advance: Callable[[int], None]) -> None:
     headers = build_hf_headers(library_name="shoal", library_version=__version__)
-    headers["Accept-Encoding"] = "identity"  # bytes are counted, and gone on from
+    headers["Accept-Encoding"] = "identity"  # byte counts are for resuming
     if start:
         headers["Range"] = f"bytes={start}-"
     url = hf_hub_url(remote.name, file.name, revision=remote.commit)
     timeout = (CONNECT_SECONDS, READ_SECONDS, READ_SECONDS, READ_SECONDS)
     with get_session().stream("GET", url, headers=headers, timeout=timeout) as response, part.open("ab") as out:
         hf_raise_for_status(response)
-        if start and response.status_code != 206:  # it does not know ranges
+        if start and response.status_code != 206:  # the hub ignored the range
             out.truncate(0)
             advance(-start)
             start = 0
@@ -115,7 +115,7 @@ def _stream(remote: Remote, file: RemoteFile, part: Path, start: int, advance: C
             start += len(chunk)
             if start > file.bytes:
                 raise ModelError(
-                    f"the hub sends more of {remote.name}'s {file.name} than the {file.bytes:,} bytes it states"
+                    f"the hub sends more of {remote.name}'s {file.name} than its stated {file.bytes:,} bytes"
                 )
             out.write(chunk)
             advance(len(chunk))
@@ -127,14 +127,12 @@ def _size(path: Path) -> int:
 
 def _remote(name: str, info: ModelInfo) -> Remote:
     if not info.sha or not re.fullmatch("[0-9a-f]{40}", info.sha):
-        raise ModelError(f"{_endpoint()} states no commit of {name}; is it a hub? HF_ENDPOINT says which is asked")
+        raise ModelError(f"{_endpoint()} states no commit of {name}; check that HF_ENDPOINT is a hub")
     files = {}
     for file in info.siblings or []:
         path = PurePosixPath(file.rfilename)
         if path.is_absolute() or ".." in path.parts or "\\" in file.rfilename or not path.name:
-            raise ModelError(
-                f"{name} has a file called {file.rfilename!r}, which leads out of its folder; it is not fetched"
-            )
+            raise ModelError(f"rejected: {name} has a file named {file.rfilename!r}, which is outside its folder")
         files[file.rfilename] = _remote_file(name, file)
     return Remote(name, info.sha, files)
 
@@ -143,66 +141,64 @@ def _remote_file(name: str, file: RepoSibling) -> RemoteFile:
     size, sha256 = (file.lfs.size, file.lfs.sha256) if file.lfs else (file.size, None)
     if type(size) is not int or size < 0 or not (sha256 or file.blob_id):
         raise ModelError(
-            f"{_endpoint()} states no size and no hash of {name}'s {file.rfilename}, so it could not be checked; "
-            "HF_ENDPOINT says which hub is asked"
+            f"{_endpoint()} states no size and hash of {name}'s {file.rfilename}, so it cannot be verified; "
+            "check HF_ENDPOINT"
         )
     return RemoteFile(file.rfilename, size, sha256, None if sha256 else file.blob_id)
 
 
 def _endpoint() -> str:
-    """HF_ENDPOINT as it may be shown."""
+    """Return HF_ENDPOINT without a password."""
     return without_password(constants.ENDPOINT)
 
 
-# --- what went wrong -------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _explained(name: str, revision: str, folder: Path) -> Iterator[None]:
-    """Errors of the hub in our words; none quotes the library's, which may have a header of the request in it."""
+    """Translate the hub's errors, without quoting the library's text, which may contain a request's header."""
     try:
         yield
     except OfflineModeIsEnabled:
-        raise ModelError(
-            f"HF_HUB_OFFLINE is set, so the hub is not asked for {name}; {by_hand(name, folder)}"
-        ) from None
+        raise ModelError(f"HF_HUB_OFFLINE is set, so {name} cannot be fetched; {by_hand(name, folder)}") from None
     except HFValidationError:
         raise ModelError(no_name(name)) from None
     except HfHubHTTPError as error:
         raise ModelError(_answer(error, name, revision)) from None
     except HTTP_ERROR as error:
         raise ModelError(
-            f"cannot reach {_endpoint()} for {name} ({type(error).__name__}); once it can be, the same command "
-            f"goes on where it stopped; {by_hand(name, folder)}"
+            f"cannot reach {_endpoint()} for {name} ({type(error).__name__}); later, the same command resumes the "
+            f"fetch; {by_hand(name, folder)}"
         ) from None
 
 
 def _answer(error: HfHubHTTPError, name: str, revision: str) -> str:
-    """What a refusal of the hub means, and what to do."""
+    """Return the meaning of the hub's error, and what to do."""
     page = f"{_endpoint()}/{name}"
     status = error.response.status_code
     if isinstance(error, GatedRepoError):
-        return f"{name} is given only to those who accepted its terms ({status}): accept them at {page}, and set HF_TOKEN to a token of yours"
+        return f"{name} is only for users who accepted its terms ({status}): accept them at {page}, and set HF_TOKEN to your token"
     if isinstance(error, RepositoryNotFoundError):
         close = close_names(name)
         meant = f"is it {' or '.join(close)}, which is on this machine? " if close else ""
         return (
             f"the hub has no model {name}, or it is private ({status}): {meant}the name is OWNER/NAME; "
-            "for a private one set HF_TOKEN to a token that may read it"
+            "for a private model set HF_TOKEN to a token that may read it"
         )
     if isinstance(error, RevisionNotFoundError):
         return f"{name} has no revision {revision} (404); {page}/tree/main lists its branches"
     if status in (401, 403):
-        return f"the hub refuses {name} ({status}): set HF_TOKEN to a token that may read it, and see {page}"
+        return f"the hub denies access to {name} ({status}): set HF_TOKEN to a token that may read it, and see {page}"
     if status == 404:
-        return f"the hub no longer has a file that it listed of {name} (404); try again"
+        return f"the hub no longer has a file of {name} that it listed (404); try again"
     if status == 429:
-        return f"the hub was asked too often ({status}); wait some minutes, or set HF_TOKEN, which allows more"
+        return f"too many requests to the hub ({status}); wait some minutes, or set HF_TOKEN for a higher limit"
     if status < 500:
-        return f"the hub refuses {name} ({status}); {page} may say why"
-    return f"the hub fails to answer for {name} ({status}); try again later"
+        return f"the hub rejects the request for {name} ({status}); see {page}"
+    return f"the hub has an error of its own for {name} ({status}); try again later"
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same request may be answered a moment later: a cut connection, or a hub in trouble."""
+    """Return whether a retry may succeed: after a lost connection, or a hub's own error."""
     return not isinstance(error, HfHubHTTPError) or error.response.status_code >= 500

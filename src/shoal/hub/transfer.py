@@ -1,4 +1,4 @@
-"""The files of a model from a hub to a folder: each one gone on with, checked and flushed. No torch."""
+"""The transfer of a model's files from a hub: each one resumed, verified and flushed to disk. No torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from shoal.hub.remote import Remote, RemoteFile, download
 from shoal.system.disk import gigabytes, sha256_of
 
 Progress = Callable[[str, int, int], None]
-"""Called with the file, and how much of how many bytes of all files are here."""
+"""Called with the file, the bytes present and the total bytes, both of all files."""
 
 
 class Transfer:
-    """Files of a model, one after the other, into the partial folder."""
+    """Transfers the files of a model, one after the other, into the partial folder."""
 
     def __init__(self, remote: Remote, folder: Path, partial: Path, progress: Progress) -> None:
         self.total_bytes = 0
@@ -27,7 +27,7 @@ class Transfer:
         self._checked: dict[str, str] = {}  # name -> SHA-256
 
     def start(self, wanted: list[RemoteFile]) -> None:
-        """Take what is whole in the old folder; raises `ModelError` where the rest does not fit on the disk."""
+        """Link complete files of the old folder. Raises `ModelError` if the rest does not fit on the disk."""
         self.total_bytes = sum(file.bytes for file in wanted)
         for file in wanted:
             self._take_over(file)
@@ -35,12 +35,12 @@ class Transfer:
         needed, free = self.total_bytes - here, shutil.disk_usage(self._partial).free
         if needed > free:
             raise ModelError(
-                f"{self._remote.name} needs {gigabytes(needed)} more and the disk of {self._folder} has {gigabytes(free)} free; "
+                f"{self._remote.name} needs {gigabytes(needed)} more, but the disk of {self._folder} has {gigabytes(free)} free; "
                 "free some space, or give --to a folder on a larger disk"
             )
 
     def bring(self, file: RemoteFile) -> str:
-        """Have a file in the partial folder, flushed and checked; its SHA-256. Raises `ModelError`, `OSError`."""
+        """Put a file into the partial folder, flushed and verified; return its SHA-256. Raises `ModelError`, `OSError`."""
         path = self._partial / file.name
         if file.name not in self._checked:
             if self._is_whole(path, file):
@@ -58,21 +58,21 @@ class Transfer:
         if not self._is_whole(part, file):
             part.unlink()
             raise ModelError(
-                f"what came of {self._remote.name}'s {file.name} is not what the hub says it is: its hash differs; "
-                "the same command fetches that file again"
+                f"the hash of {self._remote.name}'s {file.name} differs from the hub's: the download is damaged; repeat "
+                "the command to fetch that file again"
             )
         _flush(part)
         part.replace(path)
 
     def _take_over(self, file: RemoteFile) -> None:
-        """A second name for a file of the old folder; where its bytes are not those, `bring` will see it."""
+        """Link a file of the old folder if its size matches; `bring` verifies its content."""
         path, old = self._partial / file.name, self._folder / file.name
         if not path.exists() and not self._part(file).exists() and old.is_file() and old.stat().st_size == file.bytes:
-            with contextlib.suppress(OSError):  # of disks without hard links
+            with contextlib.suppress(OSError):  # for disks without hard links
                 os.link(old, path)
 
     def _part(self, file: RemoteFile) -> Path:
-        """Named by its content: after a new commit, a file that did not change goes on, and one that did starts anew."""
+        """Return the unfinished file, named by its content: after a new commit, only an unchanged file is resumed."""
         return self._partial / f".{file.hash[:16]}.part"
 
     def _bytes_here(self, file: RemoteFile) -> int:
@@ -93,7 +93,7 @@ class Transfer:
 
 
 def git_sha1_of(path: Path) -> str:
-    """The name that git gives to a file's content, in hexadecimal."""
+    """Return git's blob hash of a file, in hexadecimal."""
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 

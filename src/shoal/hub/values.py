@@ -1,4 +1,4 @@
-"""Of what type, and within what bounds, a value of a folder's JSON must be: files say anything. No torch."""
+"""Types and bounds of values in a folder's JSON files, which may hold anything. No torch."""
 
 from __future__ import annotations
 
@@ -11,24 +11,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
+from shoal.config.option import TYPE_WORDS, with_bounds
 from shoal.config.options import Model
 from shoal.errors import ModelError
 
 Json = Mapping[str, Any]
 
-_WORDS: Final = {
-    int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "an object", list: "a list of texts",
-}  # fmt: skip
-_PHRASES: Final = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
 _LARGEST_TOKEN: Final = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a key takes: `float` is any finite number, `list` a list of texts. Null is never wrong: it is not said."""
+    """The valid values of a key: `float` any finite number, `list` a list of texts. Null is always valid: unset."""
 
     type: type
-    bounds: Mapping[str, float] = field(default_factory=dict)  # as `config.opt` names them
+    bounds: Mapping[str, float] = field(default_factory=dict)  # as `config.option.opt` names them
 
     def takes(self, value: Any) -> bool:
         if self.type is float:
@@ -40,11 +37,11 @@ class Kind:
         return fits and all(getattr(operator, name)(value, bound) for name, bound in self.bounds.items())
 
     def __str__(self) -> str:
-        return " ".join([_WORDS[self.type], " and ".join(f"{_PHRASES[k]} {v}" for k, v in self.bounds.items())]).strip()
+        return with_bounds(TYPE_WORDS[self.type], self.bounds)
 
 
 def wrong_values(said: Json, kinds: Mapping[str, Kind], inside: str = "") -> Iterator[str]:
-    """A line for each key that has what it cannot have. inside: the key of the object that `said` is."""
+    """Yield a line for each key with an invalid value. inside: the key of the object `said`."""
     for key, kind in kinds.items():
         value = said.get(key)
         if value is not None and not kind.takes(value):
@@ -53,7 +50,7 @@ def wrong_values(said: Json, kinds: Mapping[str, Kind], inside: str = "") -> Ite
 
 @functools.cache
 def kind_of_option(name: str) -> Kind:
-    """What a value of `Model` takes, by its name there."""
+    """Return the valid values of an option of `Model`, by its name there."""
     found = next(f for f in fields(Model) if f.name == name)
     hint = typing.get_type_hints(Model)[name]
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -61,16 +58,16 @@ def kind_of_option(name: str) -> Kind:
 
 
 def token_ids(said: Any, where: str) -> list[int]:
-    """What stands at an `eos_token_id`: one id, several or none. Raises `ModelError`, which begins with `where`."""
+    """Return the ids in an `eos_token_id`: one, several or none. Raises `ModelError`, which begins with `where`."""
     ids = said if isinstance(said, list) else [] if said is None else [said]
     for index in ids:
         if not Kind(int, {"ge": 0, "le": _LARGEST_TOKEN}).takes(index):
-            raise ModelError(f"{where} has eos_token_id {said!r}; it must be a token's id, or a list of them")
+            raise ModelError(f"{where} has eos_token_id {said!r}; it must be a token id, or a list of them")
     return list(ids)
 
 
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer that no float can hold
+    except OverflowError:  # an integer beyond the range of float
         return False

@@ -1,1 +1,1 @@
-"""What a trained model is for: loss on a text, and text."""
+"""Using a trained model: scoring text, generating text, and exporting."""

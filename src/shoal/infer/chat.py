@@ -1,24 +1,23 @@
-"""A conversation with a model, in the words of its own chat template."""
+"""A conversation with a model, in its own chat template."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TextIO
 
 from shoal.data.tokens.chat_template import ChatTemplate
 from shoal.errors import DataError, GenerateError, ShoalError
 from shoal.infer.load import LoadedModel
 from shoal.infer.stream import TextStream
-from shoal.models.generate import generate
 from shoal.models.sampling import Sampling, check_text
 
-HELP = "/exit or Ctrl-D ends it, /clear forgets what was said, Ctrl-C stops an answer"
+HELP = "/exit or Ctrl-D ends the chat, /clear forgets the conversation, Ctrl-C stops an answer"
 
 
 @dataclass
 class Chat:
-    """What was said so far, and how the model goes on with it."""
+    """A conversation so far, and how to sample the next answer."""
 
     model: LoadedModel
     template: ChatTemplate
@@ -29,27 +28,27 @@ class Chat:
 
     @classmethod
     def of(cls, model: LoadedModel, *, system: str | None, max_new_tokens: int, sampling: Sampling) -> Chat:
-        """Raises `ModelError` without a tokenizer, `DataError` without a template."""
+        """Open a conversation. Raises `ModelError` without a tokenizer, `DataError` without a chat template."""
         model.need_tokenizer()
         template = ChatTemplate.of(model.files) if model.files else None
         if template is None:
             raise DataError(
-                f"{model.name} has no chat template, so it was not taught to talk; set --prompt to a text to go on from"
+                f"{model.name} has no chat template, so it is not a chat model; set --prompt to a text to continue"
             )
         chat = cls(model, template, max_new_tokens, sampling, system)
         chat.clear()
         return chat
 
     def clear(self) -> None:
-        """Forget what was said; the system's words stay."""
+        """Forget all messages but the system message."""
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def answer(self, text: str, show: Callable[[str], None]) -> bool:
         """
-        The model's answer to `text`, shown in pieces as they come; whether it came to its end.
+        Answer `text`, showing pieces as they come; return whether the model ended the answer itself.
 
-        An answer that is interrupted stays in the conversation as far as it came. Raises `ShoalError` where the
-        conversation is too long or the template refuses it, and forgets `text` again.
+        An interrupted answer stays in the conversation as far as it came. Raises `ShoalError` if the conversation is too
+        long or the template rejects it, and then forgets `text`.
         """
         self.messages.append({"role": "user", "content": text})
         try:
@@ -69,24 +68,21 @@ class Chat:
             take(stream.push(token))
 
         sampling, limit = self.sampling, min(self.max_new_tokens, room)
+        sampling = replace(sampling, seed=sampling.seed + len(self.messages))  # different noise at each turn
         try:
-            generate(
-                self.model.model, [ids], max_new_tokens=limit, temperature=sampling.temperature, top_k=sampling.top_k,
-                top_p=sampling.top_p, seed=sampling.seed + len(self.messages), eot_id=self.model.end_ids,
-                known_ids=self.model.need_tokenizer().vocab_size, on_token=on_token,
-            )  # fmt: skip
+            self.model.continue_tokens([ids], max_new_tokens=limit, sampling=sampling, on_token=on_token)
         finally:
             take(stream.close())
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
         return count < limit
 
     def _prompt(self) -> tuple[list[int], int]:
-        """The conversation as tokens, and how many more fit."""
+        """Return the conversation as tokens, and how many more tokens fit the context."""
         ids = self.model.need_tokenizer().encode_chat(self.template.render(self.messages))
         context = self.model.model.shape.max_seq_len
         if len(ids) >= context:
             raise GenerateError(
-                f"the conversation has {len(ids)} tokens, and the model's context is {context}; /clear begins anew"
+                f"the conversation has {len(ids)} tokens, and the model's context is {context}; /clear starts a new one"
             )
         return ids, context - len(ids)
 
@@ -119,7 +115,7 @@ def chat_in_terminal(chat: Chat, lines: TextIO, out: TextIO) -> None:
 def _answer(chat: Chat, text: str, show: Callable[[str], None]) -> None:
     try:
         ended = chat.answer(text, show)
-        show("\n" if ended else f"\n[cut at --tokens {chat.max_new_tokens}, or at the end of the context]\n")
+        show("\n" if ended else f"\n[stopped at --tokens {chat.max_new_tokens} or at the end of the context]\n")
     except KeyboardInterrupt:
         show("\n")
     except ShoalError as error:
@@ -127,19 +123,19 @@ def _answer(chat: Chat, text: str, show: Callable[[str], None]) -> None:
 
 
 def _read_line(lines: TextIO, interactive: bool) -> str | None:
-    """`_next_line`. Raises `GenerateError` where it is no UTF-8; after a wrong byte nobody knows where a line begins."""
+    """Return the next line, or None at the end. Raises `GenerateError` if it is not UTF-8: the rest is unreliable too."""
     try:
         line = _next_line(lines, interactive)
     except UnicodeDecodeError as error:
         raise GenerateError(
-            f"standard input is no UTF-8 text: {error.reason}, 0x{error.object[error.start]:02x}"
+            f"standard input is not UTF-8 text: {error.reason}, 0x{error.object[error.start]:02x}"
         ) from None
     check_text(line or "", "standard input")
     return line
 
 
 def _next_line(lines: TextIO, interactive: bool) -> str | None:
-    """None at the end, and for Ctrl-C where nothing is being said."""
+    """Return the next line; None at the end, and for Ctrl-C at the prompt."""
     if not interactive:
         return lines.readline() or None
     try:

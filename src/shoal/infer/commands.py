@@ -1,4 +1,4 @@
-"""`shoal eval` and `shoal generate`: a model in use, on one process."""
+"""`shoal eval` and `shoal generate`, which use a model in one process."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ from shoal.infer.score import choose_windows, perplexity, score
 from shoal.infer.stream import TextStream, continuation
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place
-from shoal.models.generate import generate
 from shoal.models.sampling import FLAGS, Sampling
 from shoal.run.console import Console
 from shoal.run.narrator import Narrator
 from shoal.system.output import on_one_line
 from shoal.training.evaluate import evaluate, model_losses
 
-LARGE = 1e6  # from there on a number is shown by its exponent: a perplexity may have hundreds of digits
+LARGE = 1e6  # show larger numbers with an exponent: a perplexity may have hundreds of digits
 
 
 def evaluate_model(
     wanted: Wanted, *, text: Text | None, tasks: Tasks | None, as_json: bool, narrator: Narrator
 ) -> None:
     """
-    Print how good a model is on a text, on tasks of the harness, or, for a run, on its own held-out text.
+    Print a model's scores on a text, on harness tasks, or, for a run, on its own held-out text.
 
-    How far it is goes to standard error, and nowhere where another program reads (`as_json`).
+    Progress goes to standard error. as_json: print one JSON object to standard output, and nothing else.
     """
-    console, aside = Console(speaks=not as_json), Console(speaks=not as_json, on_stderr=True)
+    console, aside = Console(speaks=not as_json), Console(on_stderr=True)
     if text is None and tasks is None:
         record = _held_out(wanted, console, aside, narrator)
     else:
@@ -55,7 +54,7 @@ def evaluate_model(
 
 
 def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrator) -> dict[str, Any]:
-    """The loss on all held-out text, and what gzip and xz make of the same text."""
+    """Return the loss on all held-out text, and the compression of the same text by gzip and xz."""
     assert wanted.target is not None
     narrator.begin("loading the model")
     run = load_run(wanted.runs, wanted.target, step=wanted.step, device=wanted.device, dtype=wanted.dtype)
@@ -64,7 +63,7 @@ def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrat
     narrator.begin(None)
     if prepared.data_id != run.data_id:
         raise CheckpointError(
-            f"{run.name} was trained on other tokens than {prepared.folder} holds now; its held-out text is gone"
+            f"{prepared.folder} has other tokens than {run.name} was trained on; its held-out text is gone"
         )
     text_bytes = prepared.counts["val"].text_bytes
     with Measuring(prepared, idle=False) as measuring:
@@ -81,10 +80,10 @@ def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrat
         console.say(f"{run.name} at step {run.step}, on {text_bytes:,} bytes of held-out text:")
         _say_figures(console, figures)
         found = measuring.wait(
-            math.inf, waits=lambda: aside.note("waiting for gzip and xz to read the text, once for this data")
+            math.inf, waits=lambda: aside.note("waiting for gzip and xz to compress the text, once for this data")
         )
     if not isinstance(found, Yardstick):
-        console.warn(f"no comparison with gzip and xz: {found}")
+        console.warn(f"cannot compare with gzip and xz: {found}")
         return {"step": run.step, **figures}
     console.say(found.compared(figures["bits_per_byte"], text_bytes))
     theirs = {f"{n}_{k}_bits_per_byte": v for n, bits in found.bits_per_byte.items() for k, v in bits.items()}
@@ -92,7 +91,7 @@ def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrat
 
 
 def _of_text(wanted: Wanted, text: Text, console: Console, aside: Console, narrator: Narrator) -> dict[str, Any]:
-    """The loss on the text of a file, in windows."""
+    """Return the loss on the text of a file, in windows."""
     model = _load(wanted, narrator)
     context, stride = choose_windows(model.model.shape.max_seq_len, text.context, text.stride)
     tokenizer = model.need_tokenizer()
@@ -116,7 +115,7 @@ def _of_text(wanted: Wanted, text: Text, console: Console, aside: Console, narra
     }  # fmt: skip
     console.say(
         f"{_called(model)}, on {text.bytes:,} bytes ({result.tokens:,} tokens) of {on_one_line(text.file)}, in "
-        f"{result.windows:,} windows of {context:,} tokens, each {stride:,} on; the first token is predicted after {after}:"
+        f"{result.windows:,} windows of {context:,} tokens, {stride:,} apart; the first token is predicted after {after}:"
     )
     _say_figures(console, figures)
     step = {"step": model.step} if isinstance(model, LoadedRun) else {}
@@ -125,8 +124,10 @@ def _of_text(wanted: Wanted, text: Text, console: Console, aside: Console, narra
 
 def first_token(tokenizer: Tokenizer, files: Path | None) -> int:
     """
-    After which token a text's first one is predicted: as lm-evaluation-harness has it, the tokenizer's bos_token, put before
-    texts or not, and its eos_token where it has none. files: the folder that says which these are.
+    Return the token that a text's first token is predicted from.
+
+    Like lm-evaluation-harness: the tokenizer's bos_token, even if the tokenizer does not add it to texts, or else its
+    eos_token. files: the folder that names them.
     """
     named = special_tokens(files).get("bos_token") if files is not None else None
     found = None if named is None else tokenizer.id_of(named)
@@ -134,7 +135,7 @@ def first_token(tokenizer: Tokenizer, files: Path | None) -> int:
 
 
 def _load(wanted: Wanted, narrator: Narrator) -> LoadedModel:
-    """What there is to tell of it goes to standard error: what a model says, and JSON, stand alone on the other."""
+    """Load the model. Notes go to standard error: standard output is for generated text and JSON."""
     with narrator.phase("loading the model"):
         model = load(wanted)
     for note in model.notes:
@@ -153,7 +154,7 @@ def _say_figures(console: Console, figures: Mapping[str, float]) -> None:
 
 
 def _without_nan(value: Any) -> Any:
-    """What JSON has no number for is null."""
+    """Replace NaN and Inf, which JSON lacks, by null."""
     if isinstance(value, dict):
         return {key: _without_nan(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -162,7 +163,7 @@ def _without_nan(value: Any) -> Any:
 def generate_text(
     wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, narrator: Narrator
 ) -> None:
-    """Print each prompt and what the model makes of it; a single one as it comes."""
+    """Print each prompt and its continuation; a single one token by token."""
     model = _load(wanted, narrator)
     tokenizer = model.need_tokenizer()
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
@@ -176,13 +177,11 @@ def generate_text(
         print(alone.push(token) if shown else prompts[0] + alone.push(token), end="", flush=True)
         shown = True
 
-    narrator.begin("reading the prompt" if alone else f"writing {len(prompts)} texts")
+    narrator.begin("reading the prompt" if alone else f"generating {len(prompts)} texts")
     with spelled(FLAGS):
-        outputs = generate(
-            model.model, ids, max_new_tokens=max_new_tokens,
-            temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p, seed=sampling.seed,
-            eot_id=model.end_ids, known_ids=tokenizer.vocab_size, on_token=show if alone else None,
-        )  # fmt: skip
+        outputs = model.continue_tokens(
+            ids, max_new_tokens=max_new_tokens, sampling=sampling, on_token=show if alone else None
+        )
     narrator.begin(None)
     if alone is not None:
         print(alone.close() if shown else prompts[0])
@@ -196,5 +195,5 @@ def generate_text(
 def open_chat(
     wanted: Wanted, *, system: str | None, max_new_tokens: int, sampling: Sampling, narrator: Narrator
 ) -> Chat:
-    """A conversation that can begin."""
+    """Load the model and open a conversation."""
     return Chat.of(_load(wanted, narrator), system=system, max_new_tokens=max_new_tokens, sampling=sampling)

@@ -1,7 +1,7 @@
 """
-A checkpoint -> a folder as Hugging Face lays it out, which needs no code of ours to be opened.
+Exports a checkpoint to a Hugging Face folder, which other programs open without shoal.
 
-The folder is written aside and renamed when it is whole. Weights pass through memory a file at a time.
+The folder is written under a temporary name and renamed when complete. Memory holds one file of weights at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shoal.hub.beside import GENERATION, LICENSES, TOKENIZER, Dtypes, copy_files
 from shoal.hub.card import CARD, Facts, model_card
 from shoal.hub.folder import CONFIG, INDEX, SINGLE, ModelFolder
 from shoal.hub.header import DTYPE_NAMES
-from shoal.hub.names import place
+from shoal.hub.names import stored_as
 from shoal.hub.shape import write_shape
 from shoal.infer.out_folder import OutFolder
 from shoal.infer.target import find_checkpoint
@@ -37,18 +37,17 @@ from shoal.mesh.region import Part
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.run.console import Console
-from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
+from shoal.run.records import read_metrics
 from shoal.system.disk import sync, write_whole
 
 STORED: Final = {name: kind for kind, name in DTYPE_NAMES.items()}
-SHARD_BYTES: Final = 5_000_000_000  # of a file of weights, about: what the hub's tools make
-WRITTEN: Final = (CARD, CONFIG, INDEX, "*.safetensors", *TOKENIZER, *LICENSES)
+SHARD_BYTES: Final = 5_000_000_000  # approximate size of a weight file, as the hub's tools make them
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a run started from, where that was a folder."""
+    """The folder of weights that a run started from."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -75,19 +74,37 @@ def export_run(
     console: Console | None = None,
 ) -> Path:
     """
-    Write the checkpoint of `step` (None: the last) of run `target` to the folder `out`.
+    Export the checkpoint of `step` (None: the last) of run `target` to the folder `out`; return `out`.
 
-    dtype: "float32", "bfloat16" or "float16"; None: each tensor's as it was where the run started from weights, else
-    float32. force: replace an export that is there. Raises `ModelError` where `out` is taken, cannot be written or has no
-    space; `CheckpointError`, `RunError`.
+    force: replace an existing export. Other arguments and errors: see `export_checkpoint`; also raises `RunError`.
+    """
+    folder, saved = find_checkpoint(runs, target, step)
+    place = OutFolder(out, force)
+    export_checkpoint(folder, saved, place, dtype=dtype, license=license, shard_bytes=shard_bytes, console=console)
+    return out
+
+
+def export_checkpoint(
+    folder: RunFolder,
+    saved: Saved,
+    place: OutFolder,
+    *,
+    dtype: str | None = None,
+    license: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    console: Console | None = None,
+) -> None:
+    """
+    Export a checkpoint of the run in `folder` to `place`.
+
+    dtype: "float32", "bfloat16" or "float16"; None: each tensor's original dtype if the run started from weights, else
+    float32. Raises `ModelError` if `place` cannot be written or lacks space, `CheckpointError` if the checkpoint is damaged.
     """
     console = console or Console(speaks=False)
-    folder, saved = find_checkpoint(runs, target, step)
     config, source = folder.load_config(), Source.of(folder)
     dtypes = Dtypes(STORED[dtype], {}) if dtype else source.dtypes if source else Dtypes("F32", {})
     model = build_model(config.model, compute_dtype=torch.float32)
     shards = list(_shards(model, dtypes, shard_bytes))
-    place = OutFolder(out, force)
     console.note(f"verifying {saved.folder}")
     verify(saved.folder)
     with place.written(sum(size for _, size in shards)) as aside:
@@ -97,25 +114,24 @@ def export_run(
         _write_tokenizer(aside, config.model, folder, tokenizer)
         facts = _facts(folder, saved, described, model, dtypes, license)
         _write(aside / CARD, model_card(config, facts))
-        # what others will open: every tensor in a whole file
+        # check that every tensor is in a complete file before others open it
         _open_as_others_do(ModelFolder.open(aside), console)
-    return out
 
 
 def _open_as_others_do(folder: ModelFolder, console: Console) -> None:
     """
-    Have transformers, where it is installed, make the model that the folder says, without memory for its weights.
+    Build the exported model with transformers on the meta device, if transformers is installed.
 
-    Raises `ModelError` where it refuses the config, or has a tensor in another shape.
+    Raises `ModelError` if it rejects the config, or expects another tensor or shape.
     """
     try:
         transformers: Any = importlib.import_module("transformers")
     except ImportError:
-        console.note("transformers is not installed here, so it has not opened this export (pip install 'shoal[hf]')")
+        console.note("transformers is not installed, so the export was not checked with it (pip install 'shoal[hf]')")
         return
-    except Exception as error:  # an installation that does not fit together fails in many ways
+    except Exception as error:  # a broken installation fails in many ways
         console.note(
-            f"transformers cannot be imported here, so it has not opened this export ({type(error).__name__}: {error})"
+            f"transformers cannot be imported, so the export was not checked with it ({type(error).__name__}: {error})"
         )
         return
     try:
@@ -124,25 +140,25 @@ def _open_as_others_do(folder: ModelFolder, console: Console) -> None:
         )
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # each of its models has errors of its own
+    except Exception as error:  # each of its models raises its own errors
         why = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ModelError(f"transformers {transformers.__version__} does not open this export ({why})") from error
+        raise ModelError(f"transformers {transformers.__version__} cannot open this export ({why})") from error
     theirs = dict(model.named_parameters(remove_duplicate=False))
-    there = {id(theirs[name]) for name in theirs.keys() & folder.tensors.keys()}  # one that is tied has two names
+    there = {id(theirs[name]) for name in theirs.keys() & folder.tensors.keys()}  # a tied embedding has two names
     if missing := next((name for name, parameter in theirs.items() if id(parameter) not in there), None):
-        raise ModelError(f"transformers {transformers.__version__} needs {missing}, which this export does not have")
+        raise ModelError(f"transformers {transformers.__version__} needs {missing}, which this export lacks")
     for name, stored in folder.tensors.items():
         if name in theirs and tuple(theirs[name].shape) != tuple(stored.shape):
             raise ModelError(
-                f"transformers {transformers.__version__} has {name} as {list(theirs[name].shape)}, and this export as {list(stored.shape)}"
+                f"transformers {transformers.__version__} expects {name} of shape {list(theirs[name].shape)}; this export has {list(stored.shape)}"
             )
 
 
 def _shards(model: LanguageModel, dtypes: Dtypes, shard_bytes: int) -> Iterator[tuple[list[str], int]]:
-    """Our names in groups of about `shard_bytes`, with their bytes; what is one tensor of theirs stays together."""
+    """Yield shoal's parameter names in groups of about `shard_bytes`, with their bytes; parts of one HF tensor stay together."""
     tensors: dict[str, list[tuple[str, int]]] = {}
     for name, parameter in model.named_parameters():
-        theirs = place(model.shape.family, name).name
+        theirs = stored_as(model.shape.family, name).name
         size = parameter.numel() * DTYPES[dtypes.of(theirs)].itemsize
         tensors.setdefault(theirs, []).append((name, size))
     group: list[str] = []
@@ -173,7 +189,9 @@ def _write_weights(
         if number == 1:
             tensors |= {name: tensor.contiguous() for name, tensor in model.constants().items()}
         save_file(tensors, aside / file, metadata={"format": "pt"})
-        (aside / file).chmod(0o666 & ~_umask())  # safetensors keeps the mode of a temporary file: for its owner alone
+        (aside / file).chmod(
+            0o666 & ~_umask()
+        )  # safetensors leaves the mode of a temporary file, readable by its owner only
         sync(aside / file)
         where |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())
@@ -183,7 +201,7 @@ def _write_weights(
 
 
 def _umask() -> int:
-    """There is no way to ask but to set it."""
+    """Return the umask; it can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
@@ -192,12 +210,12 @@ def _umask() -> int:
 def _write_config(
     aside: Path, model: LanguageModel, folder: RunFolder, source: Source | None, tokenizer: Tokenizer, dtypes: Dtypes
 ) -> dict[str, Any]:
-    """`config.json`, which is given back, and the licences that the weights came with."""
+    """Write `config.json` and the source weights' licenses; return the config."""
     config = write_shape(resolve_shape(model.shape), source.config if source else None)
     config["architectures"] = config.get("architectures") or [model.architecture]
     config.pop("torch_dtype", None)
     config["dtype" if source and "dtype" in source.config else "torch_dtype"] = dtypes.name
-    if source is None or folder.tokenizer_files != source.folder:  # it names tokens of another tokenizer
+    if source is None or folder.tokenizer_files != source.folder:  # the source config names tokens of another tokenizer
         config |= _ends(tokenizer)
     if source is not None:
         copy_files(source.folder, aside, LICENSES)
@@ -210,7 +228,7 @@ def _ends(tokenizer: Tokenizer) -> dict[str, int | None]:
 
 
 def _write_tokenizer(aside: Path, model: Model, folder: RunFolder, tokenizer: Tokenizer) -> None:
-    """All files that it came with, its chat template among them; or one of our own and what others need to know of it."""
+    """Copy the tokenizer's original files, with its chat template; or write shoal's own tokenizer and its description."""
     if folder.tokenizer_files is not None:
         copy_files(folder.tokenizer_files, aside, TOKENIZER)
         return
@@ -234,6 +252,7 @@ def _facts(
     dtypes: Dtypes,
     license: str | None,
 ) -> Facts:
+    metrics = read_metrics(folder.metrics_file)
     return Facts(
         name=folder.path.name,
         architecture=str(described["architectures"][0]),
@@ -242,7 +261,8 @@ def _facts(
         step=saved.step,
         tokens=int(read_state(saved.folder)["tokens"]),
         license=license,
-        metrics=read_json_lines(folder.metrics_file),
+        steps=metrics.steps,
+        evaluations=metrics.evaluations,
         version=__version__,
     )
 

@@ -1,7 +1,7 @@
 """
-Tasks of lm-evaluation-harness (`lm_eval`), on a folder that it opens with its own code.
+Runs tasks of lm-evaluation-harness (`lm_eval`) on a Hugging Face folder.
 
-The harness and transformers do all the arithmetic: a run is exported first, to a folder that is removed afterwards.
+The harness and transformers do all the computation. A run is exported first, to a temporary folder.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from shoal.infer.export import export_run
 from shoal.infer.load import find_device, folder_dtype, run_dtype
 from shoal.infer.target import find_checkpoint
 
-BATCH: Final = {"cpu": 8, "cuda": 32}  # the same always: the harness' own search would be part of the result
+BATCH: Final = {"cpu": 8, "cuda": 32}  # fixed: the harness's own batch-size search would affect results
 
 
 def run_tasks(wanted: Wanted, tasks: Tasks) -> tuple[dict[str, dict[str, float]], str]:
     """
-    (task -> metric -> value, the harness' own table).
+    Return (task -> metric -> value, the harness's own table).
 
-    Raises `ShoalError` without the harness, `DataError` for a task that it does not have or whose data is not to be had.
+    Raises `ShoalError` if the harness is not installed, `DataError` for an unknown task or unavailable task data.
     """
     lm_eval = _import()
     manager = _task_manager(lm_eval, tasks)
@@ -67,33 +67,33 @@ def _import() -> Any:
 
 
 def _task_manager(lm_eval: Any, tasks: Tasks) -> Any:
-    """Knows the harness' tasks and one's own. Raises `DataError` for a name that is neither."""
+    """Return a manager of the harness's tasks and the user's own. Raises `DataError` for an unknown name."""
     manager = lm_eval.tasks.TaskManager(include_path=None if tasks.include_path is None else str(tasks.include_path))
     known = list(manager.all_tasks)
     for name in tasks.names:
         if name not in known:
             close = difflib.get_close_matches(name, known)
-            meant = f", but {', '.join(close)}" if close else ""
+            meant = f"; did you mean {' or '.join(close)}?" if close else "."
             raise DataError(
-                f"the harness has no task {name}{meant}; set --include-path to a folder with tasks of your own"
+                f"the harness has no task {name}{meant} For your own tasks, set --include-path to their folder"
             )
     return manager
 
 
 @contextmanager
 def _folder(wanted: Wanted) -> Iterator[Path]:
-    """The folder as it is, or a run as a folder for a while."""
+    """Yield the model's folder, or a temporary export of the run."""
     if wanted.folder is not None:
         yield find_model(wanted.folder)
         return
     assert wanted.target is not None
     with tempfile.TemporaryDirectory(prefix="shoal-eval-") as parent:
-        # float32, as the run has them: `_dtype` says what is computed in
+        # the run's float32 weights; `_dtype` chooses the compute dtype
         yield export_run(wanted.runs, wanted.target, step=wanted.step, out=Path(parent) / "model", dtype="float32")
 
 
 def _dtype(wanted: Wanted, folder: Path, device: torch.device) -> str:
-    """What is computed in; of a run as `load_run` has it, and not as its weights lie in the exported folder."""
+    """Return the compute dtype; a run's is chosen as in `load_run`, because its export is float32."""
     chosen = wanted.dtype
     if wanted.target is not None and chosen == "auto":
         run, _ = find_checkpoint(wanted.runs, wanted.target, wanted.step)
@@ -103,7 +103,7 @@ def _dtype(wanted: Wanted, folder: Path, device: torch.device) -> str:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """The harness' bars are for a terminal."""
+    """Hide the harness's progress bars unless stderr is a terminal."""
     if sys.stderr.isatty():
         yield
         return
@@ -112,7 +112,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _is_about_data(error: Exception) -> bool:
-    """Whether what went wrong is that a data set could not be read: datasets and its hub have errors of their own."""
+    """Return whether a data set could not be read; `datasets` and the hub's client raise their own errors."""
     module = type(error).__module__.partition(".")[0]
     return isinstance(error, (OSError, ConnectionError)) or module in (
         "datasets",
@@ -125,14 +125,14 @@ def _is_about_data(error: Exception) -> bool:
 def _no_data(tasks: Tasks, error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return (
-        f"the data of {', '.join(tasks.names)} could not be read: {lines[0] if lines else type(error).__name__}; fetch it "
-        "on a machine with a network and bring Hugging Face's cache along (HF_HOME), or give tasks with files of your "
-        "own (--include-path)"
+        f"cannot read the data of {', '.join(tasks.names)}: {lines[0] if lines else type(error).__name__}; download it on a "
+        "machine with network access and copy Hugging Face's cache (HF_HOME) here, or set --include-path to tasks with "
+        "local files"
     )
 
 
 def _figures(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The numbers of each task: "acc,none" is "acc"."""
+    """Return each task's metrics by short name: "acc,none" becomes "acc"."""
     plain = json.loads(json.dumps(results["results"], default=str))
     return {
         task: {

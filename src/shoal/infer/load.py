@@ -1,8 +1,9 @@
-"""A model to use: a run's checkpoint, or a folder of Hugging Face weights, whole on one device."""
+"""Loading a model whole on one device, from a run's checkpoint or a Hugging Face folder."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,20 +26,22 @@ from shoal.mesh.mesh import check_dtype, choose_device, has_bfloat16
 from shoal.models.attention import CPU_HAS_TILES
 from shoal.models.build import build_model, materialize
 from shoal.models.family import LanguageModel
+from shoal.models.generate import generate
 from shoal.models.layers import Linear
+from shoal.models.sampling import Sampling
 from shoal.system.cpu import multiplies_bfloat16
 from shoal.training.assemble import DTYPES, weights_of
 
-# Options of training, as the verbs that use a model have them.
+# Training options -> their names in the verbs that use a model.
 FLAGS = {"train.dtype": "--dtype", "train.device": "--device"}
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """
-    A model in eval mode, and what is needed to use it.
+    A model in eval mode, with its tokenizer and device.
 
-    end_ids: the tokens that end a text. files: the folder with what came beside the weights (chat template), if any.
+    end_ids: tokens that end a text. files: the folder with the files beside the weights (chat template), if any.
     """
 
     name: str
@@ -47,33 +50,62 @@ class LoadedModel:
     device: torch.device
     end_ids: frozenset[int]
     files: Path | None
-    notes: tuple[str, ...] = field(default=(), kw_only=True)  # what a person should be told
+    notes: tuple[str, ...] = field(default=(), kw_only=True)  # to print for the user
 
     def need_tokenizer(self) -> Tokenizer:
-        """Raises `ModelError` where there is none."""
+        """Return the tokenizer. Raises `ModelError` if there is none."""
         if self.tokenizer is None:
             raise ModelError(
-                f"{self.name} has no tokenizer, so text is nothing to it; put its tokenizer.json beside it"
+                f"{self.name} has no tokenizer and cannot process text; put its tokenizer.json into the folder"
             )
         return self.tokenizer
+
+    def continue_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> list[list[int]]:
+        """
+        Return each prompt's new tokens, up to the end of its text or `max_new_tokens`.
+
+        on_token(prompt's index, token) is called for each token as it comes. Raises `GenerateError`, or `ModelError` without
+        a tokenizer.
+        """
+        return generate(
+            self.model, prompts, max_new_tokens=max_new_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
+            top_p=sampling.top_p, seed=sampling.seed, eot_id=self.end_ids, known_ids=self.need_tokenizer().vocab_size,
+            on_token=on_token,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LoadedRun(LoadedModel):
-    """A run's model as a checkpoint has it."""
+    """A run's model at one checkpoint."""
 
     config: Config
     step: int
     data_id: str
 
 
+def load_path(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> LoadedModel:
+    """
+    Load a model from a run's folder, a checkpoint's folder, or a Hugging Face folder (or the name of a downloaded one).
+
+    Raises `RunError`, `CheckpointError`, `ModelError`, or `LaunchError` if the device lacks `dtype`.
+    """
+    return load(Wanted.at(path, device=device, dtype=dtype))
+
+
 def load(wanted: Wanted) -> LoadedModel:
-    """The model, its weights in the dtype it computes in. Raises `RunError`, `CheckpointError` or `ModelError`."""
+    """Load a model, its weights in its compute dtype. Raises `RunError`, `CheckpointError` or `ModelError`."""
     if wanted.folder is not None:
         return load_folder(wanted.folder, family=wanted.family, device=wanted.device, dtype=wanted.dtype)
     assert wanted.target is not None
     run = load_run(wanted.runs, wanted.target, step=wanted.step, device=wanted.device, dtype=wanted.dtype)
-    for parameter in run.model.parameters():  # cast once, and not at each use
+    for parameter in run.model.parameters():  # cast once, not at each use
         parameter.data = parameter.data.to(run.model.compute_dtype)
     lay_out(run.model)
     return run
@@ -81,10 +113,10 @@ def load(wanted: Wanted) -> LoadedModel:
 
 def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: str = "auto") -> LoadedRun:
     """
-    The model of run `target` (a name under `runs`, or a folder) at `step` (None: the last), its weights in float32.
+    Load run `target` (a name under `runs`, or a folder) at `step` (None: the last), its weights in float32.
 
-    dtype: what it computes in; "auto": as it was trained, but float32 on a CPU that is slow in that. Raises `RunError` or
-    `CheckpointError`.
+    dtype: the compute dtype; "auto": that of training, but float32 on a CPU that is slow in it. Raises `RunError`,
+    `CheckpointError`, or `LaunchError` if the device lacks the dtype.
     """
     folder, saved = find_checkpoint(runs, target, step)
     config, place = folder.load_config(), find_device(device)
@@ -101,7 +133,7 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: s
 
 
 def run_dtype(trained: str, wanted: str, device: torch.device) -> str:
-    """Return what a run's model is computed in: "auto" is as it was trained, but float32 on a CPU that is slow in that."""
+    """Return a run's compute dtype: "auto" is that of training, but float32 on a CPU that is slow in it."""
     if wanted != "auto":
         return wanted
     slow = trained == "float16" or (trained == "bfloat16" and not multiplies_bfloat16())
@@ -110,15 +142,16 @@ def run_dtype(trained: str, wanted: str, device: torch.device) -> str:
 
 def load_folder(name: str, *, family: str | None = None, device: str, dtype: str = "auto") -> LoadedModel:
     """
-    The model of the folder `name`, or of a name that `find_model` knows.
+    Load the model in folder `name`, or of a name that `find_model` resolves.
 
-    family: "hf" has transformers compute it, null the code here. dtype: "auto": that of its weights where the device is good at it, else float32. Raises `ModelError`.
+    family: "hf" runs it through transformers, None through shoal's own code. dtype: the compute dtype; "auto": that of the
+    weights if it is fast on the device, else float32. Raises `ModelError`, or `LaunchError` if the device lacks the dtype.
     """
     folder, place = ModelFolder.open(find_model(name)), find_device(device)
     shape, tokens_from = read_folder(folder, family)
     chosen = _chosen_dtype(folder, dtype, place)
     model = build_model(_model_of(shape, name, folder), compute_dtype=DTYPES[chosen])
-    model.to(DTYPES[chosen])  # on meta: the weights are read into the dtype they are used in, not cast at each use
+    model.to(DTYPES[chosen])  # on meta, so that weights are read directly into the compute dtype
     materialize(model, weights_of(model, folder), place)
     lay_out(model)
     tokenizer = load_tokenizer(tokens_from) if tokens_from else None
@@ -129,23 +162,23 @@ def load_folder(name: str, *, family: str | None = None, device: str, dtype: str
 
 
 def _model_of(shape: Shape, name: str, folder: ModelFolder) -> Model:
-    """Within the window of its attention: beyond it another model would be needed. Raises `ModelError`."""
+    """Return the model section, its context limited to a sliding window, which is not implemented. Raises `ModelError`."""
     values = {**shape.values, "from_": name}
     if shape.window is not None:
         values["max_seq_len"] = min(shape.window, values["max_seq_len"])
     model = Model(**values)
     if problems := shape_problems(model):
         lines = "\n".join(f"  {what}" for _, what in problems)
-        raise ModelError(f"{folder.path / CONFIG} says what no model can be:\n{lines}")
+        raise ModelError(f"{folder.path / CONFIG} describes an invalid model:\n{lines}")
     return model
 
 
 def lay_out(model: LanguageModel) -> None:
     """
-    Turn the matrices of a model on a CPU in memory, inputs first: the same numbers, multiplied faster by few rows.
+    Store a CPU model's float32 matrices transposed: the same numbers, but products with few rows are faster.
 
-    Seen in float32 with 4 to 32 rows: 1.2 to 2 times as fast, and as fast with one row and with many. In bfloat16 one
-    row would be slower, so that those stay as they are.
+    Measured in float32: 1.2 to 2 times as fast with 4 to 32 rows, unchanged with one row or many. bfloat16 matrices are
+    left unchanged, because with one row they would be slower.
     """
     for module in model.modules():
         if isinstance(module, Linear) and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
@@ -153,7 +186,7 @@ def lay_out(model: LanguageModel) -> None:
 
 
 def folder_dtype(name: str, wanted: str, device: torch.device) -> str:
-    """The dtype to compute a folder's model in. Raises `LaunchError` where the device lacks it."""
+    """Return the compute dtype of a folder's model. Raises `LaunchError` if the device lacks it."""
     return _chosen_dtype(ModelFolder.open(find_model(name)), wanted, device)
 
 
@@ -167,13 +200,13 @@ def _own_dtype(stored: str, device: torch.device) -> str:
     own = DTYPE_NAMES.get(stored)
     own = own if own in DTYPES else "float32"
     if device.type == "cpu":
-        # without matrix tiles a CPU multiplies bfloat16 at half the rate of float32, and float16 far slower
+        # without matrix tiles (AMX) a CPU multiplies bfloat16 at half the rate of float32, and float16 far slower
         return own if own == "bfloat16" and CPU_HAS_TILES else "float32"
     return "float32" if own == "bfloat16" and not has_bfloat16(device) else own
 
 
 def find_device(wanted: str) -> torch.device:
-    """The device that `--device` names. Raises `LaunchError` where it is not to be had."""
+    """Return the device that `--device` names. Raises `LaunchError` if it is unavailable."""
     with spelled(FLAGS):
         return choose_device(wanted)
 
@@ -184,7 +217,7 @@ def _check_dtype(dtype: str, device: torch.device) -> None:
 
 
 def _end_ids(files: Path | None, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """The tokenizer's, and those that the files beside the weights name: chat models end a turn with another."""
+    """Return the tokenizer's end token and those in the files beside the weights: chat models end a turn with another."""
     ids: set[int] = set() if tokenizer is None else {tokenizer.eot_id}
     for name in ("generation_config.json", CONFIG) if files is not None else ():
         assert files is not None
@@ -200,5 +233,5 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}; get that file again") from error
+        raise ModelError(f"cannot read {path}: {error}; download that file again") from error
     return value if isinstance(value, dict) else {}

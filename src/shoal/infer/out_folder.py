@@ -1,4 +1,4 @@
-"""Where an export goes. No torch: whether it can go there is said at once."""
+"""The output folder of an export, checked before torch is imported."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ WRITTEN: Final = (CARD, CONFIG, INDEX, "*.safetensors", *TOKENIZER, *LICENSES)
 
 
 class OutFolder:
-    """Where an export goes: a folder that appears when it is whole, and replaces nothing but another export."""
+    """The output folder of an export: it appears when complete, and replaces nothing but another export."""
 
     def __init__(self, out: Path, force: bool) -> None:
-        """Raises `ModelError` where `out` is taken by what must not be replaced."""
-        self._said = said = on_one_line(out)
+        """Raise `ModelError` if `out` exists and must not be replaced."""
+        self._name = name = on_one_line(out)
         try:
-            self._out = out.expanduser().resolve()  # through links, to the disk that they lead to
+            self._out = out.expanduser().resolve()  # follow links, to write on the disk they point to
             there = sorted(p.name for p in self._out.iterdir()) if self._out.is_dir() else []
             taken = bool(there) or (self._out.exists() and not self._out.is_dir())
         except (OSError, RuntimeError) as error:
-            raise ModelError(f"{said} cannot be written: {error}; set --out to a folder that can") from error
+            raise ModelError(f"cannot write {name}: {error}; set --out to a writable folder") from error
         foreign = [n for n in there if not any(fnmatch(n, known) for known in WRITTEN)]
         if there and not foreign and not is_card(self._out / CARD):
-            raise ModelError(f"{said} is there already, and no export wrote it; set --out to another folder")
+            raise ModelError(f"{name} already exists and is not an export; set --out to another folder")
         if taken and (foreign or not self._out.is_dir()):
-            what = f"holds {foreign[0]}, which no export writes" if foreign else "is a file"
-            raise ModelError(f"{said} is there already, and {what}; set --out to another folder")
+            what = f"contains {foreign[0]}, which no export writes" if foreign else "is a file"
+            raise ModelError(f"{name} already exists and {what}; set --out to another folder")
         if taken and not force:
-            raise ModelError(f"{said} is there already; --force replaces it, or set --out to another folder")
+            raise ModelError(f"{name} already exists; set --force to replace it, or --out to another folder")
 
     @contextlib.contextmanager
     def written(self, needed: int) -> Iterator[Path]:
-        """An empty folder aside, on a disk that has `needed` bytes; put in place when all went well."""
+        """Yield an empty temporary folder on a disk with `needed` bytes free; rename it into place on success."""
         aside = self._out.with_name(f".{self._out.name}.export")
         try:
             aside.mkdir(parents=True, exist_ok=True)
@@ -55,19 +55,21 @@ class OutFolder:
                     self._check_space(aside, needed)
                     yield aside
                     replace_folder(aside, self._out)
-                except BaseException:  # after a success that name may be another export's
+                except BaseException:  # only on failure: after success, another export may use that name
                     shutil.rmtree(aside, ignore_errors=True)
                     raise
         except (OSError, SafetensorError) as error:
             why = getattr(error, "strerror", None) or error
-            raise ModelError(f"{self._said} cannot be written: {why}; set --out to another disk") from error
+            raise ModelError(f"cannot write {self._name}: {why}; set --out to another disk") from error
 
     @contextlib.contextmanager
     def _alone(self, aside: Path) -> Iterator[None]:
         descriptor = os.open(aside, os.O_RDONLY)
         try:
             if not try_lock(descriptor):
-                raise ModelError(f"another export to {self._said} is going on; wait for it, or set --out to another")
+                raise ModelError(
+                    f"another export to {self._name} is running; wait for it, or set --out to another folder"
+                )
             yield
         finally:
             os.close(descriptor)
@@ -76,6 +78,6 @@ class OutFolder:
         free = shutil.disk_usage(aside).free
         if free < needed:
             raise ModelError(
-                f"{self._said} needs {gigabytes(needed)}, and its disk has {gigabytes(free)} free; set --out to another "
+                f"{self._name} needs {gigabytes(needed)}, and its disk has {gigabytes(free)} free; set --out to another "
                 "disk, or --dtype to bfloat16"
             )

@@ -1,10 +1,9 @@
 """
-How well a model foretells a text: its loss in windows that slide over it.
+A model's loss on a text, in sliding windows.
 
-The tokens are cut into windows of `context` tokens, each starting `stride` after the one before; a window foretells
-the token after each of its own, and what an earlier window has foretold is not counted again. So every token but the
-first is scored once, with at least context - stride tokens before it where the text has them. The last window is
-moved back to end where the text ends.
+Windows have `context` tokens and start `stride` tokens apart. A window predicts the token after each of its own; tokens
+that an earlier window scored are not counted again. So every token but the first is scored once, after at least
+context - stride others if the text has them. The last window is moved back to end with the text.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from shoal.errors import DataError, ShoalError
 from shoal.models.family import LanguageModel
 from shoal.models.loss import IGNORED
 
-DEFAULT_CONTEXT: Final = 2048  # at most: longer windows cost more for little
+DEFAULT_CONTEXT: Final = 2048  # upper limit: longer windows cost more and gain little
 TOKENS_AT_A_TIME: Final = {"cpu": 4096, "cuda": 16384}
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens [start, stop) go in; those from `first` to `stop` (included) are scored."""
+    """A window: tokens [start, stop) are the input; tokens [first, stop] are scored."""
 
     start: int
     stop: int
@@ -36,7 +35,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Score:
-    """The loss over a text: `nats` over `tokens` scored tokens, in `windows`."""
+    """The loss on a text: a sum of `nats` over `tokens` scored tokens, in `windows` windows."""
 
     nats: float
     tokens: int
@@ -55,7 +54,7 @@ class Score:
 
 
 def perplexity(nats_per_token: float) -> float:
-    """e to the nats per token: infinite where that is no float, and nan of nan."""
+    """Return exp(nats per token): Inf on overflow, NaN for NaN."""
     try:
         return math.exp(nats_per_token)
     except OverflowError:
@@ -64,24 +63,24 @@ def perplexity(nats_per_token: float) -> float:
 
 def choose_windows(max_seq_len: int, context: int | None, stride: int | None) -> tuple[int, int]:
     """
-    (context, stride): by default the model's context up to 2,048 tokens, and half of it.
+    Return (context, stride); the defaults are the model's context up to 2,048 tokens, and half of that.
 
-    Raises `ShoalError` where they are out of range.
+    Raises `ShoalError` if one is out of range.
     """
     context = min(max_seq_len, DEFAULT_CONTEXT) if context is None else context
     if not 1 <= context <= max_seq_len:
-        raise ShoalError(f"--context is {context}; the model takes 1 to {max_seq_len} tokens")
+        raise ShoalError(f"--context is {context}; it must be 1 to {max_seq_len}, the model's context in tokens")
     stride = max(context // 2, 1) if stride is None else stride
     if not 1 <= stride <= context:
         raise ShoalError(
-            f"--stride is {stride}; it must be 1 to {context} (--context), or tokens between two windows are never scored"
+            f"--stride is {stride}; it must be 1 to {context} (--context), or tokens between windows are not scored"
         )
     return context, stride
 
 
 def windows(num_tokens: int, context: int, stride: int) -> Iterator[Window]:
-    """All windows over `num_tokens` tokens; each token but the first is scored in one of them."""
-    last = num_tokens - 1  # foretold by the one before it, and foretells nothing
+    """Yield windows over `num_tokens` tokens; exactly one of them scores each token but the first."""
+    last = num_tokens - 1  # the last token is predicted, and predicts nothing
     scored = 0
     for start in range(0, last, stride):
         stop = min(start + context, last)
@@ -101,21 +100,23 @@ def score(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Score:
     """
-    The loss of a model (in eval mode) over the tokens `ids`, in windows.
+    Return the loss of a model (in eval mode) on the tokens `ids`, in windows.
 
-    progress(scored tokens, all of them) is called after each batch. Raises `DataError` where there is nothing to
-    foretell, or a token that the model does not have.
+    progress(scored tokens, all tokens) is called after each batch. Raises `DataError` for fewer than two tokens, or a token
+    outside the model's vocabulary.
     """
     vocab_size = model.shape.vocab_size
     if len(ids) < 2:
-        raise DataError(f"{len(ids)} tokens: the first one is never scored, so there is nothing to foretell")
+        raise DataError(f"the text has {len(ids)} tokens; at least 2 are needed, because the first is never scored")
     if vocab_size is not None and not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise DataError(f"the text has a token outside the model's 0..{vocab_size - 1}; its tokenizer is another's")
+        raise DataError(
+            f"the text has a token outside the model's vocabulary of 0 to {vocab_size - 1}; the tokenizer is of another model"
+        )
     device = next(model.parameters()).device
     tokens = torch.tensor(ids, device=device)
     plan = list(windows(len(ids), context, stride))
     at_a_time = max(1, TOKENS_AT_A_TIME[device.type] // context)
-    # The first window scores all of itself, and the others a part: they go apart from it.
+    # The first window scores all of its tokens, the others a part of theirs, so it gets a batch of its own.
     turns = [plan[:1], *(plan[low : low + at_a_time] for low in range(1, len(plan), at_a_time))]
     nats = 0.0
     for turn in turns:
@@ -125,12 +126,12 @@ def score(
 
 
 def _loss(model: LanguageModel, tokens_N: Tensor, turn: Sequence[Window]) -> Tensor:
-    """The summed loss of some windows of one length."""
+    """Return the summed loss of windows of one length."""
     inputs_BT = torch.stack([tokens_N[w.start : w.stop] for w in turn])
     labels_BT = torch.stack([tokens_N[w.start + 1 : w.stop + 1] for w in turn])
     firsts = [w.first - w.start - 1 for w in turn]
     for row, first in enumerate(firsts):
         labels_BT[row, :first] = IGNORED
-    low = min(firsts)  # no logits for what no row scores
+    low = min(firsts)  # skip logits that no row scores
     hidden_BTD = model(inputs_BT)[:, low:]
     return model.loss(hidden_BTD, labels_BT[:, low:])

@@ -1,35 +1,37 @@
-"""Text as its tokens come: a piece is given out when no later token can change it."""
+"""Generated text, streamed: a piece is returned as soon as no later token can change it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from shoal.data.tokens.tokenize import Tokenizer
+from shoal.infer.load import LoadedModel
+from shoal.models.sampling import Sampling, check_text
 
-UNFINISHED = "\ufffd"  # what bytes decode to that are no whole character (yet)
+UNFINISHED = "\ufffd"  # incomplete UTF-8 bytes decode to this
 
 
 class TextStream:
     """
-    The text that tokens add to a prompt, a token at a time; the pieces together are the text of all of them.
+    The text that tokens add to a prompt, in pieces; together the pieces are the text of all tokens.
 
-    A token alone may be a part of a character, and some tokenizers drop the space before a first word. So a piece is
-    the difference between two decodings that begin a little before it, and waits until its last character is whole.
+    One token may be part of a character, and some tokenizers drop the space before a first word. So a piece is the
+    difference of two decodings that start a little earlier, and is held back until its last character is complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt)
-        self._before = 0  # where both decodings begin
-        self._given = len(self._ids)  # tokens whose text is out
+        self._before = 0  # start of both decodings
+        self._given = len(self._ids)  # tokens whose text was returned
 
     def push(self, token: int) -> str:
-        """The text that is settled now; often empty."""
+        """Add a token; return the text that is now final, often empty."""
         self._ids.append(token)
         return self._take(final=False)
 
     def close(self) -> str:
-        """What still waited for the rest of its character."""
+        """Return the text that was held back as an incomplete character."""
         return self._take(final=True)
 
     def _take(self, *, final: bool) -> str:
@@ -42,6 +44,15 @@ class TextStream:
 
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], output: Sequence[int]) -> str:
-    """The text that `output` adds to `prompt`."""
+    """Return the text that `output` adds to `prompt`."""
     stream = TextStream(tokenizer, prompt)
     return "".join([*map(stream.push, output), stream.close()])
+
+
+def complete(model: LoadedModel, prompt: str, max_new_tokens: int, sampling: Sampling) -> str:
+    """Return the text that a model adds to `prompt`. Raises `GenerateError`, or `ModelError` without a tokenizer."""
+    check_text(prompt, "the prompt")
+    tokenizer = model.need_tokenizer()
+    ids = tokenizer.encode_prompt(prompt)
+    [output] = model.continue_tokens([ids], max_new_tokens=max_new_tokens, sampling=sampling)
+    return continuation(tokenizer, ids, output)

@@ -1,4 +1,4 @@
-"""Which checkpoint of which run a person means."""
+"""Finding the run and checkpoint that a command names."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from shoal.run.folder import RunFolder
 
 def find_checkpoint(runs: Path, target: str, step: int | None) -> tuple[RunFolder, Saved]:
     """
-    Run `target` (a name under `runs`, or a folder) and its checkpoint of `step` (None: the last).
+    Return run `target` (a name under `runs`, or a folder) and its checkpoint of `step` (None: the last).
 
-    Raises `RunError` where there is no such run, `CheckpointError` where there is no such checkpoint.
+    Raises `RunError` if there is no such run, `CheckpointError` if there is no such checkpoint.
     """
     folder = RunFolder(Path(target) if (Path(target) / "config.yaml").is_file() else runs / target)
     folder.load_config()
-    folder.stand_in()  # a model of transformers is built from what its folder says
     there = listed(folder.checkpoints)
     chosen = [s for s in there if step is None or s.step == step]
     if not chosen:
         steps = ", ".join(str(s.step) for s in there)
-        what = f"no checkpoint of step {step}; there are steps {steps}" if there else "no checkpoint yet"
+        what = f"no checkpoint of step {step}; it has steps {steps}" if there else "no checkpoint yet"
         raise CheckpointError(f"{folder.path} has {what}")
     return folder, chosen[-1]

@@ -1,1 +1,1 @@
-"""Starting the processes of a run."""
+"""Launchers: how the worker processes of a run are started."""

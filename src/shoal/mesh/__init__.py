@@ -1,1 +1,1 @@
-"""Where a process stands, and how it speaks to the others."""
+"""The rank of this process, its device mesh, and its connections to the other ranks."""

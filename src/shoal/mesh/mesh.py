@@ -1,4 +1,4 @@
-"""The device mesh: which process this is, on which device, and along which axes."""
+"""The device mesh: this process's rank, device, and position on each parallel axis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from shoal.config.layout import Layout, find_layout
-from shoal.config.options import Parallel
+from shoal.config.options import FLOAT16_ON_CPU, Parallel
 from shoal.errors import LaunchError
 from shoal.mesh.place import Place, describe_place, is_launched, read_place
 from shoal.mesh.store import open_store, stay_on_loopback
@@ -23,47 +23,47 @@ ALONE = Place()
 
 @dataclass(frozen=True)
 class Axis:
-    """The processes that differ from this one along one axis, or along several taken as one."""
+    """The ranks that differ from this one along one axis, or along several flattened into one."""
 
     size: int = 1
-    rank: int = 0  # this process's place on it
-    group: dist.ProcessGroup | None = None  # None where there is nobody to talk to
+    rank: int = 0  # of this process on the axis
+    group: dist.ProcessGroup | None = None  # None if the size is 1
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over the axis, in place, and given back. A collective over this axis."""
+        """All-reduce `tensor` over the axis in place, and return it. A collective over this axis."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
 
-DEFAULT_TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")  # of `distributed_c10d`
+DEFAULT_TIMEOUTS = ("default_pg_timeout", "default_pg_nccl_timeout")  # module variables of `distributed_c10d`
 
-# What is talked along: the axes themselves, and some taken together.
+# Process groups: single axes, and flattened combinations.
 GROUPS: dict[str, tuple[str, ...]] = {
     "pp": ("pp",),
     "dp_replicate": ("dp_replicate",),
     "cp": ("cp",),
     "tp": ("tp",),
-    "shard": ("dp_shard", "cp"),  # FSDP's shards, over the parts of a sequence too
-    "batch": ("dp_replicate", "dp_shard", "cp"),  # whose gradients are summed
-    "stage": ("dp_replicate", "dp_shard", "cp", "tp"),  # all that hold something of the same pipeline stage
+    "shard": ("dp_shard", "cp"),  # FSDP shards parameters over both
+    "batch": ("dp_replicate", "dp_shard", "cp"),  # gradients are all-reduced over it
+    "stage": ("dp_replicate", "dp_shard", "cp", "tp"),  # all ranks of one pipeline stage
 }
 
 
 class Mesh:
     """
-    Where this process stands, its device, and its axes (see `config/layout.py`).
+    This process's rank, device and axes (see `config/layout.py`).
 
-    `dp_rank` of `dp_size` says which of a step's micro-batches are its own; `pp`, `cp` and `tp` neighbours share them.
+    `dp_rank` of `dp_size` selects this rank's micro-batches of a step; `pp`, `cp` and `tp` neighbors share them.
     """
 
     def __init__(
         self, place: Place, device: torch.device, layout: Layout | None = None, timeout: timedelta | None = None
     ) -> None:
         """
-        A collective over the world where the layout has axes: groups are made by all processes in one order.
+        Open a process group for each axis. A collective over the world: all ranks create the groups in the same order.
 
-        timeout: of the groups of the axes; None: torch's own.
+        timeout: of these groups; None: torch's default.
         """
         self.place, self.device, self._timeout = place, device, timeout
         self.layout = layout or Layout(dp_replicate=place.world_size)
@@ -81,7 +81,7 @@ class Mesh:
         return Axis(len(mine), mine.index(self.place.rank), group)
 
     def axis(self, name: str) -> Axis:
-        """One of `GROUPS`."""
+        """Return the axis `name`, a key of `GROUPS`."""
         return self._axes[name]
 
     @property
@@ -90,7 +90,7 @@ class Mesh:
 
     @property
     def is_first(self) -> bool:
-        """True on the one rank that prints and writes what is written once."""
+        """Return True on rank 0, which alone prints and writes files."""
         return self.place.rank == 0
 
     @property
@@ -107,13 +107,17 @@ class Mesh:
             dist.barrier()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` summed over the world, in place, and given back. A collective over the world."""
+        """All-reduce `tensor` over the world in place, and return it. A collective over the world."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """What each rank gives, in their order; for what is rare and small. A collective over the world."""
+        """
+        Return each rank's `value`, in rank order; for rare, small values. A collective over the world.
+
+        torch pickles the values and sends them between the run's own processes.
+        """
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -122,61 +126,59 @@ class Mesh:
 
     def first_problem(self, problem: str) -> str:
         """
-        What the first rank that has a problem says of it, the same on all; "" where none has: so that all raise, or none.
+        Return the first rank's non-empty `problem`, the same on all ranks, so that all raise or none; "" if there is none.
+
         A collective over the world.
         """
         return next(filter(None, self.gather_objects(problem)), "")
 
 
 def choose_device(wanted: str, place: Place = ALONE) -> torch.device:
-    """The device of the process at `place`. Raises `LaunchError` where it is not to be had."""
+    """Return the device for the process at `place`. Raises `LaunchError` if there is none."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise LaunchError(
-            "{option} is cuda, but torch sees no CUDA device; set {option} to cpu, or see shoal env",
+            "{option} is cuda, but torch sees no CUDA device; set {option} to cpu, or check shoal env",
             option="train.device",
         )
     count = torch.cuda.device_count()
-    if count == 1:  # Slurm's --gpus-per-task=1 shows each worker a device of its own, as number 0
+    if count == 1:  # Slurm's --gpus-per-task=1 shows each worker its own device as number 0
         return torch.device("cuda", 0)
     if place.local_world_size > count:
         fewer = (
             f"set launch.processes to {count}"
             if is_launched()
-            else f"start {count} on each machine, or give each its own (Slurm: --gpus-per-task=1)"
+            else f"start {count} per node, or give each process its own device (Slurm: --gpus-per-task=1)"
         )
         raise LaunchError(
-            f"{place.local_world_size} processes need as many CUDA devices, and there are {count}; {fewer}"
+            f"{place.local_world_size} processes need {place.local_world_size} CUDA devices, but there are {count}; {fewer}"
         )
     return torch.device("cuda", place.local_rank)
 
 
 def check_dtype(dtype: str, device: torch.device) -> None:
-    """Raise `LaunchError` where `device` cannot compute in `dtype`."""
+    """Raise `LaunchError` if `device` cannot compute in `dtype`."""
     if dtype == "float16" and device.type == "cpu":
-        raise LaunchError(
-            "a CPU multiplies float16 a thousand times slower; set {option} to bfloat16 or float32",
-            option="train.dtype",
-        )
+        raise LaunchError(FLOAT16_ON_CPU, option="train.dtype")
     if dtype == "bfloat16" and not has_bfloat16(device):
         name = torch.cuda.get_device_name(device)
-        raise LaunchError(f"{name} has no bfloat16; set {{option}} to float32", option="train.dtype")
+        raise LaunchError(f"{name} does not support bfloat16; set {{option}} to float32", option="train.dtype")
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether `device` computes in bfloat16 itself; every CPU can, if slowly."""
+    """Return whether `device` computes in bfloat16 natively. Every CPU counts, even if slow."""
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process has gone or cannot be reached, and not for a reason of ours."""
+    """Return whether a collective failed because another rank died or cannot be reached."""
     words = (
         "Connection closed by peer",
         "Connection reset by peer",
         "Broken pipe",
         "Connection refused",
-        "remote process exited",  # NCCL's own words for ncclRemoteError, and torch's
+        "remote process exited",  # NCCL's text for ncclRemoteError; the next is torch's
         "remote process exiting",
         "NCCL communicator was aborted",
         "Timed out waiting",
@@ -187,10 +189,9 @@ def is_lost_peer(error: RuntimeError) -> bool:
 @contextlib.contextmanager
 def default_timeout(timeout: timedelta) -> Iterator[None]:
     """
-    Give `timeout` to the groups that torch opens by itself (FSDP2's for `reshard_after_forward` by a number).
+    Apply `timeout` to the groups that torch opens itself, such as FSDP2's for an integer `reshard_after_forward`.
 
-    torch takes the timeout of such a group from two variables of a module, not from the group of the world: 30 minutes,
-    10 with NCCL.
+    torch takes their timeout from two module variables, not from the world group: 30 minutes, 10 with NCCL.
     """
     names = [name for name in DEFAULT_TIMEOUTS if hasattr(distributed_c10d, name)]
     before = {name: getattr(distributed_c10d, name) for name in names}
@@ -205,11 +206,11 @@ def default_timeout(timeout: timedelta) -> Iterator[None]:
 
 def _join(place: Place, device: torch.device, timeout: timedelta) -> None:
     """
-    Open the group of the world. Raises `LaunchError` where NCCL finds two processes on one device, or where the processes
-    that another launcher's variables promise do not come.
+    Open the world group. Raises `LaunchError` if NCCL finds two ranks on one device, or if ranks that another launcher's
+    variables promise do not join.
 
-    With `device_id` NCCL connects all processes here, for each group: a pipeline's first messages need no connection
-    of their own, which torch would otherwise open between two processes while others wait for another pair.
+    `device_id` makes NCCL connect all ranks of each group here. Otherwise torch would open a pipeline's first connections
+    lazily, between two ranks while others wait for another pair.
     """
     try:
         dist.init_process_group(
@@ -223,23 +224,23 @@ def _join(place: Place, device: torch.device, timeout: timedelta) -> None:
     except RuntimeError as error:
         if isinstance(error, dist.DistStoreError | dist.DistNetworkError) and not is_launched():
             raise LaunchError(
-                f"{describe_place()}: after {timeout.total_seconds():.0f} s not all had come; start shoal once for each of "
-                "RANK 0 to WORLD_SIZE - 1, or unset these variables"
+                f"{describe_place()}: not all ranks joined within {timeout.total_seconds():.0f} s; start shoal once for each "
+                "RANK from 0 to WORLD_SIZE - 1, or unset these variables"
             ) from error
         if "Duplicate GPU detected" not in str(error):
             raise
         raise LaunchError(
-            f"{place.local_world_size} processes here share a CUDA device; start as many as there are devices, or give "
-            "each its own (Slurm: --gpus-per-task=1)"
+            f"some of the {place.local_world_size} processes on this node share a CUDA device; start one process per device, or "
+            "give each its own (Slurm: --gpus-per-task=1)"
         ) from error
 
 
 @contextlib.contextmanager
 def open_mesh(device: str, timeout_seconds: float, parallel: Parallel) -> Iterator[Mesh]:
     """
-    Join the other processes; leave them in order at the end. A collective over the world.
+    Join the other ranks, and leave them in order at the end. A collective over the world.
 
-    On an error the group is left without a barrier: the others may never come to one.
+    After an error there is no barrier: the other ranks may never reach one.
     """
     place = read_place()
     layout = find_layout(parallel, place.world_size)

@@ -1,4 +1,4 @@
-"""Where this process stands among those of its run: the only reader of RANK and WORLD_SIZE. No torch."""
+"""The rank of this process in its run. The only module that reads RANK and WORLD_SIZE. No torch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from shoal.errors import LaunchError
 from shoal.system.output import on_one_line
 
-LOCKED_BY = "SHOAL_LOCKED_BY"  # the launcher's process id: it holds the run's lock for its workers
+LOCKED_BY = "SHOAL_LOCKED_BY"  # process id of the shoal launcher, which holds the run's lock for its workers
 _NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LEAST = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1,
           "SLURM_PROCID": 0, "SLURM_NTASKS": 1, "SLURM_LOCALID": 0, "SLURM_NODEID": 0, "SLURM_NNODES": 1,
           "SLURM_NTASKS_PER_NODE": 1, "SLURM_STEP_NUM_TASKS": 1}  # fmt: skip
 _MOST = {"MASTER_PORT": 65535}
-# srun sets these in the tasks that it starts; a batch script has SLURM_PROCID 0 and SLURM_NTASKS, and none of them.
+# srun sets these in the tasks it starts. A batch script has SLURM_PROCID=0 and SLURM_NTASKS, but none of these.
 _OF_A_STEP = ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_SRUN_COMM_HOST")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Ranks count from 0; the local ones within a machine."""
+    """A process's rank in the run and on its node; both count from 0."""
 
     rank: int = 0
     world_size: int = 1
@@ -34,22 +34,26 @@ class Place:
 
 
 def is_worker() -> bool:
-    """True in a process that a launcher (shoal's, torchrun, or srun with MASTER_ADDR set) started."""
+    """Return True in a worker started by shoal, by torchrun, or by srun with MASTER_ADDR set."""
     return "RANK" in os.environ or _under_srun()
 
 
 def is_launched() -> bool:
-    """True in a worker of our own launcher, which tells what concerns all of them."""
+    """Return True in a worker of shoal's own launcher, which prints the messages that concern all workers."""
     return os.environ.get(LOCKED_BY) == str(os.getppid())
 
 
 def speaks_first() -> bool:
-    """True in one process of a run: the launcher, or rank 0 where another program started the workers."""
+    """Return True in exactly one process of a run: shoal's launcher, or rank 0 under another launcher."""
     return not is_worker() or (LOCKED_BY not in os.environ and read_place().rank == 0)
 
 
 def read_place() -> Place:
-    """From the launcher's variables, or alone. Raises `LaunchError` where they are not whole, or contradict each other."""
+    """
+    Read the rank from the launcher's environment variables; without RANK, return a single process.
+
+    Raises `LaunchError` if variables are missing or contradict each other.
+    """
     if _under_srun():
         _check_slurm()
         _adopt_slurm()
@@ -58,7 +62,7 @@ def read_place() -> Place:
         return Place()
     if missing := [name for name in _NEEDED if name not in env]:
         raise LaunchError(
-            f"RANK is set but {', '.join(missing)} is not; start through shoal train, torchrun or srun, or unset RANK"
+            f"RANK is set but {', '.join(missing)} is not; start with shoal train, torchrun or srun, or unset RANK"
         )
     _numbers()
     if not env["MASTER_ADDR"].strip():
@@ -73,7 +77,7 @@ def read_place() -> Place:
 
 
 def describe_place() -> str:
-    """Where this worker stands, and which variables of its launcher say so."""
+    """Describe this worker's rank, and which of its launcher's variables gave it."""
     place, env = read_place(), os.environ
     launcher, names = "another launcher", "RANK, WORLD_SIZE"
     if "TORCHELASTIC_RUN_ID" in env:
@@ -81,50 +85,50 @@ def describe_place() -> str:
     elif _in_step() and env["SLURM_PROCID"] == env["RANK"]:
         launcher, names = "srun", "SLURM_PROCID, SLURM_NTASKS"
     return (
-        f"started by {launcher}: rank {place.rank} of {place.world_size} ({names}), {place.local_world_size} on this machine, "
-        f"meeting at {on_one_line(env['MASTER_ADDR'])}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
+        f"started by {launcher}: rank {place.rank} of {place.world_size} ({names}), {place.local_world_size} on this node, "
+        f"rendezvous at {on_one_line(env['MASTER_ADDR'])}:{env['MASTER_PORT']} (MASTER_ADDR, MASTER_PORT)"
     )
 
 
 def unused_claims(nodes: int) -> list[str]:
     """
-    What a launcher's variables say in a process that is no worker by them, for a person to know.
+    Return a note for each launcher variable that is set but unused, because this process is not a worker.
 
-    nodes: launch.nodes. Raises `LaunchError` where they claim several processes, which would not be of one run.
+    nodes: `launch.nodes`. Raises `LaunchError` if the variables promise several processes: each would train alone.
     """
     env = os.environ
     if env.get("WORLD_SIZE", "1") != "1":
         raise LaunchError(
-            f"WORLD_SIZE is {env['WORLD_SIZE']!r} but RANK is not set; start through shoal train, torchrun or srun, or unset "
+            f"WORLD_SIZE is {env['WORLD_SIZE']!r} but RANK is not set; start with shoal train, torchrun or srun, or unset "
             "WORLD_SIZE"
         )
     tasks = _slurm_tasks()
     if tasks > 1 and _in_step() and nodes == 1:
         raise LaunchError(
-            f"srun started {tasks} tasks (SLURM_NTASKS), and MASTER_ADDR is not set, so each would train alone; set MASTER_ADDR "
-            "to the host of the first task, or start one task on each node with launch.nodes and launch.rendezvous"
+            f"srun started {tasks} tasks (SLURM_NTASKS) but MASTER_ADDR is not set, so each would train alone; set MASTER_ADDR "
+            "to the host of the first task, or start one task per node with launch.nodes and launch.rendezvous"
         )
     if tasks > 1 and "MASTER_ADDR" in env and not _in_step():
         raise LaunchError(
-            f"SLURM_NTASKS is {tasks} and MASTER_ADDR is set, but this is the batch script and not one of its tasks; put "
-            "srun before shoal, or unset MASTER_ADDR to train with shoal's own processes on this node"
+            f"SLURM_NTASKS is {tasks} and MASTER_ADDR is set, but this process is the batch script, not a task; put srun "
+            "before shoal, or unset MASTER_ADDR to let shoal start its own processes on this node"
         )
     unused = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in env]
     if not unused:
         return []
-    return [f"{', '.join(unused)} set but not RANK: no other launcher started this process, so shoal starts its own"]
+    return [f"{', '.join(unused)} set without RANK, so ignored: shoal starts its own processes"]
 
 
 def report_to_launcher(message: str) -> bool:
     """
-    Leave `message` for `shoal train`, which says it once for all its workers; False where it did not start this one.
+    Leave `message` for `shoal train`, which prints it once for all its workers.
 
-    The file and its form are those of torch's elastic agent.
+    Returns False if shoal did not start this worker. The file and its format are those of torch's elastic agent.
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path is None or not is_launched():
         return False
-    # whole or not there: the launcher may end this process at any moment, and the agent fails on half a file
+    # written atomically: the launcher may kill this process at any moment, and the agent fails on half a file
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
         json.dump({"message": message, "timestamp": int(time.time())}, file)
     os.replace(f"{path}.tmp", path)
@@ -136,13 +140,13 @@ def _under_srun() -> bool:
 
 
 def _in_step() -> bool:
-    """Whether srun started this process; a batch script is always task 0."""
+    """Return whether srun started this process. A batch script is always task 0."""
     env = os.environ
     return "SLURM_PROCID" in env and (env["SLURM_PROCID"] != "0" or any(name in env for name in _OF_A_STEP))
 
 
 def _slurm_tasks() -> int:
-    """How many tasks Slurm says that there are; 1 where it says nothing."""
+    """Return the number of tasks that Slurm reports, 1 outside Slurm."""
     _numbers()
     _count_tasks_of_step()
     env = os.environ
@@ -150,28 +154,28 @@ def _slurm_tasks() -> int:
 
 
 def _count_tasks_of_step() -> None:
-    """A step's own number of tasks wins: a shell that salloc started is a step of one, and keeps the job's SLURM_NTASKS."""
+    """Prefer the step's own task count: a shell under salloc is a step of one task but keeps the job's SLURM_NTASKS."""
     env = os.environ
     if "SLURM_STEP_NUM_TASKS" in env and _in_step():
         env["SLURM_NTASKS"] = env["SLURM_STEP_NUM_TASKS"]
 
 
 def _check_slurm() -> None:
-    """Raise `LaunchError` where srun's variables are not whole, or the user's own contradict them."""
+    """Raise `LaunchError` if srun's variables are incomplete, or if the user's own contradict them."""
     env = os.environ
     _count_tasks_of_step()
     if "SLURM_NTASKS" not in env:
-        raise LaunchError("SLURM_PROCID and MASTER_ADDR are set but SLURM_NTASKS is not; give srun --ntasks")
+        raise LaunchError("SLURM_PROCID and MASTER_ADDR are set but SLURM_NTASKS is not; pass --ntasks to srun")
     _numbers()
     _below("SLURM_PROCID", int(env["SLURM_PROCID"]), "SLURM_NTASKS", int(env["SLURM_NTASKS"]))
     if env.get("WORLD_SIZE", env["SLURM_NTASKS"]) != env["SLURM_NTASKS"]:
         raise LaunchError(
-            f"WORLD_SIZE is {env['WORLD_SIZE']}, and srun started {env['SLURM_NTASKS']} tasks (SLURM_NTASKS); unset WORLD_SIZE"
+            f"WORLD_SIZE is {env['WORLD_SIZE']} but srun started {env['SLURM_NTASKS']} tasks (SLURM_NTASKS); unset WORLD_SIZE"
         )
 
 
 def _numbers() -> None:
-    """Raise `LaunchError` for each variable that is there and no number, or too small or large a one."""
+    """Raise one `LaunchError` that names every variable that is not an integer or is out of range."""
     wrong = [
         f"{name} is {said!r}, not an integer of at least {least}" + f" and at most {_MOST.get(name)}" * (name in _MOST)
         for name, least in _LEAST.items()
@@ -179,7 +183,7 @@ def _numbers() -> None:
         and not (_is_integer(said) and least <= int(said) <= _MOST.get(name, math.inf))
     ]
     if wrong:
-        raise LaunchError("; ".join(wrong) + "; a launcher sets these: leave them to it, or unset them")
+        raise LaunchError("; ".join(wrong) + "; the launcher sets these: do not set them yourself, or unset them")
 
 
 def _is_integer(text: str) -> bool:
@@ -188,11 +192,13 @@ def _is_integer(text: str) -> bool:
 
 def _below(name: str, value: int, limit_name: str, limit: int) -> None:
     if value >= limit:
-        raise LaunchError(f"{name} is {value} and {limit_name} is {limit}; a launcher sets both: leave them to it")
+        raise LaunchError(
+            f"{name} is {value} but must be below {limit_name}, {limit}; the launcher sets both: do not set them yourself"
+        )
 
 
 def _adopt_slurm() -> None:
-    """torch's rendezvous reads RANK and WORLD_SIZE from the environment; srun calls them otherwise."""
+    """Copy srun's variables to RANK and WORLD_SIZE, which torch's rendezvous reads."""
     env = os.environ
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
     env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))
@@ -204,8 +210,8 @@ def _tasks_here(env: Mapping[str, str]) -> int:
     """
     Return how many of a Slurm step's tasks run on this node.
 
-    SLURM_NTASKS_PER_NODE is there only where --ntasks-per-node was given, and is then a limit. SLURM_TASKS_PER_NODE lists
-    all nodes, "2(x3),1", in the order of SLURM_NODEID; a list with another sum belongs to the job, not to this step.
+    SLURM_NTASKS_PER_NODE is set only with --ntasks-per-node, and is a limit, not a count. SLURM_TASKS_PER_NODE lists all
+    nodes, "2(x3),1", in the order of SLURM_NODEID; a list with another sum describes the job, not this step.
     """
     tasks = int(env["SLURM_NTASKS"])
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):

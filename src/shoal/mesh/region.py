@@ -1,4 +1,4 @@
-"""Which part of a parameter a process holds: the noun that lets optimizer and checkpoints know nothing of layouts."""
+"""Regions of parameters. Optimizer and checkpoints work on regions, so they need not know the parallel layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Region:
-    """A box in a tensor of `shape`: it begins at `offsets` and is `sizes` large."""
+    """A box of `sizes` elements at `offsets` in a tensor of `shape`."""
 
     shape: tuple[int, ...]
     offsets: tuple[int, ...]
@@ -28,11 +28,11 @@ class Region:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """As an index into the whole tensor."""
+        """Return the region as an index into the whole tensor."""
         return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
 
     def chunk(self, dim: int, index: int, count: int) -> Region:
-        """Chunk `index` of `count` along `dim`, as `torch.chunk` cuts: ceil(size / count) long, later ones shorter."""
+        """Return chunk `index` of `count` along `dim`, split as `torch.chunk` does: ceil(size / count) long, the last shorter."""
         length = -(-self.sizes[dim] // count)
         start = min(index * length, self.sizes[dim])
         stop = min(start + length, self.sizes[dim])
@@ -42,7 +42,7 @@ class Region:
 
 
 class Part(NamedTuple):
-    """A region, and what is in it: what a checkpoint writes, or fills."""
+    """A region and its contents, as a checkpoint writes or fills it."""
 
     region: Region
     tensor: torch.Tensor
@@ -55,17 +55,17 @@ class Part(NamedTuple):
 @dataclass(eq=False)
 class Shard:
     """
-    What this process holds of one parameter.
+    This rank's part of one parameter.
 
-    `tensor` shares its memory with `parameter`, is plain, float32, of the region's sizes, and is what the optimizer
-    updates, with `tensor.grad` as its gradient. `counted` is true on exactly one of the processes that hold this
-    region, so that a sum over counted shards of all processes sees each element once.
+    `tensor` is a plain float32 tensor of the region's sizes that shares memory with `parameter`. The optimizer updates it
+    with `tensor.grad`. `counted` is true on exactly one of the ranks that hold this region, so that a sum over the counted
+    shards of all ranks includes each element once.
     """
 
-    name: str  # global: the name in the unwrapped, uncut model
+    name: str  # global: the name in the unwrapped, unsharded model
     region: Region
     tensor: torch.Tensor
     parameter: nn.Parameter
     counted: bool = True
-    summed_over_tp: bool = False  # whole on each process of `tp`, with a part of the gradient on each
-    twin: bool = False  # the last pipeline stage's copy of an embedding that the first one holds too
+    summed_over_tp: bool = False  # replicated over `tp`; each rank has a partial gradient
+    twin: bool = False  # the last pipeline stage's copy of a tied embedding

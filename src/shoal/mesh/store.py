@@ -1,4 +1,4 @@
-"""The store through which the processes of a run find each other."""
+"""The key-value store through which the ranks of a run find each other."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from datetime import timedelta
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
 from shoal.errors import LaunchError
-from shoal.mesh.place import LOCKED_BY, Place
+from shoal.mesh.place import Place, is_launched
 from shoal.system.network import is_loopback, listen
 
 
 def open_store(place: Place, timeout: timedelta) -> Store:
     """
-    The store at MASTER_ADDR and MASTER_PORT, where rank 0 listens on that address alone; all processes wait for each other.
+    Open the store at MASTER_ADDR:MASTER_PORT, and wait until all ranks have connected. Raises `LaunchError`.
 
-    What torch makes of `env://` is the same store, but it listens on every interface of the machine. Under torchrun the
-    launcher has one already. Raises `LaunchError`.
+    Rank 0 listens on that address only; torch's own `env://` would listen on every interface of the machine. Under
+    torchrun the launcher already serves the store.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if place.rank > 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -27,7 +27,7 @@ def open_store(place: Place, timeout: timedelta) -> Store:
         afar = place.world_size > place.local_world_size
         listener = listen(host, port, option="MASTER_ADDR and MASTER_PORT", from_afar=afar)
     except LaunchError as error:
-        if os.environ.get(LOCKED_BY) == str(os.getppid()):  # our launcher chose them: another try has another port
+        if is_launched():  # our launcher chose the port: a restart chooses another
             raise RuntimeError(str(error)) from error
         raise
     descriptor = listener.detach()  # the store closes it
@@ -35,8 +35,8 @@ def open_store(place: Place, timeout: timedelta) -> Store:
 
 
 def stay_on_loopback() -> None:
-    """Where the processes of a run meet on loopback, what else they open listens there too, unless a person chose."""
+    """Keep gloo and NCCL on loopback if the store is on loopback, unless the user chose an interface."""
     if is_loopback(os.environ["MASTER_ADDR"]):
         loopback = "lo0" if sys.platform == "darwin" else "lo"
-        for library in ("GLOO", "NCCL"):  # each takes the first interface of a network else
+        for library in ("GLOO", "NCCL"):  # by default each takes the first network interface
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)

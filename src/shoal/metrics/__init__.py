@@ -1,1 +1,1 @@
-"""What a run says of itself: timers, rates, the console, and `metrics.jsonl`, which is the truth."""
+"""Timers, rates and facts of the device: the numbers that a run reports."""

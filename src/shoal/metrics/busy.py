@@ -1,8 +1,7 @@
 """
-How long this process itself is busy in each phase of a step: without the time that it waits for the others.
+How long this process is busy in each phase of a step, without the time it waits for others.
 
-In a step all processes take equally long, since the fast ones wait for the slow one: what tells them apart is what
-each of them does when nobody keeps it waiting.
+A step takes equally long on all processes, since fast ones wait for the slowest: only busy time tells them apart.
 """
 
 from __future__ import annotations
@@ -10,28 +9,29 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
 
-PHASES: Final = ("data", "forward", "backward", "reduce", "optimizer", "between")
-"""`between`: all else that the host does from one step to the next, a save's stall among it."""
+from shoal.run.phases import PHASES
+
+PARTS: Final = (*PHASES, "between")
+"""The parts of a step; `between`: everything else on the host until the next step, including a save's stall."""
 
 
 class Waits:
     """
     Seconds that this process waited for others.
 
-    On a CPU a process waits in torch's `Work.wait` alone, in our own collectives and in those inside FSDP2 and pipelines:
-    there it is timed. On CUDA that returns at once, and a stream waits instead.
+    On a CPU a process waits only in torch's `Work.wait`, for our own collectives and those of FSDP2 and pipelines: it is
+    timed there. On CUDA `Work.wait` returns at once, and a stream waits instead.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.tell: Callable[[bool], None] = lambda waits: None
-        """Called when it begins to wait, and when it goes on."""
+        """Called with True when a wait begins, with False when it ends."""
         self._wait: Callable[..., Any] | None = None
 
     def watch(self) -> None:
@@ -51,7 +51,7 @@ class Waits:
 
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
-        """What is done inside waits for others, or for the device, and nothing in it is counted twice."""
+        """Count the time inside as waiting, for others or for the device; count nested waits once."""
         begun, before = time.perf_counter(), self.seconds
         try:
             yield
@@ -59,34 +59,35 @@ class Waits:
             self.seconds = before + time.perf_counter() - begun
 
     def close(self) -> None:
-        """May be called twice."""
+        """Restore `Work.wait`. May be called twice."""
         if self._wait is not None:
             dist.Work.wait, self._wait = self._wait, None  # type: ignore[method-assign]
 
 
 class Busy:
     """
-    This process's seconds in each of `PHASES`, step by step: `begin`, then `with phase("forward"): ...`.
+    This process's seconds in each of `PARTS`, step by step: `begin`, then `enter` and `leave` for each phase.
 
-    On CUDA forward, backward and optimizer are the device's time, between events which are read when they are long over;
-    of a step's forwards and backwards the first stands for all.
+    On CUDA forward, backward and optimizer are timed on the device, by events that are read long after they occurred; the
+    first forward and backward of a step represent all.
     """
 
     def __init__(self, device: torch.device, turns: int, *, measures: bool = True) -> None:
-        """turns: forwards that this process takes in a step; measures: else it does nothing."""
+        """turns: forwards of this process in a step. measures: False disables it."""
         self.waits = Waits()
         self._cuda, self._turns, self._measures = device.type == "cuda", turns, measures
         if measures and not self._cuda:
             self.waits.watch()
-        self._phases = {name: _Phase(self, name) for name in PHASES}
+        self._entered: dict[str, tuple[float, float]] = {}  # by phase: seconds waited so far, begin
+        self._ends: dict[str, torch.cuda.Event] = {}  # by phase: recorded when it ends
         self._begun: float | None = None
         self._waited = 0.0
         self._interrupted = False
-        self._steps: list[_Step] = []  # that are over on the host, and perhaps not on the device
+        self._steps: list[_Step] = []  # over on the host, perhaps not on the device
         self._now = _Step()
 
     def begin(self) -> None:
-        """A step begins, and with it the one before is over."""
+        """Begin a step; the one before it is over."""
         if not self._measures:
             return
         now = time.perf_counter()
@@ -97,16 +98,35 @@ class Busy:
             self._steps.append(self._now)
         self._begun, self._waited, self._interrupted, self._now = now, self.waits.seconds, False, _Step()
 
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """`with phase("forward"): ...` counts the time inside to one of `PHASES`."""
-        return self._phases[name] if self._measures else _NOT_MEASURED
+    def enter(self, phase: str) -> None:
+        """Start timing `phase`."""
+        if not self._measures:
+            return
+        device = self._now.device
+        if self._cuda and phase in ("forward", "backward", "optimizer") and phase not in device:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            device[phase] = start, end
+            start.record()
+            self._ends[phase] = end
+        self._entered[phase] = self.waits.seconds, time.perf_counter()
+
+    def leave(self, phase: str) -> None:
+        """Add the time since `enter`, without waits."""
+        if not self._measures:
+            return
+        waited, begun = self._entered[phase]
+        own = time.perf_counter() - begun - (self.waits.seconds - waited)
+        host = self._now.host
+        host[phase] = host.get(phase, 0.0) + own
+        if self._ends and (end := self._ends.pop(phase, None)) is not None:
+            end.record()
 
     def interrupt(self) -> None:
-        """Something that is no part of training comes between this step and the next: `between` is not known."""
+        """Mark `between` as unknown: something other than training happens before the next step."""
         self._interrupted = True
 
     def seconds(self) -> dict[str, float]:
-        """By phase, of the newest step that is over and was not asked for yet; nothing where there is none."""
+        """Return seconds by part of the newest finished step not returned before; empty if there is none."""
         found: dict[str, float] = {}
         while self._steps and self._steps[0].is_over():
             step = self._steps.pop(0)
@@ -116,11 +136,8 @@ class Busy:
         return found
 
     def close(self) -> None:
-        """May be called twice."""
+        """Stop measuring. May be called twice."""
         self.waits.close()
-
-
-_NOT_MEASURED: Final = contextlib.nullcontext()
 
 
 class _Step:
@@ -131,33 +148,5 @@ class _Step:
         self.device: dict[str, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
 
     def is_over(self) -> bool:
-        """On the device too; does not wait for it."""
+        """Return whether the step is over on the device too, without waiting."""
         return all(end.query() for _, end in self.device.values())  # type: ignore[no-untyped-call]
-
-
-class _Phase:
-    """Not a generator: it is entered for each phase of each micro-batch."""
-
-    __slots__ = ("_begun", "_busy", "_end", "_name", "_waited")
-
-    def __init__(self, busy: Busy, name: str) -> None:
-        self._busy, self._name = busy, name
-        self._begun = self._waited = 0.0
-        self._end: torch.cuda.Event | None = None
-
-    def __enter__(self) -> None:
-        busy, name = self._busy, self._name
-        if busy._cuda and name in ("forward", "backward", "optimizer") and name not in busy._now.device:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            busy._now.device[name] = start, end
-            start.record()
-            self._end = end
-        self._waited, self._begun = busy.waits.seconds, time.perf_counter()
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        busy, name = self._busy, self._name
-        own = time.perf_counter() - self._begun - (busy.waits.seconds - self._waited)
-        busy._now.host[name] = busy._now.host.get(name, 0.0) + own
-        if self._end is not None:
-            self._end.record()
-            self._end = None

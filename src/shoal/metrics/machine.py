@@ -1,4 +1,4 @@
-"""What a process computes on: what it is called, and what decides the last bits of its sums."""
+"""The device's name, and the facts that decide the last bits of a sum."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from shoal.system import cpu
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """Return the device's name, with the number of threads on a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     count = torch.get_num_threads()
@@ -20,15 +20,15 @@ def device_name(device: torch.device) -> str:
 
 
 def instruction_sets() -> str:
-    """Return what torch's own kernels use, and which instructions oneDNN's have beside it."""
+    """Return the instruction set of torch's kernels, and the further instructions available to oneDNN."""
     return ", ".join([torch.backends.cpu.get_cpu_capability(), *cpu.instructions()])
 
 
 def bits_depend_on(device: torch.device) -> dict[str, str | int]:
     """
-    Return what a step's last bits depend on, beside its config and layout: processor, instructions, libraries, threads.
+    Return what a step's last bits depend on besides config and layout: processor, instructions, libraries, threads.
 
-    Another processor of the same instructions may cut products otherwise, for its caches.
+    The processor counts, not only its instructions: libraries block products by its cache sizes.
     """
     built = torch.__config__.show()
     found: dict[str, str | int] = {
@@ -48,5 +48,5 @@ def bits_depend_on(device: torch.device) -> dict[str, str | int]:
 
 
 def what_differs(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """Return what is otherwise now, in a line; empty where nothing is."""
+    """Return the differences in a line; empty if there are none."""
     return ", ".join(f"{k} {before.get(k, 'none')} -> {v}" for k, v in now.items() if before.get(k) != v)

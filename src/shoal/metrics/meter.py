@@ -1,13 +1,11 @@
-"""Timers and rates."""
+"""Timers, throughput and MFU."""
 
 from __future__ import annotations
 
-import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -17,45 +15,36 @@ from shoal.metrics.machine import device_name
 from shoal.metrics.moment import Moment
 from shoal.plan.estimate import flops_per_token, parameter_count, why_no_flops
 from shoal.plan.hardware import peak_flops
-
-PHASES = ("data", "forward", "backward", "reduce", "optimizer")
-
-
-class Phases(Protocol):
-    """`with phases("forward"): ...` counts the time inside to that phase, or does nothing."""
-
-    def __call__(self, name: str) -> contextlib.AbstractContextManager[None]: ...
-
-
-@contextlib.contextmanager
-def no_phases(name: str) -> Iterator[None]:
-    """On steps whose split nobody measures."""
-    yield
+from shoal.run.phases import PHASES
+from shoal.run.records import StepRecord
 
 
 class PhaseTimer:
-    """Seconds of one step by phase: from events on CUDA, read when the step is long over, so nothing waits."""
+    """Seconds of one step by phase. On CUDA from events that are read long after the step, so nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._begun: dict[str, float] = {}
+        self._started: dict[str, torch.cuda.Event] = {}
 
-    @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        if self._cuda and name != "data":  # data is the host's time
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            yield
-            end.record()
-            self._events.append((name, start, end))
+    def enter(self, phase: str) -> None:
+        """Start timing `phase`."""
+        if self._cuda and phase != "data":  # loading data is work of the host
+            self._started[phase] = _recorded()
         else:
-            begun = time.perf_counter()
-            yield
-            self._seconds[name] += time.perf_counter() - begun
+            self._begun[phase] = time.perf_counter()
+
+    def leave(self, phase: str) -> None:
+        """Add the time since `enter`."""
+        if phase in self._started:
+            self._events.append((phase, self._started.pop(phase), _recorded()))
+        else:
+            self._seconds[phase] += time.perf_counter() - self._begun[phase]
 
     def seconds(self) -> dict[str, float]:
-        """The split; on CUDA it waits for the step's last event, which is over by the time it is asked."""
+        """Return seconds by phase. On CUDA it waits for the step's last event, which is past when a record is due."""
         for name, start, end in self._events:
             end.synchronize()
             self._seconds[name] += start.elapsed_time(end) / 1000.0
@@ -63,8 +52,15 @@ class PhaseTimer:
         return dict(self._seconds)
 
 
+def _recorded() -> torch.cuda.Event:
+    """Return a CUDA event recorded behind all work queued so far."""
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
 def memory_bytes(device: torch.device) -> int:
-    """The most this process has held: on the device, or of the machine's memory on a CPU."""
+    """Return the peak memory of this process: on the device, or resident memory on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -72,11 +68,12 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class Meter:
-    """Turns steps into the records of `metrics.jsonl`. Reads no device value: it gets floats."""
+    """Turns steps into records of `metrics.jsonl`. It gets floats and never reads the device."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._config, self._mesh = config, mesh
-        self._splits: dict[int, PhaseTimer] = {}  # by step, until they are read
+        self._splits: dict[int, PhaseTimer] = {}  # by step, until read
+        self._timer: PhaseTimer | None = None  # of the current step, if its split is measured
         self._last = Moment(mesh.device)
         self._steps_since = 0
         self._smooth_seconds = 0.0
@@ -88,19 +85,27 @@ class Meter:
         self._peak_flops, self._peak_source = self._find_peak()
 
     def start(self) -> None:
-        """Time runs from here: after preparation, evaluation and saving, which are no steps."""
+        """Restart the time of steps: after preparation, evaluation and saving."""
         self._last, self._steps_since = Moment(self._mesh.device), 0
 
-    def phases(self, step: int) -> Phases:
-        """The timer of `step`: a real one on the steps whose split is measured."""
-        if step % self._config.metrics.split_every and step != 2:
-            return no_phases
-        timer = PhaseTimer(self._mesh.device)
-        self._splits[step] = timer
-        return timer
+    def begin(self, step: int) -> None:
+        """Begin `step`; time its phases if its split is due."""
+        self._timer = None
+        if step % self._config.metrics.split_every == 0 or step == 2:
+            self._timer = self._splits[step] = PhaseTimer(self._mesh.device)
+
+    def enter(self, phase: str) -> None:
+        """Pass on to the timer of this step, if there is one."""
+        if self._timer is not None:
+            self._timer.enter(phase)
+
+    def leave(self, phase: str) -> None:
+        """Pass on to the timer of this step, if there is one."""
+        if self._timer is not None:
+            self._timer.leave(phase)
 
     def pass_over(self) -> None:
-        """A step that has no record of its own."""
+        """Count a step without a record of its own."""
         self._steps_since += 1
 
     def record(
@@ -114,12 +119,12 @@ class Meter:
         norm: float | None,
         *,
         last: bool = False,
-    ) -> dict[str, Any] | None:
+    ) -> StepRecord | None:
         """
-        The record of `step`, or None where none is due; of the run's last one it is.
+        Return the record of `step`, or None if none is due; the run's last step always has one.
 
-        over: when it was, which may be long before this call; tokens: the run's total; step_tokens: this step's; no `norm`:
-        an overflow.
+        over: the end of the step, perhaps long before this call. tokens: the run's total. step_tokens: this step's.
+        norm: None after an overflow.
         """
         self._steps_since += 1
         if step % self._config.metrics.every and step != 1 and not last:
@@ -128,57 +133,60 @@ class Meter:
         self._last, self._steps_since = over, 0
         self._smooth_seconds = seconds if self._smooth_seconds == 0.0 else 0.8 * self._smooth_seconds + 0.2 * seconds
         rate = step_tokens / seconds
-        record: dict[str, Any] = {
-            "step": step,
-            "tokens": tokens,
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens_per_second": rate,
-            "step_seconds": seconds,
-            "mfu": self.mfu(rate),
-            "memory_bytes": memory_bytes(self._mesh.device),
-        }
-        if timed := [each for each in self._splits if each <= step]:
-            record["split_seconds"] = {"step": timed[-1], **self._splits[timed[-1]].seconds()}
-            for each in timed:
-                del self._splits[each]
-        return record
+        return StepRecord(
+            step=step,
+            tokens=tokens,
+            loss=loss,
+            lr=lr,
+            grad_norm=norm,
+            tokens_per_second=rate,
+            step_seconds=seconds,
+            mfu=self.mfu(rate),
+            memory_bytes=memory_bytes(self._mesh.device),
+            split_seconds=self._take_split(step),
+        )
+
+    def _take_split(self, step: int) -> dict[str, float] | None:
+        """Return the newest split of a step up to `step`, and forget it with those before it."""
+        timed = [each for each in self._splits if each <= step]
+        splits = {each: self._splits.pop(each) for each in timed}
+        return {"step": timed[-1], **splits[timed[-1]].seconds()} if timed else None
 
     def mfu(self, tokens_per_second: float) -> float | None:
-        """The share of the peak that the model's own arithmetic took, by the convention of `describe_mfu`."""
+        """Return the model's FLOP/s as a share of the peak; None if either is unknown. Convention: `describe_mfu`."""
         if not self._peak_flops or not self._flops_per_token:
             return None
         return self.model_flops(tokens_per_second) / self._peak_flops
 
     def model_flops(self, tokens_per_second: float) -> float:
-        """FLOP/s of the model's own arithmetic, by the convention of MFU; 0 where nobody has counted it."""
+        """Return FLOP/s of the model's own arithmetic, by the convention of MFU; 0 if unknown."""
         return tokens_per_second * self._flops_per_token
 
     def left_seconds(self, steps: int) -> float:
-        """A guess at the time that `steps` more will take."""
+        """Estimate the seconds that `steps` more steps take."""
         return steps * self._smooth_seconds
 
     def describe_model(self) -> str:
+        """Return the preset or family and the number of parameters."""
         model = self._config.model
         return f"{model.preset or model.family}, {parameter_count(model):,} parameters"
 
     def describe_mfu(self) -> str:
-        """The convention and the peak that MFU is measured against; empty on a CPU, which has no MFU unless it is asked for."""
+        """Return MFU's convention and peak in a line; empty on a CPU unless `metrics.peak_tflops` is set."""
         if self._peak_flops is None and self._mesh.device.type != "cuda":
             return ""
         if self._why_no_mfu is not None:
-            return f"MFU is not given: {self._why_no_mfu}"
+            return f"MFU is not reported: {self._why_no_mfu}"
         if self._peak_flops is None:
-            return f"MFU is not given: the peak of {self.device_name} is not in the table; set metrics.peak_tflops"
+            return f"MFU is not reported: the peak of {self.device_name} is unknown; set metrics.peak_tflops"
         peak = self._peak_flops / 1e12
         return f"MFU counts {self._config.metrics.mfu_attention} attention against {peak:.3g} TFLOP/s ({self._peak_source})"
 
     def _find_peak(self) -> tuple[float | None, str]:
         """
-        FLOP/s of all processes together, and where the figure is from.
+        Return peak FLOP/s of all processes together, and the source of the figure.
 
-        None for a CPU, and for a GPU that is not in the table: a rate measured here is no peak, and MFU was above 1 by it.
+        None for a CPU and for an unknown GPU: a rate measured here would be below the true peak, and MFU could exceed 1.
         """
         config, mesh = self._config, self._mesh
         if config.metrics.peak_tflops:
@@ -187,6 +195,6 @@ class Meter:
             return None, ""
         dtype: Literal["bfloat16", "float32"] = (
             "float32" if config.train.dtype == "float32" else "bfloat16"
-        )  # float16's too
+        )  # float16 has bfloat16's peak
         known = peak_flops(self.device_name, dtype)
         return known and known * mesh.world_size, "data sheet, dense"

@@ -1,4 +1,4 @@
-"""Points in time that the host and a device agree on."""
+"""Points in time on a device, without waiting for it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class Moment:
-    """When a device is done with all that was queued on it so far; on a CPU, now. Nothing waits for it to be made."""
+    """The time at which a device finishes all work queued so far; on a CPU, now. Making one does not wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
@@ -18,16 +18,16 @@ class Moment:
         self._seconds = time.perf_counter()
 
     def has_come(self) -> bool:
-        """Does not wait."""
+        """Return whether the moment has come, without waiting."""
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        """Until it has come."""
+        """Wait until it has come."""
         if self._event is not None:
             self._event.synchronize()
 
     def seconds_since(self, earlier: Moment) -> float:
-        """From `earlier` to this one, on the device's own clock. Both must have come."""
+        """Return the seconds from `earlier` to this moment, on the device's clock. Both must have come."""
         if self._event is None or earlier._event is None:
             return self._seconds - earlier._seconds
         return float(earlier._event.elapsed_time(self._event)) / 1000

@@ -1,8 +1,8 @@
 """
-How fast matrix products are here, measured within a deadline.
+Measures the rate of matrix products within a deadline.
 
-Sizes go up, and a size is begun only if there would be time for it were it ten times slower than the last one: products
-without instructions of their own take a hundred times as long, and longer where they leave the cache.
+Sizes increase. A size starts only if it would finish in time even at a tenth of the previous size's rate: products without
+hardware instructions are a hundred times slower, and slower still beyond the cache.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Final
 import torch
 
 SIZES: Final = (16, 64, 128, 256, 512, 1024, 2048, 4096)
-LARGE_ENOUGH: Final = 256  # from here on a product's own arithmetic decides, and not what surrounds it
-_TURNS: Final = 4  # of each size: the best counts, so that a neighbour who is busy for a moment does not
-_MARGIN: Final = 10  # how many times slower the next size may be than this one
+LARGE_ENOUGH: Final = 256  # from here on arithmetic dominates overhead
+_TURNS: Final = 4  # of each size; the best counts, so that a busy moment of another program does not
+_MARGIN: Final = 10  # times that the next size's rate may be lower
 
 
 def product_rates(
     dtypes: Sequence[torch.dtype], device: torch.device, seconds: float, *, clear: float = math.inf
 ) -> list[float]:
     """
-    Return FLOP/s of square products in each of `dtypes`: the best of several, at the largest sizes there was time for.
+    Return FLOP/s of square products in each of `dtypes`: the best over the large sizes that fit in `seconds`.
 
-    It ends earlier where the first dtype is `clear` times as fast or as slow as the last one: ten times that while
-    products are small. All zeros where there was no time.
+    Stops early once the first dtype is `clear` times as fast or as slow as the last one; at small sizes, ten times that.
+    All zeros if there was no time.
     """
     end = time.perf_counter() + seconds
     found = [0.0] * len(dtypes)
@@ -45,7 +45,7 @@ def product_rates(
 
 
 def _best_seconds(n: int, dtypes: Sequence[torch.dtype], device: torch.device, end: float) -> list[float]:
-    """Return the best time of each, in turn; infinite for one that had no turn before the end."""
+    """Return the best seconds of each dtype, measured in turns; infinite if there was no time."""
     matrices = [torch.ones(n, n, device=device, dtype=dtype) for dtype in dtypes]
     best = [math.inf] * len(dtypes)
     for _ in range(_TURNS):

@@ -9,16 +9,17 @@ and 64 start from the same bits. It is always the CPU's generator that draws, wh
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from shoal.config.families import FAMILIES
 from shoal.config.options import Model
 from shoal.config.presets import resolve_shape
 from shoal.models.family import Initial, LanguageModel
-from shoal.models.gpt2 import GPT2
-from shoal.models.llama import Llama
 
 ROWS_AT_A_TIME = 1024
 
@@ -36,16 +37,12 @@ def build_model(model: Model, *, compute_dtype: torch.dtype) -> LanguageModel:
     shape = resolve_shape(model)
     if shape.vocab_size is None:
         raise ValueError("model.vocab_size is null: take it from the tokenizer before building")
-    if shape.family == "hf":
-        from shoal.models.hf import HuggingFaceModel  # transformers is an extra, and slow to import
-
-        return HuggingFaceModel(shape, compute_dtype)
-    with torch.device("meta"):
-        match shape.family:
-            case "llama":
-                return Llama(shape, compute_dtype)
-            case "gpt2":
-                return GPT2(shape, compute_dtype)
+    family = FAMILIES[shape.family]
+    module, _, name = family.code.partition(".")
+    kind = getattr(importlib.import_module(f"shoal.models.{module}"), name)  # transformers is an extra, slow to import
+    with torch.device("meta") if family.native else nullcontext():
+        built: LanguageModel = kind(shape, compute_dtype)
+    return built
 
 
 def initial_weights(model: LanguageModel, seed: int) -> Fill:

@@ -42,7 +42,7 @@ def open_causal_lm(shape: Model) -> tuple[Any, dict[str, str]]:
     """
     assert shape.from_ is not None
     transformers = transformers_library()
-    folder = ModelFolder.open(find_model(shape.from_))
+    folder = ModelFolder.open(find_model(shape.from_, shape.kept))
     config = _read_config(transformers, folder)
     if shape.dropout == 0:
         for key in drop_rates(config.to_dict()):

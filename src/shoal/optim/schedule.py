@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from shoal.config.options import Optim
-
-Factor = Callable[[float], float]
 
 
 def learning_rate(optim: Optim, step: int, total_steps: int) -> float:

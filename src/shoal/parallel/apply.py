@@ -15,13 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.config.layout import deal
+from shoal.config.layout import split_slots
 from shoal.config.options import Data, Parallel, Train
 from shoal.config.schedules import V_SHAPED, stages_per_rank
 from shoal.data.loader import Batch
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Region, Shard
-from shoal.metrics.meter import Phases
 from shoal.models.build import Fill
 from shoal.models.family import LanguageModel
 from shoal.parallel import context, pipeline, tensor
@@ -31,6 +30,7 @@ from shoal.parallel.recompute import Compiled, checkpointed, compile_forward, se
 from shoal.parallel.reduce import GradientReducer, Gradients
 from shoal.parallel.tree import Leaves
 from shoal.parallel.vocab_loss import vocab_parallel_cross_entropy_sum
+from shoal.run.phases import Phases
 from shoal.system.torch_private import require, torch_version
 
 Loss = Callable[[LanguageModel, Tensor, Tensor, Tensor | float], Tensor]  # (part, hidden, labels, scale) -> 0-d
@@ -187,7 +187,7 @@ def parallelize(
     require("train")
     layout = mesh.layout
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    slots = tuple(deal(train.global_batch // train.micro_batch, layout.dp))
+    slots = tuple(split_slots(train.global_batch // train.micro_batch, layout.dp))
     sharded = layout.dp_shard > 1
     turns = max(map(len, slots)) if sharded else len(slots[mesh.dp_rank])
 

@@ -1,1 +1,1 @@
-"""What a run costs, before it runs. Never imports torch."""
+"""The cost of a run, estimated before it starts. Never imports torch."""

@@ -1,9 +1,9 @@
 """
-THE formulas: parameters and FLOPs of a shape. Whatever else in shoal needs such a number takes it from here.
+Parameters and FLOPs of a shape: the only formulas for them in shoal.
 
-A matrix product of [m, k] by [k, n] is 2 m k n FLOPs; backward does two of the same size, so training is 3 times
-forward. Norms, softmax and activations are not counted (the convention of PaLM, Chowdhery et al. 2022,
-arXiv:2204.02311, appendix B, which MFU is defined by).
+A matrix product of [m, k] by [k, n] takes 2 m k n FLOPs. Backward has two products of that size, so training takes 3
+times forward. Norms, softmax and activations are not counted: the convention of PaLM (Chowdhery et al. 2022,
+arXiv:2204.02311, appendix B), which defines MFU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any, Literal
 
+from shoal.config.families import FAMILIES
 from shoal.config.options import Model
 from shoal.config.presets import resolve_shape
 from shoal.hub.find import find_model
@@ -22,19 +23,19 @@ Attention = Literal["causal", "full"]
 
 
 def parameter_count(model: Model) -> int:
-    """Trainable values; a tied head is counted once. With `family: hf`, what the folder's files hold."""
-    if model.family == "hf":
+    """Return the number of trainable values, a tied head counted once; of a folder's files with `family: hf`."""
+    if not FAMILIES[model.family].native:
         return sum(map(prod, _folder_tensors(model).values()))
     return _embedding(model) + _matrices(model) + _vectors(model)
 
 
 def matmul_parameter_count(model: Model) -> int:
     """
-    Weights each token is multiplied by: the blocks' matrices and the head, which costs the same when it is tied.
+    Return the number of weights that multiply each token: the blocks' matrices and the head, tied or not.
 
-    The embedding is a look-up and learned positions are a sum: neither is counted.
+    The embedding is a lookup and learned positions are a sum; neither is counted.
     """
-    if model.family == "hf":
+    if not FAMILIES[model.family].native:
         return _folder_matrices(model)
     tied_head = _vocab_size(model) * model.dim if model.tie_embeddings else 0
     return _matrices(model) + tied_head
@@ -42,13 +43,13 @@ def matmul_parameter_count(model: Model) -> int:
 
 def flops_per_token(model: Model, seq_len: int, attention: Attention = "causal") -> int:
     """
-    Forward and backward of one token in a row of `seq_len` tokens, in FLOPs.
+    Return the FLOPs of forward and backward for one token in a row of `seq_len` tokens.
 
-    6 N + 12 L H Q T of PaLM's appendix B (L layers, H heads, Q head_dim, T seq_len), where N is
-    `matmul_parameter_count`. `full` counts every pair of tokens, `causal` the half that a causal mask leaves. What
-    activation checkpointing computes again is not useful work, and not counted.
+    6 N + 12 L H Q T of PaLM's appendix B (L layers, H heads, Q head_dim, T seq_len), with N `matmul_parameter_count`.
+    `full` counts every pair of tokens, `causal` half of them. Recomputation by activation checkpointing is not useful
+    work, and is not counted.
     """
-    if model.family == "hf":
+    if not FAMILIES[model.family].native:
         return 6 * _folder_matrices(model) + _folder_pairs(model, seq_len, attention)
     model = resolve_shape(model)
     assert model.head_dim is not None
@@ -57,33 +58,32 @@ def flops_per_token(model: Model, seq_len: int, attention: Attention = "causal")
 
 
 def _embedding(model: Model) -> int:
-    positions = model.max_seq_len if model.family == "gpt2" else 0
+    positions = 0 if FAMILIES[model.family].rotary else model.max_seq_len
     return (_vocab_size(model) + positions) * model.dim
 
 
 def _matrices(model: Model) -> int:
-    """Of the blocks, and the head where it is a matrix of its own."""
+    """Count the blocks' matrices, and the head unless it is tied."""
     q_dim, kv_dim, ffn_dim = _widths(model)
     attention = 2 * model.dim * q_dim + 2 * model.dim * kv_dim  # q and o, k and v
-    ffn = (2 if model.family == "gpt2" else 3) * model.dim * ffn_dim  # up and down; gate, up and down
+    ffn = (3 if FAMILIES[model.family].gated else 2) * model.dim * ffn_dim
     head = 0 if model.tie_embeddings else _vocab_size(model) * model.dim
     return model.num_layers * (attention + ffn) + head
 
 
 def _vectors(model: Model) -> int:
-    """Norms and biases."""
-    q_dim, kv_dim, ffn_dim = _widths(model)
-    if model.family == "gpt2":
-        norm = 2 * model.dim  # weight and bias
-        biases = q_dim + 2 * kv_dim + model.dim + ffn_dim + model.dim  # q, k and v, o, up, down
-        return model.num_layers * (2 * norm + biases) + norm
-    head_dim = q_dim // model.num_heads
-    biases = (q_dim + 2 * kv_dim) * model.qkv_bias
-    return model.num_layers * (2 * model.dim + biases + 2 * head_dim * model.qk_norm) + model.dim
+    """Count norms and biases."""
+    family, (q_dim, kv_dim, ffn_dim) = FAMILIES[model.family], _widths(model)
+    norm = (1 + family.biases) * model.dim
+    biases = (q_dim + 2 * kv_dim) * (family.biases or model.qkv_bias)
+    if family.biases:
+        biases += model.dim + (1 + family.gated) * ffn_dim + model.dim  # o, up (and gate), down
+    qk_norms = 2 * (q_dim // model.num_heads) * model.qk_norm
+    return model.num_layers * (2 * norm + biases + qk_norms) + norm
 
 
 def _widths(model: Model) -> tuple[int, int, int]:
-    """(all query heads, all key heads, feed-forward), in values."""
+    """Return the widths of (all query heads, all key heads, the feed-forward)."""
     model = resolve_shape(model)
     assert model.head_dim is not None
     assert model.num_kv_heads is not None
@@ -93,33 +93,33 @@ def _widths(model: Model) -> tuple[int, int, int]:
 
 def _vocab_size(model: Model) -> int:
     if model.vocab_size is None:
-        raise ValueError("model.vocab_size is null: take it from the tokenizer before counting")
+        raise ValueError("model.vocab_size is null; set it to the tokenizer's before counting")
     return model.vocab_size
 
 
-# --- a model of transformers, by its folder ------------------------------------------------------------------
+# --- models of transformers, counted from their folder ------------------------------------------------------------------
 
 
 def why_no_flops(model: Model, seq_len: int) -> str | None:
-    """Why `flops_per_token` would be a guess; None where it is none."""
-    if model.family != "hf":
+    """Return the reason why `flops_per_token` would be a guess; None if it is exact."""
+    if FAMILIES[model.family].native:
         return None
     config = _folder(model).config
     strange = {t for t in config.get("layer_types") or () if t not in ("full_attention", "sliding_attention")}
     if strange:
-        return f"nobody here has counted what {', '.join(sorted(strange))} costs"
+        return f"shoal has no FLOPs formula for {', '.join(sorted(strange))}"
     if any(len(shape) > 2 for shape in _folder_tensors(model).values()):
-        return "its weights are more than vectors and matrices, and nobody here has counted what they cost"
+        return "shoal has no FLOPs formula for weights with more than two dims"
     return None
 
 
 def _folder(model: Model) -> ModelFolder:
     assert model.from_ is not None
-    return ModelFolder.open(find_model(model.from_))
+    return ModelFolder.open(find_model(model.from_, model.kept))
 
 
 def _folder_tensors(model: Model) -> dict[str, tuple[int, ...]]:
-    """The shapes of its parameters; a tied head that the files hold, too, is left out."""
+    """Return the shapes of its parameters, without a tied head that the files hold as well."""
     shapes = {name: entry.shape for name, entry in _folder(model).tensors.items() if not is_computed(name)}
     tables = [name for name, shape in shapes.items() if _is_table(shape, model)]
     if model.tie_embeddings and len(tables) > 1:
@@ -128,15 +128,16 @@ def _folder_tensors(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def _is_table(shape: tuple[int, ...], model: Model) -> bool:
-    """Whether a tensor has a row for each token: an embedding, or a head."""
+    """Return whether a tensor has a row per token: an embedding or a head."""
     return len(shape) == 2 and shape[0] == model.vocab_size
 
 
 def _folder_matrices(model: Model) -> int:
     """
-    Of all matrices; of two with a row for each token one is looked up, and one alone is the head, too.
+    Count all matrices that multiply a token.
 
-    Learned positions, as many as the longest context (OPT keeps two more), are looked up.
+    Of two with a row per token, one is a lookup; one alone is also the head. Learned positions, with a row per position
+    of the longest context (OPT has two more), are a lookup.
     """
     shapes = _folder_tensors(model).values()
     tables = [prod(shape) for shape in shapes if _is_table(shape, model)]
@@ -147,19 +148,19 @@ def _folder_matrices(model: Model) -> int:
 
 
 def _folder_pairs(model: Model, seq_len: int, attention: Attention) -> int:
-    """12 H Q of each layer for each token that another sees: as many as the row has, or its window."""
+    """Sum 12 H Q per layer and visible token: those of the row, or of the layer's window."""
     model = resolve_shape(model)
     assert model.head_dim is not None
     seen = 0.0
     for window in _windows(_folder(model).config, model.num_layers):
         span = min(seq_len, window or seq_len)
-        # behind a causal mask the first tokens of a row, or of a window, see half of it on average
+        # with a causal mask, the first `span` tokens of a row see half of `span` on average
         seen += span if attention == "full" else span - span**2 / (2 * seq_len)
     return int(12 * model.num_heads * model.head_dim * seen)
 
 
 def _windows(config: Mapping[str, Any], num_layers: int) -> list[int | None]:
-    """How far each layer looks back; None: all the way."""
+    """Return the sliding window of each layer, in tokens; None: unlimited."""
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     kinds = config.get("layer_types") or ["sliding_attention"] * num_layers
     return [window if kind == "sliding_attention" else None for kind in kinds]

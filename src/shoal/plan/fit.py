@@ -1,4 +1,4 @@
-"""Memory that ran out: whether an error says so, what of a run takes it, and what would fit. No torch."""
+"""Out of memory: how to recognize it, what a run's memory holds, and which options need less. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shoal.plan.estimate import parameter_count
 from shoal.resolve.layout_checks import refusals
 from shoal.system.disk import gigabytes
 
-# Of errors that have no type of their own: torch's on a CPU, CUDA's, cuBLAS', NCCL's.
+# In errors without a type of their own: torch on a CPU, CUDA, cuBLAS, NCCL.
 _WORDS = (
     "can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
     "'out of memory'", "std::bad_alloc",
@@ -23,7 +23,7 @@ _WORDS = (
 
 
 def what_ran_out(error: BaseException) -> str | None:
-    """What the allocator said, in a line; None where `error` is about something else. A compiler's error hides another."""
+    """Return the allocator's message in one line; None if `error`, or an error it wraps, is not about memory."""
     found: BaseException | None = error
     while found is not None:
         text = str(found)
@@ -33,47 +33,47 @@ def what_ran_out(error: BaseException) -> str | None:
             or (isinstance(found, OSError) and found.errno == errno.ENOMEM)
             or any(words in text for words in _WORDS)
         ):
-            return _in_a_line(text) or "the process may have no more"
+            return _in_a_line(text) or "the process reached its memory limit"
         found = found.__cause__
     return None
 
 
 def _in_a_line(text: str) -> str:
-    """A CPU's allocator names bytes; CUDA's needs two sentences for what it had, and gives advice after them."""
+    """Shorten the message: a CPU allocator names bytes; CUDA's says what it had in two sentences before its advice."""
     if asked := re.search(r"tried to allocate (\d+) bytes", text):
-        return f"{gigabytes(int(asked[1]))} more were not to be had"
+        return f"{gigabytes(int(asked[1]))} more could not be allocated"
     return ". ".join(re.split(r"\.\s+", text.strip())[1:3] if text.startswith("CUDA out") else text.splitlines()[:1])
 
 
 def what_would_fit(config: Config, world_size: int) -> str:
-    """What takes the memory of a process, and the options that would need less of it."""
+    """Return what fills the memory of a process, and the options that would need less."""
     layout = find_layout(config.parallel, world_size)
     if isinstance(layout, str):
         layout = Layout(dp_replicate=world_size)
     ways = list(_ways(config, layout))
     advice = ", or ".join(ways) if ways else "more processes with parallel.dp_shard, or a smaller model"
-    return f"{_takes(config, layout)}What would take less: {advice}"
+    return f"{_takes(config, layout)}To use less memory: {advice}"
 
 
 def _takes(config: Config, layout: Layout) -> str:
-    """What a process holds all the time, where it is known."""
+    """Return a sentence on the memory a process always holds; empty if it is unknown."""
     model, least = config.model, ""
-    if model.vocab_size is None:  # the tokenizer's, which is not known here: without the embedding
+    if model.vocab_size is None:  # the tokenizer's, unknown here: count without the embedding
         model, least = dataclasses.replace(model, vocab_size=0), "at least "
     try:
         parameters = parameter_count(model)
-    except ShoalError:  # a folder that has gone
+    except ShoalError:  # the folder is gone
         return ""
     held = _held(config, layout, parameters)
     rows, length = config.train.micro_batch, config.data.seq_len // layout.cp
     return (
-        f"Weights, gradients and the optimizer's state take {least}{gigabytes(int(held))} of each process, and activations of "
-        f"{rows} x {length:,} tokens come on top. "
+        f"Weights, gradients and optimizer state take {least}{gigabytes(int(held))} per process, plus activations of "
+        f"{rows} x {length:,} tokens. "
     )
 
 
 def held_bytes(config: Config, layout: Layout) -> float:
-    """Of a process, all the time: weights and gradients in float32, with AdamW's two moments or Muon's one."""
+    """Return the bytes a process always holds: float32 weights, gradients, and AdamW's two moments or Muon's one."""
     return _held(config, layout, parameter_count(config.model))
 
 

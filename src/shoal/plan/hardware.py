@@ -1,8 +1,8 @@
 """
-Peak arithmetic of known devices, dense: data sheets that print figures "with sparsity" are halved.
+Peak dense throughput of known devices. Data sheet figures "with sparsity" are halved.
 
-A device that is not here is unknown, and no figure is made up for it: MFU against a wrong peak is worse than none.
-A partition (MIG), a laptop's or an export variant of a card is another device than the card.
+A device that is not listed has no peak, since MFU against a wrong peak is worse than none. A partition (MIG), a laptop
+version or an export variant of a card is a different device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Arithmetic = Literal["bfloat16", "tf32", "float32"]
 
 @dataclass(frozen=True)
 class Device:
-    """Dense TFLOP/s with float32 accumulation; None: the device has no units for it."""
+    """Dense TFLOP/s with float32 accumulation; None: the device lacks such units."""
 
     bfloat16: float | None
     tf32: float | None
@@ -24,7 +24,7 @@ class Device:
     source: str
 
 
-# A pattern must match the whole name that CUDA reports (torch.cuda.get_device_name), "NVIDIA " and "Tesla " aside.
+# A pattern matches the whole name from torch.cuda.get_device_name, without "NVIDIA " and "Tesla ".
 DEVICES: Final[dict[str, Device]] = {
     # Blackwell
     r"GB200": Device(2500, 1250, 80, "NVIDIA GB200 NVL72 data sheet, per GPU"),
@@ -54,7 +54,7 @@ DEVICES: Final[dict[str, Device]] = {
     r"RTX A6000": Device(154.8, 77.4, 38.7, "NVIDIA RTX A6000 data sheet"),
     r"GeForce RTX 3090": Device(71, 35.6, 35.6, "NVIDIA GA102 architecture white paper, appendix A"),
     r"GeForce RTX 3090 Ti": Device(80, 40, 40, "NVIDIA GA102 architecture white paper, updated for RTX 3090 Ti"),
-    # Volta and Turing multiply float16 in their tensor cores, and nothing else
+    # The tensor cores of Volta and Turing multiply only float16
     r"V100-SXM2-(16|32)GB.*": Device(None, None, 15.7, "NVIDIA V100 data sheet, NVLink"),
     r"V100-PCIE-(16|32)GB": Device(None, None, 14.0, "NVIDIA V100 data sheet, PCIe"),
     r"T4": Device(None, None, 8.1, "NVIDIA T4 data sheet"),
@@ -62,7 +62,7 @@ DEVICES: Final[dict[str, Device]] = {
 
 
 def find_device(name: str) -> Device | None:
-    """The device of this name, as CUDA reports it; None if it is not in the table."""
+    """Return the device of this name, as CUDA reports it; None if it is not listed."""
     model = re.sub(r"^(NVIDIA |Tesla )*", "", name.strip())
     for pattern, device in DEVICES.items():
         if re.fullmatch(pattern, model):
@@ -72,9 +72,9 @@ def find_device(name: str) -> Device | None:
 
 def peak_flops(name: str, dtype: Arithmetic) -> float | None:
     """
-    Dense FLOP/s of the device of this name, or None: unknown, or without units for `dtype`.
+    Return the dense FLOP/s of the device of this name; None if it is unknown or lacks units for `dtype`.
 
-    `float32` is plain float32; ask for `tf32` where matrix products may round to it.
+    `float32` is plain float32; pass `tf32` if matrix products may round to it.
     """
     device = find_device(name)
     tflops: float | None = getattr(device, dtype) if device else None

@@ -1,4 +1,4 @@
-"""How long a run is."""
+"""The length of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from shoal.config.options import Train
 
 
 def count_steps(train: Train, seq_len: int, rows: int) -> int:
-    """The run's length in steps, from whichever of steps, tokens or epochs is given."""
+    """Return the run's length in steps, from steps, tokens or epochs, whichever is set. `rows`: of the corpus."""
     match length_of(train):
         case "steps", steps:
             return int(steps)
@@ -19,5 +19,5 @@ def count_steps(train: Train, seq_len: int, rows: int) -> int:
 
 
 def length_of(train: Train) -> tuple[str, float]:
-    """Which of steps, tokens or epochs says how long the run is, and how much of it."""
+    """Return the option that sets the run's length, steps, tokens or epochs, and its value."""
     return next((k, v) for k in ("steps", "tokens", "epochs") if (v := getattr(train, k)) is not None)

@@ -1,1 +1,1 @@
-"""Pictures of a run, made from its log, never inside the loop."""
+"""Reports on a run or a config, made outside the training loop."""

@@ -1,4 +1,4 @@
-"""What a config amounts to, before anything is computed: `shoal config` ends with it. No torch."""
+"""The totals of a config, which `shoal config` prints last: parameters, tokens, steps, memory. No torch."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from shoal.system.disk import gigabytes
 
 
 def amounts(config: Config) -> Iterator[str]:
-    """A line for each: parameters, tokens, steps, epochs, memory. What only prepared data can say is said to be unknown."""
+    """Yield one line each for parameters, tokens, steps, epochs and memory; some are unknown before the data is prepared."""
     try:
         manifest = prepared_manifest(config.data)
-    except ShoalError:  # a tokenizer that cannot be opened; training will say so
+    except ShoalError:  # a tokenizer that cannot be opened; training reports it
         manifest = None
     data, train = config.data, config.train
     known = manifest.vocab_size if manifest else {"bpe": data.tokenizer_vocab_size, "bytes": 257}.get(data.tokenizer)
     sized = config.replace("model", vocab_size=config.model.vocab_size or known or 0)
-    note = "" if sized.model.vocab_size else ", without the embedding, which the tokenizer decides"
+    note = "" if sized.model.vocab_size else ", without the embedding, whose size depends on the tokenizer"
     yield f"parameters: {parameter_count(sized.model):,}{note}"
     tokens = train.global_batch * data.seq_len
     rows = count_rows(manifest.splits["train"].tokens, data.seq_len) if manifest else None
     if rows is None and length_of(train)[0] == "epochs":
-        yield f"tokens: {tokens:,} a step; in all and steps: known when the data is prepared"
+        yield f"tokens: {tokens:,} per step; total and steps: known after the data is prepared"
         yield f"epochs: {train.epochs:g}"
     else:
         steps = count_steps(train, data.seq_len, rows or 0)
-        yield f"tokens: {tokens:,} a step, {tokens * steps:,} in all"
+        yield f"tokens: {tokens:,} per step, {tokens * steps:,} in total"
         yield f"steps: {steps:,}"
-        yield f"epochs: {steps * train.global_batch / rows:.3g}" if rows else "epochs: known when the data is prepared"
+        yield f"epochs: {steps * train.global_batch / rows:.3g}" if rows else "epochs: known after the data is prepared"
     layout = _layout(config)
     yield (
-        f"memory: {gigabytes(int(held_bytes(sized, layout)))} a process for weights, gradients and the optimizer's state "
-        f"({layout}); activations come on top"
+        f"memory: {gigabytes(int(held_bytes(sized, layout)))} per process for weights, gradients and optimizer state "
+        f"({layout}), plus activations"
     )
 
 
 def _layout(config: Config) -> Layout:
-    """On this machine; on as few processes as it needs where it cannot run here."""
+    """Return the layout on this machine; if it cannot run here, on as few processes as it needs."""
     try:
         processes = plan_processes(config, count_gpus()).launch.processes
     except ShoalError:

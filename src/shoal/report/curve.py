@@ -1,36 +1,43 @@
-"""The loss curve of a run as a picture: `python -m shoal.report.curve runs/NAME out.svg` (needs shoal[plots])."""
+"""Draws a run's loss curve: `python -m shoal.report.curve runs/NAME out.svg` (needs shoal[plots])."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from shoal.errors import RunError, ShoalError
-from shoal.run.events import read_json_lines
+from shoal.run.records import Evaluation, StepRecord, read_metrics
 
 
 def draw_curve(run: Path, picture: Path) -> None:
-    """Training and held-out loss over tokens, from `metrics.jsonl`. Raises `RunError` where there is nothing to draw."""
+    """Draw training and validation loss over tokens, from `metrics.jsonl`. Raises `RunError` if there are no steps."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ShoalError("drawing needs matplotlib: pip install 'shoal[plots]'") from None
-    records = read_json_lines(run / "metrics.jsonl")
-    train, held_out = [r for r in records if "loss" in r], [r for r in records if "val_loss" in r]
+    metrics = read_metrics(run / "metrics.jsonl")
+    train, held_out = metrics.steps, metrics.evaluations
     if not train:
-        raise RunError(f"{run} has no steps in its metrics.jsonl")
+        raise RunError(f"{run / 'metrics.jsonl'} has no steps")
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot(*_over_tokens(train, "loss"), color="#9ecae1", linewidth=1.2, label="training, a step's mean")
     axes.plot(
-        *_over_tokens(held_out, "val_loss"), color="#08519c", marker="o", markersize=4, label="held-out documents"
+        _millions(train), [r.loss for r in train], color="#9ecae1", linewidth=1.2, label="training, mean of a step"
+    )
+    axes.plot(
+        _millions(held_out),
+        [r.val_loss for r in held_out],
+        color="#08519c",
+        marker="o",
+        markersize=4,
+        label="validation, held-out documents",
     )
     if held_out:
         last = held_out[-1]
-        text = f"{last['val_loss']:.2f} nats/token\n{last['val_bits_per_byte']:.2f} bits/byte"
+        text = f"{last.val_loss:.2f} nats/token\n{last.val_bits_per_byte:.2f} bits/byte"
         axes.annotate(
-            text, (last["tokens"] / 1e6, last["val_loss"]), (-4, 44), textcoords="offset points", ha="right", fontsize=9
+            text, (last.tokens / 1e6, last.val_loss), (-4, 44), textcoords="offset points", ha="right", fontsize=9
         )
     axes.set_xlabel("tokens trained on (millions)")
     axes.set_ylabel("loss (nats per token)")
@@ -40,8 +47,9 @@ def draw_curve(run: Path, picture: Path) -> None:
     figure.savefig(picture, metadata={"Date": None} if picture.suffix == ".svg" else None)
 
 
-def _over_tokens(records: list[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    return [r["tokens"] / 1e6 for r in records], [r[key] for r in records]
+def _millions(records: Sequence[StepRecord] | Sequence[Evaluation]) -> list[float]:
+    """Return the tokens trained on at each record, in millions."""
+    return [r.tokens / 1e6 for r in records]
 
 
 if __name__ == "__main__":

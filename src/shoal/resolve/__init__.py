@@ -1,1 +1,1 @@
-"""From presets, recipes and flags to one checked config."""
+"""Presets, recipes and flags, resolved to one checked config."""

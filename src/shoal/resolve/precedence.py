@@ -1,4 +1,4 @@
-"""What is typed goes before what a recipe says: also where both say the same thing by different options. Pure, no torch."""
+"""Flags override a recipe, even if the two set the same thing by different options. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shoal.config.presets import LLAMA_ONLY
+from shoal.config.families import FAMILIES
 from shoal.resolve.recipe import Setting, to_text
 
 LENGTHS: Final = ("train.steps", "train.tokens", "train.epochs")
@@ -14,7 +14,7 @@ LENGTHS: Final = ("train.steps", "train.tokens", "train.epochs")
 
 @dataclass(frozen=True)
 class Replacement:
-    """Settings of a recipe that a typed one leaves no room for."""
+    """Settings of a recipe that a flag makes meaningless."""
 
     by: Setting
     lost: tuple[Setting, ...]
@@ -22,18 +22,18 @@ class Replacement:
     def __str__(self) -> str:
         file = self.lost[0].where.rpartition(":")[0]
         lost = ", ".join(f"{s.key} {to_text(s.value)}" for s in self.lost)
-        return f"{self.by.where} {to_text(self.by.value)} replaces what {file} says: {lost}"
+        return f"{self.by.where} {to_text(self.by.value)} replaces these options of {file}: {lost}"
 
 
 def replacements(recipe: Mapping[str, Setting], typed: Mapping[str, Setting]) -> list[Replacement]:
-    """What of `recipe` each typed setting replaces beside its own option; each lost setting once."""
+    """Return the recipe's settings that each flag replaces beside its own option; each lost setting once."""
     found, lost = [], set[str]()
     for by in typed.values():
         keys = [
             k for k in recipe if k not in lost and k not in typed and _excludes(by.key, by.value, k, recipe[k].value)
         ]
         if keys and by.key in recipe:
-            keys = [k for k in recipe if k in keys or k == by.key]  # its own option belongs to what is named
+            keys = [k for k in recipe if k in keys or k == by.key]  # name its own option as well
         lost.update(keys)
         if keys:
             found.append(Replacement(by, tuple(recipe[k] for k in keys)))
@@ -41,7 +41,7 @@ def replacements(recipe: Mapping[str, Setting], typed: Mapping[str, Setting]) ->
 
 
 def _excludes(key: str, value: Any, other: str, other_value: Any) -> bool:
-    """Whether `key` at `value` leaves no room for a recipe's `other` at `other_value`."""
+    """Return whether `key` at `value` excludes a recipe's `other` at `other_value`."""
     if value is None:
         return False
     if key in LENGTHS:
@@ -56,8 +56,7 @@ def _excludes(key: str, value: Any, other: str, other_value: Any) -> bool:
 
 
 _WITHOUT_MEANING: Final[Mapping[Any, Iterable[str]]] = {
-    ("model.family", "gpt2"): [f"model.{k}" for k in LLAMA_ONLY],
-    ("model.family", "llama"): ["model.dropout"],
+    **{("model.family", name): [f"model.{key}" for key in family.unused] for name, family in FAMILIES.items()},
     ("data.corpus", "stdlib"): ["data.paths"],
     ("data.corpus", "dummy"): ["data.paths"],
     ("parallel.dp_shard", 1): ["parallel.reshard_after_forward", "parallel.cpu_offload"],
@@ -69,4 +68,4 @@ _WITHOUT_MEANING: Final[Mapping[Any, Iterable[str]]] = {
     ("train.activation_checkpointing", "selective"): ["train.activation_budget"],
     ("launch.nodes", 1): ["launch.min_nodes", "launch.rendezvous"],
 }
-"""(an option, its value) -> options that would do nothing beside it, and are refused there."""
+"""(an option, its value) -> options that would have no effect beside it, and are rejected there."""

@@ -1,12 +1,11 @@
 """
-A recipe file and flags -> settings, each with the place it was written at. No torch.
+A recipe file and flags, read into settings that know where they were written. No torch.
 
-What a value must be is judged in `resolve/resolve.py`; here it is what YAML says, at a key that there is.
+Keys are checked here, values in `resolve/resolve.py`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import re
@@ -17,14 +16,15 @@ from typing import Any, Final
 
 import yaml
 
-from shoal.config.options import SECTIONS, option_name, options
+from shoal.config.option import option_fields, option_name
+from shoal.config.options import SECTIONS, options
 from shoal.errors import Problem
 from shoal.system.output import on_one_line
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value somebody gave: the dotted key, the value as YAML reads it, and where it was written."""
+    """A value set by the user: its dotted key, the value as YAML reads it, and where it was written."""
 
     key: str
     value: Any
@@ -33,7 +33,7 @@ class Setting:
 
 class _Loader(yaml.SafeLoader):
     """
-    YAML whose numbers are those of YAML 1.2, where PyYAML has those of 1.1.
+    YAML with the numbers of YAML 1.2, instead of PyYAML's 1.1.
 
     `1e-3` is a number and `010` is ten; `1:30` and dates are text. As in 1.1, yes and no are true and false.
     """
@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
         return int(text, 16) if text.startswith("0x") else int(text)
 
 
-# 08 is text, as it is to the YAML 1.1 that configs are saved in, so that a run called "08" keeps its name.
+# 08 is text, as in the YAML 1.1 that configs are saved in, so that a run named "08" keeps its name.
 _INTEGER = re.compile(r"^([-+]?(0|0[0-7_]*[0-7]|[1-9]([0-9_]*[0-9])?)|0x[0-9a-fA-F]+)$")
 _FLOAT = re.compile(
     r"^([-+]?([0-9][0-9_]*\.[0-9]*|[0-9][0-9_]*(?=[eE])|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"
@@ -58,7 +58,7 @@ _FLOAT = re.compile(
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML would take for something else than text: a run may be called 1e3."""
+    """YAML that quotes text which either version would read as another type: a run may be named 1e3."""
 
 
 for _side in (_Loader, _Dumper):
@@ -68,7 +68,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
 def to_text(value: Any) -> str:
-    """A plain value as it stands in a recipe, on one line."""
+    """Return a plain value as a recipe's YAML, on one line."""
     text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=10_000)
     return text.removesuffix("...\n").strip()
 
@@ -79,20 +79,20 @@ PACKAGED: Final = next(
     (p for p in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[3] / "recipes") if p.is_dir()),
     Path(__file__).parent / "recipes",
 )
-"""The recipes that come with shoal: in its package, or in the repository that it runs from."""
-START: Final = PACKAGED / "start.yaml"  # what a run without a recipe begins with, and what `shoal init` writes
+"""The folder of shoal's own recipes: in its package, or in the repository that it runs from."""
+START: Final = PACKAGED / "start.yaml"  # the recipe of a run without one, which `shoal init` writes
 
 
 def packaged_recipes() -> list[str]:
-    """Their names, as `shoal train NAME` takes them: quickstart, learn/01-one-device."""
+    """Return their names, as `shoal train NAME` accepts them: quickstart, learn/01-one-device."""
     return sorted(p.relative_to(PACKAGED).with_suffix("").as_posix() for p in PACKAGED.glob("**/*.yaml"))
 
 
 def find_recipe(given: Path) -> Path:
     """
-    The file of a recipe that is given by its path or name; `given` itself where there is none.
+    Return the file of a recipe, by its path or name; `given` itself if there is none.
 
-    A file of that path goes first, then one with .yaml or .yml behind it, then the recipe of shoal's own of that name.
+    Tried in order: that path, that path with .yaml or .yml appended, shoal's own recipe of that name.
     """
     if os.path.exists(given) and not given.is_dir():
         return given
@@ -105,7 +105,7 @@ def find_recipe(given: Path) -> Path:
 
 
 def _no_recipe(path: Path) -> str:
-    """What to say of a recipe that is nowhere."""
+    """Return the message for a recipe that does not exist."""
     beside = [str(p) for p in path.parent.glob("*.y*ml")] if len(os.fsencode(path.name)) < 256 else []
     names = {name: name for name in (*packaged_recipes(), *beside)} | {Path(p).stem: p for p in beside}
     near = difflib.get_close_matches(str(path), names, 1)
@@ -117,11 +117,11 @@ def _no_recipe(path: Path) -> str:
 
 
 def read_recipe(path: Path, problems: list[Problem]) -> list[Setting]:
-    """The settings of a YAML file, in its order; what is wrong with its form goes to `problems`."""
+    """Return the settings of a YAML file, in its order; add problems of its form to `problems`."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would give its text once, and each process reads it
-            what = "a folder" if path.is_dir() else "no regular file"
-            problems.append(Problem(on_one_line(path), f"is {what}; a recipe is a YAML file"))
+        if path.exists() and not path.is_file():  # a pipe gives its text once, but each process reads it
+            what = "is a folder" if path.is_dir() else "is not a regular file"
+            problems.append(Problem(on_one_line(path), f"{what}; a recipe is a YAML file"))
             return []
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -134,7 +134,7 @@ def read_recipe(path: Path, problems: list[Problem]) -> list[Setting]:
     except (OSError, ValueError) as error:
         problems.append(Problem(on_one_line(path), f"cannot be read: {getattr(error, 'strerror', None) or error}"))
         return []
-    path = Path(on_one_line(path))  # from here on it is only named
+    path = Path(on_one_line(path))  # only for messages from here on
     try:
         root = yaml.compose(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -150,27 +150,27 @@ def read_recipe(path: Path, problems: list[Problem]) -> list[Setting]:
     for key, node in root.value:
         name, where = _name_of(key), f"{path}:{key.start_mark.line + 1}"
         if name in sections:
-            problems.append(Problem(where, f"{name} stands here and at {sections[name]}; make them one section"))
+            problems.append(Problem(where, f"{name} is here and at {sections[name]}; merge the two sections"))
         sections.setdefault(name, where)
         settings += _read_section(path, key, node, problems)
     return settings
 
 
 def _not_yaml(path: Path, text: str, error: Exception) -> Problem:
-    """What PyYAML stumbled over, at its line where it says one."""
+    """Return PyYAML's error as a problem, at its line if it names one."""
     if isinstance(error, RecursionError):
-        return Problem(str(path), "not YAML: nested too deep; a recipe has sections, and options in them")
+        return Problem(str(path), "not YAML: nested too deeply; a recipe has sections with options")
     if isinstance(error, yaml.MarkedYAMLError):
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         return Problem(f"{path}:{line}", f"not YAML: {error.problem}")
     if isinstance(error, yaml.reader.ReaderError):
         line = text.count("\n", 0, error.position) + 1
-        return Problem(f"{path}:{line}", f"not YAML: it has the character {error.character:#04x}; remove it")
-    return Problem(str(path), f"not YAML: {error}; correct what is escaped there")  # "\U00FFFFFF" is no character
+        return Problem(f"{path}:{line}", f"not YAML: it contains the character {error.character:#04x}; remove it")
+    return Problem(str(path), f"not YAML: {error}; correct the escape sequence")  # such as "\U00FFFFFF"
 
 
 def _name_of(key: yaml.Node) -> str:
-    """Of a section or an option; a list or a mapping, which YAML allows there, is none's."""
+    """Return the name of a section or option; YAML also allows a list or a mapping there, which names none."""
     if isinstance(key, yaml.ScalarNode):
         return str(key.value)
     return "(list)" if isinstance(key, yaml.SequenceNode) else "(mapping)"
@@ -184,13 +184,13 @@ def _read_section(path: Path, key: yaml.Node, node: yaml.Node, problems: list[Pr
     if isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~"):
         return []
     if not isinstance(node, yaml.MappingNode):
-        problems.append(Problem(where, f"{name} is a section: its options go below it, indented{_meant(name, node)}"))
+        problems.append(Problem(where, f"{name} is a section: put its options below it, indented{_meant(name, node)}"))
         return []
     settings: dict[str, Setting] = {}
     for option, value in node.value:
         dotted, line = f"{name}.{_name_of(option)}", f"{path}:{option.start_mark.line + 1}"
         if dotted in settings:
-            problems.append(Problem(line, f"{dotted} stands here and at {settings[dotted].where}; keep one"))
+            problems.append(Problem(line, f"{dotted} is here and at {settings[dotted].where}; remove one"))
         try:
             settings[dotted] = Setting(dotted, _construct(value), line)
         except _NoValueError as error:
@@ -199,7 +199,7 @@ def _read_section(path: Path, key: yaml.Node, node: yaml.Node, problems: list[Pr
 
 
 def _meant(section: str, node: yaml.Node) -> str:
-    """What a section that was given a single value may have meant: model: tiny."""
+    """Return a suggestion for a section that was given a single value, such as model: tiny."""
     main = {"model": "preset", "data": "corpus", "optim": "name"}.get(section)
     if main is None or not isinstance(node, yaml.ScalarNode):
         return ""
@@ -214,40 +214,40 @@ _OTHERS_SECTIONS: Final = {
 
 
 def _no_section(name: str) -> str:
-    """Of options below a name that is no section's."""
+    """Return the message for options below an unknown section."""
     near = _OTHERS_SECTIONS.get(name.lower()) or next(iter(difflib.get_close_matches(name.lower(), SECTIONS, 1)), None)
     hint = f"did you mean {near}?" if near else f"valid here: {', '.join(SECTIONS)}"
     return f"there is no section {name}; {hint}"
 
 
 class _NoValueError(Exception):
-    """YAML in form that stands for no value."""
+    """YAML of valid form without a value."""
 
 
 def _construct(node: yaml.Node) -> Any:
-    """Raises `_NoValueError`."""
+    """Return a node's value. Raises `_NoValueError`."""
     loader = _Loader("")
     try:
         return loader.construct_object(node, deep=True)
     except yaml.MarkedYAMLError as error:
         raise _NoValueError(error.problem) from None
     except RecursionError:
-        raise _NoValueError("nested too deep") from None
-    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError):  # what PyYAML's own converters raise
-        raise _NoValueError(f"its text is no {node.tag.rpartition(':')[2]}, which it is marked as") from None
+        raise _NoValueError("nested too deeply") from None
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError):  # raised by PyYAML's own converters
+        raise _NoValueError(f"its text is not the {node.tag.rpartition(':')[2]} that its tag says") from None
     finally:
         loader.dispose()
 
 
 def read_override(key: str, text: str, where: str) -> Setting:
-    """Of a flag: its text as YAML reads it, or as it stands where it is none, or text without quotes."""
+    """Return the setting of a flag: its text as YAML reads it; unquoted text and invalid YAML unchanged."""
     try:
         node = yaml.compose(text, Loader=_Loader)
         value = text if node is None else _construct(node)
     except (yaml.YAMLError, _NoValueError, ValueError, RecursionError):
         return Setting(key, text, where)
     bare = isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None
-    block = isinstance(node, yaml.CollectionNode) and not node.flow_style  # "a: b", which is nobody's mapping here
+    block = isinstance(node, yaml.CollectionNode) and not node.flow_style  # "a: b" is text in a flag, not a mapping
     return Setting(key, text if bare or block else value, where)  # YAML would fold lines, and cut at " #"
 
 
@@ -255,7 +255,7 @@ def read_override(key: str, text: str, where: str) -> Setting:
 
 
 def known(settings: Iterable[Setting], problems: list[Problem]) -> Iterator[Setting]:
-    """Those whose key is an option; a `Problem` for each other one, with what may have been meant."""
+    """Yield settings whose key is an option; add a `Problem` with a suggestion for each other one."""
     there = options()
     for setting in settings:
         if setting.key in there:
@@ -265,15 +265,15 @@ def known(settings: Iterable[Setting], problems: list[Problem]) -> Iterator[Sett
 
 
 def candidates(name: str) -> list[str]:
-    """The options that are called `name`, here or in other projects, in any section; a flag may be written so if it is one."""
+    """Return the options with this name, here or in other projects, in any section. A flag may use it if there is one."""
     leaf = name.replace("-", "_").lower()
     return [k for k, f in options().items() if leaf in (option_name(f), *f.metadata["alias"])]
 
 
 def not_text(value: str) -> str | None:
-    """Why a value is no text that a file or a terminal could take, or None; it is not to be quoted as it is."""
+    """Return the reason why files or terminals reject a text, or None. Such a text must not be quoted."""
     if "\0" in value:
-        return "it has the character 0x00; remove it"
+        return "it contains the character 0x00; remove it"
     if any("\ud800" <= c <= "\udfff" for c in value):
         return f"{os.fsencode(value)[:80]!r} is not UTF-8; give the file or folder another name"
     return None
@@ -283,14 +283,14 @@ def _unknown(key: str) -> str:
     if key in SECTIONS:
         return f"{key} is a section; its options are --{key}.OPTION VALUE: {_valid_beside(key)}"
     if len(found := candidates(key)) > 1:
-        return f"{key} may be {', '.join(found[:-1])} or {found[-1]}; name the one that is meant"
+        return f"{key} may be {', '.join(found[:-1])} or {found[-1]}; use the full name"
     near = nearest(key)
     hint = f"; did you mean {near}?" if near else f"; valid here: {_valid_beside(key)}"
     return f"there is no option {key}{hint}"
 
 
 def nearest(key: str) -> str | None:
-    """The option that `key` most likely means: by another project's name for it, then by spelling."""
+    """Return the option that `key` most likely means: by another project's name for it, then by spelling."""
     section, _, leaf = key.rpartition(".")
     leaf = leaf.replace("-", "_").lower()
     aliases = [k for k, f in options().items() if leaf in (option_name(f), *f.metadata["alias"], *f.metadata["akin"])]
@@ -312,5 +312,5 @@ def nearest(key: str) -> str | None:
 def _valid_beside(key: str) -> str:
     section = key.partition(".")[0]
     if section in SECTIONS:
-        return ", ".join(option_name(f) for f in dataclasses.fields(SECTIONS[section]))
+        return ", ".join(option_name(f) for f in option_fields(SECTIONS[section]))
     return "the sections " + ", ".join(SECTIONS)

@@ -1,8 +1,8 @@
 """
-From what a person wrote to a `Config`: preset < recipe file < flags, every problem found before one is raised.
+The config of a run, resolved from a preset, a recipe and flags, each overriding those before it. Never imports torch.
 
-A value keeps the place it came from all the way, so that an error can name the line or the flag and
-`shoal config` can say where each value is from. torch is never imported here.
+All problems are collected before one error is raised. Each value keeps its source, so that an error names the line or
+the flag, and `shoal config` shows the source of every value.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from shoal.config.options import PAST, SECTIONS, Config, option_name, options
+from shoal.config.option import PAST, TYPE_WORDS, option_fields, option_name, with_bounds
+from shoal.config.options import SECTIONS, Config, Model, options
 from shoal.config.presets import PRESETS, resolve_shape
 from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
@@ -30,9 +32,9 @@ from shoal.system.secrets import secret_in
 @dataclass(frozen=True)
 class Resolved:
     """
-    A valid config, for each dotted key where its value came from, and what a person should be told.
+    A valid config, the source of each value by dotted key, and notes for the user.
 
-    replaced: what a recipe said, by its key, where something else that was typed left no room for it.
+    replaced: settings of a recipe, by key, that a flag for another option made meaningless.
     """
 
     config: Config
@@ -41,25 +43,31 @@ class Resolved:
     replaced: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
 
 
-def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ()) -> Resolved:
+def resolve(
+    recipe: Path | None,
+    overrides: Iterable[tuple[str, str, str]] = (),
+    kept: Mapping[str, Path] = MappingProxyType({}),
+) -> Resolved:
     """
-    The config of `recipe` with `overrides`, each (dotted key, YAML text, where it was written), which go before it.
+    Return the config of `recipe`, overridden by `overrides`: (dotted key, YAML text, where it was written) each.
 
-    Raises `ConfigError` with every problem: those of the file's form, of keys and of types together; and where there
-    are none of them, all that cannot hold together.
+    kept: a resumed run's copies of folders that are gone, by the name of each (`RunFolder.kept`). Raises `ConfigError`
+    with every problem of the file's form, of keys and of types; without any, with every incompatible combination.
     """
     problems: list[Problem] = []
     said = _by_key(read_recipe(recipe, problems) if recipe else [], problems)
     typed = _by_key([read_override(*o) for o in overrides], problems)
     found = replacements(said, typed)
     replaced = {s.key: s for r in found for s in r.lost}
-    notes = [str(r) for r in found if recipe != START]  # where there was no recipe, it had nothing to say
+    notes = [
+        str(r) for r in found if recipe != START
+    ]  # START stands for no recipe, so nothing of the user's is replaced
     settings = {k: s for k, s in said.items() if k not in replaced} | typed
-    settings = _with_shape(_with_corpus(settings), problems, notes)
+    settings = _with_shape(_with_corpus(settings), problems, notes, kept)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
     if problems:
         raise ConfigError(sorted(problems, key=_place))
-    config = _build(values)
+    config = with_kept(_build(values), kept)
     sources = {key: settings[key].where if key in settings else DEFAULT for key in options()}
     if problems := list(contradictions(config, sources)):
         raise ConfigError(problems)
@@ -67,7 +75,7 @@ def resolve(recipe: Path | None, overrides: Iterable[tuple[str, str, str]] = ())
 
 
 def peek(recipe: Path | None, overrides: Iterable[tuple[str, str, str]], keys: Iterable[str]) -> dict[str, Any]:
-    """What `recipe` and `overrides` say of a few options, or the default, before anything is judged. Raises nothing."""
+    """Return the values of a few options, or their defaults, before any check. Raises nothing."""
     ignored: list[Problem] = []
     given = (read_recipe(recipe, ignored) if recipe else []) + [read_override(*o) for o in overrides]
     said = {key: _typed(s, ignored) for key, s in _by_key(given, ignored).items()}
@@ -75,12 +83,12 @@ def peek(recipe: Path | None, overrides: Iterable[tuple[str, str, str]], keys: I
 
 
 def _by_key(given: Iterable[Setting], problems: list[Problem]) -> dict[str, Setting]:
-    """Those of options that there are; a `Problem` for each other one, and each that holds what no option may."""
+    """Return the valid settings by key; add a `Problem` for each unknown key or forbidden text."""
     return {s.key: s for s in known(_speakable(given, problems), problems)}
 
 
 def _speakable(given: Iterable[Setting], problems: list[Problem]) -> Iterator[Setting]:
-    """Those without a secret, and without what is no text; a `Problem` that does not quote it for each other one."""
+    """Yield settings without a secret or invalid text; add a `Problem`, which does not quote it, for each other one."""
     for setting in given:
         if what := secret_in(str(setting.value)) or not_text(str(setting.value)):
             problems.append(Problem(setting.where, f"{setting.key}: {what}"))
@@ -89,7 +97,7 @@ def _speakable(given: Iterable[Setting], problems: list[Problem]) -> Iterator[Se
 
 
 def _place(problem: Problem) -> tuple[bool, int]:
-    """A file's problems by line, then those of flags as they were given."""
+    """Return a sort key: a file's problems by line, then those of flags in their order."""
     line = problem.where.rpartition(":")[2]
     return (not line.isdigit(), int(line) if line.isdigit() else 0)
 
@@ -98,7 +106,7 @@ def _place(problem: Problem) -> tuple[bool, int]:
 
 
 def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
-    """Paths without a kind of corpus are lines of JSON where all of them are called so, and else text."""
+    """Derive data.corpus from data.paths, if only the latter is set: jsonl if all names end so, else text."""
     paths = settings.get("data.paths")
     if paths is None or not paths.value or "data.corpus" in settings:
         return settings
@@ -109,19 +117,21 @@ def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
     }
 
 
-def _with_shape(settings: dict[str, Setting], problems: list[Problem], notes: list[str]) -> dict[str, Setting]:
-    """Put what `model.preset` or `model.from` says below what was given."""
+def _with_shape(
+    settings: dict[str, Setting], problems: list[Problem], notes: list[str], kept: Mapping[str, Path]
+) -> dict[str, Setting]:
+    """Return `settings` with the shape of `model.preset` or `model.from` below them."""
     preset, origin = (
         s if s and s.value is not None else None for s in map(settings.get, ("model.preset", "model.from"))
     )
     if preset and origin:
         problems.append(
-            Problem(origin.where, f"model.from says the shape, and so does model.preset at {preset.where}; keep one")
+            Problem(origin.where, f"model.from and model.preset (at {preset.where}) both define the shape; remove one")
         )
         return settings
     if preset:
         return _with_preset(settings, preset, problems)
-    return _with_folder(settings, origin, problems, notes) if origin else settings
+    return _with_folder(settings, origin, problems, notes, kept) if origin else settings
 
 
 def _with_preset(settings: dict[str, Setting], setting: Setting, problems: list[Problem]) -> dict[str, Setting]:
@@ -137,12 +147,16 @@ def _with_preset(settings: dict[str, Setting], setting: Setting, problems: list[
 
 
 def _with_folder(
-    settings: dict[str, Setting], origin: Setting, problems: list[Problem], notes: list[str]
+    settings: dict[str, Setting],
+    origin: Setting,
+    problems: list[Problem],
+    notes: list[str],
+    kept: Mapping[str, Path],
 ) -> dict[str, Setting]:
-    """The shape of a folder's weights, which nothing that was given may change; its tokenizer, unless one was given."""
+    """Return `settings` with the shape of a folder's weights, which none may change, and its tokenizer if none is set."""
     family = settings.get("model.family")
     try:
-        shape, tokenizer = read_model(str(origin.value), str(family.value) if family else None)
+        shape, tokenizer = read_model(str(origin.value), str(family.value) if family else None, kept)
     except ModelError as error:
         problems.append(Problem(origin.where, str(error)))
         return settings
@@ -155,8 +169,8 @@ def _with_folder(
         problems.append(
             Problem(
                 origin.where,
-                f"{origin.value} has neither tokenizer.json nor tokenizer.model; set data.tokenizer to the tokenizer of this "
-                "model, or to bpe to train a new one, whose tokens its embedding has never seen",
+                f"{origin.value} has neither tokenizer.json nor tokenizer.model; set data.tokenizer to this model's "
+                "tokenizer, or to bpe to train a new one, whose tokens its embedding was not trained on",
             )
         )
     return {k: Setting(k, v, f"model.from {origin.value}") for k, v in said.items()} | settings
@@ -168,7 +182,7 @@ def _against_folder(settings: Mapping[str, Setting], origin: Setting, shape: Sha
         if given is not None and given.value != value and not may_differ(shape.values, key, given.value):
             yield Problem(
                 given.where,
-                f"model.{key} {_show(given.value)} is not what {origin.value} has ({_show(value)}); leave it out",
+                f"model.{key} {_show(given.value)} differs from {origin.value}, which has {_show(value)}; remove it",
             )
 
 
@@ -178,8 +192,8 @@ def _beyond_window(settings: Mapping[str, Setting], origin: Setting, shape: Shap
     if shape.window is not None and longest > shape.window:
         yield Problem(
             origin.where,
-            f"{origin.value} looks back over a sliding window of {shape.window} tokens, which is not built here; set "
-            f"model.max_seq_len to {shape.window} or less, where the window changes nothing",
+            f"{origin.value} uses a sliding window of {shape.window} tokens, which shoal does not implement; set "
+            f"model.max_seq_len to {shape.window} or less, so that the window has no effect",
         )
 
 
@@ -190,7 +204,7 @@ def _types() -> dict[str, Any]:
 
 
 def _typed(setting: Setting, problems: list[Problem]) -> Any:
-    """The value as its option's type; pydantic judges in strict mode, so that `true` is no integer."""
+    """Return the value in its option's type, checked by pydantic in strict mode, so that `true` is not an integer."""
     from pydantic import ValidationError
 
     value, kind = setting.value, _types()[setting.key]
@@ -206,7 +220,7 @@ def _typed(setting: Setting, problems: list[Problem]) -> Any:
     ):
         value = int(value)  # 1e3 steps
     elif kind in (str, str | None) and isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)  # a run called 7
+        value = str(value)  # a run named 7
     try:
         return _adapter(setting.key).validate_python(value, strict=True)
     except ValidationError:
@@ -224,24 +238,16 @@ def _adapter(key: str) -> Any:
 
 
 def expectation(key: str) -> str:
-    """What `key` takes, in words: "an integer of at least 1 (steps), or null"."""
+    """Return the valid values of `key` in words: "an integer of at least 1 (steps), or null"."""
     kind, meta = _types()[key], options()[key].metadata
     union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     parts = [a for a in typing.get_args(kind) if a is not types.NoneType] if union else [kind]
-    words = {
-        int: "an integer",
-        float: "a number",
-        bool: "true or false",
-        str: "text",
-        tuple[str, ...]: "a list of texts",
-    }
-    text = " or ".join(
-        " | ".join(map(str, typing.get_args(p))) if typing.get_origin(p) is typing.Literal else words[p] for p in parts
+    text = " | ".join(
+        " | ".join(map(str, typing.get_args(p))) if typing.get_origin(p) is typing.Literal else TYPE_WORDS[p]
+        for p in parts
     )
-    phrases = {"ge": "of at least", "gt": "above", "le": "of at most", "lt": "below"}
-    bounds = " and ".join(f"{phrases[k]} {v}" for k, v in meta["bounds"].items())
     unit = f" ({meta['unit']})" if meta["unit"] else ""
-    return f"{text}{' ' + bounds if bounds else ''}{unit}{', or null' if union else ''}"
+    return f"{with_bounds(text, meta['bounds'])}{unit}{', or null' if types.NoneType in typing.get_args(kind) else ''}"
 
 
 def _show(value: Any) -> str:
@@ -257,12 +263,19 @@ def _build(values: Mapping[str, Any]) -> Config:
     return Config(**sections)
 
 
+def with_kept(config: Config, kept: Mapping[str, Path]) -> Config:
+    """Return `config` with what a run keeps of its model and its tokenizer, by their names."""
+    model = dataclasses.replace(config.model, kept=kept.get(config.model.from_ or ""))
+    data = dataclasses.replace(config.data, kept=kept.get(config.data.tokenizer))
+    return dataclasses.replace(config, model=model, data=data)
+
+
 def _derive(
     config: Config, sources: dict[str, str], notes: tuple[str, ...], replaced: Mapping[str, Setting]
 ) -> Resolved:
-    """Fill what follows from the rest, and say so."""
+    """Fill in the values derived from others, with their source."""
     derived = dataclasses.replace(config, model=resolve_shape(config.model))
-    for f in dataclasses.fields(derived.model):
+    for f in option_fields(Model):
         if getattr(derived.model, f.name) != getattr(config.model, f.name):
             sources[f"model.{option_name(f)}"] = DERIVED
     return Resolved(derived, sources, notes, replaced)
@@ -272,7 +285,7 @@ def _derive(
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Plain values by section, as YAML and JSON take them."""
+    """Return plain values by section, for YAML and JSON."""
     plain: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for key, f in options().items():
         section, _, name = key.partition(".")
@@ -282,7 +295,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
-    """The config as a recipe; with `sources`, each line ends in where its value came from."""
+    """Return the config as a recipe; with `sources`, each line ends with the source of its value."""
     lines = []
     for section, values in to_dict(config).items():
         lines.append(f"{section}:")
@@ -296,7 +309,7 @@ def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
 
 
 def read_back(path: Path) -> Config:
-    """A config that `to_yaml` wrote. What may have moved since, such as the corpus, is not looked at."""
+    """Return a config that `to_yaml` wrote, without checks of what may have moved since, such as the corpus."""
     problems: list[Problem] = []
     settings = list(known(read_recipe(path, problems), problems))
     values = {s.key: _typed(s, problems) for s in settings}
@@ -306,7 +319,7 @@ def read_back(path: Path) -> Config:
 
 
 def schema() -> dict[str, Any]:
-    """A JSON schema of the recipe, for editors and other programs."""
+    """Return a JSON schema of the recipe, for editors and other programs."""
     sections = {name: {"type": "object", "additionalProperties": False, "properties": {}} for name in SECTIONS}
     for key, f in options().items():
         section, _, name = key.partition(".")
@@ -324,8 +337,8 @@ def schema() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """An option that a resumed run would change; `past` where the steps already taken forbid it."""
+class ChangedOption:
+    """An option that a resumed run would change; `past` if the steps already taken forbid that."""
 
     key: str
     before: Any
@@ -333,11 +346,11 @@ class Difference:
     past: bool
 
 
-def differences(before: Config, after: Config) -> list[Difference]:
-    """What changes from one config to the other, in the order of `config/options.py`."""
+def changed_options(before: Config, after: Config) -> list[ChangedOption]:
+    """Return the options that differ between two configs, in the order of declaration."""
     old, new = to_dict(before), to_dict(after)
     return [
-        Difference(key, old[s][k], new[s][k], f.metadata[PAST])
+        ChangedOption(key, old[s][k], new[s][k], f.metadata[PAST])
         for key, f in options().items()
         for s, _, k in [key.partition(".")]
         if old[s][k] != new[s][k]

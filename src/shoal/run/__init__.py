@@ -1,1 +1,1 @@
-"""A run's folder and what is written in it."""
+"""A run's folder, its files, and its console."""

@@ -1,41 +1,43 @@
-"""What a person sees: lines, coloured on a terminal and plain elsewhere. Only one rank speaks."""
+"""The console: lines, colored on a terminal and plain elsewhere. Only one rank prints."""
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from shoal.run.records import StepRecord
 from shoal.system.output import visible
 
-FIRST_LINES: Final = 3  # steps that are shown in any case, when a run starts
-STEP_LINES: Final = 40  # of a run, about: more lines would push out what matters
-WIDTH: Final = 80  # columns, where nobody says
-# What a step's line goes without where it is too long, in this order: first what follows from tokens/s.
+FIRST_LINES: Final = 3  # the first steps are always shown
+STEP_LINES: Final = 40  # at most, per run: more would push out what matters
+WIDTH: Final = 80  # columns, if unknown
+# Parts dropped from a step's line that is too long, in this order: first those that follow from tokens/s.
 DROPPED: Final = ("ms", "mfu", "lr", "memory", "norm", "left")
-SECONDS_BETWEEN: Final = 3.0  # lines of progress where there is no terminal to keep one up to date
+SECONDS_BETWEEN: Final = 3.0  # between lines of progress without a terminal
 
 
 class Console:
-    """Says things on one rank and keeps quiet on the others."""
+    """Prints on one rank and is silent on the others."""
 
     def __init__(self, speaks: bool = True, *, on_stderr: bool = False) -> None:
-        """on_stderr: where standard output is for another program."""
+        """on_stderr: if standard output is for another program."""
         self._speaks = speaks
         self._rich = RichConsole(highlight=False, soft_wrap=True, stderr=on_stderr)
         self._steps_shown = 0
 
     @property
     def is_terminal(self) -> bool:
+        """Return whether lines go to a terminal."""
         return self._rich.is_terminal
 
     def say(self, text: str = "", style: str = "") -> None:
-        """One line."""
+        """Print a line."""
         if not self._speaks:
             return
         text = visible(text)
@@ -45,21 +47,18 @@ class Console:
             print(text, file=self._rich.file, flush=True)
 
     def note(self, text: str) -> None:
-        """A line that is good to know and not in the way."""
+        """Print a dim line: worth knowing, no action needed."""
         self.say(text, "dim")
 
     def warn(self, text: str) -> None:
-        """A line that somebody should act on."""
+        """Print a line that the user should act on."""
         self.say(f"note: {text}", "yellow")
 
-    def step(
-        self, record: Mapping[str, Any], total_steps: int, left_seconds: float | None, every: int | None = None
-    ) -> None:
+    def step(self, record: StepRecord, total_steps: int, left_seconds: float | None, every: int | None = None) -> None:
         """
-        The line of a step, from the record that goes to `metrics.jsonl`: of the first few, of the last, and of each
-        `every`th (None: see `step_interval`).
+        Print a step's line: of the first few steps, the last one, and every `every`th (None: see `step_interval`).
         """
-        step = record["step"]
+        step = record.step
         due = step % (every or step_interval(total_steps)) == 0 or step == total_steps
         if not due and self._steps_shown >= FIRST_LINES:
             return
@@ -69,8 +68,9 @@ class Console:
     @contextmanager
     def progress(self, title: str, *, steady: bool = False) -> Iterator[Any]:
         """
-        A bar on a terminal, a line now and then elsewhere; call the result with (phase, done, total). steady: a line every
-        few seconds, however long it takes.
+        Show a progress bar on a terminal, occasional lines elsewhere; call the result with (phase, done, total).
+
+        steady: a line every few seconds, however long it takes.
         """
         if not self._speaks:
             yield lambda phase, done, total: None
@@ -99,8 +99,9 @@ class _Bar:
 
 class _Lines:
     """
-    Each phase is named when it begins, and again as it goes on: every few seconds, then less and less often unless `steady`.
-    A steady one has one phase, whose text changes.
+    Names each phase when it begins and again while it lasts: every few seconds, then less often unless `steady`.
+
+    With `steady` there is one phase, whose text changes.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class _Lines:
 
 
 def step_interval(total_steps: int) -> int:
-    """Steps from one line to the next: 1, 2, 5, 10, 20, ..., so that a run has at most `STEP_LINES`."""
+    """Return the steps between lines: 1, 2, 5, 10, 20, ..., so that a run has at most `STEP_LINES` lines."""
     power = 1
     while True:
         for each in (1, 2, 5):
@@ -130,23 +131,20 @@ def step_interval(total_steps: int) -> int:
         power *= 10
 
 
-def step_line(
-    record: Mapping[str, Any], total_steps: int, left_seconds: float | None, columns: int | None = None
-) -> str:
+def step_line(record: StepRecord, total_steps: int, left_seconds: float | None, columns: int | None = None) -> str:
     """
-    Loss, learning rate, gradient norm, tokens/s, ms/step, MFU, memory, time left; in `columns` as far as `DROPPED` allows.
+    Return loss, learning rate, gradient norm, tokens/s, ms/step, MFU, memory, time left; within `columns` if possible.
     """
     width = len(str(total_steps))
-    mfu = record.get("mfu")
     parts = {
-        "step": f"step {record['step']:>{width}}/{total_steps}",
-        "loss": f"loss {record['loss']:.4f}",
-        "lr": f"lr {record['lr']:.2e}",
-        "norm": "norm inf" if record["grad_norm"] is None else f"norm {record['grad_norm']:.2f}",
-        "rate": f"{record['tokens_per_second']:,.0f} tok/s",
-        "ms": f"{1000 * record['step_seconds']:,.0f} ms",
-        "mfu": "" if mfu is None else f"mfu {100 * mfu:.1f}%",
-        "memory": f"{record['memory_bytes'] / 2**30:.2f} GiB",
+        "step": f"step {record.step:>{width}}/{total_steps}",
+        "loss": f"loss {record.loss:.4f}",
+        "lr": f"lr {record.lr:.2e}",
+        "norm": "norm inf" if record.grad_norm is None else f"norm {record.grad_norm:.2f}",
+        "rate": f"{record.tokens_per_second:,.0f} tok/s",
+        "ms": f"{1000 * record.step_seconds:,.0f} ms",
+        "mfu": "" if record.mfu is None else f"mfu {100 * record.mfu:.1f}%",
+        "memory": f"{record.memory_bytes / 2**30:.2f} GiB",
         "left": "" if left_seconds is None else f"{duration(left_seconds)} left",
     }
     for name in ("", *DROPPED):
@@ -158,7 +156,7 @@ def step_line(
 
 
 def duration(seconds: float) -> str:
-    """ "2h05m", "3m20s", "12s"."""
+    """Return "2h05m", "3m20s" or "12s"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

@@ -1,14 +1,14 @@
 """
-A run's folder: what is in it, who holds it, and whether a config may go on with it. No torch.
+A run's folder: its files, its lock, and whether a config may resume the run. No torch.
 
 runs/NAME/
-  config.yaml     the resolved config        metrics.jsonl   a line a step
+  config.yaml     the resolved config        metrics.jsonl   a line per step
   tokenizer.json  how its text became ids    events.jsonl    starts, saves, stops
   checkpoints/    see checkpoint/store.py    lock            who trains it now
-  samples/        what it wrote when it ended  ledger.jsonl  which samples it was trained on
+  samples/        text written at the end    ledger.jsonl    the samples it was trained on
   stacks/         of workers that hung       time.jsonl      where the time went
-  source/         what came beside the weights, where it started from a folder
-  tokenizer/      all files of its tokenizer, where that is another folder
+  source/         files that came with the weights, if it started from a model folder
+  tokenizer/      all files of its tokenizer, if that is another folder
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from shoal.config.options import Config
-from shoal.errors import RunError, ShoalError
-from shoal.hub.find import stand_in
+from shoal.errors import ModelError, RunError, ShoalError
+from shoal.hub.find import find_model
 from shoal.hub.folder import HEADERS
-from shoal.resolve.resolve import Difference, differences, read_back, to_yaml
-from shoal.run.events import read_json_lines
+from shoal.resolve.resolve import ChangedOption, changed_options, read_back, to_yaml, with_kept
+from shoal.run.records import read_metrics
 from shoal.system.disk import write_whole
 from shoal.system.output import on_one_line
 
@@ -45,7 +45,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Config) -> RunFolder:
-        """The folder that `config` trains in."""
+        """Return the folder that `config` trains in."""
         return cls(Path(config.launch.runs) / (config.launch.name or "run"))
 
     @property
@@ -61,7 +61,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def has_checkpoint(self) -> bool:
-        """Whether one is on disk, whole or not."""
+        """Return whether there is a checkpoint on disk, whole or not."""
         return any(self.checkpoints.glob("step-*/manifest.json"))
 
     @property
@@ -90,7 +90,7 @@ class RunFolder:
 
     @property
     def tokenizer_files(self) -> Path | None:
-        """The folder with what its tokenizer came with (its chat template among it); None for one of our own."""
+        """Return the folder of its tokenizer's files, such as a chat template; None for a tokenizer trained by shoal."""
         return next(
             (
                 p
@@ -100,31 +100,32 @@ class RunFolder:
             None,
         )
 
-    def stand_in(self) -> list[str]:
+    def kept(self) -> dict[str, Path]:
         """
-        What this run keeps of the model and the tokenizer that it started from is found where they are gone; which are.
+        Return what this run keeps of a model and a tokenizer that are gone, by the name that its config has for each.
 
-        Raises nothing where there is no run, or it keeps nothing.
+        Empty if there is no run. Raises nothing.
         """
         try:
-            before = self.load_config()
+            return self._kept(self._read_config())
         except (ShoalError, OSError):
-            return []
-        kept = {before.model.from_: self.source if (self.source / HEADERS).is_file() else None}
-        kept.setdefault(before.data.tokenizer, self.tokenizer_files)
-        return [name for name, folder in kept.items() if name and folder and stand_in(name, folder)]
+            return {}
+
+    def _kept(self, config: Config) -> dict[str, Path]:
+        kept = {config.model.from_: self.source if (self.source / HEADERS).is_file() else None}
+        kept.setdefault(config.data.tokenizer, self.tokenizer_files)
+        return {name: folder for name, folder in kept.items() if name and folder and _is_gone(name, folder)}
 
     @property
     def samples(self) -> Path:
         return self.path / "samples"
 
     def last_step(self) -> int:
-        """The last step in the metrics; 0 where there is none."""
-        records = read_json_lines(self.metrics_file)
-        return int(records[-1]["step"]) if records else 0
+        """Return the last step in the metrics; 0 if there is none."""
+        return read_metrics(self.metrics_file).last_step
 
     def load_config(self) -> Config:
-        """The config that this run was trained with. Raises `RunError` where there is no run."""
+        """Return the config that this run was trained with. Raises `RunError` if there is no run."""
         if not self.config_file.is_file():
             others = sorted(p.parent.name for p in self.path.parent.glob("*/config.yaml"))
             near = difflib.get_close_matches(self.path.name, others, n=3)
@@ -132,11 +133,17 @@ class RunFolder:
             known = f"; there are {', '.join(map(on_one_line, others[:8]))}{more}" if others else ""
             meant = f"; did you mean {' or '.join(map(on_one_line, near))}?" if near else f"{known}."
             name = on_one_line(self.path.name)
-            raise RunError(f"{on_one_line(self.path)} is no run{meant} shoal train RECIPE.yaml --name {name} makes one")
+            raise RunError(
+                f"{on_one_line(self.path)} is not a run{meant} shoal train RECIPE.yaml --name {name} starts one"
+            )
+        config = self._read_config()
+        return with_kept(config, self._kept(config))
+
+    def _read_config(self) -> Config:
         return read_back(self.config_file)
 
     def begun(self) -> Config | None:
-        """The config of the run that is here; None where there is no run yet."""
+        """Return the config of the run in this folder; None if there is no run yet."""
         return self.load_config() if self.config_file.is_file() else None
 
     def save_config(self, config: Config) -> None:
@@ -145,7 +152,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writable(self) -> Iterator[None]:
-        """Raises `RunError` for a folder that cannot be written to."""
+        """Raise `RunError` if the folder cannot be written to inside."""
         try:
             yield
         except OSError as error:
@@ -155,9 +162,9 @@ class RunFolder:
 
     def lock(self, meeting: str | None = None) -> None:
         """
-        Hold this run until the process ends, however it ends. Raises `RunError` where somebody else does.
+        Lock this run until the process ends, however it ends. Raises `RunError` if another process holds the lock.
 
-        meeting: where launchers meet that hold it together, one on each machine.
+        meeting: the rendezvous address of launchers that share the lock, one per node.
         """
         with self.writable():
             self.path.mkdir(parents=True, exist_ok=True)
@@ -165,7 +172,7 @@ class RunFolder:
         held = _take(file, fcntl.LOCK_EX)
         for _ in range(
             50 if meeting else 0
-        ):  # launchers that start together: the first writes, the others wait for that
+        ):  # of launchers that start together, the first writes the lock and the others wait for it
             if held or (_take(file, fcntl.LOCK_SH) and _held(file).get("meeting") == meeting):
                 break
             time.sleep(0.1)
@@ -178,7 +185,7 @@ class RunFolder:
                 "since": time.strftime("%Y-%m-%d %H:%M:%S"),
                 "command": " ".join(sys.argv[1:]),
                 "meeting": meeting,
-                "id": _held(file).get("id") or uuid.uuid4().hex,  # of the folder, as long as it is there
+                "id": _held(file).get("id") or uuid.uuid4().hex,  # identifies this folder
             }
             file.seek(0)
             file.truncate()
@@ -193,52 +200,52 @@ class RunFolder:
         self._lock = file
 
     def lock_id(self) -> str:
-        """What the lock says here, and nowhere else: who knows it sees this folder, and may read it."""
+        """Return the id in the lock file: a process that knows it sees this folder and may read it."""
         with (self.path / "lock").open(encoding="utf-8") as file:
             return str(_held(file).get("id", ""))
 
     def release(self) -> None:
-        """Hold it no more. May be called twice."""
+        """Release the lock. May be called twice."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
-    def settled(self, config: Config) -> Config:
-        """`config` with what the run that is here has settled already, if there is one."""
+    def with_earlier_choices(self, config: Config) -> Config:
+        """Return `config` with the vocabulary size and dtype that the run here has chosen, if there is a run."""
         before = self.begun()
-        return _settled(config, before) if before else config
+        return _with_choices_of(config, before) if before else config
 
-    def agree(self, config: Config) -> list[Difference]:
+    def agree(self, config: Config) -> list[ChangedOption]:
         """
-        What `config` would change of the run that is here; none where there is no run yet.
+        Return what `config` would change in the run here; empty if there is no run yet.
 
-        Raises `RunError` where it would change what the steps already taken meant.
+        Raises `RunError` if a change contradicts the steps already taken.
         """
         before = self.begun()
         if before is None:
             return []
-        config = _settled(config, before)
-        found = [d for d in differences(before, config) if d.key not in ("launch.name", "launch.runs")]
+        config = _with_choices_of(config, before)
+        found = [d for d in changed_options(before, config) if d.key not in ("launch.name", "launch.runs")]
         if forbidden := [d for d in found if d.past]:
             lines = "\n".join(f"  {d.key}: {d.before} -> {d.after}" for d in forbidden)
             raise RunError(
                 f"{self.path} was trained with another config, and this would change its past:\n{lines}\n"
-                "Set these back to go on with it, or choose another --name to start anew"
+                "Set these back to resume it, or choose another --name for a new run"
             )
         return found
 
 
-def _settled(config: Config, before: Config) -> Config:
-    """`config` with what a run settles when it starts taken from the config it started with."""
+def _with_choices_of(config: Config, before: Config) -> Config:
+    """Return `config` with the choices a run makes at its start, taken from the config it started with."""
     if config.model.vocab_size is None:  # the tokenizer's, which data.* decides
         config = config.replace("model", vocab_size=before.model.vocab_size)
-    if config.train.dtype == "auto":  # measured once: another answer today would be another arithmetic
+    if config.train.dtype == "auto":  # measured once: another result today would change the arithmetic
         config = config.replace("train", dtype=before.train.dtype)
     return config
 
 
 def _take(file: IO[str], kind: int) -> bool:
-    """A lock of this kind, if it is to be had now."""
+    """Take a lock of this kind without waiting; return whether that succeeded."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except OSError:
@@ -247,7 +254,7 @@ def _take(file: IO[str], kind: int) -> bool:
 
 
 def _share(file: IO[str]) -> bool:
-    """A lock that others may hold too, in place of ours alone: in between another one may have that for a moment."""
+    """Turn an exclusive lock into a shared one. The swap is not atomic: retry while another process holds it."""
     for _ in range(50):
         if _take(file, fcntl.LOCK_SH):
             return True
@@ -256,7 +263,7 @@ def _share(file: IO[str]) -> bool:
 
 
 def _held(file: IO[str]) -> dict[str, Any]:
-    """What the one who took the lock wrote into it."""
+    """Return what the lock's holder wrote into the file."""
     file.seek(0)
     try:
         found = json.loads(file.read())
@@ -266,8 +273,16 @@ def _held(file: IO[str]) -> dict[str, Any]:
 
 
 def _holder(file: IO[str]) -> str:
-    """Who wrote the lock file, in words."""
+    """Describe the lock's holder."""
     try:
         return "by process {pid} on {host} since {since} (shoal {command})".format(**_held(file))
     except KeyError:
         return "by another process"
+
+
+def _is_gone(name: str, kept: Path) -> bool:
+    """Return whether `name` is nowhere, so that a run uses what it keeps of it."""
+    try:
+        return find_model(name, kept) == kept
+    except ModelError:  # it is there, and broken
+        return False

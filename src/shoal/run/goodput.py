@@ -1,16 +1,16 @@
 """
 Where the time of a run went, across restarts. No torch.
 
-`time.jsonl` has about a line a second, written by the first process alone, each with all that is known of the life (one
-process, from its start to its end) until then:
+The first rank writes about one line per second to `time.jsonl`. Each has the totals so far of its life (one process, from
+start to end):
 
     {"life": when it began, "step": the last step taken, "reached": [spent on "step" until that step], "spent": {category: ...}}
 
-and {"begin": true} where steps go on from an earlier one: at a start, and at a rollback.
+and {"begin": true} if steps continue from an earlier one: at a start and at a rollback.
 
-All times are whole microseconds, so that sums are exact. A life's categories add up to the time since it began; what
-lies between its last line and the beginning of the next life is idle. So all of it is accounted for, and a process that is
-killed takes the knowledge of one second with it, which counts as idle too.
+Times are whole microseconds, so sums are exact. A life's categories add up to its time; the gap from its last line to the
+beginning of the next life is idle. So all time is accounted for; a killed process loses the record of one second, which
+counts as idle.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from shoal.run.jsonl import PatientLines, whole_lines
 
 MEANINGS: Final = {
     "step": "training: steps that count",
-    "start": "from a process's start to its first step: imports, the model, a checkpoint read",
-    "compile": "what the first step took more than the second, and the comparison with eager code",
+    "start": "from a process's start to its first step: imports, building the model, reading a checkpoint",
+    "compile": "the first step's time beyond the second's, and the comparison with eager code",
     "data": "waiting for the loader",
-    "evaluation": "held-out loss",
+    "evaluation": "validation loss",
     "checkpoint": "steps waiting for a save",
-    "end": "after the last step: samples, the last words",
-    "lost": "steps that were taken again, or not to their end",
-    "idle": "between two lives: nothing ran",
+    "end": "after the last step: a sample and the summary",
+    "lost": "steps repeated after a restart or rollback, or cut short",
+    "idle": "between two lives: no process ran",
 }
 SPENT: Final = tuple(category for category in MEANINGS if category not in ("lost", "idle"))
 
 
 def _now() -> int:
-    """Microseconds of a clock that is never set."""
+    """Return microseconds of a monotonic clock."""
     return time.perf_counter_ns() // 1000
 
 
 def process_start() -> tuple[int, int]:
-    """When this process started, before it imported anything, and how long ago that is: microseconds."""
+    """Return when this process started, before any import, and its age, both in microseconds."""
     began = psutil.Process().create_time()
     seconds = time.time() - began
     if hasattr(time, "CLOCK_BOOTTIME"):
-        # psutil adds the time of boot, known to the second only; without it, the age is known to 10 ms
+        # psutil adds the boot time, which is rounded to seconds; without it the age is precise to 10 ms
         seconds = time.clock_gettime(time.CLOCK_BOOTTIME) - (began - psutil.boot_time())
     age = max(0, int(seconds * 1e6))
     return time.time_ns() // 1000 - age, age
@@ -61,11 +61,10 @@ def process_start() -> tuple[int, int]:
 
 class Clock:
     """
-    Counts each microsecond of this process, from its start, to one category: first to "start", from `begin` on to
-    "step", inside `spend` to another.
+    Counts each microsecond of this process to one category: "start" at first, "step" after `begin`, another inside `spend`.
 
-    path: `time.jsonl`, which a thread writes to, so that no step waits for a disk; None: nothing is written. Nothing
-    raises for a disk's sake. now: microseconds. began: (microseconds since 1970 when this process started, since then).
+    path: `time.jsonl`, written by a thread so that no step waits for a disk; None: not written. Never raises `OSError`.
+    now: microseconds. began: (microseconds since 1970 when this process started, its age in microseconds).
     """
 
     def __init__(
@@ -79,14 +78,14 @@ class Clock:
         self._life, age = process_start() if began is None else began
         self._now, self._mark = now, now()
         self._spent = dict.fromkeys(SPENT, 0) | {"start": age}
-        self._category = "start"
+        self._category = self._before = "start"
         self._step: int | None = None
         self._reached = 0
-        self._first: int | None = None  # what the first step took, until there is a second
+        self._first: int | None = None  # the first step's time, until there is a second one
         self._steps_taken = 0
         self._lock = threading.Lock()
         self._lines = None if path is None else PatientLines(path)
-        self._turns: list[dict[str, Any]] = []  # lines that must not be left out: each side of a way back
+        self._turns: list[dict[str, Any]] = []  # lines that must be written: before and after each rollback
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._write_on, args=(every_seconds,), name="clock", daemon=True)
         if self._lines is not None:
@@ -94,7 +93,7 @@ class Clock:
             self._thread.start()
 
     def begin(self, step: int) -> None:
-        """From here on steps are taken, and `step` is the last one that was: at the start, and after a rollback."""
+        """Note that steps after `step` follow: at the start and after a rollback."""
         with self._lock:
             self._charge()
             if self._step is not None:
@@ -105,7 +104,7 @@ class Clock:
             self._turns.append(self._line() | {"begin": True})
 
     def reached(self, step: int) -> None:
-        """`step` is taken."""
+        """Note that `step` is over."""
         with self._lock:
             self._charge()
             spent = self._spent
@@ -114,7 +113,7 @@ class Clock:
                 spent["compile"] += self._first
                 spent["step"] = 0
             elif self._first is not None:
-                usual = min(self._first, spent["step"])  # of the first step, what the second one took too
+                usual = min(self._first, spent["step"])  # the part of the first step that was not compilation
                 spent["compile"] -= usual
                 spent["step"] += usual
                 self._first = None
@@ -122,20 +121,30 @@ class Clock:
             self._step, self._reached = step, spent["step"]
 
     def spend(self, category: str) -> _Spending:
-        """`with clock.spend("data"): ...` counts the time inside to that category; one inside another takes its own."""
+        """Count the time inside to a category: `with clock.spend("evaluation"): ...`. May be nested."""
         return _Spending(self, category)
 
+    def enter(self, phase: str) -> None:
+        """Count a phase of a step to the category of that name, if there is one."""
+        if phase in self._spent:
+            self._before = self.switch(phase)
+
+    def leave(self, phase: str) -> None:
+        """Count to the category before that phase again."""
+        if phase in self._spent:
+            self.switch(self._before)
+
     def switch(self, category: str) -> str:
-        """Count what comes to `category`; returns the one that it was counted to. Raises ValueError for no category."""
+        """Count time to `category` from now on; return the previous one. Raises ValueError if there is no such category."""
         if category not in self._spent:
-            raise ValueError(f"{category} is none of {', '.join(self._spent)}")
+            raise ValueError(f"unknown category {category}; use one of {', '.join(self._spent)}")
         with self._lock:
             self._charge()
             before, self._category = self._category, category
         return before
 
     def write(self) -> None:
-        """Write what is known now."""
+        """Write the totals so far."""
         if self._lines is None:
             return
         with self._lock:
@@ -146,7 +155,7 @@ class Clock:
                 del self._turns[: len(turns)]
 
     def close(self) -> None:
-        """The last line. May be called twice."""
+        """Write the last line. May be called twice."""
         self._closed.set()
         if self._lines is not None:
             if self._thread.is_alive():
@@ -170,7 +179,7 @@ class Clock:
 
 
 class _Spending:
-    """Not a generator: `with` is entered in every step, and this is three times as fast."""
+    """Not a generator, which would be three times slower."""
 
     __slots__ = ("_before", "_category", "_clock")
 
@@ -184,7 +193,7 @@ class _Spending:
         self._clock.switch(self._before)
 
 
-# --- what the lines say ------------------------------------------------------------------------------------
+# --- reading the lines ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -192,8 +201,8 @@ class Account:
     """
     All the time of a run so far.
 
-    spent: microseconds by category, all of `MEANINGS`, which add up to `total`: from the first life's beginning to the
-    last line. Where the system's clock was set back in between, what two lives would share is counted once.
+    spent: microseconds by category of `MEANINGS`; they add up to `total`, from the first life's beginning to the last line.
+    If the system's clock was set back, time that two lives share is counted once.
     """
 
     spent: Mapping[str, int]
@@ -202,14 +211,16 @@ class Account:
 
     @property
     def total(self) -> int:
+        """Return all microseconds."""
         return sum(self.spent.values())
 
     @property
     def goodput(self) -> float:
-        """The share of the time in steps that count: in [0, 1]."""
+        """Return the share of the time in steps that count, in [0, 1]."""
         return self.spent["step"] / max(self.total, 1)
 
     def as_json(self) -> dict[str, Any]:
+        """Return the account in seconds, for `--json`."""
         return {
             "goodput": self.goodput,
             "total_seconds": self.total / 1e6,
@@ -222,23 +233,23 @@ class Account:
 @dataclass
 class _Kept:
     """
-    What steps took, as far as none of them was taken again.
+    The time of steps that were not repeated later.
 
-    At `times[i]` microseconds of kept steps, step `steps[i]` was taken; between two of these, steps took equally long.
+    Step `steps[i]` ended after `times[i]` microseconds of kept steps; steps between two entries count as equally long.
     """
 
     steps: list[int] = field(default_factory=list)
     times: list[int] = field(default_factory=list)
     lost: int = 0
-    _now: int = 0  # with the step that is under way
-    _last_spent: int = 0  # of this life, as its last line has it
+    _now: int = 0  # including the step in progress
+    _last_spent: int = 0  # of this life, in its last line
 
     def go_back(self, step: int) -> None:
-        """All that comes after `step` is lost."""
+        """Count everything after `step` as lost."""
         if not self.steps:
             self.steps, self.times = [step], [self._now]
             return
-        # a step behind the last one known: the line that would have had it was never written, and nothing is lost
+        # A step later than any written line: the line for it is missing, and nothing is lost.
         at = self._now if step > self.steps[-1] else self._time_of(step)
         self.lost += self._now - at
         cut = bisect.bisect_left(self.steps, step)
@@ -246,15 +257,16 @@ class _Kept:
         self._now = at
 
     def go_on(self, step: int, reached: int, spent: int) -> None:
-        """This life has now spent `spent` on steps, and had spent `reached` when `step` was taken."""
+        """Add a line: this life has spent `spent` on steps so far, and `reached` until the end of `step`."""
         self._now += spent - self._last_spent
         self._last_spent = spent
-        # of a life's first step alone nobody knows yet how much of it is "compile": none of it is "step" so far
+        # After a life's first step alone, its share of compilation is unknown and none of it counts as "step".
         if step > self.steps[-1] and reached > 0:
             self.steps.append(step)
             self.times.append(max(self.times[-1], self._now - (spent - reached)))
 
     def start_life(self) -> None:
+        """Begin a life: its lines count from zero."""
         self._last_spent = 0
 
     def _time_of(self, step: int) -> int:
@@ -266,7 +278,7 @@ class _Kept:
 
 
 def account(path: Path) -> Account:
-    """What `time.jsonl` says. Raises `OSError` where there is no such file."""
+    """Return the account in `time.jsonl`. Raises `OSError` if there is no such file."""
     spent = dict.fromkeys(MEANINGS, 0)
     kept = _Kept()
     lives, step, taken = 0, None, 0
@@ -292,7 +304,7 @@ def account(path: Path) -> Account:
 
 
 def _close_life(spent: dict[str, int], last: Mapping[str, Any], end: int | None) -> int | None:
-    """Add a life, by its last line, and what was idle since `end`, of the one before; when this one ended."""
+    """Add a life by its last line, and the idle time since `end` of the previous one; return when this one ended."""
     if not last:
         return end
     begun: int = last["life"]
@@ -308,7 +320,7 @@ def _close_life(spent: dict[str, int], last: Mapping[str, Any], end: int | None)
 
 
 def in_words(account: Account) -> str:
-    """For the end of a run, in a line: "goodput 93.1%: step 5m12s, start 9.2s, data 4.0s"."""
+    """Return the account in a line: "goodput 93.1%: step 5m12s, start 9.2s, data 4.0s"."""
     parts = sorted(((each, category) for category, each in account.spent.items()), reverse=True)
     shown = [f"{c} {_seconds(each / 1e6)}" for each, c in parts if 1000 * each >= account.total]
     return f"goodput {100 * account.goodput:.1f}%: {', '.join(shown)}"
@@ -319,7 +331,7 @@ def _seconds(seconds: float) -> str:
 
 
 def table(account: Account) -> list[str]:
-    """Lines for a terminal: seconds and percent by category, the largest first, and all of it."""
+    """Return lines for a terminal: seconds and percent by category, largest first, and the total."""
     total = account.total
     rows = sorted(account.spent.items(), key=lambda item: -item[1])
     lines = [f"{'':12}{'seconds':>14}{'share':>8}"]

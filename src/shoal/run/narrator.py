@@ -1,4 +1,4 @@
-"""Tells a person which phase a command is in, where a phase takes long: no silence, and no line for what is quick."""
+"""Names the phase of a command if it takes long: never a long silence, and no line for a quick phase."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Final
 
 from shoal.run.console import Console, duration
 
-SOON_SECONDS: Final = 2.0  # a phase that takes longer is named while it goes on
-LONG_SECONDS: Final = 1.0  # one that took longer is told with its time when it is over
-AGAIN: Final = (2.0, 10.0, 30.0, 60.0)  # seconds after which a phase is named again; then after twice as many each time
+SOON_SECONDS: Final = 2.0  # a phase that takes longer is named while it lasts
+LONG_SECONDS: Final = 1.0  # one that took longer is reported with its time when it is over
+AGAIN: Final = (2.0, 10.0, 30.0, 60.0)  # seconds after which a phase is named again; then the interval doubles
 LOOK_SECONDS: Final = 0.2
 
 
 class Narrator:
     """
-    One phase at a time: `begin` names it and ends the one before, `look` says it where it takes long.
+    Follows one phase at a time: `begin` ends the previous one, `look` prints the phase if it takes long.
 
-    say: gets the lines. now: seconds. A thread of its own looks where `watch` was called, also while the main thread
-    waits in C; else whoever has a loop calls `look`.
+    say: gets the lines. now: seconds. After `watch` a thread calls `look`, also while the main thread is blocked in C;
+    otherwise the caller's loop does.
     """
 
     def __init__(self, say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
@@ -34,7 +34,7 @@ class Narrator:
 
     @classmethod
     def of(cls, console: Console) -> Narrator:
-        """One that says what `console` says, and looks by itself."""
+        """Open a narrator that prints to `console` from a thread."""
         narrator = cls(console.note)
         narrator.watch()
         return narrator
@@ -44,7 +44,7 @@ class Narrator:
         threading.Thread(target=self._look_on, name="narrator", daemon=True).start()
 
     def begin(self, phase: str | None, *, tell: bool = True) -> None:
-        """`phase` begins, or goes on; None: nothing that anybody waits for. tell: what the one before took, if long."""
+        """Begin `phase`, or continue it; None: nothing to wait for. tell: report the previous phase's time, if long."""
         with self._lock:
             if phase == self._phase:
                 return
@@ -54,7 +54,7 @@ class Narrator:
             self._phase, self._since, self._due = phase, self._now(), SOON_SECONDS
 
     def look(self) -> None:
-        """Name the phase where it takes long."""
+        """Print the phase if it takes long."""
         with self._lock:
             so_far = self._now() - self._since
             if self._phase is None or so_far < self._due:
@@ -66,7 +66,7 @@ class Narrator:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """`with narrator.phase("importing torch"): ...`"""
+        """Name the phase of the block inside: `with narrator.phase("importing torch"): ...`."""
         self.begin(name)
         try:
             yield
@@ -74,7 +74,7 @@ class Narrator:
             self.begin(None)
 
     def close(self) -> None:
-        """End the phase, and the thread."""
+        """End the phase and the thread."""
         self._closed.set()
         self.begin(None)
 

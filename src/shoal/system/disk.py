@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, what they hold, and who holds them. No torch; raises `OSError`."""
+"""Atomic writes, hashes and locks of files. No torch; raises `OSError`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LOCK_POLL_SECONDS = 0.2
 
 
 class NoLocksError(OSError):
-    """The disk of a file has no locks."""
+    """A file system without locks."""
 
 
 def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """
-    Write `parts` to `path`: a reader, or a run after a power cut, sees all of them or what was there before.
+    Write `parts` to `path` atomically: after a power cut, too, the file has all of them or its old content.
 
-    Written aside, flushed, renamed; what was written aside is removed where that fails.
+    Writes a temporary file, flushes and renames it; on failure the temporary file is removed.
     """
     aside = path.with_name(f".{path.name}.tmp")
     try:
@@ -42,7 +42,7 @@ def write_whole(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder: a rename lives in the folder, and not in the file."""
+    """Flush a file or a folder to disk; a rename is stored in the folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,7 +51,7 @@ def sync(path: Path) -> None:
 
 
 def empty_folder(folder: Path) -> None:
-    """Remove all that is in a folder, and not the folder: it may be locked."""
+    """Remove the contents of a folder but not the folder, which may be locked."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -61,39 +61,41 @@ def empty_folder(folder: Path) -> None:
 
 def replace_folder(new: Path, folder: Path) -> None:
     """
-    Rename a whole folder into place, of what is there too.
+    Rename folder `new` to `folder`, replacing an existing folder.
 
-    Who has a file of the old one open keeps reading the old one. What a kill between the two renames leaves is
-    `.NAME.old`, and `new` as it is.
+    A reader with an open file of the old folder keeps reading it. A kill between the two renames leaves `.NAME.old`, and
+    `new` under its temporary name.
     """
     sync(new)
     old = folder.with_name(f".{folder.name}.old")
     old.mkdir(exist_ok=True)
     if folder.exists():
-        folder.rename(tempfile.mkdtemp(dir=old))  # over the empty one
+        folder.rename(tempfile.mkdtemp(dir=old))  # onto the empty folder just made
     new.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)  # a network disk keeps what is still read; the next call removes that
+    shutil.rmtree(
+        old, ignore_errors=True
+    )  # a network file system keeps files that are open; the next call removes them
 
 
 def gigabytes(count: int) -> str:
-    """ "1.2 GB", "3.4 MB", "5.6 kB"."""
+    """Format bytes as "1.2 GB", "3.4 MB" or "5.6 kB"."""
     size, unit = next((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if count >= s / 10 or u == "kB")
     return f"{count / size:,.1f} {unit}"
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def take_lock(file: IO[Any], while_waiting: Callable[[], None]) -> bool:
     """
-    Hold `file` against other processes until it is closed; says whether another one had it before us.
+    Lock `file` until it is closed, waiting for another process if necessary; return whether it had to wait.
 
-    The kernel drops the lock when its holder dies, however it dies. `while_waiting` is called about
-    five times a second. Raises `NoLocksError`.
+    The kernel drops the lock when its holder dies, for any reason. `while_waiting` is called about five times a second.
+    Raises `NoLocksError`.
     """
     waited = False
     while not try_lock(file.fileno()):
@@ -104,7 +106,7 @@ def take_lock(file: IO[Any], while_waiting: Callable[[], None]) -> bool:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Hold an open file or folder against other processes, unless one has it. Raises `NoLocksError`."""
+    """Lock an open file or folder; return False if another process holds it. Raises `NoLocksError`."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

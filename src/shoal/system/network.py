@@ -1,4 +1,4 @@
-"""HOST:PORT as a person writes it, and where this process listens: one address, not every interface. No torch."""
+"""Parsing HOST:PORT, and listening on one address rather than on all interfaces. No torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from shoal.errors import LaunchError
 
-LOOPBACK = ("127.0.0.1", "::1")  # who writes one of these means it: several launchers on one machine
-QUEUE = 4096  # connections that wait to be accepted: all processes of a run come at once
+LOOPBACK = ("127.0.0.1", "::1")  # given explicitly, these are intended: several launchers on one machine
+QUEUE = 4096  # connections waiting to be accepted: all processes of a run connect at once
 
 
 def read_address(text: str) -> tuple[str, int] | None:
-    """(host, port) of "node0:29400" or "[::1]:29400"; None where it is no such thing."""
+    """Return (host, port) of "node0:29400" or "[::1]:29400"; None for anything else."""
     host, _, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") if host.startswith("[") else host
     if not host or "/" in host or "@" in host or not (port.isascii() and port.isdigit()):
@@ -24,11 +24,10 @@ def read_address(text: str) -> tuple[str, int] | None:
 
 def listen(host: str, port: int, *, option: str, from_afar: bool = False) -> socket.socket:
     """
-    A socket that listens on the address of `host` alone; port 0 takes any that is free.
+    Return a socket that listens on the address of `host` only; port 0 takes any free port.
 
-    torch's `TCPStore` listens on all interfaces, whatever host it is given, unless it is given a socket
-    (`master_listen_fd`). `option`: where the address was set. `from_afar`: other machines are to reach it, see
-    `address_of`. Raises `LaunchError`.
+    torch's `TCPStore` listens on all interfaces regardless of its host, unless it gets a socket (`master_listen_fd`).
+    option: the option with the address, for messages. from_afar: other machines must reach it, see `address_of`. Raises `LaunchError`.
     """
     family, address = address_of(host, port, option=option, from_afar=from_afar)
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -40,21 +39,21 @@ def listen(host: str, port: int, *, option: str, from_afar: bool = False) -> soc
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
-            any_ = ", or to 0 for any" if option == "launch.port" else ""
-            raise LaunchError(f"port {port} is taken ({error.strerror}); set {option} to another{any_}") from None
+            any_ = ", or to 0 for any free port" if option == "launch.port" else ""
+            raise LaunchError(f"port {port} is in use ({error.strerror}); set {option} to another port{any_}") from None
         raise LaunchError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; set {option} to an address of this machine by which the "
-            "others reach it"
+            f"cannot listen on {host}, port {port}: {error.strerror}; set {option} to an address of this machine that the "
+            "other machines can reach"
         ) from None
     return listener
 
 
 def address_of(host: str, port: int, *, option: str, from_afar: bool) -> tuple[int, Any]:
     """
-    (family, address) of `host`, as the socket calls take it. Raises `LaunchError`.
+    Return (family, address) of `host` for socket calls. Raises `LaunchError`.
 
-    `from_afar`: other machines are to reach it, so that a name will not do which means loopback here. Debian gives a
-    machine's own name 127.0.1.1 beside, or instead of, its address.
+    from_afar: other machines must reach it, so a name that resolves only to loopback is rejected. Debian resolves a
+    machine's own name to 127.0.1.1, in addition to its address or instead of it.
     """
     found = _resolve(host, port)
     if not from_afar or host in LOOPBACK:
@@ -63,13 +62,13 @@ def address_of(host: str, port: int, *, option: str, from_afar: bool) -> tuple[i
         if not ipaddress.ip_address(address[0]).is_loopback:
             return family, address
     raise LaunchError(
-        f"{host} is {found[0][1][0]} on its own machine, where no other can reach it; set {option} to the machine's address on "
-        "the network"
+        f"{host} resolves to {found[0][1][0]}, a loopback address that other machines cannot reach; set {option} to the "
+        "machine's network address"
     )
 
 
 def _notice_who_is_gone(listener: socket.socket) -> None:
-    """Connections that it accepts end a minute after the other machine lost its power, and not never."""
+    """Enable keepalive: accepted connections end one minute after the other machine loses power."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
         if hasattr(socket, name):
@@ -77,7 +76,7 @@ def _notice_who_is_gone(listener: socket.socket) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is reached from this machine alone."""
+    """Return whether `host` is reachable from this machine only."""
     try:
         return all(ipaddress.ip_address(a[0]).is_loopback for _, a in _resolve(host, 0))
     except LaunchError:

@@ -1,4 +1,4 @@
-"""Signals: asked to, a run saves and stops, and what has nothing to save ends; who asks twice ends it at once. No torch."""
+"""Signals: the first one makes a run save and stop, or ends a command with nothing to save; a second Ctrl-C kills. No torch."""
 
 from __future__ import annotations
 
@@ -17,59 +17,63 @@ from typing import Final
 from shoal.errors import EXIT_REQUEUE
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-GRACE_SECONDS: Final = 1.0  # for what has nothing to save to come to its end by itself
-STOPPING_SAID: Final = "stopping; once more ends now"
+GRACE_SECONDS: Final = 1.0  # for a command with nothing to save to end by itself
+STOPPING_SAID: Final = "stopping; a second signal ends it now"
 
 
 def stopping_said(number: int) -> str:
-    """For where only a second SIGINT ends it."""
-    return STOPPING_SAID if number == signal.SIGINT else "stopping; Ctrl-C ends now"
+    """Return the message if only a second SIGINT ends the process."""
+    return STOPPING_SAID if number == signal.SIGINT else "stopping; Ctrl-C ends it now"
 
 
 class StopRequest:
     """
-    Remembers that one of `STOPPING` came; the loop asks between steps.
+    Whether one of `STOPPING` arrived, which the training loop checks between steps.
 
-    A second SIGINT, a person's Ctrl-C, ends the process. Others may come again and change nothing: Slurm signals a job's
-    processes one by one while their launcher passes the same signal on, and sends another one when the time is up.
+    A second SIGINT (Ctrl-C) ends the process. Repeats of other signals change nothing: Slurm signals a job's processes
+    while their launcher forwards the same signal, and sends another one at the time limit.
     """
 
-    def __init__(self) -> None:
-        """Takes over these signals."""
+    def __init__(self, *, ends_process: bool = True) -> None:
+        """Take over these signals. ends_process: if false, a second SIGINT raises `KeyboardInterrupt`."""
         self.signal: signal.Signals | None = None
         self.nothing_to_lose = True  # until a step is taken
-        for number in STOPPING:
-            signal.signal(number, self._on_signal)
+        self._ends_process = ends_process
+        self._give_back = _take(self._on_signal)
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def end_early(self, say: Callable[[str], None]) -> None:
         """
-        From now on a signal that finds nothing to lose ends the process with 85, `GRACE_SECONDS` later at the latest.
+        Let a signal that comes while there is nothing to lose end the process with 85, within `GRACE_SECONDS`.
 
-        For where no launcher of ours does it, which tells more. Also while the main thread waits in C.
+        Needed without shoal's own launcher, which does this itself. Works while the main thread waits in C code.
         """
         came: list[int] = []
 
-        def come(number: int) -> None:
+        def arrived(number: int) -> None:
             if not came:
                 say(stopping_said(number))
             came.append(number)
-            time.sleep(GRACE_SECONDS)
-            if self.nothing_to_lose:
-                os._exit(EXIT_REQUEUE)
+            _end_soon(EXIT_REQUEUE, lambda: self.nothing_to_lose)
 
-        _listen(come)
+        _listen(arrived)
+
+    def close(self) -> None:
+        """Restore the previous handlers."""
+        self._give_back()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
+            if not self._ends_process:
+                raise KeyboardInterrupt
             os._exit(128 + number)
         self.signal = self.signal or signal.Signals(number)
 
 
 class Asked(KeyboardInterrupt):
-    """One of `STOPPING` came. `code`: with which the command ends."""
+    """One of `STOPPING` arrived. code: the command's exit code."""
 
     def __init__(self, code: int) -> None:
         super().__init__()
@@ -79,62 +83,78 @@ class Asked(KeyboardInterrupt):
 @contextlib.contextmanager
 def ends_when_asked(code: int | None = None) -> Iterator[None]:
     """
-    Inside, the first of `STOPPING` raises `Asked`, and ends the process `GRACE_SECONDS` later if it is still there: in a
-    long call of C, or where threads are waited for. A second one ends it at once.
+    Raise `Asked` inside at the first of `STOPPING`, and end the process `GRACE_SECONDS` later if it still runs.
 
-    code: the exit code after SIGTERM and SIGUSR1; None: 128 and the signal's number, as after SIGINT.
+    It may still run in a long C call, or waiting for threads. A second signal ends it at once. code: the exit code after
+    SIGTERM and SIGUSR1; None: 128 plus the signal's number, as after SIGINT.
     """
 
     def code_of(number: int) -> int:
         return 128 + number if code is None or number == signal.SIGINT else code
 
-    came: list[int] = []  # to the thread
-    handled: list[int] = []  # by the main thread
-    said = threading.Lock()  # by the handler or the thread, whichever is first
+    came: list[int] = []  # signals seen by the thread
+    handled: list[int] = []  # signals seen by the main thread
+    said = threading.Lock()  # taken by the handler or the thread, whichever is first
 
     def say() -> None:
         if said.acquire(blocking=False):
             say_at_once(STOPPING_SAID)
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        if handled:  # the thread may be slower
+        if handled:  # the thread may not have run yet
             os._exit(code_of(number))
         handled.append(number)
         say()
         raise Asked(code_of(number))
 
-    def come(number: int) -> None:
+    def arrived(number: int) -> None:
         came.append(number)
         if len(came) > 1:
             os._exit(code_of(number))
         say()
-        timer = threading.Timer(GRACE_SECONDS, lambda: os._exit(code_of(number)))
-        timer.daemon = True
-        timer.start()
+        _end_soon(code_of(number))
 
-    before = {number: signal.signal(number, on_signal) for number in STOPPING}
-    stop_listening = _listen(come)
+    give_back = _take(on_signal)
+    stop_listening = _listen(arrived)
     try:
         yield
     finally:
-        if not came:  # else the process ends, and nothing is to keep it
+        if not came:  # otherwise the process is ending, and must not be kept alive
             stop_listening()
-            for number, handler in before.items():
-                if signal.getsignal(number) is on_signal:
-                    signal.signal(number, handler)
+            give_back()
+
+
+def _take(handler: Callable[[int, FrameType | None], None]) -> Callable[[], None]:
+    """Handle `STOPPING` with `handler`; return a function that restores the previous handlers, unless replaced meanwhile."""
+    before = {number: signal.signal(number, handler) for number in STOPPING}
+
+    def give_back() -> None:
+        for number, old in before.items():
+            if signal.getsignal(number) == handler:
+                signal.signal(number, old)
+
+    return give_back
+
+
+def _end_soon(code: int, may_end: Callable[[], bool] = lambda: True) -> None:
+    """End the process with `code` after `GRACE_SECONDS`, if `may_end()` is true then."""
+    timer = threading.Timer(GRACE_SECONDS, lambda: os._exit(code) if may_end() else None)
+    timer.daemon = True
+    timer.start()
 
 
 @functools.cache
 def _not_in_forks() -> None:
-    """A forked child tells this process nothing of its own signals."""
+    """Keep forked children from writing their signals to this process's pipe."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
 
 
-def _listen(come: Callable[[int], None]) -> Callable[[], None]:
+def _listen(arrived: Callable[[int], None]) -> Callable[[], None]:
     """
-    Call `come` in a thread with each of `STOPPING` that has a handler in Python, at once: the handler itself waits until
-    the main thread is back from C. Returns what ends that.
+    Call `arrived` in a thread with each of `STOPPING` at once; return a function that ends this.
+
+    A Python handler alone would wait until the main thread returns from C code.
     """
     read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK) if hasattr(os, "pipe2") else os.pipe()
     os.set_blocking(read, True)
@@ -145,30 +165,30 @@ def _listen(come: Callable[[int], None]) -> Callable[[], None]:
     def listen() -> None:
         while number := os.read(read, 1):
             if number[0] in STOPPING:
-                come(number[0])
+                arrived(number[0])
         os.close(read)
 
     def stop() -> None:
         signal.set_wakeup_fd(-1)
-        os.close(write)  # the thread reads its end
+        os.close(write)  # the thread then reads end of file
 
     threading.Thread(target=listen, name="signals", daemon=True).start()
     return stop
 
 
 def say_at_once(text: str) -> None:
-    """A line to standard error from a signal's handler, or beside it: Python's own streams may be in the middle of one."""
+    """Write a line to standard error from a signal handler, without Python's streams, which may be in use."""
     with contextlib.suppress(OSError):
         os.write(2, f"shoal: {text}\n".encode())
 
 
 def die_with_parent() -> None:
-    """See to it that this process does not outlive its launcher, even one that is killed by SIGKILL."""
+    """End this process when its launcher ends, even by SIGKILL."""
     parent = os.getppid()
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # prctl(2)
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before we asked
+        if os.getppid() != parent:  # the launcher died before the call
             os._exit(1)
     else:
         threading.Thread(target=_watch_parent, args=(parent,), daemon=True).start()

@@ -1,8 +1,8 @@
 """
-The versions of torch that shoal is tested with, and every private name of torch that it uses, with who needs it.
+The tested versions of torch, and every private name of torch that shoal uses, by feature.
 
-A private name may go with any release. `require` turns a missing one into a message that names the feature; the tests
-walk this list against the installed torch, and find private names that are not in it. Imports torch only to look one up.
+Any release may remove a private name. `require` turns a missing one into a message that names the feature. The tests check
+this list against the installed torch, and find private names that are not in it. Imports torch only to look up a name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 
 from shoal.errors import LaunchError
 
-# `make test-torch VERSION=...` passed with each; docs/SETUP.md has the results, pyproject.toml the range.
+# `make test-torch VERSION=...` passed with each. docs/SETUP.md has the results, pyproject.toml the range.
 TESTED: Final = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 
 Feature = Literal[
@@ -26,12 +26,12 @@ Feature = Literal[
 
 @dataclass(frozen=True)
 class Private:
-    """Private names that one feature needs. `names`: "module:object.attribute"; `instead`: what works without them."""
+    """The private names that one feature needs. names: "module:object.attribute". instead: what works without them."""
 
     feature: str
     names: tuple[str, ...]
     instead: str
-    optional: bool = False  # the code asks whether they are there, and does without them
+    optional: bool = False  # the code checks for them and works without
     seen: tuple[str, ...] = TESTED
 
 
@@ -52,10 +52,13 @@ PRIVATE: Final[dict[Feature, Private]] = {
             *_in(_AGENT, "_rendezvous", "_start_workers", "_monitor_workers", "_stop_workers"),
             *_in(_AGENT, "_pcontext", "_remaining_restarts"),
             "torch.distributed.elastic.multiprocessing.api:SubprocessContext.subprocess_handlers",
+            "torch.distributed.elastic.multiprocessing.subprocess_handler:SubprocessHandler.proc",
             *_in(f"{_RENDEZVOUS}DynamicRendezvousHandler.", "_state_holder", "_this_node", "_stop_heartbeats"),
-            *_in(_RENDEZVOUS, "DynamicRendezvousHandler._op_executor", "_RendezvousExitOp"),
+            *_in(_RENDEZVOUS, "DynamicRendezvousHandler._op_executor", "_RendezvousExitOp", "_RendezvousOpExecutor.run"),
+            *_in(f"{_RENDEZVOUS}_RendezvousState.", "closed", "complete", "participants"),
+            f"{_RENDEZVOUS}_RendezvousStateHolder.state",
         ),
-        "start the same command under torchrun",
+        "start the same command with torchrun",
     ),
     "train": Private("training", ("torch:_foreach_mul_", "torch:_foreach_add_"), ""),
     "compile": Private(
@@ -89,7 +92,7 @@ PRIVATE: Final[dict[Feature, Private]] = {
         "parallel.pp_schedule zbv and dualpipev",
         ("torch.distributed.pipelining:PipelineStage._get_init_p2p_neighbors_ops",),
         "set parallel.pp_schedule to interleaved_1f1b",
-        optional=True,  # overridden for 2.11, and called by torch's own code alone
+        optional=True,  # overridden for 2.11; only torch's own code calls it
         seen=TESTED[:-1],
     ),
     "bitwise_shards": Private(
@@ -113,40 +116,40 @@ PRIVATE: Final[dict[Feature, Private]] = {
 
 
 def torch_version() -> str:
-    """The installed torch's, without its build ("2.13.0"); found without importing it."""
+    """Return the installed version of torch without its build suffix, as "2.13.0". Does not import torch."""
     return importlib.metadata.version("torch").partition("+")[0]
 
 
 def minor(version: str) -> tuple[int, int]:
-    """(2, 13) of "2.13.0", of "2.13.0a0" and of "2.13.0.dev20260101"."""
+    """Return (2, 13) for "2.13.0", "2.13.0a0" and "2.13.0.dev20260101"."""
     found = re.match(r"(\d+)\.(\d+)", version)
     assert found, version
     return int(found[1]), int(found[2])
 
 
 def is_tested(version: str) -> bool:
-    """Whether a release of the same minor version was tested."""
+    """Return whether a release of the same minor version was tested."""
     return minor(version) in {minor(tested) for tested in TESTED}
 
 
 def tested_range() -> str:
-    """As in "2.11 to 2.14"."""
+    """Return the tested range, as "2.11 to 2.14"."""
     first, last = (".".join(map(str, minor(version))) for version in (TESTED[0], TESTED[-1]))
     return f"{first} to {last}"
 
 
 def version_notes() -> list[str]:
-    """What a person should know of the installed torch before a run starts: nothing, where it was tested."""
+    """Return a note to print before a run if the installed torch was not tested."""
     version = torch_version()
     if is_tested(version):
         return []
     return [
-        f"torch {version} was not tested with this version of shoal, torch {tested_range()} were; shoal verify checks your config"
+        f"torch {version} was not tested with this version of shoal (tested: {tested_range()}); run shoal verify on your config"
     ]
 
 
 def require(feature: Feature) -> None:
-    """Raises `LaunchError` where a private name that `feature` needs is not in this torch. Imports torch."""
+    """Raise `LaunchError` if this torch lacks a private name that `feature` needs. Imports torch."""
     needed = PRIVATE[feature]
     if missing := [name for name in needed.names if not exists(name)]:
         instead = f"{needed.instead}, or " if needed.instead else ""
@@ -157,7 +160,7 @@ def require(feature: Feature) -> None:
 
 
 def exists(name: str) -> bool:
-    """Whether torch has "module:object.attribute"; an attribute of a class may be one that its instances get."""
+    """Return whether torch has "module:object.attribute". Attributes that only instances get count too."""
     module, _, path = name.partition(":")
     try:
         found: Any = importlib.import_module(module)
@@ -174,7 +177,7 @@ def exists(name: str) -> bool:
 
 
 def _set_by(kind: type) -> set[str]:
-    """Names that `kind` and its bases declare, or that their constructors mention; others may have wrapped those."""
+    """Return the names that `kind` and its bases annotate or mention in `__init__`, which may be a wrapper."""
     declared = {name for base in kind.__mro__ for name in vars(base).get("__annotations__", {})}
     codes = [
         vars(base)["__init__"].__code__ for base in kind.__mro__ if hasattr(vars(base).get("__init__"), "__code__")

@@ -1,1 +1,1 @@
-"""The main job: `loop.py` tells it in order, `step.py` is one optimizer step."""
+"""Training: `loop.py` tells the story, `run.py` has what a run holds, `step.py` is one optimizer step."""

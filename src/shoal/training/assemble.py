@@ -1,8 +1,9 @@
-"""From a settled config to what trains: model, optimizer, loader, each in this process's part of the layout."""
+"""Builds model, optimizer and loader from a finished config, each for this rank's part of the layout."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -31,9 +32,9 @@ def assemble(
     config: Config, mesh: Mesh, say: Callable[[str], None], *, fresh: bool = True
 ) -> tuple[Runnable, TrainState]:
     """
-    The model, parallel, and its optimizer. `say` gets a line for each thing applied.
+    Build the parallel model and its optimizer. `say` gets a line for each technique applied.
 
-    With the weights it starts from where `fresh`; else with memory that a checkpoint will fill.
+    fresh: initialize the weights; else leave them for a checkpoint to fill.
     """
     train = config.train
     if train.repro == "bitwise" and mesh.device.type == "cuda":
@@ -58,7 +59,7 @@ def assemble(
 
 
 def _attention_kernel(config: Config, mesh: Mesh) -> str | None:
-    """Which attention kernel a step takes, in a line. None where others choose: transformers' models, the ring."""
+    """Describe the attention kernel of a step; None if transformers or ring attention chooses it."""
     shape, parallel = resolve_shape(config.model), config.parallel
     if shape.family == "hf" or (parallel.cp_method == "ring" and mesh.layout.cp > 1):
         return None
@@ -70,11 +71,11 @@ def _attention_kernel(config: Config, mesh: Mesh) -> str | None:
     )  # fmt: skip
 
 
-def start_anew(config: Config, mesh: Mesh, state: TrainState) -> None:
+def start_over(config: Config, mesh: Mesh, state: TrainState) -> None:
     """
-    Fill `state` in place with what a run starts from: for where memory failed before there was a checkpoint.
+    Fill `state` in place with the initial state: for a rollback before the first checkpoint.
 
-    It takes the memory of a second model meanwhile. A collective over the world.
+    Needs the memory of a second model meanwhile. A collective over the world.
     """
     fresh = assemble(config, mesh, lambda text: None)[1]
     values = fresh.tensors()
@@ -84,25 +85,25 @@ def start_anew(config: Config, mesh: Mesh, state: TrainState) -> None:
 
 
 def _first_weights(model: LanguageModel, config: Config) -> Fill:
-    """Those of the folder that the run starts from, or drawn ones."""
+    """Return the weights of the folder `model.from`, or random ones."""
     if config.model.from_ is None:
         return initial_weights(model, config.train.seed)
-    return folder_weights(model, config.model.from_)
+    return folder_weights(model, config.model.from_, config.model.kept)
 
 
-def folder_weights(model: LanguageModel, name: str) -> Fill:
-    """The weights of the folder `name` for a model (on meta) of its shape. Raises `ModelError`."""
-    return weights_of(model, ModelFolder.open(find_model(name)))
+def folder_weights(model: LanguageModel, name: str, kept: Path | None = None) -> Fill:
+    """Return the weights of the model folder `name` for a model (on meta) of its shape. Raises `ModelError`."""
+    return weights_of(model, ModelFolder.open(find_model(name, kept)))
 
 
 def weights_of(model: LanguageModel, folder: ModelFolder) -> FolderWeights:
-    """`folder_weights` of a folder that is open."""
+    """Return the weights of an open model folder, as `folder_weights` does."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     return FolderWeights(folder, model.shape.family, shapes, model.other_names)
 
 
 def _leave_empty(*_: object) -> None:
-    """A checkpoint comes."""
+    """Leave the weights for a checkpoint to fill."""
 
 
 def open_loader(
@@ -113,7 +114,7 @@ def open_loader(
     passed_over: Sequence[tuple[int, int]] = (),
     at: Callable[[str], None] = lambda phase: None,
 ) -> Loader:
-    """This process's micro-batches, from `position` (samples) on, without those of `passed_over`."""
+    """Open this rank's micro-batches from `position` (in samples) on, without the samples of `passed_over`."""
     return Loader(
         rows,
         seed=config.train.seed,

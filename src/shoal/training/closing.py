@@ -1,10 +1,9 @@
-"""The end of a run: its last checkpoint and, where it came to its end, a sample, a yardstick, and what to do next."""
+"""The end of a run: its last checkpoint and, after the last step, a sample, a comparison and the next commands."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -21,69 +20,84 @@ from shoal.models.family import LanguageModel
 from shoal.models.generate import generate
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
+from shoal.run.records import Evaluation
 from shoal.training.last_words import say_sample, say_what_next, what_it_took
+from shoal.training.run import Run
 
 YARDSTICK_SECONDS = 120.0
 
-if TYPE_CHECKING:
-    from shoal.training.loop import Run
-
 
 def finish(run: Run, stopped: bool) -> None:
-    """Save; say how to go on, or how well it went."""
-    clock = run.records.clock
+    """Save; then say how to resume a run that was stopped, or how good the model is."""
     if stopped:
-        saved = _save(run)
-        run.records.event("stopped", step=run.state.step)
-        if run.mesh.is_first:
-            run.console.note(run.records.goodput())
-            took = what_it_took(run.folder, run.state.step, run.state.tokens)
-            run.console.say(f"{run.folder.path}: {took}")
-        step = run.state.step if saved.ok else _newest(run)
-        where = f"{'' if saved.ok else 'NOT '}saved at step {run.state.step} of {run.total_steps}"
-        again = f"goes on from {'there' if saved.ok else f'step {step}'}" if step else "starts from the beginning"
-        run.console.say(f"stopped: {where}. The same command again {again}.", "bold")
-        return
-    with clock.spend("evaluation"):
+        _finish_early(run)
+    else:
+        _finish_whole(run)
+
+
+def _finish_early(run: Run) -> None:
+    """Save, and say from where the same command resumes."""
+    saved = _save(run)
+    run.records.event("stopped", step=run.state.step)
+    if run.mesh.is_first:
+        run.console.note(run.records.goodput())
+        took = what_it_took(run.folder, run.state.step, run.state.tokens)
+        run.console.say(f"{run.folder.path}: {took}")
+    step = run.state.step if saved.ok else _newest(run)
+    where = f"{'' if saved.ok else 'NOT '}saved at step {run.state.step} of {run.total_steps}"
+    again = f"resumes from {'there' if saved.ok else f'step {step}'}" if step else "starts from the beginning"
+    run.console.say(f"stopped: {where}. The same command again {again}.", "bold")
+
+
+def _finish_whole(run: Run) -> None:
+    """Evaluate, save, write a sample, compare. Raises `CheckpointError` if the last checkpoint could not be written."""
+    with run.records.clock.spend("evaluation"):
         run.evaluate(None)
     saved = _save(run)
-    run.heartbeat.outside("writing a sample")
+    run.watch.heartbeat.outside("writing a sample")
     if run.mesh.is_first:
-        _say_sample(run.config, run.folder, run.prepared, _whole_model(run), run.console)
-        compared = _yardstick(run)
-        run.heartbeat.outside("end")
-        run.console.say()
-        run.console.say(compared, "bold")
-        run.records.event("finished", **run.val, compared=compared)
-        run.console.note(run.records.goodput())
-        if saved.ok:
-            say_what_next(run.config, run.folder, run.val, run.console)
-    run.heartbeat.outside("end")
+        _say_results(run, saved)
+    run.watch.heartbeat.outside("end")
     run.mesh.barrier()
     if not saved.ok:
         newest = _newest(run)
         has = f"has one of step {newest}" if newest else "has none"
-        again = f"goes on from step {newest}" if newest else "starts from the beginning"
+        again = f"resumes from step {newest}" if newest else "starts from the beginning"
         raise CheckpointError(
-            f"all {run.total_steps} steps are taken, and the last checkpoint could not be written: "
-            f"{run.saving.folder} {has}. Make room there; the same command {again}"
+            f"all {run.total_steps} steps are taken, but the last checkpoint could not be written: "
+            f"{run.saving.folder} {has}. Free some space there; the same command {again}"
         )
 
 
+def _say_results(run: Run, saved: Outcome) -> None:
+    """Print a sample, the comparison with gzip and xz, where the time went, and the next commands. The first rank's."""
+    assert run.evaluation is not None
+    _say_sample(run.config, run.folder, run.prepared, _whole_model(run), run.console)
+    compared = _yardstick(run, run.evaluation)
+    run.watch.heartbeat.outside("end")
+    run.console.say()
+    run.console.say(compared, "bold")
+    run.records.event("finished", **run.evaluation.as_line(), compared=compared)
+    run.console.note(run.records.goodput())
+    if saved.ok:
+        say_what_next(run.config, run.folder, run.evaluation, run.console)
+
+
 def _save(run: Run) -> Outcome:
-    run.heartbeat.outside("save")
+    """Save to disk, and wait for it."""
+    run.watch.heartbeat.outside("save")
     with run.records.clock.spend("checkpoint"):
         return run.saving.finish(run.state, run.val_loss())
 
 
 def _newest(run: Run) -> int:
-    """The step of the last checkpoint that is there; 0: none."""
+    """Return the step of the newest checkpoint; 0 if there is none."""
     saved = listed(run.saving.folder)
     return saved[-1].step if saved else 0
 
 
 def _whole_model(run: Run) -> LanguageModel | None:
-    """The model on one device, or None where no process has it and it would be large."""
+    """Return the whole model on one device; None if it is sharded and too large to read back."""
     if not run.mesh.layout.sharded and run.mesh.layout.cp == 1:
         return run.runnable.parts[0]
     return _read_whole(run.config, listed(run.saving.folder)[-1:], run.runnable.shapes)
@@ -92,18 +106,19 @@ def _whole_model(run: Run) -> LanguageModel | None:
 def _say_sample(
     config: Config, folder: RunFolder, prepared: Prepared, model: LanguageModel | None, console: Console
 ) -> None:
-    """Print (and keep under `samples/`) what the model writes."""
+    """Print a sample of the model's text, and keep it under `samples/`."""
     if config.train.sample_prompt and model is None:
-        console.note("no sample: the model is cut over processes and large; shoal generate writes one")
+        console.note("no sample: the model is sharded and too large for one process; shoal generate writes one")
     elif config.train.sample_prompt and model is not None:
         text = _sample(config, prepared, model)
-        with contextlib.suppress(OSError):  # it is printed too
+        with contextlib.suppress(OSError):  # it is printed anyway
             folder.samples.mkdir(exist_ok=True)
             (folder.samples / "end.txt").write_text(text, encoding="utf-8")
         say_sample(text, console)
 
 
 def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
+    """Continue `train.sample_prompt`; return both."""
     tokenizer = prepared.tokenizer
     prompt = tokenizer.encode_prompt(config.train.sample_prompt)
     new = min(config.train.sample_tokens, config.model.max_seq_len - len(prompt))
@@ -122,27 +137,27 @@ def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
     return config.train.sample_prompt + tokenizer.decode(ids)
 
 
-def _yardstick(run: Run) -> str:
-    """How the model's bits per byte on held-out text compare with those of gzip and xz, which have read the training text too."""
-    assert run.measuring is not None  # of the first rank
+def _yardstick(run: Run, evaluation: Evaluation) -> str:
+    """Compare the model's bits per byte on held-out text with gzip and xz, which are primed with training text too."""
+    assert run.measuring is not None  # on the first rank
 
     def go_on() -> bool:
-        run.heartbeat.outside("comparing with gzip and xz")
-        return not run.stop
+        run.watch.heartbeat.outside("comparing with gzip and xz")
+        return not run.stopping.stop
 
-    seconds = min(YARDSTICK_SECONDS, run.config.launch.timeout_seconds / 4)  # the others wait in a barrier
+    seconds = min(YARDSTICK_SECONDS, run.config.launch.timeout_seconds / 4)  # the other ranks wait in a barrier
     found = run.measuring.wait(seconds, go_on)
-    ours, text_bytes = run.val["val_bits_per_byte"], run.prepared.counts["val"].text_bytes
+    ours, text_bytes = evaluation.val_bits_per_byte, run.prepared.counts["val"].text_bytes
     if isinstance(found, Yardstick):
         return found.compared(ours, text_bytes)
     return (
-        f"held-out text ({text_bytes:,} bytes), bits per byte: this model {ours:.3f}; no comparison with gzip and xz ({found}): "
-        "shoal eval makes it"
+        f"held-out text ({text_bytes:,} bytes), bits per byte: this model {ours:.3f}; no comparison with gzip and xz ({found}); "
+        "shoal eval computes it"
     )
 
 
 def _read_whole(config: Config, saved: list[Saved], shapes: Mapping[str, torch.Size]) -> LanguageModel | None:
-    """A sharded run's model, read from its last checkpoint to the CPU, if it takes no more than a tenth of the memory."""
+    """Read a sharded model from its last checkpoint to the CPU, if that takes at most a tenth of the available memory."""
     if not saved or 4 * sum(s.numel() for s in shapes.values()) > psutil.virtual_memory().available / 10:
         return None
     model = build_model(config.model, compute_dtype=torch.float32)

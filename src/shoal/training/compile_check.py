@@ -1,13 +1,13 @@
 """
-What the compiler made, compared with eager code before the first step: a compiler may drop a gradient without a word.
+Compares compiled with eager code before the first step: a compiler may drop a gradient silently.
 
-One micro-batch is computed three times on the weights that the run starts from: eagerly; eagerly with other rounding
-(in float32, or where that is the run's dtype with the same sums in another order); compiled. How far the second is from
-the first is what rounding does to this model on this data. The third may be ten times as far from the first.
+One micro-batch is computed three times on the initial weights: eager; eager with different rounding (in float32; if that is
+the run's dtype, with sums in another order); compiled. The distance of the second from the first shows the effect of
+rounding on this model and data. The third may be ten times as far from the first.
 
-It needs memory for one more copy of this process's gradients, on the CPU. Eager blocks are computed again in backward, so
-that their activations take no more than those of compiled ones. Nothing of the run changes: no weight, no random
-number, no gradient that is left, no step that is counted.
+It needs memory for another copy of this rank's gradients, on the CPU. Eager blocks are recomputed in backward, so their
+activations take no more memory than compiled ones. The run is unchanged: weights, random numbers, gradients and the count
+of steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,43 +24,41 @@ from torch import Tensor
 from shoal.config.options import Config
 from shoal.data.loader import Batch
 from shoal.errors import CompileError
-from shoal.metrics.meter import no_phases
 from shoal.models.family import LanguageModel
 from shoal.models.layers import products_by_quarters
 from shoal.parallel.apply import Runnable
 from shoal.parallel.reduce import GradientReducer
+from shoal.run.phases import NO_PHASES
+from shoal.training.run import Run
 
-if TYPE_CHECKING:
-    from shoal.training.loop import Run
-
-ALLOWANCE = 10.0  # times what rounding does
-SMALLEST = 2.0**-22  # float32's own grain, relative: sums of few numbers may come out the same in any order
-LOSS_SCALE = 1024.0  # for float16: small gradients count, and the first step does not overflow
+ALLOWANCE = 10.0  # times the effect of rounding
+SMALLEST = 2.0**-22  # relative, two float32 ulps: short sums may round the same in any order
+LOSS_SCALE = 1024.0  # for float16: large enough for small gradients, too small to overflow in the first step
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far compiled code is from eager code where it is furthest, relative to what is compared."""
+    """The largest deviation of compiled from eager code, relative to the size of the compared value."""
 
     name: str  # a parameter's, or "the loss"
     difference: float
     allowed: float
-    wrong: int  # how many are further than what is allowed
+    wrong: int  # how many deviate by more than is allowed
     comparable: bool = True  # False: eager code itself gives NaN or Inf
 
 
 def check_compiled(run: Run) -> None:
     """
-    Compare; say how it went. A collective over the world.
+    Compare compiled with eager code, and report the result. A collective over the world.
 
-    Raises `CompileError`, on all processes alike, where compiled code computes something else.
+    Raises `CompileError`, on all ranks, if compiled code computes something else.
     """
     run.console.note("compiling, and comparing one micro-batch with eager code (train.compile_check)")
     begun = time.perf_counter()
     with run.records.clock.spend("compile"):
         found = compare_with_eager(
             run.runnable, run.loader.batches_at(run.state.position), run.config, run.state.step + 1,
-            alive=lambda: run.heartbeat.outside("compile check"),
+            alive=lambda: run.watch.heartbeat.outside("compile check"),
         )  # fmt: skip
     seconds = time.perf_counter() - begun
     if not found.comparable:
@@ -70,12 +68,12 @@ def check_compiled(run: Run) -> None:
         what = found.name if found.name == "the loss" else f"the gradient of {found.name}"
         raise CompileError(
             f"train.compile: with torch {torch.__version__}, {what}{others} differs from eager code by "
-            f"{found.difference:.1e} (relative), and rounding explains at most {found.allowed:.1e}. Set train.compile to "
-            "false, or use another version of torch; train.compile_check false would train with these gradients"
+            f"{found.difference:.1e} (relative), but rounding explains at most {found.allowed:.1e}. Set train.compile to "
+            "false, or use another version of torch; train.compile_check false trains with these gradients"
         )
     else:
         run.console.note(
-            f"compiled code agrees with eager code: the furthest is {found.name}, {found.difference:.1e} of "
+            f"compiled code agrees with eager code: the largest deviation is {found.name}, {found.difference:.1e} of "
             f"{found.allowed:.1e} allowed ({seconds:.0f} s)"
         )
 
@@ -84,8 +82,8 @@ def compare_with_eager(
     runnable: Runnable, batches: Sequence[Batch], config: Config, step: int, alive: Callable[[], None] = lambda: None
 ) -> Agreement:
     """
-    Compare one micro-batch of each data-parallel rank, the first of `batches`; all of them where a pipeline or
-    `train.repro: bitwise` fixes how many there are. `alive` is called before each turn. A collective over the world.
+    Compare on the first of `batches` on each data-parallel rank, or on all if their number is fixed: by a pipeline or
+    `train.repro: bitwise`. `alive()` is called before each computation. A collective over the world.
     """
     one = runnable.pipeline is None and not runnable.bitwise
     batches, turns = (batches[:1], 1) if one else (batches, runnable.turns)
@@ -93,7 +91,7 @@ def compare_with_eager(
 
     def compute() -> float:
         alive()
-        losses, _ = runnable.forward_backward(batches, step, no_phases, scale)
+        losses, _ = runnable.forward_backward(batches, step, NO_PHASES, scale)
         return float(runnable.mesh.sum(losses.double()).sum())
 
     usual, runnable.turns = runnable.turns, turns
@@ -110,7 +108,7 @@ def compare_with_eager(
     finally:
         runnable.turns = usual
         runnable.forget_gradients()
-    # columns: how far compiled code is, how far rounding goes, size, size of what compiled code gave
+    # columns: deviation of compiled code, deviation by rounding, size, size in compiled code
     rows = torch.stack([difference[:, 0], spread[:, 0], difference[:, 1], difference[:, 2]], 1).sqrt()
     ours = [abs(compiled_loss - loss), abs(other_loss - loss), abs(loss), abs(compiled_loss)]
     return judge(["the loss", *runnable.shapes], torch.cat([torch.tensor([ours], dtype=torch.float64), rows]))
@@ -118,10 +116,10 @@ def compare_with_eager(
 
 def judge(names: Sequence[str], rows: Tensor) -> Agreement:
     """
-    The row that is furthest from eager code, by what it is allowed. rows: [names, 4], see above; the first is the loss.
+    Return the row with the largest deviation relative to its allowance. rows: [names, 4], columns as above; row 0: loss.
 
-    A parameter's spread may be small by luck: the model's usual one counts too. What is nothing but rounding (a key's
-    bias) has no size to compare with: the whole gradient's counts a little.
+    A parameter's deviation by rounding may be small by luck, so the model's median counts too. A gradient that is only
+    rounding noise (of a key's bias) has no size to compare with, so a small share of the whole gradient's size is added.
     """
     difference, spread, size, given = rows.unbind(1)
     if not (size.isfinite().all() and spread.isfinite().all()):
@@ -129,7 +127,7 @@ def judge(names: Sequence[str], rows: Tensor) -> Agreement:
     usual = max(float((spread[1:] / size[1:].clamp(min=1e-30)).median()), SMALLEST)
     noise = 1e-7 * size[1:].norm() / len(names) ** 0.5
     allowed = ALLOWANCE * torch.maximum(spread, usual * size + noise)
-    lost = (given == 0) & (size > noise)  # bfloat16's rounding may allow much; but never that nothing is left
+    lost = (given == 0) & (size > noise)  # bfloat16's rounding allows much, but never a gradient of zero
     excess = (difference / allowed).nan_to_num(nan=torch.inf).masked_fill(lost, torch.inf)
     worst = int(excess.argmax())
     unit = max(float(size[worst]), 1e-30)
@@ -140,8 +138,10 @@ def judge(names: Sequence[str], rows: Tensor) -> Agreement:
 
 def _squares(runnable: Runnable, gradients: Sequence[Tensor | None]) -> Tensor:
     """
-    [parameters, 3] float64, by the model's order: squares of the gradients' difference from `gradients`, of these, of
-    the gradients that are there, summed over the world. One parameter at a time: it takes memory for the largest.
+    Return squared norms by parameter in the model's order, [parameters, 3] float64, summed over the world: of the
+    difference between the current gradients and `gradients`, of `gradients`, of the current ones.
+
+    One parameter at a time: this needs memory for the largest.
     """
     place = {name: index for index, name in enumerate(runnable.shapes)}
     table = torch.zeros(len(place), 3, dtype=torch.float64, device=runnable.mesh.device)
@@ -157,11 +157,13 @@ def _squares(runnable: Runnable, gradients: Sequence[Tensor | None]) -> Tensor:
 
 
 def _on_cpu(gradient: Tensor | None) -> Tensor | None:
+    """Return a copy on the CPU."""
     return None if gradient is None else gradient.detach().to("cpu", copy=True)
 
 
 @contextlib.contextmanager
 def _eager(runnable: Runnable) -> Iterator[None]:
+    """Switch compilation off."""
     for each in runnable.compiled:
         each.on = False
     try:
@@ -173,7 +175,7 @@ def _eager(runnable: Runnable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_dropout(runnable: Runnable) -> Iterator[None]:
-    """The compiler draws dropout's numbers in its own way."""
+    """Switch dropout off: compiled code draws other random numbers."""
     draws = any(part.shape.dropout > 0 for part in runnable.parts.values())
     runnable.train(not draws)
     try:
@@ -184,7 +186,7 @@ def _without_dropout(runnable: Runnable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _after_backward(runnable: Runnable) -> Iterator[None]:
-    """Replicas' gradients are summed when backward is over: a parameter may get none, and is then to be named."""
+    """Reduce replicas' gradients after backward, not during it: a parameter without a gradient would block the overlap."""
     reducers = [held for held in runnable.gradients.values() if isinstance(held, GradientReducer)]
     for reducer in reducers:
         reducer.overlaps = False
@@ -198,10 +200,10 @@ def _after_backward(runnable: Runnable) -> Iterator[None]:
 @contextlib.contextmanager
 def _rounded_otherwise(runnable: Runnable, config: Config) -> Iterator[None]:
     """
-    In float32; in another order of sums where that is the run's dtype, or where float32 is not to be had: transformers'
-    blocks have their weights in one dtype, and the ring's kernel on CUDA has no float32.
+    Compute with different rounding: in float32, or with sums in another order if float32 is the run's dtype or not
+    available (transformers' blocks hold weights in one dtype; ring attention's CUDA kernel lacks float32).
 
-    Weights that FSDP2 gathers are rounded to the run's dtype before: products are then of these, in float32.
+    FSDP2 rounds the weights it gathers to the run's dtype: float32 products then use these rounded weights.
     """
     ring = config.parallel.cp_method == "ring" and runnable.mesh.layout.cp > 1 and runnable.mesh.device.type == "cuda"
     if config.train.dtype == "float32" or config.model.family == "hf" or ring:
@@ -216,7 +218,7 @@ def _rounded_otherwise(runnable: Runnable, config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _in_float32(part: LanguageModel, *, stage: bool) -> Iterator[None]:
-    """`stage`: what goes from one process to the next stays in the dtype that it has."""
+    """Compute in float32. stage: of a pipeline, whose messages to the next stage keep their dtype."""
     dtype, forward = part.compute_dtype, vars(part).get("forward")
     compute: Callable[..., Tensor] = part.forward
 

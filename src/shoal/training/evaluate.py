@@ -1,4 +1,4 @@
-"""The loss on held-out documents."""
+"""The validation loss: loss on held-out documents."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from shoal.data.prepare import Prepared
 from shoal.mesh.mesh import Mesh
 from shoal.models.family import LanguageModel
 
-BATCHES_AT_A_TIME = 4  # times the stages of a pipeline: it fills and empties once for so many
+BATCHES_AT_A_TIME = 4  # per pipeline stage: the pipeline fills and drains once for these
 
-Losses = Callable[[Sequence[Batch]], torch.Tensor]  # of some batches, summed over their valid tokens
+Losses = Callable[[Sequence[Batch]], torch.Tensor]  # batches -> loss summed over their valid tokens
 
 
 def evaluate(
@@ -29,10 +29,11 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
     """
-    Mean loss (nats per token) and bits per byte of text over the first `max_tokens` held-out tokens (None: all).
+    Return mean loss (nats per token) and bits per byte over the first `max_tokens` held-out tokens (None: all).
 
-    Bits per byte = nats per token x tokens per byte / ln 2, with the tokens per byte of the whole held-out
-    text. `alive` is called before each few batches, `progress(rows done, all rows)` of this process after them. A collective over the world; the same on every rank.
+    Bits per byte = nats per token * tokens per byte / ln 2, with the tokens per byte of the whole held-out text.
+    `alive()` is called before each few batches, `progress(rows done, all rows)` of this process after them. A collective
+    over the world; identical on every rank.
     """
     rows = prepared.split("val", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
@@ -44,7 +45,7 @@ def evaluate(
         totals[1] += sum(b.valid_tokens for b in turn)
         done = min(share, done + sum(len(b.tokens) for b in turn))
         progress(done, share)
-    neighbours = mesh.world_size // mesh.dp_size  # along pp, cp and tp: they read the same batches
+    neighbours = mesh.world_size // mesh.dp_size  # ranks along pp, cp and tp count the same tokens
     loss_sum, tokens = mesh.sum(totals).tolist()
     loss = loss_sum / max(tokens / neighbours, 1.0)
     counts = prepared.counts["val"]
@@ -52,7 +53,7 @@ def evaluate(
 
 
 def model_losses(model: LanguageModel, device: torch.device) -> Losses:
-    """Those of a whole model on one device."""
+    """Return the loss function of a whole model on one device."""
 
     @torch.no_grad()
     def losses(batches: Sequence[Batch]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What only this machine, the data and the tokenizer can say of a config; and what a run writes down before it starts."""
+"""Completes a config with facts of the machine, data and tokenizer, and writes the files of a run that starts."""
 
 from __future__ import annotations
 
@@ -20,43 +20,43 @@ from shoal.metrics.products import product_rates
 from shoal.run.folder import RunFolder
 from shoal.system.cpu import multiplies_bfloat16
 
-# All that is measured at a start may take half a second; `free_cores` has the rest of it.
+# Measurements at a start may take half a second in all; `free_cores` takes the rest.
 MEASURING_SECONDS: Final = 0.4
-# A dtype that is faster by less than this may be the slower one when the machine is quiet: no more is measured for it.
+# Stop measuring once one dtype is this many times faster: noise cannot reverse that.
 CLEAR: Final = 1.25
 
 
-def settle(
+def finish_config(
     config: Config, folder: RunFolder, prepared: Prepared, mesh: Mesh, say: Callable[[str], None] = lambda text: None
 ) -> Config:
     """
-    Fill what only this machine and the tokenizer can say: the vocabulary, the dtype. A collective over the world.
+    Fill in the vocabulary size and the dtype, from the tokenizer and this machine. A collective over the world.
 
-    say: told what a person should know of the dtype that was asked for.
-    Raises `DataError` where the vocabulary is too small, `LaunchError` where the device lacks the dtype.
+    say: gets a warning about a slow dtype.
+    Raises `DataError` if the vocabulary is too small, `LaunchError` if the device lacks the dtype.
     """
-    config = folder.settled(config)
+    config = folder.with_earlier_choices(config)
     size = config.model.vocab_size or prepared.vocab_size
     prepared.tokenizer.check_rows(size)
-    dtype = settle_dtype(config.train.dtype, mesh)
+    dtype = choose_dtype(config.train.dtype, mesh)
     check_dtype(dtype, mesh.device)
     if dtype == "bfloat16" and mesh.device.type == "cpu" and mesh.is_first and not multiplies_bfloat16():
         say(describe_slow_bfloat16(mesh.device))
     return config.replace("model", vocab_size=size).replace("train", dtype=dtype)
 
 
-def settle_dtype(wanted: str, mesh: Mesh) -> str:
+def choose_dtype(wanted: str, mesh: Mesh) -> str:
     """
-    Return what "auto" means here: the same on every rank. A collective over the world where it is measured.
+    Return the dtype that "auto" means here, the same on every rank. A collective over the world if it is measured.
 
-    Where a CPU has instructions for bfloat16 it may multiply it twice as fast as float32, or half as fast.
+    A CPU with bfloat16 instructions may multiply bfloat16 twice as fast as float32, or half as fast.
     """
     if wanted != "auto":
         return wanted
     if mesh.device.type == "cuda":
         return "bfloat16" if has_bfloat16(mesh.device) else "float32"
-    mesh.barrier()  # all at once, as they will train
-    ratio = -math.inf  # of bfloat16 to float32, as a power of two
+    mesh.barrier()  # measure on all ranks at once, as they will train
+    ratio = -math.inf  # log2 of the rate of bfloat16 over float32
     if multiplies_bfloat16():
         bfloat16, float32 = _rates(mesh.device, clear=CLEAR)
         ratio = math.log2(bfloat16 / float32) if bfloat16 else 0.0
@@ -64,7 +64,7 @@ def settle_dtype(wanted: str, mesh: Mesh) -> str:
 
 
 def describe_slow_bfloat16(device: torch.device) -> str:
-    """Return a line on bfloat16 where the CPU has no instructions for it: how many times slower it is, seen now."""
+    """Return a warning for a CPU without bfloat16 instructions: how many times slower bfloat16 is, measured now."""
     bfloat16, float32 = _rates(device)
     slower = f"{float32 / bfloat16:.0f} times as long as" if bfloat16 else "far longer than"
     return (
@@ -74,15 +74,15 @@ def describe_slow_bfloat16(device: torch.device) -> str:
 
 
 def _rates(device: torch.device, clear: float = math.inf) -> list[float]:
-    """Of bfloat16 and of float32."""
+    """Return FLOP/s of bfloat16 and of float32."""
     return product_rates((torch.bfloat16, torch.float32), device, MEASURING_SECONDS, clear=clear)
 
 
 def write_run_files(folder: RunFolder, config: Config, prepared: Prepared) -> None:
-    """The config, the tokenizer, and what lay beside the weights. Raises `OSError`."""
+    """Write the config, the tokenizer, and the files that came with the weights. Raises `OSError`."""
     folder.save_config(config)
-    origin = None if config.model.from_ is None else find_model(config.model.from_)
-    tokenizer = tokenizer_folder(config.data.tokenizer)
+    origin = None if config.model.from_ is None else find_model(config.model.from_, config.model.kept)
+    tokenizer = tokenizer_folder(config.data.tokenizer, config.data.kept)
     if origin is not None and not (folder.source / HEADERS).is_file():
         keep(origin, OF_MODEL if tokenizer != origin else (*OF_MODEL, *TOKENIZER), folder.source)
         keep_headers(ModelFolder.open(origin), folder.source)

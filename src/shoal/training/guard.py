@@ -1,4 +1,4 @@
-"""Whether a step counts: no number, or a loss that jumps, and all processes leave the step out together."""
+"""Decides whether a step counts: all ranks skip a step whose loss or gradient is NaN or Inf, or whose loss is a spike."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from typing import Final
 import torch
 from torch import Tensor
 
-RECENT: Final = 128  # losses that a spike is measured against
-FEW: Final = 32  # below it nothing is a spike
-_SIGMAS_PER_MAD: Final = 1.4826  # of a normal distribution
-_LEAST_SPREAD: Final = 0.01  # of the median: a loss that hardly moves is not to make a small step up a spike
+RECENT: Final = 128  # losses that a spike is compared with
+FEW: Final = 32  # with fewer losses nothing counts as a spike
+_SIGMAS_PER_MAD: Final = 1.4826  # 1 / the 75th percentile of a standard normal distribution
+_LEAST_SPREAD: Final = 0.01  # times the median: with a nearly constant loss, a small rise is not a spike
 
 
 class Guard:
     """
-    Judges a step on its device, from numbers that are the same on every process; nothing waits for the host.
+    Judges a step on its device, from numbers that are identical on every rank. Never waits for the host.
 
-    A spike is a loss that is `zscore` robust deviations (median and MAD: Iglewicz and Hoaglin 1993) above the median of the
-    recent ones. The limit of a step is from the losses up to the one but last, which the host knows by then on any
-    device, so that a run that goes on from a checkpoint judges alike.
+    A spike is a loss more than `zscore` robust deviations above the median of recent losses (median and MAD: Iglewicz and
+    Hoaglin 1993). The limit for step n uses the losses up to step n - 2: the host has read these on any device, so a
+    resumed run judges the same.
     """
 
     def __init__(self, device: torch.device, zscore: float | None) -> None:
         self._zscore = zscore
         self._limit = torch.full((), math.inf, dtype=torch.float64, device=device)
         self.losses: deque[tuple[int, float]] = deque(maxlen=RECENT)
-        """(step, loss), of steps that counted."""
+        """(step, loss) of steps that counted."""
 
     def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether a step of mean `loss` and gradient norm `norm` is to be left out; 0-d bool."""
+        """Return whether to skip a step with mean `loss` and gradient norm `norm`; 0-d bool, on the device."""
         return ~(torch.isfinite(loss) & torch.isfinite(norm) & (loss <= self._limit))
 
     def learn(self, step: int, loss: float) -> None:
-        """A step counted."""
+        """Remember the loss of a step that counted."""
         if self._zscore is not None:
             self.losses.append((step, loss))
 
     def prepare(self, step: int) -> None:
-        """The limit of `step`, which is about to be taken."""
+        """Set the limit for `step`, which comes next."""
         if self._zscore is not None:
             self._limit.fill_(limit([loss for s, loss in self.losses if s < step - 1], self._zscore))
 
 
 def limit(losses: Sequence[float], zscore: float) -> float:
-    """The largest loss that is no spike after `losses`."""
+    """Return the largest loss after `losses` that is not a spike."""
     if len(losses) < FEW:
         return math.inf
     median = statistics.median(losses)

@@ -1,4 +1,4 @@
-"""The last lines of a run: how good it is, what it took, what to do next; for a finished one again, from its record. No torch."""
+"""The last lines of a run: how good it is, what it took, the next commands. Shown again for a finished run. No torch."""
 
 from __future__ import annotations
 
@@ -6,86 +6,95 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from shoal.checkpoint.saved import damage, listed, read_state
-from shoal.config.options import Config, Launch
+from shoal.config.options import Config
+from shoal.config.run_options import Launch
 from shoal.data.prepare import Prepared
 from shoal.plan.length import count_steps, length_of
 from shoal.run.console import Console, duration
 from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
 from shoal.run.goodput import account
+from shoal.run.records import Evaluation
 from shoal.system.output import on_one_line
 
 
-def finished(config: Config, folder: RunFolder, prepared: Prepared) -> dict[str, Any] | None:
-    """What `events.jsonl` says of the end of a run whose steps are all taken; None where there are more to take."""
+@dataclass(frozen=True)
+class Finished:
+    """The result of a run that has taken all its steps."""
+
+    evaluation: Evaluation
+    compared: str  # with gzip and xz, in a line
+
+
+def finished(config: Config, folder: RunFolder, prepared: Prepared) -> Finished | None:
+    """Return the result of a run whose steps are all taken, from `events.jsonl`; None if steps are left."""
     rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     total_steps = count_steps(config.train, config.data.seq_len, len(rows))
     saved = listed(folder.checkpoints)[-1:]
     ended = [each for each in read_json_lines(folder.events_file) if each["event"] == "finished"][-1:]
     if not (saved and ended) or not ended[0].get("step") == saved[0].step >= total_steps:
         return None
-    # what is damaged, or of other tokens, is for the run itself to tell of
+    # A damaged checkpoint, or one of other tokens: the run itself reports that.
     if damage(saved[0].folder) or read_state(saved[0].folder)["data_id"] != prepared.data_id:
         return None
-    return ended[0]
+    return Finished(Evaluation.of_line(ended[0]), ended[0].get("compared") or "")
 
 
-def say_result_again(config: Config, folder: RunFolder, result: Mapping[str, Any], console: Console) -> None:
-    """Of a run that is `finished`; nothing is written."""
-    console.say(f"{on_one_line(folder.path)} is finished: {already_taken(config, result['step'])}", "bold")
-    say_held_out(result, console)
+def say_result_again(config: Config, folder: RunFolder, result: Finished, console: Console) -> None:
+    """Print the result of a finished run. Write nothing."""
+    console.say(f"{on_one_line(folder.path)} is finished: {already_taken(config, result.evaluation.step)}", "bold")
+    say_held_out(result.evaluation, console)
     sample = folder.samples / "end.txt"
     if config.train.sample_prompt and sample.is_file():
         say_sample(sample.read_text(encoding="utf-8", errors="replace"), console)
-    if result.get("compared"):
+    if result.compared:
         console.say()
-        console.say(result["compared"], "bold")
-    say_what_next(config, folder, result, console)
+        console.say(result.compared, "bold")
+    say_what_next(config, folder, result.evaluation, console)
 
 
 def already_taken(config: Config, steps: int) -> str:
-    """Of a run that has come to its end."""
+    """Say that all steps are taken, and how to train on."""
     length = length_of(config.train)[0]
-    return f"all {steps} steps are taken; a larger train.{length} goes on with it, another --name starts anew"
+    return f"all {steps} steps are taken; a larger train.{length} continues the run, another --name starts a new one"
 
 
-def say_held_out(val: Mapping[str, Any], console: Console) -> None:
-    """The loss on held-out text."""
+def say_held_out(val: Evaluation, console: Console) -> None:
+    """Print the validation loss."""
     console.say(
-        f"step {val['step']}: held-out loss {val['val_loss']:.4f} nats/token, {val['val_bits_per_byte']:.4f} bits/byte",
+        f"step {val.step}: held-out loss {val.val_loss:.4f} nats/token, {val.val_bits_per_byte:.4f} bits/byte",
         "bold",
     )
 
 
 def say_sample(text: str, console: Console) -> None:
-    """What the model writes."""
+    """Print the model's text."""
     console.say()
     console.say("a sample:", "bold")
     console.say(text)
 
 
-def say_what_next(config: Config, folder: RunFolder, result: Mapping[str, Any], console: Console) -> None:
-    """The run's folder, what it took, and the commands that use it."""
+def say_what_next(config: Config, folder: RunFolder, val: Evaluation, console: Console) -> None:
+    """Print the run's folder, what it took, and commands that use it."""
     shoal, run = _command(), shlex.quote(_called(config))
     prompt = shlex.quote(config.train.sample_prompt or "The ")
     console.say()
-    console.say(f"{on_one_line(folder.path)}: {what_it_took(folder, result['step'], result['tokens'])}", "bold")
+    console.say(f"{on_one_line(folder.path)}: {what_it_took(folder, val.step, val.tokens)}", "bold")
     console.say("next:")
     console.say(f"  {shoal} generate {run} --prompt {prompt}")
     console.say(f"  {shoal} eval {run}")
 
 
 def what_it_took(folder: RunFolder, steps: int, tokens: int) -> str:
-    """ "600 steps, 1,228,800 tokens in 3m20s (9,800 tokens/s in steps)": of all lives, without the time between them."""
+    """Return "600 steps, 1,228,800 tokens in 3m20s (9,800 tokens/s in steps)", without the time between restarts."""
     text = f"{steps:,} step{'s' * (steps != 1)}, {tokens:,} tokens"
     try:
         spent = account(folder.time_file).spent
-    except OSError:  # its disk is full, or an older shoal trained it
+    except OSError:  # the disk is full, or an older shoal trained it
         return text
     in_steps = (spent["step"] + spent["compile"] + spent["data"]) / 1e6
     rate = f" ({tokens / in_steps:,.0f} tokens/s in steps)" if in_steps else ""
@@ -93,13 +102,13 @@ def what_it_took(folder: RunFolder, steps: int, tokens: int) -> str:
 
 
 def _called(config: Config) -> str:
-    """What the other verbs know this run by: its name, or its folder where runs are kept elsewhere."""
+    """Return how other commands refer to this run: by name, or by folder if `launch.runs` is set."""
     name = config.launch.name or "run"
     return name if config.launch.runs == Launch().runs else str(Path(config.launch.runs) / name)
 
 
 def _command() -> str:
-    """How a person here can start shoal: by its name, or by its path where the environment is not activated."""
+    """Return the command that starts shoal here: its name, or its path if the environment is not activated."""
     script = Path(sys.executable).with_name("shoal")
     if shutil.which("shoal") or not script.exists():
         return "shoal"

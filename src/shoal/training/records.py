@@ -1,32 +1,32 @@
-"""What a run writes down of itself while it goes on: metrics, events, the ledger of samples, where the time went."""
+"""Writes a run's files while it trains: metrics, events, the ledger of samples, where the time went."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from shoal.data.ledger import Header, Ledger
 from shoal.run.console import Console
-from shoal.run.events import Events, forget_after, read_json_lines
+from shoal.run.events import Events, read_json_lines
 from shoal.run.folder import RunFolder
 from shoal.run.goodput import Clock, account, in_words
-from shoal.run.jsonl import PatientLines
+from shoal.run.records import Evaluation, MetricsFile, StepRecord, forget_after
 
 
 class Records:
     """
-    The first process's files in the run's folder; the others keep time alone.
+    The run's files, written by the first rank; other ranks only keep time.
 
-    A disk that refuses costs no run: what waits is written when it can be.
+    A full disk does not stop a run: lines wait until they can be written.
     """
 
     def __init__(self, folder: RunFolder, console: Console, *, writes: bool) -> None:
-        """Raises `RunError` where the folder cannot be written to."""
-        self._folder, self._console, self._writes = folder, console, writes
+        """Create the run's folder. Raises `RunError` if it cannot be written to."""
+        self.folder, self.console, self._writes = folder, console, writes
         self._said: set[str] = set()
         self._events: Events | None = None
-        self._metrics: PatientLines | None = None
+        self._metrics: MetricsFile | None = None
         self._ledger: Ledger | None = None
         if writes:
             with folder.writable():
@@ -36,55 +36,56 @@ class Records:
 
     def begin(self, header: Header, step: int, position: int, *, at_end: bool) -> None:
         """
-        Steps go on after `step`, from `position` on: at the start, and where the run went back. at_end: there are none, and
-        the evaluation after the last one comes once more.
+        Prepare the files for the steps after `step`, from sample `position` on: at the start and after a rollback.
+
+        at_end: no steps are left; only the last evaluation is repeated.
         """
         if self._writes:
-            with contextlib.suppress(OSError):  # then those steps stand there twice
-                forget_after(self._folder.metrics_file, step, evaluation=at_end)
+            with contextlib.suppress(OSError):  # then these steps appear twice in the file
+                forget_after(self.folder.metrics_file, step, evaluation=at_end)
             if self._metrics is not None:
                 self._metrics.close()
-            self._metrics = PatientLines(self._folder.metrics_file)
-            self._ledger = self._ledger or Ledger(self._folder.ledger_file, header)
+            self._metrics = MetricsFile(self.folder.metrics_file)
+            self._ledger = self._ledger or Ledger(self.folder.ledger_file, header)
             self._ledger.begin(step, position)
 
     def last_machine(self) -> dict[str, Any]:
-        """What the last start's bits depended on, as `events.jsonl` has it; empty where there is none."""
-        started = [e for e in read_json_lines(self._folder.events_file) if e.get("event") == "started"]
+        """Return what the last start's bits depended on, from `events.jsonl`; empty if there was none."""
+        started = [e for e in read_json_lines(self.folder.events_file) if e.get("event") == "started"]
         machine = started[-1].get("machine") if started else None
         return machine if isinstance(machine, dict) else {}
 
     def event(self, event: str, **facts: Any) -> None:
-        """A line of `events.jsonl`."""
+        """Write a line of `events.jsonl`."""
         if self._events is not None:
             self._events.say(event, **facts)
 
-    def metrics(self, record: Mapping[str, Any]) -> None:
-        """A line of `metrics.jsonl`."""
+    def metrics(self, record: StepRecord | Evaluation) -> None:
+        """Write a line of `metrics.jsonl`."""
         if self._metrics is not None:
-            self._metrics.add(record)
+            self._metrics.record(record)
             self._complain(self._metrics.problem)
 
     def samples(
         self, step: int, first: int, stop: int, total: float, *, skipped: bool, windows: Sequence[tuple[int, int]]
     ) -> None:
-        """A line of `ledger.jsonl`: a step of positions [first, stop), and the sum of what the processes had of it."""
+        """Write a line of `ledger.jsonl`: a step of positions [first, stop); total: its samples' checksum over the world."""
         if self._ledger is not None:
             self._ledger.record(step, first, stop, total, skipped=skipped, windows=windows)
             self._complain(self._ledger.problem)
 
     def sync(self) -> None:
-        """A power cut leaves no checkpoint that is ahead of the ledger."""
+        """Flush the ledger, so that a power cut leaves no checkpoint ahead of it."""
         if self._ledger is not None:
             self._ledger.sync()
 
     def goodput(self) -> str:
-        """Where the time went until now, in a line; "" on all but the first process."""
+        """Return where the time went so far, in a line; empty on all but the first rank."""
         self.clock.write()
-        return in_words(account(self._folder.time_file)) if self._writes else ""
+        return in_words(account(self.folder.time_file)) if self._writes else ""
 
     def close(self) -> None:
-        """May be called twice."""
+        """Write what waits, and close the files. May be called twice."""
         self.clock.close()
         for each in (self._events, self._metrics, self._ledger):
             if each is not None:
@@ -92,9 +93,9 @@ class Records:
                 self._complain(each.problem)
 
     def _complain(self, problem: str | None) -> None:
-        """Once for each problem, until it is over."""
+        """Warn of a problem once, until it is over."""
         if problem is None:
             self._said.clear()
         elif problem not in self._said:
             self._said.add(problem)
-            self._console.warn(problem)
+            self.console.warn(problem)

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import torch
 
-START, GROW_EVERY = 2.0**16, 2000
-SMALLEST = 0.5  # there where even a scale of 1 overflowed
+START, GROW_EVERY = 2.0**16, 2000  # torch's GradScaler has the same
+SMALLEST = 0.5  # reached only if even a scale of 1 overflowed
 
 
 class LossScaler:
     """
-    Multiplies the loss so that small gradients survive in float16; halves where they overflow, doubles after 2,000
-    steps that did not. The step that overflowed is left out by others. Nothing waits for the host.
+    Scales the loss so that small gradients do not underflow in float16.
+
+    The scale halves after an overflow and doubles after 2,000 steps without one. Skipping the step that overflowed is the
+    caller's task. Never waits for the host.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.full((), START, device=device)
-        self.divisor = self.scale.clone()  # what this step's gradients are to be divided by
+        self.divisor = self.scale.clone()  # of this step's gradients
         self.good_steps = torch.zeros((), device=device)
 
     def judge(self, norm: torch.Tensor) -> torch.Tensor:
         """
-        Choose the next scale; the norm of the unscaled gradients.
+        Choose the next scale; return the norm of the unscaled gradients.
 
-        `norm` is that of the scaled gradients: infinite or no number on every process if it is so on one.
+        `norm`: of the scaled gradients over the world, so NaN or Inf on one rank is NaN or Inf on all.
         """
         unscaled = norm / self.scale
         bad = (~torch.isfinite(norm)).float()

@@ -1,4 +1,4 @@
-"""What a checkpoint holds."""
+"""The state of training: the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from shoal.training.scaler import LossScaler
 @dataclass
 class TrainState:
     """
-    Model, optimizer, how far training is. The data's position is one integer; the schedule and all
-    randomness are functions of the step and the seed, so nothing of them is kept.
+    Model, optimizer and progress.
+
+    The data's position is one integer. The schedule and all randomness are functions of step and seed: none is stored.
     """
 
     shards: Sequence[Shard]
@@ -24,12 +25,12 @@ class TrainState:
     step: int = 0  # optimizer steps taken
     position: int = 0  # samples consumed
     tokens: int = 0  # valid tokens trained on
-    skipped: int = 0  # steps that were left out
-    losses: Sequence[tuple[int, float]] = ()  # (step, loss): what a spike is measured against
-    passed_over: list[tuple[int, int]] = field(default_factory=list)  # [first, stop) of samples that are not trained on
+    skipped: int = 0  # steps skipped
+    losses: Sequence[tuple[int, float]] = ()  # (step, loss): recent ones, to detect spikes
+    passed_over: list[tuple[int, int]] = field(default_factory=list)  # sample positions [first, stop) to skip
 
     def tensors(self) -> dict[str, Part]:
-        """What this process holds of each tensor, by its global name, to be written from or loaded into in place."""
+        """Return this process's part of each tensor by global name: the live tensors, to save from or load into."""
         named = {}
         for shard in self._first_of_each():
             named[f"model.{shard.name}"] = Part(shard.region, shard.tensor.detach())
@@ -38,11 +39,11 @@ class TrainState:
         return named
 
     def _first_of_each(self) -> list[Shard]:
-        """One shard a name: where two stages of a process hold the same embedding, the other one is its twin."""
+        """Return one shard per name: if two stages of a process hold the tied embedding, the later one is a twin."""
         return list({s.name: s for s in reversed(self.shards) if s.tensor.numel()}.values())
 
     def scalars(self) -> dict[str, Any]:
-        """The rest, as JSON takes it."""
+        """Return everything but the tensors, as JSON takes it."""
         values: dict[str, Any] = {"step": self.step, "position": self.position, "tokens": self.tokens}
         values |= {"skipped": self.skipped, "losses": list(self.losses), "passed_over": self.passed_over}
         if self.scaler is not None:
@@ -50,7 +51,7 @@ class TrainState:
         return values
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Take over `scalars()` of a checkpoint whose tensors were loaded."""
+        """Restore `scalars()` of a checkpoint whose tensors are loaded already; update twins."""
         self.step, self.position, self.tokens = (int(scalars[k]) for k in ("step", "position", "tokens"))
         self.skipped = int(scalars.get("skipped", 0))
         self.losses = [(int(step), float(loss)) for step, loss in scalars.get("losses", ())]

@@ -4,43 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from shoal.data.loader import Batch
-from shoal.metrics.meter import Phases, no_phases
+from shoal.mesh.ballot import EMPTY, Ballot
 from shoal.metrics.moment import Moment
 from shoal.parallel.apply import Runnable
+from shoal.run.phases import NO_PHASES, Phases
 from shoal.training.clip import clip, gradient_norm
 from shoal.training.guard import Guard
 from shoal.training.state import TrainState
 
 
+class Result(NamedTuple):
+    """The numbers of a step, on the host."""
+
+    loss_sum: float  # summed over valid tokens, nats
+    tokens: float  # valid tokens
+    norm: float  # of the gradient, before clipping
+    skipped: bool
+    said: Sequence[float]  # the ballot's sums
+
+
 @dataclass(frozen=True)
 class Stats:
     """
-    What a step says of itself.
+    A step's numbers, on their way from the device.
 
-    copied: the host's copy of its numbers, that is there when the step is `over`. On a GPU the copy is queued right behind
-    the step, so that reading it waits for no later one.
+    copied: the host's copy, complete when the step is `over`. On a GPU the copy is queued right behind the step, so that
+    reading it does not wait for the next step.
     """
 
     step: int
     lr: float
     over: Moment
     copied: torch.Tensor
-    first: int = 0  # the position of its first sample
-    serials: Sequence[int] = ()  # the saves that the votes are about
-    loss_scale: torch.Tensor | None = None  # float16's for the next step, as this one left it: copied, too
+    ballot: Ballot = EMPTY
+    first: int = 0  # position of its first sample
+    loss_scale: torch.Tensor | None = None  # float16's loss scale after this step; copied to the host too
 
-    @property
-    def numbers(self) -> torch.Tensor:
-        """
-        [4 + votes] float64, on the CPU: loss summed over tokens, valid tokens, gradient norm, left out?, votes. Waits until
-        the step is over.
-        """
+    def read(self) -> Result:
+        """Wait until the step is over; return its numbers."""
         self.over.wait()
-        return self.copied
+        loss_sum, tokens, norm, skipped, *said = self.copied.tolist()
+        return Result(loss_sum, tokens, norm, bool(skipped), said)
 
 
 def train_step(
@@ -52,19 +61,19 @@ def train_step(
     lr: float,
     clip_norm: float,
     guard: Guard | None = None,
-    votes: Sequence[float] = (),
-    phases: Phases = no_phases,
+    ballot: Ballot = EMPTY,
+    phases: Phases = NO_PHASES,
 ) -> Stats:
     """
-    Forward, backward, sum over processes, judge, clip, update. Collectives over all axes.
+    Run forward, backward, the sums over ranks, the guard, clipping and the update. Collectives over all axes.
 
-    guard: leaves steps out that are not sound, and the state as it was; None: those alone whose norm is no number.
-    votes: what this process has to say to the others; they come back summed over the world.
+    guard: decides whether to skip the update; None: skip it only if the gradient norm is NaN or Inf.
+    ballot: what this rank tells the others; it travels in the same all-reduce as the losses.
     """
     optimizer, scaler = state.optimizer, state.scaler
     losses, tokens = runnable.forward_backward(batches, step, phases, scaler.scale if scaler else 1.0)
     with phases("reduce"):
-        said = torch.tensor(votes, dtype=torch.float64).to(losses.device, non_blocking=True)
+        said = ballot.numbers().to(losses.device, non_blocking=True)
         summed = runnable.mesh.sum(torch.cat([losses.double(), said]))
         loss, said = summed[: len(losses)].sum(), summed[len(losses) :]
     with phases("optimizer"):
@@ -78,7 +87,7 @@ def train_step(
     numbers = torch.stack(
         [loss * tokens, tokens.double(), norm.double().to(loss.device), skip.double().to(loss.device)]
     )
-    # without waiting, and into pinned memory: `to` asks for it where a copy is non-blocking
+    # No wait: a non-blocking `to` copies into pinned memory, which it allocates itself.
     copied = torch.cat([numbers, said]).to("cpu", non_blocking=True)
     scale = scaler.scale.to("cpu", non_blocking=True, copy=True) if scaler else None
-    return Stats(step, lr, Moment(losses.device), copied, loss_scale=scale)
+    return Stats(step, lr, Moment(losses.device), copied, ballot, loss_scale=scale)

@@ -168,11 +168,12 @@ def _byte_level() -> pre_tokenizers.ByteLevel:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+def load_tokenizer(spec: str, kept: Path | None = None) -> Tokenizer:
     """
     Load `bytes`, `tiktoken:NAME`, a tokenizer.json, a SentencePiece model, or the tokenizer of a model's folder or name.
 
-    A folder's config files may also set which tokens begin and end a document. Raises DataError.
+    A folder's config files may also set which tokens begin and end a document. kept: a copy to use if the folder is
+    gone. Raises DataError.
     """
     if spec == "bytes":
         return byte_tokenizer()
@@ -180,7 +181,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
         from shoal.data.tokens.tiktoken_files import from_tiktoken
 
         return _with_ends(from_tiktoken(spec.removeprefix(TIKTOKEN)), spec)
-    path = _find(spec)
+    path = _find(spec, kept)
     if path.is_file():
         return _with_ends(_open(path), spec)
     file = next((path / name for name in ("tokenizer.json", "tokenizer.model") if (path / name).is_file()), None)
@@ -191,17 +192,17 @@ def load_tokenizer(spec: str) -> Tokenizer:
     return _with_ends(tokenizer, spec)
 
 
-def tokenizer_folder(spec: str) -> Path | None:
+def tokenizer_folder(spec: str, kept: Path | None = None) -> Path | None:
     """Return the folder that `spec` names; None if it is not a folder."""
     if spec in ("bpe", "bytes") or spec.startswith(TIKTOKEN):
         return None
-    path = _find(spec)
+    path = _find(spec, kept)
     return path if path.is_dir() else None
 
 
-def _find(spec: str) -> Path:
+def _find(spec: str, kept: Path | None) -> Path:
     try:
-        return find_path(spec) or find_model(spec)
+        return find_path(spec) or find_model(spec, kept)
     except ModelError as error:
         raise DataError(
             f"no such tokenizer: {spec} ({error}); set data.tokenizer to bpe, bytes, tiktoken:NAME, the path of a "

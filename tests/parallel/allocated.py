@@ -1,4 +1,4 @@
-"""How much memory a piece of work takes, as torch's allocator on the CPU saw it."""
+"""The memory that a piece of work takes, as torch's CPU allocator sees it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def allocated_bytes(work: Callable[[], object]) -> int:
-    """The most that was held at once during `work()`, beyond what was held before it. Tensors on the CPU alone."""
+    """Return the most that was held at once during `work()`, beyond what was held before it. CPU tensors only."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     grown = most = 0

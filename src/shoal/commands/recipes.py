@@ -1,0 +1,159 @@
+"""Resolving a recipe and flags to a config, and the verbs that need only that: init, prepare and config."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shoal.commands.flags import SHORTCUTS, Override
+from shoal.errors import EXIT_REQUEUE, ShoalError
+from shoal.system.output import on_one_line
+
+if TYPE_CHECKING:
+    from shoal.config.options import Config
+    from shoal.run.folder import RunFolder
+
+
+def resolve_asked(args: argparse.Namespace, overrides: list[Override]) -> Config:
+    """Return the config that the command line asks for, and print notes on it."""
+    unset = "no recipe given: options that are not set have the values that shoal init writes"
+    notes = [unset] if args.recipe is None else []
+    return resolve_run(recipe_asked(args, overrides), overrides, named=args.recipe is not None, notes=notes)
+
+
+def resolve_run(recipe: Path, overrides: list[Override], *, named: bool, notes: Sequence[str] = ()) -> Config:
+    """Return a run's config, named after its recipe if `named`, and print `notes` and those of resolving."""
+    from shoal.resolve.checks import why_no_name
+    from shoal.resolve.resolve import resolve
+
+    kept = _run_of(recipe if named else None, overrides).kept()
+    for gone in kept:
+        tell_once([f"{gone} is gone: resuming with the run's own copy"])
+    resolved = resolve(recipe, overrides, kept)
+    tell_once([*notes, *resolved.notes])
+    if resolved.config.launch.name is None and named:
+        if why := why_no_name(recipe.stem):
+            raise ShoalError(f"a run takes its recipe's name, and {why}; or set --name")
+        return resolved.config.replace("launch", name=recipe.stem)
+    return resolved.config
+
+
+def config_of(recipe: str | Path | None, options: Mapping[str, Any]) -> Config:
+    """Return the config of `recipe`, or of the recipe that `shoal init` writes, with `options` applied."""
+    from shoal.resolve.recipe import START, find_recipe
+
+    found = START if recipe is None else find_recipe(Path(recipe))
+    return resolve_run(found, [_override(key, value) for key, value in options.items()], named=recipe is not None)
+
+
+def _override(key: str, value: Any) -> Override:
+    """Return an option as a flag gives it; `key` is any name that is valid as a flag."""
+    from shoal.resolve.recipe import candidates, to_text
+
+    found = candidates(key)
+    dotted = SHORTCUTS.get(key) or (found[0] if len(found) == 1 else key)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif hasattr(value, "item"):  # a NumPy or torch scalar
+        value = value.item()
+    return dotted, to_text(value), key
+
+
+def recipe_asked(args: argparse.Namespace, overrides: list[Override]) -> Path:
+    """Return the recipe given; if none is, but model or data options are, the one that `shoal init` writes."""
+    from shoal.resolve.recipe import START, find_recipe
+
+    if args.recipe is not None:
+        return find_recipe(args.recipe)
+    if not any(key.startswith(("model.", "data.")) for key, _, _ in overrides):
+        raise ShoalError(
+            f"shoal {args.verb} needs a recipe: shoal {args.verb} quickstart uses a built-in one, shoal init mine.yaml "
+            f"writes one to start from, and shoal {args.verb} --model.preset tiny --data.paths FOLDER needs none"
+        )
+    return START
+
+
+def init(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.resolve.recipe import START
+
+    try:
+        with args.file.open("x", encoding="utf-8") as file:
+            file.write(START.read_text(encoding="utf-8"))
+    except FileExistsError as error:
+        raise ShoalError(f"{args.file} already exists and was not changed; choose another name") from error
+    except (OSError, ValueError) as error:
+        raise ShoalError(f"cannot write {args.file}: {error}") from error
+    file = on_one_line(args.file)
+    print(f"wrote {file}, a recipe to edit; shoal train {shlex.quote(file)} trains it unchanged")
+    return 0
+
+
+def _run_of(recipe: Path | None, overrides: list[Override]) -> RunFolder:
+    """Return the run's folder before the config is validated: the folder may have files that validation needs."""
+    from shoal.resolve.resolve import peek
+    from shoal.run.folder import RunFolder
+
+    given = peek(recipe, overrides, ("launch.runs", "launch.name"))
+    return RunFolder(Path(given["launch.runs"]) / (given["launch.name"] or (recipe.stem if recipe else "run")))
+
+
+def tell_once(notes: Sequence[str], *, on_stderr: bool = False) -> None:
+    """Print notes to act on, once for all processes of a run."""
+    from shoal.mesh.place import speaks_first
+
+    if notes and speaks_first():
+        from shoal.run.console import Console
+
+        console = Console(on_stderr=on_stderr)
+        for note in notes:
+            console.warn(note)
+
+
+def tell_of_torch() -> None:
+    """Print a note if this version of torch is untested."""
+    from shoal.system.torch_private import version_notes
+
+    tell_once(version_notes())
+
+
+def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.run.console import Console
+    from shoal.system.signals import ends_when_asked
+
+    console = Console()
+    config = resolve_asked(args, overrides)
+    with ends_when_asked(EXIT_REQUEUE):
+        from shoal.data.prepare import open_data
+
+        prepared = open_data(config.data, console)
+    for split, counts in prepared.counts.items():
+        console.say(
+            f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
+            f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes per token)"
+        )
+    console.say(f"written to {prepared.folder}")
+    return 0
+
+
+def config(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.report.amounts import amounts
+    from shoal.resolve.recipe import to_text
+    from shoal.resolve.resolve import resolve, schema, to_yaml
+
+    if args.schema:
+        print(json.dumps(schema(), indent=2))
+        return 0
+    resolved = resolve(recipe_asked(args, overrides), overrides)
+    tell_once(resolved.notes, on_stderr=True)
+    lost = {
+        key: f"{resolved.sources[key]}, not {to_text(s.value)} at {s.where}" for key, s in resolved.replaced.items()
+    }
+    print(to_yaml(resolved.config, {**resolved.sources, **lost}), end="")
+    for line in amounts(resolved.config):
+        print(f"# {line}")
+    return 0

@@ -1,0 +1,109 @@
+"""`shoal train` and `shoal verify`: plan and start the processes, or work as one of them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from shoal.commands.flags import Override
+from shoal.commands.recipes import resolve_asked, tell_of_torch, tell_once
+from shoal.errors import EXIT_REQUEUE
+from shoal.system.output import on_one_line, outlast
+
+if TYPE_CHECKING:
+    from shoal.config.options import Config
+    from shoal.data.prepare import Prepared
+    from shoal.run.console import Console
+    from shoal.run.folder import RunFolder
+
+VERIFIED = "verify-"  # prefix of a run's name for the folder of its certificate
+
+
+def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    outlast()
+    config = resolve_asked(args, overrides)
+    tell_of_torch()
+    from shoal.commands.worker import place_worker, train_as_worker
+    from shoal.fault.limit import start_clock
+    from shoal.launch.torchrun import launch
+    from shoal.mesh.place import is_worker
+    from shoal.run.folder import RunFolder
+
+    before = RunFolder.of(config).begun()
+    if is_worker():
+        return train_as_worker(place_worker(config, before))
+    start_clock()
+    with _planned(config, before) as (config, folder, console):
+        from shoal.data.prepare import open_data
+
+        prepared = open_data(config.data, console, rows=config.model.vocab_size)
+        if folder.config_file.is_file() and _is_finished(config, folder, prepared, console):
+            return 0
+    return launch(config, [*argv, *_planned_flags(config)])
+
+
+def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    config = resolve_asked(args, overrides)
+    tell_of_torch()
+    from shoal.commands.worker import place_worker, verify_as_worker
+    from shoal.launch.torchrun import launch
+    from shoal.mesh.place import is_worker
+
+    config = config.replace("launch", name=f"{VERIFIED}{config.launch.name}", max_restarts=0)
+    if is_worker():
+        return verify_as_worker(place_worker(config))
+    with _planned(config) as (config, folder, console):
+        certificate = folder.path / "certificate.json"
+        certificate.unlink(missing_ok=True)
+        from shoal.data.prepare import open_data
+
+        open_data(config.data, console, rows=config.model.vocab_size)
+    code = launch(config, [*argv, *_planned_flags(config)])
+    if code != 0 or not certificate.is_file():
+        return code or 1
+    print(f"wrote {on_one_line(certificate)}: versions, device, layout and every comparison")
+    return 0 if json.loads(certificate.read_text())["passed"] else 1
+
+
+@contextlib.contextmanager
+def _planned(config: Config, before: Config | None = None) -> Iterator[tuple[Config, RunFolder, Console]]:
+    """
+    Yield the config with processes and threads planned, and the run's locked folder; a signal inside ends the command.
+
+    before: the config of the run to resume.
+    """
+    from shoal.commands.worker import look_for_gpus
+    from shoal.launch.torchrun import plan_processes
+    from shoal.mesh.place import unused_claims
+    from shoal.run.console import Console
+    from shoal.run.folder import RunFolder
+    from shoal.system.signals import ends_when_asked
+
+    tell_once(unused_claims(config.launch.nodes))
+    console = Console()
+    with ends_when_asked(EXIT_REQUEUE):
+        config = plan_processes(config, look_for_gpus(), before=before, say=console.warn)
+        folder = RunFolder.of(config)
+        folder.agree(config)
+        folder.lock(config.launch.rendezvous)
+        yield config, folder, console
+
+
+def _planned_flags(config: Config) -> list[str]:
+    """Return the planned processes and threads as flags for the workers."""
+    return [f"--launch.processes={config.launch.processes}", f"--launch.threads={config.launch.threads}"]
+
+
+def _is_finished(config: Config, folder: RunFolder, prepared: Prepared, console: Console) -> bool:
+    """Return whether the run has taken all its steps, and if so print its result again."""
+    from shoal.run.narrator import Narrator
+    from shoal.training.last_words import finished, say_result_again
+
+    with contextlib.closing(Narrator.of(console)) as narrator, narrator.phase("checking the last checkpoint"):
+        result = finished(config, folder, prepared)
+    if result is not None:
+        say_result_again(config, folder, result, console)
+    return result is not None

@@ -1,0 +1,199 @@
+"""One process of a run or of a verification, and its errors in terms that a user can act on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shoal.commands.recipes import tell_of_torch, tell_once
+from shoal.errors import (
+    EXIT_LOST_PEER,
+    EXIT_REQUEUE,
+    ConfigError,
+    LaunchError,
+    LostPeerError,
+    MemoryProblem,
+    ShoalError,
+)
+from shoal.system.output import say_error
+
+if TYPE_CHECKING:
+    from shoal.config.options import Config
+    from shoal.elastic.heartbeat import Heartbeat
+    from shoal.run.narrator import Narrator
+    from shoal.system.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of `shoal.train`: the run's folder, and whether all steps are done; if not, the same call resumes."""
+
+    folder: Path
+    finished: bool
+
+
+def train_here(config: Config) -> Trained:
+    """Train in this process, alone or as one of those that torchrun or srun started."""
+    from shoal.mesh.place import is_worker
+    from shoal.run.folder import RunFolder
+    from shoal.system.signals import StopRequest
+
+    config = _checked(config)
+    tell_of_torch()
+    folder = RunFolder.of(config)
+    config = place_worker(config, folder.begun()) if is_worker() else _plan_alone(config, folder.begun())
+    narrator, heartbeat = _open_heartbeat(config)
+    with contextlib.closing(narrator), contextlib.closing(StopRequest(ends_process=False)) as stop:
+        try:
+            return Trained(folder.path, finished=not _train(config, stop, heartbeat))
+        except (RuntimeError, MemoryError, OSError) as error:
+            if problem := _explain(error, config, "; set train.repro to fast"):
+                raise problem from error
+            raise
+
+
+def _checked(config: Config) -> Config:
+    """Validate a config, which may be built by hand; return it with its derived widths. Raises `ConfigError`."""
+    from shoal.config.options import options
+    from shoal.config.presets import resolve_shape
+    from shoal.resolve.checks import DEFAULT, contradictions
+
+    if problems := list(contradictions(config, dict.fromkeys(options(), DEFAULT))):
+        raise ConfigError(problems)
+    return dataclasses.replace(config, model=resolve_shape(config.model))
+
+
+def _plan_alone(config: Config, before: Config | None) -> Config:
+    """Return the config planned for one process. Raises `LaunchError` if it asks for more."""
+    from shoal.launch.torchrun import plan_processes
+    from shoal.mesh.place import unused_claims
+    from shoal.run.console import Console
+
+    count = (config.launch.processes or 1) * config.launch.nodes
+    if count > 1:
+        raise LaunchError(
+            f"shoal.train uses one process, and the config asks for {count}; set launch.processes and launch.nodes to 1, "
+            "start the script with torchrun, or use the command shoal train"
+        )
+    tell_once(unused_claims(config.launch.nodes))
+    config = config.replace("launch", processes=1)
+    return plan_processes(config, look_for_gpus(), before=before, say=Console().warn)
+
+
+def look_for_gpus() -> int:
+    """Return the number of CUDA devices; if torch must be imported for that, say so."""
+    from shoal.launch.torchrun import count_gpus
+    from shoal.run.console import Console
+    from shoal.run.narrator import Narrator
+
+    with contextlib.closing(Narrator.of(Console())) as narrator, narrator.phase("looking for GPUs"):
+        return count_gpus()
+
+
+def place_worker(config: Config, before: Config | None = None) -> Config:
+    """Return a worker's config; under another launcher, print its rank and world size first, on rank 0."""
+    from shoal.launch.torchrun import fit_to_place
+    from shoal.mesh.place import describe_place, read_place, speaks_first
+
+    if speaks_first():
+        print(describe_place(), flush=True)
+    return fit_to_place(config, read_place(), before)
+
+
+def train_as_worker(config: Config) -> int:
+    """Train as one process of a run; return the exit code."""
+    from shoal.mesh.place import is_launched, read_place
+    from shoal.system.signals import StopRequest
+
+    heartbeat = _begin(config)
+    stop = StopRequest()
+    if not is_launched():
+        stop.end_early(say_error if read_place().rank == 0 else lambda text: None)
+    return _exit_code(config, heartbeat, lambda: _train(config, stop, heartbeat), "; set train.repro to fast")
+
+
+def verify_as_worker(config: Config) -> int:
+    """Compare layouts as one process of a verification; return the exit code."""
+    heartbeat = _begin(config)
+    heartbeat.rest()  # no hang detection: its steps differ too much; the timeout of collectives remains
+
+    def work() -> bool:
+        heartbeat.outside("importing torch")
+        from shoal.bench.parity import verify_here
+
+        verify_here(config, heartbeat)
+        return False
+
+    return _exit_code(config, heartbeat, work)
+
+
+def _train(config: Config, stop: StopRequest, heartbeat: Heartbeat) -> bool:
+    heartbeat.outside("importing torch")
+    from shoal.training.loop import train
+
+    return train(config, stop, heartbeat)
+
+
+def _begin(config: Config) -> Heartbeat:
+    """Bind this worker to its launcher's life; return its heartbeat."""
+    from shoal.elastic.heartbeat import leave_stacks_when_asked
+    from shoal.system.signals import die_with_parent
+
+    die_with_parent()
+    leave_stacks_when_asked()
+    return _open_heartbeat(config)[1]
+
+
+def _open_heartbeat(config: Config) -> tuple[Narrator, Heartbeat]:
+    """Return the heartbeat of this process and the narrator that names its phases."""
+    from shoal.elastic.heartbeat import Heartbeat
+    from shoal.mesh.place import is_launched, read_place
+    from shoal.run.console import Console
+    from shoal.run.narrator import Narrator
+
+    narrator = Narrator(Console(speaks=read_place().rank == 0).note)
+    if not is_launched():
+        narrator.watch()
+    return narrator, Heartbeat.open(config.launch, narrator.begin)
+
+
+def _exit_code(config: Config, heartbeat: Heartbeat, work: Callable[[], bool], advice: str = "") -> int:
+    """Run `work` and return the exit code: 85 if `work` returns true, which means stopped early on request."""
+    from shoal.mesh.place import is_launched
+
+    try:
+        return EXIT_REQUEUE if work() else 0
+    except (RuntimeError, MemoryError, OSError) as error:
+        problem = _explain(error, config, advice)
+        if isinstance(problem, LostPeerError):
+            if not is_launched():  # shoal's own launcher reports which worker was lost and why
+                say_error(str(problem))
+            return EXIT_LOST_PEER
+        if isinstance(problem, MemoryProblem) and heartbeat.taken > 1:
+            say_error(str(problem))  # earlier steps fitted, so a restart may too: treat it as a crash
+            return 1
+        if problem is not None:
+            raise problem from error
+        raise
+
+
+def _explain(error: Exception, config: Config, advice: str) -> ShoalError | None:
+    """Return a torch error as one that a user can act on, or None. advice: appended for a missing deterministic kernel."""
+    from shoal.mesh.mesh import is_lost_peer
+    from shoal.mesh.place import read_place
+    from shoal.models.attention import not_deterministic
+    from shoal.plan.fit import what_ran_out, what_would_fit
+    from shoal.run.folder import RunFolder
+
+    if reason := what_ran_out(error):
+        fits = what_would_fit(RunFolder.of(config).with_earlier_choices(config), read_place().world_size)
+        return MemoryProblem(f"out of memory: {reason}. {fits}")
+    if isinstance(error, RuntimeError) and is_lost_peer(error):
+        return LostPeerError(f"lost another process of this run: {str(error).splitlines()[0]}")
+    if isinstance(error, RuntimeError) and (operator := not_deterministic(error)):
+        return LaunchError(f"{operator} has no deterministic kernel on this device{advice}")
+    return None

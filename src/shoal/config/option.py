@@ -1,0 +1,60 @@
+"""The declaration of one option: its default, its meaning, its bounds, and how messages describe them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+PAST = "past"  # a resumed run cannot change it: the steps already taken depend on it
+TYPE_WORDS: Final[dict[Any, str]] = {
+    int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "an object", list: "a list of texts",
+    tuple[str, ...]: "a list of texts",
+}  # fmt: skip
+_BOUND_WORDS: Final = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def opt(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    alias: tuple[str, ...] = (),
+    akin: tuple[str, ...] = (),
+    spellings: Mapping[str, str] = MappingProxyType({}),
+    past: bool = False,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+) -> Any:
+    """
+    Declare an option: its help and unit, `past` if a resumed run must keep its value, inclusive or exclusive bounds.
+
+    alias: other projects' names for it, which the command line accepts.
+    akin: names of related options with another unit or meaning. An error suggests this option for them.
+    spellings: other spellings of its values.
+    """
+    bounds = {k: v for k, v in {"ge": ge, "gt": gt, "le": le, "lt": lt}.items() if v is not None}
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help, "unit": unit, "alias": alias, "akin": akin, "spellings": spellings, PAST: past, "bounds": bounds,
+        },
+    )  # fmt: skip
+
+
+def option_name(field: dataclasses.Field[Any]) -> str:
+    """Return a field's name as users write it: the field `from_` is `from`, a keyword of Python."""
+    return field.name.removesuffix("_")
+
+
+def option_fields(section: type[Any]) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a section that are options."""
+    return [f for f in dataclasses.fields(section) if f.metadata]
+
+
+def with_bounds(words: str, bounds: Mapping[str, float]) -> str:
+    """Return `words` with bounds as `opt` names them: "an integer of at least 1"."""
+    return " ".join([words, " and ".join(f"{_BOUND_WORDS[name]} {bound}" for name, bound in bounds.items())]).strip()

@@ -1,0 +1,59 @@
+"""What ranks tell each other in a step: named votes, each a few numbers that are summed over the world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+
+def _ignore(sums: Sequence[float]) -> None:
+    """Ignore the sums of a vote that its caller reads by name."""
+
+
+@dataclass(frozen=True)
+class Vote:
+    """
+    The numbers that one room says, and the function that hears their sums over the world.
+
+    Every rank says equally many. The sums may come a step later: `hear` holds what the room must remember until then.
+    """
+
+    numbers: Sequence[float]
+    hear: Callable[[Sequence[float]], None] = _ignore
+
+
+class Ballot:
+    """
+    This rank's votes in one step, by name; all ranks give the same names in the same order.
+
+    They travel as one vector in any sum over the world: with a step's losses, or alone.
+    """
+
+    def __init__(self, votes: Mapping[str, Vote]) -> None:
+        self._votes = votes
+
+    def numbers(self) -> torch.Tensor:
+        """Return the numbers of all votes, [numbers] float64, on the CPU."""
+        return torch.tensor([n for vote in self._votes.values() for n in vote.numbers], dtype=torch.float64)
+
+    def count(self, sums: Sequence[float]) -> dict[str, Sequence[float]]:
+        """
+        Tell each room the sums of its vote; return them by name. `sums`: of `numbers` over the world.
+
+        Raises ValueError if these are not the sums of this ballot.
+        """
+        said, first = {}, 0
+        for name, vote in self._votes.items():
+            said[name] = sums[first : first + len(vote.numbers)]
+            first += len(vote.numbers)
+        if first != len(sums):
+            raise ValueError(f"the ballot has {first} numbers, and {len(sums)} sums came back")
+        for name, vote in self._votes.items():
+            vote.hear(said[name])
+        return said
+
+
+EMPTY: Final = Ballot({})

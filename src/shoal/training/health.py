@@ -1,0 +1,79 @@
+"""Counts skipped steps and rollbacks, and decides when a run rolls back or gives up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shoal.config.run_options import Fault
+from shoal.errors import DivergedError
+from shoal.parallel.replicas import Difference
+from shoal.run.console import Console
+
+
+@dataclass
+class GoBack(Exception):
+    """Asks for a rollback to the last checkpoint; `passed_over`: sample positions [first, stop) to skip from then on."""
+
+    why: str
+    passed_over: tuple[int, int] | None = None
+
+
+class Recovery:
+    """Counts failures since the last good step. All ranks see the same numbers and decide the same."""
+
+    def __init__(self, fault: Fault, console: Console, event: Callable[..., None]) -> None:
+        self._fault, self._console, self._event = fault, console, event
+        self._in_row = 0  # skipped steps
+        self._first = 0  # position where the first of them began
+        self._rollbacks = 0
+        self._farthest = 0  # largest step at which the run rolled back
+
+    @property
+    def is_sound(self) -> bool:
+        """Return whether the last step counted. If not, the state itself may be the cause and is not worth saving."""
+        return self._in_row == 0
+
+    def went_well(self, step: int) -> None:
+        """Note that a step counted."""
+        self._in_row = 0
+        if step > self._farthest:
+            self._rollbacks = 0
+
+    def left_out(
+        self, step: int, *, loss: float, norm: float, first: int, stop: int, samples: list[int], origin: str
+    ) -> None:
+        """Report a skipped step of positions [first, stop). Raises `GoBack` after too many in a row."""
+        self._in_row += 1
+        if self._in_row == 1:
+            self._first = first
+        spike = math.isfinite(loss) and math.isfinite(norm)
+        why = f"its loss {loss:.4f} is a spike" if spike else f"loss {loss}, gradient norm {norm}"
+        where = f"; it first appeared in {origin}" if origin else ""
+        self._console.warn(f"step {step} was skipped: {why}{where}")
+        facts = {"loss": loss if math.isfinite(loss) else str(loss), "norm": norm if math.isfinite(norm) else str(norm)}
+        self._event("left out", step=step, **facts, origin=origin, samples=samples)
+        if self._in_row > self._fault.max_skipped:
+            self._in_row = 0
+            raise GoBack(f"{self._fault.max_skipped + 1} steps in a row were skipped", (self._first, stop))
+
+    def compared(self, step: int, differing: Sequence[Difference]) -> None:
+        """Report a comparison of replicas. Raises `GoBack` if they differ."""
+        if not differing:
+            return
+        ranks = sorted({rank for each in differing for rank in each.ranks})
+        names = ", ".join(each.name for each in differing[:3]) + (", ..." if len(differing) > 3 else "")
+        self._event("corrupted", step=step, ranks=ranks, tensors=[each.name for each in differing])
+        which = f"rank {ranks[0]} holds" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} hold"
+        raise GoBack(f"{which} bits that differ from the other replicas, in {names}: memory or arithmetic failed there")
+
+    def may_go_back(self, step: int, why: str) -> None:
+        """Count a rollback. Raises `DivergedError` after more than `fault.max_rollbacks` without progress."""
+        self._rollbacks += 1
+        self._farthest = max(self._farthest, step)
+        if self._rollbacks > self._fault.max_rollbacks:
+            raise DivergedError(
+                f"step {step}: {why}, and {self._fault.max_rollbacks} rollbacks did not help. Try a lower optim.lr, a "
+                "longer optim.warmup_steps or another train.seed"
+            )

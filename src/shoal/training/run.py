@@ -1,0 +1,245 @@
+"""Everything a run holds while it trains, and how it is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shoal.checkpoint.saved import Saved
+from shoal.config.options import Config
+from shoal.data.ledger import Header
+from shoal.data.loader import Loader
+from shoal.data.pack import Rows
+from shoal.data.prepare import Prepared, open_data
+from shoal.data.yardstick import Measuring
+from shoal.elastic.heartbeat import Heartbeat
+from shoal.fault.inject import Faults, flip, poison, tear
+from shoal.fault.limit import TimeLimit
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.place import is_launched
+from shoal.metrics.meter import Meter
+from shoal.parallel.apply import Runnable
+from shoal.plan.length import count_steps
+from shoal.resolve.resolve import ChangedOption
+from shoal.run.console import Console
+from shoal.run.folder import RunFolder
+from shoal.run.phases import Phases
+from shoal.run.records import Evaluation
+from shoal.system.signals import StopRequest
+from shoal.training.assemble import assemble, open_loader
+from shoal.training.evaluate import evaluate
+from shoal.training.finish_config import finish_config, write_run_files
+from shoal.training.guard import Guard
+from shoal.training.health import Recovery
+from shoal.training.last_words import say_held_out
+from shoal.training.pace import Pace
+from shoal.training.progress import DeviceProgress
+from shoal.training.records import Records
+from shoal.training.saving import Saving
+from shoal.training.state import TrainState
+
+
+@dataclass(kw_only=True)
+class Start:
+    """How a run starts, as the user is told."""
+
+    before: Config  # the config of the run so far
+    changed: Sequence[ChangedOption]
+    restored: Saved | None = None  # the checkpoint that it resumes from
+    applied: list[str] = field(default_factory=list)  # a line for each technique applied to the model
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """What observes the steps of a run."""
+
+    heartbeat: Heartbeat
+    progress: DeviceProgress
+    meter: Meter
+    pace: Pace
+    faults: Faults
+    phases: Phases
+
+    @classmethod
+    def open(
+        cls, config: Config, mesh: Mesh, runnable: Runnable, heartbeat: Heartbeat, faults: Faults, records: Records
+    ) -> Watch:
+        """Open the observers. A collective over the world."""
+        meter = Meter(config, mesh)
+        heartbeat.outside("opening the run")
+        pace = Pace.open(config, mesh, runnable, records.console, records.event)
+        pace.busy.waits.tell = heartbeat.waits
+        progress = DeviceProgress(mesh.device, heartbeat)
+        # Order matters: a planned delay must be inside what the meter and the pace time, and outside the clock's "data".
+        phases = Phases([progress, meter, pace.busy, faults, records.clock])
+        return cls(heartbeat=heartbeat, progress=progress, meter=meter, pace=pace, faults=faults, phases=phases)
+
+    def begin(self, step: int) -> None:
+        """Tell the observers that `step` begins."""
+        self.meter.begin(step)
+        self.faults.step = step
+        self.heartbeat.begin(step)
+        self.pace.busy.begin()
+
+
+@dataclass(kw_only=True)
+class Stopping:
+    """What may ask a run to stop before its last step: a signal, or the end of its time."""
+
+    stop: StopRequest
+    limit: TimeLimit
+
+    def is_asked(self) -> bool:
+        """Return whether this process was asked to stop. Call it once a step: the time limit learns from that."""
+        time_is_up = self.limit.is_due()
+        return bool(self.stop) or time_is_up
+
+
+@dataclass(kw_only=True)
+class Run:
+    """Everything a run holds while it trains."""
+
+    config: Config
+    mesh: Mesh
+    console: Console
+    folder: RunFolder
+    prepared: Prepared
+    records: Records
+    header: Header
+    runnable: Runnable
+    state: TrainState
+    saving: Saving
+    loader: Loader
+    guard: Guard
+    recovery: Recovery
+    watch: Watch
+    stopping: Stopping
+    total_steps: int
+    start: Start
+    evaluation: Evaluation | None = None  # the last one
+    measuring: Measuring | None = None  # compresses the held-out text with gzip and xz; on the first rank
+
+    @classmethod
+    def open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat | None = None) -> Run:
+        """Open the data, build the model on meta, parallelize, build the optimizer, restore."""
+        heartbeat = heartbeat or Heartbeat.open(config.launch)
+        heartbeat.outside("opening the data")
+        records = _open_records(config, mesh)
+        console, folder = records.console, records.folder
+        prepared = open_data(
+            config.data, Console(speaks=mesh.is_first and not is_launched())
+        )  # a launcher has shown the progress already
+        heartbeat.outside("measuring the device")
+        config = finish_config(config, folder, prepared, mesh, console.warn)
+        rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
+        start = Start(changed=folder.agree(config), before=folder.begun() or config)
+        mesh.barrier()  # all ranks compare the config before the first one writes it
+        faults = Faults(mesh.place.rank, folder.events_file)
+        saving = Saving.open(config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at)
+        saving.total_steps = count_steps(config.train, config.data.seq_len, len(rows))
+        runnable, state = _build_or_restore(config, mesh, saving, heartbeat, faults, start)
+        heartbeat.outside("opening the run")
+        if mesh.is_first:
+            with folder.writable():
+                write_run_files(folder, config, prepared)
+        loader = open_loader(config, mesh, rows, state.position, state.passed_over, faults.at)
+        guard = Guard(mesh.device, config.fault.spike_zscore)
+        guard.losses.extend(state.losses)
+        run = cls(
+            config=config,
+            mesh=mesh,
+            console=console,
+            folder=folder,
+            prepared=prepared,
+            records=records,
+            header=_ledger_header(config, mesh, rows, prepared),
+            runnable=runnable,
+            state=state,
+            saving=saving,
+            loader=loader,
+            guard=guard,
+            recovery=Recovery(config.fault, console, records.event),
+            watch=Watch.open(config, mesh, runnable, heartbeat, faults, records),
+            stopping=Stopping(stop=stop, limit=_time_limit(config, state)),
+            total_steps=saving.total_steps,
+            start=start,
+        )
+        run.connect()
+        return run
+
+    def connect(self) -> None:
+        """Connect saves with the time limit and the heartbeat, and planned faults with their targets."""
+        self.saving.on_saved = self.stopping.limit.saved
+        self.saving.on_checkpoint = self.watch.heartbeat.saved
+        faults = self.watch.faults
+        faults.targets = {
+            "nan": lambda: poison(self.runnable.parts.values(), faults),
+            "flip": lambda: flip(self.state.shards),
+            "tear": lambda: tear(self.saving.folder),
+        }
+
+    def evaluate(self, max_tokens: int | None) -> None:
+        """Compute the validation loss; show and record it, and keep it for the next checkpoint. A collective."""
+        self.watch.pace.busy.interrupt()
+        runnable = self.runnable
+        runnable.train(False)
+        result = evaluate(
+            runnable.evaluate, self.mesh, self.prepared, self.config, max_tokens,
+            alive=lambda: self.watch.heartbeat.outside("evaluation"),
+        )  # fmt: skip
+        runnable.train()
+        self.evaluation = Evaluation(step=self.state.step, tokens=self.state.tokens, **result)
+        say_held_out(self.evaluation, self.console)
+        self.records.metrics(self.evaluation)
+
+    def val_loss(self) -> float | None:
+        """Return the validation loss of this very step, or None: an older one belongs to other weights."""
+        last = self.evaluation
+        return last.val_loss if last is not None and last.step == self.state.step else None
+
+    def close(self) -> None:
+        """Close files, threads and the run's lock. May be called twice."""
+        if self.measuring is not None:
+            self.measuring.close()
+        self.loader.close()
+        self.watch.pace.close()
+        self.records.close()
+        self.folder.release()
+
+
+def _open_records(config: Config, mesh: Mesh) -> Records:
+    """Lock the run's folder, unless a launcher holds it, and open its files."""
+    folder = RunFolder.of(config)
+    if mesh.is_first and not is_launched():
+        folder.lock()
+    return Records(folder, Console(speaks=mesh.is_first), writes=mesh.is_first)
+
+
+def _build_or_restore(
+    config: Config, mesh: Mesh, saving: Saving, heartbeat: Heartbeat, faults: Faults, start: Start
+) -> tuple[Runnable, TrainState]:
+    """Build the model and its optimizer, and fill them from the newest checkpoint if there is one."""
+    heartbeat.outside("looking for checkpoints")
+    faults.at("load")
+    newest = start.restored = saving.find()
+    loads = newest is None and config.model.from_ is not None
+    heartbeat.outside("loading weights" if loads else "building the model")
+    runnable, state = assemble(config, mesh, start.applied.append, fresh=newest is None)
+    if newest is not None:
+        heartbeat.outside("reading the checkpoint")
+        saving.restore(newest, state)
+        heartbeat.saved(newest.step)
+    saving.begin_life(newest)
+    saving.prepare(state)
+    return runnable, state
+
+
+def _ledger_header(config: Config, mesh: Mesh, rows: Rows, prepared: Prepared) -> Header:
+    """Return the facts that a run's ledger of samples begins with."""
+    train = config.train
+    return Header(len(rows), train.seed, train.global_batch, mesh.world_size // mesh.dp_size, prepared.data_id)
+
+
+def _time_limit(config: Config, state: TrainState) -> TimeLimit:
+    """Open this worker's time limit; the bytes it saves give a first guess of a save's time."""
+    return TimeLimit.open(config.launch.time_limit_minutes, sum(p.tensor.nbytes for p in state.tensors().values()))
