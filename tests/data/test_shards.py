@@ -99,9 +99,9 @@ def test_a_disk_that_says_no_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     files.write_atomically(path, [b"old"])
 
     def refuse(descriptor: int) -> None:
-        raise OSError(code, "refused")
+        raise OSError(code, "rejected")
 
     monkeypatch.setattr(disk.os, "fsync", refuse)
-    with pytest.raises(DataError, match=r"cannot write .*a: refused; .*data.folder"):
+    with pytest.raises(DataError, match=r"cannot write .*a: rejected; .*data.folder"):
         files.write_atomically(path, [b"new"])
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
