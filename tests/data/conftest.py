@@ -1,4 +1,4 @@
-"""A small corpus of text files, and the section that names it."""
+"""A small corpus of text files, and the `data` section that names it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MakeData = Callable[..., Data]
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """40 files of different lengths, words and scripts."""
+    """Write 40 files of different lengths, words and scripts."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number in range(40):
@@ -28,7 +28,7 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make_data(corpus: Path, tmp_path: Path) -> MakeData:
-    """`Data` over the small corpus, with changes."""
+    """Return a function that makes `Data` for the small corpus, with changed options."""
 
     def make(**changes: Any) -> Data:
         options: dict[str, Any] = {

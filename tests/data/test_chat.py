@@ -1,4 +1,4 @@
-"""Chat templates against transformers, on real ones and on one that uses what real ones use."""
+"""Chat templates against transformers: real templates, and one with every feature they use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHATS: list[list[dict[str, str]]] = [
         {"role": "user", "content": "  And {{ now }} {% if %}?"},
     ],
 ]
-# Mistral's form, with what templates use elsewhere: loop controls, JSON, errors, marks of what the assistant says.
+# Mistral's format, plus features of other templates: loop controls, JSON, errors, marks of the assistant's turns.
 TEMPLATE = """{{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system = messages[0]['content'] %}
@@ -52,7 +52,7 @@ TEMPLATE = """{{- bos_token }}
 
 
 def small_folder(tmp_path: Path, template: Any, *, in_a_file: bool = False) -> Path:
-    """A Hugging Face folder with this template."""
+    """Write a Hugging Face folder with this template."""
     tokenizer = train_bpe(iter(["Hello there, what is it?"] * 9), 280)
     tokenizer._tokenizer.add_special_tokens(["<s>", "</s>", "[INST]", "[/INST]"])
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
@@ -66,7 +66,7 @@ def small_folder(tmp_path: Path, template: Any, *, in_a_file: bool = False) -> P
 
 
 def same(folder: Path, chat: list[dict[str, str]], **variables: object) -> None:
-    """Text and ids, with and without the prompt for an answer."""
+    """Compare text and ids, with and without the generation prompt."""
     theirs: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)
     template, tokenizer = ChatTemplate.of(folder), load_tokenizer(str(folder))
     assert template is not None
@@ -101,7 +101,7 @@ def test_a_template_that_uses_everything(tmp_path: Path, chat: list[dict[str, st
 def test_of_several_the_default(tmp_path: Path) -> None:
     folder = small_folder(tmp_path, [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}])
     same(folder, CHATS[0])
-    with pytest.raises(DataError, match="tool_use, and none called default"):
+    with pytest.raises(DataError, match="tool_use, but none named default"):
         ChatTemplate.of(small_folder(tmp_path, [{"name": "tool_use", "template": "no"}]))
 
 
@@ -110,9 +110,9 @@ def test_of_several_the_default(tmp_path: Path) -> None:
     [
         (
             [{"name": ["a"], "template": "no"}, {"name": "rag", "template": "no"}],
-            "templates rag, and none called default",
+            "templates rag, but none named default",
         ),
-        ([{"template": "no"}], "templates without names, and none called default"),
+        ([{"template": "no"}], "templates without names, but none named default"),
         ({"default": 5}, "a chat template that is not text"),
         ([{"name": "default"}], "a chat template that is not text"),
         (5, "a chat template that is not text"),
@@ -130,11 +130,11 @@ def test_none_is_none(tmp_path: Path) -> None:
 
 
 def test_what_a_template_may_not_do(tmp_path: Path) -> None:
-    """It came with somebody's model: it is not believed."""
+    """Reject harmful templates: they come with downloaded models and are not trusted."""
     for attack in ("{{ messages.append(1) }}", "{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__.os }}"):
         template = ChatTemplate.of(small_folder(tmp_path, attack))
         assert template is not None
-        with pytest.raises(DataError, match="refuses these messages"):
+        with pytest.raises(DataError, match="rejects these messages"):
             template.render(CHATS[0])
 
 
@@ -150,7 +150,7 @@ def test_what_a_template_may_not_do(tmp_path: Path) -> None:
 def test_a_program_that_breaks_is_one_message(tmp_path: Path, template: str, says: str) -> None:
     wrong = ChatTemplate.of(small_folder(tmp_path, template))
     assert wrong is not None
-    with pytest.raises(DataError, match=f"tokenizer_config.json refuses these messages, or is wrong: {says}"):
+    with pytest.raises(DataError, match=f"tokenizer_config.json rejects these messages or has a bug: {says}"):
         wrong.render(CHATS[0])
 
 

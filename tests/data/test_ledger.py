@@ -1,4 +1,4 @@
-"""The ledger of samples against counting: what processes had, step by step, through kills, rollbacks and skips."""
+"""The ledger of samples against direct counting, step by step, through kills, rollbacks and skips."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADER = Header(rows=100, seed=7, global_batch=16, copies=1, data_id="tokens")
 
 
 def summed(header: Header, ids: list[int], dp: int) -> float:
-    """As an all-reduce in float64 adds what the processes say, in any order."""
+    """Add the processes' checksums as an all-reduce in float64 does, in any order."""
     parts = [checksum(ids[part.start : part.stop], header.bits) for part in split_slots(len(ids), dp)]
     said = np.array(parts * header.copies, np.float64)
     np.random.default_rng(len(ids)).shuffle(said)
@@ -38,7 +38,7 @@ class Run:
         self.start(0, 0)
 
     def start(self, step: int, position: int) -> None:
-        """A life from the checkpoint of `step`."""
+        """Start from the checkpoint of `step`."""
         self.ledger = Ledger(self.path, self.header)
         self.go_back(step, position)
 
@@ -61,11 +61,11 @@ class Run:
         self.ledger.record(self.step, first, stop, summed(self.header, ids, dp), skipped=skipped, windows=windows)
 
     def stands_behind_a_step(self) -> bool:
-        """Where checkpoints are; windows are passed over by the step behind them."""
+        """Save a checkpoint here; the step after a window passes it over."""
         return not self.passed or self.passed[-1][2] != self.position
 
     def pass_over(self, samples: int) -> None:
-        """The next step begins behind these; two windows without a step between them are one."""
+        """Begin the next step after these; two windows without a step between them are one."""
         first = self.position
         while self.passed and self.passed[-1][2] == first:
             first = self.passed.pop()[1]
@@ -74,7 +74,7 @@ class Run:
 
 
 def change(path: Path, number: int, **values: Any) -> None:
-    """Another value in line `number`."""
+    """Change a value in line `number`."""
     lines = path.read_text().splitlines()
     lines[number] = json.dumps(json.loads(lines[number]) | values)
     path.write_text("\n".join(lines) + "\n")
@@ -123,7 +123,7 @@ def test_a_checksum_knows_neither_order_nor_parts() -> None:
     assert len({checksum([i, j], 40) for i in range(100) for j in range(i + 1)}) == 5050
 
 
-# --- what is proven -----------------------------------------------------------------------------------------
+# --- what passes the audit -----------------------------------------------------------------------------------
 
 
 def test_a_run_in_which_nothing_goes_wrong(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_run_in_which_nothing_goes_wrong(tmp_path: Path) -> None:
     assert (found.lives, found.steps, found.taken_again, found.samples) == (1, 30, 0, 480)
     assert [(n, e.trained) for n, e in found.epochs.items()] == [(0, 100), (1, 100), (2, 100), (3, 100), (4, 80)]
     text = describe(found)
-    assert "4 epochs (0 to 3): each of 100 samples once" in text
+    assert "4 epochs (0 to 3): each of the 100 samples once" in text
     assert "epoch 4: 80 of 100 samples so far, each once" in text
     assert text[-1].startswith("PASS")
 
@@ -160,7 +160,7 @@ def test_any_life_agrees_with_counting(tmp_path: Path, seed: int) -> None:
             saved.append((run.step, run.position))
         else:
             run.take(dp=draw.choice([1, 2, 3, header.global_batch]), skipped=chance > 0.95)
-    run.take()  # what is passed over is written with the step behind it
+    run.take()  # a window is recorded with the step after it
     found = audit(tmp_path / "ledger.jsonl", rows=header.rows, seed=seed)
     assert found.problems == []
     assert (found.steps, found.lives, found.taken_again) == (run.step, lives, again)
@@ -173,7 +173,7 @@ def test_any_life_agrees_with_counting(tmp_path: Path, seed: int) -> None:
 
 
 def check_counts(found: Audit, header: Header, run: Run) -> None:
-    """Which (epoch, sample) were trained, from the samples that the processes had, one by one."""
+    """Count which (epoch, sample) were trained on, from the processes' own samples."""
     trained, others = Counter[int](), {"skipped": Counter[int](), "passed_over": Counter[int]()}
     where = {}  # (epoch, sample) of each position
     last = run.position
@@ -198,7 +198,7 @@ def check_counts(found: Audit, header: Header, run: Run) -> None:
     assert sum(e.trained for e in found.epochs.values()) == sum(trained.values())
 
 
-# --- what is found -------------------------------------------------------------------------------------------
+# --- what fails the audit ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("step", [1, 13, 30])
@@ -209,7 +209,7 @@ def test_one_sample_that_is_another_is_found(tmp_path: Path, step: int) -> None:
         change(path, step, sum=checksum(wrong, 40))
         found = audit(path)
         assert (found.passed, found.first_wrong, len(found.problems)) == (False, step, 1)
-        assert f"step {step} trained on other samples than those at positions {16 * step - 16} to " in found.problems[0]
+        assert f"step {step} did not train on the samples at positions {16 * step - 16} to " in found.problems[0]
         assert describe(found)[-1].startswith("FAIL")
 
 
@@ -224,14 +224,14 @@ def test_a_rank_that_shares_samples_and_had_others_is_found(tmp_path: Path) -> N
 
 
 def test_a_window_trained_on_twice_is_found(tmp_path: Path) -> None:
-    """A resume that forgets how far the data was."""
+    """Resume at a wrong data position."""
     run = Run(tmp_path / "ledger.jsonl", HEADER)
     for _ in range(5):
         run.take()
     run.position = 48
     run.take()
     found = audit(run.path)
-    assert "positions 48 to 79 come again before step 6, and no line says so" in found.problems
+    assert "positions 48 to 79 are repeated before step 6, and no line explains it" in found.problems
     assert (found.epochs[0].trained, found.epochs[0].again, found.first_wrong) == (80, 16, 6)
     assert "epoch 0: 80 of 100 samples so far, 16 of them AGAIN" in describe(found)
 
@@ -240,7 +240,7 @@ def test_a_window_that_nobody_trained_on_is_found(tmp_path: Path) -> None:
     path = simple(tmp_path / "ledger.jsonl")
     drop(path, 3)
     found = audit(path)
-    assert "positions 32 to 47 were passed over before step 4, and no line says so" in found.problems
+    assert "positions 32 to 47 were passed over before step 4, and no line explains it" in found.problems
     assert "step 4 comes after step 2" in found.problems
     assert "epoch 0: 84 of 100 samples, each once, 16 NEVER" in describe(found)
 
@@ -258,8 +258,8 @@ def test_a_jump_counts_as_passed_over_only_where_a_window_ends(tmp_path: Path) -
 
 def test_other_data_another_seed_another_batch_are_found(tmp_path: Path) -> None:
     path = simple(tmp_path / "ledger.jsonl", steps=3)
-    assert audit(path, seed=8).problems == ["the ledger is of seed 7, and the run has 8"]
-    assert audit(path, rows=99).problems == ["the ledger is of rows 100, and the run has 99"]
+    assert audit(path, seed=8).problems == ["the ledger has seed 7, but the run has 8"]
+    assert audit(path, rows=99).problems == ["the ledger has rows 100, but the run has 99"]
     ledger = Ledger(path, Header(rows=100, seed=7, global_batch=16, copies=1, data_id="others"))
     ledger.begin(3, 48)
     ledger.close()
@@ -273,11 +273,11 @@ def test_a_ledger_that_begins_in_the_middle_proves_nothing_of_what_was_before(tm
     run.path.unlink()
     run.start(4, 64)
     run.take()
-    assert "positions 0 to 63 were passed over before step 5, and no line says so" in audit(run.path).problems
+    assert "positions 0 to 63 were passed over before step 5, and no line explains it" in audit(run.path).problems
     drop(run.path, 0)
     assert "the first lines are missing" in audit(run.path).problems[0]
     run.path.write_text("")
-    assert audit(run.path).problems == ["there are no lines"]
+    assert audit(run.path).problems == ["the ledger is empty"]
 
 
 def test_many_problems_are_not_all_shown(tmp_path: Path) -> None:
@@ -290,7 +290,7 @@ def test_many_problems_are_not_all_shown(tmp_path: Path) -> None:
 
 
 def test_lines_that_come_late_or_are_cut_short_are_no_harm(tmp_path: Path) -> None:
-    """The folder is not there at first; a kill in the middle of a line; the run goes on from a checkpoint before it."""
+    """Begin without a folder; kill in the middle of a line; resume from a checkpoint before it."""
     path = tmp_path / "late" / "ledger.jsonl"
     run = Run(path, HEADER)
     run.take()

@@ -1,4 +1,4 @@
-"""The loader against rows looked up directly, at changing numbers of processes."""
+"""The loader against rows read directly, with changing numbers of processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from shoal.data.loader import Batch, Loader, evaluation_batches, evaluation_rows
 from shoal.data.order import sample_at
-from shoal.data.pack import Rows
+from shoal.data.pack import PackedStream, Rows
 from shoal.data.shards import Shard, TokenStream, write_shard
 from shoal.errors import DataError
 
@@ -36,13 +36,13 @@ def make_rows(path: Path, document_mask: bool, alter: bool = False) -> Rows:
         raw = bytearray(path.read_bytes())
         raw[-1] ^= 1
         path.write_bytes(raw)
-    return Rows(TokenStream([Shard(path, record, tokens.dtype)]), SEQ_LEN, document_mask, np.ones(1))
+    return PackedStream(TokenStream([Shard(path, record, tokens.dtype)]), SEQ_LEN, document_mask)
 
 
 def steps(
     rows: Rows, dp_size: int, position: int, count: int, micro_batch: int = 2, global_batch: int = 12
 ) -> list[list[Batch]]:
-    """[step][slot], the slots of all ranks in order."""
+    """Return [step][slot], the slots of all ranks in order."""
     ranks = []
     for rank in range(dp_size):
         loader = Loader(
@@ -81,8 +81,9 @@ def test_slots_are_the_same_batches_whoever_owns_them(rows: Rows) -> None:
 
 def test_a_batch_holds_its_rows(rows: Rows) -> None:
     for batch in steps(rows, 1, 0, 1)[0]:
-        packed = rows.pack(batch.sample_ids)
+        packed = rows.read(batch.sample_ids)
         assert batch.document_ids is not None
+        assert packed.document_ids is not None
         for tensor, array in [
             (batch.tokens, packed.tokens),
             (batch.labels, packed.labels),
@@ -106,7 +107,7 @@ def test_without_a_mask_there_are_no_document_ids(path: Path) -> None:
 
 def test_damage_found_by_the_thread_reaches_whoever_asks(path: Path) -> None:
     loader = Loader(make_rows(path, True, alter=True), seed=0, global_batch=4, micro_batch=4, dp_rank=0, dp_size=1)
-    for _ in range(2):  # asked again, it says the same and does not wait for ever
+    for _ in range(2):  # the second call raises again rather than block
         with pytest.raises(DataError, match=r"train-00000.safetensors was altered"):
             loader.next_step()
     assert loader.position == 0
@@ -128,7 +129,7 @@ def test_closing_ends_the_thread_at_once(rows: Rows) -> None:
 def test_the_thread_takes_its_processs_device_before_it_locks_memory(
     rows: Rows, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    """A thread's device is the first one until it says otherwise, and page-locking opens a context on it."""
+    """A new thread's device is GPU 0, and page-locking opens a context on the current device."""
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda asked: calls.append((thread_name(), "set_device", asked)))
     monkeypatch.setattr(Batch, "pin_memory", lambda batch: (calls.append((thread_name(), "pin")), batch)[1])
@@ -149,7 +150,9 @@ def thread_name() -> str:
 
 @pytest.mark.parametrize(("global_batch", "micro_batch", "dp_size"), [(10, 4, 1), (8, 4, 3), (4, 8, 1)])
 def test_batches_that_do_not_divide_are_refused(rows: Rows, global_batch: int, micro_batch: int, dp_size: int) -> None:
-    with pytest.raises(ValueError, match="no multiple"):
+    with pytest.raises(
+        ValueError, match=f"global_batch {global_batch} .* micro_batch {micro_batch}, .* {dp_size} data-parallel"
+    ):
         Loader(rows, seed=0, global_batch=global_batch, micro_batch=micro_batch, dp_rank=0, dp_size=dp_size)
 
 
@@ -162,7 +165,7 @@ def test_evaluation_reads_the_same_rows_whatever_the_layout(
     seen = [sample for batches in ranks for batch in batches for sample in batch.sample_ids]
     assert sorted(seen) == list(range(count))
     assert evaluation_rows(rows, max_tokens) == count
-    assert len({len(batches) for batches in ranks}) == 1  # as many for each, and all of one shape
+    assert len({len(batches) for batches in ranks}) == 1  # the same number for each, all of one shape
     assert {batch.tokens.shape[0] for batches in ranks for batch in batches} == {4}
     counted = sum(int((b.labels != -100).any(1).sum()) for batches in ranks for b in batches)
     assert counted == count

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoal.data.pack import Rows
+from shoal.data.pack import PackedStream
 from shoal.data.shards import Shard, TokenStream, write_shard
 
-# Documents of 3, 1, 4 and 5 tokens, each with its end-of-text token (0) last; shards end after the second.
+# Documents of 3, 1, 4 and 5 tokens, each ending with the end-of-text token (0); the first shard ends after the second document.
 FIRST = [11, 12, 0, 0]
 SECOND = [21, 22, 23, 0, 31, 32, 33, 34, 0]
 
@@ -25,43 +25,36 @@ def stream(tmp_path: Path) -> TokenStream:
 
 
 def test_rows_cover_the_stream_across_shards(stream: TokenStream) -> None:
-    rows = Rows(stream, 4, False, np.ones(64))
-    packed = rows.pack([0, 1, 2])
+    rows = PackedStream(stream, 4, False)
+    packed = rows.read([0, 1, 2])
     assert len(rows) == 3
     assert packed.tokens.tolist() == [[11, 12, 0, 0], [21, 22, 23, 0], [31, 32, 33, 34]]
     assert packed.labels.tolist() == [[12, 0, 0, 21], [22, 23, 0, 31], [32, 33, 34, 0]]
     assert packed.positions.tolist() == [[0, 1, 2, 3]] * 3
-    assert packed.document_ids.tolist() == [[0] * 4] * 3
+    assert packed.document_ids is None
 
 
 def test_documents_are_kept_apart(stream: TokenStream) -> None:
-    packed = Rows(stream, 6, True, np.ones(64)).pack([0, 1])
+    packed = PackedStream(stream, 6, True).read([0, 1])
     assert packed.tokens.tolist() == [[11, 12, 0, 0, 21, 22], [23, 0, 31, 32, 33, 34]]
     assert packed.labels.tolist() == [[12, 0, -100, -100, 22, 23], [0, -100, 32, 33, 34, 0]]
     assert packed.positions.tolist() == [[0, 1, 2, 0, 0, 1], [0, 1, 0, 1, 2, 3]]
+    assert packed.document_ids is not None
     assert packed.document_ids.tolist() == [[0, 0, 0, 1, 2, 2], [0, 0, 1, 1, 1, 1]]
 
 
 def test_a_border_at_the_end_of_a_row_is_seen_from_both_sides(stream: TokenStream) -> None:
-    packed = Rows(stream, 4, True, np.ones(64)).pack([1, 0])  # in the order asked for
+    packed = PackedStream(stream, 4, True).read([1, 0])  # in the requested order
     assert packed.labels.tolist() == [[22, 23, 0, -100], [12, 0, -100, -100]]
     assert packed.positions.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0]]
 
 
 @pytest.mark.parametrize(("seq_len", "count"), [(1, 12), (2, 6), (3, 4), (5, 2), (6, 2), (11, 1), (12, 1), (13, 0)])
 def test_only_a_tail_shorter_than_a_row_is_dropped(stream: TokenStream, seq_len: int, count: int) -> None:
-    rows = Rows(stream, seq_len, False, np.ones(64))
+    rows = PackedStream(stream, seq_len, False)
     assert len(rows) == count
     if count:
-        labels = rows.pack(np.arange(count)).labels.ravel()
+        labels = rows.read(np.arange(count)).labels.ravel()
         assert labels.tolist() == (FIRST + SECOND)[1 : 1 + count * seq_len]
     with pytest.raises(IndexError):
-        rows.pack([count])
-
-
-def test_text_bytes_are_those_of_the_labels_that_count(stream: TokenStream) -> None:
-    lengths = np.arange(64, dtype=np.float64)  # a token of id k stands for k bytes
-    everything = sum(FIRST + SECOND)
-    assert Rows(stream, 12, False, lengths).text_bytes(0, 1) == everything - 11
-    assert Rows(stream, 12, True, lengths).text_bytes(0, 1) == everything - 11 - 21 - 31
-    assert Rows(stream, 4, False, lengths).text_bytes(1, 3) == 22 + 23 + 31 + 32 + 33 + 34
+        rows.read([count])

@@ -16,9 +16,10 @@ import tokenizers
 
 from shoal.config.data_options import Data
 from shoal.data import prepare as room
+from shoal.data.decode import held_out_text
 from shoal.data.encode import fraction_of
 from shoal.data.manifest import SPLITS
-from shoal.data.prepare import Prepared, held_out_text, open_prepared, prepare
+from shoal.data.prepare import Prepared, open_prepared, prepare
 from shoal.data.tokens.tokenize import byte_tokenizer
 from shoal.errors import ConfigError, DataError
 from shoal.resolve.resolve import resolve
@@ -26,7 +27,7 @@ from tests.data.conftest import MakeData
 
 
 def texts_of(prepared: Prepared) -> dict[str, list[str]]:
-    """Each split's documents, decoded one by one, in order."""
+    """Return each split's documents, decoded one by one, in order."""
     texts: dict[str, list[str]] = {}
     for name in SPLITS:
         stream = prepared.streams[name]
@@ -58,7 +59,7 @@ def test_every_document_is_in_one_split_and_comes_back(make_data: MakeData, corp
 
 
 def test_the_tokenizer_has_seen_training_documents_only(tmp_path: Path, make_data: MakeData) -> None:
-    """A word that only held-out documents have, often, is no token."""
+    """A word frequent in held-out documents alone does not become a token."""
     folder = tmp_path / "words"
     folder.mkdir()
     for number in range(200):
@@ -193,14 +194,14 @@ def test_a_corpus_that_is_gone_is_a_note(make_data: MakeData, corpus: Path) -> N
     after = prepare(make_data())
     assert after.data_id == before.data_id
     assert "gone" in after.notes[0]
-    for kept, problems in [(after.folder.parent, 0), (corpus.parent / "nothing", 1)]:  # and the config says so too
+    for kept, problems in [(after.folder.parent, 0), (corpus.parent / "nothing", 1)]:  # the config check agrees
         given = {"corpus": "text", "paths": str(corpus), "folder": str(kept)}
         options = [(f"data.{key}", value, "here") for key, value in given.items()]
         with pytest.raises(ConfigError, match="there is no") if problems else contextlib.nullcontext():
             resolve(None, [*options, ("train.steps", "1", "here")])
     with pytest.raises(DataError, match="no such file"):
         prepare(make_data(rebuild=True))
-    assert prepare(make_data()).data_id == before.data_id, "and a refused rebuild destroys nothing"
+    assert prepare(make_data()).data_id == before.data_id, "a rejected rebuild destroys nothing"
 
 
 def test_rebuilding_mends_a_damaged_byte_and_leaves_whole_ones_alone(make_data: MakeData) -> None:
@@ -290,7 +291,7 @@ def test_no_room_is_said_before_the_work(make_data: MakeData, monkeypatch: pytes
 
 
 def test_a_disk_that_fills_up_is_said_and_the_next_start_goes_on(make_data: MakeData) -> None:
-    """RLIMIT_FSIZE stands for a full disk: a write beyond it fails in the kernel."""
+    """Simulate a full disk by RLIMIT_FSIZE: the kernel rejects writes beyond it."""
     data = make_data(shard_tokens=4096)
     whole = files_of(prepare(make_data(shard_tokens=4096, folder=data.folder + "-whole")))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -305,7 +306,7 @@ def test_a_disk_that_fills_up_is_said_and_the_next_start_goes_on(make_data: Make
 
 def test_a_folder_that_cannot_be_made_is_said(make_data: MakeData, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"set data.folder to a folder that can be written"):
+    with pytest.raises(DataError, match=r"set data.folder to a writable folder"):
         prepare(make_data(folder=str(tmp_path / "file" / "below")))
 
 

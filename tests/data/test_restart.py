@@ -14,10 +14,11 @@ import pytest
 from shoal.config.data_options import Data
 from shoal.data.files import exclusive_lock
 from shoal.data.manifest import JOURNAL
-from shoal.data.prepare import Prepared, folder_name, named_tokenizer, prepare, token_options
+from shoal.data.prepare import Prepared, prepare
+from shoal.data.token_folder import folder_name, named_tokenizer, token_options
 from tests.data.conftest import MakeData
 
-# Prepares, and dies by SIGKILL at its n-th flush of a file (half of it written) or of its folder.
+# Prepares, and dies by SIGKILL at its n-th fsync of a file (half written) or of its folder.
 PREPARE = """
 import json, os, signal, stat, sys
 from shoal.config.data_options import Data
@@ -62,14 +63,14 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(make_data: MakeData,
     assert len(whole.counts["val"].shards) > 0
     folder = Path(data.folder) / folder_name(data, token_options(data, named_tokenizer(data)))
     finished: dict[str, int] = {}
-    for die_at in (5, 6, 7, 3):  # each write flushes the file, then its folder
+    for die_at in (5, 6, 7, 3):  # each write syncs the file, then its folder
         process = start(data, die_at)
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
         assert not (folder / "manifest.json").exists()
         journal = json.loads((folder / JOURNAL).read_text())
         listed = [s["name"] for split in journal["splits"].values() for s in split["shards"]]
-        assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished, "written once only"
+        assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished, "written only once"
         finished = {name: (folder / name).stat().st_mtime_ns for name in listed}
     assert finished
     ended = prepare(data)

@@ -38,7 +38,7 @@ def test_a_shard_is_a_safetensors_file_of_what_was_given(tmp_path: Path, count: 
     shard = Shard(path, record, U16)
     np.testing.assert_array_equal(shard.read(0, count), tokens)
     np.testing.assert_array_equal(shard.starts, starts)
-    assert not list(tmp_path.glob(".*")), "nothing is left aside"
+    assert not list(tmp_path.glob(".*")), "no temporary file is left"
 
 
 def test_a_flipped_bit_is_found_where_it_is_touched(tmp_path: Path) -> None:
@@ -99,9 +99,9 @@ def test_a_disk_that_says_no_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     files.write_atomically(path, [b"old"])
 
     def refuse(descriptor: int) -> None:
-        raise OSError(code, "refused")
+        raise OSError(code, "rejected")
 
     monkeypatch.setattr(disk.os, "fsync", refuse)
-    with pytest.raises(DataError, match=r"cannot write .*a: refused; .*data.folder"):
+    with pytest.raises(DataError, match=r"cannot write .*a: rejected; .*data.folder"):
         files.write_atomically(path, [b"new"])
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]

@@ -38,7 +38,7 @@ def test_text_takes_a_folder_by_suffix_and_a_named_file_whatever_its_suffix(tmp_
 
 
 def test_newlines_stay_as_they_are_and_a_byte_order_mark_goes(tmp_path: Path) -> None:
-    raw = b"one\r\ntwo\rthree\n\xef\xbb\xbf"  # inside of a text it is a character
+    raw = b"one\r\ntwo\rthree\n\xef\xbb\xbf"  # a byte order mark inside a text is a character
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + raw)
     (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbf")
     (tmp_path / "empty.txt").write_bytes(b"")
@@ -68,7 +68,7 @@ RECORDS = "".join(json.dumps({"text": f"größer, 漢字 {n}"}, ensure_ascii=Fal
 @pytest.mark.parametrize(
     ("content", "called"),
     [
-        (RECORDS.encode("utf-16"), "UTF-16"),  # what PowerShell's > writes
+        (RECORDS.encode("utf-16"), "UTF-16"),  # PowerShell's > writes it
         (RECORDS.encode("utf-16-be"), "UTF-16BE"),
         (RECORDS.encode("utf-16-le"), "UTF-16LE"),
         (RECORDS.encode("utf-32"), "UTF-32"),
@@ -80,7 +80,7 @@ RECORDS = "".join(json.dumps({"text": f"größer, 漢字 {n}"}, ensure_ascii=Fal
 def test_a_file_that_is_no_utf8_text_at_all_is_refused(
     tmp_path: Path, corpus: Literal["text", "jsonl"], content: bytes, called: str
 ) -> None:
-    """Also where all others are good."""
+    """Reject the file even if all others are valid."""
     suffix = ".txt" if corpus == "text" else ".jsonl"
     (tmp_path / f"a{suffix}").write_text(RECORDS, encoding="utf-8")
     (tmp_path / f"b{suffix}").write_bytes(content)
@@ -99,7 +99,7 @@ def test_a_long_file_is_cut_in_pieces_that_add_up_to_it(tmp_path: Path, text: st
     pieces = list(read_text_file(path, "long.txt", Cursor(), 1000))
     assert all(isinstance(p, Document) and 0 < len(p.text.encode()) <= 1000 for p in pieces)
     assert "".join(p.text for p in pieces if isinstance(p, Document)) == text
-    for index in (0, len(pieces) // 2, len(pieces) - 1):  # from any piece on, the rest is the same
+    for index in (0, len(pieces) // 2, len(pieces) - 1):  # reading from any piece on gives the same rest
         assert list(read_text_file(path, "long.txt", pieces[index].after, 1000)) == pieces[index + 1 :]
 
 
@@ -155,7 +155,7 @@ def test_a_json_array_is_named(tmp_path: Path, suffix: str) -> None:
     content = json.dumps([{"text": "a"}, {"text": "b"}], indent=1).encode()
     path = tmp_path / f"a{suffix}"
     path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
-    with pytest.raises(DataError, match=rf"a{suffix} begins a JSON array"):
+    with pytest.raises(DataError, match=rf"a{suffix} begins with a JSON array"):
         read(Data(corpus="jsonl", paths=(str(path),)))
 
 
@@ -220,11 +220,11 @@ def test_a_corpus_that_is_not_there_says_what_to_set(tmp_path: Path, paths: tupl
     assert "data.paths" in str(error.value)
 
 
-# --- nothing below a path is left out without a word -------------------------------------------------------
+# --- no file under a path is skipped silently ---------------------------------------------------------------
 
 
 def test_each_file_is_read_once_or_counted(tmp_path: Path) -> None:
-    """Whatever way leads to it; and links that go round end."""
+    """Read a file once whichever path leads to it; loops of links end."""
     corpus = tmp_path / "corpus"
     (corpus / "sub" / "deep").mkdir(parents=True)
     (corpus / ".git").mkdir()
@@ -236,7 +236,7 @@ def test_each_file_is_read_once_or_counted(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "i.txt").write_text("i.txt")
-    (corpus / "linked").symlink_to(elsewhere)  # a folder of somewhere else is read through its link
+    (corpus / "linked").symlink_to(elsewhere)  # a folder elsewhere is read through its link
     (corpus / "sub" / "loop").symlink_to(corpus)
     (corpus / "a link.txt").symlink_to(corpus / "a.txt")
     (corpus / "gone.pdf").symlink_to("nowhere")
@@ -257,7 +257,7 @@ import os, sys
 from shoal.config.data_options import Data
 from shoal.data.corpus.sources import open_corpus
 from shoal.errors import DataError
-if os.getuid() == 0:  # whom no permission binds
+if os.getuid() == 0:  # root ignores permissions
     os.setgroups([])
     os.setgid(65534)
     os.setuid(65534)
@@ -269,7 +269,7 @@ except DataError as error:
 
 
 def test_what_cannot_be_read_is_named_and_nothing_is_trained_on(tmp_path: Path) -> None:
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own is for its user alone
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folder is private to its user
     try:
         for name in ("a", "b"):
             (folder / name).mkdir()

@@ -1,4 +1,4 @@
-"""Which special tokens a folder has, of two files that may contradict each other: as transformers has it."""
+"""The special tokens of a folder whose two files may contradict each other, against transformers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shoal.data.tokens.tokenizer_ends import special_tokens
 from shoal.errors import DataError
 
 DECODER = {"added_tokens_decoder": {"300": {"content": "<B>", "special": True}}}
-CASES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [  # config, map, the one that counts
+CASES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [  # config, map, expected
     ({"token": "<A>"}, {"token": "<B>"}, "<B>"),
     ({}, {"token": "<B>"}, "<B>"),
     ({}, {"token": {"content": "<B>", "lstrip": False}}, "<B>"),
@@ -30,7 +30,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [  # config, ma
 
 
 def make(folder: Path, config: dict[str, Any], older: dict[str, Any]) -> Path:
-    """With "token" of a case as both the beginning and the end."""
+    """Write a case's "token" as both the beginning and the end."""
     tokenizer = train_bpe(iter(["Hello there, what is it?"] * 9), 280)
     tokenizer._tokenizer.add_special_tokens(["<A>", "<B>"])
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
@@ -56,7 +56,7 @@ def test_the_one_that_counts(tmp_path: Path, config: dict[str, Any], older: dict
 
 
 def test_the_beginning_too(real_tokenizers: Path, tmp_path: Path) -> None:
-    """Of a SentencePiece folder, whose config says whether a text begins with it, and whose older map says with what."""
+    """Read a SentencePiece folder: its config says whether a text begins with a token, its older map with which."""
     shutil.copy(real_tokenizers / "mistral" / "tokenizer.model", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": None}))
     assert load_tokenizer(str(tmp_path)).bos_id is None
@@ -66,7 +66,7 @@ def test_the_beginning_too(real_tokenizers: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after", [["<A>"], ["<A>", "<B>"]])
 def test_what_the_tokenizer_puts_after_a_text_stays(tmp_path: Path, after: list[str]) -> None:
-    """Where its end is written anew."""
+    """Keep the tokens after a text when the end-of-text token is replaced."""
     folder = make(tmp_path, {"token": "<B>"}, {})
     inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     inner.post_processor = tokenizers.processors.TemplateProcessing(

@@ -1,4 +1,4 @@
-"""The faster tokenizer: the same bytes on disk with it and without, and no trust where it differs."""
+"""The faster tokenizer: the same bytes on disk with and without it, and dropped if its ids differ."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_where_it_differs_all_is_done_again(
         path.unlink()
 
     class Wrong:
-        """Says id 1 for all from some batch on."""
+        """Returns id 1 for everything from some batch on."""
 
         calls = 0
 
@@ -80,4 +80,4 @@ def test_where_it_differs_all_is_done_again(
     again = prepare(data)
     assert Wrong.calls > wrong_from
     assert files_of(again) == files
-    assert [note for note in again.notes if "fastokens gives other ids" in note]
+    assert [note for note in again.notes if "different ids" in note and "fastokens" in note]

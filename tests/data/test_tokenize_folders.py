@@ -1,4 +1,4 @@
-"""Where documents begin and end: Hugging Face folders against transformers, and prepared tokens against both."""
+"""The tokens at documents' ends: Hugging Face folders and prepared tokens against transformers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shoal.config.data_options import Data
+from shoal.data.decode import held_out_text
 from shoal.data.encode import fraction_of
-from shoal.data.prepare import Prepared, held_out_text, named_tokenizer, open_prepared, prepare, token_options
+from shoal.data.prepare import Prepared, open_prepared, prepare
+from shoal.data.token_folder import named_tokenizer, token_options
 from shoal.data.tokens.tokenize import Tokenizer, load_tokenizer, parse_tokenizer, train_bpe
 from shoal.errors import DataError
 from shoal.resolve.resolve import resolve
@@ -28,7 +30,7 @@ MakeFolder = Callable[..., Path]
 
 
 def put_bos(path: Path, token: str) -> None:
-    """Rewrite a tokenizer.json as one that puts `token` before each text, in the usual way."""
+    """Rewrite a tokenizer.json to put `token` before each text."""
     tokenizer = tokenizers.Tokenizer.from_file(str(path))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{token} $A", pair=f"{token} $A {token} $B:1", special_tokens=[(token, tokenizer.token_to_id(token))]
@@ -38,7 +40,7 @@ def put_bos(path: Path, token: str) -> None:
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> MakeFolder:
-    """A Hugging Face folder with a small tokenizer; `puts_bos`: its tokenizer.json itself does."""
+    """Return a maker of Hugging Face folders with a small tokenizer. puts_bos: its tokenizer.json adds the token."""
     inner = train_bpe(iter(["some words of a text, some others\n"] * 20), 290)._tokenizer
     inner.add_special_tokens(list(SPECIAL))
 
@@ -79,7 +81,7 @@ def test_the_end_is_the_one_that_the_folder_names(make_folder: MakeFolder, confi
     saved = parse_tokenizer(tokenizer.to_json(), "saved")
     assert (saved.eot_id, saved.bos_id, saved.to_json()) == (tokenizer.eot_id, None, tokenizer.to_json())
     alone = load_tokenizer(str(folder / "tokenizer.json"))
-    assert alone.decode([alone.eot_id]) == "<|endoftext|>", "a file is what it says itself"
+    assert alone.decode([alone.eot_id]) == "<|endoftext|>", "a file alone uses its own setting"
 
 
 @pytest.mark.parametrize("puts_bos", [False, True])
@@ -89,7 +91,7 @@ def test_the_beginning_is_what_transformers_puts(make_folder: MakeFolder, puts_b
     folder = make_folder(puts_bos, tokenizer_config=config | ({} if add is None else {"add_bos_token": add}))
     tokenizer, theirs = load_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
     assert tokenizer.encode_prompt("some words") == theirs("some words").input_ids
-    assert (tokenizer.bos_id is not None) == puts_bos, "a tokenizer.json says it itself"
+    assert (tokenizer.bos_id is not None) == puts_bos, "a tokenizer.json has its own setting"
     saved = parse_tokenizer(tokenizer.to_json(), "saved")
     assert (saved.bos_id, saved.eot_id) == (tokenizer.bos_id, tokenizer.eot_id)
     assert saved.special_ids == {0, *(theirs.convert_tokens_to_ids(token) for token in SPECIAL)}
@@ -122,7 +124,7 @@ def test_a_sentencepiece_folder_begins_as_its_config_says(real_tokenizers: Path,
 
 
 def test_a_config_may_name_any_of_these(make_folder: MakeFolder, tmp_path: Path) -> None:
-    """And what is nowhere is a problem of the config, before anything starts."""
+    """A missing tokenizer is a config error, before the run starts."""
     folder = make_folder()
     for tokenizer in ("bytes", "tiktoken:gpt2", str(folder), str(folder / "tokenizer.json")):
         recipe = write(tmp_path, {"train": {"steps": 1}, "data": {"tokenizer": tokenizer}})
@@ -182,10 +184,6 @@ def test_documents_are_prepared_as_transformers_encodes_them(
     assert held_out_text(prepared) == "".join(held).encode()
     again = open_prepared(prepared.folder).tokenizer
     assert (again.bos_id, again.eot_id) == (theirs.bos_token_id, theirs.eos_token_id)
-    lengths = again.token_bytes()
-    assert lengths is not None
-    ids = list(itertools.chain(*documents(prepared, "train")))
-    assert lengths[ids].sum() == prepared.counts["train"].text_bytes, "bytes of tokens are bytes of text"
 
 
 def test_a_long_document_is_not_cut_where_parts_get_a_space(
@@ -199,7 +197,7 @@ def test_a_long_document_is_not_cut_where_parts_get_a_space(
 
 
 def test_ids_and_folders_of_before_stay(make_data: MakeData) -> None:
-    """Numbers from before a tokenizer could have a beginning."""
+    """Compare with ids from before tokenizers could have a beginning token."""
     pinned = {"bytes": "682bd91454f524fd", "bpe": "a636a1e13e1aa06c"}
     for tokenizer, data_id in pinned.items():
         prepared = prepare(make_data(tokenizer=tokenizer, tokenizer_vocab_size=300))

@@ -146,7 +146,7 @@ def test_prepared_data_whose_shards_are_elsewhere(tmp_path: Path) -> None:
     text = manifest.read_text()
     found = json.loads(text)["splits"]["train"]["shards"][0]["name"]
     manifest.write_text(text.replace(f'"{found}"', '"../../elsewhere.safetensors"'))
-    with pytest.raises(DataError, match=r"names ../../elsewhere.safetensors, which leads out of its folder"):
+    with pytest.raises(DataError, match=r"names ../../elsewhere.safetensors, which is outside its folder"):
         load_manifest(folder)
 
 

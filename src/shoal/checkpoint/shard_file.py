@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.hub.header import DTYPE_NAMES
+from shoal.hub.header import DTYPE_NAMES, header_bytes
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _PIECE_BYTES: Final = 16 * 2**20
@@ -97,19 +96,7 @@ def _header(items: Sequence[ShardItem]) -> bytes:
     """Return the safetensors header with its length prefix, padded so that tensors begin at a multiple of 8 bytes."""
     begins = {item.name: {"saved_offsets": list(item.offsets)} for item in items}
     described = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(begins)}
-    header: dict[str, object] = {"__metadata__": described}
-    begin = 0
-    for item in items:
-        end = begin + item.tensor.nbytes
-        header[item.name] = {
-            "dtype": _KINDS[item.tensor.dtype],
-            "shape": list(item.tensor.shape),
-            "data_offsets": [begin, end],
-        }
-        begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return header_bytes({item.name: (_KINDS[item.tensor.dtype], tuple(item.tensor.shape)) for item in items}, described)
 
 
 def read_offsets(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:

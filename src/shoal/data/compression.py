@@ -1,8 +1,8 @@
 """
-What general compressors make of a text: the yardstick for bits per byte. No torch.
+Bits per byte of a text with gzip and xz, to compare a model with. No torch.
 
-A model and its tokenizer have read the training text before they see what is held out. So a compressor reads it first
-too: primed, a text costs what it adds to the size of the training text.
+A model has read the training text before it sees the held-out text, so a compressor may too. "Primed", a text costs what
+it adds to the compressed size of the training text; "cold", it is compressed alone.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import gzip
 import lzma
 from collections.abc import Callable
 
-MIN_WINDOW, MAX_WINDOW = 4096, 1 << 26  # bytes that xz looks back; its memory is some twelve times that
+MIN_WINDOW, MAX_WINDOW = 4096, 1 << 26  # bytes that xz looks back; it needs about twelve times as much memory
 
 
 def sizes(training: bytes, text: bytes) -> dict[str, dict[str, float]]:
-    """Return the bits that `xz -9e` and `gzip -9` need for a byte of `text`: cold, and primed with `training`."""
+    """Return the bits per byte of `text` with `xz -9e` and `gzip -9`: cold, and primed with `training`."""
     window = min(max(len(training) + len(text), MIN_WINDOW), MAX_WINDOW)
     compressors: dict[str, Callable[[bytes], bytes]] = {
         "xz": lambda content: _xz(content, window),

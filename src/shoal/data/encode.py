@@ -1,4 +1,4 @@
-"""Documents -> token shards, on all cores, with bounded memory, restartable at any moment. No torch."""
+"""Documents -> token shards: on all cores, in bounded memory, resumable after a kill at any moment. No torch."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.data.corpus.documents import START, Corpus, Cursor, Skipped
-from shoal.data.corpus.paths import describe
+from shoal.data.corpus.paths import count_kinds
 from shoal.data.manifest import SPLITS, Journal, Skips, SplitName
 from shoal.data.shards import Tokens, token_dtype, write_shard
 from shoal.data.tokens.fastokens import DifferentIdsError, FastEncoder, fast_encoder
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
 
-CHUNK_BYTES = 2_000_000  # tokens of a chunk take some fifty times its text while Rust hands them over
+CHUNK_BYTES = 2_000_000  # a chunk's tokens take about fifty times its text while Rust returns them
 PART_CHARACTERS = 1 << 20  # longer documents are encoded in parts, for the same reason
 CHUNKS_IN_FLIGHT = 3
-COMPARED_CHUNKS = 64  # of so many chunks one, the first of all among them, is encoded by both tokenizers
+COMPARED_CHUNKS = 64  # both tokenizers encode one chunk in this many, the first one included
 
-FIELDS_AT_MOST = 100  # that are collected to name some
+FIELDS_AT_MOST = 100  # names of fields to collect, to suggest a data.text_key
 
 Split = Callable[[bytes], SplitName]
 
@@ -41,17 +41,17 @@ class _Item:
 
 
 def fraction_of(text: bytes) -> tuple[float, float]:
-    """Two numbers in [0, 1), a function of the text alone: for holding out, and for sampling."""
+    """Return two numbers in [0, 1) that depend on the text alone: for holding out and for sampling."""
     digest = hashlib.blake2b(text, digest_size=16).digest()
     return tuple(int.from_bytes(half, "big") / 2**64 for half in (digest[:8], digest[8:]))  # type: ignore[return-value]
 
 
 def choose_split(corpus: Corpus, val_fraction: float, tick: Callable[[Cursor], None]) -> Split:
     """
-    Which split a text belongs to: by its own hash, so names, order and neighbours do not matter.
+    Return the function that assigns a text to a split by its hash, so names, order and other texts do not matter.
 
-    Where that leaves a split of a small corpus empty, the text nearest to the border goes there.
-    Raises DataError where there are no two different texts.
+    If a split of a small corpus would be empty, it gets the text nearest to the border. Raises DataError if there are
+    no two different texts.
     """
     seen: set[float] = set()
     skips, fields = Skips(), Counter[str]()
@@ -69,19 +69,19 @@ def choose_split(corpus: Corpus, val_fraction: float, tick: Callable[[Cursor], N
         raise DataError(f"the corpus has no documents{_why_none(corpus, skips, fields)}")
     if len(seen) == 1:
         raise DataError(
-            "the corpus has one document only (or the same several times), so none can be held out; add documents to data.paths"
+            "the corpus has one document only (or copies of one), so none can be held out; add documents to data.paths"
             + (f" ({skips.note()})" if skips.count else "")
         )
-    # All lie on one side of the border: move it past the nearest one.
+    # All texts are on one side of the border: move it past the nearest one.
     border = sorted(seen)[1] if min(seen) >= val_fraction else max(seen)
     return lambda text: "val" if fraction_of(text)[0] < border else "train"
 
 
 def _why_none(corpus: Corpus, skips: Skips, fields: Counter[str]) -> str:
-    """The end of that sentence: what there is instead, and what to set."""
+    """Return the end of that sentence: what the corpus has instead, and which option to set."""
     said = f": {skips.note()}" if skips.count else ""
     if files := corpus.skipped_files():
-        said += f"; files that were skipped: {describe(files)}"
+        said += f"; files that were skipped: {count_kinds(files)}"
     if not fields:
         return f"{said}; correct data.paths or data.corpus"
     named = ", ".join(ascii(name) for name, _ in fields.most_common(10))  # the longest first
@@ -91,7 +91,7 @@ def _why_none(corpus: Corpus, skips: Skips, fields: Counter[str]) -> str:
 def training_sample(
     corpus: Corpus, split: Split, sample_bytes: int, total_bytes: int, tick: Callable[[Cursor], None]
 ) -> Iterator[str]:
-    """Training texts of about `sample_bytes`, taken evenly over the corpus by their hash."""
+    """Yield training texts of about `sample_bytes` in all, chosen evenly over the corpus by their hash."""
     share, taken = sample_bytes / max(total_bytes, 1), 0
     for document in corpus.read():
         tick(document.after)
@@ -116,10 +116,10 @@ def write_shards(
     tick: Callable[[Cursor], None],
 ) -> str | None:
     """
-    Go on from where `journal` is, and enter every finished shard in it. Returns what the user should know.
+    Write the shards that `journal` lacks, and record each in it. Returns a warning for the user, if any.
 
-    Shards end with the document that fills them, so they do not depend on chunks or interruptions. The faster
-    tokenizer is compared as it goes; where it is found wrong, everything is done again without it.
+    A shard ends with the document that fills it, so shards do not depend on chunks or interruptions. The faster
+    tokenizer's ids are compared on some chunks; if they differ, everything is encoded again without it.
     """
     fast = fast_encoder(tokenizer) if journal.fast else None
     if fast is not None:
@@ -128,7 +128,9 @@ def write_shards(
             return None
         except DifferentIdsError as error:
             journal.start_again_without_fast(folder)
-            note = f"fastokens gives other ids than tokenizers ({error}): the tokens were made again without it"
+            note = (
+                f"fastokens and tokenizers give different ids ({error}); the tokens were made again without fastokens"
+            )
     _write(folder, corpus, split, tokenizer, None, shard_tokens, journal, tick)
     return note if fast is not None else None
 
@@ -157,7 +159,7 @@ def _write(
 
 
 def _chunks(corpus: Corpus, split: Split, journal: Journal) -> Iterator[list[_Item]]:
-    """Documents that no finished shard holds, in chunks of about CHUNK_BYTES."""
+    """Yield documents that are in no finished shard, in chunks of about CHUNK_BYTES."""
     done = {name: journal.splits[name].after for name in SPLITS}
     chunk: list[_Item] = []
     chunk_bytes = 0
@@ -182,8 +184,9 @@ def _encoded(
     chunks: Iterator[list[_Item]], tokenizer: Tokenizer, fast: FastEncoder | None
 ) -> Iterator[tuple[list[_Item], list[Tokens]]]:
     """
-    Each chunk with its tokens, in order. Two threads, so that while one turns Rust's tokens into arrays
-    (and this one reads on) the other keeps every core busy.
+    Yield each chunk with its tokens, in order.
+
+    Two threads: while one converts Rust's tokens to arrays, the other keeps every core busy encoding.
     """
     in_flight: deque[tuple[list[_Item], Future[list[Tokens]]]] = deque()
     with ThreadPoolExecutor(2, "encode") as executor:
@@ -203,7 +206,7 @@ def _encoded(
 
 
 def _encode(tokenizer: Tokenizer, fast: FastEncoder | None, compare: bool, texts: Sequence[str]) -> list[Tokens]:
-    """One array a text, the tokens at its ends included."""
+    """Return one array per text, with the tokens that begin and end a document."""
     dtype = token_dtype(tokenizer.vocab_size)
     parts = [_parts(text) if tokenizer.can_be_cut else [text] for text in texts]
     flat = [part for text in parts for part in text]
@@ -218,11 +221,11 @@ def _encode(tokenizer: Tokenizer, fast: FastEncoder | None, compare: bool, texts
 def _arrays(tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
     code = "H" if dtype == np.uint16 else "I"
     for ids in tokenizer.encode_batch(texts):
-        yield np.frombuffer(array(code, ids), dtype)  # several times faster than numpy at reading a list of ints
+        yield np.frombuffer(array(code, ids), dtype)  # several times faster than np.array(ids)
 
 
 def _parts(text: str) -> list[str]:
-    """A text in parts of at most PART_CHARACTERS, cut behind a line's end where there is one."""
+    """Split a text into parts of at most PART_CHARACTERS, at a line end if possible."""
     parts, at = [], 0
     while len(text) - at > PART_CHARACTERS:
         end = text.rfind("\n", at, at + PART_CHARACTERS) + 1 or at + PART_CHARACTERS
@@ -233,7 +236,7 @@ def _parts(text: str) -> list[str]:
 
 @dataclass
 class _ShardBuilder:
-    """The shard of a split that is being filled."""
+    """The shard of a split that is filling up."""
 
     split: SplitName
     folder: Path
@@ -253,7 +256,7 @@ class _ShardBuilder:
         self.after = item.after
 
     def flush(self) -> None:
-        """Write the shard, then enter it: killed in between, it is written again, with the same bytes."""
+        """Write the shard, then record it. After a kill in between, the same bytes are written again."""
         written = self.journal.splits[self.split]
         path = self.folder / f"{self.split}-{len(written.shards):05d}.safetensors"
         tokens = np.concatenate(self.arrays, dtype=token_dtype(self.vocab_size))

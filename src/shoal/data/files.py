@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written aside, flushed, renamed. No torch."""
+"""Atomic writes, folders and locks, with a suggested fix if they fail. No torch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from shoal.system.disk import NoLocksError, take_lock, write_whole
 
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """
-    `write_whole`, with the way out where it fails.
+    Write a file whole or not at all (`write_whole`).
 
-    Raises DataError when the disk is full, the quota is reached or the folder cannot be written.
+    Raises DataError, with a suggested fix, if the disk is full, the quota is reached or the folder is not writable.
     """
     try:
         write_whole(path, parts)
@@ -24,27 +24,27 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> DataError:
-    """What to do about a failed write, by its cause."""
+    """Return the error for a failed write, with a fix for its cause."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        cure = "free some space or set data.folder to a larger disk, then start again: it goes on after the last shard"
+        cure = "free some space or set data.folder to a larger disk, then start again: it resumes after the last shard"
     else:
-        cure = "set data.folder to a folder that can be written"
+        cure = "set data.folder to a writable folder"
     return DataError(f"cannot write {path}: {error.strerror or error}; {cure}")
 
 
 def make_folder(folder: Path) -> None:
-    """Raises DataError where it cannot be made."""
+    """Create a folder and its parents. Raises DataError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(folder, error) from error
     except ValueError as error:  # a zero byte in its name
-        raise DataError(f"{str(folder)!r} is no path ({error}); set data.folder to another") from error
+        raise DataError(f"{str(folder)!r} is not a valid path ({error}); set data.folder to another") from error
 
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, while_waiting: Callable[[], None]) -> Iterator[bool]:
-    """Hold `path` against other processes as `take_lock` does; yields whether another one had it before us."""
+    """Lock `path` against other processes (`take_lock`); yields whether it had to wait for another one."""
     try:
         file = path.open("ab")
     except OSError as error:
@@ -54,6 +54,6 @@ def exclusive_lock(path: Path, while_waiting: Callable[[], None]) -> Iterator[bo
             waited = take_lock(file, while_waiting)
         except NoLocksError as error:
             raise DataError(
-                f"cannot lock {path}: {error.strerror}; set data.folder to a disk that has locks"
+                f"cannot lock {path}: {error.strerror}; set data.folder to a disk that supports file locks"
             ) from error
         yield waited

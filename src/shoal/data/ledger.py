@@ -1,18 +1,18 @@
 """
-The ledger of samples: a proof that each was trained on once an epoch, whatever died. No torch.
+The ledger of samples: a proof that each was trained on once per epoch, through crashes and rollbacks. No torch.
 
-`ledger.jsonl`, written by the first process alone and only ever added to, has two kinds of lines. Where steps go on, at
-a start, a resume and a rollback, one that takes back all steps after `after`:
+Rank 0 alone writes `ledger.jsonl`, and only appends. At a start, a resume and a rollback it writes a line that revokes all
+steps after `after`:
 
     {"after": 40, "position": 640, "rows": 900, "seed": 0, "global_batch": 16, "copies": 1, "data_id": "..."}
 
-and one for each step, of the positions [first, stop) of `order.sample_at`, or for positions that no step gets:
+It writes a line for each step on the positions [first, stop) of `order.sample_at`, and for positions that no step uses:
 
     {"step": 41, "first": 640, "stop": 656, "skipped": false, "sum": 8861029183215}
     {"passed_over": [656, 720]}
 
-`sum` says what the processes really had: each takes the checksum of the samples in its own micro-batches, and the step's
-all-reduce adds them up. Each process counts, also those that share samples along `pp`, `cp` or `tp`: `copies` is how many.
+`sum` records which samples the ranks really read: each computes the checksum of its own micro-batches, and the step's
+all-reduce adds them up. Ranks that share samples along `pp`, `cp` or `tp` all count: `copies` is how many share.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ import numpy.typing as npt
 from shoal.data.order import sample_at
 from shoal.run.jsonl import PatientLines, whole_lines
 
-MOST_BITS: Final = 40  # two different steps have equal sums once in 2^40
+MOST_BITS: Final = 40  # two different sets of samples collide once in 2^40
 FLOAT64_BITS: Final = 53  # integers up to 2^53 and their sums are exact
-_AT_ONCE: Final = 1 << 20  # samples
-_SHOWN: Final = 10  # of a kind of things that may be many
-# Of MurmurHash3's 64-bit finalizer (Appleby 2011), and an odd number that keeps sample 0 from being nothing. Not the mix
-# of `order.py`: a mistake there must not hide itself here.
+_AT_ONCE: Final = 1 << 20  # samples whose checksums are computed together
+_SHOWN: Final = 10  # maximum lines of each kind
+# The constants of MurmurHash3's 64-bit finalizer (Appleby 2011), and an odd offset, since the finalizer maps 0 to 0.
+# Not the mix of `order.py`, so that a bug there cannot hide here.
 _OFFSET, _MIX_1, _MIX_2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53))
 _SHIFT: Final = np.uint64(33)
 
 
 def bits_for(samples: int) -> int:
     """
-    How many bits of a sample's mix are summed, so that the sum over `samples` (global batch times copies) is exact in float64.
+    Return how many bits of each hash to sum, so that the sum over `samples` (global batch x copies) is exact in float64.
 
-    Each is below 2^bits, so the sum is below samples x 2^bits, at most 2^53: 40 bits up to 2^13 samples, one less each
-    time they double. Raises ValueError beyond 2^45, where nothing would be left.
+    Each hash is below 2^bits, so the sum is below samples x 2^bits, which must not exceed 2^53. That is 40 bits up to
+    2^13 samples, and one bit fewer per doubling. Raises ValueError beyond 2^45 samples, which leave fewer than 8 bits.
     """
     bits = min(MOST_BITS, FLOAT64_BITS - (samples - 1).bit_length())
     if bits < 8:
@@ -53,7 +53,7 @@ def bits_for(samples: int) -> int:
 
 
 def checksum(sample_ids: npt.ArrayLike, bits: int) -> int:
-    """The sum of a `bits`-bit mix of each id, whatever their order. Exact in float64, alone and summed over processes."""
+    """Return the sum of a `bits`-bit hash of each id, in any order. Exact in float64, also summed over processes."""
     return int(_mixed(np.asarray(sample_ids, np.int64), bits).sum())
 
 
@@ -66,12 +66,12 @@ def _mixed(sample_ids: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.uint6
 
 @dataclass(frozen=True)
 class Header:
-    """What the order of samples is a function of, and how often each is in a sum."""
+    """Everything the order of samples depends on, and how often each sample is in a sum."""
 
     rows: int
     seed: int
     global_batch: int
-    copies: int  # processes that have the same samples: pp x cp x tp
+    copies: int  # processes that read the same samples: pp x cp x tp
     data_id: str
 
     @property
@@ -80,19 +80,19 @@ class Header:
 
 
 class Ledger:
-    """Writes `ledger.jsonl`; the first process's alone. Nothing raises for a disk's sake: see `problem`."""
+    """Writes `ledger.jsonl`, on rank 0 alone. Disk errors do not raise: see `problem`."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self._lines, self._header = PatientLines(path), header
-        self._stop = 0  # of the step before
+        self._stop = 0  # of the previous step
 
     @property
     def problem(self) -> str | None:
-        """What keeps lines from being written, for a person; they wait in memory."""
+        """Why lines cannot be written, for a person; until then they are kept in memory."""
         return self._lines.problem
 
     def begin(self, step: int, position: int) -> None:
-        """Steps go on after `step`, whose samples stop at `position`: what is written of later ones is taken back."""
+        """Record that steps continue after `step`, whose samples stop at `position`. This revokes later steps' lines."""
         self._stop = position
         self._lines.add({"after": step, "position": position, **asdict(self._header)})
 
@@ -107,10 +107,10 @@ class Ledger:
         windows: Sequence[tuple[int, int]] = (),
     ) -> None:
         """
-        A step on positions [first, stop), whose checksums add up to `total`. skipped: it changed nothing.
+        Record a step on positions [first, stop), whose checksums add up to `total`. skipped: it changed no weight.
 
-        windows: [first, stop) of positions that no step may have a part of. A jump is written as passed over where it ends
-        with one of these; any other is left for the audit to find.
+        windows: [first, stop) ranges of positions that no step may use. A jump that ends with one of them is recorded as
+        passed over; the audit reports any other jump.
         """
         if first > self._stop and any(first == end for _, end in windows):
             self._lines.add({"passed_over": [self._stop, first]})
@@ -118,7 +118,7 @@ class Ledger:
         self._lines.add({"step": step, "first": first, "stop": stop, "skipped": skipped, "sum": int(total)})
 
     def sync(self) -> None:
-        """Outlives a power cut from here on: for when a checkpoint does."""
+        """Flush to disk, so that lines survive a power cut; call it when a checkpoint is saved."""
         self._lines.sync()
 
     def close(self) -> None:
@@ -129,7 +129,7 @@ class Ledger:
 
 
 class Window(NamedTuple):
-    """Positions [first, stop), of a step, or (None) of none."""
+    """Positions [first, stop) of a step; of no step if `step` is None."""
 
     step: int | None
     first: int
@@ -143,7 +143,7 @@ class Window(NamedTuple):
 
 @dataclass
 class Epoch:
-    """Samples of an epoch: how many were trained on, were so more than once, or not, and why not."""
+    """Counts of an epoch's samples: trained on, trained on again, skipped and passed over."""
 
     trained: int = 0
     again: int = 0
@@ -154,10 +154,10 @@ class Epoch:
 @dataclass
 class Audit:
     """
-    What a ledger proves.
+    The result of auditing a ledger.
 
-    problems: why it does not prove that each sample was trained on once an epoch; the first ten, and how many more.
-    first_wrong: the first step that has one.
+    problems: why it does not prove that each sample was trained on once per epoch; the first ten, and the number of the
+    others. first_wrong: the first step with a problem.
     """
 
     rows: int = 0
@@ -177,6 +177,7 @@ class Audit:
         return not self.problems
 
     def complain(self, problem: str, step: int | None = None) -> None:
+        """Record a problem, of a step if given."""
         if step is not None:
             self.first_wrong = step if self.first_wrong is None else min(step, self.first_wrong)
         if len(self.problems) < _SHOWN:
@@ -194,9 +195,9 @@ class Audit:
 
 def audit(path: Path, *, rows: int | None = None, seed: int | None = None) -> Audit:
     """
-    Recompute every line of `ledger.jsonl`, also of steps that were taken back. Raises `OSError` where there is none.
+    Check every line of `ledger.jsonl`, also those of revoked steps. Raises OSError if the file cannot be read.
 
-    rows, seed: where given, the ledger's own must be these.
+    rows, seed: if given, the ledger must have the same.
     """
     found, history = Audit(), _History()
     header: Header | None = None
@@ -209,7 +210,7 @@ def audit(path: Path, *, rows: int | None = None, seed: int | None = None) -> Au
             header = _next_header(found, header, line)
             found.taken_again += history.take_back(line["after"], line["position"])
         elif header is None:
-            found.complain("the first lines are missing: there is nothing to compare the sums with")
+            found.complain("the first lines are missing, so the sums cannot be checked")
             return found
         elif "passed_over" in line:
             history.windows.append(Window(None, *line["passed_over"]))
@@ -225,11 +226,11 @@ def audit(path: Path, *, rows: int | None = None, seed: int | None = None) -> Au
                 pending.clear()
     _check_sums(found, header, pending)
     if header is None:
-        found.complain("there are no lines")
+        found.complain("the ledger is empty")
         return found
     for name, wanted, written in (("rows", rows, header.rows), ("seed", seed, header.seed)):
         if wanted is not None and wanted != written:
-            found.complain(f"the ledger is of {name} {written}, and the run has {wanted}")
+            found.complain(f"the ledger has {name} {written}, but the run has {wanted}")
     found.rows = header.rows
     _check_history(found, history.windows)
     _count(found, history.windows)
@@ -247,12 +248,12 @@ def _next_header(found: Audit, before: Header | None, line: dict[str, Any]) -> H
 
 @dataclass
 class _History:
-    """The windows of steps that were not taken back, in the order in which they were taken."""
+    """The windows of steps that were not revoked, in order."""
 
     windows: list[Window] = field(default_factory=list)
 
     def take_back(self, step: int, position: int) -> int:
-        """What comes after `step`, at `position`, was not; how many steps."""
+        """Drop the windows after `step` and after `position`; return how many were steps."""
         count = 0
         while self.windows:
             last = self.windows[-1]
@@ -264,7 +265,7 @@ class _History:
 
 
 def _check_sums(found: Audit, header: Header | None, lines: Sequence[tuple[Window, int]]) -> None:
-    """Each step's sum against that of the samples which belong at its positions."""
+    """Compare each step's sum with that of the samples at its positions."""
     lines = [(window, total) for window, total in lines if window.stop > window.first >= 0]
     if header is None or not lines:
         return
@@ -275,21 +276,21 @@ def _check_sums(found: Audit, header: Header | None, lines: Sequence[tuple[Windo
     for (window, total), expected in zip(lines, sums.tolist(), strict=True):
         if total != expected * header.copies:
             found.complain(
-                f"step {window.step} trained on other samples than those at positions {window.first} to {window.stop - 1}",
+                f"step {window.step} did not train on the samples at positions {window.first} to {window.stop - 1}",
                 window.step,
             )
 
 
 def _check_history(found: Audit, windows: Sequence[Window]) -> None:
-    """Steps follow each other, and so do their positions, from the very first on."""
+    """Check that steps and positions are consecutive from the first on."""
     step, position = 0, 0
     for window in windows:
         if window.first != position:
-            what = "were passed over" if window.first > position else "come again"
+            what = "were passed over" if window.first > position else "are repeated"
             low, high = sorted((window.first, position))
             where = f"positions {low} to {high - 1} {what}"
             at = step + 1 if window.step is None else window.step
-            found.complain(f"{where} before step {at}, and no line says so", at)
+            found.complain(f"{where} before step {at}, and no line explains it", at)
         if window.step is not None:
             if window.step != step + 1:
                 found.complain(f"step {window.step} comes after step {step}", min(window.step, step + 1))
@@ -298,8 +299,8 @@ def _check_history(found: Audit, windows: Sequence[Window]) -> None:
 
 
 def _count(found: Audit, windows: Sequence[Window]) -> None:
-    """How many samples of each epoch were trained on, and how many of them again."""
-    seen = 0  # where the trained windows so far stop: they began no later than those that follow
+    """Count the samples of each epoch: trained on, trained on again, skipped and passed over."""
+    seen = 0  # end of the trained windows so far; windows are sorted by their first position
     for window in sorted(windows, key=lambda w: w.first):
         if window.step is None:
             found.passed_over.append(window)
@@ -321,7 +322,7 @@ def _count(found: Audit, windows: Sequence[Window]) -> None:
 
 
 def _by_epoch(window: Window, rows: int) -> Iterator[tuple[int, int, int]]:
-    """(epoch, first, stop) of the parts of a window."""
+    """Yield (epoch, first, stop) of the parts of a window."""
     first = window.first
     while first < window.stop:
         stop = min(window.stop, (first // rows + 1) * rows)
@@ -330,14 +331,14 @@ def _by_epoch(window: Window, rows: int) -> Iterator[tuple[int, int, int]]:
 
 
 def describe(found: Audit) -> list[str]:
-    """Lines for a terminal: what was found, and PASS or FAIL."""
+    """Return lines for a terminal: the counts, the problems, and PASS or FAIL."""
     lines = [
-        f"{found.steps:,} steps in {found.lives:,} {'life' if found.lives == 1 else 'lives'} trained on {found.samples:,} "
-        f"samples of {found.rows:,}; {found.taken_again:,} steps were taken back, and again"
+        f"{found.steps:,} steps in {found.lives:,} {'start' if found.lives == 1 else 'starts'} trained on {found.samples:,} "
+        f"samples from {found.rows:,} rows; {found.taken_again:,} steps were repeated after a resume or rollback"
     ]
     whole = [n for n, e in found.epochs.items() if e == Epoch(trained=found.rows)]
     if whole:
-        lines.append(f"{_span('epoch', whole)}: each of {found.rows:,} samples once")
+        lines.append(f"{_span('epoch', whole)}: each of the {found.rows:,} samples once")
     for number, epoch in sorted(found.epochs.items()):
         if number not in whole:
             lines.append(f"epoch {number}: {_epoch_in_words(epoch, found.rows, last=number == max(found.epochs))}")
@@ -345,7 +346,7 @@ def describe(found: Audit) -> list[str]:
     lines += _some([f"passed over: positions {w.first} to {w.stop - 1}" for w in found.passed_over])
     if found.passed:
         excepted = " that was not skipped or passed over" if found.skipped or found.passed_over else ""
-        return [*lines, f"PASS: each sample{excepted} was trained on once an epoch, as far as the run has come"]
+        return [*lines, f"PASS: each sample{excepted} was trained on once per epoch so far"]
     more = [f"and {found.more_problems:,} more"] if found.more_problems else []
     where = "" if found.first_wrong is None else f" from step {found.first_wrong} on"
     return [

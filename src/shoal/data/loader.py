@@ -1,8 +1,8 @@
 """
-Rows -> batches of tensors, a step at a time, read ahead by a thread.
+Rows -> batches of tensors, one optimizer step at a time, prefetched by a thread.
 
-The loader's whole state is `position`: samples consumed since the start of training. Which sample is at
-a position is `order.sample_at`, which knows nothing of processes, so a run may go on with any number of them.
+The loader's whole state is `position`: samples consumed since the start of training. `order.sample_at` maps a position
+to a sample, whatever the number of processes, so a run may resume with any number of them.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from torch import Tensor
 
 from shoal.config.layout import split_slots
 from shoal.data.order import sample_at
-from shoal.data.pack import IGNORED_LABEL, PackedRows, Rows
+from shoal.data.pack import IGNORED_LABEL, Rows
 
 _CPU: Final = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. Tensors are int64 [batch, seq]; `document_ids` is None where documents are not kept apart."""
+    """A micro-batch. Tensors are int64 [batch, seq]; `document_ids` is None if there is no document mask."""
 
     tokens: Tensor
-    labels: Tensor  # the next token, or -100 where nothing is to be predicted
+    labels: Tensor  # the next token, or -100 to ignore
     positions: Tensor
     document_ids: Tensor | None
-    sample_ids: tuple[int, ...]  # the rows' numbers
-    valid_tokens: int  # labels that count
+    sample_ids: tuple[int, ...]  # row numbers
+    valid_tokens: int  # labels that are not ignored
 
     def ignored(self) -> Batch:
-        """The same shapes, and nothing that counts: a turn for a process that has none of its own."""
-        return _only(self, 0)
+        """Return the same shapes with every label ignored, for a rank that has no micro-batch of its own in this turn."""
+        return _count_only(self, 0)
 
     def to(self, device: torch.device | str) -> Batch:
-        """On `device`; from pinned memory without waiting for the copy."""
+        """Copy to `device`; asynchronously from pinned memory."""
         tokens, labels, positions = (
             t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.positions)
         )
@@ -49,22 +49,22 @@ class Batch:
         return Batch(tokens, labels, positions, ids, self.sample_ids, self.valid_tokens)
 
     def pin_memory(self) -> Batch:
-        """In page-locked memory, from which a GPU copies while it computes."""
+        """Copy to page-locked memory, from which a GPU copies while it computes."""
         ids = None if self.document_ids is None else self.document_ids.pin_memory()
         tokens, labels, positions = (t.pin_memory() for t in (self.tokens, self.labels, self.positions))
         return Batch(tokens, labels, positions, ids, self.sample_ids, self.valid_tokens)
 
 
 def make_batch(rows: Rows, row_ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Batch:
-    """The rows of these numbers. Raises DataError where their bytes were altered."""
-    packed: PackedRows = rows.pack(row_ids)
+    """Return the rows with these numbers. Raises DataError if their bytes were altered."""
+    arrays = rows.read(row_ids)
     return Batch(
-        torch.from_numpy(packed.tokens),
-        torch.from_numpy(packed.labels),
-        torch.from_numpy(packed.positions),
-        torch.from_numpy(packed.document_ids) if rows.document_mask else None,
+        torch.from_numpy(arrays.tokens),
+        torch.from_numpy(arrays.labels),
+        torch.from_numpy(arrays.positions),
+        None if arrays.document_ids is None else torch.from_numpy(arrays.document_ids),
         tuple(row_ids.tolist()),
-        int((packed.labels != IGNORED_LABEL).sum()),
+        int((arrays.labels != IGNORED_LABEL).sum()),
     )
 
 
@@ -72,11 +72,11 @@ class Loader:
     """
     This rank's micro-batches of each optimizer step.
 
-    `device`: that will get them; for CUDA they are in pinned memory. `passed_over`: [first, stop) of positions that no step
-    has a part of. `at("read")` is called before each step is read.
+    device: where the batches will go; for CUDA they are in pinned memory. passed_over: [first, stop) ranges of positions
+    that no step uses. `at("read")` is called before each step is read.
 
-    A step has `global_batch // micro_batch` slots, micro-batches in a fixed order; a rank owns a contiguous run of
-    them (`layout.split_slots`). Raises ValueError where there are fewer than ranks.
+    A step has `global_batch // micro_batch` slots: micro-batches in a fixed order. A rank owns consecutive slots
+    (`layout.split_slots`). Raises ValueError if there are fewer slots than ranks.
     """
 
     def __init__(
@@ -97,14 +97,15 @@ class Loader:
         slots = global_batch // micro_batch
         if global_batch % micro_batch or slots < dp_size:
             raise ValueError(
-                f"global_batch {global_batch} is no multiple of micro_batch {micro_batch}, or gives {dp_size} ranks less than one each"
+                f"global_batch {global_batch} is not a multiple of micro_batch {micro_batch}, or has fewer micro-batches "
+                f"than the {dp_size} data-parallel ranks"
             )
         if not 0 <= dp_rank < dp_size:
             raise ValueError(f"dp_rank {dp_rank} is not in range({dp_size})")
         self.position = position
-        """Samples up to the end of the last step that was handed out, over all ranks."""
+        """Samples consumed over all ranks, up to the end of the last step returned."""
         self.first = position
-        """Where that step began."""
+        """Position of that step's first sample."""
         self.rows = rows
         self._at = at
         self._seed, self._device, self._passed_over = seed, device, sorted(passed_over)
@@ -116,22 +117,22 @@ class Loader:
         self._thread.start()
 
     def next_step(self) -> list[Batch]:
-        """The next optimizer step; blocks only if reading ahead was too slow. Raises what reading raised."""
+        """Return the next optimizer step; blocks only if prefetching is too slow. Raises whatever reading raised."""
         if self._closed.is_set():
             raise RuntimeError("the loader is closed")
         step = self._ready.get()
         if isinstance(step, BaseException):
-            self._ready.put(step)  # the thread has ended: asked again, say the same rather than wait for ever
+            self._ready.put(step)  # the thread has ended: raise it again at the next call rather than block forever
             raise step
         self.first, batches = step
         self.position = self.first + self._global_batch
         return batches
 
     def close(self) -> None:
-        """End the thread. May be called twice."""
+        """Stop the thread. May be called twice."""
         self._closed.set()
         while self._thread.is_alive():
-            try:  # make room for a thread that waits to hand over a step
+            try:  # make room for the thread if it blocks on a full queue
                 self._ready.get_nowait()
             except queue.Empty:
                 self._thread.join(0.01)
@@ -139,34 +140,34 @@ class Loader:
     def _read_ahead(self, position: int) -> None:
         try:
             if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)  # a thread's own, else the first
+                torch.cuda.set_device(self._device)  # per thread; the default is GPU 0
             while not self._closed.is_set():
                 self._at("read")
                 position = self._after_windows(position)
                 self._ready.put((position, self._step_at(position)))
                 position += self._global_batch
-        except BaseException as error:  # everything: it is raised in the thread that asks
+        except BaseException as error:  # everything: `next_step` raises it in the caller's thread
             self._ready.put(error)
 
     def _after_windows(self, position: int) -> int:
-        """Where a step may begin from `position` on, that has no sample which is to be passed over."""
+        """Return the first position, from `position` on, of a step without samples in `passed_over`."""
         for first, stop in self._passed_over:
             if position < stop and position + self._global_batch > first:
                 position = stop
         return position
 
     def samples(self, position: int) -> list[int]:
-        """The rows of the step that begins at `position`, over all ranks."""
+        """Return the row numbers of the step that begins at `position`, over all ranks."""
         places = np.arange(position, position + self._global_batch)
         found: list[int] = sample_at(self._seed, places, len(self.rows)).tolist()
         return found
 
     def batches_at(self, position: int) -> list[Batch]:
-        """This rank's part of the step that begins at `position`, once more. Reads it now."""
+        """Read this rank's part of the step that begins at `position` again, without prefetching."""
         return self._step_at(position)
 
     def _step_at(self, position: int) -> list[Batch]:
-        """A pure function of the position."""
+        """Read this rank's part of the step at `position`: a pure function of the position."""
         first, stop = (position + slot * self._micro_batch for slot in (self._slots.start, self._slots.stop))
         row_ids = sample_at(self._seed, np.arange(first, stop), len(self.rows))
         batches = (make_batch(self.rows, ids) for ids in row_ids.reshape(-1, self._micro_batch))
@@ -174,7 +175,7 @@ class Loader:
 
 
 def evaluation_rows(rows: Rows, max_tokens: int | None) -> int:
-    """How many rows an evaluation reads: as many as fit in `max_tokens`, at least one; None: all."""
+    """Return how many rows an evaluation reads: as many as fit in `max_tokens`, at least one; None: all."""
     if max_tokens is None:
         return len(rows)
     return min(len(rows), max(1, max_tokens // rows.seq_len))
@@ -184,10 +185,9 @@ def evaluation_batches(
     rows: Rows, micro_batch: int, dp_rank: int, dp_size: int, max_tokens: int | None = None
 ) -> Iterator[Batch]:
     """
-    The first rows in order, each on exactly one rank: the same rows whatever `dp_size` is.
+    Yield the first rows in order, each on exactly one rank: the same rows for every `dp_size`.
 
-    Ranks take turns, and all get equally many batches of one size: what is missing at the end is filled with rows
-    that do not count.
+    Ranks take turns. All get the same number of batches, of the same size; rows whose labels are ignored fill the end.
     """
     count = evaluation_rows(rows, max_tokens)
     batches = -(-count // micro_batch)
@@ -195,11 +195,11 @@ def evaluation_batches(
         first = (turn * dp_size + dp_rank) * micro_batch
         ids = np.arange(first, first + micro_batch)
         batch = make_batch(rows, np.minimum(ids, count - 1))
-        yield batch if ids[-1] < count else _only(batch, max(0, count - first))
+        yield batch if ids[-1] < count else _count_only(batch, max(0, count - first))
 
 
-def _only(batch: Batch, rows: int) -> Batch:
-    """The same shapes, in which only the first `rows` rows count."""
+def _count_only(batch: Batch, rows: int) -> Batch:
+    """Return the same shapes with the labels after the first `rows` rows ignored."""
     labels = batch.labels.clone()
     labels[rows:] = IGNORED_LABEL
     valid = int((labels != IGNORED_LABEL).sum())

@@ -1,4 +1,4 @@
-"""What a folder of prepared tokens says of itself: the finished manifest, and the journal until then. No torch."""
+"""The manifest of a folder of prepared tokens, and the journal of an unfinished one. No torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from shoal.data.corpus.documents import START, Corpus, Cursor, Entry, Skipped
-from shoal.data.corpus.paths import describe
+from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Skipped
+from shoal.data.corpus.paths import count_kinds
 from shoal.data.files import write_atomically
 from shoal.data.shards import CURE, ShardRecord
 from shoal.errors import DataError
@@ -19,7 +19,7 @@ from shoal.system.output import on_one_line
 
 FORMAT = 1
 MANIFEST, JOURNAL, TOKENIZER, YARDSTICK = "manifest.json", "journal.json", "tokenizer.json", "yardstick.json"
-NAMED_AT_MOST = 5  # files that a message names; the others are counted
+NAMED_AT_MOST = 5  # files named in a message; the rest are counted
 
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
@@ -27,7 +27,7 @@ SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 @dataclass
 class Skips:
-    """What was no document: how many, the first few, and up to where they are counted."""
+    """Skipped records: how many, the first few, and the place up to which they are counted."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -35,7 +35,7 @@ class Skips:
     reasons: dict[str, int] = field(default_factory=dict)
 
     def add(self, item: Skipped) -> None:
-        """Once each, though a restart reads some of them again."""
+        """Count a skipped record, once even if a restart reads it again."""
         if item.after <= self.upto:
             return
         self.count, self.upto = self.count + 1, item.after
@@ -44,9 +44,12 @@ class Skips:
             self.first.append(f"{item.name}: {item.reason}")
 
     def note(self) -> str:
+        """Return one line for the console."""
         if self.count == len(self.first) or not self.reasons:
             return f"{self.count:,} skipped, not text: {'; '.join(map(on_one_line, self.first))}"
-        return f"{self.count:,} skipped, not text: {describe(self.reasons)}; the first is {on_one_line(self.first[0])}"
+        return (
+            f"{self.count:,} skipped, not text: {count_kinds(self.reasons)}; the first is {on_one_line(self.first[0])}"
+        )
 
     @classmethod
     def load(cls, saved: Any) -> Skips:
@@ -55,7 +58,7 @@ class Skips:
 
 @dataclass
 class Written:
-    """The finished shards of a split, and the document after the last one in them."""
+    """The finished shards of a split, and the place of the document after them."""
 
     shards: list[ShardRecord] = field(default_factory=list)
     after: Cursor = START
@@ -63,35 +66,35 @@ class Written:
 
 @dataclass
 class Journal:
-    """How far preparing has come. Each shard is entered when it is whole on disk, so a kill loses at most one."""
+    """The progress of preparing. Each shard is recorded once it is complete on disk, so a kill loses at most one."""
 
     options: Mapping[str, Any]
-    listing: list[Entry]
+    listing: list[CorpusFile]
     splits: dict[SplitName, Written] = field(default_factory=lambda: {name: Written() for name in SPLITS})
     skips: Skips = field(default_factory=Skips)
-    fast: bool = True  # the faster tokenizer has not been found wrong
+    fast: bool = True  # False once the faster tokenizer gave wrong ids
 
     def start_again_without_fast(self, folder: Path) -> None:
-        """Forget every shard: what the faster tokenizer wrote is not to be trusted."""
+        """Discard every shard, since the faster tokenizer gave wrong ids."""
         self.splits, self.fast = {name: Written() for name in SPLITS}, False
-        self.save(folder)  # first, so that a kill in between leaves no entry without its shard
+        self.save(folder)  # before removing shards, so that after a kill the journal lists no missing shard
         clear(folder, ["*.safetensors"])
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / JOURNAL, [json.dumps(asdict(self)).encode()])
 
     def resume_at(self) -> Cursor:
-        """The first document that some split still lacks."""
+        """Return the place of the first document that a split still lacks."""
         return min(written.after for written in self.splits.values())
 
 
-def load_journal(folder: Path, options: Mapping[str, Any], listing: list[Entry]) -> Journal | None:
-    """The journal of an interrupted preparation, if it was of the same corpus in the same state."""
+def load_journal(folder: Path, options: Mapping[str, Any], listing: list[CorpusFile]) -> Journal | None:
+    """Return the journal of an interrupted preparation if its options and corpus are unchanged, else None."""
     try:
         saved = json.loads((folder / JOURNAL).read_bytes())
         journal = Journal(
             saved["options"],
-            [Entry(**entry) for entry in saved["listing"]],
+            [CorpusFile(**entry) for entry in saved["listing"]],
             {name: _written(saved["splits"][name]) for name in SPLITS},
             Skips.load(saved["skips"]),
             saved.get("fast", True),
@@ -107,7 +110,7 @@ def _written(saved: Any) -> Written:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """A split in numbers. `tokens` counts one end of text for each document; `text_bytes` is UTF-8."""
+    """A split in numbers. `tokens` includes one end-of-text token per document; `text_bytes` counts UTF-8 bytes."""
 
     documents: int
     tokens: int
@@ -117,10 +120,10 @@ class SplitRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about prepared tokens. `data_id` names them by their content: equal ids, equal tokens."""
+    """Everything about prepared tokens. `data_id` is a hash of their content: equal ids, equal tokens."""
 
     options: Mapping[str, Any]
-    listing: tuple[Entry, ...]
+    listing: tuple[CorpusFile, ...]
     digests: tuple[str, ...]
     tokenizer_sha256: str
     vocab_size: int
@@ -134,7 +137,7 @@ class Manifest:
 
 
 def finish(journal: Journal, digests: Sequence[str], tokenizer_json: bytes, vocab_size: int) -> Manifest:
-    """The manifest of a preparation that has come to its end."""
+    """Return the manifest of a finished preparation."""
     tokenizer_sha256 = hashlib.sha256(tokenizer_json).hexdigest()
     splits = {name: _sum(written.shards) for name, written in journal.splits.items()}
     return Manifest(
@@ -160,14 +163,14 @@ def _data_id(tokenizer_sha256: str, splits: Mapping[SplitName, SplitRecord]) -> 
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Raises DataError where it is missing, damaged or of another format."""
+    """Read the manifest. Raises DataError if it is missing, damaged or of another format."""
     path = folder / MANIFEST
     try:
         saved = json.loads(path.read_bytes())
         if saved["format"] != FORMAT:
             raise DataError(f"{path} has format {saved['format']}, not {FORMAT}; {CURE}")
         splits = {name: _sum([ShardRecord(**s) for s in saved["splits"][name]["shards"]]) for name in SPLITS}
-        saved["listing"] = tuple(Entry(**entry) for entry in saved["listing"])
+        saved["listing"] = tuple(CorpusFile(**entry) for entry in saved["listing"])
         saved["skips"] = Skips.load(saved["skips"])
         manifest = Manifest(**{**saved, "splits": splits})
     except OSError as error:
@@ -176,7 +179,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise DataError(f"{path} is damaged ({error!r}); {CURE}") from error
     for shard in (shard for split in splits.values() for shard in split.shards):
         if Path(shard.name).name != shard.name:
-            raise DataError(f"{path} names {shard.name}, which leads out of its folder; {CURE}")
+            raise DataError(f"{path} names {shard.name}, which is outside its folder; {CURE}")
     if _data_id(manifest.tokenizer_sha256, splits) != manifest.data_id:
         raise DataError(f"{path} was altered: its data_id does not match its shards; {CURE}")
     return manifest
@@ -184,10 +187,10 @@ def load_manifest(folder: Path) -> Manifest:
 
 def check_unchanged(manifest: Manifest, corpus: Corpus) -> None:
     """
-    Raises DataError, naming files, where the corpus is not the one these tokens came from.
+    Raise DataError, naming files, if the corpus has changed since its tokens were prepared.
 
-    A file of the same size with another modification time is read and compared by its hash: copying or
-    checking out a corpus again changes nothing.
+    A file of the same size with another modification time is compared by its hash, so a corpus that was copied or
+    checked out again counts as unchanged.
     """
     before = {entry.name: (entry, digest) for entry, digest in zip(manifest.listing, manifest.digests, strict=True)}
     now = {entry.name: (entry, index) for index, entry in enumerate(corpus.listing())}
@@ -200,8 +203,8 @@ def check_unchanged(manifest: Manifest, corpus: Corpus) -> None:
     differences = [_name_some(kind, sorted(names)) for kind, names in kinds.items() if names]
     if differences:
         raise DataError(
-            f"the corpus is not what it was when its tokens were prepared: {', '.join(differences)}; "
-            "`--data.rebuild true` prepares it anew"
+            f"the corpus has changed since its tokens were prepared: {', '.join(differences)}; "
+            "`--data.rebuild true` prepares it again"
         )
 
 
@@ -213,7 +216,7 @@ def _name_some(kind: str, names: Sequence[str]) -> str:
 def clear(
     folder: Path, patterns: Iterable[str] = (MANIFEST, JOURNAL, TOKENIZER, YARDSTICK, "*.safetensors", ".*.tmp")
 ) -> None:
-    """Remove what was prepared; the manifest goes first, so that nobody takes the rest for complete."""
+    """Remove prepared files, the manifest first: without it the rest does not count as complete."""
     for pattern in patterns:
         for path in folder.glob(pattern):
             with contextlib.suppress(FileNotFoundError):

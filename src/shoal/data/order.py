@@ -1,8 +1,8 @@
 """
 The order of samples: a pure function of (seed, position). No torch, no state.
 
-An epoch visits range(n) in the order of a keyed Feistel permutation. Nothing is shuffled in memory, so
-any process can say which sample is anywhere, and a run may go on with another number of processes.
+An epoch visits range(n) in the order of a keyed Feistel permutation. Nothing is shuffled in memory, so any process can
+compute the sample at any position, and a run may resume with another number of processes.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Words = npt.NDArray[np.uint64]
 
 def sample_at(seed: int, positions: npt.ArrayLike, num_samples: int) -> Ints:
     """
-    The samples at `positions` (samples since the start of training), same shape, in [0, num_samples).
+    Return the samples at `positions` (samples since the start of training), same shape, in [0, num_samples).
 
-    Positions e*n to (e+1)*n - 1 are epoch e: a permutation of its own of all n samples.
+    Positions e*n to (e+1)*n - 1 are epoch e. Each epoch is a different permutation of all n samples.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, not {num_samples}")
@@ -35,15 +35,15 @@ def sample_at(seed: int, positions: npt.ArrayLike, num_samples: int) -> Ints:
 
 
 def _key(seed: int, epoch: Ints) -> Words:
-    """A 64-bit key of its own for each (seed, epoch); a seed may be any non-negative integer."""
-    key = np.zeros(1, np.uint64)  # not a scalar: numpy warns where a scalar's product wraps, as it should here
+    """Return a 64-bit key for each (seed, epoch); a seed may be any non-negative integer."""
+    key = np.zeros(1, np.uint64)  # not a scalar: numpy warns if a scalar product overflows, which is intended here
     for word in range(max(1, -(-seed.bit_length() // 64))):
         key = _mix(key ^ np.uint64(seed >> (64 * word) & 0xFFFFFFFFFFFFFFFF))
-    return _mix(key + epoch.astype(np.uint64))  # epochs are small: the keys of two seeds are not so close
+    return _mix(key + epoch.astype(np.uint64))  # mixed seeds are far apart and epochs small: pairs do not collide
 
 
 def _mix(x: Words) -> Words:
-    """splitmix64: each bit of the result depends on each bit of x."""
+    """Mix by splitmix64: each bit of the result depends on each bit of x."""
     x = x + _GOLDEN
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
@@ -52,9 +52,9 @@ def _mix(x: Words) -> Words:
 
 def _permute(slot: Words, key: Words, n: int) -> Words:
     """
-    Cycle-walking: permute the next power of four, again for each value that falls outside range(n).
+    Permute range(n) by cycle walking: permute the next power of four, and repeat for values outside range(n).
 
-    The power is less than 4n, so a value falls inside after less than four turns on average.
+    The power is below 4n, so a value needs fewer than four passes on average.
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     round_keys = [_mix(key + np.uint64(turn)) for turn in range(ROUNDS)]
@@ -65,7 +65,7 @@ def _permute(slot: Words, key: Words, n: int) -> Words:
 
 
 def _feistel(x: Words, round_keys: list[Words], half_bits: int) -> Words:
-    """A bijection of range(4**half_bits) for each key (Luby and Rackoff 1988)."""
+    """Apply a Feistel network: a bijection of range(4**half_bits) for each key (Luby and Rackoff 1988)."""
     bits, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
     left, right = x >> bits, x & mask
     for round_key in round_keys:

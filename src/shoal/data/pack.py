@@ -1,75 +1,84 @@
 """
-Rows: a split's tokens cut into training samples. Pure functions of the row's number. No torch.
+Rows: training samples by number. Here: a stream of tokens cut into rows. No torch.
 
-Row i predicts tokens i*T+1 to (i+1)*T from tokens i*T to (i+1)*T-1, T being `seq_len`: neighbours share a
-token, every token but the first is predicted exactly once, and only a tail shorter than a row is left out.
+Row i predicts tokens i*T+1 to (i+1)*T from tokens i*T to (i+1)*T-1, T being `seq_len`. Neighboring rows share a
+token, every token but the first is predicted exactly once, and only a tail shorter than a row is dropped.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from shoal.data.shards import TokenStream
 
-IGNORED_LABEL = -100  # what torch's cross entropy leaves out
+IGNORED_LABEL = -100  # the default `ignore_index` of torch's cross entropy
 
 Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class PackedRows:
-    """Each int64 [rows, seq_len]. `document_ids` count the documents of a row from 0."""
+class RowArrays:
+    """
+    Some rows as arrays, each int64 [rows, seq_len].
+
+    labels: the next token, or IGNORED_LABEL. document_ids: count the documents of a row from 0; None if tokens
+    attend across documents.
+    """
 
     tokens: Ints
     labels: Ints
     positions: Ints
-    document_ids: Ints
+    document_ids: Ints | None
 
 
-class Rows:
-    """All rows of a split. `bytes_of_token` [vocab_size]: the text that a token stands for, in bytes."""
+class Rows(Protocol):
+    """All that the loader needs of training data: rows of `seq_len` tokens, each a pure function of its number."""
 
-    def __init__(
-        self, stream: TokenStream, seq_len: int, document_mask: bool, bytes_of_token: npt.NDArray[np.float64]
-    ) -> None:
-        self._stream, self._bytes_of_token = stream, bytes_of_token
-        self.seq_len, self.document_mask = seq_len, document_mask
-        self.num_tokens = stream.num_tokens
-        self.num_rows = max(0, (stream.num_tokens - 1) // seq_len)
+    @property
+    def seq_len(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, row_ids: npt.ArrayLike) -> RowArrays:
+        """Return the rows with these numbers, in this order. Raises DataError if their bytes were altered."""
+        ...
+
+
+def count_rows(num_tokens: int, seq_len: int) -> int:
+    """Return how many rows a stream of `num_tokens` fills; the last label is the token after its row."""
+    return max(0, (num_tokens - 1) // seq_len)
+
+
+class PackedStream:
+    """Rows cut from a token stream, documents end to end. Raises IndexError for row numbers out of range."""
+
+    def __init__(self, stream: TokenStream, seq_len: int, document_mask: bool) -> None:
+        self._stream, self._document_mask = stream, document_mask
+        self.seq_len = seq_len
+        self._num_rows = count_rows(stream.num_tokens, seq_len)
 
     def __len__(self) -> int:
-        return self.num_rows
+        return self._num_rows
 
-    def pack(self, row_ids: npt.ArrayLike) -> PackedRows:
-        """The rows of these numbers, in this order. Raises DataError where their bytes were altered."""
+    def read(self, row_ids: npt.ArrayLike) -> RowArrays:
+        """Return the rows with these numbers, in this order. Raises DataError if their bytes were altered."""
         ids = np.atleast_1d(np.asarray(row_ids, np.int64))
-        if ((ids < 0) | (ids >= self.num_rows)).any():
-            raise IndexError(f"rows {ids.tolist()} of {self.num_rows}")
+        if ((ids < 0) | (ids >= len(self))).any():
+            raise IndexError(f"rows {ids.tolist()} of {len(self)}")
         window = np.empty((len(ids), self.seq_len + 1), np.int64)
         for place, row in enumerate(ids):
             window[place] = self._stream.read(int(row) * self.seq_len, (int(row) + 1) * self.seq_len + 1)
-        if self.document_mask:
+        if self._document_mask:
             return mask_documents(window, self._starts(ids))
         positions = np.broadcast_to(np.arange(self.seq_len), (len(ids), self.seq_len)).copy()
-        return PackedRows(window[:, :-1].copy(), window[:, 1:].copy(), positions, np.zeros_like(positions))
-
-    def text_bytes(self, first_row: int, last_row: int) -> float:
-        """
-        Bytes of text that the labels of rows [first_row, last_row) stand for: what bits per byte divides by.
-
-        Exact with a byte-level tokenizer; an average otherwise. Reads the rows.
-        """
-        total = 0.0
-        for low in range(first_row, last_row, 256):
-            labels = self.pack(np.arange(low, min(low + 256, last_row))).labels
-            total += float(self._bytes_of_token[labels[labels != IGNORED_LABEL]].sum())
-        return total
+        return RowArrays(window[:, :-1].copy(), window[:, 1:].copy(), positions, None)
 
     def _starts(self, ids: Ints) -> npt.NDArray[np.bool_]:
-        """[rows, seq_len + 1] whether a document starts at this token."""
+        """Return [rows, seq_len + 1]: whether a document starts at this token."""
         is_start = np.zeros((len(ids), self.seq_len + 1), np.bool_)
         for place, row in enumerate(ids):
             begin = int(row) * self.seq_len
@@ -77,16 +86,16 @@ class Rows:
         return is_start
 
 
-def mask_documents(window: Ints, is_start: npt.NDArray[np.bool_]) -> PackedRows:
+def mask_documents(window: Ints, is_start: npt.NDArray[np.bool_]) -> RowArrays:
     """
     Keep documents apart; both arguments are [rows, seq_len + 1].
 
-    A label that is the first token of another document is ignored, and positions restart with each
-    document; a document that goes on from the row before starts at 0 here too.
+    A label that is the first token of another document is ignored. Positions restart with each document; a document
+    continued from the previous row starts at 0 here too.
     """
     labels = np.where(is_start[:, 1:], IGNORED_LABEL, window[:, 1:])
     begins = is_start[:, :-1].copy()
     begins[:, 0] = True
     at = np.broadcast_to(np.arange(begins.shape[1]), begins.shape)
     positions = at - np.maximum.accumulate(np.where(begins, at, 0), axis=1)
-    return PackedRows(window[:, :-1].copy(), labels, positions, np.cumsum(begins, axis=1) - 1)
+    return RowArrays(window[:, :-1].copy(), labels, positions, np.cumsum(begins, axis=1) - 1)

@@ -1,19 +1,18 @@
 """
-Token shards: safetensors files that are read in place and verified where they are touched. No torch.
+Token shards: memory-mapped safetensors files, each block verified on first read. No torch.
 
     train-00000.safetensors
         starts  int64  [documents]   where each document starts, in tokens of this shard
         checks  uint32 [blocks]      zlib.crc32 of each 64 KiB of the tokens' bytes
         tokens  uint16 or uint32 [n] documents end to end, each with its end-of-text token
 
-What stands before the tokens (the "head") has a CRC in the manifest. A block of tokens is compared with
-its CRC when it is first read: starting costs nothing, and altered bytes are never trained on.
+The bytes before the tokens (the "head") have a CRC in the manifest. A block of tokens is compared with its CRC when it
+is first read. So opening is cheap, and altered bytes are never trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ import numpy.typing as npt
 
 from shoal.data.files import write_atomically
 from shoal.errors import DataError
+from shoal.hub.header import LENGTH_BYTES, header_bytes
 
 BLOCK_BYTES = 1 << 16
-LENGTH_BYTES = 8  # of the header, at the start of the file: https://github.com/huggingface/safetensors#format
-CURE = "make it anew with `shoal prepare RECIPE --data.rebuild true`"
+CURE = "rebuild it with `shoal prepare RECIPE --data.rebuild true`"
 SAFETENSORS_NAMES = {"uint16": "U16", "uint32": "U32", "int64": "I64"}
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
@@ -38,7 +37,7 @@ Starts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of a shard. `bytes` is the file's size, `head_crc32` of all before the tokens."""
+    """A shard's entry in the manifest. `bytes` is the file's size, `head_crc32` the CRC of all bytes before the tokens."""
 
     name: str
     bytes: int
@@ -50,25 +49,21 @@ class ShardRecord:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
-    """The narrowest that holds every id."""
+    """Return the narrowest dtype that holds every token id."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
 def write_shard(path: Path, tokens: Tokens, starts: Starts, text_bytes: int) -> ShardRecord:
-    """Write a shard whole or not at all. Raises DataError where the disk says no."""
+    """Write a shard atomically. Raises DataError if writing fails."""
     body = _bytes_of(tokens)
     checks = np.array([zlib.crc32(block) for block in _blocks(body)], np.uint32)
-    # Widest element first: each tensor is then aligned to its own width.
+    # Widest element first, so that each tensor is aligned to its element size.
     tensors: dict[str, npt.NDArray[Any]] = {"starts": starts, "checks": checks, "tokens": tokens}
-    header: dict[str, Any] = {"__metadata__": {"format": "shoal tokens", "block_bytes": str(BLOCK_BYTES)}}
-    offset = 0
-    for name, tensor in tensors.items():
-        dtype, end = SAFETENSORS_NAMES[tensor.dtype.name], offset + tensor.nbytes
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    head = len(text).to_bytes(LENGTH_BYTES, "little") + text + starts.tobytes() + checks.tobytes()
+    described = {name: (SAFETENSORS_NAMES[tensor.dtype.name], tensor.shape) for name, tensor in tensors.items()}
+    metadata = {"format": "shoal tokens", "block_bytes": str(BLOCK_BYTES)}
+    # spaced, because `data_id` hashes these bytes and existing shards have the spaces
+    header = header_bytes(described, metadata, spaced=True)
+    head = header + starts.tobytes() + checks.tobytes()
     write_atomically(path, (head, body))
     sha256 = hashlib.sha256(head)
     sha256.update(body)
@@ -85,7 +80,7 @@ def _blocks(body: memoryview) -> list[memoryview]:
 
 
 class Shard:
-    """A shard on disk. Its size is checked at once, its head when first used, its tokens block by block."""
+    """A shard on disk. Its size is checked on opening, its head on first use, its tokens block by block."""
 
     def __init__(self, path: Path, record: ShardRecord, dtype: np.dtype[np.unsignedinteger[Any]]) -> None:
         self.path, self.num_tokens, self._record, self._dtype = path, record.tokens, record, dtype
@@ -97,7 +92,7 @@ class Shard:
             raise DataError(f"{path} has {size:,} bytes, not the {record.bytes:,} that were written; {CURE}")
 
     def read(self, start: int, stop: int) -> Tokens:
-        """A view of tokens [start, stop), verified. Raises DataError where bytes were altered."""
+        """Return a verified view of tokens [start, stop). Raises DataError if bytes were altered."""
         width = self._dtype.itemsize
         first, last = start * width // BLOCK_BYTES, (stop * width - 1) // BLOCK_BYTES
         for block in range(first, last + 1):
@@ -107,7 +102,7 @@ class Shard:
 
     @property
     def starts(self) -> Starts:
-        """[documents] ascending, in tokens of this shard."""
+        """[documents] ascending offsets in tokens of this shard."""
         return self._head[0]
 
     def _verify(self, block: int) -> None:
@@ -132,7 +127,7 @@ class Shard:
 
     @cached_property
     def _head(self) -> tuple[Starts, npt.NDArray[np.uint32]]:
-        """(starts, checks), parsed after their CRC was found right: what they say can be trusted."""
+        """(starts, checks), parsed only if their CRC matches."""
         head_bytes = self._record.bytes - self.num_tokens * self._dtype.itemsize
         with self.path.open("rb") as file:
             head = file.read(head_bytes)
@@ -144,7 +139,7 @@ class Shard:
 
 
 class TokenStream:
-    """Shards end to end: tokens and document starts by their place in the whole split."""
+    """Shards end to end: tokens and document starts by their offset in the whole split."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = list(shards)
@@ -152,12 +147,12 @@ class TokenStream:
         self.num_tokens = int(self._begins[-1])
 
     def read(self, start: int, stop: int) -> Tokens:
-        """Tokens [start, stop) of the split; a view where one shard has them all."""
+        """Return tokens [start, stop) of the split; a view if one shard has them all."""
         parts = [shard.read(a, b) for shard, _, a, b in self._spans(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def starts(self, start: int, stop: int) -> Starts:
-        """Places in [start, stop) at which a document starts, ascending."""
+        """Return the offsets in [start, stop) at which a document starts, ascending."""
         found = []
         for shard, begin, a, b in self._spans(start, stop):
             low, high = np.searchsorted(shard.starts, [a, b])
@@ -165,7 +160,7 @@ class TokenStream:
         return np.concatenate(found)
 
     def _spans(self, start: int, stop: int) -> list[tuple[Shard, int, int, int]]:
-        """(shard, where it begins, first, last + 1) for each shard that [start, stop) touches."""
+        """Return (shard, its offset in the split, first, last + 1 in the shard) for each shard in [start, stop)."""
         if not 0 <= start < stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
         first = int(np.searchsorted(self._begins, start, side="right")) - 1

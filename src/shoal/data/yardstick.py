@@ -1,11 +1,11 @@
 """
-The held-out text of prepared data by gzip and xz, cold and primed with training text (`metrics/compression.py`).
+Compress the held-out text of prepared data with gzip and xz, cold and primed with training text (`compression.py`).
 
-It takes seconds to a minute, so a process of its own does it, once for prepared data, and keeps it beside the tokens:
+It takes seconds to a minute. So a separate process does it once per prepared data, and saves the result beside the tokens:
 
     python -m shoal.data.yardstick FOLDER [--idle]
 
-Beside training it takes only what time the CPUs have to spare. No torch.
+During training it uses only idle CPU time. No torch.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from pathlib import Path
 from typing import Self
 
 from shoal.data.compression import sizes
+from shoal.data.decode import held_out_text, sample_of
 from shoal.data.manifest import YARDSTICK
-from shoal.data.prepare import Prepared, held_out_text, open_prepared, sample_of
+from shoal.data.prepare import Prepared, open_prepared
 from shoal.errors import DataError
 from shoal.system.disk import gigabytes, write_whole
 from shoal.system.signals import die_with_parent
 
-TRAINING_BYTES = 32_000_000  # that prime, at most: xz reads a megabyte or two a second
-HELD_OUT_BYTES = 16_000_000  # that are compared, at most
+TRAINING_BYTES = 32_000_000  # maximum training text to prime with: xz reads one or two megabytes a second
+HELD_OUT_BYTES = 16_000_000  # maximum held-out text to compress
 POLL_SECONDS = 0.1
-PATIENCE_SECONDS = 1.0  # of a person, before it is said what is waited for
+PATIENCE_SECONDS = 1.0  # before the console names what it waits for
 FLAGS = {"xz": "xz -9e", "gzip": "gzip -9"}
 
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Bits a byte by compressor ("xz", "gzip") and by kind ("cold", "primed"), and of how much text."""
+    """Bits per byte by compressor ("xz", "gzip") and kind ("cold", "primed"), and the sizes of the texts."""
 
     data_id: str
     training_bytes: int
@@ -47,9 +48,9 @@ class Yardstick:
 
     def compared(self, ours: float, text_bytes: int) -> str:
         """
-        Rank a model with the compressors, best first; those count as they are when primed.
+        Rank a model among the primed compressors, best first.
 
-        ours: the model's bits a byte; text_bytes: of all held-out text.
+        ours: the model's bits per byte. text_bytes: size of the whole held-out text.
         """
         said = {"this model": (ours, "")}
         for name, bits in self.bits_per_byte.items():
@@ -60,12 +61,12 @@ class Yardstick:
         part = f"; gzip and xz on {gigabytes(self.held_out_bytes)} of it" if self.held_out_bytes < text_bytes else ""
         return (
             f"held-out text ({text_bytes:,} bytes{part}), bits per byte: {ranked}\n"
-            f"xz and gzip have read {gigabytes(self.training_bytes)} of the training text before, as the model has; cold: nothing"
+            f"xz and gzip first read {gigabytes(self.training_bytes)} of the training text, as the model did; cold: none"
         )
 
 
 def measure(prepared: Prepared) -> Yardstick:
-    """Compress, and keep the result in the data's folder where it can be written. Raises DataError."""
+    """Compress, and save the result in the data's folder if it is writable. Raises DataError."""
     text, training = held_out_text(prepared, HELD_OUT_BYTES), sample_of(prepared, "train", TRAINING_BYTES)
     found = Yardstick(prepared.data_id, len(training), len(text), sizes(training, text))
     with contextlib.suppress(OSError):
@@ -74,7 +75,7 @@ def measure(prepared: Prepared) -> Yardstick:
 
 
 def load(prepared: Prepared) -> Yardstick | None:
-    """What was measured before of these tokens."""
+    """Return an earlier measurement of these tokens, or None."""
     try:
         return _parse((prepared.folder / YARDSTICK).read_bytes(), prepared)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -92,10 +93,10 @@ def _parse(content: bytes, prepared: Prepared) -> Yardstick | None:
 
 
 class Measuring:
-    """A measurement in a process of its own, unless it was made before. Close it; who closes it early stops it."""
+    """A measurement in a separate process, unless there is an earlier one. `close` stops it if it still runs."""
 
     def __init__(self, prepared: Prepared, *, idle: bool) -> None:
-        """idle: on CPU time that nobody else wants."""
+        """Start measuring. idle: use only idle CPU time."""
         self._prepared = prepared
         self._found = load(prepared)
         self._process: subprocess.Popen[bytes] | None = None
@@ -111,7 +112,9 @@ class Measuring:
         self, seconds: float, go_on: Callable[[], bool] = lambda: True, waits: Callable[[], None] = lambda: None
     ) -> Yardstick | str:
         """
-        Return the result, or why there is none. `go_on` is asked ten times a second; `waits` is called once if it takes a moment.
+        Return the result, or why there is none.
+
+        go_on: asked ten times a second; False stops waiting. waits: called once if it takes over a second.
         """
         began, told = time.monotonic(), False
         while self._process is not None and self._found is None:
@@ -131,10 +134,10 @@ class Measuring:
                 return out.decode("utf-8", "replace").strip()
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 self._found = _parse(out, self._prepared)
-        return self._found or "that process ended without a result"
+        return self._found or "the compression process ended without a result"
 
     def close(self) -> None:
-        """May be called twice."""
+        """Stop the process. May be called twice."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -148,7 +151,7 @@ class Measuring:
 
 
 def _yield_to_others() -> None:
-    """Run when no other process wants the CPU; and be the first to go where memory ends."""
+    """Run only on idle CPUs, and be the first process killed if memory runs out."""
     os.nice(19)
     with contextlib.suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
@@ -157,7 +160,7 @@ def _yield_to_others() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """The process of `Measuring`: its result is JSON on standard output; with code 2 it is a message."""
+    """Run the process of `Measuring`: print the result as JSON, or a message and exit code 2."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_parent()
     if "--idle" in arguments:

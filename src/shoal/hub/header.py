@@ -1,15 +1,16 @@
-"""The header of a safetensors file: the name, dtype and shape of each tensor. No torch; reads no weights."""
+"""The header of a safetensors file: names, dtypes and shapes of its tensors, read and written. No torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
 
+LENGTH_BYTES = 8  # of the header, at the start of the file
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 LFS_POINTER = b"version https://git-lfs"
 
@@ -35,7 +36,31 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        return (BITS[self.dtype] * prod(self.shape) + 7) // 8
+        return _tensor_bytes(self.dtype, self.shape)
+
+
+def _tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    return (BITS[dtype] * prod(shape) + 7) // 8
+
+
+def header_bytes(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], *, spaced: bool = False
+) -> bytes:
+    """
+    Return the bytes of a safetensors file before its data: the header's length, then the header.
+
+    tensors: name -> (dtype, shape), in the order of the data. spaced: with spaces between JSON tokens. Spaces at the end
+    align the data to 8 bytes.
+    """
+    header: dict[str, object] = {"__metadata__": metadata}
+    start = 0
+    for name, (dtype, shape) in tensors.items():
+        end = start + _tensor_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
+        start = end
+    text = json.dumps(header, separators=None if spaced else (",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -47,18 +72,19 @@ def read_header(path: Path) -> dict[str, Entry]:
     """
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(max(8, len(LFS_POINTER)))
+        start = file.read(max(LENGTH_BYTES, len(LFS_POINTER)))
         if start == LFS_POINTER:
             raise ValueError("is a Git LFS pointer instead of the weights")
-        if len(start) < 8:
+        if len(start) < LENGTH_BYTES:
             raise ValueError(f"is cut short: it has {file_bytes} bytes")
-        header_bytes = int.from_bytes(start[:8], "little")
-        if not 2 <= header_bytes <= MAX_HEADER_BYTES:
+        length = int.from_bytes(start[:LENGTH_BYTES], "little")
+        if not 2 <= length <= MAX_HEADER_BYTES:
             raise ValueError("is not a safetensors file")
-        file.seek(8)
-        text = file.read(header_bytes)
-    if len(text) < header_bytes:
-        raise ValueError(f"is cut short: it has {file_bytes:,} bytes, but its header alone has {8 + header_bytes:,}")
+        file.seek(LENGTH_BYTES)
+        text = file.read(length)
+    data_start = LENGTH_BYTES + length
+    if len(text) < length:
+        raise ValueError(f"is cut short: it has {file_bytes:,} bytes, but its header alone has {data_start:,}")
     fields = _parse(text)
     fields.pop("__metadata__", None)
     entries = {}
@@ -66,7 +92,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     for name, field in fields.items():
         entries[name], span = _entry(path, name, field)
         spans.append(span)
-    _check_spans(spans, file_bytes - 8 - header_bytes)
+    _check_spans(spans, file_bytes - data_start)
     return entries
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from shoal.config.layout import Layout, find_layout
 from shoal.config.options import Config
+from shoal.data.pack import count_rows
 from shoal.data.prepare import prepared_manifest
 from shoal.errors import ShoalError
 from shoal.launch.torchrun import count_gpus, plan_processes
@@ -27,7 +28,7 @@ def amounts(config: Config) -> Iterator[str]:
     note = "" if sized.model.vocab_size else ", without the embedding, whose size depends on the tokenizer"
     yield f"parameters: {parameter_count(sized.model):,}{note}"
     tokens = train.global_batch * data.seq_len
-    rows = (manifest.splits["train"].tokens - 1) // data.seq_len if manifest else None
+    rows = count_rows(manifest.splits["train"].tokens, data.seq_len) if manifest else None
     if rows is None and length_of(train)[0] == "epochs":
         yield f"tokens: {tokens:,} per step; total and steps: known after the data is prepared"
         yield f"epochs: {train.epochs:g}"

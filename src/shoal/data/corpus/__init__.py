@@ -1,1 +1,1 @@
-"""Documents, from wherever they lie."""
+"""Documents from files, or generated."""

@@ -1,4 +1,4 @@
-"""What every corpus speaks in: documents, places among them, and a listing. No torch."""
+"""The types shared by every corpus: documents, places in the corpus, files. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 
 @dataclass(frozen=True, order=True, slots=True)
 class Cursor:
-    """Where reading goes on: the file, the document in it, and the bytes of the file read so far."""
+    """A place to resume reading: the file, the document in it, and the bytes of the file read so far."""
 
     file: int = 0
     document: int = 0
@@ -22,7 +22,7 @@ START = Cursor()
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text that is never empty; `after` is where the next one starts."""
+    """A non-empty text; `after` is the place of the next one."""
 
     name: str
     text: str
@@ -31,17 +31,19 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """Something that is no document, and why. `name` says where; `reason` is the same for all of a kind."""
+    """A record that is not a document. `name` says where it is; `reason` is the same for all of its kind."""
 
     name: str
     reason: str
     after: Cursor
-    fields: Mapping[str, int] = field(default_factory=dict)  # of a record without text: the length of each of its texts
+    fields: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of a record without `data.text_key`: the length of each string
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One line of a listing. The name is relative to what the user wrote."""
+class CorpusFile:
+    """A file of a corpus. The name begins with the path that the user gave."""
 
     name: str
     bytes: int
@@ -49,20 +51,20 @@ class Entry:
 
 
 class Corpus(Protocol):
-    """A stream of documents in a fixed order, and what to compare to see that it changed."""
+    """A stream of documents in a fixed order, with a listing and hashes to detect changes."""
 
-    def listing(self) -> list[Entry]:
-        """The files in the order of reading."""
+    def listing(self) -> list[CorpusFile]:
+        """Return the files in reading order."""
 
     def digest(self, index: int) -> str:
-        """A hash of the content of one file of the listing."""
+        """Return a hash of the content of one file of the listing."""
 
     def read(self, start: Cursor = START) -> Iterator[Document | Skipped]:
-        """From `start` on. Raises DataError where a file cannot be read, or is not UTF-8 text at all."""
+        """Yield documents from `start` on. Raises DataError if a file cannot be read or is not UTF-8 text at all."""
 
     def skipped_files(self) -> Mapping[str, int]:
-        """How many files below `data.paths` are not read, by kind."""
+        """Return how many files under `data.paths` are skipped, by kind."""
 
 
 Reader = Callable[[Path, str, Cursor], Iterator[Document | Skipped]]
-"""Reads one file, given its path, its name and where to start."""
+"""Reads one file, given its path, its name and the place to start."""

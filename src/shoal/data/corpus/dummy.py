@@ -1,15 +1,15 @@
-"""A generated corpus: something to learn, nothing to install. No torch."""
+"""A generated corpus, for runs without data. No torch."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
 
-from shoal.data.corpus.documents import START, Cursor, Document, Entry, Skipped
+from shoal.data.corpus.documents import START, CorpusFile, Cursor, Document, Skipped
 
 
 class DummyCorpus:
-    """Generated sentences, a pure function of the document's number: something to learn, nothing to install."""
+    """Generated sentences that a model can learn: a pure function of the document's number."""
 
     _ADJECTIVES = ("blue", "small", "loud", "old", "quick", "salty", "bright", "calm")
     _NOUNS = ("herring", "tide", "harbour", "lantern", "net", "gull", "current", "reef")
@@ -18,8 +18,8 @@ class DummyCorpus:
     def __init__(self, documents: int) -> None:
         self._documents = documents
 
-    def listing(self) -> list[Entry]:
-        return [Entry("dummy", self._documents, 0)]
+    def listing(self) -> list[CorpusFile]:
+        return [CorpusFile("dummy", self._documents, 0)]
 
     def digest(self, index: int) -> str:
         return "generated"

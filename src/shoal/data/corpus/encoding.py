@@ -1,4 +1,4 @@
-"""Is a file UTF-8 text? What is something else is named before any of it is trained on. No torch."""
+"""Check that files are UTF-8 text, and name the format of those that are not. No torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
 HEAD_BYTES = 4096
-ZEROS = 0.1  # of a file's first bytes: text in UTF-16 has more, a text with a stray zero byte less
+ZEROS = 0.1  # share of a file's first bytes: UTF-16 text has more, UTF-8 text with a stray zero byte less
 
-# Longest first: UTF-32's mark begins with UTF-16's.
+# Longest first: UTF-32's byte order mark begins with UTF-16's.
 _MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -30,12 +30,12 @@ _MAGIC = (
 
 
 def without_mark(head: bytes) -> bytes:
-    """The start of a file without UTF-8's byte order mark."""
+    """Return the start of a file without UTF-8's byte order mark."""
     return head.removeprefix(codecs.BOM_UTF8)
 
 
 def check_text(head: bytes, name: str, otherwise: str = "take it out of data.paths") -> None:
-    """Raise DataError where a file that begins with `head` is not UTF-8 text; `otherwise`: what to do but convert it."""
+    """Raise DataError if a file that begins with `head` is not UTF-8 text. otherwise: a fix other than converting it."""
     name = on_one_line(name)
     for mark, encoding in _MARKS:
         if head.startswith(mark):
@@ -48,7 +48,7 @@ def check_text(head: bytes, name: str, otherwise: str = "take it out of data.pat
         evens, odds = start[::2].count(0), start[1::2].count(0)
         if max(evens, odds) > 10 * min(evens, odds):
             raise _not_utf8(name, "UTF-16LE" if odds > evens else "UTF-16BE", otherwise)
-        raise DataError(f"{name} is full of zero bytes, which no text has; {otherwise}")
+        raise DataError(f"{name} is full of zero bytes, so it is not text; {otherwise}")
 
 
 def _not_utf8(name: str, encoding: str, otherwise: str) -> DataError:

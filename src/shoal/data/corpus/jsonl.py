@@ -1,4 +1,4 @@
-"""A jsonl file, plain or gzipped: a line is a document. Streamed, whatever its size. No torch."""
+"""Read jsonl files, plain or gzipped: a line is a document. Streamed, so files may be of any size. No torch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
 MAX_LINE_BYTES = 1 << 26
-BOMB_TIMES = 200  # text shrinks to a fifth; gzip can do a thousandth
-BOMB_BYTES = 1 << 28  # until then, a file may be as odd as it likes
+BOMB_TIMES = 200  # gzip shrinks text about 5 times, and a decompression bomb up to 1,000 times
+BOMB_BYTES = 1 << 28  # smaller files are not checked
 
 
 def jsonl_reader(text_key: str) -> Reader:
-    """Takes each line's `text_key`; a line that has none, or is no JSON, is skipped."""
+    """Return a reader that takes each line's `text_key`, and skips lines without one or that are not JSON."""
 
     def read(path: Path, name: str, start: Cursor) -> Iterator[Document | Skipped]:
         with path.open("rb") as raw:
@@ -35,7 +35,7 @@ def jsonl_reader(text_key: str) -> Reader:
 
 
 def _read_gzip(raw: IO[bytes], name: str, start: Cursor, text_key: str) -> Iterator[Document | Skipped]:
-    """gzip has no way to seek: the lines before `start` are read again and dropped."""
+    """Read a gzip file. It cannot be seeked, so lines before `start` are read again and dropped."""
     after = start
     try:
         with gzip.open(raw) as unpacked:
@@ -49,7 +49,7 @@ def _read_gzip(raw: IO[bytes], name: str, start: Cursor, text_key: str) -> Itera
 
 
 class _Unpacked:
-    """The lines of a gzip file, unless it is made to grow without end."""
+    """The lines of a gzip file. Raises DataError for a decompression bomb."""
 
     def __init__(self, lines: gzip.GzipFile, raw: IO[bytes], name: str) -> None:
         self._lines, self._raw, self._name, self._bytes = lines, raw, name, 0
@@ -59,7 +59,7 @@ class _Unpacked:
         self._bytes += len(line)
         if self._bytes > BOMB_BYTES and self._bytes > BOMB_TIMES * self._raw.tell():
             raise DataError(
-                f"{self._name} unpacks to more than {BOMB_TIMES} times its size, which text does not; take it out of data.paths, or "
+                f"{self._name} unpacks to more than {BOMB_TIMES} times its size, unlike text; take it out of data.paths, or "
                 "unpack it yourself"
             )
         return line
@@ -68,7 +68,7 @@ class _Unpacked:
 def _read_lines(
     lines: IO[bytes] | _Unpacked, raw: IO[bytes], name: str, start: Cursor, text_key: str
 ) -> Iterator[Document | Skipped]:
-    """`raw` tells how far the file itself was read; blank lines are nothing, not even skipped."""
+    """Yield a document per line. `raw.tell()` gives the place in the file; blank lines are ignored, not counted."""
     index = start.document
     begun = index > 0
     while line := lines.readline(MAX_LINE_BYTES):
@@ -93,7 +93,7 @@ def _check_first_line(line: bytes, name: str) -> None:
     check_text(line, name)
     if line.lstrip().startswith(b"["):
         raise DataError(
-            f"{on_one_line(name)} begins a JSON array; data.corpus jsonl takes one object a line (jq -c '.[]' writes an array so)"
+            f"{on_one_line(name)} begins with a JSON array; data.corpus jsonl needs one object per line (jq -c '.[]' converts an array)"
         )
 
 
@@ -116,18 +116,18 @@ def _parse_line(line: bytes, label: str, text_key: str, after: Cursor) -> Docume
         return Skipped(label, f"{text_key!r} twice, so one text would be lost", after)
     try:
         text.encode()
-    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
-        return Skipped(label, "half a surrogate pair, which is no character", after)
+    except UnicodeEncodeError:  # JSON can encode half of a surrogate pair
+        return Skipped(label, "half a surrogate pair, not a character", after)
     return Document(label, text, after)
 
 
 @functools.cache
 def _spellings(key: str) -> frozenset[bytes]:
-    """How JSON may spell it: as it is, and with escapes for all but ASCII."""
+    """Return how JSON may spell a key: unchanged, and with non-ASCII characters escaped."""
     return frozenset(json.dumps(key, ensure_ascii=ascii).encode(errors="surrogatepass") for ascii in (True, False))
 
 
 def _says_twice(line: bytes, key: str) -> bool:
-    """Whether the object itself, and not one inside of it, has `key` more than once."""
+    """Return whether the object itself, not one nested in it, has `key` more than once."""
     pairs: list[tuple[str, object]] = json.loads(line, object_pairs_hook=list)
     return sum(said == key for said, _ in pairs) > 1

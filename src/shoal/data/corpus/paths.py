@@ -1,4 +1,4 @@
-"""Which files a corpus is made of: all below a path is read, or counted as skipped, or an error. No torch."""
+"""Find a corpus's files: each file under `data.paths` is read, counted as skipped, or an error. No torch."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from shoal.errors import DataError
 from shoal.hub.find import near_path
 from shoal.system.output import on_one_line
 
-NAMED_AT_MOST = 5  # of what cannot be read; the others are counted
-KINDS_AT_MOST = 8  # of what was skipped
+NAMED_AT_MOST = 5  # unreadable files named in a message; the rest are counted
+KINDS_AT_MOST = 8  # kinds of skipped files in a message
 
 
 class Finder:
-    """Collects the files below paths. What cannot be read is collected too, so that one error names all of it."""
+    """Collects the files under paths, and the unreadable ones, so that one error names them all."""
 
     def __init__(self, suffixes: tuple[str, ...], skip_folders: frozenset[str] = frozenset()) -> None:
         self._suffixes, self._skip_folders = suffixes, skip_folders
-        # By real path, so that nothing is read twice and a loop of links ends.
+        # By real path, so that nothing is read twice and a loop of symbolic links ends.
         self._files: dict[str, tuple[str, Path]] = {}
         self._folders: set[str] = set()
-        self._skipped: dict[str, str] = {}  # of which kind
+        self._skipped: dict[str, str] = {}  # real path -> kind
         self._counts: Counter[str] = Counter()
         self._unreadable: list[str] = []
 
     def add(self, given: str) -> None:
-        """Take a file, whatever its suffix, or the files of a folder by suffix. Raises DataError where there is neither."""
+        """Add a file of any suffix, or a folder's files by suffix. Raises DataError if it is neither."""
         path, mode = _look(given)
         if stat.S_ISDIR(mode):
             found = sorted(self._walk(path))
@@ -39,18 +39,18 @@ class Finder:
         elif stat.S_ISREG(mode):
             self._add_file(given, path, os.path.realpath(path))
         else:
-            raise DataError(f"{given} is a pipe, socket or device; set data.paths to a file with what it gives")
+            raise DataError(f"{given} is a pipe, socket or device; save its content to a file and set data.paths to it")
 
     def files(self) -> list[tuple[str, Path]]:
-        """Return (name, path) in the order of reading. Raises DataError where something cannot be read."""
+        """Return (name, path) in reading order. Raises DataError if a file or folder cannot be read."""
         if self._unreadable:
             more = len(self._unreadable) - NAMED_AT_MOST
             named = ", ".join(self._unreadable[:NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
-            raise DataError(f"cannot read {named}; correct that, or take it out of data.paths")
+            raise DataError(f"cannot read {named}; fix that, or take it out of data.paths")
         return list(self._files.values())
 
     def skipped(self) -> Counter[str]:
-        """Count what was not read by kind: a suffix, or a word."""
+        """Count skipped files by kind: a suffix, or a word."""
         return self._counts + Counter(kind for real, kind in self._skipped.items() if real not in self._files)
 
     def _add_file(self, name: str, path: Path, real: str) -> None:
@@ -68,7 +68,7 @@ class Finder:
         self._counts["empty"] += size == 0
 
     def _walk(self, root: Path) -> Iterator[tuple[str, Path, str]]:
-        """(name below `root`, path, real path) of each file with one of the suffixes; links to folders come last."""
+        """Yield (name under `root`, path, real path) of each file with one of the suffixes; links to folders last."""
         folders, links = [("", os.path.realpath(root))], list[tuple[str, str]]()
         while folders or links:
             below, real = folders.pop() if folders else links.pop(0)
@@ -93,7 +93,7 @@ class Finder:
                     self._skipped[target] = kind
 
     def _kind(self, entry: os.DirEntry[str], name: str) -> str | None:
-        """ "folder", "file", what it is skipped as, or None where there is nothing to count."""
+        """Return "folder", "file", the kind it is skipped as, or None if it does not count."""
         suffix = Path(entry.name).suffix
         fits = entry.name.lower().endswith(self._suffixes)
         if entry.name.startswith("."):
@@ -103,7 +103,7 @@ class Finder:
         except OSError as error:
             if entry.is_symlink() and suffix and not fits:
                 return suffix
-            if entry.is_symlink() or not isinstance(error, FileNotFoundError):  # else it has vanished
+            if entry.is_symlink() or not isinstance(error, FileNotFoundError):  # else it was just removed
                 self._fails(name, error)
             return None
         if stat.S_ISDIR(mode):
@@ -116,8 +116,8 @@ class Finder:
         self._unreadable.append(f"{on_one_line(name)} ({error.strerror})")
 
 
-def describe(kinds: Mapping[str, int]) -> str:
-    """ ".pdf (8), .docx (4)", the most frequent first."""
+def count_kinds(kinds: Mapping[str, int]) -> str:
+    """Return for example ".pdf (8), .docx (4)", the most frequent first."""
     most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     more = len(most) - KINDS_AT_MOST
     named = ", ".join(f"{on_one_line(kind)} ({count:,})" for kind, count in most[:KINDS_AT_MOST])
@@ -125,7 +125,7 @@ def describe(kinds: Mapping[str, int]) -> str:
 
 
 def _look(given: str) -> tuple[Path, int]:
-    """The path with `~` as shells have it, and its mode. Raises DataError."""
+    """Return the path with `~` expanded, and its mode. Raises DataError."""
     try:
         path = Path(given).expanduser()
         return path, path.stat().st_mode
@@ -134,7 +134,7 @@ def _look(given: str) -> tuple[Path, int]:
         raise DataError(
             f"no such file or folder: {on_one_line(given)}{link}{near_path(given)}; correct data.paths"
         ) from None
-    except (OSError, RuntimeError, ValueError) as error:  # a `~user` who is none; a zero byte
+    except (OSError, RuntimeError, ValueError) as error:  # an unknown `~user`; a zero byte
         raise DataError(
             f"cannot read {given} ({getattr(error, 'strerror', None) or error}); correct data.paths"
         ) from error

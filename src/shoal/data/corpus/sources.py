@@ -1,8 +1,8 @@
 """
-Corpora: where documents come from, in an order that does not change. No torch.
+Corpora: the sources of documents, in a fixed order. No torch.
 
-A corpus is a list of files, read as a stream of documents from any `Cursor` on. What cannot be read as
-text is part of the stream too, as `Skipped`, so that it is counted once however often a reader restarts.
+A corpus is a list of files, read as a stream of documents from any `Cursor` on. Records that are not text are in the
+stream too, as `Skipped`, so that each is counted once, however often a reader restarts.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from pathlib import Path
 from types import MappingProxyType
 
 from shoal.config.data_options import Data
-from shoal.data.corpus.documents import START, Corpus, Cursor, Document, Entry, Reader, Skipped
+from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Document, Reader, Skipped
 from shoal.data.corpus.dummy import DummyCorpus
 from shoal.data.corpus.encoding import check_text, without_mark
 from shoal.data.corpus.jsonl import jsonl_reader
-from shoal.data.corpus.paths import Finder, describe
+from shoal.data.corpus.paths import Finder, count_kinds
 from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
-PIECE_BYTES = 1 << 20  # a longer text file becomes several documents, so that memory stays bounded
-SINGLE_FILE_PIECES = 200  # a corpus of one file is cut in about so many, or nothing could be held out
+PIECE_BYTES = 1 << 20  # longer text files become several documents, to bound memory
+SINGLE_FILE_PIECES = 200  # approximate number of documents cut from a corpus of one file, so that some can be held out
 MIN_PIECE_BYTES = 4096
 
 TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
@@ -36,11 +36,11 @@ STDLIB_SKIPPED_FOLDERS = frozenset({
 STDLIB_SKIPPED_FILES = frozenset({
     "html/entities.py", "locale.py", "stringprep.py", "msilib/schema.py", "msilib/sequence.py", "msilib/text.py",
 })  # fmt: skip
-STDLIB_SKIPPED_PREFIX = "_sysconfigdata"  # how this Python was built: differs from machine to machine
+STDLIB_SKIPPED_PREFIX = "_sysconfigdata"  # Python's build configuration, which differs between machines
 
 
 def open_corpus(data: Data) -> Corpus:
-    """The corpus that `data` names. Raises DataError where a path is missing or nothing is found."""
+    """Open the corpus that `data` names. Raises DataError if a path is missing or has no files."""
     match data.corpus:
         case "stdlib":
             return FileCorpus(_stdlib_files(), read_text_file)
@@ -68,14 +68,14 @@ class FileCorpus:
     def skipped_files(self) -> Mapping[str, int]:
         return self._skipped
 
-    def listing(self) -> list[Entry]:
+    def listing(self) -> list[CorpusFile]:
         entries = []
         for name, path in self._files:
             try:
                 status = path.stat()
             except OSError as error:
                 raise _cannot_read(name, error) from error
-            entries.append(Entry(name, status.st_size, status.st_mtime_ns))
+            entries.append(CorpusFile(name, status.st_size, status.st_mtime_ns))
         return entries
 
     def digest(self, index: int) -> str:
@@ -98,7 +98,7 @@ class FileCorpus:
 def read_text_file(
     path: Path, name: str, start: Cursor, piece_bytes: int = PIECE_BYTES
 ) -> Iterator[Document | Skipped]:
-    """A file as one document, or as several of at most `piece_bytes` that end with a line."""
+    """Read a file as one document, or as several of at most `piece_bytes` that end at a line end."""
     whole = path.stat().st_size <= piece_bytes
     index, offset = start.document, start.offset
     with path.open("rb") as file:
@@ -126,7 +126,7 @@ def _parse_piece(piece: bytes, label: str, after: Cursor) -> Document | Skipped:
 
 
 def _cut(window: bytes, piece_bytes: int) -> bytes:
-    """The longest start of `window` that ends a paragraph, else a line, else a character."""
+    """Return the longest prefix of `window` that ends a paragraph, else a line, else a character."""
     if len(window) < piece_bytes:
         return window
     for ending in (b"\n\n", b"\n"):
@@ -136,13 +136,13 @@ def _cut(window: bytes, piece_bytes: int) -> bytes:
     end = len(window)
     while end > len(window) - 4 and window[end - 1] & 0xC0 == 0x80:  # a continuation byte of UTF-8
         end -= 1
-    if window[end - 1] >= 0xC0:  # the first byte of a character that may not be complete
+    if window[end - 1] >= 0xC0:  # first byte of a character that may be incomplete
         end -= 1
     return window[:end] or window
 
 
 def _text_reader(files: Sequence[tuple[str, Path]]) -> Reader:
-    """For `text`: a single file is cut finer, so that some of it can be held out."""
+    """Return the reader of `text` corpora; it cuts a single file finer, so that some of it can be held out."""
     if len(files) > 1:
         return read_text_file
     name, path = files[0]
@@ -155,14 +155,14 @@ def _text_reader(files: Sequence[tuple[str, Path]]) -> Reader:
 
 
 def _find_files(data: Data, suffixes: tuple[str, ...]) -> Finder:
-    """The files of `data.paths`. Raises DataError where there are none."""
+    """Find the files of `data.paths`. Raises DataError if there are none."""
     if not data.paths:
         raise DataError(f"a {data.corpus} corpus needs files: set data.paths")
     finder = Finder(suffixes)
     for given in data.paths:
         finder.add(given)
     if not finder.files():
-        there = f"; there are {describe(finder.skipped())}" if finder.skipped() else ""
+        there = f"; found {count_kinds(finder.skipped())}" if finder.skipped() else ""
         raise DataError(f"no {' or '.join(suffixes)} files in {', '.join(data.paths)}{there}; correct data.paths")
     return finder
 
@@ -174,9 +174,9 @@ def _stdlib_files() -> list[tuple[str, Path]]:
     named = [(path.relative_to(root).as_posix(), path) for _, path in finder.files()]
     files = [(n, p) for n, p in named if n not in STDLIB_SKIPPED_FILES and not n.startswith(STDLIB_SKIPPED_PREFIX)]
     if not files:
-        raise DataError("this Python comes without its source: set data.corpus to text and data.paths to your files")
+        raise DataError("this Python has no source files; set data.corpus to text and data.paths to your files")
     return files
 
 
 def _cannot_read(name: str, error: OSError) -> DataError:
-    return DataError(f"cannot read {on_one_line(name)}: {error.strerror or error}; mend it or correct data.paths")
+    return DataError(f"cannot read {on_one_line(name)}: {error.strerror or error}; fix it or correct data.paths")

@@ -1,8 +1,8 @@
 """
-Chat templates: messages as the text that a model was taught to answer. No torch.
+Chat templates: format messages as the text that a model was trained to answer. No torch.
 
-A template is a Jinja program that came with somebody's model: it runs in Jinja's sandbox, with the functions that
-https://huggingface.co/docs/transformers/chat_templating promises to it, and gives what `transformers` gives.
+A template is a Jinja program that comes with a downloaded model. It runs in Jinja's sandbox, with the functions listed in
+https://huggingface.co/docs/transformers/chat_templating, and its output equals that of `transformers`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template, the names of the special tokens that it may write, and where it is from."""
+    """A template, the special tokens it may write, and the file it comes from."""
 
     source: str
     special: Mapping[str, str]
@@ -37,9 +37,9 @@ class ChatTemplate:
     @classmethod
     def of(cls, folder: Path) -> ChatTemplate | None:
         """
-        The template of a Hugging Face folder, None where it has none. Of several, the one called default.
+        Read the template of a Hugging Face folder: the one named "default" if there are several, None if there are none.
 
-        Raises DataError where a file cannot be read, or the template is no Jinja.
+        Raises DataError if a file cannot be read or the template is not valid Jinja.
         """
         config = read_object(folder / "tokenizer_config.json")
         source, name = _source(folder, config)
@@ -53,10 +53,10 @@ class ChatTemplate:
         self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **variables: object
     ) -> str:
         """
-        The conversation as text, special tokens spelt out: for `Tokenizer.encode_chat`.
+        Return the conversation as text that contains special tokens, for `Tokenizer.encode_chat`.
 
-        `messages`: each with its `role` and `content`. `add_generation_prompt`: end where the model is to speak.
-        `variables` are the template's own, such as `enable_thinking`. Raises DataError where it refuses.
+        messages: each with `role` and `content`. add_generation_prompt: end with the start of the model's answer.
+        variables: the template's own, such as `enable_thinking`. Raises DataError if the template rejects the messages.
         """
         if not messages:
             raise DataError("a chat needs at least one message")
@@ -70,21 +70,21 @@ class ChatTemplate:
                 **{**self.special, **variables},
             )
         except TemplateError as error:
-            raise DataError(f"{self.name} refuses these messages: {error}") from error
-        except Exception as error:  # of a program that is not ours
+            raise DataError(f"{self.name} rejects these messages: {error}") from error
+        except Exception as error:  # the template is foreign code
             why = f"{type(error).__name__}: {error}"
-            raise DataError(f"{self.name} refuses these messages, or is wrong: {why}; correct it") from error
+            raise DataError(f"{self.name} rejects these messages or has a bug: {why}; correct it") from error
 
     @cached_property
     def _compiled(self) -> Template:
         try:
             return _environment().from_string(self.source)
-        except (TemplateError, SyntaxError, RecursionError) as error:  # the last two where it is nested too deep
+        except (TemplateError, SyntaxError, RecursionError) as error:  # the last two if nested too deeply
             raise DataError(f"{self.name} is not a chat template: {error}; correct or remove it") from error
 
 
 def _source(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Path]:
-    """The template's text and the file that has it; a file of its own goes before the config's."""
+    """Return the template's text and its file; a separate template file takes precedence over the config."""
     file = folder / TEMPLATE_FILE
     try:
         return file.read_text("utf-8"), file
@@ -102,7 +102,7 @@ def _source(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Path]:
     if isinstance(found, dict):
         if "default" not in found:
             names = ", ".join(found) or "without names"
-            raise DataError(f"{path} has chat templates {names}, and none called default; name one so")
+            raise DataError(f"{path} has chat templates {names}, but none named default; rename one")
         found = found["default"]
     elif found is None:
         return None, path
@@ -112,7 +112,7 @@ def _source(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Path]:
 
 
 class _Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what the assistant says; as text it is what stands inside."""
+    """`{% generation %}...{% endgeneration %}`, which marks the assistant's turns: rendered as its content."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -143,5 +143,5 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Without Jinja's escapes for HTML."""
+    """Convert to JSON without Jinja's HTML escapes."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

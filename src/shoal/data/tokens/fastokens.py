@@ -1,4 +1,4 @@
-"""A faster tokenizer, where it is installed and gives the same ids: fastokens. No torch."""
+"""fastokens: a faster tokenizer, used if it is installed and gives the same ids. No torch."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ Ids = npt.NDArray[np.uint32]
 
 
 class DifferentIdsError(Exception):
-    """fastokens said something else than tokenizers: nothing that it said is to be kept."""
+    """fastokens and tokenizers gave different ids, so no ids from fastokens may be kept."""
 
 
 class FastEncoder:
-    """Texts -> ids on all cores, without an object for each. It is believed only as far as it is compared."""
+    """Texts -> ids on all cores, without a Python object per id. Some of its ids are compared with tokenizers'."""
 
     def __init__(self, fast: Any, tokenizer: Tokenizer) -> None:
         self._fast, self._tokenizer = fast, tokenizer
 
     def encode_batch(self, texts: Sequence[str], *, compare: bool) -> list[Ids]:
-        """Raises `DifferentIdsError`, where `compare`, if tokenizers gives other ids; and if fastokens fails."""
+        """Encode texts. Raises `DifferentIdsError` if fastokens fails or, with `compare`, if tokenizers gives other ids."""
         try:
             content, offsets = self._fast.encode_batch_flat(list(texts), split_special_tokens=True)
-        except Exception as error:  # its own, of many kinds
+        except Exception as error:  # fastokens has many error types
             raise DifferentIdsError(str(error)) from error
         ids = np.frombuffer(content, "<u4").astype(np.uint32, copy=False)
         if ids.size and int(ids.max()) >= self._tokenizer.vocab_size:
             raise DifferentIdsError(
-                f"it gave the id {int(ids.max())}, and the tokenizer has {self._tokenizer.vocab_size} tokens"
+                f"it gave the id {int(ids.max())}, but the tokenizer has {self._tokenizer.vocab_size} tokens"
             )
         each = np.split(ids, np.frombuffer(offsets, "<u8")[1:-1].astype(np.int64)) if texts else []
         if compare:
             for text, ours, theirs in zip(texts, each, self._tokenizer.encode_batch(texts), strict=True):
                 if ours.tolist() != theirs:
-                    raise DifferentIdsError(f"of {text[:60]!a}")
+                    raise DifferentIdsError(f"for {text[:60]!a}")
         return each
 
 
 def fast_encoder(tokenizer: Tokenizer) -> FastEncoder | None:
-    """None where fastokens is not installed, does not know this kind, or fails on a sample of texts."""
+    """Return None if fastokens is not installed, does not support this tokenizer, or fails on sample texts."""
     if tokenizer.ids_are_bytes:
-        return None  # nothing is faster than none
+        return None  # bytes need no tokenizer
     try:
         import fastokens
     except ImportError:
@@ -54,6 +54,6 @@ def fast_encoder(tokenizer: Tokenizer) -> FastEncoder | None:
     try:
         encoder = FastEncoder(fastokens.Tokenizer.from_json_str(tokenizer.to_json()), tokenizer)
         encoder.encode_batch(same_ids.sample(), compare=True)
-    except Exception:  # an unknown kind is a ValueError; other ids are ours
+    except Exception:  # ValueError if unsupported; DifferentIdsError for other ids
         return None
     return encoder

@@ -1,5 +1,5 @@
 """
-SentencePiece models, BPE and unigram, as a tokenizer of the tokenizers library. No torch.
+Convert SentencePiece models, BPE and unigram, to the tokenizers library. No torch.
 
 The format: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
@@ -19,14 +19,14 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from shoal.data.tokens.same_ids import check_same_ids
 from shoal.errors import DataError
 
-SPACE = "▁"  # how a space is written in a piece
+SPACE = "▁"  # a space in a piece
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # SentencePiece.Type
-NEVER = 1000.0  # how far below every other the score of a piece is that no text may become
+NEVER = 1000.0  # subtracted from the lowest score for pieces that no text may become
 
 
 def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
-    """The model in this file, its ids compared with SentencePiece's own. Raises DataError."""
+    """Convert the model in this file, and compare its ids with SentencePiece's. Raises DataError."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -34,7 +34,7 @@ def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(_converted(content, str(path), hashlib.sha256(content).hexdigest()))
 
 
-@lru_cache(maxsize=2)  # preparing asks twice
+@lru_cache(maxsize=2)  # preparing loads it twice
 def _converted(content: bytes, name: str, sha256: str) -> str:
     try:
         import sentencepiece
@@ -57,7 +57,7 @@ def _converted(content: bytes, name: str, sha256: str) -> str:
 
 
 def _convert(proto: Any, name: str) -> tokenizers.Tokenizer:
-    """`proto`: a `ModelProto`. Raises DataError for the model types that nobody trains language models with."""
+    """Convert a `ModelProto`. Raises DataError for model types that language models do not use."""
     if proto.trainer_spec.model_type not in (UNIGRAM, BPE) or proto.trainer_spec.treat_whitespace_as_suffix:
         raise DataError(f"{name} is neither a BPE nor a unigram model with spaces in front; set data.tokenizer")
     model = _unigram(proto) if proto.trainer_spec.model_type == UNIGRAM else _bpe(proto)
@@ -73,7 +73,7 @@ def _convert(proto: Any, name: str) -> tokenizers.Tokenizer:
 
 
 def _bpe(proto: Any) -> models.BPE:
-    """SentencePiece joins the two neighbours that make the best-scored piece: a merge for each way to make it."""
+    """Convert BPE. SentencePiece joins the neighbors with the best-scored result: one merge per way to build a piece."""
     ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     parts = {piece.piece for piece in proto.pieces if piece.type == NORMAL}
     merges = []
@@ -91,7 +91,7 @@ def _bpe(proto: Any) -> models.BPE:
 
 
 def _unigram(proto: Any) -> models.Unigram:
-    """Control pieces and bytes may not come out of a text that spells them: their score forbids it."""
+    """Convert a unigram model. Control and byte pieces get a score so low that no text becomes them."""
     lowest = min(piece.score for piece in proto.pieces if piece.type == NORMAL)
     vocab = [
         (piece.piece, piece.score if piece.type in (NORMAL, USER_DEFINED) else lowest - NEVER) for piece in proto.pieces
@@ -106,7 +106,9 @@ def _unknown(proto: Any) -> str:
 
 def _normalizer(spec: Any) -> normalizers.Sequence:
     steps: list[Any] = []
-    if spec.precompiled_charsmap:  # tokenizers maps clusters of characters, not as here: often refused in the end
+    if (
+        spec.precompiled_charsmap
+    ):  # tokenizers applies it to grapheme clusters, SentencePiece to characters; `check_same_ids` often rejects it
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
@@ -126,7 +128,7 @@ def _decoder(proto: Any) -> decoders.Sequence:
 
 
 def _splits(proto: Any) -> list[pre_tokenizers.Split]:
-    """Cuts that change no ids: between words, so that their ids are remembered; and around unknown characters."""
+    """Return splits that change no ids: between words, so that words are cached; and around reserved characters."""
     splits = []
     between_words = re.compile(f"[^{SPACE}]{SPACE}")
     if not any(between_words.search(piece.piece) for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)):
@@ -135,6 +137,6 @@ def _splits(proto: Any) -> list[pre_tokenizers.Split]:
     reserved = {
         character for piece in proto.pieces if piece.type not in (NORMAL, USER_DEFINED) for character in piece.piece
     }
-    if reserved - known:  # else the name of a control piece would score better than its letters, one by one
+    if reserved - known:  # else the name of a control piece would score better than its letters
         splits.append(pre_tokenizers.Split(Regex(f"[{re.escape(''.join(sorted(reserved - known)))}]+"), "isolated"))
     return splits

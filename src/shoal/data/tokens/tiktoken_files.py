@@ -1,4 +1,4 @@
-"""tiktoken's encodings, from its files on this machine, as a tokenizer of the tokenizers library. No torch."""
+"""Convert tiktoken's encodings, from its cached files, to the tokenizers library. No torch."""
 
 from __future__ import annotations
 
@@ -35,23 +35,25 @@ CONNECT_SECONDS = 5.0
 
 
 def from_tiktoken(name: str) -> tokenizers.Tokenizer:
-    """The encoding `name`, its ids compared with tiktoken's own. Raises DataError."""
+    """Convert the encoding `name`, and compare its ids with tiktoken's. Raises DataError."""
     return tokenizers.Tokenizer.from_str(_converted(name))
 
 
-@lru_cache(maxsize=2)  # preparing asks twice, and the merges of 200,000 tokens take seconds
+@lru_cache(maxsize=2)  # preparing loads it twice, and the merges of 200,000 tokens take seconds
 def _converted(name: str) -> str:
     try:
         import tiktoken
     except ImportError as error:
         raise DataError(f"tiktoken:{name} needs the tiktoken library: pip install 'shoal[tiktoken]'") from error
     if name not in FILES:
-        raise DataError(f"tiktoken has no encoding {name}; set data.tokenizer to tiktoken: and {', '.join(FILES)}")
+        raise DataError(
+            f"tiktoken has no encoding {name}; set data.tokenizer to tiktoken: and one of {', '.join(FILES)}"
+        )
     for file in FILES[name]:
         _get(HOST + file)
     try:
         encoding = tiktoken.get_encoding(name)
-    except Exception as error:  # requests' errors, which may quote a proxy's address; ValueError of a wrong hash
+    except Exception as error:  # errors of requests may quote a proxy's address; ValueError for a wrong hash
         raise DataError(
             f"tiktoken cannot open {name} ({type(error).__name__}); set data.tokenizer, or TIKTOKEN_CACHE_DIR"
         ) from None
@@ -63,9 +65,9 @@ def _converted(name: str) -> str:
 
 def _get(address: str) -> None:
     """
-    Have the file in tiktoken's cache, so that the library itself never waits for a network.
+    Download a file to tiktoken's cache unless it is there, so that the library itself never waits for a network.
 
-    Raises DataError where it is neither there nor to be had within CONNECT_SECONDS.
+    Raises DataError if it is neither cached nor reachable within CONNECT_SECONDS.
     """
     given = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
     folder = Path(given) if given else Path(tempfile.gettempdir(), "data-gym-cache")
@@ -77,23 +79,23 @@ def _get(address: str) -> None:
             content = answer.read()
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, [content])
-    except (OSError, ValueError, HTTPException) as error:  # those that are no OSError quote the address of a proxy
+    except (OSError, ValueError, HTTPException) as error:  # all but OSError quote the proxy's address
         why = error if isinstance(error, OSError) else f"{type(error).__name__}: see HTTPS_PROXY"
         raise DataError(
-            f"tiktoken's file {address} is not on this machine and cannot be fetched ({why}); put it at {path}"
-            + ("" if given else ", or into another folder, under that name, and set TIKTOKEN_CACHE_DIR to the folder")
+            f"tiktoken's file {address} is not on this machine and cannot be downloaded ({why}); put it at {path}"
+            + ("" if given else ", or in another folder under that name, and set TIKTOKEN_CACHE_DIR to the folder")
         ) from None
 
 
 def _convert(encoding: Any) -> tokenizers.Tokenizer:
-    """`encoding`: a `tiktoken.Encoding`."""
+    """Convert a `tiktoken.Encoding`."""
     ranks: dict[bytes, int] = encoding._mergeable_ranks
     special: dict[str, int] = encoding._special_tokens
     characters = byte_characters()
     written = {token: "".join(characters[byte] for byte in token) for token in ranks}
     vocab = {written[token]: rank for token, rank in ranks.items()}
     merges = [(written[left], written[right]) for left, right in _merges(ranks)]
-    # Special tokens stand in the vocabulary too: that is how they keep ids with holes between them.
+    # Special tokens are in the vocabulary too, so that they keep ids with gaps between them.
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={**vocab, **special}, merges=merges, ignore_merges=True))
     splitter = pre_tokenizers.Split(Regex(_pattern(encoding._pat_str)), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -105,9 +107,9 @@ def _convert(encoding: Any) -> tokenizers.Tokenizer:
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """
-    Every way to put a token together from two, in the order of what comes out.
+    Return every way to build a token from two others, in the order of the result's rank.
 
-    tiktoken merges any two neighbours whose join is a token, lowest rank first: so one way each would not do.
+    tiktoken merges any two neighbors whose join is a token, lowest rank first, so one way per token is not enough.
     """
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
@@ -119,9 +121,9 @@ def _merges(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 def _pattern(pattern: str) -> str:
     """
-    The same in Oniguruma's words, which tokenizers reads.
+    Translate a pattern from Rust's syntax to Oniguruma's, which tokenizers uses.
 
-    There `{1,3}+` repeats a repetition (it is possessive in Rust; greedy does the same here, as nothing follows),
-    and `$` is the end of a line.
+    `{1,3}+` is possessive in Rust, but a repeated repetition in Oniguruma; greedy `{1,3}` is equal here, as nothing
+    follows it. `$` is the end of the text in Rust, but the end of a line in Oniguruma.
     """
     return re.sub(r"(\{\d+,\d+\})\+", r"\1", pattern).replace("$", r"\z")

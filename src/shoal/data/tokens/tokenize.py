@@ -1,25 +1,19 @@
 """
-Tokenizers: a byte-level BPE trained here, plain bytes, or one of other people's. No torch.
+Tokenizers: a byte-level BPE trained here, plain bytes, or an existing one. No torch.
 
-Whatever it was, it becomes a `tokenizers.Tokenizer`, and its file a tokenizer.json that other libraries read.
+Each becomes a `tokenizers.Tokenizer`, saved as a tokenizer.json that other libraries read.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from shoal.data.tokens import same_ids
 from shoal.data.tokens.byte_level import byte_characters
 from shoal.data.tokens.tokenizer_ends import apply_folder, read_ends
 from shoal.errors import DataError, ModelError
@@ -27,29 +21,27 @@ from shoal.hub.find import find_model, find_path
 
 END_OF_TEXT = "<|endoftext|>"
 TIKTOKEN = "tiktoken:"
-SPACE = "▁"  # how SentencePiece writes one
 HEARTBEAT_SECONDS = 0.5
 
-# GPT-4's pattern with two changes for source code. A line's end takes the next line's indentation, and
-# punctuation takes both ("):\n        " can be one token): 7% fewer tokens on Python. Digits come in
-# twos, so that a small vocabulary is not spent on numbers. Every character matches one alternative.
+# GPT-4's pattern with two changes for source code. A line end includes the next line's indentation, and punctuation
+# includes both ("):\n        " can be one token): 7% fewer tokens on Python. Digits are grouped by two, to keep
+# numbers from filling a small vocabulary. Every character matches one alternative.
 PATTERN = (
-    r"[^\r\n\p{L}\p{N}]?\p{L}+"  # a word, with the one character before it: " the", "(self", "_name"
+    r"[^\r\n\p{L}\p{N}]?\p{L}+"  # a word with the character before it: " the", "(self", "_name"
     r"|\p{N}{1,2}"
     r"| ?[^\s\p{L}\p{N}]+(?:\s*\n[ \t]*)?"  # punctuation, to the start of the next line's text
     r"|\s*\n[ \t]*"
-    r"|[ \t]+(?!\S)"  # spaces, but for the one that a word takes
+    r"|[ \t]+(?!\S)"  # spaces, except the one before a word
     r"|\s+"
 )
-BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's name of a byte
-PATTERN_VERSION = 1  # change it with the pattern: tokens prepared by another are not these
+PATTERN_VERSION = 1  # change it with the pattern, so that tokens are prepared again
 
 
 class Tokenizer:
     """
-    Text <-> token ids. Special tokens spelt out in a text are text; `eot_id` never comes out of one.
+    Text <-> token ids. Names of special tokens in a text are plain text; no text becomes `eot_id`.
 
-    `bos_id` is the token that stands before each document, None where there is none.
+    bos_id: the token before each document, or None.
     """
 
     def __init__(
@@ -71,36 +63,36 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Of all tokens that no text becomes: ends, roles of a chat, padding."""
+        """Ids of all special tokens, which no text becomes: ends, chat roles, padding."""
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(index for index, token in added.items() if token.special)
 
     def id_of(self, token: str) -> int | None:
-        """Of a token by its text, special ones too; None where there is none."""
+        """Return the id of a token, special or not, by its text; None if there is none."""
         index: int | None = self._tokenizer.token_to_id(token)
         return index
 
     def encode(self, text: str) -> list[int]:
-        """Without the tokens at a document's ends."""
+        """Encode without the tokens that begin and end a document."""
         return self.encode_batch([text])[0]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """As a document begins that a model is to go on with: `bos_id` first, where there is one."""
+        """Encode the start of a document that a model will continue: `bos_id` first, if there is one."""
         return [*([] if self.bos_id is None else [self.bos_id]), *self.encode(text)]
 
     def encode_chat(self, text: str) -> list[int]:
-        """Text that a chat template wrote: its special tokens are special, and nothing is put before or after."""
+        """Encode the output of a chat template: names of special tokens become those tokens, and no token is added."""
         ids: list[int] = self._with_special.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """On all cores (Rayon's; `RAYON_NUM_THREADS` limits them). The GIL is free meanwhile."""
-        if self.ids_are_bytes:  # the same ids, without a Rust object for each of them
+        """Encode texts on all cores (`RAYON_NUM_THREADS` limits them), with the GIL released."""
+        if self.ids_are_bytes:  # the same ids, without a Rust object per id
             return [list(text.encode()) for text in texts]
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text, special tokens spelt out; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text, with the names of special tokens; invalid UTF-8 becomes U+FFFD."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=False)
         return text
 
@@ -109,46 +101,17 @@ class Tokenizer:
         return texts
 
     def to_json(self) -> str:
-        """The content of a tokenizer.json, which other libraries read too."""
+        """Return the content of a tokenizer.json."""
         text: str = self._tokenizer.to_str()
         return text
 
-    def token_bytes(self) -> npt.NDArray[np.int64] | None:
-        """
-        [vocab_size] bytes of text that each token stands for, or None if that cannot be said exactly.
-
-        A tokenizer that puts a space before each text has it taken back at the document's end: -1 there.
-        """
-        spec = json.loads(self._tokenizer.to_str())
-        added = {token["id"]: "" if token["special"] else token["content"] for token in spec.get("added_tokens", ())}
-        vocab = self._tokenizer.get_vocab(with_added_tokens=False)
-        lengths = np.zeros(self.vocab_size, np.int64)
-        if _is_byte_level(spec.get("decoder")):
-            for token, index in vocab.items():
-                lengths[index] = len(token)  # byte-level vocabularies write a byte as a character
-        elif spec["model"].get("byte_fallback"):
-            for token, index in vocab.items():
-                lengths[index] = 1 if BYTE_PIECE.fullmatch(token) else len(token.replace(SPACE, " ").encode())
-        else:
-            return None
-        for index, content in added.items():
-            lengths[index] = len(content.encode())
-        lengths[self.eot_id] -= int(lengths[self.encode("a")].sum()) - 1
-        return lengths if _is_byte_level(spec.get("decoder")) or self._adds_up(lengths) else None
-
-    def _adds_up(self, lengths: npt.NDArray[np.int64]) -> bool:
-        """Seen on texts: a normaliser may change them, or spaces get lost."""
-        texts = [text for text in same_ids.TEXTS if text and SPACE not in text]
-        ids = [[*ids, self.eot_id] for ids in self.encode_batch(texts)]
-        return all(lengths[i].sum() == len(text.encode()) for i, text in zip(ids, texts, strict=True))
-
     @cached_property
     def can_be_cut(self) -> bool:
-        """Whether the ids of a text's parts give the text; not where each part gets a space in front."""
+        """Whether a text encoded in parts decodes to itself; False if the tokenizer puts a space before each part."""
         return self.decode(self.encode("a\n") + self.encode("b")) == "a\nb"
 
     def check_rows(self, rows: int) -> None:
-        """Raises DataError, naming tokens, where a model of `rows` embeddings has none for some of them."""
+        """Raise DataError, naming tokens, if an embedding of `rows` rows lacks some of them."""
         if self.vocab_size <= rows:
             return
         without = range(rows, self.vocab_size)
@@ -156,28 +119,22 @@ class Tokenizer:
         named = ", ".join(ascii(token) for token in tokens[:5]) + (", ..." if len(tokens) > 5 else "")
         raise DataError(
             f"model.vocab_size {rows:,} is smaller than the tokenizer's {self.vocab_size:,}: no row for {named}; "
-            "raise it or leave it out to take the tokenizer's, or set data.tokenizer to the one that the model was made for"
+            "raise it, omit it to use the tokenizer's, or set data.tokenizer to the tokenizer that the model was made for"
         )
 
     @cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
-        """A copy: how special tokens are read is a setting of the whole."""
+        """A copy, since whether special tokens are recognized is a setting of the whole tokenizer."""
         copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         copy.encode_special_tokens = False
         return copy
-
-
-def _is_byte_level(decoder: Any) -> bool:
-    if not isinstance(decoder, dict):
-        return False
-    return decoder.get("type") == "ByteLevel" or any(_is_byte_level(part) for part in decoder.get("decoders", ()))
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, progress: Callable[[], None] = lambda: None) -> Tokenizer:
     """
     Train a byte-level BPE of at most `vocab_size` tokens; id 0 is `<|endoftext|>`.
 
-    `progress` is called about twice a second, also while merges are learnt, when no text is read.
+    progress: called about twice a second, also while merges are learned and no text is read.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     splitter = pre_tokenizers.Split(Regex(PATTERN), "isolated")
@@ -186,7 +143,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, progress: Callable[[], None
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte: any text can be said
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte, so that any text can be encoded
         show_progress=False,
     )
     with ThreadPoolExecutor(1) as executor:
@@ -198,7 +155,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, progress: Callable[[], None
 
 
 def byte_tokenizer() -> Tokenizer:
-    """256 bytes, each its own id, and the end of text: 257."""
+    """Return the tokenizer of 257 tokens: each byte is its own id, and 256 is the end of text."""
     vocab = {character: byte for byte, character in enumerate(byte_characters())}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -213,10 +170,10 @@ def _byte_level() -> pre_tokenizers.ByteLevel:
 
 def load_tokenizer(spec: str, kept: Path | None = None) -> Tokenizer:
     """
-    `bytes`; `tiktoken:NAME`; a file: tokenizer.json or a SentencePiece model; or a model's folder or name.
+    Load `bytes`, `tiktoken:NAME`, a tokenizer.json, a SentencePiece model, or the tokenizer of a model's folder or name.
 
-    A file is what it says itself. Of a folder the config files are read too: which token begins and ends a
-    document there. kept: a copy, for a folder that is gone. Raises DataError.
+    A folder's config files may also set which tokens begin and end a document. kept: a copy to use if the folder is
+    gone. Raises DataError.
     """
     if spec == "bytes":
         return byte_tokenizer()
@@ -236,7 +193,7 @@ def load_tokenizer(spec: str, kept: Path | None = None) -> Tokenizer:
 
 
 def tokenizer_folder(spec: str, kept: Path | None = None) -> Path | None:
-    """The folder that `spec` names; None for what is no folder."""
+    """Return the folder that `spec` names; None if it is not a folder."""
     if spec in ("bpe", "bytes") or spec.startswith(TIKTOKEN):
         return None
     path = _find(spec, kept)
@@ -254,7 +211,7 @@ def _find(spec: str, kept: Path | None) -> Path:
 
 
 def _open(path: Path) -> tokenizers.Tokenizer:
-    if ".model" in path.suffixes:  # also tokenizer.model.v1
+    if ".model" in path.suffixes:  # for tokenizer.model.v1 too
         from shoal.data.tokens.sentencepiece_model import from_sentencepiece
 
         return from_sentencepiece(path)
@@ -265,7 +222,7 @@ def _open(path: Path) -> tokenizers.Tokenizer:
 
 
 def parse_tokenizer(text: str, name: str) -> Tokenizer:
-    """From the content of a tokenizer.json. Raises DataError, with `name` in it."""
+    """Parse the content of a tokenizer.json. Raises DataError, with `name` in it."""
     return _with_ends(_from_json(text, name), name)
 
 
@@ -277,7 +234,7 @@ def _from_json(text: str, name: str) -> tokenizers.Tokenizer:
 
 
 def _with_ends(tokenizer: tokenizers.Tokenizer, name: str) -> Tokenizer:
-    tokenizer.no_truncation()  # before anything is encoded: a file may say to cut, or to fill up
+    tokenizer.no_truncation()  # before encoding: a tokenizer.json may enable truncation or padding
     tokenizer.no_padding()
     ends = read_ends(tokenizer, name)
     return Tokenizer(tokenizer, ends.eos, ends.bos)

@@ -1,8 +1,8 @@
 """
-How a document begins and ends in a tokenizer's eyes, and what a Hugging Face folder says of it. No torch.
+The tokens that begin and end a document, from a tokenizer.json or a Hugging Face folder. No torch.
 
-It is kept in the tokenizer.json itself, as its post-processor: what stands before a single text, and what
-between two. So that one file says all, here and in other libraries.
+They are saved in the tokenizer.json itself, as its post-processor: the tokens before a single text and between two texts.
+So one file holds everything, here and in other libraries.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tokenizers import processors
 from shoal.errors import DataError, ModelError
 from shoal.hub.values import token_ids
 
-# Names that others gave the token at the end of a document; the first that a tokenizer has is taken.
+# Common names of the end-of-text token; the first that a tokenizer has is used.
 END_NAMES = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -34,14 +34,14 @@ TOKENIZER_CONFIG, TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json
 
 @dataclass(frozen=True)
 class Ends:
-    """Ids of the tokens before and after each document; `bos` is None where nothing stands before."""
+    """Ids of the tokens before and after each document; `bos` is None if there is none before."""
 
     bos: int | None
     eos: int
 
 
 def read_ends(tokenizer: tokenizers.Tokenizer, name: str) -> Ends:
-    """What a tokenizer.json says. Raises DataError, with `name` in it, where it has no end."""
+    """Read the ends from a tokenizer.json. Raises DataError, with `name` in it, if it has no end-of-text token."""
     bos = _beginning(tokenizer, name)
     eos = _end(tokenizer, bos)
     if eos is None:
@@ -53,10 +53,10 @@ def read_ends(tokenizer: tokenizers.Tokenizer, name: str) -> Ends:
 
 def apply_folder(tokenizer: tokenizers.Tokenizer, folder: Path, *, has_json: bool) -> None:
     """
-    Write what the config files of a Hugging Face folder say into the tokenizer, where it says something else.
+    Set the tokenizer's ends to those in the config files of a Hugging Face folder.
 
-    As `transformers` does, `add_bos_token` is obeyed where there is no tokenizer.json, which says it itself.
-    Raises DataError where a named token is not there.
+    As in `transformers`, `add_bos_token` applies only without a tokenizer.json, which has its own setting. Raises
+    DataError if a named token is missing.
     """
     bos = _beginning(tokenizer, str(folder))
     special = special_tokens(folder)
@@ -71,10 +71,10 @@ def apply_folder(tokenizer: tokenizers.Tokenizer, folder: Path, *, has_json: boo
 
 def special_tokens(folder: Path) -> dict[str, str]:
     """
-    The texts of those of `SPECIAL` that the config files of a Hugging Face folder name.
+    Return the texts of those `SPECIAL` tokens that the config files of a Hugging Face folder name.
 
-    As `transformers` has it: the older special_tokens_map.json goes before the config, also where it says null, and is
-    not looked at where the config has all added tokens itself.
+    As in `transformers`, the older special_tokens_map.json overrides the config, even with null, unless the config has
+    `added_tokens_decoder`.
     """
     said = read_object(folder / TOKENIZER_CONFIG)
     if "added_tokens_decoder" not in said:
@@ -83,7 +83,7 @@ def special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _content_of(token: Any) -> str | None:
-    """A token as these files have it: text, or an object with its text."""
+    """Return the text of a token, which these files store as text or as an object."""
     content = token.get("content") if isinstance(token, dict) else token
     return content if isinstance(content, str) else None
 
@@ -108,14 +108,13 @@ def _id_of(tokenizer: tokenizers.Tokenizer, token: str, key: str, folder: Path) 
     index: int | None = tokenizer.token_to_id(token)
     if index is None:
         raise DataError(
-            f"{folder} has {key} {token}, which the tokenizer lacks; correct it where it stands, {TOKENIZER_CONFIG} or "
-            f"{TOKENS_MAP}"
+            f"{folder} has {key} {token}, which the tokenizer lacks; correct it in {TOKENIZER_CONFIG} or {TOKENS_MAP}"
         )
     return index
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; an absent file is an empty one. Raises DataError where it is neither."""
+    """Read a JSON object; a missing file gives an empty one. Raises DataError if the file is anything else."""
     try:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -136,7 +135,7 @@ def _beginning(tokenizer: tokenizers.Tokenizer, name: str) -> int | None:
 
 
 def _around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """The tokens put before, and after, a text."""
+    """Return the tokens that the tokenizer puts before and after a text."""
     plain: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
     full: list[int] = tokenizer.encode("a").ids
     if len(full) == len(plain):
@@ -146,7 +145,7 @@ def _around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _end(tokenizer: tokenizers.Tokenizer, bos: int | None) -> int | None:
-    """The first token put between two texts, where it is one that ends the first; else one of END_NAMES."""
+    """Return the first token put between two texts if it ends the first text, else one of END_NAMES."""
     plain: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
     both: list[int] = tokenizer.encode("a", "a").ids
     first = (bos is not None) + len(plain)
@@ -156,7 +155,7 @@ def _end(tokenizer: tokenizers.Tokenizer, bos: int | None) -> int | None:
 
 
 def _write_ends(tokenizer: tokenizers.Tokenizer, ends: Ends, name: str) -> None:
-    """Leaves a tokenizer alone that says so already: its file, and what is named after it, stay the same."""
+    """Set the tokenizer's ends. Leaves it unchanged if they are set already, so that its file and its hash stay equal."""
     before, after = _around(tokenizer)
     wanted = [] if ends.bos is None else [ends.bos]
     if before == wanted and _end(tokenizer, ends.bos) == ends.eos:
@@ -170,4 +169,4 @@ def _write_ends(tokenizer: tokenizers.Tokenizer, ends: Ends, name: str) -> None:
             special_tokens=[(token, index) for index, token in names.items()],
         )
     except ValueError as error:
-        raise DataError(f"{name}: its tokens {begin} cannot stand in a tokenizer.json: {error}") from error
+        raise DataError(f"{name}: its tokens {begin} cannot be saved in a tokenizer.json: {error}") from error

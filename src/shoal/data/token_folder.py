@@ -1,0 +1,73 @@
+"""The folder of a config's tokens: a hash of everything they depend on is in its name. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from shoal.config.data_options import Data
+from shoal.data.manifest import FORMAT, MANIFEST
+from shoal.data.tokens import tokenize
+from shoal.data.tokens.tokenize import Tokenizer
+from shoal.errors import DataError
+
+NAME_CHARACTERS = 80  # of a tokenizer's name in a folder's; file systems allow 255 in all
+
+
+def named_tokenizer(data: Data) -> Tokenizer | None:
+    """Return the tokenizer that `data` names; None if one is to be trained. Raises DataError."""
+    return None if data.tokenizer == "bpe" else tokenize.load_tokenizer(data.tokenizer, data.kept)
+
+
+def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Return everything the tokens depend on except the corpus's content. Rows and their order are not part of it."""
+    options: dict[str, Any] = {"format": FORMAT, "corpus": data.corpus, "val_fraction": data.val_fraction}
+    options["shard_tokens"] = data.shard_tokens
+    match data.corpus:
+        case "stdlib":
+            options["python"] = list(sys.version_info[:3])
+        case "text":
+            options["paths"] = list(data.paths)
+        case "jsonl":
+            options |= {"paths": list(data.paths), "text_key": data.text_key}
+        case "dummy":
+            options["dummy_documents"] = data.dummy_documents
+    if tokenizer is None:  # one will be trained
+        options["bpe"] = [tokenize.PATTERN_VERSION, data.tokenizer_vocab_size, data.tokenizer_sample_bytes]
+    else:
+        options["tokenizer"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
+        if tokenizer.bos_id is not None:
+            options["bos"] = tokenizer.bos_id
+    return options
+
+
+def find_folder(data: Data, options: dict[str, Any]) -> Path:
+    """
+    Return the folder where these tokens are or will be.
+
+    Finds them by the hash of their options alone, since the tokenizer's name may have changed. Raises DataError if
+    `data.folder` cannot be searched.
+    """
+    own = folder_name(data, options)
+    digest = own.rpartition("-")[2]
+    try:
+        above = Path(data.folder).expanduser()
+        others = sorted(path.parent for path in above.glob(f"{data.corpus}-*-{digest}/{MANIFEST}"))
+        has_own = (above / own / MANIFEST).exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise DataError(f"cannot search {data.folder} ({why}); set data.folder to another") from error
+    return above / own if has_own or not others else others[0]
+
+
+def folder_name(data: Data, options: dict[str, Any]) -> str:
+    """Return a readable name such as `stdlib-bpe4096-1a2b3c4d`, unique to these options."""
+    tokenizer = Path(data.tokenizer)
+    kind = tokenizer.parent.name if tokenizer.name in ("tokenizer.json", "tokenizer.model") else tokenizer.name
+    kind = f"bpe{data.tokenizer_vocab_size}" if data.tokenizer == "bpe" else re.sub(r"[^\w.]+", "_", kind)
+    digest = hashlib.blake2b(json.dumps(options, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return f"{data.corpus}-{kind[:NAME_CHARACTERS] or 'tokenizer'}-{digest}"
