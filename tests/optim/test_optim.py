@@ -12,7 +12,8 @@ from shoal.config.options import Optim
 from shoal.mesh.mesh import Axis, Mesh
 from shoal.mesh.place import Place
 from shoal.mesh.region import Region, Shard
-from shoal.optim.build import Optimizer, build_optimizer
+from shoal.optim.build import build_optimizer
+from shoal.optim.optimizer import Optimizer
 from shoal.optim.schedule import learning_rate, replanned
 from shoal.training.clip import clip, gradient_norm
 

@@ -27,7 +27,7 @@ from shoal.fault.compiling import told_of_compilations
 from shoal.models.hf import HuggingFaceModel
 from shoal.parallel import recompute
 from shoal.parallel.apply import parallelize
-from shoal.parallel.fsdp import ShardedGradients
+from shoal.parallel.fsdp_gradients import ShardedGradients
 from shoal.parallel.recompute import checkpointed, set_activation_budget
 from shoal.parallel.ring import Ring
 from shoal.resolve.layout_checks import refusals
@@ -205,7 +205,7 @@ ASKED: dict[tuple[str, str, Feature], Callable[[], object]] = {
     ("parallel/recompute.py", "set_activation_budget", "compile"): lambda: set_activation_budget(1.0),
     ("parallel/recompute.py", "_kept_operators", "selective"): lambda: checkpointed(Mock(), "selective"),
     ("parallel/ring.py", "__init__", "ring"): lambda: Ring(Mock()),
-    ("parallel/fsdp.py", "__init__", "bitwise_shards"): _sharded_gradients,
+    ("parallel/fsdp_gradients.py", "__init__", "bitwise_shards"): _sharded_gradients,
     ("parallel/apply.py", "parallelize", "train"): lambda: parallelize(
         Mock(), Mock(), parallel=Mock(), train=Mock(), data=Mock(), weights=Mock(), say=Mock()
     ),

@@ -27,7 +27,7 @@ from shoal.parallel.fsdp import shard
 from shoal.parallel.randomness import Randomness
 from shoal.parallel.recompute import Compiled, checkpointed, compile_forward, set_activation_budget
 from shoal.parallel.reduce import GradientReducer, Gradients
-from shoal.parallel.runnable import Loss, Runnable
+from shoal.parallel.runnable import Loss, Runnable, own_loss, uncut
 from shoal.parallel.tree import Leaves
 from shoal.parallel.vocab_loss import vocab_parallel_cross_entropy_sum
 from shoal.system.torch_private import require, torch_version
@@ -237,7 +237,7 @@ def _loss(model: LanguageModel, mesh: Mesh) -> Loss:
     """Return the part's own loss, or the vocabulary-parallel one if the family's table shards the vocabulary."""
     axis = mesh.axis("tp")
     if axis.size == 1 or "vocab_parallel" not in model.TENSOR_PARALLEL.values():
-        return lambda part, hidden, labels, scale: part.loss(hidden, labels, scale)
+        return own_loss
     vocab_size = model.shape.vocab_size
     assert vocab_size is not None
     first = Region.whole((vocab_size,)).chunk(0, axis.rank, axis.size).offsets[0]
@@ -250,5 +250,5 @@ def _loss(model: LanguageModel, mesh: Mesh) -> Loss:
 def _cutter(mesh: Mesh, parallel: Parallel) -> Callable[[Batch], Batch]:
     axis = mesh.axis("cp")
     if axis.size == 1:
-        return lambda batch: batch
+        return uncut
     return lambda batch: context.cut_batch(batch, axis, parallel.cp_method)

@@ -21,10 +21,10 @@ from torch.distributed.fsdp import (
 )
 
 from shoal.config.options import Parallel
-from shoal.mesh.mesh import Axis, Mesh
+from shoal.mesh.mesh import Mesh
 from shoal.models.family import LanguageModel
-from shoal.parallel.tree import Leaves, TreeReduceScatter
-from shoal.system.torch_private import require
+from shoal.parallel.fsdp_gradients import ShardedGradients
+from shoal.parallel.tree import Leaves
 
 
 def shard(model: LanguageModel, mesh: Mesh, parallel: Parallel, leaves: Leaves | None) -> ShardedGradients:
@@ -66,47 +66,3 @@ def _device_mesh(mesh: Mesh, *, replicas: bool) -> DeviceMesh:
     ranks = torch.tensor(here).view(outer.size, inner.size)
     names = ("dp_replicate", "shard")
     return DeviceMesh.from_group([outer.group, inner.group], mesh.device.type, mesh=ranks, mesh_dim_names=names)
-
-
-class ShardedGradients:
-    """
-    `Gradients` of a model that FSDP2 shards: each `p.grad` is this rank's shard of the sum over all of `batch`.
-
-    In a pipeline, torch's stage itself tells FSDP2 when to reduce, so the tree's order is not available there.
-    """
-
-    def __init__(self, model: LanguageModel, batch: Axis, shards: Axis, leaves: Leaves | None) -> None:
-        assert isinstance(model, FSDPModule)
-        if leaves is not None:
-            require("bitwise_shards")
-        self._model: FSDPModule = model
-        self._parameters = list(model.parameters())
-        self._sums: list[TreeReduceScatter] = []
-        for module in model.modules():
-            if not isinstance(module, FSDPModule):
-                continue
-            # The loss is already divided by the global number of tokens: sum, do not average. gloo has no pre-scaled sum.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-            if leaves is not None:
-                self._sums.append(TreeReduceScatter(leaves, batch, shards))
-                module.set_custom_reduce_scatter(self._sums[-1])  # type: ignore[arg-type]  # torch does not export the base
-
-    def zero(self) -> None:
-        for p in self._parameters:
-            p.grad = None
-        for tree_sum in self._sums:
-            tree_sum.zero()
-
-    def before_backward(self, slot: int | None, last: bool) -> None:
-        for tree_sum in self._sums:
-            tree_sum.slot, tree_sum.last = slot, last
-        if not self._sums:
-            self._model.set_requires_gradient_sync(last)
-            self._model.set_is_last_backward(last)
-
-    def after_backward(self, slot: int | None) -> None:
-        pass
-
-    def finish(self) -> None:
-        pass

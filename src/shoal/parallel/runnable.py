@@ -21,6 +21,16 @@ from shoal.run.phases import Phases
 Loss = Callable[[LanguageModel, Tensor, Tensor, Tensor | float], Tensor]  # (part, hidden, labels, scale) -> 0-d
 
 
+def own_loss(part: LanguageModel, hidden: Tensor, labels: Tensor, scale: Tensor | float) -> Tensor:
+    """Compute the loss of a part that holds the whole vocabulary."""
+    return part.loss(hidden, labels, scale)
+
+
+def uncut(batch: Batch) -> Batch:
+    """Return the batch: without context parallel a rank has whole sequences."""
+    return batch
+
+
 @dataclass
 class Runnable:
     """A model ready to train: its parts, this rank's shards, and one call that runs all micro-batches of a step."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.mesh.region import Part, Shard
-from shoal.optim.build import Optimizer
+from shoal.optim.optimizer import Optimizer
 from shoal.training.scaler import LossScaler
 
 
