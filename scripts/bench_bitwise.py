@@ -16,6 +16,7 @@ import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", GLOO_SOCKET_IFNAME="lo")
 
@@ -44,7 +45,7 @@ def layouts(processes: int) -> dict[str, Parallel]:
 class Trainer:
     """A model in a layout, and a step of it on random tokens."""
 
-    def __init__(self, mesh: Mesh, parallel: Parallel, repro: str, args: argparse.Namespace) -> None:
+    def __init__(self, mesh: Mesh, parallel: Parallel, repro: Any, args: argparse.Namespace) -> None:
         train = Train(
             steps=1, global_batch=args.tokens // SEQ_LEN, micro_batch=args.micro_batch, dtype=args.dtype, repro=repro
         )
@@ -122,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     print(describe(), end="\n\n")
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (str(Path(folder, "store")), args), nprocs=args.processes)  # type: ignore[no-untyped-call]
+        mp.spawn(work, (str(Path(folder, "store")), args), nprocs=args.processes)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -124,6 +124,7 @@ BUGS: dict[str, Callable[[], Any]] = {
 
 
 def _certify(world: Callable[[int], World], config: Config, processes: int, bug: str) -> Certificate:
+    first: Certificate
     first, *others = world(processes).run(certified, config, bug)
     assert all(other.passed == first.passed for other in others)
     return first

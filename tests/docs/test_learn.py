@@ -65,7 +65,8 @@ def test_each_recipe_is_legal(recipe: Path) -> None:
     assert not list(refusals(config, config.launch.processes))
     layout = find_layout(config.parallel, config.launch.processes)
     assert isinstance(layout, Layout)
-    assert layout.world_size == config.launch.processes <= 2
+    assert layout.world_size == config.launch.processes
+    assert layout.world_size <= 2
 
 
 def test_the_steps_differ_only_in_what_they_teach() -> None:

@@ -17,6 +17,7 @@ from shoal.infer import commands
 from shoal.infer.asked import Text
 from shoal.infer.load import load_folder
 from shoal.infer.score import score
+from shoal.models.generate import generate
 
 from ..cli.commands import Place
 from ..hub.small import save
@@ -154,7 +155,7 @@ def test_rows_without_a_token_are_never_written(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
 def test_rows_without_a_token_are_never_chosen(prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where they would be, the same draws choose some of them."""
-    plain, chosen, free = commands.generate, list[int](), list[int]()
+    plain, chosen, free = generate, list[int](), list[int]()
 
     def watched(*given: Any, **options: Any) -> list[list[int]]:
         outputs = plain(*given, **options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ class Turned:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Turned]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> Turned:
     turned = Turned()
     monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: turned.now))
     # in place of a collective: it takes as long as it is told

@@ -35,8 +35,8 @@ class Machine:
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[torch.dtype, int], float]], Machine]:
     def make(rate: Callable[[torch.dtype, int], float]) -> Machine:
         made = Machine(rate)
-        monkeypatch.setattr(products.time, "perf_counter", made.perf_counter)
-        monkeypatch.setattr(products.torch, "mm", made.mm)
+        monkeypatch.setattr("time.perf_counter", made.perf_counter)
+        monkeypatch.setattr("torch.mm", made.mm)
         return made
 
     return make

@@ -170,7 +170,8 @@ def test_a_clock_that_is_set_back_counts_nothing_twice(tmp_path: Path) -> None:
 def test_sums_are_the_time_between_the_first_start_and_the_last_line(tmp_path: Path, seed: int) -> None:
     """Random lives; what each step took is remembered here, and what was kept is added up step by step."""
     draw = random.Random(seed)
-    path, now, saved, took = tmp_path / "time.jsonl", 5_000.0, 0, {}
+    path, now, saved = tmp_path / "time.jsonl", 5_000.0, 0
+    took: dict[int, float] = {}
     lost = idle = 0.0
     end = now
     for _ in range(6):

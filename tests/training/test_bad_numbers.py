@@ -47,7 +47,7 @@ def equal(one: list[Parts], other: list[Parts]) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "train__steps": 8,
     "checkpoint__every": 2,
     "checkpoint__background": False,
@@ -66,7 +66,7 @@ OPTIONS = {
     ],
 )
 def test_no_number_on_one_rank_is_a_step_that_all_leave_out(
-    world: Callable[[int], World], tmp_path: Path, layout: dict[str, int]
+    world: Callable[[int], World], tmp_path: Path, layout: dict[str, Any]
 ) -> None:
     options = OPTIONS | {f"parallel__{key}": value for key, value in layout.items()}
     config = config_of(tmp_path, "poisoned", **options)
@@ -150,7 +150,7 @@ def test_a_bit_that_flips_is_found_named_and_undone(
     ],
 )
 def test_where_there_is_no_checkpoint_yet_a_flipped_bit_starts_the_run_anew(
-    world: Callable[[int], World], tmp_path: Path, layout: dict[str, int]
+    world: Callable[[int], World], tmp_path: Path, layout: dict[str, Any]
 ) -> None:
     options = OPTIONS | {"fault__check_replicas_every": 1, "checkpoint__every": 6}
     config = config_of(tmp_path, "flipped early", **options | {f"parallel__{k}": v for k, v in layout.items()})

@@ -20,7 +20,7 @@ from tests.world import World
 
 SECONDS = 0.5  # far more than what this machine's other work takes from a process
 BEGINS, LASTS = 3, 8  # steps
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "data__seq_len": 16,
     "train__global_batch": 4,
     "train__micro_batch": 2,

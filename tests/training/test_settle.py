@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -47,15 +49,16 @@ def test_auto_is_float32_unless_bfloat16_was_seen_to_be_faster(
     assert settle_dtype(wanted, ALONE) == settled
 
 
+def seeing(quick: bool, rates: list[float]) -> AbstractContextManager[Any]:
+    """Patch what this process finds of its device: bfloat16's instructions, and products a second."""
+    return mock.patch.multiple(settle, multiplies_bfloat16=lambda: quick, product_rates=lambda *_, **__: rates)
+
+
 def settle_with(mesh: Mesh, ratios: list[float]) -> str:
     """On a rank that sees bfloat16 so many times as fast as float32; 0: one without the instructions."""
     ratio = ratios[mesh.place.rank]
-    before = settle.multiplies_bfloat16, settle.product_rates
-    settle.multiplies_bfloat16, settle.product_rates = lambda: ratio > 0, lambda *a, **o: [ratio, 1.0]  # type: ignore[assignment]
-    try:
+    with seeing(ratio > 0, [ratio, 1.0]):
         return settle_dtype("auto", mesh)
-    finally:
-        settle.multiplies_bfloat16, settle.product_rates = before
 
 
 @pytest.mark.parametrize(
@@ -77,13 +80,9 @@ def settled_with(mesh: Mesh, folder: str, dtype: str, quick: bool, rates: list[f
     said: list[str] = []
     rows = SimpleNamespace(check_rows=lambda size: None)
     prepared: Any = SimpleNamespace(vocab_size=257, tokenizer=rows)
-    before = settle.multiplies_bfloat16, settle.product_rates
-    settle.multiplies_bfloat16, settle.product_rates = lambda: quick, lambda *a, **o: rates  # type: ignore[assignment]
-    try:
+    with seeing(quick, rates):
         config = Config().replace("train", dtype=dtype)
         return settle.settle(config, RunFolder(Path(folder)), prepared, mesh, said.append).train.dtype, said
-    finally:
-        settle.multiplies_bfloat16, settle.product_rates = before
 
 
 @pytest.mark.parametrize(
