@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.cli.commands import Place
 from tests.world import World, Worlds
 
@@ -73,6 +74,14 @@ def fail_if_skipped(report: Any) -> Any:
         if not any(may in reason for may in MAY_BE_SKIPPED):
             report.outcome, report.longrepr = "failed", f"skipped, which CI takes for a failure: {reason}"
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shards(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Shards tell each other which verbs had a fresh start."""
+    ours = tmp_path_factory.getbasetemp()
+    warm.seen_by_all = (ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours) / "verbs"
+    warm.seen_by_all.mkdir(exist_ok=True)
 
 
 @pytest.fixture(scope="session")

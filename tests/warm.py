@@ -41,7 +41,7 @@ NAME: Final = "shoal-server"  # of a server's process, which is no worker
 VERBS: Final = {"train", "eval", "generate", "export", "verify", "bench"}
 IMPORTED: Final = ("shoal.elastic.agent", "shoal.training.loop", "shoal.bench.parity", "shoal.infer.commands")
 LAUNCHERS: Final = {"train", "verify"}
-READ_AT_START: Final = {"--threads", "--launch.threads"}  # they set variables that torch reads when it is imported
+THREADS: Final = "--threads"  # sets variables that torch reads when it is imported; of a run they are its workers'
 READ_LATER: Final = re.compile(
     r"(SHOAL|TORCHELASTIC|PYTEST|MASTER|LOCAL|GROUP|ROLE)_.*|RANK|WORLD_SIZE|TMPDIR|PWD|OLDPWD|_|CUDA_VISIBLE_DEVICES"
     # read by torch when a group is made or when it compiles; the first sets how the store logs, in the launcher alone
@@ -208,7 +208,8 @@ def _fork_workers(environment: Mapping[str, str]) -> None:
 
 
 _environment = dict(os.environ)  # of this session, before a test adds to it
-_seen: set[str] = set()
+_seen: set[str] = {"verify"}  # a test of it plants a bug by a variable, so that it starts fresh anyway
+seen_by_all: Path | None = None  # a folder of all shards, with a file for each verb that one of them has seen
 
 
 @functools.cache
@@ -224,6 +225,11 @@ def popen_of(verb: str) -> type[subprocess.Popen[Any]]:
     if verb in _seen:
         return Popen
     _seen.add(verb)
+    try:
+        if seen_by_all is not None:
+            (seen_by_all / verb).touch(exist_ok=False)
+    except FileExistsError:
+        return Popen
     return subprocess.Popen
 
 
@@ -269,6 +275,6 @@ def runs_shoal(args: Sequence[str]) -> bool:
 
 def starts_alike(args: Sequence[str], environment: Mapping[str, str], of_server: Mapping[str, str]) -> bool:
     """Whether a fresh interpreter would find the same when it starts."""
-    if "RANK" not in environment and any(item.partition("=")[0] in READ_AT_START for item in args):
-        return False  # a worker's launcher has set what these say in its environment
+    if any(item.partition("=")[0] == THREADS for item in args):
+        return False
     return all(READ_LATER.fullmatch(name) for name, _ in environment.items() ^ of_server.items())
