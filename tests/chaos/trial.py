@@ -231,7 +231,7 @@ def weights(folder: Path) -> dict[str, str]:
 
 
 def _marked(mark: Path) -> list[psutil.Process]:
-    """Processes of the run, by the mark in their environment; one that was forked has only the run's output."""
+    """Return the run's processes: by the mark in their environment, or, if forked, by the run's output file."""
     found = []
     for process in psutil.process_iter():
         try:
