@@ -2,7 +2,7 @@
 
 .PHONY: train test test-all test-torch chaos matrix check format setup harness clean
 PYTHON ?=
-# Which tests; CI's share is "not slow". SHARDS of them run side by side, of 2 to 3 GiB each.
+# Which tests; CI's share is "not slow". SHARDS processes run them side by side, with 2 to 3 GiB each.
 TESTS ?= not slow and not ci
 SHARDS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(SHARDS)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", GLOO_SOCKET_IFNAME="lo")
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -46,7 +47,7 @@ def layouts(processes: int) -> dict[str, Parallel]:
 class Trainer:
     """A model in a layout, trained on random tokens."""
 
-    def __init__(self, mesh: Mesh, parallel: Parallel, repro: str, args: argparse.Namespace) -> None:
+    def __init__(self, mesh: Mesh, parallel: Parallel, repro: Any, args: argparse.Namespace) -> None:
         train = Train(
             steps=1, global_batch=args.tokens // SEQ_LEN, micro_batch=args.micro_batch, dtype=args.dtype, repro=repro
         )
@@ -124,7 +125,7 @@ def main() -> None:
     args = parser.parse_args()
     print(describe(), end="\n\n")
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (str(Path(folder, "store")), args), nprocs=args.processes)  # type: ignore[no-untyped-call]
+        mp.spawn(work, (str(Path(folder, "store")), args), nprocs=args.processes)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ the last signal (SIGTERM to one worker) to the end of all processes. Then prints
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import signal
 import statistics
@@ -38,6 +39,10 @@ def ledger_lines(run: Path) -> int:
 def hangs(run: Path) -> list[str]:
     """Return the recorded reason of each hang."""
     return [str(e["why"]) for e in read_json_lines(run / "events.jsonl") if e["event"] == "hang"]
+
+
+def _has_hangs(run: Path, count: int) -> bool:
+    return len(hangs(run)) >= count
 
 
 def signal_one(number: signal.Signals, launcher: subprocess.Popen[bytes], draw: random.Random) -> float:
@@ -89,7 +94,7 @@ def main() -> None:
     for number in range(1, options.hangs + 1):
         time.sleep(options.every)
         begun = signal_one(signal.SIGSTOP, process, draw)
-        known = wait_until(lambda number=number: len(hangs(run)) >= number, process) - begun
+        known = wait_until(functools.partial(_has_hangs, run, number), process) - begun
         trains = wait_for_step(run, ledger_lines(run), process) - begun
         print(
             f"hang {number}: detected after {known:.1f} s, next step after {trains:.1f} s:\n    {hangs(run)[-1]}",

@@ -140,7 +140,7 @@ def main() -> None:
         target = make(args.folder, dtype)
         for cold in (False, True):
             store = tempfile.mktemp(prefix="shoal-load-")
-            multiprocessing.spawn(work, (args.processes, store, target, cold, args.repeats), args.processes, join=True)  # type: ignore[no-untyped-call]
+            multiprocessing.spawn(work, (args.processes, store, target, cold, args.repeats), args.processes, join=True)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

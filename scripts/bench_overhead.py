@@ -93,7 +93,7 @@ def main() -> None:
     config = config.replace("launch", name="overhead", runs=str(folder)).replace("train", steps=steps, eval_every=0)
     config = config.replace("checkpoint", every=0)
     try:
-        mp.spawn(_work, args=(options, config), nprocs=options.processes)  # type: ignore[no-untyped-call]
+        mp.spawn(_work, args=(options, config), nprocs=options.processes)  # type: ignore[attr-defined]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

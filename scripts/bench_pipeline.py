@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--schedules", type=lambda text: text.split(","), default=ALL)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (str(Path(folder, "store")), args), nprocs=args.processes)  # type: ignore[no-untyped-call]
+        mp.spawn(work, (str(Path(folder, "store")), args), nprocs=args.processes)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="save-", dir=options.folder))
     try:
         print(f"{options.megabytes} MB, {options.processes} processes, medians of {options.turns} turns", flush=True)
-        mp.spawn(_work, args=(options, folder), nprocs=options.processes)  # type: ignore[no-untyped-call]
+        mp.spawn(_work, args=(options, folder), nprocs=options.processes)  # type: ignore[attr-defined]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -17,6 +17,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for bitwise runs;
 
 import argparse
 import contextlib
+import functools
 import json
 import subprocess
 import sys
@@ -186,10 +187,11 @@ def check_attention(target: Target) -> Found:
         q, k, v = attention_inputs(target, keys=keys)
         mask = documents(target, q.shape[1]) if masked else None
         expected = attend(q.double(), k.double(), v.double(), mask)
-        choice = torch._fused_sdp_choice(
+        ask: Any = torch._fused_sdp_choice
+        choice = ask(
             *(x.transpose(1, 2) for x in (q, k, v)), mask, 0.0, mask is None, enable_gqa=keys != 8
         )  # fmt: skip
-        found, taken = with_memory(target, lambda q=q, k=k, v=v, mask=mask: forward_backward(q, k, v, mask))
+        found, taken = with_memory(target, functools.partial(forward_backward, q, k, v, mask))
         fine &= apart(found, expected) < 0.01 and taken < bound
         what = f"{keys} key heads{', documents' * masked}"
         said.append(f"{what}: torch would choose {KERNELS[choice].split(' (')[0]}; shoal took {taken / 2**20:.0f} MiB")

@@ -43,7 +43,7 @@ from shoal.config.schedules import bubble_fraction
 from shoal.data.pack import Rows
 from shoal.data.prepare import open_data
 from shoal.mesh.mesh import Mesh, open_mesh
-from shoal.metrics.meter import device_name
+from shoal.metrics.machine import device_name
 from shoal.plan.estimate import parameter_count
 from shoal.resolve.resolve import read_back, resolve, to_yaml
 from shoal.run.console import Console

@@ -15,23 +15,24 @@ from typing import Any
 
 import pytest
 
+from tests import warm
 from tests.cli.commands import Place
 from tests.world import World, Worlds
 
 ROOT = Path(__file__).parents[1]
-# The longest files come first, so that no shard ends long after the others. Tests of the second list share nothing that
-# costs time to make: each goes to the shard that is free, those that wait beside those that compute.
+# The longest files come first, so that all shards end at about the same time. The tests in APART share no costly fixture:
+# each goes to the shard that is free, so that tests that wait run beside tests that compute.
 LONGEST = (
     "tests/parallel/test_matrix.py", "tests/chaos/", "tests/elastic/test_machines.py", "tests/parallel/", "tests/cli/",
     "tests/training/", "tests/bench/", "tests/security/",
 )  # fmt: skip
 APART = ("tests/chaos/", "tests/elastic/test_machines.py", "tests/training/test_gone_folder.py")
-# With CI=true a test that is skipped fails, but for these: they need what a machine has or has not.
+# With CI=true a skipped test fails, except for these reasons, which depend on the machine.
 MAY_BE_SKIPPED = (
     "only a CPU with AVX2 can play one",
     "needs vectors of two widths",
-    "mounting a small disk is not allowed here",  # needs root, or a user namespace
-    "this system does not bind processes to cores",  # neither of these two is Linux
+    "mounting a small disk is not allowed here",  # needs root
+    "this system does not bind processes to cores",  # this one and the next: not on Linux
     "torch comes with LLVM's OpenMP there",
 )
 
@@ -45,10 +46,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Shards take whole files, in the order above: tests of a file share what it has made."""
+    """Give each shard whole files, in the order above: the tests of a file share fixtures and worlds."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class Files(LoadScopeScheduling):
+    class Files(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             return nodeid if nodeid.startswith(APART) else nodeid.partition("::")[0]
 
@@ -67,12 +68,23 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Generator[None, A
 
 
 def fail_if_skipped(report: Any) -> Any:
-    """In CI a report of a test that was skipped is one of a failure, unless its reason is among those that may be."""
+    """Turn the report of a skipped test into a failure if CI=true, unless `MAY_BE_SKIPPED` has its reason."""
     if os.environ.get("CI") == "true" and report.skipped and not hasattr(report, "wasxfail"):
         reason = str(report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr)
         if not any(may in reason for may in MAY_BE_SKIPPED):
-            report.outcome, report.longrepr = "failed", f"skipped, which CI takes for a failure: {reason}"
+            report.outcome, report.longrepr = (
+                "failed",
+                f"skipped, and with CI=true only tests in MAY_BE_SKIPPED may be: {reason}",
+            )
     return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shards(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Let shards tell each other which verbs have had a fresh start."""
+    ours = tmp_path_factory.getbasetemp()
+    warm.seen_by_all = (ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours) / "verbs"
+    warm.seen_by_all.mkdir(exist_ok=True)
 
 
 @pytest.fixture(scope="session")

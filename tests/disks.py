@@ -15,7 +15,7 @@ import pytest
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
     """One of `size` ("200k", "3m") at `folder`, which is made. Skips the test where nobody may mount one."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, check=False, capture_output=True).returncode:
         pytest.skip("mounting a small disk is not allowed here")
     try:

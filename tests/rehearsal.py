@@ -170,7 +170,7 @@ class _Functions(TorchFunctionMode):
         value = func(*args)
         if args[0] in self._rehearsal.host or sys._getframe(2).f_code.co_filename.startswith(REAL):
             return value
-        if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == torch.Tensor.device.__get__:
             return DEVICE
         return True if func == torch.Tensor.is_cuda.__get__ else value  # type: ignore[attr-defined]
 

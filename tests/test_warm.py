@@ -27,18 +27,20 @@ ENVIRONMENT = {"PATH": "/bin", "OMP_NUM_THREADS": "1"}
         (["train"], {"OMP_NUM_THREADS": "2"}, False),
         (["train"], {"HF_HOME": "/x"}, False),
         (["eval", "--threads", "2"], {}, False),
-        (["train", "--launch.threads=2"], {}, False),
-        (["train", "--launch.threads=1"], {"RANK": "0"}, True),
+        (["train", "--launch.threads=2"], {}, True),  # of its workers, which have OMP_NUM_THREADS from it
     ],
 )
 def test_what_is_read_at_the_start_decides(arguments: list[str], changes: dict[str, str], alike: bool) -> None:
     assert warm.starts_alike(warm.shoal(*arguments), ENVIRONMENT | changes, ENVIRONMENT) is alike
 
 
-def test_the_first_command_of_a_verb_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_command_of_a_verb_is_fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(warm, "seen_by_all", tmp_path)
     monkeypatch.setattr(warm, "_seen", set())
     started = [warm.popen_of(verb) for verb in ("train", "train", "eval")]
     assert started == [subprocess.Popen, warm.Popen, subprocess.Popen]
+    monkeypatch.setattr(warm, "_seen", set())  # as in another shard
+    assert warm.popen_of("train") == warm.Popen
 
 
 def test_a_forked_command_is_a_child_with_its_own_output_and_exit_code(tmp_path: Path) -> None:

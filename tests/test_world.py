@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +45,9 @@ def die(mesh: Mesh) -> None:
         (die, AssertionError, "died"),
     ],
 )
-def test_the_next_test_has_a_new_world(worlds: Worlds, trouble: object, error: type[Exception], text: str) -> None:
+def test_the_next_test_has_a_new_world(
+    worlds: Worlds, trouble: Callable[..., Any], error: type[Exception], text: str
+) -> None:
     before = worlds[2].run(ranks)
     assert worlds[2].run(ranks) == before, "without trouble it is kept"
     worlds[2].patience_seconds = 1.0

@@ -51,7 +51,7 @@ class World:
         answers: dict[int, tuple[bool, Any]] = {}
         end = time.monotonic() + self.patience_seconds
         while len(answers) < self.size:
-            ready = wait([p for rank, p in enumerate(self._pipes) if rank not in answers], end - time.monotonic())
+            ready: Any = wait([p for rank, p in enumerate(self._pipes) if rank not in answers], end - time.monotonic())
             if not ready:
                 break
             for pipe in ready:
@@ -104,7 +104,8 @@ def laid_out(mesh: Any, **sizes: int) -> Any:
             key = (axes, *map(tuple, self.layout.groups(*axes)))
             if key not in _axes:
                 _axes[key] = super()._open(axes)
-            return _axes[key]
+            axis: Axis = _axes[key]
+            return axis
 
     layout = Layout(**sizes)
     assert layout.world_size == mesh.world_size

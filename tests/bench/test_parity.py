@@ -124,6 +124,7 @@ BUGS: dict[str, Callable[[], Any]] = {
 
 
 def _certify(world: Callable[[int], World], config: Config, processes: int, bug: str) -> Certificate:
+    first: Certificate
     first, *others = world(processes).run(certified, config, bug)
     assert all(other.passed == first.passed for other in others)
     return first
@@ -197,5 +198,6 @@ def test_a_bug_of_all_parameters_fails_and_names_the_worst(
     name, holds = _worst(certificate, "gradient")
     assert not holds
     assert "." in name
-    right = _certify(world, config, 3, "no_bug")
-    assert right.passed, right
+    if options:  # without any, test_a_right_layout_passes has it
+        right = _certify(world, config, 3, "no_bug")
+        assert right.passed, right

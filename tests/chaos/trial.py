@@ -88,7 +88,8 @@ class Trace:
         listening = {
             c.laddr.port
             for c in psutil.net_connections("tcp")
-            if c.status == psutil.CONN_LISTEN
+            if c.laddr
+            and c.status == psutil.CONN_LISTEN
             and (c.pid is None or c.pid in ours)  # otherwise another program has the port now
         }
         files = [*_temporary_files(self.temporary), *filter(Path.exists, self.shared)]

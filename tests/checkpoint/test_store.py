@@ -92,7 +92,7 @@ def test_a_checkpoint_is_safetensors_and_json_alone(tmp_path: Path) -> None:
     saved = saved_in(store_in(tmp_path))
     kinds = {p.suffix for p in saved.folder.iterdir()}
     assert kinds == {".safetensors", ".json"}
-    found = {}
+    found: dict[str, Any] = {}
     for path in saved.folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:  # the library's own reader, not ours
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

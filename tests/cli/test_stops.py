@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 
 from shoal.config.options import Config
-from shoal.elastic import agent
+from shoal.elastic import supervise
 from shoal.errors import EXIT_REQUEUE
 from shoal.system.signals import GRACE_SECONDS, STOPPING_SAID, stopping_said
 from tests.cli.commands import Place, gone, wait_for, workers_of
@@ -108,7 +108,7 @@ def test_while_the_device_is_measured(place: Place) -> None:
 
 def test_what_has_nothing_to_save_has_less_than_two_seconds() -> None:
     """The grace period plus the launcher's polling interval are below two seconds."""
-    pause = agent._workers(Config().replace("launch", processes=2), [], Mock()).monitor_interval
+    pause = supervise._workers(Config().replace("launch", processes=2), [], Mock()).monitor_interval
     assert GRACE_SECONDS + pause < 2
 
 

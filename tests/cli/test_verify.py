@@ -18,7 +18,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def _certificate(place: Place) -> dict[str, object]:
-    return json.loads((place.folder / "runs" / "verify-recipe" / "certificate.json").read_text())
+    found: dict[str, object] = json.loads((place.folder / "runs" / "verify-recipe" / "certificate.json").read_text())
+    return found
 
 
 def test_pass_ends_with_0_and_leaves_a_certificate(place: Place) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,7 @@ def test_groups_part_the_world_and_differ_along_their_axes_alone(sizes: tuple[in
         ({"dp_replicate": 1, "cp": 2}, 2, Layout(cp=2)),
     ],
 )
-def test_the_layout_of_so_many_processes(parallel: dict[str, int], processes: int | None, expected: Layout) -> None:
+def test_the_layout_of_so_many_processes(parallel: dict[str, Any], processes: int | None, expected: Layout) -> None:
     assert find_layout(Parallel(**parallel), processes) == expected
 
 
@@ -64,7 +65,7 @@ def test_the_layout_of_so_many_processes(parallel: dict[str, int], processes: in
         ({"cp": 0}, None, "parallel.cp is 0"),
     ],
 )  # fmt: skip
-def test_why_there_is_none(parallel: dict[str, int], processes: int | None, words: str) -> None:
+def test_why_there_is_none(parallel: dict[str, Any], processes: int | None, words: str) -> None:
     found = find_layout(Parallel(**parallel), processes)
     assert isinstance(found, str)
     assert words in found

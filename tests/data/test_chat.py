@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from shoal.data.tokens.chat_template import ChatTemplate
 from shoal.data.tokens.tokenize import load_tokenizer, train_bpe
@@ -65,9 +65,9 @@ def small_folder(tmp_path: Path, template: Any, *, in_a_file: bool = False) -> P
     return tmp_path
 
 
-def same(folder: Path, chat: list[dict[str, str]], **variables: object) -> None:
+def same(folder: Path, chat: list[dict[str, str]], **variables: Any) -> None:
     """Compare text and ids, with and without the generation prompt."""
-    theirs: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
     template, tokenizer = ChatTemplate.of(folder), load_tokenizer(str(folder))
     assert template is not None
     for prompt in (True, False):

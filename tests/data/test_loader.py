@@ -132,7 +132,12 @@ def test_the_thread_takes_its_processs_device_before_it_locks_memory(
     """A new thread's device is GPU 0, and page-locking opens a context on the current device."""
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda asked: calls.append((thread_name(), "set_device", asked)))
-    monkeypatch.setattr(Batch, "pin_memory", lambda batch: (calls.append((thread_name(), "pin")), batch)[1])
+
+    def pin(batch: Batch) -> Batch:
+        calls.append((thread_name(), "pin"))
+        return batch
+
+    monkeypatch.setattr(Batch, "pin_memory", pin)
     loader = Loader(rows, seed=0, global_batch=4, micro_batch=2, dp_rank=0, dp_size=1, device=device)
     batches = loader.next_step()
     loader.close()

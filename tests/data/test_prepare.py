@@ -15,7 +15,6 @@ import pytest
 import tokenizers
 
 from shoal.config.data_options import Data
-from shoal.data import prepare as room
 from shoal.data.decode import held_out_text
 from shoal.data.encode import fraction_of
 from shoal.data.manifest import SPLITS
@@ -285,7 +284,7 @@ def test_progress_rises_to_the_corpus_size(make_data: MakeData, corpus: Path) ->
 
 
 def test_no_room_is_said_before_the_work(make_data: MakeData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
     with pytest.raises(DataError, match=r"set data.folder to a larger disk"):
         prepare(make_data())
 

@@ -9,7 +9,9 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from shoal.config.options import Config, Data, Launch, Metrics, Model, Optim, Train
+from shoal.config.data_options import Data
+from shoal.config.options import Config, Model, Optim, Train
+from shoal.config.run_options import Launch, Metrics
 from shoal.data.ledger import audit
 from shoal.data.loader import Loader, evaluation_batches
 from shoal.data.order import sample_at

@@ -13,7 +13,6 @@ from safetensors.numpy import load_file
 from shoal.data import files
 from shoal.data.shards import BLOCK_BYTES, Shard, ShardRecord, TokenStream, token_dtype, write_shard
 from shoal.errors import DataError
-from shoal.system import disk
 
 U16 = np.dtype(np.uint16)
 
@@ -101,7 +100,7 @@ def test_a_disk_that_says_no_leaves_the_old_file(tmp_path: Path, monkeypatch: py
     def refuse(descriptor: int) -> None:
         raise OSError(code, "rejected")
 
-    monkeypatch.setattr(disk.os, "fsync", refuse)
+    monkeypatch.setattr("os.fsync", refuse)
     with pytest.raises(DataError, match=r"cannot write .*a: rejected; .*data.folder"):
         files.write_atomically(path, [b"new"])
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]

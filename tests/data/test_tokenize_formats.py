@@ -6,6 +6,7 @@ import io
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -86,11 +87,12 @@ def test_mistral_s_sentencepiece(folder: str, real_tokenizers: Path, tmp_path: P
     assert not ours.can_be_cut, "each part would get a leading space"
 
 
-def train(kind: str, **options: object) -> bytes:
+def train(kind: str, **options: Any) -> bytes:
     out = io.BytesIO()
+    given = {"vocab_size": 500, "byte_fallback": True, "normalization_rule_name": "identity", **options}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXT.splitlines() * 3), model_writer=out, model_type=kind, minloglevel=2,
-        **{"vocab_size": 500, "byte_fallback": True, "normalization_rule_name": "identity"} | options,
+        **given,
     )  # fmt: skip
     return out.getvalue()
 

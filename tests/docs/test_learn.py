@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 
 from shoal.checkpoint.convert import to_hugging_face
-from shoal.cli import build_parser, read_overrides
+from shoal.commands.flags import read_overrides
+from shoal.commands.parser import build_parser
 from shoal.config.layout import Layout, find_layout
 from shoal.config.options import Config
 from shoal.errors import ConfigError
@@ -117,7 +118,7 @@ def test_each_table_has_its_rows_and_the_bytes_of_its_formula(name: str) -> None
 
 def shoals_losses(mesh: Mesh, config: Config, steps: int) -> list[float]:
     mesh = laid_out(mesh, dp_shard=config.parallel.dp_shard, dp_replicate=2 // config.parallel.dp_shard)
-    return [line["loss"] for line in train_here(mesh, config, steps)]
+    return [record.loss for record in train_here(mesh, config, steps)]
 
 
 def plain_losses(mesh: Mesh, script: Path, exported: Path, prepared: Path, steps: int) -> list[float]:

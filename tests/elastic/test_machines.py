@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from shoal.checkpoint.saved import listed
 from shoal.config.options import Config
@@ -141,7 +142,11 @@ def site(tmp_path: Path) -> Iterator[Site]:
     site.close()
 
 
-def weights_alone(site: Site) -> str:
+def _printed(site: Site, name: str, words: str) -> bool:
+    return words in site.log(name).read_text()
+
+
+def weights_alone(site: Site) -> dict[str, str]:
     """Return the weights of one process after as many steps as the run has taken."""
     step = site.saved()
     alone = site.start("alone", "--name", "alone", "--train.steps", str(step), meets=False)
@@ -233,9 +238,7 @@ def test_machines_with_folders_of_their_own_never_meet_and_are_told_what_is_need
     second = site.start("b", *fixed, "--launch.runs", "elsewhere")
     for name, runs in (("a", "runs"), ("b", "elsewhere")):
         until(
-            lambda name=name, runs=runs: (
-                f"with the same launch.runs folder, {site.folder / runs}" in site.log(name).read_text()
-            ),
+            functools.partial(_printed, site, name, f"with the same launch.runs folder, {site.folder / runs}"),
             site,
         )
     first.send_signal(signal.SIGTERM)

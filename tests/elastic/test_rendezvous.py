@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from torch.distributed import DistError, HashStore, TCPStore  # type: ignore[attr-defined]
@@ -110,7 +111,7 @@ def test_runs_of_one_name_in_two_folders_do_not_meet(seats: list[Meeting]) -> No
 
 
 def test_what_was_not_signed_by_one_who_sees_the_folder_is_not_unpickled() -> None:
-    store = HashStore()
+    store: Any = HashStore()
     ours, theirs = (SignedBackend(store, "run", key) for key in (b"ours", b"theirs"))
     theirs.set_state(b"a pickle that runs what it likes")
     with pytest.raises(RendezvousStateError, match="not written by one of its launchers"):

@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,12 @@ def test_what_is_there_is_not_asked_for_again(scene: Scene) -> None:
 def test_what_is_gone_or_altered_comes_again_and_only_that(scene: Scene) -> None:
     fetch_model(NAME)
     path = scene.folder / "model.safetensors"
-    for damage, options in [
+    damages: list[tuple[Callable[[], Any], dict[str, Any]]] = [
         (lambda: path.unlink(), {}),
         (lambda: path.write_bytes(path.read_bytes()[:-1]), {}),
         (lambda: path.write_bytes(weights("a", 300_000, 9)), {"verify": True}),
-    ]:
+    ]
+    for damage, options in damages:
         scene.hub.asked.clear()
         damage()
         if not options:

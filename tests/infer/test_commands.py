@@ -18,6 +18,7 @@ from shoal.infer import load as load_module
 from shoal.infer.asked import Text
 from shoal.infer.load import load_folder
 from shoal.infer.score import score
+from shoal.models.generate import generate
 
 from ..cli.commands import Place
 from ..hub.small import save
@@ -155,7 +156,7 @@ def test_rows_without_a_token_are_never_written(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
 def test_rows_without_a_token_are_never_chosen(prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the limit, the same draws choose some of them."""
-    plain, chosen, free = load_module.generate, list[int](), list[int]()
+    plain, chosen, free = generate, list[int](), list[int]()
 
     def watched(*given: Any, **options: Any) -> list[list[int]]:
         outputs = plain(*given, **options)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from shoal.config.options import Model
 from shoal.models.build import build_model, initialize
@@ -37,7 +38,7 @@ GPT2_NAMES = [
 ]
 
 
-def random_pair(model: Model, seed: int = 0) -> tuple[LanguageModel, nn.Module]:
+def random_pair(model: Model, seed: int = 0) -> tuple[LanguageModel, Any]:
     """Return (shoal's, transformers') model in float32 with the same random weights, biases and norms."""
     ours = build_model(model, compute_dtype=torch.float32)
     initialize(ours, seed, "cpu")
@@ -56,20 +57,20 @@ def hf_config(shape: Model) -> transformers.PretrainedConfig:
     """Return transformers' config of a resolved shape."""
     if shape.family == "gpt2":
         return transformers.GPT2Config(
-            vocab_size=shape.vocab_size, n_embd=shape.dim, n_layer=shape.num_layers, n_head=shape.num_heads,
+            vocab_size=shape.vocab_size or 0, n_embd=shape.dim, n_layer=shape.num_layers, n_head=shape.num_heads,
             bos_token_id=None, eos_token_id=None,
             n_inner=shape.ffn_dim, n_positions=shape.max_seq_len, layer_norm_epsilon=shape.norm_eps,
             resid_pdrop=shape.dropout, embd_pdrop=shape.dropout, attn_pdrop=shape.dropout,
             tie_word_embeddings=shape.tie_embeddings,
         )  # fmt: skip
-    rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": shape.rope_theta}
     if shape.rope_factor is not None:
         rope |= {
             "rope_type": "llama3", "factor": shape.rope_factor, "low_freq_factor": shape.rope_low_freq_factor,
             "high_freq_factor": shape.rope_high_freq_factor,
             "original_max_position_embeddings": shape.rope_original_seq_len,
         }  # fmt: skip
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": shape.vocab_size, "hidden_size": shape.dim, "num_hidden_layers": shape.num_layers,
         "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_dim,
         "intermediate_size": shape.ffn_dim, "max_position_embeddings": shape.max_seq_len, "rms_norm_eps": shape.norm_eps,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -39,7 +41,7 @@ def test_greedy_equals_transformers(name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-def test_the_cache_changes_nothing(model: LanguageModel, options: dict[str, float]) -> None:
+def test_the_cache_changes_nothing(model: LanguageModel, options: dict[str, Any]) -> None:
     cached = generate(model, PROMPTS, max_new_tokens=16, **options)
     assert cached == generate(model, PROMPTS, max_new_tokens=16, use_cache=False, **options)
 
@@ -70,7 +72,7 @@ def test_one_prompts_sample_does_not_depend_on_the_others(llama: LanguageModel) 
 @pytest.mark.parametrize(
     "narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-3}, {"temperature": 1e-310}], ids=str
 )
-def test_the_narrowest_sampling_is_greedy(llama: LanguageModel, narrow: dict[str, float]) -> None:
+def test_the_narrowest_sampling_is_greedy(llama: LanguageModel, narrow: dict[str, Any]) -> None:
     sampled = generate(llama, PROMPTS, max_new_tokens=16, **({"temperature": 1.0} | narrow))
     assert sampled == generate(llama, PROMPTS, max_new_tokens=16)
 
@@ -122,7 +124,7 @@ def test_any_of_several_ends_stops(llama: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 5.0}, {"temperature": 5.0, "top_p": 0.9}], ids=str)
-def test_ids_that_only_pad_the_vocabulary_are_never_chosen(llama: LanguageModel, options: dict[str, float]) -> None:
+def test_ids_that_only_pad_the_vocabulary_are_never_chosen(llama: LanguageModel, options: dict[str, Any]) -> None:
     free = generate(llama, PROMPTS, max_new_tokens=40, **options)
     assert max(map(max, free)) >= 50
     bounded = generate(llama, PROMPTS, max_new_tokens=40, known_ids=50, **options)
@@ -159,7 +161,7 @@ def test_the_whole_context_can_be_filled(llama: LanguageModel) -> None:
     ],
 )
 def test_what_cannot_be_honoured_is_an_error(
-    llama: LanguageModel, prompts: list[list[int]], options: dict[str, float], says: str
+    llama: LanguageModel, prompts: list[list[int]], options: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(GenerateError, match=says):
         generate(llama, prompts, **({"max_new_tokens": 4} | options))

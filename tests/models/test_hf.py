@@ -24,6 +24,7 @@ from shoal.models.loss import linear_cross_entropy_sum
 from shoal.optim.schedule import learning_rate
 from shoal.parallel.recompute import checkpointed, compile_forward
 from shoal.plan.estimate import flops_per_token, parameter_count, why_no_flops
+from shoal.resolve.resolve import resolve
 from shoal.training.assemble import folder_weights
 from shoal.training.run import Run
 from shoal.training.step import train_step
@@ -193,7 +194,7 @@ def test_a_block_compiles(folders: Folders) -> None:
     tokens = tokens_of(16)
     eager = model(tokens)
     for block in model.blocks.values():
-        compile_forward(block, whole=True, bitwise=False)
+        compile_forward(block, whole=True, bitwise=False, again=False)
     torch.testing.assert_close(model(tokens), eager, atol=1e-5, rtol=0)
 
 
@@ -221,8 +222,9 @@ def test_flops_of_a_native_shape_are_the_same_either_way(folders: Folders, tmp_p
     native = Model(
         vocab_size=hf_small.VOCAB, dim=48, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=88, max_seq_len=64
     )
+    attention: Any
     for attention in ("causal", "full"):
-        assert flops_per_token(shape, 32, attention) == flops_per_token(native, 32, attention)  # type: ignore[arg-type]
+        assert flops_per_token(shape, 32, attention) == flops_per_token(native, 32, attention)
     windows = hf_small.config_of(folders("gemma2"), tmp_path, "x").model
     assert flops_per_token(windows, 8) + 1 < flops_per_token(windows, 32)
     full = 12 * 4 * 16 * (32 + 8 + 8)  # two of three layers look back eight tokens
@@ -298,7 +300,7 @@ def test_without_transformers_the_extra_is_named(folders: Folders, monkeypatch: 
 
 def test_without_weights_there_is_no_such_family(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.from"):
-        hf_small.resolve(None, [("model.family", "hf", "here"), ("train.steps", "1", "here")])
+        resolve(None, [("model.family", "hf", "here"), ("train.steps", "1", "here")])
 
 
 def test_a_shape_that_is_not_the_folders_is_refused(folders: Folders, tmp_path: Path) -> None:
@@ -306,8 +308,8 @@ def test_a_shape_that_is_not_the_folders_is_refused(folders: Folders, tmp_path: 
     where = [(key, str(value), "here") for key, value in given.items()]
     for key, value in (("dim", "64"), ("dropout", "0.3"), ("max_seq_len", "128")):
         with pytest.raises(ConfigError, match=rf"model\.{key} .* is not what"):
-            hf_small.resolve(None, [*where, (f"model.{key}", value, "here")])
-    shorter = hf_small.resolve(None, [*where, ("model.max_seq_len", "48", "here"), ("data.seq_len", "48", "here")])
+            resolve(None, [*where, (f"model.{key}", value, "here")])
+    shorter = resolve(None, [*where, ("model.max_seq_len", "48", "here"), ("data.seq_len", "48", "here")])
     assert shorter.config.model.max_seq_len == 48
 
 

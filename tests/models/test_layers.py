@@ -46,7 +46,7 @@ def test_rms_norm_equals_torch(shape: tuple[int, ...]) -> None:
     ours = norm(x)
     theirs = F.rms_norm(x, (32,), norm.weight, 1e-5)
     torch.testing.assert_close(ours, theirs)
-    ours = torch.autograd.grad(ours, (x, norm.weight), upstream)
-    theirs = torch.autograd.grad(theirs, (x, norm.weight), upstream)
-    for a, b in zip(ours, theirs, strict=True):
+    our_gradients = torch.autograd.grad(ours, (x, norm.weight), upstream)
+    their_gradients = torch.autograd.grad(theirs, (x, norm.weight), upstream)
+    for a, b in zip(our_gradients, their_gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)

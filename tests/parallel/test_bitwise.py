@@ -31,7 +31,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def bitwise_config(folder: Path, name: str, dtype: str, micro_batches: int, **options: Any) -> Any:
-    more = {
+    more: dict[str, Any] = {
         "train__repro": "bitwise",
         "optim__clip_norm": 0.1,
         "train__dtype": dtype,

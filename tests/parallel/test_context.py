@@ -63,7 +63,8 @@ def attends(mesh: Mesh, method: str, heads: tuple[int, int], masked: bool, dtype
     weight = draw(7, BATCH, SEQ, heads[0], HEAD_DIM).to(dtype)
     wanted_inputs = [x.double().requires_grad_() for x in whole]
     seen = document_mask(documents()) if masked else torch.ones(SEQ, SEQ, dtype=torch.bool).tril()
-    wanted = softmax_attention(*wanted_inputs, seen)
+    q, k, v = wanted_inputs
+    wanted = softmax_attention(q, k, v, seen)
     (wanted * weight).sum().backward()
 
     model = bare_model(axis, method)
@@ -104,7 +105,7 @@ def trains(mesh: Mesh, name: str, method: str, masked: bool, how: str) -> None:
     apply_context(model, axis, method)
     for key, block in model.blocks.items():
         if how == "recompute":
-            model.blocks[key].forward = recomputed(block.forward)  # type: ignore[method-assign]
+            model.blocks[key].forward = recomputed(block.forward)
         elif how == "compile":
             block.compile(dynamic=False)
     mine = cut_batch(batch, axis, method)
@@ -211,6 +212,7 @@ def test_heads_that_do_not_divide() -> None:
 
 def test_alone_nothing_changes() -> None:
     model = bare_model(Axis(), "allgather")
-    batch = Batch(*(torch.zeros(1, 5, dtype=torch.int64) for _ in range(3)), None, (0,), 5)
+    tokens, labels, positions = (torch.zeros(1, 5, dtype=torch.int64) for _ in range(3))
+    batch = Batch(tokens, labels, positions, None, (0,), 5)
     assert model.make_mask is document_mask
     assert cut_batch(batch, Axis(), "allgather") is batch

@@ -74,7 +74,10 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "layout"), sorted(CASES, key=lambda case: LAYOUTS[case[1]][0]))
+BY_SIZE = sorted(CASES, key=lambda case: LAYOUTS[case[1]][0])
+
+
+@pytest.mark.parametrize(("name", "layout"), BY_SIZE)
 def test_gradients_are_those_of_one_process(take: Take, name: str, layout: str) -> None:
     processes, options = LAYOUTS[layout]
     alone, wanted = take(name)

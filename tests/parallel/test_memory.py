@@ -43,7 +43,7 @@ def test_a_process_holds_its_share_the_root_and_two_blocks(
     world: Callable[[int], World], tmp_path: Path, degree: int, repro: str
 ) -> None:
     """Weights, gradients and moments are divided by N; only two blocks and the rest are unsharded, with gradients."""
-    options = {"parallel__dp_shard": degree, "train__repro": repro, "train__global_batch": degree}
+    options: dict[str, Any] = {"parallel__dp_shard": degree, "train__repro": repro, "train__global_batch": degree}
     found = world(degree).run(peak_bytes, config_of(tmp_path, "memory", **options, **SHAPE))
     whole, block = found[0][2:]
     promised = 16 * whole / degree + 8 * (whole - 24 * block + 2 * block)

@@ -44,8 +44,8 @@ def timeouts_of_a_run(mesh: Mesh, config: Config) -> tuple[timedelta, dict[str, 
         assert run.saving.finish(run.state, None).ok
         run.evaluate(None)
         run.close()
-        new = {
-            distributed_c10d._world.pg_names[group]: group._get_backend(torch.device("cpu")).options._timeout
+        new: dict[str, timedelta] = {
+            str(distributed_c10d._world.pg_names[group]): group._get_backend(torch.device("cpu")).options._timeout
             for group in groups
             if group not in before
         }

@@ -31,7 +31,7 @@ ALL: list[Schedule] = ["gpipe", "1f1b", "interleaved_1f1b", "zbv", "dualpipev"]
 Grads = dict[str, Tensor]
 
 
-def shape_of(family: str, tied: bool, num_layers: int) -> Model:
+def shape_of(family: Any, tied: bool, num_layers: int) -> Model:
     kinds: dict[str, Any] = {"llama": {"num_kv_heads": 2, "qk_norm": True, "qkv_bias": True}, "gpt2": {}}[family]
     return Model(
         family=family, dim=DIM, num_layers=num_layers, num_heads=4, vocab_size=VOCAB, max_seq_len=SEQ,
@@ -98,7 +98,8 @@ def pipeline_of(
 
 def tie(stages: dict[int, LanguageModel], axis: Axis, count: int) -> None:
     ends = [stages[i].embed.weight.grad if i in stages else None for i in (0, count - 1)]
-    sum_tied(*(e.to_local() if isinstance(e, DTensor) else e for e in ends), axis)
+    first, last = (e.to_local() if isinstance(e, DTensor) else e for e in ends)
+    sum_tied(first, last, axis)
 
 
 def check(stages: dict[int, LanguageModel], wanted: Grads) -> set[str]:
@@ -276,9 +277,10 @@ def shards(mesh: Mesh, schedule: Schedule, reshard: bool) -> None:
         for block in stage.blocks.values():
             fully_shard(block, mesh=device_mesh, reshard_after_forward=reshard)
         fully_shard(stage, mesh=device_mesh)
+        module: Any
         for module in [*stage.blocks.values(), stage]:
-            module.set_gradient_divide_factor(1.0)  # type: ignore[attr-defined]
-            module.set_force_sum_reduction_for_comms(True)  # type: ignore[attr-defined]
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
     loss, count = Scaled(), 4
     pipeline = pipeline_of(stages, axis, schedule, count, loss)
     steps = [batches_of(2 * count, seed) for seed in (1, 2)]

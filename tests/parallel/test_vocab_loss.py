@@ -39,7 +39,7 @@ def loss_and_gradients(mesh: Mesh, chunk_bytes: int) -> None:
     torch.testing.assert_close(loss.double(), wanted.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(rows.grad.double(), weight64.grad[region.slices], rtol=1e-5, atol=1e-6)  # type: ignore[union-attr]
     part = hidden64.grad.chunk(axis.size, 1)[axis.rank]
-    torch.testing.assert_close(mine.grad.double(), part, rtol=1e-5, atol=1e-6)  # type: ignore[union-attr]
+    torch.testing.assert_close(mine.grad.double(), part, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("processes", [2, 4])

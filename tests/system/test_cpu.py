@@ -26,7 +26,7 @@ SECOND = "\nprocessor\t: 1\nflags\t\t: avx512_bf16 amx_bf16\nFeatures\t: bf16\n"
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cpu.sys, "platform", "linux")
+    monkeypatch.setattr("sys.platform", "linux")
     cpu.features.cache_clear()
     cpu.model_name.cache_clear()
     yield
@@ -67,7 +67,7 @@ def test_bfloat16_needs_instructions_that_torch_may_use(
 
 def test_on_macos_the_system_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     said = {"hw.optional.arm.FEAT_BF16": "1", "machdep.cpu.brand_string": "Apple M2"}
-    monkeypatch.setattr(cpu.sys, "platform", "darwin")
+    monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr(cpu, "_sysctl", lambda name: said.get(name, ""))
     assert cpu.multiplies_bfloat16()
     assert cpu.model_name() == "Apple M2"
@@ -87,7 +87,7 @@ def test_on_macos_the_system_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_containers_share_of_time_counts_as_cores(
     files: dict[str, str], cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda pid: range(16))
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(16))
     (tmp_path / "self").write_text("4:cpu:/mine\n0::/mine\n")
     monkeypatch.setattr(cpu, "_GROUP", tmp_path / "self")
     monkeypatch.setattr(cpu, "_GROUPS", tmp_path)
@@ -125,7 +125,7 @@ def test_a_core_is_taken_where_load_and_a_look_agree(
     load: float, busy_percent: float, free: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "count_cores", lambda: 8)
-    monkeypatch.setattr(cpu.os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(cpu.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
     monkeypatch.setattr(psutil, "cpu_percent", lambda interval: busy_percent)
     assert cpu.free_cores() == free

@@ -67,7 +67,7 @@ OPTIONS: dict[str, Any] = {
     ],
 )
 def test_no_number_on_one_rank_is_a_step_that_all_leave_out(
-    world: Callable[[int], World], tmp_path: Path, layout: dict[str, int]
+    world: Callable[[int], World], tmp_path: Path, layout: dict[str, Any]
 ) -> None:
     options = OPTIONS | {f"parallel__{key}": value for key, value in layout.items()}
     config = config_of(tmp_path, "poisoned", **options)
@@ -151,7 +151,7 @@ def test_a_bit_that_flips_is_found_named_and_undone(
     ],
 )
 def test_where_there_is_no_checkpoint_yet_a_flipped_bit_starts_the_run_anew(
-    world: Callable[[int], World], tmp_path: Path, layout: dict[str, int]
+    world: Callable[[int], World], tmp_path: Path, layout: dict[str, Any]
 ) -> None:
     options = OPTIONS | {"fault__check_replicas_every": 1, "checkpoint__every": 6}
     config = config_of(tmp_path, "flipped early", **options | {f"parallel__{k}": v for k, v in layout.items()})

@@ -96,7 +96,7 @@ def test_accumulation_and_padding_do_not_change_the_gradient(tmp_path: Path) -> 
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100)
     for p in model.parameters():
         p.grad = None
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert (batch.labels == -100).any()
     for their_loss, gradients in results:
         assert their_loss == pytest.approx(loss.item(), rel=1e-6)

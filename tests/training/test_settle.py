@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,11 @@ def test_auto_is_float32_unless_bfloat16_was_seen_to_be_faster(
     monkeypatch.setattr(settle, "product_rates", measured)
     monkeypatch.setattr(settle, "multiplies_bfloat16", lambda: rates is not None)
     assert choose_dtype(wanted, ALONE) == settled
+
+
+def seeing(quick: bool, rates: list[float]) -> AbstractContextManager[Any]:
+    """Patch what this process finds of its device: bfloat16's instructions, and products a second."""
+    return mock.patch.multiple(settle, multiplies_bfloat16=lambda: quick, product_rates=lambda *_, **__: rates)
 
 
 def settle_with(mesh: Mesh, ratios: list[float]) -> str:

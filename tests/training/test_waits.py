@@ -84,7 +84,7 @@ def waits_of_a_step(mesh: Mesh, config: Any, planted: str | None = None) -> list
     if planted == "backward":
         # None: a hook's return value would replace the gradient
         weight = run.runnable.shards[0].parameter
-        weight.register_post_accumulate_grad_hook(lambda p: (p.grad.max().item(), None)[1])  # type: ignore[no-untyped-call]
+        weight.register_post_accumulate_grad_hook(lambda p: (p.grad.max().item(), None)[1])
     batches, rehearsal = run.loader.next_step(), Rehearsal()
     for batch in batches:
         rehearsal.mark_host([batch.tokens, batch.labels, batch.positions, batch.document_ids])
