@@ -151,7 +151,11 @@ def page(found: dict[str, Result]) -> str:
 
 def _rejections(counts: Counter[str]) -> str:
     lines = [f"| {number} | {count} | {text} |" for number, (text, count) in enumerate(counts.most_common(), 1)]
-    head = ["The messages of shoal. A cell may be rejected for several reasons.\n", "| | cells | |", "| --- | --- | --- |"]
+    head = [
+        "The messages of shoal. A cell may be rejected for several reasons.\n",
+        "| | cells | |",
+        "| --- | --- | --- |",
+    ]
     return "\n".join([REJECTED, *head, *lines])
 
 

@@ -1,14 +1,14 @@
 """
-Processes that run `shoal` forked from one that has imported it: importing torch is most of a short command's work.
+Fork `shoal` commands from a process that has imported it, because importing torch is most of a short command's work.
 
     process = Popen(shoal("train", "recipe.yaml"), cwd=folder, env=environment)     # as subprocess.Popen
 
-A command is forked only if a fresh interpreter would have read the same at its start: the variables of its environment
-are those of the server, but for some that are read later. The first command of each verb in a session is started fresh,
-and so are the workers of a launcher that is. Forked ranks share the seed of Python's hashes; those do not.
+A command is forked only if a fresh interpreter would start in the same state: its environment equals the server's,
+except for variables that are read later. The first command of each verb in a session gets a fresh interpreter, and so do
+the workers of a fresh launcher. Forked ranks share the seed of Python's hashes; fresh ones do not.
 
-`Server` makes each process a child of the one that asked for it: what forks it ends at once, and for that moment the
-one that asked adopts orphans (PR_SET_CHILD_SUBREAPER). A forked launcher has a server of its own for its workers.
+`Server` makes each process a child of the one that requested it: the intermediate process exits at once, and meanwhile
+the requester adopts orphans (PR_SET_CHILD_SUBREAPER). A forked launcher has its own server for its workers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 SHOAL: Final = [sys.executable, "-m", "shoal"]
-NAME: Final = "shoal-server"  # of a server's process, which is no worker
+NAME: Final = "shoal-server"  # of a server's process, which is not a worker
 # Verbs that import torch; the others start in a tenth of a second.
 VERBS: Final = {"train", "eval", "generate", "export", "verify", "bench"}
 IMPORTED: Final = ("shoal.elastic.agent", "shoal.training.loop", "shoal.bench.parity", "shoal.infer.commands")
@@ -44,9 +44,9 @@ LAUNCHERS: Final = {"train", "verify"}
 READ_AT_START: Final = {"--threads", "--launch.threads"}  # they set variables that torch reads when it is imported
 READ_LATER: Final = re.compile(
     r"(SHOAL|TORCHELASTIC|PYTEST|MASTER|LOCAL|GROUP|ROLE)_.*|RANK|WORLD_SIZE|TMPDIR|PWD|OLDPWD|_|CUDA_VISIBLE_DEVICES"
-    # read by torch when a group is made or when it compiles; the first sets how the store logs, in the launcher alone
+    # read by torch when it creates a group or compiles; the first sets the store's log level, in the launcher only
     r"|TORCH_CPP_LOG_LEVEL|TORCH_DISABLE_SHARE_RDZV_TCP_STORE|TORCH_NCCL_.*|TORCHINDUCTOR_CACHE_DIR|GLOO_SOCKET_IFNAME"
-    r"|CUBLAS_WORKSPACE_CONFIG|MALLOC_(MMAP|TRIM)_THRESHOLD_|GLIBC_TUNABLES"  # of cuBLAS, and of how fast malloc is
+    r"|CUBLAS_WORKSPACE_CONFIG|MALLOC_(MMAP|TRIM)_THRESHOLD_|GLIBC_TUNABLES"  # of cuBLAS and malloc
 )
 _SUBREAPER, _DEATH_SIGNAL, _SET_NAME = 36, 1, 15  # prctl(2)
 
@@ -60,7 +60,7 @@ def _prctl(*arguments: Any) -> None:
 
 
 class Server:
-    """A process that forks; `environment`: what it was started with."""
+    """A process that forks. environment: its own, from its start."""
 
     def __init__(self, pid: int, asking: socket.socket, environment: Mapping[str, str]) -> None:
         self.pid, self.environment = pid, dict(environment)
@@ -68,7 +68,7 @@ class Server:
 
     @classmethod
     def fresh(cls, environment: Mapping[str, str]) -> Server:
-        """A new interpreter that imports what the commands of `VERBS` do."""
+        """Start an interpreter and import the modules that the commands of `VERBS` use."""
         ours, theirs = socket.socketpair()
         code = f"import sys; sys.path[0] = {str(Path(__file__).parents[1])!r}; from tests.warm import serve_fresh; serve_fresh()"
         process = subprocess.Popen(
@@ -81,7 +81,7 @@ class Server:
 
     @classmethod
     def forked(cls, environment: Mapping[str, str]) -> Server:
-        """A child of this process, as long as that has no thread."""
+        """Fork this process, which must not have threads."""
         ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
@@ -94,7 +94,7 @@ class Server:
         return cls(pid, ours, environment)
 
     def start(self, asked: Mapping[str, Any], files: Sequence[int]) -> int:
-        """Fork a process with these standard streams; its id. It is a child of this process."""
+        """Fork a child of this process with these standard streams; return its id."""
         with self._lock:
             _prctl(_SUBREAPER, 1)
             try:
@@ -125,7 +125,7 @@ def serve_fresh() -> NoReturn:
 
 
 def _serve(channel: socket.socket) -> NoReturn:
-    """Fork what is asked for, until the one that asks has gone."""
+    """Fork the requested processes until the requester exits."""
     _prctl(_SET_NAME, NAME.encode(), 0, 0, 0)
     _prctl(_DEATH_SIGNAL, signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # a launcher passes them to its children
@@ -145,14 +145,14 @@ def _serve(channel: socket.socket) -> NoReturn:
                 _become(asked, files)
             os.write(writing, pid.to_bytes(4, "big"))
             os._exit(0)
-        os.waitpid(middle, 0)  # now its child has the parent that it is to have
+        os.waitpid(middle, 0)  # now its child has the right parent
         channel.sendall(os.read(reading, 4))
         for file in (reading, writing, *files):
             os.close(file)
 
 
 def _become(asked: Mapping[str, Any], files: Sequence[int]) -> NoReturn:
-    """Be the process that was asked for, from its first line to its end."""
+    """Run the requested command in this process, then exit."""
     code = 1
     try:
         while os.getppid() != asked["parent"]:
@@ -188,7 +188,7 @@ def _become(asked: Mapping[str, Any], files: Sequence[int]) -> NoReturn:
 
 
 def _open_streams() -> None:
-    """The standard streams as Python makes them when it starts."""
+    """Open the standard streams as Python does at its start."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         errors = "backslashreplace" if name == "stderr" else "strict"
         lines = number == 2 or os.isatty(number)
@@ -198,7 +198,7 @@ def _open_streams() -> None:
 
 
 def _fork_workers(environment: Mapping[str, str]) -> None:
-    """The workers that this launcher starts are forked too."""
+    """Fork the workers of this launcher too."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     class Worker(Popen):
@@ -220,7 +220,7 @@ def _session_server() -> Server:
 
 
 def popen_of(verb: str) -> type[subprocess.Popen[Any]]:
-    """What starts a command of this verb: the first one of a session has a fresh interpreter."""
+    """Return the class that starts a command of this verb: the first one of a session gets a fresh interpreter."""
     if verb in _seen:
         return Popen
     _seen.add(verb)
@@ -228,7 +228,7 @@ def popen_of(verb: str) -> type[subprocess.Popen[Any]]:
 
 
 class Popen(subprocess.Popen[Any]):
-    """`subprocess.Popen`; where it can be, a command of shoal's is forked."""
+    """`subprocess.Popen`, which forks a shoal command if it can."""
 
     server: Server | None = None  # of this process
 
@@ -239,7 +239,7 @@ class Popen(subprocess.Popen[Any]):
             super()._execute_child(*values)  # type: ignore[misc]
 
     def _fork(self, args: Any, cwd: Any, env: Any, start_new_session: bool, **more: Any) -> bool:
-        """Whether it was done."""
+        """Return whether the command was forked."""
         environment = dict(os.environ if env is None else env)
         if not runs_shoal(args):
             return False
@@ -263,12 +263,12 @@ class Popen(subprocess.Popen[Any]):
 
 
 def runs_shoal(args: Sequence[str]) -> bool:
-    """Whether this is a command of shoal's that imports torch."""
+    """Return whether this is a shoal command that imports torch."""
     return list(args[: len(SHOAL)]) == SHOAL and bool(VERBS.intersection(args[len(SHOAL) : len(SHOAL) + 1]))
 
 
 def starts_alike(args: Sequence[str], environment: Mapping[str, str], of_server: Mapping[str, str]) -> bool:
-    """Whether a fresh interpreter would find the same when it starts."""
+    """Return whether a fresh interpreter would start in the same state."""
     if "RANK" not in environment and any(item.partition("=")[0] in READ_AT_START for item in args):
-        return False  # a worker's launcher has set what these say in its environment
+        return False  # a worker has them in its environment, from its launcher
     return all(READ_LATER.fullmatch(name) for name, _ in environment.items() ^ of_server.items())
