@@ -6,10 +6,9 @@ Count the files and lines of shoal that one FSDP2 optimizer step goes through.
 Two gloo processes train the quickstart's model. On rank 0, one `train_step` after the warmup runs under `sys.settrace`.
 The table lists each file of shoal in which it executes a line: how many lines it executes, and how many the file has.
 
-Counted are the files that a reader opens to follow the step's control flow: the caller of `train_step`, and the files of
-`training`, `parallel`, `optim` and `mesh` in which the step executes more than `FEW` lines. Not counted are the model's
-arithmetic (`models`), and observers and holders of values, each behind one call (`data`, `metrics`, `elastic`, `fault`).
-Exits with 1 if there are more than the given numbers.
+It counts the files that a reader opens to follow the step's control flow: the caller of `train_step`, and the files of
+`training`, `parallel`, `optim` and `mesh` in which the step executes more than `FEW` lines. It does not count the model
+(`models`) or code behind a single call (`data`, `metrics`, `elastic`, `fault`). Exits with 1 if a count exceeds its limit.
 """
 
 from __future__ import annotations
