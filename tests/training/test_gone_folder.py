@@ -54,7 +54,7 @@ def test_before_the_first_checkpoint_it_needs_the_weights(place: Place) -> None:
     place.good(*run, "--train.steps", "3")
     shutil.rmtree(place.folder / "runs" / "mine" / "checkpoints")
     shutil.rmtree(place.folder / "models")
-    assert "it has no checkpoint yet; set model.from to where they are now" in place.refused(*run)
+    assert "it has no checkpoint yet; set model.from to their new location" in place.refused(*run)
 
 
 @pytest.mark.ci
