@@ -260,7 +260,7 @@ def port(box: Box, other: Box, hops: Sequence[tuple[Box, Box]], *, leaves: bool)
 
 
 def arrow(chain: Sequence[Box], house: House, y_of: Mapping[int, tuple[int, int]], left: float) -> str:
-    """Return one arrow: curves between floors, straight where it passes one."""
+    """Return one arrow, curved between floors and straight past a floor."""
     down = y_of[id(chain[0])][0] < y_of[id(chain[-1])][0]
     path = ""
     for a, b in itertools.pairwise(chain):

@@ -3,6 +3,7 @@ Compare every layout with one process, for each family, precision, checkpointing
 
     python scripts/matrix.py [--only PATTERN] [--again] [--limit-minutes N]
     python scripts/matrix.py --write              only write the page, from existing results
+    python scripts/matrix.py --words              only refresh the wording of the rejections on the page
 
 Results are stored in build/matrix.jsonl cell by cell, so a stopped run resumes; remove that file to start over. Output of the
 processes goes to build/matrix.log. Needs no network. Exits with 1 if a cell failed.
@@ -55,6 +56,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "build" / "matrix.jsonl"
 LOG = ROOT / "build" / "matrix.log"
 PAGE = ROOT / "docs" / "matrix.md"
+REJECTED, FAILED = "## Rejected\n", "## Failed\n"
 
 
 @dataclass(frozen=True)
@@ -139,15 +141,29 @@ def page(found: dict[str, Result]) -> str:
     counts = Counter(text for texts in reasons.values() for text in texts)
     numbers = {text: number for number, (text, _) in enumerate(counts.most_common(), 1)}
     parts = [_head(found), *(_table(name, found, reasons, numbers) for name in GROUPS)]
-    parts.append(
-        "## Rejected\n\nThe messages of shoal. A cell may be rejected for several reasons.\n\n| | cells | |\n| --- | --- | --- |\n"
-        + "\n".join(f"| {numbers[text]} | {count} | {text} |" for text, count in counts.most_common())
-    )
+    parts.append(_rejections(counts))
     failed = [(cell, text) for cell in legal() if str(cell) in found and (text := found[str(cell)].problem(cell))]
     parts.append(
-        "## Failed\n\n" + ("\n\n".join(f"`{cell}`:\n\n```\n{_end(text)}\n```" for cell, text in failed) or "None.")
+        f"{FAILED}\n" + ("\n\n".join(f"`{cell}`:\n\n```\n{_end(text)}\n```" for cell, text in failed) or "None.")
     )
     return "\n\n".join(parts) + "\n"
+
+
+def _rejections(counts: Counter[str]) -> str:
+    lines = [f"| {number} | {count} | {text} |" for number, (text, count) in enumerate(counts.most_common(), 1)]
+    head = [
+        "The messages of shoal. A cell may be rejected for several reasons.\n",
+        "| | cells | |",
+        "| --- | --- | --- |",
+    ]
+    return "\n".join([REJECTED, *head, *lines])
+
+
+def with_words(page: str) -> str:
+    """Return the page with the current messages of rejections; numbers and counts stay, because the cells do."""
+    before, _, rest = page.partition(REJECTED)
+    counts = Counter(text for cell in cells() for text in refused(cell))
+    return f"{before}{_rejections(counts)}\n\n{FAILED}{rest.partition(FAILED)[2]}"
 
 
 def _head(found: dict[str, Result]) -> str:
@@ -264,7 +280,11 @@ def main() -> int:
         "--limit-minutes", type=float, default=float("inf"), metavar="N", help="start no cell after N minutes"
     )
     parser.add_argument("--write", action="store_true", help="run nothing, only write the page")
+    parser.add_argument("--words", action="store_true", help="run nothing, only refresh the page's rejections")
     args = parser.parse_args()
+    if args.words:
+        PAGE.write_text(with_words(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return 0
     have = results()
     todo = [cell for cell in legal() if re.search(args.only, str(cell))]
     todo = [c for c in todo if str(c) not in have or (args.again and have[str(c)].problem(c))]

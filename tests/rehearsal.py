@@ -32,7 +32,7 @@ import shoal
 
 DEVICE = torch.device("cuda", 0)
 SHOAL = str(Path(shoal.__file__).parent)
-# These work with the CPU's tensors as they are: recomputing compares devices that it saw inside and outside of this.
+# These get plain CPU tensors: recomputation compares devices seen inside and outside of this.
 REAL = (str(Path(torch.distributed.__file__).parent), torch.utils.checkpoint.__file__)
 READS = {
     "item", "tolist", "cpu", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__",
@@ -44,7 +44,7 @@ FROM_DATA = {"tensor", "as_tensor", "from_numpy"}
 
 @dataclass(frozen=True)
 class Wait:
-    """What was asked, and the function of shoal that asked (of the caller, where that is none)."""
+    """A kind of wait, and the function of shoal that waited (of the caller, if shoal has none on the stack)."""
 
     kind: str
     where: str
@@ -54,11 +54,11 @@ class Rehearsal:
     def __init__(self) -> None:
         self.waits: list[Wait] = []
         self.host: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._seen = False  # by the function mode, which has the better name for it
+        self._seen = False  # by the function mode, which has a better name for it
         self._open = ExitStack()
 
     def mark_host(self, tensors: Iterable[Tensor | None]) -> None:
-        """These were made before, in the host's memory."""
+        """Mark tensors that were created before, in the host's memory."""
         for tensor in tensors:
             if tensor is not None:
                 self.host[tensor] = True

@@ -30,7 +30,7 @@ CAPABILITY = torch.backends.cpu.get_cpu_capability()
 KINDS = pytest.mark.parametrize(
     ("told", "capability"),
     [
-        pytest.param({}, CAPABILITY, id="as it is", marks=pytest.mark.ci),
+        pytest.param({}, CAPABILITY, id="native", marks=pytest.mark.ci),
         pytest.param(
             AVX2, "AVX2", id="AVX2",
             marks=pytest.mark.skipif(not CAPABILITY.startswith("AVX"), reason="only a CPU with AVX2 can play one"),
@@ -62,8 +62,8 @@ def test_auto_is_settled_by_the_instructions(told: dict[str, str], capability: s
     found = json.loads(done.stdout)
     assert found["capability"] == capability
     assert found["sets"].split(", ")[0] == capability
-    if found["torch"] is not None:  # a build without oneDNN has nobody to ask
-        assert found["torch"] or not found["quick"]  # what torch asks of its own libraries
+    if found["torch"] is not None:  # a build without oneDNN cannot be asked
+        assert found["torch"] or not found["quick"]  # torch's own check
     assert found["quick"] or found["auto"] == "float32"
     if told:
         assert not found["quick"]
@@ -74,7 +74,7 @@ def test_auto_is_settled_by_the_instructions(told: dict[str, str], capability: s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the quickstart's data is prepared, once."""
+    """Return a folder with the quickstart's prepared data."""
     folder = tmp_path_factory.mktemp("quickstart")
     shoal(folder, "prepare", str(ROOT / "recipes" / "quickstart.yaml"))
     return folder
@@ -92,7 +92,7 @@ def shoal(folder: Path, *arguments: str, **told: str) -> str:
 @pytest.mark.ci
 @KINDS
 def test_the_quickstart_begins(told: dict[str, str], capability: str, folder: Path) -> None:
-    """Its first 20 steps learn, in the dtype that is settled, and the run says on what it was taken."""
+    """Its first 20 steps learn, in the dtype that was chosen, and the run records its machine."""
     name = capability if told else "native"
     options = (CPU, "--train.steps=20", "--optim.warmup_steps=5", "--train.sample_tokens=1", "--metrics.every=1")
     shoal(folder, "train", str(ROOT / "recipes" / "quickstart.yaml"), "--name", name, *options, **told)
@@ -112,7 +112,7 @@ def test_the_quickstart_begins(told: dict[str, str], capability: str, folder: Pa
 @pytest.mark.ci
 @KINDS
 def test_speed_is_measured(told: dict[str, str], capability: str, folder: Path) -> None:
-    """Beside a product, of which no step takes more than all; no MFU, since nobody knows the peak."""
+    """A step is slower than the matrix products in it; no MFU, since the peak is unknown."""
     recipe = str(ROOT / "recipes" / "quickstart.yaml")
     options = (CPU, "--repeats=1", "--train.steps=6", "--optim.warmup_steps=0", "--json")
     found = json.loads(shoal(folder, "bench", "speed", recipe, *options, **told))

@@ -70,7 +70,7 @@ def floor(module: str) -> int:
 @pytest.mark.parametrize("module", sorted(modules()))
 def test_arrows_run_one_way(module: str) -> None:
     for target in imported(modules()[module]):
-        assert floor(target) <= floor(module), f"{module} imports {target}, which stands above it"
+        assert floor(target) <= floor(module), f"{module} imports {target}, which is above it"
 
 
 def in_a_circle(arrows: dict[str, set[str]]) -> set[str]:

@@ -45,7 +45,7 @@ class World:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(mesh, *args)` on every rank. Raises AssertionError with what failed, TimeoutError where nothing did."""
+        """Call `function(mesh, *args)` on every rank. Raises AssertionError with the failures, or TimeoutError."""
         for pipe in self._pipes:
             pipe.send((function, args))
         answers: dict[int, tuple[bool, Any]] = {}

@@ -77,8 +77,8 @@ def test_options_are_named_as_flags_are(trained: Place) -> None:
     assert shoal.read_config(recipe).launch.name == "recipe"
     assert shoal.read_config().launch.name is None
     with pytest.raises(ConfigError) as raised:
-        shoal.read_config(recipe, steps="many", block_size=3, colour="red")
-    assert [p.where for p in raised.value.problems] == ["steps", "block_size", "colour"]
+        shoal.read_config(recipe, steps="many", block_size=3, color="red")
+    assert [p.where for p in raised.value.problems] == ["steps", "block_size", "color"]
 
 
 def test_a_run_is_the_one_that_the_command_trains(trained: Place) -> None:

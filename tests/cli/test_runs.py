@@ -260,7 +260,7 @@ def test_a_last_checkpoint_that_is_not_there_is_no_success(place: Place) -> None
         "train", "recipe.yaml", "--name", "unsaved", "--train.steps", "3", "--train.global_batch", "1024",
         "--train.micro_batch", "64",
     )  # fmt: skip
-    assert "could not be written: runs/unsaved/checkpoints has none. Make room there" in output
+    assert "could not be written: runs/unsaved/checkpoints has none. Free some space there" in output
     assert "starts from the beginning" in output
     assert "resumes from" not in output
     assert "retried" not in output  # there is no step 13

@@ -17,19 +17,19 @@ from shoal.system.signals import GRACE_SECONDS, STOPPING_SAID, stopping_said
 from tests.cli.commands import Place, gone, wait_for, workers_of
 
 # Python runs this at startup: the process hangs at the import of the module given, or at measuring the dtype.
-STANDS_STILL = """
+BLOCKED = """
 import importlib.abc, os, sys
-who, _, module = os.environ.get("STANDS_STILL", "").partition(":")
-class Still(importlib.abc.MetaPathFinder):
+who, _, module = os.environ.get("BLOCKED", "").partition(":")
+class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == module:
-            print("STANDS STILL", flush=True)
+            print("BLOCKED", flush=True)
             os.read(os.pipe()[0], 1)
 if who == ("worker" if "RANK" in os.environ else "launcher"):
     if module == "measuring":
         from shoal.training import finish_config as settle
         settle.choose_dtype = lambda wanted, mesh: os.read(os.pipe()[0], 1)
-    sys.meta_path.insert(0, Still())
+    sys.meta_path.insert(0, Block())
 """
 TRAIN = ["train", "recipe.yaml", "--name"]
 
@@ -38,7 +38,7 @@ TRAIN = ["train", "recipe.yaml", "--name"]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Return a folder with prepared data and a fake run."""
     place = Place(tmp_path_factory.mktemp("stops"))
-    (place.folder / "sitecustomize.py").write_text(STANDS_STILL, encoding="utf-8")
+    (place.folder / "sitecustomize.py").write_text(BLOCKED, encoding="utf-8")
     place.good("prepare", "recipe.yaml")
     pretend(place.folder / "runs" / "done")
     return place
@@ -90,8 +90,8 @@ def stop(process: subprocess.Popen[str], number: signal.Signals) -> str:
 def test_while_something_is_imported_or_prepared(
     place: Place, arguments: list[str], where: str, number: signal.Signals, code: int
 ) -> None:
-    process = place.start(*arguments, PYTHONPATH=str(place.folder), STANDS_STILL=where)
-    wait_for(process, "STANDS STILL")
+    process = place.start(*arguments, PYTHONPATH=str(place.folder), BLOCKED=where)
+    wait_for(process, "BLOCKED")
     stop(process, number)
     assert process.returncode == code
 
@@ -99,7 +99,7 @@ def test_while_something_is_imported_or_prepared(
 @pytest.mark.ci
 def test_while_the_device_is_measured(place: Place) -> None:
     """A matrix product in C takes minutes, during which Python cannot handle the signal."""
-    process = place.start(*TRAIN, "measured", PYTHONPATH=str(place.folder), STANDS_STILL="worker:measuring")
+    process = place.start(*TRAIN, "measured", PYTHONPATH=str(place.folder), BLOCKED="worker:measuring")
     wait_for(process, "measuring the device ...")
     output = stop(process, signal.SIGTERM)
     assert process.returncode == EXIT_REQUEUE

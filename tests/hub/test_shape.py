@@ -192,7 +192,7 @@ def damaged(folder: Path, target: Path, change: Any) -> Path:
             lambda t: t.update({"model.norm.weight": torch.zeros(47)}),
             r"has shape \[47\], but config.json implies \[48\]",
         ),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}), "is I8; weights are read from"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(48, dtype=torch.int8)}), "is I8; readable dtypes are"),
         (lambda t: t.update({"model.adapter.weight": torch.zeros(4)}), "does not use: model.adapter.weight"),
         (lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}), ""),
     ],

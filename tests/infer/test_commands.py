@@ -24,7 +24,7 @@ from ..cli.commands import Place
 from ..hub.small import save
 from .folders import talker
 
-TEXT = "A text that nobody here was trained on: größer, 漢字.\n" * 4
+TEXT = "A text that no model here was trained on: größer, 漢字.\n" * 4
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_a_loss_of_any_size_is_shown(
     monkeypatch.setattr(commands, "evaluate", lambda *_, **__: result)
 
     def no_number(word: str) -> None:
-        pytest.fail(f"{word} is no JSON")
+        pytest.fail(f"{word} is not JSON")
 
     record = json.loads(said(capsys, "eval", "done", "--json").splitlines()[-1], parse_constant=no_number)
     assert record["perplexity"] == (in_json if in_json is None else pytest.approx(in_json))

@@ -125,7 +125,7 @@ def test_a_task_that_is_not_there_or_has_no_data(tasks: Path, tmp_path: Path, mo
     gone = tmp_path / "gone"
     gone.mkdir()
     (gone / "texts.yaml").write_text(ROLLING.format(folder=gone))
-    with pytest.raises(DataError, match="data of small_texts could not be read"):
+    with pytest.raises(DataError, match="cannot read the data of small_texts"):
         run_tasks(wanted, Tasks(("small_texts",), gone))
 
 

@@ -1,4 +1,4 @@
-"""The ballot: what ranks tell each other in a step."""
+"""The ballot: numbers that ranks sum in a step."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def allocated_bytes(work: Callable[[], object]) -> int:
-    """Return the most that was held at once during `work()`, beyond what was held before it. CPU tensors only."""
+    """Return the peak memory during `work()`, minus the memory held before it. CPU tensors only."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     grown = most = 0

@@ -54,7 +54,7 @@ class Cell:
 
     @property
     def plain(self) -> bool:
-        """Return whether it is exact up to float32 rounding and not compiled: the sharpest test of a layout."""
+        """Return whether the cell is float32 and not compiled: the strictest test of a layout."""
         return self.dtype == "float32" and not self.compile
 
     @property
@@ -136,7 +136,7 @@ COMPILES_ALIKE = {"hsdp", "reshard over a number", "reshard never", "ulysses", "
 
 @cache
 def thin() -> tuple[Cell, ...]:
-    """Return few cells of `cover()` that have each feature and value, and compiled each that affects the compiler."""
+    """Return a few cells of `cover()` that have each feature and value; compiled ones if it affects the compiler."""
 
     def new(cell: Cell) -> set[tuple[str, bool]]:
         return {(value, cell.compile) for value in cell.values - (COMPILES_ALIKE if cell.compile else set())}

@@ -44,7 +44,7 @@ def test_good_shapes_have_no_problems(name: str) -> None:
         (Model(dropout=0.1), "dropout", "gpt2"),
         (Model(rope_original_seq_len=4096), "rope_original_seq_len", "model.rope_factor"),
         (Model(rope_factor=8.0, rope_low_freq_factor=4.0), "rope_low_freq_factor", "1 and 4"),
-        (Model(family="gpt2", qk_norm=True), "qk_norm", "leave it at false"),
+        (Model(family="gpt2", qk_norm=True), "qk_norm", "set model.qk_norm to false"),
         (Model(family="gpt2", rope_theta=5e5), "rope_theta", "model.family"),
         (Model(family="gpt2", rope_factor=8.0), "rope_factor", "null"),
         (Model(family="gpt2", num_kv_heads=2), "num_kv_heads", "null"),

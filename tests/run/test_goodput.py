@@ -217,7 +217,7 @@ def test_a_line_that_was_cut_short_is_left_out_and_nothing_grows_onto_it(tmp_pat
 
 
 def test_a_full_disk_stops_nothing_and_its_seconds_are_kept(tmp_path: Path) -> None:
-    """A limit on file size stands in for a full disk."""
+    """A limit on file size simulates a full disk."""
     path = tmp_path / "time.jsonl"
     limit, signals = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:

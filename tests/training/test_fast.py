@@ -119,7 +119,7 @@ def test_what_is_damaged_is_passed_over_for_the_next_older_fast_or_lasting(
     assert len(events(config, "damaged")) == 2
     with opened(config) as run:
         complete(run)
-    assert not (tmp_path / "fast").exists()  # nor what was set aside
+    assert not (tmp_path / "fast").exists()  # including the damaged checkpoint
 
 
 def test_one_that_lasts_is_taken_where_the_memory_of_the_machine_is_gone(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_auto_is_float32_unless_bfloat16_was_seen_to_be_faster(
     wanted: str, rates: list[float] | None, settled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def measured(*args: object, **options: object) -> list[float]:
-        assert rates is not None, "measured where nothing was to be"
+        assert rates is not None, "measured unexpectedly"
         return rates
 
     monkeypatch.setattr(settle, "product_rates", measured)

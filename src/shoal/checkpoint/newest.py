@@ -46,7 +46,7 @@ def replicate(folder: Path, mesh: Mesh, memory: MemoryTier, after: int, to: Path
     """
     Copy a whole checkpoint newer than `after` from one machine's memory to the folder `to`, which all ranks see.
 
-    Returns the copy, if any, and the damage of newer ones. A collective over the world. Raises `CheckpointError` on all
+    Returns the copy, if any, and the damage found in newer checkpoints. A collective over the world. Raises `CheckpointError` on all
     ranks if it cannot be written: resuming from an older one would lose it.
     """
     group = memory.group

@@ -76,7 +76,7 @@ def _plan_alone(config: Config, before: Config | None) -> Config:
     count = (config.launch.processes or 1) * config.launch.nodes
     if count > 1:
         raise LaunchError(
-            f"shoal.train uses one process, and the config asks for {count}; set launch.processes and launch.nodes to 1, "
+            f"shoal.train uses one process, but the config asks for {count}; set launch.processes and launch.nodes to 1, "
             "start the script with torchrun, or use the command shoal train"
         )
     tell_once(unused_claims(config.launch.nodes))

@@ -42,7 +42,7 @@ class ModelType:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A family's architecture, as its options, its cost and its files depend on it."""
+    """The properties of a family that its options, its cost and its files depend on."""
 
     summary: str  # for people
     code: str  # its LanguageModel, as a dotted name below `shoal.models`

@@ -30,7 +30,7 @@ class Checkpoint:
     keep_best: bool = opt(True, "also keep the checkpoint with the lowest validation loss")
     background: bool = opt(
         True,
-        "write checkpoints while training continues; takes memory for a copy of what each process writes",
+        "write checkpoints while training continues; takes memory to copy the tensors that each process writes",
         alias=("async_save", "async", "async_mode"),
     )
     fast: str | None = opt(

@@ -32,7 +32,7 @@ class TimeLimit:
     """
 
     def __init__(self, ends: float | None, state_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """ends: by `clock`; None: no limit. state_bytes: of this process in a save, for a first guess of its time."""
+        """Start the clock. ends: by `clock`; None: no limit. state_bytes: of this process in a save, for a first guess of its time."""
         self._ends, self._clock = ends, clock
         self._save_seconds = state_bytes / SLOW_DISK
         self._seen_save = False

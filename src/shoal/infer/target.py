@@ -1,4 +1,4 @@
-"""Finding the run and checkpoint that a command names."""
+"""Finds the run and checkpoint that a command names."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ def _ignore(sums: Sequence[float]) -> None:
 @dataclass(frozen=True)
 class Vote:
     """
-    The numbers that one room says, and the function that hears their sums over the world.
+    The numbers that one module contributes, and the function that gets their sums over the world.
 
-    Every rank says equally many. The sums may come a step later: `hear` holds what the room must remember until then.
+    The count is the same on every rank. The sums may arrive a step later: `hear` holds the state needed until then.
     """
 
     numbers: Sequence[float]
@@ -41,7 +41,7 @@ class Ballot:
 
     def count(self, sums: Sequence[float]) -> dict[str, Sequence[float]]:
         """
-        Tell each room the sums of its vote; return them by name. `sums`: of `numbers` over the world.
+        Pass each module the sums of its vote; return them by name. `sums`: of `numbers` over the world.
 
         Raises ValueError if these are not the sums of this ballot.
         """

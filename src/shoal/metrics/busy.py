@@ -73,7 +73,7 @@ class Busy:
     """
 
     def __init__(self, device: torch.device, turns: int, *, measures: bool = True) -> None:
-        """turns: forwards of this process in a step. measures: False disables it."""
+        """Start measuring. turns: forwards of this process in a step. measures: False disables it."""
         self.waits = Waits()
         self._cuda, self._turns, self._measures = device.type == "cuda", turns, measures
         if measures and not self._cuda:

@@ -106,7 +106,7 @@ def repeat_heads(x_BSKd: Tensor, times: int) -> Tensor:
 
 def take_deterministic_kernels() -> None:
     """
-    Make all CUDA operators deterministic for the rest of this process; those that cannot be raise RuntimeError.
+    Make all CUDA operators deterministic for the rest of this process; operators without a deterministic kernel raise RuntimeError.
 
     Not with `warn_only`: attention's backward would keep its faster, unordered sums (`_flash_attention_backward` and
     `_efficient_attention_backward` in `attention_backward.cu`), and cuDNN would not be skipped
@@ -119,8 +119,8 @@ def not_deterministic(error: RuntimeError) -> str:
     """
     Return the operator that raised `error` because of `take_deterministic_kernels`; "" for any other error.
 
-    cuBLAS has its own message: it is deterministic only with a workspace of fixed size, which it reads from the
-    environment once. shoal's launcher sets it; a worker started otherwise may lack it.
+    cuBLAS raises another message. It is deterministic only if its workspace has a fixed size, which it reads once, from
+    the environment. shoal's launcher sets this variable; another launcher may not.
     """
     name, found, _ = str(error).partition(" does not have a deterministic implementation")
     if found:

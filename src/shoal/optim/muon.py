@@ -10,7 +10,7 @@ layout** (on one type of device, with equally many CPU threads): the same whole 
 and operations on shards round each element by itself. Three rules ensure this:
 
 - No multiply-add on a shard (`alpha=`, `lerp`): a kernel may fuse the two in its vector loop and not in the remainder.
-- A whole matrix has memory of its own, since a library may select its kernel by the memory's alignment.
+- Each whole matrix is a separate allocation: a library may select its kernel by the memory's alignment.
 - Matrices of one shape are not stacked for `bmm`: cuBLAS may select its kernel by the batch size, which depends on the
   layout.
 """

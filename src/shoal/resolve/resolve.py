@@ -59,9 +59,8 @@ def resolve(
     typed = _by_key([read_override(*o) for o in overrides], problems)
     found = replacements(said, typed)
     replaced = {s.key: s for r in found for s in r.lost}
-    notes = [
-        str(r) for r in found if recipe != START
-    ]  # START stands for no recipe, so nothing of the user's is replaced
+    # without a recipe, START's values are replaced, which the user never set
+    notes = [str(r) for r in found if recipe != START]
     settings = {k: s for k, s in said.items() if k not in replaced} | typed
     settings = _with_shape(_with_corpus(settings), problems, notes, kept)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
@@ -312,7 +311,7 @@ def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
 
 
 def read_back(path: Path) -> Config:
-    """Return a config that `to_yaml` wrote, without checks of what may have moved since, such as the corpus."""
+    """Return a config that `to_yaml` wrote, without checking files that may have moved since, such as the corpus."""
     try:
         content = path.read_bytes()
     except OSError:

@@ -14,7 +14,7 @@ class PatientLines:
     """
     A file of JSON lines, appended to. Lines that cannot be written are kept in order and retried with the next line.
 
-    Never raises `OSError`: `problem` says what is wrong, as long as it is.
+    Never raises `OSError`. `problem` describes a failed write; None after the next success.
     """
 
     def __init__(self, path: Path) -> None:

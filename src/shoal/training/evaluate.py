@@ -45,9 +45,9 @@ def evaluate(
         totals[1] += sum(b.valid_tokens for b in turn)
         done = min(share, done + sum(len(b.tokens) for b in turn))
         progress(done, share)
-    neighbours = mesh.world_size // mesh.dp_size  # ranks along pp, cp and tp count the same tokens
+    neighbors = mesh.world_size // mesh.dp_size  # ranks along pp, cp and tp count the same tokens
     loss_sum, tokens = mesh.sum(totals).tolist()
-    loss = loss_sum / max(tokens / neighbours, 1.0)
+    loss = loss_sum / max(tokens / neighbors, 1.0)
     counts = prepared.counts["val"]
     return {"val_loss": loss, "val_bits_per_byte": loss * counts.tokens / counts.text_bytes / math.log(2)}
 

@@ -79,7 +79,7 @@ def say_sample(text: str, console: Console) -> None:
 
 
 def say_what_next(config: Config, folder: RunFolder, val: Evaluation, console: Console) -> None:
-    """Print the run's folder, what it took, and commands that use it."""
+    """Print the run's folder, its time and tokens, and commands that use it."""
     shoal, run = _command(), shlex.quote(_called(config))
     prompt = shlex.quote(config.train.sample_prompt or "The ")
     console.say()
