@@ -36,7 +36,7 @@ WAY = [
     ("mesh.mesh", "sum", "sum losses, and what ranks tell each other, in one collective"),
     ("training.guard", "judge", "skip the step on all ranks if it is NaN or Inf"),
     ("training.clip", "clip", "clip by the norm over all shards"),
-    ("optim.build", "step", "update this rank's shards"),
+    ("optim.optimizer", "step", "update this rank's shards"),
     ("metrics.meter", "record", "record the step: on a GPU one step late"),
     ("checkpoint.store", "begin", "copy the state for a save, if one is due"),
 ]
