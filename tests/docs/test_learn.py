@@ -117,7 +117,7 @@ def test_each_table_has_its_rows_and_the_bytes_of_its_formula(name: str) -> None
 
 def shoals_losses(mesh: Mesh, config: Config, steps: int) -> list[float]:
     mesh = laid_out(mesh, dp_shard=config.parallel.dp_shard, dp_replicate=2 // config.parallel.dp_shard)
-    return [line["loss"] for line in train_here(mesh, config, steps)]
+    return [line.loss for line in train_here(mesh, config, steps)]
 
 
 def plain_losses(mesh: Mesh, script: Path, exported: Path, prepared: Path, steps: int) -> list[float]:
