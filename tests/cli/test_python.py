@@ -120,7 +120,7 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
         (lambda c: c.replace("launch", processes=2), LaunchError, "launch.processes"),
         (lambda c: c.replace("launch", nodes=2, rendezvous="a:1"), LaunchError, "launch.nodes"),
         (lambda c: c.replace("train", steps=None), ConfigError, "train.steps"),
-        (lambda c: c.replace("model", dim=33), ConfigError, "model.dim"),
+        (lambda c: c.replace("model", num_kv_heads=3), ConfigError, "model.num_kv_heads"),
         (lambda c: c.replace("optim", lr=2.0), RunError, "optim.lr"),
     ],
 )  # fmt: skip

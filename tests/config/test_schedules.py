@@ -135,17 +135,17 @@ def test_bubble_of_one_stage_a_process(pp: int) -> None:
         ),
         ("interleaved_1f1b", 2, 4, 6, 8, ["parallel.pp_stages to 3", "model.num_layers to 8"]),
         ("zbv", 4, None, 6, 8, ["parallel.pp_schedule to 1f1b", "parallel.pp to 3", "model.num_layers to 8"]),
-        ("1f1b", 4, None, 8, 3, ["at least 4", "4/3 times", "parallel.pp to 3", "parallel.pp_schedule to gpipe"]),
+        ("1f1b", 4, None, 8, 3, ["at least 4", "by 4/3", "parallel.pp to 3", "parallel.pp_schedule to gpipe"]),
         (
             "1f1b",
             2,
             None,
             8,
             1,
-            ["train.global_batch / train.micro_batch 2 times", "set parallel.pp_schedule to gpipe"],
+            ["multiply train.global_batch / train.micro_batch by 2", "set parallel.pp_schedule to gpipe"],
         ),
-        ("interleaved_1f1b", 2, None, 8, 5, ["2 equal rounds", "6/5 times", "parallel.pp_schedule to 1f1b"]),
-        ("dualpipev", 4, None, 8, 4, ["at least 8", "2 times", "parallel.pp to 2", "parallel.pp_schedule to 1f1b"]),
+        ("interleaved_1f1b", 2, None, 8, 5, ["2 equal rounds", "by 6/5", "parallel.pp_schedule to 1f1b"]),
+        ("dualpipev", 4, None, 8, 4, ["at least 8", "by 2", "parallel.pp to 2", "parallel.pp_schedule to 1f1b"]),
     ],
 )
 def test_refusals_name_a_way_out(

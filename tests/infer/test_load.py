@@ -115,7 +115,7 @@ def test_an_end_that_is_no_token(tmp_path: Path, said: object) -> None:
         ({"hidden_size": "16"}, "hidden_size is '16'"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"num_key_value_heads": 3}, "cannot be shared evenly"),
-        ({"head_dim": 13}, "make model.head_dim even"),
+        ({"head_dim": 13}, "set model.head_dim to an even number"),
         ({"head_dim": None, "num_attention_heads": 5}, "5 heads do not divide dim 48"),
     ],
     ids=str,

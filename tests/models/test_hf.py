@@ -307,7 +307,7 @@ def test_a_shape_that_is_not_the_folders_is_refused(folders: Folders, tmp_path: 
     given = {"model.from": folders("llama"), "model.family": "hf", "train.steps": 1, "data.tokenizer": "bytes"}
     where = [(key, str(value), "here") for key, value in given.items()]
     for key, value in (("dim", "64"), ("dropout", "0.3"), ("max_seq_len", "128")):
-        with pytest.raises(ConfigError, match=rf"model\.{key} .* is not what"):
+        with pytest.raises(ConfigError, match=rf"model\.{key} .* differs from"):
             resolve(None, [*where, (f"model.{key}", value, "here")])
     shorter = resolve(None, [*where, ("model.max_seq_len", "48", "here"), ("data.seq_len", "48", "here")])
     assert shorter.config.model.max_seq_len == 48

@@ -131,7 +131,7 @@ def test_a_step_waits_for_nothing(world: Callable[[int], World], tmp_path: Path,
     ("kind", "planted", "found"),
     [
         ("fsdp", "judge", [("tolist", "step.train_step")]),
-        ("fsdp", "backward", [("item", "apply._in_turns")]),
+        ("fsdp", "backward", [("item", "runnable._in_turns")]),
         ("pp", "backward", [("item", "pipeline.backward_one_chunk")] * 2),  # for each micro-batch
     ],
 )

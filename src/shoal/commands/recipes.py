@@ -57,11 +57,16 @@ def _override(key: str, value: Any) -> Override:
 
     found = candidates(key)
     dotted = SHORTCUTS.get(key) or (found[0] if len(found) == 1 else key)
+    return dotted, to_text(_plain(value)), key
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as YAML can write it: paths as text, NumPy and torch scalars as numbers."""
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
     if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    elif hasattr(value, "item"):  # a NumPy or torch scalar
-        value = value.item()
-    return dotted, to_text(value), key
+        return os.fspath(value)
+    return value.item() if hasattr(value, "item") else value
 
 
 def recipe_asked(args: argparse.Namespace, overrides: list[Override]) -> Path:

@@ -146,7 +146,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """The layout. The product of the five axes is the number of processes; one axis may be -1, the remaining processes."""
+    """The layout. The product of the five axes is the number of processes; one axis may be -1 and takes the remaining processes."""
 
     dp_replicate: int = opt(
         -1,

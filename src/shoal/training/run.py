@@ -125,6 +125,14 @@ class Run:
         heartbeat = heartbeat or Heartbeat.open(config.launch)
         heartbeat.outside("opening the data")
         records = _open_records(config, mesh)
+        try:
+            return cls._open(config, mesh, stop, heartbeat, records)
+        except BaseException:
+            records.folder.release()  # the caller may correct the config and train again in this process
+            raise
+
+    @classmethod
+    def _open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat, records: Records) -> Run:
         console, folder = records.console, records.folder
         prepared = open_data(
             config.data, Console(speaks=mesh.is_first and not is_launched())
