@@ -14,10 +14,10 @@ from shoal.elastic.heartbeat import FOLDER, Heartbeat, Page
 from shoal.mesh.place import LOCKED_BY
 from shoal.metrics import meter
 from shoal.metrics.moment import Moment
+from shoal.metrics.progress import DeviceProgress
 from shoal.run.phases import PHASES
 from shoal.run.records import StepRecord
 from shoal.training import loop, step
-from shoal.training.progress import DeviceProgress
 from tests.training.test_equivalence import ALONE, config_in, train_here
 
 STEP_SECONDS = 2.0
@@ -102,7 +102,7 @@ def test_a_page_says_where_the_device_is_while_its_host_waits(tmp_path: Path, mo
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "x")
     monkeypatch.setenv("MASTER_PORT", "1")
-    monkeypatch.setattr("shoal.training.progress.Moment", Slow)
+    monkeypatch.setattr("shoal.metrics.progress.Moment", Slow)
     page, heart = Page(tmp_path, 0), Heartbeat.open(Launch())
     progress = DeviceProgress(torch.device("cuda"), heart)
     for number in (4, 5):
@@ -118,7 +118,7 @@ def test_a_page_says_where_the_device_is_while_its_host_waits(tmp_path: Path, mo
         seen.append((sign.step, sign.turn, sign.phase))
         Slow.reached.append(0)
 
-    monkeypatch.setattr("shoal.training.progress.time.sleep", looks)
+    monkeypatch.setattr("shoal.metrics.progress.time.sleep", looks)
     over = Slow(torch.device("cuda"))
     over.number = 4
     progress.wait(over)

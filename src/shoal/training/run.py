@@ -18,6 +18,7 @@ from shoal.fault.limit import TimeLimit
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import is_launched
 from shoal.metrics.meter import Meter
+from shoal.metrics.progress import DeviceProgress
 from shoal.parallel.runnable import Runnable
 from shoal.plan.length import count_steps
 from shoal.resolve.resolve import ChangedOption
@@ -33,7 +34,6 @@ from shoal.training.guard import Guard
 from shoal.training.health import Recovery
 from shoal.training.last_words import say_held_out
 from shoal.training.pace import Pace
-from shoal.training.progress import DeviceProgress
 from shoal.training.records import Records
 from shoal.training.saving import Saving
 from shoal.training.state import TrainState
