@@ -120,7 +120,7 @@ def test_others_that_never_come(place: Place) -> None:
         (["prepare", "recipe.yaml", "--data.corpus", "text"], "set data.paths"),
         (["train", "recipe.yaml", "--parallel.dp_replicate", "4"], "parallel.dp_replicate 4 needs 4 processes, but launch.processes is 2"),
         (["train", "recipe.yaml", "--processes", "8", "--train.micro_batch", "4"], "4 micro-batches, fewer than the 8 data-parallel ranks of launch.processes 8; set launch.processes to 4, or train.global_batch to 32, or train.micro_batch to 2"),
-        (["train", "recipe.yaml", "--processes", str(TOO_MANY), "--train.global_batch", str(2 * TOO_MANY)], f"{TOO_MANY} processes on"),
+        (["train", "recipe.yaml", "--processes", str(TOO_MANY), "--train.global_batch", str(2 * TOO_MANY)], f"{TOO_MANY} processes are too many for"),
         (["train", "recipe.yaml", "--train.device", "cuda"], "there is no CUDA device"),
         (["train", "recipe.yaml", "--train.dtype", "float16"], "a thousand times slower"),
         (["train", "recipe.yaml", "--data.seq_len", "65"], "data.seq_len 65 exceeds model.max_seq_len 64"),
