@@ -55,11 +55,12 @@ from shoal.training.step import train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "LEARN.md"
+# Steps: of the memory measurement; first and last of the time and bytes measurement
 WATCHED, FIRST_TIMED, LAST = (
     2,
     3,
     6,
-)  # steps: of the memory measurement; first and last of the time and bytes measurement
+)
 ALONE = "SHOAL_LEARN_ALONE"  # set in the network namespace
 
 

@@ -25,9 +25,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the `shoal` command and end the process, with exit code 2 for an error that the user can fix."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # generated text may have characters that the terminal's encoding lacks
+        # Generated text may have characters that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="replace")
     sys.stdout = stdout = Output(sys.stdout)
     code = 0
     try:

@@ -76,9 +76,8 @@ sys.exit(main(["train", "recipe.yaml", "--name", "out", "--processes", "1"]))
 """
 
 
-@pytest.mark.parametrize(
-    ("steps", "code"), [(0, 2), (3, 1)]
-)  # steps that fitted may fit again: a crash, which is restarted
+# Steps that fitted may fit again: a crash, which is restarted.
+@pytest.mark.parametrize(("steps", "code"), [(0, 2), (3, 1)])
 def test_memory_that_runs_out_is_a_crash_only_after_steps_that_fitted(place: Place, steps: int, code: int) -> None:
     worker = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     done = subprocess.run(

@@ -127,9 +127,8 @@ def trains(mesh: Mesh, schedule: Schedule, family: str, tied: bool, count: int, 
     if flat:
         for stage in stages.values():
             for _, p in stage.named_parameters():
-                p.grad = torch.zeros(p.numel() + 3)[3:].view_as(
-                    p
-                )  # a view of a larger buffer, as a reducer's buckets are
+                # A view of a larger buffer, as a reducer's buckets are
+                p.grad = torch.zeros(p.numel() + 3)[3:].view_as(p)
     views = {p: p.grad for stage in stages.values() for p in stage.parameters()}
     order: dict[int, list[int]] = {index: [] for index in stages}
 

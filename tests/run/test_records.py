@@ -49,5 +49,5 @@ def test_a_resume_forgets_what_it_takes_again(tmp_path: Path) -> None:
 
 
 def test_the_table_in_the_docs_is_of_these_fields() -> None:
-    script = Path(__file__).parents[2] / "scripts" / "metrics_table.py"
+    script = Path(__file__).parents[2] / "scripts" / "tables.py"
     assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0

@@ -134,10 +134,8 @@ def test_a_secret_is_nowhere_after_all_that_shoal_does(place: Secretive) -> None
     place.tell("fetch", "model", NAME)  # sends the token, which the hub requires
     place.tell("fetch", "model", NAME, "--force", HF_TOKEN="", HUGGING_FACE_HUB_TOKEN="")  # the token in the file
     place.tell("fetch", "model", "org/none", code=2)
-    for endpoint in (
-        place.environment["HF_ENDPOINT"],
-        "http://127.0.0.1:9",
-    ):  # a proxy that answers, and one that does not
+    # A proxy that answers, and one that does not.
+    for endpoint in (place.environment["HF_ENDPOINT"], "http://127.0.0.1:9"):
         address = endpoint.replace("://", f"://somebody:{quote(CANARY, safe='')}@")
         assert "shoal: " in place.tell("fetch", "model", NAME, "--to", "elsewhere", HF_ENDPOINT=address, code=2)
     token_file.unlink()

@@ -228,9 +228,8 @@ def write_shape(shape: Model, base: Json | None = None) -> dict[str, Any]:
         return dict(base)
     name = str(base["model_type"]) if base else _type_of(shape, family)
     config: dict[str, Any] = dict(base or {})
-    if (
-        name == "llama" and shape.dim % shape.num_heads
-    ):  # transformers rejects it for llama, and computes it for mistral
+    # Transformers rejects it for llama, and computes it for mistral
+    if name == "llama" and shape.dim % shape.num_heads:
         foreign = MODEL_TYPES[name].only.keys() - MODEL_TYPES["mistral"].only.keys()
         name, config = "mistral", {key: value for key, value in config.items() if key not in foreign}
     kind = MODEL_TYPES[name]

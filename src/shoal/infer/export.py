@@ -189,9 +189,8 @@ def _write_weights(
         if number == 1:
             tensors |= {name: tensor.contiguous() for name, tensor in model.constants().items()}
         save_file(tensors, aside / file, metadata={"format": "pt"})
-        (aside / file).chmod(
-            0o666 & ~_umask()
-        )  # safetensors leaves the mode of a temporary file, readable by its owner only
+        # Safetensors leaves the mode of a temporary file, readable by its owner only
+        (aside / file).chmod(0o666 & ~_umask())
         sync(aside / file)
         where |= dict.fromkeys(tensors, file)
         total += sum(t.nbytes for t in tensors.values())

@@ -193,8 +193,7 @@ class Meter:
             return config.metrics.peak_tflops * 1e12 * mesh.world_size, "metrics.peak_tflops"
         if mesh.device.type != "cuda":
             return None, ""
-        dtype: Literal["bfloat16", "float32"] = (
-            "float32" if config.train.dtype == "float32" else "bfloat16"
-        )  # float16 has bfloat16's peak
+        # Float16 has bfloat16's peak
+        dtype: Literal["bfloat16", "float32"] = "float32" if config.train.dtype == "float32" else "bfloat16"
         known = peak_flops(self.device_name, dtype)
         return known and known * mesh.world_size, "data sheet, dense"

@@ -170,9 +170,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / "lock").open("a+", encoding="utf-8")
         held = _take(file, fcntl.LOCK_EX)
-        for _ in range(
-            50 if meeting else 0
-        ):  # of launchers that start together, the first writes the lock and the others wait for it
+        # Of launchers that start together, the first writes the lock and the others wait for it
+        for _ in range(50 if meeting else 0):
             if held or (_take(file, fcntl.LOCK_SH) and _held(file).get("meeting") == meeting):
                 break
             time.sleep(0.1)

@@ -1,7 +1,7 @@
 """
 The lines of `metrics.jsonl`: a dataclass for each kind, one writer, one reader. No torch.
 
-docs/TRAINING.md documents the fields from here: `python scripts/metrics_table.py`.
+docs/TRAINING.md documents the fields from here: `python scripts/tables.py`.
 """
 
 from __future__ import annotations

@@ -129,10 +129,11 @@ def _group_folders() -> list[Path]:
 
 
 def _limit(folder: Path) -> float:
+    # Cgroup v2 has one file, v1 has two
     for quota, period in (
         ("cpu.max", ""),
         ("cpu.cfs_quota_us", "cpu.cfs_period_us"),
-    ):  # cgroup v2 has one file, v1 has two
+    ):
         try:
             text = f"{(folder / quota).read_text()} {(folder / period).read_text() if period else ''}"
             allowed, of = (float(word) for word in text.split())

@@ -73,9 +73,8 @@ def replace_folder(new: Path, folder: Path) -> None:
         folder.rename(tempfile.mkdtemp(dir=old))  # onto the empty folder just made
     new.rename(folder)
     sync(folder.parent)
-    shutil.rmtree(
-        old, ignore_errors=True
-    )  # a network file system keeps files that are open; the next call removes them
+    # A network file system keeps files that are open; the next call removes them
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def gigabytes(count: int) -> str:

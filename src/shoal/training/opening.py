@@ -56,9 +56,8 @@ def _warn_of_length(run: Run) -> None:
             f"train.{length[0]} {length[1]:g} is {run.total_steps * config.train.global_batch / rows:.1f} epochs; for "
             "more steps set a smaller train.global_batch"
         )
-    if (
-        config.train.steps is None and config.optim.warmup_steps > run.total_steps
-    ):  # else resolving the config has warned already
+    # A config with train.steps was warned about when it was resolved
+    if config.train.steps is None and config.optim.warmup_steps > run.total_steps:
         run.console.warn(
             f"optim.warmup_steps is {config.optim.warmup_steps}, and the run has {run.total_steps} steps: the "
             "learning rate never reaches optim.lr; set a smaller optim.warmup_steps"

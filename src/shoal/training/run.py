@@ -134,9 +134,8 @@ class Run:
     @classmethod
     def _open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat, records: Records) -> Run:
         console, folder = records.console, records.folder
-        prepared = open_data(
-            config.data, Console(speaks=mesh.is_first and not is_launched())
-        )  # a launcher has shown the progress already
+        # A launcher has shown the progress already
+        prepared = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
         heartbeat.outside("measuring the device")
         config = finish_config(config, folder, prepared, mesh, console.warn)
         rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)

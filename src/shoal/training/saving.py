@@ -274,9 +274,8 @@ class Saving:
     def _clear_memory(self) -> None:
         """Delete the in-memory checkpoints: all are older than the one on disk."""
         for tier in self.tiers[1:]:
-            if (
-                tier.closed or tier.store.folder_group.is_leader
-            ):  # of a tier that could not be used, it is unknown which ranks share it
+            # Of a tier that could not be used, it is unknown which ranks share it
+            if tier.closed or tier.store.folder_group.is_leader:
                 clear(tier.store.folder)
         if self.mesh.is_first:
             with contextlib.suppress(OSError):

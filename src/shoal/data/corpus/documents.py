@@ -36,9 +36,8 @@ class Skipped:
     name: str
     reason: str
     after: Cursor
-    fields: Mapping[str, int] = field(
-        default_factory=dict
-    )  # of a record without `data.text_key`: the length of each string
+    # Of a record without `data.text_key`: the length of each string
+    fields: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,9 +106,8 @@ def _unknown(proto: Any) -> str:
 
 def _normalizer(spec: Any) -> normalizers.Sequence:
     steps: list[Any] = []
-    if (
-        spec.precompiled_charsmap
-    ):  # tokenizers applies it to grapheme clusters, SentencePiece to characters; `check_same_ids` often rejects it
+    # Tokenizers applies it to grapheme clusters, SentencePiece to characters; `check_same_ids` often rejects it
+    if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
