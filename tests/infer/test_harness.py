@@ -120,7 +120,7 @@ def test_a_task_that_is_not_there_or_has_no_data(tasks: Path, tmp_path: Path, mo
     # listing its own 14,683 tasks takes nine seconds; the test above covers them
     monkeypatch.setattr(there, "TaskManager", partial(there.TaskManager, include_defaults=False))
     wanted = Wanted(tmp_path, folder=str(talker(tmp_path / "model")), device="cpu")
-    with pytest.raises(DataError, match="no task small_choice, but small_choices"):
+    with pytest.raises(DataError, match="no task small_choice; did you mean small_choices"):
         run_tasks(wanted, Tasks(("small_choice",), tasks))
     gone = tmp_path / "gone"
     gone.mkdir()
