@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import astuple, dataclass, fields
+from typing import Final
 
 from shoal.config.options import Parallel
 
@@ -32,7 +33,7 @@ class Layout:
     @property
     def dp(self) -> int:
         """The data-parallel degree, over which a step's micro-batches are split."""
-        return self.dp_replicate * self.dp_shard
+        return math.prod(getattr(self, name) for name in DATA_PARALLEL)
 
     @property
     def sharded(self) -> bool:
@@ -70,6 +71,7 @@ class Layout:
 
 
 AXES = tuple(f.name for f in fields(Layout))
+DATA_PARALLEL: Final = ("dp_replicate", "dp_shard")  # split a step's micro-batches, in this order
 
 
 def find_layout(parallel: Parallel, processes: int | None) -> Layout | str:

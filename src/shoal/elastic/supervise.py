@@ -137,18 +137,22 @@ def _workers(config: Config, argv: Sequence[str], meeting: Meeting) -> WorkerSpe
     )
 
 
+def _distinct(messages: Sequence[str]) -> list[str]:
+    """Return each problem once: usually all ranks report the same, perhaps with other numbers, such as their memory."""
+    first = {re.sub(r"\d+", "", message): message for message in reversed(messages)}
+    return list(reversed(first.values()))
+
+
 def _outcome(agent: Agent, result: RunResult) -> int:
     """Return the exit code of an ended run; if it did not finish, print the reason."""
     if not result.is_failed():
         return 0
     codes = [failure.exitcode for failure in result.failures.values()]
     if EXIT_BAD_INPUT in codes:
-        said = [f.message for f in result.failures.values() if f.exitcode == EXIT_BAD_INPUT]
-        # usually all ranks report the same problem, perhaps with other numbers, such as their memory
-        found = list({re.sub(r"\d+", "", message): message for message in reversed(said)}.values())
-        for message in reversed(found):
+        problems = _distinct([f.message for f in result.failures.values() if f.exitcode == EXIT_BAD_INPUT])
+        for message in problems:
             say_error(message)
-        agent.why = agent.why or "\n".join(reversed(found))
+        agent.why = agent.why or "\n".join(problems)
         return EXIT_BAD_INPUT
     if agent.too_large:
         say_error(agent.why)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from shoal.config.layout import Layout, find_layout
+from shoal.config.layout import AXES, DATA_PARALLEL, Layout, find_layout
 from shoal.config.options import FLOAT16_ON_CPU, Parallel
 from shoal.errors import LaunchError
 from shoal.mesh.place import Place, describe_place, is_launched, read_place
@@ -45,8 +45,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "cp": ("cp",),
     "tp": ("tp",),
     "shard": ("dp_shard", "cp"),  # FSDP shards parameters over both
-    "batch": ("dp_replicate", "dp_shard", "cp"),  # gradients are all-reduced over it
-    "stage": ("dp_replicate", "dp_shard", "cp", "tp"),  # all ranks of one pipeline stage
+    "batch": (*DATA_PARALLEL, "cp"),  # gradients are all-reduced over it
+    "stage": tuple(name for name in AXES if name != "pp"),  # all ranks of one pipeline stage
 }
 
 
@@ -68,6 +68,9 @@ class Mesh:
         self.place, self.device, self._timeout = place, device, timeout
         self.layout = layout or Layout(dp_replicate=place.world_size)
         self.coordinates = self.layout.coordinates(place.rank)
+        self.dp_rank = next(
+            ranks.index(place.rank) for ranks in self.layout.groups(*DATA_PARALLEL) if place.rank in ranks
+        )
         self._axes = {name: self._open(axes) for name, axes in GROUPS.items()}
 
     def _open(self, axes: tuple[str, ...]) -> Axis:
@@ -92,10 +95,6 @@ class Mesh:
     def is_first(self) -> bool:
         """Return True on rank 0, which alone prints and writes files."""
         return self.place.rank == 0
-
-    @property
-    def dp_rank(self) -> int:
-        return self.coordinates["dp_replicate"] * self.layout.dp_shard + self.coordinates["dp_shard"]
 
     @property
     def dp_size(self) -> int:

@@ -69,11 +69,15 @@ def read_place() -> Place:
         raise LaunchError("MASTER_ADDR is empty; set it to the host of rank 0")
     rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
     place = Place(rank, world_size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", world_size)))
+    _check_bounds(place)
+    return place
+
+
+def _check_bounds(place: Place) -> None:
     _below("RANK", place.rank, "WORLD_SIZE", place.world_size)
     _below("LOCAL_RANK", place.local_rank, "LOCAL_WORLD_SIZE", place.local_world_size)
     if place.local_world_size > place.world_size:
         raise LaunchError(f"LOCAL_WORLD_SIZE is {place.local_world_size}, more than WORLD_SIZE {place.world_size}")
-    return place
 
 
 def describe_place() -> str:

@@ -205,29 +205,26 @@ def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str
     return compiled
 
 
+@torch.no_grad()
 def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, weights: Fill, *, twin: bool) -> list[Shard]:
     """
     Return this rank's shards of a part whose memory is allocated, filled with `weights`.
 
     Each rank reads only the rows and columns it holds. `twin`: an embedding here is a copy of the first stage's.
     """
-    layout, places, cut_further = mesh.layout, mesh.coordinates, mesh.axis("shard")
+    layout, cut_further = mesh.layout, mesh.axis("shard")
+    copies = mesh.axis("dp_replicate" if layout.dp_shard > 1 else "batch")  # these ranks hold the same elements
     held = []
     for name, parameter in part.named_parameters():
         region, local = regions[name], parameter
         whole_in_tp = region.is_whole
-        # Of the ranks that hold the same elements, one counts them in the gradient's norm.
-        counted = places["dp_replicate"] == 0 and (places["tp"] == 0 or not whole_in_tp)
         is_twin = twin and name == "embed.weight"
-        counted = counted and not is_twin
+        # Of the ranks that hold the same elements, one counts them in the gradient's norm.
+        counted = copies.rank == 0 and (mesh.axis("tp").rank == 0 or not whole_in_tp) and not is_twin
         if layout.dp_shard > 1:
             region = region.chunk(0, cut_further.rank, cut_further.size)
-            with torch.no_grad():
-                local = parameter.to_local()  # type: ignore[attr-defined]
-        else:
-            counted = counted and places["cp"] == 0
-        with torch.no_grad():
-            weights(local, name, region.shape, region.slices)
+            local = parameter.to_local()  # type: ignore[attr-defined]
+        weights(local, name, region.shape, region.slices)
         in_parts = layout.tp > 1 and whole_in_tp and tensor.has_part_of_gradient(part, name)
         held.append(Shard(name, region, local, parameter, counted, in_parts, is_twin))
     return held

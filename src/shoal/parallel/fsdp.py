@@ -21,7 +21,7 @@ from torch.distributed.fsdp import (
 )
 
 from shoal.config.options import Parallel
-from shoal.mesh.mesh import Mesh
+from shoal.mesh.mesh import GROUPS, Mesh
 from shoal.models.family import LanguageModel
 from shoal.parallel.fsdp_gradients import ShardedGradients
 from shoal.parallel.tree import Leaves
@@ -62,7 +62,7 @@ def _device_mesh(mesh: Mesh, *, replicas: bool) -> DeviceMesh:
     if outer.size == 1 or not replicas:
         return DeviceMesh.from_group(inner.group, mesh.device.type, mesh_dim_names=("shard",))
     assert outer.group is not None
-    here = next(g for g in mesh.layout.groups("dp_replicate", "dp_shard", "cp") if mesh.place.rank in g)
+    here = next(g for g in mesh.layout.groups(*GROUPS["batch"]) if mesh.place.rank in g)
     ranks = torch.tensor(here).view(outer.size, inner.size)
     names = ("dp_replicate", "shard")
     return DeviceMesh.from_group([outer.group, inner.group], mesh.device.type, mesh=ranks, mesh_dim_names=names)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shoal.config.layout import DATA_PARALLEL
 from shoal.data.loader import Batch
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Shard
@@ -136,9 +137,8 @@ class Runnable:
             part.train(on)
 
     def _count(self, batches: Sequence[Batch]) -> Tensor:
-        """Return the step's valid tokens, on every rank. Ranks along pp, cp and tp load the same batches: one counts."""
-        places = self.mesh.coordinates
-        counts = places["pp"] == places["cp"] == places["tp"] == 0
+        """Return the step's valid tokens, on every rank. Ranks along other axes load the same batches: one counts."""
+        counts = all(at == 0 for axis, at in self.mesh.coordinates.items() if axis not in DATA_PARALLEL)
         own = float(sum(b.valid_tokens for b in batches)) if counts else 0.0
         # filled on the device: copying a number there would wait for it
         return self.mesh.sum(torch.full((), own, device=self.mesh.device))

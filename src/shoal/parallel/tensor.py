@@ -65,21 +65,25 @@ def cut(model: LanguageModel, axis: Axis) -> dict[str, Region]:
     regions = {}
     for prefix, module, style in styles(model):
         for name, parameter in list(module.named_parameters(recurse=False)):
-            region = Region.whole(parameter.shape)
             side = {"colwise_gather_output": 0, "rowwise_split_input": -1}.get(style)
             if side is not None and name == "weight" and parameter.shape[side] % axis.size:
                 raise LaunchError(
                     f"parallel.tp {axis.size} does not divide the {parameter.shape[side]} of {prefix}, whose parts are "
                     "gathered again; set parallel.tp to 1, or a divisor of it"
                 )
-            if style in ("colwise", "vocab_parallel", "colwise_grad_allreduce", "colwise_gather_output"):
-                region = region.chunk(0, axis.rank, axis.size)
-            elif style in ("rowwise", "rowwise_allreduce", "rowwise_split_input") and name == "weight":
-                region = region.chunk(1, axis.rank, axis.size)
-            regions[f"{prefix}.{name}"] = region
+            region = regions[f"{prefix}.{name}"] = _part(Region.whole(parameter.shape), name, style, axis)
             if not region.is_whole:
                 setattr(module, name, nn.Parameter(torch.empty(region.sizes, device="meta")))
     return regions
+
+
+def _part(whole: Region, name: str, style: str, axis: Axis) -> Region:
+    """Return this rank's part of a layer's parameter: columns of the product are rows of the weight, [outputs, inputs]."""
+    if style in ("colwise", "vocab_parallel", "colwise_grad_allreduce", "colwise_gather_output"):
+        return whole.chunk(0, axis.rank, axis.size)
+    if style in ("rowwise", "rowwise_allreduce", "rowwise_split_input") and name == "weight":
+        return whole.chunk(1, axis.rank, axis.size)
+    return whole
 
 
 def connect(model: LanguageModel, axis: Axis, regions: dict[str, Region]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from shoal.config.options import Config
 from shoal.fault.stragglers import Change, Stragglers
 from shoal.mesh.ballot import Vote
-from shoal.mesh.mesh import Mesh
+from shoal.mesh.mesh import GROUPS, Mesh
 from shoal.metrics.busy import PARTS, Busy
 from shoal.parallel.runnable import Runnable
 from shoal.run.console import Console
@@ -52,7 +52,7 @@ class Pace:
         ranks = None
         if factor is not None and compares and mesh.is_first:
             # Pipeline stages do different work: compare ranks within a stage.
-            peers = mesh.layout.groups("dp_replicate", "dp_shard", "cp", "tp")
+            peers = mesh.layout.groups(*GROUPS["stage"])
             ranks = Stragglers(factor, peers, len(PARTS))
         # Ranks may have one micro-batch fewer than others: scale their times to the largest count.
         most = max(map(len, runnable.slots))
