@@ -128,6 +128,7 @@ class Run:
         try:
             return cls._open(config, mesh, stop, heartbeat, records)
         except BaseException:
+            records.close()
             records.folder.release()  # the caller may correct the config and train again in this process
             raise
 
