@@ -160,7 +160,7 @@ def _rejections(counts: Counter[str]) -> str:
 
 
 def with_words(page: str) -> str:
-    """Return the page with the current messages of rejections; numbers and counts stay, because the cells do."""
+    """Return the page with the current messages of rejections. Their numbers and counts stay, because the cells are the same."""
     before, _, rest = page.partition(REJECTED)
     counts = Counter(text for cell in cells() for text in refused(cell))
     return f"{before}{_rejections(counts)}\n\n{FAILED}{rest.partition(FAILED)[2]}"

@@ -21,7 +21,7 @@ class Checkpoint:
     )
     keep: int = opt(
         2,
-        "latest checkpoints to keep, beside the best",
+        "number of latest checkpoints to keep, in addition to the best",
         unit="checkpoints",
         alias=("save_total_limit", "keep_last", "keep_latest_k"),
         ge=1,
@@ -164,7 +164,9 @@ class Launch:
         unit="restarts",
         ge=0,
     )
-    max_crashes: int = opt(3, "crashes without progress, whatever their cause, that end the run", unit="crashes", ge=1)
+    max_crashes: int = opt(
+        3, "end the run after this many crashes without progress, whatever their cause", unit="crashes", ge=1
+    )
     timeout_seconds: float = opt(
         600.0,
         "maximum duration of a collective, of the start, of a few evaluation batches and of a worker's save; "
