@@ -33,7 +33,7 @@ WAY = [
     ("models.llama", "forward", "run the blocks; backward follows, micro-batch by micro-batch"),
     ("models.loss", "linear_cross_entropy_sum", "sum the loss, divided by the step's tokens"),
     ("parallel.reduce", "after_backward", "send gradients during the last backward"),
-    ("mesh.mesh", "sum", "sum losses, and what ranks tell each other, in one collective"),
+    ("mesh.mesh", "sum", "sum losses and the ranks' votes in one collective"),
     ("training.guard", "judge", "skip the step on all ranks if it is NaN or Inf"),
     ("training.clip", "clip", "clip by the norm over all shards"),
     ("optim.optimizer", "step", "update this rank's shards"),
@@ -230,7 +230,7 @@ def draw(house: House, way: Sequence[str] = ()) -> str:
     body += [box_svg(b, b.x - left, y_of[id(b)][0]) for row in rows for b in row if b.name]
     bottom = tops[-1] + heights[-1] + 40
     if way:
-        body.append(text(14, bottom, "A step's way through the house", size=14, color=INK, bold=True, mid=False))
+        body.append(text(14, bottom, "The path of a training step", size=14, color=INK, bold=True, mid=False))
         half = (len(way) + 1) // 2
         for number, words in enumerate(way):
             x, y = 24 + (number // half) * width / 2, bottom + 24 + (number % half) * 22

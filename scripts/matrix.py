@@ -204,7 +204,7 @@ process in float32, without checkpointing and without the compiler.
 - "same bits": the layout has `train.repro: bitwise`, and the gradient, loss and norm are bitwise identical to those of one
   process (if `cp` or `tp` is larger than 1: to the same layout without data parallelism).
 
-`3/3` counts the supported checkpointing modes that pass; the number is the worst of them. `rejected 2` refers to a line of
+`3/3` counts the supported checkpointing modes that pass; the number is the largest error among them. `rejected 2` refers to a line of
 the table at the end; combinations that no layout supports (float16 on this device, budget without the compiler) are not
 repeated in each row. The layouts under "{TOGETHER}" cover each pair of features that is supported and missing in the others; they run
 only without checkpointing and without the compiler."""

@@ -86,8 +86,8 @@ class Metrics:
     )
     console_every: int | None = opt(
         None,
-        "interval between console lines, among the steps that metrics.every records; null: the first 3 steps, the "
-        "last, and others 1, 2, 5, 10, ... steps apart, at most about 40",
+        "interval between console lines, in steps that metrics.every records; null: the smallest of 1, 2, 5, 10, ... "
+        "that gives at most about 40 lines, in addition to the first 3 steps and the last",
         unit="steps",
         ge=1,
     )
@@ -169,15 +169,15 @@ class Launch:
     )
     timeout_seconds: float = opt(
         600.0,
-        "maximum duration of a collective, of the start, of a few evaluation batches and of a worker's save; "
-        "beyond it the process ends",
+        "maximum duration of a collective, of startup, of a few evaluation batches and of a worker's save; "
+        "a process that exceeds it ends",
         unit="seconds",
         gt=0,
     )
     hang_seconds: float | None = opt(
         None,
         "maximum duration of a step; beyond it the workers are restarted. null: ten times the slowest recent "
-        "step, at least 20 seconds, and never while a CPU process is working",
+        "step, at least 20 seconds; on a CPU, not while the late process is still working",
         unit="seconds",
         gt=0,
     )
