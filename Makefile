@@ -1,8 +1,8 @@
-# Every target makes what it needs, so each works as the first one on a fresh machine.
+# Every target builds its prerequisites, so any of them can be the first on a fresh machine.
 
 .PHONY: train test test-all test-torch chaos matrix check format setup harness clean
 PYTHON ?=
-# Which tests; CI's share is "not slow". SHARDS processes run them side by side, with 2 to 3 GiB each.
+# TESTS selects tests by marker; CI runs "not slow". SHARDS processes run them in parallel and need 2 to 3 GiB each.
 TESTS ?= not slow and not ci
 SHARDS ?= 2
 PYTEST = $(BIN)/python -m pytest --numprocesses $(SHARDS)
@@ -17,12 +17,12 @@ test: harness
 test-all: harness
 	$(PYTEST)
 
-# Another version of torch, in an environment of its own; or, with TORCH_ENV=DIR, in one that is there.
+# Test another version of torch: VERSION=2.11.0 in a new environment, or TORCH_ENV=DIR in an existing one.
 test-torch:
 	@python=$$(for p in $(PYTHON) python3 python3.13 python3.12 python3.11; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done); \
 	TORCH_ENV="$(TORCH_ENV)" $${python:?no Python 3.11 or newer was found} scripts/test_torch.py $(VERSION) $(if $(PARTS),--parts $(PARTS))
 
-# 100 faults by chance, of which a seed brings any back.
+# Inject 100 random faults into small runs; a seed reproduces each of them.
 chaos: setup
 	$(BIN)/python scripts/chaos.py
 

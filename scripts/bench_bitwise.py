@@ -2,8 +2,8 @@
 Measure the cost of `train.repro: bitwise`: `python scripts/bench_bitwise.py [--processes 2] [--steps 12] [--micro-batch 4]`.
 
 Each layout trains the same model twice in the same processes, in fast and in bitwise mode, alternating steps so that drift of
-the machine's speed affects both. The cost is the median ratio of neighboring steps. Memory is the peak that torch's allocator
-adds in a step, on the process with the most. Each process has one thread; use at most as many as there are idle cores.
+the machine's speed affects both. The cost is the median ratio of neighboring steps. Memory is the peak growth of torch's
+allocations in a step, the maximum over processes. Each process has one thread and needs an idle core.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def seconds(trainer: Trainer) -> float:
 
 
 def grown_bytes(trainer: Trainer) -> int:
-    """Return the peak memory of a step's tensors, on the process with the most."""
+    """Return the peak growth of allocated memory in a step, the maximum over processes."""
     worst = torch.tensor(allocated_bytes(trainer.step))
     dist.all_reduce(worst, dist.ReduceOp.MAX)
     return int(worst)

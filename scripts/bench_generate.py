@@ -4,7 +4,7 @@ Compare greedy generation with a KV cache to `transformers.generate` on the same
     python scripts/bench_generate.py
     python scripts/bench_generate.py --shapes llama-10m --batches 1 --dtypes float32 --pairs 9
 
-Weights are random; prompts have 64 tokens (rows "unequal": 33 to 64, padded on the left), outputs 128. Both contenders
+Weights are random. Prompts have 64 tokens, or 33 to 64 with left padding in the rows "unequal"; outputs have 128. Both sides
 alternate on the same prompts; a ratio is the median over neighboring pairs, which cancels drift of the machine's speed. On a
 shared machine, set OMP_NUM_THREADS=1 and --clock cpu to count only this process's CPU time. In float32 both must generate
 the same tokens.
@@ -110,7 +110,7 @@ def main() -> None:
         "--batches",
         nargs="+",
         default=["1", "16", "16-unequal"],
-        help="prompts in a batch; N-unequal: of unequal length",
+        help="prompts in a batch; N-unequal: N prompts of unequal length",
     )
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: this process's CPU time")

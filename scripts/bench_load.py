@@ -2,8 +2,8 @@
 Measure loading a safetensors file into FSDP2, relative to reading the file: `python scripts/bench_load.py`.
 
 The model (300M parameters, 1.2 GB in float32; `--dtype bfloat16`: 600M parameters) is made in `--folder` if missing. Each turn
-reads the file into existing memory, then loads it in all processes; first with the page cache warm, then emptied before
-each. Memory is each process's own (RssAnon); pages of the file are shared.
+reads the file into an existing buffer, then loads it in all processes. Turns run first with a warm page cache, then with the
+file dropped from it before each read and load. Memory is the private memory of a process (RssAnon), without pages of the file.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """
 Measure Muon's share of a training step: `python scripts/bench_muon.py [--device cpu] [--only 10M] [--repeats 5]`.
 
-In one process, times an update of the blocks' matrices by Muon, torch's Muon and fused AdamW, and forward and backward of the
-tokens named: medians, alternating. Muon's time does not depend on the tokens per step, so its share falls as they grow; the
-last column is the number of tokens at which it is 5%. On a CPU, gpt2 takes minutes per repeat.
+In one process, alternates an update of the blocks' matrices by Muon, by torch's Muon and by fused AdamW with forward and
+backward of the tokens shown; times are medians. Muon's time does not depend on the tokens per step, so its share falls as they
+grow. The last column is the number of tokens at which the share is 5%. On a CPU, gpt2 takes minutes per repeat.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-Measure the idle time of pipeline processes and compare it with the formula of the bubble.
+Measure the idle time of pipeline processes and compare it with the pipeline bubble's formula.
 
     python scripts/bench_pipeline.py [--processes 2] [--micro-batches 8] [--steps 12] [--schedules 1f1b,zbv]
 
@@ -60,7 +60,7 @@ def _zero(stages: dict[int, LanguageModel]) -> None:
 
 
 def measure(axis: Axis, schedule: Schedule, args: argparse.Namespace) -> list[tuple[float, float]]:
-    """Return each step's wall seconds (equal on all ranks) and this process's busy seconds. Collectives over the world."""
+    """Return each step's wall seconds (equal on all ranks) and this process's busy seconds. Runs collectives over the world."""
     shape = Model(
         family="llama", dim=args.dim, num_layers=args.layers, num_heads=4, vocab_size=512, max_seq_len=args.seq_len,
         tie_embeddings=False,
@@ -116,7 +116,7 @@ def work(rank: int, store: str, args: argparse.Namespace) -> None:
         )
     for schedule in args.schedules:
         steps = measure(axis, schedule, args)
-        fastest = min(range(len(steps)), key=lambda i: steps[i][0])  # equal on all ranks, like wall time
+        fastest = min(range(len(steps)), key=lambda i: steps[i][0])  # the same step on all ranks: wall times are equal
         mine = torch.tensor(
             [
                 statistics.median(wall for wall, _ in steps),

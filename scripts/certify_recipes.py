@@ -34,9 +34,9 @@ QUICKSTART_LAYOUTS = [
 ]
 HEAD = """# Certificates of the recipes
 
-The results of `shoal verify` for each recipe in its own layout, and for the quickstart in others: the difference from one
-process, and the difference allowed, which is measured on one process with another order of sums. `python
-scripts/certify_recipes.py` writes this page.
+The results of `shoal verify` for each recipe in its own layout, and for the quickstart in other layouts. Each cell has the
+difference from one process, and the allowed difference, which is measured on one process with sums in another order.
+`python scripts/certify_recipes.py` writes this page.
 
 | recipe | layout | dtype | loss | gradient norm | worst gradient | worst update | resumed | |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--count", type=int, default=20, help="number of seeds, with five faults each")
     parser.add_argument("--plan", type=json.loads, help="run these faults instead: a JSON list, as in SHOAL_FAULTS")
-    parser.add_argument("--processes", type=int, default=2, help="processes of --plan")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes for --plan")
     parser.add_argument("--folder", type=Path, default=Path("build/chaos"), help="folder for the runs")
     options = parser.parse_args()
     if options.plan is not None:
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def passes(laboratory: Laboratory, name: str, case: Case, *, talks: bool) -> bool:
-    """Run a case and print the verdict; also its output if it failed or `talks`."""
+    """Run a case and print the verdict. Also print the run's output if it failed or `talks` is true."""
     begun = time.perf_counter()
     verdict = laboratory.try_out(case, name)
     said = "WRONG" if verdict.problems else "right"

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
 """
-Find phrases that the project's prose avoids, in pages, docstrings, comments and messages; or draw sentences to read.
+Find phrases that the project's prose avoids, in pages, docstrings, comments and messages; or print random sentences.
 
     python scripts/check_english.py [FILE_OR_FOLDER ...]      exit code 1 if a phrase is found
-    python scripts/check_english.py --draw 30 --seed 7        thirty sentences by chance, with file and line
+    python scripts/check_english.py --draw 30 --seed 7        thirty random sentences, with file and line
 
-Code is not read: fenced blocks and `backticks` in pages, docstrings and comments are skipped.
+Code is not checked: fenced blocks and `backticks` in pages, docstrings and comments are skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PLACES = ("README.md", "CONTRIBUTING.md", "docs", "recipes", "src", "scripts", "tests", "Makefile")
 
-# What to avoid, as a pattern (a space matches a line break too), and what to write instead.
+# Pattern of a phrase to avoid (a space also matches a line break) -> what to write instead.
 PHRASES: dict[str, str] = {
     r"a number that is none|(?:is|are|was|were|being|makes?) no numbers?": "NaN or Inf",
     r"anew": "again, from scratch; or name the action: restart, rebuild",
@@ -37,7 +37,7 @@ PHRASES: dict[str, str] = {
     r"what (?:it|they) (?:is|are|was|were)": "name the noun",
     r"(?<!there\x20)(?:is|are|was|were) no (?!longer|more|less|better|worse|different|such|other than)": "is not a; has no",
     r"(?:is|are|was|were|be) borne": "is tolerated",
-    r"of (?:itself|themselves)": "leave it away, or name the noun",
+    r"of (?:itself|themselves)": "omit it, or name the noun",
     r"(?:go|goes|going|gone|went) on(?! (?:a|an|the|each|every|one|its|this|that|disk)\b)": "continue, resume",
     r"(?:leave|leaves|leaving|left) (?:it |them |this |that )?out": "skip, omit",
     r"makes? of": "name the action",
@@ -64,7 +64,7 @@ PHRASES: dict[str, str] = {
     r"is nothing to it": "cannot process",
     r"cannot hold together|can hold together": "incompatible",
 }
-# Where a phrase is right: (file's end, text around it, why).
+# Accepted phrases: (end of the file's path, pattern of the text around the phrase, reason).
 ALLOWED: list[tuple[str, str, str]] = [
     ("", r"[Cc]onnection refused|ECONNREFUSED|refused (?:the )?connection", "the system's own words"),
     ("", r"come to rest|comes to mind", "an idiom"),
@@ -87,7 +87,7 @@ class Text:
 
     @property
     def prose(self) -> str:
-        """The words with code replaced by as many characters that match nothing."""
+        """The words, with each character of code replaced by one that matches no pattern."""
         found = self.words
         if self.kind == "page":
             found = _FENCE.sub(_blank, found)
@@ -124,7 +124,7 @@ def texts(path: Path) -> Iterator[Text]:
 
 
 def _strings(path: Path, tree: ast.AST) -> Iterator[Text]:
-    """Yield docstrings, and strings of three words or more; of an f-string, its parts as one."""
+    """Yield docstrings, and strings of three words or more; the parts of an f-string count as one string."""
     inside: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -150,7 +150,7 @@ def _message(path: Path, line: int, words: str) -> Iterator[Text]:
 
 
 def _comments(path: Path, source: str) -> Iterator[Text]:
-    """Yield blocks of comments: neighboring lines are one."""
+    """Yield comments; those on neighboring lines form one block."""
     block: list[str] = []
     start = last = 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -199,9 +199,11 @@ def sentences(found: Sequence[Text]) -> list[tuple[Text, int, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("places", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help="what to read (default: all)")
-    parser.add_argument("--draw", type=int, metavar="N", help="print N sentences by chance instead of checking")
-    parser.add_argument("--seed", type=int, default=0, help="which sentences")
+    parser.add_argument(
+        "places", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help="files and folders to check (default: all)"
+    )
+    parser.add_argument("--draw", type=int, metavar="N", help="print N random sentences instead of checking")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of --draw")
     args = parser.parse_args()
     places = [p.resolve() for p in args.places] or [ROOT / p for p in PLACES]
     found = [text for path in files(places) for text in texts(path)]

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """
-Draw docs/pictures/house.svg from the source: rooms on their floors, the imports between them, one step's way through.
+Draw docs/pictures/house.svg, the architecture of src/shoal: rooms (its folders) on floors (layers), imports, a step's path.
 
-Floors and imports are those that tests/test_rooms.py checks, and a room's words are the first line of its `__init__.py`.
-An import that follows from others (A needs B, B needs C, so A may need C) is not drawn. Run it after a change of rooms.
+Floors and imports are those that tests/test_rooms.py checks, and a room's text is the first sentence of its docstring.
+Transitive imports are not drawn: if A imports B and B imports C, there is no arrow from A to C. Run it after rooms change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.test_rooms import FLOORS, SOURCE, imported, modules, room  # noqa: E4
 
 PICTURE = ROOT / "docs" / "pictures" / "house.svg"
 
-# A step's way: module, function, what happens there. The functions are checked to exist.
+# The path of a training step: module, function, what happens there. `svg` checks that the functions exist.
 WAY = [
     ("data.loader", "next_step", "take the micro-batches that a thread has read ahead"),
     ("training.step", "train_step", "start the optimizer step"),
@@ -33,7 +33,7 @@ WAY = [
     ("models.llama", "forward", "run the blocks; backward follows, micro-batch by micro-batch"),
     ("models.loss", "linear_cross_entropy_sum", "sum the loss, divided by the step's tokens"),
     ("parallel.reduce", "after_backward", "send gradients during the last backward"),
-    ("mesh.mesh", "sum", "sum losses, and what ranks tell each other, in one collective"),
+    ("mesh.mesh", "sum", "sum losses and the ranks' votes in one collective"),
     ("training.guard", "judge", "skip the step on all ranks if it is NaN or Inf"),
     ("training.clip", "clip", "clip by the norm over all shards"),
     ("optim.optimizer", "step", "update this rank's shards"),
@@ -80,7 +80,7 @@ def arrows() -> dict[str, set[str]]:
 
 
 def reduced(edges: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """Return `edges`, which form no circle, without those that a chain of others implies."""
+    """Return the transitive reduction of `edges`, which must be acyclic."""
 
     def reached(name: str) -> set[str]:
         return set().union(*({t} | reached(t) for t in edges.get(name, ())))
@@ -100,7 +100,7 @@ def folded(edges: Mapping[str, set[str]], inside: Mapping[str, str]) -> dict[str
 
 
 class House:
-    """Floors of boxes, lowest first, and arrows as chains of boxes, one on each floor that they touch."""
+    """Floors of boxes, lowest first, and arrows. An arrow is a chain of boxes, one on each floor that it touches."""
 
     def __init__(self, floors: Sequence[Sequence[Box]], edges: Mapping[str, set[str]]) -> None:
         self.floors = [list(row) for row in floors]
@@ -122,7 +122,7 @@ class House:
         self.arrange()
 
     def arrange(self) -> None:
-        """Order each floor so that few arrows cross, then move boxes towards their neighbors in arrows."""
+        """Order each floor so that few arrows cross, then move boxes towards the boxes at the other ends of their arrows."""
         for _ in range(6):
             for row in self.floors:
                 self.improve(row)
@@ -131,7 +131,7 @@ class House:
                 self.settle(row)
 
     def improve(self, row: list[Box]) -> None:
-        """Move each box of a floor to the place in its order where arrows cross least and are shortest."""
+        """Move each box of a floor to the position where arrows cross least and are shortest."""
         for box in list(row):
             self.settle(row)
             orders: list[list[Box]] = []
@@ -143,7 +143,7 @@ class House:
             self.settle(row)
 
     def cost(self, row: Sequence[Box]) -> float:
-        """Return how bad an order of a floor is: crossings, neighbors apart, and length sideways."""
+        """Return the cost of a floor's order: crossings, distance between its connected boxes, and horizontal length."""
         spread(row)
         mine = {id(b) for b in row}
         total = 0.0
@@ -157,7 +157,7 @@ class House:
         return total + 20 * sum(apart)
 
     def settle(self, row: Sequence[Box]) -> None:
-        """Give the boxes of a floor, in their order, the centers that their arrows ask for, with no overlap."""
+        """Center the boxes of a floor as near to their arrows' other ends as their order and width allow."""
         wanted = []
         for box in row:
             near = [b.x for a, b in self.hops if a is box] + [a.x for a, b in self.hops if b is box]
@@ -165,7 +165,7 @@ class House:
         spread(row)
         gaps = [0.0, *((a.width + b.width) / 2 + gap(a, b) for a, b in itertools.pairwise(row))]
         offsets = list(itertools.accumulate(gaps))
-        # the nearest rising sequence, by pooling neighbors that would overlap
+        # isotonic regression: pool neighbors that would overlap
         pools: list[list[float]] = []
         for want, offset in zip(wanted, offsets, strict=True):
             pools.append([want - offset, 1])
@@ -230,7 +230,7 @@ def draw(house: House, way: Sequence[str] = ()) -> str:
     body += [box_svg(b, b.x - left, y_of[id(b)][0]) for row in rows for b in row if b.name]
     bottom = tops[-1] + heights[-1] + 40
     if way:
-        body.append(text(14, bottom, "A step's way through the house", size=14, color=INK, bold=True, mid=False))
+        body.append(text(14, bottom, "The path of a training step", size=14, color=INK, bold=True, mid=False))
         half = (len(way) + 1) // 2
         for number, words in enumerate(way):
             x, y = 24 + (number // half) * width / 2, bottom + 24 + (number % half) * 22
@@ -251,7 +251,7 @@ def line(path: str, color: str = FRAME) -> str:
 
 
 def port(box: Box, other: Box, hops: Sequence[tuple[Box, Box]], *, leaves: bool) -> float:
-    """Return the x at which an arrow meets a box: its arrows side by side, in the order of their other ends."""
+    """Return the x at which an arrow meets a box. Arrows of a box are side by side, in the order of their other ends."""
     if not box.name:
         return box.x
     ends = sorted((b if leaves else a).x for a, b in hops if (a if leaves else b) is box)
@@ -266,7 +266,7 @@ def arrow(chain: Sequence[Box], house: House, y_of: Mapping[int, tuple[int, int]
     for a, b in itertools.pairwise(chain):
         (top_a, height_a), (top_b, height_b) = y_of[id(a)], y_of[id(b)]
         x0, x1 = port(a, b, house.hops, leaves=True) - left, port(b, a, house.hops, leaves=False) - left
-        y0 = top_a + height_a if down else top_a  # below the tallest room, so that it passes behind none
+        y0 = top_a + height_a if down else top_a  # below the tallest room, so that the arrow passes behind no room
         y1 = (top_b if down else top_b + (b.height or height_b)) - (2 if b.name and down else 0)
         middle = y0 + (y1 - y0) * 0.5
         path += "" if path else f"M{x0:.0f} {top_a + a.height if down else top_a} "
@@ -294,7 +294,7 @@ def box_svg(box: Box, x: float, y: float) -> str:
 
 
 def svg() -> str:
-    """Return the picture of the house as the source has it now."""
+    """Return the picture of the current source."""
     for module, function, _ in WAY:
         names = {getattr(n, "name", "") for n in ast.walk(ast.parse(modules()[module].read_text(encoding="utf-8")))}
         if function not in names:

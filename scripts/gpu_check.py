@@ -88,7 +88,7 @@ def small(target: Target, name: str, **train: Any) -> Config:
 
 
 def opened(target: Target, name: str, device: torch.device | None = None, **train: Any) -> Run:
-    torch.use_deterministic_algorithms(False)  # an earlier bitwise run leaves that on
+    torch.use_deterministic_algorithms(False)  # an earlier bitwise run leaves them on
     return Run.open(small(target, name, **train), Mesh(Place(), device or target.device), StopRequest())
 
 
@@ -209,7 +209,7 @@ def with_memory(target: Target, work: Callable[[], torch.Tensor]) -> tuple[torch
     if target.rehearses:
         return work(), 0
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()  # not the peak, which includes the float64 reference before
+    before = torch.cuda.memory_allocated()  # the peak until here includes the float64 reference
     result = work()
     return result, torch.cuda.max_memory_allocated() - before
 
@@ -274,7 +274,7 @@ def check_late_reading(target: Target) -> Found:
 
 @dataclass
 class Taken:
-    """Records of steps: losses, times, the number read after the next was queued, and the number then still running."""
+    """Losses and times of steps; how many were read after the next was queued, and how many were still running then."""
 
     losses: list[float]
     seconds: list[float]
@@ -283,7 +283,7 @@ class Taken:
 
 
 def take_steps(target: Target, *, late: bool, steps: int) -> Taken:
-    """Take the steps of a bitwise run that reads late or at once. On a GPU the loop itself chooses late."""
+    """Take the steps of a bitwise run that reads their numbers late or at once. On a GPU the loop itself chooses to read late."""
     run, taken = opened(target, f"late-{late}", dtype="bfloat16", repro="bitwise", steps=steps), Taken([], [])
     record = loop.record
     before: Stats | None = None  # the step queued last

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Makes .venv with the pinned versions of constraints.txt and shoal itself, editable.
 #
-#   PYTHON=python3.12        which Python (3.11 to 3.13); otherwise the first that fits
-#   TORCH_WHEELS=DIR_OR_URL  where else to look for torch's wheels
-#   VENV=DIR                 where, if not .venv
-#   TORCH_VERSION=2.11.0     another torch than the pinned one; where it has no CPU build, the CUDA build is taken
+#   PYTHON=python3.12        Python to use, 3.11 to 3.13 (default: the first one found)
+#   TORCH_WHEELS=DIR_OR_URL  additional place to look for torch's wheels
+#   VENV=DIR                 folder of the environment (default: .venv)
+#   TORCH_VERSION=2.11.0     version of torch instead of the pinned one; if it has no CPU build, its CUDA build is installed
 #
-# On Linux without an NVIDIA GPU it takes torch's CPU build: the one that pip finds, or else the one that uv
-# knows (--torch-backend=cpu). The CUDA build of the pinned version is never taken there: several gigabytes of no use.
+# On Linux without an NVIDIA GPU it installs torch's CPU build: the one that pip finds, or else the one that uv
+# finds (--torch-backend=cpu). It never installs the pinned version's CUDA build there: several unneeded gigabytes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,7 +25,7 @@ find_python() {
 
 without_gpu() { [ "$(uname -s)" = Linux ] && ! { [ -e /dev/nvidiactl ] || [ -e /dev/dxg ] || command -v nvidia-smi >/dev/null; }; }
 
-# The wheel that pip would take for torch, without taking it.
+# Print the URL of the wheel that pip would install for torch, without installing it.
 wheel_of_torch() {
     "$pip" install --dry-run -qq --no-deps --ignore-installed --report - "${wheels[@]}" "$torch" 2>/dev/null |
         "$venv/bin/python" -c 'import json, sys; print(json.load(sys.stdin)["install"][0]["download_info"]["url"])' 2>/dev/null || true

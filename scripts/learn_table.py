@@ -9,8 +9,8 @@ Measures the step of `shoal train` (`assemble` and `train_step`) in processes th
 
 - Time: the fastest of the last steps, from barrier to barrier, which other programs' load lengthens; and the CPU time of all
   processes together, which such load hardly affects.
-- Bytes: sent by the loopback interface, per step and process. If `unshare` is allowed, in a network namespace of its own, so
-  that no other traffic counts.
+- Bytes: sent by the loopback interface, per step and process. If `unshare` is allowed, processes run in a separate network
+  namespace, so that no other traffic counts.
 - Memory: of the process with the most. Held all the time: weights, gradients, moments. Peak: these, plus the process's growth
   in the second step.
 """
@@ -55,7 +55,7 @@ from shoal.training.step import train_step
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "LEARN.md"
-# Steps: of the memory measurement; first and last of the time and bytes measurement
+# The step whose peak memory is measured; the first and last step whose time and bytes are measured
 WATCHED, FIRST_TIMED, LAST = (
     2,
     3,
@@ -226,7 +226,7 @@ def main() -> None:
 
 
 def go_alone() -> None:
-    """Restart in a network namespace with a loopback interface of its own, if allowed."""
+    """Restart this script in a network namespace with a separate loopback interface, if allowed."""
     if ALONE in os.environ:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
             fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 1))  # SIOCSIFFLAGS: up
@@ -240,7 +240,7 @@ def go_alone() -> None:
 
 
 def measure(rows: Sequence[Row], processes: int, results: dict[Row, Measured]) -> None:
-    """Measure each row with this many processes, started once, and add the results."""
+    """Measure these rows, all in the same `processes` processes, and add to `results`."""
     if not rows:
         return
     with tempfile.TemporaryDirectory(prefix="shoal-learn-") as name:
@@ -298,7 +298,7 @@ def held(recipes: Sequence[Path]) -> None:
 
 
 def take_steps(config: Config, mesh: Mesh, rows: Rows) -> list[float]:
-    """Return the fields of `Measured`, equal on all ranks. Collectives over the world."""
+    """Return the fields of `Measured`, equal on all ranks. Runs collectives over the world."""
     gc.collect()  # free the last recipe's model
     libc = ctypes.CDLL(None)
     seconds, peak = [], 0

@@ -160,7 +160,7 @@ def _rejections(counts: Counter[str]) -> str:
 
 
 def with_words(page: str) -> str:
-    """Return the page with the current messages of rejections; numbers and counts stay, because the cells do."""
+    """Return the page with the current messages of rejections. Their numbers and counts stay, because the cells are the same."""
     before, _, rest = page.partition(REJECTED)
     counts = Counter(text for cell in cells() for text in refused(cell))
     return f"{before}{_rejections(counts)}\n\n{FAILED}{rest.partition(FAILED)[2]}"
@@ -204,7 +204,7 @@ process in float32, without checkpointing and without the compiler.
 - "same bits": the layout has `train.repro: bitwise`, and the gradient, loss and norm are bitwise identical to those of one
   process (if `cp` or `tp` is larger than 1: to the same layout without data parallelism).
 
-`3/3` counts the supported checkpointing modes that pass; the number is the worst of them. `rejected 2` refers to a line of
+`3/3` counts the supported checkpointing modes that pass; the number is the largest error among them. `rejected 2` refers to a line of
 the table at the end; combinations that no layout supports (float16 on this device, budget without the compiler) are not
 repeated in each row. The layouts under "{TOGETHER}" cover each pair of features that is supported and missing in the others; they run
 only without checkpointing and without the compiler."""

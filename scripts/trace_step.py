@@ -4,11 +4,11 @@ Count the files and lines of shoal that one FSDP2 optimizer step goes through.
     python scripts/trace_step.py [--most-files 8] [--most-lines 1100]
 
 Two gloo processes train the quickstart's model. On rank 0, one `train_step` after the warmup runs under `sys.settrace`.
-The table lists each file of shoal in which it executes a line: how many lines it executes, and how many the file has.
+The table lists each file of shoal in which this step executes a line: the lines of the file, and the lines executed.
 
 Counted are the files that a reader opens to follow the step's control flow: the caller of `train_step`, and the files of
 `training`, `parallel`, `optim` and `mesh` in which the step executes more than one line. Not counted are the model's
-arithmetic (`models`), and observers and holders of values, each behind one call (`data`, `metrics`, `elastic`, `fault`).
+arithmetic (`models`), and code that observes or stores values, each behind one call (`data`, `metrics`, `elastic`, `fault`).
 Exits with 1 if there are more files or lines than the options allow.
 """
 
@@ -63,7 +63,7 @@ def show(title: str, names: list[str], executed: dict[str, int], lines: dict[str
 
 
 def run() -> tuple[str, dict[str, int]]:
-    """Start the workers; return the file that calls `train_step`, and the number of lines executed in it, by file."""
+    """Start the workers; return the file that calls `train_step`, and the number of lines that the step executes in each file."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -84,7 +84,7 @@ def run() -> tuple[str, dict[str, int]]:
 
 
 def work(answer: Path) -> NoReturn:
-    """Train as one of the workers, and end after the traced step. Rank 0 writes what it executes to `answer`."""
+    """Train as one of the workers, and end after the traced step. Rank 0 writes the counts of executed lines to `answer`."""
     from shoal.training import step
 
     step.train_step = traced(step.train_step, answer)  # before the loop imports it

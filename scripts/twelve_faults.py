@@ -46,7 +46,7 @@ launch: {{hang_seconds: 5, timeout_seconds: 60, threads: 1}}
 
 @dataclass(frozen=True)
 class Blow:
-    """A fault, its time and its description; one that `ends` the workers starts another life."""
+    """A fault, its time and its description. After a fault that `ends` the workers, they restart: the run's next life."""
 
     words: str
     step: int

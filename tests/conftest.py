@@ -1,4 +1,4 @@
-"""What tests share: worlds of a few processes, each started once, and other people's tokenizers."""
+"""Fixtures of all tests: worlds of a few processes, each started once, a finished run, and public tokenizers."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.cli.commands import Place
 from tests.world import World, Worlds
 
 ROOT = Path(__file__).parents[1]
-# The longest files come first, so that all shards end at about the same time. The tests in APART share no costly fixture:
-# each goes to the shard that is free, so that tests that wait run beside tests that compute.
+# The longest files come first, so that all pytest workers end at about the same time. The tests in APART share no costly
+# fixture: each goes to any free worker, so that tests that wait run beside tests that compute.
 LONGEST = (
     "tests/parallel/test_matrix.py", "tests/chaos/", "tests/elastic/test_machines.py", "tests/parallel/", "tests/cli/",
     "tests/training/", "tests/bench/", "tests/security/",
@@ -32,7 +32,7 @@ MAY_BE_SKIPPED = (
     "only a CPU with AVX2 can play one",
     "needs vectors of two widths",
     "mounting a small disk is not allowed here",  # needs root
-    "this system does not bind processes to cores",  # this one and the next: not on Linux
+    "this system does not bind processes to cores",  # this reason and the next apply to systems other than Linux
     "torch comes with LLVM's OpenMP there",
 )
 
@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each shard whole files, in the order above: the tests of a file share fixtures and worlds."""
+    """Give each pytest worker whole files, in the order above: the tests of a file share fixtures and worlds."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):  # type: ignore[misc]
@@ -81,7 +81,7 @@ def fail_if_skipped(report: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def _shards(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Let shards tell each other which verbs have had a fresh start."""
+    """Let pytest workers share which verbs have been started in a fresh interpreter."""
     ours = tmp_path_factory.getbasetemp()
     warm.seen_by_all = (ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours) / "verbs"
     warm.seen_by_all.mkdir(exist_ok=True)
@@ -119,7 +119,7 @@ def real_tokenizers() -> Path:
     spec.loader.exec_module(script)
     (ROOT / "build").mkdir(exist_ok=True)
     with (ROOT / "build" / "tokenizers.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the first of several shards fetches them
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first of several pytest workers fetches them
         try:
             folder: Path = script.fetch_all()
         except RuntimeError as error:

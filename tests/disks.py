@@ -1,4 +1,4 @@
-"""A small file system of its own, for what happens where a disk is full."""
+"""A small separate file system, for tests of full disks."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """
-A CUDA device that is not there: who waits for it, counted on a CPU.
+A simulated CUDA device, to find on a CPU where the host would wait for a GPU.
 
     with Rehearsal() as waits:
-        ...             # code of shoal sees tensors of `DEVICE`, and takes the branches it would take there
-    waits               # where the host waited for the device, and how
+        ...             # shoal's code sees tensors on `DEVICE`, and takes the same branches as there
+    waits               # each wait of the host for the device: its kind, and the function that waited
 
-Tensors stay where they are; what the code asks of `DEVICE` is done on the CPU. A tensor counts as the device's unless it
-was made without a device, or of such tensors alone (`host` says so of those that came from elsewhere). A dispatch mode
-sees what C++ reads, but of Python's `tolist`, `cpu` and `numpy` nothing on a CPU: a function mode sees those.
+All tensors are in the CPU's memory, and operations on `DEVICE` run on the CPU. A tensor counts as the device's, unless it was
+created without a device or computed only from such tensors; `mark_host` marks host tensors that existed before. A dispatch
+mode records reads in C++. It does not see `tolist`, `cpu` and `numpy` of CPU tensors, which a function mode records.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import shoal
 
 DEVICE = torch.device("cuda", 0)
 SHOAL = str(Path(shoal.__file__).parent)
-# These get plain CPU tensors: recomputation compares devices seen inside and outside of this.
+# Code in these files sees the real device, the CPU: recomputation compares devices seen inside and outside of a rehearsal.
 REAL = (str(Path(torch.distributed.__file__).parent), torch.utils.checkpoint.__file__)
 READS = {
     "item", "tolist", "cpu", "numpy", "__array__", "__bool__", "__float__", "__int__", "__index__", "__complex__",
@@ -44,7 +44,7 @@ FROM_DATA = {"tensor", "as_tensor", "from_numpy"}
 
 @dataclass(frozen=True)
 class Wait:
-    """A kind of wait, and the function of shoal that waited (of the caller, if shoal has none on the stack)."""
+    """A kind of wait, and the innermost function of shoal that waited; the direct caller, if none of shoal is on the stack."""
 
     kind: str
     where: str
@@ -54,11 +54,11 @@ class Rehearsal:
     def __init__(self) -> None:
         self.waits: list[Wait] = []
         self.host: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._seen = False  # by the function mode, which has a better name for it
+        self._seen = False  # whether the function mode is recording the current read, with a better name for it
         self._open = ExitStack()
 
     def mark_host(self, tensors: Iterable[Tensor | None]) -> None:
-        """Mark tensors that were created before, in the host's memory."""
+        """Mark tensors that were created in the host's memory before the rehearsal."""
         for tensor in tensors:
             if tensor is not None:
                 self.host[tensor] = True
@@ -84,7 +84,7 @@ class Rehearsal:
 
     @contextmanager
     def reading(self, kind: str | None) -> Iterator[None]:
-        """Count a wait of this kind, and nothing that it does inside."""
+        """Record a wait of this kind (None: no wait), but not the waits inside it."""
         if kind is not None:
             self.record(kind)
         before, self._seen = self._seen, self._seen or kind is not None
@@ -106,7 +106,7 @@ class Rehearsal:
 
 
 def _on_device(asked: Any) -> bool | None:
-    """Whether a device that was asked for is `DEVICE`; None: it names none."""
+    """Return whether an argument names a CUDA device; None if it names no device."""
     if isinstance(asked, (torch.device, str)):
         return str(asked).startswith("cuda")
     return None
@@ -124,10 +124,10 @@ class _Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._attribute(func, args)
-        if func in (torch.Tensor.backward, torch.autograd.backward):  # the second is a pipeline's
+        if func in (torch.Tensor.backward, torch.autograd.backward):  # the second is called by pipelines
             of = (args[0],) if isinstance(args[0], Tensor) else tuple(args[0])
             given = kwargs.get("grad_tensors") or (None,) * len(of)
-            with self:  # what is written in Python of it sees the device, too
+            with self:  # backward functions written in Python see the device, too
                 gradients = tuple(torch.ones_like(t) if g is None else g for t, g in zip(of, given, strict=True))
                 return torch.autograd.graph._engine_run_backward(
                     of, gradients, False, False, (), allow_unreachable=True, accumulate_grad=True
@@ -137,7 +137,7 @@ class _Functions(TorchFunctionMode):
         asked = next(filter(lambda x: x is not None, map(_on_device, (*args, *kwargs.values()))), None)
         asked = {"cpu": False, "cuda": True}.get(name, asked)
         if asked is False and sys._getframe(1).f_code.co_filename.startswith(REAL):
-            asked = True  # the CPU is the device there
+            asked = True  # to these files the CPU is the device
         with self._rehearsal.reading(self._kind(name, args, kwargs, asked, on_device)):
             result = func(*_real(args), **_real({k: v for k, v in kwargs.items() if k != "pin_memory"}))
         made_there = asked if asked is not None and (not inputs or name in ("to", "cpu", "cuda")) else on_device
@@ -147,7 +147,7 @@ class _Functions(TorchFunctionMode):
             for t in tree_iter(result):
                 if isinstance(t, Tensor) and not any(t is x for x in inputs):
                     host.pop(t, None)
-                elif isinstance(t, Tensor):  # the same tensor, where a copy would have been made
+                elif isinstance(t, Tensor):  # the input itself, where a GPU would return a copy
                     result = t.view_as(t)
                     host.pop(result, None)
         return result

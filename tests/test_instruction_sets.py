@@ -1,6 +1,6 @@
 """
-The same in fresh interpreters, on the instructions of the machine at hand and on those of an AVX2 CPU: each asserts
-which it got.
+The same checks in fresh interpreters, with this machine's instruction sets and with those of an AVX2 CPU. Each check asserts
+which instruction sets are used.
 """
 
 from __future__ import annotations
@@ -62,14 +62,14 @@ def test_auto_is_settled_by_the_instructions(told: dict[str, str], capability: s
     found = json.loads(done.stdout)
     assert found["capability"] == capability
     assert found["sets"].split(", ")[0] == capability
-    if found["torch"] is not None:  # a build without oneDNN cannot be asked
+    if found["torch"] is not None:  # None in a build without oneDNN
         assert found["torch"] or not found["quick"]  # torch's own check
     assert found["quick"] or found["auto"] == "float32"
     if told:
         assert not found["quick"]
         assert "train.dtype" in found["slow"]
         [times] = re.findall(r"takes (\d+) times as long", found["slow"])
-        assert int(times) >= 5  # seen: several tens
+        assert int(times) >= 5  # typically several tens
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def shoal(folder: Path, *arguments: str, **told: str) -> str:
 @pytest.mark.ci
 @KINDS
 def test_the_quickstart_begins(told: dict[str, str], capability: str, folder: Path) -> None:
-    """Its first 20 steps learn, in the dtype that was chosen, and the run records its machine."""
+    """The loss falls in the first 20 steps, in the chosen dtype, and the run records the instruction sets."""
     name = capability if told else "native"
     options = (CPU, "--train.steps=20", "--optim.warmup_steps=5", "--train.sample_tokens=1", "--metrics.every=1")
     shoal(folder, "train", str(ROOT / "recipes" / "quickstart.yaml"), "--name", name, *options, **told)
@@ -131,7 +131,7 @@ def test_speed_is_measured(told: dict[str, str], capability: str, folder: Path) 
 def test_bfloat16_trains_where_it_is_slow_and_that_is_said_once(
     told: dict[str, str], capability: str, tmp_path: Path
 ) -> None:
-    """Its first loss is float32's but for rounding; the kernel says whether this CPU has the instructions."""
+    """The first loss equals float32's up to rounding; /proc/cpuinfo lists whether this CPU has the instructions."""
     place = Place(tmp_path)
     first = {}
     for dtype in ("float32", "bfloat16"):
@@ -149,7 +149,7 @@ def test_bfloat16_trains_where_it_is_slow_and_that_is_said_once(
         elif INFO.is_file():
             natively = re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", INFO.read_text())
             assert output.count(SLOW) == (0 if natively else 1)
-    # bfloat16 has 8 bits: 1/256 for each rounding, of which a mean over 512 tokens has little left
+    # bfloat16 has 8 significant bits: each rounding is up to 1/256, and averages out over 512 tokens
     assert first["bfloat16"] == pytest.approx(first["float32"], rel=1 / 256)
 
 

@@ -1,4 +1,4 @@
-"""The house: imports between rooms run one way, and what promises to answer at once does not import torch."""
+"""The architecture: imports between rooms (the folders of src/shoal) go one way; quick commands do not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "shoal"
 
-# Each floor may import from itself and from the floors before it; rooms of one floor form no circle either.
+# A floor (layer) may import from itself and from the floors listed before it. Imports within a floor form no cycle either.
 FLOORS: list[set[str]] = [
     {"errors", "system"},
     {"config", "hub"},
@@ -32,7 +32,7 @@ WITHOUT_TORCH = [
 
 @functools.cache
 def modules() -> dict[str, Path]:
-    """Dotted name below `shoal` -> file, without the `__init__` of folders, which hold nothing."""
+    """Return {dotted name below `shoal`: file}, without the `__init__` of folders, which contain no code."""
     found = {}
     for path in SOURCE.rglob("*.py"):
         parts = path.relative_to(SOURCE).with_suffix("").parts
@@ -56,7 +56,7 @@ def imported(path: Path) -> set[str]:
 
 
 def room(module: str) -> str:
-    """Return the folder of a module; a module in no folder is a room of its own."""
+    """Return the room of a module: its folder, or the module itself if it is in no folder."""
     return module.rpartition(".")[0] or module
 
 
@@ -74,7 +74,7 @@ def test_arrows_run_one_way(module: str) -> None:
 
 
 def in_a_circle(arrows: dict[str, set[str]]) -> set[str]:
-    """Return the names from which arrows lead back to themselves."""
+    """Return the names that are on a cycle of arrows."""
 
     def reached(name: str) -> set[str]:
         seen: set[str] = set()

@@ -1,4 +1,4 @@
-"""The suite's own means: commands that are forked, and tests that may not be skipped."""
+"""The test suite's own tools: commands that are forked, and tests that may not be skipped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENVIRONMENT = {"PATH": "/bin", "OMP_NUM_THREADS": "1"}
         (["train"], {"OMP_NUM_THREADS": "2"}, False),
         (["train"], {"HF_HOME": "/x"}, False),
         (["eval", "--threads", "2"], {}, False),
-        (["train", "--launch.threads=2"], {}, True),  # of its workers, which have OMP_NUM_THREADS from it
+        (["train", "--launch.threads=2"], {}, True),  # sets OMP_NUM_THREADS of the workers only
     ],
 )
 def test_what_is_read_at_the_start_decides(arguments: list[str], changes: dict[str, str], alike: bool) -> None:
@@ -39,7 +39,7 @@ def test_the_first_command_of_a_verb_is_fresh(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(warm, "_seen", set())
     started = [warm.popen_of(verb) for verb in ("train", "train", "eval")]
     assert started == [subprocess.Popen, warm.Popen, subprocess.Popen]
-    monkeypatch.setattr(warm, "_seen", set())  # as in another shard
+    monkeypatch.setattr(warm, "_seen", set())  # as in another pytest worker
     assert warm.popen_of("train") == warm.Popen
 
 

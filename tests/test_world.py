@@ -1,4 +1,4 @@
-"""The worlds of processes that tests share: one hang, failure or death is one test's, and the next has a new world."""
+"""The worlds of processes that tests share: a hang, failure or death fails only one test; the next has a new world."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.world import Worlds
 
 
 def ranks(mesh: Mesh) -> tuple[int, float]:
-    """Who this is, and the sum of all ranks."""
+    """Return this process's id, and the sum of all ranks."""
     total = torch.tensor(float(mesh.place.rank))
     torch.distributed.all_reduce(total)
     return os.getpid(), float(total)

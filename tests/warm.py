@@ -3,12 +3,12 @@ Commands forked from a process that has imported shoal: importing torch is most 
 
     process = Popen(shoal("train", "recipe.yaml"), cwd=folder, env=environment)     # like subprocess.Popen
 
-A command is forked only if its environment has the server's variables, except those that are read later than at import;
+A command is forked only if its environment equals the server's, apart from variables that are read after the import;
 otherwise a fresh interpreter starts. `popen_of` also starts the first command of each verb fresh. The workers of a
 forked launcher are forked too. Forked processes share the seed of Python's hashes; fresh ones do not.
 
-A forked process is a child of the process that asked for it. The server forks twice, and the process between ends at
-once; during that moment the asking process adopts orphans (PR_SET_CHILD_SUBREAPER, Linux).
+A forked process is a child of the process that requested it. The server forks twice, and the intermediate process ends at
+once; meanwhile the requesting process adopts orphans (PR_SET_CHILD_SUBREAPER, Linux).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LAUNCHERS: Final = {"train", "verify"}
 THREADS: Final = "--threads"  # sets variables that torch reads when it is imported
 READ_LATER: Final = re.compile(
     r"(SHOAL|TORCHELASTIC|PYTEST|MASTER|LOCAL|GROUP|ROLE)_.*|RANK|WORLD_SIZE|TMPDIR|PWD|OLDPWD|_|CUDA_VISIBLE_DEVICES"
-    # torch reads these when it makes a group or compiles; the first sets only what the store logs
+    # torch reads these when it creates a group or compiles; the first sets only what the store logs
     r"|TORCH_CPP_LOG_LEVEL|TORCH_DISABLE_SHARE_RDZV_TCP_STORE|TORCH_NCCL_.*|TORCHINDUCTOR_CACHE_DIR|GLOO_SOCKET_IFNAME"
     r"|CUBLAS_WORKSPACE_CONFIG|MALLOC_(MMAP|TRIM)_THRESHOLD_|GLIBC_TUNABLES"  # cuBLAS, and the speed of malloc
 )
@@ -61,7 +61,7 @@ def _prctl(*arguments: Any) -> None:
 
 
 class Server:
-    """A process that forks on request. `environment`: its own variables at its start."""
+    """A process that forks commands on request. `environment`: its environment when it started."""
 
     def __init__(self, pid: int, asking: socket.socket, environment: Mapping[str, str]) -> None:
         self.pid, self.environment = pid, dict(environment)
@@ -95,7 +95,7 @@ class Server:
         return cls(pid, ours, environment)
 
     def start(self, asked: Mapping[str, Any], files: Sequence[int]) -> int:
-        """Fork a child of this process with these standard streams; return its id."""
+        """Request a forked child of this process with these standard streams; return its process id."""
         with self._lock:
             _prctl(_SUBREAPER, 1)
             try:
@@ -126,7 +126,7 @@ def serve_fresh() -> NoReturn:
 
 
 def _serve(channel: socket.socket) -> NoReturn:
-    """Fork a process for each request, until the asking process has ended."""
+    """Fork a process for each request, until the requesting process has ended."""
     _prctl(_SET_NAME, NAME.encode(), 0, 0, 0)
     _prctl(_DEATH_SIGNAL, signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # a launcher passes these to its children
@@ -209,8 +209,9 @@ def _fork_workers(environment: Mapping[str, str]) -> None:
 
 
 _environment = dict(os.environ)  # before any test changes it
-_seen: set[str] = {"verify"}  # verbs; one test of verify sets PYTHONPATH and so always starts fresh
-seen_by_all: Path | None = None  # a folder that all shards share: one file for each verb
+# Verbs started fresh; verify counts as one, because one of its tests sets PYTHONPATH and so always starts fresh.
+_seen: set[str] = {"verify"}
+seen_by_all: Path | None = None  # a folder that all pytest workers share: one file for each verb
 
 
 @functools.cache
@@ -222,7 +223,7 @@ def _session_server() -> Server:
 
 
 def popen_of(verb: str) -> type[subprocess.Popen[Any]]:
-    """Return what starts a command of this verb: a fresh interpreter for the first one of a session."""
+    """Return the class that starts a command of this verb: a fresh interpreter for the first one of a pytest session."""
     if verb in _seen:
         return Popen
     _seen.add(verb)
@@ -246,7 +247,7 @@ class Popen(subprocess.Popen[Any]):
             super()._execute_child(*values)  # type: ignore[misc]
 
     def _fork(self, args: Any, cwd: Any, env: Any, start_new_session: bool, **more: Any) -> bool:
-        """Return whether the server could fork it."""
+        """Fork the command if possible; return whether it was."""
         environment = dict(os.environ if env is None else env)
         if not LINUX or not runs_shoal(args):
             return False

@@ -1,10 +1,10 @@
 """
-Real processes on gloo, kept for the whole test session: importing torch costs seconds, a test costs little.
+Real processes on gloo, kept for the whole pytest session: importing torch takes seconds, a test takes little.
 
     results = World(2).run(function, *args)     # function(mesh, *args) on every rank; a list, by rank
 
-`function` must be importable (a module's function). What it raises on any rank is raised here. A world in which something
-failed or hung ends, and `Worlds` starts another for the next test: processes may be left in the middle of a collective.
+`function` must be importable (a module's function). If it fails on any rank, `run` raises. A world in which a function failed
+or hung ends, because processes may be left in the middle of a collective, and `Worlds` starts another for the next test.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# Half of it for a collective: a compiler on a busy machine takes its time.
+# Time limit of a call; that of a collective is half of it. Compiling on a busy machine is slow.
 PATIENCE_SECONDS = float(os.environ.get("TEST_PATIENCE_SECONDS", "150"))
-FOLLOW_SECONDS = 10.0  # for the others to answer, once a process has failed: they may wait for it
+FOLLOW_SECONDS = 10.0  # for the other ranks to answer after one has failed, since they may wait for it
 
-_axes: dict[tuple[Any, ...], Any] = {}  # of this worker, by their groups
+_axes: dict[tuple[Any, ...], Any] = {}  # of this worker, by names and groups
 
 
 class World:
@@ -79,7 +79,7 @@ class World:
 
 
 class Worlds(dict[int, World]):
-    """Worlds by size, each started when first asked for, and again where the one before has ended."""
+    """Worlds by size. Each is started when first requested, and again if it has ended since."""
 
     def __getitem__(self, size: int) -> World:
         if size not in self or not super().__getitem__(size).alive:
@@ -87,18 +87,18 @@ class Worlds(dict[int, World]):
         return super().__getitem__(size)
 
     def close(self, *, but: tuple[int, ...] = ()) -> None:
-        """Also what waits costs time: a process has a thread for each of its groups, which looks every 10 ms."""
+        """Close all worlds but those of these sizes. Idle ones cost time: each group has a thread that polls every 10 ms."""
         for size in [size for size in self if size not in but]:
             self.pop(size).close()
 
 
 def laid_out(mesh: Any, **sizes: int) -> Any:
-    """In a worker: its mesh with these axes (dp_shard=2, tp=2, ...). A collective over the world the first time."""
+    """Return, in a worker, its mesh with these axes (dp_shard=2, tp=2, ...). New axes are opened by collectives over the world."""
     from shoal.config.layout import Layout
     from shoal.mesh.mesh import Axis, Mesh
 
     class Shared(Mesh):
-        """Layouts share an axis that has the same groups: each group costs time to make, and a thread from then on."""
+        """A mesh that shares axes with the same groups: a group takes time to create, and a thread from then on."""
 
         def _open(self, axes: tuple[str, ...]) -> Axis:
             key = (axes, *map(tuple, self.layout.groups(*axes)))

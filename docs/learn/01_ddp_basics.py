@@ -24,7 +24,7 @@ GLOBAL_BATCH, MICRO_BATCH = 16, 2  # rows in an optimizer step over all processe
 def train(exported: Path, prepared: Path, steps: int = STEPS) -> list[float]:
     """Return the loss of each step, the same on every process."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    model = load_model(exported)  # the same weights everywhere: from one file here; DDP would also send rank 0's
+    model = load_model(exported)  # the same weights everywhere, since all read one file; DDP would send rank 0's anyway
     ddp = DistributedDataParallel(model)
     optimizer = build_optimizer(model)
     rows = load_rows(prepared)
@@ -47,8 +47,8 @@ def train(exported: Path, prepared: Path, steps: int = STEPS) -> list[float]:
             # DDP averages over processes, and the loss is already divided: undo the average to get the sum.
             (loss * world_size).backward()
             loss_sum += loss.detach()
-        dist.all_reduce(loss_sum)  # of all rows, to print it
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # the same everywhere: gradients are
+        dist.all_reduce(loss_sum)  # the loss of all rows, for printing
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # the same everywhere, because gradients are
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.step()  # the same update everywhere, so the weights stay equal without being sent
@@ -59,6 +59,6 @@ def train(exported: Path, prepared: Path, steps: int = STEPS) -> list[float]:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")  # the variables that torchrun sets say how many processes, and which one this is
+    dist.init_process_group("gloo")  # torchrun's variables give the number of processes and this one's rank
     train(Path(sys.argv[1]), Path(sys.argv[2]))
     dist.destroy_process_group()

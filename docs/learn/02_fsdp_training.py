@@ -28,8 +28,8 @@ def shard(exported: Path) -> torch.nn.Module:
     model = load_model(exported)  # whole, to keep this short; a large model is built on meta and filled shard by shard
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh)  # one unit of gathering: only one block is whole at a time
-    fully_shard(model, mesh=mesh)  # what is left: embedding, last norm, head
+        fully_shard(layer, mesh=mesh)  # the unit of all-gathering: only one block is whole at a time
+    fully_shard(model, mesh=mesh)  # the remaining parameters: embedding, last norm, head
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # FSDP2 averages over processes by default. The loss is divided already: plain sums.

@@ -64,7 +64,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama of 918,912 parameters, with the names that exported weights have."""
+    """A Llama of 918,912 parameters, with the parameter names of exported weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,20 +89,20 @@ def load_model(exported: Path) -> Llama:
 
 
 def load_rows(prepared: Path) -> Tensor:
-    """Return the rows of a folder that `shoal prepare` wrote: int64 [rows, SEQ_LEN + 1], neighbors share a token."""
+    """Return the rows of a folder that `shoal prepare` wrote: int64 [rows, SEQ_LEN + 1]; neighboring rows share a token."""
     shards = [load_file(path)["tokens"].long() for path in sorted(prepared.glob("train-*.safetensors"))]
     return torch.cat(shards).unfold(0, SEQ_LEN + 1, SEQ_LEN)
 
 
 def learning_rate(step: int) -> float:
-    """Return the rate of step 1 to STEPS: a linear warmup, then half a cosine down to 0."""
+    """Return the learning rate of `step`, 1 to STEPS: a linear warmup, then half a cosine down to 0."""
     if step <= WARMUP:
         return PEAK * step / WARMUP
     return PEAK * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
 
 
 def build_optimizer(model: nn.Module) -> torch.optim.AdamW:
-    """Return AdamW; only matrices decay."""
+    """Return AdamW with weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]

@@ -29,7 +29,7 @@ def read_config(recipe: str | Path | None = None, /, **options: Any) -> Config:
     """
     Return a valid config: a recipe with `options` applied.
 
-    recipe: a YAML file, or the name of a built-in recipe, such as "quickstart"; None: the recipe that `shoal init` writes.
+    recipe: a YAML file, or the name of a built-in recipe, such as "quickstart". None uses the one that `shoal init` writes.
     options: named like flags of `shoal train`: `steps=20`, `name="first"`, or `**{"train.steps": 20}`. Raises `ConfigError`
     with every problem.
     """
@@ -42,8 +42,9 @@ def train(config: Config) -> Trained:
     """
     Train in this process, from the start or the run's last checkpoint; return the run's `folder` and whether it `finished`.
 
-    The process works alone, or as one of those that torchrun or srun started. The first Ctrl-C, SIGTERM or SIGUSR1 saves and
-    stops; a second Ctrl-C raises `KeyboardInterrupt`. Call from the main thread, which gets signals. Raises `ShoalError`.
+    Call it in a single process, or in each of the processes that torchrun or srun started.
+    Call it from the main thread, which receives signals. The first Ctrl-C, SIGTERM or SIGUSR1 saves and stops; a second
+    Ctrl-C raises `KeyboardInterrupt`. Raises `ShoalError`.
     """
     from shoal.commands.worker import train_here
 
@@ -54,8 +55,8 @@ def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Load
     """
     Load a model and its tokenizer from a run's folder (the last checkpoint), one checkpoint, or a Hugging Face folder.
 
-    device: "auto", "cpu" or "cuda". dtype: "float32", "bfloat16", or "auto": its own, or float32 if the device is slow
-    in it. Raises `ShoalError`.
+    device: "auto", "cpu" or "cuda". dtype: "float32", "bfloat16" or "auto". "auto" uses the model's own dtype, or
+    float32 if the device is slow in that dtype. Raises `ShoalError`.
     """
     from shoal.infer.load import load_path
 
@@ -73,10 +74,10 @@ def generate(
     seed: int = 0,
 ) -> str:
     """
-    Return the text that a model adds to `prompt`, up to the end of the text or `max_new_tokens`.
+    Return the text that a model adds to `prompt`, up to an end-of-text token or `max_new_tokens`.
 
     temperature: 0 always takes the likeliest token. top_k, top_p: sample from the `top_k` likeliest tokens, or from the
-    likeliest that together have probability `top_p`; None: from all. The same seed gives the same text. Raises
+    likeliest that together have probability `top_p`; None disables the limit. The same seed gives the same text. Raises
     `GenerateError`, or `ModelError` without a tokenizer.
     """
     from shoal.infer.stream import complete

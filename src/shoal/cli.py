@@ -1,4 +1,4 @@
-"""The `shoal` command: how it starts, and how it ends. `commands/` has what each verb takes and does."""
+"""The `shoal` command: its start, its errors and its exit codes. `commands/` has the options and the code of each verb."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def _leave(code: int, *, at_once: bool = False) -> NoReturn:
     """
     End the process now, after flushing.
 
-    If torch is loaded, or `at_once`: skip Python's shutdown, which waits for threads, and which a thread of a communication
-    library may abort.
+    If torch is loaded, or with `at_once`, skip Python's shutdown: it waits for threads, and a communication library's thread
+    may abort the process during it.
     """
     try:
         sys.stdout.flush()
@@ -97,7 +97,7 @@ def _run(argv: list[str]) -> int:
     if stray:
         named = [
             item.partition("=")[0] for item in stray if item.startswith("-")
-        ] or stray  # not their values, which may be secrets
+        ] or stray  # print only the flags: their values may be secrets
         near = [n for n in map(args.verb_parser.near_flag, named) if n]
         hint = f"did you mean {' '.join(near)}?" if near else f"see shoal {args.verb} --help"
         raise ShoalError(f"shoal {args.verb} does not take {' '.join(named)}; {hint}")

@@ -64,7 +64,7 @@ def a_forgotten_reduction_of_data_parallel() -> Iterator[None]:
 
 @contextmanager
 def a_forgotten_reduction_of_tensor_parallel() -> Iterator[None]:
-    """Skip the all-reduce of a norm's weight, which saw only one rank's part of the sequence."""
+    """Skip the all-reduce of a norm weight's gradient, which covers only one rank's part of the sequence."""
     plain = runnable.sum_replicated
 
     def forgetful(shards: list[Shard], mesh: Mesh) -> None:
@@ -100,7 +100,7 @@ def a_wrong_ranks_dropout() -> Iterator[None]:
 
 @contextmanager
 def a_wrong_ranks_initial_weights() -> Iterator[None]:
-    """Draw other initial weights on every rank but 0, without a broadcast."""
+    """Draw different initial weights on every rank but 0, without a broadcast."""
     plain = apply.hold
 
     def own(part: Any, regions: Any, mesh: Mesh, weights: Any, **rest: Any) -> list[Shard]:
@@ -198,6 +198,6 @@ def test_a_bug_of_all_parameters_fails_and_names_the_worst(
     name, holds = _worst(certificate, "gradient")
     assert not holds
     assert "." in name
-    if options:  # without any, test_a_right_layout_passes has it
+    if options:  # without options, test_a_right_layout_passes covers this
         right = _certify(world, config, 3, "no_bug")
         assert right.passed, right

@@ -2,7 +2,7 @@
 Plans of faults for a small run, and their expected events: pure functions of a seed.
 
 Most of a fault's cost is restarting the workers, so each run has many faults. A fault that ends the workers ends a "life",
-and later faults are planned for the next life. Faults that a run repairs by itself do not.
+and later faults are planned for the next life. Faults that the run repairs without a restart do not end a life.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def must_say(self) -> Counter[str]:
-        """How often each of these events must appear in `events.jsonl`."""
+        """The number of times that each event must appear in `events.jsonl`."""
         return Counter(event for fault in self.faults if (event := said_of(fault.phase, fault.fault)))
 
     def alone(self) -> Iterator[Case]:
@@ -97,7 +97,7 @@ def ends_the_workers(phase: str, fault: str) -> bool:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A fault without a step and a life yet."""
+    """A fault that has no step and no life yet."""
 
     phase: str
     fault: str
@@ -109,18 +109,18 @@ class _Drawn:
 
     @property
     def lasts(self) -> bool:
-        """A save that hangs: it is detected only at the end of the run, and blocks other saves until then."""
+        """Whether the fault hangs a save: this is detected only at the end of the run, and blocks other saves until then."""
         return self.phase in SAVES and self.fault == "hang"
 
     @property
     def is_late(self) -> bool:
-        """A save that fails: planned in the last life, so that no other fault ends the workers first."""
+        """Whether the fault makes a save fail: planned in the last life, so that no other fault ends the workers first."""
         return self.phase in SAVES and not self.ends_the_workers
 
 
 def arrange(processes: int, drawn: Sequence[_Drawn], jitter: Sequence[int] = ()) -> Case:
     """
-    Order the faults so that each one happens, with lives and increasing steps.
+    Order the faults so that each one happens, and give them lives and increasing steps.
 
     Faults before the first step happen in the restart after another fault; one of them may also come first. jitter: steps
     added to each gap.

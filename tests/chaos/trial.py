@@ -183,7 +183,7 @@ def judge_events(case: Case, lines: Sequence[dict[str, Any]]) -> list[str]:
     problems = [f"did not happen: {fault}" for fault in case.plan if fault not in happened]
     problems += [f"happened unplanned, or twice: {fault}" for fault in _more(happened, case.plan)]
     said = Counter(line["event"] for line in lines)
-    # a hang may be seen as the death of the ranks that waited
+    # a hang may be reported as a crash of the ranks that waited for the hung one
     wanted = case.must_say
     ends, wanted_ends = (counts["crashed"] + counts["hang"] for counts in (said, wanted))
     if ends != wanted_ends:
@@ -210,7 +210,7 @@ def _more(happened: Sequence[dict[str, Any]], planned: Sequence[dict[str, Any]])
 
 
 def steps_left_out(lines: Sequence[dict[str, Any]]) -> tuple[int, ...]:
-    """Return the steps skipped in the final weights: not those that were taken again after a rollback."""
+    """Return the steps that the final weights skip. Steps retaken after a restart or rollback do not count."""
     steps: set[int] = set()
     for line in lines:
         if line["event"] == "left out":
@@ -231,7 +231,7 @@ def weights(folder: Path) -> dict[str, str]:
 
 
 def _marked(mark: Path) -> list[psutil.Process]:
-    """Find the run's processes by the mark in their environment; a forked one has only the run's output open."""
+    """Find the run's processes by the mark in their environment. Forked processes lack it, but have the run's output open."""
     found = []
     for process in psutil.process_iter():
         try:

@@ -95,7 +95,7 @@ def test_training_goes_on_and_saves_when_the_disk_is_back(
     wait_for(process, "step   17/9000")
     harm(disk)
     said = wait_for(process, "earlier ones are kept; training continues, and the save is retried at step")
-    wait_for(process, "/9000  loss")  # it does
+    wait_for(process, "/9000  loss")  # training continues
     mend(disk)
     failed = max(e["step"] for e in place.event_lines(NAME) if e["event"] == "save failed")
     for _ in until_saved(place, process, after=failed):

@@ -59,7 +59,7 @@ def save(mesh: Mesh, folder: Path, holds: str, steps: list[int], generation: str
 def load(
     mesh: Mesh, folder: Path, holds: str, wrote: str | None = None, generations: Mapping[str, int | None] = ALL
 ) -> tuple[int | None, list[str]]:
-    """Return the step found, after checking that its contents are bitwise right, and the damage of others."""
+    """Load the newest checkpoint and check that its bits are right. Return its step, and the damage of newer ones."""
     store = store_of(mesh, folder, wrote or holds, generations=generations)
     saved, problems = store.newest()
     if saved is None:
@@ -159,7 +159,7 @@ def test_what_one_machine_has_not_is_passed_over_by_all(
         newest = tmp_path / "machine-1" / "step-00000003"
         shutil.rmtree(newest) if what == "is missing" else (newest / "manifest.json").unlink()
     assert world(4).run(load, tmp_path, "copies") == [(1, [])] * 4
-    assert [s.step for s in listed(tmp_path / "machine-0")] == [1, 3]  # looking removes nothing
+    assert [s.step for s in listed(tmp_path / "machine-0")] == [1, 3]  # loading removes nothing
     assert world(4).run(save, tmp_path, "copies", [2], "b") == [[""]] * 4
     for name in ("machine-0", "machine-1"):
         assert [s.step for s in listed(tmp_path / name)] == [1, 2]  # step 3 is removed: it belongs to another history
@@ -181,7 +181,7 @@ def test_what_is_damaged_on_one_machine_is_passed_over_by_all(world: Callable[[i
     flip(file)
     problem = f"{file} was altered: its SHA-256 differs from the manifest"
     assert world(4).run(load, tmp_path, "copies") == [(1, [problem])] * 4
-    assert [s.step for s in listed(tmp_path / "machine-0")] == [1, 3]  # the machine whose it is has no other place
+    assert [s.step for s in listed(tmp_path / "machine-0")] == [1, 3]  # machine 0 keeps its undamaged copy
     assert sorted(p.name for p in (tmp_path / "machine-1").iterdir() if p.is_dir()) == ["step-00000001"]
 
 
@@ -194,7 +194,7 @@ def test_a_machine_that_has_nothing_has_nothing_in_common(world: Callable[[int],
 def lent(
     mesh: Mesh, folder: Path, after: int, generations: Mapping[str, int | None] = ALL
 ) -> tuple[int | None, list[str]]:
-    """Return the step that was replicated, after checking that all ranks can load it, and the damage of others."""
+    """Replicate a checkpoint and check that this rank can load it. Return its step, and the damage of others."""
     store = store_of(mesh, folder, generations=generations)
     saved, problems = store.replicate(after, folder / "disk")
     if saved is not None:
@@ -275,7 +275,7 @@ def test_what_one_machine_could_not_commit_is_there_for_none(world: Callable[[in
 
 
 def one_commits_before_the_other(mesh: Mesh, folder: Path) -> list[bool]:
-    """Return whether the save was over when one machine had it, and when both had it."""
+    """Return whether the save was complete when one machine had committed it, and when both had."""
     goes_on = threading.Event()
 
     def at(phase: str) -> None:

@@ -244,7 +244,7 @@ def test_memory_for_a_cpus_saves_is_not_locked(monkeypatch: pytest.MonkeyPatch) 
 def test_a_save_from_a_gpu_waits_for_its_copies_in_its_own_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prepared memory is locked once and used by every save; each save's thread sets its device first."""
+    """Prepared memory is page-locked once and used by every save; each save's thread first sets the device."""
     cuda, live = Cuda(monkeypatch), tensors(1)
     with Rehearsal():
         monkeypatch.setattr(torch.cuda, "Event", cuda.event)

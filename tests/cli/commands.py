@@ -86,7 +86,7 @@ class Place:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return an environment without variables of pytest and launchers, and with one thread, so that load has no influence."""
+    """Return an environment without variables of pytest and launchers, and with one thread, whatever the machine's load."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return kept | {"OMP_NUM_THREADS": "1"}
 

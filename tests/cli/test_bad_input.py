@@ -76,7 +76,7 @@ sys.exit(main(["train", "recipe.yaml", "--name", "out", "--processes", "1"]))
 """
 
 
-# Steps that fitted may fit again: a crash, which is restarted.
+# Running out of memory after successful steps is a crash: a restart may succeed. Before the first step, it is an error.
 @pytest.mark.parametrize(("steps", "code"), [(0, 2), (3, 1)])
 def test_memory_that_runs_out_is_a_crash_only_after_steps_that_fitted(place: Place, steps: int, code: int) -> None:
     worker = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}

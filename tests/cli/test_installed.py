@@ -34,7 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 
 
 def shoal(place: Place, *arguments: str, code: int = 0, **environment: str) -> str:
-    """Return the output of the wheel's command, which precedes an editable installation."""
+    """Return the output of the wheel's `shoal`, which PYTHONPATH puts before an editable installation."""
     done = subprocess.run(
         [sys.executable, "-m", "shoal", *arguments], cwd=place.folder, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, check=False, timeout=200,
@@ -60,7 +60,7 @@ def test_init_writes_a_recipe_once(place: Place) -> None:
     assert "mine.yaml" in shoal(place, "init", "mine.yaml", code=2)
     assert (place.folder / "mine.yaml").read_bytes() == written
     assert "shoal init" in shoal(place, "init", "no/where.yaml", code=2) or not (place.folder / "no").exists()
-    resolved = yaml.safe_load(shoal(place, "config", "mine"))  # by its name; the totals are comments
+    resolved = yaml.safe_load(shoal(place, "config", "mine"))  # finds mine.yaml; the totals are comments
     assert resolved["model"]["preset"] == "tiny"
 
 

@@ -55,7 +55,7 @@ def test_importing_shoal_imports_next_to_nothing(tmp_path: Path) -> None:
     code = "import sys; before = set(sys.modules); import shoal; print(*(set(sys.modules) - before))"
     imported = set(interpreter(tmp_path, code).split())
     assert {m for m in imported if m.partition(".")[0] not in sys.stdlib_module_names} == {"shoal"}
-    assert len(imported) <= 40  # `typing` and what it takes
+    assert len(imported) <= 40  # `typing` and its imports
 
 
 def test_reading_a_config_imports_no_torch(tmp_path: Path) -> None:

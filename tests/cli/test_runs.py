@@ -31,7 +31,7 @@ def test_a_run_says_what_it_does_and_leaves_what_it_should(place: Place) -> None
     assert len(steps) == 40
     assert re.match(r"step 40/40  loss \d\.\d{4}  lr 1.00e-02  norm .* tok/s  .* GiB  0s left", steps[-1])
     assert max(map(len, steps)) <= 80
-    assert len(re.findall(r"^\s*attention: the .* kernel", output, re.MULTILINE)) == 1  # from two processes
+    assert len(re.findall(r"^\s*attention: the .* kernel", output, re.MULTILINE)) == 1  # printed once by two processes
     after = output[output.index("bits per byte: ") :]
     assert re.search(
         r"runs/clean: 40 steps, 20,480 tokens in \d+s \([\d,]+ tokens/s in steps\)\nnext:\n  \S*shoal generate clean",
@@ -158,7 +158,7 @@ def test_a_worker_that_is_stopped_is_named_and_started_again_and_no_bit_differs(
     found = re.search(r"rank 1 did not join: stopped \(SIGSTOP\) in \w+ of step (\d+), .*; stacks in (\S+);", output)
     assert found, output
     stacks = (place.folder / found[2]).read_text()
-    assert "in train_step" in stacks  # here rank 0 waits for it
+    assert "in train_step" in stacks  # rank 0 waits for rank 1 there
     assert "rank 1: " in stacks
     hang = next(e for e in place.event_lines("worker-stopped") if e["event"] == "hang")
     assert (hang["rank"], hang["step"]) == (1, int(found[1]))

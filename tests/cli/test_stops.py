@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM before the first step: a command has named its phase, ends, and leaves nothing behind."""
+"""Ctrl-C and SIGTERM before the first step: a command names its phase, ends, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shoal.errors import EXIT_REQUEUE
 from shoal.system.signals import GRACE_SECONDS, STOPPING_SAID, stopping_said
 from tests.cli.commands import Place, gone, wait_for, workers_of
 
-# Python runs this at startup: the process hangs at the import of the module given, or at measuring the dtype.
+# Python runs this at startup: the process hangs when it imports the module in BLOCKED, or when it measures the device.
 BLOCKED = """
 import importlib.abc, os, sys
 who, _, module = os.environ.get("BLOCKED", "").partition(":")

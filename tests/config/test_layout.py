@@ -17,7 +17,7 @@ SIZES = list(itertools.product((1, 2), (1, 3), (1, 2), (1, 2), (1, 2)))
 def test_ranks_and_coordinates_are_each_others_inverse(sizes: tuple[int, ...]) -> None:
     layout = Layout(*sizes)
     places = [tuple(layout.coordinates(rank).values()) for rank in range(layout.world_size)]
-    # neighbors along the last axis have adjacent ranks: coordinates come in lexical order
+    # neighbors along the last axis have adjacent ranks: coordinates are in lexicographic order
     assert places == list(itertools.product(*map(range, sizes)))
     assert [layout.rank(**layout.coordinates(rank)) for rank in range(layout.world_size)] == list(
         range(layout.world_size)

@@ -50,7 +50,7 @@ def test_a_pass_without_backward_fills_the_pipeline(schedule: Schedule, pp: int,
         for tasks in slots:
             busy = [stage_rank(schedule, pp, stage) for stage, _ in tasks]
             assert len(busy) == len(set(busy))
-        if micro_batches % pp == 0 and micro_batches:  # none idles but while the pipeline fills and drains
+        if micro_batches % pp == 0 and micro_batches:  # ranks idle only while the pipeline fills and drains
             assert len(slots) == stages * micro_batches + pp - 1
 
 
@@ -173,7 +173,7 @@ def test_what_fits_is_not_refused() -> None:
 
 
 def _play(schedule: Schedule, pp: int, stages: int, micro_batches: int) -> Iterator[float]:
-    """Return each rank's idle fraction, if forward and each half of backward take 1. Raises ValueError if rejected."""
+    """Yield each rank's idle fraction, if forward and each half of backward take 1. Raises ValueError if torch rejects it."""
     mine = [SimpleNamespace(stage_index=i, num_stages=pp * stages, group_size=pp, group_rank=0, submod=None) for i in range(stages)]  # fmt: skip
     order = MULTI[schedule](mine, micro_batches).pipeline_order
     left = {rank: list(_actions(order[rank])) for rank in range(pp)}

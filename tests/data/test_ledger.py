@@ -61,11 +61,11 @@ class Run:
         self.ledger.record(self.step, first, stop, summed(self.header, ids, dp), skipped=skipped, windows=windows)
 
     def stands_behind_a_step(self) -> bool:
-        """Save a checkpoint here; the step after a window passes it over."""
+        """Return whether a checkpoint may be saved here: not between a window and the step after it, which records the window."""
         return not self.passed or self.passed[-1][2] != self.position
 
     def pass_over(self, samples: int) -> None:
-        """Begin the next step after these; two windows without a step between them are one."""
+        """Begin the next step after these samples; two windows without a step between them become one."""
         first = self.position
         while self.passed and self.passed[-1][2] == first:
             first = self.passed.pop()[1]
@@ -173,7 +173,7 @@ def test_any_life_agrees_with_counting(tmp_path: Path, seed: int) -> None:
 
 
 def check_counts(found: Audit, header: Header, run: Run) -> None:
-    """Count which (epoch, sample) were trained on, from the processes' own samples."""
+    """Compare the audit with counts of each (epoch, sample) that the run trained on."""
     trained, others = Counter[int](), {"skipped": Counter[int](), "passed_over": Counter[int]()}
     where = {}  # (epoch, sample) of each position
     last = run.position

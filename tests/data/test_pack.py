@@ -1,4 +1,4 @@
-"""Rows against rows written out by hand."""
+"""Packed rows, compared with rows written out in the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparing against the corpus itself: nothing lost, nothing invented, every change noticed."""
+"""Prepared tokens, compared with the corpus: nothing lost, nothing invented, every change noticed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Corpora against files written here."""
+"""Corpora, compared with the files that the tests write."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_long_file_is_cut_in_pieces_that_add_up_to_it(tmp_path: Path, text: st
     pieces = list(read_text_file(path, "long.txt", Cursor(), 1000))
     assert all(isinstance(p, Document) and 0 < len(p.text.encode()) <= 1000 for p in pieces)
     assert "".join(p.text for p in pieces if isinstance(p, Document)) == text
-    for index in (0, len(pieces) // 2, len(pieces) - 1):  # reading from any piece on gives the same rest
+    for index in (0, len(pieces) // 2, len(pieces) - 1):  # resuming after any piece reads the same remainder
         assert list(read_text_file(path, "long.txt", pieces[index].after, 1000)) == pieces[index + 1 :]
 
 
@@ -224,7 +224,7 @@ def test_a_corpus_that_is_not_there_says_what_to_set(tmp_path: Path, paths: tupl
 
 
 def test_each_file_is_read_once_or_counted(tmp_path: Path) -> None:
-    """Read a file once whichever path leads to it; loops of links end."""
+    """Read a file once whichever path leads to it; loops of symbolic links terminate."""
     corpus = tmp_path / "corpus"
     (corpus / "sub" / "deep").mkdir(parents=True)
     (corpus / ".git").mkdir()

@@ -30,7 +30,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [  # config, ma
 
 
 def make(folder: Path, config: dict[str, Any], older: dict[str, Any]) -> Path:
-    """Write a case's "token" as both the beginning and the end."""
+    """Write a tokenizer folder for a case, with its "token" as both bos_token and eos_token."""
     tokenizer = train_bpe(iter(["Hello there, what is it?"] * 9), 280)
     tokenizer._tokenizer.add_special_tokens(["<A>", "<B>"])
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
@@ -56,7 +56,7 @@ def test_the_one_that_counts(tmp_path: Path, config: dict[str, Any], older: dict
 
 
 def test_the_beginning_too(real_tokenizers: Path, tmp_path: Path) -> None:
-    """Read a SentencePiece folder: its config says whether a text begins with a token, its older map with which."""
+    """Read a SentencePiece folder: its config says whether a text begins with a token, its older map names the token."""
     shutil.copy(real_tokenizers / "mistral" / "tokenizer.model", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": None}))
     assert load_tokenizer(str(tmp_path)).bos_id is None
@@ -66,7 +66,7 @@ def test_the_beginning_too(real_tokenizers: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after", [["<A>"], ["<A>", "<B>"]])
 def test_what_the_tokenizer_puts_after_a_text_stays(tmp_path: Path, after: list[str]) -> None:
-    """Keep the tokens after a text when the end-of-text token is replaced."""
+    """Keep the tokens that the tokenizer adds after a text when the end-of-text token is replaced."""
     folder = make(tmp_path, {"token": "<B>"}, {})
     inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     inner.post_processor = tokenizers.processors.TemplateProcessing(

@@ -47,7 +47,7 @@ def tiktoken_cache(real_tokenizers: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 )
 def test_tiktoken(name: str, end: int, tiktoken_cache: Path, tmp_path: Path) -> None:
     ours, theirs = load_tokenizer(f"tiktoken:{name}"), tiktoken.get_encoding(name)
-    texts = [*TEXTS, " ".join(theirs.special_tokens_set), TEXT, "hello world"]  # loading compares more
+    texts = [*TEXTS, " ".join(theirs.special_tokens_set), TEXT, "hello world"]  # `load_tokenizer` compares more texts
     assert ours.encode_batch(texts) == [theirs.encode_ordinary(text) for text in texts]
     assert (ours.eot_id, ours.bos_id, ours.vocab_size) == (end, None, theirs.n_vocab)
     assert ours.special_ids == set(theirs._special_tokens.values())

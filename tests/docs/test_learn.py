@@ -36,7 +36,7 @@ TABLE = runpy.run_path(str(ROOT / "scripts" / "learn_table.py"), run_name="learn
 
 
 def refused() -> list[tuple[str, str]]:
-    """Return (command, its message) of each rejection on the page; the last command before it caused it."""
+    """Return (command, message) of each rejection on the page; the command is the last one before the message."""
     found = []
     for block in re.finditer(r"^```\n(shoal: [^\n]* in the config\n.*?)^```", PAGE, re.MULTILINE | re.DOTALL):
         *_, command = re.findall(r"`(shoal train [^`]+)`", PAGE[: block.start()])
@@ -148,7 +148,7 @@ def test_plain_torch_has_the_same_losses(
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_each_recipe_trains(recipe: Path, tmp_path: Path) -> None:
-    """Run a few steps; the first loss is that of one device (bfloat16: nearly)."""
+    """Run a few steps; the first loss is that of one device (nearly, in bfloat16)."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     place = Place(tmp_path)
     few = ["--train.steps=2", "--optim.warmup_steps=1", "--train.sample_tokens=5"]

@@ -29,9 +29,9 @@ def test_all_of_it_without_a_hub(real_tokenizers: Path, tmp_path: Path) -> None:
     said = {}
     for line in commands.splitlines():
         words = shlex.split(line)
-        if "--chat" not in words:  # which a test of its own talks to
+        if "--chat" not in words:  # the chat has a separate test
             said[words[1]] = place.good(*words[1:])
     assert "held-out text" in said["train"]
     assert "exported to" in said["export"]
     assert "bits per byte" in said["eval"]
-    assert "\ndef " in "\n" + said["generate"]  # after notes on what took long, on a slow machine
+    assert "\ndef " in "\n" + said["generate"]  # on a slow machine, notes about slow phases come first

@@ -98,7 +98,7 @@ def test_a_worker_that_the_kernel_ended_for_memory_is_not_started_again(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    kills = iter([0, *[1] * 9])  # at the workers' start, and after a death
+    kills = iter([0, *[1] * 9])  # none when the workers start, one after a death
     monkeypatch.setattr(agent, "kernel_kills", lambda: next(kills))
     code, events = launched(FOLLOWING)
     assert code == 2
@@ -120,7 +120,7 @@ def test_an_abort_is_laid_to_another_machine_only_where_one_said_that_it_crashed
 ) -> None:
     store = HashStore()
     assert followed(store, {EXIT_LOST_PEER}, monkeypatch)
-    assert not followed(store, {ABORT}, monkeypatch)  # and announces a crash
+    assert not followed(store, {ABORT}, monkeypatch)  # this call announces a crash, which the next ones find
     assert followed(store, {ABORT}, monkeypatch)
     assert followed(store, {ABORT, EXIT_LOST_PEER}, monkeypatch)
     assert not followed(store, {KILLED, EXIT_LOST_PEER}, monkeypatch)

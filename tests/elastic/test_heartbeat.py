@@ -61,7 +61,7 @@ def test_steps_are_learned_after_the_first_whatever_comes_after_each(listening: 
     def allowed() -> float:
         return listening.read().until - listening.read().since
 
-    for step in (1, 2):  # the first step compiles and is not learned
+    for step in (1, 2):  # the first step compiles, so its duration is ignored
         heart.begin(step)
         assert allowed() == pytest.approx(SOONER * 600, abs=1)
         heart.outside("save")
@@ -109,7 +109,7 @@ def test_a_compilation_has_room_and_leaves_its_step_the_time_that_was_left(
     assert (sign.step, sign.turn, sign.phase) == (FEW + 2, 1, "forward")
     assert sign.until == pytest.approx(now + SLOWER * 4 - 10)
     heart.begin(FEW + 3)
-    assert listening.read().until == pytest.approx(now + SLOWER * 10)  # it took 10 s, not 310
+    assert listening.read().until == pytest.approx(now + SLOWER * 10)  # step FEW + 2 took 10 s without compiling
 
 
 def test_torchs_compiler_says_when_it_compiles_also_again(listening: Page) -> None:

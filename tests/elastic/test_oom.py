@@ -1,4 +1,4 @@
-"""The kernel's count of out-of-memory kills, in the format of each kind of system."""
+"""The kernel's count of out-of-memory kills, in the formats of cgroup v1, cgroup v2 and /proc/vmstat."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VMSTAT = "nr_free_pages 1\noom_kill 7\nnuma_hit 2\n"
             {"memory/job/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 5\n"},
             5,
         ),
-        ("0::/\n", {}, 7),  # no group: the whole machine's count
+        ("0::/\n", {}, 7),  # no cgroup: the whole machine's count
         ("0::/gone\n", {}, 7),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_machine_that_slept_has_no_culprit() -> None:
 @pytest.fixture
 def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
     monkeypatch.setenv(FOLDER, "")  # restored after the test
-    monkeypatch.setattr("shoal.elastic.watch.STACKS_SECONDS", 0.2)  # these processes write none
+    monkeypatch.setattr("shoal.elastic.watch.STACKS_SECONDS", 0.2)  # these processes write no stacks
     watch = Watch(tmp_path / "stacks", tmp_path)
     yield watch
     watch.close()
@@ -119,7 +119,7 @@ def test_a_stopped_process_is_named_when_somebody_is_late(
     assert hang.stacks is not None
     assert hang.stacks.parent == tmp_path / "stacks"
     assert f"rank 5: forward of step 12; process {pids[1]} is sleeping" in hang.stacks.read_text()
-    watch.start([4, 5], 600.0)  # their successors are not late
+    watch.start([4, 5], 600.0)  # after a restart, the new workers are not late
     assert watch.find_hang(pids) is None
 
 

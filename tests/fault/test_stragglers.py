@@ -1,4 +1,4 @@
-"""The rule for stragglers, on made-up seconds."""
+"""The rule for stragglers, on invented step times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FEW = 3 * IN_A_ROW
 
 
 def warm(peers: list[list[int]], factor: float = 1.3) -> Stragglers:
-    """Return stragglers past their warmup."""
+    """Return a `Stragglers` past its warmup."""
     found = Stragglers(factor, peers, 2)
     for step in range(WARM_UP):
         assert not found.look(step, np.full((sum(map(len, peers)), 2), 9.0 * (step + 1)))
@@ -50,7 +50,7 @@ def test_all_are_equally_slow_and_nobody_is_named() -> None:
 
 
 def test_moments_are_no_slowness() -> None:
-    """Each rank is late at times, none `IN_A_ROW` times."""
+    """Each rank is late at times, but none `IN_A_ROW` times in a row."""
     draw = np.random.default_rng(0)
     ranks = warm([[0, 1, 2, 3]])
     for step in range(500):

@@ -24,7 +24,7 @@ TYPES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
 
 def config(kind: str) -> transformers.PretrainedConfig:
-    """Return configs with each type's peculiarities: fused QKV, Llama 3 frequencies, biases, wide heads, ties."""
+    """Return a config with its type's peculiarity: fused QKV, Llama 3 frequencies, biases, wide heads or a tied head."""
     match kind:
         case "gpt2":
             return transformers.GPT2Config(
@@ -43,7 +43,7 @@ def config(kind: str) -> transformers.PretrainedConfig:
 
 
 def save(kind: str, folder: Path, *, dtype: torch.dtype = torch.float32, shard: str = "60KB") -> Path:
-    """Save a folder of random weights, with random biases and norms, so that a skipped one is noticed."""
+    """Save a folder of random weights, with random biases and norms, so that a skipped tensor is noticed."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config(kind)).to(dtype)
     with torch.no_grad():

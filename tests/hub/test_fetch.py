@@ -98,7 +98,7 @@ def test_force_brings_what_is_new_while_the_old_one_is_read(scene: Scene) -> Non
         start = reader.read(1000)
         fetch_model(NAME, force=True)
         assert start + reader.read() == old
-    assert seen == [True]  # until the new one was complete
+    assert seen == [True]  # the old file stays until the new one is complete
     assert (scene.folder / "model.safetensors").read_bytes() == new
     record = load_record(scene.folder)
     assert record is not None
@@ -282,7 +282,7 @@ def test_what_needs_a_token_says_so_and_no_token_is_shown(scene: Scene, monkeypa
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     fetch_model(NAME)
     hub, elsewhere = (url.removeprefix("http://") for url in (scene.hub.url, scene.hub.elsewhere))
-    assert scene.hub.tokens == {hub: "Bearer hf_right", elsewhere: ""}  # a token stays on the hub
+    assert scene.hub.tokens == {hub: "Bearer hf_right", elsewhere: ""}  # the other host gets no token
 
 
 def test_a_gated_model_says_where_its_terms_are(scene: Scene) -> None:

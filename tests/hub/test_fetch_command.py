@@ -27,7 +27,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(scene: Scene, place: P
     tick = threading.Event()
 
     def kill(file: str) -> None:
-        """Wait until some of the weights are on disk."""
+        """Wait until some of the weights are on disk, then kill the fetch."""
         if file == "model.safetensors":
             while not any(part.stat().st_size for part in scene.partial.glob(".*.part")):
                 tick.wait(0.01)
@@ -42,7 +42,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(scene: Scene, place: P
     scene.hub.asked.clear()
     code, output = place.run(*FETCH, **scene.environment())
     assert code == 0, output
-    first, *rest = scene.hub.asked  # without earlier files
+    first, *rest = scene.hub.asked  # earlier files are not fetched again
     assert re.fullmatch("model.safetensors from [1-9][0-9]*", first)
     assert rest == ["tokenizer.json from 0"]
     assert scene.there()["model.safetensors"] == scene.repository.files["model.safetensors"]
@@ -99,7 +99,7 @@ def on_a_terminal(place: Place, scene: Scene) -> str:
     try:
         while piece := os.read(ours, 65536):
             shown += piece
-    except OSError:  # how a terminal ends
+    except OSError:  # reading a closed terminal raises it
         pass
     os.close(ours)
     assert process.wait(60) == 0, shown

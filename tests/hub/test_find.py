@@ -86,7 +86,7 @@ def test_where_nobody_can_tell_whether_there_is_one(name: str, why: str, monkeyp
     plain = Path.exists
 
     def exists(path: Path) -> bool:
-        if path.parent.name == "locked":  # as Python 3.11 has it below a folder without rights
+        if path.parent.name == "locked":  # as in Python 3.11 below a folder without permissions
             raise PermissionError(13, "no right", str(path))
         return plain(path)
 
@@ -132,5 +132,5 @@ def test_a_path_that_nobody_may_look_at_has_none_near(monkeypatch: pytest.Monkey
     def refuse(*_: object, **__: object) -> bool:
         raise PermissionError
 
-    monkeypatch.setattr(Path, "is_dir", refuse)  # as Python 3.11 and 3.12 do in a folder without rights
+    monkeypatch.setattr(Path, "is_dir", refuse)  # as Python 3.11 and 3.12 do in a folder without permissions
     assert near_path("/locked/books") == ""

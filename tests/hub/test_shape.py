@@ -84,7 +84,7 @@ def test_a_key_that_nobody_knows_is_told_of() -> None:
 
 @pytest.mark.parametrize("kind", small.TYPES)
 def test_older_and_newer_spellings_say_the_same(kind: str) -> None:
-    """Compare spellings: `write_shape` writes that of transformers 4, and transformers 5 wrote the folder."""
+    """Compare spellings: `write_shape` writes the one of transformers 4, and the folder has the one of transformers 5."""
     from shoal.config.options import Model
 
     values = read_shape(said(kind), "new").values
@@ -221,7 +221,7 @@ def test_a_tied_head_is_the_embedding_or_refused(tmp_path: Path) -> None:
 
 
 def test_names_without_the_base_model_s_prefix(tmp_path: Path) -> None:
-    """Load names as in the hub's GPT-2: `wte.weight`, with masks beside."""
+    """Load names as in the hub's GPT-2: `wte.weight`, with mask buffers among the weights."""
     folder = small.save("gpt2", tmp_path / "a")
 
     def shorten(tensors: dict[str, torch.Tensor]) -> None:

@@ -19,7 +19,7 @@ TURN_END = 258
 
 
 def talker(folder: Path, kind: str = "llama", *, bos: bool = False) -> Path:
-    """Make a model of 272 rows and 259 tokens: bytes, <|endoftext|>, <|im_start|> and <|im_end|>, which ends a turn."""
+    """Save a model with 272 embedding rows and 259 tokens: bytes, <|endoftext|>, <|im_start|> and <|im_end|>, which ends a turn."""
     save(kind, folder)
     tokenizer = tokenizers.Tokenizer.from_str(byte_tokenizer().to_json())
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])

@@ -85,7 +85,7 @@ def test_what_begins_a_document_stands_first_and_then_all_is_scored(capsys: pyte
 
 @pytest.mark.parametrize("kind", ["none", "named", "put before"])
 def test_the_first_token_is_predicted_after_the_one_that_the_harness_takes(kind: str, tmp_path: Path) -> None:
-    """The harness takes (`prefix_token_id`) the bos_token of transformers' tokenizer, or its eos_token without one."""
+    """The harness's `prefix_token_id` is the bos_token of transformers' tokenizer, or its eos_token if it has no bos_token."""
     from transformers import AutoTokenizer
 
     folder = talker(tmp_path / "model", bos=kind == "put before")
@@ -155,7 +155,7 @@ def test_rows_without_a_token_are_never_written(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
 def test_rows_without_a_token_are_never_chosen(prompts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the limit, the same draws choose some of them."""
+    """Without the limit to known ids, the same draws choose some such rows."""
     plain, chosen, free = generate, list[int](), list[int]()
 
     def watched(*given: Any, **options: Any) -> list[list[int]]:

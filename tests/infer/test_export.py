@@ -136,7 +136,7 @@ def test_what_fails_half_way_leaves_what_was_there(place: Place, monkeypatch: py
 
 
 def test_through_a_link_to_another_disk(place: Place, tmp_path: Path) -> None:
-    """The folder behind the link is replaced, the link stays, and others may read all files."""
+    """The folder behind the link is replaced, the link stays, and all files have the same permissions."""
     (tmp_path / "large").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "large")
     for _ in range(3):

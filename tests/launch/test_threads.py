@@ -118,7 +118,7 @@ import torch
 def test_generate_and_eval_set_what_openmp_reads(
     arguments: list[str], own: dict[str, str], threads: str, spins: str
 ) -> None:
-    """They are set before torch is imported: OpenMP prints what it read."""
+    """The variables are set before torch is imported; OpenMP prints the values that it read."""
     environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")}
     done = subprocess.run(
         [sys.executable, "-c", BUSY, *arguments],

@@ -1,4 +1,4 @@
-"""A process's own time, on a clock that the test advances, and on a device behind its host."""
+"""The time that a process is busy, without waits: on a clock that the test advances, and on a device behind its host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shoal.run.phases import Phases
 
 
 class Turned:
-    """Seconds that advance when the test says so."""
+    """A clock that the test advances."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -28,7 +28,7 @@ class Turned:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Turned:
     turned = Turned()
     monkeypatch.setattr(module, "time", types.SimpleNamespace(perf_counter=lambda: turned.now))
-    # in place of a collective: takes the given seconds
+    # replaces the wait for a collective, and takes the given seconds
     monkeypatch.setattr(dist.Work, "wait", lambda work, seconds=0.0: turned.go_on(seconds))
     return turned
 
@@ -39,7 +39,7 @@ def waited(seconds: float) -> None:
 
 
 def take(busy: Busy, clock: Turned, *phases: tuple[str, float, float]) -> None:
-    """Take a step of phases, each with seconds of own work and of waiting."""
+    """Take a step of phases: (name, seconds of work, seconds of waiting)."""
     observed = Phases([busy])
     busy.begin()
     for name, own, wait in phases:
@@ -94,7 +94,7 @@ def test_on_cuda_nobody_waits_for_an_event_and_the_first_turn_stands_for_all(
     clock: Turned, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Event:
-        """Knows when it was recorded; is over once `done` is set. It has no `synchronize`."""
+        """A fake CUDA event that knows when it was recorded, and is over once `done` is set. It has no `synchronize`."""
 
         done = False
 

@@ -16,7 +16,7 @@ PAIR = (torch.bfloat16, torch.float32)
 
 
 class Machine:
-    """Multiplies at the given FLOP/s by dtype and size; `taken`: the products requested."""
+    """A fake machine that multiplies at the given FLOP/s by dtype and size; `taken`: the products requested."""
 
     def __init__(self, rate: Callable[[torch.dtype, int], float]) -> None:
         self.now, self.rate = 0.0, rate
@@ -65,8 +65,8 @@ def test_no_product_outlasts_the_deadline(
 def test_it_stops_when_the_answer_is_clear(machine: Callable[..., Machine]) -> None:
     slow = machine(lambda dtype, n: 1e9 if dtype == torch.bfloat16 else 1e11)
     product_rates(PAIR, CPU, 0.4, clear=1.25)
-    assert {n for _, n in slow.taken} == {SIZES[0]}  # a hundredth
-    half = machine(lambda dtype, n: 1e11 if dtype == torch.bfloat16 else 2e11)  # small ones may say otherwise
+    assert {n for _, n in slow.taken} == {SIZES[0]}  # at a hundredth of the rate, the smallest size decides
+    half = machine(lambda dtype, n: 1e11 if dtype == torch.bfloat16 else 2e11)  # small products may mislead
     product_rates(PAIR, CPU, 0.4, clear=1.25)
     assert max(n for _, n in half.taken) == products.LARGE_ENOUGH
     near = machine(lambda dtype, n: 1e11 if dtype == torch.bfloat16 else 1.1e11)

@@ -18,7 +18,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 GROUPED: dict[str, Any] = {**COMMON, "num_key_value_heads": 2}
 
-# The comments give the reason for each.
+# The comments say what each family tests.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     # soft caps on scores and logits, windows on every other layer, scaled embeddings that are the head, 1 + weight norms
     "gemma2": ("gemma2", {

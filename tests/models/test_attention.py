@@ -80,7 +80,7 @@ def written_out(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.T
 def test_on_cuda_grouped_heads_are_repeated_where_no_fused_kernel_takes_them(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, masked: bool, key_heads: int
 ) -> None:
-    """Return the arguments that torch gets from `attend` on a mocked CUDA device; check the result."""
+    """Check the arguments that `attend` passes to torch on a simulated CUDA device, and the result."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 32, heads, 8, generator=generator).to(dtype) for heads in (6, 2, 2))
     mask = document_mask(torch.arange(32).expand(2, -1) // 9) if masked else None
@@ -129,7 +129,7 @@ def test_a_bitwise_run_is_strict_and_what_cannot_is_named() -> None:
     try:
         take_deterministic_kernels()
         assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # with it flash and efficient add in any order
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # flash and efficient would add in any order
         with pytest.raises(RuntimeError) as raised:
             torch.zeros(4).put_(torch.tensor([1, 1]), torch.ones(2))
         assert not_deterministic(raised.value) == "put_"
@@ -161,11 +161,11 @@ def test_cublas_without_its_variable_is_named() -> None:
 def test_a_run_asks_for_strict_determinism_on_cuda_where_it_is_bitwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, repro: str, strict: bool
 ) -> None:
-    """Determinism is set before the model is built and any of it has run."""
+    """Determinism is set before the model is built, so before any of it runs."""
     seen = []
 
     class Enough(Exception):
-        """Stand in for a missing device, on which no model can be built."""
+        """Raised instead of building the model, whose device may be missing."""
 
     def look(*_: Any, **__: Any) -> None:
         seen.append(
@@ -184,7 +184,7 @@ def test_a_run_asks_for_strict_determinism_on_cuda_where_it_is_bitwise(
 
 
 def test_decoding_plans_for_no_length() -> None:
-    """cuDNN is off while tokens are generated, and on again afterwards, also after an error."""
+    """cuDNN attention is off while tokens are generated, and on again afterwards, also after an error."""
     assert torch.backends.cuda.cudnn_sdp_enabled()
     model, seen = random_pair(LLAMA)[0].eval(), []
 

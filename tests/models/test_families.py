@@ -108,7 +108,7 @@ def test_a_block_is_one_graph(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_no_function_returns_a_tensor_that_two_operations_gave(dtype: torch.dtype) -> None:
-    """Compiled by torch 2.11, one that does has zero gradients: see `multiplied`. Any torch shows the pattern."""
+    """Such a function has zero gradients when torch 2.11 compiles it: see `multiplied`. The test finds it with any torch."""
     results: dict[str, list[str]] = {}  # by autograd function: the operations that returned its forward's result
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:

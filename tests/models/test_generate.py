@@ -53,7 +53,7 @@ def test_a_batch_equals_each_prompt_alone(model: LanguageModel) -> None:
 
 def test_the_seed_decides(llama: LanguageModel) -> None:
     first = generate(llama, PROMPTS, max_new_tokens=16, temperature=1.0, seed=1)
-    torch.manual_seed(123)  # which it must not use
+    torch.manual_seed(123)  # generation must not use this seed
     assert first == generate(llama, PROMPTS, max_new_tokens=16, temperature=1.0, seed=1)
     assert first != generate(llama, PROMPTS, max_new_tokens=16, temperature=1.0, seed=2)
 
@@ -88,7 +88,7 @@ PROBABILITIES = torch.tensor([0.02, 0.4, 0.08, 0.25, 0.0, 0.15, 0.1], dtype=torc
         (Sampling(temperature=1.0, top_k=100), [0, 1, 2, 3, 5, 6]),
         (Sampling(temperature=1.0, top_p=0.7), [1, 3, 5]),  # 0.4 + 0.25 is not yet 0.7
         (Sampling(temperature=1.0, top_p=0.64), [1, 3]),
-        (Sampling(temperature=1.0, top_k=4, top_p=0.7), [1, 3]),  # 0.7 of the remaining 0.9
+        (Sampling(temperature=1.0, top_k=4, top_p=0.7), [1, 3]),  # top_p applies to the remaining 0.9
         (Sampling(temperature=0.5, top_p=0.9), [1, 3, 5]),  # of 0.16, 0.0625, 0.0225, ...
     ],
     ids=str,

@@ -78,7 +78,7 @@ def regions_of(layout: str, rank: int, size: int) -> list[Region]:
 
 
 def same_bits(mesh: Mesh, layout: str, dtype: torch.dtype | None = None) -> tuple[int, int]:
-    """Return how often this rank orthogonalized, and ran an all-to-all."""
+    """Compare this rank's bits with one process's; return how often it orthogonalized, and ran an all-to-all."""
     team = Axis(mesh.world_size, mesh.place.rank, dist.group.WORLD)
     regions = regions_of(layout, team.rank, team.size)
     alone = trained([Region.whole(shape) for shape in SHAPES], Axis(), dtype)
@@ -94,7 +94,7 @@ def same_bits(mesh: Mesh, layout: str, dtype: torch.dtype | None = None) -> tupl
 
 
 def stages(mesh: Mesh) -> None:
-    """Several teams at a time, each with its own matrices."""
+    """Train several teams at a time, each with its own matrices."""
     team = laid_out(mesh, pp=2, dp_replicate=1, dp_shard=2).axis("stage")
     alone = trained([Region.whole(shape) for shape in SHAPES], Axis())
     regions = [Region.whole(shape).chunk(0, team.rank, 2) for shape in SHAPES]
@@ -153,7 +153,7 @@ def test_against_its_paper_in_float64(nesterov: bool, device: str) -> None:
     Newton-Schulz equals its closed form, the polynomial of each singular value (Jordan 2024); the update is written out
     (Liu et al. 2025, section 2).
     """
-    tolerance = 2e-5 if device == "cpu" else 2e-2  # of an update's norm: float32, bfloat16
+    tolerance = 2e-5 if device == "cpu" else 2e-2  # relative to the updates' norm: float32, bfloat16
     for shape in SHAPES:
         start = drawn(0, *shape).to(device)
         mine = shard("w", Region.whole(shape), start)
@@ -197,7 +197,7 @@ def test_singular_values_become_about_one(shape: tuple[int, int]) -> None:
     values = torch.linspace(0.1, 1.0, min(shape))
     out = orthogonalize((u * values) @ vh, 5)
     inside = u.t() @ out @ vh.t()
-    assert torch.allclose(inside, inside.diag().diag(), atol=1e-5)  # the singular vectors remain
+    assert torch.allclose(inside, inside.diag().diag(), atol=1e-5)  # the singular vectors stay the same
     assert float(inside.diag().min()) > 0.68
     assert float(inside.diag().max()) < 1.16
 
@@ -238,7 +238,7 @@ def test_small_matrices_fill_a_round_that_a_large_one_opens() -> None:
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8, 64])
 def test_a_round_is_bounded_by_its_first_matrix(processes: int) -> None:
-    """No rank exceeds its bounds on work and memory, for GPT-2's matrices and odd ones."""
+    """No rank exceeds its bounds on work and memory, for GPT-2's matrices and odd shapes."""
     shapes = [*[(768, 768)] * 48, *[(3072, 768), (768, 3072)] * 12, (8, 500_000), (37, 101), (1, 1)]
     rounds = assign_owners(shapes, processes)
     assert sorted(i for owners in rounds for i in owners) == list(range(len(shapes)))

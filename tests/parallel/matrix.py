@@ -3,12 +3,12 @@ The matrix: every layout of at most 8 processes, with each family, precision, ch
 
     cells()            all of them; `refused(cell)` returns shoal's reasons to reject one
     Bench.run(cell)    measures its first step on real processes against one process
-    problem(cell, ..)  why that is not good enough, or None
-    cover()            few cells with every layout, and every pair of features and values that can be combined
+    problem(cell, ..)  what is wrong with the measurements, or None
+    cover()            few cells, with every layout and every pair of features and values that can be combined
     thin()             even fewer, with every feature and value
 
-`scripts/matrix.py` runs all of it and writes docs/matrix.md; `test_matrix.py` runs what `cover()` gives, and
-`make test-torch` what `thin()` gives.
+`scripts/matrix.py` runs all of it and writes docs/matrix.md; `test_matrix.py` runs the cells of `cover()`, and
+`make test-torch` those of `thin()`.
 """
 
 from __future__ import annotations
@@ -63,18 +63,18 @@ class Cell:
 
     @property
     def values(self) -> frozenset[str]:
-        """Return its layout's features and its values on the other axes."""
+        """Return the features of the cell's layout, and its values on the other axes."""
         values = (self.family, self.dtype, f"checkpointing {self.checkpointing}", f"compile {self.compile}")
         return self.setup.features.union(values)
 
     @property
     def pairs(self) -> frozenset[tuple[str, str]]:
-        """Return all pairs of its values."""
+        """Return all pairs of the cell's values."""
         return frozenset(itertools.combinations(sorted(self.values), 2))
 
     @property
     def cost(self) -> float:
-        """Return its approximate seconds: processes share few cores, and compiling is slow."""
+        """Return the cell's approximate seconds: processes share few cores, and compiling is slow."""
         return self.processes * (8.0 if self.compile else 0.4)
 
     def config(self, folder: Path) -> Config:
@@ -119,7 +119,7 @@ def cover() -> tuple[Cell, ...]:
     chosen: list[Cell] = []
 
     def take(pool: Iterable[Cell]) -> None:
-        best = max(pool, key=lambda cell: len(pairs[cell] & left) / cell.cost)  # the first of equals
+        best = max(pool, key=lambda cell: len(pairs[cell] & left) / cell.cost)  # the first if several are equal
         chosen.append(best)
         left.difference_update(pairs[best])
 
@@ -163,7 +163,7 @@ class Measured:
     total: float  # norm of the whole gradient's error, relative
     worst: float  # the same of the worst parameter, beyond 1e-8 of the whole gradient's norm
     parameter: str  # the worst one
-    own_loss: float  # the first three, of one process in the cell's precision: the error of rounding alone
+    own_loss: float  # loss, norm and total of one process in the cell's precision: the error of rounding alone
     own_norm: float
     own_total: float
     same_bits: bool | None  # with train.repro bitwise: whether the bits equal those of `Setup.same_bits`
@@ -226,7 +226,7 @@ class Bench:
         )  # fmt: skip
 
     def _same_bits(self, cell: Cell) -> tuple[Step, Gradients]:
-        """Run the reference for bits. Compiled code needs equal checkpointing; without compiling, it changes no bits."""
+        """Run the reference of the bitwise check. It needs the cell's checkpointing only if compiled; else that changes no bits."""
         setup = cell.setup.same_bits
         options = setup.options | {"train__dtype": cell.dtype}
         if cell.compile:

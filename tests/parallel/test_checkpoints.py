@@ -45,7 +45,7 @@ REPLICAS: list[tuple[int, dict[str, Any]]] = [
 ]
 
 
-HELD_OUT = 960  # tokens: 20 rows, so that each of four replicas has some, and one has more
+HELD_OUT = 960  # tokens: 20 rows, which three replicas share unequally
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""Models of transformers in layouts: the gradients of one process, and its bits if they are promised."""
+"""transformers models in parallel layouts: the gradients of one process, and its exact bits if these are promised."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ SHAPE: dict[str, Any] = {
 
 
 def peak_bytes(mesh: Mesh, config: Config) -> tuple[int, int, int, int]:
-    """Return, in a worker: (peak of a step, bytes between steps, parameters in total, of the largest block)."""
+    """Return, in a worker: (peak bytes of a step, bytes between steps, number of parameters, parameters of a block)."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     take_step(run)
     run.runnable.forget_gradients()
@@ -42,22 +42,22 @@ def peak_bytes(mesh: Mesh, config: Config) -> tuple[int, int, int, int]:
 def test_a_process_holds_its_share_the_root_and_two_blocks(
     world: Callable[[int], World], tmp_path: Path, degree: int, repro: str
 ) -> None:
-    """Weights, gradients and moments are divided by N; only two blocks and the rest are unsharded, with gradients."""
+    """Weights, gradients and moments are divided by N; only two blocks and the root are unsharded at a time, with gradients."""
     options: dict[str, Any] = {"parallel__dp_shard": degree, "train__repro": repro, "train__global_batch": degree}
     found = world(degree).run(peak_bytes, config_of(tmp_path, "memory", **options, **SHAPE))
     whole, block = found[0][2:]
     promised = 16 * whole / degree + 8 * (whole - 24 * block + 2 * block)
     peaks = sorted(peak for peak, *_ in found)
     assert all(held <= 12 * whole / degree * 1.01 for _, held, *_ in found)  # between steps: no gradients
-    # A tree's node and the parts received for it are one or two blocks more. gloo's thread frees a message only when it
-    # is scheduled, so some ranks have more than others.
+    # In bitwise mode, a node of the summation tree and the parts received for it take one or two blocks more. gloo's
+    # thread frees a message only when it is scheduled, so some ranks use more than others.
     least, most = (1.1, 1.25) if repro == "fast" else (1.4, 1.6)
     assert peaks[0] <= least * promised
     assert peaks[-1] <= most * promised
 
 
 def live_gradients(mesh: Mesh, config: Config) -> tuple[int, list[int]]:
-    """Return, in a worker: gradients after a first step, and how many of them are alive in each forward of the second."""
+    """Return, in a worker: the number of gradients after step 1, and how many are still alive in each forward of step 2."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     take_step(run)
     shards = run.runnable.shards

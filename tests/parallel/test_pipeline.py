@@ -248,7 +248,7 @@ def messages_of_an_evaluation(mesh: Mesh, schedule: Schedule, count: int) -> lis
 
 def test_messages_of_one_slot_go_out_together(world: Callable[[int], World]) -> None:
     """
-    Four stages interleaved on two ranks, three micro-batches. By hand, one column per slot:
+    Four stages interleaved on two ranks, three micro-batches. The expected order, one column per slot:
 
         stage 0   1 2 . . 3 . . .
         stage 1   . 1 2 . . 3 . .

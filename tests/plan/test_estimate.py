@@ -61,7 +61,7 @@ def test_flops_equal_the_flop_counter(name: str) -> None:
     model = build_model(SHAPES[name], compute_dtype=torch.float32)
     initialize(model, 0, "cpu")
     tokens = torch.zeros((2, 24), dtype=torch.long)
-    # Plain math consists of products that the counter knows. It computes all pairs: the "full" convention.
+    # The math kernel consists of products that the counter knows. It computes all pairs of positions: the "full" convention.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         linear_cross_entropy_sum(model(tokens), model.head_weight(), tokens).backward()
     assert flops_per_token(SHAPES[name], 24, "full") * 2 * 24 == counter.get_total_flops()

@@ -67,13 +67,13 @@ def test_what_is_advised_is_what_is_not_done_yet() -> None:
     done = config(micro_batch=1, activation_checkpointing="full").replace("parallel", dp_shard=4)
     assert "micro_batch" not in what_would_fit(done, 4)
     assert "activation_checkpointing" not in what_would_fit(done, 4)
-    assert "parallel.dp_shard" in what_would_fit(done, 4)  # over more processes
+    assert "parallel.dp_shard" in what_would_fit(done, 4)  # sharded over more processes
     assert "parallel.dp_replicate 1" in what_would_fit(config().replace("parallel", dp_replicate=2, dp_shard=2), 4)
 
 
 def test_nothing_is_advised_that_would_be_refused() -> None:
     pipelined = config().replace("parallel", pp=2, pp_schedule="zbv")
-    assert "activation_checkpointing" not in what_would_fit(pipelined, 2)  # its schedule has none
+    assert "activation_checkpointing" not in what_would_fit(pipelined, 2)  # zbv supports no checkpointing
     assert "micro_batch" in what_would_fit(pipelined, 2)
 
 

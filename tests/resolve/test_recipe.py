@@ -1,4 +1,4 @@
-"""Valid YAML that makes no recipe: each a problem with its line, without a traceback."""
+"""Texts that are not valid recipes: each is reported with its line, without a traceback."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def test_a_spike_is_left_out_and_not_learnt_from() -> None:
 
 
 def test_muon_leaves_all_as_it_was_without_asking_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the host does not wait to learn whether a step counts; here with the same arithmetic on a CPU."""
+    """On a GPU the host does not wait to learn whether a step is skipped; the test runs the same arithmetic on a CPU."""
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(6, 4))
     shard = Shard("blocks.0.w", Region.whole(weight.shape), weight, weight)

@@ -106,7 +106,7 @@ def test_a_lost_gradient_is_named(
     for text in everywhere(world, size, function, config):
         assert "train.compile:" in text
         assert "blocks.2.ffn.gate.weight" in text
-        assert "1.0e+00" in text  # all of it is missing
+        assert "1.0e+00" in text  # the relative error: the whole gradient is missing
 
 
 def trained(mesh: Mesh, config: Any) -> dict[str, Any]:
@@ -204,9 +204,9 @@ LOSS = (1e-7, 1e-7, 6.0, 6.0)
         ((9e-6, 1e-6, 1.0, 1.0), (1e-6, 1e-6, 1.0, 1.0), "a", 0),
         ((1.2e-5, 1e-6, 1.0, 1.0), (1e-6, 1e-6, 1.0, 1.0), "a", 1),
         ((1e-6, 1e-6, 1.0, 1.0), (math.nan, 1e-6, 1.0, math.nan), "b", 1),
-        # rounding would allow more than its size, but it is zero
+        # rounding would allow a difference of the gradient's size, but the compiled gradient is zero
         ((0.1, 0.3, 1.0, 1.0), (1.0, 0.3, 1.0, 0.0), "b", 1),
-        # only rounding noise: there is no size to compare with
+        # a gradient that is only rounding noise has no size to compare with
         ((1e-6, 1e-6, 1.0, 1.0), (2e-9, 1e-9, 1e-9, 1e-9), "a", 0),
     ],
 )

@@ -66,7 +66,7 @@ def damaged(folder: Path, step: int) -> None:
 def test_on_a_gpu_memory_for_saves_on_disk_is_asked_for_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, prepared: list[str]
 ) -> None:
-    """Memory of the fast tier is not allocated up front: its room is checked at its first save."""
+    """Memory of the fast tier is not allocated up front: its free space is checked at its first save."""
     asked: list[tuple[str, bool]] = []
     with opened(config_in(tmp_path, "prepared")) as run:
         monkeypatch.setattr(
@@ -195,7 +195,7 @@ def test_each_machine_has_memory_of_its_own(
     assert resumed(apart(smaller, 0)) == alone  # the other node is lost
     with opened(apart(smaller, 0)) as run:
         complete(run)
-    assert [p.name for p in tmp_path.glob("fast*")] == ["fast-1"]  # of the one that was lost
+    assert [p.name for p in tmp_path.glob("fast*")] == ["fast-1"]  # of the lost node
 
 
 def test_what_one_machine_still_has_is_for_all_where_another_takes_the_place_of_the_lost_one(

@@ -1,4 +1,4 @@
-"""A run that started from a model folder resumes without it: its checkpoint has the weights, and it keeps the rest."""
+"""A run started from a model folder resumes without it: the checkpoint has the weights, and the run copies of the rest."""
 
 from __future__ import annotations
 

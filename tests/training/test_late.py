@@ -24,7 +24,7 @@ STEP_SECONDS = 2.0
 
 
 class Device(Moment):
-    """On a device whose steps take two seconds, and that is busy at the first query."""
+    """A moment on a device whose steps take two seconds, and which is busy at the first query."""
 
     now: ClassVar[float] = 0.0
 
@@ -54,7 +54,7 @@ def test_a_run_that_reads_late_is_the_same_run(tmp_path: Path, monkeypatch: pyte
     late = trained("late")
     for records in (at_once, late):
         assert [r.step for r in records] == list(range(1, 8))
-        assert [r.step_seconds for r in records] == [STEP_SECONDS] * 7  # the last one's, too
+        assert [r.step_seconds for r in records] == [STEP_SECONDS] * 7  # including the last step
         assert [(r.split_seconds or {})["step"] for r in records] == list(range(1, 8))
         assert all((r.split_seconds or {})[phase] > 0 for r in records for phase in PHASES)
     assert [(r.loss, r.grad_norm, r.tokens) for r in late] == [(r.loss, r.grad_norm, r.tokens) for r in at_once]
@@ -80,7 +80,7 @@ def test_a_real_moment_is_when_it_was_made_on_a_cpu() -> None:
 
 
 class Slow(Moment):
-    """Comes when the device reaches its number."""
+    """A moment that comes when the device reaches its number."""
 
     reached: ClassVar[list[int]] = []
     made: ClassVar[int] = 0
@@ -110,7 +110,7 @@ def test_a_page_says_where_the_device_is_while_its_host_waits(tmp_path: Path, mo
         for phase in ("forward", "backward", "optimizer"):
             progress.enter(phase)
     until = page.read().until
-    assert (page.read().step, page.read().phase) == (5, "optimizer")  # the host
+    assert (page.read().step, page.read().phase) == (5, "optimizer")  # where the host is
     seen = []
 
     def looks(seconds: float) -> None:
@@ -125,6 +125,6 @@ def test_a_page_says_where_the_device_is_while_its_host_waits(tmp_path: Path, mo
     host = (5, 3, "optimizer")
     assert seen == [host, (4, 1, "forward"), (4, 2, "backward"), (4, 3, "optimizer"), (5, 1, "forward")]
     sign = page.read()
-    assert (sign.step, sign.turn, sign.phase) == host  # the host continues
+    assert (sign.step, sign.turn, sign.phase) == host  # the page shows the host again
     assert sign.until == until
     assert not math.isinf(until)

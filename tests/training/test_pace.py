@@ -44,7 +44,7 @@ def trained(mesh: Mesh, config: Config, faults: list[dict[str, Any]]) -> tuple[l
 
 
 def named_slow(config: Config) -> list[dict[str, Any]]:
-    """Return the stragglers as slow as planned: phases of milliseconds may be delayed by other programs."""
+    """Return the stragglers that are as slow as planned. Other programs may delay phases of milliseconds."""
     return [e for e in events(config, "straggler") if e["seconds"] >= SECONDS]
 
 
@@ -59,7 +59,7 @@ def test_the_slow_ranks_and_their_phases_are_named_within_a_few_steps(
     assert len(named) == len(planned)
     assert {(e["phase"], e["rank"]) for e in named} == planned
     for each in named:
-        assert BEGINS + IN_A_ROW - 1 <= each["step"] <= BEGINS + LASTS - 1  # the lower bound on an idle machine
+        assert BEGINS + IN_A_ROW - 1 <= each["step"] <= BEGINS + LASTS - 1  # at the lower bound on an idle machine
         assert each["seconds"] >= SECONDS > each["others_seconds"]
 
 

@@ -56,7 +56,7 @@ def test_scale_and_weights_are_those_of_torchs_grad_scaler(monkeypatch: pytest.M
 
 
 def in_float16(mesh: Mesh, config: Config, steps: int) -> tuple[Step, list[float]]:
-    """Train in float16 on a CPU, with shoal's check for its slowness disabled; return the scale after each step."""
+    """Train in float16 on a CPU, without shoal's rejection of slow dtypes; return the first step, and the scale after each step."""
     with patch("shoal.training.finish_config.check_dtype"):
         step = first_step(mesh, config)
         run = Run.open(

@@ -32,7 +32,7 @@ ALONE = Mesh(Place(), torch.device("cpu"))
         ("auto", None, "float32"),  # no instructions: nothing is measured
         ("auto", [2.0, 1.0], "bfloat16"),
         ("auto", [1.0, 2.0], "float32"),
-        ("auto", [0.0, 0.0], "float32"),  # there was no time
+        ("auto", [0.0, 0.0], "float32"),  # there was no time to measure
         ("bfloat16", None, "bfloat16"),
         ("float32", None, "float32"),
     ],
@@ -50,12 +50,12 @@ def test_auto_is_float32_unless_bfloat16_was_seen_to_be_faster(
 
 
 def seeing(quick: bool, rates: list[float]) -> AbstractContextManager[Any]:
-    """Patch what this process finds of its device: bfloat16's instructions, and products a second."""
+    """Patch the detected hardware: whether the CPU has bfloat16 instructions, and the rates of matrix products."""
     return mock.patch.multiple(settle, multiplies_bfloat16=lambda: quick, product_rates=lambda *_, **__: rates)
 
 
 def settle_with(mesh: Mesh, ratios: list[float]) -> str:
-    """Choose the dtype on a rank where bfloat16 is `ratio` times as fast as float32; 0: without the instructions."""
+    """Choose the dtype on a rank where bfloat16 is `ratio` times as fast as float32; 0: no bfloat16 instructions."""
     ratio = ratios[mesh.place.rank]
     with mock.patch.multiple(settle, multiplies_bfloat16=lambda: ratio > 0, product_rates=lambda *a, **o: [ratio, 1.0]):
         return choose_dtype("auto", mesh)
@@ -71,7 +71,7 @@ def test_all_ranks_settle_on_the_same(ratios: list[float], settled: str, world: 
 def test_slow_bfloat16_is_told_by_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settle, "product_rates", lambda *args, **options: [1.0, 97.0])
     assert re.search(r"\b97 times", describe_slow_bfloat16(ALONE.device))
-    monkeypatch.setattr(settle, "product_rates", lambda *args, **options: [0.0, 0.0])  # there was no time
+    monkeypatch.setattr(settle, "product_rates", lambda *args, **options: [0.0, 0.0])  # there was no time to measure
     assert "far longer" in describe_slow_bfloat16(ALONE.device)
 
 

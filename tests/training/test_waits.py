@@ -82,7 +82,7 @@ def waits_of_a_step(mesh: Mesh, config: Any, planted: str | None = None) -> list
         judge = run.guard.judge
         run.guard.judge = lambda loss, norm: (loss.tolist(), judge(loss, norm))[1]  # type: ignore[method-assign]
     if planted == "backward":
-        # None: a hook's return value would replace the gradient
+        # the hook returns None: any other value would replace the gradient
         weight = run.runnable.shards[0].parameter
         weight.register_post_accumulate_grad_hook(lambda p: (p.grad.max().item(), None)[1])
     batches, rehearsal = run.loader.next_step(), Rehearsal()

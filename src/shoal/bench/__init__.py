@@ -1,1 +1,1 @@
-"""Benchmarks of the training step, the certificate of a layout, and a description of the machine."""
+"""Benchmarks of the training step, the check of a parallel layout (`shoal verify`), and a description of the machine."""

@@ -31,7 +31,7 @@ VARIABLES = (
 
 
 def describe() -> str:
-    """Return versions, devices, threads, memory and commit, one per line; no paths and no other variables, so no secrets."""
+    """Return versions, devices, threads, memory and commit, one per line. No paths and only `VARIABLES`, so no secrets."""
     lines = {"shoal": f"{__version__}{_git()}", "python": platform.python_version(), "system": platform.platform()}
     for package in PACKAGES:
         try:

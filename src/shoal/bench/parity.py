@@ -159,7 +159,7 @@ def certify(
 
 
 def _references(config: Config, mesh: Mesh, rows: Rows) -> tuple[Trace | None, Trace | None]:
-    """Return the steps of one process, and the same with another order of sums; None on ranks other than 0, which wait."""
+    """Return two traces of rank 0 alone, the second with sums in another order. Other ranks wait, and get None twice."""
     found: tuple[Trace | None, Trace | None] = (None, None)
     if mesh.is_first:
         alone = Mesh(Place(), mesh.device)
@@ -202,7 +202,7 @@ def _take_steps(config: Config, mesh: Mesh, rows: Rows, console: Console | None 
 
 
 def _assemble(config: Config, mesh: Mesh, say: Callable[[str], None]) -> tuple[Runnable, TrainState]:
-    """Assemble as a run does, with a float16 loss scale at which the first step does not overflow."""
+    """Assemble model and state as a run does, with a float16 loss scale at which the first step does not overflow."""
     runnable, state = assemble(config, mesh, say)
     if state.scaler is not None:
         state.scaler.scale.fill_(1024.0)
@@ -234,7 +234,7 @@ def compare(
 
 
 def _numbers(what: str, mine: list[float], alone: list[list[float]], mesh: Mesh, *, bitwise: bool) -> Finding:
-    """Compare one number per step. alone: on rank 0, those of one process, in both orders of summation."""
+    """Compare one number per step. alone: the numbers of one process, in both orders of summation; empty on other ranks."""
     first, second = _shared(torch.tensor(alone or [mine, mine], dtype=torch.float64), mesh)
     differences = ((torch.tensor(mine, dtype=torch.float64) - first) / first).abs().nan_to_num(nan=math.inf)
     # one step's spread may be small by chance: use the largest of all steps, and at least float32's resolution
@@ -248,7 +248,7 @@ def _tensors(
     power: int, bitwise: bool,
 ) -> Finding:  # fmt: skip
     """
-    Return the worst parameter, by the norm (of this power) of the difference relative to the norm of the expected value.
+    Return the parameter whose difference is largest relative to the allowed one. Both are norms of this `power`.
 
     An Adam update is almost the gradient's sign, which rounding may flip for an element near zero. One flip would dominate
     a sum of squares, so updates are compared by the sum of absolute values, with one flip allowed.
@@ -272,7 +272,7 @@ def _tensors(
     numel = torch.tensor([float(runnable.shapes[name].numel()) for name in names])
     sums[:, 0] *= numel / sums[:, 3]  # the mean over replicas, each of which was compared
     difference, spread, size = sums[:, :3].pow(1 / power).unbind(1)
-    # A tensor that is pure rounding (a key bias) has no size to compare with: add a small part of the whole model's size.
+    # A gradient that is pure rounding error (of a key bias) has no meaningful size: add a small part of the whole model's.
     usual = (spread / size.clamp(min=1e-30)).median()
     floor = usual * size + 1e-7 * size.pow(power).sum().pow(1 / power) / len(names) ** (1 / power)
     allowed = ALLOWANCE * torch.maximum(spread, floor)
@@ -304,7 +304,7 @@ def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:
     aside = folder / "checkpoints"
     if mesh.is_first:
         shutil.rmtree(aside, ignore_errors=True)  # left by a killed verification
-    store = CheckpointStore(aside, mesh, keep=Keep(1, best=False))  # with a barrier
+    store = CheckpointStore(aside, mesh, keep=Keep(1, best=False))  # contains a barrier
     runnable, state = _assemble(config, mesh, lambda _: None)
     loader = open_loader(config, mesh, rows)
     for step in range(1, STEPS + 1):

@@ -42,7 +42,7 @@ def bench_speed(
     as_json: bool,
     narrator: Narrator,
 ) -> None:
-    """Print tokens/s, time by phase, and MFU or the rate relative to a matrix product. recipe: None is a 10M-parameter model."""
+    """Print tokens/s, time by phase, and MFU or the rate relative to a matrix product. recipe: None uses a 10M-parameter model."""
     if peers and not (importlib.util.find_spec("transformers") and importlib.util.find_spec("accelerate")):
         raise ShoalError("--peers needs transformers and accelerate: pip install 'shoal[peers]'")
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
@@ -133,7 +133,7 @@ def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _of_a_product(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the rate of the model's FLOPs, and its share of the best rate of a matrix product or a step."""
+    """Return the model's FLOP/s, and the ratio to the best FLOP/s of any matrix product or step."""
     rates = [run["model_flops"] for run in runs]
     best = max(*rates, *(run["product_flops"] for run in runs))
     return {

@@ -68,13 +68,13 @@ def main(recipe: Path, answer: Path) -> None:
 
 
 def peer_config(model: Model, vocab_size: int) -> PretrainedConfig:
-    """Return the same shape as transformers' config."""
+    """Return the transformers config of the same architecture."""
     shape = resolve_shape(dataclasses.replace(model, vocab_size=vocab_size))
     return AutoConfig.for_model(**write_shape(shape))
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Random tokens: free to look up, and as fast to train on as any others."""
+    """Random tokens: they cost no reading time, and training on them takes as long as on text."""
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         rows = (config.train.steps or 12) * config.train.global_batch

@@ -25,7 +25,7 @@ def rendezvous(args: argparse.Namespace, overrides: list[Override], argv: list[s
     from shoal.system.network import read_address
 
     if args.while_used and os.fork():
-        os._exit(0)  # detach: a launcher that ends or forwards a signal then does not reach it
+        os._exit(0)  # detach: the launcher's end, or a signal that it forwards, then does not affect the server
     from shoal.elastic.rendezvous import serve
 
     address = read_address(args.address)

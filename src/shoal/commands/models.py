@@ -35,7 +35,7 @@ def fetch(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
 
 
 def _expanded(to: Path | None) -> Path | None:
-    """Expand `~`, which shells do not in --to=~/x."""
+    """Expand `~`, because shells do not expand it in --to=~/x."""
     try:
         return to and to.expanduser()
     except RuntimeError as error:
@@ -85,7 +85,7 @@ def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str
             chat = open_chat(wanted, system=args.system, max_new_tokens=limit, sampling=sampling, narrator=narrator)
         else:
             generate_text(wanted, prompts=args.prompt, max_new_tokens=limit, sampling=sampling, narrator=narrator)
-    if args.chat:  # outside `narrated`: here Ctrl-C ends only an answer
+    if args.chat:  # outside `narrated`, so that Ctrl-C ends only the current answer
         from shoal.infer.chat import chat_in_terminal
 
         chat_in_terminal(chat, sys.stdin, sys.stdout)
@@ -135,7 +135,7 @@ def _wanted(args: argparse.Namespace) -> Wanted:
 
 
 def _needs(args: argparse.Namespace, owner: str, options: tuple[str, ...]) -> None:
-    """Raise `ShoalError` if one of `options` is set without `owner`, which alone uses them."""
+    """Raise `ShoalError` if one of `options` is set without `owner`, the only option that uses them."""
     for option in options:
         if getattr(args, option) is not None and not getattr(args, owner):
             raise ShoalError(f"--{option.replace('_', '-')} has no effect without --{owner}; set both or neither")

@@ -135,7 +135,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _dtype(text: str) -> str:
-    """Return a dtype's full name for its usual short names."""
+    """Return the full name of a dtype's usual short name, such as bf16; other texts unchanged."""
     from shoal.config.options import DTYPE_SPELLINGS
 
     return DTYPE_SPELLINGS.get(text.lower(), text)
@@ -194,7 +194,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="M",
         help="with --text: tokens from one window's start to the next; each token is scored once, after at least context - "
-        "stride others (default: half the context)",
+        "stride earlier tokens (default: half the context)",
     )
     parser.add_argument(
         "--tasks",

@@ -27,7 +27,7 @@ def resolve_asked(args: argparse.Namespace, overrides: list[Override]) -> Config
 
 
 def resolve_run(recipe: Path, overrides: list[Override], *, named: bool, notes: Sequence[str] = ()) -> Config:
-    """Return a run's config, named after its recipe if `named`, and print `notes` and those of resolving."""
+    """Return a run's config, and print `notes` and those of `resolve`. named: an unnamed run gets its recipe's name."""
     from shoal.resolve.checks import why_no_name
     from shoal.resolve.resolve import resolve
 
@@ -52,7 +52,7 @@ def config_of(recipe: str | Path | None, options: Mapping[str, Any]) -> Config:
 
 
 def _override(key: str, value: Any) -> Override:
-    """Return an option as a flag gives it; `key` is any name that is valid as a flag."""
+    """Return the override that a flag with this value gives; `key` is any name that is valid as a flag."""
     from shoal.resolve.recipe import candidates, to_text
 
     found = candidates(key)
@@ -61,7 +61,7 @@ def _override(key: str, value: Any) -> Override:
 
 
 def _plain(value: Any) -> Any:
-    """Return `value` as YAML can write it: paths as text, NumPy and torch scalars as numbers."""
+    """Return `value` in a form that YAML can write: paths as text, NumPy and torch scalars as numbers."""
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, os.PathLike):
@@ -70,7 +70,7 @@ def _plain(value: Any) -> Any:
 
 
 def recipe_asked(args: argparse.Namespace, overrides: list[Override]) -> Path:
-    """Return the recipe given; if none is, but model or data options are, the one that `shoal init` writes."""
+    """Return the given recipe; without one, but with model or data options, the recipe that `shoal init` writes."""
     from shoal.resolve.recipe import START, find_recipe
 
     if args.recipe is not None:
@@ -108,7 +108,7 @@ def _run_of(recipe: Path | None, overrides: list[Override]) -> RunFolder:
 
 
 def tell_once(notes: Sequence[str], *, on_stderr: bool = False) -> None:
-    """Print notes to act on, once for all processes of a run."""
+    """Print notes for the user to act on, once for all processes of a run."""
     from shoal.mesh.place import speaks_first
 
     if notes and speaks_first():

@@ -37,7 +37,7 @@ class Trained:
 
 
 def train_here(config: Config) -> Trained:
-    """Train in this process, alone or as one of those that torchrun or srun started."""
+    """Train in this process, alone or as one of the processes that torchrun or srun started."""
     from shoal.mesh.place import is_worker
     from shoal.run.folder import RunFolder
     from shoal.system.signals import StopRequest
@@ -57,7 +57,7 @@ def train_here(config: Config) -> Trained:
 
 
 def _checked(config: Config) -> Config:
-    """Validate a config, which may be built by hand; return it with its derived widths. Raises `ConfigError`."""
+    """Validate a config, perhaps not made by `read_config`; return it with its derived widths. Raises `ConfigError`."""
     from shoal.config.options import options
     from shoal.config.presets import resolve_shape
     from shoal.resolve.checks import DEFAULT, contradictions
@@ -119,7 +119,7 @@ def train_as_worker(config: Config) -> int:
 def verify_as_worker(config: Config) -> int:
     """Compare layouts as one process of a verification; return the exit code."""
     heartbeat = _begin(config)
-    heartbeat.rest()  # no hang detection: its steps differ too much; the timeout of collectives remains
+    heartbeat.rest()  # no hang detection: step times vary too much here; the timeout of collectives still applies
 
     def work() -> bool:
         heartbeat.outside("importing torch")
@@ -139,7 +139,7 @@ def _train(config: Config, stop: StopRequest, heartbeat: Heartbeat) -> bool:
 
 
 def _begin(config: Config) -> Heartbeat:
-    """Bind this worker to its launcher's life; return its heartbeat."""
+    """Make this worker end with its launcher and write its stacks on SIGUSR2; return its heartbeat."""
     from shoal.elastic.heartbeat import leave_stacks_when_asked
     from shoal.system.signals import die_with_parent
 
@@ -174,7 +174,7 @@ def _exit_code(config: Config, heartbeat: Heartbeat, work: Callable[[], bool], a
                 say_error(str(problem))
             return EXIT_LOST_PEER
         if isinstance(problem, MemoryProblem) and heartbeat.taken > 1:
-            say_error(str(problem))  # earlier steps fitted, so a restart may too: treat it as a crash
+            say_error(str(problem))  # earlier steps fitted into memory, so a restart may succeed: treat this as a crash
             return 1
         if problem is not None:
             raise problem from error
@@ -182,7 +182,7 @@ def _exit_code(config: Config, heartbeat: Heartbeat, work: Callable[[], bool], a
 
 
 def _explain(error: Exception, config: Config, advice: str) -> ShoalError | None:
-    """Return a torch error as one that a user can act on, or None. advice: appended for a missing deterministic kernel."""
+    """Return a torch error as a `ShoalError`, or None if its cause is unknown. advice: added for a missing deterministic kernel."""
     from shoal.mesh.mesh import is_lost_peer
     from shoal.mesh.place import read_place
     from shoal.models.attention import not_deterministic

@@ -1,1 +1,1 @@
-"""What a user can ask for, and what follows from it alone."""
+"""The options of a run, and everything that follows from them alone: shapes, layouts, pipeline schedules."""

@@ -16,11 +16,11 @@ Json = Mapping[str, Any]
 
 
 class Stored(NamedTuple):
-    """Where Hugging Face's files hold a parameter: a tensor, perhaps transposed, or one of its equal parts."""
+    """The location of our parameter in a Hugging Face checkpoint: a tensor, perhaps transposed, or one of its equal parts."""
 
     name: str
     transposed: bool = False
-    part: int = 0  # of `parts` equal ones along our rows
+    part: int = 0  # index among the `parts` equal parts, split along the rows of shoal's layout
     parts: int = 1
 
 
@@ -30,13 +30,13 @@ class ModelType:
 
     architecture: str  # the class of transformers that its checkpoints name
     keys: Mapping[str, str]  # Hugging Face's key -> our option
-    defaults: Json  # of keys that a config may lack
-    always: Json = field(default_factory=dict)  # our options, as every model of this type has them
+    defaults: Json  # values of keys that a config may lack
+    always: Json = field(default_factory=dict)  # our options that are fixed for all models of this type
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # key -> the values that shoal implements
     written: Json = field(default_factory=dict)  # further keys that an export gets
     copied: Mapping[str, str] = field(default_factory=dict)  # further keys that an export gets -> our option
     dropouts: tuple[str, ...] = ()  # keys that must agree: together they are our model.dropout
-    twins: Mapping[str, str] = field(default_factory=dict)  # a second name that transformers takes -> the key
+    twins: Mapping[str, str] = field(default_factory=dict)  # another name that transformers accepts -> the key
     window_switch: str | None = None  # the key that enables sliding windows; None: a given window is enabled
 
 
@@ -44,15 +44,15 @@ class ModelType:
 class Family:
     """The properties of a family that its options, its cost and its files depend on."""
 
-    summary: str  # for people
+    summary: str  # for help and error messages
     code: str  # its LanguageModel, as a dotted name below `shoal.models`
     native: bool = True  # False: transformers computes it, and the folder model.from defines its shape
     unused: tuple[str, ...] = ()  # options of `Model` that it lacks
     rotary: bool = True  # RoPE; False: learned positions, an embedding of max_seq_len rows
     gated: bool = True  # the feed-forward has three matrices, gate, up and down; False: up and down
-    biases: bool = False  # on every linear layer and norm, rather than on q, k and v with `qkv_bias`
+    biases: bool = False  # every linear layer and norm has one; False: only q, k and v, if `qkv_bias`
     free_heads: bool = True  # num_kv_heads and head_dim may be set; False: num_heads and dim / num_heads
-    tensors: Mapping[str, Stored] = field(default_factory=dict)  # our parameters, `N` for a block's index
+    tensors: Mapping[str, Stored] = field(default_factory=dict)  # by our parameter's name, with `N` for a block's index
     types: Mapping[str, ModelType] = field(default_factory=dict)  # by model_type; an export prefers the first that fits
 
 
@@ -114,7 +114,7 @@ _GPT2_TENSORS: Final = {
     **{f"{ours}.{x}": Stored(f"transformer.{theirs}.{x}")
        for ours, theirs in (("norm", "ln_f"), ("blocks.N.attention_norm", "h.N.ln_1"), ("blocks.N.ffn_norm", "h.N.ln_2"))
        for x in ("weight", "bias")},
-    # GPT-2 keeps matrices as [in, out], and query, key and value side by side in one.
+    # GPT-2 stores matrices as [in, out], and concatenates those of query, key and value.
     **{f"blocks.N.attention.{x}.weight": Stored("transformer.h.N.attn.c_attn.weight", True, part, 3)
        for part, x in enumerate("qkv")},
     **{f"blocks.N.attention.{x}.bias": Stored("transformer.h.N.attn.c_attn.bias", False, part, 3)

@@ -55,7 +55,7 @@ class Layout:
         return found
 
     def groups(self, *axes: str) -> list[list[int]]:
-        """Return one list per group of ranks that differ along `axes` alone, in order of their coordinates there."""
+        """Return one list per group of ranks that differ only along `axes`, in order of their coordinates along `axes`."""
         fixed = [name for name in AXES if name not in axes]
         outer = itertools.product(*(range(getattr(self, name)) for name in fixed))
         inner = list(itertools.product(*(range(getattr(self, name)) for name in axes)))
@@ -78,7 +78,7 @@ def find_layout(parallel: Parallel, processes: int | None) -> Layout | str:
     """
     Return the requested layout on `processes` (None: as few as it needs), or the reason for rejecting it.
 
-    One axis may be -1, the remaining processes. That is `dp_replicate`, unless another axis is -1.
+    One axis may be -1 and takes the remaining processes: `dp_replicate`, unless another axis is -1.
     """
     sizes = {name: getattr(parallel, name) for name in AXES}
     if zeros := [name for name in AXES if sizes[name] == 0]:
@@ -109,7 +109,7 @@ def find_layout(parallel: Parallel, processes: int | None) -> Layout | str:
 
 
 def split_slots(slots: int, dp: int) -> list[range]:
-    """Split a step's slots (micro-batches) into `dp` contiguous ranges; the first ones take the remainder, one each."""
+    """Split a step's slots (micro-batches) into `dp` contiguous ranges; of a remainder, the first ranges get one slot each."""
     short, longer = divmod(slots, dp)
     starts = [part * short + min(part, longer) for part in range(dp + 1)]
     return [range(a, b) for a, b in itertools.pairwise(starts)]

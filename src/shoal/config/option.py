@@ -56,5 +56,5 @@ def option_fields(section: type[Any]) -> list[dataclasses.Field[Any]]:
 
 
 def with_bounds(words: str, bounds: Mapping[str, float]) -> str:
-    """Return `words` with bounds as `opt` names them: "an integer of at least 1"."""
+    """Return `words` followed by bounds, which have the names of `opt`'s arguments: "an integer of at least 1"."""
     return " ".join([words, " and ".join(f"{_BOUND_WORDS[name]} {bound}" for name, bound in bounds.items())]).strip()

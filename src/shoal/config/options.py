@@ -2,7 +2,7 @@
 All options of a run: nine frozen sections, each option with its default, its meaning and its unit.
 
 `resolve/resolve.py` fills them from a preset, a recipe and flags. Components take a section or plain arguments; only
-`training/`, what is above it, and checks across sections see the whole `Config`.
+`training/`, the layers above it, and checks across sections see the whole `Config`.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ class Parallel:
     )
     reshard_after_forward: Literal["always", "never"] | int = opt(
         "always",
-        "with dp_shard, between forward and backward. always: free each block's gathered parameters; never: keep "
-        "them; a number: keep them sharded over groups of this many processes",
+        "with dp_shard: each block's gathered parameters between forward and backward. always: freed; never: kept; a "
+        "number: kept sharded over groups of this many processes",
         alias=("fsdp_reshard_after_forward",),
         akin=("zero_stage",),
     )
@@ -341,7 +341,8 @@ class Train:
     )
     activation_budget: float = opt(
         0.5,
-        "budget: fraction of activation memory to use, as chosen by the compiler; 0: as with full, 1: as with none",
+        "with train.activation_checkpointing budget: fraction of activation memory to keep; the compiler chooses what "
+        "to recompute. 0: as with full; 1: as with none",
         alias=("memory_budget", "activation_memory_budget"),
         ge=0,
         le=1,
@@ -355,13 +356,13 @@ class Train:
     )
     eval_tokens: int = opt(
         100_000,
-        "maximum held-out tokens per evaluation; the last one of a run reads all",
+        "maximum held-out tokens per evaluation; a run's last evaluation reads all",
         unit="tokens",
         akin=("eval_iters", "eval_batches"),
         ge=1,
     )
     sample_prompt: str = opt("", "prompt that the model continues at the end of the run; empty disables it")
-    sample_tokens: int = opt(100, "length of that continuation", unit="tokens", ge=1)
+    sample_tokens: int = opt(100, "length of the continuation of train.sample_prompt", unit="tokens", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ def _gpt2(dim: int, num_layers: int, num_heads: int) -> dict[str, Any]:
 
 
 PRESETS: Final[dict[str, dict[str, Any]]] = {
-    # shoal's own, for experiments: about a million parameters beside the embedding. vocab_size: the tokenizer's.
+    # shoal's own, for experiments: about a million parameters without the embedding. vocab_size is the tokenizer's.
     "tiny": {
         "family": "llama", "dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 448,
         "max_seq_len": 512, "tie_embeddings": True,
@@ -87,7 +87,7 @@ def _ffn_dim(dim: int, family: Family) -> int:
 
 
 def shape_problems(model: Model) -> list[tuple[str, str]]:
-    """Return the problems of a shape: (option's name in `Model`, valid values)."""
+    """Return the problems of a shape: (option's name in `Model`, message with valid values)."""
     family = FAMILIES[model.family]
     if not family.native:
         return [*_folder_problems(model)]
@@ -144,7 +144,7 @@ def _rope_problems(model: Model, family: Family) -> Iterator[tuple[str, str]]:
     if model.qk_norm and model.qkv_bias:
         yield (
             "qkv_bias",
-            "no model of transformers has biases beside model.qk_norm, so it could not be exported; set one of the two "
+            "no transformers model has both model.qk_norm and model.qkv_bias, so it could not be exported; set one of the two "
             "to false",
         )
     if model.rope_factor is None:
@@ -175,7 +175,7 @@ def _fixed_head_problems(model: Model, family: Family) -> Iterator[tuple[str, st
 
 
 def _not_default(model: Model, keys: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Yield those of `keys` that were changed, each with its default as a recipe has it."""
+    """Yield each of `keys` that differs from its default, with that default as a recipe spells it."""
     defaults = Model()
     for key in keys:
         default = getattr(defaults, key)

@@ -21,7 +21,7 @@ class Checkpoint:
     )
     keep: int = opt(
         2,
-        "latest checkpoints to keep, beside the best",
+        "number of latest checkpoints to keep, in addition to the best",
         unit="checkpoints",
         alias=("save_total_limit", "keep_last", "keep_latest_k"),
         ge=1,
@@ -86,8 +86,8 @@ class Metrics:
     )
     console_every: int | None = opt(
         None,
-        "interval between console lines, among the steps that metrics.every records; null: the first 3 steps, the "
-        "last, and others 1, 2, 5, 10, ... steps apart, at most about 40",
+        "interval between console lines, in steps that metrics.every records; null: the smallest of 1, 2, 5, 10, ... "
+        "that gives at most about 40 lines, in addition to the first 3 steps and the last",
         unit="steps",
         ge=1,
     )
@@ -164,18 +164,20 @@ class Launch:
         unit="restarts",
         ge=0,
     )
-    max_crashes: int = opt(3, "crashes without progress, whatever their cause, that end the run", unit="crashes", ge=1)
+    max_crashes: int = opt(
+        3, "end the run after this many crashes without progress, whatever their cause", unit="crashes", ge=1
+    )
     timeout_seconds: float = opt(
         600.0,
-        "maximum duration of a collective, of the start, of a few evaluation batches and of a worker's save; "
-        "beyond it the process ends",
+        "maximum duration of a collective, of startup, of a few evaluation batches and of a worker's save; "
+        "a process that exceeds it ends",
         unit="seconds",
         gt=0,
     )
     hang_seconds: float | None = opt(
         None,
         "maximum duration of a step; beyond it the workers are restarted. null: ten times the slowest recent "
-        "step, at least 20 seconds, and never while a CPU process is working",
+        "step, at least 20 seconds; on a CPU, not while the late process is still working",
         unit="seconds",
         gt=0,
     )

@@ -20,7 +20,7 @@ V_SHAPED: tuple[Schedule, ...] = ("zbv", "dualpipev")
 
 
 def stages_per_rank(schedule: Schedule, pp_stages: int | None) -> int:
-    """Return the stages per rank; `pp_stages` None is the schedule's default."""
+    """Return the stages per rank; for `pp_stages` None, the schedule's default."""
     if pp_stages is not None:
         return pp_stages
     return 1 if schedule in SINGLE else 2
@@ -43,8 +43,9 @@ def forward_slots(pp: int, stages: int, micro_batches: int) -> list[list[tuple[i
     """
     Return the (stage, micro-batch) pairs of each time slot of a pass without backward.
 
-    A slot's outputs are the next stage's inputs in the next slot. `pp` micro-batches run through all laps in a row, then
-    the next `pp`. With round-robin stages, no process then has two pairs in a slot, nor idles within a round.
+    A slot's outputs are the next stage's inputs in the next slot. A round is `pp` micro-batches: it runs through all laps
+    (stages 0 to pp - 1, then pp to 2 pp - 1, ...) before the next round. With round-robin stages, no process then has two
+    pairs in a slot, nor idles within a round.
     """
     slots: dict[int, list[tuple[int, int]]] = {}
     for stage, number in itertools.product(range(pp * stages), range(micro_batches)):
@@ -74,7 +75,7 @@ def problems(
     """
     Yield one sentence per incompatibility of these options, each with a valid value.
 
-    micro_batches: per step and data-parallel rank.
+    micro_batches: number per step and data-parallel rank.
     """
     if pp == 1:
         if pp_stages not in (None, 1):
@@ -103,7 +104,8 @@ def problems(
             f"parallel.pp_schedule {schedule} splits backward, which torch does not support with train.compile; "
             "set train.compile to false, or parallel.pp_schedule to interleaved_1f1b"
         )
-    if schedule in V_SHAPED and activation_checkpointing != "none":  # measured: 12 times for a block of 12 weights
+    # Measured: a block of 12 weights is recomputed 12 times
+    if schedule in V_SHAPED and activation_checkpointing != "none":
         yield (
             f"parallel.pp_schedule {schedule} computes each weight's gradient separately, and with "
             f"train.activation_checkpointing {activation_checkpointing} each would recompute its whole block; set "
@@ -163,16 +165,17 @@ def bubble_fraction(schedule: Schedule, pp: int, stages: int, micro_batches: int
     """
     Return the bubble: the fraction of a step that a rank idles, if backward takes twice as long as forward.
 
-    Measured from the first rank's start to the last one's end, with `stages` equal stages per rank and instant messages.
-    In units of one micro-batch's forward through one stage, a rank works 3 * stages * micro_batches.
+    The step lasts from the first rank's start to the last rank's end, with `stages` equal stages per rank and no communication
+    time. In units of one micro-batch's forward through one stage, a rank computes for 3 * stages * micro_batches.
 
     - gpipe, 1f1b: a rank idles for (pp - 1) whole forwards and backwards (Narayanan et al. 2021, arXiv:2104.04473,
-      section 2.2.1); more stages per rank make each shorter (section 2.2.2). With fewer micro-batches than `pp`, every
-      lap but the first has a gap.
+      section 2.2.1); more stages per rank make each shorter (section 2.2.2). With fewer micro-batches than `pp`, a rank
+      also idles before each of its stages but the first.
     - zbv, dualpipev: pp - 1 forwards. Qi et al. 2024 (arXiv:2401.10241, section 6) count these as zero: a rank that
       starts late also ends late, and may start its next step at once. A step that ends with a collective (such as a
       global gradient norm) does wait. With fewer micro-batches than 2 pp - 2, zbv's path down and up the V has gaps.
-      dualpipev: DeepSeek-AI 2024 (arXiv:2412.19437, section 3.2.1), as torch runs it, without overlap.
+      dualpipev: DeepSeek-AI 2024 (arXiv:2412.19437, section 3.2.1), as torch runs it, without overlapping
+      forward and backward.
     """
     match schedule:
         case "zbv":

@@ -55,7 +55,7 @@ def read_any_shape(config: Json, where: str) -> dict[str, Any]:
 
 
 def _key_of(config: Json, ours: str) -> str | None:
-    """Return the first of its names with an integer: some models have a list there, one entry per block."""
+    """Return the first key for our option that has an integer: some models have a list there, one entry per block."""
     return next((key for key in NAMES[ours] if type(config.get(key)) is int), None)
 
 

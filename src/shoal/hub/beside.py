@@ -26,7 +26,7 @@ OF_MODEL: Final = (CONFIG, *LICENSES)
 
 
 def keep(folder: Path, names: tuple[str, ...], copy: Path) -> None:
-    """Copy those of `names` that `folder` has, so that an export works without it. An existing copy is kept."""
+    """Copy to `copy` those of `names` that `folder` has, so that an export works without `folder`. Keep an existing copy."""
     if copy.is_dir():
         return
     aside = copy.with_name(f".{copy.name}.tmp")
@@ -70,8 +70,8 @@ def _refuse_stray(folder: Path, path: Path) -> None:
     """
     Raise `ModelError` for a link out of the folder.
 
-    Its copy may be published, and a downloaded folder may contain `LICENSE -> ~/.ssh/id_rsa`. Links into the `blobs` of
-    Hugging Face's cache are allowed, since all its snapshots consist of them.
+    The linked file's copy may be published, and a downloaded folder may contain `LICENSE -> ~/.ssh/id_rsa`. Links into the
+    `blobs` of Hugging Face's cache are allowed, since all its snapshots consist of them.
     """
     target = path.resolve()
     if not target.is_relative_to(folder.resolve()) and target.parent.name != "blobs":

@@ -48,7 +48,7 @@ class HeldOutLoss(Protocol):
 
 @dataclass(frozen=True)
 class Facts:
-    """The content of a card beside the config."""
+    """The content of a card that is not in the config."""
 
     name: str
     architecture: str
@@ -137,7 +137,7 @@ def _curve(facts: Facts) -> list[str]:
 
 
 def _evenly(steps: Sequence[int]) -> list[int]:
-    """Return at most `CURVE_POINTS` of them, with the first and the last."""
+    """Return at most `CURVE_POINTS` of `steps`, with the first and the last."""
     if len(steps) <= CURVE_POINTS:
         return list(steps)
     return [steps[round(i * (len(steps) - 1) / (CURVE_POINTS - 1))] for i in range(CURVE_POINTS)]

@@ -49,7 +49,7 @@ class Request:
 
     name: str
     folder: Path
-    revision: str | None = None  # None: the present one, or else main
+    revision: str | None = None  # None: the one already downloaded, or else main
     force: bool = False
     verify: bool = False
 
@@ -75,10 +75,10 @@ def fetch_model(
     is_odd = folder.is_symlink() or folder.name in ("", "..")  # rename the folder itself, not a link to it
     request = Request(name, folder.resolve() if is_odd else folder, revision, force, verify)
     try:
-        if not force and _is_there(request, tell):  # also if the folder is read-only
+        if not force and _is_there(request, tell):  # works in a read-only folder too
             return folder
         _fetch_alone(request, tell, progress)
-    except BrokenPipeError:  # of the reader of our output
+    except BrokenPipeError:  # the reader of standard output is gone
         raise
     except NoLocksError as error:
         raise ModelError(
@@ -104,7 +104,7 @@ def _fetch_alone(request: Request, tell: Callable[[str], None], progress: Progre
     before = _stamp(folder)
     with _lock(_aside(folder, "lock"), request.name, tell):
         partial = _aside(folder, "partial")
-        if (partial / RECORD).exists():  # it was complete, and killed before the rename
+        if (partial / RECORD).exists():  # a complete fetch, killed before the rename
             _refuse_foreign(folder)
             replace_folder(partial, folder)
         is_new = _stamp(folder) != before
@@ -148,7 +148,7 @@ def _lock(path: Path, name: str, tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def _is_there(request: Request, tell: Callable[[str], None]) -> bool:
-    """Return whether the folder is the requested model, and complete. Raises `ModelError` if it holds another."""
+    """Return whether the folder is the requested model, and complete. Raises `ModelError` if it holds another model."""
     folder = request.folder
     record = load_record(folder)
     if record is None:
@@ -177,7 +177,7 @@ def _difference(request: Request, record: Record) -> str:
 
 
 def _was_put_by_hand(request: Request, tell: Callable[[str], None]) -> bool:
-    """Return whether the folder holds a model without a record. Raises `ModelError` if it is broken, or no model."""
+    """Return whether the folder holds a model that shoal did not fetch. Raises `ModelError` for a broken model or other files."""
     folder = request.folder
     if (folder / RECORD).exists() or not _holds_something(folder):
         return False

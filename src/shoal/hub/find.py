@@ -30,10 +30,10 @@ NAMES_COMPARED = 10_000  # per folder; more would take longer than a hint is wor
 
 def find_model(name: str, kept: Path | None = None) -> Path:
     """
-    Return the folder of a model: `name` itself, that of `shoal fetch`, that of Hugging Face's cache, or else `kept`.
+    Return the folder of a model: `name` itself, or else in `shoal fetch`'s folder, in Hugging Face's cache, or `kept`.
 
-    kept: a run's copy of everything but the weights. Raises `ModelError` if there is none, or if files of a fetched folder
-    are missing or cut short.
+    kept: a run's copy of everything but the weights. Raises `ModelError` if no folder is found, or if files of a
+    fetched folder are missing or cut short.
     """
     for place in (name, str(MODELS / name)):
         folder = find_path(place)
@@ -44,9 +44,9 @@ def find_model(name: str, kept: Path | None = None) -> Path:
 
 def find_path(name: str) -> Path | None:
     """
-    Return the file or folder of that path, with `~` expanded as in a shell; None if it does not exist.
+    Return the path of a file or folder, with `~` expanded as in a shell; None if it does not exist.
 
-    Raises `ModelError` if that cannot be determined: no permission, an unknown `~user`, a name that is too long.
+    Raises `ModelError` if its existence cannot be determined: no permission, an unknown `~user`, a name that is too long.
     """
     try:
         path = Path(name).expanduser()
@@ -85,7 +85,7 @@ def by_hand(name: str, folder: Path) -> str:
 
 
 def check_name(name: str) -> None:
-    """Raise `ModelError` unless `name` could be a model on a hub, and so a folder's name too."""
+    """Raise `ModelError` unless `name` could be a model on a hub, and is therefore safe as a folder's name."""
     if not could_be_on_a_hub(name):
         raise ModelError(no_name(name))
 
@@ -102,7 +102,7 @@ def could_be_on_a_hub(name: str) -> bool:
 
 
 def close_names(name: str) -> list[str]:
-    """Return the models on this machine with a name similar to `name`, in whole or after the slash."""
+    """Return the models on this machine with a name similar to `name`, as a whole or in the part after the slash."""
     known: dict[str, str] = {}
     for model in sorted({*_names_under(MODELS), *_names_in_cache()}):
         known.setdefault(model.lower(), model)

@@ -100,7 +100,7 @@ def _merge(files: Mapping[Path, set[str]]) -> dict[str, Entry]:
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str]]:
-    """Return the files of weights, each with the names that an index promises in it; none without an index."""
+    """Return the weight files, each with the tensor names that the index lists for it; no names without an index."""
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: set()}
     if (folder / INDEX).is_file():

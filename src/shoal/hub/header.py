@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-LENGTH_BYTES = 8  # of the header, at the start of the file
+LENGTH_BYTES = 8  # size of the header's length, at the start of the file
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 LFS_POINTER = b"version https://git-lfs"
 
@@ -68,7 +68,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     Return the tensors of a safetensors file by name, in the order of the header.
 
     Format (https://huggingface.co/docs/safetensors): eight bytes of length, a JSON object, then the data. Raises
-    `ValueError`, whose message is a predicate without the file's name, and `OSError`.
+    `ValueError`, whose message continues a sentence that begins with the file's name, and `OSError`.
     """
     file_bytes = path.stat().st_size
     with path.open("rb") as file:

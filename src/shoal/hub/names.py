@@ -1,8 +1,8 @@
 """
-Our parameters' names and those in Hugging Face's files, by the tables of `config/families.py`.
+The names of shoal's parameters and of the tensors in a Hugging Face checkpoint, by the tables of `config/families.py`.
 
-Each parameter is in one tensor of theirs, perhaps transposed (GPT-2 keeps its matrices as [in, out]), perhaps as one
-of several parts side by side (GPT-2's query, key and value).
+Each parameter is stored in one tensor of the checkpoint: perhaps transposed (GPT-2 stores matrices as [in, out]), perhaps
+as one of several concatenated parts (GPT-2's query, key and value).
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Final
 
 from shoal.config.families import FAMILIES, Stored
 
-# Tensors that some files hold beside the weights: masks and frequencies, which are computed.
+# Computed buffers that some checkpoints contain in addition to the weights: masks and rotary frequencies.
 _COMPUTED: Final = re.compile(r"\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$")
 
 
 def stored_as(family: str, name: str) -> Stored:
-    """Return where the files hold our parameter `name`. Raises `KeyError` if the family lacks it."""
+    """Return the location of shoal's parameter `name` in a Hugging Face checkpoint. Raises `KeyError` if the family lacks it."""
     if not FAMILIES[family].native:
         return Stored(name)  # transformers' own names
     found = FAMILIES[family].tensors[re.sub(r"^blocks\.\d+\.", "blocks.N.", name)]
@@ -26,10 +26,10 @@ def stored_as(family: str, name: str) -> Stored:
 
 
 def spellings(name: str) -> tuple[str, ...]:
-    """Return the names a tensor may have in files: some omit the prefix before the base model's own names."""
+    """Return the names that a tensor may have: some checkpoints omit the base model's prefix, `model.` or `transformer.`."""
     return (name, re.sub(r"^(model|transformer)\.", "", name))
 
 
 def is_computed(name: str) -> bool:
-    """Return whether a tensor of theirs is computed, rather than a weight."""
+    """Return whether this tensor of a Hugging Face checkpoint is a computed buffer rather than a weight."""
     return _COMPUTED.search(name) is not None

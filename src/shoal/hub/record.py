@@ -23,7 +23,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Record:
-    """A folder that `shoal fetch` wrote; the record is written last, so its presence means that all files were."""
+    """The record of a folder that `shoal fetch` wrote. It is written last, so its presence means that all files are complete."""
 
     name: str
     revision: str  # as requested: a branch, a tag or a commit
@@ -34,7 +34,7 @@ class Record:
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
     def missing(self, folder: Path, *, hashes: bool = False) -> str:
-        """Return the first problem of the files' sizes and, with `hashes`, contents; "" if none. Raises `OSError`."""
+        """Return the first problem: a missing file, a wrong size or, with `hashes`, other content; "" if none. Raises `OSError`."""
         for name, file in self.files.items():
             path = folder / name
             if not path.is_file():

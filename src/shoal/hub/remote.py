@@ -67,7 +67,7 @@ def look_up(name: str, revision: str, folder: Path) -> Remote:
                 name, revision=revision, files_metadata=True, timeout=CONNECT_SECONDS
             )
             return _remote(name, info)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a proxy's page; a token invalid in a header
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a proxy's page, or a malformed token
         raise ModelError(
             f"{_endpoint()} does not answer for {name} as a hub does ({type(error).__name__}); check HF_ENDPOINT, "
             f"HF_TOKEN and the proxy; {by_hand(name, folder)}"
@@ -76,7 +76,7 @@ def look_up(name: str, revision: str, folder: Path) -> Remote:
 
 def download(remote: Remote, file: RemoteFile, part: Path, folder: Path, advance: Callable[[int], None]) -> None:
     """
-    Download `file` to `part`, resuming at its end, also after a lost connection.
+    Download `file` to `part`, resuming at the end of `part`, also after a lost connection.
 
     `advance` is called with the number of bytes received, negative for bytes to fetch again. Raises `ModelError`, and
     `OSError` for disk errors.
@@ -100,7 +100,7 @@ def download(remote: Remote, file: RemoteFile, part: Path, folder: Path, advance
 
 def _stream(remote: Remote, file: RemoteFile, part: Path, start: int, advance: Callable[[int], None]) -> None:
     headers = build_hf_headers(library_name="shoal", library_version=__version__)
-    headers["Accept-Encoding"] = "identity"  # byte counts are for resuming
+    headers["Accept-Encoding"] = "identity"  # uncompressed: to resume, the bytes received are counted
     if start:
         headers["Range"] = f"bytes={start}-"
     url = hf_hub_url(remote.name, file.name, revision=remote.commit)

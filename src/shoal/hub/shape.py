@@ -44,7 +44,7 @@ _IN_ROPE_KINDS: Final = {
     "factor": kind_of_option("rope_factor"), "partial_rotary_factor": Kind(float),
     **{theirs: kind_of_option(ours) for theirs, ours in _LLAMA3.items()},
 }  # fmt: skip
-# Keys that do not affect the arithmetic: about tokens, files, and how other programs run it.
+# Keys that do not affect the arithmetic: about tokens, files, and how other programs run the model.
 _NEUTRAL: Final = {
     "_name_or_path", "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id",
     "sep_token_id", "decoder_start_token_id", "transformers_version", "torch_dtype", "dtype", "use_cache",
@@ -63,9 +63,8 @@ class Shape:
     """The content of a config: values of `Model`, and notes for the user."""
 
     values: dict[str, Any]
-    window: int | None = (
-        None  # tokens of the sliding window, None: unlimited. A longer context would need another model
-    )
+    # Size of the sliding window in tokens; None: no window. shoal implements no windows: a context must fit into it.
+    window: int | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -106,7 +105,7 @@ def read_shape(config: Json, where: str) -> Shape:
 
 
 def may_differ(values: Json, key: str, given: Any) -> bool:
-    """Return whether `given` may override a folder's value of this option of ours."""
+    """Return whether the user's value `given` may override the folder's value of our option `key`."""
     family = FAMILIES[values["family"]]
     if family.native:  # no weight depends on these; learned positions have max_seq_len rows
         return key in ("dropout", "init_std") or (key == "max_seq_len" and family.rotary)
@@ -122,17 +121,17 @@ def read_model(
     """
     Return the shape of a folder, or of a model by its name, and its tokenizer's folder, if it has one.
 
-    family: as set by the user; "hf" reads any config, None those of shoal's families. kept: as `resolve` takes it.
+    family: as set by the user; "hf" reads any config, None only configs of shoal's own families. kept: see `resolve`.
     Raises `ModelError`.
     """
     shape, tokenizer = read_folder(ModelFolder.open(find_model(name, kept.get(name))), family)
-    # by the last name, data.tokenizer's own: the config of a resumed run does not change
+    # name a kept copy as data.tokenizer does (the last name), so that the config of a resumed run does not change
     names = [other for other, folder in kept.items() if str(folder) == tokenizer]
     return shape, names[-1] if names else tokenizer
 
 
 def read_folder(folder: ModelFolder, family: str | None = None) -> tuple[Shape, str | None]:
-    """Return the same as `read_model`, of an open folder."""
+    """Return the same as `read_model`, for an open folder."""
     where = str(folder.path / CONFIG)
     shape = Shape(read_any_shape(folder.config, where)) if family == "hf" else read_shape(folder.config, where)
     has_tokenizer = any((folder.path / file).is_file() for file in ("tokenizer.json", "tokenizer.model"))
@@ -155,7 +154,7 @@ def _wrong(family: Family, kind: ModelType, given: Json) -> Iterator[str]:
 
 
 def _other_kinds(family: Family, kind: ModelType) -> dict[str, Kind]:
-    """Return the kinds of the keys that do not map to one option of ours."""
+    """Return the valid values of the keys that do not map to a single option of ours."""
     drops = {key: kind_of_option("dropout") for key in kind.dropouts if key not in kind.keys}
     return {**drops, **_ROPE_KINDS, **_WINDOW_KINDS} if family.rotary else drops
 
@@ -208,7 +207,7 @@ def _read_rope(given: Json) -> dict[str, Any]:
 
 
 def _window(kind: ModelType, given: Json) -> int | None:
-    """Return the sliding window, if any block has one: it has no effect on a context within it."""
+    """Return the sliding window in tokens, if any block has one. It has no effect on contexts up to that length."""
     switched_on = given.get(kind.window_switch, False) if kind.window_switch else True
     if given.get("layer_types") is not None:
         switched_on = switched_on and any(t != "full_attention" for t in given["layer_types"])
@@ -228,7 +227,7 @@ def write_shape(shape: Model, base: Json | None = None) -> dict[str, Any]:
         return dict(base)
     name = str(base["model_type"]) if base else _type_of(shape, family)
     config: dict[str, Any] = dict(base or {})
-    # Transformers rejects it for llama, and computes it for mistral
+    # For llama, transformers rejects a width that the heads do not divide; for mistral, it accepts one
     if name == "llama" and shape.dim % shape.num_heads:
         foreign = MODEL_TYPES[name].only.keys() - MODEL_TYPES["mistral"].only.keys()
         name, config = "mistral", {key: value for key, value in config.items() if key not in foreign}
@@ -245,7 +244,7 @@ def write_shape(shape: Model, base: Json | None = None) -> dict[str, Any]:
 
 
 def _type_of(shape: Model, family: Family) -> str:
-    """Return the model type with this shape, for a model that came from no folder."""
+    """Return the model type with this shape, for a model that was not started from a folder."""
     switches = {key for kind in family.types.values() for key in kind.always}
     for name, kind in family.types.items():
         if all(getattr(shape, key) == kind.always.get(key, False) for key in switches):

@@ -14,7 +14,7 @@ from shoal.hub.remote import Remote, RemoteFile, download
 from shoal.system.disk import gigabytes, sha256_of
 
 Progress = Callable[[str, int, int], None]
-"""Called with the file, the bytes present and the total bytes, both of all files."""
+"""Called with the current file's name, and the bytes present and in total, both over all files."""
 
 
 class Transfer:

@@ -22,7 +22,7 @@ _LARGEST_TOKEN: Final = 2**31 - 1
 
 @dataclass(frozen=True)
 class Kind:
-    """The valid values of a key: `float` any finite number, `list` a list of texts. Null is always valid: unset."""
+    """The valid values of a key. `float`: any finite number; `list`: a list of texts. Null is always valid and means unset."""
 
     type: type
     bounds: Mapping[str, float] = field(default_factory=dict)  # as `config.option.opt` names them
@@ -41,7 +41,7 @@ class Kind:
 
 
 def wrong_values(said: Json, kinds: Mapping[str, Kind], inside: str = "") -> Iterator[str]:
-    """Yield a line for each key with an invalid value. inside: the key of the object `said`."""
+    """Yield a line for each key with an invalid value. inside: the key of the object `said`, for messages."""
     for key, kind in kinds.items():
         value = said.get(key)
         if value is not None and not kind.takes(value):
@@ -58,7 +58,7 @@ def kind_of_option(name: str) -> Kind:
 
 
 def token_ids(said: Any, where: str) -> list[int]:
-    """Return the ids in an `eos_token_id`: one, several or none. Raises `ModelError`, which begins with `where`."""
+    """Return the ids in an `eos_token_id`: one, several or none. Raises `ModelError`, whose message begins with `where`."""
     ids = said if isinstance(said, list) else [] if said is None else [said]
     for index in ids:
         if not Kind(int, {"ge": 0, "le": _LARGEST_TOKEN}).takes(index):

@@ -47,7 +47,7 @@ class Chat:
         """
         Answer `text`, showing pieces as they come; return whether the model ended the answer itself.
 
-        An interrupted answer stays in the conversation as far as it came. Raises `ShoalError` if the conversation is too
+        The finished part of an interrupted answer stays in the conversation. Raises `ShoalError` if the conversation is too
         long or the template rejects it, and then forgets `text`.
         """
         self.messages.append({"role": "user", "content": text})

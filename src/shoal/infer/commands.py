@@ -127,7 +127,7 @@ def first_token(tokenizer: Tokenizer, files: Path | None) -> int:
     Return the token that a text's first token is predicted from.
 
     Like lm-evaluation-harness: the tokenizer's bos_token, even if the tokenizer does not add it to texts, or else its
-    eos_token. files: the folder that names them.
+    eos_token. files: the folder whose config names them.
     """
     named = special_tokens(files).get("bos_token") if files is not None else None
     found = None if named is None else tokenizer.id_of(named)
@@ -163,7 +163,7 @@ def _without_nan(value: Any) -> Any:
 def generate_text(
     wanted: Wanted, *, prompts: Sequence[str], max_new_tokens: int, sampling: Sampling, narrator: Narrator
 ) -> None:
-    """Print each prompt and its continuation; a single one token by token."""
+    """Print each prompt and its continuation; if there is only one prompt, print token by token."""
     model = _load(wanted, narrator)
     tokenizer = model.need_tokenizer()
     ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]

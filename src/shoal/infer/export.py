@@ -1,7 +1,7 @@
 """
 Exports a checkpoint to a Hugging Face folder, which other programs open without shoal.
 
-The folder is written under a temporary name and renamed when complete. Memory holds one file of weights at a time.
+The folder is written under a temporary name and renamed when complete. Only one weight file is in memory at a time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from shoal.run.records import read_metrics
 from shoal.system.disk import sync, write_whole
 
 STORED: Final = {name: kind for kind, name in DTYPE_NAMES.items()}
-SHARD_BYTES: Final = 5_000_000_000  # approximate size of a weight file, as the hub's tools make them
+SHARD_BYTES: Final = 5_000_000_000  # approximate size of a weight file, as Hugging Face's tools write them
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _open_as_others_do(folder: ModelFolder, console: Console) -> None:
     """
     Build the exported model with transformers on the meta device, if transformers is installed.
 
-    Raises `ModelError` if it rejects the config, or expects another tensor or shape.
+    Raises `ModelError` if transformers rejects the config, or expects another tensor or shape.
     """
     try:
         transformers: Any = importlib.import_module("transformers")

@@ -93,7 +93,7 @@ def _folder(wanted: Wanted) -> Iterator[Path]:
 
 
 def _dtype(wanted: Wanted, folder: Path, device: torch.device) -> str:
-    """Return the compute dtype; a run's is chosen as in `load_run`, because its export is float32."""
+    """Return the compute dtype; for a run, the dtype that `load_run` chooses, because its export is float32."""
     chosen = wanted.dtype
     if wanted.target is not None and chosen == "auto":
         run, _ = find_checkpoint(wanted.runs, wanted.target, wanted.step)

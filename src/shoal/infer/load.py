@@ -142,7 +142,7 @@ def run_dtype(trained: str, wanted: str, device: torch.device) -> str:
 
 def load_folder(name: str, *, family: str | None = None, device: str, dtype: str = "auto") -> LoadedModel:
     """
-    Load the model in folder `name`, or of a name that `find_model` resolves.
+    Load the model in folder `name`, or in the folder that `find_model` finds for that name.
 
     family: "hf" runs it through transformers, None through shoal's own code. dtype: the compute dtype; "auto": that of the
     weights if it is fast on the device, else float32. Raises `ModelError`, or `LaunchError` if the device lacks the dtype.
@@ -162,7 +162,7 @@ def load_folder(name: str, *, family: str | None = None, device: str, dtype: str
 
 
 def _model_of(shape: Shape, name: str, folder: ModelFolder) -> Model:
-    """Return the model section, its context limited to a sliding window, which is not implemented. Raises `ModelError`."""
+    """Return the model section, its context limited to the sliding window (not implemented). Raises `ModelError`."""
     values = {**shape.values, "from_": name}
     if shape.window is not None:
         values["max_seq_len"] = min(shape.window, values["max_seq_len"])
@@ -217,7 +217,7 @@ def _check_dtype(dtype: str, device: torch.device) -> None:
 
 
 def _end_ids(files: Path | None, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Return the tokenizer's end token and those in the files beside the weights: chat models end a turn with another."""
+    """Return the end tokens of the tokenizer and of `files`: chat models may end a turn with another token."""
     ids: set[int] = set() if tokenizer is None else {tokenizer.eot_id}
     for name in ("generation_config.json", CONFIG) if files is not None else ():
         assert files is not None

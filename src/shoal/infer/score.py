@@ -1,9 +1,9 @@
 """
 A model's loss on a text, in sliding windows.
 
-Windows have `context` tokens and start `stride` tokens apart. A window predicts the token after each of its own; tokens
-that an earlier window scored are not counted again. So every token but the first is scored once, after at least
-context - stride others if the text has them. The last window is moved back to end with the text.
+Windows have `context` tokens and start `stride` tokens apart. A window predicts the next token after each of its tokens.
+Tokens that an earlier window scored are not counted again. So every token but the first is scored once, given at least
+context - stride earlier tokens if the text has that many. The last window is moved back to end with the text.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def score(
     tokens = torch.tensor(ids, device=device)
     plan = list(windows(len(ids), context, stride))
     at_a_time = max(1, TOKENS_AT_A_TIME[device.type] // context)
-    # The first window scores all of its tokens, the others a part of theirs, so it gets a batch of its own.
+    # The first window scores all of its tokens, and the others only some of their tokens: it gets a separate batch.
     turns = [plan[:1], *(plan[low : low + at_a_time] for low in range(1, len(plan), at_a_time))]
     nats = 0.0
     for turn in turns:
@@ -126,7 +126,7 @@ def score(
 
 
 def _loss(model: LanguageModel, tokens_N: Tensor, turn: Sequence[Window]) -> Tensor:
-    """Return the summed loss of windows of one length."""
+    """Return the summed loss of windows of the same length."""
     inputs_BT = torch.stack([tokens_N[w.start : w.stop] for w in turn])
     labels_BT = torch.stack([tokens_N[w.start + 1 : w.stop + 1] for w in turn])
     firsts = [w.first - w.start - 1 for w in turn]

@@ -1,4 +1,4 @@
-"""What ranks tell each other in a step: named votes, each a few numbers that are summed over the world."""
+"""The ballot of a step: named votes of each rank, each a few numbers that are summed over the world."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Vote:
     """
     The numbers that one module contributes, and the function that gets their sums over the world.
 
-    The count is the same on every rank. The sums may arrive a step later: `hear` holds the state needed until then.
+    The count of numbers is the same on every rank. The sums may arrive a step later: `hear` keeps the state it needs then.
     """
 
     numbers: Sequence[float]
@@ -29,7 +29,7 @@ class Ballot:
     """
     This rank's votes in one step, by name; all ranks give the same names in the same order.
 
-    They travel as one vector in any sum over the world: with a step's losses, or alone.
+    The votes are summed over the world as one vector: together with a step's losses, or alone.
     """
 
     def __init__(self, votes: Mapping[str, Vote]) -> None:
@@ -41,7 +41,7 @@ class Ballot:
 
     def count(self, sums: Sequence[float]) -> dict[str, Sequence[float]]:
         """
-        Pass each module the sums of its vote; return them by name. `sums`: of `numbers` over the world.
+        Pass each module the sums of its vote; return them by name. `sums`: the sums of `numbers()` over the world.
 
         Raises ValueError if these are not the sums of this ballot.
         """

@@ -23,7 +23,7 @@ ALONE = Place()
 
 @dataclass(frozen=True)
 class Axis:
-    """The ranks that differ from this one along one axis, or along several flattened into one."""
+    """This rank's group along one parallel axis, or along several flattened into one."""
 
     size: int = 1
     rank: int = 0  # of this process on the axis
@@ -63,7 +63,7 @@ class Mesh:
         """
         Open a process group for each axis. A collective over the world: all ranks create the groups in the same order.
 
-        timeout: of these groups; None: torch's default.
+        timeout: for collectives of these groups; None uses torch's default.
         """
         self.place, self.device, self._timeout = place, device, timeout
         self.layout = layout or Layout(dp_replicate=place.world_size)
@@ -125,9 +125,9 @@ class Mesh:
 
     def first_problem(self, problem: str) -> str:
         """
-        Return the first rank's non-empty `problem`, the same on all ranks, so that all raise or none; "" if there is none.
+        Return the lowest rank's non-empty `problem`, or "" if all are empty. A collective over the world.
 
-        A collective over the world.
+        The result is the same on all ranks, so that either all raise or none.
         """
         return next(filter(None, self.gather_objects(problem)), "")
 
@@ -166,7 +166,7 @@ def check_dtype(dtype: str, device: torch.device) -> None:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Return whether `device` computes in bfloat16 natively. Every CPU counts, even if slow."""
+    """Return whether `device` computes in bfloat16 natively: True for every CPU, even a slow one."""
     return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -205,8 +205,8 @@ def default_timeout(timeout: timedelta) -> Iterator[None]:
 
 def _join(place: Place, device: torch.device, timeout: timedelta) -> None:
     """
-    Open the world group. Raises `LaunchError` if NCCL finds two ranks on one device, or if ranks that another launcher's
-    variables promise do not join.
+    Open the world group. Raises `LaunchError` if NCCL finds two ranks on one device, or if another launcher started shoal
+    and not all ranks of its WORLD_SIZE join.
 
     `device_id` makes NCCL connect all ranks of each group here. Otherwise torch would open a pipeline's first connections
     lazily, between two ranks while others wait for another pair.
@@ -237,7 +237,7 @@ def _join(place: Place, device: torch.device, timeout: timedelta) -> None:
 @contextlib.contextmanager
 def open_mesh(device: str, timeout_seconds: float, parallel: Parallel) -> Iterator[Mesh]:
     """
-    Join the other ranks, and leave them in order at the end. A collective over the world.
+    Join the other ranks, and leave them at the end, after a barrier. A collective over the world.
 
     After an error there is no barrier: the other ranks may never reach one.
     """

@@ -96,9 +96,9 @@ def describe_place() -> str:
 
 def unused_claims(nodes: int) -> list[str]:
     """
-    Return a note for each launcher variable that is set but unused, because this process is not a worker.
+    Return a note on the launcher variables that are set but unused because this process is not a worker; [] if none are.
 
-    nodes: `launch.nodes`. Raises `LaunchError` if the variables promise several processes: each would train alone.
+    nodes: `launch.nodes`. Raises `LaunchError` if the variables announce several processes: each would train alone.
     """
     env = os.environ
     if env.get("WORLD_SIZE", "1") != "1":
@@ -165,7 +165,7 @@ def _count_tasks_of_step() -> None:
 
 
 def _check_slurm() -> None:
-    """Raise `LaunchError` if srun's variables are incomplete, or if the user's own contradict them."""
+    """Raise `LaunchError` if srun's variables are incomplete, or if variables set by the user contradict them."""
     env = os.environ
     _count_tasks_of_step()
     if "SLURM_NTASKS" not in env:
@@ -187,7 +187,7 @@ def _numbers() -> None:
         and not (_is_integer(said) and least <= int(said) <= _MOST.get(name, math.inf))
     ]
     if wrong:
-        raise LaunchError("; ".join(wrong) + "; the launcher sets these: do not set them yourself, or unset them")
+        raise LaunchError("; ".join(wrong) + "; the launcher sets these variables; unset them if you have set them")
 
 
 def _is_integer(text: str) -> bool:
@@ -197,7 +197,7 @@ def _is_integer(text: str) -> bool:
 def _below(name: str, value: int, limit_name: str, limit: int) -> None:
     if value >= limit:
         raise LaunchError(
-            f"{name} is {value} but must be below {limit_name}, {limit}; the launcher sets both: do not set them yourself"
+            f"{name} is {value} but must be below {limit_name}, {limit}; the launcher sets both; unset them if you have set them"
         )
 
 

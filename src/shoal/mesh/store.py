@@ -17,7 +17,7 @@ def open_store(place: Place, timeout: timedelta) -> Store:
     """
     Open the store at MASTER_ADDR:MASTER_PORT, and wait until all ranks have connected. Raises `LaunchError`.
 
-    Rank 0 listens on that address only; torch's own `env://` would listen on every interface of the machine. Under
+    Rank 0 listens on that address only; torch's own `env://` would listen on every interface of the node. Under
     torchrun the launcher already serves the store.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

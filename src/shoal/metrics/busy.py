@@ -1,5 +1,5 @@
 """
-How long this process is busy in each phase of a step, without the time it waits for others.
+How long this process is busy in each phase of a step, without the time it waits for other processes.
 
 A step takes equally long on all processes, since fast ones wait for the slowest: only busy time tells them apart.
 """
@@ -22,10 +22,10 @@ PARTS: Final = (*PHASES, "between")
 
 class Waits:
     """
-    Seconds that this process waited for others.
+    Seconds that this process waited for other processes.
 
-    On a CPU a process waits only in torch's `Work.wait`, for our own collectives and those of FSDP2 and pipelines: it is
-    timed there. On CUDA `Work.wait` returns at once, and a stream waits instead.
+    On a CPU a process waits only in torch's `Work.wait`, for shoal's own collectives and those of FSDP2 and
+    pipelines: that call is timed. On CUDA `Work.wait` returns at once, and a stream waits instead.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Waits:
 
     @contextlib.contextmanager
     def here(self) -> Iterator[None]:
-        """Count the time inside as waiting, for others or for the device; count nested waits once."""
+        """Count the time inside as waiting, for other processes or for the device; count nested waits once."""
         begun, before = time.perf_counter(), self.seconds
         try:
             yield
@@ -69,16 +69,16 @@ class Busy:
     This process's seconds in each of `PARTS`, step by step: `begin`, then `enter` and `leave` for each phase.
 
     On CUDA forward, backward and optimizer are timed on the device, by events that are read long after they occurred; the
-    first forward and backward of a step represent all.
+    first forward and backward of a step stand for all of them.
     """
 
     def __init__(self, device: torch.device, turns: int, *, measures: bool = True) -> None:
-        """Start measuring. turns: forwards of this process in a step. measures: False disables it."""
+        """Start measuring. turns: number of forwards of this process in a step. measures: False disables measuring."""
         self.waits = Waits()
         self._cuda, self._turns, self._measures = device.type == "cuda", turns, measures
         if measures and not self._cuda:
             self.waits.watch()
-        self._entered: dict[str, tuple[float, float]] = {}  # by phase: seconds waited so far, begin
+        self._entered: dict[str, tuple[float, float]] = {}  # by phase: seconds waited before it, start time
         self._ends: dict[str, torch.cuda.Event] = {}  # by phase: recorded when it ends
         self._begun: float | None = None
         self._waited = 0.0
@@ -87,7 +87,7 @@ class Busy:
         self._now = _Step()
 
     def begin(self) -> None:
-        """Begin a step; the one before it is over."""
+        """Begin a step, which ends the previous one."""
         if not self._measures:
             return
         now = time.perf_counter()

@@ -28,7 +28,7 @@ def bits_depend_on(device: torch.device) -> dict[str, str | int]:
     """
     Return what a step's last bits depend on besides config and layout: processor, instructions, libraries, threads.
 
-    The processor counts, not only its instructions: libraries block products by its cache sizes.
+    The processor matters, not only its instructions: libraries choose the blocking of matrix products by its cache sizes.
     """
     built = torch.__config__.show()
     found: dict[str, str | int] = {

@@ -20,7 +20,7 @@ from shoal.run.records import StepRecord
 
 
 class PhaseTimer:
-    """Seconds of one step by phase. On CUDA from events that are read long after the step, so nothing waits."""
+    """Seconds of one step by phase. On CUDA, events measure them and are read long after the step, so the host does not wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -44,7 +44,7 @@ class PhaseTimer:
             self._seconds[phase] += time.perf_counter() - self._begun[phase]
 
     def seconds(self) -> dict[str, float]:
-        """Return seconds by phase. On CUDA it waits for the step's last event, which is past when a record is due."""
+        """Return seconds by phase. On CUDA, wait for the step's last event, which has passed by the time a record is due."""
         for name, start, end in self._events:
             end.synchronize()
             self._seconds[name] += start.elapsed_time(end) / 1000.0
@@ -68,7 +68,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class Meter:
-    """Turns steps into records of `metrics.jsonl`. It gets floats and never reads the device."""
+    """Turns steps into records of `metrics.jsonl`. Its arguments are floats: it never reads the device."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._config, self._mesh = config, mesh
@@ -85,7 +85,7 @@ class Meter:
         self._peak_flops, self._peak_source = self._find_peak()
 
     def start(self) -> None:
-        """Restart the time of steps: after preparation, evaluation and saving."""
+        """Restart the clock of steps, after preparation, evaluation or saving."""
         self._last, self._steps_since = Moment(self._mesh.device), 0
 
     def begin(self, step: int) -> None:
@@ -147,7 +147,7 @@ class Meter:
         )
 
     def _take_split(self, step: int) -> dict[str, float] | None:
-        """Return the newest split of a step up to `step`, and forget it with those before it."""
+        """Return the newest time split up to `step`, and drop it and all older ones."""
         timed = [each for each in self._splits if each <= step]
         splits = {each: self._splits.pop(each) for each in timed}
         return {"step": timed[-1], **splits[timed[-1]].seconds()} if timed else None

@@ -8,7 +8,7 @@ import torch
 
 
 class Moment:
-    """The time at which a device finishes all work queued so far; on a CPU, now. Making one does not wait."""
+    """The time at which a device finishes all work queued so far; on a CPU, now. Creating a moment does not wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = None
@@ -22,7 +22,7 @@ class Moment:
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        """Wait until it has come."""
+        """Wait until the moment has come."""
         if self._event is not None:
             self._event.synchronize()
 

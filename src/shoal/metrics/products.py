@@ -16,8 +16,8 @@ import torch
 
 SIZES: Final = (16, 64, 128, 256, 512, 1024, 2048, 4096)
 LARGE_ENOUGH: Final = 256  # from here on arithmetic dominates overhead
-_TURNS: Final = 4  # of each size; the best counts, so that a busy moment of another program does not
-_MARGIN: Final = 10  # times that the next size's rate may be lower
+_TURNS: Final = 4  # measurements of each size; the best one counts, to exclude brief load of other programs
+_MARGIN: Final = 10  # factor by which the next size's rate may be lower
 
 
 def product_rates(
@@ -26,8 +26,8 @@ def product_rates(
     """
     Return FLOP/s of square products in each of `dtypes`: the best over the large sizes that fit in `seconds`.
 
-    Stops early once the first dtype is `clear` times as fast or as slow as the last one; at small sizes, ten times that.
-    All zeros if there was no time.
+    Stops early once the first dtype is `clear` times as fast or as slow as the last one; at small sizes, 10 * `clear`
+    times. Returns zeros if there was no time.
     """
     end = time.perf_counter() + seconds
     found = [0.0] * len(dtypes)
@@ -45,7 +45,7 @@ def product_rates(
 
 
 def _best_seconds(n: int, dtypes: Sequence[torch.dtype], device: torch.device, end: float) -> list[float]:
-    """Return the best seconds of each dtype, measured in turns; infinite if there was no time."""
+    """Return the best seconds of each dtype, measured alternately; infinite if there was no time."""
     matrices = [torch.ones(n, n, device=device, dtype=dtype) for dtype in dtypes]
     best = [math.inf] * len(dtypes)
     for _ in range(_TURNS):

@@ -1,4 +1,4 @@
-"""How far a device has come with the work its host queued."""
+"""The progress of a device through the work that its host queued."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class DeviceProgress:
         self._runs_ahead, self._device, self._heartbeat = device.type == "cuda", device, heartbeat
         heartbeat.strict = heartbeat.strict or self._runs_ahead  # a host that waits for its device looks busy
         self._ahead: deque[tuple[Moment, tuple[int, int, str]]] = deque()  # beats that the device has not reached
-        self._reached: tuple[int, int, str] | None = None  # the last one it has reached
+        self._reached: tuple[int, int, str] | None = None  # the last beat that it has reached
 
     def enter(self, phase: str) -> None:
         """Send a heartbeat; work queued from here on belongs to `phase`."""

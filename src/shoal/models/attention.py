@@ -1,21 +1,22 @@
 """
 Choice of the attention kernel, attention masks, and the KV cache.
 
-Attention is softmax(q k^T / sqrt(d)) v per head (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1), by
-`torch.nn.functional.scaled_dot_product_attention`. That selects a fused kernel: cuDNN, flash or memory-efficient on CUDA,
-flash on CPUs, there also with a boolean mask (3% slower) and with grouped heads. Dropout is the only case in which a CPU
-uses plain math, which holds all scores [B, H, T, T] in memory.
+Attention is softmax(q k^T / sqrt(d)) v per head (Vaswani et al. 2017, arXiv:1706.03762, section 3.2.1), computed by
+`torch.nn.functional.scaled_dot_product_attention`. It selects a fused kernel: cuDNN, flash or memory-efficient on CUDA,
+flash on CPUs. The CPU's flash also supports boolean masks (3% slower) and grouped heads. Dropout is the only case in which
+a CPU uses plain math, which holds all scores [B, H, T, T] in memory.
 
-On CUDA this module decides three cases (torch 2.11, `aten/src/ATen/native/transformers/cuda`):
+On CUDA this module overrides torch in three cases (torch 2.11, `aten/src/ATen/native/transformers/cuda`):
 
 | case | torch's choice | here |
 | --- | --- | --- |
-| grouped heads with a mask, or not in bfloat16 | flash takes neither a mask nor float32, efficient takes no groups: plain math, unless cuDNN is preferred (sm90, sm100) | repeat keys and values for each query head, so that efficient takes them: memory linear in the sequence |
-| bitwise | backward of flash and efficient adds in any order, and cuDNN is allowed, while `warn_only` is set | strict determinism: both add in one order, cuDNN is skipped |
-| decoding | cuDNN, if preferred, plans for each length, and every token has a new length | disable cuDNN |
+| grouped heads with a mask, or not in bfloat16 | flash supports neither masks nor float32, memory-efficient no grouped heads: plain math, unless cuDNN is preferred (sm90, sm100) | repeat keys and values for each query head, which memory-efficient supports: memory is linear in the sequence length |
+| bitwise | with `warn_only`, the backward of flash and memory-efficient adds in any order, and cuDNN is allowed | strict determinism: both add in one order, cuDNN is skipped |
+| decoding | cuDNN, if preferred, builds a plan for each length, and each token makes a new length | disable cuDNN |
 
-A CPU without matrix tiles (AMX) computes bfloat16 attention in float32: half the time including the casts, and
-probabilities are not rounded. (AVX-512 with bf16: 79 ms, in float32 39 ms, forward and backward of [12, 6, 256, 64].)
+On a CPU without matrix tiles (AMX), bfloat16 attention is computed in float32: this takes half the time, including the
+casts, and probabilities are not rounded. (Forward and backward of [12, 6, 256, 64] on AVX-512 with bf16: 79 ms in
+bfloat16, 39 ms in float32.)
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def attend(
 def _for_a_fused_kernel(
     q_BTHd: Tensor, k_BSKd: Tensor, v_BSKd: Tensor, mask_B1TS: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values in a dtype and with a number of heads that a fused kernel takes."""
+    """Return queries, keys and values in a dtype and with a number of heads that a fused kernel supports."""
     if q_BTHd.device.type == "cpu" and not CPU_HAS_TILES:
         return q_BTHd.float(), k_BSKd.float(), v_BSKd.float()
     times = q_BTHd.shape[2] // k_BSKd.shape[2]
@@ -91,16 +92,17 @@ def _for_a_fused_kernel(
 
 def groups_fused(dtype: torch.dtype, *, masked: bool) -> bool:
     """
-    Return whether flash takes these grouped heads: in bfloat16 without a mask.
+    Return whether flash supports grouped heads in this case: it does in bfloat16 without a mask.
 
-    Flash is the only fused kernel on CUDA that always takes groups. Devices before sm80 have neither flash nor bfloat16;
-    float16 is meant for them, so it repeats heads too. cuDNN takes groups, but is not used for bitwise or decoding.
+    Flash is the only fused kernel on CUDA that always supports grouped heads. Devices before sm80 have neither flash nor
+    bfloat16. Float16 is meant for these devices, so it repeats heads too. cuDNN supports grouped heads, but is not used in
+    bitwise mode or for decoding.
     """
     return dtype == torch.bfloat16 and not masked
 
 
 def repeat_heads(x_BSKd: Tensor, times: int) -> Tensor:
-    """Repeat each key head `times` times, adjacent, as query heads are grouped: [B, S, K * times, d]."""
+    """Repeat each key head `times` times in a row, matching the groups of query heads: [B, S, K * times, d]."""
     return x_BSKd.unsqueeze(3).expand(-1, -1, -1, times, -1).flatten(2, 3)
 
 
@@ -108,7 +110,7 @@ def take_deterministic_kernels() -> None:
     """
     Make all CUDA operators deterministic for the rest of this process; operators without a deterministic kernel raise RuntimeError.
 
-    Not with `warn_only`: attention's backward would keep its faster, unordered sums (`_flash_attention_backward` and
+    With `warn_only`, attention's backward would keep its faster, unordered sums (`_flash_attention_backward` and
     `_efficient_attention_backward` in `attention_backward.cu`), and cuDNN would not be skipped
     (`check_cudnn_deterministic` in `sdp_utils.cpp`).
     """
@@ -133,7 +135,7 @@ def not_deterministic(error: RuntimeError) -> str:
 @contextlib.contextmanager
 def decoding_kernels() -> Iterator[None]:
     """
-    Select kernels for growing sequences: on CUDA none that plans for each length. On CPUs nothing changes.
+    Select kernels for growing sequences: on CUDA, disable cuDNN, which plans for each length. On CPUs nothing changes.
 
     Strict determinism is suspended meanwhile: sampling needs a cumulative sum, for which CUDA has no deterministic
     operator.
@@ -196,8 +198,8 @@ def document_mask(documents_BT: Tensor, keys_BS: Tensor | None = None, first: in
     """
     Return the causal mask within documents, [B, 1, T, S]; True means visible.
 
-    `keys_BS`: the documents of all keys, if the queries are only the positions from `first` on. Every query sees itself,
-    so no row of the softmax is empty, which would give NaN.
+    `keys_BS`: document ids of all keys, if the queries are only the positions from `first` on. Every query sees its own
+    position, so no row of the softmax is empty, which would give NaN.
     """
     keys_BS = documents_BT if keys_BS is None else keys_BS
     last = torch.arange(first, first + documents_BT.shape[1], device=documents_BT.device)

@@ -2,8 +2,8 @@
 Models on the meta device, and their initial weights.
 
 **Initial weights do not depend on the layout.** Row r of a parameter is a function of (seed, the parameter's global
-name, r) only: each row has its own generator. A rank draws only the rows it holds; 1 rank and 64 start from the same
-bits. The CPU's generator draws, on every device.
+name, r) only: each row has its own generator. A rank draws only the rows it holds; runs on 1 and on 64 ranks start from
+the same bits. The CPU's generator draws the numbers, whatever the device.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def draw_region(
     """
     Fill `out` with the region `slices`, rows first, of a parameter of unsharded `shape`.
 
-    Draws a few rows at a time, so that a rank that holds only some columns never holds all of them.
+    Draws a few whole rows at a time: a rank that holds only some columns never allocates all columns of all its rows.
     """
     first, stop, _ = slices[0].indices(shape[0])
     for start in range(first, stop, ROWS_AT_A_TIME):

@@ -1,8 +1,8 @@
 """
 Mixed precision as in `layers.py`, for modules of other libraries.
 
-`layers.py` casts each weight where it is used. The modules here cannot: while one runs, its parameters are replaced by
-copies in the dtype of the activations. Autograd records the cast, so gradients arrive in float32. A block's parameters are
+`layers.py` casts each weight where it is used. Modules of other libraries do not: while such a module runs, copies in the
+activations' dtype replace its parameters. Autograd records the cast, so gradients arrive in float32. A block's parameters are
 cast together, since a block may use the weight of a submodule itself. FSDP2 passes them already cast, with the same bits.
 """
 

@@ -31,18 +31,19 @@ class Initial:
 # With sequence parallel (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2), as shoal's own families use it:
 #   gather_reduce_scatter           all-gathers its input along the sequence and reduce-scatters its output. It contains
 #                                   'colwise' layers and one 'rowwise' layer, which run no collective of their own
-#   colwise, rowwise                splits the weight's outputs, or its inputs, so that the output is a partial sum
+#   colwise                         splits the weight's outputs
+#   rowwise                         splits the weight's inputs, so that the output is a partial sum
 #   vocab_parallel                  splits the rows of an embedding or head
 #   sequence_parallel               replicates the weight; its input is this rank's part of the sequence
 #   local_positions                 replicates the weight, and looks up this rank's part of the positions
 #
-# Without it, as the plans of transformers want it, each layer has its own collectives and the rest is replicated:
+# Without sequence parallel, as in the plans of transformers, each layer has its own collectives and all else is replicated:
 #   colwise_grad_allreduce          as 'colwise'; all-reduces the gradient of its input
 #   rowwise_allreduce               as 'rowwise'; all-reduces its output
 #   colwise_gather_output           as 'colwise_grad_allreduce'; all-gathers its output
-#   rowwise_split_input             as 'rowwise_allreduce'; takes its part of a replicated input
+#   rowwise_split_input             as 'rowwise_allreduce'; its input is replicated, and it uses this rank's part
 #   replicated                      replicates the weight; every rank computes the same, so that gradients agree
-#   replicated_with_grad_allreduce  replicates the weight, which meets split heads: gradients are partial sums
+#   replicated_with_grad_allreduce  replicates the weight, which is applied to split heads: gradients are partial sums
 TensorParallelStyle = Literal[
     "gather_reduce_scatter", "colwise", "rowwise", "vocab_parallel", "sequence_parallel", "local_positions",
     "colwise_grad_allreduce", "rowwise_allreduce", "colwise_gather_output", "rowwise_split_input", "replicated",
@@ -69,7 +70,7 @@ class LanguageModel(nn.Module, ABC):
     norm: nn.Module
     head: Linear | None
     make_mask: Callable[[Tensor], Tensor]  # documents [B, T] -> the mask that `attend` takes
-    why_not_cut: str | None = None  # why there is no table for tensor parallel
+    why_not_cut: str | None = None  # why tensor parallel cannot shard this model; None if it can
     other_names: Mapping[str, str] = MappingProxyType({})  # other names of parameters in files -> the name here
     begins: bool = True  # False on pipeline stages whose input is hidden states
     ends: bool = True  # False on pipeline stages without the last norm
@@ -86,7 +87,7 @@ class LanguageModel(nn.Module, ABC):
 
         tokens_BT: on a later pipeline stage, the hidden states [B, T, D] of the previous one.
         positions_BT: each token's position in its document; None: 0, 1, 2, ..., starting at the cache's length.
-        document_ids_BT: tokens attend only to equal ids; None: a row is one document.
+        document_ids_BT: a token attends only to tokens with the same id; None: a row is one document.
         cache: keys and values of earlier tokens, to which this call appends.
         """
         positions = self._positions(tokens_BT, positions_BT, cache)
@@ -108,15 +109,15 @@ class LanguageModel(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def initial(name: str, shape: Model) -> Initial:
-        """Return the initialization of the parameter of this global name."""
+        """Return the initialization of the parameter with this global name."""
 
     @property
     def architecture(self) -> str | None:
-        """Return the class of transformers that computes this model, if the family does not determine it."""
+        """Return the name of this model's class in transformers; None if the family determines it."""
         return None
 
     def constants(self) -> dict[str, Tensor]:
-        """Return the tensors that files of this model hold besides its parameters, by their name there."""
+        """Return the tensors that this model's files contain besides parameters, by their name in the files."""
         return {}
 
     def head_weight(self) -> Tensor:

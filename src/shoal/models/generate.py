@@ -41,12 +41,12 @@ def generate(
     on_token: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """
-    Return the new tokens of each prompt, without the prompt and without the `eot_id` (or one of them) that ends it.
+    Return the new tokens of each prompt, without the prompt and without the token of `eot_id` that ends the text.
 
     temperature: 0 is greedy. top_k, top_p: sample among the k likeliest tokens, and among the fewest whose probabilities
-    sum to top_p; both after the temperature. known_ids: never choose this id or a larger one, which only pads the
-    embedding and has no text. on_token(prompt's index, token): called for each token at once. Put the model in eval mode
-    to disable dropout.
+    sum to top_p; both after the temperature. known_ids: never choose this id or a larger one: such ids only pad the
+    embedding and have no text. on_token(prompt's index, token): called as soon as a token is chosen. Put the model in eval
+    mode to disable dropout.
 
     Raises `GenerateError` for an empty or too long prompt, an unknown token, an option out of range, or logits that are
     NaN or Inf.
@@ -114,7 +114,7 @@ class _Rows:
         self._positions = (places_T - padding_B1).clamp(min=0)
         padded = any(len(p) < longest for p in prompts)
         self._documents = torch.where(places_T < padding_B1, PADDING, TEXT) if padded else None
-        # The last new token is never an input, so it needs no room.
+        # The last new token is never an input, so it needs no position in the cache.
         self._cache = model.new_cache(len(prompts), longest + max_new_tokens - 1) if use_cache else None
 
     def next_logits(self) -> Tensor:

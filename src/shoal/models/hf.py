@@ -1,13 +1,13 @@
 """
 Any `AutoModelForCausalLM` of transformers as a `LanguageModel`: `model.family: hf`, with `model.from`.
 
-Transformers computes each layer; parameters have its names. Mixed precision is shoal's (see `layers.py`): parameters are
+Transformers' code computes each layer and names the parameters. Mixed precision is shoal's (see `layers.py`): parameters are
 float32, a block's are cast while it runs, embeddings are looked up in float32 and cast, and the residual stream is in the
 compute dtype. This is the same on one rank, replicated or sharded, since FSDP2 casts a block's parameters by the same
 rule. Within a block, transformers' code decides what it rounds.
 
 Transformers detects packed documents by their positions, and builds the mask of each kind of layer from them, including
-sliding windows. Not every family reads positions, so `hf_check.py` tests it before a run starts.
+sliding windows. Not every family reads positions, so `hf_check.py` tests this before a run starts.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class HuggingFaceCache:
     """
     Cache for decoding: transformers' KV cache, and which positions are padding.
 
-    A model whose cache holds other than keys and values recomputes all tokens at each call.
+    A model whose cache would hold anything but keys and values recomputes all tokens at each call.
     """
 
     def __init__(self, past: Any) -> None:
@@ -97,7 +97,8 @@ class HuggingFaceModel(LanguageModel):
             self.__dict__[registry] = causal_lm.__dict__[registry]
         takes = inspect.signature(type(decoder).forward).parameters
         self.takes_positions = "position_ids" in takes
-        self._attention: tuple[str, str | None] = (attention_of(type(causal_lm)), None)  # usual; without documents
+        # the usual implementation, and a faster one for rows without document ids
+        self._attention: tuple[str, str | None] = (attention_of(type(causal_lm)), None)
         self._cast()
 
     # --- interface of `LanguageModel` ----------------------------------------------------------------------
@@ -163,7 +164,7 @@ class HuggingFaceModel(LanguageModel):
         if positions_BT is not None and self.takes_positions and len(given["input_ids"][0]) == positions_BT.shape[-1]:
             given["position_ids"] = positions_BT
         hidden_BTD: Tensor = theirs.decoder(**given)[0]
-        if hidden_BTD.shape[1] > tokens_BT.shape[1]:  # without a KV cache all were recomputed
+        if hidden_BTD.shape[1] > tokens_BT.shape[1]:  # without a KV cache all tokens were recomputed
             hidden_BTD = hidden_BTD[:, -tokens_BT.shape[1] :]
         if hidden_BTD.dtype != self.compute_dtype:
             raise ModelError(
@@ -216,7 +217,7 @@ class HuggingFaceModel(LanguageModel):
     # --- construction --------------------------------------------------------------------------------------
 
     def _cast(self) -> None:
-        """Cast blocks as a whole; elsewhere each module's own parameters, and the output of embeddings."""
+        """Cast each block's parameters together. Elsewhere, cast each module's own parameters, and the output of embeddings."""
         if self.compute_dtype == torch.float32:
             return
         inside = {id(m) for block in self.blocks.values() for m in block.modules()}
@@ -245,7 +246,7 @@ class HuggingFaceModel(LanguageModel):
 
 
 def _turns_again(config: Any, places: int) -> bool:
-    """Return whether cached keys could have another rotation than new ones: LongRoPE has two, by the text's length."""
+    """Return whether cached and new keys could differ in rotation: LongRoPE selects one of two by the text's length."""
     rope = getattr(config, "rope_parameters", None) or {}
     first = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
     kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]

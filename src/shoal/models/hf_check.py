@@ -2,8 +2,8 @@
 Check that tokens of a transformers model see neither later tokens nor other documents.
 
 No metadata tells which families read positions, build masks from them, or carry state from one document to the next. So
-this is tested before the first step, with the run's weights, layout and row length: the output at a position must not
-change if tokens change that it may not see. Costs a few forwards of one micro-batch.
+this is tested before the first step, with the run's weights, layout and row length: a position's output must not change
+when tokens that it may not see are replaced. Costs a few forwards of one micro-batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SAME, SAME_ELSEWHERE = 1e-4, {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.fl
 @torch.no_grad()
 def check_sight(model: LanguageModel, *, batch: int, seq_len: int, documents: bool, device: torch.device) -> None:
     """
-    Raise `ModelError` if a token sees later ones or, with `documents`, those of another document.
+    Raise `ModelError` if a token sees later tokens or, with `documents`, tokens of another document.
 
     All ranks that hold a part of the model must call it: forward may run collectives.
     """

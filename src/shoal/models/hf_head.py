@@ -1,9 +1,9 @@
 """
-Logits and loss from hidden states, as the class of transformers computes them.
+Logits and loss from hidden states, as the model's class in transformers computes them.
 
-Its forward runs with a decoder replaced by one that returns the given hidden states. So all that the class does after the
-decoder (a bias, a scale, a soft cap) is applied. If it only multiplies by its output layer, which is tested once on a
-small one, the loss is `linear_cross_entropy_sum`, which saves memory.
+The class's forward runs with its decoder replaced by one that returns the given hidden states. So everything that the
+class does after the decoder (a bias, a scale, a soft cap) is applied. If the class only multiplies by its output layer,
+the loss is `linear_cross_entropy_sum`, which saves memory. This is tested once, with a small output layer.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Head:
         return -(log_p.gather(1, labels_C.clamp(min=0).unsqueeze(1)).squeeze(1) * weight_C).sum()
 
     def _run(self, hidden_BTD: Tensor) -> Tensor:
-        """Run the class's forward with these as the decoder's hidden states."""
+        """Run the class's forward as if its decoder had returned `hidden_BTD`."""
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
         forward = self._decoder.forward
@@ -65,7 +65,7 @@ class Head:
         return out
 
     def _only_multiplies(self) -> bool:
-        """Return whether logits equal a product with the output layer: here of 8 rows, on small and large inputs."""
+        """Return whether logits equal a product with the output layer; tested with 8 rows, on small and large inputs."""
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(8, self.layer.in_features, generator=generator)
         hidden = torch.randn(1, 4, self.layer.in_features, generator=generator)

@@ -66,9 +66,9 @@ def attention_of(kind: Any) -> str:
 
 def faster_attention_of(kind: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """
-    Return the FlashAttention library's name if it is installed and torch's own attention cannot compute the class.
+    Return the FlashAttention library's name if it is installed and torch's own attention does not support the class.
 
-    Do not use it for packed documents: it separates them in batches of one row only.
+    Do not use it for packed documents: it separates documents only in batches of one row.
     """
     installed: Any = importlib.import_module("transformers.utils").is_flash_attn_2_available
     fits = device.type == "cuda" and dtype != torch.float32 and getattr(kind, "_supports_flash_attn", False)

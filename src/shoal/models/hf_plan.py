@@ -49,6 +49,6 @@ def read_plan(causal_lm: Any) -> tuple[dict[str, TensorParallelStyle], str | Non
 
 
 def _matches(pattern: str, prefix: str, names: Mapping[str, object]) -> list[str]:
-    """Return the names of the whole model that match a pattern of the base model; a star is a block's index."""
+    """Return the names in the whole model that match a pattern for the base model; a star is a block's index."""
     wanted = re.compile(rf"({re.escape(prefix)}\.)?" + re.escape(pattern).replace(r"\*", r"\d+"))
     return [name for name in names if wanted.fullmatch(name)]

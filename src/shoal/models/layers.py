@@ -64,8 +64,8 @@ def multiplied(own: Tensor, by: Tensor) -> Tensor:
     Return `own * by` in the memory of `own`, a temporary of the caller.
 
     Compiled code multiplies out of place: the compiler fuses the product anyway, and must not see the write. With torch
-    2.11 a compiled `torch.autograd.Function` loses its backward, and gradients are zero, if forward returns a tensor
-    that two operations returned: the second in place, or a cast to the same dtype.
+    2.11 a compiled `torch.autograd.Function` loses its backward, and gradients are zero, if its forward returns a tensor
+    that two operations have returned. This happens if the second one works in place, or casts to the same dtype.
     """
     return own * by if torch.compiler.is_compiling() else own.mul_(by)
 

@@ -1,5 +1,5 @@
 """
-The Llama family: Llama 2 and 3, Qwen 2 and 3, SmolLM2, Mistral (without its window).
+The Llama family: Llama 2 and 3, Qwen 2 and 3, SmolLM2, Mistral (without its sliding window).
 
 Pre-RMSNorm blocks, rotary positions, SwiGLU (Touvron et al. 2023, arXiv:2302.13971, section 2.2), and grouped-query
 attention (Ainslie et al. 2023, arXiv:2305.13245). Llama 3: arXiv:2407.21783; Qwen3: arXiv:2505.09388.

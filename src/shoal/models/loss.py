@@ -22,8 +22,8 @@ IGNORED = -100  # label of a token without loss
 CHUNK_BYTES = 256 * 2**20
 # The softmax processes a chunk in slices. On a CPU they fit its cache, which saves 5% of the whole.
 SLICE_BYTES_CPU = 2 * 2**20
-# A GPU's matrix units need rows of a multiple of 16 bytes, and vocabularies are odd (GPT-2's: 50,257). The cast copy of
-# the weight is padded with rows of zeros; nothing outside a product sees them.
+# A GPU's matrix units need rows of a multiple of 16 bytes, and vocabulary sizes are odd (GPT-2's: 50,257). The cast copy
+# of the weight is padded with rows of zeros, which only the products use.
 MULTIPLE_OF_ROWS = {"cuda": 64}
 
 
@@ -104,7 +104,8 @@ def _is_one(grad: Tensor) -> bool:
     """
     Return whether `grad` is 1, so that backward can skip its products; False if finding out would wait for a device.
 
-    On a CPU they cost 3 to 5% of GPT-2's step, a pass over the head's gradient. While compiling, tensors have no value.
+    On a CPU the products, a pass over the head's gradient, cost 3 to 5% of GPT-2's step. While compiling, tensors have no
+    value.
     """
     return grad.device.type == "cpu" and type(grad) is Tensor and grad.item() == 1.0
 
@@ -118,7 +119,7 @@ def _slices(length: int, row_bytes: int, limit_bytes: int) -> Iterator[slice]:
 
 def _softmax_loss(logits_CV: Tensor, labels_C: Tensor, scale: Tensor | float, *, to_gradient: bool) -> Tensor:
     """
-    Return the loss of these tokens; with `to_gradient`, overwrite the logits by its gradient with respect to them.
+    Return the loss of these tokens; with `to_gradient`, overwrite the logits with their gradient.
 
     With p = softmax(z): loss = -weight log p[label], and d loss / d z = weight (p - onehot(label)).
     """

@@ -72,9 +72,9 @@ class _Rotate(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     half = x.shape[-1] // 2
     first, second = x[..., :half], x[..., half:]
-    # (a, b) -> (a cos - b sin, b cos + a sin) for the pair a = x[i], b = x[i + d/2]. Safe to compile, despite the rule of
-    # `multiplied`: the writes return views, so only the product returned `out` itself. With torch 2.11 compiled gradients
-    # equal eager's, with aot_eager and inductor.
+    # (a, b) -> (a cos - b sin, b cos + a sin) for the pair a = x[i], b = x[i + d/2]. These in-place writes are safe to
+    # compile, unlike those that `multiplied` avoids: they return views, so only the product has returned `out` itself.
+    # With torch 2.11 compiled gradients equal eager ones, with aot_eager and inductor.
     out = x * cos
     out[..., :half].addcmul_(second, sin, value=-sign)
     out[..., half:].addcmul_(first, sin, value=sign)

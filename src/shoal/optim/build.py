@@ -57,7 +57,7 @@ def _adamw(shards: Sequence[Shard], optim: Optim, *, bitwise: bool) -> torch.opt
     )
     for tensor in (*matrices, *vectors):
         optimizer.state[tensor] = {
-            # on the device where its fused kernel expects the counter
+            # on the device where AdamW's fused kernel expects the step count
             "step": torch.zeros((), dtype=torch.float32, device=tensor.device if tensor.is_cuda else "cpu"),
             "exp_avg": torch.zeros_like(tensor, requires_grad=False),
             "exp_avg_sq": torch.zeros_like(tensor, requires_grad=False),

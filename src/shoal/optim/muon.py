@@ -7,7 +7,7 @@ values to about 1; scale and weight decay are those of Liu et al. 2025 (arXiv:25
 Momentum is elementwise, but orthogonalization needs the whole matrix. So each matrix has one owner: the shards are sent
 to it, it orthogonalizes once, and each rank gets its shard of the result back. **Results are bitwise identical in every
 layout** (on one type of device, with equally many CPU threads): the same whole matrix goes through the same products,
-and operations on shards round each element by itself. Three rules ensure this:
+and operations on shards round each element independently. Three rules ensure this:
 
 - No multiply-add on a shard (`alpha=`, `lerp`): a kernel may fuse the two in its vector loop and not in the remainder.
 - Each whole matrix is a separate allocation: a library may select its kernel by the memory's alignment.
@@ -39,7 +39,7 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     """
     Return U S' V^T for a matrix U S V^T, with S' near 1: `steps` times X <- a X + b (X X^T) X + c (X X^T)^2 X.
 
-    A Newton-Schulz iteration: an odd polynomial of X acts on its singular values only. In the dtype of `matrix`. The
+    A Newton-Schulz iteration: an odd polynomial of X acts on its singular values only. It uses the dtype of `matrix`. The
     Gram matrix is of the shorter side, which is cheaper and gives a matrix and its transpose the same result.
     """
     tall = len(matrix) > matrix.shape[1]
@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
     in float32 0.71 s).
 
     Matrices are sent in rounds of about one per rank. A rank holds the matrices it owns in a round unsharded, and sends
-    each shard to all ranks that hold it: with R replicas R times the largest matrix, and it receives as much.
+    each shard to all ranks that hold it. With R replicas it sends up to R times the largest matrix, and receives as much.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Muon(torch.optim.Optimizer):
         Allocate the state and plan the messages. A collective over `team`.
 
         `shards`: this rank's 2-D shards, of the same matrices in the same order on every rank of `team`. Together the
-        ranks hold each matrix completely; a shard may be empty, or held by several. Raises ValueError if a tensor is not
+        ranks hold each matrix completely; a shard may be empty, or held by several ranks. Raises ValueError if a tensor is not
         a matrix, or its shards do not cover it.
         """
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "steps": steps}
@@ -188,11 +188,11 @@ class _Exchange:
 
     def __init__(self, parts: Sequence[_Part], team: Axis) -> None:
         moving = [part for part in parts if part.source != part.target]
-        self.quiet = not moving  # on all ranks: no collective then
+        self.quiet = not moving  # the same on all ranks, which then skip the collective
         self.kept = [part for part in parts if part.source == part.target == team.rank]
         self.sent = sorted((p for p in moving if p.source == team.rank), key=lambda p: (p.target, p.matrix))
         self.received = sorted((p for p in moving if p.target == team.rank), key=lambda p: (p.source, p.matrix))
-        self.to, self.come = [0] * team.size, [0] * team.size  # elements, by the other's rank
+        self.to, self.come = [0] * team.size, [0] * team.size  # elements to send and to receive, by peer rank
         for part in self.sent:
             self.to[part.target] += part.numel
         for part in self.received:

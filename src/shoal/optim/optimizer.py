@@ -44,6 +44,6 @@ class Optimizer:
                     state["step"].fill_(steps)
 
     def moments(self, shard: Shard) -> dict[str, torch.Tensor]:
-        """Return the optimizer state of this shard, of its shape."""
+        """Return this shard's optimizer state: tensors of the shard's shape, by name."""
         [state] = [part.state[shard.tensor] for part in self.parts if shard.tensor in part.state]
         return {name: state[name] for name in MOMENTS if name in state}

@@ -45,11 +45,12 @@ def parallelize(
     shapes = {name: p.shape for name, p in model.named_parameters()}
     slots = tuple(split_slots(train.global_batch // train.micro_batch, layout.dp))
     sharded = layout.dp_shard > 1
-    # FSDP2's collectives are part of forward and backward: every rank must run equally many, some on ignored labels.
+    # FSDP2's collectives are part of forward and backward: every rank must run the same number of both. Ranks with fewer
+    # micro-batches add some with ignored labels.
     turns = max(map(len, slots)) if sharded else len(slots[mesh.dp_rank])
 
     parts = _split_into_stages(model, mesh, parallel, say)
-    regions = _split_matrices(model, parts, mesh, say)  # before FSDP2, which shards the rows of these parts
+    regions = _split_matrices(model, parts, mesh, say)  # before FSDP2, which shards the rows of the results
     _split_sequences(parts, mesh, parallel, say)
     compiled = _wrap_parts(parts, mesh, train, regions, say)
     randomness = Randomness(parts, train.seed)
@@ -86,7 +87,7 @@ def _split_into_stages(model: LanguageModel, mesh: Mesh, parallel: Parallel, say
 
 
 def _split_matrices(model: LanguageModel, parts: Parts, mesh: Mesh, say: Say) -> dict[int, dict[str, Region]]:
-    """Apply tensor parallel's cut, if any. Return this rank's region of each parameter, by part."""
+    """Shrink parameters to this rank's tensor-parallel shards, if any. Return its region of each parameter, by part."""
     axis = mesh.axis("tp")
     if axis.size == 1:
         return {i: {n: Region.whole(p.shape) for n, p in part.named_parameters()} for i, part in parts.items()}
@@ -120,7 +121,7 @@ def _wrap_parts(
 
 def _leaves(slots: Sequence[range], mesh: Mesh, say: Say) -> Leaves:
     layout = mesh.layout
-    # `cp` neighbors hold the same slots, and each a part of every leaf's gradient
+    # `cp` neighbors run the same slots, and each has a partial sum of every leaf's gradient
     runs = [slots[member // layout.cp] for member in range(layout.dp * layout.cp)]
     leaves = Leaves(slots[-1].stop, tuple(runs), layout.cp)
     say(f"sums: one tree over the {leaves.slots} micro-batches of a step, whatever the number of processes")
@@ -148,7 +149,7 @@ def _open_pipeline(runnable: Runnable, parallel: Parallel, train: Train, data: D
     mesh = runnable.mesh
     mine = runnable.slots[mesh.dp_rank]
 
-    @contextlib.contextmanager  # the schedule calls it when a micro-batch's gradients have been added
+    @contextlib.contextmanager  # the pipeline enters it around the code that adds a micro-batch's gradients
     def around(stage: int, micro_batch: int) -> Iterator[None]:
         yield
         runnable.gradients[stage].after_backward(mine[micro_batch] if micro_batch < len(mine) else None)
@@ -178,10 +179,10 @@ _RECOMPUTED = {
 
 def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str, Region]) -> list[Compiled]:
     """
-    Apply checkpointing, compilation and tensor parallel's collectives, which are not compiled. Return what is compiled.
+    Apply checkpointing, compilation and tensor parallel's collectives (never compiled). Return the compiled forwards.
 
-    A block compiled as one graph has its checkpointing inside, where the compiler sees it. Context parallel breaks the
-    block's graph, and the compiler skips code that breaks inside checkpointing: there, checkpointing goes around it.
+    A block compiled as one graph is checkpointed inside that graph, where the compiler sees it. Context parallel causes
+    graph breaks, and the compiler skips checkpointed code that contains one: checkpointing then wraps the compiled block.
     """
     if train.compile:
         set_activation_budget(train.activation_budget if train.activation_checkpointing == "budget" else 1.0)
@@ -208,9 +209,9 @@ def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str
 @torch.no_grad()
 def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, weights: Fill, *, twin: bool) -> list[Shard]:
     """
-    Return this rank's shards of a part whose memory is allocated, filled with `weights`.
+    Fill a part, whose memory is allocated, with `weights`. Return this rank's shards of it.
 
-    Each rank reads only the rows and columns it holds. `twin`: an embedding here is a copy of the first stage's.
+    Each rank reads only the rows and columns it holds. `twin`: the part's embedding, if any, copies the first stage's.
     """
     layout, cut_further = mesh.layout, mesh.axis("shard")
     copies = mesh.axis("dp_replicate" if layout.dp_shard > 1 else "batch")  # these ranks hold the same elements

@@ -1,9 +1,9 @@
 """
 Differentiable collectives along an axis, for tensor and context parallel.
 
-All sums use one algorithm. Every rank sends each other rank the part that it will keep (an all-to-all, which moves as
-many bytes as a ring reduce-scatter), then adds the received parts in rank order in float32 and rounds once. So a sum
-does not depend on the library's algorithm, and bfloat16 parts are not rounded in between.
+All sums use one algorithm. Every rank sends each other rank the part that the receiver will keep (an all-to-all, which
+moves as many bytes as a ring reduce-scatter). It then adds the received parts in rank order in float32 and rounds once.
+So a sum does not depend on the library's algorithm, and bfloat16 parts are not rounded in between.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shoal.mesh.mesh import Axis
 
-# one collective: torch 2.13 renamed it and warns about the older name
+# the same collective under either name: torch 2.13 renamed it and warns about the older name
 _gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -53,7 +53,7 @@ def all_reduce(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
     """
     Return the sum over the axis on all ranks, in the dtype of `x`; `bias` is added before rounding.
 
-    All ranks must compute the same from it, so that its gradient is replicated: backward passes that on unchanged.
+    All ranks must use the result identically, so that its gradient is replicated: backward returns the gradient unchanged.
     Collectives over `axis`.
     """
     if axis.size == 1:
@@ -62,7 +62,11 @@ def all_reduce(x: Tensor, axis: Axis, bias: Tensor | None = None) -> Tensor:
 
 
 def gather_output(x: Tensor, dim: int, axis: Axis) -> Tensor:
-    """All-gather along `dim`, for a replicated use. Backward: this rank's part of the gradient, not a sum. A collective."""
+    """
+    All-gather along `dim`, for a result that all ranks use identically. A collective over `axis`.
+
+    Backward: this rank's part of the gradient, not a sum.
+    """
     return x if axis.size == 1 else _GatherOutput.apply(x, dim, axis)  # type: ignore[no-untyped-call]
 
 
@@ -101,7 +105,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
         grad = grad_outputs[0]
-        # over this rank's part of the places; `sum_replicated` adds those of the other ranks
+        # summed over this rank's positions only; `sum_replicated` adds the sums of the other ranks
         bias = grad.flatten(0, -2).float().sum(0) if ctx.has_bias else None
         return gather_parts(grad, ctx.dim, ctx.axis), None, None, bias
 

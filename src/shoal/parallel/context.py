@@ -7,9 +7,8 @@ Context parallelism: the `cp` axis splits each sequence. Only attention mixes po
 | ulysses (Jacobs et al. 2023, arXiv:2309.14509) | part r of N | Q, K, V and the output, each part once | some heads, whole sequence |
 | ring (Liu et al. 2023, arXiv:2310.01889) | as allgather | K and V from neighbor to neighbor | see `ring.py` |
 
-Under a causal mask a late query sees more keys than an early one. An early plus a late chunk balance the work: with
-chunks r and 2N-1-r every rank has the same. Attention is excluded from torch.compile, which compiles the code before and
-after it separately.
+Under a causal mask a late query sees more keys than an early one. Chunks r and 2N-1-r, one early and one late, give every
+rank the same work. Attention is excluded from torch.compile, which compiles the code before and after it separately.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def shard(model: LanguageModel, mesh: Mesh, parallel: Parallel, leaves: Leaves |
 
 
 def reshard(model: LanguageModel) -> None:
-    """Free the parameters that a forward without a backward has gathered: they would not follow a change of the shards."""
+    """Free parameters left gathered by a forward without a backward: they would not follow later changes of the shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -1,4 +1,4 @@
-"""Gradients of a model that FSDP2 shards, as a step sees them; `fsdp.py` shards it."""
+"""The gradients of a model sharded by FSDP2, with the interface `Gradients`; `fsdp.py` shards the model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ShardedGradients:
     """
     `Gradients` of a model that FSDP2 shards: each `p.grad` is this rank's shard of the sum over all of `batch`.
 
-    In a pipeline, torch's stage itself tells FSDP2 when to reduce, so the tree's order is not available there.
+    In a pipeline, torch's stage itself tells FSDP2 when to reduce, so sums in the tree's order are not available there.
     """
 
     def __init__(self, model: LanguageModel, batch: Axis, shards: Axis, leaves: Leaves | None) -> None:
@@ -32,7 +32,7 @@ class ShardedGradients:
             module.set_force_sum_reduction_for_comms(True)
             if leaves is not None:
                 self._sums.append(TreeReduceScatter(leaves, batch, shards))
-                module.set_custom_reduce_scatter(self._sums[-1])  # type: ignore[arg-type]  # torch does not export the base
+                module.set_custom_reduce_scatter(self._sums[-1])  # type: ignore[arg-type]  # torch does not export the base class
 
     def zero(self) -> None:
         for p in self._parameters:

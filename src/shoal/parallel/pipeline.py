@@ -9,8 +9,9 @@ Every rank of the `pp` axis loads the same micro-batches: the first stage uses t
 positions and document ids.
 
 Public parts of torch are used: `PipelineStage` (with its methods `backward_one_chunk` and `backward_weight_one_chunk`
-overridden), the schedules and their `step`. They get the shapes that stages exchange, so that torch needs no trial run
-to infer them. One private method is overridden, for torch 2.11 only: `PipelineStage._get_init_p2p_neighbors_ops`.
+overridden), the schedules and their `step`. Each stage is given the shapes of its inputs and outputs, so that torch needs
+no trial run to infer them. One private method is overridden, for torch 2.11 only:
+`PipelineStage._get_init_p2p_neighbors_ops`.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ SCHEDULES: dict[Schedule, type[Any]] = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
-# In torch 2.11 and 2.12 the weight part of a split backward fails behind a Python `Function`: they read an attribute that
-# its node does not have ("_input_metadata is invalid").
+# In torch 2.11 and 2.12 the weight part of a split backward fails at the graph node of a Python `Function`: torch reads an
+# attribute that such a node does not have ("_input_metadata is invalid").
 SPLITS_BACKWARD = minor(torch_version()) > (2, 12)
 ENDING = ("norm", "head")  # modules after the blocks; all others come before them
 
@@ -87,8 +88,8 @@ def sum_tied(first: Tensor | None, last: Tensor | None, axis: Axis) -> None:
     """
     Set the gradients of both copies of a tied embedding, on the first and the last stage, to their sum, in place.
 
-    Each rank passes the gradients of the copies it holds: both in a V schedule, else one at either end of `axis` and
-    none between. Both copies get the same bits, since a + b = b + a. One message each way between the ends of `axis`.
+    Each rank passes the gradients of the copies it holds. In a V schedule, one rank holds both; otherwise each end of
+    `axis` holds one, and the ends send each other one message. Both copies get the same bits, since a + b = b + a.
     """
     if first is not None and last is not None:
         first += last
@@ -109,14 +110,16 @@ def sum_tied(first: Tensor | None, last: Tensor | None, axis: Axis) -> None:
 
 class Pipeline:
     """
-    Runs a step's micro-batches through this rank's stages. All ranks of `axis` construct one and make the same calls.
+    Runs a step's micro-batches through this rank's stages. All ranks of `axis` construct a `Pipeline` and make the same
+    calls.
 
     stages: as `cut` returns them, with weights, and parallelized along the other axes.
-    hidden_shape, dtype: of one micro-batch's hidden states between stages, on this rank; tokens_shape: of the first
-        stage's input, if its length differs (tensor parallel splits the sequence between stages).
+    hidden_shape, dtype: shape and dtype of one micro-batch's hidden states between stages, on this rank.
+    tokens_shape: shape of the first stage's input, if its length differs (tensor parallel splits the sequence between
+        stages).
     loss: called on the rank of the last stage; its results are summed over micro-batches, never divided.
-    around: a context entered, with the stage's and the micro-batch's index, around all code that adds one micro-batch's
-        gradients to a stage. Each stage takes its micro-batches in order.
+    around: called with the stage's and the micro-batch's index; returns a context, entered around all code that adds the
+        micro-batch's gradients to the stage. Each stage processes its micro-batches in order.
     """
 
     def __init__(
@@ -169,8 +172,8 @@ class Pipeline:
         """
         Return each micro-batch's loss, in order, on the last stage's rank, else None; for any number of batches.
 
-        Messages between neighbors on `axis`, one batch per slot of `forward_slots`. With NCCL single messages of a rank
-        run in order: one that arrives a round later would delay those behind it.
+        Messages between neighbors on `axis`, in one `batch_isend_irecv` per slot of `forward_slots`. With NCCL, messages
+        posted one by one run in order: one that arrives a round later would delay the messages posted after it.
         """
         losses: list[Tensor] = []
         arrivals: dict[tuple[int, int], tuple[Tensor, list[dist.Work]]] = {}
@@ -243,20 +246,20 @@ class Pipeline:
 
 
 def _wait(works: list[dist.Work]) -> None:
-    """Wait for each work once: gloo would wait for a second message."""
+    """Wait for each work only once: on a second wait, gloo would wait for another message."""
     while works:
         works.pop().wait()
 
 
 class _WatchedStage(PipelineStage):
     """
-    Enters `around` when a micro-batch's gradients are added: in backward, or in its weight part if it is split.
+    Enters `around` while a micro-batch's gradients are added: in backward or, if backward is split, in its weight part.
 
     A split backward (Qi et al. 2024, arXiv:2401.10241, section 2) looks up the module's parameters in the graph. After
-    forward FSDP2 has resharded them, so torch finds the shards and silently skips their gradients. They are therefore
-    unsharded first, which backward needs anyway.
+    forward FSDP2 has resharded them, so torch finds the shards and silently skips their gradients. The parameters are
+    therefore unsharded first, which backward needs anyway.
 
-    If torch cannot split a backward, the first part does all of it and the second nothing.
+    If torch cannot split a backward, the first part runs all of it, and the second part does nothing.
     """
 
     def __init__(self, around: Around, *args: Any, **kwargs: Any) -> None:
@@ -280,7 +283,7 @@ class _WatchedStage(PipelineStage):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
     def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
-        """Drop the messages of torch 2.11 that the lowest rank of a V sends to itself: gloo fails on them."""
+        """Drop the messages that a rank would send to itself at the turn of a V schedule in torch 2.11: gloo fails on them."""
         ops: list[dist.P2POp] = super()._get_init_p2p_neighbors_ops()
         return [op for op in ops if op.group_peer != self.group_rank]
 

@@ -17,10 +17,10 @@ class Randomness:
     def __init__(self, parts: Mapping[int, LanguageModel], seed: int) -> None:
         self._parts = {index: part for index, part in parts.items() if part.shape.dropout > 0}
         self._seed, self._step, self._first = seed, 0, 0
-        self._forwards = dict.fromkeys(parts, 0)  # so far in this step; each part runs them in the order of the slots
+        self._forwards = dict.fromkeys(parts, 0)  # so far in this step; a part runs its forwards in slot order
 
     def wrap(self) -> None:
-        """Wrap the forwards, outside of checkpointing, which saves the generators' state here and recomputes with it."""
+        """Wrap the forwards outside of checkpointing, which then saves the seeded generators' state for its recomputation."""
         for index, part in self._parts.items():
             part.forward = self._whole(index, part.forward)  # type: ignore[method-assign]
             for name, block in part.blocks.items():

@@ -22,9 +22,10 @@ CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
 
 def checkpointed(forward: Forward, mode: str) -> Forward:
     """
-    Return `forward`, recomputed in backward: all of it ("full"), or all but products and attention ("selective").
+    Return `forward`, recomputed in backward: all of it ("full"), or all but matrix products and attention ("selective").
 
-    Chen et al. 2016 (arXiv:1604.06174); selective: Korthikanti et al. 2022 (arXiv:2205.05198), section 5, by operator.
+    Chen et al. 2016 (arXiv:1604.06174); selective: Korthikanti et al. 2022 (arXiv:2205.05198), section 5, here chosen by
+    operator.
     """
     more: dict[str, Any] = {}
     if mode == "selective":
@@ -65,11 +66,11 @@ class Compiled:
 
 def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool, again: bool) -> Compiled:
     """
-    Compile `module.forward`. `whole`: as one graph, else an error. `again`: it already is recomputed in backward; if not,
-    the eager one is, so that it needs no more memory than the compiled one.
+    Compile `module.forward`. `whole`: raise an error at a graph break. `again`: the forward is recomputed in backward
+    already. Otherwise its eager version is recomputed, so that it needs no more memory than the compiled version.
 
-    `bitwise`: round at every cast. The compiler would skip rounding a weight that it casts and uses at once. It cannot
-    skip it if FSDP2 has cast the weight before, and bits would depend on the layout.
+    `bitwise`: round at every cast. By default the compiler skips rounding a weight that it casts and uses at once. It
+    cannot skip this if FSDP2 has cast the weight before, so bits would depend on the layout.
     """
     separate_cache()
     options: dict[str, Any] | None = {"emulate_precision_casts": True} if bitwise else None
@@ -86,7 +87,7 @@ def separate_cache() -> None:
     Set the compiler's cache to a folder for this CPU's instruction set.
 
     torch 2.13 keys compiled CPU code by its graph, not by the vector width it was compiled for. A CPU with another
-    instruction set that shares the folder then loads it, and the process ends with SIGSEGV.
+    instruction set that shares the folder then loads this code, and the process ends with SIGSEGV.
     """
     root = Path(os.environ.get(CACHE) or Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}")
     kind = instruction_sets().replace(", ", "-")

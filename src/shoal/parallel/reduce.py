@@ -29,21 +29,21 @@ class Gradients(Protocol):
     Owner of the gradients of a part of the model.
 
     A step calls `zero`; for each micro-batch `before_backward`, backward, `after_backward`; then `finish`. All ranks of
-    the axis must call in the same order. A pipeline's schedule orders the backwards itself and does not tell which is the
-    last: it skips `before_backward`, and gradients are sent in `finish`.
+    the axis must call in the same order. A pipeline's schedule orders the backwards itself and does not announce the last
+    one: it skips `before_backward`, and gradients are sent in `finish`.
     """
 
     def zero(self) -> None:
         """Discard the last step's gradients."""
 
     def before_backward(self, slot: int | None, last: bool) -> None:
-        """Announce the backward of `slot` (None: of ignored labels); `last`: this rank's last one in the step."""
+        """Announce the backward of `slot` (None: of ignored labels). `last`: it is this rank's last backward of the step."""
 
     def after_backward(self, slot: int | None) -> None:
         """Accept the gradients of `slot`, whose backward has returned."""
 
     def finish(self) -> None:
-        """Wait until each `p.grad` holds its part of the sum over all ranks. A collective over the axis."""
+        """Wait until each `p.grad` holds this rank's part of the sum over all ranks. A collective over the axis."""
 
 
 @dataclass

@@ -17,17 +17,17 @@ class Mismatch:
     """A tensor whose replicas differ."""
 
     name: str
-    ranks: tuple[int, ...]  # the minority; all that hold it, if there is no majority
+    ranks: tuple[int, ...]  # the ranks of the minority; all ranks that hold the tensor, if there is no majority
 
 
 def has_replicas(mesh: Mesh) -> bool:
-    """Return whether any shard is held twice: fully sharded weights have nothing to compare."""
+    """Return whether any shard is held by several ranks: fully sharded weights have nothing to compare."""
     return mesh.axis("batch").size > mesh.axis("shard").size
 
 
 def compare(parts: Mapping[str, Part], mesh: Mesh) -> list[Mismatch]:
     """
-    Return the tensors whose replicas differ. Compares the sum of a tensor's words as integers, which any bit flip changes.
+    Return the tensors whose replicas differ. Compares sums of a tensor's words as integers, which any bit flip changes.
 
     Reads each part once. A collective over the world; the host waits for the device.
     """

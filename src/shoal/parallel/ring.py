@@ -1,8 +1,8 @@
 """
 Ring attention (Liu et al. 2023, arXiv:2310.01889): ranks pass keys and values on, and none ever holds all of them.
 
-The rounds are private functions of torch: they choose which chunks meet, merge partial softmaxes and compute the
-backward. `system/torch_private.py` lists them, and only tested versions of torch use them (`resolve/layout_checks.py`).
+Private functions of torch run the rounds: they choose which chunks meet, merge partial softmaxes and compute the
+backward. `system/torch_private.py` lists them. Runs are rejected with untested torch versions (`resolve/layout_checks.py`).
 Each rank holds chunks r and 2N-1-r of 2N, as with allgather: this is how torch balances its rounds.
 """
 
@@ -54,7 +54,7 @@ class Ring:
 
 
 def no_mask(documents_BT: Tensor) -> Tensor:
-    """Reject document masks, which torch's rounds do not take."""
+    """Reject document masks, which torch's ring attention does not support."""
     raise ValueError("ring attention has no document mask; use parallel.cp_method allgather or ulysses")
 
 
@@ -93,7 +93,7 @@ class _RingAttention(torch.autograd.Function):
 
 
 def _torch_ring() -> ModuleType:
-    """Return torch's module of rounds, set to pass keys on instead of gathering them."""
+    """Return torch's ring-attention module, configured to pass keys on instead of gathering them."""
     from torch.distributed.tensor.experimental._context_parallel import _attention
 
     _attention._cp_options.rotate_method = _attention._RotateMethod.ALL_TO_ALL

@@ -50,7 +50,7 @@ class Runnable:
     compiled: list[Compiled]
     pipeline: pipeline.Pipeline | None = None
     tied: bool = False  # in a pipeline: the last stage's head shares the first stage's embedding
-    scale: Tensor | float = 1.0  # of the loss, in the current step
+    scale: Tensor | float = 1.0  # factor of the loss in the current step
 
     def forward_backward(
         self, batches: Sequence[Batch], step: int, phases: Phases, loss_scale: Tensor | float = 1.0
@@ -62,8 +62,8 @@ class Runnable:
         on all ranks but one, so that summing over the world is exact. Collectives over all axes.
         """
         mesh, mine = self.mesh, self.slots[self.mesh.dp_rank]
-        # The global count is known before backward: micro-batches and ranks then only add, and no padding or layout
-        # changes the mean.
+        # The global count is known before backward: the losses of micro-batches and ranks then only add up, and neither
+        # padding nor layout changes the mean.
         tokens = self._count(batches)
         self.scale = loss_scale / tokens.clamp(min=1.0)
         losses = torch.zeros(self.slots[-1].stop, mesh.layout.cp, device=mesh.device)
@@ -116,9 +116,10 @@ class Runnable:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
         """
-        Return the loss summed over the valid tokens of these batches, 0-d float64; 0 on all but one of the tp, pp ranks.
+        Return the loss summed over the valid tokens of these batches, 0-d float64.
 
-        Every rank must pass equally many batches. Collectives over all axes but the data-parallel ones.
+        It is 0 on all but one of the ranks along tp and pp. Every rank must pass equally many batches. Collectives over all
+        axes but the data-parallel ones.
         """
         self.scale = 1.0
         if self.pipeline is not None:
@@ -137,10 +138,10 @@ class Runnable:
             part.train(on)
 
     def _count(self, batches: Sequence[Batch]) -> Tensor:
-        """Return the step's valid tokens, on every rank. Ranks along other axes load the same batches: one counts."""
+        """Return the step's valid tokens, on every rank. Of the ranks along other axes, with equal batches, one counts."""
         counts = all(at == 0 for axis, at in self.mesh.coordinates.items() if axis not in DATA_PARALLEL)
         own = float(sum(b.valid_tokens for b in batches)) if counts else 0.0
-        # filled on the device: copying a number there would wait for it
+        # filled on the device: copying a number to the device would wait for it
         return self.mesh.sum(torch.full((), own, device=self.mesh.device))
 
     def _publish(self) -> None:

@@ -4,13 +4,13 @@ Tensor, sequence and loss parallel (Shoeybi et al. 2019, arXiv:1909.08053; Korth
     x [B, T/tp, D] -> norm -> all-gather -> [B, T, D] -> colwise layers -> heads or width / tp -> rowwise layer
                    -> partial sums [B, T, D] -> reduce-scatter -> [B, T/tp, D]
 
-Each family's `TENSOR_PARALLEL` table says how its modules are sharded. Parameters become plain, smaller parameters:
-inside a module runs the single-device code on fewer heads or columns, and FSDP2 can shard the result further without
-knowing of it. Between these modules each rank holds its part of the sequence, through norms and residuals too.
+Each family's `TENSOR_PARALLEL` table says how its modules are sharded. Parameters become plain, smaller parameters: a
+module runs its single-device code on fewer heads or columns, and FSDP2 can shard the smaller parameters further. Between
+these modules each rank holds its part of the sequence, through norms and residuals too.
 Replicated parameters have a partial gradient on each rank: their `Shard` marks it, and `runnable.py` sums it.
 
-Models of transformers are sharded by the plan of their config, which names single layers. Between those, activations are
-replicated, and the loss is over the whole vocabulary:
+A transformers model is sharded by its config's tensor-parallel plan, which names individual layers. Between these layers
+activations are replicated, and each rank computes the loss over the whole vocabulary:
 
     x [B, T, D] -> colwise layer (all-reduces its input's gradient) -> heads or width / tp -> rowwise layer (all-reduces)
 """
@@ -56,7 +56,7 @@ def styles(model: LanguageModel) -> Iterator[tuple[str, nn.Module, TensorParalle
 
 def cut(model: LanguageModel, axis: Axis) -> dict[str, Region]:
     """
-    Shrink each parameter of a model on meta to this rank's part. Return the parts by name.
+    Shrink each parameter of a model on meta to this rank's part. Return the parts' regions by parameter name.
 
     Raises `LaunchError` if the model has no table, or `axis` does not divide a side that must be split evenly.
     """
@@ -68,8 +68,8 @@ def cut(model: LanguageModel, axis: Axis) -> dict[str, Region]:
             side = {"colwise_gather_output": 0, "rowwise_split_input": -1}.get(style)
             if side is not None and name == "weight" and parameter.shape[side] % axis.size:
                 raise LaunchError(
-                    f"parallel.tp {axis.size} does not divide the {parameter.shape[side]} of {prefix}, whose parts are "
-                    "gathered again; set parallel.tp to 1, or a divisor of it"
+                    f"parallel.tp {axis.size} does not divide {parameter.shape[side]}, a dimension of {prefix} that needs "
+                    "equal parts; set parallel.tp to 1, or a divisor of it"
                 )
             region = regions[f"{prefix}.{name}"] = _part(Region.whole(parameter.shape), name, style, axis)
             if not region.is_whole:
@@ -87,7 +87,7 @@ def _part(whole: Region, name: str, style: str, axis: Axis) -> Region:
 
 
 def connect(model: LanguageModel, axis: Axis, regions: dict[str, Region]) -> None:
-    """Wrap each module's forward in its collectives. Call after compiling the modules, which excludes the collectives."""
+    """Wrap each module's forward in its collectives. Call after compiling the modules: collectives are not compiled."""
     inputs: dict[str, _SharedInput] = collections.defaultdict(lambda: _SharedInput(axis))  # by the enclosing module
     for name, module, style in list(styles(model)):
         match style:
@@ -134,7 +134,7 @@ def _partial(inside: Callable[..., Tensor], row: Linear, axis: Axis) -> Callable
 
 
 class _SharedInput:
-    """Layers that read the same tensor, such as q, k and v: their gradients are added locally, then all-reduced once."""
+    """The input that layers such as q, k and v share: its gradients are added locally, then all-reduced once."""
 
     def __init__(self, axis: Axis) -> None:
         self._axis = axis
@@ -182,7 +182,7 @@ def has_part_of_gradient(model: LanguageModel, name: str) -> bool:
 
 
 def _vocab_lookup(embedding: Embedding, first: int, axis: Axis) -> Callable[[Tensor], Tensor]:
-    """Look up the ids whose rows this rank holds, and 0 for others. Exactly one rank has each id, so the sum is exact."""
+    """Look up the ids whose rows this rank holds; others give 0. Exactly one rank has each id, so the sum is exact."""
 
     def forward(ids_BT: Tensor) -> Tensor:
         rows = embedding.weight.shape[0]

@@ -1,10 +1,10 @@
 """
 Sums in an order that is independent of the layout: a step's micro-batches are the leaves of one binary tree.
 
-Node (level, index) is the sum of the existing leaves in [index * 2^level, (index + 1) * 2^level): of its left and its
-right half. A rank owns a run of leaves, sums all complete subtrees within it, as a binary counter carries, and is left
-with few nodes. Joining the nodes of all ranks adds the same pairs as one process alone would add. Floating-point
-addition is commutative but not associative: bits depend on the tree, not on when or where a pair is added.
+Node (level, index) is the sum of the existing leaves in [index * 2^level, (index + 1) * 2^level): the sum of its left and
+its right child. A rank owns a run of leaves and sums all complete subtrees within it, like the carries of a binary
+counter; few nodes remain. Joining the nodes of all ranks adds the same pairs as a single process would add.
+Floating-point addition is commutative but not associative: bits depend on the tree, not on when or where a pair is added.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class TreeSum:
 @dataclass(frozen=True)
 class Leaves:
     """
-    Which rank along an axis owns which leaves: a run of the step's slots for each, in rank order.
+    The assignment of leaves to the ranks along an axis: each rank owns a run of the step's slots, in rank order.
 
-    Context parallel splits sequences, so that `cp` neighbors own the same slots and each a part of every leaf. Then each
-    part has a tree of its own, and the parts' sums are added in order.
+    Context parallel splits sequences: `cp` neighbors own the same slots, and each has a part of every leaf. Each part then
+    has a separate tree, and the parts' sums are added in order.
     """
 
     slots: int
@@ -76,7 +76,7 @@ class Leaves:
 
     @functools.cached_property
     def spans(self) -> list[list[tuple[int, int]]]:
-        """Return (level, index) of the nodes that each member is left with."""
+        """Return (level, index) of the nodes that remain on each member after its own leaves are summed."""
         trees = [TreeSum(self.slots) for _ in self.runs]
         for tree, run in zip(trees, self.runs, strict=True):
             for leaf in run:
@@ -84,7 +84,7 @@ class Leaves:
         return [[node[:2] for node in tree.nodes] for tree in trees]
 
     def sum(self, received: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the sum of all members' nodes, [len(spans[member]), ...] each, which are overwritten."""
+        """Return the sum of all members' nodes. `received[member]`, [len(spans[member]), ...], is overwritten."""
         totals = []
         for part in range(self.parts):
             tree = TreeSum(self.slots)
@@ -140,7 +140,7 @@ class Exchange:
 
 
 class TreeReduceScatter:
-    """Replacement of FSDP2's reduce-scatter for one group: only the last micro-batch's sends, the sum of the tree."""
+    """A replacement for one group's reduce-scatter in FSDP2: only the last micro-batch's call sends, and sends tree sums."""
 
     def __init__(self, leaves: Leaves, batch: Axis, shards: Axis) -> None:
         self._leaves, self._shards = leaves, shards.size

@@ -25,8 +25,8 @@ def vocab_parallel_cross_entropy_sum(
     """
     Return `linear_cross_entropy_sum` over the whole vocabulary and sequence, on every rank of `axis`; float32, 0-d.
 
-    hidden_BTD: this rank's part of the sequence, [B, T/tp, D]. weight_VD: its rows, from `first` on; `rows` is the
-    largest number of rows on a rank. labels_BT: of the whole sequence. Collectives over `axis`.
+    hidden_BTD: this rank's part of the sequence, [B, T/tp, D]. weight_VD: this rank's rows of the head, from row `first`
+    on. rows: the largest number of rows on a rank. labels_BT: labels of the whole sequence. Collectives over `axis`.
     """
     hidden_ND = all_gather(hidden_BTD, 1, axis).flatten(0, 1)
     loss: Tensor = _VocabLoss.apply(hidden_ND, weight_VD, labels_BT.flatten(), scale, axis, first, rows)  # type: ignore[no-untyped-call]
@@ -46,7 +46,7 @@ class _VocabLoss(torch.autograd.Function):
         train = any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden_ND) if train else None
         d_weight = torch.zeros_like(weight_VD) if train else None
-        # Each chunk takes part in collectives, so all ranks use the chunks of the largest share of an uneven vocabulary.
+        # Each chunk runs collectives, so all ranks need equal chunks: of the size that suits the rank with the most rows.
         step = max(1, CHUNK_BYTES // (4 * rows))
         for start in range(0, len(hidden_ND), step):
             tokens = slice(start, start + step)
@@ -76,7 +76,7 @@ def _softmax(
     """
     logits_CV = logits_CV.float()
     peak_C = logits_CV.amax(-1)
-    dist.all_reduce(peak_C, op=dist.ReduceOp.MAX, group=axis.group)  # without it exp overflows; it cancels in p
+    dist.all_reduce(peak_C, op=dist.ReduceOp.MAX, group=axis.group)  # else exp overflows; the peak cancels in p
     logits_CV -= peak_C.unsqueeze(1)
     weight_C = ((labels_C != IGNORED) * scale).float()
     local_C = labels_C - first

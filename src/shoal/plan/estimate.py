@@ -23,7 +23,7 @@ Attention = Literal["causal", "full"]
 
 
 def parameter_count(model: Model) -> int:
-    """Return the number of trainable values, a tied head counted once; of a folder's files with `family: hf`."""
+    """Return the number of parameters, with a tied head counted once; with `family: hf`, by the shapes in its folder."""
     if not FAMILIES[model.family].native:
         return sum(map(prod, _folder_tensors(model).values()))
     return _embedding(model) + _matrices(model) + _vectors(model)
@@ -119,7 +119,7 @@ def _folder(model: Model) -> ModelFolder:
 
 
 def _folder_tensors(model: Model) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of its parameters, without a tied head that the files hold as well."""
+    """Return the shapes of the folder's parameters, without the second copy of a tied embedding that some files have."""
     shapes = {name: entry.shape for name, entry in _folder(model).tensors.items() if not is_computed(name)}
     tables = [name for name, shape in shapes.items() if _is_table(shape, model)]
     if model.tie_embeddings and len(tables) > 1:
@@ -128,7 +128,7 @@ def _folder_tensors(model: Model) -> dict[str, tuple[int, ...]]:
 
 
 def _is_table(shape: tuple[int, ...], model: Model) -> bool:
-    """Return whether a tensor has a row per token: an embedding or a head."""
+    """Return whether a tensor has a row per token of the vocabulary: an embedding or a head."""
     return len(shape) == 2 and shape[0] == model.vocab_size
 
 
@@ -136,8 +136,8 @@ def _folder_matrices(model: Model) -> int:
     """
     Count all matrices that multiply a token.
 
-    Of two with a row per token, one is a lookup; one alone is also the head. Learned positions, with a row per position
-    of the longest context (OPT has two more), are a lookup.
+    Of two matrices with a row per token of the vocabulary, one is the embedding, a lookup, and is not counted; a single one
+    is also the head. Learned positions, with a row per position of the longest context (OPT has two more), are a lookup.
     """
     shapes = _folder_tensors(model).values()
     tables = [prod(shape) for shape in shapes if _is_table(shape, model)]
@@ -148,7 +148,7 @@ def _folder_matrices(model: Model) -> int:
 
 
 def _folder_pairs(model: Model, seq_len: int, attention: Attention) -> int:
-    """Sum 12 H Q per layer and visible token: those of the row, or of the layer's window."""
+    """Sum 12 H Q over the layers and their visible tokens: the row's, or those in the layer's window."""
     model = resolve_shape(model)
     assert model.head_dim is not None
     seen = 0.0

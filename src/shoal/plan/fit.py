@@ -15,7 +15,7 @@ from shoal.plan.estimate import parameter_count
 from shoal.resolve.layout_checks import refusals
 from shoal.system.disk import gigabytes
 
-# In errors without a type of their own: torch on a CPU, CUDA, cuBLAS, NCCL.
+# Texts of out-of-memory errors that have no exception type of their own: torch on a CPU, CUDA, cuBLAS, NCCL.
 _WORDS = (
     "can't allocate memory", "not enough memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
     "'out of memory'", "std::bad_alloc",
@@ -39,7 +39,7 @@ def what_ran_out(error: BaseException) -> str | None:
 
 
 def _in_a_line(text: str) -> str:
-    """Shorten the message: a CPU allocator names bytes; CUDA's says what it had in two sentences before its advice."""
+    """Shorten an allocator's message: a CPU's to its number of bytes, CUDA's to the two sentences about sizes."""
     if asked := re.search(r"tried to allocate (\d+) bytes", text):
         return f"{gigabytes(int(asked[1]))} more could not be allocated"
     return ". ".join(re.split(r"\.\s+", text.strip())[1:3] if text.startswith("CUDA out") else text.splitlines()[:1])

@@ -8,7 +8,7 @@ from shoal.config.options import Train
 
 
 def count_steps(train: Train, seq_len: int, rows: int) -> int:
-    """Return the run's length in steps, from steps, tokens or epochs, whichever is set. `rows`: of the corpus."""
+    """Return the run's length in steps, from steps, tokens or epochs, whichever is set. rows: number in the corpus."""
     match length_of(train):
         case "steps", steps:
             return int(steps)

@@ -93,7 +93,7 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             "data.corpus",
         )
     missing = [p for p in data.paths if not _is_there(p)]
-    if missing and not _has_tokens(data):  # with tokens, their source files may be gone
+    if missing and not _has_tokens(data):  # if the tokens are prepared, their source files may be gone
         named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
         yield problem(f"data.paths does not exist: {named}", "data.paths")
     why = _why_no_tokenizer(data)
@@ -113,7 +113,7 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
 
 
 def _has_tokens(data: Data) -> bool:
-    """Return whether there are prepared tokens of any corpus of this kind; preparation checks which."""
+    """Return whether there are prepared tokens of any corpus of this kind; preparation checks whether they are of this one."""
     try:
         return any(Path(data.folder).expanduser().glob(f"{data.corpus}-*/manifest.json"))
     except (OSError, RuntimeError, ValueError):

@@ -21,7 +21,7 @@ def refusals(config: Config, processes: int | None) -> Iterator[str]:
     layout = find_layout(config.parallel, processes)
     if isinstance(layout, str):
         yield layout
-        layout = find_layout(config.parallel, None)  # look for further problems with as many as it needs
+        layout = find_layout(config.parallel, None)  # look for further problems on as many processes as it needs
         if isinstance(layout, str):
             return
     yield from _batches(config, layout)
@@ -133,8 +133,8 @@ def _pipeline(config: Config, layout: Layout) -> Iterator[str]:
     slots = config.train.global_batch // config.train.micro_batch
     lengths = sorted({len(run) for run in split_slots(slots, layout.dp)}) if slots >= layout.dp else []
     if layout.dp_shard > 1:
-        lengths = lengths[-1:]  # all ranks take as many turns as the longest
-    for length in lengths if FAMILIES[model.family].native else []:  # which rejects parallel.pp
+        lengths = lengths[-1:]  # all ranks run as many micro-batches as the rank with the most
+    for length in lengths if FAMILIES[model.family].native else []:  # `_transformers` rejects the others
         yield from pipeline_problems(
             parallel.pp_schedule, layout.pp, parallel.pp_stages, model.num_layers, length,
             compile=config.train.compile, activation_checkpointing=config.train.activation_checkpointing,
@@ -203,10 +203,10 @@ def _unused(config: Config, layout: Layout) -> Iterator[str]:
 
 def _smaller_groups(config: Config, layout: Layout, number: int) -> Iterator[str]:
     """
-    Reject a number for `reshard_after_forward` beside further axes: torch 2.13 then deadlocks until a timeout.
+    Reject a number for `reshard_after_forward` together with further axes: torch 2.13 then deadlocks until a timeout.
 
-    `fully_shard` opens process groups for it among its own mesh's ranks. Opening a group is a collective over all
-    processes, but with several such meshes each opens other groups.
+    `fully_shard` creates process groups of that size within its mesh. Creating a group is a collective over all processes,
+    but with several such meshes, the ranks of each create different groups.
     """
     beside = {f"parallel.{axis}": getattr(layout, axis) for axis in ("tp", "pp")}
     if config.train.repro == "bitwise":  # shoal, not FSDP, sums over replicas then
@@ -225,8 +225,8 @@ def _arithmetic(config: Config) -> Iterator[str]:
     train = config.train
     if train.activation_checkpointing == "budget" and not train.compile:
         yield (
-            "train.activation_checkpointing budget needs the compiler, which chooses; set train.compile to true, or "
-            "train.activation_checkpointing to selective"
+            "train.activation_checkpointing budget needs the compiler, which chooses what to recompute; set train.compile to "
+            "true, or train.activation_checkpointing to selective"
         )
     if train.dtype == "float16" and train.device == "cpu":
         yield f"train.dtype float16 needs CUDA, but train.device is cpu: {FLOAT16_ON_CPU.format(option='train.dtype')}"
@@ -235,7 +235,7 @@ def _arithmetic(config: Config) -> Iterator[str]:
 
 
 def _transformers(config: Config, layout: Layout) -> Iterator[str]:
-    """Yield what the code of transformers does not support."""
+    """Yield a rejection for each option that transformers' model code does not support."""
     if FAMILIES[config.model.family].native:
         return
     if layout.pp > 1:

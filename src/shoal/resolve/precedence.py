@@ -26,14 +26,14 @@ class Replacement:
 
 
 def replacements(recipe: Mapping[str, Setting], typed: Mapping[str, Setting]) -> list[Replacement]:
-    """Return the recipe's settings that each flag replaces beside its own option; each lost setting once."""
+    """Return the recipe's settings that each flag replaces in addition to its own option; each lost setting is listed once."""
     found, lost = [], set[str]()
     for by in typed.values():
         keys = [
             k for k in recipe if k not in lost and k not in typed and _excludes(by.key, by.value, k, recipe[k].value)
         ]
         if keys and by.key in recipe:
-            keys = [k for k in recipe if k in keys or k == by.key]  # name its own option as well
+            keys = [k for k in recipe if k in keys or k == by.key]  # list the flag's own option as well
         lost.update(keys)
         if keys:
             found.append(Replacement(by, tuple(recipe[k] for k in keys)))
@@ -68,4 +68,4 @@ _WITHOUT_MEANING: Final[Mapping[Any, Iterable[str]]] = {
     ("train.activation_checkpointing", "selective"): ["train.activation_budget"],
     ("launch.nodes", 1): ["launch.min_nodes", "launch.rendezvous"],
 }
-"""(an option, its value) -> options that would have no effect beside it, and are rejected there."""
+"""(an option, its value) -> options that have no effect with that value, and would be rejected."""

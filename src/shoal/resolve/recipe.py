@@ -80,11 +80,11 @@ PACKAGED: Final = next(
     Path(__file__).parent / "recipes",
 )
 """The folder of shoal's own recipes: in its package, or in the repository that it runs from."""
-START: Final = PACKAGED / "start.yaml"  # the recipe of a run without one, which `shoal init` writes
+START: Final = PACKAGED / "start.yaml"  # used by a run without a recipe, and written by `shoal init`
 
 
 def packaged_recipes() -> list[str]:
-    """Return their names, as `shoal train NAME` accepts them: quickstart, learn/01-one-device."""
+    """Return the names of shoal's own recipes, as `shoal train NAME` accepts them: quickstart, learn/01-one-device."""
     return sorted(p.relative_to(PACKAGED).with_suffix("").as_posix() for p in PACKAGED.glob("**/*.yaml"))
 
 
@@ -170,7 +170,7 @@ def _not_yaml(path: Path, text: str, error: Exception) -> Problem:
 
 
 def _name_of(key: yaml.Node) -> str:
-    """Return the name of a section or option; YAML also allows a list or a mapping there, which names none."""
+    """Return the name of a section or option; for a list or a mapping, which YAML allows there, return a placeholder."""
     if isinstance(key, yaml.ScalarNode):
         return str(key.value)
     return "(list)" if isinstance(key, yaml.SequenceNode) else "(mapping)"
@@ -221,7 +221,7 @@ def _no_section(name: str) -> str:
 
 
 class _NoValueError(Exception):
-    """YAML of valid form without a value."""
+    """Well-formed YAML without a valid value."""
 
 
 def _construct(node: yaml.Node) -> Any:
@@ -248,7 +248,7 @@ def read_override(key: str, text: str, where: str) -> Setting:
         return Setting(key, text, where)
     bare = isinstance(value, str) and isinstance(node, yaml.ScalarNode) and node.style is None
     block = isinstance(node, yaml.CollectionNode) and not node.flow_style  # "a: b" is text in a flag, not a mapping
-    return Setting(key, text if bare or block else value, where)  # YAML would fold lines, and cut at " #"
+    return Setting(key, text if bare or block else value, where)  # unchanged: YAML would fold lines, and cut at " #"
 
 
 # --- keys ------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def known(settings: Iterable[Setting], problems: list[Problem]) -> Iterator[Sett
 
 
 def candidates(name: str) -> list[str]:
-    """Return the options with this name, here or in other projects, in any section. A flag may use it if there is one."""
+    """Return the options of any section with this name or alias. A flag may use the name if exactly one option has it."""
     leaf = name.replace("-", "_").lower()
     return [k for k, f in options().items() if leaf in (option_name(f), *f.metadata["alias"])]
 

@@ -51,15 +51,15 @@ def resolve(
     """
     Return the config of `recipe`, overridden by `overrides`: (dotted key, YAML text, where it was written) each.
 
-    kept: a resumed run's copies of folders that are gone, by the name of each (`RunFolder.kept`). Raises `ConfigError`
-    with every problem of the file's form, of keys and of types; without any, with every incompatible combination.
+    kept: a resumed run's copies of folders that are gone, by the names in its config (`RunFolder.kept`). Raises `ConfigError`
+    with every problem of syntax, keys and types or, if there are none, with every incompatible combination.
     """
     problems: list[Problem] = []
     said = _by_key(read_recipe(recipe, problems) if recipe else [], problems)
     typed = _by_key([read_override(*o) for o in overrides], problems)
     found = replacements(said, typed)
     replaced = {s.key: s for r in found for s in r.lost}
-    # without a recipe, START's values are replaced, which the user never set
+    # without a recipe, the replaced values are START's: the user never set them
     notes = [str(r) for r in found if recipe != START]
     settings = {k: s for k, s in said.items() if k not in replaced} | typed
     settings = _with_shape(_with_corpus(settings), problems, notes, kept)
@@ -105,7 +105,7 @@ def _place(problem: Problem) -> tuple[bool, int]:
 
 
 def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
-    """Derive data.corpus from data.paths, if only the latter is set: jsonl if all names end so, else text."""
+    """Derive data.corpus from data.paths, if only the latter is set: jsonl if all names end in .jsonl or .jsonl.gz, else text."""
     paths = settings.get("data.paths")
     if paths is None or not paths.value or "data.corpus" in settings:
         return settings
@@ -119,7 +119,7 @@ def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
 def _with_shape(
     settings: dict[str, Setting], problems: list[Problem], notes: list[str], kept: Mapping[str, Path]
 ) -> dict[str, Setting]:
-    """Return `settings` with the shape of `model.preset` or `model.from` below them."""
+    """Return `settings`, completed with the shape of `model.preset` or `model.from`."""
     preset, origin = (
         s if s and s.value is not None else None for s in map(settings.get, ("model.preset", "model.from"))
     )
@@ -152,7 +152,7 @@ def _with_folder(
     notes: list[str],
     kept: Mapping[str, Path],
 ) -> dict[str, Setting]:
-    """Return `settings` with the shape of a folder's weights, which none may change, and its tokenizer if none is set."""
+    """Return `settings`, completed with the shape of a folder's weights, which they may not change, and with its tokenizer."""
     family = settings.get("model.family")
     try:
         shape, tokenizer = read_model(str(origin.value), str(family.value) if family else None, kept)
@@ -233,7 +233,7 @@ def _adapter(key: str) -> Any:
 
 @functools.cache
 def _adapter_of(kind: Any, **bounds: float) -> Any:
-    """Options of one kind share what judges them: making it takes 2 ms."""
+    """Return pydantic's validator for a type with bounds. Options share it, because making one takes 2 ms."""
     from pydantic import Field, TypeAdapter
 
     return TypeAdapter(typing.Annotated[kind, Field(allow_inf_nan=False, **bounds)] if bounds else kind)
@@ -266,7 +266,7 @@ def _build(values: Mapping[str, Any]) -> Config:
 
 
 def with_kept(config: Config, kept: Mapping[str, Path]) -> Config:
-    """Return `config` with what a run keeps of its model and its tokenizer, by their names."""
+    """Return `config` with a run's own copies of its model and its tokenizer. kept: the copies by name."""
     model = dataclasses.replace(config.model, kept=kept.get(config.model.from_ or ""))
     data = dataclasses.replace(config.data, kept=kept.get(config.data.tokenizer))
     return dataclasses.replace(config, model=model, data=data)

@@ -54,7 +54,7 @@ class StepRecord(_Record):
     memory_bytes: int = _field("bytes", "peak memory of process 0: device memory, or resident memory on a CPU")
     split_seconds: Mapping[str, float] | None = _field(
         "s",
-        "time of one step on process 0: `step` (which one), `data`, `forward`, `backward`, `reduce`, `optimizer`. "
+        "time of one step on process 0: `step` (the measured step), `data`, `forward`, `backward`, `reduce`, `optimizer`. "
         "Measured at step 2 and every `metrics.split_every` steps; written with the next line",
         optional=True,
     )

@@ -1,1 +1,1 @@
-"""What any room may need of the machine: disk, terminal, network, processor, signals. No torch but in one file."""
+"""Services of the machine for all packages: disk, terminal, network, processor, signals. Only `torch_private.py` imports torch."""

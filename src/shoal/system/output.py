@@ -69,7 +69,7 @@ class Output:
 
 
 class Outlasting(Output):
-    """A stream that never raises: after a full disk it tries the next line again; after a closed pipe it discards output."""
+    """A stream that never raises: after a full disk it tries again with the next line; after a closed pipe it discards output."""
 
     @contextmanager
     def _handled(self) -> Iterator[None]:

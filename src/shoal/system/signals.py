@@ -35,7 +35,7 @@ class StopRequest:
     """
 
     def __init__(self, *, ends_process: bool = True) -> None:
-        """Take over these signals. ends_process: if false, a second SIGINT raises `KeyboardInterrupt`."""
+        """Handle `STOPPING` from now on. ends_process: if false, a second SIGINT raises `KeyboardInterrupt`."""
         self.signal: signal.Signals | None = None
         self.nothing_to_lose = True  # until a step is taken
         self._ends_process = ends_process
@@ -46,7 +46,7 @@ class StopRequest:
 
     def end_early(self, say: Callable[[str], None]) -> None:
         """
-        Let a signal that comes while there is nothing to lose end the process with 85, within `GRACE_SECONDS`.
+        Let a signal end the process with exit code 85 within `GRACE_SECONDS`, as long as there is nothing to lose.
 
         Needed without shoal's own launcher, which does this itself. Works while the main thread waits in C code.
         """
@@ -83,7 +83,7 @@ class Asked(KeyboardInterrupt):
 @contextlib.contextmanager
 def ends_when_asked(code: int | None = None) -> Iterator[None]:
     """
-    Raise `Asked` inside at the first of `STOPPING`, and end the process `GRACE_SECONDS` later if it still runs.
+    Raise `Asked` inside at the first signal of `STOPPING`, and end the process `GRACE_SECONDS` later if it still runs.
 
     It may still run in a long C call, or waiting for threads. A second signal ends it at once. code: the exit code after
     SIGTERM and SIGUSR1; None: 128 plus the signal's number, as after SIGINT.
@@ -152,7 +152,7 @@ def _not_in_forks() -> None:
 
 def _listen(arrived: Callable[[int], None]) -> Callable[[], None]:
     """
-    Call `arrived` in a thread with each of `STOPPING` at once; return a function that ends this.
+    Call `arrived` in a thread as soon as a signal of `STOPPING` comes; return a function that stops listening.
 
     A Python handler alone would wait until the main thread returns from C code.
     """

@@ -133,7 +133,7 @@ def is_tested(version: str) -> bool:
 
 
 def tested_range() -> str:
-    """Return the tested range, as "2.11 to 2.14"."""
+    """Return the tested range, as "2.11 to 2.15"."""
     first, last = (".".join(map(str, minor(version))) for version in (TESTED[0], TESTED[-1]))
     return f"{first} to {last}"
 

@@ -1,1 +1,1 @@
-"""Training: `loop.py` tells the story, `run.py` has what a run holds, `step.py` is one optimizer step."""
+"""Training: `loop.py` is the training loop, `run.py` the parts of a run, `step.py` one optimizer step."""

@@ -90,7 +90,7 @@ def _first_weights(model: LanguageModel, config: Config) -> Fill:
 
 
 def folder_weights(model: LanguageModel, name: str, kept: Path | None = None) -> Fill:
-    """Return the weights of the model folder `name` for a model (on meta) of its shape. Raises `ModelError`."""
+    """Return the weights of the model folder `name` for a model (on meta) of the same shape. Raises `ModelError`."""
     return weights_of(model, ModelFolder.open(find_model(name, kept)))
 
 

@@ -1,4 +1,4 @@
-"""The gradient norm, and clipping by it (Pascanu et al. 2013, algorithm 1). Never waits for the host."""
+"""The gradient norm, and clipping by it (Pascanu et al. 2013, algorithm 1). The host does not wait for the device."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _row_by_row(shards: Sequence[Shard], shapes: Mapping[str, Sequence[int]], mesh: Mesh) -> torch.Tensor:
     """
-    Return the norm by each row's sum of squares, then the sum of all rows in the model's order.
+    Return the norm, from each row's sum of squares and the sum of all rows in the model's order.
 
     Sums are taken by halves, so the order of additions does not depend on a kernel. Each row is counted on exactly one
     rank: the sum over the world adds only zeros to it and is exact.

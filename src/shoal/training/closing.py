@@ -70,7 +70,7 @@ def _finish_whole(run: Run) -> None:
 
 
 def _say_results(run: Run, saved: Outcome) -> None:
-    """Print a sample, the comparison with gzip and xz, where the time went, and the next commands. The first rank's."""
+    """Print a sample, the comparison with gzip and xz, where the time went, and the next commands. For the first rank."""
     assert run.evaluation is not None
     _say_sample(run.config, run.folder, run.prepared, _whole_model(run), run.console)
     compared = _yardstick(run, run.evaluation)
@@ -118,7 +118,7 @@ def _say_sample(
 
 
 def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
-    """Continue `train.sample_prompt`; return both."""
+    """Return `train.sample_prompt` with the model's continuation."""
     tokenizer = prepared.tokenizer
     prompt = tokenizer.encode_prompt(config.train.sample_prompt)
     new = min(config.train.sample_tokens, config.model.max_seq_len - len(prompt))

@@ -1,13 +1,13 @@
 """
 Compares compiled with eager code before the first step: a compiler may drop a gradient silently.
 
-One micro-batch is computed three times on the initial weights: eager; eager with different rounding (in float32; if that is
-the run's dtype, with sums in another order); compiled. The distance of the second from the first shows the effect of
-rounding on this model and data. The third may be ten times as far from the first.
+Loss and gradients of one micro-batch are computed three times before the first step: eager; eager with different rounding
+(in float32; if that is the run's dtype, with sums in another order); compiled. The distance of the second result from the
+first shows the effect of rounding on this model and data. The third may be ten times as far from the first.
 
-It needs memory for another copy of this rank's gradients, on the CPU. Eager blocks are recomputed in backward, so their
-activations take no more memory than compiled ones. The run is unchanged: weights, random numbers, gradients and the count
-of steps.
+The check needs memory for another copy of this rank's gradients, on the CPU. Eager blocks are recomputed in backward, so
+their activations take no more memory than compiled ones. The check does not change the run's weights, random numbers,
+gradients or step count.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def check_compiled(run: Run) -> None:
     """
     Compare compiled with eager code, and report the result. A collective over the world.
 
-    Raises `CompileError`, on all ranks, if compiled code computes something else.
+    Raises `CompileError`, on all ranks, if rounding does not explain the deviation of compiled code.
     """
     run.console.note("compiling, and comparing one micro-batch with eager code (train.compile_check)")
     begun = time.perf_counter()
@@ -82,8 +82,9 @@ def compare_with_eager(
     runnable: Runnable, batches: Sequence[Batch], config: Config, step: int, alive: Callable[[], None] = lambda: None
 ) -> Agreement:
     """
-    Compare on the first of `batches` on each data-parallel rank, or on all if their number is fixed: by a pipeline or
-    `train.repro: bitwise`. `alive()` is called before each computation. A collective over the world.
+    Compare compiled with eager code on the first of `batches` of each data-parallel rank. A pipeline or
+    `train.repro: bitwise` fixes the number of batches: then compare on all. `alive()` is called before each computation.
+    A collective over the world.
     """
     one = runnable.pipeline is None and not runnable.bitwise
     batches, turns = (batches[:1], 1) if one else (batches, runnable.turns)
@@ -116,10 +117,10 @@ def compare_with_eager(
 
 def judge(names: Sequence[str], rows: Tensor) -> Agreement:
     """
-    Return the row with the largest deviation relative to its allowance. rows: [names, 4], columns as above; row 0: loss.
+    Return the largest deviation relative to its allowance. rows: [names, 4], columns as in `compare_with_eager`; row 0: loss.
 
     A parameter's deviation by rounding may be small by luck, so the model's median counts too. A gradient that is only
-    rounding noise (of a key's bias) has no size to compare with, so a small share of the whole gradient's size is added.
+    rounding noise (such as a key bias's) has no size to compare with, so a small share of the whole gradient's size is added.
     """
     difference, spread, size, given = rows.unbind(1)
     if not (size.isfinite().all() and spread.isfinite().all()):
@@ -139,9 +140,9 @@ def judge(names: Sequence[str], rows: Tensor) -> Agreement:
 def _squares(runnable: Runnable, gradients: Sequence[Tensor | None]) -> Tensor:
     """
     Return squared norms by parameter in the model's order, [parameters, 3] float64, summed over the world: of the
-    difference between the current gradients and `gradients`, of `gradients`, of the current ones.
+    difference between the current gradients and `gradients`, of `gradients`, and of the current gradients.
 
-    One parameter at a time: this needs memory for the largest.
+    Computed for one parameter at a time, so the extra memory is that of the largest parameter.
     """
     place = {name: index for index, name in enumerate(runnable.shapes)}
     table = torch.zeros(len(place), 3, dtype=torch.float64, device=runnable.mesh.device)
@@ -218,7 +219,7 @@ def _rounded_otherwise(runnable: Runnable, config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _in_float32(part: LanguageModel, *, stage: bool) -> Iterator[None]:
-    """Compute in float32. stage: of a pipeline, whose messages to the next stage keep their dtype."""
+    """Compute in float32. stage: the part is a pipeline stage, whose messages to the next stage keep their dtype."""
     dtype, forward = part.compute_dtype, vars(part).get("forward")
     compute: Callable[..., Tensor] = part.forward
 

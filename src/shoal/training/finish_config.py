@@ -47,7 +47,9 @@ def finish_config(
 
 def choose_dtype(wanted: str, mesh: Mesh) -> str:
     """
-    Return the dtype that "auto" means here, the same on every rank. A collective over the world if it is measured.
+    Return `wanted` or, for "auto", the dtype to use here, the same on every rank.
+
+    A collective over the world for "auto" on CPUs.
 
     A CPU with bfloat16 instructions may multiply bfloat16 twice as fast as float32, or half as fast.
     """

@@ -19,11 +19,11 @@ _LEAST_SPREAD: Final = 0.01  # times the median: with a nearly constant loss, a 
 
 class Guard:
     """
-    Judges a step on its device, from numbers that are identical on every rank. Never waits for the host.
+    Judges a step on its device, from numbers that are identical on every rank. The host does not wait for the device.
 
     A spike is a loss more than `zscore` robust deviations above the median of recent losses (median and MAD: Iglewicz and
-    Hoaglin 1993). The limit for step n uses the losses up to step n - 2: the host has read these on any device, so a
-    resumed run judges the same.
+    Hoaglin 1993). The limit for step n uses the losses up to step n - 2: by then the host has read these on CPUs and GPUs,
+    so a resumed run judges the same.
     """
 
     def __init__(self, device: torch.device, zscore: float | None) -> None:

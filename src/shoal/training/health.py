@@ -14,7 +14,7 @@ from shoal.run.console import Console
 
 @dataclass
 class GoBack(Exception):
-    """Asks for a rollback to the last checkpoint; `passed_over`: sample positions [first, stop) to skip from then on."""
+    """Asks for a rollback to the last checkpoint. `passed_over`: sample positions [first, stop) to skip afterwards."""
 
     why: str
     passed_over: tuple[int, int] | None = None
@@ -26,7 +26,7 @@ class Recovery:
     def __init__(self, fault: Fault, console: Console, event: Callable[..., None]) -> None:
         self._fault, self._console, self._event = fault, console, event
         self._in_row = 0  # skipped steps
-        self._first = 0  # position where the first of them began
+        self._first = 0  # sample position where the first of these steps began
         self._rollbacks = 0
         self._farthest = 0  # largest step at which the run rolled back
 

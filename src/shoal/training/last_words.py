@@ -27,7 +27,7 @@ class Finished:
     """The result of a run that has taken all its steps."""
 
     evaluation: Evaluation
-    compared: str  # with gzip and xz, in a line
+    compared: str  # the comparison with gzip and xz, in a line
 
 
 def finished(config: Config, folder: RunFolder, prepared: Prepared) -> Finished | None:
@@ -38,7 +38,7 @@ def finished(config: Config, folder: RunFolder, prepared: Prepared) -> Finished 
     ended = [each for each in read_json_lines(folder.events_file) if each["event"] == "finished"][-1:]
     if not (saved and ended) or not ended[0].get("step") == saved[0].step >= total_steps:
         return None
-    # A damaged checkpoint, or one of other tokens: the run itself reports that.
+    # The run itself reports a damaged checkpoint, or one that was trained on other tokens.
     if damage(saved[0].folder) or read_state(saved[0].folder)["data_id"] != prepared.data_id:
         return None
     return Finished(Evaluation.of_line(ended[0]), ended[0].get("compared") or "")

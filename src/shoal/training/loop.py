@@ -49,7 +49,7 @@ def train(config: Config, stop: StopRequest | None = None, heartbeat: Heartbeat 
     stop, heartbeat: the caller's, if it has opened them already.
     """
     set_threads(config)
-    stop = StopRequest() if stop is None else stop  # one that was not asked yet is false
+    stop = StopRequest() if stop is None else stop  # not `or`: a StopRequest is false until a signal arrives
     heartbeat = heartbeat or Heartbeat.open(config.launch)
     heartbeat.outside("meeting the other processes")
     Faults(read_place().rank, RunFolder.of(config).events_file).at("rendezvous")
@@ -143,7 +143,7 @@ def take_step(run: Run) -> Stats:
 
 
 def cast_ballot(run: Run, step: int, batches: Sequence[Batch]) -> Ballot:
-    """Collect what each room of this process tells the other ranks in `step`."""
+    """Collect this process's votes in `step`: the numbers that its modules tell the other ranks."""
     samples = sum(checksum(batch.sample_ids, run.header.bits) for batch in batches)
     return Ballot(
         {
@@ -157,7 +157,9 @@ def cast_ballot(run: Run, step: int, batches: Sequence[Batch]) -> Ballot:
 
 def record(run: Run, stats: Stats) -> bool:
     """
-    Read a step that is over, tell the rooms what all ranks said in it, and judge it; True if a rank was asked to stop.
+    Read a finished step's numbers, pass the sums of all ranks' votes to their modules, and record whether the step counts.
+
+    Returns True if any rank was asked to stop.
 
     Raises `GoBack` if too many steps in a row were skipped.
     """

@@ -1,4 +1,4 @@
-"""What the user is told before the first step."""
+"""The messages that a run prints before its first step."""
 
 from __future__ import annotations
 

@@ -31,14 +31,19 @@ class Pace:
     """
     Compares the ranks' own times by phase. All ranks call its methods at the same steps.
 
-    A step's times travel on the ballot of the next step, in a sum that is taken anyway.
+    A step's times are part of the next step's ballot, so they need no all-reduce of their own.
     """
 
     def __init__(
         self, busy: Busy, ranks: Stragglers | None, hosts: Sequence[str], rank: int, phases: Sequence[str],
         scale: float, console: Console, event: Callable[..., None],
     ) -> None:  # fmt: skip
-        """hosts: by rank; empty disables it. phases: those that can be compared. scale: of forward's and backward's times."""
+        """
+        Store what `open` gathered.
+
+        hosts: host names by rank; empty disables the comparison. phases: the phases that can be compared.
+        scale: factor for the times of forward and backward.
+        """
         self.busy = busy
         self._ranks, self._hosts, self._rank, self._phases, self._scale = ranks, hosts, rank, phases, scale
         self._console, self._event = console, event
@@ -61,7 +66,11 @@ class Pace:
         return cls(busy, ranks, hosts, mesh.place.rank, phases, most / runnable.turns, console, event)
 
     def vote(self, step: int) -> Vote:
-        """Tell this rank's seconds by phase: one number per rank and phase, zero for other ranks, so that the sum has all."""
+        """
+        Return a vote with this rank's seconds by phase in the last step.
+
+        It has one number per rank and phase, zero for other ranks, so that the sum has the times of all ranks.
+        """
         numbers = [0.0] * (len(self._hosts) * len(PARTS))
         seconds = self.busy.seconds()
         for place, phase in enumerate(PARTS if numbers else ()):
@@ -102,7 +111,7 @@ class Pace:
 
 def comparable(config: Config, mesh: Mesh) -> list[str]:
     """
-    Return the phases in which a rank's own time can be told from its waiting, and all ranks have equal work.
+    Return the phases in which a rank's own time can be separated from its waiting, and all ranks have equal work.
 
     On CUDA a stream waits inside a collective, and events around it include the wait: phases with collectives are excluded.
     """
@@ -112,7 +121,7 @@ def comparable(config: Config, mesh: Mesh) -> list[str]:
         if mesh.layout.sharded or mesh.layout.cp > 1:
             inside |= {"forward", "backward"}
         if mesh.layout.sharded or config.train.repro == "bitwise":
-            inside.add("optimizer")  # the gradient's norm
+            inside.add("optimizer")  # it includes the all-reduce of the gradient norm
     if config.optim.name == "muon":
         inside.add("optimizer")  # each matrix has one owner rank, and some own more than others
     return [phase for phase in PARTS if phase not in inside]

@@ -16,7 +16,7 @@ from shoal.run.records import Evaluation, MetricsFile, StepRecord, forget_after
 
 class Records:
     """
-    The run's files, written by the first rank; other ranks only keep time.
+    The run's files, written by the first rank; other ranks only measure where their time goes.
 
     A full disk does not stop a run: lines wait until they can be written.
     """
@@ -85,7 +85,7 @@ class Records:
         return in_words(account(self.folder.time_file)) if self._writes else ""
 
     def close(self) -> None:
-        """Write what waits, and close the files. May be called twice."""
+        """Write the lines that wait, and close the files. May be called twice."""
         self.clock.close()
         for each in (self._events, self._metrics, self._ledger):
             if each is not None:

@@ -15,7 +15,7 @@ from shoal.training.step import Stats
 
 
 def overflowed(run: Run, stats: Stats, norm: float) -> bool:
-    """Return whether float16 overflowed in this step and a smaller loss scale is left to try; report it."""
+    """Return whether float16 overflowed in this step and a smaller loss scale is left to try; if so, report it."""
     if stats.loss_scale is None or math.isfinite(norm) or (scale := float(stats.loss_scale)) == SMALLEST:
         return False
     run.console.note(f"step {stats.step} overflowed in float16 and was skipped; the loss scale is now {scale:g}")

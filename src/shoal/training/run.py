@@ -41,7 +41,7 @@ from shoal.training.state import TrainState
 
 @dataclass(kw_only=True)
 class Start:
-    """How a run starts, as the user is told."""
+    """The facts about a run's start that the user is told."""
 
     before: Config  # the config of the run so far
     changed: Sequence[ChangedOption]
@@ -51,7 +51,7 @@ class Start:
 
 @dataclass(kw_only=True)
 class Watch:
-    """What observes the steps of a run."""
+    """The observers of a run's steps."""
 
     heartbeat: Heartbeat
     progress: DeviceProgress
@@ -70,7 +70,7 @@ class Watch:
         pace = Pace.open(config, mesh, runnable, records.console, records.event)
         pace.busy.waits.tell = heartbeat.waits
         progress = DeviceProgress(mesh.device, heartbeat)
-        # Order matters: a planned delay must be inside what the meter and the pace time, and outside the clock's "data".
+        # Order matters: a delay injected by `faults` counts in the times of the meter and the pace, not in the clock's "data".
         phases = Phases([progress, meter, pace.busy, faults, records.clock])
         return cls(heartbeat=heartbeat, progress=progress, meter=meter, pace=pace, faults=faults, phases=phases)
 
@@ -84,7 +84,7 @@ class Watch:
 
 @dataclass(kw_only=True)
 class Stopping:
-    """What may ask a run to stop before its last step: a signal, or the end of its time."""
+    """The two sources of a request to stop before the last step: a signal and the time limit."""
 
     stop: StopRequest
     limit: TimeLimit
@@ -249,5 +249,5 @@ def _ledger_header(config: Config, mesh: Mesh, rows: Rows, prepared: Prepared) -
 
 
 def _time_limit(config: Config, state: TrainState) -> TimeLimit:
-    """Open this worker's time limit; the bytes it saves give a first guess of a save's time."""
+    """Open this worker's time limit; the size of its state gives a first estimate of a save's duration."""
     return TimeLimit.open(config.launch.time_limit_minutes, sum(p.tensor.nbytes for p in state.tensors().values()))

@@ -1,4 +1,4 @@
-"""When a run saves, what became of each save, and the checkpoint from which it resumes."""
+"""The schedule and the outcome of a run's saves, and the choice of the checkpoint from which it resumes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class _Tier:
 @dataclass
 class Saving:
     """
-    The checkpoints of a run: on its disk and, if `checkpoint.fast` is set, also in fast storage that need not last.
+    The checkpoints of a run: on disk and, if `checkpoint.fast` is set, also in fast storage, which may be volatile.
 
     All ranks call its methods at the same steps.
     """
@@ -71,7 +71,7 @@ class Saving:
     mesh: Mesh
     console: Console
     event: Say
-    wait: bool  # for each save, instead of training on
+    wait: bool  # wait for each save, instead of training on meanwhile
     data_id: str = field(kw_only=True)
     on_saved: Callable[[float], None] = field(default=lambda seconds: None, kw_only=True)  # seconds of a save on disk
     on_checkpoint: Callable[[int], None] = field(default=lambda step: None, kw_only=True)  # step of a save in any tier
@@ -91,7 +91,7 @@ class Saving:
         """
         Open the tiers. A collective over the world. Raises `RunError` if only some ranks have `checkpoint.fast`.
 
-        folder: of the run's checkpoints. `at(phase)` is called at each phase of a save.
+        folder: the folder of the run's checkpoints on disk. `at(phase)` is called at each phase of a save.
         """
         options = config.checkpoint
         have = mesh.gather_objects(options.fast is not None)
@@ -124,7 +124,7 @@ class Saving:
         """
         Return the newest whole checkpoint, the same on all ranks; report what was wrong with newer ones.
 
-        One that only some nodes have in memory is first copied to disk, for all. A collective over the world.
+        A checkpoint that only some nodes have in memory is first copied to disk, for all nodes. A collective over the world.
         """
         found: list[Saved] = []
         for tier in self.tiers:
@@ -134,12 +134,12 @@ class Saving:
             self._pass_over(problems, "removed" if tier.memory else "set aside")
             found += [saved] if saved else []
         newest = max(found, key=lambda s: s.step, default=None)
-        for tier in self.tiers[1:]:  # also a closed one: nodes other than the cause may have a checkpoint
+        for tier in self.tiers[1:]:  # also a closed tier: nodes without its problem may have a checkpoint
             newest = self._borrow(tier, newest) or newest
         return newest
 
     def _borrow(self, tier: _Tier, newest: Saved | None) -> Saved | None:
-        """Copy a checkpoint that only some nodes have in memory to disk, if it is newer than what all have."""
+        """Copy a checkpoint that only some nodes have in memory to disk, if it is newer than the newest that all have."""
         after = newest.step if newest else 0
         if newest and newest.folder.parent == tier.store.folder:
             after += tier.every
@@ -175,8 +175,10 @@ class Saving:
 
     def begin_life(self, newest: Saved | None) -> None:
         """
-        Record which in-memory checkpoints belong to this run's history: those that led to `newest`, from which it resumes,
-        and those it writes from now on, but not those of a node that was away meanwhile. A collective over the world.
+        Record which in-memory checkpoints belong to this run's history. A collective over the world.
+
+        They are those that led to `newest`, from which the run resumes, and those it writes from now on. Checkpoints on a
+        node that was away meanwhile are excluded.
         """
         fast = next((tier for tier in self.tiers if tier.memory and not tier.closed), None)
         generations: Mapping[str, int | None] = {}
@@ -195,9 +197,9 @@ class Saving:
 
     def prepare(self, state: TrainState) -> None:
         """
-        Allocate the page-locked memory that saves from a GPU to disk need: that takes long. A collective over the world.
+        Allocate the page-locked memory that saves from a GPU to disk need, which takes long. A collective over the world.
 
-        Whether the fast tier has room is checked at its first save.
+        The free space of the fast tier is checked at its first save.
         """
         if self.mesh.device.type == "cuda":
             for tier in self.tiers:
@@ -207,11 +209,11 @@ class Saving:
     # --- between steps ---------------------------------------------------------------------------------------
 
     def votes(self, step: int) -> dict[str, Vote]:
-        """Tell the other ranks how far this rank's saves are, by tier."""
+        """Return this rank's votes on the progress of its saves, by tier."""
         return {"fast save" if tier.memory else "save": self._vote(tier, step) for tier in self.tiers}
 
     def _vote(self, tier: _Tier, step: int) -> Vote:
-        serial = tier.store.serial  # the save that this vote is about: it may be over when the sums come
+        serial = tier.store.serial  # the save that this vote is about, which may be over when the sums arrive
 
         def hear(sums: Sequence[float]) -> None:
             if (outcome := tier.store.advance(serial, sums)) is not None:
@@ -274,7 +276,7 @@ class Saving:
     def _clear_memory(self) -> None:
         """Delete the in-memory checkpoints: all are older than the one on disk."""
         for tier in self.tiers[1:]:
-            # Of a tier that could not be used, it is unknown which ranks share it
+            # For a tier that could not be used, it is unknown which ranks share a folder: each rank clears it
             if tier.closed or tier.store.folder_group.is_leader:
                 clear(tier.store.folder)
         if self.mesh.is_first:
@@ -282,7 +284,7 @@ class Saving:
                 write_generations(self.folder, {})
 
     def _fits(self, tier: _Tier, state: TrainState) -> bool:
-        """Return whether the fast tier has room: checked before its first save, as a collective over the world."""
+        """Return whether the fast tier has enough space. Its first save checks this, with collectives over the world."""
         if tier.has_room is None:
             store = tier.store
             why = lacks_room(store.folder, store.own_bytes(state.tensors()), self.mesh, store.folder_group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-START, GROW_EVERY = 2.0**16, 2000  # torch's GradScaler has the same
+START, GROW_EVERY = 2.0**16, 2000  # the defaults of torch's GradScaler
 SMALLEST = 0.5  # reached only if even a scale of 1 overflowed
 
 
@@ -13,19 +13,19 @@ class LossScaler:
     Scales the loss so that small gradients do not underflow in float16.
 
     The scale halves after an overflow and doubles after 2,000 steps without one. Skipping the step that overflowed is the
-    caller's task. Never waits for the host.
+    caller's task. The host does not wait for the device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.scale = torch.full((), START, device=device)
-        self.divisor = self.scale.clone()  # of this step's gradients
+        self.divisor = self.scale.clone()  # the scale of this step's gradients, to divide them by
         self.good_steps = torch.zeros((), device=device)
 
     def judge(self, norm: torch.Tensor) -> torch.Tensor:
         """
         Choose the next scale; return the norm of the unscaled gradients.
 
-        `norm`: of the scaled gradients over the world, so NaN or Inf on one rank is NaN or Inf on all.
+        `norm`: norm of the scaled gradients over the world, so NaN or Inf on one rank is NaN or Inf on all.
         """
         unscaled = norm / self.scale
         bad = (~torch.isfinite(norm)).float()

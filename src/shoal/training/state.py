@@ -43,7 +43,7 @@ class TrainState:
         return list({s.name: s for s in reversed(self.shards) if s.tensor.numel()}.values())
 
     def scalars(self) -> dict[str, Any]:
-        """Return everything but the tensors, as JSON takes it."""
+        """Return everything but the tensors, as values for JSON."""
         values: dict[str, Any] = {"step": self.step, "position": self.position, "tokens": self.tokens}
         values |= {"skipped": self.skipped, "losses": list(self.losses), "passed_over": self.passed_over}
         if self.scaler is not None:

@@ -68,7 +68,7 @@ def train_step(
     Run forward, backward, the sums over ranks, the guard, clipping and the update. Collectives over all axes.
 
     guard: decides whether to skip the update; None: skip it only if the gradient norm is NaN or Inf.
-    ballot: what this rank tells the others; it travels in the same all-reduce as the losses.
+    ballot: this rank's votes, summed over the world in the same all-reduce as the losses.
     """
     optimizer, scaler = state.optimizer, state.scaler
     losses, tokens = runnable.forward_backward(batches, step, phases, scaler.scale if scaler else 1.0)
