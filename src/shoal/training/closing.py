@@ -38,9 +38,9 @@ def finish(run: Run, stopped: bool) -> None:
 def _finish_early(run: Run) -> None:
     """Save, and say from where the same command resumes."""
     saved = _save(run)
-    run.records.event("stopped", step=run.state.step)
+    run.files.event("stopped", step=run.state.step)
     if run.mesh.is_first:
-        run.console.note(run.records.goodput())
+        run.console.note(run.files.goodput())
         took = what_it_took(run.folder, run.state.step, run.state.tokens)
         run.console.say(f"{run.folder.path}: {took}")
     step = run.state.step if saved.ok else _newest(run)
@@ -51,7 +51,7 @@ def _finish_early(run: Run) -> None:
 
 def _finish_whole(run: Run) -> None:
     """Evaluate, save, write a sample, compare. Raises `CheckpointError` if the last checkpoint could not be written."""
-    with run.records.clock.spend("evaluation"):
+    with run.files.clock.spend("evaluation"):
         run.evaluate(None)
     saved = _save(run)
     run.watch.heartbeat.outside("writing a sample")
@@ -77,8 +77,8 @@ def _say_results(run: Run, saved: Outcome) -> None:
     run.watch.heartbeat.outside("end")
     run.console.say()
     run.console.say(compared, "bold")
-    run.records.event("finished", **run.evaluation.as_line(), compared=compared)
-    run.console.note(run.records.goodput())
+    run.files.event("finished", **run.evaluation.as_line(), compared=compared)
+    run.console.note(run.files.goodput())
     if saved.ok:
         say_what_next(run.config, run.folder, run.evaluation, run.console)
 
@@ -86,7 +86,7 @@ def _say_results(run: Run, saved: Outcome) -> None:
 def _save(run: Run) -> Outcome:
     """Save to disk, and wait for it."""
     run.watch.heartbeat.outside("save")
-    with run.records.clock.spend("checkpoint"):
+    with run.files.clock.spend("checkpoint"):
         return run.saving.finish(run.state, run.val_loss())
 
 

@@ -55,7 +55,7 @@ def check_compiled(run: Run) -> None:
     """
     run.console.note("compiling, and comparing one micro-batch with eager code (train.compile_check)")
     begun = time.perf_counter()
-    with run.records.clock.spend("compile"):
+    with run.files.clock.spend("compile"):
         found = compare_with_eager(
             run.runnable, run.loader.batches_at(run.state.position), run.config, run.state.step + 1,
             alive=lambda: run.watch.heartbeat.outside("compile check"),

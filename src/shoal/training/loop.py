@@ -82,7 +82,7 @@ def complete(run: Run) -> bool:
             check_compiled(run)
         stopped = take_steps(run) and run.state.step < run.total_steps
     run.watch.heartbeat.outside("end")
-    with run.records.clock.spend("end"):
+    with run.files.clock.spend("end"):
         finish(run, stopped)
     return stopped
 
@@ -101,8 +101,8 @@ def _steps_to_the_end(run: Run) -> bool:
     pending: Stats | None = None
     stopped, late = False, reads_late(run.mesh.device)
     at_end = run.state.step >= run.total_steps
-    run.records.begin(run.header, run.state.step, run.state.position, at_end=at_end)
-    run.records.clock.begin(run.state.step)
+    run.files.begin(run.header, run.state.step, run.state.position, at_end=at_end)
+    run.files.clock.begin(run.state.step)
     run.watch.meter.start()
     while run.state.step < run.total_steps and not stopped:
         stats: Stats | None = take_step(run)
@@ -166,10 +166,10 @@ def record(run: Run, stats: Stats) -> bool:
     with run.watch.pace.busy.waits.here():
         run.watch.progress.wait(stats.over)
         result = stats.read()
-    run.records.clock.reached(stats.step)
+    run.files.clock.reached(stats.step)
     run.stopping.stop.nothing_to_lose = False
     said = stats.ballot.count(result.said)
-    run.records.samples(
+    run.files.samples(
         stats.step, stats.first, stats.first + run.config.train.global_batch, said["samples"][0],
         skipped=result.skipped, windows=run.state.passed_over,
     )  # fmt: skip
@@ -196,7 +196,7 @@ def _judge(run: Run, stats: Stats, result: Result) -> None:
         stats.step, stats.over, run.state.tokens, int(result.tokens), loss, stats.lr, norm, last=left == 0
     )
     if line is not None:
-        run.records.metrics(line)
+        run.files.metrics(line)
         run.console.step(line, run.total_steps, run.watch.meter.left_seconds(left), run.config.metrics.console_every)
 
 
@@ -209,7 +209,7 @@ def something_is_due(run: Run) -> bool:
 
 def do_what_is_due(run: Run) -> None:
     """Evaluate, compare replicas and save, each if it is due. Replicas are always compared before a save."""
-    clock = run.records.clock
+    clock = run.files.clock
     run.watch.heartbeat.outside("between steps")
     if _due(run, run.config.train.eval_every):
         with clock.spend("evaluation"):
@@ -223,7 +223,7 @@ def do_what_is_due(run: Run) -> None:
         run.state.losses = list(run.guard.losses)
         run.watch.heartbeat.outside("save")
         with clock.spend("checkpoint"):
-            run.records.sync()
+            run.files.sync()
             run.saving.begin(run.state, run.val_loss())
 
 

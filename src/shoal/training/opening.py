@@ -19,8 +19,8 @@ from shoal.training.run import Run
 def introduce(run: Run) -> None:
     """Describe the run to the user before its first step, and record the start."""
     machine = bits_depend_on(run.mesh.device)
-    last = run.records.last_machine()
-    run.records.event(
+    last = run.files.last_machine()
+    run.files.event(
         "started", step=run.state.step, processes=run.mesh.world_size, device=str(run.mesh.device), machine=machine
     )
     _describe(run)

@@ -19,7 +19,7 @@ def overflowed(run: Run, stats: Stats, norm: float) -> bool:
     if stats.loss_scale is None or math.isfinite(norm) or (scale := float(stats.loss_scale)) == SMALLEST:
         return False
     run.console.note(f"step {stats.step} overflowed in float16 and was skipped; the loss scale is now {scale:g}")
-    run.records.event("overflowed", step=stats.step, loss_scale=scale)
+    run.files.event("overflowed", step=stats.step, loss_scale=scale)
     return True
 
 
@@ -80,4 +80,4 @@ def go_back(run: Run, back: GoBack) -> None:
     )
     where = newest.folder if newest else "the start (no checkpoint yet)"
     run.console.warn(f"{back.why}: rolled back from step {step} to {where}{samples}")
-    run.records.event("went back", step=step, to=run.state.step, why=back.why, passed_over=back.passed_over)
+    run.files.event("went back", step=step, to=run.state.step, why=back.why, passed_over=back.passed_over)

@@ -34,7 +34,7 @@ from shoal.training.guard import Guard
 from shoal.training.health import Recovery
 from shoal.training.last_words import say_held_out
 from shoal.training.pace import Pace
-from shoal.training.records import Records
+from shoal.training.run_files import RunFiles
 from shoal.training.saving import Saving
 from shoal.training.state import TrainState
 
@@ -62,16 +62,16 @@ class Watch:
 
     @classmethod
     def open(
-        cls, config: Config, mesh: Mesh, runnable: Runnable, heartbeat: Heartbeat, faults: Faults, records: Records
+        cls, config: Config, mesh: Mesh, runnable: Runnable, heartbeat: Heartbeat, faults: Faults, files: RunFiles
     ) -> Watch:
         """Open the observers. A collective over the world."""
         meter = Meter(config, mesh)
         heartbeat.outside("opening the run")
-        pace = Pace.open(config, mesh, runnable, records.console, records.event)
+        pace = Pace.open(config, mesh, runnable, files.console, files.event)
         pace.busy.waits.tell = heartbeat.waits
         progress = DeviceProgress(mesh.device, heartbeat)
         # Order matters: a delay injected by `faults` counts in the times of the meter and the pace, not in the clock's "data".
-        phases = Phases([progress, meter, pace.busy, faults, records.clock])
+        phases = Phases([progress, meter, pace.busy, faults, files.clock])
         return cls(heartbeat=heartbeat, progress=progress, meter=meter, pace=pace, faults=faults, phases=phases)
 
     def begin(self, step: int) -> None:
@@ -104,7 +104,7 @@ class Run:
     console: Console
     folder: RunFolder
     prepared: Prepared
-    records: Records
+    files: RunFiles
     header: Header
     runnable: Runnable
     state: TrainState
@@ -124,17 +124,17 @@ class Run:
         """Open the data, build the model on meta, parallelize, build the optimizer, restore."""
         heartbeat = heartbeat or Heartbeat.open(config.launch)
         heartbeat.outside("opening the data")
-        records = _open_records(config, mesh)
+        files = _open_files(config, mesh)
         try:
-            return cls._open(config, mesh, stop, heartbeat, records)
+            return cls._open(config, mesh, stop, heartbeat, files)
         except BaseException:
-            records.close()
-            records.folder.release()  # the caller may correct the config and train again in this process
+            files.close()
+            files.folder.release()  # the caller may correct the config and train again in this process
             raise
 
     @classmethod
-    def _open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat, records: Records) -> Run:
-        console, folder = records.console, records.folder
+    def _open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat, files: RunFiles) -> Run:
+        console, folder = files.console, files.folder
         # A launcher has shown the progress already
         prepared = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
         heartbeat.outside("measuring the device")
@@ -143,7 +143,7 @@ class Run:
         start = Start(changed=folder.agree(config), before=folder.begun() or config)
         mesh.barrier()  # all ranks compare the config before the first one writes it
         faults = Faults(mesh.place.rank, folder.events_file)
-        saving = Saving.open(config, folder.checkpoints, mesh, console, records.event, prepared.data_id, faults.at)
+        saving = Saving.open(config, folder.checkpoints, mesh, console, files.event, prepared.data_id, faults.at)
         saving.total_steps = count_steps(config.train, config.data.seq_len, len(rows))
         runnable, state = _build_or_restore(config, mesh, saving, heartbeat, faults, start)
         heartbeat.outside("opening the run")
@@ -159,15 +159,15 @@ class Run:
             console=console,
             folder=folder,
             prepared=prepared,
-            records=records,
+            files=files,
             header=_ledger_header(config, mesh, rows, prepared),
             runnable=runnable,
             state=state,
             saving=saving,
             loader=loader,
             guard=guard,
-            recovery=Recovery(config.fault, console, records.event),
-            watch=Watch.open(config, mesh, runnable, heartbeat, faults, records),
+            recovery=Recovery(config.fault, console, files.event),
+            watch=Watch.open(config, mesh, runnable, heartbeat, faults, files),
             stopping=Stopping(stop=stop, limit=_time_limit(config, state)),
             total_steps=saving.total_steps,
             start=start,
@@ -198,7 +198,7 @@ class Run:
         runnable.train()
         self.evaluation = Evaluation(step=self.state.step, tokens=self.state.tokens, **result)
         say_held_out(self.evaluation, self.console)
-        self.records.metrics(self.evaluation)
+        self.files.metrics(self.evaluation)
 
     def val_loss(self) -> float | None:
         """Return the validation loss of this very step, or None: an older one belongs to other weights."""
@@ -211,16 +211,16 @@ class Run:
             self.measuring.close()
         self.loader.close()
         self.watch.pace.close()
-        self.records.close()
+        self.files.close()
         self.folder.release()
 
 
-def _open_records(config: Config, mesh: Mesh) -> Records:
+def _open_files(config: Config, mesh: Mesh) -> RunFiles:
     """Lock the run's folder, unless a launcher holds it, and open its files."""
     folder = RunFolder.of(config)
     if mesh.is_first and not is_launched():
         folder.lock()
-    return Records(folder, Console(speaks=mesh.is_first), writes=mesh.is_first)
+    return RunFiles(folder, Console(speaks=mesh.is_first), writes=mesh.is_first)
 
 
 def _build_or_restore(

@@ -14,7 +14,7 @@ from shoal.run.goodput import Clock, account, in_words
 from shoal.run.records import Evaluation, MetricsFile, StepRecord, forget_after
 
 
-class Records:
+class RunFiles:
     """
     The run's files, written by the first rank; other ranks only measure where their time goes.
 
