@@ -14,7 +14,7 @@ from shoal.system.disk import sha256_of, write_whole
 
 
 def leave_receipt(folder: Path, rank: int, shard: Path, digest: Digest | None) -> None:
-    """Record that `rank` has written `shard`, or nothing if `digest` is None. Raises `OSError`."""
+    """Record that `rank` has written `shard`, or that it had nothing to write if `digest` is None. Raises `OSError`."""
     files = {} if digest is None else {shard.name: asdict(digest)}
     write_whole(_receipt(folder, rank), [json.dumps(files).encode()])
 

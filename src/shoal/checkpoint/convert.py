@@ -1,8 +1,8 @@
 """
 Conversion between Hugging Face weight files and shoal's parameters, one region at a time.
 
-A rank reads only the rows and columns that it holds: the files are memory-mapped, and a slice of a tensor is a slice of a
-file. shoal's weights are float32, whatever the dtype in the files.
+A rank reads only the rows and columns that it holds: the files are memory-mapped, and only the requested slices are
+read. shoal's weights are float32, whatever the dtype in the files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class FolderWeights:
     The weights of a Hugging Face folder as a model's parameters. Call it to fill a region of a parameter.
 
     The constructor raises `ModelError`, before any weights are read, if the folder lacks a parameter, has one of another
-    shape or dtype, or has weights that the model does not use.
+    shape or an unsupported dtype, or has weights that the model does not use.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ def to_hugging_face(family: str, parameters: Mapping[str, Tensor]) -> dict[str, 
     """
     Convert whole parameters to tensors with Hugging Face's names and layout.
 
-    `parameters` must contain all parts of each of their tensors (see `hub.names`).
+    `parameters` must contain all parts of each Hugging Face tensor (see `hub.names`).
     """
     gathered: dict[str, list[tuple[Stored, Tensor]]] = {}
     for name, tensor in parameters.items():

@@ -19,21 +19,21 @@ from shoal.mesh.mesh import Mesh
 from shoal.system.disk import gigabytes, write_whole
 
 KEPT: Final = 2
-COPIES: Final = KEPT + 1  # one more is being written
+COPIES: Final = KEPT + 1  # the kept ones and the one being written
 GENERATIONS_FILE: Final = "memory.json"  # in the folder of the checkpoints on disk
 
 
 def folder_in_memory(place: str, run: Path) -> Path:
-    """Return the folder under `place` for the run in `run`. Runs of one name in different folders get different ones."""
+    """Return the folder under `place` for the run in `run`. Runs of the same name in different folders get different folders."""
     mark = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]
     return Path(place) / f"{run.name}-{mark}"
 
 
 def find_folder_group(folder: Path, mesh: Mesh) -> tuple[FolderGroup, str]:
     """
-    Create `folder`; find the ranks that see the same one, and the reason why it cannot be used, "" if it can.
+    Create `folder`; return the ranks that see the same folder, and the reason why it cannot be used ("" if it can).
 
-    On one machine, or on a shared disk, the group is all ranks; if each machine has its own memory, the ranks of one
+    On one machine, or on a shared disk, the group is all ranks. If each machine has its own memory, it is the ranks of this
     machine. The reason is the same on all ranks. A collective over the world.
     """
     word = mesh.gather_objects(uuid.uuid4().hex)[0]
@@ -57,7 +57,7 @@ def find_folder_group(folder: Path, mesh: Mesh) -> tuple[FolderGroup, str]:
 
 def lacks_room(folder: Path, own_bytes: int, mesh: Mesh, group: FolderGroup) -> str:
     """
-    Return why `folder` has no room for `COPIES` checkpoints with `own_bytes` of this rank; "" if it has.
+    Return why `folder` lacks space for `COPIES` checkpoints, each with `own_bytes` of this rank; "" if it has enough.
 
     The answer is the same on all ranks. A collective over the world.
     """
@@ -71,7 +71,7 @@ def lacks_room(folder: Path, own_bytes: int, mesh: Mesh, group: FolderGroup) -> 
 
 
 def _free(folder: Path) -> int:
-    """Return the free bytes, in tmpfs at most the free memory: beyond that the kernel kills processes."""
+    """Return the free bytes; in tmpfs at most the free memory, beyond which the kernel kills processes."""
     free = shutil.disk_usage(folder).free
     mounts = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
     here = next((mounts[p] for p in (folder.resolve(), *folder.resolve().parents) if p in mounts), "")

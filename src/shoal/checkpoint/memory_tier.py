@@ -2,7 +2,7 @@
 Checkpoints in the memory of machines: which ranks share a folder, and which checkpoints belong to the run's history.
 
 On a shared disk, every checkpoint found belongs to the run. In memory this does not hold: each machine has its own, and a
-machine that was away may hold steps that the others have since taken again. No torch.
+machine that left and came back may hold checkpoints of steps that the others have since repeated. No torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FolderGroup:
 
     @classmethod
     def from_visible(cls, rank: int, seen: Sequence[list[int]]) -> FolderGroup | None:
-        """Build the group from the ranks, itself included, that each rank sees; None if they disagree."""
+        """Build the group from the list of ranks that each rank sees, itself included; None if the lists disagree."""
         found = cls(rank, tuple(min(sees, default=r) for r, sees in enumerate(seen)))
         return found if all(seen[r] == ranks for ranks in found.groups for r in ranks) else None
 
@@ -70,10 +70,10 @@ class MemoryTier:
     """
     The checkpoints in memory, and the history of the run that decides which of them count.
 
-    A generation is one start of the run's processes. generations: those in the run's history, oldest first, each with the
-    last step that counts. {"a": 6, "b": None}: generation a's checkpoints up to step 6, from which b resumed, and all of
-    b's. generation: that of these processes, once they have begun. group: the ranks that see this rank's folder.
-    layout_key: describes which parts of the tensors each rank holds.
+    A generation is one start of the run's processes. generations: those in the run's history, oldest first, each with its
+    last valid step (None: all are valid). {"a": 6, "b": None}: generation a's checkpoints up to step 6, from which b resumed,
+    and all of b's. generation: that of these processes, set by `begin_generation`. group: the ranks that see this rank's
+    folder. layout_key: describes which parts of the tensors each rank holds.
     """
 
     group: FolderGroup
@@ -82,7 +82,7 @@ class MemoryTier:
     generation: str = ""
 
     def begin_generation(self, generation: str, newest: Saved | None) -> None:
-        """Add `generation` to the history that led to `newest`, the checkpoint it resumes from; drop every other one."""
+        """Add `generation` to the history that led to `newest`, the checkpoint it resumes from; drop all other generations."""
         origin = newest.save_id.generation if newest and newest.save_id else ""
         names = list(self.generations)
         led = {name: self.generations[name] for name in names[: names.index(origin) + 1]} if origin in names else {}

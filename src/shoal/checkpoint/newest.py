@@ -17,11 +17,11 @@ from shoal.system.disk import replace_folder, sync
 
 def choose(folder: Path, mesh: Mesh, group: FolderGroup, memory: MemoryTier | None) -> tuple[Saved | None, list[str]]:
     """
-    Find the newest undamaged checkpoint under `folder`, the same on all ranks; and the damage of newer ones.
+    Return the newest undamaged checkpoint under `folder`, the same on all ranks, and the damage found in newer ones.
 
-    Damaged ones are renamed, or removed from memory. A checkpoint in memory must be in the run's history, and every folder
-    must have it from the same save, with whole tensors or with the parts that its ranks hold now. A collective over the
-    world.
+    Damaged checkpoints are renamed, or removed if in memory. A checkpoint in memory must be in the run's history, and every
+    folder must have it from the same save, with whole tensors or with the parts that its ranks hold now. A collective over
+    the world.
     """
     mine = listed(folder) if group.is_leader else None
     there = [{s.step: s for s in found} for found in mesh.gather_objects(mine) if found is not None]
@@ -46,8 +46,8 @@ def replicate(folder: Path, mesh: Mesh, memory: MemoryTier, after: int, to: Path
     """
     Copy a whole checkpoint newer than `after` from one machine's memory to the folder `to`, which all ranks see.
 
-    Returns the copy, if any, and the damage found in newer checkpoints. A collective over the world. Raises `CheckpointError` on all
-    ranks if it cannot be written: resuming from an older one would lose it.
+    Returns the copy, if any, and the damage found in newer checkpoints. A collective over the world. Raises
+    `CheckpointError` on all ranks if the copy cannot be written: resuming from an older checkpoint would lose this one.
     """
     group = memory.group
     mine = [s for s in listed(folder) if memory.is_current(s) and s.step > after] if group.is_leader else []
@@ -55,7 +55,7 @@ def replicate(folder: Path, mesh: Mesh, memory: MemoryTier, after: int, to: Path
     offers = [(saved, rank) for rank, found in enumerate(there) for saved in found]
     problems: list[str] = []
     for saved, source in sorted(offers, key=lambda offer: (-offer[0].step, offer[1])):
-        is_source = group.ranks[0] == source  # all ranks that see it share the copying
+        is_source = group.ranks[0] == source  # all ranks that see the source folder share the copying
         if damaged := mesh.first_problem(damage(saved.folder, group.index, len(group.ranks)) if is_source else ""):
             problems.append(damaged)
             continue

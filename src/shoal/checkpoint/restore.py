@@ -35,13 +35,13 @@ def load(saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
 
 
 def load_model(saved: Saved, model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Allocate a model on meta on `device`, load the weights of `saved`, and return its `state.json`; raises as `load`."""
+    """Allocate a model on meta on `device`, load the weights of `saved`, and return its `state.json`. Raises as `load` does."""
     model.to_empty(device=device)
     return load(saved, {f"model.{name}": Part.whole(p.detach()) for name, p in model.named_parameters()})
 
 
 def read_into(saved: Saved, parts: Mapping[str, Part]) -> None:
-    """Fill `parts` without verifying hashes again, for callers that have: a large model is read in several calls."""
+    """Fill `parts` without verifying hashes, for callers that have verified them: a large model is read in several calls."""
     try:
         with _plainly():
             reader = HuggingFaceStorageReader(str(saved.folder))
@@ -85,7 +85,7 @@ def _plainly() -> Iterator[None]:
     """
     Run torch.distributed.checkpoint without warnings about its internals, and raise the cause of its failure.
 
-    Its own `CheckpointException` does not derive from `Exception`.
+    torch's `CheckpointException` does not derive from `Exception`.
     """
     try:
         with warnings.catch_warnings():

@@ -64,7 +64,7 @@ class Saved:
     folder: Path
     step: int
     val_loss: float | None
-    save_id: SaveId | None = None  # only of a checkpoint in memory
+    save_id: SaveId | None = None  # only for a checkpoint in memory
 
 
 def folder_of(folder: Path, step: int) -> Path:

@@ -1,4 +1,4 @@
-"""Host memory that a save copies tensors to, kept from one save to the next."""
+"""Host memory that a save copies tensors to, reused by the next saves."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def copy_all(tensors: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> Non
     """
     Copy each tensor to its counterpart.
 
-    CPU tensors are copied with `memcpy`, which bypasses the cache above some megabytes and is nearly twice as fast as torch's
-    copy. As many threads as torch uses share it, since one thread does not saturate the memory bandwidth.
+    CPU tensors are copied with `memcpy`, which bypasses the cache above a few megabytes and is nearly twice as fast as torch's
+    copy. It uses as many threads as torch does, since one thread does not saturate the memory bandwidth.
     """
     pieces: list[tuple[Bytes, Bytes]] = []
     for staged, tensor in zip(to, tensors, strict=True):

@@ -60,7 +60,7 @@ class Keep:
     best: bool = True
 
     def steps(self, saved: Sequence[Saved], newest: int | None = None) -> set[int]:
-        """Return the steps to keep of `saved`, oldest first. newest: newer steps do not count as the last ones."""
+        """Return the steps to keep of `saved`, oldest first. newest: steps after it do not count among the last ones."""
         last = [s.step for s in saved if newest is None or s.step <= newest]
         kept = set(last[-self.last :])
         if self.every:
@@ -85,7 +85,7 @@ class Outcome:
 
 
 class Progress(NamedTuple):
-    """How far a process is with a save; summed over the world, how many are so far."""
+    """Flags (0 or 1) for how far a process is with a save; the sum over the world counts the processes."""
 
     written: float = 0.0
     committed: float = 0.0
@@ -131,7 +131,7 @@ class CheckpointStore:
         self._last: int | None = None  # step of the newest checkpoint known to all ranks
         self._serial = 0
         self._save: _Save | None = None
-        self._tidying: threading.Thread | None = None  # runs on after a save is over
+        self._tidying: threading.Thread | None = None  # may still run after its save is over
         self._mine: list[str] | None = None  # the parts that this rank writes
         self._whole = True  # each folder holds every tensor whole
         self._staging: Staging | None = None
@@ -303,7 +303,7 @@ class CheckpointStore:
         return Outcome(save.step, time.perf_counter() - save.begun, f"{self.folder}: {where}{reason}")
 
     def _remove(self, save: _Save) -> None:
-        """Remove a failed save, even if this folder already has it but another has not; runs in a thread."""
+        """Remove a failed save, also if this folder has committed it but another has not; runs in a thread."""
         if save.thread is not None:
             save.thread.join()
         shutil.rmtree(save.temporary, ignore_errors=True)
@@ -331,7 +331,7 @@ class CheckpointStore:
             self._retain(save.step)
 
     def _retain(self, step: int) -> None:
-        """Remove what need not be kept after `step`; in memory also newer checkpoints, whose steps are being repeated."""
+        """Remove checkpoints that need not be kept once `step` is saved; in memory also newer ones, whose steps are repeated."""
         saved = listed(self.folder)
         kept = self._keep.steps(saved, step if self._memory else None)
         for old in saved:
@@ -342,9 +342,9 @@ class CheckpointStore:
 
     def newest(self) -> tuple[Saved | None, list[str]]:
         """
-        Find the newest undamaged checkpoint, the same on all ranks; and the damage of each newer one.
+        Return the newest undamaged checkpoint, the same on all ranks, and the damage found in each newer one.
 
-        Damaged checkpoints are renamed, or removed from memory. A collective over the world.
+        Damaged checkpoints are renamed, or removed if in memory. A collective over the world.
         """
         if self._tidying is not None:
             self._tidying.join()
@@ -354,9 +354,9 @@ class CheckpointStore:
 
     def replicate(self, after: int, to: Path) -> tuple[Saved | None, list[str]]:
         """
-        Copy a checkpoint newer than `after` from some machine's memory to `to`, which all ranks see.
+        Copy a checkpoint newer than `after` from some machine's memory to the folder `to`, which all ranks see.
 
-        Returns the copy, if any, and the damage of others. A collective over the world. Raises `CheckpointError`.
+        Returns the copy, if any, and the damage found in newer checkpoints. A collective over the world. Raises `CheckpointError`.
         """
         assert self._memory is not None
         return replicate(self.folder, self._mesh, self._memory, after, to)

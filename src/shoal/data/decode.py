@@ -9,7 +9,7 @@ from shoal.data.manifest import SplitName
 from shoal.data.prepare import Prepared
 from shoal.errors import DataError
 
-SAMPLE_PIECES = 32  # taken from all over a text that is too long
+SAMPLE_PIECES = 32  # number of pieces taken from all over a text that is too long
 
 
 def held_out_text(prepared: Prepared, at_most: int | None = None) -> bytes:

@@ -22,7 +22,7 @@ from shoal.data.tokens.fastokens import DifferentIdsError, FastEncoder, fast_enc
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
 
-CHUNK_BYTES = 2_000_000  # a chunk's tokens take about fifty times its text while Rust returns them
+CHUNK_BYTES = 2_000_000  # a chunk's tokens take about fifty times the memory of its text while Rust returns them
 PART_CHARACTERS = 1 << 20  # longer documents are encoded in parts, for the same reason
 CHUNKS_IN_FLIGHT = 3
 COMPARED_CHUNKS = 64  # both tokenizers encode one chunk in this many, the first one included
@@ -78,7 +78,7 @@ def choose_split(corpus: Corpus, val_fraction: float, tick: Callable[[Cursor], N
 
 
 def _why_none(corpus: Corpus, skips: Skips, fields: Counter[str]) -> str:
-    """Return the end of that sentence: what the corpus has instead, and which option to set."""
+    """Return the end of the message "the corpus has no documents": what it has instead, and which option to set."""
     said = f": {skips.note()}" if skips.count else ""
     if files := corpus.skipped_files():
         said += f"; files that were skipped: {count_kinds(files)}"
@@ -236,7 +236,7 @@ def _parts(text: str) -> list[str]:
 
 @dataclass
 class _ShardBuilder:
-    """The shard of a split that is filling up."""
+    """The shard that is being filled for a split."""
 
     split: SplitName
     folder: Path

@@ -66,7 +66,7 @@ def _mixed(sample_ids: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.uint6
 
 @dataclass(frozen=True)
 class Header:
-    """Everything the order of samples depends on, and how often each sample is in a sum."""
+    """Everything the order of samples depends on, and how many times each sample counts in a sum."""
 
     rows: int
     seed: int
@@ -84,11 +84,11 @@ class Ledger:
 
     def __init__(self, path: Path, header: Header) -> None:
         self._lines, self._header = PatientLines(path), header
-        self._stop = 0  # of the previous step
+        self._stop = 0  # end of the previous step's positions
 
     @property
     def problem(self) -> str | None:
-        """Why lines cannot be written, for a person; until then they are kept in memory."""
+        """Why lines cannot be written, as a message; None if they can. Unwritten lines are kept in memory."""
         return self._lines.problem
 
     def begin(self, step: int, position: int) -> None:
@@ -107,10 +107,10 @@ class Ledger:
         windows: Sequence[tuple[int, int]] = (),
     ) -> None:
         """
-        Record a step on positions [first, stop), whose checksums add up to `total`. skipped: it changed no weight.
+        Record a step on positions [first, stop), whose checksums add up to `total`. skipped: the step changed no weight.
 
-        windows: [first, stop) ranges of positions that no step may use. A jump that ends with one of them is recorded as
-        passed over; the audit reports any other jump.
+        windows: [first, stop) ranges of positions that no step may use. A gap that ends where such a range ends is recorded
+        as passed over; the audit reports any other gap.
         """
         if first > self._stop and any(first == end for _, end in windows):
             self._lines.add({"passed_over": [self._stop, first]})
@@ -129,7 +129,7 @@ class Ledger:
 
 
 class Window(NamedTuple):
-    """Positions [first, stop) of a step; of no step if `step` is None."""
+    """Positions [first, stop) used by a step, or passed over if `step` is None."""
 
     step: int | None
     first: int
@@ -156,8 +156,8 @@ class Audit:
     """
     The result of auditing a ledger.
 
-    problems: why it does not prove that each sample was trained on once per epoch; the first ten, and the number of the
-    others. first_wrong: the first step with a problem.
+    problems: the first ten reasons why the ledger does not prove that each sample was trained on once per epoch.
+    more_problems: the number of further reasons. first_wrong: the first step with a problem.
     """
 
     rows: int = 0
@@ -177,7 +177,7 @@ class Audit:
         return not self.problems
 
     def complain(self, problem: str, step: int | None = None) -> None:
-        """Record a problem, of a step if given."""
+        """Record a problem, and the step that has it if given."""
         if step is not None:
             self.first_wrong = step if self.first_wrong is None else min(step, self.first_wrong)
         if len(self.problems) < _SHOWN:
@@ -197,7 +197,7 @@ def audit(path: Path, *, rows: int | None = None, seed: int | None = None) -> Au
     """
     Check every line of `ledger.jsonl`, also those of revoked steps. Raises OSError if the file cannot be read.
 
-    rows, seed: if given, the ledger must have the same.
+    rows, seed: values that the ledger must have; None skips the check.
     """
     found, history = Audit(), _History()
     header: Header | None = None
@@ -253,7 +253,7 @@ class _History:
     windows: list[Window] = field(default_factory=list)
 
     def take_back(self, step: int, position: int) -> int:
-        """Drop the windows after `step` and after `position`; return how many were steps."""
+        """Drop windows of steps after `step` and windows that end beyond `position`; return how many were steps."""
         count = 0
         while self.windows:
             last = self.windows[-1]
@@ -322,7 +322,7 @@ def _count(found: Audit, windows: Sequence[Window]) -> None:
 
 
 def _by_epoch(window: Window, rows: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (epoch, first, stop) of the parts of a window."""
+    """Split a window at epoch boundaries; yield (epoch, first, stop) of each part."""
     first = window.first
     while first < window.stop:
         stop = min(window.stop, (first // rows + 1) * rows)

@@ -37,7 +37,7 @@ class Batch:
     valid_tokens: int  # labels that are not ignored
 
     def ignored(self) -> Batch:
-        """Return the same shapes with every label ignored, for a rank that has no micro-batch of its own in this turn."""
+        """Return the same shapes with every label ignored, for a rank with fewer micro-batches than the others."""
         return _count_only(self, 0)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -105,7 +105,7 @@ class Loader:
         self.position = position
         """Samples consumed over all ranks, up to the end of the last step returned."""
         self.first = position
-        """Position of that step's first sample."""
+        """Position of the first sample of the last step returned."""
         self.rows = rows
         self._at = at
         self._seed, self._device, self._passed_over = seed, device, sorted(passed_over)
@@ -150,7 +150,7 @@ class Loader:
             self._ready.put(error)
 
     def _after_windows(self, position: int) -> int:
-        """Return the first position, from `position` on, of a step without samples in `passed_over`."""
+        """Return the first position, at or after `position`, at which a step uses no sample in `passed_over`."""
         for first, stop in self._passed_over:
             if position < stop and position + self._global_batch > first:
                 position = stop
@@ -163,7 +163,7 @@ class Loader:
         return found
 
     def batches_at(self, position: int) -> list[Batch]:
-        """Read this rank's part of the step that begins at `position` again, without prefetching."""
+        """Reread this rank's part of the step that begins at `position`, without prefetching."""
         return self._step_at(position)
 
     def _step_at(self, position: int) -> list[Batch]:
@@ -175,7 +175,7 @@ class Loader:
 
 
 def evaluation_rows(rows: Rows, max_tokens: int | None) -> int:
-    """Return how many rows an evaluation reads: as many as fit in `max_tokens`, at least one; None: all."""
+    """Return how many rows an evaluation reads: as many as fit in `max_tokens`, at least one. None reads all."""
     if max_tokens is None:
         return len(rows)
     return min(len(rows), max(1, max_tokens // rows.seq_len))
@@ -187,7 +187,7 @@ def evaluation_batches(
     """
     Yield the first rows in order, each on exactly one rank: the same rows for every `dp_size`.
 
-    Ranks take turns. All get the same number of batches, of the same size; rows whose labels are ignored fill the end.
+    Ranks take turns. All get the same number of batches, of the same size; rows with ignored labels pad the end.
     """
     count = evaluation_rows(rows, max_tokens)
     batches = -(-count // micro_batch)

@@ -110,7 +110,7 @@ def _written(saved: Any) -> Written:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """A split in numbers. `tokens` includes one end-of-text token per document; `text_bytes` counts UTF-8 bytes."""
+    """The counts and shards of a split. `tokens` includes one end-of-text token per document; `text_bytes` counts UTF-8 bytes."""
 
     documents: int
     tokens: int
@@ -120,7 +120,7 @@ class SplitRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything about prepared tokens. `data_id` is a hash of their content: equal ids, equal tokens."""
+    """Everything about prepared tokens. `data_id` is a hash of their content: equal ids mean equal tokens."""
 
     options: Mapping[str, Any]
     listing: tuple[CorpusFile, ...]

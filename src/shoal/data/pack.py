@@ -1,5 +1,5 @@
 """
-Rows: training samples by number. Here: a stream of tokens cut into rows. No torch.
+Rows: training samples by number, cut from a stream of tokens. No torch.
 
 Row i predicts tokens i*T+1 to (i+1)*T from tokens i*T to (i+1)*T-1, T being `seq_len`. Neighboring rows share a
 token, every token but the first is predicted exactly once, and only a tail shorter than a row is dropped.
@@ -25,8 +25,8 @@ class RowArrays:
     """
     Some rows as arrays, each int64 [rows, seq_len].
 
-    labels: the next token, or IGNORED_LABEL. document_ids: count the documents of a row from 0; None if tokens
-    attend across documents.
+    labels: the next token, or IGNORED_LABEL. document_ids: the document of each token, numbered from 0 in
+    each row; None if tokens attend across documents.
     """
 
     tokens: Ints

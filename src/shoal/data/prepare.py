@@ -96,11 +96,11 @@ class Prepared:
 
 def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = None) -> Prepared:
     """
-    Make the tokens that `data` asks for, or open them if they exist. Of several processes one works, the others wait.
+    Make the tokens that `data` asks for, or open them if they exist. Of several processes, one prepares and the others wait.
 
     After a kill at any moment, the next call resumes after the last finished shard and writes the same bytes.
-    `data.rebuild` makes the tokens again unless they are intact and the corpus is unchanged, so asking twice, or from
-    several processes, rebuilds once. rows: rows of the model's embedding, if known; a tokenizer with more tokens is
+    `data.rebuild` makes the tokens again unless they are intact and the corpus is unchanged, so repeated or
+    concurrent calls rebuild once. rows: rows of the model's embedding, if known; a tokenizer with more tokens is
     rejected before the corpus is read. Raises DataError.
     """
     given = named_tokenizer(data)

@@ -102,7 +102,7 @@ class Shard:
 
     @property
     def starts(self) -> Starts:
-        """[documents] ascending offsets in tokens of this shard."""
+        """Where each document starts: [documents] ascending offsets, in tokens of this shard."""
         return self._head[0]
 
     def _verify(self, block: int) -> None:
@@ -127,7 +127,7 @@ class Shard:
 
     @cached_property
     def _head(self) -> tuple[Starts, npt.NDArray[np.uint32]]:
-        """(starts, checks), parsed only if their CRC matches."""
+        """The `starts` and `checks` tensors. Raises DataError, before parsing them, if the head's CRC does not match."""
         head_bytes = self._record.bytes - self.num_tokens * self._dtype.itemsize
         with self.path.open("rb") as file:
             head = file.read(head_bytes)

@@ -1,4 +1,4 @@
-"""The folder of a config's tokens: a hash of everything they depend on is in its name. No torch."""
+"""The folder of a config's tokens. Its name contains a hash of everything that the tokens depend on. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from shoal.data.tokens import tokenize
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
 
-NAME_CHARACTERS = 80  # of a tokenizer's name in a folder's; file systems allow 255 in all
+NAME_CHARACTERS = 80  # maximum of a tokenizer's name in a folder's name; file systems allow 255 in all
 
 
 def named_tokenizer(data: Data) -> Tokenizer | None:

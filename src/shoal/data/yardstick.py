@@ -61,7 +61,7 @@ class Yardstick:
         part = f"; gzip and xz on {gigabytes(self.held_out_bytes)} of it" if self.held_out_bytes < text_bytes else ""
         return (
             f"held-out text ({text_bytes:,} bytes{part}), bits per byte: {ranked}\n"
-            f"xz and gzip first read {gigabytes(self.training_bytes)} of the training text, as the model did; cold: none"
+            f"xz and gzip first read {gigabytes(self.training_bytes)} of the training text, as the model did; cold means without it"
         )
 
 
@@ -93,7 +93,7 @@ def _parse(content: bytes, prepared: Prepared) -> Yardstick | None:
 
 
 class Measuring:
-    """A measurement in a separate process, unless there is an earlier one. `close` stops it if it still runs."""
+    """A measurement in a separate process, unless there is an earlier result. `close` stops it if it still runs."""
 
     def __init__(self, prepared: Prepared, *, idle: bool) -> None:
         """Start measuring. idle: use only idle CPU time."""
@@ -114,7 +114,7 @@ class Measuring:
         """
         Return the result, or why there is none.
 
-        go_on: asked ten times a second; False stops waiting. waits: called once if it takes over a second.
+        go_on: called ten times a second; returning False stops waiting. waits: called once if it takes over a second.
         """
         began, told = time.monotonic(), False
         while self._process is not None and self._found is None:

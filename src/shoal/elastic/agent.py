@@ -86,7 +86,7 @@ class Agent(LocalElasticAgent):
 
     @property
     def met(self) -> bool:
-        """Whether it has taken part in a round with other nodes."""
+        """Whether this agent has taken part in a round with other nodes."""
         return self._machines is not None
 
     def _rendezvous(self, worker_group: Any) -> None:
@@ -104,7 +104,7 @@ class Agent(LocalElasticAgent):
         self._meeting.rendezvous.machines = worker_group.group_world_size
 
     def _greet(self, worker_group: Any) -> bool:
-        """Return whether all configs match; if not, nodes leave. Raises `LaunchError` if this node must leave."""
+        """Return whether all configs match; if not, the nodes that differ leave. Raises `LaunchError` if this node must leave."""
         before = self._machines
         machines = Machines(worker_group.store, worker_group.group_rank, worker_group.group_world_size)
         if not machines.greet(socket.gethostname(), shared_settings(self._config), stays=before is not None):
@@ -222,7 +222,7 @@ class Agent(LocalElasticAgent):
         """
         Decide whether to restart; record and print the cause.
 
-        failures: those of workers that ended by themselves, by rank. ranks: their local ranks.
+        failures: failures of workers that ended by themselves, by rank. ranks: their local ranks, by rank.
         """
         codes = {failure.exitcode for failure in failures.values()}
         if codes == {EXIT_REQUEUE} and self._stop.signal is None and self._machines and self._machines.is_regrouping():
@@ -250,7 +250,7 @@ class Agent(LocalElasticAgent):
         return max(hang.step, self._run_folder.last_step())
 
     def _judge_deaths(self, failures: Mapping[int, Any], ranks: Mapping[int, int]) -> int | None:
-        """Find why the workers died; return the step at which it counts as a crash, None if already decided."""
+        """Find why the workers died; return the step at which this counts as a crash, None if restarting is already decided."""
         codes = {failure.exitcode for failure in failures.values()}
         rank, failure = first_death(failures)
         sign = self._watch.sign(ranks[rank])
@@ -292,7 +292,7 @@ class Agent(LocalElasticAgent):
         return "the last checkpoint" if self.has_checkpoint else "the beginning: there is no checkpoint yet"
 
     def _followed_another_machine(self, codes: set[int]) -> bool:
-        """Return whether the workers here died after one on another node. An abort counts only if another node crashed first."""
+        """Return whether workers here died because of one on another node. An abort counts only if another node crashed first."""
         assert self._machines is not None
         if codes == {EXIT_LOST_PEER}:
             return True
@@ -339,7 +339,7 @@ def _kill(processes: Any) -> None:
     """
     Kill workers that wait for a dead one: they would not handle SIGTERM before a collective's timeout.
 
-    SIGKILL also reaches stopped processes. One in state D dies when its device answers, and is not waited for.
+    SIGKILL also reaches stopped processes. A process in state D dies only when its device answers, so the wait for it is limited.
     """
     for process in processes:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -8,13 +8,13 @@ from typing import Any, Final
 
 from shoal.errors import EXIT_LOST_PEER
 
-# Exit codes of a worker that lost a peer; larger: more certain. NCCL's watchdog aborts its process (SIGABRT) if a peer died
-# or a collective timed out, but SIGABRT has many other causes.
+# Exit codes of a worker that lost a peer; a larger value means more certainty. NCCL's watchdog aborts its process (SIGABRT)
+# if a peer died or a collective timed out, but SIGABRT has many other causes.
 FOLLOWS: Final = {EXIT_LOST_PEER: 2, -signal.SIGABRT: 1}
 
 
 class Crashes:
-    """Counts consecutive crashes, of any cause, between which the run reached no later step."""
+    """Counts consecutive crashes, of any cause, without a later step in between."""
 
     def __init__(self, most: int) -> None:
         """most: give up after this many crashes."""

@@ -41,7 +41,7 @@ COMPILE: Final = "compile"  # a phase inside any other, in which this process wo
 
 @dataclass(frozen=True)
 class Sign:
-    """The contents of a page. Times are in seconds of the monotonic clock; `until` is infinite if nothing is watched."""
+    """The contents of a page. Times are in seconds of the monotonic clock; `until` is infinite if the worker is not watched."""
 
     step: int
     turn: int  # heartbeats since the step began
@@ -76,7 +76,7 @@ class Page:
         self._bytes[_NAME:] = name
 
     def allow(self, seconds: float, *, in_step: bool = False, strict: bool = False) -> None:
-        """Set the deadline for the next step to `seconds` from now; infinite: not watched."""
+        """Set the deadline for the next step to `seconds` from now; infinity disables watching."""
         self._numbers[_UNTIL] = 0 if math.isinf(seconds) else time.monotonic_ns() + int(seconds * _NANO)
         self._numbers[_IN_STEP], self._numbers[_STRICT] = in_step, strict
 
@@ -189,10 +189,10 @@ class Heartbeat:
 
     def compiles(self, *, begins: bool) -> None:
         """
-        Report that a compilation begins in the middle of a phase, or ends.
+        Report that a compilation inside a phase begins or ends.
 
-        It gets the time limit of work outside steps. The step keeps its remaining time, and its learned duration excludes
-        the compilation.
+        A compilation gets the time limit of work outside steps. The step keeps its remaining time, and its learned
+        duration excludes the compilation.
         """
         if self._page is None:
             return

@@ -46,7 +46,7 @@ class Machines:
     """
     The machines of one rendezvous round. If the store is lost, queries return defaults.
 
-    store: a store used by this round only. rank, count: this machine's among them.
+    store: a store used by this round only. rank: this machine's, from 0. count: the number of machines.
     """
 
     def __init__(self, store: Store, rank: int, count: int) -> None:
@@ -95,7 +95,7 @@ class Machines:
         if now - self._posted < POST_SECONDS:
             return
         self._posted = now
-        # in time of day, which agrees between machines to some seconds; monotonic clocks do not
+        # in time of day, which agrees between machines to within seconds; monotonic clocks do not agree
         began = time.time() - now
         mine = [
             [k.rank, k.sign.step, k.sign.turn, k.sign.phase, began + k.sign.since, k.sign.waits, k.works, k.state]

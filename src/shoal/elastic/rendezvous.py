@@ -2,9 +2,9 @@
 The rendezvous of a run's launchers: a store that all of them reach, torch's rendezvous in it, and the run's outcome.
 
 On one node the launcher serves the store itself, on loopback. On several nodes a separate process serves it on the node that
-`launch.rendezvous` names, and lives while a launcher is connected, so that it survives the launcher of its own node.
+`launch.rendezvous` names, and runs while a launcher is connected, so that it survives the launcher of its own node.
 
-The store may never answer if its node lost power. A launcher that has workers to watch therefore asks through `TimedCalls`.
+The store may never answer if its node lost power. A launcher with workers to watch therefore queries it through `TimedCalls`.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ T = TypeVar("T")
 
 LOOPBACK: Final = "127.0.0.1"
 STORE_SECONDS: Final = 60.0  # to wait for the store's answer while there are no workers
-CALL_SECONDS: Final = 2.0  # and while there are workers
-# A launcher signals the others at this interval, and counts as gone after this many missed signals, by their clocks.
+CALL_SECONDS: Final = 2.0  # the same while there are workers
+# A launcher sends keep-alives at this interval; the others, by their clocks, count it as gone after this many missed ones.
 SIGN_SECONDS: Final = 2
 SIGNS_MISSED: Final = 5
 UNUSED_SECONDS: Final = 10.0  # a store without connections for this long ends
-FIRST_SECONDS: Final = 60.0  # the first connection must come within
+FIRST_SECONDS: Final = 60.0  # but the first connection may take this long
 
 CLOCK_SECONDS: Final = 5.0  # to wait for a store's `CLOCK`
 CLOCK: Final = "shoal/clock"  # key of the time of day on the store's node
@@ -61,7 +61,7 @@ class TimedCalls:
         self._thread: threading.Thread | None = None
 
     def call(self, question: Callable[[], T], default: T, seconds: float = CALL_SECONDS) -> T:
-        """Return the answer; `default` if the store is lost, or does not answer in time, or an earlier call still hangs."""
+        """Return what `question` returns; `default` if the store is lost or too slow, or if an earlier call still hangs."""
         if self._thread is not None and self._thread.is_alive():
             return default
         answers = [default]
@@ -139,12 +139,12 @@ class Rendezvous(DynamicRendezvousHandler):
 
     @property
     def is_full(self) -> bool:
-        """Whether all seats were taken at the last check."""
+        """Whether `launch.nodes` nodes took part at the last check."""
         state = self._state_holder.state
         return bool(state.complete) and len(state.participants) >= self.settings.max_nodes
 
     def leave(self) -> None:
-        """Give up the seat and stop signaling; otherwise a thread keeps the seat."""
+        """Leave the rendezvous and stop its keep-alive thread, which would otherwise hold this node's place."""
         from torch.distributed.elastic.rendezvous.dynamic_rendezvous import _RendezvousExitOp
 
         self.on_lost = None
@@ -165,7 +165,7 @@ class Ended:
 
 
 class Meeting:
-    """A launcher's seat in the rendezvous of one run. `address`: the address at which others reach this node."""
+    """A launcher's participation in the rendezvous of one run. `address`: the address at which others reach this node."""
 
     def __init__(self, store: TCPStore, config: Config, folder: str, address: str) -> None:
         """folder: a secret kept in the run's folder, so that only launchers that can read the folder meet."""
@@ -215,7 +215,7 @@ class Meeting:
         return cls(store, config, folder, address)
 
     def end(self, code: int, why: str) -> None:
-        """Record the run's outcome and close the rendezvous. Only the first call of all launchers counts."""
+        """Record the run's outcome and close the rendezvous. Only the first call by any launcher counts."""
 
         def end() -> None:
             self.store.compare_set(self._ended, "", json.dumps([code, why]))
@@ -239,7 +239,7 @@ class Meeting:
 
 def serve(host: str, port: int, *, while_used: bool, ready: Callable[[], None]) -> None:
     """
-    Serve a store at `host`: until the process ends or, with `while_used`, while a launcher is connected.
+    Serve a store at `host` until the process ends; with `while_used`, only while a launcher is connected.
 
     Raises `LaunchError` if it cannot listen there.
     """
@@ -278,7 +278,7 @@ def _connect(address: str, port: int) -> TCPStore | None:
     """Connect to the store; None if another service listens there."""
     store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
     try:
-        store.wait([CLOCK], timedelta(seconds=CLOCK_SECONDS))  # one that has just begun to listen sets it next
+        store.wait([CLOCK], timedelta(seconds=CLOCK_SECONDS))  # a store that has just begun to listen sets CLOCK next
     except DistError:
         return None
     return store
@@ -334,7 +334,7 @@ def _start_store(host: str, port: int) -> None:
 
 def _answers(host: str, port: int) -> bool:
     try:
-        with socket.create_connection((host, port), timeout=2.0):  # tries each of its addresses
+        with socket.create_connection((host, port), timeout=2.0):  # tries each of the host's addresses
             return True
     except OSError:
         return False

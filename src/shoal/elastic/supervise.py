@@ -24,7 +24,7 @@ from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError
 from shoal.run.folder import RunFolder
 from shoal.system.output import say_error
 
-NO_LIMIT: Final = 1_000_000  # restarts; torch counts down from it
+NO_LIMIT: Final = 1_000_000  # restarts; torch counts down from this number
 _STOPPED: Final = "stopped while no workers were running; the same command resumes"
 
 
@@ -85,7 +85,7 @@ class _Launcher:
         except RendezvousTimeoutError:
             meeting.rendezvous.leave()
             if meeting.rendezvous.is_full:
-                return None  # all seats are taken again: wait for the next free one
+                return None  # all places were taken again: wait for the next free one
             return self._give_up_waiting(agent)
         except (RendezvousError, DistError) as error:
             meeting.rendezvous.leave()

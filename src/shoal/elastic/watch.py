@@ -20,15 +20,15 @@ from shoal.elastic.heartbeat import COMPILE, FOLDER, SOONER, Page, Sign, stacks_
 STUCK: Final = {
     psutil.STATUS_STOPPED: "stopped (SIGSTOP)",
     psutil.STATUS_TRACING_STOP: "stopped (by a debugger)",
-    psutil.STATUS_ZOMBIE: "dead but for a thread of it",
+    psutil.STATUS_ZOMBIE: "dead (one of its threads remains)",
     psutil.STATUS_DISK_SLEEP: "waiting for a disk or a device (state D)",
 }
 LASTING: Final = tuple(state for state in STUCK if state != psutil.STATUS_DISK_SLEEP)
-# States that run no signal handler.
+# States in which a process runs no signal handler.
 _MUTE: Final = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE)
 
 WORK_SECONDS: Final = 2.0  # interval over which a process's activity is measured
-WORK_SHARE: Final = 0.05  # of a core: less is threads that poll a clock
+WORK_SHARE: Final = 0.05  # of a core; threads that only poll a clock use less
 WORK_BYTES: Final = 1 << 20  # read from or written to a disk in that interval
 LOCAL_PHASES: Final = ("data",)  # of a step, in which no rank waits for another
 
@@ -71,13 +71,13 @@ class Hang:
 
 
 def find_culprit(statuses: Sequence[RankStatus]) -> RankStatus:
-    """Return the rank that the others wait for: one that cannot run, else the least advanced, not waiting, longest silent."""
+    """Return the rank that the others wait for: in order of preference stuck, least advanced, not waiting, longest silent."""
     return min(statuses, key=lambda each: (_progress(each), each.sign.since))
 
 
 def count_ties(culprit: RankStatus, statuses: Sequence[RankStatus]) -> int:
     """
-    Count the other ranks with the same progress as `culprit`: then the choice rests only on who arrived first.
+    Count the other ranks with the same progress as `culprit`, which was chosen among them only because it arrived first.
 
     On a GPU, collectives are queued among other work, so nothing shows which rank waits for which.
     """
@@ -89,7 +89,7 @@ def _progress(of: RankStatus) -> tuple[bool, int, int, bool]:
 
 
 class Pauses:
-    """The times during which the launcher itself was paused: a whole machine that sleeps has no culprit."""
+    """The times during which the launcher itself was paused: if a whole machine sleeps, no rank is to blame."""
 
     def __init__(self, now: float) -> None:
         self._last = now
@@ -148,9 +148,9 @@ def _used(pid: int) -> tuple[float, int]:
 
 def may_take_long(sign: Sign) -> bool:
     """
-    Return whether a busy process may take any time in this phase, since the machine may be loaded.
+    Return whether a busy process may take unlimited time in this phase, since the machine may be loaded.
 
-    Steps after the first may be `strict`: the user set their limit, or a GPU computes, whose host is busy while it waits.
+    Except in `strict` steps after the first: the user set their limit, or a GPU computes, whose host looks busy while it waits.
     """
     return not sign.waits and not (sign.strict and sign.in_step and sign.taken and sign.phase not in LOCAL_PHASES)
 
@@ -238,7 +238,7 @@ class Watch:
         return False
 
     def close(self) -> None:
-        """Close the pages; the newest checkpoint stays known."""
+        """Close the pages, but remember the newest checkpoint they reported."""
         self._saved = self.saved()
         for _, page in self._pages.values():
             page.close()

@@ -12,7 +12,7 @@ from shoal.system.torch_private import require
 @contextlib.contextmanager
 def told_of_compilations(heartbeat: Heartbeat, *, compiles: bool) -> Iterator[None]:
     """
-    Have torch's compiler tell `heartbeat` when a compilation begins and ends, at any step inside.
+    Have torch's compiler tell `heartbeat` when a compilation begins and ends, at any step inside the block.
 
     compiles: False does nothing, and does not import the compiler.
     """

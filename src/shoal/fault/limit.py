@@ -14,13 +14,13 @@ STARTED: Final = (
 ENDS: Final = "SLURM_JOB_END_TIME"  # seconds since 1970
 
 FLOOR_SECONDS: Final = 10.0  # to end all processes
-STEPS: Final = 3  # one to finish, one to agree on the stop, and on a GPU one until that is read
+STEPS: Final = 3  # one to finish, one to agree on the stop, and on a GPU one more until the agreement is read
 RECENT: Final = 20  # steps
 SLOW_DISK: Final = 50e6  # bytes/s per process, assumed until the first save
 
 
 def start_clock() -> None:
-    """Start the launcher's time."""
+    """Record when the launcher started."""
     os.environ[STARTED] = str(time.monotonic())
 
 
@@ -32,7 +32,7 @@ class TimeLimit:
     """
 
     def __init__(self, ends: float | None, state_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start the clock. ends: by `clock`; None: no limit. state_bytes: of this process in a save, for a first guess of its time."""
+        """Start the clock. ends: time of `clock`; None disables the limit. state_bytes: of this process, to guess a save's time."""
         self._ends, self._clock = ends, clock
         self._save_seconds = state_bytes / SLOW_DISK
         self._seen_save = False
@@ -42,8 +42,8 @@ class TimeLimit:
     @classmethod
     def open(cls, minutes: float | None, state_bytes: int, environment: Mapping[str, str] = os.environ) -> Self:
         """
-        Open this worker's limit: `minutes` after its launcher started (or itself, under another launcher). If `minutes` is
-        None: the end of its Slurm job, if there is one.
+        Open this worker's limit: `minutes` after its launcher (or, under another launcher, the worker) started. If `minutes`
+        is None, the limit is the end of its Slurm job, if there is one.
         """
         now = time.monotonic()
         if minutes is not None:
@@ -53,16 +53,16 @@ class TimeLimit:
         return cls(None, state_bytes)
 
     def saved(self, seconds: float) -> None:
-        """Learn a save's time; the first one replaces the guess."""
+        """Record how long a save took; the first time replaces the guess."""
         self._save_seconds = max(self._save_seconds, seconds) if self._seen_save else seconds
         self._seen_save = True
 
     def margin(self) -> float:
-        """Return the seconds needed to stop in order."""
+        """Return the seconds needed to save and stop."""
         return 2 * self._save_seconds + STEPS * max(self._recent, default=0.0) + FLOOR_SECONDS
 
     def is_due(self) -> bool:
-        """Return whether to stop now. Call it once a step: it measures steps by its calls."""
+        """Return whether to stop now. Call it once a step: the time between two calls counts as a step."""
         now = self._clock()
         self._recent.append(now - self._last)
         self._last = now

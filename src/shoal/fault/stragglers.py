@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 IN_A_ROW: Final = 6  # steps before a rank is reported slow, or not slow any more
 WARM_UP: Final = 2  # steps ignored after a start: the first one compiles and allocates memory
-LEAST_SHARE: Final = 0.05  # of a step's own time: a smaller delay does not matter
+LEAST_SHARE: Final = 0.05  # of a step's busy time: a smaller delay does not matter
 LEAST_SECONDS: Final = 0.01  # other work on a machine may delay any rank by this much
 
 
@@ -37,11 +37,11 @@ class Stragglers:
     """
 
     def __init__(self, factor: float, peers: Sequence[Sequence[int]], phases: int) -> None:
-        """peers: lists of ranks with equal work, each rank in one list. phases: their number."""
+        """peers: lists of ranks with equal work, each rank in one list. phases: number of phases."""
         self._factor, self._peers = factor, [np.array(ranks) for ranks in peers]
         shape = (sum(map(len, peers)), phases)
         self.slow = np.zeros(shape, dtype=bool)
-        """[ranks, phases]"""
+        """Whether each rank is slow in each phase: [ranks, phases]."""
         self._row = np.zeros(shape, dtype=np.int64)  # consecutive steps that contradict `slow`
         self._first = np.zeros(shape, dtype=np.int64)
         self._seconds, self._others = np.zeros(shape), np.zeros(shape)  # sums over these steps

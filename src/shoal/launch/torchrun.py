@@ -59,7 +59,7 @@ def plan_processes(
 
 
 def _processes_for(config: Config, usual: int, *, grow: bool) -> int:
-    """Return the processes that the layout needs. If an axis takes the remainder, `grow` uses up to `usual`."""
+    """Return the processes that the layout needs. If an axis takes the remainder, `grow` allows up to `usual`."""
     layout = find_layout(config.parallel, None)
     if isinstance(layout, str):
         raise LaunchError(layout)
@@ -73,7 +73,7 @@ def fixed_threads(config: Config, share: int, before: Config | None) -> int | No
     """
     Return the CPU threads of a process if they are fixed: by the user, by `repro: bitwise` (one), or by the run; else None.
 
-    The thread count changes the order of float additions, so a run keeps its own while it fits in `share`, the cores per
+    The thread count changes the order of float additions, so a run keeps its count while it fits in `share`, the cores per
     process.
     """
     if config.launch.threads or config.train.repro == "bitwise" or share <= 1:

@@ -15,7 +15,7 @@ from shoal.run.records import StepRecord
 from shoal.system.output import visible
 
 FIRST_LINES: Final = 3  # the first steps are always shown
-STEP_LINES: Final = 40  # at most, per run: more would push out what matters
+STEP_LINES: Final = 40  # at most, per run: more would bury the important lines
 WIDTH: Final = 80  # columns, if unknown
 # Parts dropped from a step's line that is too long, in this order: first those that follow from tokens/s.
 DROPPED: Final = ("ms", "mfu", "lr", "memory", "norm", "left")
@@ -26,7 +26,7 @@ class Console:
     """Prints on one rank and is silent on the others."""
 
     def __init__(self, speaks: bool = True, *, on_stderr: bool = False) -> None:
-        """on_stderr: if standard output is for another program."""
+        """on_stderr: print to standard error, because another program reads standard output."""
         self._speaks = speaks
         self._rich = RichConsole(highlight=False, soft_wrap=True, stderr=on_stderr)
         self._steps_shown = 0
@@ -56,7 +56,7 @@ class Console:
 
     def step(self, record: StepRecord, total_steps: int, left_seconds: float | None, every: int | None = None) -> None:
         """
-        Print a step's line: of the first few steps, the last one, and every `every`th (None: see `step_interval`).
+        Print the line of a step that is one of the first few, the last, or a multiple of `every` (None uses `step_interval`).
         """
         step = record.step
         due = step % (every or step_interval(total_steps)) == 0 or step == total_steps
@@ -68,9 +68,9 @@ class Console:
     @contextmanager
     def progress(self, title: str, *, steady: bool = False) -> Iterator[Any]:
         """
-        Show a progress bar on a terminal, occasional lines elsewhere; call the result with (phase, done, total).
+        Show a progress bar on a terminal, occasional lines elsewhere; call the yielded function with (phase, done, total).
 
-        steady: a line every few seconds, however long it takes.
+        steady: print a line every few seconds, however long the work takes.
         """
         if not self._speaks:
             yield lambda phase, done, total: None

@@ -4,11 +4,11 @@ A run's folder: its files, its lock, and whether a config may resume the run. No
 runs/NAME/
   config.yaml     the resolved config        metrics.jsonl   a line per step
   tokenizer.json  how its text became ids    events.jsonl    starts, saves, stops
-  checkpoints/    see checkpoint/store.py    lock            who trains it now
+  checkpoints/    see checkpoint/store.py    lock            the process that trains it
   samples/        text written at the end    ledger.jsonl    the samples it was trained on
-  stacks/         of workers that hung       time.jsonl      where the time went
+  stacks/         stacks of hung workers     time.jsonl      where the time went
   source/         files that came with the weights, if it started from a model folder
-  tokenizer/      all files of its tokenizer, if that is another folder
+  tokenizer/      all files of its tokenizer, if it came from another folder
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class RunFolder:
 
     def kept(self) -> dict[str, Path]:
         """
-        Return what this run keeps of a model and a tokenizer that are gone, by the name that its config has for each.
+        Return this run's copies of a model and a tokenizer whose originals are gone, by their names in its config.
 
         Empty if there is no run. Raises nothing.
         """
@@ -152,12 +152,12 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writable(self) -> Iterator[None]:
-        """Raise `RunError` if the folder cannot be written to inside."""
+        """Raise `RunError` if a write to the folder fails inside this block."""
         try:
             yield
         except OSError as error:
             raise RunError(
-                f"{self.path} cannot be written: {error.strerror}; set launch.runs to a folder that can"
+                f"{self.path} cannot be written: {error.strerror}; set launch.runs to a writable folder"
             ) from error
 
     def lock(self, meeting: str | None = None) -> None:
@@ -199,7 +199,7 @@ class RunFolder:
         self._lock = file
 
     def lock_id(self) -> str:
-        """Return the id in the lock file: a process that knows it sees this folder and may read it."""
+        """Return the id in the lock file: knowing it proves that a process can read this folder."""
         with (self.path / "lock").open(encoding="utf-8") as file:
             return str(_held(file).get("id", ""))
 
@@ -280,7 +280,7 @@ def _holder(file: IO[str]) -> str:
 
 
 def _is_gone(name: str, kept: Path) -> bool:
-    """Return whether `name` is nowhere, so that a run uses what it keeps of it."""
+    """Return whether `name` can no longer be found, so that a run uses its own copy."""
     try:
         return find_model(name, kept) == kept
     except ModelError:  # it is there, and broken

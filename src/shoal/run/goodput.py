@@ -1,10 +1,10 @@
 """
 Where the time of a run went, across restarts. No torch.
 
-The first rank writes about one line per second to `time.jsonl`. Each has the totals so far of its life (one process, from
+The first rank writes about one line per second to `time.jsonl`. Each line has the totals so far of a life (one process, from
 start to end):
 
-    {"life": when it began, "step": the last step taken, "reached": [spent on "step" until that step], "spent": {category: ...}}
+    {"life": when it began, "step": the last step taken, "reached": spent on "step" until that step ended, "spent": {category: ...}}
 
 and {"begin": true} if steps continue from an earlier one: at a start and at a rollback.
 
@@ -61,10 +61,10 @@ def process_start() -> tuple[int, int]:
 
 class Clock:
     """
-    Counts each microsecond of this process to one category: "start" at first, "step" after `begin`, another inside `spend`.
+    Charges each microsecond of this process to one category: "start" at first, "step" after `begin`, another inside `spend`.
 
-    path: `time.jsonl`, written by a thread so that no step waits for a disk; None: not written. Never raises `OSError`.
-    now: microseconds. began: (microseconds since 1970 when this process started, its age in microseconds).
+    path: `time.jsonl`, written by a thread so that no step waits for a disk; None disables writing. Never raises `OSError`.
+    now: returns microseconds. began: (microseconds since 1970 when this process started, its age in microseconds).
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Clock:
             self._thread.start()
 
     def begin(self, step: int) -> None:
-        """Note that steps after `step` follow: at the start and after a rollback."""
+        """Record that steps continue after `step`: at the start and after a rollback."""
         with self._lock:
             self._charge()
             if self._step is not None:
@@ -104,7 +104,7 @@ class Clock:
             self._turns.append(self._line() | {"begin": True})
 
     def reached(self, step: int) -> None:
-        """Note that `step` is over."""
+        """Record that `step` is over."""
         with self._lock:
             self._charge()
             spent = self._spent
@@ -121,21 +121,21 @@ class Clock:
             self._step, self._reached = step, spent["step"]
 
     def spend(self, category: str) -> _Spending:
-        """Count the time inside to a category: `with clock.spend("evaluation"): ...`. May be nested."""
+        """Charge the time inside the block to a category: `with clock.spend("evaluation"): ...`. May be nested."""
         return _Spending(self, category)
 
     def enter(self, phase: str) -> None:
-        """Count a phase of a step to the category of that name, if there is one."""
+        """Charge a phase of a step to the category of that name, if there is one."""
         if phase in self._spent:
             self._before = self.switch(phase)
 
     def leave(self, phase: str) -> None:
-        """Count to the category before that phase again."""
+        """Charge again to the category that was charged before that phase."""
         if phase in self._spent:
             self.switch(self._before)
 
     def switch(self, category: str) -> str:
-        """Count time to `category` from now on; return the previous one. Raises ValueError if there is no such category."""
+        """Charge time to `category` from now on; return the previous one. Raises ValueError if there is no such category."""
         if category not in self._spent:
             raise ValueError(f"unknown category {category}; use one of {', '.join(self._spent)}")
         with self._lock:
@@ -179,7 +179,7 @@ class Clock:
 
 
 class _Spending:
-    """Not a generator, which would be three times slower."""
+    """The context manager of `spend`: a class, since a generator would be three times slower."""
 
     __slots__ = ("_before", "_category", "_clock")
 
@@ -211,7 +211,7 @@ class Account:
 
     @property
     def total(self) -> int:
-        """Return all microseconds."""
+        """Return the total in microseconds."""
         return sum(self.spent.values())
 
     @property

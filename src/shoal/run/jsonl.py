@@ -49,7 +49,7 @@ class PatientLines:
             self.problem = f"{self._path} cannot be flushed: {error.strerror}"
 
     def close(self) -> None:
-        """Try once more to write what waits, and close. May be called twice."""
+        """Try once more to write the waiting lines, and close. May be called twice."""
         if not self.offer() and self._waiting:
             self.problem = f"{self._path} could not be written: its last {len(self._waiting)} lines are lost"
         if self._file is not None:

@@ -11,7 +11,7 @@ from typing import Final
 from shoal.run.console import Console, duration
 
 SOON_SECONDS: Final = 2.0  # a phase that takes longer is named while it lasts
-LONG_SECONDS: Final = 1.0  # one that took longer is reported with its time when it is over
+LONG_SECONDS: Final = 1.0  # a phase that took longer is reported with its time when it is over
 AGAIN: Final = (2.0, 10.0, 30.0, 60.0)  # seconds after which a phase is named again; then the interval doubles
 LOOK_SECONDS: Final = 0.2
 
@@ -20,8 +20,8 @@ class Narrator:
     """
     Follows one phase at a time: `begin` ends the previous one, `look` prints the phase if it takes long.
 
-    say: gets the lines. now: seconds. After `watch` a thread calls `look`, also while the main thread is blocked in C;
-    otherwise the caller's loop does.
+    say: called with each line. now: returns seconds. After `watch` a thread calls `look`, also while the main thread is blocked
+    in C; otherwise the caller's loop does.
     """
 
     def __init__(self, say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
@@ -40,7 +40,7 @@ class Narrator:
         return narrator
 
     def watch(self) -> None:
-        """Look from a thread, until `close`."""
+        """Call `look` from a thread until `close`."""
         threading.Thread(target=self._look_on, name="narrator", daemon=True).start()
 
     def begin(self, phase: str | None, *, tell: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""The phases of an optimizer step, and what observes them. No torch."""
+"""The phases of an optimizer step, and their observers. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PHASES: Final = ("data", "forward", "backward", "reduce", "optimizer")
 
 
 class Observer(Protocol):
-    """What is told when a phase of a step begins and ends. A phase may occur several times in a step."""
+    """An object that is notified when a phase of a step begins and ends. A phase may occur several times in a step."""
 
     def enter(self, phase: str) -> None:
         """Note that `phase` begins."""
@@ -35,7 +35,7 @@ class Phases:
 
 
 class _Phase:
-    """Not a generator: it is entered several times in each micro-batch, and this is several times as fast."""
+    """The context manager of a phase: a class, since a generator is several times slower and each micro-batch enters it often."""
 
     __slots__ = ("_enter", "_leave", "_name")
 

@@ -36,7 +36,7 @@ class _Record:
         return cls(**values)
 
     def as_line(self) -> dict[str, Any]:
-        """Return the record as JSON takes it."""
+        """Return the record as a dict for JSON."""
         values = {each: getattr(self, each.name) for each in fields(self)}
         return {f.name: value for f, value in values.items() if f.default is MISSING or value is not None}
 

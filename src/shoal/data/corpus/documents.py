@@ -22,7 +22,7 @@ START = Cursor()
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A non-empty text; `after` is the place of the next one."""
+    """A non-empty text; `after` is the cursor of the next document."""
 
     name: str
     text: str
@@ -31,12 +31,12 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A record that is not a document. `name` says where it is; `reason` is the same for all of its kind."""
+    """A record that is not a document. `name` says where it is. Records skipped for the same cause share one `reason`."""
 
     name: str
     reason: str
     after: Cursor
-    # Of a record without `data.text_key`: the length of each string
+    # For a record without `data.text_key`: the length of each string field
     fields: Mapping[str, int] = field(default_factory=dict)
 
 

@@ -8,7 +8,7 @@ from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
 HEAD_BYTES = 4096
-ZEROS = 0.1  # share of a file's first bytes: UTF-16 text has more, UTF-8 text with a stray zero byte less
+ZEROS = 0.1  # of a file's first bytes: UTF-16 text has more zero bytes, UTF-8 text with a stray one has fewer
 
 # Longest first: UTF-32's byte order mark begins with UTF-16's.
 _MARKS = (
@@ -35,7 +35,7 @@ def without_mark(head: bytes) -> bytes:
 
 
 def check_text(head: bytes, name: str, otherwise: str = "take it out of data.paths") -> None:
-    """Raise DataError if a file that begins with `head` is not UTF-8 text. otherwise: a fix other than converting it."""
+    """Raise DataError if a file that begins with `head` is not UTF-8 text. otherwise: a fix to suggest besides converting it."""
     name = on_one_line(name)
     for mark, encoding in _MARKS:
         if head.startswith(mark):

@@ -1,4 +1,4 @@
-"""Read jsonl files, plain or gzipped: a line is a document. Streamed, so files may be of any size. No torch."""
+"""Read jsonl files, plain or gzipped; each line is a document. They are streamed, so files may be of any size. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BOMB_BYTES = 1 << 28  # smaller files are not checked
 
 
 def jsonl_reader(text_key: str) -> Reader:
-    """Return a reader that takes each line's `text_key`, and skips lines without one or that are not JSON."""
+    """Return a reader of each line's text under `text_key`; it skips lines without such a text and lines that are not JSON."""
 
     def read(path: Path, name: str, start: Cursor) -> Iterator[Document | Skipped]:
         with path.open("rb") as raw:

@@ -50,7 +50,7 @@ class Finder:
         return list(self._files.values())
 
     def skipped(self) -> Counter[str]:
-        """Count skipped files by kind: a suffix, or a word."""
+        """Count skipped files by kind: a suffix, or a word such as `hidden`."""
         return self._counts + Counter(kind for real, kind in self._skipped.items() if real not in self._files)
 
     def _add_file(self, name: str, path: Path, real: str) -> None:
@@ -93,7 +93,7 @@ class Finder:
                     self._skipped[target] = kind
 
     def _kind(self, entry: os.DirEntry[str], name: str) -> str | None:
-        """Return "folder", "file", the kind it is skipped as, or None if it does not count."""
+        """Return "folder", "file", the kind under which to count a skipped entry, or None if it is not counted."""
         suffix = Path(entry.name).suffix
         fits = entry.name.lower().endswith(self._suffixes)
         if entry.name.startswith("."):
@@ -103,7 +103,7 @@ class Finder:
         except OSError as error:
             if entry.is_symlink() and suffix and not fits:
                 return suffix
-            if entry.is_symlink() or not isinstance(error, FileNotFoundError):  # else it was just removed
+            if entry.is_symlink() or not isinstance(error, FileNotFoundError):  # otherwise the file was just removed
                 self._fails(name, error)
             return None
         if stat.S_ISDIR(mode):

@@ -56,7 +56,7 @@ class ChatTemplate:
         Return the conversation as text that contains special tokens, for `Tokenizer.encode_chat`.
 
         messages: each with `role` and `content`. add_generation_prompt: end with the start of the model's answer.
-        variables: the template's own, such as `enable_thinking`. Raises DataError if the template rejects the messages.
+        variables: extra template variables, such as `enable_thinking`. Raises DataError if the template rejects the messages.
         """
         if not messages:
             raise DataError("a chat needs at least one message")

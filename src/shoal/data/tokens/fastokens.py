@@ -19,7 +19,7 @@ class DifferentIdsError(Exception):
 
 
 class FastEncoder:
-    """Texts -> ids on all cores, without a Python object per id. Some of its ids are compared with tokenizers'."""
+    """Texts -> ids on all cores, without a Python object per id. Some ids are compared with those of the tokenizers library."""
 
     def __init__(self, fast: Any, tokenizer: Tokenizer) -> None:
         self._fast, self._tokenizer = fast, tokenizer
@@ -44,7 +44,7 @@ class FastEncoder:
 
 
 def fast_encoder(tokenizer: Tokenizer) -> FastEncoder | None:
-    """Return None if fastokens is not installed, does not support this tokenizer, or fails on sample texts."""
+    """Return an encoder; None if fastokens is not installed, does not support this tokenizer, or fails on sample texts."""
     if tokenizer.ids_are_bytes:
         return None  # bytes need no tokenizer
     try:

@@ -22,7 +22,7 @@ from shoal.errors import DataError
 SPACE = "▁"  # a space in a piece
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # SentencePiece.Type
-NEVER = 1000.0  # subtracted from the lowest score for pieces that no text may become
+NEVER = 1000.0  # subtracted from the lowest score for pieces that no text may be encoded as
 
 
 def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
@@ -73,7 +73,7 @@ def _convert(proto: Any, name: str) -> tokenizers.Tokenizer:
 
 
 def _bpe(proto: Any) -> models.BPE:
-    """Convert BPE. SentencePiece joins the neighbors with the best-scored result: one merge per way to build a piece."""
+    """Convert BPE. SentencePiece joins the neighbors whose result scores best, so each way to build a piece is a merge."""
     ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     parts = {piece.piece for piece in proto.pieces if piece.type == NORMAL}
     merges = []
@@ -91,7 +91,7 @@ def _bpe(proto: Any) -> models.BPE:
 
 
 def _unigram(proto: Any) -> models.Unigram:
-    """Convert a unigram model. Control and byte pieces get a score so low that no text becomes them."""
+    """Convert a unigram model. Control and byte pieces get a score so low that no text is encoded as them."""
     lowest = min(piece.score for piece in proto.pieces if piece.type == NORMAL)
     vocab = [
         (piece.piece, piece.score if piece.type in (NORMAL, USER_DEFINED) else lowest - NEVER) for piece in proto.pieces
@@ -106,7 +106,7 @@ def _unknown(proto: Any) -> str:
 
 def _normalizer(spec: Any) -> normalizers.Sequence:
     steps: list[Any] = []
-    # Tokenizers applies it to grapheme clusters, SentencePiece to characters; `check_same_ids` often rejects it
+    # tokenizers applies this map to grapheme clusters, SentencePiece to characters; `check_same_ids` often rejects it
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
@@ -136,6 +136,6 @@ def _splits(proto: Any) -> list[pre_tokenizers.Split]:
     reserved = {
         character for piece in proto.pieces if piece.type not in (NORMAL, USER_DEFINED) for character in piece.piece
     }
-    if reserved - known:  # else the name of a control piece would score better than its letters
+    if reserved - known:  # otherwise the name of a control piece would score better than its letters
         splits.append(pre_tokenizers.Split(Regex(f"[{re.escape(''.join(sorted(reserved - known)))}]+"), "isolated"))
     return splits

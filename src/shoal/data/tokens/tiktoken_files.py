@@ -95,7 +95,7 @@ def _convert(encoding: Any) -> tokenizers.Tokenizer:
     written = {token: "".join(characters[byte] for byte in token) for token in ranks}
     vocab = {written[token]: rank for token, rank in ranks.items()}
     merges = [(written[left], written[right]) for left, right in _merges(ranks)]
-    # Special tokens are in the vocabulary too, so that they keep ids with gaps between them.
+    # Special tokens are in the vocabulary too, so that they keep their ids, which may have gaps between them.
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab={**vocab, **special}, merges=merges, ignore_merges=True))
     splitter = pre_tokenizers.Split(Regex(_pattern(encoding._pat_str)), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

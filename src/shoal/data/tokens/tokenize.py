@@ -39,7 +39,7 @@ PATTERN_VERSION = 1  # change it with the pattern, so that tokens are prepared a
 
 class Tokenizer:
     """
-    Text <-> token ids. Names of special tokens in a text are plain text; no text becomes `eot_id`.
+    Text <-> token ids. Names of special tokens in a text are encoded as plain text, so no text yields `eot_id`.
 
     bos_id: the token before each document, or None.
     """
@@ -63,7 +63,7 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids of all special tokens, which no text becomes: ends, chat roles, padding."""
+        """Ids of all special tokens, which plain text never yields: ends, chat roles, padding."""
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(index for index, token in added.items() if token.special)
 
@@ -124,7 +124,7 @@ class Tokenizer:
 
     @cached_property
     def _with_special(self) -> tokenizers.Tokenizer:
-        """A copy, since whether special tokens are recognized is a setting of the whole tokenizer."""
+        """A copy that recognizes special tokens, which is a setting of the whole tokenizer."""
         copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
         copy.encode_special_tokens = False
         return copy
