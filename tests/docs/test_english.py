@@ -74,7 +74,7 @@ def test_code_is_not_prose(tmp_path: Path) -> None:
 
 def test_sentences_are_drawn_by_their_seed() -> None:
     def drawn(seed: int) -> list[str]:
-        command: list[Any] = [sys.executable, SCRIPT, "--draw", "5", "--seed", str(seed)]
+        command: list[Any] = [sys.executable, SCRIPT, "docs", "--draw", "5", "--seed", str(seed)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
     assert len(drawn(1)) == 5

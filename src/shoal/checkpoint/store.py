@@ -6,8 +6,8 @@ the copy to a temporary folder, flushes it, hashes it and reads it back. When ev
 folder writes the manifest and renames the folder. Ranks exchange their progress in an all-reduce that each step does anyway:
 `votes` go in, `advance` gets the sum. So no step waits for a disk, and all ranks learn at the same step that a save is done.
 
-All ranks may share a folder, or each machine may have its own in memory. Then each folder has a leader, and a checkpoint is
-complete when every folder has it.
+The folder is either one that all ranks see, or one on each machine, usually in memory (`checkpoint.fast`). Each folder has a
+leader, and a checkpoint is complete when every folder has it.
 
 A failure costs only the checkpoint being saved. Files are never pickles; ranks exchange small objects through
 torch.distributed, which pickles them.

@@ -27,7 +27,11 @@ def resolve_asked(args: argparse.Namespace, overrides: list[Override]) -> Config
 
 
 def resolve_run(recipe: Path, overrides: list[Override], *, named: bool, notes: Sequence[str] = ()) -> Config:
-    """Return a run's config, and print `notes` and those of `resolve`. named: an unnamed run gets its recipe's name."""
+    """
+    Return a run's config; print `notes` and the notes of `resolve`.
+
+    named: whether the user named this recipe; if so, a run without `launch.name` takes the recipe's name.
+    """
     from shoal.resolve.checks import why_no_name
     from shoal.resolve.resolve import resolve
 

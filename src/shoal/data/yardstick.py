@@ -48,7 +48,7 @@ class Yardstick:
 
     def compared(self, ours: float, text_bytes: int) -> str:
         """
-        Rank a model among the primed compressors, best first.
+        Return a text that ranks a model among the primed compressors, best first.
 
         ours: the model's bits per byte. text_bytes: size of the whole held-out text.
         """

@@ -43,7 +43,8 @@ T = TypeVar("T")
 LOOPBACK: Final = "127.0.0.1"
 STORE_SECONDS: Final = 60.0  # to wait for the store's answer while there are no workers
 CALL_SECONDS: Final = 2.0  # the same while there are workers
-# A launcher sends keep-alives at this interval; the others, by their clocks, count it as gone after this many missed ones.
+# A launcher sends a keep-alive signal at this interval; the others, by their own clocks, count it as gone after this many
+# missed signals.
 SIGN_SECONDS: Final = 2
 SIGNS_MISSED: Final = 5
 UNUSED_SECONDS: Final = 10.0  # a store without connections for this long ends

@@ -98,7 +98,7 @@ def _text(config: Config, facts: Facts) -> list[str]:
     return [
         f"# {facts.name}",
         "",
-        f"{facts.architecture}, {facts.parameters:,} parameters, {facts.dtype}. Trained with shoal {facts.version}.",
+        f"{facts.architecture}, {facts.parameters:,} parameters, stored in {facts.dtype}. Trained with shoal {facts.version}.",
         "",
         "| | |",
         "| --- | --- |",
@@ -107,7 +107,7 @@ def _text(config: Config, facts: Facts) -> list[str]:
         f"| trained for | {facts.step:,} steps, {facts.tokens:,} tokens |",
         f"| rows | {data.seq_len} tokens, {train.global_batch} a step |",
         f"| optimizer | {config.optim.name}, peak learning rate {config.optim.lr:g}, {config.optim.schedule} |",
-        f"| arithmetic | {train.dtype}, weights and sums in float32 |",
+        f"| trained in | {train.dtype}; weights, optimizer state and gradients in float32 |",
         f"| license | {facts.license or 'not stated: ask whoever trained it, and see the data above'} |",
         "",
         "```python",

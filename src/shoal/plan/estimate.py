@@ -137,7 +137,8 @@ def _folder_matrices(model: Model) -> int:
     Count all matrices that multiply a token.
 
     Of two matrices with a row per token of the vocabulary, one is the embedding, a lookup, and is not counted; a single one
-    is also the head. Learned positions, with a row per position of the longest context (OPT has two more), are a lookup.
+    is also the head. A table of learned position embeddings is not counted either: its rows are looked up. It has one per
+    position of the longest context (OPT has two more).
     """
     shapes = _folder_tensors(model).values()
     tables = [prod(shape) for shape in shapes if _is_table(shape, model)]

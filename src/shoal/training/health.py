@@ -21,7 +21,11 @@ class GoBack(Exception):
 
 
 class Recovery:
-    """Counts failures since the last good step. All ranks see the same numbers and decide the same."""
+    """
+    Counts skipped steps in a row, and rollbacks since training last passed the farthest step it rolled back from.
+
+    All ranks see the same numbers and decide the same.
+    """
 
     def __init__(self, fault: Fault, console: Console, event: Callable[..., None]) -> None:
         self._fault, self._console, self._event = fault, console, event
