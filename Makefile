@@ -2,9 +2,10 @@
 
 .PHONY: train test test-all test-torch chaos matrix check format setup harness clean
 PYTHON ?=
-# TESTS selects tests by marker; CI runs "not slow". SHARDS processes run them in parallel and need 2 to 3 GiB each.
+# TESTS selects tests by marker; CI runs "not slow". SHARDS processes run them in parallel and need 2 to 3 GiB each;
+# auto: one more than cores, if memory allows.
 TESTS ?= not slow and not ci
-SHARDS ?= 2
+SHARDS ?= auto
 PYTEST = $(BIN)/python -m pytest --numprocesses $(SHARDS)
 BIN := .venv/bin
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests import warm
@@ -27,6 +28,7 @@ LONGEST = (
     "tests/training/", "tests/bench/", "tests/security/",
 )  # fmt: skip
 APART = ("tests/chaos/", "tests/elastic/test_machines.py", "tests/training/test_gone_folder.py")
+MOST_WORKERS = 8  # more would wait for the longest file
 # With CI=true a skipped test fails, except for these reasons, which depend on the machine.
 MAY_BE_SKIPPED = (
     "only a CPU with AVX2 can play one",
@@ -42,6 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((number for number, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST))
 
     items.sort(key=turn)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of pytest workers: one more than cores, since tests also wait, if each has 3 GiB of free memory."""
+    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
+    return max(1, min(cores + 1, MOST_WORKERS, psutil.virtual_memory().available // (3 << 30)))
 
 
 @pytest.hookimpl(optionalhook=True)
