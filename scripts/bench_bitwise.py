@@ -36,7 +36,7 @@ from shoal.mesh.place import Place
 from shoal.training.assemble import assemble
 from shoal.training.step import train_step
 
-SHAPE = Model(family="llama", dim=384, num_layers=6, num_heads=6, vocab_size=257, max_seq_len=256)  # 10.8M
+SHAPE = Model(family="llama", dim=384, num_layers=6, num_heads=6, vocab_size=257, max_seq_len=256)  # 10.8M parameters
 SEQ_LEN, WARM_UP = 256, 2
 
 

@@ -4,7 +4,7 @@ Compare greedy generation with a KV cache to `transformers.generate` on the same
     python scripts/bench_generate.py
     python scripts/bench_generate.py --shapes llama-10m --batches 1 --dtypes float32 --pairs 9
 
-Weights are random. Prompts have 64 tokens, or 33 to 64 with left padding in the rows "unequal"; outputs have 128. Both sides
+Weights are random. Prompts have 64 tokens, or 33 to 64 with left padding in the table rows "unequal"; outputs have 128. Both sides
 alternate on the same prompts; a ratio is the median over neighboring pairs, which cancels drift of the machine's speed. On a
 shared machine, set OMP_NUM_THREADS=1 and --clock cpu to count only this process's CPU time. In float32 both must generate
 the same tokens.
@@ -82,7 +82,7 @@ def timed(run: Callable[[], list[list[int]]], clock: Callable[[], float]) -> tup
 def compare(
     folder: Path, dtype: str, batch: int, unequal: bool, pairs: int, clock: Callable[[], float]
 ) -> tuple[float, float, float, int]:
-    """Return (shoal's tokens/s, transformers' tokens/s, median ratio, tokens that differ)."""
+    """Return (shoal's tokens/s, transformers' tokens/s, median ratio, number of tokens that differ in the last pair)."""
     ours = load_folder(str(folder), device="cpu", dtype=dtype).model
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
     prompts = make_prompts(batch, unequal, ours.shape.vocab_size or 0)

@@ -61,7 +61,7 @@ def wait_until(true: Callable[[], bool], process: subprocess.Popen[bytes]) -> fl
 
 
 def wait_for_step(run: Path, known: int, process: subprocess.Popen[bytes]) -> float:
-    """Wait until the run trains again: a resume and a step follow the `known` lines of the ledger. Return the time."""
+    """Wait until the run trains again: a resume and a step follow the first `known` lines of the ledger. Return the time."""
     return wait_until(lambda: ledger_lines(run) > known + 1, process)
 
 

@@ -1,9 +1,10 @@
 """
 Measure Muon's share of a training step: `python scripts/bench_muon.py [--device cpu] [--only 10M] [--repeats 5]`.
 
-In one process, alternates an update of the blocks' matrices by Muon, by torch's Muon and by fused AdamW with forward and
-backward of the tokens shown; times are medians. Muon's time does not depend on the tokens per step, so its share falls as they
-grow. The last column is the number of tokens at which the share is 5%. On a CPU, gpt2 takes minutes per repeat.
+In one process, alternates updates of the blocks' matrices (by Muon, torch's Muon and fused AdamW) with forward and backward of
+a fixed number of tokens, shown in the table. Times are medians. Muon's time does not depend on the tokens per step, so its
+share of a step falls with more tokens. The last column is the number of tokens per step at which this share is 5%. On a CPU,
+gpt2 takes minutes per repeat.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(name: str, device: torch.device, dtype: torch.dtype, repeats: int) -> str:
-    """Return a row of the table."""
+    """Return the table row of the case `name`."""
     shape, rows, seq_len = CASES[name]
     model = build_model(shape, compute_dtype=dtype)
     initialize(model, 0, device)
@@ -70,7 +71,7 @@ def measure(name: str, device: torch.device, dtype: torch.dtype, repeats: int) -
     taken = [[seconds(each, device) for each in work] for _ in range(repeats)]
     adamw, muon, half, torchs, passes = (statistics.median(column) for column in zip(*taken, strict=True))
     count = sum(t.numel() for t in tensors)
-    # share = muon / (muon + passes * n / tokens) = 5%
+    # the n (tokens per step) at which share = muon / (muon + passes * n / tokens) = 5%
     enough = 19 * muon / passes * tokens.numel()
     return (
         f"| {name} | {len(tensors)}, {count / 1e6:.1f}M | {1e3 * adamw:.2f} | {1e3 * muon:.1f} | {1e3 * half:.1f} | "

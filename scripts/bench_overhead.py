@@ -3,9 +3,9 @@ Measure the cost of fault tolerance without faults: the loop's full step compare
 
     python scripts/bench_overhead.py recipes/quickstart.yaml --processes 2 --pairs 100
 
-bare: take a batch, call `train_step` without guard and votes, read its numbers. whole: the step of `training/loop.py`, with
-heartbeats, guard, votes, ledger, goodput, stragglers and metrics. Both use the same model and data. Time is the CPU time of
-the training thread, which other programs on the machine hardly affect.
+bare: take a batch, call `train_step` without guard and votes, read the step's results. whole: the step of `training/loop.py`,
+with heartbeats, guard, votes, ledger, goodput, straggler detection and metrics. Both use the same model and data. Time
+is the CPU time of the training thread, which other programs on the machine hardly affect.
 """
 
 from __future__ import annotations

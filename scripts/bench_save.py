@@ -5,7 +5,7 @@ Measure the cost of a checkpoint and compare it with torch.save of the same stat
 
 stall: the time that a step waits if the checkpoint is written in the background. save: the time until the checkpoint is
 flushed, hashed and, in the background, read back. torch.save writes the same tensors from one process without flushing and
-hashing; the row "torch.save, flushed" adds an fsync.
+hashing them; the row "torch.save, flushed" adds an fsync.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shoal.mesh.mesh import Mesh, open_mesh
 from shoal.mesh.region import Part
 from shoal.system.cpu import count_cores
 
-TENSORS = 60  # as in a small model with two optimizer moments
+TENSORS = 60  # number of tensors in the state, as in a small model with two optimizer moments
 
 
 def _tensors(megabytes: int) -> dict[str, torch.Tensor]:

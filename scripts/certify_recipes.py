@@ -1,8 +1,8 @@
 """
 Certify every recipe: `python scripts/certify_recipes.py [--only learn]`.
 
-Runs `shoal verify` on each recipe in its own layout, and on the quickstart in others, and writes docs/certificates.md. Exits
-with 1 if one of them reports FAIL.
+Runs `shoal verify` on each recipe in its own layout, and on the quickstart in other layouts, and writes docs/certificates.md.
+Exits with 1 if a certificate reports FAIL.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ difference from one process, and the allowed difference, which is measured on on
 
 
 def verify(recipe: Path, options: list[str], runs: Path) -> tuple[dict[str, Any], float]:
-    """Verify; return the certificate and the seconds it took."""
+    """Verify a recipe with these options; return the certificate and the seconds that this took."""
     begun = time.perf_counter()
     data = ["--data.folder", str(ROOT / "data"), "--launch.runs", str(runs)]
     done = subprocess.run(
@@ -64,7 +64,7 @@ def verify(recipe: Path, options: list[str], runs: Path) -> tuple[dict[str, Any]
 
 
 def rows(recipe: Path, options: list[str], found: dict[str, Any]) -> list[str]:
-    """Return one row per dtype compared."""
+    """Return the rows of a certificate `found`: one for each dtype compared."""
     name = f"`{recipe.relative_to(ROOT / 'recipes')}`"
     extra = [o for o in options if o in ("bitwise", "muon")] or (
         [found["repro"]] if found["repro"] == "bitwise" else []

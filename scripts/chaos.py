@@ -1,5 +1,5 @@
 """
-Inject random faults into small real runs, and check that they reach the weights of an undisturbed run.
+Inject random faults into small real runs, and check that each run reaches the weights of an undisturbed one.
 
     python scripts/chaos.py                         100 faults, five per run: seeds 0 to 19
     python scripts/chaos.py --first 7 --count 1     seed 7 again, with its output

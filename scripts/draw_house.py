@@ -41,9 +41,10 @@ WAY = [
     ("checkpoint.store", "begin", "copy the state for a save, if one is due"),
 ]
 
-WIDTH, GAP, LANE = 186, 26, 16  # of a room, between rooms, of an arrow that passes a floor
+# Width of a room, space between rooms, width of the lane in which an arrow passes a floor
+WIDTH, GAP, LANE = 186, 26, 16
 LINE, PAD, NAME, INNER = 13, 8, 20, 24
-BETWEEN = 42  # from floor to floor
+BETWEEN = 42  # vertical space between floors
 INK, PALE, RED, FRAME = "#24292f", "#57606a", "#b42318", "#8c959f"
 
 
@@ -55,7 +56,7 @@ class Box:
     words: list[str] = field(default_factory=list)
     inner: list[str] = field(default_factory=list)
     stops: list[int] = field(default_factory=list)
-    x: float = 0.0  # center
+    x: float = 0.0  # of the center
     width: int = WIDTH
 
     @property
@@ -72,7 +73,7 @@ def words(name: str) -> str:
 
 
 def arrows() -> dict[str, set[str]]:
-    """Return room -> the rooms it imports."""
+    """Return the imports: each room -> the rooms from which it imports."""
     found: dict[str, set[str]] = {}
     for module, path in modules().items():
         found.setdefault(room(module), set()).update({room(t) for t in imported(path)} - {room(module)})
@@ -91,7 +92,7 @@ def reduced(edges: Mapping[str, set[str]]) -> dict[str, set[str]]:
 
 
 def folded(edges: Mapping[str, set[str]], inside: Mapping[str, str]) -> dict[str, set[str]]:
-    """Return `edges` with the rooms of `inside` replaced by the rooms that contain them."""
+    """Return `edges` with each room that is a key of `inside` replaced by its value, the room that contains it."""
     merged: dict[str, set[str]] = {}
     for name, targets in edges.items():
         outer = inside.get(name, name)
@@ -143,7 +144,7 @@ class House:
             self.settle(row)
 
     def cost(self, row: Sequence[Box]) -> float:
-        """Return the cost of a floor's order: crossings, distance between its connected boxes, and horizontal length."""
+        """Return the cost of a floor's order: crossings and horizontal lengths of arrows, and gaps between its connected boxes."""
         spread(row)
         mine = {id(b) for b in row}
         total = 0.0
@@ -208,7 +209,7 @@ def badge(x: float, y: float, number: int) -> str:
 
 
 def draw(house: House, way: Sequence[str] = ()) -> str:
-    """Return the picture as SVG, with the lines of `way` below it."""
+    """Return the picture as SVG. Below it, list the lines of text in `way`, the path of a training step."""
     rows = house.floors[::-1]
     heights = [max((b.height for b in row), default=0) for row in rows]
     tops = [30 + sum(heights[:n]) + BETWEEN * n for n in range(len(rows))]

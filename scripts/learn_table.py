@@ -11,7 +11,7 @@ Measures the step of `shoal train` (`assemble` and `train_step`) in processes th
   processes together, which such load hardly affects.
 - Bytes: sent by the loopback interface, per step and process. If `unshare` is allowed, processes run in a separate network
   namespace, so that no other traffic counts.
-- Memory: of the process with the most. Held all the time: weights, gradients, moments. Peak: these, plus the process's growth
+- Memory: of the process that uses most. Held all the time: weights, gradients, moments. Peak: these, plus the process's growth
   in the second step.
 """
 
@@ -61,7 +61,7 @@ WATCHED, FIRST_TIMED, LAST = (
     3,
     6,
 )
-ALONE = "SHOAL_LEARN_ALONE"  # set in the network namespace
+ALONE = "SHOAL_LEARN_ALONE"  # environment variable that is set in the network namespace
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of one process in one step."""
+    """Measurements of a step: the lowest times, memory of the process that uses most, bytes that a process sends on average."""
 
     step_seconds: float
-    cpu_seconds: float  # of all processes
+    cpu_seconds: float  # of all processes together
     state_bytes: int
     peak_bytes: int
     sent_bytes: float
@@ -105,15 +105,16 @@ HIDDEN = 4 * 16 * 256 * 128  # bytes of a step's hidden state: float32 [16, 256,
 
 
 def all_reduced(n: int, share: float = 1.0) -> float:
-    """Return the bytes of an all-reduce: reduce-scatter and all-gather, each (n - 1) / n of the gradients."""
+    """Return the bytes of an all-reduce of `share` of the gradients: reduce-scatter and all-gather, each (n - 1) / n of it."""
     return 2 * (n - 1) / n * 4 * parameters()[0] * share
 
 
 def sharded(n: int, turns: int, gathers: int = 2, replicas: int = 1) -> float:
     """
-    Return the bytes of FSDP: blocks gathered `gathers` times per micro-batch, the rest once; one reduce-scatter per step.
+    Return the bytes of FSDP over `n` processes, with `turns` micro-batches per step.
 
-    gloo's reduce-scatter sends as much as an all-reduce, twice the minimum.
+    Each micro-batch gathers the blocks `gathers` times and the other parameters once. Each step reduce-scatters the gradients
+    once, and all-reduces the shards over `replicas`. gloo's reduce-scatter sends as much as an all-reduce, twice the minimum.
     """
     whole, blocks = parameters()
     gathered = turns * (gathers * blocks + whole - blocks)
@@ -132,7 +133,7 @@ def pipeline(crossings: int, n: int) -> float:
 
 def context(n: int, method: str) -> float:
     """Return the bytes of context parallelism in all blocks, plus the gradients' all-reduce."""
-    part = HIDDEN / n  # the keys, values or queries of one process's positions
+    part = HIDDEN / n  # bytes of the keys, values or queries at one process's positions
     sent = {
         "allgather": 2 * 2 * (n - 1) * part,
         "ulysses": 2 * 4 * (n - 1) / n * part,
@@ -240,7 +241,7 @@ def go_alone() -> None:
 
 
 def measure(rows: Sequence[Row], processes: int, results: dict[Row, Measured]) -> None:
-    """Measure these rows, all in the same `processes` processes, and add to `results`."""
+    """Measure these rows one after another, in the same `processes` processes, and add the measurements to `results`."""
     if not rows:
         return
     with tempfile.TemporaryDirectory(prefix="shoal-learn-") as name:
@@ -264,7 +265,7 @@ def measure(rows: Sequence[Row], processes: int, results: dict[Row, Measured]) -
 
 
 def figure(path: str, name: str, column: int) -> int:
-    """Return a number from the line of a /proc file that begins with `name:`."""
+    """Return the number in this column of the line that begins with `name:`, in a /proc file."""
     [line] = [x for x in Path(path).read_text().splitlines() if x.strip().startswith(f"{name}:")]
     return int(line.partition(":")[2].split()[column])
 
@@ -275,7 +276,7 @@ def loopback_bytes() -> int:
 
 
 def held(recipes: Sequence[Path]) -> None:
-    """Measure in one of the processes; rank 0 prints one line per recipe."""
+    """Measure the recipes, as one of the launched processes. Rank 0 prints one line per recipe."""
     first = read_back(recipes[0])
     set_threads(first)
     with open_mesh("cpu", 600.0, Parallel()) as world:

@@ -89,11 +89,11 @@ def results() -> dict[str, Result]:
 
 
 def run(todo: list[Cell], limit_seconds: float) -> None:
-    """Run cells; append each result to the file and print one line."""
+    """Run cells. For each, append the result to `RESULTS` and print one line. Stop before the first cell after the time limit."""
     RESULTS.parent.mkdir(exist_ok=True)
     console = os.fdopen(os.dup(1), "w", buffering=1)
     log = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)  # child processes inherit these
+    os.dup2(log, 1)  # child processes inherit both descriptors
     os.dup2(log, 2)
     commit, worlds = _commit(), Worlds()
     start, cost, done = time.monotonic(), sum(cell.cost for cell in todo), 0.0
@@ -197,7 +197,7 @@ Its gradient is assembled from all processes, whose replicas must be bitwise ide
 process in float32, without checkpointing and without the compiler.
 
 - float32: the number is the error of the worst parameter's gradient: the norm of the difference divided by that gradient's
-  norm, beyond 1e-8 of the whole gradient's norm. Allowed: {WORST:.0e}, and {WORST_NUMBER:.0e} for the loss and the
+  norm, after 1e-8 of the whole gradient's norm is subtracted from it. Allowed: {WORST:.0e}, and {WORST_NUMBER:.0e} for the loss and the
   reported norm.
 - bfloat16: the numbers are the relative error of the whole gradient, and that of one process in bfloat16, which is due to
   rounding alone. Allowed for the gradient, the loss and the norm: {ROUNDING} times the error of one process, plus {SLACK:.0e}.

@@ -57,7 +57,7 @@ def _default(value: Any) -> str:
 
 
 def metrics_table() -> str:
-    """Return a row for each field of each kind of line, as Markdown."""
+    """Return the table of metrics.jsonl as Markdown: a row for each field, and the kinds of lines that have it."""
     written: dict[str, list[str]] = {}
     facts = {}
     for kind, name in KINDS.items():

@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def environment(version: str | None) -> Path:
-    """Return the Python of TORCH_ENV, or of an environment with this version of torch, made if missing."""
+    """Return the Python interpreter of TORCH_ENV, or of an environment with this version of torch, which is made if missing."""
     there = os.environ.get("TORCH_ENV")
     if there:
         python = Path(there).absolute() / "bin" / "python"

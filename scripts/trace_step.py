@@ -31,7 +31,7 @@ import shoal
 
 SOURCE = Path(shoal.__file__).parent
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
-PROCESSES, STEP = 2, 4  # the step that is traced: FSDP2 sets itself up in the first one
+PROCESSES, STEP = 2, 4  # number of workers, and the traced step: not the first, in which FSDP2 sets itself up
 ROOMS = ("training", "parallel", "optim", "mesh")
 FEW = 1
 
@@ -101,7 +101,7 @@ def work(answer: Path) -> NoReturn:
 
 
 def traced(train_step: Callable[..., Any], answer: Path) -> Callable[..., Any]:
-    """Return `train_step` that traces itself at `STEP`, and then ends the process."""
+    """Return a replacement for `train_step` that traces its call at step `STEP`, and then ends the process."""
     executed: defaultdict[str, set[int]] = defaultdict(set)
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:

@@ -127,7 +127,7 @@ def draw(folder: Path, watched: dict[str, Watcher], picture: Path) -> None:
         below.plot(*zip(*watched[name].seen, strict=True), **style | {"linewidth": style["linewidth"] * 0.6 + 0.6})
     top = above.get_ylim()[1]
     for number, blow in enumerate([*FIRST, *SECOND], 1):
-        step = blow.step or SECOND[2].step + 8  # during the restart
+        step = blow.step or SECOND[2].step + 8  # step 0: the fault happens during the restart
         above.axvline(step, color="#636363", linewidth=0.6, linestyle=":")
         above.annotate(str(number), (step, top), ha="center", va="bottom", fontsize=9)
     above.set_xlabel("step")

@@ -55,7 +55,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give each pytest worker whole files, in the order above: the tests of a file share fixtures and worlds."""
+    """Give each pytest worker whole files, which share fixtures and worlds, and single tests of `APART`, in the order above."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):  # type: ignore[misc]
@@ -90,7 +90,7 @@ def fail_if_skipped(report: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def _shards(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Let pytest workers share which verbs have been started in a fresh interpreter."""
+    """Let pytest workers share the record of verbs that have been started in a fresh interpreter."""
     ours = tmp_path_factory.getbasetemp()
     warm.seen_by_all = (ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours) / "verbs"
     warm.seen_by_all.mkdir(exist_ok=True)
@@ -105,7 +105,7 @@ def worlds() -> Iterator[Worlds]:
 
 @pytest.fixture(scope="session")
 def world(worlds: Worlds) -> Callable[[int], World]:
-    """`world(n)`: the n processes of this session."""
+    """Return a function: `world(n)` is the session's world of n processes."""
     return worlds.__getitem__
 
 

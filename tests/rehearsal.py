@@ -54,7 +54,7 @@ class Rehearsal:
     def __init__(self) -> None:
         self.waits: list[Wait] = []
         self.host: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._seen = False  # whether the function mode is recording the current read, with a better name for it
+        self._seen = False  # whether the function mode has recorded the current read, which it names better than the dispatch mode
         self._open = ExitStack()
 
     def mark_host(self, tensors: Iterable[Tensor | None]) -> None:
@@ -84,7 +84,7 @@ class Rehearsal:
 
     @contextmanager
     def reading(self, kind: str | None) -> Iterator[None]:
-        """Record a wait of this kind (None: no wait), but not the waits inside it."""
+        """Record a wait of this kind, but not the waits inside it. With None, record only the waits inside."""
         if kind is not None:
             self.record(kind)
         before, self._seen = self._seen, self._seen or kind is not None

@@ -22,7 +22,7 @@ from shoal.parallel.recompute import CACHE, separate_cache
 from tests.cli.commands import Place, clean_environment
 
 ROOT = Path(__file__).parents[1]
-CPU = "--train.device=cpu"  # also on a machine with a GPU
+CPU = "--train.device=cpu"  # train on the CPU, also on a machine with a GPU
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 INFO = Path("/proc/cpuinfo")
 SLOW = "no bfloat16 instructions"
@@ -63,7 +63,7 @@ def test_auto_is_settled_by_the_instructions(told: dict[str, str], capability: s
     assert found["capability"] == capability
     assert found["sets"].split(", ")[0] == capability
     if found["torch"] is not None:  # None in a build without oneDNN
-        assert found["torch"] or not found["quick"]  # torch's own check
+        assert found["torch"] or not found["quick"]  # torch's own check agrees
     assert found["quick"] or found["auto"] == "float32"
     if told:
         assert not found["quick"]
@@ -170,7 +170,7 @@ print(torch.backends.cpu.get_cpu_capability())
 def test_the_compilers_cache_is_of_this_kind_of_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(CACHE, str(tmp_path))
     separate_cache()
-    separate_cache()  # once for each module that is compiled
+    separate_cache()  # a run calls it once for each compiled module
     found = Path(os.environ[CACHE])
     assert found.parent == tmp_path
     assert found.name.split("-")[0] == CAPABILITY

@@ -42,7 +42,7 @@ NAME: Final = "shoal-server"  # a server's process name: it is a child of its la
 VERBS: Final = {"train", "eval", "generate", "export", "verify", "bench"}
 IMPORTED: Final = ("shoal.elastic.agent", "shoal.training.loop", "shoal.bench.parity", "shoal.infer.commands")
 LAUNCHERS: Final = {"train", "verify"}
-THREADS: Final = "--threads"  # sets variables that torch reads when it is imported
+THREADS: Final = "--threads"  # an option that sets variables that torch reads when it is imported
 READ_LATER: Final = re.compile(
     r"(SHOAL|TORCHELASTIC|PYTEST|MASTER|LOCAL|GROUP|ROLE)_.*|RANK|WORLD_SIZE|TMPDIR|PWD|OLDPWD|_|CUDA_VISIBLE_DEVICES"
     # torch reads these when it creates a group or compiles; the first sets only what the store logs
@@ -153,7 +153,7 @@ def _serve(channel: socket.socket) -> NoReturn:
 
 
 def _become(asked: Mapping[str, Any], files: Sequence[int]) -> NoReturn:
-    """Run the requested command in this process, and end it."""
+    """Run the requested command in this forked process, then end the process."""
     code = 1
     try:
         while os.getppid() != asked["parent"]:
@@ -209,7 +209,7 @@ def _fork_workers(environment: Mapping[str, str]) -> None:
 
 
 _environment = dict(os.environ)  # before any test changes it
-# Verbs started fresh; verify counts as one, because one of its tests sets PYTHONPATH and so always starts fresh.
+# Verbs that this pytest worker need not start fresh. verify is one: a test of it sets PYTHONPATH, and so always starts fresh.
 _seen: set[str] = {"verify"}
 seen_by_all: Path | None = None  # a folder that all pytest workers share: one file for each verb
 
@@ -238,7 +238,7 @@ def popen_of(verb: str) -> type[subprocess.Popen[Any]]:
 class Popen(subprocess.Popen[Any]):
     """`subprocess.Popen`, which forks a command of shoal's if it can."""
 
-    server: Server | None = None  # of this process
+    server: Server | None = None  # the server that forks; None means the session's
 
     def _execute_child(self, *values: Any) -> None:
         names = inspect.signature(subprocess.Popen._execute_child).bind(None, *values).arguments  # type: ignore[attr-defined]

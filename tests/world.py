@@ -19,11 +19,11 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-# Time limit of a call; that of a collective is half of it. Compiling on a busy machine is slow.
+# Time limit of a call; the time limit of a collective is half of it. Compiling on a busy machine is slow.
 PATIENCE_SECONDS = float(os.environ.get("TEST_PATIENCE_SECONDS", "150"))
-FOLLOW_SECONDS = 10.0  # for the other ranks to answer after one has failed, since they may wait for it
+FOLLOW_SECONDS = 10.0  # time for the other ranks to answer after one has failed, since they may wait for it
 
-_axes: dict[tuple[Any, ...], Any] = {}  # of this worker, by names and groups
+_axes: dict[tuple[Any, ...], Any] = {}  # this worker's axes, by names and groups
 
 
 class World:
@@ -98,7 +98,7 @@ def laid_out(mesh: Any, **sizes: int) -> Any:
     from shoal.mesh.mesh import Axis, Mesh
 
     class Shared(Mesh):
-        """A mesh that shares axes with the same groups: a group takes time to create, and a thread from then on."""
+        """A mesh that reuses axes of earlier meshes with the same groups: a group takes time to create, and keeps a thread."""
 
         def _open(self, axes: tuple[str, ...]) -> Axis:
             key = (axes, *map(tuple, self.layout.groups(*axes)))

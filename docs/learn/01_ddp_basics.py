@@ -24,7 +24,7 @@ GLOBAL_BATCH, MICRO_BATCH = 16, 2  # rows in an optimizer step over all processe
 def train(exported: Path, prepared: Path, steps: int = STEPS) -> list[float]:
     """Return the loss of each step, the same on every process."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    model = load_model(exported)  # the same weights everywhere, since all read one file; DDP would send rank 0's anyway
+    model = load_model(exported)  # the same on all processes, which read one file; DDP broadcasts rank 0's anyway
     ddp = DistributedDataParallel(model)
     optimizer = build_optimizer(model)
     rows = load_rows(prepared)
@@ -40,7 +40,7 @@ def train(exported: Path, prepared: Path, steps: int = STEPS) -> list[float]:
         optimizer.zero_grad()
         loss_sum = torch.zeros(())
         for index, micro_batch in enumerate(micro_batches):
-            # DDP sends gradients as backward makes them. Only the last micro-batch needs that: before it, add up locally.
+            # DDP sends gradients as backward makes them. Only the last micro-batch needs that; earlier ones add up locally.
             ddp.require_backward_grad_sync = index == len(micro_batches) - 1
             logits = ddp(micro_batch[:, :-1])
             loss = F.cross_entropy(logits.flatten(0, 1), micro_batch[:, 1:].flatten(), reduction="sum") / total_tokens
@@ -59,6 +59,6 @@ def train(exported: Path, prepared: Path, steps: int = STEPS) -> list[float]:
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")  # torchrun's variables give the number of processes and this one's rank
+    dist.init_process_group("gloo")  # torchrun's variables give the number of processes and this process's rank
     train(Path(sys.argv[1]), Path(sys.argv[2]))
     dist.destroy_process_group()

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-GLOBAL_BATCH = 16  # rows in an optimizer step; each process computes its half at once
+GLOBAL_BATCH = 16  # rows in an optimizer step; each process computes its half in one forward
 
 
 def shard(exported: Path) -> torch.nn.Module:
@@ -32,7 +32,7 @@ def shard(exported: Path) -> torch.nn.Module:
     fully_shard(model, mesh=mesh)  # the remaining parameters: embedding, last norm, head
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # FSDP2 averages over processes by default. The loss is divided already: plain sums.
+            # FSDP2 averages over processes by default. The loss is already divided, so gradients are summed.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model
@@ -42,7 +42,7 @@ def train(exported: Path, prepared: Path, steps: int = STEPS) -> list[float]:
     """Return the loss of each step, the same on every process."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model = shard(exported)
-    optimizer = build_optimizer(model)  # over the shards: its two averages take half the memory too
+    optimizer = build_optimizer(model)  # over the shards, so AdamW's two averages take half the memory too
     rows = load_rows(prepared)
     losses = []
     for step in range(1, steps + 1):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-VOCAB, DIM, FFN, LAYERS, HEADS, SEQ_LEN = 257, 128, 384, 4, 4, 256  # 256 bytes and the end of text
+VOCAB, DIM, FFN, LAYERS, HEADS, SEQ_LEN = 257, 128, 384, 4, 4, 256  # VOCAB: 256 bytes, end of text
 SEED, STEPS, WARMUP, PEAK = 0, 40, 10, 2e-3
 
 
@@ -114,7 +114,8 @@ def shuffled(position: int, rows: int) -> int:
     Return the row at a position of the endless sequence of samples; each epoch has an order of its own.
 
     The order is computed, not stored: a bijection on the next power of four, made of rounds that each mix one half of the
-    bits into the other (a Feistel network), applied again until the result is a row. So any process knows any row's place.
+    bits into the other (a Feistel network), applied again until the result is below `rows`. So every process can compute
+    the row at any position.
     """
     epoch, x = divmod(position, rows)
     key = mix(mix(SEED) + epoch)

@@ -30,8 +30,8 @@ def read_config(recipe: str | Path | None = None, /, **options: Any) -> Config:
     Return a valid config: a recipe with `options` applied.
 
     recipe: a YAML file, or the name of a built-in recipe, such as "quickstart". None uses the one that `shoal init` writes.
-    options: named like flags of `shoal train`: `steps=20`, `name="first"`, or `**{"train.steps": 20}`. Raises `ConfigError`
-    with every problem.
+    options: config options, named like flags of `shoal train`: `steps=20`, `name="first"`, or `**{"train.steps": 20}`.
+    Raises `ConfigError` with every problem.
     """
     from shoal.commands.recipes import config_of
 
@@ -55,8 +55,8 @@ def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Load
     """
     Load a model and its tokenizer from a run's folder (the last checkpoint), one checkpoint, or a Hugging Face folder.
 
-    device: "auto", "cpu" or "cuda". dtype: "float32", "bfloat16" or "auto". "auto" uses the model's own dtype, or
-    float32 if the device is slow in that dtype. Raises `ShoalError`.
+    device: the device to compute on: "cpu", "cuda", or "auto" for CUDA if available. dtype: the compute dtype: "float32",
+    "bfloat16", or "auto" for the model's own dtype, or float32 if the device is slow in that dtype. Raises `ShoalError`.
     """
     from shoal.infer.load import load_path
 
@@ -76,9 +76,9 @@ def generate(
     """
     Return the text that a model adds to `prompt`, up to an end-of-text token or `max_new_tokens`.
 
-    temperature: 0 always takes the likeliest token. top_k, top_p: sample from the `top_k` likeliest tokens, or from the
-    likeliest that together have probability `top_p`; None disables the limit. The same seed gives the same text. Raises
-    `GenerateError`, or `ModelError` without a tokenizer.
+    temperature: the sampling temperature; 0 always takes the likeliest token. top_k, top_p: limits: sample from the `top_k`
+    likeliest tokens, or from the likeliest that together have probability `top_p`; None disables a limit. The same seed gives
+    the same text. Raises `GenerateError`, or `ModelError` if the model has no tokenizer.
     """
     from shoal.infer.stream import complete
     from shoal.models.sampling import Sampling

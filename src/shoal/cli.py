@@ -63,7 +63,7 @@ def _say(message: str) -> int:
 
 def _leave(code: int, *, at_once: bool = False) -> NoReturn:
     """
-    End the process now, after flushing.
+    End the process after flushing its output.
 
     If torch is loaded, or with `at_once`, skip Python's shutdown: it waits for threads, and a communication library's thread
     may abort the process during it.

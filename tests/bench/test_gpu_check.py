@@ -21,7 +21,7 @@ def script() -> Any:
     spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
-    # Its dataclasses look up their module in sys.modules.
+    # The script's dataclasses look up their module in sys.modules.
     module = sys.modules["gpu_check"] = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # otherwise later tests would inherit it

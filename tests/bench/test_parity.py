@@ -47,7 +47,7 @@ def no_bug() -> Iterator[None]:
 
 @contextmanager
 def a_forgotten_reduction_of_data_parallel() -> Iterator[None]:
-    """Skip one parameter in the buckets: each replica keeps its own gradient."""
+    """Skip one parameter in the buckets: each replica keeps its local gradient of it."""
     plain, model_of = GradientReducer.__init__, apply.parallelize
 
     def parallelize(model: Any, mesh: Mesh, **rest: Any) -> Any:

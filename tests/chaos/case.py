@@ -97,7 +97,7 @@ def ends_the_workers(phase: str, fault: str) -> bool:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A fault that has no step and no life yet."""
+    """A fault before `arrange` gives it a step and a life."""
 
     phase: str
     fault: str
@@ -122,8 +122,8 @@ def arrange(processes: int, drawn: Sequence[_Drawn], jitter: Sequence[int] = ())
     """
     Order the faults so that each one happens, and give them lives and increasing steps.
 
-    Faults before the first step happen in the restart after another fault; one of them may also come first. jitter: steps
-    added to each gap.
+    A fault before the first step happens in the restart after a fault that ends the workers. If it is the first one drawn, or
+    no such restart is left for it, it happens at the start of the run. jitter: number of steps added to each gap.
     """
     waiting = [d for d in drawn if d.phase in BEFORE_STEPS]
     order = [waiting.pop(0)] if drawn[0] in waiting else []
@@ -164,7 +164,7 @@ def others() -> list[Case]:
 
 
 def drawn(seed: int, count: int = 5) -> Case:
-    """Return `count` random faults, the same for the same seed on any machine."""
+    """Return a case of `count` random faults, the same for the same seed on any machine."""
     draw = random.Random(seed)
     processes = draw.choice((2, 3, 4))
     found: list[_Drawn] = []
@@ -173,5 +173,5 @@ def drawn(seed: int, count: int = 5) -> Case:
         fault = draw.choice(POSSIBLE[phase])
         found.append(_Drawn(phase, fault, 0 if phase in OF_FIRST_RANK else draw.randrange(processes)))
     if any(each.fault == "flip" for each in found) and processes == 2:
-        processes = 3  # two replicas cannot tell which is right
+        processes = 3  # with two replicas, nothing shows which one is right
     return arrange(processes, found, [draw.randrange(4) for _ in found])

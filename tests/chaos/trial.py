@@ -44,7 +44,7 @@ launch: {{hang_seconds: 5, timeout_seconds: 40, threads: 1, max_crashes: 6}}
 
 @dataclass(frozen=True)
 class Verdict:
-    """The judgment of a run. problems: empty if it passed. events: their names, in order."""
+    """The judgment of a run. problems: empty if it passed. events: names of the run's events, in order."""
 
     problems: tuple[str, ...]
     events: tuple[str, ...]
@@ -68,12 +68,12 @@ class Verdict:
 class Trace:
     """The resources that a run used, and must release."""
 
-    temporary: Path  # its folder for temporary files, also the mark of its processes
+    temporary: Path  # the run's folder for temporary files, also the value of `MARK` in its processes
     ports: set[int] = field(default_factory=set)
     shared: set[Path] = field(default_factory=set)
 
     def look(self) -> None:
-        """Record the ports on which its processes listen, and their files in shared memory."""
+        """Record the ports on which the run's processes listen, and their files in shared memory."""
         for process in _marked(self.temporary):
             self.shared |= _shared_files(process.pid)
             try:
@@ -110,7 +110,7 @@ class Laboratory:
         self._clean: dict[tuple[int, ...], dict[str, str]] = {}
 
     def run(self, name: str, processes: int, plan: Sequence[dict[str, object]]) -> tuple[int, str, list[str]]:
-        """Run a plan; return (exit code, output, what is left over)."""
+        """Run with a plan of faults; return (exit code, output, descriptions of resources that were not released)."""
         temporary = self.folder / "tmp" / name
         temporary.mkdir(parents=True)
         command = warm.shoal("train", "recipe.yaml", "--name", name, "--processes", str(processes))
@@ -167,7 +167,7 @@ class Laboratory:
         return problems + [f"{name} is left over" for name in strange]
 
     def _expected(self, left_out: tuple[int, ...]) -> dict[str, str]:
-        """Return the weights of one undisturbed process that skips these steps."""
+        """Return the digests of the weights of one process that skips these steps and has no other faults."""
         if left_out not in self._clean:
             name = "-".join(["clean", *map(str, left_out)])
             plan = [{"step": step, "phase": "forward", "rank": 0, "fault": "nan"} for step in left_out]
@@ -178,7 +178,7 @@ class Laboratory:
 
 
 def judge_events(case: Case, lines: Sequence[dict[str, Any]]) -> list[str]:
-    """Return a problem for each fault that did not happen exactly once, or whose events do not match."""
+    """Return the problems: faults that did not happen exactly once, and numbers of events that do not match the faults."""
     happened = [{key: line[key] for key in case.plan[0]} for line in lines if line["event"] == "fault"]
     problems = [f"did not happen: {fault}" for fault in case.plan if fault not in happened]
     problems += [f"happened unplanned, or twice: {fault}" for fault in _more(happened, case.plan)]

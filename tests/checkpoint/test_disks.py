@@ -39,7 +39,7 @@ class Disk:
 
     def make_read_only(self) -> None:
         while not self._mount("-o", "remount,bind,ro", self.path, check=False):
-            """The kernel rejects it while a file is being written."""
+            """The kernel rejects the remount while a file is being written."""
 
     def make_writable(self) -> None:
         self._mount("-o", "remount,bind,rw", self.path)

@@ -20,7 +20,7 @@ from tests.checkpoint.test_store import flip, is_equal, state, tensors
 from tests.disks import small_disk
 from tests.world import World
 
-FIRSTS = (0, 0, 2, 2)  # two machines with two processes each
+FIRSTS = (0, 0, 2, 2)  # the first rank on each rank's machine: two machines with two processes each
 ALL: Mapping[str, int | None] = {"a": None, "b": None}
 RANKS_OF = {"copies": 1, "shards on each machine": 2, "shards over all": 4}
 
@@ -59,7 +59,7 @@ def save(mesh: Mesh, folder: Path, holds: str, steps: list[int], generation: str
 def load(
     mesh: Mesh, folder: Path, holds: str, wrote: str | None = None, generations: Mapping[str, int | None] = ALL
 ) -> tuple[int | None, list[str]]:
-    """Load the newest checkpoint and check that its bits are right. Return its step, and the damage of newer ones."""
+    """Load the newest checkpoint and check that its bits are right. Return its step, and the problems of newer ones."""
     store = store_of(mesh, folder, wrote or holds, generations=generations)
     saved, problems = store.newest()
     if saved is None:
@@ -86,7 +86,7 @@ def test_each_life_leads_to_the_next_up_to_the_step_from_which_it_went_on() -> N
     assert [memory.is_current(saved_by(*each)) for each in (("a", 6), ("a", 7), ("b", 9), ("c", 99))] == [
         True, False, True, True
     ]  # fmt: skip
-    memory.begin_generation("d", saved_by("a", 5))  # two newer ones were damaged
+    memory.begin_generation("d", saved_by("a", 5))  # two newer checkpoints were damaged
     assert memory.generations == {"a": 5, "d": None}
     memory.begin_generation("e", Saved(Path("step"), 4, None))  # from a checkpoint on disk
     assert memory.generations == {"e": None}
@@ -117,7 +117,7 @@ def test_each_process_finds_what_it_held_in_the_folder_it_sees(
         assert [s.step for s in listed(tmp_path / name)] == [2, 3]
         newest = listed(tmp_path / name)[-1]
         assert damage(newest.folder) == ""
-        if holds != "shards over all":  # one machine holds everything, written once
+        if holds != "shards over all":  # each machine holds all tensors, and writes each once
             assert is_equal(newest, 3)
             data = sum(t.nbytes for t in tensors().values())
             assert data < sum(f.stat().st_size for f in newest.folder.glob("*.safetensors")) < data + 5000
@@ -194,7 +194,7 @@ def test_a_machine_that_has_nothing_has_nothing_in_common(world: Callable[[int],
 def lent(
     mesh: Mesh, folder: Path, after: int, generations: Mapping[str, int | None] = ALL
 ) -> tuple[int | None, list[str]]:
-    """Replicate a checkpoint and check that this rank can load it. Return its step, and the damage of others."""
+    """Replicate a checkpoint and check that this rank can load it. Return its step, and the problems of damaged ones."""
     store = store_of(mesh, folder, generations=generations)
     saved, problems = store.replicate(after, folder / "disk")
     if saved is not None:

@@ -94,7 +94,7 @@ def test_a_checkpoint_is_safetensors_and_json_alone(tmp_path: Path) -> None:
     assert kinds == {".safetensors", ".json"}
     found: dict[str, Any] = {}
     for path in saved.folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:  # the library's own reader, not ours
+        with safe_open(path, framework="pt") as file:  # the safetensors library's reader, not shoal's
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert all(torch.equal(found[n], t) for n, t in tensors().items())
     assert (tmp_path / "latest").resolve() == saved.folder
@@ -382,7 +382,7 @@ def test_killed_at_any_moment_every_listed_checkpoint_is_whole(tmp_path: Path) -
     assert process.stdout is not None
     process.stdout.readline()
     seen = 0
-    while seen < 4:  # by then it is inside some save, at a different point in each run
+    while seen < 4:  # by then the process is inside some save, at a different point each time
         seen = max((s.step for s in listed(tmp_path)), default=0)
     process.kill()
     process.wait()

@@ -44,7 +44,7 @@ class Place:
         )
 
     def run(self, *arguments: str, **environment: str) -> tuple[int, str]:
-        """Return (exit code, output)."""
+        """Run a command; return (exit code, output)."""
         process = self.start(*arguments, **environment)
         output, _ = process.communicate(timeout=200)
         return process.returncode, output
@@ -65,7 +65,7 @@ class Place:
         return output
 
     def refused(self, *arguments: str, **environment: str) -> str:
-        """Return the output of a command that must exit with 2 and no traceback."""
+        """Return the output of a command that must exit with code 2 and print no traceback."""
         code, output = self.run(*arguments, **environment)
         assert code == 2, output
         assert "Traceback" not in output
@@ -86,13 +86,13 @@ class Place:
 
 
 def clean_environment() -> dict[str, str]:
-    """Return an environment without variables of pytest and launchers, and with one thread, whatever the machine's load."""
+    """Return the environment without a launcher's rank variables, and with one thread, whatever the machine's load."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return kept | {"OMP_NUM_THREADS": "1"}
 
 
 def until(process: subprocess.Popen[str], words: str) -> Iterator[str]:
-    """Yield a running command's lines up to the one with `words`; fail if it ends before."""
+    """Yield a running command's output up to the line with `words`; fail if the command ends before."""
     assert process.stdout is not None
     for line in process.stdout:
         yield line

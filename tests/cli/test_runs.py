@@ -182,7 +182,7 @@ def test_a_worker_that_dies_again_and_again_ends_the_run_with_its_cause(place: P
     assert [(e["rank"], e["how"], e["step"]) for e in crashes] == [(1, how, 12)] * 3
 
 
-# One handler serves all three; `make test` sends each once, to the launcher or to a worker.
+# One handler serves all three signals: `make test` sends SIGTERM here, and CI sends all three.
 @pytest.mark.parametrize(
     "number",
     [

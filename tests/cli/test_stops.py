@@ -107,7 +107,7 @@ def test_while_the_device_is_measured(place: Place) -> None:
 
 
 def test_what_has_nothing_to_save_has_less_than_two_seconds() -> None:
-    """The grace period plus the launcher's polling interval are below two seconds."""
+    """The grace period plus the launcher's polling interval is below two seconds."""
     pause = supervise._workers(Config().replace("launch", processes=2), [], Mock()).monitor_interval
     assert GRACE_SECONDS + pause < 2
 

@@ -66,7 +66,7 @@ def small_folder(tmp_path: Path, template: Any, *, in_a_file: bool = False) -> P
 
 
 def same(folder: Path, chat: list[dict[str, str]], **variables: Any) -> None:
-    """Compare text and ids, with and without the generation prompt."""
+    """Check that text and ids equal those of transformers, with and without the generation prompt."""
     theirs = AutoTokenizer.from_pretrained(folder)
     template, tokenizer = ChatTemplate.of(folder), load_tokenizer(str(folder))
     assert template is not None

@@ -34,7 +34,7 @@ class Run:
         self.position = self.step = 0
         self.trained: dict[int, list[int]] = {}
         self.skipped: dict[int, tuple[int, int]] = {}
-        self.passed: list[tuple[int, int, int]] = []  # after step, first, stop
+        self.passed: list[tuple[int, int, int]] = []  # windows passed over: (step before, first sample, stop)
         self.start(0, 0)
 
     def start(self, step: int, position: int) -> None:
@@ -61,11 +61,11 @@ class Run:
         self.ledger.record(self.step, first, stop, summed(self.header, ids, dp), skipped=skipped, windows=windows)
 
     def stands_behind_a_step(self) -> bool:
-        """Return whether a checkpoint may be saved here: not between a window and the step after it, which records the window."""
+        """Return whether a checkpoint may be saved here: not between a passed window and the next step, which records it."""
         return not self.passed or self.passed[-1][2] != self.position
 
     def pass_over(self, samples: int) -> None:
-        """Begin the next step after these samples; two windows without a step between them become one."""
+        """Pass over the next `samples` samples. Two windows without a step between them become one."""
         first = self.position
         while self.passed and self.passed[-1][2] == first:
             first = self.passed.pop()[1]

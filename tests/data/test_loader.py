@@ -42,7 +42,7 @@ def make_rows(path: Path, document_mask: bool, alter: bool = False) -> Rows:
 def steps(
     rows: Rows, dp_size: int, position: int, count: int, micro_batch: int = 2, global_batch: int = 12
 ) -> list[list[Batch]]:
-    """Return [step][slot], the slots of all ranks in order."""
+    """Return the batches by [step][slot]; a step's slots are those of rank 0, then of rank 1, and so on."""
     ranks = []
     for rank in range(dp_size):
         loader = Loader(
@@ -170,7 +170,7 @@ def test_evaluation_reads_the_same_rows_whatever_the_layout(
     seen = [sample for batches in ranks for batch in batches for sample in batch.sample_ids]
     assert sorted(seen) == list(range(count))
     assert evaluation_rows(rows, max_tokens) == count
-    assert len({len(batches) for batches in ranks}) == 1  # the same number for each, all of one shape
+    assert len({len(batches) for batches in ranks}) == 1  # each rank has the same number of batches
     assert {batch.tokens.shape[0] for batches in ranks for batch in batches} == {4}
     counted = sum(int((b.labels != -100).any(1).sum()) for batches in ranks for b in batches)
     assert counted == count

@@ -31,7 +31,7 @@ def test_it_does_not_depend_on_the_platform() -> None:
 
 
 def test_small_permutations_are_about_equally_frequent() -> None:
-    """Test chi-squared over the 24 orders of 4 samples; 23 degrees of freedom exceed 60 once in 30,000 times."""
+    """Test the 24 orders of 4 samples: chi-squared with 23 degrees of freedom exceeds 60 once in 30,000 times."""
     orders = sample_at(11, np.arange(4 * 4800), 4).reshape(4800, 4)
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(counts) == 24

@@ -17,7 +17,8 @@ from shoal.data.tokens.tokenizer_ends import special_tokens
 from shoal.errors import DataError
 
 DECODER = {"added_tokens_decoder": {"300": {"content": "<B>", "special": True}}}
-CASES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [  # config, map, expected
+# (tokenizer_config, special_tokens_map, expected token)
+CASES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
     ({"token": "<A>"}, {"token": "<B>"}, "<B>"),
     ({}, {"token": "<B>"}, "<B>"),
     ({}, {"token": {"content": "<B>", "lstrip": False}}, "<B>"),

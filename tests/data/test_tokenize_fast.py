@@ -56,7 +56,7 @@ def test_where_it_differs_all_is_done_again(
         path.unlink()
 
     class Wrong:
-        """Returns id 1 for everything from some batch on."""
+        """An encoder that returns id 1 for every token after the first `wrong_from` batches."""
 
         calls = 0
 

@@ -40,7 +40,7 @@ def put_bos(path: Path, token: str) -> None:
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> MakeFolder:
-    """Return a function that makes a Hugging Face folder with a small tokenizer. puts_bos: tokenizer.json adds bos."""
+    """Return a function that makes a Hugging Face folder with a small tokenizer. puts_bos: whether it begins texts with bos."""
     inner = train_bpe(iter(["some words of a text, some others\n"] * 20), 290)._tokenizer
     inner.add_special_tokens(list(SPECIAL))
 
@@ -71,7 +71,7 @@ def make_folder(tmp_path: Path) -> MakeFolder:
 )
 def test_the_end_is_the_one_that_the_folder_names(make_folder: MakeFolder, configs: Any, end: str) -> None:
     vocab = load_tokenizer(str(make_folder())).vocab_size
-    for config in configs.values():  # -2: the last id but one of the vocabulary
+    for config in configs.values():  # replace negative ids: -2 is the second to last of the vocabulary
         ids = config.get("eos_token_id")
         if ids is not None:
             config["eos_token_id"] = [vocab + i if i < 0 else i for i in ids] if isinstance(ids, list) else vocab + ids

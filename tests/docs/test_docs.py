@@ -119,7 +119,7 @@ def test_options_that_are_named_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_that_are_named_exist(page: Path) -> None:
-    """Check paths such as `training/loop.py`, below src/shoal, tests/ or the root."""
+    """Check paths such as `training/loop.py`, relative to src/shoal or the root."""
     for path in re.findall(
         r"`((?:src|tests|scripts|docs|recipes|[a-z]+)/[\w/]+\.(?:py|yaml|sh))`", page.read_text("utf-8")
     ):

@@ -46,7 +46,7 @@ class NoSignals(SignalForwarder):
 
 @pytest.fixture
 def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[int, list[dict[str, Any]]]]:
-    """Run two workers of some code; return the launcher's exit code and the run's events."""
+    """Return a function that runs code in two workers, and returns the launcher's exit code and the run's events."""
     monkeypatch.setenv(FOLDER, "")  # restored after the test
     monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGQUIT")
 
@@ -98,7 +98,7 @@ def test_a_worker_that_the_kernel_ended_for_memory_is_not_started_again(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    kills = iter([0, *[1] * 9])  # none when the workers start, one after a death
+    kills = iter([0, *[1] * 9])  # count of kernel kills: 0 when the workers start, 1 after a death
     monkeypatch.setattr(agent, "kernel_kills", lambda: next(kills))
     code, events = launched(FOLLOWING)
     assert code == 2
@@ -109,7 +109,7 @@ def test_a_worker_that_the_kernel_ended_for_memory_is_not_started_again(
 
 
 def followed(store: HashStore, codes: set[int], monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Return whether a launcher on two nodes blames the other node for workers with these exit codes."""
+    """Return whether one of two launchers blames the other node if its own workers had these exit codes."""
     monkeypatch.setattr(agent, "CAUSE_SECONDS", 0.05)
     here = types.SimpleNamespace(_machines=Machines(store, 0, 2))
     return Agent._followed_another_machine(here, codes)  # type: ignore[arg-type]

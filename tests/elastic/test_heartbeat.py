@@ -78,7 +78,7 @@ def test_what_comes_between_two_steps_is_no_part_of_either(listening: Page, monk
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     heart = Heartbeat.open(Launch(timeout_seconds=600.0))
-    for step in range(1, FEW + 2):  # each takes 4 s, followed by an evaluation of 500 s
+    for step in range(1, FEW + 2):  # each step takes 4 s, followed by an evaluation of 500 s
         heart.begin(step)
         now += 4.0
         heart.outside("evaluation")

@@ -40,7 +40,7 @@ checkpoint: {every: 5, keep: 3}
 metrics: {peak_tflops: 1}
 launch: {hang_seconds: 6, timeout_seconds: 60, threads: 1, processes: 1, join_seconds: 1}
 """
-LIMIT_SECONDS = 120.0  # for every wait
+LIMIT_SECONDS = 120.0  # time limit of every wait
 
 
 class Site:
@@ -147,7 +147,7 @@ def _printed(site: Site, name: str, words: str) -> bool:
 
 
 def weights_alone(site: Site) -> dict[str, str]:
-    """Return the weights of one process after as many steps as the run has taken."""
+    """Return the digests of the weights of a one-process run, after as many steps as the run's newest checkpoint has."""
     step = site.saved()
     alone = site.start("alone", "--name", "alone", "--train.steps", str(step), meets=False)
     assert alone.wait(LIMIT_SECONDS) == 0, site.log("alone").read_text()
@@ -161,7 +161,7 @@ def test_machines_come_and_go_and_the_weights_are_those_of_one(site: Site) -> No
     fixed = ("--launch.nodes", "2")
     first, second = site.start("a1", *fixed), site.start("b1", *fixed)
     until(lambda: site.steps() >= 3, site)
-    second.send_signal(signal.SIGTERM)  # one is asked to stop: all stop at the same step with the resume exit code
+    second.send_signal(signal.SIGTERM)  # one node is asked to stop: all stop at the same step with the resume exit code
     assert {first.wait(LIMIT_SECONDS), second.wait(LIMIT_SECONDS)} == {EXIT_REQUEUE}
     assert site.saved() == site.steps() > 0
 
@@ -169,7 +169,7 @@ def test_machines_come_and_go_and_the_weights_are_those_of_one(site: Site) -> No
     first, second = site.start("a2", *some), site.start("b2", *some)
     site.await_round(2, rounds)
     rounds = site.rounds()
-    workers(second)[0].suspend()  # one hangs: it is named, and all restart
+    workers(second)[0].suspend()  # one worker hangs: it is named, and all restart
     site.await_round(2, rounds)
     (hang,) = site.events("hang")
     assert "stopped (SIGSTOP)" in hang["why"]
@@ -227,7 +227,7 @@ def test_a_machine_that_is_lost_takes_a_step_with_it_where_each_has_checkpoints_
     first.send_signal(signal.SIGINT)
     assert [first.wait(LIMIT_SECONDS), third.wait(LIMIT_SECONDS)] == [EXIT_REQUEUE] * 2
     assert audit(site.run.ledger_file).passed
-    assert [p.name for p in (site.folder / "memory").iterdir()] == ["b"]  # on the lost node
+    assert [p.name for p in (site.folder / "memory").iterdir()] == ["b"]  # left on the lost node
     assert weights_alone(site) == weights(listed(site.run.checkpoints)[-1].folder)
 
 

@@ -27,7 +27,7 @@ def seat(store: object, folder: str = "folder", **launch: object) -> Meeting:
 
 
 def meet(*seats: Meeting) -> list[threading.Thread]:
-    """Let all seats join the next round; return threads that end when they are in it."""
+    """Let all seats join the next round; return one thread for each, which ends when its seat has joined."""
 
     def come(seat: Meeting) -> None:
         with contextlib.suppress(RendezvousTimeoutError, DistError):  # an unused or late spare

@@ -199,7 +199,7 @@ def test_who_computes_does_not_hang_unless_it_is_in_a_strict_step_like_those_bef
 
     from shoal.elastic import watch as module
 
-    monkeypatch.setattr(module, "WORK_SECONDS", 2.0)  # a busy machine leaves it no core for a while
+    monkeypatch.setattr(module, "WORK_SECONDS", 2.0)  # a busy machine leaves the process without a core for a while
     busy = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert busy.stdout is not None
     busy.stdout.readline()
@@ -208,7 +208,7 @@ def test_who_computes_does_not_hang_unless_it_is_in_a_strict_step_like_those_bef
         watch.start([0, 1], 600.0)
         pages = [Page(Path(os.environ[FOLDER]), local) for local in pids]
         pages[0].write(0, 1, "loading weights")
-        pages[1].write(0, 2, "loading weights")  # further advanced: it waits for the other
+        pages[1].write(0, 2, "loading weights")  # further advanced: it waits for rank 0
         pages[1].allow(0.0)
         end = time.monotonic() + 2
         while time.monotonic() < end:  # much longer than measuring activity takes

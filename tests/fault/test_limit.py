@@ -55,7 +55,7 @@ def test_the_option_counts_from_the_launcher_and_comes_before_slurm() -> None:
     begun = time.monotonic() - 540  # restarted nine minutes after the launcher began
     assert TimeLimit.open(9.1, 0, {STARTED: str(begun), **slurm}).is_due()
     assert not TimeLimit.open(60.0, 0, {STARTED: str(begun), **slurm}).is_due()
-    assert not TimeLimit.open(1.0, 0, {}).is_due()  # from now, without a launcher
+    assert not TimeLimit.open(1.0, 0, {}).is_due()  # without a launcher, the limit counts from now
 
 
 def test_without_an_option_it_is_slurms_or_none() -> None:

@@ -27,14 +27,14 @@ class Repository:
     files: dict[str, bytes]
     commit: str = "c0ffee" + "0" * 34
     branches: tuple[str, ...] = ("main",)
-    token: str = ""  # without it, 401
-    gated: bool = False  # listed, but its files are 403
-    stated_bytes: dict[str, int] = field(default_factory=dict)  # false sizes that the hub states
-    altered: dict[str, bytes] = field(default_factory=dict)  # false content of the same size
-    cut_after: int | None = None  # bytes of a body, then the connection is cut
+    token: str = ""  # required of requests for the file list; otherwise 401
+    gated: bool = False  # the files are listed, but each request for one gets 403
+    stated_bytes: dict[str, int] = field(default_factory=dict)  # by file: false sizes that the hub states
+    altered: dict[str, bytes] = field(default_factory=dict)  # by file: false content of the same size
+    cut_after: int | None = None  # number of bytes of a body after which the connection is cut
     ranges: bool = True
-    encodings: dict[str, str] = field(default_factory=dict)  # false content encodings
-    on_body: Callable[[str], None] = lambda name: None  # called before a body is sent
+    encodings: dict[str, str] = field(default_factory=dict)  # by file: false content encodings
+    on_body: Callable[[str], None] = lambda name: None  # called with the file's name after half of its body is sent
 
 
 class Hub(ThreadingHTTPServer):
@@ -45,10 +45,10 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories: dict[str, Repository] = {}
-        self.status = 200  # of every response
+        self.status = 200  # if not 200, the status of every response
         self.page = b""  # sent for every request, unless empty
-        self.asked: list[str] = []  # "FILE from N", in order
-        self.tokens: dict[str, str] = {}  # of the last request to each host
+        self.asked: list[str] = []  # "FILE from N" for each body sent, in order
+        self.tokens: dict[str, str] = {}  # by host: the Authorization header of the last request
 
     @property
     def url(self) -> str:

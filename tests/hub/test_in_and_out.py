@@ -40,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def config_of(folder: Path, work: Path, name: str, **parallel: Any) -> Config:
-    """Resolve a typical config: `model.from`, and what to train on."""
+    """Resolve a typical config: `model.from`, a small corpus, and options of a short run."""
     config = resolve(
         None,
         [
@@ -79,7 +79,7 @@ def test_logits_are_those_of_transformers(folders: dict[str, Path], tmp_path: Pa
 
 
 def batches_and_losses(mesh: Mesh, config: Config) -> list[tuple[list[tuple[torch.Tensor, torch.Tensor]], float]]:
-    """Return each step's (tokens, labels) and mean loss, of a run that saves at its end."""
+    """Train a run and save at its end. Return, for each step, (tokens, labels) of this rank's micro-batches and the mean loss."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     seen = []
     for _ in range(STEPS):
@@ -94,7 +94,7 @@ def batches_and_losses(mesh: Mesh, config: Config) -> list[tuple[list[tuple[torc
 
 
 def plain_loop(model: Any, steps: list[Any], config: Config) -> Iterator[float]:
-    """Train as in transformers' documentation, on the same batches."""
+    """Train as in transformers' documentation, on the same batches; yield each step's loss."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -175,7 +175,7 @@ def test_of_a_recipes_preset_and_a_flags_folder_the_flag_counts(llama: Path, tmp
 
 
 def damaged(folder: Path, target: Path, change: Any) -> Path:
-    """Return a copy in one file, with changed tensors."""
+    """Write a copy of `folder` to `target`, with changed tensors in one file; return `target`."""
     tensors = {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
     change(tensors)
     target.mkdir()

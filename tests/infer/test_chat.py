@@ -35,7 +35,7 @@ def chat_of(folder: Path, *, system: str | None = None, limit: int = LIMIT) -> C
 
 
 def their_answer(folder: Path, messages: list[dict[str, str]]) -> str:
-    """Return transformers' greedy answer, without the rows that only pad the vocabulary."""
+    """Return transformers' greedy answer. Rows that only pad the vocabulary are never chosen."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -24,7 +24,7 @@ from tests.parallel.layouts import ALONE, NeverStop
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Return a folder with a run of five steps and two checkpoints, whose tokenizer has a chat template."""
+    """Return a folder with two runs of five steps and two checkpoints: `own`, with a chat template, and `bare`, with bytes."""
     place = Place(tmp_path_factory.mktemp("export"))
     small.save("llama", place.folder / "llama")
     (place.folder / "llama" / "chat_template.jinja").write_text("{{ messages[0].content }}")

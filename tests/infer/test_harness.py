@@ -72,7 +72,7 @@ def done(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def our_bits_per_byte(model: LoadedModel) -> float:
-    """Return the score by the harness's rule: put the end of text first, then score the whole text."""
+    """Return the bits per byte of `TEXTS` by the harness's rule: put the end of text first, then score the whole text."""
     tokenizer = model.need_tokenizer()
     nats = sum(score(model.model, [tokenizer.eot_id, *tokenizer.encode(t)], context=64, stride=64).nats for t in TEXTS)
     return nats / math.log(2) / sum(len(t.encode()) for t in TEXTS)
@@ -117,7 +117,7 @@ def test_a_run_is_exported_for_it(tasks: Path, done: Path) -> None:
 
 def test_a_task_that_is_not_there_or_has_no_data(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     there = pytest.importorskip("lm_eval.tasks")
-    # listing its own 14,683 tasks takes nine seconds; the test above covers them
+    # listing the harness's own 14,683 tasks takes nine seconds; the test above covers them
     monkeypatch.setattr(there, "TaskManager", partial(there.TaskManager, include_defaults=False))
     wanted = Wanted(tmp_path, folder=str(talker(tmp_path / "model")), device="cpu")
     with pytest.raises(DataError, match="no task small_choice; did you mean small_choices"):
@@ -139,7 +139,7 @@ def test_a_task_that_is_not_there_or_has_no_data(tasks: Path, tmp_path: Path, mo
 def test_a_run_is_computed_in_what_it_was_trained_in(
     trained: str, asked: str, quick: bool, computed: str, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The dtype is that of `load_run`, although the weights are exported in float32."""
+    """The dtype of computation is the one that `load_run` chooses, although the weights are exported in float32."""
     run = shutil.copytree(done, tmp_path / "done", symlinks=True)
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(config.replace("dtype: float32", f"dtype: {trained}"))

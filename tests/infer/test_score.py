@@ -21,7 +21,7 @@ TEXT = "Sliding windows: every token once, and each with something before it. Gr
 
 
 def their_nats(model: Any, ids: list[int], context: int, stride: int) -> float:
-    """Return transformers' loss, one token at a time, each from the context of its window."""
+    """Return the sum of transformers' losses in nats, one token at a time, each with the context of its window."""
     total, tokens = 0.0, torch.tensor([ids])
     starts = [max(0, min(k, len(ids) - 1 - context)) for k in range(0, len(ids), stride)]
     with torch.no_grad():

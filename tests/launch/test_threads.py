@@ -45,8 +45,8 @@ def config(processes: int | None = None, threads: int | None = None, repro: str 
         (None, 16, 8.0, 1, False),
         (1, 1, 0.0, 1, False),
         (4, 2, 8.0, 4, False),
-        (4, 2, 3.0, 4, True),  # set by the user, or the run's own
-        (8, 2, 8.0, 8, True),  # more than the cores
+        (4, 2, 3.0, 4, True),  # `fixed` was set by the user, or by the run's first start
+        (8, 2, 8.0, 8, True),  # more threads than cores
     ],
 )
 def test_threads_are_the_cores_that_others_leave_free(
@@ -64,7 +64,7 @@ def test_threads_are_the_cores_that_others_leave_free(
     ("asked", "before", "threads"),
     [
         (config(2), None, 4),
-        (config(2), config(2, 3), 3),  # whatever the load is now
+        (config(2), config(2, 3), 3),  # the run's threads, whatever the load is now
         (config(2, 4), config(2, 3), 4),  # set by the user
         (config(2), config(2, 6), 4),  # the machine has fewer cores than before
         (config(4), config(2, 1), 2),  # another process count changes the bits anyway

@@ -64,8 +64,10 @@ def test_alone_under_torchrun_and_under_srun(monkeypatch: pytest.MonkeyPatch) ->
         ({"TASKS_PER_NODE": "2(x3),1", "NTASKS": "7", "NODEID": "3"}, 1),
         ({"TASKS_PER_NODE": "8", "NTASKS": "8", "NODEID": "0"}, 8),
         ({"TASKS_PER_NODE": "4(x2)", "STEP_TASKS_PER_NODE": "1(x2)", "NTASKS": "2", "NODEID": "1"}, 1),
-        ({"TASKS_PER_NODE": "8(x2)", "NTASKS": "4", "NNODES": "2", "NODEID": "1"}, 2),  # the job's list, not the step's
-        ({"TASKS_PER_NODE": "3,1", "NTASKS_PER_NODE": "3", "NTASKS": "4", "NODEID": "1"}, 1),  # a limit, not a count
+        # TASKS_PER_NODE lists the job's tasks, not the step's
+        ({"TASKS_PER_NODE": "8(x2)", "NTASKS": "4", "NNODES": "2", "NODEID": "1"}, 2),
+        # NTASKS_PER_NODE is a limit, not a count
+        ({"TASKS_PER_NODE": "3,1", "NTASKS_PER_NODE": "3", "NTASKS": "4", "NODEID": "1"}, 1),
         ({"NTASKS": "8", "NNODES": "2"}, 4),
         ({"NTASKS": "3"}, 3),
     ],

@@ -39,7 +39,7 @@ def waited(seconds: float) -> None:
 
 
 def take(busy: Busy, clock: Turned, *phases: tuple[str, float, float]) -> None:
-    """Take a step of phases: (name, seconds of work, seconds of waiting)."""
+    """Take a step with these phases: (name, seconds of work, seconds of waiting)."""
     observed = Phases([busy])
     busy.begin()
     for name, own, wait in phases:

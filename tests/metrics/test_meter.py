@@ -20,7 +20,7 @@ GPU = Mesh(Place(), torch.device("cuda"))
 
 @pytest.fixture(autouse=True)
 def _no_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without CUDA torch makes no events; nothing here reads a time."""
+    """Use moments of the CPU: without CUDA, torch makes no events. No test here reads a time."""
     monkeypatch.setattr(meter, "Moment", lambda device: Moment(torch.device("cpu")))
 
 

@@ -16,7 +16,7 @@ PAIR = (torch.bfloat16, torch.float32)
 
 
 class Machine:
-    """A fake machine that multiplies at the given FLOP/s by dtype and size; `taken`: the products requested."""
+    """A fake machine. `rate`: its FLOP/s by dtype and size of a product; `taken`: the products requested so far."""
 
     def __init__(self, rate: Callable[[torch.dtype, int], float]) -> None:
         self.now, self.rate = 0.0, rate

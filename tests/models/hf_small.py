@@ -25,7 +25,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         **GROUPED, "num_hidden_layers": 3, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16,
         "final_logit_softcapping": 2.0, "attn_logit_softcapping": 3.0,
     }),
-    "gpt_neox": ("gpt_neox", {**COMMON, "rotary_pct": 0.5}),  # one layer for queries, keys and values; renamed in files
+    "gpt_neox": ("gpt_neox", {**COMMON, "rotary_pct": 0.5}),  # one layer for queries, keys and values; other tensor names in files
     "phi": ("phi", {**COMMON, "partial_rotary_factor": 0.5}),  # a bias in the head, attention beside the feed-forward
     "olmo2": ("olmo2", GROUPED),  # norms over all query heads: its plan gathers outputs
     "stablelm": ("stablelm", {**GROUPED, "partial_rotary_factor": 0.5}),  # has no tensor-parallel plan
@@ -75,7 +75,7 @@ def theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def config_of(folder: Path, work: Path, name: str, **options: Any) -> Config:
-    """Return a config for the folder; more options by their dotted keys, with two underscores for the dot."""
+    """Return a config for the folder. options: further options, such as parallel__tp=2 for `parallel.tp`."""
     values = {
         "model.from": folder, "model.family": "hf", "data.tokenizer": "bytes", "data.corpus": "dummy",
         "data.dummy_documents": 120, "data.seq_len": 32, "data.folder": work / "data", "data.document_mask": "true",

@@ -36,7 +36,7 @@ Folders = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """Return the folder of a family, created at its first use."""
+    """Return a function that gives the folder of a family, and saves it at the first use."""
     root = tmp_path_factory.mktemp("families")
 
     def folder(name: str) -> Path:

@@ -10,11 +10,11 @@ from torch import Tensor
 from shoal.models.loss import IGNORED, linear_cross_entropy_sum
 
 TOKENS, DIM, VOCAB = 30, 8, 37
-ROW_BYTES = 4 * VOCAB  # of one token's logits
+ROW_BYTES = 4 * VOCAB  # bytes of one token's logits
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hidden [2, 15, 8], weight [37, 8], labels [2, 15], every fourth of them ignored."""
+    """Return hidden [2, 15, 8], weight [37, 8], labels [2, 15]. Every fourth label is ignored."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn((2, TOKENS // 2, DIM), generator=generator).to(dtype).requires_grad_()
     weight = torch.randn((VOCAB, DIM), generator=generator).requires_grad_()
@@ -82,7 +82,7 @@ def test_one_side_may_be_frozen(frozen: str) -> None:
 
 
 def test_rows_of_zeros_are_seen_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The padding for GPUs, on a CPU: 37 rows become 64 inside; results have the same shapes and values."""
+    """Pad the weight on a CPU as on GPUs, from 37 rows to 64: results have the same shapes and values."""
     hidden, weight, labels = inputs(torch.bfloat16)
 
     monkeypatch.setattr("shoal.models.loss.MULTIPLE_OF_ROWS", {"cpu": 64})

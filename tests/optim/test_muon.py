@@ -94,7 +94,7 @@ def same_bits(mesh: Mesh, layout: str, dtype: torch.dtype | None = None) -> tupl
 
 
 def stages(mesh: Mesh) -> None:
-    """Train several teams at a time, each with its own matrices."""
+    """Train with two teams at a time, each with the matrices of its stage, and compare with one process."""
     team = laid_out(mesh, pp=2, dp_replicate=1, dp_shard=2).axis("stage")
     alone = trained([Region.whole(shape) for shape in SHAPES], Axis())
     regions = [Region.whole(shape).chunk(0, team.rank, 2) for shape in SHAPES]
@@ -150,10 +150,11 @@ def test_parts_that_do_not_make_up_the_whole(world: Callable[[int], World]) -> N
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_against_its_paper_in_float64(nesterov: bool, device: str) -> None:
     """
-    Newton-Schulz equals its closed form, the polynomial of each singular value (Jordan 2024); the update is written out
+    Newton-Schulz equals its closed form, the polynomial of each singular value (Jordan 2024). The test writes out the update
     (Liu et al. 2025, section 2).
     """
-    tolerance = 2e-5 if device == "cpu" else 2e-2  # relative to the updates' norm: float32, bfloat16
+    # relative to the updates' norm; Muon computes in float32 on a CPU, in bfloat16 on CUDA
+    tolerance = 2e-5 if device == "cpu" else 2e-2
     for shape in SHAPES:
         start = drawn(0, *shape).to(device)
         mine = shard("w", Region.whole(shape), start)
@@ -177,7 +178,7 @@ def test_against_its_paper_in_float64(nesterov: bool, device: str) -> None:
 
 
 def test_against_torchs() -> None:
-    """torch's Muon multiplies in bfloat16 and averages instead of summing: its momentum is shoal's times a constant."""
+    """torch's Muon multiplies in bfloat16, and its momentum averages gradients: it is shoal's sum times a constant."""
     for shape in SHAPES:
         start = drawn(0, *shape)
         mine, theirs = shard("w", Region.whole(shape), start), nn.Parameter(start.clone())
@@ -238,7 +239,7 @@ def test_small_matrices_fill_a_round_that_a_large_one_opens() -> None:
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8, 64])
 def test_a_round_is_bounded_by_its_first_matrix(processes: int) -> None:
-    """No rank exceeds its bounds on work and memory, for GPT-2's matrices and odd shapes."""
+    """In no round does a rank have more work or memory than the round's first matrix: GPT-2's matrices and odd shapes."""
     shapes = [*[(768, 768)] * 48, *[(3072, 768), (768, 3072)] * 12, (8, 500_000), (37, 101), (1, 1)]
     rounds = assign_owners(shapes, processes)
     assert sorted(i for owners in rounds for i in owners) == list(range(len(shapes)))

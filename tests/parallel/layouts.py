@@ -40,7 +40,7 @@ class NeverStop(StopRequest):
 
 
 def config_of(folder: Path, name: str, family: str = "llama", **options: Any) -> Config:
-    """Return a config with options by their dotted keys, two underscores for the dot: parallel__tp=2."""
+    """Return a small config. options: options to change, such as parallel__tp=2 for `parallel.tp`."""
     config = Config(
         model=SHAPES[family],
         data=Data(
@@ -65,7 +65,7 @@ def mesh_for(mesh: Mesh, parallel: Parallel) -> Mesh:
 
 @dataclasses.dataclass
 class Step:
-    """Results of one step on a rank: loss, norm, and its regions of gradients and updated parameters."""
+    """Loss, gradient norm and a rank's regions of the gradients in the first step; its regions of the parameters after the last."""
 
     loss: float
     norm: float
@@ -74,7 +74,7 @@ class Step:
 
 
 def first_step(mesh: Mesh, config: Config, steps: int = 1) -> Step:
-    """Return the gradients of the first step, and the parameters after the last."""
+    """Take `steps` steps. Return loss, norm and gradients of the first one, and the parameters after the last one."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     if config.train.compile:
         check_compiled(run)

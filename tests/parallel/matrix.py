@@ -110,7 +110,7 @@ def legal() -> tuple[Cell, ...]:
 @cache
 def cover() -> tuple[Cell, ...]:
     """
-    Return one exact cell of every layout, then cells for the remaining pairs of values, greedily by new pairs per cost.
+    Return one plain cell of every layout, then cells for the remaining pairs of values, greedily by new pairs per cost.
 
     Deterministic; sorted by number of processes.
     """
@@ -136,7 +136,7 @@ COMPILES_ALIKE = {"hsdp", "reshard over a number", "reshard never", "ulysses", "
 
 @cache
 def thin() -> tuple[Cell, ...]:
-    """Return a few cells of `cover()` that have each feature and value; compiled ones if it affects the compiler."""
+    """Return a few cells of `cover()` that have each feature and value, also compiled if it changes the generated code."""
 
     def new(cell: Cell) -> set[tuple[str, bool]]:
         return {(value, cell.compile) for value in cell.values - (COMPILES_ALIKE if cell.compile else set())}
@@ -156,21 +156,23 @@ Gradients = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Measured:
-    """One cell's first step against one process in float32, without checkpointing and compile."""
+    """Errors of a cell's first step, compared with one process in float32 without checkpointing and compile."""
 
     loss: float  # relative error
-    norm: float  # relative error of the gradient's norm, as the step reports it
-    total: float  # norm of the whole gradient's error, relative
-    worst: float  # the same of the worst parameter, beyond 1e-8 of the whole gradient's norm
-    parameter: str  # the worst one
-    own_loss: float  # loss, norm and total of one process in the cell's precision: the error of rounding alone
+    norm: float  # relative error of the gradient norm that the step reports
+    total: float  # relative error of the whole gradient
+    worst: float  # largest relative error of a parameter's gradient, beyond 1e-8 of the whole gradient's norm
+    parameter: str  # the parameter with that error
+    # loss, norm and total of one process in the cell's precision: the error of rounding alone
+    own_loss: float
     own_norm: float
     own_total: float
     same_bits: bool | None  # with train.repro bitwise: whether the bits equal those of `Setup.same_bits`
 
 
-WORST, WORST_NUMBER = 3e-6, 1e-6  # float32 bounds: of a parameter's gradient; of the loss and the norm
-ROUNDING, SLACK = 1.5, 1e-3  # bfloat16 bounds: factor over the error of one process, plus a constant
+# float32 bounds on the relative error: of a parameter's gradient; of the loss and the norm
+WORST, WORST_NUMBER = 3e-6, 1e-6
+ROUNDING, SLACK = 1.5, 1e-3  # bfloat16 bounds: this factor times the error of one process, plus this constant
 
 
 def problem(cell: Cell, found: Measured) -> str | None:
@@ -196,7 +198,7 @@ def problem(cell: Cell, found: Measured) -> str | None:
 
 
 class Bench:
-    """Runs cells and their references, which it caches; closes `worlds` of other sizes."""
+    """Runs cells and their references. Caches the references; closes those of `worlds` that the cell does not need."""
 
     def __init__(self, folder: Path, worlds: Worlds) -> None:
         self._folder, self._worlds = folder, worlds
@@ -226,7 +228,7 @@ class Bench:
         )  # fmt: skip
 
     def _same_bits(self, cell: Cell) -> tuple[Step, Gradients]:
-        """Run the reference of the bitwise check. It needs the cell's checkpointing only if compiled; else that changes no bits."""
+        """Run the reference of the bitwise check. Without the compiler, it skips checkpointing, which then changes no bits."""
         setup = cell.setup.same_bits
         options = setup.options | {"train__dtype": cell.dtype}
         if cell.compile:

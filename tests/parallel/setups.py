@@ -22,7 +22,7 @@ class Setup:
 
     @property
     def alone(self) -> dict[str, Any]:
-        """Return the options that one process needs to compute the same: all but the layout."""
+        """Return the options that one process needs to compute the same: all but those of the layout and `train.repro`."""
         return {k: v for k, v in self.options.items() if not k.startswith(("parallel__", "train__repro"))}
 
     @property
@@ -56,7 +56,12 @@ class Setup:
 
 
 def on(processes: int, *, layers: int = 4, documents: bool = True, bitwise: bool = False, **parallel: Any) -> Setup:
-    """Return a pipeline's options. `layers`: at least one per stage; `documents`: use a document mask (ring cannot)."""
+    """
+    Return the setup of a layout.
+
+    layers: number of blocks, at least one per pipeline stage. documents: whether to use a document mask, which ring does not
+    support. bitwise: whether to set `train.repro: bitwise`. parallel: options of the section `parallel`.
+    """
     options = {f"parallel__{key}": value for key, value in parallel.items()}
     if layers != 4:
         options["model__num_layers"] = layers

@@ -71,7 +71,7 @@ def test_the_same_bits(
 
 @pytest.mark.ci
 def test_the_same_bits_of_compiled_code(world: Callable[[int], World], tmp_path: Path) -> None:
-    """FSDP2 casts weights to bfloat16 before compiled code sees them; one process casts them inside it."""
+    """FSDP2 casts weights to bfloat16 before compiled code sees them; one process casts them inside compiled code."""
     alone, steps = (
         world(size).run(step_of, bitwise_config(tmp_path, f"{size}", "bfloat16", 4, train__compile=True, **options))
         for size, options in ((1, {}), (2, {"parallel__dp_shard": 2}))
@@ -85,7 +85,7 @@ def test_any_runs_of_leaves_make_the_tree_that_one_process_makes(leaves: int) ->
     values = torch.randn(leaves, 5, generator=torch.Generator().manual_seed(leaves))
 
     def recursive(start: int, span: int) -> torch.Tensor | None:
-        """Sum the tree by its definition: halves of a power of two, as far as there are leaves."""
+        """Sum the tree by its definition: halve `span`, a power of two. Return None beyond the last leaf."""
         if start >= leaves:
             return None
         if span == 1:

@@ -42,7 +42,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
 
 
 def far(got: Tensor, wanted: Tensor) -> float:
-    """Return the largest difference, relative to the largest number."""
+    """Return the largest difference, relative to the largest number in `wanted`."""
     return float((got.double() - wanted.double()).abs().max() / wanted.double().abs().max())
 
 
@@ -92,7 +92,7 @@ def drawn_model(shape: Model) -> LanguageModel:
 
 
 def trains(mesh: Mesh, name: str, method: str, masked: bool, how: str) -> None:
-    """Return a model's hidden states at this rank's positions, and its gradients summed over the axis."""
+    """Check hidden states at this rank's positions, and gradients summed over the axis, against the model on one process."""
     axis = laid_out(mesh, dp_replicate=1, cp=mesh.world_size).axis("cp")
     tokens = torch.randint(97, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
     ids = documents() if masked else None
@@ -124,7 +124,7 @@ def trains(mesh: Mesh, name: str, method: str, masked: bool, how: str) -> None:
 
 
 def grads(model: LanguageModel) -> dict[str, Tensor]:
-    """Return gradients by name, without a separate head's: only hidden states were computed."""
+    """Return the gradients by name. An untied head has none, because only hidden states were computed."""
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

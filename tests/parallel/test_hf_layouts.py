@@ -29,7 +29,7 @@ WORST = 2e-6  # relative error of a parameter's gradient, float32
 
 @pytest.fixture(scope="module")
 def take(tmp_path_factory: pytest.TempPathFactory, world: Callable[[int], World]) -> Take:
-    """Run one step of a family in a layout; return its report and the whole gradients."""
+    """Return a function that takes one step of a family in a layout, and returns its `Step` and the whole gradients."""
     root = tmp_path_factory.mktemp("layouts")
     kept: dict[Any, tuple[Step, dict[str, torch.Tensor]]] = {}
 
@@ -53,7 +53,7 @@ DROPOUT: dict[str, dict[str, Any]] = {}
 
 
 def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Return relative errors of the parameters' gradients; those tiny beside the whole gradient (a key's bias) count little."""
+    """Return each gradient's relative error, beyond 1e-8 of the whole gradient's norm (a key's bias has only rounding)."""
     assert found.keys() == wanted.keys()
     norm = torch.stack([g.norm() for g in wanted.values()]).norm()
     return {n: float(((found[n] - w).norm() - 1e-8 * norm).clamp(min=0) / w.norm()) for n, w in wanted.items()}

@@ -17,7 +17,7 @@ from tests.parallel.allocated import allocated_bytes
 from tests.parallel.layouts import NeverStop, config_of, mesh_for
 from tests.world import World
 
-# Large compared to its activations: a step is one row of 8 tokens per rank.
+# Its weights are large compared to its activations: a step is one row of 8 tokens per rank.
 SHAPE: dict[str, Any] = {
     "model__dim": 128, "model__num_layers": 24, "model__head_dim": 32, "model__ffn_dim": 512, "model__tie_embeddings": False,
     "data__seq_len": 8, "data__document_mask": False,

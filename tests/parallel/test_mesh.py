@@ -141,7 +141,7 @@ def test_two_processes_on_one_device_are_said_in_a_line(monkeypatch: pytest.Monk
     ],
 )
 def test_words_that_say_another_process_has_gone(monkeypatch: pytest.MonkeyPatch, words: str, is_lost: bool) -> None:
-    """Without NCCL, use the messages in torch's and NCCL's sources; without an open group, none counts as a lost peer."""
+    """The messages are from the sources of torch and NCCL. Without an open group, no message counts as a lost peer."""
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     assert is_lost_peer(RuntimeError(words)) is is_lost
     monkeypatch.setattr(dist, "is_initialized", lambda: False)

@@ -227,7 +227,7 @@ def test_evaluates_on_four_processes(world: Callable[[int], World], schedule: Sc
 
 
 def messages_of_an_evaluation(mesh: Mesh, schedule: Schedule, count: int) -> list[list[str]]:
-    """Return the directions of each batch of messages in an evaluation of `count` micro-batches."""
+    """Return the directions of each batch of this rank's messages in an evaluation of `count` micro-batches."""
     axis = laid_out(mesh, dp_replicate=1, pp=mesh.world_size).axis("pp")
     held = stages_per_rank(schedule, None)
     shape = shape_of("gpt2", False, axis.size * held)

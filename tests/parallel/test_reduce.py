@@ -22,7 +22,7 @@ def make_model() -> nn.Sequential:
 
 
 def gradients(mesh: Mesh, micro_batches: int, bucket_bytes: int) -> list[torch.Tensor]:
-    """Return the all-reduced gradients of `micro_batches`, in the second step with the same buckets."""
+    """Return the all-reduced gradients of the second step with the same buckets. micro_batches: number in each step."""
     model = make_model()
     reducer = GradientReducer(model.parameters(), mesh.axis("batch"), None, bucket_bytes)
     share = micro_batches // mesh.dp_size

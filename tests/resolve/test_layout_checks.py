@@ -13,7 +13,7 @@ from shoal.resolve.layout_checks import refusals
 from tests.parallel.layouts import config_of
 
 RULES: list[tuple[str, int, dict[str, Any], set[str]]] = [
-    # (part of the sentence, processes, options, the options it has to name)
+    # (part of the message, number of processes, options of the run, options that the message must name)
     ("needs a multiple of 3 processes", 4, {"parallel__pp": 3}, {"parallel.pp", "launch.processes"}),
     ("fewer than the 3 data-parallel", 3, {"train__global_batch": 2}, {"train.global_batch", "train.micro_batch"}),
     ("whole heads", 3, {"parallel__tp": 3}, {"parallel.tp", "model.num_heads"}),

@@ -24,7 +24,7 @@ SECOND = 1_000_000
 
 
 class Life:
-    """A clock set by the test, in seconds."""
+    """One life of a run, with a clock that the test advances in seconds."""
 
     def __init__(self, path: Path, began: float, age: float = 0) -> None:
         self.now = 0
@@ -117,7 +117,7 @@ def test_a_rollback_within_a_life_is_lost_also_within_a_second(tmp_path: Path) -
 
 
 def test_a_step_that_no_line_tells_of_is_not_lost(tmp_path: Path) -> None:
-    """Killed after a save, before the line with its step was written."""
+    """Kill a run after a save, before the line with the saved step is written."""
     path = tmp_path / "time.jsonl"
     life = Life(path, began=0)
     life.clock.begin(0)
@@ -168,7 +168,7 @@ def test_a_clock_that_is_set_back_counts_nothing_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_sums_are_the_time_between_the_first_start_and_the_last_line(tmp_path: Path, seed: int) -> None:
-    """Random lives, against a model that remembers each step's time and adds up the kept ones."""
+    """Random lives, against a model that remembers each step's time and adds up those of the steps that were kept."""
     draw = random.Random(seed)
     path, now, saved = tmp_path / "time.jsonl", 5_000.0, 0
     took: dict[int, float] = {}

@@ -41,7 +41,7 @@ launch: {processes: 2, threads: 1}
 
 
 def spellings() -> list[bytes]:
-    """Return the secret in plain text, URL-quoted, and in base64 at each of three offsets."""
+    """Return the secret in plain text, URL-quoted, JSON-escaped, and in base64 at each of three offsets."""
     plain = CANARY.encode()
     in_base64 = [base64.b64encode(b"x" * shift + plain)[4 if shift else 0 : -4] for shift in range(3)]
     return [
@@ -132,9 +132,9 @@ def test_a_secret_is_nowhere_after_all_that_shoal_does(place: Secretive) -> None
     token_file.parent.mkdir()
     token_file.write_text(CANARY)
     place.tell("fetch", "model", NAME)  # sends the token, which the hub requires
-    place.tell("fetch", "model", NAME, "--force", HF_TOKEN="", HUGGING_FACE_HUB_TOKEN="")  # the token in the file
+    place.tell("fetch", "model", NAME, "--force", HF_TOKEN="", HUGGING_FACE_HUB_TOKEN="")  # sends the token in the file
     place.tell("fetch", "model", "org/none", code=2)
-    # A proxy that answers, and one that does not.
+    # A hub address that answers, and one that does not, each with the secret as its password.
     for endpoint in (place.environment["HF_ENDPOINT"], "http://127.0.0.1:9"):
         address = endpoint.replace("://", f"://somebody:{quote(CANARY, safe='')}@")
         assert "shoal: " in place.tell("fetch", "model", NAME, "--to", "elsewhere", HF_ENDPOINT=address, code=2)

@@ -114,10 +114,10 @@ def test_one_core_that_a_process_is_bound_to_is_one() -> None:
 @pytest.mark.parametrize(
     ("load", "busy_percent", "free"),
     [
-        (0.2, 100.0, 8.0),  # too low to check
+        (0.2, 100.0, 8.0),  # the load is too low to check
         (4.0, 50.0, 4.0),
         (40.0, 100.0, 0.0),
-        (6.0, 0.0, 8.0),  # from programs that have ended
+        (6.0, 0.0, 8.0),  # the load is from programs that have ended
         (2.0, 100.0, 6.0),
     ],
 )

@@ -55,7 +55,7 @@ def test_what_has_nothing_to_save_is_interrupted(number: signal.Signals, code: i
 
 
 def test_in_a_long_call_of_c_it_is_ended() -> None:
-    """A thread ends it: the main thread, which should raise, never returns."""
+    """A thread ends the process, because the main thread, which should raise, never returns from C."""
     program = "with ends_when_asked(85):\n" + "".join(f"    {line}\n" for line in IN_C.splitlines())
     assert run(program) == (85, f"shoal: {STOPPING_SAID}\n")
 

@@ -198,7 +198,7 @@ def _told_of_compilations() -> None:
         pass
 
 
-# How a run reaches each call of `require`, by the function that contains it. If the call were removed, these would
+# How a run reaches each call of `require`, by the function that contains it. If the call were removed, these functions would
 # continue or fail on the missing name, without a `LaunchError`.
 ASKED: dict[tuple[str, str, Feature], Callable[[], object]] = {
     ("fault/compiling.py", "told_of_compilations", "compile"): _told_of_compilations,

@@ -26,7 +26,7 @@ def _norm(shards: list[Shard], bitwise: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("bitwise", [False, True])
 def test_the_norm_is_right_for_a_large_tensor_too(bitwise: bool) -> None:
-    """Added sequentially in float32, as torch's norm does on a CPU, these squares have an error of 1e-3."""
+    """A sequential sum of these squares in float32, as in torch's norm on a CPU, has an error of 1e-3."""
     shards = _shards((20_000, 768), (37, 101), (5,))
     wanted = torch.cat([s.tensor.grad.flatten().double() for s in shards]).norm()  # type: ignore[union-attr]
     torch.testing.assert_close(_norm(shards, bitwise).double(), wanted, rtol=1e-6, atol=0)

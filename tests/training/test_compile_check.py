@@ -36,12 +36,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def faithful(forward: Callable[..., Any], **_: object) -> Callable[..., Any]:
-    """Return the function unchanged, so that only side effects of the comparison could show."""
+    """Stand in for the compiler: return a function that calls `forward`, so that only the comparison could change a run."""
     return lambda *args, **kwargs: forward(*args, **kwargs)
 
 
 class Careless:
-    """Lose the gradient of one matrix in the third feed-forward: zeros, or no gradient."""
+    """A fake compiler that loses the gradient of a matrix in the third feed-forward: it is zero, or missing."""
 
     def __init__(self, *, zeros: bool) -> None:
         self._zeros, self._seen = zeros, itertools.count()
@@ -130,7 +130,7 @@ def trained(mesh: Mesh, config: Any) -> dict[str, Any]:
 def test_a_run_has_the_same_bits_with_and_without_the_comparison(
     world: Callable[[int], World], tmp_path: Path, layout: str, family: str, dtype: str
 ) -> None:
-    """GPT-2 with dropout, whose masks a comparison could shift."""
+    """One case is GPT-2 with dropout, whose masks a comparison could shift."""
     size, options = LAYOUTS[layout]
     weights = []
     for check in (True, False):
@@ -169,14 +169,14 @@ def test_the_command_ends_with_2_and_says_it_once(tmp_path: Path) -> None:
 
 
 def compiled_ffn(self: FeedForward, x: torch.Tensor) -> torch.Tensor:
-    """Correct only in eager mode."""
+    """Compute the feed-forward; compiled code loses the gradient of the gate."""
     weight = self.gate.weight.detach() if torch.compiler.is_compiling() else self.gate.weight
     return self.down(F.silu(F.linear(x, weight)) * self.up(x))  # type: ignore[no-any-return]
 
 
 @pytest.mark.ci
 def test_with_the_compiler_itself(tmp_path: Path) -> None:
-    """Use a compiler that generates no code, which would be slow."""
+    """Use a backend of the compiler that generates no code, because generating code would be slow."""
     config = config_of(tmp_path, "real", train__compile=True, train__device="cpu", train__steps=1)
     config = config.replace("model", num_layers=1)
     torch.compiler.reset()

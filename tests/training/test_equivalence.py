@@ -82,7 +82,7 @@ def test_the_first_step_agrees_with_one_process(world: Callable[[int], World], s
 
 
 def test_accumulation_and_padding_do_not_change_the_gradient(tmp_path: Path) -> None:
-    """The loss is the sum over valid tokens divided by their number for any micro-batch: compared with float64 in one batch."""
+    """The loss is the sum over valid tokens divided by their number, for any micro-batch. The reference is one float64 batch."""
     results = [
         first_gradients(ALONE, config_in(tmp_path, f"micro{micro}", global_batch=8, micro_batch=micro))
         for micro in (8, 4, 1)

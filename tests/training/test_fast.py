@@ -195,7 +195,7 @@ def test_each_machine_has_memory_of_its_own(
     assert resumed(apart(smaller, 0)) == alone  # the other node is lost
     with opened(apart(smaller, 0)) as run:
         complete(run)
-    assert [p.name for p in tmp_path.glob("fast*")] == ["fast-1"]  # of the lost node
+    assert [p.name for p in tmp_path.glob("fast*")] == ["fast-1"]  # the folder of the lost node
 
 
 def test_what_one_machine_still_has_is_for_all_where_another_takes_the_place_of_the_lost_one(

@@ -18,8 +18,8 @@ from tests.parallel.layouts import config_of
 from tests.training.faulty import events, train_with
 from tests.world import World
 
-SECONDS = 0.5  # far more than other work on the machine delays a process
-BEGINS, LASTS = 3, 8  # steps
+SECONDS = 0.5  # added to each slow phase: far more than other programs delay a process
+BEGINS, LASTS = 3, 8  # the first slow step, and the number of slow steps
 OPTIONS: dict[str, Any] = {
     "data__seq_len": 16,
     "train__global_batch": 4,

@@ -55,7 +55,7 @@ def seeing(quick: bool, rates: list[float]) -> AbstractContextManager[Any]:
 
 
 def settle_with(mesh: Mesh, ratios: list[float]) -> str:
-    """Choose the dtype on a rank where bfloat16 is `ratio` times as fast as float32; 0: no bfloat16 instructions."""
+    """Choose the dtype. ratios: by rank, the speed of bfloat16 relative to float32; 0 means no bfloat16 instructions."""
     ratio = ratios[mesh.place.rank]
     with mock.patch.multiple(settle, multiplies_bfloat16=lambda: ratio > 0, product_rates=lambda *a, **o: [ratio, 1.0]):
         return choose_dtype("auto", mesh)
@@ -76,7 +76,7 @@ def test_slow_bfloat16_is_told_by_how_much(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def settled_with(mesh: Mesh, folder: str, dtype: str, quick: bool, rates: list[float]) -> tuple[str, list[str]]:
-    """Return the dtype that `finish_config` chooses on a rank of this kind, and its warnings."""
+    """Return the dtype that `finish_config` chooses, and its warnings. quick, rates: the detected hardware, as in `seeing`."""
     said: list[str] = []
     rows = SimpleNamespace(check_rows=lambda size: None)
     prepared: Any = SimpleNamespace(vocab_size=257, tokenizer=rows)

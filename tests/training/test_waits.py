@@ -68,7 +68,7 @@ def test_what_does_not_wait_is_none() -> None:
 
 
 def waits_of_a_step(mesh: Mesh, config: Any, planted: str | None = None) -> list[Wait]:
-    """Return the waits of the second step; planted: "judge" reads the loss, "backward" a gradient."""
+    """Return the waits of the second step. planted: a wait to add; "judge" reads the loss, "backward" a gradient."""
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
 
     def step(number: int, batches: Sequence[Batch]) -> None:

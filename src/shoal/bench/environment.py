@@ -31,7 +31,11 @@ VARIABLES = (
 
 
 def describe() -> str:
-    """Return versions, devices, threads, memory and commit, one per line. No paths and only `VARIABLES`, so no secrets."""
+    """
+    Return versions, devices, threads, memory and commit, one per line.
+
+    It contains no paths and, of the environment, only `VARIABLES`, so no secrets.
+    """
     lines = {"shoal": f"{__version__}{_git()}", "python": platform.python_version(), "system": platform.platform()}
     for package in PACKAGES:
         try:

@@ -1,11 +1,11 @@
 """
 `shoal verify`: check that a config in its parallel layout trains the same model as one process.
 
-Rank 0 first takes a few steps alone, twice: normally, and with the same sums in another order (matrix products in quarters,
+Rank 0 first takes a few steps alone, twice: normally, and with sums computed in another order (matrix products in quarters,
 micro-batches added in another order). The difference between the two is the effect of rounding on this model and data; a
 layout may differ from one process by a small multiple of it. Then all ranks take the steps together and compare each step's
-loss and gradient norm, and each parameter's gradient and update. Last, a checkpoint from the middle is loaded into a new
-model, which must continue bitwise identically.
+loss and gradient norm, and each parameter's gradient and update. Last, a run saves a checkpoint between its steps; a new model
+that loads it must continue bitwise identically.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from shoal.training.step import train_step
 STEPS = 3
 SAVED_AT = 2  # save after this step, and resume from it once
 # A layout may differ from one process by this multiple of the difference between two orders of summation. In float32 a
-# missing all-reduce or a wrong divisor differs by thousands of times more.
+# missing all-reduce or a wrong divisor causes a difference thousands of times larger.
 ALLOWANCE = 8.0
 
 
 @dataclass
 class Trace:
-    """A record of a few steps: each step's loss and gradient norm, the first step's gradients, the total updates."""
+    """A record of a few steps: each step's loss and gradient norm, the first step's gradients, each parameter's total update."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
@@ -69,10 +69,10 @@ class Trace:
 
 @dataclass(frozen=True)
 class Finding:
-    """One comparison: the difference found and the one allowed, both relative to the reference's size."""
+    """One comparison: the difference found and the difference allowed, both relative to the size of the one-process value."""
 
     what: str  # "loss", "gradient norm", "gradient", "update"
-    name: str  # the worst parameter's name, or "step 2"
+    name: str  # the parameter or step ("step 2") with the worst difference
     difference: float
     allowed: float
 
@@ -99,7 +99,7 @@ class Certificate:
 
 
 def verify_here(config: Config, heartbeat: Heartbeat) -> None:
-    """Verify as one process; rank 0 prints, and writes `certificate.json` to the run's folder."""
+    """Verify `config` as one rank of its layout; rank 0 prints the result, and writes `certificate.json` to the run's folder."""
     set_threads(config)
     heartbeat.outside("meeting the other processes")
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
@@ -129,8 +129,8 @@ def certify(
     """
     Compare `config` in the layout of `mesh` with one process. Writes a temporary checkpoint to `folder`.
 
-    A config in bfloat16 or float16 is also compared in float32, where rounding hides less. `at(phase)` is called as each
-    phase begins. A collective over the world.
+    A config in bfloat16 or float16 is also compared in float32, where rounding hides less, except with ring attention on
+    CUDA, which lacks float32. `at(phase)` is called as each phase begins. A collective over the world.
     """
     rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     train = config.train
@@ -234,10 +234,10 @@ def compare(
 
 
 def _numbers(what: str, mine: list[float], alone: list[list[float]], mesh: Mesh, *, bitwise: bool) -> Finding:
-    """Compare one number per step. alone: the numbers of one process, in both orders of summation; empty on other ranks."""
+    """Compare one number per step. alone: on rank 0, one process's numbers in both orders of summation; empty on other ranks."""
     first, second = _shared(torch.tensor(alone or [mine, mine], dtype=torch.float64), mesh)
     differences = ((torch.tensor(mine, dtype=torch.float64) - first) / first).abs().nan_to_num(nan=math.inf)
-    # one step's spread may be small by chance: use the largest of all steps, and at least float32's resolution
+    # the spread (between the two orders) of one step may be small by chance: use the largest, and at least float32's resolution
     spread = max(float(((second - first) / first).abs().max()), 2.0**-22)
     step = int(differences.argmax())
     return Finding(what, f"step {step + 1}", float(differences[step]), 0.0 if bitwise else ALLOWANCE * spread)
@@ -248,7 +248,9 @@ def _tensors(
     power: int, bitwise: bool,
 ) -> Finding:  # fmt: skip
     """
-    Return the parameter whose difference is largest relative to the allowed one. Both are norms of this `power`.
+    Return the finding for the parameter whose difference is largest relative to its allowed difference.
+
+    power: the order of the norm that measures differences and sizes, 1 or 2.
 
     An Adam update is almost the gradient's sign, which rounding may flip for an element near zero. One flip would dominate
     a sum of squares, so updates are compared by the sum of absolute values, with one flip allowed.
@@ -272,7 +274,8 @@ def _tensors(
     numel = torch.tensor([float(runnable.shapes[name].numel()) for name in names])
     sums[:, 0] *= numel / sums[:, 3]  # the mean over replicas, each of which was compared
     difference, spread, size = sums[:, :3].pow(1 / power).unbind(1)
-    # A gradient that is pure rounding error (of a key bias) has no meaningful size: add a small part of the whole model's.
+    # A gradient that is pure rounding error (such as a key bias's) has no meaningful size: its floor includes a small part of
+    # the average gradient size over all parameters.
     usual = (spread / size.clamp(min=1e-30)).median()
     floor = usual * size + 1e-7 * size.pow(power).sum().pow(1 / power) / len(names) ** (1 / power)
     allowed = ALLOWANCE * torch.maximum(spread, floor)
@@ -360,5 +363,5 @@ def _facts(mesh: Mesh, seconds: float) -> dict[str, Any]:
 
 
 def to_json(certificate: Certificate, config: Config) -> dict[str, Any]:
-    """Return the certificate with its config."""
+    """Return the certificate, whether it passed, and its config, as a JSON object."""
     return {"passed": certificate.passed, **asdict(certificate), "config": to_dict(config)}

@@ -1,5 +1,7 @@
 """
-`shoal bench speed`: times the real training step, each run in new processes, alternating between contenders.
+`shoal bench speed`: times the real training step of shoal and, with `--peers`, of transformers.Trainer.
+
+Each timed run has new processes. With `--peers`, runs of the two contenders alternate.
 
 A figure is the median over repeats of each run's median step. A ratio is the median of the ratios of neighboring runs, which
 cancels drift of the machine's speed.
@@ -42,7 +44,12 @@ def bench_speed(
     as_json: bool,
     narrator: Narrator,
 ) -> None:
-    """Print tokens/s, time by phase, and MFU or the rate relative to a matrix product. recipe: None uses a 10M-parameter model."""
+    """
+    Print tokens/s, time by phase, MFU, and model FLOP/s relative to a matrix product; MFU and FLOP/s only where known.
+
+    recipe: the recipe to time; None uses a 10M-parameter model. peers: whether to time transformers.Trainer too. repeats:
+    number of runs of each contender.
+    """
     if peers and not (importlib.util.find_spec("transformers") and importlib.util.find_spec("accelerate")):
         raise ShoalError("--peers needs transformers and accelerate: pip install 'shoal[peers]'")
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
@@ -133,7 +140,7 @@ def _summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _of_a_product(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the model's FLOP/s, and the ratio to the best FLOP/s of any matrix product or step."""
+    """Return the model's median FLOP/s, the best FLOP/s of any run or of its matrix product, and their ratio."""
     rates = [run["model_flops"] for run in runs]
     best = max(*rates, *(run["product_flops"] for run in runs))
     return {

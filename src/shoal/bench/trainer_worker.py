@@ -68,7 +68,7 @@ def main(recipe: Path, answer: Path) -> None:
 
 
 def peer_config(model: Model, vocab_size: int) -> PretrainedConfig:
-    """Return the transformers config of the same architecture."""
+    """Return a transformers config with the architecture of `model`."""
     shape = resolve_shape(dataclasses.replace(model, vocab_size=vocab_size))
     return AutoConfig.for_model(**write_shape(shape))
 

@@ -29,8 +29,8 @@ class FolderWeights:
     """
     The weights of a Hugging Face folder as a model's parameters. Call it to fill a region of a parameter.
 
-    The constructor raises `ModelError`, before any weights are read, if the folder lacks a parameter, has one of another
-    shape or an unsupported dtype, or has weights that the model does not use.
+    The constructor raises `ModelError` if the folder lacks a parameter, has a parameter of another shape or an unsupported
+    dtype, has weights that the model does not use, or has tied tensors that differ. It reads only tied tensors.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class FolderWeights:
         shapes: Mapping[str, tuple[int, ...]],
         other_names: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """other_names: alternative names in the files, and the parameter for each."""
+        """other_names: a map from each alternative name in the files to the parameter that it names."""
         self._family, self._other_names = family, other_names
         native = FAMILIES[family].native
         if folder.is_kept:
@@ -90,7 +90,7 @@ class FolderWeights:
         """
         Raise `ModelError` if a tied tensor differs from its parameter, since its values would be lost.
 
-        transformers silently unties tensors that differ in the files; here the config's "tied" must hold.
+        transformers silently unties tensors that differ in the files; here they must be equal if the config ties them.
         """
         found, other = self._entries.get(first, (name, entry))
         if found == name:

@@ -19,7 +19,7 @@ from shoal.mesh.mesh import Mesh
 from shoal.system.disk import gigabytes, write_whole
 
 KEPT: Final = 2
-COPIES: Final = KEPT + 1  # the kept ones and the one being written
+COPIES: Final = KEPT + 1  # the checkpoints kept, and the one being written
 GENERATIONS_FILE: Final = "memory.json"  # in the folder of the checkpoints on disk
 
 
@@ -33,8 +33,8 @@ def find_folder_group(folder: Path, mesh: Mesh) -> tuple[FolderGroup, str]:
     """
     Create `folder`; return the ranks that see the same folder, and the reason why it cannot be used ("" if it can).
 
-    On one machine, or on a shared disk, the group is all ranks. If each machine has its own memory, it is the ranks of this
-    machine. The reason is the same on all ranks. A collective over the world.
+    On one machine, or on a shared disk, the group is all ranks. If each machine has a folder of its own, usually in memory, it
+    is the ranks of this machine. The reason is the same on all ranks. A collective over the world.
     """
     word = mesh.gather_objects(uuid.uuid4().hex)[0]
     tokens, problem = [folder / f".{word}-{rank}" for rank in range(mesh.world_size)], ""
@@ -86,7 +86,7 @@ def clear(folder: Path) -> None:
 
 
 def read_generations(checkpoints: Path) -> dict[str, int | None]:
-    """Read which generations' in-memory checkpoints belong to this run, and up to which step; {} if none are recorded."""
+    """Read which generations' in-memory checkpoints belong to this run, and up to which step; {} if there is no valid record."""
     try:
         found = json.loads((checkpoints / GENERATIONS_FILE).read_text(encoding="utf-8"))
         return {str(generation): None if last is None else int(last) for generation, last in found.items()}

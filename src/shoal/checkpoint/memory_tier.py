@@ -1,8 +1,8 @@
 """
 Checkpoints in the memory of machines: which ranks share a folder, and which checkpoints belong to the run's history.
 
-On a shared disk, every checkpoint found belongs to the run. In memory this does not hold: each machine has its own, and a
-machine that left and came back may hold checkpoints of steps that the others have since repeated. No torch.
+On a shared disk, every checkpoint found belongs to the run. In memory this does not hold: each machine has a folder of its
+own, and a machine that left and came back may hold checkpoints of steps that the others have since repeated. No torch.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class MemoryTier:
     """
     The checkpoints in memory, and the history of the run that decides which of them count.
 
-    A generation is one start of the run's processes. generations: those in the run's history, oldest first, each with its
-    last valid step (None: all are valid). {"a": 6, "b": None}: generation a's checkpoints up to step 6, from which b resumed,
-    and all of b's. generation: that of these processes, set by `begin_generation`. group: the ranks that see this rank's
-    folder. layout_key: describes which parts of the tensors each rank holds.
+    A generation is one start of the run's processes. generations: the generations in the run's history, oldest first, each
+    with its last valid step (None: all are valid). {"a": 6, "b": None}: generation a's checkpoints up to step 6, from which b
+    resumed, and all of b's. generation: the generation of these processes, set by `begin_generation`. group: the ranks
+    that see this rank's folder. layout_key: describes which parts of the tensors each rank holds.
     """
 
     group: FolderGroup
@@ -98,7 +98,7 @@ class MemoryTier:
         return last is None or saved.step <= last
 
     def can_read(self, saved: Saved) -> bool:
-        """Return whether this rank can load it: its tensors are whole, or this rank wrote the parts it holds now."""
+        """Return whether this rank can load `saved`: its tensors are whole, or this rank wrote the parts it holds now."""
         assert saved.save_id is not None
         if not saved.save_id.layout_key:
             return True

@@ -1,8 +1,8 @@
 """
 Plans for torch.distributed.checkpoint: which regions each rank writes and reads.
 
-A layout is a set of regions, so a checkpoint written in one layout loads in any other: each rank reads its own boxes. If
-several ranks hold the same box (replicas), the planner picks one of them to write it.
+A layout is a set of regions, so a checkpoint written in one layout loads in any other: each rank reads its own regions. If
+several ranks hold the same region (replicas), the planner picks one of them to write it.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def share_out(parts: Mapping[str, Part], mesh: Mesh, group: FolderGroup) -> tupl
     """
     Return the names of the parts that this rank writes, and whether each folder gets every tensor whole.
 
-    Among ranks that share a folder and hold the same box, one writes it. If there are several folders and the ranks of one
-    do not hold every tensor whole, each rank writes all its parts, and only that rank can read them.
+    Among ranks that share a folder and hold the same region, one writes it. If there are several folders, and the ranks of one
+    folder do not hold every tensor whole, each rank writes all its parts, and only that rank can read them.
 
-    A collective over the world. Raises ValueError if the boxes of all ranks do not add up to the tensors.
+    A collective over the world. Raises ValueError if the regions of all ranks do not add up to the tensors.
     """
     planner = RegionSavePlanner(parts)
     planner.set_up_planner({}, is_coordinator=mesh.is_first)
@@ -66,7 +66,7 @@ def share_out(parts: Mapping[str, Part], mesh: Mesh, group: FolderGroup) -> tupl
 
 
 def _make_up(names: set[str], plans: Sequence[SavePlan]) -> bool:
-    """Return whether the boxes of `plans` cover the tensors `names`."""
+    """Return whether the regions of `plans` cover the tensors `names`."""
     missing: dict[str, int] = dict.fromkeys(names, -1)
     seen = set()
     for item in (item for plan in plans for item in plan.items):

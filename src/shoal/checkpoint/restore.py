@@ -24,7 +24,7 @@ from shoal.mesh.region import Part
 
 def load(saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
     """
-    Verify the checkpoint, fill `parts` (all or some of its tensors) in place, and return its `state.json`.
+    Verify the checkpoint, fill `parts` (regions of all or some of its tensors) in place, and return its `state.json`.
 
     Raises `CheckpointError`.
     """
@@ -35,7 +35,7 @@ def load(saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
 
 
 def load_model(saved: Saved, model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Allocate a model on meta on `device`, load the weights of `saved`, and return its `state.json`. Raises as `load` does."""
+    """Allocate a meta-device model on `device`, load the weights of `saved`, and return its `state.json`. Raises as `load` does."""
     model.to_empty(device=device)
     return load(saved, {f"model.{name}": Part.whole(p.detach()) for name, p in model.named_parameters()})
 

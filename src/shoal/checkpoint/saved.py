@@ -37,9 +37,9 @@ _DAMAGED: Final = "damaged-"
 
 @dataclass(frozen=True)
 class SaveId:
-    """The save that wrote a checkpoint in memory."""
+    """The identity of the save that wrote a checkpoint in memory."""
 
-    generation: str  # of the processes that wrote it, see `MemoryTier`
+    generation: str  # the generation of the processes that wrote it, see `MemoryTier`
     save: int  # number of the save in that generation
     layout_key: str  # how tensors were sharded over ranks; "": the folder holds every tensor whole
 

@@ -55,8 +55,8 @@ def write_shard(
     """
     Write `items` to `path`; return the size and SHA-256 of the bytes given to the disk.
 
-    durable: flush to the disk. read_back: read the file again and compare hashes, in case the disk lost data.
-    `at("write")` is called before writing. Raises `OSError`.
+    durable: whether to flush to the disk. read_back: whether to read the file again and compare hashes, in case the disk lost
+    data. at: a function called with "write" before writing. Raises `OSError`.
     """
     at("write")
     hashed, size = hashlib.sha256(), 0

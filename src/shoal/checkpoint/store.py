@@ -4,7 +4,8 @@ Saving checkpoints in the background of training, atomically.
 A save has three parts. `begin` copies what this rank writes to host memory; the step waits only for this. A thread writes
 the copy to a temporary folder, flushes it, hashes it and reads it back. When every rank has done so, the leader of the
 folder writes the manifest and renames the folder. Ranks exchange their progress in an all-reduce that each step does anyway:
-`votes` go in, `advance` gets the sum. So no step waits for a disk, and all ranks learn at the same step that a save is done.
+each rank contributes its `votes`, and `advance` gets the sum. So no step waits for a disk, and all ranks learn at the same
+step that a save is done.
 
 The folder is either one that all ranks see, or one on each machine, usually in memory (`checkpoint.fast`). Each folder has a
 leader, and a checkpoint is complete when every folder has it.
@@ -53,14 +54,18 @@ from shoal.system.disk import replace_folder, sync
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints to keep: the `last` ones, every `every`-th step (0: none), and the best by validation loss."""
+    """Which checkpoints to keep: the newest `last`, those of steps divisible by `every` (0: none), the best by validation loss."""
 
     last: int = 2
     every: int = 0
     best: bool = True
 
     def steps(self, saved: Sequence[Saved], newest: int | None = None) -> set[int]:
-        """Return the steps to keep of `saved`, oldest first. newest: steps after it do not count among the last ones."""
+        """
+        Return the steps to keep of `saved`, which is sorted oldest first.
+
+        newest: the step just saved. Later steps will be repeated and do not count among the newest `last`; None counts all.
+        """
         last = [s.step for s in saved if newest is None or s.step <= newest]
         kept = set(last[-self.last :])
         if self.every:
@@ -113,8 +118,8 @@ class CheckpointStore:
     """
     The checkpoints of one run in one folder. All ranks call its methods at the same steps.
 
-    memory: set for a folder in memory; other folders are flushed and read back. `at(phase)` is called when a save reaches
-    stage, write, manifest, rename and retention.
+    memory: the history of a folder in memory; None for a folder on disk, whose files are flushed and read back. at: a function
+    called with the phase that a save reaches: stage, write, manifest, rename or retention.
     """
 
     def __init__(
@@ -268,7 +273,7 @@ class CheckpointStore:
         return None
 
     def finish(self) -> Outcome | None:
-        """Wait for the save in progress, if any. A collective over the world."""
+        """Wait for the save in progress; return its outcome, None if there is none. A collective over the world."""
         while (save := self._save) is not None:
             if save.thread is not None:
                 save.thread.join()
@@ -331,7 +336,7 @@ class CheckpointStore:
             self._retain(save.step)
 
     def _retain(self, step: int) -> None:
-        """Remove checkpoints that need not be kept once `step` is saved; in memory also newer ones, whose steps are repeated."""
+        """Remove checkpoints not to be kept once `step` is saved; in memory also newer ones, whose steps will be repeated."""
         saved = listed(self.folder)
         kept = self._keep.steps(saved, step if self._memory else None)
         for old in saved:

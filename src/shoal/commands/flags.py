@@ -56,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _names() -> dict[str, list[str]]:
-    """Return a map from each option name without its section to the options of that name."""
+    """Return, for each option name (without its section) and each alias, the keys of the options that have it."""
     from shoal.config.option import option_name
     from shoal.config.options import options
 
@@ -68,7 +68,11 @@ def _names() -> dict[str, list[str]]:
 
 
 def read_overrides(args: argparse.Namespace, rest: Sequence[str]) -> tuple[list[Override], list[str]]:
-    """Return (key, text, flag) of each dotted option, known or unknown, and all other unparsed arguments."""
+    """
+    Return (key, text, flag) for each config option on the command line, known or unknown, and all other unparsed arguments.
+
+    rest: the arguments that argparse did not parse.
+    """
     if not hasattr(args, "overrides"):
         return [], list(rest)
     found: list[Override] = list(args.overrides)

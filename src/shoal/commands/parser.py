@@ -24,7 +24,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="VERB", title="verbs")
 
     def add(name: str, run: Any, help: str, usage: str | None = None) -> _Parser:
-        """Add a verb; one with a `usage` takes the options of all config sections."""
+        """Add a verb; a verb with a `usage` takes the options of all config sections."""
         sub = subparsers.add_parser(
             name, help=help, description=help, allow_abbrev=False, formatter_class=_Wide,
             usage=usage and f"shoal {name} {usage} [--SECTION.OPTION VALUE ...]",
@@ -135,7 +135,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _dtype(text: str) -> str:
-    """Return the full name of a dtype's usual short name, such as bf16; other texts unchanged."""
+    """Expand the short name of a dtype, such as bf16; return any other text unchanged."""
     from shoal.config.options import DTYPE_SPELLINGS
 
     return DTYPE_SPELLINGS.get(text.lower(), text)
@@ -156,7 +156,7 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what",
         choices=["speed"],
-        help="speed: tokens/s, the step's time by phase, and MFU, or the rate relative to a matrix product",
+        help="speed: tokens/s, the step's time by phase, MFU, and model FLOP/s relative to a matrix product",
     )
     parser.add_argument(
         "recipe",

@@ -71,9 +71,9 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 @contextlib.contextmanager
 def _planned(config: Config, before: Config | None = None) -> Iterator[tuple[Config, RunFolder, Console]]:
     """
-    Yield the config with processes and threads planned, and the run's locked folder; a signal inside ends the command.
+    Yield the config with processes and threads planned, the run's locked folder, and a console.
 
-    before: the config of the run to resume.
+    A signal inside the block ends the command. before: the config of the run to resume; None for a new run.
     """
     from shoal.commands.worker import look_for_gpus
     from shoal.launch.torchrun import plan_processes

@@ -68,7 +68,11 @@ def _checked(config: Config) -> Config:
 
 
 def _plan_alone(config: Config, before: Config | None) -> Config:
-    """Return the config planned for one process. Raises `LaunchError` if it asks for more."""
+    """
+    Return the config with one process and its threads planned. Raises `LaunchError` if it asks for more processes.
+
+    before: the config of the run to resume; None for a new run.
+    """
     from shoal.launch.torchrun import plan_processes
     from shoal.mesh.place import unused_claims
     from shoal.run.console import Console
@@ -85,7 +89,7 @@ def _plan_alone(config: Config, before: Config | None) -> Config:
 
 
 def look_for_gpus() -> int:
-    """Return the number of CUDA devices; if torch must be imported for that, say so."""
+    """Return the number of CUDA devices. Counting may import torch, so the console names this phase if it takes long."""
     from shoal.launch.torchrun import count_gpus
     from shoal.run.console import Console
     from shoal.run.narrator import Narrator
@@ -95,7 +99,11 @@ def look_for_gpus() -> int:
 
 
 def place_worker(config: Config, before: Config | None = None) -> Config:
-    """Return a worker's config; under another launcher, print its rank and world size first, on rank 0."""
+    """
+    Return a worker's config. Under torchrun or srun, rank 0 first prints its rank and world size.
+
+    before: the config of the run to resume; None for a new run.
+    """
     from shoal.launch.torchrun import fit_to_place
     from shoal.mesh.place import describe_place, read_place, speaks_first
 
@@ -182,7 +190,11 @@ def _exit_code(config: Config, heartbeat: Heartbeat, work: Callable[[], bool], a
 
 
 def _explain(error: Exception, config: Config, advice: str) -> ShoalError | None:
-    """Return a torch error as a `ShoalError`, or None if its cause is unknown. advice: added for a missing deterministic kernel."""
+    """
+    Return a torch error as a `ShoalError`, or None if its cause is unknown.
+
+    advice: text to append to the message about a missing deterministic kernel.
+    """
     from shoal.mesh.mesh import is_lost_peer
     from shoal.mesh.place import read_place
     from shoal.models.attention import not_deterministic

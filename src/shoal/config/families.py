@@ -20,7 +20,7 @@ class Stored(NamedTuple):
 
     name: str
     transposed: bool = False
-    part: int = 0  # index among the `parts` equal parts, split along the rows of shoal's layout
+    part: int = 0  # index among the `parts` equal parts, concatenated along dim 0 before any transpose
     parts: int = 1
 
 
@@ -48,10 +48,10 @@ class Family:
     code: str  # its LanguageModel, as a dotted name below `shoal.models`
     native: bool = True  # False: transformers computes it, and the folder model.from defines its shape
     unused: tuple[str, ...] = ()  # options of `Model` that it lacks
-    rotary: bool = True  # RoPE; False: learned positions, an embedding of max_seq_len rows
+    rotary: bool = True  # RoPE; False: learned position embeddings, a table of max_seq_len rows
     gated: bool = True  # the feed-forward has three matrices, gate, up and down; False: up and down
     biases: bool = False  # every linear layer and norm has one; False: only q, k and v, if `qkv_bias`
-    free_heads: bool = True  # num_kv_heads and head_dim may be set; False: num_heads and dim / num_heads
+    free_heads: bool = True  # num_kv_heads and head_dim may be set; False: they are num_heads and dim / num_heads
     tensors: Mapping[str, Stored] = field(default_factory=dict)  # by our parameter's name, with `N` for a block's index
     types: Mapping[str, ModelType] = field(default_factory=dict)  # by model_type; an export prefers the first that fits
 

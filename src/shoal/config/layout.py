@@ -48,7 +48,7 @@ class Layout:
         return {name: places[name] for name in AXES}
 
     def rank(self, **coordinates: int) -> int:
-        """Return the rank at these coordinates; an axis that is not given is at 0."""
+        """Return the rank at these coordinates; the coordinate on an axis that is not given is 0."""
         found = 0
         for name in AXES:
             found = found * getattr(self, name) + coordinates.get(name, 0)
@@ -71,14 +71,14 @@ class Layout:
 
 
 AXES = tuple(f.name for f in fields(Layout))
-DATA_PARALLEL: Final = ("dp_replicate", "dp_shard")  # split a step's micro-batches, in this order
+DATA_PARALLEL: Final = ("dp_replicate", "dp_shard")  # the axes that split a step's micro-batches, outermost first
 
 
 def find_layout(parallel: Parallel, processes: int | None) -> Layout | str:
     """
     Return the requested layout on `processes` (None: as few as it needs), or the reason for rejecting it.
 
-    One axis may be -1 and takes the remaining processes: `dp_replicate`, unless another axis is -1.
+    An axis of -1 takes the remaining processes. If `dp_replicate` and another axis are -1, `dp_replicate` is 1.
     """
     sizes = {name: getattr(parallel, name) for name in AXES}
     if zeros := [name for name in AXES if sizes[name] == 0]:
@@ -109,7 +109,7 @@ def find_layout(parallel: Parallel, processes: int | None) -> Layout | str:
 
 
 def split_slots(slots: int, dp: int) -> list[range]:
-    """Split a step's slots (micro-batches) into `dp` contiguous ranges; of a remainder, the first ranges get one slot each."""
+    """Split a step's slots (micro-batches) into `dp` contiguous ranges; if `dp` does not divide them, the first get one more."""
     short, longer = divmod(slots, dp)
     starts = [part * short + min(part, longer) for part in range(dp + 1)]
     return [range(a, b) for a, b in itertools.pairwise(starts)]

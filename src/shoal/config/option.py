@@ -30,8 +30,9 @@ def opt(
     lt: float | None = None,
 ) -> Any:
     """
-    Declare an option: its help and unit, `past` if a resumed run must keep its value, inclusive or exclusive bounds.
+    Declare an option: its default, help text and unit. ge, le: inclusive bounds. gt, lt: exclusive bounds.
 
+    past: whether a resumed run must keep its value.
     alias: other projects' names for it, which the command line accepts.
     akin: names of related options with another unit or meaning. An error suggests this option for them.
     spellings: other spellings of its values.

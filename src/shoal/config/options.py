@@ -189,8 +189,8 @@ class Parallel:
     )
     reshard_after_forward: Literal["always", "never"] | int = opt(
         "always",
-        "with dp_shard: each block's gathered parameters between forward and backward. always: freed; never: kept; a "
-        "number: kept sharded over groups of this many processes",
+        "with dp_shard: what happens to each block's gathered parameters between forward and backward. always: freed; "
+        "never: kept; a number: kept sharded over groups of this many processes",
         alias=("fsdp_reshard_after_forward",),
         akin=("zero_stage",),
     )
@@ -311,7 +311,7 @@ class Train:
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = opt(
         "auto",
-        "dtype of activations and matrix products; weights, optimizer state and sums are always float32. auto: "
+        "dtype of activations and matrix products; weights, optimizer state and sums of gradients are always float32. auto: "
         "bfloat16 on a GPU that supports it; on a CPU float32, or bfloat16 if its instructions are faster "
         "(measured). float16 uses loss scaling and needs CUDA",
         alias=("precision", "mixed_precision", "torch_dtype", "param_dtype"),
@@ -356,7 +356,7 @@ class Train:
     )
     eval_tokens: int = opt(
         100_000,
-        "maximum held-out tokens per evaluation; a run's last evaluation reads all",
+        "maximum held-out tokens per evaluation; a run's last evaluation reads all of them",
         unit="tokens",
         akin=("eval_iters", "eval_batches"),
         ge=1,

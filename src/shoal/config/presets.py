@@ -1,5 +1,5 @@
 """
-Named model shapes, the widths derived from a shape, and its consistency checks.
+Named model shapes, the widths derived from a shape, and the consistency checks of a shape.
 
 Each preset holds values of the model's public Hugging Face `config.json` (repository named beside it), under our names.
 It lists only values that differ from `Model`'s defaults, and those that make it recognizable.

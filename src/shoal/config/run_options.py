@@ -60,8 +60,8 @@ class Fault:
     )
     straggler_factor: float | None = opt(
         1.3,
-        "report a rank slower than this multiple of the others in a phase of a step, for several steps in a row; "
-        "null disables this",
+        "report a rank that takes longer than this multiple of its peers' median time in a phase of a step, for several "
+        "steps in a row; null disables this",
         gt=1,
     )
     max_rollbacks: int = opt(3, "maximum rollbacks without progress before the run ends", ge=0)
@@ -149,7 +149,7 @@ class Launch:
         akin=("master_addr",),
     )
     join_seconds: float = opt(
-        5.0, "wait for further nodes once launch.min_nodes nodes have joined", unit="seconds", gt=0
+        5.0, "how long to wait for further nodes after launch.min_nodes nodes have joined", unit="seconds", gt=0
     )
     port: int = opt(
         0,
@@ -165,7 +165,7 @@ class Launch:
         ge=0,
     )
     max_crashes: int = opt(
-        3, "end the run after this many crashes without progress, whatever their cause", unit="crashes", ge=1
+        3, "number of crashes without progress, whatever their cause, after which the run ends", unit="crashes", ge=1
     )
     timeout_seconds: float = opt(
         600.0,
@@ -177,13 +177,13 @@ class Launch:
     hang_seconds: float | None = opt(
         None,
         "maximum duration of a step; beyond it the workers are restarted. null: ten times the slowest recent "
-        "step, at least 20 seconds; on a CPU, not while the late process is still working",
+        "step, at least 20 seconds, and on a CPU only once the late process is idle",
         unit="seconds",
         gt=0,
     )
     time_limit_minutes: float | None = opt(
         None,
-        "the run saves and ends before this limit, with exit code 85; null: the time left of a Slurm job, if it is one",
+        "the run saves and ends before this limit, with exit code 85; null: the time left of the Slurm job, if the run is in one",
         unit="minutes",
         akin=("max_time", "time_limit", "max_run_duration"),
         gt=0,
@@ -191,5 +191,5 @@ class Launch:
 
     @property
     def fewest_nodes(self) -> int:
-        """The minimum number of nodes; with fewer, the run waits."""
+        """The minimum number of nodes; with fewer, the run waits for more, up to `timeout_seconds`."""
         return self.min_nodes or self.nodes

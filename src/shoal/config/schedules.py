@@ -27,7 +27,7 @@ def stages_per_rank(schedule: Schedule, pp_stages: int | None) -> int:
 
 
 def rank_stages(schedule: Schedule, pp: int, stages: int, rank: int) -> list[int]:
-    """Return the indices of the `stages` stages of the process at `rank` of `pp`, ascending."""
+    """Return the indices of the stages on pipeline rank `rank` of `pp`, ascending. stages: number of stages per rank."""
     if schedule in V_SHAPED:
         return [rank, 2 * pp - 1 - rank]
     return [rank + turn * pp for turn in range(stages)]
@@ -59,7 +59,8 @@ def stage_blocks(num_layers: int, num_stages: int) -> list[range]:
     """
     Return the blocks of each stage, in order; their sizes differ by at most one.
 
-    The middle stages take the remainder, since the first also computes the embedding and the last the head.
+    A remainder goes to the middle stages before the first, since the first stage also computes the embedding; the last stage,
+    which computes the head, gets none.
     """
     short, longer = divmod(num_layers, num_stages)
     takers = [*range(1, num_stages - 1), 0][:longer]
@@ -75,7 +76,7 @@ def problems(
     """
     Yield one sentence per incompatibility of these options, each with a valid value.
 
-    micro_batches: number per step and data-parallel rank.
+    micro_batches: number of micro-batches per step and data-parallel rank.
     """
     if pp == 1:
         if pp_stages not in (None, 1):
@@ -130,11 +131,15 @@ def _too_few_blocks(schedule: Schedule, pp: int, stages: int, num_layers: int) -
 
 
 def _flows(schedule: Schedule, pp: int, micro_batches: int) -> bool:
-    """Return whether torch's schedule accepts this count (`torch.distributed.pipelining.schedules`, 2.11 to 2.13)."""
+    """
+    Return whether torch's schedule accepts this number of micro-batches.
+
+    The rules are those of `torch.distributed.pipelining.schedules`, 2.11 to 2.13.
+    """
     match schedule:
         case "1f1b":
             return micro_batches >= pp
-        case "interleaved_1f1b":  # in rounds of equal length, at least `pp`
+        case "interleaved_1f1b":  # in rounds of equal length, at least `pp` micro-batches each
             return micro_batches % max(1, micro_batches // pp) == 0
         case "dualpipev":
             return micro_batches >= 2 * pp
@@ -169,8 +174,8 @@ def bubble_fraction(schedule: Schedule, pp: int, stages: int, micro_batches: int
     time. In units of one micro-batch's forward through one stage, a rank computes for 3 * stages * micro_batches.
 
     - gpipe, 1f1b: a rank idles for (pp - 1) whole forwards and backwards (Narayanan et al. 2021, arXiv:2104.04473,
-      section 2.2.1); more stages per rank make each shorter (section 2.2.2). With fewer micro-batches than `pp`, a rank
-      also idles before each of its stages but the first.
+      section 2.2.1); more stages per rank make each forward and backward shorter (section 2.2.2). With fewer micro-batches
+      than `pp`, a rank also idles before each of its stages but the first.
     - zbv, dualpipev: pp - 1 forwards. Qi et al. 2024 (arXiv:2401.10241, section 6) count these as zero: a rank that
       starts late also ends late, and may start its next step at once. A step that ends with a collective (such as a
       global gradient norm) does wait. With fewer micro-batches than 2 pp - 2, zbv's path down and up the V has gaps.

@@ -1,8 +1,8 @@
 """
 Bits per byte of a text with gzip and xz, to compare a model with. No torch.
 
-A model has read the training text before it sees the held-out text, so a compressor may too. "Primed", a text costs what
-it adds to the compressed size of the training text; "cold", it is compressed alone.
+A model has read the training text before it sees the held-out text, so a compressor may too. The "primed" size of a
+text is what it adds to the compressed size of the training text; its "cold" size is that of the text compressed alone.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from shoal.data.manifest import SplitName
 from shoal.data.prepare import Prepared
 from shoal.errors import DataError
 
-SAMPLE_PIECES = 32  # number of pieces taken from all over a text that is too long
+SAMPLE_PIECES = 32  # number of evenly spaced pieces of a text that is too long
 
 
 def held_out_text(prepared: Prepared, at_most: int | None = None) -> bytes:
@@ -27,7 +27,7 @@ def held_out_text(prepared: Prepared, at_most: int | None = None) -> bytes:
 
 
 def sample_of(prepared: Prepared, split: SplitName, at_most: int) -> bytes:
-    """Return a split's text; if it is longer, about `at_most` bytes in pieces from all over it."""
+    """Return a split's text; if it is longer than `at_most` bytes, about that many in evenly spaced pieces."""
     num_tokens, text_bytes = prepared.streams[split].num_tokens, prepared.counts[split].text_bytes
     if text_bytes <= at_most:
         return _text(prepared, split, [(0, num_tokens)])

@@ -25,7 +25,7 @@ from shoal.errors import DataError
 CHUNK_BYTES = 2_000_000  # a chunk's tokens take about fifty times the memory of its text while Rust returns them
 PART_CHARACTERS = 1 << 20  # longer documents are encoded in parts, for the same reason
 CHUNKS_IN_FLIGHT = 3
-COMPARED_CHUNKS = 64  # both tokenizers encode one chunk in this many, the first one included
+COMPARED_CHUNKS = 64  # both tokenizers encode one chunk in this many, the first included
 
 FIELDS_AT_MOST = 100  # names of fields to collect, to suggest a data.text_key
 
@@ -41,7 +41,7 @@ class _Item:
 
 
 def fraction_of(text: bytes) -> tuple[float, float]:
-    """Return two numbers in [0, 1) that depend on the text alone: for holding out and for sampling."""
+    """Return two numbers in [0, 1) that depend on the text alone. They decide whether it is held out, and whether it is sampled."""
     digest = hashlib.blake2b(text, digest_size=16).digest()
     return tuple(int.from_bytes(half, "big") / 2**64 for half in (digest[:8], digest[8:]))  # type: ignore[return-value]
 
@@ -50,8 +50,8 @@ def choose_split(corpus: Corpus, val_fraction: float, tick: Callable[[Cursor], N
     """
     Return the function that assigns a text to a split by its hash, so names, order and other texts do not matter.
 
-    If a split of a small corpus would be empty, it gets the text nearest to the border. Raises DataError if there are
-    no two different texts.
+    If a split of a small corpus would be empty, it gets the text whose hash is nearest to the border between the splits.
+    Raises DataError if there are no two different texts.
     """
     seen: set[float] = set()
     skips, fields = Skips(), Counter[str]()
@@ -84,7 +84,7 @@ def _why_none(corpus: Corpus, skips: Skips, fields: Counter[str]) -> str:
         said += f"; files that were skipped: {count_kinds(files)}"
     if not fields:
         return f"{said}; correct data.paths or data.corpus"
-    named = ", ".join(ascii(name) for name, _ in fields.most_common(10))  # the longest first
+    named = ", ".join(ascii(name) for name, _ in fields.most_common(10))  # first the fields with the most text
     return f"{said}. The records have text under {named}; set data.text_key to one of them"
 
 
@@ -118,8 +118,9 @@ def write_shards(
     """
     Write the shards that `journal` lacks, and record each in it. Returns a warning for the user, if any.
 
-    A shard ends with the document that fills it, so shards do not depend on chunks or interruptions. The faster
-    tokenizer's ids are compared on some chunks; if they differ, everything is encoded again without it.
+    A shard ends with the document that fills it, so shards do not depend on chunks or interruptions. The ids of
+    fastokens, if used, are compared with those of tokenizers on some chunks. If they differ, everything is encoded again
+    without fastokens.
     """
     fast = fast_encoder(tokenizer) if journal.fast else None
     if fast is not None:

@@ -44,7 +44,7 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, while_waiting: Callable[[], None]) -> Iterator[bool]:
-    """Lock `path` against other processes (`take_lock`); yields whether it had to wait for another one."""
+    """Lock `path` against other processes (`take_lock`); yields whether it had to wait for one of them."""
     try:
         file = path.open("ab")
     except OSError as error:

@@ -6,13 +6,15 @@ steps after `after`:
 
     {"after": 40, "position": 640, "rows": 900, "seed": 0, "global_batch": 16, "copies": 1, "data_id": "..."}
 
-It writes a line for each step on the positions [first, stop) of `order.sample_at`, and for positions that no step uses:
+It writes a line for each step, which trained on the samples that `order.sample_at` gives for positions [first, stop), and a
+line for positions that no step uses:
 
     {"step": 41, "first": 640, "stop": 656, "skipped": false, "sum": 8861029183215}
     {"passed_over": [656, 720]}
 
 `sum` records which samples the ranks really read: each computes the checksum of its own micro-batches, and the step's
-all-reduce adds them up. Ranks that share samples along `pp`, `cp` or `tp` all count: `copies` is how many share.
+all-reduce adds them up. Each of the ranks that share a sample along `pp`, `cp` or `tp` adds its checksum, so the sum counts it
+`copies` times.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from shoal.run.jsonl import PatientLines, whole_lines
 MOST_BITS: Final = 40  # two different sets of samples collide once in 2^40
 FLOAT64_BITS: Final = 53  # integers up to 2^53 and their sums are exact
 _AT_ONCE: Final = 1 << 20  # samples whose checksums are computed together
-_SHOWN: Final = 10  # maximum lines of each kind
+_SHOWN: Final = 10  # maximum lines of each kind in the audit's report
 # The constants of MurmurHash3's 64-bit finalizer (Appleby 2011), and an odd offset, since the finalizer maps 0 to 0.
 # Not the mix of `order.py`, so that a bug there cannot hide here.
 _OFFSET, _MIX_1, _MIX_2 = (np.uint64(c) for c in (0x9E3779B97F4A7C15, 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53))
@@ -107,7 +109,9 @@ class Ledger:
         windows: Sequence[tuple[int, int]] = (),
     ) -> None:
         """
-        Record a step on positions [first, stop), whose checksums add up to `total`. skipped: the step changed no weight.
+        Record a step on the samples at positions [first, stop).
+
+        total: the sum of the samples' checksums over all ranks. skipped: whether the step left the weights unchanged.
 
         windows: [first, stop) ranges of positions that no step may use. A gap that ends where such a range ends is recorded
         as passed over; the audit reports any other gap.

@@ -2,7 +2,7 @@
 Rows -> batches of tensors, one optimizer step at a time, prefetched by a thread.
 
 The loader's whole state is `position`: samples consumed since the start of training. `order.sample_at` maps a position
-to a sample, whatever the number of processes, so a run may resume with any number of them.
+to a sample, whatever the number of processes, so a run can resume with any number of them.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Loader:
     """
     This rank's micro-batches of each optimizer step.
 
-    device: where the batches will go; for CUDA they are in pinned memory. passed_over: [first, stop) ranges of positions
-    that no step uses. `at("read")` is called before each step is read.
+    device: the device that the batches will be copied to; for CUDA, they are in pinned memory. passed_over: [first, stop)
+    ranges of positions that no step uses. at: a function called with "read" before each step is read.
 
     A step has `global_batch // micro_batch` slots: micro-batches in a fixed order. A rank owns consecutive slots
     (`layout.split_slots`). Raises ValueError if there are fewer slots than ranks.
@@ -185,9 +185,10 @@ def evaluation_batches(
     rows: Rows, micro_batch: int, dp_rank: int, dp_size: int, max_tokens: int | None = None
 ) -> Iterator[Batch]:
     """
-    Yield the first rows in order, each on exactly one rank: the same rows for every `dp_size`.
+    Yield this rank's micro-batches of the first rows. Each row is on exactly one rank, and the rows do not depend on `dp_size`.
 
-    Ranks take turns. All get the same number of batches, of the same size; rows with ignored labels pad the end.
+    Micro-batches go to the ranks in round-robin order. All ranks get the same number of batches, of the same size; rows with
+    ignored labels pad the end.
     """
     count = evaluation_rows(rows, max_tokens)
     batches = -(-count // micro_batch)

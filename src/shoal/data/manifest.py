@@ -66,7 +66,7 @@ class Written:
 
 @dataclass
 class Journal:
-    """The progress of preparing. Each shard is recorded once it is complete on disk, so a kill loses at most one."""
+    """The progress of preparing. A shard is recorded once it is complete on disk, so a kill loses at most one shard per split."""
 
     options: Mapping[str, Any]
     listing: list[CorpusFile]
@@ -110,7 +110,7 @@ def _written(saved: Any) -> Written:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """The counts and shards of a split. `tokens` includes one end-of-text token per document; `text_bytes` counts UTF-8 bytes."""
+    """The counts and shards of a split. `tokens` includes each document's begin and end tokens; `text_bytes` counts UTF-8 bytes."""
 
     documents: int
     tokens: int

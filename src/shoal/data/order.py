@@ -2,7 +2,7 @@
 The order of samples: a pure function of (seed, position). No torch, no state.
 
 An epoch visits range(n) in the order of a keyed Feistel permutation. Nothing is shuffled in memory, so any process can
-compute the sample at any position, and a run may resume with another number of processes.
+compute the sample at any position, and a run can resume with another number of processes.
 """
 
 from __future__ import annotations

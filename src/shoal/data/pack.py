@@ -49,7 +49,7 @@ class Rows(Protocol):
 
 
 def count_rows(num_tokens: int, seq_len: int) -> int:
-    """Return how many rows a stream of `num_tokens` fills; the last label is the token after its row."""
+    """Return how many rows a stream of `num_tokens` fills; a row's last label is the token after the row."""
     return max(0, (num_tokens - 1) // seq_len)
 
 
@@ -88,10 +88,10 @@ class PackedStream:
 
 def mask_documents(window: Ints, is_start: npt.NDArray[np.bool_]) -> RowArrays:
     """
-    Keep documents apart; both arguments are [rows, seq_len + 1].
+    Return the rows of `window` with their documents kept apart.
 
-    A label that is the first token of another document is ignored. Positions restart with each document; a document
-    continued from the previous row starts at 0 here too.
+    window: tokens, [rows, seq_len + 1]. is_start: whether a document starts at each token, same shape. A label that is the
+    first token of another document is ignored. Positions restart at 0 with each document and with each row.
     """
     labels = np.where(is_start[:, 1:], IGNORED_LABEL, window[:, 1:])
     begins = is_start[:, :-1].copy()

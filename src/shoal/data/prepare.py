@@ -100,8 +100,8 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
 
     After a kill at any moment, the next call resumes after the last finished shard and writes the same bytes.
     `data.rebuild` makes the tokens again unless they are intact and the corpus is unchanged, so repeated or
-    concurrent calls rebuild once. rows: rows of the model's embedding, if known; a tokenizer with more tokens is
-    rejected before the corpus is read. Raises DataError.
+    concurrent calls rebuild once. rows: the number of rows of the model's embedding, None if unknown; a tokenizer with more
+    tokens is rejected before the corpus is read. Raises DataError.
     """
     given = named_tokenizer(data)
     if given is not None and rows is not None:
@@ -165,7 +165,7 @@ def _notes(corpus: Corpus) -> list[str]:
 
 
 def _is_current(folder: Path, data: Data) -> bool:
-    """Return whether preparing again would give the same bytes. Reads every byte; DataError if the corpus is gone."""
+    """Return whether preparing again would give the same bytes. Reads every byte. Raises DataError if the corpus is gone."""
     corpus = open_corpus(data)
     try:
         manifest = load_manifest(folder)
@@ -256,7 +256,7 @@ class _Ticks:
         return tick
 
     def repeat(self) -> None:
-        """Report the last place again while nothing is read."""
+        """Report the place reached last. Called repeatedly while nothing is read."""
         phase, done = self._last
         self._progress(phase, done, self.total)
 

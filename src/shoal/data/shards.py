@@ -4,7 +4,7 @@ Token shards: memory-mapped safetensors files, each block verified on first read
     train-00000.safetensors
         starts  int64  [documents]   where each document starts, in tokens of this shard
         checks  uint32 [blocks]      zlib.crc32 of each 64 KiB of the tokens' bytes
-        tokens  uint16 or uint32 [n] documents end to end, each with its end-of-text token
+        tokens  uint16 or uint32 [n] documents end to end, each with its begin and end tokens
 
 The bytes before the tokens (the "head") have a CRC in the manifest. A block of tokens is compared with its CRC when it
 is first read. So opening is cheap, and altered bytes are never trained on.
@@ -160,7 +160,7 @@ class TokenStream:
         return np.concatenate(found)
 
     def _spans(self, start: int, stop: int) -> list[tuple[Shard, int, int, int]]:
-        """Return (shard, its offset in the split, first, last + 1 in the shard) for each shard in [start, stop)."""
+        """Return (shard, its offset in the split, start and stop in the shard) for each shard with tokens in [start, stop)."""
         if not 0 <= start < stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
         first = int(np.searchsorted(self._begins, start, side="right")) - 1

@@ -15,7 +15,7 @@ from shoal.data.tokens import tokenize
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
 
-NAME_CHARACTERS = 80  # maximum of a tokenizer's name in a folder's name; file systems allow 255 in all
+NAME_CHARACTERS = 80  # maximum length of a tokenizer's name in a folder's name, which file systems limit to 255 bytes
 
 
 def named_tokenizer(data: Data) -> Tokenizer | None:
@@ -24,7 +24,7 @@ def named_tokenizer(data: Data) -> Tokenizer | None:
 
 
 def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return everything the tokens depend on except the corpus's content. Rows and their order are not part of it."""
+    """Return everything the tokens depend on except the corpus's content. The options of rows and their order are omitted."""
     options: dict[str, Any] = {"format": FORMAT, "corpus": data.corpus, "val_fraction": data.val_fraction}
     options["shard_tokens"] = data.shard_tokens
     match data.corpus:

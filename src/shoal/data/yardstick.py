@@ -1,7 +1,8 @@
 """
 Compress the held-out text of prepared data with gzip and xz, cold and primed with training text (`compression.py`).
 
-It takes seconds to a minute. So a separate process does it once per prepared data, and saves the result beside the tokens:
+This takes from seconds to a minute. So a separate process does it once for each folder of prepared data, and saves the result
+beside the tokens:
 
     python -m shoal.data.yardstick FOLDER [--idle]
 
@@ -33,7 +34,7 @@ from shoal.system.signals import die_with_parent
 TRAINING_BYTES = 32_000_000  # maximum training text to prime with: xz reads one or two megabytes a second
 HELD_OUT_BYTES = 16_000_000  # maximum held-out text to compress
 POLL_SECONDS = 0.1
-PATIENCE_SECONDS = 1.0  # before the console names what it waits for
+PATIENCE_SECONDS = 1.0  # of waiting, before `Measuring.wait` calls `waits`
 FLAGS = {"xz": "xz -9e", "gzip": "gzip -9"}
 
 
@@ -114,7 +115,8 @@ class Measuring:
         """
         Return the result, or why there is none.
 
-        go_on: called ten times a second; returning False stops waiting. waits: called once if it takes over a second.
+        seconds: the maximum wait. go_on: a function called ten times a second; the wait ends if it returns False. waits: a
+        function called once, if the wait exceeds a second.
         """
         began, told = time.monotonic(), False
         while self._process is not None and self._found is None:

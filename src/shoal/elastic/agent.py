@@ -52,7 +52,7 @@ class Agent(LocalElasticAgent):
     def __init__(
         self, spec: WorkerSpec, config: Config, stop: SignalForwarder, meeting: Meeting, crashes: Crashes
     ) -> None:
-        """crashes: the launcher's count, kept from one rendezvous to the next."""
+        """crashes: the launcher's count of crashes, kept from one rendezvous to the next."""
         self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))  # for the workers' pages, and torch's own files
         logs = DefaultLogsSpecs(log_dir=str(self._folder))
         super().__init__(spec=spec, logs_specs=logs, start_method="spawn", exit_barrier_timeout=30)
@@ -181,7 +181,7 @@ class Agent(LocalElasticAgent):
         return RunResult(state=WorkerState.FAILED, failures=super()._monitor_workers(worker_group).failures)
 
     def _stop_workers(self, worker_group: Any) -> None:
-        """Stop the workers before a restart: let them save if a node joins, else kill them, since they wait for a dead one."""
+        """Stop the workers before a restart: let them save if a node joins, else kill them, since they wait for a dead worker."""
         if self._machines and self._pcontext is not None:
             news = self._meeting.rendezvous.news
             if news == "joins" or self._machines.is_regrouping():
@@ -292,7 +292,11 @@ class Agent(LocalElasticAgent):
         return "the last checkpoint" if self.has_checkpoint else "the beginning: there is no checkpoint yet"
 
     def _followed_another_machine(self, codes: set[int]) -> bool:
-        """Return whether workers here died because of one on another node. An abort counts only if another node crashed first."""
+        """
+        Return whether workers here died because of a worker on another node.
+
+        An abort counts only if another node crashed first.
+        """
         assert self._machines is not None
         if codes == {EXIT_LOST_PEER}:
             return True
@@ -337,7 +341,7 @@ def _in_thread(do: Callable[[], None]) -> None:
 
 def _kill(processes: Any) -> None:
     """
-    Kill workers that wait for a dead one: they would not handle SIGTERM before a collective's timeout.
+    Kill workers that wait for a dead worker: they would not handle SIGTERM before a collective's timeout.
 
     SIGKILL also reaches stopped processes. A process in state D dies only when its device answers, so the wait for it is limited.
     """

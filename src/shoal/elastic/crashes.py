@@ -14,10 +14,10 @@ FOLLOWS: Final = {EXIT_LOST_PEER: 2, -signal.SIGABRT: 1}
 
 
 class Crashes:
-    """Counts consecutive crashes, of any cause, without a later step in between."""
+    """Counts consecutive crashes, of any cause, that get no further than the latest step of the earlier ones."""
 
     def __init__(self, most: int) -> None:
-        """most: give up after this many crashes."""
+        """most: the number of such crashes after which the run gives up."""
         self.most = most
         self.count = 0
         self.step = -1  # the latest step at which the run crashed

@@ -2,8 +2,9 @@
 Heartbeats of a worker, and how long it may be silent.
 
 The launcher gives its workers a folder. Each worker keeps a page of 112 bytes there: nine integers of 8 bytes, then the name
-of its phase. The page holds the step and phase, since when, the deadline for further progress, whether the worker waits for
-others, the number of steps taken, and its newest checkpoint. Both processes map the page, so a heartbeat is a memory write.
+of its phase. The page holds the step, the phase, the time of the last heartbeat, the deadline for further progress, whether
+the worker waits for other ranks, the number of steps taken, and the step of the newest checkpoint. Both processes map the
+page, so a heartbeat is a memory write.
 Times are CLOCK_MONOTONIC's, which all processes of a machine share. No torch.
 """
 
@@ -135,7 +136,8 @@ class Heartbeat:
     In a step, call `begin`, then `beat` at each phase. Between steps (evaluation, saving, the end), call `outside`, repeatedly
     if it takes long.
 
-    tell: called with each phase before the first step and between steps, and with None when a step begins.
+    tell: a function called with each phase outside steps, with "first step" when the first step begins, and with None when a
+    later step begins.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class Machines:
     """
     The machines of one rendezvous round. If the store is lost, queries return defaults.
 
-    store: a store used by this round only. rank: this machine's, from 0. count: the number of machines.
+    store: a store used by this round only. rank: this machine's number, from 0. count: the number of machines.
     """
 
     def __init__(self, store: Store, rank: int, count: int) -> None:
@@ -60,8 +60,8 @@ class Machines:
         """
         Exchange hosts and configs with all machines; return whether all configs match.
 
-        stays: this machine was in the previous round; the configs of those machines are the reference. Raises `LaunchError`
-        if this machine's config differs from the reference.
+        stays: whether this machine was in the previous round. The reference is the config of the first machine that was, or of
+        machine 0 if there is none. Raises `LaunchError` if this machine's config differs from the reference.
         """
         self._store.set(f"machine/{self._rank}", json.dumps([host, config, stays]))
         found = [json.loads(self._store.get(f"machine/{rank}")) for rank in range(self._count)]
@@ -78,7 +78,11 @@ class Machines:
         return not differing
 
     def describe(self, before: Sequence[str] | None, processes: int) -> str:
-        """Describe the machines, and which left or joined since `before`."""
+        """
+        Describe the machines, and which left or joined since the previous round.
+
+        before: the hosts of the previous round; None if there was none. processes: the number of workers on all machines.
+        """
         text = (
             f"{self._count} node{'s' * (self._count > 1)} ({', '.join(self.hosts)}), "
             f"{processes} process{'es' * (processes > 1)}"

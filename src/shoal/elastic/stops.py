@@ -16,7 +16,7 @@ class StopRequested(Exception):
 
 
 class SignalForwarder:
-    """Forwards each stop signal to the workers once. A second SIGINT (Ctrl-C) kills them."""
+    """Sends each worker SIGTERM once, whichever stop signals arrive. A SIGINT (Ctrl-C) after the first signal kills the workers."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

@@ -93,7 +93,7 @@ class _Launcher:
                 raise
             self._say_broken_off(error)
             return None
-        agent.close()  # its narrator's last line comes before the outcome
+        agent.close()  # prints its narrator's last line, before the outcome
         code = _outcome(agent, result)
         if code == 1 and agent.alone_at_fault and agent.others_can_go_on:
             meeting.rendezvous.leave()

@@ -148,9 +148,10 @@ def _used(pid: int) -> tuple[float, int]:
 
 def may_take_long(sign: Sign) -> bool:
     """
-    Return whether a busy process may take unlimited time in this phase, since the machine may be loaded.
+    Return whether a process in this phase may take unlimited time while it is busy, since the machine may be loaded.
 
-    Except in `strict` steps after the first: the user set their limit, or a GPU computes, whose host looks busy while it waits.
+    False while it waits for other ranks. False also in `strict` steps after the first, except while it reads data: the user
+    set the limit of these steps, or a GPU computes, whose host looks busy while it waits.
     """
     return not sign.waits and not (sign.strict and sign.in_step and sign.taken and sign.phase not in LOCAL_PHASES)
 
@@ -168,7 +169,7 @@ class Watch:
         self._saved = 0  # newest checkpoint on closed pages
 
     def start(self, ranks: Sequence[int], seconds: float) -> None:
-        """Prepare pages for workers of `ranks`, in local rank order; allow `seconds` for their first heartbeat."""
+        """Prepare pages for workers of `ranks`, in local rank order; allow `SOONER` times `seconds` for their first heartbeat."""
         self.close()
         self._pages = {local: (rank, Page(self._folder, local)) for local, rank in enumerate(ranks)}
         for _, page in self._pages.values():
@@ -201,8 +202,8 @@ class Watch:
         """
         Return the rank that causes a hang if a running worker is late, else None.
 
-        Also None if that rank is busy with work that may take long. pids: local rank -> process id. elsewhere: returns the
-        status of workers on other machines.
+        Also None if that rank is busy with work that may take long, or if a rank compiles within its time limit. pids: local
+        rank -> process id. elsewhere: a function that returns the status of workers on other machines.
         """
         now = time.monotonic()
         self._pauses.tick(now)

@@ -1,4 +1,4 @@
-"""Tells the heartbeat of compilations: local work during which a worker is not late."""
+"""Reports compilations to the heartbeat, since they get the time limit of work outside steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def told_of_compilations(heartbeat: Heartbeat, *, compiles: bool) -> Iterator[No
     """
     Have torch's compiler tell `heartbeat` when a compilation begins and ends, at any step inside the block.
 
-    compiles: False does nothing, and does not import the compiler.
+    compiles: whether the run compiles its model. False does nothing, and does not import the compiler.
     """
     if not compiles:
         yield

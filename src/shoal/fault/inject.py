@@ -2,10 +2,10 @@
 Planned faults, for tests of recovery: without a plan nothing happens.
 
 A plan is JSON in the environment variable SHOAL_FAULTS: a list of {"step", "phase", "rank", "fault", "life"}. A fault happens
-once, when its rank reaches its phase (see `POINTS`) in that step or a later one; the event "fault" is recorded first.
+once, when its rank reaches its phase (see `POINTS`) in that step or a later one; an event "fault" is recorded just before.
 `life` counts the starts of the run's workers from 0, so a fault does not recur when the step is repeated.
 
-The fault "slow" also has "seconds" and "steps": it delays its phase by "seconds" in each of "steps" steps.
+The fault "slow" also has "seconds" and "steps": it delays its phase by "seconds" in each of "steps" steps. It records no event.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def flip(shards: Sequence[Shard]) -> None:
 
 
 def tear(checkpoints: Path) -> None:
-    """Truncate the newest checkpoint, as after a power cut on a disk that lied about flushing; then kill this process."""
+    """Truncate a shard of the newest checkpoint, as a power cut does on a disk that lied about flushing; kill this process."""
     newest = max(checkpoints.glob("step-*/*.safetensors"), default=None)
     if newest is not None:
         os.truncate(newest, newest.stat().st_size // 2)

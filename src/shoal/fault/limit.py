@@ -28,11 +28,16 @@ class TimeLimit:
     """
     Decides at each step whether to stop: if the time left is less than
 
-        2 * slowest save + 3 * slowest recent step (with the time up to the next step) + 10 s.
+        2 * slowest save + 3 * slowest recent step (from one call of `is_due` to the next) + 10 s.
     """
 
     def __init__(self, ends: float | None, state_bytes: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start the clock. ends: time of `clock`; None disables the limit. state_bytes: of this process, to guess a save's time."""
+        """
+        Start the clock.
+
+        ends: the reading of `clock` at which the time is up; None disables the limit. state_bytes: the bytes of state that this
+        process saves, from which the time of the first save is estimated.
+        """
         self._ends, self._clock = ends, clock
         self._save_seconds = state_bytes / SLOW_DISK
         self._seen_save = False

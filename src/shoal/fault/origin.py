@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, order=True)
 class Origin:
-    """The place where NaN or Inf appeared; the smaller of two came first."""
+    """The place where NaN or Inf appeared. Places compare in the order of computation."""
 
     in_gradient: bool  # gradients come after every output
     stage: int
-    turn: int  # modules called before it
+    turn: int  # modules called so far, this one included; 0 for a gradient
     name: str
 
     def __str__(self) -> str:

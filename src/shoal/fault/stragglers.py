@@ -31,8 +31,8 @@ class Stragglers:
     """
     Compares each rank's seconds in each phase with the median of its peers, itself excluded.
 
-    A rank becomes slow in a phase after `IN_A_ROW` steps that take more than `factor` times the median, and exceed it by a
-    twentieth of a step and a hundredth of a second. It recovers after as many steps with at most half that excess. A time
+    A rank becomes slow in a phase after `IN_A_ROW` consecutive steps that take more than `factor` times the median, and exceed it
+    by a twentieth of a step and a hundredth of a second. It recovers after as many steps with at most half that excess. A time
     of 0 was not measured and is ignored.
     """
 
@@ -73,7 +73,7 @@ class Stragglers:
 
     def _usual(self, seconds: NDArray[np.float64]) -> NDArray[np.float64]:
         """
-        Return for each rank the median seconds of its peers without itself; its own if it has none.
+        Return for each rank the median seconds of its peers without itself; its own seconds if it has no peers.
 
         The median is exact for ranks in the slower half, which are the only ones that can be slow.
         """

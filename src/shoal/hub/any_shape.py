@@ -1,7 +1,7 @@
 """
 The config.json of any transformers model, read into the values of our `Model` that other modules use.
 
-Only keys with a common meaning are read, under the names that configs use for them. transformers does the arithmetic.
+Only keys that mean the same in all configs are read, under any of their usual names. transformers does the arithmetic.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def read_any_shape(config: Json, where: str) -> dict[str, Any]:
         lines = "\n".join(f"  {line}" for line in problems)
         raise ModelError(f"{where} cannot be trained through transformers:\n{lines}")
     longest = values["max_seq_len"] or 0
-    values["max_seq_len"] = longest if longest > 0 else UNBOUNDED  # some use 0 or -1 for no maximum
+    values["max_seq_len"] = longest if longest > 0 else UNBOUNDED  # some configs use 0 or -1 for no maximum
     values["dropout"] = max(drop_rates(config).values(), default=0.0)
     if isinstance(config.get("tie_word_embeddings"), bool):
         values["tie_embeddings"] = config["tie_word_embeddings"]
@@ -55,7 +55,7 @@ def read_any_shape(config: Json, where: str) -> dict[str, Any]:
 
 
 def _key_of(config: Json, ours: str) -> str | None:
-    """Return the first key for our option that has an integer: some models have a list there, one entry per block."""
+    """Return the first key for our option that has an integer: some models have a list there, with one entry per block."""
     return next((key for key in NAMES[ours] if type(config.get(key)) is int), None)
 
 

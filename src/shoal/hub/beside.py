@@ -54,7 +54,7 @@ class Dtypes:
 
 
 def keep_headers(model: ModelFolder, copy: Path) -> None:
-    """Record the dtypes and shapes of the weights: config.json may differ, and the folder may be deleted."""
+    """Record the weights' dtypes and shapes in `copy`: config.json may state another dtype, and the folder may be deleted."""
     others = {name: e.dtype for name, e in model.tensors.items() if e.dtype != model.dtype}
     tensors = {name: (entry.dtype, entry.shape) for name, entry in model.tensors.items()}
     write_whole(copy / HEADERS, [json.dumps({"dtype": model.dtype, "others": others, "tensors": tensors}).encode()])
@@ -82,7 +82,7 @@ def _refuse_stray(folder: Path, path: Path) -> None:
 
 
 def copy_files(folder: Path, target: Path, names: tuple[str, ...]) -> list[str]:
-    """Copy those of `names` that `folder` has, and return them. Raises `ModelError`."""
+    """Copy those of `names` that `folder` has to `target`; return them. Raises `ModelError` for a link out of `folder`."""
     found = [name for name in names if (folder / name).is_file()]
     for name in found:
         _refuse_stray(folder, folder / name)

@@ -49,7 +49,7 @@ class Request:
 
     name: str
     folder: Path
-    revision: str | None = None  # None: the one already downloaded, or else main
+    revision: str | None = None  # None: the revision already downloaded, or else main
     force: bool = False
     verify: bool = False
 
@@ -67,7 +67,7 @@ def fetch_model(
     """
     Return the folder of a model, fetched if it is missing. Of several processes, one fetches and the others wait.
 
-    After a kill at any moment, the next call resumes. `force` fetches again; the old folder remains until the new one
+    After a kill at any moment, the next call resumes. `force` fetches again; the old folder remains until the new folder
     is complete. `verify` hashes existing files instead of comparing sizes. Raises `ModelError`.
     """
     check_name(name)
@@ -98,7 +98,7 @@ def _cure(error: OSError) -> str:
 
 
 def _fetch_alone(request: Request, tell: Callable[[str], None], progress: Progress) -> None:
-    """Fetch under the lock, unless another process finished it while this one waited."""
+    """Fetch under the lock, unless another process finished the fetch while this one waited."""
     folder = request.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     before = _stamp(folder)
@@ -198,7 +198,11 @@ def _holds_something(folder: Path) -> bool:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raise `ModelError` if the folder holds anything that `shoal fetch` did not write, which is never removed."""
+    """
+    Raise `ModelError` if the folder holds files but no record of a fetch, or a visible file that its record does not list.
+
+    Such files are never removed.
+    """
     if not _holds_something(folder):
         return
     if not (folder / RECORD).exists():

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-NAMES_COMPARED = 10_000  # per folder; more would take longer than a hint is worth
+NAMES_COMPARED = 10_000  # file names in one folder; comparing more would take longer than a hint is worth
 
 
 def find_model(name: str, kept: Path | None = None) -> Path:

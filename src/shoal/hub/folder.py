@@ -29,7 +29,7 @@ class ModelFolder:
 
     path: Path
     config: Mapping[str, Any]  # config.json
-    tensors: Mapping[str, Entry]  # by the name they have in the files
+    tensors: Mapping[str, Entry]  # by their names in the files
 
     @classmethod
     def open(cls, path: Path) -> ModelFolder:
@@ -81,7 +81,7 @@ def _kept_headers(path: Path) -> dict[str, Entry]:
 
 
 def _merge(files: Mapping[Path, set[str]]) -> dict[str, Entry]:
-    """Return the tensors of all files. Raises `ModelError` if a file lacks a name that the index promises."""
+    """Return the tensors of all files. Raises `ModelError` if a file is damaged, lacks an indexed tensor, or repeats one."""
     tensors: dict[str, Entry] = {}
     for file, promised in files.items():
         try:
@@ -100,7 +100,7 @@ def _merge(files: Mapping[Path, set[str]]) -> dict[str, Entry]:
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str]]:
-    """Return the weight files, each with the tensor names that the index lists for it; no names without an index."""
+    """Return the weight files, each with the set of tensor names that the index lists for it; empty sets without an index."""
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: set()}
     if (folder / INDEX).is_file():
@@ -125,7 +125,7 @@ def _indexed_files(folder: Path) -> dict[Path, set[str]]:
 
 
 def shard_names(index: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Return tensor -> file of an index read from `path`. Raises `ModelError` for a file outside its folder."""
+    """Return tensor -> file from an index read from `path`. Raises `ModelError` if none is listed, or one outside its folder."""
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise _broken(path, "has no weight_map that lists the file of each tensor")

@@ -49,8 +49,8 @@ def header_bytes(
     """
     Return the bytes of a safetensors file before its data: the header's length, then the header.
 
-    tensors: name -> (dtype, shape), in the order of the data. spaced: with spaces between JSON tokens. Spaces at the end
-    align the data to 8 bytes.
+    tensors: name -> (dtype, shape), in the order of the data. spaced: whether to put spaces between JSON tokens.
+    Spaces at the end align the data to 8 bytes.
     """
     header: dict[str, object] = {"__metadata__": metadata}
     start = 0

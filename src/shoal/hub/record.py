@@ -15,7 +15,7 @@ MODELS = Path("models")  # where `shoal fetch model NAME` puts NAME
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file's size and hash, as the hub states them."""
+    """The size and SHA-256 of a complete file."""
 
     bytes: int
     sha256: str

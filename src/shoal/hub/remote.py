@@ -37,7 +37,7 @@ PAUSE_SECONDS = 1.0  # after such a connection
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the hub states it, with one of the two hashes."""
+    """A file in the hub's listing, with one of the two hashes."""
 
     name: str
     bytes: int
@@ -46,7 +46,7 @@ class RemoteFile:
 
     @property
     def hash(self) -> str:
-        """The identity of the content."""
+        """The hash of the content: the SHA-256 if the hub states it, else git's."""
         return self.sha256 or self.git_sha1 or ""
 
 
@@ -148,7 +148,7 @@ def _remote_file(name: str, file: RepoSibling) -> RemoteFile:
 
 
 def _endpoint() -> str:
-    """Return HF_ENDPOINT without a password."""
+    """Return HF_ENDPOINT without a user name and password."""
     return without_password(constants.ENDPOINT)
 
 
@@ -200,5 +200,5 @@ def _answer(error: HfHubHTTPError, name: str, revision: str) -> str:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Return whether a retry may succeed: after a lost connection, or a hub's own error."""
+    """Return whether a retry may succeed: after a lost connection, or a server error (5xx)."""
     return not isinstance(error, HfHubHTTPError) or error.response.status_code >= 500

@@ -107,9 +107,9 @@ def read_shape(config: Json, where: str) -> Shape:
 def may_differ(values: Json, key: str, given: Any) -> bool:
     """Return whether the user's value `given` may override the folder's value of our option `key`."""
     family = FAMILIES[values["family"]]
-    if family.native:  # no weight depends on these; learned positions have max_seq_len rows
+    if family.native:  # no weight depends on these; learned position embeddings have max_seq_len rows
         return key in ("dropout", "init_std") or (key == "max_seq_len" and family.rotary)
-    # its several dropout rates can be kept or all disabled; the context may be shorter
+    # a transformers model can keep its several dropout rates or disable all; its context may be shorter
     return (key == "dropout" and given == 0) or (
         key == "max_seq_len" and isinstance(given, int) and given < values[key]
     )
@@ -121,11 +121,11 @@ def read_model(
     """
     Return the shape of a folder, or of a model by its name, and its tokenizer's folder, if it has one.
 
-    family: as set by the user; "hf" reads any config, None only configs of shoal's own families. kept: see `resolve`.
-    Raises `ModelError`.
+    family: the family that the user set; "hf" reads any config, other values and None read only configs of shoal's own
+    families. kept: see `resolve`. Raises `ModelError`.
     """
     shape, tokenizer = read_folder(ModelFolder.open(find_model(name, kept.get(name))), family)
-    # name a kept copy as data.tokenizer does (the last name), so that the config of a resumed run does not change
+    # for a kept copy, return its name in data.tokenizer (the last name), so that the config of a resumed run does not change
     names = [other for other, folder in kept.items() if str(folder) == tokenizer]
     return shape, names[-1] if names else tokenizer
 
@@ -218,8 +218,8 @@ def write_shape(shape: Model, base: Json | None = None) -> dict[str, Any]:
     """
     Return the `config.json` of a resolved shape, without dtype and token ids.
 
-    base: the config that the model came with, whose other keys are kept. Raises `ModelError` if no type of model has
-    this shape.
+    base: the config that the model came with, whose other keys are kept; None for a model that was not started from a
+    folder. Raises `ModelError` if no type of model has this shape.
     """
     family = FAMILIES[shape.family]
     if not family.native:

@@ -41,7 +41,7 @@ class Kind:
 
 
 def wrong_values(said: Json, kinds: Mapping[str, Kind], inside: str = "") -> Iterator[str]:
-    """Yield a line for each key with an invalid value. inside: the key of the object `said`, for messages."""
+    """Yield a line for each key with an invalid value. inside: prefix of keys in messages, for a nested object `said`."""
     for key, kind in kinds.items():
         value = said.get(key)
         if value is not None and not kind.takes(value):

@@ -63,7 +63,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Text:
-    """A text to score: its file, its size, and its windows in tokens (None: see `score.choose_windows`)."""
+    """A text to score, and the length and stride of its windows in tokens (None: the defaults of `score.choose_windows`)."""
 
     file: Path
     content: str

@@ -54,7 +54,7 @@ def evaluate_model(
 
 
 def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrator) -> dict[str, Any]:
-    """Return the loss on all held-out text, and the compression of the same text by gzip and xz."""
+    """Return the loss on all held-out text, and gzip's and xz's bits per byte on the same text, or on a sample of a large one."""
     assert wanted.target is not None
     narrator.begin("loading the model")
     run = load_run(wanted.runs, wanted.target, step=wanted.step, device=wanted.device, dtype=wanted.dtype)

@@ -98,7 +98,8 @@ def export_checkpoint(
     Export a checkpoint of the run in `folder` to `place`.
 
     dtype: "float32", "bfloat16" or "float16"; None: each tensor's original dtype if the run started from weights, else
-    float32. Raises `ModelError` if `place` cannot be written or lacks space, `CheckpointError` if the checkpoint is damaged.
+    float32. Raises `ModelError` if `place` cannot be written or lacks space, or if transformers rejects the export;
+    `CheckpointError` if the checkpoint is damaged.
     """
     console = console or Console(speaks=False)
     config, source = folder.load_config(), Source.of(folder)

@@ -115,7 +115,7 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: s
     """
     Load run `target` (a name under `runs`, or a folder) at `step` (None: the last), its weights in float32.
 
-    dtype: the compute dtype; "auto": that of training, but float32 on a CPU that is slow in it. Raises `RunError`,
+    dtype: the compute dtype; "auto" uses the dtype of training, or float32 on a CPU that is slow in it. Raises `RunError`,
     `CheckpointError`, or `LaunchError` if the device lacks the dtype.
     """
     folder, saved = find_checkpoint(runs, target, step)
@@ -133,7 +133,7 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: s
 
 
 def run_dtype(trained: str, wanted: str, device: torch.device) -> str:
-    """Return a run's compute dtype: "auto" is that of training, but float32 on a CPU that is slow in it."""
+    """Return a run's compute dtype: "auto" means the dtype of training, or float32 on a CPU that is slow in it."""
     if wanted != "auto":
         return wanted
     slow = trained == "float16" or (trained == "bfloat16" and not multiplies_bfloat16())
@@ -144,8 +144,9 @@ def load_folder(name: str, *, family: str | None = None, device: str, dtype: str
     """
     Load the model in folder `name`, or in the folder that `find_model` finds for that name.
 
-    family: "hf" runs it through transformers, None through shoal's own code. dtype: the compute dtype; "auto": that of the
-    weights if it is fast on the device, else float32. Raises `ModelError`, or `LaunchError` if the device lacks the dtype.
+    family: the code that runs the model: "hf" for transformers, None for shoal's own. dtype: the compute dtype; "auto" uses
+    the weights' dtype if it is fast on the device, else float32. Raises `ModelError`, or `LaunchError` if the device lacks
+    the dtype.
     """
     folder, place = ModelFolder.open(find_model(name)), find_device(device)
     shape, tokens_from = read_folder(folder, family)
@@ -162,7 +163,7 @@ def load_folder(name: str, *, family: str | None = None, device: str, dtype: str
 
 
 def _model_of(shape: Shape, name: str, folder: ModelFolder) -> Model:
-    """Return the model section, its context limited to the sliding window (not implemented). Raises `ModelError`."""
+    """Return the model section. Its context is limited to the sliding window, which is not implemented. Raises `ModelError`."""
     values = {**shape.values, "from_": name}
     if shape.window is not None:
         values["max_seq_len"] = min(shape.window, values["max_seq_len"])

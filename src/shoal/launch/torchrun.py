@@ -33,7 +33,7 @@ def plan_processes(
     """
     Return `config` with `launch.processes` and `launch.threads` chosen for this machine. Raises `LaunchError`.
 
-    before: the config of the run that resumes. say: called with a message if other programs use the cores.
+    before: the config of the run to resume; None for a new run. say: a function called with a message if too few cores are free.
     """
     use_cpu = config.train.device == "cpu" or (config.train.device == "auto" and gpus == 0)
     cores = count_cores()
@@ -59,7 +59,11 @@ def plan_processes(
 
 
 def _processes_for(config: Config, usual: int, *, grow: bool) -> int:
-    """Return the processes that the layout needs. If an axis takes the remainder, `grow` allows up to `usual`."""
+    """
+    Return the number of processes that the layout needs, or a multiple of it up to `usual` if an axis takes the remainder.
+
+    usual: this machine's default number of processes. grow: whether to use a multiple even if the layout needs several processes.
+    """
     layout = find_layout(config.parallel, None)
     if isinstance(layout, str):
         raise LaunchError(layout)
@@ -71,10 +75,11 @@ def _processes_for(config: Config, usual: int, *, grow: bool) -> int:
 
 def fixed_threads(config: Config, share: int, before: Config | None) -> int | None:
     """
-    Return the CPU threads of a process if they are fixed: by the user, by `repro: bitwise` (one), or by the run; else None.
+    Return the CPU threads of a process if they are fixed, else None.
 
-    The thread count changes the order of float additions, so a run keeps its count while it fits in `share`, the cores per
-    process.
+    They are fixed by the user, by `repro: bitwise` or a share of one core (one thread), or by the run to resume, whose config is
+    `before`. The thread count changes the order of float additions, so a run with as many processes as before keeps its count
+    while it fits in `share`, the cores per process.
     """
     if config.launch.threads or config.train.repro == "bitwise" or share <= 1:
         return config.launch.threads or 1
@@ -86,9 +91,10 @@ def choose_threads(fixed: int | None, processes: int = 1, *, say: Callable[[str]
     """
     Return the CPU threads of a process: `fixed`, or its share of the cores that other programs leave free.
 
-    If there are fewer free cores than threads, this calls `say` and makes idle threads sleep. By default OpenMP's idle
-    threads spin for some milliseconds. Spinning is faster on free cores, but if another program holds one thread's core,
-    the others burn theirs, and everything takes ten to fifty times as long. Call this before torch is imported.
+    If there are fewer free cores than threads or than cores in the share, this calls `say` and makes idle threads sleep. By
+    default OpenMP's idle threads spin for some milliseconds. Spinning is faster on free cores. But if another program uses one
+    thread's core, the other threads spin while they wait for it, and everything takes ten to fifty times as long. Call this
+    before torch is imported.
     """
     cores = count_cores()
     share = max(1, cores // processes)
@@ -120,7 +126,7 @@ def fit_to_place(config: Config, place: Place, before: Config | None = None) -> 
 
     Sets the variables of `worker_environment`, which torch reads on import. Raises `LaunchError`.
 
-    before: the config of the run that resumes.
+    before: the config of the run to resume; None for a new run.
     """
     if config.launch.processes not in (None, place.local_world_size):
         raise LaunchError(
@@ -181,9 +187,10 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     """
     Run `shoal ARGV` in `launch.processes` workers on this node, one of `launch.nodes`; return the exit code.
 
-    0: the run finished. 85: it was asked to stop before the end, and saved if it could. 2: a worker found bad input, whose
-    message is printed here once. 1: workers died more often than `launch.max_restarts` or `launch.max_crashes` allow. All
-    nodes end with the same code.
+    0: the run finished. 85: it was asked to stop before the end, and saved if it could; or it lost the rendezvous or too many
+    nodes. 2: a worker found bad input, or the model does not fit in memory; the message is printed here once. 1: workers died
+    more often than `launch.max_restarts` or `launch.max_crashes` allow, or too few nodes ever joined. Nodes that end together
+    end with the same code.
     """
     assert config.launch.processes
     assert config.launch.threads

@@ -18,7 +18,8 @@ class Vote:
     """
     The numbers that one module contributes, and the function that gets their sums over the world.
 
-    The count of numbers is the same on every rank. The sums may arrive a step later: `hear` keeps the state it needs then.
+    The count of numbers is the same on every rank. The sums may arrive a step later, so `hear` must hold the state that it
+    needs then.
     """
 
     numbers: Sequence[float]

@@ -67,5 +67,5 @@ class Shard:
     tensor: torch.Tensor
     parameter: nn.Parameter
     counted: bool = True
-    summed_over_tp: bool = False  # replicated over `tp`; each rank has a partial gradient
-    twin: bool = False  # the last pipeline stage's copy of a tied embedding
+    summed_over_tp: bool = False  # whether it is replicated over `tp` with a partial gradient on each rank
+    twin: bool = False  # whether it is the last pipeline stage's copy of a tied embedding

@@ -73,7 +73,7 @@ class Busy:
     """
 
     def __init__(self, device: torch.device, turns: int, *, measures: bool = True) -> None:
-        """Start measuring. turns: number of forwards of this process in a step. measures: False disables measuring."""
+        """Start measuring. turns: number of forwards of this process in a step. measures: whether to measure at all."""
         self.waits = Waits()
         self._cuda, self._turns, self._measures = device.type == "cuda", turns, measures
         if measures and not self._cuda:
@@ -83,7 +83,7 @@ class Busy:
         self._begun: float | None = None
         self._waited = 0.0
         self._interrupted = False
-        self._steps: list[_Step] = []  # over on the host, perhaps not on the device
+        self._steps: list[_Step] = []  # steps that are over on the host, perhaps not on the device
         self._now = _Step()
 
     def begin(self) -> None:

@@ -48,5 +48,5 @@ def bits_depend_on(device: torch.device) -> dict[str, str | int]:
 
 
 def what_differs(before: Mapping[str, object], now: Mapping[str, object]) -> str:
-    """Return the differences in a line; empty if there are none."""
+    """Return the differences between two results of `bits_depend_on` in one line; empty if there are none."""
     return ", ".join(f"{k} {before.get(k, 'none')} -> {v}" for k, v in now.items() if before.get(k) != v)

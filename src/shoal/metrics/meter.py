@@ -68,7 +68,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class Meter:
-    """Turns steps into records of `metrics.jsonl`. Its arguments are floats: it never reads the device."""
+    """Turns steps into records of `metrics.jsonl`. Losses and norms are passed as floats: it reads no tensor."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
         self._config, self._mesh = config, mesh
@@ -89,18 +89,18 @@ class Meter:
         self._last, self._steps_since = Moment(self._mesh.device), 0
 
     def begin(self, step: int) -> None:
-        """Begin `step`; time its phases if its split is due."""
+        """Begin `step`; time its phases if a time split is due."""
         self._timer = None
         if step % self._config.metrics.split_every == 0 or step == 2:
             self._timer = self._splits[step] = PhaseTimer(self._mesh.device)
 
     def enter(self, phase: str) -> None:
-        """Pass on to the timer of this step, if there is one."""
+        """Start timing `phase`, if this step's time split is measured."""
         if self._timer is not None:
             self._timer.enter(phase)
 
     def leave(self, phase: str) -> None:
-        """Pass on to the timer of this step, if there is one."""
+        """Stop timing `phase`, if this step's time split is measured."""
         if self._timer is not None:
             self._timer.leave(phase)
 
@@ -121,10 +121,10 @@ class Meter:
         last: bool = False,
     ) -> StepRecord | None:
         """
-        Return the record of `step`, or None if none is due; the run's last step always has one.
+        Return the record of `step`, or None if none is due; the run's first and last steps always have one.
 
-        over: the end of the step, perhaps long before this call. tokens: the run's total. step_tokens: this step's.
-        norm: None after an overflow.
+        over: the end of the step, perhaps long before this call. tokens: number of tokens trained on so far. step_tokens:
+        number of tokens in this step. norm: the gradient norm; None after an overflow. last: whether `step` is the last.
         """
         self._steps_since += 1
         if step % self._config.metrics.every and step != 1 and not last:

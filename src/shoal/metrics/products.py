@@ -45,7 +45,7 @@ def product_rates(
 
 
 def _best_seconds(n: int, dtypes: Sequence[torch.dtype], device: torch.device, end: float) -> list[float]:
-    """Return the best seconds of each dtype, measured alternately; infinite if there was no time."""
+    """Return the shortest seconds of an n x n product in each dtype, measured alternately; Inf if there was no time."""
     matrices = [torch.ones(n, n, device=device, dtype=dtype) for dtype in dtypes]
     best = [math.inf] * len(dtypes)
     for _ in range(_TURNS):

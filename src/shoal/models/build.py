@@ -90,7 +90,7 @@ def draw_region(
     out: Tensor, initial: Initial, seed: int, name: str, shape: torch.Size | tuple[int, ...], slices: tuple[slice, ...]
 ) -> None:
     """
-    Fill `out` with the region `slices`, rows first, of a parameter of unsharded `shape`.
+    Fill `out` with the region `slices` (one slice per dim) of a parameter of unsharded `shape`.
 
     Draws a few whole rows at a time: a rank that holds only some columns never allocates all columns of all its rows.
     """

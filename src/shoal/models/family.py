@@ -86,8 +86,8 @@ class LanguageModel(nn.Module, ABC):
         Return hidden states [B, T, D] after the last norm, in `compute_dtype`, for `logits` or `loss`.
 
         tokens_BT: on a later pipeline stage, the hidden states [B, T, D] of the previous one.
-        positions_BT: each token's position in its document; None: 0, 1, 2, ..., starting at the cache's length.
-        document_ids_BT: a token attends only to tokens with the same id; None: a row is one document.
+        positions_BT: each token's position in its document; None: consecutive positions, from the cache's length or 0.
+        document_ids_BT: a token attends only to tokens with the same id; None: each row is one document.
         cache: keys and values of earlier tokens, to which this call appends.
         """
         positions = self._positions(tokens_BT, positions_BT, cache)
@@ -121,7 +121,7 @@ class LanguageModel(nn.Module, ABC):
         return {}
 
     def head_weight(self) -> Tensor:
-        """Return the output layer's weight [V, D], float32: that of a tied embedding, if there is no head."""
+        """Return the output layer's weight [V, D], float32; without a head, the tied embedding's weight."""
         return self.embed.weight if self.head is None else self.head.weight
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -44,9 +44,9 @@ def generate(
     Return the new tokens of each prompt, without the prompt and without the token of `eot_id` that ends the text.
 
     temperature: 0 is greedy. top_k, top_p: sample among the k likeliest tokens, and among the fewest whose probabilities
-    sum to top_p; both after the temperature. known_ids: never choose this id or a larger one: such ids only pad the
-    embedding and have no text. on_token(prompt's index, token): called as soon as a token is chosen. Put the model in eval
-    mode to disable dropout.
+    sum to top_p; both after the temperature. known_ids: the number of ids that have text; larger ids only pad the
+    embedding and are never chosen. None: all ids may be chosen. on_token(prompt's index, token): called as soon as a token
+    is chosen. Put the model in eval mode to disable dropout.
 
     Raises `GenerateError` for an empty or too long prompt, an unknown token, an option out of range, or logits that are
     NaN or Inf.
@@ -151,7 +151,7 @@ def _draw(logits_BV: Tensor, sampling: Sampling, index: int) -> Tensor:
     """
     Sample by inverse transform: the first token whose cumulative probability exceeds the uniform noise.
 
-    The largest of `logits_BV` is 0.
+    `logits_BV` are shifted so that each row's largest is 0.
     """
     # float64: rounding of a sum over 150,000 tokens, whose order differs by device, must not change the token
     probabilities_BV = torch.softmax(logits_BV / sampling.temperature, -1)

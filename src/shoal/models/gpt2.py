@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019, section 2.3): pre-LayerNorm blocks, learned positions, GELU, biases everywhere."""
+"""GPT-2 (Radford et al. 2019, section 2.3): pre-LayerNorm blocks, a learned position embedding, GELU, biases everywhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shoal.models.layers import Embedding, LayerNorm, Linear
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention; dropout on its probabilities."""
+    """Causal multi-head self-attention, with dropout on the attention probabilities."""
 
     def __init__(self, shape: Model) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class GPT2(LanguageModel):
         | norm weights | ones |
         | biases | zeros |
         | attention.o, ffn.down (they write to the residual stream) | normal, init_std / sqrt(2 num_layers) |
-        | all other matrices, including positions | normal, init_std |
+        | all other matrices, including the position embedding | normal, init_std |
         """
         if name.endswith("norm.weight"):
             return Initial("ones")

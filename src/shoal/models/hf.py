@@ -53,7 +53,7 @@ class HuggingFaceCache:
     def __init__(self, past: Any) -> None:
         self.past = past
         self.length = 0
-        self.tokens_BS: Tensor | None = None  # used if `past` is None
+        self.tokens_BS: Tensor | None = None  # all tokens so far, if `past` is None
         self.documents_BS: Tensor | None = None
 
     def extend(self, tokens_BT: Tensor, documents_BT: Tensor | None) -> None:
@@ -92,7 +92,7 @@ class HuggingFaceModel(LanguageModel):
             **{name: name for name in self._theirs.buffers}, **tied,
             **{name: tied.get(first, first) for name, first in in_files.items()},
         }  # fmt: skip
-        # Shared registries: names are transformers' own, and sharding or moving a parameter here changes it there.
+        # These registries are shared: names are transformers' own, and sharding or moving a parameter here changes it there.
         for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[registry] = causal_lm.__dict__[registry]
         takes = inspect.signature(type(decoder).forward).parameters
@@ -246,7 +246,7 @@ class HuggingFaceModel(LanguageModel):
 
 
 def _turns_again(config: Any, places: int) -> bool:
-    """Return whether cached and new keys could differ in rotation: LongRoPE selects one of two by the text's length."""
+    """Return whether cached and new keys could differ in rotation: LongRoPE selects one of two sets of angles by length."""
     rope = getattr(config, "rope_parameters", None) or {}
     first = getattr(config, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
     kinds = [part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)]
@@ -257,7 +257,7 @@ def find_blocks(decoder: nn.Module) -> dict[str, nn.Module]:
     """
     Return a decoder's layers by index: the longest list of modules that has one of the classes in `_no_split_modules`.
 
-    Raises `ModelError` if there is none.
+    If no list has one, return the longest list. Raises `ModelError` if the decoder has no list of modules.
     """
     names = set(getattr(decoder, "_no_split_modules", None) or ())
     lists: list[list[nn.Module]] = [list(m) for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m)]

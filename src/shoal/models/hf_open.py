@@ -66,7 +66,9 @@ def attention_of(kind: Any) -> str:
 
 def faster_attention_of(kind: Any, device: torch.device, dtype: torch.dtype) -> str | None:
     """
-    Return the FlashAttention library's name if it is installed and torch's own attention does not support the class.
+    Return FlashAttention's name if it is installed and supports the class, and torch's own attention does not; else None.
+
+    Also None on a CPU or in float32.
 
     Do not use it for packed documents: it separates documents only in batches of one row.
     """

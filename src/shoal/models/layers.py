@@ -80,7 +80,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight.to(x.dtype)
-        if x.is_cuda:  # there it is one fused kernel, forward and backward
+        if x.is_cuda:  # on CUDA F.rms_norm is one fused kernel, forward and backward
             return F.rms_norm(x, weight.shape, weight, self.eps)
         if not torch.is_grad_enabled():
             return _rms_norm(x, weight, self.eps)[0]
@@ -130,7 +130,7 @@ def products_by_quarters() -> Iterator[None]:
 
     These are the same sums in another order: the change of the results measures the effect of rounding alone.
     """
-    kinds: tuple[Any, ...] = (Linear, nn.Linear)  # shoal's, and that of transformers' models
+    kinds: tuple[Any, ...] = (Linear, nn.Linear)  # shoal's Linear, and the one in transformers' models
     plain = [kind.forward for kind in kinds]
 
     def forward(self: Linear, x: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ IGNORED = -100  # label of a token without loss
 # Each chunk of tokens costs a pass over the weight's gradient, so chunks are large (GPT-2's head with 1,024 tokens on a
 # CPU: 902 ms in one chunk, 1,115 ms in three, 1,871 ms in twelve).
 CHUNK_BYTES = 256 * 2**20
-# The softmax processes a chunk in slices. On a CPU they fit its cache, which saves 5% of the whole.
+# The softmax processes a chunk in slices. On a CPU they fit its cache, which saves 5% of the loss's time.
 SLICE_BYTES_CPU = 2 * 2**20
-# A GPU's matrix units need rows of a multiple of 16 bytes, and vocabulary sizes are odd (GPT-2's: 50,257). The cast copy
-# of the weight is padded with rows of zeros, which only the products use.
+# A GPU's matrix units need rows of a multiple of 16 bytes, which many vocabulary sizes do not give (GPT-2's:
+# 50,257). The cast copy of the weight is padded with rows of zeros, which only the products use.
 MULTIPLE_OF_ROWS = {"cuda": 64}
 
 

@@ -17,7 +17,7 @@ def inverse_frequencies(model: Model, device: torch.device) -> Tensor:
     """
     Return each pair's angle per position, theta^(-2i/d) radians, [head_dim / 2], float32; with Llama 3's scaling if set.
 
-    Computed at each use, not a buffer: a buffer would be uninitialized after moving from the meta device.
+    The angles are computed at each use. A buffer of them would be uninitialized after moving from the meta device.
     """
     assert model.head_dim is not None
     exponents = torch.arange(0, model.head_dim, 2, device=device, dtype=torch.float32) / model.head_dim
@@ -56,7 +56,7 @@ def rotate(x_BTHd: Tensor, rope: Rope) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotation whose backward rotates by the negative angle. In place, which saves a third of the memory passes."""
+    """Rotation whose backward rotates by the negative angle. It adds in place, which saves a third of the memory passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

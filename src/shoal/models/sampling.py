@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 from shoal.errors import GenerateError
 
-PROMPT_TOKENS, CHAT_TOKENS = 100, 512  # default maximum of new tokens
+PROMPT_TOKENS, CHAT_TOKENS = 100, 512  # default maximum of new tokens: after a prompt, and per reply in a chat
 FLAGS = {"max_new_tokens": "--tokens", "temperature": "--temperature", "top_k": "--top-k", "top_p": "--top-p"}
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Choice of the next token; temperature 0 takes the likeliest."""
+    """Options for choosing the next token; temperature 0 takes the likeliest."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -31,7 +31,7 @@ def check_text(text: str, what: str) -> None:
 
 
 def check_prompts(prompts: Sequence[str], system: str | None) -> None:
-    """Raise `GenerateError` for a prompt that is empty or not text."""
+    """Raise `GenerateError` for an empty prompt, or a prompt or system prompt that is not text."""
     if any(not prompt for prompt in prompts):
         raise GenerateError("an empty --prompt: give a text to continue")
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""The optimizer over this rank's shards: each parameter exactly once, weight decay on matrices only."""
+"""The optimizer over this rank's shards: one algorithm updates each shard; weight decay applies to matrices only."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def build_optimizer(shards: Sequence[Shard], optim: Optim, team: Axis, *, bitwis
     Build the optimizer with its state allocated, as zeros.
 
     The state exists before the first step, so that a checkpoint is loaded into it in place and its memory is known before
-    training starts. `team`: the ranks that together hold the same parameters. `bitwise`: use arithmetic that does not
-    depend on an element's position in a shard.
+    training starts. `team`: the ranks that together hold the same parameters. `bitwise`: whether to use arithmetic that
+    does not depend on an element's position in a shard.
     """
     hidden = [s for s in shards if optim.name == "muon" and is_hidden_matrix(s)]
     rest = [s for s in shards if not (optim.name == "muon" and is_hidden_matrix(s)) and s.tensor.numel()]
@@ -32,7 +32,8 @@ def build_optimizer(shards: Sequence[Shard], optim: Optim, team: Axis, *, bitwis
 
 def is_hidden_matrix(shard: Shard) -> bool:
     """
-    Return whether Muon updates this shard: a matrix inside a block. AdamW updates embeddings, positions and the head.
+    Return whether Muon updates this shard: a matrix inside a block. AdamW updates all others, such
+    as embeddings, the head and norms.
 
     Jordan 2024 (kellerjordan.github.io/posts/muon) recommends this split.
     """

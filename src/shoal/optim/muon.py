@@ -29,18 +29,19 @@ from torch import Tensor
 from shoal.mesh.mesh import Axis, has_bfloat16
 from shoal.mesh.region import Region, Shard
 
-# Jordan's: large slope at 0, so that five steps map all singular values in [0.005, 1] into [0.68, 1.16]. They need not
-# converge to 1: a rough orthogonalization trains as well.
+# Jordan's coefficients. The large slope at 0 lets five steps map all singular values in [0.005, 1] into [0.68, 1.16]. The
+# values need not converge to 1: a rough orthogonalization trains as well.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-EPS = 1e-7  # smallest norm divided by: a gradient of zeros remains zeros
+EPS = 1e-7  # lower bound of the norm that divides a matrix: a gradient of zeros remains zeros
 
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     """
     Return U S' V^T for a matrix U S V^T, with S' near 1: `steps` times X <- a X + b (X X^T) X + c (X X^T)^2 X.
 
-    A Newton-Schulz iteration: an odd polynomial of X acts on its singular values only. It uses the dtype of `matrix`. The
-    Gram matrix is of the shorter side, which is cheaper and gives a matrix and its transpose the same result.
+    A Newton-Schulz iteration: an odd polynomial of X acts on its singular values only. The products use the dtype of
+    `matrix`. The Gram matrix has the size of the shorter side, which is cheaper and gives a matrix and its transpose the
+    same result.
     """
     tall = len(matrix) > matrix.shape[1]
     x = matrix.t().contiguous() if tall else matrix
@@ -63,11 +64,12 @@ class Muon(torch.optim.Optimizer):
     `state[shard.tensor]["momentum_buffer"]`, of the shard's size.
 
     Newton-Schulz and its messages use `dtype`. The default is bfloat16 on CUDA, which halves the traffic; float32 on a
-    GPU without bfloat16, and on CPUs, where bfloat16 is slower even with AVX-512 bfloat16 (10.6M parameters: 1.20 s,
-    in float32 0.71 s).
+    GPU without bfloat16, and on CPUs, where bfloat16 is slower even with AVX-512 bfloat16 (10.6M parameters: 1.20 s
+    in bfloat16, 0.71 s in float32).
 
     Matrices are sent in rounds of about one per rank. A rank holds the matrices it owns in a round unsharded, and sends
-    each shard to all ranks that hold it. With R replicas it sends up to R times the largest matrix, and receives as much.
+    each shard of the result to all ranks that hold this shard. With R replicas it sends up to R times the largest matrix,
+    and receives as much.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Muon(torch.optim.Optimizer):
             self.state[shard.tensor]["momentum_buffer"] = torch.zeros_like(shard.tensor)
         self._shards, self._team, self._device = list(shards), team, shards[0].tensor.device
         half = self._device.type == "cuda" and has_bfloat16(self._device)
-        self.found_inf: Tensor | None = None  # 0-d; not 0: the next step changes nothing. Fused AdamW's convention
+        self.found_inf: Tensor | None = None  # 0-d; if not 0, the next step changes nothing, as in fused AdamW
         self._dtype = dtype or (torch.bfloat16 if half else torch.float32)
         self._rounds = _plan([shard.name for shard in shards], self._regions(), team)
 
@@ -188,7 +190,7 @@ class _Exchange:
 
     def __init__(self, parts: Sequence[_Part], team: Axis) -> None:
         moving = [part for part in parts if part.source != part.target]
-        self.quiet = not moving  # the same on all ranks, which then skip the collective
+        self.quiet = not moving  # no rank sends a part; the same on all ranks, which then skip the collective
         self.kept = [part for part in parts if part.source == part.target == team.rank]
         self.sent = sorted((p for p in moving if p.source == team.rank), key=lambda p: (p.target, p.matrix))
         self.received = sorted((p for p in moving if p.target == team.rank), key=lambda p: (p.source, p.matrix))

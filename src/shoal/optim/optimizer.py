@@ -13,7 +13,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
 class Optimizer:
-    """AdamW over all shards or, with Muon, over those that are not hidden matrices."""
+    """AdamW over all shards; or Muon over the hidden matrices, and AdamW over all other shards."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
         self.parts = tuple(parts)

@@ -18,7 +18,7 @@ def learning_rate(optim: Optim, step: int, total_steps: int) -> float:
 
 
 def _shape(optim: Optim, progress: float) -> float:
-    """Return the schedule's factor, from 1 down to 0 as `progress` goes from 0 to 1."""
+    """Return the schedule's factor, from 1 down to 0 as `progress` goes from 0 to 1; "constant" remains at 1."""
     match optim.schedule:
         case "constant":
             return 1.0
@@ -31,7 +31,7 @@ def _shape(optim: Optim, progress: float) -> float:
 
 
 def replanned(optim: Optim, step: int, before: int, after: int) -> str | None:
-    """Describe how the learning rate at `step` changes if a run planned for `before` steps takes `after`; None if equal."""
+    """Describe how the learning rate at `step` changes if a run takes `after` steps, not `before`; None if both are equal."""
     old, new = learning_rate(optim, step, before), learning_rate(optim, step, after)
     if before == after:
         return None

@@ -87,7 +87,7 @@ def _split_into_stages(model: LanguageModel, mesh: Mesh, parallel: Parallel, say
 
 
 def _split_matrices(model: LanguageModel, parts: Parts, mesh: Mesh, say: Say) -> dict[int, dict[str, Region]]:
-    """Shrink parameters to this rank's tensor-parallel shards, if any. Return its region of each parameter, by part."""
+    """Shrink parameters to this rank's tensor-parallel shards, if any. Return this rank's regions, by part and name."""
     axis = mesh.axis("tp")
     if axis.size == 1:
         return {i: {n: Region.whole(p.shape) for n, p in part.named_parameters()} for i, part in parts.items()}
@@ -211,7 +211,8 @@ def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, weights: F
     """
     Fill a part, whose memory is allocated, with `weights`. Return this rank's shards of it.
 
-    Each rank reads only the rows and columns it holds. `twin`: the part's embedding, if any, copies the first stage's.
+    Each rank reads only the rows and columns it holds. `twin`: whether the part's embedding, if any, is a copy of
+    the first stage's.
     """
     layout, cut_further = mesh.layout, mesh.axis("shard")
     copies = mesh.axis("dp_replicate" if layout.dp_shard > 1 else "batch")  # these ranks hold the same elements

@@ -33,7 +33,7 @@ def reduce_scatter(x: Tensor, dim: int, axis: Axis, bias: Tensor | None = None) 
     """
     Return this rank's part along `dim` of the sum over the axis, in the dtype of `x`; `bias` is added before rounding.
 
-    The axis's size must divide `dim`. Backward: an all-gather. Collectives over `axis`.
+    The axis's size must divide the size of `dim`. Backward: an all-gather. Collectives over `axis`.
     """
     if axis.size == 1:
         return x if bias is None else x + bias.to(x.dtype)
@@ -79,7 +79,7 @@ def all_to_all(x: Tensor, split_dim: int, join_dim: int, axis: Axis) -> Tensor:
     """
     Split `x` along `split_dim`, send part r to rank r, and concatenate the received parts along `join_dim`.
 
-    The axis's size must divide `split_dim`. Backward: the reverse all-to-all. A collective over `axis`.
+    The axis's size must divide the size of `split_dim`. Backward: the reverse all-to-all. A collective over `axis`.
     """
     return x if axis.size == 1 else _AllToAll.apply(x, split_dim, join_dim, axis)  # type: ignore[no-untyped-call]
 

@@ -113,11 +113,11 @@ class Pipeline:
     Runs a step's micro-batches through this rank's stages. All ranks of `axis` construct a `Pipeline` and make the same
     calls.
 
-    stages: as `cut` returns them, with weights, and parallelized along the other axes.
+    stages: this rank's stages, as `cut` returns them, with weights, and parallelized along the other axes.
     hidden_shape, dtype: shape and dtype of one micro-batch's hidden states between stages, on this rank.
     tokens_shape: shape of the first stage's input, if its length differs (tensor parallel splits the sequence between
         stages).
-    loss: called on the rank of the last stage; its results are summed over micro-batches, never divided.
+    loss: the loss function, called on the rank of the last stage; its results are summed over micro-batches, never divided.
     around: called with the stage's and the micro-batch's index; returns a context, entered around all code that adds the
         micro-batch's gradients to the stage. Each stage processes its micro-batches in order.
     """

@@ -1,4 +1,4 @@
-"""Dropout as a function of (seed, step, slot, layer): identical in every layout, with no state to checkpoint."""
+"""Dropout as a function of (seed, step, micro-batch, layer): identical in every layout that allows dropout, without saved state."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shoal.parallel.recompute import Forward
 
 
 class Randomness:
-    """Seeds the generators before each part and each block; does nothing without dropout."""
+    """Seeds the generators before each forward of a part and of a block; does nothing without dropout."""
 
     def __init__(self, parts: Mapping[int, LanguageModel], seed: int) -> None:
         self._parts = {index: part for index, part in parts.items() if part.shape.dropout > 0}
         self._seed, self._step, self._first = seed, 0, 0
-        self._forwards = dict.fromkeys(parts, 0)  # so far in this step; a part runs its forwards in slot order
+        self._forwards = dict.fromkeys(parts, 0)  # number of forwards in this step, by part; they run in slot order
 
     def wrap(self) -> None:
         """Wrap the forwards outside of checkpointing, which then saves the seeded generators' state for its recomputation."""

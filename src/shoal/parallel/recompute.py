@@ -66,11 +66,13 @@ class Compiled:
 
 def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool, again: bool) -> Compiled:
     """
-    Compile `module.forward`. `whole`: raise an error at a graph break. `again`: the forward is recomputed in backward
-    already. Otherwise its eager version is recomputed, so that it needs no more memory than the compiled version.
+    Compile `module.forward`.
 
-    `bitwise`: round at every cast. By default the compiler skips rounding a weight that it casts and uses at once. It
-    cannot skip this if FSDP2 has cast the weight before, so bits would depend on the layout.
+    `whole`: whether a graph break is an error. `again`: whether backward recomputes the forward already; if not, backward
+    recomputes the eager version, which then needs no more memory than the compiled one.
+
+    `bitwise`: whether compiled code rounds at every cast. By default the compiler skips rounding a weight that it casts and
+    uses at once. It cannot skip this rounding if FSDP2 has cast the weight before, so bits would depend on the layout.
     """
     separate_cache()
     options: dict[str, Any] | None = {"emulate_precision_casts": True} if bitwise else None

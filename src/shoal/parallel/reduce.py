@@ -4,7 +4,7 @@ Gradient all-reduce over replicas, overlapped with backward (in a pipeline: afte
 Why not torch's `DistributedDataParallel` (Li et al. 2020, arXiv:2006.15704): it averages over ranks, but the loss is
 already divided by the global number of tokens, so gradients must be summed. It prefixes every name with `module.`. And it
 rebuilds its buckets after the first step, so that with three ranks or more a resumed run adds in another order than an
-uninterrupted one. Here the buckets depend on the order of the parameters only.
+uninterrupted one. Here the buckets depend only on the parameters' order and sizes.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ class Gradients(Protocol):
     """
     Owner of the gradients of a part of the model.
 
-    A step calls `zero`; for each micro-batch `before_backward`, backward, `after_backward`; then `finish`. All ranks of
-    the axis must call in the same order. A pipeline's schedule orders the backwards itself and does not announce the last
-    one: it skips `before_backward`, and gradients are sent in `finish`.
+    A step calls `zero`; for each micro-batch `before_backward`, backward, `after_backward`; then `finish`. All ranks that
+    share the sums must call in the same order. A pipeline's schedule orders the backwards itself and does not announce the
+    last one: it skips `before_backward`, and the gradients of unsharded parameters are sent in `finish`.
     """
 
     def zero(self) -> None:
         """Discard the last step's gradients."""
 
     def before_backward(self, slot: int | None, last: bool) -> None:
-        """Announce the backward of `slot` (None: of ignored labels). `last`: it is this rank's last backward of the step."""
+        """Announce the backward of `slot` (None: on ignored labels). `last`: whether it is this rank's last in the step."""
 
     def after_backward(self, slot: int | None) -> None:
         """Accept the gradients of `slot`, whose backward has returned."""
 
     def finish(self) -> None:
-        """Wait until each `p.grad` holds this rank's part of the sum over all ranks. A collective over the axis."""
+        """Wait until each `p.grad` holds this rank's part of the sum over all ranks. A collective over these ranks."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class GradientReducer:
     """
     `Gradients` of unsharded parameters: `p.grad` is a view of a bucket throughout training.
 
-    With `leaves`, gradients are added as one tree (see `tree.py`), else by the library's all-reduce.
+    With `leaves`, gradients are added as one tree (see `tree.py`); without, by the all-reduce of NCCL or gloo.
     """
 
     def __init__(

@@ -45,11 +45,11 @@ class Runnable:
     randomness: Randomness
     loss: Loss
     cut_batch: Callable[[Batch], Batch]
-    bitwise: bool  # sums are added in one order in every layout
-    turns: int  # forwards per step on each rank; those beyond its slots run on ignored labels
+    bitwise: bool  # whether sums are added in one order in every layout
+    turns: int  # forwards per step on this rank; those beyond its slots run on ignored labels
     compiled: list[Compiled]
     pipeline: pipeline.Pipeline | None = None
-    tied: bool = False  # in a pipeline: the last stage's head shares the first stage's embedding
+    tied: bool = False  # in a pipeline: whether the last stage's head shares the first stage's embedding
     scale: Tensor | float = 1.0  # factor of the loss in the current step
 
     def forward_backward(
@@ -118,8 +118,8 @@ class Runnable:
         """
         Return the loss summed over the valid tokens of these batches, 0-d float64.
 
-        It is 0 on all but one of the ranks along tp and pp. Every rank must pass equally many batches. Collectives over all
-        axes but the data-parallel ones.
+        It is 0 on all but one of the ranks along tp and pp. Every rank must pass equally many batches. Collectives over pp,
+        cp and tp and, with FSDP2, dp_shard.
         """
         self.scale = 1.0
         if self.pipeline is not None:
@@ -138,7 +138,7 @@ class Runnable:
             part.train(on)
 
     def _count(self, batches: Sequence[Batch]) -> Tensor:
-        """Return the step's valid tokens, on every rank. Of the ranks along other axes, with equal batches, one counts."""
+        """Return the step's valid tokens, on every rank. Of the ranks with equal batches, along the other axes, only one counts."""
         counts = all(at == 0 for axis, at in self.mesh.coordinates.items() if axis not in DATA_PARALLEL)
         own = float(sum(b.valid_tokens for b in batches)) if counts else 0.0
         # filled on the device: copying a number to the device would wait for it

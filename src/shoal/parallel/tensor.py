@@ -56,9 +56,9 @@ def styles(model: LanguageModel) -> Iterator[tuple[str, nn.Module, TensorParalle
 
 def cut(model: LanguageModel, axis: Axis) -> dict[str, Region]:
     """
-    Shrink each parameter of a model on meta to this rank's part. Return the parts' regions by parameter name.
+    Shrink each parameter of a model on meta to this rank's part. Return this rank's regions by parameter name.
 
-    Raises `LaunchError` if the model has no table, or `axis` does not divide a side that must be split evenly.
+    Raises `LaunchError` if the model cannot be sharded, or `axis` does not divide a dimension that needs equal parts.
     """
     if model.why_not_cut is not None:
         raise LaunchError(f"parallel.tp {axis.size}: {model.why_not_cut}; set parallel.tp to 1")
@@ -78,7 +78,7 @@ def cut(model: LanguageModel, axis: Axis) -> dict[str, Region]:
 
 
 def _part(whole: Region, name: str, style: str, axis: Axis) -> Region:
-    """Return this rank's part of a layer's parameter: columns of the product are rows of the weight, [outputs, inputs]."""
+    """Return this rank's region of a layer's parameter. A weight is [outputs, inputs], so 'colwise' splits its rows."""
     if style in ("colwise", "vocab_parallel", "colwise_grad_allreduce", "colwise_gather_output"):
         return whole.chunk(0, axis.rank, axis.size)
     if style in ("rowwise", "rowwise_allreduce", "rowwise_split_input") and name == "weight":
@@ -194,7 +194,7 @@ def _vocab_lookup(embedding: Embedding, first: int, axis: Axis) -> Callable[[Ten
 
 
 def _local_lookup(inside: Callable[[Tensor], Tensor], axis: Axis) -> Callable[[Tensor], Tensor]:
-    """Look up this rank's part of the sequence, the last dim of positions [T] or [B, T]."""
+    """Look up the positions [T] or [B, T] of this rank's part of the sequence, which is their last dim."""
 
     def forward(ids: Tensor) -> Tensor:
         return inside(ids.chunk(axis.size, -1)[axis.rank])

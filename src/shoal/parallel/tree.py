@@ -64,19 +64,19 @@ class TreeSum:
 @dataclass(frozen=True)
 class Leaves:
     """
-    The assignment of leaves to the ranks along an axis: each rank owns a run of the step's slots, in rank order.
+    The assignment of leaves, the step's micro-batch slots, to the ranks along an axis: consecutive runs in rank order.
 
     Context parallel splits sequences: `cp` neighbors own the same slots, and each has a part of every leaf. Each part then
     has a separate tree, and the parts' sums are added in order.
     """
 
-    slots: int
-    runs: tuple[range, ...]
+    slots: int  # number of leaves
+    runs: tuple[range, ...]  # by rank
     parts: int = 1  # the size of `cp`: rank p has part p % parts
 
     @functools.cached_property
     def spans(self) -> list[list[tuple[int, int]]]:
-        """Return (level, index) of the nodes that remain on each member after its own leaves are summed."""
+        """Return (level, index) of the nodes that remain on each rank of the axis after it has summed its leaves."""
         trees = [TreeSum(self.slots) for _ in self.runs]
         for tree, run in zip(trees, self.runs, strict=True):
             for leaf in run:
@@ -84,7 +84,7 @@ class Leaves:
         return [[node[:2] for node in tree.nodes] for tree in trees]
 
     def sum(self, received: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the sum of all members' nodes. `received[member]`, [len(spans[member]), ...], is overwritten."""
+        """Return the sum of all leaves. `received[member]`: that rank's nodes, [len(spans[member]), ...]; overwritten."""
         totals = []
         for part in range(self.parts):
             tree = TreeSum(self.slots)
@@ -107,7 +107,7 @@ class Exchange:
 
     def send(self, tree: TreeSum, chunks: int) -> None:
         """
-        Split every node into `chunks`, and send chunk r % chunks to rank r. The tree must not change until `wait`.
+        Split every node into `chunks` equal chunks, and send chunk r % chunks to rank r. The tree must not change until `wait`.
 
         If every run is one node and chunks = axis.size, this moves as many bytes as a ring reduce-scatter.
         """

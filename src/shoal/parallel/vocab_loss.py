@@ -26,7 +26,7 @@ def vocab_parallel_cross_entropy_sum(
     Return `linear_cross_entropy_sum` over the whole vocabulary and sequence, on every rank of `axis`; float32, 0-d.
 
     hidden_BTD: this rank's part of the sequence, [B, T/tp, D]. weight_VD: this rank's rows of the head, from row `first`
-    on. rows: the largest number of rows on a rank. labels_BT: labels of the whole sequence. Collectives over `axis`.
+    on. rows: the largest number of head rows on a rank. labels_BT: labels of the whole sequence. Collectives over `axis`.
     """
     hidden_ND = all_gather(hidden_BTD, 1, axis).flatten(0, 1)
     loss: Tensor = _VocabLoss.apply(hidden_ND, weight_VD, labels_BT.flatten(), scale, axis, first, rows)  # type: ignore[no-untyped-call]
@@ -46,7 +46,7 @@ class _VocabLoss(torch.autograd.Function):
         train = any(ctx.needs_input_grad)
         d_hidden = torch.empty_like(hidden_ND) if train else None
         d_weight = torch.zeros_like(weight_VD) if train else None
-        # Each chunk runs collectives, so all ranks need equal chunks: of the size that suits the rank with the most rows.
+        # Each chunk runs collectives, so all ranks use one chunk size, which suits the rank with the most rows.
         step = max(1, CHUNK_BYTES // (4 * rows))
         for start in range(0, len(hidden_ND), step):
             tokens = slice(start, start + step)
@@ -72,7 +72,8 @@ def _softmax(
     """
     Return the loss of these tokens and its gradient with respect to this rank's logits; both float32.
 
-    With p = softmax(z): loss = log(sum exp z) - z[label], and d loss / d z = p - onehot(label).
+    With p = softmax(z): loss = weight (log(sum exp z) - z[label]), and d loss / d z = weight (p - onehot(label)). The weight
+    is `scale`, or 0 for an ignored label.
     """
     logits_CV = logits_CV.float()
     peak_C = logits_CV.amax(-1)

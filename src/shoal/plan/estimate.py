@@ -23,7 +23,7 @@ Attention = Literal["causal", "full"]
 
 
 def parameter_count(model: Model) -> int:
-    """Return the number of parameters, with a tied head counted once; with `family: hf`, by the shapes in its folder."""
+    """Return the number of parameters, with a tied head counted once; with `family: hf`, by the tensor shapes in its folder."""
     if not FAMILIES[model.family].native:
         return sum(map(prod, _folder_tensors(model).values()))
     return _embedding(model) + _matrices(model) + _vectors(model)
@@ -33,7 +33,7 @@ def matmul_parameter_count(model: Model) -> int:
     """
     Return the number of weights that multiply each token: the blocks' matrices and the head, tied or not.
 
-    The embedding is a lookup and learned positions are a sum; neither is counted.
+    Token and learned position embeddings are not counted: their rows are looked up, not multiplied.
     """
     if not FAMILIES[model.family].native:
         return _folder_matrices(model)
@@ -45,7 +45,7 @@ def flops_per_token(model: Model, seq_len: int, attention: Attention = "causal")
     """
     Return the FLOPs of forward and backward for one token in a row of `seq_len` tokens.
 
-    6 N + 12 L H Q T of PaLM's appendix B (L layers, H heads, Q head_dim, T seq_len), with N `matmul_parameter_count`.
+    6 N + 12 L H Q T of PaLM's appendix B (L layers, H heads, Q head_dim, T seq_len), where N is `matmul_parameter_count`.
     `full` counts every pair of tokens, `causal` half of them. Recomputation by activation checkpointing is not useful
     work, and is not counted.
     """
@@ -136,9 +136,9 @@ def _folder_matrices(model: Model) -> int:
     """
     Count all matrices that multiply a token.
 
-    Of two matrices with a row per token of the vocabulary, one is the embedding, a lookup, and is not counted; a single one
-    is also the head. A table of learned position embeddings is not counted either: its rows are looked up. It has one per
-    position of the longest context (OPT has two more).
+    Of two matrices with a row per token of the vocabulary, one is the embedding, a lookup, and is not counted. A single such
+    matrix is also the head, and is counted. A table of learned position embeddings is not counted either: its rows are looked
+    up. It has one row per position of the longest context (OPT has two more rows).
     """
     shapes = _folder_tensors(model).values()
     tables = [prod(shape) for shape in shapes if _is_table(shape, model)]
@@ -149,7 +149,7 @@ def _folder_matrices(model: Model) -> int:
 
 
 def _folder_pairs(model: Model, seq_len: int, attention: Attention) -> int:
-    """Sum 12 H Q over the layers and their visible tokens: the row's, or those in the layer's window."""
+    """Sum 12 H Q times the number of tokens that attention sees, over the layers: those of the row, or of a sliding window."""
     model = resolve_shape(model)
     assert model.head_dim is not None
     seen = 0.0

@@ -8,7 +8,7 @@ from shoal.config.options import Train
 
 
 def count_steps(train: Train, seq_len: int, rows: int) -> int:
-    """Return the run's length in steps, from steps, tokens or epochs, whichever is set. rows: number in the corpus."""
+    """Return the run's length in steps, from steps, tokens or epochs, whichever is set. rows: number of training rows."""
     match length_of(train):
         case "steps", steps:
             return int(steps)
@@ -19,5 +19,5 @@ def count_steps(train: Train, seq_len: int, rows: int) -> int:
 
 
 def length_of(train: Train) -> tuple[str, float]:
-    """Return the option that sets the run's length, steps, tokens or epochs, and its value."""
+    """Return the name and value of the option that sets the run's length: steps, tokens or epochs."""
     return next((k, v) for k in ("steps", "tokens", "epochs") if (v := getattr(train, k)) is not None)

@@ -45,7 +45,7 @@ def amounts(config: Config) -> Iterator[str]:
 
 
 def _layout(config: Config) -> Layout:
-    """Return the layout on this machine; if it cannot run here, on as few processes as it needs."""
+    """Return the config's layout on this machine's processes; if it cannot run on them, on as few as it needs."""
     try:
         processes = plan_processes(config, count_gpus()).launch.processes
     except ShoalError:

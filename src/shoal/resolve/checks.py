@@ -1,4 +1,4 @@
-"""Rejected combinations of options that are each valid. Pure, no torch."""
+"""Rejected combinations of options that are each valid alone. Pure, no torch."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
 
 
 def _has_tokens(data: Data) -> bool:
-    """Return whether there are prepared tokens of any corpus of this kind; preparation checks whether they are of this one."""
+    """Return whether there are prepared tokens of any corpus of this kind; preparation checks whether they are this corpus's."""
     try:
         return any(Path(data.folder).expanduser().glob(f"{data.corpus}-*/manifest.json"))
     except (OSError, RuntimeError, ValueError):
@@ -128,7 +128,7 @@ def _is_there(path: str) -> bool:
 
 
 def _why_no_tokenizer(data: Data) -> str | None:
-    """Return the reason why there is no such tokenizer; None if there is a file or folder. Its content is not checked."""
+    """Return the reason why the tokenizer was not found; None if its file or folder exists. Its content is not checked."""
     name = data.tokenizer
     if name in ("bpe", "bytes") or name.startswith("tiktoken:"):
         return None

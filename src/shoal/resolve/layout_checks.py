@@ -87,8 +87,8 @@ def _context(config: Config, layout: Layout) -> Iterator[str]:
     model, parallel, cp, tp = resolve_shape(config.model), config.parallel, layout.cp, layout.tp
     seq_len = config.data.seq_len
     if cp > 1:
-        # Ulysses cuts a sequence into contiguous parts. The others give each process an early and a late part, since
-        # later tokens attend to more.
+        # Ulysses cuts a sequence into contiguous parts. The other methods give each process an early and a late part, since
+        # later tokens attend to more tokens.
         pieces = cp if parallel.cp_method == "ulysses" else 2 * cp
         if seq_len % (pieces * tp):
             times = f"parallel.cp {cp}" + (" x 2" if pieces > cp else "") + (f" x parallel.tp {tp}" if tp > 1 else "")
@@ -134,7 +134,9 @@ def _pipeline(config: Config, layout: Layout) -> Iterator[str]:
     lengths = sorted({len(run) for run in split_slots(slots, layout.dp)}) if slots >= layout.dp else []
     if layout.dp_shard > 1:
         lengths = lengths[-1:]  # all ranks run as many micro-batches as the rank with the most
-    for length in lengths if FAMILIES[model.family].native else []:  # `_transformers` rejects the others
+    for length in (
+        lengths if FAMILIES[model.family].native else []
+    ):  # `_transformers` rejects pipelines of other families
         yield from pipeline_problems(
             parallel.pp_schedule, layout.pp, parallel.pp_stages, model.num_layers, length,
             compile=config.train.compile, activation_checkpointing=config.train.activation_checkpointing,
@@ -260,7 +262,7 @@ def _transformers(config: Config, layout: Layout) -> Iterator[str]:
 
 
 def _head_counts(model: Model) -> list[str]:
-    """Return the options to check: num_kv_heads only if it differs from num_heads."""
+    """Return the options with a head count to check: num_kv_heads only if it differs from num_heads."""
     return ["num_heads"] + ["num_kv_heads"] * (model.num_kv_heads != model.num_heads)
 
 

@@ -255,7 +255,7 @@ def read_override(key: str, text: str, where: str) -> Setting:
 
 
 def known(settings: Iterable[Setting], problems: list[Problem]) -> Iterator[Setting]:
-    """Yield settings whose key is an option; add a `Problem` with a suggestion for each other one."""
+    """Yield settings whose key is an option; add a `Problem` with a suggestion for each other setting."""
     there = options()
     for setting in settings:
         if setting.key in there:

@@ -87,7 +87,7 @@ def _by_key(given: Iterable[Setting], problems: list[Problem]) -> dict[str, Sett
 
 
 def _speakable(given: Iterable[Setting], problems: list[Problem]) -> Iterator[Setting]:
-    """Yield settings without a secret or invalid text; add a `Problem`, which does not quote it, for each other one."""
+    """Yield settings without a secret or invalid text; add a `Problem`, which does not quote it, for each other setting."""
     for setting in given:
         if what := secret_in(str(setting.value)) or not_text(str(setting.value)):
             problems.append(Problem(setting.where, f"{setting.key}: {what}"))
@@ -152,7 +152,7 @@ def _with_folder(
     notes: list[str],
     kept: Mapping[str, Path],
 ) -> dict[str, Setting]:
-    """Return `settings`, completed with the shape of a folder's weights, which they may not change, and with its tokenizer."""
+    """Return `settings`, completed with a folder's tokenizer and the shape of its weights, which `settings` may not contradict."""
     family = settings.get("model.family")
     try:
         shape, tokenizer = read_model(str(origin.value), str(family.value) if family else None, kept)
@@ -266,7 +266,7 @@ def _build(values: Mapping[str, Any]) -> Config:
 
 
 def with_kept(config: Config, kept: Mapping[str, Path]) -> Config:
-    """Return `config` with a run's own copies of its model and its tokenizer. kept: the copies by name."""
+    """Return `config` with a run's own copies of its model and tokenizer. kept: the copies' folders, by the names in `config`."""
     model = dataclasses.replace(config.model, kept=kept.get(config.model.from_ or ""))
     data = dataclasses.replace(config.data, kept=kept.get(config.data.tokenizer))
     return dataclasses.replace(config, model=model, data=data)

@@ -133,7 +133,7 @@ def step_interval(total_steps: int) -> int:
 
 def step_line(record: StepRecord, total_steps: int, left_seconds: float | None, columns: int | None = None) -> str:
     """
-    Return loss, learning rate, gradient norm, tokens/s, ms/step, MFU, memory, time left; within `columns` if possible.
+    Return a line with loss, learning rate, gradient norm, tokens/s, ms/step, MFU, memory, time left; within `columns` if possible.
     """
     width = len(str(total_steps))
     parts = {

@@ -90,7 +90,7 @@ class RunFolder:
 
     @property
     def tokenizer_files(self) -> Path | None:
-        """Return the folder of its tokenizer's files, such as a chat template; None for a tokenizer trained by shoal."""
+        """Return the folder of all files of the run's tokenizer, also its chat template; None if it did not come from a folder."""
         return next(
             (
                 p
@@ -236,7 +236,7 @@ class RunFolder:
 
 def _with_choices_of(config: Config, before: Config) -> Config:
     """Return `config` with the choices a run makes at its start, taken from the config it started with."""
-    if config.model.vocab_size is None:  # the tokenizer's, which data.* decides
+    if config.model.vocab_size is None:  # the tokenizer's size, which data.* decides
         config = config.replace("model", vocab_size=before.model.vocab_size)
     if config.train.dtype == "auto":  # measured once: another result today would change the arithmetic
         config = config.replace("train", dtype=before.train.dtype)
@@ -283,5 +283,5 @@ def _is_gone(name: str, kept: Path) -> bool:
     """Return whether `name` can no longer be found, so that a run uses its own copy."""
     try:
         return find_model(name, kept) == kept
-    except ModelError:  # it is there, and broken
+    except ModelError:  # it exists, but is damaged
         return False

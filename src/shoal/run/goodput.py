@@ -4,9 +4,9 @@ Where the time of a run went, across restarts. No torch.
 The first rank writes about one line per second to `time.jsonl`. Each line has the totals so far of a life (one process, from
 start to end):
 
-    {"life": when it began, "step": the last step taken, "reached": spent on "step" until that step ended, "spent": {category: ...}}
+    {"life": when it began, "step": the last step taken, "reached": spent["step"] when that step ended, "spent": {category: time}}
 
-and {"begin": true} if steps continue from an earlier one: at a start and at a rollback.
+and "begin": true if steps continue from an earlier one: at a start and at a rollback.
 
 Times are whole microseconds, so sums are exact. A life's categories add up to its time; the gap from its last line to the
 beginning of the next life is idle. So all time is accounted for; a killed process loses the record of one second, which
@@ -64,7 +64,7 @@ class Clock:
     Charges each microsecond of this process to one category: "start" at first, "step" after `begin`, another inside `spend`.
 
     path: `time.jsonl`, written by a thread so that no step waits for a disk; None disables writing. Never raises `OSError`.
-    now: returns microseconds. began: (microseconds since 1970 when this process started, its age in microseconds).
+    now: a clock in microseconds. began: (microseconds since 1970 when this process started, its age in microseconds).
     """
 
     def __init__(
@@ -304,7 +304,7 @@ def account(path: Path) -> Account:
 
 
 def _close_life(spent: dict[str, int], last: Mapping[str, Any], end: int | None) -> int | None:
-    """Add a life by its last line, and the idle time since `end` of the previous one; return when this one ended."""
+    """Add a life's last line, and the idle time since `end`, when the previous life ended; return when this life ended."""
     if not last:
         return end
     begun: int = last["life"]

@@ -29,7 +29,7 @@ class PatientLines:
         self.offer()
 
     def offer(self, *records: Mapping[str, Any]) -> bool:
-        """Add lines like `add`, but drop these records if they cannot be written; return whether they were."""
+        """Write the waiting lines and a line for each record. If that fails, drop the records; return whether it succeeded."""
         try:
             if self._waiting or records:
                 self._write(b"".join([*self._waiting, *map(_line, records)]))

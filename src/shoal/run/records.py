@@ -1,7 +1,7 @@
 """
 The lines of `metrics.jsonl`: a dataclass for each kind, one writer, one reader. No torch.
 
-docs/TRAINING.md documents the fields from here: `python scripts/tables.py`.
+`python scripts/tables.py` generates the tables of these fields in docs/TRAINING.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from shoal.system.disk import write_whole
 
 
 def _field(unit: str, meaning: str, *, optional: bool = False) -> Any:
-    """Return a field with its unit and meaning; an optional one is not written if it is None."""
+    """Return a field with its unit and meaning; an optional field is not written if it is None."""
     return field(default=None if optional else MISSING, metadata={"unit": unit, "meaning": meaning})
 
 
@@ -102,7 +102,7 @@ def forget_after(path: Path, step: int, *, evaluation: bool = False) -> None:
     """
     Remove the lines of steps after `step` from a metrics file: a resume takes these steps again.
 
-    evaluation: also remove the evaluation after `step`. Raises `OSError` if the file cannot be rewritten.
+    evaluation: whether to remove the evaluation at `step` itself too. Raises `OSError` if the file cannot be rewritten.
     """
     if not path.is_file():
         return

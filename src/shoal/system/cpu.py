@@ -67,7 +67,7 @@ def count_cores() -> int:
 
 def free_cores() -> float:
     """
-    Return the number of `count_cores` that other programs leave free now; takes at most `LOOK_SECONDS`.
+    Return how many of the `count_cores()` cores other programs leave free now; takes at most `LOOK_SECONDS`.
 
     The load average covers a minute, including programs that have ended; so idle time is measured to confirm it.
     """
@@ -81,7 +81,7 @@ def free_cores() -> float:
 
 
 def _leaves_unused(needed: tuple[str, ...]) -> bool:
-    """Return whether a variable limits torch or oneDNN to an instruction set without `needed`."""
+    """Return whether an environment variable limits torch or oneDNN to instruction sets without `needed`."""
     dnn = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL").upper()
     if dnn not in ("ALL", "DEFAULT") and not any(name in dnn for name in needed):
         return True

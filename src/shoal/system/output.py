@@ -1,4 +1,4 @@
-"""Printing: control characters become visible, and an unwritable output is one error message, or none. No torch."""
+"""Printing: control characters become visible, and an unwritable output gives one error message, or none. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Signals: the first one makes a run save and stop, or ends a command with nothing to save; a second Ctrl-C kills. No torch."""
+"""
+Signals: the first one makes a run save and stop, or ends a command with nothing to save. No torch.
+
+A second Ctrl-C ends either at once.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ STOPPING_SAID: Final = "stopping; a second signal ends it now"
 
 
 def stopping_said(number: int) -> str:
-    """Return the message if only a second SIGINT ends the process."""
+    """Return the message for a first signal `number`, after which only SIGINT (Ctrl-C) ends the process at once."""
     return STOPPING_SAID if number == signal.SIGINT else "stopping; Ctrl-C ends it now"
 
 
@@ -30,12 +34,16 @@ class StopRequest:
     """
     Whether one of `STOPPING` arrived, which the training loop checks between steps.
 
-    A second SIGINT (Ctrl-C) ends the process. Repeats of other signals change nothing: Slurm signals a job's processes
-    while their launcher forwards the same signal, and sends another one at the time limit.
+    After the first signal, SIGINT (Ctrl-C) ends the process. Repeats of other signals change nothing: Slurm signals a job's
+    processes while their launcher forwards the same signal, and sends another signal at the time limit.
     """
 
     def __init__(self, *, ends_process: bool = True) -> None:
-        """Handle `STOPPING` from now on. ends_process: if false, a second SIGINT raises `KeyboardInterrupt`."""
+        """
+        Handle `STOPPING` from now on.
+
+        ends_process: whether SIGINT after the first signal ends the process; if not, it raises `KeyboardInterrupt`.
+        """
         self.signal: signal.Signals | None = None
         self.nothing_to_lose = True  # until a step is taken
         self._ends_process = ends_process

@@ -26,7 +26,7 @@ Feature = Literal[
 
 @dataclass(frozen=True)
 class Private:
-    """The private names that one feature needs. names: "module:object.attribute". instead: what works without them."""
+    """The private names that one feature needs. names: "module:object.attribute". instead: advice on what works without them."""
 
     feature: str
     names: tuple[str, ...]

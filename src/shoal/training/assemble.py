@@ -31,7 +31,7 @@ def assemble(
     """
     Build the parallel model and its optimizer. `say` gets a line for each technique applied.
 
-    fresh: initialize the weights; else leave them for a checkpoint to fill.
+    fresh: whether to initialize the weights; False leaves them for a checkpoint to fill.
     """
     train = config.train
     if train.repro == "bitwise" and mesh.device.type == "cuda":
@@ -112,7 +112,7 @@ def open_loader(
     passed_over: Sequence[tuple[int, int]] = (),
     at: Callable[[str], None] = lambda phase: None,
 ) -> Loader:
-    """Open this rank's micro-batches from `position` (in samples) on, without the samples of `passed_over`."""
+    """Open this rank's micro-batches from sample `position` on, without the samples at positions in `passed_over`."""
     return Loader(
         rows,
         seed=config.train.seed,

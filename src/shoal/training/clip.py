@@ -16,8 +16,8 @@ def gradient_norm(
     """
     Return the norm of the whole model's gradient, 0-d float32, identical on every rank.
 
-    A collective over the world, unless all ranks hold the whole gradient. `bitwise`: identical bits in every layout that
-    keeps rows whole.
+    `bitwise`: whether the norm has identical bits in every layout that keeps rows whole. A collective over the world, unless
+    `bitwise` is false and all ranks hold the whole gradient.
     """
     if bitwise:
         return _row_by_row(shards, shapes, mesh)
@@ -28,9 +28,10 @@ def gradient_norm(
 
 def clip(shards: Sequence[Shard], norm: torch.Tensor, max_norm: float, scale: torch.Tensor | None = None) -> None:
     """
-    Scale gradients of norm `norm` in place to a norm of at most `max_norm`; 0 disables clipping.
+    Scale gradients in place to a norm of at most `max_norm`; a `max_norm` of 0 disables clipping.
 
-    The factor stays on the device. `scale`: divide the gradients by it as well (float16's loss scale).
+    `scale`: float16's loss scale, by which the gradients are divided too. `norm`: their norm after this division. The factor
+    stays on the device.
     """
     if max_norm <= 0 and scale is None:
         return
@@ -71,10 +72,10 @@ def _norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _row_by_row(shards: Sequence[Shard], shapes: Mapping[str, Sequence[int]], mesh: Mesh) -> torch.Tensor:
     """
-    Return the norm, from each row's sum of squares and the sum of all rows in the model's order.
+    Return the norm, adding first the squares in each row, then the rows' sums in the model's order.
 
-    Sums are taken by halves, so the order of additions does not depend on a kernel. Each row is counted on exactly one
-    rank: the sum over the world adds only zeros to it and is exact.
+    `_by_halves` fixes the order of additions, which a kernel would choose. A whole row is counted on exactly one rank: the
+    sum over the world adds only zeros to its sum, and is exact.
     """
     first, offsets = 0, {}
     for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""The end of a run: its last checkpoint and, after the last step, a sample, a comparison and the next commands."""
+"""The end of a run: its last checkpoint and, after the last step, a sample, a comparison with gzip and xz, the next commands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from shoal.run.records import Evaluation
 from shoal.training.last_words import say_sample, say_what_next, what_it_took
 from shoal.training.run import Run
 
-YARDSTICK_SECONDS = 120.0
+YARDSTICK_SECONDS = 120.0  # longest wait for gzip and xz
 
 
 def finish(run: Run, stopped: bool) -> None:
@@ -50,7 +50,7 @@ def _finish_early(run: Run) -> None:
 
 
 def _finish_whole(run: Run) -> None:
-    """Evaluate, save, write a sample, compare. Raises `CheckpointError` if the last checkpoint could not be written."""
+    """Evaluate, save, sample, compare with gzip and xz. Raises `CheckpointError` if the last checkpoint was not written."""
     with run.files.clock.spend("evaluation"):
         run.evaluate(None)
     saved = _save(run)
@@ -84,7 +84,7 @@ def _say_results(run: Run, saved: Outcome) -> None:
 
 
 def _save(run: Run) -> Outcome:
-    """Save to disk, and wait for it."""
+    """Save to disk, and wait until the checkpoint is complete."""
     run.watch.heartbeat.outside("save")
     with run.files.clock.spend("checkpoint"):
         return run.saving.finish(run.state, run.val_loss())
@@ -97,7 +97,7 @@ def _newest(run: Run) -> int:
 
 
 def _whole_model(run: Run) -> LanguageModel | None:
-    """Return the whole model on one device; None if it is sharded and too large to read back."""
+    """Return the whole model on one device; None if it is sharded, and too large to read back or not saved."""
     if not run.mesh.layout.sharded and run.mesh.layout.cp == 1:
         return run.runnable.parts[0]
     return _read_whole(run.config, listed(run.saving.folder)[-1:], run.runnable.shapes)

@@ -3,7 +3,8 @@ Compares compiled with eager code before the first step: a compiler may drop a g
 
 Loss and gradients of one micro-batch are computed three times before the first step: eager; eager with different rounding
 (in float32; if that is the run's dtype, with sums in another order); compiled. The distance of the second result from the
-first shows the effect of rounding on this model and data. The third may be ten times as far from the first.
+first shows the effect of rounding on this model and data. The third may be up to ten times as
+far from the first as the second is.
 
 The check needs memory for another copy of this rank's gradients, on the CPU. Eager blocks are recomputed in backward, so
 their activations take no more memory than compiled ones. The check does not change the run's weights, random numbers,
@@ -32,7 +33,8 @@ from shoal.run.phases import NO_PHASES
 from shoal.training.run import Run
 
 ALLOWANCE = 10.0  # times the effect of rounding
-SMALLEST = 2.0**-22  # relative, two float32 ulps: short sums may round the same in any order
+# Least relative effect of rounding that is assumed, two float32 ulps: short sums may round the same in any order.
+SMALLEST = 2.0**-22
 LOSS_SCALE = 1024.0  # for float16: large enough for small gradients, too small to overflow in the first step
 
 
@@ -40,10 +42,10 @@ LOSS_SCALE = 1024.0  # for float16: large enough for small gradients, too small 
 class Agreement:
     """The largest deviation of compiled from eager code, relative to the size of the compared value."""
 
-    name: str  # a parameter's, or "the loss"
+    name: str  # name of the parameter, or "the loss"
     difference: float
     allowed: float
-    wrong: int  # how many deviate by more than is allowed
+    wrong: int  # number of gradients (and the loss) that deviate by more than is allowed
     comparable: bool = True  # False: eager code itself gives NaN or Inf
 
 
@@ -158,7 +160,7 @@ def _squares(runnable: Runnable, gradients: Sequence[Tensor | None]) -> Tensor:
 
 
 def _on_cpu(gradient: Tensor | None) -> Tensor | None:
-    """Return a copy on the CPU."""
+    """Return a copy of the gradient on the CPU."""
     return None if gradient is None else gradient.detach().to("cpu", copy=True)
 
 
@@ -219,7 +221,7 @@ def _rounded_otherwise(runnable: Runnable, config: Config) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _in_float32(part: LanguageModel, *, stage: bool) -> Iterator[None]:
-    """Compute in float32. stage: the part is a pipeline stage, whose messages to the next stage keep their dtype."""
+    """Compute in float32. stage: whether the part is a pipeline stage, whose messages to the next stage keep their dtype."""
     dtype, forward = part.compute_dtype, vars(part).get("forward")
     compute: Callable[..., Tensor] = part.forward
 

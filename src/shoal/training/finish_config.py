@@ -32,7 +32,7 @@ def finish_config(
     """
     Fill in the vocabulary size and the dtype, from the tokenizer and this machine. A collective over the world.
 
-    say: gets a warning about a slow dtype.
+    say: called with a warning if bfloat16 is slow on this CPU.
     Raises `DataError` if the vocabulary is too small, `LaunchError` if the device lacks the dtype.
     """
     config = folder.with_earlier_choices(config)

@@ -14,7 +14,7 @@ from torch import Tensor
 RECENT: Final = 128  # losses that a spike is compared with
 FEW: Final = 32  # with fewer losses nothing counts as a spike
 _SIGMAS_PER_MAD: Final = 1.4826  # 1 / the 75th percentile of a standard normal distribution
-_LEAST_SPREAD: Final = 0.01  # times the median: with a nearly constant loss, a small rise is not a spike
+_LEAST_SPREAD: Final = 0.01  # fraction of the median: with a nearly constant loss, a small rise is not a spike
 
 
 class Guard:

@@ -29,14 +29,18 @@ class Recovery:
 
     def __init__(self, fault: Fault, console: Console, event: Callable[..., None]) -> None:
         self._fault, self._console, self._event = fault, console, event
-        self._in_row = 0  # skipped steps
+        self._in_row = 0  # steps skipped in a row
         self._first = 0  # sample position where the first of these steps began
         self._rollbacks = 0
         self._farthest = 0  # largest step at which the run rolled back
 
     @property
     def is_sound(self) -> bool:
-        """Return whether the last step counted. If not, the state itself may be the cause and is not worth saving."""
+        """
+        Return whether no step was skipped since the last that counted, except by a float16 overflow.
+
+        Otherwise the state itself may be the cause, and is not worth saving.
+        """
         return self._in_row == 0
 
     def went_well(self, step: int) -> None:

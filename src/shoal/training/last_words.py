@@ -1,4 +1,4 @@
-"""The last lines of a run: how good it is, what it took, the next commands. Shown again for a finished run. No torch."""
+"""The last lines of a run: its validation loss, its time and tokens, the next commands. Repeated for a finished run. No torch."""
 
 from __future__ import annotations
 

@@ -2,13 +2,13 @@
 A training run, in the order in which it happens.
 
     train
-      Run.open (run.py)           data, model, optimizer, what was saved
+      Run.open (run.py)           data, model, optimizer, newest checkpoint
       complete
         take_steps                until the last step:
           take_step                 batches, then `train_step` (step.py): forward, backward, sums, update
           record                    read the step's numbers, judge them, write them
           do_what_is_due            evaluate, save
-        finish (closing.py)       the last checkpoint, the last words
+        finish (closing.py)       the last checkpoint, the last messages
 
 NaN, Inf, loss spikes and rollbacks: recovery.py.
 """
@@ -44,9 +44,9 @@ from shoal.training.step import Result, Stats, train_step
 
 def train(config: Config, stop: StopRequest | None = None, heartbeat: Heartbeat | None = None) -> bool:
     """
-    Train from the start or from the last checkpoint, as one process of a run; True if the run was stopped early.
+    Train from the start or from the last checkpoint, as one process of a run. Return True if the run was stopped early.
 
-    stop, heartbeat: the caller's, if it has opened them already.
+    stop, heartbeat: the stop request and the heartbeat that the caller has opened; None opens new ones.
     """
     set_threads(config)
     stop = StopRequest() if stop is None else stop  # not `or`: a StopRequest is false until a signal arrives
@@ -68,12 +68,12 @@ def set_threads(config: Config) -> None:
 
 
 def reads_late(device: torch.device) -> bool:
-    """Return whether a step's numbers are read while the next step runs: on a GPU. A CPU has finished the step by then."""
+    """Return whether a step's numbers are read while the next step runs: on a GPU. On a CPU they are read at once."""
     return device.type == "cuda"
 
 
 def complete(run: Run) -> bool:
-    """Introduce the run, take its steps and finish it; True if it was asked to stop before the last step."""
+    """Introduce the run, take its steps and finish it. Return True if it was asked to stop before the last step."""
     introduce(run)
     if run.mesh.is_first:
         run.measuring = Measuring(run.prepared, idle=True)
@@ -88,7 +88,7 @@ def complete(run: Run) -> bool:
 
 
 def take_steps(run: Run) -> bool:
-    """Take the steps, with rollbacks, and do what is due between them; True if a rank was asked to stop."""
+    """Take the steps, with rollbacks, and evaluate and save between them when due. Return True if a rank was asked to stop."""
     while True:
         try:
             return _steps_to_the_end(run)
@@ -208,7 +208,11 @@ def something_is_due(run: Run) -> bool:
 
 
 def do_what_is_due(run: Run) -> None:
-    """Evaluate, compare replicas and save, each if it is due. Replicas are always compared before a save."""
+    """
+    Evaluate, compare replicas and save, each if it is due.
+
+    If `fault.check_replicas_every` is set, replicas are also compared before each save.
+    """
     clock = run.files.clock
     run.watch.heartbeat.outside("between steps")
     if _due(run, run.config.train.eval_every):

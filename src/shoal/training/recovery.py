@@ -43,13 +43,17 @@ def explain(run: Run, stats: Stats, loss: float, norm: float) -> None:
 
 
 def check_replicas(run: Run) -> None:
-    """Compare replicas. A collective; raises `GoBack` if their bits differ."""
+    """Compare replicas if `fault.check_replicas_every` is set. A collective; raises `GoBack` if their bits differ."""
     if run.config.fault.check_replicas_every and has_replicas(run.mesh):
         run.recovery.compared(run.state.step, compare(run.state.tensors(), run.mesh))
 
 
 def go_back(run: Run, back: GoBack) -> None:
-    """Roll back to the newest whole checkpoint. A collective; raises `DivergedError` if rollbacks do not help."""
+    """
+    Roll back to the newest whole checkpoint; to the start if replicas differed before the first one. A collective.
+
+    Raises `DivergedError` if rollbacks do not help, or if skipped steps leave no checkpoint to roll back to.
+    """
     step = run.state.step
     run.watch.heartbeat.outside("rolling back")
     run.watch.pace.busy.interrupt()

@@ -43,7 +43,7 @@ from shoal.training.state import TrainState
 class Start:
     """The facts about a run's start that the user is told."""
 
-    before: Config  # the config of the run so far
+    before: Config  # the config of the run before this start; the new config if the run is new
     changed: Sequence[ChangedOption]
     restored: Saved | None = None  # the checkpoint that it resumes from
     applied: list[str] = field(default_factory=list)  # a line for each technique applied to the model
@@ -90,7 +90,7 @@ class Stopping:
     limit: TimeLimit
 
     def is_asked(self) -> bool:
-        """Return whether this process was asked to stop. Call it once a step: the time limit learns from that."""
+        """Return whether this process was asked to stop. Call it once a step: the time limit measures steps by these calls."""
         time_is_up = self.limit.is_due()
         return bool(self.stop) or time_is_up
 
@@ -116,12 +116,12 @@ class Run:
     stopping: Stopping
     total_steps: int
     start: Start
-    evaluation: Evaluation | None = None  # the last one
+    evaluation: Evaluation | None = None  # the last evaluation
     measuring: Measuring | None = None  # compresses the held-out text with gzip and xz; on the first rank
 
     @classmethod
     def open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat | None = None) -> Run:
-        """Open the data, build the model on meta, parallelize, build the optimizer, restore."""
+        """Open the data, build the model on meta, parallelize it, build the optimizer, restore the newest checkpoint if any."""
         heartbeat = heartbeat or Heartbeat.open(config.launch)
         heartbeat.outside("opening the data")
         files = _open_files(config, mesh)
@@ -141,7 +141,7 @@ class Run:
         config = finish_config(config, folder, prepared, mesh, console.warn)
         rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
         start = Start(changed=folder.agree(config), before=folder.begun() or config)
-        mesh.barrier()  # all ranks compare the config before the first one writes it
+        mesh.barrier()  # all ranks compare the config before rank 0 writes it
         faults = Faults(mesh.place.rank, folder.events_file)
         saving = Saving.open(config, folder.checkpoints, mesh, console, files.event, prepared.data_id, faults.at)
         saving.total_steps = count_steps(config.train, config.data.seq_len, len(rows))
@@ -216,7 +216,7 @@ class Run:
 
 
 def _open_files(config: Config, mesh: Mesh) -> RunFiles:
-    """Lock the run's folder, unless a launcher holds it, and open its files."""
+    """Lock the run's folder, unless a launcher has locked it, and open its files."""
     folder = RunFolder.of(config)
     if mesh.is_first and not is_launched():
         folder.lock()

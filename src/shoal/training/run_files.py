@@ -36,9 +36,9 @@ class RunFiles:
 
     def begin(self, header: Header, step: int, position: int, *, at_end: bool) -> None:
         """
-        Prepare the files for the steps after `step`, from sample `position` on: at the start and after a rollback.
+        Prepare the files for the steps after `step`, from sample `position` on. Called at the start and after a rollback.
 
-        at_end: no steps are left; only the last evaluation is repeated.
+        at_end: whether no steps are left, so that only the last evaluation is repeated.
         """
         if self._writes:
             with contextlib.suppress(OSError):  # then these steps appear twice in the file
@@ -50,7 +50,7 @@ class RunFiles:
             self._ledger.begin(step, position)
 
     def last_machine(self) -> dict[str, Any]:
-        """Return what the last start's bits depended on, from `events.jsonl`; empty if there was none."""
+        """Return the facts on which the bits of the last start depended, from `events.jsonl`; empty if there was no start."""
         started = [e for e in read_json_lines(self.folder.events_file) if e.get("event") == "started"]
         machine = started[-1].get("machine") if started else None
         return machine if isinstance(machine, dict) else {}
@@ -69,7 +69,11 @@ class RunFiles:
     def samples(
         self, step: int, first: int, stop: int, total: float, *, skipped: bool, windows: Sequence[tuple[int, int]]
     ) -> None:
-        """Write a line of `ledger.jsonl`: a step of positions [first, stop); total: its samples' checksum over the world."""
+        """
+        Write a line of `ledger.jsonl`: a step on positions [first, stop).
+
+        total: the sum of its samples' checksums over the world. windows: ranges of positions that no step may use.
+        """
         if self._ledger is not None:
             self._ledger.record(step, first, stop, total, skipped=skipped, windows=windows)
             self._complain(self._ledger.problem)
@@ -93,7 +97,7 @@ class RunFiles:
                 self._complain(each.problem)
 
     def _complain(self, problem: str | None) -> None:
-        """Warn of a problem once, until it is over."""
+        """Warn of a problem once; warn again if it returns after it was over."""
         if problem is None:
             self._said.clear()
         elif problem not in self._said:

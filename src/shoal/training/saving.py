@@ -29,9 +29,9 @@ from shoal.run.console import Console
 from shoal.training.state import TrainState
 
 Say = Callable[..., None]
-"""Called with an event's name and its facts."""
+"""A function that is called with an event's name and its facts."""
 
-_FIRST_RETRY: Final = 10  # steps after a failed save; doubles with each failure
+_FIRST_RETRY: Final = 10  # steps between a failed save and its retry; doubles with each further failure
 
 
 @dataclass
@@ -39,12 +39,12 @@ class _Tier:
     """A checkpoint store and its schedule."""
 
     store: CheckpointStore
-    every: int  # steps; 0: only at the end
-    retry_at: int | None = None  # step at which a failed save is retried
+    every: int  # steps between saves; 0: only at the end
+    retry_at: int | None = None  # step at which a failed or postponed save is due
     retries: int = 0
-    memory: MemoryTier | None = field(default=None, kw_only=True)  # of the fast tier
-    has_room: bool | None = None  # fast tier; None: not checked yet
-    closed: bool = False  # fast tier that cannot be used
+    memory: MemoryTier | None = field(default=None, kw_only=True)  # only for the fast tier
+    has_room: bool | None = None  # whether the fast tier has enough space; None: not checked yet
+    closed: bool = False  # whether this is a fast tier that cannot be used
 
     def is_due(self, step: int) -> bool:
         """Return whether this tier saves after `step`."""
@@ -71,10 +71,12 @@ class Saving:
     mesh: Mesh
     console: Console
     event: Say
-    wait: bool  # wait for each save, instead of training on meanwhile
+    wait: bool  # whether training waits for each save
     data_id: str = field(kw_only=True)
-    on_saved: Callable[[float], None] = field(default=lambda seconds: None, kw_only=True)  # seconds of a save on disk
-    on_checkpoint: Callable[[int], None] = field(default=lambda step: None, kw_only=True)  # step of a save in any tier
+    # called with the seconds that a save to disk took
+    on_saved: Callable[[float], None] = field(default=lambda seconds: None, kw_only=True)
+    # called with the step of a completed save in any tier
+    on_checkpoint: Callable[[int], None] = field(default=lambda step: None, kw_only=True)
     total_steps: int | None = field(default=None, kw_only=True)  # of the run, if known
 
     @classmethod
@@ -91,7 +93,7 @@ class Saving:
         """
         Open the tiers. A collective over the world. Raises `RunError` if only some ranks have `checkpoint.fast`.
 
-        folder: the folder of the run's checkpoints on disk. `at(phase)` is called at each phase of a save.
+        folder: the folder of the run's checkpoints on disk. `at(phase)` is called at each phase of a save to disk.
         """
         options = config.checkpoint
         have = mesh.gather_objects(options.fast is not None)
@@ -124,7 +126,7 @@ class Saving:
         """
         Return the newest whole checkpoint, the same on all ranks; report what was wrong with newer ones.
 
-        A checkpoint that only some nodes have in memory is first copied to disk, for all nodes. A collective over the world.
+        A newer checkpoint that only some nodes have in memory is copied to disk, for all nodes. A collective over the world.
         """
         found: list[Saved] = []
         for tier in self.tiers:
@@ -139,7 +141,11 @@ class Saving:
         return newest
 
     def _borrow(self, tier: _Tier, newest: Saved | None) -> Saved | None:
-        """Copy a checkpoint that only some nodes have in memory to disk, if it is newer than the newest that all have."""
+        """
+        Copy a checkpoint that only some nodes have in memory to disk, if it is newer than `newest`, which all have.
+
+        If `newest` is itself in memory, that checkpoint must be newer by more than the tier's `every` steps.
+        """
         after = newest.step if newest else 0
         if newest and newest.folder.parent == tier.store.folder:
             after += tier.every
@@ -177,8 +183,8 @@ class Saving:
         """
         Record which in-memory checkpoints belong to this run's history. A collective over the world.
 
-        They are those that led to `newest`, from which the run resumes, and those it writes from now on. Checkpoints on a
-        node that was away meanwhile are excluded.
+        The history is the checkpoints that led to `newest`, from which the run resumes, and those written from now on. It
+        excludes checkpoints of steps that the run repeats; a node that left and came back may still have them.
         """
         fast = next((tier for tier in self.tiers if tier.memory and not tier.closed), None)
         generations: Mapping[str, int | None] = {}
@@ -274,7 +280,7 @@ class Saving:
         return outcome
 
     def _clear_memory(self) -> None:
-        """Delete the in-memory checkpoints: all are older than the one on disk."""
+        """Delete the in-memory checkpoints: none is newer than the one on disk."""
         for tier in self.tiers[1:]:
             # For a tier that could not be used, it is unknown which ranks share a folder: each rank clears it
             if tier.closed or tier.store.folder_group.is_leader:
@@ -301,7 +307,7 @@ class Saving:
         self.event("no fast place", step=step, why=why)
 
     def _scalars(self, state: TrainState, val_loss: float | None) -> Mapping[str, Any]:
-        """Return what a checkpoint holds beside tensors."""
+        """Return the values that a checkpoint holds besides tensors."""
         return {**state.scalars(), "data_id": self.data_id, "val_loss": val_loss}
 
     def _next_try(self, tier: _Tier, step: int) -> str:

@@ -39,7 +39,7 @@ class TrainState:
         return named
 
     def _first_of_each(self) -> list[Shard]:
-        """Return one shard per name: if two stages of a process hold the tied embedding, the later one is a twin."""
+        """Return the first non-empty shard of each name: a process that holds both copies of a tied embedding has two."""
         return list({s.name: s for s in reversed(self.shards) if s.tensor.numel()}.values())
 
     def scalars(self) -> dict[str, Any]:

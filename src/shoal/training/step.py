@@ -33,8 +33,8 @@ class Stats:
     """
     A step's numbers, on their way from the device.
 
-    copied: the host's copy, complete when the step is `over`. On a GPU the copy is queued right behind the step, so that
-    reading it does not wait for the next step.
+    copied: the numbers' copy on the host, complete when the step is `over`. On a GPU the copy is queued
+    right behind the step, so that reading it does not wait for the next step.
     """
 
     step: int
@@ -67,7 +67,7 @@ def train_step(
     """
     Run forward, backward, the sums over ranks, the guard, clipping and the update. Collectives over all axes.
 
-    guard: decides whether to skip the update; None: skip it only if the gradient norm is NaN or Inf.
+    guard: decides whether to skip the update; without a guard, only a gradient norm of NaN or Inf skips it.
     ballot: this rank's votes, summed over the world in the same all-reduce as the losses.
     """
     optimizer, scaler = state.optimizer, state.scaler

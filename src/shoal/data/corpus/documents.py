@@ -42,7 +42,7 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class CorpusFile:
-    """A file of a corpus. The name begins with the path that the user gave."""
+    """A file of a corpus. If `data.paths` sets the files, the name begins with the path as the user gave it."""
 
     name: str
     bytes: int

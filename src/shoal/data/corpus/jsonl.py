@@ -1,4 +1,4 @@
-"""Read jsonl files, plain or gzipped; each line is a document. They are streamed, so files may be of any size. No torch."""
+"""Read jsonl files, plain or gzipped; each line is a document. Files of any size are streamed. No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shoal.system.output import on_one_line
 
 MAX_LINE_BYTES = 1 << 26
 BOMB_TIMES = 200  # gzip shrinks text about 5 times, and a decompression bomb up to 1,000 times
-BOMB_BYTES = 1 << 28  # smaller files are not checked
+BOMB_BYTES = 1 << 28  # files that unpack to less are not checked
 
 
 def jsonl_reader(text_key: str) -> Reader:
@@ -68,7 +68,11 @@ class _Unpacked:
 def _read_lines(
     lines: IO[bytes] | _Unpacked, raw: IO[bytes], name: str, start: Cursor, text_key: str
 ) -> Iterator[Document | Skipped]:
-    """Yield a document per line. `raw.tell()` gives the place in the file; blank lines are ignored, not counted."""
+    """
+    Yield a document per line; blank lines are neither documents nor counted as skipped.
+
+    lines: the unpacked lines. raw: the file on disk, whose `tell()` becomes the cursor's offset.
+    """
     index = start.document
     begun = index > 0
     while line := lines.readline(MAX_LINE_BYTES):

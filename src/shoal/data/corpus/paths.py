@@ -18,7 +18,7 @@ KINDS_AT_MOST = 8  # kinds of skipped files in a message
 
 
 class Finder:
-    """Collects the files under paths, and the unreadable ones, so that one error names them all."""
+    """Collects the files under paths, and the unreadable files, to report all of these in one error."""
 
     def __init__(self, suffixes: tuple[str, ...], skip_folders: frozenset[str] = frozenset()) -> None:
         self._suffixes, self._skip_folders = suffixes, skip_folders
@@ -30,7 +30,7 @@ class Finder:
         self._unreadable: list[str] = []
 
     def add(self, given: str) -> None:
-        """Add a file of any suffix, or a folder's files by suffix. Raises DataError if it is neither."""
+        """Add a file, whatever its suffix, or a folder's files with the wanted suffixes. Raises DataError if `given` is neither."""
         path, mode = _look(given)
         if stat.S_ISDIR(mode):
             found = sorted(self._walk(path))
@@ -42,7 +42,7 @@ class Finder:
             raise DataError(f"{given} is a pipe, socket or device; save its content to a file and set data.paths to it")
 
     def files(self) -> list[tuple[str, Path]]:
-        """Return (name, path) in reading order. Raises DataError if a file or folder cannot be read."""
+        """Return (name, path) of each file, in reading order. Raises DataError if a file or folder cannot be read."""
         if self._unreadable:
             more = len(self._unreadable) - NAMED_AT_MOST
             named = ", ".join(self._unreadable[:NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")

@@ -58,7 +58,7 @@ NONE: Mapping[str, int] = MappingProxyType({})
 
 
 class FileCorpus:
-    """Files on disk, each read by `reader` from an offset on."""
+    """Files on disk, each read by `reader` from a cursor on."""
 
     def __init__(self, files: Sequence[tuple[str, Path]], reader: Reader, skipped: Mapping[str, int] = NONE) -> None:
         self._files = list(files)
@@ -142,7 +142,7 @@ def _cut(window: bytes, piece_bytes: int) -> bytes:
 
 
 def _text_reader(files: Sequence[tuple[str, Path]]) -> Reader:
-    """Return the reader of `text` corpora; it cuts a single file finer, so that some of it can be held out."""
+    """Return the reader of `text` corpora. It cuts a corpus of one file into smaller documents, so that some can be held out."""
     if len(files) > 1:
         return read_text_file
     name, path = files[0]

@@ -15,7 +15,7 @@ Ids = npt.NDArray[np.uint32]
 
 
 class DifferentIdsError(Exception):
-    """fastokens and tokenizers gave different ids, so no ids from fastokens may be kept."""
+    """fastokens failed, or gave other ids than tokenizers, so all its ids must be discarded."""
 
 
 class FastEncoder:

@@ -30,7 +30,7 @@ LAST_SWEPT = 0x3100  # covers letters, digits, marks and spaces of most scripts
 
 
 def sample(special: Iterable[str] = ()) -> list[str]:
-    """Return texts that two tokenizers must encode alike; names of special tokens in them are plain text."""
+    """Return texts that two tokenizers must encode alike. The names `special` of special tokens are included as plain text."""
     return [*TEXTS, *_sweep(), " a".join(special)]
 
 

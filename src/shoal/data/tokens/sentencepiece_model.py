@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from shoal.data.tokens.same_ids import check_same_ids
 from shoal.errors import DataError
 
-SPACE = "▁"  # a space in a piece
+SPACE = "▁"  # the character that replaces a space in a piece
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # SentencePiece.Type
 NEVER = 1000.0  # subtracted from the lowest score for pieces that no text may be encoded as
@@ -34,7 +34,7 @@ def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(_converted(content, str(path), hashlib.sha256(content).hexdigest()))
 
 
-@lru_cache(maxsize=2)  # preparing loads it twice
+@lru_cache(maxsize=2)  # preparing loads the tokenizer twice
 def _converted(content: bytes, name: str, sha256: str) -> str:
     try:
         import sentencepiece

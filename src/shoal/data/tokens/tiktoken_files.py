@@ -39,7 +39,7 @@ def from_tiktoken(name: str) -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer.from_str(_converted(name))
 
 
-@lru_cache(maxsize=2)  # preparing loads it twice, and the merges of 200,000 tokens take seconds
+@lru_cache(maxsize=2)  # preparing loads the tokenizer twice, and the merges of 200,000 tokens take seconds
 def _converted(name: str) -> str:
     try:
         import tiktoken

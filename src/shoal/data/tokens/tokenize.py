@@ -1,5 +1,5 @@
 """
-Tokenizers: a byte-level BPE trained here, plain bytes, or an existing one. No torch.
+Tokenizers: a byte-level BPE trained here, plain bytes, or an existing tokenizer. No torch.
 
 Each becomes a `tokenizers.Tokenizer`, saved as a tokenizer.json that other libraries read.
 """
@@ -41,7 +41,7 @@ class Tokenizer:
     """
     Text <-> token ids. Names of special tokens in a text are encoded as plain text, so no text yields `eot_id`.
 
-    bos_id: the token before each document, or None.
+    eot_id: the id of the token after each document. bos_id: the id of the token before each document; None if there is none.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Tokenizer:
         return self.decode(self.encode("a\n") + self.encode("b")) == "a\nb"
 
     def check_rows(self, rows: int) -> None:
-        """Raise DataError, naming tokens, if an embedding of `rows` rows lacks some of them."""
+        """Raise DataError if an embedding of `rows` rows is too small, and name the first tokens without a row."""
         if self.vocab_size <= rows:
             return
         without = range(rows, self.vocab_size)
@@ -172,8 +172,8 @@ def load_tokenizer(spec: str, kept: Path | None = None) -> Tokenizer:
     """
     Load `bytes`, `tiktoken:NAME`, a tokenizer.json, a SentencePiece model, or the tokenizer of a model's folder or name.
 
-    A folder's config files may also set which tokens begin and end a document. kept: a copy to use if the folder is
-    gone. Raises DataError.
+    A folder's config files may also set which tokens begin and end a document. kept: the run's copy of that
+    folder, used if it is gone; None if there is no copy. Raises DataError.
     """
     if spec == "bytes":
         return byte_tokenizer()

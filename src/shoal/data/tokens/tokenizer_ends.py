@@ -1,8 +1,8 @@
 """
 The tokens that begin and end a document, from a tokenizer.json or a Hugging Face folder. No torch.
 
-They are saved in the tokenizer.json itself, as its post-processor: the tokens before a single text and between two texts.
-So one file holds everything, here and in other libraries.
+They are saved in the tokenizer.json itself, as its post-processor, which puts tokens before a single text and between two
+texts. So shoal and other libraries need only that file.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def _end(tokenizer: tokenizers.Tokenizer, bos: int | None) -> int | None:
-    """Return the first token put between two texts if it ends the first text, else one of END_NAMES."""
+    """Return the first token put between two texts if it ends the first text, else the first known one of END_NAMES, else None."""
     plain: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
     both: list[int] = tokenizer.encode("a", "a").ids
     first = (bos is not None) + len(plain)
