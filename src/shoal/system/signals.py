@@ -27,7 +27,7 @@ STOPPING_SAID: Final = "stopping; a second signal ends it now"
 
 def stopping_said(number: int) -> str:
     """Return the message for a first signal `number`, after which only SIGINT (Ctrl-C) ends the process at once."""
-    return STOPPING_SAID if number == signal.SIGINT else "stopping; Ctrl-C ends it now"
+    return f"stopping; Ctrl-C{' again' if number == signal.SIGINT else ''} ends it now"
 
 
 class StopRequest:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from shoal.config.options import Config
-from shoal.data.loader import Batch, evaluation_batches
+from shoal.data.loader import Batch, evaluation_batches, evaluation_rows
 from shoal.data.prepare import Prepared
 from shoal.mesh.mesh import Mesh
 from shoal.models.family import LanguageModel
@@ -38,7 +38,7 @@ def evaluate(
     rows = prepared.split("val", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     batches = evaluation_batches(rows, config.train.micro_batch, mesh.dp_rank, mesh.dp_size, max_tokens)
-    done, share = 0, math.ceil(len(rows) / mesh.dp_size)
+    done, share = 0, math.ceil(evaluation_rows(rows, max_tokens) / mesh.dp_size)
     while turn := list(itertools.islice(batches, mesh.layout.pp * BATCHES_AT_A_TIME)):
         alive()
         totals[0] += losses(turn)
