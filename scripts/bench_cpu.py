@@ -2,7 +2,7 @@
 Write the CPU page of docs/benchmarks: `python scripts/bench_cpu.py [--repeats N] [--only WORD] > docs/benchmarks/NAME.md`.
 
 Each row is one call of `shoal bench speed --json`; the two sides of a ratio alternate. Run it on an idle machine: it prints
-the rate of a matrix product before and after, and the two should agree.
+the rates of matrix products before and after the benchmarks, and the two should agree.
 """
 
 from __future__ import annotations

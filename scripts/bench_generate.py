@@ -4,10 +4,10 @@ Compare greedy generation with a KV cache to `transformers.generate` on the same
     python scripts/bench_generate.py
     python scripts/bench_generate.py --shapes llama-10m --batches 1 --dtypes float32 --pairs 9
 
-Weights are random. Prompts have 64 tokens, or 33 to 64 with left padding in the table rows "unequal"; outputs have 128. Both sides
-alternate on the same prompts; a ratio is the median over neighboring pairs, which cancels drift of the machine's speed. On a
-shared machine, set OMP_NUM_THREADS=1 and --clock cpu to count only this process's CPU time. In float32 both must generate
-the same tokens.
+Weights are random. Prompts have 64 tokens, or 33 to 64 with left padding in the table rows "unequal"; outputs have 128. The
+two programs alternate on the same prompts; a ratio is the median over neighboring pairs, which cancels drift of the machine's
+speed. On a shared machine, set OMP_NUM_THREADS=1 and --clock cpu to count only this process's CPU time. In float32 both must
+generate the same tokens.
 """
 
 from __future__ import annotations

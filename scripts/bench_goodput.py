@@ -46,7 +46,7 @@ def _has_hangs(run: Path, count: int) -> bool:
 
 
 def signal_one(number: signal.Signals, launcher: subprocess.Popen[bytes], draw: random.Random) -> float:
-    """Signal a random worker; return the time."""
+    """Send a signal to a random worker process; return the monotonic time in seconds."""
     draw.choice(psutil.Process(launcher.pid).children()).send_signal(number)
     return time.monotonic()
 

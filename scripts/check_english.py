@@ -182,7 +182,7 @@ def findings(found: Sequence[Text]) -> Iterator[tuple[Text, int, str, str]]:
 
 
 def sentences(found: Sequence[Text]) -> list[tuple[Text, int, str]]:
-    """Return (text, line, sentence) of each sentence of four words or more in pages, docstrings and messages (not of tests)."""
+    """Return (text, line, sentence) of each sentence of four words or more in pages, docstrings, and messages outside tests."""
     drawn = []
     for text in found:
         if text.kind == "comment" or (text.kind == "message" and "tests" in text.path.parts):

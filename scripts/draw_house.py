@@ -158,7 +158,7 @@ class House:
         return total + 20 * sum(apart)
 
     def settle(self, row: Sequence[Box]) -> None:
-        """Center the boxes of a floor as near to their arrows' other ends as their order and width allow."""
+        """Move the boxes of a floor as near to the other ends of their arrows as order and widths allow."""
         wanted = []
         for box in row:
             near = [b.x for a, b in self.hops if a is box] + [a.x for a, b in self.hops if b is box]

@@ -73,7 +73,7 @@ class Target:
 
 
 def small(target: Target, name: str, **train: Any) -> Config:
-    """Return a config: a model of 1M parameters (fewer in a rehearsal), generated text, document masks, grouped heads."""
+    """Return a config: a model of 1M parameters (fewer in a rehearsal), generated text, document masks, grouped-query attention."""
     dim, seq_len, batch = (64, 32, 4) if target.rehearses else (256, 128, 16)
     return Config(
         model=Model(dim=dim, num_layers=2, num_heads=4, num_kv_heads=2, max_seq_len=256, qk_norm=True),
@@ -161,7 +161,11 @@ def attention_inputs(
     seen: int = 0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[torch.Tensor, ...]:
-    """Return queries at the last `places` of `seen` positions, and keys and values at all of them."""
+    """
+    Return queries at the last `places` of `seen` positions, and keys and values at all of them.
+
+    places: 0 means all positions. seen: 0 means 2048 positions, or 256 in a rehearsal.
+    """
     seen = seen or (256 if target.rehearses else 2048)
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, places or seen, heads, 64), (2, seen, keys, 64), (2, seen, keys, 64))
@@ -274,7 +278,12 @@ def check_late_reading(target: Target) -> Found:
 
 @dataclass
 class Taken:
-    """Losses and times of steps; how many were read after the next step was queued, and how many were then still running."""
+    """
+    Losses and seconds of a run's steps.
+
+    read_late: number of steps whose results were read after the next step was queued. overlapped: number of steps that were
+    still running on the device when the next one had been queued.
+    """
 
     losses: list[float]
     seconds: list[float]

@@ -122,12 +122,12 @@ def sharded(n: int, turns: int, gathers: int = 2, replicas: int = 1) -> float:
 
 
 def tensor(n: int) -> float:
-    """Return the bytes of tensor parallelism: two gather and reduce-scatter pairs per block and direction, two more outside."""
+    """Return the bytes of tensor parallelism: two gather and reduce-scatter pairs per block and direction, and two for the rest."""
     return (n - 1) / n * HIDDEN * (LAYERS * 8 + 2 + 2)
 
 
 def pipeline(crossings: int, n: int) -> float:
-    """Return the bytes of a pipeline: at each crossing between processes, the hidden state forward, its gradient backward."""
+    """Return the bytes of a pipeline of `n` processes: each crossing sends the hidden state forward, its gradient backward."""
     return 2 * HIDDEN * crossings / n
 
 

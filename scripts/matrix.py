@@ -75,7 +75,7 @@ class Result:
 
 
 def results() -> dict[str, Result]:
-    """Return stored results by cell; a cell's last result counts."""
+    """Return the last stored result of each cell."""
     found = {}
     for line in RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []:
         fields = json.loads(line)
@@ -206,7 +206,7 @@ process in float32, without checkpointing and without the compiler.
 
 `3/3` counts the supported checkpointing modes that pass; the number is the largest error among them. `rejected 2` refers to a line of
 the table at the end; combinations that no layout supports (float16 on this device, budget without the compiler) are not
-repeated in each row. The layouts under "{TOGETHER}" cover each pair of features that is supported and missing in the others; they run
+repeated in each row. The layouts under "{TOGETHER}" cover every supported pair of features that no other layout covers; they run
 only without checkpointing and without the compiler."""
 
 

@@ -6,8 +6,8 @@ Count the files and lines of shoal that one FSDP2 optimizer step goes through.
 Two gloo processes train the quickstart's model. On rank 0, one `train_step` after the warmup runs under `sys.settrace`.
 The table lists each file of shoal in which this step executes a line: the lines of the file, and the lines executed.
 
-Counted are the files that a reader opens to follow the step's control flow: the caller of `train_step`, and the files of
-`training`, `parallel`, `optim` and `mesh` in which the step executes more than one line. Not counted are the model's
+The count includes the files that a reader opens to follow the step's control flow: the caller of `train_step`, and the files
+of `training`, `parallel`, `optim` and `mesh` in which the step executes more than one line. It excludes the model's
 arithmetic (`models`), and code that observes or stores values, each behind one call (`data`, `metrics`, `elastic`, `fault`).
 Exits with 1 if there are more files or lines than the options allow.
 """

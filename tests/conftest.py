@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Return the number of pytest workers: one more than cores, since tests also wait, if each has 3 GiB of free memory."""
+    """Return the number of pytest workers: one more than cores, since tests also wait, but at most one per 3 GiB free."""
     cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
     return max(1, min(cores + 1, MOST_WORKERS, psutil.virtual_memory().available // (3 << 30)))
 
@@ -90,7 +90,7 @@ def fail_if_skipped(report: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def _shards(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Let pytest workers share the record of verbs that have been started in a fresh interpreter."""
+    """Let pytest workers share a record: which `shoal` verbs have been started in a fresh interpreter."""
     ours = tmp_path_factory.getbasetemp()
     warm.seen_by_all = (ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours) / "verbs"
     warm.seen_by_all.mkdir(exist_ok=True)

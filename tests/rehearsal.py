@@ -2,7 +2,7 @@
 A simulated CUDA device, to find on a CPU where the host would wait for a GPU.
 
     with Rehearsal() as waits:
-        ...             # shoal's code sees tensors on `DEVICE`, and takes the same branches as there
+        ...             # shoal's code sees tensors on `DEVICE`, and takes the same branches as on a GPU
     waits               # each wait of the host for the device: its kind, and the function that waited
 
 All tensors are in the CPU's memory, and operations on `DEVICE` run on the CPU. A tensor counts as the device's, unless it was

@@ -45,7 +45,11 @@ class World:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Call `function(mesh, *args)` on every rank. Raises AssertionError with the failures, or TimeoutError."""
+        """
+        Call `function(mesh, *args)` on every rank; return the results by rank.
+
+        Raises AssertionError if a rank fails, with its traceback, or TimeoutError if ranks do not answer in time.
+        """
         for pipe in self._pipes:
             pipe.send((function, args))
         answers: dict[int, tuple[bool, Any]] = {}
@@ -93,7 +97,11 @@ class Worlds(dict[int, World]):
 
 
 def laid_out(mesh: Any, **sizes: int) -> Any:
-    """Return, in a worker, its mesh with these axes (dp_shard=2, tp=2, ...). New axes are opened by collectives over the world."""
+    """
+    Return, in a worker, its mesh with these axes (dp_shard=2, tp=2, ...).
+
+    Call it on every rank in the same order: creating the process groups of new axes is a collective over the world.
+    """
     from shoal.config.layout import Layout
     from shoal.mesh.mesh import Axis, Mesh
 

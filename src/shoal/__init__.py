@@ -31,7 +31,7 @@ def read_config(recipe: str | Path | None = None, /, **options: Any) -> Config:
 
     recipe: a YAML file, or the name of a built-in recipe, such as "quickstart". None uses the one that `shoal init` writes.
     options: config options, named like flags of `shoal train`: `steps=20`, `name="first"`, or `**{"train.steps": 20}`.
-    Raises `ConfigError` with every problem.
+    Raises `ConfigError`, which lists every problem, if the config is invalid.
     """
     from shoal.commands.recipes import config_of
 
@@ -40,11 +40,11 @@ def read_config(recipe: str | Path | None = None, /, **options: Any) -> Config:
 
 def train(config: Config) -> Trained:
     """
-    Train in this process, from the start or the run's last checkpoint; return the run's `folder` and whether it `finished`.
+    Train in this process; return the run's `folder` and whether the run is `finished`. A run with a checkpoint resumes from it.
 
     Call it in a single process, or in each of the processes that torchrun or srun started.
     Call it from the main thread, which receives signals. The first Ctrl-C, SIGTERM or SIGUSR1 saves and stops; a second
-    Ctrl-C raises `KeyboardInterrupt`. Raises `ShoalError`.
+    Ctrl-C raises `KeyboardInterrupt`. Raises `ShoalError` for any problem that the user can fix.
     """
     from shoal.commands.worker import train_here
 
@@ -56,7 +56,8 @@ def load(path: str | Path, *, device: str = "auto", dtype: str = "auto") -> Load
     Load a model and its tokenizer from a run's folder (the last checkpoint), one checkpoint, or a Hugging Face folder.
 
     device: the device to compute on: "cpu", "cuda", or "auto" for CUDA if available. dtype: the compute dtype: "float32",
-    "bfloat16", or "auto" for the model's own dtype, or float32 if the device is slow in that dtype. Raises `ShoalError`.
+    "bfloat16", or "auto" for the model's own dtype, or float32 if the device is slow in that dtype. Raises `ShoalError` if
+    there is no such model, or it cannot be loaded.
     """
     from shoal.infer.load import load_path
 
@@ -76,9 +77,10 @@ def generate(
     """
     Return the text that a model adds to `prompt`, up to an end-of-text token or `max_new_tokens`.
 
-    temperature: the sampling temperature; 0 always takes the likeliest token. top_k, top_p: limits: sample from the `top_k`
-    likeliest tokens, or from the likeliest that together have probability `top_p`; None disables a limit. The same seed gives
-    the same text. Raises `GenerateError`, or `ModelError` if the model has no tokenizer.
+    temperature: the sampling temperature; 0 always takes the likeliest token. top_k: sample from this many of the likeliest
+    tokens; top_p: sample from the fewest likeliest tokens that together have this probability; None disables the limit. The
+    same seed gives the same text. Raises `GenerateError` if the prompt or an option is invalid, or `ModelError` if the model
+    has no tokenizer.
     """
     from shoal.infer.stream import complete
     from shoal.models.sampling import Sampling

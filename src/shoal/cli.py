@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _say(message: str) -> int:
-    """Report an error once for all processes of a run; return the exit code."""
+    """Report an error, through the launcher if it started this process, so that it appears once; return the exit code."""
     from shoal.mesh.place import report_to_launcher
 
     if not report_to_launcher(message):

@@ -6,8 +6,8 @@ The errors that a user can fix.
     ├── DataError           invalid corpus, tokenizer or token shards
     ├── ModelError          a folder of weights that is missing, truncated or unsupported
     ├── CheckpointError     a checkpoint that cannot be read or written
-    ├── RunError            a run's folder that is locked, unwritable or incompatible
-    ├── CompileError        compiled code with other losses or gradients than eager code
+    ├── RunError            a run's folder that is missing, locked, unwritable or incompatible
+    ├── CompileError        compiled code whose loss or gradients differ from eager code
     ├── LaunchError         unavailable processes, ports or devices
     │   └── LostPeerError   another process of the run is gone
     ├── MemoryProblem       out of memory
@@ -85,7 +85,7 @@ class CheckpointError(ShoalError):
 
 
 class RunError(ShoalError):
-    """A run's folder that is locked, unwritable, or holds a run with an incompatible config."""
+    """A run's folder that is missing, locked, unwritable, or holds a run with an incompatible config."""
 
 
 class CompileError(ShoalError):

@@ -114,7 +114,7 @@ class _Drawn:
 
     @property
     def is_late(self) -> bool:
-        """Whether the fault makes a save fail: planned in the last life, so that no other fault ends the workers first."""
+        """Whether the fault disturbs a save but ends no worker. Such faults come last, so that no other interrupts the save."""
         return self.phase in SAVES and not self.ends_the_workers
 
 
@@ -151,7 +151,7 @@ def few() -> list[Case]:
 
 
 def others() -> list[Case]:
-    """Return cases with every fault in every phase that `few` lacks, once each."""
+    """Return cases that have each pair of phase and fault once, except those in `few`."""
     done = {(fault.phase, fault.fault) for case in few() for fault in case.faults}
     left = [
         _Drawn(phase, fault, 0 if phase in OF_FIRST_RANK else number % 2)

@@ -167,7 +167,7 @@ class Laboratory:
         return problems + [f"{name} is left over" for name in strange]
 
     def _expected(self, left_out: tuple[int, ...]) -> dict[str, str]:
-        """Return the digests of the weights of one process that skips these steps and has no other faults."""
+        """Return the digests of the weights after a one-process run that skips these steps and has no other faults."""
         if left_out not in self._clean:
             name = "-".join(["clean", *map(str, left_out)])
             plan = [{"step": step, "phase": "forward", "rank": 0, "fault": "nan"} for step in left_out]

@@ -90,7 +90,7 @@ def test_training_goes_on_and_saves_when_the_disk_is_back(
     (run / "checkpoints").symlink_to(disk.path / "saved")
     process = place.start(
         "train", "recipe.yaml", "--name", NAME, "--train.steps", "9000", "--train.eval_every", "0",
-        "--checkpoint.keep", "1000",  # deleting one on a full disk would make room for the next
+        "--checkpoint.keep", "1000",  # deleting a checkpoint would make room on the full disk
     )  # fmt: skip
     wait_for(process, "step   17/9000")
     harm(disk)

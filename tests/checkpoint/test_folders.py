@@ -86,7 +86,7 @@ def test_each_life_leads_to_the_next_up_to_the_step_from_which_it_went_on() -> N
     assert [memory.is_current(saved_by(*each)) for each in (("a", 6), ("a", 7), ("b", 9), ("c", 99))] == [
         True, False, True, True
     ]  # fmt: skip
-    memory.begin_generation("d", saved_by("a", 5))  # two newer checkpoints were damaged
+    memory.begin_generation("d", saved_by("a", 5))  # the newer checkpoints of a and b were damaged
     assert memory.generations == {"a": 5, "d": None}
     memory.begin_generation("e", Saved(Path("step"), 4, None))  # from a checkpoint on disk
     assert memory.generations == {"e": None}
@@ -139,7 +139,7 @@ def test_what_was_cut_otherwise_is_not_taken_for_ones_own(world: Callable[[int],
 
 
 def saves_of_two_lives(folder: Path, world: World) -> None:
-    """Give machine 1 a step 3 of another generation than machine 0's."""
+    """Give both machines a checkpoint of step 3, of different generations."""
     world.run(save, folder, "copies", [1, 3], "b")
     (folder / "machine-1").rename(folder / "before")
     shutil.rmtree(folder / "machine-0")

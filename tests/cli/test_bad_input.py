@@ -1,4 +1,4 @@
-"""Bad input gives one clear message, exit code 2, no traceback, and loses nothing."""
+"""Bad input gives one clear message, exit code 2 and no traceback, and no data is lost."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_a_shard_that_was_altered_or_cut_short(place: Place) -> None:
         shard.write_bytes(bytes(altered))
         output = place.refused("train", "recipe.yaml", "--name", "shard")
         assert shard.name in output
-        assert output.count("--data.rebuild true") == 1  # both workers found it; it is printed once
+        assert output.count("--data.rebuild true") == 1  # both workers find the damage; one prints it
         assert "--data.rebuild true" in output
     finally:
         shard.write_bytes(whole)

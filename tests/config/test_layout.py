@@ -1,4 +1,4 @@
-"""Axes, ranks and groups against their definitions, and the layouts of a number of processes."""
+"""Axes, ranks and groups against their definitions, and the layout chosen for a number of processes."""
 
 from __future__ import annotations
 

@@ -173,7 +173,7 @@ def test_what_fits_is_not_refused() -> None:
 
 
 def _play(schedule: Schedule, pp: int, stages: int, micro_batches: int) -> Iterator[float]:
-    """Yield each rank's idle fraction, if forward and each half of backward take 1. Raises ValueError if torch does."""
+    """Yield each rank's idle fraction, if forward and each half of backward take 1 time unit. Raises ValueError if torch does."""
     mine = [SimpleNamespace(stage_index=i, num_stages=pp * stages, group_size=pp, group_rank=0, submod=None) for i in range(stages)]  # fmt: skip
     order = MULTI[schedule](mine, micro_batches).pipeline_order
     left = {rank: list(_actions(order[rank])) for rank in range(pp)}

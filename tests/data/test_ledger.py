@@ -61,7 +61,7 @@ class Run:
         self.ledger.record(self.step, first, stop, summed(self.header, ids, dp), skipped=skipped, windows=windows)
 
     def stands_behind_a_step(self) -> bool:
-        """Return whether a checkpoint may be saved here: not between a passed window and the next step, which records it."""
+        """Return False between a skipped window and the next step, which records the window: no checkpoint is saved there."""
         return not self.passed or self.passed[-1][2] != self.position
 
     def pass_over(self, samples: int) -> None:
@@ -290,7 +290,7 @@ def test_many_problems_are_not_all_shown(tmp_path: Path) -> None:
 
 
 def test_lines_that_come_late_or_are_cut_short_are_no_harm(tmp_path: Path) -> None:
-    """Begin without a folder; kill in the middle of a line; resume from a checkpoint before it."""
+    """Begin before the ledger's folder exists; cut the last line short; resume from the step before it."""
     path = tmp_path / "late" / "ledger.jsonl"
     run = Run(path, HEADER)
     run.take()

@@ -1,4 +1,4 @@
-"""Killed processes, and several at once, on a folder of prepared tokens."""
+"""Processes that are killed, or run at the same time, while they prepare one folder of tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shoal.data.prepare import Prepared, prepare
 from shoal.data.token_folder import folder_name, named_tokenizer, token_options
 from tests.data.conftest import MakeData
 
-# Prepares, and dies by SIGKILL at its n-th fsync of a file (half written) or of its folder.
+# Prepares tokens, and kills itself at its n-th fsync. If that is of a file rather than a folder, it first halves the file.
 PREPARE = """
 import json, os, signal, stat, sys
 from shoal.config.data_options import Data

@@ -1,4 +1,4 @@
-"""The special tokens of a folder whose two files may contradict each other, against transformers."""
+"""Special tokens of a tokenizer folder: its two config files may contradict each other. Compared with transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], str | None]] = [
 
 
 def make(folder: Path, config: dict[str, Any], older: dict[str, Any]) -> Path:
-    """Write a tokenizer folder for a case, with its "token" as both bos_token and eos_token."""
+    """Write a folder. config, older: its tokenizer_config and special_tokens_map; "token" means bos_token and eos_token."""
     tokenizer = train_bpe(iter(["Hello there, what is it?"] * 9), 280)
     tokenizer._tokenizer.add_special_tokens(["<A>", "<B>"])
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The faster tokenizer: the same bytes on disk with and without it, and dropped if its ids differ."""
+"""The faster encoder: it writes the same bytes to disk as the tokenizers library, and is dropped if its ids differ."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def make_folder(tmp_path: Path) -> MakeFolder:
 )
 def test_the_end_is_the_one_that_the_folder_names(make_folder: MakeFolder, configs: Any, end: str) -> None:
     vocab = load_tokenizer(str(make_folder())).vocab_size
-    for config in configs.values():  # replace negative ids: -2 is the second to last of the vocabulary
+    for config in configs.values():  # a negative id counts from the end of the vocabulary
         ids = config.get("eos_token_id")
         if ids is not None:
             config["eos_token_id"] = [vocab + i if i < 0 else i for i in ids] if isinstance(ids, list) else vocab + ids
@@ -197,7 +197,7 @@ def test_a_long_document_is_not_cut_where_parts_get_a_space(
 
 
 def test_ids_and_folders_of_before_stay(make_data: MakeData) -> None:
-    """Compare with ids from before tokenizers could have a beginning token."""
+    """Compare with data ids pinned before tokenizers could have a beginning-of-text token."""
     pinned = {"bytes": "682bd91454f524fd", "bpe": "a636a1e13e1aa06c"}
     for tokenizer, data_id in pinned.items():
         prepared = prepare(make_data(tokenizer=tokenizer, tokenizer_vocab_size=300))

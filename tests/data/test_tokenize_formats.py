@@ -116,7 +116,7 @@ def test_sentencepiece_models_trained_here(kind: str, options: dict[str, object]
 
 
 def test_a_model_whose_ids_would_differ_is_refused(tmp_path: Path) -> None:
-    """tokenizers applies such a normalizer to grapheme clusters, SentencePiece to characters."""
+    """The tokenizers library applies an nmt_nfkc normalizer to grapheme clusters, SentencePiece to characters."""
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train("bpe", normalization_rule_name="nmt_nfkc"))
     with pytest.raises(DataError, match="gives other ids than its own library"):

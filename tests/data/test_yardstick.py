@@ -1,4 +1,4 @@
-"""Held-out text compressed by gzip and xz: primed with training text, measured once, without slowing a run."""
+"""Held-out text compressed by gzip and xz, which are primed with training text: measured once, without slowing a run."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_a_worker_that_the_kernel_ended_for_memory_is_not_started_again(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    kills = iter([0, *[1] * 9])  # count of kernel kills: 0 when the workers start, 1 after a death
+    kills = iter([0, *[1] * 9])  # the kernel's out-of-memory kills: 0 when the workers start, then 1
     monkeypatch.setattr(agent, "kernel_kills", lambda: next(kills))
     code, events = launched(FOLLOWING)
     assert code == 2

@@ -113,7 +113,7 @@ def test_a_compilation_has_room_and_leaves_its_step_the_time_that_was_left(
 
 
 def test_torchs_compiler_says_when_it_compiles_also_again(listening: Page) -> None:
-    """Use a compiler that reads the page; a new shape compiles again."""
+    """Use a compiler backend that reads the heartbeat page; a new shape compiles again."""
     import torch
 
     seen: list[str] = []

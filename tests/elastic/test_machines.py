@@ -183,7 +183,7 @@ def test_machines_come_and_go_and_the_weights_are_those_of_one(site: Site) -> No
     assert site.events("stopped")[-1]["step"] == site.saved()
     site.await_round(2, rounds)
     for place in meeting_places(site):
-        place.kill()  # no node can join any more, and the run continues
+        place.kill()  # without the store no node can join, but the run continues
     until(lambda: "the run continues" in site.log("a2").read_text(), site)
     step = site.steps()
     until(lambda: site.steps() > step + 2, site)

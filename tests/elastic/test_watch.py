@@ -49,7 +49,7 @@ def test_who_waits_for_others_is_not_the_one() -> None:
 
 
 def test_it_is_said_where_others_are_at_the_very_place() -> None:
-    """On GPUs that wait for each other in one kernel, the first to arrive is only a guess."""
+    """Count ranks with the culprit's progress: on GPUs nothing shows which of them waits for which, so the culprit is a guess."""
     three = [look(0, 12, 3, 2.0), look(1, 12, 3, 1.0), look(2, 12, 3, 3.0)]
     assert count_ties(find_culprit(three), three) == 2
     assert count_ties(three[0], [three[0], look(1, 12, 4, 1.0), look(2, 12, 3, 2.0, psutil.STATUS_STOPPED)]) == 0

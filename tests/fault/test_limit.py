@@ -1,4 +1,4 @@
-"""When to stop before the time is up: closed forms, on a test clock."""
+"""When a run stops before its time limit: compared with formulas, on a clock that the test advances."""
 
 from __future__ import annotations
 

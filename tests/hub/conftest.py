@@ -63,7 +63,7 @@ class Scene(NamedTuple):
         return self.folder.with_name(".tiny.partial")
 
     def there(self) -> dict[str, bytes]:
-        """Return the fetched files, without the record."""
+        """Return the fetched files, without shoal's record of the fetch."""
         return {p.name: p.read_bytes() for p in sorted(self.folder.iterdir()) if p.name != "fetched.json"}
 
     def environment(self) -> dict[str, str]:

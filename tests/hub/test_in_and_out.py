@@ -69,8 +69,8 @@ def test_logits_are_those_of_transformers(folders: dict[str, Path], tmp_path: Pa
         expected = small.load(folder)(tokens).logits
         model = ours(folder, config)
         found = model.logits(model(tokens))
-        assert (found - expected).abs().max() < 1e-5  # of logits of about 2
-        # In bfloat16 neither is exact: ours are as close to float32's as theirs.
+        assert (found - expected).abs().max() < 1e-5  # the logits are about 2
+        # In bfloat16 both models round: shoal's logits are as close to the float32 logits as those of transformers.
         theirs16 = small.load(folder, torch.bfloat16)(tokens).logits.float()
         model16 = ours(folder, config, torch.bfloat16)
         ours16 = model16.logits(model16(tokens)).float()

@@ -209,7 +209,7 @@ def test_weights_that_are_not_the_config_s(llama: Path, tmp_path: Path, change: 
 
 
 def test_a_tied_head_is_the_embedding_or_refused(tmp_path: Path) -> None:
-    """Accept a tied Qwen2 whose files repeat the embedding as head; reject another head."""
+    """Accept a tied Qwen2 whose files repeat the embedding as head; reject a head that differs from the embedding."""
     folder = small.save("qwen2", tmp_path / "tied")
     model = build_model(resolved(folder).model, compute_dtype=torch.float32)
     embed = "model.embed_tokens.weight"

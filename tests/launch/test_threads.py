@@ -1,4 +1,4 @@
-"""CPU threads: how many a process gets, what a run keeps, and how idle threads wait."""
+"""CPU threads: how many a process gets, how many a resumed run keeps, and how idle threads wait."""
 
 from __future__ import annotations
 

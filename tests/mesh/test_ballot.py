@@ -13,7 +13,7 @@ from tests.world import World
 
 
 def counted(mesh: Mesh, with_losses: bool) -> tuple[dict[str, Sequence[float]], list[Sequence[float]]]:
-    """Return the sums by vote, and the sums that the callback of `saves` got. with_losses: whether losses are summed with them."""
+    """Return the sums by vote, and those passed to the callback of `saves`. with_losses: whether to sum losses with the votes."""
     heard: list[Sequence[float]] = []
     ballot = Ballot({"stop": Vote([mesh.place.rank]), "saves": Vote([1.0, 10.0 * mesh.place.rank], heard.append)})
     losses = torch.ones(3 if with_losses else 0, dtype=torch.float64)

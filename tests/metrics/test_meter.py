@@ -20,7 +20,7 @@ GPU = Mesh(Place(), torch.device("cuda"))
 
 @pytest.fixture(autouse=True)
 def _no_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use moments of the CPU: without CUDA, torch makes no events. No test here reads a time."""
+    """Replace `Moment` by one on the CPU: without CUDA, torch creates no events. No test here reads a time."""
     monkeypatch.setattr(meter, "Moment", lambda device: Moment(torch.device("cpu")))
 
 

@@ -108,7 +108,11 @@ def test_a_block_is_one_graph(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_no_function_returns_a_tensor_that_two_operations_gave(dtype: torch.dtype) -> None:
-    """Such a function has zero gradients when torch 2.11 compiles it: see `multiplied`. The test finds it with any torch."""
+    """
+    Check the autograd functions of a block as the compiler traces them, which shows the fault with any torch.
+
+    With torch 2.11, compiled gradients are zero if forward returns a tensor that two operations returned: see `multiplied`.
+    """
     results: dict[str, list[str]] = {}  # by autograd function: the operations that returned its forward's result
 
     def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:

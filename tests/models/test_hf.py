@@ -1,4 +1,4 @@
-"""Any causal language model of transformers: its logits, training and names, and the rejected ones."""
+"""Any causal language model of transformers: its logits, training and names; and the models that are rejected."""
 
 from __future__ import annotations
 

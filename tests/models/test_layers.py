@@ -17,7 +17,7 @@ from shoal.models.llama import _SwiGLU
 def test_what_a_function_returns_is_written_in_place_by_eager_alone(
     function: type[torch.autograd.Function], compiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Code compiled by torch 2.11 loses gradients through such a write. `_version` counts the writes to a tensor."""
+    """Code compiled by torch 2.11 loses gradients if forward writes its result in place. `_version` counts in-place writes."""
     x, other = torch.ones(2, 8), torch.ones(8)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiles)
     out = function.forward(Mock(), *((x, x) if function is _SwiGLU else (x, other, 1e-5)))

@@ -78,7 +78,7 @@ def regions_of(layout: str, rank: int, size: int) -> list[Region]:
 
 
 def same_bits(mesh: Mesh, layout: str, dtype: torch.dtype | None = None) -> tuple[int, int]:
-    """Compare this rank's bits with one process's; return how often it orthogonalized, and ran an all-to-all."""
+    """Compare this rank's bits with one process's; return its number of orthogonalized matrices, and of all-to-alls."""
     team = Axis(mesh.world_size, mesh.place.rank, dist.group.WORLD)
     regions = regions_of(layout, team.rank, team.size)
     alone = trained([Region.whole(shape) for shape in SHAPES], Axis(), dtype)
@@ -128,7 +128,7 @@ def test_every_layout_gives_the_same_bits(world: Callable[[int], World], size: i
     rounds = len(assign_owners(SHAPES, size))
     assert set(exchanged) == {
         rounds * STEPS * (1 if layout == "replicas" else 2)
-    }  # with replicas the owner already holds its matrix
+    }  # with replicas the owner already holds the whole matrix: only results are sent
 
 
 def test_every_layout_gives_the_same_bits_in_bfloat16_as_on_cuda(world: Callable[[int], World]) -> None:
@@ -178,7 +178,7 @@ def test_against_its_paper_in_float64(nesterov: bool, device: str) -> None:
 
 
 def test_against_torchs() -> None:
-    """torch's Muon multiplies in bfloat16, and its momentum averages gradients: it is shoal's sum times a constant."""
+    """torch's Muon multiplies in bfloat16. Its momentum is an average of gradients: shoal's sum times a constant."""
     for shape in SHAPES:
         start = drawn(0, *shape)
         mine, theirs = shard("w", Region.whole(shape), start), nn.Parameter(start.clone())
@@ -239,7 +239,7 @@ def test_small_matrices_fill_a_round_that_a_large_one_opens() -> None:
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 8, 64])
 def test_a_round_is_bounded_by_its_first_matrix(processes: int) -> None:
-    """In no round does a rank have more work or memory than the round's first matrix: GPT-2's matrices and odd shapes."""
+    """In each round, no rank has more work or memory than the first matrix takes. Shapes: GPT-2's, and odd ones."""
     shapes = [*[(768, 768)] * 48, *[(3072, 768), (768, 3072)] * 12, (8, 500_000), (37, 101), (1, 1)]
     rounds = assign_owners(shapes, processes)
     assert sorted(i for owners in rounds for i in owners) == list(range(len(shapes)))

@@ -130,13 +130,13 @@ def cover() -> tuple[Cell, ...]:
     return tuple(sorted(chosen, key=lambda cell: (cell.processes, legal().index(cell))))
 
 
-# Features for which the compiler generates no new code, compared to features that are tested.
+# Features for which the compiler generates the same code as for other features, which are tested compiled.
 COMPILES_ALIKE = {"hsdp", "reshard over a number", "reshard never", "ulysses", "ring", "gpipe", "1f1b"}
 
 
 @cache
 def thin() -> tuple[Cell, ...]:
-    """Return a few cells of `cover()` that have each feature and value, also compiled if it changes the generated code."""
+    """Return a few cells of `cover()` with each feature and value, also a compiled cell if it changes the generated code."""
 
     def new(cell: Cell) -> set[tuple[str, bool]]:
         return {(value, cell.compile) for value in cell.values - (COMPILES_ALIKE if cell.compile else set())}
@@ -205,7 +205,7 @@ class Bench:
         self._found: dict[tuple[Any, ...], tuple[Step, Gradients]] = {}
 
     def run(self, cell: Cell) -> Measured:
-        """Run the cell and return the measurements. Raises what its processes raise."""
+        """Run the cell and return the measurements. Raises AssertionError if a process fails, TimeoutError if one hangs."""
         self._worlds.close(but=(1, cell.setup.same_bits.processes, cell.processes))
         step, grads = self._step(cell.processes, cell.config(self._folder))
         exact, wanted = self._kept(1, cell.family, cell.setup.alone | {"train__dtype": "float32"})

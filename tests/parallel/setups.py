@@ -202,5 +202,5 @@ GROUPS: dict[str, dict[str, Setup]] = {
         "bitwise dualpipev 2 x ddp 2": on(4, bitwise=True, pp=2, pp_schedule="dualpipev"),
     },
 }
-TOGETHER = "Features together"  # one layout for each pair of features that no other has; only its plain cells are used
+TOGETHER = "Features together"  # a layout for each pair of features that no layout above has; only plain cells are used
 LAYOUTS: dict[str, Setup] = {name: setup for group in GROUPS.values() for name, setup in group.items()}

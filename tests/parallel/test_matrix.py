@@ -1,5 +1,5 @@
 """
-All layouts against one process: each one, and every pair of features with each other and with the other axes.
+Layouts against one process: each layout, and every pair of two features or of a feature and a value of another axis.
 
 `scripts/matrix.py` runs all cells. Exact, uncompiled cells that are not in `cover()` run here too, marked slow.
 """
@@ -34,7 +34,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory, worlds: Worlds) -> Bench:
 
 
 def _in_every_run(cell: Cell) -> bool:
-    """Return whether `make test` runs the cell: one of those that compile, few of those with 8 processes. CI runs all."""
+    """
+    Return whether `make test` runs the cell. CI runs all.
+
+    Uncompiled: all with fewer than 8 processes, and every sixth with 8. Compiled: one with 2 processes, and one with 8.
+    """
     if not cell.compile and cell.processes < 8:
         return True
     some = [each for each in cover() if (each.compile, each.processes) == (cell.compile, cell.processes)]
@@ -82,7 +86,7 @@ def test_every_pair_of_features_that_shoal_takes_is_in_the_matrix(one: str, othe
     options["dp_shard"] = max(FEATURES[one].get("dp_shard", 1), FEATURES[other].get("dp_shard", 1))
     setup = on(math.prod(options.get(axis, 1) for axis in AXES), **options)
     if not setup.features >= {one, other}:
-        return  # two schedules: no layout has both
+        return  # such as two schedules: no layout has both
     configs = [config_of(Path("unused"), "pair", family, **setup.options) for family in FAMILIES]
     if any(not list(refusals(config, setup.processes)) for config in configs):
         assert any((one, other) in cell.pairs for cell in cover())

@@ -16,7 +16,7 @@ from ..models.shapes import SHAPES
         (Model(dim=256, num_heads=4), {"num_kv_heads": 4, "head_dim": 64, "ffn_dim": 704}),
         (Model(dim=768, num_heads=12, family="gpt2"), {"num_kv_heads": 12, "head_dim": 64, "ffn_dim": 3072}),
         (Model(dim=4096, num_heads=32), {"ffn_dim": 10_944}),  # 8/3 dim, up to a multiple of 64
-        (Model(dim=384, num_heads=6), {"ffn_dim": 1024}),  # 8/3 dim is one already
+        (Model(dim=384, num_heads=6), {"ffn_dim": 1024}),  # 8/3 dim is already a multiple of 64
         (Model(num_kv_heads=2, head_dim=48, ffn_dim=100), {"num_kv_heads": 2, "head_dim": 48, "ffn_dim": 100}),
     ],
 )

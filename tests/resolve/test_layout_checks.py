@@ -1,4 +1,4 @@
-"""Every rule: its message, and that its advice works."""
+"""Every rule that rejects a layout: its message, and that following its advice removes the problem."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In-memory checkpoints: loss when a worker dies, damage, leftovers."""
+"""In-memory checkpoints: steps lost when a worker dies, damaged checkpoints, and files left behind."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def opened(config: Config, mesh: Mesh = ALONE) -> Iterator[Run]:
 
 
 def cut_short(config: Config, mesh: Mesh = ALONE) -> None:
-    """Take all steps of a run without finishing it."""
+    """Take all steps of a run and wait for its saves, without the final save and report."""
     with opened(config, mesh) as run:
         take_steps(run)
         run.saving.wait_for_all(run.state.step)

@@ -1,4 +1,4 @@
-"""A run started from a model folder resumes without it: the checkpoint has the weights, and the run copies of the rest."""
+"""A run started from a model folder resumes without it: the weights are in the checkpoint, copies of other files in the run."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ STEP_SECONDS = 2.0
 
 
 class Device(Moment):
-    """A moment on a device whose steps take two seconds, and which is busy at the first query."""
+    """A fake `Moment` of a device whose steps take two seconds. At the first query it has not come yet."""
 
     now: ClassVar[float] = 0.0
 
@@ -66,7 +66,7 @@ def test_a_run_that_reads_late_is_the_same_run(tmp_path: Path, monkeypatch: pyte
 def test_a_late_step_is_a_hang_where_the_host_only_waits_for_its_device(
     device: str, hang_seconds: float | None, strict: bool
 ) -> None:
-    """A host that waits for a GPU looks busy, so being busy must not count as progress; on a CPU it does."""
+    """A host that waits for a GPU looks busy, so this does not count as progress. On a CPU it does, unless `hang_seconds` is set."""
     heartbeat = Heartbeat.open(Launch(hang_seconds=hang_seconds))
     DeviceProgress(torch.device(device), heartbeat)
     assert heartbeat.strict is strict
@@ -80,7 +80,7 @@ def test_a_real_moment_is_when_it_was_made_on_a_cpu() -> None:
 
 
 class Slow(Moment):
-    """A moment that comes when the device reaches its number."""
+    """A fake `Moment`: number n has come once `reached` has more than n entries."""
 
     reached: ClassVar[list[int]] = []
     made: ClassVar[int] = 0

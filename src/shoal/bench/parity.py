@@ -3,9 +3,9 @@
 
 Rank 0 first takes a few steps alone, twice: normally, and with sums computed in another order (matrix products in quarters,
 micro-batches added in another order). The difference between the two is the effect of rounding on this model and data; a
-layout may differ from one process by a small multiple of it. Then all ranks take the steps together and compare each step's
-loss and gradient norm, and each parameter's gradient and update. Last, a run saves a checkpoint between its steps; a new model
-that loads it must continue bitwise identically.
+layout may differ from one process by a small multiple of it. Then all ranks take the steps together. Each step's loss and
+gradient norm, and each parameter's gradient and update, are compared with those of rank 0 alone. Last, a run saves a checkpoint
+between its steps; a new model that loads it must continue bitwise identically.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ def certify(
     """
     Compare `config` in the layout of `mesh` with one process. Writes a temporary checkpoint to `folder`.
 
-    A config in bfloat16 or float16 is also compared in float32, where rounding hides less, except with ring attention on
-    CUDA, which lacks float32. `at(phase)` is called as each phase begins. A collective over the world.
+    A config in bfloat16 or float16 is also compared in float32, where rounding hides less. The exception is ring attention
+    on CUDA, whose kernel does not support float32. `at(phase)` is called as each phase begins. A collective over the world.
     """
     rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     train = config.train
@@ -217,9 +217,9 @@ def compare(
     trace: Trace, runnable: Runnable, mesh: Mesh, expected: Trace | None, noise: Trace | None, *, bitwise: bool
 ) -> list[Finding]:
     """
-    Return the worst comparison of each kind, relative to its allowance.
+    Return a finding each for loss, gradient norm, gradient and update: the worst step or parameter, relative to what is allowed.
 
-    Rank 0 has the traces of one process; their tensors are broadcast one at a time. Collectives over the world.
+    Rank 0 has the traces of one process; their tensors are broadcast one at a time. A collective over the world.
     """
     losses = [t.losses for t in (expected, noise) if t is not None]
     norms = [t.norms for t in (expected, noise) if t is not None]
@@ -259,7 +259,8 @@ def _tensors(
     held: dict[str, list[Shard]] = {name: [] for name in names}
     for shard in runnable.shards:
         held[shard.name].append(shard)
-    sums = torch.zeros(len(names), 4, dtype=torch.float64)  # difference, spread, size; elements held, counting replicas
+    # columns: difference, spread, size, and elements held over all replicas
+    sums = torch.zeros(len(names), 4, dtype=torch.float64)
     for index, name in enumerate(names):
         both = torch.stack([t[name] for t in alone]) if alone else torch.empty(2, *runnable.shapes[name])
         first, second = _shared(both, mesh).double()
@@ -319,7 +320,7 @@ def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:
     again, resumed = _assemble(config, mesh, lambda _: None)
     with torch.no_grad():
         for shard in again.shards:
-            shard.tensor.fill_(float("nan"))  # so that a tensor that is not loaded is noticed
+            shard.tensor.fill_(float("nan"))  # so that a tensor that is not loaded causes a difference
     saved, problems = store.newest()
     if saved is None:
         raise CheckpointError(outcome.problem or "; ".join(problems))

@@ -1,7 +1,8 @@
 """
 Times one run of transformers.Trainer: `python -m shoal.bench.trainer_worker CONFIG ANSWER`.
 
-Architecture, batch, sequence length, threads and dtype are as in shoal's run; everything else is usual practice.
+Architecture, batch, sequence length, threads, dtype, compilation, activation checkpointing, peak learning rate, weight decay and
+clipping are as in shoal's run. All other options have the defaults of transformers, without saving and logging.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from shoal.run.console import Console
 
 
 def main(recipe: Path, answer: Path) -> None:
-    """Train a model of `recipe`'s shape on random tokens; write the step times."""
+    """Train a model of `recipe`'s shape on random tokens; write the median step time and tokens/s."""
     config = read_back(recipe)
     train, threads = config.train, config.launch.threads
     if threads:
@@ -74,7 +75,7 @@ def peer_config(model: Model, vocab_size: int) -> PretrainedConfig:
 
 
 class _Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Random tokens: they cost no reading time, and training on them takes as long as on text."""
+    """Rows of random tokens. They need no reading from disk, and training on them takes as long as on text."""
 
     def __init__(self, config: Config, vocab_size: int) -> None:
         rows = (config.train.steps or 12) * config.train.global_batch

@@ -14,13 +14,21 @@ from shoal.system.disk import sha256_of, write_whole
 
 
 def leave_receipt(folder: Path, rank: int, shard: Path, digest: Digest | None) -> None:
-    """Record that `rank` has written `shard`, or that it had nothing to write if `digest` is None. Raises `OSError`."""
+    """
+    Record that `rank` has written `shard`, or that it had nothing to write if `digest` is None.
+
+    Raises `OSError` if the record cannot be written.
+    """
     files = {} if digest is None else {shard.name: asdict(digest)}
     write_whole(_receipt(folder, rank), [json.dumps(files).encode()])
 
 
 def write_manifest(folder: Path, ranks: Iterable[int], state: Mapping[str, Any]) -> None:
-    """Write `state.json` and, from the receipts of `ranks`, the manifest; remove the receipts. Raises `OSError`."""
+    """
+    Write `state.json`, and the manifest from the receipts of `ranks`; remove the receipts.
+
+    Raises `OSError` if a receipt is missing or a file cannot be written.
+    """
     files: dict[str, Any] = {}
     for rank in ranks:
         receipt = _receipt(folder, rank)

@@ -27,10 +27,10 @@ STORED_DTYPES: Final[dict[str, torch.dtype]] = {kind: getattr(torch, name) for k
 
 class FolderWeights:
     """
-    The weights of a Hugging Face folder as a model's parameters. Call it to fill a region of a parameter.
+    The weights of a Hugging Face folder as a model's parameters. Call the object to fill a region of a parameter.
 
     The constructor raises `ModelError` if the folder lacks a parameter, has a parameter of another shape or an unsupported
-    dtype, has weights that the model does not use, or has tied tensors that differ. It reads only tied tensors.
+    dtype, has weights that the model does not use, or has tied tensors that differ. It reads the values of tied tensors only.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class FolderWeights:
                 f"the initial weights of this run are gone, and it has no checkpoint yet; set model.from to their new location "
                 f"({folder.path} keeps everything but the weights)"
             )
-        # Opened now: if the folder is replaced meanwhile, open files keep the old contents.
+        # Opened now: if the folder is replaced later, open files keep the old contents.
         self._files = {file: safe_open(str(file), framework="pt") for file in folder.files}
         self._entries = {name: self._find(folder, name, shape) for name, shape in shapes.items()}
         used = {entry_name for entry_name, _ in self._entries.values()}

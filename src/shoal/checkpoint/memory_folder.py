@@ -1,4 +1,4 @@
-"""The folder of `checkpoint.fast`, usually in memory: its path, its groups of ranks, its space, and its removal."""
+"""The folder of `checkpoint.fast`, usually in memory: its path, the ranks that share it, its space, and its removal."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def find_folder_group(folder: Path, mesh: Mesh) -> tuple[FolderGroup, str]:
     """
     Create `folder`; return the ranks that see the same folder, and the reason why it cannot be used ("" if it can).
 
-    On one machine, or on a shared disk, the group is all ranks. If each machine has a folder of its own, usually in memory, it
-    is the ranks of this machine. The reason is the same on all ranks. A collective over the world.
+    On one machine, or on a shared disk, the group is all ranks. If each machine has a folder of its own, usually in memory, the
+    group is the ranks of this machine. The reason is the same on all ranks. A collective over the world.
     """
     word = mesh.gather_objects(uuid.uuid4().hex)[0]
     tokens, problem = [folder / f".{word}-{rank}" for rank in range(mesh.world_size)], ""
@@ -57,9 +57,10 @@ def find_folder_group(folder: Path, mesh: Mesh) -> tuple[FolderGroup, str]:
 
 def lacks_room(folder: Path, own_bytes: int, mesh: Mesh, group: FolderGroup) -> str:
     """
-    Return why `folder` lacks space for `COPIES` checkpoints, each with `own_bytes` of this rank; "" if it has enough.
+    Return why `folder` lacks space for `COPIES` checkpoints; "" if it has enough.
 
-    The answer is the same on all ranks. A collective over the world.
+    own_bytes: the bytes that this rank writes for each checkpoint. The answer is the same on all ranks. A collective over the
+    world.
     """
     sizes, problem = mesh.gather_objects(own_bytes), ""
     if group.is_leader:
@@ -95,7 +96,7 @@ def read_generations(checkpoints: Path) -> dict[str, int | None]:
 
 
 def write_generations(checkpoints: Path, generations: Mapping[str, int | None]) -> None:
-    """Record `generations` on the disk that all machines see; remove the record if there are none. Raises `OSError`."""
+    """Record `generations` on the disk that all machines see; remove the record if there are none. Raises `OSError` on failure."""
     if generations:
         write_whole(checkpoints / GENERATIONS_FILE, [json.dumps(generations).encode()])
     else:

@@ -14,7 +14,7 @@ from typing import Final
 
 from shoal.checkpoint.saved import Saved, shard_of
 
-_ANCESTORS: Final = 8  # more than the checkpoints kept in memory
+_ANCESTORS: Final = 8  # generations kept in the history: more than the checkpoints kept in memory
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class FolderGroup:
 
     @property
     def is_leader(self) -> bool:
-        """True on the rank that does a folder's single-writer work."""
+        """Whether this is the folder's lowest rank, which alone writes manifests and removes checkpoints."""
         return self.index == 0
 
     @property
@@ -71,9 +71,9 @@ class MemoryTier:
     The checkpoints in memory, and the history of the run that decides which of them count.
 
     A generation is one start of the run's processes. generations: the generations in the run's history, oldest first, each
-    with its last valid step (None: all are valid). {"a": 6, "b": None}: generation a's checkpoints up to step 6, from which b
-    resumed, and all of b's. generation: the generation of these processes, set by `begin_generation`. group: the ranks
-    that see this rank's folder. layout_key: describes which parts of the tensors each rank holds.
+    with its last valid step (None: all are valid). For example, {"a": 6, "b": None} means generation a's checkpoints up to
+    step 6, from which b resumed, and all of b's. generation: the generation of these processes, set by `begin_generation`.
+    group: the ranks that see this rank's folder. layout_key: describes which parts of the tensors each rank holds.
     """
 
     group: FolderGroup

@@ -19,9 +19,9 @@ def choose(folder: Path, mesh: Mesh, group: FolderGroup, memory: MemoryTier | No
     """
     Return the newest undamaged checkpoint under `folder`, the same on all ranks, and the damage found in newer ones.
 
-    Damaged checkpoints are renamed, or removed if in memory. A checkpoint in memory must be in the run's history, and every
-    folder must have it from the same save, with whole tensors or with the parts that its ranks hold now. A collective over
-    the world.
+    Damaged checkpoints are renamed, or removed if in memory. A checkpoint in memory counts only if it is in the run's history,
+    every folder has it from the same save, and each rank can read it, because it has whole tensors or the parts that the rank
+    holds now. A collective over the world.
     """
     mine = listed(folder) if group.is_leader else None
     there = [{s.step: s for s in found} for found in mesh.gather_objects(mine) if found is not None]

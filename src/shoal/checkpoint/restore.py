@@ -24,9 +24,9 @@ from shoal.mesh.region import Part
 
 def load(saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
     """
-    Verify the checkpoint, fill `parts` (regions of all or some of its tensors) in place, and return its `state.json`.
+    Verify the checkpoint, fill `parts` in place, and return its `state.json`.
 
-    Raises `CheckpointError`.
+    parts: regions of all or some of its tensors. Raises `CheckpointError` if the checkpoint is damaged or lacks these tensors.
     """
     verify(saved.folder)
     state = read_state(saved.folder)
@@ -56,7 +56,7 @@ def read_into(saved: Saved, parts: Mapping[str, Part]) -> None:
 
 
 def read_own(file: Path, parts: Mapping[str, Part]) -> None:
-    """Fill `parts` from a shard that holds exactly these regions. Raises `CheckpointError`."""
+    """Fill `parts` from a shard that holds exactly these regions. Raises `CheckpointError` if it does not, or cannot be read."""
     try:
         with safe_open(file, framework="pt") as shard:
             offsets = read_offsets(shard.metadata())

@@ -90,7 +90,7 @@ def listed(folder: Path) -> list[Saved]:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read `state.json` of a checkpoint. Raises `CheckpointError`."""
+    """Read `state.json` of a checkpoint. Raises `CheckpointError` if it cannot be read or has another format."""
     try:
         state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

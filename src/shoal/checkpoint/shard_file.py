@@ -56,7 +56,7 @@ def write_shard(
     Write `items` to `path`; return the size and SHA-256 of the bytes given to the disk.
 
     durable: whether to flush to the disk. read_back: whether to read the file again and compare hashes, in case the disk lost
-    data. at: a function called with "write" before writing. Raises `OSError`.
+    data. at: a function called with "write" before writing. Raises `OSError` if writing fails or the hashes differ.
     """
     at("write")
     hashed, size = hashlib.sha256(), 0
@@ -100,7 +100,7 @@ def _header(items: Sequence[ShardItem]) -> bytes:
 
 
 def read_offsets(metadata: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Read from a shard's metadata the offsets of each tensor's region."""
+    """Read the offsets of each tensor's region from a shard's metadata."""
     begins = json.loads(metadata["DCP_SHARDING_INFO"])
     return {name: tuple(begin["saved_offsets"]) for name, begin in begins.items()}
 

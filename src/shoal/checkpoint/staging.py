@@ -1,4 +1,4 @@
-"""Host memory that a save copies tensors to, reused by the next saves."""
+"""Host memory that a save copies tensors to, reused by later saves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ALIGNED: Final = 64  # bytes, enough for any dtype
 
 class Staging:
     """
-    A host buffer for each of the given tensors, in one block of exactly their total size.
+    A host buffer for each of the given tensors, all in one block of memory.
 
     For CUDA tensors the block is page-locked, so that copies are asynchronous. torch's allocator of pinned memory rounds up
     to powers of two, so we lock our own block. Locking gigabytes takes seconds, so a thread does it from the start of the run.
@@ -61,7 +61,7 @@ def copy_all(tensors: Sequence[torch.Tensor], to: Sequence[torch.Tensor]) -> Non
     Copy each tensor to its counterpart.
 
     CPU tensors are copied with `memcpy`, which bypasses the cache above a few megabytes and is nearly twice as fast as torch's
-    copy. It uses as many threads as torch does, since one thread does not saturate the memory bandwidth.
+    copy. The copies use as many threads as torch does, since one thread does not saturate the memory bandwidth.
     """
     pieces: list[tuple[Bytes, Bytes]] = []
     for staged, tensor in zip(to, tensors, strict=True):

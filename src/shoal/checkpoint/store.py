@@ -1,7 +1,7 @@
 """
 Saving checkpoints in the background of training, atomically.
 
-A save has three parts. `begin` copies what this rank writes to host memory; the step waits only for this. A thread writes
+A save has three parts. `begin` copies this rank's tensors to host memory; the step waits only for this. A thread writes
 the copy to a temporary folder, flushes it, hashes it and reads it back. When every rank has done so, the leader of the
 folder writes the manifest and renames the folder. Ranks exchange their progress in an all-reduce that each step does anyway:
 each rank contributes its `votes`, and `advance` gets the sum. So no step waits for a disk, and all ranks learn at the same
@@ -54,7 +54,12 @@ from shoal.system.disk import replace_folder, sync
 
 @dataclass(frozen=True)
 class Keep:
-    """Which checkpoints to keep: the newest `last`, those of steps divisible by `every` (0: none), the best by validation loss."""
+    """
+    Which checkpoints to keep.
+
+    last: the number of newest ones. every: keep also those of steps divisible by this; 0 keeps none of them. best: whether to
+    keep also the one with the lowest validation loss.
+    """
 
     last: int = 2
     every: int = 0
@@ -108,8 +113,8 @@ class _Save:
     read_back: bool
     begun: float = field(default_factory=time.perf_counter)
     thread: threading.Thread | None = None
-    written: bool = False  # this rank's shard
-    committed: bool = False  # by the leader of this folder
+    written: bool = False  # whether this rank's shard is written
+    committed: bool = False  # whether this folder's leader has committed it
     committing: bool = False
     error: Exception | None = None
 
@@ -192,7 +197,7 @@ class CheckpointStore:
         """
         Allocate the host memory for saves, so that the first save does not wait for it.
 
-        The first call of this or `begin` is a collective over the world.
+        The first call of `prepare`, `own_bytes` or `begin` is a collective over the world.
         """
         own = [parts[name].tensor for name in self._share(parts)]
         if self._staging is None:
@@ -200,7 +205,11 @@ class CheckpointStore:
                 self._staging = Staging(own)
 
     def own_bytes(self, parts: Mapping[str, Part]) -> int:
-        """Return the bytes that this rank writes. The first call of this or `begin` is a collective over the world."""
+        """
+        Return how many bytes this rank writes in a save.
+
+        The first call of `prepare`, `own_bytes` or `begin` is a collective over the world.
+        """
         return sum(parts[name].tensor.nbytes for name in self._share(parts))
 
     def _share(self, parts: Mapping[str, Part]) -> list[str]:
@@ -209,7 +218,7 @@ class CheckpointStore:
         return self._mine
 
     def _stage(self, parts: Mapping[str, Part]) -> tuple[list[ShardItem], torch.cuda.Event | None]:
-        """Copy this rank's parts to the staging buffers; on CUDA, also return the event that ends the copies."""
+        """Copy this rank's parts to the staging buffers; on CUDA, also return an event that comes after the copies."""
         self._at("stage")
         assert self._mine is not None
         live = [parts[name].tensor for name in self._mine]
@@ -253,7 +262,7 @@ class CheckpointStore:
 
     def advance(self, serial: int, votes: Sequence[float]) -> Outcome | None:
         """
-        Advance save `serial` by the sum of all ranks' `votes`; return its outcome, None if it is not over.
+        Act on the sum of all ranks' `votes` on save `serial`; return the save's outcome, None while it is in progress.
 
         A collective over the world if a rank has failed.
         """
@@ -287,7 +296,7 @@ class CheckpointStore:
         """
         Save, and wait until it is done; a save in progress is finished first. A collective over the world.
 
-        The file is not read back: the caller may have little time, and loading verifies every byte anyway.
+        The file is read back only if `keep.last` is 1: the caller may have little time, and resuming verifies every byte anyway.
         """
         self.finish()
         if not self.begin(parts, state, read_back=False):
@@ -297,7 +306,7 @@ class CheckpointStore:
         return outcome
 
     def _give_up(self, save: _Save) -> Outcome:
-        """Return the failure, and remove the temporary files. A collective over the world."""
+        """Return the outcome of a failed save, and remove its files in a thread. A collective over the world."""
         self._save = None
         reasons = self._mesh.gather_objects("" if save.error is None else _reason(save.error))
         rank, reason = next((r, text) for r, text in enumerate(reasons) if text)
@@ -315,7 +324,7 @@ class CheckpointStore:
         if save.committed:
             discard(folder_of(self.folder, save.step))
 
-    # --- the leader's part, when all ranks have written ------------------------------------------------------
+    # --- the leader's work after all ranks have written ------------------------------------------------------
 
     def _commit(self, save: _Save) -> None:
         """Complete the checkpoint and remove old ones; runs in a thread."""
@@ -361,13 +370,18 @@ class CheckpointStore:
         """
         Copy a checkpoint newer than `after` from some machine's memory to the folder `to`, which all ranks see.
 
-        Returns the copy, if any, and the damage found in newer checkpoints. A collective over the world. Raises `CheckpointError`.
+        Returns the copy, if any, and the damage found in newer checkpoints. A collective over the world. Raises
+        `CheckpointError` if the copy cannot be written.
         """
         assert self._memory is not None
         return replicate(self.folder, self._mesh, self._memory, after, to)
 
     def load(self, saved: Saved, parts: Mapping[str, Part]) -> dict[str, Any]:
-        """Fill `parts` in place from a checkpoint that `newest` found; return its `state.json`. Raises `CheckpointError`."""
+        """
+        Fill `parts` in place from a checkpoint that `newest` found; return its `state.json`. A collective over the world.
+
+        Raises `CheckpointError` on all ranks if it cannot be read on one.
+        """
         state, problem = {}, ""
         try:
             state = read_state(saved.folder)

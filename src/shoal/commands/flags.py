@@ -69,9 +69,9 @@ def _names() -> dict[str, list[str]]:
 
 def read_overrides(args: argparse.Namespace, rest: Sequence[str]) -> tuple[list[Override], list[str]]:
     """
-    Return (key, text, flag) for each config option on the command line, known or unknown, and all other unparsed arguments.
+    Return two lists: (key, text, flag) of each config option on the command line, known or unknown; and stray arguments.
 
-    rest: the arguments that argparse did not parse.
+    rest: the arguments that argparse did not parse. Stray ones do not begin with `--`, or resemble a flag of the verb.
     """
     if not hasattr(args, "overrides"):
         return [], list(rest)

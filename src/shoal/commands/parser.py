@@ -126,7 +126,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         type=_dtype,
         choices=["float32", "bfloat16", "float16"],
-        help="dtype of the weights (default: the original dtype of each if the run started from weights, else float32)",
+        help="dtype of the weights (default: each tensor's original dtype if the run started from weights, else float32)",
     )
     parser.add_argument(
         "--license", metavar="ID", help="license in the model card, as hubs spell it, such as apache-2.0"

@@ -27,7 +27,7 @@ def ledger(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 
 
 def _record(args: argparse.Namespace, name: str) -> Path:
-    """Return the file `name` of the given run. Raises `RunError`."""
+    """Return the file `name` of the given run. Raises `RunError` if there is no such run or file."""
     from shoal.run.folder import RunFolder
 
     target = Path(args.target)

@@ -57,7 +57,7 @@ def train_here(config: Config) -> Trained:
 
 
 def _checked(config: Config) -> Config:
-    """Validate a config, perhaps not made by `read_config`; return it with its derived widths. Raises `ConfigError`."""
+    """Return a config, perhaps not made by `read_config`, with its derived widths. Raises `ConfigError` if it is invalid."""
     from shoal.config.options import options
     from shoal.config.presets import resolve_shape
     from shoal.resolve.checks import DEFAULT, contradictions
@@ -100,7 +100,7 @@ def look_for_gpus() -> int:
 
 def place_worker(config: Config, before: Config | None = None) -> Config:
     """
-    Return a worker's config. Under torchrun or srun, rank 0 first prints its rank and world size.
+    Return the config of a worker with its threads chosen. Under torchrun or srun, rank 0 first prints its rank and world size.
 
     before: the config of the run to resume; None for a new run.
     """

@@ -33,7 +33,7 @@ class ModelType:
     defaults: Json  # values of keys that a config may lack
     always: Json = field(default_factory=dict)  # our options that are fixed for all models of this type
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # key -> the values that shoal implements
-    written: Json = field(default_factory=dict)  # further keys that an export gets
+    written: Json = field(default_factory=dict)  # further keys that an export gets, with their values
     copied: Mapping[str, str] = field(default_factory=dict)  # further keys that an export gets -> our option
     dropouts: tuple[str, ...] = ()  # keys that must agree: together they are our model.dropout
     twins: Mapping[str, str] = field(default_factory=dict)  # another name that transformers accepts -> the key
@@ -50,7 +50,7 @@ class Family:
     unused: tuple[str, ...] = ()  # options of `Model` that it lacks
     rotary: bool = True  # RoPE; False: learned position embeddings, a table of max_seq_len rows
     gated: bool = True  # the feed-forward has three matrices, gate, up and down; False: up and down
-    biases: bool = False  # every linear layer and norm has one; False: only q, k and v, if `qkv_bias`
+    biases: bool = False  # every linear layer and norm has a bias; False: only q, k and v, if `qkv_bias`
     free_heads: bool = True  # num_kv_heads and head_dim may be set; False: they are num_heads and dim / num_heads
     tensors: Mapping[str, Stored] = field(default_factory=dict)  # by our parameter's name, with `N` for a block's index
     types: Mapping[str, ModelType] = field(default_factory=dict)  # by model_type; an export prefers the first that fits

@@ -34,8 +34,8 @@ def opt(
 
     past: whether a resumed run must keep its value.
     alias: other projects' names for it, which the command line accepts.
-    akin: names of related options with another unit or meaning. An error suggests this option for them.
-    spellings: other spellings of its values.
+    akin: names of related options with another unit or meaning. The error for such a name suggests this option.
+    spellings: other spellings of its values, each with its value.
     """
     bounds = {k: v for k, v in {"ge": ge, "gt": gt, "le": le, "lt": lt}.items() if v is not None}
     return dataclasses.field(

@@ -1,8 +1,8 @@
 """
 All options of a run: nine frozen sections, each option with its default, its meaning and its unit.
 
-`resolve/resolve.py` fills them from a preset, a recipe and flags. Components take a section or plain arguments; only
-`training/`, the layers above it, and checks across sections see the whole `Config`.
+`resolve/resolve.py` fills them from a preset, a recipe and flags. A component takes a section or plain arguments if
+they suffice; training, commands, and checks across sections take the whole `Config`.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Fault:
     max_skipped: int = opt(
         3,
         "maximum consecutive steps skipped for NaN, Inf or a loss spike; one more, and the run rolls back to the "
-        "last checkpoint and skips these samples",
+        "last checkpoint and skips the samples of all these steps",
         unit="steps",
         ge=0,
     )
@@ -116,7 +116,7 @@ class Launch:
     runs: str = opt("runs", "folder of all runs", alias=("output_dir", "save_dir", "dump_folder", "out_dir"))
     processes: int | None = opt(
         None,
-        "processes on this node; null: one per GPU, or 2 on a CPU",
+        "processes on this node; null: one per GPU, or up to 2 on a CPU; more if the layout needs them",
         alias=("nproc_per_node", "num_processes", "devices", "gpus", "nproc"),
         akin=("world_size",),
         ge=1,
@@ -124,7 +124,7 @@ class Launch:
     threads: int | None = opt(
         None,
         "CPU threads per process; null: cores / processes, fewer if other programs use the cores; a resumed run "
-        "keeps its number",
+        "keeps its number of threads",
         alias=("num_threads", "omp_num_threads"),
         ge=1,
     )

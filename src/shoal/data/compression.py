@@ -1,7 +1,7 @@
 """
 Bits per byte of a text with gzip and xz, to compare a model with. No torch.
 
-A model has read the training text before it sees the held-out text, so a compressor may too. The "primed" size of a
+A model has read the training text before it sees the held-out text, so a compressor may read it too. The "primed" size of a
 text is what it adds to the compressed size of the training text; its "cold" size is that of the text compressed alone.
 """
 
@@ -11,7 +11,7 @@ import gzip
 import lzma
 from collections.abc import Callable
 
-MIN_WINDOW, MAX_WINDOW = 4096, 1 << 26  # bytes that xz looks back; it needs about twelve times as much memory
+MIN_WINDOW, MAX_WINDOW = 4096, 1 << 26  # xz's dictionary in bytes; xz needs about twelve times as much memory
 
 
 def sizes(training: bytes, text: bytes) -> dict[str, dict[str, float]]:

@@ -16,7 +16,7 @@ def held_out_text(prepared: Prepared, at_most: int | None = None) -> bytes:
     """
     Return the text of the val split, or about `at_most` bytes of it, to compare with gzip or xz.
 
-    Raises DataError if the tokenizer does not restore texts exactly.
+    Raises DataError if the whole text was decoded and its length shows that the tokenizer does not restore texts exactly.
     """
     if at_most is not None and prepared.counts["val"].text_bytes > at_most:
         return sample_of(prepared, "val", at_most)

@@ -25,9 +25,9 @@ from shoal.errors import DataError
 CHUNK_BYTES = 2_000_000  # a chunk's tokens take about fifty times the memory of its text while Rust returns them
 PART_CHARACTERS = 1 << 20  # longer documents are encoded in parts, for the same reason
 CHUNKS_IN_FLIGHT = 3
-COMPARED_CHUNKS = 64  # both tokenizers encode one chunk in this many, the first included
+COMPARED_CHUNKS = 64  # fastokens and tokenizers both encode one chunk in this many, the first included
 
-FIELDS_AT_MOST = 100  # names of fields to collect, to suggest a data.text_key
+FIELDS_AT_MOST = 100  # maximum number of field names to collect, to suggest a data.text_key
 
 Split = Callable[[bytes], SplitName]
 
@@ -41,7 +41,11 @@ class _Item:
 
 
 def fraction_of(text: bytes) -> tuple[float, float]:
-    """Return two numbers in [0, 1) that depend on the text alone. They decide whether it is held out, and whether it is sampled."""
+    """
+    Return two numbers in [0, 1) that depend on the text alone.
+
+    The first decides whether the text is held out, the second whether the tokenizer's training sample includes it.
+    """
     digest = hashlib.blake2b(text, digest_size=16).digest()
     return tuple(int.from_bytes(half, "big") / 2**64 for half in (digest[:8], digest[8:]))  # type: ignore[return-value]
 
@@ -78,7 +82,7 @@ def choose_split(corpus: Corpus, val_fraction: float, tick: Callable[[Cursor], N
 
 
 def _why_none(corpus: Corpus, skips: Skips, fields: Counter[str]) -> str:
-    """Return the end of the message "the corpus has no documents": what it has instead, and which option to set."""
+    """Return the end of the message "the corpus has no documents": what the corpus has instead, and which option to set."""
     said = f": {skips.note()}" if skips.count else ""
     if files := corpus.skipped_files():
         said += f"; files that were skipped: {count_kinds(files)}"

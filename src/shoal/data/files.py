@@ -44,7 +44,11 @@ def make_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, while_waiting: Callable[[], None]) -> Iterator[bool]:
-    """Lock `path` against other processes (`take_lock`); yields whether it had to wait for one of them."""
+    """
+    Lock `path` against other processes (`take_lock`); yields whether it had to wait for one of them.
+
+    while_waiting: a function called repeatedly during the wait.
+    """
     try:
         file = path.open("ab")
     except OSError as error:

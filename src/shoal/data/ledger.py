@@ -6,15 +6,16 @@ steps after `after`:
 
     {"after": 40, "position": 640, "rows": 900, "seed": 0, "global_batch": 16, "copies": 1, "data_id": "..."}
 
-It writes a line for each step, which trained on the samples that `order.sample_at` gives for positions [first, stop), and a
-line for positions that no step uses:
+It writes a line for each step, and a line for positions that no step uses:
 
     {"step": 41, "first": 640, "stop": 656, "skipped": false, "sum": 8861029183215}
     {"passed_over": [656, 720]}
 
-`sum` records which samples the ranks really read: each computes the checksum of its own micro-batches, and the step's
-all-reduce adds them up. Each of the ranks that share a sample along `pp`, `cp` or `tp` adds its checksum, so the sum counts it
-`copies` times.
+A step trains on the samples that `order.sample_at` gives for positions [first, stop).
+
+`sum` records which samples the ranks really read: each rank computes the checksum of its own micro-batches, and the step's
+all-reduce adds the checksums. Each of the ranks that share a sample along `pp`, `cp` or `tp` adds its checksum, so the sum
+counts the sample `copies` times.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import numpy.typing as npt
 from shoal.data.order import sample_at
 from shoal.run.jsonl import PatientLines, whole_lines
 
-MOST_BITS: Final = 40  # two different sets of samples collide once in 2^40
+MOST_BITS: Final = 40  # two different sets of samples have the same sum once in 2^40
 FLOAT64_BITS: Final = 53  # integers up to 2^53 and their sums are exact
 _AT_ONCE: Final = 1 << 20  # samples whose checksums are computed together
 _SHOWN: Final = 10  # maximum lines of each kind in the audit's report
@@ -55,7 +56,7 @@ def bits_for(samples: int) -> int:
 
 
 def checksum(sample_ids: npt.ArrayLike, bits: int) -> int:
-    """Return the sum of a `bits`-bit hash of each id, in any order. Exact in float64, also summed over processes."""
+    """Return the sum of each id's `bits`-bit hash. The order of ids does not matter, and sums over ranks are exact in float64."""
     return int(_mixed(np.asarray(sample_ids, np.int64), bits).sum())
 
 
@@ -181,7 +182,7 @@ class Audit:
         return not self.problems
 
     def complain(self, problem: str, step: int | None = None) -> None:
-        """Record a problem, and the step that has it if given."""
+        """Record a problem. step: the step that has the problem; None if no single step has it."""
         if step is not None:
             self.first_wrong = step if self.first_wrong is None else min(step, self.first_wrong)
         if len(self.problems) < _SHOWN:

@@ -37,11 +37,11 @@ class Batch:
     valid_tokens: int  # labels that are not ignored
 
     def ignored(self) -> Batch:
-        """Return the same shapes with every label ignored, for a rank with fewer micro-batches than the others."""
+        """Return a batch of the same shapes with every label ignored, for a rank with fewer micro-batches than the others."""
         return _count_only(self, 0)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy to `device`; asynchronously from pinned memory."""
+        """Copy to `device`, asynchronously if this batch is in pinned memory."""
         tokens, labels, positions = (
             t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.positions)
         )
@@ -56,7 +56,7 @@ class Batch:
 
 
 def make_batch(rows: Rows, row_ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Batch:
-    """Return the rows with these numbers. Raises DataError if their bytes were altered."""
+    """Return a batch of the rows with these numbers. Raises DataError if their bytes were altered."""
     arrays = rows.read(row_ids)
     return Batch(
         torch.from_numpy(arrays.tokens),
@@ -76,7 +76,8 @@ class Loader:
     ranges of positions that no step uses. at: a function called with "read" before each step is read.
 
     A step has `global_batch // micro_batch` slots: micro-batches in a fixed order. A rank owns consecutive slots
-    (`layout.split_slots`). Raises ValueError if there are fewer slots than ranks.
+    (`layout.split_slots`). Raises ValueError if `global_batch` is not a multiple of `micro_batch`, or if there are fewer slots
+    than ranks.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class Loader:
         self._thread.start()
 
     def next_step(self) -> list[Batch]:
-        """Return the next optimizer step; blocks only if prefetching is too slow. Raises whatever reading raised."""
+        """Return this rank's part of the next step; wait only if prefetching is too slow. Raises any error from reading ahead."""
         if self._closed.is_set():
             raise RuntimeError("the loader is closed")
         step = self._ready.get()
@@ -150,7 +151,7 @@ class Loader:
             self._ready.put(error)
 
     def _after_windows(self, position: int) -> int:
-        """Return the first position, at or after `position`, at which a step uses no sample in `passed_over`."""
+        """Return the first position, at or after `position`, from which a step uses no position in `passed_over`."""
         for first, stop in self._passed_over:
             if position < stop and position + self._global_batch > first:
                 position = stop
@@ -185,7 +186,7 @@ def evaluation_batches(
     rows: Rows, micro_batch: int, dp_rank: int, dp_size: int, max_tokens: int | None = None
 ) -> Iterator[Batch]:
     """
-    Yield this rank's micro-batches of the first rows. Each row is on exactly one rank, and the rows do not depend on `dp_size`.
+    Yield this rank's micro-batches of an evaluation. Each row is on exactly one rank. The rows do not depend on `dp_size`.
 
     Micro-batches go to the ranks in round-robin order. All ranks get the same number of batches, of the same size; rows with
     ignored labels pad the end.
@@ -200,7 +201,7 @@ def evaluation_batches(
 
 
 def _count_only(batch: Batch, rows: int) -> Batch:
-    """Return the same shapes with the labels after the first `rows` rows ignored."""
+    """Return `batch` with the labels after the first `rows` rows ignored."""
     labels = batch.labels.clone()
     labels[rows:] = IGNORED_LABEL
     valid = int((labels != IGNORED_LABEL).sum())

@@ -19,7 +19,7 @@ from shoal.system.output import on_one_line
 
 FORMAT = 1
 MANIFEST, JOURNAL, TOKENIZER, YARDSTICK = "manifest.json", "journal.json", "tokenizer.json", "yardstick.json"
-NAMED_AT_MOST = 5  # files named in a message; the rest are counted
+NAMED_AT_MOST = 5  # maximum number of files named in a message; the rest are counted
 
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
@@ -163,7 +163,7 @@ def _data_id(tokenizer_sha256: str, splits: Mapping[SplitName, SplitRecord]) -> 
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """Read the manifest. Raises DataError if it is missing, damaged or of another format."""
+    """Read the manifest. Raises DataError if it is missing, damaged, altered or of another format."""
     path = folder / MANIFEST
     try:
         saved = json.loads(path.read_bytes())

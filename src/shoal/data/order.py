@@ -20,8 +20,9 @@ Words = npt.NDArray[np.uint64]
 
 def sample_at(seed: int, positions: npt.ArrayLike, num_samples: int) -> Ints:
     """
-    Return the samples at `positions` (samples since the start of training), same shape, in [0, num_samples).
+    Return the sample number at each of `positions`, in [0, num_samples); same shape.
 
+    A position counts the samples since the start of training.
     Positions e*n to (e+1)*n - 1 are epoch e. Each epoch is a different permutation of all n samples.
     """
     if num_samples < 1:
@@ -54,7 +55,7 @@ def _permute(slot: Words, key: Words, n: int) -> Words:
     """
     Permute range(n) by cycle walking: permute the next power of four, and repeat for values outside range(n).
 
-    The power is below 4n, so a value needs fewer than four passes on average.
+    The power is at most 4n, so a value needs at most four passes on average.
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     round_keys = [_mix(key + np.uint64(turn)) for turn in range(ROUNDS)]

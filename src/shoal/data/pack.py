@@ -78,7 +78,7 @@ class PackedStream:
         return RowArrays(window[:, :-1].copy(), window[:, 1:].copy(), positions, None)
 
     def _starts(self, ids: Ints) -> npt.NDArray[np.bool_]:
-        """Return [rows, seq_len + 1]: whether a document starts at this token."""
+        """Return [rows, seq_len + 1]: whether a document starts at each token."""
         is_start = np.zeros((len(ids), self.seq_len + 1), np.bool_)
         for place, row in enumerate(ids):
             begin = int(row) * self.seq_len
@@ -88,7 +88,7 @@ class PackedStream:
 
 def mask_documents(window: Ints, is_start: npt.NDArray[np.bool_]) -> RowArrays:
     """
-    Return the rows of `window` with their documents kept apart.
+    Return the rows of `window` with document ids, so that tokens attend only within their own document.
 
     window: tokens, [rows, seq_len + 1]. is_start: whether a document starts at each token, same shape. A label that is the
     first token of another document is ignored. Positions restart at 0 with each document and with each row.

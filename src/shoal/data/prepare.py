@@ -101,7 +101,10 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
     After a kill at any moment, the next call resumes after the last finished shard and writes the same bytes.
     `data.rebuild` makes the tokens again unless they are intact and the corpus is unchanged, so repeated or
     concurrent calls rebuild once. rows: the number of rows of the model's embedding, None if unknown; a tokenizer with more
-    tokens is rejected before the corpus is read. Raises DataError.
+    tokens is rejected before the corpus is read.
+
+    Raises DataError if the tokenizer cannot be loaded, the corpus has changed, an unprepared corpus cannot be read, or a file
+    cannot be written.
     """
     given = named_tokenizer(data)
     if given is not None and rows is not None:
@@ -122,13 +125,21 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
 
 
 def prepared_manifest(data: Data) -> Manifest | None:
-    """Return the manifest of the tokens of `data`; None if they are not prepared. Raises DataError."""
+    """
+    Return the manifest of the tokens of `data`; None if they are not prepared.
+
+    Raises DataError if the manifest or the tokenizer cannot be read.
+    """
     folder = find_folder(data, token_options(data, named_tokenizer(data)))
     return load_manifest(folder) if (folder / MANIFEST).exists() else None
 
 
 def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
-    """Open finished tokens without checking their corpus. Raises DataError if a file is missing or truncated."""
+    """
+    Open finished tokens without checking their corpus.
+
+    Raises DataError if a file is missing or truncated, or if the manifest or tokenizer was altered.
+    """
     manifest = load_manifest(folder)
     path = folder / TOKENIZER
     try:

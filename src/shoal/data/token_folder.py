@@ -1,4 +1,4 @@
-"""The folder of a config's tokens. Its name contains a hash of everything that the tokens depend on. No torch."""
+"""The folder of a config's tokens. Its name contains a hash of the options that the tokens depend on. No torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ NAME_CHARACTERS = 80  # maximum length of a tokenizer's name in a folder's name,
 
 
 def named_tokenizer(data: Data) -> Tokenizer | None:
-    """Return the tokenizer that `data` names; None if one is to be trained. Raises DataError."""
+    """Return the tokenizer that `data` names; None if one is to be trained. Raises DataError if it cannot be loaded."""
     return None if data.tokenizer == "bpe" else tokenize.load_tokenizer(data.tokenizer, data.kept)
 
 
 def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return everything the tokens depend on except the corpus's content. The options of rows and their order are omitted."""
+    """Return everything the tokens depend on except the corpus's content. Omits options that affect only rows and their order."""
     options: dict[str, Any] = {"format": FORMAT, "corpus": data.corpus, "val_fraction": data.val_fraction}
     options["shard_tokens"] = data.shard_tokens
     match data.corpus:

@@ -34,7 +34,7 @@ from shoal.system.signals import die_with_parent
 TRAINING_BYTES = 32_000_000  # maximum training text to prime with: xz reads one or two megabytes a second
 HELD_OUT_BYTES = 16_000_000  # maximum held-out text to compress
 POLL_SECONDS = 0.1
-PATIENCE_SECONDS = 1.0  # of waiting, before `Measuring.wait` calls `waits`
+PATIENCE_SECONDS = 1.0  # seconds after which `Measuring.wait` calls `waits`
 FLAGS = {"xz": "xz -9e", "gzip": "gzip -9"}
 
 
@@ -67,7 +67,11 @@ class Yardstick:
 
 
 def measure(prepared: Prepared) -> Yardstick:
-    """Compress, and save the result in the data's folder if it is writable. Raises DataError."""
+    """
+    Compress the texts, and save the result in the data's folder if it is writable.
+
+    Raises DataError if the tokens were altered or do not decode to the exact text.
+    """
     text, training = held_out_text(prepared, HELD_OUT_BYTES), sample_of(prepared, "train", TRAINING_BYTES)
     found = Yardstick(prepared.data_id, len(training), len(text), sizes(training, text))
     with contextlib.suppress(OSError):
@@ -162,7 +166,7 @@ def _yield_to_others() -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run the process of `Measuring`: print the result as JSON, or a message and exit code 2."""
+    """Run the process of `Measuring`: print the result as JSON and return 0, or print why there is none and return 2."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     die_with_parent()
     if "--idle" in arguments:

@@ -60,7 +60,7 @@ class Agent(LocalElasticAgent):
         self.asked = False
         self.too_large = False  # the model does not fit in memory
         self.alone_at_fault = False  # only this node's workers crash
-        self.ended_early = False  # killed by us before the first step
+        self.ended_early = False  # the workers were killed by this agent before the first step
         self._config = config
         self._launch, self._stop, self._meeting = config.launch, stop, meeting
         self._run_folder = RunFolder.of(config)
@@ -149,7 +149,7 @@ class Agent(LocalElasticAgent):
             self._machines.post(lambda: self._watch.statuses(pids))
         hang = self._watch.find_hang(pids, self._machines.others if self._machines else list)
         if hang is not None and any(process.poll() is not None for process in running.values()):
-            hang = None  # one ended just now, and may be the cause: the next check sees it as dead
+            hang = None  # a worker ended just now, and may be the cause: the next check sees it as dead
         if hang is None and running and (not failed or self._others_follow(failed)):
             # do not call torch's own check yet: it would end workers by SIGTERM, with 30 s to obey
             return RunResult(state=WorkerState.HEALTHY)
@@ -162,7 +162,7 @@ class Agent(LocalElasticAgent):
         return RunResult(state=WorkerState.FAILED, failures=result.failures)
 
     def _narrate(self) -> None:
-        """Print the phase of the first worker if it is not a usual step and takes long."""
+        """Print the phase of the first worker if it takes long, except in steps after the first."""
         sign = self._watch.sign(0)
         if not sign.step and not sign.taken:
             phase: str | None = _STARTS.get(sign.phase, sign.phase)
@@ -275,7 +275,7 @@ class Agent(LocalElasticAgent):
         return step
 
     def _follow(self, step: int, where: str) -> None:
-        """Restart after a crash on another node, whose launcher counts it too and gives up earlier."""
+        """Count a crash on another node; restart or give up. The launcher there counts the crash too, and gives up earlier."""
         self.why = f"lost a worker on another node {where}"
         if self._elsewhere.add(step):
             self.why += f"; that makes {self._elsewhere.count} times without a step beyond {step}"

@@ -14,7 +14,7 @@ FOLLOWS: Final = {EXIT_LOST_PEER: 2, -signal.SIGABRT: 1}
 
 
 class Crashes:
-    """Counts consecutive crashes, of any cause, that get no further than the latest step of the earlier ones."""
+    """Counts crashes without progress, whatever their cause. A crash at a later step than all before sets the count back to 1."""
 
     def __init__(self, most: int) -> None:
         """most: the number of such crashes after which the run gives up."""

@@ -4,8 +4,7 @@ Heartbeats of a worker, and how long it may be silent.
 The launcher gives its workers a folder. Each worker keeps a page of 112 bytes there: nine integers of 8 bytes, then the name
 of its phase. The page holds the step, the phase, the time of the last heartbeat, the deadline for further progress, whether
 the worker waits for other ranks, the number of steps taken, and the step of the newest checkpoint. Both processes map the
-page, so a heartbeat is a memory write.
-Times are CLOCK_MONOTONIC's, which all processes of a machine share. No torch.
+page, so a heartbeat is a memory write. Times are readings of CLOCK_MONOTONIC, which all processes of a machine share. No torch.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _NANO: Final = 1_000_000_000
 
 SLOWER: Final = 10  # times the slowest recent step: allows for other programs on the same cores, or a slow disk
 FLOOR_SECONDS: Final = 20.0  # a machine may pause this long, however short its steps are
-RECENT: Final = 100  # steps
+RECENT: Final = 100  # steps to learn from
 SOONER: Final = 0.9  # of launch.timeout_seconds: find the hang before the others' collectives time out
 FEW: Final = 5  # steps needed before a limit is learned
 COMPILE: Final = "compile"  # a phase inside any other, in which this process works alone
@@ -49,9 +48,9 @@ class Sign:
     phase: str
     since: float
     until: float
-    waits: bool = False  # for other ranks in a collective; False if unknown
+    waits: bool = False  # whether it waits for other ranks in a collective; False if unknown
     in_step: bool = False
-    taken: int = 0  # steps since this worker started
+    taken: int = 0  # steps taken since this worker started
     saved: int = 0  # the step of the newest checkpoint; 0: none known
     strict: bool = False  # a late step is a hang even if this process is busy
 
@@ -82,7 +81,7 @@ class Page:
         self._numbers[_IN_STEP], self._numbers[_STRICT] = in_step, strict
 
     def took(self, steps: int) -> None:
-        """Record the number of steps since this worker started."""
+        """Record how many steps this worker has taken since it started."""
         self._numbers[_TAKEN] = steps
 
     def saved(self, step: int) -> None:
@@ -151,7 +150,7 @@ class Heartbeat:
     ) -> None:
         self._page, self._patience, self._outside_seconds, self._tell = page, patience, outside_seconds, tell
         self._step, self._turn, self._phase, self._begun = 0, 0, "start", math.nan
-        self.taken = 0  # steps; the first one compiles
+        self.taken = 0  # steps taken; the first one compiles
         self.strict = strict  # a late step is a hang even if this process is busy
         self._left = self._compiles_since = math.nan  # seconds left for the phase that a compilation interrupted
 
@@ -181,7 +180,7 @@ class Heartbeat:
 
     @property
     def place(self) -> tuple[int, int, str]:
-        """(step, heartbeats since it began, phase) of the last heartbeat."""
+        """(step, heartbeats since the step began, phase) of the last heartbeat."""
         return self._step, self._turn, self._phase
 
     def device_reached(self, step: int, turn: int, phase: str) -> None:
@@ -250,7 +249,7 @@ def stacks_file(folder: Path, local_rank: int) -> Path:
 
 
 def leave_stacks_when_asked() -> None:
-    """On SIGUSR2, write all threads' stacks to `stacks_file`, even while Python waits in C."""
+    """Register a SIGUSR2 handler that writes all threads' stacks to `stacks_file`, even while Python waits in C."""
     folder = os.environ.get(FOLDER)
     if folder is not None and is_launched():
         file = stacks_file(Path(folder), read_place().local_rank).open("w", encoding="utf-8")

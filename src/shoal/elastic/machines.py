@@ -1,4 +1,4 @@
-"""Messages between a run's launchers during one rendezvous round: their hosts, and the progress of their workers."""
+"""Messages between a run's launchers during one rendezvous round: their hosts and configs, and the progress of their workers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from shoal.elastic.watch import LASTING, RankStatus
 from shoal.errors import LaunchError
 
 POST_SECONDS: Final = 1.0
-# These may differ: each machine may have its own copy of the data, and its own speed.
+# Options that may differ between machines: each may have its own copy of the data, and its own speed.
 _OF_A_PLACE: Final = {
     ("data", "paths"), ("data", "folder"), ("data", "tokenizer"), ("model", "from_"), ("checkpoint", "fast"),
     ("metrics", "peak_tflops"), ("model", "kept"), ("data", "kept"),
@@ -53,15 +53,16 @@ class Machines:
         self._store, self._rank, self._count = store, rank, count
         self._calls = TimedCalls()
         self.hosts: list[str] = []
-        self.differing = ""  # hosts with another config
+        self.differing = ""  # hosts whose config differs from the reference
         self._posted = 0.0
 
     def greet(self, host: str, config: Mapping[str, object], *, stays: bool) -> bool:
         """
         Exchange hosts and configs with all machines; return whether all configs match.
 
-        stays: whether this machine was in the previous round. The reference is the config of the first machine that was, or of
-        machine 0 if there is none. Raises `LaunchError` if this machine's config differs from the reference.
+        stays: whether this machine was in the previous round. The reference is the config of the first machine that
+        was in the previous round, or of machine 0 if none was. Raises `LaunchError` if this machine's config differs from the
+        reference.
         """
         self._store.set(f"machine/{self._rank}", json.dumps([host, config, stays]))
         found = [json.loads(self._store.get(f"machine/{rank}")) for rank in range(self._count)]
@@ -106,7 +107,7 @@ class Machines:
             for k in statuses()
         ]
         for each in mine:
-            # state D is not reported: a process that writes to a disk is in it for moments
+            # state D is not reported: a process that writes to a disk is in state D for moments
             each[-1] = each[-1] if each[-1] in LASTING else ""
         self._calls.call(lambda: self._store.set(f"looks/{self._rank}", json.dumps(mine)), None)
 
@@ -137,7 +138,7 @@ class Machines:
         return self._calls.call(lambda: bool(self._store.check(["regroup"])), False)
 
     def announce(self, what: str) -> bool:
-        """Announce `what`; return True if no launcher has announced it in this round."""
+        """Announce `what`; return True if no launcher had announced it before in this round."""
         return self._calls.call(lambda: int(self._store.add(f"said/{what}", 1)) == 1, True)
 
     def was_announced(self, what: str) -> bool:

@@ -42,7 +42,7 @@ T = TypeVar("T")
 
 LOOPBACK: Final = "127.0.0.1"
 STORE_SECONDS: Final = 60.0  # to wait for the store's answer while there are no workers
-CALL_SECONDS: Final = 2.0  # the same while there are workers
+CALL_SECONDS: Final = 2.0  # to wait for the store's answer while there are workers
 # A launcher sends a keep-alive signal at this interval; the others, by their own clocks, count it as gone after this many
 # missed signals.
 SIGN_SECONDS: Final = 2
@@ -50,7 +50,7 @@ SIGNS_MISSED: Final = 5
 UNUSED_SECONDS: Final = 10.0  # a store without connections for this long ends
 FIRST_SECONDS: Final = 60.0  # but the first connection may take this long
 
-CLOCK_SECONDS: Final = 5.0  # to wait for a store's `CLOCK`
+CLOCK_SECONDS: Final = 5.0  # to wait until a new store has set `CLOCK`
 CLOCK: Final = "shoal/clock"  # key of the time of day on the store's node
 SKEW_SECONDS: Final = 2.0  # maximum clock difference: torch's rendezvous compares the nodes' times of day
 
@@ -108,7 +108,7 @@ class Rendezvous(DynamicRendezvousHandler):
     """torch's rendezvous, which also tells why workers must restart, and tolerates losing its store."""
 
     news = ""  # "joins", "left" or "ended", set when `num_nodes_waiting` is not 0
-    machines = 0  # in the current round
+    machines = 0  # number of nodes in the current round
     on_lost: Callable[[], None] | None = None  # called once when the store stops answering
 
     def __init__(self, *args: Any) -> None:
@@ -174,7 +174,7 @@ class Meeting:
         self.store, self.address = store, address
         digest = hashlib.sha256(f"{folder}/{launch.name}".encode()).hexdigest()
         self._run = f"shoal-{digest[:16]}"  # torch uses it in file names
-        # an ended rendezvous stays closed: the next run of this name uses the next turn in the same store
+        # an ended rendezvous stays closed: the next run of this name uses the next turn number in the same store
         self._turn = store.compare_set(f"{self._run}/turn", "", "0").decode()
         run_id = f"{self._run}-{self._turn}"
         self.rendezvous = Rendezvous.from_backend(
@@ -193,7 +193,12 @@ class Meeting:
 
     @classmethod
     def open(cls, config: Config, folder: str, tell: Callable[[str], None]) -> Meeting:
-        """Connect to `launch.rendezvous`. Calls `tell` with what it waits for. Raises `LaunchError`."""
+        """
+        Connect to the store at `launch.rendezvous`, or serve one on loopback if it is None.
+
+        tell: a function called with a message if the store takes long to answer. Raises `LaunchError` if no shoal store answers
+        there, or if the clocks differ.
+        """
         launch = config.launch
         if launch.rendezvous is None:
             return cls(_keep_store(LOOPBACK, launch.port, "launch.port"), config, folder, LOOPBACK)
@@ -244,7 +249,7 @@ def serve(host: str, port: int, *, while_used: bool, ready: Callable[[], None]) 
 
     Raises `LaunchError` if it cannot listen there.
     """
-    if while_used:  # a launcher that adopts orphans forwards its signals to this process too
+    if while_used:  # a launcher that adopts orphans (as PID 1 does) forwards its signals to this process too
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
     store = _keep_store(host, port, "launch.rendezvous")
@@ -286,7 +291,7 @@ def _connect(address: str, port: int) -> TCPStore | None:
 
 
 def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], None]) -> None:
-    """Wait until the store answers; start it if `host` is this node. Raises `LaunchError`."""
+    """Wait until the store answers; start it if `host` is this node. Raises `LaunchError` after `seconds`."""
     begun, told, started = time.monotonic(), False, False
     while not _answers(host, port):
         if not started and _is_here(host):
@@ -315,7 +320,11 @@ def _compare_clocks(store: TCPStore, host: str) -> None:
 
 
 def _start_store(host: str, port: int) -> None:
-    """Start the store in a separate session, which signals to this process group do not reach. Raises `LaunchError`."""
+    """
+    Start the store in a separate session, which signals to this process group do not reach.
+
+    Raises `LaunchError` if the address cannot be used.
+    """
     try:
         listen(host, port, option="launch.rendezvous", from_afar=True).close()
     except LaunchError:

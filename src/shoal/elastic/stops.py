@@ -52,7 +52,7 @@ class SignalForwarder:
         return self.signal is not None and time.monotonic() - self._since > GRACE_SECONDS
 
     def reach_all(self) -> None:
-        """Send the stop to workers that were still starting when the signal arrived."""
+        """Send SIGTERM to workers that were still starting when the signal arrived."""
         if self.signal is not None:
             self._send(signal.SIGTERM)
 

@@ -28,9 +28,9 @@ LASTING: Final = tuple(state for state in STUCK if state != psutil.STATUS_DISK_S
 _MUTE: Final = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE)
 
 WORK_SECONDS: Final = 2.0  # interval over which a process's activity is measured
-WORK_SHARE: Final = 0.05  # of a core; threads that only poll a clock use less
-WORK_BYTES: Final = 1 << 20  # read from or written to a disk in that interval
-LOCAL_PHASES: Final = ("data",)  # of a step, in which no rank waits for another
+WORK_SHARE: Final = 0.05  # share of a core: threads that only poll a clock use less
+WORK_BYTES: Final = 1 << 20  # bytes read from or written to a disk in that interval
+LOCAL_PHASES: Final = ("data",)  # phases of a step in which no rank waits for another
 
 PAUSE_SECONDS: Final = 1.0  # a longer gap between checks means that the launcher, and perhaps its workers, were paused
 STACKS_SECONDS: Final = 2.0  # maximum wait for stack traces
@@ -43,7 +43,7 @@ class RankStatus:
     rank: int
     sign: Sign
     state: str
-    host: str = ""  # if on another machine
+    host: str = ""  # the host's name if it is another machine
     works: bool = False  # busy with work that has no time limit
 
 
@@ -55,8 +55,8 @@ class Hang:
     step: int
     phase: str
     silent_seconds: float
-    state: str  # words of `STUCK`, or ""
-    host: str  # if on another machine
+    state: str  # its description in `STUCK`, or ""
+    host: str  # the host's name if it is another machine, else ""
     stacks: Path | None  # None if they could not be written
     ties: int = 0  # other ranks with the same progress, which only arrived later
 
@@ -71,7 +71,11 @@ class Hang:
 
 
 def find_culprit(statuses: Sequence[RankStatus]) -> RankStatus:
-    """Return the rank that the others wait for: in order of preference stuck, least advanced, not waiting, longest silent."""
+    """
+    Return the rank that the others wait for.
+
+    Prefers a stuck rank to others, then the least advanced, then one that does not wait, then the longest silent.
+    """
     return min(statuses, key=lambda each: (_progress(each), each.sign.since))
 
 
@@ -107,7 +111,7 @@ class Pauses:
 
 
 class Work:
-    """Detects busy processes: they, or programs that they started, use a core or a disk."""
+    """Detects busy processes: those that use a core or a disk, or whose child processes do."""
 
     def __init__(self) -> None:
         # by process: time of measurement, core seconds, disk bytes
@@ -148,7 +152,7 @@ def _used(pid: int) -> tuple[float, int]:
 
 def may_take_long(sign: Sign) -> bool:
     """
-    Return whether a process in this phase may take unlimited time while it is busy, since the machine may be loaded.
+    Return whether a process with this heartbeat may take unlimited time while it is busy, since the machine may be loaded.
 
     False while it waits for other ranks. False also in `strict` steps after the first, except while it reads data: the user
     set the limit of these steps, or a GPU computes, whose host looks busy while it waits.
@@ -157,7 +161,7 @@ def may_take_long(sign: Sign) -> bool:
 
 
 class Watch:
-    """The pages of this machine's workers. Create it before the workers, which find the folder in their environment."""
+    """The heartbeat pages of this machine's workers. Create it before the workers: they find the folder in their environment."""
 
     def __init__(self, stacks: Path, folder: Path) -> None:
         """stacks: folder for the stack traces of hangs; folder: existing folder for the pages."""
@@ -200,9 +204,9 @@ class Watch:
 
     def find_hang(self, pids: Mapping[int, int], elsewhere: Callable[[], Sequence[RankStatus]] = list) -> Hang | None:
         """
-        Return the rank that causes a hang if a running worker is late, else None.
+        Return a hang, with the rank that causes it, if a running worker is late; else None.
 
-        Also None if that rank is busy with work that may take long, or if a rank compiles within its time limit. pids: local
+        Also None if the causing rank is busy with work that may take long, or if a rank compiles within its time limit. pids: local
         rank -> process id. elsewhere: a function that returns the status of workers on other machines.
         """
         now = time.monotonic()
@@ -246,7 +250,7 @@ class Watch:
         self._pages = {}
 
     def _keep_stacks(self, pids: Mapping[int, int], states: Mapping[int, str], step: int) -> Path | None:
-        """Write the stacks of all ranks' threads to one file; return its path, None if it cannot be written."""
+        """Write the stacks of all threads of this machine's workers to one file; return its path, None if it cannot be written."""
         asked = {local: pid for local, pid in pids.items() if states[local] not in _MUTE}
         for pid in asked.values():
             with contextlib.suppress(ProcessLookupError):

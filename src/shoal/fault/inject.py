@@ -46,7 +46,7 @@ class Injected:
     rank: int
     fault: str
     life: int = 0
-    seconds: float = 0.0  # of "slow", in each of `steps`
+    seconds: float = 0.0  # delay by "slow", in each of `steps` steps
     steps: int = 1
 
 
@@ -65,7 +65,7 @@ class Faults:
         self._lock = threading.Lock()  # saves and the loader run in other threads
         self.step = 0
         self.targets: dict[str, Callable[[], None]] = {}
-        """Faults not in `HAPPENS`: they need parts of the run."""
+        """Functions that cause the faults not in `HAPPENS`, by fault: they need parts of the run."""
 
     def enter(self, phase: str) -> None:
         """Cause the faults planned where `phase` begins."""

@@ -13,9 +13,9 @@ STARTED: Final = (
 )
 ENDS: Final = "SLURM_JOB_END_TIME"  # seconds since 1970
 
-FLOOR_SECONDS: Final = 10.0  # to end all processes
+FLOOR_SECONDS: Final = 10.0  # time to end all processes
 STEPS: Final = 3  # one to finish, one to agree on the stop, and on a GPU one more until the agreement is read
-RECENT: Final = 20  # steps
+RECENT: Final = 20  # steps whose times are remembered
 SLOW_DISK: Final = 50e6  # bytes/s per process, assumed until the first save
 
 
@@ -47,8 +47,8 @@ class TimeLimit:
     @classmethod
     def open(cls, minutes: float | None, state_bytes: int, environment: Mapping[str, str] = os.environ) -> Self:
         """
-        Open this worker's limit: `minutes` after its launcher (or, under another launcher, the worker) started. If `minutes`
-        is None, the limit is the end of its Slurm job, if there is one.
+        Open this worker's limit: `minutes` after shoal's launcher started, or after this call under another launcher. If `minutes`
+        is None, the limit is the end of the Slurm job, if there is one.
         """
         now = time.monotonic()
         if minutes is not None:
@@ -58,7 +58,7 @@ class TimeLimit:
         return cls(None, state_bytes)
 
     def saved(self, seconds: float) -> None:
-        """Record how long a save took; the first time replaces the guess."""
+        """Record how long a save took; the first save's time replaces the estimate."""
         self._save_seconds = max(self._save_seconds, seconds) if self._seen_save else seconds
         self._seen_save = True
 

@@ -27,8 +27,8 @@ def find_origin(parts: Mapping[int, nn.Module], again: Callable[[], object]) -> 
     """
     Return where NaN or Inf first appears when `again` repeats the step's forward and backward; None if all is finite.
 
-    That is the first module with such an output, or else the parameter nearest to the loss with such a gradient. parts:
-    pipeline stages by number. Waits for the device after every module, which is acceptable for a rare event.
+    That is the first module with such an output. If there is none, it is the parameter with such a gradient that is nearest to
+    the loss. parts: pipeline stages by number. Waits for the device after every module, which is acceptable for a rare event.
     """
     watch = _Watch()
     named = [(stage, name, m) for stage, part in parts.items() for name, m in part.named_modules() if name]

@@ -17,14 +17,14 @@ LEAST_SECONDS: Final = 0.01  # other work on a machine may delay any rank by thi
 
 @dataclass(frozen=True)
 class Change:
-    """A rank becomes slow in a phase, or is not slow any more; its mean seconds and its peers' over `steps`."""
+    """A rank that became slow in a phase, or recovered, with its mean seconds and its peers' over `steps`."""
 
     rank: int
     phase: int
     is_slow: bool
     seconds: float
     others: float
-    steps: tuple[int, int]  # the first and the last that showed it
+    steps: tuple[int, int]  # the first and the last step that showed the change
 
 
 class Stragglers:

@@ -34,7 +34,9 @@ _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_
 
 def read_any_shape(config: Json, where: str) -> dict[str, Any]:
     """
-    Return the values of `Model` with `family: hf`. Raises `ModelError` with every unsupported or missing value.
+    Return the values of `Model` with `family: hf`.
+
+    Raises `ModelError`, which lists every such value, if values are unsupported or missing.
     """
     keys = {ours: key for ours in NAMES if (key := _key_of(config, ours))}
     values: dict[str, Any] = {"family": "hf", **{ours: config[keys[ours]] if ours in keys else None for ours in NAMES}}

@@ -68,9 +68,9 @@ def read_dtypes(copy: Path) -> Dtypes:
 
 def _refuse_stray(folder: Path, path: Path) -> None:
     """
-    Raise `ModelError` for a link out of the folder.
+    Raise `ModelError` if `path` is a link out of `folder`.
 
-    The linked file's copy may be published, and a downloaded folder may contain `LICENSE -> ~/.ssh/id_rsa`. Links into the
+    The copy of the linked file may be published, and a downloaded folder may contain `LICENSE -> ~/.ssh/id_rsa`. Links into the
     `blobs` of Hugging Face's cache are allowed, since all its snapshots consist of them.
     """
     target = path.resolve()
@@ -82,7 +82,7 @@ def _refuse_stray(folder: Path, path: Path) -> None:
 
 
 def copy_files(folder: Path, target: Path, names: tuple[str, ...]) -> list[str]:
-    """Copy those of `names` that `folder` has to `target`; return them. Raises `ModelError` for a link out of `folder`."""
+    """Copy to `target` those of `names` that exist in `folder`; return them. Raises `ModelError` for a link out of `folder`."""
     found = [name for name in names if (folder / name).is_file()]
     for name in found:
         _refuse_stray(folder, folder / name)

@@ -1,5 +1,5 @@
 """
-The fetch of a model from a hub to a folder, complete or not at all, by one process at a time. No torch.
+Fetches a model from a hub to a folder, which is complete as soon as it exists; one process fetches at a time. No torch.
 
 models/OWNER/NAME/            the model; renamed into place once it is complete
 models/OWNER/.NAME.partial/   an unfinished fetch, which the next one resumes
@@ -68,7 +68,8 @@ def fetch_model(
     Return the folder of a model, fetched if it is missing. Of several processes, one fetches and the others wait.
 
     After a kill at any moment, the next call resumes. `force` fetches again; the old folder remains until the new folder
-    is complete. `verify` hashes existing files instead of comparing sizes. Raises `ModelError`.
+    is complete. `verify` hashes existing files instead of comparing sizes. Raises `ModelError` if the model cannot be fetched,
+    or if the folder holds something else.
     """
     check_name(name)
     folder = MODELS / name if to is None else to
@@ -177,7 +178,12 @@ def _difference(request: Request, record: Record) -> str:
 
 
 def _was_put_by_hand(request: Request, tell: Callable[[str], None]) -> bool:
-    """Return whether the folder holds a model that shoal did not fetch. Raises `ModelError` for a broken model or other files."""
+    """
+    Return whether the folder holds a model that shoal did not fetch.
+
+    Raises `ModelError` if that model is broken, if the folder holds other files, or if `revision` or `verify` is requested,
+    which need a record of the fetch.
+    """
     folder = request.folder
     if (folder / RECORD).exists() or not _holds_something(folder):
         return False
@@ -249,7 +255,11 @@ def _fetch(request: Request, partial: Path, tell: Callable[[str], None], progres
 
 
 def _choose(remote: Remote) -> tuple[list[RemoteFile], list[RemoteFile]]:
-    """Return the files beside the weights, and the weights: one file, or the index. Raises `ModelError`."""
+    """
+    Return the files beside the weights, and the weights: one file, or the index.
+
+    Raises `ModelError` if the hub's model lacks config.json or weights in safetensors files.
+    """
     top = {name: file for name, file in remote.files.items() if "/" not in name and name != RECORD}
     beside = [
         f for n, f in top.items() if any(fnmatch.fnmatchcase(n, w) for w in WANTED) and not n.endswith(".index.json")
@@ -300,7 +310,7 @@ def _check_form(remote: Remote, partial: Path) -> None:
 
 
 def _keep_only(folder: Path, names: Iterable[str]) -> None:
-    """Remove files of an earlier commit."""
+    """Remove files that are not among `names`, left by the fetch of an earlier commit."""
     for path in folder.iterdir():
         if path.name not in names:
             path.unlink()

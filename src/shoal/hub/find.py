@@ -30,7 +30,7 @@ NAMES_COMPARED = 10_000  # file names in one folder; comparing more would take l
 
 def find_model(name: str, kept: Path | None = None) -> Path:
     """
-    Return the folder of a model: `name` itself, or else in `shoal fetch`'s folder, in Hugging Face's cache, or `kept`.
+    Return the folder of a model: `name` itself, else `models/NAME`, else its folder in Hugging Face's cache, else `kept`.
 
     kept: a run's copy of everything but the weights. Raises `ModelError` if no folder is found, or if files of a
     fetched folder are missing or cut short.
@@ -57,7 +57,7 @@ def find_path(name: str) -> Path | None:
 
 
 def near_path(path: str) -> str:
-    """Return a hint for a missing `path`: " (did you mean books/a.txt?)", or an empty text."""
+    """Return a hint for a missing `path`, such as " (did you mean books/a.txt?)"; empty if there is none."""
     if any(sign in path for sign in "*?["):
         return " (patterns are not expanded; name the folder)"
     try:
@@ -96,7 +96,7 @@ def no_name(name: str) -> str:
 
 
 def could_be_on_a_hub(name: str) -> bool:
-    """Return whether `name` is NAME or OWNER/NAME, rather than a path."""
+    """Return whether `name` has the form NAME or OWNER/NAME."""
     parts = name.split("/")
     return len(parts) <= 2 and all(p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in parts)
 

@@ -25,7 +25,11 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """The content of a folder. Every file of weights exists and has the size in its header."""
+    """
+    The content of a folder of weights. Every weight file exists and has the size that its header states.
+
+    A run's copy of such a folder (`is_kept`) has no weight files, only `HEADERS`.
+    """
 
     path: Path
     config: Mapping[str, Any]  # config.json
@@ -33,7 +37,7 @@ class ModelFolder:
 
     @classmethod
     def open(cls, path: Path) -> ModelFolder:
-        """Open a folder. Raises `ModelError`, which names the file, if one is missing, cut short or inconsistent."""
+        """Open a folder. Raises `ModelError` if a file is missing, cut short or inconsistent; the message names the file."""
         if not path.is_dir():
             raise ModelError(f"there is no folder {path}")
         config = _read_object(path / CONFIG, "it describes the model")
@@ -125,7 +129,11 @@ def _indexed_files(folder: Path) -> dict[Path, set[str]]:
 
 
 def shard_names(index: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Return tensor -> file from an index read from `path`. Raises `ModelError` if none is listed, or one outside its folder."""
+    """
+    Return tensor -> file from an index read from `path`.
+
+    Raises `ModelError` if the index lists no tensor, or a file that is not a *.safetensors beside it.
+    """
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise _broken(path, "has no weight_map that lists the file of each tensor")

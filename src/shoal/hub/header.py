@@ -68,7 +68,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     Return the tensors of a safetensors file by name, in the order of the header.
 
     Format (https://huggingface.co/docs/safetensors): eight bytes of length, a JSON object, then the data. Raises
-    `ValueError`, whose message continues a sentence that begins with the file's name, and `OSError`.
+    `ValueError` if the file is not a complete safetensors file; its message continues a sentence that begins with the file's
+    name. Raises `OSError` if the file cannot be read.
     """
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
@@ -97,7 +98,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
-    """Return a JSON object without duplicate names. Raises `ValueError`."""
+    """Parse a JSON object. Raises `ValueError` if `text` is not a JSON object, or repeats a name in an object."""
     try:
         found = json.loads(text, object_pairs_hook=_once)
     except RecursionError:
@@ -151,7 +152,7 @@ def _are_counts(values: Iterable[Any]) -> bool:
 
 
 def _check_spans(spans: list[tuple[int, int]], data_bytes: int) -> None:
-    """Check that every byte of the data belongs to exactly one tensor. Raises `ValueError`."""
+    """Raise `ValueError` unless every byte of the data belongs to exactly one tensor."""
     spans = [(0, 0), *sorted(spans)]
     if any(first[1] != second[0] for first, second in pairwise(spans)):
         raise ValueError("has a header whose tensors overlap or leave gaps")

@@ -34,7 +34,11 @@ class Record:
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
 
     def missing(self, folder: Path, *, hashes: bool = False) -> str:
-        """Return the first problem: a missing file, a wrong size or, with `hashes`, other content; "" if none. Raises `OSError`."""
+        """
+        Return the first problem: a missing file, a wrong size or, with `hashes`, other content; "" if there is none.
+
+        Raises `OSError` if a file cannot be read.
+        """
         for name, file in self.files.items():
             path = folder / name
             if not path.is_file():

@@ -1,4 +1,4 @@
-"""A model hub: its listing and its files. Every failure is a `ModelError`. No torch."""
+"""A model hub: its listing and its files. Every failure of the hub or the network is a `ModelError`. No torch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,11 @@ class Remote:
 
 
 def look_up(name: str, revision: str, folder: Path) -> Remote:
-    """Return the hub's listing of `name`. `folder`: the destination, for messages. Raises `ModelError`."""
+    """
+    Return the hub's listing of `name`. folder: the destination, for messages.
+
+    Raises `ModelError` if the hub cannot be reached, denies access, or does not have the model.
+    """
     try:
         with _explained(name, revision, folder):
             info = HfApi(library_name="shoal", library_version=__version__).model_info(
@@ -78,8 +82,8 @@ def download(remote: Remote, file: RemoteFile, part: Path, folder: Path, advance
     """
     Download `file` to `part`, resuming at the end of `part`, also after a lost connection.
 
-    `advance` is called with the number of bytes received, negative for bytes to fetch again. Raises `ModelError`, and
-    `OSError` for disk errors.
+    `advance` is called with the number of bytes received, negative for bytes to fetch again. Raises `ModelError` if the hub
+    does not send the whole file, `OSError` if `part` cannot be written.
     """
     fruitless = 0
     while (start := _size(part)) < file.bytes:
@@ -157,7 +161,7 @@ def _endpoint() -> str:
 
 @contextmanager
 def _explained(name: str, revision: str, folder: Path) -> Iterator[None]:
-    """Translate the hub's errors, without quoting the library's text, which may contain a request's header."""
+    """Translate errors of huggingface_hub to `ModelError`, without quoting their text, which may contain a request's header."""
     try:
         yield
     except OfflineModeIsEnabled:

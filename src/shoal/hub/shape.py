@@ -1,8 +1,8 @@
 """
 A Hugging Face `config.json`, read into the values of our `Model` and written from them.
 
-`config/families.py` says which model types belong to which family. A missing key has the default of its type in
-transformers. Unsupported values are rejected by name; unknown keys are reported.
+`config/families.py` says which model types belong to which family. A missing key has the default that transformers
+gives it for that model type. Unsupported values are rejected by name; unknown keys are reported.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def read_shape(config: Json, where: str) -> Shape:
     """
     Return the shape in a `config.json`, which errors call `where`.
 
-    Raises `ModelError` with every unsupported value.
+    Raises `ModelError`, which lists all such values, if values are invalid or unsupported.
     """
     kind = MODEL_TYPES.get(str(config.get("model_type")))
     if not isinstance(config.get("model_type"), str):
@@ -119,10 +119,10 @@ def read_model(
     name: str, family: str | None = None, kept: Mapping[str, Path] = MappingProxyType({})
 ) -> tuple[Shape, str | None]:
     """
-    Return the shape of a folder, or of a model by its name, and its tokenizer's folder, if it has one.
+    Return the shape of the model `name` (a folder, or the name of a downloaded model), and its tokenizer's folder or None.
 
     family: the family that the user set; "hf" reads any config, other values and None read only configs of shoal's own
-    families. kept: see `resolve`. Raises `ModelError`.
+    families. kept: see `resolve`. Raises `ModelError` if the model is missing, broken or unsupported.
     """
     shape, tokenizer = read_folder(ModelFolder.open(find_model(name, kept.get(name))), family)
     # for a kept copy, return its name in data.tokenizer (the last name), so that the config of a resumed run does not change
@@ -216,10 +216,10 @@ def _window(kind: ModelType, given: Json) -> int | None:
 
 def write_shape(shape: Model, base: Json | None = None) -> dict[str, Any]:
     """
-    Return the `config.json` of a resolved shape, without dtype and token ids.
+    Return the `config.json` of a resolved shape. The caller adds dtype and token ids.
 
     base: the config that the model came with, whose other keys are kept; None for a model that was not started from a
-    folder. Raises `ModelError` if no type of model has this shape.
+    folder. Raises `ModelError` if no model type has this shape.
     """
     family = FAMILIES[shape.family]
     if not family.native:

@@ -14,7 +14,7 @@ from shoal.hub.remote import Remote, RemoteFile, download
 from shoal.system.disk import gigabytes, sha256_of
 
 Progress = Callable[[str, int, int], None]
-"""Called with the current file's name, and the bytes present and in total, both over all files."""
+"""Called with the current file's name, the bytes present and the bytes in total, both summed over all files."""
 
 
 class Transfer:
@@ -27,7 +27,7 @@ class Transfer:
         self._checked: dict[str, str] = {}  # name -> SHA-256
 
     def start(self, wanted: list[RemoteFile]) -> None:
-        """Link complete files of the old folder. Raises `ModelError` if the rest does not fit on the disk."""
+        """Reuse files of the old folder whose size matches. Raises `ModelError` if the other files do not fit on the disk."""
         self.total_bytes = sum(file.bytes for file in wanted)
         for file in wanted:
             self._take_over(file)
@@ -40,7 +40,11 @@ class Transfer:
             )
 
     def bring(self, file: RemoteFile) -> str:
-        """Put a file into the partial folder, flushed and verified; return its SHA-256. Raises `ModelError`, `OSError`."""
+        """
+        Put a file into the partial folder, flushed and verified; return its SHA-256.
+
+        Raises `ModelError` if it cannot be downloaded or has another hash than the hub states, `OSError` if the disk fails.
+        """
         path = self._partial / file.name
         if file.name not in self._checked:
             if self._is_whole(path, file):

@@ -58,7 +58,11 @@ def kind_of_option(name: str) -> Kind:
 
 
 def token_ids(said: Any, where: str) -> list[int]:
-    """Return the ids in an `eos_token_id`: one, several or none. Raises `ModelError`, whose message begins with `where`."""
+    """
+    Return the ids in an `eos_token_id`: one, several or none.
+
+    Raises `ModelError`, whose message begins with `where`, if the value is not a token id, a list of them, or null.
+    """
     ids = said if isinstance(said, list) else [] if said is None else [said]
     for index in ids:
         if not Kind(int, {"ge": 0, "le": _LARGEST_TOKEN}).takes(index):

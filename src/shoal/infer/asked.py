@@ -30,7 +30,7 @@ class Wanted:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        """Raise `ShoalError` unless exactly one of run and folder is given."""
+        """Raise `ShoalError` unless exactly one of run and folder is given. A folder takes no `step`, a run no `family`."""
         if self.target is None and self.folder is None:
             raise ShoalError("no model given; set RUN or --model.from DIR")
         if self.target is not None and self.folder is not None:

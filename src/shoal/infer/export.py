@@ -76,7 +76,8 @@ def export_run(
     """
     Export the checkpoint of `step` (None: the last) of run `target` to the folder `out`; return `out`.
 
-    force: replace an existing export. Other arguments and errors: see `export_checkpoint`; also raises `RunError`.
+    force: whether to replace an existing export. Raises `RunError` if there is no such run. Other arguments and errors: see
+    `export_checkpoint`.
     """
     folder, saved = find_checkpoint(runs, target, step)
     place = OutFolder(out, force)
@@ -98,8 +99,8 @@ def export_checkpoint(
     Export a checkpoint of the run in `folder` to `place`.
 
     dtype: "float32", "bfloat16" or "float16"; None: each tensor's original dtype if the run started from weights, else
-    float32. Raises `ModelError` if `place` cannot be written or lacks space, or if transformers rejects the export;
-    `CheckpointError` if the checkpoint is damaged.
+    float32. shard_bytes: approximate size of a weight file. Raises `ModelError` if `place` cannot be written or lacks space, or
+    if transformers rejects the export; `CheckpointError` if the checkpoint is damaged.
     """
     console = console or Console(speaks=False)
     config, source = folder.load_config(), Source.of(folder)

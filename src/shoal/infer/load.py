@@ -71,8 +71,8 @@ class LoadedModel:
         """
         Return each prompt's new tokens, up to the end of its text or `max_new_tokens`.
 
-        on_token(prompt's index, token) is called for each token as it comes. Raises `GenerateError`, or `ModelError` without
-        a tokenizer.
+        on_token(prompt's index, token) is called for each token as it comes. Raises `GenerateError` if a prompt or an option
+        is invalid, `ModelError` if there is no tokenizer.
         """
         return generate(
             self.model, prompts, max_new_tokens=max_new_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
@@ -94,13 +94,14 @@ def load_path(path: str | Path, *, device: str = "auto", dtype: str = "auto") ->
     """
     Load a model from a run's folder, a checkpoint's folder, or a Hugging Face folder (or the name of a downloaded one).
 
-    Raises `RunError`, `CheckpointError`, `ModelError`, or `LaunchError` if the device lacks `dtype`.
+    Raises `RunError`, `CheckpointError` or `ModelError` if there is no such model or its files are broken, `LaunchError` if the
+    device is missing or lacks `dtype`.
     """
     return load(Wanted.at(path, device=device, dtype=dtype))
 
 
 def load(wanted: Wanted) -> LoadedModel:
-    """Load a model, its weights in its compute dtype. Raises `RunError`, `CheckpointError` or `ModelError`."""
+    """Load a model, with its weights in its compute dtype. Raises the same errors as `load_path`."""
     if wanted.folder is not None:
         return load_folder(wanted.folder, family=wanted.family, device=wanted.device, dtype=wanted.dtype)
     assert wanted.target is not None
@@ -115,8 +116,9 @@ def load_run(runs: Path, target: str, *, step: int | None, device: str, dtype: s
     """
     Load run `target` (a name under `runs`, or a folder) at `step` (None: the last), its weights in float32.
 
-    dtype: the compute dtype; "auto" uses the dtype of training, or float32 on a CPU that is slow in it. Raises `RunError`,
-    `CheckpointError`, or `LaunchError` if the device lacks the dtype.
+    dtype: the compute dtype; "auto" uses the dtype of training, or float32 on a CPU that is slow in it. Raises `RunError`
+    if there is no such run, `CheckpointError` if there is no such checkpoint or it is damaged, `LaunchError` if the device is
+    missing or lacks the dtype.
     """
     folder, saved = find_checkpoint(runs, target, step)
     config, place = folder.load_config(), find_device(device)
@@ -145,8 +147,8 @@ def load_folder(name: str, *, family: str | None = None, device: str, dtype: str
     Load the model in folder `name`, or in the folder that `find_model` finds for that name.
 
     family: the code that runs the model: "hf" for transformers, None for shoal's own. dtype: the compute dtype; "auto" uses
-    the weights' dtype if it is fast on the device, else float32. Raises `ModelError`, or `LaunchError` if the device lacks
-    the dtype.
+    the weights' dtype if it is fast on the device, else float32. Raises `ModelError` if the folder is missing, broken or
+    unsupported, `LaunchError` if the device is missing or lacks the dtype.
     """
     folder, place = ModelFolder.open(find_model(name)), find_device(device)
     shape, tokens_from = read_folder(folder, family)
@@ -163,7 +165,11 @@ def load_folder(name: str, *, family: str | None = None, device: str, dtype: str
 
 
 def _model_of(shape: Shape, name: str, folder: ModelFolder) -> Model:
-    """Return the model section. Its context is limited to the sliding window, which is not implemented. Raises `ModelError`."""
+    """
+    Return the model section of a folder. Its context is limited to the sliding window, which is not implemented.
+
+    Raises `ModelError` if the shape is invalid.
+    """
     values = {**shape.values, "from_": name}
     if shape.window is not None:
         values["max_seq_len"] = min(shape.window, values["max_seq_len"])

@@ -45,7 +45,11 @@ class OutFolder:
 
     @contextlib.contextmanager
     def written(self, needed: int) -> Iterator[Path]:
-        """Yield an empty temporary folder on a disk with `needed` bytes free; rename it into place on success."""
+        """
+        Yield an empty temporary folder on a disk with `needed` bytes free; rename it into place on success.
+
+        Raises `ModelError` if the disk has less space or cannot be written, or if another export to this folder is running.
+        """
         aside = self._out.with_name(f".{self._out.name}.export")
         try:
             aside.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,11 @@ def continuation(tokenizer: Tokenizer, prompt: Sequence[int], output: Sequence[i
 
 
 def complete(model: LoadedModel, prompt: str, max_new_tokens: int, sampling: Sampling) -> str:
-    """Return the text that a model adds to `prompt`. Raises `GenerateError`, or `ModelError` without a tokenizer."""
+    """
+    Return the text that a model adds to `prompt`.
+
+    Raises `GenerateError` if the prompt or an option is invalid, `ModelError` if the model has no tokenizer.
+    """
     check_text(prompt, "the prompt")
     tokenizer = model.need_tokenizer()
     ids = tokenizer.encode_prompt(prompt)

@@ -31,7 +31,9 @@ def plan_processes(
     config: Config, gpus: int, *, before: Config | None = None, say: Callable[[str], None] = lambda text: None
 ) -> Config:
     """
-    Return `config` with `launch.processes` and `launch.threads` chosen for this machine. Raises `LaunchError`.
+    Return `config` with `launch.processes` and `launch.threads` chosen for this machine.
+
+    Raises `LaunchError` if this machine cannot run the config.
 
     before: the config of the run to resume; None for a new run. say: a function called with a message if too few cores are free.
     """
@@ -124,7 +126,8 @@ def fit_to_place(config: Config, place: Place, before: Config | None = None) -> 
     """
     Return the config of a worker started by torchrun or srun: checked against `place`, with its threads chosen.
 
-    Sets the variables of `worker_environment`, which torch reads on import. Raises `LaunchError`.
+    Sets the variables of `worker_environment`, which torch reads on import. Raises `LaunchError` if the
+    config does not fit the processes that were started.
 
     before: the config of the run to resume; None for a new run.
     """
@@ -174,7 +177,7 @@ def set_environment(threads: int) -> None:
 
 @contextlib.contextmanager
 def _quiet_torch() -> Iterator[None]:
-    """Import torch with its C++ log off: a lost store then costs one line, not a C++ stack per attempt."""
+    """Turn off the C++ log of a torch imported in this block: a lost store then costs one line, not a C++ stack per attempt."""
     name = "TORCH_CPP_LOG_LEVEL"
     chosen = os.environ.get(name)
     os.environ.setdefault(name, "FATAL")

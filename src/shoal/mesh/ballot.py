@@ -10,7 +10,7 @@ import torch
 
 
 def _ignore(sums: Sequence[float]) -> None:
-    """Ignore the sums of a vote that its caller reads by name."""
+    """Ignore the sums: the caller of `Ballot.count` reads this vote's sums by name."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Ballot:
     """
     This rank's votes in one step, by name; all ranks give the same names in the same order.
 
-    The votes are summed over the world as one vector: together with a step's losses, or alone.
+    The votes are summed over the world as one vector, in the same all-reduce as a step's losses.
     """
 
     def __init__(self, votes: Mapping[str, Vote]) -> None:
@@ -44,7 +44,7 @@ class Ballot:
         """
         Pass each module the sums of its vote; return them by name. `sums`: the sums of `numbers()` over the world.
 
-        Raises ValueError if these are not the sums of this ballot.
+        Raises ValueError if the number of sums differs from this ballot's number of numbers.
         """
         said, first = {}, 0
         for name, vote in self._votes.items():

@@ -54,7 +54,8 @@ class Mesh:
     """
     This process's rank, device and axes (see `config/layout.py`).
 
-    `dp_rank` of `dp_size` selects this rank's micro-batches of a step; `pp`, `cp` and `tp` neighbors share them.
+    `dp_rank` (of `dp_size`) determines which of a step's micro-batches this rank loads; neighbors along `pp`, `cp` and
+    `tp` load the same ones.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class Mesh:
 
     @property
     def is_first(self) -> bool:
-        """Return True on rank 0, which alone prints and writes files."""
+        """Return True on rank 0, which prints messages and writes the run's metrics and events for all ranks."""
         return self.place.rank == 0
 
     @property
@@ -133,7 +134,7 @@ class Mesh:
 
 
 def choose_device(wanted: str, place: Place = ALONE) -> torch.device:
-    """Return the device for the process at `place`. Raises `LaunchError` if there is none."""
+    """Return the device for the process at `place`. Raises `LaunchError` if its node has too few CUDA devices."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -208,8 +209,8 @@ def _join(place: Place, device: torch.device, timeout: timedelta) -> None:
     Open the world group. Raises `LaunchError` if NCCL finds two ranks on one device, or if another launcher started shoal
     and not all ranks of its WORLD_SIZE join.
 
-    `device_id` makes NCCL connect all ranks of each group here. Otherwise torch would open a pipeline's first connections
-    lazily, between two ranks while others wait for another pair.
+    `device_id` makes NCCL connect all ranks of each group here. Otherwise torch would connect the ranks of a pipeline lazily:
+    each pair at its first message, while other ranks wait for other pairs.
     """
     try:
         dist.init_process_group(

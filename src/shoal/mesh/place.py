@@ -50,9 +50,9 @@ def speaks_first() -> bool:
 
 def read_place() -> Place:
     """
-    Read the rank from the launcher's environment variables; without RANK, return a single process.
+    Read the rank from the launcher's environment variables; if no launcher set them, return the place of a single process.
 
-    Raises `LaunchError` if variables are missing or contradict each other.
+    Raises `LaunchError` if variables are missing, invalid or contradictory.
     """
     if _under_srun():
         _check_slurm()
@@ -81,7 +81,7 @@ def _check_bounds(place: Place) -> None:
 
 
 def describe_place() -> str:
-    """Describe this worker's rank, and which of its launcher's variables gave it."""
+    """Describe this worker's launcher, rank and rendezvous address, and name the variables that they come from."""
     place, env = read_place(), os.environ
     launcher, names = "another launcher", "RANK, WORLD_SIZE"
     if "TORCHELASTIC_RUN_ID" in env:
@@ -144,7 +144,7 @@ def _under_srun() -> bool:
 
 
 def _in_step() -> bool:
-    """Return whether srun started this process. A batch script is always task 0."""
+    """Return whether srun started this process, rather than it being a batch script, whose SLURM_PROCID is always 0."""
     env = os.environ
     return "SLURM_PROCID" in env and (env["SLURM_PROCID"] != "0" or any(name in env for name in _OF_A_STEP))
 

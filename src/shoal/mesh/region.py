@@ -32,7 +32,11 @@ class Region:
         return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
 
     def chunk(self, dim: int, index: int, count: int) -> Region:
-        """Return chunk `index` of `count` along `dim`, split as `torch.chunk` does: ceil(size / count) long, the last shorter."""
+        """
+        Return chunk `index` of `count` along `dim`, split as `torch.chunk` does.
+
+        Chunks have length ceil(size / count); the last ones may be shorter or empty.
+        """
         length = -(-self.sizes[dim] // count)
         start = min(index * length, self.sizes[dim])
         stop = min(start + length, self.sizes[dim])
@@ -42,7 +46,7 @@ class Region:
 
 
 class Part(NamedTuple):
-    """A region and its contents, as a checkpoint writes or fills it."""
+    """A region of a named tensor, and the tensor with its elements, which a checkpoint saves or fills."""
 
     region: Region
     tensor: torch.Tensor
@@ -67,5 +71,5 @@ class Shard:
     tensor: torch.Tensor
     parameter: nn.Parameter
     counted: bool = True
-    summed_over_tp: bool = False  # whether it is replicated over `tp` with a partial gradient on each rank
-    twin: bool = False  # whether it is the last pipeline stage's copy of a tied embedding
+    summed_over_tp: bool = False  # whether the parameter is replicated over `tp` with a partial gradient on each rank
+    twin: bool = False  # whether the parameter is the last pipeline stage's copy of a tied embedding

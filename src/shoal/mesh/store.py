@@ -15,7 +15,9 @@ from shoal.system.network import is_loopback, listen
 
 def open_store(place: Place, timeout: timedelta) -> Store:
     """
-    Open the store at MASTER_ADDR:MASTER_PORT, and wait until all ranks have connected. Raises `LaunchError`.
+    Open the store at MASTER_ADDR:MASTER_PORT, and wait until all ranks have connected.
+
+    Raises `LaunchError` if rank 0 cannot listen there; RuntimeError instead if shoal's own launcher chose the port.
 
     Rank 0 listens on that address only; torch's own `env://` would listen on every interface of the node. Under
     torchrun the launcher already serves the store.

@@ -105,7 +105,7 @@ class Meter:
             self._timer.leave(phase)
 
     def pass_over(self) -> None:
-        """Count a step without a record of its own."""
+        """Count a step that gets no record, so that the next record averages over it."""
         self._steps_since += 1
 
     def record(
@@ -172,7 +172,7 @@ class Meter:
         return f"{model.preset or model.family}, {parameter_count(model):,} parameters"
 
     def describe_mfu(self) -> str:
-        """Return MFU's convention and peak in a line; empty on a CPU unless `metrics.peak_tflops` is set."""
+        """Return a line with MFU's convention and peak, or why MFU is unknown; empty on a CPU without `metrics.peak_tflops`."""
         if self._peak_flops is None and self._mesh.device.type != "cuda":
             return ""
         if self._why_no_mfu is not None:

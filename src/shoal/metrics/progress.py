@@ -26,7 +26,7 @@ class DeviceProgress:
         self._runs_ahead, self._device, self._heartbeat = device.type == "cuda", device, heartbeat
         heartbeat.strict = heartbeat.strict or self._runs_ahead  # a host that waits for its device looks busy
         self._ahead: deque[tuple[Moment, tuple[int, int, str]]] = deque()  # beats that the device has not reached
-        self._reached: tuple[int, int, str] | None = None  # the last beat that it has reached
+        self._reached: tuple[int, int, str] | None = None  # the last beat that the device has reached
 
     def enter(self, phase: str) -> None:
         """Send a heartbeat; work queued from here on belongs to `phase`."""

@@ -95,8 +95,8 @@ def groups_fused(dtype: torch.dtype, *, masked: bool) -> bool:
     Return whether flash supports grouped heads in this case: it does in bfloat16 without a mask.
 
     Flash is the only fused kernel on CUDA that always supports grouped heads. Devices before sm80 have neither flash nor
-    bfloat16. Float16 is meant for these devices, so it repeats heads too. cuDNN supports grouped heads, but is not used in
-    bitwise mode or for decoding.
+    bfloat16. Float16 is meant for these devices, so heads are repeated in float16 too. cuDNN supports
+    grouped heads, but is not used in bitwise mode or for decoding.
     """
     return dtype == torch.bfloat16 and not masked
 
@@ -122,7 +122,7 @@ def not_deterministic(error: RuntimeError) -> str:
     Return the operator that raised `error` because of `take_deterministic_kernels`; "" for any other error.
 
     cuBLAS raises another message. It is deterministic only if its workspace has a fixed size, which it reads once, from
-    the environment. shoal's launcher sets this variable; another launcher may not.
+    CUBLAS_WORKSPACE_CONFIG in the environment. shoal's launcher sets this variable; another launcher may not.
     """
     name, found, _ = str(error).partition(" does not have a deterministic implementation")
     if found:
@@ -239,7 +239,7 @@ class KVCache:
         self.capacity = capacity
         self.length = 0
         self._documents_BS = torch.zeros((batch, capacity), dtype=torch.long, device=device)
-        self.masked = False  # it holds several documents, so every call must pass their ids
+        self.masked = False  # whether rows hold several documents: every call must then pass their ids
 
     def extend(self, num_tokens: int, documents_BT: Tensor | None) -> Tensor | None:
         """

@@ -40,7 +40,8 @@ def build_model(model: Model, *, compute_dtype: torch.dtype) -> LanguageModel:
         raise ValueError("model.vocab_size is null: take it from the tokenizer before building")
     family = FAMILIES[shape.family]
     module, _, name = family.code.partition(".")
-    kind = getattr(importlib.import_module(f"shoal.models.{module}"), name)  # transformers is an extra, slow to import
+    # imported only if used: transformers is optional, and slow to import
+    kind = getattr(importlib.import_module(f"shoal.models.{module}"), name)
     with torch.device("meta") if family.native else nullcontext():
         built: LanguageModel = kind(shape, compute_dtype)
     return built

@@ -3,7 +3,8 @@ Mixed precision as in `layers.py`, for modules of other libraries.
 
 `layers.py` casts each weight where it is used. Modules of other libraries do not: while such a module runs, copies in the
 activations' dtype replace its parameters. Autograd records the cast, so gradients arrive in float32. A block's parameters are
-cast together, since a block may use the weight of a submodule itself. With FSDP2 they are cast already, with the same bits.
+cast together, since a block's own code may use the weight of a submodule. With FSDP2 a block's parameters are cast already,
+with the same bits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 
 def cast_while_running(module: nn.Module, dtype: torch.dtype, *, inside: bool) -> None:
-    """Run `module` with its own parameters in `dtype`. `inside`: whether to cast its submodules' parameters too."""
+    """Make `module` run with its own parameters in `dtype`. `inside`: whether to cast its submodules' parameters too."""
     owners = list(module.modules()) if inside else [module]
     plain: Callable[..., Any] = module.forward
 
@@ -39,6 +40,6 @@ def cast_while_running(module: nn.Module, dtype: torch.dtype, *, inside: bool) -
 
 
 def cast_output(module: nn.Module, dtype: torch.dtype) -> None:
-    """Run `module`, an embedding, in float32 and cast its output, so that a row's gradient is summed in float32."""
+    """Make `module`, an embedding, run in float32 and cast its output, so that a row's gradient is summed in float32."""
     plain: Callable[..., Any] = module.forward
     module.forward = lambda *args, **kwargs: plain(*args, **kwargs).to(dtype)

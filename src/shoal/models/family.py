@@ -57,8 +57,8 @@ class LanguageModel(nn.Module, ABC):
 
     Sharding, checkpointing and compilation are applied from outside, to `blocks`. `compute_dtype` is the dtype of the
     residual stream and of all products (see `layers.py`); parameters remain float32. A pipeline stage is a model without
-    some of its modules: only the first has `embed` (also the last, if the head is tied to it), only the last has `norm`,
-    and `blocks` keep their names.
+    some of its modules: the first stage has `embed`, the last has `norm`, and `blocks` keep their names. If the head is tied
+    to `embed`, the last stage has a copy of `embed`.
     """
 
     TENSOR_PARALLEL: ClassVar[Mapping[str, TensorParallelStyle]]  # pattern of a module's name -> its style

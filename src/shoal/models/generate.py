@@ -5,7 +5,7 @@ Prompts of different lengths are **padded on the left**, so that all rows end at
 of its own: no token of a prompt sees it, and positions count from a prompt's first token.
 
 **Sampling noise is a function** of (seed, the prompt's index, the token's index). It depends neither on the cache, nor on
-the device, nor on the length of other rows.
+the device, nor on the length of other prompts.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _write(
 
 
 class _Rows:
-    """The tokens so far, padded on the left, with or without a KV cache."""
+    """The model's next input for all prompts, padded on the left, and the KV cache, if one is used."""
 
     def __init__(
         self, model: LanguageModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, use_cache: bool
@@ -164,7 +164,7 @@ def _draw(logits_BV: Tensor, sampling: Sampling, index: int) -> Tensor:
 
 def _keep_likeliest(probabilities_BV: Tensor, top_k: int | None, top_p: float | None) -> Tensor:
     """
-    Set to 0 all but the `top_k` likeliest and, of these, the fewest that hold `top_p` of the remaining probability.
+    Keep the `top_k` likeliest tokens and, of these, the fewest that hold `top_p` of their probability; set all others to 0.
 
     Nucleus sampling: Holtzman et al. 2019 (arXiv:1904.09751), section 3.1. The likeliest token always remains.
     """

@@ -2,12 +2,13 @@
 Any `AutoModelForCausalLM` of transformers as a `LanguageModel`: `model.family: hf`, with `model.from`.
 
 Transformers' code computes each layer and names the parameters. Mixed precision is shoal's (see `layers.py`): parameters are
-float32, a block's are cast while it runs, embeddings are looked up in float32 and cast, and the residual stream is in the
-compute dtype. This is the same on one rank, replicated or sharded, since FSDP2 casts a block's parameters by the same
-rule. Within a block, transformers' code decides what it rounds.
+float32, a block's parameters are cast while the block runs, embeddings are looked up in float32 and cast, and the residual
+stream is in the compute dtype. This is the same on one rank, replicated or sharded, since FSDP2 casts a block's
+parameters by the same rule. Within a block, transformers' code decides what it rounds.
 
 Transformers detects packed documents by their positions, and builds the mask of each kind of layer from them, including
-sliding windows. Not every family reads positions, so `hf_check.py` tests this before a run starts.
+sliding windows. Not every family reads positions, so `hf_check.py` tests before the first step whether
+documents are separated.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class HuggingFaceModel(LanguageModel):
             **{name: name for name in self._theirs.buffers}, **tied,
             **{name: tied.get(first, first) for name, first in in_files.items()},
         }  # fmt: skip
-        # These registries are shared: names are transformers' own, and sharding or moving a parameter here changes it there.
+        # shared with `causal_lm`: names are transformers' own, and sharding or moving a parameter here changes it there too
         for registry in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[registry] = causal_lm.__dict__[registry]
         takes = inspect.signature(type(decoder).forward).parameters

@@ -14,8 +14,8 @@ from torch import Tensor
 from shoal.errors import ModelError
 from shoal.models.family import LanguageModel
 
-# Bounds on the relative norm of the difference. SAME: one kernel on equal inputs, mostly equal bits. SAME_ELSEWHERE: a
-# document at another position of a row uses other kernels, which round differently.
+# Bounds on the relative norm of the difference. SAME: the same kernels see the same inputs, so most bits agree.
+# SAME_ELSEWHERE: a document at another position of a row uses other kernels, which round differently.
 SAME, SAME_ELSEWHERE = 1e-4, {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 

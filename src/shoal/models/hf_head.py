@@ -65,7 +65,7 @@ class Head:
         return out
 
     def _only_multiplies(self) -> bool:
-        """Return whether logits equal a product with the output layer; tested with 8 rows, on small and large inputs."""
+        """Return whether logits are a product with the output layer; tested with a weight of 8 rows, on small and large inputs."""
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(8, self.layer.in_features, generator=generator)
         hidden = torch.randn(1, 4, self.layer.in_features, generator=generator)

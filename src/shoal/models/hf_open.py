@@ -143,8 +143,9 @@ def _load_buffers(model: nn.Module, folder: ModelFolder) -> None:
 
 def _other_names(model: Any, folder: ModelFolder) -> dict[str, str]:
     """
-    Return name in the files -> parameter name, if they differ: older names that transformers knows, or names with or
-    without the base model's prefix.
+    Return a map from names in the files to parameter names, where they differ.
+
+    A file may use older names that transformers knows, or have or lack the base model's prefix.
     """
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     prefix, found = f"{model.base_model_prefix}.", {}

@@ -32,7 +32,7 @@ class Linear(nn.Module):
 
 class Embedding(nn.Module):
     """
-    Table of rows, looked up in the table's dtype.
+    Embedding table; returns rows in the table's own dtype.
 
     The caller casts the result, so that a row's gradient is a float32 sum over all positions that used it.
     """
@@ -64,8 +64,9 @@ def multiplied(own: Tensor, by: Tensor) -> Tensor:
     Return `own * by` in the memory of `own`, a temporary of the caller.
 
     Compiled code multiplies out of place: the compiler fuses the product anyway, and must not see the write. With torch
-    2.11 a compiled `torch.autograd.Function` loses its backward, and gradients are zero, if its forward returns a tensor
-    that two operations have returned. This happens if the second one works in place, or casts to the same dtype.
+    2.11 a compiled `torch.autograd.Function` loses its backward, and gradients are zero, if two operations in its forward
+    return one tensor object, the one that forward returns. This happens if the second works in place, or casts to the same
+    dtype.
     """
     return own * by if torch.compiler.is_compiling() else own.mul_(by)
 
@@ -126,9 +127,9 @@ class _RMSNorm(torch.autograd.Function):
 @contextlib.contextmanager
 def products_by_quarters() -> Iterator[None]:
     """
-    Compute each linear layer in four products, halves of its inputs by halves of its outputs, added and rounded again.
+    Compute each linear layer as four products, of each half of the inputs with each half of the outputs, and add them.
 
-    These are the same sums in another order: the change of the results measures the effect of rounding alone.
+    These are the same sums, rounded differently: the change of the results measures the effect of rounding alone.
     """
     kinds: tuple[Any, ...] = (Linear, nn.Linear)  # shoal's Linear, and the one in transformers' models
     plain = [kind.forward for kind in kinds]

@@ -31,7 +31,7 @@ def check_text(text: str, what: str) -> None:
 
 
 def check_prompts(prompts: Sequence[str], system: str | None) -> None:
-    """Raise `GenerateError` for an empty prompt, or a prompt or system prompt that is not text."""
+    """Raise `GenerateError` if a prompt is empty, or if a prompt or the system prompt is not UTF-8 text."""
     if any(not prompt for prompt in prompts):
         raise GenerateError("an empty --prompt: give a text to continue")
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""The optimizer over this rank's shards: one algorithm updates each shard; weight decay applies to matrices only."""
+"""Builds the optimizer of this rank's shards: AdamW, or Muon and AdamW. Weight decay applies to matrices only."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def build_optimizer(shards: Sequence[Shard], optim: Optim, team: Axis, *, bitwis
     Build the optimizer with its state allocated, as zeros.
 
     The state exists before the first step, so that a checkpoint is loaded into it in place and its memory is known before
-    training starts. `team`: the ranks that together hold the same parameters. `bitwise`: whether to use arithmetic that
-    does not depend on an element's position in a shard.
+    training starts. `team`: the axis of all ranks that hold shards of these parameters. `bitwise`: whether to use arithmetic
+    that does not depend on an element's position in a shard.
     """
     hidden = [s for s in shards if optim.name == "muon" and is_hidden_matrix(s)]
     rest = [s for s in shards if not (optim.name == "muon" and is_hidden_matrix(s)) and s.tensor.numel()]

@@ -63,13 +63,13 @@ class Muon(torch.optim.Optimizer):
     so that AdamW's learning rate and weight decay fit (Liu et al. 2025, section 2.2). B is
     `state[shard.tensor]["momentum_buffer"]`, of the shard's size.
 
-    Newton-Schulz and its messages use `dtype`. The default is bfloat16 on CUDA, which halves the traffic; float32 on a
-    GPU without bfloat16, and on CPUs, where bfloat16 is slower even with AVX-512 bfloat16 (10.6M parameters: 1.20 s
+    Newton-Schulz, and the shards sent for it, use `dtype`. The default is bfloat16 on CUDA, which halves the traffic; float32
+    on a GPU without bfloat16, and on CPUs, where bfloat16 is slower even with AVX-512 bfloat16 (10.6M parameters: 1.20 s
     in bfloat16, 0.71 s in float32).
 
-    Matrices are sent in rounds of about one per rank. A rank holds the matrices it owns in a round unsharded, and sends
-    each shard of the result to all ranks that hold this shard. With R replicas it sends up to R times the largest matrix,
-    and receives as much.
+    Matrices are sent in rounds of about one matrix per rank. A rank holds the matrices it owns in a round unsharded, and
+    sends each shard of the result to all ranks that hold this shard. With R replicas it sends up to R times the
+    largest matrix, and receives as much.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class _Part:
 
 
 class _Exchange:
-    """This rank's share of one all-to-all, in the order of its buffers."""
+    """The parts that this rank sends and receives in one all-to-all, in the order of the buffers."""
 
     def __init__(self, parts: Sequence[_Part], team: Axis) -> None:
         moving = [part for part in parts if part.source != part.target]
@@ -230,7 +230,7 @@ def _plan(names: Sequence[str], regions: Sequence[Sequence[Region]], team: Axis)
             if there != wanted or len({region.shape for region in regions[i]}) > 1:
                 raise ValueError(f"{names[i]}: its shards have {there} elements, but the whole has {wanted}")
             for region, ranks in holders.items():
-                # of several replicas the nearest sends: the owner itself, or one on its node
+                # of the ranks that hold this region the nearest sends it: the owner itself, or a rank on the owner's node
                 nearest = min(ranks, key=lambda rank: (abs(rank - owner), rank))
                 gathered.append(_Part(i, region, nearest, owner))
                 scattered += [_Part(i, region, owner, rank) for rank in ranks]

@@ -124,7 +124,9 @@ def _leaves(slots: Sequence[range], mesh: Mesh, say: Say) -> Leaves:
     # `cp` neighbors run the same slots, and each has a partial sum of every leaf's gradient
     runs = [slots[member // layout.cp] for member in range(layout.dp * layout.cp)]
     leaves = Leaves(slots[-1].stop, tuple(runs), layout.cp)
-    say(f"sums: one tree over the {leaves.slots} micro-batches of a step, whatever the number of processes")
+    say(
+        f"gradients: summed as one tree over the {leaves.slots} micro-batches of a step, whatever the number of processes"
+    )
     return leaves
 
 
@@ -182,7 +184,7 @@ def wrap_blocks(part: LanguageModel, mesh: Mesh, train: Train, regions: dict[str
     Apply checkpointing, compilation and tensor parallel's collectives (never compiled). Return the compiled forwards.
 
     A block compiled as one graph is checkpointed inside that graph, where the compiler sees it. Context parallel causes
-    graph breaks, and the compiler skips checkpointed code that contains one: checkpointing then wraps the compiled block.
+    graph breaks, and the compiler skips checkpointed code that contains a break: checkpointing then wraps the compiled block.
     """
     if train.compile:
         set_activation_budget(train.activation_budget if train.activation_checkpointing == "budget" else 1.0)
@@ -233,7 +235,7 @@ def hold(part: LanguageModel, regions: dict[str, Region], mesh: Mesh, weights: F
 
 
 def _loss(model: LanguageModel, mesh: Mesh) -> Loss:
-    """Return the part's own loss, or the vocabulary-parallel one if the family's table shards the vocabulary."""
+    """Return the loss function: the vocabulary-parallel one if `tp` shards the family's vocabulary, else `own_loss`."""
     axis = mesh.axis("tp")
     if axis.size == 1 or "vocab_parallel" not in model.TENSOR_PARALLEL.values():
         return own_loss

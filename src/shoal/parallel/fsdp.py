@@ -43,7 +43,7 @@ def shard(model: LanguageModel, mesh: Mesh, parallel: Parallel, leaves: Leaves |
     rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks.values():
         fully_shard(block, mesh=devices, reshard_after_forward=reshard, mp_policy=blocks, offload_policy=offload)
-    # The loss multiplies by the head after forward has returned: it must still be unsharded.
+    # The loss multiplies by the head after forward has returned: the head must still be unsharded.
     fully_shard(model, mesh=devices, reshard_after_forward=False, mp_policy=rest, offload_policy=offload)
     return ShardedGradients(model, mesh.axis("batch"), mesh.axis("shard"), leaves)
 

@@ -12,7 +12,7 @@ from shoal.system.torch_private import require
 
 class ShardedGradients:
     """
-    `Gradients` of a model that FSDP2 shards: each `p.grad` is this rank's shard of the sum over all of `batch`.
+    `Gradients` of a model that FSDP2 shards: each `p.grad` is this rank's shard of the sum over all ranks of `batch`.
 
     In a pipeline, torch's stage itself tells FSDP2 when to reduce, so sums in the tree's order are not available there.
     """

@@ -5,8 +5,8 @@ Pipeline parallel: each rank holds some of the model's blocks, and micro-batches
               (embed)        gradient [B, T, D] goes back        (norm, head)
 
 `torch.distributed.pipelining` runs the schedule; `config/schedules.py` explains the schedules and their requirements.
-Every rank of the `pp` axis loads the same micro-batches: the first stage uses the tokens, the last the labels, all the
-positions and document ids.
+Every rank of the `pp` axis loads the same micro-batches: the first stage uses the tokens, the last stage the labels, and all
+stages the positions and document ids.
 
 Public parts of torch are used: `PipelineStage` (with its methods `backward_one_chunk` and `backward_weight_one_chunk`
 overridden), the schedules and their `step`. Each stage is given the shapes of its inputs and outputs, so that torch needs
@@ -117,7 +117,7 @@ class Pipeline:
     hidden_shape, dtype: shape and dtype of one micro-batch's hidden states between stages, on this rank.
     tokens_shape: shape of the first stage's input, if its length differs (tensor parallel splits the sequence between
         stages).
-    loss: the loss function, called on the rank of the last stage; its results are summed over micro-batches, never divided.
+    loss: the loss function, called on the rank of the last stage; gradients are summed over micro-batches, never averaged.
     around: called with the stage's and the micro-batch's index; returns a context, entered around all code that adds the
         micro-batch's gradients to the stage. Each stage processes its micro-batches in order.
     """
@@ -152,7 +152,7 @@ class Pipeline:
         """
         Add the gradients to `p.grad`. Return each micro-batch's loss, in order, on the last stage's rank, else None.
 
-        Messages between neighbors on `axis`; FSDP2's collectives over its own axis at each stage's last micro-batch.
+        Neighbors on `axis` exchange messages. FSDP2 reduces gradients over its own axis, once per stage and call.
         """
         if len(batches) != self._micro_batches:
             raise ValueError(f"the pipeline was built for {self._micro_batches} micro-batches, not {len(batches)}")

@@ -24,8 +24,8 @@ def checkpointed(forward: Forward, mode: str) -> Forward:
     """
     Return `forward`, recomputed in backward: all of it ("full"), or all but matrix products and attention ("selective").
 
-    Chen et al. 2016 (arXiv:1604.06174); selective: Korthikanti et al. 2022 (arXiv:2205.05198), section 5, here chosen by
-    operator.
+    Chen et al. 2016 (arXiv:1604.06174); selective: Korthikanti et al. 2022 (arXiv:2205.05198), section 5. shoal decides by
+    operator what to recompute.
     """
     more: dict[str, Any] = {}
     if mode == "selective":
@@ -68,8 +68,8 @@ def compile_forward(module: nn.Module, *, whole: bool, bitwise: bool, again: boo
     """
     Compile `module.forward`.
 
-    `whole`: whether a graph break is an error. `again`: whether backward recomputes the forward already; if not, backward
-    recomputes the eager version, which then needs no more memory than the compiled one.
+    `whole`: whether a graph break is an error. `again`: whether activation checkpointing already applies to this forward.
+    If not, the eager version is checkpointed here, so that it needs no more memory than the compiled version.
 
     `bitwise`: whether compiled code rounds at every cast. By default the compiler skips rounding a weight that it casts and
     uses at once. It cannot skip this rounding if FSDP2 has cast the weight before, so bits would depend on the layout.

@@ -37,13 +37,13 @@ class Gradients(Protocol):
         """Discard the last step's gradients."""
 
     def before_backward(self, slot: int | None, last: bool) -> None:
-        """Announce the backward of `slot` (None: on ignored labels). `last`: whether it is this rank's last in the step."""
+        """Announce the backward of `slot` (None: ignored labels only). `last`: whether it is this rank's last in the step."""
 
     def after_backward(self, slot: int | None) -> None:
         """Accept the gradients of `slot`, whose backward has returned."""
 
     def finish(self) -> None:
-        """Wait until each `p.grad` holds this rank's part of the sum over all ranks. A collective over these ranks."""
+        """Wait until each `p.grad` holds this rank's part of the sum. A collective over all ranks that share the sum."""
 
 
 @dataclass

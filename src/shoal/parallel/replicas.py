@@ -27,7 +27,7 @@ def has_replicas(mesh: Mesh) -> bool:
 
 def compare(parts: Mapping[str, Part], mesh: Mesh) -> list[Mismatch]:
     """
-    Return the tensors whose replicas differ in the sum of their elements read as integers: a single bit flip changes it.
+    Return the tensors whose replicas differ in the sum of their elements, read as integers: one flipped bit changes the sum.
 
     Reads each part once. A collective over the world; the host waits for the device.
     """

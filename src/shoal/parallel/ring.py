@@ -2,7 +2,8 @@
 Ring attention (Liu et al. 2023, arXiv:2310.01889): ranks pass keys and values on, and none ever holds all of them.
 
 Private functions of torch run the rounds: they choose which chunks meet, merge partial softmaxes and compute the
-backward. `system/torch_private.py` lists them. Runs are rejected with untested torch versions (`resolve/layout_checks.py`).
+backward. `system/torch_private.py` lists them. Runs with ring attention are rejected with untested torch versions
+(`resolve/layout_checks.py`).
 Each rank holds chunks r and 2N-1-r of 2N, as with allgather: this is how torch balances its rounds.
 """
 
@@ -26,7 +27,7 @@ class Ring:
     """
     The attention function of a block, causal over the whole sequence. Collectives over `axis`.
 
-    Raises LaunchError if torch lacks one of the functions.
+    The constructor raises `LaunchError` if torch lacks one of the private functions.
     """
 
     def __init__(self, axis: Axis) -> None:
@@ -37,7 +38,7 @@ class Ring:
     def __call__(
         self, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, mask_B1TS: Tensor | None = None, *, dropout: float = 0.0
     ) -> Tensor:
-        """Return [B, T, H * d]. Raises ValueError for a mask or dropout."""
+        """Return [B, T, H * d]. Raises ValueError for a mask or dropout, `LaunchError` for float32 on CUDA."""
         if mask_B1TS is not None:
             no_mask(mask_B1TS)
         if dropout:

@@ -45,7 +45,7 @@ class Runnable:
     randomness: Randomness
     loss: Loss
     cut_batch: Callable[[Batch], Batch]
-    bitwise: bool  # whether sums are added in one order in every layout
+    bitwise: bool  # whether gradients and their norm are summed in the same order in every layout
     turns: int  # forwards per step on this rank; those beyond its slots run on ignored labels
     compiled: list[Compiled]
     pipeline: pipeline.Pipeline | None = None
@@ -56,7 +56,7 @@ class Runnable:
         self, batches: Sequence[Batch], step: int, phases: Phases, loss_scale: Tensor | float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """
-        Compute the gradients of loss_scale * the mean loss over the step's valid tokens, in each shard's `tensor.grad`.
+        Compute the gradients of loss_scale * the mean loss over the step's valid tokens; set each shard's `tensor.grad`.
 
         Return each slot's share of that mean, [slots * cp], and the step's number of valid tokens, 0-d. A share is 0
         on all ranks but one, so that summing over the world is exact. Collectives over all axes.
@@ -138,7 +138,7 @@ class Runnable:
             part.train(on)
 
     def _count(self, batches: Sequence[Batch]) -> Tensor:
-        """Return the step's valid tokens, on every rank. Of the ranks with equal batches, along the other axes, only one counts."""
+        """Return the step's valid tokens, on every rank. `pp`, `cp` and `tp` neighbors have equal batches: one of them counts."""
         counts = all(at == 0 for axis, at in self.mesh.coordinates.items() if axis not in DATA_PARALLEL)
         own = float(sum(b.valid_tokens for b in batches)) if counts else 0.0
         # filled on the device: copying a number to the device would wait for it

@@ -194,7 +194,7 @@ def _vocab_lookup(embedding: Embedding, first: int, axis: Axis) -> Callable[[Ten
 
 
 def _local_lookup(inside: Callable[[Tensor], Tensor], axis: Axis) -> Callable[[Tensor], Tensor]:
-    """Look up the positions [T] or [B, T] of this rank's part of the sequence, which is their last dim."""
+    """Look up this rank's part of the positions [T] or [B, T], which are split along their last dim."""
 
     def forward(ids: Tensor) -> Tensor:
         return inside(ids.chunk(axis.size, -1)[axis.rank])

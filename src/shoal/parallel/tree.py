@@ -84,7 +84,7 @@ class Leaves:
         return [[node[:2] for node in tree.nodes] for tree in trees]
 
     def sum(self, received: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the sum of all leaves. `received[member]`: that rank's nodes, [len(spans[member]), ...]; overwritten."""
+        """Return the sum of all leaves. `received[r]`: the nodes of rank r of the axis, [len(spans[r]), ...]; overwritten."""
         totals = []
         for part in range(self.parts):
             tree = TreeSum(self.slots)

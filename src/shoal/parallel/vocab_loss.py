@@ -77,7 +77,8 @@ def _softmax(
     """
     logits_CV = logits_CV.float()
     peak_C = logits_CV.amax(-1)
-    dist.all_reduce(peak_C, op=dist.ReduceOp.MAX, group=axis.group)  # else exp overflows; the peak cancels in p
+    # subtracting the peak, which cancels in p, keeps exp from overflowing
+    dist.all_reduce(peak_C, op=dist.ReduceOp.MAX, group=axis.group)
     logits_CV -= peak_C.unsqueeze(1)
     weight_C = ((labels_C != IGNORED) * scale).float()
     local_C = labels_C - first

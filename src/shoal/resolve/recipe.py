@@ -225,7 +225,7 @@ class _NoValueError(Exception):
 
 
 def _construct(node: yaml.Node) -> Any:
-    """Return a node's value. Raises `_NoValueError`."""
+    """Return a node's value. Raises `_NoValueError` if PyYAML cannot convert it."""
     loader = _Loader("")
     try:
         return loader.construct_object(node, deep=True)
@@ -271,7 +271,7 @@ def candidates(name: str) -> list[str]:
 
 
 def not_text(value: str) -> str | None:
-    """Return the reason why files or terminals reject a text, or None. Such a text must not be quoted."""
+    """Return the reason why files or terminals reject a text, or None. Messages must not quote such a text."""
     if "\0" in value:
         return "it contains the character 0x00; remove it"
     if any("\ud800" <= c <= "\udfff" for c in value):

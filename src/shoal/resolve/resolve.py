@@ -52,7 +52,8 @@ def resolve(
     Return the config of `recipe`, overridden by `overrides`: (dotted key, YAML text, where it was written) each.
 
     kept: a resumed run's copies of folders that are gone, by the names in its config (`RunFolder.kept`). Raises `ConfigError`
-    with every problem of syntax, keys and types or, if there are none, with every incompatible combination.
+    if the config is invalid. It lists every problem of syntax, keys and types or, if there are none, every incompatible
+    combination.
     """
     problems: list[Problem] = []
     said = _by_key(read_recipe(recipe, problems) if recipe else [], problems)
@@ -74,7 +75,7 @@ def resolve(
 
 
 def peek(recipe: Path | None, overrides: Iterable[tuple[str, str, str]], keys: Iterable[str]) -> dict[str, Any]:
-    """Return the values of a few options, or their defaults, before any check. Raises nothing."""
+    """Return the values of the options `keys`; for an unset or invalid value, the default. Never raises."""
     ignored: list[Problem] = []
     given = (read_recipe(recipe, ignored) if recipe else []) + [read_override(*o) for o in overrides]
     said = {key: _typed(s, ignored) for key, s in _by_key(given, ignored).items()}

@@ -15,11 +15,11 @@ from shoal.run.records import StepRecord
 from shoal.system.output import visible
 
 FIRST_LINES: Final = 3  # the first steps are always shown
-STEP_LINES: Final = 40  # at most, per run: more would bury the important lines
-WIDTH: Final = 80  # columns, if unknown
+STEP_LINES: Final = 40  # maximum lines of steps per run: more would bury the important lines
+WIDTH: Final = 80  # columns, if the terminal's width is unknown
 # Parts dropped from a step's line that is too long, in this order: first those that follow from tokens/s.
 DROPPED: Final = ("ms", "mfu", "lr", "memory", "norm", "left")
-SECONDS_BETWEEN: Final = 3.0  # between lines of progress without a terminal
+SECONDS_BETWEEN: Final = 3.0  # between lines of progress if there is no terminal
 
 
 class Console:

@@ -2,7 +2,7 @@
 A run's folder: its files, its lock, and whether a config may resume the run. No torch.
 
 runs/NAME/
-  config.yaml     the resolved config        metrics.jsonl   a line per step
+  config.yaml     the resolved config        metrics.jsonl   loss, speed, evaluations
   tokenizer.json  how its text became ids    events.jsonl    starts, saves, stops
   checkpoints/    see checkpoint/store.py    lock            the process that trains it
   samples/        text written at the end    ledger.jsonl    the samples it was trained on
@@ -61,7 +61,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def has_checkpoint(self) -> bool:
-        """Return whether there is a checkpoint on disk, whole or not."""
+        """Return whether there is a checkpoint on disk, damaged or not."""
         return any(self.checkpoints.glob("step-*/manifest.json"))
 
     @property
@@ -235,7 +235,7 @@ class RunFolder:
 
 
 def _with_choices_of(config: Config, before: Config) -> Config:
-    """Return `config` with the choices a run makes at its start, taken from the config it started with."""
+    """Return `config` with the choices a run makes at its start, taken from `before`, the config that the run started with."""
     if config.model.vocab_size is None:  # the tokenizer's size, which data.* decides
         config = config.replace("model", vocab_size=before.model.vocab_size)
     if config.train.dtype == "auto":  # measured once: another result today would change the arithmetic

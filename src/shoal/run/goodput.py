@@ -241,8 +241,8 @@ class _Kept:
     steps: list[int] = field(default_factory=list)
     times: list[int] = field(default_factory=list)
     lost: int = 0
-    _now: int = 0  # including the step in progress
-    _last_spent: int = 0  # of this life, in its last line
+    _now: int = 0  # microseconds of kept steps, including the step in progress
+    _last_spent: int = 0  # on this life's steps, in its last line
 
     def go_back(self, step: int) -> None:
         """Count everything after `step` as lost."""

@@ -21,7 +21,7 @@ class Narrator:
     Follows one phase at a time: `begin` ends the previous one, `look` prints the phase if it takes long.
 
     say: a function called with each line. now: a clock in seconds. After `watch` a thread calls `look`, also while the
-    main thread is blocked in C; otherwise the caller's loop does.
+    main thread is blocked in C; otherwise the caller must call it.
     """
 
     def __init__(self, say: Callable[[str], None], now: Callable[[], float] = time.monotonic) -> None:
@@ -44,7 +44,11 @@ class Narrator:
         threading.Thread(target=self._look_on, name="narrator", daemon=True).start()
 
     def begin(self, phase: str | None, *, tell: bool = True) -> None:
-        """Begin `phase`, or continue it; None only ends the previous phase. tell: whether to report that phase's time, if long."""
+        """
+        Begin `phase`, or continue it; None only ends the previous phase.
+
+        tell: whether to report the time of the previous phase, if it was long.
+        """
         with self._lock:
             if phase == self._phase:
                 return

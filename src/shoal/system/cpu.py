@@ -20,7 +20,7 @@ _QUIET: Final = 0.5  # ignore a load average below this many cores
 
 _INFO: Final = Path("/proc/cpuinfo")
 _GROUP: Final = Path("/proc/self/cgroup")
-_GROUPS: Final = Path("/sys/fs/cgroup")  # control groups and their limits
+_GROUPS: Final = Path("/sys/fs/cgroup")  # cgroups and their limits
 
 
 @functools.cache
@@ -40,7 +40,7 @@ def model_name() -> str:
 
 
 def multiplies_bfloat16() -> bool:
-    """Return whether the CPU has instructions for bfloat16 products; without them these are about 100 times slower."""
+    """Return whether the CPU has instructions for bfloat16 products; without them such products are about 100 times slower."""
     if _leaves_unused(("BF16", "FP16", "AMX", "AVX10")):
         return False
     return bool(features() & {"avx512_bf16", "amx_bf16", "bf16"})
@@ -60,7 +60,7 @@ def instructions() -> tuple[str, ...]:
 
 
 def count_cores() -> int:
-    """Return the number of cores this process may use, limited by its CPU affinity and its control group's CPU time."""
+    """Return the number of cores this process may use, limited by its CPU affinity and its cgroup's CPU quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(cores, _quota())))
 
@@ -110,12 +110,12 @@ def _sysctl(name: str) -> str:
 
 
 def _quota() -> float:
-    """Return the CPU limit of this process's control group (a container's, for example), in cores; Inf without one."""
+    """Return the CPU limit of this process's cgroup (a container's, for example), in cores; Inf without one."""
     return min((_limit(folder) for folder in _group_folders()), default=math.inf)
 
 
 def _group_folders() -> list[Path]:
-    """Return the folders with limits of CPU time: those of this process's own group, and of a container's root."""
+    """Return the folders of cgroups that may limit CPU time: the root (in a container, its own group) and this process's group."""
     try:
         lines = _GROUP.read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Atomic writes, hashes and locks of files. No torch; raises `OSError`."""
+"""Atomic writes, hashes and locks of files. No torch. Errors of the file system are raised as `OSError`."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def take_lock(file: IO[Any], while_waiting: Callable[[], None]) -> bool:
     Lock `file` until it is closed, waiting for another process if necessary; return whether it had to wait.
 
     The kernel drops the lock when its holder dies, for any reason. `while_waiting` is called about five times a second.
-    Raises `NoLocksError`.
+    Raises `NoLocksError` if the file system has no locks.
     """
     waited = False
     while not try_lock(file.fileno()):
@@ -105,7 +105,11 @@ def take_lock(file: IO[Any], while_waiting: Callable[[], None]) -> bool:
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock an open file or folder; return False if another process holds it. Raises `NoLocksError`."""
+    """
+    Lock an open file or folder; return False if another process holds the lock.
+
+    Raises `NoLocksError` if the file system has no locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -27,8 +27,8 @@ def listen(host: str, port: int, *, option: str, from_afar: bool = False) -> soc
     Return a socket that listens on the address of `host` only; port 0 takes any free port.
 
     torch's `TCPStore` listens on all interfaces regardless of its host, unless it gets a socket (`master_listen_fd`).
-    option: the option with the address, for messages. from_afar: whether other machines must reach it, see
-    `address_of`. Raises `LaunchError`.
+    option: the option with the address, for messages. from_afar: whether other machines must reach the address,
+    see `address_of`. Raises `LaunchError` if the port is in use, or the address is unknown or not this machine's.
     """
     family, address = address_of(host, port, option=option, from_afar=from_afar)
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -51,10 +51,11 @@ def listen(host: str, port: int, *, option: str, from_afar: bool = False) -> soc
 
 def address_of(host: str, port: int, *, option: str, from_afar: bool) -> tuple[int, Any]:
     """
-    Return (family, address) of `host` for socket calls. Raises `LaunchError`.
+    Return (family, address) of `host` for socket calls.
 
-    from_afar: whether other machines must reach it; if so, a name that resolves only to loopback is rejected. Debian resolves a
-    machine's own name to 127.0.1.1, in addition to its address or instead of it.
+    from_afar: whether other machines must reach the address; if so, a name that resolves only to loopback is rejected. Debian
+    resolves a machine's own name to 127.0.1.1, in addition to its network address or instead of it. Raises `LaunchError` if
+    the name is rejected or cannot be resolved.
     """
     found = _resolve(host, port)
     if not from_afar or host in LOOPBACK:

@@ -45,7 +45,7 @@ class StopRequest:
         ends_process: whether SIGINT after the first signal ends the process; if not, it raises `KeyboardInterrupt`.
         """
         self.signal: signal.Signals | None = None
-        self.nothing_to_lose = True  # until a step is taken
+        self.nothing_to_lose = True  # until a step has finished
         self._ends_process = ends_process
         self._give_back = _take(self._on_signal)
 
@@ -54,9 +54,9 @@ class StopRequest:
 
     def end_early(self, say: Callable[[str], None]) -> None:
         """
-        Let a signal end the process with exit code 85 within `GRACE_SECONDS`, as long as there is nothing to lose.
+        Let a signal end the process with exit code 85 after `GRACE_SECONDS`, if no step has finished by then.
 
-        Needed without shoal's own launcher, which does this itself. Works while the main thread waits in C code.
+        Only needed without shoal's own launcher, which does the same itself. Works while the main thread waits in C code.
         """
         came: list[int] = []
 
@@ -93,7 +93,7 @@ def ends_when_asked(code: int | None = None) -> Iterator[None]:
     """
     Raise `Asked` inside at the first signal of `STOPPING`, and end the process `GRACE_SECONDS` later if it still runs.
 
-    It may still run in a long C call, or waiting for threads. A second signal ends it at once. code: the exit code after
+    The process may still be in a long C call, or waiting for threads. A second signal ends it at once. code: the exit code after
     SIGTERM and SIGUSR1; None: 128 plus the signal's number, as after SIGINT.
     """
 

@@ -26,7 +26,12 @@ Feature = Literal[
 
 @dataclass(frozen=True)
 class Private:
-    """The private names that one feature needs. names: "module:object.attribute". instead: advice on what works without them."""
+    """
+    The private names that one feature needs.
+
+    names: each as "module:object.attribute". instead: advice on what works without them. seen: the tested versions of torch
+    that have them.
+    """
 
     feature: str
     names: tuple[str, ...]

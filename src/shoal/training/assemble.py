@@ -56,7 +56,7 @@ def assemble(
 
 
 def _attention_kernel(config: Config, mesh: Mesh) -> str | None:
-    """Describe the attention kernel of a step; None if transformers or ring attention chooses it."""
+    """Describe the attention kernel of training; None if transformers or ring attention chooses the kernel."""
     shape, parallel = resolve_shape(config.model), config.parallel
     if shape.family == "hf" or (parallel.cp_method == "ring" and mesh.layout.cp > 1):
         return None
@@ -73,7 +73,7 @@ def start_over(config: Config, mesh: Mesh, state: TrainState) -> None:
     """
     Fill `state` in place with the initial state: for a rollback before the first checkpoint.
 
-    Needs the memory of a second model meanwhile. A collective over the world.
+    Needs the memory of a second model and optimizer meanwhile. A collective over the world.
     """
     fresh = assemble(config, mesh, lambda text: None)[1]
     values = fresh.tensors()
@@ -83,14 +83,18 @@ def start_over(config: Config, mesh: Mesh, state: TrainState) -> None:
 
 
 def _first_weights(model: LanguageModel, config: Config) -> Fill:
-    """Return the weights of the folder `model.from`, or random ones."""
+    """Return the weights of the folder `model.from`; random initial weights if it is null."""
     if config.model.from_ is None:
         return initial_weights(model, config.train.seed)
     return folder_weights(model, config.model.from_, config.model.kept)
 
 
 def folder_weights(model: LanguageModel, name: str, kept: Path | None = None) -> Fill:
-    """Return the weights of the model folder `name` for a model (on meta) of the same shape. Raises `ModelError`."""
+    """
+    Return the weights of the model folder `name` for a model (on meta) of the same shape.
+
+    Raises `ModelError` if the folder is not found, or its weights do not fit the model.
+    """
     return weights_of(model, ModelFolder.open(find_model(name, kept)))
 
 
@@ -112,7 +116,7 @@ def open_loader(
     passed_over: Sequence[tuple[int, int]] = (),
     at: Callable[[str], None] = lambda phase: None,
 ) -> Loader:
-    """Open this rank's micro-batches from sample `position` on, without the samples at positions in `passed_over`."""
+    """Open the loader of this rank's micro-batches from sample `position` on. It skips the position ranges in `passed_over`."""
     return Loader(
         rows,
         seed=config.train.seed,

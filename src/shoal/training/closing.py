@@ -138,7 +138,7 @@ def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
 
 
 def _yardstick(run: Run, evaluation: Evaluation) -> str:
-    """Compare the model's bits per byte on held-out text with gzip and xz, which are primed with training text too."""
+    """Compare the model's bits per byte on held-out text with those of gzip and xz, primed with training text."""
     assert run.measuring is not None  # on the first rank
 
     def go_on() -> bool:

@@ -189,7 +189,7 @@ def _without_dropout(runnable: Runnable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _after_backward(runnable: Runnable) -> Iterator[None]:
-    """Reduce replicas' gradients after backward, not during it: a parameter without a gradient would block the overlap."""
+    """Reduce replicas' gradients after backward: reducing them during backward needs a gradient for every parameter."""
     reducers = [held for held in runnable.gradients.values() if isinstance(held, GradientReducer)]
     for reducer in reducers:
         reducer.overlaps = False

@@ -32,8 +32,8 @@ def evaluate(
     Return mean loss (nats per token) and bits per byte over the first `max_tokens` held-out tokens (None: all).
 
     Bits per byte = nats per token * tokens per byte / ln 2, with the tokens per byte of the whole held-out text.
-    `alive()` is called before each group of batches, `progress(rows done, all rows)` after it; both count this
-    process's rows. A collective over the world; identical on every rank.
+    `alive()` is called before each group of batches, `progress(done, all)` after it; both numbers count
+    this process's rows. A collective over the world; identical on every rank.
     """
     rows = prepared.split("val", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)

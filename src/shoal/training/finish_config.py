@@ -81,7 +81,7 @@ def _rates(device: torch.device, clear: float = math.inf) -> list[float]:
 
 
 def write_run_files(folder: RunFolder, config: Config, prepared: Prepared) -> None:
-    """Write the config, the tokenizer, and the files that came with the weights. Raises `OSError`."""
+    """Write the config, the tokenizer, and the files that came with the weights. Raises `OSError` if a file cannot be written."""
     folder.save_config(config)
     origin = None if config.model.from_ is None else find_model(config.model.from_, config.model.kept)
     tokenizer = tokenizer_folder(config.data.tokenizer, config.data.kept)

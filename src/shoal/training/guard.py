@@ -11,7 +11,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-RECENT: Final = 128  # losses that a spike is compared with
+RECENT: Final = 128  # number of recent losses that a new loss is compared with
 FEW: Final = 32  # with fewer losses nothing counts as a spike
 _SIGMAS_PER_MAD: Final = 1.4826  # 1 / the 75th percentile of a standard normal distribution
 _LEAST_SPREAD: Final = 0.01  # fraction of the median: with a nearly constant loss, a small rise is not a spike
@@ -22,8 +22,8 @@ class Guard:
     Judges a step on its device, from numbers that are identical on every rank. The host does not wait for the device.
 
     A spike is a loss more than `zscore` robust deviations above the median of recent losses (median and MAD: Iglewicz and
-    Hoaglin 1993). The limit for step n uses the losses up to step n - 2: by then the host has read these on CPUs and GPUs,
-    so a resumed run judges the same.
+    Hoaglin 1993). The limit for step n uses the losses up to step n - 2: by then the host has read these losses, even
+    from a GPU, so a resumed run judges the same.
     """
 
     def __init__(self, device: torch.device, zscore: float | None) -> None:

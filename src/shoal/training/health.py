@@ -37,7 +37,7 @@ class Recovery:
     @property
     def is_sound(self) -> bool:
         """
-        Return whether no step was skipped since the last that counted, except by a float16 overflow.
+        Return whether the last step counted; steps skipped for a float16 overflow are ignored.
 
         Otherwise the state itself may be the cause, and is not worth saving.
         """
@@ -52,7 +52,7 @@ class Recovery:
     def left_out(
         self, step: int, *, loss: float, norm: float, first: int, stop: int, samples: list[int], origin: str
     ) -> None:
-        """Report a skipped step of positions [first, stop). Raises `GoBack` after too many in a row."""
+        """Report a skipped step on sample positions [first, stop). Raises `GoBack` after too many skipped steps in a row."""
         self._in_row += 1
         if self._in_row == 1:
             self._first = first

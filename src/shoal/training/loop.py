@@ -178,7 +178,7 @@ def record(run: Run, stats: Stats) -> bool:
 
 
 def _judge(run: Run, stats: Stats, result: Result) -> None:
-    """Count a step and write its line, or find out why it was skipped. Raises `GoBack`."""
+    """Count a step and write its line, or find out why it was skipped. Raises `GoBack` after too many skipped steps in a row."""
     loss = result.loss_sum / max(result.tokens, 1.0)
     has_overflowed = overflowed(run, stats, result.norm)
     run.state.skipped += result.skipped

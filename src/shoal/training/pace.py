@@ -29,7 +29,7 @@ _WORDS: Final = {
 
 class Pace:
     """
-    Compares the ranks' own times by phase. All ranks call its methods at the same steps.
+    Compares, by phase, the time that each rank takes without waiting for others. All ranks call its methods at the same steps.
 
     A step's times are part of the next step's ballot, so they need no all-reduce of their own.
     """

@@ -24,7 +24,11 @@ def overflowed(run: Run, stats: Stats, norm: float) -> bool:
 
 
 def explain(run: Run, stats: Stats, loss: float, norm: float) -> None:
-    """Rerun a skipped step to find where NaN or Inf first appeared, and report it. A collective; raises `GoBack`."""
+    """
+    Rerun a skipped step to find where NaN or Inf first appeared, and report it. A collective over the world.
+
+    Raises `GoBack` after too many skipped steps in a row.
+    """
     run.watch.pace.busy.interrupt()
     batches = run.loader.batches_at(stats.first)
     scale = run.state.scaler.scale if run.state.scaler else 1.0
@@ -50,9 +54,10 @@ def check_replicas(run: Run) -> None:
 
 def go_back(run: Run, back: GoBack) -> None:
     """
-    Roll back to the newest whole checkpoint; to the start if replicas differed before the first one. A collective.
+    Roll back to the newest whole checkpoint or, if replicas differed before the first checkpoint, to the start.
 
-    Raises `DivergedError` if rollbacks do not help, or if skipped steps leave no checkpoint to roll back to.
+    Raises `DivergedError` after too many rollbacks without progress, or if steps were skipped and there is no checkpoint.
+    A collective over the world.
     """
     step = run.state.step
     run.watch.heartbeat.outside("rolling back")

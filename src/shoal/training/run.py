@@ -41,11 +41,11 @@ from shoal.training.state import TrainState
 
 @dataclass(kw_only=True)
 class Start:
-    """The facts about a run's start that the user is told."""
+    """The facts about a run's start that are reported to the user."""
 
     before: Config  # the config of the run before this start; the new config if the run is new
     changed: Sequence[ChangedOption]
-    restored: Saved | None = None  # the checkpoint that it resumes from
+    restored: Saved | None = None  # the checkpoint that the run resumes from; None if the run is new
     applied: list[str] = field(default_factory=list)  # a line for each technique applied to the model
 
 
@@ -187,7 +187,7 @@ class Run:
         }
 
     def evaluate(self, max_tokens: int | None) -> None:
-        """Compute the validation loss; show and record it, and keep it for the next checkpoint. A collective."""
+        """Compute the validation loss; show and record it, and keep it for a checkpoint of this step. A collective."""
         self.watch.pace.busy.interrupt()
         runnable = self.runnable
         runnable.train(False)

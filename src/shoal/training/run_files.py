@@ -70,7 +70,7 @@ class RunFiles:
         self, step: int, first: int, stop: int, total: float, *, skipped: bool, windows: Sequence[tuple[int, int]]
     ) -> None:
         """
-        Write a line of `ledger.jsonl`: a step on positions [first, stop).
+        Write a line of `ledger.jsonl`: a step on the samples at positions [first, stop).
 
         total: the sum of its samples' checksums over the world. windows: ranges of positions that no step may use.
         """

@@ -142,9 +142,9 @@ class Saving:
 
     def _borrow(self, tier: _Tier, newest: Saved | None) -> Saved | None:
         """
-        Copy a checkpoint that only some nodes have in memory to disk, if it is newer than `newest`, which all have.
+        Copy to disk a checkpoint that only some nodes have in memory, if it is newer than `newest`, which all nodes have.
 
-        If `newest` is itself in memory, that checkpoint must be newer by more than the tier's `every` steps.
+        If `newest` is itself in memory, the copied checkpoint must be newer by more than the tier's `every` steps.
         """
         after = newest.step if newest else 0
         if newest and newest.folder.parent == tier.store.folder:
@@ -168,7 +168,7 @@ class Saving:
         """
         Fill `state` from `saved`. A collective over the world.
 
-        Raises `CheckpointError`, or `RunError` if the checkpoint was trained on other tokens.
+        Raises `CheckpointError` if the checkpoint cannot be read, `RunError` if it was trained on other tokens.
         """
         tier = next(t for t in self.tiers if t.store.folder == saved.folder.parent)
         scalars = tier.store.load(saved, state.tensors())
@@ -203,7 +203,7 @@ class Saving:
 
     def prepare(self, state: TrainState) -> None:
         """
-        Allocate the page-locked memory that saves from a GPU to disk need, which takes long. A collective over the world.
+        Allocate, before the first save, the page-locked memory for saves from a GPU to disk. A collective over the world.
 
         The free space of the fast tier is checked at its first save.
         """

@@ -51,7 +51,7 @@ class TrainState:
         return values
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Restore `scalars()` of a checkpoint whose tensors are loaded already; update twins."""
+        """Restore `scalars()` of a checkpoint whose tensors are loaded already, and copy those tensors to their twins."""
         self.step, self.position, self.tokens = (int(scalars[k]) for k in ("step", "position", "tokens"))
         self.skipped = int(scalars.get("skipped", 0))
         self.losses = [(int(step), float(loss)) for step, loss in scalars.get("losses", ())]

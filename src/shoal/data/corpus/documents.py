@@ -50,7 +50,7 @@ class CorpusFile:
 
 
 class Corpus(Protocol):
-    """A stream of documents in a fixed order, with a listing and hashes to detect changes."""
+    """A stream of documents in a fixed order, with a listing of its files and their hashes, to detect changes."""
 
     def listing(self) -> list[CorpusFile]:
         """Return the files in reading order."""
@@ -59,10 +59,10 @@ class Corpus(Protocol):
         """Return a hash of the content of one file of the listing."""
 
     def read(self, start: Cursor = START) -> Iterator[Document | Skipped]:
-        """Yield documents from `start` on. Raises DataError if a file cannot be read or is not UTF-8 text at all."""
+        """Yield documents and skipped records from `start` on. Raises DataError if a file cannot be read or is not text."""
 
     def skipped_files(self) -> Mapping[str, int]:
-        """Return how many files under `data.paths` are skipped, by kind."""
+        """Return how many files under `data.paths` are skipped, by suffix or cause (such as `hidden`)."""
 
 
 Reader = Callable[[Path, str, Cursor], Iterator[Document | Skipped]]

@@ -8,7 +8,7 @@ from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
 HEAD_BYTES = 4096
-ZEROS = 0.1  # of a file's first bytes: UTF-16 text has more zero bytes, UTF-8 text with a stray one has fewer
+ZEROS = 0.1  # maximum share of zeros in a file's first bytes: UTF-16 text has more, UTF-8 text with a stray one fewer
 
 # Longest first: UTF-32's byte order mark begins with UTF-16's.
 _MARKS = (

@@ -1,4 +1,4 @@
-"""Find a corpus's files: each file under `data.paths` is read, counted as skipped, or an error. No torch."""
+"""Find a corpus's files: each file under `data.paths` is read, counted as skipped, or reported as an error. No torch."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from shoal.errors import DataError
 from shoal.hub.find import near_path
 from shoal.system.output import on_one_line
 
-NAMED_AT_MOST = 5  # unreadable files named in a message; the rest are counted
-KINDS_AT_MOST = 8  # kinds of skipped files in a message
+NAMED_AT_MOST = 5  # maximum number of unreadable files named in a message; the rest are counted
+KINDS_AT_MOST = 8  # maximum number of suffixes and causes of skipped files named in a message
 
 
 class Finder:
-    """Collects the files under paths, and the unreadable files, to report all of these in one error."""
+    """Collects the files under the given paths, and reports all unreadable ones in one error."""
 
     def __init__(self, suffixes: tuple[str, ...], skip_folders: frozenset[str] = frozenset()) -> None:
         self._suffixes, self._skip_folders = suffixes, skip_folders
         # By real path, so that nothing is read twice and a loop of symbolic links ends.
         self._files: dict[str, tuple[str, Path]] = {}
         self._folders: set[str] = set()
-        self._skipped: dict[str, str] = {}  # real path -> kind
+        self._skipped: dict[str, str] = {}  # real path -> suffix or cause
         self._counts: Counter[str] = Counter()
         self._unreadable: list[str] = []
 
@@ -50,7 +50,7 @@ class Finder:
         return list(self._files.values())
 
     def skipped(self) -> Counter[str]:
-        """Count skipped files by kind: a suffix, or a word such as `hidden`."""
+        """Count skipped files by suffix or cause (such as `hidden`)."""
         return self._counts + Counter(kind for real, kind in self._skipped.items() if real not in self._files)
 
     def _add_file(self, name: str, path: Path, real: str) -> None:
@@ -68,7 +68,7 @@ class Finder:
         self._counts["empty"] += size == 0
 
     def _walk(self, root: Path) -> Iterator[tuple[str, Path, str]]:
-        """Yield (name under `root`, path, real path) of each file with one of the suffixes; links to folders last."""
+        """Yield (name under `root`, path, real path) of each file with one of the suffixes; follow links to folders last."""
         folders, links = [("", os.path.realpath(root))], list[tuple[str, str]]()
         while folders or links:
             below, real = folders.pop() if folders else links.pop(0)
@@ -93,7 +93,7 @@ class Finder:
                     self._skipped[target] = kind
 
     def _kind(self, entry: os.DirEntry[str], name: str) -> str | None:
-        """Return "folder", "file", the kind under which to count a skipped entry, or None if it is not counted."""
+        """Return "folder", "file", the suffix or cause under which to count a skipped entry, or None for an entry not to count."""
         suffix = Path(entry.name).suffix
         fits = entry.name.lower().endswith(self._suffixes)
         if entry.name.startswith("."):
@@ -117,7 +117,7 @@ class Finder:
 
 
 def count_kinds(kinds: Mapping[str, int]) -> str:
-    """Return for example ".pdf (8), .docx (4)", the most frequent first."""
+    """Return the counts as text, the most frequent first: ".pdf (8), .docx (4)"."""
     most = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
     more = len(most) - KINDS_AT_MOST
     named = ", ".join(f"{on_one_line(kind)} ({count:,})" for kind, count in most[:KINDS_AT_MOST])
@@ -125,7 +125,7 @@ def count_kinds(kinds: Mapping[str, int]) -> str:
 
 
 def _look(given: str) -> tuple[Path, int]:
-    """Return the path with `~` expanded, and its mode. Raises DataError."""
+    """Return the path with `~` expanded, and its mode. Raises DataError if there is no such file or it cannot be read."""
     try:
         path = Path(given).expanduser()
         return path, path.stat().st_mode
@@ -134,7 +134,7 @@ def _look(given: str) -> tuple[Path, int]:
         raise DataError(
             f"no such file or folder: {on_one_line(given)}{link}{near_path(given)}; correct data.paths"
         ) from None
-    except (OSError, RuntimeError, ValueError) as error:  # an unknown `~user`; a zero byte
+    except (OSError, RuntimeError, ValueError) as error:  # an unknown `~user`; a zero byte in the path
         raise DataError(
             f"cannot read {given} ({getattr(error, 'strerror', None) or error}); correct data.paths"
         ) from error

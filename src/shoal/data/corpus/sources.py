@@ -40,7 +40,7 @@ STDLIB_SKIPPED_PREFIX = "_sysconfigdata"  # Python's build configuration, which 
 
 
 def open_corpus(data: Data) -> Corpus:
-    """Open the corpus that `data` names. Raises DataError if a path is missing or has no files."""
+    """Open the corpus that `data` names. Raises DataError if a path is missing, a file cannot be read, or there are no files."""
     match data.corpus:
         case "stdlib":
             return FileCorpus(_stdlib_files(), read_text_file)
@@ -98,7 +98,7 @@ class FileCorpus:
 def read_text_file(
     path: Path, name: str, start: Cursor, piece_bytes: int = PIECE_BYTES
 ) -> Iterator[Document | Skipped]:
-    """Read a file as one document, or as several of at most `piece_bytes` that end at a line end."""
+    """Read a file as one document, or as several of at most `piece_bytes`, each ending at a line end if possible."""
     whole = path.stat().st_size <= piece_bytes
     index, offset = start.document, start.offset
     with path.open("rb") as file:
@@ -155,7 +155,7 @@ def _text_reader(files: Sequence[tuple[str, Path]]) -> Reader:
 
 
 def _find_files(data: Data, suffixes: tuple[str, ...]) -> Finder:
-    """Find the files of `data.paths`. Raises DataError if there are none."""
+    """Find the files of `data.paths`. Raises DataError if there are none or one cannot be read."""
     if not data.paths:
         raise DataError(f"a {data.corpus} corpus needs files: set data.paths")
     finder = Finder(suffixes)

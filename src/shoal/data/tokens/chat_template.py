@@ -37,9 +37,9 @@ class ChatTemplate:
     @classmethod
     def of(cls, folder: Path) -> ChatTemplate | None:
         """
-        Read the template of a Hugging Face folder: the one named "default" if there are several, None if there are none.
+        Read the template of a Hugging Face folder, or the one named "default" if there are several; None if there is none.
 
-        Raises DataError if a file cannot be read or the template is not valid Jinja.
+        Raises DataError if a file cannot be read, the template is not valid Jinja, or there are several and none is "default".
         """
         config = read_object(folder / "tokenizer_config.json")
         source, name = _source(folder, config)
@@ -56,7 +56,8 @@ class ChatTemplate:
         Return the conversation as text that contains special tokens, for `Tokenizer.encode_chat`.
 
         messages: each with `role` and `content`. add_generation_prompt: end with the start of the model's answer.
-        variables: extra template variables, such as `enable_thinking`. Raises DataError if the template rejects the messages.
+        variables: extra template variables, such as `enable_thinking`. Raises DataError if there are no messages, or
+        the template rejects them or fails.
         """
         if not messages:
             raise DataError("a chat needs at least one message")

@@ -25,7 +25,12 @@ class FastEncoder:
         self._fast, self._tokenizer = fast, tokenizer
 
     def encode_batch(self, texts: Sequence[str], *, compare: bool) -> list[Ids]:
-        """Encode texts. Raises `DifferentIdsError` if fastokens fails or, with `compare`, if tokenizers gives other ids."""
+        """
+        Encode texts.
+
+        Raises `DifferentIdsError` if fastokens fails, if it gives an id outside the vocabulary or, with `compare`, if tokenizers
+        gives other ids.
+        """
         try:
             content, offsets = self._fast.encode_batch_flat(list(texts), split_special_tokens=True)
         except Exception as error:  # fastokens has many error types

@@ -30,12 +30,12 @@ LAST_SWEPT = 0x3100  # covers letters, digits, marks and spaces of most scripts
 
 
 def sample(special: Iterable[str] = ()) -> list[str]:
-    """Return texts that two tokenizers must encode alike. The names `special` of special tokens are included as plain text."""
+    """Return texts that two tokenizers must encode alike. special: names of special tokens, included as plain text."""
     return [*TEXTS, *_sweep(), " a".join(special)]
 
 
 def _sweep() -> Iterator[str]:
-    """Yield every assigned character up to LAST_SWEPT between letters, spaces and digits, where patterns differ."""
+    """Yield texts with each assigned character up to LAST_SWEPT next to letters, spaces and a digit, where patterns differ."""
     known = [c for c in map(chr, range(LAST_SWEPT)) if unicodedata.category(c) not in ("Cn", "Cs", "Co")]
     for low in range(0, len(known), 512):
         yield "".join(f"a{c}b {c} 1{c}\n" for c in known[low : low + 512])

@@ -26,7 +26,11 @@ NEVER = 1000.0  # subtracted from the lowest score for pieces that no text may b
 
 
 def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
-    """Convert the model in this file, and compare its ids with SentencePiece's. Raises DataError."""
+    """
+    Convert the model in this file, and compare its ids with SentencePiece's.
+
+    Raises DataError if the model cannot be converted or any id differs.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -73,7 +77,7 @@ def _convert(proto: Any, name: str) -> tokenizers.Tokenizer:
 
 
 def _bpe(proto: Any) -> models.BPE:
-    """Convert BPE. SentencePiece joins the neighbors whose result scores best, so each way to build a piece is a merge."""
+    """Convert a BPE model. SentencePiece joins neighbors into the best-scoring piece, so each way to build a piece is a merge."""
     ids = {piece.piece: index for index, piece in enumerate(proto.pieces)}
     parts = {piece.piece for piece in proto.pieces if piece.type == NORMAL}
     merges = []
@@ -106,7 +110,7 @@ def _unknown(proto: Any) -> str:
 
 def _normalizer(spec: Any) -> normalizers.Sequence:
     steps: list[Any] = []
-    # tokenizers applies this map to grapheme clusters, SentencePiece to characters; `check_same_ids` often rejects it
+    # tokenizers applies this map to grapheme clusters, SentencePiece to characters; `check_same_ids` often rejects the result
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:

@@ -35,7 +35,7 @@ CONNECT_SECONDS = 5.0
 
 
 def from_tiktoken(name: str) -> tokenizers.Tokenizer:
-    """Convert the encoding `name`, and compare its ids with tiktoken's. Raises DataError."""
+    """Convert the encoding `name`, and compare its ids with tiktoken's. Raises DataError if that fails or any id differs."""
     return tokenizers.Tokenizer.from_str(_converted(name))
 
 

@@ -63,7 +63,7 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Ids of all special tokens, which plain text never yields: ends, chat roles, padding."""
+        """Ids of all special tokens (document ends, chat roles, padding), which plain text never yields."""
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(index for index, token in added.items() if token.special)
 
@@ -173,7 +173,9 @@ def load_tokenizer(spec: str, kept: Path | None = None) -> Tokenizer:
     Load `bytes`, `tiktoken:NAME`, a tokenizer.json, a SentencePiece model, or the tokenizer of a model's folder or name.
 
     A folder's config files may also set which tokens begin and end a document. kept: the run's copy of that
-    folder, used if it is gone; None if there is no copy. Raises DataError.
+    folder, used if the original is gone; None if there is no copy.
+
+    Raises DataError if there is no such tokenizer, or if it cannot be read or converted.
     """
     if spec == "bytes":
         return byte_tokenizer()
@@ -222,7 +224,7 @@ def _open(path: Path) -> tokenizers.Tokenizer:
 
 
 def parse_tokenizer(text: str, name: str) -> Tokenizer:
-    """Parse the content of a tokenizer.json. Raises DataError, with `name` in it."""
+    """Parse the content of a tokenizer.json. Raises DataError, with `name` in its message, if that fails."""
     return _with_ends(_from_json(text, name), name)
 
 

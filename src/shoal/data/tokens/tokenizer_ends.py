@@ -41,7 +41,11 @@ class Ends:
 
 
 def read_ends(tokenizer: tokenizers.Tokenizer, name: str) -> Ends:
-    """Read the ends from a tokenizer.json. Raises DataError, with `name` in it, if it has no end-of-text token."""
+    """
+    Read the ends from a tokenizer.json.
+
+    Raises DataError, with `name` in its message, if the file has no end-of-text token or puts several tokens before a text.
+    """
     bos = _beginning(tokenizer, name)
     eos = _end(tokenizer, bos)
     if eos is None:
@@ -73,8 +77,8 @@ def special_tokens(folder: Path) -> dict[str, str]:
     """
     Return the texts of those `SPECIAL` tokens that the config files of a Hugging Face folder name.
 
-    As in `transformers`, the older special_tokens_map.json overrides the config, even with null, unless the config has
-    `added_tokens_decoder`.
+    As in `transformers`, the older special_tokens_map.json overrides tokenizer_config.json, even with null, unless the latter
+    has `added_tokens_decoder`.
     """
     said = read_object(folder / TOKENIZER_CONFIG)
     if "added_tokens_decoder" not in said:
@@ -155,7 +159,7 @@ def _end(tokenizer: tokenizers.Tokenizer, bos: int | None) -> int | None:
 
 
 def _write_ends(tokenizer: tokenizers.Tokenizer, ends: Ends, name: str) -> None:
-    """Set the tokenizer's ends. Leaves it unchanged if they are set already, so that its file and its hash stay equal."""
+    """Set the tokenizer's ends. Leaves it unchanged if they are set already, so that its file and the file's hash stay the same."""
     before, after = _around(tokenizer)
     wanted = [] if ends.bos is None else [ends.bos]
     if before == wanted and _end(tokenizer, ends.bos) == ends.eos:
