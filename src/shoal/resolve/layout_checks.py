@@ -115,7 +115,7 @@ def _context(config: Config, layout: Layout) -> Iterator[str]:
         yield from _no_dropout(model, "cp", cp)
     elif tp > 1 and seq_len % tp and FAMILIES[model.family].native:
         yield (
-            f"parallel.tp {tp} splits sequences between matrices, but does not divide data.seq_len {seq_len}; "
+            f"parallel.tp {tp} also splits each sequence into {tp} parts, but does not divide data.seq_len {seq_len}; "
             f"set data.seq_len to {_up(seq_len, tp)}"
         )
 
