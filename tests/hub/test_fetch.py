@@ -17,7 +17,7 @@ from shoal.errors import ModelError
 from shoal.hub.fetch import fetch_model
 from shoal.hub.find import find_model
 from shoal.hub.folder import ModelFolder
-from shoal.hub.record import load_record
+from shoal.hub.record import RECORD, load_record
 from tests.hub.conftest import INDEX, NAME, SHARDS, Scene, one_file, two_shards, weights
 
 
@@ -250,6 +250,11 @@ def test_what_a_person_put_beside_a_fetched_model_is_not_lost(scene: Scene) -> N
     (scene.folder / "notes.txt").write_text("dear")
     fetch_model(NAME)
     refused("notes.txt was not fetched by shoal and would be lost", force=True)
+    record = (scene.folder / RECORD).read_bytes()
+    (scene.folder / RECORD).write_bytes(record[: len(record) // 2])
+    for force in (False, True):
+        refused("fetched.json is damaged, so shoal cannot tell which files it fetched", force=force)
+    (scene.folder / RECORD).write_bytes(record)
     (scene.folder / "notes.txt").unlink()
     fetch_model(NAME, force=True)
 

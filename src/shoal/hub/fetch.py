@@ -205,7 +205,7 @@ def _holds_something(folder: Path) -> bool:
 
 def _refuse_foreign(folder: Path) -> None:
     """
-    Raise `ModelError` if the folder holds files but no record of a fetch, or a visible file that its record does not list.
+    Raise `ModelError` if the folder holds files but no readable record of a fetch, or a visible file that is not in it.
 
     Such files are never removed.
     """
@@ -216,9 +216,13 @@ def _refuse_foreign(folder: Path) -> None:
             f"{folder} was not fetched by shoal, so --force does not replace it; move it away, or set --to to another folder"
         )
     record = load_record(folder)
-    known = {RECORD, *record.files} if record else set()
-    for path in sorted(folder.iterdir()) if record else []:
-        if path.name not in known and not path.name.startswith("."):
+    if record is None:
+        raise ModelError(
+            f"{folder / RECORD} is damaged, so shoal cannot tell which files it fetched; move {folder} away, or set --to to "
+            "another folder"
+        )
+    for path in sorted(folder.iterdir()):
+        if path.name not in {RECORD, *record.files} and not path.name.startswith("."):
             raise ModelError(f"{path} was not fetched by shoal and would be lost; move it away first")
 
 
