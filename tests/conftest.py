@@ -24,9 +24,8 @@ ROOT = Path(__file__).parents[1]
 # The longest files come first, so that all pytest workers end at about the same time. The tests in APART share no costly
 # fixture: each goes to any free worker, so that tests that wait run beside tests that compute.
 LONGEST = (
-    "tests/parallel/test_matrix.py", "tests/chaos/", "tests/elastic/test_machines.py", "tests/bench/test_gpu_check.py",
-    "tests/test_instruction_sets.py", "tests/security/test_secrets.py", "tests/parallel/", "tests/cli/", "tests/training/",
-    "tests/elastic/", "tests/bench/", "tests/security/",
+    "tests/parallel/test_matrix.py", "tests/chaos/", "tests/elastic/test_machines.py", "tests/parallel/", "tests/cli/",
+    "tests/training/", "tests/bench/", "tests/security/",
 )  # fmt: skip
 APART = ("tests/chaos/", "tests/elastic/test_machines.py", "tests/training/test_gone_folder.py")
 MOST_WORKERS = 8  # more would wait for the longest file
