@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from shoal.system.cpu import count_cores
 from tests import warm
 from tests.cli.commands import Place
 from tests.world import World, Worlds
@@ -49,8 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Return the number of pytest workers: one more than cores, since tests also wait, but at most one per 3 GiB free."""
-    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else os.cpu_count() or 1
-    return max(1, min(cores + 1, MOST_WORKERS, psutil.virtual_memory().available // (3 << 30)))
+    return max(1, min(count_cores() + 1, MOST_WORKERS, psutil.virtual_memory().available // (3 << 30)))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -205,11 +205,7 @@ class CheckpointStore:
                 self._staging = Staging(own)
 
     def own_bytes(self, parts: Mapping[str, Part]) -> int:
-        """
-        Return how many bytes this rank writes in a save.
-
-        The first call of `prepare`, `own_bytes` or `begin` is a collective over the world.
-        """
+        """Return how many bytes this rank writes in a save. The first call may be a collective, as that of `prepare`."""
         return sum(parts[name].tensor.nbytes for name in self._share(parts))
 
     def _share(self, parts: Mapping[str, Part]) -> list[str]:

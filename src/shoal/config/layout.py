@@ -64,6 +64,10 @@ class Layout:
             for o in outer
         ]
 
+    def group_of(self, rank: int, *axes: str) -> list[int]:
+        """Return the list of `groups(*axes)` that has `rank`."""
+        return next(ranks for ranks in self.groups(*axes) if rank in ranks)
+
     def __str__(self) -> str:
         """ "dp_shard 2 x tp 2"; "one process"."""
         named = [f"{name} {getattr(self, name)}" for name in AXES if getattr(self, name) > 1]

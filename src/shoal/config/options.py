@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from shoal.config.data_options import Data
 from shoal.config.families import FAMILIES, FamilyName
@@ -385,17 +385,7 @@ class Config:
         return dataclasses.replace(self, **{section: changed})
 
 
-SECTIONS: dict[str, type[Any]] = {
-    "model": Model,
-    "data": Data,
-    "parallel": Parallel,
-    "optim": Optim,
-    "train": Train,
-    "checkpoint": Checkpoint,
-    "fault": Fault,
-    "metrics": Metrics,
-    "launch": Launch,
-}
+SECTIONS: dict[str, type[Any]] = {f.name: cast(type[Any], f.default_factory) for f in dataclasses.fields(Config)}
 
 
 @functools.cache

@@ -69,19 +69,16 @@ class Mesh:
         self.place, self.device, self._timeout = place, device, timeout
         self.layout = layout or Layout(dp_replicate=place.world_size)
         self.coordinates = self.layout.coordinates(place.rank)
-        self.dp_rank = next(
-            ranks.index(place.rank) for ranks in self.layout.groups(*DATA_PARALLEL) if place.rank in ranks
-        )
+        self.dp_rank = self.layout.group_of(place.rank, *DATA_PARALLEL).index(place.rank)
         self._axes = {name: self._open(axes) for name, axes in GROUPS.items()}
 
     def _open(self, axes: tuple[str, ...]) -> Axis:
-        lists = self.layout.groups(*axes)
-        mine = next(ranks for ranks in lists if self.place.rank in ranks)
+        mine = self.layout.group_of(self.place.rank, *axes)
         if len(mine) == 1:
             return Axis()
         if len(mine) == self.world_size:
             return Axis(len(mine), mine.index(self.place.rank), dist.group.WORLD)
-        group, _ = dist.new_subgroups_by_enumeration(lists, timeout=self._timeout)  # type: ignore[no-untyped-call]
+        group, _ = dist.new_subgroups_by_enumeration(self.layout.groups(*axes), timeout=self._timeout)  # type: ignore[no-untyped-call]
         return Axis(len(mine), mine.index(self.place.rank), group)
 
     def axis(self, name: str) -> Axis:

@@ -62,7 +62,7 @@ def _device_mesh(mesh: Mesh, *, replicas: bool) -> DeviceMesh:
     if outer.size == 1 or not replicas:
         return DeviceMesh.from_group(inner.group, mesh.device.type, mesh_dim_names=("shard",))
     assert outer.group is not None
-    here = next(g for g in mesh.layout.groups(*GROUPS["batch"]) if mesh.place.rank in g)
+    here = mesh.layout.group_of(mesh.place.rank, *GROUPS["batch"])
     ranks = torch.tensor(here).view(outer.size, inner.size)
     names = ("dp_replicate", "shard")
     return DeviceMesh.from_group([outer.group, inner.group], mesh.device.type, mesh=ranks, mesh_dim_names=names)
