@@ -10,8 +10,8 @@ from shoal.config.option import opt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """The corpus, its tokenizer, its token shards and the rows that training reads."""
+class Source:
+    """Documents of one kind: where they are, and how to read them."""
 
     corpus: Literal["stdlib", "text", "jsonl", "dummy"] = opt(
         "stdlib",
@@ -27,6 +27,12 @@ class Data:
         "text", "field of each JSON line that holds its text", alias=("text_field", "text_column"), past=True
     )
     dummy_documents: int = opt(2_000, "number of documents in a dummy corpus", unit="documents", past=True, ge=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Source):
+    """The corpus, its tokenizer, its token shards and the rows that training reads."""
+
     tokenizer: str = opt(
         "bpe",
         "bpe: train a BPE tokenizer on the corpus; bytes: one token per byte; tiktoken:NAME; the path of a "

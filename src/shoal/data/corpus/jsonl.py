@@ -12,6 +12,7 @@ from typing import IO
 
 from shoal.data.corpus.documents import Cursor, Document, Reader, Skipped
 from shoal.data.corpus.encoding import check_text, without_mark
+from shoal.data.corpus.records import Shape
 from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
@@ -20,26 +21,26 @@ BOMB_TIMES = 200  # gzip shrinks text about 5 times, and a decompression bomb up
 BOMB_BYTES = 1 << 28  # files that unpack to less are not checked
 
 
-def jsonl_reader(text_key: str) -> Reader:
-    """Return a reader of each line's text under `text_key`; it skips lines without such a text and lines that are not JSON."""
+def jsonl_reader(shape: Shape) -> Reader:
+    """Return a reader that makes a document of each line's record; it skips lines that are not JSON."""
 
     def read(path: Path, name: str, start: Cursor) -> Iterator[Document | Skipped]:
         with path.open("rb") as raw:
             if path.name.endswith(".gz"):
-                yield from _read_gzip(raw, name, start, text_key)
+                yield from _read_gzip(raw, name, start, shape)
             else:
                 raw.seek(start.offset)
-                yield from _read_lines(raw, raw, name, start, text_key)
+                yield from _read_lines(raw, raw, name, start, shape)
 
     return read
 
 
-def _read_gzip(raw: IO[bytes], name: str, start: Cursor, text_key: str) -> Iterator[Document | Skipped]:
+def _read_gzip(raw: IO[bytes], name: str, start: Cursor, shape: Shape) -> Iterator[Document | Skipped]:
     """Read a gzip file. It cannot be seeked, so lines before `start` are read again and dropped."""
     after = start
     try:
         with gzip.open(raw) as unpacked:
-            for item in _read_lines(_Unpacked(unpacked, raw, name), raw, name, Cursor(start.file), text_key):
+            for item in _read_lines(_Unpacked(unpacked, raw, name), raw, name, Cursor(start.file), shape):
                 after = item.after
                 if after.document > start.document:
                     yield item
@@ -66,7 +67,7 @@ class _Unpacked:
 
 
 def _read_lines(
-    lines: IO[bytes] | _Unpacked, raw: IO[bytes], name: str, start: Cursor, text_key: str
+    lines: IO[bytes] | _Unpacked, raw: IO[bytes], name: str, start: Cursor, shape: Shape
 ) -> Iterator[Document | Skipped]:
     """
     Yield a document per line; blank lines are neither documents nor counted as skipped.
@@ -90,7 +91,7 @@ def _read_lines(
         if too_long:
             yield Skipped(label, f"longer than {MAX_LINE_BYTES >> 20} MiB", after)
         elif line.strip():
-            yield _parse_line(line, label, text_key, after)
+            yield _parse_line(line, label, shape, after)
 
 
 def _check_first_line(line: bytes, name: str) -> None:
@@ -101,7 +102,7 @@ def _check_first_line(line: bytes, name: str) -> None:
         )
 
 
-def _parse_line(line: bytes, label: str, text_key: str, after: Cursor) -> Document | Skipped:
+def _parse_line(line: bytes, label: str, shape: Shape, after: Cursor) -> Document | Skipped:
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -109,20 +110,12 @@ def _parse_line(line: bytes, label: str, text_key: str, after: Cursor) -> Docume
     except (ValueError, RecursionError):
         many = b"\r" in line.strip()
         return Skipped(label, "not JSON: its lines end with CR alone, not LF" if many else "not JSON", after)
-    text = value.get(text_key) if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        fields = value.items() if isinstance(value, dict) else ()
-        texts = {key: len(said) for key, said in fields if isinstance(said, str)}
-        return Skipped(label, f"no string under {text_key!r} (data.text_key)", after, texts)
-    if not text:
-        return Skipped(label, "empty text", after)
-    if sum(line.count(spelled) for spelled in _spellings(text_key)) > 1 and _says_twice(line, text_key):
-        return Skipped(label, f"{text_key!r} twice, so one text would be lost", after)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # JSON can encode half of a surrogate pair
-        return Skipped(label, "half a surrogate pair, not a character", after)
-    return Document(label, text, after)
+    found = shape.document(value, label, after)
+    if isinstance(found, Skipped):
+        return found
+    if sum(line.count(spelled) for spelled in _spellings(shape.key)) > 1 and _says_twice(line, shape.key):
+        return Skipped(label, f"{shape.key!r} twice, so one text would be lost", after)
+    return found
 
 
 @functools.cache

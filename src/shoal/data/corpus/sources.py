@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from shoal.config.data_options import Data
+from shoal.config.data_options import Source
 from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Document, Reader, Skipped
 from shoal.data.corpus.dummy import DummyCorpus
 from shoal.data.corpus.encoding import check_text, without_mark
 from shoal.data.corpus.jsonl import jsonl_reader
 from shoal.data.corpus.paths import Finder, count_kinds
+from shoal.data.corpus.records import text_shape
 from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
@@ -39,19 +40,19 @@ STDLIB_SKIPPED_FILES = frozenset({
 STDLIB_SKIPPED_PREFIX = "_sysconfigdata"  # Python's build configuration, which differs between machines
 
 
-def open_corpus(data: Data) -> Corpus:
-    """Open the corpus that `data` names. Raises DataError if a path is missing, a file cannot be read, or there are no files."""
-    match data.corpus:
+def open_corpus(source: Source) -> Corpus:
+    """Open the corpus that `source` names. Raises DataError if a path is missing, a file cannot be read, or there are no files."""
+    match source.corpus:
         case "stdlib":
             return FileCorpus(_stdlib_files(), read_text_file)
         case "text":
-            finder = _find_files(data, TEXT_SUFFIXES)
+            finder = _find_files(source, TEXT_SUFFIXES)
             return FileCorpus(finder.files(), _text_reader(finder.files()), finder.skipped())
         case "jsonl":
-            finder = _find_files(data, JSONL_SUFFIXES)
-            return FileCorpus(finder.files(), jsonl_reader(data.text_key), finder.skipped())
+            finder = _find_files(source, JSONL_SUFFIXES)
+            return FileCorpus(finder.files(), jsonl_reader(text_shape(source.text_key)), finder.skipped())
         case "dummy":
-            return DummyCorpus(data.dummy_documents)
+            return DummyCorpus(source.dummy_documents)
 
 
 NONE: Mapping[str, int] = MappingProxyType({})
@@ -154,16 +155,16 @@ def _text_reader(files: Sequence[tuple[str, Path]]) -> Reader:
     return lambda path, name, start: read_text_file(path, name, start, piece_bytes)
 
 
-def _find_files(data: Data, suffixes: tuple[str, ...]) -> Finder:
+def _find_files(source: Source, suffixes: tuple[str, ...]) -> Finder:
     """Find the files of `data.paths`. Raises DataError if there are none or one cannot be read."""
-    if not data.paths:
-        raise DataError(f"a {data.corpus} corpus needs files: set data.paths")
+    if not source.paths:
+        raise DataError(f"a {source.corpus} corpus needs files: set data.paths")
     finder = Finder(suffixes)
-    for given in data.paths:
+    for given in source.paths:
         finder.add(given)
     if not finder.files():
         there = f"; found {count_kinds(finder.skipped())}" if finder.skipped() else ""
-        raise DataError(f"no {' or '.join(suffixes)} files in {', '.join(data.paths)}{there}; correct data.paths")
+        raise DataError(f"no {' or '.join(suffixes)} files in {', '.join(source.paths)}{there}; correct data.paths")
     return finder
 
 
