@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from shoal.config.option import opt
+
+_PLACE: Final = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) (steps|tokens)")
+
+
+def read_place(text: str) -> tuple[float, str] | None:
+    """Return a place in a run, such as "1000 steps" or "2e9 tokens", as its number and its unit; None for any other text."""
+    found = _PLACE.fullmatch(text.strip().replace(",", "").replace("_", ""))
+    return (float(found[1]), found[2]) if found else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +40,31 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BlendSource(Source):
+    """A source of a blend, and how much of it is read."""
+
+    weight: float | None = opt(
+        None,
+        "share of this source in the training rows, relative to the other weights; null for all sources: each row once "
+        "per epoch",
+        alias=("proportion", "probability"),
+        ge=0,
+    )
+    max_epochs: float | None = opt(
+        None, "maximum number of times that this source is read; the others then keep their ratio", past=True, gt=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Data(Source):
     """The corpus, its tokenizer, its token shards and the rows that training reads."""
 
+    stages: Mapping[str, Mapping[str, float]] | None = opt(
+        None,
+        "other weights of the sources from a place of the run on, such as {1000 steps: {web: 0.2, code: 0.8}}; the place is "
+        "in steps or tokens",
+        alias=("curriculum",),
+    )
     tokenizer: str = opt(
         "bpe",
         "bpe: train a BPE tokenizer on the corpus; bytes: one token per byte; tiktoken:NAME; the path of a "
@@ -78,3 +110,5 @@ class Data(Source):
         2, "number of steps to read ahead", unit="steps", alias=("prefetch_factor",), akin=("num_workers",), ge=1
     )
     kept: Path | None = None  # not an option: the run's copy of the folder data.tokenizer, if that folder is gone
+    # not an option itself: the sources of a blend by name; data.sources.NAME has the options of `BlendSource`
+    sources: Mapping[str, BlendSource] | None = None

@@ -74,7 +74,7 @@ class _Segment:
         self._source = np.array(_pattern(self.shares, self.owed), np.int64)
         # place of each position among those of its source in the period, and the inverse
         self._slots = [np.flatnonzero(self._source == source) for source in range(len(shares))]
-        self._place = np.zeros(self.period, np.int64)
+        self._place: Ints = np.zeros(self.period, np.int64)
         for slots in self._slots:
             self._place[slots] = np.arange(len(slots))
 
@@ -83,20 +83,20 @@ class _Segment:
         turn, slot = np.divmod(positions - self.first, self.period)
         source = self._source[slot]
         shares, taken = np.array(self.shares, np.int64), np.array(self.taken, np.int64)
-        return source, taken[source] + turn * shares[source] + self._place[slot]
+        samples: Ints = taken[source] + turn * shares[source] + self._place[slot]
+        return source, samples
 
     def position_of(self, source: int, sample: int) -> int:
         """Return the position of a source's sample, in this segment if it lasts long enough."""
         turn, place = divmod(sample - self.taken[source], self.shares[source])
         return self.first + turn * self.period + int(self._slots[source][place])
 
-    def taken_at(self, position: int) -> list[int]:
-        """Return how many samples of each source come before `position`."""
-        turn, slot = divmod(position - self.first, self.period)
-        return [
-            taken + turn * share + int(np.searchsorted(slots, slot))
-            for taken, share, slots in zip(self.taken, self.shares, self._slots, strict=True)
-        ]
+    def taken_at(self, positions: Ints) -> Ints:
+        """Return how many samples of each source come before each position, [positions, sources]."""
+        turn, slot = np.divmod(positions - self.first, self.period)
+        within = np.stack([np.searchsorted(slots, slot) for slots in self._slots], axis=-1)
+        taken: Ints = np.array(self.taken) + turn[..., None] * np.array(self.shares) + within
+        return taken
 
     def owed_at(self, position: int) -> list[Fraction]:
         """Return how far each source is behind its quota at `position`, in samples."""
@@ -104,7 +104,7 @@ class _Segment:
         return [
             owed + Fraction(share * passed, self.period) - (now - before)
             for owed, share, now, before in zip(
-                self.owed, self.shares, self.taken_at(position), self.taken, strict=True
+                self.owed, self.shares, self.taken_at(np.array(position)).tolist(), self.taken, strict=True
             )
         ]
 
@@ -118,9 +118,7 @@ def _pattern(shares: Sequence[int], owed: Sequence[Fraction]) -> list[int]:
     https://doi.org/10.1287/mnsc.39.6.728; Tijdeman 1980, https://doi.org/10.1016/0012-365X(80)90269-1).
     """
     period = sum(shares)
-    windows = {
-        source: _windows(share, period, owed[source]) for source, share in enumerate(shares) if share
-    }
+    windows = {source: _windows(share, period, owed[source]) for source, share in enumerate(shares) if share}
     waiting = {source: next(window) for source, window in windows.items()}
     found = []
     for slot in range(period):
@@ -192,7 +190,7 @@ class Blend:
                 segments.append(segment)
                 first = min(stop, self._used_up(segment))
                 if first < inf:
-                    taken, owed = segment.taken_at(int(first)), segment.owed_at(int(first))
+                    taken, owed = segment.taken_at(np.array(int(first))).tolist(), segment.owed_at(int(first))
         return segments
 
     def _used_up(self, segment: _Segment) -> float:
@@ -234,11 +232,21 @@ class Blend:
         """Return the number of a source's first row."""
         return int(self._offsets[source])
 
-    def taken_at(self, position: int) -> list[int]:
-        """Return how many samples of each source come before `position`; of sources without weights, only their sum."""
+    @property
+    def lanes(self) -> tuple[int, ...]:
+        """Rows that are shuffled together: those of each source or, without weights, of all."""
+        return self.sizes if self.stages else (self.num_rows,)
+
+    def taken_at(self, positions: npt.ArrayLike) -> Ints:
+        """Return how many samples of each lane come before each position, [positions, lanes]."""
+        at = np.atleast_1d(np.asarray(positions, np.int64))
         if not self._segments:
-            return [position]
-        return self._segment_of(position).taken_at(position)
+            return at[:, None].copy()
+        taken = np.empty((len(at), len(self.sizes)), np.int64)
+        which = np.searchsorted(self._firsts, at, side="right") - 1
+        for index in np.unique(which):
+            taken[which == index] = self._segments[index].taken_at(at[which == index])
+        return taken
 
     def positions_of(self, row: int, stop: float = inf) -> Iterator[int]:
         """Yield the positions below `stop` at which a row is trained on, one per epoch of its source."""
@@ -261,9 +269,6 @@ class Blend:
                 return position if position < end else None
         return None
 
-    def _segment_of(self, position: int) -> _Segment:
-        return self._segments[int(np.searchsorted(self._firsts, position, side="right")) - 1]
-
 
 def _reduced(shares: Sequence[int]) -> list[int]:
     """Return the shares divided by their greatest common divisor."""
@@ -274,6 +279,4 @@ def _reduced(shares: Sequence[int]) -> list[int]:
 def _handed_on(shares: Sequence[int], owed: Sequence[Fraction]) -> list[Fraction]:
     """Return what each source is owed; what sources without a share were owed goes to the others, by their shares."""
     left = sum((o for share, o in zip(shares, owed, strict=True) if not share), Fraction(0))
-    return [
-        o + left * share / sum(shares) if share else Fraction(0) for share, o in zip(shares, owed, strict=True)
-    ]
+    return [o + left * share / sum(shares) if share else Fraction(0) for share, o in zip(shares, owed, strict=True)]

@@ -4,14 +4,14 @@ The ledger of samples: a proof that each was trained on once per epoch, through 
 Rank 0 alone writes `ledger.jsonl`, and only appends. At a start, a resume and a rollback it writes a line that revokes all
 steps after `after`:
 
-    {"after": 40, "position": 640, "rows": 900, "seed": 0, "global_batch": 16, "copies": 1, "data_id": "..."}
+    {"after": 40, "position": 640, "rows": 900, "seed": 0, "global_batch": 16, "copies": 1, "data_id": "...", "sources": []}
 
 It writes a line for each step, and a line for positions that no step uses:
 
     {"step": 41, "first": 640, "stop": 656, "skipped": false, "sum": 8861029183215}
     {"passed_over": [656, 720]}
 
-A step trains on the samples that `order.sample_at` gives for positions [first, stop).
+A step trains on the rows that `Blend.rows_at` gives for positions [first, stop). `sources` describes a blend.
 
 `sum` records which samples the ranks really read: each rank computes the checksum of its own micro-batches, and the step's
 all-reduce adds the checksums. Each of the ranks that share a sample along `pp`, `cp` or `tp` adds its checksum, so the sum
@@ -23,13 +23,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from math import inf
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.order import sample_at
+from shoal.data.blend import Blend, Stage
 from shoal.run.jsonl import PatientLines, whole_lines
 
 MOST_BITS: Final = 40  # two different sets of samples have the same sum once in 2^40
@@ -69,17 +71,36 @@ def _mixed(sample_ids: npt.NDArray[np.int64], bits: int) -> npt.NDArray[np.uint6
 
 @dataclass(frozen=True)
 class Header:
-    """Everything the order of samples depends on, and how many times each sample counts in a sum."""
+    """
+    Everything the order of samples depends on, and how many times each sample counts in a sum.
+
+    sources: (name, rows, maximum epochs or null) of each source of a blend; none if there is one source. stages: the shares
+    of the sources from a position on, as (position, shares); none without weights.
+    """
 
     rows: int
     seed: int
     global_batch: int
     copies: int  # processes that read the same samples: pp x cp x tp
     data_id: str
+    sources: Sequence[tuple[str, int, float | None]] = ()
+    stages: Sequence[tuple[int, Sequence[int]]] = ()
 
     @property
     def bits(self) -> int:
         return bits_for(self.global_batch * self.copies)
+
+    @cached_property
+    def order(self) -> Blend:
+        """The order of samples. Raises ValueError if the stages are invalid."""
+        sizes = [rows for _, rows, _ in self.sources] or [self.rows]
+        epochs = [inf if most is None else most for _, _, most in self.sources]
+        return Blend(self.seed, sizes, [Stage(first, tuple(shares)) for first, shares in self.stages], epochs)
+
+    @property
+    def lanes(self) -> list[str]:
+        """The names of the rows that are shuffled together: of each source with weights, else one without a name."""
+        return [name for name, _, _ in self.sources] if self.stages else [""]
 
 
 class Ledger:
@@ -170,7 +191,9 @@ class Audit:
     steps: int = 0
     taken_again: int = 0
     samples: int = 0
-    epochs: dict[int, Epoch] = field(default_factory=dict)
+    epochs: dict[int, Epoch] = field(default_factory=dict)  # of one source, or of sources without weights
+    sources: dict[str, dict[int, Epoch]] = field(default_factory=dict)  # epochs of each source of a blend with weights
+    source_rows: dict[str, int] = field(default_factory=dict)
     skipped: list[Window] = field(default_factory=list)
     passed_over: list[Window] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -238,17 +261,24 @@ def audit(path: Path, *, rows: int | None = None, seed: int | None = None) -> Au
             found.complain(f"the ledger has {name} {written}, but the run has {wanted}")
     found.rows = header.rows
     _check_history(found, history.windows)
-    _count(found, history.windows)
+    _count(found, history.windows, header)
     return found
 
 
 def _next_header(found: Audit, before: Header | None, line: dict[str, Any]) -> Header:
-    header = Header(**{name: line[name] for name in Header.__dataclass_fields__})
+    header = Header(**{name: line[name] for name in Header.__dataclass_fields__ if name in line})
     for name in ("rows", "seed", "data_id"):
         if before is not None and getattr(before, name) != getattr(header, name):
             was, now = getattr(before, name), getattr(header, name)
             found.complain(f"{name} was {was} and is {now} after step {line['after']}", line["after"] + 1)
+    if before is not None and _blend_until(before, line["position"]) != _blend_until(header, line["position"]):
+        found.complain(f"the blend of the steps up to {line['after']} is another after a resume", line["after"])
     return header
+
+
+def _blend_until(header: Header, position: int) -> Any:
+    """Return what the order of positions below `position` depends on."""
+    return [list(s) for s in header.sources], [list(s) for first, *s in header.stages if first < position]
 
 
 @dataclass
@@ -276,7 +306,7 @@ def _check_sums(found: Audit, header: Header | None, lines: Sequence[tuple[Windo
         return
     sizes = [window.stop - window.first for window, _ in lines]
     positions = np.concatenate([np.arange(window.first, window.stop) for window, _ in lines])
-    mixed = _mixed(sample_at(header.seed, positions, header.rows), header.bits)
+    mixed = _mixed(header.order.rows_at(positions), header.bits)
     sums = np.add.reduceat(mixed, list(itertools.accumulate(sizes[:-1], initial=0)))
     for (window, total), expected in zip(lines, sums.tolist(), strict=True):
         if total != expected * header.copies:
@@ -303,18 +333,38 @@ def _check_history(found: Audit, windows: Sequence[Window]) -> None:
         position = window.stop
 
 
-def _count(found: Audit, windows: Sequence[Window]) -> None:
+def _count(found: Audit, windows: Sequence[Window], header: Header) -> None:
     """Count the samples of each epoch: trained on, trained on again, skipped and passed over."""
-    seen = 0  # end of the trained windows so far; windows are sorted by their first position
-    for window in sorted(windows, key=lambda w: w.first):
+    windows = sorted(windows, key=lambda w: w.first)
+    for window in windows:
         if window.step is None:
             found.passed_over.append(window)
         elif window.skipped:
             found.skipped.append(window)
         found.steps += window.step is not None
         found.samples += window.trained * (window.stop - window.first)
-        for number, first, stop in _by_epoch(window, found.rows):
-            epoch = found.epochs.setdefault(number, Epoch())
+    if not windows:
+        return
+    ends = header.order.taken_at([end for w in windows for end in (w.first, w.stop)]).reshape(len(windows), 2, -1)
+    for lane, (name, rows) in enumerate(zip(header.lanes, header.order.lanes, strict=True)):
+        own = [
+            window._replace(first=first, stop=stop)
+            for window, (first, stop) in zip(windows, ends[:, :, lane].tolist(), strict=True)
+        ]
+        epochs = _count_lane(own, rows)
+        if name:
+            found.sources[name], found.source_rows[name] = epochs, rows
+        else:
+            found.epochs = epochs
+
+
+def _count_lane(windows: Sequence[Window], rows: int) -> dict[int, Epoch]:
+    """Count by epoch the samples of rows that are shuffled together. windows: sorted, in samples of these rows."""
+    epochs: dict[int, Epoch] = {}
+    seen = 0  # end of the trained windows so far
+    for window in windows:
+        for number, first, stop in _by_epoch(window, rows):
+            epoch = epochs.setdefault(number, Epoch())
             if window.trained:
                 epoch.trained += stop - max(first, min(seen, stop))
                 epoch.again += max(0, min(seen, stop) - first)
@@ -324,6 +374,7 @@ def _count(found: Audit, windows: Sequence[Window]) -> None:
                 epoch.passed_over += stop - first
         if window.trained:
             seen = max(seen, window.stop)
+    return epochs
 
 
 def _by_epoch(window: Window, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -341,12 +392,8 @@ def describe(found: Audit) -> list[str]:
         f"{found.steps:,} steps in {found.lives:,} {'start' if found.lives == 1 else 'starts'} trained on {found.samples:,} "
         f"samples from {found.rows:,} rows; {found.taken_again:,} steps were repeated after a resume or rollback"
     ]
-    whole = [n for n, e in found.epochs.items() if e == Epoch(trained=found.rows)]
-    if whole:
-        lines.append(f"{_span('epoch', whole)}: each of the {found.rows:,} samples once")
-    for number, epoch in sorted(found.epochs.items()):
-        if number not in whole:
-            lines.append(f"epoch {number}: {_epoch_in_words(epoch, found.rows, last=number == max(found.epochs))}")
+    for name, epochs in ({"": found.epochs} | found.sources).items():
+        lines += _epochs_in_words(epochs, found.source_rows.get(name, found.rows), f"{name}, " if name else "")
     lines += _some([f"skipped: step {w.step}, positions {w.first} to {w.stop - 1}" for w in found.skipped])
     lines += _some([f"passed over: positions {w.first} to {w.stop - 1}" for w in found.passed_over])
     if found.passed:
@@ -359,6 +406,17 @@ def describe(found: Audit) -> list[str]:
         *found.problems,
         *more,
         f"FAIL: the ledger does not prove that each sample was trained on once{where}",
+    ]
+
+
+def _epochs_in_words(epochs: dict[int, Epoch], rows: int, of: str) -> list[str]:
+    """Return a line for the epochs that are complete, and one for each other epoch. of: the source, to begin each line with."""
+    whole = [n for n, e in epochs.items() if e == Epoch(trained=rows)]
+    lines = [f"{of}{_span('epoch', whole)}: each of the {rows:,} samples once"] if whole else []
+    return lines + [
+        f"{of}epoch {number}: {_epoch_in_words(epoch, rows, last=number == max(epochs))}"
+        for number, epoch in sorted(epochs.items())
+        if number not in whole
     ]
 
 

@@ -1,8 +1,8 @@
 """
 Rows -> batches of tensors, one optimizer step at a time, prefetched by a thread.
 
-The loader's whole state is `position`: samples consumed since the start of training. `order.sample_at` maps a position
-to a sample, whatever the number of processes, so a run can resume with any number of them.
+The loader's whole state is `position`: samples consumed since the start of training. `Blend.rows_at` maps a position
+to a row, whatever the number of processes, so a run can resume with any number of them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from shoal.config.layout import split_slots
-from shoal.data.order import sample_at
+from shoal.data.blend import Blend
 from shoal.data.pack import IGNORED_LABEL, Rows
 
 _CPU: Final = torch.device("cpu")
@@ -27,7 +28,7 @@ _CPU: Final = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. Tensors are int64 [batch, seq]; `document_ids` is None if there is no document mask."""
+    """A micro-batch. Tensors are int64 [batch, seq] unless said; `document_ids` is None if there is no document mask."""
 
     tokens: Tensor
     labels: Tensor  # the next token, or -100 to ignore
@@ -35,6 +36,7 @@ class Batch:
     document_ids: Tensor | None
     sample_ids: tuple[int, ...]  # row numbers
     valid_tokens: int  # labels that are not ignored
+    sources: Tensor | None = None  # [batch], the source of each row; None if there is one source
 
     def ignored(self) -> Batch:
         """Return a batch of the same shapes with every label ignored, for a rank with fewer micro-batches than the others."""
@@ -42,21 +44,27 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy to `device`, asynchronously if this batch is in pinned memory."""
-        tokens, labels, positions = (
-            t.to(device, non_blocking=True) for t in (self.tokens, self.labels, self.positions)
-        )
-        ids = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
-        return Batch(tokens, labels, positions, ids, self.sample_ids, self.valid_tokens)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Copy to page-locked memory, from which a GPU copies while it computes."""
-        ids = None if self.document_ids is None else self.document_ids.pin_memory()
-        tokens, labels, positions = (t.pin_memory() for t in (self.tokens, self.labels, self.positions))
-        return Batch(tokens, labels, positions, ids, self.sample_ids, self.valid_tokens)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors: dict[str, Any] = {
+            name: change(tensor)
+            for name in ("tokens", "labels", "positions", "document_ids", "sources")
+            if (tensor := getattr(self, name)) is not None
+        }
+        return dataclasses.replace(self, **tensors)
 
 
-def make_batch(rows: Rows, row_ids: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Batch:
-    """Return a batch of the rows with these numbers. Raises DataError if their bytes were altered."""
+def make_batch(rows: Rows, row_ids: npt.NDArray[np.int64], sources: npt.NDArray[np.int64] | None = None) -> Batch:
+    """
+    Return a batch of the rows with these numbers. Raises DataError if their bytes were altered.
+
+    sources: the source of each row; None if there is one source.
+    """
     arrays = rows.read(row_ids)
     return Batch(
         torch.from_numpy(arrays.tokens),
@@ -65,6 +73,7 @@ def make_batch(rows: Rows, row_ids: np.ndarray[tuple[int], np.dtype[np.int64]]) 
         None if arrays.document_ids is None else torch.from_numpy(arrays.document_ids),
         tuple(row_ids.tolist()),
         int((arrays.labels != IGNORED_LABEL).sum()),
+        None if sources is None else torch.from_numpy(sources),
     )
 
 
@@ -72,7 +81,7 @@ class Loader:
     """
     This rank's micro-batches of each optimizer step.
 
-    device: the device that the batches will be copied to; for CUDA, they are in pinned memory. passed_over: [first, stop)
+    order: which row is at each position. device: the device that the batches will be copied to; for CUDA, they are in pinned memory. passed_over: [first, stop)
     ranges of positions that no step uses. at: a function called with "read" before each step is read.
 
     A step has `global_batch // micro_batch` slots: micro-batches in a fixed order. A rank owns consecutive slots
@@ -83,8 +92,8 @@ class Loader:
     def __init__(
         self,
         rows: Rows,
+        order: Blend,
         *,
-        seed: int,
         global_batch: int,
         micro_batch: int,
         dp_rank: int,
@@ -107,9 +116,9 @@ class Loader:
         """Samples consumed over all ranks, up to the end of the last step returned."""
         self.first = position
         """Position of the first sample of the last step returned."""
-        self.rows = rows
+        self.rows, self.order = rows, order
         self._at = at
-        self._seed, self._device, self._passed_over = seed, device, sorted(passed_over)
+        self._device, self._passed_over = device, sorted(passed_over)
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._slots = split_slots(slots, dp_size)[dp_rank]
         self._ready: queue.Queue[tuple[int, list[Batch]] | BaseException] = queue.Queue(maxsize=prefetch)
@@ -160,7 +169,7 @@ class Loader:
     def samples(self, position: int) -> list[int]:
         """Return the row numbers of the step that begins at `position`, over all ranks."""
         places = np.arange(position, position + self._global_batch)
-        found: list[int] = sample_at(self._seed, places, len(self.rows)).tolist()
+        found: list[int] = self.order.rows_at(places).tolist()
         return found
 
     def batches_at(self, position: int) -> list[Batch]:
@@ -170,8 +179,9 @@ class Loader:
     def _step_at(self, position: int) -> list[Batch]:
         """Read this rank's part of the step at `position`: a pure function of the position."""
         first, stop = (position + slot * self._micro_batch for slot in (self._slots.start, self._slots.stop))
-        row_ids = sample_at(self._seed, np.arange(first, stop), len(self.rows))
-        batches = (make_batch(self.rows, ids) for ids in row_ids.reshape(-1, self._micro_batch))
+        row_ids = self.order.rows_at(np.arange(first, stop)).reshape(-1, self._micro_batch)
+        sources = self.order.sources_of(row_ids) if len(self.order.sizes) > 1 else [None] * len(row_ids)
+        batches = (make_batch(self.rows, *each) for each in zip(row_ids, sources, strict=True))
         return [batch.pin_memory() if self._device.type == "cuda" else batch for batch in batches]
 
 

@@ -44,7 +44,8 @@ def position_of(seed: int, samples: npt.ArrayLike, epochs: npt.ArrayLike, num_sa
     if ((wanted < 0) | (wanted >= num_samples)).any():
         raise ValueError(f"samples must be in range({num_samples})")
     slots = _walk(_inverse, np.atleast_1d(wanted), _key(seed, np.atleast_1d(epoch), source), num_samples)
-    return slots.reshape(wanted.shape) + epoch * num_samples
+    found: Ints = slots.reshape(wanted.shape) + epoch * num_samples
+    return found
 
 
 def _check(num_samples: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -13,7 +12,7 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 import shoal
-from shoal.config.options import Config
+from shoal.config.options import Config, options_of
 from shoal.elastic.heartbeat import Sign
 from shoal.elastic.rendezvous import TimedCalls
 from shoal.elastic.watch import LASTING, RankStatus
@@ -23,17 +22,17 @@ POST_SECONDS: Final = 1.0
 # Options that may differ between machines: each may have its own copy of the data, and its own speed.
 _OF_A_PLACE: Final = {
     ("data", "paths"), ("data", "folder"), ("data", "tokenizer"), ("model", "from_"), ("checkpoint", "fast"),
-    ("metrics", "peak_tflops"), ("model", "kept"), ("data", "kept"),
+    ("metrics", "peak_tflops"),
 }  # fmt: skip
 
 
 def shared_settings(config: Config) -> dict[str, object]:
     """Return what must match on all machines: versions and all options except paths, speeds and `launch`."""
     found: dict[str, object] = {"shoal": shoal.__version__, "torch": torch.__version__.partition("+")[0]}
-    for section, values in dataclasses.asdict(config).items():
-        for key, value in values.items():
-            if section != "launch" and (section, key) not in _OF_A_PLACE:
-                found[f"{section}.{key}"] = value
+    for key, (f, value) in options_of(config).items():
+        section = key.partition(".")[0]
+        if section != "launch" and (section, f.name) not in _OF_A_PLACE:
+            found[key] = value
     return found
 
 

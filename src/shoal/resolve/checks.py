@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from shoal.config.data_options import Data
-from shoal.config.options import Config
+from shoal.config.data_options import BlendSource, Data, Source, read_place
+from shoal.config.option import option_fields, option_name
+from shoal.config.options import SOURCES, Config
 from shoal.config.presets import shape_problems
 from shoal.errors import ModelError, Problem
 from shoal.hub.find import find_model, find_path, near_path
@@ -84,18 +86,14 @@ def why_no_name(name: str) -> str | None:
 
 def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
     model, data = config.model, config.data
-    if data.corpus in ("text", "jsonl") and not data.paths:
-        yield problem(f"a {data.corpus} corpus needs files or folders; set data.paths", "data.corpus")
-    if data.corpus in ("stdlib", "dummy") and data.paths:
-        yield problem(
-            f"a {data.corpus} corpus does not use data.paths; set data.corpus to text or jsonl",
-            "data.paths",
-            "data.corpus",
-        )
-    missing = [p for p in data.paths if not _is_there(p)]
-    if missing and not _has_tokens(data):  # if the tokens are prepared, their source files may be gone
-        named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
-        yield problem(f"data.paths does not exist: {named}", "data.paths")
+    if data.sources is None:
+        yield from _source_problems(data, "data", data, problem)
+        if data.stages is not None:
+            yield problem("data.stages needs a blend; set data.sources", "data.stages")
+    else:
+        for name, source in data.sources.items():
+            yield from _source_problems(source, f"{SOURCES}{name}", data, problem)
+        yield from _blend_problems(data, data.sources, problem)
     why = _why_no_tokenizer(data)
     if why is not None:
         yield problem(
@@ -112,10 +110,65 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
         )
 
 
-def _has_tokens(data: Data) -> bool:
+def _source_problems(source: Source, key: str, data: Data, problem: MakeProblem) -> Iterable[Problem]:
+    """Yield the problems of one source. key: the dotted key of its options without their names."""
+    if source.corpus in ("text", "jsonl") and not source.paths:
+        yield problem(f"a {source.corpus} corpus needs files or folders; set {key}.paths", f"{key}.corpus")
+    if source.corpus in ("stdlib", "dummy") and source.paths:
+        yield problem(
+            f"a {source.corpus} corpus does not use {key}.paths; set {key}.corpus to text or jsonl",
+            f"{key}.paths",
+            f"{key}.corpus",
+        )
+    missing = [p for p in source.paths if not _is_there(p)]
+    if missing and not _has_tokens(source.corpus, data):  # if the tokens are prepared, their source files may be gone
+        named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
+        yield problem(f"{key}.paths does not exist: {named}", f"{key}.paths")
+
+
+def _blend_problems(data: Data, sources: Mapping[str, BlendSource], problem: MakeProblem) -> Iterable[Problem]:
+    """Yield the problems of a blend's weights and stages."""
+    for f in option_fields(Source):
+        if getattr(data, f.name) != f.default:
+            key = f"data.{option_name(f)}"
+            yield problem(f"{key} has no effect beside data.sources; set it below each source", key)
+    weights = {name: source.weight for name, source in sources.items()}
+    without = [name for name, weight in weights.items() if weight is None]
+    if without and len(without) < len(weights):
+        yield problem(
+            f"data.sources.{without[0]} has no weight, but others have one; set the weight of all sources or of none",
+            *(f"{SOURCES}{name}.weight" for name in weights),
+        )
+    elif not without and not sum(weight or 0.0 for weight in weights.values()):
+        yield problem("the weights of all sources are 0; set one above 0", *(f"{SOURCES}{n}.weight" for n in weights))
+    if without and data.stages is not None:
+        yield problem("data.stages changes weights, and the sources have none; set their weights", "data.stages")
+    if without and any(source.max_epochs is not None for source in sources.values()):
+        yield problem(
+            "max_epochs needs weights: without them each row is read once per epoch, and train.epochs limits epochs",
+            *(f"{SOURCES}{name}.max_epochs" for name in weights),
+        )
+    for place, given in (data.stages or {}).items():
+        if (why := _why_no_stage(place, given, sources)) is not None:
+            yield problem(f"data.stages {place!r}: {why}", "data.stages")
+
+
+def _why_no_stage(place: str, given: Mapping[str, float], sources: Mapping[str, BlendSource]) -> str | None:
+    """Return the reason why a stage is invalid; None if it is valid."""
+    if read_place(place) is None:
+        return "it is not a place of the run, such as 1000 steps or 2e9 tokens"
+    unknown = [name for name in given if name not in sources]
+    if unknown:
+        return f"there is no source {unknown[0]}; the sources are {', '.join(sources)}"
+    if any(not 0 <= weight < math.inf for weight in given.values()) or not sum(given.values()):
+        return "weights must not be negative, and at least one must be above 0"
+    return None
+
+
+def _has_tokens(corpus: str, data: Data) -> bool:
     """Return whether there are prepared tokens of any corpus of this kind; preparation checks whether they are this corpus's."""
     try:
-        return any(Path(data.folder).expanduser().glob(f"{data.corpus}-*/manifest.json"))
+        return any(Path(data.folder).expanduser().glob(f"{corpus}-*/manifest.json"))
     except (OSError, RuntimeError, ValueError):
         return False
 

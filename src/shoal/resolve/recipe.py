@@ -16,8 +16,9 @@ from typing import Any, Final
 
 import yaml
 
+from shoal.config.data_options import BlendSource
 from shoal.config.option import option_fields, option_name
-from shoal.config.options import SECTIONS, options
+from shoal.config.options import SECTIONS, SOURCES, option_at, options
 from shoal.errors import Problem
 from shoal.system.output import on_one_line
 
@@ -186,16 +187,25 @@ def _read_section(path: Path, key: yaml.Node, node: yaml.Node, problems: list[Pr
     if not isinstance(node, yaml.MappingNode):
         problems.append(Problem(where, f"{name} is a section: put its options below it, indented{_meant(name, node)}"))
         return []
+    return list(_read_options(path, name, node, problems).values())
+
+
+def _read_options(path: Path, name: str, node: yaml.MappingNode, problems: list[Problem]) -> dict[str, Setting]:
+    """Return the settings of a section, or of a source of a blend (name: data.sources.NAME), by dotted key."""
     settings: dict[str, Setting] = {}
     for option, value in node.value:
         dotted, line = f"{name}.{_name_of(option)}", f"{path}:{option.start_mark.line + 1}"
         if dotted in settings:
             problems.append(Problem(line, f"{dotted} is here and at {settings[dotted].where}; remove one"))
+        nested = dotted == SOURCES[:-1] or f"{name}." == SOURCES
+        if nested and isinstance(value, yaml.MappingNode):
+            settings |= _read_options(path, dotted, value, problems)
+            continue
         try:
             settings[dotted] = Setting(dotted, _construct(value), line)
         except _NoValueError as error:
             problems.append(Problem(line, f"{dotted} cannot be read: {error}"))
-    return list(settings.values())
+    return settings
 
 
 def _meant(section: str, node: yaml.Node) -> str:
@@ -256,9 +266,8 @@ def read_override(key: str, text: str, where: str) -> Setting:
 
 def known(settings: Iterable[Setting], problems: list[Problem]) -> Iterator[Setting]:
     """Yield settings whose key is an option; add a `Problem` with a suggestion for each other setting."""
-    there = options()
     for setting in settings:
-        if setting.key in there:
+        if option_at(setting.key) is not None:
             yield setting
         else:
             problems.append(Problem(setting.where, _unknown(setting.key)))
@@ -282,11 +291,24 @@ def not_text(value: str) -> str | None:
 def _unknown(key: str) -> str:
     if key in SECTIONS:
         return f"{key} is a section; its options are --{key}.OPTION VALUE: {_valid_beside(key)}"
+    if f"{key}.".startswith(SOURCES):
+        return _no_source_option(key)
     if len(found := candidates(key)) > 1:
         return f"{key} may be {', '.join(found[:-1])} or {found[-1]}; use the full name"
     near = nearest(key)
     hint = f"; did you mean {near}?" if near else f"; valid here: {_valid_beside(key)}"
     return f"there is no option {key}{hint}"
+
+
+def _no_source_option(key: str) -> str:
+    """Return the message for an unknown key below data.sources."""
+    name, _, leaf = key.removeprefix(SOURCES).rpartition(".")
+    valid = [option_name(f) for f in option_fields(BlendSource)]
+    if not name:
+        return f"{key} must be a source's name with its options below it: {', '.join(valid)}"
+    near = difflib.get_close_matches(leaf, valid, 1, cutoff=0.6)
+    hint = f"did you mean {SOURCES}{name}.{near[0]}?" if near else f"valid here: {', '.join(valid)}"
+    return f"there is no option {key}; {hint}"
 
 
 def nearest(key: str) -> str | None:

@@ -18,8 +18,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from shoal.config.data_options import BlendSource
 from shoal.config.option import PAST, TYPE_WORDS, option_fields, option_name, with_bounds
-from shoal.config.options import SECTIONS, Config, Model, options
+from shoal.config.options import SECTIONS, SOURCES, Config, Model, option_at, options, options_of, source_option
 from shoal.config.presets import PRESETS, resolve_shape
 from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
@@ -68,7 +69,7 @@ def resolve(
     if problems:
         raise ConfigError(sorted(problems, key=_place))
     config = with_kept(_build(values), kept)
-    sources = {key: settings[key].where if key in settings else DEFAULT for key in options()}
+    sources = {key: settings[key].where if key in settings else DEFAULT for key in options_of(config)}
     if problems := list(contradictions(config, sources)):
         raise ConfigError(problems)
     return _derive(config, sources, (*notes, *remarks(config)), replaced)
@@ -106,15 +107,16 @@ def _place(problem: Problem) -> tuple[bool, int]:
 
 
 def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
-    """Derive data.corpus from data.paths, if only the latter is set: jsonl if all names end in .jsonl or .jsonl.gz, else text."""
-    paths = settings.get("data.paths")
-    if paths is None or not paths.value or "data.corpus" in settings:
-        return settings
-    names = paths.value if isinstance(paths.value, list) else str(paths.value).split(",")
-    lines = all(str(name).strip().endswith((".jsonl", ".jsonl.gz")) for name in names)
-    return settings | {
-        "data.corpus": Setting("data.corpus", "jsonl" if lines else "text", f"data.paths at {paths.where}")
-    }
+    """Derive each source's corpus from its paths, if only these are set: jsonl if all names end in .jsonl or .jsonl.gz, else text."""
+    derived = {}
+    for key, paths in settings.items():
+        corpus = f"{key.removesuffix('paths')}corpus"
+        if (key == "data.paths" or (key.startswith(SOURCES) and key.endswith(".paths"))) and corpus not in settings:
+            names = paths.value if isinstance(paths.value, list) else str(paths.value or "").split(",")
+            if any(str(name).strip() for name in names):
+                lines = all(str(name).strip().endswith((".jsonl", ".jsonl.gz")) for name in names)
+                derived[corpus] = Setting(corpus, "jsonl" if lines else "text", f"{key} at {paths.where}")
+    return settings | derived
 
 
 def _with_shape(
@@ -199,17 +201,27 @@ def _beyond_window(settings: Mapping[str, Setting], origin: Setting, shape: Shap
 
 @functools.cache
 def _types() -> dict[str, Any]:
+    """Return the type of every option by its dotted key; a blend's sources have the key data.sources.OPTION."""
     hints = {name: typing.get_type_hints(section) for name, section in SECTIONS.items()}
-    return {key: hints[key.partition(".")[0]][f.name] for key, f in options().items()}
+    sources = typing.get_type_hints(BlendSource)
+    types = {key: hints[key.partition(".")[0]][f.name] for key, f in options().items()}
+    return types | {f"{SOURCES}{option_name(f)}": sources[f.name] for f in option_fields(BlendSource)}
+
+
+def _option(key: str) -> tuple[Any, Mapping[str, Any]]:
+    """Return the type and the metadata of an option that exists."""
+    found = option_at(key)
+    assert found is not None, key
+    return _types()[f"{SOURCES}{option_name(found)}" if key.startswith(SOURCES) else key], found.metadata
 
 
 def _typed(setting: Setting, problems: list[Problem]) -> Any:
     """Return the value in its option's type, checked by pydantic in strict mode, so that `true` is not an integer."""
     from pydantic import ValidationError
 
-    value, kind = setting.value, _types()[setting.key]
+    value, (kind, meta) = setting.value, _option(setting.key)
     if isinstance(value, str):
-        value = options()[setting.key].metadata["spellings"].get(value.lower(), value)
+        value = meta["spellings"].get(value.lower(), value)
     if kind == tuple[str, ...]:
         value = tuple(value) if isinstance(value, list) else tuple(v.strip() for v in str(value).split(","))
     elif (
@@ -229,7 +241,8 @@ def _typed(setting: Setting, problems: list[Problem]) -> Any:
 
 
 def _adapter(key: str) -> Any:
-    return _adapter_of(_types()[key], **options()[key].metadata["bounds"])
+    kind, meta = _option(key)
+    return _adapter_of(kind, **meta["bounds"])
 
 
 @functools.cache
@@ -242,7 +255,7 @@ def _adapter_of(kind: Any, **bounds: float) -> Any:
 
 def expectation(key: str) -> str:
     """Return the valid values of `key` in words: "an integer of at least 1 (steps), or null"."""
-    kind, meta = _types()[key], options()[key].metadata
+    kind, meta = _option(key)
     union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     parts = [a for a in typing.get_args(kind) if a is not types.NoneType] if union else [kind]
     text = " | ".join(
@@ -260,10 +273,19 @@ def _show(value: Any) -> str:
 def _build(values: Mapping[str, Any]) -> Config:
     fields = {key: f.name for key, f in options().items()}
     sections = {
-        name: section(**{fields[k]: v for k, v in values.items() if k.startswith(f"{name}.")})
+        name: section(**{fields[k]: v for k, v in values.items() if k in fields and k.startswith(f"{name}.")})
         for name, section in SECTIONS.items()
     }
-    return Config(**sections)
+    return _with_sources(Config(**sections), values)
+
+
+def _with_sources(config: Config, values: Mapping[str, Any]) -> Config:
+    """Return `config` with a blend's sources, in the order in which they were set."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        if said := source_option(key):
+            found.setdefault(said[0], {})[said[1].name] = value
+    return config.replace("data", sources={n: BlendSource(**v) for n, v in found.items()}) if found else config
 
 
 def with_kept(config: Config, kept: Mapping[str, Path]) -> Config:
@@ -290,24 +312,39 @@ def _derive(
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Return plain values by section, for YAML and JSON."""
     plain: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    for key, f in options().items():
-        section, _, name = key.partition(".")
-        value = getattr(getattr(config, section), f.name)
-        plain[section][name] = list(value) if isinstance(value, tuple) else value
+    for key, (_, value) in options_of(config).items():
+        *path, name = _path(key)
+        within: dict[str, Any] = plain
+        for part in path:
+            within = within.setdefault(part, {})
+        within[name] = _plain(value)
     return plain
+
+
+def _path(key: str) -> list[str]:
+    """Return the names that lead to an option in a recipe: section and option or, for a source, data, sources, NAME, option."""
+    if said := source_option(key):
+        return ["data", "sources", said[0], option_name(said[1])]
+    return key.split(".", 1)
 
 
 def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
     """Return the config as a recipe; with `sources`, each line ends with the source of its value."""
-    lines = []
-    for section, values in to_dict(config).items():
-        lines.append(f"{section}:")
-        for key, value in values.items():
-            text = to_text(value)
-            source = sources.get(f"{section}.{key}", DEFAULT) if sources else None
-            lines.append(
-                f"  {key}: {text}" + (f"{' ' * max(1, 44 - len(key) - len(text))}# {source}" if source else "")
+    lines: list[str] = []
+    above: list[str] = []
+    for section in SECTIONS:
+        for key, (_, value) in options_of(config).items():
+            *path, name = _path(key)
+            if path[0] != section:
+                continue
+            common = next(
+                (n for n, (a, b) in enumerate(zip(path, above, strict=False)) if a != b), min(len(path), len(above))
             )
+            lines += [f"{'  ' * depth}{part}:" for depth, part in enumerate(path) if depth >= common]
+            above = path
+            text = to_text(_plain(value))
+            source = f"{' ' * max(1, 44 - len(name) - len(text))}# {sources.get(key, DEFAULT)}" if sources else ""
+            lines.append(f"{'  ' * len(path)}{name}: {text}{source}")
     return "\n".join(lines) + "\n"
 
 
@@ -333,20 +370,30 @@ def _read_back(path: Path, content: bytes) -> Config:
 
 def schema() -> dict[str, Any]:
     """Return a JSON schema of the recipe, for editors and other programs."""
-    sections = {name: {"type": "object", "additionalProperties": False, "properties": {}} for name in SECTIONS}
-    for key, f in options().items():
+    sections = {name: _object({}) for name in SECTIONS}
+    for key in options():
         section, _, name = key.partition(".")
-        unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
-        default = list(f.default) if isinstance(f.default, tuple) else f.default
-        entry = _adapter(key).json_schema() | {"description": f.metadata["help"] + unit, "default": default}
-        sections[section]["properties"][name] = entry  # type: ignore[index]
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "shoal recipe",
-        "type": "object",
-        "additionalProperties": False,
-        "properties": sections,
-    }
+        sections[section]["properties"][name] = _described(key)
+    source = _object(
+        {option_name(f): _described(f"{SOURCES}NAME.{option_name(f)}") for f in option_fields(BlendSource)}
+    )
+    sections["data"]["properties"]["sources"] = {"type": "object", "additionalProperties": source}
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "shoal recipe"}
+    return head | _object(sections)
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def _described(key: str) -> dict[str, Any]:
+    """Return the JSON schema of an option."""
+    f = option_at(key)
+    assert f is not None, key
+    unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
+    default = list(f.default) if isinstance(f.default, tuple) else f.default
+    described: dict[str, Any] = _adapter(key).json_schema()
+    return described | {"description": f.metadata["help"] + unit, "default": default}
 
 
 @dataclass(frozen=True)
@@ -361,10 +408,14 @@ class ChangedOption:
 
 def changed_options(before: Config, after: Config) -> list[ChangedOption]:
     """Return the options that differ between two configs, in the order of declaration."""
-    old, new = to_dict(before), to_dict(after)
-    return [
-        ChangedOption(key, old[s][k], new[s][k], f.metadata[PAST])
-        for key, f in options().items()
-        for s, _, k in [key.partition(".")]
-        if old[s][k] != new[s][k]
-    ]
+    old, new = options_of(before), options_of(after)
+    found = []
+    for key, (f, _) in (old | new).items():
+        was, now = (_plain(config[key][1]) if key in config else None for config in (old, new))
+        if was != now or (key in old) != (key in new):
+            found.append(ChangedOption(key, was, now, f.metadata[PAST]))
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
