@@ -40,8 +40,7 @@ import torch
 from shoal.config.layout import Layout, find_layout
 from shoal.config.options import Config, Model, Parallel
 from shoal.config.schedules import bubble_fraction
-from shoal.data.pack import Rows
-from shoal.data.prepare import open_data
+from shoal.data.dataset import BlendRows, open_data
 from shoal.mesh.mesh import Mesh, open_mesh
 from shoal.metrics.machine import device_name
 from shoal.plan.estimate import parameter_count
@@ -285,12 +284,12 @@ def held(recipes: Sequence[Path]) -> None:
         world.barrier()
         for recipe in recipes:
             config = read_back(recipe)
-            prepared = open_data(config.data, Console(speaks=False))
+            dataset = open_data(config.data, Console(speaks=False))
             layout = find_layout(config.parallel, world.world_size)
             assert isinstance(layout, Layout)
             mesh = Mesh(world.place, world.device, layout)
-            config = finish_config(config, RunFolder(recipe.parent / "none"), prepared, mesh)
-            rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=False)
+            config = finish_config(config, RunFolder(recipe.parent / "none"), dataset, mesh)
+            rows = dataset.rows("train")
             line = json.dumps(take_steps(config, mesh, rows))
             if mesh.is_first:
                 print(line, flush=True)
@@ -298,7 +297,7 @@ def held(recipes: Sequence[Path]) -> None:
     os._exit(0)  # gloo's threads may outlive Python's shutdown
 
 
-def take_steps(config: Config, mesh: Mesh, rows: Rows) -> list[float]:
+def take_steps(config: Config, mesh: Mesh, rows: BlendRows) -> list[float]:
     """Return the fields of `Measured`, equal on all ranks. Runs collectives over the world."""
     gc.collect()  # free the last recipe's model
     libc = ctypes.CDLL(None)

@@ -13,7 +13,7 @@ import torch
 
 from shoal.bench.parity import Certificate, certify
 from shoal.config.options import Config
-from shoal.data.prepare import open_data
+from shoal.data.dataset import open_data
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Shard
 from shoal.models.build import initial_weights
@@ -33,11 +33,11 @@ def certified(mesh: Mesh, config: Config, bug: str) -> Certificate:
     """Return, in a worker, the certificate of this config with this bug planted in parallel layouts."""
     mesh = mesh_for(mesh, config.parallel)
     console = Console(speaks=False)
-    prepared = open_data(config.data, console)
+    dataset = open_data(config.data, console)
     folder = RunFolder.of(config).path
-    config = finish_config(config, RunFolder(folder / "none"), prepared, mesh)
+    config = finish_config(config, RunFolder(folder / "none"), dataset, mesh)
     with BUGS[bug]():
-        return certify(config, mesh, prepared, folder, console)
+        return certify(config, mesh, dataset, folder, console)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Run:
 
     def start(self, step: int, position: int) -> None:
         """Start from the checkpoint of `step`."""
-        self.ledger = Ledger(self.path, self.header)
+        self.ledger = Ledger(self.path)
         self.go_back(step, position)
 
     def go_back(self, step: int, position: int) -> None:
@@ -47,7 +47,7 @@ class Run:
         self.trained = {s: ids for s, ids in self.trained.items() if s <= step}
         self.skipped = {s: window for s, window in self.skipped.items() if s <= step}
         self.passed = [each for each in self.passed if each[2] <= position]
-        self.ledger.begin(step, position)
+        self.ledger.begin(self.header, step, position)
 
     def take(self, *, dp: int = 1, skipped: bool = False) -> None:
         first, stop = self.position, self.position + self.header.global_batch
@@ -260,8 +260,8 @@ def test_other_data_another_seed_another_batch_are_found(tmp_path: Path) -> None
     path = simple(tmp_path / "ledger.jsonl", steps=3)
     assert audit(path, seed=8).problems == ["the ledger has seed 7, but the run has 8"]
     assert audit(path, rows=99).problems == ["the ledger has rows 100, but the run has 99"]
-    ledger = Ledger(path, Header(rows=100, seed=7, global_batch=16, copies=1, data_id="others"))
-    ledger.begin(3, 48)
+    ledger = Ledger(path)
+    ledger.begin(Header(rows=100, seed=7, global_batch=16, copies=1, data_id="others"), 3, 48)
     ledger.close()
     assert audit(path).problems == ["data_id was tokens and is others after step 3"]
     change(path, 2, stop=31)

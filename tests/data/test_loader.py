@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from shoal.data.blend import Blend
 from shoal.data.loader import Batch, Loader, evaluation_batches, evaluation_rows
 from shoal.data.order import sample_at
 from shoal.data.pack import PackedStream, Rows
@@ -47,7 +48,7 @@ def steps(
     for rank in range(dp_size):
         loader = Loader(
             rows,
-            seed=7,
+            Blend(7, [NUM_ROWS]),
             global_batch=global_batch,
             micro_batch=micro_batch,
             dp_rank=rank,
@@ -106,7 +107,9 @@ def test_without_a_mask_there_are_no_document_ids(path: Path) -> None:
 
 
 def test_damage_found_by_the_thread_reaches_whoever_asks(path: Path) -> None:
-    loader = Loader(make_rows(path, True, alter=True), seed=0, global_batch=4, micro_batch=4, dp_rank=0, dp_size=1)
+    loader = Loader(
+        make_rows(path, True, alter=True), Blend(0, [NUM_ROWS]), global_batch=4, micro_batch=4, dp_rank=0, dp_size=1
+    )
     for _ in range(2):  # the second call raises again rather than block
         with pytest.raises(DataError, match=r"train-00000.safetensors was altered"):
             loader.next_step()
@@ -116,7 +119,7 @@ def test_damage_found_by_the_thread_reaches_whoever_asks(path: Path) -> None:
 
 def test_closing_ends_the_thread_at_once(rows: Rows) -> None:
     before = threading.active_count()
-    loader = Loader(rows, seed=0, global_batch=4, micro_batch=4, dp_rank=0, dp_size=1, prefetch=1)
+    loader = Loader(rows, Blend(0, [NUM_ROWS]), global_batch=4, micro_batch=4, dp_rank=0, dp_size=1, prefetch=1)
     assert threading.active_count() == before + 1
     loader.close()
     loader.close()
@@ -138,7 +141,7 @@ def test_the_thread_takes_its_processs_device_before_it_locks_memory(
         return batch
 
     monkeypatch.setattr(Batch, "pin_memory", pin)
-    loader = Loader(rows, seed=0, global_batch=4, micro_batch=2, dp_rank=0, dp_size=1, device=device)
+    loader = Loader(rows, Blend(0, [NUM_ROWS]), global_batch=4, micro_batch=2, dp_rank=0, dp_size=1, device=device)
     batches = loader.next_step()
     loader.close()
     assert len(batches) == 2
@@ -158,7 +161,9 @@ def test_batches_that_do_not_divide_are_refused(rows: Rows, global_batch: int, m
     with pytest.raises(
         ValueError, match=f"global_batch {global_batch} .* micro_batch {micro_batch}, .* {dp_size} data-parallel"
     ):
-        Loader(rows, seed=0, global_batch=global_batch, micro_batch=micro_batch, dp_rank=0, dp_size=dp_size)
+        Loader(
+            rows, Blend(0, [NUM_ROWS]), global_batch=global_batch, micro_batch=micro_batch, dp_rank=0, dp_size=dp_size
+        )
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 20])

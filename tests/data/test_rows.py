@@ -12,6 +12,7 @@ import torch
 from shoal.config.data_options import Data
 from shoal.config.options import Config, Model, Optim, Train
 from shoal.config.run_options import Launch, Metrics
+from shoal.data.blend import Blend
 from shoal.data.ledger import audit
 from shoal.data.loader import Loader, evaluation_batches
 from shoal.data.order import sample_at
@@ -42,7 +43,7 @@ class Counting:
 
 def test_the_loader_asks_for_nothing_else() -> None:
     rows: Rows = Counting()
-    loader = Loader(rows, seed=3, global_batch=8, micro_batch=4, dp_rank=0, dp_size=1)
+    loader = Loader(rows, Blend(3, [len(rows)]), global_batch=8, micro_batch=4, dp_rank=0, dp_size=1)
     batches = loader.next_step()
     loader.close()
     assert [s for b in batches for s in b.sample_ids] == sample_at(3, np.arange(8), 40).tolist()

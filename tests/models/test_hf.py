@@ -145,7 +145,7 @@ def test_the_loss_is_of_the_models_own_logits(folders: Folders, name: str, plain
     gradients = []
     for chunk_bytes in (2**28, 4 * hf_small.VOCAB * 7):
         model.zero_grad()
-        loss = model._theirs.head.loss(model(tokens), labels, 1 / 29, chunk_bytes)
+        loss = model._theirs.head.loss(model(tokens), labels, 1 / 29, chunk_bytes=chunk_bytes)
         loss.backward()
         expected = F.cross_entropy(model.logits(model(tokens)).flatten(0, 1), labels.flatten())
         torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)

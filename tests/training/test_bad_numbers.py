@@ -114,7 +114,7 @@ def passing_over(mesh: Mesh, config: Config, window: tuple[int, int]) -> Parts:
 
     run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
     run.loader.close()
-    run.loader = open_loader(config, run.mesh, run.loader.rows, 0, [window])
+    run.loader = open_loader(config, run.mesh, run.rows, 0, [window])
     complete(run)
     run.close()
     return {s.name: (s.region, s.tensor.detach().clone()) for s in run.runnable.shards}

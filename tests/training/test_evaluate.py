@@ -32,7 +32,7 @@ def test_each_few_batches_get_the_whole_time_again(tmp_path: Path) -> None:
         complete(run)
     finally:
         run.close()
-    rows = len(run.prepared.split("val", seq_len=config.data.seq_len, document_mask=config.data.document_mask))
+    rows = len(run.dataset.rows("val"))
     assert len(signs) == -(-rows // BATCHES_AT_A_TIME) > 1
     assert {sign.phase for sign in signs} == {"evaluation"}
     deadlines = [sign.until for sign in signs]

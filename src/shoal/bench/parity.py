@@ -28,8 +28,7 @@ from torch import Tensor
 from shoal import __version__
 from shoal.checkpoint.store import CheckpointStore, Keep
 from shoal.config.options import Config, Parallel
-from shoal.data.pack import Rows
-from shoal.data.prepare import Prepared, open_data
+from shoal.data.dataset import BlendRows, Dataset, open_data
 from shoal.elastic.heartbeat import Heartbeat
 from shoal.errors import CheckpointError
 from shoal.mesh.mesh import Mesh, open_mesh
@@ -108,12 +107,12 @@ def verify_here(config: Config, heartbeat: Heartbeat) -> None:
         console = Console(speaks=mesh.is_first)
         folder = RunFolder.of(config).path
         heartbeat.outside("opening the data")
-        prepared = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
+        dataset = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
         heartbeat.outside("measuring the device")
-        config = finish_config(config, RunFolder(folder / "none"), prepared, mesh, console.warn)
+        config = finish_config(config, RunFolder(folder / "none"), dataset, mesh, console.warn)
         if mesh.is_first:
             folder.mkdir(parents=True, exist_ok=True)
-        certificate = certify(config, mesh, prepared, folder, console, heartbeat.outside)
+        certificate = certify(config, mesh, dataset, folder, console, heartbeat.outside)
         if mesh.is_first:
             (folder / "certificate.json").write_text(json.dumps(to_json(certificate, config), indent=1) + "\n")
 
@@ -121,7 +120,7 @@ def verify_here(config: Config, heartbeat: Heartbeat) -> None:
 def certify(
     config: Config,
     mesh: Mesh,
-    prepared: Prepared,
+    dataset: Dataset,
     folder: Path,
     console: Console,
     at: Callable[[str], None] = lambda phase: None,
@@ -132,7 +131,7 @@ def certify(
     A config in bfloat16 or float16 is also compared in float32, where rounding hides less. The exception is ring attention
     on CUDA, whose kernel does not support float32. `at(phase)` is called as each phase begins. A collective over the world.
     """
-    rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
+    rows = dataset.rows("train")
     train = config.train
     certificate = Certificate(str(mesh.layout), mesh.world_size, train.dtype, train.repro)
     console.say(f"verifying {mesh.layout}, {mesh.world_size} processes, {STEPS} steps on the config's own data", "bold")
@@ -158,7 +157,7 @@ def certify(
     return certificate
 
 
-def _references(config: Config, mesh: Mesh, rows: Rows) -> tuple[Trace | None, Trace | None]:
+def _references(config: Config, mesh: Mesh, rows: BlendRows) -> tuple[Trace | None, Trace | None]:
     """Return two traces of rank 0 alone, the second with sums in another order. Other ranks wait, and get None twice."""
     found: tuple[Trace | None, Trace | None] = (None, None)
     if mesh.is_first:
@@ -178,7 +177,7 @@ def _references(config: Config, mesh: Mesh, rows: Rows) -> tuple[Trace | None, T
     return found
 
 
-def _take_steps(config: Config, mesh: Mesh, rows: Rows, console: Console | None = None) -> tuple[Runnable, Trace]:
+def _take_steps(config: Config, mesh: Mesh, rows: BlendRows, console: Console | None = None) -> tuple[Runnable, Trace]:
     """Take the first steps of a run; return the model and the trace, with gradients and updates of this rank's shards."""
     say = console.note if console is not None else lambda _: None
     runnable, state = _assemble(config, mesh, say)
@@ -303,7 +302,7 @@ def _same_bits(config: Config, mesh: Mesh) -> bool:
     return train.repro == "bitwise" and not train.compile and layout.tp == layout.cp == 1
 
 
-def _resumes(config: Config, mesh: Mesh, rows: Rows, folder: Path) -> bool:
+def _resumes(config: Config, mesh: Mesh, rows: BlendRows, folder: Path) -> bool:
     """Return whether a run resumed from a checkpoint is bitwise identical to one that continued. Collectives over the world."""
     aside = folder / "checkpoints"
     if mesh.is_first:

@@ -95,7 +95,7 @@ def _timed_config(recipe: Path | None, overrides: Sequence[tuple[str, str, str]]
     if config.data.corpus == "dummy":
         config = config.replace("data", folder=str(folder / "data"))
     config = plan_processes(config, count_gpus(), say=Console(on_stderr=True).warn)
-    from shoal.data.prepare import open_data
+    from shoal.data.dataset import open_data
 
     open_data(config.data, Console(on_stderr=True))
     return config

@@ -29,7 +29,7 @@ from transformers import (
 from shoal.bench.speed import summarize_steps
 from shoal.config.options import Config, Model
 from shoal.config.presets import resolve_shape
-from shoal.data.prepare import open_data
+from shoal.data.dataset import open_data
 from shoal.hub.shape import write_shape
 from shoal.resolve.resolve import read_back
 from shoal.run.console import Console

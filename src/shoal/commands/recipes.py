@@ -137,15 +137,16 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
     console = Console()
     config = resolve_asked(args, overrides)
     with ends_when_asked(EXIT_REQUEUE):
-        from shoal.data.prepare import open_data
+        from shoal.data.dataset import open_data
 
-        prepared = open_data(config.data, console)
-    for split, counts in prepared.counts.items():
+        dataset = open_data(config.data, console)
+    for split, counts in dataset.counts.items():
         console.say(
             f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
             f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes per token)"
         )
-    console.say(f"written to {prepared.folder}")
+    for name, part in dataset.parts.items():
+        console.say(f"{f'{name}: ' * bool(name)}written to {part.folder}")
     return 0
 
 

@@ -15,7 +15,7 @@ from shoal.system.output import on_one_line, outlast
 
 if TYPE_CHECKING:
     from shoal.config.options import Config
-    from shoal.data.prepare import Prepared
+    from shoal.data.dataset import Dataset
     from shoal.run.console import Console
     from shoal.run.folder import RunFolder
 
@@ -37,10 +37,10 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
         return train_as_worker(place_worker(config, before))
     start_clock()
     with _planned(config, before) as (config, folder, console):
-        from shoal.data.prepare import open_data
+        from shoal.data.dataset import open_data
 
-        prepared = open_data(config.data, console, rows=config.model.vocab_size)
-        if folder.config_file.is_file() and _is_finished(config, folder, prepared, console):
+        dataset = open_data(config.data, console, rows=config.model.vocab_size)
+        if folder.config_file.is_file() and _is_finished(config, folder, dataset, console):
             return 0
     return launch(config, [*argv, *_planned_flags(config)])
 
@@ -58,7 +58,7 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     with _planned(config) as (config, folder, console):
         certificate = folder.path / "certificate.json"
         certificate.unlink(missing_ok=True)
-        from shoal.data.prepare import open_data
+        from shoal.data.dataset import open_data
 
         open_data(config.data, console, rows=config.model.vocab_size)
     code = launch(config, [*argv, *_planned_flags(config)])
@@ -97,13 +97,13 @@ def _planned_flags(config: Config) -> list[str]:
     return [f"--launch.processes={config.launch.processes}", f"--launch.threads={config.launch.threads}"]
 
 
-def _is_finished(config: Config, folder: RunFolder, prepared: Prepared, console: Console) -> bool:
+def _is_finished(config: Config, folder: RunFolder, dataset: Dataset, console: Console) -> bool:
     """Return whether the run has taken all its steps, and if so print its result again."""
     from shoal.run.narrator import Narrator
     from shoal.training.last_words import finished, say_result_again
 
     with contextlib.closing(Narrator.of(console)) as narrator, narrator.phase("checking the last checkpoint"):
-        result = finished(config, folder, prepared)
+        result = finished(config, folder, dataset)
     if result is not None:
         say_result_again(config, folder, result, console)
     return result is not None

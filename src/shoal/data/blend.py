@@ -81,10 +81,9 @@ class _Segment:
     def at(self, positions: Ints) -> tuple[Ints, Ints]:
         """Return the source at each position, and the number of this sample among the samples of its source."""
         turn, slot = np.divmod(positions - self.first, self.period)
-        source = self._source[slot]
+        source: Ints = self._source[slot]
         shares, taken = np.array(self.shares, np.int64), np.array(self.taken, np.int64)
-        samples: Ints = taken[source] + turn * shares[source] + self._place[slot]
-        return source, samples
+        return source, np.asarray(taken[source] + turn * shares[source] + self._place[slot], np.int64)
 
     def position_of(self, source: int, sample: int) -> int:
         """Return the position of a source's sample, in this segment if it lasts long enough."""

@@ -106,8 +106,8 @@ class Header:
 class Ledger:
     """Writes `ledger.jsonl`, on rank 0 alone. Disk errors do not raise: see `problem`."""
 
-    def __init__(self, path: Path, header: Header) -> None:
-        self._lines, self._header = PatientLines(path), header
+    def __init__(self, path: Path) -> None:
+        self._lines = PatientLines(path)
         self._stop = 0  # end of the previous step's positions
 
     @property
@@ -115,10 +115,10 @@ class Ledger:
         """Why lines cannot be written, as a message; None if they can. Unwritten lines are kept in memory."""
         return self._lines.problem
 
-    def begin(self, step: int, position: int) -> None:
+    def begin(self, header: Header, step: int, position: int) -> None:
         """Record that steps continue after `step`, whose samples stop at `position`. This revokes later steps' lines."""
         self._stop = position
-        self._lines.add({"after": step, "position": position, **asdict(self._header)})
+        self._lines.add({"after": step, "position": position, **asdict(header)})
 
     def record(
         self,

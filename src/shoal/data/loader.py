@@ -37,6 +37,7 @@ class Batch:
     sample_ids: tuple[int, ...]  # row numbers
     valid_tokens: int  # labels that are not ignored
     sources: Tensor | None = None  # [batch], the source of each row; None if there is one source
+    row_tokens: tuple[int, ...] = ()  # valid tokens of each row
 
     def ignored(self) -> Batch:
         """Return a batch of the same shapes with every label ignored, for a rank with fewer micro-batches than the others."""
@@ -66,14 +67,16 @@ def make_batch(rows: Rows, row_ids: npt.NDArray[np.int64], sources: npt.NDArray[
     sources: the source of each row; None if there is one source.
     """
     arrays = rows.read(row_ids)
+    row_tokens = (arrays.labels != IGNORED_LABEL).sum(1).tolist()
     return Batch(
         torch.from_numpy(arrays.tokens),
         torch.from_numpy(arrays.labels),
         torch.from_numpy(arrays.positions),
         None if arrays.document_ids is None else torch.from_numpy(arrays.document_ids),
         tuple(row_ids.tolist()),
-        int((arrays.labels != IGNORED_LABEL).sum()),
+        sum(row_tokens),
         None if sources is None else torch.from_numpy(sources),
+        tuple(row_tokens),
     )
 
 
@@ -214,5 +217,11 @@ def _count_only(batch: Batch, rows: int) -> Batch:
     """Return `batch` with the labels after the first `rows` rows ignored."""
     labels = batch.labels.clone()
     labels[rows:] = IGNORED_LABEL
-    valid = int((labels != IGNORED_LABEL).sum())
-    return dataclasses.replace(batch, labels=labels, sample_ids=batch.sample_ids[:rows], valid_tokens=valid)
+    row_tokens = (labels != IGNORED_LABEL).sum(1).tolist()
+    return dataclasses.replace(
+        batch,
+        labels=labels,
+        sample_ids=batch.sample_ids[:rows],
+        valid_tokens=sum(row_tokens),
+        row_tokens=tuple(row_tokens),
+    )

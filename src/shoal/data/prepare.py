@@ -39,7 +39,6 @@ from shoal.data.token_folder import find_folder, named_tokenizer, token_options
 from shoal.data.tokens import tokenize
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
-from shoal.run.console import Console
 from shoal.system.disk import gigabytes, sha256_of
 
 Progress = Callable[[str, int, int], None]
@@ -191,7 +190,7 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
     """Prepare the corpus, under the lock. Returns warnings for the user."""
     corpus = open_corpus(data)
     listing = corpus.listing()
-    ticks = _Ticks(listing, progress)
+    ticks = Ticks(listing, progress)
     journal = _resume_or_start(folder, options, listing)
     _check_space(folder, data, listing)
     split = choose_split(corpus, data.val_fraction, ticks.of("reading"))
@@ -216,7 +215,7 @@ def _resume_or_start(folder: Path, options: dict[str, Any], listing: list[Corpus
 
 
 def _tokenizer(
-    folder: Path, data: Data, given: Tokenizer | None, corpus: Corpus, split: Split, ticks: _Ticks
+    folder: Path, data: Data, given: Tokenizer | None, corpus: Corpus, split: Split, ticks: Ticks
 ) -> Tokenizer:
     """Return the given tokenizer, the one an interrupted preparation saved, or one trained now."""
     path = folder / TOKENIZER
@@ -246,7 +245,7 @@ def _check_space(folder: Path, data: Data, listing: Sequence[CorpusFile]) -> Non
             )
 
 
-class _Ticks:
+class Ticks:
     """Converts a place in the corpus to bytes, and calls `progress` with them."""
 
     def __init__(self, listing: Sequence[CorpusFile], progress: Progress) -> None:
@@ -270,12 +269,3 @@ class _Ticks:
         """Report the place reached last. Called repeatedly while nothing is read."""
         phase, done = self._last
         self._progress(phase, done, self.total)
-
-
-def open_data(data: Data, console: Console, *, rows: int | None = None) -> Prepared:
-    """Open the tokens of `data`, preparing them if needed, with progress and warnings on the console. See `prepare`."""
-    with console.progress("preparing") as progress:
-        prepared = prepare(data, progress, rows=rows)
-    for note in prepared.notes:
-        console.warn(note)
-    return prepared

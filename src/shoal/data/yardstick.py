@@ -100,12 +100,12 @@ def _parse(content: bytes, prepared: Prepared) -> Yardstick | None:
 class Measuring:
     """A measurement in a separate process, unless there is an earlier result. `close` stops it if it still runs."""
 
-    def __init__(self, prepared: Prepared, *, idle: bool) -> None:
-        """Start measuring. idle: use only idle CPU time."""
+    def __init__(self, prepared: Prepared | None, *, idle: bool) -> None:
+        """Start measuring. prepared: None for a blend, whose sources are not compared. idle: use only idle CPU time."""
         self._prepared = prepared
-        self._found = load(prepared)
+        self._found = load(prepared) if prepared else None
         self._process: subprocess.Popen[bytes] | None = None
-        if self._found is None:
+        if prepared is not None and self._found is None:
             command = [sys.executable, "-m", "shoal.data.yardstick", str(prepared.folder.absolute())]
             with contextlib.suppress(OSError):
                 self._process = subprocess.Popen(
@@ -122,6 +122,8 @@ class Measuring:
         seconds: the maximum wait. go_on: a function called ten times a second; the wait ends if it returns False. waits: a
         function called once, if the wait exceeds a second.
         """
+        if self._prepared is None:
+            return "the data is a blend"
         began, told = time.monotonic(), False
         while self._process is not None and self._found is None:
             try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.data.prepare import open_data
+from shoal.data.dataset import open_data
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.data.tokens.tokenizer_ends import special_tokens
 from shoal.data.yardstick import Measuring, Yardstick
@@ -59,23 +59,23 @@ def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrat
     narrator.begin("loading the model")
     run = load_run(wanted.runs, wanted.target, step=wanted.step, device=wanted.device, dtype=wanted.dtype)
     narrator.begin("opening the data")
-    prepared = open_data(run.config.data, aside)
+    dataset = open_data(run.config.data, aside)
     narrator.begin(None)
-    if prepared.data_id != run.data_id:
+    if dataset.data_id != run.data_id:
         raise CheckpointError(
-            f"{prepared.folder} has other tokens than {run.name} was trained on; its held-out text is gone"
+            f"{run.config.data.folder} has other tokens than {run.name} was trained on; its held-out text is gone"
         )
-    text_bytes = prepared.counts["val"].text_bytes
-    with Measuring(prepared, idle=False) as measuring:
+    text_bytes = dataset.counts["val"].text_bytes
+    with Measuring(dataset.single, idle=False) as measuring:
         with aside.progress("evaluating", steady=True) as progress:
             result = evaluate(
-                model_losses(run.model, run.device), Mesh(Place(), run.device), prepared, run.config, None,
+                model_losses(run.model, run.device), Mesh(Place(), run.device), dataset, run.config, None,
                 progress=lambda done, total: progress(f"{done:,} of {total:,} rows", done, total),
             )  # fmt: skip
         figures = {
-            "nats_per_token": result["val_loss"],
-            "perplexity": perplexity(result["val_loss"]),
-            "bits_per_byte": result["val_bits_per_byte"],
+            "nats_per_token": result.val_loss,
+            "perplexity": perplexity(result.val_loss),
+            "bits_per_byte": result.val_bits_per_byte,
         }
         console.say(f"{run.name} at step {run.step}, on {text_bytes:,} bytes of held-out text:")
         _say_figures(console, figures)

@@ -95,6 +95,11 @@ class Mesh:
         return self.place.rank == 0
 
     @property
+    def first_of_batch(self) -> bool:
+        """Return True on one of the ranks along `pp`, `cp` and `tp`, which have equal batches: this rank counts them."""
+        return all(at == 0 for axis, at in self.coordinates.items() if axis not in DATA_PARALLEL)
+
+    @property
     def dp_size(self) -> int:
         return self.layout.dp
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -118,13 +119,15 @@ class Meter:
         lr: float,
         norm: float | None,
         *,
+        source_loss: Mapping[str, float] | None = None,
         last: bool = False,
     ) -> StepRecord | None:
         """
         Return the record of `step`, or None if none is due; the run's first and last steps always have one.
 
         over: the end of the step, perhaps long before this call. tokens: number of tokens trained on so far. step_tokens:
-        number of tokens in this step. norm: the gradient norm; None after an overflow. last: whether `step` is the last.
+        number of tokens in this step. norm: the gradient norm; None after an overflow. source_loss: loss by source of a
+        blend. last: whether `step` is the last.
         """
         self._steps_since += 1
         if step % self._config.metrics.every and step != 1 and not last:
@@ -143,6 +146,7 @@ class Meter:
             step_seconds=seconds,
             mfu=self.mfu(rate),
             memory_bytes=memory_bytes(self._mesh.device),
+            source_loss=source_loss,
             split_seconds=self._take_split(step),
         )
 

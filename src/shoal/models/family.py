@@ -128,9 +128,15 @@ class LanguageModel(nn.Module, ABC):
         """Return logits [..., V] from [..., D], in the dtype of `hidden`."""
         return F.linear(hidden, self.head_weight().to(hidden.dtype))
 
-    def loss(self, hidden_BTD: Tensor, labels_BT: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        """Return scale * the cross-entropy summed over labels that are not -100; float32, 0-d."""
-        return linear_cross_entropy_sum(hidden_BTD, self.head_weight(), labels_BT, scale)
+    def loss(
+        self, hidden_BTD: Tensor, labels_BT: Tensor, scale: Tensor | float = 1.0, each_BT: Tensor | None = None
+    ) -> Tensor:
+        """
+        Return scale * the cross-entropy summed over labels that are not -100; float32, 0-d.
+
+        each_BT: a float32 buffer that gets each token's term of the sum, without a gradient.
+        """
+        return linear_cross_entropy_sum(hidden_BTD, self.head_weight(), labels_BT, scale, each_BT)
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Return an empty KV cache for `batch` rows of up to `capacity` tokens, on the device of the weights."""

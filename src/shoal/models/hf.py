@@ -212,8 +212,10 @@ class HuggingFaceModel(LanguageModel):
     def logits(self, hidden: Tensor) -> Tensor:
         return self._theirs.head.logits(hidden)
 
-    def loss(self, hidden_BTD: Tensor, labels_BT: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        return self._theirs.head.loss(hidden_BTD, labels_BT, scale)
+    def loss(
+        self, hidden_BTD: Tensor, labels_BT: Tensor, scale: Tensor | float = 1.0, each_BT: Tensor | None = None
+    ) -> Tensor:
+        return self._theirs.head.loss(hidden_BTD, labels_BT, scale, each_BT)
 
     # --- construction --------------------------------------------------------------------------------------
 

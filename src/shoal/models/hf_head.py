@@ -33,24 +33,39 @@ class Head:
         return out.view(*hidden.shape[:-1], -1)
 
     def loss(
-        self, hidden_BTD: Tensor, labels_BT: Tensor, scale: Tensor | float, chunk_bytes: int = CHUNK_BYTES
+        self,
+        hidden_BTD: Tensor,
+        labels_BT: Tensor,
+        scale: Tensor | float,
+        each_BT: Tensor | None = None,
+        *,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> Tensor:
-        """Return scale * the cross-entropy summed over labels that are not -100; float32, 0-d."""
+        """
+        Return scale * the cross-entropy summed over labels that are not -100; float32, 0-d.
+
+        each_BT: a float32 buffer that gets each token's term of the sum, without a gradient.
+        """
         if self.plain:
-            return linear_cross_entropy_sum(hidden_BTD, self.layer.weight, labels_BT, scale, chunk_bytes=chunk_bytes)
+            weight = self.layer.weight
+            return linear_cross_entropy_sum(hidden_BTD, weight, labels_BT, scale, each_BT, chunk_bytes=chunk_bytes)
         hidden_ND, labels_N = hidden_BTD.flatten(0, 1), labels_BT.flatten()
         rows = max(1, chunk_bytes // (4 * self.layer.weight.shape[0]))
         total = torch.zeros((), device=hidden_ND.device)
         for start in range(0, len(labels_N), rows):
-            piece = (hidden_ND[start : start + rows], labels_N[start : start + rows], scale)
+            each_C = None if each_BT is None else each_BT.view(-1)[start : start + rows]
+            piece = (hidden_ND[start : start + rows], labels_N[start : start + rows], scale, each_C)
             # backward recomputes each chunk's logits, so that only one chunk's exist at a time
             total = total + checkpoint(self._chunk_loss, *piece, use_reentrant=False)
         return total
 
-    def _chunk_loss(self, hidden_CD: Tensor, labels_C: Tensor, scale: Tensor | float) -> Tensor:
+    def _chunk_loss(self, hidden_CD: Tensor, labels_C: Tensor, scale: Tensor | float, each_C: Tensor | None) -> Tensor:
         log_p = torch.log_softmax(self.logits(hidden_CD), dim=-1, dtype=torch.float32)
         weight_C = ((labels_C != IGNORED) * scale).float()
-        return -(log_p.gather(1, labels_C.clamp(min=0).unsqueeze(1)).squeeze(1) * weight_C).sum()
+        gained_C = log_p.gather(1, labels_C.clamp(min=0).unsqueeze(1)).squeeze(1) * weight_C
+        if each_C is not None:
+            each_C.copy_(-gained_C.detach())
+        return -gained_C.sum()
 
     def _run(self, hidden_BTD: Tensor) -> Tensor:
         """Run the class's forward as if its decoder had returned `hidden_BTD`."""

@@ -32,6 +32,7 @@ def linear_cross_entropy_sum(
     weight_VD: Tensor,
     labels_BT: Tensor,
     scale: Tensor | float = 1.0,
+    each_BT: Tensor | None = None,
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
@@ -40,26 +41,34 @@ def linear_cross_entropy_sum(
 
     `scale` is usually 1 / the global number of valid tokens, so that the results of all micro-batches and ranks add up to
     the mean loss, and their gradients to its gradient. It may be a tensor, which the host does not read.
+    each_BT: a float32 buffer that gets each token's term of the sum, without a gradient.
 
     Products use the dtype of `hidden_BTD`, to which the weight is cast; softmax, sum and the accumulation of the weight's
     gradient are float32. `chunk_bytes` bounds the logits that exist at a time. Deterministic for given shapes.
     """
     hidden_ND, labels_N = hidden_BTD.flatten(0, -2), labels_BT.flatten()
+    each_N = None if each_BT is None else each_BT.view(-1)
     if torch.is_grad_enabled() and (hidden_BTD.requires_grad or weight_VD.requires_grad):
-        loss: Tensor = _LinearCrossEntropySum.apply(hidden_ND, weight_VD, labels_N, scale, chunk_bytes)  # type: ignore[no-untyped-call]
+        loss: Tensor = _LinearCrossEntropySum.apply(hidden_ND, weight_VD, labels_N, scale, each_N, chunk_bytes)  # type: ignore[no-untyped-call]
         return loss
     weight = _cast(weight_VD, hidden_ND.dtype)
     loss = torch.zeros((), device=hidden_ND.device)
     for tokens in _slices(len(hidden_ND), weight.shape[0] * weight.element_size(), chunk_bytes):
         logits_CV = (hidden_ND[tokens] @ weight.t())[:, : len(weight_VD)]
-        loss += _softmax_loss(logits_CV, labels_N[tokens], scale, to_gradient=False)
+        loss += _softmax_loss(logits_CV, labels_N[tokens], scale, _part(each_N, tokens), to_gradient=False)
     return loss
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, scale: Tensor | float, chunk_bytes: int
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        labels_N: Tensor,
+        scale: Tensor | float,
+        each_N: Tensor | None,
+        chunk_bytes: int,
     ) -> Tensor:
         weight = _cast(weight_VD, hidden_ND.dtype)
         loss = torch.zeros((), device=hidden_ND.device)
@@ -67,7 +76,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         d_weight: Tensor | None = None
         for tokens in _slices(len(hidden_ND), weight.shape[0] * weight.element_size(), chunk_bytes):
             logits_CV = hidden_ND[tokens] @ weight.t()
-            loss += _softmax_loss(logits_CV[:, : len(weight_VD)], labels_N[tokens], scale, to_gradient=True)
+            logits, each_C = logits_CV[:, : len(weight_VD)], _part(each_N, tokens)
+            loss += _softmax_loss(logits, labels_N[tokens], scale, each_C, to_gradient=True)
             torch.mm(logits_CV, weight, out=d_hidden[tokens])
             # `logits_CV` now holds d loss / d logits: with z = h W^T, d h = d z W and d W = d z^T h
             product = (logits_CV.t() @ hidden_ND[tokens])[: len(weight_VD)]
@@ -76,7 +86,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         grad = grad_outputs[0]
         if _is_one(grad):
@@ -86,10 +96,11 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 None,
                 None,
                 None,
+                None,
             )
         hidden = d_hidden * grad.to(d_hidden.dtype) if ctx.needs_input_grad[0] else None
         weight = d_weight * grad if ctx.needs_input_grad[1] and d_weight is not None else None
-        return hidden, weight, None, None, None
+        return hidden, weight, None, None, None, None
 
 
 def _cast(weight_VD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -117,9 +128,15 @@ def _slices(length: int, row_bytes: int, limit_bytes: int) -> Iterator[slice]:
         yield slice(start, min(start + rows, length))
 
 
-def _softmax_loss(logits_CV: Tensor, labels_C: Tensor, scale: Tensor | float, *, to_gradient: bool) -> Tensor:
+def _part(each_N: Tensor | None, tokens: slice) -> Tensor | None:
+    return None if each_N is None else each_N[tokens]
+
+
+def _softmax_loss(
+    logits_CV: Tensor, labels_C: Tensor, scale: Tensor | float, each_C: Tensor | None, *, to_gradient: bool
+) -> Tensor:
     """
-    Return the loss of these tokens; with `to_gradient`, overwrite the logits with their gradient.
+    Return the loss of these tokens; write each token's into `each_C`; with `to_gradient`, overwrite the logits with their gradient.
 
     With p = softmax(z): loss = -weight log p[label], and d loss / d z = weight (p - onehot(label)).
     """
@@ -130,7 +147,10 @@ def _softmax_loss(logits_CV: Tensor, labels_C: Tensor, scale: Tensor | float, *,
         weight = ((labels != IGNORED) * scale).float()  # 0 if ignored, without a branch or a count on the host
         labels = labels.clamp(min=0)
         log_p = torch.log_softmax(logits_CV[rows], dim=-1, dtype=torch.float32)
-        loss -= (log_p.gather(1, labels) * weight).sum()
+        gained = log_p.gather(1, labels) * weight
+        loss -= gained.sum()
+        if each_C is not None:
+            torch.neg(gained.squeeze(1), out=each_C[rows])
         if to_gradient:
             d_logits = log_p.exp_().mul_(weight)
             d_logits.scatter_add_(1, labels, -weight)

@@ -66,7 +66,7 @@ def parallelize(
 
     runnable = Runnable(
         parts, shards, shapes, gradients, mesh, slots, randomness, _loss(model, mesh), _cutter(mesh, parallel),
-        leaves is not None, turns, compiled,
+        leaves is not None, turns, compiled, num_sources=len(data.sources or ("",)),
     )  # fmt: skip
     if layout.pp > 1:
         _open_pipeline(runnable, parallel, train, data, model)
@@ -166,7 +166,7 @@ def _open_pipeline(runnable: Runnable, parallel: Parallel, train: Train, data: D
         mesh.device,
         (train.micro_batch, places // mesh.layout.tp, model.shape.dim),
         model.compute_dtype,
-        lambda part, out, labels: runnable.loss(part, out, labels, runnable.scale),
+        runnable.loss_of,
         around,
         (train.micro_batch, places),
     )
@@ -243,8 +243,8 @@ def _loss(model: LanguageModel, mesh: Mesh) -> Loss:
     assert vocab_size is not None
     first = Region.whole((vocab_size,)).chunk(0, axis.rank, axis.size).offsets[0]
     rows = Region.whole((vocab_size,)).chunk(0, 0, axis.size).sizes[0]
-    return lambda part, hidden, labels, scale: vocab_parallel_cross_entropy_sum(
-        hidden, part.head_weight(), labels, scale, axis=axis, first=first, rows=rows
+    return lambda part, hidden, labels, scale, each: vocab_parallel_cross_entropy_sum(
+        hidden, part.head_weight(), labels, scale, each, axis=axis, first=first, rows=rows
     )
 
 

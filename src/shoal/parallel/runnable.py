@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.config.layout import DATA_PARALLEL
 from shoal.data.loader import Batch
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Shard
@@ -19,12 +18,13 @@ from shoal.parallel.recompute import Compiled
 from shoal.parallel.reduce import Gradients
 from shoal.run.phases import Phases
 
-Loss = Callable[[LanguageModel, Tensor, Tensor, Tensor | float], Tensor]  # (part, hidden, labels, scale) -> 0-d
+# (part, hidden, labels, scale, buffer for each token's loss or None) -> 0-d
+Loss = Callable[[LanguageModel, Tensor, Tensor, Tensor | float, Tensor | None], Tensor]
 
 
-def own_loss(part: LanguageModel, hidden: Tensor, labels: Tensor, scale: Tensor | float) -> Tensor:
+def own_loss(part: LanguageModel, hidden: Tensor, labels: Tensor, scale: Tensor | float, each: Tensor | None) -> Tensor:
     """Compute the loss of a part that holds the whole vocabulary."""
-    return part.loss(hidden, labels, scale)
+    return part.loss(hidden, labels, scale, each)
 
 
 def uncut(batch: Batch) -> Batch:
@@ -51,6 +51,11 @@ class Runnable:
     pipeline: pipeline.Pipeline | None = None
     tied: bool = False  # in a pipeline: whether the last stage's head shares the first stage's embedding
     scale: Tensor | float = 1.0  # factor of the loss in the current step
+    num_sources: int = 1  # of a blend
+    source_losses: Tensor | None = None
+    """[num_sources], each source's share of the last step's mean loss on this rank, to be summed over the world. None without a
+    blend."""
+    _token_losses: list[Tensor] | None = None  # [B, T] of each micro-batch in order, while a blend's step runs
 
     def forward_backward(
         self, batches: Sequence[Batch], step: int, phases: Phases, loss_scale: Tensor | float = 1.0
@@ -67,12 +72,14 @@ class Runnable:
         tokens = self._count(batches)
         self.scale = loss_scale / tokens.clamp(min=1.0)
         losses = torch.zeros(self.slots[-1].stop, mesh.layout.cp, device=mesh.device)
+        self._token_losses = [] if self.num_sources > 1 else None
         self.forget_gradients()
         self.randomness.begin(step, mine.start)
         padded = [*batches, *(batches[-1].ignored() for _ in range(self.turns - len(batches)))]
         found = self._pipelined(padded, phases) if self.pipeline else self._in_turns(padded, phases)
         for slot, loss in zip(mine, found, strict=False):
             losses[slot, mesh.axis("cp").rank] = loss
+        self.source_losses = self._by_source(padded, loss_scale)
         with phases("reduce"):
             for gradients in self.gradients.values():
                 gradients.finish()
@@ -111,7 +118,26 @@ class Runnable:
     def _loss_of(self, model: LanguageModel, batch: Batch) -> Tensor:
         batch = self.cut_batch(batch.to(self.mesh.device))
         hidden = model(batch.tokens, batch.positions, batch.document_ids)
-        return self.loss(model, hidden, batch.labels, self.scale)
+        return self.loss_of(model, hidden, batch.labels)
+
+    def loss_of(self, part: LanguageModel, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Compute the loss of the next micro-batch, 0-d; in a blend, keep each token's loss."""
+        each = None
+        if self._token_losses is not None:
+            each = torch.empty(labels.shape, device=labels.device)
+            self._token_losses.append(each)
+        return self.loss(part, hidden, labels, self.scale, each)
+
+    def _by_source(self, batches: Sequence[Batch], loss_scale: Tensor | float) -> Tensor | None:
+        """Sum the kept losses by the source of their rows. Only one rank along `tp` and `pp` reports them."""
+        each, self._token_losses = self._token_losses, None
+        if each is None:
+            return None
+        found = torch.zeros(self.num_sources, device=self.mesh.device)
+        for losses, batch in zip(each, batches, strict=False):
+            if batch.sources is not None and self.mesh.axis("tp").rank == 0:
+                found.index_add_(0, batch.sources.to(self.mesh.device, non_blocking=True), losses.sum(-1))
+        return found / loss_scale
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> Tensor:
@@ -139,8 +165,7 @@ class Runnable:
 
     def _count(self, batches: Sequence[Batch]) -> Tensor:
         """Return the step's valid tokens, on every rank. `pp`, `cp` and `tp` neighbors have equal batches: one of them counts."""
-        counts = all(at == 0 for axis, at in self.mesh.coordinates.items() if axis not in DATA_PARALLEL)
-        own = float(sum(b.valid_tokens for b in batches)) if counts else 0.0
+        own = float(sum(b.valid_tokens for b in batches)) if self.mesh.first_of_batch else 0.0
         # filled on the device: copying a number to the device would wait for it
         return self.mesh.sum(torch.full((), own, device=self.mesh.device))
 

@@ -19,7 +19,7 @@ from shoal.system.disk import gigabytes
 def amounts(config: Config) -> Iterator[str]:
     """Yield one line each for parameters, tokens, steps, epochs and memory; some are unknown before the data is prepared."""
     try:
-        manifest = prepared_manifest(config.data)
+        manifest = None if config.data.sources else prepared_manifest(config.data)
     except ShoalError:  # a tokenizer that cannot be opened; training reports it
         manifest = None
     data, train = config.data, config.train

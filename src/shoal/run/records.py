@@ -52,6 +52,11 @@ class StepRecord(_Record):
     step_seconds: float = _field("s", "mean time of a step since the last line")
     mfu: float | None = _field("", "model FLOPs utilization, 0 to 1; null if the peak is unknown")
     memory_bytes: int = _field("bytes", "peak memory of process 0: device memory, or resident memory on a CPU")
+    source_loss: Mapping[str, float] | None = _field(
+        "nats per token",
+        "mean training loss of this step by source of a blend, of those with tokens in it",
+        optional=True,
+    )
     split_seconds: Mapping[str, float] | None = _field(
         "s",
         "time of one step on process 0: `step` (the measured step), `data`, `forward`, `backward`, `reduce`, `optimizer`. "
@@ -66,6 +71,9 @@ class Evaluation(_Record):
 
     val_loss: float = _field("nats per token", "validation loss")
     val_bits_per_byte: float = _field("bits per byte", "validation loss per byte of text")
+    val_source_loss: Mapping[str, float] | None = _field(
+        "nats per token", "validation loss of each source of a blend", optional=True
+    )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 from shoal.checkpoint.convert import FolderWeights
 from shoal.config.options import Config
 from shoal.config.presets import resolve_shape
+from shoal.data.blend import Blend
+from shoal.data.dataset import BlendRows, order_of, planned_stages
 from shoal.data.loader import Loader
-from shoal.data.pack import Rows
 from shoal.hub.find import find_model
 from shoal.hub.folder import ModelFolder
 from shoal.mesh.mesh import Mesh
@@ -111,17 +112,24 @@ def _leave_empty(*_: object) -> None:
 def open_loader(
     config: Config,
     mesh: Mesh,
-    rows: Rows,
+    rows: BlendRows,
     position: int = 0,
     passed_over: Sequence[tuple[int, int]] = (),
     at: Callable[[str], None] = lambda phase: None,
+    order: Blend | None = None,
 ) -> Loader:
-    """Open the loader of this rank's micro-batches from sample `position` on. It skips the position ranges in `passed_over`."""
+    """
+    Open the loader of this rank's micro-batches from sample `position` on. It skips the position ranges in `passed_over`.
+
+    order: the order of rows; None for the order of a new run.
+    """
+    train = config.train
+    planned = planned_stages(config.data, train.global_batch)
     return Loader(
         rows,
-        seed=config.train.seed,
-        global_batch=config.train.global_batch,
-        micro_batch=config.train.micro_batch,
+        order or order_of(config.data, rows.sizes, train.seed, planned),
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp_size,
         position=position,

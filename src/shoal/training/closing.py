@@ -12,7 +12,7 @@ from shoal.checkpoint.restore import load_model
 from shoal.checkpoint.saved import Saved, listed
 from shoal.checkpoint.store import Outcome
 from shoal.config.options import Config
-from shoal.data.prepare import Prepared
+from shoal.data.dataset import Dataset
 from shoal.data.yardstick import Yardstick
 from shoal.errors import CheckpointError
 from shoal.models.build import build_model
@@ -72,7 +72,7 @@ def _finish_whole(run: Run) -> None:
 def _say_results(run: Run, saved: Outcome) -> None:
     """Print a sample, the comparison with gzip and xz, where the time went, and the next commands. For the first rank."""
     assert run.evaluation is not None
-    _say_sample(run.config, run.folder, run.prepared, _whole_model(run), run.console)
+    _say_sample(run.config, run.folder, run.dataset, _whole_model(run), run.console)
     compared = _yardstick(run, run.evaluation)
     run.watch.heartbeat.outside("end")
     run.console.say()
@@ -104,22 +104,22 @@ def _whole_model(run: Run) -> LanguageModel | None:
 
 
 def _say_sample(
-    config: Config, folder: RunFolder, prepared: Prepared, model: LanguageModel | None, console: Console
+    config: Config, folder: RunFolder, dataset: Dataset, model: LanguageModel | None, console: Console
 ) -> None:
     """Print a sample of the model's text, and keep it under `samples/`."""
     if config.train.sample_prompt and model is None:
         console.note("no sample: the model is sharded and too large for one process; shoal generate writes one")
     elif config.train.sample_prompt and model is not None:
-        text = _sample(config, prepared, model)
+        text = _sample(config, dataset, model)
         with contextlib.suppress(OSError):  # it is printed anyway
             folder.samples.mkdir(exist_ok=True)
             (folder.samples / "end.txt").write_text(text, encoding="utf-8")
         say_sample(text, console)
 
 
-def _sample(config: Config, prepared: Prepared, model: LanguageModel) -> str:
+def _sample(config: Config, dataset: Dataset, model: LanguageModel) -> str:
     """Return `train.sample_prompt` with the model's continuation."""
-    tokenizer = prepared.tokenizer
+    tokenizer = dataset.tokenizer
     prompt = tokenizer.encode_prompt(config.train.sample_prompt)
     new = min(config.train.sample_tokens, config.model.max_seq_len - len(prompt))
     model.eval()
@@ -147,7 +147,7 @@ def _yardstick(run: Run, evaluation: Evaluation) -> str:
 
     seconds = min(YARDSTICK_SECONDS, run.config.launch.timeout_seconds / 4)  # the other ranks wait in a barrier
     found = run.measuring.wait(seconds, go_on)
-    ours, text_bytes = evaluation.val_bits_per_byte, run.prepared.counts["val"].text_bytes
+    ours, text_bytes = evaluation.val_bits_per_byte, run.dataset.counts["val"].text_bytes
     if isinstance(found, Yardstick):
         return found.compared(ours, text_bytes)
     return (

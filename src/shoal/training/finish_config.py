@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable
 from typing import Final
 
 import torch
 
 from shoal.config.options import Config
-from shoal.data.prepare import Prepared
+from shoal.data.dataset import Dataset
 from shoal.data.tokens.tokenize import tokenizer_folder
 from shoal.hub.beside import OF_MODEL, TOKENIZER, keep, keep_headers
 from shoal.hub.find import find_model
@@ -27,7 +26,7 @@ CLEAR: Final = 1.25
 
 
 def finish_config(
-    config: Config, folder: RunFolder, prepared: Prepared, mesh: Mesh, say: Callable[[str], None] = lambda text: None
+    config: Config, folder: RunFolder, dataset: Dataset, mesh: Mesh, say: Callable[[str], None] = lambda text: None
 ) -> Config:
     """
     Fill in the vocabulary size and the dtype, from the tokenizer and this machine. A collective over the world.
@@ -36,8 +35,8 @@ def finish_config(
     Raises `DataError` if the vocabulary is too small, `LaunchError` if the device lacks the dtype.
     """
     config = folder.with_earlier_choices(config)
-    size = config.model.vocab_size or prepared.vocab_size
-    prepared.tokenizer.check_rows(size)
+    size = config.model.vocab_size or dataset.vocab_size
+    dataset.tokenizer.check_rows(size)
     dtype = choose_dtype(config.train.dtype, mesh)
     check_dtype(dtype, mesh.device)
     if dtype == "bfloat16" and mesh.device.type == "cpu" and mesh.is_first and not multiplies_bfloat16():
@@ -80,7 +79,7 @@ def _rates(device: torch.device, clear: float = math.inf) -> list[float]:
     return product_rates((torch.bfloat16, torch.float32), device, MEASURING_SECONDS, clear=clear)
 
 
-def write_run_files(folder: RunFolder, config: Config, prepared: Prepared) -> None:
+def write_run_files(folder: RunFolder, config: Config, dataset: Dataset) -> None:
     """Write the config, the tokenizer, and the files that came with the weights. Raises `OSError` if a file cannot be written."""
     folder.save_config(config)
     origin = None if config.model.from_ is None else find_model(config.model.from_, config.model.kept)
@@ -90,4 +89,4 @@ def write_run_files(folder: RunFolder, config: Config, prepared: Prepared) -> No
         keep_headers(ModelFolder.open(origin), folder.source)
     if tokenizer is not None and tokenizer != origin:
         keep(tokenizer, TOKENIZER, folder.tokenizer)
-    shutil.copyfile(prepared.folder / "tokenizer.json", folder.tokenizer_file)
+    folder.tokenizer_file.write_text(dataset.tokenizer.to_json(), encoding="utf-8")

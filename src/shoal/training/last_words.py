@@ -12,7 +12,7 @@ from pathlib import Path
 from shoal.checkpoint.saved import damage, listed, read_state
 from shoal.config.options import Config
 from shoal.config.run_options import Launch
-from shoal.data.prepare import Prepared
+from shoal.data.dataset import Dataset
 from shoal.plan.length import count_steps, length_of
 from shoal.run.console import Console, duration
 from shoal.run.events import read_json_lines
@@ -30,16 +30,16 @@ class Finished:
     compared: str  # the comparison with gzip and xz, in a line
 
 
-def finished(config: Config, folder: RunFolder, prepared: Prepared) -> Finished | None:
+def finished(config: Config, folder: RunFolder, dataset: Dataset) -> Finished | None:
     """Return the result of a run whose steps are all taken, from `events.jsonl`; None if steps are left."""
-    rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
+    rows = dataset.rows("train")
     total_steps = count_steps(config.train, config.data.seq_len, len(rows))
     saved = listed(folder.checkpoints)[-1:]
     ended = [each for each in read_json_lines(folder.events_file) if each["event"] == "finished"][-1:]
     if not (saved and ended) or not ended[0].get("step") == saved[0].step >= total_steps:
         return None
     # The run itself reports a damaged checkpoint, or one that was trained on other tokens.
-    if damage(saved[0].folder) or read_state(saved[0].folder)["data_id"] != prepared.data_id:
+    if damage(saved[0].folder) or read_state(saved[0].folder)["data_id"] != dataset.data_id:
         return None
     return Finished(Evaluation.of_line(ended[0]), ended[0].get("compared") or "")
 

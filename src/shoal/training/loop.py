@@ -16,7 +16,7 @@ NaN, Inf, loss spikes and rollbacks: recovery.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -76,7 +76,7 @@ def complete(run: Run) -> bool:
     """Introduce the run, take its steps and finish it. Return True if it was asked to stop before the last step."""
     introduce(run)
     if run.mesh.is_first:
-        run.measuring = Measuring(run.prepared, idle=True)
+        run.measuring = Measuring(run.dataset.single, idle=True)
     with told_of_compilations(run.watch.heartbeat, compiles=run.config.train.compile):
         if run.runnable.compiled and run.config.train.compile_check and run.state.step < run.total_steps:
             check_compiled(run)
@@ -150,9 +150,23 @@ def cast_ballot(run: Run, step: int, batches: Sequence[Batch]) -> Ballot:
             "stop": Vote([float(run.stopping.is_asked())]),
             "samples": Vote([float(samples)]),
             "pace": run.watch.pace.vote(step),
+            "sources": Vote(_tokens_by_source(run, batches)),
             **run.saving.votes(step),
         }
     )
+
+
+def _tokens_by_source(run: Run, batches: Sequence[Batch]) -> list[float]:
+    """Return the valid tokens of each source of a blend in this rank's batches; of ranks with the same batches, one counts."""
+    if run.runnable.num_sources == 1:
+        return []
+    counted = [0.0] * run.runnable.num_sources
+    if run.mesh.first_of_batch:
+        for batch in batches:
+            assert batch.sources is not None
+            for source, tokens in zip(batch.sources.tolist(), batch.row_tokens, strict=True):
+                counted[source] += tokens
+    return counted
 
 
 def record(run: Run, stats: Stats) -> bool:
@@ -173,11 +187,17 @@ def record(run: Run, stats: Stats) -> bool:
         stats.step, stats.first, stats.first + run.config.train.global_batch, said["samples"][0],
         skipped=result.skipped, windows=run.state.passed_over,
     )  # fmt: skip
-    _judge(run, stats, result)
+    names = run.config.data.sources or {}
+    by_source = {
+        name: loss / tokens
+        for name, loss, tokens in zip(names, result.source_loss_sums, said["sources"], strict=False)
+        if tokens
+    }
+    _judge(run, stats, result, by_source or None)
     return bool(said["stop"][0])
 
 
-def _judge(run: Run, stats: Stats, result: Result) -> None:
+def _judge(run: Run, stats: Stats, result: Result, source_loss: Mapping[str, float] | None) -> None:
     """Count a step and write its line, or find out why it was skipped. Raises `GoBack` after too many skipped steps in a row."""
     loss = result.loss_sum / max(result.tokens, 1.0)
     has_overflowed = overflowed(run, stats, result.norm)
@@ -193,8 +213,9 @@ def _judge(run: Run, stats: Stats, result: Result) -> None:
     norm = None if has_overflowed else result.norm
     left = run.total_steps - stats.step
     line = run.watch.meter.record(
-        stats.step, stats.over, run.state.tokens, int(result.tokens), loss, stats.lr, norm, last=left == 0
-    )
+        stats.step, stats.over, run.state.tokens, int(result.tokens), loss, stats.lr, norm, source_loss=source_loss,
+        last=left == 0,
+    )  # fmt: skip
     if line is not None:
         run.files.metrics(line)
         run.console.step(line, run.total_steps, run.watch.meter.left_seconds(left), run.config.metrics.console_every)

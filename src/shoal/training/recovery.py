@@ -9,7 +9,7 @@ from shoal.fault.origin import find_origin
 from shoal.parallel.replicas import compare, has_replicas
 from shoal.training.assemble import open_loader, start_over
 from shoal.training.health import GoBack
-from shoal.training.run import Run
+from shoal.training.run import Run, continue_order, ledger_header
 from shoal.training.scaler import SMALLEST
 from shoal.training.step import Stats
 
@@ -84,8 +84,10 @@ def go_back(run: Run, back: GoBack) -> None:
     run.guard.losses.extend(run.state.losses)
     run.evaluation = None
     run.loader.close()
+    order = continue_order(run.config, run.rows, run.state)
+    run.header = ledger_header(run.config, run.mesh, run.dataset, order)
     run.loader = open_loader(
-        run.config, run.mesh, run.loader.rows, run.state.position, run.state.passed_over, run.watch.faults.at
+        run.config, run.mesh, run.rows, run.state.position, run.state.passed_over, run.watch.faults.at, order
     )
     where = newest.folder if newest else "the start (no checkpoint yet)"
     run.console.warn(f"{back.why}: rolled back from step {step} to {where}{samples}")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shoal.checkpoint.saved import Saved
 from shoal.config.options import Config
+from shoal.data.blend import Blend
+from shoal.data.dataset import BlendRows, Dataset, continued_stages, open_data, order_of, planned_stages
 from shoal.data.ledger import Header
 from shoal.data.loader import Loader
-from shoal.data.pack import Rows
-from shoal.data.prepare import Prepared, open_data
 from shoal.data.yardstick import Measuring
 from shoal.elastic.heartbeat import Heartbeat
+from shoal.errors import DataError
 from shoal.fault.inject import Faults, flip, poison, tear
 from shoal.fault.limit import TimeLimit
 from shoal.mesh.mesh import Mesh
@@ -20,7 +22,7 @@ from shoal.mesh.place import is_launched
 from shoal.metrics.meter import Meter
 from shoal.metrics.progress import DeviceProgress
 from shoal.parallel.runnable import Runnable
-from shoal.plan.length import count_steps
+from shoal.plan.length import count_steps, length_of
 from shoal.resolve.resolve import ChangedOption
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
@@ -103,7 +105,8 @@ class Run:
     mesh: Mesh
     console: Console
     folder: RunFolder
-    prepared: Prepared
+    dataset: Dataset
+    rows: BlendRows
     files: RunFiles
     header: Header
     runnable: Runnable
@@ -136,21 +139,27 @@ class Run:
     def _open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat, files: RunFiles) -> Run:
         console, folder = files.console, files.folder
         # A launcher has shown the progress already
-        prepared = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
+        dataset = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
         heartbeat.outside("measuring the device")
-        config = finish_config(config, folder, prepared, mesh, console.warn)
-        rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
+        config = finish_config(config, folder, dataset, mesh, console.warn)
+        rows = dataset.rows("train")
         start = Start(changed=folder.agree(config), before=folder.begun() or config)
         mesh.barrier()  # all ranks compare the config before rank 0 writes it
         faults = Faults(mesh.place.rank, folder.events_file)
-        saving = Saving.open(config, folder.checkpoints, mesh, console, files.event, prepared.data_id, faults.at)
+        saving = Saving.open(config, folder.checkpoints, mesh, console, files.event, dataset.data_id, faults.at)
         saving.total_steps = count_steps(config.train, config.data.seq_len, len(rows))
         runnable, state = _build_or_restore(config, mesh, saving, heartbeat, faults, start)
         heartbeat.outside("opening the run")
         if mesh.is_first:
             with folder.writable():
-                write_run_files(folder, config, prepared)
-        loader = open_loader(config, mesh, rows, state.position, state.passed_over, faults.at)
+                write_run_files(folder, config, dataset)
+        order = continue_order(config, rows, state)
+        if (needed := (saving.total_steps - state.step) * config.train.global_batch + state.position) > order.end:
+            raise DataError(
+                f"max_epochs of the sources allows {order.end:,.0f} rows, and the run takes {needed:,}; raise max_epochs or "
+                f"lower train.{length_of(config.train)[0]}"
+            )
+        loader = open_loader(config, mesh, rows, state.position, state.passed_over, faults.at, order)
         guard = Guard(mesh.device, config.fault.spike_zscore)
         guard.losses.extend(state.losses)
         run = cls(
@@ -158,9 +167,10 @@ class Run:
             mesh=mesh,
             console=console,
             folder=folder,
-            prepared=prepared,
+            dataset=dataset,
+            rows=rows,
             files=files,
-            header=_ledger_header(config, mesh, rows, prepared),
+            header=ledger_header(config, mesh, dataset, order),
             runnable=runnable,
             state=state,
             saving=saving,
@@ -192,11 +202,11 @@ class Run:
         runnable = self.runnable
         runnable.train(False)
         result = evaluate(
-            runnable.evaluate, self.mesh, self.prepared, self.config, max_tokens,
+            runnable.evaluate, self.mesh, self.dataset, self.config, max_tokens,
             alive=lambda: self.watch.heartbeat.outside("evaluation"),
         )  # fmt: skip
         runnable.train()
-        self.evaluation = Evaluation(step=self.state.step, tokens=self.state.tokens, **result)
+        self.evaluation = Evaluation(step=self.state.step, tokens=self.state.tokens, **dataclasses.asdict(result))
         say_held_out(self.evaluation, self.console)
         self.files.metrics(self.evaluation)
 
@@ -242,10 +252,25 @@ def _build_or_restore(
     return runnable, state
 
 
-def _ledger_header(config: Config, mesh: Mesh, rows: Rows, prepared: Prepared) -> Header:
-    """Return the facts that a run's ledger of samples begins with."""
+def continue_order(config: Config, rows: BlendRows, state: TrainState) -> Blend:
+    """Return the order of rows after a start, a resume or a rollback. Changed weights hold from `state.position` on."""
+    planned = planned_stages(config.data, config.train.global_batch)
+    state.stages = continued_stages(state.stages, planned, state.position)
+    return order_of(config.data, rows.sizes, config.train.seed, state.stages)
+
+
+def ledger_header(config: Config, mesh: Mesh, dataset: Dataset, order: Blend) -> Header:
+    """Return the facts that the lines of a run's ledger depend on."""
     train = config.train
-    return Header(len(rows), train.seed, train.global_batch, mesh.world_size // mesh.dp_size, prepared.data_id)
+    sources = [
+        (name, rows, source.max_epochs)
+        for (name, source), rows in zip((config.data.sources or {}).items(), order.sizes, strict=False)
+    ]
+    return Header(
+        rows=order.num_rows, seed=train.seed, global_batch=train.global_batch,
+        copies=mesh.world_size // mesh.dp_size, data_id=dataset.data_id, sources=sources,
+        stages=[(stage.first, stage.shares) for stage in order.stages],
+    )  # fmt: skip
 
 
 def _time_limit(config: Config, state: TrainState) -> TimeLimit:

@@ -46,8 +46,8 @@ class RunFiles:
             if self._metrics is not None:
                 self._metrics.close()
             self._metrics = MetricsFile(self.folder.metrics_file)
-            self._ledger = self._ledger or Ledger(self.folder.ledger_file, header)
-            self._ledger.begin(step, position)
+            self._ledger = self._ledger or Ledger(self.folder.ledger_file)
+            self._ledger.begin(header, step, position)
 
     def last_machine(self) -> dict[str, Any]:
         """Return the facts on which the bits of the last start depended, from `events.jsonl`; empty if there was no start."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shoal.data.blend import Stage
 from shoal.mesh.region import Part, Shard
 from shoal.optim.optimizer import Optimizer
 from shoal.training.scaler import LossScaler
@@ -28,6 +29,7 @@ class TrainState:
     skipped: int = 0  # steps skipped
     losses: Sequence[tuple[int, float]] = ()  # (step, loss): recent ones, to detect spikes
     passed_over: list[tuple[int, int]] = field(default_factory=list)  # sample positions [first, stop) to skip
+    stages: Sequence[Stage] = ()  # the shares of a blend's sources, by position; () without weights
 
     def tensors(self) -> dict[str, Part]:
         """Return this process's part of each tensor by global name: the live tensors, to save from or load into."""
@@ -46,6 +48,8 @@ class TrainState:
         """Return everything but the tensors, as values for JSON."""
         values: dict[str, Any] = {"step": self.step, "position": self.position, "tokens": self.tokens}
         values |= {"skipped": self.skipped, "losses": list(self.losses), "passed_over": self.passed_over}
+        if self.stages:
+            values["stages"] = [[stage.first, list(stage.shares)] for stage in self.stages]
         if self.scaler is not None:
             values["loss_scale"] = [float(x) for x in (self.scaler.scale, self.scaler.good_steps)]
         return values
@@ -56,6 +60,7 @@ class TrainState:
         self.skipped = int(scalars.get("skipped", 0))
         self.losses = [(int(step), float(loss)) for step, loss in scalars.get("losses", ())]
         self.passed_over = [(int(first), int(stop)) for first, stop in scalars.get("passed_over", ())]
+        self.stages = [Stage(int(first), tuple(shares)) for first, shares in scalars.get("stages", ())]
         if self.scaler is not None and "loss_scale" in scalars:
             self.scaler.scale.fill_(scalars["loss_scale"][0])
             self.scaler.good_steps.fill_(scalars["loss_scale"][1])

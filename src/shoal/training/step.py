@@ -26,6 +26,7 @@ class Result(NamedTuple):
     norm: float  # of the gradient, before clipping
     skipped: bool
     said: Sequence[float]  # the ballot's sums
+    source_loss_sums: Sequence[float] = ()  # loss_sum by source of a blend
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Stats:
     over: Moment
     copied: torch.Tensor
     ballot: Ballot = EMPTY
+    num_sources: int = 0  # of a blend, whose losses come first in the numbers after the step's own
     first: int = 0  # position of its first sample
     loss_scale: torch.Tensor | None = None  # float16's loss scale after this step; copied to the host too
 
@@ -49,7 +51,8 @@ class Stats:
         """Wait until the step is over; return its numbers."""
         self.over.wait()
         loss_sum, tokens, norm, skipped, *said = self.copied.tolist()
-        return Result(loss_sum, tokens, norm, bool(skipped), said)
+        by_source, said = said[: self.num_sources], said[self.num_sources :]
+        return Result(loss_sum, tokens, norm, bool(skipped), said, [share * tokens for share in by_source])
 
 
 def train_step(
@@ -73,8 +76,10 @@ def train_step(
     optimizer, scaler = state.optimizer, state.scaler
     losses, tokens = runnable.forward_backward(batches, step, phases, scaler.scale if scaler else 1.0)
     with phases("reduce"):
+        by_source = runnable.source_losses
+        own = [losses] if by_source is None else [losses, by_source]
         said = ballot.numbers().to(losses.device, non_blocking=True)
-        summed = runnable.mesh.sum(torch.cat([losses.double(), said]))
+        summed = runnable.mesh.sum(torch.cat([*(each.double() for each in own), said]))
         loss, said = summed[: len(losses)].sum(), summed[len(losses) :]
     with phases("optimizer"):
         norm = gradient_norm(runnable.shards, runnable.shapes, runnable.mesh, bitwise=runnable.bitwise)
@@ -90,4 +95,5 @@ def train_step(
     # No wait: a non-blocking `to` copies into pinned memory, which it allocates itself.
     copied = torch.cat([numbers, said]).to("cpu", non_blocking=True)
     scale = scaler.scale.to("cpu", non_blocking=True, copy=True) if scaler else None
-    return Stats(step, lr, Moment(losses.device), copied, ballot, loss_scale=scale)
+    num_sources = 0 if by_source is None else len(by_source)
+    return Stats(step, lr, Moment(losses.device), copied, ballot, num_sources, loss_scale=scale)

@@ -1,0 +1,251 @@
+"""The prepared data of a run: one corpus, or the sources of a blend, as rows and their order. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from shoal.config.data_options import BlendSource, Data, Source, read_place
+from shoal.config.option import option_fields
+from shoal.data.blend import Blend, Stage, shares_of
+from shoal.data.corpus.sources import open_corpus
+from shoal.data.encode import choose_split, training_sample
+from shoal.data.files import exclusive_lock, make_folder, write_atomically
+from shoal.data.manifest import TOKENIZER, SplitName, SplitRecord
+from shoal.data.pack import RowArrays, Rows
+from shoal.data.prepare import Prepared, Progress, Ticks, no_progress, prepare
+from shoal.data.token_folder import token_options
+from shoal.data.tokens import tokenize
+from shoal.errors import DataError
+from shoal.run.console import Console
+
+
+class BlendRows:
+    """The rows of several sources end to end: a row's number counts the rows of the sources before it."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self.parts = list(parts)
+        self.sizes = [len(part) for part in self.parts]
+        self._firsts = np.cumsum([0, *self.sizes[:-1]])
+
+    @property
+    def seq_len(self) -> int:
+        return self.parts[0].seq_len
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def read(self, row_ids: npt.ArrayLike) -> RowArrays:
+        """Return the rows with these numbers, in this order. Raises DataError if their bytes were altered."""
+        if len(self.parts) == 1:
+            return self.parts[0].read(row_ids)
+        ids = np.atleast_1d(np.asarray(row_ids, np.int64))
+        sources = np.searchsorted(self._firsts, ids, side="right") - 1
+        order = np.argsort(sources, kind="stable")
+        found = [
+            self.parts[source].read(ids[sources == source] - self._firsts[source]) for source in np.unique(sources)
+        ]
+        place = np.argsort(order)  # back to the order that was asked for
+        tokens, labels, positions = (
+            np.concatenate([getattr(each, name) for each in found])[place] for name in ("tokens", "labels", "positions")
+        )
+        documents = [each.document_ids for each in found if each.document_ids is not None]
+        return RowArrays(tokens, labels, positions, np.concatenate(documents)[place] if documents else None)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The prepared sources of a run, by name; a corpus that is no blend has the name ""."""
+
+    data: Data
+    parts: Mapping[str, Prepared]
+
+    @property
+    def tokenizer(self) -> tokenize.Tokenizer:
+        """The tokenizer of all sources."""
+        return next(iter(self.parts.values())).tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def data_id(self) -> str:
+        """A hash of the tokens' content: runs with equal ids read equal tokens."""
+        if self.single is not None:
+            return self.single.data_id
+        content = "\n".join(f"{name} {part.data_id}" for name, part in self.parts.items())
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+    @property
+    def single(self) -> Prepared | None:
+        """The prepared corpus, if there is no blend."""
+        return self.parts.get("")
+
+    @property
+    def notes(self) -> list[str]:
+        """Warnings for the user."""
+        return [f"{name}: {note}" if name else note for name, part in self.parts.items() for note in part.notes]
+
+    @property
+    def counts(self) -> dict[SplitName, SplitRecord]:
+        """Documents, tokens and bytes of text in each split, of all sources together."""
+        if self.single is not None:
+            return dict(self.single.counts)
+        return {name: _sum([part.counts[name] for part in self.parts.values()]) for name in ("train", "val")}
+
+    def rows(self, split: SplitName) -> BlendRows:
+        """Cut a split into rows of `data.seq_len`. Raises DataError if a source does not fill one row."""
+        return BlendRows([self.part_rows(name, split) for name in self.parts])
+
+    def held_out_rows(self) -> dict[str, Rows]:
+        """Cut the held-out split of each source into rows, without sources too small for one. Raises DataError if all are."""
+        found, problem = {}, None
+        for name in self.parts:
+            try:
+                found[name] = self.part_rows(name, "val")
+            except DataError as error:
+                problem = error
+        if problem is not None and not found:
+            raise problem
+        return found
+
+    def part_rows(self, name: str, split: SplitName) -> Rows:
+        """Cut a split of one source into rows. Raises DataError, which names the source, if it does not fill one row."""
+        data = self.data
+        try:
+            return self.parts[name].split(split, seq_len=data.seq_len, document_mask=data.document_mask)
+        except DataError as error:
+            raise DataError(f"data.sources.{name}: {error}" if name else str(error)) from error
+
+
+def _sum(records: Sequence[SplitRecord]) -> SplitRecord:
+    return SplitRecord(
+        sum(r.documents for r in records), sum(r.tokens for r in records), sum(r.text_bytes for r in records), ()
+    )
+
+
+# --- stages --------------------------------------------------------------------------------------------------
+
+
+def planned_stages(data: Data, global_batch: int) -> list[Stage]:
+    """Return the stages that the options ask for, by position; none if there is no blend or its sources have no weights."""
+    sources = data.sources or {}
+    if not sources or any(source.weight is None for source in sources.values()):
+        return []
+    weights = {name: source.weight or 0.0 for name, source in sources.items()}
+    by_place = {0: weights} | {
+        _position(place, data.seq_len, global_batch): {name: given.get(name, 0.0) for name in sources}
+        for place, given in (data.stages or {}).items()
+    }
+    return [Stage(first, shares_of(list(each.values()))) for first, each in sorted(by_place.items())]
+
+
+def _position(place: str, seq_len: int, global_batch: int) -> int:
+    """Return the position of the first step after a place such as "1000 steps" or "2e9 tokens"."""
+    found = read_place(place)
+    assert found is not None  # the config was checked
+    amount, unit = found
+    return math.ceil(amount if unit == "steps" else amount / (seq_len * global_batch)) * global_batch
+
+
+def continued_stages(before: Sequence[Stage], planned: Sequence[Stage], position: int) -> list[Stage]:
+    """
+    Return the stages of a resumed run: those `before` up to `position`, and those now `planned` after it.
+
+    The samples before `position` were drawn by the stages then, so they stay.
+    """
+    kept = [stage for stage in before if stage.first < position]
+    if not kept or not planned:
+        return list(planned)
+    now = [stage for stage in planned if stage.first <= position][-1]
+    changed = [Stage(position, now.shares)] if now.shares != kept[-1].shares else []
+    return [*kept, *changed, *(stage for stage in planned if stage.first > position)]
+
+
+def order_of(data: Data, sizes: Sequence[int], seed: int, stages: Sequence[Stage]) -> Blend:
+    """Return the order of rows. sizes: the rows of each source. stages: from `planned_stages` or `continued_stages`."""
+    sources = (data.sources or {}).values()
+    epochs = [math.inf if source.max_epochs is None else source.max_epochs for source in sources]
+    return Blend(seed, sizes, stages, epochs if stages else ())
+
+
+# --- opening -------------------------------------------------------------------------------------------------
+
+
+def open_data(data: Data, console: Console, *, rows: int | None = None) -> Dataset:
+    """
+    Open the tokens of `data`, preparing them if needed, with progress and warnings on the console.
+
+    rows: the number of rows of the model's embedding, None if unknown. Raises DataError as `prepare` does.
+    """
+    with console.progress("preparing") as progress:
+        dataset = prepare_dataset(data, progress, rows=rows)
+    for note in dataset.notes:
+        console.warn(note)
+    return dataset
+
+
+def prepare_dataset(data: Data, progress: Progress = no_progress, *, rows: int | None = None) -> Dataset:
+    """Prepare each source of `data` with the same tokenizer, or open it if that was done before. See `prepare`."""
+    if not data.sources:
+        return Dataset(data, {"": prepare(data, progress, rows=rows)})
+    trains = data.tokenizer == "bpe"
+    shared = str(_shared_tokenizer(data, data.sources, progress)) if trains else data.tokenizer
+    parts = {}
+    for name, source in data.sources.items():
+        try:
+            parts[name] = prepare(source_data(data, source, shared), _named(progress, name), rows=rows)
+        except DataError as error:
+            raise DataError(f"data.sources.{name}: {error}") from error
+    return Dataset(data, parts)
+
+
+def source_data(data: Data, source: Source, tokenizer: str) -> Data:
+    """Return the options of one source as if it were the only corpus."""
+    own = {f.name: getattr(source, f.name) for f in option_fields(Source)}
+    return dataclasses.replace(data, sources=None, stages=None, tokenizer=tokenizer, **own)
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    return lambda phase, done, total: progress(f"{name}: {phase}", done, total)
+
+
+def _shared_tokenizer(data: Data, sources: Mapping[str, BlendSource], progress: Progress) -> Path:
+    """Train a tokenizer on text of all sources, each by its weight, or find the one trained before; return its file."""
+    each = {name: source_data(data, source, "bpe") for name, source in sources.items()}
+    shares = {name: 1.0 if source.weight is None else source.weight for name, source in sources.items()}
+    key = [[token_options(each[name], None), shares[name]] for name in sources]
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).hexdigest()
+    folder = Path(data.folder).expanduser() / f"bpe{data.tokenizer_vocab_size}-{digest}"
+    path = folder / TOKENIZER
+    if path.is_file():
+        return path
+    make_folder(folder)
+    with exclusive_lock(folder / ".lock", lambda: progress("waiting for another process", 0, 0)):
+        if not path.is_file():
+            texts = (
+                text
+                for name, share in shares.items()
+                if share
+                for text in _sample(each[name], share / sum(shares.values()), _named(progress, name))
+            )
+            tokenizer = tokenize.train_bpe(texts, data.tokenizer_vocab_size, lambda: progress("tokenizer", 0, 0))
+            write_atomically(path, [tokenizer.to_json().encode()])
+    return path
+
+
+def _sample(data: Data, share: float, progress: Progress) -> Sequence[str]:
+    """Return this source's share of the text that a tokenizer is trained on."""
+    corpus = open_corpus(data)
+    ticks = Ticks(corpus.listing(), progress)
+    split = choose_split(corpus, data.val_fraction, ticks.of("reading"))
+    size = int(data.tokenizer_sample_bytes * share)
+    return list(training_sample(corpus, split, size, ticks.total, ticks.of("sample")))
