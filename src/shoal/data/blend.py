@@ -165,7 +165,7 @@ class Blend:
         self.num_rows = int(self._offsets[-1])
         self.end: float = inf if self.stages else min(self.max_epochs) * self.num_rows
         """First position without a row, because no source may be read again."""
-        self._segments = self._lay_out()
+        self._segments = self._lay_out() if self.stages else []
         self._firsts = np.array([segment.first for segment in self._segments], np.int64)
 
     @cached_property

@@ -19,7 +19,7 @@ from shoal.data.corpus.sources import open_corpus
 from shoal.data.encode import choose_split, training_sample
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
 from shoal.data.manifest import TOKENIZER, SplitName, SplitRecord
-from shoal.data.pack import RowArrays, Rows
+from shoal.data.pack import DocumentRows, RowArrays, Rows
 from shoal.data.prepare import Prepared, Progress, Ticks, no_progress, prepare
 from shoal.data.token_folder import token_options
 from shoal.data.tokens import tokenize
@@ -105,7 +105,7 @@ class Dataset:
         """Cut a split into rows of `data.seq_len`. Raises DataError if a source does not fill one row."""
         return BlendRows([self.part_rows(name, split) for name in self.parts])
 
-    def held_out_rows(self) -> dict[str, Rows]:
+    def held_out_rows(self) -> dict[str, DocumentRows]:
         """Cut the held-out split of each source into rows, without sources too small for one. Raises DataError if all are."""
         found, problem = {}, None
         for name in self.parts:
@@ -117,7 +117,7 @@ class Dataset:
             raise problem
         return found
 
-    def part_rows(self, name: str, split: SplitName) -> Rows:
+    def part_rows(self, name: str, split: SplitName) -> DocumentRows:
         """Cut a split of one source into rows. Raises DataError, which names the source, if it does not fill one row."""
         data = self.data
         try:
@@ -135,39 +135,46 @@ def _sum(records: Sequence[SplitRecord]) -> SplitRecord:
 # --- stages --------------------------------------------------------------------------------------------------
 
 
-def planned_stages(data: Data, global_batch: int) -> list[Stage]:
-    """Return the stages that the options ask for, by position; none if there is no blend or its sources have no weights."""
+def planned_stages(data: Data, global_batch: int, step: int = 0, position: int = 0) -> list[Stage]:
+    """
+    Return the stages that the options ask for from `position` on, the sample at which the step after `step` begins.
+
+    The first is the one that holds at `position`. None if there is no blend or its sources have no weights.
+    """
     sources = data.sources or {}
     if not sources or any(source.weight is None for source in sources.values()):
         return []
-    weights = {name: source.weight or 0.0 for name, source in sources.items()}
-    by_place = {0: weights} | {
-        _position(place, data.seq_len, global_batch): {name: given.get(name, 0.0) for name in sources}
-        for place, given in (data.stages or {}).items()
-    }
-    return [Stage(first, shares_of(list(each.values()))) for first, each in sorted(by_place.items())]
+    weights = {0: {name: source.weight or 0.0 for name, source in sources.items()}}
+    for place, given in (data.stages or {}).items():
+        weights[_step_of(place, data.seq_len, global_batch, step, position)] = dict(given)
+    now = max(at for at in weights if at <= step)
+    return [
+        Stage(position + (max(at, step) - step) * global_batch, shares_of([given.get(name, 0.0) for name in sources]))
+        for at, given in sorted(weights.items())
+        if at >= now
+    ]
 
 
-def _position(place: str, seq_len: int, global_batch: int) -> int:
-    """Return the position of the first step after a place such as "1000 steps" or "2e9 tokens"."""
+def _step_of(place: str, seq_len: int, global_batch: int, step: int, position: int) -> int:
+    """Return the steps taken before a place such as "1000 steps" or "2e9 tokens", counted from `step` on for tokens."""
     found = read_place(place)
     assert found is not None  # the config was checked
     amount, unit = found
-    return math.ceil(amount if unit == "steps" else amount / (seq_len * global_batch)) * global_batch
+    if unit == "steps":
+        return math.ceil(amount)
+    return max(0, step + math.ceil((amount - position * seq_len) / (seq_len * global_batch)))
 
 
 def continued_stages(before: Sequence[Stage], planned: Sequence[Stage], position: int) -> list[Stage]:
     """
-    Return the stages of a resumed run: those `before` up to `position`, and those now `planned` after it.
+    Return the stages of a resumed run: those `before` up to `position`, and those now `planned` from there on.
 
     The samples before `position` were drawn by the stages then, so they stay.
     """
     kept = [stage for stage in before if stage.first < position]
-    if not kept or not planned:
-        return list(planned)
-    now = [stage for stage in planned if stage.first <= position][-1]
-    changed = [Stage(position, now.shares)] if now.shares != kept[-1].shares else []
-    return [*kept, *changed, *(stage for stage in planned if stage.first > position)]
+    if kept and planned and planned[0].shares == kept[-1].shares:
+        return [*kept, *planned[1:]]
+    return [*kept, *planned]
 
 
 def order_of(data: Data, sizes: Sequence[int], seed: int, stages: Sequence[Stage]) -> Blend:

@@ -21,7 +21,7 @@ counts the sample `copies` times.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import inf
@@ -85,6 +85,11 @@ class Header:
     data_id: str
     sources: Sequence[tuple[str, int, float | None]] = ()
     stages: Sequence[tuple[int, Sequence[int]]] = ()
+
+    @classmethod
+    def of_line(cls, line: Mapping[str, Any]) -> Header:
+        """Return the header that a line holds; older lines have no sources."""
+        return cls(**{name: line[name] for name in cls.__dataclass_fields__ if name in line})
 
     @property
     def bits(self) -> int:
@@ -266,7 +271,7 @@ def audit(path: Path, *, rows: int | None = None, seed: int | None = None) -> Au
 
 
 def _next_header(found: Audit, before: Header | None, line: dict[str, Any]) -> Header:
-    header = Header(**{name: line[name] for name in Header.__dataclass_fields__ if name in line})
+    header = Header.of_line(line)
     for name in ("rows", "seed", "data_id"):
         if before is not None and getattr(before, name) != getattr(header, name):
             was, now = getattr(before, name), getattr(header, name)

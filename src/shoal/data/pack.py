@@ -48,6 +48,18 @@ class Rows(Protocol):
         ...
 
 
+class DocumentRows(Rows, Protocol):
+    """Rows that know which tokens of the split they read."""
+
+    def spans(self, row: int) -> list[tuple[int, int]]:
+        """Return the tokens [start, stop) of the split that a row reads, without its last label."""
+        ...
+
+    def rows_of(self, start: int, stop: int) -> list[int]:
+        """Return the rows that read any of the tokens [start, stop) of the split, ascending."""
+        ...
+
+
 def count_rows(num_tokens: int, seq_len: int) -> int:
     """Return how many rows a stream of `num_tokens` fills; a row's last label is the token after the row."""
     return max(0, (num_tokens - 1) // seq_len)
@@ -76,6 +88,12 @@ class PackedStream:
             return mask_documents(window, self._starts(ids))
         positions = np.broadcast_to(np.arange(self.seq_len), (len(ids), self.seq_len)).copy()
         return RowArrays(window[:, :-1].copy(), window[:, 1:].copy(), positions, None)
+
+    def spans(self, row: int) -> list[tuple[int, int]]:
+        return [(row * self.seq_len, (row + 1) * self.seq_len)]
+
+    def rows_of(self, start: int, stop: int) -> list[int]:
+        return list(range(start // self.seq_len, min((stop - 1) // self.seq_len + 1, len(self))))
 
     def _starts(self, ids: Ints) -> npt.NDArray[np.bool_]:
         """Return [rows, seq_len + 1]: whether a document starts at each token."""

@@ -33,7 +33,7 @@ from shoal.data.manifest import (
     load_journal,
     load_manifest,
 )
-from shoal.data.pack import PackedStream, Rows
+from shoal.data.pack import DocumentRows, PackedStream
 from shoal.data.shards import CURE, Shard, TokenStream, token_dtype
 from shoal.data.token_folder import find_folder, named_tokenizer, token_options
 from shoal.data.tokens import tokenize
@@ -72,7 +72,7 @@ class Prepared:
         """Documents, tokens and bytes of text in each split."""
         return self.manifest.splits
 
-    def split(self, name: SplitName, *, seq_len: int, document_mask: bool = False) -> Rows:
+    def split(self, name: SplitName, *, seq_len: int, document_mask: bool = False) -> DocumentRows:
         """Cut a split into rows. Raises DataError if it does not fill one row."""
         stream = self.streams[name]
         rows = PackedStream(stream, seq_len, document_mask)

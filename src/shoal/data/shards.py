@@ -83,7 +83,8 @@ class Shard:
     """A shard on disk. Its size is checked on opening, its head on first use, its tokens block by block."""
 
     def __init__(self, path: Path, record: ShardRecord, dtype: np.dtype[np.unsignedinteger[Any]]) -> None:
-        self.path, self.num_tokens, self._record, self._dtype = path, record.tokens, record, dtype
+        self.path, self.num_tokens, self.num_documents = path, record.tokens, record.documents
+        self._record, self._dtype = record, dtype
         try:
             size = path.stat().st_size
         except OSError as error:
@@ -144,6 +145,7 @@ class TokenStream:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = list(shards)
         self._begins = np.concatenate([[0], np.cumsum([shard.num_tokens for shard in shards], dtype=np.int64)])
+        self._documents = np.cumsum([0, *(shard.num_documents for shard in shards)], dtype=np.int64)
         self.num_tokens = int(self._begins[-1])
 
     def read(self, start: int, stop: int) -> Tokens:
@@ -158,6 +160,29 @@ class TokenStream:
             low, high = np.searchsorted(shard.starts, [a, b])
             found.append(shard.starts[low:high] + begin)
         return np.concatenate(found)
+
+    @property
+    def num_documents(self) -> int:
+        return int(self._documents[-1])
+
+    def document_span(self, number: int) -> tuple[int, int]:
+        """Return tokens [first, stop) of a document. Raises IndexError if there is no such document."""
+        if not 0 <= number < self.num_documents:
+            raise IndexError(f"document {number} of {self.num_documents}")
+        index = int(np.searchsorted(self._documents, number, side="right")) - 1
+        shard, own, begin = self._shards[index], number - int(self._documents[index]), int(self._begins[index])
+        stop = int(shard.starts[own + 1]) if own + 1 < shard.num_documents else shard.num_tokens
+        return begin + int(shard.starts[own]), begin + stop
+
+    def documents_in(self, start: int, stop: int) -> range:
+        """Return the numbers of the documents with tokens in [start, stop)."""
+        first, last = self._document_at(start), self._document_at(stop - 1)
+        return range(first, last + 1)
+
+    def _document_at(self, token: int) -> int:
+        [(shard, begin, at, _)] = self._spans(token, token + 1)
+        own = int(np.searchsorted(shard.starts, at, side="right")) - 1
+        return int(self._documents[int(np.searchsorted(self._begins, begin, side="right")) - 1]) + own
 
     def _spans(self, start: int, stop: int) -> list[tuple[Shard, int, int, int]]:
         """Return (shard, its offset in the split, start and stop in the shard) for each shard with tokens in [start, stop)."""

@@ -50,9 +50,22 @@ class Recovery:
             self._rollbacks = 0
 
     def left_out(
-        self, step: int, *, loss: float, norm: float, first: int, stop: int, samples: list[int], origin: str
+        self,
+        step: int,
+        *,
+        loss: float,
+        norm: float,
+        first: int,
+        stop: int,
+        samples: list[int],
+        documents: list[list[int | str]],
+        origin: str,
     ) -> None:
-        """Report a skipped step on sample positions [first, stop). Raises `GoBack` after too many skipped steps in a row."""
+        """
+        Report a skipped step on sample positions [first, stop). Raises `GoBack` after too many skipped steps in a row.
+
+        documents: [source, first, last] of each run of documents in the step.
+        """
         self._in_row += 1
         if self._in_row == 1:
             self._first = first
@@ -61,7 +74,7 @@ class Recovery:
         where = f"; it first appeared in {origin}" if origin else ""
         self._console.warn(f"step {step} was skipped: {why}{where}")
         facts = {"loss": loss if math.isfinite(loss) else str(loss), "norm": norm if math.isfinite(norm) else str(norm)}
-        self._event("left out", step=step, **facts, origin=origin, samples=samples)
+        self._event("left out", step=step, **facts, origin=origin, samples=samples, documents=documents)
         if self._in_row > self._fault.max_skipped:
             self._in_row = 0
             raise GoBack(f"{self._fault.max_skipped + 1} steps in a row were skipped", (self._first, stop))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from shoal.data.where import Finder, Place, Timeline
 from shoal.errors import DivergedError
 from shoal.fault.origin import find_origin
 from shoal.parallel.replicas import compare, has_replicas
@@ -42,8 +43,22 @@ def explain(run: Run, stats: Stats, loss: float, norm: float) -> None:
     origin = "{} on rank {}".format(*min(origins)) if origins else ""
     run.recovery.left_out(
         stats.step, loss=loss, norm=norm, first=stats.first, stop=stats.first + run.config.train.global_batch,
-        samples=run.loader.samples(stats.first), origin=origin,
+        samples=run.loader.samples(stats.first), documents=_documents(run, stats), origin=origin,
     )  # fmt: skip
+
+
+def _documents(run: Run, stats: Stats) -> list[list[int | str]]:
+    """Return the documents of a step as [source, first, last]: those of a row follow each other."""
+    finder = Finder.of(run.dataset, run.loader.order, Timeline([], run.config.train.micro_batch))
+    found: list[list[int | str]] = []
+    for row in run.loader.samples(stats.first):
+        seen = [(each.source, each.document) for each in finder.of_row(row, Place(stats.step, 0, 0))]
+        for source, document in seen:
+            if found and found[-1][0] == source and document - 1 == found[-1][2]:
+                found[-1][2] = document
+            elif not found or found[-1] != [source, document, document]:
+                found.append([source, document, document])
+    return found
 
 
 def check_replicas(run: Run) -> None:

@@ -254,7 +254,7 @@ def _build_or_restore(
 
 def continue_order(config: Config, rows: BlendRows, state: TrainState) -> Blend:
     """Return the order of rows after a start, a resume or a rollback. Changed weights hold from `state.position` on."""
-    planned = planned_stages(config.data, config.train.global_batch)
+    planned = planned_stages(config.data, config.train.global_batch, state.step, state.position)
     state.stages = continued_stages(state.stages, planned, state.position)
     return order_of(config.data, rows.sizes, config.train.seed, state.stages)
 

@@ -1,0 +1,174 @@
+"""
+Where a document is trained on, and which documents a step reads: both computed, whatever the length of the run. No torch.
+
+    document -> tokens -> rows -> positions (the inverse of the order) -> steps and slots
+    step -> positions -> rows -> tokens -> documents
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from shoal.data.blend import Blend
+from shoal.data.dataset import Dataset
+from shoal.data.ledger import Header
+from shoal.data.pack import DocumentRows
+from shoal.run.jsonl import whole_lines
+
+
+class Documents(Protocol):
+    """A stream of tokens that knows its documents by number."""
+
+    @property
+    def num_documents(self) -> int: ...
+
+    def document_span(self, number: int) -> tuple[int, int]:
+        """Return tokens [first, stop) of a document."""
+        ...
+
+    def documents_in(self, start: int, stop: int) -> range:
+        """Return the numbers of the documents with tokens in [start, stop)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Life:
+    """Steps on consecutive positions: the step after `step` begins at position `first`; none goes beyond `stop`."""
+
+    first: int
+    step: int
+    global_batch: int
+    stop: float = math.inf
+
+
+@dataclass(frozen=True)
+class Place:
+    """A row's place in the training: its step, from 1; its slot, the micro-batch in the step; and its index in the slot."""
+
+    step: int
+    slot: int
+    index: int
+
+
+class Timeline:
+    """The step at each position, and the positions of each step, with resumes, rollbacks and changed batches."""
+
+    def __init__(self, lives: Sequence[Life], micro_batch: int) -> None:
+        self.lives, self._micro_batch = list(lives), micro_batch
+
+    @classmethod
+    def of_ledger(cls, path: Path, micro_batch: int) -> tuple[Timeline, Header]:
+        """Read a run's ledger: its timeline and its last header. Raises OSError if it cannot be read, ValueError if it is empty."""
+        lives: list[Life] = []
+        header: dict[str, Any] | None = None
+        step = 0
+        for line in whole_lines(path):
+            if "after" in line:
+                header, step = line, line["after"]
+                lives = [*_until(lives, line["position"]), Life(line["position"], step, line["global_batch"])]
+            elif "passed_over" in line:
+                first, stop = line["passed_over"]
+                lives = [*_until(lives, first), Life(stop, step, lives[-1].global_batch)]
+            else:
+                step = line["step"]
+        if header is None:
+            raise ValueError(f"{path} is empty")
+        return cls(lives, micro_batch), Header.of_line(header)
+
+    def place(self, position: int) -> Place | None:
+        """Return where the sample at `position` is trained on; None if it was passed over."""
+        index = bisect_right([life.first for life in self.lives], position) - 1
+        if index < 0 or position >= self.lives[index].stop:
+            return None
+        life = self.lives[index]
+        steps, at = divmod(position - life.first, life.global_batch)
+        return Place(life.step + steps + 1, at // self._micro_batch, at % self._micro_batch)
+
+    def positions(self, step: int) -> range:
+        """Return the positions of a step, from 1 on. Raises ValueError for a step before the first."""
+        if step < 1:
+            raise ValueError(f"there is no step {step}; the first is 1")
+        life = [life for life in self.lives if life.step < step][-1]
+        first = life.first + (step - life.step - 1) * life.global_batch
+        return range(first, first + life.global_batch)
+
+
+def _until(lives: Iterable[Life], position: int) -> Iterator[Life]:
+    """Yield what was taken before `position`: a rollback revokes the rest."""
+    for life in lives:
+        if life.first < position:
+            yield Life(life.first, life.step, life.global_batch, min(life.stop, position))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A part of a document in a row of a step."""
+
+    place: Place
+    source: str
+    document: int
+    tokens: tuple[int, int]  # [start, stop), counted from the start of the document
+
+
+@dataclass(frozen=True)
+class Finder:
+    """The two questions, for a run: its sources by name, each with its rows and its documents, and its order and timeline."""
+
+    order: Blend
+    timeline: Timeline
+    rows: Mapping[str, DocumentRows]
+    documents: Mapping[str, Documents]
+
+    @classmethod
+    def of(cls, dataset: Dataset, order: Blend, timeline: Timeline) -> Finder:
+        """Return the finder of a run on these sources. Raises DataError if a source does not fill a row."""
+        rows = {name: dataset.part_rows(name, "train") for name in dataset.parts}
+        return cls(order, timeline, rows, {name: part.streams["train"] for name, part in dataset.parts.items()})
+
+    def where(self, source: str, document: int, last_step: int) -> list[Seen]:
+        """Return where a document is trained on up to `last_step`, in order. Raises IndexError if there is no such document."""
+        span = self.documents[source].document_span(document)
+        rows, first = self.rows[source], self.order.first_row(list(self.rows).index(source))
+        stop = self.timeline.positions(last_step).stop
+        found = [
+            Seen(place, source, document, part)
+            for row in rows.rows_of(*span)
+            for position in self.order.positions_of(first + row, stop)
+            if (place := self.timeline.place(position)) is not None
+            for part in _overlaps(rows.spans(row), span)
+        ]
+        return sorted(found, key=lambda seen: (seen.place.step, seen.place.slot, seen.place.index, seen.tokens))
+
+    def at(self, step: int) -> list[Seen]:
+        """Return the documents of a step, by slot and row. Raises ValueError if no such step can be taken."""
+        found: list[Seen] = []
+        positions = self.timeline.positions(step)
+        for position, row in zip(positions, self.order.rows_at(positions).tolist(), strict=True):
+            if (place := self.timeline.place(position)) is not None:
+                found += self.of_row(row, place)
+        return found
+
+    def of_row(self, row: int, place: Place) -> Iterator[Seen]:
+        """Yield the documents of a row of the blend."""
+        index = int(self.order.sources_of(row))
+        return self._documents_of(list(self.rows)[index], row - self.order.first_row(index), place)
+
+    def _documents_of(self, source: str, row: int, place: Place) -> Iterator[Seen]:
+        documents = self.documents[source]
+        for span in self.rows[source].spans(row):
+            for number in documents.documents_in(*span):
+                for part in _overlaps([span], documents.document_span(number)):
+                    yield Seen(place, source, number, part)
+
+
+def _overlaps(spans: Iterable[tuple[int, int]], document: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Yield the parts of a document in these spans, counted from its start."""
+    begin, end = document
+    for start, stop in spans:
+        if start < end and stop > begin:
+            yield max(start, begin) - begin, min(stop, end) - begin

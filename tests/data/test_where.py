@@ -1,0 +1,136 @@
+"""Where documents are trained on, against reading every row of every step; and on a blend of ten trillion tokens."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoal.config.data_options import BlendSource, Data
+from shoal.data.blend import Blend, Stage
+from shoal.data.dataset import Dataset, order_of, planned_stages, prepare_dataset
+from shoal.data.pack import PackedStream
+from shoal.data.where import Finder, Life, Place, Timeline
+
+SEQ_LEN, BATCH, MICRO = 32, 6, 2
+LIVES = [Life(0, 0, BATCH, stop=60), Life(78, 10, BATCH)]  # steps 1 to 10, then 18 positions passed over
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    folder = tmp_path_factory.mktemp("blend")
+    sources = {}
+    for name, weight in (("a", 0.6), ("b", 0.3), ("c", 0.1)):
+        path = folder / f"{name}.jsonl"
+        texts = [f"{name} {n} " + "x" * (n * 37 % 90) for n in range(25)]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        sources[name] = BlendSource(corpus="jsonl", paths=(str(path),), weight=weight)
+    data = Data(
+        sources=sources, stages={"8 steps": {"a": 1, "c": 2}}, tokenizer="bytes", seq_len=SEQ_LEN,
+        folder=str(folder / "data"), val_fraction=0.1, shard_tokens=1024,
+    )  # fmt: skip
+    return prepare_dataset(data)
+
+
+def test_every_document_is_where_reading_all_steps_finds_it(dataset: Dataset) -> None:
+    rows = dataset.rows("train")
+    order = order_of(dataset.data, rows.sizes, 3, planned_stages(dataset.data, BATCH))
+    finder = Finder.of(dataset, order, Timeline(LIVES, MICRO))
+    last = 24
+    # by hand: the tokens of each step's rows, cut at the ends of documents, whose first token names source and number
+    found: dict[tuple[str, str], list[tuple[int, int, int]]] = defaultdict(list)
+    text_of = {}
+    for name, part in dataset.parts.items():
+        stream = part.streams["train"]
+        assert stream.num_documents == part.counts["train"].documents
+        for number in range(stream.num_documents):
+            text_of[name, number] = part.tokenizer.decode(stream.read(*stream.document_span(number)).tolist())
+    assert len(set(text_of.values())) == len(text_of) > 50
+    for step in range(1, last + 1):
+        first = (step - 1) * BATCH if step <= 10 else 78 + (step - 11) * BATCH
+        listed = defaultdict(str)
+        for seen in finder.at(step):
+            document = dataset.parts[seen.source].streams["train"].document_span(seen.document)
+            tokens = (
+                dataset.parts[seen.source]
+                .streams["train"]
+                .read(document[0] + seen.tokens[0], document[0] + seen.tokens[1])
+            )
+            listed[seen.place] += dataset.tokenizer.decode(tokens.tolist())
+            found[seen.source, text_of[seen.source, seen.document]].append((step, seen.place.slot, seen.place.index))
+        for at, row in enumerate(order.rows_at(np.arange(first, first + BATCH)).tolist()):
+            place = Place(step, at // MICRO, at % MICRO)
+            assert listed.pop(place) == dataset.tokenizer.decode(rows.read([row]).tokens[0].tolist())
+        assert not listed
+    for (name, number), text in text_of.items():
+        places = [(s.place.step, s.place.slot, s.place.index) for s in finder.where(name, number, last)]
+        assert places == sorted(found[name, text])
+    with pytest.raises(IndexError):
+        finder.where("a", 10**6, last)
+
+
+def test_the_timeline_follows_resumes_rollbacks_and_other_batches(tmp_path: Path) -> None:
+    header = {"rows": 10, "seed": 0, "copies": 1, "data_id": "", "sources": [], "stages": []}
+    lines = [
+        {"after": 0, "position": 0, "global_batch": 4, **header},
+        *({"step": n, "first": 4 * n - 4, "stop": 4 * n, "skipped": False, "sum": 0} for n in range(1, 6)),
+        {"after": 2, "position": 8, "global_batch": 4, **header},  # back to step 2
+        {"passed_over": [8, 16]},
+        {"step": 3, "first": 16, "stop": 20, "skipped": False, "sum": 0},
+        {"after": 3, "position": 20, "global_batch": 6, **header},  # resumed with a larger batch
+    ]
+    path = tmp_path / "ledger.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    timeline, last = Timeline.of_ledger(path, micro_batch=2)
+    assert last.global_batch == 6
+    assert [timeline.positions(step) for step in (1, 2, 3, 4, 5)] == [
+        range(4), range(4, 8), range(16, 20), range(20, 26), range(26, 32),
+    ]  # fmt: skip
+    assert [timeline.place(p) for p in (0, 7, 8, 15, 16, 25)] == [
+        Place(1, 0, 0), Place(2, 1, 1), None, None, Place(3, 0, 0), Place(4, 2, 1),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="no step 0"):
+        timeline.positions(0)
+
+
+class _Formula:
+    """A stream whose documents all have the same length, so that its index is a formula; its tokens are a sparse file."""
+
+    def __init__(self, path: Path, num_tokens: int, length: int) -> None:
+        with path.open("wb") as file:
+            file.truncate(2 * num_tokens)
+        self.tokens = np.memmap(path, np.uint16, "r", 0, (num_tokens,))
+        self.num_tokens, self.length = num_tokens, length
+        self.num_documents = -(-num_tokens // length)
+
+    def read(self, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.uint16]]:
+        return self.tokens[start:stop]
+
+    def document_span(self, number: int) -> tuple[int, int]:
+        return number * self.length, min((number + 1) * self.length, self.num_tokens)
+
+    def documents_in(self, start: int, stop: int) -> range:
+        return range(start // self.length, (stop - 1) // self.length + 1)
+
+
+def test_ten_trillion_tokens_need_no_memory(tmp_path: Path) -> None:
+    """Answers come from formulas: `scripts/bench_blend.py` times them; here nothing may grow with the corpus."""
+    sizes = [5_000, 2_500, 1_500, 700, 300]  # billions of tokens
+    streams = {f"s{i}": _Formula(tmp_path / f"{i}.bin", size * 10**9, 700 + i) for i, size in enumerate(sizes)}
+    rows = {name: PackedStream(stream, 4096, document_mask=False) for name, stream in streams.items()}  # type: ignore[arg-type]
+    stages = [Stage(0, (50, 25, 15, 7, 3)), Stage(10**9, (1, 1, 1, 1, 1))]
+    order = Blend(0, [len(each) for each in rows.values()], stages)
+    finder = Finder(order, Timeline([Life(0, 0, 1024)], 4), rows, streams)
+    tracemalloc.start()
+    last = 3_000_000
+    for step in (1, 976_562, 976_563, last):
+        for seen in finder.at(step)[::509]:
+            again = finder.where(seen.source, seen.document, last)
+            assert seen.place.step in [each.place.step for each in again]
+            assert len({each.place for each in again if each.place == seen.place}) == 1
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
