@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from shoal.config.data_options import Data
 from shoal.config.option import option_fields, option_name
-from shoal.config.options import SECTIONS, options
+from shoal.config.options import SECTIONS, SOURCES, option_at
 from shoal.resolve.resolve import expectation
 from shoal.run.records import Evaluation, StepRecord
 
@@ -32,12 +33,15 @@ def options_table() -> str:
             f"### `{name}`\n\n{about}\n\n| option | takes | default | unit | meaning |\n| --- | --- | --- | --- | --- |"
         )
         keys = [f"{name}.{option_name(f)}" for f in option_fields(section)]
+        if section is Data:
+            keys += [f"{SOURCES}NAME.{name}" for name in ("weight", "max_epochs")]
         parts.append("\n".join([head, *(_row(key) for key in keys)]))
     return "\n\n".join(parts)
 
 
 def _row(key: str) -> str:
-    f = options()[key]
+    f = option_at(key)
+    assert f is not None, key
     unit = str(f.metadata["unit"])
     takes = expectation(key).replace(f" ({unit})", "") if unit else expectation(key)
     fixed = " *" if f.metadata["past"] else ""

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from shoal.config.data_options import BlendSource
+from shoal.config.option import option_fields, option_name
 from shoal.config.options import Config, Optim, options
 from shoal.errors import ConfigError
 from shoal.resolve.recipe import nearest
@@ -188,7 +190,9 @@ def test_sections_are_frozen() -> None:
 def test_the_schema_describes_every_option_and_admits_a_recipe() -> None:
     described = schema()
     keys = {f"{s}.{k}" for s, ref in described["properties"].items() for k in ref["properties"]}
-    assert keys == set(options())
+    assert keys == {*options(), "data.sources"}
+    source = described["properties"]["data"]["properties"]["sources"]["additionalProperties"]["properties"]
+    assert set(source) == {option_name(f) for f in option_fields(BlendSource)}
     assert json.loads(json.dumps(described)) == described
 
 

@@ -85,10 +85,11 @@ class _Segment:
         shares, taken = np.array(self.shares, np.int64), np.array(self.taken, np.int64)
         return source, np.asarray(taken[source] + turn * shares[source] + self._place[slot], np.int64)
 
-    def position_of(self, source: int, sample: int) -> int:
-        """Return the position of a source's sample, in this segment if it lasts long enough."""
-        turn, place = divmod(sample - self.taken[source], self.shares[source])
-        return self.first + turn * self.period + int(self._slots[source][place])
+    def position_of(self, source: int, samples: Ints) -> Ints:
+        """Return the positions of a source's samples, in this segment if it lasts long enough."""
+        turn, place = np.divmod(samples - self.taken[source], self.shares[source])
+        positions: Ints = self.first + turn * self.period + self._slots[source][place]
+        return positions
 
     def taken_at(self, positions: Ints) -> Ints:
         """Return how many samples of each source come before each position, [positions, sources]."""
@@ -161,6 +162,7 @@ class Blend:
         firsts = [stage.first for stage in self.stages]
         if firsts and (firsts[0] != 0 or firsts != sorted(set(firsts))):
             raise ValueError(f"stages must begin at 0 and ascend: {firsts}")
+        self._sizes = np.array(self.sizes, np.int64)
         self._offsets = np.array([0, *accumulate(self.sizes)], np.int64)
         self.num_rows = int(self._offsets[-1])
         self.end: float = inf if self.stages else min(self.max_epochs) * self.num_rows
@@ -195,7 +197,7 @@ class Blend:
     def _used_up(self, segment: _Segment) -> float:
         """Return the position after which the first source of a segment has reached its limit."""
         ends = [
-            segment.position_of(source, ceil(limit) - 1) + 1
+            int(segment.position_of(source, np.array(ceil(limit) - 1))) + 1
             for source, limit in enumerate(self._limits)
             if segment.shares[source] and limit < inf
         ]
@@ -216,12 +218,8 @@ class Blend:
         return rows.reshape(np.shape(positions))
 
     def _rows(self, sources: Ints, samples: Ints) -> Ints:
-        rows = np.empty(len(sources), np.int64)
-        for source in np.unique(sources):
-            here = sources == source
-            own = sample_at(self.seed, samples[here], self.sizes[source], int(source))
-            rows[here] = own + self._offsets[source]
-        return rows
+        own = sample_at(self.seed, samples, self._sizes[sources], sources)
+        return own + self._offsets[sources]
 
     def sources_of(self, rows: npt.ArrayLike) -> Ints:
         """Return the source of each row."""
@@ -247,26 +245,35 @@ class Blend:
             taken[which == index] = self._segments[index].taken_at(at[which == index])
         return taken
 
-    def positions_of(self, row: int, stop: float = inf) -> Iterator[int]:
-        """Yield the positions below `stop` at which a row is trained on, one per epoch of its source."""
-        stop, source = min(stop, self.end), int(self.sources_of(row))
-        epoch = 0
-        while (position := self._position_of(source, row, epoch)) is not None and position < stop:
-            yield position
-            epoch += 1
+    def positions_of(self, rows: npt.ArrayLike, stop: int) -> tuple[Ints, Ints]:
+        """
+        Return where rows are trained on below position `stop`, once per epoch of their source.
 
-    def _position_of(self, source: int, row: int, epoch: int) -> int | None:
-        """Return the position of a row in an epoch of its source; None if there is no such epoch."""
+        rows: at least one, all of one source. Two arrays of equal length: an index into `rows`, and a position, ascending.
+        """
+        wanted = np.atleast_1d(np.asarray(rows, np.int64))
+        source = int(self.sources_of(wanted[0])) if self._segments else 0
+        size, first = (self.sizes[source], self.first_row(source)) if self._segments else (self.num_rows, 0)
+        stop = int(min(stop, self.end))
+        samples = int(self.taken_at(stop)[0, source])
+        epochs = np.arange(-(-samples // size))
+        found = position_of(self.seed, wanted[:, None] - first, epochs, size, source)
+        index, epoch = np.nonzero(found < samples)
+        positions = self._positions(source, found[index, epoch])
+        order = np.argsort(positions, kind="stable")
+        return index[order], positions[order]
+
+    def _positions(self, source: int, samples: Ints) -> Ints:
+        """Return the position of each of these samples of a source."""
         if not self._segments:
-            return int(position_of(self.seed, row, epoch, self.num_rows))
-        own = row - self.first_row(source)
-        sample = int(position_of(self.seed, own, epoch, self.sizes[source], source))
-        ends = [*self._firsts[1:].tolist(), self.end]
-        for segment, end in zip(reversed(self._segments), reversed(ends), strict=True):
-            if segment.shares[source] and segment.taken[source] <= sample:
-                position = segment.position_of(source, sample)
-                return position if position < end else None
-        return None
+            return samples
+        positions = np.empty(len(samples), np.int64)
+        # later segments overwrite: the last that reads the source, and begins with at most as many samples, holds
+        for segment in self._segments:
+            here = np.flatnonzero(samples >= segment.taken[source]) if segment.shares[source] else ()
+            if len(here):
+                positions[here] = segment.position_of(source, samples[here])
+        return positions
 
 
 def _reduced(shares: Sequence[int]) -> list[int]:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from shoal.data.blend import Blend
 from shoal.data.dataset import Dataset
 from shoal.data.ledger import Header
@@ -107,12 +110,12 @@ def _until(lives: Iterable[Life], position: int) -> Iterator[Life]:
 
 @dataclass(frozen=True)
 class Seen:
-    """A part of a document in a row of a step."""
+    """A row in the training: its place, its source, its number there, and the documents it reads, in order."""
 
     place: Place
     source: str
-    document: int
-    tokens: tuple[int, int]  # [start, stop), counted from the start of the document
+    row: int
+    documents: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -131,44 +134,36 @@ class Finder:
         return cls(order, timeline, rows, {name: part.streams["train"] for name, part in dataset.parts.items()})
 
     def where(self, source: str, document: int, last_step: int) -> list[Seen]:
-        """Return where a document is trained on up to `last_step`, in order. Raises IndexError if there is no such document."""
-        span = self.documents[source].document_span(document)
-        rows, first = self.rows[source], self.order.first_row(list(self.rows).index(source))
-        stop = self.timeline.positions(last_step).stop
-        found = [
-            Seen(place, source, document, part)
-            for row in rows.rows_of(*span)
-            for position in self.order.positions_of(first + row, stop)
+        """
+        Return the rows in which a document is trained on up to `last_step`, in the order of training.
+
+        Raises IndexError if there is no such document.
+        """
+        rows = self.rows[source].rows_of(*self.documents[source].document_span(document))
+        if not len(rows):
+            return []  # it is in the tail that fills no row
+        first = self.order.first_row(list(self.rows).index(source))
+        indices, positions = self.order.positions_of(np.array(rows) + first, self.timeline.positions(last_step).stop)
+        return [
+            Seen(place, source, rows[index], (document,))
+            for index, position in zip(indices.tolist(), positions.tolist(), strict=True)
             if (place := self.timeline.place(position)) is not None
-            for part in _overlaps(rows.spans(row), span)
         ]
-        return sorted(found, key=lambda seen: (seen.place.step, seen.place.slot, seen.place.index, seen.tokens))
 
     def at(self, step: int) -> list[Seen]:
-        """Return the documents of a step, by slot and row. Raises ValueError if no such step can be taken."""
-        found: list[Seen] = []
+        """Return the rows of a step, by slot. Raises ValueError if no such step can be taken."""
         positions = self.timeline.positions(step)
-        for position, row in zip(positions, self.order.rows_at(positions).tolist(), strict=True):
-            if (place := self.timeline.place(position)) is not None:
-                found += self.of_row(row, place)
+        found = self.of_rows(self.order.rows_at(positions))
+        places = [self.timeline.place(position) for position in positions]
+        return [Seen(place, *each) for place, each in zip(places, found, strict=True) if place is not None]
+
+    def of_rows(self, rows: npt.NDArray[np.int64]) -> list[tuple[str, int, Sequence[int]]]:
+        """Return source, row of that source and documents of each row of the blend."""
+        names = list(self.rows)
+        found: list[tuple[str, int, Sequence[int]]] = []
+        for row, index in zip(rows.tolist(), self.order.sources_of(rows).tolist(), strict=True):
+            own = row - self.order.first_row(index)
+            documents = self.documents[names[index]]
+            spans = self.rows[names[index]].spans(own)
+            found.append((names[index], own, [n for span in spans for n in documents.documents_in(*span)]))
         return found
-
-    def of_row(self, row: int, place: Place) -> Iterator[Seen]:
-        """Yield the documents of a row of the blend."""
-        index = int(self.order.sources_of(row))
-        return self._documents_of(list(self.rows)[index], row - self.order.first_row(index), place)
-
-    def _documents_of(self, source: str, row: int, place: Place) -> Iterator[Seen]:
-        documents = self.documents[source]
-        for span in self.rows[source].spans(row):
-            for number in documents.documents_in(*span):
-                for part in _overlaps([span], documents.document_span(number)):
-                    yield Seen(place, source, number, part)
-
-
-def _overlaps(spans: Iterable[tuple[int, int]], document: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Yield the parts of a document in these spans, counted from its start."""
-    begin, end = document
-    for start, stop in spans:
-        if start < end and stop > begin:
-            yield max(start, begin) - begin, min(stop, end) - begin

@@ -64,7 +64,7 @@ class Recovery:
         """
         Report a skipped step on sample positions [first, stop). Raises `GoBack` after too many skipped steps in a row.
 
-        documents: [source, first, last] of each run of documents in the step.
+        documents: [source, first document, last document] of each row.
         """
         self._in_row += 1
         if self._in_row == 1:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from shoal.data.where import Finder, Place, Timeline
+import numpy as np
+
+from shoal.data.where import Finder, Timeline
 from shoal.errors import DivergedError
 from shoal.fault.origin import find_origin
 from shoal.parallel.replicas import compare, has_replicas
@@ -48,17 +50,10 @@ def explain(run: Run, stats: Stats, loss: float, norm: float) -> None:
 
 
 def _documents(run: Run, stats: Stats) -> list[list[int | str]]:
-    """Return the documents of a step as [source, first, last]: those of a row follow each other."""
+    """Return the documents of a step's rows, each as [source, first document, last document]."""
     finder = Finder.of(run.dataset, run.loader.order, Timeline([], run.config.train.micro_batch))
-    found: list[list[int | str]] = []
-    for row in run.loader.samples(stats.first):
-        seen = [(each.source, each.document) for each in finder.of_row(row, Place(stats.step, 0, 0))]
-        for source, document in seen:
-            if found and found[-1][0] == source and document - 1 == found[-1][2]:
-                found[-1][2] = document
-            elif not found or found[-1] != [source, document, document]:
-                found.append([source, document, document])
-    return found
+    rows = finder.of_rows(np.array(run.loader.samples(stats.first)))
+    return [[source, min(documents), max(documents)] for source, _, documents in rows]
 
 
 def check_replicas(run: Run) -> None:
