@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import machine, models, recipes, records, train
+from shoal.commands import data, machine, models, recipes, records, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -39,6 +39,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_recipe(add("train", train.train, "train a model, or resume the run of the same name", recipe))
     prepared = "prepare the data only: corpus -> tokenizer -> token shards; a restart continues"
     _add_recipe(add("prepare", recipes.prepare, prepared, recipe))
+    look = "show what a model will read: shoal data RECIPE_OR_RUN; where RUN --document N, at RUN --step N"
+    _add_data(add("data", data.data, look, "[where|at] RECIPE_OR_RUN [--rows N]"))
     _add_fetch(add("fetch", models.fetch, "download a model from a hub: shoal fetch model OWNER/NAME"))
     evaluated = "evaluate a model: on its run's held-out text, on your text, or on lm-evaluation-harness tasks"
     _add_eval(add("eval", models.eval, evaluated))
@@ -116,6 +118,17 @@ def _add_fetch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verify", action="store_true", help="check the hashes of existing files, not only their sizes"
     )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "words", nargs="+", metavar="[where|at] RECIPE_OR_RUN",
+        help="a recipe or a run; where: the steps that read a document of a run; at: the documents that a step reads",
+    )  # fmt: skip
+    parser.add_argument("--rows", type=int, default=3, metavar="N", help="rows to show as text (default: 3)")
+    parser.add_argument("--document", metavar="N", help="with where: a document's number or, in a blend, SOURCE:N")
+    parser.add_argument("--step", type=int, metavar="N", help="with at: the step")
+    parser.add_argument("--json", action="store_true", help="with where and at: print JSON instead")
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from shoal.data.corpus.sources import open_corpus
 from shoal.data.encode import choose_split, training_sample
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
 from shoal.data.manifest import TOKENIZER, SplitName, SplitRecord
-from shoal.data.pack import DocumentRows, RowArrays, Rows
+from shoal.data.pack import DocumentRows, RowArrays
 from shoal.data.prepare import Prepared, Progress, Ticks, no_progress, prepare
 from shoal.data.token_folder import token_options
 from shoal.data.tokens import tokenize
@@ -30,7 +30,7 @@ from shoal.run.console import Console
 class BlendRows:
     """The rows of several sources end to end: a row's number counts the rows of the sources before it."""
 
-    def __init__(self, parts: Sequence[Rows]) -> None:
+    def __init__(self, parts: Sequence[DocumentRows]) -> None:
         self.parts = list(parts)
         self.sizes = [len(part) for part in self.parts]
         self._firsts = np.cumsum([0, *self.sizes[:-1]])

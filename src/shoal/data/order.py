@@ -110,6 +110,6 @@ def _inverse(x: Words, round_keys: Words, bits: Words) -> Words:
     mask = (np.uint64(1) << bits) - np.uint64(1)
     left, right = x >> bits, x & mask
     for round_key in round_keys[::-1]:
-        before: Words = right ^ (_mix(left ^ round_key) & mask)
+        before: Words = np.bitwise_xor(right, _mix(left ^ round_key) & mask)
         left, right = before, left
     return (left << bits) | right

@@ -10,6 +10,8 @@ from typing import Any, Final
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from shoal.run.records import StepRecord
 from shoal.system.output import visible
@@ -45,6 +47,11 @@ class Console:
             self._rich.print(text, style=style or None, markup=False)
         else:
             print(text, file=self._rich.file, flush=True)
+
+    def show(self, what: Table | Text) -> None:
+        """Print a table or a styled text; plain elsewhere than on a terminal."""
+        if self._speaks:
+            self._rich.print(what, soft_wrap=isinstance(what, Text))
 
     def note(self, text: str) -> None:
         """Print a dim line: worth knowing, no action needed."""
