@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from glob import has_magic
 from pathlib import Path
 from typing import Final
 
@@ -84,7 +85,8 @@ def why_no_name(name: str) -> str | None:
 
 def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
     model, data = config.model, config.data
-    if data.corpus in ("text", "jsonl") and not data.paths:
+    yield from _token_file_problems(data, problem)
+    if data.corpus in ("text", "jsonl", "tokens") and not data.paths:
         yield problem(f"a {data.corpus} corpus needs files or folders; set data.paths", "data.corpus")
     if data.corpus in ("stdlib", "dummy") and data.paths:
         yield problem(
@@ -92,10 +94,11 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             "data.paths",
             "data.corpus",
         )
-    missing = [p for p in data.paths if not _is_there(p)]
-    if missing and not _has_tokens(data):  # if the tokens are prepared, their source files may be gone
-        named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
-        yield problem(f"data.paths does not exist: {named}", "data.paths")
+    for key in ("paths", "val_paths"):
+        missing = [p for p in getattr(data, key) if not (_is_there(p) or (data.corpus == "tokens" and has_magic(p)))]
+        if missing and not _has_tokens(data):  # if the tokens are prepared, their source files may be gone
+            named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
+            yield problem(f"data.{key} does not exist: {named}", f"data.{key}")
     why = _why_no_tokenizer(data)
     if why is not None:
         yield problem(
@@ -110,6 +113,36 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             "model.vocab_size",
             "data.tokenizer_vocab_size",
         )
+
+
+def _token_file_problems(data: Data, problem: MakeProblem) -> Iterable[Problem]:
+    if data.corpus != "tokens":
+        for key in ("token_format", "token_type", "val_paths"):
+            if getattr(data, key) not in ("auto", ()):
+                yield problem(
+                    f"data.{key} is of token files; set data.corpus to tokens, or remove it",
+                    f"data.{key}",
+                    "data.corpus",
+                )
+        return
+    if data.tokenizer == "bpe":
+        yield problem(
+            "a tokens corpus needs the tokenizer that made its tokens; set data.tokenizer to it",
+            "data.tokenizer",
+            "data.corpus",
+        )
+    if data.token_type != "auto" and data.token_format in ("llm.c", "megatron"):
+        yield problem(
+            f"data.token_type has no effect: files of {data.token_format} name their type themselves; remove it",
+            "data.token_type",
+            "data.token_format",
+        )
+    changed = {"shard_tokens": "token files are read in place"}
+    if data.val_paths:
+        changed["val_fraction"] = "data.val_paths names the held-out tokens"
+    for key, why in changed.items():
+        if getattr(data, key) != getattr(Data(), key):
+            yield problem(f"data.{key} has no effect: {why}; remove it", f"data.{key}", "data.corpus")
 
 
 def _has_tokens(data: Data) -> bool:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from shoal.config.option import PAST, TYPE_WORDS, option_fields, option_name, with_bounds
 from shoal.config.options import SECTIONS, Config, Model, options
@@ -105,16 +105,18 @@ def _place(problem: Problem) -> tuple[bool, int]:
 # --- values ----------------------------------------------------------------------------------------------
 
 
+_SUFFIXES: Final = {"jsonl": (".jsonl", ".jsonl.gz"), "tokens": (".bin", ".idx", ".npy", ".ds")}
+
+
 def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
-    """Derive data.corpus from data.paths, if only the latter is set: jsonl if all names end in .jsonl or .jsonl.gz, else text."""
+    """Derive data.corpus from data.paths, if only the latter is set: jsonl or tokens if all names end as theirs do, else text."""
     paths = settings.get("data.paths")
     if paths is None or not paths.value or "data.corpus" in settings:
         return settings
     names = paths.value if isinstance(paths.value, list) else str(paths.value).split(",")
-    lines = all(str(name).strip().endswith((".jsonl", ".jsonl.gz")) for name in names)
-    return settings | {
-        "data.corpus": Setting("data.corpus", "jsonl" if lines else "text", f"data.paths at {paths.where}")
-    }
+    fits = [kind for kind, ends in _SUFFIXES.items() if all(str(name).strip().endswith(ends) for name in names)]
+    kind = fits[0] if fits else "text"
+    return settings | {"data.corpus": Setting("data.corpus", kind, f"data.paths at {paths.where}")}
 
 
 def _with_shape(
