@@ -137,15 +137,22 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
     console = Console()
     config = resolve_asked(args, overrides)
     with ends_when_asked(EXIT_REQUEUE):
+        from shoal.data.check import check_tokens
         from shoal.data.prepare import open_data
 
         prepared = open_data(config.data, console)
-    for split, counts in prepared.counts.items():
-        console.say(
-            f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
-            f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes per token)"
-        )
-    console.say(f"written to {prepared.folder}")
+        for split, counts in prepared.counts.items():
+            about = "about " if counts.estimated else ""
+            console.say(
+                f"{split}: {about}{counts.documents:,} documents, {about}{counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
+                f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes per token)"
+            )
+        where = "read in place; their record is in" if config.data.corpus == "tokens" else "written to"
+        console.say(f"{where} {prepared.folder}")
+        if args.check:
+            with console.progress("checking") as progress:
+                checked = check_tokens(prepared, progress)
+            console.say(checked)
     return 0
 
 

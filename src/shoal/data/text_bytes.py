@@ -12,7 +12,7 @@ from shoal.data.tokens.tokenize import Tokenizer
 
 EXACT_TOKENS: Final = 1 << 24  # streams of up to this many tokens are read whole
 WINDOW_TOKENS: Final = 1 << 20
-SAMPLES, SAMPLE_TOKENS = 64, 1 << 15  # evenly spaced pieces of a longer stream
+SAMPLES, SAMPLE_TOKENS = 512, 1 << 12  # evenly spaced pieces of a longer stream
 
 
 @dataclass(frozen=True)

@@ -169,6 +169,9 @@ def make_record(corpus: TokenCorpus, tokenizer: Tokenizer, options: Mapping[str,
     """Choose the held-out tokens, and count. Reads at most some millions of tokens. Raises DataError if one is not valid."""
     notes: list[str] = []
     cut = None
+    for file in (*corpus.files["train"], *corpus.files["val"]):
+        if file.borders is not None:
+            file.borders.check()
     if not corpus.files["val"]:
         cut, note = _cut(TokenStream(corpus.files["train"]), val_fraction, tokenizer)
         notes += note

@@ -148,7 +148,7 @@ def _npy(name: str, path: Path, size: int) -> Contents:
     with path.open("rb") as file:
         try:
             shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
-        except (ValueError, KeyError, SyntaxError, TypeError) as error:
+        except Exception as error:  # NumPy raises many kinds, also of Python's parser
             raise DataError(f"{name} has a damaged NumPy header ({error}); copy it again") from error
         offset = file.tell()
     if dtype.hasobject:

@@ -40,35 +40,45 @@ class ByteLengths:
 def byte_lengths(tokenizer: Tokenizer) -> ByteLengths:
     """Return the table of a tokenizer, from its vocabulary and its decoder."""
     vocab = tokenizer.pieces()
-    length = _length_of(tokenizer)
+    length, joins = _length_of(tokenizer)
     special = tokenizer.special_ids
     of, after_space = np.zeros(tokenizer.vocab_size, np.int32), np.zeros(tokenizer.vocab_size, np.bool_)
     for piece, index in vocab.items():
         if index not in special:
             of[index] = length(piece, index)
-            after_space[index] = piece.startswith(("▁", " "))
+            after_space[index] = joins or piece.startswith(("▁", " "))
     sample = tokenizer.encode("a")
-    drops_space = int(of[sample].sum()) > len(tokenizer.decode(sample).encode())
+    drops_space = sum(map(int, of[np.asarray(sample, np.int64)])) > len(tokenizer.decode(sample).encode())
     return ByteLengths(of, after_space, drops_space)
 
 
-def _length_of(tokenizer: Tokenizer) -> Callable[[str, int], int]:
-    """Return the function that counts the bytes of a token, given its entry in the vocabulary and its id."""
+def _length_of(tokenizer: Tokenizer) -> tuple[Callable[[str, int], int], bool]:
+    """
+    Return the function that counts the bytes of a token, given its entry in the vocabulary and its id.
+
+    Also return whether that may count a space before the token, because the decoder joins words.
+    """
     decoders = list(_flat(json.loads(tokenizer.to_json())["decoder"]))
     kinds = {decoder["type"] for decoder in decoders}
     if "ByteLevel" in kinds:
-        alphabet = frozenset(byte_characters())
-        # a token with other characters is one that was added, as plain text
-        return lambda piece, _: len(piece) if alphabet.issuperset(piece) else len(piece.encode())
+        alphabet, added = frozenset(byte_characters()), tokenizer.added_ids
+
+        def from_bytes(piece: str, index: int) -> int:
+            plain = index in added or not alphabet.issuperset(piece)  # added tokens are plain text
+            return len(piece.encode()) if plain else len(piece)
+
+        return from_bytes, False
     if kinds and kinds <= _JOINED:
         spaces = [text for decoder in decoders if (text := _space_of(decoder))]
         falls_back = "ByteFallback" in kinds
-        return lambda piece, _: (
-            1 if falls_back and _BYTE_TOKEN.fullmatch(piece) else len(_spaced(piece, spaces).encode())
-        )
+
+        def joined(piece: str, _: int) -> int:
+            return 1 if falls_back and _BYTE_TOKEN.fullmatch(piece) else len(_spaced(piece, spaces).encode())
+
+        return joined, False
     anchor = tokenizer.encode("a")
     alone = len(tokenizer.decode(anchor).encode())
-    return lambda _, index: len(tokenizer.decode([*anchor, index]).encode()) - alone
+    return lambda _, index: len(tokenizer.decode([*anchor, index]).encode()) - alone, True
 
 
 def _flat(decoder: Any) -> Iterator[dict[str, Any]]:
