@@ -1,4 +1,4 @@
-"""Token files of other trainers: rows equal to those that shoal prepares itself, and every bad file refused."""
+"""Token files of other trainers: rows equal to those that shoal prepares itself, and every change noticed."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_changed_files_are_noticed(one: Path, tmp_path: Path) -> None:
     data = token_data(tmp_path, one)
     first = prepare(data)
     os.utime(one, ns=(1, 1))
-    assert prepare(data).data_id == first.data_id, "another time alone is no change"
+    assert prepare(data).data_id == first.data_id, "another time alone is not a change"
     content = bytearray(one.read_bytes())
     content[-4] += 1
     one.write_bytes(content)
@@ -259,7 +259,9 @@ def test_moved_files_are_the_same_data(one: Path, tmp_path: Path) -> None:
 def test_a_damaged_record_is_made_again(one: Path, tmp_path: Path, damage: bytes) -> None:
     first = prepare(token_data(tmp_path, one))
     (first.folder / token_corpus.RECORD).write_bytes(damage)
+    (first.folder / "tokenizer.json").write_bytes(damage)
     assert prepare(token_data(tmp_path, one)).manifest == first.manifest
+    assert open_prepared(first.folder).data_id == first.data_id
 
 
 def test_an_id_beyond_the_vocabulary_is_named_when_it_is_read(tmp_path: Path) -> None:

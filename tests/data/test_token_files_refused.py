@@ -38,6 +38,7 @@ def raw_file(path: Path, content: bytes) -> Path:
         (b"", {}, "t.bin has no tokens"),
         (bytes(1001), {}, "has 1,001 bytes, not a multiple of the 2 of uint16, the type for a vocabulary of 257"),
         (bytes(1002), {"token_type": "int32"}, "not a multiple of the 4 of int32: it was cut short, or data.token_type is wrong"),
+        (struct.pack("<40I", *range(40)), {}, "t.bin looks like 4-byte ids, not uint16, the type for a vocabulary of 257; set data.token_type"),
         (struct.pack("<i", 20240520), {}, "has 4 bytes, less than the 1,024 of llm.c's header"),
         (bytes(900), {"token_format": "llm.c"}, "has 900 bytes, less than the 1,024"),
         (bytes(2048), {"token_format": "llm.c"}, "not a token file of llm.c: it begins with 0, not 20240520 or 20240801"),

@@ -1,4 +1,4 @@
-"""How many bytes of text a stream of tokens stands for: exact for a stream of some million tokens, else estimated. No torch."""
+"""Count the bytes of text in a stream of tokens: exactly for some million tokens, else estimated. No torch."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ from shoal.data.text_bytes import count_text_bytes
 from shoal.data.tokens.byte_lengths import byte_lengths
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
+from shoal.system.disk import sha256_of
 
 RECORD: Final = "token_files.json"
 FORMAT: Final = 1
@@ -205,7 +206,7 @@ def make_record(corpus: TokenCorpus, tokenizer: Tokenizer, options: Mapping[str,
 def _usable(folder: Path, corpus: TokenCorpus, data: Data) -> Record | None:
     """Return the folder's record; None if there is none, or if files have changed and `data.rebuild` is set."""
     record = load_record(folder)
-    if record is None or not (folder / TOKENIZER).exists():
+    if record is None or not _has_tokenizer(folder, record):
         return None
     try:
         check_unchanged(record.manifest, corpus)
@@ -214,6 +215,14 @@ def _usable(folder: Path, corpus: TokenCorpus, data: Data) -> Record | None:
             raise
         return None
     return record
+
+
+def _has_tokenizer(folder: Path, record: Record) -> bool:
+    """Return whether the folder's tokenizer.json, which runs copy, is there and unaltered."""
+    try:
+        return sha256_of(folder / TOKENIZER) == record.manifest.tokenizer_sha256
+    except OSError:
+        return False
 
 
 def _open(corpus: TokenCorpus, record: Record) -> Opened:
@@ -268,7 +277,7 @@ def _documents(files: Sequence[TokenFile], first: int, last: int) -> int | None:
 def _data_id(
     corpus: TokenCorpus, tokenizer_sha256: str, cut: int | None, listing: Sequence[CorpusFile], digests: Sequence[str]
 ) -> str:
-    """Return a hash of the files' names without their folders, sizes, types and digests, and of what is held out."""
+    """Return a hash of the files' names without their folders, sizes, types and digests, and of the place of the held-out tokens."""
     content = [tokenizer_sha256, f"held out from {cut}"]
     content += [f"{name} {f.contents.format} {f.contents.dtype.str}" for name in SPLITS for f in corpus.files[name]]
     content += [f"{Path(e.name).name} {e.bytes} {digest}" for e, digest in zip(listing, digests, strict=True)]

@@ -31,7 +31,7 @@ class Found:
 
 
 def expand(given: str) -> list[str]:
-    """Return the paths that match a pattern, sorted; a path that exists, or has no `*`, `?` or `[`, as it is."""
+    """Return the paths that match a pattern, sorted; a path that exists, or has no `*`, `?` or `[`, unchanged."""
     path = Path(given).expanduser()
     if not glob.has_magic(given) or path.exists():
         return [given]

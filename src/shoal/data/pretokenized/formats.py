@@ -35,6 +35,7 @@ LLM_C_OTHERS: Final = {
     20240527: "an optimizer state of llm.c",
 }
 NPY_MAGIC: Final = b"\x93NUMPY"
+FEWEST_PAIRS: Final = 16  # fewer tokens do not show their type
 
 
 def open_token_file(name: str, path: Path, token_format: str, token_type: str, vocabulary: Vocabulary) -> TokenFile:
@@ -95,9 +96,8 @@ def _contents(
         case _:
             if head.startswith(NPY_MAGIC):
                 raise DataError(f"{name} has a NumPy header; set data.token_format to raw")
-            return _headless(
-                "nanogpt" if token_format == "nanogpt" else "raw", name, size, token_type, vocabulary
-            ), None
+            headless: Format = "nanogpt" if token_format == "nanogpt" else "raw"
+            return _headless(headless, name, size, head, token_type, vocabulary), None
 
 
 def _llm_c(name: str, size: int, head: bytes) -> Contents:
@@ -130,16 +130,26 @@ def _megatron(name: str, path: Path, size: int) -> tuple[Contents, Borders]:
     return found.contents, found
 
 
-def _headless(token_format: Format, name: str, size: int, token_type: str, vocabulary: Vocabulary) -> Contents:
+def _headless(
+    token_format: Format, name: str, size: int, head: bytes, token_type: str, vocabulary: Vocabulary
+) -> Contents:
     by_size = "uint16" if vocabulary.size <= 1 << 16 else "uint32"
     dtype = np.dtype(by_size if token_type == "auto" else token_type).newbyteorder("<")
+    why = f", the type for a vocabulary of {vocabulary.size:,}" if token_type == "auto" else ""
     if size % dtype.itemsize:
-        why = f", the type for a vocabulary of {vocabulary.size:,}" if token_type == "auto" else ""
         raise DataError(
             f"{name} has {size:,} bytes, not a multiple of the {dtype.itemsize} of {dtype}{why}: it was cut short, or "
             "data.token_type is wrong"
         )
+    if dtype.itemsize == 2 and _is_wide(head):
+        raise DataError(f"{name} looks like 4-byte ids, not {dtype}{why}; set data.token_type to uint32 or int32")
     return Contents(token_format, dtype, 0, size // dtype.itemsize)
+
+
+def _is_wide(head: bytes) -> bool:
+    """Return whether every second uint16 is 0, as in 4-byte ids below 65,536: such a file would pass for uint16 ids."""
+    pairs = np.frombuffer(head[: len(head) // 4 * 4], "<u2").reshape(-1, 2)
+    return len(pairs) >= FEWEST_PAIRS and bool(pairs[:, 0].any()) and not pairs[:, 1].any()
 
 
 def _npy(name: str, path: Path, size: int) -> Contents:

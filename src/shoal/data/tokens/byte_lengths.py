@@ -1,5 +1,5 @@
 """
-The raw bytes that each token stands for, to count the bytes of a text whose tokens alone are known. No torch.
+The raw bytes of each token, to count the bytes of a text from its tokens alone. No torch.
 
 Some tokens of a byte-level vocabulary are part of a character and have no text of their own, so decoding them one by one
 would count wrong.
