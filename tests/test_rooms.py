@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"resolve", "mesh"},
     {"run", "plan"},
     {"elastic", "fault", "metrics"},
-    {"data.corpus", "data.tokens", "data", "models", "optim", "checkpoint"},
+    {"data.corpus", "data.tokens", "data.pretokenized", "data", "models", "optim", "checkpoint"},
     {"parallel", "launch"},
     {"training"},
     {"infer", "bench", "report"},

@@ -14,7 +14,8 @@ from shoal.data.blend import Blend
 from shoal.data.loader import Batch, Loader, evaluation_batches, evaluation_rows
 from shoal.data.order import sample_at
 from shoal.data.pack import PackedStream, Rows
-from shoal.data.shards import Shard, TokenStream, write_shard
+from shoal.data.shards import Shard, write_shard
+from shoal.data.stream import TokenStream
 from shoal.errors import DataError
 
 NUM_ROWS, SEQ_LEN = 50, 8

@@ -13,6 +13,7 @@ import pytest
 from shoal.config.data_options import BlendSource, Data
 from shoal.data.blend import Blend, Stage
 from shoal.data.dataset import Dataset, order_of, planned_stages, prepare_dataset
+from shoal.data.document_index import find_documents
 from shoal.data.pack import PackedStream
 from shoal.data.where import Finder, Life, Place, Timeline
 
@@ -45,10 +46,10 @@ def test_every_document_is_where_reading_all_steps_finds_it(dataset: Dataset) ->
     found: dict[tuple[str, str], list[tuple[int, int, int]]] = defaultdict(list)
     text_of = {}
     for name, part in dataset.parts.items():
-        stream = part.streams["train"]
-        assert stream.num_documents == part.counts["train"].documents
-        for number in range(stream.num_documents):
-            text_of[name, number] = part.tokenizer.decode(stream.read(*stream.document_span(number)).tolist())
+        stream, documents = part.streams["train"], find_documents(part, "train")
+        assert documents.num_documents == part.counts["train"].documents
+        for number in range(documents.num_documents):
+            text_of[name, number] = part.tokenizer.decode(stream.read(*documents.document_span(number)).tolist())
     assert len(set(text_of.values())) == len(text_of) > 50
     for step in range(1, last + 1):
         first = (step - 1) * BATCH if step <= 10 else 78 + (step - 11) * BATCH

@@ -79,6 +79,7 @@ def test_a_length_that_is_typed_replaces_the_recipes(tmp_path: Path, length: str
     [
         ({"data": {"corpus": "text", "paths": ["."]}}, ["--data.corpus", "stdlib"], "data.paths"),
         ({"data": {"corpus": "stdlib"}}, ["--data.paths", "."], "data.corpus"),
+        ({"data": {"corpus": "tokens", "tokenizer": "bytes", "paths": ["."], "val_paths": ["."]}}, ["--data.corpus", "text"], "data.val_paths"),
         ({"model": {"qk_norm": True}}, ["--model.family", "gpt2"], "model.qk_norm"),
         ({"model": {"family": "gpt2", "dropout": 0.1}}, ["--model.family", "llama"], "model.dropout"),
         ({"optim": {"name": "muon", "muon_momentum": 0.9}}, ["--optim.name", "adamw"], "optim.muon_momentum"),
@@ -102,9 +103,16 @@ def test_what_the_typed_leaves_no_room_for_is_replaced(
 
 
 def test_paths_say_what_kind_of_corpus_it_is(tmp_path: Path) -> None:
-    for name, corpus in (("a.jsonl", "jsonl"), ("a.jsonl.gz", "jsonl"), ("a.txt", "text"), (".", "text")):
+    for name, corpus in (
+        ("a.jsonl", "jsonl"),
+        ("a.jsonl.gz", "jsonl"),
+        ("a.txt", "text"),
+        (".", "text"),
+        ("a.bin", "tokens"),
+        ("a.npy", "tokens"),
+    ):
         (tmp_path / name).touch()
-        recipe = write(tmp_path, {**GOOD, "data": {"paths": [str(tmp_path / name)]}})
+        recipe = write(tmp_path, {**GOOD, "data": {"paths": [str(tmp_path / name)], "tokenizer": "bytes"}})
         assert resolve(recipe).config.data.corpus == corpus
 
 

@@ -36,6 +36,7 @@ _NEEDED = {"where": "--document N", "at": "--step N"}
 def _look(target: str, args: argparse.Namespace, overrides: list[Override]) -> int:
     """Print a first look at the data of a recipe or a run."""
     from shoal.data.dataset import open_data
+    from shoal.data.document_index import find_documents
     from shoal.report.data_look import histogram, show_rows, source_table
     from shoal.resolve.recipe import find_recipe
     from shoal.run.console import Console
@@ -52,7 +53,9 @@ def _look(target: str, args: argparse.Namespace, overrides: list[Override]) -> i
         console.show(source_table(config, dataset))
         for name, part in dataset.parts.items():
             console.say()
-            console.say(f"{name}: " * bool(name) + "\n".join(histogram(part.streams["train"], config.data.seq_len)))
+            console.say(
+                f"{name}: " * bool(name) + "\n".join(histogram(find_documents(part, "train"), config.data.seq_len))
+            )
         console.say()
         for text in show_rows(config, dataset, args.rows, console.is_terminal):
             console.show(text)
@@ -134,7 +137,9 @@ def _open(target: str, overrides: list[Override]) -> tuple[Console, Finder, int]
     if dataset.data_id != header.data_id:
         raise DataError(f"{config.data.folder} has other tokens than {folder.path.name} was trained on")
     steps = count_steps(config.train, config.data.seq_len, header.rows)
-    return console, Finder.of(dataset, header.order, timeline), steps
+    with console.progress("opening") as progress:
+        finder = Finder.of(dataset, header.order, timeline, progress)
+    return console, finder, steps
 
 
 def _run_folder(target: str, overrides: list[Override]) -> RunFolder:

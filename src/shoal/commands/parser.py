@@ -38,7 +38,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_init(add("init", recipes.init, "write a commented recipe to start from"))
     _add_recipe(add("train", train.train, "train a model, or resume the run of the same name", recipe))
     prepared = "prepare the data only: corpus -> tokenizer -> token shards; a restart continues"
-    _add_recipe(add("prepare", recipes.prepare, prepared, recipe))
+    _add_prepare(add("prepare", recipes.prepare, prepared, f"{recipe} [--check]"))
     look = "show what a model will read: shoal data RECIPE_OR_RUN; where RUN --document N, at RUN --step N"
     _add_data(add("data", data.data, look, "[where|at] RECIPE_OR_RUN [--rows N]"))
     _add_fetch(add("fetch", models.fetch, "download a model from a hub: shoal fetch model OWNER/NAME"))
@@ -97,6 +97,13 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "recipe", type=Path, nargs="?", metavar="RECIPE",
         help="a YAML file, or the name of a built-in recipe, such as quickstart",
     )  # fmt: skip
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    _add_recipe(parser)
+    parser.add_argument(
+        "--check", action="store_true", help="read all tokens: compare checksums, or each id with the vocabulary"
+    )
 
 
 def _add_init(parser: argparse.ArgumentParser) -> None:

@@ -137,16 +137,23 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
     console = Console()
     config = resolve_asked(args, overrides)
     with ends_when_asked(EXIT_REQUEUE):
+        from shoal.data.check import check_tokens
         from shoal.data.dataset import open_data
 
         dataset = open_data(config.data, console)
-    for split, counts in dataset.counts.items():
-        console.say(
-            f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
-            f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes per token)"
-        )
-    for name, part in dataset.parts.items():
-        console.say(f"{f'{name}: ' * bool(name)}written to {part.folder}")
+        for split, counts in dataset.counts.items():
+            about = "about " if counts.estimated else ""
+            console.say(
+                f"{split}: {about}{counts.documents:,} documents, {about}{counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
+                f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes per token)"
+            )
+        for name, part in dataset.parts.items():
+            where = "read in place; their record is in" if part.in_place else "written to"
+            console.say(f"{f'{name}: ' * bool(name)}{where} {part.folder}")
+            if args.check:
+                with console.progress("checking") as progress:
+                    checked = check_tokens(part, progress)
+                console.say(checked)
     return 0
 
 

@@ -23,20 +23,38 @@ def read_place(text: str) -> tuple[float, str] | None:
 class Source:
     """Documents of one kind: where they are, and how to read them."""
 
-    corpus: Literal["stdlib", "text", "jsonl", "dummy"] = opt(
+    corpus: Literal["stdlib", "text", "jsonl", "dummy", "tokens"] = opt(
         "stdlib",
         "kind of corpus. stdlib: Python's own source code; text: text files and folders; jsonl: .jsonl and "
-        ".jsonl.gz files; dummy: generated documents",
+        ".jsonl.gz files; dummy: generated documents; tokens: token files of other trainers",
         alias=("dataset", "source"),
         past=True,
     )
     paths: tuple[str, ...] = opt(
-        (), "files or folders of a text or jsonl corpus", alias=("path", "files", "data_path"), past=True
+        (), "files or folders of a text, jsonl or tokens corpus", alias=("path", "files", "data_path"), past=True
     )
     text_key: str = opt(
         "text", "field of each JSON line that holds its text", alias=("text_field", "text_column"), past=True
     )
     dummy_documents: int = opt(2_000, "number of documents in a dummy corpus", unit="documents", past=True, ge=2)
+    token_format: Literal["auto", "nanogpt", "llm.c", "megatron", "raw"] = opt(
+        "auto",
+        "format of the files of a tokens corpus. auto: by name and header; nanogpt: .bin without a header; llm.c: .bin with its "
+        "header; megatron: .bin with an .idx; raw: .npy or .ds of OLMo, dolma or datatrove",
+        past=True,
+    )
+    token_type: Literal["auto", "uint16", "uint32", "int32"] = opt(
+        "auto",
+        "type of the ids in token files without a header. auto: uint16 for a vocabulary of up to 65,536, else uint32",
+        past=True,
+    )
+    val_paths: tuple[str, ...] = opt(
+        (),
+        "token files or folders that are held out. Without it, the last documents of a tokens corpus are, about "
+        "data.val_fraction of the tokens",
+        alias=("val_path", "val_data_path", "valid_data_path"),
+        past=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from shoal.data.corpus.documents import START, Corpus, Cursor, Skipped
 from shoal.data.corpus.paths import count_kinds
 from shoal.data.manifest import SPLITS, Journal, Skips, SplitName
-from shoal.data.shards import Tokens, token_dtype, write_shard
+from shoal.data.shards import token_dtype, write_shard
+from shoal.data.stream import Tokens
 from shoal.data.tokens.fastokens import DifferentIdsError, FastEncoder, fast_encoder
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Skipped
+from shoal.data.corpus.documents import START, CorpusFile, Cursor, Listed, Skipped
 from shoal.data.corpus.paths import count_kinds
 from shoal.data.files import write_atomically
 from shoal.data.shards import CURE, ShardRecord
@@ -110,12 +110,17 @@ def _written(saved: Any) -> Written:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """The counts and shards of a split. `tokens` includes each document's begin and end tokens; `text_bytes` counts UTF-8 bytes."""
+    """
+    The counts and shards of a split. `tokens` includes each document's begin and end tokens; `text_bytes` counts UTF-8 bytes.
+
+    estimated: whether text_bytes, and documents unless an index counts them, are estimates from a sample of the tokens.
+    """
 
     documents: int
     tokens: int
     text_bytes: int
     shards: tuple[ShardRecord, ...]
+    estimated: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ def load_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def check_unchanged(manifest: Manifest, corpus: Corpus) -> None:
+def check_unchanged(manifest: Manifest, corpus: Listed) -> None:
     """
     Raise DataError, naming files, if the corpus has changed since its tokens were prepared.
 

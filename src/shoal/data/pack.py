@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.shards import TokenStream
+from shoal.data.stream import Stream
 
 IGNORED_LABEL = -100  # the default `ignore_index` of torch's cross entropy
 
@@ -68,7 +68,7 @@ def count_rows(num_tokens: int, seq_len: int) -> int:
 class PackedStream:
     """Rows cut from a token stream, documents end to end. Raises IndexError for row numbers out of range."""
 
-    def __init__(self, stream: TokenStream, seq_len: int, document_mask: bool) -> None:
+    def __init__(self, stream: Stream, seq_len: int, document_mask: bool) -> None:
         self._stream, self._document_mask = stream, document_mask
         self.seq_len = seq_len
         self._num_rows = count_rows(stream.num_tokens, seq_len)

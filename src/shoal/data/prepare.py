@@ -7,7 +7,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ from shoal.data.manifest import (
     load_manifest,
 )
 from shoal.data.pack import DocumentRows, PackedStream
-from shoal.data.shards import CURE, Shard, TokenStream, token_dtype
+from shoal.data.shards import CURE, Shard, token_dtype
+from shoal.data.stream import Stream, TokenStream
+from shoal.data.token_corpus import Opened, load_record, open_recorded, prepare_token_files
 from shoal.data.token_folder import find_folder, named_tokenizer, token_options
 from shoal.data.tokens import tokenize
 from shoal.data.tokens.tokenize import Tokenizer
@@ -56,6 +58,7 @@ class Prepared:
     folder: Path
     tokenizer: Tokenizer
     manifest: Manifest
+    streams: Mapping[SplitName, Stream]
     notes: tuple[str, ...] = ()  # warnings for the user
 
     @property
@@ -72,6 +75,16 @@ class Prepared:
         """Documents, tokens and bytes of text in each split."""
         return self.manifest.splits
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the tokens are in other trainers' files, read in place."""
+        return not any(self.counts[name].shards for name in SPLITS)
+
+    def shards(self, name: SplitName) -> list[Shard]:
+        """Return the shards of a split; none of token files that are read in place."""
+        dtype = token_dtype(self.vocab_size)
+        return [Shard(self.folder / record.name, record, dtype) for record in self.counts[name].shards]
+
     def split(self, name: SplitName, *, seq_len: int, document_mask: bool = False) -> DocumentRows:
         """Cut a split into rows. Raises DataError if it does not fill one row."""
         stream = self.streams[name]
@@ -83,14 +96,6 @@ class Prepared:
                 f"(+ 1); {cure} or lower data.seq_len"
             )
         return rows
-
-    @cached_property
-    def streams(self) -> dict[SplitName, TokenStream]:
-        dtype = token_dtype(self.vocab_size)
-        return {
-            name: TokenStream([Shard(self.folder / s.name, s, dtype) for s in self.counts[name].shards])
-            for name in SPLITS
-        }
 
 
 def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = None) -> Prepared:
@@ -110,6 +115,11 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
         given.check_rows(rows)
     options = token_options(data, given)
     folder = find_folder(data, options)
+    if data.corpus == "tokens":
+        if given is None:
+            raise DataError("a tokens corpus needs the tokenizer that made its tokens; set data.tokenizer to it")
+        waits = partial(progress, "waiting for another process", 0, 0)
+        return _of_token_files(folder, given, prepare_token_files(folder, data, given, options, waits))
     if not data.rebuild and (folder / MANIFEST).exists():  # before locking: the folder may be read-only
         return _open_checked(folder, data)
     make_folder(folder)
@@ -130,6 +140,9 @@ def prepared_manifest(data: Data) -> Manifest | None:
     Raises DataError if the manifest or the tokenizer cannot be read.
     """
     folder = find_folder(data, token_options(data, named_tokenizer(data)))
+    if data.corpus == "tokens":
+        record = load_record(folder)
+        return None if record is None else record.manifest
     return load_manifest(folder) if (folder / MANIFEST).exists() else None
 
 
@@ -139,7 +152,18 @@ def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
 
     Raises DataError if a file is missing or truncated, or if the manifest or tokenizer was altered.
     """
+    record = load_record(folder)
+    if record is not None:
+        tokenizer = _saved_tokenizer(folder, record.manifest)
+        return _of_token_files(folder, tokenizer, open_recorded(record, tokenizer))
     manifest = load_manifest(folder)
+    skipped = [manifest.skips.note()] if manifest.skips.count else []
+    return Prepared(
+        folder, _saved_tokenizer(folder, manifest), manifest, _shard_streams(folder, manifest), (*notes, *skipped)
+    )
+
+
+def _saved_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     path = folder / TOKENIZER
     try:
         text = path.read_bytes()
@@ -147,11 +171,19 @@ def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
         raise DataError(f"cannot read {path}: {error.strerror}; {CURE}") from error
     if hashlib.sha256(text).hexdigest() != manifest.tokenizer_sha256:
         raise DataError(f"{path} was altered; {CURE}")
-    skipped = [manifest.skips.note()] if manifest.skips.count else []
-    tokenizer = tokenize.parse_tokenizer(text.decode(), str(path))
-    prepared = Prepared(folder, tokenizer, manifest, (*notes, *skipped))
-    _ = prepared.streams  # open every shard, so that a missing one is found now
-    return prepared
+    return tokenize.parse_tokenizer(text.decode(), str(path))
+
+
+def _shard_streams(folder: Path, manifest: Manifest) -> dict[SplitName, Stream]:
+    """Open every shard, so that a missing one is found now."""
+    dtype = token_dtype(manifest.vocab_size)
+    return {
+        name: TokenStream([Shard(folder / s.name, s, dtype) for s in manifest.splits[name].shards]) for name in SPLITS
+    }
+
+
+def _of_token_files(folder: Path, tokenizer: Tokenizer, opened: Opened) -> Prepared:
+    return Prepared(folder, tokenizer, opened.manifest, opened.streams, opened.notes)
 
 
 def _open_checked(folder: Path, data: Data) -> Prepared:

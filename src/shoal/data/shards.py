@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,15 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.data.files import write_atomically
+from shoal.data.stream import Starts, Tokens
 from shoal.errors import DataError
 from shoal.hub.header import LENGTH_BYTES, header_bytes
 
 BLOCK_BYTES = 1 << 16
 CURE = "rebuild it with `shoal prepare RECIPE --data.rebuild true`"
 SAFETENSORS_NAMES = {"uint16": "U16", "uint32": "U32", "int64": "I64"}
-
-Tokens = npt.NDArray[np.unsignedinteger[Any]]
-Starts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -101,10 +98,11 @@ class Shard:
                 self._verify(block)
         return self._tokens[start:stop]
 
-    @property
-    def starts(self) -> Starts:
-        """Where each document starts: [documents] ascending offsets, in tokens of this shard."""
-        return self._head[0]
+    def starts(self, start: int, stop: int) -> Starts:
+        """Return the offsets in [start, stop) at which a document starts, ascending. Raises DataError if they were altered."""
+        all_starts = self._head[0]
+        low, high = np.searchsorted(all_starts, [start, stop])
+        return all_starts[low:high]
 
     def _verify(self, block: int) -> None:
         width = self._dtype.itemsize
@@ -137,62 +135,3 @@ class Shard:
         at = LENGTH_BYTES + int.from_bytes(head[:LENGTH_BYTES], "little")
         starts = np.frombuffer(head, np.int64, self._record.documents, at)
         return starts, np.frombuffer(head, np.uint32, -1, at + starts.nbytes)
-
-
-class TokenStream:
-    """Shards end to end: tokens and document starts by their offset in the whole split."""
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards = list(shards)
-        self._begins = np.concatenate([[0], np.cumsum([shard.num_tokens for shard in shards], dtype=np.int64)])
-        self._documents = np.cumsum([0, *(shard.num_documents for shard in shards)], dtype=np.int64)
-        self.num_tokens = int(self._begins[-1])
-
-    def read(self, start: int, stop: int) -> Tokens:
-        """Return tokens [start, stop) of the split; a view if one shard has them all."""
-        parts = [shard.read(a, b) for shard, _, a, b in self._spans(start, stop)]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-    def starts(self, start: int, stop: int) -> Starts:
-        """Return the offsets in [start, stop) at which a document starts, ascending."""
-        found = []
-        for shard, begin, a, b in self._spans(start, stop):
-            low, high = np.searchsorted(shard.starts, [a, b])
-            found.append(shard.starts[low:high] + begin)
-        return np.concatenate(found)
-
-    @property
-    def num_documents(self) -> int:
-        return int(self._documents[-1])
-
-    def document_span(self, number: int) -> tuple[int, int]:
-        """Return tokens [first, stop) of a document. Raises IndexError if there is no such document."""
-        if not 0 <= number < self.num_documents:
-            raise IndexError(f"document {number} of {self.num_documents}")
-        index = int(np.searchsorted(self._documents, number, side="right")) - 1
-        shard, own, begin = self._shards[index], number - int(self._documents[index]), int(self._begins[index])
-        stop = int(shard.starts[own + 1]) if own + 1 < shard.num_documents else shard.num_tokens
-        return begin + int(shard.starts[own]), begin + stop
-
-    def documents_in(self, start: int, stop: int) -> range:
-        """Return the numbers of the documents with tokens in [start, stop)."""
-        first, last = self._document_at(start), self._document_at(stop - 1)
-        return range(first, last + 1)
-
-    def _document_at(self, token: int) -> int:
-        [(shard, begin, at, _)] = self._spans(token, token + 1)
-        own = int(np.searchsorted(shard.starts, at, side="right")) - 1
-        return int(self._documents[int(np.searchsorted(self._begins, begin, side="right")) - 1]) + own
-
-    def _spans(self, start: int, stop: int) -> list[tuple[Shard, int, int, int]]:
-        """Return (shard, its offset in the split, start and stop in the shard) for each shard with tokens in [start, stop)."""
-        if not 0 <= start < stop <= self.num_tokens:
-            raise IndexError(f"tokens {start} to {stop} of {self.num_tokens}")
-        first = int(np.searchsorted(self._begins, start, side="right")) - 1
-        spans = []
-        for index in range(first, len(self._shards)):
-            begin, end = int(self._begins[index]), int(self._begins[index + 1])
-            if begin >= stop:
-                break
-            spans.append((self._shards[index], begin, max(start, begin) - begin, min(stop, end) - begin))
-        return spans

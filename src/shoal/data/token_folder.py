@@ -36,6 +36,10 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
             options |= {"paths": list(data.paths), "text_key": data.text_key}
         case "dummy":
             options["dummy_documents"] = data.dummy_documents
+        case "tokens":
+            options |= {"paths": list(data.paths), "val_paths": list(data.val_paths)}
+            options |= {"token_format": data.token_format, "token_type": data.token_type}
+            del options["shard_tokens"]
     if tokenizer is None:  # one will be trained
         options["bpe"] = [tokenize.PATTERN_VERSION, data.tokenizer_vocab_size, data.tokenizer_sample_bytes]
     else:

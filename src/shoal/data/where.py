@@ -12,31 +12,18 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shoal.data.blend import Blend
 from shoal.data.dataset import Dataset
+from shoal.data.document_index import Documents, find_documents
 from shoal.data.ledger import Header
 from shoal.data.pack import DocumentRows
+from shoal.data.prepare import Progress, no_progress
 from shoal.run.jsonl import whole_lines
-
-
-class Documents(Protocol):
-    """A stream of tokens that knows its documents by number."""
-
-    @property
-    def num_documents(self) -> int: ...
-
-    def document_span(self, number: int) -> tuple[int, int]:
-        """Return tokens [first, stop) of a document."""
-        ...
-
-    def documents_in(self, start: int, stop: int) -> range:
-        """Return the numbers of the documents with tokens in [start, stop)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -128,10 +115,14 @@ class Finder:
     documents: Mapping[str, Documents]
 
     @classmethod
-    def of(cls, dataset: Dataset, order: Blend, timeline: Timeline) -> Finder:
-        """Return the finder of a run on these sources. Raises DataError if a source does not fill a row."""
+    def of(cls, dataset: Dataset, order: Blend, timeline: Timeline, progress: Progress = no_progress) -> Finder:
+        """
+        Return the finder of a run on these sources. Makes the index of documents that token files still lack.
+
+        Raises DataError if a source does not fill a row.
+        """
         rows = {name: dataset.part_rows(name, "train") for name in dataset.parts}
-        return cls(order, timeline, rows, {name: part.streams["train"] for name, part in dataset.parts.items()})
+        return cls(order, timeline, rows, {n: find_documents(p, "train", progress) for n, p in dataset.parts.items()})
 
     def where(self, source: str, document: int, last_step: int) -> list[Seen]:
         """

@@ -19,6 +19,7 @@ _CORPORA = {
     "text": "text files",
     "jsonl": "JSON lines",
     "dummy": "generated words",
+    "tokens": "token files",
 }
 
 

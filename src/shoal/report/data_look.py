@@ -13,9 +13,9 @@ from rich.text import Text
 from shoal.config.options import Config
 from shoal.data.blend import Blend
 from shoal.data.dataset import Dataset, order_of, planned_stages
+from shoal.data.document_index import Documents, find_documents
 from shoal.data.pack import IGNORED_LABEL, DocumentRows
 from shoal.data.prepare import Prepared
-from shoal.data.where import Documents
 from shoal.plan.length import count_steps
 from shoal.system.output import visible
 
@@ -114,7 +114,7 @@ def show_rows(config: Config, dataset: Dataset, count: int, colored: bool) -> It
         index = int(order.sources_of(row))
         own = row - order.first_row(index)
         part = dataset.parts[names[index]]
-        found = pieces(rows.parts[index], part.streams["train"], own)
+        found = pieces(rows.parts[index], find_documents(part, "train"), own)
         title = f"row {own:,}" + (f" of {names[index]}" if names[index] else "") + f", read at position {position}"
         yield Text(f"── {title} " + "─" * max(0, 60 - len(title)), style="bold")
         yield _row_text(found, part, colored)

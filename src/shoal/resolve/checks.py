@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from glob import has_magic
 from pathlib import Path
 from typing import Final
 
@@ -112,7 +113,8 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
 
 def _source_problems(source: Source, key: str, data: Data, problem: MakeProblem) -> Iterable[Problem]:
     """Yield the problems of one source. key: the dotted key of its options without their names."""
-    if source.corpus in ("text", "jsonl") and not source.paths:
+    yield from _token_file_problems(source, key, data, problem)
+    if source.corpus in ("text", "jsonl", "tokens") and not source.paths:
         yield problem(f"a {source.corpus} corpus needs files or folders; set {key}.paths", f"{key}.corpus")
     if source.corpus in ("stdlib", "dummy") and source.paths:
         yield problem(
@@ -120,10 +122,14 @@ def _source_problems(source: Source, key: str, data: Data, problem: MakeProblem)
             f"{key}.paths",
             f"{key}.corpus",
         )
-    missing = [p for p in source.paths if not _is_there(p)]
-    if missing and not _has_tokens(source.corpus, data):  # if the tokens are prepared, their source files may be gone
-        named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
-        yield problem(f"{key}.paths does not exist: {named}", f"{key}.paths")
+    for option in ("paths", "val_paths"):
+        given = getattr(source, option)
+        missing = [p for p in given if not (_is_there(p) or (source.corpus == "tokens" and has_magic(p)))]
+        if missing and not _has_tokens(
+            source.corpus, data
+        ):  # if the tokens are prepared, their source files may be gone
+            named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
+            yield problem(f"{key}.{option} does not exist: {named}", f"{key}.{option}")
 
 
 def _blend_problems(data: Data, sources: Mapping[str, BlendSource], problem: MakeProblem) -> Iterable[Problem]:
@@ -163,6 +169,39 @@ def _why_no_stage(place: str, given: Mapping[str, float], sources: Mapping[str, 
     if any(not 0 <= weight < math.inf for weight in given.values()) or not sum(given.values()):
         return "weights must not be negative, and at least one must be above 0"
     return None
+
+
+def _token_file_problems(source: Source, key: str, data: Data, problem: MakeProblem) -> Iterable[Problem]:
+    """Yield the problems of options that only token files have, or do not have."""
+    if source.corpus != "tokens":
+        for name in ("token_format", "token_type", "val_paths"):
+            if getattr(source, name) not in ("auto", ()):
+                yield problem(
+                    f"{key}.{name} is of token files; set {key}.corpus to tokens, or remove it",
+                    f"{key}.{name}",
+                    f"{key}.corpus",
+                )
+        return
+    if data.tokenizer == "bpe":
+        yield problem(
+            "a tokens corpus needs the tokenizer that made its tokens; set data.tokenizer to it",
+            "data.tokenizer",
+            f"{key}.corpus",
+        )
+    if source.token_type != "auto" and source.token_format in ("llm.c", "megatron"):
+        yield problem(
+            f"{key}.token_type has no effect: files of {source.token_format} name their type themselves; remove it",
+            f"{key}.token_type",
+            f"{key}.token_format",
+        )
+    if data.sources is not None:
+        return
+    changed = {"shard_tokens": "token files are read in place"}
+    if source.val_paths:
+        changed["val_fraction"] = "data.val_paths names the held-out tokens"
+    for name, why in changed.items():
+        if getattr(data, name) != getattr(Data(), name):
+            yield problem(f"data.{name} has no effect: {why}; remove it", f"data.{name}", "data.corpus")
 
 
 def _has_tokens(corpus: str, data: Data) -> bool:

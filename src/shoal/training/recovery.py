@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from shoal.data.document_index import has_documents
 from shoal.data.where import Finder, Timeline
 from shoal.errors import DivergedError
 from shoal.fault.origin import find_origin
@@ -50,7 +51,13 @@ def explain(run: Run, stats: Stats, loss: float, norm: float) -> None:
 
 
 def _documents(run: Run, stats: Stats) -> list[list[int | str]]:
-    """Return the documents of a step's rows, each as [source, first document, last document]."""
+    """
+    Return the documents of a step's rows, each as [source, first document, last document].
+
+    Empty for token files without an index of documents: making one could take minutes.
+    """
+    if not all(has_documents(part, "train") for part in run.dataset.parts.values()):
+        return []
     finder = Finder.of(run.dataset, run.loader.order, Timeline([], run.config.train.micro_batch))
     rows = finder.of_rows(np.array(run.loader.samples(stats.first)))
     return [[source, min(documents), max(documents)] for source, _, documents in rows]

@@ -49,14 +49,18 @@ class CorpusFile:
     mtime_ns: int
 
 
-class Corpus(Protocol):
-    """A stream of documents in a fixed order, with a listing of its files and their hashes, to detect changes."""
+class Listed(Protocol):
+    """Files and their hashes, to detect changes."""
 
     def listing(self) -> list[CorpusFile]:
         """Return the files in reading order."""
 
     def digest(self, index: int) -> str:
         """Return a hash of the content of one file of the listing."""
+
+
+class Corpus(Listed, Protocol):
+    """A stream of documents in a fixed order, with a listing of its files and their hashes, to detect changes."""
 
     def read(self, start: Cursor = START) -> Iterator[Document | Skipped]:
         """Yield documents and skipped records from `start` on. Raises DataError if a file cannot be read or is not text."""

@@ -53,6 +53,8 @@ def open_corpus(source: Source) -> Corpus:
             return FileCorpus(finder.files(), jsonl_reader(text_shape(source.text_key)), finder.skipped())
         case "dummy":
             return DummyCorpus(source.dummy_documents)
+        case "tokens":
+            raise DataError("a tokens corpus has no texts; set data.corpus to the kind of data.paths")
 
 
 NONE: Mapping[str, int] = MappingProxyType({})

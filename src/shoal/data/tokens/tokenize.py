@@ -67,6 +67,16 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         return frozenset(index for index, token in added.items() if token.special)
 
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the tokens that were added to the model's vocabulary: special tokens, and others that are plain text."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    def pieces(self) -> dict[str, int]:
+        """Return the vocabulary: the id of each token by its text, as the tokenizer stores it."""
+        vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        return vocab
+
     def id_of(self, token: str) -> int | None:
         """Return the id of a token, special or not, by its text; None if there is none."""
         index: int | None = self._tokenizer.token_to_id(token)

@@ -1,0 +1,1 @@
+"""Token files that other trainers made, read in place."""
