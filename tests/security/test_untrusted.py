@@ -50,8 +50,8 @@ def corpus_of(path: Path) -> Data:
 def test_a_gzip_bomb_is_refused_before_it_has_unpacked(
     filler: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.data.corpus.jsonl.BOMB_BYTES", 1 << 20)
-    monkeypatch.setattr("shoal.data.corpus.jsonl.MAX_LINE_BYTES", 1 << 18)
+    monkeypatch.setattr("shoal.data.corpus.streams.BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr("shoal.data.corpus.streams.MAX_LINE_BYTES", 1 << 18)
     path = tmp_path / "bomb.jsonl.gz"
     bomb = io.BytesIO()
     with gzip.open(bomb, "wb") as file:
@@ -64,7 +64,7 @@ def test_a_gzip_bomb_is_refused_before_it_has_unpacked(
 
 
 def test_honest_text_that_repeats_itself_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.data.corpus.jsonl.BOMB_BYTES", 1 << 16)
+    monkeypatch.setattr("shoal.data.corpus.streams.BOMB_BYTES", 1 << 16)
     path = tmp_path / "honest.jsonl.gz"
     with gzip.open(path, "wt") as file:
         for number in range(20_000):

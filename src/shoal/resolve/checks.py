@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
+from shoal.config.data_formats import is_pattern
 from shoal.config.data_options import Data
 from shoal.config.options import Config
 from shoal.config.presets import shape_problems
@@ -16,6 +18,7 @@ from shoal.hub.find import find_model, find_path, near_path
 from shoal.resolve.layout_checks import refusals_of_machines
 from shoal.system.network import read_address
 
+WITHOUT_PATHS: Final = ("stdlib", "dummy")
 DEFAULT, DERIVED = "default", "derived"
 LONGEST_NAME: Final = 200  # bytes; file systems allow 255, and some file names append a word to a run's name
 
@@ -84,14 +87,15 @@ def why_no_name(name: str) -> str | None:
 
 def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
     model, data = config.model, config.data
-    if data.corpus in ("text", "jsonl") and not data.paths:
+    if data.corpus not in WITHOUT_PATHS and not data.paths:
         yield problem(f"a {data.corpus} corpus needs files or folders; set data.paths", "data.corpus")
-    if data.corpus in ("stdlib", "dummy") and data.paths:
+    if data.corpus in WITHOUT_PATHS and data.paths:
         yield problem(
-            f"a {data.corpus} corpus does not use data.paths; set data.corpus to text or jsonl",
+            f"a {data.corpus} corpus does not use data.paths; set data.corpus to files, or to the files' format",
             "data.paths",
             "data.corpus",
         )
+    yield from _document_problems(data, problem)
     missing = [p for p in data.paths if not _is_there(p)]
     if missing and not _has_tokens(data):  # if the tokens are prepared, their source files may be gone
         named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
@@ -112,6 +116,26 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
         )
 
 
+def _document_problems(data: Data, problem: MakeProblem) -> Iterable[Problem]:
+    """Yield the problems of the options that say where a document begins and ends."""
+    if data.separator and not data.separator.strip():
+        yield problem("data.separator is blank; set it to a line's text, such as <|endoftext|>", "data.separator")
+    if data.separator and data.corpus not in ("text", "files"):
+        yield problem(
+            f"data.separator has no effect on a {data.corpus} corpus, whose documents are records; remove it",
+            "data.separator",
+            "data.corpus",
+        )
+    if data.separator and data.wikitext:
+        yield problem("data.separator has no effect with data.wikitext; remove one", "data.separator", "data.wikitext")
+    if data.wikitext and data.corpus in WITHOUT_PATHS:
+        yield problem(
+            f"data.wikitext has no effect on a {data.corpus} corpus; remove it", "data.wikitext", "data.corpus"
+        )
+    if data.bad_records != Data.bad_records and data.corpus == "dummy":
+        yield problem("data.bad_records has no effect on a dummy corpus; remove it", "data.bad_records", "data.corpus")
+
+
 def _has_tokens(data: Data) -> bool:
     """Return whether there are prepared tokens of any corpus of this kind; preparation checks whether they are this corpus's."""
     try:
@@ -121,8 +145,11 @@ def _has_tokens(data: Data) -> bool:
 
 
 def _is_there(path: str) -> bool:
+    """Return whether a path exists; a pattern, whether it matches anything."""
     try:
-        return find_path(path) is not None
+        if find_path(path) is not None:
+            return True
+        return is_pattern(path) and any(glob.iglob(str(Path(path).expanduser()), recursive=True))
     except ModelError:
         return False
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from shoal.config.data_formats import kind_of_paths
 from shoal.config.option import PAST, TYPE_WORDS, option_fields, option_name, with_bounds
 from shoal.config.options import SECTIONS, Config, Model, options
 from shoal.config.presets import PRESETS, resolve_shape
@@ -106,15 +107,13 @@ def _place(problem: Problem) -> tuple[bool, int]:
 
 
 def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
-    """Derive data.corpus from data.paths, if only the latter is set: jsonl if all names end in .jsonl or .jsonl.gz, else text."""
+    """Derive data.corpus from the suffixes of data.paths, if only the latter is set."""
     paths = settings.get("data.paths")
     if paths is None or not paths.value or "data.corpus" in settings:
         return settings
     names = paths.value if isinstance(paths.value, list) else str(paths.value).split(",")
-    lines = all(str(name).strip().endswith((".jsonl", ".jsonl.gz")) for name in names)
-    return settings | {
-        "data.corpus": Setting("data.corpus", "jsonl" if lines else "text", f"data.paths at {paths.where}")
-    }
+    kind = kind_of_paths([str(name).strip() for name in names])
+    return settings | {"data.corpus": Setting("data.corpus", kind, f"data.paths at {paths.where}")}
 
 
 def _with_shape(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from shoal.config.data_formats import is_pattern
 from shoal.errors import DataError
 from shoal.hub.find import near_path
 from shoal.system.output import on_one_line
@@ -20,8 +22,13 @@ KINDS_AT_MOST = 8  # maximum number of suffixes and causes of skipped files name
 class Finder:
     """Collects the files under the given paths, and reports all unreadable ones in one error."""
 
-    def __init__(self, suffixes: tuple[str, ...], skip_folders: frozenset[str] = frozenset()) -> None:
-        self._suffixes, self._skip_folders = suffixes, skip_folders
+    def __init__(
+        self,
+        suffixes: tuple[str, ...],
+        skip_folders: frozenset[str] = frozenset(),
+        skip_files: frozenset[str] = frozenset(),
+    ) -> None:
+        self._suffixes, self._skip_folders, self._skip_files = suffixes, skip_folders, skip_files
         # By real path, so that nothing is read twice and a loop of symbolic links ends.
         self._files: dict[str, tuple[str, Path]] = {}
         self._folders: set[str] = set()
@@ -110,10 +117,31 @@ class Finder:
             return None if entry.name in self._skip_folders else "folder"
         if not stat.S_ISREG(mode):
             return "pipe, socket or device"
+        if fits and entry.name in self._skip_files:
+            return entry.name
         return "file" if fits else suffix or "no suffix"
 
     def _fails(self, name: str, error: OSError) -> None:
         self._unreadable.append(f"{on_one_line(name)} ({error.strerror})")
+
+
+def expand(given: str, suffixes: tuple[str, ...]) -> list[str]:
+    """
+    Return the files and folders that a pattern such as `data/*.parquet` or `data/**` matches, sorted; a path without wildcards alone.
+
+    A pattern that ends with a suffix, as *.log does, matches whatever suffix that is; others match files with one of `suffixes`.
+    Raises DataError if nothing matches.
+    """
+    if not is_pattern(given) or os.path.lexists(given):
+        return [given]
+    found = sorted(glob.iglob(os.path.expanduser(given), recursive=True))
+    if is_pattern(Path(given).suffix or "*"):
+        found = [path for path in found if path.lower().endswith(suffixes) or os.path.isdir(path)]
+    if "**" in given:  # the folders' files match too
+        found = [path for path in found if not os.path.isdir(path)]
+    if not found:
+        raise DataError(f"no file matches {on_one_line(given)}; correct data.paths")
+    return found
 
 
 def count_kinds(kinds: Mapping[str, int]) -> str:
