@@ -46,8 +46,11 @@ def _read_rows(stream: Stream, name: str, start: Cursor, shape: Shape) -> Iterat
 
 def _read_header(stream: Stream, name: str) -> tuple[list[str], str]:
     """Return the names of the columns and the delimiter; no names if the file is empty."""
+    line = without_mark(stream.readline())
+    while line and not line.strip():
+        line = stream.readline()
     try:
-        text = without_mark(stream.line()[0]).decode().strip("\r\n")
+        text = line.decode().strip("\r\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{on_one_line(name)}: its first line, the header, is not UTF-8; correct it") from error
     header, delimiter = _split_header(text, "\t" if split_suffix(name)[0] == ".tsv" else ",")

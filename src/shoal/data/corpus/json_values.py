@@ -45,11 +45,12 @@ def _has_lines(path: Path, name: str) -> bool:
     """Return whether one of the first lines is a whole record."""
     with open_stream(path, name) as stream:
         try:
-            lines = iter(lambda: stream.line()[0], b"")
-            first = list(islice((without_mark(line) for line in lines if line.strip()), LINES_TRIED))
+            if not without_mark(stream.peek()).lstrip().startswith(b"{"):
+                return False
+            lines = (without_mark(line) for line in iter(stream.readline, b"") if line.strip())
+            return any(map(_is_record, islice(lines, LINES_TRIED)))
         except DamagedError:
             return False
-    return bool(first) and first[0].lstrip().startswith(b"{") and any(map(_is_record, first))
 
 
 def _is_record(line: bytes) -> bool:

@@ -48,6 +48,27 @@ class Finder:
         else:
             raise DataError(f"{given} is a pipe, socket or device; save its content to a file and set data.paths to it")
 
+    def add_all(self, given: str) -> None:
+        """
+        Add the files and folders that a pattern such as `data/*.parquet` or `data/**` matches, sorted; or a path without wildcards.
+
+        A pattern that ends with a suffix, as *.log does, names its files; of those of another pattern, the files with the
+        wanted suffixes are read. Raises DataError if nothing matches.
+        """
+        if not is_pattern(given) or os.path.lexists(os.path.expanduser(given)):
+            self.add(given)
+            return
+        found = sorted(glob.iglob(os.path.expanduser(given), recursive=True))
+        names_files = not is_pattern(Path(given).suffix or "*")
+        for path in found:
+            is_folder = os.path.isdir(path)
+            if not is_folder and not names_files and not path.lower().endswith(self._suffixes):
+                self._skipped[os.path.realpath(path)] = Path(path).suffix or "no suffix"
+            elif not is_folder or "**" not in given:  # the files in a folder match `**` themselves
+                self.add(path)
+        if not found:
+            raise DataError(f"no file matches {on_one_line(given)}; correct data.paths")
+
     def files(self) -> list[tuple[str, Path]]:
         """Return (name, path) of each file, in reading order. Raises DataError if a file or folder cannot be read."""
         if self._unreadable:
@@ -123,25 +144,6 @@ class Finder:
 
     def _fails(self, name: str, error: OSError) -> None:
         self._unreadable.append(f"{on_one_line(name)} ({error.strerror})")
-
-
-def expand(given: str, suffixes: tuple[str, ...]) -> list[str]:
-    """
-    Return the files and folders that a pattern such as `data/*.parquet` or `data/**` matches, sorted; a path without wildcards alone.
-
-    A pattern that ends with a suffix, as *.log does, matches whatever suffix that is; others match files with one of `suffixes`.
-    Raises DataError if nothing matches.
-    """
-    if not is_pattern(given) or os.path.lexists(given):
-        return [given]
-    found = sorted(glob.iglob(os.path.expanduser(given), recursive=True))
-    if is_pattern(Path(given).suffix or "*"):
-        found = [path for path in found if path.lower().endswith(suffixes) or os.path.isdir(path)]
-    if "**" in given:  # the folders' files match too
-        found = [path for path in found if not os.path.isdir(path)]
-    if not found:
-        raise DataError(f"no file matches {on_one_line(given)}; correct data.paths")
-    return found
 
 
 def count_kinds(kinds: Mapping[str, int]) -> str:

@@ -21,7 +21,7 @@ from shoal.data.corpus.dummy import DummyCorpus
 from shoal.data.corpus.encoding import check_suffix
 from shoal.data.corpus.json_values import json_reader
 from shoal.data.corpus.jsonl import jsonl_reader
-from shoal.data.corpus.paths import Finder, count_kinds, expand
+from shoal.data.corpus.paths import Finder, count_kinds
 from shoal.data.corpus.records import text_shape
 from shoal.data.corpus.tables import arrow_reader, parquet_reader
 from shoal.data.corpus.text import PIECE_BYTES, line_reader, separated_reader, text_reader
@@ -56,7 +56,9 @@ def open_corpus(source: Source) -> Corpus:
         case "dummy":
             return DummyCorpus(source.dummy_documents)
     finder = _find_files(source)
-    corpus = FileCorpus(finder.files(), _reader(source, finder.files()), finder.skipped())
+    files = finder.files()
+    tables = [n for n, (name, _) in enumerate(files) if _format(source, name) in ("csv", "parquet", "arrow")]
+    corpus = FileCorpus(files, _reader(source, files), finder.skipped(), tables)
     return WikiText(corpus) if source.wikitext else corpus
 
 
@@ -64,12 +66,19 @@ NONE: Mapping[str, int] = MappingProxyType({})
 
 
 class FileCorpus:
-    """Files on disk, each read by `reader` from a cursor on."""
+    """Files on disk, each read by `reader` from a cursor on. tables: the indices of those that have columns."""
 
-    def __init__(self, files: Sequence[tuple[str, Path]], reader: Reader, skipped: Mapping[str, int] = NONE) -> None:
+    def __init__(
+        self,
+        files: Sequence[tuple[str, Path]],
+        reader: Reader,
+        skipped: Mapping[str, int] = NONE,
+        tables: Sequence[int] = (),
+    ) -> None:
         self._files = list(files)
         self._reader = reader
         self._skipped = skipped
+        self._unseen = list(reversed(tables))
 
     def skipped_files(self) -> Mapping[str, int]:
         return self._skipped
@@ -93,24 +102,34 @@ class FileCorpus:
             raise _cannot_read(name, error) from error
 
     def read(self, start: Cursor = START) -> Iterator[Document | Skipped]:
+        if start == START:
+            self._look_at_tables()
         for index in range(start.file, len(self._files)):
-            name, path = self._files[index]
-            try:
-                yield from self._reader(path, name, start if index == start.file else Cursor(index))
-            except OSError as error:
-                raise _cannot_read(name, error) from error
+            yield from self._read_file(index, start if index == start.file else Cursor(index))
+
+    def _look_at_tables(self) -> None:
+        """Read the first row of each table, once: a missing column is an error now, not after hours."""
+        while self._unseen:
+            next(self._read_file(self._unseen[-1], START), None)
+            self._unseen.pop()
+
+    def _read_file(self, index: int, start: Cursor) -> Iterator[Document | Skipped]:
+        name, path = self._files[index]
+        try:
+            yield from self._reader(path, name, start)
+        except OSError as error:
+            raise _cannot_read(name, error) from error
 
 
 def _reader(source: Source, files: Sequence[tuple[str, Path]]) -> Reader:
     """Return the reader of a corpus's files, each in the format that `data.corpus` forces or that its suffix says."""
     readers = _readers(source, files)
+    return lambda path, name, start: readers[_format(source, name)](path, name, start)
 
-    def reader(path: Path, name: str, start: Cursor) -> Iterator[Document | Skipped]:
-        check_suffix(name, split_suffix(name)[0])
-        kind = format_of(name) or "text" if source.corpus == "files" else source.corpus
-        return readers[kind](path, name, start)
 
-    return reader
+def _format(source: Source, name: str) -> str:
+    """Return the format of a file: the one that `data.corpus` forces, or that its suffix says, or text."""
+    return format_of(name) or "text" if source.corpus == "files" else source.corpus
 
 
 def _readers(source: Source, files: Sequence[tuple[str, Path]]) -> Mapping[str, Reader]:
@@ -154,10 +173,11 @@ def _find_files(source: Source) -> Finder:
     suffixes = suffixes_of(source.corpus)
     finder = Finder(suffixes, skip_files=DATASETS_FILES)
     for given in source.paths:
-        for path in expand(given, suffixes):
-            finder.add(path)
+        finder.add_all(given)
     if not finder.files():
         raise DataError(_no_files(source, suffixes, finder.skipped()))
+    for name, _ in finder.files():
+        check_suffix(name, split_suffix(name)[0])
     return finder
 
 

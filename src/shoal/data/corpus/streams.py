@@ -62,11 +62,15 @@ class Stream:
 
     def line(self) -> tuple[bytes, bool]:
         """Return the next line and whether it is longer than MAX_LINE_BYTES; only that much of a longer one is returned."""
-        found = self._readline()
+        found = self.readline()
         too_long = len(found) == MAX_LINE_BYTES and not found.endswith(b"\n")
-        while too_long and (rest := self._readline()) and not rest.endswith(b"\n"):
+        while too_long and (rest := self.readline()) and not rest.endswith(b"\n"):
             pass
         return found, too_long
+
+    def readline(self) -> bytes:
+        """Return the next line, or the first MAX_LINE_BYTES of a longer one."""
+        return self._count(lambda: self._bytes.readline(MAX_LINE_BYTES))
 
     def read(self, count: int) -> bytes:
         """Return the next `count` bytes, fewer only at the end of the file."""
@@ -77,9 +81,6 @@ class Stream:
         if self.compressed:
             return self._raw.tell()
         return self.offset if offset is None else offset
-
-    def _readline(self) -> bytes:
-        return self._count(lambda: self._bytes.readline(MAX_LINE_BYTES))
 
     def _unpack(self, read: Callable[[], bytes]) -> bytes:
         try:

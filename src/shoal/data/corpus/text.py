@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from shoal.data.corpus.documents import Cursor, Document, Reader, Skipped
@@ -19,8 +18,8 @@ def text_reader(piece_bytes: int = PIECE_BYTES) -> Reader:
 
 def separated_reader(separator: str, piece_bytes: int = PIECE_BYTES) -> Reader:
     """Return a reader that makes a document of the lines between two lines that consist of `separator`."""
-    pattern = re.compile(rb"^[ \t]*" + re.escape(separator.strip().encode()) + rb"[ \t\r]*(?:\n|\Z)", re.MULTILINE)
-    return stream_reader(lambda stream, name, start: _read_separated(stream, name, start, pattern, piece_bytes))
+    line = separator.strip().encode()
+    return stream_reader(lambda stream, name, start: _read_separated(stream, name, start, line, piece_bytes))
 
 
 def line_reader() -> Reader:
@@ -46,7 +45,7 @@ def _read_pieces(stream: Stream, name: str, start: Cursor, piece_bytes: int) -> 
 
 
 def _read_separated(
-    stream: Stream, name: str, start: Cursor, separator: re.Pattern[bytes], piece_bytes: int
+    stream: Stream, name: str, start: Cursor, separator: bytes, piece_bytes: int
 ) -> Iterator[Document | Skipped]:
     """Yield a document per part. A part of more than `piece_bytes` becomes several documents; blank parts are skipped."""
     stream.seek(start.offset)
@@ -69,12 +68,17 @@ def _read_separated(
             yield Skipped(label, "empty text", cursor)
 
 
-def _next_part(ahead: bytes, at: int, separator: re.Pattern[bytes], piece_bytes: int, ended: bool) -> tuple[bytes, int]:
+def _next_part(ahead: bytes, at: int, separator: bytes, piece_bytes: int, ended: bool) -> tuple[bytes, int]:
     """Return the part that begins at `at`, and where the next one begins. Depends on nothing before `at`, so reading can resume there."""
     limit = at + piece_bytes
-    found = separator.search(ahead, at, limit + 1)
-    if found and (found[0].endswith(b"\n") or (ended and found.end() == len(ahead))):
-        return ahead[at : found.start()], found.end()
+    search = at
+    while (found := ahead.find(separator, search, limit)) >= 0:
+        line, end = max(at, ahead.rfind(b"\n", at, found) + 1), ahead.find(b"\n", found, limit) + 1
+        if not end and ended and len(ahead) <= limit:
+            end = len(ahead)
+        if end and ahead[line:end].strip() == separator:
+            return ahead[at:line], end
+        search = found + len(separator)
     if ended and len(ahead) <= limit:
         return ahead[at:], len(ahead)
     piece = _cut(ahead[at:limit], piece_bytes)
