@@ -157,7 +157,7 @@ def test_a_json_array_is_named(tmp_path: Path, suffix: str) -> None:
     content = json.dumps([{"text": "a"}, {"text": "b"}], indent=1).encode()
     path = tmp_path / f"a{suffix}"
     path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
-    with pytest.raises(DataError, match=rf"a{suffix} begins with a JSON array"):
+    with pytest.raises(DataError, match=rf"a{suffix} begins with a JSON array.*set data.corpus to json"):
         read(Data(corpus="jsonl", paths=(str(path),)))
 
 
@@ -252,6 +252,32 @@ def test_each_file_is_read_once_or_counted(tmp_path: Path) -> None:
         ".pdf": 2, ".docx": 1, "no suffix": 1, "hidden": 2, "empty": 1, "pipe, socket or device": 2,
         "listed twice": 3,  # a.txt by its link, the folder by the loop, and sub by the second path
     }  # fmt: skip
+
+
+def test_a_pattern_gives_its_files_sorted_and_counts_the_others(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.pdf", "d.log", "[e].txt", "sub/f.txt", "sub/deep/g.txt", ".h.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def found(*patterns: str) -> tuple[list[str], dict[str, int]]:
+        corpus = open_corpus(Data(corpus="text", paths=tuple(f"{tmp_path}/{pattern}" for pattern in patterns)))
+        names = [entry.name.removeprefix(f"{tmp_path}/") for entry in corpus.listing()]
+        return names, dict(corpus.skipped_files())
+
+    assert found("*.txt") == (["[e].txt", "a.txt", "b.txt"], {})
+    assert found("[e].txt") == (["[e].txt"], {})  # the name of a file
+    assert found("*") == (["[e].txt", "a.txt", "b.txt", "sub/deep/g.txt", "sub/f.txt"], {".pdf": 1, ".log": 1})
+    assert found("*.log") == (["d.log"], {})  # named by its suffix
+    assert found("**") == (["[e].txt", "a.txt", "b.txt", "sub/deep/g.txt", "sub/f.txt"], {".pdf": 1, ".log": 1})
+    assert found("**/*.txt", "?.txt") == (
+        ["[e].txt", "a.txt", "b.txt", "sub/deep/g.txt", "sub/f.txt"], {"listed twice": 2},
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"no file matches .*/\*.md; correct data.paths"):
+        found("*.md")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "a.parquet").touch()
+    with pytest.raises(DataError, match=r"no .txt or .* found .parquet \(1\); set data.corpus to files"):
+        found("tables")
 
 
 OTHER_USER = """

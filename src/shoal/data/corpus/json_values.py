@@ -27,7 +27,7 @@ WINDOW_BYTES = 1 << 20
 LINES_TRIED = 3  # number of first lines of which one must be a whole record, so that the file is read line by line
 _DECODER: Final = json.JSONDecoder(strict=False)  # people's arrays have tabs and line ends inside strings
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
-_TOKEN: Final = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\Z)|[{}\[\]]', re.DOTALL)
+_TOKEN: Final = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[{}\[\]]', re.DOTALL)
 
 
 def json_reader(shape: Shape) -> Reader:

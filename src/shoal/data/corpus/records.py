@@ -59,7 +59,7 @@ def check_columns(there: Sequence[str], shape: Shape, name: str) -> None:
         raise DataError(f"{on_one_line(name)} has the column {on_one_line(twice[0])} twice; rename one of the two")
     missing = [column for column in shape.columns or () if column not in there]
     if missing:
-        named = ", ".join(on_one_line(column[:NAME_CHARACTERS]) for column in there[:COLUMNS_AT_MOST])
+        named = ", ".join(on_one_line(column[:NAME_CHARACTERS] or "(no name)") for column in there[:COLUMNS_AT_MOST])
         named += ", ..." if len(there) > COLUMNS_AT_MOST else ""
         raise DataError(
             f"{on_one_line(name)} has no column {on_one_line(missing[0])}; its columns are {named}; set data.text_key to the one "
