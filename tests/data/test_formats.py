@@ -1,4 +1,4 @@
-"""Each format, compared with a reader that nobody here wrote, and resumed at each cursor."""
+"""Each format, compared with an independent reader, and resumed at each cursor."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from shoal.config.data_options import Data
 from shoal.data.corpus.documents import Corpus, Cursor, Document, Skipped
 from shoal.data.corpus.sources import FileCorpus, open_corpus
 from shoal.data.corpus.text import separated_reader
+from shoal.errors import DataError
 
 ROWS = 60
 
@@ -175,7 +176,7 @@ def test_only_the_column_needed_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pack", PACK)
 def test_a_separator_line_divides_a_text(end: str, pack: str, tmp_path: Path) -> None:
     stories = [
-        f"Once upon a time {n}.\n\n<|endoftext|> is no line here.\n" + "word " * (n * 7) + "\n" for n in range(30)
+        f"Once upon a time {n}.\n\n<|endoftext|> is not alone here.\n" + "word " * (n * 7) + "\n" for n in range(30)
     ]
     stories = [story.replace("\n", end) for story in stories]
     path = tmp_path / f"stories.txt{pack}"
@@ -235,3 +236,10 @@ def test_wikitext_becomes_the_pages_of_lm_evaluation_harness(form: str, tmp_path
     items = check_cursors(open_corpus(Data(corpus="files", paths=(str(tmp_path),), wikitext=True)))
     assert texts_of(items) == [page.removesuffix("\n") for page in pages_of(WIKITEXT)]
     assert len(items) == 12
+
+
+def test_a_text_without_titles_is_not_wikitext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.data.corpus.wikitext.MAX_PAGE_CHARACTERS", 1000)
+    (tmp_path / "a.txt").write_text("a line\n" * 1000)
+    with pytest.raises(DataError, match=r"a.txt.*not WikiText; set data.wikitext to false"):
+        read(open_corpus(Data(corpus="text", paths=(str(tmp_path),), wikitext=True)))

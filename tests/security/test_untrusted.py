@@ -55,7 +55,7 @@ def test_a_bomb_is_refused_before_it_has_unpacked(
     monkeypatch.setattr("shoal.data.corpus.streams.BOMB_BYTES", 1 << 20)
     monkeypatch.setattr("shoal.data.corpus.streams.MAX_LINE_BYTES", 1 << 18)
     path = tmp_path / f"bomb.jsonl.{pack}"
-    compress: Callable[[bytes], bytes] = {"gz": gzip, "xz": lzma, "zst": zstandard}[pack].compress  # type: ignore[attr-defined]
+    compress: Callable[[bytes], bytes] = {"gz": gzip, "xz": lzma, "zst": zstandard}[pack].compress
     path.write_bytes(compress(filler * ((1 << 22) // len(filler))))
     with pytest.raises(DataError, match=r"bomb.jsonl\.\w+ unpacks to more than 200 times its size.*data.paths"):
         for _ in open_corpus(corpus_of(path)).read():

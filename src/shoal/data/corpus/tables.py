@@ -108,7 +108,7 @@ def _row_groups(file: Any, start: int, shape: Shape) -> Iterator[_Batch]:
 
 
 def _row_group(file: Any, number: int, whole: _Batch, shape: Shape) -> Iterator[_Batch]:
-    """Yield a row group in batches; after damage, one batch that stands for the rest of the group."""
+    """Yield a row group in batches; after damage, one batch without rows for the rest of the group."""
     columns = None if shape.columns is None else list(shape.columns)
     done = 0
     try:

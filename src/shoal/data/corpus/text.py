@@ -64,7 +64,7 @@ def _read_separated(
         label, cursor = f"{name} (bytes {begin} to {offset})", Cursor(start.file, index, stream.place(offset))
         if text.strip():
             yield _parse_piece(text, label, cursor)
-        elif at < len(ahead):  # what follows the last separator is no document if it is blank
+        elif at < len(ahead):  # what follows the last separator is not a document if it is blank
             yield Skipped(label, "empty text", cursor)
 
 
