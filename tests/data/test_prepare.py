@@ -19,6 +19,7 @@ from shoal.data.decode import held_out_text
 from shoal.data.encode import fraction_of
 from shoal.data.manifest import SPLITS
 from shoal.data.prepare import Prepared, open_prepared, prepare
+from shoal.data.token_folder import token_options
 from shoal.data.tokens.tokenize import byte_tokenizer
 from shoal.errors import ConfigError, DataError
 from shoal.resolve.resolve import resolve
@@ -263,6 +264,17 @@ def test_options_that_change_tokens_have_a_folder_of_their_own(make_data: MakeDa
     assert other.folder != base.folder
     assert other.data_id != base.data_id
     assert prepare(make_data()).data_id == base.data_id
+
+
+def test_options_that_are_not_set_leave_older_folders_their_names() -> None:
+    tokenizer = byte_tokenizer()
+    common = {"format", "corpus", "val_fraction", "shard_tokens", "tokenizer", "paths"}
+    assert token_options(Data(corpus="text", paths=("a",)), tokenizer).keys() == common
+    assert token_options(Data(corpus="jsonl", paths=("a",)), tokenizer).keys() == common | {"text_key"}
+    assert token_options(Data(corpus="files", paths=("a",), separator="=", bad_records=1), tokenizer).keys() == {
+        *common, "text_key", "separator",
+    }  # fmt: skip
+    assert token_options(Data(corpus="parquet", wikitext=True), tokenizer)["wikitext"] is True
 
 
 def test_large_documents_are_encoded_in_parts_without_loss(make_data: MakeData, tmp_path: Path) -> None:

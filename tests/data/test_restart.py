@@ -9,6 +9,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
 from shoal.config.data_options import Data
@@ -54,11 +56,19 @@ def files_of(prepared: Prepared) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(prepared.folder.iterdir()) if p.name != ".lock"}
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-def test_killed_again_and_again_it_ends_with_the_same_bytes(make_data: MakeData, corpus: Path, tokenizer: str) -> None:
-    (corpus / "bad.txt").write_bytes(b"\xff")
-    data = make_data(tokenizer=tokenizer, tokenizer_vocab_size=300)
-    whole = prepare(make_data(tokenizer=tokenizer, tokenizer_vocab_size=300, folder=data.folder + "-whole"))
+@pytest.mark.parametrize(("tokenizer", "kind"), [("bytes", "text"), ("bpe", "parquet")])
+def test_killed_again_and_again_it_ends_with_the_same_bytes(
+    make_data: MakeData, corpus: Path, tokenizer: str, kind: str
+) -> None:
+    if kind == "parquet":
+        texts: list[str | None] = [path.read_text("utf-8") for path in sorted(corpus.iterdir())]
+        table = pa.table({"text": [*texts[:20], None, *texts[20:]]})
+        pa.parquet.write_table(table, corpus / "texts.parquet", row_group_size=7)
+    else:
+        (corpus / "bad.txt").write_bytes(b"\xff")
+    options = {"corpus": kind, "tokenizer": tokenizer, "tokenizer_vocab_size": 300}
+    data = make_data(**options)
+    whole = prepare(make_data(**options, folder=data.folder + "-whole"))
     assert len(whole.counts["train"].shards) > 2
     assert len(whole.counts["val"].shards) > 0
     folder = Path(data.folder) / folder_name(data, token_options(data, named_tokenizer(data)))

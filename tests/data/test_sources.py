@@ -18,7 +18,8 @@ import pytest
 
 from shoal.config.data_options import Data
 from shoal.data.corpus.documents import Cursor, Document, Skipped
-from shoal.data.corpus.sources import open_corpus, read_text_file
+from shoal.data.corpus.sources import open_corpus
+from shoal.data.corpus.text import text_reader
 from shoal.errors import DataError
 
 
@@ -96,11 +97,12 @@ def test_a_file_that_is_no_utf8_text_at_all_is_refused(
 def test_a_long_file_is_cut_in_pieces_that_add_up_to_it(tmp_path: Path, text: str) -> None:
     path = tmp_path / "long.txt"
     path.write_text(text, encoding="utf-8")
-    pieces = list(read_text_file(path, "long.txt", Cursor(), 1000))
+    read = text_reader(1000)
+    pieces = list(read(path, "long.txt", Cursor()))
     assert all(isinstance(p, Document) and 0 < len(p.text.encode()) <= 1000 for p in pieces)
     assert "".join(p.text for p in pieces if isinstance(p, Document)) == text
     for index in (0, len(pieces) // 2, len(pieces) - 1):  # resuming after any piece reads the same remainder
-        assert list(read_text_file(path, "long.txt", pieces[index].after, 1000)) == pieces[index + 1 :]
+        assert list(read(path, "long.txt", pieces[index].after)) == pieces[index + 1 :]
 
 
 def test_one_file_becomes_many_documents_that_end_with_a_line(tmp_path: Path) -> None:
@@ -155,7 +157,7 @@ def test_a_json_array_is_named(tmp_path: Path, suffix: str) -> None:
     content = json.dumps([{"text": "a"}, {"text": "b"}], indent=1).encode()
     path = tmp_path / f"a{suffix}"
     path.write_bytes(gzip.compress(content) if suffix.endswith("gz") else content)
-    with pytest.raises(DataError, match=rf"a{suffix} begins with a JSON array"):
+    with pytest.raises(DataError, match=rf"a{suffix} begins with a JSON array.*set data.corpus to json"):
         read(Data(corpus="jsonl", paths=(str(path),)))
 
 
@@ -198,7 +200,7 @@ def test_dummy_is_a_function_of_the_number() -> None:
         (("EMPTY",), "correct data.paths"),
         (("EMPTY/boks/a.txt",), r"did you mean \S*/books/a.txt\?"),
         (("EMPTY/books/b.txt",), r"did you mean \S*/books/a.txt\?"),
-        (("EMPTY/*.txt",), "patterns are not expanded"),
+        (("EMPTY/*.txt",), "no file matches"),
         (("~nobody-here/books",), "~nobody-here/books"),
         (("EMPTY/pipe",), "pipe"),
         (("EMPTY/link",), "link to gone"),
@@ -250,6 +252,32 @@ def test_each_file_is_read_once_or_counted(tmp_path: Path) -> None:
         ".pdf": 2, ".docx": 1, "no suffix": 1, "hidden": 2, "empty": 1, "pipe, socket or device": 2,
         "listed twice": 3,  # a.txt by its link, the folder by the loop, and sub by the second path
     }  # fmt: skip
+
+
+def test_a_pattern_gives_its_files_sorted_and_counts_the_others(tmp_path: Path) -> None:
+    for name in ("b.txt", "a.txt", "c.pdf", "d.log", "[e].txt", "sub/f.txt", "sub/deep/g.txt", ".h.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+
+    def found(*patterns: str) -> tuple[list[str], dict[str, int]]:
+        corpus = open_corpus(Data(corpus="text", paths=tuple(f"{tmp_path}/{pattern}" for pattern in patterns)))
+        names = [entry.name.removeprefix(f"{tmp_path}/") for entry in corpus.listing()]
+        return names, dict(corpus.skipped_files())
+
+    assert found("*.txt") == (["[e].txt", "a.txt", "b.txt"], {})
+    assert found("[e].txt") == (["[e].txt"], {})  # the name of a file
+    assert found("*") == (["[e].txt", "a.txt", "b.txt", "sub/deep/g.txt", "sub/f.txt"], {".pdf": 1, ".log": 1})
+    assert found("*.log") == (["d.log"], {})  # named by its suffix
+    assert found("**") == (["[e].txt", "a.txt", "b.txt", "sub/deep/g.txt", "sub/f.txt"], {".pdf": 1, ".log": 1})
+    assert found("**/*.txt", "?.txt") == (
+        ["[e].txt", "a.txt", "b.txt", "sub/deep/g.txt", "sub/f.txt"], {"listed twice": 2},
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"no file matches .*/\*.md; correct data.paths"):
+        found("*.md")
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "a.parquet").touch()
+    with pytest.raises(DataError, match=r"no .txt or .* found .parquet \(1\); set data.corpus to files"):
+        found("tables")
 
 
 OTHER_USER = """

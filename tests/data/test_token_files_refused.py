@@ -206,6 +206,8 @@ def test_options_that_contradict_token_files(tmp_path: Path, data: dict[str, Any
 
 
 def test_options_that_token_files_take(tmp_path: Path) -> None:
-    data = {"corpus": "tokens", "tokenizer": "bytes", "paths": ["*.bin"], "token_type": "int32", "val_paths": ["."]}
+    (tmp_path / "a.bin").touch()
+    paths = {"paths": [f"{tmp_path}/*.bin"], "val_paths": ["."]}
+    data = {"corpus": "tokens", "tokenizer": "bytes", "token_type": "int32", **paths}
     resolved = resolve(write(tmp_path, {"train": {"steps": 1}, "data": data})).config.data
     assert (resolved.token_type, resolved.val_paths) == ("int32", (".",))

@@ -80,6 +80,8 @@ def test_a_length_that_is_typed_replaces_the_recipes(tmp_path: Path, length: str
         ({"data": {"corpus": "text", "paths": ["."]}}, ["--data.corpus", "stdlib"], "data.paths"),
         ({"data": {"corpus": "stdlib"}}, ["--data.paths", "."], "data.corpus"),
         ({"data": {"corpus": "tokens", "tokenizer": "bytes", "paths": ["."], "val_paths": ["."]}}, ["--data.corpus", "text"], "data.val_paths"),
+        ({"data": {"paths": ["."], "separator": "="}}, ["--data.corpus", "parquet"], "data.separator"),
+        ({"data": {"paths": ["."], "wikitext": True}}, ["--data.corpus", "dummy"], "data.wikitext"),
         ({"model": {"qk_norm": True}}, ["--model.family", "gpt2"], "model.qk_norm"),
         ({"model": {"family": "gpt2", "dropout": 0.1}}, ["--model.family", "llama"], "model.dropout"),
         ({"optim": {"name": "muon", "muon_momentum": 0.9}}, ["--optim.name", "adamw"], "optim.muon_momentum"),
@@ -103,17 +105,42 @@ def test_what_the_typed_leaves_no_room_for_is_replaced(
 
 
 def test_paths_say_what_kind_of_corpus_it_is(tmp_path: Path) -> None:
-    for name, corpus in (
-        ("a.jsonl", "jsonl"),
-        ("a.jsonl.gz", "jsonl"),
-        ("a.txt", "text"),
-        (".", "text"),
-        ("a.bin", "tokens"),
-        ("a.npy", "tokens"),
-    ):
-        (tmp_path / name).touch()
-        recipe = write(tmp_path, {**GOOD, "data": {"paths": [str(tmp_path / name)], "tokenizer": "bytes"}})
-        assert resolve(recipe).config.data.corpus == corpus
+    kinds = {
+        "a.jsonl": "jsonl", "a.jsonl.gz": "jsonl", "*.jsonl": "jsonl", "a.jsonl a.jsonl.gz": "jsonl",
+        "a.txt": "text", ".": "text", "a.txt.gz": "text", "a.log": "text", "*.txt": "text", "a.txt .": "text",
+        "a.json": "files", "a.JSON.gz": "files", "a.csv": "files", "a.tsv": "files", "a.parquet": "files",
+        "a.arrow": "files", "a.jsonl.zst": "files", "a.txt.xz": "files", "*.parquet": "files", "**/*.json": "files",
+        "a.jsonl a.txt": "files", ". a.parquet": "files", "a.bin": "tokens", "a.npy a.ds": "tokens",
+    }  # fmt: skip
+    for name in " ".join(kinds).split():
+        (tmp_path / name.replace("*", "x")).touch() if "**" not in name else None
+    for names, corpus in kinds.items():
+        recipe = write(
+            tmp_path, {**GOOD, "data": {"paths": [str(tmp_path / n) for n in names.split()], "tokenizer": "bytes"}}
+        )
+        assert resolve(recipe).config.data.corpus == corpus, names
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"corpus": "parquet"}, "a parquet corpus needs files or folders; set data.paths"),
+        ({"corpus": "files"}, "a files corpus needs files or folders; set data.paths"),
+        ({"corpus": "dummy", "paths": ["."]}, "set data.corpus to files"),
+        ({"paths": ["nowhere/*.parquet"]}, r"data.paths does not exist: nowhere/\*.parquet \(no file matches"),
+        ({"corpus": "jsonl", "paths": ["."], "separator": "===" }, "data.separator has no effect on a jsonl corpus"),
+        ({"corpus": "stdlib", "separator": "==="}, "data.separator has no effect on a stdlib corpus"),
+        ({"paths": ["."], "separator": " "}, "data.separator is blank"),
+        ({"paths": ["."], "separator": "===", "wikitext": True}, "no effect with data.wikitext"),
+        ({"corpus": "dummy", "wikitext": True}, "data.wikitext has no effect on a dummy corpus"),
+        ({"corpus": "dummy", "bad_records": 2}, "data.bad_records has no effect on a dummy corpus"),
+        ({"bad_records": -1}, "data.bad_records must be an integer of at least 0"),
+    ],
+)  # fmt: skip
+def test_options_of_a_corpus_that_do_not_fit(tmp_path: Path, data: dict[str, object], says: str) -> None:
+    folder = {"folder": str(tmp_path)}  # without prepared tokens, whose corpus may be gone
+    with pytest.raises(ConfigError, match=says):
+        resolve(write(tmp_path, {**GOOD, "data": {**folder, **data}}))
 
 
 def test_a_warm_up_longer_than_the_run_is_a_remark() -> None:

@@ -1,7 +1,7 @@
 """
 Untrusted input: names and links that escape a folder, wrong sizes, decompression bombs, code.
 
-shoal opens no archives. It downloads single files, reads safetensors and JSON, and unpacks `.jsonl.gz` line by line.
+shoal opens no archives. It downloads single files, reads safetensors and JSON, and unpacks compressed text piece by piece.
 tests/hub has more: names and sizes from a hub, and wrong headers.
 """
 
@@ -10,12 +10,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import gzip
-import io
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from shoal.checkpoint.saved import damage, listed
 from shoal.config.data_options import Data
@@ -46,25 +47,23 @@ def corpus_of(path: Path) -> Data:
     return Data(corpus="jsonl", paths=(str(path),))
 
 
+@pytest.mark.parametrize("pack", ["gz", "xz", "zst"])
 @pytest.mark.parametrize("filler", [b"\n", b"x", b'{"text": "a"}\n'], ids=["blank lines", "one line", "documents"])
-def test_a_gzip_bomb_is_refused_before_it_has_unpacked(
-    filler: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_bomb_is_refused_before_it_has_unpacked(
+    filler: bytes, pack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shoal.data.corpus.jsonl.BOMB_BYTES", 1 << 20)
-    monkeypatch.setattr("shoal.data.corpus.jsonl.MAX_LINE_BYTES", 1 << 18)
-    path = tmp_path / "bomb.jsonl.gz"
-    bomb = io.BytesIO()
-    with gzip.open(bomb, "wb") as file:
-        for _ in range(4):
-            file.write(filler * ((1 << 20) // len(filler)))
-    path.write_bytes(bomb.getvalue())
-    with pytest.raises(DataError, match=r"bomb.jsonl.gz unpacks to more than 200 times its size.*data.paths"):
+    monkeypatch.setattr("shoal.data.corpus.streams.BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr("shoal.data.corpus.streams.MAX_LINE_BYTES", 1 << 18)
+    path = tmp_path / f"bomb.jsonl.{pack}"
+    compress: Callable[[bytes], bytes] = {"gz": gzip, "xz": lzma, "zst": zstandard}[pack].compress
+    path.write_bytes(compress(filler * ((1 << 22) // len(filler))))
+    with pytest.raises(DataError, match=r"bomb.jsonl\.\w+ unpacks to more than 200 times its size.*data.paths"):
         for _ in open_corpus(corpus_of(path)).read():
             pass
 
 
 def test_honest_text_that_repeats_itself_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.data.corpus.jsonl.BOMB_BYTES", 1 << 16)
+    monkeypatch.setattr("shoal.data.corpus.streams.BOMB_BYTES", 1 << 16)
     path = tmp_path / "honest.jsonl.gz"
     with gzip.open(path, "wt") as file:
         for number in range(20_000):

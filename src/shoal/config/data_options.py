@@ -23,18 +23,33 @@ def read_place(text: str) -> tuple[float, str] | None:
 class Source:
     """Documents of one kind: where they are, and how to read them."""
 
-    corpus: Literal["stdlib", "text", "jsonl", "dummy", "tokens"] = opt(
+    corpus: Literal["stdlib", "files", "text", "jsonl", "json", "csv", "parquet", "arrow", "dummy", "tokens"] = opt(
         "stdlib",
-        "kind of corpus. stdlib: Python's own source code; text: text files and folders; jsonl: .jsonl and "
-        ".jsonl.gz files; dummy: generated documents; tokens: token files of other trainers",
+        "kind of corpus. stdlib: Python's own source code; files: files and folders, each file's format by its suffix; text, "
+        "jsonl, json, csv, parquet, arrow: files of this format alone, whatever their suffix; dummy: generated documents; "
+        "tokens: token files of other trainers",
         alias=("dataset", "source"),
         past=True,
     )
     paths: tuple[str, ...] = opt(
-        (), "files or folders of a text, jsonl or tokens corpus", alias=("path", "files", "data_path"), past=True
+        (),
+        "files, folders or patterns (data/*.parquet, data/**/*.txt) of a corpus of files",
+        alias=("path", "files", "data_path"),
+        past=True,
     )
     text_key: str = opt(
-        "text", "field of each JSON line that holds its text", alias=("text_field", "text_column"), past=True
+        "text", "field or column that holds the text of a record", alias=("text_field", "text_column"), past=True
+    )
+    separator: str = opt(
+        "",
+        "text of the lines that separate the documents of a text file, such as <|endoftext|>; empty: a file is a document",
+        alias=("document_separator",),
+        past=True,
+    )
+    wikitext: bool = opt(
+        False,
+        "join lines or records of WikiText into pages: a document is from one ` = Title = ` line to the next",
+        past=True,
     )
     dummy_documents: int = opt(2_000, "number of documents in a dummy corpus", unit="documents", past=True, ge=2)
     token_format: Literal["auto", "nanogpt", "llm.c", "megatron", "raw"] = opt(
@@ -117,6 +132,14 @@ class Data(Source):
         past=True,
         gt=0,
         lt=1,
+    )
+    bad_records: int = opt(
+        1000,
+        "maximum number of damaged records to skip (not JSON, not UTF-8, wrong type, damaged compression); one more ends "
+        "preparation",
+        unit="records",
+        alias=("max_bad_records",),
+        ge=0,
     )
     folder: str = opt("data", "folder for prepared tokens", alias=("cache_dir", "cache", "out_dir"))
     shard_tokens: int = opt(16_777_216, "approximate size of one token shard", unit="tokens", past=True, ge=1024)

@@ -253,6 +253,6 @@ def _sample(data: Data, share: float, progress: Progress) -> Sequence[str]:
     """Return this source's share of the text that a tokenizer is trained on."""
     corpus = open_corpus(data)
     ticks = Ticks(corpus.listing(), progress)
-    split = choose_split(corpus, data.val_fraction, ticks.of("reading"))
+    split = choose_split(corpus, data.val_fraction, data.bad_records, ticks.of("reading"))
     size = int(data.tokenizer_sample_bytes * share)
     return list(training_sample(corpus, split, size, ticks.total, ticks.of("sample")))

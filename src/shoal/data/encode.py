@@ -51,12 +51,12 @@ def fraction_of(text: bytes) -> tuple[float, float]:
     return tuple(int.from_bytes(half, "big") / 2**64 for half in (digest[:8], digest[8:]))  # type: ignore[return-value]
 
 
-def choose_split(corpus: Corpus, val_fraction: float, tick: Callable[[Cursor], None]) -> Split:
+def choose_split(corpus: Corpus, val_fraction: float, bad_records: int, tick: Callable[[Cursor], None]) -> Split:
     """
     Return the function that assigns a text to a split by its hash, so names, order and other texts do not matter.
 
     If a split of a small corpus would be empty, it gets the text whose hash is nearest to the border between the splits.
-    Raises DataError if there are no two different texts.
+    Raises DataError if there are no two different texts, or if more than `bad_records` records before them are damaged.
     """
     seen: set[float] = set()
     skips, fields = Skips(), Counter[str]()
@@ -66,6 +66,7 @@ def choose_split(corpus: Corpus, val_fraction: float, tick: Callable[[Cursor], N
             skips.add(document)
             if len(fields) < FIELDS_AT_MOST:
                 fields.update(document.fields)
+            skips.check(bad_records)
         else:
             seen.add(fraction_of(document.text.encode())[0])
             if min(seen) < val_fraction <= max(seen):
@@ -117,11 +118,14 @@ def write_shards(
     split: Split,
     tokenizer: Tokenizer,
     shard_tokens: int,
+    bad_records: int,
     journal: Journal,
     tick: Callable[[Cursor], None],
 ) -> str | None:
     """
     Write the shards that `journal` lacks, and record each in it. Returns a warning for the user, if any.
+
+    Raises DataError if more than `bad_records` records are damaged.
 
     A shard ends with the document that fills it, so shards do not depend on chunks or interruptions. The ids of
     fastokens, if used, are compared with those of tokenizers on some chunks. If they differ, everything is encoded again
@@ -130,14 +134,14 @@ def write_shards(
     fast = fast_encoder(tokenizer) if journal.fast else None
     if fast is not None:
         try:
-            _write(folder, corpus, split, tokenizer, fast, shard_tokens, journal, tick)
+            _write(folder, corpus, split, tokenizer, fast, shard_tokens, bad_records, journal, tick)
             return None
         except DifferentIdsError as error:
             journal.start_again_without_fast(folder)
             note = (
                 f"fastokens and tokenizers give different ids ({error}); the tokens were made again without fastokens"
             )
-    _write(folder, corpus, split, tokenizer, None, shard_tokens, journal, tick)
+    _write(folder, corpus, split, tokenizer, None, shard_tokens, bad_records, journal, tick)
     return note if fast is not None else None
 
 
@@ -148,11 +152,12 @@ def _write(
     tokenizer: Tokenizer,
     fast: FastEncoder | None,
     shard_tokens: int,
+    bad_records: int,
     journal: Journal,
     tick: Callable[[Cursor], None],
 ) -> None:
     builders = {name: _ShardBuilder(name, folder, tokenizer.vocab_size, journal) for name in SPLITS}
-    for items, tokens in _encoded(_chunks(corpus, split, journal), tokenizer, fast):
+    for items, tokens in _encoded(_chunks(corpus, split, bad_records, journal), tokenizer, fast):
         for item, ids in zip(items, tokens, strict=True):
             builder = builders[item.split]
             builder.add(ids, item)
@@ -164,7 +169,7 @@ def _write(
             builder.flush()
 
 
-def _chunks(corpus: Corpus, split: Split, journal: Journal) -> Iterator[list[_Item]]:
+def _chunks(corpus: Corpus, split: Split, bad_records: int, journal: Journal) -> Iterator[list[_Item]]:
     """Yield documents that are in no finished shard, in chunks of about CHUNK_BYTES."""
     done = {name: journal.splits[name].after for name in SPLITS}
     chunk: list[_Item] = []
@@ -172,6 +177,7 @@ def _chunks(corpus: Corpus, split: Split, journal: Journal) -> Iterator[list[_It
     for document in corpus.read(journal.resume_at()):
         if isinstance(document, Skipped):
             journal.skips.add(document)
+            journal.skips.check(bad_records)
             continue
         text = document.text.encode()
         name = split(text)

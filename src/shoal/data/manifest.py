@@ -27,12 +27,14 @@ SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 @dataclass
 class Skips:
-    """Skipped records: how many, the first few, and the place up to which they are counted."""
+    """Skipped records: how many, the first few, the place up to which they are counted, and how many of them are damaged."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
     upto: Cursor = START
     reasons: dict[str, int] = field(default_factory=dict)
+    damaged: int = 0
+    first_damaged: list[str] = field(default_factory=list)
 
     def add(self, item: Skipped) -> None:
         """Count a skipped record, once even if a restart reads it again."""
@@ -42,6 +44,19 @@ class Skips:
         self.reasons[item.reason] = self.reasons.get(item.reason, 0) + 1
         if len(self.first) < NAMED_AT_MOST:
             self.first.append(f"{item.name}: {item.reason}")
+        if item.damaged:
+            self.damaged += 1
+            if len(self.first_damaged) < NAMED_AT_MOST:
+                self.first_damaged.append(f"{item.name}: {item.reason}")
+
+    def check(self, bad_records: int) -> None:
+        """Raise DataError, naming the first ones, if more records are damaged than `data.bad_records` allows."""
+        if self.damaged > bad_records:
+            named = "; ".join(map(on_one_line, self.first_damaged))
+            raise DataError(
+                f"more than {bad_records:,} records are damaged (data.bad_records): {named}"
+                f"{'; ...' if self.damaged > len(self.first_damaged) else ''}; correct the files or data.text_key, or raise data.bad_records"
+            )
 
     def note(self) -> str:
         """Return one line for the console."""
@@ -53,7 +68,7 @@ class Skips:
 
     @classmethod
     def load(cls, saved: Any) -> Skips:
-        return cls(saved["count"], saved["first"], Cursor(**saved["upto"]), saved.get("reasons", {}))
+        return cls(**{**saved, "upto": Cursor(**saved["upto"])})
 
 
 @dataclass

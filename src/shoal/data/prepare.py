@@ -15,7 +15,7 @@ from typing import Any
 from shoal.config.data_options import Data
 from shoal.data.corpus.documents import Corpus, CorpusFile, Cursor
 from shoal.data.corpus.paths import count_kinds
-from shoal.data.corpus.sources import open_corpus
+from shoal.data.corpus.sources import open_corpus, text_bytes
 from shoal.data.encode import Split, choose_split, training_sample, write_shards
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
 from shoal.data.manifest import (
@@ -225,9 +225,11 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
     ticks = Ticks(listing, progress)
     journal = _resume_or_start(folder, options, listing)
     _check_space(folder, data, listing)
-    split = choose_split(corpus, data.val_fraction, ticks.of("reading"))
+    split = choose_split(corpus, data.val_fraction, data.bad_records, ticks.of("reading"))
     tokenizer = _tokenizer(folder, data, given, corpus, split, ticks)
-    note = write_shards(folder, corpus, split, tokenizer, data.shard_tokens, journal, ticks.of("tokens"))
+    note = write_shards(
+        folder, corpus, split, tokenizer, data.shard_tokens, data.bad_records, journal, ticks.of("tokens")
+    )
     if corpus.listing() != listing:
         raise DataError("the corpus changed while it was read; start again once it no longer changes")
     digests = [corpus.digest(index) for index in range(len(listing))]
@@ -265,8 +267,8 @@ def _tokenizer(
 
 def _check_space(folder: Path, data: Data, listing: Sequence[CorpusFile]) -> None:
     """Raise DataError if the tokens cannot fit on the disk. The estimate is low, so that it rejects nothing that fits."""
-    text_bytes = sum(entry.bytes * (3 if entry.name.endswith(".gz") else 1) for entry in listing)
-    needed = int(text_bytes * (2 if data.tokenizer == "bytes" else 0.4))
+    unpacked = sum(text_bytes(entry.name, entry.bytes) for entry in listing)
+    needed = int(unpacked * (2 if data.tokenizer == "bytes" else 0.4))
     done = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(folder).free

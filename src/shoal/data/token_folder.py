@@ -30,22 +30,32 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
     match data.corpus:
         case "stdlib":
             options["python"] = list(sys.version_info[:3])
-        case "text":
-            options["paths"] = list(data.paths)
-        case "jsonl":
-            options |= {"paths": list(data.paths), "text_key": data.text_key}
         case "dummy":
             options["dummy_documents"] = data.dummy_documents
         case "tokens":
             options |= {"paths": list(data.paths), "val_paths": list(data.val_paths)}
             options |= {"token_format": data.token_format, "token_type": data.token_type}
             del options["shard_tokens"]
+        case _:
+            options |= _file_options(data)
     if tokenizer is None:  # one will be trained
         options["bpe"] = [tokenize.PATTERN_VERSION, data.tokenizer_vocab_size, data.tokenizer_sample_bytes]
     else:
         options["tokenizer"] = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()
         if tokenizer.bos_id is not None:
             options["bos"] = tokenizer.bos_id
+    return options
+
+
+def _file_options(data: Data) -> dict[str, Any]:
+    """Return the options of a corpus of files. A later option is in it only if set, so that older folders keep their names."""
+    options: dict[str, Any] = {"paths": list(data.paths)}
+    if data.corpus != "text":
+        options["text_key"] = data.text_key
+    if data.separator:
+        options["separator"] = data.separator
+    if data.wikitext:
+        options["wikitext"] = True
     return options
 
 

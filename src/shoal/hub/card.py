@@ -17,7 +17,12 @@ _TAG: Final = "- shoal"
 _CORPORA = {
     "stdlib": "the source of Python's standard library",
     "text": "text files",
+    "files": "files",
     "jsonl": "JSON lines",
+    "json": "JSON files",
+    "csv": "csv files",
+    "parquet": "parquet files",
+    "arrow": "Arrow files",
     "dummy": "generated words",
     "tokens": "token files",
 }

@@ -59,7 +59,7 @@ def find_path(name: str) -> Path | None:
 def near_path(path: str) -> str:
     """Return a hint for a missing `path`, such as " (did you mean books/a.txt?)"; empty if there is none."""
     if any(sign in path for sign in "*?["):
-        return " (patterns are not expanded; name the folder)"
+        return " (no file matches this pattern)"
     try:
         whole = Path(path).expanduser()
         there = whole

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from shoal.config.data_formats import FORMATS
 from shoal.config.families import FAMILIES
 from shoal.resolve.recipe import Setting, to_text
 
@@ -58,11 +59,12 @@ def _excludes(key: str, value: Any, other: str, other_value: Any) -> bool:
 _OF_TOKEN_FILES: Final = ("data.token_format", "data.token_type", "data.val_paths")
 _WITHOUT_MEANING: Final[Mapping[Any, Iterable[str]]] = {
     **{("model.family", name): [f"model.{key}" for key in family.unused] for name, family in FAMILIES.items()},
-    ("data.corpus", "stdlib"): ["data.paths", *_OF_TOKEN_FILES],
-    ("data.corpus", "dummy"): ["data.paths", *_OF_TOKEN_FILES],
+    ("data.corpus", "stdlib"): ["data.paths", "data.separator", "data.wikitext", *_OF_TOKEN_FILES],
+    ("data.corpus", "dummy"): ["data.paths", "data.separator", "data.wikitext", "data.bad_records", *_OF_TOKEN_FILES],
+    ("data.corpus", "tokens"): ["data.shard_tokens", "data.separator", "data.wikitext", "data.bad_records"],
+    ("data.corpus", "files"): _OF_TOKEN_FILES,
     ("data.corpus", "text"): _OF_TOKEN_FILES,
-    ("data.corpus", "jsonl"): _OF_TOKEN_FILES,
-    ("data.corpus", "tokens"): ["data.shard_tokens"],
+    **{("data.corpus", name): ["data.separator", *_OF_TOKEN_FILES] for name in FORMATS if name != "text"},
     ("parallel.dp_shard", 1): ["parallel.reshard_after_forward", "parallel.cpu_offload"],
     ("parallel.cp", 1): ["parallel.cp_method"],
     ("parallel.pp", 1): ["parallel.pp_schedule", "parallel.pp_stages"],

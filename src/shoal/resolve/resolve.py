@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any
 
+from shoal.config.data_formats import kind_of_paths
 from shoal.config.data_options import BlendSource
 from shoal.config.option import PAST, TYPE_WORDS, option_fields, option_name, with_bounds
 from shoal.config.options import SECTIONS, SOURCES, Config, Model, option_at, options, options_of, source_option
@@ -106,19 +107,15 @@ def _place(problem: Problem) -> tuple[bool, int]:
 # --- values ----------------------------------------------------------------------------------------------
 
 
-_SUFFIXES: Final = {"jsonl": (".jsonl", ".jsonl.gz"), "tokens": (".bin", ".idx", ".npy", ".ds")}
-
-
 def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
-    """Derive each source's corpus from its paths, if only these are set: jsonl or tokens if all names end as theirs do, else text."""
+    """Derive each source's corpus from the suffixes of its paths, if only these are set."""
     derived = {}
     for key, paths in settings.items():
         corpus = f"{key.removesuffix('paths')}corpus"
         if (key == "data.paths" or (key.startswith(SOURCES) and key.endswith(".paths"))) and corpus not in settings:
             names = paths.value if isinstance(paths.value, list) else str(paths.value or "").split(",")
-            if any(str(name).strip() for name in names):
-                fits = [kind for kind, ends in _SUFFIXES.items() if all(str(n).strip().endswith(ends) for n in names)]
-                derived[corpus] = Setting(corpus, fits[0] if fits else "text", f"{key} at {paths.where}")
+            if names := [str(name).strip() for name in names if str(name).strip()]:
+                derived[corpus] = Setting(corpus, kind_of_paths(names), f"{key} at {paths.where}")
     return settings | derived
 
 

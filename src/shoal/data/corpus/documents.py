@@ -31,13 +31,18 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A record that is not a document. `name` says where it is. Records skipped for the same cause share one `reason`."""
+    """
+    A record that is not a document. `name` says where it is. Records skipped for the same cause share one `reason`.
+
+    damaged: whether the record is damaged, and so counts against `data.bad_records`.
+    """
 
     name: str
     reason: str
     after: Cursor
     # For a record without `data.text_key`: the length of each string field
     fields: Mapping[str, int] = field(default_factory=dict)
+    damaged: bool = False
 
 
 @dataclass(frozen=True, slots=True)

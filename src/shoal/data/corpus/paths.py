@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from shoal.config.data_formats import is_pattern
 from shoal.errors import DataError
 from shoal.hub.find import near_path
 from shoal.system.output import on_one_line
@@ -20,8 +22,13 @@ KINDS_AT_MOST = 8  # maximum number of suffixes and causes of skipped files name
 class Finder:
     """Collects the files under the given paths, and reports all unreadable ones in one error."""
 
-    def __init__(self, suffixes: tuple[str, ...], skip_folders: frozenset[str] = frozenset()) -> None:
-        self._suffixes, self._skip_folders = suffixes, skip_folders
+    def __init__(
+        self,
+        suffixes: tuple[str, ...],
+        skip_folders: frozenset[str] = frozenset(),
+        skip_files: frozenset[str] = frozenset(),
+    ) -> None:
+        self._suffixes, self._skip_folders, self._skip_files = suffixes, skip_folders, skip_files
         # By real path, so that nothing is read twice and a loop of symbolic links ends.
         self._files: dict[str, tuple[str, Path]] = {}
         self._folders: set[str] = set()
@@ -40,6 +47,27 @@ class Finder:
             self._add_file(given, path, os.path.realpath(path))
         else:
             raise DataError(f"{given} is a pipe, socket or device; save its content to a file and set data.paths to it")
+
+    def add_all(self, given: str) -> None:
+        """
+        Add the files and folders that a pattern such as `data/*.parquet` or `data/**` matches, sorted; or a path without wildcards.
+
+        A pattern that ends with a suffix, as *.log does, names its files; of those of another pattern, the files with the
+        wanted suffixes are read. Raises DataError if nothing matches.
+        """
+        if not is_pattern(given) or os.path.lexists(os.path.expanduser(given)):
+            self.add(given)
+            return
+        found = sorted(glob.iglob(os.path.expanduser(given), recursive=True))
+        names_files = not is_pattern(Path(given).suffix or "*")
+        for path in found:
+            is_folder = os.path.isdir(path)
+            if not is_folder and not names_files and not path.lower().endswith(self._suffixes):
+                self._skipped[os.path.realpath(path)] = Path(path).suffix or "no suffix"
+            elif not is_folder or "**" not in given:  # the files in a folder match `**` themselves
+                self.add(path)
+        if not found:
+            raise DataError(f"no file matches {on_one_line(given)}; correct data.paths")
 
     def files(self) -> list[tuple[str, Path]]:
         """Return (name, path) of each file, in reading order. Raises DataError if a file or folder cannot be read."""
@@ -110,6 +138,8 @@ class Finder:
             return None if entry.name in self._skip_folders else "folder"
         if not stat.S_ISREG(mode):
             return "pipe, socket or device"
+        if fits and entry.name in self._skip_files:
+            return entry.name
         return "file" if fits else suffix or "no suffix"
 
     def _fails(self, name: str, error: OSError) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shoal.data.corpus.documents import Cursor, Document, Skipped
+from shoal.errors import DataError
+from shoal.system.output import on_one_line
+
+COLUMNS_AT_MOST = 20  # maximum number of columns named in a message
+NAME_CHARACTERS = 60  # maximum length of a column's name in a message
 
 
 @dataclass(frozen=True)
@@ -15,28 +22,68 @@ class Shape:
     How a record becomes a document.
 
     key: the record's main field. document: a function of a record (any value that JSON can hold), its name and the cursor
-    after it, which returns the document or the reason why there is none.
+    after it, which returns the document or the reason why there is none. columns: the columns of a table that it needs, None
+    for all.
     """
 
     key: str
     document: Callable[[Any, str, Cursor], Document | Skipped]
+    columns: tuple[str, ...] | None = None
 
 
-def text_shape(text_key: str) -> Shape:
-    """Return the shape of records with a text under `text_key`."""
+def text_shape(text_key: str, *, keep_empty: bool = False) -> Shape:
+    """Return the shape of records with a text under `text_key`. keep_empty: whether an empty text is a document too."""
 
     def document(record: Any, name: str, after: Cursor) -> Document | Skipped:
         text = record.get(text_key) if isinstance(record, dict) else None
         if not isinstance(text, str):
             fields = record.items() if isinstance(record, dict) else ()
             texts = {key: len(said) for key, said in fields if isinstance(said, str)}
-            return Skipped(name, f"no string under {text_key!r} (data.text_key)", after, texts)
-        if not text:
+            wrong_type = text is not None or not isinstance(record, dict)
+            return Skipped(name, f"no string under {text_key!r} (data.text_key)", after, texts, wrong_type)
+        if not text and not keep_empty:
             return Skipped(name, "empty text", after)
         try:
             text.encode()
         except UnicodeEncodeError:  # JSON can encode half of a surrogate pair
-            return Skipped(name, "half a surrogate pair, not a character", after)
+            return Skipped(name, "half a surrogate pair, not a character", after, damaged=True)
         return Document(name, text, after)
 
-    return Shape(text_key, document)
+    return Shape(text_key, document, (text_key,))
+
+
+def check_columns(there: Sequence[str], shape: Shape, name: str) -> None:
+    """Raise DataError, naming the columns of a table, if it lacks one that the shape needs."""
+    twice = [column for column in shape.columns or () if there.count(column) > 1]
+    if twice:
+        raise DataError(f"{on_one_line(name)} has the column {on_one_line(twice[0])} twice; rename one of the two")
+    missing = [column for column in shape.columns or () if column not in there]
+    if missing:
+        named = ", ".join(on_one_line(column[:NAME_CHARACTERS] or "(no name)") for column in there[:COLUMNS_AT_MOST])
+        named += ", ..." if len(there) > COLUMNS_AT_MOST else ""
+        raise DataError(
+            f"{on_one_line(name)} has no column {on_one_line(missing[0])}; its columns are {named}; set data.text_key to the one "
+            "with the text"
+        )
+
+
+def from_json(source: bytes, record: Any, label: str, shape: Shape, after: Cursor) -> Document | Skipped:
+    """Return the document of a JSON object. source: its JSON, which may have the main field twice; one text would be lost then."""
+    found = shape.document(record, label, after)
+    if isinstance(found, Skipped):
+        return found
+    if sum(source.count(spelled) for spelled in _spellings(shape.key)) > 1 and _says_twice(source, shape.key):
+        return Skipped(label, f"{shape.key!r} twice, so one text would be lost", after, damaged=True)
+    return found
+
+
+@functools.cache
+def _spellings(key: str) -> frozenset[bytes]:
+    """Return how JSON may spell a key: unchanged, and with non-ASCII characters escaped."""
+    return frozenset(json.dumps(key, ensure_ascii=ascii).encode(errors="surrogatepass") for ascii in (True, False))
+
+
+def _says_twice(source: bytes, key: str) -> bool:
+    """Return whether the object itself, not one nested in it, has `key` more than once."""
+    pairs: list[tuple[str, object]] = json.loads(source, object_pairs_hook=list)
+    return sum(said == key for said, _ in pairs) > 1

@@ -13,22 +13,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from shoal.config.data_formats import format_of, split_suffix, suffixes_of
 from shoal.config.data_options import Source
+from shoal.data.corpus.csv_rows import csv_reader
 from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Document, Reader, Skipped
 from shoal.data.corpus.dummy import DummyCorpus
-from shoal.data.corpus.encoding import check_text, without_mark
+from shoal.data.corpus.encoding import check_suffix
+from shoal.data.corpus.json_values import json_reader
 from shoal.data.corpus.jsonl import jsonl_reader
 from shoal.data.corpus.paths import Finder, count_kinds
 from shoal.data.corpus.records import text_shape
+from shoal.data.corpus.tables import arrow_reader, parquet_reader
+from shoal.data.corpus.text import PIECE_BYTES, line_reader, separated_reader, text_reader
+from shoal.data.corpus.wikitext import WikiText
 from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
-PIECE_BYTES = 1 << 20  # longer text files become several documents, to bound memory
 SINGLE_FILE_PIECES = 200  # approximate number of documents cut from a corpus of one file, so that some can be held out
 MIN_PIECE_BYTES = 4096
+UNPACKED_TIMES = (
+    3  # about how much larger text is than its compressed file; low, for estimates that reject nothing that fits
+)
 
-TEXT_SUFFIXES = (".txt", ".md", ".py", ".rst")
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
+# Files that `datasets` writes beside its tables: no documents.
+DATASETS_FILES = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 STDLIB_SKIPPED_FOLDERS = frozenset({
     "test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__",
     "lib-dynload", "_bundled",
@@ -44,29 +52,35 @@ def open_corpus(source: Source) -> Corpus:
     """Open the corpus that `source` names. Raises DataError if a path is missing, a file cannot be read, or there are no files."""
     match source.corpus:
         case "stdlib":
-            return FileCorpus(_stdlib_files(), read_text_file)
-        case "text":
-            finder = _find_files(source, TEXT_SUFFIXES)
-            return FileCorpus(finder.files(), _text_reader(finder.files()), finder.skipped())
-        case "jsonl":
-            finder = _find_files(source, JSONL_SUFFIXES)
-            return FileCorpus(finder.files(), jsonl_reader(text_shape(source.text_key)), finder.skipped())
+            return FileCorpus(_stdlib_files(), text_reader())
         case "dummy":
             return DummyCorpus(source.dummy_documents)
         case "tokens":
             raise DataError("a tokens corpus has no texts; set data.corpus to the kind of data.paths")
+    finder = _find_files(source)
+    files = finder.files()
+    tables = [n for n, (name, _) in enumerate(files) if _format(source, name) in ("csv", "parquet", "arrow")]
+    corpus = FileCorpus(files, _reader(source, files), finder.skipped(), tables)
+    return WikiText(corpus) if source.wikitext else corpus
 
 
 NONE: Mapping[str, int] = MappingProxyType({})
 
 
 class FileCorpus:
-    """Files on disk, each read by `reader` from a cursor on."""
+    """Files on disk, each read by `reader` from a cursor on. tables: the indices of those that have columns."""
 
-    def __init__(self, files: Sequence[tuple[str, Path]], reader: Reader, skipped: Mapping[str, int] = NONE) -> None:
+    def __init__(
+        self,
+        files: Sequence[tuple[str, Path]],
+        reader: Reader,
+        skipped: Mapping[str, int] = NONE,
+        tables: Sequence[int] = (),
+    ) -> None:
         self._files = list(files)
         self._reader = reader
         self._skipped = skipped
+        self._unseen = list(reversed(tables))
 
     def skipped_files(self) -> Mapping[str, int]:
         return self._skipped
@@ -90,84 +104,91 @@ class FileCorpus:
             raise _cannot_read(name, error) from error
 
     def read(self, start: Cursor = START) -> Iterator[Document | Skipped]:
+        if start == START:
+            self._look_at_tables()
         for index in range(start.file, len(self._files)):
-            name, path = self._files[index]
-            try:
-                yield from self._reader(path, name, start if index == start.file else Cursor(index))
-            except OSError as error:
-                raise _cannot_read(name, error) from error
+            yield from self._read_file(index, start if index == start.file else Cursor(index))
+
+    def _look_at_tables(self) -> None:
+        """Read the first row of each table, once: a missing column is an error now, not after hours."""
+        while self._unseen:
+            next(self._read_file(self._unseen[-1], START), None)
+            self._unseen.pop()
+
+    def _read_file(self, index: int, start: Cursor) -> Iterator[Document | Skipped]:
+        name, path = self._files[index]
+        try:
+            yield from self._reader(path, name, start)
+        except OSError as error:
+            raise _cannot_read(name, error) from error
 
 
-def read_text_file(
-    path: Path, name: str, start: Cursor, piece_bytes: int = PIECE_BYTES
-) -> Iterator[Document | Skipped]:
-    """Read a file as one document, or as several of at most `piece_bytes`, each ending at a line end if possible."""
-    whole = path.stat().st_size <= piece_bytes
-    index, offset = start.document, start.offset
-    with path.open("rb") as file:
-        file.seek(offset)
-        while window := file.read(piece_bytes):
-            if offset == 0:
-                check_text(window, name)
-            piece = window if whole else _cut(window, piece_bytes)
-            begin, offset = offset, offset + len(piece)
-            file.seek(offset)
-            text = piece if begin else without_mark(piece)
-            if text:
-                index += 1
-                label = name if whole else f"{name} (bytes {begin} to {offset})"
-                yield _parse_piece(text, label, Cursor(start.file, index, offset))
+def _reader(source: Source, files: Sequence[tuple[str, Path]]) -> Reader:
+    """Return the reader of a corpus's files, each in the format that `data.corpus` forces or that its suffix says."""
+    readers = _readers(source, files)
+    return lambda path, name, start: readers[_format(source, name)](path, name, start)
 
 
-def _parse_piece(piece: bytes, label: str, after: Cursor) -> Document | Skipped:
-    if 0 in piece:
-        return Skipped(f"{label}, byte {piece.index(0)}", "zero bytes, which no text has", after)
-    try:
-        return Document(label, piece.decode("utf-8"), after)
-    except UnicodeDecodeError as error:
-        return Skipped(f"{label}, byte {error.start}", "not UTF-8", after)
+def _format(source: Source, name: str) -> str:
+    """Return the format of a file: the one that `data.corpus` forces, or that its suffix says, or text."""
+    return format_of(name) or "text" if source.corpus == "files" else source.corpus
 
 
-def _cut(window: bytes, piece_bytes: int) -> bytes:
-    """Return the longest prefix of `window` that ends a paragraph, else a line, else a character."""
-    if len(window) < piece_bytes:
-        return window
-    for ending in (b"\n\n", b"\n"):
-        end = window.rfind(ending, len(window) // 2)
-        if end >= 0:
-            return window[: end + len(ending)]
-    end = len(window)
-    while end > len(window) - 4 and window[end - 1] & 0xC0 == 0x80:  # a continuation byte of UTF-8
-        end -= 1
-    if window[end - 1] >= 0xC0:  # first byte of a character that may be incomplete
-        end -= 1
-    return window[:end] or window
+def _readers(source: Source, files: Sequence[tuple[str, Path]]) -> Mapping[str, Reader]:
+    """Return a reader for each format."""
+    shape = text_shape(source.text_key, keep_empty=source.wikitext)
+    return {
+        "text": _text_reader(source, files),
+        "jsonl": jsonl_reader(shape),
+        "json": json_reader(shape),
+        "csv": csv_reader(shape),
+        "parquet": parquet_reader(shape),
+        "arrow": arrow_reader(shape),
+    }
 
 
-def _text_reader(files: Sequence[tuple[str, Path]]) -> Reader:
-    """Return the reader of `text` corpora. It cuts a corpus of one file into smaller documents, so that some can be held out."""
+def _text_reader(source: Source, files: Sequence[tuple[str, Path]]) -> Reader:
+    """Return the reader of text files. It cuts a corpus of one file into smaller documents, so that some can be held out."""
+    if source.wikitext:
+        return line_reader()
+    if source.separator:
+        return separated_reader(source.separator)
     if len(files) > 1:
-        return read_text_file
+        return text_reader()
     name, path = files[0]
     try:
         size = path.stat().st_size
     except OSError as error:
         raise _cannot_read(name, error) from error
-    piece_bytes = min(PIECE_BYTES, max(MIN_PIECE_BYTES, size // SINGLE_FILE_PIECES))
-    return lambda path, name, start: read_text_file(path, name, start, piece_bytes)
+    return text_reader(min(PIECE_BYTES, max(MIN_PIECE_BYTES, text_bytes(name, size) // SINGLE_FILE_PIECES)))
 
 
-def _find_files(source: Source, suffixes: tuple[str, ...]) -> Finder:
+def text_bytes(name: str, size: int) -> int:
+    """Return about how many bytes of text a file has."""
+    return size * UNPACKED_TIMES if split_suffix(name)[1] else size
+
+
+def _find_files(source: Source) -> Finder:
     """Find the files of `data.paths`. Raises DataError if there are none or one cannot be read."""
     if not source.paths:
         raise DataError(f"a {source.corpus} corpus needs files: set data.paths")
-    finder = Finder(suffixes)
+    suffixes = suffixes_of(source.corpus)
+    finder = Finder(suffixes, skip_files=DATASETS_FILES)
     for given in source.paths:
-        finder.add(given)
+        finder.add_all(given)
     if not finder.files():
-        there = f"; found {count_kinds(finder.skipped())}" if finder.skipped() else ""
-        raise DataError(f"no {' or '.join(suffixes)} files in {', '.join(source.paths)}{there}; correct data.paths")
+        raise DataError(_no_files(source, suffixes, finder.skipped()))
+    for name, _ in finder.files():
+        check_suffix(name, split_suffix(name)[0])
     return finder
+
+
+def _no_files(source: Source, suffixes: tuple[str, ...], skipped: Mapping[str, int]) -> str:
+    plain = [suffix for suffix in suffixes if not split_suffix(suffix)[1]]
+    there = f"; found {count_kinds(skipped)}" if skipped else ""
+    others = [suffix for suffix in skipped if format_of(f"a{suffix}") and source.corpus != "files"]
+    cure = "set data.corpus to files" if others else "correct data.paths"
+    return f"no {' or '.join(plain)} files in {', '.join(source.paths)}{there}; {cure}"
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:

@@ -1,0 +1,194 @@
+"""Rejected options of a run's data: of one source, of a blend, of the tokenizer. Pure, no torch."""
+
+from __future__ import annotations
+
+import glob
+import math
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+from shoal.config.data_formats import is_pattern
+from shoal.config.data_options import BlendSource, Data, Source, read_place
+from shoal.config.option import option_fields, option_name
+from shoal.config.options import SOURCES, Config
+from shoal.errors import ModelError, Problem
+from shoal.hub.find import find_model, find_path, near_path
+
+WITHOUT_PATHS: Final = ("stdlib", "dummy")
+
+MakeProblem = Callable[..., Problem]
+
+
+def data_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
+    """Yield the problems of the data's options. problem: makes a `Problem` of a sentence and the keys it is about."""
+    model, data = config.model, config.data
+    if data.sources is None:
+        yield from _source_problems(data, "data", data, problem)
+        if data.bad_records != Data.bad_records and data.corpus == "dummy":
+            yield problem(
+                "data.bad_records has no effect on a dummy corpus; remove it", "data.bad_records", "data.corpus"
+            )
+        if data.stages is not None:
+            yield problem("data.stages needs a blend; set data.sources", "data.stages")
+    else:
+        for name, source in data.sources.items():
+            yield from _source_problems(source, f"{SOURCES}{name}", data, problem)
+        yield from _blend_problems(data, data.sources, problem)
+    why = _why_no_tokenizer(data)
+    if why is not None:
+        yield problem(
+            f"data.tokenizer {data.tokenizer} was not found: there is no such file, and as a model: {why}; set it to bpe, "
+            "bytes, tiktoken:NAME, a tokenizer.json or tokenizer.model, or a model's folder or name",
+            "data.tokenizer",
+        )
+    needed = {"bytes": 257, "bpe": data.tokenizer_vocab_size}.get(data.tokenizer)
+    if model.vocab_size is not None and needed is not None and model.vocab_size < needed:
+        yield problem(
+            f"model.vocab_size {model.vocab_size} is smaller than the tokenizer's {needed}",
+            "model.vocab_size",
+            "data.tokenizer_vocab_size",
+        )
+
+
+def _source_problems(source: Source, key: str, data: Data, problem: MakeProblem) -> Iterable[Problem]:
+    """Yield the problems of one source. key: the dotted key of its options without their names."""
+    yield from _token_file_problems(source, key, data, problem)
+    yield from _document_problems(source, key, problem)
+    if source.corpus not in WITHOUT_PATHS and not source.paths:
+        yield problem(f"a {source.corpus} corpus needs files or folders; set {key}.paths", f"{key}.corpus")
+    if source.corpus in WITHOUT_PATHS and source.paths:
+        yield problem(
+            f"a {source.corpus} corpus does not use {key}.paths; set {key}.corpus to files, or to the files' format",
+            f"{key}.paths",
+            f"{key}.corpus",
+        )
+    for option in ("paths", "val_paths"):
+        missing = [path for path in getattr(source, option) if not _is_there(path)]
+        # if the tokens are prepared, their source files may be gone
+        if missing and not _has_tokens(source.corpus, data):
+            named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
+            yield problem(f"{key}.{option} does not exist: {named}", f"{key}.{option}")
+
+
+def _document_problems(source: Source, key: str, problem: MakeProblem) -> Iterable[Problem]:
+    """Yield the problems of the options that say where a document begins and ends."""
+    if source.separator and not source.separator.strip():
+        yield problem(f"{key}.separator is blank; set it to a line's text, such as <|endoftext|>", f"{key}.separator")
+    if source.separator and source.corpus not in ("text", "files"):
+        yield problem(
+            f"{key}.separator has no effect on a {source.corpus} corpus, whose documents are records; remove it",
+            f"{key}.separator",
+            f"{key}.corpus",
+        )
+    if source.separator and source.wikitext:
+        yield problem(
+            f"{key}.separator has no effect with {key}.wikitext; remove one", f"{key}.separator", f"{key}.wikitext"
+        )
+    if source.wikitext and source.corpus in WITHOUT_PATHS:
+        yield problem(
+            f"{key}.wikitext has no effect on a {source.corpus} corpus; remove it", f"{key}.wikitext", f"{key}.corpus"
+        )
+
+
+def _blend_problems(data: Data, sources: Mapping[str, BlendSource], problem: MakeProblem) -> Iterable[Problem]:
+    """Yield the problems of a blend's weights and stages."""
+    for f in option_fields(Source):
+        if getattr(data, f.name) != f.default:
+            key = f"data.{option_name(f)}"
+            yield problem(f"{key} has no effect beside data.sources; set it below each source", key)
+    weights = {name: source.weight for name, source in sources.items()}
+    without = [name for name, weight in weights.items() if weight is None]
+    if without and len(without) < len(weights):
+        yield problem(
+            f"data.sources.{without[0]} has no weight, but others have one; set the weight of all sources or of none",
+            *(f"{SOURCES}{name}.weight" for name in weights),
+        )
+    elif not without and not sum(weight or 0.0 for weight in weights.values()):
+        yield problem("the weights of all sources are 0; set one above 0", *(f"{SOURCES}{n}.weight" for n in weights))
+    if without and data.stages is not None:
+        yield problem("data.stages changes weights, and the sources have none; set their weights", "data.stages")
+    if without and any(source.max_epochs is not None for source in sources.values()):
+        yield problem(
+            "max_epochs needs weights: without them each row is read once per epoch, and train.epochs limits epochs",
+            *(f"{SOURCES}{name}.max_epochs" for name in weights),
+        )
+    for place, given in (data.stages or {}).items():
+        if (why := _why_no_stage(place, given, sources)) is not None:
+            yield problem(f"data.stages {place!r}: {why}", "data.stages")
+
+
+def _why_no_stage(place: str, given: Mapping[str, float], sources: Mapping[str, BlendSource]) -> str | None:
+    """Return the reason why a stage is invalid; None if it is valid."""
+    if read_place(place) is None:
+        return "it is not a place of the run, such as 1000 steps or 2e9 tokens"
+    unknown = [name for name in given if name not in sources]
+    if unknown:
+        return f"there is no source {unknown[0]}; the sources are {', '.join(sources)}"
+    if any(not 0 <= weight < math.inf for weight in given.values()) or not sum(given.values()):
+        return "weights must not be negative, and at least one must be above 0"
+    return None
+
+
+def _token_file_problems(source: Source, key: str, data: Data, problem: MakeProblem) -> Iterable[Problem]:
+    """Yield the problems of options that only token files have, or do not have."""
+    if source.corpus != "tokens":
+        for name in ("token_format", "token_type", "val_paths"):
+            if getattr(source, name) not in ("auto", ()):
+                yield problem(
+                    f"{key}.{name} is of token files; set {key}.corpus to tokens, or remove it",
+                    f"{key}.{name}",
+                    f"{key}.corpus",
+                )
+        return
+    if data.tokenizer == "bpe":
+        yield problem(
+            "a tokens corpus needs the tokenizer that made its tokens; set data.tokenizer to it",
+            "data.tokenizer",
+            f"{key}.corpus",
+        )
+    if source.token_type != "auto" and source.token_format in ("llm.c", "megatron"):
+        yield problem(
+            f"{key}.token_type has no effect: files of {source.token_format} name their type themselves; remove it",
+            f"{key}.token_type",
+            f"{key}.token_format",
+        )
+    if data.sources is not None:
+        return
+    changed = {"shard_tokens": "token files are read in place"}
+    if source.val_paths:
+        changed["val_fraction"] = "data.val_paths names the held-out tokens"
+    for name, why in changed.items():
+        if getattr(data, name) != getattr(Data(), name):
+            yield problem(f"data.{name} has no effect: {why}; remove it", f"data.{name}", "data.corpus")
+
+
+def _has_tokens(corpus: str, data: Data) -> bool:
+    """Return whether there are prepared tokens of any corpus of this kind; preparation checks whether they are this corpus's."""
+    try:
+        return any(Path(data.folder).expanduser().glob(f"{corpus}-*/manifest.json"))
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def _is_there(path: str) -> bool:
+    """Return whether a path exists; a pattern, whether it matches anything."""
+    try:
+        if find_path(path) is not None:
+            return True
+        return is_pattern(path) and any(glob.iglob(str(Path(path).expanduser()), recursive=True))
+    except ModelError:
+        return False
+
+
+def _why_no_tokenizer(data: Data) -> str | None:
+    """Return the reason why the tokenizer was not found; None if its file or folder exists. Its content is not checked."""
+    name = data.tokenizer
+    if name in ("bpe", "bytes") or name.startswith("tiktoken:"):
+        return None
+    try:
+        if find_path(name) is None:
+            find_model(name, data.kept)
+    except ModelError as error:
+        return str(error)
+    return None
