@@ -69,7 +69,12 @@ def _read_separated(
 
 
 def _next_part(ahead: bytes, at: int, separator: bytes, piece_bytes: int, ended: bool) -> tuple[bytes, int]:
-    """Return the part that begins at `at`, and where the next one begins. Depends on nothing before `at`, so reading can resume there."""
+    """
+    Return the part that begins at `at`, and where the next one begins.
+
+    Depends on nothing before `at`, so reading can resume there. A line longer than half a piece may therefore be cut just
+    before the separator's text, which then counts as a separator line.
+    """
     limit = at + piece_bytes
     search = at
     while (found := ahead.find(separator, search, limit)) >= 0:
