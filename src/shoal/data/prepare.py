@@ -18,9 +18,11 @@ from shoal.data.corpus.paths import count_kinds
 from shoal.data.corpus.sources import open_corpus
 from shoal.data.encode import Split, choose_split, training_sample, write_shards
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
+from shoal.data.filters import Filters, KeptCorpus, filter_documents
 from shoal.data.manifest import (
     JOURNAL,
     MANIFEST,
+    SEGMENTS,
     SPLITS,
     TOKENIZER,
     Journal,
@@ -159,7 +161,7 @@ def _open_checked(folder: Path, data: Data) -> Prepared:
     """Open finished tokens if the corpus is unchanged. If the corpus is gone, its tokens suffice."""
     manifest = load_manifest(folder)
     try:
-        corpus = open_corpus(data)
+        corpus = KeptCorpus(open_corpus(data), Filters.of(data))
     except DataError as error:
         return open_prepared(folder, [f"the corpus is gone or cannot be read ({error}); using its prepared tokens"])
     check_unchanged(manifest, corpus)
@@ -177,7 +179,7 @@ def _notes(corpus: Corpus) -> list[str]:
 
 def _is_current(folder: Path, data: Data) -> bool:
     """Return whether preparing again would give the same bytes. Reads every byte. Raises DataError if the corpus is gone."""
-    corpus = open_corpus(data)
+    corpus = KeptCorpus(open_corpus(data), Filters.of(data))
     try:
         manifest = load_manifest(folder)
         check_unchanged(manifest, corpus)
@@ -189,11 +191,14 @@ def _is_current(folder: Path, data: Data) -> bool:
 
 def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str, Any], progress: Progress) -> list[str]:
     """Prepare the corpus, under the lock. Returns warnings for the user."""
-    corpus = open_corpus(data)
+    filters = Filters.of(data)
+    corpus = KeptCorpus(open_corpus(data), filters)
     listing = corpus.listing()
     ticks = _Ticks(listing, progress)
     journal = _resume_or_start(folder, options, listing)
     _check_space(folder, data, listing)
+    if filters is not None:
+        corpus = filter_documents(folder, corpus, filters, journal, data.shard_tokens, ticks.of("filtering"))
     split = choose_split(corpus, data.val_fraction, ticks.of("reading"))
     tokenizer = _tokenizer(folder, data, given, corpus, split, ticks)
     note = write_shards(folder, corpus, split, tokenizer, data.shard_tokens, journal, ticks.of("tokens"))
@@ -201,7 +206,7 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
         raise DataError("the corpus changed while it was read; start again once it no longer changes")
     digests = [corpus.digest(index) for index in range(len(listing))]
     finish(journal, digests, (folder / TOKENIZER).read_bytes(), tokenizer.vocab_size).save(folder)
-    clear(folder, [JOURNAL])
+    clear(folder, [JOURNAL, SEGMENTS])
     return [*_notes(corpus), *([] if note is None else [note])]
 
 
