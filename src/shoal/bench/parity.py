@@ -132,7 +132,9 @@ def certify(
     A config in bfloat16 or float16 is also compared in float32, where rounding hides less. The exception is ring attention
     on CUDA, whose kernel does not support float32. `at(phase)` is called as each phase begins. A collective over the world.
     """
-    rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
+    rows = prepared.split(
+        "train", seq_len=config.data.seq_len, document_mask=config.data.document_mask, packing=config.data.packing
+    )
     train = config.train
     certificate = Certificate(str(mesh.layout), mesh.world_size, train.dtype, train.repro)
     console.say(f"verifying {mesh.layout}, {mesh.world_size} processes, {STEPS} steps on the config's own data", "bold")

@@ -137,14 +137,19 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
     console = Console()
     config = resolve_asked(args, overrides)
     with ends_when_asked(EXIT_REQUEUE):
+        from shoal.data.packing_report import packing_report
         from shoal.data.prepare import open_data
 
         prepared = open_data(config.data, console)
+    for line in prepared.manifest.removals():
+        console.say(line)
     for split, counts in prepared.counts.items():
         console.say(
             f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
             f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes per token)"
         )
+    for record in packing_report(prepared, config.data.seq_len):
+        console.say(record.line())
     console.say(f"written to {prepared.folder}")
     return 0
 

@@ -8,6 +8,8 @@ from typing import Literal
 
 from shoal.config.option import opt
 
+Packing = Literal["stream", "best_fit"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
@@ -106,7 +108,7 @@ class Data(Source):
         alias=("intra_document_masking", "reset_attention_mask"),
         past=True,
     )
-    packing: Literal["stream", "best_fit"] = opt(
+    packing: Packing = opt(
         "stream",
         "how documents fill rows. stream: end to end, cut at the end of a row; best_fit: whole documents, longer ones than "
         "a row in parts, and padding without a loss",

@@ -19,6 +19,7 @@ from shoal.system.output import on_one_line
 
 FORMAT = 1
 MANIFEST, JOURNAL, TOKENIZER, YARDSTICK = "manifest.json", "journal.json", "tokenizer.json", "yardstick.json"
+ROW_INDEXES = "*-rows-*.index"  # see `best_fit_rows.index_name`
 SEGMENTS = ".filter-?????"  # see `segment_name`
 NAMED_AT_MOST = 5  # maximum number of files named in a message; the rest are counted
 
@@ -274,7 +275,16 @@ def _name_some(kind: str, names: Sequence[str]) -> str:
 
 def clear(
     folder: Path,
-    patterns: Iterable[str] = (MANIFEST, JOURNAL, TOKENIZER, YARDSTICK, "*.safetensors", SEGMENTS, ".*.tmp"),
+    patterns: Iterable[str] = (
+        MANIFEST,
+        JOURNAL,
+        TOKENIZER,
+        YARDSTICK,
+        "*.safetensors",
+        ROW_INDEXES,
+        SEGMENTS,
+        ".*.tmp",
+    ),
 ) -> None:
     """Remove prepared files, the manifest first: without it the rest does not count as complete."""
     for pattern in patterns:

@@ -1,12 +1,13 @@
 """
-Rows: training samples by number, cut from a stream of tokens. No torch.
+Rows: training samples by number, made of spans of a stream of tokens. No torch.
 
-Row i predicts tokens i*T+1 to (i+1)*T from tokens i*T to (i+1)*T-1, T being `seq_len`. Neighboring rows share a
+In `PackedStream`, row i predicts tokens i*T+1 to (i+1)*T from tokens i*T to (i+1)*T-1, T being `seq_len`. Neighboring rows share a
 token, every token but the first is predicted exactly once, and only a tail shorter than a row is dropped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,6 +49,22 @@ class Rows(Protocol):
         ...
 
 
+Span = tuple[int, int]
+"""Tokens [start, stop) of a split's stream."""
+
+
+class PlacedRows(Rows, Protocol):
+    """Rows made of spans of a stream, so that a token's rows can be found, and a row's tokens."""
+
+    def spans(self, row: int) -> list[Span]:
+        """Return the spans that a row consists of, in its order. The last token of a row is only a label."""
+        ...
+
+    def rows_of(self, start: int, stop: int) -> list[int]:
+        """Return the numbers of all rows with a token of [start, stop), ascending."""
+        ...
+
+
 def count_rows(num_tokens: int, seq_len: int) -> int:
     """Return how many rows a stream of `num_tokens` fills; a row's last label is the token after the row."""
     return max(0, (num_tokens - 1) // seq_len)
@@ -64,26 +81,58 @@ class PackedStream:
     def __len__(self) -> int:
         return self._num_rows
 
+    def spans(self, row: int) -> list[Span]:
+        return [(row * self.seq_len, (row + 1) * self.seq_len + 1)]
+
+    def rows_of(self, start: int, stop: int) -> list[int]:
+        first = max(start - 1, 0) // self.seq_len  # neighboring rows share a token
+        return list(range(first, min((stop - 1) // self.seq_len + 1, len(self))))
+
     def read(self, row_ids: npt.ArrayLike) -> RowArrays:
         """Return the rows with these numbers, in this order. Raises DataError if their bytes were altered."""
-        ids = np.atleast_1d(np.asarray(row_ids, np.int64))
-        if ((ids < 0) | (ids >= len(self))).any():
-            raise IndexError(f"rows {ids.tolist()} of {len(self)}")
-        window = np.empty((len(ids), self.seq_len + 1), np.int64)
-        for place, row in enumerate(ids):
-            window[place] = self._stream.read(int(row) * self.seq_len, (int(row) + 1) * self.seq_len + 1)
-        if self._document_mask:
-            return mask_documents(window, self._starts(ids))
-        positions = np.broadcast_to(np.arange(self.seq_len), (len(ids), self.seq_len)).copy()
-        return RowArrays(window[:, :-1].copy(), window[:, 1:].copy(), positions, None)
+        ids = check_ids(row_ids, len(self))
+        spans = [self.spans(row) for row in ids.tolist()]
+        return read_spans(self._stream, spans, self.seq_len, document_mask=self._document_mask)
 
-    def _starts(self, ids: Ints) -> npt.NDArray[np.bool_]:
-        """Return [rows, seq_len + 1]: whether a document starts at each token."""
-        is_start = np.zeros((len(ids), self.seq_len + 1), np.bool_)
-        for place, row in enumerate(ids):
-            begin = int(row) * self.seq_len
-            is_start[place, self._stream.starts(begin, begin + self.seq_len + 1) - begin] = True
-        return is_start
+
+def check_ids(row_ids: npt.ArrayLike, count: int) -> Ints:
+    """Return row numbers as an array. Raises IndexError if one is not in range(count)."""
+    ids = np.atleast_1d(np.asarray(row_ids, np.int64))
+    if ((ids < 0) | (ids >= count)).any():
+        raise IndexError(f"rows {ids.tolist()} of {count}")
+    return ids
+
+
+def read_spans(
+    stream: TokenStream, rows: Sequence[Sequence[Span]], seq_len: int, *, document_mask: bool, pad: int = 0
+) -> RowArrays:
+    """
+    Return rows made of spans, each of at most `seq_len` + 1 tokens in all. Raises DataError if their bytes were altered.
+
+    No label crosses from one span to the next. pad: the token after the last span; its labels are ignored, and with a
+    document mask it is a document of its own.
+    """
+    window = np.full((len(rows), seq_len + 1), pad, np.int64)
+    is_start = np.zeros(window.shape, np.bool_)  # of a document, a span or the padding
+    used = np.zeros((len(rows), 1), np.int64)
+    for place, spans in enumerate(rows):
+        at = 0
+        for start, stop in spans:
+            window[place, at : at + stop - start] = stream.read(start, stop)
+            if document_mask:
+                is_start[place, stream.starts(start, stop) - start + at] = True
+            is_start[place, at] = True
+            at += stop - start
+        is_start[place, at : at + 1] = True
+        used[place] = at
+    if document_mask:
+        arrays = mask_documents(window, is_start)
+    else:
+        positions = np.broadcast_to(np.arange(seq_len), (len(rows), seq_len)).copy()
+        labels = np.where(is_start[:, 1:], IGNORED_LABEL, window[:, 1:])
+        arrays = RowArrays(window[:, :-1].copy(), labels, positions, None)
+    arrays.labels[np.arange(1, seq_len + 1) >= used] = IGNORED_LABEL
+    return arrays
 
 
 def mask_documents(window: Ints, is_start: npt.NDArray[np.bool_]) -> RowArrays:

@@ -12,7 +12,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from shoal.config.data_options import Data
+from shoal.config.data_options import Data, Packing
+from shoal.data.best_fit_rows import BestFitRows, Identity, open_index, rows_in_index
 from shoal.data.corpus.documents import Corpus, CorpusFile, Cursor
 from shoal.data.corpus.paths import count_kinds
 from shoal.data.corpus.sources import open_corpus
@@ -35,7 +36,7 @@ from shoal.data.manifest import (
     load_journal,
     load_manifest,
 )
-from shoal.data.pack import PackedStream, Rows
+from shoal.data.pack import PackedStream, PlacedRows, count_rows
 from shoal.data.shards import CURE, Shard, TokenStream, token_dtype
 from shoal.data.token_folder import find_folder, named_tokenizer, token_options
 from shoal.data.tokens import tokenize
@@ -75,10 +76,21 @@ class Prepared:
         """Documents, tokens and bytes of text in each split."""
         return self.manifest.splits
 
-    def split(self, name: SplitName, *, seq_len: int, document_mask: bool = False) -> Rows:
-        """Cut a split into rows. Raises DataError if it does not fill one row."""
+    def split(
+        self, name: SplitName, *, seq_len: int, document_mask: bool = False, packing: Packing = "stream"
+    ) -> PlacedRows:
+        """
+        Cut a split into rows. Raises DataError if it does not fill one row.
+
+        The first use of `best_fit` makes an index in the folder, under its lock.
+        """
         stream = self.streams[name]
-        rows = PackedStream(stream, seq_len, document_mask)
+        rows: PlacedRows
+        if packing == "stream":
+            rows = PackedStream(stream, seq_len, document_mask)
+        else:
+            index = open_index(self.folder, stream, Identity(self.data_id, name, seq_len))
+            rows = BestFitRows(stream, index, seq_len, self.tokenizer.eot_id, document_mask)
         if not len(rows):
             cure = "raise data.val_fraction, add documents" if name == "val" else "add documents"
             raise DataError(
@@ -126,14 +138,19 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
     return open_prepared(folder, notes)
 
 
-def prepared_manifest(data: Data) -> Manifest | None:
+def prepared_rows(data: Data) -> tuple[Manifest | None, int | None]:
     """
-    Return the manifest of the tokens of `data`; None if they are not prepared.
+    Return the manifest of the tokens of `data`, and the number of training rows; None for what is not prepared yet.
 
     Raises DataError if the manifest or the tokenizer cannot be read.
     """
     folder = find_folder(data, token_options(data, named_tokenizer(data)))
-    return load_manifest(folder) if (folder / MANIFEST).exists() else None
+    manifest = load_manifest(folder) if (folder / MANIFEST).exists() else None
+    if manifest is None:
+        return None, None
+    if data.packing == "stream":
+        return manifest, count_rows(manifest.splits["train"].tokens, data.seq_len)
+    return manifest, rows_in_index(folder, Identity(manifest.data_id, "train", data.seq_len))
 
 
 def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from shoal.config.data_options import Data
+from shoal.config.data_options import Data, Source
 from shoal.config.options import Config
 from shoal.config.presets import shape_problems
 from shoal.errors import ModelError, Problem
@@ -92,6 +92,7 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             "data.paths",
             "data.corpus",
         )
+    yield from _filter_problems(data, problem)
     missing = [p for p in data.paths if not _is_there(p)]
     if missing and not _has_tokens(data):  # if the tokens are prepared, their source files may be gone
         named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
@@ -110,6 +111,33 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             "model.vocab_size",
             "data.tokenizer_vocab_size",
         )
+
+
+def _filter_problems(data: Data, problem: MakeProblem) -> Iterable[Problem]:
+    unset = Source()
+    if data.near_threshold != unset.near_threshold and data.deduplicate != "near":
+        yield problem(
+            f"data.near_threshold {data.near_threshold:g} has no effect with data.deduplicate {data.deduplicate}; set "
+            "data.deduplicate to near",
+            "data.near_threshold",
+            "data.deduplicate",
+        )
+    if data.decontaminate_ngram != unset.decontaminate_ngram and not data.decontaminate:
+        yield problem(
+            "data.decontaminate_ngram has no effect without evaluation sets; set data.decontaminate to their files",
+            "data.decontaminate_ngram",
+        )
+    if 0 < data.longest_document < data.shortest_document:
+        yield problem(
+            f"data.longest_document {data.longest_document} is below data.shortest_document {data.shortest_document}, so "
+            "every document would be removed; raise the one or lower the other",
+            "data.longest_document",
+            "data.shortest_document",
+        )
+    missing = [p for p in data.decontaminate if not _is_there(p)]
+    if missing and not _has_tokens(data):
+        named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
+        yield problem(f"data.decontaminate does not exist: {named}", "data.decontaminate")
 
 
 def _has_tokens(data: Data) -> bool:

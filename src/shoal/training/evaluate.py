@@ -35,7 +35,9 @@ def evaluate(
     `alive()` is called before each group of batches, `progress(done, all)` after it; both numbers count
     this process's rows. A collective over the world; identical on every rank.
     """
-    rows = prepared.split("val", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
+    rows = prepared.split(
+        "val", seq_len=config.data.seq_len, document_mask=config.data.document_mask, packing=config.data.packing
+    )
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     batches = evaluation_batches(rows, config.train.micro_batch, mesh.dp_rank, mesh.dp_size, max_tokens)
     done, share = 0, math.ceil(evaluation_rows(rows, max_tokens) / mesh.dp_size)

@@ -32,7 +32,9 @@ class Finished:
 
 def finished(config: Config, folder: RunFolder, prepared: Prepared) -> Finished | None:
     """Return the result of a run whose steps are all taken, from `events.jsonl`; None if steps are left."""
-    rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
+    rows = prepared.split(
+        "train", seq_len=config.data.seq_len, document_mask=config.data.document_mask, packing=config.data.packing
+    )
     total_steps = count_steps(config.train, config.data.seq_len, len(rows))
     saved = listed(folder.checkpoints)[-1:]
     ended = [each for each in read_json_lines(folder.events_file) if each["event"] == "finished"][-1:]

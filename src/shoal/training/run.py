@@ -139,7 +139,9 @@ class Run:
         prepared = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
         heartbeat.outside("measuring the device")
         config = finish_config(config, folder, prepared, mesh, console.warn)
-        rows = prepared.split("train", seq_len=config.data.seq_len, document_mask=config.data.document_mask)
+        rows = prepared.split(
+            "train", seq_len=config.data.seq_len, document_mask=config.data.document_mask, packing=config.data.packing
+        )
         start = Start(changed=folder.agree(config), before=folder.begun() or config)
         mesh.barrier()  # all ranks compare the config before rank 0 writes it
         faults = Faults(mesh.place.rank, folder.events_file)
