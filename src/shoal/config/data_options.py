@@ -108,7 +108,7 @@ class Data(Source):
         alias=("intra_document_masking", "reset_attention_mask"),
         past=True,
     )
-    packing: Packing = opt(
+    packing: Packing = opt(  # noqa: RUF009
         "stream",
         "how documents fill rows. stream: end to end, cut at the end of a row; best_fit: whole documents, longer ones than "
         "a row in parts, and padding without a loss",
