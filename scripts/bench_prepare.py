@@ -154,7 +154,8 @@ def main() -> None:
     parser.add_argument("--work", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        work(args.work, *args.source, args.folder)
+        corpus, tokenizer = args.source
+        work(args.work, corpus, tokenizer, args.folder)
         return
     corpus, tokenizer = make(args.source[0], args.folder, args.megabytes, args.vocab_size)
     measure(corpus, tokenizer, args.folder, args.repeats)
