@@ -28,7 +28,7 @@ from shoal.system import disk
 from shoal.data.prepare import prepare
 
 options, die_at = json.loads(sys.argv[1]), int(sys.argv[2])
-options["paths"] = tuple(options["paths"])
+options |= {key: tuple(options[key]) for key in ("paths", "decontaminate")}
 writes = 0
 real_sync = os.fsync
 
@@ -87,6 +87,32 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
     assert {name: (folder / name).stat().st_mtime_ns for name in finished} == finished
     assert files_of(ended) == files_of(whole)
     assert ended.notes == whole.notes
+
+
+@pytest.mark.parametrize("deduplicate", ["exact", "near"])
+def test_killed_at_every_write_it_removes_the_same_documents(
+    make_data: MakeData, corpus: Path, deduplicate: str
+) -> None:
+    for number in range(0, 40, 3):  # copies and near copies of earlier documents, which later segments have to know
+        text = (corpus / f"file{number:02d}.py").read_text("utf-8")
+        (corpus / f"x{number:02d}.py").write_text(text, "utf-8")
+        (corpus / f"y{number:02d}.py").write_text(text + "# the end\n", "utf-8")
+    whole = prepare(make_data(deduplicate=deduplicate, near_threshold=0.6, folder=str(corpus) + "-whole"))
+    removed = {reason: removal.count for reason, removal in whole.manifest.removed.items()}
+    assert removed["exact duplicate"] == 14
+    assert ("near duplicate" in removed) == (deduplicate == "near")
+    data = make_data(deduplicate=deduplicate, near_threshold=0.6)
+    folder = Path(data.folder) / folder_name(data, token_options(data, named_tokenizer(data)))
+    segments = 0
+    for die_at in (1, 4, 5, 6, 8, 11, 6):  # in the filters' pass, between it and the shards, and in the shards
+        process = start(data, die_at)
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+        filtered = json.loads((folder / JOURNAL).read_text())["filtered"] if (folder / JOURNAL).exists() else {}
+        assert filtered.get("segments", 0) >= segments, "no finished segment is lost"
+        segments = filtered.get("segments", 0)
+    assert segments > 1
+    assert files_of(prepare(data)) == files_of(whole)
 
 
 def test_a_corpus_that_changed_since_the_kill_starts_anew(make_data: MakeData, corpus: Path) -> None:

@@ -13,11 +13,11 @@ from shoal.config.data_options import Data
 from shoal.config.options import Config, Model, Optim, Train
 from shoal.config.run_options import Launch, Metrics
 from shoal.data.blend import Blend
+from shoal.data.dataset import Dataset
 from shoal.data.ledger import audit
 from shoal.data.loader import Loader, evaluation_batches
 from shoal.data.order import sample_at
 from shoal.data.pack import IGNORED_LABEL, RowArrays, Rows, count_rows
-from shoal.data.prepare import Prepared
 from shoal.run.folder import RunFolder
 from shoal.run.jsonl import whole_lines
 from shoal.training.loop import train
@@ -30,6 +30,7 @@ class Counting:
     """Row i counts up from i; only its second half is predicted, like an answer to an instruction."""
 
     seq_len = SEQ_LEN
+    sizes = (40,)
 
     def __len__(self) -> int:
         return 40
@@ -57,7 +58,8 @@ def test_the_loader_asks_for_nothing_else() -> None:
 
 
 def test_a_run_trains_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Prepared, "split", lambda *_, **__: Counting())
+    monkeypatch.setattr(Dataset, "rows", lambda *_: Counting())
+    monkeypatch.setattr(Dataset, "held_out_rows", lambda *_: {"": Counting()})
     config = Config(
         model=Model(dim=32, num_layers=1, num_heads=2, max_seq_len=SEQ_LEN),
         data=Data(

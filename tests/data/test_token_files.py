@@ -24,7 +24,7 @@ from shoal.data.check import check_tokens
 from shoal.data.decode import held_out_text
 from shoal.data.document_index import find_documents
 from shoal.data.pack import IGNORED_LABEL, RowArrays
-from shoal.data.prepare import Prepared, open_prepared, prepare, prepared_manifest
+from shoal.data.prepare import Prepared, open_prepared, prepare, prepared_rows
 from shoal.errors import DataError
 from shoal.run.folder import RunFolder
 from shoal.run.jsonl import whole_lines
@@ -104,8 +104,9 @@ def test_rows_equal_those_that_shoal_prepares(own: Own, tmp_path: Path, writer: 
         assert replace(theirs, shards=()) == replace(ours, shards=()), "documents, tokens and bytes of text"
     assert held_out_text(prepared) == held_out_text(own.prepared)
     assert open_prepared(prepared.folder).data_id == prepared.data_id
-    manifest = prepared_manifest(data)
+    manifest, rows = prepared_rows(data)
     assert manifest is not None
+    assert rows == len(prepared.split("train", seq_len=data.seq_len))
     assert manifest.splits == prepared.counts
 
 

@@ -139,6 +139,7 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
     with ends_when_asked(EXIT_REQUEUE):
         from shoal.data.check import check_tokens
         from shoal.data.dataset import open_data
+        from shoal.data.packing_report import packing_report
 
         dataset = open_data(config.data, console)
         for split, counts in dataset.counts.items():
@@ -148,8 +149,14 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
                 f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes per token)"
             )
         for name, part in dataset.parts.items():
+            of = f"{name}: " * bool(name)
+            for line in part.manifest.removals():
+                console.say(of + line)
+            if not part.in_place:
+                for record in packing_report(part, config.data.seq_len):
+                    console.say(of + record.line())
             where = "read in place; their record is in" if part.in_place else "written to"
-            console.say(f"{f'{name}: ' * bool(name)}{where} {part.folder}")
+            console.say(f"{of}{where} {part.folder}")
             if args.check:
                 with console.progress("checking") as progress:
                     checked = check_tokens(part, progress)

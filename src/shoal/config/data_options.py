@@ -10,6 +10,8 @@ from typing import Final, Literal
 
 from shoal.config.option import opt
 
+Packing = Literal["stream", "best_fit"]
+
 _PLACE: Final = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) (steps|tokens)")
 
 
@@ -70,6 +72,52 @@ class Source:
         alias=("val_path", "val_data_path", "valid_data_path"),
         past=True,
     )
+    deduplicate: Literal["none", "exact", "near"] = opt(
+        "none",
+        "documents to remove if an earlier one has the same text. none: keep all; exact: the same text; near: also "
+        "similar texts, by MinHash (data.near_threshold)",
+        alias=("dedup", "deduplication"),
+        past=True,
+    )
+    near_threshold: float = opt(
+        0.8,
+        "similarity from which two documents are near duplicates: the Jaccard index of their sets of five-word phrases",
+        alias=("jaccard_threshold", "minhash_threshold"),
+        past=True,
+        gt=0,
+        le=1,
+    )
+    decontaminate: tuple[str, ...] = opt(
+        (),
+        "evaluation sets (.txt or .jsonl files): documents that share data.decontaminate_ngram consecutive words with one "
+        "are removed",
+        alias=("decontamination",),
+        past=True,
+    )
+    decontaminate_ngram: int = opt(
+        13,
+        "number of consecutive words that a document may not share with an evaluation set",
+        unit="words",
+        alias=("ngram_size",),
+        past=True,
+        ge=1,
+    )
+    shortest_document: int = opt(
+        0,
+        "minimum size of a document's text in UTF-8; shorter ones are removed; 0 keeps all",
+        unit="bytes",
+        alias=("min_length", "min_document_length"),
+        past=True,
+        ge=0,
+    )
+    longest_document: int = opt(
+        0,
+        "maximum size of a document's text in UTF-8; longer ones are removed; 0 keeps all",
+        unit="bytes",
+        alias=("max_document_length",),
+        past=True,
+        ge=0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +171,12 @@ class Data(Source):
         False,
         "restrict attention to tokens of the same document",
         alias=("intra_document_masking", "reset_attention_mask"),
+        past=True,
+    )
+    packing: Packing = opt(  # noqa: RUF009
+        "stream",
+        "how documents fill rows. stream: end to end, cut at the end of a row; best_fit: whole documents, longer ones than "
+        "a row in parts, and padding without a loss",
         past=True,
     )
     val_fraction: float = opt(

@@ -19,7 +19,7 @@ from shoal.data.corpus.sources import open_corpus
 from shoal.data.encode import choose_split, training_sample
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
 from shoal.data.manifest import TOKENIZER, SplitName, SplitRecord
-from shoal.data.pack import DocumentRows, RowArrays
+from shoal.data.pack import PlacedRows, RowArrays, check_ids, read_placed
 from shoal.data.prepare import Prepared, Progress, Ticks, no_progress, prepare
 from shoal.data.token_folder import token_options
 from shoal.data.tokens import tokenize
@@ -30,7 +30,7 @@ from shoal.run.console import Console
 class BlendRows:
     """The rows of several sources end to end: a row's number counts the rows of the sources before it."""
 
-    def __init__(self, parts: Sequence[DocumentRows]) -> None:
+    def __init__(self, parts: Sequence[PlacedRows]) -> None:
         self.parts = list(parts)
         self.sizes = [len(part) for part in self.parts]
         self._firsts = np.cumsum([0, *self.sizes[:-1]])
@@ -44,20 +44,11 @@ class BlendRows:
 
     def read(self, row_ids: npt.ArrayLike) -> RowArrays:
         """Return the rows with these numbers, in this order. Raises DataError if their bytes were altered."""
-        if len(self.parts) == 1:
-            return self.parts[0].read(row_ids)
-        ids = np.atleast_1d(np.asarray(row_ids, np.int64))
+        ids = check_ids(row_ids, len(self))
         sources = np.searchsorted(self._firsts, ids, side="right") - 1
-        order = np.argsort(sources, kind="stable")
-        found = [
-            self.parts[source].read(ids[sources == source] - self._firsts[source]) for source in np.unique(sources)
-        ]
-        place = np.argsort(order)  # back to the order that was asked for
-        tokens, labels, positions = (
-            np.concatenate([getattr(each, name) for each in found])[place] for name in ("tokens", "labels", "positions")
-        )
-        documents = [each.document_ids for each in found if each.document_ids is not None]
-        return RowArrays(tokens, labels, positions, np.concatenate(documents)[place] if documents else None)
+        owns = (ids - self._firsts[sources]).tolist()
+        placed = [self.parts[source].place(own) for source, own in zip(sources.tolist(), owns, strict=True)]
+        return read_placed(placed, self.seq_len, document_mask=self.parts[0].document_mask)
 
 
 @dataclass(frozen=True)
@@ -105,7 +96,7 @@ class Dataset:
         """Cut a split into rows of `data.seq_len`. Raises DataError if a source does not fill one row."""
         return BlendRows([self.part_rows(name, split) for name in self.parts])
 
-    def held_out_rows(self) -> dict[str, DocumentRows]:
+    def held_out_rows(self) -> dict[str, PlacedRows]:
         """Cut the held-out split of each source into rows, without sources too small for one. Raises DataError if all are."""
         found, problem = {}, None
         for name in self.parts:
@@ -117,11 +108,13 @@ class Dataset:
             raise problem
         return found
 
-    def part_rows(self, name: str, split: SplitName) -> DocumentRows:
+    def part_rows(self, name: str, split: SplitName) -> PlacedRows:
         """Cut a split of one source into rows. Raises DataError, which names the source, if it does not fill one row."""
         data = self.data
         try:
-            return self.parts[name].split(split, seq_len=data.seq_len, document_mask=data.document_mask)
+            return self.parts[name].split(
+                split, seq_len=data.seq_len, document_mask=data.document_mask, packing=data.packing
+            )
         except DataError as error:
             raise DataError(f"data.sources.{name}: {error}" if name else str(error)) from error
 

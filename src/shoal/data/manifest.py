@@ -19,6 +19,8 @@ from shoal.system.output import on_one_line
 
 FORMAT = 1
 MANIFEST, JOURNAL, TOKENIZER, YARDSTICK = "manifest.json", "journal.json", "tokenizer.json", "yardstick.json"
+ROW_INDEXES = "*-rows-*.index"  # see `best_fit_rows.index_name`
+SEGMENTS = ".filter-?????"  # see `segment_name`
 NAMED_AT_MOST = 5  # maximum number of files named in a message; the rest are counted
 
 SplitName = Literal["train", "val"]
@@ -72,6 +74,51 @@ class Skips:
 
 
 @dataclass
+class Removal:
+    """Documents that a filter removed for one reason: how many, and the names of the first few."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Filtered:
+    """
+    The progress of the filters' pass: the place of the last segment, and what was removed by reason.
+
+    kept: documents that are left. version: the version of what the segments hold.
+    """
+
+    upto: Cursor = START
+    segments: int = 0
+    kept: int = 0
+    version: int = 0
+    done: bool = False
+    removed: dict[str, Removal] = field(default_factory=dict)
+
+    def remove(self, reason: str, name: str) -> None:
+        """Count a removed document."""
+        removal = self.removed.setdefault(reason, Removal())
+        removal.count += 1
+        if len(removal.first) < NAMED_AT_MOST:
+            removal.first.append(name)
+
+    @classmethod
+    def load(cls, saved: Any) -> Filtered:
+        return cls(**{**saved, "upto": Cursor(**saved["upto"]), "removed": load_removed(saved["removed"])})
+
+
+def load_removed(saved: Any) -> dict[str, Removal]:
+    """Return saved counts of removed documents."""
+    return {reason: Removal(**removal) for reason, removal in saved.items()}
+
+
+def segment_name(number: int) -> str:
+    """Return the name of a file of the filters' pass; all are removed once the tokens are finished."""
+    return f".filter-{number:05d}"
+
+
+@dataclass
 class Written:
     """The finished shards of a split, and the place of the document after them."""
 
@@ -88,6 +135,7 @@ class Journal:
     splits: dict[SplitName, Written] = field(default_factory=lambda: {name: Written() for name in SPLITS})
     skips: Skips = field(default_factory=Skips)
     fast: bool = True  # False once the faster tokenizer gave wrong ids
+    filtered: Filtered = field(default_factory=Filtered)
 
     def start_again_without_fast(self, folder: Path) -> None:
         """Discard every shard, since the faster tokenizer gave wrong ids."""
@@ -113,6 +161,7 @@ def load_journal(folder: Path, options: Mapping[str, Any], listing: list[CorpusF
             {name: _written(saved["splits"][name]) for name in SPLITS},
             Skips.load(saved["skips"]),
             saved.get("fast", True),
+            Filtered.load(saved["filtered"]) if "filtered" in saved else Filtered(),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -151,6 +200,15 @@ class Manifest:
     skips: Skips
     data_id: str
     format: int = FORMAT
+    removed: Mapping[str, Removal] = field(default_factory=dict)
+
+    def removals(self) -> list[str]:
+        """Return a line for each reason why the filters removed documents."""
+        return [
+            f"removed {removal.count:,} ({reason}): {', '.join(map(on_one_line, removal.first))}"
+            + (", ..." if removal.count > len(removal.first) else "")
+            for reason, removal in self.removed.items()
+        ]
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / MANIFEST, [json.dumps(asdict(self), indent=1).encode()])
@@ -169,6 +227,7 @@ def finish(journal: Journal, digests: Sequence[str], tokenizer_json: bytes, voca
         splits,
         journal.skips,
         _data_id(tokenizer_sha256, splits),
+        removed=journal.filtered.removed,
     )
 
 
@@ -192,6 +251,7 @@ def load_manifest(folder: Path) -> Manifest:
         splits = {name: _sum([ShardRecord(**s) for s in saved["splits"][name]["shards"]]) for name in SPLITS}
         saved["listing"] = tuple(CorpusFile(**entry) for entry in saved["listing"])
         saved["skips"] = Skips.load(saved["skips"])
+        saved["removed"] = load_removed(saved.get("removed", {}))
         manifest = Manifest(**{**saved, "splits": splits})
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; run `shoal prepare RECIPE` first") from error
@@ -234,7 +294,17 @@ def _name_some(kind: str, names: Sequence[str]) -> str:
 
 
 def clear(
-    folder: Path, patterns: Iterable[str] = (MANIFEST, JOURNAL, TOKENIZER, YARDSTICK, "*.safetensors", ".*.tmp")
+    folder: Path,
+    patterns: Iterable[str] = (
+        MANIFEST,
+        JOURNAL,
+        TOKENIZER,
+        YARDSTICK,
+        "*.safetensors",
+        ROW_INDEXES,
+        SEGMENTS,
+        ".*.tmp",
+    ),
 ) -> None:
     """Remove prepared files, the manifest first: without it the rest does not count as complete."""
     for pattern in patterns:

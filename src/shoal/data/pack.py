@@ -1,12 +1,13 @@
 """
-Rows: training samples by number, cut from a stream of tokens. No torch.
+Rows: training samples by number, made of spans of a stream of tokens. No torch.
 
-Row i predicts tokens i*T+1 to (i+1)*T from tokens i*T to (i+1)*T-1, T being `seq_len`. Neighboring rows share a
+In `PackedStream`, row i predicts tokens i*T+1 to (i+1)*T from tokens i*T to (i+1)*T-1, T being `seq_len`. Neighboring rows share a
 token, every token but the first is predicted exactly once, and only a tail shorter than a row is dropped.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,15 +49,34 @@ class Rows(Protocol):
         ...
 
 
-class DocumentRows(Rows, Protocol):
-    """Rows that know which tokens of the split they read."""
+Span = tuple[int, int]
+"""Tokens [start, stop) of a split's stream."""
 
-    def spans(self, row: int) -> list[tuple[int, int]]:
-        """Return the tokens [start, stop) of the split that a row reads, without its last label."""
+
+@dataclass(frozen=True)
+class Placed:
+    """
+    A row as spans of a stream, of at most seq_len + 1 tokens in all. The last token of a row is only a label.
+
+    pad: the token after the last span of a shorter row.
+    """
+
+    stream: Stream
+    spans: Sequence[Span]
+    pad: int = 0
+
+
+class PlacedRows(Rows, Protocol):
+    """Rows made of spans of a stream, so that a token's rows can be found, and a row's tokens."""
+
+    document_mask: bool
+
+    def place(self, row: int) -> Placed:
+        """Return the spans that a row consists of, in its order."""
         ...
 
     def rows_of(self, start: int, stop: int) -> list[int]:
-        """Return the rows that read any of the tokens [start, stop) of the split, ascending."""
+        """Return the numbers of all rows with a token of [start, stop), ascending."""
         ...
 
 
@@ -69,39 +89,69 @@ class PackedStream:
     """Rows cut from a token stream, documents end to end. Raises IndexError for row numbers out of range."""
 
     def __init__(self, stream: Stream, seq_len: int, document_mask: bool) -> None:
-        self._stream, self._document_mask = stream, document_mask
+        self._stream, self.document_mask = stream, document_mask
         self.seq_len = seq_len
         self._num_rows = count_rows(stream.num_tokens, seq_len)
 
     def __len__(self) -> int:
         return self._num_rows
 
-    def read(self, row_ids: npt.ArrayLike) -> RowArrays:
-        """Return the rows with these numbers, in this order. Raises DataError if their bytes were altered."""
-        ids = np.atleast_1d(np.asarray(row_ids, np.int64))
-        if ((ids < 0) | (ids >= len(self))).any():
-            raise IndexError(f"rows {ids.tolist()} of {len(self)}")
-        window = np.empty((len(ids), self.seq_len + 1), np.int64)
-        for place, row in enumerate(ids):
-            window[place] = self._stream.read(int(row) * self.seq_len, (int(row) + 1) * self.seq_len + 1)
-        if self._document_mask:
-            return mask_documents(window, self._starts(ids))
-        positions = np.broadcast_to(np.arange(self.seq_len), (len(ids), self.seq_len)).copy()
-        return RowArrays(window[:, :-1].copy(), window[:, 1:].copy(), positions, None)
-
-    def spans(self, row: int) -> list[tuple[int, int]]:
-        return [(row * self.seq_len, (row + 1) * self.seq_len)]
+    def place(self, row: int) -> Placed:
+        return Placed(self._stream, [(row * self.seq_len, (row + 1) * self.seq_len + 1)])
 
     def rows_of(self, start: int, stop: int) -> list[int]:
-        return list(range(start // self.seq_len, min((stop - 1) // self.seq_len + 1, len(self))))
+        first = max(start - 1, 0) // self.seq_len  # neighboring rows share a token
+        return list(range(first, min((stop - 1) // self.seq_len + 1, len(self))))
 
-    def _starts(self, ids: Ints) -> npt.NDArray[np.bool_]:
-        """Return [rows, seq_len + 1]: whether a document starts at each token."""
-        is_start = np.zeros((len(ids), self.seq_len + 1), np.bool_)
-        for place, row in enumerate(ids):
-            begin = int(row) * self.seq_len
-            is_start[place, self._stream.starts(begin, begin + self.seq_len + 1) - begin] = True
-        return is_start
+    def read(self, row_ids: npt.ArrayLike) -> RowArrays:
+        """Return the rows with these numbers, in this order. Raises DataError if their bytes were altered."""
+        return read_rows(self, row_ids)
+
+
+def read_rows(rows: PlacedRows, row_ids: npt.ArrayLike) -> RowArrays:
+    """Return the rows with these numbers, in this order. Raises IndexError for a number out of range, DataError for altered bytes."""
+    placed = [rows.place(row) for row in check_ids(row_ids, len(rows)).tolist()]
+    return read_placed(placed, rows.seq_len, document_mask=rows.document_mask)
+
+
+def check_ids(row_ids: npt.ArrayLike, count: int) -> Ints:
+    """Return row numbers as an array. Raises IndexError if one is not in range(count)."""
+    ids = np.atleast_1d(np.asarray(row_ids, np.int64))
+    if ((ids < 0) | (ids >= count)).any():
+        raise IndexError(f"rows {ids.tolist()} of {count}")
+    return ids
+
+
+def read_placed(rows: Sequence[Placed], seq_len: int, *, document_mask: bool) -> RowArrays:
+    """
+    Return rows made of spans. Raises DataError if their bytes were altered.
+
+    No label crosses from one span to the next. The labels of padding are ignored; with a document mask, padding is a document
+    of its own.
+    """
+    window = np.empty((len(rows), seq_len + 1), np.int64)
+    is_start = np.zeros(window.shape, np.bool_)  # of a document, a span or the padding
+    used = np.zeros((len(rows), 1), np.int64)
+    for place, row in enumerate(rows):
+        at = 0
+        for start, stop in row.spans:
+            window[place, at : at + stop - start] = row.stream.read(start, stop)
+            if document_mask:
+                is_start[place, row.stream.starts(start, stop) - start + at] = True
+            is_start[place, at] = True
+            at += stop - start
+        window[place, at:] = row.pad
+        is_start[place, at : at + 1] = True
+        used[place] = at
+    if document_mask:
+        arrays = mask_documents(window, is_start)
+    else:
+        positions = np.broadcast_to(np.arange(seq_len), (len(rows), seq_len)).copy()
+        labels = np.where(is_start[:, 1:], IGNORED_LABEL, window[:, 1:])
+        arrays = RowArrays(window[:, :-1].copy(), labels, positions, None)
+    if (used < window.shape[1]).any():
+        arrays.labels[np.arange(1, seq_len + 1) >= used] = IGNORED_LABEL
+    return arrays
 
 
 def mask_documents(window: Ints, is_start: npt.NDArray[np.bool_]) -> RowArrays:

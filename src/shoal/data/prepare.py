@@ -12,15 +12,18 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from shoal.config.data_options import Data
+from shoal.config.data_options import Data, Packing
+from shoal.data.best_fit_rows import BestFitRows, Identity, open_index, rows_in_index
 from shoal.data.corpus.documents import Corpus, CorpusFile, Cursor
 from shoal.data.corpus.paths import count_kinds
 from shoal.data.corpus.sources import open_corpus, text_bytes
 from shoal.data.encode import Split, choose_split, training_sample, write_shards
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
+from shoal.data.filters import Filters, KeptCorpus, filter_documents
 from shoal.data.manifest import (
     JOURNAL,
     MANIFEST,
+    SEGMENTS,
     SPLITS,
     TOKENIZER,
     Journal,
@@ -33,7 +36,7 @@ from shoal.data.manifest import (
     load_journal,
     load_manifest,
 )
-from shoal.data.pack import DocumentRows, PackedStream
+from shoal.data.pack import PackedStream, PlacedRows, count_rows
 from shoal.data.shards import CURE, Shard, token_dtype
 from shoal.data.stream import Stream, TokenStream
 from shoal.data.token_corpus import Opened, load_record, open_recorded, prepare_token_files
@@ -85,10 +88,21 @@ class Prepared:
         dtype = token_dtype(self.vocab_size)
         return [Shard(self.folder / record.name, record, dtype) for record in self.counts[name].shards]
 
-    def split(self, name: SplitName, *, seq_len: int, document_mask: bool = False) -> DocumentRows:
-        """Cut a split into rows. Raises DataError if it does not fill one row."""
+    def split(
+        self, name: SplitName, *, seq_len: int, document_mask: bool = False, packing: Packing = "stream"
+    ) -> PlacedRows:
+        """
+        Cut a split into rows. Raises DataError if it does not fill one row.
+
+        The first use of `best_fit` makes an index in the folder, under its lock.
+        """
         stream = self.streams[name]
-        rows = PackedStream(stream, seq_len, document_mask)
+        rows: PlacedRows
+        if packing == "stream":
+            rows = PackedStream(stream, seq_len, document_mask)
+        else:
+            index = open_index(self.folder, stream, Identity(self.data_id, name, seq_len))
+            rows = BestFitRows(stream, index, seq_len, self.tokenizer.eot_id, document_mask)
         if not len(rows):
             cure = "raise data.val_fraction, add documents" if name == "val" else "add documents"
             raise DataError(
@@ -133,17 +147,23 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
     return open_prepared(folder, notes)
 
 
-def prepared_manifest(data: Data) -> Manifest | None:
+def prepared_rows(data: Data) -> tuple[Manifest | None, int | None]:
     """
-    Return the manifest of the tokens of `data`; None if they are not prepared.
+    Return the manifest of the tokens of `data`, and the number of training rows; None for what is not prepared yet.
 
     Raises DataError if the manifest or the tokenizer cannot be read.
     """
     folder = find_folder(data, token_options(data, named_tokenizer(data)))
     if data.corpus == "tokens":
         record = load_record(folder)
-        return None if record is None else record.manifest
-    return load_manifest(folder) if (folder / MANIFEST).exists() else None
+        manifest = None if record is None else record.manifest
+    else:
+        manifest = load_manifest(folder) if (folder / MANIFEST).exists() else None
+    if manifest is None:
+        return None, None
+    if data.packing == "stream":
+        return manifest, count_rows(manifest.splits["train"].tokens, data.seq_len)
+    return manifest, rows_in_index(folder, Identity(manifest.data_id, "train", data.seq_len))
 
 
 def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
@@ -190,7 +210,7 @@ def _open_checked(folder: Path, data: Data) -> Prepared:
     """Open finished tokens if the corpus is unchanged. If the corpus is gone, its tokens suffice."""
     manifest = load_manifest(folder)
     try:
-        corpus = open_corpus(data)
+        corpus = KeptCorpus(open_corpus(data), Filters.of(data))
     except DataError as error:
         return open_prepared(folder, [f"the corpus is gone or cannot be read ({error}); using its prepared tokens"])
     check_unchanged(manifest, corpus)
@@ -208,7 +228,7 @@ def _notes(corpus: Corpus) -> list[str]:
 
 def _is_current(folder: Path, data: Data) -> bool:
     """Return whether preparing again would give the same bytes. Reads every byte. Raises DataError if the corpus is gone."""
-    corpus = open_corpus(data)
+    corpus = KeptCorpus(open_corpus(data), Filters.of(data))
     try:
         manifest = load_manifest(folder)
         check_unchanged(manifest, corpus)
@@ -220,11 +240,14 @@ def _is_current(folder: Path, data: Data) -> bool:
 
 def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str, Any], progress: Progress) -> list[str]:
     """Prepare the corpus, under the lock. Returns warnings for the user."""
-    corpus = open_corpus(data)
+    filters = Filters.of(data)
+    corpus = KeptCorpus(open_corpus(data), filters)
     listing = corpus.listing()
     ticks = Ticks(listing, progress)
     journal = _resume_or_start(folder, options, listing)
     _check_space(folder, data, listing)
+    if filters is not None:
+        corpus = filter_documents(folder, corpus, filters, journal, data.shard_tokens, ticks.of("filtering"))
     split = choose_split(corpus, data.val_fraction, data.bad_records, ticks.of("reading"))
     tokenizer = _tokenizer(folder, data, given, corpus, split, ticks)
     note = write_shards(
@@ -234,7 +257,7 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
         raise DataError("the corpus changed while it was read; start again once it no longer changes")
     digests = [corpus.digest(index) for index in range(len(listing))]
     finish(journal, digests, (folder / TOKENIZER).read_bytes(), tokenizer.vocab_size).save(folder)
-    clear(folder, [JOURNAL])
+    clear(folder, [JOURNAL, SEGMENTS])
     return [*_notes(corpus), *([] if note is None else [note])]
 
 

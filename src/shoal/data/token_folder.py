@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from shoal.config.data_options import Data
+from shoal.config.data_options import Data, Source
 from shoal.data.manifest import FORMAT, MANIFEST
 from shoal.data.tokens import tokenize
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
 
+# Included only if set, so that folders made before these options existed keep their names.
+FILTERS = ("deduplicate", "near_threshold", "shortest_document", "longest_document")
+UNSET = Source()
 NAME_CHARACTERS = 80  # maximum length of a tokenizer's name in a folder's name, which file systems limit to 255 bytes
 
 
@@ -38,6 +41,9 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
             del options["shard_tokens"]
         case _:
             options |= _file_options(data)
+    if data.decontaminate:
+        options["decontaminate"] = [*data.decontaminate, data.decontaminate_ngram]
+    options |= {key: value for key in FILTERS if (value := getattr(data, key)) != getattr(UNSET, key)}
     if tokenizer is None:  # one will be trained
         options["bpe"] = [tokenize.PATTERN_VERSION, data.tokenizer_vocab_size, data.tokenizer_sample_bytes]
     else:

@@ -21,7 +21,7 @@ from shoal.data.blend import Blend
 from shoal.data.dataset import Dataset
 from shoal.data.document_index import Documents, find_documents
 from shoal.data.ledger import Header
-from shoal.data.pack import DocumentRows
+from shoal.data.pack import PlacedRows
 from shoal.data.prepare import Progress, no_progress
 from shoal.run.jsonl import whole_lines
 
@@ -111,7 +111,7 @@ class Finder:
 
     order: Blend
     timeline: Timeline
-    rows: Mapping[str, DocumentRows]
+    rows: Mapping[str, PlacedRows]
     documents: Mapping[str, Documents]
 
     @classmethod
@@ -155,6 +155,6 @@ class Finder:
         for row, index in zip(rows.tolist(), self.order.sources_of(rows).tolist(), strict=True):
             own = row - self.order.first_row(index)
             documents = self.documents[names[index]]
-            spans = self.rows[names[index]].spans(own)
+            spans = self.rows[names[index]].place(own).spans
             found.append((names[index], own, [n for span in spans for n in documents.documents_in(*span)]))
         return found

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 from shoal.config.layout import Layout, find_layout
 from shoal.config.options import Config
-from shoal.data.pack import count_rows
-from shoal.data.prepare import prepared_manifest
+from shoal.data.prepare import prepared_rows
 from shoal.errors import ShoalError
 from shoal.launch.torchrun import count_gpus, plan_processes
 from shoal.plan.estimate import parameter_count
@@ -19,16 +18,15 @@ from shoal.system.disk import gigabytes
 def amounts(config: Config) -> Iterator[str]:
     """Yield one line each for parameters, tokens, steps, epochs and memory; some are unknown before the data is prepared."""
     try:
-        manifest = None if config.data.sources else prepared_manifest(config.data)
+        manifest, rows = (None, None) if config.data.sources else prepared_rows(config.data)
     except ShoalError:  # a tokenizer that cannot be opened; training reports it
-        manifest = None
+        manifest, rows = None, None
     data, train = config.data, config.train
     known = manifest.vocab_size if manifest else {"bpe": data.tokenizer_vocab_size, "bytes": 257}.get(data.tokenizer)
     sized = config.replace("model", vocab_size=config.model.vocab_size or known or 0)
     note = "" if sized.model.vocab_size else ", without the embedding, whose size depends on the tokenizer"
     yield f"parameters: {parameter_count(sized.model):,}{note}"
     tokens = train.global_batch * data.seq_len
-    rows = count_rows(manifest.splits["train"].tokens, data.seq_len) if manifest else None
     if rows is None and length_of(train)[0] == "epochs":
         yield f"tokens: {tokens:,} per step; total and steps: known after the data is prepared"
         yield f"epochs: {train.epochs:g}"

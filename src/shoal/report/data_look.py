@@ -14,7 +14,7 @@ from shoal.config.options import Config
 from shoal.data.blend import Blend
 from shoal.data.dataset import Dataset, order_of, planned_stages
 from shoal.data.document_index import Documents, find_documents
-from shoal.data.pack import IGNORED_LABEL, DocumentRows
+from shoal.data.pack import IGNORED_LABEL, PlacedRows
 from shoal.data.prepare import Prepared
 from shoal.plan.length import count_steps
 from shoal.system.output import visible
@@ -83,19 +83,20 @@ def histogram(documents: Documents, seq_len: int) -> list[str]:
     return [f"tokens per document, of {of}; {longer:.1%} are longer than a row of {seq_len:,}", *lines]
 
 
-def pieces(rows: DocumentRows, documents: Documents, row: int) -> list[Piece]:
+def pieces(rows: PlacedRows, documents: Documents, row: int) -> list[Piece]:
     """Return a row in pieces. Its first token, and the first of each document, count as learned if the next one is."""
     arrays = rows.read([row])
     tokens, labels = arrays.tokens[0], arrays.labels[0]
     learned = np.concatenate([[True], labels[:-1] != IGNORED_LABEL])
     owner = np.full(len(tokens), -1, np.int64)
     at = 0
-    for start, stop in rows.spans(row):
+    for start, stop in rows.place(row).spans:
         for number in documents.documents_in(start, stop):
             first, last = documents.document_span(number)
-            begin, end = at + max(first, start) - start, at + min(last, stop) - start
+            begin, end = at + max(first, start) - start, min(at + min(last, stop) - start, len(tokens))
             owner[begin:end] = number
-            learned[begin] = learned[begin + 1] if begin + 1 < end else learned[begin]
+            if begin < end:
+                learned[begin] = learned[begin + 1] if begin + 1 < end else learned[begin]
         at += stop - start
     borders = np.flatnonzero((np.diff(owner) != 0) | (np.diff(learned.astype(np.int8)) != 0)) + 1
     return [

@@ -55,6 +55,7 @@ def _source_problems(source: Source, key: str, data: Data, problem: MakeProblem)
     """Yield the problems of one source. key: the dotted key of its options without their names."""
     yield from _token_file_problems(source, key, data, problem)
     yield from _document_problems(source, key, problem)
+    yield from _filter_problems(source, key, data, problem)
     if source.corpus not in WITHOUT_PATHS and not source.paths:
         yield problem(f"a {source.corpus} corpus needs files or folders; set {key}.paths", f"{key}.corpus")
     if source.corpus in WITHOUT_PATHS and source.paths:
@@ -89,6 +90,33 @@ def _document_problems(source: Source, key: str, problem: MakeProblem) -> Iterab
         yield problem(
             f"{key}.wikitext has no effect on a {source.corpus} corpus; remove it", f"{key}.wikitext", f"{key}.corpus"
         )
+
+
+def _filter_problems(source: Source, key: str, data: Data, problem: MakeProblem) -> Iterable[Problem]:
+    unset = Source()
+    if source.near_threshold != unset.near_threshold and source.deduplicate != "near":
+        yield problem(
+            f"{key}.near_threshold {source.near_threshold:g} has no effect with {key}.deduplicate {source.deduplicate}; set "
+            f"{key}.deduplicate to near",
+            f"{key}.near_threshold",
+            f"{key}.deduplicate",
+        )
+    if source.decontaminate_ngram != unset.decontaminate_ngram and not source.decontaminate:
+        yield problem(
+            f"{key}.decontaminate_ngram has no effect without evaluation sets; set {key}.decontaminate to their files",
+            f"{key}.decontaminate_ngram",
+        )
+    if 0 < source.longest_document < source.shortest_document:
+        yield problem(
+            f"{key}.longest_document {source.longest_document} is below {key}.shortest_document {source.shortest_document}, so "
+            "every document would be removed; raise the one or lower the other",
+            f"{key}.longest_document",
+            f"{key}.shortest_document",
+        )
+    missing = [p for p in source.decontaminate if not _is_there(p)]
+    if missing and not _has_tokens(source.corpus, data):
+        named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
+        yield problem(f"{key}.decontaminate does not exist: {named}", f"{key}.decontaminate")
 
 
 def _blend_problems(data: Data, sources: Mapping[str, BlendSource], problem: MakeProblem) -> Iterable[Problem]:
