@@ -20,6 +20,7 @@ from shoal.system.output import on_one_line
 FORMAT = 1
 MANIFEST, JOURNAL, TOKENIZER, YARDSTICK = "manifest.json", "journal.json", "tokenizer.json", "yardstick.json"
 NAMED_AT_MOST = 5  # maximum number of files named in a message; the rest are counted
+EXAMPLES = 3  # maximum number of records named for each reason
 
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
@@ -27,21 +28,48 @@ SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 @dataclass
 class Skips:
-    """Skipped records: how many, the first few, and the place up to which they are counted."""
+    """Records with a fault: how many, the first few, and the place up to which they are counted. Those with several count for each."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
     upto: Cursor = START
     reasons: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, list[str]] = field(default_factory=dict)  # the first records of each reason
 
     def add(self, item: Skipped) -> None:
         """Count a skipped record, once even if a restart reads it again."""
-        if item.after <= self.upto:
+        self.add_all(item.name, [item.reason], item.after)
+
+    def add_all(self, name: str, reasons: Iterable[str], after: Cursor) -> None:
+        """Count each fault of a record, once even if a restart reads it again."""
+        if after <= self.upto:
             return
-        self.count, self.upto = self.count + 1, item.after
-        self.reasons[item.reason] = self.reasons.get(item.reason, 0) + 1
-        if len(self.first) < NAMED_AT_MOST:
-            self.first.append(f"{item.name}: {item.reason}")
+        self.upto = after
+        for reason in reasons:
+            self.count += 1
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
+            if len(self.first) < NAMED_AT_MOST:
+                self.first.append(f"{name}: {reason}")
+            if len(named := self.examples.setdefault(reason, [])) < EXAMPLES:
+                named.append(name)
+
+    def kinds(self) -> list[str]:
+        """Return a line for each reason, most frequent first: how many records, and the first ones."""
+        most = sorted(self.reasons.items(), key=lambda said: -said[1])
+        return [f"{count:,} {reason}: {self._examples_of(reason, count)}" for reason, count in most]
+
+    def _examples_of(self, reason: str, count: int) -> str:
+        named = self.examples.get(reason, [])
+        return ", ".join(map(on_one_line, named)) + (", ..." if count > len(named) else "")
+
+    def joined(self, other: Skips) -> Skips:
+        """Return the counts of both."""
+        reasons, examples = dict(self.reasons), dict(self.examples)
+        for reason, count in other.reasons.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+            examples[reason] = [*examples.get(reason, []), *other.examples.get(reason, [])][:EXAMPLES]
+        first = [*self.first, *other.first][:NAMED_AT_MOST]
+        return Skips(self.count + other.count, first, max(self.upto, other.upto), reasons, examples)
 
     def note(self) -> str:
         """Return one line for the console."""
@@ -53,7 +81,9 @@ class Skips:
 
     @classmethod
     def load(cls, saved: Any) -> Skips:
-        return cls(saved["count"], saved["first"], Cursor(**saved["upto"]), saved.get("reasons", {}))
+        return cls(
+            saved["count"], saved["first"], Cursor(**saved["upto"]), saved.get("reasons", {}), saved.get("examples", {})
+        )
 
 
 @dataclass
@@ -73,6 +103,8 @@ class Journal:
     splits: dict[SplitName, Written] = field(default_factory=lambda: {name: Written() for name in SPLITS})
     skips: Skips = field(default_factory=Skips)
     fast: bool = True  # False once the faster tokenizer gave wrong ids
+    refused: Skips = field(default_factory=Skips)  # conversations that cannot be learned, found while encoding
+    flaws: Skips = field(default_factory=Skips)  # faults of conversations that are kept
 
     def start_again_without_fast(self, folder: Path) -> None:
         """Discard every shard, since the faster tokenizer gave wrong ids."""
@@ -98,6 +130,7 @@ def load_journal(folder: Path, options: Mapping[str, Any], listing: list[CorpusF
             {name: _written(saved["splits"][name]) for name in SPLITS},
             Skips.load(saved["skips"]),
             saved.get("fast", True),
+            *(Skips.load(saved[name]) if name in saved else Skips() for name in ("refused", "flaws")),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -110,12 +143,19 @@ def _written(saved: Any) -> Written:
 
 @dataclass(frozen=True)
 class SplitRecord:
-    """The counts and shards of a split. `tokens` includes each document's begin and end tokens; `text_bytes` counts UTF-8 bytes."""
+    """
+    The counts and shards of a split.
+
+    tokens: includes each document's begin and end tokens. text_bytes: counts UTF-8 bytes. learned_tokens, learned_bytes: the
+    part of both that is learned, which is less only for conversations.
+    """
 
     documents: int
     tokens: int
     text_bytes: int
     shards: tuple[ShardRecord, ...]
+    learned_tokens: int
+    learned_bytes: int
 
 
 @dataclass(frozen=True)
@@ -131,6 +171,12 @@ class Manifest:
     skips: Skips
     data_id: str
     format: int = FORMAT
+    flaws: Skips = field(default_factory=Skips)  # faults of conversations that were kept
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether the documents are conversations, of which perhaps only a part is learned."""
+        return "conversations" in self.options
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / MANIFEST, [json.dumps(asdict(self), indent=1).encode()])
@@ -147,14 +193,17 @@ def finish(journal: Journal, digests: Sequence[str], tokenizer_json: bytes, voca
         tokenizer_sha256,
         vocab_size,
         splits,
-        journal.skips,
+        journal.skips.joined(journal.refused),
         _data_id(tokenizer_sha256, splits),
+        flaws=journal.flaws,
     )
 
 
 def _sum(shards: Sequence[ShardRecord]) -> SplitRecord:
     documents, tokens, text_bytes = (sum(getattr(s, f) for s in shards) for f in ("documents", "tokens", "text_bytes"))
-    return SplitRecord(documents, tokens, text_bytes, tuple(shards))
+    learned_tokens = sum(s.tokens if s.learned_tokens is None else s.learned_tokens for s in shards)
+    learned_bytes = sum(s.text_bytes if s.learned_bytes is None else s.learned_bytes for s in shards)
+    return SplitRecord(documents, tokens, text_bytes, tuple(shards), learned_tokens, learned_bytes)
 
 
 def _data_id(tokenizer_sha256: str, splits: Mapping[SplitName, SplitRecord]) -> str:
@@ -172,6 +221,7 @@ def load_manifest(folder: Path) -> Manifest:
         splits = {name: _sum([ShardRecord(**s) for s in saved["splits"][name]["shards"]]) for name in SPLITS}
         saved["listing"] = tuple(CorpusFile(**entry) for entry in saved["listing"])
         saved["skips"] = Skips.load(saved["skips"])
+        saved["flaws"] = Skips.load(saved["flaws"]) if "flaws" in saved else Skips()
         manifest = Manifest(**{**saved, "splits": splits})
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; run `shoal prepare RECIPE` first") from error

@@ -25,7 +25,7 @@ class RowArrays:
     """
     Some rows as arrays, each int64 [rows, seq_len].
 
-    labels: the next token, or IGNORED_LABEL. document_ids: the document of each token, numbered from 0 in
+    labels: the next token, or IGNORED_LABEL, also for tokens outside the answers of a conversation. document_ids: the document of each token, numbered from 0 in
     each row; None if tokens attend across documents.
     """
 
@@ -73,9 +73,18 @@ class PackedStream:
         for place, row in enumerate(ids):
             window[place] = self._stream.read(int(row) * self.seq_len, (int(row) + 1) * self.seq_len + 1)
         if self._document_mask:
-            return mask_documents(window, self._starts(ids))
-        positions = np.broadcast_to(np.arange(self.seq_len), (len(ids), self.seq_len)).copy()
-        return RowArrays(window[:, :-1].copy(), window[:, 1:].copy(), positions, None)
+            rows = mask_documents(window, self._starts(ids))
+        else:
+            positions = np.broadcast_to(np.arange(self.seq_len), (len(ids), self.seq_len)).copy()
+            rows = RowArrays(window[:, :-1].copy(), window[:, 1:].copy(), positions, None)
+        if not self._stream.learns_all:
+            rows.labels[~self._learned(ids)] = IGNORED_LABEL
+        return rows
+
+    def _learned(self, ids: Ints) -> npt.NDArray[np.bool_]:
+        """Return [rows, seq_len]: whether the token that each label names is learned."""
+        begins = (int(row) * self.seq_len + 1 for row in ids)
+        return np.stack([mask_answers(self._stream, begin, begin + self.seq_len) for begin in begins])
 
     def _starts(self, ids: Ints) -> npt.NDArray[np.bool_]:
         """Return [rows, seq_len + 1]: whether a document starts at each token."""
@@ -84,6 +93,15 @@ class PackedStream:
             begin = int(row) * self.seq_len
             is_start[place, self._stream.starts(begin, begin + self.seq_len + 1) - begin] = True
         return is_start
+
+
+def mask_answers(stream: TokenStream, start: int, stop: int) -> npt.NDArray[np.bool_]:
+    """Return whether each token in [start, stop) is learned."""
+    steps = np.zeros(stop - start + 1, np.int64)
+    spans = stream.answers(start, stop) - start
+    np.add.at(steps, spans[:, 0], 1)
+    np.add.at(steps, spans[:, 1], -1)
+    return np.cumsum(steps[:-1]) > 0
 
 
 def mask_documents(window: Ints, is_start: npt.NDArray[np.bool_]) -> RowArrays:

@@ -18,6 +18,7 @@ from shoal.data.corpus.paths import count_kinds
 from shoal.data.corpus.sources import open_corpus
 from shoal.data.encode import Split, choose_split, training_sample, write_shards
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
+from shoal.data.instruct import ConversationEncoder, open_template
 from shoal.data.manifest import (
     JOURNAL,
     MANIFEST,
@@ -148,11 +149,21 @@ def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
         raise DataError(f"cannot read {path}: {error.strerror}; {CURE}") from error
     if hashlib.sha256(text).hexdigest() != manifest.tokenizer_sha256:
         raise DataError(f"{path} was altered; {CURE}")
-    skipped = [manifest.skips.note()] if manifest.skips.count else []
+    skipped = _conversation_notes(manifest) if manifest.has_conversations else _skip_notes(manifest)
     tokenizer = tokenize.parse_tokenizer(text.decode(), str(path))
     prepared = Prepared(folder, tokenizer, manifest, (*notes, *skipped))
     _ = prepared.streams  # open every shard, so that a missing one is found now
     return prepared
+
+
+def _skip_notes(manifest: Manifest) -> list[str]:
+    return [manifest.skips.note()] if manifest.skips.count else []
+
+
+def _conversation_notes(manifest: Manifest) -> list[str]:
+    """Return a line for each kind of fault in the conversations, with the first three records."""
+    dropped = [f"dropped: {kind}" for kind in manifest.skips.kinds()]
+    return [*dropped, *(f"kept: {kind}" for kind in manifest.flaws.kinds())]
 
 
 def _open_checked(folder: Path, data: Data) -> Prepared:
@@ -196,7 +207,10 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
     _check_space(folder, data, listing)
     split = choose_split(corpus, data.val_fraction, ticks.of("reading"))
     tokenizer = _tokenizer(folder, data, given, corpus, split, ticks)
-    note = write_shards(folder, corpus, split, tokenizer, data.shard_tokens, journal, ticks.of("tokens"))
+    chats = None
+    if data.format != "text":
+        chats = ConversationEncoder(tokenizer, open_template(data), answers_only=data.learn == "answers")
+    note = write_shards(folder, corpus, split, tokenizer, data.shard_tokens, journal, ticks.of("tokens"), chats)
     if corpus.listing() != listing:
         raise DataError("the corpus changed while it was read; start again once it no longer changes")
     digests = [corpus.digest(index) for index in range(len(listing))]

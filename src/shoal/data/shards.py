@@ -3,6 +3,7 @@ Token shards: memory-mapped safetensors files, each block verified on first read
 
     train-00000.safetensors
         starts  int64  [documents]   where each document starts, in tokens of this shard
+        answers int64  [spans, 2]    only for conversations: [first, stop) of each learned span, in tokens of this shard
         checks  uint32 [blocks]      zlib.crc32 of each 64 KiB of the tokens' bytes
         tokens  uint16 or uint32 [n] documents end to end, each with its begin and end tokens
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,17 @@ SAFETENSORS_NAMES = {"uint16": "U16", "uint32": "U32", "int64": "I64"}
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Starts = npt.NDArray[np.int64]
+Spans = npt.NDArray[np.int64]
+"""[spans, 2]: the first token of each span, and the token after its last."""
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A shard's entry in the manifest. `bytes` is the file's size, `head_crc32` the CRC of all bytes before the tokens."""
+    """
+    A shard's entry in the manifest. `bytes` is the file's size, `head_crc32` the CRC of all bytes before the tokens.
+
+    answers: number of learned spans; None if every token is learned, and then `learned_tokens` and `learned_bytes` too.
+    """
 
     name: str
     bytes: int
@@ -46,6 +53,9 @@ class ShardRecord:
     text_bytes: int
     head_crc32: int
     sha256: str
+    answers: int | None = None
+    learned_tokens: int | None = None
+    learned_bytes: int | None = None
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
@@ -53,22 +63,41 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def write_shard(path: Path, tokens: Tokens, starts: Starts, text_bytes: int) -> ShardRecord:
-    """Write a shard atomically. Raises DataError if writing fails."""
+def write_shard(
+    path: Path,
+    tokens: Tokens,
+    starts: Starts,
+    text_bytes: int,
+    answers: Spans | None = None,
+    learned_bytes: int | None = None,
+) -> ShardRecord:
+    """
+    Write a shard atomically. Raises DataError if writing fails.
+
+    answers: [spans, 2], the learned spans, ascending; None if every token is learned. learned_bytes: their text's size.
+    """
     body = _bytes_of(tokens)
     checks = np.array([zlib.crc32(block) for block in _blocks(body)], np.uint32)
     # Widest element first, so that each tensor is aligned to its element size.
-    tensors: dict[str, npt.NDArray[Any]] = {"starts": starts, "checks": checks, "tokens": tokens}
+    index: dict[str, npt.NDArray[Any]] = {"starts": starts}
+    if answers is not None:
+        index["answers"] = answers
+    index["checks"] = checks
+    tensors = index | {"tokens": tokens}
     described = {name: (SAFETENSORS_NAMES[tensor.dtype.name], tensor.shape) for name, tensor in tensors.items()}
     metadata = {"format": "shoal tokens", "block_bytes": str(BLOCK_BYTES)}
     # spaced, because `data_id` hashes these bytes and existing shards have the spaces
     header = header_bytes(described, metadata, spaced=True)
-    head = header + starts.tobytes() + checks.tobytes()
+    head = header + b"".join(tensor.tobytes() for tensor in index.values())
     write_atomically(path, (head, body))
     sha256 = hashlib.sha256(head)
     sha256.update(body)
     size = len(head) + len(body)
-    return ShardRecord(path.name, size, len(tokens), len(starts), text_bytes, zlib.crc32(head), sha256.hexdigest())
+    record = ShardRecord(path.name, size, len(tokens), len(starts), text_bytes, zlib.crc32(head), sha256.hexdigest())
+    if answers is None:
+        return record
+    learned = int((answers[:, 1] - answers[:, 0]).sum())
+    return replace(record, answers=len(answers), learned_tokens=learned, learned_bytes=learned_bytes)
 
 
 def _bytes_of(tokens: Tokens) -> memoryview:
@@ -101,9 +130,19 @@ class Shard:
         return self._tokens[start:stop]
 
     @property
+    def learns_all(self) -> bool:
+        """Whether every token is learned: the shard has no `answers`."""
+        return self._record.answers is None
+
+    @property
     def starts(self) -> Starts:
         """Where each document starts: [documents] ascending offsets, in tokens of this shard."""
         return self._head[0]
+
+    @property
+    def answers(self) -> Spans | None:
+        """The learned spans: [spans, 2], ascending, in tokens of this shard; None if every token is learned."""
+        return self._head[2]
 
     def _verify(self, block: int) -> None:
         width = self._dtype.itemsize
@@ -126,8 +165,8 @@ class Shard:
         return np.memmap(self.path, self._dtype, "r", offset, (self.num_tokens,))
 
     @cached_property
-    def _head(self) -> tuple[Starts, npt.NDArray[np.uint32]]:
-        """The `starts` and `checks` tensors. Raises DataError, before parsing them, if the head's CRC does not match."""
+    def _head(self) -> tuple[Starts, npt.NDArray[np.uint32], Spans | None]:
+        """The `starts`, `checks` and `answers` tensors. Raises DataError, before parsing them, if the head's CRC does not match."""
         head_bytes = self._record.bytes - self.num_tokens * self._dtype.itemsize
         with self.path.open("rb") as file:
             head = file.read(head_bytes)
@@ -135,7 +174,11 @@ class Shard:
             raise DataError(f"{self.path} was altered: its header or index does not match its checksum; {CURE}")
         at = LENGTH_BYTES + int.from_bytes(head[:LENGTH_BYTES], "little")
         starts = np.frombuffer(head, np.int64, self._record.documents, at)
-        return starts, np.frombuffer(head, np.uint32, -1, at + starts.nbytes)
+        at += starts.nbytes
+        if self._record.answers is None:
+            return starts, np.frombuffer(head, np.uint32, -1, at), None
+        answers = np.frombuffer(head, np.int64, 2 * self._record.answers, at).reshape(-1, 2)
+        return starts, np.frombuffer(head, np.uint32, -1, at + answers.nbytes), answers
 
 
 class TokenStream:
@@ -157,6 +200,20 @@ class TokenStream:
         for shard, begin, a, b in self._spans(start, stop):
             low, high = np.searchsorted(shard.starts, [a, b])
             found.append(shard.starts[low:high] + begin)
+        return np.concatenate(found)
+
+    @property
+    def learns_all(self) -> bool:
+        """Whether every token is learned, as in a corpus of texts."""
+        return all(shard.learns_all for shard in self._shards)
+
+    def answers(self, start: int, stop: int) -> Spans:
+        """Return the learned spans in [start, stop), cut to it: [spans, 2] ascending offsets in the split."""
+        found = []
+        for shard, begin, a, b in self._spans(start, stop):
+            spans = np.array([[0, shard.num_tokens]]) if shard.answers is None else shard.answers
+            low, high = np.searchsorted(spans[:, 1], a, "right"), np.searchsorted(spans[:, 0], b)
+            found.append(np.clip(spans[low:high], a, b) + begin)
         return np.concatenate(found)
 
     def _spans(self, start: int, stop: int) -> list[tuple[Shard, int, int, int]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config.data_options import Data
+from shoal.data.instruct import open_template
 from shoal.data.manifest import FORMAT, MANIFEST
 from shoal.data.tokens import tokenize
 from shoal.data.tokens.tokenize import Tokenizer
@@ -36,6 +37,8 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
             options |= {"paths": list(data.paths), "text_key": data.text_key}
         case "dummy":
             options["dummy_documents"] = data.dummy_documents
+    if data.format != "text":
+        options["conversations"] = _conversation_options(data)
     if tokenizer is None:  # one will be trained
         options["bpe"] = [tokenize.PATTERN_VERSION, data.tokenizer_vocab_size, data.tokenizer_sample_bytes]
     else:
@@ -43,6 +46,17 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
         if tokenizer.bos_id is not None:
             options["bos"] = tokenizer.bos_id
     return options
+
+
+def _conversation_options(data: Data) -> dict[str, Any]:
+    template = open_template(data)
+    content = json.dumps([template.source, dict(template.special)], sort_keys=True)
+    return {
+        "format": data.format,
+        "template": hashlib.sha256(content.encode()).hexdigest(),
+        "broken": data.broken_conversations,
+        "learn": data.learn,
+    }
 
 
 def find_folder(data: Data, options: dict[str, Any]) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from shoal.config.data_options import Data
+from shoal.config.data_options import NAMED_TEMPLATES, Data
 from shoal.config.options import Config
 from shoal.config.presets import shape_problems
 from shoal.errors import ModelError, Problem
@@ -58,6 +58,7 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
     if config.launch.name is not None and (why := why_no_name(config.launch.name)):
         yield problem(f"launch.name {why}", "launch.name")
     yield from _corpus_problems(config, problem)
+    yield from _conversation_problems(config.data, sources, problem)
 
 
 def remarks(config: Config) -> Iterable[str]:
@@ -67,6 +68,11 @@ def remarks(config: Config) -> Iterable[str]:
         yield (
             f"optim.warmup_steps {warmup} exceeds train.steps {steps}: the learning rate rises until the end, only to "
             f"{config.optim.lr * steps / warmup:.3g} of optim.lr {config.optim.lr:g}"
+        )
+    if config.data.format != "text" and not config.data.document_mask:
+        yield (
+            f"data.document_mask is false with data.format {config.data.format}: answers attend to other conversations in "
+            "their row"
         )
 
 
@@ -80,6 +86,38 @@ def why_no_name(name: str) -> str | None:
             "it with a dot or a dash"
         )
     return None
+
+
+def _conversation_problems(data: Data, sources: Mapping[str, str], problem: MakeProblem) -> Iterable[Problem]:
+    if data.format == "text":
+        for key in ("template", "broken_conversations", "learn"):
+            if sources[f"data.{key}"] not in (DEFAULT, DERIVED):
+                yield problem(
+                    f"data.{key} has no effect on data.format text; set data.format to alpaca, messages or sharegpt, or "
+                    f"remove data.{key}",
+                    f"data.{key}",
+                    "data.format",
+                )
+        return
+    if data.corpus in ("stdlib", "text", "dummy"):
+        yield problem(
+            f"a {data.corpus} corpus has no records, which data.format {data.format} needs; set data.corpus to jsonl",
+            "data.format",
+            "data.corpus",
+        )
+    if data.template != "auto" and data.template not in NAMED_TEMPLATES and not _is_template_file(data.template):
+        yield problem(
+            f"data.template {data.template} was not found: there is no such file; set it to auto, "
+            f"{', '.join(NAMED_TEMPLATES)} or the path of a .jinja file",
+            "data.template",
+        )
+
+
+def _is_template_file(path: str) -> bool:
+    try:
+        return Path(path).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:

@@ -63,7 +63,7 @@ def resolve(
     # without a recipe, the replaced values are START's: the user never set them
     notes = [str(r) for r in found if recipe != START]
     settings = {k: s for k, s in said.items() if k not in replaced} | typed
-    settings = _with_shape(_with_corpus(settings), problems, notes, kept)
+    settings = _with_shape(_with_document_mask(_with_corpus(settings)), problems, notes, kept)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
     if problems:
         raise ConfigError(sorted(problems, key=_place))
@@ -115,6 +115,14 @@ def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
     return settings | {
         "data.corpus": Setting("data.corpus", "jsonl" if lines else "text", f"data.paths at {paths.where}")
     }
+
+
+def _with_document_mask(settings: dict[str, Setting]) -> dict[str, Setting]:
+    """Derive data.document_mask from data.format, unless set: the conversations of a row do not read each other."""
+    form = settings.get("data.format")
+    if form is None or form.value == "text" or "data.document_mask" in settings:
+        return settings
+    return settings | {"data.document_mask": Setting("data.document_mask", True, f"data.format at {form.where}")}
 
 
 def _with_shape(

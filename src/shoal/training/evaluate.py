@@ -31,7 +31,8 @@ def evaluate(
     """
     Return mean loss (nats per token) and bits per byte over the first `max_tokens` held-out tokens (None: all).
 
-    Bits per byte = nats per token * tokens per byte / ln 2, with the tokens per byte of the whole held-out text.
+    Bits per byte = nats per token * tokens per byte / ln 2, with the tokens per byte of the whole held-out text; of conversations,
+    only learned tokens and their text count.
     `alive()` is called before each group of batches, `progress(done, all)` after it; both numbers count
     this process's rows. A collective over the world; identical on every rank.
     """
@@ -49,7 +50,7 @@ def evaluate(
     loss_sum, tokens = mesh.sum(totals).tolist()
     loss = loss_sum / max(tokens / neighbors, 1.0)
     counts = prepared.counts["val"]
-    return {"val_loss": loss, "val_bits_per_byte": loss * counts.tokens / counts.text_bytes / math.log(2)}
+    return {"val_loss": loss, "val_bits_per_byte": loss * counts.learned_tokens / counts.learned_bytes / math.log(2)}
 
 
 def model_losses(model: LanguageModel, device: torch.device) -> Losses:

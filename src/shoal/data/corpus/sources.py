@@ -14,12 +14,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from shoal.config.data_options import Source
+from shoal.data.corpus.conversations import UniqueIds, conversation_shape
 from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Document, Reader, Skipped
 from shoal.data.corpus.dummy import DummyCorpus
 from shoal.data.corpus.encoding import check_text, without_mark
 from shoal.data.corpus.jsonl import jsonl_reader
 from shoal.data.corpus.paths import Finder, count_kinds
-from shoal.data.corpus.records import text_shape
+from shoal.data.corpus.records import Shape, text_shape
 from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
@@ -50,9 +51,14 @@ def open_corpus(source: Source) -> Corpus:
             return FileCorpus(finder.files(), _text_reader(finder.files()), finder.skipped())
         case "jsonl":
             finder = _find_files(source, JSONL_SUFFIXES)
-            return FileCorpus(finder.files(), jsonl_reader(text_shape(source.text_key)), finder.skipped())
+            corpus = FileCorpus(finder.files(), jsonl_reader(_shape(source)), finder.skipped())
+            return corpus if source.format == "text" else UniqueIds(corpus, source.broken_conversations == "keep")
         case "dummy":
             return DummyCorpus(source.dummy_documents)
+
+
+def _shape(source: Source) -> Shape:
+    return text_shape(source.text_key) if source.format == "text" else conversation_shape(source)
 
 
 NONE: Mapping[str, int] = MappingProxyType({})
