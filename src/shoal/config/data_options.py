@@ -8,7 +8,6 @@ from typing import Final, Literal
 
 from shoal.config.option import opt
 
-
 NAMED_TEMPLATES: Final = ("chatml", "alpaca", "llama3")
 
 

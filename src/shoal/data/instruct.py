@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,14 @@ class _Rendered:
     ends: bool
 
     @property
-    def texts(self) -> list[str]:
+    def renderings(self) -> list[str]:
         return [self.whole, *(text for turn in self.turns for text in (turn.prompt, turn.upto))]
+
+    @property
+    def pieces(self) -> list[str]:
+        """The whole, cut at the beginning and the end of each answer."""
+        cuts = [0, *(len(text) for turn in self.turns for text in (turn.prompt, turn.upto)), len(self.whole)]
+        return [self.whole[a:b] for a, b in pairwise(cuts)]
 
 
 class ConversationEncoder:
@@ -94,6 +101,9 @@ class ConversationEncoder:
         self._tokenizer, self._answers_only = tokenizer, answers_only
         self._template = replace(template, special=_special(tokenizer) | dict(template.special))
         self._dtype = token_dtype(tokenizer.vocab_size)
+        # The Alpaca prompt ends without white space, and many tokenizers merge its last character with the answer's first
+        # word. Encoded apart, the prompt has the tokens that it has when the model continues it.
+        self._apart = template.source == NAMED["alpaca"] and tokenizer.can_be_cut
         self._covered: set[str] = set()
 
     def encode(self, named: Sequence[tuple[str, Conversation]]) -> list[Encoded | Refused]:
@@ -104,8 +114,13 @@ class ConversationEncoder:
         calls of functions, or tools.
         """
         rendered = [self._render(name, conversation) for name, conversation in named]
-        encoded = self._encode_texts([text for r in rendered if isinstance(r, _Rendered) for text in r.texts])
-        return [r if isinstance(r, Refused) else self._mark(r, [next(encoded) for _ in r.texts]) for r in rendered]
+        texts = [[] if isinstance(r, Refused) else r.pieces if self._apart else r.renderings for r in rendered]
+        encoded = self._encode_texts([text for of_one in texts for text in of_one])
+        found: list[Encoded | Refused] = []
+        for r, of_one in zip(rendered, texts, strict=True):
+            ids = [next(encoded) for _ in of_one]
+            found.append(r if isinstance(r, Refused) else self._mark(r, _joined(ids) if self._apart else ids))
+        return found
 
     def _encode_texts(self, texts: Sequence[str]) -> Iterator[list[int]]:
         """Yield the ids of each text, encoding a group at a time, since Rust's ids take far more memory than the text."""
@@ -148,12 +163,40 @@ class ConversationEncoder:
     def _text(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, start_answer: bool = False
     ) -> str:
+        text = self._write(messages, tools, start_answer)
+        return text if start_answer else text.removesuffix(self._opening)
+
+    def _write(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), start_answer: bool = False
+    ) -> str:
         return self._template.render(messages, start_answer, tools or None, strftime_now=TODAY.strftime)
+
+    @cached_property
+    def _opening(self) -> str:
+        """
+        The start of an answer, if the template writes it after every conversation, asked or not (the first one of Llama 3 did).
+
+        Raises DataError if it cannot be told apart.
+        """
+        try:
+            question, whole, longer = (self._write([_USER, _ANSWER, _USER][:count]) for count in (1, 2, 3))
+            if longer.startswith(whole) or question != self._write([_USER], start_answer=True):
+                return ""
+            before, _, _ = self._write([{"role": ANSWER, "content": _MARK}]).partition(_MARK)
+        except DataError:  # it rejects such conversations
+            return ""
+        opening = before.removeprefix(self._template.special.get("bos_token", ""))
+        if opening and whole.endswith(opening) and longer.startswith(whole.removesuffix(opening)):
+            return opening
+        raise DataError(
+            f"{self._template.name} writes more after the last answer than after an earlier one; correct it (it should ask for "
+            "add_generation_prompt), or set data.template to another"
+        )
 
     # --- answers ---
 
     def _mark(self, rendered: _Rendered, encoded: Sequence[list[int]]) -> Encoded | Refused:
-        """Find the answers in the tokens. encoded: the ids of `rendered.texts`."""
+        """Find the answers in the tokens. encoded: the ids of `rendered.renderings`."""
         whole, text = encoded[0], rendered.whole
         end = [] if self._ends(whole) else [self._tokenizer.eot_id]
         ids = np.array([*whole, *end], self._dtype)
@@ -219,6 +262,13 @@ class ConversationEncoder:
             except DataError as error:
                 why = str(error).removeprefix(f"{self._template.name} ")
         return why
+
+
+def _joined(pieces: Sequence[list[int]]) -> list[list[int]]:
+    """Return the ids of the whole conversation, then of each beginning that ends with a piece."""
+    whole = [index for piece in pieces for index in piece]
+    ends = accumulate(len(piece) for piece in pieces[:-1])
+    return [whole, *(whole[:end] for end in ends)]
 
 
 def _special(tokenizer: Tokenizer) -> dict[str, str]:

@@ -50,7 +50,8 @@ class Skips:
             self.reasons[reason] = self.reasons.get(reason, 0) + 1
             if len(self.first) < NAMED_AT_MOST:
                 self.first.append(f"{name}: {reason}")
-            if len(named := self.examples.setdefault(reason, [])) < EXAMPLES:
+            named = self.examples.setdefault(reason, [])
+            if len(named) < EXAMPLES and name not in named:
                 named.append(name)
 
     def kinds(self) -> list[str]:
