@@ -8,7 +8,6 @@ first rendering must be a prefix of the second, and the second of the whole conv
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -23,13 +22,14 @@ from shoal.config.data_options import Data
 from shoal.data.corpus.conversations import ANSWER
 from shoal.data.corpus.documents import Conversation
 from shoal.data.encoded import Encoded, Refused
-from shoal.data.shards import Spans, token_dtype
+from shoal.data.shards import token_dtype
+from shoal.data.tokens import template_trials
 from shoal.data.tokens.chat_template import ChatTemplate
 from shoal.data.tokens.named_templates import NAMED
+from shoal.data.tokens.prefixes import Beginnings, SpecialTexts, encode_in_groups
 from shoal.data.tokens.tokenize import Tokenizer, tokenizer_folder
 from shoal.errors import DataError
 
-GROUP_CHARACTERS = 1_000_000  # conversations whose renderings have this many characters are encoded at once
 TODAY = datetime(2024, 7, 26)  # for templates that write the date: tokens must not depend on the day they are prepared
 
 NOT_A_PREFIX = "the prompt is not a prefix of prompt and answer, token by token"
@@ -37,7 +37,9 @@ CHANGED_LATER = "an earlier answer is not learned, because the template writes i
 NO_PROMPT = "an answer is not learned, because the template cannot write the prompt before it"
 NOTHING_LEARNED = "nothing to learn: no answer"
 REJECTED = "the template rejects it"
-_MARK = "Kestrel 7 marks"  # a text that no template writes itself
+NO_REASONING = "the template leaves out reasoning_content"
+
+Messages = Sequence[Mapping[str, Any]]
 
 
 def open_template(data: Data) -> ChatTemplate:
@@ -76,22 +78,21 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Rendered:
-    """A conversation as text, with its answers, and what is wrong with it. `ends`: whether the last message is learned."""
+    """
+    A conversation as text, the answers to learn, and what is wrong with it.
+
+    ends: whether the last message is learned, so that an end token after it is learned too.
+    """
 
     whole: str
-    turns: tuple[_Turn, ...]
-    flaws: tuple[str, ...]
-    ends: bool
+    turns: tuple[_Turn, ...] = ()
+    flaws: tuple[str, ...] = ()
+    ends: bool = False
 
     @property
-    def renderings(self) -> list[str]:
-        return [self.whole, *(text for turn in self.turns for text in (turn.prompt, turn.upto))]
-
-    @property
-    def pieces(self) -> list[str]:
-        """The whole, cut at the beginning and the end of each answer."""
-        cuts = [0, *(len(text) for turn in self.turns for text in (turn.prompt, turn.upto)), len(self.whole)]
-        return [self.whole[a:b] for a, b in pairwise(cuts)]
+    def cuts(self) -> list[str]:
+        """The text up to each answer and up to its end, in order; each is a beginning of the next, and of the whole."""
+        return [text for turn in self.turns for text in (turn.prompt, turn.upto)]
 
 
 class ConversationEncoder:
@@ -100,11 +101,12 @@ class ConversationEncoder:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, *, answers_only: bool) -> None:
         self._tokenizer, self._answers_only = tokenizer, answers_only
         self._template = replace(template, special=_special(tokenizer) | dict(template.special))
+        self._special = SpecialTexts(tokenizer)
         self._dtype = token_dtype(tokenizer.vocab_size)
+        self._why_not: dict[str, str | None] = {}
         # The Alpaca prompt ends without white space, and many tokenizers merge its last character with the answer's first
         # word. Encoded apart, the prompt has the tokens that it has when the model continues it.
         self._apart = template.source == NAMED["alpaca"] and tokenizer.can_be_cut
-        self._covered: set[str] = set()
 
     def encode(self, named: Sequence[tuple[str, Conversation]]) -> list[Encoded | Refused]:
         """
@@ -114,61 +116,63 @@ class ConversationEncoder:
         calls of functions, or tools.
         """
         rendered = [self._render(name, conversation) for name, conversation in named]
-        texts = [[] if isinstance(r, Refused) else r.pieces if self._apart else r.renderings for r in rendered]
-        encoded = self._encode_texts([text for of_one in texts for text in of_one])
-        found: list[Encoded | Refused] = []
-        for r, of_one in zip(rendered, texts, strict=True):
-            ids = [next(encoded) for _ in of_one]
-            found.append(r if isinstance(r, Refused) else self._mark(r, _joined(ids) if self._apart else ids))
-        return found
+        work = [r if isinstance(r, Refused) else (r, self._parts(r)) for r in rendered]
+        texts = [text for w in work if not isinstance(w, Refused) for text in w[1].texts]
+        encoded = encode_in_groups(self._tokenizer, texts)
+        return [w if isinstance(w, Refused) else self._mark(*w, [next(encoded) for _ in w[1].texts]) for w in work]
 
-    def _encode_texts(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """Yield the ids of each text, encoding a group at a time, since Rust's ids take far more memory than the text."""
-        group, size = list[str](), 0
-        for text in texts:
-            group.append(text)
-            size += len(text)
-            if size >= GROUP_CHARACTERS:
-                yield from self._tokenizer.encode_chat_batch(group)
-                group, size = [], 0
-        yield from self._tokenizer.encode_chat_batch(group)
+    def _parts(self, rendered: _Rendered) -> Beginnings | _Pieces:
+        if self._apart:
+            return _Pieces(rendered.whole, rendered.cuts)
+        return Beginnings(self._special, rendered.whole, rendered.cuts)
 
     # --- rendering ---
 
     def _render(self, name: str, conversation: Conversation) -> _Rendered | Refused:
-        self._check_covered(name, conversation)
-        messages, tools = conversation.messages, conversation.tools
+        flaws = self._check_covered(name, conversation)
         try:
-            whole = self._text(messages, tools)
+            whole = self._text(conversation.messages, conversation.tools)
         except DataError as error:
             return Refused(REJECTED, str(error))
         if not self._answers_only:
-            return _Rendered(whole, (), (), True)
-        turns, flaws, ends = list[_Turn](), list[str](), False
-        for index in _learned(conversation):
-            last = index == len(messages) - 1
-            try:
-                prompt = self._prompt(messages[: index + 1], tools)
-                turns.append(_Turn(prompt, whole if last else self._text(messages[: index + 1], tools)))
-                ends = last
-            except DataError:
-                flaws.append(NO_PROMPT)
+            return _Rendered(whole, flaws=tuple(flaws))
+        turns: list[_Turn] = []
+        learned = list(_learned(conversation))
+        for index in learned:
+            turn = self._turn(whole, conversation, index)
+            if isinstance(turn, Refused):
+                return turn
+            if isinstance(turn, str):
+                flaws.append(turn)
+            else:
+                turns.append(turn)
+        if not turns:
+            return Refused(flaws[0] if flaws else NOTHING_LEARNED)
+        ends = learned[-1] == len(conversation.messages) - 1 and turns[-1].upto == whole
         return _Rendered(whole, tuple(turns), tuple(flaws), ends)
 
-    def _prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> str:
+    def _turn(self, whole: str, conversation: Conversation, index: int) -> _Turn | str | Refused:
+        """Return the message to learn as a turn, or why it cannot be learned, or why the whole conversation cannot."""
+        messages, tools = conversation.messages[: index + 1], conversation.tools
+        try:
+            prompt = self._prompt(messages, tools)
+            upto = whole if len(messages) == len(conversation.messages) else self._text(messages, tools)
+        except DataError:
+            return NO_PROMPT
+        if not upto.startswith(prompt):
+            return Refused(NOT_A_PREFIX)
+        return _Turn(prompt, upto) if whole.startswith(upto) else CHANGED_LATER
+
+    def _prompt(self, messages: Messages, tools: Sequence[Any]) -> str:
         """Return the text before the last of `messages`; for an answer, with the start of it."""
         before, is_answer = messages[:-1], messages[-1]["role"] == ANSWER
         return self._text(before, tools, start_answer=is_answer) if before or is_answer else ""
 
-    def _text(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), *, start_answer: bool = False
-    ) -> str:
+    def _text(self, messages: Messages, tools: Sequence[Any] = (), *, start_answer: bool = False) -> str:
         text = self._write(messages, tools, start_answer)
         return text if start_answer else text.removesuffix(self._opening)
 
-    def _write(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] = (), start_answer: bool = False
-    ) -> str:
+    def _write(self, messages: Messages, tools: Sequence[Any] = (), start_answer: bool = False) -> str:
         return self._template.render(messages, start_answer, tools or None, strftime_now=TODAY.strftime)
 
     @cached_property
@@ -178,11 +182,12 @@ class ConversationEncoder:
 
         Raises DataError if it cannot be told apart.
         """
+        user, answer = template_trials.USER, template_trials.ANSWER
         try:
-            question, whole, longer = (self._write([_USER, _ANSWER, _USER][:count]) for count in (1, 2, 3))
-            if longer.startswith(whole) or question != self._write([_USER], start_answer=True):
+            question, whole, longer = (self._write([user, answer, user][:count]) for count in (1, 2, 3))
+            if longer.startswith(whole) or question != self._write([user], start_answer=True):
                 return ""
-            before, _, _ = self._write([{"role": ANSWER, "content": _MARK}]).partition(_MARK)
+            before, _, _ = self._write([{**answer, "content": template_trials.MARK}]).partition(template_trials.MARK)
         except DataError:  # it rejects such conversations
             return ""
         opening = before.removeprefix(self._template.special.get("bos_token", ""))
@@ -195,80 +200,96 @@ class ConversationEncoder:
 
     # --- answers ---
 
-    def _mark(self, rendered: _Rendered, encoded: Sequence[list[int]]) -> Encoded | Refused:
-        """Find the answers in the tokens. encoded: the ids of `rendered.renderings`."""
-        whole, text = encoded[0], rendered.whole
-        end = [] if self._ends(whole) else [self._tokenizer.eot_id]
-        ids = np.array([*whole, *end], self._dtype)
+    def _mark(
+        self, rendered: _Rendered, parts: Beginnings | _Pieces, encoded: Sequence[list[int]]
+    ) -> Encoded | Refused:
+        """Find the answers in the tokens. encoded: the ids of `parts.texts`."""
+        whole = _joined(encoded) if isinstance(parts, _Pieces) else encoded[0]
+        ids = np.array([*whole, *([] if self._has_end(whole) else [self._tokenizer.eot_id])], self._dtype)
         if not self._answers_only:
-            return Encoded(ids, self._bytes(text))
+            return Encoded(ids, self._bytes(rendered.whole), flaws=rendered.flaws)
         spans, learned, flaws = list[tuple[int, int]](), 0, list(rendered.flaws)
-        for turn, prompt, upto in zip(rendered.turns, encoded[1::2], encoded[2::2], strict=True):
-            if not turn.upto.startswith(turn.prompt) or not _begins(upto, prompt):
-                return Refused(NOT_A_PREFIX)
-            if not _begins(whole, upto):
+        ends = parts.ends(encoded)
+        for turn, first, stop in zip(rendered.turns, ends[::2], ends[1::2], strict=True):
+            if stop is None:
                 flaws.append(CHANGED_LATER)
-            elif len(upto) > len(prompt):
-                spans.append((len(prompt), len(upto)))
+            elif first is None:
+                return Refused(NOT_A_PREFIX)
+            elif stop > first:
+                spans.append((first, stop))
                 learned += self._bytes(turn.upto[len(turn.prompt) :])
         if not spans:
             return Refused(flaws[0] if flaws else NOTHING_LEARNED)
         if rendered.ends and spans[-1][1] == len(whole):
             spans[-1] = (spans[-1][0], len(ids))
-        return Encoded(ids, self._bytes(text), _array(spans), learned, tuple(flaws))
+        return Encoded(ids, self._bytes(rendered.whole), np.array(spans, np.int64), learned, tuple(flaws))
 
-    def _ends(self, ids: Sequence[int]) -> bool:
+    def _has_end(self, ids: Sequence[int]) -> bool:
         """Return whether the template ended the conversation with a special token, apart from white space after it."""
         for index in reversed(ids):
-            if index in self._special_ids:
+            if index in self._special.ids:
                 return True
             if self._tokenizer.decode([index]).strip():
                 return False
         return False
 
-    @cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return self._tokenizer.special_ids | {self._tokenizer.eot_id}
-
     def _bytes(self, text: str) -> int:
         """Return the size of a text without special tokens, in UTF-8."""
-        return len(self._special_texts.sub("", text).encode())
-
-    @cached_property
-    def _special_texts(self) -> re.Pattern[str]:
-        texts = [self._tokenizer.decode([index]) for index in self._special_ids]
-        return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True) if text))
+        return len(self._special.without(text).encode())
 
     # --- what the template covers ---
 
-    def _check_covered(self, name: str, conversation: Conversation) -> None:
-        """Raise DataError if the template fails for a role, or leaves out its messages, whatever the conversation."""
-        for feature in _features(conversation):
-            if feature not in self._covered:
-                if why := self._why_not_covered(feature):
-                    raise DataError(
-                        f"{self._template.name} does not cover {feature} ({why}), first used by {name}; set data.template "
-                        "to a template that does, or remove such conversations"
-                    )
-                self._covered.add(feature)
+    def _check_covered(self, name: str, conversation: Conversation) -> list[str]:
+        """
+        Return what the template leaves out that does not matter to the rest of the conversation.
+
+        Raises DataError if the template fails for a role, or leaves out its messages, whatever the conversation.
+        """
+        flaws = []
+        for feature in template_trials.features(conversation):
+            if feature not in self._why_not:
+                self._why_not[feature] = self._why_not_covered(feature)
+            why = self._why_not[feature]
+            if why is not None and feature == template_trials.REASONING:
+                flaws.append(NO_REASONING)
+            elif why is not None:
+                raise DataError(
+                    f"{self._template.name} does not cover {feature} ({why}), first used by {name}; set data.template to one "
+                    "that does, or remove such conversations"
+                )
+        return flaws
 
     def _why_not_covered(self, feature: str) -> str | None:
         """Return why none of some short conversations shows `feature`; None if one does."""
         why = "it leaves them out"
-        for messages, tools in _trials(feature):
+        for messages, tools in template_trials.trials(feature):
             try:
-                if _MARK in self._text(messages, tools):
+                if template_trials.MARK in self._text(messages, tools):
                     return None
             except DataError as error:
                 why = str(error).removeprefix(f"{self._template.name} ")
         return why
 
 
-def _joined(pieces: Sequence[list[int]]) -> list[list[int]]:
-    """Return the ids of the whole conversation, then of each beginning that ends with a piece."""
-    whole = [index for piece in pieces for index in piece]
-    ends = accumulate(len(piece) for piece in pieces[:-1])
-    return [whole, *(whole[:end] for end in ends)]
+@dataclass(frozen=True)
+class _Pieces:
+    """A text to be encoded in pieces, cut at its beginnings, so that no token crosses a cut."""
+
+    whole: str
+    cuts: Sequence[str]
+
+    @property
+    def texts(self) -> list[str]:
+        lengths = [0, *map(len, self.cuts), len(self.whole)]
+        return [self.whole[a:b] for a, b in pairwise(lengths)]
+
+    def ends(self, encoded: Sequence[list[int]]) -> list[int | None]:
+        """Return how many tokens each beginning has. encoded: the ids of `texts`."""
+        return list(accumulate(len(ids) for ids in encoded[:-1]))
+
+
+def _joined(pieces: Sequence[list[int]]) -> list[int]:
+    return [index for piece in pieces for index in piece]
 
 
 def _special(tokenizer: Tokenizer) -> dict[str, str]:
@@ -282,62 +303,3 @@ def _learned(conversation: Conversation) -> Iterator[int]:
     for index, (message, flag) in enumerate(zip(conversation.messages, conversation.learned, strict=True)):
         if flag if flag is not None else message["role"] == ANSWER:
             yield index
-
-
-def _begins(ids: Sequence[int], prefix: Sequence[int]) -> bool:
-    return ids[: len(prefix)] == prefix
-
-
-def _array(spans: Sequence[tuple[int, int]]) -> Spans:
-    return np.array(spans, np.int64).reshape(-1, 2)
-
-
-_TOOL_CALLS, _TOOLS = "calls of functions (tool_calls)", "descriptions of functions (tools)"
-
-
-def _features(conversation: Conversation) -> Iterator[str]:
-    """Yield what a template must cover to render the conversation."""
-    for role in dict.fromkeys(message["role"] for message in conversation.messages):
-        yield f"the role {role}"
-    if any(message.get("tool_calls") for message in conversation.messages):
-        yield _TOOL_CALLS
-    if conversation.tools:
-        yield _TOOLS
-
-
-def _trials(feature: str) -> Iterator[_Trial]:
-    """Yield short conversations, with tools, that show `feature` by `_MARK`; templates differ in where they allow it."""
-    if feature == _TOOLS:
-        described = _function(description=_MARK, parameters=_PARAMETERS)
-        system: _Message = {"role": "system", "content": "s"}
-        yield from (([_USER], [described]), ([system, _USER], [described]))
-    elif feature == _TOOL_CALLS:
-        calling = _calling(_MARK)
-        yield from (([_USER, calling], []), ([_USER, calling, _of_tool("tool", "c"), _ANSWER], []))
-    else:
-        role = feature.removeprefix("the role ")
-        said: _Message = {"role": role, "content": _MARK}
-        for messages in ([said], [_USER, said], [said, _USER], [said, _USER, _ANSWER], [_USER, _ANSWER, said]):
-            yield messages, []
-        result = _of_tool(role, _MARK)
-        yield from (([_USER, _calling("e"), result], []), ([_USER, _calling("e"), result, _ANSWER], []))
-
-
-_Message = dict[str, Any]
-_Trial = tuple[list[_Message], list[_Message]]
-_USER: _Message = {"role": "user", "content": "a"}
-_ANSWER: _Message = {"role": ANSWER, "content": "b"}
-_PARAMETERS = {"type": "object", "properties": {"p": {"type": "string", "description": "d"}}, "required": ["p"]}
-
-
-def _function(**said: Any) -> _Message:
-    return {"type": "function", "id": "call00000", "function": {"name": "f", **said}}
-
-
-def _calling(argument: str) -> _Message:
-    return {"role": ANSWER, "content": "", "tool_calls": [_function(arguments={"p": argument})]}
-
-
-def _of_tool(role: str, content: str) -> _Message:
-    """Return the result of `_calling`; the fields are those that some template needs."""
-    return {"role": role, "content": content, "tool_call_id": "call00000", "name": "f"}
