@@ -144,9 +144,8 @@ def write_shards(
     if conversations is not None:  # fastokens does not recognize special tokens
         write(None)
         if not any(written.shards for written in journal.splits.values()):
-            raise DataError(
-                f"no conversation can be learned: {journal.refused.note()}; correct data.template or the data"
-            )
+            why = "; ".join(journal.refused.kinds())
+            raise DataError(f"no conversation can be learned: {why}; correct data.template or the data")
         return None
     fast = fast_encoder(tokenizer) if journal.fast else None
     if fast is not None:

@@ -264,7 +264,7 @@ class ConversationEncoder:
         why = "it leaves them out"
         for messages, tools in template_trials.trials(feature):
             try:
-                if template_trials.MARK in self._text(messages, tools):
+                if template_trials.MARK in self._write(messages, tools):
                     return None
             except DataError as error:
                 why = str(error).removeprefix(f"{self._template.name} ")

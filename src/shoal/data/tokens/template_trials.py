@@ -50,6 +50,9 @@ def trials(feature: str) -> Iterator[Trial]:
 
 def _trials_of_role(role: str) -> Iterator[Trial]:
     said, result = {"role": role, "content": MARK}, _of_tool(role, MARK)
+    if role == "assistant":
+        yield [USER, said], []
+        return
     for messages in ([said], [USER, said], [said, USER], [said, USER, ANSWER], [USER, ANSWER, said]):
         yield messages, []
     yield from (([USER, _calling("e"), result], []), ([USER, _calling("e"), result, ANSWER], []))
