@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,8 @@ from shoal.errors import DataError
 from tests.data.chats import write_lines
 
 Format = Literal["alpaca", "messages", "sharegpt"]
-USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+USER: dict[str, Any] = {"role": "user", "content": "a"}
+ANSWER: dict[str, Any] = {"role": "assistant", "content": "b"}
 
 
 def parse(form: Format, record: Any, **options: Any) -> Document | Skipped:
@@ -69,7 +71,8 @@ def test_messages_keep_the_fields_that_templates_read() -> None:
     assert found.learned == (False, None, None, False)
     assert found.tools == ({"type": "function", "function": {"name": "f"}},)
     assert found.record_id == "7"
-    assert list(found.messages[1]["tool_calls"][0]["function"]["arguments"]) == ["b", "a"], "in the order of the record"
+    called: Any = found.messages[1]["tool_calls"][0]
+    assert list(called["function"]["arguments"]) == ["b", "a"], "in the order of the record"
 
 
 def test_sharegpt_with_tools_as_in_glaive() -> None:
@@ -133,8 +136,6 @@ def test_the_field_may_have_another_name() -> None:
     ],
 )  # fmt: skip
 def test_no_conversation(form: Format, record: Any, says: str) -> None:
-    import re
-
     assert re.search(says, reason(form, record))
 
 

@@ -144,6 +144,7 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
         console.say(
             f"{split}: {counts.documents:,} documents, {counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
             f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes per token)"
+            + (f", {counts.learned_tokens:,} of them learned" if counts.learned_tokens < counts.tokens else "")
         )
     console.say(f"written to {prepared.folder}")
     return 0

@@ -65,7 +65,8 @@ def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrat
         raise CheckpointError(
             f"{prepared.folder} has other tokens than {run.name} was trained on; its held-out text is gone"
         )
-    text_bytes = prepared.counts["val"].text_bytes
+    counts = prepared.counts["val"]
+    text_bytes = counts.learned_bytes  # less than all only for conversations
     with Measuring(prepared, idle=False) as measuring:
         with aside.progress("evaluating", steady=True) as progress:
             result = evaluate(
@@ -79,6 +80,8 @@ def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrat
         }
         console.say(f"{run.name} at step {run.step}, on {text_bytes:,} bytes of held-out text:")
         _say_figures(console, figures)
+        if prepared.manifest.has_conversations:  # only a part of them is learned
+            return {"step": run.step, **figures}
         found = measuring.wait(
             math.inf, waits=lambda: aside.note("waiting for gzip and xz to compress the text, once for this data")
         )

@@ -105,6 +105,12 @@ def _conversation_problems(data: Data, sources: Mapping[str, str], problem: Make
             "data.format",
             "data.corpus",
         )
+    if data.format == "alpaca" and sources["data.text_key"] not in (DEFAULT, DERIVED):
+        yield problem(
+            "data.text_key has no effect on data.format alpaca, whose fields are instruction, input and output; remove it",
+            "data.text_key",
+            "data.format",
+        )
     if data.template != "auto" and data.template not in NAMED_TEMPLATES and not _is_template_file(data.template):
         yield problem(
             f"data.template {data.template} was not found: there is no such file; set it to auto, "

@@ -146,8 +146,11 @@ def _yardstick(run: Run, evaluation: Evaluation) -> str:
         return not run.stopping.stop
 
     seconds = min(YARDSTICK_SECONDS, run.config.launch.timeout_seconds / 4)  # the other ranks wait in a barrier
-    found = run.measuring.wait(seconds, go_on)
     ours, text_bytes = evaluation.val_bits_per_byte, run.prepared.counts["val"].text_bytes
+    if run.prepared.manifest.has_conversations:
+        learned = run.prepared.counts["val"].learned_bytes
+        return f"held-out conversations ({learned:,} bytes learned), bits per byte: this model {ours:.3f}"
+    found = run.measuring.wait(seconds, go_on)
     if isinstance(found, Yardstick):
         return found.compared(ours, text_bytes)
     return (

@@ -99,9 +99,9 @@ def _canonical(conversation: Conversation) -> str:
 # --- formats ---------------------------------------------------------------------------------------------
 
 
-def _alpaca(record: dict[str, Any], key: str) -> Conversation:
+def _alpaca(record: dict[str, Any], _key: str) -> Conversation:
     """Parse `instruction`, `input` and `output`. Chat templates read the joined `content`, the Alpaca prompt its two parts."""
-    instruction, given, output = (record.get(name) for name in ("instruction", "input", key))
+    instruction, given, output = (record.get(name) for name in ("instruction", "input", "output"))
     if not isinstance(instruction, str) or not isinstance(output, str) or not isinstance(given, str | None):
         raise _no_key(record, "no text under 'instruction' and 'output'", str)
     parts = [instruction, given] if given else [instruction]
