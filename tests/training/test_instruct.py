@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from torch.nn.functional import cross_entropy
 
 from shoal.config.options import Config
 from shoal.data.order import sample_at
+from shoal.infer.chat import Chat
+from shoal.infer.load import load_path
+from shoal.models.sampling import Sampling
 from shoal.resolve.resolve import resolve
 from shoal.run.records import read_metrics
-from shoal.training.loop import take_steps
+from shoal.training.loop import complete
 from shoal.training.run import Run
 from tests.data.chats import alpaca_records, write_lines
 from tests.hub import small
@@ -91,9 +95,12 @@ def test_twenty_steps_equal_those_of_transformers(tmp_path: Path) -> None:
     assert config.data.document_mask, "derived from data.format"
     assert (config.optim.beta1, config.optim.beta2, config.optim.eps) == (0.9, 0.95, 1e-8)
     run = Run.open(config, ALONE, NeverStop())
-    take_steps(run)
+    complete(run)
     run.close()
-    ours = [record.loss for record in read_metrics(run.folder.metrics_file).steps]
+    metrics, counts = read_metrics(run.folder.metrics_file), run.prepared.counts["val"]
+    ours, held = [record.loss for record in metrics.steps], metrics.evaluations[-1]
+    per_byte = held.val_loss * counts.learned_tokens / counts.learned_bytes / math.log(2)
+    assert math.isclose(held.val_bits_per_byte, per_byte), "of the answers alone"
 
     held_out = {bytes(t for t in ids if t < END).decode() for ids in _documents(run.prepared.streams["val"])}
     trained = [r for r in records if bytes(t for t in document(r)[0] if t < END).decode() not in held_out]
@@ -104,6 +111,11 @@ def test_twenty_steps_equal_those_of_transformers(tmp_path: Path) -> None:
     assert len(ours) == len(theirs) == STEPS
     assert all(abs(a - b) < 1e-5 for a, b in zip(ours, theirs, strict=True))
     assert theirs[-1] < theirs[0] - 1
+
+    chat = Chat.of(load_path(run.folder.path, device="cpu"), system=None, max_new_tokens=1, sampling=Sampling())
+    prompt = chat.template.render([{"role": "user", "content": "Why?"}])
+    assert prompt == f"{TASK}{REQUEST}Why?\n\n### Response:", "the run's folder has the prompt"
+    assert chat.model.end_ids == {END}
 
 
 def _documents(stream: Any) -> list[list[int]]:

@@ -100,7 +100,7 @@ class ConversationEncoder:
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, *, answers_only: bool) -> None:
         self._tokenizer, self._answers_only = tokenizer, answers_only
-        self._template = replace(template, special=_special(tokenizer) | dict(template.special))
+        self._template = replace(template, special=special_texts(tokenizer) | dict(template.special))
         self._special = SpecialTexts(tokenizer)
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._why_not: dict[str, str | None] = {}
@@ -120,6 +120,15 @@ class ConversationEncoder:
         texts = [text for w in work if not isinstance(w, Refused) for text in w[1].texts]
         encoded = encode_in_groups(self._tokenizer, texts)
         return [w if isinstance(w, Refused) else self._mark(*w, [next(encoded) for _ in w[1].texts]) for w in work]
+
+    def end_ids(self) -> list[int]:
+        """Return the tokens that end an answer: the tokenizer's end, and the last special token that the template writes."""
+        try:
+            whole = self._tokenizer.encode_chat(self._text([template_trials.USER, template_trials.ANSWER]))
+        except DataError:
+            whole = []
+        last = next((index for index in reversed(whole) if index in self._special.ids), self._tokenizer.eot_id)
+        return sorted({self._tokenizer.eot_id, last} if self._has_end(whole) else {self._tokenizer.eot_id})
 
     def _parts(self, rendered: _Rendered) -> Beginnings | _Pieces:
         if self._apart:
@@ -292,7 +301,7 @@ def _joined(pieces: Sequence[list[int]]) -> list[int]:
     return [index for piece in pieces for index in piece]
 
 
-def _special(tokenizer: Tokenizer) -> dict[str, str]:
+def special_texts(tokenizer: Tokenizer) -> dict[str, str]:
     """Return the tokens that begin and end documents, by the names that templates use."""
     bos = "" if tokenizer.bos_id is None else tokenizer.decode([tokenizer.bos_id])
     return {"bos_token": bos, "eos_token": tokenizer.decode([tokenizer.eot_id])}

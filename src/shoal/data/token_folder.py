@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config.data_options import Data
-from shoal.data.instruct import open_template
+from shoal.data.instruct import open_template, special_texts
 from shoal.data.manifest import FORMAT, MANIFEST
 from shoal.data.tokens import tokenize
 from shoal.data.tokens.tokenize import Tokenizer
@@ -38,7 +38,7 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
         case "dummy":
             options["dummy_documents"] = data.dummy_documents
     if data.format != "text":
-        options["conversations"] = _conversation_options(data)
+        options["conversations"] = _conversation_options(data, tokenizer)
     if tokenizer is None:  # one will be trained
         options["bpe"] = [tokenize.PATTERN_VERSION, data.tokenizer_vocab_size, data.tokenizer_sample_bytes]
     else:
@@ -48,9 +48,10 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
     return options
 
 
-def _conversation_options(data: Data) -> dict[str, Any]:
+def _conversation_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
     template = open_template(data)
-    content = json.dumps([template.source, dict(template.special)], sort_keys=True)
+    special = {} if tokenizer is None else special_texts(tokenizer)
+    content = json.dumps([template.source, special | dict(template.special)], sort_keys=True)
     return {
         "format": data.format,
         "template": hashlib.sha256(content.encode()).hexdigest(),
