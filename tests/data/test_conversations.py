@@ -220,7 +220,7 @@ def test_an_id_is_repeated_wherever_reading_begins(tmp_path: Path, keep: bool) -
     )
     corpus = open_corpus(source)
     whole = list(corpus.read())
-    assert list(corpus.read()) == whole, "each reading counts anew"
+    assert list(corpus.read()) == whole, "each reading counts from the start"
     again = [n for n, item in enumerate(whole) if isinstance(item, Skipped) or (item.conversation or USER).flaws]  # type: ignore[union-attr]
     assert again == [2, 8]
     assert all(isinstance(whole[n], Document) is keep for n in again)

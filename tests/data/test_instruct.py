@@ -230,18 +230,18 @@ def test_broken_conversations_are_counted_by_kind(tmp_path: Path) -> None:
     data = chat_data(tmp_path, records, template="chatml")
     dropped = prepare(data)
     assert list(dropped.notes) == [
-        f"dropped: 5 {rules.IS_CUT}: {path}:21, {path}:22, {path}:23, ...",
-        f"dropped: 1 {rules.BEGINS_WITH_ANSWER}: {path}:26",
-        f"dropped: 1 {rules.REPEATS_ID}: {path}:27",
+        f"5 dropped, {rules.IS_CUT}: {path}:21, {path}:22, {path}:23, ...",
+        f"1 dropped, {rules.BEGINS_WITH_ANSWER}: {path}:26",
+        f"1 dropped, {rules.REPEATS_ID}: {path}:27",
     ]
     assert prepare(data).notes == dropped.notes
     assert sum(c.documents for c in dropped.counts.values()) == 20
     kept = prepare(chat_data(tmp_path, records, template="chatml", broken_conversations="keep"))
     assert list(kept.notes) == [
-        f"kept: 5 {rules.IS_CUT}: {path}:21, {path}:22, {path}:23, ...",
-        f"kept: 1 {rules.BEGINS_WITH_ANSWER}: {path}:26",
-        f"kept: 1 {instruct.NO_PROMPT}: {path}:26",
-        f"kept: 1 {rules.REPEATS_ID}: {path}:27",
+        f"5 kept, {rules.IS_CUT}: {path}:21, {path}:22, {path}:23, ...",
+        f"1 kept, {rules.BEGINS_WITH_ANSWER}: {path}:26",
+        f"1 kept, {instruct.NO_PROMPT}: {path}:26",
+        f"1 kept, {rules.REPEATS_ID}: {path}:27",
     ]
     assert sum(c.documents for c in kept.counts.values()) == 27
     cut_one = next(s for ids, s in documents(kept).items() if kept.tokenizer.decode(list(ids)).count("c3<|"))
@@ -259,8 +259,8 @@ def test_what_cannot_be_learned_is_dropped_and_counted(tmp_path: Path) -> None:
     prepared = prepare(data)
     path = tmp_path / "chats.jsonl"
     assert list(prepared.notes) == [
-        f"dropped: 1 {instruct.NOTHING_LEARNED}: {path}:21",
-        f"dropped: 1 {instruct.REJECTED}: {path}:22 ({tmp_path}/strict.jinja rejects these messages: roles must alternate)",
+        f"1 dropped, {instruct.NOTHING_LEARNED}: {path}:21",
+        f"1 dropped, {instruct.TEMPLATE_REJECTS}: {path}:22 ({tmp_path}/strict.jinja rejects these messages: roles must alternate)",
     ]
     assert sum(c.documents for c in prepared.counts.values()) == 20
 
@@ -275,7 +275,7 @@ def test_a_merge_across_the_border_is_refused(tmp_path: Path) -> None:
     answers = ["The end", "3", "4", "5", "The", "6"] * 4
     records = [{"messages": [{**USER, "content": str(n)}, {**ANSWER, "content": a}]} for n, a in enumerate(answers)]
     prepared = prepare(chat_data(tmp_path, records, tokenizer=str(folder), template=str(tmp_path / "plain.jinja")))
-    assert [note.split(":")[1] for note in prepared.notes] == [f" 8 {instruct.NOT_A_PREFIX}"]
+    assert [note.split(":")[0] for note in prepared.notes] == [f"8 dropped, {instruct.NOT_A_PREFIX}"]
     assert learned_texts(prepared) == sorted(f"{a}</s>" for a in answers if not a.startswith("The"))
 
 
@@ -284,7 +284,7 @@ def test_a_merge_across_the_border_is_refused(tmp_path: Path) -> None:
     [
         (STRICT, {"messages": [{"role": "system", "content": "s"}, USER, ANSWER]}, "the role system .*only users"),
         (STRICT, {"messages": [USER, {"role": "tool", "content": "s"}, ANSWER]}, "the role tool"),
-        ("{{ messages[0].content }}", {"messages": [USER, ANSWER]}, r"the role assistant \(it leaves them out\)"),
+        ("{{ messages[0].content }}", {"messages": [USER, ANSWER]}, r"the role assistant \(it omits them\)"),
         (STRICT, {"messages": [USER, {**ANSWER, "tool_calls": [{"function": {}}]}]}, r"calls of functions"),
         (STRICT, {"messages": [USER, ANSWER], "tools": [{"name": "f"}]}, r"descriptions of functions"),
     ],
@@ -297,10 +297,10 @@ def test_what_a_template_does_not_cover(tmp_path: Path, template: str, record: d
         prepare(data)
 
 
-def test_reasoning_that_a_template_leaves_out_is_counted(tmp_path: Path) -> None:
+def test_reasoning_that_a_template_omits_is_counted(tmp_path: Path) -> None:
     records = [{"messages": [{**USER, "content": str(n)}, {**ANSWER, "reasoning_content": "hm"}]} for n in range(9)]
     notes = prepare(chat_data(tmp_path, records, template="chatml")).notes
-    assert [note.split(":")[:2] for note in notes] == [["kept", f" 9 {instruct.NO_REASONING}"]]
+    assert [note.split(":")[0] for note in notes] == [f"9 kept, {instruct.NO_REASONING}"]
 
 
 @pytest.mark.parametrize(

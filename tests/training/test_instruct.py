@@ -50,7 +50,7 @@ def document(record: dict[str, str]) -> tuple[list[int], list[int]]:
 
 
 def rows_of(records: list[dict[str, str]]) -> list[dict[str, torch.Tensor]]:
-    """Return rows of SEQ_LEN tokens, documents end to end, with a mask of what each token may attend to."""
+    """Return rows of SEQ_LEN tokens, documents end to end, with the mask of attention."""
     documents = [document(record) for record in records]
     tokens = torch.tensor([t for ids, _ in documents for t in ids])
     labels = torch.tensor([t for _, learned in documents for t in learned])

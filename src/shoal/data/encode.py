@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from shoal.data.corpus.documents import START, Conversation, Corpus, Cursor, Skipped
 from shoal.data.corpus.paths import count_kinds
-from shoal.data.encoded import Encoded, Refused
+from shoal.data.encoded import Encoded, Rejected
 from shoal.data.instruct import ConversationEncoder
 from shoal.data.manifest import SPLITS, Journal, Skips, SplitName
 from shoal.data.shards import Spans, Tokens, token_dtype, write_shard
@@ -33,7 +33,7 @@ COMPARED_CHUNKS = 64  # fastokens and tokenizers both encode one chunk in this m
 FIELDS_AT_MOST = 100  # maximum number of field names to collect, to suggest a data.text_key
 
 Split = Callable[[bytes], SplitName]
-Encode = Callable[[bool, Sequence["_Item"]], list[Encoded | Refused]]
+Encode = Callable[[bool, Sequence["_Item"]], list[Encoded | Rejected]]
 """Encodes documents; the first argument says whether to compare the ids of two tokenizers."""
 
 
@@ -144,7 +144,7 @@ def write_shards(
     if conversations is not None:  # fastokens does not recognize special tokens
         write(None)
         if not any(written.shards for written in journal.splits.values()):
-            why = "; ".join(journal.refused.kinds())
+            why = "; ".join(journal.rejected.kinds("dropped"))
             raise DataError(f"no conversation can be learned: {why}; correct data.template or the data")
         return None
     fast = fast_encoder(tokenizer) if journal.fast else None
@@ -174,9 +174,9 @@ def _write(
     builders = {name: _ShardBuilder(name, folder, vocab_size, journal) for name in SPLITS}
     for items, documents in _encoded(_chunks(corpus, split, journal), encode):
         for item, document in zip(items, documents, strict=True):
-            if isinstance(document, Refused):
+            if isinstance(document, Rejected):
                 detail = f" ({document.detail})" if document.detail else ""
-                journal.refused.add(Skipped(item.name + detail, document.reason, item.after))
+                journal.rejected.add(Skipped(item.name + detail, document.reason, item.after))
                 continue
             journal.flaws.add_all(item.name, document.flaws, item.after)
             builder = builders[item.split]
@@ -211,13 +211,13 @@ def _chunks(corpus: Corpus, split: Split, journal: Journal) -> Iterator[list[_It
         yield chunk
 
 
-def _encoded(chunks: Iterator[list[_Item]], encode: Encode) -> Iterator[tuple[list[_Item], list[Encoded | Refused]]]:
+def _encoded(chunks: Iterator[list[_Item]], encode: Encode) -> Iterator[tuple[list[_Item], list[Encoded | Rejected]]]:
     """
     Yield each chunk with its tokens, in order.
 
     Two threads: while one converts Rust's tokens to arrays, the other keeps every core busy encoding.
     """
-    in_flight: deque[tuple[list[_Item], Future[list[Encoded | Refused]]]] = deque()
+    in_flight: deque[tuple[list[_Item], Future[list[Encoded | Rejected]]]] = deque()
     with ThreadPoolExecutor(2, "encode") as executor:
         try:
             for number, items in enumerate(chunks):
@@ -234,7 +234,7 @@ def _encoded(chunks: Iterator[list[_Item]], encode: Encode) -> Iterator[tuple[li
             executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _encode_chats(encoder: ConversationEncoder, _compare: bool, items: Sequence[_Item]) -> list[Encoded | Refused]:
+def _encode_chats(encoder: ConversationEncoder, _compare: bool, items: Sequence[_Item]) -> list[Encoded | Rejected]:
     talks = [(item.name, item.conversation) for item in items if item.conversation is not None]
     flaws = [talk.flaws for _, talk in talks]
     encoded = encoder.encode(talks)
@@ -246,7 +246,7 @@ def _encode_chats(encoder: ConversationEncoder, _compare: bool, items: Sequence[
 
 def _encode(
     tokenizer: Tokenizer, fast: FastEncoder | None, compare: bool, items: Sequence[_Item]
-) -> list[Encoded | Refused]:
+) -> list[Encoded | Rejected]:
     """Return each text as tokens, with the tokens that begin and end a document."""
     dtype = token_dtype(tokenizer.vocab_size)
     parts = [_parts(item.text) if tokenizer.can_be_cut else [item.text] for item in items]

@@ -24,8 +24,8 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
-    """A conversation that cannot be learned. Those refused for the same cause share one `reason`; `detail` is its own."""
+class Rejected:
+    """A conversation that cannot be learned. Those rejected for the same cause share one `reason`; `detail` is its own."""
 
     reason: str
     detail: str = ""

@@ -21,7 +21,7 @@ import numpy as np
 from shoal.config.data_options import Data
 from shoal.data.corpus.conversations import ANSWER
 from shoal.data.corpus.documents import Conversation
-from shoal.data.encoded import Encoded, Refused
+from shoal.data.encoded import Encoded, Rejected
 from shoal.data.shards import token_dtype
 from shoal.data.tokens import template_trials
 from shoal.data.tokens.chat_template import ChatTemplate
@@ -36,8 +36,8 @@ NOT_A_PREFIX = "the prompt is not a prefix of prompt and answer, token by token"
 CHANGED_LATER = "an earlier answer is not learned, because the template writes it differently once others follow"
 NO_PROMPT = "an answer is not learned, because the template cannot write the prompt before it"
 NOTHING_LEARNED = "nothing to learn: no answer"
-REJECTED = "the template rejects it"
-NO_REASONING = "the template leaves out reasoning_content"
+TEMPLATE_REJECTS = "the template rejects it"
+NO_REASONING = "the template omits reasoning_content"
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -108,7 +108,7 @@ class ConversationEncoder:
         # word. Encoded apart, the prompt has the tokens that it has when the model continues it.
         self._apart = template.source == NAMED["alpaca"] and tokenizer.can_be_cut
 
-    def encode(self, named: Sequence[tuple[str, Conversation]]) -> list[Encoded | Refused]:
+    def encode(self, named: Sequence[tuple[str, Conversation]]) -> list[Encoded | Rejected]:
         """
         Return each conversation's tokens, or why it cannot be learned.
 
@@ -116,10 +116,10 @@ class ConversationEncoder:
         calls of functions, or tools.
         """
         rendered = [self._render(name, conversation) for name, conversation in named]
-        work = [r if isinstance(r, Refused) else (r, self._parts(r)) for r in rendered]
-        texts = [text for w in work if not isinstance(w, Refused) for text in w[1].texts]
+        work = [r if isinstance(r, Rejected) else (r, self._parts(r)) for r in rendered]
+        texts = [text for w in work if not isinstance(w, Rejected) for text in w[1].texts]
         encoded = encode_in_groups(self._tokenizer, texts)
-        return [w if isinstance(w, Refused) else self._mark(*w, [next(encoded) for _ in w[1].texts]) for w in work]
+        return [w if isinstance(w, Rejected) else self._mark(*w, [next(encoded) for _ in w[1].texts]) for w in work]
 
     def end_ids(self) -> list[int]:
         """Return the tokens that end an answer: the tokenizer's end, and the last special token that the template writes."""
@@ -137,30 +137,30 @@ class ConversationEncoder:
 
     # --- rendering ---
 
-    def _render(self, name: str, conversation: Conversation) -> _Rendered | Refused:
+    def _render(self, name: str, conversation: Conversation) -> _Rendered | Rejected:
         flaws = self._check_covered(name, conversation)
         try:
             whole = self._text(conversation.messages, conversation.tools)
         except DataError as error:
-            return Refused(REJECTED, str(error))
+            return Rejected(TEMPLATE_REJECTS, str(error))
         if not self._answers_only:
             return _Rendered(whole, flaws=tuple(flaws))
         turns: list[_Turn] = []
         learned = list(_learned(conversation))
         for index in learned:
             turn = self._turn(whole, conversation, index)
-            if isinstance(turn, Refused):
+            if isinstance(turn, Rejected):
                 return turn
             if isinstance(turn, str):
                 flaws.append(turn)
             else:
                 turns.append(turn)
         if not turns:
-            return Refused(flaws[0] if flaws else NOTHING_LEARNED)
+            return Rejected(flaws[0] if flaws else NOTHING_LEARNED)
         ends = learned[-1] == len(conversation.messages) - 1 and turns[-1].upto == whole
         return _Rendered(whole, tuple(turns), tuple(flaws), ends)
 
-    def _turn(self, whole: str, conversation: Conversation, index: int) -> _Turn | str | Refused:
+    def _turn(self, whole: str, conversation: Conversation, index: int) -> _Turn | str | Rejected:
         """Return the message to learn as a turn, or why it cannot be learned, or why the whole conversation cannot."""
         messages, tools = conversation.messages[: index + 1], conversation.tools
         try:
@@ -169,7 +169,7 @@ class ConversationEncoder:
         except DataError:
             return NO_PROMPT
         if not upto.startswith(prompt):
-            return Refused(NOT_A_PREFIX)
+            return Rejected(NOT_A_PREFIX)
         return _Turn(prompt, upto) if whole.startswith(upto) else CHANGED_LATER
 
     def _prompt(self, messages: Messages, tools: Sequence[Any]) -> str:
@@ -211,7 +211,7 @@ class ConversationEncoder:
 
     def _mark(
         self, rendered: _Rendered, parts: Beginnings | _Pieces, encoded: Sequence[list[int]]
-    ) -> Encoded | Refused:
+    ) -> Encoded | Rejected:
         """Find the answers in the tokens. encoded: the ids of `parts.texts`."""
         whole = _joined(encoded) if isinstance(parts, _Pieces) else encoded[0]
         ids = np.array([*whole, *([] if self._has_end(whole) else [self._tokenizer.eot_id])], self._dtype)
@@ -223,12 +223,12 @@ class ConversationEncoder:
             if stop is None:
                 flaws.append(CHANGED_LATER)
             elif first is None:
-                return Refused(NOT_A_PREFIX)
+                return Rejected(NOT_A_PREFIX)
             elif stop > first:
                 spans.append((first, stop))
                 learned += self._bytes(turn.upto[len(turn.prompt) :])
         if not spans:
-            return Refused(flaws[0] if flaws else NOTHING_LEARNED)
+            return Rejected(flaws[0] if flaws else NOTHING_LEARNED)
         if rendered.ends and spans[-1][1] == len(whole):
             spans[-1] = (spans[-1][0], len(ids))
         return Encoded(ids, self._bytes(rendered.whole), np.array(spans, np.int64), learned, tuple(flaws))
@@ -250,9 +250,9 @@ class ConversationEncoder:
 
     def _check_covered(self, name: str, conversation: Conversation) -> list[str]:
         """
-        Return what the template leaves out that does not matter to the rest of the conversation.
+        Return what the template omits without harm to the rest of the conversation.
 
-        Raises DataError if the template fails for a role, or leaves out its messages, whatever the conversation.
+        Raises DataError if the template fails for a role, or omits its messages, whatever the conversation.
         """
         flaws = []
         for feature in template_trials.features(conversation):
@@ -270,7 +270,7 @@ class ConversationEncoder:
 
     def _why_not_covered(self, feature: str) -> str | None:
         """Return why none of some short conversations shows `feature`; None if one does."""
-        why = "it leaves them out"
+        why = "it omits them"
         for messages, tools in template_trials.trials(feature):
             try:
                 if template_trials.MARK in self._write(messages, tools):

@@ -54,10 +54,10 @@ class Skips:
             if len(named) < EXAMPLES and name not in named:
                 named.append(name)
 
-    def kinds(self) -> list[str]:
-        """Return a line for each reason, most frequent first: how many records, and the first ones."""
+    def kinds(self, outcome: str) -> list[str]:
+        """Return a line for each reason, most frequent first: how many records, their `outcome`, and the first ones."""
         most = sorted(self.reasons.items(), key=lambda said: -said[1])
-        return [f"{count:,} {reason}: {self._examples_of(reason, count)}" for reason, count in most]
+        return [f"{count:,} {outcome}, {reason}: {self._examples_of(reason, count)}" for reason, count in most]
 
     def _examples_of(self, reason: str, count: int) -> str:
         named = self.examples.get(reason, [])
@@ -104,7 +104,7 @@ class Journal:
     splits: dict[SplitName, Written] = field(default_factory=lambda: {name: Written() for name in SPLITS})
     skips: Skips = field(default_factory=Skips)
     fast: bool = True  # False once the faster tokenizer gave wrong ids
-    refused: Skips = field(default_factory=Skips)  # conversations that cannot be learned, found while encoding
+    rejected: Skips = field(default_factory=Skips)  # conversations that cannot be learned, found while encoding
     flaws: Skips = field(default_factory=Skips)  # faults of conversations that are kept
 
     def start_again_without_fast(self, folder: Path) -> None:
@@ -131,7 +131,7 @@ def load_journal(folder: Path, options: Mapping[str, Any], listing: list[CorpusF
             {name: _written(saved["splits"][name]) for name in SPLITS},
             Skips.load(saved["skips"]),
             saved.get("fast", True),
-            *(Skips.load(saved[name]) if name in saved else Skips() for name in ("refused", "flaws")),
+            *(Skips.load(saved[name]) if name in saved else Skips() for name in ("rejected", "flaws")),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -194,7 +194,7 @@ def finish(journal: Journal, digests: Sequence[str], tokenizer_json: bytes, voca
         tokenizer_sha256,
         vocab_size,
         splits,
-        journal.skips.joined(journal.refused),
+        journal.skips.joined(journal.rejected),
         _data_id(tokenizer_sha256, splits),
         flaws=journal.flaws,
     )

@@ -162,8 +162,7 @@ def _skip_notes(manifest: Manifest) -> list[str]:
 
 def _conversation_notes(manifest: Manifest) -> list[str]:
     """Return a line for each kind of fault in the conversations, with the first three records."""
-    dropped = [f"dropped: {kind}" for kind in manifest.skips.kinds()]
-    return [*dropped, *(f"kept: {kind}" for kind in manifest.flaws.kinds())]
+    return [*manifest.skips.kinds("dropped"), *manifest.flaws.kinds("kept")]
 
 
 def _open_checked(folder: Path, data: Data) -> Prepared:

@@ -27,7 +27,7 @@ SPEAKERS = {
     "function_call": ANSWER, "system": "system", "tool": "tool", "observation": "tool",
 }  # fmt: skip
 USUAL_KEYS = {"alpaca": "output", "messages": "messages", "sharegpt": "conversations"}
-TEXT_KEY = "text"  # the default of data.text_key, which stands for the format's usual field
+TEXT_KEY = "text"  # the default of data.text_key, meaning the format's usual field
 
 BEGINS_WITH_ANSWER = "begins with the answer"
 DOES_NOT_ALTERNATE = "does not alternate between user and answer"
@@ -183,9 +183,9 @@ def _list(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
 def _no_key(record: dict[str, Any], reason: str, kind: type[str | list[Any]]) -> _NoConversationError:
     """Return the error for a record without its main field; it names the format that the record seems to have."""
     like = [name for name, key in USUAL_KEYS.items() if isinstance(record.get(key), str if name == "alpaca" else list)]
-    hint = f"; it looks like data.format {like[0]}" if like else ""
-    fields: dict[str, int] = {k: len(v) for k, v in record.items() if isinstance(v, kind)}
-    return _NoConversationError(reason + hint, fields)
+    if like:
+        return _NoConversationError(f"{reason}; it looks like data.format {like[0]}")
+    return _NoConversationError(reason, {k: len(v) for k, v in record.items() if isinstance(v, kind)})
 
 
 def _text_of(content: Any) -> str:
