@@ -207,3 +207,37 @@ def test_a_bad_config_is_refused_before_torch_is_imported(tmp_path: Path) -> Non
     assert "did you mean train.steps?" in done.stderr
     assert "--optim.learning_rate: there is no option optim.learning_rate; did you mean optim.lr?" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_conversations_do_not_read_each_other(tmp_path: Path) -> None:
+    """data.format sets data.document_mask, unless the user does."""
+    path = tmp_path / "chats.jsonl"
+    path.write_text("{}\n")
+    asked = [("data.paths", str(path), "--data.paths"), ("data.format", "sharegpt", "--data.format")]
+    derived = resolve(write(tmp_path, GOOD), asked)
+    assert derived.config.data.document_mask
+    assert derived.sources["data.document_mask"] == "data.format at --data.format"
+    assert not any("document_mask" in note for note in derived.notes)
+    asked.append(("data.document_mask", "false", "--data.document_mask"))
+    against = resolve(write(tmp_path, GOOD), asked)
+    assert not against.config.data.document_mask
+    assert any("data.document_mask is false with data.format sharegpt" in note for note in against.notes)
+    assert not resolve(write(tmp_path, GOOD)).config.data.document_mask
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"template": "chatml"}, "data.template has no effect on data.format text"),
+        ({"learn": "all"}, "data.learn has no effect on data.format text"),
+        ({"broken_conversations": "keep"}, "data.broken_conversations has no effect on data.format text"),
+        ({"format": "alpaca"}, "a stdlib corpus has no records, which data.format alpaca needs; set data.corpus to jsonl"),
+        ({"format": "messages", "corpus": "jsonl", "paths": ["."], "template": "vicuna"}, "data.template vicuna was not found"),
+        ({"format": "alpaca", "corpus": "jsonl", "paths": ["."], "text_key": "x"}, "data.text_key has no effect on data.format"),
+        ({"format": "chat"}, "data.format must be text | alpaca | messages | sharegpt"),
+    ],
+)  # fmt: skip
+def test_options_of_conversations_that_have_no_effect(tmp_path: Path, data: dict[str, object], says: str) -> None:
+    found = problems(tmp_path, {**GOOD, "data": data})
+    assert len(found) == 1
+    assert says in found[0]

@@ -147,6 +147,7 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
             console.say(
                 f"{split}: {about}{counts.documents:,} documents, {about}{counts.text_bytes:,} bytes, {counts.tokens:,} tokens "
                 f"({counts.text_bytes / max(counts.tokens, 1):.2f} bytes per token)"
+                + (f", {counts.learned_tokens:,} of them learned" if counts.learned_tokens < counts.tokens else "")
             )
         for name, part in dataset.parts.items():
             of = f"{name}: " * bool(name)

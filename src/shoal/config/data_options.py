@@ -12,6 +12,7 @@ from shoal.config.option import opt
 
 Packing = Literal["stream", "best_fit"]
 
+NAMED_TEMPLATES: Final = ("chatml", "alpaca", "llama3")
 _PLACE: Final = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) (steps|tokens)")
 
 
@@ -40,7 +41,38 @@ class Source:
         past=True,
     )
     text_key: str = opt(
-        "text", "field or column that holds the text of a record", alias=("text_field", "text_column"), past=True
+        "text",
+        "field or column that holds the text of a record, or its conversation if not under messages or conversations",
+        alias=("text_field", "text_column"),
+        past=True,
+    )
+    format: Literal["text", "alpaca", "messages", "sharegpt"] = opt(
+        "text",
+        "content of each record. text: a document under data.text_key; alpaca: instruction, input and output; messages: a "
+        "list of role and content; sharegpt: conversations, a list of from and value. All but text set data.document_mask "
+        "to true by default",
+        past=True,
+    )
+    template: str = opt(
+        "auto",
+        "text format of conversations. auto: the chat template in the folder data.tokenizer, or the Alpaca prompt for "
+        "data.format alpaca without one; chatml, llama3 or alpaca: shoal's own; or the path of a .jinja file",
+        alias=("chat_template", "prompt_template"),
+        past=True,
+    )
+    broken_conversations: Literal["drop", "keep"] = opt(
+        "drop",
+        "what happens to conversations that begin with the answer, do not alternate, have an empty message, end without an "
+        "answer or repeat an id; both count them",
+        past=True,
+    )
+    learn: Literal["answers", "all"] = opt(
+        "answers",
+        "tokens of a conversation that count in the loss. answers: the model's own messages, and messages with a flag "
+        "(train, loss_weight or loss_mask); all: every token, whatever the flags",
+        alias=("train_on",),
+        akin=("train_on_inputs", "train_on_prompt", "mask_prompt", "assistant_only_loss", "completion_only_loss"),
+        past=True,
     )
     separator: str = opt(
         "",

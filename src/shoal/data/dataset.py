@@ -92,6 +92,12 @@ class Dataset:
             return dict(self.single.counts)
         return {name: _sum([part.counts[name] for part in self.parts.values()]) for name in ("train", "val")}
 
+    def conversations(self) -> Data | None:
+        """Return the options of the first source of conversations; None if there is none."""
+        sources: list[Source] = [*self.data.sources.values()] if self.data.sources else [self.data]
+        chats = [source for source in sources if source.format != "text"]
+        return source_data(self.data, chats[0], self.data.tokenizer) if chats else None
+
     def rows(self, split: SplitName) -> BlendRows:
         """Cut a split into rows of `data.seq_len`. Raises DataError if a source does not fill one row."""
         return BlendRows([self.part_rows(name, split) for name in self.parts])
@@ -120,9 +126,11 @@ class Dataset:
 
 
 def _sum(records: Sequence[SplitRecord]) -> SplitRecord:
-    return SplitRecord(
-        sum(r.documents for r in records), sum(r.tokens for r in records), sum(r.text_bytes for r in records), ()
-    )
+    totals = {
+        name: sum(getattr(record, name) for record in records)
+        for name in ("documents", "tokens", "text_bytes", "learned_tokens", "learned_bytes")
+    }
+    return SplitRecord(**totals, shards=(), estimated=any(record.estimated for record in records))
 
 
 # --- stages --------------------------------------------------------------------------------------------------

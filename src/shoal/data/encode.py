@@ -7,18 +7,21 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.corpus.documents import START, Corpus, Cursor, Skipped
+from shoal.data.corpus.documents import START, Conversation, Corpus, Cursor, Skipped
 from shoal.data.corpus.paths import count_kinds
+from shoal.data.encoded import Encoded, Rejected
+from shoal.data.instruct import ConversationEncoder
 from shoal.data.manifest import SPLITS, Journal, Skips, SplitName
 from shoal.data.shards import token_dtype, write_shard
-from shoal.data.stream import Tokens
+from shoal.data.stream import Spans, Tokens
 from shoal.data.tokens.fastokens import DifferentIdsError, FastEncoder, fast_encoder
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
@@ -31,14 +34,18 @@ COMPARED_CHUNKS = 64  # fastokens and tokenizers both encode one chunk in this m
 FIELDS_AT_MOST = 100  # maximum number of field names to collect, to suggest a data.text_key
 
 Split = Callable[[bytes], SplitName]
+Encode = Callable[[bool, Sequence["_Item"]], list[Encoded | Rejected]]
+"""Encodes documents; the first argument says whether to compare the ids of two tokenizers."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Item:
     split: SplitName
+    name: str
     text: str
     text_bytes: int
     after: Cursor
+    conversation: Conversation | None
 
 
 def fraction_of(text: bytes) -> tuple[float, float]:
@@ -109,7 +116,7 @@ def training_sample(
         taken += len(text)
         if taken > sample_bytes and taken > len(text):
             return
-        yield document.text
+        yield document.text if document.conversation is None else document.conversation.words()
 
 
 def write_shards(
@@ -121,27 +128,40 @@ def write_shards(
     bad_records: int,
     journal: Journal,
     tick: Callable[[Cursor], None],
+    conversations: ConversationEncoder | None = None,
 ) -> str | None:
     """
     Write the shards that `journal` lacks, and record each in it. Returns a warning for the user, if any.
 
-    Raises DataError if more than `bad_records` records are damaged.
+    conversations: encodes a corpus of conversations; None for texts. Raises DataError if more than `bad_records` records are
+    damaged, or if no conversation can be learned.
 
     A shard ends with the document that fills it, so shards do not depend on chunks or interruptions. The ids of
     fastokens, if used, are compared with those of tokenizers on some chunks. If they differ, everything is encoded again
     without fastokens.
     """
+
+    def write(fast: FastEncoder | None) -> None:
+        encode = partial(_encode, tokenizer, fast) if conversations is None else partial(_encode_chats, conversations)
+        _write(folder, corpus, split, encode, tokenizer.vocab_size, shard_tokens, bad_records, journal, tick)
+
+    if conversations is not None:  # fastokens does not recognize special tokens
+        write(None)
+        if not any(written.shards for written in journal.splits.values()):
+            why = "; ".join(journal.rejected.kinds("dropped"))
+            raise DataError(f"no conversation can be learned: {why}; correct data.template or the data")
+        return None
     fast = fast_encoder(tokenizer) if journal.fast else None
     if fast is not None:
         try:
-            _write(folder, corpus, split, tokenizer, fast, shard_tokens, bad_records, journal, tick)
+            write(fast)
             return None
         except DifferentIdsError as error:
             journal.start_again_without_fast(folder)
             note = (
                 f"fastokens and tokenizers give different ids ({error}); the tokens were made again without fastokens"
             )
-    _write(folder, corpus, split, tokenizer, None, shard_tokens, bad_records, journal, tick)
+    write(None)
     return note if fast is not None else None
 
 
@@ -149,18 +169,23 @@ def _write(
     folder: Path,
     corpus: Corpus,
     split: Split,
-    tokenizer: Tokenizer,
-    fast: FastEncoder | None,
+    encode: Encode,
+    vocab_size: int,
     shard_tokens: int,
     bad_records: int,
     journal: Journal,
     tick: Callable[[Cursor], None],
 ) -> None:
-    builders = {name: _ShardBuilder(name, folder, tokenizer.vocab_size, journal) for name in SPLITS}
-    for items, tokens in _encoded(_chunks(corpus, split, bad_records, journal), tokenizer, fast):
-        for item, ids in zip(items, tokens, strict=True):
+    builders = {name: _ShardBuilder(name, folder, vocab_size, journal) for name in SPLITS}
+    for items, documents in _encoded(_chunks(corpus, split, bad_records, journal), encode):
+        for item, document in zip(items, documents, strict=True):
+            if isinstance(document, Rejected):
+                detail = f" ({document.detail})" if document.detail else ""
+                journal.rejected.add(Skipped(item.name + detail, document.reason, item.after))
+                continue
+            journal.flaws.add_all(item.name, document.flaws, item.after)
             builder = builders[item.split]
-            builder.add(ids, item)
+            builder.add(document, item)
             if builder.num_tokens >= shard_tokens:
                 builder.flush()
         tick(items[-1].after)
@@ -183,7 +208,7 @@ def _chunks(corpus: Corpus, split: Split, bad_records: int, journal: Journal) ->
         name = split(text)
         if document.after <= done[name]:
             continue
-        chunk.append(_Item(name, document.text, len(text), document.after))
+        chunk.append(_Item(name, document.name, document.text, len(text), document.after, document.conversation))
         chunk_bytes += len(text)
         if chunk_bytes >= CHUNK_BYTES:
             yield chunk
@@ -192,20 +217,18 @@ def _chunks(corpus: Corpus, split: Split, bad_records: int, journal: Journal) ->
         yield chunk
 
 
-def _encoded(
-    chunks: Iterator[list[_Item]], tokenizer: Tokenizer, fast: FastEncoder | None
-) -> Iterator[tuple[list[_Item], list[Tokens]]]:
+def _encoded(chunks: Iterator[list[_Item]], encode: Encode) -> Iterator[tuple[list[_Item], list[Encoded | Rejected]]]:
     """
     Yield each chunk with its tokens, in order.
 
     Two threads: while one converts Rust's tokens to arrays, the other keeps every core busy encoding.
     """
-    in_flight: deque[tuple[list[_Item], Future[list[Tokens]]]] = deque()
+    in_flight: deque[tuple[list[_Item], Future[list[Encoded | Rejected]]]] = deque()
     with ThreadPoolExecutor(2, "encode") as executor:
         try:
             for number, items in enumerate(chunks):
                 compare = number % COMPARED_CHUNKS == 0
-                future = executor.submit(_encode, tokenizer, fast, compare, [item.text for item in items])
+                future = executor.submit(encode, compare, items)
                 in_flight.append((items, future))
                 if len(in_flight) == CHUNKS_IN_FLIGHT:
                     done, future = in_flight.popleft()
@@ -217,17 +240,30 @@ def _encoded(
             executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _encode(tokenizer: Tokenizer, fast: FastEncoder | None, compare: bool, texts: Sequence[str]) -> list[Tokens]:
-    """Return one array per text, with the tokens that begin and end a document."""
+def _encode_chats(encoder: ConversationEncoder, _compare: bool, items: Sequence[_Item]) -> list[Encoded | Rejected]:
+    talks = [(item.name, item.conversation) for item in items if item.conversation is not None]
+    flaws = [talk.flaws for _, talk in talks]
+    encoded = encoder.encode(talks)
+    return [
+        replace(e, flaws=(*known, *e.flaws)) if isinstance(e, Encoded) else e
+        for e, known in zip(encoded, flaws, strict=True)
+    ]
+
+
+def _encode(
+    tokenizer: Tokenizer, fast: FastEncoder | None, compare: bool, items: Sequence[_Item]
+) -> list[Encoded | Rejected]:
+    """Return each text as tokens, with the tokens that begin and end a document."""
     dtype = token_dtype(tokenizer.vocab_size)
-    parts = [_parts(text) if tokenizer.can_be_cut else [text] for text in texts]
+    parts = [_parts(item.text) if tokenizer.can_be_cut else [item.text] for item in items]
     flat = [part for text in parts for part in text]
     encoded = _arrays(tokenizer, flat, dtype) if fast is None else iter(fast.encode_batch(flat, compare=compare))
     begin = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype)
     end = np.array([tokenizer.eot_id], dtype)
-    return [
+    ids = (
         np.concatenate([begin, *(next(encoded) for _ in text), end], dtype=dtype, casting="unsafe") for text in parts
-    ]
+    )
+    return [Encoded(next(ids), item.text_bytes) for item in items]
 
 
 def _arrays(tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
@@ -256,15 +292,20 @@ class _ShardBuilder:
     journal: Journal
     arrays: list[Tokens] = field(default_factory=list)
     starts: array[int] = field(default_factory=lambda: array("q"))
+    answers: list[Spans] = field(default_factory=list)  # one array per conversation; empty for texts
     num_tokens: int = 0
     text_bytes: int = 0
+    learned_bytes: int = 0
     after: Cursor = START
 
-    def add(self, tokens: Tokens, item: _Item) -> None:
-        self.arrays.append(tokens)
+    def add(self, document: Encoded, item: _Item) -> None:
+        if document.answers is not None:
+            self.answers.append(document.answers + self.num_tokens)
+            self.learned_bytes += document.learned_bytes or 0
+        self.arrays.append(document.ids)
         self.starts.append(self.num_tokens)
-        self.num_tokens += len(tokens)
-        self.text_bytes += item.text_bytes
+        self.num_tokens += len(document.ids)
+        self.text_bytes += document.text_bytes
         self.after = item.after
 
     def flush(self) -> None:
@@ -272,8 +313,11 @@ class _ShardBuilder:
         written = self.journal.splits[self.split]
         path = self.folder / f"{self.split}-{len(written.shards):05d}.safetensors"
         tokens = np.concatenate(self.arrays, dtype=token_dtype(self.vocab_size))
-        record = write_shard(path, tokens, np.array(self.starts, np.int64), self.text_bytes)
+        answers = np.concatenate(self.answers) if self.answers else None
+        starts = np.array(self.starts, np.int64)
+        record = write_shard(path, tokens, starts, self.text_bytes, answers, self.learned_bytes)
         written.shards.append(record)
         written.after = self.after
         self.journal.save(self.folder)
-        self.arrays, self.starts, self.num_tokens, self.text_bytes = [], array("q"), 0, 0
+        self.arrays, self.starts, self.answers = [], array("q"), []
+        self.num_tokens, self.text_bytes, self.learned_bytes = 0, 0, 0

@@ -22,6 +22,7 @@ MANIFEST, JOURNAL, TOKENIZER, YARDSTICK = "manifest.json", "journal.json", "toke
 ROW_INDEXES = "*-rows-*.index"  # see `best_fit_rows.index_name`
 SEGMENTS = ".filter-?????"  # see `segment_name`
 NAMED_AT_MOST = 5  # maximum number of files named in a message; the rest are counted
+EXAMPLES = 3  # maximum number of records named for each reason
 
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
@@ -29,7 +30,11 @@ SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 @dataclass
 class Skips:
-    """Skipped records: how many, the first few, the place up to which they are counted, and how many of them are damaged."""
+    """
+    Records with a fault: how many, the first few, and the place up to which they are counted. Those with several count for each.
+
+    damaged: how many of them count against `data.bad_records`.
+    """
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -37,19 +42,55 @@ class Skips:
     reasons: dict[str, int] = field(default_factory=dict)
     damaged: int = 0
     first_damaged: list[str] = field(default_factory=list)
+    examples: dict[str, list[str]] = field(default_factory=dict)  # the first records of each reason
 
     def add(self, item: Skipped) -> None:
         """Count a skipped record, once even if a restart reads it again."""
-        if item.after <= self.upto:
-            return
-        self.count, self.upto = self.count + 1, item.after
-        self.reasons[item.reason] = self.reasons.get(item.reason, 0) + 1
-        if len(self.first) < NAMED_AT_MOST:
-            self.first.append(f"{item.name}: {item.reason}")
-        if item.damaged:
+        if item.damaged and item.after > self.upto:
             self.damaged += 1
             if len(self.first_damaged) < NAMED_AT_MOST:
                 self.first_damaged.append(f"{item.name}: {item.reason}")
+        self.add_all(item.name, [item.reason], item.after)
+
+    def add_all(self, name: str, reasons: Iterable[str], after: Cursor) -> None:
+        """Count each fault of a record, once even if a restart reads it again."""
+        if after <= self.upto:
+            return
+        self.upto = after
+        for reason in reasons:
+            self.count += 1
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
+            if len(self.first) < NAMED_AT_MOST:
+                self.first.append(f"{name}: {reason}")
+            named = self.examples.setdefault(reason, [])
+            if len(named) < EXAMPLES and name not in named:
+                named.append(name)
+
+    def kinds(self, outcome: str) -> list[str]:
+        """Return a line for each reason, most frequent first: how many records, their `outcome`, and the first ones."""
+        most = sorted(self.reasons.items(), key=lambda said: -said[1])
+        return [f"{count:,} {outcome}, {reason}: {self._examples_of(reason, count)}" for reason, count in most]
+
+    def _examples_of(self, reason: str, count: int) -> str:
+        named = self.examples.get(reason, [])
+        return ", ".join(map(on_one_line, named)) + (", ..." if count > len(named) else "")
+
+    def joined(self, other: Skips) -> Skips:
+        """Return the counts of both."""
+        reasons, examples = dict(self.reasons), dict(self.examples)
+        for reason, count in other.reasons.items():
+            reasons[reason] = reasons.get(reason, 0) + count
+            examples[reason] = [*examples.get(reason, []), *other.examples.get(reason, [])][:EXAMPLES]
+        first = [*self.first, *other.first][:NAMED_AT_MOST]
+        return Skips(
+            self.count + other.count,
+            first,
+            max(self.upto, other.upto),
+            reasons,
+            self.damaged,
+            self.first_damaged,
+            examples,
+        )
 
     def check(self, bad_records: int) -> None:
         """Raise DataError, naming the first ones, if more records are damaged than `data.bad_records` allows."""
@@ -136,6 +177,8 @@ class Journal:
     skips: Skips = field(default_factory=Skips)
     fast: bool = True  # False once the faster tokenizer gave wrong ids
     filtered: Filtered = field(default_factory=Filtered)
+    rejected: Skips = field(default_factory=Skips)  # conversations that cannot be learned, found while encoding
+    flaws: Skips = field(default_factory=Skips)  # faults of conversations that are kept
 
     def start_again_without_fast(self, folder: Path) -> None:
         """Discard every shard, since the faster tokenizer gave wrong ids."""
@@ -162,6 +205,7 @@ def load_journal(folder: Path, options: Mapping[str, Any], listing: list[CorpusF
             Skips.load(saved["skips"]),
             saved.get("fast", True),
             Filtered.load(saved["filtered"]) if "filtered" in saved else Filtered(),
+            *(Skips.load(saved[name]) if name in saved else Skips() for name in ("rejected", "flaws")),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -175,15 +219,19 @@ def _written(saved: Any) -> Written:
 @dataclass(frozen=True)
 class SplitRecord:
     """
-    The counts and shards of a split. `tokens` includes each document's begin and end tokens; `text_bytes` counts UTF-8 bytes.
+    The counts and shards of a split.
 
-    estimated: whether text_bytes, and documents unless an index counts them, are estimates from a sample of the tokens.
+    tokens: includes each document's begin and end tokens. text_bytes: counts UTF-8 bytes. learned_tokens, learned_bytes: the
+    part of both that is learned, which is less only for conversations. estimated: whether the bytes, and documents unless an
+    index counts them, are estimates from a sample of the tokens.
     """
 
     documents: int
     tokens: int
     text_bytes: int
     shards: tuple[ShardRecord, ...]
+    learned_tokens: int
+    learned_bytes: int
     estimated: bool = False
 
 
@@ -210,6 +258,13 @@ class Manifest:
             for reason, removal in self.removed.items()
         ]
 
+    flaws: Skips = field(default_factory=Skips)  # faults of conversations that were kept
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether the documents are conversations, of which perhaps only a part is learned."""
+        return "conversations" in self.options
+
     def save(self, folder: Path) -> None:
         write_atomically(folder / MANIFEST, [json.dumps(asdict(self), indent=1).encode()])
 
@@ -225,15 +280,18 @@ def finish(journal: Journal, digests: Sequence[str], tokenizer_json: bytes, voca
         tokenizer_sha256,
         vocab_size,
         splits,
-        journal.skips,
+        journal.skips.joined(journal.rejected),
         _data_id(tokenizer_sha256, splits),
         removed=journal.filtered.removed,
+        flaws=journal.flaws,
     )
 
 
 def _sum(shards: Sequence[ShardRecord]) -> SplitRecord:
     documents, tokens, text_bytes = (sum(getattr(s, f) for s in shards) for f in ("documents", "tokens", "text_bytes"))
-    return SplitRecord(documents, tokens, text_bytes, tuple(shards))
+    learned_tokens = sum(s.tokens if s.learned_tokens is None else s.learned_tokens for s in shards)
+    learned_bytes = sum(s.text_bytes if s.learned_bytes is None else s.learned_bytes for s in shards)
+    return SplitRecord(documents, tokens, text_bytes, tuple(shards), learned_tokens, learned_bytes)
 
 
 def _data_id(tokenizer_sha256: str, splits: Mapping[SplitName, SplitRecord]) -> str:
@@ -252,6 +310,7 @@ def load_manifest(folder: Path) -> Manifest:
         saved["listing"] = tuple(CorpusFile(**entry) for entry in saved["listing"])
         saved["skips"] = Skips.load(saved["skips"])
         saved["removed"] = load_removed(saved.get("removed", {}))
+        saved["flaws"] = Skips.load(saved["flaws"]) if "flaws" in saved else Skips()
         manifest = Manifest(**{**saved, "splits": splits})
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; run `shoal prepare RECIPE` first") from error

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.stream import Stream
+from shoal.data.stream import Spans, Stream
 
 IGNORED_LABEL = -100  # the default `ignore_index` of torch's cross entropy
 
@@ -26,7 +26,7 @@ class RowArrays:
     """
     Some rows as arrays, each int64 [rows, seq_len].
 
-    labels: the next token, or IGNORED_LABEL. document_ids: the document of each token, numbered from 0 in
+    labels: the next token, or IGNORED_LABEL, also for tokens outside the answers of a conversation. document_ids: the document of each token, numbered from 0 in
     each row; None if tokens attend across documents.
     """
 
@@ -126,12 +126,12 @@ def read_placed(rows: Sequence[Placed], seq_len: int, *, document_mask: bool) ->
     """
     Return rows made of spans. Raises DataError if their bytes were altered.
 
-    No label crosses from one span to the next. The labels of padding are ignored; with a document mask, padding is a document
+    No label crosses from one span to the next. Labels of padding, and outside the answers of conversations, are ignored; with a document mask, padding is a document
     of its own.
     """
     window = np.empty((len(rows), seq_len + 1), np.int64)
     is_start = np.zeros(window.shape, np.bool_)  # of a document, a span or the padding
-    used = np.zeros((len(rows), 1), np.int64)
+    learned = np.ones(window.shape, np.bool_)
     for place, row in enumerate(rows):
         at = 0
         for start, stop in row.spans:
@@ -139,19 +139,29 @@ def read_placed(rows: Sequence[Placed], seq_len: int, *, document_mask: bool) ->
             if document_mask:
                 is_start[place, row.stream.starts(start, stop) - start + at] = True
             is_start[place, at] = True
+            if (answers := row.stream.answers(start, stop)) is not None:
+                _mark(learned[place, at : at + stop - start], answers - start)
             at += stop - start
         window[place, at:] = row.pad
         is_start[place, at : at + 1] = True
-        used[place] = at
+        learned[place, at:] = False
     if document_mask:
         arrays = mask_documents(window, is_start)
     else:
         positions = np.broadcast_to(np.arange(seq_len), (len(rows), seq_len)).copy()
         labels = np.where(is_start[:, 1:], IGNORED_LABEL, window[:, 1:])
         arrays = RowArrays(window[:, :-1].copy(), labels, positions, None)
-    if (used < window.shape[1]).any():
-        arrays.labels[np.arange(1, seq_len + 1) >= used] = IGNORED_LABEL
+    if not learned.all():
+        arrays.labels[~learned[:, 1:]] = IGNORED_LABEL
     return arrays
+
+
+def _mark(learned: npt.NDArray[np.bool_], answers: Spans) -> None:
+    """Set `learned` to whether each token is in one of the spans."""
+    steps = np.zeros(len(learned) + 1, np.int64)
+    np.add.at(steps, answers[:, 0], 1)
+    np.add.at(steps, answers[:, 1], -1)
+    learned[:] = np.cumsum(steps[:-1]) > 0
 
 
 def mask_documents(window: Ints, is_start: npt.NDArray[np.bool_]) -> RowArrays:

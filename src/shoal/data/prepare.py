@@ -20,6 +20,7 @@ from shoal.data.corpus.sources import open_corpus, text_bytes
 from shoal.data.encode import Split, choose_split, training_sample, write_shards
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
 from shoal.data.filters import Filters, KeptCorpus, filter_documents
+from shoal.data.instruct import ConversationEncoder, open_template
 from shoal.data.manifest import (
     JOURNAL,
     MANIFEST,
@@ -177,7 +178,7 @@ def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
         tokenizer = _saved_tokenizer(folder, record.manifest)
         return _of_token_files(folder, tokenizer, open_recorded(record, tokenizer))
     manifest = load_manifest(folder)
-    skipped = [manifest.skips.note()] if manifest.skips.count else []
+    skipped = _conversation_notes(manifest) if manifest.has_conversations else _skip_notes(manifest)
     return Prepared(
         folder, _saved_tokenizer(folder, manifest), manifest, _shard_streams(folder, manifest), (*notes, *skipped)
     )
@@ -204,6 +205,15 @@ def _shard_streams(folder: Path, manifest: Manifest) -> dict[SplitName, Stream]:
 
 def _of_token_files(folder: Path, tokenizer: Tokenizer, opened: Opened) -> Prepared:
     return Prepared(folder, tokenizer, opened.manifest, opened.streams, opened.notes)
+
+
+def _skip_notes(manifest: Manifest) -> list[str]:
+    return [manifest.skips.note()] if manifest.skips.count else []
+
+
+def _conversation_notes(manifest: Manifest) -> list[str]:
+    """Return a line for each kind of fault in the conversations, with the first three records."""
+    return [*manifest.skips.kinds("dropped"), *manifest.flaws.kinds("kept")]
 
 
 def _open_checked(folder: Path, data: Data) -> Prepared:
@@ -250,8 +260,11 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
         corpus = filter_documents(folder, corpus, filters, journal, data.shard_tokens, ticks.of("filtering"))
     split = choose_split(corpus, data.val_fraction, data.bad_records, ticks.of("reading"))
     tokenizer = _tokenizer(folder, data, given, corpus, split, ticks)
+    chats = None
+    if data.format != "text":
+        chats = ConversationEncoder(tokenizer, open_template(data), answers_only=data.learn == "answers")
     note = write_shards(
-        folder, corpus, split, tokenizer, data.shard_tokens, data.bad_records, journal, ticks.of("tokens")
+        folder, corpus, split, tokenizer, data.shard_tokens, data.bad_records, journal, ticks.of("tokens"), chats
     )
     if corpus.listing() != listing:
         raise DataError("the corpus changed while it was read; start again once it no longer changes")

@@ -3,6 +3,7 @@ Token shards: memory-mapped safetensors files, each block verified on first read
 
     train-00000.safetensors
         starts  int64  [documents]   where each document starts, in tokens of this shard
+        answers int64  [spans, 2]    only for conversations: [first, stop) of each learned span, in tokens of this shard
         checks  uint32 [blocks]      zlib.crc32 of each 64 KiB of the tokens' bytes
         tokens  uint16 or uint32 [n] documents end to end, each with its begin and end tokens
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.data.files import write_atomically
-from shoal.data.stream import Starts, Tokens
+from shoal.data.stream import Spans, Starts, Tokens
 from shoal.errors import DataError
 from shoal.hub.header import LENGTH_BYTES, header_bytes
 
@@ -34,7 +35,11 @@ SAFETENSORS_NAMES = {"uint16": "U16", "uint32": "U32", "int64": "I64"}
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A shard's entry in the manifest. `bytes` is the file's size, `head_crc32` the CRC of all bytes before the tokens."""
+    """
+    A shard's entry in the manifest. `bytes` is the file's size, `head_crc32` the CRC of all bytes before the tokens.
+
+    answers: number of learned spans; None if every token is learned, and then `learned_tokens` and `learned_bytes` too.
+    """
 
     name: str
     bytes: int
@@ -43,6 +48,9 @@ class ShardRecord:
     text_bytes: int
     head_crc32: int
     sha256: str
+    answers: int | None = None
+    learned_tokens: int | None = None
+    learned_bytes: int | None = None
 
 
 def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
@@ -50,22 +58,41 @@ def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger[Any]]:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def write_shard(path: Path, tokens: Tokens, starts: Starts, text_bytes: int) -> ShardRecord:
-    """Write a shard atomically. Raises DataError if writing fails."""
+def write_shard(
+    path: Path,
+    tokens: Tokens,
+    starts: Starts,
+    text_bytes: int,
+    answers: Spans | None = None,
+    learned_bytes: int | None = None,
+) -> ShardRecord:
+    """
+    Write a shard atomically. Raises DataError if writing fails.
+
+    answers: [spans, 2], the learned spans, ascending; None if every token is learned. learned_bytes: their text's size.
+    """
     body = _bytes_of(tokens)
     checks = np.array([zlib.crc32(block) for block in _blocks(body)], np.uint32)
     # Widest element first, so that each tensor is aligned to its element size.
-    tensors: dict[str, npt.NDArray[Any]] = {"starts": starts, "checks": checks, "tokens": tokens}
+    index: dict[str, npt.NDArray[Any]] = {"starts": starts}
+    if answers is not None:
+        index["answers"] = answers
+    index["checks"] = checks
+    tensors = index | {"tokens": tokens}
     described = {name: (SAFETENSORS_NAMES[tensor.dtype.name], tensor.shape) for name, tensor in tensors.items()}
     metadata = {"format": "shoal tokens", "block_bytes": str(BLOCK_BYTES)}
     # spaced, because `data_id` hashes these bytes and existing shards have the spaces
     header = header_bytes(described, metadata, spaced=True)
-    head = header + starts.tobytes() + checks.tobytes()
+    head = header + b"".join(tensor.tobytes() for tensor in index.values())
     write_atomically(path, (head, body))
     sha256 = hashlib.sha256(head)
     sha256.update(body)
     size = len(head) + len(body)
-    return ShardRecord(path.name, size, len(tokens), len(starts), text_bytes, zlib.crc32(head), sha256.hexdigest())
+    record = ShardRecord(path.name, size, len(tokens), len(starts), text_bytes, zlib.crc32(head), sha256.hexdigest())
+    if answers is None:
+        return record
+    learned = int((answers[:, 1] - answers[:, 0]).sum())
+    return replace(record, answers=len(answers), learned_tokens=learned, learned_bytes=learned_bytes)
 
 
 def _bytes_of(tokens: Tokens) -> memoryview:
@@ -104,6 +131,14 @@ class Shard:
         low, high = np.searchsorted(all_starts, [start, stop])
         return all_starts[low:high]
 
+    def answers(self, start: int, stop: int) -> Spans | None:
+        """Return the learned spans in [start, stop), cut to it; None if every token is learned. Raises DataError if altered."""
+        spans = self._head[2]
+        if spans is None:
+            return None
+        low, high = np.searchsorted(spans[:, 1], start, "right"), np.searchsorted(spans[:, 0], stop)
+        return np.clip(spans[low:high], start, stop)
+
     def _verify(self, block: int) -> None:
         width = self._dtype.itemsize
         per_block = BLOCK_BYTES // width
@@ -125,8 +160,8 @@ class Shard:
         return np.memmap(self.path, self._dtype, "r", offset, (self.num_tokens,))
 
     @cached_property
-    def _head(self) -> tuple[Starts, npt.NDArray[np.uint32]]:
-        """The `starts` and `checks` tensors. Raises DataError, before parsing them, if the head's CRC does not match."""
+    def _head(self) -> tuple[Starts, npt.NDArray[np.uint32], Spans | None]:
+        """The `starts`, `checks` and `answers` tensors. Raises DataError, before parsing them, if the head's CRC does not match."""
         head_bytes = self._record.bytes - self.num_tokens * self._dtype.itemsize
         with self.path.open("rb") as file:
             head = file.read(head_bytes)
@@ -134,4 +169,8 @@ class Shard:
             raise DataError(f"{self.path} was altered: its header or index does not match its checksum; {CURE}")
         at = LENGTH_BYTES + int.from_bytes(head[:LENGTH_BYTES], "little")
         starts = np.frombuffer(head, np.int64, self._record.documents, at)
-        return starts, np.frombuffer(head, np.uint32, -1, at + starts.nbytes)
+        at += starts.nbytes
+        if self._record.answers is None:
+            return starts, np.frombuffer(head, np.uint32, -1, at), None
+        answers = np.frombuffer(head, np.int64, 2 * self._record.answers, at).reshape(-1, 2)
+        return starts, np.frombuffer(head, np.uint32, -1, at + answers.nbytes), answers

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
 Starts = npt.NDArray[np.int64]
+Spans = npt.NDArray[np.int64]
+"""[spans, 2]: the first token of each span, and the token after its last."""
 
 
 class Stream(Protocol):
@@ -24,6 +26,10 @@ class Stream(Protocol):
 
     def starts(self, start: int, stop: int) -> Starts:
         """Return the offsets in [start, stop) at which a document starts, ascending."""
+        ...
+
+    def answers(self, start: int, stop: int) -> Spans | None:
+        """Return the learned spans in [start, stop), cut to it and ascending; None if every token is learned."""
         ...
 
 
@@ -43,6 +49,17 @@ class TokenStream:
     def starts(self, start: int, stop: int) -> Starts:
         """Return the offsets in [start, stop) at which a document starts, ascending."""
         return np.concatenate([part.starts(a, b) + begin for part, begin, a, b in self._spans(start, stop)])
+
+    def answers(self, start: int, stop: int) -> Spans | None:
+        """Return the learned spans in [start, stop), cut to it and ascending; None if every token is learned."""
+        parts = self._spans(start, stop)
+        found = [part.answers(a, b) for part, _, a, b in parts]
+        if all(spans is None for spans in found):
+            return None
+        whole = [
+            np.array([[a, b]]) if spans is None else spans for spans, (_, _, a, b) in zip(found, parts, strict=True)
+        ]
+        return np.concatenate([spans + begin for spans, (_, begin, _, _) in zip(whole, parts, strict=True)])
 
     def _spans(self, start: int, stop: int) -> list[tuple[Stream, int, int, int]]:
         """Return (part, its offset, start and stop in the part) for each part with tokens in [start, stop)."""
@@ -73,6 +90,12 @@ class Section:
         """Return the offsets in [start, stop) at which a document starts, ascending."""
         check_range(start, stop, self.num_tokens)
         return self._stream.starts(self._begin + start, self._begin + stop) - self._begin
+
+    def answers(self, start: int, stop: int) -> Spans | None:
+        """Return the learned spans in [start, stop), cut to it and ascending; None if every token is learned."""
+        check_range(start, stop, self.num_tokens)
+        found = self._stream.answers(self._begin + start, self._begin + stop)
+        return None if found is None else found - self._begin
 
 
 def check_range(start: int, stop: int, num_tokens: int) -> None:

@@ -186,7 +186,7 @@ def make_record(corpus: TokenCorpus, tokenizer: Tokenizer, options: Mapping[str,
         documents = _documents(files, first, first + streams[name].num_tokens)
         splits[name] = SplitRecord(
             count.documents if documents is None else documents,
-            streams[name].num_tokens, count.text_bytes, (), estimated=count.sampled_tokens is not None,
+            streams[name].num_tokens, count.text_bytes, (), streams[name].num_tokens, count.text_bytes, estimated=count.sampled_tokens is not None,
         )  # fmt: skip
         if count.sampled_tokens is not None and name == "val":
             notes.append(

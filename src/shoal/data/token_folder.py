@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config.data_options import Data, Source
+from shoal.data.instruct import open_template, special_texts
 from shoal.data.manifest import FORMAT, MANIFEST
 from shoal.data.tokens import tokenize
 from shoal.data.tokens.tokenize import Tokenizer
@@ -44,6 +45,8 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
     if data.decontaminate:
         options["decontaminate"] = [*data.decontaminate, data.decontaminate_ngram]
     options |= {key: value for key in FILTERS if (value := getattr(data, key)) != getattr(UNSET, key)}
+    if data.format != "text":
+        options["conversations"] = _conversation_options(data, tokenizer)
     if tokenizer is None:  # one will be trained
         options["bpe"] = [tokenize.PATTERN_VERSION, data.tokenizer_vocab_size, data.tokenizer_sample_bytes]
     else:
@@ -63,6 +66,18 @@ def _file_options(data: Data) -> dict[str, Any]:
     if data.wikitext:
         options["wikitext"] = True
     return options
+
+
+def _conversation_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    template = open_template(data)
+    special = {} if tokenizer is None else special_texts(tokenizer)
+    content = json.dumps([template.source, special | dict(template.special)], sort_keys=True)
+    return {
+        "format": data.format,
+        "template": hashlib.sha256(content.encode()).hexdigest(),
+        "broken": data.broken_conversations,
+        "learn": data.learn,
+    }
 
 
 def find_folder(data: Data, options: dict[str, Any]) -> Path:

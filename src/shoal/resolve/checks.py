@@ -10,11 +10,10 @@ from typing import Final
 from shoal.config.options import Config
 from shoal.config.presets import shape_problems
 from shoal.errors import Problem
-from shoal.resolve.data_checks import MakeProblem, data_problems
+from shoal.resolve.data_checks import DEFAULT, DERIVED, MakeProblem, data_problems
 from shoal.resolve.layout_checks import refusals_of_machines
 from shoal.system.network import read_address
 
-DEFAULT, DERIVED = "default", "derived"
 LONGEST_NAME: Final = 200  # bytes; file systems allow 255, and some file names append a word to a run's name
 
 
@@ -53,7 +52,7 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
     yield from _node_problems(config, problem)
     if config.launch.name is not None and (why := why_no_name(config.launch.name)):
         yield problem(f"launch.name {why}", "launch.name")
-    yield from data_problems(config, problem)
+    yield from data_problems(config, sources, problem)
 
 
 def remarks(config: Config) -> Iterable[str]:
@@ -63,6 +62,11 @@ def remarks(config: Config) -> Iterable[str]:
         yield (
             f"optim.warmup_steps {warmup} exceeds train.steps {steps}: the learning rate rises until the end, only to "
             f"{config.optim.lr * steps / warmup:.3g} of optim.lr {config.optim.lr:g}"
+        )
+    if config.data.format != "text" and not config.data.document_mask:
+        yield (
+            f"data.document_mask is false with data.format {config.data.format}: answers attend to other conversations in "
+            "their row"
         )
 
 

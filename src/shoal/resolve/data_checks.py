@@ -9,22 +9,24 @@ from pathlib import Path
 from typing import Final
 
 from shoal.config.data_formats import is_pattern
-from shoal.config.data_options import BlendSource, Data, Source, read_place
+from shoal.config.data_options import NAMED_TEMPLATES, BlendSource, Data, Source, read_place
 from shoal.config.option import option_fields, option_name
 from shoal.config.options import SOURCES, Config
 from shoal.errors import ModelError, Problem
 from shoal.hub.find import find_model, find_path, near_path
 
+DEFAULT, DERIVED = "default", "derived"
 WITHOUT_PATHS: Final = ("stdlib", "dummy")
 
 MakeProblem = Callable[..., Problem]
 
 
-def data_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
-    """Yield the problems of the data's options. problem: makes a `Problem` of a sentence and the keys it is about."""
+def data_problems(config: Config, origins: Mapping[str, str], problem: MakeProblem) -> Iterable[Problem]:
+    """Yield the problems of the data's options. origins: where each option was set. problem: makes a `Problem` of a sentence and the keys it is about."""
     model, data = config.model, config.data
     if data.sources is None:
         yield from _source_problems(data, "data", data, problem)
+        yield from _conversation_problems(data, "data", origins, problem)
         if data.bad_records != Data.bad_records and data.corpus == "dummy":
             yield problem(
                 "data.bad_records has no effect on a dummy corpus; remove it", "data.bad_records", "data.corpus"
@@ -34,6 +36,7 @@ def data_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
     else:
         for name, source in data.sources.items():
             yield from _source_problems(source, f"{SOURCES}{name}", data, problem)
+            yield from _conversation_problems(source, f"{SOURCES}{name}", origins, problem)
         yield from _blend_problems(data, data.sources, problem)
     why = _why_no_tokenizer(data)
     if why is not None:
@@ -117,6 +120,50 @@ def _filter_problems(source: Source, key: str, data: Data, problem: MakeProblem)
     if missing and not _has_tokens(source.corpus, data):
         named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
         yield problem(f"{key}.decontaminate does not exist: {named}", f"{key}.decontaminate")
+
+
+def _conversation_problems(
+    source: Source, key: str, origins: Mapping[str, str], problem: MakeProblem
+) -> Iterable[Problem]:
+    if source.format == "text":
+        for name in ("template", "broken_conversations", "learn"):
+            if _is_set(f"{key}.{name}", origins):
+                yield problem(
+                    f"{key}.{name} has no effect on {key}.format text; set {key}.format to alpaca, messages or sharegpt, or "
+                    f"remove {key}.{name}",
+                    f"{key}.{name}",
+                    f"{key}.format",
+                )
+        return
+    if source.corpus in ("stdlib", "text", "dummy", "tokens"):
+        yield problem(
+            f"a {source.corpus} corpus has no records, which {key}.format {source.format} needs; set {key}.corpus to jsonl",
+            f"{key}.format",
+            f"{key}.corpus",
+        )
+    if source.format == "alpaca" and _is_set(f"{key}.text_key", origins):
+        yield problem(
+            f"{key}.text_key has no effect on {key}.format alpaca, whose fields are instruction, input and output; remove it",
+            f"{key}.text_key",
+            f"{key}.format",
+        )
+    if source.template != "auto" and source.template not in NAMED_TEMPLATES and not _is_template_file(source.template):
+        yield problem(
+            f"{key}.template {source.template} was not found: there is no such file; set it to auto, "
+            f"{', '.join(NAMED_TEMPLATES)} or the path of a .jinja file",
+            f"{key}.template",
+        )
+
+
+def _is_template_file(path: str) -> bool:
+    try:
+        return Path(path).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def _is_set(key: str, origins: Mapping[str, str]) -> bool:
+    return origins[key] not in (DEFAULT, DERIVED)
 
 
 def _blend_problems(data: Data, sources: Mapping[str, BlendSource], problem: MakeProblem) -> Iterable[Problem]:

@@ -25,7 +25,8 @@ from shoal.config.options import SECTIONS, SOURCES, Config, Model, option_at, op
 from shoal.config.presets import PRESETS, resolve_shape
 from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
-from shoal.resolve.checks import DEFAULT, DERIVED, contradictions, remarks
+from shoal.resolve.checks import contradictions, remarks
+from shoal.resolve.data_checks import DEFAULT, DERIVED
 from shoal.resolve.precedence import replacements
 from shoal.resolve.recipe import START, Setting, known, not_text, read_override, read_recipe, to_text
 from shoal.system.secrets import secret_in
@@ -65,7 +66,7 @@ def resolve(
     # without a recipe, the replaced values are START's: the user never set them
     notes = [str(r) for r in found if recipe != START]
     settings = {k: s for k, s in said.items() if k not in replaced} | typed
-    settings = _with_shape(_with_corpus(settings), problems, notes, kept)
+    settings = _with_shape(_with_document_mask(_with_corpus(settings)), problems, notes, kept)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
     if problems:
         raise ConfigError(sorted(problems, key=_place))
@@ -117,6 +118,15 @@ def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
             if names := [str(name).strip() for name in names if str(name).strip()]:
                 derived[corpus] = Setting(corpus, kind_of_paths(names), f"{key} at {paths.where}")
     return settings | derived
+
+
+def _with_document_mask(settings: dict[str, Setting]) -> dict[str, Setting]:
+    """Derive data.document_mask from a source's format, unless set: the conversations of a row do not read each other."""
+    for key, form in settings.items():
+        own = key == "data.format" or (key.startswith(SOURCES) and key.endswith(".format"))
+        if own and form.value != "text" and "data.document_mask" not in settings:
+            return settings | {"data.document_mask": Setting("data.document_mask", True, f"{key} at {form.where}")}
+    return settings
 
 
 def _with_shape(

@@ -146,8 +146,11 @@ def _yardstick(run: Run, evaluation: Evaluation) -> str:
         return not run.stopping.stop
 
     seconds = min(YARDSTICK_SECONDS, run.config.launch.timeout_seconds / 4)  # the other ranks wait in a barrier
+    ours, counts = evaluation.val_bits_per_byte, run.dataset.counts["val"]
+    text_bytes = counts.text_bytes
+    if counts.learned_bytes < text_bytes:
+        return f"held-out conversations ({counts.learned_bytes:,} bytes learned), bits per byte: this model {ours:.3f}"
     found = run.measuring.wait(seconds, go_on)
-    ours, text_bytes = evaluation.val_bits_per_byte, run.dataset.counts["val"].text_bytes
     if isinstance(found, Yardstick):
         return found.compared(ours, text_bytes)
     return (

@@ -42,12 +42,13 @@ def evaluate(
     Return the losses on the first `max_tokens` held-out tokens (None: all); of a blend, on each source's share of them.
 
     The loss of a blend is the mean over all held-out tokens of its sources: each source counts by the size of its split.
-    Bits per byte = nats per token * tokens per byte / ln 2, with the tokens per byte of the whole held-out text.
+    Bits per byte = nats per token * tokens per byte / ln 2, with the tokens per byte of the whole held-out text; of
+    conversations, only learned tokens and their text count.
     `alive()` is called before each group of batches, `progress(done, all)` after it; both numbers count
     this process's rows. A collective over the world; identical on every rank.
     """
     parts = dataset.held_out_rows()
-    tokens = {name: dataset.parts[name].counts["val"].tokens for name in parts}
+    tokens = {name: dataset.parts[name].counts["val"].learned_tokens for name in parts}
     limits = {
         name: None if max_tokens is None else max(1, max_tokens * tokens[name] // sum(tokens.values()))
         for name in parts
@@ -70,7 +71,7 @@ def evaluate(
     by_source = dict(zip(parts, means, strict=True))
     loss = sum(by_source[name] * tokens[name] for name in parts) / sum(tokens.values()) if len(parts) > 1 else means[0]
     counts = dataset.counts["val"]
-    bits = loss * counts.tokens / counts.text_bytes / math.log(2)
+    bits = loss * counts.learned_tokens / counts.learned_bytes / math.log(2)
     return HeldOut(loss, bits, None if dataset.single else by_source)
 
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 import torch
 
+from shoal.config.data_options import Data
 from shoal.config.options import Config
 from shoal.data.dataset import Dataset
+from shoal.data.instruct import ConversationEncoder, open_template, special_texts
+from shoal.data.tokens.chat_template import TEMPLATE_FILE, ChatTemplate
 from shoal.data.tokens.tokenize import tokenizer_folder
-from shoal.hub.beside import OF_MODEL, TOKENIZER, keep, keep_headers
+from shoal.data.tokens.tokenizer_ends import TOKENIZER_CONFIG, read_object
+from shoal.hub.beside import GENERATION, OF_MODEL, TOKENIZER, keep, keep_headers
 from shoal.hub.find import find_model
 from shoal.hub.folder import HEADERS, ModelFolder
 from shoal.mesh.mesh import Mesh, check_dtype, has_bfloat16
 from shoal.metrics.products import product_rates
 from shoal.run.folder import RunFolder
 from shoal.system.cpu import multiplies_bfloat16
+from shoal.system.disk import write_whole
 
 # Measurements at a start may take half a second in all; `free_cores` takes the rest.
 MEASURING_SECONDS: Final = 0.4
@@ -90,3 +97,29 @@ def write_run_files(folder: RunFolder, config: Config, dataset: Dataset) -> None
     if tokenizer is not None and tokenizer != origin:
         keep(tokenizer, TOKENIZER, folder.tokenizer)
     folder.tokenizer_file.write_text(dataset.tokenizer.to_json(), encoding="utf-8")
+    if (chats := dataset.conversations()) is not None:
+        _write_chat_files(folder.tokenizer, chats, tokenizer, dataset)
+
+
+def _write_chat_files(target: Path, data: Data, origin: Path | None, dataset: Dataset) -> None:
+    """
+    Write the template of the conversations beside the tokenizer, so that `shoal chat` and exports use it.
+
+    origin: the tokenizer's folder, if it has one. Writes nothing if that folder has this template itself.
+    """
+    template = open_template(data)
+    own = None if origin is None else ChatTemplate.of(origin)
+    if own is not None and own.source == template.source:
+        return
+    if origin is not None:
+        keep(origin, TOKENIZER, target)
+    else:
+        target.mkdir(exist_ok=True)
+        (target / "tokenizer.json").write_text(dataset.tokenizer.to_json(), encoding="utf-8")
+        special = special_texts(dataset.tokenizer)
+        described = {"tokenizer_class": "PreTrainedTokenizerFast", **{k: v for k, v in special.items() if v}}
+        write_whole(target / TOKENIZER_CONFIG, [json.dumps(described, ensure_ascii=False).encode()])
+    ends = ConversationEncoder(dataset.tokenizer, template, answers_only=True).end_ids()
+    generation = read_object(target / GENERATION) | {"eos_token_id": ends}
+    write_whole(target / GENERATION, [json.dumps(generation).encode()])
+    write_whole(target / TEMPLATE_FILE, [template.source.encode()])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -21,12 +21,33 @@ START = Cursor()
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """
+    Messages, each with at least `role` and `content`, as chat templates read them.
+
+    learned: for each message, whether its own flag asks to learn it; None without a flag. tools: the functions that the model
+    may call. record_id: the record's `id`. flaws: the rules that the messages break, one sentence each.
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    learned: tuple[bool | None, ...]
+    tools: tuple[Any, ...] = ()
+    record_id: str | None = None
+    flaws: tuple[str, ...] = ()
+
+    def words(self) -> str:
+        """Return the text of the messages, without roles and templates, to train a tokenizer on."""
+        return "\n".join(message["content"] for message in self.messages)
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
-    """A non-empty text; `after` is the cursor of the next document."""
+    """A non-empty text, or a conversation with its JSON as `text`; `after` is the cursor of the next document."""
 
     name: str
     text: str
     after: Cursor
+    conversation: Conversation | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 from shoal.config.data_formats import format_of, split_suffix, suffixes_of
 from shoal.config.data_options import Source
+from shoal.data.corpus.conversations import UniqueIds, conversation_shape
 from shoal.data.corpus.csv_rows import csv_reader
 from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Document, Reader, Skipped
 from shoal.data.corpus.dummy import DummyCorpus
@@ -22,7 +23,7 @@ from shoal.data.corpus.encoding import check_suffix
 from shoal.data.corpus.json_values import json_reader
 from shoal.data.corpus.jsonl import jsonl_reader
 from shoal.data.corpus.paths import Finder, count_kinds
-from shoal.data.corpus.records import text_shape
+from shoal.data.corpus.records import Shape, text_shape
 from shoal.data.corpus.tables import arrow_reader, parquet_reader
 from shoal.data.corpus.text import PIECE_BYTES, line_reader, separated_reader, text_reader
 from shoal.data.corpus.wikitext import WikiText
@@ -61,7 +62,15 @@ def open_corpus(source: Source) -> Corpus:
     files = finder.files()
     tables = [n for n, (name, _) in enumerate(files) if _format(source, name) in ("csv", "parquet", "arrow")]
     corpus = FileCorpus(files, _reader(source, files), finder.skipped(), tables)
-    return WikiText(corpus) if source.wikitext else corpus
+    if source.wikitext:
+        return WikiText(corpus)
+    return corpus if source.format == "text" else UniqueIds(corpus, source.broken_conversations == "keep")
+
+
+def _shape(source: Source) -> Shape:
+    if source.format != "text":
+        return conversation_shape(source)
+    return text_shape(source.text_key, keep_empty=source.wikitext)
 
 
 NONE: Mapping[str, int] = MappingProxyType({})
@@ -136,7 +145,7 @@ def _format(source: Source, name: str) -> str:
 
 def _readers(source: Source, files: Sequence[tuple[str, Path]]) -> Mapping[str, Reader]:
     """Return a reader for each format."""
-    shape = text_shape(source.text_key, keep_empty=source.wikitext)
+    shape = _shape(source)
     return {
         "text": _text_reader(source, files),
         "jsonl": jsonl_reader(shape),

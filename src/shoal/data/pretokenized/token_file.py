@@ -78,6 +78,9 @@ class TokenFile:
             self._refuse(start, int(np.argmax(ids >= self._vocabulary.size)))
         return ids
 
+    def answers(self, start: int, stop: int) -> None:
+        """Return None: every token is learned."""
+
     def starts(self, start: int, stop: int) -> Starts:
         """Return the offsets in [start, stop) at which a document starts, ascending. Scans only these tokens."""
         if self.borders is not None:

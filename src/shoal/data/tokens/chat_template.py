@@ -8,6 +8,7 @@ https://huggingface.co/docs/transformers/chat_templating, and its output equals 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -45,18 +46,30 @@ class ChatTemplate:
         source, name = _source(folder, config)
         if source is None:
             return None
-        template = cls(source, special_tokens(folder), str(name))
-        _ = template._compiled
-        return template
+        return cls(source, special_tokens(folder), str(name)).checked()
+
+    @classmethod
+    def read(cls, path: Path) -> ChatTemplate:
+        """Read a template file, without special tokens. Raises DataError if it cannot be read or is not valid Jinja."""
+        return cls(_read(path), {}, str(path)).checked()
+
+    def checked(self) -> ChatTemplate:
+        """Return this template. Raises DataError if it is not valid Jinja."""
+        _ = self._compiled
+        return self
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **variables: object
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Any] | None = None,
+        **variables: object,
     ) -> str:
         """
         Return the conversation as text that contains special tokens, for `Tokenizer.encode_chat`.
 
         messages: each with `role` and `content`. add_generation_prompt: end with the start of the model's answer.
-        variables: extra template variables, such as `enable_thinking`. Raises DataError if there are no messages, or
+        tools: descriptions of functions. variables: extra template variables, such as `enable_thinking`. Raises DataError if there are no messages, or
         the template rejects them or fails.
         """
         if not messages:
@@ -65,7 +78,7 @@ class ChatTemplate:
         try:
             return self._compiled.render(
                 messages=given,
-                tools=None,
+                tools=tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **{**self.special, **variables},
@@ -87,12 +100,8 @@ class ChatTemplate:
 def _source(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Path]:
     """Return the template's text and its file; a separate template file takes precedence over the config."""
     file = folder / TEMPLATE_FILE
-    try:
-        return file.read_text("utf-8"), file
-    except FileNotFoundError:
-        pass
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read {file}: {error}; correct or remove it") from error
+    if os.path.exists(file):
+        return _read(file), file
     path, found = folder / "tokenizer_config.json", config.get("chat_template")
     if isinstance(found, list):
         found = {
@@ -110,6 +119,13 @@ def _source(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, Path]:
     if not isinstance(found, str):
         raise DataError(f"{path} has a chat template that is not text; correct or remove it")
     return found, path
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {file}: {error}; correct or remove it") from error
 
 
 class _Generation(Extension):
