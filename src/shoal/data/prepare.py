@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -218,10 +219,15 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
         corpus = filter_documents(folder, corpus, filters, journal, data.shard_tokens, ticks.of("filtering"))
     split = choose_split(corpus, data.val_fraction, ticks.of("reading"))
     tokenizer = _tokenizer(folder, data, given, corpus, split, ticks)
-    note = write_shards(folder, corpus, split, tokenizer, data.shard_tokens, journal, ticks.of("tokens"))
+    with ThreadPoolExecutor(1, "digest") as executor:
+        hashed = executor.map(corpus.digest, range(len(listing)))  # while tokens are encoded
+        try:
+            note = write_shards(folder, corpus, split, tokenizer, data.shard_tokens, journal, ticks.of("tokens"))
+            digests = list(hashed)
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
     if corpus.listing() != listing:
         raise DataError("the corpus changed while it was read; start again once it no longer changes")
-    digests = [corpus.digest(index) for index in range(len(listing))]
     finish(journal, digests, (folder / TOKENIZER).read_bytes(), tokenizer.vocab_size).save(folder)
     clear(folder, [JOURNAL, SEGMENTS])
     return [*_notes(corpus), *([] if note is None else [note])]

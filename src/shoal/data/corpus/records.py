@@ -34,7 +34,7 @@ def text_shape(text_key: str) -> Shape:
         if not text:
             return Skipped(name, "empty text", after)
         try:
-            text.encode()
+            text.isascii() or text.encode()
         except UnicodeEncodeError:  # JSON can encode half of a surrogate pair
             return Skipped(name, "half a surrogate pair, not a character", after)
         return Document(name, text, after)
