@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -219,18 +220,28 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
         corpus = filter_documents(folder, corpus, filters, journal, data.shard_tokens, ticks.of("filtering"))
     split = choose_split(corpus, data.val_fraction, ticks.of("reading"))
     tokenizer = _tokenizer(folder, data, given, corpus, split, ticks)
-    with ThreadPoolExecutor(1, "digest") as executor:
-        hashed = executor.map(corpus.digest, range(len(listing)))  # while tokens are encoded
-        try:
-            note = write_shards(folder, corpus, split, tokenizer, data.shard_tokens, journal, ticks.of("tokens"))
-            digests = list(hashed)
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+    hashed = _in_background(lambda: [corpus.digest(index) for index in range(len(listing))])
+    note = write_shards(folder, corpus, split, tokenizer, data.shard_tokens, journal, ticks.of("tokens"))
+    digests = hashed.result()
     if corpus.listing() != listing:
         raise DataError("the corpus changed while it was read; start again once it no longer changes")
     finish(journal, digests, (folder / TOKENIZER).read_bytes(), tokenizer.vocab_size).save(folder)
     clear(folder, [JOURNAL, SEGMENTS])
     return [*_notes(corpus), *([] if note is None else [note])]
+
+
+def _in_background(work: Callable[[], list[str]]) -> Future[list[str]]:
+    """Call a function in a thread that does not delay the end of the process, as an executor's would."""
+    future: Future[list[str]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # everything: `result` raises it in the caller's thread
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="digest", daemon=True).start()
+    return future
 
 
 def _resume_or_start(folder: Path, options: dict[str, Any], listing: list[CorpusFile]) -> Journal:
