@@ -268,7 +268,8 @@ def test_segments_of_another_version_are_discarded(make_data: MakeData, monkeypa
     assert ended.data_id == whole.data_id
 
 
-def test_a_lost_segment_is_one_message(make_data: MakeData) -> None:
+def test_a_lost_segment_is_one_message(make_data: MakeData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filters, "BATCH_DOCUMENTS", 5)
     data = make_data(deduplicate="exact")
 
     def lose(phase: str, done: int, total: int) -> None:
