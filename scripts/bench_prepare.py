@@ -27,7 +27,7 @@ from shoal.data.tokens.tokenize import Tokenizer, load_tokenizer, train_bpe
 
 SUFFIXES = (".html", ".htm", ".txt", ".md", ".rst", ".xml")
 SMALLEST = 500  # bytes of a file
-BATCH_BYTES = 8_000_000  # of the tokenizer alone; 2 and 32 MB were no faster
+BATCH_BYTES = 8_000_000  # of the tokenizer alone; batches of 2 and 4 MB take as long
 TRAINED_ON_BYTES = 30_000_000
 
 
@@ -81,9 +81,11 @@ def batches_of(texts: list[str]) -> Iterator[list[str]]:
 
 def seconds_alone(kind: str, tokenizer: Tokenizer, texts: list[str]) -> float:
     """Return how long the tokenizer takes for all texts, by its own batch call."""
-    import fastokens
+    fast = None
+    if kind == "fastokens":
+        import fastokens
 
-    fast = fastokens.Tokenizer.from_json_str(tokenizer.to_json()) if kind == "fastokens" else None
+        fast = fastokens.Tokenizer.from_json_str(tokenizer.to_json())
     begun = time.perf_counter()
     for batch in batches_of(texts):
         if fast is not None:
@@ -109,9 +111,10 @@ def work(kind: str, corpus: Path, tokenizer: Path, folder: Path) -> None:
     print(json.dumps({"seconds": seconds, "bytes": sum(c.text_bytes for c in counts), "data_id": prepared.data_id}))
 
 
-def run(kind: str, corpus: Path, tokenizer: Path, folder: Path) -> tuple[dict[str, float], float]:
+def run(kind: str, corpus: Path, tokenizer: Path, folder: Path, library: str) -> tuple[dict[str, float], float]:
     """Run `work` in a new process; return what it printed, and the process's peak memory in MiB."""
-    command = [sys.executable, __file__, "--work", kind, "--folder", str(folder), str(corpus), str(tokenizer)]
+    command = [sys.executable, __file__, "--work", kind, "--library", library, "--folder", str(folder)]
+    command += [str(corpus), str(tokenizer)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     out = process.stdout.read()
@@ -127,16 +130,16 @@ def processor() -> str:
     return f"{named.get('Model name', '?')}, model {named.get('Model', '?')}, {os.cpu_count()} cores"
 
 
-def measure(corpus: Path, tokenizer: Path, folder: Path, repeats: int) -> None:
+def measure(corpus: Path, tokenizer: Path, folder: Path, repeats: int, kind: str) -> None:
     """Print a table row for each pair of runs, and the medians."""
-    has_fast = fast_encoder(load_tokenizer(str(tokenizer))) is not None
-    kind = "fastokens" if has_fast else "tokenizers"
+    if kind == "fastokens" and fast_encoder(load_tokenizer(str(tokenizer))) is None:
+        raise SystemExit("fastokens is not installed or does not support this tokenizer; use --library tokenizers")
     print(f"{processor()}; {kind}; {corpus} of {corpus.stat().st_size / 1e6:.0f} MB\n")
     print("| tokenizer alone, MB/s | prepare, MB/s | ratio | peak memory, MiB |\n| --- | --- | --- | --- |")
     ratios, peaks = [], []
     for _ in range(repeats):
-        alone, _ = run(kind, corpus, tokenizer, folder)
-        ours, peak = run("prepare", corpus, tokenizer, folder)
+        alone, _ = run(kind, corpus, tokenizer, folder, kind)
+        ours, peak = run("prepare", corpus, tokenizer, folder, kind)
         speeds = [found["bytes"] / found["seconds"] / 1e6 for found in (alone, ours)]
         ratios.append(speeds[1] / speeds[0])
         peaks.append(peak)
@@ -151,14 +154,17 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=250)
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--library", choices=["fastokens", "tokenizers"], default="fastokens")
     parser.add_argument("--work", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.library == "tokenizers":
+        sys.modules["fastokens"] = None  # type: ignore[assignment]  # as if it were not installed
     if args.work:
         corpus, tokenizer = args.source
         work(args.work, corpus, tokenizer, args.folder)
         return
     corpus, tokenizer = make(args.source[0], args.folder, args.megabytes, args.vocab_size)
-    measure(corpus, tokenizer, args.folder, args.repeats)
+    measure(corpus, tokenizer, args.folder, args.repeats, args.library)
 
 
 if __name__ == "__main__":

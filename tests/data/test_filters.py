@@ -268,6 +268,21 @@ def test_segments_of_another_version_are_discarded(make_data: MakeData, monkeypa
     assert ended.data_id == whole.data_id
 
 
+def test_a_lost_segment_is_one_message(make_data: MakeData, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filters, "BATCH_DOCUMENTS", 5)
+    data = make_data(deduplicate="exact")
+
+    def lose(phase: str, done: int, total: int) -> None:
+        for path in Path(data.folder).glob("*/.filter-00000"):
+            path.write_bytes(b"")
+
+    with pytest.raises(DataError, match=r"cannot read .*filter-00000.*remove .*journal.json"):
+        prepare(data, lose)
+    for path in Path(data.folder).glob("*/journal.json"):
+        path.unlink()
+    assert prepare(data).counts["train"].documents
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [

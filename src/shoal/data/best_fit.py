@@ -33,7 +33,7 @@ def cut_documents(stream: Stream, seq_len: int) -> Pieces:
     Return the documents of a stream; one longer than a row (`seq_len` + 1 tokens) as full rows and a remainder.
 
     Neighboring pieces share a token: the last label of the one is the first token of the other, so every token of a
-    document but the first is predicted once. Documents of one token are left out, because nothing is predicted in them.
+    document but the first is predicted once. Skips documents of one token, because nothing is predicted in them.
     """
     if not stream.num_tokens:
         return Pieces(np.zeros(0, np.int64), np.zeros(0, np.int64))
@@ -50,7 +50,7 @@ def best_fit(lengths: Ints, capacity: int) -> tuple[Ints, int]:
     Return the row of each piece [pieces], and the number of rows. No row gets more than `capacity` tokens.
 
     Places the longest piece first, each into the fullest row that has room for it, else into a new row. Rows are numbered
-    by the place of their longest piece, so that the first rows are no special ones. Raises ValueError if a piece is longer
+    by the place of their longest piece, so that the first rows are like the others. Raises ValueError if a piece is longer
     than a row.
     """
     if len(lengths) and int(lengths.max()) > capacity:

@@ -28,8 +28,9 @@ from shoal.errors import DataError
 
 CHUNK_BYTES = 2_000_000  # a chunk's tokens take about fifty times the memory of its text while Rust returns them
 PART_CHARACTERS = 1 << 20  # longer documents are encoded in parts, for the same reason
-CHUNKS_IN_FLIGHT = 3
-COMPARED_CHUNKS = 64  # fastokens and tokenizers both encode one chunk in this many, the first included
+CHUNKS_IN_FLIGHT = 8  # enough to encode while a shard is written
+COMPARED_CHUNKS = 16  # fastokens and tokenizers both encode texts of one chunk in this many, the first included
+COMPARED_CHARACTERS = 1 << 16  # of such a chunk, since tokenizers takes about twenty times as long
 
 FIELDS_AT_MOST = 100  # maximum number of field names to collect, to suggest a data.text_key
 
@@ -257,7 +258,8 @@ def _encode(
     dtype = token_dtype(tokenizer.vocab_size)
     parts = [_parts(item.text) if tokenizer.can_be_cut else [item.text] for item in items]
     flat = [part for text in parts for part in text]
-    encoded = _arrays(tokenizer, flat, dtype) if fast is None else iter(fast.encode_batch(flat, compare=compare))
+    compared = COMPARED_CHARACTERS if compare else 0
+    encoded = _arrays(tokenizer, flat, dtype) if fast is None else iter(fast.encode_batch(flat, compared))
     begin = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype)
     end = np.array([tokenizer.eot_id], dtype)
     ids = (

@@ -24,7 +24,7 @@ from shoal.config.data_options import Source
 from shoal.data.contamination import EvaluationTexts
 from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Document, Skipped
 from shoal.data.files import write_atomically
-from shoal.data.manifest import Filtered, Journal, segment_name
+from shoal.data.manifest import JOURNAL, Filtered, Journal, segment_name
 from shoal.data.near_duplicates import SLOTS, NearIndex, Signatures, signatures_of, version
 from shoal.data.sorted_runs import SortedRuns
 from shoal.errors import DataError
@@ -177,8 +177,11 @@ class _Segment:
 
     @classmethod
     def load(cls, path: Path) -> _Segment:
-        with path.open("rb") as file:
-            signatures, removed, digests = (np.load(file, allow_pickle=False) for _ in range(3))
+        try:
+            with path.open("rb") as file:
+                signatures, removed, digests = (np.load(file, allow_pickle=False) for _ in range(3))
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"cannot read {path} ({error}); remove {path.parent / JOURNAL} to filter again") from error
         return cls(removed, digests, signatures)
 
 

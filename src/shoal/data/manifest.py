@@ -127,7 +127,7 @@ class Filtered:
     """
     The progress of the filters' pass: the place of the last segment, and what was removed by reason.
 
-    kept: documents that are left. version: the version of what the segments hold.
+    kept: documents that are left. version: the version of the segments' content.
     """
 
     upto: Cursor = START

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -260,18 +262,33 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
         corpus = filter_documents(folder, corpus, filters, journal, data.shard_tokens, ticks.of("filtering"))
     split = choose_split(corpus, data.val_fraction, data.bad_records, ticks.of("reading"))
     tokenizer = _tokenizer(folder, data, given, corpus, split, ticks)
+    hashed = _in_background(lambda: [corpus.digest(index) for index in range(len(listing))])
     chats = None
     if data.format != "text":
         chats = ConversationEncoder(tokenizer, open_template(data), answers_only=data.learn == "answers")
     note = write_shards(
         folder, corpus, split, tokenizer, data.shard_tokens, data.bad_records, journal, ticks.of("tokens"), chats
     )
+    digests = hashed.result()
     if corpus.listing() != listing:
         raise DataError("the corpus changed while it was read; start again once it no longer changes")
-    digests = [corpus.digest(index) for index in range(len(listing))]
     finish(journal, digests, (folder / TOKENIZER).read_bytes(), tokenizer.vocab_size).save(folder)
     clear(folder, [JOURNAL, SEGMENTS])
     return [*_notes(corpus), *([] if note is None else [note])]
+
+
+def _in_background(work: Callable[[], list[str]]) -> Future[list[str]]:
+    """Call a function in a thread that does not delay the end of the process, as an executor's would."""
+    future: Future[list[str]] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # everything: `result` raises it in the caller's thread
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="digest", daemon=True).start()
+    return future
 
 
 def _resume_or_start(folder: Path, options: dict[str, Any], listing: list[CorpusFile]) -> Journal:

@@ -44,7 +44,7 @@ def text_shape(text_key: str, *, keep_empty: bool = False) -> Shape:
         if not text and not keep_empty:
             return Skipped(name, "empty text", after)
         try:
-            text.encode()
+            text.isascii() or text.encode()
         except UnicodeEncodeError:  # JSON can encode half of a surrogate pair
             return Skipped(name, "half a surrogate pair, not a character", after, damaged=True)
         return Document(name, text, after)

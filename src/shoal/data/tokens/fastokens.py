@@ -24,13 +24,21 @@ class FastEncoder:
     def __init__(self, fast: Any, tokenizer: Tokenizer) -> None:
         self._fast, self._tokenizer = fast, tokenizer
 
-    def encode_batch(self, texts: Sequence[str], *, compare: bool) -> list[Ids]:
+    def encode_batch(self, texts: Sequence[str], compared_characters: int) -> list[Ids]:
         """
         Encode texts.
 
-        Raises `DifferentIdsError` if fastokens fails, if it gives an id outside the vocabulary or, with `compare`, if tokenizers
-        gives other ids.
+        compared_characters: how much text tokenizers encodes too, in whole texts; if all are longer, the start of the first.
+
+        Raises `DifferentIdsError` if fastokens fails, if it gives an id outside the vocabulary, or if tokenizers gives other
+        ids.
         """
+        each = self._encode(texts)
+        if compared_characters and texts:
+            self._compare(texts, each, compared_characters)
+        return each
+
+    def _encode(self, texts: Sequence[str]) -> list[Ids]:
         try:
             content, offsets = self._fast.encode_batch_flat(list(texts), split_special_tokens=True)
         except Exception as error:  # fastokens has many error types
@@ -40,12 +48,21 @@ class FastEncoder:
             raise DifferentIdsError(
                 f"it gave the id {int(ids.max())}, but the tokenizer has {self._tokenizer.vocab_size} tokens"
             )
-        each = np.split(ids, np.frombuffer(offsets, "<u8")[1:-1].astype(np.int64)) if texts else []
-        if compare:
-            for text, ours, theirs in zip(texts, each, self._tokenizer.encode_batch(texts), strict=True):
-                if ours.tolist() != theirs:
-                    raise DifferentIdsError(f"for {text[:60]!a}")
-        return each
+        return np.split(ids, np.frombuffer(offsets, "<u8")[1:-1].astype(np.int64)) if texts else []
+
+    def _compare(self, texts: Sequence[str], each: Sequence[Ids], characters: int) -> None:
+        places, left = [], characters
+        for place, text in enumerate(texts):
+            if len(text) <= left:
+                places.append(place)
+                left -= len(text)
+        chosen, ours = [texts[place] for place in places], [each[place] for place in places]
+        if not places:
+            chosen = [texts[0][:characters]]
+            ours = self._encode(chosen)
+        for text, ids, theirs in zip(chosen, ours, self._tokenizer.encode_batch(chosen), strict=True):
+            if ids.tolist() != theirs:
+                raise DifferentIdsError(f"for {text[:60]!a}")
 
 
 def fast_encoder(tokenizer: Tokenizer) -> FastEncoder | None:
@@ -58,7 +75,8 @@ def fast_encoder(tokenizer: Tokenizer) -> FastEncoder | None:
         return None
     try:
         encoder = FastEncoder(fastokens.Tokenizer.from_json_str(tokenizer.to_json()), tokenizer)
-        encoder.encode_batch(same_ids.sample(), compare=True)
+        sample = same_ids.sample()
+        encoder.encode_batch(sample, sum(map(len, sample)))
     except Exception:  # ValueError if unsupported; DifferentIdsError for other ids
         return None
     return encoder
