@@ -4,6 +4,8 @@ A hub on loopback, for tests that a real one does not allow. It serves what hugg
     GET /api/models/NAME/revision/REV?blobs=True    the files with their sizes and hashes
     GET /NAME/resolve/COMMIT/FILE                   the bytes, also from `Range: bytes=N-` on
 
+For a dataset, the first path has `datasets` for `models`, and the second begins with `/datasets`.
+
 Weights are served through a redirect to another host, as on the real hub.
 """
 
@@ -19,12 +21,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+LFS = (".safetensors", ".bin", ".parquet", ".gz", ".zst")  # files in Git LFS, served from another host
+
 
 @dataclass
 class Repository:
-    """A model on the hub, and its faults."""
+    """A model or a dataset on the hub, and its faults."""
 
     files: dict[str, bytes]
+    kind: str = "models"
+    card: dict[str, Any] = field(default_factory=dict)  # the metadata of README.md
     commit: str = "c0ffee" + "0" * 34
     branches: tuple[str, ...] = ("main",)
     token: str = ""  # required of requests for the file list; otherwise 401
@@ -35,6 +41,11 @@ class Repository:
     ranges: bool = True
     encodings: dict[str, str] = field(default_factory=dict)  # by file: false content encodings
     on_body: Callable[[str], None] = lambda name: None  # called with the file's name after half of its body is sent
+
+    @property
+    def prefix(self) -> str:
+        """The beginning of the path of its files."""
+        return "" if self.kind == "models" else f"/{self.kind}"
 
 
 class Hub(ThreadingHTTPServer):
@@ -87,9 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.tokens[self.headers["Host"]] = self.headers.get("Authorization", "")
         path = unquote(urlsplit(self.path).path)
         for name, repository in self.server.repositories.items():
-            if path.startswith(f"/api/models/{name}/revision/"):
+            if path.startswith(f"/api/{repository.kind}/{name}/revision/"):
                 return self._list(name, repository, path.rpartition("/revision/")[2])
-            if path.startswith(f"/{name}/resolve/{repository.commit}/"):
+            if path.startswith(f"{repository.prefix}/{name}/resolve/{repository.commit}/"):
                 file = path.rpartition(f"/{repository.commit}/")[2]
                 return self._resolve(name, repository, file)
             if path.startswith(f"/elsewhere/{name}/"):
@@ -102,13 +113,13 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in (*repository.branches, repository.commit):
             return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         siblings = [_sibling(file, content, repository) for file, content in repository.files.items()]
-        body = {"_id": "0", "id": name, "sha": repository.commit, "siblings": siblings}
+        body = {"_id": "0", "id": name, "sha": repository.commit, "siblings": siblings, "cardData": repository.card}
         return self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
 
     def _resolve(self, name: str, repository: Repository, file: str) -> None:
         if repository.gated:
             return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
-        if file.endswith(".safetensors"):
+        if file.endswith(LFS):
             return self._answer(302, b"", {"Location": f"{self.server.elsewhere}/elsewhere/{name}/{file}"})
         return self._send(repository, file)
 
@@ -148,6 +159,6 @@ def _sibling(file: str, content: bytes, repository: Repository) -> dict[str, Any
     size = repository.stated_bytes.get(file, len(content))
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
     stated: dict[str, Any] = {"rfilename": file, "size": size, "blobId": blob}
-    if file.endswith((".safetensors", ".bin")):
+    if file.endswith(LFS):
         stated["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": size, "pointerSize": 134}
     return stated
