@@ -14,6 +14,7 @@ from typing import Any
 
 from shoal.config.data_options import Data
 from shoal.data.corpus.documents import Corpus, CorpusFile, Cursor
+from shoal.data.corpus.downloads import Downloads
 from shoal.data.corpus.paths import count_kinds
 from shoal.data.corpus.sources import open_corpus
 from shoal.data.encode import Split, choose_split, training_sample, write_shards
@@ -118,7 +119,7 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
         if (folder / MANIFEST).exists():
             if not data.rebuild:
                 return _open_checked(folder, data)
-            if not _is_current(folder, data):
+            if not _is_current(folder, data, progress):
                 clear(folder)
         notes = [] if (folder / MANIFEST).exists() else _build(folder, data, given, options, progress)
     return open_prepared(folder, notes)
@@ -159,11 +160,18 @@ def _open_checked(folder: Path, data: Data) -> Prepared:
     """Open finished tokens if the corpus is unchanged. If the corpus is gone, its tokens suffice."""
     manifest = load_manifest(folder)
     try:
-        corpus = open_corpus(data)
+        corpus = open_corpus(data, downloads_of(data, offline=True))
     except DataError as error:
         return open_prepared(folder, [f"the corpus is gone or cannot be read ({error}); using its prepared tokens"])
     check_unchanged(manifest, corpus)
     return open_prepared(folder, _notes(corpus))
+
+
+def downloads_of(
+    data: Data, progress: Progress = no_progress, *, refresh: bool = False, offline: bool = False
+) -> Downloads:
+    """Return where the remote files of `data` are or will be."""
+    return Downloads(Path(data.folder).expanduser() / "downloads", refresh, offline, progress)
 
 
 def _notes(corpus: Corpus) -> list[str]:
@@ -175,9 +183,9 @@ def _notes(corpus: Corpus) -> list[str]:
     return [f"{count:,} file{'s were' if count > 1 else ' was'} skipped: {count_kinds(files)}"]
 
 
-def _is_current(folder: Path, data: Data) -> bool:
+def _is_current(folder: Path, data: Data, progress: Progress) -> bool:
     """Return whether preparing again would give the same bytes. Reads every byte. Raises DataError if the corpus is gone."""
-    corpus = open_corpus(data)
+    corpus = open_corpus(data, downloads_of(data, progress, refresh=True))
     try:
         manifest = load_manifest(folder)
         check_unchanged(manifest, corpus)
@@ -189,7 +197,7 @@ def _is_current(folder: Path, data: Data) -> bool:
 
 def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str, Any], progress: Progress) -> list[str]:
     """Prepare the corpus, under the lock. Returns warnings for the user."""
-    corpus = open_corpus(data)
+    corpus = open_corpus(data, downloads_of(data, progress))
     listing = corpus.listing()
     ticks = _Ticks(listing, progress)
     journal = _resume_or_start(folder, options, listing)

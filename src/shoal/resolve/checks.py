@@ -12,9 +12,10 @@ from shoal.config.data_options import Data
 from shoal.config.options import Config
 from shoal.config.presets import shape_problems
 from shoal.errors import ModelError, Problem
+from shoal.hub.catalog import fetched_by
 from shoal.hub.find import find_model, find_path, near_path
 from shoal.resolve.layout_checks import refusals_of_machines
-from shoal.system.network import read_address
+from shoal.system.network import read_address, scheme_of
 
 DEFAULT, DERIVED = "default", "derived"
 LONGEST_NAME: Final = 200  # bytes; file systems allow 255, and some file names append a word to a run's name
@@ -92,9 +93,9 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             "data.paths",
             "data.corpus",
         )
-    missing = [p for p in data.paths if not _is_there(p)]
+    missing = [p for p in data.paths if not scheme_of(p) and not _is_there(p)]
     if missing and not _has_tokens(data):  # if the tokens are prepared, their source files may be gone
-        named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
+        named = ", ".join(f"{path}{_how_to_get(path)}" for path in missing[:3])
         yield problem(f"data.paths does not exist: {named}", "data.paths")
     why = _why_no_tokenizer(data)
     if why is not None:
@@ -110,6 +111,12 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             "model.vocab_size",
             "data.tokenizer_vocab_size",
         )
+
+
+def _how_to_get(path: str) -> str:
+    """Return a hint for a missing path: the command that fetches it, or a near one that exists."""
+    command = fetched_by(path)
+    return f" ({command} fetches it)" if command else near_path(path)
 
 
 def _has_tokens(data: Data) -> bool:

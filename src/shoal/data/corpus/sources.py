@@ -15,14 +15,17 @@ from types import MappingProxyType
 
 from shoal.config.data_options import Source
 from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Document, Reader, Skipped
+from shoal.data.corpus.downloads import Downloads
 from shoal.data.corpus.dummy import DummyCorpus
 from shoal.data.corpus.encoding import check_text, without_mark
 from shoal.data.corpus.jsonl import jsonl_reader
 from shoal.data.corpus.paths import Finder, count_kinds
 from shoal.data.corpus.records import text_shape
 from shoal.errors import DataError
+from shoal.system.network import scheme_of
 from shoal.system.output import on_one_line
 
+DOWNLOADS = Downloads(Path("data") / "downloads")
 PIECE_BYTES = 1 << 20  # longer text files become several documents, to bound memory
 SINGLE_FILE_PIECES = 200  # approximate number of documents cut from a corpus of one file, so that some can be held out
 MIN_PIECE_BYTES = 4096
@@ -40,16 +43,20 @@ STDLIB_SKIPPED_FILES = frozenset({
 STDLIB_SKIPPED_PREFIX = "_sysconfigdata"  # Python's build configuration, which differs between machines
 
 
-def open_corpus(source: Source) -> Corpus:
-    """Open the corpus that `source` names. Raises DataError if a path is missing, a file cannot be read, or there are no files."""
+def open_corpus(source: Source, downloads: Downloads = DOWNLOADS) -> Corpus:
+    """
+    Open the corpus that `source` names. downloads: where its remote files are or will be.
+
+    Raises DataError if a path is missing, a file cannot be read, or there are no files.
+    """
     match source.corpus:
         case "stdlib":
             return FileCorpus(_stdlib_files(), read_text_file)
         case "text":
-            finder = _find_files(source, TEXT_SUFFIXES)
+            finder = _find_files(source, TEXT_SUFFIXES, downloads)
             return FileCorpus(finder.files(), _text_reader(finder.files()), finder.skipped())
         case "jsonl":
-            finder = _find_files(source, JSONL_SUFFIXES)
+            finder = _find_files(source, JSONL_SUFFIXES, downloads)
             return FileCorpus(finder.files(), jsonl_reader(text_shape(source.text_key)), finder.skipped())
         case "dummy":
             return DummyCorpus(source.dummy_documents)
@@ -155,13 +162,17 @@ def _text_reader(files: Sequence[tuple[str, Path]]) -> Reader:
     return lambda path, name, start: read_text_file(path, name, start, piece_bytes)
 
 
-def _find_files(source: Source, suffixes: tuple[str, ...]) -> Finder:
+def _find_files(source: Source, suffixes: tuple[str, ...], downloads: Downloads) -> Finder:
     """Find the files of `data.paths`. Raises DataError if there are none or one cannot be read."""
     if not source.paths:
         raise DataError(f"a {source.corpus} corpus needs files: set data.paths")
     finder = Finder(suffixes)
     for given in source.paths:
-        finder.add(given)
+        if scheme_of(given):
+            for name, path in downloads.bring(given, suffixes):
+                finder.add(name, at=path)
+        else:
+            finder.add(given)
     if not finder.files():
         there = f"; found {count_kinds(finder.skipped())}" if finder.skipped() else ""
         raise DataError(f"no {' or '.join(suffixes)} files in {', '.join(source.paths)}{there}; correct data.paths")
