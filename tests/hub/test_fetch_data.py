@@ -51,7 +51,7 @@ class DataScene:
     def there(self) -> dict[str, bytes]:
         """Return the fetched files, without shoal's record."""
         files = {p.relative_to(self.folder).as_posix(): p for p in self.folder.rglob("*") if p.is_file()}
-        return {name: path.read_bytes() for name, path in files.items() if name != "fetched.json"}
+        return {name: path.read_bytes() for name, path in files.items() if name != ".fetched.json"}
 
 
 @pytest.fixture

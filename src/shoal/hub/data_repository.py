@@ -13,7 +13,7 @@ from shoal.errors import DataError, ShoalError
 from shoal.hub.catalog import CATALOG, close_datasets
 from shoal.hub.find import could_be_on_a_hub
 from shoal.hub.listing import Remote, RemoteFile
-from shoal.hub.record import DATASETS, RECORD
+from shoal.hub.record import DATA_RECORD, DATASETS
 
 FROM_HUB: Final = "hf:"
 BESIDE: Final = ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
@@ -22,7 +22,7 @@ _PACKED = ("", ".gz", ".zst", ".xz")
 # Every file that may hold records or text, for a dataset that is not in the catalog.
 ALL_DATA: Final = tuple(f"*.{name}{packed}" for name in _FORMATS for packed in _PACKED)
 # Descriptions of a dataset, not records.
-_NOT_DATA: Final = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json", RECORD)
+_NOT_DATA: Final = ("dataset_infos.json", "dataset_dict.json", "dataset_info.json", "state.json")
 NAMED_AT_MOST = 8
 
 
@@ -35,6 +35,7 @@ class DataRepository:
     patterns: tuple[str, ...]
     license: str = ""  # for a repository whose card states none
     kind: Literal["model", "dataset"] = "dataset"
+    record: str = DATA_RECORD
     error: type[ShoalError] = DataError
 
     def command(self, folder: Path) -> str:

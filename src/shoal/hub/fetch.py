@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from shoal.hub.data_repository import data_repository
 from shoal.hub.find import check_name
 from shoal.hub.model_repository import ModelRepository
-from shoal.hub.record import DATASETS, MODELS, RECORD, FileRecord, Record, load_record
+from shoal.hub.record import DATASETS, MODELS, FileRecord, Record, load_record
 from shoal.hub.repository import Repository
 from shoal.system.disk import NoLocksError, replace_folder, sync, take_lock, write_whole
 
@@ -52,6 +52,10 @@ class Request:
     @property
     def name(self) -> str:
         return self.repository.name
+
+    def record_in(self, folder: Path) -> Path:
+        """Return the path of the record of a fetch to `folder`."""
+        return folder / self.repository.record
 
 
 def fetch_model(
@@ -129,13 +133,13 @@ def _fetch_alone(request: Request, tell: Callable[[str], None], progress: Progre
     """Fetch under the lock, unless another process finished the fetch while this one waited."""
     folder = request.folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    before = _stamp(folder)
+    before = _stamp(request)
     with _lock(_aside(folder, "lock"), request.name, tell):
         partial = _aside(folder, "partial")
-        if (partial / RECORD).exists():  # a complete fetch, killed before the rename
+        if request.record_in(partial).exists():  # a complete fetch, killed before the rename
             _refuse_foreign(request)
             replace_folder(partial, folder)
-        is_new = _stamp(folder) != before
+        is_new = _stamp(request) != before
         if (is_new or not request.force) and _is_there(request, tell):
             return
         _refuse_foreign(request)
@@ -146,10 +150,10 @@ def _aside(folder: Path, kind: str) -> Path:
     return folder.with_name(f".{folder.name}.{kind}")
 
 
-def _stamp(folder: Path) -> tuple[int, int] | None:
+def _stamp(request: Request) -> tuple[int, int] | None:
     """Return a value that changes whenever a new folder is put in place."""
     try:
-        status = (folder / RECORD).stat()
+        status = request.record_in(request.folder).stat()
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
@@ -214,7 +218,7 @@ def _was_put_by_hand(request: Request, tell: Callable[[str], None]) -> bool:
     requested, which need a record of the fetch.
     """
     folder, repository = request.folder, request.repository
-    if (folder / RECORD).exists() or not _holds_something(folder):
+    if request.record_in(folder).exists() or not _holds_something(folder):
         return False
     repository.check_by_hand(folder)
     asked = f"--revision {request.revision}" if request.revision else "--verify" if request.verify else ""
@@ -239,18 +243,18 @@ def _refuse_foreign(request: Request) -> None:
     folder, failed = request.folder, request.repository.error
     if not _holds_something(folder):
         return
-    if not (folder / RECORD).exists():
+    if not request.record_in(folder).exists():
         raise failed(
             f"{folder} was not fetched by shoal, so --force does not replace it; move it away, or set --to to another folder"
         )
     record = load_record(folder)
     if record is None:
         raise failed(
-            f"{folder / RECORD} is damaged, so shoal cannot tell which files it fetched; move {folder} away, or set --to to "
+            f"{request.record_in(folder)} is damaged, so shoal cannot tell which files it fetched; move {folder} away, or set --to to "
             "another folder"
         )
     for name in sorted(_files_below(folder)):
-        if name not in {RECORD, *record.files} and not any(part.startswith(".") for part in name.split("/")):
+        if name not in {request.repository.record, *record.files} and not any(part.startswith(".") for part in name.split("/")):
             raise failed(f"{folder / name} was not fetched by shoal and would be lost; move it away first")
 
 
@@ -290,7 +294,7 @@ def _fetch(request: Request, partial: Path, tell: Callable[[str], None], progres
     repository.check_fetched(remote, partial)
     _sync_folders(partial)
     record = Record(request.name, revision, remote.commit, files, repository.patterns)
-    write_whole(partial / RECORD, [record.to_json()])
+    write_whole(request.record_in(partial), [record.to_json()])
     replace_folder(partial, folder)
     tell(f"{folder} is complete: {remote.name} at {remote.commit[:12]}")
 

@@ -29,6 +29,7 @@ class ModelRepository:
     name: str
     kind: Literal["model", "dataset"] = "model"
     patterns: tuple[str, ...] = ()
+    record: str = RECORD
     error: type[ShoalError] = ModelError
 
     def command(self, folder: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from shoal.system.disk import sha256_of
 
 RECORD = "fetched.json"
+DATA_RECORD = ".fetched.json"  # of a dataset: hidden, because readers of a folder take every JSON file for data
 MODELS = Path("models")  # where `shoal fetch model NAME` puts NAME
 DATASETS = Path("datasets")  # where `shoal fetch data NAME` puts its repository
 
@@ -55,8 +56,9 @@ class Record:
 
 def load_record(folder: Path) -> Record | None:
     """Return the record of a folder; None if there is none, or it cannot be read."""
+    path = folder / DATA_RECORD
     try:
-        fields = json.loads((folder / RECORD).read_bytes())
+        fields = json.loads((path if path.exists() else folder / RECORD).read_bytes())
         files = {name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in fields["files"].items()}
         patterns = tuple(str(pattern) for pattern in fields.get("patterns", ()))
         return Record(str(fields["name"]), str(fields["revision"]), str(fields["commit"]), files, patterns)

@@ -26,6 +26,10 @@ class Repository(Protocol):
         """Patterns of the wanted files, to compare with those of an earlier fetch; () if the name alone decides."""
 
     @property
+    def record(self) -> str:
+        """The name of the file that records a fetch."""
+
+    @property
     def error(self) -> type[ShoalError]:
         """The class of its errors."""
 
