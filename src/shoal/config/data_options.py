@@ -13,18 +13,31 @@ from shoal.config.option import opt
 class Source:
     """Documents of one kind: where they are, and how to read them."""
 
-    corpus: Literal["stdlib", "text", "jsonl", "dummy"] = opt(
+    corpus: Literal["stdlib", "text", "jsonl", "datasets", "dummy"] = opt(
         "stdlib",
         "kind of corpus. stdlib: Python's own source code; text: text files and folders; jsonl: .jsonl and "
-        ".jsonl.gz files; dummy: generated documents",
+        ".jsonl.gz files; datasets: a dataset that Hugging Face's library reads; dummy: generated documents",
         alias=("dataset", "source"),
         past=True,
     )
     paths: tuple[str, ...] = opt(
-        (), "files or folders of a text or jsonl corpus", alias=("path", "files", "data_path"), past=True
+        (),
+        "files or folders of a corpus, also https:// and s3:// (downloaded once to data.folder); for datasets: OWNER/NAME or a folder",
+        alias=("path", "files", "data_path"),
+        past=True,
     )
     text_key: str = opt(
         "text", "field of each JSON line that holds its text", alias=("text_field", "text_column"), past=True
+    )
+    subset: str | None = opt(
+        None,
+        "with corpus datasets: subset (configuration) of the dataset; null: its only one",
+        alias=("dataset_config", "config_name", "dataset_config_name"),
+        past=True,
+    )
+    split: str = opt("train", "with corpus datasets: split to read, such as train, or train[:10%]", past=True)
+    streaming: bool = opt(
+        False, "with corpus datasets: read rows from the hub as they are needed, without keeping a copy of the dataset"
     )
     dummy_documents: int = opt(2_000, "number of documents in a dummy corpus", unit="documents", past=True, ge=2)
 

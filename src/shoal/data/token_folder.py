@@ -34,6 +34,10 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
             options["paths"] = list(data.paths)
         case "jsonl":
             options |= {"paths": list(data.paths), "text_key": data.text_key}
+        case "datasets":
+            options |= {"paths": list(data.paths), "text_key": data.text_key, "split": data.split}
+            options |= {} if data.subset is None else {"subset": data.subset}
+            options |= {"streaming": True} if data.streaming else {}  # the listing of a stream has no sizes
         case "dummy":
             options["dummy_documents"] = data.dummy_documents
     if tokenizer is None:  # one will be trained

@@ -254,7 +254,9 @@ def _refuse_foreign(request: Request) -> None:
             "another folder"
         )
     for name in sorted(_files_below(folder)):
-        if name not in {request.repository.record, *record.files} and not any(part.startswith(".") for part in name.split("/")):
+        if name not in {request.repository.record, *record.files} and not any(
+            part.startswith(".") for part in name.split("/")
+        ):
             raise failed(f"{folder / name} was not fetched by shoal and would be lost; move it away first")
 
 

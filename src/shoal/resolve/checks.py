@@ -83,6 +83,23 @@ def why_no_name(name: str) -> str | None:
     return None
 
 
+def _dataset_problems(data: Data, problem: MakeProblem) -> Iterable[Problem]:
+    """Yield the problems of a dataset on a hub, and of its options with another corpus."""
+    if data.corpus == "datasets":
+        if len(data.paths) != 1:
+            yield problem(
+                f"a datasets corpus needs one dataset, not {len(data.paths)}; set data.paths to OWNER/NAME or a folder",
+                "data.paths",
+                "data.corpus",
+            )
+        return
+    for key in ("subset", "split", "streaming"):
+        if getattr(data, key) != getattr(Data, key):  # a run's own config names every option
+            yield problem(
+                f"data.{key} has no effect on a {data.corpus} corpus; remove it", f"data.{key}", "data.corpus"
+            )
+
+
 def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
     model, data = config.model, config.data
     if data.corpus in ("text", "jsonl") and not data.paths:
@@ -93,7 +110,8 @@ def _corpus_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             "data.paths",
             "data.corpus",
         )
-    missing = [p for p in data.paths if not scheme_of(p) and not _is_there(p)]
+    yield from _dataset_problems(data, problem)
+    missing = [p for p in data.paths if data.corpus != "datasets" and not scheme_of(p) and not _is_there(p)]
     if missing and not _has_tokens(data):  # if the tokens are prepared, their source files may be gone
         named = ", ".join(f"{path}{_how_to_get(path)}" for path in missing[:3])
         yield problem(f"data.paths does not exist: {named}", "data.paths")

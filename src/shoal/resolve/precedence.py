@@ -55,10 +55,13 @@ def _excludes(key: str, value: Any, other: str, other_value: Any) -> bool:
     return other in _WITHOUT_MEANING.get((key, value) if isinstance(value, str | int) else key, ())
 
 
+OF_DATASETS: Final = ("data.subset", "data.split", "data.streaming")
 _WITHOUT_MEANING: Final[Mapping[Any, Iterable[str]]] = {
     **{("model.family", name): [f"model.{key}" for key in family.unused] for name, family in FAMILIES.items()},
-    ("data.corpus", "stdlib"): ["data.paths"],
-    ("data.corpus", "dummy"): ["data.paths"],
+    ("data.corpus", "stdlib"): ["data.paths", *OF_DATASETS],
+    ("data.corpus", "dummy"): ["data.paths", *OF_DATASETS],
+    ("data.corpus", "text"): OF_DATASETS,
+    ("data.corpus", "jsonl"): OF_DATASETS,
     ("parallel.dp_shard", 1): ["parallel.reshard_after_forward", "parallel.cpu_offload"],
     ("parallel.cp", 1): ["parallel.cp_method"],
     ("parallel.pp", 1): ["parallel.pp_schedule", "parallel.pp_stages"],

@@ -18,6 +18,7 @@ from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Docum
 from shoal.data.corpus.downloads import Downloads
 from shoal.data.corpus.dummy import DummyCorpus
 from shoal.data.corpus.encoding import check_text, without_mark
+from shoal.data.corpus.hub_dataset import HubDatasetCorpus
 from shoal.data.corpus.jsonl import jsonl_reader
 from shoal.data.corpus.paths import Finder, count_kinds
 from shoal.data.corpus.records import text_shape
@@ -58,6 +59,8 @@ def open_corpus(source: Source, downloads: Downloads = DOWNLOADS) -> Corpus:
         case "jsonl":
             finder = _find_files(source, JSONL_SUFFIXES, downloads)
             return FileCorpus(finder.files(), jsonl_reader(text_shape(source.text_key)), finder.skipped())
+        case "datasets":
+            return HubDatasetCorpus(source, text_shape(source.text_key), offline=downloads.offline)
         case "dummy":
             return DummyCorpus(source.dummy_documents)
 
