@@ -301,7 +301,7 @@ def test_an_object_that_is_cut_off_is_gone_on_with(
 
 
 def test_what_an_object_store_refuses(s3: Any, web: Web, downloads: Downloads) -> None:
-    refused("s3://corpus/none, or it has no .jsonl or .jsonl.gz files", downloads, "s3://corpus/none")
+    refused("s3://corpus/none, or it has no .jsonl.* files", downloads, "s3://corpus/none")
     refused("there is no s3://nobucket/a/\\*.jsonl|does not exist", downloads, "s3://nobucket/a/*.jsonl")
     refused("there is no s3://corpus/d/x\\*.jsonl", downloads, "s3://corpus/d/x*.jsonl")
     answers_only_known_keys(s3, True)

@@ -94,7 +94,7 @@ def _hidden(name: str, path: str) -> bool:
 
 
 def _or(suffixes: tuple[str, ...]) -> str:
-    return " or ".join(filter(None, suffixes)) or "such"
+    return " or ".join(suffix for suffix in suffixes if suffix.count(".") == 1) or "such"
 
 
 # --- https ---------------------------------------------------------------------------------------------
