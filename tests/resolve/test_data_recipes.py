@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,14 @@ def test_it_is_valid_where_its_files_are_and_elsewhere_says_how_to_get_them(
     assert f"(shoal fetch data {recipe.stem} fetches it)" in problem.what
     for path in make_files(recipe, tmp_path):
         assert fetched_by(str(path.relative_to(tmp_path))) == f"shoal fetch data {recipe.stem}"
-    config = resolve(recipe).config
-    assert (config.data.text_key == "text") and config.train.sample_prompt
-    if "--model.preset tiny" in recipe.read_text(encoding="utf-8"):
-        hint = {"model.preset": "tiny", "data.seq_len": "256", "train.steps": "600", "train.global_batch": "16"}
-        assert resolve(recipe, [(k, v, f"--{k}") for k, v in hint.items()]).config.train.steps == 600
+    assert resolve(recipe).config.data.text_key == "text"
+    hint = re.search(rf"shoal train {recipe.stem} (.*)", recipe.read_text(encoding="utf-8"))
+    if hint is not None:  # for a CPU
+        flags = re.findall(r"--(\S+) (\S+)", hint[1])
+        assert resolve(recipe, [(key, value, f"--{key}") for key, value in flags]).config.train.steps == 600
 
 
 def test_the_recipe_of_instructions_names_what_to_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="shoal fetch model unsloth/Llama-3.2-1B fetches it"):
+    with pytest.raises(ConfigError, match=r"shoal fetch model unsloth/Llama-3\.2-1B fetches it"):
         resolve(PACKAGED / "alpaca-llama-3.2-1b.yaml")
