@@ -1,4 +1,4 @@
-"""The files that shoal's own recipes name, so that the recipes resolve where nothing was fetched."""
+"""The files that shoal's own recipes name, so that the recipes resolve without a fetch."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ def test_a_web_page_and_an_unasked_compression(web: Web, downloads: Downloads) -
     refused("is a web page", downloads, f"{web.url}/a/one.jsonl")
     web.headers = {"Content-Encoding": "gzip"}
     refused("sends .* compressed \\(gzip\\)", downloads, f"{web.url}/a/one.jsonl")
-    assert texts(downloads, f"{web.url}/two.jsonl.gz") == ["two"]  # stored as it is
+    assert texts(downloads, f"{web.url}/two.jsonl.gz") == ["two"]  # stored unchanged
 
 
 def test_no_server_and_no_such_scheme(downloads: Downloads, web: Web) -> None:

@@ -24,7 +24,7 @@ TEXTS = ("TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt")
 
 
 def stories() -> dict[str, bytes]:
-    """Return files like those of TinyStories, with others that nobody asks for."""
+    """Return files like those of TinyStories, with others that are not wanted."""
     return {
         "README.md": b"---\nlicense: cdla-sharing-1.0\n---\n",
         TRAIN[0]: b"PAR1" + b"a" * 200_000,

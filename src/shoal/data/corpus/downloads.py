@@ -6,7 +6,7 @@ downloads/HASH/download.json    its URL, its size, and the ETag and time of chan
 downloads/HASH/.NAME.part       an unfinished download, which the next one resumes if the file is unchanged
 downloads/HASH/.part.json       the same for the unfinished download
 downloads/HASH/.lock            held by the downloading process
-downloads/HASH/listing.json     for a pattern or a folder: the URLs that it stands for
+downloads/HASH/listing.json     for a pattern or a folder: the URLs of its files
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Downloads:
 
     def bring(self, url: str, suffixes: tuple[str, ...]) -> Iterator[tuple[str, Path]]:
         """
-        Yield (name, local path) of each file that a URL stands for, in order; download it if it is missing.
+        Yield (name, local path) of each file that a URL names, in order; download it if it is missing.
 
         suffixes: those of the files to take from a folder. The name is the URL without credentials. Raises DataError if a file
         does not exist, cannot be reached or does not fit on the disk.
@@ -66,7 +66,7 @@ class Downloads:
             yield name_of(file), self._file(file)
 
     def _listed(self, url: str, suffixes: tuple[str, ...]) -> list[str]:
-        """Return the URLs that a URL stands for, as found when it was first listed."""
+        """Return the URLs of the files that a URL names, as found when it was first listed."""
         place = self._place(url)
         listing = place.folder / "listing.json"
         if not self.refresh and listing.exists():
@@ -241,7 +241,7 @@ class _Place:
             return None
 
     def open_part(self, url: str, body: Body) -> IO[bytes]:
-        """Open the unfinished file to append the rest, or anew for a whole body."""
+        """Open the unfinished file: to append the rest, or empty for a whole body."""
         if body.start == 0:
             write_atomically(self.part_record, [_json({"url": without_secrets(url), **vars(body.version)})])
         return self.part.open("ab" if body.start else "wb")

@@ -53,7 +53,7 @@ class HubDatasetCorpus:
         check_columns(self._rows.table.column_names or [shape.key], shape, self._name)
 
     def listing(self) -> list[CorpusFile]:
-        """Return the split as one file; its fingerprint, as a number, stands for the time of change."""
+        """Return the split as one file; its fingerprint, as a number, replaces the time of change."""
         changed = int.from_bytes(hashlib.blake2b(self._rows.fingerprint.encode(), digest_size=7).digest())
         return [CorpusFile(self._name, self._rows.bytes, changed)]
 
@@ -159,6 +159,9 @@ def _library() -> Any:
         from datasets import DatasetDict  # noqa: F401
     except ImportError:
         raise DataError("data.corpus datasets needs Hugging Face's library: pip install 'shoal[data]'") from None
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # which warns of a card without metadata
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     return datasets
@@ -178,7 +181,7 @@ def _no_dataset(datasets: Any, source: Source, where: str, error: Exception) -> 
         )
     if isinstance(error, OSError):
         return DataError(
-            f"cannot reach the hub for {name} ({type(error).__name__}); where there is a network, run "
+            f"cannot reach the hub for {name} ({type(error).__name__}); on a machine with a network, run "
             f"`shoal fetch data hf:{name}`, and copy its folder to {DATASETS / where}"
         )
     if isinstance(error, ValueError):

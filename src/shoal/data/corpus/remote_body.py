@@ -64,10 +64,10 @@ def open_remote(url: str, start: int = 0, version: Version | None = None) -> Abs
 
 def list_remote(url: str, suffixes: tuple[str, ...]) -> list[str]:
     """
-    Return the URLs that a pattern or a folder stands for, sorted; for a file, its own.
+    Return the URLs of the files of a pattern or a folder, sorted; for a file, its own.
 
-    Like local paths, a folder and a pattern without a suffix (data/**) stand for files with one of the suffixes, and hidden
-    files are left out. Raises DataError if there are none, and `LostConnectionError`.
+    As with local paths, a folder and a pattern without a suffix (data/**) mean files with one of the suffixes, and hidden
+    files are skipped. Raises DataError if there are none, and `LostConnectionError`.
     """
     if scheme_of(url) in WEB:
         if "*" in url:
