@@ -11,6 +11,7 @@ downloads/HASH/listing.json     for a pattern or a folder: the URLs of its files
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,9 +25,8 @@ from typing import IO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from shoal.data.corpus.remote_body import Body, LostConnectionError, Version, list_remote, open_remote
-from shoal.data.files import cannot_write, exclusive_lock, make_folder, write_atomically
 from shoal.errors import DataError
-from shoal.system.disk import gigabytes, sync
+from shoal.system.disk import NoLocksError, gigabytes, sync, take_lock, write_whole
 from shoal.system.secrets import without_secrets
 
 Progress = Callable[[str, int, int], None]
@@ -62,8 +62,13 @@ class Downloads:
         suffixes: those of the files to take from a folder. The name is the URL without credentials. Raises DataError if a file
         does not exist, cannot be reached or does not fit on the disk.
         """
-        for file in self._listed(url, suffixes):
-            yield name_of(file), self._file(file)
+        try:
+            for file in self._listed(url, suffixes):
+                yield name_of(file), self._file(file)
+        except OSError as error:
+            raise DataError(
+                f"cannot read or write {error.filename or self.folder}: {error.strerror or error}; {_cure(error)}"
+            ) from error
 
     def _listed(self, url: str, suffixes: tuple[str, ...]) -> list[str]:
         """Return the URLs of the files that a URL names, as found when it was first listed."""
@@ -77,8 +82,8 @@ class Downloads:
         self._check_online(url, by_hand)
         found = _trying(url, lambda: list_remote(url, suffixes), by_hand)
         if found != [url]:
-            make_folder(place.folder)
-            write_atomically(listing, [_json({"url": without_secrets(url), "files": found})])
+            place.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(listing, [_json({"url": without_secrets(url), "files": found})])
         return found
 
     def _file(self, url: str) -> Path:
@@ -88,9 +93,10 @@ class Downloads:
             return place.file
         by_hand = f"put it at {place.file}"
         self._check_online(url, by_hand)
-        make_folder(place.folder)
+        place.folder.mkdir(parents=True, exist_ok=True)
         waiting = f"waiting for another process, which downloads {place.file.name}"
-        with exclusive_lock(place.folder / ".lock", lambda: self.progress(waiting, 0, 0)):
+        with (place.folder / ".lock").open("ab") as lock:
+            take_lock(lock, lambda: self.progress(waiting, 0, 0))
             if not place.is_whole() or (self.refresh and _has_changed(url, place)):
                 _trying(url, lambda: self._receive(url, place), by_hand, place.part)
         return place.file
@@ -119,6 +125,14 @@ class Downloads:
                     self.progress(f"downloading {place.name}", out.tell(), total)
         _check_size(url, place)
         place.finish()
+
+
+def _cure(error: OSError) -> str:
+    if isinstance(error, NoLocksError):
+        return "set data.folder to a disk that supports file locks"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space or set data.folder to a larger disk, then start again: the download resumes"
+    return "set data.folder to a writable folder"
 
 
 def _check_size(url: str, place: _Place) -> None:
@@ -161,7 +175,7 @@ def _trying(url: str, action: Callable[[], T], by_hand: str, part: Path | None =
     """
     Return what `action` returns. part: the file that it extends; if it does, it is repeated after lost connections.
 
-    Raises DataError after several tries that did not extend the file, and if the disk fails.
+    Raises DataError after several tries that did not extend the file.
     """
     fruitless, size = 0, 0
     while True:
@@ -176,8 +190,6 @@ def _trying(url: str, action: Callable[[], T], by_hand: str, part: Path | None =
                     f"cannot read {name_of(url)} ({error}); later, the same command resumes; without a network, {by_hand}"
                 ) from None
             time.sleep(PAUSE_SECONDS if fruitless else 0)
-        except OSError as error:
-            raise cannot_write(part or Path("data"), error) from error
 
 
 def name_of(url: str) -> str:
@@ -243,7 +255,7 @@ class _Place:
     def open_part(self, url: str, body: Body) -> IO[bytes]:
         """Open the unfinished file: to append the rest, or empty for a whole body."""
         if body.start == 0:
-            write_atomically(self.part_record, [_json({"url": without_secrets(url), **vars(body.version)})])
+            write_whole(self.part_record, [_json({"url": without_secrets(url), **vars(body.version)})])
         return self.part.open("ab" if body.start else "wb")
 
     def finish(self) -> None:
@@ -252,6 +264,6 @@ class _Place:
             os.fsync(file.fileno())
         stated = json.loads(self.part_record.read_bytes()) | {"bytes": self.received()}
         self.part.replace(self.file)
-        write_atomically(self.record, [_json(stated)])
+        write_whole(self.record, [_json(stated)])
         self.part_record.unlink()
         sync(self.folder)

@@ -149,7 +149,9 @@ def _open_saved(datasets: Any, source: Source, folder: Path, name: str) -> _Rows
         if source.split not in table:
             raise DataError(_unknown("split", source.split, folder, list(table)))
         table = table[source.split]
-    return _Rows(table, str(table._fingerprint), int(table.data.nbytes), False)
+    files = [Path(file["filename"]) for file in table.cache_files]
+    made_from = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return _Rows(table, f"{made_from}:{source.split}", int(table.data.nbytes), False)
 
 
 def _library() -> Any:
