@@ -21,6 +21,7 @@ from shoal.data.corpus.downloads import Downloads
 from shoal.data.corpus.sources import open_corpus
 from shoal.data.prepare import prepare
 from shoal.errors import DataError
+from tests.hub.server import Repository, running_hub
 
 TEXTS = [f"row {n} " + "word " * (n % 50) for n in range(700)]
 
@@ -180,6 +181,41 @@ def test_prepared_tokens_of_a_dataset_on_the_hub_need_no_hub(folder: Path) -> No
     source = Source(corpus="datasets", paths=("org/stories",))
     with pytest.raises(DataError, match="is on the hub, which is not asked again"):
         open_corpus(source, Downloads(Path("data"), offline=True))
+
+
+BY_NAME = """
+from shoal.config.data_options import Source
+from shoal.data.corpus.sources import open_corpus
+from shoal.errors import DataError
+for name, streaming in (("org/stories", False), ("org/stories", True), ("org/none", False)):
+    try:
+        corpus = open_corpus(Source(corpus="datasets", paths=(name,), streaming=streaming))
+        print(corpus.listing()[0].mtime_ns, sum(1 for _ in corpus.read()))
+    except DataError as error:
+        print(error)
+"""
+
+
+@pytest.mark.ci
+def test_a_name_on_the_hub_with_a_network_and_then_from_the_cache(folder: Path, tmp_path: Path) -> None:
+    def read(address: str, offline: str) -> list[str]:
+        environment = os.environ | {
+            "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": offline
+        }  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", BY_NAME], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    with running_hub() as hub:
+        files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.parquet")}
+        hub.repositories["org/stories"] = Repository(files | {"README.md": b""}, "datasets")
+        online, streamed, none = read(hub.url, "0")
+    assert online == streamed
+    assert online.endswith(" 700")
+    assert "there is no dataset org/none" in none
+    *cached, none = read(hub.url, "1")
+    assert cached == [online, online]
+    assert "cannot reach the hub for org/none" in none
 
 
 ABSENT = "import sys; sys.modules['datasets'] = None\n"  # as if it was not installed

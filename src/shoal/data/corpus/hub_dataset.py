@@ -177,7 +177,10 @@ def _no_dataset(datasets: Any, source: Source, where: str, error: Exception) -> 
             f"{name} is read by a Python script, which the library `datasets` no longer runs; look for a copy in Parquet, or try "
             "`shoal fetch data hf:OWNER/NAME --revision refs/convert/parquet`"
         )
-    if isinstance(error, FileNotFoundError):
+    unreachable = "LocalEntryNotFoundError" in str(
+        error
+    )  # the library's name for a file that is neither on a hub nor cached
+    if isinstance(error, FileNotFoundError) and not unreachable:
         return DataError(
             f"there is no dataset {name}, it is private, or it has no data files; correct data.paths, or set HF_TOKEN"
         )
