@@ -7,7 +7,6 @@ import math
 import random
 import re
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -355,12 +354,3 @@ def test_killed_ten_times_at_random_moments_the_last_bits_are_the_same(place: Pl
     place.good("train", "recipe.yaml", "--name", "ten-kills", *long)
     assert place.losses("ten-kills") == place.losses("left-alone")
     assert place.events("ten-kills").count("started") >= 11
-
-
-def test_the_recipes_that_come_with_it_are_valid() -> None:
-    from shoal.resolve.resolve import resolve
-
-    recipes = sorted((Path(__file__).parents[2] / "recipes").glob("**/*.yaml"))
-    assert recipes
-    for recipe in recipes:
-        resolve(recipe)

@@ -17,11 +17,11 @@ from shoal.commands.parser import build_parser
 from shoal.config.options import SECTIONS, options
 from shoal.resolve.resolve import resolve
 from tests.cli.commands import Place
+from tests.packaged import make_files, recipes
 from tests.test_rooms import imported, modules, room
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md")])
-RECIPES = sorted((ROOT / "recipes").glob("**/*.yaml"))
 # Made by runs; a page may link to a picture before it is committed.
 PICTURES = ROOT / "docs" / "pictures"
 
@@ -163,8 +163,10 @@ def test_models_import_what_the_page_says() -> None:
     ) - {"models"}
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=name)
-def test_recipes_are_valid(recipe: Path) -> None:
+@pytest.mark.parametrize("recipe", recipes(), ids=name)
+def test_recipes_are_valid(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_files(recipe, tmp_path)
     resolve(recipe)
 
 

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 def fetch(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from contextlib import nullcontext
 
-    from shoal.hub.fetch import fetch_model, no_progress
+    from shoal.hub.fetch import fetch_data, fetch_model, no_progress
     from shoal.run.console import Console
 
     console = Console()
     bar = console.progress("fetching") if console.is_terminal else nullcontext(no_progress)
+    fetch_one = fetch_data if args.kind == "data" else fetch_model
     with bar as progress:
-        fetch_model(
+        fetch_one(
             args.name, to=_expanded(args.to), revision=args.revision, force=args.force, verify=args.verify,
             tell=console.say, progress=progress,
         )  # fmt: skip

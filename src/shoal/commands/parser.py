@@ -41,7 +41,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_prepare(add("prepare", recipes.prepare, prepared, f"{recipe} [--check]"))
     look = "show what a model will read: shoal data RECIPE_OR_RUN; where RUN --document N, at RUN --step N"
     _add_data(add("data", data.data, look, "[where|at] RECIPE_OR_RUN [--rows N]"))
-    _add_fetch(add("fetch", models.fetch, "download a model from a hub: shoal fetch model OWNER/NAME"))
+    _add_fetch(add("fetch", models.fetch, "download a model or a dataset from a hub: shoal fetch data tinystories"))
     evaluated = "evaluate a model: on its run's held-out text, on your text, or on lm-evaluation-harness tasks"
     _add_eval(add("eval", models.eval, evaluated))
     _add_generate(add("generate", models.generate, "generate text from a prompt, or chat"))
@@ -113,9 +113,13 @@ def _add_init(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_fetch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=["model"], help="what to fetch")
-    parser.add_argument("name", metavar="NAME", help="the model's name on the hub: OWNER/NAME")
-    parser.add_argument("--to", type=Path, metavar="DIR", help="folder for the model (default: models/NAME)")
+    from shoal.hub.catalog import CATALOG
+
+    parser.add_argument("kind", choices=["model", "data"], help="what to fetch")
+    named = f"a model's name on the hub: OWNER/NAME; or a dataset: {', '.join(CATALOG)}, or hf:OWNER/NAME"
+    parser.add_argument("name", metavar="NAME", help=named)
+    folders = "folder to fetch to (default: models/OWNER/NAME or datasets/OWNER/NAME)"
+    parser.add_argument("--to", type=Path, metavar="DIR", help=folders)
     parser.add_argument(
         "--revision", metavar="R", help="branch, tag or commit (default: the one already downloaded, else main)"
     )

@@ -26,17 +26,20 @@ def read_place(text: str) -> tuple[float, str] | None:
 class Source:
     """Documents of one kind: where they are, and how to read them."""
 
-    corpus: Literal["stdlib", "files", "text", "jsonl", "json", "csv", "parquet", "arrow", "dummy", "tokens"] = opt(
+    corpus: Literal[
+        "stdlib", "files", "text", "jsonl", "json", "csv", "parquet", "arrow", "datasets", "dummy", "tokens"
+    ] = opt(
         "stdlib",
         "kind of corpus. stdlib: Python's own source code; files: files and folders, each file's format by its suffix; text, "
-        "jsonl, json, csv, parquet, arrow: files of this format alone, whatever their suffix; dummy: generated documents; "
-        "tokens: token files of other trainers",
+        "jsonl, json, csv, parquet, arrow: files of this format alone, whatever their suffix; datasets: a dataset that Hugging "
+        "Face's library reads; dummy: generated documents; tokens: token files of other trainers",
         alias=("dataset", "source"),
         past=True,
     )
     paths: tuple[str, ...] = opt(
         (),
-        "files, folders or patterns (data/*.parquet, data/**/*.txt) of a corpus of files",
+        "files, folders or patterns (data/*.parquet, data/**/*.txt) of a corpus of files, also https:// and s3:// (downloaded "
+        "once to data.folder); for datasets: OWNER/NAME or a folder",
         alias=("path", "files", "data_path"),
         past=True,
     )
@@ -84,6 +87,16 @@ class Source:
         False,
         "join lines or records of WikiText into pages: a document is from one ` = Title = ` line to the next",
         past=True,
+    )
+    subset: str | None = opt(
+        None,
+        "with corpus datasets: subset (configuration) of the dataset; null: its only one",
+        alias=("dataset_config", "config_name", "dataset_config_name"),
+        past=True,
+    )
+    split: str = opt("train", "with corpus datasets: split to read, such as train, or train[:10%]", past=True)
+    streaming: bool = opt(
+        False, "with corpus datasets: read rows from the hub as they are needed, without keeping a copy of the dataset"
     )
     dummy_documents: int = opt(2_000, "number of documents in a dummy corpus", unit="documents", past=True, ge=2)
     token_format: Literal["auto", "nanogpt", "llm.c", "megatron", "raw"] = opt(

@@ -20,7 +20,7 @@ from shoal.data.encode import choose_split, training_sample
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
 from shoal.data.manifest import TOKENIZER, SplitName, SplitRecord
 from shoal.data.pack import PlacedRows, RowArrays, check_ids, read_placed
-from shoal.data.prepare import Prepared, Progress, Ticks, no_progress, prepare
+from shoal.data.prepare import Prepared, Progress, Ticks, downloads_of, no_progress, prepare
 from shoal.data.token_folder import token_options
 from shoal.data.tokens import tokenize
 from shoal.errors import DataError
@@ -252,7 +252,7 @@ def _shared_tokenizer(data: Data, sources: Mapping[str, BlendSource], progress: 
 
 def _sample(data: Data, share: float, progress: Progress) -> Sequence[str]:
     """Return this source's share of the text that a tokenizer is trained on."""
-    corpus = open_corpus(data)
+    corpus = open_corpus(data, downloads_of(data, progress))
     ticks = Ticks(corpus.listing(), progress)
     split = choose_split(corpus, data.val_fraction, data.bad_records, ticks.of("reading"))
     size = int(data.tokenizer_sample_bytes * share)

@@ -17,6 +17,7 @@ from typing import Any
 from shoal.config.data_options import Data, Packing
 from shoal.data.best_fit_rows import BestFitRows, Identity, open_index, rows_in_index
 from shoal.data.corpus.documents import Corpus, CorpusFile, Cursor
+from shoal.data.corpus.downloads import Downloads
 from shoal.data.corpus.paths import count_kinds
 from shoal.data.corpus.sources import open_corpus, text_bytes
 from shoal.data.encode import Split, choose_split, training_sample, write_shards
@@ -144,7 +145,7 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
         if (folder / MANIFEST).exists():
             if not data.rebuild:
                 return _open_checked(folder, data)
-            if not _is_current(folder, data):
+            if not _is_current(folder, data, progress):
                 clear(folder)
         notes = [] if (folder / MANIFEST).exists() else _build(folder, data, given, options, progress)
     return open_prepared(folder, notes)
@@ -222,11 +223,18 @@ def _open_checked(folder: Path, data: Data) -> Prepared:
     """Open finished tokens if the corpus is unchanged. If the corpus is gone, its tokens suffice."""
     manifest = load_manifest(folder)
     try:
-        corpus = KeptCorpus(open_corpus(data), Filters.of(data))
+        corpus = KeptCorpus(open_corpus(data, downloads_of(data, offline=True)), Filters.of(data))
     except DataError as error:
         return open_prepared(folder, [f"the corpus is gone or cannot be read ({error}); using its prepared tokens"])
     check_unchanged(manifest, corpus)
     return open_prepared(folder, _notes(corpus))
+
+
+def downloads_of(
+    data: Data, progress: Progress = no_progress, *, refresh: bool = False, offline: bool = False
+) -> Downloads:
+    """Return where the remote files of `data` are or will be."""
+    return Downloads(Path(data.folder).expanduser() / "downloads", refresh, offline, progress)
 
 
 def _notes(corpus: Corpus) -> list[str]:
@@ -238,9 +246,9 @@ def _notes(corpus: Corpus) -> list[str]:
     return [f"{count:,} file{'s were' if count > 1 else ' was'} skipped: {count_kinds(files)}"]
 
 
-def _is_current(folder: Path, data: Data) -> bool:
+def _is_current(folder: Path, data: Data, progress: Progress) -> bool:
     """Return whether preparing again would give the same bytes. Reads every byte. Raises DataError if the corpus is gone."""
-    corpus = KeptCorpus(open_corpus(data), Filters.of(data))
+    corpus = KeptCorpus(open_corpus(data, downloads_of(data, progress, refresh=True)), Filters.of(data))
     try:
         manifest = load_manifest(folder)
         check_unchanged(manifest, corpus)
@@ -253,7 +261,7 @@ def _is_current(folder: Path, data: Data) -> bool:
 def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str, Any], progress: Progress) -> list[str]:
     """Prepare the corpus, under the lock. Returns warnings for the user."""
     filters = Filters.of(data)
-    corpus = KeptCorpus(open_corpus(data), filters)
+    corpus = KeptCorpus(open_corpus(data, downloads_of(data, progress)), filters)
     listing = corpus.listing()
     ticks = Ticks(listing, progress)
     journal = _resume_or_start(folder, options, listing)

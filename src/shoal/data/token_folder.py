@@ -34,6 +34,11 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
     match data.corpus:
         case "stdlib":
             options["python"] = list(sys.version_info[:3])
+        case "datasets":
+            options |= {"paths": list(data.paths), "text_key": data.text_key, "split": data.split}
+            options |= {} if data.subset is None else {"subset": data.subset}
+            options |= {"streaming": True} if data.streaming else {}  # the listing of a stream has no sizes
+            options |= {"wikitext": True} if data.wikitext else {}
         case "dummy":
             options["dummy_documents"] = data.dummy_documents
         case "tokens":

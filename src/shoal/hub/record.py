@@ -1,4 +1,4 @@
-"""The record that `shoal fetch` writes beside a model: its origin, and each file's size and hash. No torch."""
+"""The record that `shoal fetch` writes beside a model or a dataset: its origin, and each file's size and hash. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from shoal.system.disk import sha256_of
 
 RECORD = "fetched.json"
+DATA_RECORD = ".fetched.json"  # of a dataset: hidden, because readers of a folder take every JSON file for data
 MODELS = Path("models")  # where `shoal fetch model NAME` puts NAME
+DATASETS = Path("datasets")  # where `shoal fetch data NAME` puts its repository
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Record:
     revision: str  # as requested: a branch, a tag or a commit
     commit: str
     files: Mapping[str, FileRecord]
+    patterns: tuple[str, ...] = ()  # the requested files of a dataset
 
     def to_json(self) -> bytes:
         return (json.dumps(asdict(self), indent=2) + "\n").encode()
@@ -53,10 +56,12 @@ class Record:
 
 def load_record(folder: Path) -> Record | None:
     """Return the record of a folder; None if there is none, or it cannot be read."""
+    path = folder / DATA_RECORD
     try:
-        fields = json.loads((folder / RECORD).read_bytes())
+        fields = json.loads((path if path.exists() else folder / RECORD).read_bytes())
         files = {name: FileRecord(int(f["bytes"]), str(f["sha256"])) for name, f in fields["files"].items()}
-        return Record(str(fields["name"]), str(fields["revision"]), str(fields["commit"]), files)
+        patterns = tuple(str(pattern) for pattern in fields.get("patterns", ()))
+        return Record(str(fields["name"]), str(fields["revision"]), str(fields["commit"]), files, patterns)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 

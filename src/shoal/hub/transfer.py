@@ -1,4 +1,4 @@
-"""The transfer of a model's files from a hub: each one resumed, verified and flushed to disk. No torch."""
+"""The transfer of a repository's files from a hub: each one resumed, verified and flushed to disk. No torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from shoal.errors import ModelError
-from shoal.hub.remote import Remote, RemoteFile, download
+from shoal.hub.listing import Remote, RemoteFile
+from shoal.hub.remote import download
+from shoal.hub.repository import Repository
 from shoal.system.disk import gigabytes, sha256_of
 
 Progress = Callable[[str, int, int], None]
@@ -18,23 +19,25 @@ Progress = Callable[[str, int, int], None]
 
 
 class Transfer:
-    """Transfers the files of a model, one after the other, into the partial folder."""
+    """Transfers the files of a repository, one after the other, into the partial folder."""
 
-    def __init__(self, remote: Remote, folder: Path, partial: Path, progress: Progress) -> None:
+    def __init__(self, repository: Repository, remote: Remote, folder: Path, partial: Path, progress: Progress) -> None:
         self.total_bytes = 0
-        self._remote, self._folder, self._partial, self._progress = remote, folder, partial, progress
+        self._repository, self._remote = repository, remote
+        self._folder, self._partial, self._progress = folder, partial, progress
         self._done_bytes = 0
         self._checked: dict[str, str] = {}  # name -> SHA-256
 
     def start(self, wanted: list[RemoteFile]) -> None:
-        """Reuse files of the old folder whose size matches. Raises `ModelError` if the other files do not fit on the disk."""
+        """Reuse files of the old folder whose size matches. Raises the repository's `error` if the others do not fit on the disk."""
         self.total_bytes = sum(file.bytes for file in wanted)
         for file in wanted:
+            (self._partial / file.name).parent.mkdir(parents=True, exist_ok=True)
             self._take_over(file)
         here = sum(self._bytes_here(file) for file in wanted)
         needed, free = self.total_bytes - here, shutil.disk_usage(self._partial).free
         if needed > free:
-            raise ModelError(
+            raise self._repository.error(
                 f"{self._remote.name} needs {gigabytes(needed)} more, but the disk of {self._folder} has {gigabytes(free)} free; "
                 "free some space, or give --to a folder on a larger disk"
             )
@@ -43,7 +46,8 @@ class Transfer:
         """
         Put a file into the partial folder, flushed and verified; return its SHA-256.
 
-        Raises `ModelError` if it cannot be downloaded or has another hash than the hub states, `OSError` if the disk fails.
+        Raises the repository's `error` if it cannot be downloaded or has another hash than the hub states, `OSError` if the
+        disk fails.
         """
         path = self._partial / file.name
         if file.name not in self._checked:
@@ -58,10 +62,12 @@ class Transfer:
         part = self._part(file)
         part.touch()
         self._advance(file, part.stat().st_size)
-        download(self._remote, file, part, self._folder, lambda count: self._advance(file, count))
+        download(
+            self._repository, self._remote.commit, file, part, self._folder, lambda count: self._advance(file, count)
+        )
         if not self._is_whole(part, file):
             part.unlink()
-            raise ModelError(
+            raise self._repository.error(
                 f"the hash of {self._remote.name}'s {file.name} differs from the hub's: the download is damaged; repeat "
                 "the command to fetch that file again"
             )

@@ -13,7 +13,9 @@ from shoal.config.data_options import NAMED_TEMPLATES, BlendSource, Data, Source
 from shoal.config.option import option_fields, option_name
 from shoal.config.options import SOURCES, Config
 from shoal.errors import ModelError, Problem
+from shoal.hub.catalog import fetched_by
 from shoal.hub.find import find_model, find_path, near_path
+from shoal.system.network import scheme_of
 
 DEFAULT, DERIVED = "default", "derived"
 WITHOUT_PATHS: Final = ("stdlib", "dummy")
@@ -57,9 +59,10 @@ def data_problems(config: Config, origins: Mapping[str, str], problem: MakeProbl
 def _source_problems(source: Source, key: str, data: Data, problem: MakeProblem) -> Iterable[Problem]:
     """Yield the problems of one source. key: the dotted key of its options without their names."""
     yield from _token_file_problems(source, key, data, problem)
+    yield from _dataset_problems(source, key, problem)
     yield from _document_problems(source, key, problem)
     yield from _filter_problems(source, key, data, problem)
-    if source.corpus not in WITHOUT_PATHS and not source.paths:
+    if source.corpus not in (*WITHOUT_PATHS, "datasets") and not source.paths:
         yield problem(f"a {source.corpus} corpus needs files or folders; set {key}.paths", f"{key}.corpus")
     if source.corpus in WITHOUT_PATHS and source.paths:
         yield problem(
@@ -68,11 +71,35 @@ def _source_problems(source: Source, key: str, data: Data, problem: MakeProblem)
             f"{key}.corpus",
         )
     for option in ("paths", "val_paths"):
-        missing = [path for path in getattr(source, option) if not _is_there(path)]
+        local = [path for path in getattr(source, option) if source.corpus != "datasets" and not scheme_of(path)]
+        missing = [path for path in local if not _is_there(path)]
         # if the tokens are prepared, their source files may be gone
         if missing and not _has_tokens(source.corpus, data):
-            named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
+            named = ", ".join(f"{path}{_how_to_get(path)}" for path in missing[:3])
             yield problem(f"{key}.{option} does not exist: {named}", f"{key}.{option}")
+
+
+def _dataset_problems(source: Source, key: str, problem: MakeProblem) -> Iterable[Problem]:
+    """Yield the problems of a dataset on a hub, and of its options with another corpus."""
+    if source.corpus == "datasets":
+        if len(source.paths) != 1:
+            yield problem(
+                f"a datasets corpus needs one dataset, not {len(source.paths)}; set {key}.paths to OWNER/NAME or a folder",
+                f"{key}.paths",
+                f"{key}.corpus",
+            )
+        return
+    for name in ("subset", "split", "streaming"):
+        if getattr(source, name) != getattr(Source, name):  # a run's own config names every option
+            yield problem(
+                f"{key}.{name} has no effect on a {source.corpus} corpus; remove it", f"{key}.{name}", f"{key}.corpus"
+            )
+
+
+def _how_to_get(path: str) -> str:
+    """Return a hint for a missing path: the command that fetches it, or a near one that exists."""
+    command = fetched_by(path)
+    return f" ({command} fetches it)" if command else near_path(path)
 
 
 def _document_problems(source: Source, key: str, problem: MakeProblem) -> Iterable[Problem]:

@@ -56,15 +56,24 @@ def _excludes(key: str, value: Any, other: str, other_value: Any) -> bool:
     return other in _WITHOUT_MEANING.get((key, value) if isinstance(value, str | int) else key, ())
 
 
+OF_DATASETS: Final = ("data.subset", "data.split", "data.streaming")
 _OF_TOKEN_FILES: Final = ("data.token_format", "data.token_type", "data.val_paths")
+_OTHER_KINDS: Final = (*OF_DATASETS, *_OF_TOKEN_FILES)
 _WITHOUT_MEANING: Final[Mapping[Any, Iterable[str]]] = {
     **{("model.family", name): [f"model.{key}" for key in family.unused] for name, family in FAMILIES.items()},
-    ("data.corpus", "stdlib"): ["data.paths", "data.separator", "data.wikitext", *_OF_TOKEN_FILES],
-    ("data.corpus", "dummy"): ["data.paths", "data.separator", "data.wikitext", "data.bad_records", *_OF_TOKEN_FILES],
-    ("data.corpus", "tokens"): ["data.shard_tokens", "data.separator", "data.wikitext", "data.bad_records"],
-    ("data.corpus", "files"): _OF_TOKEN_FILES,
-    ("data.corpus", "text"): _OF_TOKEN_FILES,
-    **{("data.corpus", name): ["data.separator", *_OF_TOKEN_FILES] for name in FORMATS if name != "text"},
+    ("data.corpus", "stdlib"): ["data.paths", "data.separator", "data.wikitext", *_OTHER_KINDS],
+    ("data.corpus", "dummy"): ["data.paths", "data.separator", "data.wikitext", "data.bad_records", *_OTHER_KINDS],
+    ("data.corpus", "tokens"): [
+        "data.shard_tokens",
+        "data.separator",
+        "data.wikitext",
+        "data.bad_records",
+        *OF_DATASETS,
+    ],
+    ("data.corpus", "datasets"): ["data.separator", *_OF_TOKEN_FILES],
+    ("data.corpus", "files"): _OTHER_KINDS,
+    ("data.corpus", "text"): _OTHER_KINDS,
+    **{("data.corpus", name): ["data.separator", *_OTHER_KINDS] for name in FORMATS if name != "text"},
     ("parallel.dp_shard", 1): ["parallel.reshard_after_forward", "parallel.cpu_offload"],
     ("parallel.cp", 1): ["parallel.cp_method"],
     ("parallel.pp", 1): ["parallel.pp_schedule", "parallel.pp_stages"],

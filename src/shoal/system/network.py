@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import re
 import socket
 from typing import Any
 
@@ -20,6 +21,12 @@ def read_address(text: str) -> tuple[str, int] | None:
     if not host or "/" in host or "@" in host or not (port.isascii() and port.isdigit()):
         return None
     return (host, int(port)) if 0 < int(port) < 65536 else None
+
+
+def scheme_of(path: str) -> str:
+    """Return the scheme of a URL in lower case: "https" of "https://...", "s3" of "s3://..."; "" for a local path."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", path)
+    return found[1].lower() if found else ""
 
 
 def listen(host: str, port: int, *, option: str, from_afar: bool = False) -> socket.socket:

@@ -36,9 +36,13 @@ class Finder:
         self._counts: Counter[str] = Counter()
         self._unreadable: list[str] = []
 
-    def add(self, given: str) -> None:
-        """Add a file, whatever its suffix, or a folder's files with the wanted suffixes. Raises DataError if `given` is neither."""
-        path, mode = _look(given)
+    def add(self, given: str, at: Path | None = None) -> None:
+        """
+        Add a file, whatever its suffix, or a folder's files with the wanted suffixes. Raises DataError if `given` is neither.
+
+        at: where `given` is on this machine, if it names a remote file.
+        """
+        path, mode = _look(given if at is None else str(at))
         if stat.S_ISDIR(mode):
             found = sorted(self._walk(path))
             for relative, file, real in found:

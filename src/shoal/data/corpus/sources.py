@@ -18,8 +18,10 @@ from shoal.config.data_options import Source
 from shoal.data.corpus.conversations import UniqueIds, conversation_shape
 from shoal.data.corpus.csv_rows import csv_reader
 from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Document, Reader, Skipped
+from shoal.data.corpus.downloads import Downloads
 from shoal.data.corpus.dummy import DummyCorpus
 from shoal.data.corpus.encoding import check_suffix
+from shoal.data.corpus.hub_dataset import HubDatasetCorpus
 from shoal.data.corpus.json_values import json_reader
 from shoal.data.corpus.jsonl import jsonl_reader
 from shoal.data.corpus.paths import Finder, count_kinds
@@ -28,8 +30,10 @@ from shoal.data.corpus.tables import arrow_reader, parquet_reader
 from shoal.data.corpus.text import PIECE_BYTES, line_reader, separated_reader, text_reader
 from shoal.data.corpus.wikitext import WikiText
 from shoal.errors import DataError
+from shoal.system.network import scheme_of
 from shoal.system.output import on_one_line
 
+DOWNLOADS = Downloads(Path("data") / "downloads")
 SINGLE_FILE_PIECES = 200  # approximate number of documents cut from a corpus of one file, so that some can be held out
 MIN_PIECE_BYTES = 4096
 UNPACKED_TIMES = (
@@ -49,19 +53,30 @@ STDLIB_SKIPPED_FILES = frozenset({
 STDLIB_SKIPPED_PREFIX = "_sysconfigdata"  # Python's build configuration, which differs between machines
 
 
-def open_corpus(source: Source) -> Corpus:
-    """Open the corpus that `source` names. Raises DataError if a path is missing, a file cannot be read, or there are no files."""
+def open_corpus(source: Source, downloads: Downloads = DOWNLOADS) -> Corpus:
+    """
+    Open the corpus that `source` names. downloads: where its remote files are or will be.
+
+    Raises DataError if a path is missing, a file cannot be read, or there are no files.
+    """
     match source.corpus:
         case "stdlib":
             return FileCorpus(_stdlib_files(), text_reader())
+        case "datasets":
+            return _of_records(HubDatasetCorpus(source, _shape(source), offline=downloads.offline), source)
         case "dummy":
             return DummyCorpus(source.dummy_documents)
         case "tokens":
             raise DataError("a tokens corpus has no texts; set data.corpus to the kind of data.paths")
-    finder = _find_files(source)
+    finder = _find_files(source, downloads)
     files = finder.files()
     tables = [n for n, (name, _) in enumerate(files) if _format(source, name) in ("csv", "parquet", "arrow")]
     corpus = FileCorpus(files, _reader(source, files), finder.skipped(), tables)
+    return _of_records(corpus, source)
+
+
+def _of_records(corpus: Corpus, source: Source) -> Corpus:
+    """Join the lines of WikiText, or look for repeated conversations, if the source asks for it."""
     if source.wikitext:
         return WikiText(corpus)
     return corpus if source.format == "text" else UniqueIds(corpus, source.broken_conversations == "keep")
@@ -177,14 +192,18 @@ def text_bytes(name: str, size: int) -> int:
     return size * UNPACKED_TIMES if split_suffix(name)[1] else size
 
 
-def _find_files(source: Source) -> Finder:
+def _find_files(source: Source, downloads: Downloads) -> Finder:
     """Find the files of `data.paths`. Raises DataError if there are none or one cannot be read."""
     if not source.paths:
         raise DataError(f"a {source.corpus} corpus needs files: set data.paths")
     suffixes = suffixes_of(source.corpus)
     finder = Finder(suffixes, skip_files=DATASETS_FILES)
     for given in source.paths:
-        finder.add_all(given)
+        if scheme_of(given):
+            for name, path in downloads.bring(given, suffixes):
+                finder.add(name, at=path)
+        else:
+            finder.add_all(given)
     if not finder.files():
         raise DataError(_no_files(source, suffixes, finder.skipped()))
     for name, _ in finder.files():
