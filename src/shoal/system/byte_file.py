@@ -39,7 +39,7 @@ class ByteFile:
             try:
                 return self._read(start, stop)
             except OSError as error:
-                _open.cache_clear()
+                reopen()
                 if attempt == ATTEMPTS:
                     kind = UnreadableError if error.errno == errno.EIO else DataError
                     raise kind(f"cannot read {self._name}: {error.strerror or error}; {self._cure}") from error
@@ -54,6 +54,11 @@ class ByteFile:
                 raise UnreadableError(f"{self._name} was cut short while it was read; {self._cure}")
             found = found + part if found else part
         return found
+
+
+def reopen() -> None:
+    """Let each file be opened again at its next read, for a file system that no longer answers on the open files."""
+    _open.cache_clear()
 
 
 class _OpenFile:
