@@ -149,7 +149,7 @@ def audit(path: Path, *, rows: int | None = None, seed: int | None = None) -> Au
 def _is_substitute(found: Audit, header: Header, row: int, substitute: int) -> bool:
     """Return whether a row was replaced by another row of its source, and complain if not."""
     order = header.order
-    within = row != substitute and 0 <= min(row, substitute) and max(row, substitute) < order.num_rows
+    within = row != substitute and min(row, substitute) >= 0 and max(row, substitute) < order.num_rows
     if within and len(set(order.sources_of([row, substitute]).tolist())) == 1:
         return True
     found.complain(f"row {row} was replaced by row {substitute}, which is not another row of its source")

@@ -44,20 +44,15 @@ class Quarantine:
     Reads rows, and replaces those that cannot be read.
 
     known: the rows that the run has replaced before, each with its substitute. It may grow meanwhile. These rows are not
-    tried again, so that a disk that works again does not change what is trained on. most: the number of rows that may be
-    replaced in all.
+    tried again, so that a disk that works again does not change what is trained on.
     """
 
-    def __init__(self, rows: Rows, order: Blend, known: Mapping[int, int], most: int) -> None:
-        self._rows, self._order, self._known, self._most = rows, order, known, most
+    def __init__(self, rows: Rows, order: Blend, known: Mapping[int, int]) -> None:
+        self._rows, self._order, self._known = rows, order, known
         self._found: dict[int, Replaced] = {}
 
     def read(self, row_ids: Ints) -> ReadRows:
-        """
-        Return these rows, or their substitutes.
-
-        Raises DataError if more than `most` rows cannot be read, or if a row has no readable substitute.
-        """
+        """Return these rows, or their substitutes. Raises DataError if a row has no readable substitute."""
         asked = row_ids.tolist()
         wanted = [self.instead(row) for row in asked]
         try:
@@ -80,8 +75,6 @@ class Quarantine:
         try:
             self._rows.read([self.instead(row)])
         except UnreadableError as error:
-            if len(self._known.keys() | self._found.keys() | {row}) > self._most:
-                raise too_many(self._most, str(error)) from error
             self._found[row] = Replaced(row, self._substitute(row, error), str(error))
 
     def _substitute(self, row: int, error: UnreadableError) -> int:

@@ -126,7 +126,7 @@ def open_loader(
 
     order: the order of rows; None for the order of a new run. quarantined: the rows that the run has replaced; it may grow.
     """
-    train, most = config.train, config.data.max_quarantined
+    train = config.train
     order = order or order_of(config.data, rows.sizes, train.seed, planned_stages(config.data, train.global_batch))
     return Loader(
         rows,
@@ -140,6 +140,6 @@ def open_loader(
         at=at,
         prefetch=config.data.prefetch,
         device=mesh.device,
-        quarantine=Quarantine(rows, order, quarantined, most) if most else None,
+        quarantine=Quarantine(rows, order, quarantined) if config.data.max_quarantined else None,
         stuck_seconds=config.data.stuck_seconds,
     )
