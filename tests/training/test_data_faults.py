@@ -24,11 +24,11 @@ from tests.training.faulty import events, planned
 from tests.world import World
 
 OPTIONS: dict[str, Any] = {
-    "train__steps": 8,
+    "train__steps": 6,
     "train__repro": "bitwise",
     "train__eval_every": 0,
     "optim__schedule": "constant",
-    "checkpoint__every": 4,
+    "checkpoint__every": 3,
     "checkpoint__background": False,
     "data__max_quarantined": 100,
 }
@@ -44,8 +44,8 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokens") / "altered"
     dataset = prepare_dataset(data_in(folder))
     shutil.copytree(folder, folder.with_name("intact"))
-    for number in (3, 5):
-        alter(dataset.parts["b"].folder / f"train-0000{number}.safetensors")
+    for number in (3, 7, 11, 15):
+        alter(dataset.parts["b"].folder / f"train-{number:05}.safetensors")
     return folder
 
 
@@ -107,7 +107,7 @@ def test_two_processes_replace_the_same_rows_also_after_a_resume(
     found = proof(pair)
     assert found.quarantined == proof(alone).quarantined
     assert set(found.quarantined) == {"b"}
-    assert len(found.quarantined["b"]) == len(one) == sum(e.replaced for e in found.sources["b"].values()) >= 4
+    assert len(found.quarantined["b"]) == len(one) == sum(e.replaced for e in found.sources["b"].values()) >= 3
     row, instead = found.quarantined["b"][0]
     assert f"quarantined: row {row} of b, replaced by row {instead}" in describe(found)
     lines = events(pair, "quarantined")
@@ -115,13 +115,13 @@ def test_two_processes_replace_the_same_rows_also_after_a_resume(
         ("b", *each) for each in found.quarantined["b"]
     }
     assert all(".safetensors was altered" in line["why"] for line in lines)
-    # back to step 4, in one process; the checkpoint has the rows replaced so far
+    # back to step 3, in one process; the checkpoint has the rows replaced so far
     (RunFolder.of(pair).checkpoints / "latest").unlink(missing_ok=True)
     assert steps(ALONE, pair, []) == one
     assert losses(pair) == losses(alone)
     again = proof(pair)
-    assert (again.lives, again.taken_again, again.quarantined) == (2, 4, found.quarantined)
-    assert len(events(pair, "quarantined")) > len(lines)  # those of steps 5 to 8 were found again
+    assert (again.lives, again.taken_again, again.quarantined) == (2, 3, found.quarantined)
+    assert len(events(pair, "quarantined")) > len(lines)  # those of steps 4 to 6 were found again
 
 
 def test_a_budget_of_all_ranks_together(
@@ -152,17 +152,21 @@ def refused(mesh: Mesh, config: Config) -> str:
 
 
 def test_ranks_that_share_rows_but_not_disks_go_back(
-    world: Callable[[int], World], tmp_path: Path, tokens: Path, alone: Config
+    world: Callable[[int], World], tmp_path: Path, tokens: Path
 ) -> None:
-    """Only the second tensor-parallel rank has the altered shard: they trained a step on different rows."""
-    config = config_for(tmp_path, tokens.with_name("intact"), "tp", parallel__tp=2, train__repro="fast")
-    one, other = world(2).run(steps, config, [], tokens)
+    """Only the second tensor-parallel rank has the altered shard, so the two trained a step on different rows."""
+    altered = tmp_path / "altered"
+    shutil.copytree(tokens.with_name("intact"), altered)
+    for path in altered.glob("dummy-*/train-00003.safetensors"):
+        alter(path)
+    config = config_for(tmp_path, tokens.with_name("intact"), "tp", parallel__tp=2, train__repro="fast", train__steps=3)
+    one, other = world(2).run(steps, config, [], altered)
     assert one == other
+    assert one
     went = events(config, "went back")
-    assert went
+    assert len(went) == len(one)
     assert all("could be read on some ranks only" in line["why"] for line in went)
-    assert proof(config).quarantined == proof(alone).quarantined
-    assert list(losses(config).values()) == pytest.approx(list(losses(alone).values()), rel=1e-4)
+    assert sum(map(len, proof(config).quarantined.values())) == len(one)
 
 
 def test_a_reading_thread_that_fails_or_hangs_is_replaced(
@@ -170,8 +174,8 @@ def test_a_reading_thread_that_fails_or_hangs_is_replaced(
 ) -> None:
     config = config_for(tmp_path, tokens, "pair", data__stuck_seconds=1.0)
     faults = [
-        {"step": 2, "phase": "read", "rank": 1, "fault": "exception"},
-        {"step": 4, "phase": "read", "rank": 0, "fault": "hang"},
+        {"step": 1, "phase": "read", "rank": 1, "fault": "exception"},
+        {"step": 2, "phase": "read", "rank": 0, "fault": "hang"},
     ]
     world(2).run(steps, config, faults)
     assert losses(config) == losses(alone)

@@ -38,7 +38,7 @@ SLOWER: Final = 10  # times the slowest recent read: allows for other programs o
 FLOOR_SECONDS: Final = (
     10.0  # less than the launcher's limit for a step, so that a stuck read costs no restart of the workers
 )
-CLOSE_SECONDS: Final = 10.0  # longest wait for a thread that reads, before it is abandoned
+CLOSE_SECONDS: Final = 2.0  # longest wait for a thread that is reading when the loader closes
 
 
 @dataclass(frozen=True)
