@@ -108,13 +108,11 @@ class Shard:
         return all_starts[low:high]
 
     def _verify(self, block: int) -> None:
-        width = self._dtype.itemsize
-        per_block = BLOCK_BYTES // width
-        body = self._load(block * per_block, min((block + 1) * per_block, self.num_tokens))
-        if zlib.crc32(_bytes_of(body)) != self._head[1][block]:
+        per_block = BLOCK_BYTES // self._dtype.itemsize
+        start, stop = block * per_block, min((block + 1) * per_block, self.num_tokens)
+        if zlib.crc32(_bytes_of(self._load(start, stop))) != self._head[1][block]:
             raise UnreadableError(
-                f"{self.path} was altered: tokens {block * per_block:,} to {(block + 1) * per_block:,} do not match "
-                f"their checksum; {CURE}"
+                f"{self.path} was altered: tokens {start:,} to {stop:,} do not match their checksum; {CURE}"
             )
         self._verified[block] = True
 

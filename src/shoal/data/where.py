@@ -92,10 +92,9 @@ class Timeline:
 
     def read_at(self, positions: Sequence[int], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the rows that were read at `positions`, where the order has `rows`."""
-        read = rows.copy()
+        read, at = rows.copy(), np.asarray(positions, np.int64)
         for each in self.instead:
-            inside = [each.first <= position < each.stop for position in positions]
-            read[(rows == each.row) & inside] = each.substitute
+            read[(rows == each.row) & (at >= each.first) & (at < each.stop)] = each.substitute
         return read
 
     def place(self, position: int) -> Place | None:

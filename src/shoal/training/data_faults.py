@@ -48,7 +48,10 @@ def _quarantine(run: Run, step: int, told: Sequence[Replaced]) -> None:
     """Add rows to the run's quarantine, the same on all ranks. told: each row once for each rank that read it, by rank."""
     known, most = run.state.quarantined, run.config.data.max_quarantined
     before = set(known)
-    new = {each.row: each for each in reversed(told) if known.get(each.row) != each.substitute}
+    new: dict[int, Replaced] = {}
+    for each in told:  # of ranks that differ, the lowest decides
+        if known.get(each.row) != each.substitute:
+            new.setdefault(each.row, each)
     for each in new.values():
         known[each.row] = each.substitute
         _report(run, step, each)
