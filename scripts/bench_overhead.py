@@ -58,7 +58,7 @@ def _work(rank: int, options: argparse.Namespace, config: Config) -> None:
     took: dict[str, list[float]] = {"bare": [], "whole": []}
     with open_mesh("cpu", 600.0, config.parallel) as mesh:
         run = Run.open(config, mesh, StopRequest())
-        run.files.begin(run.header, 0, 0, at_end=False)
+        run.files.begin(run.header, 0, 0, {}, at_end=False)
         run.files.clock.begin(0)
         run.watch.meter.start()
         for pair in range(options.pairs + 5):

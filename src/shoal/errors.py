@@ -4,6 +4,7 @@ The errors that a user can fix.
     ShoalError              exit code 2, one message, no traceback
     ├── ConfigError         invalid config, with all problems at once
     ├── DataError           invalid corpus, tokenizer or token shards
+    │   └── UnreadableError     tokens of some rows: altered, on a broken part of a disk, or not ids
     ├── ModelError          a folder of weights that is missing, truncated or unsupported
     ├── CheckpointError     a checkpoint that cannot be read or written
     ├── RunError            a run's folder that is missing, locked, unwritable or incompatible
@@ -74,6 +75,10 @@ class ConfigError(ShoalError):
 
 class DataError(ShoalError):
     """An unusable corpus, tokenizer or token shard."""
+
+
+class UnreadableError(DataError):
+    """Tokens of some rows that cannot be read: altered, on a broken part of a disk, or not ids. Other rows may be fine."""
 
 
 class ModelError(ShoalError):

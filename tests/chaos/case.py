@@ -88,7 +88,7 @@ def said_of(phase: str, fault: str) -> str | None:
     """Return the event that a fault causes; None if it causes none."""
     if phase in SAVES and fault in ("full", "exception"):
         return None if phase == "retention" else "save failed"
-    return _EVENTS[fault]
+    return "loader restarted" if phase == "read" else _EVENTS[fault]
 
 
 def ends_the_workers(phase: str, fault: str) -> bool:

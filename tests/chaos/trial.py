@@ -17,7 +17,7 @@ import psutil
 from safetensors import safe_open
 
 from shoal.checkpoint.saved import listed, verify
-from shoal.data.ledger import audit
+from shoal.data.audit import audit
 from shoal.errors import CheckpointError
 from shoal.fault.inject import PLAN
 from shoal.run.events import read_json_lines
@@ -31,7 +31,7 @@ _LOOK_SECONDS: Final = 0.5  # between two checks of a run's ports
 
 RECIPE = f"""
 model: {{dim: 32, num_layers: 2, num_heads: 2, max_seq_len: 32}}
-data: {{corpus: dummy, dummy_documents: 60, tokenizer: bytes, seq_len: 32}}
+data: {{corpus: dummy, dummy_documents: 60, tokenizer: bytes, seq_len: 32, stuck_seconds: 3}}
 optim: {{lr: 1e-2, warmup_steps: 2, schedule: constant}}
 train: {{steps: {STEPS}, global_batch: 12, micro_batch: 2, dtype: float32, device: cpu, repro: bitwise, eval_every: 0}}
 checkpoint: {{every: {SAVE_EVERY}, keep: 3}}
@@ -190,7 +190,7 @@ def judge_events(case: Case, lines: Sequence[dict[str, Any]]) -> list[str]:
         problems.append(f"the workers ended {ends} times, for {wanted_ends} faults")
     problems += [
         f"{event!r} appears {said[event]} times in the events, for {wanted[event]} faults"
-        for event in ("left out", "corrupted", "save failed")
+        for event in ("left out", "corrupted", "save failed", "loader restarted")
         if said[event] != wanted[event]
     ]
     steps = {fault.step for fault in case.faults if fault.fault == "nan"}

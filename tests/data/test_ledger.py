@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from shoal.config.layout import split_slots
-from shoal.data.ledger import FLOAT64_BITS, Audit, Header, Ledger, audit, bits_for, checksum, describe
+from shoal.data.audit import Audit, audit, describe
+from shoal.data.ledger import FLOAT64_BITS, Header, Ledger, bits_for, checksum
 from shoal.data.order import sample_at
 
 HEADER = Header(rows=100, seed=7, global_batch=16, copies=1, data_id="tokens")

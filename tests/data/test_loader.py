@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
 from shoal.data.blend import Blend
-from shoal.data.loader import Batch, Loader, evaluation_batches, evaluation_rows
+from shoal.data.loader import FLOOR_SECONDS, RECENT, Batch, Loader, _Limit, evaluation_batches, evaluation_rows
 from shoal.data.order import sample_at
-from shoal.data.pack import PackedStream, Rows
+from shoal.data.pack import PackedStream, RowArrays, Rows
 from shoal.data.shards import Shard, write_shard
 from shoal.data.stream import TokenStream
 from shoal.errors import DataError
@@ -116,6 +117,103 @@ def test_damage_found_by_the_thread_reaches_whoever_asks(path: Path) -> None:
             loader.next_step()
     assert loader.position == 0
     loader.close()
+
+
+class Faulty:
+    """Rows whose reads do what a list says: fail, wait for an event, or (None) read."""
+
+    def __init__(self, rows: Rows, plan: list[Exception | threading.Event | None]) -> None:
+        self.rows, self.plan, self.seq_len = rows, plan, rows.seq_len
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row_ids: npt.ArrayLike) -> RowArrays:
+        what = self.plan.pop(0) if self.plan else None
+        if isinstance(what, Exception):
+            raise what
+        if what is not None:
+            what.wait()
+        return self.rows.read(row_ids)
+
+
+def loader_of(rows: Rows, **options: Any) -> Loader:
+    return Loader(rows, Blend(7, [NUM_ROWS]), global_batch=4, micro_batch=4, dp_rank=0, dp_size=1, **options)
+
+
+def taken(loader: Loader, count: int) -> list[int]:
+    return [row for _ in range(count) for batch in loader.next_step() for row in batch.sample_ids]
+
+
+def test_a_thread_that_fails_is_replaced_where_it_was(rows: Rows) -> None:
+    plan: list[Any] = [
+        None,
+        MemoryError("no room"),
+        None,
+        None,
+        OSError(5, "a"),
+        OSError(6, "b"),
+        OSError(7, "c"),
+        None,
+    ]
+    loader = loader_of(Faulty(rows, plan), passed_over=[(8, 12)])
+    assert taken(loader, 1) == sample_at(7, np.arange(4), NUM_ROWS).tolist()
+    assert loader.restarted == []
+    assert taken(loader, 1) == sample_at(7, np.arange(4, 8), NUM_ROWS).tolist()
+    assert loader.restarted == ["MemoryError: no room"]
+    assert taken(loader, 8) == sample_at(7, np.arange(12, 44), NUM_ROWS).tolist()  # three in a row among them
+    assert plan == []
+    loader.close()
+
+
+def test_a_thread_that_always_fails_raises_its_error(rows: Rows) -> None:
+    loader = loader_of(Faulty(rows, [None, *(ValueError(str(n)) for n in range(9))]), prefetch=1)
+    taken(loader, 1)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="3"):  # the first and those of three new threads
+            loader.next_step()
+    assert loader.position == 4
+    loader.close()
+
+
+def test_a_stuck_thread_is_replaced_and_what_it_reads_late_is_dropped(rows: Rows) -> None:
+    late = [threading.Event(), threading.Event()]
+    before = threading.active_count()
+    loader = loader_of(Faulty(rows, [None, None, *late]), stuck_seconds=0.2)
+    seen = taken(loader, 3)
+    assert loader.restarted[:2] == ["no step was read for 0.2 s", "no step was read for 0.4 s"]
+    for each in late:
+        each.set()
+    while threading.active_count() > before + 1:  # the two end after their read
+        threading.Event().wait(0.001)
+    assert seen + taken(loader, 9) == sample_at(7, np.arange(48), NUM_ROWS).tolist()
+    loader.close()
+
+
+def test_data_that_never_arrives_ends_with_a_message(rows: Rows) -> None:
+    never = threading.Event()
+    loader = loader_of(Faulty(rows, [never] * 9), stuck_seconds=0.02)
+    for _ in range(2):
+        with pytest.raises(
+            DataError, match=r"not advanced for 0.16 s, and 3 new reading threads .* data.stuck_seconds"
+        ):
+            loader.next_step()
+    never.set()
+    loader.close()
+
+
+def test_the_limit_of_a_read_is_learned() -> None:
+    limit = _Limit(300.0)
+    assert [limit.seconds(n) for n in (0, 1, 2)] == [300, 600, 1200]
+    for seconds in (0.1, 2.0, 0.1, 0.1, 0.1):
+        limit.learn(seconds)
+    assert [limit.seconds(n) for n in (0, 1)] == [20, 40]  # 10 times the slowest
+    limit.learn(200.0)
+    assert limit.seconds(0) == 400  # slower than the option expects
+    for _ in range(RECENT):
+        limit.learn(0.001)
+    assert limit.seconds(0) == FLOOR_SECONDS
+    assert _Limit(0.0).seconds(2) is None
 
 
 def test_closing_ends_the_thread_at_once(rows: Rows) -> None:

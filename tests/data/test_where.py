@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections import defaultdict
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from shoal.data.blend import Blend, Stage
 from shoal.data.dataset import Dataset, order_of, planned_stages, prepare_dataset
 from shoal.data.document_index import find_documents
 from shoal.data.pack import PackedStream
-from shoal.data.where import Finder, Life, Place, Timeline
+from shoal.data.quarantine import candidates
+from shoal.data.where import Finder, Instead, Life, Place, Timeline
 
 SEQ_LEN, BATCH, MICRO = 32, 6, 2
 LIVES = [Life(0, 0, BATCH, stop=60), Life(78, 10, BATCH)]  # steps 1 to 10, then 18 positions passed over
@@ -37,11 +39,14 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return prepare_dataset(data)
 
 
-def test_every_document_is_where_reading_all_steps_finds_it(dataset: Dataset) -> None:
+@pytest.mark.parametrize("replaced", [0, 3])
+def test_every_document_is_where_reading_all_steps_finds_it(dataset: Dataset, replaced: int) -> None:
     rows = dataset.rows("train")
     order = order_of(dataset.data, rows.sizes, 3, planned_stages(dataset.data, BATCH))
-    finder = Finder.of(dataset, order, Timeline(LIVES, MICRO))
     last = 24
+    unread = {row: candidates(order, row)[0] for row in order.rows_at(np.arange(20, 20 + replaced)).tolist()}
+    since = 20  # the position from which these rows could not be read
+    finder = Finder.of(dataset, order, Timeline(LIVES, MICRO, [Instead(since, inf, *each) for each in unread.items()]))
     # by hand: the tokens of each step's rows, cut at the ends of documents, whose first token names source and number
     found: dict[tuple[str, str], list[tuple[int, int, int]]] = defaultdict(list)
     text_of = {}
@@ -55,7 +60,9 @@ def test_every_document_is_where_reading_all_steps_finds_it(dataset: Dataset) ->
         first = (step - 1) * BATCH if step <= 10 else 78 + (step - 11) * BATCH
         listed = {each.place: each for each in finder.at(step)}
         for at, row in enumerate(order.rows_at(np.arange(first, first + BATCH)).tolist()):
+            row = unread.get(row, row) if first + at >= since else row
             seen = listed.pop(Place(step, at // MICRO, at % MICRO))
+            assert seen.row == row - order.first_row(list(dataset.parts).index(seen.source))
             own = [text_of[seen.source, number] for number in seen.documents]
             text = dataset.tokenizer.decode(rows.read([row]).tokens[0].tolist())
             assert text in "".join(own)

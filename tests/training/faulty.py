@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,21 @@ from tests.parallel.layouts import NeverStop, mesh_for
 
 def train_with(mesh: Mesh, config: Config, faults: list[dict[str, Any]]) -> Run:
     """Train to the end with these planned faults; return the closed run."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(PLAN, json.dumps(faults))
+    with planned(faults):
         run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
         try:
             complete(run)
         finally:
             run.close()
     return run
+
+
+@contextlib.contextmanager
+def planned(faults: list[dict[str, Any]]) -> Iterator[None]:
+    """Let runs that are opened meanwhile have these faults."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PLAN, json.dumps(faults))
+        yield
 
 
 def events(config: Config, kind: str) -> list[dict[str, Any]]:

@@ -249,6 +249,20 @@ class Data(Source):
     prefetch: int = opt(
         2, "number of steps to read ahead", unit="steps", alias=("prefetch_factor",), akin=("num_workers",), ge=1
     )
+    max_quarantined: int = opt(
+        0,
+        "maximum number of rows that cannot be read (altered tokens, a disk error) and are each replaced by another row of "
+        "their source; 0: the first one ends the run",
+        unit="rows",
+        ge=0,
+    )
+    stuck_seconds: float = opt(
+        300.0,
+        "longest time to wait for a step's rows before the reading thread is replaced; shorter once the usual time is known: "
+        "10 times the slowest recent read, at least 10 s; 0 disables",
+        unit="s",
+        ge=0,
+    )
     kept: Path | None = None  # not an option: the run's copy of the folder data.tokenizer, if that folder is gone
     # not an option itself: the sources of a blend by name; data.sources.NAME has the options of `BlendSource`
     sources: Mapping[str, BlendSource] | None = None

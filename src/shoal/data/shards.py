@@ -1,5 +1,5 @@
 """
-Token shards: memory-mapped safetensors files, each block verified on first read. No torch.
+Token shards: safetensors files, each block of tokens verified on first read. No torch.
 
     train-00000.safetensors
         starts  int64  [documents]   where each document starts, in tokens of this shard
@@ -25,8 +25,9 @@ import numpy.typing as npt
 
 from shoal.data.files import write_atomically
 from shoal.data.stream import Spans, Starts, Tokens
-from shoal.errors import DataError
+from shoal.errors import DataError, UnreadableError
 from shoal.hub.header import LENGTH_BYTES, header_bytes
+from shoal.system.byte_file import ByteFile
 
 BLOCK_BYTES = 1 << 16
 CURE = "rebuild it with `shoal prepare RECIPE --data.rebuild true`"
@@ -109,6 +110,8 @@ class Shard:
     def __init__(self, path: Path, record: ShardRecord, dtype: np.dtype[np.unsignedinteger[Any]]) -> None:
         self.path, self.num_tokens, self.num_documents = path, record.tokens, record.documents
         self._record, self._dtype = record, dtype
+        self._file = ByteFile(path, str(path), CURE)
+        self._body = record.bytes - record.tokens * dtype.itemsize  # where the tokens begin
         try:
             size = path.stat().st_size
         except OSError as error:
@@ -117,16 +120,16 @@ class Shard:
             raise DataError(f"{path} has {size:,} bytes, not the {record.bytes:,} that were written; {CURE}")
 
     def read(self, start: int, stop: int) -> Tokens:
-        """Return a verified view of tokens [start, stop). Raises DataError if bytes were altered."""
+        """Return verified tokens [start, stop). Raises UnreadableError if bytes were altered or the disk fails there."""
         width = self._dtype.itemsize
         first, last = start * width // BLOCK_BYTES, (stop * width - 1) // BLOCK_BYTES
         for block in range(first, last + 1):
             if not self._verified[block]:
                 self._verify(block)
-        return self._tokens[start:stop]
+        return self._load(start, stop)
 
     def starts(self, start: int, stop: int) -> Starts:
-        """Return the offsets in [start, stop) at which a document starts, ascending. Raises DataError if they were altered."""
+        """Return the offsets in [start, stop) at which a document starts, ascending. Raises UnreadableError if they were altered."""
         all_starts = self._head[0]
         low, high = np.searchsorted(all_starts, [start, stop])
         return all_starts[low:high]
@@ -140,33 +143,32 @@ class Shard:
         return np.clip(spans[low:high], start, stop)
 
     def _verify(self, block: int) -> None:
-        width = self._dtype.itemsize
-        per_block = BLOCK_BYTES // width
-        body = self._tokens[block * per_block : (block + 1) * per_block]
-        if zlib.crc32(_bytes_of(body)) != self._head[1][block]:
-            raise DataError(
-                f"{self.path} was altered: tokens {block * per_block:,} to {(block + 1) * per_block:,} do not match "
-                f"their checksum; {CURE}"
+        per_block = BLOCK_BYTES // self._dtype.itemsize
+        start, stop = block * per_block, min((block + 1) * per_block, self.num_tokens)
+        if zlib.crc32(_bytes_of(self._load(start, stop))) != self._head[1][block]:
+            raise UnreadableError(
+                f"{self.path} was altered: tokens {start:,} to {stop:,} do not match their checksum; {CURE}"
             )
         self._verified[block] = True
+
+    def _load(self, start: int, stop: int) -> Tokens:
+        width = self._dtype.itemsize
+        return np.frombuffer(self._file.read(self._body + start * width, self._body + stop * width), self._dtype)
 
     @cached_property
     def _verified(self) -> npt.NDArray[np.bool_]:
         return np.zeros(len(self._head[1]), np.bool_)
 
     @cached_property
-    def _tokens(self) -> Tokens:
-        offset = self._record.bytes - self.num_tokens * self._dtype.itemsize
-        return np.memmap(self.path, self._dtype, "r", offset, (self.num_tokens,))
-
-    @cached_property
     def _head(self) -> tuple[Starts, npt.NDArray[np.uint32], Spans | None]:
-        """The `starts`, `checks` and `answers` tensors. Raises DataError, before parsing them, if the head's CRC does not match."""
-        head_bytes = self._record.bytes - self.num_tokens * self._dtype.itemsize
-        with self.path.open("rb") as file:
-            head = file.read(head_bytes)
+        """
+        The `starts`, `checks` and `answers` tensors.
+
+        Raises UnreadableError, before parsing them, if the head's CRC does not match.
+        """
+        head = self._file.read(0, self._body)
         if zlib.crc32(head) != self._record.head_crc32:
-            raise DataError(f"{self.path} was altered: its header or index does not match its checksum; {CURE}")
+            raise UnreadableError(f"{self.path} was altered: its header or index does not match its checksum; {CURE}")
         at = LENGTH_BYTES + int.from_bytes(head[:LENGTH_BYTES], "little")
         starts = np.frombuffer(head, np.int64, self._record.documents, at)
         at += starts.nbytes

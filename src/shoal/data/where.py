@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,16 @@ class Life:
 
 
 @dataclass(frozen=True)
+class Instead:
+    """At positions [first, stop), `substitute` was read instead of `row`, which could not be read."""
+
+    first: int
+    stop: float
+    row: int
+    substitute: int
+
+
+@dataclass(frozen=True)
 class Place:
     """A row's place in the training: its step, from 1; its slot, the micro-batch in the step; and its index in the slot."""
 
@@ -46,29 +56,46 @@ class Place:
 
 
 class Timeline:
-    """The step at each position, and the positions of each step, with resumes, rollbacks and changed batches."""
+    """
+    The step at each position, and the positions of each step, with resumes, rollbacks and changed batches.
 
-    def __init__(self, lives: Sequence[Life], micro_batch: int) -> None:
-        self.lives, self._micro_batch = list(lives), micro_batch
+    instead: the rows that could not be read.
+    """
+
+    def __init__(self, lives: Sequence[Life], micro_batch: int, instead: Sequence[Instead] = ()) -> None:
+        self.lives, self._micro_batch, self.instead = list(lives), micro_batch, instead
 
     @classmethod
     def of_ledger(cls, path: Path, micro_batch: int) -> tuple[Timeline, Header]:
         """Read a run's ledger: its timeline and its last header. Raises OSError if it cannot be read, ValueError if it is empty."""
         lives: list[Life] = []
+        instead: list[Instead] = []
         header: dict[str, Any] | None = None
-        step = 0
+        step = position = 0
         for line in whole_lines(path):
             if "after" in line:
-                header, step = line, line["after"]
-                lives = [*_until(lives, line["position"]), Life(line["position"], step, line["global_batch"])]
+                header, step, position = line, line["after"], line["position"]
+                lives = [*_until(lives, position), Life(position, step, line["global_batch"])]
+                instead = [replace(i, stop=min(i.stop, position)) for i in instead if i.first < position]
             elif "passed_over" in line:
-                first, stop = line["passed_over"]
-                lives = [*_until(lives, first), Life(stop, step, lives[-1].global_batch)]
+                first, position = line["passed_over"]
+                lives = [*_until(lives, first), Life(position, step, lives[-1].global_batch)]
+            elif "quarantined" in line:
+                row, substitute = line["quarantined"]
+                instead = [replace(i, stop=min(i.stop, position)) if i.row == row else i for i in instead]
+                instead.append(Instead(position, math.inf, row, substitute))
             else:
-                step = line["step"]
+                step, position = line["step"], line["stop"]
         if header is None:
             raise ValueError(f"{path} is empty")
-        return cls(lives, micro_batch), Header.of_line(header)
+        return cls(lives, micro_batch, instead), Header.of_line(header)
+
+    def read_at(self, positions: Sequence[int], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the rows that were read at `positions`, where the order has `rows`."""
+        read, at = rows.copy(), np.asarray(positions, np.int64)
+        for each in self.instead:
+            read[(rows == each.row) & (at >= each.first) & (at < each.stop)] = each.substitute
+        return read
 
     def place(self, position: int) -> Place | None:
         """Return where the sample at `position` is trained on; None if it was passed over."""
@@ -134,17 +161,22 @@ class Finder:
         if not len(rows):
             return []  # it is in the tail that fills no row
         first = self.order.first_row(list(self.rows).index(source))
-        indices, positions = self.order.positions_of(np.array(rows) + first, self.timeline.positions(last_step).stop)
+        wanted = {row + first for row in rows}
+        # also the positions of rows that one of these was read instead of
+        asked = np.array(sorted(wanted | {i.row for i in self.timeline.instead if i.substitute in wanted}))
+        indices, at = self.order.positions_of(asked, self.timeline.positions(last_step).stop)
+        positions = at.tolist()
+        read = self.timeline.read_at(positions, asked[indices]).tolist()
         return [
-            Seen(place, source, rows[index], (document,))
-            for index, position in zip(indices.tolist(), positions.tolist(), strict=True)
-            if (place := self.timeline.place(position)) is not None
+            Seen(place, source, row - first, (document,))
+            for row, position in zip(read, positions, strict=True)
+            if row in wanted and (place := self.timeline.place(position)) is not None
         ]
 
     def at(self, step: int) -> list[Seen]:
         """Return the rows of a step, by slot. Raises ValueError if no such step can be taken."""
         positions = self.timeline.positions(step)
-        found = self.of_rows(self.order.rows_at(positions))
+        found = self.of_rows(self.timeline.read_at(positions, self.order.rows_at(positions)))
         places = [self.timeline.place(position) for position in positions]
         return [Seen(place, *each) for place, each in zip(places, found, strict=True) if place is not None]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from shoal.checkpoint.convert import FolderWeights
 from shoal.config.options import Config
@@ -11,6 +12,7 @@ from shoal.config.presets import resolve_shape
 from shoal.data.blend import Blend
 from shoal.data.dataset import BlendRows, order_of, planned_stages
 from shoal.data.loader import Loader
+from shoal.data.quarantine import Quarantine
 from shoal.hub.find import find_model
 from shoal.hub.folder import ModelFolder
 from shoal.mesh.mesh import Mesh
@@ -117,17 +119,18 @@ def open_loader(
     passed_over: Sequence[tuple[int, int]] = (),
     at: Callable[[str], None] = lambda phase: None,
     order: Blend | None = None,
+    quarantined: Mapping[int, int] = MappingProxyType({}),
 ) -> Loader:
     """
     Open the loader of this rank's micro-batches from sample `position` on. It skips the position ranges in `passed_over`.
 
-    order: the order of rows; None for the order of a new run.
+    order: the order of rows; None for the order of a new run. quarantined: the rows that the run has replaced; it may grow.
     """
     train = config.train
-    planned = planned_stages(config.data, train.global_batch)
+    order = order or order_of(config.data, rows.sizes, train.seed, planned_stages(config.data, train.global_batch))
     return Loader(
         rows,
-        order or order_of(config.data, rows.sizes, train.seed, planned),
+        order,
         global_batch=train.global_batch,
         micro_batch=train.micro_batch,
         dp_rank=mesh.dp_rank,
@@ -137,4 +140,6 @@ def open_loader(
         at=at,
         prefetch=config.data.prefetch,
         device=mesh.device,
+        quarantine=Quarantine(rows, order, quarantined) if config.data.max_quarantined else None,
+        stuck_seconds=config.data.stuck_seconds,
     )

@@ -35,6 +35,7 @@ from shoal.run.folder import RunFolder
 from shoal.system.signals import StopRequest
 from shoal.training.closing import finish
 from shoal.training.compile_check import check_compiled
+from shoal.training.data_faults import vote
 from shoal.training.health import GoBack
 from shoal.training.opening import introduce
 from shoal.training.recovery import check_replicas, explain, go_back, overflowed
@@ -101,7 +102,7 @@ def _steps_to_the_end(run: Run) -> bool:
     pending: Stats | None = None
     stopped, late = False, reads_late(run.mesh.device)
     at_end = run.state.step >= run.total_steps
-    run.files.begin(run.header, run.state.step, run.state.position, at_end=at_end)
+    run.files.begin(run.header, run.state.step, run.state.position, run.state.quarantined, at_end=at_end)
     run.files.clock.begin(run.state.step)
     run.watch.meter.start()
     while run.state.step < run.total_steps and not stopped:
@@ -150,6 +151,7 @@ def cast_ballot(run: Run, step: int, batches: Sequence[Batch]) -> Ballot:
             "stop": Vote([float(run.stopping.is_asked())]),
             "samples": Vote([float(samples)]),
             "pace": run.watch.pace.vote(step),
+            "data": vote(run, step, batches),
             "sources": Vote(_tokens_by_source(run, batches)),
             **run.saving.votes(step),
         }

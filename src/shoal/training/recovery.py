@@ -87,10 +87,12 @@ def go_back(run: Run, back: GoBack) -> None:
             f"step {step}: {back.why}, and there is no checkpoint to roll back to. Try a lower optim.lr, a longer "
             "optim.warmup_steps, other weights or another train.seed"
         )
+    quarantined = run.state.quarantined
     if newest is not None:
         run.saving.restore(newest, run.state)
     else:  # replicas differed before the first checkpoint; the training itself was healthy
         start_over(run.config, run.mesh, run.state)
+    run.state.quarantined = quarantined  # rows found since the checkpoint are not tried again
     run.saving.begin_life(newest)
     samples = ""
     if back.passed_over is not None:
@@ -104,8 +106,9 @@ def go_back(run: Run, back: GoBack) -> None:
     order = continue_order(run.config, run.rows, run.state)
     run.header = ledger_header(run.config, run.mesh, run.dataset, order)
     run.loader = open_loader(
-        run.config, run.mesh, run.rows, run.state.position, run.state.passed_over, run.watch.faults.at, order
-    )
+        run.config, run.mesh, run.rows, run.state.position, run.state.passed_over, run.watch.faults.at, order,
+        run.state.quarantined,
+    )  # fmt: skip
     where = newest.folder if newest else "the start (no checkpoint yet)"
     run.console.warn(f"{back.why}: rolled back from step {step} to {where}{samples}")
     run.files.event("went back", step=step, to=run.state.step, why=back.why, passed_over=back.passed_over)

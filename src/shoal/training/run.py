@@ -159,7 +159,9 @@ class Run:
                 f"max_epochs of the sources allows {order.end:,.0f} rows, and the run takes {needed:,}; raise max_epochs or "
                 f"lower train.{length_of(config.train)[0]}"
             )
-        loader = open_loader(config, mesh, rows, state.position, state.passed_over, faults.at, order)
+        if not config.data.max_quarantined:
+            state.quarantined = {}  # all rows are read again
+        loader = open_loader(config, mesh, rows, state.position, state.passed_over, faults.at, order, state.quarantined)
         guard = Guard(mesh.device, config.fault.spike_zscore)
         guard.losses.extend(state.losses)
         run = cls(

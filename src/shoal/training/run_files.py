@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shoal.data.ledger import Header, Ledger
@@ -34,11 +34,11 @@ class RunFiles:
             self._events = Events(folder.events_file)
         self.clock = Clock(folder.time_file if writes else None)
 
-    def begin(self, header: Header, step: int, position: int, *, at_end: bool) -> None:
+    def begin(self, header: Header, step: int, position: int, quarantined: Mapping[int, int], *, at_end: bool) -> None:
         """
         Prepare the files for the steps after `step`, from sample `position` on. Called at the start and after a rollback.
 
-        at_end: whether no steps are left, so that only the last evaluation is repeated.
+        quarantined: rows that cannot be read, each with its substitute. at_end: whether no steps are left, so that only the last evaluation is repeated.
         """
         if self._writes:
             with contextlib.suppress(OSError):  # then these steps appear twice in the file
@@ -47,7 +47,7 @@ class RunFiles:
                 self._metrics.close()
             self._metrics = MetricsFile(self.folder.metrics_file)
             self._ledger = self._ledger or Ledger(self.folder.ledger_file)
-            self._ledger.begin(header, step, position)
+            self._ledger.begin(header, step, position, quarantined)
 
     def last_machine(self) -> dict[str, Any]:
         """Return the facts on which the bits of the last start depended, from `events.jsonl`; empty if there was no start."""
@@ -77,6 +77,11 @@ class RunFiles:
         if self._ledger is not None:
             self._ledger.record(step, first, stop, total, skipped=skipped, windows=windows)
             self._complain(self._ledger.problem)
+
+    def quarantined(self, row: int, substitute: int) -> None:
+        """Write a line of `ledger.jsonl`: from the next step written on, `substitute` is read instead of `row`."""
+        if self._ledger is not None:
+            self._ledger.quarantine(row, substitute)
 
     def sync(self) -> None:
         """Flush the ledger, so that a power cut leaves no checkpoint ahead of it."""

@@ -29,6 +29,7 @@ class TrainState:
     skipped: int = 0  # steps skipped
     losses: Sequence[tuple[int, float]] = ()  # (step, loss): recent ones, to detect spikes
     passed_over: list[tuple[int, int]] = field(default_factory=list)  # sample positions [first, stop) to skip
+    quarantined: dict[int, int] = field(default_factory=dict)  # rows that cannot be read, and the rows read instead
     stages: Sequence[Stage] = ()  # the shares of a blend's sources, by position; () without weights
 
     def tensors(self) -> dict[str, Part]:
@@ -48,6 +49,8 @@ class TrainState:
         """Return everything but the tensors, as values for JSON."""
         values: dict[str, Any] = {"step": self.step, "position": self.position, "tokens": self.tokens}
         values |= {"skipped": self.skipped, "losses": list(self.losses), "passed_over": self.passed_over}
+        if self.quarantined:
+            values["quarantined"] = [list(each) for each in self.quarantined.items()]
         if self.stages:
             values["stages"] = [[stage.first, list(stage.shares)] for stage in self.stages]
         if self.scaler is not None:
@@ -60,6 +63,7 @@ class TrainState:
         self.skipped = int(scalars.get("skipped", 0))
         self.losses = [(int(step), float(loss)) for step, loss in scalars.get("losses", ())]
         self.passed_over = [(int(first), int(stop)) for first, stop in scalars.get("passed_over", ())]
+        self.quarantined = {int(row): int(instead) for row, instead in scalars.get("quarantined", ())}
         self.stages = [Stage(int(first), tuple(shares)) for first, shares in scalars.get("stages", ())]
         if self.scaler is not None and "loss_scale" in scalars:
             self.scaler.scale.fill_(scalars["loss_scale"][0])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from shoal.errors import DataError
-
-SCANNED_TOKENS = 1 << 16  # longer ranges are read as part of a scan, without the memory map
+from shoal.errors import UnreadableError
+from shoal.system.byte_file import ByteFile
 
 Format = Literal["nanogpt", "llm.c", "megatron", "raw"]
 Tokens = npt.NDArray[np.unsignedinteger[Any]]
@@ -70,9 +67,10 @@ class TokenFile:
         self.name, self.path, self.contents, self.borders = name, path, contents, borders
         self.num_tokens = contents.num_tokens
         self._vocabulary = vocabulary
+        self._file = ByteFile(path, name, "copy it again, or put it back")
 
     def read(self, start: int, stop: int) -> Tokens:
-        """Return a view of tokens [start, stop), unsigned. Raises DataError if an id is not in the vocabulary."""
+        """Return tokens [start, stop), unsigned. Raises UnreadableError if an id is not in the vocabulary or the disk fails."""
         ids = self._load(start, stop)
         if int(ids.max()) >= self._vocabulary.size:
             self._refuse(start, int(np.argmax(ids >= self._vocabulary.size)))
@@ -106,7 +104,7 @@ class TokenFile:
     def _refuse(self, start: int, place: int) -> NoReturn:
         token, vocabulary = start + place, self._vocabulary
         stored = self._load(token, token + 1).view(self.contents.dtype)[0]
-        raise DataError(
+        raise UnreadableError(
             f"{self.name}: token {token:,} (byte {self.contents.offset + token * self.contents.dtype.itemsize:,}) is {stored:,}, "
             f"not an id of {vocabulary.name}, which has {vocabulary.size:,}; set data.tokenizer to the tokenizer that made the "
             "file, or data.token_type to its type"
@@ -114,24 +112,8 @@ class TokenFile:
 
     def _load(self, start: int, stop: int) -> Tokens:
         """Return tokens [start, stop) as unsigned integers: a negative id becomes larger than any vocabulary."""
-        offset = self.contents.offset + start * self.contents.dtype.itemsize
-        try:
-            if stop - start < SCANNED_TOKENS:
-                return self._mapped[start:stop]
-            ids = np.fromfile(self.path, self._unsigned, stop - start, offset=offset)
-        except OSError as error:
-            raise DataError(f"cannot read {self.name}: {error.strerror or error}; put it back") from error
-        if len(ids) < stop - start:
-            raise DataError(f"{self.name} was cut short while it was read; copy it again")
-        return ids
-
-    @cached_property
-    def _mapped(self) -> Tokens:
-        with self.path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        # Rows are read in random order. Reading ahead took 2 ms a row instead of 0.01, and up to a thousand times the bytes.
-        mapped.madvise(mmap.MADV_RANDOM)
-        return np.frombuffer(mapped, self._unsigned, self.num_tokens, self.contents.offset)
+        offset, width = self.contents.offset, self.contents.dtype.itemsize
+        return np.frombuffer(self._file.read(offset + start * width, offset + stop * width), self._unsigned)
 
     @property
     def _unsigned(self) -> np.dtype[Any]:
