@@ -164,7 +164,7 @@ HEADER = Header(60, 1, 6, 2, "tokens", (("a", 20, None), ("b", 40, None)), ((0, 
 
 
 class Run:
-    """A run that replaces rows, and a copy of what it read at each position."""
+    """A run that replaces rows, and the row that it read at each position."""
 
     def __init__(self, path: Path) -> None:
         self.ledger, self.known, self.read = Ledger(path), dict[int, int](), dict[int, int]()

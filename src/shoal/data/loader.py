@@ -103,7 +103,7 @@ class _Step(NamedTuple):
 
 class _Thread:
     """
-    A thread that reads steps ahead into its own queue, so that what it reads after it was replaced reaches nobody.
+    A thread that reads steps ahead into its own queue, so that steps read after its replacement are dropped.
 
     steps: the steps from the loader's position on.
     """
