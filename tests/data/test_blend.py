@@ -43,7 +43,7 @@ def test_weights_become_exact_shares_or_nearly() -> None:
 
 
 def drawn(draw: random.Random) -> Blend:
-    """Draw a blend of up to six sources, with stages, sources that are left out of some, and limits."""
+    """Draw a blend of up to six sources, with stages, sources that some skip, and limits."""
     count = draw.randint(1, 6)
     stages, first = [], 0
     for _ in range(draw.randint(1, 4)):
@@ -65,7 +65,7 @@ def test_quotas_epochs_and_the_inverse_agree_with_counting(seed: int) -> None:
     segments = {segment.first: segment for segment in blend._segments}
     here = None
     for position, source in enumerate(sources.tolist()):
-        if position in segments:  # the quotas go on from what each source was owed
+        if position in segments:  # the quotas continue from what each source was owed
             here = segments[position]
             quota = [t + owed for t, owed in zip(taken, here.owed, strict=True)]
         assert here is not None

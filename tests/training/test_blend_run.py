@@ -106,9 +106,7 @@ def test_layouts_report_the_losses_of_one_process(
     for before, after in zip(alone.evaluations, theirs.evaluations, strict=True):
         assert after.val_source_loss == pytest.approx(before.val_source_loss, rel=1e-4)
         assert set(before.val_source_loss or ()) == set(SHARES)
-    assert [set(step.source_loss or ()) for step in alone.steps][6:] == [{"b", "c"}] * 2, (
-        "the second stage leaves out a"
-    )
+    assert [set(step.source_loss or ()) for step in alone.steps][6:] == [{"b", "c"}] * 2, "the second stage skips a"
 
 
 def test_a_resume_with_other_weights_and_processes_reads_each_row_once(

@@ -53,7 +53,7 @@ class BlendRows:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The prepared sources of a run, by name; a corpus that is no blend has the name ""."""
+    """The prepared sources of a run, by name; a corpus that is not a blend has the name ""."""
 
     data: Data
     parts: Mapping[str, Prepared]

@@ -150,6 +150,8 @@ def _yardstick(run: Run, evaluation: Evaluation) -> str:
     text_bytes = counts.text_bytes
     if counts.learned_bytes < text_bytes:
         return f"held-out conversations ({counts.learned_bytes:,} bytes learned), bits per byte: this model {ours:.3f}"
+    if run.dataset.single is None:
+        return f"held-out text ({text_bytes:,} bytes of all sources), bits per byte: this model {ours:.3f}"
     found = run.measuring.wait(seconds, go_on)
     if isinstance(found, Yardstick):
         return found.compared(ours, text_bytes)
