@@ -1,28 +1,45 @@
 """
-Time the two questions of `shoal data` on a blend of five sources with ten trillion tokens and two stages.
+Time a blend: the two questions of `shoal data`, its loader, and the losses by source.
 
     python scripts/bench_blend.py
 
-The index of documents is a formula and the tokens are sparse files, so nothing is generated. Prints the median and the 99th
-percentile of 300 questions each: where a document is trained on, and which documents are in one row or one step.
+questions: on five sources of ten trillion tokens with two stages. The index of documents is a formula and the tokens are sparse
+files, so nothing is generated. Prints the median and the 99th percentile of 300 questions: where a document is trained on,
+and which documents a step reads.
+loader: processor time of a step's batches, of five sources against one with the same tokens, in pairs.
+step: the same training step with and without the losses by source, alternating in one process.
 """
 
 from __future__ import annotations
 
+import json
+import random
 import statistics
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from shoal.config.data_options import BlendSource, Data
+from shoal.config.options import Config, Model, Train
+from shoal.config.run_options import Launch
 from shoal.data.blend import Blend, Stage
+from shoal.data.dataset import Dataset, order_of, planned_stages, prepare_dataset
+from shoal.data.loader import Loader
 from shoal.data.pack import PackedStream
 from shoal.data.where import Finder, Life, Timeline
+from shoal.mesh.mesh import Mesh
+from shoal.mesh.place import Place
 from shoal.system.cpu import model_name
+from shoal.system.signals import StopRequest
+from shoal.training.loop import record, take_step
+from shoal.training.run import Run
 
 BILLIONS = (5_000, 2_500, 1_500, 700, 300)
 SEQ_LEN, GLOBAL_BATCH, MICRO_BATCH, LAST = 4096, 64, 4, 30_000_000
@@ -70,6 +87,72 @@ def milliseconds(asked: Callable[[int], object], questions: Sequence[int]) -> st
     return f"median {statistics.median(taken):.3f} ms, 99th percentile {np.percentile(taken, 99):.3f} ms"
 
 
+def time_loader(folder: Path) -> None:
+    """Print the loader's cost of five sources relative to one, as the median of pairs in turn."""
+    draw = random.Random(0)
+    paths = [folder / f"{number}.jsonl" for number in range(5)]
+    for path in paths:
+        texts = ("".join(draw.choices("abcdefgh ", k=draw.randint(200, 6000))) for _ in range(800))
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    common: dict[str, Any] = {"tokenizer": "bytes", "seq_len": 2048, "folder": str(folder / "data")}
+    sources = {
+        path.stem: BlendSource(corpus="jsonl", paths=(str(path),), weight=weight)
+        for path, weight in zip(paths, (0.4, 0.25, 0.15, 0.12, 0.08), strict=True)
+    }
+    one = prepare_dataset(Data(corpus="jsonl", paths=tuple(map(str, paths)), **common))
+    five = prepare_dataset(Data(sources=sources, **common))
+    ratios = []
+    for pair in range(15):
+        order = (one, five) if pair % 2 else (five, one)
+        taken = {id(each): processor_seconds(each) for each in order}
+        ratios.append(taken[id(five)] / taken[id(one)])
+    print(
+        f"loader, five sources over one: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f}"
+    )
+
+
+def processor_seconds(dataset: Dataset, steps: int = 100) -> float:
+    """Return the processor time of reading these steps, the least of three times."""
+    rows = dataset.rows("train")
+    order = order_of(dataset.data, rows.sizes, 0, planned_stages(dataset.data, 64))
+    loader = Loader(rows, order, global_batch=64, micro_batch=8, dp_rank=0, dp_size=1)
+    taken = []
+    for _ in range(3):
+        begun = time.process_time()
+        for _ in range(steps):
+            loader.next_step()
+        taken.append(time.process_time() - begun)
+    loader.close()
+    return min(taken)
+
+
+def time_step(folder: Path) -> None:
+    """Print the cost of the losses by source, relative to a step without them, as the median of pairs in turn."""
+    sources = {f"s{n}": BlendSource(corpus="dummy", dummy_documents=200 + n, weight=1.0) for n in range(5)}
+    config = Config(
+        model=Model(dim=256, num_layers=4, num_heads=4, max_seq_len=512),
+        data=Data(sources=sources, tokenizer="bytes", seq_len=512, folder=str(folder / "dummies")),
+        train=Train(steps=1000, global_batch=8, micro_batch=4, dtype="float32"),
+        launch=Launch(runs=str(folder / "runs"), name="blend"),
+    )
+    torch.set_num_threads(1)
+    run = Run.open(config, Mesh(Place(), torch.device("cpu")), StopRequest())
+    ratios: list[float] = []
+    for _ in range(40):
+        taken = {}
+        for count in (5, 1) if len(ratios) % 2 else (1, 5):
+            run.runnable.num_sources = count
+            begun = time.perf_counter()
+            record(run, take_step(run))
+            taken[count] = time.perf_counter() - begun
+        ratios.append(taken[5] / taken[1])
+    run.close()
+    quarter = statistics.quantiles(ratios, n=4)
+    print(
+        f"step, with losses by source over without: median {quarter[1]:.4f}, quartiles {quarter[0]:.4f} to {quarter[2]:.4f}"
+    )
+
+
 def main() -> None:
     print(
         f"{model_name()}; {len(BILLIONS)} sources, {sum(BILLIONS):,} billion tokens, rows of {SEQ_LEN:,}, {LAST:,} steps"
@@ -84,6 +167,9 @@ def main() -> None:
         tracemalloc.start()
         finder.where("source4", documents[0], LAST), finder.at(LAST)
         print(f"peak memory of Python's objects: {tracemalloc.get_traced_memory()[1] / 1e6:.1f} MB")
+        tracemalloc.stop()
+        time_loader(Path(folder))
+        time_step(Path(folder))
 
 
 if __name__ == "__main__":
