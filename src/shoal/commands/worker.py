@@ -60,8 +60,7 @@ def _checked(config: Config) -> Config:
     """Return a config, perhaps not made by `read_config`, with its derived widths. Raises `ConfigError` if it is invalid."""
     from shoal.config.options import options_of
     from shoal.config.presets import resolve_shape
-    from shoal.resolve.checks import contradictions
-    from shoal.resolve.data_checks import DEFAULT
+    from shoal.resolve.checks import DEFAULT, contradictions
 
     if problems := list(contradictions(config, dict.fromkeys(options_of(config), DEFAULT))):
         raise ConfigError(problems)

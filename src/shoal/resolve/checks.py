@@ -10,10 +10,11 @@ from typing import Final
 from shoal.config.options import Config
 from shoal.config.presets import shape_problems
 from shoal.errors import Problem
-from shoal.resolve.data_checks import DEFAULT, DERIVED, MakeProblem, data_problems
+from shoal.resolve.data_checks import MakeProblem, data_problems
 from shoal.resolve.layout_checks import refusals_of_machines
 from shoal.system.network import read_address
 
+DEFAULT, DERIVED = "default", "derived"
 LONGEST_NAME: Final = 200  # bytes; file systems allow 255, and some file names append a word to a run's name
 
 
@@ -52,7 +53,7 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
     yield from _node_problems(config, problem)
     if config.launch.name is not None and (why := why_no_name(config.launch.name)):
         yield problem(f"launch.name {why}", "launch.name")
-    yield from data_problems(config, sources, problem)
+    yield from data_problems(config, problem)
 
 
 def remarks(config: Config) -> Iterable[str]:

@@ -17,18 +17,17 @@ from shoal.hub.catalog import fetched_by
 from shoal.hub.find import find_model, find_path, near_path
 from shoal.system.network import scheme_of
 
-DEFAULT, DERIVED = "default", "derived"
 WITHOUT_PATHS: Final = ("stdlib", "dummy")
 
 MakeProblem = Callable[..., Problem]
 
 
-def data_problems(config: Config, origins: Mapping[str, str], problem: MakeProblem) -> Iterable[Problem]:
-    """Yield the problems of the data's options. origins: where each option was set. problem: makes a `Problem` of a sentence and the keys it is about."""
+def data_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
+    """Yield the problems of the data's options. problem: makes a `Problem` of a sentence and the keys it is about."""
     model, data = config.model, config.data
     if data.sources is None:
         yield from _source_problems(data, "data", data, problem)
-        yield from _conversation_problems(data, "data", origins, problem)
+        yield from _conversation_problems(data, "data", problem)
         if data.bad_records != Data.bad_records and data.corpus == "dummy":
             yield problem(
                 "data.bad_records has no effect on a dummy corpus; remove it", "data.bad_records", "data.corpus"
@@ -38,7 +37,7 @@ def data_problems(config: Config, origins: Mapping[str, str], problem: MakeProbl
     else:
         for name, source in data.sources.items():
             yield from _source_problems(source, f"{SOURCES}{name}", data, problem)
-            yield from _conversation_problems(source, f"{SOURCES}{name}", origins, problem)
+            yield from _conversation_problems(source, f"{SOURCES}{name}", problem)
         yield from _blend_problems(data, data.sources, problem)
     why = _why_no_tokenizer(data)
     if why is not None:
@@ -149,12 +148,10 @@ def _filter_problems(source: Source, key: str, data: Data, problem: MakeProblem)
         yield problem(f"{key}.decontaminate does not exist: {named}", f"{key}.decontaminate")
 
 
-def _conversation_problems(
-    source: Source, key: str, origins: Mapping[str, str], problem: MakeProblem
-) -> Iterable[Problem]:
+def _conversation_problems(source: Source, key: str, problem: MakeProblem) -> Iterable[Problem]:
     if source.format == "text":
         for name in ("template", "broken_conversations", "learn"):
-            if _is_set(f"{key}.{name}", origins):
+            if getattr(source, name) != getattr(Source, name):  # a run's own config names every option
                 yield problem(
                     f"{key}.{name} has no effect on {key}.format text; set {key}.format to alpaca, messages or sharegpt, or "
                     f"remove {key}.{name}",
@@ -168,7 +165,7 @@ def _conversation_problems(
             f"{key}.format",
             f"{key}.corpus",
         )
-    if source.format == "alpaca" and _is_set(f"{key}.text_key", origins):
+    if source.format == "alpaca" and source.text_key != Source.text_key:
         yield problem(
             f"{key}.text_key has no effect on {key}.format alpaca, whose fields are instruction, input and output; remove it",
             f"{key}.text_key",
@@ -187,10 +184,6 @@ def _is_template_file(path: str) -> bool:
         return Path(path).expanduser().is_file()
     except (OSError, RuntimeError, ValueError):
         return False
-
-
-def _is_set(key: str, origins: Mapping[str, str]) -> bool:
-    return origins[key] not in (DEFAULT, DERIVED)
 
 
 def _blend_problems(data: Data, sources: Mapping[str, BlendSource], problem: MakeProblem) -> Iterable[Problem]:

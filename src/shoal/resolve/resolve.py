@@ -25,8 +25,7 @@ from shoal.config.options import SECTIONS, SOURCES, Config, Model, option_at, op
 from shoal.config.presets import PRESETS, resolve_shape
 from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
-from shoal.resolve.checks import contradictions, remarks
-from shoal.resolve.data_checks import DEFAULT, DERIVED
+from shoal.resolve.checks import DEFAULT, DERIVED, contradictions, remarks
 from shoal.resolve.precedence import replacements
 from shoal.resolve.recipe import START, Setting, known, not_text, read_override, read_recipe, to_text
 from shoal.system.secrets import secret_in
