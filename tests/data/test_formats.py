@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import gzip
+import importlib.util
 import io
 import json
 import lzma
 import random
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from shoal.config.data_options import Data
 from shoal.data.corpus.documents import Corpus, Cursor, Document, Skipped
 from shoal.data.corpus.sources import FileCorpus, open_corpus
 from shoal.data.corpus.text import separated_reader
+from shoal.data.corpus.wikitext import MARKUP, SEPARATED, detokenize
 from shoal.errors import DataError
 
 ROWS = 60
@@ -234,8 +237,32 @@ def test_wikitext_becomes_the_pages_of_lm_evaluation_harness(form: str, tmp_path
             case _:
                 pa.parquet.write_table(table, tmp_path / f"{number}.parquet", row_group_size=5)
     items = check_cursors(open_corpus(Data(corpus="files", paths=(str(tmp_path),), wikitext=True)))
-    assert texts_of(items) == [page.removesuffix("\n") for page in pages_of(WIKITEXT)]
+    pages = [page.removesuffix("\n") for page in pages_of(WIKITEXT)]
+    assert texts_of(items) == [detokenize(page) for page in pages]
+    assert [item.counted_bytes for item in items if isinstance(item, Document)] == [
+        len(page.encode()) for page in pages
+    ]
     assert len(items) == 12
+
+
+def test_a_page_is_written_as_lm_evaluation_harness_writes_it() -> None:
+    page = (
+        "\n = Valkyria = \n \n It is 1 @,@ 000 @.@ 5 m ( 3 ft ) long , 20 @-@ year : \" old \" ; ' so ' ! Really ? \n"
+        " \n = = Sub = = \n = = = Deeper = = = \n At 5 ° C the boys ' [ x ] { y } cat 's N times . The end \n"
+    )
+    expected = (  # written by lm-evaluation-harness 0.4.13
+        "\n= Valkyria =\n\nIt is 1,000.5 m (3 ft) long, 20-year: \"old\";'so'! Really?\n"
+        "\n== Sub ==\n=== Deeper ===\nAt 5°C the boys'[x] {y} cat's 1 times. The end\n"
+    )
+    assert detokenize(page) == expected
+    if (installed := importlib.util.find_spec("lm_eval")) is not None:
+        [package] = installed.submodule_search_locations or []
+        theirs = runpy.run_path(f"{package}/tasks/wikitext/preprocess_wikitext.py")["wikitext_detokenizer"]
+        draw = random.Random(0)
+        pieces = [*(pair for pair, _ in (*SEPARATED, *MARKUP)), *"()[]{}\"' a\n", "1 ", "word"]
+        for _ in range(2000):
+            drawn = "".join(draw.choices(pieces, k=20))
+            assert detokenize(drawn) == theirs({"page": drawn})
 
 
 def test_a_text_without_titles_is_not_wikitext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,14 @@ def held_out_text(prepared: Prepared, at_most: int | None = None) -> bytes:
     """
     Return the text of the val split, or about `at_most` bytes of it, to compare with gzip or xz.
 
-    Raises DataError for conversations, of which a model may learn a part only, or if the whole text was decoded and its length
+    Raises DataError for conversations, of which a model may learn a part only, for WikiText, or if the whole text was decoded and its length
     shows that the tokenizer does not restore texts exactly. For token files that is not known: the text is what their tokens
     decode to.
     """
     if prepared.manifest.has_conversations:
         raise DataError("gzip and xz are not compared on conversations, of which only a part is learned")
+    if prepared.manifest.options.get("wikitext"):
+        raise DataError("gzip and xz are not compared on WikiText, whose bytes are counted before detokenizing")
     if at_most is not None and prepared.counts["val"].text_bytes > at_most:
         return sample_of(prepared, "val", at_most)
     text = _text(prepared, "val", [(0, prepared.streams["val"].num_tokens)])

@@ -209,7 +209,8 @@ def _chunks(corpus: Corpus, split: Split, bad_records: int, journal: Journal) ->
         name = split(text)
         if document.after <= done[name]:
             continue
-        chunk.append(_Item(name, document.name, document.text, len(text), document.after, document.conversation))
+        counted = len(text) if document.counted_bytes is None else document.counted_bytes
+        chunk.append(_Item(name, document.name, document.text, counted, document.after, document.conversation))
         chunk_bytes += len(text)
         if chunk_bytes >= CHUNK_BYTES:
             yield chunk

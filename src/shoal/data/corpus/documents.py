@@ -42,12 +42,17 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A non-empty text, or a conversation with its JSON as `text`; `after` is the cursor of the next document."""
+    """
+    A non-empty text, or a conversation with its JSON as `text`; `after` is the cursor of the next document.
+
+    counted_bytes: bytes by which bits per byte divide, if not those of the text.
+    """
 
     name: str
     text: str
     after: Cursor
     conversation: Conversation | None = None
+    counted_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

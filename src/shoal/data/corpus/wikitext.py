@@ -1,7 +1,13 @@
-"""Join the lines of WikiText, which are rows or lines of its files, into pages. No torch."""
+"""
+Join the lines of WikiText, which are rows or lines of its files, into pages, and undo its tokenization. No torch.
+
+Both as lm-evaluation-harness does in its task `wikitext`, so that bits per byte can be compared: a model reads the detokenized
+text, and the bytes are those of the page before.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 
 from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Document, Skipped
@@ -9,6 +15,28 @@ from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
 MAX_PAGE_CHARACTERS = 1 << 26  # the longest page of WikiText-103 has some 100,000
+# What WikiText's tokenizer separated, and how it is written. In this order: a later pair may apply to an earlier one's result.
+SEPARATED = (
+    ("s '", "s'"),
+    (" @-@ ", "-"),
+    (" @,@ ", ","),
+    (" @.@ ", "."),
+    *((f" {mark} ", f"{mark} ") for mark in ":;.!?,"),
+)
+BRACKETS = tuple(
+    (re.compile(rf"{opens}\s*([^{closes}]*?)\s*{closes}"), rf"{written[0]}\1{written[1]}")
+    for opens, closes, written in (
+        (r"\(", r"\)", "()"),
+        (r"\[", r"\]", "[]"),
+        ("{", "}", "{}"),
+        ('"', '"', '""'),
+        ("'", "'", "''"),
+    )
+)
+MARKUP = (
+    ("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" \N{DEGREE SIGN} ", "\N{DEGREE SIGN}"), (" \n", "\n"), ("\n ", "\n"),
+    (" N ", " 1 "), (" 's", "'s"),
+)  # fmt: skip
 BLANK = " "  # a blank line in WikiText's own files; tables have an empty text instead
 
 
@@ -65,4 +93,15 @@ def _document(page: list[str], name: str, after: Cursor) -> Iterator[Document]:
     """Yield the page, unless it is blank: what precedes the first title."""
     text = "\n".join(page)
     if text.strip():
-        yield Document(name, text, after)
+        yield Document(name, detokenize(text), after, counted_bytes=len(text.encode()))
+
+
+def detokenize(page: str) -> str:
+    """Return a page as it is written: "1 @,@ 000 ( metres )" becomes "1,000 (metres)"."""
+    for separated, written in SEPARATED:
+        page = page.replace(separated, written)
+    for bracket, written in BRACKETS:
+        page = bracket.sub(written, page)
+    for marked, written in MARKUP:
+        page = page.replace(marked, written)
+    return page
