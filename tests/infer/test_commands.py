@@ -19,6 +19,7 @@ from shoal.infer.asked import Text
 from shoal.infer.load import load_folder
 from shoal.infer.score import score
 from shoal.models.generate import generate
+from shoal.training.evaluate import HeldOut
 
 from ..cli.commands import Place
 from ..hub.small import save
@@ -114,7 +115,7 @@ def test_a_run_is_scored_on_a_text_or_on_its_own(capsys: pytest.CaptureFixture[s
 def test_a_loss_of_any_size_is_shown(
     loss: float, in_json: float | None, shown: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = {"val_loss": loss, "val_bits_per_byte": loss}
+    result = HeldOut(val_loss=loss, val_bits_per_byte=loss)
     monkeypatch.setattr(commands, "evaluate", lambda *_, **__: result)
 
     def no_number(word: str) -> None:
