@@ -60,7 +60,7 @@ def test_a_resume_may_change_weights_and_stages_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sources", "data", "says"),
     [
-        ({"web": {"corpus": "dummy", "wieght": 1}}, {}, r"no option data.sources.web.wieght; did you mean data.sources.web.weight\?"),
+        ({"web": {"corpus": "dummy", "weights": 1}}, {}, r"no option data.sources.web.weights; did you mean data.sources.web.weight\?"),
         ({"web": {"corpus": "dummy", "weight": -1}}, {}, "data.sources.web.weight must be a number of at least 0"),
         ({"web": 3}, {}, "data.sources.web must be a source's name with its options below it"),
         ({"a": {"corpus": "dummy", "weight": 0}, "b": {"corpus": "dummy", "weight": 0}}, {}, "the weights of all sources are 0"),

@@ -97,7 +97,7 @@ def _document(page: list[str], name: str, after: Cursor) -> Iterator[Document]:
 
 
 def detokenize(page: str) -> str:
-    """Return a page as it is written: "1 @,@ 000 ( metres )" becomes "1,000 (metres)"."""
+    """Return a page as it is written: "1 @,@ 000 ( meters )" becomes "1,000 (meters)"."""
     for separated, written in SEPARATED:
         page = page.replace(separated, written)
     for bracket, written in BRACKETS:
