@@ -1,4 +1,4 @@
-"""A blend in recipes and flags: keys of any source, their types, and what cannot hold together."""
+"""A blend in recipes and flags: keys of any source, their types, and incompatible values."""
 
 from __future__ import annotations
 
