@@ -16,6 +16,11 @@ NAMED_TEMPLATES: Final = ("chatml", "alpaca", "llama3")
 _PLACE: Final = re.compile(r"(\d+(?:\.\d+)?(?:e\d+)?) (steps|tokens)")
 
 
+def is_built_in(tokenizer: str) -> bool:
+    """Return whether `data.tokenizer` names no file or folder: bpe, bytes or tiktoken:NAME."""
+    return tokenizer in ("bpe", "bytes") or tokenizer.startswith("tiktoken:")
+
+
 def read_place(text: str) -> tuple[float, str] | None:
     """Return a place in a run, such as "1000 steps" or "2e9 tokens", as its number and its unit; None for any other text."""
     found = _PLACE.fullmatch(text.strip().replace(",", "").replace("_", ""))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from shoal.config.data_formats import is_pattern
-from shoal.config.data_options import NAMED_TEMPLATES, BlendSource, Data, Source, read_place
+from shoal.config.data_options import NAMED_TEMPLATES, BlendSource, Data, Source, is_built_in, read_place
 from shoal.config.option import option_fields, option_name
 from shoal.config.options import SOURCES, Config
 from shoal.errors import ModelError, Problem
@@ -279,7 +279,7 @@ def _is_there(path: str) -> bool:
 def _why_no_tokenizer(data: Data) -> str | None:
     """Return the reason why the tokenizer was not found; None if its file or folder exists. Its content is not checked."""
     name = data.tokenizer
-    if name in ("bpe", "bytes") or name.startswith("tiktoken:"):
+    if is_built_in(name):
         return None
     try:
         if find_path(name) is None:

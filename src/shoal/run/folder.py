@@ -26,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from shoal.config.data_options import is_built_in
 from shoal.config.options import Config
 from shoal.errors import ModelError, RunError, ShoalError
 from shoal.hub.find import find_model
@@ -113,7 +114,8 @@ class RunFolder:
 
     def _kept(self, config: Config) -> dict[str, Path]:
         kept = {config.model.from_: self.source if (self.source / HEADERS).is_file() else None}
-        kept.setdefault(config.data.tokenizer, self.tokenizer_files)
+        if not is_built_in(config.data.tokenizer):
+            kept.setdefault(config.data.tokenizer, self.tokenizer_files)
         return {name: folder for name, folder in kept.items() if name and folder and _is_gone(name, folder)}
 
     @property
