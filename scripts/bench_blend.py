@@ -30,7 +30,7 @@ from shoal.config.data_options import BlendSource, Data
 from shoal.config.options import Config, Model, Train
 from shoal.config.run_options import Launch
 from shoal.data.blend import Blend, Stage
-from shoal.data.dataset import Dataset, order_of, planned_stages, prepare_dataset
+from shoal.data.dataset import Dataset, new_order, prepare_dataset
 from shoal.data.loader import Loader
 from shoal.data.pack import PackedStream
 from shoal.data.where import Finder, Life, Timeline
@@ -114,7 +114,7 @@ def time_loader(folder: Path) -> None:
 def processor_seconds(dataset: Dataset, steps: int = 100) -> float:
     """Return the processor time of reading these steps, the least of three times."""
     rows = dataset.rows("train")
-    order = order_of(dataset.data, rows.sizes, 0, planned_stages(dataset.data, 64))
+    order = new_order(dataset.data, rows.sizes, 0, 64)
     loader = Loader(rows, order, global_batch=64, micro_batch=8, dp_rank=0, dp_size=1)
     taken = []
     for _ in range(3):

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts.bench_blend import LAST, open_finder
 
 from shoal.config.data_options import BlendSource, Data
-from shoal.data.blend import Blend, Stage
-from shoal.data.dataset import Dataset, order_of, planned_stages, prepare_dataset
+from shoal.data.dataset import Dataset, new_order, prepare_dataset
 from shoal.data.document_index import find_documents
-from shoal.data.pack import PackedStream
 from shoal.data.quarantine import candidates
 from shoal.data.where import Finder, Instead, Life, Place, Timeline
 
@@ -42,7 +41,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 @pytest.mark.parametrize("replaced", [0, 3])
 def test_every_document_is_where_reading_all_steps_finds_it(dataset: Dataset, replaced: int) -> None:
     rows = dataset.rows("train")
-    order = order_of(dataset.data, rows.sizes, 3, planned_stages(dataset.data, BATCH))
+    order = new_order(dataset.data, rows.sizes, 3, BATCH)
     last = 24
     unread = {row: candidates(order, row)[0] for row in order.rows_at(np.arange(20, 20 + replaced)).tolist()}
     since = 20  # the position from which these rows could not be read
@@ -101,39 +100,13 @@ def test_the_timeline_follows_resumes_rollbacks_and_other_batches(tmp_path: Path
         timeline.positions(0)
 
 
-class _Formula:
-    """A stream whose documents all have the same length, so that its index is a formula; its tokens are a sparse file."""
-
-    def __init__(self, path: Path, num_tokens: int, length: int) -> None:
-        with path.open("wb") as file:
-            file.truncate(2 * num_tokens)
-        self.tokens = np.memmap(path, np.uint16, "r", 0, (num_tokens,))
-        self.num_tokens, self.length = num_tokens, length
-        self.num_documents = -(-num_tokens // length)
-
-    def read(self, start: int, stop: int) -> np.ndarray[tuple[int], np.dtype[np.uint16]]:
-        return self.tokens[start:stop]
-
-    def document_span(self, number: int) -> tuple[int, int]:
-        return number * self.length, min((number + 1) * self.length, self.num_tokens)
-
-    def documents_in(self, start: int, stop: int) -> range:
-        return range(start // self.length, (stop - 1) // self.length + 1)
-
-
 def test_ten_trillion_tokens_need_no_memory(tmp_path: Path) -> None:
     """Answers come from formulas: `scripts/bench_blend.py` times them; here nothing may grow with the corpus."""
-    sizes = [5_000, 2_500, 1_500, 700, 300]  # billions of tokens
-    streams = {f"s{i}": _Formula(tmp_path / f"{i}.bin", size * 10**9, 700 + i) for i, size in enumerate(sizes)}
-    rows = {name: PackedStream(stream, 4096, document_mask=False) for name, stream in streams.items()}  # type: ignore[arg-type]
-    stages = [Stage(0, (50, 25, 15, 7, 3)), Stage(10**9, (1, 1, 1, 1, 1))]
-    order = Blend(0, [len(each) for each in rows.values()], stages)
-    finder = Finder(order, Timeline([Life(0, 0, 1024)], 4), rows, streams)
+    finder = open_finder(tmp_path)
     tracemalloc.start()
-    last = 3_000_000
-    for step in (1, 976_562, 976_563, last):
-        for seen in finder.at(step)[::509]:
-            again = finder.where(seen.source, seen.documents[0], last)
+    for step in (1, 10_000_000, 10_000_001, LAST):  # the second stage begins after 10 million
+        for seen in finder.at(step)[::31]:
+            again = finder.where(seen.source, seen.documents[0], LAST)
             assert [each.row for each in again if each.place == seen.place] == [seen.row]
     assert tracemalloc.get_traced_memory()[1] < 20_000_000
     tracemalloc.stop()

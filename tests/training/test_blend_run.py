@@ -21,9 +21,9 @@ from shoal.errors import DataError
 from shoal.mesh.mesh import Mesh
 from shoal.run.folder import RunFolder
 from shoal.run.records import Metrics, read_metrics
-from shoal.training.loop import complete, take_steps
 from shoal.training.run import Run
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for
+from tests.training.test_equivalence import train_here
 from tests.world import World
 
 SHARES = {"a": 0.6, "b": 0.3, "c": 0.1}
@@ -55,19 +55,8 @@ def make(tmp_path: Path) -> Callable[..., Config]:
 
 def trained(mesh: Mesh, config: Config, steps: int | None = None) -> Metrics:
     """Take `steps` steps and save (None: finish the run); return the run's metrics."""
-    run = Run.open(config, mesh_for(mesh, config.parallel), NeverStop())
-    try:
-        if steps is None:
-            complete(run)
-        else:
-            run.total_steps, planned = steps, run.total_steps
-            take_steps(run)
-            run.total_steps = planned
-            assert run.saving.finish(run.state, None).ok
-    finally:
-        run.close()
-    mesh.barrier()
-    return read_metrics(run.folder.metrics_file)
+    train_here(mesh_for(mesh, config.parallel), config, steps)
+    return read_metrics(RunFolder.of(config).metrics_file)
 
 
 def test_losses_by_source_are_those_of_their_rows(make: Callable[..., Config]) -> None:

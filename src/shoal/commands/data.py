@@ -36,28 +36,27 @@ _NEEDED = {"where": "--document N", "at": "--step N"}
 def _look(target: str, args: argparse.Namespace, overrides: list[Override]) -> int:
     """Print a first look at the data of a recipe or a run."""
     from shoal.data.dataset import open_data
-    from shoal.data.document_index import find_documents
-    from shoal.report.data_look import histogram, show_rows, source_table
+    from shoal.report.data_look import histogram, open_look, show_rows, source_table
     from shoal.resolve.recipe import find_recipe
     from shoal.run.console import Console
     from shoal.system.signals import ends_when_asked
 
     console = Console()
     folder = _run_folder(target, overrides)
-    if (folder.path / "config.yaml").is_file():
+    if folder.config_file.is_file():
         config = folder.load_config()
     else:
         config = resolve_run(find_recipe(Path(target)), overrides, named=True)
     with ends_when_asked(EXIT_REQUEUE):
         dataset = open_data(config.data, console)
-        console.show(source_table(config, dataset))
-        for name, part in dataset.parts.items():
+        with console.progress("opening") as progress:
+            finder = open_look(config, dataset, progress)
+        console.show(source_table(config, dataset, finder.order))
+        for name, documents in finder.documents.items():
             console.say()
-            console.say(
-                f"{name}: " * bool(name) + "\n".join(histogram(find_documents(part, "train"), config.data.seq_len))
-            )
+            console.say(f"{name}: " * bool(name) + "\n".join(histogram(documents, config.data.seq_len)))
         console.say()
-        for text in show_rows(config, dataset, args.rows, console.is_terminal):
+        for text in show_rows(dataset, finder, args.rows, console.is_terminal):
             console.show(text)
     return 0
 
@@ -147,10 +146,8 @@ def _run_folder(target: str, overrides: list[Override]) -> RunFolder:
     from shoal.config.run_options import Launch
     from shoal.run.folder import RunFolder
 
-    if (Path(target) / "config.yaml").is_file():
-        return RunFolder(Path(target))
     runs = next((text for key, text, _ in reversed(overrides) if key == "launch.runs"), Launch().runs)
-    return RunFolder(Path(runs) / target)
+    return RunFolder.named(target, Path(runs))
 
 
 def _read_document(text: str, sources: list[str]) -> tuple[str, int]:

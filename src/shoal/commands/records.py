@@ -30,8 +30,7 @@ def _record(args: argparse.Namespace, name: str) -> Path:
     """Return the file `name` of the given run. Raises `RunError` if there is no such run or file."""
     from shoal.run.folder import RunFolder
 
-    target = Path(args.target)
-    folder = RunFolder(target if (target / "config.yaml").is_file() else Path(args.runs) / target)
+    folder = RunFolder.named(args.target, Path(args.runs))
     folder.load_config()
     if not (folder.path / name).is_file():
         raise RunError(f"{folder.path} has no {name}: an older shoal trained it; steps taken from now on are recorded")

@@ -270,9 +270,8 @@ def _count_replaced(found: Audit, windows: Sequence[Window], header: Header) -> 
         instead.update(quarantined)
     names = [name for name, _, _ in header.sources] or [""]
     for row, substitute in sorted(instead.items()):
-        source = int(order.sources_of(row))
-        first = order.first_row(source)
-        found.quarantined.setdefault(names[source], []).append((row - first, substitute - first))
+        (source, own), (_, instead_of_it) = map(order.locate, (row, substitute))
+        found.quarantined.setdefault(names[source], []).append((own, instead_of_it))
         lane = source if header.stages else 0
         epochs = found.sources[names[source]] if header.stages else found.epochs
         _, positions = order.positions_of(row, windows[-1].stop)

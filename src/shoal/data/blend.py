@@ -20,11 +20,9 @@ from math import ceil, gcd, inf
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.order import position_of, sample_at
+from shoal.data.order import Ints, position_of, sample_at
 
 MAX_PERIOD = 1 << 16  # shares are rounded to 1/65,536 if the weights have no smaller common denominator
-
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -224,6 +222,11 @@ class Blend:
     def sources_of(self, rows: npt.ArrayLike) -> Ints:
         """Return the source of each row."""
         return np.searchsorted(self._offsets, np.asarray(rows, np.int64), side="right") - 1
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Return the source of a row, and the row's number there."""
+        source = int(self.sources_of(row))
+        return source, row - self.first_row(source)
 
     def first_row(self, source: int) -> int:
         """Return the number of a source's first row."""

@@ -185,6 +185,11 @@ def order_of(data: Data, sizes: Sequence[int], seed: int, stages: Sequence[Stage
     return Blend(seed, sizes, stages, epochs if stages else ())
 
 
+def new_order(data: Data, sizes: Sequence[int], seed: int, global_batch: int) -> Blend:
+    """Return the order of rows of a new run. sizes: the rows of each source."""
+    return order_of(data, sizes, seed, planned_stages(data, global_batch))
+
+
 # --- opening -------------------------------------------------------------------------------------------------
 
 

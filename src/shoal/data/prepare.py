@@ -89,8 +89,7 @@ class Prepared:
 
     def shards(self, name: SplitName) -> list[Shard]:
         """Return the shards of a split; none of token files that are read in place."""
-        dtype = token_dtype(self.vocab_size)
-        return [Shard(self.folder / record.name, record, dtype) for record in self.counts[name].shards]
+        return _open_shards(self.folder, self.manifest, name)
 
     def split(
         self, name: SplitName, *, seq_len: int, document_mask: bool = False, packing: Packing = "stream"
@@ -200,10 +199,12 @@ def _saved_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
 
 def _shard_streams(folder: Path, manifest: Manifest) -> dict[SplitName, Stream]:
     """Open every shard, so that a missing one is found now."""
+    return {name: TokenStream(_open_shards(folder, manifest, name)) for name in SPLITS}
+
+
+def _open_shards(folder: Path, manifest: Manifest, name: SplitName) -> list[Shard]:
     dtype = token_dtype(manifest.vocab_size)
-    return {
-        name: TokenStream([Shard(folder / s.name, s, dtype) for s in manifest.splits[name].shards]) for name in SPLITS
-    }
+    return [Shard(folder / record.name, record, dtype) for record in manifest.splits[name].shards]
 
 
 def _of_token_files(folder: Path, tokenizer: Tokenizer, opened: Opened) -> Prepared:

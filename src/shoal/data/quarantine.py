@@ -98,8 +98,7 @@ def too_many(most: int, why: str) -> DataError:
 
 def candidates(order: Blend, row: int) -> list[int]:
     """Return the first `MOST_TRIED` rows that may replace a row: of its source, in an order shuffled by row and seed."""
-    source = int(order.sources_of(row))
-    size, first = order.sizes[source], order.first_row(source)
-    own = row - first
+    source, own = order.locate(row)
+    size, first = order.sizes[source], row - own
     places = own * size + np.arange(min(size, MOST_TRIED))  # of epoch `own`: a permutation of its own for each row
     return [first + sample for sample in sample_at(order.seed, places, size, source).tolist() if sample != own]

@@ -15,7 +15,7 @@ def find_checkpoint(runs: Path, target: str, step: int | None) -> tuple[RunFolde
 
     Raises `RunError` if there is no such run, `CheckpointError` if there is no such checkpoint.
     """
-    folder = RunFolder(Path(target) if (Path(target) / "config.yaml").is_file() else runs / target)
+    folder = RunFolder.named(target, runs)
     folder.load_config()
     there = listed(folder.checkpoints)
     chosen = [s for s in there if step is None or s.step == step]

@@ -12,10 +12,11 @@ from rich.text import Text
 
 from shoal.config.options import Config
 from shoal.data.blend import Blend
-from shoal.data.dataset import Dataset, order_of, planned_stages
-from shoal.data.document_index import Documents, find_documents
+from shoal.data.dataset import Dataset, new_order
+from shoal.data.document_index import Documents
 from shoal.data.pack import IGNORED_LABEL, PlacedRows
-from shoal.data.prepare import Prepared
+from shoal.data.prepare import Prepared, Progress
+from shoal.data.where import Finder, Life, Timeline
 from shoal.plan.length import count_steps
 from shoal.system.output import visible
 
@@ -32,11 +33,16 @@ class Piece:
     tokens: Sequence[int]
 
 
-def source_table(config: Config, dataset: Dataset) -> Table:
+def open_look(config: Config, dataset: Dataset, progress: Progress) -> Finder:
+    """Open the rows and documents of a new run's sources, and its order."""
+    rows, train = dataset.rows("train"), config.train
+    order = new_order(config.data, rows.sizes, train.seed, train.global_batch)
+    return Finder.of(dataset, order, Timeline([Life(0, 0, train.global_batch)], train.micro_batch), progress)
+
+
+def source_table(config: Config, dataset: Dataset, order: Blend) -> Table:
     """Return a table with a line for each source: its documents, tokens and bytes, and how much of it the run reads."""
-    rows = dataset.rows("train")
-    order = order_of(config.data, rows.sizes, config.train.seed, planned_stages(config.data, config.train.global_batch))
-    steps = count_steps(config.train, config.data.seq_len, len(rows))
+    steps = count_steps(config.train, config.data.seq_len, order.num_rows)
     shares = _shares(order, min(steps * config.train.global_batch, order.end))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("source", "split", "documents", "tokens", "bytes/token", "rows", "share of run", "epochs"):
@@ -44,7 +50,7 @@ def source_table(config: Config, dataset: Dataset) -> Table:
     for index, (name, part) in enumerate(dataset.parts.items()):
         share, epochs = shares[index]
         _add_line(
-            table, name or config.data.corpus, part, "train", f"{rows.sizes[index]:,}", f"{share:.1%}", f"{epochs:.3g}"
+            table, name or config.data.corpus, part, "train", f"{order.sizes[index]:,}", f"{share:.1%}", f"{epochs:.3g}"
         )
         _add_line(table, "", part, "val", "", "", "")
     return table
@@ -105,20 +111,16 @@ def pieces(rows: PlacedRows, documents: Documents, row: int) -> list[Piece]:
     ]
 
 
-def show_rows(config: Config, dataset: Dataset, count: int, colored: bool) -> Iterator[Text]:
+def show_rows(dataset: Dataset, finder: Finder, count: int, colored: bool) -> Iterator[Text]:
     """Yield the first rows of the training, as text; what is not learned is dim or, without color, what is learned is in brackets."""
-    rows = dataset.rows("train")
-    order = order_of(config.data, rows.sizes, config.train.seed, planned_stages(config.data, config.train.global_batch))
     names = list(dataset.parts)
-    for position in range(int(min(count, order.end))):
-        row = int(order.rows_at(position))
-        index = int(order.sources_of(row))
-        own = row - order.first_row(index)
-        part = dataset.parts[names[index]]
-        found = pieces(rows.parts[index], find_documents(part, "train"), own)
-        title = f"row {own:,}" + (f" of {names[index]}" if names[index] else "") + f", read at position {position}"
+    for position in range(int(min(count, finder.order.end))):
+        index, own = finder.order.locate(int(finder.order.rows_at(position)))
+        name = names[index]
+        found = pieces(finder.rows[name], finder.documents[name], own)
+        title = f"row {own:,}" + (f" of {name}" if name else "") + f", read at position {position}"
         yield Text(f"── {title} " + "─" * max(0, 60 - len(title)), style="bold")
-        yield _row_text(found, part, colored)
+        yield _row_text(found, dataset.parts[name], colored)
 
 
 def _row_text(found: Sequence[Piece], part: Prepared, colored: bool) -> Text:

@@ -49,6 +49,12 @@ class RunFolder:
         """Return the folder that `config` trains in."""
         return cls(Path(config.launch.runs) / (config.launch.name or "run"))
 
+    @classmethod
+    def named(cls, target: str, runs: Path) -> RunFolder:
+        """Return the folder of a run that a user names: the folder itself, or a name under `runs`."""
+        folder = cls(Path(target))
+        return folder if folder.config_file.is_file() else cls(runs / target)
+
     @property
     def config_file(self) -> Path:
         return self.path / "config.yaml"

@@ -10,7 +10,7 @@ from shoal.checkpoint.convert import FolderWeights
 from shoal.config.options import Config
 from shoal.config.presets import resolve_shape
 from shoal.data.blend import Blend
-from shoal.data.dataset import BlendRows, order_of, planned_stages
+from shoal.data.dataset import BlendRows, new_order
 from shoal.data.loader import Loader
 from shoal.data.quarantine import Quarantine
 from shoal.hub.find import find_model
@@ -127,7 +127,7 @@ def open_loader(
     order: the order of rows; None for the order of a new run. quarantined: the rows that the run has replaced; it may grow.
     """
     train = config.train
-    order = order or order_of(config.data, rows.sizes, train.seed, planned_stages(config.data, train.global_batch))
+    order = order or new_order(config.data, rows.sizes, train.seed, train.global_batch)
     return Loader(
         rows,
         order,

@@ -65,10 +65,8 @@ def _quarantine(run: Run, step: int, told: Sequence[Replaced]) -> None:
 
 def _report(run: Run, step: int, each: Replaced) -> None:
     """Warn of a row that was replaced, and record it in the run's events and its ledger."""
-    order = run.loader.order
-    source = int(order.sources_of(each.row))
+    (source, row), (_, substitute) = map(run.loader.order.locate, (each.row, each.substitute))
     name = list(run.dataset.parts)[source]
-    row, substitute = (number - order.first_row(source) for number in (each.row, each.substitute))
     count = f"{len(run.state.quarantined):,} of at most {run.config.data.max_quarantined:,} such rows"
     of = f" of {name}" if name else ""
     run.console.warn(f"row {row:,}{of} cannot be read and is replaced by row {substitute:,} ({count}): {each.why}")

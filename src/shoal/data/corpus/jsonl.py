@@ -6,9 +6,8 @@ import json
 from collections.abc import Iterator
 
 from shoal.data.corpus.documents import Cursor, Document, Reader, Skipped
-from shoal.data.corpus.encoding import without_mark
 from shoal.data.corpus.records import Shape, from_json
-from shoal.data.corpus.streams import TOO_LONG, Stream, stream_reader
+from shoal.data.corpus.streams import TOO_LONG, Stream, numbered_lines, stream_reader
 from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
@@ -20,21 +19,12 @@ def jsonl_reader(shape: Shape) -> Reader:
 
 def read_lines(stream: Stream, name: str, start: Cursor, shape: Shape) -> Iterator[Document | Skipped]:
     """Yield a document per line; blank lines are neither documents nor counted as skipped."""
-    stream.seek(start.offset)
-    index = start.document
-    begun = index > 0
-    while True:
-        line, too_long = stream.line()
-        if not line:
-            return
-        index += 1
-        if index == 1:
-            line = without_mark(line)
+    begun = start.document > 0
+    for line, too_long, after in numbered_lines(stream, start):
         if not begun and line.strip():
             _check_first_line(line.lstrip(), name)
             begun = True
-        after = Cursor(start.file, index, stream.place())
-        label = f"{name}:{index}"
+        label = f"{name}:{after.document}"
         if too_long:
             yield Skipped(label, TOO_LONG, after)
         elif line.strip():

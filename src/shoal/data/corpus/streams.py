@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from shoal.config.data_formats import split_suffix
 from shoal.data.corpus.documents import Cursor, Document, Reader, Skipped
-from shoal.data.corpus.encoding import HEAD_BYTES, check_text
+from shoal.data.corpus.encoding import HEAD_BYTES, check_text, without_mark
 from shoal.data.corpus.extra import import_extra
 from shoal.errors import DataError
 from shoal.system.output import on_one_line
@@ -188,3 +188,19 @@ class _Zstd(io.RawIOBase):
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
+
+
+def numbered_lines(stream: Stream, start: Cursor) -> Iterator[tuple[bytes, bool, Cursor]]:
+    """
+    Yield each line from `start` on, whether it is cut because it is too long, and the cursor after it.
+
+    The cursor's `document` is the line's number, from 1.
+    """
+    stream.seek(start.offset)
+    number = start.document
+    while True:
+        line, too_long = stream.line()
+        if not line:
+            return
+        number += 1
+        yield without_mark(line) if number == 1 else line, too_long, Cursor(start.file, number, stream.place())

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from shoal.data.corpus.documents import Cursor, Document, Reader, Skipped
 from shoal.data.corpus.encoding import without_mark
-from shoal.data.corpus.streams import TOO_LONG, Stream, stream_reader
+from shoal.data.corpus.streams import TOO_LONG, Stream, numbered_lines, stream_reader
 
 PIECE_BYTES = 1 << 20  # longer text files become several documents, to bound memory
 
@@ -91,16 +91,8 @@ def _next_part(ahead: bytes, at: int, separator: bytes, piece_bytes: int, ended:
 
 
 def _read_lines(stream: Stream, name: str, start: Cursor) -> Iterator[Document | Skipped]:
-    stream.seek(start.offset)
-    index = start.document
-    while True:
-        line, too_long = stream.line()
-        if not line:
-            return
-        index += 1
-        if index == 1:
-            line = without_mark(line)
-        label, after = f"{name}:{index}", Cursor(start.file, index, stream.place())
+    for line, too_long, after in numbered_lines(stream, start):
+        label = f"{name}:{after.document}"
         yield Skipped(label, TOO_LONG, after) if too_long else _parse_piece(line.rstrip(b"\r\n"), label, after)
 
 
