@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config.data_options import Data
+from shoal.config.keys import SOURCES, option_at
 from shoal.config.option import option_fields, option_name
-from shoal.config.options import SECTIONS, SOURCES, option_at
+from shoal.config.options import SECTIONS
 from shoal.resolve.resolve import expectation
 from shoal.run.records import Evaluation, StepRecord
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from shoal.config.keys import changed_options
 from shoal.errors import ConfigError
-from shoal.resolve.resolve import changed_options, read_back, resolve, to_yaml
+from shoal.resolve.resolve import read_back, resolve, to_yaml
 
 SOURCES: dict[str, Any] = {
     "web": {"corpus": "dummy", "weight": 0.7},

@@ -12,11 +12,12 @@ import pytest
 import yaml
 
 from shoal.config.data_options import BlendSource
+from shoal.config.keys import changed_options
 from shoal.config.option import option_fields, option_name
 from shoal.config.options import Config, Optim, options
 from shoal.errors import ConfigError
 from shoal.resolve.recipe import nearest
-from shoal.resolve.resolve import changed_options, expectation, read_back, resolve, schema, to_yaml
+from shoal.resolve.resolve import expectation, read_back, resolve, schema, to_yaml
 
 GOOD = {"model": {"preset": "tiny"}, "train": {"steps": 10}}
 

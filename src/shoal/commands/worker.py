@@ -58,7 +58,7 @@ def train_here(config: Config) -> Trained:
 
 def _checked(config: Config) -> Config:
     """Return a config, perhaps not made by `read_config`, with its derived widths. Raises `ConfigError` if it is invalid."""
-    from shoal.config.options import options_of
+    from shoal.config.keys import options_of
     from shoal.config.presets import resolve_shape
     from shoal.resolve.checks import DEFAULT, contradictions
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
-from shoal.config.data_options import BlendSource, Data
+from shoal.config.data_options import Data
 from shoal.config.families import FAMILIES, FamilyName
 from shoal.config.option import opt, option_fields, option_name
 from shoal.config.run_options import Checkpoint, Fault, Launch, Metrics
@@ -385,7 +385,6 @@ class Config:
         return dataclasses.replace(self, **{section: changed})
 
 
-SOURCES = "data.sources."
 SECTIONS: dict[str, type[Any]] = {f.name: cast(type[Any], f.default_factory) for f in dataclasses.fields(Config)}
 
 
@@ -393,27 +392,3 @@ SECTIONS: dict[str, type[Any]] = {f.name: cast(type[Any], f.default_factory) for
 def options() -> dict[str, dataclasses.Field[Any]]:
     """Return every option by its dotted key, in the order of declaration."""
     return {f"{name}.{option_name(f)}": f for name, section in SECTIONS.items() for f in option_fields(section)}
-
-
-def source_option(key: str) -> tuple[str, dataclasses.Field[Any]] | None:
-    """Return the source's name and the option of a key such as data.sources.web.paths; None for any other key."""
-    name, _, option = key.removeprefix(SOURCES).rpartition(".")
-    if not key.startswith(SOURCES) or not name:
-        return None
-    return next(((name, f) for f in option_fields(BlendSource) if option_name(f) == option), None)
-
-
-def option_at(key: str) -> dataclasses.Field[Any] | None:
-    """Return the option with a dotted key, that of a blend's source included; None if there is none."""
-    found = source_option(key)
-    return found[1] if found else options().get(key)
-
-
-def options_of(config: Config) -> dict[str, tuple[dataclasses.Field[Any], Any]]:
-    """Return every option of a config with its value by dotted key, those of a blend's sources last."""
-    values = {key: (f, getattr(getattr(config, key.partition(".")[0]), f.name)) for key, f in options().items()}
-    for name, source in (config.data.sources or {}).items():
-        values |= {
-            f"{SOURCES}{name}.{option_name(f)}": (f, getattr(source, f.name)) for f in option_fields(BlendSource)
-        }
-    return values

@@ -12,7 +12,8 @@ import torch
 from torch.distributed.distributed_c10d import Store
 
 import shoal
-from shoal.config.options import Config, options_of
+from shoal.config.keys import options_of
+from shoal.config.options import Config
 from shoal.elastic.heartbeat import Sign
 from shoal.elastic.rendezvous import TimedCalls
 from shoal.elastic.watch import LASTING, RankStatus

@@ -10,8 +10,9 @@ from typing import Final
 
 from shoal.config.data_formats import is_pattern
 from shoal.config.data_options import NAMED_TEMPLATES, BlendSource, Data, Source, is_built_in, read_place
+from shoal.config.keys import SOURCES
 from shoal.config.option import option_fields, option_name
-from shoal.config.options import SOURCES, Config
+from shoal.config.options import Config
 from shoal.errors import ModelError, Problem
 from shoal.hub.catalog import fetched_by
 from shoal.hub.find import find_model, find_path, near_path

@@ -17,8 +17,9 @@ from typing import Any, Final
 import yaml
 
 from shoal.config.data_options import BlendSource
+from shoal.config.keys import SOURCES, option_at
 from shoal.config.option import option_fields, option_name
-from shoal.config.options import SECTIONS, SOURCES, option_at, options
+from shoal.config.options import SECTIONS, options
 from shoal.errors import Problem
 from shoal.system.output import on_one_line
 

@@ -20,8 +20,9 @@ from typing import Any
 
 from shoal.config.data_formats import kind_of_paths
 from shoal.config.data_options import BlendSource
-from shoal.config.option import PAST, TYPE_WORDS, option_fields, option_name, with_bounds
-from shoal.config.options import SECTIONS, SOURCES, Config, Model, option_at, options, options_of, source_option
+from shoal.config.keys import SOURCES, option_at, options_of, path_of, plain_value, source_option
+from shoal.config.option import TYPE_WORDS, option_fields, option_name, with_bounds
+from shoal.config.options import SECTIONS, Config, Model, options
 from shoal.config.presets import PRESETS, resolve_shape
 from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
@@ -322,19 +323,12 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Return plain values by section, for YAML and JSON."""
     plain: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for key, (_, value) in options_of(config).items():
-        *path, name = _path(key)
+        *path, name = path_of(key)
         within: dict[str, Any] = plain
         for part in path:
             within = within.setdefault(part, {})
-        within[name] = _plain(value)
+        within[name] = plain_value(value)
     return plain
-
-
-def _path(key: str) -> list[str]:
-    """Return the names that lead to an option in a recipe: section and option or, for a source, data, sources, NAME, option."""
-    if said := source_option(key):
-        return ["data", "sources", said[0], option_name(said[1])]
-    return key.split(".", 1)
 
 
 def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
@@ -343,7 +337,7 @@ def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
     above: list[str] = []
     for section in SECTIONS:
         for key, (_, value) in options_of(config).items():
-            *path, name = _path(key)
+            *path, name = path_of(key)
             if path[0] != section:
                 continue
             common = next(
@@ -351,7 +345,7 @@ def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
             )
             lines += [f"{'  ' * depth}{part}:" for depth, part in enumerate(path) if depth >= common]
             above = path
-            text = to_text(_plain(value))
+            text = to_text(plain_value(value))
             source = f"{' ' * max(1, 44 - len(name) - len(text))}# {sources.get(key, DEFAULT)}" if sources else ""
             lines.append(f"{'  ' * len(path)}{name}: {text}{source}")
     return "\n".join(lines) + "\n"
@@ -403,28 +397,3 @@ def _described(key: str) -> dict[str, Any]:
     default = list(f.default) if isinstance(f.default, tuple) else f.default
     described: dict[str, Any] = _adapter(key).json_schema()
     return described | {"description": f.metadata["help"] + unit, "default": default}
-
-
-@dataclass(frozen=True)
-class ChangedOption:
-    """An option that a resumed run would change; `past` if the steps already taken forbid that."""
-
-    key: str
-    before: Any
-    after: Any
-    past: bool
-
-
-def changed_options(before: Config, after: Config) -> list[ChangedOption]:
-    """Return the options that differ between two configs, in the order of declaration."""
-    old, new = options_of(before), options_of(after)
-    found = []
-    for key, (f, _) in (old | new).items():
-        was, now = (_plain(config[key][1]) if key in config else None for config in (old, new))
-        if was != now or (key in old) != (key in new):
-            found.append(ChangedOption(key, was, now, f.metadata[PAST]))
-    return found
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

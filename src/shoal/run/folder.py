@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from shoal.config.data_options import is_built_in
+from shoal.config.keys import ChangedOption, changed_options
 from shoal.config.options import Config
 from shoal.errors import ModelError, RunError, ShoalError
 from shoal.hub.find import find_model
 from shoal.hub.folder import HEADERS
-from shoal.resolve.resolve import ChangedOption, changed_options, read_back, to_yaml, with_kept
+from shoal.resolve.resolve import read_back, to_yaml, with_kept
 from shoal.run.records import read_metrics
 from shoal.system.disk import write_whole
 from shoal.system.output import on_one_line

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shoal.checkpoint.saved import Saved
+from shoal.config.keys import ChangedOption
 from shoal.config.options import Config
 from shoal.data.blend import Blend
 from shoal.data.dataset import BlendRows, Dataset, continued_stages, open_data, order_of, planned_stages
@@ -23,7 +24,6 @@ from shoal.metrics.meter import Meter
 from shoal.metrics.progress import DeviceProgress
 from shoal.parallel.runnable import Runnable
 from shoal.plan.length import count_steps, length_of
-from shoal.resolve.resolve import ChangedOption
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
 from shoal.run.phases import Phases
