@@ -25,11 +25,13 @@ from shoal.data.stream import Spans, Tokens
 from shoal.data.tokens.fastokens import DifferentIdsError, FastEncoder, fast_encoder
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
+from shoal.system.background import in_background
 
-CHUNK_BYTES = 2_000_000  # a chunk's tokens take about fifty times the memory of its text while Rust returns them
+CHUNK_BYTES = 8_000_000  # of text encoded in one task; fastokens takes a sixth longer for chunks of 2 MB
+BATCH_CHARACTERS = 2_000_000  # of one call of tokenizers: its tokens take about fifty times the memory of their text
 PART_CHARACTERS = 1 << 20  # longer documents are encoded in parts, for the same reason
-CHUNKS_IN_FLIGHT = 8  # enough to encode while a shard is written
-COMPARED_CHUNKS = 16  # fastokens and tokenizers both encode texts of one chunk in this many, the first included
+CHUNKS_IN_FLIGHT = 4  # enough to encode while a shard is written
+COMPARED_CHUNKS = 4  # fastokens and tokenizers both encode texts of one chunk in this many, the first included
 COMPARED_CHARACTERS = 1 << 16  # of such a chunk, since tokenizers takes about twenty times as long
 
 FIELDS_AT_MOST = 100  # maximum number of field names to collect, to suggest a data.text_key
@@ -142,28 +144,27 @@ def write_shards(
     without fastokens.
     """
 
-    def write(fast: FastEncoder | None) -> None:
-        encode = partial(_encode, tokenizer, fast) if conversations is None else partial(_encode_chats, conversations)
+    def write(encode: Encode) -> None:
         _write(folder, corpus, split, encode, tokenizer.vocab_size, shard_tokens, bad_records, journal, tick)
 
     if conversations is not None:  # fastokens does not recognize special tokens
-        write(None)
+        write(partial(_encode_chats, conversations))
         if not any(written.shards for written in journal.splits.values()):
             why = "; ".join(journal.rejected.kinds("dropped"))
             raise DataError(f"no conversation can be learned: {why}; correct data.template or the data")
         return None
-    fast = fast_encoder(tokenizer) if journal.fast else None
-    if fast is not None:
+    note = None
+    if journal.fast:
         try:
-            write(fast)
+            write(partial(_encode, tokenizer, in_background(lambda: fast_encoder(tokenizer)).result))
             return None
         except DifferentIdsError as error:
             journal.start_again_without_fast(folder)
             note = (
                 f"fastokens and tokenizers give different ids ({error}); the tokens were made again without fastokens"
             )
-    write(None)
-    return note if fast is not None else None
+    write(partial(_encode, tokenizer, lambda: None))
+    return note
 
 
 def _write(
@@ -253,9 +254,10 @@ def _encode_chats(encoder: ConversationEncoder, _compare: bool, items: Sequence[
 
 
 def _encode(
-    tokenizer: Tokenizer, fast: FastEncoder | None, compare: bool, items: Sequence[_Item]
+    tokenizer: Tokenizer, opened: Callable[[], FastEncoder | None], compare: bool, items: Sequence[_Item]
 ) -> list[Encoded | Rejected]:
-    """Return each text as tokens, with the tokens that begin and end a document."""
+    """Return each text as tokens, with the tokens that begin and end a document. opened: waits for the encoder to be made."""
+    fast = opened()
     dtype = token_dtype(tokenizer.vocab_size)
     parts = [_parts(item.text) if tokenizer.can_be_cut else [item.text] for item in items]
     flat = [part for text in parts for part in text]
@@ -271,8 +273,19 @@ def _encode(
 
 def _arrays(tokenizer: Tokenizer, texts: Sequence[str], dtype: np.dtype[Any]) -> Iterator[npt.NDArray[Any]]:
     code = "H" if dtype == np.uint16 else "I"
-    for ids in tokenizer.encode_batch(texts):
-        yield np.frombuffer(array(code, ids), dtype)  # several times faster than np.array(ids)
+    for batch in _batches(texts):
+        for ids in tokenizer.encode_batch(batch):
+            yield np.frombuffer(array(code, ids), dtype)  # several times faster than np.array(ids)
+
+
+def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield the texts, in order, in lists of about BATCH_CHARACTERS."""
+    first = characters = 0
+    for place, text in enumerate(texts, 1):
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS or place == len(texts):
+            yield texts[first:place]
+            first, characters = place, 0
 
 
 def _parts(text: str) -> list[str]:

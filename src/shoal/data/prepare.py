@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -48,6 +46,7 @@ from shoal.data.token_folder import find_folder, named_tokenizer, token_options
 from shoal.data.tokens import tokenize
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError
+from shoal.system.background import in_background
 from shoal.system.disk import gigabytes, sha256_of
 
 Progress = Callable[[str, int, int], None]
@@ -138,16 +137,16 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
         waits = partial(progress, "waiting for another process", 0, 0)
         return _of_token_files(folder, given, prepare_token_files(folder, data, given, options, waits))
     if not data.rebuild and (folder / MANIFEST).exists():  # before locking: the folder may be read-only
-        return _open_checked(folder, data)
+        return _open_checked(folder, data, given)
     make_folder(folder)
     with exclusive_lock(folder / ".lock", lambda: progress("waiting for another process", 0, 0)):
         if (folder / MANIFEST).exists():
             if not data.rebuild:
-                return _open_checked(folder, data)
+                return _open_checked(folder, data, given)
             if not _is_current(folder, data, progress):
                 clear(folder)
         notes = [] if (folder / MANIFEST).exists() else _build(folder, data, given, options, progress)
-    return open_prepared(folder, notes)
+    return open_prepared(folder, notes, given)
 
 
 def prepared_rows(data: Data) -> tuple[Manifest | None, int | None]:
@@ -169,24 +168,28 @@ def prepared_rows(data: Data) -> tuple[Manifest | None, int | None]:
     return manifest, rows_in_index(folder, Identity(manifest.data_id, "train", data.seq_len))
 
 
-def open_prepared(folder: Path, notes: Sequence[str] = ()) -> Prepared:
+def open_prepared(folder: Path, notes: Sequence[str] = (), given: Tokenizer | None = None) -> Prepared:
     """
     Open finished tokens without checking their corpus.
 
-    Raises DataError if a file is missing or truncated, or if the manifest or tokenizer was altered.
+    given: a tokenizer that is used, instead of parsing the saved one, if it is the same. Raises DataError if a file is missing or truncated, or if the manifest or tokenizer was altered.
     """
     record = load_record(folder)
     if record is not None:
-        tokenizer = _saved_tokenizer(folder, record.manifest)
+        tokenizer = _saved_tokenizer(folder, record.manifest, given)
         return _of_token_files(folder, tokenizer, open_recorded(record, tokenizer))
     manifest = load_manifest(folder)
     skipped = _conversation_notes(manifest) if manifest.has_conversations else _skip_notes(manifest)
     return Prepared(
-        folder, _saved_tokenizer(folder, manifest), manifest, _shard_streams(folder, manifest), (*notes, *skipped)
+        folder,
+        _saved_tokenizer(folder, manifest, given),
+        manifest,
+        _shard_streams(folder, manifest),
+        (*notes, *skipped),
     )
 
 
-def _saved_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
+def _saved_tokenizer(folder: Path, manifest: Manifest, given: Tokenizer | None) -> Tokenizer:
     path = folder / TOKENIZER
     try:
         text = path.read_bytes()
@@ -194,6 +197,8 @@ def _saved_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
         raise DataError(f"cannot read {path}: {error.strerror}; {CURE}") from error
     if hashlib.sha256(text).hexdigest() != manifest.tokenizer_sha256:
         raise DataError(f"{path} was altered; {CURE}")
+    if given is not None and given.to_json().encode() == text:
+        return given
     return tokenize.parse_tokenizer(text.decode(), str(path))
 
 
@@ -220,15 +225,17 @@ def _conversation_notes(manifest: Manifest) -> list[str]:
     return [*manifest.skips.kinds("dropped"), *manifest.flaws.kinds("kept")]
 
 
-def _open_checked(folder: Path, data: Data) -> Prepared:
+def _open_checked(folder: Path, data: Data, given: Tokenizer | None) -> Prepared:
     """Open finished tokens if the corpus is unchanged. If the corpus is gone, its tokens suffice."""
     manifest = load_manifest(folder)
     try:
         corpus = KeptCorpus(open_corpus(data, downloads_of(data, offline=True)), Filters.of(data))
     except DataError as error:
-        return open_prepared(folder, [f"the corpus is gone or cannot be read ({error}); using its prepared tokens"])
+        return open_prepared(
+            folder, [f"the corpus is gone or cannot be read ({error}); using its prepared tokens"], given
+        )
     check_unchanged(manifest, corpus)
-    return open_prepared(folder, _notes(corpus))
+    return open_prepared(folder, _notes(corpus), given)
 
 
 def downloads_of(
@@ -271,7 +278,7 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
         corpus = filter_documents(folder, corpus, filters, journal, data.shard_tokens, ticks.of("filtering"))
     split = choose_split(corpus, data.val_fraction, data.bad_records, ticks.of("reading"))
     tokenizer = _tokenizer(folder, data, given, corpus, split, ticks)
-    hashed = _in_background(lambda: [corpus.digest(index) for index in range(len(listing))])
+    hashed = in_background(lambda: [corpus.digest(index) for index in range(len(listing))])
     chats = None
     if data.format != "text":
         chats = ConversationEncoder(tokenizer, open_template(data), answers_only=data.learn == "answers")
@@ -284,20 +291,6 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
     finish(journal, digests, (folder / TOKENIZER).read_bytes(), tokenizer.vocab_size).save(folder)
     clear(folder, [JOURNAL, SEGMENTS])
     return [*_notes(corpus), *([] if note is None else [note])]
-
-
-def _in_background(work: Callable[[], list[str]]) -> Future[list[str]]:
-    """Call a function in a thread that does not delay the end of the process, as an executor's would."""
-    future: Future[list[str]] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:  # everything: `result` raises it in the caller's thread
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="digest", daemon=True).start()
-    return future
 
 
 def _resume_or_start(folder: Path, options: dict[str, Any], listing: list[CorpusFile]) -> Journal:

@@ -21,13 +21,14 @@ def read_lines(stream: Stream, name: str, start: Cursor, shape: Shape) -> Iterat
     """Yield a document per line; blank lines are neither documents nor counted as skipped."""
     begun = start.document > 0
     for line, too_long, after in numbered_lines(stream, start):
-        if not begun and line.strip():
+        blank = not line or line.isspace()
+        if not begun and not blank:
             _check_first_line(line.lstrip(), name)
             begun = True
         label = f"{name}:{after.document}"
         if too_long:
             yield Skipped(label, TOO_LONG, after)
-        elif line.strip():
+        elif not blank:
             yield _parse_line(line, label, shape, after)
 
 
