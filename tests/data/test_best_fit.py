@@ -18,7 +18,7 @@ from shoal.data.packing_report import packing_report
 from shoal.data.prepare import Prepared, prepare, prepared_rows
 from shoal.data.shards import Shard, write_shard
 from shoal.data.stream import TokenStream
-from shoal.errors import DataError
+from shoal.errors import DataError, UnreadableError
 from tests.data.conftest import MakeData
 
 PAD = 7
@@ -152,6 +152,20 @@ def test_the_index_is_made_once_and_a_damaged_one_is_noticed(tmp_path: Path, mon
     monkeypatch.setattr(os, "access", lambda *_: False)  # a read-only folder, which the superuser may write to
     assert open_index(tmp_path, stream, identity).num_rows == rows
     assert not path.exists()
+
+
+def test_an_index_that_is_cut_while_it_is_open_is_named(tmp_path: Path) -> None:
+    """Through a memory map, this would be a SIGBUS."""
+    stream, rows = make_rows(tmp_path, [30] * 2_000, 6, False)
+    path = tmp_path / best_fit_rows.index_name("train", 6)
+    last = len(rows) - 1
+    assert len(rows.place(last).spans) == 1
+    os.truncate(path, path.stat().st_size // 2)
+    assert rows.place(0).spans
+    with pytest.raises(DataError, match="was cut short while it was read; remove it: it will be made again") as caught:
+        rows.rows_of(stream.num_tokens - 1, stream.num_tokens)
+    assert not isinstance(caught.value, UnreadableError), "no other row is read instead"
+    assert open_index(tmp_path, stream, Identity("id", "train", 6)).num_rows == len(rows)
 
 
 def tokens_of(rows: PlacedRows) -> npt.NDArray[np.int64]:
