@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.data.dataset import open_data
+from shoal.data.dataset import open_past
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.data.tokens.tokenizer_ends import special_tokens
 from shoal.data.yardstick import Measuring, Yardstick
@@ -59,7 +59,7 @@ def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrat
     narrator.begin("loading the model")
     run = load_run(wanted.runs, wanted.target, step=wanted.step, device=wanted.device, dtype=wanted.dtype)
     narrator.begin("opening the data")
-    dataset = open_data(run.config.data, aside)
+    dataset = open_past(run.config.data, aside, run.data_id)
     narrator.begin(None)
     if dataset.data_id != run.data_id:
         raise CheckpointError(
