@@ -38,7 +38,7 @@ _NEEDED = {"where": "--document N", "at": "--step N"}
 def _look(target: str, args: argparse.Namespace, overrides: list[Override]) -> int:
     """Print a first look at the data of a recipe or a run."""
     from shoal.data.dataset import open_data
-    from shoal.report.data_look import histogram, open_look, show_rows, source_table
+    from shoal.report.data_look import histogram, open_look, packing_table, show_rows, source_table
     from shoal.resolve.recipe import find_recipe
     from shoal.run.console import Console
     from shoal.system.signals import ends_when_asked
@@ -52,6 +52,9 @@ def _look(target: str, args: argparse.Namespace, overrides: list[Override]) -> i
         with console.progress("opening") as progress:
             finder = open_look(config, dataset, progress)
         console.show(source_table(config, dataset, finder.order))
+        title, table = packing_table(config, dataset)
+        console.say(f"\n{title}")
+        console.show(table)
         for name, documents in finder.documents.items():
             console.say()
             console.say(f"{name}: " * bool(name) + "\n".join(histogram(documents, config.data.seq_len)))

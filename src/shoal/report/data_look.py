@@ -15,6 +15,7 @@ from shoal.data.blend import Blend
 from shoal.data.dataset import Dataset, new_order
 from shoal.data.document_index import Documents
 from shoal.data.pack import IGNORED_LABEL, PlacedRows
+from shoal.data.packing_report import WINDOWS, PackingRecord, packing_estimate
 from shoal.data.prepare import Prepared, Progress
 from shoal.data.where import Finder, Life, Timeline
 from shoal.plan.length import count_steps
@@ -68,6 +69,39 @@ def _shares(order: Blend, samples: float) -> list[tuple[float, float]]:
     # without weights, all rows are equally likely
     taken = order.taken_at(last)[0].tolist() if order.stages else [last * n / order.num_rows for n in order.sizes]
     return [(count / max(last, 1), count / size) for count, size in zip(taken, order.sizes, strict=True)]
+
+
+def packing_table(config: Config, dataset: Dataset) -> tuple[str, Table]:
+    """Return a title, and a table of what each packing cuts and pads in the training rows of each source."""
+    seq_len, found = (
+        config.data.seq_len,
+        {n: packing_estimate(p, config.data.seq_len) for n, p in dataset.parts.items()},
+    )
+    sampled = any(record.sampled for records in found.values() for record in records)
+    title = f"training rows of {seq_len:,} tokens; data.packing is {config.data.packing}"
+    if sampled:
+        title += f"; ~ marks estimates from documents in {WINDOWS} evenly spaced parts"
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in [*["source"][: len(config.data.sources or ())], "packing"]:
+        table.add_column(column)
+    for column in ("rows", "cut documents", "their tokens", "padding", "in no row"):
+        table.add_column(column, justify="right")
+    for name, records in found.items():
+        for record in records:
+            source = [visible(name) if record.packing == "stream" else ""] if config.data.sources else []
+            table.add_row(*source, record.packing, *_packing_cells(record))
+    return title, table
+
+
+def _packing_cells(record: PackingRecord) -> list[str]:
+    documents, tokens, padding = record.shares
+    exact = record.packing == "stream"  # its rows and padding follow from the number of tokens
+    of_sample = "~" * record.sampled
+    guessed = "" if exact else of_sample
+    return [
+        f"{guessed}{record.rows:,}", of_sample + documents, of_sample + tokens, guessed + padding,
+        f"{guessed}{record.dropped_tokens:,}",
+    ]  # fmt: skip
 
 
 def histogram(documents: Documents, seq_len: int) -> list[str]:
