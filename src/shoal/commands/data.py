@@ -57,7 +57,7 @@ def _look(target: str, args: argparse.Namespace, overrides: list[Override]) -> i
         console.show(table)
         for name, documents in finder.documents.items():
             console.say()
-            console.say(f"{name}: " * bool(name) + "\n".join(histogram(documents, config.data.seq_len)))
+            console.say(f"{name}:\n" * bool(name) + "\n".join(histogram(documents, config.data.seq_len)))
         console.say()
         for text in show_rows(dataset, finder, args.rows, console.is_terminal):
             console.show(text)

@@ -46,8 +46,10 @@ def source_table(config: Config, dataset: Dataset, order: Blend) -> Table:
     steps = count_steps(config.train, config.data.seq_len, order.num_rows)
     shares = _shares(order, min(steps * config.train.global_batch, order.end))
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("source", "split", "documents", "tokens", "bytes/token", "rows", "share of run", "epochs"):
-        table.add_column(name, justify="left" if name in ("source", "split") else "right")
+    table.add_column("\nsource", overflow="fold")
+    table.add_column("\nsplit")
+    for name in ("\ndocuments", "\ntokens", "bytes\nper token", "\nrows", "share\nof run", "\nepochs"):
+        table.add_column(name, justify="right", no_wrap=True)
     for index, (name, part) in enumerate(dataset.parts.items()):
         share, epochs = shares[index]
         _add_line(
@@ -59,8 +61,9 @@ def source_table(config: Config, dataset: Dataset, order: Blend) -> Table:
 
 def _add_line(table: Table, source: str, part: Prepared, split: Any, *more: str) -> None:
     counts = part.counts[split]
-    width = f"{counts.text_bytes / max(counts.tokens, 1):.2f}"
-    table.add_row(visible(source), split, f"{counts.documents:,}", f"{counts.tokens:,}", width, *more)
+    about = "~" * counts.estimated
+    width = f"{about}{counts.text_bytes / max(counts.tokens, 1):.2f}"
+    table.add_row(visible(source), split, f"{about}{counts.documents:,}", f"{counts.tokens:,}", width, *more)
 
 
 def _shares(order: Blend, samples: float) -> list[tuple[float, float]]:
@@ -80,12 +83,13 @@ def packing_table(config: Config, dataset: Dataset) -> tuple[str, Table]:
     sampled = any(record.sampled for records in found.values() for record in records)
     title = f"training rows of {seq_len:,} tokens; data.packing is {config.data.packing}"
     if sampled:
-        title += f"; ~ marks estimates from documents in {WINDOWS} evenly spaced parts"
+        title += f"\n(~ marks estimates, from the documents in {WINDOWS} evenly spaced parts)"
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in [*["source"][: len(config.data.sources or ())], "packing"]:
-        table.add_column(column)
-    for column in ("rows", "cut documents", "their tokens", "padding", "in no row"):
-        table.add_column(column, justify="right")
+    if config.data.sources:
+        table.add_column("\nsource", overflow="fold")
+    table.add_column("\npacking", no_wrap=True)
+    for column in ("\nrows", "documents\ncut", "tokens\nof these", "\npadding", "tokens\nin no row"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, records in found.items():
         for record in records:
             source = [visible(name) if record.packing == "stream" else ""] if config.data.sources else []
@@ -114,13 +118,17 @@ def histogram(documents: Documents, seq_len: int) -> list[str]:
     labels = [f"{1 << power:,} to {(2 << power) - 1:,}" for power in range(len(powers))]
     width = max(map(len, labels[first:]))
     lines = [
-        f"{labels[power]:>{width}}  {'█' * max(round(BAR * number / powers.max()), number > 0):<{BAR}} {number / count:6.1%}"
+        f"{labels[power]:>{width}}  {'█' * max(round(BAR * number / powers.max()), number > 0):<{BAR}} {_share(number / count):>6}"
         for power, number in enumerate(powers.tolist())
         if power >= first
     ]
     longer = float((lengths > seq_len).mean())
     of = f"{count:,} evenly chosen" if count < documents.num_documents else f"{count:,}"
     return [f"tokens per document, of {of}; {longer:.1%} are longer than a row of {seq_len:,}", *lines]
+
+
+def _share(share: float) -> str:
+    return "<0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
 
 
 def pieces(rows: PlacedRows, documents: Documents, row: int) -> list[Piece]:
