@@ -16,7 +16,7 @@ from shoal.data import best_fit_rows
 from shoal.data.best_fit import best_fit, cut_documents
 from shoal.data.best_fit_rows import BestFitRows, Identity, open_index, rows_in_index
 from shoal.data.pack import IGNORED_LABEL, PackedStream, PlacedRows
-from shoal.data.packing_report import WINDOW_TOKENS, packing_estimate, packing_report
+from shoal.data.packing_report import WINDOW_TOKENS, compare_packings, packing_report, sample_documents
 from shoal.data.prepare import Prepared, prepare, prepared_rows
 from shoal.data.shards import Shard, write_shard
 from shoal.data.stream import TokenStream
@@ -243,7 +243,7 @@ def test_the_report_on_a_large_split_is_an_estimate_from_a_part_of_it() -> None:
     stream = Formula()
     counts = SimpleNamespace(documents=stream.num_tokens // 1050)
     prepared: Any = SimpleNamespace(streams={"train": stream}, counts={"train": counts})
-    plain, best = packing_estimate(prepared, 1000)
+    plain, best = compare_packings("train", sample_documents(prepared, "train"), 1000)
     assert plain.sampled
     assert best.sampled
     assert stream.most_asked <= WINDOW_TOKENS
@@ -260,4 +260,4 @@ def test_the_report_on_a_large_split_is_an_estimate_from_a_part_of_it() -> None:
 
 def test_the_report_on_a_small_split_is_exact(make_data: MakeData) -> None:
     prepared = prepare(make_data(val_fraction=0.4))
-    assert packing_estimate(prepared, 100) == packing_report(prepared, 100)[:2]
+    assert compare_packings("train", sample_documents(prepared, "train"), 100) == packing_report(prepared, 100)[:2]

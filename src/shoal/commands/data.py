@@ -49,17 +49,16 @@ def _look(target: str, args: argparse.Namespace, overrides: list[Override]) -> i
     config = folder.load_config() if is_run else resolve_run(find_recipe(Path(target)), overrides, named=True)
     with ends_when_asked(EXIT_REQUEUE):
         dataset = _of_run(folder, config, console) if is_run else open_data(config.data, console)
-        with console.progress("opening") as progress:
-            finder = open_look(config, dataset, progress)
-        console.show(source_table(config, dataset, finder.order))
-        title, table = packing_table(config, dataset)
+        look = open_look(config, dataset)
+        console.show(source_table(config, dataset, look))
+        title, table = packing_table(config, look)
         console.say(f"\n{title}")
         console.show(table)
-        for name, documents in finder.documents.items():
+        for name, sample in look.samples.items():
             console.say()
-            console.say(f"{name}:\n" * bool(name) + "\n".join(histogram(documents, config.data.seq_len)))
+            console.say(f"{name}:\n" * bool(name) + "\n".join(histogram(sample, config.data.seq_len)))
         console.say()
-        for text in show_rows(dataset, finder, args.rows, console.is_terminal):
+        for text in show_rows(dataset, look, args.rows, console.is_terminal):
             console.show(text)
     return 0
 
@@ -143,7 +142,7 @@ def _open(target: str, overrides: list[Override]) -> tuple[Console, Finder, int]
     from shoal.plan.length import count_steps
     from shoal.run.console import Console
 
-    console = Console(on_stderr=False)
+    console, aside = Console(), Console(on_stderr=True)  # standard output may be read by a program
     folder = _run_folder(target, overrides)
     config = folder.load_config()
     try:
@@ -152,11 +151,11 @@ def _open(target: str, overrides: list[Override]) -> tuple[Console, Finder, int]
         raise RunError(
             f"{folder.path} has no ledger to read ({error}); it is written when the first step begins"
         ) from error
-    dataset = open_past(config.data, Console(on_stderr=True), header.data_id)
+    dataset = open_past(config.data, aside, header.data_id)
     if dataset.data_id != header.data_id:
         raise DataError(f"{config.data.folder} has other tokens than {folder.path.name} was trained on")
     steps = count_steps(config.train, config.data.seq_len, header.rows)
-    with console.progress("opening") as progress:
+    with aside.progress("opening") as progress:
         finder = Finder.of(dataset, header.order, timeline, progress)
     return console, finder, steps
 

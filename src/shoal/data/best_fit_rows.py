@@ -135,17 +135,18 @@ class BestFitRows:
         return dict(self._spans(self._index.item("rows", number)))[self._index.item("starts", number)]
 
 
-def open_index(folder: Path, stream: Stream, identity: Identity) -> RowIndex:
+def open_index(folder: Path, stream: Stream, identity: Identity, *, keep: bool = True) -> RowIndex:
     """
     Open the index of a split's rows; make it first if it is missing, damaged or of other tokens.
 
-    Of several processes, one makes it and the others wait. If the folder is read-only, the index is kept in memory.
+    Of several processes, one makes it and the others wait. If the folder is read-only, or not `keep`, the new index is only in
+    memory.
     Raises DataError if the tokens were altered or the disk is full.
     """
     path = folder / index_name(identity.split, identity.seq_len)
     if (found := _open(path, identity)) is not None:
         return found
-    if not os.access(folder, os.W_OK):
+    if not keep or not os.access(folder, os.W_OK):
         sizes, checks, body = _parts(stream, identity.seq_len)
         return RowIndex(path, sizes, checks, lambda start, stop: body[start:stop].data)
     with exclusive_lock(folder / ".lock", lambda: None):

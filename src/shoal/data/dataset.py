@@ -114,12 +114,16 @@ class Dataset:
             raise problem
         return found
 
-    def part_rows(self, name: str, split: SplitName) -> PlacedRows:
-        """Cut a split of one source into rows. Raises DataError, which names the source, if it does not fill one row."""
+    def part_rows(self, name: str, split: SplitName, *, keep: bool = True) -> PlacedRows:
+        """
+        Cut a split of one source into rows. Raises DataError, which names the source, if it does not fill one row.
+
+        keep: whether a new index of rows is saved with the tokens.
+        """
         data = self.data
         try:
             return self.parts[name].split(
-                split, seq_len=data.seq_len, document_mask=data.document_mask, packing=data.packing
+                split, seq_len=data.seq_len, document_mask=data.document_mask, packing=data.packing, keep=keep
             )
         except DataError as error:
             raise DataError(f"data.sources.{name}: {error}" if name else str(error)) from error

@@ -61,8 +61,8 @@ class PackingRecord:
 
 
 @dataclass(frozen=True)
-class _Documents:
-    """Start and length of documents, [documents], in tokens. in_all: tokens of the split. sampled: whether others exist."""
+class DocumentSample:
+    """Start and length of documents, [documents], in tokens. in_all: tokens of the split. sampled: whether it has other documents."""
 
     starts: Ints
     lengths: Ints
@@ -76,23 +76,31 @@ def packing_report(prepared: Prepared, seq_len: int, splits: Sequence[SplitName]
 
     Reads where documents start, not their tokens: for 10 million documents some 5 s and 1 GB of memory.
     """
-    return [record for name in splits for record in _compare(name, _all(prepared.streams[name]), seq_len)]
+    return [record for name in splits for record in compare_packings(name, _all(prepared.streams[name]), seq_len)]
 
 
-def packing_estimate(prepared: Prepared, seq_len: int, split: SplitName = "train") -> list[PackingRecord]:
+def sample_documents(prepared: Prepared, split: SplitName) -> DocumentSample:
     """
-    Return a record for each packing of a split, as `packing_report` does; of a large split, from a sample.
+    Return all documents of a split; of a large one, those that start in evenly spaced windows.
 
-    The sample is of the documents that start in evenly spaced windows, so the time does not grow with the corpus.
+    So the time does not grow with the corpus.
     """
-    return _compare(split, _some(prepared.streams[split], prepared.counts[split].documents), seq_len)
+    stream, count = prepared.streams[split], prepared.counts[split].documents
+    total = stream.num_tokens
+    size = min(WINDOW_TOKENS, SAMPLED_DOCUMENTS * total // max(count, 1) // WINDOWS)
+    if total <= 2 * WINDOWS * size:
+        return _all(stream)
+    begins = np.linspace(0, total - size, WINDOWS).astype(np.int64).tolist()
+    starts, lengths = zip(*(_window(stream, low, low + size) for low in begins), strict=True)
+    return DocumentSample(np.concatenate(starts), np.concatenate(lengths), total, sampled=True)
 
 
-def _compare(name: SplitName, documents: _Documents, seq_len: int) -> list[PackingRecord]:
+def compare_packings(name: SplitName, documents: DocumentSample, seq_len: int) -> list[PackingRecord]:
+    """Return a record for each packing of a split, for rows of `seq_len` tokens."""
     return [_of_stream(name, documents, seq_len), _of_best_fit(name, documents, seq_len)]
 
 
-def _of_stream(name: SplitName, documents: _Documents, seq_len: int) -> PackingRecord:
+def _of_stream(name: SplitName, documents: DocumentSample, seq_len: int) -> PackingRecord:
     starts, lengths, tokens = documents.starts, documents.lengths, documents.in_all
     rows = count_rows(tokens, seq_len)
     # A token is predicted in the row that reads the token before it.
@@ -103,7 +111,7 @@ def _of_stream(name: SplitName, documents: _Documents, seq_len: int) -> PackingR
     )  # fmt: skip
 
 
-def _of_best_fit(name: SplitName, documents: _Documents, seq_len: int) -> PackingRecord:
+def _of_best_fit(name: SplitName, documents: DocumentSample, seq_len: int) -> PackingRecord:
     lengths = documents.lengths
     pieces = pieces_of(documents.starts, lengths, seq_len)
     rows = best_fit(pieces.lengths, seq_len + 1)[1]
@@ -118,21 +126,10 @@ def _of_best_fit(name: SplitName, documents: _Documents, seq_len: int) -> Packin
     )  # fmt: skip
 
 
-def _all(stream: Stream) -> _Documents:
+def _all(stream: Stream) -> DocumentSample:
     total = stream.num_tokens
     starts = stream.starts(0, total) if total else np.zeros(0, np.int64)
-    return _Documents(starts, np.diff(starts, append=total), total, sampled=False)
-
-
-def _some(stream: Stream, count: int) -> _Documents:
-    """Return all documents of a small stream, or a sample. count: documents in the stream, perhaps estimated."""
-    total = stream.num_tokens
-    size = min(WINDOW_TOKENS, SAMPLED_DOCUMENTS * total // max(count, 1) // WINDOWS)
-    if total <= 2 * WINDOWS * size:
-        return _all(stream)
-    begins = np.linspace(0, total - size, WINDOWS).astype(np.int64).tolist()
-    starts, lengths = zip(*(_window(stream, low, low + size) for low in begins), strict=True)
-    return _Documents(np.concatenate(starts), np.concatenate(lengths), total, sampled=True)
+    return DocumentSample(starts, np.diff(starts, append=total), total, sampled=False)
 
 
 def _window(stream: Stream, low: int, high: int) -> tuple[Ints, Ints]:

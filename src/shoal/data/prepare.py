@@ -93,19 +93,25 @@ class Prepared:
         return _open_shards(self.folder, self.manifest, name)
 
     def split(
-        self, name: SplitName, *, seq_len: int, document_mask: bool = False, packing: Packing = "stream"
+        self,
+        name: SplitName,
+        *,
+        seq_len: int,
+        document_mask: bool = False,
+        packing: Packing = "stream",
+        keep: bool = True,
     ) -> PlacedRows:
         """
         Cut a split into rows. Raises DataError if it does not fill one row.
 
-        The first use of `best_fit` makes an index in the folder, under its lock.
+        The first use of `best_fit` makes an index in the folder, under its lock; if not `keep`, only in memory.
         """
         stream = self.streams[name]
         rows: PlacedRows
         if packing == "stream":
             rows = PackedStream(stream, seq_len, document_mask)
         else:
-            index = open_index(self.folder, stream, Identity(self.data_id, name, seq_len))
+            index = open_index(self.folder, stream, Identity(self.data_id, name, seq_len), keep=keep)
             rows = BestFitRows(stream, index, seq_len, self.tokenizer.eot_id, document_mask)
         if not len(rows):
             cure = "raise data.val_fraction, add documents" if name == "val" else "add documents"
