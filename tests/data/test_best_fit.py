@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +16,11 @@ from shoal.data import best_fit_rows
 from shoal.data.best_fit import best_fit, cut_documents
 from shoal.data.best_fit_rows import BestFitRows, Identity, open_index, rows_in_index
 from shoal.data.pack import IGNORED_LABEL, PackedStream, PlacedRows
-from shoal.data.packing_report import packing_report
+from shoal.data.packing_report import WINDOW_TOKENS, compare_packings, packing_report, sample_documents
 from shoal.data.prepare import Prepared, prepare, prepared_rows
 from shoal.data.shards import Shard, write_shard
 from shoal.data.stream import TokenStream
-from shoal.errors import DataError
+from shoal.errors import DataError, UnreadableError
 from tests.data.conftest import MakeData
 
 PAD = 7
@@ -154,6 +156,20 @@ def test_the_index_is_made_once_and_a_damaged_one_is_noticed(tmp_path: Path, mon
     assert not path.exists()
 
 
+def test_an_index_that_is_cut_while_it_is_open_is_named(tmp_path: Path) -> None:
+    """Through a memory map, this would be a SIGBUS."""
+    stream, rows = make_rows(tmp_path, [30] * 2_000, 6, False)
+    path = tmp_path / best_fit_rows.index_name("train", 6)
+    last = len(rows) - 1
+    assert len(rows.place(last).spans) == 1
+    os.truncate(path, path.stat().st_size // 2)
+    assert rows.place(0).spans
+    with pytest.raises(DataError, match="was cut short while it was read; remove it: it will be made again") as caught:
+        rows.rows_of(stream.num_tokens - 1, stream.num_tokens)
+    assert not isinstance(caught.value, UnreadableError), "no other row is read instead"
+    assert open_index(tmp_path, stream, Identity("id", "train", 6)).num_rows == len(rows)
+
+
 def tokens_of(rows: PlacedRows) -> npt.NDArray[np.int64]:
     return rows.read(np.arange(len(rows))).tokens
 
@@ -207,3 +223,41 @@ def test_the_report_counts_what_the_rows_have(make_data: MakeData, seq_len: int)
         assert record.documents == prepared.counts["val"].documents
     assert records[3].cut_documents <= records[2].cut_documents
     assert f"packing best_fit: {records[3].rows:,} rows; " in records[3].line()
+
+
+class Formula:
+    """A stream of a trillion tokens, whose documents have 100, 200, ..., 2,000 tokens in turn; a part of it can be read."""
+
+    num_tokens, period = 10**12, 21_000
+    most_asked = 0
+
+    def starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        self.most_asked = max(self.most_asked, stop - start)
+        first = start // self.period * self.period
+        each = np.cumsum([0, *range(100, 2000, 100)])
+        found = np.add.outer(np.arange(first, stop, self.period), each).ravel()
+        return np.asarray(found[(found >= start) & (found < stop)], np.int64)
+
+
+def test_the_report_on_a_large_split_is_an_estimate_from_a_part_of_it() -> None:
+    stream = Formula()
+    counts = SimpleNamespace(documents=stream.num_tokens // 1050)
+    prepared: Any = SimpleNamespace(streams={"train": stream}, counts={"train": counts})
+    plain, best = compare_packings("train", sample_documents(prepared, "train"), 1000)
+    assert plain.sampled
+    assert best.sampled
+    assert stream.most_asked <= WINDOW_TOKENS
+    # documents longer than 1,001 tokens: 10 of 20, with 15,500 of each 21,000 tokens
+    assert best.cut_documents / best.documents == pytest.approx(0.5, abs=0.01)
+    assert best.cut_tokens / best.tokens == pytest.approx(15_500 / 21_000, abs=0.01)
+    assert best.rows == pytest.approx(stream.num_tokens / 1000, rel=0.03)
+    # each 21 rows have the same documents: a token is predicted in the row of the token before it
+    spans = itertools.pairwise(np.cumsum([0, *range(100, 2100, 100)]).tolist())
+    crossing = sum(first // 1000 < (stop - 2) // 1000 for first, stop in spans) / 20
+    assert plain.cut_documents / plain.documents == pytest.approx(crossing, abs=0.01)
+    assert plain.rows == (stream.num_tokens - 1) // 1000
+
+
+def test_the_report_on_a_small_split_is_exact(make_data: MakeData) -> None:
+    prepared = prepare(make_data(val_fraction=0.4))
+    assert compare_packings("train", sample_documents(prepared, "train"), 100) == packing_report(prepared, 100)[:2]

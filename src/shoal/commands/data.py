@@ -12,6 +12,8 @@ from shoal.commands.recipes import resolve_run
 from shoal.errors import EXIT_REQUEUE, DataError, RunError, ShoalError
 
 if TYPE_CHECKING:
+    from shoal.config.options import Config
+    from shoal.data.dataset import Dataset
     from shoal.data.where import Finder, Seen
     from shoal.run.console import Console
     from shoal.run.folder import RunFolder
@@ -36,29 +38,46 @@ _NEEDED = {"where": "--document N", "at": "--step N"}
 def _look(target: str, args: argparse.Namespace, overrides: list[Override]) -> int:
     """Print a first look at the data of a recipe or a run."""
     from shoal.data.dataset import open_data
-    from shoal.report.data_look import histogram, open_look, show_rows, source_table
+    from shoal.report.data_look import histogram, open_look, packing_table, show_rows, source_table
     from shoal.resolve.recipe import find_recipe
     from shoal.run.console import Console
     from shoal.system.signals import ends_when_asked
 
     console = Console()
     folder = _run_folder(target, overrides)
-    if folder.config_file.is_file():
-        config = folder.load_config()
-    else:
-        config = resolve_run(find_recipe(Path(target)), overrides, named=True)
+    is_run = folder.config_file.is_file()
+    config = folder.load_config() if is_run else resolve_run(find_recipe(Path(target)), overrides, named=True)
     with ends_when_asked(EXIT_REQUEUE):
-        dataset = open_data(config.data, console)
-        with console.progress("opening") as progress:
-            finder = open_look(config, dataset, progress)
-        console.show(source_table(config, dataset, finder.order))
-        for name, documents in finder.documents.items():
+        dataset = _of_run(folder, config, console) if is_run else open_data(config.data, console)
+        look = open_look(config, dataset)
+        console.show(source_table(config, dataset, look))
+        title, table = packing_table(config, look)
+        console.say(f"\n{title}")
+        console.show(table)
+        for name, sample in look.samples.items():
             console.say()
-            console.say(f"{name}: " * bool(name) + "\n".join(histogram(documents, config.data.seq_len)))
+            console.say(f"{name}:\n" * bool(name) + "\n".join(histogram(sample, config.data.seq_len)))
         console.say()
-        for text in show_rows(dataset, finder, args.rows, console.is_terminal):
+        for text in show_rows(dataset, look, args.rows, console.is_terminal):
             console.show(text)
     return 0
+
+
+def _of_run(folder: RunFolder, config: Config, console: Console) -> Dataset:
+    """Open the tokens of a run, which may not have begun."""
+    from shoal.data.dataset import open_past
+    from shoal.data.where import Timeline
+
+    try:
+        data_id = Timeline.of_ledger(folder.ledger_file, config.train.micro_batch)[1].data_id
+    except (OSError, ValueError):
+        return open_past(config.data, console, "")
+    dataset = open_past(config.data, console, data_id)
+    if dataset.data_id != data_id:
+        console.warn(
+            f"{config.data.folder} has other tokens than {folder.path.name} was trained on; this shows the others"
+        )
+    return dataset
 
 
 def _where(target: str, args: argparse.Namespace, overrides: list[Override]) -> int:
@@ -118,12 +137,12 @@ def _at(target: str, args: argparse.Namespace, overrides: list[Override]) -> int
 
 def _open(target: str, overrides: list[Override]) -> tuple[Console, Finder, int]:
     """Return a console, the finder of a run, and the run's last step. Raises `RunError` if there is no such run."""
-    from shoal.data.dataset import open_data
+    from shoal.data.dataset import open_past
     from shoal.data.where import Finder, Timeline
     from shoal.plan.length import count_steps
     from shoal.run.console import Console
 
-    console = Console(on_stderr=False)
+    console, aside = Console(), Console(on_stderr=True)  # standard output may be read by a program
     folder = _run_folder(target, overrides)
     config = folder.load_config()
     try:
@@ -132,11 +151,11 @@ def _open(target: str, overrides: list[Override]) -> tuple[Console, Finder, int]
         raise RunError(
             f"{folder.path} has no ledger to read ({error}); it is written when the first step begins"
         ) from error
-    dataset = open_data(config.data, Console(on_stderr=True))
+    dataset = open_past(config.data, aside, header.data_id)
     if dataset.data_id != header.data_id:
         raise DataError(f"{config.data.folder} has other tokens than {folder.path.name} was trained on")
     steps = count_steps(config.train, config.data.seq_len, header.rows)
-    with console.progress("opening") as progress:
+    with aside.progress("opening") as progress:
         finder = Finder.of(dataset, header.order, timeline, progress)
     return console, finder, steps
 

@@ -156,6 +156,9 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
             if not part.in_place:
                 for record in packing_report(part, config.data.seq_len):
                     console.say(of + record.line())
+            if config.data.packing == "best_fit":
+                with console.progress("packing"):
+                    dataset.part_rows(name, "train")
             where = "read in place; their record is in" if part.in_place else "written to"
             console.say(f"{of}{where} {part.folder}")
             if args.check:

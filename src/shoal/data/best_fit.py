@@ -29,16 +29,21 @@ class Pieces:
 
 
 def cut_documents(stream: Stream, seq_len: int) -> Pieces:
+    """Return the documents of a stream in pieces. See `pieces_of`."""
+    if not stream.num_tokens:
+        return Pieces(np.zeros(0, np.int64), np.zeros(0, np.int64))
+    starts = stream.starts(0, stream.num_tokens)
+    return pieces_of(starts, np.diff(starts, append=stream.num_tokens), seq_len)
+
+
+def pieces_of(starts: Ints, lengths: Ints, seq_len: int) -> Pieces:
     """
-    Return the documents of a stream; one longer than a row (`seq_len` + 1 tokens) as full rows and a remainder.
+    Return documents, [documents]; one longer than a row (`seq_len` + 1 tokens) as full rows and a remainder.
 
     Neighboring pieces share a token: the last label of the one is the first token of the other, so every token of a
     document but the first is predicted once. Skips documents of one token, because nothing is predicted in them.
     """
-    if not stream.num_tokens:
-        return Pieces(np.zeros(0, np.int64), np.zeros(0, np.int64))
-    starts = stream.starts(0, stream.num_tokens)
-    labels = np.diff(starts, append=stream.num_tokens) - 1  # tokens that are predicted
+    labels = lengths - 1  # tokens that are predicted
     counts = -(-labels // seq_len)
     document = np.repeat(np.arange(len(starts)), counts)
     done = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * seq_len

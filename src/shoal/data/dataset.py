@@ -20,8 +20,8 @@ from shoal.data.encode import choose_split, training_sample
 from shoal.data.files import exclusive_lock, make_folder, write_atomically
 from shoal.data.manifest import TOKENIZER, SplitName, SplitRecord
 from shoal.data.pack import PlacedRows, RowArrays, check_ids, read_placed
-from shoal.data.prepare import Prepared, Progress, Ticks, downloads_of, no_progress, prepare
-from shoal.data.token_folder import token_options
+from shoal.data.prepare import Prepared, Progress, Ticks, downloads_of, no_progress, open_checked, prepare
+from shoal.data.token_folder import find_by_id, token_options
 from shoal.data.tokens import tokenize
 from shoal.errors import DataError
 from shoal.run.console import Console
@@ -114,12 +114,16 @@ class Dataset:
             raise problem
         return found
 
-    def part_rows(self, name: str, split: SplitName) -> PlacedRows:
-        """Cut a split of one source into rows. Raises DataError, which names the source, if it does not fill one row."""
+    def part_rows(self, name: str, split: SplitName, *, keep: bool = True) -> PlacedRows:
+        """
+        Cut a split of one source into rows. Raises DataError, which names the source, if it does not fill one row.
+
+        keep: whether a new index of rows is saved with the tokens.
+        """
         data = self.data
         try:
             return self.parts[name].split(
-                split, seq_len=data.seq_len, document_mask=data.document_mask, packing=data.packing
+                split, seq_len=data.seq_len, document_mask=data.document_mask, packing=data.packing, keep=keep
             )
         except DataError as error:
             raise DataError(f"data.sources.{name}: {error}" if name else str(error)) from error
@@ -206,16 +210,37 @@ def open_data(data: Data, console: Console, *, rows: int | None = None) -> Datas
     return dataset
 
 
-def prepare_dataset(data: Data, progress: Progress = no_progress, *, rows: int | None = None) -> Dataset:
+def open_past(data: Data, console: Console, data_id: str) -> Dataset:
+    """
+    Open the tokens that a run was trained on, also if their corpus has changed or is gone, which is a note. Never rebuilds them.
+
+    data_id: of the run's tokens; "" if unknown. Raises DataError as `prepare` does, if the tokens are gone or damaged.
+    """
+    data = dataclasses.replace(data, rebuild=False)
+    folder = None if data.sources else find_by_id(data, data_id)
+    with console.progress("preparing") as progress:
+        if folder is None:
+            dataset = prepare_dataset(data, progress, past=True)
+        else:
+            dataset = Dataset(data, {"": open_checked(folder, data, past=True)})
+    for note in dataset.notes:
+        console.warn(note)
+    return dataset
+
+
+def prepare_dataset(
+    data: Data, progress: Progress = no_progress, *, rows: int | None = None, past: bool = False
+) -> Dataset:
     """Prepare each source of `data` with the same tokenizer, or open it if that was done before. See `prepare`."""
     if not data.sources:
-        return Dataset(data, {"": prepare(data, progress, rows=rows)})
+        return Dataset(data, {"": prepare(data, progress, rows=rows, past=past)})
     trains = data.tokenizer == "bpe"
     shared = str(_shared_tokenizer(data, data.sources, progress)) if trains else data.tokenizer
     parts = {}
     for name, source in data.sources.items():
         try:
-            parts[name] = prepare(source_data(data, source, shared), _named(progress, name), rows=rows)
+            own = source_data(data, source, shared)
+            parts[name] = prepare(own, _named(progress, name), rows=rows, past=past)
         except DataError as error:
             raise DataError(f"data.sources.{name}: {error}") from error
     return Dataset(data, parts)

@@ -325,8 +325,14 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def check_unchanged(manifest: Manifest, corpus: Listed) -> None:
+    """Raise DataError, naming files, if the corpus has changed since its tokens were prepared. See `name_changes`."""
+    if changes := name_changes(manifest, corpus):
+        raise DataError(f"{changes}; `--data.rebuild true` prepares it again")
+
+
+def name_changes(manifest: Manifest, corpus: Listed) -> str:
     """
-    Raise DataError, naming files, if the corpus has changed since its tokens were prepared.
+    Return a text that names the files that have changed since the tokens were prepared; "" if none has.
 
     A file of the same size with another modification time is compared by its hash, so a corpus that was copied or
     checked out again counts as unchanged.
@@ -340,11 +346,7 @@ def check_unchanged(manifest: Manifest, corpus: Listed) -> None:
             changed.append(name)
     kinds = {"changed": changed, "added": now.keys() - before.keys(), "removed": before.keys() - now.keys()}
     differences = [_name_some(kind, sorted(names)) for kind, names in kinds.items() if names]
-    if differences:
-        raise DataError(
-            f"the corpus has changed since its tokens were prepared: {', '.join(differences)}; "
-            "`--data.rebuild true` prepares it again"
-        )
+    return f"the corpus has changed since its tokens were prepared: {', '.join(differences)}" if differences else ""
 
 
 def _name_some(kind: str, names: Sequence[str]) -> str:

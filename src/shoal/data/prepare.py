@@ -37,6 +37,7 @@ from shoal.data.manifest import (
     finish,
     load_journal,
     load_manifest,
+    name_changes,
 )
 from shoal.data.pack import PackedStream, PlacedRows, count_rows
 from shoal.data.shards import CURE, Shard, token_dtype
@@ -91,19 +92,25 @@ class Prepared:
         return _open_shards(self.folder, self.manifest, name)
 
     def split(
-        self, name: SplitName, *, seq_len: int, document_mask: bool = False, packing: Packing = "stream"
+        self,
+        name: SplitName,
+        *,
+        seq_len: int,
+        document_mask: bool = False,
+        packing: Packing = "stream",
+        keep: bool = True,
     ) -> PlacedRows:
         """
         Cut a split into rows. Raises DataError if it does not fill one row.
 
-        The first use of `best_fit` makes an index in the folder, under its lock.
+        The first use of `best_fit` makes an index in the folder, under its lock; if not `keep`, only in memory.
         """
         stream = self.streams[name]
         rows: PlacedRows
         if packing == "stream":
             rows = PackedStream(stream, seq_len, document_mask)
         else:
-            index = open_index(self.folder, stream, Identity(self.data_id, name, seq_len))
+            index = open_index(self.folder, stream, Identity(self.data_id, name, seq_len), keep=keep)
             rows = BestFitRows(stream, index, seq_len, self.tokenizer.eot_id, document_mask)
         if not len(rows):
             cure = "raise data.val_fraction, add documents" if name == "val" else "add documents"
@@ -114,14 +121,14 @@ class Prepared:
         return rows
 
 
-def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = None) -> Prepared:
+def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = None, past: bool = False) -> Prepared:
     """
     Make the tokens that `data` asks for, or open them if they exist. Of several processes, one prepares and the others wait.
 
     After a kill at any moment, the next call resumes after the last finished shard and writes the same bytes.
     `data.rebuild` makes the tokens again unless they are intact and the corpus is unchanged, so repeated or
     concurrent calls rebuild once. rows: the number of rows of the model's embedding, None if unknown; a tokenizer with more
-    tokens is rejected before the corpus is read.
+    tokens is rejected before the corpus is read. past: open tokens even if their corpus has changed since, with a note.
 
     Raises DataError if the tokenizer cannot be loaded, the corpus has changed, an unprepared corpus cannot be read, or a file
     cannot be written.
@@ -137,12 +144,12 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
         waits = partial(progress, "waiting for another process", 0, 0)
         return _of_token_files(folder, given, prepare_token_files(folder, data, given, options, waits))
     if not data.rebuild and (folder / MANIFEST).exists():  # before locking: the folder may be read-only
-        return _open_checked(folder, data, given)
+        return open_checked(folder, data, given, past=past)
     make_folder(folder)
     with exclusive_lock(folder / ".lock", lambda: progress("waiting for another process", 0, 0)):
         if (folder / MANIFEST).exists():
             if not data.rebuild:
-                return _open_checked(folder, data, given)
+                return open_checked(folder, data, given, past=past)
             if not _is_current(folder, data, progress):
                 clear(folder)
         notes = [] if (folder / MANIFEST).exists() else _build(folder, data, given, options, progress)
@@ -225,8 +232,12 @@ def _conversation_notes(manifest: Manifest) -> list[str]:
     return [*manifest.skips.kinds("dropped"), *manifest.flaws.kinds("kept")]
 
 
-def _open_checked(folder: Path, data: Data, given: Tokenizer | None) -> Prepared:
-    """Open finished tokens if the corpus is unchanged. If the corpus is gone, its tokens suffice."""
+def open_checked(folder: Path, data: Data, given: Tokenizer | None = None, *, past: bool = False) -> Prepared:
+    """
+    Open finished tokens if the corpus is unchanged. If the corpus is gone, its tokens suffice.
+
+    given: a tokenizer that is used, instead of parsing the saved one, if it is the same. past: tokens of an earlier run, so a changed corpus is only a note. Raises DataError as `prepare` does.
+    """
     manifest = load_manifest(folder)
     try:
         corpus = KeptCorpus(open_corpus(data, downloads_of(data, offline=True)), Filters.of(data))
@@ -234,8 +245,18 @@ def _open_checked(folder: Path, data: Data, given: Tokenizer | None) -> Prepared
         return open_prepared(
             folder, [f"the corpus is gone or cannot be read ({error}); using its prepared tokens"], given
         )
-    check_unchanged(manifest, corpus)
+    if not past:
+        check_unchanged(manifest, corpus)
+    elif changes := _changes(manifest, corpus):
+        return open_prepared(folder, [f"{changes}; using its prepared tokens"], given)
     return open_prepared(folder, _notes(corpus), given)
+
+
+def _changes(manifest: Manifest, corpus: Corpus) -> str:
+    try:
+        return name_changes(manifest, corpus)
+    except DataError as error:
+        return f"the corpus cannot be read ({error})"
 
 
 def downloads_of(

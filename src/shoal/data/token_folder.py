@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -102,6 +103,19 @@ def find_folder(data: Data, options: dict[str, Any]) -> Path:
         why = getattr(error, "strerror", None) or error
         raise DataError(f"cannot search {data.folder} ({why}); set data.folder to another") from error
     return above / own if has_own or not others else others[0]
+
+
+def find_by_id(data: Data, data_id: str) -> Path | None:
+    """
+    Return the folder of the tokens with this id, by their manifests; None if there is none.
+
+    The hash of the options may have changed since: a new version of Python, or a template that was edited or is gone.
+    """
+    for path in sorted(Path(data.folder).expanduser().glob(f"{data.corpus}-*/{MANIFEST}")):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if json.loads(path.read_bytes())["data_id"] == data_id:
+                return path.parent
+    return None
 
 
 def folder_name(data: Data, options: dict[str, Any]) -> str:

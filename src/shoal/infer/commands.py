@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shoal.data.dataset import open_data
+from shoal.data.dataset import Dataset, open_past
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.data.tokens.tokenizer_ends import special_tokens
 from shoal.data.yardstick import Measuring, Yardstick
@@ -59,7 +59,7 @@ def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrat
     narrator.begin("loading the model")
     run = load_run(wanted.runs, wanted.target, step=wanted.step, device=wanted.device, dtype=wanted.dtype)
     narrator.begin("opening the data")
-    dataset = open_data(run.config.data, aside)
+    dataset = open_past(run.config.data, aside, run.data_id)
     narrator.begin(None)
     if dataset.data_id != run.data_id:
         raise CheckpointError(
@@ -80,17 +80,53 @@ def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrat
         }
         console.say(f"{run.name} at step {run.step}, on {text_bytes:,} bytes of held-out text:")
         _say_figures(console, figures)
+        if result.val_source_loss is not None:
+            return {
+                "step": run.step, **figures, "sources": _compare_sources(dataset, result.val_source_loss, console, aside),
+            }  # fmt: skip
         if text_bytes < counts.text_bytes:  # gzip and xz would compress all of it
             return {"step": run.step, **figures}
-        found = measuring.wait(
-            math.inf, waits=lambda: aside.note("waiting for gzip and xz to compress the text, once for this data")
-        )
+        found = _wait(measuring, aside, "the text")
     if not isinstance(found, Yardstick):
         console.warn(f"cannot compare with gzip and xz: {found}")
         return {"step": run.step, **figures}
     console.say(found.compared(figures["bits_per_byte"], text_bytes))
-    theirs = {f"{n}_{k}_bits_per_byte": v for n, bits in found.bits_per_byte.items() for k, v in bits.items()}
-    return {"step": run.step, **figures, **theirs}
+    return {"step": run.step, **figures, **_theirs(found)}
+
+
+def _compare_sources(
+    dataset: Dataset, losses: Mapping[str, float], console: Console, aside: Console
+) -> dict[str, dict[str, float]]:
+    """Print, for each source of a blend, the model's bits per byte and those of gzip and xz. losses: nats per token by source."""
+    said = {}
+    for name, loss in losses.items():
+        counts = dataset.parts[name].counts["val"]
+        ours = loss / math.log(2) * counts.learned_tokens / max(counts.learned_bytes, 1)
+        said[name] = {"nats_per_token": loss, "bits_per_byte": ours}
+        if counts.learned_bytes < counts.text_bytes:
+            console.say(
+                f"{name}: conversations ({counts.learned_bytes:,} bytes learned), bits per byte: this model {ours:.3f}"
+            )
+            continue
+        with Measuring(dataset.parts[name], idle=False) as measuring:  # one after the other: xz needs much memory
+            found = _wait(measuring, aside, f"the text of {name}")
+        if isinstance(found, Yardstick):
+            console.say(f"{name}: {found.compared(ours, counts.text_bytes)}")
+            said[name] |= _theirs(found)
+        else:
+            console.say(f"{name}: bits per byte: this model {ours:.3f}")
+            console.warn(f"cannot compare {name} with gzip and xz: {found}")
+    return said
+
+
+def _wait(measuring: Measuring, aside: Console, text: str) -> Yardstick | str:
+    return measuring.wait(
+        math.inf, waits=lambda: aside.note(f"waiting for gzip and xz to compress {text}, once for this data")
+    )
+
+
+def _theirs(found: Yardstick) -> dict[str, float]:
+    return {f"{n}_{k}_bits_per_byte": v for n, bits in found.bits_per_byte.items() for k, v in bits.items()}
 
 
 def _of_text(wanted: Wanted, text: Text, console: Console, aside: Console, narrator: Narrator) -> dict[str, Any]:

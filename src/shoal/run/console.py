@@ -49,9 +49,9 @@ class Console:
             print(text, file=self._rich.file, flush=True)
 
     def show(self, what: Table | Text) -> None:
-        """Print a table or a styled text; plain elsewhere than on a terminal."""
+        """Print a table or a styled text, broken between words; plain and unbroken elsewhere than on a terminal."""
         if self._speaks:
-            self._rich.print(what, soft_wrap=isinstance(what, Text))
+            self._rich.print(what, soft_wrap=isinstance(what, Text) and not self.is_terminal)
 
     def note(self, text: str) -> None:
         """Print a dim line: worth knowing, no action needed."""

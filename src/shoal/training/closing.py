@@ -151,7 +151,10 @@ def _yardstick(run: Run, evaluation: Evaluation) -> str:
     if counts.learned_bytes < text_bytes:
         return f"held-out conversations ({counts.learned_bytes:,} bytes learned), bits per byte: this model {ours:.3f}"
     if run.dataset.single is None:
-        return f"held-out text ({text_bytes:,} bytes of all sources), bits per byte: this model {ours:.3f}"
+        return (
+            f"held-out text ({text_bytes:,} bytes of all sources), bits per byte: this model {ours:.3f}; "
+            "shoal eval compares each source with gzip and xz"
+        )
     found = run.measuring.wait(seconds, go_on)
     if isinstance(found, Yardstick):
         return found.compared(ours, text_bytes)
