@@ -105,7 +105,7 @@ class MegatronIndex:
             return self._bin_bytes // self.dtype.itemsize
         if not 0 <= sequence < self._sequences:
             self._refuse(f"document {document:,} begins with sequence {sequence:,} of {self._sequences:,}")
-        pointer = self._pointers[sequence]
+        pointer: int = self._pointers[sequence]
         if not 0 <= pointer <= self._bin_bytes or pointer % self.dtype.itemsize:
             self._refuse(f"sequence {sequence:,} begins at byte {pointer:,} of {self._bin_bytes:,}")
         return pointer // self.dtype.itemsize
