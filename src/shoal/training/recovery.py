@@ -114,12 +114,12 @@ def go_back(run: Run, back: GoBack) -> None:
             f"step {step}: {back.why}, and there is no checkpoint to roll back to. Try a lower optim.lr, a longer "
             "optim.warmup_steps, other weights or another train.seed"
         )
-    quarantined = run.state.quarantined
+    quarantined, unread = run.state.quarantined, run.state.unread
     if newest is not None:
         run.saving.restore(newest, run.state)
     else:  # replicas differed before the first checkpoint; the training itself was healthy
         start_over(run.config, run.mesh, run.state)
-    run.state.quarantined = quarantined  # rows found since the checkpoint are not tried again
+    run.state.quarantined, run.state.unread = quarantined, unread  # rows found since the checkpoint are not tried again
     run.saving.begin_life(newest)
     samples = ""
     if back.passed_over is not None:
