@@ -256,8 +256,8 @@ class Data(Source):
     )
     max_quarantined: int = opt(
         0,
-        "maximum number of rows that cannot be read (altered tokens, a disk error) and are each replaced by another row of "
-        "their source; 0: the first one ends the run",
+        "maximum number of rows that cannot be read (altered tokens, a disk error): a training row is replaced by another row "
+        "of its source, a held-out row is skipped; 0: the first one ends the run",
         unit="rows",
         ge=0,
     )

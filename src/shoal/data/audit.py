@@ -27,7 +27,8 @@ class Window(NamedTuple):
     """
     Positions [first, stop) used by a step, or passed over if `step` is None.
 
-    quarantined: the rows that could not be read then, each with the row that was read instead.
+    quarantined: the rows that could not be read then, each with the row that was read instead. empty: whether the step was
+    skipped because none of its labels is learned.
     """
 
     step: int | None
@@ -35,6 +36,7 @@ class Window(NamedTuple):
     stop: int
     skipped: bool = False
     quarantined: Mapping[int, int] = MappingProxyType({})
+    empty: bool = False
 
     @property
     def trained(self) -> bool:
@@ -91,7 +93,7 @@ class Audit:
 
     def as_json(self) -> dict[str, Any]:
         windows = {
-            "skipped": [{"step": w.step, "first": w.first, "stop": w.stop} for w in self.skipped],
+            "skipped": [{"step": w.step, "first": w.first, "stop": w.stop, "empty": w.empty} for w in self.skipped],
             "passed_over": [{"first": w.first, "stop": w.stop} for w in self.passed_over],
         }
         return {"passed": self.passed, **asdict(self), **windows}
@@ -123,7 +125,14 @@ def audit(path: Path, *, rows: int | None = None, seed: int | None = None) -> Au
         elif "passed_over" in line:
             history.windows.append(Window(None, *line["passed_over"]))
         else:
-            window = Window(line["step"], line["first"], line["stop"], line["skipped"], history.quarantined)
+            window = Window(
+                line["step"],
+                line["first"],
+                line["stop"],
+                line["skipped"],
+                history.quarantined,
+                line.get("empty", False),
+            )
             history.windows.append(window)
             if window.stop - window.first != header.global_batch:
                 what = f"{window.stop - window.first} samples, not {header.global_batch}"
@@ -318,7 +327,10 @@ def describe(found: Audit) -> list[str]:
     ]
     for name, epochs in ({"": found.epochs} | found.sources).items():
         lines += _epochs_in_words(epochs, found.source_rows.get(name, found.rows), f"{name}, " if name else "")
-    lines += _some([f"skipped: step {w.step}, positions {w.first} to {w.stop - 1}" for w in found.skipped])
+    lines += _some([
+        f"skipped: step {w.step}, positions {w.first} to {w.stop - 1}{', no label is learned' * w.empty}"
+        for w in found.skipped
+    ])  # fmt: skip
     lines += _some([f"passed over: positions {w.first} to {w.stop - 1}" for w in found.passed_over])
     lines += _some([
         f"quarantined: row {row}{of}, replaced by row {substitute}"

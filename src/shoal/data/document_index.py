@@ -7,6 +7,7 @@ for, and kept with the data.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ import numpy as np
 
 from shoal.data.files import exclusive_lock, write_atomically
 from shoal.data.manifest import SplitName
+from shoal.data.number_file import NumberFile, search_near
 from shoal.data.prepare import Prepared, Progress, no_progress
 from shoal.data.shards import Shard
-from shoal.data.stream import Starts, Stream, check_range
+from shoal.data.stream import Stream, check_range
+from shoal.system.byte_file import ByteFile
 
 WINDOW_TOKENS: Final = 1 << 22
 
@@ -71,7 +74,7 @@ class ShardDocuments:
 class DocumentIndex:
     """The documents of token files. Tokens before the first start, if any, are document 0: the end of one that began elsewhere."""
 
-    def __init__(self, starts: Starts, num_tokens: int) -> None:
+    def __init__(self, starts: Sequence[int], num_tokens: int) -> None:
         """Hold the first token of each document: [documents], from 0 on, ascending."""
         self._starts, self._num_tokens = starts, num_tokens
 
@@ -82,12 +85,12 @@ class DocumentIndex:
     def document_span(self, number: int) -> tuple[int, int]:
         check_number(number, self.num_documents)
         last = number + 1 == self.num_documents
-        return int(self._starts[number]), self._num_tokens if last else int(self._starts[number + 1])
+        return self._starts[number], self._num_tokens if last else self._starts[number + 1]
 
     def documents_in(self, start: int, stop: int) -> range:
         check_range(start, stop, self._num_tokens)
-        first, last = np.searchsorted(self._starts, [start, stop - 1], side="right").tolist()
-        return range(first - 1, last)
+        first = bisect.bisect_right(self._starts, start)
+        return range(first - 1, search_near(self._starts.__getitem__, stop, first, self.num_documents))
 
 
 def check_number(number: int, count: int) -> None:
@@ -110,7 +113,13 @@ def find_documents(prepared: Prepared, split: SplitName, progress: Progress = no
         with exclusive_lock(prepared.folder / ".lock", lambda: progress("waiting for another process", 0, 0)):
             if not path.exists():
                 write_atomically(path, _all_starts(stream, progress))
-    return DocumentIndex(np.memmap(path, np.int64, "r"), stream.num_tokens)
+    return open_index(path, stream.num_tokens)
+
+
+def open_index(path: Path, num_tokens: int) -> DocumentIndex:
+    """Open the file of an index, of a split with `num_tokens`. Its methods raise DataError if the file becomes shorter."""
+    starts = ByteFile(path, str(path), "remove it: it will be made again")
+    return DocumentIndex(NumberFile(starts, "<i8", 0, path.stat().st_size // np.dtype(np.int64).itemsize), num_tokens)
 
 
 def has_documents(prepared: Prepared, split: SplitName) -> bool:

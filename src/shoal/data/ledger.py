@@ -9,10 +9,12 @@ steps after `after`:
 It writes a line for each step, and a line for positions that no step uses:
 
     {"step": 41, "first": 640, "stop": 656, "skipped": false, "sum": 8861029183215}
-    {"passed_over": [656, 720]}
+    {"step": 42, "first": 656, "stop": 672, "skipped": true, "empty": true, "sum": 4140629518330}
+    {"passed_over": [672, 720]}
     {"quarantined": [17, 204]}
 
-A step trains on the rows that `Blend.rows_at` gives for positions [first, stop). `sources` describes a blend. Row 17 could not be
+A step trains on the rows that `Blend.rows_at` gives for positions [first, stop). `empty` stands in the line of a step that was
+skipped because none of its labels is learned. `sources` describes a blend. Row 17 could not be
 read: in the steps of the lines after this one, up to the next line with "after", row 204 was read in its place.
 
 `sum` records which samples the ranks really read: each rank computes the checksum of its own micro-batches, and the step's
@@ -146,12 +148,14 @@ class Ledger:
         total: float,
         *,
         skipped: bool = False,
+        empty: bool = False,
         windows: Sequence[tuple[int, int]] = (),
     ) -> None:
         """
         Record a step on the samples at positions [first, stop).
 
-        total: the sum of the samples' checksums over all ranks. skipped: whether the step left the weights unchanged.
+        total: the sum of the samples' checksums over all ranks. skipped: whether the step left the weights unchanged. empty:
+        whether it did so because none of its labels is learned.
 
         windows: [first, stop) ranges of positions that no step may use. A gap that ends where such a range ends is recorded
         as passed over; the audit reports any other gap.
@@ -159,7 +163,8 @@ class Ledger:
         if first > self._stop and any(first == end for _, end in windows):
             self._lines.add({"passed_over": [self._stop, first]})
         self._stop = stop
-        self._lines.add({"step": step, "first": first, "stop": stop, "skipped": skipped, "sum": int(total)})
+        why = {"empty": True} if empty else {}
+        self._lines.add({"step": step, "first": first, "stop": stop, "skipped": skipped, **why, "sum": int(total)})
 
     def sync(self) -> None:
         """Flush to disk, so that lines survive a power cut; call it when a checkpoint is saved."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from shoal.config.layout import split_slots
 from shoal.data.blend import Blend
-from shoal.data.pack import IGNORED_LABEL, Rows
+from shoal.data.pack import IGNORED_LABEL, Ints, RowArrays, Rows
 from shoal.data.quarantine import Quarantine, ReadRows, Replaced
 from shoal.errors import DataError, ShoalError
 from shoal.system.byte_file import reopen
@@ -317,13 +317,19 @@ def evaluation_rows(rows: Rows, max_tokens: int | None) -> int:
 
 
 def evaluation_batches(
-    rows: Rows, micro_batch: int, dp_rank: int, dp_size: int, max_tokens: int | None = None
+    rows: Rows,
+    micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
+    max_tokens: int | None = None,
+    read: Callable[[Ints, npt.NDArray[np.bool_]], RowArrays] | None = None,
 ) -> Iterator[Batch]:
     """
     Yield this rank's micro-batches of an evaluation. Each row is on exactly one rank. The rows do not depend on `dp_size`.
 
     Micro-batches go to the ranks in round-robin order. All ranks get the same number of batches, of the same size; rows with
-    ignored labels pad the end.
+    ignored labels pad the end. read: reads rows, given their numbers and whether each is one of the evaluation's or padding;
+    None reads them from `rows`.
     """
     count = evaluation_rows(rows, max_tokens)
     batches = -(-count // micro_batch)
@@ -331,7 +337,8 @@ def evaluation_batches(
         first = (turn * dp_size + dp_rank) * micro_batch
         ids = np.arange(first, first + micro_batch)
         within = np.minimum(ids, count - 1)
-        batch = make_batch(ReadRows(rows.read(within), within))
+        arrays = rows.read(within) if read is None else read(within, ids < count)
+        batch = make_batch(ReadRows(arrays, within))
         yield batch if ids[-1] < count else _count_only(batch, max(0, count - first))
 
 

@@ -236,7 +236,8 @@ def open_checked(folder: Path, data: Data, given: Tokenizer | None = None, *, pa
     """
     Open finished tokens if the corpus is unchanged. If the corpus is gone, its tokens suffice.
 
-    given: a tokenizer that is used, instead of parsing the saved one, if it is the same. past: tokens of an earlier run, so a changed corpus is only a note. Raises DataError as `prepare` does.
+    given: a tokenizer that is used, instead of parsing the saved one, if it is the same. past: tokens of an earlier run, so
+    a changed corpus is only a note. Raises DataError as `prepare` does.
     """
     manifest = load_manifest(folder)
     try:

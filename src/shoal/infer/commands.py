@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.data.dataset import Dataset, open_past
+from shoal.data.held_out import HeldOutQuarantine
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.data.tokens.tokenizer_ends import special_tokens
 from shoal.data.yardstick import Measuring, Yardstick
@@ -66,13 +67,16 @@ def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrat
             f"{run.config.data.folder} has other tokens than {run.name} was trained on; its held-out text is gone"
         )
     counts = dataset.counts["val"]
+    most = run.config.data.max_quarantined
+    quarantine = HeldOutQuarantine({}, most, tell=lambda row: aside.warn(row.message())) if most else None
     text_bytes = counts.learned_bytes  # less than all only for conversations
     with Measuring(dataset.single, idle=False) as measuring:
         with aside.progress("evaluating", steady=True) as progress:
             result = evaluate(
                 model_losses(run.model, run.device), Mesh(Place(), run.device), dataset, run.config, None,
-                progress=lambda done, total: progress(f"{done:,} of {total:,} rows", done, total),
+                progress=lambda done, total: progress(f"{done:,} of {total:,} rows", done, total), quarantine=quarantine,
             )  # fmt: skip
+        assert result is not None  # all tokens were asked for
         figures = {
             "nats_per_token": result.val_loss,
             "perplexity": perplexity(result.val_loss),

@@ -74,6 +74,9 @@ class Evaluation(_Record):
     val_source_loss: Mapping[str, float] | None = _field(
         "nats per token", "validation loss of each source of a blend", optional=True
     )
+    val_skipped_rows: int | None = _field(
+        "rows", "held-out rows that cannot be read, and are not in the loss", optional=True
+    )
 
 
 @dataclass(frozen=True)

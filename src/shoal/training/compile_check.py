@@ -46,7 +46,7 @@ class Agreement:
     difference: float
     allowed: float
     wrong: int  # number of gradients (and the loss) that deviate by more than is allowed
-    comparable: bool = True  # False: eager code itself gives NaN or Inf
+    comparable: bool = True  # False: eager code itself gives NaN, Inf or no gradient
 
 
 def check_compiled(run: Run) -> None:
@@ -64,7 +64,7 @@ def check_compiled(run: Run) -> None:
         )  # fmt: skip
     seconds = time.perf_counter() - begun
     if not found.comparable:
-        run.console.warn("compiled code was not compared with eager code, which gives NaN or Inf here")
+        run.console.warn("compiled code was not compared with eager code, which gives NaN, Inf or no gradient here")
     elif found.wrong:
         others = f" (and {found.wrong - 1} more)" if found.wrong > 1 else ""
         what = found.name if found.name == "the loss" else f"the gradient of {found.name}"
@@ -84,12 +84,13 @@ def compare_with_eager(
     runnable: Runnable, batches: Sequence[Batch], config: Config, step: int, alive: Callable[[], None] = lambda: None
 ) -> Agreement:
     """
-    Compare compiled with eager code on the first of `batches` of each data-parallel rank. A pipeline or
+    Compare compiled with eager code on the fullest of `batches` of each data-parallel rank. A pipeline or
     `train.repro: bitwise` fixes the number of batches: then compare on all. `alive()` is called before each computation.
     A collective over the world.
     """
     one = runnable.pipeline is None and not runnable.bitwise
-    batches, turns = (batches[:1], 1) if one else (batches, runnable.turns)
+    fullest = max(batches, key=lambda batch: batch.valid_tokens)  # one without a label has no gradient to compare
+    batches, turns = ([fullest], 1) if one else (batches, runnable.turns)
     scale = LOSS_SCALE if config.train.dtype == "float16" else 1.0
 
     def compute() -> float:
@@ -125,7 +126,7 @@ def judge(names: Sequence[str], rows: Tensor) -> Agreement:
     rounding noise (such as a key bias's) has no size to compare with, so a small share of the whole gradient's size is added.
     """
     difference, spread, size, given = rows.unbind(1)
-    if not (size.isfinite().all() and spread.isfinite().all()):
+    if not (size.isfinite().all() and spread.isfinite().all() and size.any()):
         return Agreement("", 0.0, 0.0, 0, comparable=False)
     usual = max(float((spread[1:] / size[1:].clamp(min=1e-30)).median()), SMALLEST)
     noise = 1e-7 * size[1:].norm() / len(names) ** 0.5

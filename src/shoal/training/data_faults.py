@@ -55,7 +55,7 @@ def _quarantine(run: Run, step: int, told: Sequence[Replaced]) -> None:
     for each in new.values():
         known[each.row] = each.substitute
         _report(run, step, each)
-    if len(known) > most and new:
+    if run.state.num_quarantined > most and new:
         raise too_many(most, next(iter(new.values())).why)
     for row in new.keys() - before:
         found = [each.substitute for each in told if each.row == row]
@@ -67,7 +67,7 @@ def _report(run: Run, step: int, each: Replaced) -> None:
     """Warn of a row that was replaced, and record it in the run's events and its ledger."""
     (source, row), (_, substitute) = map(run.loader.order.locate, (each.row, each.substitute))
     name = list(run.dataset.parts)[source]
-    count = f"{len(run.state.quarantined):,} of at most {run.config.data.max_quarantined:,} such rows"
+    count = f"{run.state.num_quarantined:,} of at most {run.config.data.max_quarantined:,} such rows"
     of = f" of {name}" if name else ""
     run.console.warn(f"row {row:,}{of} cannot be read and is replaced by row {substitute:,} ({count}): {each.why}")
     run.files.event("quarantined", step=step, source=name, row=row, substitute=substitute, why=each.why)

@@ -58,13 +58,13 @@ class Recovery:
         first: int,
         stop: int,
         samples: list[int],
-        documents: list[list[int | str]],
+        documents: Sequence[tuple[str, int, int]],
         origin: str,
     ) -> None:
         """
         Report a skipped step on sample positions [first, stop). Raises `GoBack` after too many skipped steps in a row.
 
-        documents: [source, first document, last document] of each row.
+        documents: (source, first document, last document) of each row.
         """
         self._in_row += 1
         if self._in_row == 1:

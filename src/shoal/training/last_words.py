@@ -65,8 +65,9 @@ def already_taken(config: Config, steps: int) -> str:
 
 def say_held_out(val: Evaluation, console: Console) -> None:
     """Print the validation loss."""
+    skipped = f" ({val.val_skipped_rows:,} held-out rows cannot be read)" if val.val_skipped_rows else ""
     console.say(
-        f"step {val.step}: held-out loss {val.val_loss:.4f} nats/token, {val.val_bits_per_byte:.4f} bits/byte",
+        f"step {val.step}: held-out loss {val.val_loss:.4f} nats/token, {val.val_bits_per_byte:.4f} bits/byte{skipped}",
         "bold",
     )
 

@@ -38,7 +38,7 @@ from shoal.training.compile_check import check_compiled
 from shoal.training.data_faults import vote
 from shoal.training.health import GoBack
 from shoal.training.opening import introduce
-from shoal.training.recovery import check_replicas, explain, go_back, overflowed
+from shoal.training.recovery import check_replicas, explain, go_back, overflowed, say_empty
 from shoal.training.run import Run
 from shoal.training.step import Result, Stats, train_step
 
@@ -187,7 +187,7 @@ def record(run: Run, stats: Stats) -> bool:
     said = stats.ballot.count(result.said)
     run.files.samples(
         stats.step, stats.first, stats.first + run.config.train.global_batch, said["samples"][0],
-        skipped=result.skipped, windows=run.state.passed_over,
+        skipped=result.skipped, empty=result.is_empty, windows=run.state.passed_over,
     )  # fmt: skip
     names = run.config.data.sources or {}
     by_source = {
@@ -206,7 +206,10 @@ def _judge(run: Run, stats: Stats, result: Result, source_loss: Mapping[str, flo
     run.state.skipped += result.skipped
     if result.skipped and not has_overflowed:
         run.watch.meter.pass_over()
-        explain(run, stats, loss, result.norm)
+        if result.is_empty:
+            say_empty(run, stats)
+        else:
+            explain(run, stats, loss, result.norm)
         return
     run.state.tokens += int(result.tokens)
     if not result.skipped:

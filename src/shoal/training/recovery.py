@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
 import numpy as np
 
 from shoal.data.document_index import has_documents
 from shoal.data.where import Finder, Timeline
-from shoal.errors import DivergedError
+from shoal.errors import DivergedError, UnreadableError
 from shoal.fault.origin import find_origin
 from shoal.parallel.replicas import compare, has_replicas
 from shoal.training.assemble import open_loader, start_over
@@ -16,6 +17,8 @@ from shoal.training.health import GoBack
 from shoal.training.run import Run, continue_order, ledger_header
 from shoal.training.scaler import SMALLEST
 from shoal.training.step import Stats
+
+MOST_NAMED: Final = 4  # rows whose documents a message names; the event names all
 
 
 def overflowed(run: Run, stats: Stats, norm: float) -> bool:
@@ -50,17 +53,41 @@ def explain(run: Run, stats: Stats, loss: float, norm: float) -> None:
     )  # fmt: skip
 
 
-def _documents(run: Run, stats: Stats) -> list[list[int | str]]:
-    """
-    Return the documents of a step's rows, each as [source, first document, last document].
+def say_empty(run: Run, stats: Stats) -> None:
+    """Report a step that was skipped because none of its labels is learned: it has no gradient."""
+    if not run.mesh.is_first:
+        return
+    samples, documents = run.loader.samples(stats.first), _documents(run, stats)
+    which = (
+        "; ".join(_in_words(*each) for each in documents[:MOST_NAMED])
+        or f"rows {', '.join(map(str, samples[:MOST_NAMED]))}"
+    )
+    more = ", ..." if len(samples) > MOST_NAMED else ""
+    run.console.warn(
+        f"step {stats.step} was skipped: none of its labels is learned, because all lie in prompts or padding ({which}{more})"
+    )
+    run.files.event("no label", step=stats.step, samples=samples, documents=documents)
 
-    Empty for token files without an index of documents: making one could take minutes.
+
+def _in_words(source: str, first: int, last: int) -> str:
+    documents = f"document {first:,}" if first == last else f"documents {first:,} to {last:,}"
+    return f"{documents} of {source}" if source else documents
+
+
+def _documents(run: Run, stats: Stats) -> list[tuple[str, int, int]]:
+    """
+    Return the documents of a step's rows, each as (source, first document, last document).
+
+    Empty for token files without an index of documents, which could take minutes to make, or with one that cannot be read.
     """
     if not all(has_documents(part, "train") for part in run.dataset.parts.values()):
         return []
     finder = Finder.of(run.dataset, run.loader.order, Timeline([], run.config.train.micro_batch))
-    rows = finder.of_rows(np.array(run.loader.samples(stats.first)))
-    return [[source, min(documents), max(documents)] for source, _, documents in rows]
+    try:
+        rows = finder.of_rows(np.array(run.loader.samples(stats.first)))
+    except UnreadableError:
+        return []
+    return [(source, min(documents), max(documents)) for source, _, documents in rows]
 
 
 def check_replicas(run: Run) -> None:
@@ -87,12 +114,12 @@ def go_back(run: Run, back: GoBack) -> None:
             f"step {step}: {back.why}, and there is no checkpoint to roll back to. Try a lower optim.lr, a longer "
             "optim.warmup_steps, other weights or another train.seed"
         )
-    quarantined = run.state.quarantined
+    quarantined, unread = run.state.quarantined, run.state.unread
     if newest is not None:
         run.saving.restore(newest, run.state)
     else:  # replicas differed before the first checkpoint; the training itself was healthy
         start_over(run.config, run.mesh, run.state)
-    run.state.quarantined = quarantined  # rows found since the checkpoint are not tried again
+    run.state.quarantined, run.state.unread = quarantined, unread  # rows found since the checkpoint are not tried again
     run.saving.begin_life(newest)
     samples = ""
     if back.passed_over is not None:

@@ -11,6 +11,7 @@ from shoal.config.keys import ChangedOption
 from shoal.config.options import Config
 from shoal.data.blend import Blend
 from shoal.data.dataset import BlendRows, Dataset, continued_stages, open_data, order_of, planned_stages
+from shoal.data.held_out import HeldOutQuarantine, Skipped
 from shoal.data.ledger import Header
 from shoal.data.loader import Loader
 from shoal.data.yardstick import Measuring
@@ -160,7 +161,7 @@ class Run:
                 f"lower train.{length_of(config.train)[0]}"
             )
         if not config.data.max_quarantined:
-            state.quarantined = {}  # all rows are read again
+            state.quarantined, state.unread = {}, {}  # all rows are read again
         loader = open_loader(config, mesh, rows, state.position, state.passed_over, faults.at, order, state.quarantined)
         guard = Guard(mesh.device, config.fault.spike_zscore)
         guard.losses.extend(state.losses)
@@ -205,12 +206,27 @@ class Run:
         runnable.train(False)
         result = evaluate(
             runnable.evaluate, self.mesh, self.dataset, self.config, max_tokens,
-            alive=lambda: self.watch.heartbeat.outside("evaluation"),
+            alive=lambda: self.watch.heartbeat.outside("evaluation"), quarantine=self._held_out_quarantine(),
         )  # fmt: skip
         runnable.train()
+        if result is None:
+            self.console.warn(
+                f"no held-out loss: none of the first {max_tokens:,} held-out tokens (train.eval_tokens) is learned"
+            )
+            return
         self.evaluation = Evaluation(step=self.state.step, tokens=self.state.tokens, **dataclasses.asdict(result))
         say_held_out(self.evaluation, self.console)
         self.files.metrics(self.evaluation)
+
+    def _held_out_quarantine(self) -> HeldOutQuarantine | None:
+        """Return what skips held-out rows that cannot be read, and records them; None if the first one ends the run."""
+        state, most = self.state, self.config.data.max_quarantined
+
+        def tell(found: Skipped) -> None:
+            self.console.warn(found.message(f" ({state.num_quarantined:,} of at most {most:,} such rows)"))
+            self.files.event("held-out row skipped", step=state.step, source=found.source, row=found.row, why=found.why)
+
+        return HeldOutQuarantine(state.unread, most, replaced=len(state.quarantined), tell=tell) if most else None
 
     def val_loss(self) -> float | None:
         """Return the validation loss of this very step, or None: an older one belongs to other weights."""

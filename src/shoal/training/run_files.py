@@ -67,15 +67,24 @@ class RunFiles:
             self._complain(self._metrics.problem)
 
     def samples(
-        self, step: int, first: int, stop: int, total: float, *, skipped: bool, windows: Sequence[tuple[int, int]]
+        self,
+        step: int,
+        first: int,
+        stop: int,
+        total: float,
+        *,
+        skipped: bool,
+        empty: bool,
+        windows: Sequence[tuple[int, int]],
     ) -> None:
         """
         Write a line of `ledger.jsonl`: a step on the samples at positions [first, stop).
 
-        total: the sum of its samples' checksums over the world. windows: ranges of positions that no step may use.
+        total: the sum of its samples' checksums over the world. empty: whether no label was learned. windows: ranges of
+        positions that no step may use.
         """
         if self._ledger is not None:
-            self._ledger.record(step, first, stop, total, skipped=skipped, windows=windows)
+            self._ledger.record(step, first, stop, total, skipped=skipped, empty=empty, windows=windows)
             self._complain(self._ledger.problem)
 
     def quarantined(self, row: int, substitute: int) -> None:

@@ -21,16 +21,17 @@ class LossScaler:
         self.divisor = self.scale.clone()  # the scale of this step's gradients, to divide them by
         self.good_steps = torch.zeros((), device=device)
 
-    def judge(self, norm: torch.Tensor) -> torch.Tensor:
+    def judge(self, norm: torch.Tensor, empty: torch.Tensor | bool = False) -> torch.Tensor:
         """
         Choose the next scale; return the norm of the unscaled gradients.
 
-        `norm`: norm of the scaled gradients over the world, so NaN or Inf on one rank is NaN or Inf on all.
+        `norm`: norm of the scaled gradients over the world, so NaN or Inf on one rank is NaN or Inf on all. `empty`: whether the
+        step has no gradient, 0-d bool. Such a step does not show that a larger scale is safe.
         """
         unscaled = norm / self.scale
         bad = (~torch.isfinite(norm)).float()
         self.divisor = self.scale.clone()
-        self.good_steps.add_(1.0).mul_(1.0 - bad)
+        self.good_steps.add_(torch.as_tensor(empty).logical_not()).mul_(1.0 - bad)
         grow = (self.good_steps >= GROW_EVERY).float()
         self.scale.mul_((1.0 - 0.5 * bad) * (1.0 + grow)).clamp_(min=SMALLEST)
         self.good_steps.mul_(1.0 - grow)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.data.blend import Stage
+from shoal.data.held_out import Unread
 from shoal.mesh.region import Part, Shard
 from shoal.optim.optimizer import Optimizer
 from shoal.training.scaler import LossScaler
@@ -30,7 +31,13 @@ class TrainState:
     losses: Sequence[tuple[int, float]] = ()  # (step, loss): recent ones, to detect spikes
     passed_over: list[tuple[int, int]] = field(default_factory=list)  # sample positions [first, stop) to skip
     quarantined: dict[int, int] = field(default_factory=dict)  # rows that cannot be read, and the rows read instead
+    unread: Unread = field(default_factory=dict)  # held-out rows that cannot be read, and are skipped
     stages: Sequence[Stage] = ()  # the shares of a blend's sources, by position; () without weights
+
+    @property
+    def num_quarantined(self) -> int:
+        """The number of rows that cannot be read, training and held-out, which `data.max_quarantined` limits."""
+        return len(self.quarantined) + len(self.unread)
 
     def tensors(self) -> dict[str, Part]:
         """Return this process's part of each tensor by global name: the live tensors, to save from or load into."""
@@ -51,6 +58,8 @@ class TrainState:
         values |= {"skipped": self.skipped, "losses": list(self.losses), "passed_over": self.passed_over}
         if self.quarantined:
             values["quarantined"] = [list(each) for each in self.quarantined.items()]
+        if self.unread:
+            values["unread"] = [list(each) for each in self.unread]
         if self.stages:
             values["stages"] = [[stage.first, list(stage.shares)] for stage in self.stages]
         if self.scaler is not None:
@@ -64,6 +73,7 @@ class TrainState:
         self.losses = [(int(step), float(loss)) for step, loss in scalars.get("losses", ())]
         self.passed_over = [(int(first), int(stop)) for first, stop in scalars.get("passed_over", ())]
         self.quarantined = {int(row): int(instead) for row, instead in scalars.get("quarantined", ())}
+        self.unread = {(source, int(row)): None for source, row in scalars.get("unread", ())}
         self.stages = [Stage(int(first), tuple(shares)) for first, shares in scalars.get("stages", ())]
         if self.scaler is not None and "loss_scale" in scalars:
             self.scaler.scale.fill_(scalars["loss_scale"][0])

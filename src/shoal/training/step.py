@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,6 +28,11 @@ class Result(NamedTuple):
     skipped: bool
     said: Sequence[float]  # the ballot's sums
     source_loss_sums: Sequence[float] = ()  # loss_sum by source of a blend
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no label of the step is learned: all lie in prompts or padding. NaN and Inf are another matter."""
+        return self.tokens == 0 and math.isfinite(self.loss_sum) and math.isfinite(self.norm)
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ def train_step(
     """
     Run forward, backward, the sums over ranks, the guard, clipping and the update. Collectives over all axes.
 
-    guard: decides whether to skip the update; without a guard, only a gradient norm of NaN or Inf skips it.
+    guard: decides whether to skip the update; without a guard, only a gradient norm of NaN or Inf skips it. A step without
+    a valid token has no gradient, and always skips it: momentum and weight decay would move the weights.
     ballot: this rank's votes, summed over the world in the same all-reduce as the losses.
     """
     optimizer, scaler = state.optimizer, state.scaler
@@ -83,9 +90,11 @@ def train_step(
         loss, said = summed[: len(losses)].sum(), summed[len(losses) :]
     with phases("optimizer"):
         norm = gradient_norm(runnable.shards, runnable.shapes, runnable.mesh, bitwise=runnable.bitwise)
-        skip = guard.judge(loss, norm.to(loss.device)) if guard else ~torch.isfinite(norm)
+        bad = guard.judge(loss, norm.to(loss.device)) if guard else ~torch.isfinite(norm)
+        empty = tokens == 0
+        skip = bad | empty
         if scaler is not None:
-            norm = scaler.judge(norm)
+            norm = scaler.judge(norm, empty)
         clip(runnable.shards, norm, clip_norm, scaler.divisor if scaler else None)
         optimizer.set_learning_rate(lr)
         optimizer.step(skip)

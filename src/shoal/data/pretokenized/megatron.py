@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import bisect
 import struct
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
+from shoal.data.number_file import NumberFile, search_near
 from shoal.data.pretokenized.token_file import Contents, Starts
 from shoal.errors import DataError
+from shoal.system.byte_file import ByteFile
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
@@ -37,7 +37,7 @@ class MegatronIndex:
     """The index of a .bin file. On opening, its size, first and last entries are checked; `check` checks all of it."""
 
     def __init__(self, name: str, path: Path, bin_name: str, bin_bytes: int) -> None:
-        self._name, self._path, self._bin_name, self._bin_bytes = name, path, bin_name, bin_bytes
+        self._name, self._bin_name, self._bin_bytes = name, bin_name, bin_bytes
         with path.open("rb") as file:
             head = file.read(HEADER.size)
         if len(head) < HEADER.size or not head.startswith(MAGIC):
@@ -50,6 +50,10 @@ class MegatronIndex:
         if code not in DTYPES:
             raise DataError(f"{name} has the dtype code {code}, which Megatron-LM does not define; {self._cure}")
         self.dtype = np.dtype(DTYPES[code])
+        numbers, after = ByteFile(path, name, self._cure), HEADER.size + 4 * self._sequences
+        self._lengths = NumberFile(numbers, "<i4", HEADER.size, self._sequences)
+        self._pointers = NumberFile(numbers, "<i8", after, self._sequences)
+        self._documents = NumberFile(numbers, "<i8", after + 8 * self._sequences, self._indices)
         self._check_sizes(path.stat().st_size)
 
     @property
@@ -59,13 +63,16 @@ class MegatronIndex:
 
     def starts(self, start: int, stop: int) -> Starts:
         """Return the offsets in [start, stop) at which a document starts, ascending. Reads only their entries."""
-        low, high = self.documents_before(start), self.documents_before(stop)
-        first = self._documents[low:high]
-        # documents without sequences, at the end, start where the tokens end
-        found: Starts = self._pointers[first[first < self._sequences]] // self.dtype.itemsize
+        low = self.documents_before(start)
+        high = search_near(self._start_of, stop, low, self._indices - 1)
+        first = self._documents.read(low, high)
+        first = first[first < self._sequences]  # documents without sequences, at the end, start where the tokens end
+        if (first < 0).any() or (np.diff(first) < 0).any():
+            self._refuse(f"its documents {low:,} to {high:,} are not in order")
+        found = self._pointers.take(first) // self.dtype.itemsize
         if len(found) and (found[0] < start or found[-1] >= stop or (np.diff(found) < 0).any()):
             self._refuse(f"its documents {low:,} to {high:,} are not in order")
-        return found.astype(np.int64)
+        return found
 
     def documents_before(self, token: int) -> int:
         """Return how many documents start before a token."""
@@ -81,24 +88,24 @@ class MegatronIndex:
             return
         expected = 0
         for low in range(0, self._sequences, CHECKED_AT_A_TIME):
-            lengths = self._lengths[low : low + CHECKED_AT_A_TIME].astype(np.int64) * self.dtype.itemsize
+            lengths = self._lengths.read(low, low + CHECKED_AT_A_TIME) * self.dtype.itemsize
             ends = expected + np.cumsum(lengths)
-            wrong = (self._pointers[low : low + CHECKED_AT_A_TIME] != ends - lengths) | (lengths < 0)
+            wrong = (self._pointers.read(low, low + CHECKED_AT_A_TIME) != ends - lengths) | (lengths < 0)
             if wrong.any():
                 self._refuse(f"sequence {low + int(np.argmax(wrong)):,} does not follow the one before it")
             expected = int(ends[-1])
         for low in range(0, self._indices, CHECKED_AT_A_TIME):
-            if (np.diff(self._documents[low : low + CHECKED_AT_A_TIME + 1]) < 0).any():
+            if (np.diff(self._documents.read(low, low + CHECKED_AT_A_TIME + 1)) < 0).any():
                 self._refuse("its documents are not in order")
 
     def _start_of(self, document: int) -> int:
         """Return a document's first token. Raises DataError if the index names a sequence that it lacks."""
-        sequence = int(self._documents[document])
+        sequence = self._documents[document]
         if sequence == self._sequences:  # an empty document at the end
             return self._bin_bytes // self.dtype.itemsize
         if not 0 <= sequence < self._sequences:
             self._refuse(f"document {document:,} begins with sequence {sequence:,} of {self._sequences:,}")
-        pointer = int(self._pointers[sequence])
+        pointer: int = self._pointers[sequence]
         if not 0 <= pointer <= self._bin_bytes or pointer % self.dtype.itemsize:
             self._refuse(f"sequence {sequence:,} begins at byte {pointer:,} of {self._bin_bytes:,}")
         return pointer // self.dtype.itemsize
@@ -116,12 +123,12 @@ class MegatronIndex:
             )
         if not self._sequences or not self._indices:
             self._refuse("it has no documents")
-        end = int(self._pointers[-1]) + int(self._lengths[-1]) * self.dtype.itemsize
-        if int(self._pointers[0]) != 0 or end != self._bin_bytes:
-            self._refuse(f"its sequences are bytes {int(self._pointers[0]):,} to {end:,} of {self._bin_bytes:,}")
-        if int(self._documents[0]) != 0 or int(self._documents[-1]) != self._sequences:
+        end = self._pointers[-1] + self._lengths[-1] * self.dtype.itemsize
+        if self._pointers[0] != 0 or end != self._bin_bytes:
+            self._refuse(f"its sequences are bytes {self._pointers[0]:,} to {end:,} of {self._bin_bytes:,}")
+        if self._documents[0] != 0 or self._documents[-1] != self._sequences:
             self._refuse(
-                f"its documents are sequences {int(self._documents[0]):,} to {int(self._documents[-1]):,} of {self._sequences:,}"
+                f"its documents are sequences {self._documents[0]:,} to {self._documents[-1]:,} of {self._sequences:,}"
             )
 
     def _refuse(self, why: str) -> NoReturn:
@@ -130,18 +137,3 @@ class MegatronIndex:
     @property
     def _cure(self) -> str:
         return "copy both files again, or make them again with Megatron-LM's preprocess_data.py"
-
-    @cached_property
-    def _lengths(self) -> npt.NDArray[Any]:
-        return self._map("<i4", HEADER.size, self._sequences)
-
-    @cached_property
-    def _pointers(self) -> npt.NDArray[Any]:
-        return self._map("<i8", HEADER.size + 4 * self._sequences, self._sequences)
-
-    @cached_property
-    def _documents(self) -> npt.NDArray[Any]:
-        return self._map("<i8", HEADER.size + 12 * self._sequences, self._indices)
-
-    def _map(self, dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
-        return np.asarray(np.memmap(self._path, dtype, "r", offset, (count,)))
