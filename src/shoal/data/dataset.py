@@ -211,7 +211,7 @@ def prepare_dataset(data: Data, progress: Progress = no_progress, *, rows: int |
     if not data.sources:
         return Dataset(data, {"": prepare(data, progress, rows=rows)})
     trains = data.tokenizer == "bpe"
-    shared = str(_shared_tokenizer(data, data.sources, progress)) if trains else data.tokenizer
+    shared = str(data.kept or _shared_tokenizer(data, data.sources, progress)) if trains else data.tokenizer
     parts = {}
     for name, source in data.sources.items():
         try:

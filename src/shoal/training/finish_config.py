@@ -109,7 +109,7 @@ def write_run_files(folder: RunFolder, config: Config, dataset: Dataset) -> None
         keep_headers(ModelFolder.open(origin), folder.source)
     if tokenizer is not None and tokenizer != origin:
         keep(tokenizer, TOKENIZER, folder.tokenizer)
-    folder.tokenizer_file.write_text(dataset.tokenizer.to_json(), encoding="utf-8")
+    write_whole(folder.tokenizer_file, [dataset.tokenizer.to_json().encode()])
     if (chats := dataset.conversations()) is not None:
         _write_chat_files(folder.tokenizer, chats, tokenizer, dataset)
 
