@@ -50,7 +50,7 @@ def _look(target: str, args: argparse.Namespace, overrides: list[Override]) -> i
     with ends_when_asked(EXIT_REQUEUE):
         dataset = open_data(config.data, console)
         with console.progress("opening") as progress:
-            finder = open_look(config, dataset, progress)
+            finder = open_look(config, dataset, folder.ledger_file, progress)
         console.show(source_table(config, dataset, finder.order))
         for name, documents in finder.documents.items():
             console.say()

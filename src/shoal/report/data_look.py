@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,9 +34,15 @@ class Piece:
     tokens: Sequence[int]
 
 
-def open_look(config: Config, dataset: Dataset, progress: Progress) -> Finder:
-    """Open the rows and documents of a new run's sources, and its order."""
+def open_look(config: Config, dataset: Dataset, ledger: Path, progress: Progress) -> Finder:
+    """Open the rows and documents of a run's sources, and its order: by its ledger, which knows earlier weights, or a new run's."""
     rows, train = dataset.rows("train"), config.train
+    try:
+        timeline, header = Timeline.of_ledger(ledger, train.micro_batch)
+    except (OSError, ValueError):
+        header = None
+    if header is not None and header.data_id == dataset.data_id:
+        return Finder.of(dataset, header.order, timeline, progress)
     order = new_order(config.data, rows.sizes, train.seed, train.global_batch)
     return Finder.of(dataset, order, Timeline([Life(0, 0, train.global_batch)], train.micro_batch), progress)
 
