@@ -4,6 +4,7 @@ The errors that a user can fix.
     ShoalError              exit code 2, one message, no traceback
     ├── ConfigError         invalid config, with all problems at once
     ├── DataError           invalid corpus, tokenizer or token shards
+    │   ├── TooSmallError       a split without a row that has something to learn
     │   └── UnreadableError     tokens of some rows: altered, on a broken part of a disk, or not ids
     ├── ModelError          a folder of weights that is missing, truncated or unsupported
     ├── CheckpointError     a checkpoint that cannot be read or written
@@ -75,6 +76,10 @@ class ConfigError(ShoalError):
 
 class DataError(ShoalError):
     """An unusable corpus, tokenizer or token shard."""
+
+
+class TooSmallError(DataError):
+    """A split that fills no row, or whose rows have nothing to learn."""
 
 
 class UnreadableError(DataError):

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,20 @@ class Place:
         assert code == 2, output
         assert "Traceback" not in output
         return output
+
+    def kill_in_step(self, step: int, run: str, *arguments: str, **environment: str) -> None:
+        """Train; when rank 0 has reached this step and the run has a checkpoint, kill the launcher. Its workers must end too."""
+        hang = [{"step": step, "phase": "forward", "rank": 0, "fault": "hang"}]
+        process = self.start("train", *arguments, "--name", run, SHOAL_FAULTS=json.dumps(hang), **environment)
+        wait_for(process, f"{step - 2}/")
+        tick = threading.Event()
+        while not any((self.folder / "runs" / run / "checkpoints").glob("step-*/manifest.json")):
+            assert process.poll() is None
+            tick.wait(0.01)
+        workers = workers_of(process)
+        process.kill()
+        process.communicate()
+        assert gone(workers)
 
     def metrics(self, run: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "runs" / run / "metrics.jsonl").read_text().splitlines()]

@@ -49,7 +49,7 @@ def _look(target: str, args: argparse.Namespace, overrides: list[Override]) -> i
     config = folder.load_config() if is_run else resolve_run(find_recipe(Path(target)), overrides, named=True)
     with ends_when_asked(EXIT_REQUEUE):
         dataset = _of_run(folder, config, console) if is_run else open_data(config.data, console)
-        look = open_look(config, dataset)
+        look = open_look(config, dataset, folder.ledger_file if is_run else None)
         console.show(source_table(config, dataset, look))
         title, table = packing_table(config, look)
         console.say(f"\n{title}")

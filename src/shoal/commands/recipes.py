@@ -32,12 +32,14 @@ def resolve_run(recipe: Path, overrides: list[Override], *, named: bool, notes: 
 
     named: whether the user named this recipe; if so, a run without `launch.name` takes the recipe's name.
     """
+    from shoal.config.data_options import is_built_in
     from shoal.resolve.checks import why_no_name
     from shoal.resolve.resolve import resolve
 
     kept = _run_of(recipe if named else None, overrides).kept()
     for gone in kept:
-        tell_once([f"{gone} is gone: resuming with the run's own copy"])
+        if not is_built_in(gone):
+            tell_once([f"{gone} is gone: resuming with the run's own copy"])
     resolved = resolve(recipe, overrides, kept)
     tell_once([*notes, *resolved.notes])
     if resolved.config.launch.name is None and named:

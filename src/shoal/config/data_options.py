@@ -268,6 +268,7 @@ class Data(Source):
         unit="s",
         ge=0,
     )
-    kept: Path | None = None  # not an option: the run's copy of the folder data.tokenizer, if that folder is gone
+    # not an option: the run's copy of data.tokenizer, if its folder is gone, or if a blend trained it, or if it is tiktoken's
+    kept: Path | None = None
     # not an option itself: the sources of a blend by name; data.sources.NAME has the options of `BlendSource`
     sources: Mapping[str, BlendSource] | None = None

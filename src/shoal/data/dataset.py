@@ -23,7 +23,7 @@ from shoal.data.pack import PlacedRows, RowArrays, check_ids, read_placed
 from shoal.data.prepare import Prepared, Progress, Ticks, downloads_of, no_progress, open_checked, prepare
 from shoal.data.token_folder import find_by_id, token_options
 from shoal.data.tokens import tokenize
-from shoal.errors import DataError
+from shoal.errors import DataError, TooSmallError
 from shoal.run.console import Console
 
 
@@ -103,12 +103,12 @@ class Dataset:
         return BlendRows([self.part_rows(name, split) for name in self.parts])
 
     def held_out_rows(self) -> dict[str, PlacedRows]:
-        """Cut the held-out split of each source into rows, without sources too small for one. Raises DataError if all are."""
+        """Cut the held-out split of each source into rows, without sources too small for one. Raises TooSmallError if all are."""
         found, problem = {}, None
         for name in self.parts:
             try:
                 found[name] = self.part_rows(name, "val")
-            except DataError as error:
+            except TooSmallError as error:
                 problem = error
         if problem is not None and not found:
             raise problem
@@ -116,7 +116,7 @@ class Dataset:
 
     def part_rows(self, name: str, split: SplitName, *, keep: bool = True) -> PlacedRows:
         """
-        Cut a split of one source into rows. Raises DataError, which names the source, if it does not fill one row.
+        Cut a split of one source into rows. Raises DataError, which names the source; TooSmallError if it fills no row.
 
         keep: whether a new index of rows is saved with the tokens.
         """
@@ -126,7 +126,7 @@ class Dataset:
                 split, seq_len=data.seq_len, document_mask=data.document_mask, packing=data.packing, keep=keep
             )
         except DataError as error:
-            raise DataError(f"data.sources.{name}: {error}" if name else str(error)) from error
+            raise type(error)(f"data.sources.{name}: {error}" if name else str(error)) from error
 
 
 def _sum(records: Sequence[SplitRecord]) -> SplitRecord:
@@ -235,7 +235,7 @@ def prepare_dataset(
     if not data.sources:
         return Dataset(data, {"": prepare(data, progress, rows=rows, past=past)})
     trains = data.tokenizer == "bpe"
-    shared = str(_shared_tokenizer(data, data.sources, progress)) if trains else data.tokenizer
+    shared = str(data.kept or _shared_tokenizer(data, data.sources, progress)) if trains else data.tokenizer
     parts = {}
     for name, source in data.sources.items():
         try:

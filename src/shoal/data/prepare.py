@@ -39,14 +39,14 @@ from shoal.data.manifest import (
     load_manifest,
     name_changes,
 )
-from shoal.data.pack import PackedStream, PlacedRows, count_rows
+from shoal.data.pack import IGNORED_LABEL, PackedStream, PlacedRows, Rows, count_rows
 from shoal.data.shards import CURE, Shard, token_dtype
 from shoal.data.stream import Stream, TokenStream
 from shoal.data.token_corpus import Opened, load_record, open_recorded, prepare_token_files
 from shoal.data.token_folder import find_folder, named_tokenizer, token_options
 from shoal.data.tokens import tokenize
 from shoal.data.tokens.tokenize import Tokenizer
-from shoal.errors import DataError
+from shoal.errors import DataError, TooSmallError
 from shoal.system.background import in_background
 from shoal.system.disk import gigabytes, sha256_of
 
@@ -101,7 +101,7 @@ class Prepared:
         keep: bool = True,
     ) -> PlacedRows:
         """
-        Cut a split into rows. Raises DataError if it does not fill one row.
+        Cut a split into rows. Raises TooSmallError if it does not fill one row, or if held-out rows have nothing to learn.
 
         The first use of `best_fit` makes an index in the folder, under its lock; if not `keep`, only in memory.
         """
@@ -112,13 +112,22 @@ class Prepared:
         else:
             index = open_index(self.folder, stream, Identity(self.data_id, name, seq_len), keep=keep)
             rows = BestFitRows(stream, index, seq_len, self.tokenizer.eot_id, document_mask)
+        cure = "raise data.val_fraction, add documents" if name == "val" else "add documents"
         if not len(rows):
-            cure = "raise data.val_fraction, add documents" if name == "val" else "add documents"
-            raise DataError(
+            raise TooSmallError(
                 f"the {name} split has {stream.num_tokens:,} tokens, too few for one row of data.seq_len {seq_len:,} "
                 f"(+ 1); {cure} or lower data.seq_len"
             )
+        if name == "val" and self.counts[name].learned_tokens < stream.num_tokens and not _has_labels(rows):
+            raise TooSmallError(
+                f"no learned token of the {name} split is in its rows of data.seq_len {seq_len:,}; {cure} or lower data.seq_len"
+            )
         return rows
+
+
+def _has_labels(rows: Rows) -> bool:
+    """Return whether any row has a label: of conversations, the rest of the stream may hold the only answers."""
+    return any(bool((rows.read(row).labels != IGNORED_LABEL).any()) for row in range(len(rows)))
 
 
 def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = None, past: bool = False) -> Prepared:

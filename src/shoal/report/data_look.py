@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from shoal.data.nearby_documents import SpansIn, nearby, numbered
 from shoal.data.pack import IGNORED_LABEL, PlacedRows
 from shoal.data.packing_report import WINDOWS, DocumentSample, PackingRecord, compare_packings, sample_documents
 from shoal.data.prepare import Prepared
+from shoal.data.where import Timeline
 from shoal.plan.length import count_steps
 from shoal.system.output import visible
 
@@ -51,21 +53,32 @@ class Look:
     is_numbered: Mapping[str, bool]
 
 
-def open_look(config: Config, dataset: Dataset) -> Look:
-    """Open the sources of a new run. Raises DataError if one does not fill a row."""
+def open_look(config: Config, dataset: Dataset, ledger: Path | None = None) -> Look:
+    """Open the sources. ledger: of a run, gives its order with earlier weights. Raises DataError if a source does not fill a row."""
     data = config.data
     samples = {name: sample_documents(part, "train") for name, part in dataset.parts.items()}
     packings = {name: compare_packings("train", sample, data.seq_len) for name, sample in samples.items()}
     rows = {name: _rows_as_they_are(dataset, name, samples[name].sampled) for name in dataset.parts}
     packed = {name: records[-1].rows for name, records in packings.items()}  # by best fit
     sizes = [packed[name] if found is None else len(found) for name, found in rows.items()]
-    order = new_order(data, sizes, config.train.seed, config.train.global_batch)
+    order = None if ledger is None else _order_of_run(ledger, config, dataset)
+    if order is None:
+        order = new_order(data, sizes, config.train.seed, config.train.global_batch)
     is_numbered = {name: has_documents(part, "train") for name, part in dataset.parts.items()}
     owners = {
         name: numbered(find_documents(part, "train")) if is_numbered[name] else nearby(part.streams["train"])
         for name, part in dataset.parts.items()
     }
     return Look(order, rows, samples, packings, owners, is_numbered)
+
+
+def _order_of_run(ledger: Path, config: Config, dataset: Dataset) -> Blend | None:
+    """Return the order in a run's ledger; None if there is none, or if it is of other tokens."""
+    try:
+        header = Timeline.of_ledger(ledger, config.train.micro_batch)[1]
+    except (OSError, ValueError):
+        return None
+    return header.order if header.data_id == dataset.data_id else None
 
 
 def _rows_as_they_are(dataset: Dataset, name: str, is_large: bool) -> PlacedRows | None:

@@ -112,6 +112,9 @@ class RunFolder:
         """
         Return this run's copies of a model and a tokenizer whose originals are gone, by their names in its config.
 
+        A tokenizer that shoal trained on a blend is among them: other weights of the sources would train another one. So is
+        tiktoken's, whose files are often in a cache that is cleared.
+
         Empty if there is no run. Raises nothing.
         """
         try:
@@ -123,7 +126,11 @@ class RunFolder:
         kept = {config.model.from_: self.source if (self.source / HEADERS).is_file() else None}
         if not is_built_in(config.data.tokenizer):
             kept.setdefault(config.data.tokenizer, self.tokenizer_files)
-        return {name: folder for name, folder in kept.items() if name and folder and _is_gone(name, folder)}
+        gone = {name: folder for name, folder in kept.items() if name and folder and _is_gone(name, folder)}
+        trained_on_blend = config.data.tokenizer == "bpe" and config.data.sources
+        if (trained_on_blend or config.data.tokenizer.startswith("tiktoken:")) and self.tokenizer_file.is_file():
+            gone[config.data.tokenizer] = self.tokenizer_file
+        return gone
 
     @property
     def samples(self) -> Path:

@@ -17,6 +17,7 @@ from shoal.data.instruct import ConversationEncoder, open_template, special_text
 from shoal.data.tokens.chat_template import TEMPLATE_FILE, ChatTemplate
 from shoal.data.tokens.tokenize import tokenizer_folder
 from shoal.data.tokens.tokenizer_ends import TOKENIZER_CONFIG, read_object
+from shoal.errors import DataError
 from shoal.hub.beside import GENERATION, OF_MODEL, TOKENIZER, keep, keep_headers
 from shoal.hub.find import find_model
 from shoal.hub.folder import HEADERS, ModelFolder
@@ -39,16 +40,28 @@ def finish_config(
     Fill in the vocabulary size and the dtype, from the tokenizer and this machine. A collective over the world.
 
     say: called with a warning if bfloat16 is slow on this CPU.
-    Raises `DataError` if the vocabulary is too small, `LaunchError` if the device lacks the dtype.
+    Raises `DataError` if the vocabulary is too small or the prompt of the sample too long, `LaunchError` if the device lacks
+    the dtype.
     """
     config = folder.with_earlier_choices(config)
     size = config.model.vocab_size or dataset.vocab_size
     dataset.tokenizer.check_rows(size)
+    _check_prompt(config, dataset)
     dtype = choose_dtype(config.train.dtype, mesh)
     check_dtype(dtype, mesh.device)
     if dtype == "bfloat16" and mesh.device.type == "cpu" and mesh.is_first and not multiplies_bfloat16():
         say(describe_slow_bfloat16(mesh.device))
     return config.replace("model", vocab_size=size).replace("train", dtype=dtype)
+
+
+def _check_prompt(config: Config, dataset: Dataset) -> None:
+    """Raise DataError if the sample at the end of the run would have no room for a token after its prompt."""
+    length, room = len(dataset.tokenizer.encode_prompt(config.train.sample_prompt)), config.model.max_seq_len
+    if config.train.sample_prompt and length >= room:
+        raise DataError(
+            f"train.sample_prompt has {length:,} tokens, which leaves no room in model.max_seq_len {room:,}; shorten it, or "
+            "set it to an empty text for no sample"
+        )
 
 
 def choose_dtype(wanted: str, mesh: Mesh) -> str:
@@ -96,7 +109,7 @@ def write_run_files(folder: RunFolder, config: Config, dataset: Dataset) -> None
         keep_headers(ModelFolder.open(origin), folder.source)
     if tokenizer is not None and tokenizer != origin:
         keep(tokenizer, TOKENIZER, folder.tokenizer)
-    folder.tokenizer_file.write_text(dataset.tokenizer.to_json(), encoding="utf-8")
+    write_whole(folder.tokenizer_file, [dataset.tokenizer.to_json().encode()])
     if (chats := dataset.conversations()) is not None:
         _write_chat_files(folder.tokenizer, chats, tokenizer, dataset)
 

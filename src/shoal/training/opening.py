@@ -25,6 +25,11 @@ def introduce(run: Run) -> None:
     )
     _describe(run)
     _warn_of_length(run)
+    if unheard := [name for name in run.dataset.parts if name not in run.dataset.held_out_rows()]:
+        run.console.warn(
+            f"not evaluated, since the held-out documents of each fill no row of data.seq_len {run.config.data.seq_len:,}: "
+            f"{', '.join(unheard)}"
+        )
     source = run.config.model.from_
     if source is not None:
         how = f"weights were loaded from {found_at(source, run.config.model.kept)} (model.from)"

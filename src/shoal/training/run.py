@@ -144,6 +144,7 @@ class Run:
         heartbeat.outside("measuring the device")
         config = finish_config(config, folder, dataset, mesh, console.warn)
         rows = dataset.rows("train")
+        dataset.held_out_rows()  # raises if there is no row for the evaluations, before the first step
         start = Start(changed=folder.agree(config), before=folder.begun() or config)
         mesh.barrier()  # all ranks compare the config before rank 0 writes it
         faults = Faults(mesh.place.rank, folder.events_file)

@@ -187,12 +187,14 @@ def load_tokenizer(spec: str, kept: Path | None = None) -> Tokenizer:
     Load `bytes`, `tiktoken:NAME`, a tokenizer.json, a SentencePiece model, or the tokenizer of a model's folder or name.
 
     A folder's config files may also set which tokens begin and end a document. kept: the run's copy of that
-    folder, used if the original is gone; None if there is no copy.
+    folder, used if the original is gone, or of tiktoken's; None if there is no copy.
 
     Raises DataError if there is no such tokenizer, or if it cannot be read or converted.
     """
     if spec == "bytes":
         return byte_tokenizer()
+    if spec.startswith(TIKTOKEN) and kept is not None:
+        return load_tokenizer(str(kept))
     if spec.startswith(TIKTOKEN):
         from shoal.data.tokens.tiktoken_files import from_tiktoken
 
