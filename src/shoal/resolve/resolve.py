@@ -114,10 +114,17 @@ def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
     for key, paths in settings.items():
         corpus = f"{key.removesuffix('paths')}corpus"
         if (key == "data.paths" or (key.startswith(SOURCES) and key.endswith(".paths"))) and corpus not in settings:
-            names = paths.value if isinstance(paths.value, list) else str(paths.value or "").split(",")
-            if names := [str(name).strip() for name in names if str(name).strip()]:
-                derived[corpus] = Setting(corpus, kind_of_paths(names), f"{key} at {paths.where}")
+            val_paths = settings.get(f"{key.removesuffix('paths')}val_paths")
+            if names := _paths_of(paths):
+                kind = kind_of_paths(names, _paths_of(val_paths) if val_paths else [])
+                derived[corpus] = Setting(corpus, kind, f"{key} at {paths.where}")
     return settings | derived
+
+
+def _paths_of(setting: Setting) -> list[str]:
+    """Return the paths of a setting, whose type is not checked yet."""
+    names = setting.value if isinstance(setting.value, list) else str(setting.value or "").split(",")
+    return [str(name).strip() for name in names if str(name).strip()]
 
 
 def _with_document_mask(settings: dict[str, Setting]) -> dict[str, Setting]:

@@ -45,6 +45,8 @@ class HubDatasetCorpus:
     only code could read it, or if the library is not installed.
     """
 
+    held_out_files = 0
+
     def __init__(self, source: Source, shape: Shape, *, offline: bool = False) -> None:
         [given] = source.paths
         self._shape = shape
