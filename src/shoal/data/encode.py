@@ -276,7 +276,7 @@ def _chunks(corpus: Corpus, split: Split, bad_records: int, journal: Journal) ->
         if document.after <= done[name]:
             continue
         if name == "train" and split.overlaps(text):
-            journal.overlap.add_all(document.name, ["a held-out document has the same text"], document.after)
+            journal.overlap.add_all(document.name, ["equal to a held-out one"], document.after)
         counted = len(text) if document.counted_bytes is None else document.counted_bytes
         chunk.append(_Item(name, document.name, document.text, counted, document.after, document.conversation))
         chunk_bytes += len(text)

@@ -222,7 +222,7 @@ def _conversation_notes(manifest: Manifest) -> list[str]:
 
 def _overlap_notes(manifest: Manifest) -> list[str]:
     """Return a line on training documents that are held out too, if any."""
-    kinds = manifest.overlap.kinds("training documents stay in training")
+    kinds = manifest.overlap.kinds("of the training documents")
     return [f"{line}; data.deduplicate exact removes them from training" for line in kinds]
 
 
