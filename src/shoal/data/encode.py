@@ -151,17 +151,13 @@ class _FirstLook:
 
     def why_none(self, option: str = "data.paths") -> str:
         """Return the end of the message "the corpus has no documents": what it has instead, and which option to set."""
-        return _why_none(self.corpus, self.skips, self.fields, option)
-
-
-def _why_none(corpus: Corpus, skips: Skips, fields: Counter[str], option: str) -> str:
-    said = f": {skips.note()}" if skips.count else ""
-    if files := corpus.skipped_files():
-        said += f"; files that were skipped: {count_kinds(files)}"
-    if not fields:
-        return f"{said}; correct {option} or data.corpus"
-    named = ", ".join(ascii(name) for name, _ in fields.most_common(10))  # first the fields with the most text
-    return f"{said}. The records have text under {named}; set data.text_key to one of them"
+        said = f": {self.skips.note()}" if self.skips.count else ""
+        if files := self.corpus.skipped_files():
+            said += f"; files that were skipped: {count_kinds(files)}"
+        if not self.fields:
+            return f"{said}; correct {option} or data.corpus"
+        named = ", ".join(ascii(name) for name, _ in self.fields.most_common(10))  # first the fields with the most text
+        return f"{said}. The records have text under {named}; set data.text_key to one of them"
 
 
 def training_sample(

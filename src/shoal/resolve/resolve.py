@@ -115,16 +115,10 @@ def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
         corpus = f"{key.removesuffix('paths')}corpus"
         if (key == "data.paths" or (key.startswith(SOURCES) and key.endswith(".paths"))) and corpus not in settings:
             val_paths = settings.get(f"{key.removesuffix('paths')}val_paths")
-            if names := _paths_of(paths):
-                kind = kind_of_paths(names, _paths_of(val_paths) if val_paths else [])
+            if names := paths.texts():
+                kind = kind_of_paths(names, val_paths.texts() if val_paths else [])
                 derived[corpus] = Setting(corpus, kind, f"{key} at {paths.where}")
     return settings | derived
-
-
-def _paths_of(setting: Setting) -> list[str]:
-    """Return the paths of a setting, whose type is not checked yet."""
-    names = setting.value if isinstance(setting.value, list) else str(setting.value or "").split(",")
-    return [str(name).strip() for name in names if str(name).strip()]
 
 
 def _with_document_mask(settings: dict[str, Setting]) -> dict[str, Setting]:
