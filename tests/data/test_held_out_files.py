@@ -178,7 +178,7 @@ def write_copies(folder: Path) -> tuple[list[str], list[str], dict[str, Any]]:
     """Write files in which some texts are in both, some twice in one. Returns the texts, and the options of the paths."""
     held_out, training = texts(30, 1), texts(60, 2)
     held_out += [held_out[0], held_out[1] + " shoal"]
-    training += [held_out[2], training[3], held_out[-1], training[4] + "!", held_out[2]]
+    training += [held_out[2], training[3], held_out[-1], training[4] + "!", held_out[2], held_out[5] + "!"]
     paths = [write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in (("train", training), ("val", held_out))]
     return training, held_out, {"corpus": "jsonl", "paths": [str(paths[0])], "val_paths": [str(paths[1])]}
 
@@ -358,7 +358,7 @@ def test_the_held_out_loss_of_a_run_is_over_exactly_those_tokens(tmp_path: Path)
         ({"paths": ["a.jsonl"], "val_paths": ["empty.jsonl"]}, "the held-out files have no documents.*; correct data.val_paths"),
         ({"paths": ["a.jsonl"], "val_paths": ["other.jsonl"]}, "the held-out files have no documents.* 'body'"),
         ({"paths": ["empty.jsonl"], "val_paths": ["a.jsonl"]}, "the corpus has no documents to train on"),
-        ({"paths": ["other.parquet"], "val_paths": ["b.jsonl"]}, "other.parquet has no column text"),
+        ({"paths": ["other.parquet"], "val_paths": ["bad.jsonl"], "bad_records": 3}, "other.parquet has no column text"),
         ({"paths": ["a.jsonl"], "val_paths": ["bad.jsonl"], "bad_records": 3}, "more than 3 records are damaged .*bad.jsonl:1"),
     ],
 )  # fmt: skip

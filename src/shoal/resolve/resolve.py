@@ -114,10 +114,9 @@ def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
     for key, paths in settings.items():
         corpus = f"{key.removesuffix('paths')}corpus"
         if (key == "data.paths" or (key.startswith(SOURCES) and key.endswith(".paths"))) and corpus not in settings:
-            val_paths = settings.get(f"{key.removesuffix('paths')}val_paths")
+            val_paths = settings.get(f"{key.removesuffix('paths')}val_paths", Setting("", [], ""))
             if names := paths.texts():
-                kind = kind_of_paths(names, val_paths.texts() if val_paths else [])
-                derived[corpus] = Setting(corpus, kind, f"{key} at {paths.where}")
+                derived[corpus] = Setting(corpus, kind_of_paths(names, val_paths.texts()), f"{key} at {paths.where}")
     return settings | derived
 
 
