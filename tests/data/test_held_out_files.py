@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import itertools
 import json
@@ -19,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from shoal.commands.data import data as look_at
 from shoal.config.data_options import BlendSource, Data
 from shoal.config.options import Config
 from shoal.data.check import check_tokens
@@ -344,6 +346,11 @@ def test_the_held_out_loss_of_a_run_is_over_exactly_those_tokens(tmp_path: Path)
     assert math.isclose(evaluation.val_loss, loss, rel_tol=1e-5)
     per_byte = evaluation.val_loss * len(tokens) / sum(len(text.encode()) for text in held_out) / math.log(2)
     assert math.isclose(evaluation.val_bits_per_byte, per_byte)
+    asked = argparse.Namespace(words=["where", str(run.folder.path)], document="40", step=None, json=False)
+    with pytest.raises(
+        DataError, match="no document 40 in the training; the training documents are 0 to 39, and held-out"
+    ):
+        look_at(asked, [], [])
 
 
 # --- rejections ------------------------------------------------------------------------------------------
