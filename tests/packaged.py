@@ -19,7 +19,7 @@ def recipes() -> list[Path]:
 def make_files(recipe: Path, folder: Path) -> list[Path]:
     """Create an empty file for each of the recipe's paths below `folder`; return the files."""
     data = yaml.safe_load(recipe.read_text(encoding="utf-8")).get("data", {})
-    made = [folder / path.replace("*", "0") for path in data.get("paths", [])]
+    made = [folder / path.replace("*", "0") for key in ("paths", "val_paths") for path in data.get(key, [])]
     for path in made:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,22 @@ def test_a_name_on_the_hub_with_a_network_and_then_from_the_cache(folder: Path, 
     *cached, none = read(hub.url, "1")
     assert cached == [online, online]
     assert "cannot reach the hub for org/none" in none
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_split_is_held_out(folder: Path, streaming: bool) -> None:
+    source = Data(
+        corpus="datasets", paths=("stories",), val_split="test", tokenizer="bytes", folder="data", streaming=streaming
+    )
+    items = list(open_corpus(source).read())
+    assert texts_of(iter(items)) == ["held out", *TEXTS]
+    for number in (0, 1, 500):
+        assert list(open_corpus(source).read(items[number].after)) == items[number + 1 :]
+    prepared = prepare(source)
+    assert (prepared.counts["val"].documents, prepared.counts["train"].documents) == (1, 700)
+    assert [entry.name for entry in prepared.manifest.listing] == ["stories:test", "stories:train"]
+    with pytest.raises(DataError, match=r"has no split 'validation'; set data.val_split to one of train, test"):
+        open_corpus(replace(source, val_split="validation"))
 
 
 ABSENT = "import sys; sys.modules['datasets'] = None\n"  # as if it was not installed

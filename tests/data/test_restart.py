@@ -28,7 +28,7 @@ from shoal.system import disk
 from shoal.data.prepare import prepare
 
 options, die_at = json.loads(sys.argv[1]), int(sys.argv[2])
-options |= {key: tuple(options[key]) for key in ("paths", "decontaminate")}
+options |= {key: tuple(options[key]) for key in ("paths", "val_paths", "decontaminate")}
 writes = 0
 real_sync = os.fsync
 

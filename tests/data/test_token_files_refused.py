@@ -194,7 +194,6 @@ def test_a_tokenizer_without_an_end_token(tmp_path: Path) -> None:
         ({"corpus": "tokens", "tokenizer": "bytes", "paths": ["."], "token_format": "llm.c", "token_type": "int32"}, "data.token_type has no effect"),
         ({"corpus": "tokens", "tokenizer": "bytes", "paths": ["."], "shard_tokens": 2048}, "data.shard_tokens has no effect"),
         ({"corpus": "tokens", "tokenizer": "bytes", "paths": ["."], "val_paths": ["."], "val_fraction": 0.1}, "data.val_fraction has no effect"),
-        ({"corpus": "text", "paths": ["."], "val_paths": ["."]}, "data.val_paths is of token files; set data.corpus to tokens, or remove it"),
         ({"corpus": "stdlib", "token_format": "raw"}, "data.token_format is of token files"),
         ({"corpus": "stdlib", "token_type": "int32"}, "data.token_type is of token files"),
     ],

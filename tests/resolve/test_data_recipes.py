@@ -29,8 +29,11 @@ def test_it_is_valid_where_its_files_are_and_elsewhere_says_how_to_get_them(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
         resolve(recipe)
-    [problem] = caught.value.problems
-    assert f"(shoal fetch data {recipe.stem} fetches it)" in problem.what
+    missing = [problem.what for problem in caught.value.problems]
+    assert all(f"(shoal fetch data {recipe.stem} fetches it)" in what for what in missing)
+    held_out = [what for what in missing if "data.val_paths does not exist" in what]
+    assert len(missing) - len(held_out) == 1
+    assert bool(held_out) == bool(CATALOG[recipe.stem].held_out), "validation files that are fetched are used"
     for path in make_files(recipe, tmp_path):
         assert fetched_by(str(path.relative_to(tmp_path))) == f"shoal fetch data {recipe.stem}"
     assert resolve(recipe).config.data.text_key == "text"

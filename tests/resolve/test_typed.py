@@ -79,7 +79,9 @@ def test_a_length_that_is_typed_replaces_the_recipes(tmp_path: Path, length: str
     [
         ({"data": {"corpus": "text", "paths": ["."]}}, ["--data.corpus", "stdlib"], "data.paths"),
         ({"data": {"corpus": "stdlib"}}, ["--data.paths", "."], "data.corpus"),
-        ({"data": {"corpus": "tokens", "tokenizer": "bytes", "paths": ["."], "val_paths": ["."]}}, ["--data.corpus", "text"], "data.val_paths"),
+        ({"data": {"corpus": "tokens", "tokenizer": "bytes", "paths": ["."], "token_type": "int32"}}, ["--data.corpus", "text"], "data.token_type"),
+        ({"data": {"corpus": "datasets", "paths": ["a/b"], "val_split": "test"}}, ["--data.val_fraction", "0.1"], "data.val_split"),
+        ({"data": {"paths": ["."], "val_fraction": 0.1}}, ["--data.val_paths", "."], "data.val_fraction"),
         ({"data": {"paths": ["."], "separator": "="}}, ["--data.corpus", "parquet"], "data.separator"),
         ({"data": {"paths": ["."], "wikitext": True}}, ["--data.corpus", "dummy"], "data.wikitext"),
         ({"model": {"qk_norm": True}}, ["--model.family", "gpt2"], "model.qk_norm"),

@@ -91,7 +91,8 @@ def _where(target: str, args: argparse.Namespace, overrides: list[Override]) -> 
     except IndexError:
         there = finder.documents[source].num_documents
         raise DataError(
-            f"there is no document {args.document}; the training documents are 0 to {there - 1:,}"
+            f"there is no document {args.document} in the training; the training documents are 0 to {there - 1:,}, and held-out "
+            "documents are not trained on"
         ) from None
     if args.json:
         print(json.dumps([_plain(each) for each in found]))

@@ -51,10 +51,11 @@ def is_pattern(path: str) -> bool:
     return not WILDCARDS.isdisjoint(path)
 
 
-def kind_of_paths(paths: list[str]) -> Literal["text", "jsonl", "files", "tokens"]:
-    """Return the kind of corpus that `data.paths` means if `data.corpus` is not set."""
+def kind_of_paths(paths: list[str], val_paths: list[str]) -> Literal["text", "jsonl", "files", "tokens"]:
+    """Return the kind of corpus that `data.paths` and `data.val_paths` mean if `data.corpus` is not set."""
     if all(path.lower().endswith(TOKEN_SUFFIXES) for path in paths):
         return "tokens"
+    paths = paths + val_paths
     formats = {format_of(path) for path in paths}
     compressions = {split_suffix(path)[1] for path in paths}
     if formats == {"jsonl"} and compressions <= {"", ".gz"}:

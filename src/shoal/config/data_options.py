@@ -100,6 +100,13 @@ class Source:
         past=True,
     )
     split: str = opt("train", "with corpus datasets: split to read, such as train, or train[:10%]", past=True)
+    val_split: str | None = opt(
+        None,
+        "with corpus datasets: split to hold out for validation, such as validation; null: hold out data.val_fraction of "
+        "data.split",
+        alias=("eval_split",),
+        past=True,
+    )
     streaming: bool = opt(
         False, "with corpus datasets: read rows from the hub as they are needed, without keeping a copy of the dataset"
     )
@@ -117,8 +124,8 @@ class Source:
     )
     val_paths: tuple[str, ...] = opt(
         (),
-        "token files or folders that are held out. Without it, the last documents of a tokens corpus are, about "
-        "data.val_fraction of the tokens",
+        "files, folders or patterns to hold out for validation, of the kind of data.paths; all documents of data.paths are then "
+        "trained on. Without it, data.val_fraction of the documents are held out; of a tokens corpus, the last ones",
         alias=("val_path", "val_data_path", "valid_data_path"),
         past=True,
     )
@@ -232,7 +239,7 @@ class Data(Source):
     val_fraction: float = opt(
         0.05,
         "fraction of documents held out for validation, chosen by their content",
-        alias=("validation_split", "val_split", "test_size"),
+        alias=("validation_split", "test_size"),
         past=True,
         gt=0,
         lt=1,

@@ -283,7 +283,7 @@ def _shared_tokenizer(data: Data, sources: Mapping[str, BlendSource], progress: 
 def _sample(data: Data, share: float, progress: Progress) -> Sequence[str]:
     """Return this source's share of the text that a tokenizer is trained on."""
     corpus = open_corpus(data, downloads_of(data, progress))
-    ticks = Ticks(corpus.listing(), progress)
+    ticks = Ticks(corpus.listing(), progress, corpus.held_out_files)
     split = choose_split(corpus, data.val_fraction, data.bad_records, ticks.of("reading"))
     size = int(data.tokenizer_sample_bytes * share)
-    return list(training_sample(corpus, split, size, ticks.total, ticks.of("sample")))
+    return list(training_sample(corpus, split, size, ticks.training_bytes, ticks.of("sample")))

@@ -4,6 +4,8 @@ Remove documents by length, contamination and duplication, before anything else 
 A pass over the corpus decides about each document, in reading order, and writes segments into the folder of the tokens:
 which documents it removed, and what it must remember of those it kept. After a kill it continues after the last segment.
 The split, the tokenizer's training and the shards then read a corpus without the removed documents.
+
+Documents of held-out files are not removed. The pass reads them first, so a training document that equals one is a duplicate.
 """
 
 from __future__ import annotations
@@ -87,6 +89,10 @@ class KeptCorpus:
     def __init__(self, corpus: Corpus, filters: Filters | None, removed: Removed = NOTHING) -> None:
         self._corpus, self._filters, self._removed = corpus, filters, removed
         self._evaluation = filters.evaluation if filters else None
+
+    @property
+    def held_out_files(self) -> int:
+        return self._corpus.held_out_files
 
     def without(self, removed: Removed) -> KeptCorpus:
         """Return this corpus without some documents. removed: their cursors, ascending, int64 [documents, 3]."""
@@ -187,19 +193,25 @@ class _Segment:
 
 @dataclass(frozen=True)
 class _Read:
-    """A document of the pass, with its UTF-8 text."""
+    """A document of the pass, with its UTF-8 text. held_out: whether its file is."""
 
     document: Document
     encoded: bytes
+    held_out: bool
 
 
-def _batches(items: Iterator[Document | Skipped]) -> Iterator[list[_Read]]:
+def _batches(corpus: Corpus, start: Cursor) -> Iterator[list[_Read]]:
+    """Yield the documents after `start`, held-out ones and others apart."""
     batch: list[_Read] = []
     batch_bytes = 0
-    for item in items:
+    for item in corpus.read(start):
         if isinstance(item, Skipped):  # counted when the shards are written
             continue
-        batch.append(_Read(item, item.text.encode()))
+        held_out = item.after.file < corpus.held_out_files
+        if batch and batch[-1].held_out != held_out:
+            yield batch
+            batch, batch_bytes = [], 0
+        batch.append(_Read(item, item.text.encode(), held_out))
         batch_bytes += len(batch[-1].encoded)
         if len(batch) == BATCH_DOCUMENTS or batch_bytes >= BATCH_BYTES:
             yield batch
@@ -221,9 +233,9 @@ class _Pass:
         self._done = journal.filtered
         self._seen = SortedRuns()
         self._index = NearIndex(filters.source.near_threshold, self._signatures_of)
-        self._parts: list[Signatures] = []  # of kept documents in order: one array a segment, then one a batch
-        self._part_starts: list[int] = []  # number of each part's first document
-        self._kept = 0
+        self._parts: list[Signatures] = []  # of remembered documents in order: one array a segment, then one a batch
+        self._part_starts: list[int] = []  # number of each part's first signature
+        self._signed = 0  # signatures so far
         self._pending: list[_Segment] = []  # one a batch since the last segment
         for number in range(self._done.segments):
             self._restore(number)
@@ -231,8 +243,8 @@ class _Pass:
     def run(self, corpus: Corpus, segment_bytes: int, tick: Callable[[Cursor], None]) -> None:
         """Decide about every document after the last segment."""
         read_bytes, upto = 0, self._done.upto
-        for batch in _batches(corpus.read(upto)):
-            self._decide(batch)
+        for batch in _batches(corpus, upto):
+            self._pending.append(self._note(batch) if batch[0].held_out else self._decide(batch))
             upto = batch[-1].document.after
             tick(upto)
             read_bytes += sum(len(item.encoded) for item in batch)
@@ -241,45 +253,63 @@ class _Pass:
                 read_bytes = 0
         self._save(upto, done=True)
 
-    def _decide(self, batch: Sequence[_Read]) -> None:
+    def _note(self, batch: Sequence[_Read]) -> _Segment:
+        """Remember the texts of held-out documents, which are all kept."""
+        if not self._filters.deduplicates:
+            return _Segment(NOTHING, NO_DIGESTS, NO_SIGNATURES)
+        digests, new = self._new_texts([item.encoded for item in batch])
+        signatures = NO_SIGNATURES
+        if self._filters.source.deduplicate == "near":
+            signatures = signatures_of([item.document.text for item, is_new in zip(batch, new, strict=True) if is_new])
+            self._index.add(signatures, self._signed)
+            self._remember(signatures)
+        return _Segment(NOTHING, digests, signatures)
+
+    def _decide(self, batch: Sequence[_Read]) -> _Segment:
+        """Decide about training documents, and remember those that are kept."""
         reasons = [self._filters.why_alone(item.document.text, len(item.encoded)) for item in batch]
         digests, signatures = self._deduplicate(batch, reasons) if self._filters.deduplicates else (NO_DIGESTS, None)
         removed = [item.document for item, why in zip(batch, reasons, strict=True) if why is not None]
         for item, why in zip(batch, reasons, strict=True):
             if why is not None:
                 self._done.remove(why, item.document.name)
-        self._keep(len(batch) - len(removed), signatures)
+        self._done.kept += len(batch) - len(removed)
+        if signatures is not None:
+            self._remember(signatures)
         after = np.array([dataclasses.astuple(document.after) for document in removed], np.int64).reshape(-1, 3)
-        self._pending.append(_Segment(after, digests, NO_SIGNATURES if signatures is None else signatures))
+        return _Segment(after, digests, NO_SIGNATURES if signatures is None else signatures)
 
     def _deduplicate(self, batch: Sequence[_Read], reasons: list[str | None]) -> tuple[Digests, Signatures | None]:
         """Add the reasons of duplicates. Returns the digests of new texts, and the signatures of kept documents."""
         places = [place for place, why in enumerate(reasons) if why is None]
-        digests = np.array([_digest(batch[place].encoded) for place in places], f"S{DIGEST_BYTES}")
-        new = np.zeros(len(places), np.bool_)
-        new[np.unique(digests, return_index=True)[1]] = True  # the first of each
-        new[self._seen.find(digests)[0]] = False
-        self._seen.add(digests[new], np.zeros(new.sum(), np.int32))
+        digests, new = self._new_texts([batch[place].encoded for place in places])
         for place, is_new in zip(places, new, strict=True):
             reasons[place] = None if is_new else EXACT
         if self._filters.source.deduplicate != "near":
-            return digests[new], None
+            return digests, None
         places = [place for place, is_new in zip(places, new, strict=True) if is_new]
         signatures = signatures_of([batch[place].document.text for place in places])
-        near = self._index.choose(signatures, self._kept)
+        near = self._index.choose(signatures, self._signed)
         for place, is_near in zip(places, near, strict=True):
             reasons[place] = NEAR if is_near else None
-        return digests[new], signatures[~near]
+        return digests, signatures[~near]
 
-    def _keep(self, count: int, signatures: Signatures | None) -> None:
-        """Count kept documents, and remember their signatures."""
-        if signatures is not None:
-            self._parts.append(signatures)
-            self._part_starts.append(self._kept)
-        self._kept += count
+    def _new_texts(self, texts: Sequence[bytes]) -> tuple[Digests, npt.NDArray[np.bool_]]:
+        """Remember texts. Returns the digests of new ones, and which of the texts are new."""
+        digests = np.array([_digest(text) for text in texts], f"S{DIGEST_BYTES}")
+        new = np.zeros(len(texts), np.bool_)
+        new[np.unique(digests, return_index=True)[1]] = True  # the first of each
+        new[self._seen.find(digests)[0]] = False
+        self._seen.add(digests[new], np.zeros(new.sum(), np.int32))
+        return digests[new], new
+
+    def _remember(self, signatures: Signatures) -> None:
+        self._parts.append(signatures)
+        self._part_starts.append(self._signed)
+        self._signed += len(signatures)
 
     def _signatures_of(self, numbers: Sequence[int]) -> Signatures:
-        """Return the signatures of kept documents, by their numbers."""
+        """Return signatures by their numbers."""
         parts = [bisect.bisect_right(self._part_starts, number) - 1 for number in numbers]
         return np.stack([self._parts[p][n - self._part_starts[p]] for p, n in zip(parts, numbers, strict=True)])
 
@@ -290,19 +320,18 @@ class _Pass:
         _Segment.joined(self._pending).save(path)
         if self._filters.source.deduplicate == "near":  # the part of the file replaces those in memory
             first = len(self._parts) - len(self._pending)
-            starts = self._part_starts[first:] or [self._kept]
+            starts = self._part_starts[first:] or [self._signed]
             self._parts[first:], self._part_starts[first:] = [np.load(path, mmap_mode="r")], [starts[0]]
         self._pending = []
-        self._done.upto, self._done.segments, self._done.kept, self._done.done = upto, number + 1, self._kept, done
+        self._done.upto, self._done.segments, self._done.done = upto, number + 1, done
         self._journal.save(self._folder)
 
     def _restore(self, number: int) -> None:
         path = self._folder / segment_name(number)
         segment = _Segment.load(path)
         self._seen.add(segment.digests, np.zeros(len(segment.digests), np.int32))
-        self._index.add(segment.signatures, self._kept)
-        self._keep(len(segment.signatures), np.load(path, mmap_mode="r"))
-        self._kept = self._done.kept if number + 1 == self._done.segments else self._kept
+        self._index.add(segment.signatures, self._signed)
+        self._remember(np.load(path, mmap_mode="r"))
 
 
 def _digest(text: bytes) -> bytes:

@@ -179,6 +179,7 @@ class Journal:
     filtered: Filtered = field(default_factory=Filtered)
     rejected: Skips = field(default_factory=Skips)  # conversations that cannot be learned, found while encoding
     flaws: Skips = field(default_factory=Skips)  # faults of conversations that are kept
+    overlap: Skips = field(default_factory=Skips)  # training documents whose text a document of a held-out file has
 
     def start_again_without_fast(self, folder: Path) -> None:
         """Discard every shard, since the faster tokenizer gave wrong ids."""
@@ -205,7 +206,7 @@ def load_journal(folder: Path, options: Mapping[str, Any], listing: list[CorpusF
             Skips.load(saved["skips"]),
             saved.get("fast", True),
             Filtered.load(saved["filtered"]) if "filtered" in saved else Filtered(),
-            *(Skips.load(saved[name]) if name in saved else Skips() for name in ("rejected", "flaws")),
+            *(Skips.load(saved[name]) if name in saved else Skips() for name in ("rejected", "flaws", "overlap")),
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
@@ -259,11 +260,17 @@ class Manifest:
         ]
 
     flaws: Skips = field(default_factory=Skips)  # faults of conversations that were kept
+    overlap: Skips = field(default_factory=Skips)  # training documents whose text a document of a held-out file has
 
     @property
     def has_conversations(self) -> bool:
         """Whether the documents are conversations, of which perhaps only a part is learned."""
         return "conversations" in self.options
+
+    @property
+    def has_held_out_files(self) -> bool:
+        """Whether the held-out split is that of other files than the training split."""
+        return bool(self.options.get("val_paths") or self.options.get("val_split"))
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / MANIFEST, [json.dumps(asdict(self), indent=1).encode()])
@@ -284,6 +291,7 @@ def finish(journal: Journal, digests: Sequence[str], tokenizer_json: bytes, voca
         _data_id(tokenizer_sha256, splits),
         removed=journal.filtered.removed,
         flaws=journal.flaws,
+        overlap=journal.overlap,
     )
 
 
@@ -310,7 +318,8 @@ def load_manifest(folder: Path) -> Manifest:
         saved["listing"] = tuple(CorpusFile(**entry) for entry in saved["listing"])
         saved["skips"] = Skips.load(saved["skips"])
         saved["removed"] = load_removed(saved.get("removed", {}))
-        saved["flaws"] = Skips.load(saved["flaws"]) if "flaws" in saved else Skips()
+        for name in ("flaws", "overlap"):
+            saved[name] = Skips.load(saved[name]) if name in saved else Skips()
         manifest = Manifest(**{**saved, "splits": splits})
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; run `shoal prepare RECIPE` first") from error

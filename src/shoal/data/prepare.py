@@ -112,7 +112,8 @@ class Prepared:
         else:
             index = open_index(self.folder, stream, Identity(self.data_id, name, seq_len), keep=keep)
             rows = BestFitRows(stream, index, seq_len, self.tokenizer.eot_id, document_mask)
-        cure = "raise data.val_fraction, add documents" if name == "val" else "add documents"
+        by_text = name == "val" and not self.manifest.has_held_out_files
+        cure = "raise data.val_fraction, add documents" if by_text else "add documents"
         if not len(rows):
             raise TooSmallError(
                 f"the {name} split has {stream.num_tokens:,} tokens, too few for one row of data.seq_len {seq_len:,} "
@@ -196,13 +197,9 @@ def open_prepared(folder: Path, notes: Sequence[str] = (), given: Tokenizer | No
         return _of_token_files(folder, tokenizer, open_recorded(record, tokenizer))
     manifest = load_manifest(folder)
     skipped = _conversation_notes(manifest) if manifest.has_conversations else _skip_notes(manifest)
-    return Prepared(
-        folder,
-        _saved_tokenizer(folder, manifest, given),
-        manifest,
-        _shard_streams(folder, manifest),
-        (*notes, *skipped),
-    )
+    every = (*notes, *skipped, *_overlap_notes(manifest))
+    tokenizer = _saved_tokenizer(folder, manifest, given)
+    return Prepared(folder, tokenizer, manifest, _shard_streams(folder, manifest), every)
 
 
 def _saved_tokenizer(folder: Path, manifest: Manifest, given: Tokenizer | None) -> Tokenizer:
@@ -239,6 +236,12 @@ def _skip_notes(manifest: Manifest) -> list[str]:
 def _conversation_notes(manifest: Manifest) -> list[str]:
     """Return a line for each kind of fault in the conversations, with the first three records."""
     return [*manifest.skips.kinds("dropped"), *manifest.flaws.kinds("kept")]
+
+
+def _overlap_notes(manifest: Manifest) -> list[str]:
+    """Return a line on training documents that are held out too, if any."""
+    kinds = manifest.overlap.kinds("of the training documents")
+    return [f"{line}; data.deduplicate exact removes them from training" for line in kinds]
 
 
 def open_checked(folder: Path, data: Data, given: Tokenizer | None = None, *, past: bool = False) -> Prepared:
@@ -302,7 +305,7 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
     filters = Filters.of(data)
     corpus = KeptCorpus(open_corpus(data, downloads_of(data, progress)), filters)
     listing = corpus.listing()
-    ticks = Ticks(listing, progress)
+    ticks = Ticks(listing, progress, corpus.held_out_files)
     journal = _resume_or_start(folder, options, listing)
     _check_space(folder, data, listing)
     if filters is not None:
@@ -345,7 +348,7 @@ def _tokenizer(
         return tokenize.parse_tokenizer(path.read_text("utf-8"), str(path))
     else:
         tick = ticks.of("tokenizer")
-        texts = training_sample(corpus, split, data.tokenizer_sample_bytes, ticks.total, tick)
+        texts = training_sample(corpus, split, data.tokenizer_sample_bytes, ticks.training_bytes, tick)
         tokenizer = tokenize.train_bpe(texts, data.tokenizer_vocab_size, ticks.repeat)
     write_atomically(path, [tokenizer.to_json().encode()])
     return tokenizer
@@ -366,13 +369,18 @@ def _check_space(folder: Path, data: Data, listing: Sequence[CorpusFile]) -> Non
 
 
 class Ticks:
-    """Converts a place in the corpus to bytes, and calls `progress` with them."""
+    """
+    Converts a place in the corpus to bytes, and calls `progress` with them.
 
-    def __init__(self, listing: Sequence[CorpusFile], progress: Progress) -> None:
+    total: bytes of all files. training_bytes: those of files that are not held out.
+    """
+
+    def __init__(self, listing: Sequence[CorpusFile], progress: Progress, held_out_files: int) -> None:
         self._before = list(accumulate((entry.bytes for entry in listing), initial=0))
         self._progress = progress
         self._last = ("", 0)
         self.total = self._before[-1]
+        self.training_bytes = self.total - self._before[held_out_files]
 
     def of(self, phase: str) -> Callable[[Cursor], None]:
         """Return a function that reports the place reached in `phase`."""

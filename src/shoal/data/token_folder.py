@@ -48,6 +48,9 @@ def token_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:
             del options["shard_tokens"]
         case _:
             options |= _file_options(data)
+    if data.corpus != "tokens" and (held_out := _held_out_options(data)):
+        del options["val_fraction"]
+        options |= held_out
     if data.decontaminate:
         options["decontaminate"] = [*data.decontaminate, data.decontaminate_ngram]
     options |= {key: value for key in FILTERS if (value := getattr(data, key)) != getattr(UNSET, key)}
@@ -72,6 +75,13 @@ def _file_options(data: Data) -> dict[str, Any]:
     if data.wikitext:
         options["wikitext"] = True
     return options
+
+
+def _held_out_options(data: Data) -> dict[str, Any]:
+    """Return the options of held-out files, which make `data.val_fraction` meaningless; none without such files."""
+    if data.val_paths:
+        return {"val_paths": list(data.val_paths)}
+    return {"val_split": data.val_split} if data.val_split else {}
 
 
 def _conversation_options(data: Data, tokenizer: Tokenizer | None) -> dict[str, Any]:

@@ -40,6 +40,7 @@ def data_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             yield from _source_problems(source, f"{SOURCES}{name}", data, problem)
             yield from _conversation_problems(source, f"{SOURCES}{name}", problem)
         yield from _blend_problems(data, data.sources, problem)
+    yield from _fraction_problems(data, problem)
     why = _why_no_tokenizer(data)
     if why is not None:
         yield problem(
@@ -70,8 +71,14 @@ def _source_problems(source: Source, key: str, data: Data, problem: MakeProblem)
             f"{key}.paths",
             f"{key}.corpus",
         )
+    if source.corpus in (*WITHOUT_PATHS, "datasets") and source.val_paths:
+        instead = f"set {key}.val_split" if source.corpus == "datasets" else "remove it"
+        yield problem(
+            f"{key}.val_paths has no effect on a {source.corpus} corpus; {instead}", f"{key}.val_paths", f"{key}.corpus"
+        )
     for option in ("paths", "val_paths"):
-        local = [path for path in getattr(source, option) if source.corpus != "datasets" and not scheme_of(path)]
+        files = () if source.corpus in (*WITHOUT_PATHS, "datasets") else getattr(source, option)
+        local = [path for path in files if not scheme_of(path)]
         missing = [path for path in local if not _is_there(path)]
         # if the tokens are prepared, their source files may be gone
         if missing and not _has_tokens(source.corpus, data):
@@ -88,8 +95,15 @@ def _dataset_problems(source: Source, key: str, problem: MakeProblem) -> Iterabl
                 f"{key}.paths",
                 f"{key}.corpus",
             )
+        if source.val_split == source.split:
+            yield problem(
+                f"{key}.val_split is {key}.split, so nothing would be left to train on; set it to another split, such as "
+                "validation",
+                f"{key}.val_split",
+                f"{key}.split",
+            )
         return
-    for name in ("subset", "split", "streaming"):
+    for name in ("subset", "split", "val_split", "streaming"):
         if getattr(source, name) != getattr(Source, name):  # a run's own config names every option
             yield problem(
                 f"{key}.{name} has no effect on a {source.corpus} corpus; remove it", f"{key}.{name}", f"{key}.corpus"
@@ -229,8 +243,8 @@ def _why_no_stage(place: str, given: Mapping[str, float], sources: Mapping[str, 
 def _token_file_problems(source: Source, key: str, data: Data, problem: MakeProblem) -> Iterable[Problem]:
     """Yield the problems of options that only token files have, or do not have."""
     if source.corpus != "tokens":
-        for name in ("token_format", "token_type", "val_paths"):
-            if getattr(source, name) not in ("auto", ()):
+        for name in ("token_format", "token_type"):
+            if getattr(source, name) != "auto":
                 yield problem(
                     f"{key}.{name} is of token files; set {key}.corpus to tokens, or remove it",
                     f"{key}.{name}",
@@ -249,14 +263,29 @@ def _token_file_problems(source: Source, key: str, data: Data, problem: MakeProb
             f"{key}.token_type",
             f"{key}.token_format",
         )
+    if data.sources is None and data.shard_tokens != Data.shard_tokens:
+        yield problem(
+            "data.shard_tokens has no effect: token files are read in place; remove it",
+            "data.shard_tokens",
+            "data.corpus",
+        )
+
+
+def _fraction_problems(data: Data, problem: MakeProblem) -> Iterable[Problem]:
+    """Yield a problem if each source has held-out files, and a fraction of its documents is to be held out too."""
+    sources: dict[str, Source] = {"data": data}
     if data.sources is not None:
-        return
-    changed = {"shard_tokens": "token files are read in place"}
-    if source.val_paths:
-        changed["val_fraction"] = "data.val_paths names the held-out tokens"
-    for name, why in changed.items():
-        if getattr(data, name) != getattr(Data(), name):
-            yield problem(f"data.{name} has no effect: {why}; remove it", f"data.{name}", "data.corpus")
+        sources = {f"{SOURCES}{name}": source for name, source in data.sources.items()}
+    named = {
+        key: "val_paths" if source.val_paths else "val_split"
+        for key, source in sources.items()
+        if source.val_paths or source.val_split
+    }
+    if len(named) == len(sources) and data.val_fraction != Data.val_fraction:
+        keys = [f"{key}.{option}" for key, option in named.items()]
+        yield problem(
+            f"data.val_fraction has no effect: {keys[0]} says what is held out; remove one", "data.val_fraction", *keys
+        )
 
 
 def _has_tokens(corpus: str, data: Data) -> bool:

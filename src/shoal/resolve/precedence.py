@@ -10,6 +10,7 @@ from shoal.config.data_formats import FORMATS
 from shoal.config.families import FAMILIES
 from shoal.resolve.recipe import Setting, to_text
 
+HELD_OUT: Final = ("data.val_paths", "data.val_split", "data.val_fraction")
 LENGTHS: Final = ("train.steps", "train.tokens", "train.epochs")
 
 
@@ -53,16 +54,25 @@ def _excludes(key: str, value: Any, other: str, other_value: Any) -> bool:
         return other.startswith("model.") or other == "data.tokenizer"
     if key == "data.paths":
         return bool(value) and other == "data.corpus" and other_value in ("stdlib", "dummy")
+    if key in HELD_OUT:
+        return bool(value) and other in HELD_OUT
     return other in _WITHOUT_MEANING.get((key, value) if isinstance(value, str | int) else key, ())
 
 
-OF_DATASETS: Final = ("data.subset", "data.split", "data.streaming")
-_OF_TOKEN_FILES: Final = ("data.token_format", "data.token_type", "data.val_paths")
+OF_DATASETS: Final = ("data.subset", "data.split", "data.val_split", "data.streaming")
+_OF_TOKEN_FILES: Final = ("data.token_format", "data.token_type")
 _OTHER_KINDS: Final = (*OF_DATASETS, *_OF_TOKEN_FILES)
 _WITHOUT_MEANING: Final[Mapping[Any, Iterable[str]]] = {
     **{("model.family", name): [f"model.{key}" for key in family.unused] for name, family in FAMILIES.items()},
-    ("data.corpus", "stdlib"): ["data.paths", "data.separator", "data.wikitext", *_OTHER_KINDS],
-    ("data.corpus", "dummy"): ["data.paths", "data.separator", "data.wikitext", "data.bad_records", *_OTHER_KINDS],
+    ("data.corpus", "stdlib"): ["data.paths", "data.val_paths", "data.separator", "data.wikitext", *_OTHER_KINDS],
+    ("data.corpus", "dummy"): [
+        "data.paths",
+        "data.val_paths",
+        "data.separator",
+        "data.wikitext",
+        "data.bad_records",
+        *_OTHER_KINDS,
+    ],
     ("data.corpus", "tokens"): [
         "data.shard_tokens",
         "data.separator",
@@ -70,7 +80,7 @@ _WITHOUT_MEANING: Final[Mapping[Any, Iterable[str]]] = {
         "data.bad_records",
         *OF_DATASETS,
     ],
-    ("data.corpus", "datasets"): ["data.separator", *_OF_TOKEN_FILES],
+    ("data.corpus", "datasets"): ["data.val_paths", "data.separator", *_OF_TOKEN_FILES],
     ("data.corpus", "files"): _OTHER_KINDS,
     ("data.corpus", "text"): _OTHER_KINDS,
     **{("data.corpus", name): ["data.separator", *_OTHER_KINDS] for name in FORMATS if name != "text"},

@@ -32,6 +32,11 @@ class Setting:
     value: Any
     where: str
 
+    def texts(self) -> list[str]:
+        """Return a list of texts, or texts separated by commas, before the type is checked."""
+        texts = self.value if isinstance(self.value, list) else str(self.value or "").split(",")
+        return [str(text).strip() for text in texts if str(text).strip()]
+
 
 class _Loader(yaml.SafeLoader):
     """

@@ -114,9 +114,9 @@ def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
     for key, paths in settings.items():
         corpus = f"{key.removesuffix('paths')}corpus"
         if (key == "data.paths" or (key.startswith(SOURCES) and key.endswith(".paths"))) and corpus not in settings:
-            names = paths.value if isinstance(paths.value, list) else str(paths.value or "").split(",")
-            if names := [str(name).strip() for name in names if str(name).strip()]:
-                derived[corpus] = Setting(corpus, kind_of_paths(names), f"{key} at {paths.where}")
+            val_paths = settings.get(f"{key.removesuffix('paths')}val_paths", Setting("", [], ""))
+            if names := paths.texts():
+                derived[corpus] = Setting(corpus, kind_of_paths(names, val_paths.texts()), f"{key} at {paths.where}")
     return settings | derived
 
 

@@ -273,6 +273,10 @@ class UniqueIds:
     corpus: Corpus
     keep: bool
 
+    @property
+    def held_out_files(self) -> int:
+        return self.corpus.held_out_files
+
     def listing(self) -> list[CorpusFile]:
         return self.corpus.listing()
 

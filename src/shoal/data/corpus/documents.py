@@ -93,6 +93,10 @@ class Listed(Protocol):
 class Corpus(Listed, Protocol):
     """A stream of documents in a fixed order, with a listing of its files and their hashes, to detect changes."""
 
+    @property
+    def held_out_files(self) -> int:
+        """Return how many files are held out, the first of the listing; 0 if documents are held out by their text."""
+
     def read(self, start: Cursor = START) -> Iterator[Document | Skipped]:
         """Yield documents and skipped records from `start` on. Raises DataError if a file cannot be read or is not text."""
 

@@ -15,6 +15,8 @@ class DummyCorpus:
     _NOUNS = ("herring", "tide", "harbour", "lantern", "net", "gull", "current", "reef")
     _VERBS = ("follows", "passes", "finds", "hides from", "outruns", "circles", "remembers", "waits for")
 
+    held_out_files = 0
+
     def __init__(self, documents: int) -> None:
         self._documents = documents
 

@@ -45,6 +45,8 @@ class HubDatasetCorpus:
     only code could read it, or if the library is not installed.
     """
 
+    held_out_files = 0
+
     def __init__(self, source: Source, shape: Shape, *, offline: bool = False) -> None:
         [given] = source.paths
         self._shape = shape
@@ -147,7 +149,7 @@ def _open_saved(datasets: Any, source: Source, folder: Path, name: str) -> _Rows
         ) from error
     if isinstance(table, datasets.DatasetDict):
         if source.split not in table:
-            raise DataError(_unknown("split", source.split, folder, list(table)))
+            raise DataError(_unknown(_split_option(source), source.split, folder, list(table)))
         table = table[source.split]
     files = [Path(file["filename"]) for file in table.cache_files]
     made_from = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
@@ -209,12 +211,18 @@ def _bad_choice(datasets: Any, source: Source, where: str) -> DataError | None:
         if source.subset is not None and source.subset not in subsets:
             return DataError(_unknown("subset", source.subset, where, subsets))
         splits = datasets.get_dataset_split_names(where, source.subset)
-        return None if source.split in splits else DataError(_unknown("split", source.split, where, splits))
+        return (
+            None if source.split in splits else DataError(_unknown(_split_option(source), source.split, where, splits))
+        )
     except (OSError, ValueError, RuntimeError):
         return None
 
 
-def _unknown(what: str, given: str, where: object, there: list[str]) -> str:
-    return (
-        f"{on_one_line(where)} has no {what} {given!r}; set data.{what} to one of {', '.join(map(on_one_line, there))}"
-    )
+def _split_option(source: Source) -> str:
+    """Return the option of the split that is read: the held-out split is opened as a source whose `split` it is."""
+    return "val_split" if source.split == source.val_split else "split"
+
+
+def _unknown(option: str, given: str, where: object, there: list[str]) -> str:
+    what = option.removeprefix("val_")
+    return f"{on_one_line(where)} has no {what} {given!r}; set data.{option} to one of {', '.join(map(on_one_line, there))}"

@@ -27,7 +27,10 @@ class Finder:
         suffixes: tuple[str, ...],
         skip_folders: frozenset[str] = frozenset(),
         skip_files: frozenset[str] = frozenset(),
+        option: str = "data.paths",
     ) -> None:
+        """Find files with these suffixes. option: the option of the paths, for messages."""
+        self._option = option
         self._suffixes, self._skip_folders, self._skip_files = suffixes, skip_folders, skip_files
         # By real path, so that nothing is read twice and a loop of symbolic links ends.
         self._files: dict[str, tuple[str, Path]] = {}
@@ -42,7 +45,7 @@ class Finder:
 
         at: where `given` is on this machine, if it names a remote file.
         """
-        path, mode = _look(given if at is None else str(at))
+        path, mode = self._look(given if at is None else str(at))
         if stat.S_ISDIR(mode):
             found = sorted(self._walk(path))
             for relative, file, real in found:
@@ -50,7 +53,9 @@ class Finder:
         elif stat.S_ISREG(mode):
             self._add_file(given, path, os.path.realpath(path))
         else:
-            raise DataError(f"{given} is a pipe, socket or device; save its content to a file and set data.paths to it")
+            raise DataError(
+                f"{given} is a pipe, socket or device; save its content to a file and set {self._option} to it"
+            )
 
     def add_all(self, given: str) -> None:
         """
@@ -71,14 +76,14 @@ class Finder:
             elif not is_folder or "**" not in given:  # the files in a folder match `**` themselves
                 self.add(path)
         if not found:
-            raise DataError(f"no file matches {on_one_line(given)}; correct data.paths")
+            raise DataError(f"no file matches {on_one_line(given)}; correct {self._option}")
 
     def files(self) -> list[tuple[str, Path]]:
         """Return (name, path) of each file, in reading order. Raises DataError if a file or folder cannot be read."""
         if self._unreadable:
             more = len(self._unreadable) - NAMED_AT_MOST
             named = ", ".join(self._unreadable[:NAMED_AT_MOST]) + (f" and {more:,} more" if more > 0 else "")
-            raise DataError(f"cannot read {named}; fix that, or take it out of data.paths")
+            raise DataError(f"cannot read {named}; fix that, or take it out of {self._option}")
         return list(self._files.values())
 
     def skipped(self) -> Counter[str]:
@@ -146,6 +151,21 @@ class Finder:
             return entry.name
         return "file" if fits else suffix or "no suffix"
 
+    def _look(self, given: str) -> tuple[Path, int]:
+        """Return the path with `~` expanded, and its mode. Raises DataError if there is no such file or it cannot be read."""
+        try:
+            path = Path(given).expanduser()
+            return path, path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            link = f" (it is a link to {os.readlink(path)})" if path.is_symlink() else ""
+            raise DataError(
+                f"no such file or folder: {on_one_line(given)}{link}{near_path(given)}; correct {self._option}"
+            ) from None
+        except (OSError, RuntimeError, ValueError) as error:  # an unknown `~user`; a zero byte in the path
+            raise DataError(
+                f"cannot read {given} ({getattr(error, 'strerror', None) or error}); correct {self._option}"
+            ) from error
+
     def _fails(self, name: str, error: OSError) -> None:
         self._unreadable.append(f"{on_one_line(name)} ({error.strerror})")
 
@@ -156,19 +176,3 @@ def count_kinds(kinds: Mapping[str, int]) -> str:
     more = len(most) - KINDS_AT_MOST
     named = ", ".join(f"{on_one_line(kind)} ({count:,})" for kind, count in most[:KINDS_AT_MOST])
     return f"{named} and {more} more kinds" if more > 0 else named
-
-
-def _look(given: str) -> tuple[Path, int]:
-    """Return the path with `~` expanded, and its mode. Raises DataError if there is no such file or it cannot be read."""
-    try:
-        path = Path(given).expanduser()
-        return path, path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        link = f" (it is a link to {os.readlink(path)})" if path.is_symlink() else ""
-        raise DataError(
-            f"no such file or folder: {on_one_line(given)}{link}{near_path(given)}; correct data.paths"
-        ) from None
-    except (OSError, RuntimeError, ValueError) as error:  # an unknown `~user`; a zero byte in the path
-        raise DataError(
-            f"cannot read {given} ({getattr(error, 'strerror', None) or error}); correct data.paths"
-        ) from error

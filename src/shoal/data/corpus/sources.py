@@ -8,8 +8,10 @@ stream too, as `Skipped`, so that each is counted once, however often a reader r
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,6 +23,7 @@ from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Docum
 from shoal.data.corpus.downloads import Downloads
 from shoal.data.corpus.dummy import DummyCorpus
 from shoal.data.corpus.encoding import check_suffix
+from shoal.data.corpus.held_out import HeldOutFirst
 from shoal.data.corpus.hub_dataset import HubDatasetCorpus
 from shoal.data.corpus.json_values import json_reader
 from shoal.data.corpus.jsonl import jsonl_reader
@@ -55,7 +58,7 @@ STDLIB_SKIPPED_PREFIX = "_sysconfigdata"  # Python's build configuration, which 
 
 def open_corpus(source: Source, downloads: Downloads = DOWNLOADS) -> Corpus:
     """
-    Open the corpus that `source` names. downloads: where its remote files are or will be.
+    Open the corpus that `source` names, its held-out files first. downloads: where its remote files are or will be.
 
     Raises DataError if a path is missing, a file cannot be read, or there are no files.
     """
@@ -63,16 +66,37 @@ def open_corpus(source: Source, downloads: Downloads = DOWNLOADS) -> Corpus:
         case "stdlib":
             return FileCorpus(_stdlib_files(), text_reader())
         case "datasets":
-            return _of_records(HubDatasetCorpus(source, _shape(source), offline=downloads.offline), source)
+            return _open_dataset(source, downloads)
         case "dummy":
             return DummyCorpus(source.dummy_documents)
         case "tokens":
             raise DataError("a tokens corpus has no texts; set data.corpus to the kind of data.paths")
-    finder = _find_files(source, downloads)
-    files = finder.files()
+    finder = _find_files(source, source.paths, "data.paths", downloads)
+    if not source.val_paths:
+        return _of_files(source, finder.files(), finder.skipped())
+    held_out = _find_files(source, source.val_paths, "data.val_paths", downloads)
+    theirs = {os.path.realpath(path) for _, path in held_out.files()}
+    training = [(name, path) for name, path in finder.files() if os.path.realpath(path) not in theirs]
+    if not training:
+        raise DataError("data.val_paths has all the files of data.paths, so none are left to train on")
+    return HeldOutFirst(
+        _of_files(source, held_out.files(), held_out.skipped()), _of_files(source, training, finder.skipped())
+    )
+
+
+def _open_dataset(source: Source, downloads: Downloads) -> Corpus:
+    """Open the splits of a dataset that Hugging Face's library reads."""
+
+    def opened(source: Source) -> Corpus:
+        return _of_records(HubDatasetCorpus(source, _shape(source), offline=downloads.offline), source)
+
+    training = opened(source)
+    return HeldOutFirst(opened(replace(source, split=source.val_split)), training) if source.val_split else training
+
+
+def _of_files(source: Source, files: Sequence[tuple[str, Path]], skipped: Mapping[str, int]) -> Corpus:
     tables = [n for n, (name, _) in enumerate(files) if _format(source, name) in ("csv", "parquet", "arrow")]
-    corpus = FileCorpus(files, _reader(source, files), finder.skipped(), tables)
-    return _of_records(corpus, source)
+    return _of_records(FileCorpus(files, _reader(source, files), skipped, tables), source)
 
 
 def _of_records(corpus: Corpus, source: Source) -> Corpus:
@@ -93,6 +117,8 @@ NONE: Mapping[str, int] = MappingProxyType({})
 
 class FileCorpus:
     """Files on disk, each read by `reader` from a cursor on. tables: the indices of those that have columns."""
+
+    held_out_files = 0
 
     def __init__(
         self,
@@ -172,12 +198,12 @@ def _readers(source: Source, files: Sequence[tuple[str, Path]]) -> Mapping[str, 
 
 
 def _text_reader(source: Source, files: Sequence[tuple[str, Path]]) -> Reader:
-    """Return the reader of text files. It cuts a corpus of one file into smaller documents, so that some can be held out."""
+    """Return the reader of text files. It cuts a corpus of one file into smaller documents, if some are to be held out."""
     if source.wikitext:
         return line_reader()
     if source.separator:
         return separated_reader(source.separator)
-    if len(files) > 1:
+    if len(files) > 1 or source.val_paths:
         return text_reader()
     name, path = files[0]
     try:
@@ -192,31 +218,31 @@ def text_bytes(name: str, size: int) -> int:
     return size * UNPACKED_TIMES if split_suffix(name)[1] else size
 
 
-def _find_files(source: Source, downloads: Downloads) -> Finder:
-    """Find the files of `data.paths`. Raises DataError if there are none or one cannot be read."""
-    if not source.paths:
-        raise DataError(f"a {source.corpus} corpus needs files: set data.paths")
+def _find_files(source: Source, paths: Sequence[str], option: str, downloads: Downloads) -> Finder:
+    """Find the files of `paths`, the value of `option`. Raises DataError if there are none or one cannot be read."""
+    if not paths:
+        raise DataError(f"a {source.corpus} corpus needs files: set {option}")
     suffixes = suffixes_of(source.corpus)
-    finder = Finder(suffixes, skip_files=DATASETS_FILES)
-    for given in source.paths:
+    finder = Finder(suffixes, skip_files=DATASETS_FILES, option=option)
+    for given in paths:
         if scheme_of(given):
             for name, path in downloads.bring(given, suffixes):
                 finder.add(name, at=path)
         else:
             finder.add_all(given)
     if not finder.files():
-        raise DataError(_no_files(source, suffixes, finder.skipped()))
+        raise DataError(_no_files(source, paths, option, finder.skipped()))
     for name, _ in finder.files():
         check_suffix(name, split_suffix(name)[0])
     return finder
 
 
-def _no_files(source: Source, suffixes: tuple[str, ...], skipped: Mapping[str, int]) -> str:
-    plain = [suffix for suffix in suffixes if not split_suffix(suffix)[1]]
+def _no_files(source: Source, paths: Sequence[str], option: str, skipped: Mapping[str, int]) -> str:
+    plain = [suffix for suffix in suffixes_of(source.corpus) if not split_suffix(suffix)[1]]
     there = f"; found {count_kinds(skipped)}" if skipped else ""
     others = [suffix for suffix in skipped if format_of(f"a{suffix}") and source.corpus != "files"]
-    cure = "set data.corpus to files" if others else "correct data.paths"
-    return f"no {' or '.join(plain)} files in {', '.join(source.paths)}{there}; {cure}"
+    cure = "set data.corpus to files" if others else f"correct {option}"
+    return f"no {' or '.join(plain)} files in {', '.join(paths)}{there}; {cure}"
 
 
 def _stdlib_files() -> list[tuple[str, Path]]:

@@ -48,6 +48,8 @@ class WikiText:
     lm-evaluation-harness, byte for byte: https://huggingface.co/datasets/EleutherAI/wikitext_document_level
     """
 
+    held_out_files = 0
+
     def __init__(self, lines: Corpus) -> None:
         self._lines = lines
 
