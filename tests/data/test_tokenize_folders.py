@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from shoal.config.data_options import Data
 from shoal.data.decode import held_out_text
-from shoal.data.encode import fraction_of
 from shoal.data.prepare import Prepared, open_prepared, prepare
+from shoal.data.split import fraction_of
 from shoal.data.token_folder import named_tokenizer, token_options
 from shoal.data.tokens.tokenize import Tokenizer, load_tokenizer, parse_tokenizer, train_bpe
 from shoal.errors import DataError
