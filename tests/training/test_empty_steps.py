@@ -183,6 +183,8 @@ def test_the_event_names_the_documents(
         assert line["documents"] == [["", span[0], span[-1]] for span in spans]
     assert f"step {lines[0]['step']} was skipped: none of its labels is learned" in said.err + said.out
     assert f"({_named(lines[0]['documents'][0])}" in said.err + said.out
+    assert (said.err + said.out).count("none of its labels is learned") == min(3, len(lines))
+    assert "Further such steps are only recorded in events.jsonl" in said.err + said.out
 
 
 def _named(document: Sequence[Any]) -> str:

@@ -255,7 +255,9 @@ def test_shoal_eval_skips_them_too(tmp_path: Path, tokens: Path, capsys: pytest.
     evaluate_model(wanted, text=None, tasks=None, as_json=True, narrator=Narrator(lambda line: None))
     said = capsys.readouterr()
     assert json.loads(said.out)["nats_per_token"] == pytest.approx(evaluations(config)[-1].val_loss, rel=1e-5)
-    assert said.err.count("cannot be read and is skipped") == len(run.state.unread)
+    (_, row), (_, after), *_ = run.state.unread
+    assert f"held-out rows {row}, {after}, " in said.err
+    assert f" and {len(run.state.unread) - 5} more of b cannot be read and are skipped: " in said.err
 
 
 def test_no_label_within_the_limit_is_no_loss(tmp_path: Path, tokens: Path) -> None:

@@ -6,8 +6,10 @@ A skipped row keeps its place in its batch, without labels, so that the other ro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,8 @@ import numpy.typing as npt
 from shoal.data.pack import IGNORED_LABEL, Ints, PlacedRows, RowArrays
 from shoal.data.quarantine import too_many
 from shoal.errors import UnreadableError
+
+MOST_NAMED: Final = 5  # rows that a message names; one damaged block of a shard has many
 
 Unread = dict[tuple[str, int], None]
 """(source, row of that source) of the held-out rows that cannot be read, in the order in which they were found."""
@@ -28,10 +32,14 @@ class Skipped:
     row: int
     why: str
 
-    def message(self, count: str = "") -> str:
-        """Return what happened, for the user. count: how many such rows there are, in parentheses."""
-        of = f" of {self.source}" if self.source else ""
-        return f"held-out row {self.row:,}{of} cannot be read and is skipped{count}: {self.why}"
+
+def in_words(skipped: Sequence[Skipped], count: str = "") -> str:
+    """Return a message on rows of one source, with the reason of the first. count: how many such rows the run has."""
+    numbers = ", ".join(f"{each.row:,}" for each in skipped[:MOST_NAMED])
+    more = f" and {len(skipped) - MOST_NAMED:,} more" if len(skipped) > MOST_NAMED else ""
+    of = f" of {skipped[0].source}" if skipped[0].source else ""
+    rows, are = ("rows", "are") if len(skipped) > 1 else ("row", "is")
+    return f"held-out {rows} {numbers}{more}{of} cannot be read and {are} skipped{count}: {skipped[0].why}"
 
 
 class HeldOutQuarantine:
@@ -40,11 +48,16 @@ class HeldOutQuarantine:
 
     known: the rows skipped so far. `settle` adds to it. These rows are not tried again, so that the losses of a run's
     evaluations are over the same rows. most: `data.max_quarantined`. replaced: how many training rows count towards it.
-    tell: a function called for each row that is new, after it was added.
+    tell: a function called with the new rows of each source, after they were added.
     """
 
     def __init__(
-        self, known: Unread, most: int, *, replaced: int = 0, tell: Callable[[Skipped], None] = lambda row: None
+        self,
+        known: Unread,
+        most: int,
+        *,
+        replaced: int = 0,
+        tell: Callable[[Sequence[Skipped]], None] = lambda rows: None,
     ) -> None:
         self._known, self._most, self._replaced, self._tell = known, most, replaced, tell
         self._found: dict[tuple[str, int], Skipped] = {}
@@ -96,14 +109,14 @@ class HeldOutQuarantine:
         Skip rows from now on, the same on all ranks. Return whether the ranks agreed on them already.
 
         told: what `take` returned on all ranks, by rank. copies: the number of ranks that read each row. Raises DataError if
-        there are now more rows than `data.max_quarantined`.
+        there would be more rows than `data.max_quarantined`.
         """
         new = {(each.source, each.row): each for each in reversed(told)}  # the lowest rank's reason
-        for place in sorted(new):
-            self._known[place] = None
-            self._tell(new[place])
-        if len(self._known) + self._replaced > self._most:
+        if len(self._known) + len(new) + self._replaced > self._most:
             raise too_many(self._most, new[min(new)].why)
+        self._known.update(dict.fromkeys(sorted(new)))
+        for _, rows in itertools.groupby((new[place] for place in sorted(new)), lambda each: each.source):
+            self._tell(list(rows))
         readers = [sum((each.source, each.row) == place for each in told) for place in new]
         return all(count == copies for count in readers)
 

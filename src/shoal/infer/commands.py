@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.data.dataset import Dataset, open_past
-from shoal.data.held_out import HeldOutQuarantine
+from shoal.data.held_out import HeldOutQuarantine, in_words
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.data.tokens.tokenizer_ends import special_tokens
 from shoal.data.yardstick import Measuring, Yardstick
@@ -68,7 +68,7 @@ def _held_out(wanted: Wanted, console: Console, aside: Console, narrator: Narrat
         )
     counts = dataset.counts["val"]
     most = run.config.data.max_quarantined
-    quarantine = HeldOutQuarantine({}, most, tell=lambda row: aside.warn(row.message())) if most else None
+    quarantine = HeldOutQuarantine({}, most, tell=lambda rows: aside.warn(in_words(rows))) if most else None
     text_bytes = counts.learned_bytes  # less than all only for conversations
     with Measuring(dataset.single, idle=False) as measuring:
         with aside.progress("evaluating", steady=True) as progress:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from shoal.config.run_options import Fault
 from shoal.errors import DivergedError
 from shoal.parallel.replicas import Mismatch
 from shoal.run.console import Console
+
+MOST_SAID: Final = 3  # steps without a label that the console names; events.jsonl has all
+MOST_NAMED: Final = 4  # rows whose documents such a message names
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Recovery:
         self._fault, self._console, self._event = fault, console, event
         self._in_row = 0  # steps skipped in a row
         self._first = 0  # sample position where the first of these steps began
+        self._empty = 0  # steps without a label since this start
         self._rollbacks = 0
         self._farthest = 0  # largest step at which the run rolled back
 
@@ -79,6 +84,23 @@ class Recovery:
             self._in_row = 0
             raise GoBack(f"{self._fault.max_skipped + 1} steps in a row were skipped", (self._first, stop))
 
+    def no_label(self, step: int, samples: Sequence[int], documents: Sequence[tuple[str, int, int]]) -> None:
+        """
+        Report a step that was skipped because none of its labels is learned. It is no sign of a fault.
+
+        samples: its rows. documents: (source, first document, last document) of each row; empty if they are unknown.
+        """
+        self._event("no label", step=step, samples=samples, documents=documents)
+        self._empty += 1
+        if self._empty > MOST_SAID:
+            return
+        named = [_in_words(*each) for each in documents] or [f"row {row:,}" for row in samples]
+        which = "; ".join(named[:MOST_NAMED]) + "; ..." * (len(named) > MOST_NAMED)
+        last = ". Further such steps are only recorded in events.jsonl" * (self._empty == MOST_SAID)
+        self._console.warn(
+            f"step {step} was skipped: none of its labels is learned, because all lie in prompts or padding ({which}){last}"
+        )
+
     def compared(self, step: int, differing: Sequence[Mismatch]) -> None:
         """Report a comparison of replicas. Raises `GoBack` if they differ."""
         if not differing:
@@ -98,3 +120,8 @@ class Recovery:
                 f"step {step}: {why}, and {self._fault.max_rollbacks} rollbacks did not help. Try a lower optim.lr, a "
                 "longer optim.warmup_steps or another train.seed"
             )
+
+
+def _in_words(source: str, first: int, last: int) -> str:
+    documents = f"document {first:,}" if first == last else f"documents {first:,} to {last:,}"
+    return f"{documents} of {source}" if source else documents

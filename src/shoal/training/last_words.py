@@ -65,11 +65,15 @@ def already_taken(config: Config, steps: int) -> str:
 
 def say_held_out(val: Evaluation, console: Console) -> None:
     """Print the validation loss."""
-    skipped = f" ({val.val_skipped_rows:,} held-out rows cannot be read)" if val.val_skipped_rows else ""
+    skipped = f" ({_rows(val.val_skipped_rows)} cannot be read)" if val.val_skipped_rows else ""
     console.say(
         f"step {val.step}: held-out loss {val.val_loss:.4f} nats/token, {val.val_bits_per_byte:.4f} bits/byte{skipped}",
         "bold",
     )
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} held-out row{'s' * (count != 1)}"
 
 
 def say_sample(text: str, console: Console) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Final
 
 import numpy as np
 
@@ -17,8 +16,6 @@ from shoal.training.health import GoBack
 from shoal.training.run import Run, continue_order, ledger_header
 from shoal.training.scaler import SMALLEST
 from shoal.training.step import Stats
-
-MOST_NAMED: Final = 4  # rows whose documents a message names; the event names all
 
 
 def overflowed(run: Run, stats: Stats, norm: float) -> bool:
@@ -55,23 +52,8 @@ def explain(run: Run, stats: Stats, loss: float, norm: float) -> None:
 
 def say_empty(run: Run, stats: Stats) -> None:
     """Report a step that was skipped because none of its labels is learned: it has no gradient."""
-    if not run.mesh.is_first:
-        return
-    samples, documents = run.loader.samples(stats.first), _documents(run, stats)
-    which = (
-        "; ".join(_in_words(*each) for each in documents[:MOST_NAMED])
-        or f"rows {', '.join(map(str, samples[:MOST_NAMED]))}"
-    )
-    more = ", ..." if len(samples) > MOST_NAMED else ""
-    run.console.warn(
-        f"step {stats.step} was skipped: none of its labels is learned, because all lie in prompts or padding ({which}{more})"
-    )
-    run.files.event("no label", step=stats.step, samples=samples, documents=documents)
-
-
-def _in_words(source: str, first: int, last: int) -> str:
-    documents = f"document {first:,}" if first == last else f"documents {first:,} to {last:,}"
-    return f"{documents} of {source}" if source else documents
+    if run.mesh.is_first:
+        run.recovery.no_label(stats.step, run.loader.samples(stats.first), _documents(run, stats))
 
 
 def _documents(run: Run, stats: Stats) -> list[tuple[str, int, int]]:

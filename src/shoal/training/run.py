@@ -11,7 +11,7 @@ from shoal.config.keys import ChangedOption
 from shoal.config.options import Config
 from shoal.data.blend import Blend
 from shoal.data.dataset import BlendRows, Dataset, continued_stages, open_data, order_of, planned_stages
-from shoal.data.held_out import HeldOutQuarantine, Skipped
+from shoal.data.held_out import HeldOutQuarantine, Skipped, in_words
 from shoal.data.ledger import Header
 from shoal.data.loader import Loader
 from shoal.data.yardstick import Measuring
@@ -223,9 +223,10 @@ class Run:
         """Return what skips held-out rows that cannot be read, and records them; None if the first one ends the run."""
         state, most = self.state, self.config.data.max_quarantined
 
-        def tell(found: Skipped) -> None:
-            self.console.warn(found.message(f" ({state.num_quarantined:,} of at most {most:,} such rows)"))
-            self.files.event("held-out row skipped", step=state.step, source=found.source, row=found.row, why=found.why)
+        def tell(found: Sequence[Skipped]) -> None:
+            self.console.warn(in_words(found, f" ({state.num_quarantined:,} of at most {most:,} such rows)"))
+            for each in found:
+                self.files.event("held-out row skipped", step=state.step, **dataclasses.asdict(each))
 
         return HeldOutQuarantine(state.unread, most, replaced=len(state.quarantined), tell=tell) if most else None
 

@@ -21,10 +21,10 @@ from typing import NoReturn
 
 import numpy as np
 
-from shoal.data.number_file import NumberFile, search_near
 from shoal.data.pretokenized.token_file import Contents, Starts
 from shoal.errors import DataError
 from shoal.system.byte_file import ByteFile
+from shoal.system.number_file import NumberFile, search_near
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")

@@ -13,12 +13,12 @@ import pytest
 from shoal.config.data_options import Data
 from shoal.data.blend import Blend
 from shoal.data.document_index import find_documents
-from shoal.data.number_file import BLOCK_ITEMS, NumberFile, search_near
 from shoal.data.prepare import Prepared, prepare
 from shoal.data.pretokenized.megatron import MegatronIndex
 from shoal.data.quarantine import Quarantine
 from shoal.errors import DataError, UnreadableError
 from shoal.system.byte_file import ByteFile
+from shoal.system.number_file import BLOCK_ITEMS, NumberFile, search_near
 from tests.data import token_writers as writers
 
 DOCUMENTS, END = 3000, 256
