@@ -13,9 +13,9 @@ It writes a line for each step, and a line for positions that no step uses:
     {"passed_over": [672, 720]}
     {"quarantined": [17, 204]}
 
-A step trains on the rows that `Blend.rows_at` gives for positions [first, stop). `empty` stands in the line of a step that was
-skipped because none of its labels is learned. `sources` describes a blend. Row 17 could not be
-read: in the steps of the lines after this one, up to the next line with "after", row 204 was read in its place.
+A step trains on the rows that `Blend.rows_at` gives for positions [first, stop). `empty`: the step was skipped because none of
+its labels is learned. `sources` describes a blend. Row 17 could not be read: in the steps of the lines after this one, up to the
+next line with "after", row 204 was read in its place.
 
 `sum` records which samples the ranks really read: each rank computes the checksum of its own micro-batches, and the step's
 all-reduce adds the checksums. Each of the ranks that share a sample along `pp`, `cp` or `tp` adds its checksum, so the sum

@@ -86,7 +86,7 @@ class Recovery:
 
     def no_label(self, step: int, samples: Sequence[int], documents: Sequence[tuple[str, int, int]]) -> None:
         """
-        Report a step that was skipped because none of its labels is learned. It is no sign of a fault.
+        Report a step that was skipped because none of its labels is learned. It does not count as a fault.
 
         samples: its rows. documents: (source, first document, last document) of each row; empty if they are unknown.
         """
