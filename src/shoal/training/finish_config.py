@@ -56,8 +56,10 @@ def finish_config(
 
 def _check_prompt(config: Config, dataset: Dataset) -> None:
     """Raise DataError if the sample at the end of the run would have no room for a token after its prompt."""
+    if not config.train.sample_prompt:
+        return
     length, room = len(dataset.tokenizer.encode_prompt(config.train.sample_prompt)), config.model.max_seq_len
-    if config.train.sample_prompt and length >= room:
+    if length >= room:
         raise DataError(
             f"train.sample_prompt has {length:,} tokens, which leaves no room in model.max_seq_len {room:,}; shorten it, or "
             "set it to an empty text for no sample"
