@@ -29,10 +29,10 @@ import torch
 from shoal.config.data_options import BlendSource, Data
 from shoal.config.options import Config, Model, Train
 from shoal.config.run_options import Launch
-from shoal.data.blend import Blend, Stage
 from shoal.data.dataset import Dataset, new_order, prepare_dataset
 from shoal.data.loader import Loader
-from shoal.data.pack import PackedStream
+from shoal.data.order.blend import Blend, Stage
+from shoal.data.packing.pack import PackedStream
 from shoal.data.where import Finder, Life, Timeline
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place

@@ -44,6 +44,7 @@ WAY = [
 # Width of a room, space between rooms, width of the lane in which an arrow passes a floor
 WIDTH, GAP, LANE = 186, 26, 16
 LINE, PAD, NAME, INNER = 13, 8, 20, 24
+INNER_ROOMS = 2  # in a line
 BETWEEN = 42  # vertical space between floors
 INK, PALE, RED, FRAME = "#24292f", "#57606a", "#b42318", "#8c959f"
 
@@ -61,7 +62,8 @@ class Box:
 
     @property
     def height(self) -> int:
-        return PAD + NAME + LINE * len(self.words) + INNER * bool(self.inner) + PAD if self.name else 0
+        lines = -(-len(self.inner) // INNER_ROOMS)
+        return PAD + NAME + LINE * len(self.words) + INNER * lines + PAD if self.name else 0
 
 
 def words(name: str) -> str:
@@ -284,8 +286,10 @@ def box_svg(box: Box, x: float, y: float) -> str:
     ]
     parts += [text(x, y + PAD + NAME + LINE * n + 9, words) for n, words in enumerate(box.words)]
     for n, name in enumerate(box.inner):
-        share = (box.width - 12) / len(box.inner)
-        at, low = x - box.width / 2 + 6 + share * n + 2, y + PAD + NAME + LINE * len(box.words) + 2
+        row, column = divmod(n, INNER_ROOMS)
+        share = (box.width - 12) / INNER_ROOMS
+        at = x - box.width / 2 + 6 + share * column + 2
+        low = y + PAD + NAME + LINE * len(box.words) + INNER * row + 2
         parts.append(
             f'<rect x="{at:.0f}" y="{low}" width="{share - 4:.0f}" height="20" rx="4" fill="#eef2f6" stroke="{FRAME}"/>'
             + text(at + share / 2 - 2, low + 14, name, color=INK)

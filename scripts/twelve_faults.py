@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.chaos.trial import weights
 
 from shoal.checkpoint.saved import listed
-from shoal.data.audit import audit
+from shoal.data.order.audit import audit
 from shoal.errors import EXIT_REQUEUE
 from shoal.fault.inject import PLAN
 from shoal.run.events import read_json_lines

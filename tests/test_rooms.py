@@ -19,14 +19,26 @@ FLOORS: list[set[str]] = [
     {"resolve", "mesh"},
     {"run", "plan"},
     {"elastic", "fault", "metrics"},
-    {"data.corpus", "data.tokens", "data.pretokenized", "data", "models", "optim", "checkpoint"},
+    {
+        "data.corpus",
+        "data.tokens",
+        "data.pretokenized",
+        "data.stored",
+        "data.filters",
+        "data.packing",
+        "data.order",
+        "data",
+        "models",
+        "optim",
+        "checkpoint",
+    },
     {"parallel", "launch"},
     {"training"},
     {"infer", "bench", "report"},
     {"commands", "cli", "__main__", "__init__"},
 ]
 WITHOUT_TORCH = [
-    "checkpoint.memory_tier", "checkpoint.saved", "cli", "commands.flags", "commands.machine", "commands.models", "commands.parser", "commands.recipes", "commands.records", "commands.train", "commands.worker", "config.layout", "config.options", "config.presets", "config.schedules", "data.audit", "data.ledger", "data.quarantine", "data.prepare", "elastic.crashes", "elastic.heartbeat", "elastic.oom", "elastic.stops", "elastic.watch", "errors", "fault.compiling", "fault.limit", "fault.stragglers", "hub.fetch", "hub.find", "hub.folder", "hub.transfer", "infer.asked", "infer.out_folder", "infer.target", "launch.torchrun", "mesh.place", "models.sampling", "plan.estimate", "plan.fit", "plan.hardware", "plan.length", "report.amounts", "resolve.checks", "resolve.layout_checks", "resolve.precedence", "resolve.recipe", "resolve.resolve", "run.console", "run.events", "run.folder", "run.goodput", "run.narrator", "run.phases", "run.records", "system.network", "system.output", "system.secrets", "system.signals", "system.torch_private", "training.last_words",
+    "checkpoint.memory_tier", "checkpoint.saved", "cli", "commands.flags", "commands.machine", "commands.models", "commands.parser", "commands.recipes", "commands.records", "commands.train", "commands.worker", "config.layout", "config.options", "config.presets", "config.schedules", "data.order.audit", "data.order.ledger", "data.order.quarantine", "data.prepare", "elastic.crashes", "elastic.heartbeat", "elastic.oom", "elastic.stops", "elastic.watch", "errors", "fault.compiling", "fault.limit", "fault.stragglers", "hub.fetch", "hub.find", "hub.folder", "hub.transfer", "infer.asked", "infer.out_folder", "infer.target", "launch.torchrun", "mesh.place", "models.sampling", "plan.estimate", "plan.fit", "plan.hardware", "plan.length", "report.amounts", "resolve.checks", "resolve.layout_checks", "resolve.precedence", "resolve.recipe", "resolve.resolve", "run.console", "run.events", "run.folder", "run.goodput", "run.narrator", "run.phases", "run.records", "system.network", "system.output", "system.secrets", "system.signals", "system.torch_private", "training.last_words",
 ]  # fmt: skip
 
 

@@ -17,7 +17,7 @@ import psutil
 from safetensors import safe_open
 
 from shoal.checkpoint.saved import listed, verify
-from shoal.data.audit import audit
+from shoal.data.order.audit import audit
 from shoal.errors import CheckpointError
 from shoal.fault.inject import PLAN
 from shoal.run.events import read_json_lines

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from shoal.checkpoint.saved import listed, verify
-from shoal.data.audit import audit
+from shoal.data.order.audit import audit
 from tests.cli.commands import Place, clean_environment, until, wait_for
 from tests.disks import small_disk
 

@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from shoal.data import best_fit_rows
-from shoal.data.best_fit import best_fit, cut_documents
-from shoal.data.best_fit_rows import BestFitRows, Identity, open_index, rows_in_index
-from shoal.data.pack import IGNORED_LABEL, PackedStream, PlacedRows
+from shoal.data.packing import best_fit_rows
+from shoal.data.packing.best_fit import best_fit, cut_documents
+from shoal.data.packing.best_fit_rows import BestFitRows, Identity, open_index, rows_in_index
+from shoal.data.packing.pack import IGNORED_LABEL, PackedStream, PlacedRows
 from shoal.data.packing_report import WINDOW_TOKENS, compare_packings, packing_report, sample_documents
 from shoal.data.prepare import Prepared, prepare, prepared_rows
-from shoal.data.shards import Shard, write_shard
-from shoal.data.stream import TokenStream
+from shoal.data.stored.shards import Shard, write_shard
+from shoal.data.stored.stream import TokenStream
 from shoal.errors import DataError, UnreadableError
 from tests.data.conftest import MakeData
 

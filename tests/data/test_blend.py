@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from shoal.config.data_options import BlendSource, Data
-from shoal.data.blend import MAX_PERIOD, Blend, Stage, shares_of
 from shoal.data.dataset import continued_stages, planned_stages
-from shoal.data.order import position_of, sample_at
+from shoal.data.order.blend import MAX_PERIOD, Blend, Stage, shares_of
+from shoal.data.order.order import position_of, sample_at
 
 
 def test_the_inverse_of_the_order_finds_every_sample() -> None:

@@ -13,7 +13,7 @@ from shoal.commands.data import data as look
 from shoal.config.data_options import BlendSource, Data
 from shoal.config.options import Config, Train
 from shoal.data.dataset import new_order, open_past, prepare_dataset
-from shoal.data.ledger import Header, Ledger
+from shoal.data.order.ledger import Header, Ledger
 from shoal.errors import DataError
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from shoal.config.data_options import Data
-from shoal.data.blend import Blend
 from shoal.data.document_index import find_documents
+from shoal.data.order.blend import Blend
+from shoal.data.order.quarantine import Quarantine
 from shoal.data.prepare import Prepared, prepare
 from shoal.data.pretokenized.megatron import MegatronIndex
-from shoal.data.quarantine import Quarantine
 from shoal.errors import DataError, UnreadableError
 from shoal.system.byte_file import ByteFile
 from shoal.system.number_file import BLOCK_ITEMS, NumberFile, search_near

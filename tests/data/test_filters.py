@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from shoal.config.data_options import Data
-from shoal.data import filters, near_duplicates
-from shoal.data.near_duplicates import band_slots, signatures_of
+from shoal.data.filters import filters, near_duplicates
+from shoal.data.filters.near_duplicates import band_slots, signatures_of
+from shoal.data.filters.sorted_runs import SortedRuns
 from shoal.data.prepare import prepare
-from shoal.data.sorted_runs import SortedRuns
 from shoal.data.token_folder import token_options
 from shoal.data.tokens.tokenize import byte_tokenizer
 from shoal.errors import ConfigError, DataError

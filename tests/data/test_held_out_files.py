@@ -25,8 +25,8 @@ from shoal.config.options import Config
 from shoal.data.check import check_tokens
 from shoal.data.corpus.sources import open_corpus
 from shoal.data.dataset import prepare_dataset
-from shoal.data.manifest import JOURNAL
 from shoal.data.prepare import prepare
+from shoal.data.stored.manifest import JOURNAL
 from shoal.data.token_folder import folder_name, named_tokenizer, token_options
 from shoal.errors import DataError
 from shoal.infer.load import load_path

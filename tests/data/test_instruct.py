@@ -13,9 +13,9 @@ from transformers import AutoTokenizer
 
 from shoal.data import instruct
 from shoal.data.corpus import conversations as rules
-from shoal.data.encoded import Encoded
 from shoal.data.instruct import ConversationEncoder, open_template
 from shoal.data.prepare import prepare
+from shoal.data.stored.encoded import Encoded
 from shoal.data.tokens.tokenize import load_tokenizer
 from shoal.errors import DataError
 from tests.data.chats import (

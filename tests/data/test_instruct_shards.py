@@ -13,10 +13,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from shoal.data.decode import held_out_text
-from shoal.data.pack import IGNORED_LABEL
+from shoal.data.packing.pack import IGNORED_LABEL
 from shoal.data.prepare import prepare
-from shoal.data.shards import Shard, token_dtype, write_shard
-from shoal.data.stream import TokenStream
+from shoal.data.stored.shards import Shard, token_dtype, write_shard
+from shoal.data.stored.stream import TokenStream
 from shoal.data.token_folder import named_tokenizer, token_options
 from shoal.errors import DataError
 from tests.data.chats import (

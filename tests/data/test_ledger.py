@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from shoal.config.layout import split_slots
-from shoal.data.audit import Audit, audit, describe
-from shoal.data.ledger import FLOAT64_BITS, Header, Ledger, bits_for, checksum
-from shoal.data.order import sample_at
+from shoal.data.order.audit import Audit, audit, describe
+from shoal.data.order.ledger import FLOAT64_BITS, Header, Ledger, bits_for, checksum
+from shoal.data.order.order import sample_at
 
 HEADER = Header(rows=100, seed=7, global_batch=16, copies=1, data_id="tokens")
 

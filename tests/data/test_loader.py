@@ -11,12 +11,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from shoal.data.blend import Blend
 from shoal.data.loader import FLOOR_SECONDS, RECENT, Batch, Loader, _Limit, evaluation_batches, evaluation_rows
-from shoal.data.order import sample_at
-from shoal.data.pack import PackedStream, RowArrays, Rows
-from shoal.data.shards import Shard, write_shard
-from shoal.data.stream import TokenStream
+from shoal.data.order.blend import Blend
+from shoal.data.order.order import sample_at
+from shoal.data.packing.pack import PackedStream, RowArrays, Rows
+from shoal.data.stored.shards import Shard, write_shard
+from shoal.data.stored.stream import TokenStream
 from shoal.errors import DataError
 
 NUM_ROWS, SEQ_LEN = 50, 8

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoal.data.pack import PackedStream
-from shoal.data.shards import Shard, write_shard
-from shoal.data.stream import TokenStream
+from shoal.data.packing.pack import PackedStream
+from shoal.data.stored.shards import Shard, write_shard
+from shoal.data.stored.stream import TokenStream
 
 # Documents of 3, 1, 4 and 5 tokens, each ending with the end-of-text token (0); the first shard ends after the second document.
 FIRST = [11, 12, 0, 0]

@@ -16,9 +16,9 @@ import tokenizers
 
 from shoal.config.data_options import Data
 from shoal.data.decode import held_out_text
-from shoal.data.manifest import SPLITS
 from shoal.data.prepare import Prepared, open_prepared, prepare
 from shoal.data.split import fraction_of
+from shoal.data.stored.manifest import SPLITS
 from shoal.data.token_folder import token_options
 from shoal.data.tokens.tokenize import byte_tokenizer
 from shoal.errors import ConfigError, DataError

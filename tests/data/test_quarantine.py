@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoal.data.audit import audit, describe
-from shoal.data.blend import Blend, Stage
 from shoal.data.dataset import BlendRows
-from shoal.data.ledger import Header, Ledger, checksum
 from shoal.data.loader import Loader
-from shoal.data.pack import PackedStream
+from shoal.data.order.audit import audit, describe
+from shoal.data.order.blend import Blend, Stage
+from shoal.data.order.ledger import Header, Ledger, checksum
+from shoal.data.order.quarantine import Quarantine, candidates
+from shoal.data.packing.pack import PackedStream
 from shoal.data.pretokenized.token_file import Contents, TokenFile, Vocabulary
-from shoal.data.quarantine import Quarantine, candidates
-from shoal.data.shards import Shard, write_shard
-from shoal.data.stream import TokenStream
+from shoal.data.stored.shards import Shard, write_shard
+from shoal.data.stored.stream import TokenStream
 from shoal.data.where import Timeline
 from shoal.errors import DataError, UnreadableError
 

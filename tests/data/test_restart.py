@@ -14,9 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from shoal.config.data_options import Data
-from shoal.data.files import exclusive_lock
-from shoal.data.manifest import JOURNAL
 from shoal.data.prepare import Prepared, prepare
+from shoal.data.stored.files import exclusive_lock
+from shoal.data.stored.manifest import JOURNAL
 from shoal.data.token_folder import folder_name, named_tokenizer, token_options
 from tests.data.conftest import MakeData
 

@@ -12,12 +12,12 @@ import torch
 from shoal.config.data_options import Data
 from shoal.config.options import Config, Model, Optim, Train
 from shoal.config.run_options import Launch, Metrics
-from shoal.data.audit import audit
-from shoal.data.blend import Blend
 from shoal.data.dataset import Dataset
 from shoal.data.loader import Loader, evaluation_batches
-from shoal.data.order import sample_at
-from shoal.data.pack import IGNORED_LABEL, RowArrays, Rows, count_rows
+from shoal.data.order.audit import audit
+from shoal.data.order.blend import Blend
+from shoal.data.order.order import sample_at
+from shoal.data.packing.pack import IGNORED_LABEL, RowArrays, Rows, count_rows
 from shoal.run.folder import RunFolder
 from shoal.run.jsonl import whole_lines
 from shoal.training.loop import train

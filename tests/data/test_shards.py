@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from shoal.data import files
-from shoal.data.shards import BLOCK_BYTES, Shard, ShardRecord, token_dtype, write_shard
-from shoal.data.stream import TokenStream
+from shoal.data.stored import files
+from shoal.data.stored.shards import BLOCK_BYTES, Shard, ShardRecord, token_dtype, write_shard
+from shoal.data.stored.stream import TokenStream
 from shoal.errors import DataError
 
 U16 = np.dtype(np.uint16)

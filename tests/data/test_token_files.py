@@ -23,7 +23,7 @@ from shoal.data import token_corpus
 from shoal.data.check import check_tokens
 from shoal.data.decode import held_out_text
 from shoal.data.document_index import find_documents
-from shoal.data.pack import IGNORED_LABEL, RowArrays
+from shoal.data.packing.pack import IGNORED_LABEL, RowArrays
 from shoal.data.prepare import Prepared, open_prepared, prepare, prepared_rows
 from shoal.errors import DataError
 from shoal.run.folder import RunFolder

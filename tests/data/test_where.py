@@ -15,7 +15,7 @@ from scripts.bench_blend import LAST, open_finder
 from shoal.config.data_options import BlendSource, Data
 from shoal.data.dataset import Dataset, new_order, prepare_dataset
 from shoal.data.document_index import find_documents
-from shoal.data.quarantine import candidates
+from shoal.data.order.quarantine import candidates
 from shoal.data.where import Finder, Instead, Life, Place, Timeline
 
 SEQ_LEN, BATCH, MICRO = 32, 6, 2

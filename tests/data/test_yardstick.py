@@ -15,8 +15,8 @@ from tokenizers import normalizers
 
 from shoal.data.compression import sizes
 from shoal.data.decode import held_out_text, sample_of
-from shoal.data.manifest import YARDSTICK
 from shoal.data.prepare import prepare
+from shoal.data.stored.manifest import YARDSTICK
 from shoal.data.tokens.tokenize import byte_tokenizer
 from shoal.data.yardstick import Measuring, Yardstick, load
 from tests.data.conftest import MakeData

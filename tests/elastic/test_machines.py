@@ -20,7 +20,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from shoal.checkpoint.saved import listed
 from shoal.config.options import Config
-from shoal.data.audit import audit
+from shoal.data.order.audit import audit
 from shoal.elastic.heartbeat import Sign
 from shoal.elastic.machines import Machines, shared_settings
 from shoal.elastic.watch import RankStatus

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from shoal.data.ledger import Header, Ledger, checksum
-from shoal.data.order import sample_at
+from shoal.data.order.ledger import Header, Ledger, checksum
+from shoal.data.order.order import sample_at
 from shoal.run.goodput import MEANINGS, Account, Clock, account, in_words, table
 from shoal.run.jsonl import PatientLines, whole_lines
 from tests.cli.commands import Place
@@ -301,7 +301,7 @@ def test_a_killed_process_leaves_all_but_a_second(tmp_path: Path) -> None:
 
 
 def test_neither_record_needs_torch() -> None:
-    code = "import sys, shoal.run.goodput, shoal.data.ledger; print('torch' in sys.modules)"
+    code = "import sys, shoal.run.goodput, shoal.data.order.ledger; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

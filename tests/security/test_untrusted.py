@@ -22,8 +22,8 @@ from shoal.checkpoint.saved import damage, listed
 from shoal.config.data_options import Data
 from shoal.config.options import Model
 from shoal.data.corpus.sources import open_corpus
-from shoal.data.manifest import load_manifest
 from shoal.data.prepare import prepare
+from shoal.data.stored.manifest import load_manifest
 from shoal.errors import DataError, ModelError, ShoalError
 from shoal.hub.beside import copy_files
 from shoal.hub.fetch import fetch_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shoal.config.options import Config, Optim
-from shoal.data.order import sample_at
+from shoal.data.order.order import sample_at
 from shoal.errors import DivergedError
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Region, Shard

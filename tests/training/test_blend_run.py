@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from shoal.config.data_options import BlendSource
 from shoal.config.options import Config
-from shoal.data.audit import audit
-from shoal.data.blend import Blend, Stage
+from shoal.data.order.audit import audit
+from shoal.data.order.blend import Blend, Stage
 from shoal.data.where import Finder, Timeline
 from shoal.errors import DataError
 from shoal.mesh.mesh import Mesh

@@ -11,8 +11,8 @@ import pytest
 
 from shoal.config.data_options import BlendSource, Data
 from shoal.config.options import Config
-from shoal.data.audit import Audit, audit, describe
 from shoal.data.dataset import prepare_dataset
+from shoal.data.order.audit import Audit, audit, describe
 from shoal.errors import DataError
 from shoal.mesh.mesh import Mesh
 from shoal.run.folder import RunFolder

@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 
 from shoal.config.data_options import Data
 from shoal.config.options import Config
-from shoal.data.audit import audit, describe
 from shoal.data.dataset import prepare_dataset
 from shoal.data.document_index import find_documents
-from shoal.data.order import sample_at
+from shoal.data.order.audit import audit, describe
+from shoal.data.order.order import sample_at
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.region import Region
 from shoal.optim.schedule import learning_rate

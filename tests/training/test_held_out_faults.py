@@ -15,9 +15,9 @@ import torch
 from shoal.config.data_options import BlendSource, Data
 from shoal.config.options import Config
 from shoal.data.dataset import prepare_dataset
-from shoal.data.held_out import HeldOutQuarantine, Skipped
 from shoal.data.loader import evaluation_batches
-from shoal.data.pack import IGNORED_LABEL
+from shoal.data.order.held_out import HeldOutQuarantine, Skipped
+from shoal.data.packing.pack import IGNORED_LABEL
 from shoal.errors import DataError, UnreadableError
 from shoal.infer.asked import Wanted
 from shoal.infer.commands import evaluate_model

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from shoal.config.options import Config
-from shoal.data.order import sample_at
+from shoal.data.order.order import sample_at
 from shoal.infer.chat import Chat
 from shoal.infer.load import load_path
 from shoal.models.sampling import Sampling

@@ -19,7 +19,7 @@ def goodput(args: argparse.Namespace, overrides: list[Override], argv: list[str]
 
 
 def ledger(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.data.audit import audit, describe
+    from shoal.data.order.audit import audit, describe
 
     found = audit(_record(args, "ledger.jsonl"))
     print(json.dumps(found.as_json(), indent=2) if args.json else "\n".join(describe(found)))

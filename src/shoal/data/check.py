@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-from shoal.data.manifest import SPLITS
 from shoal.data.prepare import Prepared, Progress, no_progress
+from shoal.data.stored.manifest import SPLITS
 
 WINDOW_TOKENS: Final = 1 << 22
 

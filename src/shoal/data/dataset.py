@@ -14,13 +14,13 @@ import numpy.typing as npt
 
 from shoal.config.data_options import BlendSource, Data, Source, read_place
 from shoal.config.option import option_fields
-from shoal.data.blend import Blend, Stage, shares_of
 from shoal.data.corpus.sources import open_corpus
-from shoal.data.files import exclusive_lock, make_folder, write_atomically
-from shoal.data.manifest import TOKENIZER, SplitName, SplitRecord
-from shoal.data.pack import PlacedRows, RowArrays, check_ids, read_placed
+from shoal.data.order.blend import Blend, Stage, shares_of
+from shoal.data.packing.pack import PlacedRows, RowArrays, check_ids, read_placed
 from shoal.data.prepare import Prepared, Progress, Ticks, downloads_of, no_progress, open_checked, prepare
 from shoal.data.split import choose_split, training_sample
+from shoal.data.stored.files import exclusive_lock, make_folder, write_atomically
+from shoal.data.stored.manifest import TOKENIZER, SplitName, SplitRecord
 from shoal.data.token_folder import find_by_id, token_options
 from shoal.data.tokens import tokenize
 from shoal.errors import DataError, TooSmallError

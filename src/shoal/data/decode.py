@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from shoal.data.manifest import SplitName
 from shoal.data.prepare import Prepared
+from shoal.data.stored.manifest import SplitName
 from shoal.errors import DataError
 
 SAMPLE_PIECES = 32  # number of evenly spaced pieces of a text that is too long

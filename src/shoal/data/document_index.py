@@ -15,11 +15,11 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from shoal.data.files import exclusive_lock, write_atomically
-from shoal.data.manifest import SplitName
 from shoal.data.prepare import Prepared, Progress, no_progress
-from shoal.data.shards import Shard
-from shoal.data.stream import Stream, check_range
+from shoal.data.stored.files import exclusive_lock, write_atomically
+from shoal.data.stored.manifest import SplitName
+from shoal.data.stored.shards import Shard
+from shoal.data.stored.stream import Stream, check_range
 from shoal.system.byte_file import ByteFile
 from shoal.system.number_file import NumberFile, search_near
 

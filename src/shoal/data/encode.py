@@ -15,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.data.corpus.documents import START, Conversation, Corpus, Cursor, Skipped
-from shoal.data.encoded import Encoded, Rejected
 from shoal.data.instruct import ConversationEncoder
-from shoal.data.manifest import SPLITS, Journal, SplitName
-from shoal.data.shards import token_dtype, write_shard
 from shoal.data.split import Split
-from shoal.data.stream import Spans, Tokens
+from shoal.data.stored.encoded import Encoded, Rejected
+from shoal.data.stored.manifest import SPLITS, Journal, SplitName
+from shoal.data.stored.shards import token_dtype, write_shard
+from shoal.data.stored.stream import Spans, Tokens
 from shoal.data.tokens.fastokens import DifferentIdsError, FastEncoder, fast_encoder
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError

@@ -21,8 +21,8 @@ import numpy as np
 from shoal.config.data_options import Data
 from shoal.data.corpus.conversations import ANSWER
 from shoal.data.corpus.documents import Conversation
-from shoal.data.encoded import Encoded, Rejected
-from shoal.data.shards import token_dtype
+from shoal.data.stored.encoded import Encoded, Rejected
+from shoal.data.stored.shards import token_dtype
 from shoal.data.tokens import template_trials
 from shoal.data.tokens.chat_template import ChatTemplate
 from shoal.data.tokens.named_templates import NAMED

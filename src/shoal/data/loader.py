@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from shoal.config.layout import split_slots
-from shoal.data.blend import Blend
-from shoal.data.pack import IGNORED_LABEL, Ints, RowArrays, Rows
-from shoal.data.quarantine import Quarantine, ReadRows, Replaced
+from shoal.data.order.blend import Blend
+from shoal.data.order.quarantine import Quarantine, ReadRows, Replaced
+from shoal.data.packing.pack import IGNORED_LABEL, Ints, RowArrays, Rows
 from shoal.errors import DataError, ShoalError
 from shoal.system.byte_file import reopen
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from shoal.data.document_index import Documents
-from shoal.data.stream import Stream
+from shoal.data.stored.stream import Stream
 
 WINDOW_TOKENS = 1 << 18
 BACK_TOKENS = 1 << 24  # searched for the start of a document

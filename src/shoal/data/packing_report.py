@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.config.data_options import Packing
-from shoal.data.best_fit import Ints, best_fit, pieces_of
-from shoal.data.manifest import SPLITS, SplitName
-from shoal.data.pack import count_rows
+from shoal.data.packing.best_fit import Ints, best_fit, pieces_of
+from shoal.data.packing.pack import count_rows
 from shoal.data.prepare import Prepared
-from shoal.data.stream import Stream
+from shoal.data.stored.manifest import SPLITS, SplitName
+from shoal.data.stored.stream import Stream
 
 WINDOWS = 64  # parts of a sample
 WINDOW_TOKENS = 1 << 20

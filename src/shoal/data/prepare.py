@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config.data_options import Data, Packing
-from shoal.data.best_fit_rows import BestFitRows, Identity, open_index, rows_in_index
 from shoal.data.corpus.documents import Corpus, CorpusFile, Cursor
 from shoal.data.corpus.downloads import Downloads
 from shoal.data.corpus.paths import count_kinds
 from shoal.data.corpus.sources import open_corpus, text_bytes
 from shoal.data.encode import write_shards
-from shoal.data.files import exclusive_lock, make_folder, write_atomically
-from shoal.data.filters import Filters, KeptCorpus, filter_documents
+from shoal.data.filters.filters import Filters, KeptCorpus, filter_documents
 from shoal.data.instruct import ConversationEncoder, open_template
-from shoal.data.manifest import (
+from shoal.data.packing.best_fit_rows import BestFitRows, Identity, open_index, rows_in_index
+from shoal.data.packing.pack import IGNORED_LABEL, PackedStream, PlacedRows, Rows, count_rows
+from shoal.data.split import Split, choose_split, training_sample
+from shoal.data.stored.files import exclusive_lock, make_folder, write_atomically
+from shoal.data.stored.manifest import (
     JOURNAL,
     MANIFEST,
     SEGMENTS,
@@ -39,10 +41,8 @@ from shoal.data.manifest import (
     load_manifest,
     name_changes,
 )
-from shoal.data.pack import IGNORED_LABEL, PackedStream, PlacedRows, Rows, count_rows
-from shoal.data.shards import CURE, Shard, token_dtype
-from shoal.data.split import Split, choose_split, training_sample
-from shoal.data.stream import Stream, TokenStream
+from shoal.data.stored.shards import CURE, Shard, token_dtype
+from shoal.data.stored.stream import Stream, TokenStream
 from shoal.data.token_corpus import Opened, load_record, open_recorded, prepare_token_files
 from shoal.data.token_folder import find_folder, named_tokenizer, token_options
 from shoal.data.tokens import tokenize

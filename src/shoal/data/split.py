@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from shoal.data.corpus.documents import Corpus, Cursor, Document, Skipped
 from shoal.data.corpus.paths import count_kinds
-from shoal.data.manifest import Skips, SplitName
+from shoal.data.stored.manifest import Skips, SplitName
 from shoal.errors import DataError
 
 FIELDS_AT_MOST = 100  # maximum number of field names to collect, to suggest a data.text_key

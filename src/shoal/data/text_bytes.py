@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from shoal.data.stream import Stream, Tokens
+from shoal.data.stored.stream import Stream, Tokens
 from shoal.data.tokens.byte_lengths import ByteLengths
 from shoal.data.tokens.tokenize import Tokenizer
 

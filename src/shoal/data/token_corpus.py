@@ -16,12 +16,12 @@ from typing import Any, Final
 
 from shoal.config.data_options import Data, Source
 from shoal.data.corpus.documents import CorpusFile
-from shoal.data.files import exclusive_lock, make_folder, write_atomically
-from shoal.data.manifest import SPLITS, TOKENIZER, Manifest, Skips, SplitName, SplitRecord, check_unchanged
 from shoal.data.pretokenized.find import check_held_out, find_token_files
 from shoal.data.pretokenized.formats import open_token_file
 from shoal.data.pretokenized.token_file import TokenFile, Vocabulary
-from shoal.data.stream import Section, Stream, TokenStream
+from shoal.data.stored.files import exclusive_lock, make_folder, write_atomically
+from shoal.data.stored.manifest import SPLITS, TOKENIZER, Manifest, Skips, SplitName, SplitRecord, check_unchanged
+from shoal.data.stored.stream import Section, Stream, TokenStream
 from shoal.data.text_bytes import count_text_bytes
 from shoal.data.tokens.byte_lengths import byte_lengths
 from shoal.data.tokens.tokenize import Tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 
 from shoal.config.data_options import Data, Source
 from shoal.data.instruct import open_template, special_texts
-from shoal.data.manifest import FORMAT, MANIFEST
+from shoal.data.stored.manifest import FORMAT, MANIFEST
 from shoal.data.tokens import tokenize
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.errors import DataError

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.blend import Blend
 from shoal.data.dataset import Dataset
 from shoal.data.document_index import Documents, find_documents
-from shoal.data.ledger import Header
-from shoal.data.pack import PlacedRows
+from shoal.data.order.blend import Blend
+from shoal.data.order.ledger import Header
+from shoal.data.packing.pack import PlacedRows
 from shoal.data.prepare import Progress, no_progress
 from shoal.run.jsonl import whole_lines
 

@@ -25,8 +25,8 @@ from typing import Self
 
 from shoal.data.compression import sizes
 from shoal.data.decode import held_out_text, sample_of
-from shoal.data.manifest import YARDSTICK
 from shoal.data.prepare import Prepared, open_prepared
+from shoal.data.stored.manifest import YARDSTICK
 from shoal.errors import DataError
 from shoal.system.disk import gigabytes, write_whole
 from shoal.system.signals import die_with_parent

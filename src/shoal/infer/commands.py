@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.data.dataset import Dataset, open_past
-from shoal.data.held_out import HeldOutQuarantine, in_words
+from shoal.data.order.held_out import HeldOutQuarantine, in_words
 from shoal.data.tokens.tokenize import Tokenizer
 from shoal.data.tokens.tokenizer_ends import special_tokens
 from shoal.data.yardstick import Measuring, Yardstick

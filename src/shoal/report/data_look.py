@@ -12,12 +12,12 @@ from rich.table import Table
 from rich.text import Text
 
 from shoal.config.options import Config
-from shoal.data.best_fit_rows import Identity, rows_in_index
-from shoal.data.blend import Blend
 from shoal.data.dataset import Dataset, new_order
 from shoal.data.document_index import find_documents, has_documents
 from shoal.data.nearby_documents import SpansIn, nearby, numbered
-from shoal.data.pack import IGNORED_LABEL, PlacedRows
+from shoal.data.order.blend import Blend
+from shoal.data.packing.best_fit_rows import Identity, rows_in_index
+from shoal.data.packing.pack import IGNORED_LABEL, PlacedRows
 from shoal.data.packing_report import WINDOWS, DocumentSample, PackingRecord, compare_packings, sample_documents
 from shoal.data.prepare import Prepared
 from shoal.data.where import Timeline

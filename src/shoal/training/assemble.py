@@ -9,10 +9,10 @@ from types import MappingProxyType
 from shoal.checkpoint.convert import FolderWeights
 from shoal.config.options import Config
 from shoal.config.presets import resolve_shape
-from shoal.data.blend import Blend
 from shoal.data.dataset import BlendRows, new_order
 from shoal.data.loader import Loader
-from shoal.data.quarantine import Quarantine
+from shoal.data.order.blend import Blend
+from shoal.data.order.quarantine import Quarantine
 from shoal.hub.find import find_model
 from shoal.hub.folder import ModelFolder
 from shoal.mesh.mesh import Mesh

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.data.loader import Batch
-from shoal.data.quarantine import Replaced, too_many
+from shoal.data.order.quarantine import Replaced, too_many
 from shoal.mesh.ballot import Vote
 from shoal.training.health import GoBack
 from shoal.training.run import Run

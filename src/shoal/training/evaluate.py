@@ -12,9 +12,9 @@ import torch
 
 from shoal.config.options import Config
 from shoal.data.dataset import Dataset
-from shoal.data.held_out import HeldOutQuarantine
 from shoal.data.loader import Batch, evaluation_batches, evaluation_rows
-from shoal.data.pack import PlacedRows
+from shoal.data.order.held_out import HeldOutQuarantine
+from shoal.data.packing.pack import PlacedRows
 from shoal.errors import DataError
 from shoal.mesh.mesh import Mesh
 from shoal.models.family import LanguageModel

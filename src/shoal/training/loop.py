@@ -21,8 +21,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from shoal.config.options import Config
-from shoal.data.ledger import checksum
 from shoal.data.loader import Batch
+from shoal.data.order.ledger import checksum
 from shoal.data.yardstick import Measuring
 from shoal.elastic.heartbeat import Heartbeat
 from shoal.fault.compiling import told_of_compilations

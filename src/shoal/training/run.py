@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from shoal.checkpoint.saved import Saved
 from shoal.config.keys import ChangedOption
 from shoal.config.options import Config
-from shoal.data.blend import Blend
 from shoal.data.dataset import BlendRows, Dataset, continued_stages, open_data, order_of, planned_stages
-from shoal.data.held_out import HeldOutQuarantine, Skipped, in_words
-from shoal.data.ledger import Header
 from shoal.data.loader import Loader
+from shoal.data.order.blend import Blend
+from shoal.data.order.held_out import HeldOutQuarantine, Skipped, in_words
+from shoal.data.order.ledger import Header
 from shoal.data.yardstick import Measuring
 from shoal.elastic.heartbeat import Heartbeat
 from shoal.errors import DataError

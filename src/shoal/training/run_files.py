@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shoal.data.ledger import Header, Ledger
+from shoal.data.order.ledger import Header, Ledger
 from shoal.run.console import Console
 from shoal.run.events import Events, read_json_lines
 from shoal.run.folder import RunFolder

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from shoal.data.blend import Stage
-from shoal.data.held_out import Unread
+from shoal.data.order.blend import Stage
+from shoal.data.order.held_out import Unread
 from shoal.mesh.region import Part, Shard
 from shoal.optim.optimizer import Optimizer
 from shoal.training.scaler import LossScaler

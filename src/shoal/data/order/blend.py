@@ -20,7 +20,7 @@ from math import ceil, gcd, inf
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.order import Ints, position_of, sample_at
+from shoal.data.order.order import Ints, position_of, sample_at
 
 MAX_PERIOD = 1 << 16  # shares are rounded to 1/65,536 if the weights have no smaller common denominator
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, get_args
 
 from shoal.data.corpus.documents import START, CorpusFile, Cursor, Listed, Skipped
 from shoal.data.corpus.paths import count_kinds
-from shoal.data.files import write_atomically
-from shoal.data.shards import CURE, ShardRecord
+from shoal.data.stored.files import write_atomically
+from shoal.data.stored.shards import CURE, ShardRecord
 from shoal.errors import DataError
 from shoal.system.output import on_one_line
 

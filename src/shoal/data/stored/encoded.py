@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.data.stream import Spans, Tokens
+from shoal.data.stored.stream import Spans, Tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.pack import IGNORED_LABEL, Ints, PlacedRows, RowArrays
-from shoal.data.quarantine import too_many
+from shoal.data.order.quarantine import too_many
+from shoal.data.packing.pack import IGNORED_LABEL, Ints, PlacedRows, RowArrays
 from shoal.errors import UnreadableError
 
 MOST_NAMED: Final = 5  # rows that a message names; one damaged block of a shard has many

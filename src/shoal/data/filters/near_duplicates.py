@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.sorted_runs import SortedRuns
-from shoal.data.words import words_of
+from shoal.data.filters.sorted_runs import SortedRuns
+from shoal.data.filters.words import words_of
 from shoal.errors import DataError
 
 SLOTS = 128  # the estimate's standard deviation is at most 0.045, and 0.035 at a similarity of 0.8

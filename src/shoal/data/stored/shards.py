@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.files import write_atomically
-from shoal.data.stream import Spans, Starts, Tokens
+from shoal.data.stored.files import write_atomically
+from shoal.data.stored.stream import Spans, Starts, Tokens
 from shoal.errors import DataError, UnreadableError
 from shoal.hub.header import LENGTH_BYTES, header_bytes
 from shoal.system.byte_file import ByteFile

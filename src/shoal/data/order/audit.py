@@ -16,7 +16,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from shoal.data.ledger import Header, hashes
+from shoal.data.order.ledger import Header, hashes
 from shoal.run.jsonl import whole_lines
 
 _AT_ONCE: Final = 1 << 20  # samples whose checksums are computed together

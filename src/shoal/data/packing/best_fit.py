@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.stream import Stream
+from shoal.data.stored.stream import Stream
 
 Ints = npt.NDArray[np.int64]
 

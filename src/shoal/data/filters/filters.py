@@ -23,12 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.config.data_options import Source
-from shoal.data.contamination import EvaluationTexts
 from shoal.data.corpus.documents import START, Corpus, CorpusFile, Cursor, Document, Skipped
-from shoal.data.files import write_atomically
-from shoal.data.manifest import JOURNAL, Filtered, Journal, segment_name
-from shoal.data.near_duplicates import SLOTS, NearIndex, Signatures, signatures_of, version
-from shoal.data.sorted_runs import SortedRuns
+from shoal.data.filters.contamination import EvaluationTexts
+from shoal.data.filters.near_duplicates import SLOTS, NearIndex, Signatures, signatures_of, version
+from shoal.data.filters.sorted_runs import SortedRuns
+from shoal.data.stored.files import write_atomically
+from shoal.data.stored.manifest import JOURNAL, Filtered, Journal, segment_name
 from shoal.errors import DataError
 
 BATCH_DOCUMENTS, BATCH_BYTES = 1024, 4_000_000  # documents decided about together, which does not change the decisions

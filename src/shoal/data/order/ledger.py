@@ -35,7 +35,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.blend import Blend, Stage
+from shoal.data.order.blend import Blend, Stage
 from shoal.run.jsonl import PatientLines
 
 MOST_BITS: Final = 40  # two different sets of samples have the same sum once in 2^40

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.data.corpus.documents import CorpusFile
-from shoal.data.words import words_of
+from shoal.data.filters.words import words_of
 from shoal.errors import DataError, ModelError
 from shoal.hub.find import find_path, near_path
 from shoal.system.output import on_one_line

@@ -26,11 +26,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.best_fit import best_fit, cut_documents
-from shoal.data.files import exclusive_lock, write_atomically
-from shoal.data.pack import Placed, RowArrays, Span, read_rows
-from shoal.data.shards import BLOCK_BYTES
-from shoal.data.stream import Stream
+from shoal.data.packing.best_fit import best_fit, cut_documents
+from shoal.data.packing.pack import Placed, RowArrays, Span, read_rows
+from shoal.data.stored.files import exclusive_lock, write_atomically
+from shoal.data.stored.shards import BLOCK_BYTES
+from shoal.data.stored.stream import Stream
 from shoal.errors import DataError, UnreadableError
 from shoal.system.byte_file import ByteFile
 

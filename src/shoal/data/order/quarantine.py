@@ -13,9 +13,9 @@ from typing import Final
 
 import numpy as np
 
-from shoal.data.blend import Blend
-from shoal.data.order import sample_at
-from shoal.data.pack import Ints, RowArrays, Rows
+from shoal.data.order.blend import Blend
+from shoal.data.order.order import sample_at
+from shoal.data.packing.pack import Ints, RowArrays, Rows
 from shoal.errors import DataError, UnreadableError
 
 MOST_TRIED: Final = 100  # candidates for a substitute

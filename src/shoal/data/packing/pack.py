@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from shoal.data.stream import Spans, Stream
+from shoal.data.stored.stream import Spans, Stream
 
 IGNORED_LABEL = -100  # the default `ignore_index` of torch's cross entropy
 

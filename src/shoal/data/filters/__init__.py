@@ -1,0 +1,1 @@
+"""Documents that are removed before anything else reads the corpus."""

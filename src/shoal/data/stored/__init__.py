@@ -1,0 +1,1 @@
+"""Tokens on disk: shards, their manifest, and streams that read them."""
