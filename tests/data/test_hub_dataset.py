@@ -104,7 +104,12 @@ def test_what_save_to_disk_wrote(folder: Path) -> None:
     assert texts_of(corpus_of("saved").read()) == TEXTS
     assert texts_of(corpus_of("splits").read()) == TEXTS
     assert texts_of(corpus_of("splits", split="test").read()) == [TEXTS[5]]
+    for where in ("saved", "splits"):
+        assert texts_of(corpus_of(where, split="train[:90%]").read()) == TEXTS[: len(TEXTS) * 9 // 10]
+        assert texts_of(corpus_of(where, split="train[10:12]+train[-1:]").read()) == [*TEXTS[10:12], TEXTS[-1]]
+        refused(r"has no split 'nonsense\[:x'; set data.split to one of train", where, split="nonsense[:x")
     refused("has no split 'val'; set data.split to one of train, test", "splits", split="val")
+    refused("has no split 'test'; set data.split to one of train", "saved", split="test")
     refused("data.subset has no effect", "saved", subset="a")
     for part in Path("saved").glob("*.arrow"):
         part.write_bytes(part.read_bytes()[:100])

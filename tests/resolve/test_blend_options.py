@@ -65,6 +65,7 @@ def test_a_resume_may_change_weights_and_stages_alone(tmp_path: Path) -> None:
         ({"web": {"corpus": "dummy", "weight": -1}}, {}, "data.sources.web.weight must be a number of at least 0"),
         ({"web": 3}, {}, "data.sources.web must be a source's name with its options below it"),
         ({"a": {"corpus": "dummy", "weight": 0}, "b": {"corpus": "dummy", "weight": 0}}, {}, "the weights of all sources are 0"),
+        ({"web": {"corpus": "dummy", "weight": 1}, "weeb": {"weight": 1}}, {}, "data.sources.weeb has nothing to read; did you mean data.sources.web"),
         ({"a": {"corpus": "dummy", "weight": 1}, "b": {"corpus": "dummy"}}, {}, "data.sources.b has no weight, but others have one"),
         ({"a": {"corpus": "dummy"}, "b": {"corpus": "dummy"}}, {"stages": {"3 steps": {"a": 1}}}, "the sources have none"),
         ({"a": {"corpus": "dummy", "max_epochs": 2}, "b": {"corpus": "dummy"}}, {}, "max_epochs needs weights"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+from shoal.config.keys import SOURCES
 from shoal.config.options import Config
 from shoal.config.presets import shape_problems
 from shoal.errors import Problem
@@ -54,6 +56,16 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
     if config.launch.name is not None and (why := why_no_name(config.launch.name)):
         yield problem(f"launch.name {why}", "launch.name")
     yield from data_problems(config, problem)
+    for name in config.data.sources or {}:
+        chosen = [f"{SOURCES}{name}.{option}" for option in ("paths", "corpus")]
+        if all(sources[key] == DEFAULT for key in chosen):
+            others = [other for other in config.data.sources or {} if other != name]
+            near = difflib.get_close_matches(name, others, 1)
+            hint = f"did you mean {SOURCES}{near[0]}? " if near else ""
+            yield problem(
+                f"{SOURCES}{name} has nothing to read; {hint}Set its paths or corpus",
+                *(key for key in sources if key.startswith(f"{SOURCES}{name}.")),
+            )
 
 
 def remarks(config: Config) -> Iterable[str]:

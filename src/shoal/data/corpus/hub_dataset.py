@@ -147,13 +147,24 @@ def _open_saved(datasets: Any, source: Source, folder: Path, name: str) -> _Rows
         raise DataError(
             f"{on_one_line(folder)} is damaged ({type(error).__name__}); save it again, or correct data.paths"
         ) from error
-    if isinstance(table, datasets.DatasetDict):
-        if source.split not in table:
-            raise DataError(_unknown(_split_option(source), source.split, folder, list(table)))
-        table = table[source.split]
+    splits = table
+    if not isinstance(table, datasets.DatasetDict):  # one split, which `train`, the default, means too
+        splits = {"train": table, str(table.split or "train"): table}
+    table = _part(datasets, source, folder, splits)
     files = [Path(file["filename"]) for file in table.cache_files]
     made_from = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return _Rows(table, f"{made_from}:{source.split}", int(table.data.nbytes), False)
+
+
+def _part(datasets: Any, source: Source, folder: Path, splits: Mapping[str, Any]) -> Any:
+    """Return a split, or parts of splits such as `train[:10%]`, of a folder that `save_to_disk` wrote."""
+    try:
+        asked = datasets.ReadInstruction.from_spec(source.split)
+        parts = asked.to_absolute({name: len(table) for name, table in splits.items()})
+    except (ValueError, AssertionError) as error:
+        raise DataError(_unknown(_split_option(source), source.split, folder, list(splits))) from error
+    tables = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    return tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
 
 
 def _library() -> Any:
