@@ -45,14 +45,14 @@ def test_a_resume_may_change_weights_and_stages_alone(tmp_path: Path) -> None:
     after = resolve(
         write(
             tmp_path,
-            {**SOURCES, "web": {"corpus": "dummy", "weight": 1, "text_key": "t"}},
+            {**SOURCES, "web": {"corpus": "dummy", "weight": 1, "shortest_document": 3}},
             stages={"5 steps": {"web": 1}},
         )
     ).config
     assert {c.key: (c.before, c.after, c.past) for c in changed_options(before, after)} == {
         "data.stages": (None, {"5 steps": {"web": 1.0}}, False),
         "data.sources.web.weight": (0.7, 1.0, False),
-        "data.sources.web.text_key": ("text", "t", True),
+        "data.sources.web.shortest_document": (0, 3, True),
     }
     removed = changed_options(before, resolve(write(tmp_path, {"web": SOURCES["web"]})).config)
     assert any(c.key == "data.sources.my.code.corpus" and c.past for c in removed)
@@ -63,6 +63,7 @@ def test_a_resume_may_change_weights_and_stages_alone(tmp_path: Path) -> None:
     [
         ({"web": {"corpus": "dummy", "weights": 1}}, {}, r"no option data.sources.web.weights; did you mean data.sources.web.weight\?"),
         ({"web": {"corpus": "dummy", "weight": -1}}, {}, "data.sources.web.weight must be a number of at least 0"),
+        ({"web": {"corpus": "dummy", "text_key": "t"}}, {}, "data.sources.web.text_key has no effect on a dummy corpus, which has no records"),
         ({"web": 3}, {}, "data.sources.web must be a source's name with its options below it"),
         ({"a": {"corpus": "dummy", "weight": 0}, "b": {"corpus": "dummy", "weight": 0}}, {}, "the weights of all sources are 0"),
         ({"web": {"corpus": "dummy", "weight": 1}, "weeb": {"weight": 1}}, {}, "data.sources.weeb has nothing to read; did you mean data.sources.web"),

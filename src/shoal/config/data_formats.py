@@ -51,8 +51,14 @@ def is_pattern(path: str) -> bool:
     return not WILDCARDS.isdisjoint(path)
 
 
-def kind_of_paths(paths: list[str], val_paths: list[str]) -> Literal["text", "jsonl", "files", "tokens"]:
-    """Return the kind of corpus that `data.paths` and `data.val_paths` mean if `data.corpus` is not set."""
+def kind_of_paths(
+    paths: list[str], val_paths: list[str], *, records: bool = False
+) -> Literal["text", "jsonl", "files", "tokens"]:
+    """
+    Return the kind of corpus that `data.paths` and `data.val_paths` mean if `data.corpus` is not set.
+
+    records: whether the user named a field of records, so that a folder is read for more than text.
+    """
     if all(path.lower().endswith(TOKEN_SUFFIXES) for path in paths):
         return "tokens"
     paths = paths + val_paths
@@ -61,4 +67,4 @@ def kind_of_paths(paths: list[str], val_paths: list[str]) -> Literal["text", "js
     if formats == {"jsonl"} and compressions <= {"", ".gz"}:
         return "jsonl"
     remote = any("://" in path for path in paths)
-    return "files" if remote or formats - {"text", None} or compressions - {"", ".gz"} else "text"
+    return "files" if remote or records or formats - {"text", None} or compressions - {"", ".gz"} else "text"

@@ -130,6 +130,13 @@ def _document_problems(source: Source, key: str, problem: MakeProblem) -> Iterab
         yield problem(
             f"{key}.separator has no effect with {key}.wikitext; remove one", f"{key}.separator", f"{key}.wikitext"
         )
+    if source.text_key != Source.text_key and source.corpus in ("text", "tokens", *WITHOUT_PATHS):
+        yield problem(
+            f"{key}.text_key has no effect on a {source.corpus} corpus, which has no records; remove it, or set {key}.corpus to "
+            "files",
+            f"{key}.text_key",
+            f"{key}.corpus",
+        )
     if source.wikitext and source.corpus in WITHOUT_PATHS:
         yield problem(
             f"{key}.wikitext has no effect on a {source.corpus} corpus; remove it", f"{key}.wikitext", f"{key}.corpus"

@@ -112,11 +112,11 @@ def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
     """Derive each source's corpus from the suffixes of its paths, if only these are set."""
     derived = {}
     for key, paths in settings.items():
-        corpus = f"{key.removesuffix('paths')}corpus"
-        if (key == "data.paths" or (key.startswith(SOURCES) and key.endswith(".paths"))) and corpus not in settings:
-            val_paths = settings.get(f"{key.removesuffix('paths')}val_paths", Setting("", [], ""))
-            if names := paths.texts():
-                derived[corpus] = Setting(corpus, kind_of_paths(names, val_paths.texts()), f"{key} at {paths.where}")
+        source, _, option = key.rpartition(".")
+        if option == "paths" and f"{source}.corpus" not in settings and (names := paths.texts()):
+            held_out = settings.get(f"{source}.val_paths", Setting("", [], "")).texts()
+            kind = kind_of_paths(names, held_out, records=f"{source}.text_key" in settings)
+            derived[f"{source}.corpus"] = Setting(f"{source}.corpus", kind, f"{key} at {paths.where}")
     return settings | derived
 
 
