@@ -148,13 +148,13 @@ def _yardstick(run: Run, evaluation: Evaluation) -> str:
     seconds = min(YARDSTICK_SECONDS, run.config.launch.timeout_seconds / 4)  # the other ranks wait in a barrier
     ours, counts = evaluation.val_bits_per_byte, run.dataset.counts["val"]
     text_bytes = counts.text_bytes
-    if counts.learned_bytes < text_bytes:
-        return f"held-out conversations ({counts.learned_bytes:,} bytes learned), bits per byte: this model {ours:.3f}"
     if run.dataset.single is None:
         return (
-            f"held-out text ({text_bytes:,} bytes of all sources), bits per byte: this model {ours:.3f}; "
+            f"held-out text ({counts.learned_bytes:,} bytes learned, of all sources), bits per byte: this model {ours:.3f}; "
             "shoal eval compares each source with gzip and xz"
         )
+    if counts.learned_bytes < text_bytes:
+        return f"held-out conversations ({counts.learned_bytes:,} bytes learned), bits per byte: this model {ours:.3f}"
     found = run.measuring.wait(seconds, go_on)
     if isinstance(found, Yardstick):
         return found.compared(ours, text_bytes)
