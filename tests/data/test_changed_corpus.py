@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shoal.commands.data import data as look
@@ -60,6 +62,32 @@ def test_a_changed_source_of_a_blend_is_named(make_data: MakeData, corpus: Path,
     dataset = open_past(data, Console(speaks=False), before.data_id)
     assert dataset.notes == ["b: " + CHANGED.format(other / "file00.py")]
     assert dataset.data_id == before.data_id
+
+
+@pytest.mark.parametrize("sources", [1, 2])
+def test_a_rebuild_keeps_the_tokens_that_runs_were_trained_on(
+    make_data: MakeData, corpus: Path, tmp_path: Path, sources: int
+) -> None:
+    data = make_data()
+    if sources == 2:
+        both = {
+            name: BlendSource(corpus="text", paths=(str(corpus),), max_epochs=epochs)
+            for name, epochs in (("a", 1), ("b", 2))
+        }
+        data = make_data(sources=both, corpus="stdlib", paths=())
+    before = prepare_dataset(data)
+    rows, ids = before.rows("train").read(range(10)), [before.data_id]
+    for text in ("another = True\n", "yet = 3\n"):
+        (corpus / "file00.py").write_text(text)
+        rebuilt = prepare_dataset(dataclasses.replace(data, rebuild=True))
+        assert any("the tokens before are kept in" in note for note in rebuilt.notes)
+        assert prepare_dataset(data).data_id == rebuilt.data_id
+        ids.append(rebuilt.data_id)
+    assert len(set(ids)) == 3
+    for data_id in ids:
+        assert open_past(data, Console(speaks=False), data_id).data_id == data_id
+    again = open_past(data, Console(speaks=False), before.data_id).rows("train").read(range(10))
+    np.testing.assert_array_equal(again.tokens, rows.tokens)
 
 
 @pytest.mark.parametrize("alter", [change, shutil.rmtree])

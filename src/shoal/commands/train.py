@@ -38,8 +38,10 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     start_clock()
     with _planned(config, before) as (config, folder, console):
         from shoal.data.dataset import open_data
+        from shoal.training.run_files import tokens_of
 
-        dataset = open_data(config.data, console, rows=config.model.vocab_size)
+        past = tokens_of(folder)
+        dataset = open_data(config.data, console, rows=config.model.vocab_size, past=past)
         if folder.config_file.is_file() and _is_finished(config, folder, dataset, console):
             return 0
     return launch(config, [*argv, *_planned_flags(config)])

@@ -256,7 +256,7 @@ class Data(Source):
     shard_tokens: int = opt(16_777_216, "approximate size of one token shard", unit="tokens", past=True, ge=1024)
     rebuild: bool = opt(
         False,
-        "prepare the tokens again if the corpus has changed since they were prepared; false: end with an error then",
+        "prepare the tokens again if the corpus has changed since, and keep the old ones in another folder; false: end with an error then",
     )
     prefetch: int = opt(
         2, "number of steps to read ahead", unit="steps", alias=("prefetch_factor",), akin=("num_workers",), ge=1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +18,19 @@ from shoal.config.option import option_fields
 from shoal.data.corpus.sources import open_corpus
 from shoal.data.order.blend import Blend, Stage, shares_of
 from shoal.data.packing.pack import PlacedRows, RowArrays, check_ids, read_placed
-from shoal.data.prepare import Prepared, Progress, Ticks, downloads_of, no_progress, open_checked, prepare
+from shoal.data.prepare import (
+    Prepared,
+    Progress,
+    Ticks,
+    downloads_of,
+    no_progress,
+    open_checked,
+    open_prepared,
+    prepare,
+)
 from shoal.data.split import choose_split, training_sample
 from shoal.data.stored.files import exclusive_lock, make_folder, write_atomically
-from shoal.data.stored.manifest import TOKENIZER, SplitName, SplitRecord
+from shoal.data.stored.manifest import TOKENIZER, SplitName, SplitRecord, find_aside
 from shoal.data.token_folder import find_by_id, token_options
 from shoal.data.tokens import tokenize
 from shoal.errors import DataError, TooSmallError
@@ -197,12 +207,15 @@ def new_order(data: Data, sizes: Sequence[int], seed: int, global_batch: int) ->
 # --- opening -------------------------------------------------------------------------------------------------
 
 
-def open_data(data: Data, console: Console, *, rows: int | None = None) -> Dataset:
+def open_data(data: Data, console: Console, *, rows: int | None = None, past: str = "") -> Dataset:
     """
     Open the tokens of `data`, preparing them if needed, with progress and warnings on the console.
 
-    rows: the number of rows of the model's embedding, None if unknown. Raises DataError as `prepare` does.
+    rows: the number of rows of the model's embedding, None if unknown. past: the id of the tokens that a run was trained on,
+    see `open_past`; not used with `data.rebuild`. Raises DataError as `prepare` does.
     """
+    if past and not data.rebuild:
+        return open_past(data, console, past)
     with console.progress("preparing") as progress:
         dataset = prepare_dataset(data, progress, rows=rows)
     for note in dataset.notes:
@@ -220,11 +233,23 @@ def open_past(data: Data, console: Console, data_id: str) -> Dataset:
     folder = None if data.sources else find_by_id(data, data_id)
     with console.progress("preparing") as progress:
         if folder is None:
-            dataset = prepare_dataset(data, progress, past=True)
+            dataset = _before_rebuilds(prepare_dataset(data, progress, past=True), data_id)
         else:
             dataset = Dataset(data, {"": open_checked(folder, data, past=True)})
     for note in dataset.notes:
         console.warn(note)
+    return dataset
+
+
+def _before_rebuilds(dataset: Dataset, data_id: str) -> Dataset:
+    """Return the sources with the tokens of `data_id`, some of which may have been rebuilt since; `dataset` if there are none."""
+    if data_id in ("", dataset.data_id):
+        return dataset
+    choices = [[part, *map(open_prepared, find_aside(part.folder))] for part in dataset.parts.values()]
+    for parts in itertools.product(*choices):
+        before = dataclasses.replace(dataset, parts=dict(zip(dataset.parts, parts, strict=True)))
+        if before.data_id == data_id:
+            return before
     return dataset
 
 

@@ -40,6 +40,7 @@ from shoal.data.stored.manifest import (
     load_journal,
     load_manifest,
     name_changes,
+    set_aside,
 )
 from shoal.data.stored.shards import CURE, Shard, token_dtype
 from shoal.data.stored.stream import Stream, TokenStream
@@ -157,13 +158,14 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
     if not data.rebuild and (folder / MANIFEST).exists():  # before locking: the folder may be read-only
         return open_checked(folder, data, given, past=past)
     make_folder(folder)
+    notes: list[str] = []
     with exclusive_lock(folder / ".lock", lambda: progress("waiting for another process", 0, 0)):
         if (folder / MANIFEST).exists():
             if not data.rebuild:
                 return open_checked(folder, data, given, past=past)
-            if not _is_current(folder, data, progress):
-                clear(folder)
-        notes = [] if (folder / MANIFEST).exists() else _build(folder, data, given, options, progress)
+            notes = _make_way(folder, data, progress)
+        if not (folder / MANIFEST).exists():
+            notes += _build(folder, data, given, options, progress)
     return open_prepared(folder, notes, given)
 
 
@@ -289,16 +291,25 @@ def _notes(corpus: Corpus) -> list[str]:
     return [f"{count:,} file{'s were' if count > 1 else ' was'} skipped: {count_kinds(files)}"]
 
 
-def _is_current(folder: Path, data: Data, progress: Progress) -> bool:
-    """Return whether preparing again would give the same bytes. Reads every byte. Raises DataError if the corpus is gone."""
+def _make_way(folder: Path, data: Data, progress: Progress) -> list[str]:
+    """
+    Remove finished tokens, unless preparing again would give the same bytes; return what the user is told.
+
+    Tokens of a corpus that has changed are kept in another folder. Reads every byte. Raises DataError if the corpus is gone.
+    """
     corpus = KeptCorpus(open_corpus(data, downloads_of(data, progress, refresh=True)), Filters.of(data))
-    try:
-        manifest = load_manifest(folder)
-        check_unchanged(manifest, corpus)
-        open_prepared(folder)
-        return all(sha256_of(folder / s.name) == s.sha256 for name in SPLITS for s in manifest.splits[name].shards)
-    except DataError:
-        return False
+    notes = []
+    with contextlib.suppress(DataError):
+        manifest = open_prepared(folder).manifest
+        if name_changes(manifest, corpus):
+            aside = set_aside(folder, manifest.data_id)
+            notes.append(
+                f"the tokens before are kept in {aside}, for the runs that were trained on them; remove it if there are none"
+            )
+        elif all(sha256_of(folder / s.name) == s.sha256 for name in SPLITS for s in manifest.splits[name].shards):
+            return []
+    clear(folder)
+    return notes
 
 
 def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str, Any], progress: Progress) -> list[str]:

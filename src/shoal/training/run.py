@@ -37,7 +37,7 @@ from shoal.training.guard import Guard
 from shoal.training.health import Recovery
 from shoal.training.last_words import say_held_out
 from shoal.training.pace import Pace
-from shoal.training.run_files import RunFiles
+from shoal.training.run_files import RunFiles, tokens_of
 from shoal.training.saving import Saving
 from shoal.training.state import TrainState
 
@@ -140,7 +140,8 @@ class Run:
     def _open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat, files: RunFiles) -> Run:
         console, folder = files.console, files.folder
         # A launcher has shown the progress already
-        dataset = open_data(config.data, Console(speaks=mesh.is_first and not is_launched()))
+        speaks = Console(speaks=mesh.is_first and not is_launched())
+        dataset = open_data(config.data, speaks, past=tokens_of(folder))
         heartbeat.outside("measuring the device")
         config = finish_config(config, folder, dataset, mesh, console.warn)
         rows = dataset.rows("train")

@@ -6,12 +6,17 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from shoal.data.order.ledger import Header, Ledger
+from shoal.data.order.ledger import Header, Ledger, last_data_id
 from shoal.run.console import Console
 from shoal.run.events import Events, read_json_lines
 from shoal.run.folder import RunFolder
 from shoal.run.goodput import Clock, account, in_words
 from shoal.run.records import Evaluation, MetricsFile, StepRecord, forget_after
+
+
+def tokens_of(folder: RunFolder) -> str:
+    """Return the id of the tokens that a run goes on with; "" if it has no checkpoint: it may start with others."""
+    return last_data_id(folder.ledger_file) if folder.has_checkpoint() else ""
 
 
 class RunFiles:

@@ -24,6 +24,8 @@ counts the sample `copies` times.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -109,6 +111,17 @@ class Header:
     def lanes(self) -> list[str]:
         """The names of the rows that are shuffled together: of each source with weights, else one without a name."""
         return [name for name, _, _ in self.sources] if self.stages else [""]
+
+
+def last_data_id(path: Path) -> str:
+    """Return the id of the tokens that the last steps of a ledger were trained on; "" if it has none or cannot be read."""
+    header = b""
+    with contextlib.suppress(OSError, ValueError, KeyError), path.open("rb") as lines:
+        for line in lines:
+            if line.startswith(b'{"after"'):  # only these few lines are parsed: a ledger has a line for each step
+                header = line
+        return str(json.loads(header)["data_id"])
+    return ""
 
 
 class Ledger:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +24,7 @@ FORMAT = 1
 MANIFEST, JOURNAL, TOKENIZER, YARDSTICK = "manifest.json", "journal.json", "tokenizer.json", "yardstick.json"
 ROW_INDEXES = "*-rows-*.index"  # see `best_fit_rows.index_name`
 SEGMENTS = ".filter-?????"  # see `segment_name`
+FINISHED = (MANIFEST, TOKENIZER, YARDSTICK, "*.safetensors", ROW_INDEXES)  # the files of finished tokens
 NAMED_AT_MOST = 5  # maximum number of files named in a message; the rest are counted
 EXAMPLES = 3  # maximum number of records named for each reason
 
@@ -336,7 +340,7 @@ def load_manifest(folder: Path) -> Manifest:
 def check_unchanged(manifest: Manifest, corpus: Listed) -> None:
     """Raise DataError, naming files, if the corpus has changed since its tokens were prepared. See `name_changes`."""
     if changes := name_changes(manifest, corpus):
-        raise DataError(f"{changes}; `--data.rebuild true` prepares it again")
+        raise DataError(f"{changes}; `--data.rebuild true` prepares it again, and keeps these tokens in another folder")
 
 
 def name_changes(manifest: Manifest, corpus: Listed) -> str:
@@ -363,15 +367,36 @@ def _name_some(kind: str, names: Sequence[str]) -> str:
     return f"{len(names):,} {kind} ({', '.join(map(on_one_line, names[:NAMED_AT_MOST]))}{more})"
 
 
+def set_aside(folder: Path, data_id: str) -> Path:
+    """
+    Keep finished tokens in a folder named for their id, where `find_by_id` finds them for the runs trained on them.
+
+    Their files stay in `folder` too, as links if the disk has links. A kill leaves either nothing or all of the new folder.
+    """
+    aside, draft = folder.with_name(f"{folder.name}.{data_id}"), folder.with_name(f".{folder.name}.{data_id}.tmp")
+    if (aside / MANIFEST).exists():
+        return aside
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    for path in (path for pattern in FINISHED for path in folder.glob(pattern)):
+        try:
+            os.link(path, draft / path.name)
+        except OSError:  # such as a file system without links
+            shutil.copy2(path, draft / path.name)
+    draft.rename(aside)
+    return aside
+
+
+def find_aside(folder: Path) -> list[Path]:
+    """Return the folders of tokens that `set_aside` kept when `folder` was prepared again."""
+    return sorted(path.parent for path in folder.parent.glob(f"{glob.escape(folder.name)}.*/{MANIFEST}"))
+
+
 def clear(
     folder: Path,
     patterns: Iterable[str] = (
-        MANIFEST,
+        *FINISHED,
         JOURNAL,
-        TOKENIZER,
-        YARDSTICK,
-        "*.safetensors",
-        ROW_INDEXES,
         SEGMENTS,
         ".*.tmp",
     ),
