@@ -178,6 +178,14 @@ def test_flags_that_people_know(words: list[str], key: str, value: object) -> No
     assert getattr(getattr(typed(*words).config, section), option) == value
 
 
+def test_a_flag_given_twice_is_a_note_and_of_a_list_a_problem() -> None:
+    assert typed("--lr", "1", "--optim.lr", "2").notes == ("--lr 1 has no effect: --optim.lr 2 follows",)
+    assert not typed("--lr", "2", "--optim.lr", "2").notes
+    assert "given twice; write all values in one list: --data.paths '[a, b]'" in refused(
+        "--data.paths", "a", "--data.paths", "b"
+    )
+
+
 def test_each_name_is_one_options_flag_or_says_which_it_may_be() -> None:
     names = {name for key, f in options().items() for name in (key.partition(".")[2], *f.metadata["alias"])}
     parser = build_parser("train")

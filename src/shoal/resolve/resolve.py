@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import shlex
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -60,11 +61,13 @@ def resolve(
     """
     problems: list[Problem] = []
     said = _by_key(read_recipe(recipe, problems) if recipe else [], problems)
-    typed = _by_key([read_override(*o) for o in overrides], problems)
+    flags = [read_override(*o) for o in overrides]
+    typed = _by_key(flags, problems)
+    repeated = [] if problems else list(_repeated(flags, typed, problems))  # which quotes them: none has a secret
     found = replacements(said, typed)
     replaced = {s.key: s for r in found for s in r.lost}
     # without a recipe, the replaced values are START's: the user never set them
-    notes = [str(r) for r in found if recipe != START]
+    notes = [*repeated, *(str(r) for r in found if recipe != START)]
     settings = {k: s for k, s in said.items() if k not in replaced} | typed
     settings = _with_shape(_with_document_mask(_with_corpus(settings)), problems, notes, kept)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
@@ -88,6 +91,21 @@ def peek(recipe: Path | None, overrides: Iterable[tuple[str, str, str]], keys: I
 def _by_key(given: Iterable[Setting], problems: list[Problem]) -> dict[str, Setting]:
     """Return the valid settings by key; add a `Problem` for each unknown key or forbidden text."""
     return {s.key: s for s in known(_speakable(given, problems), problems)}
+
+
+def _repeated(flags: Sequence[Setting], last: Mapping[str, Setting], problems: list[Problem]) -> Iterator[str]:
+    """Yield a note for each flag that a later one replaces; add a `Problem` for a list's flag, whose values may all be meant."""
+    for flag in flags:
+        kept = last.get(flag.key, flag)
+        if kept is flag or kept.value == flag.value:
+            continue
+        if isinstance(getattr(option_at(flag.key), "default", None), tuple):
+            both = f"[{', '.join(map(str, (flag.value, kept.value)))}]"
+            problems.append(
+                Problem(kept.where, f"given twice; write all values in one list: {kept.where} {shlex.quote(both)}")
+            )
+        else:
+            yield f"{flag.where} {flag.value} has no effect: {kept.where} {kept.value} follows"
 
 
 def _speakable(given: Iterable[Setting], problems: list[Problem]) -> Iterator[Setting]:
