@@ -20,7 +20,7 @@ import pytest
 import zstandard
 
 from shoal.config.data_options import Data
-from shoal.data.corpus.documents import Document, Skipped
+from shoal.data.corpus.documents import LOST_PART, Document, Skipped
 from shoal.data.corpus.sources import open_corpus
 from shoal.data.prepare import prepare
 from shoal.errors import DataError
@@ -189,7 +189,7 @@ def test_damaged_parts_of_a_table_are_skipped(tmp_path: Path) -> None:
     items = read(path)
     assert texts(items) == [t for n, t in enumerate(TABLE["text"].to_pylist()) if n // 10 != 1]
     [problem] = skipped(items)
-    assert problem.damaged
+    assert problem.damaged == 10
     assert problem.name == f"{path}, rows 11 to 20"
     assert "damaged parquet" in problem.reason
     assert list(open_corpus(Data(corpus="files", paths=(str(path),))).read(problem.after)) == items[11:]
@@ -246,8 +246,8 @@ def test_damaged_compression_gives_what_precedes_it(pack: str, damage: str, tmp_
     good = [json.loads(line)["text"] for line in lines]
     assert texts(items)[:1000] == good[: len(texts(items))][:1000]
     assert 0 < len(texts(items)) < len(good)
-    assert skipped(items)[-1].damaged
-    assert "damaged" in skipped(items)[-1].reason
+    assert skipped(items)[-1].damaged == LOST_PART
+    assert skipped(items)[-1].reason.startswith("cut off" if damage == "cut" else "damaged")
     corpus = open_corpus(Data(corpus="files", paths=(str(path),)))
     assert list(corpus.read(items[500].after)) == items[501:]
 
@@ -286,6 +286,24 @@ def test_more_damaged_records_than_allowed_end_preparation(make_data: MakeData, 
         assert named == [5, 13, 21, 29, 37]
     prepared = prepare(make_data(corpus="jsonl", paths=(str(path),), bad_records=10))
     assert (prepared.manifest.skips.count, prepared.manifest.skips.damaged) == (20, 10)
+
+
+@pytest.mark.parametrize("pack", ["gz", "xz", "zst"])
+def test_a_file_that_was_cut_off_ends_preparation(pack: str, make_data: MakeData, tmp_path: Path) -> None:
+    """Half of a corpus is not one record: only a raised limit reads on without it."""
+    lines = [json.dumps({"text": f"{number} {hash(str(number))}"}) for number in range(20_000)]
+    compress: dict[str, Callable[[bytes], bytes]] = {
+        "gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.compress,
+    }  # fmt: skip
+    packed = compress[pack]("\n".join(lines).encode())
+    path = tmp_path / f"a.jsonl.{pack}"
+    path.write_bytes(packed[: len(packed) // 2])
+    says = rf"{path.name}, after [\d,]+ records: cut off, so the rest of the file is missing .*raise data\.bad_records"
+    with pytest.raises(DataError, match=says):
+        prepare(make_data(corpus="files", paths=(str(path),)))
+    prepared = prepare(make_data(corpus="files", paths=(str(path),), bad_records=LOST_PART))
+    assert prepared.manifest.skips.count == 1
+    assert "cut off, so the rest of the file is missing" in " ".join(prepared.notes)
 
 
 def test_a_corpus_of_other_records_says_which_field_has_text(make_data: MakeData, tmp_path: Path) -> None:

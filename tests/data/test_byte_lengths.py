@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,10 +59,26 @@ def words(folder: Path) -> Tokenizer:
     return Tokenizer(inner, 3)
 
 
+def end_not_added(folder: Path) -> Tokenizer:
+    """Return a tokenizer.json with its end of text in the vocabulary, but not among its added tokens."""
+    saved = json.loads(train_bpe(iter(WORDS), 310).to_json())
+    saved["added_tokens"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    return load_tokenizer(str(folder / "tokenizer.json"))
+
+
 @pytest.mark.parametrize(
     "make",
-    [gpt2_like, lambda _: byte_tokenizer(), sentencepiece_like("bpe"), sentencepiece_like("unigram"), metaspace, words],
-    ids=["gpt2", "bytes", "sentencepiece bpe", "sentencepiece unigram", "metaspace", "words"],
+    [
+        gpt2_like,
+        lambda _: byte_tokenizer(),
+        sentencepiece_like("bpe"),
+        sentencepiece_like("unigram"),
+        metaspace,
+        words,
+        end_not_added,
+    ],
+    ids=["gpt2", "bytes", "sentencepiece bpe", "sentencepiece unigram", "metaspace", "words", "end not added"],
 )
 def test_bytes_of_tokens_are_those_of_the_text(tmp_path: Path, make: Callable[[Path], Tokenizer]) -> None:
     tokenizer = make(tmp_path)
@@ -75,7 +92,7 @@ def test_bytes_of_tokens_are_those_of_the_text(tmp_path: Path, make: Callable[[P
             assert counted == len(restored.encode()), text
             compared += 1
     assert compared > 10
-    assert lengths.of[sorted(tokenizer.special_ids)].sum() == 0
+    assert lengths.of[sorted(tokenizer.special_ids | {tokenizer.eot_id})].sum() == 0
 
 
 def test_a_public_tokenizer_with_byte_tokens(real_tokenizers: Path) -> None:

@@ -161,17 +161,6 @@ def test_a_json_array_is_named(tmp_path: Path, suffix: str) -> None:
         read(Data(corpus="jsonl", paths=(str(path),)))
 
 
-def test_a_gzip_that_was_cut_short_gives_what_is_whole(tmp_path: Path) -> None:
-    lines = [json.dumps({"text": f"{number} {hash(str(number))}"}) for number in range(2000)]
-    packed = gzip.compress("\n".join(lines).encode())
-    (tmp_path / "a.jsonl.gz").write_bytes(packed[: len(packed) // 2])
-    documents, skipped = read(Data(corpus="jsonl", paths=(str(tmp_path),)))
-    assert [d.text for d in documents] == [json.loads(line)["text"] for line in lines[: len(documents)]]
-    assert 0 < len(documents) < 2000
-    assert len(skipped) == 1
-    assert "damaged gzip" in skipped[0].reason
-
-
 def test_stdlib_is_python_without_tests_and_tables() -> None:
     corpus = open_corpus(Data())
     names = [entry.name for entry in corpus.listing()]

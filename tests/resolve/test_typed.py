@@ -109,11 +109,12 @@ def test_what_the_typed_leaves_no_room_for_is_replaced(
 def test_paths_say_what_kind_of_corpus_it_is(tmp_path: Path) -> None:
     kinds = {
         "a.jsonl": "jsonl", "a.jsonl.gz": "jsonl", "*.jsonl": "jsonl", "a.jsonl a.jsonl.gz": "jsonl",
-        "a.txt": "text", ".": "text", "a.txt.gz": "text", "a.log": "text", "*.txt": "text", "a.txt .": "text",
+        "a.txt": "text", "texts": "text", "a.txt.gz": "text", "a.log": "text", "*.txt": "text", "a.txt texts": "text",
         "a.json": "files", "a.JSON.gz": "files", "a.csv": "files", "a.tsv": "files", "a.parquet": "files",
         "a.arrow": "files", "a.jsonl.zst": "files", "a.txt.xz": "files", "*.parquet": "files", "**/*.json": "files",
-        "a.jsonl a.txt": "files", ". a.parquet": "files", "a.bin": "tokens", "a.npy a.ds": "tokens",
+        "a.jsonl a.txt": "files", "texts a.parquet": "files", "a.bin": "tokens", "a.npy a.ds": "tokens",
     }  # fmt: skip
+    (tmp_path / "texts").mkdir()
     for name in " ".join(kinds).split():
         (tmp_path / name.replace("*", "x")).touch() if "**" not in name else None
     for names, corpus in kinds.items():
@@ -121,6 +122,38 @@ def test_paths_say_what_kind_of_corpus_it_is(tmp_path: Path) -> None:
             tmp_path, {**GOOD, "data": {"paths": [str(tmp_path / n) for n in names.split()], "tokenizer": "bytes"}}
         )
         assert resolve(recipe).config.data.corpus == corpus, names
+
+
+@pytest.mark.parametrize(
+    ("files", "kind", "left_out"),
+    [
+        ("README.md LICENSE.txt .hidden/a.txt data/a.parquet data/b.parquet", "parquet", "LICENSE.txt, README.md"),
+        ("README_zh.md a.jsonl", "jsonl", "README_zh.md"),
+        ("readme.md a.csv.gz b.tsv", "csv", "readme.md"),
+        ("README.md dataset_info.json state.json a.arrow", "arrow", "README.md"),
+        ("README.md a.json", "json", "README.md"),
+        ("a.parquet b.jsonl", "files", ""),
+        ("README.md notes.txt", "text", ""),
+        ("a.py README.md settings.json", "text", ""),
+        ("a.txt README.md b.parquet", None, r"data files \(parquet \(1\)\) and texts \(.txt \(1\)\); set data.corpus to parquet"),
+        ("README.md a.jsonl b.parquet", None, "and texts .README.md.; set data.corpus to jsonl, parquet"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("pattern", ["", "/*", "/**"])
+def test_a_folder_of_data_files_is_not_a_corpus_of_its_readme(
+    files: str, kind: str | None, left_out: str, pattern: str, tmp_path: Path
+) -> None:
+    for name in files.split():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).touch()
+    recipe = write(tmp_path, {**GOOD, "data": {"paths": [f"{tmp_path}/in{pattern}"], "tokenizer": "bytes"}})
+    if kind is None:
+        with pytest.raises(ConfigError, match=left_out):
+            resolve(recipe)
+        return
+    found = resolve(recipe)
+    assert found.config.data.corpus == kind
+    assert [note.endswith(f"left out: {left_out}") for note in found.notes] == [True] * bool(left_out)
 
 
 @pytest.mark.parametrize(

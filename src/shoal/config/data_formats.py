@@ -21,6 +21,8 @@ SUFFIXES: Final[Mapping[Format, tuple[str, ...]]] = MappingProxyType({
 COMPRESSIONS: Final = (".gz", ".zst", ".xz")
 CONTAINERS: Final[tuple[Format, ...]] = ("parquet", "arrow")  # formats that compress their own columns
 TOKEN_SUFFIXES: Final = (".bin", ".idx", ".npy", ".ds")
+# Files that `datasets` writes beside its tables: no documents.
+DATASETS_FILES: Final = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 WILDCARDS: Final = frozenset("*?[")
 
 
@@ -51,14 +53,8 @@ def is_pattern(path: str) -> bool:
     return not WILDCARDS.isdisjoint(path)
 
 
-def kind_of_paths(
-    paths: list[str], val_paths: list[str], *, records: bool = False
-) -> Literal["text", "jsonl", "files", "tokens"]:
-    """
-    Return the kind of corpus that `data.paths` and `data.val_paths` mean if `data.corpus` is not set.
-
-    records: whether the user named a field of records, so that a folder is read for more than text.
-    """
+def kind_of_paths(paths: list[str], val_paths: list[str]) -> Literal["text", "jsonl", "files", "tokens"]:
+    """Return the kind of corpus that the names in `data.paths` and `data.val_paths` mean if `data.corpus` is not set."""
     if all(path.lower().endswith(TOKEN_SUFFIXES) for path in paths):
         return "tokens"
     paths = paths + val_paths
@@ -67,4 +63,4 @@ def kind_of_paths(
     if formats == {"jsonl"} and compressions <= {"", ".gz"}:
         return "jsonl"
     remote = any("://" in path for path in paths)
-    return "files" if remote or records or formats - {"text", None} or compressions - {"", ".gz"} else "text"
+    return "files" if remote or formats - {"text", None} or compressions - {"", ".gz"} else "text"

@@ -246,8 +246,8 @@ class Data(Source):
     )
     bad_records: int = opt(
         1000,
-        "maximum number of damaged records to skip (not JSON, not UTF-8, wrong type, damaged compression); one more ends "
-        "preparation",
+        "maximum number of damaged records to skip (not JSON, not UTF-8, wrong type); one more ends preparation. A lost part "
+        "of a file, such as the rest of a compressed file that was cut off, counts as 1,001",
         unit="records",
         alias=("max_bad_records",),
         ge=0,

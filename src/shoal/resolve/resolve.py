@@ -19,7 +19,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from shoal.config.data_formats import kind_of_paths
 from shoal.config.data_options import BlendSource
 from shoal.config.keys import SOURCES, option_at, options_of, path_of, plain_value, source_option
 from shoal.config.option import TYPE_WORDS, option_fields, option_name, with_bounds
@@ -28,6 +27,7 @@ from shoal.config.presets import PRESETS, resolve_shape
 from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
 from shoal.resolve.checks import DEFAULT, DERIVED, contradictions, remarks
+from shoal.resolve.corpus_kind import with_corpus
 from shoal.resolve.precedence import replacements
 from shoal.resolve.recipe import START, Setting, known, not_text, read_override, read_recipe, to_text
 from shoal.system.secrets import secret_in
@@ -69,7 +69,7 @@ def resolve(
     # without a recipe, the replaced values are START's: the user never set them
     notes = [*repeated, *(str(r) for r in found if recipe != START)]
     settings = {k: s for k, s in said.items() if k not in replaced} | typed
-    settings = _with_shape(_with_document_mask(_with_corpus(settings)), problems, notes, kept)
+    settings = _with_shape(_with_document_mask(with_corpus(settings, problems, notes)), problems, notes, kept)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
     if problems:
         raise ConfigError(sorted(problems, key=_place))
@@ -124,18 +124,6 @@ def _place(problem: Problem) -> tuple[bool, int]:
 
 
 # --- values ----------------------------------------------------------------------------------------------
-
-
-def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
-    """Derive each source's corpus from the suffixes of its paths, if only these are set."""
-    derived = {}
-    for key, paths in settings.items():
-        source, _, option = key.rpartition(".")
-        if option == "paths" and f"{source}.corpus" not in settings and (names := paths.texts()):
-            held_out = settings.get(f"{source}.val_paths", Setting("", [], "")).texts()
-            kind = kind_of_paths(names, held_out, records=f"{source}.text_key" in settings)
-            derived[f"{source}.corpus"] = Setting(f"{source}.corpus", kind, f"{key} at {paths.where}")
-    return settings | derived
 
 
 def _with_document_mask(settings: dict[str, Setting]) -> dict[str, Setting]:

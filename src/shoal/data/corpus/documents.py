@@ -19,6 +19,10 @@ class Cursor:
 
 START = Cursor()
 
+# A lost part of a file counts as this many damaged records, if nothing says how many it had: it may be half of the corpus.
+# One more than the default of `data.bad_records`, so that it is an error unless the user allows more.
+LOST_PART = 1001
+
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
@@ -60,7 +64,7 @@ class Skipped:
     """
     A record that is not a document. `name` says where it is. Records skipped for the same cause share one `reason`.
 
-    damaged: whether the record is damaged, and so counts against `data.bad_records`.
+    damaged: how many damaged records it counts as, against `data.bad_records`; 0 if it is not damaged. See `LOST_PART`.
     """
 
     name: str
@@ -68,7 +72,7 @@ class Skipped:
     after: Cursor
     # For a record without `data.text_key`: the length of each string field
     fields: Mapping[str, int] = field(default_factory=dict)
-    damaged: bool = False
+    damaged: int = 0
 
 
 @dataclass(frozen=True, slots=True)

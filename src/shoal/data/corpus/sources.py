@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
-from shoal.config.data_formats import format_of, split_suffix, suffixes_of
+from shoal.config.data_formats import DATASETS_FILES, format_of, split_suffix, suffixes_of
 from shoal.config.data_options import Source
 from shoal.data.corpus.conversations import UniqueIds, conversation_shape
 from shoal.data.corpus.csv_rows import csv_reader
@@ -43,8 +43,6 @@ UNPACKED_TIMES = (
     3  # about how much larger text is than its compressed file; low, for estimates that reject nothing that fits
 )
 
-# Files that `datasets` writes beside its tables: no documents.
-DATASETS_FILES = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 STDLIB_SKIPPED_FOLDERS = frozenset({
     "test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__",
     "lib-dynload", "_bundled",

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import IO, Any
 
 from shoal.config.data_formats import split_suffix
-from shoal.data.corpus.documents import Cursor, Document, Reader, Skipped
+from shoal.data.corpus.documents import LOST_PART, Cursor, Document, Reader, Skipped
 from shoal.data.corpus.encoding import HEAD_BYTES, check_text, without_mark
 from shoal.data.corpus.extra import import_extra
 from shoal.errors import DataError
@@ -31,7 +31,7 @@ NAMES = {".gz": "gzip", ".zst": "zstd", ".xz": "xz"}
 
 
 class DamagedError(Exception):
-    """Compressed data that cannot be unpacked any further."""
+    """Compressed data that cannot be unpacked any further; the message says that the rest is missing, and why."""
 
 
 class Stream:
@@ -87,7 +87,10 @@ class Stream:
         try:
             return read()
         except self._errors as error:
-            raise DamagedError(f"damaged {NAMES[self._compression]} ({error})") from error
+            how = "cut off" if isinstance(error, EOFError) else "damaged"
+            raise DamagedError(
+                f"{how}, so the rest of the file is missing ({NAMES[self._compression]}: {error})"
+            ) from error
 
     def _count(self, read: Callable[[], bytes]) -> bytes:
         found = self._unpack(read)
@@ -142,8 +145,8 @@ def _until_damage(items: Iterator[Document | Skipped], name: str, start: Cursor)
             after = item.after
             yield item
     except DamagedError as error:
-        after = Cursor(after.file, after.document + 1, after.offset)
-        yield Skipped(f"{name}, from record {after.document}", str(error), after, damaged=True)
+        said = f"{name}, after {after.document:,} record{'s' if after.document != 1 else ''}"
+        yield Skipped(said, str(error), Cursor(after.file, after.document + 1, after.offset), damaged=LOST_PART)
 
 
 def _unpacked(raw: IO[bytes], compression: str, name: str) -> tuple[Any, tuple[type[Exception], ...]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.data.corpus.documents import Cursor, Document, Reader, Skipped
+from shoal.data.corpus.documents import LOST_PART, Cursor, Document, Reader, Skipped
 from shoal.data.corpus.encoding import check_magic
 from shoal.data.corpus.extra import import_extra
 from shoal.data.corpus.records import Shape, check_columns
@@ -27,7 +27,7 @@ class _Batch:
     """
     Some rows of a table: the number of the first, how many they are, and their share [begin, end) of the file's bytes.
 
-    rows is None if they are damaged; `problem` says how.
+    rows is None if they are damaged; `problem` says how. counts_as: the number of damaged records; None for `count`.
     """
 
     first: int
@@ -36,6 +36,7 @@ class _Batch:
     end: int
     rows: Any = None
     problem: str = ""
+    counts_as: int | None = None
 
 
 def parquet_reader(shape: Shape) -> Reader:
@@ -139,7 +140,7 @@ def _file_batches(file: Any, size: int) -> Iterator[_Batch]:
     first, total = 0, file.num_record_batches
     for number in range(total):
         batch = _checked(functools.partial(file.get_batch, number), first, size * number // total)
-        yield _Batch(first, batch.count, batch.begin, size * (number + 1) // total, batch.rows, batch.problem)
+        yield replace(batch, end=size * (number + 1) // total)
         first += batch.count
 
 
@@ -152,7 +153,8 @@ def _stream_batches(stream: Any, source: Any) -> Iterator[_Batch]:
             batch = _checked(stream.read_next_batch, first, begin)
         except StopIteration:
             return
-        yield _Batch(first, batch.count, begin, source.tell(), batch.rows, batch.problem)
+        lost = LOST_PART if batch.problem else None
+        yield replace(batch, end=source.tell(), counts_as=lost)
         if batch.problem:
             return
         first += batch.count
@@ -162,17 +164,18 @@ def _checked(read: Callable[[], Any], first: int, begin: int) -> _Batch:
     """
     Return a batch of Arrow data after a check of its offsets, which come from the file and could point anywhere.
 
-    A damaged batch counts as one row. Text that is not UTF-8 is left to `_records`, which names its row.
+    A damaged batch has the number of one row, but counts as the records that it may have had. Text that is not UTF-8 is left to
+    `_records`, which names its row.
     """
     try:
         rows = read()
     except _errors() as error:
-        return _Batch(first, 1, begin, begin, None, f"damaged Arrow data ({_first_line(error)})")
+        return _Batch(first, 1, begin, begin, None, f"damaged Arrow data ({_first_line(error)})", LOST_PART)
     try:
         rows.validate(full=True)
     except ValueError as error:
         if "utf8" not in str(error).lower():
-            return _Batch(first, 1, begin, begin, None, f"damaged Arrow data ({_first_line(error)})")
+            return _Batch(first, 1, begin, begin, None, f"damaged Arrow data ({_first_line(error)})", len(rows))
     return _Batch(first, len(rows), begin, begin, rows)
 
 
@@ -184,7 +187,8 @@ def _documents(batches: Iterator[_Batch], name: str, start: Cursor, shape: Shape
             continue
         if batch.rows is None:
             label = f"{name}, rows {batch.first + 1} to {last}"
-            yield Skipped(label, batch.problem, Cursor(start.file, last, batch.end), damaged=True)
+            counts_as = batch.count if batch.counts_as is None else batch.counts_as
+            yield Skipped(label, batch.problem, Cursor(start.file, last, batch.end), damaged=counts_as)
             continue
         dropped = max(0, start.document - batch.first)
         for number, record in enumerate(_records(batch.rows.slice(dropped)), dropped + 1):

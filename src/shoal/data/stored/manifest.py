@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from shoal.data.corpus.documents import START, CorpusFile, Cursor, Listed, Skipped
+from shoal.data.corpus.documents import LOST_PART, START, CorpusFile, Cursor, Listed, Skipped
 from shoal.data.corpus.paths import count_kinds
 from shoal.data.stored.files import write_atomically
 from shoal.data.stored.shards import CURE, ShardRecord
@@ -37,7 +37,7 @@ class Skips:
     """
     Records with a fault: how many, the first few, and the place up to which they are counted. Those with several count for each.
 
-    damaged: how many of them count against `data.bad_records`.
+    damaged: the number that counts against `data.bad_records`. lost: the first parts of files that are lost (`LOST_PART`).
     """
 
     count: int = 0
@@ -47,13 +47,15 @@ class Skips:
     damaged: int = 0
     first_damaged: list[str] = field(default_factory=list)
     examples: dict[str, list[str]] = field(default_factory=dict)  # the first records of each reason
+    lost: list[str] = field(default_factory=list)
 
     def add(self, item: Skipped) -> None:
         """Count a skipped record, once even if a restart reads it again."""
         if item.damaged and item.after > self.upto:
-            self.damaged += 1
-            if len(self.first_damaged) < NAMED_AT_MOST:
-                self.first_damaged.append(f"{item.name}: {item.reason}")
+            self.damaged += item.damaged
+            named = self.lost if item.damaged == LOST_PART else self.first_damaged
+            if len(named) < NAMED_AT_MOST:
+                named.append(f"{item.name}: {item.reason}")
         self.add_all(item.name, [item.reason], item.after)
 
     def add_all(self, name: str, reasons: Iterable[str], after: Cursor) -> None:
@@ -94,10 +96,16 @@ class Skips:
             self.damaged,
             self.first_damaged,
             examples,
+            self.lost,
         )
 
     def check(self, bad_records: int) -> None:
         """Raise DataError, naming the first ones, if more records are damaged than `data.bad_records` allows."""
+        if self.damaged > bad_records and self.lost:
+            raise DataError(
+                f"{'; '.join(map(on_one_line, [*self.lost, *self.first_damaged]))}; fetch or write it again, or take it out of data.paths. To read on "
+                f"without that part, which counts as {LOST_PART:,} damaged records, raise data.bad_records (now {bad_records:,})"
+            )
         if self.damaged > bad_records:
             named = "; ".join(map(on_one_line, self.first_damaged))
             raise DataError(

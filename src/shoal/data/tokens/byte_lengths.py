@@ -28,7 +28,7 @@ class ByteLengths:
     """
     The bytes of text of each token id.
 
-    of: [vocab_size]; 0 for special tokens, such as document ends. after_space: [vocab_size], whether the token
+    of: [vocab_size]; 0 for special tokens and for those that begin and end documents. after_space: [vocab_size], whether the token
     begins with a space. drops_space: whether decoding drops the space before a document, which the tokenizer added.
     """
 
@@ -41,7 +41,8 @@ def byte_lengths(tokenizer: Tokenizer) -> ByteLengths:
     """Return the table of a tokenizer, from its vocabulary and its decoder."""
     vocab = tokenizer.pieces()
     length, joins = _length_of(tokenizer)
-    special = tokenizer.special_ids
+    # a tokenizer.json may have its end-of-text token in the vocabulary only, so that it is not a special token
+    special = tokenizer.special_ids | {tokenizer.eot_id, tokenizer.bos_id}
     of, after_space = np.zeros(tokenizer.vocab_size, np.int32), np.zeros(tokenizer.vocab_size, np.bool_)
     for piece, index in vocab.items():
         if index not in special:
