@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 from pathlib import Path
@@ -96,6 +97,29 @@ def test_neither_split_of_a_small_corpus_is_empty(make_data: MakeData, val_fract
     smaller = "val" if val_fraction < 0.5 else "train"
     assert len(texts[smaller]) == 1
     assert len(texts["train"]) + len(texts["val"]) == 40
+
+
+@pytest.mark.parametrize(("longest_held_out", "share"), [(True, "9[0-9]%"), (False, "")])
+def test_a_held_out_share_far_from_the_fraction_is_a_note(
+    longest_held_out: bool, share: str, make_data: MakeData, tmp_path: Path
+) -> None:
+    """Of three files, the one that is held out whole may be nearly all of the text."""
+    small = ["one\n" * 99, "two\n" * 99]
+    ends = (f"end {n}\n" for n in itertools.count())
+    longest = next(
+        text
+        for text in ("three\n" * 2000 + end for end in ends)
+        if (min([text, *small], key=lambda text: fraction_of(text.encode())[0]) == text) == longest_held_out
+    )
+    (tmp_path / "in").mkdir()
+    for number, text in enumerate([*small, longest]):
+        (tmp_path / "in" / f"{number}.txt").write_text(text)
+    notes = prepare(make_data(paths=(str(tmp_path / "in"),), val_fraction=0.02)).notes
+    assert len(notes) == longest_held_out
+    for note in notes:
+        assert re.match(
+            rf"{share} of the text is held out \(1 of 3 documents\), although data.val_fraction is 0.02", note
+        )
 
 
 def test_one_document_or_none_is_refused(make_data: MakeData, tmp_path: Path) -> None:

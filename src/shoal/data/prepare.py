@@ -56,6 +56,9 @@ Progress = Callable[[str, int, int], None]
 """Called with (phase, bytes done, bytes in all); a total of 0 means unknown."""
 
 
+SHARE_TIMES = 3  # how far the held-out share of the text may be from `data.val_fraction` without a warning
+
+
 def no_progress(phase: str, done_bytes: int, total_bytes: int) -> None:
     """Ignore progress."""
 
@@ -200,7 +203,7 @@ def open_prepared(folder: Path, notes: Sequence[str] = (), given: Tokenizer | No
         return _of_token_files(folder, tokenizer, open_recorded(record, tokenizer))
     manifest = load_manifest(folder)
     skipped = _conversation_notes(manifest) if manifest.has_conversations else _skip_notes(manifest)
-    every = (*notes, *skipped, *_overlap_notes(manifest))
+    every = (*notes, *skipped, *_overlap_notes(manifest), *_share_notes(manifest))
     tokenizer = _saved_tokenizer(folder, manifest, given)
     return Prepared(folder, tokenizer, manifest, _shard_streams(folder, manifest), every)
 
@@ -245,6 +248,20 @@ def _overlap_notes(manifest: Manifest) -> list[str]:
     """Return a line on training documents that are held out too, if any."""
     kinds = manifest.overlap.kinds("of the training documents")
     return [f"{line}; data.deduplicate exact removes them from training" for line in kinds]
+
+
+def _share_notes(manifest: Manifest) -> list[str]:
+    """Return a line if the held-out text is far from `data.val_fraction` of the text, as one of three files is."""
+    train, val = (manifest.splits[name] for name in SPLITS)
+    fraction = manifest.options.get("val_fraction")  # not in the options of held-out files
+    share = val.text_bytes / max(train.text_bytes + val.text_bytes, 1)
+    if fraction is None or fraction / SHARE_TIMES <= share <= fraction * SHARE_TIMES:
+        return []
+    return [
+        f"{100 * share:.2g}% of the text is held out ({val.documents:,} of {train.documents + val.documents:,} documents), although "
+        f"data.val_fraction is {fraction:g}: documents are held out whole; name the files to hold out in data.val_paths, divide "
+        "texts into documents (data.separator), or add documents"
+    ]
 
 
 def open_checked(folder: Path, data: Data, given: Tokenizer | None = None, *, past: bool = False) -> Prepared:
