@@ -176,7 +176,23 @@ class FileCorpus:
 def _reader(source: Source, files: Sequence[tuple[str, Path]]) -> Reader:
     """Return the reader of a corpus's files, each in the format that `data.corpus` forces or that its suffix says."""
     readers = _readers(source, files)
-    return lambda path, name, start: readers[_format(source, name)](path, name, start)
+
+    def read(path: Path, name: str, start: Cursor) -> Iterator[Document | Skipped]:
+        forced, said = _format(source, name), format_of(name)
+        items = readers[forced](path, name, start)
+        return items if said in (forced, None) or forced == "text" else _with_suffix(items, said)
+
+    return read
+
+
+def _with_suffix(items: Iterator[Document | Skipped], said: str | None) -> Iterator[Document | Skipped]:
+    """Add what the suffix of a file says to whatever is damaged in it: `data.corpus` forces another format."""
+    hint = f"; its suffix says {said}: set data.corpus to {said}"
+    try:
+        for item in items:
+            yield replace(item, reason=item.reason + hint) if isinstance(item, Skipped) and item.damaged else item
+    except DataError as error:
+        raise DataError(str(error) if f"data.corpus to {said}" in str(error) else f"{error}{hint}") from error
 
 
 def _format(source: Source, name: str) -> str:
