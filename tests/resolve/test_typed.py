@@ -133,6 +133,7 @@ def test_paths_say_what_kind_of_corpus_it_is(tmp_path: Path) -> None:
         ({"corpus": "jsonl", "paths": ["."], "separator": "===" }, "data.separator has no effect on a jsonl corpus"),
         ({"corpus": "stdlib", "separator": "==="}, "data.separator has no effect on a stdlib corpus"),
         ({"paths": ["."], "separator": " "}, "data.separator is blank"),
+        ({"paths": ["a.csv", "b.parquet"], "separator": "==="}, "data.separator has no effect on csv and parquet files"),
         ({"paths": ["."], "separator": "===", "wikitext": True}, "no effect with data.wikitext"),
         ({"corpus": "dummy", "wikitext": True}, "data.wikitext has no effect on a dummy corpus"),
         ({"corpus": "dummy", "bad_records": 2}, "data.bad_records has no effect on a dummy corpus"),
@@ -169,8 +170,7 @@ def test_a_warm_up_longer_than_the_run_is_a_remark() -> None:
         (["--precision", "FP16"], "train.dtype", "float16"),
         (["--train.dtype", "half"], "train.dtype", "float16"),
         (["--name", "x"], "launch.name", "x"),
-        (["--lr", "1", "--optim.lr", "2"], "optim.lr", 2.0),
-        (["--optim.lr", "2", "--lr", "1"], "optim.lr", 1.0),
+        (["--lr", "2", "--optim.lr", "2"], "optim.lr", 2.0),
     ],
 )
 def test_flags_that_people_know(words: list[str], key: str, value: object) -> None:
@@ -203,6 +203,10 @@ def test_each_name_is_one_options_flag_or_says_which_it_may_be() -> None:
         (["--model.preset", "tinny"], "did you mean tiny?"),
         (["--processes", "200"], "launch.processes to 8"),
         (["--data.paths", "recip"], "data.paths"),
+        (["--lr", "1", "--optim.lr", "2"], "optim.lr is given twice on the command line, with two values; remove one"),
+        (["--data.paths", "a", "--data.paths", "b"], "separate its values by commas: --data.paths A,B"),
+        (["--data.tokenizer", "nope.json"], "nope.json was not found: there is no such file; set it to bpe"),
+        (["--data.sources.st", "x"], "set data.sources.st.paths, or another of"),
     ],
 )
 def test_what_is_close_is_named_and_not_taken(words: list[str], named: str) -> None:

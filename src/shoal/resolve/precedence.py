@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from shoal.config.data_formats import FORMATS
 from shoal.config.families import FAMILIES
+from shoal.config.keys import option_at
+from shoal.errors import Problem
 from shoal.resolve.recipe import Setting, to_text
 
 HELD_OUT: Final = ("data.val_paths", "data.val_split", "data.val_fraction")
@@ -25,6 +27,25 @@ class Replacement:
         file = self.lost[0].where.rpartition(":")[0]
         lost = ", ".join(f"{s.key} {to_text(s.value)}" for s in self.lost)
         return f"{self.by.where} {to_text(self.by.value)} replaces these options of {file}: {lost}"
+
+
+def given_once(flags: Sequence[Setting], problems: list[Problem]) -> Iterator[Setting]:
+    """Yield each flag; add a `Problem` for one that is given again with another value, which would replace the first."""
+    first: dict[str, Setting] = {}
+    for flag in flags:
+        before = first.setdefault(flag.key, flag)
+        if before.value == flag.value:
+            yield flag
+            continue
+        found = option_at(flag.key)
+        is_list = found is not None and isinstance(found.default, tuple)
+        cure = f"separate its values by commas: {flag.where} A,B" if is_list else "remove one"
+        problems.append(
+            Problem(
+                " and ".join(dict.fromkeys([before.where, flag.where])),
+                f"{flag.key} is given twice on the command line, with two values; {cure}",
+            )
+        )
 
 
 def replacements(recipe: Mapping[str, Setting], typed: Mapping[str, Setting]) -> list[Replacement]:

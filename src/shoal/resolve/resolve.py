@@ -27,7 +27,7 @@ from shoal.config.presets import PRESETS, resolve_shape
 from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
 from shoal.resolve.checks import DEFAULT, DERIVED, contradictions, remarks
-from shoal.resolve.precedence import replacements
+from shoal.resolve.precedence import given_once, replacements
 from shoal.resolve.recipe import START, Setting, known, not_text, read_override, read_recipe, to_text
 from shoal.system.secrets import secret_in
 
@@ -50,17 +50,19 @@ def resolve(
     recipe: Path | None,
     overrides: Iterable[tuple[str, str, str]] = (),
     kept: Mapping[str, Path] = MappingProxyType({}),
+    *,
+    needs_length: bool = True,
 ) -> Resolved:
     """
     Return the config of `recipe`, overridden by `overrides`: (dotted key, YAML text, where it was written) each.
 
-    kept: a resumed run's copies of folders that are gone, by the names in its config (`RunFolder.kept`). Raises `ConfigError`
-    if the config is invalid. It lists every problem of syntax, keys and types or, if there are none, every incompatible
+    kept: a resumed run's copies of folders that are gone, by the names in its config (`RunFolder.kept`). needs_length: whether
+    the length of the run must be set. Raises `ConfigError` if the config is invalid. It lists every problem of syntax, keys and types or, if there are none, every incompatible
     combination.
     """
     problems: list[Problem] = []
     said = _by_key(read_recipe(recipe, problems) if recipe else [], problems)
-    typed = _by_key([read_override(*o) for o in overrides], problems)
+    typed = _by_key(given_once([read_override(*o) for o in overrides], problems), problems)
     found = replacements(said, typed)
     replaced = {s.key: s for r in found for s in r.lost}
     # without a recipe, the replaced values are START's: the user never set them
@@ -72,7 +74,7 @@ def resolve(
         raise ConfigError(sorted(problems, key=_place))
     config = with_kept(_build(values), kept)
     sources = {key: settings[key].where if key in settings else DEFAULT for key in options_of(config)}
-    if problems := list(contradictions(config, sources)):
+    if problems := list(contradictions(config, sources, needs_length=needs_length)):
         raise ConfigError(problems)
     return _derive(config, sources, (*notes, *remarks(config)), replaced)
 
@@ -109,10 +111,13 @@ def _place(problem: Problem) -> tuple[bool, int]:
 
 
 def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
-    """Derive each source's corpus from the suffixes of its paths, if only these are set."""
+    """Derive each source's corpus from the suffixes of its paths, if only these are set; in a blend, not that of `data`."""
     derived = {}
+    is_blend = any(key.startswith(SOURCES) for key in settings)
     for key, paths in settings.items():
         source, _, option = key.rpartition(".")
+        if is_blend and source == "data":
+            continue
         if option == "paths" and f"{source}.corpus" not in settings and (names := paths.texts()):
             held_out = settings.get(f"{source}.val_paths", Setting("", [], "")).texts()
             kind = kind_of_paths(names, held_out, records=f"{source}.text_key" in settings)

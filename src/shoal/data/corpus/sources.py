@@ -31,7 +31,7 @@ from shoal.data.corpus.paths import Finder, count_kinds
 from shoal.data.corpus.records import Shape, text_shape
 from shoal.data.corpus.tables import arrow_reader, parquet_reader
 from shoal.data.corpus.text import PIECE_BYTES, line_reader, separated_reader, text_reader
-from shoal.data.corpus.wikitext import WikiText
+from shoal.data.corpus.wikitext import WikiText, is_title
 from shoal.errors import DataError
 from shoal.system.network import scheme_of
 from shoal.system.output import on_one_line
@@ -84,11 +84,38 @@ def open_corpus(source: Source, downloads: Downloads = DOWNLOADS) -> Corpus:
     )
 
 
+def check_marks(source: Source, downloads: Downloads = DOWNLOADS) -> None:
+    """
+    Raise DataError if no line is `data.separator`, or with `data.wikitext` a title: the option would have no effect.
+
+    Reads up to the first one; all documents if there is none.
+    """
+    if not source.separator and not source.wikitext:
+        return
+    separator, count = source.separator.strip(), 0
+    for item in open_corpus(replace(source, separator=""), downloads).read():
+        if isinstance(item, Document):
+            count += 1
+            if (
+                is_title(item.text.partition("\n")[0])
+                if source.wikitext
+                else separator in map(str.strip, item.text.split("\n"))
+            ):
+                return
+    if count and source.wikitext:
+        raise DataError(
+            "data.wikitext has no effect: no line is a title of WikiText, such as ` = Title = `; set it to false"
+        )
+    if count:
+        raise DataError(f"data.separator has no effect: no line is {on_one_line(separator)}; correct or remove it")
+
+
 def _open_dataset(source: Source, downloads: Downloads) -> Corpus:
     """Open the splits of a dataset that Hugging Face's library reads."""
 
     def opened(source: Source) -> Corpus:
-        return _of_records(HubDatasetCorpus(source, _shape(source), offline=downloads.offline), source)
+        tell = None if downloads.offline else downloads.progress
+        return _of_records(HubDatasetCorpus(source, _shape(source), tell), source)
 
     training = opened(source)
     return HeldOutFirst(opened(replace(source, split=source.val_split)), training) if source.val_split else training
