@@ -23,6 +23,7 @@ from shoal.config.data_options import Data
 from shoal.data.corpus.documents import LOST_PART, Document, Skipped
 from shoal.data.corpus.sources import open_corpus
 from shoal.data.prepare import prepare
+from shoal.data.split import choose_split
 from shoal.errors import DataError
 from tests.data.conftest import MakeData
 
@@ -127,6 +128,25 @@ def test_a_bad_file_is_one_message(name: str, content: bytes, says: str, tmp_pat
         read(path)
     assert name in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("forced", "name", "content", "says"),
+    [
+        ("jsonl", "a.csv", b"text\nonce\n", "2 skipped, not text: .*a.csv:1: not JSON; its suffix says csv: set data.corpus to csv"),
+        ("json", "a.csv", b"text\nonce\n", "not JSON at byte 0 .*; its suffix says csv: set data.corpus to csv$"),
+        ("csv", "a.jsonl", b'{"text": "once"}\n', "no column text; .*; its suffix says jsonl: set data.corpus to jsonl$"),
+        ("csv", "a.csv", b"instruction,output\na,b\n", "set data.text_key .*as these look like alpaca, data.format to alpaca$"),
+        ("jsonl", "a.jsonl", b'{"messages": [{"role": "user"}]}\n', "it looks like messages: set data.format to messages$"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_or_format_names_the_option(
+    forced: Any, name: str, content: bytes, says: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    corpus = open_corpus(Data(corpus=forced, paths=(str(tmp_path / name),)))
+    with pytest.raises(DataError, match=says):
+        choose_split(corpus, 0.1, 1000, lambda _: None)
 
 
 def test_a_table_without_the_column_is_found_before_any_other_is_read(tmp_path: Path) -> None:

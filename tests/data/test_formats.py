@@ -22,7 +22,7 @@ import zstandard
 
 from shoal.config.data_options import Data
 from shoal.data.corpus.documents import Corpus, Cursor, Document, Skipped
-from shoal.data.corpus.sources import FileCorpus, open_corpus
+from shoal.data.corpus.sources import FileCorpus, check_marks, open_corpus
 from shoal.data.corpus.text import separated_reader
 from shoal.data.corpus.wikitext import MARKUP, SEPARATED, detokenize
 from shoal.errors import DataError
@@ -263,6 +263,16 @@ def test_a_page_is_written_as_lm_evaluation_harness_writes_it() -> None:
         for _ in range(2000):
             drawn = "".join(draw.choices(pieces, k=20))
             assert detokenize(drawn) == theirs({"page": drawn})
+
+
+@pytest.mark.parametrize(("option", "line"), [({"separator": "==="}, "==="), ({"wikitext": True}, " = Title = ")])
+def test_a_mark_that_no_line_has_is_rejected(option: dict[str, Any], line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\n= = two = =\nand === three\n")
+    source = Data(corpus="text", paths=(str(tmp_path),), **option)
+    with pytest.raises(DataError, match=rf"data.{next(iter(option))} has no effect: no line is "):
+        check_marks(source)
+    (tmp_path / "b.txt").write_text(f"one\n{line}\ntwo\n")
+    check_marks(source)
 
 
 def test_a_text_without_titles_is_not_wikitext(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ def test_what_is_refused(folder: Path, streaming: bool) -> None:
         **options,
     )
     refused("has no split 'val'; set data.split to one of train, test", folder, split="val", **options)
-    refused("cannot reach the hub for org/none .* `shoal fetch data hf:org/none`, and copy its folder to datasets/org/none", "org/none", **options)  # fmt: skip
+    refused("there is no folder org/none, and the hub cannot be reached .* `shoal fetch data hf:org/none`, and copy its folder to datasets/org/none", "org/none", **options)  # fmt: skip
     refused("there is no folder ../none, and a dataset on the hub is named OWNER/NAME", "../none", **options)
     refused("is a file, not a dataset's folder; set data.corpus to files", folder / "data" / "test-00000-of-00001.parquet", **options)  # fmt: skip
     Path("script").mkdir()
@@ -221,7 +221,7 @@ def test_a_name_on_the_hub_with_a_network_and_then_from_the_cache(folder: Path, 
     assert "there is no dataset org/none" in none
     *cached, none = read(hub.url, "1")
     assert cached == [online, online]
-    assert "cannot reach the hub for org/none" in none
+    assert "there is no folder org/none, and the hub cannot be reached" in none
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -64,7 +64,7 @@ def test_a_resume_may_change_weights_and_stages_alone(tmp_path: Path) -> None:
         ({"web": {"corpus": "dummy", "weights": 1}}, {}, r"no option data.sources.web.weights; did you mean data.sources.web.weight\?"),
         ({"web": {"corpus": "dummy", "weight": -1}}, {}, "data.sources.web.weight must be a number of at least 0"),
         ({"web": {"corpus": "dummy", "text_key": "t"}}, {}, "data.sources.web.text_key has no effect on a dummy corpus, which has no records"),
-        ({"web": 3}, {}, "data.sources.web must be a source's name with its options below it"),
+        ({"web": 3}, {}, "set data.sources.web.paths, or another of"),
         ({"a": {"corpus": "dummy", "weight": 0}, "b": {"corpus": "dummy", "weight": 0}}, {}, "the weights of all sources are 0"),
         ({"web": {"corpus": "dummy", "weight": 1}, "weeb": {"weight": 1}}, {}, "data.sources.weeb has nothing to read; did you mean data.sources.web"),
         ({"a": {"corpus": "dummy", "weight": 1}, "b": {"corpus": "dummy"}}, {}, "data.sources.b has no weight, but others have one"),
@@ -73,10 +73,11 @@ def test_a_resume_may_change_weights_and_stages_alone(tmp_path: Path) -> None:
         ({"a": {"corpus": "text", "weight": 1}}, {}, "a text corpus needs files or folders; set data.sources.a.paths"),
         ({"a": {"paths": ["nowhere.txt"], "weight": 1}}, {}, "data.sources.a.paths does not exist: nowhere.txt"),
         (SOURCES, {"corpus": "dummy"}, "data.corpus has no effect beside data.sources"),
+        (SOURCES, {"paths": ["a.txt"]}, r"a problem in the config\n.*data.paths has no effect beside data.sources"),
         (SOURCES, {"stages": {"3 hours": {"web": 1}}}, "'3 hours': it is not a place of the run, such as 1000 steps"),
         (SOURCES, {"stages": {"3 steps": {"wob": 1}}}, "there is no source wob; the sources are web, my.code"),
         (SOURCES, {"stages": {"3 steps": {"web": 0}}}, "at least one must be above 0"),
-        (SOURCES, {"stages": {"3 steps": {"web": "much"}}}, "data.stages must be weights by source for each place, or null"),
+        (SOURCES, {"stages": {"3 steps": {"web": "much"}}}, "data.stages must be weights by source for each place, such as {20 steps: "),
     ],
 )  # fmt: skip
 def test_what_cannot_be_a_blend(tmp_path: Path, sources: Any, data: dict[str, Any], says: str) -> None:

@@ -166,6 +166,7 @@ def test_a_folder_of_data_files_is_not_a_corpus_of_its_readme(
         ({"corpus": "jsonl", "paths": ["."], "separator": "===" }, "data.separator has no effect on a jsonl corpus"),
         ({"corpus": "stdlib", "separator": "==="}, "data.separator has no effect on a stdlib corpus"),
         ({"paths": ["."], "separator": " "}, "data.separator is blank"),
+        ({"paths": ["a.csv", "b.parquet"], "separator": "==="}, "data.separator has no effect on csv and parquet files"),
         ({"paths": ["."], "separator": "===", "wikitext": True}, "no effect with data.wikitext"),
         ({"corpus": "dummy", "wikitext": True}, "data.wikitext has no effect on a dummy corpus"),
         ({"corpus": "dummy", "bad_records": 2}, "data.bad_records has no effect on a dummy corpus"),
@@ -211,12 +212,9 @@ def test_flags_that_people_know(words: list[str], key: str, value: object) -> No
     assert getattr(getattr(typed(*words).config, section), option) == value
 
 
-def test_a_flag_given_twice_is_a_note_and_of_a_list_a_problem() -> None:
+def test_a_flag_that_a_later_one_replaces_is_a_note() -> None:
     assert typed("--lr", "1", "--optim.lr", "2").notes == ("--lr 1 has no effect: --optim.lr 2 follows",)
     assert not typed("--lr", "2", "--optim.lr", "2").notes
-    assert "given twice; write all values in one list: --data.paths '[a, b]'" in refused(
-        "--data.paths", "a", "--data.paths", "b"
-    )
 
 
 def test_each_name_is_one_options_flag_or_says_which_it_may_be() -> None:
@@ -244,6 +242,9 @@ def test_each_name_is_one_options_flag_or_says_which_it_may_be() -> None:
         (["--model.preset", "tinny"], "did you mean tiny?"),
         (["--processes", "200"], "launch.processes to 8"),
         (["--data.paths", "recip"], "data.paths"),
+        (["--data.paths", "a", "--data.paths", "b"], "separate its values by commas: --data.paths A,B"),
+        (["--data.tokenizer", "nope.json"], "nope.json was not found: there is no such file; set it to bpe"),
+        (["--data.sources.st", "x"], "set data.sources.st.paths, or another of"),
     ],
 )
 def test_what_is_close_is_named_and_not_taken(words: list[str], named: str) -> None:

@@ -175,10 +175,10 @@ def _read_document(text: str, sources: list[str]) -> tuple[str, int]:
     source, colon, number = text.rpartition(":")
     if not number.replace(",", "").isdigit():
         raise ShoalError(f"--document {text} is not a number, or SOURCE:NUMBER")
-    if (not colon and len(sources) > 1) or source not in sources:
-        raise ShoalError(
-            f"--document needs a source: {', '.join(f'{name}:N' for name in sources if name) or 'N alone here'}"
-        )
+    if source not in sources:
+        valid = " or ".join(f"{name}:{number}" for name in sources if name) or f"{number} alone, as this is no blend"
+        wrong = f"there is no source {source}" if colon else f"--document {text} lacks a source"
+        raise ShoalError(f"{wrong}; give --document {valid}")
     return source, int(number.replace(",", ""))
 
 

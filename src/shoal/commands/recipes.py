@@ -19,18 +19,22 @@ if TYPE_CHECKING:
     from shoal.run.folder import RunFolder
 
 
-def resolve_asked(args: argparse.Namespace, overrides: list[Override]) -> Config:
-    """Return the config that the command line asks for, and print notes on it."""
+def resolve_asked(args: argparse.Namespace, overrides: list[Override], *, needs_length: bool = True) -> Config:
+    """Return the config that the command line asks for, and print notes on it. needs_length: see `resolve`."""
     unset = "no recipe given: options that are not set have the values that shoal init writes"
     notes = [unset] if args.recipe is None else []
-    return resolve_run(recipe_asked(args, overrides), overrides, named=args.recipe is not None, notes=notes)
+    named = args.recipe is not None
+    return resolve_run(recipe_asked(args, overrides), overrides, named=named, notes=notes, needs_length=needs_length)
 
 
-def resolve_run(recipe: Path, overrides: list[Override], *, named: bool, notes: Sequence[str] = ()) -> Config:
+def resolve_run(
+    recipe: Path, overrides: list[Override], *, named: bool, notes: Sequence[str] = (), needs_length: bool = True
+) -> Config:
     """
     Return a run's config; print `notes` and the notes of `resolve`.
 
-    named: whether the user named this recipe; if so, a run without `launch.name` takes the recipe's name.
+    named: whether the user named this recipe; if so, a run without `launch.name` takes the recipe's name. needs_length: see
+    `resolve`.
     """
     from shoal.config.data_options import is_built_in
     from shoal.resolve.checks import why_no_name
@@ -40,7 +44,7 @@ def resolve_run(recipe: Path, overrides: list[Override], *, named: bool, notes: 
     for gone in kept:
         if not is_built_in(gone):
             tell_once([f"{gone} is gone: resuming with the run's own copy"])
-    resolved = resolve(recipe, overrides, kept)
+    resolved = resolve(recipe, overrides, kept, needs_length=needs_length)
     tell_once([*notes, *resolved.notes])
     if resolved.config.launch.name is None and named:
         if why := why_no_name(recipe.stem):
@@ -137,7 +141,7 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
     from shoal.system.signals import ends_when_asked
 
     console = Console()
-    config = resolve_asked(args, overrides)
+    config = resolve_asked(args, overrides, needs_length=False)
     with ends_when_asked(EXIT_REQUEUE):
         from shoal.data.check import check_tokens
         from shoal.data.dataset import open_data

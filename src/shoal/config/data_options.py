@@ -44,7 +44,7 @@ class Source:
     paths: tuple[str, ...] = opt(
         (),
         "files, folders or patterns (data/*.parquet, data/**/*.txt) of a corpus of files, also https:// and s3:// (downloaded "
-        "once to data.folder); for datasets: OWNER/NAME or a folder",
+        "once to data.folder); for datasets: OWNER/NAME or a folder. A flag separates several by commas: --data.paths a,b",
         alias=("path", "files", "data_path"),
         past=True,
     )

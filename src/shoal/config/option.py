@@ -10,7 +10,7 @@ from typing import Any, Final
 PAST = "past"  # a resumed run cannot change it: the steps already taken depend on it
 TYPE_WORDS: Final[dict[Any, str]] = {
     int: "an integer", float: "a number", bool: "true or false", str: "text", dict: "an object", list: "a list of texts",
-    tuple[str, ...]: "a list of texts", Mapping[str, Mapping[str, float]]: "weights by source for each place",
+    tuple[str, ...]: "a list of texts", Mapping[str, Mapping[str, float]]: "weights by source for each place, such as {20 steps: {web: 1, code: 2}, 1e9 tokens: {code: 1}}",
 }  # fmt: skip
 _BOUND_WORDS: Final = {"ge": "of at least", "gt": "above", "le": "at most", "lt": "below"}
 

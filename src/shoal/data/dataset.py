@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from shoal.config.data_options import BlendSource, Data, Source, read_place
 from shoal.config.option import option_fields
-from shoal.data.corpus.sources import open_corpus
+from shoal.data.corpus.sources import check_marks, open_corpus
 from shoal.data.order.blend import Blend, Stage, shares_of
 from shoal.data.packing.pack import PlacedRows, RowArrays, check_ids, read_placed
 from shoal.data.prepare import (
@@ -308,6 +308,7 @@ def _shared_tokenizer(data: Data, sources: Mapping[str, BlendSource], progress: 
 def _sample(data: Data, share: float, progress: Progress) -> Sequence[str]:
     """Return this source's share of the text that a tokenizer is trained on."""
     corpus = open_corpus(data, downloads_of(data, progress))
+    check_marks(data, downloads_of(data, progress))
     ticks = Ticks(corpus.listing(), progress, corpus.held_out_files)
     split = choose_split(corpus, data.val_fraction, data.bad_records, ticks.of("reading"))
     size = int(data.tokenizer_sample_bytes * share)

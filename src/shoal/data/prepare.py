@@ -16,7 +16,7 @@ from shoal.config.data_options import Data, Packing
 from shoal.data.corpus.documents import Corpus, CorpusFile, Cursor
 from shoal.data.corpus.downloads import Downloads
 from shoal.data.corpus.paths import count_kinds
-from shoal.data.corpus.sources import open_corpus, text_bytes
+from shoal.data.corpus.sources import check_marks, open_corpus, text_bytes
 from shoal.data.encode import write_shards
 from shoal.data.filters.filters import Filters, KeptCorpus, filter_documents
 from shoal.data.instruct import ConversationEncoder, open_template
@@ -337,6 +337,7 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
     ticks = Ticks(listing, progress, corpus.held_out_files)
     journal = _resume_or_start(folder, options, listing)
     _check_space(folder, data, listing)
+    check_marks(data, downloads_of(data, progress))
     if filters is not None:
         corpus = filter_documents(folder, corpus, filters, journal, data.shard_tokens, ticks.of("filtering"))
     split = choose_split(corpus, data.val_fraction, data.bad_records, ticks.of("reading"))

@@ -121,6 +121,8 @@ class _FirstLook:
         said = f": {self.skips.note()}" if self.skips.count else ""
         if files := self.corpus.skipped_files():
             said += f"; files that were skipped: {count_kinds(files)}"
+        if "set data." in said:  # the reason for skipping the records has a fix
+            return said
         if not self.fields:
             return f"{said}; correct {option} or data.corpus"
         named = ", ".join(ascii(name) for name, _ in self.fields.most_common(10))  # first the fields with the most text

@@ -20,8 +20,11 @@ DEFAULT, DERIVED = "default", "derived"
 LONGEST_NAME: Final = 200  # bytes; file systems allow 255, and some file names append a word to a run's name
 
 
-def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Problem]:
-    """Yield a `Problem` for each incompatible combination; `sources`: where each option was set."""
+def contradictions(config: Config, sources: Mapping[str, str], *, needs_length: bool = True) -> Iterable[Problem]:
+    """
+    Yield a `Problem` for each incompatible combination. sources: where each option was set. needs_length: whether the length
+    of the run must be set.
+    """
 
     def problem(what: str, *keys: str) -> Problem:
         given = dict.fromkeys(sources[k] for k in keys if sources[k] not in (DEFAULT, DERIVED))
@@ -31,7 +34,7 @@ def contradictions(config: Config, sources: Mapping[str, str]) -> Iterable[Probl
     for key, message in shape_problems(model):
         yield problem(message, f"model.{key}")
     lengths = [k for k in ("steps", "tokens", "epochs") if getattr(train, k) is not None]
-    if len(lengths) != 1:
+    if len(lengths) > 1 or (needs_length and not lengths):
         keys = tuple(f"train.{k}" for k in lengths)
         said = " and ".join(keys) + " are both set" if lengths else "the length of the run is not set"
         yield problem(f"{said}; set one of train.steps, train.tokens, train.epochs", *keys)

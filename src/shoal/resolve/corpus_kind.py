@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from shoal.config.data_formats import DATASETS_FILES, Format, format_of, is_pattern, kind_of_paths, split_suffix
+from shoal.config.keys import SOURCES
 from shoal.errors import Problem
 from shoal.resolve.recipe import Setting
 from shoal.system.output import on_one_line
@@ -26,10 +27,17 @@ _NAMED_AT_MOST: Final = 5
 
 
 def with_corpus(settings: dict[str, Setting], problems: list[Problem], notes: list[str]) -> dict[str, Setting]:
-    """Return `settings`, with each source's corpus derived from its paths if only these are set. Adds a note on texts left out."""
+    """
+    Return `settings`, with each source's corpus derived from its paths if only these are set; in a blend, not that of `data`.
+
+    Adds a note on texts left out.
+    """
     derived = {}
+    is_blend = any(key.startswith(SOURCES) for key in settings)
     for key, paths in settings.items():
         source, _, option = key.rpartition(".")
+        if is_blend and source == "data":
+            continue
         if option == "paths" and f"{source}.corpus" not in settings and (names := paths.texts()):
             held_out = settings.get(f"{source}.val_paths", Setting("", [], "")).texts()
             kind, note = _kind(key, names, held_out, records=f"{source}.text_key" in settings)

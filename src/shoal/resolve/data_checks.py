@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from shoal.config.data_formats import is_pattern
+from shoal.config.data_formats import format_of, is_pattern
 from shoal.config.data_options import NAMED_TEMPLATES, BlendSource, Data, Source, is_built_in, read_place
 from shoal.config.keys import SOURCES
 from shoal.config.option import option_fields, option_name
@@ -44,7 +44,7 @@ def data_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
     why = _why_no_tokenizer(data)
     if why is not None:
         yield problem(
-            f"data.tokenizer {data.tokenizer} was not found: there is no such file, and as a model: {why}; set it to bpe, "
+            f"data.tokenizer {data.tokenizer} was not found: {why}; set it to bpe, "
             "bytes, tiktoken:NAME, a tokenizer.json or tokenizer.model, or a model's folder or name",
             "data.tokenizer",
         )
@@ -125,6 +125,14 @@ def _document_problems(source: Source, key: str, problem: MakeProblem) -> Iterab
             f"{key}.separator has no effect on a {source.corpus} corpus, whose documents are records; remove it",
             f"{key}.separator",
             f"{key}.corpus",
+        )
+    formats = {format_of(path) for path in (*source.paths, *source.val_paths)}
+    if source.separator and source.corpus == "files" and formats and formats.isdisjoint({"text", None}):
+        yield problem(
+            f"{key}.separator has no effect on {' and '.join(sorted(map(str, formats)))} files, whose documents are records; remove "
+            "it",
+            f"{key}.separator",
+            f"{key}.paths",
         )
     if source.separator and source.wikitext:
         yield problem(
@@ -319,8 +327,11 @@ def _why_no_tokenizer(data: Data) -> str | None:
     if is_built_in(name):
         return None
     try:
-        if find_path(name) is None:
-            find_model(name, data.kept)
+        if find_path(name) is not None:
+            return None
+        if data.kept is None and Path(name).suffix in (".json", ".model", ".tiktoken"):
+            return f"there is no such file{near_path(name)}"
+        find_model(name, data.kept)
     except ModelError as error:
-        return str(error)
+        return f"there is no such file, and as a model: {error}"
     return None

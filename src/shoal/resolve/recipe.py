@@ -311,7 +311,7 @@ def _no_source_option(key: str) -> str:
     name, _, leaf = key.removeprefix(SOURCES).rpartition(".")
     valid = [option_name(f) for f in option_fields(BlendSource)]
     if not name:
-        return f"{key} must be a source's name with its options below it: {', '.join(valid)}"
+        return f"{key} is a source, whose options are below its name: set {key}.paths, or another of {', '.join(valid)}"
     near = difflib.get_close_matches(leaf, valid, 1, cutoff=0.6)
     hint = f"did you mean {SOURCES}{name}.{near[0]}?" if near else f"valid here: {', '.join(valid)}"
     return f"there is no option {key}; {hint}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import shlex
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -51,12 +50,14 @@ def resolve(
     recipe: Path | None,
     overrides: Iterable[tuple[str, str, str]] = (),
     kept: Mapping[str, Path] = MappingProxyType({}),
+    *,
+    needs_length: bool = True,
 ) -> Resolved:
     """
     Return the config of `recipe`, overridden by `overrides`: (dotted key, YAML text, where it was written) each.
 
-    kept: a resumed run's copies of folders that are gone, by the names in its config (`RunFolder.kept`). Raises `ConfigError`
-    if the config is invalid. It lists every problem of syntax, keys and types or, if there are none, every incompatible
+    kept: a resumed run's copies of folders that are gone, by the names in its config (`RunFolder.kept`). needs_length: whether
+    the length of the run must be set. Raises `ConfigError` if the config is invalid. It lists every problem of syntax, keys and types or, if there are none, every incompatible
     combination.
     """
     problems: list[Problem] = []
@@ -75,7 +76,7 @@ def resolve(
         raise ConfigError(sorted(problems, key=_place))
     config = with_kept(_build(values), kept)
     sources = {key: settings[key].where if key in settings else DEFAULT for key in options_of(config)}
-    if problems := list(contradictions(config, sources)):
+    if problems := list(contradictions(config, sources, needs_length=needs_length)):
         raise ConfigError(problems)
     return _derive(config, sources, (*notes, *remarks(config)), replaced)
 
@@ -100,10 +101,8 @@ def _repeated(flags: Sequence[Setting], last: Mapping[str, Setting], problems: l
         if kept is flag or kept.value == flag.value:
             continue
         if isinstance(getattr(option_at(flag.key), "default", None), tuple):
-            both = f"[{', '.join(map(str, (flag.value, kept.value)))}]"
-            problems.append(
-                Problem(kept.where, f"given twice; write all values in one list: {kept.where} {shlex.quote(both)}")
-            )
+            cure = f"separate its values by commas: {kept.where} A,B"
+            problems.append(Problem(kept.where, f"{flag.key} is given twice on the command line; {cure}"))
         else:
             yield f"{flag.where} {flag.value} has no effect: {kept.where} {kept.value} follows"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from shoal.config.data_options import Source
 from shoal.data.corpus.documents import START, Conversation, Corpus, CorpusFile, Cursor, Document, Skipped
-from shoal.data.corpus.records import Shape
+from shoal.data.corpus.records import TEXT_KEY, USUAL_KEYS, Shape, looks_like
 from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
@@ -26,8 +26,6 @@ SPEAKERS = {
     "human": "user", "user": "user", "gpt": ANSWER, "chatgpt": ANSWER, "bard": ANSWER, "bing": ANSWER, "assistant": ANSWER,
     "function_call": ANSWER, "system": "system", "tool": "tool", "observation": "tool",
 }  # fmt: skip
-USUAL_KEYS = {"alpaca": "output", "messages": "messages", "sharegpt": "conversations"}
-TEXT_KEY = "text"  # the default of data.text_key, meaning the format's usual field
 
 BEGINS_WITH_ANSWER = "begins with the answer"
 DOES_NOT_ALTERNATE = "does not alternate between user and answer"
@@ -65,7 +63,8 @@ def conversation_shape(source: Source) -> Shape:
             found = _with_flaws(parse(_object(record), key))
             text = _canonical(found)
         except _NoConversationError as error:
-            return Skipped(name, str(error), after, error.fields)
+            reason = f"{error}{looks_like(record, source.format, source.text_key)}"
+            return Skipped(name, reason, after, error.fields)
         except DataError as error:
             raise DataError(f"{on_one_line(name)}: {error}") from None
         if found.flaws and source.broken_conversations == "drop":
@@ -103,7 +102,7 @@ def _alpaca(record: dict[str, Any], _key: str) -> Conversation:
     """Parse `instruction`, `input` and `output`. Chat templates read the joined `content`, the Alpaca prompt its two parts."""
     instruction, given, output = (record.get(name) for name in ("instruction", "input", "output"))
     if not isinstance(instruction, str) or not isinstance(output, str) or not isinstance(given, str | None):
-        raise _no_key(record, "no text under 'instruction' and 'output'", str)
+        raise _NoConversationError("no text under 'instruction' and 'output'", _sizes(record, str))
     parts = [instruction, given] if given else [instruction]
     user = {"role": "user", "content": "\n".join(parts), "instruction": instruction, "input": given or ""}
     return Conversation((user, {"role": ANSWER, "content": output}), (None, None), record_id=_id_of(record))
@@ -172,7 +171,7 @@ def _function(described: dict[str, Any]) -> Message:
 def _list(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
     found = record.get(key)
     if not isinstance(found, list):
-        raise _no_key(record, f"no list under {key!r} (data.text_key)", list)
+        raise _NoConversationError(f"no list under {key!r} (data.text_key)", _sizes(record, list))
     if not found:
         raise _NoConversationError("no messages")
     if not all(isinstance(entry, dict) for entry in found):
@@ -180,12 +179,9 @@ def _list(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
     return found
 
 
-def _no_key(record: dict[str, Any], reason: str, kind: type[str | list[Any]]) -> _NoConversationError:
-    """Return the error for a record without its main field; it names the format that the record seems to have."""
-    like = [name for name, key in USUAL_KEYS.items() if isinstance(record.get(key), str if name == "alpaca" else list)]
-    if like:
-        return _NoConversationError(f"{reason}; it looks like data.format {like[0]}")
-    return _NoConversationError(reason, {k: len(v) for k, v in record.items() if isinstance(v, kind)})
+def _sizes(record: dict[str, Any], kind: type[str | list[Any]]) -> dict[str, int]:
+    """Return the size of each field of a type, to suggest one as data.text_key."""
+    return {name: len(said) for name, said in record.items() if isinstance(said, kind)}
 
 
 def _text_of(content: Any) -> str:

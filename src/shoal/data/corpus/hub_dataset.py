@@ -16,9 +16,10 @@ from typing import Any, Final
 
 from shoal.config.data_options import Source
 from shoal.data.corpus.documents import START, CorpusFile, Cursor, Document, Skipped
+from shoal.data.corpus.downloads import Progress, no_progress
 from shoal.data.corpus.records import Shape, check_columns
 from shoal.errors import DataError, ModelError
-from shoal.hub.find import could_be_on_a_hub, find_path
+from shoal.hub.find import could_be_on_a_hub, find_path, near_path
 from shoal.hub.record import DATASETS
 from shoal.system.output import on_one_line
 
@@ -41,17 +42,17 @@ class HubDatasetCorpus:
     """
     The rows of one split of a dataset, as one file of a corpus.
 
-    offline: do not look up a name on the hub. Raises DataError if there is no such dataset, configuration, split or column, if
+    tell: reports that a name is looked up on the hub; None: it is not looked up. Raises DataError if there is no such dataset, configuration, split or column, if
     only code could read it, or if the library is not installed.
     """
 
     held_out_files = 0
 
-    def __init__(self, source: Source, shape: Shape, *, offline: bool = False) -> None:
+    def __init__(self, source: Source, shape: Shape, tell: Progress | None = no_progress) -> None:
         [given] = source.paths
         self._shape = shape
         self._name = ":".join(filter(None, [given, source.subset, source.split]))
-        self._rows = _open(source, _place(given, offline), self._name)
+        self._rows = _open(source, _place(given, tell), self._name)
         check_columns(self._rows.table.column_names or [shape.key], shape, self._name)
 
     def listing(self) -> list[CorpusFile]:
@@ -105,7 +106,7 @@ def _in_batches(table: Any, start: int) -> Iterator[dict[str, Any]]:
             yield dict(zip(columns, values, strict=True))
 
 
-def _place(given: str, offline: bool) -> Path | None:
+def _place(given: str, tell: Progress | None) -> Path | None:
     """Return the folder that `given` names: itself, or what `shoal fetch data` made; None if it is a name on the hub."""
     try:
         path = find_path(given) or find_path(str(DATASETS / given))
@@ -115,10 +116,12 @@ def _place(given: str, offline: bool) -> Path | None:
         raise DataError(f"{on_one_line(given)} is a file, not a dataset's folder; set data.corpus to files")
     if path is None and not could_be_on_a_hub(given):
         raise DataError(
-            f"there is no folder {on_one_line(given)}, and a dataset on the hub is named OWNER/NAME; correct data.paths"
+            f"there is no folder {on_one_line(given)}{near_path(given)}, and a dataset on the hub is named OWNER/NAME; correct data.paths"
         )
-    if path is None and offline:
+    if path is None and tell is None:
         raise DataError(f"{given} is on the hub, which is not asked again")
+    if path is None and tell is not None:
+        tell(f"there is no folder {given}{near_path(given)}, so the hub is asked for it", 0, 0)
     return path
 
 
@@ -199,7 +202,7 @@ def _no_dataset(datasets: Any, source: Source, where: str, error: Exception) -> 
         )
     if isinstance(error, OSError):
         return DataError(
-            f"cannot reach the hub for {name} ({type(error).__name__}); on a machine with a network, run "
+            f"there is no folder {name}{near_path(where)}, and the hub cannot be reached ({type(error).__name__}); on a machine with a network, run "
             f"`shoal fetch data hf:{name}`, and copy its folder to {DATASETS / where}"
         )
     if isinstance(error, ValueError):

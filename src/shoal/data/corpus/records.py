@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 from shoal.data.corpus.documents import Cursor, Document, Skipped
 from shoal.errors import DataError
@@ -14,6 +15,10 @@ from shoal.system.output import on_one_line
 
 COLUMNS_AT_MOST = 20  # maximum number of columns named in a message
 NAME_CHARACTERS = 60  # maximum length of a column's name in a message
+TEXT_KEY: Final = "text"  # the default of data.text_key; of conversations, it means the format's usual field
+USUAL_KEYS: Final[Mapping[str, str]] = MappingProxyType({
+    "alpaca": "output", "messages": "messages", "sharegpt": "conversations",
+})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ def text_shape(text_key: str, *, keep_empty: bool = False) -> Shape:
             fields = record.items() if isinstance(record, dict) else ()
             texts = {key: len(said) for key, said in fields if isinstance(said, str)}
             wrong_type = text is not None or not isinstance(record, dict)
-            return Skipped(name, f"no string under {text_key!r} (data.text_key)", after, texts, wrong_type)
+            reason = f"no string under {text_key!r} (data.text_key){looks_like(record, 'text', text_key)}"
+            return Skipped(name, reason, after, texts, wrong_type)
         if not text and not keep_empty:
             return Skipped(name, "empty text", after)
         try:
@@ -52,6 +58,33 @@ def text_shape(text_key: str, *, keep_empty: bool = False) -> Shape:
     return Shape(text_key, document, (text_key,))
 
 
+def looks_like(record: Any, form: str, text_key: str) -> str:
+    """
+    Return the options to set for a record that looks like a conversation of another format, or under another field.
+
+    form, text_key: `data.format` and `data.text_key` now. "" if they fit, or if the record does not look like one.
+    """
+    found, field = _conversation_in(record)
+    usual = USUAL_KEYS.get(found, "") if text_key == TEXT_KEY or found == "alpaca" else text_key
+    options = {"data.format": (found, form), "data.text_key": (field, usual)}
+    changed = [f"{option} to {ascii(new).strip(chr(39))}" for option, (new, now) in options.items() if new != now]
+    return f"; it looks like {found}: set {' and '.join(changed)}" if found and changed else ""
+
+
+def _conversation_in(record: Any) -> tuple[str, str]:
+    """Return the format of a record's conversation, and its field; "" for both if there is none."""
+    if not isinstance(record, dict):
+        return "", ""
+    if isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
+        return "alpaca", "output"
+    for field, said in record.items():
+        entry = said[0] if isinstance(said, list) and said else None
+        for form, speaker in (("messages", "role"), ("sharegpt", "from")):
+            if isinstance(entry, dict) and speaker in entry:
+                return form, field
+    return "", ""
+
+
 def check_columns(there: Sequence[str], shape: Shape, name: str) -> None:
     """Raise DataError, naming the columns of a table, if it lacks one that the shape needs."""
     twice = [column for column in shape.columns or () if there.count(column) > 1]
@@ -61,9 +94,13 @@ def check_columns(there: Sequence[str], shape: Shape, name: str) -> None:
     if missing:
         named = ", ".join(on_one_line(column[:NAME_CHARACTERS] or "(no name)") for column in there[:COLUMNS_AT_MOST])
         named += ", ..." if len(there) > COLUMNS_AT_MOST else ""
+        like = [
+            form for form, key in USUAL_KEYS.items() if key in there and (form != "alpaca" or "instruction" in there)
+        ]
+        instead = f"; or, as these look like {like[0]}, data.format to {like[0]}" if like else ""
         raise DataError(
             f"{on_one_line(name)} has no column {on_one_line(missing[0])}; its columns are {named}; set data.text_key to the one "
-            "with the text"
+            f"with the text{instead}"
         )
 
 

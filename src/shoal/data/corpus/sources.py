@@ -31,7 +31,7 @@ from shoal.data.corpus.paths import Finder, count_kinds
 from shoal.data.corpus.records import Shape, text_shape
 from shoal.data.corpus.tables import arrow_reader, parquet_reader
 from shoal.data.corpus.text import PIECE_BYTES, line_reader, separated_reader, text_reader
-from shoal.data.corpus.wikitext import WikiText
+from shoal.data.corpus.wikitext import WikiText, is_title
 from shoal.errors import DataError
 from shoal.system.network import scheme_of
 from shoal.system.output import on_one_line
@@ -82,11 +82,38 @@ def open_corpus(source: Source, downloads: Downloads = DOWNLOADS) -> Corpus:
     )
 
 
+def check_marks(source: Source, downloads: Downloads = DOWNLOADS) -> None:
+    """
+    Raise DataError if no line is `data.separator`, or with `data.wikitext` a title: the option would have no effect.
+
+    Reads up to the first one; all documents if there is none.
+    """
+    if not source.separator and not source.wikitext:
+        return
+    separator, count = source.separator.strip(), 0
+    for item in open_corpus(replace(source, separator=""), downloads).read():
+        if isinstance(item, Document):
+            count += 1
+            if (
+                is_title(item.text.partition("\n")[0])
+                if source.wikitext
+                else separator in map(str.strip, item.text.split("\n"))
+            ):
+                return
+    if count and source.wikitext:
+        raise DataError(
+            "data.wikitext has no effect: no line is a title of WikiText, such as ` = Title = `; set it to false"
+        )
+    if count:
+        raise DataError(f"data.separator has no effect: no line is {on_one_line(separator)}; correct or remove it")
+
+
 def _open_dataset(source: Source, downloads: Downloads) -> Corpus:
     """Open the splits of a dataset that Hugging Face's library reads."""
 
     def opened(source: Source) -> Corpus:
-        return _of_records(HubDatasetCorpus(source, _shape(source), offline=downloads.offline), source)
+        tell = None if downloads.offline else downloads.progress
+        return _of_records(HubDatasetCorpus(source, _shape(source), tell), source)
 
     training = opened(source)
     return HeldOutFirst(opened(replace(source, split=source.val_split)), training) if source.val_split else training
@@ -174,7 +201,23 @@ class FileCorpus:
 def _reader(source: Source, files: Sequence[tuple[str, Path]]) -> Reader:
     """Return the reader of a corpus's files, each in the format that `data.corpus` forces or that its suffix says."""
     readers = _readers(source, files)
-    return lambda path, name, start: readers[_format(source, name)](path, name, start)
+
+    def read(path: Path, name: str, start: Cursor) -> Iterator[Document | Skipped]:
+        forced, said = _format(source, name), format_of(name)
+        items = readers[forced](path, name, start)
+        return items if said in (forced, None) or forced == "text" else _with_suffix(items, said)
+
+    return read
+
+
+def _with_suffix(items: Iterator[Document | Skipped], said: str | None) -> Iterator[Document | Skipped]:
+    """Add what the suffix of a file says to whatever is damaged in it: `data.corpus` forces another format."""
+    hint = f"; its suffix says {said}: set data.corpus to {said}"
+    try:
+        for item in items:
+            yield replace(item, reason=item.reason + hint) if isinstance(item, Skipped) and item.damaged else item
+    except DataError as error:
+        raise DataError(str(error) if f"data.corpus to {said}" in str(error) else f"{error}{hint}") from error
 
 
 def _format(source: Source, name: str) -> str:

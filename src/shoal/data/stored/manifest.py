@@ -115,6 +115,9 @@ class Skips:
 
     def note(self) -> str:
         """Return one line for the console."""
+        if len(self.reasons) == 1 and self.count > len(self.first) and self.examples:
+            [(reason, named)] = self.examples.items()
+            return f"{self.count:,} skipped, not text: {on_one_line(reason)}; the first is {on_one_line(named[0])}"
         if self.count == len(self.first) or not self.reasons:
             return f"{self.count:,} skipped, not text: {'; '.join(map(on_one_line, self.first))}"
         return (
