@@ -153,7 +153,7 @@ def test_a_folder_of_data_files_is_not_a_corpus_of_its_readme(
         return
     found = resolve(recipe)
     assert found.config.data.corpus == kind
-    assert [note.endswith(f"left out: {left_out}") for note in found.notes] == [True] * bool(left_out)
+    assert [note.endswith(f"not read: {left_out}") for note in found.notes] == [True] * bool(left_out)
 
 
 @pytest.mark.parametrize(

@@ -257,10 +257,12 @@ def _share_notes(manifest: Manifest) -> list[str]:
     share = val.text_bytes / max(train.text_bytes + val.text_bytes, 1)
     if fraction is None or fraction / SHARE_TIMES <= share <= fraction * SHARE_TIMES:
         return []
+    corpus = manifest.options["corpus"]
+    held_out = "the split to hold out in data.val_split" if corpus == "datasets" else "the files to hold out in data.val_paths"
+    divide = "divide texts into documents (data.separator), " if corpus in ("text", "files") else ""
     return [
         f"{100 * share:.2g}% of the text is held out ({val.documents:,} of {train.documents + val.documents:,} documents), although "
-        f"data.val_fraction is {fraction:g}: documents are held out whole; name the files to hold out in data.val_paths, divide "
-        "texts into documents (data.separator), or add documents"
+        f"data.val_fraction is {fraction:g}: documents are held out whole; name {held_out}, {divide}or add documents"
     ]
 
 

@@ -30,7 +30,7 @@ def with_corpus(settings: dict[str, Setting], problems: list[Problem], notes: li
     """
     Return `settings`, with each source's corpus derived from its paths if only these are set; in a blend, not that of `data`.
 
-    Adds a note on texts left out.
+    Adds a note on texts that are not read.
     """
     derived = {}
     is_blend = any(key.startswith(SOURCES) for key in settings)
@@ -67,8 +67,8 @@ def _kind(key: str, paths: list[str], val_paths: list[str], *, records: bool) ->
     if len(found.data) > 1 and found.about:
         return ("files", "") if records else ("", found.question(key))
     kind = "files" if len(found.data) > 1 else next(iter(found.data))
-    # a kind of its own, not `files`, so that texts about the data are no documents
-    said = f"{key} has data files ({_counts(found.data)}), so {key.removesuffix('paths')}corpus is {kind}; left out: "
+    # a kind of its own, not `files`, so that texts about the data are not read as documents
+    said = f"{key} has data files ({_counts(found.data)}), so {key.removesuffix('paths')}corpus is {kind}; not read: "
     return kind, f"{said}{_some(found.about)}" if found.about else ""
 
 
