@@ -113,15 +113,14 @@ def _place(problem: Problem) -> tuple[bool, int]:
 def _with_corpus(settings: dict[str, Setting]) -> dict[str, Setting]:
     """Derive each source's corpus from the suffixes of its paths, if only these are set; in a blend, not that of `data`."""
     derived = {}
-    is_blend = any(key.startswith(SOURCES) for key in settings)
     for key, paths in settings.items():
         source, _, option = key.rpartition(".")
-        if is_blend and source == "data":
-            continue
         if option == "paths" and f"{source}.corpus" not in settings and (names := paths.texts()):
             held_out = settings.get(f"{source}.val_paths", Setting("", [], "")).texts()
             kind = kind_of_paths(names, held_out, records=f"{source}.text_key" in settings)
             derived[f"{source}.corpus"] = Setting(f"{source}.corpus", kind, f"{key} at {paths.where}")
+    if any(key.startswith(SOURCES) for key in settings):
+        derived.pop("data.corpus", None)
     return settings | derived
 
 
