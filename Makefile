@@ -47,6 +47,7 @@ setup: .venv/installed
 harness: .venv/harness
 
 .venv/harness: .venv/installed constraints-eval.txt
+	@echo "setup: installing lm-evaluation-harness for the tests (about a minute; pip prints nothing)"
 	$(BIN)/pip install -qq --no-deps --requirement constraints-eval.txt
 	touch $@
 

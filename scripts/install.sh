@@ -58,9 +58,9 @@ if [ -n "${TORCH_VERSION:-}" ]; then
     constraints=$venv/constraints.txt
     sed "s/^torch==.*/$torch/" constraints.txt >"$constraints"
 fi
-say "1/3 $torch (the largest; some 200 MB for a CPU, more for CUDA)"
+say "1/3 finding and installing $torch (some 200 MB for a CPU, more for CUDA; half a minute or longer)"
 install_torch
-say "2/3 the other pinned versions"
+say "2/3 installing the other pinned versions (one to two minutes; pip prints nothing)"
 "$pip" install -qq --requirement "$constraints" --constraint "$constraints"
 say "3/3 shoal itself"
 "$pip" install -qq --no-deps --no-build-isolation --editable .

@@ -269,6 +269,7 @@ def test_a_merge_across_the_border_is_refused(tmp_path: Path) -> None:
     records = [{"messages": [{**USER, "content": str(n)}, {**ANSWER, "content": a}]} for n, a in enumerate(answers)]
     prepared = prepare(chat_data(tmp_path, records, tokenizer=str(folder), template=str(tmp_path / "plain.jinja")))
     assert [note.split(":")[0] for note in prepared.notes] == [f"8 dropped, {instruct.NOT_A_PREFIX}"]
+    assert "(the prompt ends inside a token)" in prepared.notes[0]
     assert learned_texts(prepared) == sorted(f"{a}</s>" for a in answers if not a.startswith("The"))
 
 
@@ -303,12 +304,16 @@ def test_reasoning_that_a_template_omits_is_counted(tmp_path: Path) -> None:
         ({"template": "{tmp}/no.jinja"}, "cannot read .*no.jinja"),
         ({"template": "{tmp}/bad.jinja"}, "bad.jinja is not a chat template"),
         ({"template": "{tmp}/silent.jinja"}, "silent.jinja does not cover the role user"),
+        ({"template": "{tmp}/thinks.jinja"}, r"template writes '.*assistant:<think>', for .*; correct data.template, which must begin"),
         ({"template": "{tmp}/odd.jinja"}, "odd.jinja writes more after the last answer"),
     ],
 )  # fmt: skip
 def test_no_usable_template(tmp_path: Path, options: dict[str, str], says: str) -> None:
     (tmp_path / "bad.jinja").write_text("{% for %}")
     (tmp_path / "silent.jinja").write_text("hello")
+    (tmp_path / "thinks.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}{% if add_generation_prompt %}assistant:<think>{% endif %}"
+    )
     (tmp_path / "odd.jinja").write_text("{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}!assistant")
     records = [{"messages": [{**USER, "content": str(n)}, ANSWER]} for n in range(9)]
     filled = {key: value.format(tmp=tmp_path) for key, value in options.items()}

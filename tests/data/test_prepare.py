@@ -140,8 +140,10 @@ def test_no_documents_says_what_there_is_instead(make_data: MakeData, tmp_path: 
     records = [{"id": str(n), "story": "Once upon a time. " * n, "length": n} for n in range(20)]
     (folder / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + "{")
     (folder / "notes.docx").touch()
+    data = make_data(corpus="jsonl", paths=(str(folder),))
     with pytest.raises(DataError, match="no documents") as error:
-        prepare(make_data(corpus="jsonl", paths=(str(folder),)))
+        prepare(data)
+    assert not list(Path(data.folder).glob("*")), "a failed preparation leaves no empty folder"
     said = str(error.value)
     assert "no string under 'text' (data.text_key) (20), not JSON (1)" in said
     assert "a.jsonl:1: " in said

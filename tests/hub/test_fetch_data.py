@@ -173,7 +173,7 @@ def test_no_network_says_what_to_put_where(data: DataScene, monkeypatch: pytest.
     refused(f"cannot reach .* {put}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused(f"HF_HUB_OFFLINE is set.* {put}")
-    refused("put its data files of the dataset org/x", "hf:org/x")
+    refused("put the data files of the dataset org/x", "hf:org/x")
     (data.folder / "data").mkdir(parents=True)
     (data.folder / TRAIN[0]).write_bytes(b"PAR1")
     refused("has no data/validation-\\*.parquet")

@@ -134,14 +134,14 @@ def certify(
     rows = dataset.rows("train")
     train = config.train
     certificate = Certificate(str(mesh.layout), mesh.world_size, train.dtype, train.repro)
-    console.say(f"verifying {mesh.layout}, {mesh.world_size} processes, {STEPS} steps on the config's own data", "bold")
+    count = f", {mesh.world_size} processes" if mesh.world_size > 1 else ""
+    console.say(f"verifying {mesh.layout}{count}, {STEPS} steps on the config's own data", "bold")
     begun = time.perf_counter()
     ring = config.parallel.cp_method == "ring" and mesh.device.type == "cuda"  # its kernel does not support float32
     for dtype in dict.fromkeys((train.dtype if ring else "float32", train.dtype)):
         one = config.replace("train", dtype=dtype)
         at(f"{dtype}: one process alone")
         expected, noise = _references(one, mesh, rows)
-        console.note(f"{dtype}: one process took its steps ({time.perf_counter() - begun:.0f} s)")
         at(f"{dtype}: all processes")
         runnable, trace = _take_steps(one, mesh, rows, console if dtype == train.dtype else None)
         at(f"{dtype}: comparing")

@@ -51,6 +51,9 @@ def _look(target: str, args: argparse.Namespace, overrides: list[Override]) -> i
         dataset = _of_run(folder, config, console) if is_run else open_data(config.data, console)
         look = open_look(config, dataset, folder.ledger_file if is_run else None)
         console.show(source_table(config, dataset, look))
+        for name, part in dataset.parts.items():
+            for line in (*part.manifest.removals(), *part.manifest.overlaps()):
+                console.say(f"{name}: " * bool(name) + line)
         title, table = packing_table(config, look)
         console.say(f"\n{title}")
         console.show(table)
@@ -128,9 +131,10 @@ def _at(target: str, args: argparse.Namespace, overrides: list[Override]) -> int
         return 0
     console.say(f"step {args.step:,} reads {len(found):,} rows:")
     for each in found[:SHOWN_STEPS]:
-        documents = ", ".join(f"{number:,}" for number in each.documents[:8]) + ", ..." * (len(each.documents) > 8)
-        of = f" of {each.source}" if each.source else ""
-        console.say(f"  micro-batch {each.place.slot}, row {each.place.index}: documents {documents}{of}")
+        of = f"{each.source}:" if each.source else ""  # as --document takes it
+        documents = ", ".join(f"{of}{number}" for number in each.documents[:8]) + ", ..." * (len(each.documents) > 8)
+        what = f"document{'s' * (len(each.documents) != 1)} {documents}"
+        console.say(f"  micro-batch {each.place.slot}, row {each.place.index}: {what}")
     if len(found) > SHOWN_STEPS:
         console.say(f"  and {len(found) - SHOWN_STEPS:,} more rows; --json prints all")
     return 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from shoal.commands.flags import Override
 from shoal.commands.recipes import resolve_asked, tell_of_torch, tell_once
-from shoal.errors import EXIT_REQUEUE
+from shoal.errors import EXIT_REQUEUE, ShoalError
 from shoal.system.output import on_one_line, outlast
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
 
         past = tokens_of(folder)
         dataset = open_data(config.data, console, rows=config.model.vocab_size, past=past)
+        dataset.rows("train")
+        dataset.held_out_rows()  # a split too small for a row is an error now, not after the workers have started
         if folder.config_file.is_file() and _is_finished(config, folder, dataset, console):
             return 0
     return launch(config, [*argv, *_planned_flags(config)])
@@ -91,7 +93,11 @@ def _planned(config: Config, before: Config | None = None) -> Iterator[tuple[Con
         folder = RunFolder.of(config)
         folder.agree(config)
         folder.lock(config.launch.rendezvous)
-        yield config, folder, console
+        try:
+            yield config, folder, console
+        except ShoalError:
+            folder.remove_unused()
+            raise
 
 
 def _planned_flags(config: Config) -> list[str]:

@@ -29,7 +29,7 @@ from shoal.data.prepare import (
     prepare,
 )
 from shoal.data.split import choose_split, training_sample
-from shoal.data.stored.files import exclusive_lock, make_folder, write_atomically
+from shoal.data.stored.files import locked_folder, write_atomically
 from shoal.data.stored.manifest import TOKENIZER, SplitName, SplitRecord, find_aside
 from shoal.data.token_folder import find_by_id, token_options
 from shoal.data.tokens import tokenize
@@ -291,8 +291,7 @@ def _shared_tokenizer(data: Data, sources: Mapping[str, BlendSource], progress: 
     path = folder / TOKENIZER
     if path.is_file():
         return path
-    make_folder(folder)
-    with exclusive_lock(folder / ".lock", lambda: progress("waiting for another process", 0, 0)):
+    with locked_folder(folder, lambda: progress("waiting for another process", 0, 0)):
         if not path.is_file():
             texts = (
                 text

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal.data.corpus.documents import START, Conversation, Corpus, Cursor, Skipped
-from shoal.data.instruct import ConversationEncoder
+from shoal.data.instruct import NOT_A_PREFIX, ConversationEncoder
 from shoal.data.split import Split
 from shoal.data.stored.encoded import Encoded, Rejected
 from shoal.data.stored.manifest import SPLITS, Journal, SplitName
@@ -77,7 +77,8 @@ def write_shards(
         write(partial(_encode_chats, conversations))
         if not any(written.shards for written in journal.splits.values()):
             why = "; ".join(journal.rejected.kinds("dropped"))
-            raise DataError(f"no conversation can be learned: {why}; correct data.template or the data")
+            alike = ", which must begin an answer as its add_generation_prompt does," if NOT_A_PREFIX in why else ""
+            raise DataError(f"no conversation can be learned: {why}; correct data.template{alike} or the data")
         return None
     note = None
     if journal.fast:

@@ -8,6 +8,7 @@ first rendering must be a prefix of the second, and the second of the whole conv
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -31,6 +32,7 @@ from shoal.data.tokens.tokenize import Tokenizer, tokenizer_folder
 from shoal.errors import DataError
 
 TODAY = datetime(2024, 7, 26)  # for templates that write the date: tokens must not depend on the day they are prepared
+SHOWN_BEFORE, SHOWN_AFTER = 24, 12  # characters before and after the place where two texts differ, in a message
 
 NOT_A_PREFIX = "the prompt is not a prefix of prompt and answer, token by token"
 CHANGED_LATER = "an earlier answer is not learned, because the template writes it differently once others follow"
@@ -169,7 +171,7 @@ class ConversationEncoder:
         except DataError:
             return NO_PROMPT
         if not upto.startswith(prompt):
-            return Rejected(NOT_A_PREFIX)
+            return Rejected(NOT_A_PREFIX, _difference(prompt, upto))
         return _Turn(prompt, upto) if whole.startswith(upto) else CHANGED_LATER
 
     def _prompt(self, messages: Messages, tools: Sequence[Any]) -> str:
@@ -223,7 +225,7 @@ class ConversationEncoder:
             if stop is None:
                 flaws.append(CHANGED_LATER)
             elif first is None:
-                return Rejected(NOT_A_PREFIX)
+                return Rejected(NOT_A_PREFIX, "the prompt ends inside a token")
             elif stop > first:
                 spans.append((first, stop))
                 learned += self._bytes(turn.upto[len(turn.prompt) :])
@@ -295,6 +297,13 @@ class _Pieces:
     def ends(self, encoded: Sequence[list[int]]) -> list[int | None]:
         """Return how many tokens each beginning has. encoded: the ids of `texts`."""
         return list(accumulate(len(ids) for ids in encoded[:-1]))
+
+
+def _difference(prompt: str, upto: str) -> str:
+    """Return where a prompt differs from the beginning of prompt and answer."""
+    at = len(os.path.commonprefix([prompt, upto]))  # noqa: RUF071 - of characters, as meant
+    asked, given = (text[max(0, at - SHOWN_BEFORE) : at + SHOWN_AFTER] for text in (prompt, upto))
+    return f"with add_generation_prompt the template writes {asked!r}, for the same answer {given!r}"
 
 
 def _joined(pieces: Sequence[list[int]]) -> list[int]:

@@ -23,7 +23,7 @@ from shoal.data.instruct import ConversationEncoder, open_template
 from shoal.data.packing.best_fit_rows import BestFitRows, Identity, open_index, rows_in_index
 from shoal.data.packing.pack import IGNORED_LABEL, PackedStream, PlacedRows, Rows, count_rows
 from shoal.data.split import Split, choose_split, training_sample
-from shoal.data.stored.files import exclusive_lock, make_folder, write_atomically
+from shoal.data.stored.files import locked_folder, write_atomically
 from shoal.data.stored.manifest import (
     JOURNAL,
     MANIFEST,
@@ -160,9 +160,8 @@ def prepare(data: Data, progress: Progress = no_progress, *, rows: int | None = 
         return _of_token_files(folder, given, prepare_token_files(folder, data, given, options, waits))
     if not data.rebuild and (folder / MANIFEST).exists():  # before locking: the folder may be read-only
         return open_checked(folder, data, given, past=past)
-    make_folder(folder)
     notes: list[str] = []
-    with exclusive_lock(folder / ".lock", lambda: progress("waiting for another process", 0, 0)):
+    with locked_folder(folder, lambda: progress("waiting for another process", 0, 0)):
         if (folder / MANIFEST).exists():
             if not data.rebuild:
                 return open_checked(folder, data, given, past=past)
@@ -203,7 +202,7 @@ def open_prepared(folder: Path, notes: Sequence[str] = (), given: Tokenizer | No
         return _of_token_files(folder, tokenizer, open_recorded(record, tokenizer))
     manifest = load_manifest(folder)
     skipped = _conversation_notes(manifest) if manifest.has_conversations else _skip_notes(manifest)
-    every = (*notes, *skipped, *_overlap_notes(manifest), *_share_notes(manifest))
+    every = (*notes, *skipped, *_share_notes(manifest))
     tokenizer = _saved_tokenizer(folder, manifest, given)
     return Prepared(folder, tokenizer, manifest, _shard_streams(folder, manifest), every)
 
@@ -244,12 +243,6 @@ def _conversation_notes(manifest: Manifest) -> list[str]:
     return [*manifest.skips.kinds("dropped"), *manifest.flaws.kinds("kept")]
 
 
-def _overlap_notes(manifest: Manifest) -> list[str]:
-    """Return a line on training documents that are held out too, if any."""
-    kinds = manifest.overlap.kinds("of the training documents")
-    return [f"{line}; data.deduplicate exact removes them from training" for line in kinds]
-
-
 def _share_notes(manifest: Manifest) -> list[str]:
     """Return a line if the held-out text is far from `data.val_fraction` of the text, as one of three files is."""
     train, val = (manifest.splits[name] for name in SPLITS)
@@ -258,7 +251,9 @@ def _share_notes(manifest: Manifest) -> list[str]:
     if fraction is None or fraction / SHARE_TIMES <= share <= fraction * SHARE_TIMES:
         return []
     corpus = manifest.options["corpus"]
-    held_out = "the split to hold out in data.val_split" if corpus == "datasets" else "the files to hold out in data.val_paths"
+    held_out = (
+        "the split to hold out in data.val_split" if corpus == "datasets" else "the files to hold out in data.val_paths"
+    )
     divide = "divide texts into documents (data.separator), " if corpus in ("text", "files") else ""
     return [
         f"{100 * share:.2g}% of the text is held out ({val.documents:,} of {train.documents + val.documents:,} documents), although "
@@ -354,9 +349,10 @@ def _build(folder: Path, data: Data, given: Tokenizer | None, options: dict[str,
     digests = hashed.result()
     if corpus.listing() != listing:
         raise DataError("the corpus changed while it was read; start again once it no longer changes")
-    finish(journal, digests, (folder / TOKENIZER).read_bytes(), tokenizer.vocab_size).save(folder)
+    manifest = finish(journal, digests, (folder / TOKENIZER).read_bytes(), tokenizer.vocab_size)
+    manifest.save(folder)
     clear(folder, [JOURNAL, SEGMENTS])
-    return [*_notes(corpus), *([] if note is None else [note])]
+    return [*_notes(corpus), *([] if note is None else [note]), *manifest.overlaps()]
 
 
 def _resume_or_start(folder: Path, options: dict[str, Any], listing: list[CorpusFile]) -> Journal:

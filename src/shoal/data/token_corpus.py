@@ -19,7 +19,7 @@ from shoal.data.corpus.documents import CorpusFile
 from shoal.data.pretokenized.find import check_held_out, find_token_files
 from shoal.data.pretokenized.formats import open_token_file
 from shoal.data.pretokenized.token_file import TokenFile, Vocabulary
-from shoal.data.stored.files import exclusive_lock, make_folder, write_atomically
+from shoal.data.stored.files import locked_folder, write_atomically
 from shoal.data.stored.manifest import SPLITS, TOKENIZER, Manifest, Skips, SplitName, SplitRecord, check_unchanged
 from shoal.data.stored.stream import Section, Stream, TokenStream
 from shoal.data.text_bytes import count_text_bytes
@@ -89,8 +89,7 @@ def prepare_token_files(
     corpus = TokenCorpus(data, tokenizer, f"data.tokenizer {data.tokenizer}")
     record = _usable(folder, corpus, data)
     if record is None:
-        make_folder(folder)
-        with exclusive_lock(folder / ".lock", waits):
+        with locked_folder(folder, waits):
             record = _usable(folder, corpus, data)
             if record is None:
                 record = make_record(corpus, tokenizer, options, data.val_fraction)

@@ -43,7 +43,7 @@ class DataRepository:
         return f"shoal fetch data {self.asked}{there}"
 
     def by_hand(self, folder: Path) -> str:
-        files = "its data files" if self.patterns == ALL_DATA else _and(self.patterns)
+        files = "the data files" if self.patterns == ALL_DATA else _and(self.patterns)
         return (
             f"without a network, put {files} of the dataset {self.name}, with its README.md, into {folder}, in the same "
             "subfolders"
@@ -105,7 +105,7 @@ def data_repository(asked: str) -> DataRepository:
     near = close_datasets(asked)
     if could_be_on_a_hub(asked) and "/" in asked:
         near.insert(0, f"{FROM_HUB}{asked}")
-    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    meant = f"; did you mean {' or '.join(near)}?" if near else "."
     raise DataError(
         f"there is no dataset {asked!r}{meant} Known: {', '.join(CATALOG)}, and {FROM_HUB}OWNER/NAME for any on the hub"
     )

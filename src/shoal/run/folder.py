@@ -225,6 +225,13 @@ class RunFolder:
             self._lock.close()
             self._lock = None
 
+    def remove_unused(self) -> None:
+        """Remove the folder of a run that did not begin: one with nothing but the lock that this process holds."""
+        with contextlib.suppress(OSError):
+            if self._lock is not None and [path.name for path in self.path.iterdir()] == ["lock"]:
+                (self.path / "lock").unlink()
+                self.path.rmdir()
+
     def with_earlier_choices(self, config: Config) -> Config:
         """Return `config` with the vocabulary size and dtype that the run here has chosen, if there is a run."""
         before = self.begun()

@@ -12,6 +12,8 @@ from shoal.mesh.ballot import Vote
 from shoal.training.health import GoBack
 from shoal.training.run import Run
 
+SHOWN_ROWS = 3  # replaced rows that are printed one by one
+
 
 @dataclass(frozen=True)
 class News:
@@ -64,11 +66,21 @@ def _quarantine(run: Run, step: int, told: Sequence[Replaced]) -> None:
 
 
 def _report(run: Run, step: int, each: Replaced) -> None:
-    """Warn of a row that was replaced, and record it in the run's events and its ledger."""
+    """
+    Record a row that was replaced in the run's events and its ledger, and warn of it.
+
+    After the first rows, only their number is printed, each time it has doubled.
+    """
     (source, row), (_, substitute) = map(run.loader.order.locate, (each.row, each.substitute))
     name = list(run.dataset.parts)[source]
     count = f"{run.state.num_quarantined:,} of at most {run.config.data.max_quarantined:,} such rows"
     of = f" of {name}" if name else ""
-    run.console.warn(f"row {row:,}{of} cannot be read and is replaced by row {substitute:,} ({count}): {each.why}")
+    rows = len(run.state.quarantined)
+    if rows <= SHOWN_ROWS:
+        run.console.warn(f"row {row:,}{of} cannot be read and is replaced by row {substitute:,} ({count}): {each.why}")
+    elif rows & (rows - 1) == 0:
+        run.console.warn(
+            f"and {rows - SHOWN_ROWS:,} more rows cannot be read and are replaced ({count}); events.jsonl names each"
+        )
     run.files.event("quarantined", step=step, source=name, row=row, substitute=substitute, why=each.why)
     run.files.quarantined(each.row, each.substitute)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.checkpoint.saved import damage, listed, read_state
+from shoal.config.data_options import Source
 from shoal.config.options import Config
 from shoal.config.run_options import Launch
 from shoal.data.dataset import Dataset
@@ -90,7 +91,9 @@ def say_what_next(config: Config, folder: RunFolder, val: Evaluation, console: C
     console.say()
     console.say(f"{on_one_line(folder.path)}: {what_it_took(folder, val.step, val.tokens)}", "bold")
     console.say("next:")
-    console.say(f"  {shoal} generate {run} --prompt {prompt}")
+    sources: list[Source] = [config.data, *(config.data.sources or {}).values()]
+    how = "--chat" if any(source.format != "text" for source in sources) else f"--prompt {prompt}"
+    console.say(f"  {shoal} generate {run} {how}")
     console.say(f"  {shoal} eval {run}")
 
 

@@ -26,6 +26,7 @@ ROW_INDEXES = "*-rows-*.index"  # see `best_fit_rows.index_name`
 SEGMENTS = ".filter-?????"  # see `segment_name`
 FINISHED = (MANIFEST, TOKENIZER, YARDSTICK, "*.safetensors", ROW_INDEXES)  # the files of finished tokens
 NAMED_AT_MOST = 5  # maximum number of files named in a message; the rest are counted
+FILTERS = ("shorter", "longer", "shares", "exact", "near")  # how the reasons of each filter begin, as the filters run
 EXAMPLES = 3  # maximum number of records named for each reason
 
 SplitName = Literal["train", "val"]
@@ -164,6 +165,11 @@ class Filtered:
         return cls(**{**saved, "upto": Cursor(**saved["upto"]), "removed": load_removed(saved["removed"])})
 
 
+def _filter_of(reason: str) -> int:
+    """Return the place of a reason's filter in the order in which filters run."""
+    return next((n for n, begins in enumerate(FILTERS) if reason.startswith(begins)), len(FILTERS))
+
+
 def load_removed(saved: Any) -> dict[str, Removal]:
     """Return saved counts of removed documents."""
     return {reason: Removal(**removal) for reason, removal in saved.items()}
@@ -267,12 +273,19 @@ class Manifest:
     removed: Mapping[str, Removal] = field(default_factory=dict)
 
     def removals(self) -> list[str]:
-        """Return a line for each reason why the filters removed documents."""
+        """Return a line for each reason why the filters removed documents, in the order in which they run."""
         return [
             f"removed {removal.count:,} ({reason}): {', '.join(map(on_one_line, removal.first))}"
             + (", ..." if removal.count > len(removal.first) else "")
-            for reason, removal in self.removed.items()
+            for reason, removal in sorted(self.removed.items(), key=lambda item: _filter_of(item[0]))
         ]
+
+    def overlaps(self) -> list[str]:
+        """Return a line on training documents that are held out too, if any."""
+        count, names = self.overlap.count, [name for named in self.overlap.examples.values() for name in named]
+        what = "1 training document equals" if count == 1 else f"{count:,} training documents equal"
+        listed = ", ".join(map(on_one_line, names)) + (", ..." if count > len(names) else "")
+        return [f"{what} a held-out one: {listed}; data.deduplicate exact removes them"] * bool(count)
 
     flaws: Skips = field(default_factory=Skips)  # faults of conversations that were kept
     overlap: Skips = field(default_factory=Skips)  # training documents whose text a document of a held-out file has
