@@ -15,7 +15,7 @@ from shoal.run.records import Evaluation, MetricsFile, StepRecord, forget_after
 
 
 def tokens_of(folder: RunFolder) -> str:
-    """Return the id of the tokens that a run goes on with; "" if it has no checkpoint: it may start with others."""
+    """Return the id of the tokens that a run continues with; "" if it has no checkpoint: it may start with others."""
     return last_data_id(folder.ledger_file) if folder.has_checkpoint() else ""
 
 
