@@ -279,7 +279,9 @@ def test_a_disk_that_is_full_while_saving_costs_the_checkpoint_and_not_the_run(p
     )  # fmt: skip
     assert code == 2, output  # it trained to the end, and could not save the result
     assert "the disk is full: no checkpoint of step 5" in output
-    assert "step 12/12" in output  # training continued; the message may come with the last step: the save runs beside training
+    assert (
+        "step 12/12" in output
+    )  # training continued; the message may come with the last step: the save runs beside training
     assert "the last checkpoint could not be written" in output
     assert "Traceback" not in output
 
