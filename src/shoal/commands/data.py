@@ -180,7 +180,10 @@ def _read_document(text: str, sources: list[str]) -> tuple[str, int]:
     if not number.replace(",", "").isdigit():
         raise ShoalError(f"--document {text} is not a number, or SOURCE:NUMBER")
     if source not in sources:
-        valid = " or ".join(f"{name}:{number}" for name in sources if name) or f"{number} alone, as this is no blend"
+        valid = (
+            " or ".join(f"{name}:{number}" for name in sources if name)
+            or f"{number} alone, because this is not a blend"
+        )
         wrong = f"there is no source {source}" if colon else f"--document {text} lacks a source"
         raise ShoalError(f"{wrong}; give --document {valid}")
     return source, int(number.replace(",", ""))
