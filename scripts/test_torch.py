@@ -39,7 +39,7 @@ PARTS = {
 }  # fmt: skip
 QUICKSTART = "quickstart"
 RECIPE = "recipes/quickstart.yaml"
-SHORT = ("--train.steps", "20", "--optim.warmup_steps", "5", "--train.sample_tokens", "8")
+SHORT = ("--optim.warmup_steps", "5", "--train.sample_tokens", "8")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def quickstart(python: Path, folder: Path) -> Outcome:
     where = ["--data.folder", str(folder.parent / "data"), "--launch.runs", str(place), "--processes", "2"]
     train = ["train", str(ROOT / RECIPE), *SHORT, *where]
     commands = {
-        "train": [*train, "--checkpoint.every", "10"],
+        "train": [*train, "--train.steps", "20", "--checkpoint.every", "10"],
         "resume": [*train, "--parallel.dp_shard", "2", "--train.steps", "24"],
         "generate": ["generate", "quickstart", "--runs", str(place), "--prompt", "def ", "--tokens", "8"],
         "export": ["export", "quickstart", "--runs", str(place), "--out", str(place / "exported")],
