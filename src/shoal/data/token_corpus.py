@@ -70,7 +70,7 @@ def load_record(folder: Path) -> Record | None:
             return None
         cut, notes = saved.pop("cut"), tuple(saved.pop("notes"))
         saved["listing"] = tuple(CorpusFile(**entry) for entry in saved["listing"])
-        saved["skips"] = Skips.load(saved["skips"])
+        saved |= {name: Skips.load(saved[name]) for name in ("skips", "flaws", "overlap") if name in saved}
         saved["splits"] = {name: SplitRecord(**saved["splits"][name] | {"shards": ()}) for name in SPLITS}
         return Record(Manifest(**saved), cut, notes)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
