@@ -56,9 +56,6 @@ Progress = Callable[[str, int, int], None]
 """Called with (phase, bytes done, bytes in all); a total of 0 means unknown."""
 
 
-SHARE_TIMES = 3  # how far the held-out share of the text may be from `data.val_fraction` without a warning
-
-
 def no_progress(phase: str, done_bytes: int, total_bytes: int) -> None:
     """Ignore progress."""
 
@@ -201,8 +198,7 @@ def open_prepared(folder: Path, notes: Sequence[str] = (), given: Tokenizer | No
         tokenizer = _saved_tokenizer(folder, record.manifest, given)
         return _of_token_files(folder, tokenizer, open_recorded(record, tokenizer))
     manifest = load_manifest(folder)
-    skipped = _conversation_notes(manifest) if manifest.has_conversations else _skip_notes(manifest)
-    every = (*notes, *skipped, *_share_notes(manifest))
+    every = (*notes, *manifest.skip_notes(), *manifest.share_notes())
     tokenizer = _saved_tokenizer(folder, manifest, given)
     return Prepared(folder, tokenizer, manifest, _shard_streams(folder, manifest), every)
 
@@ -232,33 +228,6 @@ def _open_shards(folder: Path, manifest: Manifest, name: SplitName) -> list[Shar
 
 def _of_token_files(folder: Path, tokenizer: Tokenizer, opened: Opened) -> Prepared:
     return Prepared(folder, tokenizer, opened.manifest, opened.streams, opened.notes)
-
-
-def _skip_notes(manifest: Manifest) -> list[str]:
-    return [manifest.skips.note()] if manifest.skips.count else []
-
-
-def _conversation_notes(manifest: Manifest) -> list[str]:
-    """Return a line for each kind of fault in the conversations, with the first three records."""
-    return [*manifest.skips.kinds("dropped"), *manifest.flaws.kinds("kept")]
-
-
-def _share_notes(manifest: Manifest) -> list[str]:
-    """Return a line if the held-out text is far from `data.val_fraction` of the text, as one of three files is."""
-    train, val = (manifest.splits[name] for name in SPLITS)
-    fraction = manifest.options.get("val_fraction")  # not in the options of held-out files
-    share = val.text_bytes / max(train.text_bytes + val.text_bytes, 1)
-    if fraction is None or fraction / SHARE_TIMES <= share <= fraction * SHARE_TIMES:
-        return []
-    corpus = manifest.options["corpus"]
-    held_out = (
-        "the split to hold out in data.val_split" if corpus == "datasets" else "the files to hold out in data.val_paths"
-    )
-    divide = "divide texts into documents (data.separator), " if corpus in ("text", "files") else ""
-    return [
-        f"{100 * share:.2g}% of the text is held out ({val.documents:,} of {train.documents + val.documents:,} documents), although "
-        f"data.val_fraction is {fraction:g}: documents are held out whole; name {held_out}, {divide}or add documents"
-    ]
 
 
 def open_checked(folder: Path, data: Data, given: Tokenizer | None = None, *, past: bool = False) -> Prepared:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from shoal.data.corpus.documents import Corpus, Cursor, Document, Skipped
 from shoal.data.corpus.paths import count_kinds
-from shoal.data.stored.manifest import Skips, SplitName
+from shoal.data.stored.manifest import SplitName
+from shoal.data.stored.skips import Skips
 from shoal.errors import DataError
 
 FIELDS_AT_MOST = 100  # maximum number of field names to collect, to suggest a data.text_key

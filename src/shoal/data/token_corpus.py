@@ -20,7 +20,8 @@ from shoal.data.pretokenized.find import check_held_out, find_token_files
 from shoal.data.pretokenized.formats import open_token_file
 from shoal.data.pretokenized.token_file import TokenFile, Vocabulary
 from shoal.data.stored.files import locked_folder, write_atomically
-from shoal.data.stored.manifest import SPLITS, TOKENIZER, Manifest, Skips, SplitName, SplitRecord, check_unchanged
+from shoal.data.stored.manifest import SPLITS, TOKENIZER, Manifest, SplitName, SplitRecord, check_unchanged
+from shoal.data.stored.skips import Skips, with_skips
 from shoal.data.stored.stream import Section, Stream, TokenStream
 from shoal.data.text_bytes import count_text_bytes
 from shoal.data.tokens.byte_lengths import byte_lengths
@@ -70,9 +71,8 @@ def load_record(folder: Path) -> Record | None:
             return None
         cut, notes = saved.pop("cut"), tuple(saved.pop("notes"))
         saved["listing"] = tuple(CorpusFile(**entry) for entry in saved["listing"])
-        saved |= {name: Skips.load(saved[name]) for name in ("skips", "flaws", "overlap") if name in saved}
         saved["splits"] = {name: SplitRecord(**saved["splits"][name] | {"shards": ()}) for name in SPLITS}
-        return Record(Manifest(**saved), cut, notes)
+        return Record(Manifest(**with_skips(saved)), cut, notes)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

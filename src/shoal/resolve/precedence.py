@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from shoal.config.data_formats import FORMATS
 from shoal.config.families import FAMILIES
+from shoal.config.keys import option_at
+from shoal.errors import Problem
 from shoal.resolve.recipe import Setting, to_text
 
 HELD_OUT: Final = ("data.val_paths", "data.val_split", "data.val_fraction")
@@ -25,6 +27,19 @@ class Replacement:
         file = self.lost[0].where.rpartition(":")[0]
         lost = ", ".join(f"{s.key} {to_text(s.value)}" for s in self.lost)
         return f"{self.by.where} {to_text(self.by.value)} replaces these options of {file}: {lost}"
+
+
+def repeated_flags(flags: Sequence[Setting], last: Mapping[str, Setting], problems: list[Problem]) -> Iterator[str]:
+    """Yield a note for each flag that a later one replaces; add a `Problem` for a list's flag, whose values may all be meant."""
+    for flag in flags:
+        kept = last.get(flag.key, flag)
+        if kept is flag or kept.value == flag.value:
+            continue
+        if isinstance(getattr(option_at(flag.key), "default", None), tuple):
+            cure = f"separate its values by commas: {kept.where} A,B"
+            problems.append(Problem(kept.where, f"{flag.key} is given twice on the command line; {cure}"))
+        else:
+            yield f"{flag.where} {flag.value} has no effect: {kept.where} {kept.value} follows"
 
 
 def replacements(recipe: Mapping[str, Setting], typed: Mapping[str, Setting]) -> list[Replacement]:

@@ -12,7 +12,7 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +27,7 @@ from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
 from shoal.resolve.checks import DEFAULT, DERIVED, contradictions, remarks
 from shoal.resolve.corpus_kind import with_corpus
-from shoal.resolve.precedence import replacements
+from shoal.resolve.precedence import repeated_flags, replacements
 from shoal.resolve.recipe import START, Setting, known, not_text, read_override, read_recipe, to_text
 from shoal.system.secrets import secret_in
 
@@ -64,7 +64,7 @@ def resolve(
     said = _by_key(read_recipe(recipe, problems) if recipe else [], problems)
     flags = [read_override(*o) for o in overrides]
     typed = _by_key(flags, problems)
-    repeated = [] if problems else list(_repeated(flags, typed, problems))  # which quotes them: none has a secret
+    repeated = [] if problems else list(repeated_flags(flags, typed, problems))  # which quotes them: none has a secret
     found = replacements(said, typed)
     replaced = {s.key: s for r in found for s in r.lost}
     # without a recipe, the replaced values are START's: the user never set them
@@ -92,19 +92,6 @@ def peek(recipe: Path | None, overrides: Iterable[tuple[str, str, str]], keys: I
 def _by_key(given: Iterable[Setting], problems: list[Problem]) -> dict[str, Setting]:
     """Return the valid settings by key; add a `Problem` for each unknown key or forbidden text."""
     return {s.key: s for s in known(_speakable(given, problems), problems)}
-
-
-def _repeated(flags: Sequence[Setting], last: Mapping[str, Setting], problems: list[Problem]) -> Iterator[str]:
-    """Yield a note for each flag that a later one replaces; add a `Problem` for a list's flag, whose values may all be meant."""
-    for flag in flags:
-        kept = last.get(flag.key, flag)
-        if kept is flag or kept.value == flag.value:
-            continue
-        if isinstance(getattr(option_at(flag.key), "default", None), tuple):
-            cure = f"separate its values by commas: {kept.where} A,B"
-            problems.append(Problem(kept.where, f"{flag.key} is given twice on the command line; {cure}"))
-        else:
-            yield f"{flag.where} {flag.value} has no effect: {kept.where} {kept.value} follows"
 
 
 def _speakable(given: Iterable[Setting], problems: list[Problem]) -> Iterator[Setting]:

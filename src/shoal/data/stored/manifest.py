@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from shoal.data.corpus.documents import LOST_PART, START, CorpusFile, Cursor, Listed, Skipped
-from shoal.data.corpus.paths import count_kinds
+from shoal.data.corpus.documents import START, CorpusFile, Cursor, Listed
 from shoal.data.stored.files import write_atomically
 from shoal.data.stored.shards import CURE, ShardRecord
+from shoal.data.stored.skips import NAMED_AT_MOST, Skips, with_skips
 from shoal.errors import DataError
 from shoal.system.output import on_one_line
 
@@ -25,109 +25,12 @@ MANIFEST, JOURNAL, TOKENIZER, YARDSTICK = "manifest.json", "journal.json", "toke
 ROW_INDEXES = "*-rows-*.index"  # see `best_fit_rows.index_name`
 SEGMENTS = ".filter-?????"  # see `segment_name`
 FINISHED = (MANIFEST, TOKENIZER, YARDSTICK, "*.safetensors", ROW_INDEXES)  # the files of finished tokens
-NAMED_AT_MOST = 5  # maximum number of files named in a message; the rest are counted
 FILTERS = ("shorter", "longer", "shares", "exact", "near")  # how the reasons of each filter begin, as the filters run
-EXAMPLES = 3  # maximum number of records named for each reason
+
+SHARE_TIMES = 3  # how far the held-out share of the text may be from `data.val_fraction` without a warning
 
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = get_args(SplitName)
-
-
-@dataclass
-class Skips:
-    """
-    Records with a fault: how many, the first few, and the place up to which they are counted. Those with several count for each.
-
-    damaged: the number that counts against `data.bad_records`. lost: the first parts of files that are lost (`LOST_PART`).
-    """
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-    upto: Cursor = START
-    reasons: dict[str, int] = field(default_factory=dict)
-    damaged: int = 0
-    first_damaged: list[str] = field(default_factory=list)
-    examples: dict[str, list[str]] = field(default_factory=dict)  # the first records of each reason
-    lost: list[str] = field(default_factory=list)
-
-    def add(self, item: Skipped) -> None:
-        """Count a skipped record, once even if a restart reads it again."""
-        if item.damaged and item.after > self.upto:
-            self.damaged += item.damaged
-            named = self.lost if item.damaged == LOST_PART else self.first_damaged
-            if len(named) < NAMED_AT_MOST:
-                named.append(f"{item.name}: {item.reason}")
-        self.add_all(item.name, [item.reason], item.after)
-
-    def add_all(self, name: str, reasons: Iterable[str], after: Cursor) -> None:
-        """Count each fault of a record, once even if a restart reads it again."""
-        if after <= self.upto:
-            return
-        self.upto = after
-        for reason in reasons:
-            self.count += 1
-            self.reasons[reason] = self.reasons.get(reason, 0) + 1
-            if len(self.first) < NAMED_AT_MOST:
-                self.first.append(f"{name}: {reason}")
-            named = self.examples.setdefault(reason, [])
-            if len(named) < EXAMPLES and name not in named:
-                named.append(name)
-
-    def kinds(self, outcome: str) -> list[str]:
-        """Return a line for each reason, most frequent first: how many records, their `outcome`, and the first ones."""
-        most = sorted(self.reasons.items(), key=lambda said: -said[1])
-        return [f"{count:,} {outcome}, {reason}: {self._examples_of(reason, count)}" for reason, count in most]
-
-    def _examples_of(self, reason: str, count: int) -> str:
-        named = self.examples.get(reason, [])
-        return ", ".join(map(on_one_line, named)) + (", ..." if count > len(named) else "")
-
-    def joined(self, other: Skips) -> Skips:
-        """Return the counts of both."""
-        reasons, examples = dict(self.reasons), dict(self.examples)
-        for reason, count in other.reasons.items():
-            reasons[reason] = reasons.get(reason, 0) + count
-            examples[reason] = [*examples.get(reason, []), *other.examples.get(reason, [])][:EXAMPLES]
-        first = [*self.first, *other.first][:NAMED_AT_MOST]
-        return Skips(
-            self.count + other.count,
-            first,
-            max(self.upto, other.upto),
-            reasons,
-            self.damaged,
-            self.first_damaged,
-            examples,
-            self.lost,
-        )
-
-    def check(self, bad_records: int) -> None:
-        """Raise DataError, naming the first ones, if more records are damaged than `data.bad_records` allows."""
-        if self.damaged > bad_records and self.lost:
-            raise DataError(
-                f"{'; '.join(map(on_one_line, [*self.lost, *self.first_damaged]))}; fetch or write it again, or take it out of data.paths. To read on "
-                f"without that part, which counts as {LOST_PART:,} damaged records, raise data.bad_records (now {bad_records:,})"
-            )
-        if self.damaged > bad_records:
-            named = "; ".join(map(on_one_line, self.first_damaged))
-            raise DataError(
-                f"more than {bad_records:,} records are damaged (data.bad_records): {named}"
-                f"{'; ...' if self.damaged > len(self.first_damaged) else ''}; correct the files or data.text_key, or raise data.bad_records"
-            )
-
-    def note(self) -> str:
-        """Return one line for the console."""
-        if len(self.reasons) == 1 and self.count > len(self.first) and self.examples:
-            [(reason, named)] = self.examples.items()
-            return f"{self.count:,} skipped, not text: {on_one_line(reason)}; the first is {on_one_line(named[0])}"
-        if self.count == len(self.first) or not self.reasons:
-            return f"{self.count:,} skipped, not text: {'; '.join(map(on_one_line, self.first))}"
-        return (
-            f"{self.count:,} skipped, not text: {count_kinds(self.reasons)}; the first is {on_one_line(self.first[0])}"
-        )
-
-    @classmethod
-    def load(cls, saved: Any) -> Skips:
-        return cls(**{**saved, "upto": Cursor(**saved["upto"])})
 
 
 @dataclass
@@ -290,6 +193,31 @@ class Manifest:
     flaws: Skips = field(default_factory=Skips)  # faults of conversations that were kept
     overlap: Skips = field(default_factory=Skips)  # training documents whose text a document of a held-out file has
 
+    def skip_notes(self) -> list[str]:
+        """Return what the user is told of skipped records; of conversations, a line for each kind of fault, with three records."""
+        if self.has_conversations:
+            return [*self.skips.kinds("dropped"), *self.flaws.kinds("kept")]
+        return [self.skips.note()] if self.skips.count else []
+
+    def share_notes(self) -> list[str]:
+        """Return a line if the held-out text is far from `data.val_fraction` of the text, as one of three files is."""
+        train, val = (self.splits[name] for name in SPLITS)
+        fraction = self.options.get("val_fraction")  # not in the options of held-out files
+        share = val.text_bytes / max(train.text_bytes + val.text_bytes, 1)
+        if fraction is None or fraction / SHARE_TIMES <= share <= fraction * SHARE_TIMES:
+            return []
+        corpus = self.options["corpus"]
+        held_out = (
+            "the split to hold out in data.val_split"
+            if corpus == "datasets"
+            else "the files to hold out in data.val_paths"
+        )
+        divide = "divide texts into documents (data.separator), " if corpus in ("text", "files") else ""
+        return [
+            f"{100 * share:.2g}% of the text is held out ({val.documents:,} of {train.documents + val.documents:,} documents), although "
+            f"data.val_fraction is {fraction:g}: documents are held out whole; name {held_out}, {divide}or add documents"
+        ]
+
     @property
     def has_conversations(self) -> bool:
         """Whether the documents are conversations, of which perhaps only a part is learned."""
@@ -344,11 +272,8 @@ def load_manifest(folder: Path) -> Manifest:
             raise DataError(f"{path} has format {saved['format']}, not {FORMAT}; {CURE}")
         splits = {name: _sum([ShardRecord(**s) for s in saved["splits"][name]["shards"]]) for name in SPLITS}
         saved["listing"] = tuple(CorpusFile(**entry) for entry in saved["listing"])
-        saved["skips"] = Skips.load(saved["skips"])
         saved["removed"] = load_removed(saved.get("removed", {}))
-        for name in ("flaws", "overlap"):
-            saved[name] = Skips.load(saved[name]) if name in saved else Skips()
-        manifest = Manifest(**{**saved, "splits": splits})
+        manifest = Manifest(**{**with_skips(saved), "splits": splits})
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; run `shoal prepare RECIPE` first") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
