@@ -6,6 +6,8 @@ runs/NAME/
   tokenizer.json  how its text became ids    events.jsonl    starts, saves, stops
   checkpoints/    see checkpoint/store.py    lock            the process that trains it
   samples/        text written at the end    ledger.jsonl    the samples it was trained on
+  ranks.jsonl     memory and time by rank    model.txt       the model's modules, as text
+  now.json        the phase it is in         cache/          what readers keep to draw curves fast
   stacks/         stacks of hung workers     time.jsonl      where the time went
   source/         files that came with the weights, if it started from a model folder
   tokenizer/      all files of its tokenizer, if it came from another folder
@@ -75,6 +77,10 @@ class RunFolder:
     @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def ranks_file(self) -> Path:
+        return self.path / "ranks.jsonl"
 
     @property
     def events_file(self) -> Path:

@@ -1,5 +1,5 @@
 """
-The lines of `metrics.jsonl`: a dataclass for each kind, one writer, one reader. No torch.
+The lines of `metrics.jsonl` and `ranks.jsonl`: a dataclass for each kind, one writer, one reader. No torch.
 
 `python scripts/tables.py` generates the tables of these fields in docs/TRAINING.md.
 """
@@ -23,11 +23,8 @@ def _field(unit: str, meaning: str, *, optional: bool = False) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Record:
-    """A line of `metrics.jsonl`."""
-
-    step: int = _field("steps", "optimizer steps taken")
-    tokens: int = _field("tokens", "valid tokens trained on so far")
+class _Line:
+    """A line of a file of records."""
 
     @classmethod
     def of_line(cls, line: Mapping[str, Any]) -> Self:
@@ -39,6 +36,16 @@ class _Record:
         """Return the record as a dict for JSON."""
         values = {each: getattr(self, each.name) for each in fields(self)}
         return {f.name: value for f, value in values.items() if f.default is MISSING or value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record(_Line):
+    """A line of `metrics.jsonl`."""
+
+    step: int = _field("steps", "optimizer steps taken")
+    tokens: int = _field("tokens", "valid tokens trained on so far")
+    time: float | None = _field("s", "when the line was written, in seconds since 1970", optional=True)
+    replica: int | None = _field("", "replica that wrote the line, if several train apart", optional=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +62,11 @@ class StepRecord(_Record):
     source_loss: Mapping[str, float] | None = _field(
         "nats per token",
         "mean training loss of this step by source of a blend, of those with tokens in it",
+        optional=True,
+    )
+    spike_score: float | None = _field(
+        "",
+        "robust z-score of the loss: distance from the median of recent losses in robust standard deviations",
         optional=True,
     )
     split_seconds: Mapping[str, float] | None = _field(
@@ -79,6 +91,23 @@ class Evaluation(_Record):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RanksRecord(_Line):
+    """A line of `ranks.jsonl`: every list has one entry per rank, in the order of ranks."""
+
+    step: int = _field("steps", "the measured step")
+    time: float = _field("s", "when the line was written, in seconds since 1970")
+    memory_bytes: Sequence[int] = _field("bytes", "memory in use: allocated on a GPU, resident on a CPU")
+    peak_memory_bytes: Sequence[int] = _field("bytes", "peak of `memory_bytes` since the process started")
+    reserved_bytes: Sequence[int] | None = _field("bytes", "GPU memory that torch holds", optional=True)
+    peak_reserved_bytes: Sequence[int] | None = _field("bytes", "peak of `reserved_bytes`", optional=True)
+    busy_seconds: Mapping[str, Sequence[float]] = _field(
+        "s",
+        "busy time of the measured step by phase (`data`, `forward`, `backward`, `reduce`, `optimizer`, `between`), "
+        "without waits for other ranks",
+    )
+
+
 @dataclass(frozen=True)
 class Metrics:
     """The whole lines of a `metrics.jsonl`, in order."""
@@ -99,6 +128,11 @@ def read_metrics(path: Path) -> Metrics:
         [StepRecord.of_line(line) for line in lines if "loss" in line],
         [Evaluation.of_line(line) for line in lines if "val_loss" in line],
     )
+
+
+def read_ranks(path: Path) -> list[RanksRecord]:
+    """Return the lines of `ranks.jsonl`; none if there is no file."""
+    return [RanksRecord.of_line(line) for line in read_json_lines(path) if "busy_seconds" in line]
 
 
 class MetricsFile(PatientLines):
