@@ -85,7 +85,7 @@ def what_axes_do(config: Config, layout: Layout) -> Iterator[tuple[str, str]]:
     words = {
         "pp": f"the blocks, in {layout.pp * stages} stages ({parallel.pp_schedule}, bubble {100 * bubble:.0f}% of a step)",
         "dp_replicate": f"a step's micro-batches, over {layout.dp_replicate} replicas that sum their gradients",
-        "dp_shard": f"weights, gradients and optimizer state, in {layout.dp_shard} shards; and the micro-batches",
+        "dp_shard": f"a step's micro-batches, and the state of the model, in {layout.dp_shard} shards (FSDP2)",
         "cp": f"each sequence, in {layout.cp} parts of {config.data.seq_len // layout.cp:,} tokens",
         "tp": f"the striped weights, in {layout.tp} parts"
         if native
@@ -100,7 +100,7 @@ def draw_architecture(config: Config, layout: Layout, name: str) -> Iterator[Fig
     rows = sum(len(each) for each in (parts.before, parts.block, parts.after))
     ranks = _Ranks(config, layout)
     height = max(
-        2.9 + (rows + 1) * (ROW + SPACE), 3.3 + ranks.height + 0.3 * sum(1 for _ in what_axes_do(config, layout))
+        2.0 + (rows + 1) * (ROW + SPACE), 2.9 + ranks.height + 0.3 * sum(1 for _ in what_axes_do(config, layout))
     )
     with canvas(WIDTH, height) as figure:
         axes = figure.add_axes((0, 0, 1, 1))
@@ -119,7 +119,8 @@ def _subtitle(config: Config, parts: Anatomy) -> str:
     model = resolve_shape(config.model)
     kind = model.from_ or model.preset or model.family
     heads = f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} key and value heads"
-    return f"{kind}: {parts.layers} blocks, width {model.dim:,}, {heads}, {config.train.dtype} products"
+    dtype = "" if config.train.dtype == "auto" else f", {config.train.dtype}"
+    return f"{kind}: {parts.layers} blocks, width {model.dim:,}, {heads}{dtype}"
 
 
 # --- the model ----------------------------------------------------------------------------------------------------------
@@ -173,7 +174,7 @@ def _draw_weight(axes: Axes, weight: Weight, layout: Layout, x: float, y: float,
     count = f"{weight.parameters:,}" if all(weight.shape) else "vocabulary unknown"
     _text(axes, x + 0.08, y + ROW - 0.14, name, size=8, weight="bold")
     _text(axes, x + 0.08, y + 0.15, f"{shape}{' and bias' * bool(weight.bias)}", size=7, color=PALE)
-    if width > 2:
+    if 0.075 * len(name) + 0.06 * len(count) + 0.3 < width:
         _text(axes, x + width - 0.08, y + ROW - 0.14, count, size=7, color=PALE, ha="right")
 
 
@@ -197,9 +198,18 @@ class _Ranks:
         self.layout = layout
         self.frames = shown(layout.pp)
         self.rows, self.columns = shown(layout.dp), shown(layout.cp * layout.tp)
-        self.frame_height = self.HEAD + self.CELL * len(self.rows) + self.FOOT
-        self.height = (self.frame_height + SPACE) * len(self.frames)
+        self.head = self.HEAD if layout.cp * layout.tp > 1 else 0.32
+        self._whole = self.head + self.CELL * len(self.rows) + self.FOOT
+        self.height = sum(self.frame_height(frame) + SPACE for frame in self.frames)
         self._config = config
+
+    def is_whole(self, frame: int) -> bool:
+        """Return whether a frame shows its ranks: of many stages, only the first and the last do."""
+        return self.layout.pp <= 2 or frame in (0, self.layout.pp - 1)
+
+    def frame_height(self, frame: int | None) -> float:
+        """Return the height of a frame in inches."""
+        return self._whole if frame is not None and self.is_whole(frame) else 0.3
 
     def rank(self, frame: int, row: int, column: int) -> int:
         """Return the rank in a cell."""
@@ -245,15 +255,15 @@ def _draw_ranks(axes: Axes, config: Config, layout: Layout, ranks: _Ranks, y: fl
     y -= 0.4
     for frame in ranks.frames:
         if frame is None:
-            _text(axes, x + 2, y - ranks.frame_height / 2, f"{layout.pp - SHOWN + 1} more like these", color=PALE)
+            _text(axes, x + 0.1, y - 0.15, f"... {layout.pp - SHOWN + 1} more", size=8, color=PALE)
         else:
             _draw_frame(axes, ranks, frame, x, y)
-        y -= ranks.frame_height + SPACE
+        y -= ranks.frame_height(frame) + SPACE
     y -= 0.2
     for axis, words in what_axes_do(config, layout):
         _box(axes, x, y - 0.07, 0.2, 0.16, fill=AXIS_COLORS[axis], edge="none")
         _text(axes, x + 0.3, y, f"{axis} {getattr(layout, axis)}", size=8, weight="bold")
-        _text(axes, x + 1.5, y, f"splits {words}", size=8)
+        _text(axes, x + 1.4, y, f"splits {words}", size=8)
         y -= 0.3
     for line in Figures.of(config, layout).lines():
         _text(axes, x, y, line, size=8, color=INK)
@@ -262,17 +272,19 @@ def _draw_ranks(axes: Axes, config: Config, layout: Layout, ranks: _Ranks, y: fl
 
 def _draw_frame(axes: Axes, ranks: _Ranks, frame: int, x: float, y: float) -> None:
     width = WIDTH - x - 0.3
-    bottom = y - ranks.frame_height
+    bottom = y - ranks.frame_height(frame)
     edge = AXIS_COLORS["pp"] if ranks.layout.pp > 1 else FAINT
-    _box(axes, x, bottom, width, ranks.frame_height, fill="#ffffff", edge=edge)
+    _box(axes, x, bottom, width, ranks.frame_height(frame), fill="#ffffff", edge=edge)
     name = f"pp {frame}, " if ranks.layout.pp > 1 else ""
     _text(axes, x + 0.1, y - 0.14, name + ranks.holds(frame), size=8, weight="bold")
+    if not ranks.is_whole(frame):
+        return
     cell_x, step = x + 1.3, (width - 1.4) / max(3, len(ranks.columns))
     for place, column in enumerate(ranks.columns):
         label = "..." if column is None else ranks.name_of_column(column)
         _text(axes, cell_x + (place + 0.5) * step, y - 0.43, label, size=7, color=AXIS_COLORS["tp"], ha="center")
     for line, row in enumerate(ranks.rows):
-        top = y - ranks.HEAD - line * ranks.CELL
+        top = y - ranks.head - line * ranks.CELL
         label = "..." if row is None else ranks.name_of_row(row)
         _text(axes, x + 0.1, top - ranks.CELL / 2, label, size=7, color=AXIS_COLORS["dp_shard"])
         for place, column in enumerate(ranks.columns):
