@@ -15,7 +15,8 @@ UNIMPORTANT: Final = ("launch.", "metrics.", "checkpoint.")  # shown after the o
 def labels(runs: Sequence[Seen]) -> list[str]:
     """Return a label for each run: "name: optim.lr 0.01, ..."."""
     keys = sorted(
-        {each.key for run in runs for each in changed_options(runs[0].config, run.config)} - {"launch.name", "launch.runs"},
+        {each.key for run in runs for each in changed_options(runs[0].config, run.config)}
+        - {"launch.name", "launch.runs"},
         key=lambda key: (key.startswith(UNIMPORTANT), key),
     )
     return [_label(run, keys) for run in runs]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from shoal.report.pictures.canvas import INK, PALE, canvas, color, dash, legend_below
+from shoal.report.pictures.canvas import INK, PALE, PAPER, canvas, color, dash, legend_below
 from shoal.report.pictures.labels import labels
 from shoal.report.pictures.seen import MARKED, Floats, Scale, Seen, XAxis, scale_of
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from shoal.report.curves.curves import Window
 
 WIDTH, HEIGHT = 9.6, 5.4  # inches
+NOT_FINITE: Final = ("NaN or Inf", "X")
 COLUMNS: Final = 800  # buckets of a curve: about one for each pixel of the axes
 
 
@@ -72,6 +73,8 @@ def draw_run(axes: Axes, run: Seen, axis: XAxis, scale: Scale, number: int, name
             markersize=5, markerfacecolor=color(number), markeredgecolor=INK, label="_held-out", gid=f"held-out-{number}",
         )  # fmt: skip
     draw_marks(axes, run, window, x, number)
+    if window.gaps.any():
+        draw_mark(axes, x[window.gaps > 0], NOT_FINITE, number)
 
 
 def band(axes: Axes, x: Floats, window: Window, paint: str, gid: str) -> None:
@@ -99,10 +102,16 @@ def draw_marks(axes: Axes, run: Seen, window: Window, x: Floats, number: int) ->
         at = np.interp(np.asarray(steps, float), np.asarray(window.step, float), x)
         for each in at:
             axes.axvline(each, color=color(number), linewidth=0.6, linestyle=(0, (1, 2)), zorder=1)
-        axes.plot(
-            at, np.ones_like(at), transform=axes.get_xaxis_transform(), linestyle="none", marker=marker, markersize=6,
-            color=color(number), markeredgecolor=INK, markeredgewidth=0.6, clip_on=False, label=f"_{words}", gid=f"{words}-{number}",
-        )  # fmt: skip
+        draw_mark(axes, at, (words, marker), number)
+
+
+def draw_mark(axes: Axes, x: Floats, mark: tuple[str, str], number: int) -> None:
+    """Draw marks of one kind on the upper edge of the axes."""
+    words, marker = mark
+    axes.plot(
+        x, np.ones_like(x), transform=axes.get_xaxis_transform(), linestyle="none", marker=marker, markersize=6,
+        color=color(number), markeredgecolor=INK, markeredgewidth=0.6, clip_on=False, label=f"_{words}", gid=f"{words}-{number}",
+    )  # fmt: skip
 
 
 def _handles(axes: Axes, runs: Sequence[Seen]) -> list[Any]:
@@ -115,12 +124,17 @@ def _handles(axes: Axes, runs: Sequence[Seen]) -> list[Any]:
         handles[0].set_label("training, mean")
     handles.append(Patch(facecolor=PALE, alpha=0.3, label="lowest to highest step"))
     if any(run.window("val_loss", 1) is not None for run in runs):
-        handles.append(Line2D([], [], color=INK, linewidth=0.8, marker="o", markersize=5, markerfacecolor=PAPER_DOT, label="held-out text"))
-    found = {name for run in runs for name in run.marks()}
-    for name, (words, marker) in MARKED.items():
-        if name in found:
-            handles.append(Line2D([], [], linestyle="none", marker=marker, color=PALE, markeredgecolor=INK, label=words))
+        handles.append(
+            Line2D(
+                [], [], color=INK, linewidth=0.8, marker="o", markersize=5, markerfacecolor=PAPER, label="held-out text"
+            )
+        )
+    found = {MARKED[name] for run in runs for name in run.marks()}
+    if any((w := run.window("loss", COLUMNS)) is not None and w.gaps.any() for run in runs):
+        found.add(NOT_FINITE)
+    for words, marker in (*MARKED.values(), NOT_FINITE):
+        if (words, marker) in found:
+            handles.append(
+                Line2D([], [], linestyle="none", marker=marker, color=PALE, markeredgecolor=INK, label=words)
+            )
     return handles
-
-
-PAPER_DOT: Final = "#ffffff"

@@ -19,7 +19,6 @@ from shoal.run.folder import RunFolder
 
 Floats = NDArray[np.float64]
 XAxis = Literal["step", "tokens", "flops", "seconds"]
-LAST: Final = 1 << 62  # a step after every step
 
 # Events that a curve shows, by their name in events.jsonl: (words, marker)
 MARKED: Final = {
@@ -30,6 +29,14 @@ MARKED: Final = {
     "straggler": ("slow rank", "P"),
     "alert": ("alert", "*"),
 }
+
+
+UNITS_OF_TIME: Final = (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+COUNTS: Final = ((" (trillions)", 1e12), (" (billions)", 1e9), (" (millions)", 1e6), (" (thousands)", 1e3), ("", 1.0))
+FLOPS: Final = (
+    ("YFLOP, 10²⁴", 1e24), ("ZFLOP, 10²¹", 1e21), ("EFLOP, 10¹⁸", 1e18), ("PFLOP, 10¹⁵", 1e15), ("TFLOP, 10¹²", 1e12),
+    ("GFLOP, 10⁹", 1e9), ("FLOP", 1.0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,14 +61,14 @@ class Seen:
     def read(cls, folder: RunFolder) -> Seen:
         """Read a run. Raises `RunError` if there is no run, or it has no step yet."""
         config = folder.load_config()
-        curves = Curves.open(folder)
+        curves = Curves.open(folder.path)
         if "loss" not in curves.names():
             raise RunError(f"{folder.path} has no step yet: nothing to draw")
         return cls(folder.path.resolve().name, folder, config, curves, read_json_lines(folder.events_file))
 
     def window(self, name: str, columns: int) -> Window | None:
         """Return all of a curve in at most `columns` buckets; None if the run has no such curve."""
-        return self.curves.window(name, 0, LAST, columns) if name in self.curves.names() else None
+        return self.curves.window(name, columns=columns) if name in self.curves.names() else None
 
     def x(self, window: Window, axis: XAxis) -> Floats:
         """Return where a window's buckets stand on an x axis. Raises `RunError` if the model's FLOP are unknown."""
@@ -100,15 +107,10 @@ def scale_of(axis: XAxis, largest: float) -> Scale:
     if axis == "step":
         return Scale("step")
     if axis == "seconds":
-        name, unit = next((n, u) for n, u in (("days", 86_400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0)) if largest >= 3 * u or u == 1)
+        name, unit = next(each for each in UNITS_OF_TIME if largest >= 3 * each[1] or each[1] == 1)
         return Scale(f"time in steps ({name})", unit)
-    powers = {1e24: "10²⁴", 1e21: "10²¹", 1e18: "10¹⁸", 1e15: "10¹⁵", 1e12: "10¹²", 1e9: "billions", 1e6: "millions", 1e3: "thousands"}
-    unit = next((power for power in powers if largest >= power), 1.0)
-    words = powers.get(unit, "")
-    if axis == "flops":
-        words = {"billions": "10⁹", "millions": "10⁶", "thousands": "10³"}.get(words, words)
-        return Scale(f"computation ({words} FLOP)".replace("( ", "("), unit)
-    return Scale(f"tokens trained on ({words})" if words else "tokens trained on", unit)
+    words, unit = next(each for each in (FLOPS if axis == "flops" else COUNTS) if largest >= each[1] or each[1] == 1)
+    return Scale(f"computation ({words})" if axis == "flops" else f"tokens trained on{words}", unit)
 
 
 def read_runs(targets: Sequence[str], runs: Path) -> list[Seen]:
