@@ -80,6 +80,16 @@ def save(figure: Figure, file: Path) -> None:
         raise ShoalError(f"{file} cannot be written: {error.strerror}; choose another --out") from None
 
 
+def thousands(axes: Axes) -> None:
+    """Write the numbers of linear axes with separators: 12,000."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        if max(abs(low), abs(high)) >= 1000:
+            axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+
+
 def color(index: int) -> str:
     """Return the color of the run with this index."""
     return COLORS[index % len(COLORS)]

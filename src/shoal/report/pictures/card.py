@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Final
 
 from shoal.errors import ShoalError
 from shoal.plan.estimate import parameter_count
-from shoal.report.pictures.architecture import si
 from shoal.report.pictures.canvas import COLORS, FAINT, INK, PALE, canvas
 from shoal.report.pictures.details import goodput_bar
 from shoal.report.pictures.loss import draw_run
-from shoal.report.pictures.seen import Seen, scale_of
+from shoal.report.pictures.seen import COUNTS, Seen, scale_of
 from shoal.report.runs.cost import Cost
 from shoal.run.console import duration
 from shoal.run.goodput import Account, account
@@ -48,7 +47,7 @@ def subtitle(run: Seen) -> str:
     model, data = run.config.model, run.config.data
     kind = model.from_ or model.preset or model.family
     try:
-        size = f", {si(parameter_count(model))}parameters".replace("  ", " ")
+        size = f", {in_words(parameter_count(model))} parameters"
     except (ShoalError, ValueError):  # the folder of its weights is gone
         size = ""
     sources = ", ".join(data.sources or ()) or data.corpus
@@ -65,14 +64,19 @@ def facts(run: Seen, cost: Cost | None) -> Iterator[tuple[str, str]]:
     last = run.curves.window("loss", first_step=run.curves.last_step)
     yield "training loss", f"{last.mean[-1]:.3f} nats per token" if len(last) else "none"
     whole = run.curves.window("loss", columns=1 << 30)
-    yield "trained on", f"{si(float(whole.tokens[-1]))}tokens in {whole.step[-1]:,} steps"
+    yield "trained on", f"{in_words(int(whole.tokens[-1]))} tokens in {whole.step[-1]:,} steps"
     yield "time in steps", duration(float(whole.seconds[-1]))
-    speed = run.window("tokens_per_second", 1)
-    if speed is not None:
-        yield "throughput", f"{speed.mean[0]:,.0f} tokens/s, mean"
+    if whole.seconds[-1] > 0:
+        yield "throughput", f"{whole.tokens[-1] / whole.seconds[-1]:,.0f} tokens/s, mean"
     yield "hardware", hardware(run)
     if cost is not None:
         yield "cost", cost.in_words()
+
+
+def in_words(count: int) -> str:
+    """Return a count with three digits that count: "596 thousand", "1.97 million"."""
+    words, unit = next(each for each in COUNTS if count >= each[1] or each[1] == 1)
+    return f"{count / unit:.3g} {words.strip(' ()s')}".strip()
 
 
 def hardware(run: Seen) -> str:
@@ -119,7 +123,7 @@ def _draw_goodput(figure: Figure, spent: Account) -> None:
 
 
 def _wrapped(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, WIDEST, max_lines=2, placeholder=" ..."))
+    return "\n".join(textwrap.wrap(text, WIDEST, max_lines=2, placeholder=" ...", break_on_hyphens=False))
 
 
 def _short(text: str, longest: int) -> str:

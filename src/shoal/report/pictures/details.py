@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from shoal.report.pictures.canvas import CATEGORY_COLORS, COLORS, INK, PALE, PHASE_COLORS, canvas
-from shoal.report.pictures.loss import COLUMNS
+from shoal.report.pictures.canvas import CATEGORY_COLORS, COLORS, INK, PALE, PHASE_COLORS, canvas, thousands
+from shoal.report.pictures.loss import COLUMNS, band
 from shoal.report.pictures.seen import Seen
 from shoal.run.console import duration
 from shoal.run.goodput import Account, account
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 11.0, 8.6  # inches
 GIGABYTE: Final = 1e9
 PHASES: Final = ("data", "forward", "backward", "reduce", "optimizer")
-SMALL: Final = 0.005  # share of the time below which a category shares one legend entry
 
 
 def draw_details(run: Seen) -> Iterator[Figure]:
@@ -30,12 +29,20 @@ def draw_details(run: Seen) -> Iterator[Figure]:
         panels = figure.subplot_mosaic(
             [["speed", "use"], ["memory", "split"], ["goodput", "goodput"]], height_ratios=[1, 1, 0.32]
         )
-        figure.suptitle(f"Details of {run.name}", x=0.01, ha="left", fontweight="bold", fontsize=12)
+        figure.suptitle(
+            f"Details of {run.name}{', dotted lines: restarts' * bool(run.marks().keys() & {'started', 'went back'})}",
+            x=0.01,
+            ha="left",
+            fontweight="bold",
+            fontsize=12,
+        )
         draw_curve(panels["speed"], run, "tokens_per_second", "throughput (tokens/s, all processes)", COLORS[0])
         draw_use(panels["use"], run)
         draw_memory(panels["memory"], run)
         draw_split(panels["split"], run)
         draw_goodput(panels["goodput"], run)
+        for panel in panels.values():
+            thousands(panel)
         yield figure
 
 
@@ -45,16 +52,7 @@ def draw_curve(axes: Axes, run: Seen, name: str, label: str, paint: str, unit: f
     axes.set(xlabel="step", ylabel=label)
     if window is None or not np.isfinite(window.mean).any():
         return say_nothing(axes, "not recorded")
-    axes.fill_between(
-        window.step,
-        window.low / unit,
-        window.high / unit,
-        facecolor=paint,
-        edgecolor=paint,
-        linewidth=0.8,
-        alpha=0.3,
-        gid=f"band-{name}",
-    )
+    band(axes, np.asarray(window.step, float), window, paint, f"band-{name}", unit)
     axes.plot(window.step, window.mean / unit, color=paint, gid=name)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.01)
@@ -80,7 +78,8 @@ def draw_use(axes: Axes, run: Seen) -> None:
     if mfu is not None and np.isfinite(mfu.mean).any():
         draw_curve(axes, run, "mfu", "MFU (% of the peak)", COLORS[2], unit=0.01)
     else:
-        draw_curve(axes, run, "step_seconds", "time of a step (s; MFU: the peak is unknown)", COLORS[2])
+        draw_curve(axes, run, "step_seconds", "time of a step (s)", COLORS[2])
+        axes.set_title("no MFU: the peak of this device is unknown", fontsize=8, color=PALE)
 
 
 def draw_memory(axes: Axes, run: Seen) -> None:

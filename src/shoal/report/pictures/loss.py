@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from shoal.report.pictures.canvas import INK, PALE, PAPER, canvas, color, dash, legend_below
+from shoal.report.pictures.canvas import INK, PALE, PAPER, canvas, color, dash, legend_below, thousands
 from shoal.report.pictures.labels import labels
 from shoal.report.pictures.seen import MARKED, Floats, Scale, Seen, XAxis, scale_of
 
@@ -35,10 +35,11 @@ def draw_loss(runs: Sequence[Seen], axis: XAxis = "tokens", smooth: int = 1, log
         for number, run in enumerate(runs):
             draw_run(axes, run, axis, scale, number, names[number], smooth)
         axes.set(xlabel=scale.label, ylabel="loss (nats per token)", title=title(runs, smooth))
+        thousands(axes)
         if log:
             log_loss(axes)
         axes.margins(x=0.01)
-        legend_below(axes, 1 if len(runs) > 1 else 3, handles=_handles(axes, runs))
+        legend_below(axes, 1 if len(runs) > 1 else 3, handles=_handles(axes, runs, smooth))
         yield figure
 
 
@@ -70,16 +71,18 @@ def draw_run(axes: Axes, run: Seen, axis: XAxis, scale: Scale, number: int, name
     if held_out is not None:
         axes.plot(
             run.x(held_out, axis) / scale.unit, held_out.mean, color=INK, linewidth=0.8, linestyle=dash(number), marker="o",
-            markersize=5, markerfacecolor=color(number), markeredgecolor=INK, label="_held-out", gid=f"held-out-{number}",
+            markersize=5, markerfacecolor=PAPER, markeredgecolor=color(number), markeredgewidth=1.5, label="_held-out", gid=f"held-out-{number}",
         )  # fmt: skip
     draw_marks(axes, run, window, x, number)
     if window.gaps.any():
         draw_mark(axes, x[window.gaps > 0], NOT_FINITE, number)
 
 
-def band(axes: Axes, x: Floats, window: Window, paint: str, gid: str) -> None:
+def band(axes: Axes, x: Floats, window: Window, paint: str, gid: str, unit: float = 1.0) -> None:
     """Fill from the lowest to the highest value of each bucket. Its outline is drawn too, so one step is at least a pixel wide."""
-    axes.fill_between(x, window.low, window.high, facecolor=paint, edgecolor=paint, linewidth=0.8, alpha=0.3, gid=gid)
+    axes.fill_between(
+        x, window.low / unit, window.high / unit, facecolor=paint, edgecolor=paint, linewidth=0.8, alpha=0.3, gid=gid
+    )
 
 
 def running_mean(window: Window, steps: int) -> Floats:
@@ -114,7 +117,7 @@ def draw_mark(axes: Axes, x: Floats, mark: tuple[str, str], number: int) -> None
     )  # fmt: skip
 
 
-def _handles(axes: Axes, runs: Sequence[Seen]) -> list[Any]:
+def _handles(axes: Axes, runs: Sequence[Seen], smooth: int) -> list[Any]:
     """Return the legend: one entry a run, then what bands, dots and marks mean."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -122,7 +125,8 @@ def _handles(axes: Axes, runs: Sequence[Seen]) -> list[Any]:
     handles, _ = axes.get_legend_handles_labels()
     if len(runs) == 1:
         handles[0].set_label("training, mean")
-    handles.append(Patch(facecolor=PALE, alpha=0.3, label="lowest to highest step"))
+    if smooth > 1 or any((w := run.window("loss", COLUMNS)) is not None and w.count.max() > 1 for run in runs):
+        handles.append(Patch(facecolor=PALE, alpha=0.3, label="lowest to highest step"))
     if any(run.window("val_loss", 1) is not None for run in runs):
         handles.append(
             Line2D(
