@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
-from shoal.config.keys import changed_options
 from shoal.report.pictures.seen import Seen
+from shoal.report.runs.facts import differences
 
 SHOWN: Final = 4  # options of a run in the legend
+LONGEST: Final = 40  # characters of a value
 UNIMPORTANT: Final = ("launch.", "metrics.", "checkpoint.")  # shown after the others
 
 
 def labels(runs: Sequence[Seen]) -> list[str]:
     """Return a label for each run: "name: optim.lr 0.01, ..."."""
-    keys = sorted(
-        {each.key for run in runs for each in changed_options(runs[0].config, run.config)}
-        - {"launch.name", "launch.runs"},
-        key=lambda key: (key.startswith(UNIMPORTANT), key),
-    )
-    return [_label(run, keys) for run in runs]
+    found = differences([run.config for run in runs])
+    keys = sorted(found, key=lambda key: key.startswith(UNIMPORTANT))
+    return [
+        _label(run.name, [f"{key} {_brief(found[key][number])}" for key in keys]) for number, run in enumerate(runs)
+    ]
 
 
-def _label(run: Seen, keys: Sequence[str]) -> str:
-    shown = [f"{key} {_value(run, key)}" for key in keys[:SHOWN]]
-    if len(keys) > SHOWN:
-        shown.append(f"and {len(keys) - SHOWN} more options")
-    return f"{run.name}: {', '.join(shown)}" if shown else run.name
+def _label(name: str, options: Sequence[str]) -> str:
+    shown = list(options[:SHOWN])
+    if len(options) > SHOWN:
+        shown.append(f"and {len(options) - SHOWN} more options")
+    return f"{name}: {', '.join(shown)}" if shown else name
 
 
-def _value(run: Seen, key: str) -> str:
-    section, _, name = key.partition(".")
-    value = getattr(getattr(run.config, section), name)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _brief(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."

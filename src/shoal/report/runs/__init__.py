@@ -1,1 +1,1 @@
-"""What a run is and was: its facts, its configs, its cost. No torch."""
+"""What one or several runs are and did: facts, differences, cost."""

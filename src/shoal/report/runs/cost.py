@@ -20,8 +20,8 @@ from typing import Any, Final
 
 import yaml
 
-from shoal.config.options import Config
 from shoal.errors import ShoalError
+from shoal.report.runs.written_options import written_options
 from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
 from shoal.run.goodput import MEANINGS, account
@@ -189,10 +189,7 @@ class _Devices:
     def __init__(self, folder: RunFolder) -> None:
         self._starts = [e for e in read_json_lines(folder.events_file) if e.get("event") == "started"]
         self._times = [start["time"] * 1e6 for start in self._starts]
-        try:
-            self._config: Config | None = folder.load_config()
-        except ShoalError:
-            self._config = None
+        self._options = written_options(folder.config_file)
 
     def of(self, life: int) -> tuple[str, str]:
         """Return ("cpu" or "cuda", the device's name)."""
@@ -206,9 +203,8 @@ class _Devices:
     def count(self, life: int) -> int:
         """Return the number of GPUs, or of nodes without GPUs."""
         start = self._start(life)
-        per_node = (self._config.launch.processes if self._config else None) or 0
-        nodes = self._config.launch.nodes if self._config else 1
-        processes = int(start.get("processes") or max(1, per_node) * nodes)
+        per_node = self._options.get("launch.processes") or 0
+        processes = int(start.get("processes") or max(1, per_node) * self._options.get("launch.nodes", 1))
         if self.of(life)[0] != "cpu":
             return processes
         return -(-processes // (per_node or processes))
