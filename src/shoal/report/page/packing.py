@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shoal.report.curves.curves import Window
+
 
 @dataclass
 class Arrays:
@@ -47,14 +49,16 @@ class Arrays:
         return self._places[data]
 
 
-def pack_window(window: Any, arrays: Arrays) -> Mapping[str, int]:
-    """Add a window's arrays; return {field: place}. The page takes `low` and `high` from `mean` if they are absent."""
+def pack_window(window: Window, arrays: Arrays) -> Mapping[str, int]:
+    """Add a window's arrays; return {field: place}. The page takes `low` and `high` from `mean`, 1 for `count` and 0 for `gaps` if they are absent."""
     found = {
         "step": arrays.add_rising(window.step),
         "tokens": arrays.add_rising(window.tokens),
         "seconds": arrays.add_rising(window.seconds, 1e-3),
         "mean": arrays.add_values(window.mean),
     }
-    if np.max(window.count, initial=0) > 1:
+    if window.count.max(initial=0) > 1:
         found |= {name: arrays.add_values(getattr(window, name)) for name in ("low", "high", "count")}
+    if window.gaps.any():
+        found["gaps"] = arrays.add_values(window.gaps)
     return found

@@ -41,7 +41,7 @@ function smoothed(x, window, sigma) {
     let [sum, weights] = [0, 0];
     for (let j = begin; j < x.length && x[j] <= x[i] + 3 * sigma; j++) {
       if (!Number.isFinite(window.mean[j])) continue;
-      const weight = window.count[j] * Math.exp(-0.5 * ((x[j] - x[i]) / sigma) ** 2);
+      const weight = (window.count[j] - window.gaps[j]) * Math.exp(-0.5 * ((x[j] - x[i]) / sigma) ** 2);
       sum += weight * window.mean[j];
       weights += weight;
     }
@@ -305,6 +305,7 @@ class Chart {
     this.paintLine(ctx, xs, means);
     ctx.setLineDash([]);
     if (curve.marks) this.paintDots(ctx, xs, means);
+    else this.paintGaps(ctx, bbox, curve, xs);
     if (this.view.fit) this.paintBeyond(ctx, bbox, curve, xs);
     ctx.globalAlpha = 1;
   }
@@ -318,12 +319,13 @@ class Chart {
     for (let i = 0; i < xs.length; i++) {
       const isPoint = window.high[i] === window.low[i];  // the line shows it
       if (isPoint || !Number.isFinite(window.high[i]) || (log && window.high[i] <= 0)) continue;
-      const [left, top] = [Math.floor(i ? xs[i - 1] : xs[i]), this.pixels.y(window.high[i])];
+      const [left, right] = [Math.floor((xs[Math.max(0, i - 1)] + xs[i]) / 2), Math.ceil((xs[i] + xs[Math.min(xs.length - 1, i + 1)]) / 2)];
+      const top = this.pixels.y(window.high[i]);
       const bottom = this.pixels.y(log && window.low[i] <= 0 ? floor : window.low[i]);
       const isSpike = window.count[i] > 1 && heights[i] > 3 * usual;
-      const width = Math.max(devicePixelRatio, isSpike ? Math.min(2 * devicePixelRatio, xs[i] - left) : Math.ceil(xs[i]) - left);
-      (isSpike ? spikes : band).rect(left, top, width, Math.max(devicePixelRatio, bottom - top));
-      if (isSpike) band.rect(left, top, Math.max(devicePixelRatio, Math.ceil(xs[i]) - left), Math.max(devicePixelRatio, bottom - top));
+      const [width, height] = [Math.max(devicePixelRatio, right - left), Math.max(devicePixelRatio, bottom - top)];
+      band.rect(left, top, width, height);
+      if (isSpike) spikes.rect(xs[i] - devicePixelRatio, top, 2 * devicePixelRatio, height);
     }
     ctx.globalAlpha = 0.3 * fade;
     ctx.fill(band);
@@ -355,6 +357,20 @@ class Chart {
       ctx.arc(xs[i], this.pixels.y(values[i]), 3 * devicePixelRatio, 0, 7);
       ctx.fill();
     }
+  }
+
+  /** Paint a cross at the lower border where points are NaN or infinite. */
+  paintGaps(ctx, bbox, { window }, xs) {
+    const [size, y] = [4 * devicePixelRatio, bbox.top + bbox.height - 7 * devicePixelRatio];
+    ctx.beginPath();
+    for (let i = 0; i < xs.length; i++) {
+      if (!window.gaps[i]) continue;
+      ctx.moveTo(xs[i] - size, y - size);
+      ctx.lineTo(xs[i] + size, y + size);
+      ctx.moveTo(xs[i] - size, y + size);
+      ctx.lineTo(xs[i] + size, y - size);
+    }
+    ctx.stroke();
   }
 
   /** Paint triangles at the border for values beyond it. */

@@ -1,10 +1,11 @@
 "use strict";
 // Where the page's data comes from: embedded in a report, or fetched from the dashboard. Both have the same four methods.
 //
-// A window of a curve holds at most `columns` buckets of consecutive points. Each has its last step, tokens and seconds, and
-// the least, greatest and mean value of its points: a spike of one step is in `low` or `high` of its bucket at every zoom.
+// A window of a curve holds at most `columns` buckets of consecutive points. Each has the step, tokens and seconds of its
+// middle point, the least, greatest and mean value of its finite points, how many points it has, and how many of them are
+// gaps: NaN or infinite. A spike of one step is in `low` or `high` of its bucket at every zoom.
 
-const FIELDS = ["step", "tokens", "seconds", "low", "high", "mean", "count"];
+const FIELDS = ["step", "tokens", "seconds", "low", "high", "mean", "count", "gaps"];
 
 /** Return the first place of a sorted array whose value is at least `value`. */
 function placeOf(sorted, value) {
@@ -30,15 +31,21 @@ function cut(curve, first, last, columns) {
 
 /** Write the bucket of all points from `at` to before `end`. */
 function merge(curve, at, end, found, to) {
-  let [low, high, sum, count] = [Infinity, -Infinity, 0, 0];
+  let [low, high, sum, finite, count, gaps] = [Infinity, -Infinity, 0, 0, 0, 0];
   for (let i = at; i < end; i++) {
+    count += curve.count[i];
+    gaps += curve.gaps[i];
+    const own = curve.count[i] - curve.gaps[i];
+    if (!own) continue;
     if (curve.low[i] < low) low = curve.low[i];
     if (curve.high[i] > high) high = curve.high[i];
-    sum += curve.mean[i] * curve.count[i];
-    count += curve.count[i];
+    sum += curve.mean[i] * own;
+    finite += own;
   }
-  for (const name of ["step", "tokens", "seconds"]) found[name][to] = curve[name][end - 1];
-  [found.low[to], found.high[to], found.mean[to], found.count[to]] = [low, high, count ? sum / count : NaN, count];
+  const middle = (at + end - 1) >> 1;
+  for (const name of ["step", "tokens", "seconds"]) found[name][to] = curve[name][middle];
+  [found.count[to], found.gaps[to]] = [count, gaps];
+  [found.low[to], found.high[to], found.mean[to]] = finite ? [low, high, sum / finite] : [NaN, NaN, NaN];
 }
 
 /** Data that stands in the page: arrays are compressed bytes in base64. */
@@ -75,6 +82,7 @@ class EmbeddedSource {
     curve.low ??= curve.mean;
     curve.high ??= curve.mean;
     curve.count ??= new Float32Array(curve.mean.length).fill(1);
+    curve.gaps ??= new Float32Array(curve.mean.length);
     return curve;
   }
 
@@ -130,6 +138,6 @@ class FetchedSource {
   async window(id, name, first, last, columns) {
     const query = { run: id, name, first: Math.max(0, Math.floor(first)), last: Math.ceil(Math.min(last, 2 ** 53)), columns };
     const found = await this.ask("api/curve", query);
-    return found && Object.fromEntries(FIELDS.map((field) => [field, Float64Array.from(found[field], (v) => v ?? NaN)]));
+    return found && Object.fromEntries(FIELDS.map((field) => [field, Float64Array.from(found[field] ?? found.step.map(() => 0), (v) => v ?? NaN)]));
   }
 }
