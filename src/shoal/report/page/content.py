@@ -15,10 +15,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from shoal.config.keys import options_of, plain_value
 from shoal.config.layout import AXES, find_layout
-from shoal.errors import ShoalError
 from shoal.report.curves.curves import Curves
+from shoal.report.runs.facts import RunFacts, differences
 from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
 from shoal.run.goodput import MEANINGS, account
@@ -29,6 +28,11 @@ TROUBLE: Final = {
 }  # fmt: skip
 TEXT_LIMIT: Final = 20_000  # characters of a sample or of the model's modules
 EVENT_LIMIT: Final = 500  # events in the list; marks are drawn of all of them
+PLACES: Final = ("step", "tokens", "time", "val_time")  # columns of the log that are no curves
+SHOWN: Final = (
+    "state", "step", "total_steps", "loss", "best_val_loss", "best_val_step", "tokens", "tokens_per_second", "mfu",
+    "started", "ended", "seconds", "restarts",
+)  # fmt: skip
 SPIKE_SCORE: Final = 6.0
 SPIKES: Final = 20
 
@@ -45,20 +49,22 @@ def named_folders(folders: list[Path]) -> dict[str, RunFolder]:
 
 def runs_view(runs: Mapping[str, RunFolder], curves: Mapping[str, Curves]) -> dict[str, Any]:
     """Return the list of runs, and the options that differ between them."""
+    facts = {name: RunFacts.read(folder) for name, folder in runs.items()}
     return {
-        "runs": [_summary(name, folder, curves[name]) for name, folder in runs.items()],
-        "differences": _differences({name: _options(folder) for name, folder in runs.items()}),
+        "runs": [_summary(name, each, curves[name]) for name, each in facts.items()],
+        "differences": _differences({name: each.options for name, each in facts.items()}),
     }
 
 
 def run_view(folder: RunFolder, curves: Curves) -> dict[str, Any]:
     """Return what the page shows of one run."""
     events = read_json_lines(folder.events_file)
+    facts = RunFacts.read(folder)
     spent = account(folder.time_file) if folder.time_file.is_file() else None
     return {
-        "started_event": next((e for e in reversed(events) if e.get("event") == "started"), None),
-        "config": list(_options(folder).items()),
-        "layout": _layout(folder, events),
+        "started_event": facts.event,
+        "config": [[key, _plain(value)] for key, value in facts.options.items()],
+        "layout": _layout(facts),
         "model": _text(folder.path / "model.txt"),
         "events": [_event(each) for each in events[-EVENT_LIMIT:]],
         "spikes": _spikes(folder, curves),
@@ -90,18 +96,18 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _summary(name: str, folder: RunFolder, curves: Curves) -> dict[str, Any]:
-    """Return a run's line in the list: also what its charts need."""
-    events = read_json_lines(folder.events_file)
-    started = next((e for e in reversed(events) if e.get("event") == "started"), {})
+def _summary(name: str, facts: RunFacts, curves: Curves) -> dict[str, Any]:
+    """Return a run's line in the list: its facts, and what its charts need."""
+    events = read_json_lines(facts.folder.events_file)
     return {
         "id": name,
         "name": name,
-        "version": f"{curves.version}-{_size(folder.events_file)}-{_size(folder.ranks_file)}",
-        "curves": curves.names(),
+        "version": f"{curves.version}-{_size(facts.folder.events_file)}-{_size(facts.folder.ranks_file)}-{facts.state}",
+        "curves": [each for each in curves.names() if each not in PLACES],
         "marks": [_mark(each) for each in events if each.get("step") is not None and _is_mark(each)],
-        "flops_per_token": started.get("flops_per_token"),
-    } | _state(folder, curves, events)
+        "flops_per_token": facts.event.get("flops_per_token"),
+        **{key: getattr(facts, key) for key in SHOWN},
+    }
 
 
 def _size(path: Path) -> int:
@@ -118,45 +124,23 @@ def _mark(event: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": event["step"], "event": event["event"], "isBad": _is_bad(str(event["event"]))}
 
 
-def _last(curves: Curves, name: str) -> float | None:
-    """Return the last value of a curve; None if it has none."""
-    last = curves.window(name, 0, None, 2).mean
-    return float(last[-1]) if len(last) and np.isfinite(last[-1]) else None
-
-
-def _options(folder: RunFolder) -> dict[str, str]:
-    """Return the options of a run's config by dotted key, as text; none if its config cannot be read."""
-    try:
-        found = options_of(folder.load_config())
-    except (ShoalError, OSError):
-        return {}
-    return {key: json.dumps(plain_value(value), default=str) for key, (_, value) in found.items()}
-
-
-def _differences(options: Mapping[str, Mapping[str, str]]) -> list[dict[str, Any]]:
-    """Return the options with different values, with the value of each run."""
-    keys = dict.fromkeys(key for each in options.values() for key in each)
-    ignored = ("launch.name", "launch.runs")
-    values = {key: {name: each[key] for name, each in options.items() if key in each} for key in keys}
+def _differences(options: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the options with different values, with the value of each run as text."""
+    found = differences(list(options.values()))
     return [
-        {"option": key, "values": found}
-        for key, found in values.items()
-        if key not in ignored and (len(set(found.values())) > 1 or len(found) < len(options))
+        {"option": key, "values": dict(zip(options, map(_plain, values), strict=True))} for key, values in found.items()
     ]
 
 
-def _layout(folder: RunFolder, events: list[dict[str, Any]]) -> dict[str, Any]:
+def _layout(facts: RunFacts) -> dict[str, Any]:
     """Return the axes and their sizes, outermost first: those of the last start, else those of the config."""
-    started = next((e for e in reversed(events) if e.get("event") == "started"), {})
-    sizes = started.get("layout") or _sizes(folder, started.get("processes"))
+    sizes = facts.event.get("layout") or _sizes(facts)
     return {"axes": [[name, int(sizes[name])] for name in AXES if name in sizes]}
 
 
-def _sizes(folder: RunFolder, processes: int | None) -> dict[str, int]:
-    try:
-        layout = find_layout(folder.load_config().parallel, processes)
-    except (ShoalError, OSError):
-        return {}
+def _sizes(facts: RunFacts) -> dict[str, int]:
+    """Return the sizes of the axes of an older run, which records only its processes."""
+    layout = find_layout(facts.config.parallel, facts.event.get("processes")) if facts.config else ""
     return {} if isinstance(layout, str) else {each.name: getattr(layout, each.name) for each in fields(layout)}
 
 
@@ -186,25 +170,3 @@ def _spikes(folder: RunFolder, curves: Curves) -> list[dict[str, Any]]:
         }
         for i in chosen
     ]
-
-
-def _state(folder: RunFolder, curves: Curves, events: list[dict[str, Any]]) -> dict[str, Any]:
-    names = [str(each.get("event")) for each in events]
-    lasting = [name for name in names if name in ("started", "finished", "stopped", "crashed")]
-    held = curves.window("val_loss", 0, None, 1 << 30)
-    best = int(np.nanargmin(held.mean)) if np.isfinite(held.mean).any() else None
-    times = [each["time"] for each in events if "time" in each]
-    return {
-        "state": {"started": "running"}.get(lasting[-1], lasting[-1]) if lasting else "not started",
-        "step": curves.last_step,
-        "total_steps": next((e.get("total_steps") for e in reversed(events) if e.get("total_steps")), None),
-        "loss": _last(curves, "loss"),
-        "best_val_loss": None if best is None else float(held.mean[best]),
-        "best_val_step": None if best is None else int(held.step[best]),
-        "tokens": int(curves.window("loss", 0, None, 2).tokens[-1]) if curves.last_step else None,
-        "tokens_per_second": _last(curves, "tokens_per_second"),
-        "mfu": _last(curves, "mfu"),
-        "restarts": max(0, names.count("started") - 1),
-        "started": times[0] if times else None,
-        "ended": times[-1] if times else None,
-    }

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shoal.report.curves.curves import Curves
-from shoal.report.page.content import named_folders, run_view, runs_view
+from shoal.report.page.content import PLACES, named_folders, run_view, runs_view
 from shoal.report.page.packing import Arrays, pack_window
 from shoal.report.page.rank_view import ranks_view
 
@@ -53,7 +53,7 @@ def dashboard_html() -> bytes:
 
 def _packed(curves: dict[str, Curves], arrays: Arrays) -> dict[str, dict[str, Any]]:
     """Embed every curve in at most `COLUMNS` buckets, then exactly the most important ones that fit."""
-    names = [(run, name) for run, each in curves.items() for name in each.names() if name not in ("step", "tokens")]
+    names = [(run, name) for run, each in curves.items() for name in each.names() if name not in PLACES]
     columns = max(100, min(COLUMNS, BUDGET // 2 // (15 * max(1, len(names)))))
     found: dict[str, dict[str, Any]] = {run: {} for run in curves}
     for run, name in names:
