@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import data, machine, models, recipes, records, train
+from shoal.commands import data, machine, models, recipes, records, report, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -57,6 +57,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_record(add("goodput", records.goodput, account))
     exactly_once = "check that a run trained on each sample exactly once per epoch, across restarts; exit code 1 if not"
     _add_record(add("ledger", records.ledger, exactly_once))
+    page = "write a report of runs: one HTML file with their curves, time, ranks, events and configs"
+    _add_report(add("report", report.report, page))
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
     _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
     add("env", machine.env, "print versions, devices and threads, for a bug report")
@@ -320,6 +322,15 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN", help="name or folder of a run")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("targets", nargs="+", metavar="RUN", help="names or folders of runs")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
+    out = "file to write (default: report.html in the run's folder; of several runs, in the folder of all runs)"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=out)
+    formats = "html, md, or both with a comma between (default: the ending of --out)"
+    parser.add_argument("--format", metavar="FORMAT,...", help=formats)
 
 
 def _add_rendezvous(parser: argparse.ArgumentParser) -> None:
