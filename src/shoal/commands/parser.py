@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from shoal import __version__
 from shoal.commands import data, machine, models, plot, recipes, records, train
+from shoal.commands import data, machine, models, recipes, records, report, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -59,6 +60,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_record(add("ledger", records.ledger, exactly_once))
     drawn = "draw a picture as PNG or SVG: loss curves, a run in detail, the architecture, or a summary card"
     _add_plot(add("plot", plot.plot, drawn, "{loss,details,architecture,card} RUN..."))
+    page = "write a report of runs: one HTML file with their curves, time, ranks, events and configs"
+    _add_report(add("report", report.report, page))
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
     _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
     add("env", machine.env, "print versions, devices and threads, for a bug report")
@@ -362,6 +365,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
     return int(text)
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("targets", nargs="+", metavar="RUN", help="names or folders of runs")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
+    out = "file to write (default: report.html in the run's folder; of several runs, in the folder of all runs)"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=out)
+    formats = "html, md, or both with a comma between (default: the ending of --out)"
+    parser.add_argument("--format", metavar="FORMAT,...", help=formats)
 
 
 def _add_rendezvous(parser: argparse.ArgumentParser) -> None:

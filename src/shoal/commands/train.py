@@ -46,7 +46,13 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
         dataset.held_out_rows()  # a split too small for a row is an error now, not after the workers have started
         if folder.config_file.is_file() and _is_finished(config, folder, dataset, console):
             return 0
-    return launch(config, [*argv, *_planned_flags(config)])
+    code = launch(config, [*argv, *_planned_flags(config)])
+    if config.metrics.report and code != EXIT_REQUEUE:  # a preempted process has seconds left
+        from shoal.commands.report import leave_report
+
+        folder.release()  # this process has ended its workers, and a report of a locked run says that it goes on
+        leave_report(folder.path, console)
+    return code
 
 
 def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:

@@ -106,6 +106,7 @@ class Metrics:
         unit="TFLOP/s",
         gt=0,
     )
+    report: bool = opt(True, "write report.html into the run's folder when the run ends")
 
 
 @dataclass(frozen=True, kw_only=True)

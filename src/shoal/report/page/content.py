@@ -1,0 +1,172 @@
+"""
+Everything that the page shows of a run except its curves and ranks, as plain dicts for JSON. No torch.
+
+    runs_view(runs)      the list of runs, with the options that differ
+    run_view(runs["a"])  one run: what ran with what, where the time went, events, spikes, samples
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from shoal.config.layout import AXES, find_layout
+from shoal.report.curves.curves import Curves
+from shoal.report.runs.facts import RunFacts, differences
+from shoal.run.events import read_json_lines
+from shoal.run.folder import RunFolder
+from shoal.run.goodput import MEANINGS, account
+
+TROUBLE: Final = {
+    "went back", "save failed", "damaged", "quarantined", "loader restarted", "overflowed", "skipped", "crashed", "hung",
+    "no fast place", "held-out row skipped", "lost", "restarted", "workers failed",
+}  # fmt: skip
+TEXT_LIMIT: Final = 20_000  # characters of a sample or of the model's modules
+EVENT_LIMIT: Final = 500  # events in the list; marks are drawn of all of them
+PLACES: Final = ("step", "tokens", "time", "val_time")  # columns of the log that are no curves
+SHOWN: Final = (
+    "state", "step", "total_steps", "loss", "best_val_loss", "best_val_step", "tokens", "tokens_per_second", "mfu",
+    "started", "ended", "seconds", "restarts",
+)  # fmt: skip
+SPIKE_SCORE: Final = 6.0
+SPIKES: Final = 20
+
+
+def named_folders(folders: list[Path]) -> dict[str, RunFolder]:
+    """Return the runs by a short name that no two share: the folder's name, with its parents where it is needed."""
+    found: dict[str, RunFolder] = {}
+    for folder in folders:
+        parts = folder.resolve().parts
+        names = ("/".join(parts[-count:]) for count in range(1, len(parts)))
+        found[next((name for name in names if name not in found), str(folder))] = RunFolder(folder)
+    return found
+
+
+def runs_view(runs: Mapping[str, RunFolder], curves: Mapping[str, Curves]) -> dict[str, Any]:
+    """Return the list of runs, and the options that differ between them."""
+    facts = {name: RunFacts.read(folder) for name, folder in runs.items()}
+    return {
+        "runs": [_summary(name, each, curves[name]) for name, each in facts.items()],
+        "differences": _differences({name: each.options for name, each in facts.items()}),
+    }
+
+
+def run_view(folder: RunFolder, curves: Curves) -> dict[str, Any]:
+    """Return what the page shows of one run."""
+    events = read_json_lines(folder.events_file)
+    facts = RunFacts.read(folder)
+    spent = account(folder.time_file) if folder.time_file.is_file() else None
+    return {
+        "started_event": facts.event,
+        "config": [[key, _plain(value)] for key, value in facts.options.items()],
+        "layout": _layout(facts),
+        "model": _text(folder.path / "model.txt"),
+        "events": [_event(each) for each in events[-EVENT_LIMIT:]],
+        "spikes": _spikes(folder, curves),
+        "samples": [{"name": p.name, "text": _text(p)} for p in sorted(folder.samples.glob("*.txt"))],
+        "account": spent.as_json() if spent else None,
+        "meanings": dict(MEANINGS),
+    }
+
+
+def _event(event: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an event for the list: what happened, when, and its other facts as text."""
+    facts = {key: value for key, value in event.items() if key not in ("time", "event", "step")}
+    name = str(event.get("event", "?"))
+    text = "" if name == "started" else ", ".join(f"{key}: {_plain(value)}" for key, value in facts.items())
+    return {
+        "time": event.get("time"),
+        "event": name,
+        "step": event.get("step"),
+        "text": text,
+        "isBad": _is_bad(name),
+    }
+
+
+def _is_bad(name: str) -> bool:
+    return name in TROUBLE or any(word in name for word in ("fail", "crash", "hang", "lost", "damage"))
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _summary(name: str, facts: RunFacts, curves: Curves) -> dict[str, Any]:
+    """Return a run's line in the list: its facts, and what its charts need."""
+    events = read_json_lines(facts.folder.events_file)
+    return {
+        "id": name,
+        "name": name,
+        "version": f"{curves.version}-{_size(facts.folder.events_file)}-{_size(facts.folder.ranks_file)}-{facts.state}",
+        "curves": [each for each in curves.names() if each not in PLACES],
+        "marks": [_mark(each) for each in events if each.get("step") is not None and _is_mark(each)],
+        "flops_per_token": facts.event.get("flops_per_token"),
+        **{key: getattr(facts, key) for key in SHOWN},
+    }
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _is_mark(event: Mapping[str, Any]) -> bool:
+    """Return whether an event is marked on the curves: starts after the first, and trouble; not saves, which are many."""
+    name = str(event.get("event"))
+    return _is_bad(name) or (name == "started" and event["step"] > 0) or name == "stopped"
+
+
+def _mark(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {"step": event["step"], "event": event["event"], "isBad": _is_bad(str(event["event"]))}
+
+
+def _differences(options: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the options with different values, with the value of each run as text."""
+    found = differences(list(options.values()))
+    return [
+        {"option": key, "values": dict(zip(options, map(_plain, values), strict=True))} for key, values in found.items()
+    ]
+
+
+def _layout(facts: RunFacts) -> dict[str, Any]:
+    """Return the axes and their sizes, outermost first: those of the last start, else those of the config."""
+    sizes = facts.event.get("layout") or _sizes(facts)
+    return {"axes": [[name, int(sizes[name])] for name in AXES if name in sizes]}
+
+
+def _sizes(facts: RunFacts) -> dict[str, int]:
+    """Return the sizes of the axes of an older run, which records only its processes."""
+    layout = find_layout(facts.config.parallel, facts.event.get("processes")) if facts.config else ""
+    return {} if isinstance(layout, str) else {each.name: getattr(layout, each.name) for each in fields(layout)}
+
+
+def _text(path: Path) -> str:
+    """Return the beginning of a text file; "" if there is none."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            text = file.read(TEXT_LIMIT + 1)
+    except OSError:
+        return ""
+    return text if len(text) <= TEXT_LIMIT else f"{text[:TEXT_LIMIT]}\n... (cut here)"
+
+
+def _spikes(folder: RunFolder, curves: Curves) -> list[dict[str, Any]]:
+    """Return the steps with the largest spike scores, in order of steps, each with the command that names its documents."""
+    scores = curves.window("spike_score", 0, None, 1 << 30)
+    losses = curves.window("loss", 0, None, 1 << 30)
+    high = np.flatnonzero(scores.high >= SPIKE_SCORE)
+    chosen = np.sort(high[np.argsort(-scores.high[high], kind="stable")[:SPIKES]])
+    loss_of = dict(zip(losses.step.tolist(), losses.mean.tolist(), strict=True)) if len(chosen) else {}
+    return [
+        {
+            "step": int(scores.step[i]),
+            "score": float(scores.high[i]),
+            "loss": loss_of.get(int(scores.step[i])),
+            "command": f"shoal data at {folder.path.name} --step {int(scores.step[i])}",
+        }
+        for i in chosen
+    ]
