@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
+<<<<<<< HEAD
 from shoal.commands import data, machine, models, recipes, records, report, train
+=======
+from shoal.commands import data, machine, models, plot, recipes, records, train
+>>>>>>> pictures
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -57,8 +61,13 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_record(add("goodput", records.goodput, account))
     exactly_once = "check that a run trained on each sample exactly once per epoch, across restarts; exit code 1 if not"
     _add_record(add("ledger", records.ledger, exactly_once))
+<<<<<<< HEAD
     page = "write a report of runs: one HTML file with their curves, time, ranks, events and configs"
     _add_report(add("report", report.report, page))
+=======
+    drawn = "draw a picture as PNG or SVG: loss curves, a run in detail, the architecture, or a summary card"
+    _add_plot(add("plot", plot.plot, drawn, "{loss,details,architecture,card} RUN..."))
+>>>>>>> pictures
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
     _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
     add("env", machine.env, "print versions, devices and threads, for a bug report")
@@ -324,6 +333,7 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
+<<<<<<< HEAD
 def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("targets", nargs="+", metavar="RUN", help="names or folders of runs")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
@@ -331,6 +341,46 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help=out)
     formats = "html, md, or both with a comma between (default: the ending of --out)"
     parser.add_argument("--format", metavar="FORMAT,...", help=formats)
+=======
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    whats = "loss: training and held-out loss of one or several runs; details: throughput, memory, time split and goodput of a run; "
+    parser.add_argument(
+        "what", choices=["loss", "details", "architecture", "card"],
+        help=whats + "architecture: blocks, shapes and ranks of a run or a recipe; card: a summary of a run, 1200 x 630 pixels",
+    )  # fmt: skip
+    parser.add_argument(
+        "targets", nargs="+", metavar="RUN", help="name or folder of a run; architecture: also a recipe"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="a .png or .svg file (default: RUN/plots/WHAT.png; of several runs or a recipe, WHAT.png)",
+    )
+    parser.add_argument(
+        "--x",
+        choices=["step", "tokens", "flops", "seconds"],
+        default="tokens",
+        help="loss: the x axis (default: tokens)",
+    )
+    parser.add_argument(
+        "--smooth",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="loss: draw the mean of N steps; the band still has every step",
+    )
+    parser.add_argument("--log", action="store_true", help="loss: a logarithmic loss axis")
+    prices = "card: a table of prices by device (default: prices.yaml beside the runs; without one, devices cost 0)"
+    parser.add_argument("--prices", type=Path, metavar="FILE", help=prices)
+
+
+def _positive(text: str) -> int:
+    """Return a number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
+>>>>>>> pictures
 
 
 def _add_rendezvous(parser: argparse.ArgumentParser) -> None:
