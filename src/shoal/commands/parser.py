@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import data, machine, models, plot, recipes, records, train
-from shoal.commands import data, machine, models, recipes, records, report, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -62,6 +60,10 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_plot(add("plot", plot.plot, drawn, "{loss,details,architecture,card} RUN..."))
     page = "write a report of runs: one HTML file with their curves, time, ranks, events and configs"
     _add_report(add("report", report.report, page))
+    page = "write a report of runs: one HTML file with their curves, time, ranks, events and configs"
+    _add_report(add("report", report.report, page))
+    drawn = "draw a picture as PNG or SVG: loss curves, a run in detail, the architecture, or a summary card"
+    _add_plot(add("plot", plot.plot, drawn, "{loss,details,architecture,card} RUN..."))
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
     _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
     add("env", machine.env, "print versions, devices and threads, for a bug report")
@@ -327,6 +329,13 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("targets", nargs="+", metavar="RUN", help="names or folders of runs")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
+    out = "file to write (default: report.html in the run's folder; of several runs, in the folder of all runs)"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=out)
+    formats = "html, md, or both with a comma between (default: the ending of --out)"
+    parser.add_argument("--format", metavar="FORMAT,...", help=formats)
 def _add_plot(parser: argparse.ArgumentParser) -> None:
     whats = "loss: training and held-out loss of one or several runs; details: throughput, memory, time split and goodput of a run; "
     parser.add_argument(
