@@ -120,6 +120,7 @@ class Meter:
         norm: float | None,
         *,
         source_loss: Mapping[str, float] | None = None,
+        spike_score: float | None = None,
         last: bool = False,
     ) -> StepRecord | None:
         """
@@ -127,7 +128,7 @@ class Meter:
 
         over: the end of the step, perhaps long before this call. tokens: number of tokens trained on so far. step_tokens:
         number of tokens in this step. norm: the gradient norm; None after an overflow. source_loss: loss by source of a
-        blend. last: whether `step` is the last.
+        blend. spike_score: None if unknown. last: whether `step` is the last.
         """
         self._steps_since += 1
         if step % self._config.metrics.every and step != 1 and not last:
@@ -139,6 +140,7 @@ class Meter:
         return StepRecord(
             step=step,
             tokens=tokens,
+            time=round(time.time(), 3),
             loss=loss,
             lr=lr,
             grad_norm=norm,
@@ -147,6 +149,7 @@ class Meter:
             mfu=self.mfu(rate),
             memory_bytes=memory_bytes(self._mesh.device),
             source_loss=source_loss,
+            spike_score=spike_score,
             split_seconds=self._take_split(step),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -216,7 +217,9 @@ class Run:
                 f"no held-out loss: none of the first {max_tokens:,} held-out tokens (train.eval_tokens) is learned"
             )
             return
-        self.evaluation = Evaluation(step=self.state.step, tokens=self.state.tokens, **dataclasses.asdict(result))
+        self.evaluation = Evaluation(
+            step=self.state.step, tokens=self.state.tokens, time=round(time.time(), 3), **dataclasses.asdict(result)
+        )
         say_held_out(self.evaluation, self.console)
         self.files.metrics(self.evaluation)
 
@@ -230,6 +233,10 @@ class Run:
                 self.files.event("held-out row skipped", step=state.step, **dataclasses.asdict(each))
 
         return HeldOutQuarantine(state.unread, most, replaced=len(state.quarantined), tell=tell) if most else None
+
+    def keep_losses(self) -> None:
+        """Put the recent losses into the state, for the next checkpoint: a resumed run computes the same spike scores."""
+        self.state.losses = list(self.guard.losses)
 
     def val_loss(self) -> float | None:
         """Return the validation loss of this very step, or None: an older one belongs to other weights."""
