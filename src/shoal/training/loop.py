@@ -151,6 +151,7 @@ def cast_ballot(run: Run, step: int, batches: Sequence[Batch]) -> Ballot:
             "stop": Vote([float(run.stopping.is_asked())]),
             "samples": Vote([float(samples)]),
             "pace": run.watch.pace.vote(step),
+            "ranks": run.watch.by_rank.vote(step),
             "data": vote(run, step, batches),
             "sources": Vote(_tokens_by_source(run, batches)),
             **run.saving.votes(step),

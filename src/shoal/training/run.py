@@ -32,6 +32,7 @@ from shoal.run.phases import Phases
 from shoal.run.records import Evaluation
 from shoal.system.signals import StopRequest
 from shoal.training.assemble import assemble, open_loader
+from shoal.training.by_rank import ByRank
 from shoal.training.evaluate import evaluate
 from shoal.training.finish_config import finish_config, write_run_files
 from shoal.training.guard import Guard
@@ -61,6 +62,7 @@ class Watch:
     progress: DeviceProgress
     meter: Meter
     pace: Pace
+    by_rank: ByRank
     faults: Faults
     phases: Phases
 
@@ -73,17 +75,20 @@ class Watch:
         heartbeat.outside("opening the run")
         pace = Pace.open(config, mesh, runnable, files.console, files.event)
         pace.busy.waits.tell = heartbeat.waits
+        by_rank = ByRank(mesh, pace.busy, meter.splits, files.ranks)
         progress = DeviceProgress(mesh.device, heartbeat)
         # Order matters: a delay injected by `faults` counts in the times of the meter and the pace, not in the clock's "data".
         phases = Phases([progress, meter, pace.busy, faults, files.clock])
-        return cls(heartbeat=heartbeat, progress=progress, meter=meter, pace=pace, faults=faults, phases=phases)
+        return cls(
+            heartbeat=heartbeat, progress=progress, meter=meter, pace=pace, by_rank=by_rank, faults=faults, phases=phases
+        )  # fmt: skip
 
     def begin(self, step: int) -> None:
         """Tell the observers that `step` begins."""
         self.meter.begin(step)
         self.faults.step = step
         self.heartbeat.begin(step)
-        self.pace.busy.begin()
+        self.by_rank.begin(step)
 
 
 @dataclass(kw_only=True)
