@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ from shoal.run.phases import Phases
 from shoal.run.records import Evaluation
 from shoal.system.signals import StopRequest
 from shoal.training.assemble import assemble, open_loader
+from shoal.training.by_rank import ByRank
 from shoal.training.evaluate import evaluate
 from shoal.training.finish_config import finish_config, write_run_files
 from shoal.training.guard import Guard
@@ -60,6 +62,7 @@ class Watch:
     progress: DeviceProgress
     meter: Meter
     pace: Pace
+    by_rank: ByRank
     faults: Faults
     phases: Phases
 
@@ -72,17 +75,20 @@ class Watch:
         heartbeat.outside("opening the run")
         pace = Pace.open(config, mesh, runnable, files.console, files.event)
         pace.busy.waits.tell = heartbeat.waits
+        by_rank = ByRank(mesh, pace.busy, meter.splits, files.ranks)
         progress = DeviceProgress(mesh.device, heartbeat)
         # Order matters: a delay injected by `faults` counts in the times of the meter and the pace, not in the clock's "data".
         phases = Phases([progress, meter, pace.busy, faults, files.clock])
-        return cls(heartbeat=heartbeat, progress=progress, meter=meter, pace=pace, faults=faults, phases=phases)
+        return cls(
+            heartbeat=heartbeat, progress=progress, meter=meter, pace=pace, by_rank=by_rank, faults=faults, phases=phases
+        )  # fmt: skip
 
     def begin(self, step: int) -> None:
         """Tell the observers that `step` begins."""
         self.meter.begin(step)
         self.faults.step = step
         self.heartbeat.begin(step)
-        self.pace.busy.begin()
+        self.by_rank.begin(step)
 
 
 @dataclass(kw_only=True)
@@ -216,7 +222,9 @@ class Run:
                 f"no held-out loss: none of the first {max_tokens:,} held-out tokens (train.eval_tokens) is learned"
             )
             return
-        self.evaluation = Evaluation(step=self.state.step, tokens=self.state.tokens, **dataclasses.asdict(result))
+        self.evaluation = Evaluation(
+            step=self.state.step, tokens=self.state.tokens, time=round(time.time(), 3), **dataclasses.asdict(result)
+        )
         say_held_out(self.evaluation, self.console)
         self.files.metrics(self.evaluation)
 
@@ -230,6 +238,10 @@ class Run:
                 self.files.event("held-out row skipped", step=state.step, **dataclasses.asdict(each))
 
         return HeldOutQuarantine(state.unread, most, replaced=len(state.quarantined), tell=tell) if most else None
+
+    def keep_losses(self) -> None:
+        """Put the recent losses into the state, for the next checkpoint: a resumed run computes the same spike scores."""
+        self.state.losses = list(self.guard.losses)
 
     def val_loss(self) -> float | None:
         """Return the validation loss of this very step, or None: an older one belongs to other weights."""
