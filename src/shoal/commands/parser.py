@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import data, machine, models, recipes, records, train
+from shoal.commands import data, machine, models, recipes, records, sync, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -57,6 +57,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_record(add("goodput", records.goodput, account))
     exactly_once = "check that a run trained on each sample exactly once per epoch, across restarts; exit code 1 if not"
     _add_record(add("ledger", records.ledger, exactly_once))
+    replayed = "send a run's records to a tracker, as a whole: shoal sync RUN wandb"
+    _add_sync(add("sync", sync.sync, replayed))
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
     _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
     add("env", machine.env, "print versions, devices and threads, for a bug report")
@@ -320,6 +322,17 @@ def _add_record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN", help="name or folder of a run")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def _add_sync(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN", help="name or folder of a run")
+    parser.add_argument("tracker", metavar="TRACKER", help="tensorboard, wandb, comet or mlflow")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
+    for name, what in {
+        "project": "project in W&B and Comet, experiment in MLflow", "entity": "W&B team or user", "workspace": "Comet workspace",
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", metavar="NAME", help=f"{what} (default: the run's track.{name})")
+    parser.add_argument("--offline", action="store_true", help="write into the run's folder, without a network")
 
 
 def _add_rendezvous(parser: argparse.ArgumentParser) -> None:

@@ -31,7 +31,6 @@ from shoal.resolve.precedence import repeated_flags, replacements
 from shoal.resolve.recipe import START, Setting, known, not_text, read_override, read_recipe, to_text
 from shoal.system.secrets import secret_in
 
-
 EXPERIMENT_FLAGS = ("--experiment-name", "--experiment_name")
 
 

@@ -67,6 +67,8 @@ class Beside:
         elif "down" in said:
             self.is_down = True
             self._tell(f"{title} does not take this run's records: {said['down']}")
+        elif "note" in said:
+            self._console.warn(f"{title}: {said['note']}")
         elif "done" in said:
             self._is_done = True
 

@@ -6,12 +6,10 @@ In the run's folder, `trackers/NAME/` holds what the next start needs, and what 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fcntl
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 
 from shoal.config.options import Config
@@ -30,6 +28,7 @@ class Feed:
     def __init__(self, folder: RunFolder, name: str, config: Config | None = None) -> None:
         """config: the run's config with other options of its trackers; None reads the run's own. Waits for the lock."""
         self.name, self._folder = name, folder
+        self.sent = 0  # records
         self.config = config or read_back(folder.config_file)
         self._kept = folder.trackers / name
         self._kept.mkdir(parents=True, exist_ok=True)
@@ -50,20 +49,23 @@ class Feed:
                 raise RunError(
                     f"{folder.path} is being trained, with {name} in track.to: it has the run already; sync it after the end"
                 ) from None
-        for path in (*lock.parent.glob("*.sent"), lock.parent / "state.json"):
-            path.unlink(missing_ok=True)
+            (lock.parent / "state.json").unlink(missing_ok=True)
         return cls(folder, name, config)
 
     def _read_state(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        self._state, self._highest = dict[str, Any](), dict[str, int]()
+        try:
             state = json.loads((self._kept / "state.json").read_text(encoding="utf-8"))
             self._state, self._highest = dict(state["run"]), dict(state["highest"])
             self._follower = Follower(self._folder, self._kept)
-            return
-        # what was sent without a state to go on from belongs to no tracker run
+        except (OSError, ValueError, KeyError, TypeError):
+            self._forget()
+
+    def _forget(self) -> None:
+        """Begin again: what was sent belongs to a tracker run that is not gone on with."""
         for path in self._kept.glob("*.sent"):
             path.unlink()
-        self._state, self._highest = dict[str, Any](), dict[str, int]()
+        self._state, self._highest = {}, {}
         self._follower = Follower(self._folder, self._kept)
 
     def _save_state(self) -> None:
@@ -75,11 +77,18 @@ class Feed:
         tracker = make_tracker(self.name, self.config.track, self._kept)
         model = self._folder.path / "model.txt"
         text = model.read_text(encoding="utf-8") if model.is_file() else ""
+        if self._state and self._state["destination"] != tracker.destination:
+            self._forget()
         opened = tracker.open(about(self.config, self._follower.last_started(), text), self._state)
-        self._state = dict(opened.state)
+        self._state = {**opened.state, "destination": tracker.destination}
         self._save_state()
         self._tracker = tracker
         return opened
+
+    @property
+    def complaint(self) -> str:
+        """What the tracker cannot take, beside the numbers; "" if nothing."""
+        return self._tracker.complaint if self._tracker else ""
 
     def turn(self) -> bool:
         """Send what is new, at most some thousand lines. Return whether there was something. Whatever it raises, call it again."""
@@ -92,6 +101,7 @@ class Feed:
             batch, highest = _unsent(batch, highest)
         self._tracker.write(batch)
         self._highest = highest
+        self.sent += len(batch.scalars) + len(batch.notes)
         self._commit()
         return True
 

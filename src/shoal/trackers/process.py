@@ -31,7 +31,7 @@ class Teller:
     """Tells the trainer what happens to the tracker: each kind of news once."""
 
     def __init__(self, out: int) -> None:
-        self._out, self.is_down = out, False
+        self._out, self.is_down, self._noted = out, False, set[str]()
 
     def tell(self, **what: Any) -> None:
         """Write a line."""
@@ -39,6 +39,12 @@ class Teller:
             os.write(self._out, json.dumps(what).encode() + b"\n")
         except OSError:
             pass  # the trainer died
+
+    def note(self, text: str) -> None:
+        """Tell what the tracker cannot take; each only once."""
+        if text and text not in self._noted:
+            self._noted.add(text)
+            self.tell(note=redacted(text))
 
     def down(self, why: str) -> None:
         """Tell that the tracker does not take the run; only the first time."""
@@ -90,6 +96,7 @@ def main(folder: str, name: str, patience: str) -> int:
             watchdog.alive()
             while feed.turn():
                 watchdog.alive()
+            teller.note(feed.complaint)
             if ends:
                 feed.close()
                 teller.tell(done=True)

@@ -31,6 +31,12 @@ class Tracker(ABC):
 
     def __init__(self, track: Track, folder: Path) -> None:
         self.track, self.folder = track, folder
+        self.complaint = ""  # what the tracker cannot take, beside the numbers
+
+    @property
+    def destination(self) -> str:
+        """Return where tracker runs are, without a secret. With another one than before, the whole run is sent to a new run there."""
+        return ""
 
     @abstractmethod
     def open(self, about: About, state: Mapping[str, Any]) -> Opened:
