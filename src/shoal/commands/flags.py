@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 Override = tuple[str, str, str]  # dotted key, YAML text, origin for messages
-SHORTCUTS = {"name": "launch.name", "processes": "launch.processes"}
+SHORTCUTS = {"name": "launch.name", "processes": "launch.processes", "track": "track.to"}
 
 
 class _Take(argparse.Action):

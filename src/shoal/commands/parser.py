@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
+from shoal.commands import data, machine, models, recipes, records, sync, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -64,6 +65,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_report(add("report", report.report, page))
     drawn = "draw a picture as PNG or SVG: loss curves, a run in detail, the architecture, or a summary card"
     _add_plot(add("plot", plot.plot, drawn, "{loss,details,architecture,card} RUN..."))
+    replayed = "send a run's records to a tracker, as a whole: shoal sync RUN wandb"
+    _add_sync(add("sync", sync.sync, replayed))
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
     _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
     add("env", machine.env, "print versions, devices and threads, for a bug report")
@@ -381,6 +384,15 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help=out)
     formats = "html, md, or both with a comma between (default: the ending of --out)"
     parser.add_argument("--format", metavar="FORMAT,...", help=formats)
+def _add_sync(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RUN", help="name or folder of a run")
+    parser.add_argument("tracker", metavar="TRACKER", help="tensorboard, wandb, comet or mlflow")
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
+    for name, what in {
+        "project": "project in W&B and Comet, experiment in MLflow", "entity": "W&B team or user", "workspace": "Comet workspace",
+    }.items():  # fmt: skip
+        parser.add_argument(f"--{name}", metavar="NAME", help=f"{what} (default: the run's track.{name})")
+    parser.add_argument("--offline", action="store_true", help="write into the run's folder, without a network")
 
 
 def _add_rendezvous(parser: argparse.ArgumentParser) -> None:

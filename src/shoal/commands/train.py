@@ -27,6 +27,7 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     config = resolve_asked(args, overrides)
     tell_of_torch()
     from shoal.commands.worker import place_worker, train_as_worker
+    from shoal.config.tracker_names import check_installed
     from shoal.fault.limit import start_clock
     from shoal.launch.torchrun import launch
     from shoal.mesh.place import is_worker
@@ -36,6 +37,7 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     if is_worker():
         return train_as_worker(place_worker(config, before))
     start_clock()
+    check_installed(config.track.to)
     with _planned(config, before) as (config, folder, console):
         from shoal.data.dataset import open_data
         from shoal.training.run_files import tokens_of

@@ -1,5 +1,5 @@
 """
-All options of a run: nine frozen sections, each option with its default, its meaning and its unit.
+All options of a run: ten frozen sections, each option with its default, its meaning and its unit.
 
 `resolve/resolve.py` fills them from a preset, a recipe and flags. A component takes a section or plain arguments if
 they suffice; training, commands, and checks across sections take the whole `Config`.
@@ -17,6 +17,7 @@ from shoal.config.data_options import Data
 from shoal.config.families import FAMILIES, FamilyName
 from shoal.config.option import opt, option_fields, option_name
 from shoal.config.run_options import Checkpoint, Fault, Launch, Metrics
+from shoal.config.track_options import Track
 
 DTYPE_SPELLINGS: Final = {
     "bf16": "bfloat16", "fp32": "float32", "float": "float32", "fp16": "float16", "half": "float16",
@@ -377,6 +378,7 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     fault: Fault = field(default_factory=Fault)
     metrics: Metrics = field(default_factory=Metrics)
+    track: Track = field(default_factory=Track)
     launch: Launch = field(default_factory=Launch)
 
     def replace(self, section: str, **values: Any) -> Config:

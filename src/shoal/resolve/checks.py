@@ -11,6 +11,7 @@ from typing import Final
 from shoal.config.keys import SOURCES
 from shoal.config.options import Config
 from shoal.config.presets import shape_problems
+from shoal.config.tracker_names import unknown
 from shoal.errors import Problem
 from shoal.resolve.data_checks import MakeProblem, data_problems
 from shoal.resolve.layout_checks import refusals_of_machines
@@ -58,6 +59,9 @@ def contradictions(config: Config, sources: Mapping[str, str], *, needs_length: 
     yield from _node_problems(config, problem)
     if config.launch.name is not None and (why := why_no_name(config.launch.name)):
         yield problem(f"launch.name {why}", "launch.name")
+    for name in dict.fromkeys(config.track.to):
+        if why := unknown(name):
+            yield problem(why, "track.to")
     yield from data_problems(config, problem)
     for name in config.data.sources or {}:
         chosen = [f"{SOURCES}{name}.{option}" for option in ("paths", "corpus")]

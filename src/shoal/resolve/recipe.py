@@ -216,7 +216,7 @@ def _read_options(path: Path, name: str, node: yaml.MappingNode, problems: list[
 
 def _meant(section: str, node: yaml.Node) -> str:
     """Return a suggestion for a section that was given a single value, such as model: tiny."""
-    main = {"model": "preset", "data": "corpus", "optim": "name"}.get(section)
+    main = {"model": "preset", "data": "corpus", "optim": "name", "track": "to"}.get(section)
     if main is None or not isinstance(node, yaml.ScalarNode):
         return ""
     return f"; did you mean {section}: {{{main}: {node.value}}}?"

@@ -31,6 +31,8 @@ from shoal.resolve.precedence import repeated_flags, replacements
 from shoal.resolve.recipe import START, Setting, known, not_text, read_override, read_recipe, to_text
 from shoal.system.secrets import secret_in
 
+EXPERIMENT_FLAGS = ("--experiment-name", "--experiment_name")
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -69,7 +71,7 @@ def resolve(
     replaced = {s.key: s for r in found for s in r.lost}
     # without a recipe, the replaced values are START's: the user never set them
     notes = [*repeated, *(str(r) for r in found if recipe != START)]
-    settings = {k: s for k, s in said.items() if k not in replaced} | typed
+    settings = _with_comet({k: s for k, s in said.items() if k not in replaced} | typed, notes)
     settings = _with_shape(_with_document_mask(with_corpus(settings, problems, notes)), problems, notes, kept)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
     if problems:
@@ -110,6 +112,16 @@ def _place(problem: Problem) -> tuple[bool, int]:
 
 
 # --- values ----------------------------------------------------------------------------------------------
+
+
+def _with_comet(settings: dict[str, Setting], notes: list[str]) -> dict[str, Setting]:
+    """Return `settings` with Comet switched on, if the run was named by --experiment-name, as users of Comet expect."""
+    name, to = settings.get("launch.name"), settings.get("track.to")
+    if name is None or name.where not in EXPERIMENT_FLAGS or (to and "comet" in to.texts()):
+        return settings
+    notes.append(f"{name.where} names the run and switches Comet on, as --track comet does; --name only names it")
+    others = to.texts() if to else []
+    return settings | {"track.to": Setting("track.to", [*others, "comet"], name.where)}
 
 
 def _with_document_mask(settings: dict[str, Setting]) -> dict[str, Setting]:

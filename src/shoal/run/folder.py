@@ -9,6 +9,8 @@ runs/NAME/
   ranks.jsonl     memory and time by rank    model.txt       the model's modules, as text
   now.json        the phase it is in         cache/          what readers keep to draw curves fast
   stacks/         stacks of hung workers     time.jsonl      where the time went
+  trackers/       how far each tracker came, and what it writes offline
+  tensorboard/    TensorBoard's files
   source/         files that came with the weights, if it started from a model folder
   tokenizer/      all files of its tokenizer, if it came from another folder
 """
@@ -93,6 +95,10 @@ class RunFolder:
     @property
     def time_file(self) -> Path:
         return self.path / "time.jsonl"
+
+    @property
+    def trackers(self) -> Path:
+        return self.path / "trackers"
 
     @property
     def source(self) -> Path:

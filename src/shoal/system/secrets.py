@@ -60,3 +60,11 @@ def without_secrets(address: str) -> str:
     parts = urlsplit(without_password(address))
     kept = [p for p in parts.query.split("&") if p and not _SECRET_PARAMETER.match(p.partition("=")[0])]
     return parts._replace(query="&".join(kept)).geturl()
+
+
+def redacted(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """Return another program's message without the secrets that this one knows: keys in the environment, passwords in URLs."""
+    for name, value in environment.items():
+        if len(value) >= _SHORTEST and _NAME.search(name.upper()):
+            text = text.replace(value, f"[{name}]")
+    return _SHAPE.sub("[a token]", without_password(text))

@@ -12,6 +12,8 @@ from shoal.run.events import Events, read_json_lines
 from shoal.run.folder import RunFolder
 from shoal.run.goodput import Clock, account, in_words
 from shoal.run.records import Evaluation, MetricsFile, RanksFile, RanksRecord, StepRecord, forget_after
+from shoal.run.records import Evaluation, MetricsFile, StepRecord, forget_after
+from shoal.trackers.beside import Trackers
 
 
 def tokens_of(folder: RunFolder) -> str:
@@ -34,6 +36,7 @@ class RunFiles:
         self._metrics: MetricsFile | None = None
         self._ranks: RanksFile | None = None
         self._ledger: Ledger | None = None
+        self._trackers: Trackers | None = None
         if writes:
             with folder.writable():
                 folder.path.mkdir(parents=True, exist_ok=True)
@@ -66,6 +69,11 @@ class RunFiles:
         """Write a line of `events.jsonl`."""
         if self._events is not None:
             self._events.say(event, **facts)
+
+    def track(self, names: Sequence[str]) -> None:
+        """Start the trackers. They read the files that this class writes, each in a process of its own."""
+        if self._writes and names:
+            self._trackers = Trackers(self.folder, names, self.console, self.event)
 
     def metrics(self, record: StepRecord | Evaluation) -> None:
         """Write a line of `metrics.jsonl`."""
@@ -119,6 +127,9 @@ class RunFiles:
         """Write the lines that wait, and close the files. May be called twice."""
         self.clock.close()
         for each in (self._events, self._metrics, self._ranks, self._ledger):
+        if self._trackers is not None:
+            self._trackers.close()
+        for each in (self._events, self._metrics, self._ledger):
             if each is not None:
                 each.close()
                 self._complain(each.problem)
