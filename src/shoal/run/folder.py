@@ -220,6 +220,14 @@ class RunFolder:
             )
         self._lock = file
 
+    def holder(self) -> dict[str, Any]:
+        """Return what the last process that locked this run wrote about itself: pid, host, since, command; empty if none did."""
+        try:
+            with (self.path / "lock").open(encoding="utf-8") as file:
+                return _held(file)
+        except (OSError, UnicodeDecodeError):
+            return {}
+
     def lock_id(self) -> str:
         """Return the id in the lock file: knowing it proves that a process can read this folder."""
         with (self.path / "lock").open(encoding="utf-8") as file:

@@ -1,0 +1,97 @@
+"""Gathers what a view draws: the state of a run, and the curves of all its steps, which a thread reads. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from shoal.report.live.spark import Series
+from shoal.report.live.state import Follower, State
+from shoal.report.live.view import SCORE, SPARKS, Sight
+from shoal.run.folder import RunFolder
+from shoal.run.goodput import Account, Accounting
+from shoal.run.records import StepRecord
+from shoal.run.tail import Tail
+
+RECENT_STEPS: Final = 300  # records in the curve of recent steps
+READ_SECONDS: Final = 1.0  # between two readings of the thread
+
+
+class History:
+    """All of a run so far: where its time went, and its curves. `update` reads what is new, which takes long at first."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._clock = Tail(folder.time_file)
+        self._accounting = Accounting()
+        self.account: Account | None = None
+        self.series: Mapping[str, Series] = {}
+
+    def update(self) -> None:
+        """Read what is new."""
+        lines = self._clock.read()
+        if self._clock.rewritten:
+            self._accounting = Accounting()
+        for line in lines:
+            self._accounting.add(line)
+        if lines:
+            self.account = self._accounting.account()
+
+
+class Gatherer:
+    """Follows one run. `look` returns at once, with what a thread has read of long files until then."""
+
+    def __init__(self, folder: RunFolder, *, ascii_only: bool = False) -> None:
+        self.folder = folder
+        self._follower = Follower(folder)
+        self._history = History(folder)
+        self._ascii_only = ascii_only
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def look(self, *, whole: bool = False) -> Sight:
+        """Read what is new; return what a view draws. whole: wait until all is read, instead of reading in a thread."""
+        if whole:
+            self._history.update()
+        elif self._thread is None:
+            self._thread = threading.Thread(target=self._read_on, name="history", daemon=True)
+            self._thread.start()
+        now = time.time()
+        state = _with_account(self._follower.look(now), self._history.account)
+        return Sight(state=state, series=self._series(), spikes=self._spikes(), now=now, ascii_only=self._ascii_only)
+
+    def close(self) -> None:
+        """End the thread. May be called twice."""
+        self._closed.set()
+
+    def _read_on(self) -> None:
+        while True:
+            self._history.update()
+            if self._closed.wait(READ_SECONDS):
+                return
+
+    def _series(self) -> dict[str, Series]:
+        """Return the curves that have values."""
+        steps = list(self._follower.steps)
+        recent = steps[-RECENT_STEPS:]
+        found = {name: Series.of(_points(steps, name)) for name in ("loss", *SPARKS)} | dict(self._history.series)
+        found["val_loss"] = Series.of([(each.step, each.val_loss) for each in self._follower.evaluations])
+        if steps and found["loss"].steps[0] < recent[0].step:
+            found["recent"] = Series.of(_points(recent, "loss"))
+        return {name: each for name, each in found.items() if len(each.steps)}
+
+    def _spikes(self) -> list[tuple[int, float]]:
+        return [(r.step, r.loss) for r in self._follower.steps if r.spike_score is not None and r.spike_score >= SCORE]
+
+
+def _points(steps: Sequence[StepRecord], name: str) -> list[tuple[int, float | None]]:
+    return [(record.step, getattr(record, name)) for record in steps]
+
+
+def _with_account(state: State, account: Account | None) -> State:
+    if account is None:
+        return state
+    spent = {category: each / 1e6 for category, each in account.spent.items() if each}
+    return dataclasses.replace(state, goodput=account.goodput, spent_seconds=spent)
