@@ -1,5 +1,5 @@
 """
-All options of a run: nine frozen sections, each option with its default, its meaning and its unit.
+All options of a run: ten frozen sections, each option with its default, its meaning and its unit.
 
 `resolve/resolve.py` fills them from a preset, a recipe and flags. A component takes a section or plain arguments if
 they suffice; training, commands, and checks across sections take the whole `Config`.
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
+from shoal.config.alert_options import Alerts
 from shoal.config.data_options import Data
 from shoal.config.families import FAMILIES, FamilyName
 from shoal.config.option import opt, option_fields, option_name
@@ -377,6 +378,7 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     fault: Fault = field(default_factory=Fault)
     metrics: Metrics = field(default_factory=Metrics)
+    alerts: Alerts = field(default_factory=Alerts)
     launch: Launch = field(default_factory=Launch)
 
     def replace(self, section: str, **values: Any) -> Config:

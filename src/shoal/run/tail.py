@@ -35,8 +35,9 @@ class Tail:
             return []
 
     def skip(self) -> None:
-        """Skip the lines that are there now."""
+        """Skip the lines that are there now: later ones are new, also all of a file that is not there yet."""
         self.read()
+        self._last_bytes = None
 
     def _read(self, file: Any) -> list[dict[str, Any]]:
         stat = os.fstat(file.fileno())

@@ -158,9 +158,10 @@ class Follower:
 
     def _note_alert(self, line: dict[str, Any]) -> None:
         rule = str(line.get("rule"))
-        self._raised.pop(rule, None)
-        if line.get("state") == "raised":
-            self._raised[rule] = line
+        if line.get("state") == "recovered":
+            self._raised.pop(rule, None)
+        else:
+            self._raised[rule] = self._raised.get(rule, {}) | line
 
     def _state(self, now: float) -> State:
         started = self._started[-1] if self._started else {}
