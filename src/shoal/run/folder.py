@@ -192,6 +192,11 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             file = (self.path / "lock").open("a+", encoding="utf-8")
         held = _take(file, fcntl.LOCK_EX)
+        for _ in range(3):  # `is_locked` holds the lock for an instant
+            if held or meeting is not None:
+                break
+            time.sleep(0.02)
+            held = _take(file, fcntl.LOCK_EX)
         # Of launchers that start together, the first writes the lock and the others wait for it
         for _ in range(50 if meeting else 0):
             if held or (_take(file, fcntl.LOCK_SH) and _held(file).get("meeting") == meeting):
@@ -227,6 +232,18 @@ class RunFolder:
                 return _held(file)
         except (OSError, UnicodeDecodeError):
             return {}
+
+    def is_locked(self) -> bool:
+        """Return whether a process trains this run now. It takes the lock for an instant, for which `lock` waits."""
+        for mode, kind in (("r+", fcntl.LOCK_EX), ("r", fcntl.LOCK_SH)):  # a reader who may not write can only share
+            try:
+                with (self.path / "lock").open(mode, encoding="utf-8") as file:
+                    return not _take(file, kind)
+            except FileNotFoundError:
+                return False
+            except OSError:
+                continue
+        return False
 
     def lock_id(self) -> str:
         """Return the id in the lock file: knowing it proves that a process can read this folder."""

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import psutil
-
 from shoal.errors import ShoalError
 from shoal.run.console import duration
 from shoal.run.folder import RunFolder
@@ -27,7 +25,6 @@ KEPT: Final = 2_000  # records kept in memory
 RECENT: Final = 50  # steps whose pace predicts the time left
 EVENTS: Final = 200  # events kept
 ELSEWHERE_SECONDS: Final = 90.0  # a process on another host lives if it wrote this recently: network disks tell late
-SLACK_SECONDS: Final = 2.0  # a lock names its time in whole seconds
 AFTER_START: Final = ("training", "evaluation", "saving")  # phases in which steps have begun
 QUIET_STEPS: Final = 10  # steps' time without a step, after which a view says so
 QUIET_SECONDS: Final = 60.0  # and at least this long
@@ -205,7 +202,7 @@ class Follower:
     def _condition(self, now: float) -> tuple[Condition, str]:
         """Return whether the run goes on or how it ended, and why."""
         holder = self.folder.holder()
-        if holder and self._lives(holder, now):
+        if self.folder.is_locked() or self._lives_elsewhere(holder, now):
             return "running", ""
         last = self._turning.get("event")
         if last in ("finished", "stopped"):
@@ -217,9 +214,10 @@ class Follower:
             gone = _cause(self._turning)
         return "crashed", gone or "no process holds its lock"
 
-    def _lives(self, holder: Mapping[str, Any], now: float) -> bool:
-        if holder.get("host") == socket.gethostname():
-            return _is_process(holder)
+    def _lives_elsewhere(self, holder: Mapping[str, Any], now: float) -> bool:
+        """Return whether a process on another host writes this run: not every network disk tells of its lock."""
+        if not holder or holder.get("host") == socket.gethostname():
+            return False
         age = self._news_seconds(now)
         return age is not None and age < ELSEWHERE_SECONDS and self._turning.get("event") not in ("finished", "stopped")
 
@@ -306,16 +304,6 @@ def is_run(path: Path) -> bool:
 
 def _fields(record: object, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(record, name, None) for name in names}
-
-
-def _is_process(holder: Mapping[str, Any]) -> bool:
-    """Return whether the process that wrote a lock still runs; a later process with the same number is another one."""
-    try:
-        since = time.mktime(time.strptime(str(holder.get("since")), "%Y-%m-%d %H:%M:%S"))
-        process = psutil.Process(int(holder["pid"]))
-        return process.create_time() <= since + SLACK_SECONDS and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, ValueError, KeyError, TypeError):
-        return False
 
 
 def _cause(event: Mapping[str, Any]) -> str:

@@ -1,0 +1,1 @@
+"""Whether runs differ beyond noise, from which step, and in which tensor."""

@@ -1,0 +1,1 @@
+"""What one or several runs are and did: facts, differences, cost."""
