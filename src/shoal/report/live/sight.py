@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Final
 
+from shoal.report.curves.curves import Curves
 from shoal.report.live.spark import Series
 from shoal.report.live.state import Follower, State
 from shoal.report.live.view import SCORE, SPARKS, Sight
@@ -16,6 +17,7 @@ from shoal.run.goodput import Account, Accounting
 from shoal.run.records import StepRecord
 from shoal.run.tail import Tail
 
+COLUMNS: Final = 1_000  # buckets of a curve of all steps: more than a terminal has dots
 RECENT_STEPS: Final = 300  # records in the curve of recent steps
 READ_SECONDS: Final = 1.0  # between two readings of the thread
 
@@ -24,6 +26,8 @@ class History:
     """All of a run so far: where its time went, and its curves. `update` reads what is new, which takes long at first."""
 
     def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._curves: Curves | None = None
         self._clock = Tail(folder.time_file)
         self._accounting = Accounting()
         self.account: Account | None = None
@@ -31,6 +35,11 @@ class History:
 
     def update(self) -> None:
         """Read what is new."""
+        if self._curves is None:
+            self._curves = Curves.open(self._folder.path)
+            self.series = _whole(self._curves)
+        elif self._curves.refresh():
+            self.series = _whole(self._curves)
         lines = self._clock.read()
         if self._clock.rewritten:
             self._accounting = Accounting()
@@ -75,18 +84,34 @@ class Gatherer:
     def _series(self) -> dict[str, Series]:
         """Return the curves that have values."""
         steps = list(self._follower.steps)
-        recent = steps[-RECENT_STEPS:]
-        found = {name: Series.of(_points(steps, name)) for name in ("loss", *SPARKS)} | dict(self._history.series)
-        found["val_loss"] = Series.of([(each.step, each.val_loss) for each in self._follower.evaluations])
-        if steps and found["loss"].steps[0] < recent[0].step:
-            found["recent"] = Series.of(_points(recent, "loss"))
+        found = dict(self._history.series)
+        if not found:  # not read yet
+            found = {name: Series.of(_points(steps, name)) for name in ("loss", *SPARKS)}
+            found["val_loss"] = Series.of([(each.step, each.val_loss) for each in self._follower.evaluations])
+        recent = Series.of(_points(steps[-RECENT_STEPS:], "loss"))
+        if recent.steps and found["loss"].steps and found["loss"].steps[0] < recent.steps[0]:
+            found["recent"] = recent
         return {name: each for name, each in found.items() if len(each.steps)}
 
     def _spikes(self) -> list[tuple[int, float]]:
-        return [(r.step, r.loss) for r in self._follower.steps if r.spike_score is not None and r.spike_score >= SCORE]
+        """Return the steps with a high spike score, and their scores."""
+        scores = self._history.series.get("spike_score")
+        if scores is None:
+            scores = Series.of(_points(self._follower.steps, "spike_score"))
+        return [(step, score) for step, score in zip(scores.steps, scores.high, strict=True) if score >= SCORE]
 
 
-def _points(steps: Sequence[StepRecord], name: str) -> list[tuple[int, float | None]]:
+def _whole(curves: Curves) -> dict[str, Series]:
+    """Return the curves of all steps."""
+    found = {}
+    for name in ("loss", "val_loss", "spike_score", *SPARKS):
+        window = curves.window(name, columns=COLUMNS)
+        good = window.count > window.gaps
+        found[name] = Series(window.step[good].tolist(), window.low[good].tolist(), window.high[good].tolist())
+    return found
+
+
+def _points(steps: Iterable[StepRecord], name: str) -> list[tuple[int, float | None]]:
     return [(record.step, getattr(record, name)) for record in steps]
 
 

@@ -117,7 +117,7 @@ def _spans(columns: Sequence[Column], heights: int, scale: Scale) -> list[tuple[
     return spans
 
 
-def outliers(columns: Sequence[Column], *, neighbors: int = 8, times: float = 6.0) -> list[bool]:
+def outliers(columns: Sequence[Column], *, neighbors: int = 8, times: float = 8.0) -> list[bool]:
     """Return which columns reach far above those around them: `times` their robust spread."""
     found = []
     for at, column in enumerate(columns):
@@ -131,7 +131,7 @@ def outliers(columns: Sequence[Column], *, neighbors: int = 8, times: float = 6.
             continue
         middle = sorted(around)[len(around) // 2]
         spread = sorted(abs(value - middle) for value in around)[len(around) // 2]
-        found.append(column[1] > middle + times * max(spread, 0.003 * abs(middle)))
+        found.append(column[1] > middle + times * max(spread, 0.005 * abs(middle)))
     return found
 
 

@@ -40,7 +40,7 @@ class Sight:
 
     state: State
     series: Mapping[str, Series] = field(default_factory=dict)
-    spikes: Sequence[tuple[int, float]] = ()  # (step, loss) of steps with a high spike score
+    spikes: Sequence[tuple[int, float]] = ()  # (step, score) of steps with a high spike score
     now: float = 0.0
     ascii_only: bool = False
 
@@ -76,7 +76,7 @@ def _left(sight: Sight) -> list[Block]:
     state = sight.state
     found = [Block(lambda w, r: _numbers(sight, w, r), 2, 3, 0)]
     if "loss" in sight.series:
-        found.append(Block(lambda w, r: _loss_chart(sight, "loss", w, r), 4, 14, 3))
+        found.append(Block(lambda w, r: _loss_chart(sight, "loss", w, r), 4, 24, 3))
     shown = [name for name in SPARKS if name in sight.series]
     if shown:
         found.append(Block(lambda w, r: _sparks(sight, shown, w, r), 1, len(shown), 4))
@@ -300,9 +300,9 @@ def _chart_title(sight: Sight, name: str, series: Series, scale: Scale) -> Text:
         line.append(", log scale", "dim")
     spikes = [each for each in sight.spikes if series.steps[0] <= each[0] <= series.steps[-1]]
     if spikes and name != "val_loss":
-        step, value = spikes[-1]
-        more = f" and {len(spikes) - 1} more" if len(spikes) > 1 else ""
-        line.append(f"  spike: {value:.3f} at step {step:,}{more}", "bold red")
+        step, score = spikes[-1]
+        more = f", {len(spikes) - 1} more" if len(spikes) > 1 else ""
+        line.append(f"  spike near step {step:,} (score {score:.0f}){more}", "bold red")
     return line
 
 
