@@ -1,4 +1,4 @@
-"""`shoal top`: the live view of runs."""
+"""`shoal top` and `shoal alert`: the live view of runs, and a test of their alerts."""
 
 from __future__ import annotations
 
@@ -21,6 +21,17 @@ def top(args: argparse.Namespace, overrides: list[Override], argv: list[str]) ->
     runs = Path(args.runs)
     folders = [_named(target, runs) for target in args.targets] or [_newest(runs)]
     watch(folders, every_seconds=args.every, once=args.once, quiet=args.quiet, as_json=args.json)
+    return 0
+
+
+def alert(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.commands.recipes import resolve_asked
+    from shoal.trackers.alerts import send_test
+
+    config = resolve_asked(args, overrides)
+    print(send_test(config))
+    if not config.alerts.any_rule:
+        print("this config has no rule yet; set one, such as alerts.no_step_for")
     return 0
 
 

@@ -56,6 +56,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_top(
         add("top", live.top, "show a run while it goes on, from any terminal: loss, speed, memory, time left, alerts")
     )
+    tested = "post a test message to the webhook of a recipe's alerts"
+    _add_recipe(add("alert", live.alert, tested, "[RECIPE]"))
     account = "report how a run spent its time, across restarts: on steps that count, and on everything else"
     _add_record(add("goodput", records.goodput, account))
     exactly_once = "check that a run trained on each sample exactly once per epoch, across restarts; exit code 1 if not"

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import IO, Any, Final
 
 from shoal.config.options import Config
+from shoal.errors import ShoalError
 from shoal.run.console import Console
 from shoal.run.events import Events, read_json_lines
 from shoal.run.folder import RunFolder
@@ -181,6 +182,18 @@ def message(folder: RunFolder, alert: Mapping[str, Any]) -> dict[str, Any]:
     facts = {key: alert.get(key) for key in ("rule", "state", "step", "value", "limit")}
     when = alert.get("time") or round(time.time(), 3)
     return {"text": f"{name} on {host}: {alert.get('text')}", "run": name, "host": host, "time": when, **facts}
+
+
+def send_test(config: Config) -> str:
+    """Post a test message; return a sentence about it. Raises `ShoalError` if there is no webhook or it does not accept it."""
+    variable = config.alerts.webhook_env
+    webhook = Webhook.from_environment(variable)
+    if webhook is None:
+        raise ShoalError(f"{variable} is not set; set it to the webhook's address: export {variable}=https://...")
+    alert = {"rule": "test", "state": "test", "text": "this is a test of the alerts; no rule is broken"}
+    if problem := webhook.post(message(RunFolder.of(config), alert)):
+        raise ShoalError(f"the webhook in {variable} did not accept a test message: {problem}")
+    return f"posted a test message to the webhook in {variable}"
 
 
 class _Eyes:

@@ -6,9 +6,8 @@ import dataclasses
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from shoal.report.curves.curves import Curves
 from shoal.report.live.spark import Series
 from shoal.report.live.state import Follower, State
 from shoal.report.live.view import SCORE, SPARKS, Sight
@@ -16,6 +15,9 @@ from shoal.run.folder import RunFolder
 from shoal.run.goodput import Account, Accounting
 from shoal.run.records import StepRecord
 from shoal.run.tail import Tail
+
+if TYPE_CHECKING:
+    from shoal.report.curves.curves import Curves
 
 COLUMNS: Final = 1_000  # buckets of a curve of all steps: more than a terminal has dots
 RECENT_STEPS: Final = 300  # records in the curve of recent steps
@@ -36,6 +38,8 @@ class History:
     def update(self) -> None:
         """Read what is new."""
         if self._curves is None:
+            from shoal.report.curves.curves import Curves  # in the thread: numpy takes longer to import than all else
+
             self._curves = Curves.open(self._folder.path)
             self.series = _whole(self._curves)
         elif self._curves.refresh():
@@ -107,7 +111,12 @@ def _whole(curves: Curves) -> dict[str, Series]:
     for name in ("loss", "val_loss", "spike_score", *SPARKS):
         window = curves.window(name, columns=COLUMNS)
         good = window.count > window.gaps
-        found[name] = Series(window.step[good].tolist(), window.low[good].tolist(), window.high[good].tolist())
+        steps = window.step[good].tolist()
+        if window.count[:1].sum() > 1:  # a bucket's step is its middle one, but a curve begins and ends with a step
+            steps[0] = int(curves.window(name, 0, steps[0], columns=int(window.count[0])).step[0])
+        if len(steps) > 1:
+            steps[-1] = max(steps[-1], min(curves.last_step, 2 * steps[-1] - steps[-2]))
+        found[name] = Series(steps, window.low[good].tolist(), window.high[good].tolist())
     return found
 
 

@@ -61,11 +61,19 @@ class Scale:
     logarithmic: bool = False
 
     @classmethod
-    def of(cls, columns: Sequence[Column], *, from_zero: bool = False) -> Scale:
-        """Return the scale of all columns after the first tenth, whose values may be far above."""
-        later = [c for c in columns[int(len(columns) * _BEGINNING) :] if c is not None]
-        bottom = 0.0 if from_zero else min((low for low, _ in later), default=0.0)
-        top = max((high for _, high in later), default=1.0)
+    def of(cls, columns: Sequence[Column], *, from_zero: bool = False, spikes: Sequence[bool] = ()) -> Scale:
+        """
+        Return the scale of all columns after the first tenth, whose values may be far above.
+
+        spikes: columns that take at most half of the height, so that they do not flatten the others.
+        """
+        begin = int(len(columns) * _BEGINNING)
+        later = [(c, at < len(spikes) and spikes[at]) for at, c in enumerate(columns) if c is not None and at >= begin]
+        top = max((c[1] for c, _ in later), default=1.0)
+        usual = max((c[1] for c, spike in later if not spike), default=top)
+        bottom = 0.0 if from_zero else min((c[0] for c, _ in later), default=0.0)
+        if usual > bottom:
+            top = min(top, usual + (usual - bottom))
         return cls(bottom, top, logarithmic=bottom > 0 and top / bottom > _LOG_RATIO)
 
     def height(self, value: float) -> float:
@@ -119,7 +127,7 @@ def _spans(columns: Sequence[Column], heights: int, scale: Scale) -> list[tuple[
 
 def outliers(columns: Sequence[Column], *, neighbors: int = 8, times: float = 8.0) -> list[bool]:
     """Return which columns reach far above those around them: `times` their robust spread."""
-    found = []
+    found: list[bool] = []
     for at, column in enumerate(columns):
         around = [
             c[1]

@@ -59,6 +59,7 @@ class State:
     total_steps: int | None = None
     left_seconds: float | None = None
     started: float | None = None  # seconds since 1970: its first start
+    seconds: float | None = None  # from the first start to now, or to the last record of a run that has ended
     restarts: int = 0
     processes: int | None = None
     device: str = ""
@@ -180,6 +181,7 @@ class Follower:
             total_steps=total,
             left_seconds=self._left(step, total) if condition == "running" else None,
             started=self._started[0].get("time") if self._started else None,
+            seconds=self._seconds(now if condition == "running" else None),
             restarts=max(0, len(self._started) - 1),
             processes=started.get("processes"),
             device=str(started.get("device_name") or started.get("device") or ""),
@@ -260,6 +262,15 @@ class Follower:
         if first.time and last.time and last.step > first.step and first.time > begun:
             pace = max(pace, (last.time - first.time) / (last.step - first.step))
         return max(0, total - step) * pace
+
+    def _seconds(self, now: float | None) -> float | None:
+        """Return the time since the first start, until now or until the last line."""
+        begun = self._started[0].get("time") if self._started else None
+        if begun is None:
+            return None
+        last = [each.time for each in (*list(self.steps)[-1:], *list(self.evaluations)[-1:]) if each.time is not None]
+        ends = [now] if now is not None else [*last, *(e.get("time", begun) for e in list(self._known)[-1:])]
+        return max(0.0, max(ends) - begun)
 
     def _memory(self, record: StepRecord | None) -> dict[str, Sequence[int]]:
         ranks = self._last_ranks

@@ -155,8 +155,8 @@ def _title(sight: Sight, width: int) -> Text:
     state = sight.state
     style = STYLES[state.condition]
     line = words(("shoal top ", "dim"), (on_one_line(state.name), "bold"), "  ", (state.condition, style))
-    if state.started is not None:
-        line.append(f"  {duration(max(0.0, sight.now - state.started))} since its start", "dim")
+    if state.seconds is not None:
+        line.append(f"  for {duration(state.seconds)}", "dim")
     if state.restarts:
         line.append(f", {state.restarts} restart{'s' * (state.restarts > 1)}", "dim")
     if state.processes:
@@ -279,12 +279,20 @@ def _loss_chart(sight: Sight, name: str, width: int, rows: int) -> list[Text]:
     across = 1 if sight.ascii_only else 2
     count = max(1, width - margin) * across
     columns = series.columns(count)
-    scale = Scale.of(columns)
-    lines = chart(columns, max(1, rows - 1), scale, ascii_only=sight.ascii_only)
     marked = outliers(columns)
+    scale = Scale.of(columns, spikes=marked)
+    lines = chart(columns, max(1, rows - 1), scale, ascii_only=sight.ascii_only)
     red = [any(marked[at : at + across]) for at in range(0, count, across)]
     top, bottom = f"{scale.top:.3f}", f"{scale.bottom:.3f}"
-    found = [_chart_title(sight, name, series, scale)]
+    found = [
+        _chart_title(
+            sight,
+            name,
+            series,
+            scale,
+            max((c[1] for c, m in zip(columns, marked, strict=True) if c and m), default=0.0),
+        )
+    ]
     for row, line in enumerate(lines):
         label = top if row == 0 else bottom if row == len(lines) - 1 else ""
         drawn = words((f"{label:>{margin - 1}} ", "dim"))
@@ -294,7 +302,8 @@ def _loss_chart(sight: Sight, name: str, width: int, rows: int) -> list[Text]:
     return found
 
 
-def _chart_title(sight: Sight, name: str, series: Series, scale: Scale) -> Text:
+def _chart_title(sight: Sight, name: str, series: Series, scale: Scale, highest: float) -> Text:
+    """Return the title of a curve: its unit and steps, and its spikes. highest: the highest value of a column that sticks out."""
     line = words((_TITLES[name], "bold"), (f"  nats/token, steps {series.steps[0]:,} to {series.steps[-1]:,}", "dim"))
     if scale.logarithmic:
         line.append(", log scale", "dim")
@@ -303,6 +312,8 @@ def _chart_title(sight: Sight, name: str, series: Series, scale: Scale) -> Text:
         step, score = spikes[-1]
         more = f", {len(spikes) - 1} more" if len(spikes) > 1 else ""
         line.append(f"  spike near step {step:,} (score {score:.0f}){more}", "bold red")
+    elif highest > scale.top:
+        line.append(f"  spikes up to {highest:.3f}", "bold red")
     return line
 
 
@@ -312,7 +323,8 @@ def _sparks(sight: Sight, names: Sequence[str], width: int, rows: int) -> list[T
     for name in names[:rows]:
         title, unit = SPARKS[name]
         series = sight.series[name]
-        last = quantity(name, series.high[-1], unit)
+        value = getattr(sight.state, name, None)
+        last = quantity(name, value if isinstance(value, float) else series.high[-1], unit)
         peak = f"max {quantity(name, max(series.high), unit)}"
         tail = f" {last:>16}" + (f"  {peak:>20}" if width >= 78 else "")
         room = max(4, width - 8 - cell_len(tail))
@@ -404,7 +416,8 @@ def _ranks(sight: Sight, width: int, rows: int) -> list[Text]:
     room = max(1, rows - 2)
     order = sorted(range(len(busy)), key=lambda rank: -busy[rank])[:room]
     cut = len(order) < len(busy)
-    heads = "".join(f"{p[:9]:>10}" for p in phases)
+    size = min(10, max(6, (width - 29) // max(1, len(phases))))
+    heads = "".join(f"{p[: size - 1]:>{size}}" for p in phases)
     title = words(("ranks", "bold"), ("  busy ms of the last measured step" + (", the busiest" if cut else ""), "dim"))
     lines = [title, words((f"{'rank':>5}{'GiB':>8}{'peak':>8}{'busy':>8}{heads}", "dim"))]
     slowest = max(busy, default=0.0)
@@ -413,7 +426,7 @@ def _ranks(sight: Sight, width: int, rows: int) -> list[Text]:
         line = words(f"{rank:>5}{state.memory_bytes[rank] / 2**30:>8.2f}{peak:>8.2f}")
         line.append(f"{1000 * busy[rank]:>8.0f}", "bold yellow" if busy[rank] == slowest else "bold")
         for phase in phases:
-            line.append(f"{1000 * state.busy_seconds[phase][rank]:>10.0f}")
+            line.append(f"{1000 * state.busy_seconds[phase][rank]:>{size}.0f}")
         lines.append(line)
     return lines
 
@@ -440,28 +453,18 @@ def _events(sight: Sight, width: int, rows: int) -> list[Text]:
 def event_line(event: Mapping[str, Any]) -> Text:
     """Return an event with its time of day and its short facts."""
     when = event.get("time")
-    clock = time.strftime("%H:%M:%S", time.localtime(when)) if isinstance(when, int | float) else "--:--:--"
+    clock = time.strftime("%m-%d %H:%M:%S", time.localtime(when)) if isinstance(when, int | float) else "--:--:--"
     name = on_one_line(event.get("event", "?"))
     bad = name in ("crashed", "hang", "save failed", "damaged", "went back", "fault") or event.get("state") == "raised"
-    facts = [f"{key} {_fact(value)}" for key, value in event.items() if key in _FACTS and value is not None]
+    facts = [f"{key} {_fact(event[key])}" for key in _FACTS if event.get(key) is not None]
+    facts += [f"in {event['seconds']:.1f} s"] if isinstance(event.get("seconds"), float) else []
     return words((f"{clock} ", "dim"), (name, "bold red" if bad else "bold"), ("  " + ", ".join(facts)))
 
 
+# Facts of an event that are shown, in this order.
 _FACTS: Final = (
-    "step",
-    "rank",
-    "processes",
-    "device",
-    "to",
-    "seconds",
-    "val_loss",
-    "how",
-    "phase",
-    "text",
-    "why",
-    "source",
-    "fault",
-)
+    "state", "rule", "step", "rank", "processes", "device", "to", "val_loss", "how", "phase", "text", "why", "source", "fault",
+)  # fmt: skip
 
 
 def _fact(value: object) -> str:
