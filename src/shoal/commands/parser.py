@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import data, machine, models, recipes, records, sync, train
+from shoal.commands import data, live, machine, models, recipes, records, sync, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -53,6 +53,11 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_bench(add("bench", machine.bench, timing, "speed [RECIPE] [--peers]"))
     checked = "check that this parallel layout trains the same model as one process; exit code 1 if it does not"
     _add_recipe(add("verify", train.verify, checked, recipe))
+    _add_top(
+        add("top", live.top, "show a run while it goes on, from any terminal: loss, speed, memory, time left, alerts")
+    )
+    tested = "post a test message to the webhook of a recipe's alerts"
+    _add_recipe(add("alert", live.alert, tested, "[RECIPE]"))
     account = "report how a run spent its time, across restarts: on steps that count, and on everything else"
     _add_record(add("goodput", records.goodput, account))
     exactly_once = "check that a run trained on each sample exactly once per epoch, across restarts; exit code 1 if not"
@@ -393,6 +398,30 @@ def _add_sync(parser: argparse.ArgumentParser) -> None:
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", metavar="NAME", help=f"{what} (default: the run's track.{name})")
     parser.add_argument("--offline", action="store_true", help="write into the run's folder, without a network")
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "targets", metavar="RUN", nargs="*", help="names or folders of runs (default: the newest run that goes on)"
+    )
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
+    parser.add_argument(
+        "--every", type=_seconds, metavar="S", help="seconds between two looks (default: 1; 10 without a terminal)"
+    )
+    parser.add_argument("--once", action="store_true", help="show the run once and exit")
+    parser.add_argument(
+        "--quiet", action="store_true", help="print lines only for alerts and when the run starts or ends"
+    )
+    parser.add_argument("--json", action="store_true", help="print the state as one JSON object and exit")
+
+
+def _seconds(text: str) -> float:
+    """Return a positive number of seconds. Raises `ArgumentTypeError` for anything else."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 86_400:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds between 0 and 86400")
+    return seconds
 
 
 def _add_rendezvous(parser: argparse.ArgumentParser) -> None:

@@ -140,10 +140,21 @@ def verify_as_worker(config: Config) -> int:
 
 
 def _train(config: Config, stop: StopRequest, heartbeat: Heartbeat) -> bool:
-    heartbeat.outside("importing torch")
-    from shoal.training.loop import train
+    """Train; return whether the run was stopped early. Without a launcher of shoal, the first rank watches for alerts."""
+    from shoal.launch.torchrun import HOW_IT_ENDED
+    from shoal.mesh.place import is_launched, read_place
+    from shoal.run.console import Console
+    from shoal.trackers.alerts import watched
 
-    return train(config, stop, heartbeat)
+    watches = not is_launched() and read_place().rank == 0
+    with watched(config, Console()) if watches else contextlib.nullcontext() as ends:
+        heartbeat.outside("importing torch")
+        from shoal.training.loop import train
+
+        stopped = train(config, stop, heartbeat)
+        if ends is not None:
+            ends(HOW_IT_ENDED[EXIT_REQUEUE if stopped else 0])
+    return stopped
 
 
 def _begin(config: Config) -> Heartbeat:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
+from shoal.config.alert_options import Alerts
 from shoal.config.data_options import Data
 from shoal.config.families import FAMILIES, FamilyName
 from shoal.config.option import opt, option_fields, option_name
@@ -379,6 +380,7 @@ class Config:
     fault: Fault = field(default_factory=Fault)
     metrics: Metrics = field(default_factory=Metrics)
     track: Track = field(default_factory=Track)
+    alerts: Alerts = field(default_factory=Alerts)
     launch: Launch = field(default_factory=Launch)
 
     def replace(self, section: str, **values: Any) -> Config:

@@ -23,8 +23,10 @@ from shoal.run.narrator import Narrator
 from shoal.system.cpu import count_cores, free_cores
 from shoal.system.signals import ends_when_asked
 from shoal.system.torch_private import require
+from shoal.trackers.alerts import FAILED, watched
 
 WAIT_POLICY = "OMP_WAIT_POLICY"
+HOW_IT_ENDED = {0: "the run finished", EXIT_REQUEUE: "the run stopped before its end; the same command resumes it"}
 
 
 def plan_processes(
@@ -195,13 +197,20 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     more often than `launch.max_restarts` or `launch.max_crashes` allow, or too few nodes ever joined. Nodes that end together
     end with the same code.
     """
+    console = Console()
+    with watched(config, console) as ends:
+        code = _launch(config, argv, console)
+        ends(HOW_IT_ENDED.get(code, FAILED))
+    return code
+
+
+def _launch(config: Config, argv: Sequence[str], console: Console) -> int:
     assert config.launch.processes
     assert config.launch.threads
     set_environment(config.launch.threads)
     os.environ[LOCKED_BY] = str(os.getpid())
     # The agent would raise in the middle of its work on other signals; we forward them and let the workers end.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-    console = Console()
     narrator = Narrator.of(console)
     with ends_when_asked(EXIT_REQUEUE), _quiet_torch():
         narrator.begin("importing torch")

@@ -62,6 +62,9 @@ def contradictions(config: Config, sources: Mapping[str, str], *, needs_length: 
     for name in dict.fromkeys(config.track.to):
         if why := unknown(name):
             yield problem(why, "track.to")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", config.alerts.webhook_env):
+        what = "is the name of an environment variable, such as SHOAL_WEBHOOK; put the webhook's address into that variable"
+        yield problem(f"alerts.webhook_env {what}", "alerts.webhook_env")
     yield from data_problems(config, problem)
     for name in config.data.sources or {}:
         chosen = [f"{SOURCES}{name}.{option}" for option in ("paths", "corpus")]

@@ -231,6 +231,14 @@ class RunFolder:
             )
         self._lock = file
 
+    def holder(self) -> dict[str, Any]:
+        """Return what the last process that locked this run wrote about itself: pid, host, since, command; empty if none did."""
+        try:
+            with (self.path / "lock").open(encoding="utf-8") as file:
+                return _held(file)
+        except (OSError, UnicodeDecodeError):
+            return {}
+
     def is_locked(self) -> bool:
         """Return whether a process trains this run now. It takes the lock for an instant, for which `lock` waits."""
         for mode, kind in (("r+", fcntl.LOCK_EX), ("r", fcntl.LOCK_SH)):  # a reader who may not write can only share

@@ -308,6 +308,47 @@ def account(path: Path, devices: Callable[[int], int] = lambda life: 1) -> Accou
     spent["step"] -= kept.lost
     spent["lost"] = kept.lost
     return Account(spent, lives, taken)
+class Accounting:
+    """Adds up the lines of `time.jsonl` one by one: a reader that follows a run need not start over."""
+
+    def __init__(self) -> None:
+        self._spent = dict.fromkeys(MEANINGS, 0)
+        self._kept = _Kept()
+        self._lives, self._taken = 0, 0
+        self._step: int | None = None
+        self._end: int | None = None  # when the life before the last one ended
+        self._life: Mapping[str, Any] = {}  # the last line
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """Add a line."""
+        if line["life"] != self._life.get("life"):
+            self._end = _close_life(self._spent, self._life, self._end)
+            self._kept.start_life()
+            self._lives += 1
+            self._step = None
+        self._life = line
+        if line["step"] is None:
+            return
+        if "begin" in line or self._step is None:
+            self._kept.go_back(line["step"])
+        self._step = self._taken = line["step"]
+        self._kept.go_on(line["step"], line["reached"], line["spent"].get("step", 0))
+
+    def account(self) -> Account:
+        """Return the account of the lines so far."""
+        spent = dict(self._spent)
+        _close_life(spent, self._life, self._end)
+        spent["step"] -= self._kept.lost
+        spent["lost"] = self._kept.lost
+        return Account(spent, self._lives, self._taken)
+
+
+def account(path: Path) -> Account:
+    """Return the account in `time.jsonl`. Raises `OSError` if there is no such file."""
+    accounting = Accounting()
+    for line in whole_lines(path):
+        accounting.add(line)
+    return accounting.account()
 
 
 def _close_life(

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Final
 from urllib.parse import urlsplit
 
-# Names of secret variables: HF_TOKEN, HUGGING_FACE_HUB_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, ...
-_NAME: Final = re.compile(r"(^|_)(TOKEN|API_?KEY|PASSWORD|PASSWD|SECRET|SECRET_ACCESS_KEY|PRIVATE_KEY)$")
+# Names of secret variables: HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, SHOAL_WEBHOOK, ...
+_NAME: Final = re.compile(r"(^|_)(TOKEN|API_?KEY|PASSWORD|PASSWD|SECRET|SECRET_ACCESS_KEY|PRIVATE_KEY|WEBHOOK)$")
 _SHORTEST: Final = 8  # shorter values occur in too much ordinary text
 _IN_ADDRESS: Final = re.compile(r"(?<=://)[^/\s@]+@")  # user:password@ or token@
 # Parameters of a signed URL, or with a token: who knows the URL may read the file.
