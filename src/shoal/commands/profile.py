@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from shoal.commands.flags import Override
 from shoal.commands.recipes import resolve_asked, resolve_run, tell_of_torch, tell_once
 from shoal.errors import EXIT_REQUEUE, RunError, ShoalError
 from shoal.system.output import outlast
+
+# The profiler's library logs each start and stop, and torch each release of memory from before the recording.
+QUIET: Final = {"KINETO_LOG_LEVEL": "99", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 if TYPE_CHECKING:
     from shoal.config.options import Config
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 
 def profile(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     outlast()
+    for name, level in QUIET.items():
+        os.environ.setdefault(name, level)
     source, config = _open(args, overrides)
     tell_of_torch()
     from shoal.launch.torchrun import launch

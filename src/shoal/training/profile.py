@@ -190,9 +190,10 @@ class Recording:
 
     def write(self, folder: Path) -> None:
         """Write the trace of this rank, and its part of the summary and of the memory. Raises `OSError`."""
-        path = folder / f"rank{self.rank}.trace.json.gz"
-        self._recorder.export(path)
-        events = read_events(path)
+        path, raw = folder / f"rank{self.rank}.trace.json.gz", folder / f"rank{self.rank}.raw"
+        self._recorder.export(raw)
+        events = read_events(raw)
+        raw.unlink()
         trace = build(events["traceEvents"], [*self._ranges.names, LOSS])
         enrich(events, trace, self.rank)
         size = write_events(path, events)

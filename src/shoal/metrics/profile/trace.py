@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shoal.run.phases import PHASES
+from shoal.system.disk import write_whole
 
 BACKWARD_NODE: Final = "autograd::engine::evaluate_function: "
 COMMUNICATION: Final = ("c10d::", "_c10d_functional::", "c10d_functional::", "record_param_comms")
@@ -272,6 +273,6 @@ def enrich(events: dict[str, Any], trace: Trace, rank: int) -> None:
 
 def write_events(path: Path, events: Mapping[str, Any]) -> int:
     """Write a compressed trace; return its size in bytes. Raises `OSError`."""
-    with gzip.open(path, "wt", encoding="utf-8", compresslevel=6) as file:
-        json.dump(events, file)
-    return path.stat().st_size
+    packed = gzip.compress(json.dumps(events).encode(), compresslevel=6)
+    write_whole(path, [packed])
+    return len(packed)

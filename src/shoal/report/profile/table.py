@@ -85,12 +85,12 @@ def _head(profile: Profile) -> Iterator[str]:
 def _operators(profile: Profile) -> Iterator[str]:
     on_device = profile.ranks[0].device == "cuda"
     own = "GPU time" if on_device else "CPU time"
-    yield f"{'operator (mean of a step and process)':<38}{own:>10}{'share':>7}{'calls':>7}  module"
+    yield f"{'operator, a step and process':<32}{own:>9}{'share':>7}{'calls':>7}  module"
     for each in dearest(profile.ranks):
         where = f"{each.module or '-'} {percent(100 * each.module_share, 0)}"
         yield (
-            f"{cut(each.name, 37):<38}{seconds(each.seconds):>10}{percent(100 * each.share):>7}{each.calls:>7,.0f}  "
-            f"{cut(where, WIDTH - 64)}"
+            f"{cut(each.name, 31):<32}{seconds(each.seconds):>9}{percent(100 * each.share):>7}{each.calls:>7,.0f}  "
+            f"{cut(where, WIDTH - 57)}"
         )
 
 
