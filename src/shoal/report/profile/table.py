@@ -87,7 +87,7 @@ def _operators(profile: Profile) -> Iterator[str]:
     own = "GPU time" if on_device else "CPU time"
     yield f"{'operator, a step and process':<32}{own:>9}{'share':>7}{'calls':>7}  module"
     for each in dearest(profile.ranks):
-        where = f"{each.module or '-'} {percent(100 * each.module_share, 0)}"
+        where = f"{each.module} {percent(100 * each.module_share, 0)}" if each.module else "-"
         yield (
             f"{cut(each.name, 31):<32}{seconds(each.seconds):>9}{percent(100 * each.share):>7}{each.calls:>7,.0f}  "
             f"{cut(where, WIDTH - 57)}"
