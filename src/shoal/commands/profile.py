@@ -63,8 +63,12 @@ def _open(args: argparse.Namespace, overrides: list[Override]) -> tuple[RunFolde
         ("launch.runs", str(source.path.parent), "the run's folder"),
         ("launch.name", source.path.name, "the run's folder"),
     ]
+    # a run's file holds the size that its tokenizer turned out to have, which a recipe may not ask for
+    chosen: Override = ("model.vocab_size", "null", "the run's tokenizer")
     named = {key for key, _, _ in overrides}
-    config = resolve_run(source.config_file, [o for o in place if o[0] not in named] + overrides, named=False)
+    config = resolve_run(source.config_file, [o for o in (*place, chosen) if o[0] not in named] + overrides, named=False)
+    if config.model.vocab_size is None:
+        config = config.replace("model", vocab_size=source.load_config().model.vocab_size)
     return source, config_of_profile(config)
 
 

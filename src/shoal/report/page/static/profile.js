@@ -19,7 +19,7 @@ const drawProfile = (() => {
       else if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
       else if (value != null && value !== false) node.setAttribute(name, value === true ? "" : String(value));
     }
-    node.append(...children.flat().filter((child) => child != null));
+    node.append(...children.flat(Infinity).filter((child) => child != null));
     return node;
   }
 
@@ -41,13 +41,15 @@ const drawProfile = (() => {
   const plural = (count, word, more = `${word}s`) => `${count.toLocaleString("en-US")} ${count === 1 ? word : more}`;
 
   function table(label, header, rows) {
-    const numeric = header.map((_, i) => rows.length > 0 && rows.every((row) => row[i] instanceof Node || /^[–\d]/.test(row[i])));
-    const style = (i, node) => (numeric[i] && !(node instanceof Node) ? { textAlign: "right", fontVariantNumeric: "tabular-nums", whiteSpace: "nowrap" } : {});
+    const numeric = header.map((_, i) => rows.length > 0 && rows.every((row) => !(row[i] instanceof Node) && /^[–\d]/.test(row[i])));
+    const style = (i) => (numeric[i] ? { textAlign: "right", fontVariantNumeric: "tabular-nums", whiteSpace: "nowrap" } : {});
     return make("div", { class: "wide", tabindex: "0", role: "region", "aria-label": label, style: { overflowX: "auto", maxWidth: "100%" } },
       make("table", {},
         make("thead", {}, make("tr", {}, header.map((name, i) => make("th", { scope: "col", style: style(i) }, name)))),
-        make("tbody", {}, rows.map((row) => make("tr", {}, row.map((value, i) => make("td", { style: style(i, value) }, value)))))));
+        make("tbody", {}, rows.map((row) => make("tr", {}, row.map((value, i) => make("td", { style: style(i) }, value)))))));
   }
+
+  const name = (text) => make("code", { style: { display: "inline-block", minWidth: "20ch", overflowWrap: "anywhere" } }, text);
 
   function facts(pairs) {
     return make("dl", { class: "facts" }, pairs.filter(([, value]) => value != null).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
@@ -106,9 +108,9 @@ const drawProfile = (() => {
     const own = view.device === "cuda" ? "GPU time of a step" : "CPU time of a step";
     const top = Math.max(...view.operators.map((each) => each.share), 1e-9);
     const rows = view.operators.map((each) => [
-      make("code", { style: { overflowWrap: "anywhere" } }, each.name), seconds(each.seconds), percent(100 * each.share),
+      name(each.name), seconds(each.seconds), percent(100 * each.share),
       make("div", { style: { width: "90px" } }, bar([[each.share, HUES.forward, 60, percent(100 * each.share)]], top, `${percent(100 * each.share)} of a step`)),
-      Math.round(each.calls).toLocaleString("en-US"), each.module ? make("span", {}, `${each.module} (${percent(100 * each.module_share, 0)})`) : make("span", {}, "none")]);
+      Math.round(each.calls).toLocaleString("en-US"), each.module ? make("span", { style: { whiteSpace: "nowrap" } }, `${each.module} (${percent(100 * each.module_share, 0)})`) : make("span", {}, "none")]);
     return make("div", {}, make("h3", {}, "Dearest operators"),
       make("p", { class: "quiet" }, "Time of their own, without the operators that they call; means of a step and process."),
       table("Dearest operators", ["operator", own, "share of a step", "", "calls a step", "module with most of it"], rows));
@@ -240,8 +242,8 @@ const drawProfile = (() => {
   }
 
   function modules(rank, grouped) {
-    const rows = (grouped ? byKind(rank.modules) : rank.modules).map(([name, calls, forward, backward]) =>
-      [make("code", {}, name), seconds(forward), seconds(backward), seconds(forward + backward), Math.round(calls).toLocaleString("en-US")]);
+    const rows = (grouped ? byKind(rank.modules) : rank.modules).map(([module, calls, forward, backward]) =>
+      [name(module), seconds(forward), seconds(backward), seconds(forward + backward), Math.round(calls).toLocaleString("en-US")]);
     return make("div", {}, make("h3", {}, `Modules of rank ${rank.rank}, with those inside them`),
       table("Modules", ["module", "forward of a step", "backward of a step", "both", "forwards a step"], rows));
   }
