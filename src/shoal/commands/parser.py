@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import data, live, machine, models, recipes, records, sync, train
+from shoal.commands import data, live, machine, models, profile, recipes, records, sync, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -23,15 +24,15 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     parser.set_defaults(verb=None)
     subparsers = parser.add_subparsers(metavar="VERB", title="verbs")
 
-    def add(name: str, run: Any, help: str, usage: str | None = None) -> _Parser:
-        """Add a verb; a verb with a `usage` takes the options of all config sections."""
+    def add(name: str, run: Any, help: str, usage: str | None = None, own: Collection[str] = ()) -> _Parser:
+        """Add a verb; a verb with a `usage` takes the options of all config sections. own: see `add_options`."""
         sub = subparsers.add_parser(
             name, help=help, description=help, allow_abbrev=False, formatter_class=_Wide,
             usage=usage and f"shoal {name} {usage} [--SECTION.OPTION VALUE ...]",
         )  # fmt: skip
         sub.set_defaults(run=run, verb=name, verb_parser=sub)
         if usage and verb == name:
-            add_options(sub)
+            add_options(sub, own)
         return sub
 
     recipe = "[RECIPE] [--name NAME] [--processes N]"
@@ -58,6 +59,9 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     )
     tested = "post a test message to the webhook of a recipe's alerts"
     _add_recipe(add("alert", live.alert, tested, "[RECIPE]"))
+    recorded = "record a few steps: dearest operators, modules, memory, overlap, and a trace that Perfetto opens"
+    which = "[RECIPE_OR_RUN] [--steps 10..12] [--ranks 0,1]"
+    _add_profile(add("profile", profile.profile, recorded, which, own=["steps"]))
     account = "report how a run spent its time, across restarts: on steps that count, and on everything else"
     _add_record(add("goodput", records.goodput, account))
     exactly_once = "check that a run trained on each sample exactly once per epoch, across restarts; exit code 1 if not"
@@ -111,6 +115,22 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", type=Path, nargs="?", metavar="RECIPE",
         help="a YAML file, or the name of a built-in recipe, such as quickstart",
+    )  # fmt: skip
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE_OR_RUN",
+        help="a recipe, which is trained from the start, or a run, which is trained from a copy of its checkpoint",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", metavar="FIRST..LAST",
+        help="steps to record, both included (default: 3 steps after 9 others, fewer if the run is shorter)",
+    )  # fmt: skip
+    parser.add_argument("--ranks", metavar="N,...", help="ranks to record, separated by commas (default: all)")
+    parser.add_argument(
+        "--checkpoint", type=int, metavar="N",
+        help="with a RUN: start from its checkpoint of step N; 0: from the beginning (default: the newest before the steps)",
     )  # fmt: skip
 
 
