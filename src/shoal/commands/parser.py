@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import data, live, machine, models, profile, recipes, records, sync, train
+from shoal.commands import data, live, machine, models, plot, profile, recipes, records, report, sync, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -70,10 +70,6 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_plot(add("plot", plot.plot, drawn, "{loss,details,architecture,card} RUN..."))
     page = "write a report of runs: one HTML file with their curves, time, ranks, events and configs"
     _add_report(add("report", report.report, page))
-    page = "write a report of runs: one HTML file with their curves, time, ranks, events and configs"
-    _add_report(add("report", report.report, page))
-    drawn = "draw a picture as PNG or SVG: loss curves, a run in detail, the architecture, or a summary card"
-    _add_plot(add("plot", plot.plot, drawn, "{loss,details,architecture,card} RUN..."))
     replayed = "send a run's records to a tracker, as a whole: shoal sync RUN wandb"
     _add_sync(add("sync", sync.sync, replayed))
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
@@ -364,6 +360,8 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help=out)
     formats = "html, md, or both with a comma between (default: the ending of --out)"
     parser.add_argument("--format", metavar="FORMAT,...", help=formats)
+
+
 def _add_plot(parser: argparse.ArgumentParser) -> None:
     whats = "loss: training and held-out loss of one or several runs; details: throughput, memory, time split and goodput of a run; "
     parser.add_argument(
@@ -402,13 +400,8 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
     return int(text)
-def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("targets", nargs="+", metavar="RUN", help="names or folders of runs")
-    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
-    out = "file to write (default: report.html in the run's folder; of several runs, in the folder of all runs)"
-    parser.add_argument("--out", type=Path, metavar="FILE", help=out)
-    formats = "html, md, or both with a comma between (default: the ending of --out)"
-    parser.add_argument("--format", metavar="FORMAT,...", help=formats)
+
+
 def _add_sync(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RUN", help="name or folder of a run")
     parser.add_argument("tracker", metavar="TRACKER", help="tensorboard, wandb, comet or mlflow")
@@ -418,6 +411,8 @@ def _add_sync(parser: argparse.ArgumentParser) -> None:
     }.items():  # fmt: skip
         parser.add_argument(f"--{name}", metavar="NAME", help=f"{what} (default: the run's track.{name})")
     parser.add_argument("--offline", action="store_true", help="write into the run's folder, without a network")
+
+
 def _add_top(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "targets", metavar="RUN", nargs="*", help="names or folders of runs (default: the newest run that goes on)"

@@ -277,100 +277,72 @@ class _Kept:
         return begin + (end - begin) * (step - a) // (b - a)
 
 
-def account(path: Path, devices: Callable[[int], int] = lambda life: 1) -> Account:
+class Accounting:
     """
-    Return the account in `time.jsonl`. Raises `OSError` if there is no such file.
+    Adds up the lines of `time.jsonl` one by one: a reader that follows a run need not start over.
 
     devices: the number of devices of a life, by its beginning as in the file; the account is then in device-microseconds. The
     time between two lives counts for the devices of the earlier one.
     """
-    spent = dict.fromkeys(MEANINGS, 0)
-    kept = _Kept()
-    lives, step, taken = 0, None, 0
-    end: int | None = None
-    life: dict[str, Any] = {}
-    number = before = 1
-    for line in whole_lines(path):
-        if line["life"] != life.get("life"):
-            end = _close_life(spent, life, end, number, before)
-            kept.start_life()
-            lives += 1
-            before, number = number, devices(line["life"])
-            step = None
-        life = line
-        if line["step"] is None:
-            continue
-        if "begin" in line or step is None:
-            kept.go_back(line["step"])
-        step = taken = line["step"]
-        kept.go_on(step, number * line["reached"], number * line["spent"].get("step", 0))
-    _close_life(spent, life, end, number, before)
-    spent["step"] -= kept.lost
-    spent["lost"] = kept.lost
-    return Account(spent, lives, taken)
-class Accounting:
-    """Adds up the lines of `time.jsonl` one by one: a reader that follows a run need not start over."""
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Callable[[int], int] = lambda life: 1) -> None:
         self._spent = dict.fromkeys(MEANINGS, 0)
         self._kept = _Kept()
         self._lives, self._taken = 0, 0
         self._step: int | None = None
         self._end: int | None = None  # when the life before the last one ended
         self._life: Mapping[str, Any] = {}  # the last line
+        self._devices_of = devices
+        self._devices = self._devices_before = 1  # of the last life, of the life before it
 
     def add(self, line: Mapping[str, Any]) -> None:
         """Add a line."""
         if line["life"] != self._life.get("life"):
-            self._end = _close_life(self._spent, self._life, self._end)
+            self._end = self._close_life(self._spent)
             self._kept.start_life()
             self._lives += 1
             self._step = None
+            self._devices_before, self._devices = self._devices, self._devices_of(line["life"])
         self._life = line
         if line["step"] is None:
             return
         if "begin" in line or self._step is None:
             self._kept.go_back(line["step"])
         self._step = self._taken = line["step"]
-        self._kept.go_on(line["step"], line["reached"], line["spent"].get("step", 0))
+        spent = line["spent"].get("step", 0)
+        self._kept.go_on(line["step"], self._devices * line["reached"], self._devices * spent)
 
     def account(self) -> Account:
         """Return the account of the lines so far."""
         spent = dict(self._spent)
-        _close_life(spent, self._life, self._end)
+        self._close_life(spent)
         spent["step"] -= self._kept.lost
         spent["lost"] = self._kept.lost
         return Account(spent, self._lives, self._taken)
 
+    def _close_life(self, spent: dict[str, int]) -> int | None:
+        """Add a life's last line, and the idle time since the previous life ended; return when this life ended."""
+        last, end = self._life, self._end
+        if not last:
+            return end
+        begun: int = last["life"]
+        own: int = sum(last["spent"].values())
+        for category, each in last["spent"].items():
+            spent[category] += each * self._devices
+        if end is None or begun >= end:
+            spent["idle"] += 0 if end is None else (begun - end) * self._devices_before
+            return begun + own
+        twice: int = min(end - begun, last["spent"].get("start", 0))
+        spent["start"] -= twice * self._devices
+        return end + own - twice
 
-def account(path: Path) -> Account:
-    """Return the account in `time.jsonl`. Raises `OSError` if there is no such file."""
-    accounting = Accounting()
+
+def account(path: Path, devices: Callable[[int], int] = lambda life: 1) -> Account:
+    """Return the account in `time.jsonl`. devices: see `Accounting`. Raises `OSError` if there is no such file."""
+    accounting = Accounting(devices)
     for line in whole_lines(path):
         accounting.add(line)
     return accounting.account()
-
-
-def _close_life(
-    spent: dict[str, int], last: Mapping[str, Any], end: int | None, devices: int, before: int
-) -> int | None:
-    """
-    Add a life's last line, and the idle time since `end`, when the previous life ended; return when this life ended.
-
-    devices: how many this life had; before: how many the previous life had.
-    """
-    if not last:
-        return end
-    begun: int = last["life"]
-    own: int = sum(last["spent"].values())
-    for category, each in last["spent"].items():
-        spent[category] += each * devices
-    if end is None or begun >= end:
-        spent["idle"] += 0 if end is None else (begun - end) * before
-        return begun + own
-    twice: int = min(end - begun, last["spent"].get("start", 0))
-    spent["start"] -= twice * devices
-    return end + own - twice
 
 
 def in_words(account: Account) -> str:

@@ -12,7 +12,6 @@ from shoal.run.events import Events, read_json_lines
 from shoal.run.folder import RunFolder
 from shoal.run.goodput import Clock, account, in_words
 from shoal.run.records import Evaluation, MetricsFile, RanksFile, RanksRecord, StepRecord, forget_after
-from shoal.run.records import Evaluation, MetricsFile, StepRecord, forget_after
 from shoal.trackers.beside import Trackers
 
 
@@ -126,10 +125,9 @@ class RunFiles:
     def close(self) -> None:
         """Write the lines that wait, and close the files. May be called twice."""
         self.clock.close()
-        for each in (self._events, self._metrics, self._ranks, self._ledger):
         if self._trackers is not None:
             self._trackers.close()
-        for each in (self._events, self._metrics, self._ledger):
+        for each in (self._events, self._metrics, self._ranks, self._ledger):
             if each is not None:
                 each.close()
                 self._complain(each.problem)
