@@ -20,7 +20,12 @@ def sync(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     config = folder.load_config()
     if not folder.metrics_file.is_file():
         raise RunError(f"{folder.path} has no metrics.jsonl yet: there is nothing to send")
-    given = {"project": args.project, "entity": args.entity, "workspace": args.workspace, "offline": args.offline or None}
+    given = {
+        "project": args.project,
+        "entity": args.entity,
+        "workspace": args.workspace,
+        "offline": args.offline or None,
+    }
     config = config.replace("track", **{name: value for name, value in given.items() if value is not None})
     from shoal.trackers.replay import replay
 

@@ -1,5 +1,5 @@
 """
-The process that feeds one tracker: `python -m shoal.trackers.process RUN_FOLDER NAME PATIENCE`. No torch.
+The process that feeds one tracker: `python -m shoal.trackers.process RUN_FOLDER NAME PATIENCE CLOSING`. No torch.
 
 It follows the run's files by itself, and ends when its standard input does: the trainer closed it, or died. On standard
 output it tells the trainer what happens, a line of JSON each; what the tracker's library prints is discarded.
@@ -7,6 +7,7 @@ output it tells the trainer what happens, a line of JSON each; what the tracker'
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,21 +25,18 @@ from shoal.trackers.feeding import Feed
 POLL_SECONDS: Final = 0.5
 LONGEST_PAUSE: Final = 120.0  # seconds between attempts at a tracker that is down
 NICE: Final = 10  # the trainer comes first
-CLOSE_SECONDS: Final = 20.0  # from the end of the run on
 
 
 class Teller:
-    """Tells the trainer what happens to the tracker: each kind of news once."""
+    """Tells the trainer what happens to the tracker."""
 
     def __init__(self, out: int) -> None:
         self._out, self.is_down, self._noted = out, False, set[str]()
 
     def tell(self, **what: Any) -> None:
         """Write a line."""
-        try:
+        with contextlib.suppress(OSError):  # the trainer died
             os.write(self._out, json.dumps(what).encode() + b"\n")
-        except OSError:
-            pass  # the trainer died
 
     def note(self, text: str) -> None:
         """Tell what the tracker cannot take; each only once."""
@@ -47,19 +45,25 @@ class Teller:
             self.tell(note=redacted(text))
 
     def down(self, why: str) -> None:
-        """Tell that the tracker does not take the run; only the first time."""
+        """Tell that the tracker does not take the run."""
         if not self.is_down:
             self.is_down = True
             self.tell(down=redacted(why))
 
+    def up(self) -> None:
+        """Tell that it takes the run again."""
+        if self.is_down:
+            self.is_down = False
+            self.tell(up=True)
+
 
 class Watchdog(threading.Thread):
-    """Tells of a call that takes longer than `patience`, and ends this process `CLOSE_SECONDS` after the run's end."""
+    """Tells of a call that takes longer than `patience`, and ends this process `closing` seconds after the run's end."""
 
-    def __init__(self, teller: Teller, patience: float) -> None:
+    def __init__(self, teller: Teller, patience: float, closing: float) -> None:
         super().__init__(daemon=True)
         self.over = threading.Event()
-        self._teller, self._patience, self._since = teller, patience, time.monotonic()
+        self._teller, self._patience, self._closing, self._since = teller, patience, closing, time.monotonic()
 
     def alive(self) -> None:
         """Note that a call returned."""
@@ -69,7 +73,7 @@ class Watchdog(threading.Thread):
         threading.Thread(target=self._watch_for_slowness, daemon=True).start()
         sys.stdin.buffer.read()  # until the trainer closes it
         self.over.set()
-        time.sleep(CLOSE_SECONDS)
+        time.sleep(self._closing)
         os.killpg(0, signal.SIGKILL)  # this process leads its own session
 
     def _watch_for_slowness(self) -> None:
@@ -79,11 +83,11 @@ class Watchdog(threading.Thread):
                 self._teller.down(f"it has not answered for {self._patience:g} s")
 
 
-def main(folder: str, name: str, patience: str) -> int:
+def main(folder: str, name: str, patience: str, closing: str) -> int:
     """Feed a tracker until the run ends."""
     os.nice(NICE)
     teller = Teller(_quiet())
-    watchdog = Watchdog(teller, float(patience))
+    watchdog = Watchdog(teller, float(patience), float(closing))
     watchdog.start()
     feed = Feed(RunFolder(Path(folder)), name)
     is_open, pause = False, 1.0
@@ -96,6 +100,7 @@ def main(folder: str, name: str, patience: str) -> int:
             watchdog.alive()
             while feed.turn():
                 watchdog.alive()
+            teller.up()
             teller.note(feed.complaint)
             if ends:
                 feed.close()
