@@ -14,14 +14,16 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from shoal.config.tracker_names import TRACKERS
 from shoal.run.folder import RunFolder
 from shoal.system.secrets import redacted
 from shoal.trackers.feeding import Feed
 
+Result = TypeVar("Result")
 POLL_SECONDS: Final = 0.5
 LONGEST_PAUSE: Final = 120.0  # seconds between attempts at a tracker that is down
 NICE: Final = 10  # the trainer comes first
@@ -63,11 +65,16 @@ class Watchdog(threading.Thread):
     def __init__(self, teller: Teller, patience: float, closing: float) -> None:
         super().__init__(daemon=True)
         self.over = threading.Event()
-        self._teller, self._patience, self._closing, self._since = teller, patience, closing, time.monotonic()
+        self._teller, self._patience, self._closing = teller, patience, closing
+        self._since: float | None = None  # when the call that now runs began
 
-    def alive(self) -> None:
-        """Note that a call returned."""
+    def call(self, what: Callable[[], Result]) -> Result:
+        """Call the tracker."""
         self._since = time.monotonic()
+        try:
+            return what()
+        finally:
+            self._since = None
 
     def run(self) -> None:
         threading.Thread(target=self._watch_for_slowness, daemon=True).start()
@@ -79,7 +86,8 @@ class Watchdog(threading.Thread):
     def _watch_for_slowness(self) -> None:
         while True:
             time.sleep(self._patience / 4)
-            if time.monotonic() - self._since > self._patience:
+            since = self._since
+            if since is not None and time.monotonic() - since > self._patience:
                 self._teller.down(f"it has not answered for {self._patience:g} s")
 
 
@@ -95,15 +103,15 @@ def main(folder: str, name: str, patience: str, closing: str) -> int:
         ends = watchdog.over.is_set()  # asked first: what was written before the end is then read
         try:
             if not is_open:
-                teller.tell(opened=redacted(feed.open().where))
+                feed.load()
+                teller.tell(opened=redacted(watchdog.call(feed.open).where))
                 is_open = True
-            watchdog.alive()
-            while feed.turn():
-                watchdog.alive()
+            while watchdog.call(feed.turn):
+                pass
             teller.up()
             teller.note(feed.complaint)
             if ends:
-                feed.close()
+                watchdog.call(feed.close)
                 teller.tell(done=True)
                 return 0
         except Exception as error:  # of a library: anything
@@ -114,7 +122,6 @@ def main(folder: str, name: str, patience: str, closing: str) -> int:
             pause = min(2 * pause, LONGEST_PAUSE)
             continue
         pause = 1.0
-        watchdog.alive()
         watchdog.over.wait(POLL_SECONDS)
 
 
