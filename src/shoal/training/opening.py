@@ -23,7 +23,7 @@ def introduce(run: Run) -> None:
     run.files.event(
         "started", step=run.state.step, processes=run.mesh.world_size, device=str(run.mesh.device), machine=machine
     )
-    run.files.track(run.config.track.to)
+    run.files.track(run.config.track)
     _describe(run)
     _warn_of_length(run)
     if unheard := [name for name in run.dataset.parts if name not in run.dataset.held_out_rows()]:
