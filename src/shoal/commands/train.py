@@ -28,6 +28,7 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     tell_of_torch()
     from shoal.commands.worker import place_worker, train_as_worker
     from shoal.fault.limit import start_clock
+    from shoal.launch.command import hand_on
     from shoal.launch.torchrun import launch
     from shoal.mesh.place import is_worker
     from shoal.run.folder import RunFolder
@@ -36,6 +37,7 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     if is_worker():
         return train_as_worker(place_worker(config, before))
     start_clock()
+    hand_on(["shoal", *argv])
     with _planned(config, before) as (config, folder, console):
         from shoal.data.dataset import open_data
         from shoal.training.run_files import tokens_of

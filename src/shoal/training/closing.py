@@ -77,7 +77,9 @@ def _say_results(run: Run, saved: Outcome) -> None:
     run.watch.heartbeat.outside("end")
     run.console.say()
     run.console.say(compared, "bold")
-    measured = {name: value for name, value in run.evaluation.as_line().items() if name != "time"}  # the event has its own
+    measured = {
+        name: value for name, value in run.evaluation.as_line().items() if name != "time"
+    }  # the event has its own
     run.files.event("finished", **measured, compared=compared)
     run.console.note(run.files.goodput())
     if saved.ok:

@@ -79,7 +79,10 @@ class Recovery:
         why = f"its loss {loss:.4f} is a spike" if spike else f"loss {loss}, gradient norm {norm}"
         where = f"; it first appeared in {origin}" if origin else ""
         self._console.warn(f"step {step} was skipped: {why}{where}")
-        facts: dict[str, float | str] = {"loss": loss if math.isfinite(loss) else str(loss), "norm": norm if math.isfinite(norm) else str(norm)}
+        facts: dict[str, float | str] = {
+            "loss": loss if math.isfinite(loss) else str(loss),
+            "norm": norm if math.isfinite(norm) else str(norm),
+        }
         if score is not None:
             facts["spike_score"] = score
         self._event("left out", step=step, **facts, origin=origin, samples=samples, documents=documents)
