@@ -29,6 +29,7 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     from shoal.commands.worker import place_worker, train_as_worker
     from shoal.config.tracker_names import check_installed
     from shoal.fault.limit import start_clock
+    from shoal.launch.command import hand_on
     from shoal.launch.torchrun import launch
     from shoal.mesh.place import is_worker
     from shoal.run.folder import RunFolder
@@ -38,6 +39,7 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
         return train_as_worker(place_worker(config, before))
     start_clock()
     check_installed(config.track.to)
+    hand_on(["shoal", *argv])
     with _planned(config, before) as (config, folder, console):
         from shoal.data.dataset import open_data
         from shoal.training.run_files import tokens_of

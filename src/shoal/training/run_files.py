@@ -87,6 +87,12 @@ class RunFiles:
             self._ranks.record(record)
             self._complain(self._ranks.problem)
 
+    def model(self, text: str) -> None:
+        """Write `model.txt`."""
+        if self._writes:
+            with contextlib.suppress(OSError):
+                self.folder.model_file.write_text(text, encoding="utf-8")
+
     def samples(
         self,
         step: int,
