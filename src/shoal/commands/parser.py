@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import data, machine, models, recipes, records, report, train
+from shoal.commands import dashboard, data, machine, models, recipes, records, report, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -61,6 +61,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_report(add("report", report.report, page))
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
     _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
+    live = "serve a live page of all runs in a folder, to this machine only"
+    _add_dashboard(add("dashboard", dashboard.dashboard, live))
     add("env", machine.env, "print versions, devices and threads, for a bug report")
     return parser
 
@@ -331,6 +333,12 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help=out)
     formats = "html, md, or both with a comma between (default: the ending of --out)"
     parser.add_argument("--format", metavar="FORMAT,...", help=formats)
+
+
+def _add_dashboard(parser: argparse.ArgumentParser) -> None:
+    folder = "folder that holds all runs, or the folder of one (default: runs)"
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help=folder)
+    parser.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one from 6464 on)")
 
 
 def _add_rendezvous(parser: argparse.ArgumentParser) -> None:

@@ -143,6 +143,4 @@ def _bars(seconds: Floats, ratios: Floats) -> list[dict[str, Any]]:
         middle = by_ratio[len(by_ratio) // 2]
         names[middle] += " (median)"
         ranks = [*by_ratio[: TIMELINE_ROWS - 1], middle]
-    return [
-        {"name": names[r], "seconds": [round(float(v), 6) for v in np.nan_to_num(seconds[:, r])]} for r in ranks
-    ]
+    return [{"name": names[r], "seconds": [round(float(v), 6) for v in np.nan_to_num(seconds[:, r])]} for r in ranks]
