@@ -10,10 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import data, machine, models, plot, recipes, records, report, train
-=======
-from shoal.commands import data, machine, models, profile, recipes, records, train
->>>>>>> profile
+from shoal.commands import data, machine, models, plot, profile, recipes, records, report, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
