@@ -82,7 +82,7 @@ class Chart {
   /** Return the curves to draw: one entry for each run and name. */
   curves() {
     const runs = this.spec.ofOne ? this.view.chosen() : this.view.visible();
-    return runs.flatMap((run) => this.spec.curves(run).map((curve) => ({ ...curve, run, key: `${run.id}\n${curve.name}` })));
+    return runs.flatMap((run) => this.spec.curves(run, this.view).map((curve) => ({ ...curve, run, key: `${run.id}\n${curve.name}` })));
   }
 
   columns(curves) {
@@ -189,7 +189,7 @@ class Chart {
     return {
       width: this.width,
       height: this.spec.height ?? Math.round(Math.min(300, Math.max(190, this.width * 0.42))),
-      padding: [14, 18, 0, 0],
+      padding: [14, 30, 0, 0],
       legend: { show: false },
       cursor: { points: { show: false }, drag: { x: true, y: false, setScale: false }, y: false, bind: { dblclick: () => () => this.view.zoom(null) } },
       scales: {
@@ -198,7 +198,7 @@ class Chart {
       },
       axes: [
         { ...axis, label, size: 30, splits: ticks(this.view.logX, this.view.axis === "seconds" ? 80 : 90), filter: keep, values: (u, splits) => splits.map(showX) },
-        { ...axis, label: this.spec.unit ? `${this.spec.axis ?? this.spec.title} (${this.spec.unit})` : this.spec.axis ?? this.spec.title, splits: ticks(this.isLog(), 38), filter: keep, values: (u, splits) => splits.map(show), size: (u, values) => (values ? Math.max(34, ...values.map((v) => 7 * String(v).length + 12)) : 40) },
+        { ...axis, label: this.name(), splits: ticks(this.isLog(), 38), filter: keep, values: (u, splits) => splits.map(show), size: (u, values) => (values ? Math.max(34, ...values.map((v) => 7 * String(v).length + 12)) : 40) },
       ],
       series: [{}, { show: true, paths: () => null, points: { show: false } }],
       hooks: { draw: [(u) => this.paint(u)], setSelect: [(u) => this.selected(u)], setCursor: [(u) => this.moved(u)] },
@@ -267,6 +267,12 @@ class Chart {
 
   labelOf(curve) {
     return !this.isSingle() ? [curve.run.name, curve.label].filter(Boolean).join(" · ") : curve.label || curve.run.name;
+  }
+
+  /** Return the name of the vertical axis, with its unit. */
+  name() {
+    const name = this.spec.axis ?? this.spec.title.toLowerCase();
+    return this.spec.unit ? `${name} (${this.spec.unit})` : name;
   }
 
   /** Return whether only one run is drawn, so that its curves need no name of a run. */

@@ -2,7 +2,7 @@
 // The page: the choices that its charts share, the list of runs, and the sections.
 
 const CHARTS = [
-  { id: "loss", title: "Loss", unit: "nats per token", height: 340, events: true, curves: () => [{ name: "loss", label: "training" }, { name: "val_loss", label: "held-out", marks: true }] },
+  { id: "loss", title: "Loss", unit: "nats per token", height: 340, events: true, curves: (run, view) => [{ name: "loss", label: "training" }, ...(view.visible().length > 3 ? [] : [{ name: "val_loss", label: "held-out", marks: true }])] },
   { id: "held", title: "Held-out loss", axis: "loss", unit: "nats per token", curves: (run) => [{ name: "val_loss", label: "", marks: true }], needs: "val_loss" },
   { id: "bits", title: "Held-out loss per byte", axis: "loss", unit: "bits per byte", curves: () => [{ name: "val_bits_per_byte", label: "", marks: true }], needs: "val_bits_per_byte" },
   { id: "norm", title: "Gradient norm", unit: "", events: true, curves: () => [{ name: "grad_norm", label: "" }], needs: "grad_norm" },
@@ -140,7 +140,7 @@ class Page {
     const loss = run.best_val_loss ?? run.loss;
     return el("li", { onmouseenter: light(run.id), onmouseleave: light(null) },
       el("label", {}, box, sample(styleOf(run.place)), el("span", { class: "name" }, run.name)),
-      el("span", { class: "quiet" }, stateView(run.state), ` · step ${count(run.step)}`, loss == null ? "" : ` · ${run.best_val_loss == null ? "loss" : "held-out"} ${number(loss)}`));
+      el("span", { class: "quiet" }, stateView(run.state), run.state === "running" ? ` · step ${count(run.step)}` : "", loss == null ? "" : ` · ${run.best_val_loss == null ? "loss" : "held-out"} ${number(loss)}`));
   }
 
   changedRuns() {

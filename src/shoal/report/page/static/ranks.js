@@ -26,7 +26,7 @@ function slowRanks(ranks) {
   if (!slow.length) return el("p", {}, `All ${number(ranks.ranks)} ranks are busy about equally long: none takes 10% longer than the median in half of the measured steps.`);
   return el("div", {},
     el("p", {}, "Slower than the median rank, in half of the measured steps or more:"),
-    table(["rank", "busy, relative to the median (×)", "phase that takes longest beyond the median", "place in the layout"],
+    table(["rank", "busy (× the median)", "slow in", "place in the layout"],
       slow.map((each) => [count(each.rank), `${each.ratio.toFixed(2)}×`, each.phase, each.place]), { label: "Slow ranks" }));
 }
 

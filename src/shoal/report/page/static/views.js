@@ -159,7 +159,7 @@ function spentColor(category, i) {
 function eventsView(run, show) {
   if (!run.events.length) return el("p", { class: "quiet" }, "No events yet.");
   const rows = run.events.map((event) => [
-    moment(event.time),
+    el("span", { class: "when" }, moment(event.time)),
     event.step == null ? "–" : el("button", { type: "button", class: "link", onclick: () => show(event.step) }, `step ${count(event.step)}`),
     el("span", { class: event.isBad ? "bad" : "" }, `${event.isBad ? "▼ " : "● "}${event.event}`),
     event.text,
@@ -189,5 +189,9 @@ function differencesView(differences, runs) {
   const rows = differences.filter(({ values }) => new Set(runs.map((run) => values[run.id] ?? "–")).size > 1);
   if (runs.length < 2) return null;
   if (!rows.length) return el("p", {}, "The configs of the shown runs do not differ.");
+  if (rows.length <= 6) {
+    const line = (run) => [el("span", {}, sample(styleOf(run.place)), ` ${run.name}`), ...rows.map(({ values }) => values[run.id] ?? "–"), number(run.best_val_loss), number(run.loss)];
+    return table(["run", ...rows.map(({ option }) => option), "best held-out loss (nats/token)", "last training loss (nats/token)"], runs.map(line), { label: "Options that differ" });
+  }
   return table(["option", ...runs.map((run) => run.name)], rows.map(({ option, values }) => [option, ...runs.map((run) => values[run.id] ?? "–")]), { label: "Options that differ" });
 }
