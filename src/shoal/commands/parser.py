@@ -13,6 +13,7 @@ from shoal import __version__
 from shoal.commands import data, live, machine, models, plot, profile, recipes, records, report, sync, train
 from shoal.commands import comparing, data, machine, models, recipes, records, train
 from shoal.commands import dashboard, data, machine, models, recipes, records, report, train
+from shoal.commands import data, machine, models, plot, profile, recipes, records, report, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -77,6 +78,10 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_report(add("report", report.report, page))
     replayed = "send a run's records to a tracker, as a whole: shoal sync RUN wandb"
     _add_sync(add("sync", sync.sync, replayed))
+    page = "write a report of runs: one HTML file with their curves, time, ranks, events and configs"
+    _add_report(add("report", report.report, page))
+    drawn = "draw a picture as PNG or SVG: loss curves, a run in detail, the architecture, or a summary card"
+    _add_plot(add("plot", plot.plot, drawn, "{loss,details,architecture,card} RUN..."))
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
     _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
     live = "serve a live page of all runs in a folder, to this machine only"
