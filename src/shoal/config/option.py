@@ -22,7 +22,7 @@ def opt(
     unit: str = "",
     alias: tuple[str, ...] = (),
     akin: tuple[str, ...] = (),
-    spellings: Mapping[str, str] = MappingProxyType({}),
+    spellings: Mapping[str, Any] = MappingProxyType({}),
     past: bool = False,
     ge: float | None = None,
     gt: float | None = None,

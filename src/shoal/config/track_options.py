@@ -34,3 +34,9 @@ class Track:
     offline: bool = opt(
         False, "write W&B, Comet and MLflow into the run's folder, without a network", alias=("wandb_offline",)
     )
+    close_seconds: float = opt(
+        20.0,
+        "how long the end of a run waits for its trackers to send the rest; shoal sync sends what is missing",
+        unit="seconds",
+        gt=0,
+    )

@@ -72,16 +72,16 @@ class Busy:
     first forward and backward of a step stand for all of them.
     """
 
-    def __init__(self, device: torch.device, turns: int, *, measures: bool = True, waits: bool = True) -> None:
+    def __init__(self, device: torch.device, turns: int, *, measures: bool = True, waits: bool = False) -> None:
         """
         Start measuring.
 
         turns: number of forwards of this process in a step. measures: whether to measure every step, not only those that
-        are kept. waits: whether there are other processes to wait for.
+        are kept. waits: whether to time waits for other processes in any case; `measures` implies it.
         """
         self.waits = Waits()
         self._cuda, self._turns, self._always = device.type == "cuda", turns, measures
-        if waits and not self._cuda:
+        if (measures or waits) and not self._cuda:
             self.waits.watch()
         self._measures = False  # whether the step now is measured
         self._kept: dict[int, dict[str, float]] = {}

@@ -71,10 +71,10 @@ class Meter:
         self._smooth_seconds = 0.0
         self.device_name = device_name(mesh.device)
         self._why_no_mfu = why_no_flops(config.model, config.data.seq_len)
-        self._flops_per_token = (
+        self.flops_per_token = (
             0 if self._why_no_mfu else flops_per_token(config.model, config.data.seq_len, config.metrics.mfu_attention)
         )
-        self._peak_flops, self._peak_source = self._find_peak()
+        self.peak_flops, self._peak_source = self._find_peak()
 
     def start(self) -> None:
         """Restart the clock of steps, after preparation, evaluation or saving."""
@@ -156,13 +156,13 @@ class Meter:
 
     def mfu(self, tokens_per_second: float) -> float | None:
         """Return the model's FLOP/s as a share of the peak; None if either is unknown. Convention: `describe_mfu`."""
-        if not self._peak_flops or not self._flops_per_token:
+        if not self.peak_flops or not self.flops_per_token:
             return None
-        return self.model_flops(tokens_per_second) / self._peak_flops
+        return self.model_flops(tokens_per_second) / self.peak_flops
 
     def model_flops(self, tokens_per_second: float) -> float:
         """Return FLOP/s of the model's own arithmetic, by the convention of MFU; 0 if unknown."""
-        return tokens_per_second * self._flops_per_token
+        return tokens_per_second * self.flops_per_token
 
     def left_seconds(self, steps: int) -> float:
         """Estimate the seconds that `steps` more steps take."""
@@ -175,13 +175,13 @@ class Meter:
 
     def describe_mfu(self) -> str:
         """Return a line with MFU's convention and peak, or why MFU is unknown; empty on a CPU without `metrics.peak_tflops`."""
-        if self._peak_flops is None and self._mesh.device.type != "cuda":
+        if self.peak_flops is None and self._mesh.device.type != "cuda":
             return ""
         if self._why_no_mfu is not None:
             return f"MFU is not reported: {self._why_no_mfu}"
-        if self._peak_flops is None:
+        if self.peak_flops is None:
             return f"MFU is not reported: the peak of {self.device_name} is unknown; set metrics.peak_tflops"
-        peak = self._peak_flops / 1e12
+        peak = self.peak_flops / 1e12
         return f"MFU counts {self._config.metrics.mfu_attention} attention against {peak:.3g} TFLOP/s ({self._peak_source})"
 
     def _find_peak(self) -> tuple[float | None, str]:

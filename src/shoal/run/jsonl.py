@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,26 @@ class PatientLines:
         self._path = path
         self._file: int | None = None
         self._waiting: list[bytes] = []
+        self._lock = threading.RLock()  # a run's events come from several threads
 
     def add(self, *records: Mapping[str, Any]) -> None:
         """Add a line for each record, after those that still wait; lines that cannot be written wait too."""
-        self._waiting += map(_line, records)
-        self.offer()
+        with self._lock:
+            self._waiting += map(_line, records)
+            self.offer()
 
     def offer(self, *records: Mapping[str, Any]) -> bool:
         """Write the waiting lines and a line for each record. If that fails, drop the records; return whether it succeeded."""
-        try:
-            if self._waiting or records:
-                self._write(b"".join([*self._waiting, *map(_line, records)]))
-        except OSError as error:
-            self.problem = f"{self._path} cannot be written: {error.strerror}; writing is retried"
-            return False
-        self.problem = None
-        self._waiting.clear()
-        return True
+        with self._lock:
+            try:
+                if self._waiting or records:
+                    self._write(b"".join([*self._waiting, *map(_line, records)]))
+            except OSError as error:
+                self.problem = f"{self._path} cannot be written: {error.strerror}; writing is retried"
+                return False
+            self.problem = None
+            self._waiting.clear()
+            return True
 
     def sync(self) -> None:
         """Flush to disk, so that the lines written survive a power cut."""

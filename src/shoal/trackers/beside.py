@@ -15,12 +15,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import IO, Any, Final, Protocol
 
+from shoal.config.track_options import Track
 from shoal.config.tracker_names import TRACKERS
 from shoal.run.folder import RunFolder
-from shoal.trackers.process import CLOSE_SECONDS
 
 PATIENCE_SECONDS: Final = 30.0  # a call that takes longer is told
 DOWN_SECONDS: Final = 3.0  # how long the run's end waits for a tracker that is known to be down
@@ -37,13 +37,21 @@ class Beside:
     """The process of one tracker."""
 
     def __init__(
-        self, folder: RunFolder, name: str, console: Says, event: Callable[..., None], patience: float
+        self,
+        folder: RunFolder,
+        name: str,
+        console: Says,
+        event: Callable[..., None],
+        *,
+        patience: float,
+        closing: float,
     ) -> None:
-        self.name, self._folder, self._console, self._event = name, folder, console, event
+        self.name, self._folder, self._console, self._event, self._closing = name, folder, console, event, closing
         self.is_down, self._is_done = False, False
-        self._ends = False
+        self._ends, self._told = False, False
         # -P: a file of the current folder, such as wandb.py, is not imported in place of a library
-        command = [sys.executable, "-P", "-m", "shoal.trackers.process", str(folder.path), name, str(patience)]
+        how = (str(folder.path), name, str(patience), str(closing))
+        command = [sys.executable, "-P", "-m", "shoal.trackers.process", *how]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
@@ -67,12 +75,19 @@ class Beside:
         elif "down" in said:
             self.is_down = True
             self._tell(f"{title} does not take this run's records: {said['down']}")
+        elif "up" in said:
+            self.is_down = False
+            self._console.note(f"{title} takes this run's records again, and has those that it missed")
         elif "note" in said:
             self._console.warn(f"{title}: {said['note']}")
         elif "done" in said:
             self._is_done = True
 
     def _tell(self, what: str) -> None:
+        """Say that a tracker lacks records; once in a run."""
+        if self._told:
+            return
+        self._told = True
         self._console.warn(
             f"{what}. Training goes on; they are sent when it answers, or by shoal sync {self._folder.path} {self.name}"
         )
@@ -97,7 +112,7 @@ class Beside:
         self._listener.join(1.0)
         if not self._is_done and not self.is_down:
             title = TRACKERS[self.name].title
-            self._tell(f"{title} has not taken all of this run's records within {CLOSE_SECONDS:.0f} s of its end")
+            self._tell(f"{title} has not taken all of this run's records within {self._closing:g} s of its end")
 
 
 class Trackers:
@@ -106,16 +121,21 @@ class Trackers:
     def __init__(
         self,
         folder: RunFolder,
-        names: Sequence[str],
+        track: Track,
         console: Says,
         event: Callable[..., None],
         patience: float = PATIENCE_SECONDS,
     ) -> None:
-        self._all = [Beside(folder, name, console, event, patience) for name in dict.fromkeys(names)]
+        """patience: seconds after which a tracker that does not answer is told."""
+        self._closing = track.close_seconds
+        self._all = [
+            Beside(folder, name, console, event, patience=patience, closing=self._closing)
+            for name in dict.fromkeys(track.to)
+        ]
 
     def close(self) -> None:
-        """Give all of them `CLOSE_SECONDS` to send the rest. May be called twice."""
-        until = time.monotonic() + CLOSE_SECONDS
+        """Give all of them together `track.close_seconds` to send the rest. May be called twice."""
+        until = time.monotonic() + self._closing
         for each in self._all:
             each.ask_to_end()
         for each in self._all:

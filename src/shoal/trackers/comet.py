@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-os.environ.setdefault("COMET_LOGGING_CONSOLE", "CRITICAL")
-
 import comet_ml
 
 from shoal.config.track_options import Track
@@ -59,8 +57,8 @@ class Comet(Tracker):
     def _where(self) -> str:
         if not self._why:
             return str(self._experiment.url)
-        folder = os.path.relpath(self.folder)
-        return f"offline ({self._why}): comet upload {folder}/*.zip uploads it, in order of age, after the end"
+        archives = Path(os.path.relpath(self.folder)) / f"{self._experiment.get_key()}*.zip"
+        return f"offline ({self._why}): comet upload $(ls -tr {archives}) uploads it after the end"
 
     def write(self, batch: Batch) -> None:
         for each in batch.scalars:

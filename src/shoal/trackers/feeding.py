@@ -72,6 +72,10 @@ class Feed:
         state = json.dumps({"run": self._state, "highest": self._highest})
         write_whole(self._kept / "state.json", [state.encode()])
 
+    def load(self) -> None:
+        """Import the tracker's library."""
+        make_tracker(self.name, self.config.track, self._kept)
+
     def open(self) -> Opened:
         """Open the tracker: a new run of it, or the one that it had."""
         tracker = make_tracker(self.name, self.config.track, self._kept)

@@ -9,12 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-for _name, _value in {
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # shoal itself tries again
-    "MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true",
-}.items():  # fmt: skip
-    os.environ.setdefault(_name, _value)
-
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 

@@ -1,5 +1,5 @@
 """
-The process that feeds one tracker: `python -m shoal.trackers.process RUN_FOLDER NAME PATIENCE`. No torch.
+The process that feeds one tracker: `python -m shoal.trackers.process RUN_FOLDER NAME PATIENCE CLOSING`. No torch.
 
 It follows the run's files by itself, and ends when its standard input does: the trainer closed it, or died. On standard
 output it tells the trainer what happens, a line of JSON each; what the tracker's library prints is discarded.
@@ -7,38 +7,38 @@ output it tells the trainer what happens, a line of JSON each; what the tracker'
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from shoal.config.tracker_names import TRACKERS
 from shoal.run.folder import RunFolder
 from shoal.system.secrets import redacted
 from shoal.trackers.feeding import Feed
 
+Result = TypeVar("Result")
 POLL_SECONDS: Final = 0.5
 LONGEST_PAUSE: Final = 120.0  # seconds between attempts at a tracker that is down
 NICE: Final = 10  # the trainer comes first
-CLOSE_SECONDS: Final = 20.0  # from the end of the run on
 
 
 class Teller:
-    """Tells the trainer what happens to the tracker: each kind of news once."""
+    """Tells the trainer what happens to the tracker."""
 
     def __init__(self, out: int) -> None:
         self._out, self.is_down, self._noted = out, False, set[str]()
 
     def tell(self, **what: Any) -> None:
         """Write a line."""
-        try:
+        with contextlib.suppress(OSError):  # the trainer died
             os.write(self._out, json.dumps(what).encode() + b"\n")
-        except OSError:
-            pass  # the trainer died
 
     def note(self, text: str) -> None:
         """Tell what the tracker cannot take; each only once."""
@@ -47,43 +47,55 @@ class Teller:
             self.tell(note=redacted(text))
 
     def down(self, why: str) -> None:
-        """Tell that the tracker does not take the run; only the first time."""
+        """Tell that the tracker does not take the run."""
         if not self.is_down:
             self.is_down = True
             self.tell(down=redacted(why))
 
+    def up(self) -> None:
+        """Tell that it takes the run again."""
+        if self.is_down:
+            self.is_down = False
+            self.tell(up=True)
+
 
 class Watchdog(threading.Thread):
-    """Tells of a call that takes longer than `patience`, and ends this process `CLOSE_SECONDS` after the run's end."""
+    """Tells of a call that takes longer than `patience`, and ends this process `closing` seconds after the run's end."""
 
-    def __init__(self, teller: Teller, patience: float) -> None:
+    def __init__(self, teller: Teller, patience: float, closing: float) -> None:
         super().__init__(daemon=True)
         self.over = threading.Event()
-        self._teller, self._patience, self._since = teller, patience, time.monotonic()
+        self._teller, self._patience, self._closing = teller, patience, closing
+        self._since: float | None = None  # when the call that now runs began
 
-    def alive(self) -> None:
-        """Note that a call returned."""
+    def call(self, what: Callable[[], Result]) -> Result:
+        """Call the tracker."""
         self._since = time.monotonic()
+        try:
+            return what()
+        finally:
+            self._since = None
 
     def run(self) -> None:
         threading.Thread(target=self._watch_for_slowness, daemon=True).start()
         sys.stdin.buffer.read()  # until the trainer closes it
         self.over.set()
-        time.sleep(CLOSE_SECONDS)
+        time.sleep(self._closing)
         os.killpg(0, signal.SIGKILL)  # this process leads its own session
 
     def _watch_for_slowness(self) -> None:
         while True:
             time.sleep(self._patience / 4)
-            if time.monotonic() - self._since > self._patience:
+            since = self._since
+            if since is not None and time.monotonic() - since > self._patience:
                 self._teller.down(f"it has not answered for {self._patience:g} s")
 
 
-def main(folder: str, name: str, patience: str) -> int:
+def main(folder: str, name: str, patience: str, closing: str) -> int:
     """Feed a tracker until the run ends."""
     os.nice(NICE)
     teller = Teller(_quiet())
-    watchdog = Watchdog(teller, float(patience))
+    watchdog = Watchdog(teller, float(patience), float(closing))
     watchdog.start()
     feed = Feed(RunFolder(Path(folder)), name)
     is_open, pause = False, 1.0
@@ -91,14 +103,15 @@ def main(folder: str, name: str, patience: str) -> int:
         ends = watchdog.over.is_set()  # asked first: what was written before the end is then read
         try:
             if not is_open:
-                teller.tell(opened=redacted(feed.open().where))
+                feed.load()
+                teller.tell(opened=redacted(watchdog.call(feed.open).where))
                 is_open = True
-            watchdog.alive()
-            while feed.turn():
-                watchdog.alive()
+            while watchdog.call(feed.turn):
+                pass
+            teller.up()
             teller.note(feed.complaint)
             if ends:
-                feed.close()
+                watchdog.call(feed.close)
                 teller.tell(done=True)
                 return 0
         except Exception as error:  # of a library: anything
@@ -109,7 +122,6 @@ def main(folder: str, name: str, patience: str) -> int:
             pause = min(2 * pause, LONGEST_PAUSE)
             continue
         pause = 1.0
-        watchdog.alive()
         watchdog.over.wait(POLL_SECONDS)
 
 

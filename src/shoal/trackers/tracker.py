@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from shoal.config.track_options import Track
 from shoal.trackers.points import About, Batch
+
+LIBRARY_SETTINGS: Final = {
+    "COMET_LOGGING_CONSOLE": "CRITICAL",
+    "MLFLOW_ALLOW_FILE_STORE": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # shoal itself tries again
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +65,9 @@ class Tracker(ABC):
 
 
 def make_tracker(name: str, track: Track, folder: Path) -> Tracker:
-    """Return the tracker of a name; imports its library."""
+    """Return the tracker of a name; imports its library, with the settings that it reads from the environment."""
+    for variable, value in LIBRARY_SETTINGS.items():
+        os.environ.setdefault(variable, value)
     match name:
         case "tensorboard":
             from shoal.trackers.tensorboard import TensorBoard

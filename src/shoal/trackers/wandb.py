@@ -44,7 +44,7 @@ class WeightsAndBiases(Tracker):
         settings = wandb.Settings(
             console="off", silent=True, x_disable_stats=True, x_disable_meta=True, disable_git=True, disable_code=True
         )
-        self._run = wandb.init(
+        self._run: Any = wandb.init(
             entity=self.track.entity, project=self.track.project, dir=self.folder, settings=settings,
             mode="offline" if self._why else "online", reinit="create_new",
             name=about.name if goes_on or segment == 1 else f"{about.name} ({segment})", group=about.name,

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shoal.config.track_options import Track
 from shoal.data.order.ledger import Header, Ledger, last_data_id
 from shoal.run.console import Console
 from shoal.run.events import Events, read_json_lines
@@ -69,10 +70,10 @@ class RunFiles:
         if self._events is not None:
             self._events.say(event, **facts)
 
-    def track(self, names: Sequence[str]) -> None:
+    def track(self, track: Track) -> None:
         """Start the trackers. They read the files that this class writes, each in a process of its own."""
-        if self._writes and names:
-            self._trackers = Trackers(self.folder, names, self.console, self.event)
+        if self._writes and track.to:
+            self._trackers = Trackers(self.folder, track, self.console, self.event)
 
     def metrics(self, record: StepRecord | Evaluation) -> None:
         """Write a line of `metrics.jsonl`."""
@@ -85,6 +86,12 @@ class RunFiles:
         if self._ranks is not None:
             self._ranks.record(record)
             self._complain(self._ranks.problem)
+
+    def model(self, text: str) -> None:
+        """Write `model.txt`."""
+        if self._writes:
+            with contextlib.suppress(OSError):
+                self.folder.model_file.write_text(text, encoding="utf-8")
 
     def samples(
         self,
