@@ -142,7 +142,7 @@ def test_phases_before_the_first_step(tmp_path: Path, phase: str) -> None:
     run = RunFolder(tmp_path / "new")
     run.lock()
     note = {"time": time.time(), "phase": phase, "done": 30, "total": 120, "pid": os.getpid()}
-    (run.path / "now.json").write_text(json.dumps(note))
+    run.now_file.write_text(json.dumps(note))
     sight = Gatherer(run).look(whole=True)
     run.release()
     for width, height in [(60, 20), (80, 24)]:
@@ -156,7 +156,7 @@ def test_phases_before_the_first_step(tmp_path: Path, phase: str) -> None:
 def test_names_from_files_cannot_move_the_cursor(running: RunFolder) -> None:
     with running.events_file.open("a") as file:
         file.write(json.dumps({"time": 1.0, "event": "\x1b[2J\nevil", "why": "\x1b]0;title\x07"}) + "\n")
-    (running.path / "now.json").write_text(json.dumps({"phase": "\x1b[31mred\n"}))
+    running.now_file.write_text(json.dumps({"time": time.time(), "phase": "\x1b[31mred\n"}))
     text = "".join(text_of(Gatherer(running).look(whole=True), 200, 60))
     assert "\x1b" not in text
     assert "\x07" not in text
