@@ -63,7 +63,8 @@ def lines(found: Comparison) -> Iterator[str]:
 
 def _test_lines(test: Difference) -> Iterator[str]:
     measured = "assumed" if test.assumed else "measured"
-    yield f"test: {test.how}; level {test.level:.2g}, run-to-run noise {test.run_noise:.2%} ({measured})"
+    chosen = ", the more precise of paired and unpaired, at half the level each" if test.tests > 1 else ""
+    yield f"test: {test.how}{chosen}; level {test.level:.2g}, run-to-run noise {test.run_noise:.2%} ({measured})"
     if test.run_noise == 0:
         return
     now = max(2, min(test.sizes))
