@@ -57,7 +57,7 @@ def lines(found: Comparison) -> Iterator[str]:
     if found.loss.difference is not None:
         yield from _test_lines(found.loss.difference)
     yield from _option_lines(found)
-    yield _parting_line(found.part, found.a[0].facts.name, found.b[0].facts.name)
+    yield parting_line(found.part, found.a[0].facts.name, found.b[0].facts.name)
     yield from (f"note: {note}" for note in found.notes)
 
 
@@ -101,7 +101,8 @@ def _distinct(values: Sequence[Any]) -> str:
     return ", ".join(dict.fromkeys(json.dumps(value, default=str) for value in values))
 
 
-def _parting_line(part: Parting, a: str, b: str) -> str:
+def parting_line(part: Parting, a: str, b: str) -> str:
+    """Return the first step that parts the runs named `a` and `b`, in a sentence."""
     pair = f"{a} and {b}"
     if not part.compared:
         return f"first difference: {pair} have no step in common"
