@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import data, live, machine, models, plot, profile, recipes, records, report, sync, train
+from shoal.commands import comparing, data, live, machine, models, plot, profile, recipes, records, report, sync, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -64,6 +64,9 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_profile(add("profile", profile.profile, recorded, which, own=["steps"]))
     account = "report how a run spent its time, across restarts: on steps that count, and on everything else"
     _add_record(add("goodput", records.goodput, account))
+    _add_runs(add("runs", comparing.runs, "list runs: state, steps, losses, speed, and which options differ"))
+    noise = "compare two runs, or two groups of seeds: whether loss and speed differ beyond noise, and from which step"
+    _add_compare(add("compare", comparing.compare, noise))
     exactly_once = "check that a run trained on each sample exactly once per epoch, across restarts; exit code 1 if not"
     _add_record(add("ledger", records.ledger, exactly_once))
     drawn = "draw a picture as PNG or SVG: loss curves, a run in detail, the architecture, or a summary card"
@@ -437,6 +440,68 @@ def _seconds(text: str) -> float:
     if not 0 < seconds < 86_400:
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds between 0 and 86400")
     return seconds
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="folder of all runs (default: runs)",
+    )
+    parser.add_argument(
+        "--sort", choices=["loss", "time", "name"], default="name",
+        help="loss: best held-out loss first; time: last started first (default: name)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="A B | A1 A2 vs B1 B2",
+        help="names or folders of runs, or patterns such as 'base-*'",
+    )
+    parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
+    parser.add_argument(
+        "--level",
+        type=_probability,
+        default=0.01,
+        metavar="P",
+        help="probability of calling equal groups different (default: 0.01)",
+    )
+    parser.add_argument(
+        "--seed-noise", type=_percent, default=1.0, metavar="PERCENT",
+        help="with one run on each side: assumed standard deviation of the loss between seeds, in percent (default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--speed-noise", type=_percent, default=2.0, metavar="PERCENT",
+        help="with one run on each side: assumed standard deviation of the speed between runs, in percent (default: 2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bisect", action="store_true",
+        help="with two runs of train.repro bitwise: find the first step and the first tensor that differ, by repeating steps "
+        "from their checkpoints",
+    )  # fmt: skip
+    parser.add_argument("--fail-if-worse", action="store_true", help="exit with code 1 if B is worse in loss or speed")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _percent(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 100:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 100")
+    return value
 
 
 def _add_rendezvous(parser: argparse.ArgumentParser) -> None:
