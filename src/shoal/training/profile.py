@@ -53,12 +53,17 @@ def profile_run(config: Config, asked: Asked, stop: StopRequest, heartbeat: Hear
     heartbeat.outside("meeting the other processes")
     heartbeat.rest()  # a recorded step may take many times as long; the timeout of collectives still applies
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
-        _prepare(config, asked, mesh)
-        run = Run.open(config, mesh, stop, heartbeat)
-        try:
-            return _record_run(run, asked)
-        finally:
-            run.close()
+        return record_in(mesh, config, asked, stop, heartbeat)
+
+
+def record_in(mesh: Mesh, config: Config, asked: Asked, stop: StopRequest, heartbeat: Heartbeat | None = None) -> bool:
+    """Train and record in an open mesh. Return True if the run was stopped early."""
+    _prepare(config, asked, mesh)
+    run = Run.open(config, mesh, stop, heartbeat)
+    try:
+        return _record_run(run, asked)
+    finally:
+        run.close()
 
 
 def _prepare(config: Config, asked: Asked, mesh: Mesh) -> None:
