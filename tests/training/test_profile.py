@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 
 from shoal.config.options import Config
+from shoal.errors import ShoalError
 from shoal.mesh.mesh import Mesh
 from shoal.metrics.profile.records import Profile, RankMemory, RankProfile, read_memory
+from shoal.metrics.profile.recorder import Recorder
 from shoal.metrics.profile.trace import Trace, build, read_events
 from shoal.run.folder import RunFolder
 from shoal.run.phases import PHASES
@@ -164,3 +167,59 @@ def check_overlap(trace: Trace, rank: RankProfile) -> None:
     # leaves are a part of computing: an operator's time around them counts too
     assert hidden <= rank.overlap.hidden_seconds + 1e-3
     assert rank.overlap.hidden_seconds <= rank.overlap.communication_seconds
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("layout", [{"dp_replicate": 2}, {"tp": 2}, {"pp": 2}, {"cp": 2}])
+def test_other_layouts(world: Callable[[int], World], tmp_path: Path, layout: dict[str, int]) -> None:
+    sizes = {"dp_replicate": 1, "dp_shard": 1, **layout}
+    config = config_in(tmp_path, "plain", global_batch=8).replace("parallel", **sizes)
+    plain = world(2).run(trained, config, layout)[0]
+    scratch = config_of_profile(config)
+    steps = world(2).run(profiled, scratch, layout, Asked(STEPS, [0, 1]))[0][0]
+    assert same_losses(steps, plain)
+    profile = Profile.read(folder_of(RunFolder.of(scratch), 3))
+    modules = set()
+    for rank in profile.ranks:
+        events = read_events(folder_of(RunFolder.of(scratch), 3) / rank.trace)
+        assert problems_of(events) == []
+        modules |= {each.name for each in rank.modules if each.forward_seconds > 0 and each.backward_seconds > 0}
+        assert rank.overlap.percent is not None
+        assert rank.overlap.communication_seconds > 0
+    assert {"blocks.0.attention", "blocks.1.ffn.down", "embed", "loss"} <= modules
+
+
+@pytest.mark.ci
+def test_recomputed_blocks_and_one_rank_of_two(world: Callable[[int], World], tmp_path: Path) -> None:
+    layout = {"dp_shard": 2}
+    config = config_in(tmp_path, "plain", global_batch=8, activation_checkpointing="full").replace("parallel", dp_shard=2)
+    plain = world(2).run(trained, config, layout)[0]
+    scratch = config_of_profile(config)
+    assert same_losses(world(2).run(profiled, scratch, layout, Asked(STEPS, [1]))[0][0], plain)
+    folder = folder_of(RunFolder.of(scratch), 3)
+    [rank] = Profile.read(folder).ranks
+    assert rank.rank == 1
+    assert problems_of(read_events(folder / rank.trace)) == []
+    calls = {each.name: each.calls for each in rank.modules}
+    assert calls["blocks.0.attention"] == 2 * calls["embed"]  # a second time in backward
+    held = {each.name: each.activation_bytes for each in read_memory(folder)[0].modules}
+    assert held.get("blocks.0.ffn.gate", 0) == 0  # recomputed instead of kept
+
+
+def test_recording_stops_at_its_bound_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.training.profile.Recorder", functools.partial(Recorder, most_bytes=-(1 << 40)))
+    config = config_of_profile(config_in(tmp_path, "plain", global_batch=8))
+    assert not record_in(ALONE, config, Asked(STEPS, [0]), NeverStop())
+    folder = folder_of(RunFolder.of(config), 3)
+    [rank] = Profile.read(folder).ranks
+    assert rank.stopped_early
+    assert list(rank.steps) == [3]
+    assert len(rank.step_seconds) == 1
+    assert problems_of(read_events(folder / rank.trace)) == []
+    assert [r.step for r in read_metrics(RunFolder.of(config).metrics_file).steps] == [1, 2, 3, 4]
+
+
+def test_steps_beyond_the_run_are_an_error_on_all_ranks(tmp_path: Path) -> None:
+    config = config_of_profile(config_in(tmp_path, "plain", global_batch=8))
+    with pytest.raises(ShoalError, match="the run has 6 steps"):
+        record_in(ALONE, config, Asked(Steps(5, 7), [0]), NeverStop())
