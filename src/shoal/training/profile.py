@@ -29,7 +29,7 @@ from shoal.metrics.profile.memory import find_peak
 from shoal.metrics.profile.records import Profile, RankMemory, RankProfile, read_json, write_json, write_memory
 from shoal.metrics.profile.recorder import LOSS, WARNED_BYTES, ModuleRanges, PhaseRanges, Recorder, in_range
 from shoal.metrics.profile.snapshot import AllocatorHistory
-from shoal.metrics.profile.trace import Trace, build, enrich, read_events, write_events
+from shoal.metrics.profile.trace import Trace, build, enrich, read_events, separate_transfers, write_events
 from shoal.parallel.recompute import Compiled
 from shoal.run.folder import RunFolder
 from shoal.run.profiles import Asked, Steps, folder_of, prepare
@@ -199,6 +199,7 @@ class Recording:
         self._recorder.export(raw)
         events = read_events(raw)
         raw.unlink()
+        separate_transfers(events)
         trace = build(events["traceEvents"], [*self._ranges.names, LOSS])
         enrich(events, trace, self.rank)
         size = write_events(path, events)

@@ -11,7 +11,7 @@ import pytest
 from shoal.metrics.profile import costs
 from shoal.metrics.profile.memory import find_peak
 from shoal.metrics.profile.records import Overlap
-from shoal.metrics.profile.trace import BACKWARD_NODE, Trace, backward_lanes, build, enrich, read_events, write_events
+from shoal.metrics.profile.trace import BACKWARD_NODE, Trace, backward_lanes, build, enrich, read_events, separate_transfers, write_events
 from tests.metrics.profile.events import GLOO, kernel, memory, op, problems_of, span
 
 MODULES = ["embed", "blocks.0", "blocks.0.ffn", "blocks.0.ffn.up", "blocks.1", "loss"]
@@ -127,6 +127,21 @@ def test_transfers_of_gloo_are_hidden_by_operators_of_other_threads() -> None:
     assert found.compute_seconds == pytest.approx(34e-6)
     assert found.hidden_seconds == pytest.approx(24e-6)
     assert found.percent == pytest.approx(100 * 24 / 45)
+
+
+def test_transfers_that_outlast_their_call_get_lanes_of_their_own() -> None:
+    events = {"traceEvents": [
+        span("step 1", 0, 200), op("c10d::send", 10, 20), span("gloo:send", 12, 60), span("gloo:recv", 40, 60),
+        span("gloo:send", 80, 200), op("aten::mm", 50, 30),
+    ]}  # fmt: skip
+    assert problems_of(events) != []
+    separate_transfers(events)
+    assert problems_of(events) == []
+    lanes = [e["tid"] for e in events["traceEvents"] if e["name"].startswith("gloo:")]
+    assert lanes == [2, 3, 2]
+    found = costs.overlap(build(events["traceEvents"], []))
+    assert found.communication_seconds == pytest.approx(268e-6)
+    assert found.hidden_seconds == pytest.approx(30e-6)
 
 
 def test_a_wait_in_a_named_range_is_no_computing() -> None:
