@@ -116,7 +116,7 @@ def _summary(name: str, facts: RunFacts, curves: Curves) -> dict[str, Any]:
         "version": f"{curves.version}-{_size(facts.folder.events_file)}-{_size(facts.folder.ranks_file)}-{facts.state}",
         "curves": [each for each in curves.names() if each not in PLACES],
         "marks": [_mark(each) for each in events if each.get("step") is not None and _is_mark(each)],
-        "flops_per_token": facts.event.get("flops_per_token"),
+        "flops_per_token": next((e["flops_per_token"] for e in reversed(events) if e.get("flops_per_token")), None),
         **{key: getattr(facts, key) for key in SHOWN},
     }
 
