@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import data, machine, models, plot, profile, recipes, records, report, train
+from shoal.commands import dashboard, data, machine, models, plot, profile, recipes, records, report, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -67,6 +67,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_plot(add("plot", plot.plot, drawn, "{loss,details,architecture,card} RUN..."))
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
     _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
+    live = "serve a live page of all runs in a folder, to this machine only"
+    _add_dashboard(add("dashboard", dashboard.dashboard, live))
     add("env", machine.env, "print versions, devices and threads, for a bug report")
     return parser
 
@@ -393,6 +395,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
     return int(text)
+
+
+def _add_dashboard(parser: argparse.ArgumentParser) -> None:
+    folder = "folder that holds all runs, or the folder of one (default: runs)"
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help=folder)
+    parser.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one from 6464 on)")
 
 
 def _add_rendezvous(parser: argparse.ArgumentParser) -> None:

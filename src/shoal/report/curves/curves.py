@@ -71,15 +71,33 @@ class Curves:
 
         progress: called with the share of the log that was read.
         """
-        curves = cls(folder, cache)
-        curves._load()
+        curves = cls.cached(folder, cache)
         curves.refresh(progress)
         return curves
+
+    @classmethod
+    def cached(cls, folder: Path, cache: Path | None = None) -> Curves:
+        """Return the curves of a run as far as the cache has them; `refresh` reads the lines after it."""
+        curves = cls(folder, cache)
+        curves._load()
+        return curves
+
+    def bytes_to_read(self) -> int:
+        """Return how many bytes of the log `refresh` would read: the whole log if it was rewritten."""
+        with self._lock:
+            try:
+                size = self._log.stat().st_size
+                return size - self._read.size if self._read.is_start_of(self._log) else size
+            except OSError:
+                return 0
 
     def refresh(self, progress: Callable[[float], None] = lambda share: None) -> bool:
         """Read the new lines of the log, or the whole log if it was rewritten; return whether anything is new."""
         with self._lock:
             try:
+                return self._refresh(progress)
+            except DamagedError:  # an array of the cache that new lines were to be added to
+                self._forget()
                 return self._refresh(progress)
             except FileNotFoundError:
                 had = bool(self._read.size)
@@ -193,7 +211,7 @@ class Curves:
         for block in blocks:
             good = _with_steps(block)
             lost += len(block.lines) - len(good.lines)
-            for kind, part in _by_kind(good):
+            for kind, part in _by_kind(good) if len(good.lines) else []:
                 kinds.setdefault(kind, []).append(part)
         self._drop_repeated(kinds)
         for kind, parts in kinds.items():
@@ -230,16 +248,15 @@ class Curves:
     # --- the cache ----------------------------------------------------------------------------------------
 
     def _load(self) -> None:
-        try:
+        """Take what the cache has, if it is of this log."""
+        with contextlib.suppress(DamagedError, OSError, ValueError, KeyError, TypeError, AttributeError):
             stored = StoredArrays(self._cache)
             read = Growing.noted(stored.notes["read"])
-            if not read.is_start_of(self._log):
-                return
-            self._tables = {kind: Table(stored, kind, series) for kind, series in stored.notes["tables"].items()}
-            self._read, self._saved_size = read, read.size
-            self._unread = int(stored.notes["unread"])
-        except (DamagedError, OSError, ValueError, KeyError, TypeError, AttributeError):
-            self._forget()
+            # Another reader may have replaced the file that this one wrote: never go back
+            if read.size >= self._read.size and read.is_start_of(self._log):
+                tables = {kind: Table(stored, kind, series) for kind, series in stored.notes["tables"].items()}
+                self._unread = int(stored.notes["unread"])
+                self._tables, self._read, self._saved_size = tables, read, read.size
 
     def _save(self) -> None:
         """Write the cache if enough is new; a folder that cannot be written keeps none."""

@@ -7,6 +7,7 @@ points; a spike of one point is the maximum of its bucket at every level.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -81,7 +82,7 @@ class Pyramid:
     def stored(cls, values: Floats, levels: Floats) -> Pyramid:
         """Return the pyramid that was stored as its values and its levels, one behind the other."""
         ends = np.cumsum([0, *level_sizes(len(values))])
-        return cls(values, [levels[:, a:b] for a, b in zip(ends, ends[1:], strict=False)])
+        return cls(values, [levels[:, a:b] for a, b in itertools.pairwise(ends)])
 
     def as_stored(self) -> tuple[Floats, Floats]:
         """Return the values and all levels in one array of shape [4, blocks]."""
