@@ -10,7 +10,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import comparing, data, live, machine, models, plot, profile, recipes, records, report, sync, train
+from shoal.commands import (
+    comparing,
+    dashboard,
+    data,
+    live,
+    machine,
+    models,
+    plot,
+    profile,
+    recipes,
+    records,
+    report,
+    sync,
+    train,
+)
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -77,6 +91,8 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_sync(add("sync", sync.sync, replayed))
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
     _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
+    served = "serve a live page of all runs in a folder, to this machine only"
+    _add_dashboard(add("dashboard", dashboard.dashboard, served))
     add("env", machine.env, "print versions, devices and threads, for a bug report")
     return parser
 
@@ -502,6 +518,12 @@ def _percent(text: str) -> float:
     if not 0 <= value < 100:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 100")
     return value
+
+
+def _add_dashboard(parser: argparse.ArgumentParser) -> None:
+    folder = "folder that holds all runs, or the folder of one (default: runs)"
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help=folder)
+    parser.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one from 6464 on)")
 
 
 def _add_rendezvous(parser: argparse.ArgumentParser) -> None:

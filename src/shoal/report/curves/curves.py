@@ -71,10 +71,25 @@ class Curves:
 
         progress: called with the share of the log that was read.
         """
-        curves = cls(folder, cache)
-        curves._load()
+        curves = cls.cached(folder, cache)
         curves.refresh(progress)
         return curves
+
+    @classmethod
+    def cached(cls, folder: Path, cache: Path | None = None) -> Curves:
+        """Return the curves of a run as far as the cache has them; `refresh` reads the lines after it."""
+        curves = cls(folder, cache)
+        curves._load()
+        return curves
+
+    def bytes_to_read(self) -> int:
+        """Return how many bytes of the log `refresh` would read: the whole log if it was rewritten."""
+        with self._lock:
+            try:
+                size = self._log.stat().st_size
+                return size - self._read.size if self._read.is_start_of(self._log) else size
+            except OSError:
+                return 0
 
     def refresh(self, progress: Callable[[float], None] = lambda share: None) -> bool:
         """Read the new lines of the log, or the whole log if it was rewritten; return whether anything is new."""

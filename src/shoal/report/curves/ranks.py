@@ -149,10 +149,25 @@ class RankMap:
         cls, folder: Path, cache: Path | None = None, progress: Callable[[float], None] = lambda share: None
     ) -> RankMap:
         """Return the ranks of a run, from the cache and the lines after it. A run without `ranks.jsonl` has none."""
-        found = cls(folder, cache)
-        found._load()
+        found = cls.cached(folder, cache)
         found.refresh(progress)
         return found
+
+    @classmethod
+    def cached(cls, folder: Path, cache: Path | None = None) -> RankMap:
+        """Return the ranks of a run as far as the cache has them; `refresh` reads the lines after it."""
+        found = cls(folder, cache)
+        found._load()
+        return found
+
+    def bytes_to_read(self) -> int:
+        """Return how many bytes of the log `refresh` would read: the whole log if it was rewritten."""
+        with self._lock:
+            try:
+                size = self._log.stat().st_size
+                return size - self._read.size if self._read.is_start_of(self._log) else size
+            except OSError:
+                return 0
 
     def refresh(self, progress: Callable[[float], None] = lambda share: None) -> bool:
         """Read the new lines of the log, or the whole log if it was rewritten; return whether anything is new."""
@@ -173,7 +188,7 @@ class RankMap:
     @property
     def ranks(self) -> int:
         """The largest number of ranks of a line; 0 if nothing was measured."""
-        return self._lines.ratio.shape[1]
+        return int(self._lines.ratio.shape[1])
 
     @property
     def steps(self) -> Ints:
