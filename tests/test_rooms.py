@@ -18,7 +18,7 @@ FLOORS: list[set[str]] = [
     {"config", "hub"},
     {"resolve", "mesh"},
     {"run", "plan"},
-    {"elastic", "fault", "metrics", "trackers"},
+    {"elastic", "fault", "metrics", "metrics.profile", "trackers"},
     {
         "data.corpus",
         "data.tokens",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 Override = tuple[str, str, str]  # dotted key, YAML text, origin for messages
@@ -19,8 +19,12 @@ class _Take(argparse.Action):
         namespace.overrides = [*namespace.overrides, (self.dest, values, flag)]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add each config option as a dotted flag, and under its short name and the names that other projects use."""
+def add_options(parser: argparse.ArgumentParser, own: Collection[str] = ()) -> None:
+    """
+    Add each config option as a dotted flag, and under its short name and the names that other projects use.
+
+    own: short names that are flags of the verb itself.
+    """
     from shoal.config.options import SECTIONS, options
     from shoal.resolve.resolve import expectation
 
@@ -49,6 +53,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         is_bool = isinstance(f.default, bool)
         add([f"--{key}"], key, text.replace("%", "%%"), is_bool=is_bool, to=groups[key.partition(".")[0]])
     for name, keys in _names().items():
+        if name in own:
+            continue
         flags = sorted({f"--{name}", f"--{name.replace('_', '-')}"})
         is_bool = all(isinstance(options()[key].default, bool) for key in keys)
         # keep an ambiguous name as typed: resolving reports it with all other problems

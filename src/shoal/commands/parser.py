@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import dashboard, data, machine, models, recipes, records, report, train
+from shoal.commands import dashboard, data, machine, models, plot, profile, recipes, records, report, train
 from shoal.commands.flags import add_options
 from shoal.system.output import visible
 
@@ -23,15 +24,15 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     parser.set_defaults(verb=None)
     subparsers = parser.add_subparsers(metavar="VERB", title="verbs")
 
-    def add(name: str, run: Any, help: str, usage: str | None = None) -> _Parser:
-        """Add a verb; a verb with a `usage` takes the options of all config sections."""
+    def add(name: str, run: Any, help: str, usage: str | None = None, own: Collection[str] = ()) -> _Parser:
+        """Add a verb; a verb with a `usage` takes the options of all config sections. own: see `add_options`."""
         sub = subparsers.add_parser(
             name, help=help, description=help, allow_abbrev=False, formatter_class=_Wide,
             usage=usage and f"shoal {name} {usage} [--SECTION.OPTION VALUE ...]",
         )  # fmt: skip
         sub.set_defaults(run=run, verb=name, verb_parser=sub)
         if usage and verb == name:
-            add_options(sub)
+            add_options(sub, own)
         return sub
 
     recipe = "[RECIPE] [--name NAME] [--processes N]"
@@ -53,12 +54,17 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_bench(add("bench", machine.bench, timing, "speed [RECIPE] [--peers]"))
     checked = "check that this parallel layout trains the same model as one process; exit code 1 if it does not"
     _add_recipe(add("verify", train.verify, checked, recipe))
+    recorded = "record a few steps: dearest operators, modules, memory, overlap, and a trace that Perfetto opens"
+    which = "[RECIPE_OR_RUN] [--steps 10..12] [--ranks 0,1]"
+    _add_profile(add("profile", profile.profile, recorded, which, own=["steps"]))
     account = "report how a run spent its time, across restarts: on steps that count, and on everything else"
     _add_record(add("goodput", records.goodput, account))
     exactly_once = "check that a run trained on each sample exactly once per epoch, across restarts; exit code 1 if not"
     _add_record(add("ledger", records.ledger, exactly_once))
     page = "write a report of runs: one HTML file with their curves, time, ranks, events and configs"
     _add_report(add("report", report.report, page))
+    drawn = "draw a picture as PNG or SVG: loss curves, a run in detail, the architecture, or a summary card"
+    _add_plot(add("plot", plot.plot, drawn, "{loss,details,architecture,card} RUN..."))
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
     _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
     live = "serve a live page of all runs in a folder, to this machine only"
@@ -100,6 +106,22 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", type=Path, nargs="?", metavar="RECIPE",
         help="a YAML file, or the name of a built-in recipe, such as quickstart",
+    )  # fmt: skip
+
+
+def _add_profile(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE_OR_RUN",
+        help="a recipe, which is trained from the start, or a run, which is trained from a copy of its checkpoint",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", metavar="FIRST..LAST",
+        help="steps to record, both included (default: 3 steps after 9 others, fewer if the run is shorter)",
+    )  # fmt: skip
+    parser.add_argument("--ranks", metavar="N,...", help="ranks to record, separated by commas (default: all)")
+    parser.add_argument(
+        "--checkpoint", type=int, metavar="N",
+        help="with a RUN: start from its checkpoint of step N; 0: from the beginning (default: the newest before the steps)",
     )  # fmt: skip
 
 
@@ -339,6 +361,46 @@ def _add_dashboard(parser: argparse.ArgumentParser) -> None:
     folder = "folder that holds all runs, or the folder of one (default: runs)"
     parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help=folder)
     parser.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one from 6464 on)")
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    whats = "loss: training and held-out loss of one or several runs; details: throughput, memory, time split and goodput of a run; "
+    parser.add_argument(
+        "what", choices=["loss", "details", "architecture", "card"],
+        help=whats + "architecture: blocks, shapes and ranks of a run or a recipe; card: a summary of a run, 1200 x 630 pixels",
+    )  # fmt: skip
+    parser.add_argument(
+        "targets", nargs="+", metavar="RUN", help="name or folder of a run; architecture: also a recipe"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="a .png or .svg file (default: RUN/plots/WHAT.png; of several runs or a recipe, WHAT.png)",
+    )
+    parser.add_argument(
+        "--x",
+        choices=["step", "tokens", "flops", "seconds"],
+        default="tokens",
+        help="loss: the x axis (default: tokens)",
+    )
+    parser.add_argument(
+        "--smooth",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="loss: draw the mean of N steps; the band still has every step",
+    )
+    parser.add_argument("--log", action="store_true", help="loss: a logarithmic loss axis")
+    prices = "card: a table of prices by device (default: prices.yaml beside the runs; without one, devices cost 0)"
+    parser.add_argument("--prices", type=Path, metavar="FILE", help=prices)
+
+
+def _positive(text: str) -> int:
+    """Return a number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
 
 
 def _add_rendezvous(parser: argparse.ArgumentParser) -> None:

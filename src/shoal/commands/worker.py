@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shoal.config.options import Config
     from shoal.elastic.heartbeat import Heartbeat
     from shoal.run.narrator import Narrator
+    from shoal.run.profiles import Asked
     from shoal.system.signals import StopRequest
 
 
@@ -122,6 +123,22 @@ def train_as_worker(config: Config) -> int:
     if not is_launched():
         stop.end_early(say_error if read_place().rank == 0 else lambda text: None)
     return _exit_code(config, heartbeat, lambda: _train(config, stop, heartbeat), "; set train.repro to fast")
+
+
+def profile_as_worker(config: Config, asked: Asked) -> int:
+    """Profile as one process of a run; return the exit code."""
+    from shoal.system.signals import StopRequest
+
+    heartbeat = _begin(config)
+    stop = StopRequest()
+
+    def work() -> bool:
+        heartbeat.outside("importing torch")
+        from shoal.training.profile import profile_run
+
+        return profile_run(config, asked, stop, heartbeat)
+
+    return _exit_code(config, heartbeat, work, "; set train.repro to fast")
 
 
 def verify_as_worker(config: Config) -> int:

@@ -25,7 +25,7 @@ Attention = Literal["causal", "full"]
 def parameter_count(model: Model) -> int:
     """Return the number of parameters, with a tied head counted once; with `family: hf`, by the tensor shapes in its folder."""
     if not FAMILIES[model.family].native:
-        return sum(map(prod, _folder_tensors(model).values()))
+        return sum(map(prod, folder_shapes(model).values()))
     return _embedding(model) + _matrices(model) + _vectors(model)
 
 
@@ -108,7 +108,7 @@ def why_no_flops(model: Model, seq_len: int) -> str | None:
     strange = {t for t in config.get("layer_types") or () if t not in ("full_attention", "sliding_attention")}
     if strange:
         return f"shoal has no FLOPs formula for {', '.join(sorted(strange))}"
-    if any(len(shape) > 2 for shape in _folder_tensors(model).values()):
+    if any(len(shape) > 2 for shape in folder_shapes(model).values()):
         return "shoal has no FLOPs formula for weights with more than two dims"
     return None
 
@@ -118,7 +118,7 @@ def _folder(model: Model) -> ModelFolder:
     return ModelFolder.open(find_model(model.from_, model.kept))
 
 
-def _folder_tensors(model: Model) -> dict[str, tuple[int, ...]]:
+def folder_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the folder's parameters, without the second copy of a tied embedding that some files have."""
     shapes = {name: entry.shape for name, entry in _folder(model).tensors.items() if not is_computed(name)}
     tables = [name for name, shape in shapes.items() if _is_table(shape, model)]
@@ -140,7 +140,7 @@ def _folder_matrices(model: Model) -> int:
     matrix is also the head, and is counted. A table of learned position embeddings is not counted either: its rows are looked
     up. It has one row per position of the longest context (OPT has two more rows).
     """
-    shapes = _folder_tensors(model).values()
+    shapes = folder_shapes(model).values()
     tables = [prod(shape) for shape in shapes if _is_table(shape, model)]
     positions = range(model.max_seq_len, model.max_seq_len + 3)
     others = [s for s in shapes if len(s) == 2 and not _is_table(s, model)]

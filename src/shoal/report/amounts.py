@@ -22,8 +22,7 @@ def amounts(config: Config) -> Iterator[str]:
     except ShoalError:  # a tokenizer that cannot be opened; training reports it
         manifest, rows = None, None
     data, train = config.data, config.train
-    known = manifest.vocab_size if manifest else {"bpe": data.tokenizer_vocab_size, "bytes": 257}.get(data.tokenizer)
-    sized = config.replace("model", vocab_size=config.model.vocab_size or known or 0)
+    sized = with_vocab_size(config, manifest.vocab_size if manifest else None)
     note = "" if sized.model.vocab_size else ", without the embedding, whose size depends on the tokenizer"
     yield f"parameters: {parameter_count(sized.model):,}{note}"
     tokens = train.global_batch * data.seq_len
@@ -35,14 +34,14 @@ def amounts(config: Config) -> Iterator[str]:
         yield f"tokens: {tokens:,} per step, {tokens * steps:,} in total"
         yield f"steps: {steps:,}"
         yield f"epochs: {steps * train.global_batch / rows:.3g}" if rows else "epochs: known after the data is prepared"
-    layout = _layout(config)
+    layout = planned_layout(config)
     yield (
         f"memory: {gigabytes(int(held_bytes(sized, layout)))} per process for weights, gradients and optimizer state "
         f"({layout}), plus activations"
     )
 
 
-def _layout(config: Config) -> Layout:
+def planned_layout(config: Config) -> Layout:
     """Return the config's layout on this machine's processes; if it cannot run on them, on as few as it needs."""
     try:
         processes = plan_processes(config, count_gpus()).launch.processes
@@ -50,3 +49,14 @@ def _layout(config: Config) -> Layout:
         processes = None
     found = find_layout(config.parallel, processes and processes * config.launch.nodes)
     return found if isinstance(found, Layout) else Layout()
+
+
+def with_vocab_size(config: Config, prepared: int | None = None) -> Config:
+    """
+    Return `config` with the size of its vocabulary, 0 if it is unknown before the data is prepared.
+
+    prepared: the size in the prepared data.
+    """
+    data = config.data
+    known = prepared or {"bpe": data.tokenizer_vocab_size, "bytes": 257}.get(data.tokenizer)
+    return config.replace("model", vocab_size=config.model.vocab_size or known or 0)

@@ -277,18 +277,25 @@ class _Kept:
         return begin + (end - begin) * (step - a) // (b - a)
 
 
-def account(path: Path) -> Account:
-    """Return the account in `time.jsonl`. Raises `OSError` if there is no such file."""
+def account(path: Path, devices: Callable[[int], int] = lambda life: 1) -> Account:
+    """
+    Return the account in `time.jsonl`. Raises `OSError` if there is no such file.
+
+    devices: the number of devices of a life, by its beginning as in the file; the account is then in device-microseconds. The
+    time between two lives counts for the devices of the earlier one.
+    """
     spent = dict.fromkeys(MEANINGS, 0)
     kept = _Kept()
     lives, step, taken = 0, None, 0
     end: int | None = None
     life: dict[str, Any] = {}
+    number = before = 1
     for line in whole_lines(path):
         if line["life"] != life.get("life"):
-            end = _close_life(spent, life, end)
+            end = _close_life(spent, life, end, number, before)
             kept.start_life()
             lives += 1
+            before, number = number, devices(line["life"])
             step = None
         life = line
         if line["step"] is None:
@@ -296,26 +303,32 @@ def account(path: Path) -> Account:
         if "begin" in line or step is None:
             kept.go_back(line["step"])
         step = taken = line["step"]
-        kept.go_on(step, line["reached"], line["spent"].get("step", 0))
-    _close_life(spent, life, end)
+        kept.go_on(step, number * line["reached"], number * line["spent"].get("step", 0))
+    _close_life(spent, life, end, number, before)
     spent["step"] -= kept.lost
     spent["lost"] = kept.lost
     return Account(spent, lives, taken)
 
 
-def _close_life(spent: dict[str, int], last: Mapping[str, Any], end: int | None) -> int | None:
-    """Add a life's last line, and the idle time since `end`, when the previous life ended; return when this life ended."""
+def _close_life(
+    spent: dict[str, int], last: Mapping[str, Any], end: int | None, devices: int, before: int
+) -> int | None:
+    """
+    Add a life's last line, and the idle time since `end`, when the previous life ended; return when this life ended.
+
+    devices: how many this life had; before: how many the previous life had.
+    """
     if not last:
         return end
     begun: int = last["life"]
     own: int = sum(last["spent"].values())
     for category, each in last["spent"].items():
-        spent[category] += each
+        spent[category] += each * devices
     if end is None or begun >= end:
-        spent["idle"] += 0 if end is None else begun - end
+        spent["idle"] += 0 if end is None else (begun - end) * before
         return begun + own
     twice: int = min(end - begun, last["spent"].get("start", 0))
-    spent["start"] -= twice
+    spent["start"] -= twice * devices
     return end + own - twice
 
 

@@ -29,6 +29,10 @@ class Phases:
     def __call__(self, name: str) -> _Phase:
         return self._phases[name]
 
+    def also(self, *observers: Observer) -> Phases:
+        """Return phases that tell these observers too, after all others."""
+        return Phases([*self._observers, *observers])
+
     def without(self, *observers: Observer) -> Phases:
         """Return phases that tell all but these observers."""
         return Phases([each for each in self._observers if each not in observers])

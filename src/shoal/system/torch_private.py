@@ -20,7 +20,17 @@ from shoal.errors import LaunchError
 TESTED: Final = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 
 Feature = Literal[
-    "processes", "train", "compile", "selective", "ring", "v_schedule", "bitwise_shards", "hf", "kernel", "timeouts"
+    "processes",
+    "train",
+    "compile",
+    "selective",
+    "ring",
+    "v_schedule",
+    "bitwise_shards",
+    "hf",
+    "kernel",
+    "timeouts",
+    "memory_snapshot",
 ]
 
 
@@ -114,6 +124,12 @@ PRIVATE: Final[dict[Feature, Private]] = {
     "timeouts": Private(
         "launch.timeout_seconds of groups that torch opens by itself",
         _in("torch.distributed.distributed_c10d:", "default_pg_timeout", "default_pg_nccl_timeout"),
+        "",
+        optional=True,
+    ),
+    "memory_snapshot": Private(
+        "the snapshot of a GPU's memory in shoal profile",
+        _in("torch.cuda.memory:", "_record_memory_history", "_snapshot"),
         "",
         optional=True,
     ),

@@ -7,16 +7,19 @@ Everything that the page shows of a run except its curves and ranks, as plain di
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from shoal.config.layout import AXES, find_layout
+from shoal.config.layout import AXES, Layout, find_layout
+from shoal.config.options import Parallel
 from shoal.report.curves.curves import Curves
+from shoal.report.profile.view import profile_views
+from shoal.report.runs.cost import cost, prices_of
 from shoal.report.runs.facts import RunFacts, differences
 from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
@@ -60,11 +63,16 @@ def run_view(folder: RunFolder, curves: Curves) -> dict[str, Any]:
     """Return what the page shows of one run."""
     events = read_json_lines(folder.events_file)
     facts = RunFacts.read(folder)
+    layout = layout_of(facts)
     spent = account(folder.time_file) if folder.time_file.is_file() else None
     return {
         "started_event": facts.event,
         "config": [[key, _plain(value)] for key, value in facts.options.items()],
-        "layout": _layout(facts),
+        "layout": {"axes": list(map(list, dataclasses.asdict(layout).items())) if layout else []},
+        "cost": _cost(folder),
+        "profiles": profile_views(folder.path),
+        "now": _now(folder) if facts.state == "running" else None,
+        "seconds_left": _seconds_left(facts, curves),
         "model": _text(folder.path / "model.txt"),
         "events": [_event(each) for each in events[-EVENT_LIMIT:]],
         "spikes": _spikes(folder, curves),
@@ -93,7 +101,10 @@ def _is_bad(name: str) -> bool:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    """Return a value as text, a float with the digits that a person wrote."""
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _summary(name: str, facts: RunFacts, curves: Curves) -> dict[str, Any]:
@@ -105,7 +116,7 @@ def _summary(name: str, facts: RunFacts, curves: Curves) -> dict[str, Any]:
         "version": f"{curves.version}-{_size(facts.folder.events_file)}-{_size(facts.folder.ranks_file)}-{facts.state}",
         "curves": [each for each in curves.names() if each not in PLACES],
         "marks": [_mark(each) for each in events if each.get("step") is not None and _is_mark(each)],
-        "flops_per_token": facts.event.get("flops_per_token"),
+        "flops_per_token": next((e["flops_per_token"] for e in reversed(events) if e.get("flops_per_token")), None),
         **{key: getattr(facts, key) for key in SHOWN},
     }
 
@@ -132,16 +143,41 @@ def _differences(options: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
     ]
 
 
-def _layout(facts: RunFacts) -> dict[str, Any]:
-    """Return the axes and their sizes, outermost first: those of the last start, else those of the config."""
-    sizes = facts.event.get("layout") or _sizes(facts)
-    return {"axes": [[name, int(sizes[name])] for name in AXES if name in sizes]}
+def layout_of(facts: RunFacts) -> Layout | None:
+    """Return the layout of a run's last start; an older run's follows from its config and its processes."""
+    sizes = facts.event.get("layout") or _asked_sizes(facts)
+    try:
+        if facts.event.get("layout"):
+            return Layout(**{name: int(sizes[name]) for name in AXES if name in sizes})
+        found = find_layout(Parallel(**sizes), facts.event.get("processes"))
+    except (TypeError, ValueError):
+        return None
+    return found if isinstance(found, Layout) else None
 
 
-def _sizes(facts: RunFacts) -> dict[str, int]:
-    """Return the sizes of the axes of an older run, which records only its processes."""
-    layout = find_layout(facts.config.parallel, facts.event.get("processes")) if facts.config else ""
-    return {} if isinstance(layout, str) else {each.name: getattr(layout, each.name) for each in fields(layout)}
+def _asked_sizes(facts: RunFacts) -> dict[str, Any]:
+    return {name: facts.options[f"parallel.{name}"] for name in AXES if f"parallel.{name}" in facts.options}
+
+
+def _now(folder: RunFolder) -> Any:
+    """Return the phase that a run is in; None if it does not say."""
+    try:
+        return json.loads((folder.path / "now.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _cost(folder: RunFolder) -> dict[str, Any] | None:
+    found = cost(folder, prices_of(folder.path.parent))
+    return None if found is None else found.as_json()
+
+
+def _seconds_left(facts: RunFacts, curves: Curves) -> float | None:
+    """Return the time that the remaining steps take at the median speed of the last hundred; None if the run does not go on."""
+    if facts.state != "running" or facts.total_steps is None:
+        return None
+    recent = curves.window("step_seconds", facts.step - 100, None, 101).mean
+    return float(np.nanmedian(recent)) * (facts.total_steps - facts.step) if np.isfinite(recent).any() else None
 
 
 def _text(path: Path) -> str:

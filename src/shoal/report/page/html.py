@@ -20,11 +20,21 @@ from pathlib import Path
 from typing import Any, Final
 
 from shoal.report.curves.curves import Curves
-from shoal.report.page.content import PLACES, named_folders, run_view, runs_view
+from shoal.report.page.content import PLACES, layout_of, named_folders, run_view, runs_view
 from shoal.report.page.packing import Arrays, pack_window
 from shoal.report.page.rank_view import ranks_view
+from shoal.report.runs.facts import RunFacts
 
-SCRIPTS: Final = ("uplot/uPlot.iife.min.js", "dom.js", "source.js", "chart.js", "ranks.js", "views.js", "page.js")
+SCRIPTS: Final = (
+    "uplot/uPlot.iife.min.js",
+    "dom.js",
+    "source.js",
+    "chart.js",
+    "ranks.js",
+    "profile.js",
+    "views.js",
+    "page.js",
+)
 STYLES: Final = ("uplot/uPlot.min.css", "page.css")
 BUDGET: Final = 1_500_000  # bytes of all curves of a report
 COLUMNS: Final = 2000  # of a curve over the whole run; fewer if there are many curves
@@ -39,7 +49,7 @@ def report_html(folders: Sequence[Path]) -> bytes:
     data = {
         "runs": runs_view(runs, curves),
         "run": {name: run_view(folder, curves[name]) for name, folder in runs.items()},
-        "ranks": {name: ranks_view(folder) for name, folder in runs.items()},
+        "ranks": {name: ranks_view(folder, layout_of(RunFacts.read(folder))) for name, folder in runs.items()},
         "curves": _packed(curves, arrays),
         "arrays": arrays.packed,
     }

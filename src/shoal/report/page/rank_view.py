@@ -9,6 +9,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from shoal.config.layout import Layout
 from shoal.run.folder import RunFolder
 from shoal.run.records import RanksRecord, read_ranks
 
@@ -17,6 +18,7 @@ ROWS: Final = 128  # of the heat map; more ranks share rows
 COLUMNS: Final = 200  # of the heat map; more steps share columns
 TIMELINE_ROWS: Final = 32
 SLOW: Final = 8  # slow ranks to name
+PHASE_LIMIT: Final = 64  # more than there are phases
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,13 @@ class BusyTimes:
     def ratios(self) -> Floats:
         """Return each rank's busy time relative to the median rank's of the step: [steps, ranks]."""
         totals = _summed(self.seconds)
-        usual = np.nanmedian(totals, axis=1, keepdims=True)
+        usual = _median(totals, 1)
         return np.asarray(totals / np.where(usual > 0, usual, np.nan))
 
     @property
     def slow_phases(self) -> npt.NDArray[np.int64]:
         """Return the phase in which each rank is furthest beyond the phase's median: [steps, ranks]."""
-        beyond = self.seconds - np.nanmedian(self.seconds, axis=2, keepdims=True)
+        beyond = self.seconds - _median(self.seconds, 2)
         return np.argmax(np.where(np.isnan(beyond), -np.inf, beyond), axis=1)
 
 
@@ -61,13 +63,19 @@ def _arrays(records: Sequence[RanksRecord]) -> BusyTimes:
     return BusyTimes(np.array([record.step for record in records]), phases, seconds)
 
 
+def _median(values: Floats, axis: int) -> Floats:
+    """Return the median of what is no NaN, with the axis kept. numpy's nanmedian is many times slower where there is none."""
+    median = np.nanmedian if np.isnan(values).any() else np.median
+    return np.asarray(median(values, axis=axis, keepdims=True))
+
+
 def _summed(seconds: Floats) -> Floats:
     """Sum over phases; NaN for a rank that no phase was measured on."""
     return np.where(np.isnan(seconds).all(axis=1), np.nan, np.nansum(seconds, axis=1))
 
 
-def ranks_view(folder: RunFolder) -> dict[str, Any] | None:
-    """Return what the page shows of the ranks; None if no step was measured."""
+def ranks_view(folder: RunFolder, layout: Layout | None = None) -> dict[str, Any] | None:
+    """Return what the page shows of the ranks; None if no step was measured. layout: names the places of slow ranks."""
     busy = read_busy_times(folder)
     if busy is None:
         return None
@@ -81,7 +89,7 @@ def ranks_view(folder: RunFolder) -> dict[str, Any] | None:
         "rows": [[first, stop - 1] for first, stop in by_rank],
         "cells": [[None if np.isnan(v) else round(float(v), 3) for v in row] for row in cells],
         "slow_phase": phases.tolist(),
-        "slowest": _slowest(busy, ratios, slow_phases),
+        "slowest": _slowest(busy, ratios, slow_phases, layout),
         "timelines": _timelines(busy, ratios),
     }
 
@@ -96,30 +104,37 @@ def _heat(
     ratios: Floats, slow_phases: npt.NDArray[np.int64], by_step: list[tuple[int, int]], by_rank: list[tuple[int, int]]
 ) -> tuple[Floats, npt.NDArray[np.int64]]:
     """Return for each cell the largest ratio, and the phase that made it: [rows, columns] each."""
-    cells = np.full((len(by_rank), len(by_step)), np.nan)
-    phases = np.zeros(cells.shape, dtype=np.int64)
-    for y, (first, stop) in enumerate(by_rank):
-        for x, (begin, end) in enumerate(by_step):
-            part = ratios[begin:end, first:stop]
-            if np.isnan(part).all():
-                continue
-            at = np.unravel_index(np.nanargmax(part), part.shape)
-            cells[y, x], phases[y, x] = part[at], slow_phases[begin:end, first:stop][at]
-    return cells, phases
+    # One whole number for both, so that the largest ratio brings its phase along
+    both = np.where(
+        np.isnan(ratios), -1, np.rint(np.nan_to_num(ratios) * 1000).astype(np.int64) * PHASE_LIMIT + slow_phases
+    )
+    both = np.maximum.reduceat(both, [begin for begin, _ in by_step], axis=0)
+    both = np.maximum.reduceat(both, [first for first, _ in by_rank], axis=1).T
+    return np.where(both < 0, np.nan, both // PHASE_LIMIT / 1000), both % PHASE_LIMIT
 
 
-def _slowest(busy: BusyTimes, ratios: Floats, slow_phases: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+def _slowest(
+    busy: BusyTimes, ratios: Floats, slow_phases: npt.NDArray[np.int64], layout: Layout | None
+) -> list[dict[str, Any]]:
     """Return the ranks with the largest median ratio, each with the phase that most often makes it slow."""
-    usual = np.nanmedian(ratios, axis=0)
+    usual = _median(ratios, 0)[0]
     order = np.argsort(-np.nan_to_num(usual, nan=0.0), kind="stable")[:SLOW]
     return [
         {
             "rank": int(rank),
             "ratio": round(float(np.nan_to_num(usual[rank])), 3),
             "phase": busy.phases[int(np.bincount(slow_phases[:, rank]).argmax())],
+            "place": _place(int(rank), layout),
         }
         for rank in order
     ]
+
+
+def _place(rank: int, layout: Layout | None) -> str:
+    """Return a rank's coordinates along the axes that are used: "dp_shard 1, tp 0"."""
+    if layout is None or rank >= layout.world_size:
+        return ""
+    return ", ".join(f"{axis} {at}" for axis, at in layout.coordinates(rank).items() if getattr(layout, axis) > 1)
 
 
 def _timelines(busy: BusyTimes, ratios: Floats) -> list[dict[str, Any]]:

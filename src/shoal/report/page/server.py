@@ -192,7 +192,7 @@ def serve(root: Path, port: int | None, say: Callable[[str], None]) -> None:
             say(f"left out: {name}, since {way} is a link to another folder; start a dashboard there")
         say("Ctrl-C ends the dashboard; the runs go on")
         config = uvicorn.Config(
-            app, log_config=None, log_level="error", access_log=False, proxy_headers=False, server_header=False, lifespan="off", ws="none",
+            app, log_config=None, log_level="critical", access_log=False, proxy_headers=False, server_header=False, lifespan="off", ws="none",
             timeout_graceful_shutdown=1, limit_concurrency=200,
         )  # fmt: skip
         try:

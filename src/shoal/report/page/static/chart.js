@@ -3,14 +3,16 @@
 // and mean, so that no point is ever left out.
 
 const AXES = {
-  step: { label: "step", of: (window) => window.step, show: (v) => (Math.abs(v) < 1e7 ? number(v, 8) : metric(v)) },
+  step: { label: "step", of: (window) => window.step, show: (v) => (Math.abs(v) < 1e7 ? (Number.isInteger(v) ? count(v) : number(v, 8)) : metric(v)) },
   tokens: { label: "tokens trained on", of: (window) => window.tokens, show: (v) => metric(v) },
   flop: { label: "training compute (FLOP)", of: (window, run) => window.tokens.map((t) => t * run.flops_per_token), show: (v) => metric(v) },
   seconds: { label: "training time (seconds, minutes, hours)", of: (window) => window.seconds, show: duration },
 };
 
-/** Return about `count` round values between two limits. */
-function roundTicks(low, high, count) {
+/** Return about `count` round values between two limits; of bytes, round multiples of GiB, MiB or KiB. */
+function roundTicks(low, high, count, isBytes = false) {
+  const unit = isBytes ? 1024 ** Math.max(0, Math.floor(Math.log2(Math.max(Math.abs(low), Math.abs(high), 1)) / 10)) : 1;
+  if (unit > 1) return roundTicks(low / unit, high / unit, count).map((tick) => tick * unit);
   const rough = (high - low) / Math.max(1, count);
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].find((each) => each * power >= rough) * power;
@@ -20,9 +22,9 @@ function roundTicks(low, high, count) {
 }
 
 /** Return round values on a logarithmic axis: 1, 2 and 5 of each power of ten, or fewer. */
-function logTicks(low, high, count) {
+function logTicks(low, high, count, isBytes = false) {
   const decades = Math.log10(high / low);
-  if (decades < 1) return roundTicks(low, high, count);
+  if (decades < 1) return roundTicks(low, high, count, isBytes);
   const factors = decades * 3 <= count ? [1, 2, 5] : [1];
   const every = Math.ceil(decades / Math.max(1, count));
   const ticks = [];
@@ -63,7 +65,7 @@ class Chart {
     const reset = el("button", { type: "button", class: "reset", hidden: true, onclick: () => view.zoom(null) }, "Reset zoom");
     this.reset = reset;
     this.element = el("figure", { class: "chart" },
-      el("figcaption", {}, el("span", { class: "title" }, spec.title), reset), this.plot, this.values, this.note);
+      el("figcaption", {}, (this.title = el("span", { class: "title" }, spec.title)), reset), this.plot, this.values, this.note);
     new ResizeObserver(() => this.resize()).observe(this.plot);
   }
 
@@ -79,7 +81,8 @@ class Chart {
 
   /** Return the curves to draw: one entry for each run and name. */
   curves() {
-    return this.view.visible().flatMap((run) => this.spec.curves(run).map((curve) => ({ ...curve, run, key: `${run.id}\n${curve.name}` })));
+    const runs = this.spec.ofOne ? this.view.chosen() : this.view.visible();
+    return runs.flatMap((run) => this.spec.curves(run, this.view).map((curve) => ({ ...curve, run, key: `${run.id}\n${curve.name}` })));
   }
 
   columns(curves) {
@@ -153,6 +156,7 @@ class Chart {
     const empty = !this.drawn.length;
     this.element.classList.toggle("empty", empty);
     this.plot.setAttribute("aria-label", this.described());
+    this.title.textContent = this.spec.ofOne && this.view.runs.length > 1 ? `${this.spec.title} · ${this.view.chosen().map((run) => run.name).join("")}` : this.spec.title;
     this.note.hidden = !empty;
     this.note.textContent = this.view.axis === "flop" ? "No run here records its FLOP per token." : "No data yet.";
     this.reset.hidden = !this.view.range;
@@ -179,13 +183,13 @@ class Chart {
     const { label, show: showX } = AXES[this.view.axis];
     const ticks = (isLog, room) => (u, side, low, high) => {
       const size = (side === 0 ? u.bbox.width : u.bbox.height) / devicePixelRatio;
-      return (isLog ? logTicks : roundTicks)(low, high, Math.max(2, Math.floor(size / room)));
+      return (isLog ? logTicks : roundTicks)(low, high, Math.max(2, Math.floor(size / room)), side === 1 && this.spec.show === bytes);
     };
     const keep = (u, splits) => splits;
     return {
       width: this.width,
       height: this.spec.height ?? Math.round(Math.min(300, Math.max(190, this.width * 0.42))),
-      padding: [14, 18, 0, 0],
+      padding: [14, 30, 0, 0],
       legend: { show: false },
       cursor: { points: { show: false }, drag: { x: true, y: false, setScale: false }, y: false, bind: { dblclick: () => () => this.view.zoom(null) } },
       scales: {
@@ -194,7 +198,7 @@ class Chart {
       },
       axes: [
         { ...axis, label, size: 30, splits: ticks(this.view.logX, this.view.axis === "seconds" ? 80 : 90), filter: keep, values: (u, splits) => splits.map(showX) },
-        { ...axis, label: this.spec.unit ? `${this.spec.axis ?? this.spec.title} (${this.spec.unit})` : this.spec.axis ?? this.spec.title, splits: ticks(this.isLog(), 38), filter: keep, values: (u, splits) => splits.map(show), size: (u, values) => (values ? Math.max(34, ...values.map((v) => 7 * String(v).length + 12)) : 40) },
+        { ...axis, label: this.name(), splits: ticks(this.isLog(), 38), filter: keep, values: (u, splits) => splits.map(show), size: (u, values) => (values ? Math.max(34, ...values.map((v) => 7 * String(v).length + 12)) : 40) },
       ],
       series: [{}, { show: true, paths: () => null, points: { show: false } }],
       hooks: { draw: [(u) => this.paint(u)], setSelect: [(u) => this.selected(u)], setCursor: [(u) => this.moved(u)] },
@@ -247,7 +251,8 @@ class Chart {
   showValues(at) {
     const show = this.spec.show ?? ((value) => number(value));
     const unit = this.spec.show || !this.spec.unit ? "" : ` ${this.spec.unit}`;
-    const shown = this.drawn.slice(0, 12);
+    const first = (curve) => (curve.run.id === this.view.highlighted ? 0 : 1);
+    const shown = [...this.drawn].sort((a, b) => first(a) - first(b)).slice(0, this.isSingle() ? 12 : this.spec.height ? 6 : 3);
     const rows = shown.map((curve) => {
       const { window, x } = curve;
       const place = at == null ? x.length - 1 : Math.min(x.length - 1, placeOf(x, at));
@@ -261,15 +266,23 @@ class Chart {
   }
 
   labelOf(curve) {
-    const many = this.view.visible().length > 1;
-    return many ? [curve.run.name, curve.label].filter(Boolean).join(" · ") : curve.label || curve.run.name;
+    return !this.isSingle() ? [curve.run.name, curve.label].filter(Boolean).join(" · ") : curve.label || curve.run.name;
   }
+
+  /** Return the name of the vertical axis, with its unit. */
+  name() {
+    const name = this.spec.axis ?? this.spec.title.toLowerCase();
+    return this.spec.unit ? `${name} (${this.spec.unit})` : name;
+  }
+
+  /** Return whether only one run is drawn, so that its curves need no name of a run. */
+  isSingle() { return this.spec.ofOne || this.view.visible().length === 1; }
 
   /** Runs have colors; the curves of one run have colors too if it is shown alone. */
   styleOf(curve) {
     const same = this.drawn.filter((other) => other.run.id === curve.run.id && !other.marks === !curve.marks);
     const place = same.findIndex((other) => other.name === curve.name);
-    if (this.view.visible().length === 1) return styleOf(curve.run.place + (curve.marks ? 1 : 0) + place);
+    if (this.isSingle()) return styleOf(curve.run.place + (curve.marks ? 1 : 0) + place);
     return { color: styleOf(curve.run.place).color, dash: place ? DASHES[place % DASHES.length] : styleOf(curve.run.place).dash };
   }
 

@@ -25,8 +25,8 @@ function svg(tag, props = {}, ...children) {
 
 /** Return a table from a header and rows; columns of numbers are aligned to the right. */
 function table(header, rows, props = {}) {
-  const isNumber = header.map((_, i) => rows.length > 0 && rows.every((row) => row[i] instanceof Node || /^[-–\d.,\s%×µa-zA-Z/]*$/.test(row[i]) && /^[-–\d]/.test(row[i])));
-  const cell = (tag, value, i) => el(tag, { class: isNumber[i] && !(value instanceof Node) ? "number" : "" }, value);
+  const isNumber = header.map((_, i) => rows.length > 0 && rows.every((row) => !(row[i] instanceof Node) && /^[-–\d.,\s%×µa-zA-Z/]*$/.test(row[i]) && /^[-–\d]/.test(row[i])));
+  const cell = (tag, value, i) => el(tag, { class: isNumber[i] ? "number" : "", scope: tag === "th" && "col" }, value);
   return el("div", { class: "wide", tabindex: "0", role: "region", "aria-label": props.label || "table" },
     el("table", {},
       el("thead", {}, el("tr", {}, header.map((name, i) => cell("th", name, i)))),
@@ -44,6 +44,11 @@ function number(value, digits = 4) {
 }
 
 const PREFIXES = [[1e24, "Y"], [1e21, "Z"], [1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"], [1, ""], [1e-3, "m"], [1e-6, "µ"]];
+
+/** Return a whole number with commas: 54,321. */
+function count(value) {
+  return value == null || !Number.isFinite(value) ? "–" : Math.round(value).toLocaleString("en-US");
+}
 
 /** Return a number with a metric prefix: 12.3 M. */
 function metric(value, unit = "", digits = 3) {

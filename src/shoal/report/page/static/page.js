@@ -2,9 +2,9 @@
 // The page: the choices that its charts share, the list of runs, and the sections.
 
 const CHARTS = [
-  { id: "loss", title: "Loss", unit: "nats per token", height: 340, events: true, curves: () => [{ name: "loss", label: "training" }, { name: "val_loss", label: "held-out", marks: true }] },
-  { id: "held", title: "Held-out loss", unit: "nats per token", curves: (run) => [{ name: "val_loss", label: "", marks: true }], needs: "val_loss" },
-  { id: "bits", title: "Held-out loss per byte", unit: "bits per byte", curves: () => [{ name: "val_bits_per_byte", label: "", marks: true }], needs: "val_bits_per_byte" },
+  { id: "loss", title: "Loss", unit: "nats per token", height: 340, events: true, curves: (run, view) => [{ name: "loss", label: "training" }, ...(view.visible().length > 3 ? [] : [{ name: "val_loss", label: "held-out", marks: true }])] },
+  { id: "held", title: "Held-out loss", axis: "loss", unit: "nats per token", curves: (run) => [{ name: "val_loss", label: "", marks: true }], needs: "val_loss" },
+  { id: "bits", title: "Held-out loss per byte", axis: "loss", unit: "bits per byte", curves: () => [{ name: "val_bits_per_byte", label: "", marks: true }], needs: "val_bits_per_byte" },
   { id: "norm", title: "Gradient norm", unit: "", events: true, curves: () => [{ name: "grad_norm", label: "" }], needs: "grad_norm" },
   { id: "spike", title: "Spike score", unit: "robust z", neverLog: true, curves: () => [{ name: "spike_score", label: "" }], needs: "spike_score" },
   { id: "lr", title: "Learning rate", unit: "", fromZero: true, curves: () => [{ name: "lr", label: "" }], needs: "lr" },
@@ -12,9 +12,9 @@ const CHARTS = [
   { id: "mfu", title: "Model FLOPs utilization", axis: "MFU", unit: "%", fromZero: true, show: (v) => `${number(100 * v, 3)}%`, curves: () => [{ name: "mfu", label: "" }], needs: "mfu" },
   { id: "seconds", title: "Time of a step", unit: "seconds", fromZero: true, show: duration, curves: () => [{ name: "step_seconds", label: "" }], needs: "step_seconds" },
   { id: "memory", title: "Peak memory of process 0", axis: "memory", unit: "bytes", fromZero: true, show: bytes, curves: () => [{ name: "memory_bytes", label: "" }], needs: "memory_bytes" },
-  { id: "sources", title: "Training loss by source", axis: "loss", unit: "nats per token", curves: (run) => under(run, "source_loss/"), needs: "source_loss/" },
-  { id: "held-sources", title: "Held-out loss by source", axis: "loss", unit: "nats per token", curves: (run) => under(run, "val_source_loss/").map((curve) => ({ ...curve, marks: true })), needs: "val_source_loss/" },
-  { id: "split", title: "Phases of a step on process 0", axis: "time", unit: "seconds", fromZero: true, show: duration, curves: (run) => under(run, "split_seconds/").filter(({ label }) => label !== "step"), needs: "split_seconds/" },
+  { id: "sources", ofOne: true, title: "Training loss by source", axis: "loss", unit: "nats per token", curves: (run) => under(run, "source_loss/"), needs: "source_loss/" },
+  { id: "held-sources", ofOne: true, title: "Held-out loss by source", axis: "loss", unit: "nats per token", curves: (run) => under(run, "val_source_loss/").map((curve) => ({ ...curve, marks: true })), needs: "val_source_loss/" },
+  { id: "split", ofOne: true, title: "Phases of a step on process 0", axis: "time", unit: "seconds", fromZero: true, show: duration, curves: (run) => under(run, "split_seconds/").filter(({ label }) => label !== "step"), needs: "split_seconds/" },
 ];
 
 /** Return the curves of a run whose names begin so. */
@@ -43,6 +43,9 @@ class Page {
     this.differences = differences ?? [];
   }
 
+  /** Return the run that the sections are about. */
+  chosen() { return this.runs.filter((run) => run.id === this.detail); }
+
   visible() { return this.runs.filter((run) => !this.hidden.has(run.id)); }
 
   events() {
@@ -51,22 +54,23 @@ class Page {
 
   zoom(range) {
     this.range = range && range[1] > range[0] ? range : null;
-    this.reload();
+    return this.reload();
   }
 
   follow(from, at) {
     for (const chart of this.charts) if (chart !== from) chart.follow(at);
   }
 
-  reload() { for (const chart of this.charts) chart.load(); }
+  reload() { return Promise.all(this.charts.map((chart) => chart.load())); }
 
   redraw() { for (const chart of this.charts) if (chart.width) chart.draw(); }
 
   /** Choose the horizontal axis; a range of another unit has no meaning on it. */
   choose(name, value) {
     this[name] = value;
-    if (name === "axis") this.range = null;
-    name === "axis" ? this.reload() : this.redraw();
+    if (name !== "axis") return this.redraw();
+    this.range = null;
+    return this.reload();
   }
 
   // --- the frame ---
@@ -137,7 +141,7 @@ class Page {
     const loss = run.best_val_loss ?? run.loss;
     return el("li", { onmouseenter: light(run.id), onmouseleave: light(null) },
       el("label", {}, box, sample(styleOf(run.place)), el("span", { class: "name" }, run.name)),
-      el("span", { class: "quiet" }, stateView(run.state), ` · step ${number(run.step, 12)}`, loss == null ? "" : ` · ${run.best_val_loss == null ? "loss" : "held-out"} ${number(loss)}`));
+      el("span", { class: "quiet" }, stateView(run.state), run.state === "running" ? ` · step ${count(run.step)}` : "", loss == null ? "" : ` · ${run.best_val_loss == null ? "loss" : "held-out"} ${number(loss)}`));
   }
 
   changedRuns() {
@@ -156,7 +160,7 @@ class Page {
     this.head = el("div", {});
     this.slots = Object.fromEntries(["provenance", "goodput", "ranks", "spikes", "events", "samples", "profile"].map((name) => [name, el("div", {})]));
     this.differing = el("section", {});
-    const choose = el("select", { onchange: () => { this.detail = choose.value; this.showDetail(); } }, this.runs.map((run) => el("option", { value: run.id }, run.name)));
+    const choose = el("select", { onchange: () => { this.detail = choose.value; this.showDetail(); for (const chart of this.charts) if (chart.spec.ofOne) chart.load(); } }, this.runs.map((run) => el("option", { value: run.id }, run.name)));
     const about = this.runs.length > 1 ? el("label", { class: "field" }, "About ", choose) : null;
     this.sections.replaceChildren(
       this.runs.length === 1 ? this.head : "",
@@ -167,7 +171,7 @@ class Page {
       el("div", { class: "about" }, about, this.runs.length > 1 ? this.head : null,
         this.section("Spikes and their documents", "spikes"), this.section("Events and restarts", "events"),
         this.section("Ranks", "ranks"), this.section("Where the time went", "goodput"),
-        this.section("What ran with what", "provenance"), this.section("Samples", "samples")));
+        this.section("What ran with what", "provenance"), this.section("Samples", "samples"), this.section("Profile", "profile")));
     this.fillDifferences();
   }
 
@@ -198,7 +202,7 @@ class Page {
     if (id == null) return;
     const [run, ranks] = await Promise.all([this.source.run(id), this.source.ranks(id)]);
     if (id !== this.detail || !run) return;
-    this.about = { ...this.runs.find((each) => each.id === id), ...run, ranks };
+    this.about = { ...this.runs.find((each) => each.id === id), ...run, ranks, goodput: run.account?.goodput };
     this.fillDetail();
   }
 
@@ -212,6 +216,9 @@ class Page {
     };
     this.head.replaceChildren(headline(run));
     for (const [name, node] of Object.entries(content)) this.slots[name].replaceChildren(node);
+    this.slots.profile.parentNode.hidden = !run.profiles?.length;
+    this.slots.profile.replaceChildren();
+    if (run.profiles?.length) drawProfile(this.slots.profile, run.profiles);
   }
 
   /** Show a step in the middle of the charts. */
@@ -253,4 +260,4 @@ class Page {
 
 const embedded = document.getElementById("shoal-data");
 const page = new Page(embedded ? new EmbeddedSource(JSON.parse(embedded.textContent)) : new FetchedSource());
-page.start();
+const started = page.start();

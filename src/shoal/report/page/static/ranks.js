@@ -26,8 +26,8 @@ function slowRanks(ranks) {
   if (!slow.length) return el("p", {}, `All ${number(ranks.ranks)} ranks are busy about equally long: none takes 10% longer than the median in half of the measured steps.`);
   return el("div", {},
     el("p", {}, "Slower than the median rank, in half of the measured steps or more:"),
-    table(["rank", "busy, relative to the median (×)", "phase that takes longest beyond the median", "place"],
-      slow.map((each) => [number(each.rank), `${each.ratio.toFixed(2)}×`, each.phase, each.place ?? "–"]), { label: "Slow ranks" }));
+    table(["rank", "busy (× the median)", "slow in", "place in the layout"],
+      slow.map((each) => [count(each.rank), `${each.ratio.toFixed(2)}×`, each.phase, each.place]), { label: "Slow ranks" }));
 }
 
 /** Return a canvas of ranks and steps; a cell is the largest ratio of its ranks and steps, so that none is hidden. */
@@ -51,8 +51,8 @@ function heatMap(ranks) {
     const names = ranks.rows[y];
     const who = names[0] === names[1] ? `rank ${names[0]}` : `slowest of ranks ${names[0]} to ${names[1]}`;
     const value = ranks.cells[y][x];
-    said.textContent = value == null ? `step ${number(ranks.steps[x], 12)}, ${who}: not measured`
-      : `step ${number(ranks.steps[x], 12)}, ${who}: ${value.toFixed(2)}× the median, mostly in ${ranks.phases[ranks.slow_phase[y][x]]}`;
+    said.textContent = value == null ? `step ${count(ranks.steps[x])}, ${who}: not measured`
+      : `step ${count(ranks.steps[x])}, ${who}: ${value.toFixed(2)}× the median, mostly in ${ranks.phases[ranks.slow_phase[y][x]]}`;
   };
   let [x, y] = [0, 0];
   canvas.addEventListener("mousemove", (event) => {
@@ -73,7 +73,7 @@ function heatMap(ranks) {
     el("h3", {}, "Busy time of each rank, relative to the median rank of the step (×)"),
     el("div", { class: "heatgrid" },
       el("div", { class: "side" }, el("span", {}, "rank 0"), el("span", {}, rows > 1 ? `rank ${ranks.rows[rows - 1][1]}` : "")), canvas,
-      el("div", { class: "below" }, el("span", {}, `step ${number(ranks.steps[0], 12)}`), el("span", {}, columns > 1 ? `step ${number(ranks.steps[columns - 1], 12)}` : ""))),
+      el("div", { class: "below" }, el("span", {}, `step ${count(ranks.steps[0])}`), el("span", {}, columns > 1 ? `step ${count(ranks.steps[columns - 1])}` : ""))),
     el("p", { class: "scale" }, "1× ", bar, ` ${limit.toFixed(1)}×${limit < top ? " or more" : ""}`), said);
 }
 

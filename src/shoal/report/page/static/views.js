@@ -16,21 +16,21 @@ function facts(pairs) {
 
 /** Return the numbers to know first. */
 function headline(run) {
-  const total = run.total_steps ? ` of ${number(run.total_steps, 12)}` : "";
+  const total = run.total_steps ? ` of ${count(run.total_steps)}` : "";
   const left = run.state === "running" && run.seconds_left != null ? duration(run.seconds_left) : null;
   const pairs = [
     ["state", stateView(run.state)],
     ["phase", run.now && run.state === "running" ? phaseOf(run.now) : null],
-    ["step", `${number(run.step, 12)}${total}`],
+    ["step", `${count(run.step)}${total}`],
     ["time left", left],
     ["training loss", run.loss == null ? null : `${number(run.loss)} nats/token`],
-    ["best held-out loss", run.best_val_loss == null ? null : `${number(run.best_val_loss)} nats/token, step ${number(run.best_val_step, 12)}`],
+    ["best held-out loss", run.best_val_loss == null ? null : `${number(run.best_val_loss)} nats/token, step ${count(run.best_val_step)}`],
     ["tokens trained on", run.tokens == null ? null : metric(run.tokens)],
     ["throughput", run.tokens_per_second == null ? null : `${metric(run.tokens_per_second)} tokens/s`],
     ["MFU", run.mfu == null ? null : `${(100 * run.mfu).toFixed(1)}%`],
     ["goodput", run.goodput == null ? null : `${(100 * run.goodput).toFixed(1)}%`],
     ["restarts", run.restarts == null ? null : number(run.restarts)],
-    ["cost", run.cost?.text ?? null],
+    ["cost", run.cost?.words ?? null],
   ];
   const progress = run.total_steps ? el("progress", { max: run.total_steps, value: run.step ?? 0, "aria-label": "steps taken" }) : null;
   return el("div", { class: "headline" }, progress, facts(pairs));
@@ -56,7 +56,7 @@ function provenance(run) {
       ["device", gpus ?? started.device_name ?? started.machine?.processor ?? started.device],
       ["processes", started.processes == null ? null : number(started.processes)],
       ["parameters", started.parameters == null ? null : metric(started.parameters) + (started.trainable_parameters != null && started.trainable_parameters !== started.parameters ? `, ${metric(started.trainable_parameters)} trained` : "")],
-      ["tokens of a step", started.tokens_per_step == null ? null : number(started.tokens_per_step, 12)],
+      ["tokens of a step", started.tokens_per_step == null ? null : count(started.tokens_per_step)],
       ["FLOP of a token", started.flops_per_token == null ? null : metric(started.flops_per_token, "FLOP")],
       ["versions", Object.entries(versions).map(([name, version]) => `${name} ${version}`).join(", ")],
     ]),
@@ -93,7 +93,7 @@ function layoutView(run) {
   const title = el("h3", {}, `Layout: ${words}`);
   if (ranks === 1) return el("div", {}, title);
   return el("div", {}, title, el("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Layout" }, rankGrid(used, Math.min(ranks, 256))),
-    ranks > 256 ? el("p", { class: "quiet" }, `The first 256 of ${number(ranks, 12)} ranks.`) : null);
+    ranks > 256 ? el("p", { class: "quiet" }, `The first 256 of ${count(ranks)} ranks.`) : null);
 }
 
 /** Draw ranks by their coordinates along the axes. */
@@ -159,8 +159,8 @@ function spentColor(category, i) {
 function eventsView(run, show) {
   if (!run.events.length) return el("p", { class: "quiet" }, "No events yet.");
   const rows = run.events.map((event) => [
-    moment(event.time),
-    event.step == null ? "–" : el("button", { type: "button", class: "link", onclick: () => show(event.step) }, `step ${number(event.step, 12)}`),
+    el("span", { class: "when" }, moment(event.time)),
+    event.step == null ? "–" : el("button", { type: "button", class: "link", onclick: () => show(event.step) }, `step ${count(event.step)}`),
     el("span", { class: event.isBad ? "bad" : "" }, `${event.isBad ? "▼ " : "● "}${event.event}`),
     event.text,
   ]);
@@ -171,7 +171,7 @@ function eventsView(run, show) {
 function spikesView(run, show) {
   if (!run.spikes?.length) return el("p", { class: "quiet" }, "No spike of the loss: no step stands out from those before it.");
   const rows = run.spikes.map((spike) => [
-    el("button", { type: "button", class: "link", onclick: () => show(spike.step) }, `step ${number(spike.step, 12)}`),
+    el("button", { type: "button", class: "link", onclick: () => show(spike.step) }, `step ${count(spike.step)}`),
     number(spike.loss), number(spike.score, 3),
     spike.documents?.length ? el("ul", {}, spike.documents.map((text) => el("li", {}, text))) : el("code", {}, spike.command),
   ]);
@@ -189,5 +189,9 @@ function differencesView(differences, runs) {
   const rows = differences.filter(({ values }) => new Set(runs.map((run) => values[run.id] ?? "–")).size > 1);
   if (runs.length < 2) return null;
   if (!rows.length) return el("p", {}, "The configs of the shown runs do not differ.");
+  if (rows.length <= 6) {
+    const line = (run) => [el("span", {}, sample(styleOf(run.place)), ` ${run.name}`), ...rows.map(({ values }) => values[run.id] ?? "–"), number(run.best_val_loss), number(run.loss)];
+    return table(["run", ...rows.map(({ option }) => option), "best held-out loss (nats/token)", "last training loss (nats/token)"], runs.map(line), { label: "Options that differ" });
+  }
   return table(["option", ...runs.map((run) => run.name)], rows.map(({ option, values }) => [option, ...runs.map((run) => values[run.id] ?? "–")]), { label: "Options that differ" });
 }

@@ -1,0 +1,1 @@
+"""Profiles of training steps: the recording and what it says about operators, modules, memory and overlap."""

@@ -1,0 +1,1 @@
+"""Pictures of runs, as PNG and SVG, drawn with matplotlib. No torch."""

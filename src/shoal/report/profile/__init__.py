@@ -1,0 +1,1 @@
+"""Reading profiles: a table for the console and a view for the page."""
