@@ -357,12 +357,6 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", metavar="FORMAT,...", help=formats)
 
 
-def _add_dashboard(parser: argparse.ArgumentParser) -> None:
-    folder = "folder that holds all runs, or the folder of one (default: runs)"
-    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help=folder)
-    parser.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one from 6464 on)")
-
-
 def _add_plot(parser: argparse.ArgumentParser) -> None:
     whats = "loss: training and held-out loss of one or several runs; details: throughput, memory, time split and goodput of a run; "
     parser.add_argument(
@@ -401,6 +395,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
     return int(text)
+
+
+def _add_dashboard(parser: argparse.ArgumentParser) -> None:
+    folder = "folder that holds all runs, or the folder of one (default: runs)"
+    parser.add_argument("runs", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help=folder)
+    parser.add_argument("--port", type=int, metavar="N", help="port on 127.0.0.1 (default: a free one from 6464 on)")
 
 
 def _add_rendezvous(parser: argparse.ArgumentParser) -> None:
