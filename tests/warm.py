@@ -39,15 +39,15 @@ LINUX: Final = sys.platform == "linux"
 SHOAL: Final = [sys.executable, "-m", "shoal"]
 NAME: Final = "shoal-server"  # a server's process name: it is a child of its launcher, but not a worker
 # Verbs that import torch; the others start in a tenth of a second.
-VERBS: Final = {"train", "eval", "generate", "export", "verify", "bench"}
+VERBS: Final = {"train", "eval", "generate", "export", "verify", "bench", "profile"}
 IMPORTED: Final = ("shoal.elastic.agent", "shoal.training.loop", "shoal.bench.parity", "shoal.infer.commands")
-LAUNCHERS: Final = {"train", "verify"}
+LAUNCHERS: Final = {"train", "verify", "profile"}
 THREADS: Final = "--threads"  # an option that sets variables that torch reads when it is imported
 READ_LATER: Final = re.compile(
     r"(SHOAL|TORCHELASTIC|PYTEST|MASTER|LOCAL|GROUP|ROLE)_.*|RANK|WORLD_SIZE|TMPDIR|PWD|OLDPWD|_|CUDA_VISIBLE_DEVICES"
     # torch reads these when it creates a group or compiles; the first sets only what the store logs
     r"|TORCH_CPP_LOG_LEVEL|TORCH_DISABLE_SHARE_RDZV_TCP_STORE|TORCH_NCCL_.*|TORCHINDUCTOR_CACHE_DIR|GLOO_SOCKET_IFNAME"
-    r"|TIKTOKEN_CACHE_DIR|CUBLAS_WORKSPACE_CONFIG|MALLOC_(MMAP|TRIM)_THRESHOLD_|GLIBC_TUNABLES"  # cuBLAS, and the speed of malloc
+    r"|KINETO_LOG_LEVEL|TIKTOKEN_CACHE_DIR|CUBLAS_WORKSPACE_CONFIG|MALLOC_(MMAP|TRIM)_THRESHOLD_|GLIBC_TUNABLES"  # cuBLAS, and the speed of malloc
 )
 _SUBREAPER, _DEATH_SIGNAL, _SET_NAME = 36, 1, 15  # prctl(2)
 

@@ -180,7 +180,7 @@ def _started(step: int, steps: int, processes: int) -> dict[str, Any]:
 
 
 def _write_time(path: Path, steps: int, restarts: Sequence[int], step_seconds: float) -> None:
-    lines = []
+    lines: list[dict[str, Any]] = []
     for start, stop in zip((0, *restarts), (*restarts, steps), strict=True):
         life = int((BEGAN + start * step_seconds) * 1e6) + len(lines) * 10_000_000
         lines.append({"life": life, "step": start, "reached": 0, "spent": {"start": 2_000_000}, "begin": True})

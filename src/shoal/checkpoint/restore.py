@@ -40,6 +40,17 @@ def load_model(saved: Saved, model: nn.Module, device: torch.device) -> dict[str
     return load(saved, {f"model.{name}": Part.whole(p.detach()) for name, p in model.named_parameters()})
 
 
+def whole_tensors(saved: Saved) -> dict[str, torch.Tensor]:
+    """Verify the checkpoint, and return all its tensors, whole, on the CPU. Raises `CheckpointError` if it is damaged."""
+    verify(saved.folder)
+    with _plainly():
+        found = HuggingFaceStorageReader(str(saved.folder)).read_metadata().state_dict_metadata
+    sizes: dict[str, Any] = dict(found)
+    parts = {name: Part.whole(torch.empty(each.size, dtype=each.properties.dtype)) for name, each in sizes.items()}
+    read_into(saved, parts)
+    return {name: part.tensor for name, part in parts.items()}
+
+
 def read_into(saved: Saved, parts: Mapping[str, Part]) -> None:
     """Fill `parts` without verifying hashes, for callers that have verified them: a large model is read in several calls."""
     try:

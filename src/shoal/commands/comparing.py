@@ -42,6 +42,8 @@ def compare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
     from shoal.run.console import Console
 
     a, b = groups(args.words, Path(args.runs))
+    if args.bisect:
+        return _bisect(args, a, b)
     found = comparison.compare(
         a, b, seed_noise=args.seed_noise / 100, speed_noise=args.speed_noise / 100, level=args.level
     )
@@ -59,6 +61,29 @@ def compare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
         for line in words.lines(found):
             console.say(line)
     return int(args.fail_if_worse and found.is_worse)
+
+
+def _bisect(args: argparse.Namespace, a: Sequence[RunFacts], b: Sequence[RunFacts]) -> int:
+    from shoal.launch.torchrun import set_environment
+    from shoal.run.console import Console
+
+    if len(a) != 1 or len(b) != 1:
+        raise RunError("--bisect compares one run with one other: shoal compare A B --bisect")
+    set_environment(1)  # before torch is imported: a bitwise run has one thread
+    from shoal.report.compare.bisect import bisect
+    from shoal.report.compare.series import Series
+
+    console = Console(on_stderr=args.json)
+    found = bisect(Series.read(a[0]), Series.read(b[0]), console.note)
+    if args.json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        from shoal.report.compare.words import parting_line
+
+        console.say(parting_line(found.recorded, a[0].name, b[0].name))
+        for line in found.said:
+            console.say(line, "bold")
+    return 0
 
 
 def groups(words: Sequence[str], runs: Path) -> tuple[list[RunFacts], list[RunFacts]]:

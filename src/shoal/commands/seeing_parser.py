@@ -172,6 +172,11 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         "--speed-noise", type=_percent, default=2.0, metavar="PERCENT",
         help="with one run on each side: assumed standard deviation of the speed between runs, in percent (default: 2)",
     )  # fmt: skip
+    parser.add_argument(
+        "--bisect", action="store_true",
+        help="with two runs of train.repro bitwise: find the first step and the first tensor that differ, by repeating steps "
+        "from their checkpoints",
+    )  # fmt: skip
     parser.add_argument("--fail-if-worse", action="store_true", help="exit with code 1 if B is worse in loss or speed")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 

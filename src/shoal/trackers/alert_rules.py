@@ -47,10 +47,11 @@ class Finding:
 
 @dataclass
 class Rules:
-    """The rules of a config. They remember how full the disk was."""
+    """The rules of a config. They remember how full the disk was, and the last crash."""
 
     options: Alerts
     _free: list[tuple[float, int]] = field(default_factory=list)  # (time, free bytes) of the last hour
+    _crash_step: int = -1  # of the last crash
 
     def judge(self, seen: Seen) -> Iterator[Finding]:
         """Yield a finding for each rule and each thing it looks at, in the order in which they happened."""
@@ -64,7 +65,7 @@ class Rules:
         if seen.free_bytes is not None:
             yield from self._judge_disk(seen, seen.free_bytes)
         if options.crashed:
-            yield from _judge_crashes(seen)
+            yield from self._judge_crashes(seen)
         if options.ended and (seen.ended or seen.stepped):
             yield Finding(
                 rule="ended", broken=bool(seen.ended), text=f"{seen.ended}, after step {seen.step:,}", step=seen.step
@@ -86,6 +87,19 @@ class Rules:
                 rule="disk_full_within", broken=hours < hours_limit, value=hours, limit=hours_limit, step=seen.step,
                 text=f"{there_are}, which is full in {hours:.1f} hours at the pace of the last hour",
             )  # fmt: skip
+
+    def _judge_crashes(self, seen: Seen) -> Iterator[Finding]:
+        crashes = [event for event in seen.events if event.get("event") in CRASHES]
+        for event in crashes:
+            step = int(event.get("step") or 0)
+            if step > self._crash_step >= 0:  # the run had recovered, perhaps within this look
+                yield Finding(rule="crashed", broken=False, step=step)
+            self._crash_step = step
+            how = f"worker {event.get('rank')} {event.get('how')} at step {step}"
+            text = how if event["event"] == "crashed" else str(event.get("why")).partition("; stacks in")[0]
+            yield Finding(rule="crashed", broken=True, text=text, step=step)
+        if seen.stepped and not crashes:
+            yield Finding(rule="crashed", broken=False, step=seen.step)
 
 
 def _judge_step(options: Alerts, record: StepRecord) -> Iterator[Finding]:
@@ -123,16 +137,6 @@ def _judge_goodput(limit: float, grace_seconds: float, seen: Seen, account: Acco
         text=f"goodput {100 * value:.1f}%; the limit is {100 * limit:g}%. The largest other part is {worst}, "
         f"{duration(account.spent[worst] / 1e6)}",
     )  # fmt: skip
-
-
-def _judge_crashes(seen: Seen) -> Iterator[Finding]:
-    crashes = [event for event in seen.events if event.get("event") in CRASHES]
-    for event in crashes:
-        how = f"worker {event.get('rank')} {event.get('how')} at step {event.get('step')}"
-        text = how if event["event"] == "crashed" else str(event.get("why")).partition("; stacks in")[0]
-        yield Finding(rule="crashed", broken=True, text=text, step=int(event.get("step") or 0))
-    if seen.stepped and not crashes:
-        yield Finding(rule="crashed", broken=False, step=seen.step)
 
 
 def hours_until_full(free: Sequence[tuple[float, int]]) -> float:

@@ -29,7 +29,7 @@ from shoal.metrics.profile.memory import find_peak
 from shoal.metrics.profile.recorder import LOSS, WARNED_BYTES, ModuleRanges, PhaseRanges, Recorder, in_range
 from shoal.metrics.profile.records import Profile, RankMemory, RankProfile, read_json, write_json, write_memory
 from shoal.metrics.profile.snapshot import AllocatorHistory
-from shoal.metrics.profile.trace import Trace, build, enrich, read_events, write_events
+from shoal.metrics.profile.trace import Trace, build, enrich, read_events, separate_transfers, write_events
 from shoal.parallel.recompute import Compiled
 from shoal.run.folder import RunFolder
 from shoal.run.profiles import Asked, Steps, folder_of, prepare
@@ -53,12 +53,17 @@ def profile_run(config: Config, asked: Asked, stop: StopRequest, heartbeat: Hear
     heartbeat.outside("meeting the other processes")
     heartbeat.rest()  # a recorded step may take many times as long; the timeout of collectives still applies
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
-        _prepare(config, asked, mesh)
-        run = Run.open(config, mesh, stop, heartbeat)
-        try:
-            return _record_run(run, asked)
-        finally:
-            run.close()
+        return record_in(mesh, config, asked, stop, heartbeat)
+
+
+def record_in(mesh: Mesh, config: Config, asked: Asked, stop: StopRequest, heartbeat: Heartbeat | None = None) -> bool:
+    """Train and record in an open mesh. Return True if the run was stopped early."""
+    _prepare(config, asked, mesh)
+    run = Run.open(config, mesh, stop, heartbeat)
+    try:
+        return _record_run(run, asked)
+    finally:
+        run.close()
 
 
 def _prepare(config: Config, asked: Asked, mesh: Mesh) -> None:
@@ -194,6 +199,7 @@ class Recording:
         self._recorder.export(raw)
         events = read_events(raw)
         raw.unlink()
+        separate_transfers(events)
         trace = build(events["traceEvents"], [*self._ranges.names, LOSS])
         enrich(events, trace, self.rank)
         size = write_events(path, events)

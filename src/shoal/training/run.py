@@ -152,6 +152,7 @@ class Run:
         repository = Look.at(Path(".")) if mesh.is_first else None
         # A launcher has shown the progress already
         speaks = Console(speaks=mesh.is_first and not is_launched())
+        speaks.on_progress = heartbeat.on_progress
         dataset = open_data(config.data, speaks, past=tokens_of(folder))
         heartbeat.outside("measuring the device")
         config = finish_config(config, folder, dataset, mesh, console.warn)

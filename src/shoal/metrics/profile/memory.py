@@ -44,11 +44,10 @@ def find_peak(trace: Trace, device: int) -> Peak:
 
 def _apply(change: Change, live: dict[int, Change]) -> int:
     """Note an allocation or a release in `live`; return by how many bytes it changes what is live."""
+    freed = live.pop(change.address, None)  # before an allocation, too: its release may not have been recorded
     if change.size > 0:
         live[change.address] = change
-        return change.size
-    freed = live.pop(change.address, None)
-    return -freed.size if freed is not None else 0
+    return max(change.size, 0) - (freed.size if freed is not None else 0)
 
 
 def _forward_module(change: Change) -> str:

@@ -104,6 +104,42 @@ def read_events(path: Path) -> dict[str, Any]:
     return found
 
 
+def separate_transfers(events: dict[str, Any]) -> None:
+    """
+    Move transfers off the thread of the steps, in place.
+
+    gloo records a send from its call to its end, which outlasts the operator around it. Complete events of a thread must nest.
+    """
+    listed: list[dict[str, Any]] = events["traceEvents"]
+    steps = next((e for e in listed if e.get("ph") == "X" and _STEP.fullmatch(e["name"])), None)
+    if steps is None:
+        return
+    moved = [e for e in listed if e.get("tid") == steps["tid"] and e.get("ph") == "X" and e["name"].startswith(TRANSFER)]
+    first, ends = _free_lane(listed), [0.0]
+    for event in sorted(moved, key=lambda e: float(e["ts"])):
+        lane = next((number for number, end in enumerate(ends) if end <= event["ts"]), len(ends))
+        ends[lane:lane] = [] if lane < len(ends) else [0.0]
+        ends[lane] = event["ts"] + event["dur"]
+        event["tid"] = first + lane
+    if moved:
+        for lane in range(len(ends)):
+            listed += _lane_names(steps, first + lane, f"transfers {lane}")
+
+
+def _free_lane(listed: Iterable[Mapping[str, Any]]) -> int:
+    """Return a number that no thread of the trace has, nor any above it."""
+    return 1 + max((e["tid"] for e in listed if isinstance(e.get("tid"), int)), default=0)
+
+
+def _lane_names(like: Mapping[str, Any], lane: int, name: str) -> list[dict[str, Any]]:
+    """Return the events that name a lane, and place it after the other threads."""
+    about = {"ph": "M", "pid": like["pid"], "tid": lane, "ts": like["ts"]}
+    return [
+        {**about, "name": "thread_name", "args": {"name": name}},
+        {**about, "name": "thread_sort_index", "args": {"sort_index": lane}},
+    ]
+
+
 def build(events: Iterable[Mapping[str, Any]], modules: Collection[str]) -> Trace:
     """Nest the spans of each thread, and find the step, phase and module of each. modules: names of ranges of modules."""
     timed = [e for e in events if e.get("ph") in ("X", "i") and e.get("cat") in _KINDS]
@@ -268,10 +304,8 @@ def enrich(events: dict[str, Any], trace: Trace, rank: int) -> None:
             elif event["name"] == "thread_name" and event.get("tid") in threads:
                 event["args"]["name"] = f"{threads[event['tid']]} ({event['tid']})"
     if lanes := backward_lanes(trace):
-        lane = 1 + max((e["tid"] for e in listed if isinstance(e.get("tid"), int)), default=0)
-        about = {"ph": "M", "pid": pid, "tid": lane, "ts": steps[0].start}
-        listed.append({**about, "name": "thread_name", "args": {"name": LANE}})
-        listed.append({**about, "name": "thread_sort_index", "args": {"sort_index": pid}})
+        lane = _free_lane(listed)
+        listed += _lane_names(next(e for e in listed if e.get("name") == steps[0].name), lane, LANE)
         listed += [
             {
                 "ph": "X",

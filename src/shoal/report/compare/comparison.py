@@ -51,12 +51,15 @@ class Measure:
 
     @property
     def verdict(self) -> str:
-        """Return "B is better", "B is worse", "cannot tell" or "not comparable"."""
+        """Return "B is better", "B is worse", "B is faster", "B is slower", "cannot tell" or "not comparable"."""
         if self.difference is None:
             return "not comparable"
         if not self.difference.is_real:
             return "cannot tell"
-        return "B is better" if (self.difference.estimate < 0) == self.less_is_better else "B is worse"
+        better = (self.difference.estimate < 0) == self.less_is_better
+        if self.less_is_better:
+            return "B is better" if better else "B is worse"
+        return "B is faster" if better else "B is slower"
 
     def as_json(self) -> dict[str, Any]:
         """Return the measure for `--json`."""
@@ -85,7 +88,7 @@ class Comparison:
     @property
     def is_worse(self) -> bool:
         """Whether B has a higher loss or a lower speed, beyond noise."""
-        return any(m.verdict == "B is worse" for m in (self.loss, self.measures[-1]))
+        return any(m.verdict in ("B is worse", "B is slower") for m in (self.loss, self.measures[-1]))
 
     def as_json(self) -> dict[str, Any]:
         """Return the comparison for `--json`."""
@@ -235,4 +238,6 @@ def _notes(a: Sequence[Series], b: Sequence[Series]) -> list[str]:
         )
     if len({str(r.facts.event.get("device")) + str(r.facts.event.get("machine")) for r in runs}) > 1:
         notes.append("the runs started on different machines: a difference in speed may be the machines'")
+    if len(runs) == 2:
+        notes.append("one run each: other programs on the machine change the speed of a whole run")
     return notes

@@ -8,6 +8,7 @@ value is estimated from its own noisy steps is *step noise*.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +37,8 @@ class Difference:
     The difference B - A of two groups: an estimate, its standard error with degrees of freedom, and its interval at `level`.
 
     All are differences of logarithms. how: the test, in words. run_noise: standard deviation between runs of one group.
-    assumed: whether `run_noise` is an assumption and not measured, because no group has two runs.
+    assumed: whether `run_noise` is an assumption and not measured, because no group has two runs. paired: whether runs were
+    compared in pairs. tests: how many tests this one was chosen from, each of which gets its share of the level.
     """
 
     estimate: float
@@ -47,11 +49,13 @@ class Difference:
     assumed: bool
     sizes: tuple[int, int]
     level: float = LEVEL
+    paired: bool = False
+    tests: int = 1
 
     @property
     def interval(self) -> tuple[float, float]:
         """The interval that covers the true difference with probability 1 - level."""
-        half = student.quantile(1 - self.level / 2, self.df) * self.error
+        half = student.quantile(1 - self.level / self.tests / 2, self.df) * self.error
         return self.estimate - half, self.estimate + half
 
     @property
@@ -59,7 +63,7 @@ class Difference:
         """Probability of a difference at least this large if there is none."""
         if self.error == 0:
             return float(self.estimate == 0)
-        return 2 * student.cdf(-abs(self.estimate) / self.error, self.df)
+        return min(1.0, 2 * self.tests * student.cdf(-abs(self.estimate) / self.error, self.df))
 
     @property
     def is_real(self) -> bool:
@@ -68,9 +72,9 @@ class Difference:
         return low > 0 or high < 0
 
     def detectable(self, runs: int) -> float:
-        """Return the smallest relative difference that `runs` runs on each side would show, with probability `POWER`."""
-        df = 2 * runs - 2 if runs > 1 else math.inf
-        factor = student.quantile(1 - self.level / 2, df) + student.quantile(POWER, df)
+        """Return the smallest relative difference that `runs` > 1 runs on each side would show, with probability `POWER`."""
+        df = runs - 1 if self.paired else 2 * runs - 2
+        factor = student.quantile(1 - self.level / self.tests / 2, df) + student.quantile(POWER, df)
         return math.expm1(factor * self.run_noise * math.sqrt(2 / runs))
 
     def runs_to_show(self, relative: float, most: int = 1000) -> int | None:
@@ -98,12 +102,23 @@ def between(
     runs, used only if no group has two runs, because then it cannot be measured.
     """
     if paired and len(a) > 1:
-        return _paired(a, b, level)
+        return _shorter(_paired(a, b, level), _welch(a, b, level))
     if len(a) > 1 and len(b) > 1:
         return _welch(a, b, level)
     if len(a) > 1 or len(b) > 1:
         return _one_against_many(a, b, level)
     return _one_against_one(a[0], b[0], assumed_noise, level)
+
+
+def _shorter(one: Difference, other: Difference) -> Difference:
+    """
+    Return the test with the shorter interval, at half the level, so that choosing it is paid for (Bonferroni).
+
+    Pairs are the better test if what a seed and its batches do to a run is the same in both groups; if it is not, the
+    unpaired test has twice the degrees of freedom. Which of them holds shows in the runs alone.
+    """
+    both = [dataclasses.replace(test, tests=2) for test in (one, other)]
+    return min(both, key=lambda test: test.interval[1] - test.interval[0])
 
 
 def _logs(values: Sequence[Value]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -116,7 +131,7 @@ def _paired(a: Sequence[Value], b: Sequence[Value], level: float) -> Difference:
     error = float(apart.std(ddof=1)) / math.sqrt(n)
     how = f"paired t-test of {n} pairs with the same seed and data"
     noise = float(apart.std(ddof=1)) / math.sqrt(2)
-    return Difference(float(apart.mean()), error, n - 1, how, noise, False, (n, n), level)
+    return Difference(float(apart.mean()), error, n - 1, how, noise, False, (n, n), level, paired=True)
 
 
 def _welch(a: Sequence[Value], b: Sequence[Value], level: float) -> Difference:

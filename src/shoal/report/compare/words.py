@@ -57,13 +57,14 @@ def lines(found: Comparison) -> Iterator[str]:
     if found.loss.difference is not None:
         yield from _test_lines(found.loss.difference)
     yield from _option_lines(found)
-    yield _parting_line(found.part, found.a[0].facts.name, found.b[0].facts.name)
+    yield parting_line(found.part, found.a[0].facts.name, found.b[0].facts.name)
     yield from (f"note: {note}" for note in found.notes)
 
 
 def _test_lines(test: Difference) -> Iterator[str]:
     measured = "assumed" if test.assumed else "measured"
-    yield f"test: {test.how}; level {test.level:.2g}, run-to-run noise {test.run_noise:.2%} ({measured})"
+    chosen = ", the more precise of paired and unpaired, at half the level each" if test.tests > 1 else ""
+    yield f"test: {test.how}{chosen}; level {test.level:.2g}, run-to-run noise {test.run_noise:.2%} ({measured})"
     if test.run_noise == 0:
         return
     now = max(2, min(test.sizes))
@@ -100,7 +101,8 @@ def _distinct(values: Sequence[Any]) -> str:
     return ", ".join(dict.fromkeys(json.dumps(value, default=str) for value in values))
 
 
-def _parting_line(part: Parting, a: str, b: str) -> str:
+def parting_line(part: Parting, a: str, b: str) -> str:
+    """Return the first step that parts the runs named `a` and `b`, in a sentence."""
     pair = f"{a} and {b}"
     if not part.compared:
         return f"first difference: {pair} have no step in common"

@@ -188,7 +188,7 @@ class RankMap:
     @property
     def ranks(self) -> int:
         """The largest number of ranks of a line; 0 if nothing was measured."""
-        return self._lines.ratio.shape[1]
+        return int(self._lines.ratio.shape[1])
 
     @property
     def steps(self) -> Ints:

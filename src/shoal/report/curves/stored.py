@@ -61,9 +61,10 @@ class StoredArrays:
         dtype, shape, offset, checksum = self._arrays[name]
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         part = self._bytes[self._start + offset :][:size]
-        if len(part) != size or zlib.crc32(part) != checksum:
+        if len(part) != size or zlib.crc32(part.data) != checksum:
             raise DamagedError(f"the array {name} was altered")
-        return np.asarray(part).view(dtype).reshape(shape)
+        found: NDArray[Any] = np.asarray(part).view(dtype).reshape(shape)
+        return found
 
 
 def _aligned(size: int) -> int:
@@ -79,7 +80,7 @@ def write_arrays(path: Path, notes: Mapping[str, Any], arrays: Mapping[str, NDAr
     table, offset = {}, 0
     flat = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     for name, array in flat.items():
-        table[name] = [array.dtype.str, array.shape, offset, zlib.crc32(array.reshape(-1).view(np.uint8))]
+        table[name] = [array.dtype.str, array.shape, offset, zlib.crc32(array.reshape(-1).view(np.uint8).data)]
         offset = _aligned(offset + array.nbytes)
     header = json.dumps({"notes": notes, "arrays": table}).encode()
     first = MAGIC + f"{zlib.crc32(header)} {len(header)}\n".encode()

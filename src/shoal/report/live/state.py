@@ -15,6 +15,7 @@ from typing import Any, Final, Literal
 from shoal.errors import ShoalError
 from shoal.run.console import duration
 from shoal.run.folder import RunFolder
+from shoal.run.now import TRAINING, read_now
 from shoal.run.records import Evaluation, RanksRecord, StepRecord
 from shoal.run.tail import Tail
 
@@ -25,7 +26,11 @@ KEPT: Final = 2_000  # records kept in memory
 RECENT: Final = 50  # steps whose pace predicts the time left
 EVENTS: Final = 200  # events kept
 ELSEWHERE_SECONDS: Final = 90.0  # a process on another host lives if it wrote this recently: network disks tell late
-AFTER_START: Final = ("training", "evaluation", "saving")  # phases in which steps have begun
+# Phases of a run whose steps have begun; all others come before its first step.
+AFTER_START: Final = (
+    TRAINING, "evaluation", "saving", "rolling back", "writing a sample", "comparing with gzip and xz", "end",
+)  # fmt: skip
+LATE_SECONDS: Final = 5.0  # `now.json` is older than the lock by more than this if an earlier process wrote it
 QUIET_STEPS: Final = 10  # steps' time without a step, after which a view says so
 QUIET_SECONDS: Final = 60.0  # and at least this long
 SAMPLE_CHARACTERS: Final = 4_000
@@ -224,10 +229,16 @@ class Follower:
         return age is not None and age < ELSEWHERE_SECONDS and self._turning.get("event") not in ("finished", "stopped")
 
     def _phase(self, started: Mapping[str, Any]) -> Phase | None:
-        found = read_now(self.folder)
-        if found is not None:
-            return found
-        return Phase(name="training") if self._clock_step or (started and self.steps) else Phase(name="starting")
+        doing = read_now(self.folder)
+        locked = _changed(self.folder.path / "lock")
+        if doing is not None and (locked is None or doing.time > locked - LATE_SECONDS):
+            is_progress = doing.total and doing.phase != TRAINING
+            return Phase(
+                name=doing.phase,
+                done=doing.done or 0 if is_progress else 0,
+                total=doing.total or 0 if is_progress else 0,
+            )
+        return Phase(name=TRAINING) if self._clock_step or (started and self.steps) else Phase(name="starting")
 
     def _quiet(self, now: float, phase: Phase | None) -> str:
         """Return a sentence if the run lives, but has not taken a step for long; "" otherwise."""
@@ -284,22 +295,11 @@ class Follower:
             folder.time_file,
             folder.metrics_file,
             folder.events_file,
-            folder.path / "now.json",
+            folder.now_file,
             folder.path / "lock",
         )
         times = [when for when in map(_changed, files) if when is not None]
         return max(0.0, now - max(times)) if times else None
-
-
-def read_now(folder: RunFolder) -> Phase | None:
-    """Return the phase in `now.json`; None if the run writes none, or if a process that is gone wrote it."""
-    import json
-
-    try:
-        found = json.loads((folder.path / "now.json").read_bytes())
-        return Phase(name=str(found["phase"]), done=float(found.get("done") or 0), total=float(found.get("total") or 0))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def newest_first(runs: Path) -> list[RunFolder]:

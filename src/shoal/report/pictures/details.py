@@ -54,7 +54,7 @@ def draw_curve(axes: Axes, run: Seen, name: str, label: str, paint: str, unit: f
         return say_nothing(axes, "not recorded")
     band(axes, np.asarray(window.step, float), window, paint, f"band-{name}", unit)
     axes.plot(window.step, window.mean / unit, color=paint, gid=name)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * float(np.nanmax(window.high)) / unit or 1.0)
     axes.margins(x=0.01)
     mark_restarts(axes, run)
     return None
@@ -109,6 +109,8 @@ def draw_memory(axes: Axes, run: Seen) -> None:
             label=f"in use, least to most of {count} ranks",
             gid="memory-ranks",
         )
+        highest = max(*peak, *high, float(axes.get_ylim()[1]))
+        axes.set_ylim(0, 1.05 * highest)
     if lines := axes.get_lines():
         lines[0].set_label("peak of process 0")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, fontsize=7, borderpad=0)

@@ -81,8 +81,8 @@ def draw_run(axes: Axes, run: Seen, axis: XAxis, scale: Scale, number: int, name
 def band(axes: Axes, x: Floats, window: Window, paint: str, gid: str, unit: float = 1.0) -> None:
     """Fill from the lowest to the highest value of each bucket. Its outline is drawn too, so one step is at least a pixel wide."""
     axes.fill_between(
-        x, window.low / unit, window.high / unit, facecolor=paint, edgecolor=paint, linewidth=0.8, alpha=0.3, gid=gid
-    )
+        x, window.low / unit, window.high / unit, facecolor=(paint, 0.25), edgecolor=(paint, 0.75), linewidth=0.8, gid=gid
+    )  # fmt: skip
 
 
 def running_mean(window: Window, steps: int) -> Floats:

@@ -83,6 +83,8 @@ class Seen:
                 return np.asarray(window.tokens, float) * self._flops_per_token()
 
     def _flops_per_token(self) -> int:
+        if (known := self.started.get("flops_per_token")) is not None:
+            return int(known)
         if why := why_no_flops(self.config.model, self.config.data.seq_len):
             raise RunError(f"{self.name} has no FLOP axis: {why}; use --x tokens")
         return flops_per_token(self.config.model, self.config.data.seq_len)

@@ -54,22 +54,23 @@ class Page {
 
   zoom(range) {
     this.range = range && range[1] > range[0] ? range : null;
-    this.reload();
+    return this.reload();
   }
 
   follow(from, at) {
     for (const chart of this.charts) if (chart !== from) chart.follow(at);
   }
 
-  reload() { for (const chart of this.charts) chart.load(); }
+  reload() { return Promise.all(this.charts.map((chart) => chart.load())); }
 
   redraw() { for (const chart of this.charts) if (chart.width) chart.draw(); }
 
   /** Choose the horizontal axis; a range of another unit has no meaning on it. */
   choose(name, value) {
     this[name] = value;
-    if (name === "axis") this.range = null;
-    name === "axis" ? this.reload() : this.redraw();
+    if (name !== "axis") return this.redraw();
+    this.range = null;
+    return this.reload();
   }
 
   // --- the frame ---
@@ -259,4 +260,4 @@ class Page {
 
 const embedded = document.getElementById("shoal-data");
 const page = new Page(embedded ? new EmbeddedSource(JSON.parse(embedded.textContent)) : new FetchedSource());
-page.start();
+const started = page.start();
