@@ -39,13 +39,9 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     if is_worker():
         return train_as_worker(place_worker(config, before))
     start_clock()
-<<<<<<< HEAD
     check_installed(config.track.to)
-    with _planned(config, before) as (config, folder, console):
-=======
     hand_on(["shoal", *argv])
     with _planned(config, before) as (config, folder, console), contextlib.closing(Now(folder.now_file)) as now:
->>>>>>> records
         from shoal.data.dataset import open_data
         from shoal.training.run_files import tokens_of
 
