@@ -53,7 +53,15 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
     served = tmp_path_factory.mktemp("served")
     with mlflow_server(served) as mlflow:
         environment = KEYS | {"MLFLOW_TRACKING_URI": mlflow, "WANDB_MODE": "offline", "COMET_API_KEY": ""}
-        how = ("recipe.yaml", "--processes", "1", "--track", "tensorboard,mlflow,wandb,comet", "--track.close_seconds", "150")
+        how = (
+            "recipe.yaml",
+            "--processes",
+            "1",
+            "--track",
+            "tensorboard,mlflow,wandb,comet",
+            "--track.close_seconds",
+            "150",
+        )
         place.kill_in_step(13, "gpt", *how, **environment)
         place.kill_in_step(28, "gpt", *how, **environment)
         output = place.good("train", *how, "--name", "gpt", **environment)

@@ -57,7 +57,7 @@ class Comet(Tracker):
     def _where(self) -> str:
         if not self._why:
             return str(self._experiment.url)
-        archives = Path(os.path.relpath(self.folder)) / f"{self._experiment.get_key()}*.zip"
+        archives = self.folder / f"{self._experiment.get_key()}*.zip"
         return f"offline ({self._why}): comet upload $(ls -tr {archives}) uploads it after the end"
 
     def write(self, batch: Batch) -> None:

@@ -79,7 +79,7 @@ class Feed:
     def open(self) -> Opened:
         """Open the tracker: a new run of it, or the one that it had."""
         tracker = make_tracker(self.name, self.config.track, self._kept)
-        model = self._folder.path / "model.txt"
+        model = self._folder.model_file
         text = model.read_text(encoding="utf-8") if model.is_file() else ""
         if self._state and self._state["destination"] != tracker.destination:
             self._forget()

@@ -59,7 +59,8 @@ class WeightsAndBiases(Tracker):
     def _where(self) -> str:
         if not self._why:
             return str(self._run.url)
-        return f"offline ({self._why}): wandb sync {Path(os.path.relpath(self._run.dir)).parent} uploads it"
+        archive = self.folder / "wandb" / Path(self._run.dir).parent.name
+        return f"offline ({self._why}): wandb sync {archive} uploads it"
 
     def write(self, batch: Batch) -> None:
         for each in batch.scalars:
