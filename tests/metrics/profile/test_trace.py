@@ -11,7 +11,16 @@ import pytest
 from shoal.metrics.profile import costs
 from shoal.metrics.profile.memory import find_peak
 from shoal.metrics.profile.records import Overlap
-from shoal.metrics.profile.trace import BACKWARD_NODE, Trace, backward_lanes, build, enrich, read_events, separate_transfers, write_events
+from shoal.metrics.profile.trace import (
+    BACKWARD_NODE,
+    Trace,
+    backward_lanes,
+    build,
+    enrich,
+    read_events,
+    separate_transfers,
+    write_events,
+)
 from tests.metrics.profile.events import GLOO, kernel, memory, op, problems_of, span
 
 MODULES = ["embed", "blocks.0", "blocks.0.ffn", "blocks.0.ffn.up", "blocks.1", "loss"]
@@ -100,7 +109,9 @@ def test_the_timeline_nests_and_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_an_enriched_trace_is_valid_and_names_the_rank(tmp_path: Path) -> None:
     about = {"ph": "M", "pid": 9, "ts": 0.0}
-    events = {"traceEvents": [*step_of_two_blocks(), {**about, "name": "process_name", "tid": 0, "args": {"name": "python"}}]}
+    events = {
+        "traceEvents": [*step_of_two_blocks(), {**about, "name": "process_name", "tid": 0, "args": {"name": "python"}}]
+    }
     assert problems_of(events) == []
     enrich(events, build(events["traceEvents"], MODULES), 3)
     assert write_events(tmp_path / "rank3.trace.json.gz", events) == (tmp_path / "rank3.trace.json.gz").stat().st_size
@@ -201,7 +212,11 @@ def test_kernels_count_for_the_operator_that_launched_them() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_the_peak_of_memory_equals_a_replay(seed: int) -> None:
     chance = random.Random(seed)
-    events, live, totals = [span("step 1", 0, 500), span("forward", 0, 250), span("embed", 0, 100), span("loss", 100, 150)], {}, []
+    events, live, totals = (
+        [span("step 1", 0, 500), span("forward", 0, 250), span("embed", 0, 100), span("loss", 100, 150)],
+        {},
+        [],
+    )
     for at in range(1, 400):
         if live and chance.random() < 0.45:
             address = chance.choice(list(live))
@@ -211,7 +226,7 @@ def test_the_peak_of_memory_equals_a_replay(seed: int) -> None:
             live[address] = (size, "embed" if at < 100 else "loss" if at < 250 else "")
             events.append(memory(at, size, address))
         totals.append((sum(size for size, _ in live.values()), list(live.values()), at))
-    events.append(memory(450, -10**6, 77))  # frees what was there before the recording
+    events.append(memory(450, -(10**6), 77))  # frees what was there before the recording
     events.append(memory(460, 10**9, 78, device=1))  # on another device
     most, held, when = max(totals, key=lambda total: total[0])
     peak = find_peak(build(events, MODULES), 0)
