@@ -1,10 +1,10 @@
 """
-What a run does now: `now.json`, one small object that is replaced while the run goes on. No torch.
+What a run does now: `now.json`, one small object that is replaced until the run ends. No torch.
 
     {"time": seconds since 1970, "phase": "encoding", "done": 3, "total": 10, "pid": 123, "host": "node0"}
 
-A thread writes it, so nobody waits for a disk; an error of the file system is ignored. A file that is minutes old belongs to
-a process that hangs or is gone: its writer renews it every few seconds while steps are taken.
+A thread writes it, so no step waits for a disk; an error of the file system is ignored. While steps are taken it is renewed
+every few seconds.
 """
 
 from __future__ import annotations
@@ -54,10 +54,13 @@ class Now:
         self._thread: threading.Thread | None = None
 
     def say(self, phase: str, done: int | None = None, total: int | None = None) -> None:
-        """Note that the run is in `phase`, with `done` of `total` finished."""
+        """Note that the run is in `phase`, with `done` of `total` finished; a phase named again keeps its progress."""
         if self._path is None or self._closed.is_set():
             return
-        said = self._said = WORDS.get(phase, phase), done, total or None
+        phase = WORDS.get(phase, phase)
+        if done is None and phase == self._said[0]:
+            _, done, total = self._said
+        said = self._said = phase, done, total or None
         differs = said != self._written if total else said[0] != self._written[0]
         if differs or time.monotonic() >= self._written_at + CALM_SECONDS:
             self._news.set()
@@ -70,7 +73,7 @@ class Now:
         self.say(phase, done if total else None, total)
 
     def close(self, phase: str | None = None) -> None:
-        """Write what was said last, or `phase`, and end the thread; do not wait long for a slow disk. May be called twice."""
+        """Write the last phase, or `phase`, and end the thread; do not wait long for a slow disk. May be called twice."""
         if phase is not None:
             self.say(phase)
         self._closed.set()

@@ -104,7 +104,7 @@ class RanksRecord(_Line):
     busy_seconds: Mapping[str, Sequence[float]] = _field(
         "s",
         "busy time of the measured step by phase (`data`, `forward`, `backward`, `reduce`, `optimizer`, `between`), "
-        "without waits for other ranks",
+        "without waits for other ranks; 0 if unknown",
     )
 
 

@@ -220,7 +220,9 @@ class Run:
         runnable.train(False)
         result = evaluate(
             runnable.evaluate, self.mesh, self.dataset, self.config, max_tokens,
-            alive=lambda: self.watch.heartbeat.outside("evaluation"), quarantine=self._held_out_quarantine(),
+            alive=lambda: self.watch.heartbeat.outside("evaluation"),
+            progress=lambda done, total: self.watch.heartbeat.on_progress("evaluation", done, total),
+            quarantine=self._held_out_quarantine(),
         )  # fmt: skip
         runnable.train()
         if result is None:
