@@ -58,6 +58,7 @@ WITHOUT_TORCH = [
     "commands.parser",
     "commands.recipes",
     "commands.records",
+    "commands.sync",
     "commands.train",
     "commands.worker",
     "config.layout",
@@ -112,6 +113,14 @@ WITHOUT_TORCH = [
     "system.secrets",
     "system.signals",
     "system.torch_private",
+    "trackers.beside",
+    "trackers.choice",
+    "trackers.feeding",
+    "trackers.following",
+    "trackers.points",
+    "trackers.process",
+    "trackers.replay",
+    "trackers.tracker",
     "training.last_words",
 ]
 
