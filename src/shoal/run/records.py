@@ -6,6 +6,7 @@ The lines of `metrics.jsonl` and `ranks.jsonl`: a dataclass for each kind, one w
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -22,6 +23,12 @@ def _field(unit: str, meaning: str, *, optional: bool = False) -> Any:
     return field(default=None if optional else MISSING, metadata={"unit": unit, "meaning": meaning})
 
 
+@functools.cache
+def _names(kind: Any) -> tuple[tuple[str, bool], ...]:
+    """Return the name of each field of a kind of record, and whether it is always written."""
+    return tuple((each.name, each.default is MISSING) for each in fields(kind))
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Line:
     """A line of a file of records."""
@@ -34,8 +41,9 @@ class _Line:
 
     def as_line(self) -> dict[str, Any]:
         """Return the record as a dict for JSON."""
-        values = {each: getattr(self, each.name) for each in fields(self)}
-        return {f.name: value for f, value in values.items() if f.default is MISSING or value is not None}
+        kind: Any = type(self)
+        values = ((name, getattr(self, name), needed) for name, needed in _names(kind))
+        return {name: value for name, value, needed in values if needed or value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

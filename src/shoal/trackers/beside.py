@@ -88,9 +88,8 @@ class Beside:
         if self._told:
             return
         self._told = True
-        self._console.warn(
-            f"{what}. Training goes on; they are sent when it answers, or by shoal sync {self._folder.path} {self.name}"
-        )
+        hope = "" if self._ends else "training continues, they are sent when it answers, and "
+        self._console.warn(f"{what}; {hope}shoal sync {self._folder.path} {self.name} sends the whole run")
         self._event("tracker down", tracker=self.name, why=what)
 
     def ask_to_end(self) -> None:

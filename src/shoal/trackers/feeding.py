@@ -17,9 +17,10 @@ from shoal.errors import RunError
 from shoal.resolve.resolve import read_back
 from shoal.run.folder import RunFolder
 from shoal.system.disk import write_whole
+from shoal.trackers.choice import make_tracker
 from shoal.trackers.following import Follower
 from shoal.trackers.points import Batch, Scalars, about
-from shoal.trackers.tracker import Opened, Tracker, make_tracker
+from shoal.trackers.tracker import Opened, Tracker
 
 
 class Feed:
@@ -62,7 +63,7 @@ class Feed:
             self._forget()
 
     def _forget(self) -> None:
-        """Begin again: what was sent belongs to a tracker run that is not gone on with."""
+        """Start over: what was sent belongs to a tracker run that is not continued."""
         for path in self._kept.glob("*.sent"):
             path.unlink()
         self._state, self._highest = {}, {}
@@ -79,7 +80,7 @@ class Feed:
     def open(self) -> Opened:
         """Open the tracker: a new run of it, or the one that it had."""
         tracker = make_tracker(self.name, self.config.track, self._kept)
-        model = self._folder.path / "model.txt"
+        model = self._folder.model_file
         text = model.read_text(encoding="utf-8") if model.is_file() else ""
         if self._state and self._state["destination"] != tracker.destination:
             self._forget()
