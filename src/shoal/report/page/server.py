@@ -94,7 +94,8 @@ class Dashboard:
 
     def ranks(self, request: Request) -> Response:
         """Answer with the ranks of a run; null if none was measured."""
-        return _json(_answer(ranks_view, self._run(request.query_params.get("run", "")).folder))
+        run = self._run(request.query_params.get("run", ""))
+        return _json(_answer(ranks_view, run.folder, run.ranks))
 
     def _run(self, name: str) -> ServedRun:
         run = self.runs.get(name)
