@@ -90,10 +90,17 @@ class Chart {
     return Math.max(200, Math.min(pixels, Math.floor(60000 / Math.max(1, curves.length))));
   }
 
-  /** Load the shown windows, then draw. A later call makes an earlier one end without drawing. */
-  async load() {
-    if (!this.width) return;
+  /** Load the shown windows and draw, after the charts that were asked before: the first one is seen while others wait. */
+  load() {
     const turn = (this.turn = (this.turn ?? 0) + 1);
+    const loaded = this.view.line.then(() => this.loadInTurn(turn));
+    this.view.line = loaded.catch((error) => this.view.say(error.message));
+    return loaded;
+  }
+
+  /** A later call makes an earlier one end without drawing. */
+  async loadInTurn(turn) {
+    if (!this.width || turn !== this.turn) return;
     const curves = this.curves();
     const columns = this.columns(curves);
     const loaded = await Promise.all(curves.map((curve) => this.windowOf(curve, columns)));
@@ -101,6 +108,7 @@ class Chart {
     this.drawn = curves.map((curve, i) => ({ ...curve, window: loaded[i] })).filter((curve) => curve.window?.step.length);
     for (const curve of this.drawn) curve.x = AXES[this.view.axis].of(curve.window, curve.run);
     this.draw();
+    await new Promise((resolve) => setTimeout(resolve));  // let the browser show it
   }
 
   async windowOf(curve, columns) {

@@ -26,7 +26,7 @@ function under(run, prefix) {
 class Page {
   constructor(source) {
     Object.assign(this, { source, axis: "step", smoothing: 0, logX: false, logY: false, fit: false, range: null, highlighted: null });
-    Object.assign(this, { runs: [], differences: [], hidden: new Set(), detail: null, details: new Map(), charts: [] });
+    Object.assign(this, { runs: [], differences: [], hidden: new Set(), detail: null, charts: [], line: Promise.resolve() });
   }
 
   async start() {
@@ -60,6 +60,9 @@ class Page {
   follow(from, at) {
     for (const chart of this.charts) if (chart !== from) chart.follow(at);
   }
+
+  /** Say something in the page's head. */
+  say(text) { this.said.textContent = text; }
 
   reload() { return Promise.all(this.charts.map((chart) => chart.load())); }
 
@@ -243,9 +246,9 @@ class Page {
       this.take(found);
       if (isOther) this.build();
       if (changed.length) this.update();
-      this.said.textContent = `live · ${new Date().toLocaleTimeString("sv-SE")}`;
+      this.say(`live · ${new Date().toLocaleTimeString("sv-SE")}`);
     } catch {
-      this.said.textContent = "the dashboard does not answer; trying again";
+      this.say("the dashboard does not answer; trying again");
     }
     setTimeout(() => this.poll(), 2000);
   }
