@@ -19,6 +19,7 @@ import math
 import re
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -186,6 +187,13 @@ def listen(port: int | None) -> socket.socket:
     raise ShoalError(f"port {port} cannot be used: {why}; choose another with --port, or leave it out")
 
 
+def _warm(runs: Mapping[str, ServedRun]) -> None:
+    """Make what the first request needs, before a person has opened the address."""
+    _page()
+    for name, run in runs.items():
+        run.summary(name)
+
+
 def serve(root: Path, port: int | None, say: Callable[[str], None]) -> None:
     """
     Serve the runs in `root` until Ctrl-C. say: prints a line. Raises `ShoalError` if the port is used.
@@ -204,6 +212,7 @@ def serve(root: Path, port: int | None, say: Callable[[str], None]) -> None:
             app, log_config=None, log_level="critical", access_log=False, proxy_headers=False, server_header=False, lifespan="off", ws="none",
             timeout_graceful_shutdown=1, limit_concurrency=200,
         )  # fmt: skip
+        threading.Thread(target=_warm, args=(found,), name="warm", daemon=True).start()
         try:
             uvicorn.Server(config).run(sockets=[listening])
         except KeyboardInterrupt:  # uvicorn raises it again after it has ended cleanly
