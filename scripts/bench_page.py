@@ -1,108 +1,149 @@
 """
-Measures the page with many runs: `python scripts/bench_page.py [--runs 50] [--steps 100000] [--plants 20]`.
+Measure the dashboard in a real browser: `python scripts/bench_page.py [--runs 50] [--steps 100000] [--ranks 1024]`.
 
-Plants spikes of one step at random in random runs, draws all runs at once, and reads back the pixels of each spike at every
-zoom from all steps to a few. Prints the report's size and time, the time to the first curves, and each spike that was not seen.
+Writes synthetic runs, starts `shoal dashboard` and opens it in headless Chromium, several times with warm caches and once
+without. Times are in milliseconds from the start of the navigation, as the page's own clock has them:
+
+    list      first contentful paint: the list of runs and the frame of the page
+    curves    the loss curves of all runs are drawn
+    all       every chart is drawn
+
+Needs shoal[dashboard] and playwright. --keep DIR keeps the runs for the next call.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import resource
+import platform
+import re
+import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.report.browser import Visit, open_browser, visit
+from playwright.sync_api import Browser, sync_playwright
+from tests.report.synthetic import losses, write_ranks, write_run
 
-from shoal.config.options import Config
-from shoal.report.page.html import report_html
-from shoal.run.folder import RunFolder
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+LOSS_DRAWN = "runs => typeof page !== 'undefined' && page.charts[0] && page.charts[0].drawn.filter(c => c.name === 'loss').length >= runs"
+ALL_DRAWN = "() => page.charts.every(chart => chart.uplot || chart.element.classList.contains('empty'))"
 
-TOKENS = 8192
+
+def processor() -> str:
+    """Return the processor's model and the number of cores."""
+    found = subprocess.run(["lscpu"], capture_output=True, text=True, check=False).stdout
+    model = re.search(r"Model name:\s*(.*)", found)
+    cores = re.search(r"^CPU\(s\):\s*(\d+)", found, re.MULTILINE)
+    return f"{model[1] if model else platform.processor()}, {cores[1] if cores else '?'} cores"
 
 
-def main() -> int:
+def write_runs(folder: Path, runs: int, steps: int) -> None:
+    """Write runs that differ in their losses; all else is written once, since formatting numbers takes most of the time."""
+    first = write_run(folder / "run-00", steps, seed=0)
+    lines = [re.split(r'(?<="loss":)[^,]*', line) for line in first.metrics_file.read_text().splitlines(keepends=True)]
+    for number in range(1, runs):
+        run = write_run(folder / f"run-{number:02}", 10, seed=number, options={"train.steps": str(steps)})
+        values = iter(losses(steps, seed=number, final=3 + number / 50).tolist())
+        text = "".join(repr(next(values)).join(parts) if len(parts) == 2 else parts[0] for parts in lines)
+        run.metrics_file.write_text(text)
+        for name in ("events.jsonl", "time.jsonl"):
+            shutil.copy(folder / "run-00" / name, run.path / name)
+
+
+@contextlib.contextmanager
+def dashboard(folder: Path) -> Iterator[str]:
+    """Start a dashboard; yield its address."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shoal", "dashboard", str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        yield next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def measure(browser: Browser, address: str, runs: int) -> dict[str, float]:
+    """Open the page; return the milliseconds until each thing is shown, and the bytes of all answers."""
+    tab = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    tab.goto(address, wait_until="commit")
+    tab.wait_for_function(LOSS_DRAWN, arg=runs, polling="raf", timeout=300_000)
+    curves = tab.evaluate("performance.now()")
+    tab.wait_for_function(ALL_DRAWN, polling="raf", timeout=300_000)
+    every = tab.evaluate("performance.now()")
+    painted = tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    size = tab.evaluate(
+        "performance.getEntriesByType('navigation').concat(performance.getEntriesByType('resource'))"
+        ".map(e => e.transferSize).reduce((a, b) => a + b)"
+    )
+    page = tab.evaluate("performance.getEntriesByType('navigation')[0].transferSize")
+    tab.context.close()
+    return {"list": painted, "curves": curves, "all": every, "page_kB": page / 1000, "answers_kB": size / 1000}
+
+
+def medians(found: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(statistics.median(each[name] for each in found), 1) for name in found[0]}
+
+
+def measure_runs(browser: Browser, folder: Path, runs: int, repeats: int) -> dict[str, Any]:
+    """Measure a dashboard without caches, then with them."""
+    for cache in folder.glob("*/cache"):
+        shutil.rmtree(cache)
+    with dashboard(folder) as address:
+        cold = measure(browser, address, runs)
+    warm = []
+    for _ in range(repeats):
+        with dashboard(folder) as address:
+            warm.append(measure(browser, address, runs))
+        time.sleep(0.5)
+    return {"cold": {name: round(value, 1) for name, value in cold.items()}, "warm": medians(warm)}
+
+
+def main() -> None:
+    """Write the runs, measure, and print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--steps", type=int, default=100_000)
-    parser.add_argument("--plants", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--keep", type=Path)
     args = parser.parse_args()
-    random = np.random.default_rng(args.seed)
-    plants = [
-        (int(random.integers(args.runs)), int(random.integers(args.steps // 50, args.steps)), random.uniform(5, 12))
-        for _ in range(args.plants)
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        runs = [
-            _make(Path(folder) / f"run-{i:02}", args.steps, i, [p for p in plants if p[0] == i])
-            for i in range(args.runs)
-        ]
-        page = Path(folder) / "report.html"
-        for name in ("first", "again"):
-            began, cpu = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
-            page.write_bytes(report_html(runs))
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_utime - cpu
-            print(
-                f"report, {name}: {time.perf_counter() - began:.2f} s ({used:.2f} s of one core), {page.stat().st_size / 1e6:.2f} MB"
+    folder = args.keep or Path(tempfile.mkdtemp())
+    try:
+        if not (folder / "many").is_dir():
+            write_runs(folder / "many", args.runs, args.steps)
+            large = write_run(folder / "ranks" / "large", 100_000, seed=1)
+            write_ranks(
+                large.ranks_file, 100_000, args.ranks, seed=1, slow={args.ranks // 3: "backward"}, slow_from=40_000
             )
-        missed = _look(page, args.steps, plants)
-    print(f"{len(plants)} spikes, {missed} views in which one was not seen")
-    return int(missed > 0)
-
-
-def _make(folder: Path, steps: int, seed: int, plants: list[tuple[int, int, float]]) -> Path:
-    """Write a run whose log has the loss and the time of each step."""
-    folder.mkdir()
-    RunFolder(folder).save_config(Config().replace("train", steps=steps).replace("optim", lr=1e-4 * (1 + seed)))
-    random = np.random.default_rng(seed)
-    loss = 2 + 0.01 * seed + 6 * np.arange(1, steps + 1) ** -0.4 + random.normal(0, 0.02, steps)
-    for _, step, value in plants:
-        loss[step - 1] = value
-    with (folder / "metrics.jsonl").open("w") as file:
-        for i, value in enumerate(loss.tolist(), 1):
-            line = {"step": i, "tokens": i * TOKENS, "loss": round(value, 5), "lr": 1e-4, "grad_norm": 1.0, "tokens_per_second": 3e4, "step_seconds": 0.25, "mfu": None, "memory_bytes": 1}  # fmt: skip
-            file.write(json.dumps(line) + "\n")
-    return folder
-
-
-def _look(page: Path, steps: int, plants: list[tuple[int, int, float]]) -> int:
-    missed = 0
-    with open_browser() as browser:
-        began = time.perf_counter()
-        with visit(browser, page) as found:
-            print(f"all curves drawn {time.perf_counter() - began:.2f} s after the file was opened")
-            paint = found.page.evaluate("() => performance.getEntriesByName('first-contentful-paint')[0].startTime")
-            print(f"first paint after {paint / 1000:.2f} s")
-            for _, step, value in plants:
-                missed += sum(not _is_seen(found, steps, width, step, value) for width in _widths(steps))
-            for problem in found.problems:
-                print(f"console: {problem}")
-    return missed
-
-
-def _widths(steps: int) -> list[int]:
-    widths = [steps]
-    while widths[-1] > 16:
-        widths.append(widths[-1] // 3)
-    return widths
-
-
-def _is_seen(found: Visit, steps: int, width: int, step: int, value: float) -> bool:
-    first = max(0, step - width // 3)
-    found.zoom(first, first + width)
-    share = found.rows_with_ink(0, step, 2.0 + (value - 2.0) * 0.35, value)
-    if share < 0.95:
-        print(f"not seen: step {step}, {width} steps shown, {share:.0%} of its height")
-    return share >= 0.95
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+            found = {
+                "processor": processor(),
+                f"{args.runs} runs of {args.steps} steps": measure_runs(
+                    browser, folder / "many", args.runs, args.repeats
+                ),
+                f"{args.ranks} ranks": measure_runs(browser, folder / "ranks", 1, args.repeats),
+            }
+        print(json.dumps(found, indent=2))
+    finally:
+        if not args.keep:
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

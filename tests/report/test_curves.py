@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shoal.report.curves.curves import Curves, Window
+from shoal.report.curves.curves import Curves, Window, names_at_the_end
 from shoal.report.curves.pyramid import Pyramid
 from shoal.run.records import forget_after
 from tests.report.synthetic import write_run
@@ -259,3 +259,26 @@ def test_sources_that_come_and_go(tmp_path: Path) -> None:
     for name, values in expected.items():
         window = curves.window(name)
         assert dict(zip(window.step.tolist(), window.low.tolist(), strict=True)) == values
+
+
+def test_buckets_stay_while_a_run_adds_points(run: Path, tmp_path: Path) -> None:
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(b"".join(lines[:3000]))
+    curves = Curves.open(tmp_path)
+    before = curves.window("loss", 5, None, 100)
+    generation = curves.generation
+    with log.open("ab") as file:
+        file.writelines(lines[3000:3300])
+    curves.refresh()
+    after = curves.window("loss", 5, None, 100)
+    whole = int((before.start + before.count.sum()) // before.width - before.start // before.width)
+    assert (curves.generation, after.width, after.start) == (generation, before.width, before.start)
+    for name in ("step", "low", "high", "mean", "count", "seconds"):
+        kept = getattr(before, name)[:whole]
+        assert np.array_equal(getattr(after, name)[:whole], kept, equal_nan=True)
+
+
+def test_names_of_a_log_that_was_not_read(run: Path, tmp_path: Path) -> None:
+    assert set(names_at_the_end(run / "metrics.jsonl")) == set(Curves.open(run).names())
+    assert names_at_the_end(tmp_path / "none") == []

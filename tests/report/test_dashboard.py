@@ -173,7 +173,14 @@ def test_links_that_lead_outside_are_not_followed(dashboard: Started, runs: Path
     assert dashboard.get("/api/run/inside")["samples"][0]["text"] == "Once upon a time"
     (inside / "model.txt").symlink_to(runs.parent / "secret.txt")  # after it was found
     assert dashboard.status("/api/run/inside") == 404
-    for each in (inside, stolen, parts):
+    profiled = write_run(runs / "profiled", 20, seed=3).path
+    (profiled / "profiles").mkdir()
+    (profiled / "profiles" / "deep").symlink_to(runs.parent)
+    (profiled / "checkpoints").symlink_to(tmp_path)  # not read
+    assert "profiled" not in [each["id"] for each in dashboard.get("/api/runs")["runs"]]
+    (profiled / "profiles" / "deep").unlink()
+    assert "profiled" in [each["id"] for each in dashboard.get("/api/runs")["runs"]]
+    for each in (inside, stolen, parts, profiled):
         (each / "config.yaml").unlink()
     (runs / "link").unlink()
 
@@ -194,6 +201,69 @@ def test_runs_and_their_data(dashboard: Started, runs: Path) -> None:
     assert dashboard.get("/api/ranks", run="a")["slowest"][0]["phase"] == "forward"
     assert dashboard.get("/api/ranks", run="b") is None
     assert dashboard.get("/api/run/a")["samples"][0]["text"] == "Once upon a time"
+
+
+def windows_of(dashboard: Started, *wanted: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]] | None]:
+    """Return the header and the arrays of each window, read as `curve_bytes.py` describes them."""
+    data = dashboard.client.get(
+        "/api/curves",
+        params={"of": json.dumps(wanted)},
+        headers={"Cookie": f"shoal-{dashboard.port}={dashboard.token}"},
+    ).content
+    at = 4 + int.from_bytes(data[:4], "little")
+    found: list[tuple[dict[str, Any], dict[str, Any]] | None] = []
+    for header in json.loads(data[4:at]):
+        arrays: dict[str, Any] = {}
+        for name in ("step", "tokens", "seconds", "low", "high", "mean", "count", "gaps") if header else ():
+            kind = "<f8" if name in ("step", "tokens", "seconds") else "<f4"
+            arrays[name] = np.frombuffer(data, kind, header["buckets"], at)
+            at += arrays[name].nbytes
+        at += -at % 8
+        found.append((header, arrays) if header else None)
+    assert at == len(data)
+    return found
+
+
+def test_only_new_buckets_are_sent(dashboard: Started, runs: Path, tmp_path: Path) -> None:
+    lines = write_run(runs / "grows", 700, seed=6).metrics_file.read_text().splitlines(keepends=True)
+    log = runs / "grows" / "metrics.jsonl"
+    rest = [line for line in lines if json.loads(line)["step"] > 500]
+    log.write_text("".join(line for line in lines if json.loads(line)["step"] <= 500))
+    dashboard.get("/api/runs")
+    wanted = [
+        {"run": "grows", "name": name, "first": 0, "last": 2**53, "columns": 90} for name in ("loss", "lr", "val_loss")
+    ]
+    before = windows_of(dashboard, *wanted, {"run": "no", "name": "loss", "first": 0, "last": 1, "columns": 1})
+    assert before.pop() is None
+    asked = [each | {"had": found[0]["had"]} for each, found in zip(wanted, before, strict=True) if found]
+    for found, old in zip(windows_of(dashboard, *asked), before, strict=True):
+        assert found
+        assert old
+        assert (found[0]["keep"], found[0]["buckets"]) == (old[0]["buckets"], 0)
+    with log.open("a") as file:
+        file.writelines(rest)
+    dashboard.get("/api/runs")
+    for found, old, whole in zip(windows_of(dashboard, *asked), before, windows_of(dashboard, *wanted), strict=True):
+        assert found
+        assert old
+        assert whole
+        assert 0 < found[0]["keep"] <= old[0]["buckets"]
+        assert found[0]["buckets"] < whole[0]["buckets"]
+        for name, values in whole[1].items():
+            assert np.array_equal(np.concatenate([old[1][name][: found[0]["keep"]], found[1][name]]), values), name
+    log.write_text("".join(lines[:-9]))  # rewritten: nothing is kept
+    dashboard.get("/api/runs")
+    again = windows_of(dashboard, *asked)
+    assert [found and found[0]["keep"] for found in again] == [0, 0, 0]
+    for bad in (
+        "x",
+        "[1]",
+        '[{"run": "a"}]',
+        '[{"run": "a", "name": "loss", "first": 1.5, "last": 1, "columns": 1}]',
+        "1",
+    ):
+        assert dashboard.status(f"/api/curves?of={bad.replace(' ', '')}") == 400, bad
+    (runs / "grows" / "config.yaml").unlink()
 
 
 def test_it_follows_runs_that_go_on_and_new_ones(dashboard: Started, runs: Path, tmp_path: Path) -> None:

@@ -229,7 +229,9 @@ class Recording:
                 f"recording stopped in step {self._asked.first + len(self._recorded) - 1}: its events took {grown} of memory; profile fewer steps"
             )
         elif self._recorder.grown_bytes > WARNED_BYTES:
-            self._run.console.warn(f"the recording took {grown} of memory and {size / 2**20:.0f} MiB on disk; fewer steps take less")
+            self._run.console.warn(
+                f"the recording took {grown} of memory and {size / 2**20:.0f} MiB on disk; fewer steps take less"
+            )
 
 
 def merge(run: Run, asked: Asked, folder: Path) -> None:

@@ -149,7 +149,9 @@ class Profile:
             known = {f.name: values[f.name] for f in dataclasses.fields(cls)}
             return cls(**{**known, "ranks": [RankProfile.of_json(each) for each in values["ranks"]]})
         except (KeyError, TypeError) as error:
-            raise RunError(f"{folder / SUMMARY} is not a profile of this version of shoal ({error}); run shoal profile again") from error
+            raise RunError(
+                f"{folder / SUMMARY} is not a profile of this version of shoal ({error}); run shoal profile again"
+            ) from error
 
     def write(self, folder: Path) -> None:
         """Write `summary.json`. Raises `OSError`."""

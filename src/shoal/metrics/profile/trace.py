@@ -133,7 +133,12 @@ def build(events: Iterable[Mapping[str, Any]], modules: Collection[str]) -> Trac
     return trace
 
 
-_KINDS: Final = {"cpu_op": "op", "user_annotation": "range", "cpu_instant_event": "", **dict.fromkeys(_DEVICE, "kernel")}
+_KINDS: Final = {
+    "cpu_op": "op",
+    "user_annotation": "range",
+    "cpu_instant_event": "",
+    **dict.fromkeys(_DEVICE, "kernel"),
+}
 
 
 def _span(event: Mapping[str, Any], parent: Span | None) -> Span:
@@ -141,7 +146,9 @@ def _span(event: Mapping[str, Any], parent: Span | None) -> Span:
     if parent is not None:
         stop = min(stop, parent.stop)  # times are rounded
     kind = _KINDS[event["cat"]]
-    span = Span(event["name"], kind, start, stop, event["tid"], parent, external=event.get("args", {}).get("External id", 0))
+    span = Span(
+        event["name"], kind, start, stop, event["tid"], parent, external=event.get("args", {}).get("External id", 0)
+    )
     if parent is not None:
         parent.children.append(span)
         span.step, span.phase, span.module = parent.step, parent.phase, parent.module
@@ -266,7 +273,16 @@ def enrich(events: dict[str, Any], trace: Trace, rank: int) -> None:
         listed.append({**about, "name": "thread_name", "args": {"name": LANE}})
         listed.append({**about, "name": "thread_sort_index", "args": {"sort_index": pid}})
         listed += [
-            {"ph": "X", "cat": "backward", "name": name, "pid": pid, "tid": lane, "ts": start, "dur": stop - start, "args": {}}
+            {
+                "ph": "X",
+                "cat": "backward",
+                "name": name,
+                "pid": pid,
+                "tid": lane,
+                "ts": start,
+                "dur": stop - start,
+                "args": {},
+            }
             for name, start, stop in lanes
         ]
 

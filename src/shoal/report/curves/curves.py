@@ -21,9 +21,9 @@ import numpy as np
 
 from shoal.report.curves.growing import Growing
 from shoal.report.curves.numbers import Block, read_numbers
-from shoal.report.curves.pyramid import COUNT, HIGH, LOW, TOTAL, Floats, Ints
+from shoal.report.curves.pyramid import COUNT, HIGH, LOW, TOTAL, Floats, Ints, bucket_width
 from shoal.report.curves.stored import DamagedError, StoredArrays, write_arrays
-from shoal.report.curves.table import Table
+from shoal.report.curves.table import NOT_SERIES, Table
 
 SAVED_FROM: Final = 1 << 16  # bytes of new lines that are worth a file; fewer are read again in a few milliseconds
 STEPS, EVALUATIONS = "steps", "evaluations"
@@ -37,6 +37,9 @@ class Window:
     step, tokens, seconds: the place of each bucket's middle point. seconds: time in steps so far, without idle time.
     low, high, mean: of the finite points of the bucket; NaN if it has none. count: points in the bucket.
     gaps: those of them that are NaN or infinite.
+
+    start, width: the first bucket's first point, counted from the curve's beginning, and the points of a whole bucket.
+    Buckets begin at multiples of `width`, so while a run goes on only the last one changes, and new ones come after it.
     """
 
     step: Ints
@@ -47,6 +50,8 @@ class Window:
     mean: Floats
     count: Ints
     gaps: Ints
+    start: int = 0
+    width: int = 1
 
     def __len__(self) -> int:
         return len(self.step)
@@ -114,6 +119,11 @@ class Curves:
             ]
 
     @property
+    def generation(self) -> str:
+        """A text that changes when earlier curves change, not when points are added: the log was rewritten."""
+        return f"{self._generation}-{self._read.inode}"
+
+    @property
     def unread(self) -> int:
         """The number of lines that are no record: cut short by a crash, or damaged."""
         return self._unread
@@ -146,13 +156,13 @@ class Curves:
     def _window(self, name: str, first_step: int, last_step: int | None, columns: int) -> Window:
         table, series_name = self._table_of(name)
         series = table.series(series_name)
-        rows = series.all_rows()
-        steps = table.step[rows]
+        rows = series.rows if series.rows is None else series.all_rows()
+        steps = table.step[: len(series.pyramid)] if rows is None else table.step[rows]
         first = int(np.searchsorted(steps, first_step))
         stop = len(steps) if last_step is None else int(np.searchsorted(steps, last_step, side="right"))
         starts, found = series.pyramid.window(first, max(first, stop), columns)
         ends = np.append(starts[1:], max(first, stop)) if len(starts) else starts
-        middle = rows[(starts + ends - 1) // 2]
+        middle = (starts + ends - 1) // 2 if rows is None else rows[(starts + ends - 1) // 2]
         none = found[COUNT] == 0
         finite = np.where(none, 1, found[COUNT])
         return Window(
@@ -164,6 +174,8 @@ class Curves:
             mean=np.where(none, np.nan, found[TOTAL] / finite),
             count=ends - starts,
             gaps=(ends - starts) - found[COUNT].astype(np.int64),
+            start=first,
+            width=bucket_width(first, stop, columns),
         )
 
     def _table_of(self, name: str) -> tuple[Table, str]:
@@ -272,6 +284,20 @@ class Curves:
         with contextlib.suppress(OSError):
             write_arrays(self._cache, notes, arrays)
             self._load()  # mapped from the file, the arrays need no memory of this process
+
+
+def names_at_the_end(log: Path) -> list[str]:
+    """Return the metrics in the last lines of a log that was not read yet; none if there is no log."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - SAVED_FROM))
+            blocks, _ = read_numbers(file.read().partition(b"\n")[2])
+    except OSError:
+        return []
+    found = [part for block in blocks for _, part in _by_kind(_with_steps(block))]
+    return list(
+        dict.fromkeys(name for part in found for name in part.names if name not in part.nulls | set(NOT_SERIES))
+    )
 
 
 def _with_steps(block: Block) -> Block:

@@ -70,6 +70,14 @@ def level_sizes(points: int) -> Iterator[int]:
         blocks //= 2
 
 
+def bucket_width(first: int, stop: int, columns: int) -> int:
+    """Return the smallest power of two of points that divides the points [first, stop) into at most `columns` buckets."""
+    width = 1
+    while stop > first and (stop - 1) // width - first // width + 1 > max(columns, 1):
+        width *= 2
+    return width
+
+
 @dataclass
 class Pyramid:
     """The points of one series with the levels above them. Points are only added at the end, or cut from it."""
@@ -106,14 +114,17 @@ class Pyramid:
         """
         Return where each bucket of the points [first, stop) begins, and its [4, buckets] minimum, maximum, sum, count.
 
-        A bucket has a power of two of points, and begins at a multiple of it, so buckets stay the same while a run adds
-        points; the first and the last one may be partial. There are at most `columns` buckets.
+        A bucket has `bucket_width` points, and begins at a multiple of it, so buckets stay the same while a run adds points;
+        the first and the last one may be partial.
         """
         self._join()
-        width = 1
-        while stop > first and (stop - 1) // width - first // width + 1 > max(columns, 1):
-            width *= 2
+        width = bucket_width(first, stop, columns)
         starts = np.arange(first - first % width, stop, width, dtype=np.int64).clip(min=first)
+        if width == 1:
+            values = self.values[first:stop]
+            finite = np.isfinite(values)
+            filled = [np.where(finite, values, other) for other in (np.inf, -np.inf, 0.0)]
+            return starts, np.stack([*filled, finite.astype(np.float64)])
         if width < BASE:
             return starts, reduced(self.values[first:stop], starts - first)
         whole, end = -(-first // width), stop // width  # the blocks that are inside the window

@@ -54,8 +54,8 @@ def runs_view(runs: Mapping[str, RunFolder], curves: Mapping[str, Curves]) -> di
     """Return the list of runs, and the options that differ between them."""
     facts = {name: RunFacts.read(folder) for name, folder in runs.items()}
     return {
-        "runs": [_summary(name, each, curves[name]) for name, each in facts.items()],
-        "differences": _differences({name: each.options for name, each in facts.items()}),
+        "runs": [summary(name, each, curves[name]) for name, each in facts.items()],
+        "differences": differing({name: each.options for name, each in facts.items()}),
     }
 
 
@@ -107,7 +107,7 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _summary(name: str, facts: RunFacts, curves: Curves) -> dict[str, Any]:
+def summary(name: str, facts: RunFacts, curves: Curves) -> dict[str, Any]:
     """Return a run's line in the list: its facts, and what its charts need."""
     events = read_json_lines(facts.folder.events_file)
     return {
@@ -135,7 +135,7 @@ def _mark(event: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": event["step"], "event": event["event"], "isBad": _is_bad(str(event["event"]))}
 
 
-def _differences(options: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def differing(options: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the options with different values, with the value of each run as text."""
     found = differences(list(options.values()))
     return [

@@ -14,20 +14,28 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from shoal.report.curves.curves import Curves
+from shoal.report.curves.curves import Curves, names_at_the_end
 from shoal.report.curves.ranks import RankMap
+from shoal.report.page.content import PLACES, summary
+from shoal.report.runs.facts import RunFacts
 from shoal.run.folder import RunFolder
 
 READ_AT_ONCE: Final = 1 << 20  # bytes of a log that an answer may wait for
-READ_FILES: Final = (
-    "config.yaml", "metrics.jsonl", "events.jsonl", "time.jsonl", "ranks.jsonl", "ledger.jsonl", "model.txt", "now.json",
-    "lock", "samples", "cache", "cache/curves", "cache/facts.json", "cache/curves/metrics", "cache/curves/ranks", "profile",
-)  # fmt: skip
+NOT_READ: Final = ("checkpoints", "source", "tokenizer", "stacks")  # folders of a run that the page shows nothing of
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run's line in the list, its options, and the state of the files that it was made from."""
+
+    files: tuple[Any, ...]
+    view: dict[str, Any]
+    options: Mapping[str, Any]
 
 
 @dataclass
@@ -44,6 +52,29 @@ class ServedRun:
     ranks: RankMap
     share: float | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
+    _summary: Summary | None = None
+
+    def read_curves(self) -> Curves | None:
+        """Return the curves; None while their log is read for the first time."""
+        return self.curves if self.share is None or self.curves.last_step else None
+
+    def summary(self, name: str) -> Summary:
+        """Return the run's line in the list, made again if its files changed or the run goes on."""
+        files = self._files()
+        kept = self._summary
+        if kept is None or kept.files != files or kept.view["state"] == "running":
+            facts = RunFacts.read(self.folder)
+            view = summary(name, facts, self.curves)
+            if self.read_curves() is None:  # their charts are there before the curves
+                known = names_at_the_end(self.folder.metrics_file)
+                view["curves"] = [each for each in known if each not in PLACES]
+            kept = self._summary = Summary(files, view, facts.options)
+        return kept
+
+    def _files(self) -> tuple[Any, ...]:
+        names = ("config.yaml", "metrics.jsonl", "events.jsonl", "ranks.jsonl", "lock")
+        found = [_state_of(self.folder.path / name) for name in names]
+        return (*found, self.folder.is_locked(), self.curves.version)
 
     @property
     def to_read(self) -> int:
@@ -98,8 +129,7 @@ class ServedRuns:
 
     def _way_out(self, folder: Path) -> Path | None:
         """Return a file of a run that a link leads outside the served folder; None if there is none."""
-        paths = [folder, *(folder / name for name in READ_FILES), *(folder / "samples").glob("*")]
-        return next((path for path in paths if path.is_symlink() and not self._is_inside(path)), None)
+        return next((path for path in _links(folder) if not self._is_inside(path)), None)
 
     def _is_inside(self, path: Path) -> bool:
         try:
@@ -134,6 +164,25 @@ class ServedRuns:
             if self._builder is None:
                 self._builder = _Builder()
             self._builder.build(run)
+
+
+def _links(folder: Path) -> Iterator[Path]:
+    """Yield the links among a run's folder and the files in it that a page may show."""
+    if folder.is_symlink():
+        yield folder
+    for parent, folders, files in os.walk(folder):
+        yield from (
+            path for name in (*folders, *files) if (path := Path(parent, name)).is_symlink() and name not in NOT_READ
+        )
+        folders[:] = [name for name in folders if name not in NOT_READ]
+
+
+def _state_of(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 class _Builder:

@@ -5,6 +5,7 @@ The dashboard's server: the page and its data, for the person who started it. No
     /api/runs          all runs, with the options that differ
     /api/run/NAME      one run
     /api/curve         a window of a curve: ?run=NAME&name=loss&first=0&last=1000&columns=800
+    /api/curves        many windows, as numbers and not as text: see `curve_bytes.py`
     /api/ranks         the ranks of a run: ?run=NAME
 
 Only reads, on 127.0.0.1; `guard.py` has the checks of each request.
@@ -18,6 +19,7 @@ import math
 import re
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -34,7 +36,8 @@ from starlette.routing import Route
 
 from shoal.errors import ShoalError
 from shoal.report.curves.curves import Window
-from shoal.report.page.content import run_view, runs_view
+from shoal.report.page.content import differing, run_view
+from shoal.report.page.curve_bytes import MOST_COLUMNS, Wanted, answer, packed
 from shoal.report.page.guard import Guard
 from shoal.report.page.html import dashboard_html
 from shoal.report.page.rank_view import ranks_view
@@ -42,7 +45,6 @@ from shoal.report.page.served_runs import ServedRun, ServedRuns
 
 PORT: Final = 6464  # tried first, so that the address is the same after a restart
 PORTS: Final = 20  # to try after it
-MOST_COLUMNS: Final = 10_000
 
 
 class Dashboard:
@@ -58,6 +60,7 @@ class Dashboard:
             Route("/api/runs", self.list_runs),
             Route("/api/run/{name:path}", self.run),
             Route("/api/curve", self.curve),
+            Route("/api/curves", self.curves),
             Route("/api/ranks", self.ranks),
         ]
         return Starlette(routes=routes, middleware=[Middleware(Guard, token=token, port=port)])
@@ -70,14 +73,9 @@ class Dashboard:
     def list_runs(self, request: Request) -> Response:
         """Answer with the list of runs."""
         runs = self.runs.look()
-        found = _answer(
-            runs_view,
-            {name: run.folder for name, run in runs.items()},
-            {name: run.curves for name, run in runs.items()},
-        )
-        for each in found["runs"]:
-            each["read"] = runs[each["id"]].share
-        return _json(found)
+        found = {name: run.summary(name) for name, run in runs.items()}
+        shown = [each.view | {"read": runs[name].share} for name, each in found.items()]
+        return _json({"runs": shown, "differences": differing({name: each.options for name, each in found.items()})})
 
     def run(self, request: Request) -> Response:
         """Answer with what the page shows of one run."""
@@ -91,6 +89,16 @@ class Dashboard:
         first, last = _whole(query, "first", 0), _whole(query, "last", 2**53)
         columns = min(max(_whole(query, "columns", 800), 1), MOST_COLUMNS)
         return _json(_window_json(_answer(curves.window, query.get("name", "loss"), first, last, columns)))
+
+    def curves(self, request: Request) -> Response:
+        """Answer with the windows that `of` asks for, a list of JSON."""
+        try:
+            wanted = [Wanted(**each) for each in json.loads(request.query_params.get("of", "[]"))]
+        except (ValueError, TypeError, RecursionError) as error:
+            raise HTTPException(400, "of must be a list of windows") from error
+        runs = {each.run: self.runs.get(each.run) for each in wanted}
+        windows = [answer(each, run.read_curves() if (run := runs[each.run]) else None) for each in wanted]
+        return Response(packed(windows), media_type="application/octet-stream")
 
     def ranks(self, request: Request) -> Response:
         """Answer with the ranks of a run; null if none was measured."""
@@ -108,6 +116,8 @@ def _answer(view: Callable[..., Any], *given: Any) -> Any:
     """Return what a view makes of a run's files. A file that was removed, or cannot be read, is no run: 404."""
     try:
         return view(*given)
+    except ShoalError as error:
+        raise HTTPException(409, str(error)) from error
     except OSError as error:
         raise HTTPException(404, "the run cannot be read") from error
 
@@ -178,6 +188,13 @@ def listen(port: int | None) -> socket.socket:
     raise ShoalError(f"port {port} cannot be used: {why}; choose another with --port, or leave it out")
 
 
+def _warm(runs: Mapping[str, ServedRun]) -> None:
+    """Make what the first request needs, before a person has opened the address."""
+    _page()
+    for name, run in runs.items():
+        run.summary(name)
+
+
 def serve(root: Path, port: int | None, say: Callable[[str], None]) -> None:
     """
     Serve the runs in `root` until Ctrl-C. say: prints a line. Raises `ShoalError` if the port is used.
@@ -193,9 +210,10 @@ def serve(root: Path, port: int | None, say: Callable[[str], None]) -> None:
             say(f"left out: {name}, since {way} is a link to another folder; start a dashboard there")
         say("Ctrl-C ends the dashboard; the runs go on")
         config = uvicorn.Config(
-            app, log_config=None, log_level="error", access_log=False, proxy_headers=False, server_header=False, lifespan="off", ws="none",
+            app, log_config=None, log_level="critical", access_log=False, proxy_headers=False, server_header=False, lifespan="off", ws="none",
             timeout_graceful_shutdown=1, limit_concurrency=200,
         )  # fmt: skip
+        threading.Thread(target=_warm, args=(found,), name="warm", daemon=True).start()
         try:
             uvicorn.Server(config).run(sockets=[listening])
         except KeyboardInterrupt:  # uvicorn raises it again after it has ended cleanly

@@ -34,6 +34,7 @@ class Page {
     this.take(found);
     this.detail = this.runs[0]?.id ?? null;
     this.build();
+    this.say(reading(this.runs) ?? "");
     await this.showDetail();
     if (this.source.isLive) setTimeout(() => this.poll(), 2000);
   }
@@ -246,7 +247,7 @@ class Page {
       this.take(found);
       if (isOther) this.build();
       if (changed.length) this.update();
-      this.say(`live · ${new Date().toLocaleTimeString("sv-SE")}`);
+      this.say(reading(this.runs) ?? `live · ${new Date().toLocaleTimeString("sv-SE")}`);
     } catch {
       this.say("the dashboard does not answer; trying again");
     }
@@ -259,6 +260,14 @@ class Page {
     this.reload();
     this.showDetail();
   }
+}
+
+/** Return how far the logs of runs that were never shown before were read; null if all were. */
+function reading(runs) {
+  const left = runs.filter((run) => run.read != null);
+  if (!left.length) return null;
+  const done = runs.length - left.length + left.reduce((sum, run) => sum + run.read, 0);
+  return `reading the logs: ${Math.floor((100 * done) / runs.length)}%, ${number(left.length)} of ${number(runs.length)} runs to go`;
 }
 
 const embedded = document.getElementById("shoal-data");

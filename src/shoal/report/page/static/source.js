@@ -6,6 +6,8 @@
 // gaps: NaN or infinite. A spike of one step is in `low` or `high` of its bucket at every zoom.
 
 const FIELDS = ["step", "tokens", "seconds", "low", "high", "mean", "count", "gaps"];
+const PLACES = new Set(["step", "tokens", "seconds"]);  // in more digits than the others
+const MOST_KEPT = 3000;  // windows of the dashboard
 
 /** Return the first place of a sorted array whose value is at least `value`. */
 function placeOf(sorted, value) {
@@ -112,32 +114,98 @@ async function unpackArray(packed) {
   return values;
 }
 
-/** Data of the dashboard's server, asked for as it is needed. */
+/** Data of the dashboard's server, asked for as it is needed: the windows of a moment together, and of each only new buckets. */
 class FetchedSource {
   constructor() {
     this.isLive = true;
     this.token = new URLSearchParams(location.search).get("token");
+    if (this.token) history.replaceState(null, "", location.pathname);  // a cookie has it now
+    [this.kept, this.versions, this.waiting] = [new Map(), new Map(), []];
   }
 
-  async ask(path, query = {}) {
+  async fetch(path, query = {}) {
     const url = new URL(path, location.href);
     for (const [name, value] of Object.entries(query)) url.searchParams.set(name, value);
     if (this.token) url.searchParams.set("token", this.token);
     const answer = await fetch(url, { cache: "no-store" });
     if (answer.status === 404) return null;
     if (!answer.ok) throw new Error(`the dashboard answered ${answer.status}`);
-    return answer.json();
+    return answer;
   }
 
-  runs() { return this.ask("api/runs"); }
+  async ask(path, query) { return (await this.fetch(path, query))?.json() ?? null; }
+
+  async runs() {
+    const found = await this.ask("api/runs");
+    this.versions = new Map(found.runs.map((run) => [run.id, run.version]));
+    return found;
+  }
 
   run(id) { return this.ask(`api/run/${encodeURIComponent(id)}`); }
 
   ranks(id) { return this.ask("api/ranks", { run: id }); }
 
-  async window(id, name, first, last, columns) {
-    const query = { run: id, name, first: Math.max(0, Math.floor(first)), last: Math.ceil(Math.min(last, 2 ** 53)), columns };
-    const found = await this.ask("api/curve", query);
-    return found && Object.fromEntries(FIELDS.map((field) => [field, Float64Array.from(found[field] ?? found.step.map(() => 0), (v) => v ?? NaN)]));
+  window(id, name, first, last, columns) {
+    const asked = { run: id, name, first: Math.max(0, Math.floor(first)), last: Math.ceil(Math.min(last, 2 ** 53)), columns };
+    const key = JSON.stringify(asked);
+    const kept = this.kept.get(key);
+    if (kept && kept.version === this.versions.get(id)) return Promise.resolve(kept.window);
+    if (!this.waiting.length) queueMicrotask(() => this.send());
+    return new Promise((resolve, reject) => this.waiting.push({ key, asked: { ...asked, had: kept?.had ?? null }, resolve, reject }));
   }
+
+  /** Ask for the windows that wait, in addresses that a server accepts. */
+  send() {
+    const waiting = this.waiting;
+    this.waiting = [];
+    for (let begin = 0, end = 0; begin < waiting.length; begin = end) {
+      for (let size = 0; end < waiting.length && (end === begin || size < 6000); end++) size += encodeURIComponent(JSON.stringify(waiting[end].asked)).length;
+      this.sendSome(waiting.slice(begin, end));
+    }
+  }
+
+  async sendSome(waiting) {
+    try {
+      const answer = await this.fetch("api/curves", { of: JSON.stringify(waiting.map(({ asked }) => asked)) });
+      this.take(waiting, await answer.arrayBuffer());
+    } catch (error) {
+      for (const { reject } of waiting) reject(error);
+    }
+  }
+
+  /** Read an answer, and join its buckets to those that were kept. */
+  take(waiting, bytes) {
+    const length = new DataView(bytes).getUint32(0, true);
+    const header = JSON.parse(new TextDecoder().decode(new Uint8Array(bytes, 4, length)));
+    let at = 4 + length;
+    const read = (kind, count) => {
+      const values = new kind(bytes, at, count);
+      at += values.byteLength;
+      return values;
+    };
+    waiting.forEach(({ key, asked, resolve }, i) => {
+      if (!header[i]) return resolve(null);
+      const { keep, buckets, had } = header[i];
+      const before = this.kept.get(key)?.window;
+      const found = FIELDS.map((field) => [field, joined(before?.[field], keep, read(PLACES.has(field) ? Float64Array : Float32Array, buckets))]);
+      at = Math.ceil(at / 8) * 8;
+      const window = Object.fromEntries(found);
+      this.kept.delete(key);
+      this.kept.set(key, { window, had, version: this.versions.get(asked.run) });
+      resolve(window);
+    });
+    for (const key of this.kept.keys()) {  // oldest first
+      if (this.kept.size <= MOST_KEPT) break;
+      this.kept.delete(key);
+    }
+  }
+}
+
+/** Return the first values of an array, then others. */
+function joined(before, keep, after) {
+  if (!keep) return after;
+  const found = new after.constructor(keep + after.length);
+  found.set(before.subarray(0, keep));
+  found.set(after, keep);
+  return found;
 }
