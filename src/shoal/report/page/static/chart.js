@@ -174,7 +174,7 @@ class Chart {
     const [x, y] = [this.horizontal(), null];
     this.limits = [x, this.vertical(x)];
     this.uplot = new uPlot(this.options(), [[x[0], x[1]], [null, null]], this.plot);
-    this.showValues(null);
+    this.follow(this.at ?? null);  // the cursor stays where it was
   }
 
   described() {
@@ -244,11 +244,12 @@ class Chart {
   moved(u) {
     const at = u.cursor.left >= 0 ? u.posToVal(u.cursor.left, "x") : null;
     this.showValues(at);
-    if (u.cursor.event !== undefined || at != null) this.view.follow(this, at);
+    this.view.follow(this, at);
   }
 
   /** Show the cursor of another chart here. */
   follow(at) {
+    this.at = at;
     if (!this.uplot) return;
     const left = at == null ? -10 : this.uplot.valToPos(at, "x");
     this.uplot.setCursor({ left, top: at == null ? -10 : 10 }, false);
@@ -257,6 +258,7 @@ class Chart {
 
   /** Show the values at a place of the horizontal axis, or the last ones, for the first curves. */
   showValues(at) {
+    this.at = at;
     const show = this.spec.show ?? ((value) => number(value));
     const unit = this.spec.show || !this.spec.unit ? "" : ` ${this.spec.unit}`;
     const first = (curve) => (curve.run.id === this.view.highlighted ? 0 : 1);
@@ -269,7 +271,8 @@ class Chart {
       return el("span", { class: "value" }, sample(this.styleOf(curve)), ` ${this.labelOf(curve)} `, el("b", {}, `${show(mean)}${unit}`), spread);
     });
     if (this.drawn.length > shown.length) rows.push(el("span", { class: "quiet" }, `and ${this.drawn.length - shown.length} more curves`));
-    const where = at == null ? "last" : `${AXES[this.view.axis].label.split(" ")[0]} ${AXES[this.view.axis].show(at)}`;
+    const nearest = at == null || !shown.length ? at : shown[0].x[Math.min(shown[0].x.length - 1, placeOf(shown[0].x, at))];
+    const where = at == null ? "last" : `${AXES[this.view.axis].label.split(" ")[0]} ${AXES[this.view.axis].show(nearest)}`;
     this.values.replaceChildren(el("span", { class: "where" }, where), ...rows);
   }
 
