@@ -43,11 +43,11 @@ format: setup
 
 setup: .venv/installed
 
-# lm-evaluation-harness and its dependencies: needed only by the tests.
+# lm-evaluation-harness, MLflow's server and their dependencies: needed only by the tests.
 harness: .venv/harness
 
 .venv/harness: .venv/installed constraints-eval.txt
-	@echo "setup: installing lm-evaluation-harness for the tests (about a minute; pip prints nothing)"
+	@echo "setup: installing lm-evaluation-harness and MLflow's server for the tests (about a minute; pip prints nothing)"
 	$(BIN)/pip install -qq --no-deps --requirement constraints-eval.txt
 	touch $@
 

@@ -61,6 +61,7 @@ WITHOUT_TORCH = [
     "commands.parser",
     "commands.recipes",
     "commands.records",
+    "commands.sync",
     "commands.train",
     "commands.worker",
     "config.layout",
@@ -135,6 +136,14 @@ WITHOUT_TORCH = [
     "system.signals",
     "system.torch_private",
     "trackers.alerts",
+    "trackers.beside",
+    "trackers.choice",
+    "trackers.feeding",
+    "trackers.following",
+    "trackers.points",
+    "trackers.process",
+    "trackers.replay",
+    "trackers.tracker",
     "training.last_words",
 ]
 

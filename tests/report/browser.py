@@ -16,6 +16,7 @@ QUIET = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
 )  # fmt: skip
+OWN = "willReadFrequently"  # Chromium's advice to those who read pixels back, which only the tests do
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -52,7 +53,10 @@ class Visit:
 
 # The grid differs from the background by less than 60 in the sum of the three colors; every curve by more.
 ROWS_WITH_INK = """([number, x, low, high]) => {
-  const chart = page.charts[number], u = chart.uplot, canvas = u.ctx.canvas, reach = 3 * devicePixelRatio;
+  const chart = page.charts[number], u = chart.uplot, canvas = u.ctx.canvas;
+  const xs = chart.drawn[0].x, at = placeOf(xs, x);  // a spike between two drawn points reaches to both
+  const between = Math.abs(u.valToPos(xs[Math.min(at + 1, xs.length - 1)], "x", true) - u.valToPos(xs[Math.max(at - 1, 0)], "x", true));
+  const reach = Math.ceil(Math.min(canvas.width / 4, Math.max(3, between)));
   const left = Math.max(0, Math.round(u.valToPos(x, "x", true)) - reach);
   const [top, bottom] = [high, low].map((value) => Math.round(u.valToPos(value, "y", true)));
   const width = 2 * reach + 1, height = Math.max(1, bottom - top);
@@ -77,7 +81,7 @@ def visit(browser: Browser, address: Path | str, **context: Any) -> Iterator[Vis
     opened = browser.new_context(**({"viewport": {"width": 1200, "height": 800}} | context))
     found = Visit(opened.new_page())
     found.page.on("request", lambda request: found.asked.append(request.url))
-    found.page.on("console", lambda message: found.problems.append(message.text))
+    found.page.on("console", lambda message: found.problems.append(message.text) if OWN not in message.text else None)
     found.page.on("pageerror", lambda error: found.problems.append(str(error)))
     found.page.on("dialog", lambda dialog: (found.problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
     found.page.goto(address.resolve().as_uri() if isinstance(address, Path) else address)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def _served(command: list[str], folder: Path, address: str, path: str) -> Iterator[None]:
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     log = (folder.parent / f"{folder.name}.server.log").open("w+")
     process = subprocess.Popen(
         [sys.executable, *command], cwd=folder.parent, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -66,8 +67,8 @@ def _served(command: list[str], folder: Path, address: str, path: str) -> Iterat
         yield
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 15)
-        process.wait(30)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         log.close()
 
 

@@ -1,4 +1,4 @@
-"""How trackers are asked for, and what is refused before any process starts. Keys reach no message."""
+"""How trackers are asked for, and what is rejected before any process starts. Keys reach no message."""
 
 from __future__ import annotations
 

@@ -35,11 +35,11 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     from shoal.run.folder import RunFolder
     from shoal.run.now import Now
 
+    check_installed(config.track.to)
     before = RunFolder.of(config).begun()
     if is_worker():
         return train_as_worker(place_worker(config, before))
     start_clock()
-    check_installed(config.track.to)
     hand_on(["shoal", *argv])
     with _planned(config, before) as (config, folder, console), contextlib.closing(Now(folder.now_file)) as now:
         from shoal.data.dataset import open_data

@@ -40,11 +40,13 @@ class Trained:
 
 def train_here(config: Config) -> Trained:
     """Train in this process, alone or as one of the processes that torchrun or srun started."""
+    from shoal.config.tracker_names import check_installed
     from shoal.mesh.place import is_worker
     from shoal.run.folder import RunFolder
     from shoal.system.signals import StopRequest
 
     config = _checked(config)
+    check_installed(config.track.to)
     tell_of_torch()
     folder = RunFolder.of(config)
     config = place_worker(config, folder.begun()) if is_worker() else _plan_alone(config, folder.begun())

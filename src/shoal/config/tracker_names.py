@@ -30,7 +30,7 @@ _SPELLINGS: Final = {"tb": "tensorboard", "comet_ml": "comet", "weights & biases
 
 
 def unknown(name: str) -> str:
-    """Return the message for a name that is no tracker; "" if it is one."""
+    """Return the message for an unknown tracker; "" for a known one."""
     if name in TRACKERS:
         return ""
     near = _SPELLINGS.get(name.lower()) or next(iter(difflib.get_close_matches(name.lower(), TRACKERS, 1)), None)

@@ -24,8 +24,8 @@ def _field(unit: str, meaning: str, *, optional: bool = False) -> Any:
 
 
 @functools.cache
-def _names(kind: type[Any]) -> tuple[tuple[str, bool], ...]:
-    """Return the name of each field of a record, and whether it is always written."""
+def _names(kind: Any) -> tuple[tuple[str, bool], ...]:
+    """Return the name of each field of a kind of record, and whether it is always written."""
     return tuple((each.name, each.default is MISSING) for each in fields(kind))
 
 
@@ -41,7 +41,8 @@ class _Line:
 
     def as_line(self) -> dict[str, Any]:
         """Return the record as a dict for JSON."""
-        values = ((name, getattr(self, name), needed) for name, needed in _names(type(self)))
+        kind: Any = type(self)
+        values = ((name, getattr(self, name), needed) for name, needed in _names(kind))
         return {name: value for name, value, needed in values if needed or value is not None}
 
 

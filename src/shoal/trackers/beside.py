@@ -88,7 +88,7 @@ class Beside:
         if self._told:
             return
         self._told = True
-        hope = "" if self._ends else "training goes on, they are sent when it answers, and "
+        hope = "" if self._ends else "training continues, they are sent when it answers, and "
         self._console.warn(f"{what}; {hope}shoal sync {self._folder.path} {self.name} sends the whole run")
         self._event("tracker down", tracker=self.name, why=what)
 

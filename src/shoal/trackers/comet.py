@@ -13,7 +13,7 @@ from shoal.config.track_options import Track
 from shoal.trackers.points import About, Batch
 from shoal.trackers.tracker import Opened, Tracker
 
-# What Comet would collect by itself: the records have it already, and what they do not have is nobody's business.
+# Comet collects nothing by itself: the records have what the run tells of its machine and its code.
 _ONLY_RECORDS: Final[Mapping[str, Any]] = {
     "log_code": False, "log_graph": False, "auto_param_logging": False, "auto_metric_logging": False, "parse_args": False,
     "auto_output_logging": False, "log_env_details": False, "log_git_metadata": False, "log_git_patch": False,

@@ -17,9 +17,10 @@ from shoal.errors import RunError
 from shoal.resolve.resolve import read_back
 from shoal.run.folder import RunFolder
 from shoal.system.disk import write_whole
+from shoal.trackers.choice import make_tracker
 from shoal.trackers.following import Follower
 from shoal.trackers.points import Batch, Scalars, about
-from shoal.trackers.tracker import Opened, Tracker, make_tracker
+from shoal.trackers.tracker import Opened, Tracker
 
 
 class Feed:
@@ -62,7 +63,7 @@ class Feed:
             self._forget()
 
     def _forget(self) -> None:
-        """Begin again: what was sent belongs to a tracker run that is not gone on with."""
+        """Start over: what was sent belongs to a tracker run that is not continued."""
         for path in self._kept.glob("*.sent"):
             path.unlink()
         self._state, self._highest = {}, {}

@@ -66,7 +66,7 @@ class Followed:
         return found, kept
 
     def _compare(self, file: BinaryIO) -> dict[str, Any] | None:
-        """Find the first line that was not sent; forget the checksums from there on. Return the line before it."""
+        """Find the first line that differs from those sent; forget the checksums from there on. Return the line before it."""
         self._offset, count, last = 0, 0, None
         for end, record in _lines(file, 0):
             if record is not None:

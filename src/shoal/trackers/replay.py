@@ -14,7 +14,7 @@ from shoal.trackers.feeding import Feed
 
 def replay(folder: RunFolder, name: str, config: Config, say: Callable[[str], None]) -> tuple[int, str]:
     """
-    Send everything; return the number of records and where they are. A run that is resumed goes on there.
+    Send everything; return the number of records and where they are. A run that is resumed continues there.
 
     Raises `RunError` if the tracker does not take them.
     """

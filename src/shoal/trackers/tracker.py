@@ -1,24 +1,15 @@
-"""The interface of a tracker. A new tracker is one file with a class, and a line in `open_tracker`. No torch."""
+"""The interface of a tracker. A new tracker is one file with a class, and two lines in `choice.py`. No torch."""
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
 from shoal.config.track_options import Track
 from shoal.trackers.points import About, Batch
-
-LIBRARY_SETTINGS: Final = {
-    "COMET_LOGGING_CONSOLE": "CRITICAL",
-    "MLFLOW_ALLOW_FILE_STORE": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # shoal itself tries again
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-}
 
 
 @dataclass(frozen=True)
@@ -26,7 +17,7 @@ class Opened:
     """A tracker run that takes records."""
 
     where: str  # for people: its URL, or its folder and how to look at it
-    state: Mapping[str, Any]  # what the next start needs to go on in the same tracker run
+    state: Mapping[str, Any]  # what the next start needs to continue the same tracker run
 
 
 class Tracker(ABC):
@@ -49,7 +40,7 @@ class Tracker(ABC):
 
     @abstractmethod
     def open(self, about: About, state: Mapping[str, Any]) -> Opened:
-        """Start a tracker run, or go on with the one of `state`: what the last `open` returned; empty for a new one."""
+        """Start a tracker run, or continue the one of `state`: what the last `open` returned; empty for a new one."""
 
     @abstractmethod
     def write(self, batch: Batch) -> None:
@@ -62,27 +53,3 @@ class Tracker(ABC):
     @abstractmethod
     def close(self) -> None:
         """Finish the tracker run: wait until everything has arrived."""
-
-
-def make_tracker(name: str, track: Track, folder: Path) -> Tracker:
-    """Return the tracker of a name; imports its library, with the settings that it reads from the environment."""
-    for variable, value in LIBRARY_SETTINGS.items():
-        os.environ.setdefault(variable, value)
-    match name:
-        case "tensorboard":
-            from shoal.trackers.tensorboard import TensorBoard
-
-            return TensorBoard(track, folder)
-        case "wandb":
-            from shoal.trackers.wandb import WeightsAndBiases
-
-            return WeightsAndBiases(track, folder)
-        case "comet":
-            from shoal.trackers.comet import Comet
-
-            return Comet(track, folder)
-        case "mlflow":
-            from shoal.trackers.mlflow import MLflow
-
-            return MLflow(track, folder)
-    raise ValueError(name)

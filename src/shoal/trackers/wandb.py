@@ -6,7 +6,7 @@ import html
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import wandb
 
@@ -19,7 +19,7 @@ class WeightsAndBiases(Tracker):
     """
     A W&B run. Each row has its own `step`, which is the horizontal axis: W&B rejects rows of steps that it has passed.
 
-    An archive cannot be opened again: a run that is resumed offline goes on in a new one, of the same group.
+    An archive cannot be opened again: a run that is resumed offline continues in a new one, of the same group.
     """
 
     def __init__(self, track: Track, folder: Path) -> None:
@@ -44,13 +44,13 @@ class WeightsAndBiases(Tracker):
         settings = wandb.Settings(
             console="off", silent=True, x_disable_stats=True, x_disable_meta=True, disable_git=True, disable_code=True
         )
-        self._run: Any = wandb.init(
+        self._run = run = cast(Any, wandb.init)(
             entity=self.track.entity, project=self.track.project, dir=self.folder, settings=settings,
             mode="offline" if self._why else "online", reinit="create_new",
             name=about.name if goes_on or segment == 1 else f"{about.name} ({segment})", group=about.name,
             id=str(state["id"]) if goes_on else None, resume="allow" if goes_on else None,
         )  # fmt: skip
-        self._run.config.update({**about.options, "run": dict(about.facts)}, allow_val_change=True)
+        run.config.update({**about.options, "run": dict(about.facts)}, allow_val_change=True)
         self._run.define_metric("*", step_metric="step")
         if about.model:
             self._run.log({"about/model": _preformatted(about.model), "step": 0})

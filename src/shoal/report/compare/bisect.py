@@ -213,9 +213,14 @@ def _checkpoint_parts(runs: Sequence[_Side], replay: Replay, found: Bisection) -
 def _name(side: _Side, step: int, tensors: Sequence[TensorApart], found: Bisection) -> None:
     """Say which tensors of a checkpoint differ from the repetition."""
     found.tensors, found.sides = tensors, ("the repetition", side.name)
-    found.step = step if found.step is None else found.step
     worst = max(tensors, key=lambda t: t.largest if t.what == "parameter" else -1.0)
     where = f"the checkpoint of step {step} of {side.name}"
+    if found.step is None:
+        found.step = step
+        found.said.append(
+            f"up to step {step}, the repetition gives the losses and gradient norms of both runs: the difference came after the "
+            "gradient of a step, where only a checkpoint shows it"
+        )
     if len(tensors) == 1:
         found.said.append(f"{where} differs from the repetition in one tensor: {_describe(tensors[0])}")
         return

@@ -10,12 +10,13 @@ import math
 from typing import Final
 
 _SMALL: Final = 1e-300
+_AS_NORMAL: Final = 1e7  # beyond, the normal distribution is as close as rounding
 _TERMS: Final = 10_000  # more than any number of degrees of freedom needs
 
 
 def cdf(t: float, df: float) -> float:
     """Return P(T <= t) for `df` > 0 degrees of freedom; `df` may be infinite, which is the normal distribution."""
-    if math.isinf(df):
+    if df > _AS_NORMAL:
         return 0.5 * math.erfc(-t / math.sqrt(2))
     tail = 0.5 * _incomplete_beta(df / 2, 0.5, df / (df + t * t))
     return 1 - tail if t > 0 else tail

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from shoal.report.curves.curves import Curves
-from shoal.report.page.content import PLACES, layout_of, named_folders, run_view, runs_view
+from shoal.report.curves.ranks import RankMap
+from shoal.report.page.content import PLACES, named_folders, run_view, runs_view
 from shoal.report.page.packing import Arrays, pack_window
 from shoal.report.page.rank_view import ranks_view
-from shoal.report.runs.facts import RunFacts
 
 SCRIPTS: Final = (
     "uplot/uPlot.iife.min.js",
@@ -49,7 +49,7 @@ def report_html(folders: Sequence[Path]) -> bytes:
     data = {
         "runs": runs_view(runs, curves),
         "run": {name: run_view(folder, curves[name]) for name, folder in runs.items()},
-        "ranks": {name: ranks_view(folder, layout_of(RunFacts.read(folder))) for name, folder in runs.items()},
+        "ranks": {name: ranks_view(folder, RankMap.open(folder.path)) for name, folder in runs.items()},
         "curves": _packed(curves, arrays),
         "arrays": arrays.packed,
     }

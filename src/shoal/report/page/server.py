@@ -19,6 +19,7 @@ import math
 import re
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -101,7 +102,8 @@ class Dashboard:
 
     def ranks(self, request: Request) -> Response:
         """Answer with the ranks of a run; null if none was measured."""
-        return _json(_answer(ranks_view, self._run(request.query_params.get("run", "")).folder))
+        run = self._run(request.query_params.get("run", ""))
+        return _json(_answer(ranks_view, run.folder, run.ranks))
 
     def _run(self, name: str) -> ServedRun:
         run = self.runs.get(name)
@@ -186,6 +188,13 @@ def listen(port: int | None) -> socket.socket:
     raise ShoalError(f"port {port} cannot be used: {why}; choose another with --port, or leave it out")
 
 
+def _warm(runs: Mapping[str, ServedRun]) -> None:
+    """Make what the first request needs, before a person has opened the address."""
+    _page()
+    for name, run in runs.items():
+        run.summary(name)
+
+
 def serve(root: Path, port: int | None, say: Callable[[str], None]) -> None:
     """
     Serve the runs in `root` until Ctrl-C. say: prints a line. Raises `ShoalError` if the port is used.
@@ -204,6 +213,7 @@ def serve(root: Path, port: int | None, say: Callable[[str], None]) -> None:
             app, log_config=None, log_level="critical", access_log=False, proxy_headers=False, server_header=False, lifespan="off", ws="none",
             timeout_graceful_shutdown=1, limit_concurrency=200,
         )  # fmt: skip
+        threading.Thread(target=_warm, args=(found,), name="warm", daemon=True).start()
         try:
             uvicorn.Server(config).run(sockets=[listening])
         except KeyboardInterrupt:  # uvicorn raises it again after it has ended cleanly

@@ -90,10 +90,17 @@ class Chart {
     return Math.max(200, Math.min(pixels, Math.floor(60000 / Math.max(1, curves.length))));
   }
 
-  /** Load the shown windows, then draw. A later call makes an earlier one end without drawing. */
-  async load() {
-    if (!this.width) return;
+  /** Load the shown windows and draw, after the charts that were asked before: the first one is seen while others wait. */
+  load() {
     const turn = (this.turn = (this.turn ?? 0) + 1);
+    const loaded = this.view.line.then(() => this.loadInTurn(turn));
+    this.view.line = loaded.catch((error) => this.view.say(error.message));
+    return loaded;
+  }
+
+  /** A later call makes an earlier one end without drawing. */
+  async loadInTurn(turn) {
+    if (!this.width || turn !== this.turn) return;
     const curves = this.curves();
     const columns = this.columns(curves);
     const loaded = await Promise.all(curves.map((curve) => this.windowOf(curve, columns)));
@@ -101,6 +108,7 @@ class Chart {
     this.drawn = curves.map((curve, i) => ({ ...curve, window: loaded[i] })).filter((curve) => curve.window?.step.length);
     for (const curve of this.drawn) curve.x = AXES[this.view.axis].of(curve.window, curve.run);
     this.draw();
+    await new Promise((resolve) => setTimeout(resolve));  // let the browser show it
   }
 
   async windowOf(curve, columns) {
@@ -166,7 +174,7 @@ class Chart {
     const [x, y] = [this.horizontal(), null];
     this.limits = [x, this.vertical(x)];
     this.uplot = new uPlot(this.options(), [[x[0], x[1]], [null, null]], this.plot);
-    this.showValues(null);
+    this.follow(this.at ?? null);  // the cursor stays where it was
   }
 
   described() {
@@ -236,11 +244,12 @@ class Chart {
   moved(u) {
     const at = u.cursor.left >= 0 ? u.posToVal(u.cursor.left, "x") : null;
     this.showValues(at);
-    if (u.cursor.event !== undefined || at != null) this.view.follow(this, at);
+    this.view.follow(this, at);
   }
 
   /** Show the cursor of another chart here. */
   follow(at) {
+    this.at = at;
     if (!this.uplot) return;
     const left = at == null ? -10 : this.uplot.valToPos(at, "x");
     this.uplot.setCursor({ left, top: at == null ? -10 : 10 }, false);
@@ -249,6 +258,7 @@ class Chart {
 
   /** Show the values at a place of the horizontal axis, or the last ones, for the first curves. */
   showValues(at) {
+    this.at = at;
     const show = this.spec.show ?? ((value) => number(value));
     const unit = this.spec.show || !this.spec.unit ? "" : ` ${this.spec.unit}`;
     const first = (curve) => (curve.run.id === this.view.highlighted ? 0 : 1);
@@ -261,7 +271,8 @@ class Chart {
       return el("span", { class: "value" }, sample(this.styleOf(curve)), ` ${this.labelOf(curve)} `, el("b", {}, `${show(mean)}${unit}`), spread);
     });
     if (this.drawn.length > shown.length) rows.push(el("span", { class: "quiet" }, `and ${this.drawn.length - shown.length} more curves`));
-    const where = at == null ? "last" : `${AXES[this.view.axis].label.split(" ")[0]} ${AXES[this.view.axis].show(at)}`;
+    const nearest = at == null || !shown.length ? at : shown[0].x[Math.min(shown[0].x.length - 1, placeOf(shown[0].x, at))];
+    const where = at == null ? "last" : `${AXES[this.view.axis].label.split(" ")[0]} ${AXES[this.view.axis].show(nearest)}`;
     this.values.replaceChildren(el("span", { class: "where" }, where), ...rows);
   }
 

@@ -26,7 +26,7 @@ function under(run, prefix) {
 class Page {
   constructor(source) {
     Object.assign(this, { source, axis: "step", smoothing: 0, logX: false, logY: false, fit: false, range: null, highlighted: null });
-    Object.assign(this, { runs: [], differences: [], hidden: new Set(), detail: null, details: new Map(), charts: [] });
+    Object.assign(this, { runs: [], differences: [], hidden: new Set(), detail: null, charts: [], line: Promise.resolve() });
   }
 
   async start() {
@@ -34,6 +34,7 @@ class Page {
     this.take(found);
     this.detail = this.runs[0]?.id ?? null;
     this.build();
+    this.say(reading(this.runs) ?? "");
     await this.showDetail();
     if (this.source.isLive) setTimeout(() => this.poll(), 2000);
   }
@@ -60,6 +61,9 @@ class Page {
   follow(from, at) {
     for (const chart of this.charts) if (chart !== from) chart.follow(at);
   }
+
+  /** Say something in the page's head. */
+  say(text) { this.said.textContent = text; }
 
   reload() { return Promise.all(this.charts.map((chart) => chart.load())); }
 
@@ -243,9 +247,9 @@ class Page {
       this.take(found);
       if (isOther) this.build();
       if (changed.length) this.update();
-      this.said.textContent = `live · ${new Date().toLocaleTimeString("sv-SE")}`;
+      this.say(reading(this.runs) ?? `live · ${new Date().toLocaleTimeString("sv-SE")}`);
     } catch {
-      this.said.textContent = "the dashboard does not answer; trying again";
+      this.say("the dashboard does not answer; trying again");
     }
     setTimeout(() => this.poll(), 2000);
   }
@@ -256,6 +260,14 @@ class Page {
     this.reload();
     this.showDetail();
   }
+}
+
+/** Return how far the logs of runs that were never shown before were read; null if all were. */
+function reading(runs) {
+  const left = runs.filter((run) => run.read != null);
+  if (!left.length) return null;
+  const done = runs.length - left.length + left.reduce((sum, run) => sum + run.read, 0);
+  return `reading the logs: ${Math.floor((100 * done) / runs.length)}%, ${number(left.length)} of ${number(runs.length)} runs to go`;
 }
 
 const embedded = document.getElementById("shoal-data");

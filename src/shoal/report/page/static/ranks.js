@@ -16,18 +16,31 @@ function rampColor(share) {
 /** Return the section's content for a run's ranks. */
 function ranksView(ranks) {
   if (!ranks?.steps?.length) return el("p", { class: "quiet" }, "No rank was measured yet: see metrics.split_every.");
-  return el("div", {}, slowRanks(ranks), heatMap(ranks), timelines(ranks));
+  return el("div", {}, slowRanks(ranks), heatMap(ranks), timelines(ranks), memoryOfRanks(ranks) ?? "");
 }
 
 /** Return a sentence or table of the ranks that are slower than the others. */
 function slowRanks(ranks) {
-  const slow = ranks.slowest.filter((each) => each.ratio > 1.1);
   if (ranks.ranks < 2) return el("p", { class: "quiet" }, "One rank: there is no other to compare it with.");
-  if (!slow.length) return el("p", {}, `All ${number(ranks.ranks)} ranks are busy about equally long: none takes 10% longer than the median in half of the measured steps.`);
+  if (!ranks.slow.length) return el("p", {}, `None of the ${count(ranks.ranks)} ranks was 20% slower than the median rank for several measured steps in a row.`);
+  const when = (each) => (each.last_step == null ? `since step ${count(each.first_step)}` : `steps ${count(each.first_step)} to ${count(each.last_step)}`);
   return el("div", {},
-    el("p", {}, "Slower than the median rank, in half of the measured steps or more:"),
-    table(["rank", "busy (× the median)", "slow in", "place in the layout"],
-      slow.map((each) => [count(each.rank), `${each.ratio.toFixed(2)}×`, each.phase, each.place]), { label: "Slow ranks" }));
+    el("p", {}, "Slower than the median rank for several measured steps in a row:"),
+    table(["rank", "busy (× the median)", "slow in", "when", "place in the layout"],
+      ranks.slow.map((each) => [count(each.rank), `${each.factor.toFixed(2)}×`, each.phase, when(each), each.place]), { label: "Slow ranks" }));
+}
+
+const MEMORY_NAMES = { memory_bytes: "in use", peak_memory_bytes: "peak in use", reserved_bytes: "reserved", peak_reserved_bytes: "peak reserved" };
+
+/** Return the least, median and greatest memory over all ranks, of the last measured step. */
+function memoryOfRanks(ranks) {
+  const rows = Object.entries(ranks.memory ?? {}).filter(([, values]) => values.length).map(([name, values]) => {
+    const sorted = [...values].sort((a, b) => a - b);
+    const most = values.indexOf(sorted[sorted.length - 1]);
+    return [MEMORY_NAMES[name] ?? name, bytes(sorted[0]), bytes(sorted[sorted.length >> 1]), bytes(sorted[sorted.length - 1]), count(most), bytes(values.reduce((a, b) => a + b, 0))];
+  });
+  if (!rows.length) return null;
+  return el("div", {}, el("h3", {}, "Memory of the ranks"), table(["memory", "least", "median", "most", "rank with the most", "all ranks"], rows, { label: "Memory of the ranks" }));
 }
 
 /** Return a canvas of ranks and steps; a cell is the largest ratio of its ranks and steps, so that none is hidden. */
