@@ -35,9 +35,11 @@ def trained(folder: Path, name: str, *faults: dict[str, Any], **options: Any) ->
     """Train a small bitwise run that saves every second step."""
     chosen: dict[str, Any] = {
         "train__repro": "bitwise",
-        "train__steps": 6,
+        "train__steps": 5,
+        "train__global_batch": 2,
         "checkpoint__every": 2,
         "checkpoint__keep_every": 1,
+        "checkpoint__background": False,
     }
     config = config_of(folder, name, **(chosen | options))
     train_with(Mesh(Place(), torch.device("cpu")), config, list(faults))
