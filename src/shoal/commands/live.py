@@ -52,7 +52,7 @@ def _named(target: str, runs: Path) -> RunFolder:
 
 
 def _newest(runs: Path) -> RunFolder:
-    """Return the run that goes on and wrote last, else the one that wrote last. Raises `RunError` if there is none."""
+    """Return the running run that wrote last, else any run that wrote last. Raises `RunError` if there is none."""
     from shoal.report.live.state import Follower, newest_first
 
     found = newest_first(runs)

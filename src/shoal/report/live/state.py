@@ -1,4 +1,4 @@
-"""The state of a run as its files tell it, read again and again while the run goes on. No torch."""
+"""The state of a run as its files tell it, read again and again while it trains. No torch."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ class Follower:
         )
 
     def _condition(self, now: float) -> tuple[Condition, str]:
-        """Return whether the run goes on or how it ended, and why."""
+        """Return whether the run is running or how it ended, and why."""
         holder = self.folder.holder()
         if self.folder.is_locked() or self._lives_elsewhere(holder, now):
             return "running", ""
