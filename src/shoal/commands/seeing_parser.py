@@ -109,7 +109,7 @@ def _add_sync(parser: argparse.ArgumentParser) -> None:
 
 def _add_top(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "targets", metavar="RUN", nargs="*", help="names or folders of runs (default: the newest run that goes on)"
+        "targets", metavar="RUN", nargs="*", help="names or folders of runs (default: the newest running run)"
     )
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
     parser.add_argument(
