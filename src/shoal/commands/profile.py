@@ -66,7 +66,9 @@ def _open(args: argparse.Namespace, overrides: list[Override]) -> tuple[RunFolde
     # a run's file holds the size that its tokenizer turned out to have, which a recipe may not ask for
     chosen: Override = ("model.vocab_size", "null", "the run's tokenizer")
     named = {key for key, _, _ in overrides}
-    config = resolve_run(source.config_file, [o for o in (*place, chosen) if o[0] not in named] + overrides, named=False)
+    config = resolve_run(
+        source.config_file, [o for o in (*place, chosen) if o[0] not in named] + overrides, named=False
+    )
     if config.model.vocab_size is None:
         config = config.replace("model", vocab_size=source.load_config().model.vocab_size)
     return source, config_of_profile(config)
@@ -124,7 +126,9 @@ def _checkpoint(named: int | None, source: RunFolder | None, before: int) -> int
     steps = [saved.step for saved in listed(source.checkpoints)] if source is not None else []
     if named and (named not in steps or named >= before):
         usable = ", ".join(str(step) for step in steps if step < before) or "none"
-        raise RunError(f"--checkpoint {named}: the checkpoints before step {before:,} are {usable}; name one, or 0 for none")
+        raise RunError(
+            f"--checkpoint {named}: the checkpoints before step {before:,} are {usable}; name one, or 0 for none"
+        )
     return named if named is not None else max((step for step in steps if step < before), default=0)
 
 

@@ -47,7 +47,9 @@ class Steps:
         """Read "10..12" or "10". Raises `ShoalError` for anything else, and for a range that is empty or begins before 1."""
         found = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text.strip().replace(",", ""))
         if found is None:
-            raise ShoalError(f"--steps {text} is not a range of steps; give the first and the last, such as --steps 10..12")
+            raise ShoalError(
+                f"--steps {text} is not a range of steps; give the first and the last, such as --steps 10..12"
+            )
         first, last = int(found[1]), int(found[2] or found[1])
         if first < 1:
             raise ShoalError(f"--steps {text}: the first step of a run is 1; give a range such as --steps 1..3")
@@ -92,7 +94,9 @@ def default_steps(total_steps: int, after: int = 0) -> Steps:
     after: the step of the checkpoint from which the run starts. Raises `ShoalError` if no step is left.
     """
     if after >= total_steps:
-        raise ShoalError(f"the run has {total_steps:,} steps and its checkpoint has taken all of them: nothing is left to profile")
+        raise ShoalError(
+            f"the run has {total_steps:,} steps and its checkpoint has taken all of them: nothing is left to profile"
+        )
     first = max(after + 1, min(after + WARMUP + 1, total_steps - DEFAULT_COUNT + 1))
     return Steps(first, min(first + DEFAULT_COUNT - 1, total_steps))
 

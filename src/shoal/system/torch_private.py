@@ -20,7 +20,16 @@ from shoal.errors import LaunchError
 TESTED: Final = ("2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0")
 
 Feature = Literal[
-    "processes", "train", "compile", "selective", "ring", "v_schedule", "bitwise_shards", "hf", "kernel", "timeouts",
+    "processes",
+    "train",
+    "compile",
+    "selective",
+    "ring",
+    "v_schedule",
+    "bitwise_shards",
+    "hf",
+    "kernel",
+    "timeouts",
     "memory_snapshot",
 ]
 

@@ -1,7 +1,7 @@
 """
 What a profile says, as typed records: `summary.json` and `memory.json`. No torch.
 
-All times are seconds, all sizes bytes. A module is named as in the model: "blocks.3.attention"; "" stands for work that belongs
+All times are seconds, all sizes bytes. A module is named as in the model: "blocks.3.attention"; "" means work that belongs
 to no module, such as the optimizer.
 """
 
@@ -149,7 +149,9 @@ class Profile:
             known = {f.name: values[f.name] for f in dataclasses.fields(cls)}
             return cls(**{**known, "ranks": [RankProfile.of_json(each) for each in values["ranks"]]})
         except (KeyError, TypeError) as error:
-            raise RunError(f"{folder / SUMMARY} is not a profile of this version of shoal ({error}); run shoal profile again") from error
+            raise RunError(
+                f"{folder / SUMMARY} is not a profile of this version of shoal ({error}); run shoal profile again"
+            ) from error
 
     def write(self, folder: Path) -> None:
         """Write `summary.json`. Raises `OSError`."""
@@ -176,7 +178,9 @@ class RankMemory:
 
     rank: int
     modules: Sequence[ModuleMemory]
-    peak_bytes: int  # most memory that the recorded steps allocated and held at once, on top of what they found
+    peak_bytes: (
+        int  # most memory that the recorded steps allocated and held at once, in addition to the memory in use before
+    )
     peak_seconds: float  # when, from the first step's begin
     other_bytes: int  # held at the peak and allocated outside of any module's forward: backward, optimizer, batches
     cuda: Mapping[str, Any] = field(default_factory=dict)  # torch's snapshot of a GPU's allocator; empty on a CPU

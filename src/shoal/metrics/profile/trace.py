@@ -114,7 +114,9 @@ def separate_transfers(events: dict[str, Any]) -> None:
     steps = next((e for e in listed if e.get("ph") == "X" and _STEP.fullmatch(e["name"])), None)
     if steps is None:
         return
-    moved = [e for e in listed if e.get("tid") == steps["tid"] and e.get("ph") == "X" and e["name"].startswith(TRANSFER)]
+    moved = [
+        e for e in listed if e.get("tid") == steps["tid"] and e.get("ph") == "X" and e["name"].startswith(TRANSFER)
+    ]
     first, ends = _free_lane(listed), [0.0]
     for event in sorted(moved, key=lambda e: float(e["ts"])):
         lane = next((number for number, end in enumerate(ends) if end <= event["ts"]), len(ends))
@@ -169,7 +171,12 @@ def build(events: Iterable[Mapping[str, Any]], modules: Collection[str]) -> Trac
     return trace
 
 
-_KINDS: Final = {"cpu_op": "op", "user_annotation": "range", "cpu_instant_event": "", **dict.fromkeys(_DEVICE, "kernel")}
+_KINDS: Final = {
+    "cpu_op": "op",
+    "user_annotation": "range",
+    "cpu_instant_event": "",
+    **dict.fromkeys(_DEVICE, "kernel"),
+}
 
 
 def _span(event: Mapping[str, Any], parent: Span | None) -> Span:
@@ -177,7 +184,9 @@ def _span(event: Mapping[str, Any], parent: Span | None) -> Span:
     if parent is not None:
         stop = min(stop, parent.stop)  # times are rounded
     kind = _KINDS[event["cat"]]
-    span = Span(event["name"], kind, start, stop, event["tid"], parent, external=event.get("args", {}).get("External id", 0))
+    span = Span(
+        event["name"], kind, start, stop, event["tid"], parent, external=event.get("args", {}).get("External id", 0)
+    )
     if parent is not None:
         parent.children.append(span)
         span.step, span.phase, span.module = parent.step, parent.phase, parent.module
@@ -300,7 +309,16 @@ def enrich(events: dict[str, Any], trace: Trace, rank: int) -> None:
         lane = _free_lane(listed)
         listed += _lane_names(next(e for e in listed if e.get("name") == steps[0].name), lane, LANE)
         listed += [
-            {"ph": "X", "cat": "backward", "name": name, "pid": pid, "tid": lane, "ts": start, "dur": stop - start, "args": {}}
+            {
+                "ph": "X",
+                "cat": "backward",
+                "name": name,
+                "pid": pid,
+                "tid": lane,
+                "ts": start,
+                "dur": stop - start,
+                "args": {},
+            }
             for name, start, stop in lanes
         ]
 
