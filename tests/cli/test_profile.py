@@ -1,4 +1,4 @@
-"""`shoal profile` as a user runs it: a recipe on two processes, and a run from its checkpoint, which it leaves as it was."""
+"""`shoal profile` as a user runs it: a recipe on two processes, and a run from its checkpoint, which stays unchanged."""
 
 from __future__ import annotations
 

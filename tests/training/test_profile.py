@@ -36,22 +36,16 @@ def profiled(
     mesh: Mesh, config: Config, layout: dict[str, int], asked: Asked
 ) -> tuple[list[StepRecord], dict[str, float]]:
     """Profile a run; return the records of its steps, and torch's own self time by operator."""
-    from shoal.training import profile
-
     seen: list[Any] = []
+    usual = Recorder.stop
 
-    class Kept(profile.Recorder):  # the one seam: torch's profiler, to ask it for its own sums
-        def stop(self) -> None:
-            was_on = self.is_on
-            super().stop()
-            if was_on:
-                seen.append(self._profile)
+    def stop(self: Recorder) -> None:  # keeps torch's profiler, to ask it for its own sums
+        seen.extend([self._profile] * self.is_on)
+        usual(self)
 
-    profile.Recorder, usual = Kept, profile.Recorder  # type: ignore[misc]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "stop", stop)
         assert not record_in(laid_out(mesh, **layout) if layout else mesh, config, asked, NeverStop())
-    finally:
-        profile.Recorder = usual  # type: ignore[misc]
     own = {each.key: each.self_cpu_time_total * 1e-6 for each in seen[0].key_averages()} if seen else {}
     return list(read_metrics(RunFolder.of(config).metrics_file).steps), own
 
