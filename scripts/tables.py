@@ -1,5 +1,6 @@
 """
-Write the tables of the pages from the code: all options into docs/API.md, the fields of metrics.jsonl into docs/TRAINING.md.
+Write the tables of the pages from the code: all options into docs/API.md, the fields of metrics.jsonl and ranks.jsonl into
+docs/TRAINING.md.
 
     python scripts/tables.py            write the pages
     python scripts/tables.py --check    exit with 1 if a page is out of date
@@ -19,7 +20,7 @@ from shoal.config.keys import SOURCES, option_at
 from shoal.config.option import option_fields, option_name
 from shoal.config.options import SECTIONS
 from shoal.resolve.resolve import expectation
-from shoal.run.records import Evaluation, StepRecord
+from shoal.run.records import Evaluation, RanksRecord, StepRecord
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 KINDS = {StepRecord: "steps", Evaluation: "evaluations"}
@@ -77,7 +78,17 @@ def metrics_table() -> str:
     return "\n".join(["| field | of | unit | meaning |", "| --- | --- | --- | --- |", *rows])
 
 
-TABLES = {"options": (DOCS / "API.md", options_table), "metrics": (DOCS / "TRAINING.md", metrics_table)}
+def ranks_table() -> str:
+    """Return the table of ranks.jsonl as Markdown: a row for each field."""
+    rows = [f"| `{f.name}` | {f.metadata['unit']} | {f.metadata['meaning']} |" for f in dataclasses.fields(RanksRecord)]
+    return "\n".join(["| field | unit | meaning |", "| --- | --- | --- |", *rows])
+
+
+TABLES = {
+    "options": (DOCS / "API.md", options_table),
+    "metrics": (DOCS / "TRAINING.md", metrics_table),
+    "ranks": (DOCS / "TRAINING.md", ranks_table),
+}
 
 
 def with_table(name: str) -> str:

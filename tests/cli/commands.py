@@ -93,6 +93,10 @@ class Place:
         """Return (step, loss, gradient norm) of each step, at full precision."""
         return [(r["step"], r["loss"], r["grad_norm"]) for r in self.metrics(run) if "loss" in r]
 
+    def scores(self, run: str) -> list[tuple[int, float]]:
+        """Return (step, spike score) of each step that has one, at full precision."""
+        return [(r["step"], r["spike_score"]) for r in self.metrics(run) if "spike_score" in r]
+
     def event_lines(self, run: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "runs" / run / "events.jsonl").read_text().splitlines()]
 

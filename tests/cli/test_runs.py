@@ -7,12 +7,17 @@ import math
 import random
 import re
 import signal
+import socket
 
 import pytest
 import torch
 import yaml
 
 from shoal.errors import EXIT_REQUEUE
+from shoal.infer.load import load_path
+from shoal.run.folder import RunFolder
+from shoal.run.now import read_now
+from shoal.training.guard import FEW
 from tests.cli.commands import Place, gone, wait_for, workers_of
 
 
@@ -44,7 +49,7 @@ def test_a_run_says_what_it_does_and_leaves_what_it_should(place: Place) -> None
     run = place.folder / "runs" / "clean"
     assert {p.name for p in run.iterdir()} == {
         "config.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", "samples", "tokenizer.json", "lock",
-        "ledger.jsonl", "time.jsonl",
+        "ledger.jsonl", "time.jsonl", "ranks.jsonl", "model.txt", "now.json",
     }  # fmt: skip
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["vocab_size"] == 257
     records = place.metrics("clean")
@@ -58,6 +63,25 @@ def test_a_run_says_what_it_does_and_leaves_what_it_should(place: Place) -> None
     assert (machine["threads"], machine["torch"]) == (1, torch.__version__)
     assert torch.backends.cpu.get_cpu_capability() in machine["instructions"].split(", ")
     assert place.events("clean")[-1] == "finished"
+    assert all(r["time"] for r in records)
+
+
+def test_a_run_records_what_it_trained_and_with_what(place: Place) -> None:
+    started, folder = place.event_lines("clean")[0], RunFolder(place.folder / "runs" / "clean")
+    assert started["command"] == ["shoal", "train", "recipe.yaml", "--name", "clean"]
+    assert started["layout"] == {"pp": 1, "dp_replicate": 2, "dp_shard": 1, "cp": 1, "tp": 1}
+    assert (started["total_steps"], started["gpus"], started["hosts"]) == (40, [], 2 * [socket.gethostname()])
+    assert started["versions"]["torch"] == torch.__version__
+    assert "git" not in started  # the folder is in no repository
+    model = load_path(folder.path).model
+    numbers = sum(p.numel() for p in model.parameters())
+    assert started["parameters"] == started["trainable_parameters"] == numbers
+    lines = folder.model_file.read_text("utf-8").splitlines()
+    assert lines[0] == f"{type(model).__name__}: {numbers:,} parameters"
+    assert f"  embed: Embedding  weight {' x '.join(map(str, model.embed.weight.shape))}" in lines
+    doing = read_now(folder)
+    assert doing is not None
+    assert (doing.phase, doing.host) == ("end", socket.gethostname())
 
 
 def test_eval_and_generate_read_what_training_wrote(place: Place) -> None:
@@ -75,7 +99,7 @@ def test_the_same_command_again_is_at_the_end_and_more_steps_go_on(place: Place)
     files = {
         path: path.read_bytes()
         for path in (place.folder / "runs" / "clean").rglob("*")
-        if path.name != "lock" and path.is_file()
+        if path.name not in ("lock", "now.json") and path.is_file()
     }
     again = place.good("train", "recipe.yaml", "--name", "clean")
     assert "step 40/40" not in again
@@ -113,6 +137,12 @@ def clean_losses(place: Place) -> list[tuple[int, float, float]]:
     return [r for r in place.losses("clean") if r[0] <= 40]
 
 
+def clean_scores(place: Place) -> list[tuple[int, float]]:
+    found = [each for each in place.scores("clean") if each[0] <= 40]
+    assert [step for step, _ in found] == list(range(FEW + 2, 41))
+    return found
+
+
 def test_a_worker_that_is_killed_is_started_again_and_no_bit_differs(place: Place) -> None:
     process = place.start("train", "recipe.yaml", "--name", "worker-killed")
     wait_for(process, "step 17/40")
@@ -124,6 +154,7 @@ def test_a_worker_that_is_killed_is_started_again_and_no_bit_differs(place: Plac
     )
     assert "Traceback" not in output
     assert place.losses("worker-killed") == clean_losses(place)
+    assert place.scores("worker-killed") == clean_scores(place)
 
 
 @pytest.mark.ci
@@ -145,6 +176,7 @@ def test_a_launcher_that_is_killed_takes_its_workers_with_it_and_the_run_goes_on
     output = place.good("train", "recipe.yaml", "--name", "launcher-killed")
     assert "resumed from runs/launcher-killed/checkpoints/step-000000" in output
     assert place.losses("launcher-killed") == clean_losses(place)
+    assert place.scores("launcher-killed") == clean_scores(place)
 
 
 @pytest.mark.ci

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,8 +20,8 @@ from shoal.mesh.region import Region, Shard
 from shoal.optim.build import build_optimizer
 from shoal.parallel.replicas import compare
 from shoal.run.folder import RunFolder
-from shoal.run.records import read_metrics
-from shoal.training.guard import FEW, Guard, limit
+from shoal.run.records import read_metrics, read_ranks
+from shoal.training.guard import FEW, RECENT, Guard, limit, score
 from shoal.training.loop import complete, record, take_step
 from shoal.training.run import Run
 from tests.parallel.layouts import ALONE, NeverStop, config_of, mesh_for, whole
@@ -105,6 +107,7 @@ def test_too_many_in_a_row_and_the_run_goes_back_and_passes_them_over(
     batch = config.train.global_batch
     assert (event["step"], event["to"], event["passed_over"]) == (5, 2, [3 * batch, 5 * batch])
     assert steps_of(config) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [each.step for each in read_ranks(RunFolder.of(config).ranks_file)] == [2]  # not again after the rollback
     clean = world(2).run(passing_over, config_of(tmp_path, "clean", **OPTIONS), (3 * batch, 5 * batch))
     assert equal(found, clean)
 
@@ -182,6 +185,50 @@ def test_the_limit_of_a_spike_is_by_median_and_deviation() -> None:
     assert limit(losses, 6.0) == pytest.approx(3.0 + 6.0 * 1.4826 * 0.1)
     assert limit(losses[1:], 6.0) == math.inf
     assert limit([2.0] * FEW, 6.0) == pytest.approx(2.0 + 6.0 * 0.02)
+
+
+def test_a_spike_score_is_that_of_numpy_also_after_a_resume_and_where_losses_are_read_late() -> None:
+    """The losses that a score uses are known on a GPU too, where a step's loss is read after the next step has begun."""
+    random = np.random.default_rng(5)
+    losses = {step: float(loss) for step, loss in enumerate(4.0 + 0.2 * random.standard_normal(400), start=1)}
+    losses[300] = 9.0
+
+    def scores(*, resumed_at: int | None = None) -> dict[int, float | None]:
+        guard, found = Guard(torch.device("cpu"), None), {}
+        for step, loss in losses.items():
+            found[step] = guard.score(step, loss)
+            guard.learn(step, loss)
+            if step == resumed_at:
+                kept = json.loads(json.dumps(list(guard.losses)))
+                guard = Guard(torch.device("cpu"), None)
+                guard.losses.extend((number, value) for number, value in kept)
+        return found
+
+    found = scores()
+    assert [found[step] for step in range(1, FEW + 2)] == [None] * (FEW + 1)
+    for step in range(FEW + 2, 401):
+        before = np.array([losses[each] for each in range(max(1, step - 1 - RECENT), step - 1)])
+        spread = max(1.4826 * np.median(np.abs(before - np.median(before))), 0.01 * np.median(before))
+        assert found[step] == pytest.approx((losses[step] - np.median(before)) / spread, rel=1e-12, abs=1e-12)
+    assert (found[300] or 0.0) > 15 > max(score for step, score in found.items() if score is not None and step != 300)
+    assert all(scores(resumed_at=at) == found for at in (1, 20, FEW, 150, 299, 300))
+    guard, late = Guard(torch.device("cpu"), 6.0), {}
+    for step, loss in losses.items():  # the limit of the next step is set before this one's loss is read
+        guard.prepare(step + 1)
+        bound = float(guard._limit)
+        late[step] = guard.score(step, loss)
+        guard.learn(step, loss)
+        following = found.get(step + 1)
+        assert (bound == math.inf) == (following is None) or step == 400
+        if following is not None:
+            assert (losses[step + 1] > bound) == (following > 6.0)
+    assert late == found
+
+
+def test_a_loss_that_is_no_number_or_a_constant_loss_has_no_score() -> None:
+    assert score(math.nan, [3.0] * FEW) is score(math.inf, [3.0] * FEW) is None
+    assert score(1.0, [0.0] * FEW) is None
+    assert score(3.3, [3.0] * FEW) == pytest.approx(10.0)
 
 
 def test_a_spike_is_left_out_and_not_learnt_from() -> None:

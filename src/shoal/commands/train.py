@@ -28,24 +28,30 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     tell_of_torch()
     from shoal.commands.worker import place_worker, train_as_worker
     from shoal.fault.limit import start_clock
+    from shoal.launch.command import hand_on
     from shoal.launch.torchrun import launch
     from shoal.mesh.place import is_worker
     from shoal.run.folder import RunFolder
+    from shoal.run.now import Now
 
     before = RunFolder.of(config).begun()
     if is_worker():
         return train_as_worker(place_worker(config, before))
     start_clock()
-    with _planned(config, before) as (config, folder, console):
+    hand_on(["shoal", *argv])
+    with _planned(config, before) as (config, folder, console), contextlib.closing(Now(folder.now_file)) as now:
         from shoal.data.dataset import open_data
         from shoal.training.run_files import tokens_of
 
+        console.on_progress = now.progress
         past = tokens_of(folder)
         dataset = open_data(config.data, console, rows=config.model.vocab_size, past=past)
         dataset.rows("train")
         dataset.held_out_rows()  # a split too small for a row is an error now, not after the workers have started
         if folder.config_file.is_file() and _is_finished(config, folder, dataset, console):
+            now.close("end")
             return 0
+        now.say("starting the workers")
     code = launch(config, [*argv, *_planned_flags(config)])
     if config.metrics.report and code != EXIT_REQUEUE:  # a preempted process has seconds left
         from shoal.commands.report import leave_report

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from shoal.config.options import Config
     from shoal.elastic.heartbeat import Heartbeat
     from shoal.run.narrator import Narrator
+    from shoal.run.now import Now
     from shoal.run.profiles import Asked
     from shoal.system.signals import StopRequest
 
@@ -47,8 +48,13 @@ def train_here(config: Config) -> Trained:
     tell_of_torch()
     folder = RunFolder.of(config)
     config = place_worker(config, folder.begun()) if is_worker() else _plan_alone(config, folder.begun())
-    narrator, heartbeat = _open_heartbeat(config)
-    with contextlib.closing(narrator), contextlib.closing(StopRequest(ends_process=False)) as stop:
+    now = _open_now(config)
+    narrator, heartbeat = _open_heartbeat(config, now)
+    with (
+        contextlib.closing(now),
+        contextlib.closing(narrator),
+        contextlib.closing(StopRequest(ends_process=False)) as stop,
+    ):
         try:
             return Trained(folder.path, finished=not _train(config, stop, heartbeat))
         except (RuntimeError, MemoryError, OSError) as error:
@@ -118,11 +124,15 @@ def train_as_worker(config: Config) -> int:
     from shoal.mesh.place import is_launched, read_place
     from shoal.system.signals import StopRequest
 
-    heartbeat = _begin(config)
+    now = _open_now(config)
+    heartbeat = _begin(config, now)
     stop = StopRequest()
     if not is_launched():
         stop.end_early(say_error if read_place().rank == 0 else lambda text: None)
-    return _exit_code(config, heartbeat, lambda: _train(config, stop, heartbeat), "; set train.repro to fast")
+    try:
+        return _exit_code(config, heartbeat, lambda: _train(config, stop, heartbeat), "; set train.repro to fast")
+    finally:
+        now.close()
 
 
 def profile_as_worker(config: Config, asked: Asked) -> int:
@@ -163,27 +173,48 @@ def _train(config: Config, stop: StopRequest, heartbeat: Heartbeat) -> bool:
     return train(config, stop, heartbeat)
 
 
-def _begin(config: Config) -> Heartbeat:
+def _begin(config: Config, now: Now | None = None) -> Heartbeat:
     """Make this worker end with its launcher and write its stacks on SIGUSR2; return its heartbeat."""
     from shoal.elastic.heartbeat import leave_stacks_when_asked
     from shoal.system.signals import die_with_parent
 
     die_with_parent()
     leave_stacks_when_asked()
-    return _open_heartbeat(config)[1]
+    return _open_heartbeat(config, now)[1]
 
 
-def _open_heartbeat(config: Config) -> tuple[Narrator, Heartbeat]:
-    """Return the heartbeat of this process and the narrator that names its phases."""
+def _open_now(config: Config) -> Now:
+    """Open `now.json` on the first rank, which says there what the run does."""
+    from shoal.mesh.place import read_place
+    from shoal.run.folder import RunFolder
+    from shoal.run.now import Now
+
+    return Now(RunFolder.of(config).now_file if read_place().rank == 0 else None)
+
+
+def _open_heartbeat(config: Config, now: Now | None = None) -> tuple[Narrator, Heartbeat]:
+    """Return the heartbeat of this process and the narrator that names its phases; `now` gets them too."""
     from shoal.elastic.heartbeat import Heartbeat
     from shoal.mesh.place import is_launched, read_place
     from shoal.run.console import Console
     from shoal.run.narrator import Narrator
+    from shoal.run.now import TRAINING
 
     narrator = Narrator(Console(speaks=read_place().rank == 0).note)
-    if not is_launched():
+    narrates = not is_launched()  # shoal's own launcher narrates itself
+    if narrates:
         narrator.watch()
-    return narrator, Heartbeat.open(config.launch, narrator.begin)
+
+    def tell(phase: str | None) -> None:
+        if narrates:
+            narrator.begin(phase)
+        if now is not None:
+            now.say(phase or TRAINING, None if phase else heartbeat.place[0])
+
+    heartbeat = Heartbeat.open(config.launch, tell)
+    if now is not None:
+        heartbeat.on_progress = now.progress
+    return narrator, heartbeat
 
 
 def _exit_code(config: Config, heartbeat: Heartbeat, work: Callable[[], bool], advice: str = "") -> int:

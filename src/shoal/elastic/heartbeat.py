@@ -130,7 +130,7 @@ class Patience:
 
 class Heartbeat:
     """
-    The worker's side: reports the worker's progress. Without a shoal launcher it only calls `tell`.
+    The worker's side: reports the worker's progress to the launcher, if that is shoal's, and to `tell`.
 
     In a step, call `begin`, then `beat` at each phase. Between steps (evaluation, saving, the end), call `outside`, repeatedly
     if it takes long.
@@ -152,15 +152,16 @@ class Heartbeat:
         self._step, self._turn, self._phase, self._begun = 0, 0, "start", math.nan
         self.taken = 0  # steps taken; the first one compiles
         self.strict = strict  # a late step is a hang even if this process is busy
+        self.on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+        """Called with (phase, done, total) by work outside steps that knows its size."""
         self._left = self._compiles_since = math.nan  # seconds left for the phase that a compilation interrupted
 
     @classmethod
     def open(cls, launch: Launch, tell: Callable[[str | None], None] = lambda phase: None) -> Self:
-        """Open this worker's page. `tell` is used only without a shoal launcher."""
+        """Open this worker's page."""
         folder = os.environ.get(FOLDER)
         page = Page(Path(folder), read_place().local_rank) if folder is not None and is_launched() else None
         seconds = SOONER * launch.timeout_seconds
-        tell = tell if page is None else lambda phase: None
         return cls(page, Patience(seconds, launch.hang_seconds), seconds, tell, strict=launch.hang_seconds is not None)
 
     def begin(self, step: int, phase: str = "data") -> None:

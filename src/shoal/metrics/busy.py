@@ -72,12 +72,19 @@ class Busy:
     first forward and backward of a step stand for all of them.
     """
 
-    def __init__(self, device: torch.device, turns: int, *, measures: bool = True) -> None:
-        """Start measuring. turns: number of forwards of this process in a step. measures: whether to measure at all."""
+    def __init__(self, device: torch.device, turns: int, *, measures: bool = True, waits: bool = False) -> None:
+        """
+        Start measuring.
+
+        turns: number of forwards of this process in a step. measures: whether to measure every step, not only those that
+        are kept. waits: whether to time waits for other processes in any case; `measures` implies it.
+        """
         self.waits = Waits()
-        self._cuda, self._turns, self._measures = device.type == "cuda", turns, measures
-        if measures and not self._cuda:
+        self._cuda, self._turns, self._always = device.type == "cuda", turns, measures
+        if (measures or waits) and not self._cuda:
             self.waits.watch()
+        self._measures = False  # whether the step now is measured
+        self._kept: dict[int, dict[str, float]] = {}
         self._entered: dict[str, tuple[float, float]] = {}  # by phase: seconds waited before it, start time
         self._ends: dict[str, torch.cuda.Event] = {}  # by phase: recorded when it ends
         self._begun: float | None = None
@@ -86,17 +93,18 @@ class Busy:
         self._steps: list[_Step] = []  # steps that are over on the host, perhaps not on the device
         self._now = _Step()
 
-    def begin(self) -> None:
-        """Begin a step, which ends the previous one."""
-        if not self._measures:
+    def begin(self, keep: int | None = None) -> None:
+        """Begin a step, which ends the previous one. keep: the step's number, if `take` is to return its times later."""
+        if not self._always and not self._measures and keep is None:
             return
         now = time.perf_counter()
-        if self._begun is not None:
+        if self._measures and self._begun is not None:
             passed = now - self._begun - (self.waits.seconds - self._waited)
             if not self._interrupted:
                 self._now.host["between"] = max(0.0, passed - sum(self._now.host.values()))
             self._steps.append(self._now)
-        self._begun, self._waited, self._interrupted, self._now = now, self.waits.seconds, False, _Step()
+        self._measures = self._always or keep is not None
+        self._begun, self._waited, self._interrupted, self._now = now, self.waits.seconds, False, _Step(keep)
 
     def enter(self, phase: str) -> None:
         """Start timing `phase`."""
@@ -133,7 +141,14 @@ class Busy:
             found = step.host | {n: start.elapsed_time(end) / 1000 for n, (start, end) in step.device.items()}
             for name in ("forward", "backward") if self._cuda else ():
                 found[name] = found.get(name, 0.0) * self._turns
+            if step.keep is not None:
+                self._kept[step.keep] = found
         return found
+
+    def take(self, step: int) -> dict[str, float]:
+        """Return seconds by part of a step that was kept; empty if it is not over, was taken before or was not measured."""
+        self.seconds()
+        return self._kept.pop(step, {})
 
     def close(self) -> None:
         """Stop measuring. May be called twice."""
@@ -141,9 +156,10 @@ class Busy:
 
 
 class _Step:
-    __slots__ = ("device", "host")
+    __slots__ = ("device", "host", "keep")
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int | None = None) -> None:
+        self.keep = keep
         self.host: dict[str, float] = {}
         self.device: dict[str, tuple[torch.cuda.Event, torch.cuda.Event]] = {}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Mapping
 from typing import Literal
@@ -13,6 +11,7 @@ import torch
 from shoal.config.options import Config
 from shoal.mesh.mesh import Mesh
 from shoal.metrics.machine import device_name
+from shoal.metrics.memory import peak_bytes
 from shoal.metrics.moment import Moment
 from shoal.plan.estimate import flops_per_token, parameter_count, why_no_flops
 from shoal.plan.hardware import peak_flops
@@ -60,14 +59,6 @@ def _recorded() -> torch.cuda.Event:
     return event
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this process: on the device, or resident memory on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
 class Meter:
     """Turns steps into records of `metrics.jsonl`. Losses and norms are passed as floats: it reads no tensor."""
 
@@ -80,19 +71,23 @@ class Meter:
         self._smooth_seconds = 0.0
         self.device_name = device_name(mesh.device)
         self._why_no_mfu = why_no_flops(config.model, config.data.seq_len)
-        self._flops_per_token = (
+        self.flops_per_token = (
             0 if self._why_no_mfu else flops_per_token(config.model, config.data.seq_len, config.metrics.mfu_attention)
         )
-        self._peak_flops, self._peak_source = self._find_peak()
+        self.peak_flops, self._peak_source = self._find_peak()
 
     def start(self) -> None:
         """Restart the clock of steps, after preparation, evaluation or saving."""
         self._last, self._steps_since = Moment(self._mesh.device), 0
 
+    def splits(self, step: int) -> bool:
+        """Return whether the time split of `step` is measured."""
+        return step % self._config.metrics.split_every == 0 or step == 2
+
     def begin(self, step: int) -> None:
         """Begin `step`; time its phases if a time split is due."""
         self._timer = None
-        if step % self._config.metrics.split_every == 0 or step == 2:
+        if self.splits(step):
             self._timer = self._splits[step] = PhaseTimer(self._mesh.device)
 
     def enter(self, phase: str) -> None:
@@ -120,6 +115,7 @@ class Meter:
         norm: float | None,
         *,
         source_loss: Mapping[str, float] | None = None,
+        spike_score: float | None = None,
         last: bool = False,
     ) -> StepRecord | None:
         """
@@ -127,7 +123,7 @@ class Meter:
 
         over: the end of the step, perhaps long before this call. tokens: number of tokens trained on so far. step_tokens:
         number of tokens in this step. norm: the gradient norm; None after an overflow. source_loss: loss by source of a
-        blend. last: whether `step` is the last.
+        blend. spike_score: None if unknown. last: whether `step` is the last.
         """
         self._steps_since += 1
         if step % self._config.metrics.every and step != 1 and not last:
@@ -139,14 +135,16 @@ class Meter:
         return StepRecord(
             step=step,
             tokens=tokens,
+            time=round(time.time(), 3),
             loss=loss,
             lr=lr,
             grad_norm=norm,
             tokens_per_second=rate,
             step_seconds=seconds,
             mfu=self.mfu(rate),
-            memory_bytes=memory_bytes(self._mesh.device),
+            memory_bytes=peak_bytes(self._mesh.device),
             source_loss=source_loss,
+            spike_score=spike_score,
             split_seconds=self._take_split(step),
         )
 
@@ -158,13 +156,13 @@ class Meter:
 
     def mfu(self, tokens_per_second: float) -> float | None:
         """Return the model's FLOP/s as a share of the peak; None if either is unknown. Convention: `describe_mfu`."""
-        if not self._peak_flops or not self._flops_per_token:
+        if not self.peak_flops or not self.flops_per_token:
             return None
-        return self.model_flops(tokens_per_second) / self._peak_flops
+        return self.model_flops(tokens_per_second) / self.peak_flops
 
     def model_flops(self, tokens_per_second: float) -> float:
         """Return FLOP/s of the model's own arithmetic, by the convention of MFU; 0 if unknown."""
-        return tokens_per_second * self._flops_per_token
+        return tokens_per_second * self.flops_per_token
 
     def left_seconds(self, steps: int) -> float:
         """Estimate the seconds that `steps` more steps take."""
@@ -177,13 +175,13 @@ class Meter:
 
     def describe_mfu(self) -> str:
         """Return a line with MFU's convention and peak, or why MFU is unknown; empty on a CPU without `metrics.peak_tflops`."""
-        if self._peak_flops is None and self._mesh.device.type != "cuda":
+        if self.peak_flops is None and self._mesh.device.type != "cuda":
             return ""
         if self._why_no_mfu is not None:
             return f"MFU is not reported: {self._why_no_mfu}"
-        if self._peak_flops is None:
+        if self.peak_flops is None:
             return f"MFU is not reported: the peak of {self.device_name} is unknown; set metrics.peak_tflops"
-        peak = self._peak_flops / 1e12
+        peak = self.peak_flops / 1e12
         return f"MFU counts {self._config.metrics.mfu_attention} attention against {peak:.3g} TFLOP/s ({self._peak_source})"
 
     def _find_peak(self) -> tuple[float | None, str]:

@@ -32,6 +32,8 @@ class Console:
         self._speaks = speaks
         self._rich = RichConsole(highlight=False, soft_wrap=True, stderr=on_stderr)
         self._steps_shown = 0
+        self.on_progress: Callable[[str, int, int], None] = lambda phase, done, total: None
+        """Called with each (phase, done, total) of a progress bar too."""
 
     @property
     def is_terminal(self) -> bool:
@@ -79,6 +81,17 @@ class Console:
 
         steady: print a line every few seconds, however long the work takes.
         """
+        with self._bar(title, steady) as bar:
+
+            def show(phase: str, done: int, total: int) -> None:
+                bar(phase, done, total)
+                self.on_progress(phase, done, total)
+
+            yield show
+
+    @contextmanager
+    def _bar(self, title: str, steady: bool) -> Iterator[Callable[[str, int, int], None]]:
+        """Yield what shows the progress."""
         if not self._speaks:
             yield lambda phase, done, total: None
         elif self.is_terminal:

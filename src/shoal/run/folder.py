@@ -87,6 +87,14 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def model_file(self) -> Path:
+        return self.path / "model.txt"
+
+    @property
+    def now_file(self) -> Path:
+        return self.path / "now.json"
+
+    @property
     def ledger_file(self) -> Path:
         return self.path / "ledger.jsonl"
 
@@ -251,7 +259,8 @@ class RunFolder:
     def remove_unused(self) -> None:
         """Remove the folder of a run that did not begin: one with nothing but the lock that this process holds."""
         with contextlib.suppress(OSError):
-            if self._lock is not None and [path.name for path in self.path.iterdir()] == ["lock"]:
+            if self._lock is not None and {path.name for path in self.path.iterdir()} <= {"lock", self.now_file.name}:
+                self.now_file.unlink(missing_ok=True)
                 (self.path / "lock").unlink()
                 self.path.rmdir()
 

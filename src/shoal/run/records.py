@@ -104,7 +104,7 @@ class RanksRecord(_Line):
     busy_seconds: Mapping[str, Sequence[float]] = _field(
         "s",
         "busy time of the measured step by phase (`data`, `forward`, `backward`, `reduce`, `optimizer`, `between`), "
-        "without waits for other ranks",
+        "without waits for other ranks; 0 if unknown",
     )
 
 
@@ -143,9 +143,17 @@ class MetricsFile(PatientLines):
         self.add(record.as_line())
 
 
+class RanksFile(PatientLines):
+    """The writer of `ranks.jsonl`."""
+
+    def record(self, record: RanksRecord) -> None:
+        """Add a line."""
+        self.add(record.as_line())
+
+
 def forget_after(path: Path, step: int, *, evaluation: bool = False) -> None:
     """
-    Remove the lines of steps after `step` from a metrics file: a resume takes these steps again.
+    Remove the lines of steps after `step` from a file of records: a resume takes these steps again.
 
     evaluation: whether to remove the evaluation at `step` itself too. Raises `OSError` if the file cannot be rewritten.
     """

@@ -29,17 +29,24 @@ from shoal.training.state import TrainState
 
 
 def assemble(
-    config: Config, mesh: Mesh, say: Callable[[str], None], *, fresh: bool = True
+    config: Config,
+    mesh: Mesh,
+    say: Callable[[str], None],
+    *,
+    fresh: bool = True,
+    built: Callable[[LanguageModel], None] = lambda model: None,
 ) -> tuple[Runnable, TrainState]:
     """
     Build the parallel model and its optimizer. `say` gets a line for each technique applied.
 
-    fresh: whether to initialize the weights; False leaves them for a checkpoint to fill.
+    fresh: whether to initialize the weights; False leaves them for a checkpoint to fill. built: a function called with the
+    whole model, on torch's meta device.
     """
     train = config.train
     if train.repro == "bitwise" and mesh.device.type == "cuda":
         take_deterministic_kernels()
     model = build_model(config.model, compute_dtype=COMPUTE_DTYPES[train.dtype])
+    built(model)
     weights = _first_weights(model, config) if fresh else _leave_empty
     runnable = parallelize(
         model, mesh, parallel=config.parallel, train=train, data=config.data, weights=weights, say=say

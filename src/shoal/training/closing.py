@@ -77,7 +77,10 @@ def _say_results(run: Run, saved: Outcome) -> None:
     run.watch.heartbeat.outside("end")
     run.console.say()
     run.console.say(compared, "bold")
-    run.files.event("finished", **run.evaluation.as_line(), compared=compared)
+    measured = {
+        name: value for name, value in run.evaluation.as_line().items() if name != "time"
+    }  # the event has its own
+    run.files.event("finished", **measured, compared=compared)
     run.console.note(run.files.goodput())
     if saved.ok:
         say_what_next(run.config, run.folder, run.evaluation, run.console)
@@ -86,6 +89,7 @@ def _say_results(run: Run, saved: Outcome) -> None:
 def _save(run: Run) -> Outcome:
     """Save to disk, and wait until the checkpoint is complete."""
     run.watch.heartbeat.outside("save")
+    run.keep_losses()
     with run.files.clock.spend("checkpoint"):
         return run.saving.finish(run.state, run.val_loss())
 

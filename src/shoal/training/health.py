@@ -60,6 +60,7 @@ class Recovery:
         *,
         loss: float,
         norm: float,
+        score: float | None = None,
         first: int,
         stop: int,
         samples: list[int],
@@ -69,7 +70,7 @@ class Recovery:
         """
         Report a skipped step on sample positions [first, stop). Raises `GoBack` after too many skipped steps in a row.
 
-        documents: (source, first document, last document) of each row.
+        score: its spike score, if known. documents: (source, first document, last document) of each row.
         """
         self._in_row += 1
         if self._in_row == 1:
@@ -78,7 +79,12 @@ class Recovery:
         why = f"its loss {loss:.4f} is a spike" if spike else f"loss {loss}, gradient norm {norm}"
         where = f"; it first appeared in {origin}" if origin else ""
         self._console.warn(f"step {step} was skipped: {why}{where}")
-        facts = {"loss": loss if math.isfinite(loss) else str(loss), "norm": norm if math.isfinite(norm) else str(norm)}
+        facts: dict[str, float | str] = {
+            "loss": loss if math.isfinite(loss) else str(loss),
+            "norm": norm if math.isfinite(norm) else str(norm),
+        }
+        if score is not None:
+            facts["spike_score"] = score
         self._event("left out", step=step, **facts, origin=origin, samples=samples, documents=documents)
         if self._in_row > self._fault.max_skipped:
             self._in_row = 0

@@ -151,6 +151,7 @@ def cast_ballot(run: Run, step: int, batches: Sequence[Batch]) -> Ballot:
             "stop": Vote([float(run.stopping.is_asked())]),
             "samples": Vote([float(samples)]),
             "pace": run.watch.pace.vote(step),
+            "ranks": run.watch.by_rank.vote(step),
             "data": vote(run, step, batches),
             "sources": Vote(_tokens_by_source(run, batches)),
             **run.saving.votes(step),
@@ -204,12 +205,13 @@ def _judge(run: Run, stats: Stats, result: Result, source_loss: Mapping[str, flo
     loss = result.loss_sum / max(result.tokens, 1.0)
     has_overflowed = overflowed(run, stats, result.norm)
     run.state.skipped += result.skipped
+    score = run.guard.score(stats.step, loss)
     if result.skipped and not has_overflowed:
         run.watch.meter.pass_over()
         if result.is_empty:
             say_empty(run, stats)
         else:
-            explain(run, stats, loss, result.norm)
+            explain(run, stats, loss, result.norm, score)
         return
     run.state.tokens += int(result.tokens)
     if not result.skipped:
@@ -219,7 +221,7 @@ def _judge(run: Run, stats: Stats, result: Result, source_loss: Mapping[str, flo
     left = run.total_steps - stats.step
     line = run.watch.meter.record(
         stats.step, stats.over, run.state.tokens, int(result.tokens), loss, stats.lr, norm, source_loss=source_loss,
-        last=left == 0,
+        spike_score=score, last=left == 0,
     )  # fmt: skip
     if line is not None:
         run.files.metrics(line)
@@ -250,7 +252,7 @@ def do_what_is_due(run: Run) -> None:
     if saves and not run.recovery.is_sound:
         run.saving.put_off(run.state.step)
     elif saves:
-        run.state.losses = list(run.guard.losses)
+        run.keep_losses()
         run.watch.heartbeat.outside("save")
         with clock.spend("checkpoint"):
             run.files.sync()

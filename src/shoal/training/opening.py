@@ -14,15 +14,14 @@ from shoal.plan.length import count_steps, length_of
 from shoal.system.output import on_one_line
 from shoal.training.last_words import already_taken
 from shoal.training.run import Run
+from shoal.training.start_facts import start_facts
 
 
 def introduce(run: Run) -> None:
-    """Describe the run to the user before its first step, and record the start."""
+    """Describe the run to the user before its first step, and record the start. A collective over the world."""
     machine = bits_depend_on(run.mesh.device)
     last = run.files.last_machine()
-    run.files.event(
-        "started", step=run.state.step, processes=run.mesh.world_size, device=str(run.mesh.device), machine=machine
-    )
+    run.files.event("started", **start_facts(run, machine))
     _describe(run)
     _warn_of_length(run)
     if unheard := [name for name in run.dataset.parts if name not in run.dataset.held_out_rows()]:

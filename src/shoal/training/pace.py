@@ -61,7 +61,7 @@ class Pace:
             ranks = Stragglers(factor, peers, len(PARTS))
         # Ranks may have one micro-batch fewer than others: scale their times to the largest count.
         most = max(map(len, runnable.slots))
-        busy = Busy(mesh.device, runnable.turns, measures=compares)
+        busy = Busy(mesh.device, runnable.turns, measures=compares, waits=mesh.world_size > 1)
         phases = comparable(config, mesh)
         return cls(busy, ranks, hosts, mesh.place.rank, phases, most / runnable.turns, console, event)
 

@@ -27,9 +27,11 @@ def overflowed(run: Run, stats: Stats, norm: float) -> bool:
     return True
 
 
-def explain(run: Run, stats: Stats, loss: float, norm: float) -> None:
+def explain(run: Run, stats: Stats, loss: float, norm: float, score: float | None) -> None:
     """
     Rerun a skipped step to find where NaN or Inf first appeared, and report it. A collective over the world.
+
+    score: the spike score of its loss, if known.
 
     Raises `GoBack` after too many skipped steps in a row.
     """
@@ -45,8 +47,9 @@ def explain(run: Run, stats: Stats, loss: float, norm: float) -> None:
     origins = [(each, rank) for rank, each in enumerate(run.mesh.gather_objects(found)) if each is not None]
     origin = "{} on rank {}".format(*min(origins)) if origins else ""
     run.recovery.left_out(
-        stats.step, loss=loss, norm=norm, first=stats.first, stop=stats.first + run.config.train.global_batch,
-        samples=run.loader.samples(stats.first), documents=_documents(run, stats), origin=origin,
+        stats.step, loss=loss, norm=norm, score=score, first=stats.first,
+        stop=stats.first + run.config.train.global_batch, samples=run.loader.samples(stats.first),
+        documents=_documents(run, stats), origin=origin,
     )  # fmt: skip
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from shoal.checkpoint.saved import Saved
 from shoal.config.keys import ChangedOption
@@ -23,14 +25,17 @@ from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import is_launched
 from shoal.metrics.meter import Meter
 from shoal.metrics.progress import DeviceProgress
+from shoal.models.outline import outline
 from shoal.parallel.runnable import Runnable
 from shoal.plan.length import count_steps, length_of
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
 from shoal.run.phases import Phases
 from shoal.run.records import Evaluation
+from shoal.system.repository import Look
 from shoal.system.signals import StopRequest
 from shoal.training.assemble import assemble, open_loader
+from shoal.training.by_rank import ByRank
 from shoal.training.evaluate import evaluate
 from shoal.training.finish_config import finish_config, write_run_files
 from shoal.training.guard import Guard
@@ -50,6 +55,7 @@ class Start:
     changed: Sequence[ChangedOption]
     restored: Saved | None = None  # the checkpoint that the run resumes from; None if the run is new
     applied: list[str] = field(default_factory=list)  # a line for each technique applied to the model
+    repository: Look | None = None  # a look at the user's git repository; on the first rank
 
 
 @dataclass(kw_only=True)
@@ -60,6 +66,7 @@ class Watch:
     progress: DeviceProgress
     meter: Meter
     pace: Pace
+    by_rank: ByRank
     faults: Faults
     phases: Phases
 
@@ -72,17 +79,20 @@ class Watch:
         heartbeat.outside("opening the run")
         pace = Pace.open(config, mesh, runnable, files.console, files.event)
         pace.busy.waits.tell = heartbeat.waits
+        by_rank = ByRank(mesh, pace.busy, meter.splits, files.ranks)
         progress = DeviceProgress(mesh.device, heartbeat)
         # Order matters: a delay injected by `faults` counts in the times of the meter and the pace, not in the clock's "data".
         phases = Phases([progress, meter, pace.busy, faults, files.clock])
-        return cls(heartbeat=heartbeat, progress=progress, meter=meter, pace=pace, faults=faults, phases=phases)
+        return cls(
+            heartbeat=heartbeat, progress=progress, meter=meter, pace=pace, by_rank=by_rank, faults=faults, phases=phases
+        )  # fmt: skip
 
     def begin(self, step: int) -> None:
         """Tell the observers that `step` begins."""
         self.meter.begin(step)
         self.faults.step = step
         self.heartbeat.begin(step)
-        self.pace.busy.begin()
+        self.by_rank.begin(step)
 
 
 @dataclass(kw_only=True)
@@ -139,19 +149,21 @@ class Run:
     @classmethod
     def _open(cls, config: Config, mesh: Mesh, stop: StopRequest, heartbeat: Heartbeat, files: RunFiles) -> Run:
         console, folder = files.console, files.folder
+        repository = Look.at(Path(".")) if mesh.is_first else None
         # A launcher has shown the progress already
         speaks = Console(speaks=mesh.is_first and not is_launched())
+        speaks.on_progress = heartbeat.on_progress
         dataset = open_data(config.data, speaks, past=tokens_of(folder))
         heartbeat.outside("measuring the device")
         config = finish_config(config, folder, dataset, mesh, console.warn)
         rows = dataset.rows("train")
         dataset.held_out_rows()  # raises if there is no row for the evaluations, before the first step
-        start = Start(changed=folder.agree(config), before=folder.begun() or config)
+        start = Start(changed=folder.agree(config), before=folder.begun() or config, repository=repository)
         mesh.barrier()  # all ranks compare the config before rank 0 writes it
         faults = Faults(mesh.place.rank, folder.events_file)
         saving = Saving.open(config, folder.checkpoints, mesh, console, files.event, dataset.data_id, faults.at)
         saving.total_steps = count_steps(config.train, config.data.seq_len, len(rows))
-        runnable, state = _build_or_restore(config, mesh, saving, heartbeat, faults, start)
+        runnable, state = _build_or_restore(config, mesh, saving, heartbeat, faults, start, files)
         heartbeat.outside("opening the run")
         if mesh.is_first:
             with folder.writable():
@@ -208,7 +220,9 @@ class Run:
         runnable.train(False)
         result = evaluate(
             runnable.evaluate, self.mesh, self.dataset, self.config, max_tokens,
-            alive=lambda: self.watch.heartbeat.outside("evaluation"), quarantine=self._held_out_quarantine(),
+            alive=lambda: self.watch.heartbeat.outside("evaluation"),
+            progress=lambda done, total: self.watch.heartbeat.on_progress("evaluation", done, total),
+            quarantine=self._held_out_quarantine(),
         )  # fmt: skip
         runnable.train()
         if result is None:
@@ -216,7 +230,9 @@ class Run:
                 f"no held-out loss: none of the first {max_tokens:,} held-out tokens (train.eval_tokens) is learned"
             )
             return
-        self.evaluation = Evaluation(step=self.state.step, tokens=self.state.tokens, **dataclasses.asdict(result))
+        self.evaluation = Evaluation(
+            step=self.state.step, tokens=self.state.tokens, time=round(time.time(), 3), **dataclasses.asdict(result)
+        )
         say_held_out(self.evaluation, self.console)
         self.files.metrics(self.evaluation)
 
@@ -230,6 +246,10 @@ class Run:
                 self.files.event("held-out row skipped", step=state.step, **dataclasses.asdict(each))
 
         return HeldOutQuarantine(state.unread, most, replaced=len(state.quarantined), tell=tell) if most else None
+
+    def keep_losses(self) -> None:
+        """Put the recent losses into the state, for the next checkpoint: a resumed run computes the same spike scores."""
+        self.state.losses = list(self.guard.losses)
 
     def val_loss(self) -> float | None:
         """Return the validation loss of this very step, or None: an older one belongs to other weights."""
@@ -255,7 +275,7 @@ def _open_files(config: Config, mesh: Mesh) -> RunFiles:
 
 
 def _build_or_restore(
-    config: Config, mesh: Mesh, saving: Saving, heartbeat: Heartbeat, faults: Faults, start: Start
+    config: Config, mesh: Mesh, saving: Saving, heartbeat: Heartbeat, faults: Faults, start: Start, files: RunFiles
 ) -> tuple[Runnable, TrainState]:
     """Build the model and its optimizer, and fill them from the newest checkpoint if there is one."""
     heartbeat.outside("looking for checkpoints")
@@ -263,7 +283,9 @@ def _build_or_restore(
     newest = start.restored = saving.find()
     loads = newest is None and config.model.from_ is not None
     heartbeat.outside("loading weights" if loads else "building the model")
-    runnable, state = assemble(config, mesh, start.applied.append, fresh=newest is None)
+    runnable, state = assemble(
+        config, mesh, start.applied.append, fresh=newest is None, built=lambda model: files.model(outline(model))
+    )
     if newest is not None:
         heartbeat.outside("reading the checkpoint")
         saving.restore(newest, state)

@@ -11,7 +11,7 @@ from shoal.run.console import Console
 from shoal.run.events import Events, read_json_lines
 from shoal.run.folder import RunFolder
 from shoal.run.goodput import Clock, account, in_words
-from shoal.run.records import Evaluation, MetricsFile, StepRecord, forget_after
+from shoal.run.records import Evaluation, MetricsFile, RanksFile, RanksRecord, StepRecord, forget_after
 
 
 def tokens_of(folder: RunFolder) -> str:
@@ -32,6 +32,7 @@ class RunFiles:
         self._said: set[str] = set()
         self._events: Events | None = None
         self._metrics: MetricsFile | None = None
+        self._ranks: RanksFile | None = None
         self._ledger: Ledger | None = None
         if writes:
             with folder.writable():
@@ -48,9 +49,10 @@ class RunFiles:
         if self._writes:
             with contextlib.suppress(OSError):  # then these steps appear twice in the file
                 forget_after(self.folder.metrics_file, step, evaluation=at_end)
-            if self._metrics is not None:
-                self._metrics.close()
-            self._metrics = MetricsFile(self.folder.metrics_file)
+                forget_after(self.folder.ranks_file, step)
+            for each in filter(None, (self._metrics, self._ranks)):
+                each.close()
+            self._metrics, self._ranks = MetricsFile(self.folder.metrics_file), RanksFile(self.folder.ranks_file)
             self._ledger = self._ledger or Ledger(self.folder.ledger_file)
             self._ledger.begin(header, step, position, quarantined)
 
@@ -70,6 +72,18 @@ class RunFiles:
         if self._metrics is not None:
             self._metrics.record(record)
             self._complain(self._metrics.problem)
+
+    def ranks(self, record: RanksRecord) -> None:
+        """Write a line of `ranks.jsonl`."""
+        if self._ranks is not None:
+            self._ranks.record(record)
+            self._complain(self._ranks.problem)
+
+    def model(self, text: str) -> None:
+        """Write `model.txt`."""
+        if self._writes:
+            with contextlib.suppress(OSError):
+                self.folder.model_file.write_text(text, encoding="utf-8")
 
     def samples(
         self,
@@ -110,7 +124,7 @@ class RunFiles:
     def close(self) -> None:
         """Write the lines that wait, and close the files. May be called twice."""
         self.clock.close()
-        for each in (self._events, self._metrics, self._ledger):
+        for each in (self._events, self._metrics, self._ranks, self._ledger):
             if each is not None:
                 each.close()
                 self._complain(each.problem)
