@@ -145,7 +145,7 @@ def test_runs_differ_in_what_their_configs_say(tmp_path: Path) -> None:
     b = make_run(tmp_path / "y" / "run", 20, config=config.replace("optim", lr=0.25))
     data = embedded(report_html([a.path, b.path]))
     assert [each["name"] for each in data["runs"]["runs"]] == ["run", "y/run"]
-    assert [d for d in data["runs"]["differences"] if d["option"] == "optim.lr"][0]["values"]["y/run"] == "0.25"
+    assert next(d for d in data["runs"]["differences"] if d["option"] == "optim.lr")["values"]["y/run"] == "0.25"
 
 
 @pytest.mark.parametrize("name", ["loss", "val_loss"])
