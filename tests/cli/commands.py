@@ -22,7 +22,7 @@ data: {corpus: dummy, dummy_documents: 60, tokenizer: bytes, seq_len: 32}
 optim: {lr: 1e-2, warmup_steps: 3, schedule: constant}
 train: {steps: 40, global_batch: 16, micro_batch: 2, dtype: float32, device: cpu, eval_every: 20, sample_prompt: "a", sample_tokens: 20}
 checkpoint: {every: 5}
-metrics: {peak_tflops: 1, console_every: 1}
+metrics: {peak_tflops: 1, console_every: 1, report: false}
 launch: {processes: 2, threads: 1}
 """
 

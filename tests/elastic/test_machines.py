@@ -37,7 +37,7 @@ data: {corpus: dummy, dummy_documents: 60, tokenizer: bytes, seq_len: 32}
 optim: {lr: 1e-2, warmup_steps: 2, schedule: constant}
 train: {steps: 100000, global_batch: 24, micro_batch: 2, dtype: float32, device: cpu, repro: bitwise, eval_every: 0}
 checkpoint: {every: 5, keep: 3}
-metrics: {peak_tflops: 1}
+metrics: {peak_tflops: 1, report: false}
 launch: {hang_seconds: 6, timeout_seconds: 60, threads: 1, processes: 1, join_seconds: 1}
 """
 LIMIT_SECONDS = 120.0  # time limit of every wait

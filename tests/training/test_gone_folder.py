@@ -16,7 +16,7 @@ data: {corpus: dummy, dummy_documents: 60, seq_len: 48}
 train: {steps: 6, global_batch: 4, micro_batch: 2, dtype: float32, device: cpu, sample_tokens: 5, eval_every: 0}
 optim: {schedule: constant}
 checkpoint: {every: 3}
-metrics: {peak_tflops: 1}
+metrics: {peak_tflops: 1, report: false}
 launch: {processes: 2, threads: 1}
 """
 

@@ -14,7 +14,7 @@ from shoal.system.output import on_one_line
 if TYPE_CHECKING:
     from shoal.run.console import Console
 
-FORMATS: Final = ("html", "md")
+FORMATS: Final = ("html", "md", "png", "svg")
 
 
 def report(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
@@ -39,23 +39,45 @@ def _formats(asked: str | None, out: Path) -> list[str]:
 
 def write_reports(folders: Sequence[Path], out: Path, formats: Sequence[str]) -> list[Path]:
     """Write a report of these runs in each format, beside each other; return the files. Raises `ShoalError` if one cannot be written."""
-    from shoal.report.page.html import report_html
-    from shoal.report.page.markdown import report_markdown
-    from shoal.system.disk import write_whole
-
-    make = {"html": report_html, "md": report_markdown}
     written = []
     for each in formats:
         path = out.with_suffix(f".{each}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, [make[each](folders)])
+            _write(folders, path, each)
         except OSError as error:
             raise ShoalError(
                 f"{on_one_line(path)} cannot be written: {error.strerror}; set --out to another file"
             ) from error
         written.append(path)
     return written
+
+
+def _write(folders: Sequence[Path], path: Path, form: str) -> None:
+    """Write one report. Raises `OSError` if that fails."""
+    from shoal.report.page.html import report_html
+    from shoal.report.page.markdown import report_markdown
+    from shoal.system.disk import write_whole
+
+    if form in ("png", "svg"):
+        _draw(folders, path)
+    else:
+        write_whole(path, [report_html(folders) if form == "html" else report_markdown(folders)])
+
+
+def _draw(folders: Sequence[Path], path: Path) -> None:
+    """Draw the summary card of one run, or the losses of several (needs shoal[plots])."""
+    from shoal.report.pictures.canvas import save
+    from shoal.report.pictures.card import draw_card
+    from shoal.report.pictures.loss import draw_loss
+    from shoal.report.pictures.seen import read_runs
+    from shoal.report.runs.cost import cost, prices_of
+
+    runs = read_runs([str(folder) for folder in folders], Path())
+    one = runs[0].folder
+    figures = draw_loss(runs) if len(runs) > 1 else draw_card(runs[0], cost(one, prices_of(one.path.parent)))
+    for figure in figures:
+        save(figure, path)
 
 
 def leave_report(folder: Path, console: Console) -> None:

@@ -52,7 +52,7 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
     out = "file to write (default: report.html in the run's folder; of several runs, in the folder of all runs)"
     parser.add_argument("--out", type=Path, metavar="FILE", help=out)
-    formats = "html, md, or both with a comma between (default: the ending of --out)"
+    formats = "some of html, md, png and svg, with commas between: pictures are a summary card of one run, or losses of several (default: the ending of --out)"
     parser.add_argument("--format", metavar="FORMAT,...", help=formats)
 
 
