@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from shoal.config.alert_options import Alerts
-from shoal.config.options import Config, Launch
+from shoal.config.options import Config
+from shoal.config.run_options import Launch
 from shoal.errors import ShoalError
 from shoal.run.console import Console
 from shoal.run.events import Events, read_json_lines
@@ -130,7 +131,7 @@ def test_each_rule_has_its_limit() -> None:
 def test_a_disk_that_fills_is_full_in_time() -> None:
     rules = Rules(Alerts(disk_full_within=2.0))
     # 1 GiB a minute: 200 GiB last for 200 minutes, 100 GiB for less than two hours
-    hours = {}
+    hours: dict[int, Any] = {}
     for minute in range(120):
         [finding] = findings(rules, now=60.0 * minute, free_bytes=(200 - minute) * GIB)
         hours[minute] = (finding.value, finding.broken)

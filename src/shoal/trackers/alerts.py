@@ -174,7 +174,7 @@ def unrecovered(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if line.get("state") == "recovered":
                 found.pop(line["rule"], None)
             else:
-                found[line["rule"]] = found.get(line["rule"], {}) | line
+                found[line["rule"]] = {**found.get(line["rule"], {}), **line}
     return list(found.values())
 
 

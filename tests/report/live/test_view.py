@@ -72,6 +72,7 @@ def test_the_numbers_are_those_of_the_records_with_units(long_run: RunFolder) ->
     assert f"held-out {evaluation.val_loss:.4f} at step 12,000" in text
     assert f"speed {last.tokens_per_second:,.0f} tokens/s" in text
     assert f"step {1000 * last.step_seconds:,.0f} ms" in text
+    assert last.mfu is not None
     assert f"MFU {100 * last.mfu:.1f}%" in text
     assert f"lr {last.lr:.2e}" in text
     assert f"goodput {100 * account(long_run.time_file).goodput:.1f}%" in text
