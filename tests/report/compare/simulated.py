@@ -72,9 +72,9 @@ def run(
 
 def facts(name: str, options: dict[str, Any]) -> RunFacts:
     """Return the facts of a finished run with these options."""
-    empty = {f.name: None for f in dataclasses.fields(RunFacts)}
-    known = {"folder": RunFolder(Path(name)), "state": "finished", "event": {}, "options": options}
-    return RunFacts(**(empty | known))  # type: ignore[arg-type]
+    empty: dict[str, Any] = {f.name: None for f in dataclasses.fields(RunFacts)}
+    known: dict[str, Any] = {"folder": RunFolder(Path(name)), "state": "finished", "event": {}, "options": options}
+    return RunFacts(**(empty | known))
 
 
 def group(draws: np.random.Generator, seeds: range, *, paired: bool = False, **more: Any) -> list[Series]:

@@ -92,7 +92,8 @@ def test_equal_runs_are_the_same_and_the_first_difference_is_found() -> None:
 
 def test_other_tokens_are_compared_in_bits_per_byte_only_on_the_same_text() -> None:
     draws = np.random.default_rng(10)
-    found = compare_series([run(draws)], [run(draws, **{"data.tokenizer": "bytes"})])
+    other: dict[str, Any] = {"data.tokenizer": "bytes"}
+    found = compare_series([run(draws)], [run(draws, **other)])
     assert found.loss.verdict == "not comparable"
     assert {m.name: m.verdict for m in found.measures}["speed"] == "cannot tell"
 

@@ -20,6 +20,7 @@ def values(logs: Sequence[float]) -> list[Value]:
     return [Value(x) for x in logs]
 
 
+@pytest.mark.ci
 def test_unpaired_is_welch() -> None:
     stats = pytest.importorskip("scipy.stats")
     mine = between(values(A), values(B[:4]), assumed_noise=1.0)
@@ -30,6 +31,7 @@ def test_unpaired_is_welch() -> None:
     assert mine.estimate == pytest.approx(np.mean(B[:4]) - np.mean(A))
 
 
+@pytest.mark.ci
 def test_paired_takes_the_shorter_interval_at_half_the_level() -> None:
     stats = pytest.importorskip("scipy.stats")
     together = [x - 0.01 + 1e-4 * i for i, x in enumerate(A)]  # moves with A

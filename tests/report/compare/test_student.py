@@ -32,6 +32,7 @@ def test_quantiles_of_tables() -> None:
     assert student.quantile(0.5, 3) == 0
 
 
+@pytest.mark.ci
 def test_against_scipy() -> None:
     stats = pytest.importorskip("scipy.stats")
     for df in (1, 1.7, 3, 8.2, 45, 1000):

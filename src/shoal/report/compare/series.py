@@ -45,8 +45,11 @@ class Series:
         if not metrics.steps:
             raise RunError(f"{facts.folder.path} has no steps in metrics.jsonl yet: there is nothing to compare")
         names = ("step", "tokens", "loss", "grad_norm", "tokens_per_second", "step_seconds")
-        columns = (np.array([getattr(r, name) for r in metrics.steps], dtype=np.float64) for name in names)
-        return cls(facts, *columns, tuple(metrics.evaluations))
+        column = {name: np.array([getattr(r, name) for r in metrics.steps], dtype=np.float64) for name in names}
+        return cls(
+            facts, column["step"], column["tokens"], column["loss"], column["grad_norm"], column["tokens_per_second"],
+            column["step_seconds"], tuple(metrics.evaluations),
+        )  # fmt: skip
 
     def log_loss(self, first: float, last: float) -> Array:
         """Return the logarithms of the losses of records with `first` < tokens <= `last`."""
