@@ -1,4 +1,4 @@
-"""`shoal profile` as a user runs it: a recipe on two processes, and a run from its checkpoint, which it leaves as it was."""
+"""`shoal profile` as a user runs it: a recipe on two processes, and a run from its checkpoint, which stays unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from tests.cli.commands import Place
 
 
 def contents(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -23,7 +25,9 @@ def losses(run: Path) -> dict[int, float]:
 @pytest.mark.ci
 def test_a_recipe_on_two_processes_and_a_run_from_its_checkpoint(tmp_path: Path) -> None:
     place = Place(tmp_path)
-    place.good("train", "recipe.yaml", "--name", "a", "--processes", "1", "--train.steps", "12", "--checkpoint.keep", "9")
+    place.good(
+        "train", "recipe.yaml", "--name", "a", "--processes", "1", "--train.steps", "12", "--checkpoint.keep", "9"
+    )
     run = tmp_path / "runs" / "a"
     before = contents(run)
 

@@ -12,7 +12,10 @@ from shoal.run.folder import RunFolder
 from shoal.run.profiles import Steps, check_is_scratch, config_of_profile, default_steps, folder_of, prepare, read_ranks
 
 
-@pytest.mark.parametrize(("text", "steps"), [("10..12", Steps(10, 12)), ("7", Steps(7, 7)), (" 1..1 ", Steps(1, 1)), ("1,000..1,002", Steps(1000, 1002))])
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [("10..12", Steps(10, 12)), ("7", Steps(7, 7)), (" 1..1 ", Steps(1, 1)), ("1,000..1,002", Steps(1000, 1002))],
+)
 def test_ranges_of_steps(text: str, steps: Steps) -> None:
     assert Steps.read(text) == steps
 
@@ -44,8 +47,18 @@ def test_steps_beyond_the_run_say_which_are_there() -> None:
 
 @pytest.mark.parametrize(
     ("total", "after", "steps"),
-    [(100, 0, "10..12"), (12, 0, "10..12"), (11, 0, "9..11"), (3, 0, "1..3"), (2, 0, "1..2"), (1, 0, "1..1")]
-    + [(100, 50, "60..62"), (55, 50, "53..55"), (52, 50, "51..52"), (51, 50, "51..51")],
+    [
+        (100, 0, "10..12"),
+        (12, 0, "10..12"),
+        (11, 0, "9..11"),
+        (3, 0, "1..3"),
+        (2, 0, "1..2"),
+        (1, 0, "1..1"),
+        (100, 50, "60..62"),
+        (55, 50, "53..55"),
+        (52, 50, "51..52"),
+        (51, 50, "51..51"),
+    ],
 )
 def test_default_steps(total: int, after: int, steps: str) -> None:
     found = default_steps(total, after)
@@ -86,7 +99,10 @@ def test_a_second_profile_begins_anew_and_keeps_results(tmp_path: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl", "lock", "profile/step-00000010/summary.json"):
         (run.path / name).write_text("x")
     prepare(run, None, 0)
-    assert {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()} == {"lock", "profile/step-00000010/summary.json"}
+    assert {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()} == {
+        "lock",
+        "profile/step-00000010/summary.json",
+    }
 
 
 def test_a_checkpoint_is_linked_and_the_run_is_left_as_it_is(tmp_path: Path) -> None:

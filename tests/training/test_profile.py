@@ -14,8 +14,8 @@ import torch
 from shoal.config.options import Config
 from shoal.errors import ShoalError
 from shoal.mesh.mesh import Mesh
-from shoal.metrics.profile.records import Profile, RankMemory, RankProfile, read_memory
 from shoal.metrics.profile.recorder import Recorder
+from shoal.metrics.profile.records import Profile, RankMemory, RankProfile, read_memory
 from shoal.metrics.profile.trace import Trace, build, read_events
 from shoal.run.folder import RunFolder
 from shoal.run.phases import PHASES
@@ -32,24 +32,20 @@ STEPS = Steps(3, 4)
 SHAPES = {"q": (64, 64), "k": (32, 64), "v": (32, 64), "o": (64, 64)}  # of `config_in`'s attention
 
 
-def profiled(mesh: Mesh, config: Config, layout: dict[str, int], asked: Asked) -> tuple[list[StepRecord], dict[str, float]]:
+def profiled(
+    mesh: Mesh, config: Config, layout: dict[str, int], asked: Asked
+) -> tuple[list[StepRecord], dict[str, float]]:
     """Profile a run; return the records of its steps, and torch's own self time by operator."""
-    from shoal.training import profile
-
     seen: list[Any] = []
+    usual = Recorder.stop
 
-    class Kept(profile.Recorder):  # the one seam: torch's profiler, to ask it for its own sums
-        def stop(self) -> None:
-            was_on = self.is_on
-            super().stop()
-            if was_on:
-                seen.append(self._profile)
+    def stop(self: Recorder) -> None:  # keeps torch's profiler, to ask it for its own sums
+        seen.extend([self._profile] * self.is_on)
+        usual(self)
 
-    profile.Recorder, usual = Kept, profile.Recorder  # type: ignore[misc]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recorder, "stop", stop)
         assert not record_in(laid_out(mesh, **layout) if layout else mesh, config, asked, NeverStop())
-    finally:
-        profile.Recorder = usual  # type: ignore[misc]
     own = {each.key: each.self_cpu_time_total * 1e-6 for each in seen[0].key_averages()} if seen else {}
     return list(read_metrics(RunFolder.of(config).metrics_file).steps), own
 
@@ -91,7 +87,9 @@ def check_costs(rank: RankProfile, own: dict[str, float]) -> None:
     assert 0 < sum(each.cpu_seconds for each in rank.operators) < whole
     assert sum(rank.phase_seconds.values()) <= whole
     assert 0 <= rank.outside_seconds <= whole
-    assert next(each.module for each in rank.operators if each.name == "aten::mm") != ""  # no product is outside of modules
+    assert (
+        next(each.module for each in rank.operators if each.name == "aten::mm") != ""
+    )  # no product is outside of modules
 
 
 def check_memory(memory: RankMemory, share: int) -> None:
@@ -192,7 +190,9 @@ def test_other_layouts(world: Callable[[int], World], tmp_path: Path, layout: di
 @pytest.mark.ci
 def test_recomputed_blocks_and_one_rank_of_two(world: Callable[[int], World], tmp_path: Path) -> None:
     layout = {"dp_shard": 2}
-    config = config_in(tmp_path, "plain", global_batch=8, activation_checkpointing="full").replace("parallel", dp_shard=2)
+    config = config_in(tmp_path, "plain", global_batch=8, activation_checkpointing="full").replace(
+        "parallel", dp_shard=2
+    )
     plain = world(2).run(trained, config, layout)[0]
     scratch = config_of_profile(config)
     assert same_losses(world(2).run(profiled, scratch, layout, Asked(STEPS, [1]))[0][0], plain)

@@ -26,8 +26,8 @@ from shoal.fault.compiling import told_of_compilations
 from shoal.mesh.mesh import Mesh, open_mesh
 from shoal.metrics.profile.costs import modules, operators, outside_operators, overlap, phases, timeline
 from shoal.metrics.profile.memory import find_peak
-from shoal.metrics.profile.records import Profile, RankMemory, RankProfile, read_json, write_json, write_memory
 from shoal.metrics.profile.recorder import LOSS, WARNED_BYTES, ModuleRanges, PhaseRanges, Recorder, in_range
+from shoal.metrics.profile.records import Profile, RankMemory, RankProfile, read_json, write_json, write_memory
 from shoal.metrics.profile.snapshot import AllocatorHistory
 from shoal.metrics.profile.trace import Trace, build, enrich, read_events, separate_transfers, write_events
 from shoal.parallel.recompute import Compiled

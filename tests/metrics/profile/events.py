@@ -23,7 +23,16 @@ def kernel(name: str, start: float, dur: float, external: int = 0, tid: int = ST
 
 def memory(at: float, size: int, address: int, device: int = 0) -> dict[str, Any]:
     args = {"Bytes": size, "Addr": address, "Device Type": device}
-    return {"ph": "i", "cat": "cpu_instant_event", "name": "[memory]", "s": "t", "pid": 9, "tid": MAIN, "ts": at, "args": args}
+    return {
+        "ph": "i",
+        "cat": "cpu_instant_event",
+        "name": "[memory]",
+        "s": "t",
+        "pid": 9,
+        "tid": MAIN,
+        "ts": at,
+        "args": args,
+    }
 
 
 def problems_of(trace: dict[str, Any]) -> list[str]:
@@ -59,7 +68,9 @@ def _crossings(events: Sequence[tuple[float, float, str]]) -> list[str]:
     found: list[str] = []
     open_: list[tuple[float, str]] = []
     for start, stop, name in events:
-        while open_ and open_[-1][0] <= start + 0.002:  # the file has nanoseconds, as a double of microseconds since the start
+        while (
+            open_ and open_[-1][0] <= start + 0.002
+        ):  # the file has nanoseconds, as a double of microseconds since the start
             open_.pop()
         if open_ and stop > open_[-1][0] + 0.002:
             found.append(f"{name} begins in {open_[-1][1]} and ends after it")

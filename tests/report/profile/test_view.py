@@ -57,11 +57,14 @@ def written(folder: Path, ranks: list[RankProfile]) -> Profile:
         ranks=ranks,
     )  # fmt: skip
     modules = [
-        ModuleMemory(name=f"blocks.{i}.q", parameter_bytes=100, gradient_bytes=100, optimizer_bytes=200, activation_bytes=7)
+        ModuleMemory(
+            name=f"blocks.{i}.q", parameter_bytes=100, gradient_bytes=100, optimizer_bytes=200, activation_bytes=7
+        )
         for i in range(30)
     ]
     memory = [
-        RankMemory(rank=r.rank, modules=modules, peak_bytes=300, peak_seconds=0.5, other_bytes=90, cuda={}) for r in ranks
+        RankMemory(rank=r.rank, modules=modules, peak_bytes=300, peak_seconds=0.5, other_bytes=90, cuda={})
+        for r in ranks
     ]
     profile.write(folder)
     write_memory(folder, memory)
@@ -104,7 +107,7 @@ def test_without_communication_it_says_so(tmp_path: Path) -> None:
     assert [each["percent"] for each in view["overlap"]] == [None, None]
 
 
-@pytest.mark.parametrize("count", [1, 4, 64])
+@pytest.mark.parametrize("count", [1, 4, pytest.param(64, marks=pytest.mark.ci)])
 def test_the_view_is_bounded_and_its_sums_are_not(tmp_path: Path, count: int) -> None:
     profile = written(tmp_path / "p", [rank_of(number, ranges=2000) for number in range(count)])
     view = profile_view(tmp_path / "p")
@@ -115,8 +118,12 @@ def test_the_view_is_bounded_and_its_sums_are_not(tmp_path: Path, count: int) ->
         line = rank["timeline"]
         assert len(line["ranges"]) + len(line["collectives"]) + line["dropped"] == 2000 + 2000 + 7
         assert [r[1] for r in line["ranges"]] == sorted(r[1] for r in line["ranges"])
-    assert view["overlap"][0]["communication_seconds"] == pytest.approx(profile.overlap.communication_seconds / (2 * count))
-    assert {0, count - 1} <= {rank["rank"] for rank in view["ranks"]}  # the one that waits least and the one that waits most
+    assert view["overlap"][0]["communication_seconds"] == pytest.approx(
+        profile.overlap.communication_seconds / (2 * count)
+    )
+    assert {0, count - 1} <= {
+        rank["rank"] for rank in view["ranks"]
+    }  # the one that waits least and the one that waits most
     assert view["operators"][0]["seconds"] == pytest.approx(0.5)
 
 
@@ -138,7 +145,13 @@ def test_profiles_of_a_run_are_also_those_of_the_run_beside_it(tmp_path: Path) -
 
 def test_amounts_have_units() -> None:
     assert [seconds(x) for x in (0.0, 1e-6, 0.0123, 1.0, 75.0)] == ["0.00 us", "1.00 us", "12.3 ms", "1.00 s", "75.0 s"]
-    assert [size(x) for x in (0, 1023, 1024, 5 * 2**20, 3 * 2**30)] == ["0 B", "1023 B", "1.00 KiB", "5.00 MiB", "3.00 GiB"]
+    assert [size(x) for x in (0, 1023, 1024, 5 * 2**20, 3 * 2**30)] == [
+        "0 B",
+        "1023 B",
+        "1.00 KiB",
+        "5.00 MiB",
+        "3.00 GiB",
+    ]
     assert percent(None) == "-"
     assert percent(12.34) == "12.3%"
     assert cut("abcdefghijklmnop", 10) == "abcd...nop"
@@ -146,4 +159,5 @@ def test_amounts_have_units() -> None:
 
 def test_operators_of_ranks_are_joined() -> None:
     [first, *_] = dearest([rank_of(0), rank_of(1)])
-    assert (first.seconds, first.calls, first.share) == (0.5, 0.0, pytest.approx(0.1))
+    assert (first.seconds, first.calls) == (0.5, 0.0)
+    assert first.share == pytest.approx(0.1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from shoal.metrics.profile.intervals import Interval, intersection, length, union, without
@@ -17,13 +17,20 @@ MOST_OPERATORS: Final = 50
 MOST_RANGES: Final = 2000
 MOST_COLLECTIVES: Final = 500
 
+Sums = defaultdict[str, float]  # amounts by name
+
+
+def most_of(sums: Mapping[str, float], count: int) -> list[tuple[str, float]]:
+    """Return the names with the largest amounts, the largest first."""
+    return sorted(sums.items(), key=lambda item: -item[1])[:count]
+
 
 def operators(trace: Trace, *, on_device: bool) -> list[OperatorCost]:
     """Return the dearest operators of the recorded steps: by their kernels' time on a GPU, by their own time on a CPU."""
     calls: Counter[str] = Counter()
-    cpu: Counter[str] = Counter()
-    device: Counter[str] = Counter()
-    by_module: dict[str, Counter[str]] = defaultdict(Counter)
+    cpu: Sums = defaultdict(float)
+    device: Sums = defaultdict(float)
+    by_module: dict[str, Sums] = defaultdict(lambda: defaultdict(float))
     for span in trace.spans:
         if span.kind == "op":
             calls[span.name] += 1
@@ -37,7 +44,7 @@ def operators(trace: Trace, *, on_device: bool) -> list[OperatorCost]:
     whole = sum(step.stop - step.start for step in trace.steps) or 1.0
     return [
         _cost(name, calls[name], cpu[name], device[name], time / whole, by_module[name])
-        for name, time in ranked.most_common(MOST_OPERATORS)
+        for name, time in most_of(ranked, MOST_OPERATORS)
     ]
 
 
@@ -46,8 +53,8 @@ def launcher(span: Span) -> str:
     return span.parent.name if span.kind == "kernel" and span.parent is not None else span.name
 
 
-def _cost(name: str, calls: int, cpu: float, device: float, share: float, modules: Counter[str]) -> OperatorCost:
-    [(module, time)] = modules.most_common(1) or [("", 0.0)]
+def _cost(name: str, calls: int, cpu: float, device: float, share: float, modules: Sums) -> OperatorCost:
+    [(module, time)] = most_of(modules, 1) or [("", 0.0)]
     return OperatorCost(
         name=name, calls=calls, cpu_seconds=cpu * MICRO, device_seconds=device * MICRO, share=share, module=module,
         module_share=time / (sum(modules.values()) or 1.0),
@@ -77,8 +84,8 @@ def own_time(span: Span) -> list[Interval]:
 def modules(trace: Trace) -> list[ModuleCost]:
     """Return the cost of each module with its inner ones, in the order of the model."""
     calls: Counter[str] = Counter()
-    forward: Counter[str] = Counter()
-    backward: Counter[str] = Counter()
+    forward: Sums = defaultdict(float)
+    backward: Sums = defaultdict(float)
     known = frozenset(trace.modules)
     for span in trace.spans:
         if span.kind == "range" and span.name in known:

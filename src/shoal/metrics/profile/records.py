@@ -1,7 +1,7 @@
 """
 What a profile says, as typed records: `summary.json` and `memory.json`. No torch.
 
-All times are seconds, all sizes bytes. A module is named as in the model: "blocks.3.attention"; "" stands for work that belongs
+All times are seconds, all sizes bytes. A module is named as in the model: "blocks.3.attention"; "" means work that belongs
 to no module, such as the optimizer.
 """
 
@@ -178,7 +178,9 @@ class RankMemory:
 
     rank: int
     modules: Sequence[ModuleMemory]
-    peak_bytes: int  # most memory that the recorded steps allocated and held at once, on top of what they found
+    peak_bytes: (
+        int  # most memory that the recorded steps allocated and held at once, in addition to the memory in use before
+    )
     peak_seconds: float  # when, from the first step's begin
     other_bytes: int  # held at the peak and allocated outside of any module's forward: backward, optimizer, batches
     cuda: Mapping[str, Any] = field(default_factory=dict)  # torch's snapshot of a GPU's allocator; empty on a CPU

@@ -114,7 +114,9 @@ def separate_transfers(events: dict[str, Any]) -> None:
     steps = next((e for e in listed if e.get("ph") == "X" and _STEP.fullmatch(e["name"])), None)
     if steps is None:
         return
-    moved = [e for e in listed if e.get("tid") == steps["tid"] and e.get("ph") == "X" and e["name"].startswith(TRANSFER)]
+    moved = [
+        e for e in listed if e.get("tid") == steps["tid"] and e.get("ph") == "X" and e["name"].startswith(TRANSFER)
+    ]
     first, ends = _free_lane(listed), [0.0]
     for event in sorted(moved, key=lambda e: float(e["ts"])):
         lane = next((number for number, end in enumerate(ends) if end <= event["ts"]), len(ends))

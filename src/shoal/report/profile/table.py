@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from shoal.metrics.profile.costs import kind_of
+from shoal.metrics.profile.costs import Sums, kind_of, most_of
 from shoal.metrics.profile.records import Profile, RankMemory, RankProfile
 from shoal.report.profile.units import percent, seconds, size
 from shoal.system.output import on_one_line
@@ -32,9 +32,9 @@ class Dearest:
 def dearest(ranks: Sequence[RankProfile], most: int = SHOWN) -> list[Dearest]:
     """Return the operators with the most time of their own: means over steps and ranks."""
     steps = sum(len(rank.steps) for rank in ranks) or 1
-    spent: Counter[str] = Counter()
+    spent: Sums = defaultdict(float)
     calls: Counter[str] = Counter()
-    share: Counter[str] = Counter()
+    share: Sums = defaultdict(float)
     modules: dict[str, tuple[str, float]] = {}
     for rank in ranks:
         for each in rank.operators:
@@ -44,7 +44,7 @@ def dearest(ranks: Sequence[RankProfile], most: int = SHOWN) -> list[Dearest]:
             modules.setdefault(each.name, (each.module, each.module_share))
     return [
         Dearest(name, time / steps, calls[name] / steps, share[name] / steps, *modules[name])
-        for name, time in spent.most_common(most)
+        for name, time in most_of(spent, most)
     ]
 
 

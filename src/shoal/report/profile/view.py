@@ -35,7 +35,7 @@ def profile_view(folder: Path) -> dict[str, Any]:
     | operators | the dearest: name, seconds, calls and share of a step, module, module_share |
     | overlap | rank (null for all), communication_seconds, compute_seconds, hidden_seconds, percent; a step |
     | ranks | of at most 8 ranks: timeline, phases, modules and memory |
-    | hidden_ranks | ranks that `ranks` leaves out |
+    | hidden_ranks | number of ranks that are not in `ranks` |
     """
     profile = Profile.read(folder)
     memory = {each.rank: each for each in read_memory(folder)}
