@@ -24,6 +24,7 @@ from shoal.report.runs.facts import RunFacts, differences
 from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
 from shoal.run.goodput import MEANINGS, account
+from shoal.run.now import Doing, read_now
 
 TROUBLE: Final = {
     "went back", "save failed", "damaged", "quarantined", "loader restarted", "overflowed", "skipped", "crashed", "hung",
@@ -71,7 +72,7 @@ def run_view(folder: RunFolder, curves: Curves) -> dict[str, Any]:
         "layout": {"axes": list(map(list, dataclasses.asdict(layout).items())) if layout else []},
         "cost": _cost(folder),
         "profiles": profile_views(folder.path),
-        "now": _now(folder) if facts.state == "running" else None,
+        "now": _asdict(read_now(folder)) if facts.state == "running" else None,
         "seconds_left": _seconds_left(facts, curves),
         "model": _text(folder.path / "model.txt"),
         "events": [_event(each) for each in events[-EVENT_LIMIT:]],
@@ -159,12 +160,8 @@ def _asked_sizes(facts: RunFacts) -> dict[str, Any]:
     return {name: facts.options[f"parallel.{name}"] for name in AXES if f"parallel.{name}" in facts.options}
 
 
-def _now(folder: RunFolder) -> Any:
-    """Return the phase that a run is in; None if it does not say."""
-    try:
-        return json.loads((folder.path / "now.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
+def _asdict(doing: Doing | None) -> dict[str, Any] | None:
+    return None if doing is None else dataclasses.asdict(doing)
 
 
 def _cost(folder: RunFolder) -> dict[str, Any] | None:
