@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import resource
+import signal
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shoal.trackers.feeding import Feed
@@ -80,3 +85,36 @@ def test_a_replay_replaces_what_was_there(tmp_path: Path) -> None:
     found = read_back(run.folder.path / "tensorboard")
     assert curve(found, "train/loss") == single(run.curve())
     assert len(list((run.folder.path / "tensorboard").glob("events.*"))) == 1
+
+
+@pytest.mark.parametrize("sent", [0, 10])
+def test_a_full_disk_leaves_one_curve(sent: int, tmp_path: Path) -> None:
+    """A record that was cut short hides what follows it in its file; what was not sent whole is in the next file."""
+    run = Written(tmp_path / "gpt")
+    run.start()
+    run.steps(1, sent)
+    feed = Feed(run.folder, "tensorboard")
+    feed.open()
+    feed.turn()
+    run.steps(sent + 1, 30)
+    [numbers] = (run.folder.path / "tensorboard").glob("events.*")
+    with no_file_may_exceed(numbers.stat().st_size + 300), pytest.raises(OSError, match="large"):
+        feed.turn()
+    while feed.turn():
+        pass
+    run.steps(31, 35)
+    feed.turn()
+    feed.close()
+    assert curve(read_back(run.folder.path / "tensorboard"), "train/loss") == single(run.curve())
+
+
+@contextlib.contextmanager
+def no_file_may_exceed(size: int) -> Iterator[None]:
+    """Make writes beyond this size fail, in this process."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)

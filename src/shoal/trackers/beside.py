@@ -99,11 +99,11 @@ class Beside:
         with contextlib.suppress(OSError):
             self._process.stdin.close()
 
-    def wait(self, until: float) -> None:
-        """Wait for its end, until a time of the monotonic clock at most; then kill it."""
-        left = until - time.monotonic()
+    def wait(self, until: float, until_if_down: float) -> None:
+        """Wait for its end, at most until a time of the monotonic clock; then kill it."""
+        left = (min(until, until_if_down) if self.is_down else until) - time.monotonic()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(max(0.0, min(left, DOWN_SECONDS) if self.is_down else left))
+            self._process.wait(max(0.0, left))
         if self._process.poll() is None:
             with contextlib.suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
@@ -134,9 +134,9 @@ class Trackers:
 
     def close(self) -> None:
         """Give all of them together `track.close_seconds` to send the rest. May be called twice."""
-        until = time.monotonic() + self._closing
+        begun = time.monotonic()
         for each in self._all:
             each.ask_to_end()
         for each in self._all:
-            each.wait(until)
+            each.wait(begun + self._closing, begun + DOWN_SECONDS)
         self._all = []

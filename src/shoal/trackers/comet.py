@@ -52,7 +52,8 @@ class Comet(Tracker):
         self._experiment.log_others({f"run/{name}": value for name, value in about.facts.items()})
         if about.model:
             self._experiment.set_model_graph(about.model)
-        return Opened(self._where(), {"id": self._experiment.get_key()})
+        # the archive that creates the experiment is written at the end
+        return Opened(self._where(), {"id": self._experiment.get_key()}, exists=bool(state) or not self._why)
 
     def _where(self) -> str:
         if not self._why:

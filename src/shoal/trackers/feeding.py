@@ -86,7 +86,8 @@ class Feed:
             self._forget()
         opened = tracker.open(about(self.config, self._follower.last_started(), text), self._state)
         self._state = {**opened.state, "destination": tracker.destination}
-        self._save_state()
+        if opened.exists:
+            self._save_state()
         self._tracker = tracker
         return opened
 
@@ -104,7 +105,11 @@ class Feed:
         highest = self._highest
         if not self._tracker.rewinds:
             batch, highest = _unsent(batch, highest)
-        self._tracker.write(batch)
+        try:
+            self._tracker.write(batch)
+        except BaseException:
+            self._follower.look_again()  # what arrived is unknown: the next batch says from where on it is sent again
+            raise
         self._highest = highest
         self.sent += len(batch.scalars) + len(batch.notes)
         self._commit()

@@ -81,6 +81,10 @@ class Followed:
             self._saved = count
         return last
 
+    def look_again(self) -> None:
+        """Compare the file with what was sent at the next `read`, as if it were new."""
+        self._inode = 0
+
     def commit(self, *, safe: bool) -> None:
         """Note that the lines last read were sent. safe: whether they, and all before them, need not be sent after a crash."""
         self._sent.extend(self._read)
@@ -148,6 +152,11 @@ class Follower:
             self._new_samples = {}
             if safe:
                 (self._kept / "samples.sent").write_text(json.dumps(self._samples), encoding="utf-8")
+
+    def look_again(self) -> None:
+        """Compare the files with what was sent before the next batch is read; that batch then has a `cut`."""
+        for each in (self._metrics, self._ranks, self._events):
+            each.look_again()
 
     def last_started(self) -> dict[str, Any]:
         """Return the last event "started"; empty if there is none."""

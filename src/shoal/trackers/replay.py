@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from typing import Final
 
 from shoal.config.options import Config
 from shoal.config.tracker_names import TRACKERS
@@ -10,6 +12,8 @@ from shoal.errors import RunError, ShoalError
 from shoal.run.folder import RunFolder
 from shoal.system.secrets import redacted
 from shoal.trackers.feeding import Feed
+
+SECONDS_BETWEEN: Final = 5.0  # lines of progress
 
 
 def replay(folder: RunFolder, name: str, config: Config, say: Callable[[str], None]) -> tuple[int, str]:
@@ -22,8 +26,11 @@ def replay(folder: RunFolder, name: str, config: Config, say: Callable[[str], No
     try:
         where = redacted(feed.open().where)
         say(where)
+        told = time.monotonic()
         while feed.turn():
-            pass
+            if time.monotonic() - told > SECONDS_BETWEEN:
+                told = time.monotonic()
+                say(f"{feed.sent:,} lines ...")
         feed.close()
     except ShoalError:
         raise

@@ -35,12 +35,13 @@ class TensorBoard(Tracker):
     def __init__(self, track: Track, folder: Path) -> None:
         super().__init__(track, folder)
         self._at = folder.parents[1] / "tensorboard"
+        self._is_torn = False
 
     def open(self, about: About, state: Mapping[str, Any]) -> Opened:
         if not state:  # the whole run is sent
             for path in self._at.glob("**/events.out.tfevents.*"):
                 path.unlink()
-        self._numbers, self._texts = _EventFile(self._at), _EventFile(self._at / "notes")
+        self._open_files()
         self._texts.add(_text("about/options", _table(about.options)), 0)
         self._texts.add(_text("about/facts", _table(about.facts)), 0)
         if about.model:
@@ -48,9 +49,21 @@ class TensorBoard(Tracker):
         self._texts.flush()
         return Opened(f"tensorboard --logdir {self._at}", {"folder": "tensorboard"})
 
+    def _open_files(self) -> None:
+        self._numbers, self._texts = _EventFile(self._at), _EventFile(self._at / "notes")
+
     def write(self, batch: Batch) -> None:
-        if batch.cut is not None:
-            self._numbers.forget_from(batch.cut + 1)
+        cut = batch.cut
+        if self._is_torn:
+            self._open_files()
+            cut = cut or 0
+        self._is_torn = True  # until all is written: TensorBoard does not read past a record that was cut short
+        self._write(batch, cut)
+        self._is_torn = False
+
+    def _write(self, batch: Batch, cut: int | None) -> None:
+        if cut is not None:
+            self._numbers.forget_from(cut + 1)
         for each in batch.scalars:
             values = [Summary.Value(tag=name, simple_value=value) for name, value in each.values.items()]
             self._numbers.add(values, each.step, each.time)

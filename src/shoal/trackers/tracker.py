@@ -18,6 +18,7 @@ class Opened:
 
     where: str  # for people: its URL, or its folder and how to look at it
     state: Mapping[str, Any]  # what the next start needs to continue the same tracker run
+    exists: bool = True  # whether the tracker run is there even if this process crashes now
 
 
 class Tracker(ABC):
