@@ -52,10 +52,10 @@ def _named(target: str, runs: Path) -> RunFolder:
 
 
 def _newest(runs: Path) -> RunFolder:
-    """Return the run that goes on and wrote last, else the one that wrote last. Raises `RunError` if there is none."""
-    from shoal.report.live.state import Follower, newest_first
+    """Return the running run that wrote last, else any run that wrote last. Raises `RunError` if there is none."""
+    from shoal.report.live.state import newest_first
 
     found = newest_first(runs)
     if not found:
         raise RunError(f"there is no run in {on_one_line(runs)}; name one, or their folder with --runs")
-    return next((each for each in found if Follower(each).look().condition == "running"), found[0])
+    return next((each for each in found if each.is_locked()), found[0])

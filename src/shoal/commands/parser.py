@@ -69,7 +69,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     checked = "check that this parallel layout trains the same model as one process; exit code 1 if it does not"
     _add_recipe(add("verify", train.verify, checked, recipe))
     _add_top(
-        add("top", live.top, "show a run while it goes on, from any terminal: loss, speed, memory, time left, alerts")
+        add("top", live.top, "show a run while it trains, from any terminal: loss, speed, memory, time left, alerts")
     )
     tested = "post a test message to the webhook of a recipe's alerts"
     _add_recipe(add("alert", live.alert, tested, "[RECIPE]"))
@@ -434,7 +434,7 @@ def _add_sync(parser: argparse.ArgumentParser) -> None:
 
 def _add_top(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "targets", metavar="RUN", nargs="*", help="names or folders of runs (default: the newest run that goes on)"
+        "targets", metavar="RUN", nargs="*", help="names or folders of runs (default: the newest running run)"
     )
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
     parser.add_argument(

@@ -23,10 +23,10 @@ from shoal.run.narrator import Narrator
 from shoal.system.cpu import count_cores, free_cores
 from shoal.system.signals import ends_when_asked
 from shoal.system.torch_private import require
-from shoal.trackers.alerts import FAILED, watched
+from shoal.trackers.alerts import FAILED, STOPPED, watched
 
 WAIT_POLICY = "OMP_WAIT_POLICY"
-HOW_IT_ENDED = {0: "the run finished", EXIT_REQUEUE: "the run stopped before its end; the same command resumes it"}
+HOW_IT_ENDED = {0: "the run finished", EXIT_REQUEUE: STOPPED}  # by exit code
 
 
 def plan_processes(
@@ -200,7 +200,8 @@ def launch(config: Config, argv: Sequence[str]) -> int:
     console = Console()
     with watched(config, console) as ends:
         code = _launch(config, argv, console)
-        ends(HOW_IT_ENDED.get(code, FAILED))
+        here = " on this node" if config.launch.nodes > 1 else ""  # it may continue on the others
+        ends(HOW_IT_ENDED.get(code, FAILED) + here)
     return code
 
 

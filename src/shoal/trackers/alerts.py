@@ -27,10 +27,12 @@ from shoal.run.folder import RunFolder
 from shoal.run.goodput import Accounting
 from shoal.run.records import StepRecord
 from shoal.run.tail import Tail
+from shoal.system.signals import Asked
 from shoal.trackers.alert_rules import Finding, Rules, Seen
 from shoal.trackers.webhook import Webhook
 
 FAILED: Final = "the run failed"
+STOPPED: Final = "the run stopped before its end; the same command resumes it"
 LOOK_SECONDS: Final = 2.0
 HEALTHY: Final = {"no_step_for": 1, "crashed": 1, "ended": 1}  # findings in a row after which a rule has recovered
 USUALLY_HEALTHY: Final = 10  # for the other rules: a loss near its limit must not post at each step
@@ -57,8 +59,8 @@ def watched(config: Config, console: Console, *, look_seconds: float = LOOK_SECO
     watch.start(look_seconds)
     try:
         yield watch.ends
-    except BaseException:
-        watch.ends(FAILED)
+    except BaseException as error:
+        watch.ends(STOPPED if isinstance(error, Asked | KeyboardInterrupt) else FAILED)
         raise
     finally:
         watch.close()

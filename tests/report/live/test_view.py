@@ -1,4 +1,4 @@
-"""The live view of a run, drawn at fixed sizes from synthetic records and from a run that goes on."""
+"""The live view of a run, drawn at fixed sizes from synthetic records and from a running one."""
 
 from __future__ import annotations
 

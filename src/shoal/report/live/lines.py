@@ -1,4 +1,4 @@
-"""The live view where there is no terminal: a line at each interval, at each change of phase, and for each alert. No torch."""
+"""The live view without a terminal: a line at each interval, at each change of phase, and for each alert. No torch."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def _print_lines(gatherers: Sequence[Gatherer], every_seconds: float, quiet: boo
 
 
 class _Keys:
-    """The keys that are pressed; none if standard input is no terminal."""
+    """The keys that are pressed; none if standard input is not a terminal."""
 
     def __init__(self, readable: bool) -> None:
         self._readable = readable

@@ -26,7 +26,7 @@ class Series:
 
     @classmethod
     def of(cls, points: Sequence[tuple[int, float | None]]) -> Series:
-        """Return the series of single values; those that are None, NaN or Inf are left out."""
+        """Return the series of single values; skips None, NaN and Inf."""
         kept = [(step, value) for step, value in points if value is not None and math.isfinite(value)]
         values = [value for _, value in kept]
         return cls([step for step, _ in kept], values, values)

@@ -1,8 +1,9 @@
-"""The state of a run as its files tell it, read again and again while the run goes on. No torch."""
+"""The state of a run as its files tell it, read again and again while it trains. No torch."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import socket
 import time
@@ -94,8 +95,9 @@ class State:
     sample: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the state for `--json`."""
-        return dataclasses.asdict(self)
+        """Return the state for `--json`; a NaN or Inf, which JSON lacks, is None."""
+        plain: dict[str, Any] = _finite(dataclasses.asdict(self))
+        return plain
 
 
 class Follower:
@@ -181,7 +183,7 @@ class Follower:
             condition=condition,
             why=why or (self._quiet(now, phase) if condition == "running" else ""),
             phase=phase,
-            news_seconds=self._news_seconds(now),
+            news_seconds=news_seconds(self.folder, now),
             step=step,
             total_steps=total,
             left_seconds=self._left(step, total) if condition == "running" else None,
@@ -207,7 +209,7 @@ class Follower:
         )
 
     def _condition(self, now: float) -> tuple[Condition, str]:
-        """Return whether the run goes on or how it ended, and why."""
+        """Return whether the run is running or how it ended, and why."""
         holder = self.folder.holder()
         if self.folder.is_locked() or self._lives_elsewhere(holder, now):
             return "running", ""
@@ -225,7 +227,7 @@ class Follower:
         """Return whether a process on another host writes this run: not every network disk tells of its lock."""
         if not holder or holder.get("host") == socket.gethostname():
             return False
-        age = self._news_seconds(now)
+        age = news_seconds(self.folder, now)
         return age is not None and age < ELSEWHERE_SECONDS and self._turning.get("event") not in ("finished", "stopped")
 
     def _phase(self, started: Mapping[str, Any]) -> Phase | None:
@@ -289,28 +291,32 @@ class Follower:
             return {"memory_bytes": ranks.memory_bytes, "peak_memory_bytes": ranks.peak_memory_bytes}
         return {"peak_memory_bytes": [record.memory_bytes]} if record else {}
 
-    def _news_seconds(self, now: float) -> float | None:
-        folder = self.folder
-        files = (
-            folder.time_file,
-            folder.metrics_file,
-            folder.events_file,
-            folder.now_file,
-            folder.path / "lock",
-        )
-        times = [when for when in map(_changed, files) if when is not None]
-        return max(0.0, now - max(times)) if times else None
+
+def news_seconds(folder: RunFolder, now: float) -> float | None:
+    """Return the seconds since a run last wrote one of its files; None if it has none."""
+    files = (folder.time_file, folder.metrics_file, folder.events_file, folder.now_file, folder.path / "lock")
+    times = [when for when in map(_changed, files) if when is not None]
+    return max(0.0, now - max(times)) if times else None
 
 
 def newest_first(runs: Path) -> list[RunFolder]:
     """Return all runs in a folder: those that changed last come first."""
     found = [RunFolder(path) for path in runs.iterdir() if is_run(path)] if runs.is_dir() else []
-    return sorted(found, key=lambda folder: Follower(folder)._news_seconds(time.time()) or 0.0)
+    now = time.time()
+    return sorted(found, key=lambda folder: news_seconds(folder, now) or 0.0)
 
 
 def is_run(path: Path) -> bool:
     """Return whether a folder is that of a run, perhaps one that has not begun its first step."""
     return any((path / name).is_file() for name in ("config.yaml", "lock", "now.json"))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _fields(record: object, names: Iterable[str]) -> dict[str, Any]:

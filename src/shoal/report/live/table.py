@@ -13,7 +13,7 @@ from shoal.report.live.view import STYLES, Sight, words
 from shoal.run.console import duration
 from shoal.system.output import on_one_line
 
-# Columns of the table, the most important first; those that do not fit are left out.
+# Columns of the table, the most important first; those that do not fit are omitted.
 _COLUMNS: Final = (
     ("run", 18), ("state", 11), ("step", 17), ("loss", 9), ("held-out", 9), ("tokens/s", 10), ("left", 8), ("MFU", 6),
     ("goodput", 8), ("GiB", 7),

@@ -31,6 +31,9 @@ SPARKS: Final = {  # small curves, the most important first: the name in `Sight.
     "mfu": ("MFU", "%"),
     "memory_bytes": ("memory", "GiB"),
 }
+BAD_EVENTS: Final = (
+    "crashed", "hang", "save failed", "damaged", "went back", "fault", "alert raised", "alert not posted",
+)  # fmt: skip
 SCORE: Final = 6.0  # a spike score from which a step counts as a spike
 
 
@@ -50,7 +53,8 @@ class Block:
     """A part of the view. `draw` returns at most `rows` lines of at most `width` columns."""
 
     draw: Callable[[int, int], list[Text]]
-    least: int
+    least: int  # rows, without which it is not drawn; 0: only if there is room for its usual ones
+    usual: int
     most: int
     rank: int  # the lower, the sooner it gets its rows
 
@@ -63,31 +67,32 @@ def frame(sight: Sight, width: int, height: int) -> list[Text]:
     if width >= WIDE:
         left = (width - GAP) * 3 // 5
         right = width - GAP - left
-        body = _beside(left, _stack(_left(sight), left, room), _stack(_right(sight), right, room))
+        body = _beside(left, _stack(_left(sight, left), left, room), _stack(_right(sight), right, room))
     else:
-        body = _stack([*_left(sight), *_right(sight)], width, room)
+        body = _stack([*_left(sight, width), *_right(sight)], width, room)
     lines = [*head, *body]
     lines = [*lines[: height - len(foot)], *[Text()] * max(0, height - len(foot) - len(lines)), *foot]
     return [_cut(line, width) for line in lines[:height]]
 
 
-def _left(sight: Sight) -> list[Block]:
+def _left(sight: Sight, width: int) -> list[Block]:
     """Return the curves and the numbers."""
     state = sight.state
-    found = [Block(lambda w, r: _numbers(sight, w, r), 2, 3, 0)]
+    numbers = len(_numbers(sight, width, 4))
+    found = [Block(lambda w, r: _numbers(sight, w, r), min(numbers, 2), numbers, numbers, 0)]
     if "loss" in sight.series:
-        found.append(Block(lambda w, r: _loss_chart(sight, "loss", w, r), 4, 24, 3))
+        found.append(Block(lambda w, r: _loss_chart(sight, "loss", w, r), 4, 9, 24, 3))
     shown = [name for name in SPARKS if name in sight.series]
     if shown:
-        found.append(Block(lambda w, r: _sparks(sight, shown, w, r), 1, len(shown), 4))
+        found.append(Block(lambda w, r: _sparks(sight, shown, w, r), 1, len(shown), len(shown), 6))
     if "val_loss" in sight.series and len(sight.series["val_loss"].steps) > 1:
-        found.append(Block(lambda w, r: _loss_chart(sight, "val_loss", w, r), 0, 9, 8))
+        found.append(Block(lambda w, r: _loss_chart(sight, "val_loss", w, r), 0, 6, 9, 8))
     if "recent" in sight.series and len(sight.series["recent"].steps) > 20:
-        found.append(Block(lambda w, r: _loss_chart(sight, "recent", w, r), 0, 11, 7))
+        found.append(Block(lambda w, r: _loss_chart(sight, "recent", w, r), 0, 7, 11, 7))
     if state.split_seconds:
-        found.append(Block(lambda w, r: _split(sight, w, r), 1, 2, 2))
+        found.append(Block(lambda w, r: _split(sight, w, r), 1, 2, 2, 2))
     if state.goodput is not None:
-        found.append(Block(lambda w, r: _goodput(sight, w, r), 1, 2, 2))
+        found.append(Block(lambda w, r: _goodput(sight, w, r), 1, 2, 2, 2))
     return found
 
 
@@ -96,20 +101,20 @@ def _right(sight: Sight) -> list[Block]:
     state = sight.state
     found = []
     if state.memory_bytes or state.peak_memory_bytes:
-        found.append(Block(lambda w, r: _memory(sight, w, r), 1, 1, 2))
-    if state.alerts or state.why:
-        found.append(Block(lambda w, r: _alerts(sight, w, r), 1, 1 + len(state.alerts), 1))
-    if len(state.memory_bytes) > 1:
-        found.append(Block(lambda w, r: _ranks(sight, w, r), 0, 2 + len(state.memory_bytes), 6))
-    if state.events:
-        found.append(Block(lambda w, r: _events(sight, w, r), 3, 12, 5))
+        found.append(Block(lambda w, r: _memory(sight, w, r), 1, 1, 1, 2))
+    if count := len(state.alerts) + bool(state.why):
+        found.append(Block(lambda w, r: _alerts(sight, w, r), 1, count, count, 1))
+    if (count := len(state.memory_bytes)) > 1:
+        found.append(Block(lambda w, r: _ranks(sight, w, r), 0, 2 + min(count, 8), 2 + count, 5))
+    if events := shown_events(state.events):
+        found.append(Block(lambda w, r: _events(events, w, r), 3, 6, 12, 4))
     if state.sample:
-        found.append(Block(lambda w, r: _sample(sight, w, r), 0, 14, 9))
+        found.append(Block(lambda w, r: _sample(sight, w, r), 0, 6, 14, 9))
     return found
 
 
 def _stack(blocks_: Sequence[Block], width: int, height: int) -> list[Text]:
-    """Return the blocks below each other: first each gets the rows it needs, then the rest is dealt out by rank."""
+    """Return the blocks below each other. By rank, each gets the rows it needs, then its usual ones, then more."""
     rows = [0] * len(blocks_)
     left = height
     by_rank = sorted(range(len(blocks_)), key=lambda index: blocks_[index].rank)
@@ -117,14 +122,14 @@ def _stack(blocks_: Sequence[Block], width: int, height: int) -> list[Text]:
         if blocks_[index].least <= left:
             rows[index] = blocks_[index].least
             left -= rows[index]
-    for index in by_rank:
-        more = min(left, blocks_[index].most - rows[index])
-        if rows[index] or more >= FEWEST_ROWS:
-            rows[index] += more
-            left -= more
-    return [
-        line for block, given in zip(blocks_, rows, strict=True) if given for line in block.draw(width, given)[:given]
-    ]
+    for wanted in ([block.usual for block in blocks_], [block.most for block in blocks_]):
+        for index in by_rank:
+            more = min(left, wanted[index] - rows[index])
+            if rows[index] or more >= min(FEWEST_ROWS, wanted[index]) > 0:
+                rows[index] += more
+                left -= more
+    drawn = [block.draw(width, given)[:given] for block, given in zip(blocks_, rows, strict=True) if given]
+    return [line for lines in drawn for line in lines]
 
 
 def _beside(width: int, left: Sequence[Text], right: Sequence[Text]) -> list[Text]:
@@ -398,7 +403,7 @@ def _memory(sight: Sight, width: int, rows: int) -> list[Text]:
     line = words(("memory  ", "dim"))
     if used:
         most = max(range(len(used)), key=lambda rank: used[rank])
-        where = f" (rank {most}, of {len(used)} ranks the most)" if len(used) > 1 else ""
+        where = f" (rank {most}, the most of {len(used)})" if len(used) > 1 else ""
         line.append(f"{used[most] / 2**30:.2f} GiB", "bold").append(where, "dim")
     if peak:
         line.append("  peak " if used else "peak ", "dim").append(f"{max(peak) / 2**30:.2f} GiB", "bold")
@@ -445,25 +450,32 @@ def _alerts(sight: Sight, width: int, rows: int) -> list[Text]:
     return lines
 
 
-def _events(sight: Sight, width: int, rows: int) -> list[Text]:
-    events = list(sight.state.events)[-(rows - 1) :] if rows > 1 else []
-    return [words(("events", "bold")), *map(event_line, events)]
+def shown_events(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the events without those that only say that an alert was posted."""
+    return [each for each in events if not (each.get("event") == "alert" and each.get("state") == "posted")]
+
+
+def _events(events: Sequence[Mapping[str, Any]], width: int, rows: int) -> list[Text]:
+    last = events[-(rows - 1) :] if rows > 1 else []
+    return [words(("events", "bold")), *map(event_line, last)]
 
 
 def event_line(event: Mapping[str, Any]) -> Text:
-    """Return an event with its time of day and its short facts."""
+    """Return an event with its time and its short facts."""
     when = event.get("time")
     clock = time.strftime("%m-%d %H:%M:%S", time.localtime(when)) if isinstance(when, int | float) else "--:--:--"
     name = on_one_line(event.get("event", "?"))
-    bad = name in ("crashed", "hang", "save failed", "damaged", "went back", "fault") or event.get("state") == "raised"
     facts = [f"{key} {_fact(event[key])}" for key in _FACTS if event.get(key) is not None]
     facts += [f"in {event['seconds']:.1f} s"] if isinstance(event.get("seconds"), float) else []
-    return words((f"{clock} ", "dim"), (name, "bold red" if bad else "bold"), ("  " + ", ".join(facts)))
+    if name == "alert":
+        name, facts = f"alert {event.get('state')}", [on_one_line(event.get("text") or event.get("rule") or "")]
+    bad = name in BAD_EVENTS
+    return words((f"{clock} ", "dim"), (on_one_line(name), "bold red" if bad else "bold"), ("  " + ", ".join(facts)))
 
 
 # Facts of an event that are shown, in this order.
 _FACTS: Final = (
-    "state", "rule", "step", "rank", "processes", "device", "to", "val_loss", "how", "phase", "text", "why", "source", "fault",
+    "step", "rank", "processes", "device", "to", "val_loss", "how", "phase", "text", "why", "source", "fault",
 )  # fmt: skip
 
 
