@@ -7,6 +7,7 @@ without. Times are in milliseconds from the start of the navigation, as the page
     list      first contentful paint: the list of runs and the frame of the page
     curves    the loss curves of all runs are drawn
     all       every chart is drawn
+    cpu_list, cpu_curves  processor time that browser and server took until then, together: what does not depend on other load
 
 Needs shoal[dashboard] and playwright. --keep DIR keeps the runs for the next call.
 """
@@ -30,6 +31,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import psutil
 from playwright.sync_api import Browser, sync_playwright
 from tests.report.synthetic import losses, write_ranks, write_run
 
@@ -77,12 +79,27 @@ def dashboard(folder: Path) -> Iterator[str]:
         process.wait()
 
 
+def spent() -> float:
+    """Return the milliseconds of processor time that this process's children took so far: the server and the browser."""
+    total = 0.0
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += sum(child.cpu_times()[:2])
+    return 1000 * total
+
+
 def measure(browser: Browser, address: str, runs: int) -> dict[str, float]:
     """Open the page; return the milliseconds until each thing is shown, and the bytes of all answers."""
     tab = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    before = spent()
     tab.goto(address, wait_until="commit")
+    tab.wait_for_function(
+        "() => performance.getEntriesByName('first-contentful-paint').length", polling="raf", timeout=300_000
+    )
+    cpu_list = spent() - before
     tab.wait_for_function(LOSS_DRAWN, arg=runs, polling="raf", timeout=300_000)
     curves = tab.evaluate("performance.now()")
+    cpu_curves = spent() - before
     tab.wait_for_function(ALL_DRAWN, polling="raf", timeout=300_000)
     every = tab.evaluate("performance.now()")
     painted = tab.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
@@ -92,7 +109,8 @@ def measure(browser: Browser, address: str, runs: int) -> dict[str, float]:
     )
     page = tab.evaluate("performance.getEntriesByType('navigation')[0].transferSize")
     tab.context.close()
-    return {"list": painted, "curves": curves, "all": every, "page_kB": page / 1000, "answers_kB": size / 1000}
+    cpu = {"cpu_list": cpu_list, "cpu_curves": cpu_curves}
+    return {"list": painted, "curves": curves, "all": every} | cpu | {"page_kB": page / 1000, "answers_kB": size / 1000}
 
 
 def medians(found: list[dict[str, float]]) -> dict[str, float]:
