@@ -1,4 +1,4 @@
-"""`ranks.jsonl` holds what each rank measured of itself, and costs no collective."""
+"""`ranks.jsonl` holds the measurements of each rank, and costs no collective."""
 
 from __future__ import annotations
 
