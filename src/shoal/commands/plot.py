@@ -73,7 +73,7 @@ def _asked(target: str, runs: Path, overrides: list[Override]) -> tuple[Config, 
     folder = RunFolder.named(target, runs)
     if folder.config_file.is_file():
         if overrides:
-            raise ShoalError(f"{target} is a run, whose config is drawn as it is; to draw another one, name a recipe")
+            raise ShoalError(f"{target} is a run, whose own config is drawn; to draw another one, name a recipe")
         config = folder.load_config()
         return with_vocab_size(config), _layout_of(folder, config), folder.path.resolve().name
     config = resolve_run(find_recipe(Path(target)), overrides, named=True, needs_length=False)

@@ -107,7 +107,7 @@ def test_without_communication_it_says_so(tmp_path: Path) -> None:
     assert [each["percent"] for each in view["overlap"]] == [None, None]
 
 
-@pytest.mark.parametrize("count", [1, 4, 64])
+@pytest.mark.parametrize("count", [1, 4, pytest.param(64, marks=pytest.mark.ci)])
 def test_the_view_is_bounded_and_its_sums_are_not(tmp_path: Path, count: int) -> None:
     profile = written(tmp_path / "p", [rank_of(number, ranges=2000) for number in range(count)])
     view = profile_view(tmp_path / "p")

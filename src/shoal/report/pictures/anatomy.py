@@ -115,7 +115,7 @@ def _whole(before: list[list[Weight]], block: list[list[Weight]], after: list[li
 
 
 def _of_folder(model: Model) -> Anatomy:
-    """Return the weights of a transformers model, by the names in its folder; the first block stands for all of them."""
+    """Return the weights of a transformers model, by the names in its folder; the first block is drawn for all of them."""
     shapes = folder_shapes(model)
     numbered = {name: re.search(r"\.(\d+)\.", name) for name in shapes}
     block = [name for name, found in numbered.items() if found and found[1] == "0"]

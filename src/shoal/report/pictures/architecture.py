@@ -30,7 +30,7 @@ AXIS_COLORS: Final = {
 }
 WIDTH, LEFT, GAP = 13.0, 6.3, 0.5  # inches: the figure, the model, the space to the ranks
 ROW, SPACE = 0.44, 0.12  # inches: a row of weights, the space below it
-SHOWN = 6  # ranks in a row or column before some are left out
+SHOWN = 6  # ranks in a row or column before some are omitted
 STRIPES = 16  # parts of a weight that are drawn apart, at most
 
 
@@ -190,7 +190,7 @@ def _draw_stripes(axes: Axes, tp: int, x: float, y: float, width: float) -> None
 
 
 class _Ranks:
-    """Where each rank stands: a frame for each pipeline rank, in it a row for each data-parallel rank, a column for cp and tp."""
+    """The place of each rank: a frame for each pipeline rank, in it a row for each data-parallel rank, a column for cp and tp."""
 
     CELL, HEAD, FOOT = 0.42, 0.62, 0.18
 
@@ -239,7 +239,7 @@ class _Ranks:
 
 
 def shown(count: int) -> list[int | None]:
-    """Return the indices to draw; None stands for those left out of a long row."""
+    """Return the indices to draw; None is for those omitted from a long row."""
     return [*range(count)] if count <= SHOWN else [*range(SHOWN - 2), None, count - 1]
 
 

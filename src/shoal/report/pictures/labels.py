@@ -10,7 +10,7 @@ from shoal.report.runs.facts import differences
 
 SHOWN: Final = 4  # options of a run in the legend
 LONGEST: Final = 40  # characters of a value
-UNIMPORTANT: Final = ("launch.", "metrics.", "checkpoint.")  # shown after the others
+UNIMPORTANT: Final = ("launch.", "metrics.", "checkpoint.", "track.", "alerts.")  # shown after the others
 
 
 def labels(runs: Sequence[Seen]) -> list[str]:

@@ -116,5 +116,5 @@ def scale_of(axis: XAxis, largest: float) -> Scale:
 
 
 def read_runs(targets: Sequence[str], runs: Path) -> list[Seen]:
-    """Read the runs that a user names. Raises `RunError` for one that is no run or has no step."""
+    """Read the runs that a user names. Raises `RunError` for one that is not a run or has no step."""
     return [Seen.read(RunFolder.named(target, runs)) for target in targets]

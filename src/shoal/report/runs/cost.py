@@ -101,7 +101,7 @@ class Cost:
     """
     Device-hours and money of a run.
 
-    Time between two lives of a run is `idle`: it costs money only if the devices stayed reserved, so totals leave it out.
+    Time between two lives of a run is `idle`: it costs money only if the devices stayed reserved, so totals omit it.
     """
 
     currency: str
