@@ -76,7 +76,7 @@ def _metrics(random: np.random.Generator, steps: int, spikes: Mapping[int, float
                 "val_bits_per_byte": round(0.7 + 1.8 * number**-0.35, 5),
             }
             if sources:
-                held_out["val_source_loss"] = {name: 2.4 + 0.3 * k for k, name in enumerate(sources)}  # type: ignore[assignment]
+                held_out["val_source_loss"] = {name: 2.4 + 0.3 * k for k, name in enumerate(sources)}
             lines.append(json.dumps({"step": number, "tokens": number * TOKENS, **held_out}))
     return lines
 

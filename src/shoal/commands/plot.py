@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shoal.commands.flags import Override
 from shoal.commands.recipes import resolve_run
@@ -86,7 +86,9 @@ def _layout_of(folder: RunFolder, config: Config) -> Layout:
     from shoal.report.amounts import planned_layout
     from shoal.run.events import read_json_lines
 
-    start = next((e for e in reversed(read_json_lines(folder.events_file)) if e.get("event") == "started"), {})
+    start: dict[str, Any] = next(
+        (e for e in reversed(read_json_lines(folder.events_file)) if e.get("event") == "started"), {}
+    )
     if start.get("layout"):
         return Layout(**start["layout"])
     found = find_layout(config.parallel, start.get("processes"))

@@ -39,7 +39,7 @@ OPTIONS: Final[dict[str, Any]] = {"train.seed": 0, "optim.lr": 1e-3, "data.corpu
 
 def ar1(draws: np.random.Generator, n: int, follows: float) -> Array:
     """Return n values of an AR(1) process with standard deviation 1."""
-    shocks = draws.standard_normal(n) * np.sqrt(1 - follows**2)
+    shocks: Array = draws.standard_normal(n) * np.sqrt(1 - follows**2)
     shocks[0] = draws.standard_normal()
     for i in range(1, n):
         shocks[i] += follows * shocks[i - 1]
@@ -61,9 +61,9 @@ def run(
     walk = np.cumsum(draws.standard_normal(steps)) / np.sqrt(steps)
     level = np.log(2.5 + 3 * np.exp(-at / 60)) + np.log1p(-better)
     level += noise.seed * draws.standard_normal() + noise.drift * walk
-    log = level + noise.steps * (np.sqrt(1 - noise.shared) * own + np.sqrt(noise.shared) * common)
+    log: Array = level + noise.steps * (np.sqrt(1 - noise.shared) * own + np.sqrt(noise.shared) * common)
     held_out = Evaluation(step=steps, tokens=steps * 1024, val_loss=float(np.exp(level[-1])), val_bits_per_byte=1.0)
-    speed = 1e5 * np.exp(noise.speed * ar1(draws, steps, 0.8))
+    speed: Array = 1e5 * np.exp(noise.speed * ar1(draws, steps, 0.8))
     return Series(
         facts(name, OPTIONS | {"train.seed": seed} | options), at.astype(float), at * 1024.0, np.exp(log), np.ones(steps),
         speed, 1024 / speed, (held_out,) if evaluated else (),

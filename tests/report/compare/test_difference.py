@@ -16,7 +16,7 @@ from tests.report.compare.simulated import ar1
 A, B = (1.00, 1.02, 0.99, 1.01, 1.005), (0.98, 0.97, 0.99, 0.975, 0.96)
 
 
-def values(logs: Sequence[float]) -> list[Value]:
+def values(logs: Sequence[float] | np.ndarray[Any, Any]) -> list[Value]:
     return [Value(x) for x in logs]
 
 

@@ -49,7 +49,7 @@ FIGURES: dict[str, Callable[[Path], Iterator[Figure]]] = {
     "two": lambda runs: draw_loss(seen(runs, "long", "other"), "seconds", smooth=100, log=True),
     "flops": lambda runs: draw_loss(seen(runs, "other"), "flops"),
     "details": lambda runs: draw_details(*seen(runs, "long")),
-    "card": lambda runs: draw_card(*seen(runs, "long"), cost(RunFolder(runs / "long"), prices(None))),
+    "card": lambda runs: draw_card(seen(runs, "long")[0], cost(RunFolder(runs / "long"), prices(None))),
 }
 
 
@@ -120,7 +120,7 @@ def test_numbers_of_the_card_are_those_of_the_log(runs: Path, tmp_path: Path) ->
     folder = RunFolder(runs / "other")
     last = [line for line in folder.metrics_file.read_text().splitlines() if "val_loss" in line][-1]
     bits = float(re.findall(r'"val_bits_per_byte":([\d.]+)', last)[0])
-    for figure in draw_card(*seen(runs, "other"), cost(folder, prices(None))):
+    for figure in draw_card(seen(runs, "other")[0], cost(folder, prices(None))):
         words = [each for each, _ in texts(figure)]
         assert figure.get_size_inches().tolist() == [12.0, 6.3]
     assert f"{bits:.3f} bits per byte" in words
@@ -167,7 +167,7 @@ def test_a_run_with_one_step_and_few_records_can_be_drawn(tmp_path: Path) -> Non
     for figures in (
         draw_loss(seen(tmp_path, "young")),
         draw_details(*seen(tmp_path, "young")),
-        draw_card(*seen(tmp_path, "young"), None),
+        draw_card(seen(tmp_path, "young")[0], None),
     ):
         for number, figure in enumerate(figures):
             save(figure, tmp_path / f"{number}.png")

@@ -283,7 +283,7 @@ class Follower:
             return None
         last = [each.time for each in (*list(self.steps)[-1:], *list(self.evaluations)[-1:]) if each.time is not None]
         ends = [now] if now is not None else [*last, *(e.get("time", begun) for e in list(self._known)[-1:])]
-        return max(0.0, float(max(ends) - begun))
+        return max(0.0, float(max(ends)) - float(begun))
 
     def _memory(self, record: StepRecord | None) -> dict[str, Any]:
         ranks = self._last_ranks

@@ -46,7 +46,8 @@ def canvas(width: float, height: float) -> Iterator[Figure]:
         from matplotlib.figure import Figure
     except ImportError:
         raise ShoalError("drawing needs matplotlib: pip install 'shoal[plots]'") from None
-    with rc_context({**_defaults(), **_STYLE}):
+    style: Any = {**_defaults(), **_STYLE}
+    with rc_context(style):
         yield Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 

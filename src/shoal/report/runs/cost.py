@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import fnmatch
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,9 +172,7 @@ def cost(folder: RunFolder, prices: Prices) -> Cost | None:
     parts = []
     for kind, name in names:
         # Each kind of device apart: a life on another kind counts no device of this one
-        found = account(
-            folder.time_file, lambda life, this=(kind, name): devices.count(life) if devices.of(life) == this else 0
-        )
+        found = account(folder.time_file, functools.partial(_count_of, devices, (kind, name)))
         parts.append(Part(name, prices.of(name, kind), found.spent))
     return Cost(prices.currency, prices.by_pattern is not None, parts)
 
@@ -181,6 +180,11 @@ def cost(folder: RunFolder, prices: Prices) -> Cost | None:
 def _lives(path: Path) -> list[int]:
     """Return when each life began, in the file's order."""
     return list(dict.fromkeys(line["life"] for line in read_json_lines(path)))
+
+
+def _count_of(devices: _Devices, kind: tuple[str, str], life: int) -> int:
+    """Return the devices of one kind in a life."""
+    return devices.count(life) if devices.of(life) == kind else 0
 
 
 class _Devices:

@@ -172,7 +172,7 @@ def _total_steps(
     if (steps := options.get("train.steps")) is not None:
         return int(steps)
     if (tokens := options.get("train.tokens")) is not None:
-        return math.ceil(tokens / (options["train.global_batch"] * options["data.seq_len"]))
+        return math.ceil(int(tokens) / int(options["train.global_batch"] * options["data.seq_len"]))
     return step if events and events[-1].get("event") == "finished" else None
 
 

@@ -31,7 +31,7 @@ def _of_section(text: str) -> Mapping[str, Any]:
     root = yaml.load(text, Loader=_LOADER)
     if not isinstance(root, dict):
         return {}
-    found = {}
+    found: dict[str, Any] = {}
     for section, options in root.items():
         for name, value in (options if isinstance(options, dict) else {}).items():
             found |= _flat_option(f"{section}.{name}", value)
