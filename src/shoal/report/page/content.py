@@ -32,7 +32,7 @@ TROUBLE: Final = {
 }  # fmt: skip
 TEXT_LIMIT: Final = 20_000  # characters of a sample or of the model's modules
 EVENT_LIMIT: Final = 500  # events in the list; marks are drawn of all of them
-PLACES: Final = ("step", "tokens", "time", "val_time")  # columns of the log that are no curves
+PLACES: Final = ("step", "tokens", "time", "val_time")  # columns of the log that place the points of curves
 SHOWN: Final = (
     "state", "step", "total_steps", "loss", "best_val_loss", "best_val_step", "tokens", "tokens_per_second", "mfu",
     "started", "ended", "seconds", "restarts",
@@ -170,7 +170,7 @@ def _cost(folder: RunFolder) -> dict[str, Any] | None:
 
 
 def _seconds_left(facts: RunFacts, curves: Curves) -> float | None:
-    """Return the time that the remaining steps take at the median speed of the last hundred; None if the run does not go on."""
+    """Return the time that the remaining steps take at the median speed of the last hundred; None if the run is not running."""
     if facts.state != "running" or facts.total_steps is None:
         return None
     recent = curves.window("step_seconds", facts.step - 100, None, 101).mean

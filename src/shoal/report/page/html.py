@@ -57,7 +57,7 @@ def report_html(folders: Sequence[Path]) -> bytes:
 
 
 def dashboard_html() -> bytes:
-    """Return the page that asks its own server for data, and nobody else."""
+    """Return the page that asks its own server for data, and no other."""
     return _document("", "'self'")
 
 
