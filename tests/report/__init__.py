@@ -1,1 +1,1 @@
-"""Tests of what is shown of a run."""
+"""Tests of pages, pictures, lists and comparisons of runs."""

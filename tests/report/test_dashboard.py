@@ -1,4 +1,4 @@
-"""`shoal dashboard`, really started: who is let in, what is served, and that it follows runs that go on."""
+"""`shoal dashboard`, really started: who is let in, what is served, and that it follows running runs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Started:
         return int(data.split()[1])
 
     def stop(self) -> tuple[int, str]:
-        """Press Ctrl-C; return the exit code and what was said then."""
+        """Press Ctrl-C; return the exit code and the lines printed then."""
         self.client.close()
         self.process.send_signal(signal.SIGINT)
         said = self.process.communicate(timeout=60)[0]

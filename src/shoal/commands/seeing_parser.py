@@ -20,7 +20,7 @@ class Adds(Protocol):
 
 def add_seeing(add: Adds) -> None:
     """Add these verbs."""
-    shown = "show a run while it goes on, from any terminal: loss, speed, memory, time left, alerts"
+    shown = "show a run while it trains, from any terminal: loss, speed, memory, time left, alerts"
     _add_top(add("top", live.top, shown))
     served = "serve a live page of all runs in a folder, to this machine only"
     _add_dashboard(add("dashboard", dashboard.dashboard, served))
@@ -57,10 +57,10 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
-    whats = "loss: training and held-out loss of one or several runs; details: throughput, memory, time split and goodput of a run; "
+    drawings = "loss: training and held-out loss of one or several runs; details: throughput, memory, time split and goodput of a run; "
     parser.add_argument(
         "what", choices=["loss", "details", "architecture", "card"],
-        help=whats + "architecture: blocks, shapes and ranks of a run or a recipe; card: a summary of a run, 1200 x 630 pixels",
+        help=drawings + "architecture: blocks, shapes and ranks of a run or a recipe; card: a summary of a run, 1200 x 630 pixels",
     )  # fmt: skip
     parser.add_argument(
         "targets", nargs="+", metavar="RUN", help="name or folder of a run; architecture: also a recipe"

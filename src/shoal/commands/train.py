@@ -58,7 +58,7 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     if config.metrics.report and code != EXIT_REQUEUE:  # a preempted process has seconds left
         from shoal.commands.report import leave_report
 
-        folder.release()  # this process has ended its workers, and a report of a locked run says that it goes on
+        folder.release()  # this process has ended its workers, and a report calls a locked run running
         leave_report(folder.path, console)
     return code
 

@@ -117,7 +117,7 @@ class Follower:
     """All files of a run that a tracker gets, as batches."""
 
     def __init__(self, folder: RunFolder, kept: Path) -> None:
-        """kept: the folder where the tracker keeps what it was sent."""
+        """kept: the folder with the checksums of the lines sent to this tracker."""
         self._folder, self._kept = folder, kept
         self._metrics = Followed(folder.metrics_file, kept / "metrics.sent")
         self._ranks = Followed(folder.ranks_file, kept / "ranks.sent")

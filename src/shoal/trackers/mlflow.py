@@ -92,7 +92,7 @@ class MLflow(Tracker):
             self._store(lambda: self._client.log_artifact(self._run, str(self.folder.parents[1] / "events.jsonl")))
 
     def _store(self, upload: Any) -> None:
-        """Upload a file. A server may take numbers but no files; that is told once, and the numbers go on."""
+        """Upload a file. A server may take numbers but no files; that is reported once, and the numbers are still sent."""
         try:
             upload()
         except Exception as error:  # of any store: S3, a database, a proxy

@@ -59,13 +59,13 @@ def run(
     own = ar1(draws, steps, noise.follows)
     common = ar1(draws if batches is None else np.random.default_rng(batches), steps, noise.follows)
     walk = np.cumsum(draws.standard_normal(steps)) / np.sqrt(steps)
-    level = np.log(2.5 + 3 * np.exp(-at / 60)) + np.log1p(-better)
+    level: Array = np.log(2.5 + 3 * np.exp(-at / 60)) + np.log1p(-better)
     level += noise.seed * draws.standard_normal() + noise.drift * walk
     log: Array = level + noise.steps * (np.sqrt(1 - noise.shared) * own + np.sqrt(noise.shared) * common)
     held_out = Evaluation(step=steps, tokens=steps * 1024, val_loss=float(np.exp(level[-1])), val_bits_per_byte=1.0)
     speed: Array = 1e5 * np.exp(noise.speed * ar1(draws, steps, 0.8))
     return Series(
-        facts(name, OPTIONS | {"train.seed": seed} | options), at.astype(float), at * 1024.0, np.exp(log), np.ones(steps),
+        facts(name, OPTIONS | {"train.seed": seed} | options), at.astype(float), (1024.0 * at).astype(float), np.asarray(np.exp(log)), np.ones(steps),
         speed, 1024 / speed, (held_out,) if evaluated else (),
     )  # fmt: skip
 

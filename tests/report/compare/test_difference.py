@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from tests.report.compare.simulated import ar1
 A, B = (1.00, 1.02, 0.99, 1.01, 1.005), (0.98, 0.97, 0.99, 0.975, 0.96)
 
 
-def values(logs: Sequence[float] | np.ndarray[Any, Any]) -> list[Value]:
+def values(logs: Iterable[float]) -> list[Value]:
     return [Value(x) for x in logs]
 
 

@@ -1,4 +1,4 @@
-"""The live view on a real terminal: it draws over the whole screen, follows the run, and leaves the terminal as it was."""
+"""The live view on a real terminal: it draws over the whole screen, follows the run, and restores the terminal."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class TensorApart:
 @dataclass
 class Bisection:
     """
-    What the bisection found. sides: names of what is compared, such as two runs, or a run and its repetition.
+    The result of a bisection. sides: names of the two sides, such as two runs, or a run and its repetition.
 
     step: the step in which they part; after: where the last equal checkpoint is. tensors: those that differ, in the order of
     computation. said: the story in sentences.

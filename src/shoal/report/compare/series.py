@@ -16,7 +16,7 @@ from shoal.run.records import Evaluation, read_metrics
 
 LAST_PART: Final = 0.25  # of the tokens that all runs have trained on
 FEWEST: Final = 8  # records in the last part below which a run is not compared
-FIRST_RECORDS: Final = 10  # left out of speed, since they compile, warm caches and fill queues
+FIRST_RECORDS: Final = 10  # not counted in speed, because they compile, warm caches and fill queues
 FIRST_SHARE: Final = 0.2  # but at most this share of all records
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

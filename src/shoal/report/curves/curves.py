@@ -39,7 +39,7 @@ class Window:
     gaps: those of them that are NaN or infinite.
 
     start, width: the first bucket's first point, counted from the curve's beginning, and the points of a whole bucket.
-    Buckets begin at multiples of `width`, so while a run goes on only the last one changes, and new ones come after it.
+    Buckets begin at multiples of `width`, so while a run trains only the last one changes, and new ones come after it.
     """
 
     step: Ints
@@ -125,7 +125,7 @@ class Curves:
 
     @property
     def unread(self) -> int:
-        """The number of lines that are no record: cut short by a crash, or damaged."""
+        """The number of lines without a record: cut short by a crash, or damaged."""
         return self._unread
 
     @property

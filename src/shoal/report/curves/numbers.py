@@ -36,9 +36,9 @@ class Block:
 
 def read_numbers(data: bytes) -> tuple[list[Block], int]:
     """
-    Return the numbers of whole lines of JSON in blocks, and how many lines are no object of JSON.
+    Return the numbers of whole lines of JSON in blocks, and the number of lines without a JSON object.
 
-    Values that are no numbers are left out.
+    Skip values other than numbers.
     """
     lines = data.split(b"\n")[:-1]
     shapes: dict[bytes, list[int]] = {}

@@ -150,7 +150,7 @@ class Table:
 
 
 def _columns(block: Block) -> Iterator[tuple[str, Floats]]:
-    """Yield the values of the series that a block has points of; null is no point, but for those of `NULL_IS_A_POINT`."""
+    """Yield the values of the series that a block has points of; null is a point only for those of `NULL_IS_A_POINT`."""
     for column, name in enumerate(block.names):
         if name not in NOT_SERIES and (name not in block.nulls or name in NULL_IS_A_POINT):
             yield name, block.values[:, column]

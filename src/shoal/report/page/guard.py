@@ -55,7 +55,7 @@ class Guard:
         await (refused or self._app)(scope, receive, send_with_headers)
 
     def _refused(self, scope: Scope, has_token: bool) -> PlainTextResponse | None:
-        """Return the answer to a request that is refused; None if it may be answered."""
+        """Return the answer to a rejected request; None if it is accepted."""
         headers = Headers(scope=scope)
         if scope["method"] not in ("GET", "HEAD"):
             return PlainTextResponse("The dashboard only reads.\n", 405, {"Allow": "GET, HEAD"})

@@ -59,7 +59,7 @@ class ServedRun:
         return self.curves if self.share is None or self.curves.last_step else None
 
     def summary(self, name: str) -> Summary:
-        """Return the run's line in the list, made again if its files changed or the run goes on."""
+        """Return the run's line in the list, made again if its files changed or the run is training."""
         files = self._files()
         kept = self._summary
         if kept is None or kept.files != files or kept.view["state"] == "running":

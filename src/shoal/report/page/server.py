@@ -113,7 +113,7 @@ class Dashboard:
 
 
 def _answer(view: Callable[..., Any], *given: Any) -> Any:
-    """Return what a view makes of a run's files. A file that was removed, or cannot be read, is no run: 404."""
+    """Return the view of a run's files. If a file was removed or cannot be read, the answer is 404."""
     try:
         return view(*given)
     except ShoalError as error:
@@ -185,7 +185,7 @@ def listen(port: int | None) -> socket.socket:
         except OverflowError:
             found.close()
             why = "a port is at most 65535"
-    raise ShoalError(f"port {port} cannot be used: {why}; choose another with --port, or leave it out")
+    raise ShoalError(f"port {port} cannot be used: {why}; choose another with --port, or omit the option")
 
 
 def _warm(runs: Mapping[str, ServedRun]) -> None:
@@ -207,8 +207,8 @@ def serve(root: Path, port: int | None, say: Callable[[str], None]) -> None:
         found = runs.look()
         say(f"{len(found)} run{'s' * (len(found) != 1)} in {runs.root}: http://127.0.0.1:{own_port}/?token={token}")
         for name, way in runs.left_out.items():
-            say(f"left out: {name}, since {way} is a link to another folder; start a dashboard there")
-        say("Ctrl-C ends the dashboard; the runs go on")
+            say(f"skipped: {name}, because {way} is a link to another folder; start a dashboard there")
+        say("Ctrl-C ends the dashboard; the runs continue")
         config = uvicorn.Config(
             app, log_config=None, log_level="critical", access_log=False, proxy_headers=False, server_header=False, lifespan="off", ws="none",
             timeout_graceful_shutdown=1, limit_concurrency=200,

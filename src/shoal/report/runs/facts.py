@@ -112,7 +112,7 @@ def differences(configs: Sequence[Config | Mapping[str, Any]]) -> dict[str, list
     """
     Return the options that differ between configs: {dotted key: one value per config}, in the order of the options.
 
-    configs: whole configs, or `RunFacts.options`. An option that a config lacks is None. The names of the runs are left out.
+    configs: whole configs, or `RunFacts.options`. An option that a config lacks is None. Names of runs are skipped.
     """
     values = [_flat(config) for config in configs]
     keys = dict.fromkeys(key for options in values for key in options)
