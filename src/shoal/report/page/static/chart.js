@@ -147,7 +147,8 @@ class Chart {
       high = Math.max(high, value);
     };
     for (const { x, window } of this.drawn) {
-      const [from, to] = [Math.max(0, placeOf(x, first)), Math.min(x.length, placeOf(x, last) + 1)];
+      let [from, to] = [placeOf(x, first), Math.min(x.length, placeOf(x, last) + 1)];
+      if (from && window.count[from - 1] > 1) from--;  // a bucket whose middle is left of the range may reach into it
       if (this.view.fit) for (const value of fitted(window.mean.subarray(from, to))) add(value);
       else for (let i = from; i < to; i++) (add(window.low[i]), add(window.high[i]));
     }

@@ -103,7 +103,7 @@ function rankGrid(used, ranks) {
   const outer = used.slice(0, -1);
   const [width, height, left, top] = [44, 24, outer.length ? 40 + 96 * outer.length : 40, 22];
   const rows = Math.ceil(ranks / columns);
-  const picture = svg("svg", { class: "ranks", width: left + columns * width + 2, height: top + rows * height + 2, role: "img", "aria-label": `${ranks} ranks by ${used.map(([each]) => each).join(", ")}` });
+  const picture = svg("svg", { class: "ranks", width: left + Math.max(columns * width, 190) + 2, height: top + rows * height + 2, role: "img", "aria-label": `${ranks} ranks by ${used.map(([each]) => each).join(", ")}` });
   picture.append(svg("text", { x: left, y: 14 }, `${AXIS_NAMES[name] ?? name} (${name}) →`));
   for (let rank = 0; rank < ranks; rank++) {
     const [x, y] = [left + (rank % columns) * width, top + Math.floor(rank / columns) * height];
