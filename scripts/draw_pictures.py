@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import re
 import subprocess
 import sys
 import tempfile
@@ -86,7 +87,9 @@ def top_as_svg(folder: RunFolder) -> str:
     for line in frame(sight, COLUMNS, LINES):
         console.print(line, no_wrap=True, crop=True)
     gatherer.close()
-    return console.export_svg(title="shoal top quickstart", unique_id="top")
+    drawn = console.export_svg(title="shoal top quickstart", unique_id="top")
+    # rich names a font on a server; a picture loads nothing from elsewhere
+    return re.sub(r"@font-face \{.*?\}\s*", "", drawn, flags=re.DOTALL).replace("Fira Code, ", "")
 
 
 def draw_page(folders: list[Path], chromium: str) -> None:
