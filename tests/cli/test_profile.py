@@ -26,7 +26,18 @@ def losses(run: Path) -> dict[int, float]:
 def test_a_recipe_on_two_processes_and_a_run_from_its_checkpoint(tmp_path: Path) -> None:
     place = Place(tmp_path)
     place.good(
-        "train", "recipe.yaml", "--name", "a", "--processes", "1", "--train.steps", "12", "--checkpoint.keep", "9"
+        "train",
+        "recipe.yaml",
+        "--name",
+        "a",
+        "--processes",
+        "1",
+        "--train.steps",
+        "12",
+        "--checkpoint.keep",
+        "9",
+        "--checkpoint.background",
+        "false",
     )
     run = tmp_path / "runs" / "a"
     before = contents(run)

@@ -198,7 +198,7 @@ def test_runs_and_their_data(dashboard: Started, runs: Path) -> None:
     np.testing.assert_allclose(max(window["high"]), losses.max(), rtol=1e-5)
     assert dashboard.get("/api/curve", run="a", name="loss", first=700, last=800, columns=5)["high"][3] > 7
     assert dashboard.get("/api/curve", run="a", name="none")["step"] == []
-    assert dashboard.get("/api/ranks", run="a")["slowest"][0]["phase"] == "forward"
+    assert dashboard.get("/api/ranks", run="a")["slow"][0]["phase"] == "forward"
     assert dashboard.get("/api/ranks", run="b") is None
     assert dashboard.get("/api/run/a")["samples"][0]["text"] == "Once upon a time"
 

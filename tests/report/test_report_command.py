@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from shoal.cli import main
+from shoal.commands.flags import read_overrides
+from shoal.commands.parser import build_parser
 from shoal.commands.report import leave_report
+from shoal.errors import ShoalError
 from shoal.run.console import Console
 from tests.report.made_runs import make_run
 
 
-def exit_code(arguments: list[str]) -> object:
-    """Run `shoal ARGUMENTS` in this process."""
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return ended.value.code
+def report(*arguments: str) -> int:
+    """Run `shoal report ARGUMENTS` in this process, and return its exit code."""
+    argv = ["report", *arguments]
+    args, rest = build_parser("report").parse_known_args(argv)
+    overrides, _ = read_overrides(args, rest)
+    code: int = args.run(args, overrides, argv) or 0
+    return code
 
 
 def test_a_report_of_one_run_lies_in_its_folder(
@@ -24,7 +29,7 @@ def test_a_report_of_one_run_lies_in_its_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs" / "a", 30)
-    assert exit_code(["report", "a", "--format", "html,md"]) == 0
+    assert report("a", "--format", "html,md") == 0
     assert "wrote runs/a/report.html (" in capsys.readouterr().out
     assert (tmp_path / "runs/a/report.html").read_bytes().startswith(b"<!doctype html>")
     assert "| a | finished | 30 of 30 |" in (tmp_path / "runs/a/report.md").read_text()
@@ -34,9 +39,9 @@ def test_a_report_of_several_runs_lies_beside_them(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     for name in "ab":
         make_run(tmp_path / "runs" / name, 30)
-    assert exit_code(["report", "runs/a", "b"]) == 0
+    assert report("runs/a", "b") == 0
     assert (tmp_path / "runs/report.html").is_file()
-    assert exit_code(["report", "a", "b", "--out", "out/both.md"]) == 0
+    assert report("a", "b", "--out", "out/both.md") == 0
     assert "## What differs" in (tmp_path / "out/both.md").read_text()
 
 
@@ -44,7 +49,7 @@ def test_a_report_of_several_runs_lies_beside_them(tmp_path: Path, monkeypatch: 
 def test_a_report_as_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs" / "a", 30)
-    assert exit_code(["report", "a", "--format", "png,svg"]) == 0
+    assert report("a", "--format", "png,svg") == 0
     assert (tmp_path / "runs/a/report.png").read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in (tmp_path / "runs/a/report.svg").read_bytes()
 
@@ -58,16 +63,12 @@ def test_a_report_as_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_what_cannot_be_reported_is_said(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    words: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs" / "a", 30)
-    assert exit_code(["report", *arguments]) == 2
-    assert words in capsys.readouterr().err
+    with pytest.raises(ShoalError, match=re.escape(words)):
+        report(*arguments)
 
 
 def test_a_run_leaves_its_report_and_never_fails_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

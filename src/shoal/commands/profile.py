@@ -86,10 +86,8 @@ def _run_named(target: Path | None, overrides: list[Override]) -> RunFolder | No
     folder = RunFolder.named(str(target), Path(runs))
     if not folder.config_file.is_file():
         return None
-    with contextlib.suppress(ShoalError):
-        if not target.is_dir() and find_recipe(target):
-            return None
-    return folder
+    is_recipe = not target.is_dir() and find_recipe(target).is_file()
+    return None if is_recipe else folder
 
 
 @dataclass(frozen=True)
