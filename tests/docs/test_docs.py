@@ -15,6 +15,7 @@ import pytest
 from shoal.commands.flags import read_overrides
 from shoal.commands.parser import build_parser
 from shoal.config.options import SECTIONS, options
+from shoal.resolve.recipe import find_recipe
 from shoal.resolve.resolve import resolve
 from tests.cli.commands import Place
 from tests.packaged import make_files, recipes
@@ -75,7 +76,7 @@ def test_commands_parse_and_their_recipes_exist(page: str, arguments: list[str])
     assert all(key in options() for key, _, _ in overrides)
     recipe = getattr(args, "recipe", None)
     if recipe is not None and str(recipe) not in shown_recipes():
-        resolve(ROOT / recipe, overrides)
+        resolve(ROOT / find_recipe(recipe), overrides)
 
 
 def test_make_targets_exist() -> None:

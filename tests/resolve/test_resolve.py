@@ -42,7 +42,7 @@ def test_every_problem_is_found_at_once_with_its_line(tmp_path: Path) -> None:
         f"{recipe}:3: there is no option model.dimm; did you mean model.dim?",
         f"{recipe}:5: train.steps must be an integer of at least 1 (steps), or null, not 'soon'",
         f"{recipe}:6: there is no option train.learning_rate; did you mean optim.lr?",
-        f"{recipe}:7: there is no option extra; valid here: the sections model, data, parallel, optim, train, checkpoint, fault, metrics, track, launch",
+        f"{recipe}:7: there is no option extra; valid here: the sections model, data, parallel, optim, train, checkpoint, fault, metrics, track, alerts, launch",
         "--optim.beta1: optim.beta1 must be a number of at least 0 and below 1, not 1.5",
     ]
 
