@@ -34,10 +34,10 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def tensorboard_server(logs: Path) -> Iterator[str]:
-    """Run TensorBoard's server, which samples nothing away, on a folder; yield its address."""
+    """Run TensorBoard's server, which keeps all values of a small run, on a folder; yield its address."""
     port = free_port()
     command = ["-m", "tensorboard.main", "--logdir", str(logs), "--host", "127.0.0.1", "--port", str(port)]
-    sampling = ["--samples_per_plugin", "scalars=0,text=0", "--reload_interval", "1"]
+    sampling = ["--samples_per_plugin", "scalars=100000,text=1000", "--reload_interval", "1"]
     with _served([*command, *sampling], logs, f"http://127.0.0.1:{port}", "/data/environment"):
         yield f"http://127.0.0.1:{port}"
 

@@ -94,8 +94,11 @@ def test_tensorboards_server_answers_with_the_values(tracked: Tracked) -> None:
         runs = ask(address, "/data/runs")
         while not {"gpt/tensorboard", "gpt/tensorboard/notes"} <= set(runs):  # it reads in the background
             runs = ask(address, "/data/runs")
-        points = ask(address, f"/data/plugin/scalars/scalars?run={quote('gpt/tensorboard')}&tag={quote('train/loss')}")
-        assert [(step, value) for _, step, value in points] == single(tracked.curve("loss"))
+        of_loss = f"/data/plugin/scalars/scalars?run={quote('gpt/tensorboard')}&tag={quote('train/loss')}"
+        wanted, points = single(tracked.curve("loss")), ask(address, of_loss)
+        while len(points) < len(wanted):
+            points = ask(address, of_loss)
+        assert [(step, value) for _, step, value in points] == wanted
         text = ask(address, f"/data/plugin/text/text?run={quote('gpt/tensorboard/notes')}&tag={quote('samples/end')}")
         assert text[0]["text"].startswith("<p>a")
 
