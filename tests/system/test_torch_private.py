@@ -233,7 +233,7 @@ def test_every_place_that_asks_is_tried() -> None:
         for call in ast.walk(function)
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "require"
     }
-    assert found == {*ASKED, ("launch/torchrun.py", "launch", "processes")}
+    assert found == {*ASKED, ("launch/torchrun.py", "_launch", "processes")}
     needed = {feature for feature, private in PRIVATE.items() if not private.optional}
     assert {feature for _, _, feature in found} == needed
 

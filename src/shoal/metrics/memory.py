@@ -24,6 +24,8 @@ def memory_of(device: torch.device) -> Memory:
     """Return this process's memory. The host does not wait for the device: these are counts of torch's allocator."""
     if device.type == "cuda":
         counts = torch.cuda.memory_stats_as_nested_dict(device)  # a few microseconds; `memory_stats` sorts all counts
+        if not counts:  # nothing was allocated yet
+            return Memory(0, 0)
         used, held = (counts[name]["all"] for name in ("allocated_bytes", "reserved_bytes"))
         return Memory(used["current"], used["peak"], held["current"], held["peak"])
     used = _resident()

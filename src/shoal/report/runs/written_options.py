@@ -28,7 +28,7 @@ def written_options(path: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=4096)
 def _of_section(text: str) -> Mapping[str, Any]:
     """Return the options of a section's text. Most runs of a folder share most sections, so each text is parsed once."""
-    root = yaml.load(text, Loader=_LOADER)
+    root = _LOADER(text).get_single_data()
     if not isinstance(root, dict):
         return {}
     found: dict[str, Any] = {}
