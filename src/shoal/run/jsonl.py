@@ -82,9 +82,15 @@ def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the whole lines of a file; skip those cut short. Raises `OSError` if there is no such file."""
     with path.open("rb") as file:
         for line in file:
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict) and line.endswith(b"\n"):
+            record = object_of(line)
+            if record is not None and line.endswith(b"\n"):
                 yield record
+
+
+def object_of(line: bytes) -> dict[str, Any] | None:
+    """Return the JSON object of a line; None if it is anything else."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

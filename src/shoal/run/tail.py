@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, Final
+
+from shoal.run.jsonl import object_of
 
 _MARK: Final = 256  # bytes compared to find out whether the part already read has changed
 
@@ -52,7 +53,7 @@ class Tail:
         whole = data[: data.rfind(b"\n") + 1]  # the writer may be in the middle of a line
         self._offset += len(whole)
         self._mark = (self._mark + whole)[-_MARK:]
-        return [line for line in map(_object, whole.splitlines()) if line is not None]
+        return [line for line in map(object_of, whole.splitlines()) if line is not None]
 
     def _continues(self, file: Any, size: int) -> bool:
         """Return whether the file still has the part that was read."""
@@ -68,11 +69,3 @@ class Tail:
             file.seek(size - self._last_bytes)
             file.readline()  # probably cut
             self._offset = file.tell()
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from shoal.run.folder import RunFolder
+from shoal.run.jsonl import object_of
 from shoal.run.records import Evaluation, RanksRecord, StepRecord
 from shoal.trackers.points import Batch, Note, Scalars, note_of, of_evaluation, of_ranks, of_step
 
@@ -106,11 +107,7 @@ def _lines(file: BinaryIO, offset: int) -> Iterator[tuple[int, dict[str, Any] | 
         if not line.endswith(b"\n"):
             return
         offset += len(line)
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        yield offset, record if isinstance(record, dict) else None
+        yield offset, object_of(line)
 
 
 class Follower:

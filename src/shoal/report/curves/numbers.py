@@ -15,6 +15,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.run.jsonl import object_of
+
 FEW: Final = 8  # lines of one shape that are read one by one
 NUMBERS: Final = b"0123456789.+-eE"
 
@@ -58,7 +60,7 @@ def read_numbers(data: bytes) -> tuple[list[Block], int]:
 
 def _matrix(lines: Sequence[bytes], numbers: Sequence[int]) -> Block | None:
     """Return the lines as one block; None if they do not have the same keys, or values that are neither number nor null."""
-    sample = _object(lines[numbers[0]])
+    sample = object_of(lines[numbers[0]])
     if sample is None:
         return None
     leaves = dict(_leaves(sample))
@@ -81,20 +83,12 @@ def _matrix(lines: Sequence[bytes], numbers: Sequence[int]) -> Block | None:
 
 def _one_by_one(lines: Sequence[bytes], numbers: Sequence[int]) -> Iterator[Block]:
     for number in numbers:
-        found = _object(lines[number])
+        found = object_of(lines[number])
         if found is not None:
             leaves = dict(_leaves(found))
             values = np.array([[_number(value) for value in leaves.values()]], dtype=np.float64)
             nulls = frozenset(name for name, value in leaves.items() if value is None)
             yield Block(np.array([number]), tuple(leaves), values, nulls)
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _leaves(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,6 @@ Only the tail of `metrics.jsonl` is parsed. The best held-out loss needs all its
 from __future__ import annotations
 
 import functools
-import json
 import math
 import statistics
 import time
@@ -23,6 +22,7 @@ from shoal.report.runs.best import best_evaluation
 from shoal.report.runs.written_options import written_options
 from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
+from shoal.run.jsonl import object_of
 from shoal.run.records import StepRecord
 
 SPEED_RECORDS: Final = 50  # records at the end of a run whose median is its speed
@@ -150,11 +150,8 @@ def _records(lines: Iterable[bytes]) -> list[StepRecord]:
     for line in lines:
         if len(found) == SPEED_RECORDS:
             break
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):  # the line that is being written
-            continue
-        if isinstance(record, dict) and "loss" in record:
+        record = object_of(line)  # None for the line that is being written
+        if record is not None and "loss" in record:
             found.append(StepRecord.of_line(record))
     return found
 
