@@ -107,6 +107,7 @@ WITHOUT_TORCH = [
     "report.compare.comparison",
     "report.compare.words",
     "report.curves.build",
+    "report.curves.cached_log",
     "report.curves.curves",
     "report.curves.growing",
     "report.curves.numbers",

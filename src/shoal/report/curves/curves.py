@@ -11,7 +11,6 @@ it beside the log: it may be deleted at any time, and where it cannot be written
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from shoal.report.curves.cached_log import CachedLog
 from shoal.report.curves.growing import Growing
 from shoal.report.curves.numbers import Block, read_numbers
 from shoal.report.curves.pyramid import COUNT, HIGH, LOW, TOTAL, Floats, Ints, bucket_width
@@ -57,44 +57,10 @@ class Window:
         return len(self.step)
 
 
-class Curves:
+class Curves(CachedLog):
     """The curves of one run, from its `metrics.jsonl`. May be used by several threads."""
 
-    def __init__(self, folder: Path, cache: Path | None = None) -> None:
-        """cache: folder of the cache; the run's own by default."""
-        self._log = folder / "metrics.jsonl"
-        self._cache = (cache or folder / "cache" / "curves") / "metrics"
-        self._lock = threading.RLock()
-        self._forget()
-
-    @classmethod
-    def open(
-        cls, folder: Path, cache: Path | None = None, progress: Callable[[float], None] = lambda share: None
-    ) -> Curves:
-        """
-        Return the curves of a run, from the cache and the lines after it. A run without a log has none.
-
-        progress: called with the share of the log that was read.
-        """
-        curves = cls.cached(folder, cache)
-        curves.refresh(progress)
-        return curves
-
-    @classmethod
-    def cached(cls, folder: Path, cache: Path | None = None) -> Curves:
-        """Return the curves of a run as far as the cache has them; `refresh` reads the lines after it."""
-        curves = cls(folder, cache)
-        curves._load()
-        return curves
-
-    def bytes_to_read(self) -> int:
-        """Return how many bytes of the log `refresh` would read: the whole log if it was rewritten."""
-        with self._lock:
-            try:
-                size = self._log.stat().st_size
-                return size - self._read.size if self._read.is_start_of(self._log) else size
-            except OSError:
-                return 0
+    LOG = "metrics"
 
     def refresh(self, progress: Callable[[float], None] = lambda share: None) -> bool:
         """Read the new lines of the log, or the whole log if it was rewritten; return whether anything is new."""
@@ -204,7 +170,7 @@ class Curves:
         self._read = Growing()
         self._unread = 0
         self._saved_size = 0
-        self._generation = getattr(self, "_generation", -1) + 1
+        self._generation += 1
 
     def _refresh(self, progress: Callable[[float], None]) -> bool:
         before = self.version

@@ -14,15 +14,14 @@ import base64
 import contextlib
 import itertools
 import json
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shoal.report.curves.cached_log import CachedLog
 from shoal.report.curves.growing import Growing
 from shoal.report.curves.pyramid import Ints
 from shoal.report.curves.stored import DamagedError, StoredArrays, write_arrays
@@ -133,41 +132,10 @@ def _median(values: NDArray[Any]) -> NDArray[Any]:
     return np.where(np.isfinite(found), found, 0)
 
 
-class RankMap:
+class RankMap(CachedLog):
     """The measured steps of all ranks of one run, from its `ranks.jsonl`. May be used by several threads."""
 
-    def __init__(self, folder: Path, cache: Path | None = None) -> None:
-        """cache: folder of the cache; the run's own by default."""
-        self._log = folder / "ranks.jsonl"
-        self._cache = (cache or folder / "cache" / "curves") / "ranks"
-        self._lock = threading.RLock()
-        self._generation = 0
-        self._forget()
-
-    @classmethod
-    def open(
-        cls, folder: Path, cache: Path | None = None, progress: Callable[[float], None] = lambda share: None
-    ) -> RankMap:
-        """Return the ranks of a run, from the cache and the lines after it. A run without `ranks.jsonl` has none."""
-        found = cls.cached(folder, cache)
-        found.refresh(progress)
-        return found
-
-    @classmethod
-    def cached(cls, folder: Path, cache: Path | None = None) -> RankMap:
-        """Return the ranks of a run as far as the cache has them; `refresh` reads the lines after it."""
-        found = cls(folder, cache)
-        found._load()
-        return found
-
-    def bytes_to_read(self) -> int:
-        """Return how many bytes of the log `refresh` would read: the whole log if it was rewritten."""
-        with self._lock:
-            try:
-                size = self._log.stat().st_size
-                return size - self._read.size if self._read.is_start_of(self._log) else size
-            except OSError:
-                return 0
+    LOG = "ranks"
 
     def refresh(self, progress: Callable[[float], None] = lambda share: None) -> bool:
         """Read the new lines of the log, or the whole log if it was rewritten; return whether anything is new."""
