@@ -53,6 +53,14 @@ def test_the_wheel_has_every_recipe(place: Place) -> None:
     assert str(site / "recipes" / "quickstart.yaml") in shoal(place, "config", "quickstart")
 
 
+def test_the_wheel_has_every_file_of_the_page(place: Place) -> None:
+    page = Path("report", "page", "static")
+    ours, theirs = ROOT / "src" / "shoal" / page, place.folder.parent / "site" / "shoal" / page
+    files = {p.relative_to(ours) for p in ours.rglob("*") if p.is_file()}
+    assert Path("uplot", "LICENSE") in files
+    assert {p.relative_to(theirs) for p in theirs.rglob("*") if p.is_file()} == files
+
+
 def test_init_writes_a_recipe_once(place: Place) -> None:
     assert "mine.yaml" in shoal(place, "init", "mine.yaml")
     written = (place.folder / "mine.yaml").read_bytes()

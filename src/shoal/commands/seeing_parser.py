@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+import math
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -182,16 +183,21 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def _probability(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+    return _between(text, 0, 1, valid=lambda value: 0 < value < 1)
 
 
 def _percent(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 100:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 100")
+    return _between(text, 0, 100, valid=lambda value: 0 <= value < 100)
+
+
+def _between(text: str, low: int, high: int, *, valid: Callable[[float], bool]) -> float:
+    """Return the number in `text`. Raises ArgumentTypeError if it is no number or not a valid one."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not valid(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a number between {low} and {high}")
     return value
 
 

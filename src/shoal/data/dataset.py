@@ -27,6 +27,7 @@ from shoal.data.prepare import (
     open_checked,
     open_prepared,
     prepare,
+    prepared_rows,
 )
 from shoal.data.split import choose_split, training_sample
 from shoal.data.stored.files import locked_folder, write_atomically
@@ -271,6 +272,24 @@ def prepare_dataset(
     return Dataset(data, parts)
 
 
+def is_prepared(data: Data) -> bool:
+    """
+    Return whether `prepare_dataset` would find all tokens and all indices of rows there. Does not read the corpus.
+
+    Raises DataError if a manifest or a tokenizer cannot be read.
+    """
+    if not data.sources:
+        return prepared_rows(data)[1] is not None
+    tokenizer = data.tokenizer
+    if tokenizer == "bpe":
+        file = data.kept or _shared_tokenizer_file(data, data.sources)
+        if not file.is_file():
+            return False
+        tokenizer = str(file)
+    parts = (source_data(data, source, tokenizer) for source in data.sources.values())
+    return all(prepared_rows(part)[1] is not None for part in parts)
+
+
 def source_data(data: Data, source: Source, tokenizer: str) -> Data:
     """Return the options of one source as if it were the only corpus."""
     own = {f.name: getattr(source, f.name) for f in option_fields(Source)}
@@ -283,25 +302,34 @@ def _named(progress: Progress, name: str) -> Progress:
 
 def _shared_tokenizer(data: Data, sources: Mapping[str, BlendSource], progress: Progress) -> Path:
     """Train a tokenizer on text of all sources, each by its weight, or find the one trained before; return its file."""
-    each = {name: source_data(data, source, "bpe") for name, source in sources.items()}
-    shares = {name: 1.0 if source.weight is None else source.weight for name, source in sources.items()}
-    key = [[token_options(each[name], None), shares[name]] for name in sources]
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).hexdigest()
-    folder = Path(data.folder).expanduser() / f"bpe{data.tokenizer_vocab_size}-{digest}"
-    path = folder / TOKENIZER
+    path = _shared_tokenizer_file(data, sources)
     if path.is_file():
         return path
-    with locked_folder(folder, lambda: progress("waiting for another process", 0, 0)):
+    with locked_folder(path.parent, lambda: progress("waiting for another process", 0, 0)):
         if not path.is_file():
+            shares = {name: _weight(source) for name, source in sources.items()}
             texts = (
                 text
                 for name, share in shares.items()
                 if share
-                for text in _sample(each[name], share / sum(shares.values()), _named(progress, name))
+                for text in _sample(
+                    source_data(data, sources[name], "bpe"), share / sum(shares.values()), _named(progress, name)
+                )
             )
             tokenizer = tokenize.train_bpe(texts, data.tokenizer_vocab_size, lambda: progress("tokenizer", 0, 0))
             write_atomically(path, [tokenizer.to_json().encode()])
     return path
+
+
+def _shared_tokenizer_file(data: Data, sources: Mapping[str, BlendSource]) -> Path:
+    """Return where the tokenizer trained on these sources is, or will be."""
+    key = [[token_options(source_data(data, source, "bpe"), None), _weight(source)] for source in sources.values()]
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=4).hexdigest()
+    return Path(data.folder).expanduser() / f"bpe{data.tokenizer_vocab_size}-{digest}" / TOKENIZER
+
+
+def _weight(source: BlendSource) -> float:
+    return 1.0 if source.weight is None else source.weight
 
 
 def _sample(data: Data, share: float, progress: Progress) -> Sequence[str]:

@@ -18,6 +18,7 @@ import numpy as np
 from shoal.config.layout import AXES, Layout, find_layout
 from shoal.config.options import Parallel
 from shoal.report.curves.curves import Curves
+from shoal.report.page.spike_documents import spike_documents
 from shoal.report.profile.view import profile_views
 from shoal.report.runs.cost import cost, prices_of
 from shoal.report.runs.facts import RunFacts, differences
@@ -60,8 +61,8 @@ def runs_view(runs: Mapping[str, RunFolder], curves: Mapping[str, Curves]) -> di
     }
 
 
-def run_view(folder: RunFolder, curves: Curves) -> dict[str, Any]:
-    """Return what the page shows of one run."""
+def run_view(folder: RunFolder, curves: Curves, *, reads_data: bool = False) -> dict[str, Any]:
+    """Return what the page shows of one run. reads_data: open the run's data too, for the documents of spikes."""
     events = read_json_lines(folder.events_file)
     facts = RunFacts.read(folder)
     layout = layout_of(facts)
@@ -76,7 +77,7 @@ def run_view(folder: RunFolder, curves: Curves) -> dict[str, Any]:
         "seconds_left": _seconds_left(facts, curves),
         "model": _text(folder.path / "model.txt"),
         "events": [_event(each) for each in events[-EVENT_LIMIT:]],
-        "spikes": _spikes(folder, curves),
+        "spikes": _spikes(folder, curves, reads_data),
         "samples": [{"name": p.name, "text": _text(p)} for p in sorted(folder.samples.glob("*.txt"))],
         "account": spent.as_json() if spent else None,
         "meanings": dict(MEANINGS),
@@ -187,19 +188,22 @@ def _text(path: Path) -> str:
     return text if len(text) <= TEXT_LIMIT else f"{text[:TEXT_LIMIT]}\n... (cut here)"
 
 
-def _spikes(folder: RunFolder, curves: Curves) -> list[dict[str, Any]]:
-    """Return the steps with the largest spike scores, in order of steps, each with the command that names its documents."""
+def _spikes(folder: RunFolder, curves: Curves, reads_data: bool) -> list[dict[str, Any]]:
+    """Return the steps with the largest spike scores, in order of steps, each with its documents and the command that names all."""
     scores = curves.window("spike_score", 0, None, 1 << 30)
     losses = curves.window("loss", 0, None, 1 << 30)
     high = np.flatnonzero(scores.high >= SPIKE_SCORE)
     chosen = np.sort(high[np.argsort(-scores.high[high], kind="stable")[:SPIKES]])
     loss_of = dict(zip(losses.step.tolist(), losses.mean.tolist(), strict=True)) if len(chosen) else {}
+    spikes = [(int(scores.step[i]), float(scores.high[i])) for i in chosen]
+    documents = spike_documents(folder, spikes, reads_data=reads_data) if spikes else {}
     return [
         {
-            "step": int(scores.step[i]),
-            "score": float(scores.high[i]),
-            "loss": loss_of.get(int(scores.step[i])),
-            "command": f"shoal data at {folder.path.name} --step {int(scores.step[i])}",
+            "step": step,
+            "score": score,
+            "loss": loss_of.get(step),
+            "documents": documents.get((step, score), []),
+            "command": f"shoal data at {folder.path.name} --step {step}",
         }
-        for i in chosen
+        for step, score in spikes
     ]

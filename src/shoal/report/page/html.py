@@ -49,7 +49,7 @@ def report_html(folders: Sequence[Path]) -> bytes:
     arrays = Arrays()
     data = {
         "runs": runs_view(runs, curves),
-        "run": {name: run_view(folder, curves[name]) for name, folder in runs.items()},
+        "run": {name: run_view(folder, curves[name], reads_data=True) for name, folder in runs.items()},
         "ranks": {name: ranks_view(folder, RankMap.open(folder.path)) for name, folder in runs.items()},
         "curves": _packed(curves, arrays),
         "arrays": arrays.packed,

@@ -20,7 +20,7 @@ def report_markdown(folders: Sequence[Path]) -> bytes:
     if len(runs) > 1:
         lines += ["", "## What differs in the configs", "", *_differences(view)]
     for each in view["runs"]:
-        lines += _about(each, run_view(runs[each["id"]], curves[each["id"]]))
+        lines += _about(each, run_view(runs[each["id"]], curves[each["id"]], reads_data=True))
     return ("\n".join(lines) + "\n").encode()
 
 
@@ -66,7 +66,10 @@ def _about(run: Mapping[str, Any], view: Mapping[str, Any]) -> list[str]:
         lines += _table(["category", "time", "meaning"], [[c, duration(s), view["meanings"][c]] for c, s in spent if s])
     if view["spikes"]:
         lines += ["", "Spikes of the loss:", ""]
-        rows = [[f"{s['step']:,}", _number(s["loss"], "{:.4f}"), s["command"]] for s in view["spikes"]]
+        rows = [
+            [f"{s['step']:,}", _number(s["loss"], "{:.4f}"), "; ".join([*s["documents"], s["command"]])]
+            for s in view["spikes"]
+        ]
         lines += _table(["step", "loss (nats/token)", "documents"], rows)
     if view["events"]:
         lines += ["", "Events:", ""]

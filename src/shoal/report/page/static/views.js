@@ -167,13 +167,13 @@ function eventsView(run, show) {
   return table(["time", "step", "event", "facts"], rows, { label: "Events" });
 }
 
-/** Return the largest spikes of the loss, each with the documents of its step, or the command that names them. */
+/** Return the largest spikes of the loss, each with documents of its step, if they were read, and the command that names them all. */
 function spikesView(run, show) {
   if (!run.spikes?.length) return el("p", { class: "quiet" }, "No spike of the loss: no step stands out from those before it.");
   const rows = run.spikes.map((spike) => [
     el("button", { type: "button", class: "link", onclick: () => show(spike.step) }, `step ${count(spike.step)}`),
     number(spike.loss), number(spike.score, 3),
-    spike.documents?.length ? el("ul", {}, spike.documents.map((text) => el("li", {}, text))) : el("code", {}, spike.command),
+    el("div", {}, el("ul", { class: "documents" }, spike.documents.map((text) => el("li", {}, text))), el("code", {}, spike.command)),
   ]);
   return table(["step", "loss (nats/token)", "spike score (robust z)", "documents of the step"], rows, { label: "Spikes" });
 }
