@@ -241,7 +241,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(place: Place, number: sign
 def not_yet_handling(process: psutil.Process) -> bool:
     """
     Return whether SIGTERM would end the process at once. Just after its fork a process still has its parent's handler, or
-    ignores the signal (tests/warm.py): what it is sent then is lost.
+    ignores the signal (tests/warm.py), and then the signal is lost.
     """
     status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
     masks = (int(found[1], 16) for found in re.finditer(r"^Sig(?:Ign|Cgt):\s*(\w+)$", status, re.MULTILINE))

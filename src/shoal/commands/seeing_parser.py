@@ -191,7 +191,7 @@ def _percent(text: str) -> float:
 
 
 def _between(text: str, low: int, high: int, *, valid: Callable[[float], bool]) -> float:
-    """Return the number in `text`. Raises ArgumentTypeError if it is no number or not a valid one."""
+    """Return the number in `text`. Raises ArgumentTypeError for any other text, and for an invalid number."""
     try:
         value = float(text)
     except ValueError:

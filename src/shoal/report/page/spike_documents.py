@@ -27,8 +27,8 @@ def spike_documents(folder: RunFolder, spikes: Sequence[Spike], *, reads_data: b
     """
     Return the first documents of each spike's step, each as its number and its beginning.
 
-    reads_data: read those that the cache lacks from the run's data, and keep them there. A spike is left out if its data is gone
-    or was made again from other text.
+    reads_data: read those that the cache lacks from the run's data, and keep them there. Omits a spike if its data is gone, was
+    made again from other text, or would first have to be prepared.
     """
     cache = folder.path / "cache" / "documents.json"
     kept = _kept(cache)
