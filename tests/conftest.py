@@ -33,6 +33,7 @@ MOST_WORKERS = 8  # more would wait for the longest file
 # With CI=true a skipped test fails, except for these reasons, which depend on the machine.
 MAY_BE_SKIPPED = (
     "only a CPU with AVX2 can play one",
+    "this CPU's instructions are those of AVX2",
     "needs vectors of two widths",
     "mounting a small disk is not allowed here",  # needs root
     "this system does not bind processes to cores",  # this reason and the next apply to systems other than Linux

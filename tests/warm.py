@@ -60,6 +60,11 @@ def _prctl(*arguments: Any) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(*arguments)
 
 
+def die_with_parent() -> None:
+    """End this process, also while it is stopped, when its parent ends (Linux)."""
+    _prctl(_DEATH_SIGNAL, signal.SIGKILL)
+
+
 class Server:
     """A process that forks commands on request. `environment`: its environment when it started."""
 
@@ -128,7 +133,7 @@ def serve_fresh() -> NoReturn:
 def _serve(channel: socket.socket) -> NoReturn:
     """Fork a process for each request, until the requesting process has ended."""
     _prctl(_SET_NAME, NAME.encode(), 0, 0, 0)
-    _prctl(_DEATH_SIGNAL, signal.SIGKILL)
+    die_with_parent()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # a launcher passes these to its children
         signal.signal(number, signal.SIG_IGN)
     while True:

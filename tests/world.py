@@ -3,14 +3,19 @@ Real processes on gloo, kept for the whole pytest session: importing torch takes
 
     results = World(2).run(function, *args)     # function(mesh, *args) on every rank; a list, by rank
 
+A world without work is stopped (SIGSTOP): each process group has a thread that polls every 10 ms, and the idle worlds' hundreds of
+groups took a third of two cores.
+
 `function` must be importable (a module's function). If it fails on any rank, `run` raises. A world in which a function failed
 or hung ends, because processes may be left in the middle of a collective, and `Worlds` starts another for the next test.
 """
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
+import signal
 import tempfile
 import time
 import traceback
@@ -18,6 +23,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from tests import warm
 
 # Time limit of a call; the time limit of a collective is half of it. Compiling on a busy machine is slow.
 PATIENCE_SECONDS = float(os.environ.get("TEST_PATIENCE_SECONDS", "150"))
@@ -43,6 +50,7 @@ class World:
             theirs.close()  # so that the death of a process is seen
             self._pipes.append(ours)
             self._processes.append(process)
+        atexit.register(self.close)  # before multiprocessing's own, whose SIGTERM a stopped process does not get
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """
@@ -50,7 +58,8 @@ class World:
 
         Raises AssertionError if a rank fails, with its traceback, or TimeoutError if ranks do not answer in time.
         """
-        for pipe in self._pipes:
+        for process, pipe in zip(self._processes, self._pipes, strict=True):
+            os.kill(process.pid, signal.SIGCONT)
             pipe.send((function, args))
         answers: dict[int, tuple[bool, Any]] = {}
         end = time.monotonic() + self.patience_seconds
@@ -73,6 +82,8 @@ class World:
             self.close()
             hung = f"ranks {silent} gave no answer" if silent else ""
             raise AssertionError("\n".join([*failed, hung])) if failed else TimeoutError(hung)
+        for process in self._processes:
+            os.kill(process.pid, signal.SIGSTOP)
         return [answers[rank][1] for rank in range(self.size)]
 
     def close(self) -> None:
@@ -91,7 +102,7 @@ class Worlds(dict[int, World]):
         return super().__getitem__(size)
 
     def close(self, *, but: tuple[int, ...] = ()) -> None:
-        """Close all worlds but those of these sizes. Idle ones cost time: each group has a thread that polls every 10 ms."""
+        """Close all worlds but those of these sizes."""
         for size in [size for size in self if size not in but]:
             self.pop(size).close()
 
@@ -127,6 +138,8 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
     from shoal.mesh.mesh import Mesh
     from shoal.mesh.place import Place
 
+    if warm.LINUX:
+        warm.die_with_parent()  # a stopped process does not see that its pipe ends
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     timeout = timedelta(seconds=PATIENCE_SECONDS / 2)
