@@ -9,6 +9,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import fcntl
 import importlib.util
+import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,16 @@ from tests import warm
 from tests.cli.commands import Place
 from tests.world import World, Worlds
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell does that to what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).parents[1]
 # The longest files come first, so that all pytest workers end at about the same time. The tests in APART share no costly
 # fixture: each goes to any free worker, so that tests that wait run beside tests that compute.
 LONGEST = (
     "tests/parallel/test_matrix.py", "tests/chaos/", "tests/elastic/test_machines.py", "tests/parallel/", "tests/cli/",
-    "tests/training/", "tests/bench/", "tests/security/",
+    "tests/training/", "tests/bench/", "tests/security/", "tests/trackers/", "tests/test_instruction_sets.py", "tests/checkpoint/",
+    "tests/infer/",
 )  # fmt: skip
 APART = ("tests/chaos/", "tests/elastic/test_machines.py", "tests/training/test_gone_folder.py")
 MOST_WORKERS = 8  # more would wait for the longest file

@@ -44,7 +44,7 @@ IMPORTED: Final = ("shoal.elastic.agent", "shoal.training.loop", "shoal.bench.pa
 LAUNCHERS: Final = {"train", "verify", "profile"}
 THREADS: Final = "--threads"  # an option that sets variables that torch reads when it is imported
 READ_LATER: Final = re.compile(
-    r"(SHOAL|TORCHELASTIC|PYTEST|MASTER|LOCAL|GROUP|ROLE)_.*|RANK|WORLD_SIZE|TMPDIR|PWD|OLDPWD|_|CUDA_VISIBLE_DEVICES"
+    r"(SHOAL|TORCHELASTIC|PYTEST|MASTER|LOCAL|GROUP|ROLE|WANDB|COMET|MLFLOW)_.*|RANK|WORLD_SIZE|TMPDIR|PWD|OLDPWD|_|CUDA_VISIBLE_DEVICES"
     # torch reads these when it creates a group or compiles; the first sets only what the store logs
     r"|TORCH_CPP_LOG_LEVEL|TORCH_DISABLE_SHARE_RDZV_TCP_STORE|TORCH_NCCL_.*|TORCHINDUCTOR_CACHE_DIR|GLOO_SOCKET_IFNAME"
     r"|KINETO_LOG_LEVEL|TIKTOKEN_CACHE_DIR|CUBLAS_WORKSPACE_CONFIG|MALLOC_(MMAP|TRIM)_THRESHOLD_|GLIBC_TUNABLES"  # cuBLAS, and the speed of malloc
