@@ -26,9 +26,9 @@ from shoal.report.page.packing import Arrays, pack_window
 from shoal.report.page.rank_view import ranks_view
 
 SCRIPTS: Final = (
+    "source.js",  # first, because it asks for data
     "uplot/uPlot.iife.min.js",
     "dom.js",
-    "source.js",
     "chart.js",
     "ranks.js",
     "profile.js",
@@ -36,6 +36,8 @@ SCRIPTS: Final = (
     "page.js",
 )
 STYLES: Final = ("uplot/uPlot.min.css", "page.css")
+# shown until the list of runs has come
+FRAME: Final = '<header class="top"><h1><span class="brand">shoal</span> reading the runs</h1></header>'
 BUDGET: Final = 1_500_000  # bytes of all curves of a report
 COLUMNS: Final = 2000  # of a curve over the whole run; fewer if there are many curves
 POINT_BYTES, BUCKET_BYTES = 6, 20  # of a packed point, and of a packed bucket: measured 4.6 and 15
@@ -59,7 +61,7 @@ def report_html(folders: Sequence[Path]) -> bytes:
 
 def dashboard_html() -> bytes:
     """Return the page that asks its own server for data, and no other."""
-    return _document("", "'self'")
+    return _document(FRAME, "'self'")
 
 
 def _packed(curves: dict[str, Curves], arrays: Arrays) -> dict[str, dict[str, Any]]:

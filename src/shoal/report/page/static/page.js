@@ -30,7 +30,7 @@ class Page {
   }
 
   async start() {
-    const found = await this.source.runs();
+    const found = await firstRuns;
     this.take(found);
     this.detail = this.runs[0]?.id ?? null;
     this.build();
@@ -270,6 +270,5 @@ function reading(runs) {
   return `reading the logs: ${Math.floor((100 * done) / runs.length)}%, ${number(left.length)} of ${number(runs.length)} runs to go`;
 }
 
-const embedded = document.getElementById("shoal-data");
-const page = new Page(embedded ? new EmbeddedSource(JSON.parse(embedded.textContent)) : new FetchedSource());
+const page = new Page(source);
 const started = page.start();

@@ -209,3 +209,7 @@ function joined(before, keep, after) {
   found.set(after, keep);
   return found;
 }
+
+const embedded = document.getElementById("shoal-data");
+const source = embedded ? new EmbeddedSource(JSON.parse(embedded.textContent)) : new FetchedSource();
+const firstRuns = source.runs();  // asked for now, so that the server answers while the browser reads the scripts after this one
