@@ -60,7 +60,9 @@ def build_parser(verb: str | None, action: str | None = None) -> argparse.Argume
     _add_bench(add("bench", machine.bench, timing, "speed [RECIPE] [--peers]"))
     checked = "check that this parallel layout trains the same model as one process; exit code 1 if it does not"
     add_recipe(add("verify", train.verify, checked, recipe))
-    started = add("launch", None, "start a run on the nodes of a cluster, and follow its jobs: shoal launch slurm RECIPE")
+    started = add(
+        "launch", None, "start a run on the nodes of a cluster, and follow its jobs: shoal launch slurm RECIPE"
+    )
     actions = started.add_subparsers(metavar="ACTION", title="actions", required=True, dest="action")
 
     def make(name: str, run: Any, help: str, usage: str | None = None) -> _Parser:

@@ -66,27 +66,31 @@ class Site:
     sbatch: tuple[str, ...] = _key("further options of sbatch, such as --mail-type=END", "texts")
 
     @classmethod
-    def read(cls, given: Path | None) -> tuple[Self, Path | None]:
+    def read(cls, given: Path | None) -> Self:
         """
-        Return the site's facts and their file; the defaults and None if there is no file.
+        Return the site's facts; the defaults if there is no file.
 
         given: the file named with --site, which must exist. Raises `ConfigError` with all problems of the file.
         """
         path = given or next((p for p in (Path(FILE), PERSONAL.expanduser()) if p.is_file()), None)
         if path is None:
-            return cls(), None
+            return cls()
         try:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise LaunchError(f"--site {on_one_line(path)}: there is no such file") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise LaunchError(f"{on_one_line(path)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            raise LaunchError(
+                f"{on_one_line(path)} cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise LaunchError(f"{on_one_line(path)} is not valid YAML: {' '.join(str(error).split())}") from None
         if found is None:
-            return cls(), path
+            return cls()
         if not isinstance(found, dict):
-            raise LaunchError(f"{on_one_line(path)} is not a mapping of keys to values; its keys are {', '.join(_keys())}")
+            raise LaunchError(
+                f"{on_one_line(path)} is not a mapping of keys to values; its keys are {', '.join(_keys())}"
+            )
         values, problems = {}, []
         for name, value in found.items():
             good, why = _value(name, value)
@@ -96,7 +100,7 @@ class Site:
                 values[name] = good
         if problems:
             raise ConfigError(problems)
-        return cls(**values), path
+        return cls(**values)
 
 
 def _keys() -> dict[str, Mapping[str, Any]]:
