@@ -102,7 +102,13 @@ def test_a_chain_continues_where_requeue_is_impossible(
     options = "--parsable --dependency=afternotok:100 --kill-on-invalid-dep=yes"
     assert slurm.calls("sbatch") == [f"sbatch {options} {jobs.script}"]
     assert said[-1] == "the job was signalled before its limit after step 7; job 100 continues the run"
-    assert jobs.records()[-1] | {"time": 0} == {"time": 0, "event": "submitted", "job": "100", "after": "100", "by": "chain"}
+    assert jobs.records()[-1] | {"time": 0} == {
+        "time": 0,
+        "event": "submitted",
+        "job": "100",
+        "after": "100",
+        "by": "chain",
+    }
 
 
 def test_a_job_submitted_ahead_continues_the_run(slurm: FakeSlurm, jobs: RunJobs) -> None:
@@ -132,7 +138,9 @@ def test_a_finished_run_needs_no_job(slurm: FakeSlurm, jobs: RunJobs) -> None:
     begin(jobs, HERE, 50)
     event(jobs.run, "started")
     event(jobs.run, "finished")
-    assert end(jobs, HERE, code=85, signal="none", most=50, requeue=True, say=lambda text: None) == 0  # a spare node was signalled
+    assert (
+        end(jobs, HERE, code=85, signal="none", most=50, requeue=True, say=lambda text: None) == 0
+    )  # a spare node was signalled
     assert (jobs.run / "finished").is_file()
     assert not slurm.calls("scontrol requeue") + slurm.calls("sbatch")
 
@@ -148,7 +156,9 @@ def test_a_finished_run_needs_no_job(slurm: FakeSlurm, jobs: RunJobs) -> None:
         ("JobState=RUNNING Reason=None", True),
     ],
 )
-def test_only_a_cancelled_job_is_not_requeued_after_sigterm(slurm: FakeSlurm, jobs: RunJobs, record: str, again: bool) -> None:
+def test_only_a_cancelled_job_is_not_requeued_after_sigterm(
+    slurm: FakeSlurm, jobs: RunJobs, record: str, again: bool
+) -> None:
     slurm.answer("job", f"JobId=100 {record} BatchFlag=1\n")
     begin(jobs, HERE, 50)
     end(jobs, HERE, code=143, signal="TERM", most=50, requeue=True, say=lambda text: None)
@@ -181,11 +191,15 @@ def test_a_shell_of_salloc_cannot_be_requeued(slurm: FakeSlurm, jobs: RunJobs) -
     begin(jobs, HERE, 50)
     said: list[str] = []
     assert end(jobs, HERE, code=85, signal="none", most=50, requeue=True, say=said.append) == 85
-    assert said == ["the job ended with code 85 after step 0; run the script again to continue, in this allocation or another"]
+    assert said == [
+        "the job ended with code 85 after step 0; run the script again to continue, in this allocation or another"
+    ]
 
 
 def test_the_task_of_an_array_continues_alone(slurm: FakeSlurm, jobs: RunJobs) -> None:
-    here = JobId.here({"SLURM_JOB_ID": "13", "SLURM_RESTART_COUNT": "2", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"})
+    here = JobId.here(
+        {"SLURM_JOB_ID": "13", "SLURM_RESTART_COUNT": "2", "SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"}
+    )
     assert here == JobId("13", 2, "12_3")
     begin(jobs, here, 50)
     end(jobs, here, code=85, signal="USR2", most=50, requeue=False, say=lambda text: None)

@@ -30,7 +30,7 @@ def jobs(slurm: FakeSlurm) -> RunJobs:
     return RunJobs(slurm.folder / "runs" / "recipe")
 
 
-def test_submitting(slurm: FakeSlurm, jobs: RunJobs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_submitting(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], jobs: RunJobs) -> None:
     said = capsys.readouterr().out
     assert said.splitlines()[0] == "submitted job 100"
     assert slurm.calls("sbatch") == [f"sbatch --parsable {jobs.script}"]
@@ -72,7 +72,9 @@ def test_an_array_is_several_runs(slurm: FakeSlurm, capsys: pytest.CaptureFixtur
 def test_the_state_of_each_job(slurm: FakeSlurm, jobs: RunJobs, capsys: pytest.CaptureFixture[str]) -> None:
     for restart, step in enumerate((0, 50, 90)):
         jobs.add("began", job="100", restart=restart, step=step, nodes="n[1-2]")
-    jobs.add("ended", job="100", restart=0, code=85, signal="USR2", step=50, verdict="again", why="the job was signalled")
+    jobs.add(
+        "ended", job="100", restart=0, code=85, signal="USR2", step=50, verdict="again", why="the job was signalled"
+    )
     save(jobs.run, 120)
     slurm.answer("queue", RUNNING)
     capsys.readouterr()
@@ -81,7 +83,14 @@ def test_the_state_of_each_job(slurm: FakeSlurm, jobs: RunJobs, capsys: pytest.C
     assert lines[0] == "the run would resume from step 120"
     assert [re.split(r"  +", line.strip()) for line in lines[2:]] == [
         ["100", "0", "again", "n[1-2]", "0 to 50", "the job was signalled"],
-        ["100", "1", "lost", "n[1-2]", "from 50", "the job ended without recording it: a failed node, or ended by Slurm"],
+        [
+            "100",
+            "1",
+            "lost",
+            "n[1-2]",
+            "from 50",
+            "the job ended without recording it: a failed node, or ended by Slurm",
+        ],
         ["100", "2", "RUNNING", "n[1-2]", "from 90", "since 1:02, limit 1:00:00"],
     ]
     slurm.run("status", "recipe", "--json")
@@ -101,7 +110,9 @@ def test_the_state_without_slurm(slurm: FakeSlurm, jobs: RunJobs, capsys: pytest
 
 
 def test_stopping(slurm: FakeSlurm, jobs: RunJobs) -> None:
-    slurm.answer("queue", RUNNING + "101|101_N/A|PENDING|Dependency|0:00|1:00:00|\n999|999_N/A|RUNNING|None|0:01|1:00|n3\n")
+    slurm.answer(
+        "queue", RUNNING + "101|101_N/A|PENDING|Dependency|0:00|1:00:00|\n999|999_N/A|RUNNING|None|0:01|1:00|n3\n"
+    )
     jobs.add("submitted", job="101", after="100", by="chain")
     assert slurm.run("stop", "recipe") == 0
     assert slurm.calls("scancel") == ["scancel --batch --signal=USR2 100", "scancel 101"]
@@ -133,11 +144,17 @@ def test_requeuing(slurm: FakeSlurm, jobs: RunJobs, capsys: pytest.CaptureFixtur
     [
         ("invalid partition specified: bih", "set --partition, or partition in cluster.yaml"),
         ("Batch job submission failed: Invalid account or account/partition combination specified", "set --account"),
-        ("Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)", "set a shorter --time"),
+        (
+            "Batch job submission failed: Requested time limit is invalid (missing or exceeds some limit)",
+            "set a shorter --time",
+        ),
         ("Batch job submission failed: Requested node configuration is not available", "ask for fewer GPUs"),
         ("Batch job submission failed: Node count specification invalid", "set a smaller --nodes"),
         ("Batch job submission failed: Invalid feature specification", "set --constraint"),
-        ("Batch job submission failed: Invalid generic resource (gres) specification", "gpu_type in cluster.yaml"),
+        (
+            "Batch job submission failed: Invalid generic resource (gres) specification",
+            "the cluster has no GPUs of that name; see gpu_type",
+        ),
         ("Batch job submission failed: Job dependency problem", "set --dependency"),
     ],
 )

@@ -34,7 +34,9 @@ def requests(script: str) -> dict[str, str]:
 
 
 def test_what_the_job_asks_for(slurm: FakeSlurm) -> None:
-    script = written(slurm, "--nodes", "2", "--processes", "2", "--time", "1-12", "--partition", "big", "--dependency", "afterok:7")
+    script = written(
+        slurm, "--nodes", "2", "--processes", "2", "--time", "1-12", "--partition", "big", "--dependency", "afterok:7"
+    )
     asked = requests(script)
     folder = slurm.folder / "runs" / "recipe" / "jobs"
     assert asked == {
@@ -46,7 +48,9 @@ def test_what_the_job_asks_for(slurm: FakeSlurm) -> None:
 
 
 def test_gpus_and_shared_nodes(slurm: FakeSlurm) -> None:
-    (slurm.folder / "cluster.yaml").write_text("gpu_type: a100\ngpus_per_node: 8\ncpus_per_node: 96\nmemory_per_node: 900G\n")
+    (slurm.folder / "cluster.yaml").write_text(
+        "gpu_type: a100\ngpus_per_node: 8\ncpus_per_node: 96\nmemory_per_node: 900G\n"
+    )
     asked = requests(written(slurm, "--nodes", "2", "--device", "cuda", "--global_batch", "64"))
     assert (asked["gres"], asked["cpus-per-task"], asked["mem"]) == ("gpu:a100:8", "96", "900G")
     assert "exclusive" not in asked
@@ -65,7 +69,9 @@ def test_spare_nodes_outlast_a_failed_one(slurm: FakeSlurm) -> None:
     assert "no-kill" in requests(script)
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("recipes/learn/*.yaml"))[:3], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[2].glob("recipes/learn/*.yaml"))[:3], ids=lambda p: p.stem
+)
 def test_recipes_of_one_node(slurm: FakeSlurm, path: Path) -> None:
     assert slurm.run("slurm", str(path), "--device", "cpu") == 0
     script = (slurm.folder / "runs" / path.stem / "jobs" / "job.sbatch").read_text()
@@ -109,7 +115,10 @@ sbatch: [--mail-type=END]
 @pytest.mark.parametrize(
     ("runtime", "words"),
     [
-        ("pyxis", "srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 --label --container-image=a/b.sqsh --container-mounts="),
+        (
+            "pyxis",
+            "srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 --label --container-image=a/b.sqsh --container-mounts=",
+        ),
         ("apptainer", "--label apptainer exec --bind="),
         ("singularity", "--label singularity exec --bind="),
     ],
@@ -124,7 +133,9 @@ def test_a_container(slurm: FakeSlurm, runtime: str, words: str) -> None:
     assert re.search(r'"\$shoal" launch ended "\$run"', script)  # outside: where scontrol is
 
 
-@pytest.mark.parametrize("flags", [[], ["--chain", "3"], ["--spare-nodes", "1"], ["--stage"], ["--array", "0-3", "--seed", "{task}"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--chain", "3"], ["--spare-nodes", "1"], ["--stage"], ["--array", "0-3", "--seed", "{task}"]]
+)
 def test_the_script_is_valid_bash(slurm: FakeSlurm, flags: list[str]) -> None:
     (slurm.folder / "data").mkdir()
     run = "a run's-0" if "--array" in flags else "a run's"
@@ -139,7 +150,9 @@ def test_the_script_is_valid_bash(slurm: FakeSlurm, flags: list[str]) -> None:
 
 def test_the_script_runs_one_launcher_a_node(slurm: FakeSlurm) -> None:
     written(slurm, "--nodes", "2", "--time", "60", "--lr", "1e-3", "--name", "a b", run="a b")
-    process = slurm.batch("a b", 'printf "<%s>" "$@" > "$here/words"; echo "$SRUN_CPUS_PER_TASK" > "$here/cores"; exit 0')
+    process = slurm.batch(
+        "a b", 'printf "<%s>" "$@" > "$here/words"; echo "$SRUN_CPUS_PER_TASK" > "$here/cores"; exit 0'
+    )
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     assert (slurm.here / "cores").read_text() == "3\n"
@@ -220,7 +233,8 @@ def test_the_lead_of_the_signal_is_measured(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("minutes", "text"), [(90, "01:30:00"), (1440, "1-00:00:00"), (0.1, "00:01:00"), (2.5, "00:02:30"), (3661, "2-13:01:00")]
+    ("minutes", "text"),
+    [(90, "01:30:00"), (1440, "1-00:00:00"), (0.1, "00:01:00"), (2.5, "00:02:30"), (3661, "2-13:01:00")],
 )
 def test_times_in_slurms_form(minutes: float, text: str) -> None:
     assert slurm_time(minutes) == text
@@ -245,7 +259,9 @@ def test_a_wrong_site_file(slurm: FakeSlurm, text: str, problem: str) -> None:
         slurm.run("slurm", "recipe.yaml", "--site", "site.yaml")
 
 
-def test_the_site_file_of_the_folder_comes_before_that_of_the_user(slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_site_file_of_the_folder_comes_before_that_of_the_user(
+    slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     home = slurm.folder / "home"
     (home / ".config/shoal").mkdir(parents=True)
     (home / ".config/shoal/cluster.yaml").write_text("partition: users\n")
