@@ -94,6 +94,7 @@ WITHOUT_TORCH = [
     "launch.command",
     "launch.torchrun",
     "mesh.place",
+    "mesh.slurm_step",
     "metrics.profile.costs",
     "metrics.profile.memory",
     "metrics.profile.records",

@@ -114,10 +114,11 @@ def place_worker(config: Config, before: Config | None = None) -> Config:
     before: the config of the run to resume; None for a new run.
     """
     from shoal.launch.torchrun import fit_to_place
-    from shoal.mesh.place import describe_place, read_place, speaks_first
+    from shoal.mesh.place import check_world, describe_place, read_place, speaks_first
 
     if speaks_first():
         print(describe_place(), flush=True)
+    check_world()
     return fit_to_place(config, read_place(), before)
 
 
