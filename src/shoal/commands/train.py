@@ -104,6 +104,7 @@ def _planned(config: Config, before: Config | None = None) -> Iterator[tuple[Con
     console = Console()
     with ends_when_asked(EXIT_REQUEUE):
         config = plan_processes(config, look_for_gpus(), before=before, say=console.warn)
+        tell_once(_notes_on_nodes(config))
         folder = RunFolder.of(config)
         folder.agree(config)
         folder.lock(config.launch.rendezvous)
@@ -112,6 +113,16 @@ def _planned(config: Config, before: Config | None = None) -> Iterator[tuple[Con
         except ShoalError:
             folder.remove_unused()
             raise
+
+
+def _notes_on_nodes(config: Config) -> list[str]:
+    """Return a note for each axis that should be inside a node but is not."""
+    from shoal.config.layout import find_layout
+    from shoal.plan.topology import node_notes
+
+    processes = config.launch.processes or 1
+    layout = find_layout(config.parallel, processes * config.launch.nodes)
+    return [] if isinstance(layout, str) else node_notes(layout, processes)
 
 
 def _planned_flags(config: Config) -> list[str]:

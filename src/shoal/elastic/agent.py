@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +24,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, Wo
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
+from shoal.config.layout import find_layout
 from shoal.config.options import Config
 from shoal.elastic.crashes import FOLLOWS, Crashes, first_death, how_it_died
 from shoal.elastic.machines import Machines, shared_settings
@@ -33,6 +34,7 @@ from shoal.elastic.stops import SignalForwarder
 from shoal.elastic.watch import Hang, Watch
 from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, EXIT_REQUEUE
 from shoal.plan.fit import what_would_fit
+from shoal.plan.topology import layout_table
 from shoal.run.console import Console
 from shoal.run.events import Events
 from shoal.run.folder import RunFolder
@@ -115,7 +117,15 @@ class Agent(LocalElasticAgent):
         say_error(machines.describe(before.hosts if before else None, worker_group.workers[0].world_size))
         if worker_group.group_rank == 0:
             self._record("machines", hosts=machines.hosts, processes=worker_group.workers[0].world_size)
+            self._show_layout(machines.hosts, worker_group.workers[0].world_size)
         return True
+
+    def _show_layout(self, hosts: Sequence[str], world_size: int) -> None:
+        """Print the layout's ranks by node and device."""
+        layout = find_layout(self._config.parallel, world_size)
+        if not isinstance(layout, str):
+            for line in layout_table(layout, world_size // len(hosts), hosts):
+                say_error(line)
 
     def _say_what_it_waits_for(self) -> None:
         needed, place = self._launch.fewest_nodes, self._launch.rendezvous
