@@ -21,8 +21,9 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from shoal.checkpoint.saved import listed
 from shoal.config.options import Config
 from shoal.data.order.audit import audit
+from shoal.elastic.agreement import shared_settings
 from shoal.elastic.heartbeat import Sign
-from shoal.elastic.machines import Machines, shared_settings
+from shoal.elastic.machines import Machines
 from shoal.elastic.watch import RankStatus
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError, RunError
 from shoal.run.events import read_json_lines
