@@ -40,7 +40,7 @@ from shoal.elastic.timed_calls import CALL_SECONDS, TimedCalls
 from shoal.errors import LaunchError
 from shoal.run.folder import RunFolder
 from shoal.run.starts import Starts
-from shoal.system.network import address_of, is_loopback, listen, read_address
+from shoal.system.network import address_of, is_here, is_loopback, listen, read_address
 
 LOOPBACK: Final = "127.0.0.1"
 STORE_SECONDS: Final = 60.0  # to wait for the store's answer while there are no workers
@@ -204,7 +204,9 @@ class Meeting:
         assert found, "resolve/checks.py rejects other addresses"
         host, port = found
         _await_store(host, port, launch.timeout_seconds, tell)
-        family, place = address_of(host, port, option="launch.rendezvous", from_afar=_is_here(host))
+        family, place = address_of(
+            host, port, option="launch.rendezvous", from_afar=is_here(host, option="launch.rendezvous")
+        )
         address = _address_towards(family, place)
         interface = _interface_of(address)
         if interface and not is_loopback(address):
@@ -302,7 +304,7 @@ def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], Non
     """Wait until the store answers; start it if `host` is this node. Raises `LaunchError` after `seconds`."""
     begun, told, started = time.monotonic(), False, False
     while not _answers(host, port):
-        if not started and _is_here(host):
+        if not started and is_here(host, option="launch.rendezvous"):
             _start_store(host, port)
             started = True
         waited = time.monotonic() - begun
@@ -368,17 +370,6 @@ def _answers(host: str, port: int) -> bool:
             return True
     except OSError:
         return False
-
-
-def _is_here(host: str) -> bool:
-    """Return whether `host` is an address of this node. Raises `LaunchError` if it cannot be resolved."""
-    family, address = address_of(host, 0, option="launch.rendezvous", from_afar=False)
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind(address)
-        except OSError:
-            return False
-    return True
 
 
 def _address_towards(family: int, place: Any) -> str:
