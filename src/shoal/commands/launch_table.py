@@ -65,6 +65,6 @@ def _memory(config: Config, layout: Layout) -> list[str]:
 
     try:
         held = held_bytes(config, layout)
-    except ShoalError:  # the vocabulary is the tokenizer's, which is not made yet
+    except (ShoalError, ValueError):  # the vocabulary is the tokenizer's, which is not made yet
         return []
     return [f"each process holds {gigabytes(int(held))} of weights, gradients and optimizer state"]

@@ -23,11 +23,11 @@ _OF_A_PLACE: Final = {
 _OF_THE_WORLD: Final = ("launch.nodes", "launch.min_nodes", "launch.processes")  # the others of `launch` may differ
 
 
-def shared_settings(config: Config) -> dict[str, object]:
+def shared_settings(config: Config, *, sizes: bool = True) -> dict[str, object]:
     """
     Return what must match on all nodes: versions, code, kind of device, the size of the world, and options.
 
-    Paths, speeds and most options of `launch` are not included.
+    Paths, speeds and most options of `launch` are not included. sizes: whether options of `launch` set the size of the world.
     """
     on_gpus = config.train.device != "cpu" and torch.cuda.is_available()
     found: dict[str, object] = {
@@ -40,7 +40,7 @@ def shared_settings(config: Config) -> dict[str, object]:
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     for key, (f, value) in options_of(config).items():
         section = key.partition(".")[0]
-        if key in _OF_THE_WORLD or (section != "launch" and (section, f.name) not in _OF_A_PLACE):
+        if (sizes and key in _OF_THE_WORLD) or (section != "launch" and (section, f.name) not in _OF_A_PLACE):
             found[key] = value
     return found
 

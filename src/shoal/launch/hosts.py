@@ -19,7 +19,7 @@ from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError
 from shoal.fault.limit import ENDS
 from shoal.launch.attached import ATTACHED, task
 from shoal.system.network import is_here
-from shoal.system.output import on_one_line, visible
+from shoal.system.output import on_one_line, say_error, visible
 
 SSH: Final = "ssh -T -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 EXAMPLE: Final = "a line is a host's name, such as node0 or alice@node0, and perhaps slots=8 and port=22"
@@ -147,6 +147,8 @@ class Hosts:
             self._tell(host, sys.stderr, f"cannot be reached: {words}")
             if len(self._hosts) - len(unreachable) == fewest - 1:
                 self.signal("SIGTERM")
+        if len(self._hosts) - len(unreachable) < fewest:
+            say_error(f"the run needs {fewest} hosts, but {', '.join(unreachable)} cannot be reached")
         return self._outcome(len(unreachable), fewest)
 
     def _outcome(self, unreachable: int, fewest: int) -> int:
