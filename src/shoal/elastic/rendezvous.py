@@ -51,6 +51,8 @@ SIGNS_MISSED: Final = 5
 UNUSED_SECONDS: Final = 10.0  # a store without connections for this long ends
 FIRST_SECONDS: Final = 60.0  # but the first connection may take this long
 
+ALONE_SECONDS: Final = 10.0  # to wait for a store that other nodes have reached
+
 CLOCK_SECONDS: Final = 5.0  # to wait until a new store has set `CLOCK`
 CLOCK: Final = "shoal/clock"  # key of the time of day on the store's node
 IDENTITY: Final = "shoal/id"  # key of a random name of the store
@@ -203,7 +205,7 @@ class Meeting:
         found = read_address(launch.rendezvous)
         assert found, "resolve/checks.py rejects other addresses"
         host, port = found
-        _await_store(host, port, launch.timeout_seconds, tell)
+        _await_store(host, port, launch.timeout_seconds, tell, None if has_met else starts)
         family, place = address_of(
             host, port, option="launch.rendezvous", from_afar=is_here(host, option="launch.rendezvous")
         )
@@ -300,8 +302,12 @@ def _connect(address: str, port: int) -> TCPStore | None:
     return store
 
 
-def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], None]) -> None:
-    """Wait until the store answers; start it if `host` is this node. Raises `LaunchError` after `seconds`."""
+def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], None], starts: Starts | None) -> None:
+    """
+    Wait until the store answers; start it if `host` is this node.
+
+    Raises `LaunchError` after `seconds`, or after `ALONE_SECONDS` if launchers on other nodes have reached it, by `starts`.
+    """
     begun, told, started = time.monotonic(), False, False
     while not _answers(host, port):
         if not started and is_here(host, option="launch.rendezvous"):
@@ -311,6 +317,11 @@ def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], Non
         if waited > 3 and not told:
             tell(f"waiting for the rendezvous at {host}:{port}")
             told = True
+        if waited > ALONE_SECONDS and starts is not None and (others := starts.reached()):
+            raise LaunchError(
+                f"launch.rendezvous {host}:{port} does not answer on this node, although {', '.join(others)} reached it; check "
+                "the firewall and the route from this node to it"
+            )
         if waited > seconds:
             raise LaunchError(
                 f"launch.rendezvous {host}:{port} did not answer within {waited:.0f} s; start the run on that node too, or run "

@@ -63,14 +63,16 @@ class Starts:
             if note.get("what") == "fails"
         }
 
+    def reached(self) -> list[str]:
+        """Return the other hosts whose launchers have lately reached the rendezvous."""
+        return sorted(host for host, note in self._latest().items() if _met_lately(note))
+
     def elsewhere(self, store: str) -> dict[str, str]:
         """Return the addresses at which launchers on other nodes meet, by host, if that is not the rendezvous `store`."""
         return {
             host: on_one_line(note.get("address", ""))
             for host, note in self._latest().items()
-            if note.get("what") == "meets"
-            and note.get("store") != store
-            and abs(float(note.get("time", 0.0)) - time.time()) < MEETING_SECONDS
+            if _met_lately(note) and note.get("store") != store
         }
 
     def _beginning(self) -> int:
@@ -113,3 +115,7 @@ class Starts:
             {"time": time.time(), "what": what, "host": self._host, "pid": os.getpid(), "start": self._start, **facts}
         )
         notes.close()
+
+
+def _met_lately(note: Mapping[str, Any]) -> bool:
+    return note.get("what") == "meets" and abs(float(note.get("time", 0.0)) - time.time()) < MEETING_SECONDS
