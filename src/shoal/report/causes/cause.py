@@ -384,4 +384,7 @@ def _explains(outside: Failure, failure: Failure) -> bool:
         return False
     if outside.rank is not None:
         return outside.rank == failure.rank
+    late = outside.time is not None and failure.time is not None and outside.time - 1 > failure.time
+    if outside.finding.signature.name in _OF_JOB and late:
+        return False  # srun cancels a step because a process failed
     return outside.host is None or failure.host is None or outside.host == failure.host

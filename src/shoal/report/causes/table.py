@@ -14,8 +14,8 @@ _LESS_MEMORY: Final = (
     "lower train.micro_batch, set train.activation_checkpointing to full, or shard with parallel.dp_shard; "
     "shoal config RECIPE shows the memory of a process"
 )
-_BAD_GPU: Final = "leave out the node, and report it to the cluster's staff; shoal doctor checks its GPUs"
-_PROGRAM: Final = "set CUDA_LAUNCH_BLOCKING=1 to find the operator; if it fails on one node only, leave out that node"
+_BAD_GPU: Final = "exclude the node, and report it to the cluster's staff; shoal doctor checks its GPUs"
+_PROGRAM: Final = "set CUDA_LAUNCH_BLOCKING=1 to find the operator; if it fails on one node only, exclude that node"
 _NETWORK: Final = "check the interface (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME) and the firewall; shoal doctor tests all pairs of nodes"
 _DISK: Final = "shoal doctor --shared DIR checks the disk on every node"
 
@@ -91,7 +91,7 @@ OUTSIDE: Final[tuple[Signature, ...]] = (
         "hardware error",
         r"\[Hardware Error\].*(?:[Uu]ncorrect|[Ff]atal)|Kernel panic|[Uu]ncorrected hardware memory error",
         "had a hardware error, reported by the kernel",
-        "leave out the node, and report it to the cluster's staff",
+        "exclude the node, and report it to the cluster's staff",
         kind="outside",
         seen=False,
     ),
@@ -137,7 +137,7 @@ _GPU: Final[tuple[Signature, ...]] = (
     signature(
         "no gpu",
         r"no CUDA-capable device|Found no NVIDIA driver|CUDA driver version is insufficient|driver on your system is too old|"
-        r"there is no CUDA device|invalid device ordinal|busy or unavailable|No CUDA GPUs are available|system not yet initialized",
+        r"there is no CUDA device|invalid device ordinal|busy or unavailable|No CUDA GPUs are available|not compiled with CUDA|system not yet initialized",
         "found no usable GPU",
         "check --gpus-per-node, the driver and CUDA_VISIBLE_DEVICES; shoal doctor counts the GPUs of each node",
     ),
@@ -199,13 +199,13 @@ _NCCL: Final[tuple[Signature, ...]] = (
         "infiniband",
         r"NET/IB ?: .*Got completion from peer (?P<peer>\S+) with (?:status|error)[= ]*(?P<status>\d+)|NET/IB ?: .*(?:port|device) .*(?:DOWN|error)",
         "lost an InfiniBand connection",
-        "if no other process failed first, leave out the node or its peer; shoal doctor tests all pairs of nodes",
+        "if no other process failed first, exclude the node or its peer; shoal doctor tests all pairs of nodes",
         kind="follows",
         seen=False,
     ),
     signature(
         "nccl connection",
-        r"socketStartConnect: Connect to (?P<peer>\S+) failed|socketPollConnect.*(?:refused|timed out|No route)",
+        r"socketStartConnect: Connect to (?P<peer>\S+) failed|socketPollConnect.*(?:fail|timed out|No route|returned)",
         "could not connect to another process (NCCL)",
         _NETWORK,
         kind="follows",
@@ -290,7 +290,9 @@ _PEERS: Final[tuple[Signature, ...]] = (
         "had no network route to another node",
         _NETWORK,
     ),
-    signature("connection refused", r"Connection refused", "was refused a connection", _NETWORK, kind="follows"),
+    signature(
+        "connection refused", r"Connection refused", "could not connect to another process", _NETWORK, kind="follows"
+    ),
 )
 
 _HOST: Final[tuple[Signature, ...]] = (
@@ -356,7 +358,7 @@ _HOST: Final[tuple[Signature, ...]] = (
     ),
     signature(
         "program not found",
-        r"execve\(\): (?P<file>.*): |: command not found|[Ee]xit(?:ed with exit)? code 127",
+        r"execve\(\): (?P<file>.*): |: command not found|: \d+: \S+: not found|[Ee]xit(?:ed with exit)? code 127",
         "could not start the program",
         "is the environment activated in the job, and on a disk that this node has?",
     ),
