@@ -163,6 +163,9 @@ class Agent(LocalElasticAgent):
         if hang is None and not result.is_failed():
             return result
         ranks = {worker_group.workers[local].global_rank: local for local in failed}
+        for rank, failure in result.failures.items():
+            if rank in ranks and failure.exitcode == EXIT_BAD_INPUT:
+                self._logs.report(ranks[rank], failure.message)
         self._judge({r: f for r, f in result.failures.items() if r in ranks}, ranks, hang)
         return RunResult(state=WorkerState.FAILED, failures=result.failures)
 

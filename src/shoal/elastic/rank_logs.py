@@ -16,7 +16,7 @@ from shoal.config.run_options import Launch
 from shoal.elastic.crashes import how_it_died
 from shoal.elastic.kernel_log import kernel_lines
 from shoal.elastic.pump import Pump, job_of, new_attempt
-from shoal.run.log_lines import ERR, KERNEL, OUT, STOPPED, stamp
+from shoal.run.log_lines import ERR, KERNEL, OUT, REPORTED, STOPPED, stamp
 
 
 def wants_logs(launch: Launch) -> bool:
@@ -81,6 +81,12 @@ class RankLogs(DefaultLogsSpecs):
             self._pump.ended(local, STOPPED)
         if any(codes.values()):
             self._keep_kernel_lines()
+
+    def report(self, local: int, message: str) -> None:
+        """Add the message that a worker left, which the launcher prints once for all workers."""
+        if self._pump is not None:
+            for line in message.splitlines():
+                self._pump.note(local, f"{REPORTED}{line}")
 
     def _keep_kernel_lines(self) -> None:
         """Write the kernel's lines since these workers started to a file for this node."""

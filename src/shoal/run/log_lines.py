@@ -22,6 +22,7 @@ RUN: Final = "run"
 KERNEL: Final = "krn"
 
 ENDED: Final = "ended: "  # begins the launcher's last line about a process; how it ended follows
+REPORTED: Final = "reported: "  # begins a line with the message that the process left for the launcher to print
 STOPPED: Final = "stopped by the launcher"  # because another process failed or hung, or this one hung
 
 _STAMP: Final = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,6}))?Z (out|err|run|krn) ?")
@@ -47,5 +48,8 @@ def read_stamp(line: str) -> LogLine | None:
     if found is None:
         return None
     *date, fraction, mark = found.groups()
-    seconds = calendar.timegm((*map(int, date), 0, 0, 0))  # type: ignore[arg-type]
+    try:
+        seconds = calendar.timegm(tuple(map(int, date)))
+    except ValueError:  # a month that does not exist
+        return None
     return LogLine(seconds + (float(f"0.{fraction}") if fraction else 0.0), mark, line[found.end() :])

@@ -13,10 +13,10 @@ from shoal.report.causes.logs import Entry, Log
 from shoal.report.causes.signatures import XIDS, XIDS_THAT_FOLLOW, Kind, Signature, recognize
 from shoal.report.causes.table import ENDS, EXCEPTION, OUTSIDE, REPORTED, TABLE
 from shoal.run.log_lines import ENDED, ERR, OUT, RUN
+from shoal.run.log_lines import REPORTED as REPORTED_BEGINS
 
 TAIL_SECONDS: Final = 120.0  # before the last line of a process: an earlier error did not end it
 LONGEST: Final = 300  # characters of a line that are kept
-REPORTED_BEGINS: Final = "reported: "  # begins the launcher's line with the message of a worker
 _TRACEBACK: Final = "Traceback (most recent call last):"
 _FRAME: Final = re.compile(r'\s+File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<name>\S+)')
 _EXCEPTION: Final = re.compile(r"(?P<type>[A-Za-z_][\w.]*)(?:: (?P<text>.*))?$")
