@@ -81,13 +81,15 @@ class FirstCause:
     """
     Why a job failed. followed: consequences. also: other failures that nothing explains, later ones first among them.
 
-    attempt: the name of its folder of logs, or "". same_before: how many attempts of this job before it failed the same way.
+    attempt: the name of its folder of logs, or "". stopped: how many other processes the launchers then stopped. same_before: how
+    many attempts of this job before it failed the same way.
     """
 
     first: Failure
     followed: tuple[Failure, ...]
     also: tuple[Failure, ...]
     attempt: str
+    stopped: int = 0
     same_before: int = 0
 
     def lines(self) -> list[str]:
@@ -100,7 +102,12 @@ class FirstCause:
         if self.same_before:
             lines.append(f"  the attempts of this job before it failed the same way: {self.same_before}")
         lines += _listed("also failed", self.also, first.time)
-        return lines + _listed("followed", self.followed, first.time)
+        lines += _listed("followed", self.followed, first.time)
+        if self.stopped:
+            lines.append(
+                f"followed: the launchers stopped {self.stopped} process{'es' * (self.stopped > 1)} that had not failed"
+            )
+        return lines
 
     def as_json(self) -> dict[str, Any]:
         """Return all facts as JSON values."""
@@ -110,6 +117,7 @@ class FirstCause:
             "also": [each.as_json() for each in self.also],
             "followed": [each.as_json() for each in self.followed],
             "attempt": self.attempt,
+            "stopped": self.stopped,
             "same_before": self.same_before,
         }
 
@@ -215,7 +223,10 @@ def _judge(folder: RunFolder, attempt: Attempt | None, until: float | None, of_j
         ]
     if not any(each.weight == CAUSE for each in failures):
         failures += [*_silent(ranks), *_absent(ranks, failures)]
-    return _first(failures, attempt.name if attempt else "")
+    cause = _first(failures, attempt.name if attempt else "")
+    failed = {each.rank for each in failures}
+    stopped = sum(log.ended == STOPPED and log.rank not in failed for log in ranks)
+    return replace(cause, stopped=stopped) if cause is not None else None
 
 
 class _Events:
