@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 import time
 from pathlib import Path
 from typing import Final
+
+from shoal.run.log_lines import KERNEL, stamp
 
 DEVICE: Final = Path("/dev/kmsg")
 # Xid: an error of an NVIDIA GPU. A kernel log has thousands of other lines; these tell why a process ended.
@@ -39,6 +42,12 @@ def kernel_lines(since: float, device: Path = DEVICE) -> list[tuple[float, str]]
         finally:
             os.close(reading)
     return found
+
+
+def keep_kernel_lines(folder: Path, since: float) -> None:
+    """Write this node's telling lines since `since`, if there are any, to a file in `folder`. Raises `OSError` if it cannot."""
+    if lines := [f"{stamp(when, KERNEL)}{text}\n" for when, text in kernel_lines(since)]:
+        (folder / f"kernel-{socket.gethostname()}.log").write_text("".join(lines), encoding="utf-8")
 
 
 def _records(reading: int) -> list[re.Match[bytes]]:

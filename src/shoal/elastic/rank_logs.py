@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -14,9 +12,9 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest
 
 from shoal.config.run_options import Launch
 from shoal.elastic.crashes import how_it_died
-from shoal.elastic.kernel_log import kernel_lines
+from shoal.elastic.kernel_log import keep_kernel_lines
 from shoal.elastic.pump import Pump, job_of, new_attempt
-from shoal.run.log_lines import ERR, KERNEL, OUT, REPORTED, STOPPED, stamp
+from shoal.run.log_lines import ERR, OUT, REPORTED, STOPPED
 
 
 def wants_logs(launch: Launch) -> bool:
@@ -80,7 +78,7 @@ class RankLogs(DefaultLogsSpecs):
         for local in stopped:
             self._pump.ended(local, STOPPED)
         if any(codes.values()):
-            self._keep_kernel_lines()
+            self._keep_kernel_lines(self._pump)
 
     def report(self, local: int, message: str) -> None:
         """Add the message that a worker left, which the launcher prints once for all workers."""
@@ -88,11 +86,8 @@ class RankLogs(DefaultLogsSpecs):
             for line in message.splitlines():
                 self._pump.note(local, f"{REPORTED}{line}")
 
-    def _keep_kernel_lines(self) -> None:
-        """Write the kernel's lines since these workers started to a file for this node."""
-        if lines := [f"{stamp(when, KERNEL)}{text}\n" for when, text in kernel_lines(self._began)]:
-            try:
-                (self._folder / f"kernel-{socket.gethostname()}.log").write_text("".join(lines), "utf-8")
-            except OSError as error:
-                assert self._pump is not None
-                self._pump.note(0, f"the kernel's lines could not be written: {os.strerror(error.errno or 0)}")
+    def _keep_kernel_lines(self, pump: Pump) -> None:
+        try:
+            keep_kernel_lines(self._folder, self._began)
+        except OSError as error:
+            pump.note(0, f"the kernel's lines could not be written: {error.strerror}")

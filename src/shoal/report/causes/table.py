@@ -190,7 +190,7 @@ _NCCL: Final[tuple[Signature, ...]] = (
     ),
     signature(
         "shared memory",
-        r"[Ee]rror while creating shared memory segment|unable to (?:write to|mmap .*) file </torch|out of shared memory"
+        r"[Ee]rror while creating shared memory segment|unable to .{0,60}</torch_|out of shared memory"
         r"|/dev/shm\S*'?: No space left|No space left on device: '?/dev/shm",
         "had no room in shared memory (/dev/shm)",
         "make /dev/shm larger (in a container: --shm-size), or remove old files there",
