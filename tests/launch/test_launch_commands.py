@@ -25,7 +25,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 
 @pytest.fixture
 def jobs(slurm: FakeSlurm) -> RunJobs:
-    """A run whose job 100 was submitted."""
+    """Return a run whose job 100 was submitted."""
     assert slurm.run("slurm", "recipe.yaml", "--submit") == 0
     return RunJobs(slurm.folder / "runs" / "recipe")
 
@@ -35,7 +35,7 @@ def test_submitting(slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], jobs: 
     assert said.splitlines()[0] == "submitted job 100"
     assert slurm.calls("sbatch") == [f"sbatch --parsable {jobs.script}"]
     slurm.answer("queue", PENDING)
-    with pytest.raises(LaunchError, match="job 100 of .* is pending; stop it with shoal launch stop"):
+    with pytest.raises(LaunchError, match=r"job 100 of .* is pending; stop it with shoal launch stop"):
         slurm.run("slurm", "recipe.yaml", "--submit")
     assert slurm.run("slurm", "recipe.yaml", "--submit", "--dependency", "afterany:100") == 0
     assert slurm.run("slurm", "recipe.yaml", "--submit", "--name", "other") == 0
