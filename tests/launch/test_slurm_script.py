@@ -63,7 +63,7 @@ def test_spare_nodes_outlast_a_failed_one(slurm: FakeSlurm) -> None:
     script = written(slurm, "--nodes", "2", "--processes", "2", "--spare-nodes", "1")
     assert requests(script)["nodes"] == "3"
     assert "no-kill" in requests(script)
-    assert "--no-kill --label" in script
+    assert "--wait=0 --no-kill --label" in script
     assert "--launch.nodes=2 \\\n" in script
     script = written(slurm, "--nodes", "2", "--processes", "2", "--launch.min_nodes", "1")
     assert "no-kill" in requests(script)
@@ -117,7 +117,7 @@ sbatch: [--mail-type=END]
     [
         (
             "pyxis",
-            "srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 --label --container-image=a/b.sqsh --container-mounts=",
+            "srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=300 --label --container-image=a/b.sqsh --container-mounts=",
         ),
         ("apptainer", "--label apptainer exec --bind="),
         ("singularity", "--label singularity exec --bind="),
@@ -158,7 +158,7 @@ def test_the_script_runs_one_launcher_a_node(slurm: FakeSlurm) -> None:
     assert (slurm.here / "cores").read_text() == "3\n"
     words = re.findall(r"<([^>]*)>", (slurm.here / "words").read_text())
     shoal = next(n for n, word in enumerate(words) if word.endswith("/shoal"))
-    assert words[:shoal] == ["--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0", "--label"]
+    assert words[:shoal] == ["--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=300", "--label"]
     run = slurm.folder / "runs" / "a b"
     assert words[shoal + 1 : -1] == [
         "train", f"{run}/jobs/recipe.yaml", "--launch.name=a b", f"--launch.runs={run.parent}", "--optim.lr=1e-3",

@@ -236,8 +236,13 @@ def _training(job: Job, site: Site) -> Iterator[str]:
         f"--launch.name={_in_script(job.name)}",
         f"--launch.runs={_in_script(str(job.run.parent))}",
     ]
-    yield "# One launcher on each node. One that ends does not end the others, which save or continue without it."
-    srun = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"]
+    if job.survives_a_node or job.nodes == 1:
+        yield "# One launcher on each node. One that ends does not end the others, which save or continue without it."
+        wait = 0
+    else:
+        wait = max(60, job.signal_seconds)
+        yield f"# One launcher on each node. If one ends, the others have {wait} s to end too: they cannot continue without it."
+    srun = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=0", f"--wait={wait}"]
     if job.survives_a_node:
         srun.append("--no-kill")
     if job.total_nodes > 1:
