@@ -165,11 +165,33 @@ def test_only_a_cancelled_job_is_not_requeued_after_sigterm(
     assert bool(slurm.calls("scontrol requeue")) == again
 
 
-def test_slurm_may_have_requeued_the_job_itself(slurm: FakeSlurm, jobs: RunJobs) -> None:
-    slurm.answer("job", "JobId=100 JobState=PENDING Reason=BeginTime BatchFlag=1\n")
+@pytest.mark.parametrize(
+    "record",
+    [
+        "JobState=PENDING Reason=BeginTime Restarts=1",
+        "JobState=COMPLETING Reason=None Restarts=1",  # as seen after a node failure
+    ],
+)
+def test_slurm_may_have_requeued_the_job_itself(slurm: FakeSlurm, jobs: RunJobs, record: str) -> None:
+    slurm.answer("job", f"JobId=100 {record} BatchFlag=1\n")
     begin(jobs, HERE, 50)
-    end(jobs, HERE, code=143, signal="TERM", most=50, requeue=True, say=lambda text: None)
+    said: list[str] = []
+    end(jobs, HERE, code=143, signal="TERM", most=50, requeue=True, say=said.append)
     assert not slurm.calls("scontrol requeue") + slurm.calls("sbatch")
+    assert said == ["the job ended with code 143 after step 0; Slurm has requeued it"]
+
+
+def test_slurm_may_requeue_the_job_at_the_same_moment(slurm: FakeSlurm, jobs: RunJobs) -> None:
+    pending = "JobId=100 JobState=PENDING Restarts=1"
+    message = "Job is pending execution for job 100"
+    slurm.command(
+        "scontrol",
+        f'[ "$1" = show ] && cat "$here/job" || {{ echo "{pending}" > "$here/job"; echo "{message}" >&2; exit 1; }}',
+    )
+    begin(jobs, HERE, 50)
+    end(jobs, HERE, code=137, signal="none", most=50, requeue=True, say=lambda text: None)
+    assert slurm.calls("scontrol requeue")
+    assert not slurm.calls("sbatch")
 
 
 def test_the_end_waits_for_a_controller_that_restarts(
