@@ -191,7 +191,7 @@ def test_a_signal_before_the_limit_reaches_the_launchers_and_requeues_the_job(sl
     wait_for(slurm.here / "up", process)
     process.send_signal(signal.SIGUSR2)
     output, _ = process.communicate(timeout=60)
-    assert "the job was signalled before its limit after step 9; requeuing job 100" in output
+    assert "the job was signaled before its limit after step 9; requeuing job 100" in output
     assert process.returncode == 85
     assert slurm.calls("scontrol requeue") == ["scontrol requeue 100"]
 
@@ -243,7 +243,7 @@ def test_times_in_slurms_form(minutes: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("partiton: gpu", "partiton is not a key of cluster.yaml; did you mean partition?"),
+        ("partitionn: gpu", "partitionn is not a key of cluster.yaml; did you mean partition?"),
         ("gpus_per_node: many", "gpus_per_node is 'many', not an integer of at least 1"),
         ("modules: {a: 1}", "modules is {'a': 1}, not a list of texts of one line each"),
         ("fabric: infinband", "fabric is 'infinband', not one of ethernet, infiniband, efa"),

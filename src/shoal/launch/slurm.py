@@ -82,7 +82,7 @@ def signal_lead(run: Path, minutes: float | None) -> int:
     if minutes is not None and needed > 0.8 * 60 * minutes:
         raise LaunchError(
             f"the time limit of {minutes:g} minutes is too short: a save of this run takes up to {max(saves[-_RECENT:]):.0f} s, so "
-            f"the job would be signalled {needed} s before its limit; set a --time of at least {slurm_time(needed / 24)}"
+            f"the job would be signaled {needed} s before its limit; set a --time of at least {slurm_time(needed / 24)}"
         )
     return needed
 
@@ -274,7 +274,7 @@ def _container(job: Job, site: Site) -> list[str]:
 
 
 def _ending(job: Job) -> Iterator[str]:
-    yield '[ "$signal" = USR2 ] && to_launchers &  # signalled before they were started'
+    yield '[ "$signal" = USR2 ] && to_launchers &  # signaled before they were started'
     yield "# A signal ends wait early. After TERM there is little time: the launchers have it too, and save on their own."
     yield 'code=143; while [ "$again" = yes ] && [ "$signal" != TERM ]; do again=no; wait "$step"; code=$?; done'
     yield ""
