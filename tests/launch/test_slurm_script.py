@@ -41,7 +41,7 @@ def test_what_the_job_asks_for(slurm: FakeSlurm) -> None:
     folder = slurm.folder / "runs" / "recipe" / "jobs"
     assert asked == {
         "job-name": "recipe", "nodes": "2", "ntasks-per-node": "1", "exclusive": "", "mem": "0", "time": "1-12:00:00",
-        "partition": "big", "signal": "B:USR2@300", "requeue": "", "dependency": "afterok:7", "chdir": str(slurm.folder),
+        "partition": "big", "signal": "B:USR2@300", "requeue": "", "exclude": "n7", "dependency": "afterok:7", "chdir": str(slurm.folder),
         "output": f"{folder}/%j.log", "open-mode": "append",
     }  # fmt: skip
     assert (folder / "recipe.yaml").read_text() == (slurm.folder / "recipe.yaml").read_text()
@@ -166,6 +166,7 @@ def test_the_script_runs_one_launcher_a_node(slurm: FakeSlurm) -> None:
     ]  # fmt: skip
     head, _, port = words[-1].removeprefix("--launch.rendezvous=").rpartition(":")
     assert port == str(10000 + 100)
+    assert f'"rendezvous":"{head}:{port}"' in (run / "jobs.jsonl").read_text()
     assert head
     assert not head.startswith("127.")
     assert "=== job 100, restart 0, on" in output
