@@ -129,7 +129,7 @@ def test_a_container(slurm: FakeSlurm, runtime: str, words: str) -> None:
     script = written(slurm, "--nodes", "2", "--processes", "2")
     assert words in script
     assert f"{slurm.folder}:{slurm.folder},{slurm.folder}/runs:{slurm.folder}/runs,/data:/data" in script
-    assert '\n  shoal train "$run/jobs/recipe.yaml"' in script  # the image's own
+    assert '\n  shoal train "$run/jobs/recipe.yaml" \\\n' in script  # the image's own
     assert re.search(r'"\$shoal" launch ended "\$run"', script)  # outside: where scontrol is
 
 

@@ -17,6 +17,7 @@ from shoal.commands.recipes import recipe_asked, resolve_run
 from shoal.errors import LaunchError
 from shoal.launch.jobs import RunJobs
 from shoal.launch.slurm import RECIPE
+from shoal.system.disk import write_whole
 from shoal.system.output import on_one_line
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ def _write(run: RunJobs, recipe: Path, text: str) -> None:
     """Write the batch script and a copy of the recipe, so that later changes of the recipe do not reach a queued job."""
     try:
         run.folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(recipe, run.folder / RECIPE)
-        run.script.write_text(text, encoding="utf-8")
+        write_whole(run.folder / RECIPE, [recipe.read_bytes()])
+        write_whole(run.script, [text.encode()])
     except OSError as error:
         raise LaunchError(
             f"{on_one_line(run.folder)} cannot be written: {error.strerror}; set launch.runs to a folder that the nodes share"

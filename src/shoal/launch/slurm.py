@@ -19,6 +19,7 @@ RECIPE: Final = "recipe.yaml"  # the recipe as submitted, in RUN/jobs
 FINISHED: Final = "finished"  # in RUN; its existence stops a chain of jobs
 _DEFAULT_LEAD: Final = 300
 _MOST_LEAD: Final = 65535  # seconds, Slurm's maximum
+_CLEARING_SECONDS: Final = 60  # to remove the staged data
 _RECENT: Final = 20  # saves, and records of steps
 TASK: Final = "{task}"  # in a flag's value: the index of an array's task
 
@@ -141,7 +142,8 @@ def _requests(job: Job, site: Site) -> Iterator[str]:
     for name in ("partition", "account", "qos", "constraint", "reservation"):
         if value := getattr(site, name):
             yield ask(f"--{name}={_quoted(value)}")
-    yield ask(f"--signal=B:USR2@{job.signal_seconds}", "seconds before the limit: see the trap below")
+    lead = min(_MOST_LEAD, job.signal_seconds + (_CLEARING_SECONDS if job.stage else 0))
+    yield ask(f"--signal=B:USR2@{lead}", "seconds before the limit: see the trap below")
     yield ask(
         "--requeue" if job.requeue else "--no-requeue", "Slurm may start it again after a node failure" * job.requeue
     )
@@ -222,43 +224,36 @@ def _staging(job: Job, site: Site) -> Iterator[str]:
 
 
 def _training(job: Job, site: Site) -> Iterator[str]:
-    flags = [f"--launch.nodes={job.nodes}"] if job.nodes > 1 else []
-    if job.processes:
-        flags.append(f"--launch.processes={job.processes}")
-    quoted = [_in_script(flag) for flag in [*job.flags, *flags]]
-    if job.nodes > 1:
-        quoted.append(
-            f"--launch.rendezvous={shlex.quote(job.rendezvous)}"
-            if job.rendezvous
-            else '--launch.rendezvous="$rendezvous"'
-        )
-    if job.stage:
-        quoted.append('--data.folder="$scratch"')
-    command = ['"$shoal"'] if site.container is None else [shlex.quote(site.container_shoal)]
-    command += [
-        "train",
-        f'"$run/jobs/{RECIPE}"',
-        f"--launch.name={_in_script(job.name)}",
-        f"--launch.runs={_in_script(str(job.run.parent))}",
-    ]
+    wait = 0
     if job.survives_a_node or job.nodes == 1:
         yield "# One launcher on each node. One that ends does not end the others, which save or continue without it."
-        wait = 0
     else:
         wait = max(60, job.signal_seconds)
         yield f"# One launcher on each node. If one ends, the others have {wait} s to end too: they cannot continue without it."
     srun = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=0", f"--wait={wait}"]
-    if job.survives_a_node:
-        srun.append("--no-kill")
-    if job.total_nodes > 1:
-        srun.append("--label")
-    inside = _container(job, site)
-    yield " ".join([*srun, *inside]) + " \\"
-    yield f"  {' '.join(command)} \\"
-    for flag in quoted[:-1]:
-        yield f"  {flag} \\"
-    yield f"  {quoted[-1]} &" if quoted else "  &"
+    srun += ["--no-kill"] * job.survives_a_node + ["--label"] * (job.total_nodes > 1)
+    shoal = '"$shoal"' if site.container is None else shlex.quote(site.container_shoal)
+    lines = [" ".join([*srun, *_container(job, site)]), f'{shoal} train "$run/jobs/{RECIPE}"', *_flags(job)]
+    yield " \\\n  ".join(lines) + " &"
     yield "step=$!"
+
+
+def _flags(job: Job) -> Iterator[str]:
+    """Yield the flags of shoal train, quoted for bash."""
+    yield f"--launch.name={_in_script(job.name)}"
+    yield f"--launch.runs={_in_script(str(job.run.parent))}"
+    yield from (_in_script(flag) for flag in job.flags)
+    if job.processes:
+        yield f"--launch.processes={job.processes}"
+    if job.stage:
+        yield '--data.folder="$scratch"'
+    if job.nodes > 1:
+        yield f"--launch.nodes={job.nodes}"
+        yield (
+            f"--launch.rendezvous={shlex.quote(job.rendezvous)}"
+            if job.rendezvous
+            else '--launch.rendezvous="$rendezvous"'
+        )
 
 
 def _container(job: Job, site: Site) -> list[str]:
@@ -284,7 +279,7 @@ def _ending(job: Job) -> Iterator[str]:
     yield 'code=143; while [ "$again" = yes ] && [ "$signal" != TERM ]; do again=no; wait "$step"; code=$?; done'
     yield ""
     if job.stage is not None:
-        yield '[ "$signal" = TERM ] || timeout 60 srun --ntasks-per-node=1 rm -rf "$scratch"'
+        yield f'[ "$signal" = TERM ] || timeout {_CLEARING_SECONDS} srun --ntasks-per-node=1 rm -rf "$scratch"'
         yield ""
     how = " --no-requeue" * (not job.requeue)
     yield "# Let another job continue the run until it is finished, as long as it makes progress: by requeuing this job, or else by"
