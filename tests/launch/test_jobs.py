@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from shoal.errors import LaunchError
 from shoal.launch.chain import begin, end
 from shoal.launch.jobs import PATIENCE, Ending, JobId, RunJobs, decide, may_begin
+from shoal.run.folder import RunFolder
 from tests.launch.fake_slurm import FakeSlurm, event, save
 
 HERE = JobId("100", 0)
@@ -226,6 +228,24 @@ def test_the_task_of_an_array_continues_alone(slurm: FakeSlurm, jobs: RunJobs) -
     begin(jobs, here, 50)
     end(jobs, here, code=85, signal="USR2", most=50, requeue=False, say=lambda text: None)
     assert "--dependency=afternotok:13 --kill-on-invalid-dep=yes --array=3" in slurm.calls("sbatch")[0]
+
+
+def test_a_job_waits_for_a_launcher_that_outlived_its_node(
+    slurm: FakeSlurm, jobs: RunJobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shoal.launch.chain.LOCK_POLL_SECONDS", 0.0)
+    old = RunFolder(jobs.run)
+    old.lock()
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        old.release()
+
+    begin(jobs, HERE, 50, say)
+    assert len(said) == 1
+    assert f"waiting up to 900 s for process {os.getpid()} on " in said[0]
+    assert jobs.records()[-1]["event"] == "began"
 
 
 def test_a_folder_that_cannot_be_written_stops_a_job_at_its_start(slurm: FakeSlurm, jobs: RunJobs) -> None:

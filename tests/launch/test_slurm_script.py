@@ -35,7 +35,19 @@ def requests(script: str) -> dict[str, str]:
 
 def test_what_the_job_asks_for(slurm: FakeSlurm) -> None:
     script = written(
-        slurm, "--nodes", "2", "--processes", "2", "--time", "1-12", "--partition", "big", "--dependency", "afterok:7"
+        slurm,
+        "--nodes",
+        "2",
+        "--processes",
+        "2",
+        "--time",
+        "1-12",
+        "--partition",
+        "big",
+        "--dependency",
+        "afterok:7",
+        "--exclude",
+        "n7",
     )
     asked = requests(script)
     folder = slurm.folder / "runs" / "recipe" / "jobs"

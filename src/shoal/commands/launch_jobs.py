@@ -29,7 +29,7 @@ def began(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     jobs = RunJobs(Path(args.target).absolute())
     several = int(os.environ.get("SLURM_JOB_NUM_NODES", os.environ.get("SLURM_NNODES", "1"))) > 1
     place = meeting_place() if several else ""
-    begin(jobs, here, args.max_requeues, nodes=nodes, **({"rendezvous": place} if place else {}))
+    begin(jobs, here, args.max_requeues, say_error, nodes=nodes, **({"rendezvous": place} if place else {}))
     if place:
         print(place)
     return 0

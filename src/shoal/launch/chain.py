@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -10,21 +11,28 @@ from shoal.errors import EXIT_REQUEUE, LaunchError
 from shoal.launch import scheduler
 from shoal.launch.jobs import Ending, JobId, Record, RunJobs, Verdict, decide, may_begin
 from shoal.launch.scheduler import SlurmError
+from shoal.run.folder import RunFolder
 from shoal.system.output import on_one_line
 
 # States of a job that Slurm itself puts back into the queue.
 _REQUEUED_BY_SLURM: Final = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
+# A launcher whose peers are gone waits for them for `launch.timeout_seconds`, 600 by default.
+LOCK_SECONDS: Final = 900.0
+LOCK_POLL_SECONDS: Final = 1.0
 AFTER: Final = (
     "--kill-on-invalid-dep=yes",
 )  # options of a job that continues another: it goes if that one finishes the run
 
 
-def begin(jobs: RunJobs, here: JobId, most: int, **facts: Any) -> None:
+def begin(jobs: RunJobs, here: JobId, most: int, say: Callable[[str], None] = print, **facts: Any) -> None:
     """
     Record the start of a job. Raises `LaunchError` if the run is not to continue, or if its folder cannot be written.
 
+    Waits while another process trains the run: after Slurm has lost a node, that node's launcher may live for a while.
+
     most: how often the run may start again. facts: further facts to record.
     """
+    _await_lock(jobs, say)
     records, step = jobs.records(), jobs.step()
     if why := jobs.stop_reason():
         raise LaunchError(
@@ -36,6 +44,20 @@ def begin(jobs: RunJobs, here: JobId, most: int, **facts: Any) -> None:
             f"this job does not train: {why}; shoal launch requeue {on_one_line(jobs.run)} starts the run again"
         )
     jobs.add("began", **here.facts(), step=step, **facts)
+
+
+def _await_lock(jobs: RunJobs, say: Callable[[str], None]) -> None:
+    """Wait until the run's lock is free. After `LOCK_SECONDS` the launchers say who holds it."""
+    folder, begun, told = RunFolder(jobs.run), time.monotonic(), False
+    while folder.is_locked() and time.monotonic() - begun < LOCK_SECONDS:
+        if not told:
+            holder = folder.holder()
+            say(
+                f"waiting up to {LOCK_SECONDS:.0f} s for process {holder.get('pid')} on {on_one_line(holder.get('host'))}, which "
+                "trains this run, perhaps for a job that Slurm has ended"
+            )
+            told = True
+        time.sleep(LOCK_POLL_SECONDS)
 
 
 def end(

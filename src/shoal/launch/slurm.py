@@ -104,7 +104,7 @@ def slurm_time(minutes: float) -> str:
 
 def _head(job: Job, site: Site) -> Iterator[str]:
     spares = f" and {job.spare_nodes} spare" if job.spare_nodes else ""
-    each = f", {job.processes} processes on each" if job.processes else ""
+    each = f", {job.processes} process{'es' * (job.processes > 1)} on each" if job.processes else ""
     yield "#!/bin/bash" + " -l" * bool(site.modules)  # a login shell has the command module
     yield f"# Trains {job.name} on {job.nodes} node{'s' * (job.nodes > 1)}{spares}{each}. Written by"
     yield f"#   {on_one_line(job.command)}"
