@@ -79,9 +79,8 @@ def signal_lead(run: Path, minutes: float | None) -> int:
 
     minutes: the job's limit; None: unknown.
     """
-    saves = [
-        e["seconds"] for e in read_json_lines(run / "events.jsonl") if e.get("event") == "saved" and "seconds" in e
-    ]
+    events = read_json_lines(run / "events.jsonl")
+    saves = [float(e["seconds"]) for e in events if e.get("event") == "saved" and "seconds" in e]
     if not saves:
         return _DEFAULT_LEAD if minutes is None else round(min(_DEFAULT_LEAD, 15 * minutes))
     steps = [record.step_seconds for record in read_metrics(run / "metrics.jsonl").steps[-_RECENT:]]
