@@ -84,7 +84,7 @@ def failed_job(
     if then is not None:
         bed.until(lambda: bool(list(folder.glob("began-*"))) or bed.state(job) in OVER)
         then(job)
-    bed.until(lambda: bed.state(job) in OVER)
+    bed.until(lambda: bed.state(job) in OVER, 300)
     cause = first_cause(RunFolder(folder))
     assert cause is not None, (jobs / f"{job}.log").read_text()
     return cause

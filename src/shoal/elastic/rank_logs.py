@@ -43,6 +43,7 @@ class RankLogs(DefaultLogsSpecs):
 
         store: the store of this round of the rendezvous. ranks: local rank -> rank. node: this node's number.
         """
+        self.close()
         if not self._on:
             return
         if node == 0:
@@ -85,6 +86,11 @@ class RankLogs(DefaultLogsSpecs):
         if self._pump is not None:
             for line in message.splitlines():
                 self._pump.note(local, f"{REPORTED}{line}")
+
+    def close(self) -> None:
+        """Close the logs of the last attempt. May be called twice."""
+        if self._pump is not None:
+            self._pump.close()
 
     def _keep_kernel_lines(self, pump: Pump) -> None:
         try:
