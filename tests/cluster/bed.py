@@ -108,6 +108,7 @@ class Bed:
         self.folder, self.shared = folder, folder / "shared"
         self.hosts: dict[str, Host] = {}
         self._munged: subprocess.Popen[bytes] | None = None
+        self._rate: str | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -260,6 +261,7 @@ class Bed:
 
     def power_on(self, node: str) -> None:
         self.hosts[node].power_on()
+        self.set_rate(self._rate)
         self.start_slurmd(node)
 
     def drain(self, node: str) -> None:
@@ -278,6 +280,16 @@ class Bed:
         names = {name: host.address for name, host in self.hosts.items()}
         self.hosts[node].know(names | ({node: "127.0.1.1"} if wrong else {}))
 
+    def set_rate(self, rate: str | None) -> None:
+        """
+        Limit what each node sends, to "8mbit" for example; None: no limit.
+
+        A small model's steps then take a known time, mostly idle, so that a fault can meet a certain step.
+        """
+        self._rate = rate
+        for node in (self.hosts[name] for name in NODES if self.hosts[name].is_on):
+            node.slow_down(rate) if rate else node.speed_up()
+
     def fill_disk(self) -> None:
         """Leave no free byte on the shared disk."""
         free = shutil.disk_usage(self.shared).free
@@ -290,6 +302,7 @@ class Bed:
     def heal(self) -> None:
         """Undo everything above, cancel all jobs, and wait until all nodes are idle."""
         self.empty_disk()
+        self._rate = None
         if not self.attempt("scontrol", "ping")[1].endswith("is UP\n"):
             self.start_controller()
         for name in NODES:
@@ -307,6 +320,7 @@ class Bed:
         self.tell_names(name)
         host.link("up")
         host.rejoin()
+        host.speed_up()
         if not _lives(host, self.folder / name / "slurmd.pid"):
             self.start_slurmd(name)
 

@@ -11,6 +11,7 @@ The namespaces have no names: they end with the host's first process, and that e
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Mapping
@@ -65,6 +66,15 @@ class Host:
         assert self._outer is not None, f"{self.name} is off"
         return int(psutil.Process(self._outer.pid).children()[0].pid)
 
+    def processes(self) -> list[psutil.Process]:
+        """Return the host's processes, all but the first, by their numbers outside."""
+        mine, found = os.readlink(f"/proc/{self.pid}/ns/pid"), []
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.Error):
+                if process.pid != self.pid and os.readlink(f"/proc/{process.pid}/ns/pid") == mine:
+                    found.append(process)
+        return found
+
     def power_on(self) -> None:
         """Start the host, with empty local disks and no processes, and plug its cable in."""
         assert self._outer is None
@@ -116,6 +126,15 @@ class Host:
     def link(self, state: str) -> None:
         """Set the cable "up" or "down"."""
         self.run("ip", "link", "set", "eth0", state)
+
+    def slow_down(self, rate: str) -> None:
+        """Limit what the host sends, to "8mbit" for example, until it is off."""
+        shape = ("tbf", "rate", rate, "burst", "32kb", "latency", "400ms")
+        self.run("tc", "qdisc", "replace", "dev", "eth0", "root", *shape)
+
+    def speed_up(self) -> None:
+        """Undo `slow_down`."""
+        self.attempt("tc", "qdisc", "del", "dev", "eth0", "root")
 
     def part_from(self, other: Host) -> None:
         """Drop what this host sends to `other`, which cuts both ways for TCP."""

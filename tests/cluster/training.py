@@ -18,6 +18,7 @@ from tests.cluster.bed import LIMIT_SECONDS, OVER, Bed
 from tests.cluster.host import environment
 
 STEPS: Final = 200  # long enough for a fault in the middle
+RATE: Final = "8mbit"  # of the network between nodes: a step of two nodes then takes about 0.1 s
 ASK_SECONDS: Final = 1.0  # between two questions to the controller
 SHOAL: Final = f"{sys.executable} -m shoal"
 RECIPE: Final = f"""
@@ -39,13 +40,23 @@ class Training:
         folder.mkdir(exist_ok=True)
         (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
         self.run = RunFolder(folder / "runs" / "run")
+        bed.set_rate(RATE)
 
     def submit(self, script: str, *options: str) -> str:
         return self.bed.submit(script, *options, cwd=self.folder)
 
+    def shoal(self, *arguments: str) -> str:
+        """Run a shoal command on the login node. Raises AssertionError, with its output, if it fails."""
+        return self.bed.run(*SHOAL.split(), *arguments, cwd=self.folder)
+
+    def launch(self, *options: str) -> str:
+        """Submit the run with `shoal launch slurm`; return the job's number."""
+        output = self.shoal("launch", "slurm", "recipe.yaml", "--name=run", "--submit", *options)
+        return output.split("submitted job ")[1].split()[0]
+
     def printed(self, job: str) -> str:
-        path = self.folder / f"slurm-{job}.out"
-        return path.read_text("utf-8", "replace") if path.exists() else ""
+        paths = (self.folder / f"slurm-{job}.out", self.run.path / "jobs" / f"{job}.log")
+        return "".join(path.read_text("utf-8", "replace") for path in paths if path.exists())
 
     def until(self, true: Callable[[], bool], job: str, seconds: float = LIMIT_SECONDS) -> None:
         """Wait until `true()`. Raises AssertionError, with the job's output, after `seconds` or if the job ends before."""
