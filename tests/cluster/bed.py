@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Self
 
-from tests.cluster.host import Host, Switch, environment
+from tests.cluster.host import PATIENCE_SECONDS, Host, Switch, environment
 
 NODES: Final = ("n1", "n2", "n3", "n4")
 HEAD: Final = "head"  # the controller's host, which also serves as the login node
@@ -31,7 +31,7 @@ GPUS: Final = (
 )  # devices that each node takes for GPUs: Slurm 22.05 counts none without a file
 CORES: Final = 4  # that each node claims
 DISK: Final = "300m"  # size of the shared disk
-LIMIT_SECONDS: Final = float(os.environ.get("TEST_PATIENCE_SECONDS", "150"))  # time limit of every wait
+LIMIT_SECONDS: Final = PATIENCE_SECONDS  # time limit of every wait
 NODE_SECONDS: Final = 10  # a slurmd that is silent for this long is down
 REQUEUE_SECONDS: Final = 5  # life of a credential; a requeued job waits for its end, by default for two minutes
 PROGRAMS: Final = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "munged", "ip", "nsenter", "setpriv")

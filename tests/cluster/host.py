@@ -20,6 +20,7 @@ from typing import Final
 
 import psutil
 
+PATIENCE_SECONDS: Final = float(os.environ.get("TEST_PATIENCE_SECONDS", "150"))  # for a command
 NETWORK: Final = "10.66.0."  # in namespaces of its own, so beds beside each other may all use it
 LOCAL: Final = "/mnt"  # a disk of each host's own, in memory
 _SPACES: Final = ("--net", "--uts", "--mount", "--pid", "--ipc")
@@ -105,14 +106,14 @@ class Host:
             text=True,
         )  # fmt: skip
 
-    def run(self, *command: str, cwd: Path | None = None, seconds: float = 60.0, **variables: str) -> str:
+    def run(self, *command: str, cwd: Path | None = None, seconds: float = PATIENCE_SECONDS, **variables: str) -> str:
         """Run a command on the host and return its output. Raises AssertionError, with the output, if it fails."""
         code, output = self.attempt(*command, cwd=cwd, seconds=seconds, **variables)
         assert code == 0, f"{self.name}: {' '.join(command)} ended with {code}:\n{output}"
         return output
 
     def attempt(
-        self, *command: str, cwd: Path | None = None, seconds: float = 60.0, **variables: str
+        self, *command: str, cwd: Path | None = None, seconds: float = PATIENCE_SECONDS, **variables: str
     ) -> tuple[int, str]:
         """Run a command on the host; return (exit code, output)."""
         process = self.start(*command, cwd=cwd, **variables)

@@ -28,7 +28,7 @@ optim: {{lr: 1e-2, warmup_steps: 2, schedule: constant}}
 train: {{steps: {STEPS}, global_batch: 8, micro_batch: 2, dtype: float32, device: cpu, repro: bitwise, eval_every: 0}}
 checkpoint: {{every: 10, keep: 3}}
 metrics: {{peak_tflops: 1, report: false}}
-launch: {{processes: 1, threads: 1, hang_seconds: 20, timeout_seconds: 60, join_seconds: 2}}
+launch: {{processes: 1, threads: 1, timeout_seconds: {LIMIT_SECONDS / 4:.0f}, join_seconds: 2}}
 """
 
 

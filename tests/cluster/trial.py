@@ -10,12 +10,12 @@ from typing import Final
 
 import psutil
 
-from tests.cluster.bed import HEAD, NODES, Bed
+from tests.cluster.bed import HEAD, LIMIT_SECONDS, NODES, Bed
 from tests.cluster.case import Case, Fault
 from tests.cluster.training import STEPS, Training
 
 STILL_SECONDS: Final = 0.3  # of computing on a full disk
-PATIENCE_SECONDS: Final = 240.0  # for a run to recover from one fault
+PATIENCE_SECONDS: Final = 2 * LIMIT_SECONDS  # for a run to recover from one fault
 _DAEMONS: Final = ("slurmd", "slurmctld", "sleep")  # of an idle host, besides its first process
 
 
