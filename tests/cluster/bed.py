@@ -332,4 +332,6 @@ def _end(host: Host, pid_file: Path, how: str) -> None:
 
 
 def _lives(host: Host, pid_file: Path) -> bool:
-    return host.attempt("sh", "-c", '[ -d "/proc/$(cat "$0")" ]', str(pid_file))[0] == 0
+    """Return whether the daemon of this file runs; another process may have its number by now."""
+    script = '[ "$(cat "/proc/$(cat "$0")/comm")" = "$1" ]'
+    return host.attempt("sh", "-c", script, str(pid_file), pid_file.stem)[0] == 0

@@ -136,13 +136,18 @@ class Trial:
         first = self.training.events("started")[-1]["step"]
         self._until(lambda: self._steps() > first)
 
+    def _await_steps(self, starts: int) -> None:
+        """Wait until workers have started once more, or have taken more steps without that."""
+        step = self._steps()
+        self._until(lambda: self._starts() > starts or self._steps() > step + 2)
+
     def _kill_slurmd(self, node: str, long: bool, starts: int) -> None:
         self.bed.kill_slurmd(node)
         if long:
             self._until(lambda: self.bed.node_states()[node].startswith("down"))
         self.bed.start_slurmd(node)
         if long:
-            self._await_start(starts)
+            self._await_steps(starts)
 
     def _power_off(self, node: str, long: bool, starts: int) -> None:
         self.bed.power_off(node)
@@ -163,7 +168,7 @@ class Trial:
         self._await_notice(node, long, starts)
         self.bed.hosts[node].link("up")
         if long:
-            self._await_start(starts)
+            self._await_steps(starts)
 
     def _part(self, node: str, long: bool, starts: int) -> None:
         other = next(name for name in self._nodes() if name != node)
@@ -171,7 +176,7 @@ class Trial:
         self._await_notice(node, long, starts)
         self.bed.hosts[node].rejoin()
         if long:
-            self._await_start(starts)
+            self._await_steps(starts)
 
     def _await_notice(self, node: str, long: bool, starts: int) -> None:
         """Wait until the run or Slurm has noticed a cut; if it is short, only until a connection fails."""
@@ -239,7 +244,9 @@ def _is_train(process: psutil.Process) -> bool:
         words = process.cmdline()
     except psutil.Error:
         return False
-    return "train" in words and any(Path(word).name == "shoal" for word in words)
+    # the first word excludes srun, which has the launcher's command line as its own
+    runs_python = bool(words) and Path(words[0]).name.startswith("python")
+    return runs_python and "train" in words and any(Path(word).name == "shoal" for word in words)
 
 
 def _alive(processes: list[psutil.Process]) -> bool:
