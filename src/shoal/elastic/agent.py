@@ -16,16 +16,18 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
+from shoal.config.layout import find_layout
 from shoal.config.options import Config
+from shoal.elastic.agreement import shared_settings
 from shoal.elastic.crashes import FOLLOWS, Crashes, first_death, how_it_died
-from shoal.elastic.machines import Machines, shared_settings
+from shoal.elastic.machines import Machines
 from shoal.elastic.oom import kernel_kills
 from shoal.elastic.rank_logs import RankLogs, wants_logs
 from shoal.elastic.rendezvous import Meeting
@@ -33,6 +35,7 @@ from shoal.elastic.stops import SignalForwarder
 from shoal.elastic.watch import Hang, Watch
 from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, EXIT_REQUEUE
 from shoal.plan.fit import what_would_fit
+from shoal.plan.topology import layout_table
 from shoal.run.console import Console
 from shoal.run.events import Events
 from shoal.run.folder import RunFolder
@@ -97,26 +100,45 @@ class Agent(LocalElasticAgent):
             if self._launch.nodes > 1:
                 timer.start()
             try:
-                _in_thread(lambda: super(Agent, self)._rendezvous(worker_group))
+                self._meet(worker_group)
                 while self._launch.nodes > 1 and not self._greet(worker_group):
-                    _in_thread(lambda: super(Agent, self)._rendezvous(worker_group))
+                    self._meet(worker_group)
             finally:
                 timer.cancel()
         self._meeting.rendezvous.machines = worker_group.group_world_size
+
+    def _meet(self, worker_group: Any) -> None:
+        """Join the next round. Raises `LaunchError` as soon as the roll call shows that there can be none with this node."""
+        roll = self._meeting.roll
+        _in_thread(lambda: super(Agent, self)._rendezvous(worker_group), roll.look if roll else lambda: None)
 
     def _greet(self, worker_group: Any) -> bool:
         """Return whether all configs match; if not, the nodes that differ leave. Raises `LaunchError` if this node must leave."""
         before = self._machines
         machines = Machines(worker_group.store, worker_group.group_rank, worker_group.group_world_size)
         if not machines.greet(socket.gethostname(), shared_settings(self._config), stays=before is not None):
-            say_error(f"the config of {machines.differing} differs: meeting again without {machines.differing}")
+            hosts = ", ".join(machines.differing)
+            say_error(f"the config of {hosts} differs: meeting again without {hosts}")
+            for host, how in machines.differing.items():
+                if self._meeting.roll is not None:
+                    self._meeting.roll.differs(host, how)
             time.sleep(1.0)  # until they have left
             return False
         self._machines = machines
+        if self._meeting.roll is not None:
+            self._meeting.roll.has_met = True
         say_error(machines.describe(before.hosts if before else None, worker_group.workers[0].world_size))
         if worker_group.group_rank == 0:
             self._record("machines", hosts=machines.hosts, processes=worker_group.workers[0].world_size)
+            self._show_layout(machines.hosts, worker_group.workers[0].world_size)
         return True
+
+    def _show_layout(self, hosts: Sequence[str], world_size: int) -> None:
+        """Print the layout's ranks by node and device."""
+        layout = find_layout(self._config.parallel, world_size)
+        if not isinstance(layout, str):
+            for line in layout_table(layout, world_size // len(hosts), hosts):
+                say_error(line)
 
     def _say_what_it_waits_for(self) -> None:
         needed, place = self._launch.fewest_nodes, self._launch.rendezvous
@@ -152,6 +174,8 @@ class Agent(LocalElasticAgent):
             return self._end_early(worker_group, running.values())
         if self._machines:
             self._machines.post(lambda: self._watch.statuses(pids))
+            if self._meeting.roll is not None:
+                self._meeting.roll.beat()
         hang = self._watch.find_hang(pids, self._machines.others if self._machines else list)
         if hang is not None and any(process.poll() is not None for process in running.values()):
             hang = None  # a worker ended just now, and may be the cause: the next check sees it as dead
@@ -332,8 +356,12 @@ class Agent(LocalElasticAgent):
         events.close()
 
 
-def _in_thread(do: Callable[[], None]) -> None:
-    """Call `do` in a thread and wait for it: a wait in C++ would block signals, this one does not."""
+def _in_thread(do: Callable[[], None], meanwhile: Callable[[], None]) -> None:
+    """
+    Call `do` in a thread and wait for it: a wait in C++ would block signals, this one does not.
+
+    meanwhile: called several times a second; an error that it raises ends the wait.
+    """
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -346,6 +374,7 @@ def _in_thread(do: Callable[[], None]) -> None:
     thread.start()
     while thread.is_alive():
         thread.join(0.2)
+        meanwhile()
     if errors:
         raise errors[0]
 

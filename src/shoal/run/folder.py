@@ -10,6 +10,7 @@ runs/NAME/
   now.json        the phase it is in         cache/          what readers keep to draw curves fast
   stacks/         stacks of hung workers     time.jsonl      where the time went
   trackers/       how far each tracker came, and what it writes offline
+  launchers.jsonl starts of launchers on several nodes, and why one ended before it met the others
   tensorboard/    TensorBoard's files
   source/         files that came with the weights, if it started from a model folder
   tokenizer/      all files of its tokenizer, if it came from another folder
@@ -95,6 +96,10 @@ class RunFolder:
     @property
     def now_file(self) -> Path:
         return self.path / "now.json"
+
+    @property
+    def launchers_file(self) -> Path:
+        return self.path / "launchers.jsonl"
 
     @property
     def ledger_file(self) -> Path:
