@@ -13,6 +13,7 @@ from shoal.elastic.kernel_log import keep_kernel_lines
 from shoal.report.causes.cause import FirstCause, first_cause
 from shoal.run.folder import RunFolder
 from tests.cluster.bed import OVER, Bed, lacking
+from tests.cluster.training import SHOAL, Training
 from tests.report.causes.ranks import FOLLOWER, run_ranks
 
 SPACE = "import ctypes, subprocess; assert ctypes.CDLL(None).unshare({}) == 0\n"  # in a Linux namespace of its own
@@ -124,8 +125,6 @@ def test_a_task_was_killed_or_did_not_start(bed: Bed, tmp_path: Path) -> None:
 
 @pytest.mark.ci
 def test_a_worker_on_the_second_node_failed(bed: Bed, tmp_path: Path) -> None:
-    from tests.cluster.training import SHOAL, Training
-
     training = Training(bed, bed.shared / tmp_path.name)
     jobs = training.run.path / "jobs"
     jobs.mkdir(parents=True)
