@@ -219,6 +219,29 @@ def test_slurm_ended_the_job(made: Made, words: str, name: str) -> None:
     assert not cause.also
 
 
+def test_a_job_that_was_asked_to_stop_has_not_failed(made: Made) -> None:
+    attempt = "42-0-20260921T140000Z"
+    made.rank(0, "n0", (9.0, RUN, ENDED + "ended with code 85"), attempt=attempt)
+    log = made.job("42.log", f"slurmstepd: error: *** JOB 42 ON n0 CANCELLED AT {slurm_time(9)} DUE TO JOB REQUEUE ***")
+    assert first_cause(made.folder, log) is None
+
+
+def test_lines_of_a_jobs_earlier_start_are_skipped(made: Made) -> None:
+    made.rank(0, "n0", (9.0, RUN, KILL), attempt="42-1-20260921T140000Z")
+    oom = "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=42.0 cgroup."
+    requeued = f"slurmstepd: error: *** JOB 42 ON n0 CANCELLED AT {slurm_time(-60)} DUE TO JOB REQUEUE ***"
+    log = made.job("42.log", oom, requeued, "preparing")
+    assert named(made.cause(log)) == (0, "n0", "killed")
+    made.job("42.log", requeued, oom)
+    assert named(made.cause(log)) == (0, "n0", "slurm out of memory")
+
+
+def test_the_same_failure_of_all_ranks_is_counted(made: Made) -> None:
+    for rank in range(3):
+        made.rank(rank, "n0", (9.0, RUN, "reported: no such corpus"), (9.0, RUN, ENDED + "ended with code 2"))
+    assert "also failed: 2 others in the same way" in made.cause().lines()
+
+
 def test_a_job_that_failed_before_a_worker_started(made: Made) -> None:
     log = made.job(
         "43-0.log",

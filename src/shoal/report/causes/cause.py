@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shoal.report.causes.findings import LONGEST, Finding, find, find_outside
-from shoal.report.causes.logs import Attempt, Log, attempts, job_logs, read_log
+from shoal.report.causes.logs import Attempt, Log, attempts, began_at, job_logs, read_log
 from shoal.report.causes.signatures import Signature, recognize
 from shoal.report.causes.table import ABSENT, HANG, SILENT, TABLE
 from shoal.run.events import read_json_lines
@@ -101,7 +101,10 @@ class FirstCause:
         lines += [f"  what helps: {first.finding.signature.helps}"] if first.finding.signature.helps else []
         if self.same_before:
             lines.append(f"  the attempts of this job before it failed the same way: {self.same_before}")
-        lines += _listed("also failed", self.also, first.time)
+        same = [each for each in self.also if each.finding.what == first.finding.what]
+        if same:
+            lines.append(f"also failed: {len(same)} other{'s' * (len(same) > 1)} in the same way")
+        lines += _listed("also failed", [each for each in self.also if each not in same], first.time)
         lines += _listed("followed", self.followed, first.time)
         if self.stopped:
             lines.append(
@@ -199,7 +202,7 @@ def _cause_of_attempt(folder: RunFolder, attempt: Attempt, every: Sequence[Attem
 
 def _start(attempt: Attempt) -> float:
     """Return when an attempt began, in seconds since 1970, from the beginning of its logs; 0 if they are gone."""
-    return min((log.began for log in _ranks(attempt) if log.began is not None), default=0.0)
+    return min(filter(None, map(began_at, attempt.folder.glob("rank-*.log"))), default=0.0)
 
 
 def _ranks(attempt: Attempt) -> list[Log]:
@@ -216,7 +219,10 @@ def _judge(folder: RunFolder, attempt: Attempt | None, until: float | None, of_j
     began = min((log.began for log in ranks if log.began is not None), default=None)
     events = _Events.read(folder, began, until, alone=attempt is None and not of_job)
     failures = [*_of_ranks(ranks, events), *events.failures(ranks)]
-    failures += _outside(attempt, of_job, began)
+    outside = list(_outside(attempt, of_job, began))
+    if ranks and all(log.ended in _FINE for log in ranks):  # requeued because it was asked to stop
+        outside = [each for each in outside if each.finding.signature.name not in ("requeued", "cancelled")]
+    failures += outside
     if not ranks:
         failures += [
             _process(None, None, each, CAUSE) for log in of_job for each in find(log) if each.kind != "outside"
@@ -314,14 +320,20 @@ def _outside(attempt: Attempt | None, of_job: Sequence[Log], began: float | None
             weight = CAUSE if each.signature.name in _OF_GPU and each.kind == "outside" else POSSIBLE
             yield Failure(each, weight if each.kind == "outside" else CONSEQUENCE, None, log.host, each.time)
     for log in of_job:
-        for each in find_outside(log):
-            if each.time is not None and began is not None and each.time < began - SLACK_SECONDS:
-                continue  # of an earlier start, in a log that all restarts of a job share
+        for each in _of_this_start(find_outside(log), began):
             # srun cancels its step when a task fails
             of_step = each.signature.name == "cancelled" and "STEP" in each.line
             when = each.time + 1 if each.time is not None else None  # Slurm prints whole seconds, rounded down
             host = each.groups.get("node") or each.groups.get("nodes")
             yield Failure(each, UNCLEAR if of_step else CAUSE, None, host, when)
+
+
+def _of_this_start(findings: Sequence[Finding], began: float | None) -> Sequence[Finding]:
+    """Return the findings after the last one that Slurm printed before `began`: all restarts of a job may share a log."""
+    if began is None:
+        return findings
+    old = [n for n, each in enumerate(findings) if each.time is not None and each.time < began - SLACK_SECONDS]
+    return findings[old[-1] + 1 if old else 0 :]
 
 
 def _silent(ranks: Sequence[Log]) -> Iterator[Failure]:
