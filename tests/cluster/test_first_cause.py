@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from shoal.elastic.kernel_log import keep_kernel_lines
-from shoal.report.causes.cause import FirstCause, first_cause
+from shoal.report.causes.cause import first_cause
+from shoal.report.causes.failure import FirstCause
 from shoal.run.folder import RunFolder
 from tests.cluster.bed import OVER, Bed, lacking
 from tests.cluster.training import SHOAL, Training

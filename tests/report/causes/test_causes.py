@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from shoal.report.causes.cause import CAUSE, FirstCause, first_cause
+from shoal.report.causes.cause import first_cause
+from shoal.report.causes.failure import CAUSE, FirstCause
 from shoal.run.events import Events
 from shoal.run.folder import RunFolder
 from shoal.run.log_lines import ENDED, ERR, KERNEL, OUT, RUN, STOPPED, stamp
