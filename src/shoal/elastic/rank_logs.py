@@ -30,7 +30,11 @@ class RankLogs(DefaultLogsSpecs):
     """
 
     def __init__(self, logs: Path, files: Path, *, on: bool) -> None:
-        """Remember the folders. logs: the run's folder of logs. files: an existing folder of this launcher, for pipes and torch's own files."""
+        """
+        Remember the folders.
+
+        logs: the run's folder of logs. files: an existing folder of this launcher, for pipes and torch's own files.
+        """
         super().__init__(log_dir=str(files))
         self._logs, self._files, self._on = logs, files, on
         self._pump: Pump | None = None
