@@ -136,8 +136,12 @@ def test_a_worker_on_the_second_node_failed(bed: Bed, tmp_path: Path) -> None:
         f"srun --ntasks-per-node=1 --kill-on-bad-exit=0 {SHOAL} train recipe.yaml --name run {options}\n",
         "--nodes=2", f"--output={jobs}/%j.log",
     )  # fmt: skip
-    bed.until(lambda: bed.state(job) in OVER)
-    cause = first_cause(training.run, jobs / f"{job}.log")
+    log = jobs / f"{job}.log"
+    try:
+        bed.until(lambda: bed.state(job) in OVER)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n--- the job's output\n{log.read_text()}") from None
+    cause = first_cause(training.run, log)
     assert kind(cause) == (1, "python exception")
     assert cause is not None
     assert cause.attempt.startswith(f"{job}-0-")
