@@ -130,7 +130,7 @@ def test_a_worker_on_the_second_node_failed(bed: Bed, tmp_path: Path) -> None:
     jobs = training.run.path / "jobs"
     jobs.mkdir(parents=True)
     fault = '[{"step": 7, "phase": "forward", "rank": 1, "fault": "exception", "life": 0}]'
-    options = "--launch.nodes=2 --launch.rendezvous=$first:29400 --launch.max_crashes=1"
+    options = "--launch.nodes=2 --launch.rendezvous=$first:29400 --launch.max_crashes=1 --launch.hang_seconds=300"
     job = training.submit(
         f"#!/bin/bash\nfirst=$(scontrol show hostnames \"$SLURM_JOB_NODELIST\" | head -n 1)\nexport SHOAL_FAULTS='{fault}'\n"
         f"srun --ntasks-per-node=1 --kill-on-bad-exit=0 {SHOAL} train recipe.yaml --name run {options}\n",
