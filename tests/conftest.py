@@ -43,6 +43,7 @@ MAY_BE_SKIPPED = (
     "mounting a small disk is not allowed here",  # needs root
     "this system does not bind processes to cores",  # this reason and the next apply to systems other than Linux
     "torch comes with LLVM's OpenMP there",
+    "the kernel's log cannot be read here",  # needs root, and a container that may
 )
 
 

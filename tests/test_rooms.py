@@ -125,6 +125,7 @@ WITHOUT_TORCH = [
     "plan.topology",
     "report.amounts",
     "report.causes.cause",
+    "report.causes.failure",
     "report.causes.findings",
     "report.causes.logs",
     "report.causes.signatures",

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from shoal.elastic.kernel_log import keep_kernel_lines
-from shoal.report.causes.cause import FirstCause, first_cause
+from shoal.report.causes.cause import first_cause
+from shoal.report.causes.failure import FirstCause
 from shoal.run.folder import RunFolder
 from tests.cluster.bed import OVER, Bed, lacking
+from tests.cluster.training import SHOAL, Training
 from tests.report.causes.ranks import FOLLOWER, run_ranks
 
 SPACE = "import ctypes, subprocess; assert ctypes.CDLL(None).unshare({}) == 0\n"  # in a Linux namespace of its own
@@ -84,7 +86,7 @@ def failed_job(
     if then is not None:
         bed.until(lambda: bool(list(folder.glob("began-*"))) or bed.state(job) in OVER)
         then(job)
-    bed.until(lambda: bed.state(job) in OVER)
+    bed.until(lambda: bed.state(job) in OVER, 300)
     cause = first_cause(RunFolder(folder))
     assert cause is not None, (jobs / f"{job}.log").read_text()
     return cause
@@ -124,20 +126,22 @@ def test_a_task_was_killed_or_did_not_start(bed: Bed, tmp_path: Path) -> None:
 
 @pytest.mark.ci
 def test_a_worker_on_the_second_node_failed(bed: Bed, tmp_path: Path) -> None:
-    from tests.cluster.training import SHOAL, Training
-
     training = Training(bed, bed.shared / tmp_path.name)
     jobs = training.run.path / "jobs"
     jobs.mkdir(parents=True)
     fault = '[{"step": 7, "phase": "forward", "rank": 1, "fault": "exception", "life": 0}]'
-    options = "--launch.nodes=2 --launch.rendezvous=$first:29400 --launch.max_crashes=1"
+    options = "--launch.nodes=2 --launch.rendezvous=$first:29400 --launch.max_crashes=1 --launch.hang_seconds=300"
     job = training.submit(
         f"#!/bin/bash\nfirst=$(scontrol show hostnames \"$SLURM_JOB_NODELIST\" | head -n 1)\nexport SHOAL_FAULTS='{fault}'\n"
         f"srun --ntasks-per-node=1 --kill-on-bad-exit=0 {SHOAL} train recipe.yaml --name run {options}\n",
         "--nodes=2", f"--output={jobs}/%j.log",
     )  # fmt: skip
-    bed.until(lambda: bed.state(job) in OVER)
-    cause = first_cause(training.run, jobs / f"{job}.log")
+    log = jobs / f"{job}.log"
+    try:
+        bed.until(lambda: bed.state(job) in OVER)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n--- the job's output\n{log.read_text()}") from None
+    cause = first_cause(training.run, log)
     assert kind(cause) == (1, "python exception")
     assert cause is not None
     assert cause.attempt.startswith(f"{job}-0-")

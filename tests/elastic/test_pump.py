@@ -34,6 +34,7 @@ def pumped(folder: Path, logs: Path, ranks: dict[int, int], program: str) -> Ite
     for process in started.values():
         assert process.wait(timeout=60) == 0
     pump.settle()
+    pump.close()
     yield shown
 
 

@@ -80,6 +80,7 @@ class Agent(LocalElasticAgent):
         """Remove the agent's files; may be called twice."""
         self._narrator.close()
         self._watch.close()
+        self._logs.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property

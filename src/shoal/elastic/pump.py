@@ -22,7 +22,7 @@ from shoal.run.log_lines import ENDED, ERR, OUT, RUN, stamp
 
 MOST_BYTES: Final = 1 << 16  # a longer line is cut here: some programs print no line feeds
 QUIET_SECONDS: Final = 0.05  # the pipes are empty if nothing arrives for this long
-SETTLE_SECONDS: Final = 1.0  # maximum wait for that
+SETTLE_SECONDS: Final = 5.0  # maximum wait for that
 
 
 def rank_log(folder: Path, rank: int) -> Path:
@@ -112,6 +112,11 @@ class Pump:
         if self._thread.is_alive():
             self._quiet.wait(SETTLE_SECONDS)
 
+    def close(self) -> None:
+        """Close the logs. A process that outlives its worker may still write: this opens its log again."""
+        for log in self._logs.values():
+            log.close()
+
     def _run(self) -> None:
         """Copy until no process has a pipe open: a worker's own children may outlive it."""
         while self._selector.get_map():
@@ -124,6 +129,7 @@ class Pump:
                 if not data:
                     self._selector.unregister(key.fd)
                     os.close(key.fd)
+        self._selector.close()
         self._quiet.set()
 
     def _copy(self, reading: int, data: bytes, local: int, stream: str) -> None:
@@ -168,6 +174,12 @@ class _Log:
             except OSError:
                 pass
             self._lost += len(lines) - bool(self._lost)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
 
 
 def _print(text: str, stream: str) -> None:

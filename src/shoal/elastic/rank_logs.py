@@ -30,7 +30,11 @@ class RankLogs(DefaultLogsSpecs):
     """
 
     def __init__(self, logs: Path, files: Path, *, on: bool) -> None:
-        """Remember the folders. logs: the run's folder of logs. files: an existing folder of this launcher, for pipes and torch's own files."""
+        """
+        Remember the folders.
+
+        logs: the run's folder of logs. files: an existing folder of this launcher, for pipes and torch's own files.
+        """
         super().__init__(log_dir=str(files))
         self._logs, self._files, self._on = logs, files, on
         self._pump: Pump | None = None
@@ -43,6 +47,7 @@ class RankLogs(DefaultLogsSpecs):
 
         store: the store of this round of the rendezvous. ranks: local rank -> rank. node: this node's number.
         """
+        self.close()
         if not self._on:
             return
         if node == 0:
@@ -85,6 +90,11 @@ class RankLogs(DefaultLogsSpecs):
         if self._pump is not None:
             for line in message.splitlines():
                 self._pump.note(local, f"{REPORTED}{line}")
+
+    def close(self) -> None:
+        """Close the logs of the last attempt. May be called twice."""
+        if self._pump is not None:
+            self._pump.close()
 
     def _keep_kernel_lines(self, pump: Pump) -> None:
         try:

@@ -6,60 +6,15 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from shoal.report.causes.cause import CAUSE, FirstCause, first_cause
-from shoal.run.events import Events
+from shoal.report.causes.cause import first_cause
+from shoal.report.causes.failure import CAUSE, FirstCause
 from shoal.run.folder import RunFolder
-from shoal.run.log_lines import ENDED, ERR, KERNEL, OUT, RUN, STOPPED, stamp
+from shoal.run.log_lines import ENDED, ERR, OUT, RUN, STOPPED
+from tests.report.causes.made import BEGAN, KILL, LOST, Made
 from tests.report.causes.ranks import FOLLOWER, run_ranks
-
-BEGAN = 1_790_000_000.0  # seconds since 1970
-LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:3021"
-KILL = ENDED + "was killed by SIGKILL"
-
-
-class Made:
-    """A run's folder with logs that a test writes. Times are seconds since the attempt began."""
-
-    def __init__(self, path: Path) -> None:
-        self.folder = RunFolder(path)
-        self.folder.path.mkdir()
-
-    def rank(
-        self, rank: int, host: str, *lines: tuple[float, str, str], attempt: str = "20260921T140000Z", began: float = 0
-    ) -> None:
-        """Write a rank's log, with the line about its process first. Each line: (time, mark, text)."""
-        logs = self.folder.logs / attempt
-        logs.mkdir(parents=True, exist_ok=True)
-        first = (began, RUN, f"rank {rank} of 4 on {host}, process {100 + rank}")
-        text = "".join(f"{stamp(BEGAN + at, mark)}{words}\n" for at, mark, words in (first, *lines))
-        (logs / f"rank-{rank}.log").write_text(text, encoding="utf-8")
-
-    def kernel(self, host: str, *lines: tuple[float, str], attempt: str = "20260921T140000Z") -> None:
-        """Write the kernel's lines of a node."""
-        text = "".join(f"{stamp(BEGAN + at, KERNEL)}{words}\n" for at, words in lines)
-        (self.folder.logs / attempt / f"kernel-{host}.log").write_text(text, encoding="utf-8")
-
-    def job(self, name: str, *lines: str) -> Path:
-        """Write a log that a job's batch script printed, and return its path."""
-        path = self.folder.path / "jobs" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text("\n".join(lines), encoding="utf-8")
-        return path
-
-    def event(self, event: str, **facts: Any) -> None:
-        """Record an event of the run now."""
-        events = Events(self.folder.events_file)
-        events.say(event, **facts)
-        events.close()
-
-    def cause(self, logs: Path | None = None) -> FirstCause:
-        found = first_cause(self.folder, logs)
-        assert found is not None
-        return found
 
 
 @pytest.fixture
@@ -217,6 +172,29 @@ def test_slurm_ended_the_job(made: Made, words: str, name: str) -> None:
     cause = made.cause(log)
     assert cause.first.finding.signature.name == name
     assert not cause.also
+
+
+def test_a_job_that_was_asked_to_stop_has_not_failed(made: Made) -> None:
+    attempt = "42-0-20260921T140000Z"
+    made.rank(0, "n0", (9.0, RUN, ENDED + "ended with code 85"), attempt=attempt)
+    log = made.job("42.log", f"slurmstepd: error: *** JOB 42 ON n0 CANCELLED AT {slurm_time(9)} DUE TO JOB REQUEUE ***")
+    assert first_cause(made.folder, log) is None
+
+
+def test_lines_of_a_jobs_earlier_start_are_skipped(made: Made) -> None:
+    made.rank(0, "n0", (9.0, RUN, KILL), attempt="42-1-20260921T140000Z")
+    oom = "slurmstepd: error: Detected 1 oom-kill event(s) in StepId=42.0 cgroup."
+    requeued = f"slurmstepd: error: *** JOB 42 ON n0 CANCELLED AT {slurm_time(-60)} DUE TO JOB REQUEUE ***"
+    log = made.job("42.log", oom, requeued, "preparing")
+    assert named(made.cause(log)) == (0, "n0", "killed")
+    made.job("42.log", requeued, oom)
+    assert named(made.cause(log)) == (0, "n0", "slurm out of memory")
+
+
+def test_the_same_failure_of_all_ranks_is_counted(made: Made) -> None:
+    for rank in range(3):
+        made.rank(rank, "n0", (9.0, RUN, "reported: no such corpus"), (9.0, RUN, ENDED + "ended with code 2"))
+    assert "also failed: 2 others in the same way" in made.cause().lines()
 
 
 def test_a_job_that_failed_before_a_worker_started(made: Made) -> None:

@@ -16,7 +16,8 @@ from shoal.config.run_options import Launch
 from shoal.elastic.machines import Machines
 from shoal.elastic.supervise import _Launcher
 from shoal.errors import LaunchError
-from shoal.report.causes.cause import FirstCause, first_cause
+from shoal.report.causes.cause import first_cause
+from shoal.report.causes.failure import FirstCause
 from shoal.report.causes.signatures import recognize
 from shoal.report.causes.table import TABLE
 from shoal.run.folder import RunFolder

@@ -8,14 +8,14 @@ consequence never comes first while another explains it, whatever the clocks say
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from shoal.report.causes.failure import CAUSE, CONSEQUENCE, POSSIBLE, UNCLEAR, Failure, FirstCause
 from shoal.report.causes.findings import LONGEST, Finding, find, find_outside
-from shoal.report.causes.logs import Attempt, Log, attempts, job_logs, read_log
+from shoal.report.causes.logs import Attempt, Log, attempts, began_at, job_logs, read_log
 from shoal.report.causes.signatures import Signature, recognize
 from shoal.report.causes.table import ABSENT, HANG, SILENT, TABLE
 from shoal.run.events import read_json_lines
@@ -23,8 +23,6 @@ from shoal.run.folder import RunFolder
 from shoal.run.log_lines import STOPPED
 
 SLACK_SECONDS: Final = 5.0  # between the clock that names an attempt and those of the other nodes
-SHOWN: Final = 4  # failures that followed, one line each
-CAUSE, UNCLEAR, POSSIBLE, CONSEQUENCE = range(4)  # how likely a failure is the first cause; smaller is likelier
 _FINE: Final = ("ended with code 0", "ended with code 85")  # finished, or stopped on request
 _MEMORY: Final = ("kernel out of memory", "slurm out of memory")
 _OF_JOB: Final = ("time limit", "preempted", "node failure", "requeued", "cancelled")
@@ -40,106 +38,6 @@ _EXPLAINS: Final[Mapping[str, tuple[str, ...]]] = {
     "disk error": ("io error", "shared disk", "read-only disk", "bus error"),
     "hardware error": ("segmentation fault", "bus error", "illegal instruction", "killed", "gpu memory error"),
 }
-
-
-@dataclass(frozen=True)
-class Failure:
-    """
-    A failure of a process, a node or a job. Unknown values are None.
-
-    weight: `CAUSE` to `CONSEQUENCE`. where: the phase and step, as "in forward of step 7", or "".
-    """
-
-    finding: Finding
-    weight: int
-    rank: int | None = None
-    host: str | None = None
-    time: float | None = None
-    where: str = ""
-
-    @property
-    def who(self) -> str:
-        """Name the process or the node."""
-        if self.rank is not None:
-            return f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
-        return f"node {self.host}" if self.host else "the job"
-
-    def __str__(self) -> str:
-        return f"{self.who} {self.finding.what}" + (f", {self.where}" if self.where else "")
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the facts as JSON values; the time is in seconds since 1970."""
-        found = self.finding
-        return {
-            "rank": self.rank, "host": self.host, "time": self.time, "kind": found.signature.name, "what": found.what,
-            "where": self.where, "line": found.line, "log": str(found.path), "number": found.number, "frame": found.frame,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FirstCause:
-    """
-    Why a job failed. followed: consequences. also: other failures that nothing explains, later ones first among them.
-
-    attempt: the name of its folder of logs, or "". stopped: how many other processes the launchers then stopped. same_before: how
-    many attempts of this job before it failed the same way.
-    """
-
-    first: Failure
-    followed: tuple[Failure, ...]
-    also: tuple[Failure, ...]
-    attempt: str
-    stopped: int = 0
-    same_before: int = 0
-
-    def lines(self) -> list[str]:
-        """Return the cause, its evidence, advice, and what followed, one line each."""
-        first = self.first
-        lines = [f"first cause: {first}" + (f" ({_clock(first.time)})" if first.time is not None else "")]
-        lines += [f"  {_place(first.finding)}"]
-        lines += [f"  raised at {first.finding.frame}"] if first.finding.frame else []
-        lines += [f"  what helps: {first.finding.signature.helps}"] if first.finding.signature.helps else []
-        if self.same_before:
-            lines.append(f"  the attempts of this job before it failed the same way: {self.same_before}")
-        lines += _listed("also failed", self.also, first.time)
-        lines += _listed("followed", self.followed, first.time)
-        if self.stopped:
-            lines.append(
-                f"followed: the launchers stopped {self.stopped} process{'es' * (self.stopped > 1)} that had not failed"
-            )
-        return lines
-
-    def as_json(self) -> dict[str, Any]:
-        """Return all facts as JSON values."""
-        return {
-            "first": self.first.as_json(),
-            "helps": self.first.finding.signature.helps,
-            "also": [each.as_json() for each in self.also],
-            "followed": [each.as_json() for each in self.followed],
-            "attempt": self.attempt,
-            "stopped": self.stopped,
-            "same_before": self.same_before,
-        }
-
-
-def _clock(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(seconds))
-
-
-def _place(finding: Finding) -> str:
-    number = f":{finding.number}" if finding.number is not None else ""
-    return f"{finding.path}{number}: {finding.line}"
-
-
-def _listed(title: str, failures: Sequence[Failure], since: float | None) -> list[str]:
-    """Return a line for each of the first `SHOWN` failures, and one that counts the others."""
-    lines = []
-    for each in failures[:SHOWN]:
-        later = each.time - since if each.time is not None and since is not None else None
-        lines.append(f"{title}: {each}" + (f", {later:.1f} s later" if later is not None and later >= 0 else ""))
-    if len(failures) > SHOWN:
-        lines.append(f"{title}: {len(failures) - SHOWN} more")
-    return lines
 
 
 def first_cause(folder: RunFolder, logs: Path | None = None) -> FirstCause | None:
@@ -199,7 +97,7 @@ def _cause_of_attempt(folder: RunFolder, attempt: Attempt, every: Sequence[Attem
 
 def _start(attempt: Attempt) -> float:
     """Return when an attempt began, in seconds since 1970, from the beginning of its logs; 0 if they are gone."""
-    return min((log.began for log in _ranks(attempt) if log.began is not None), default=0.0)
+    return min(filter(None, map(began_at, attempt.folder.glob("rank-*.log"))), default=0.0)
 
 
 def _ranks(attempt: Attempt) -> list[Log]:
@@ -216,7 +114,10 @@ def _judge(folder: RunFolder, attempt: Attempt | None, until: float | None, of_j
     began = min((log.began for log in ranks if log.began is not None), default=None)
     events = _Events.read(folder, began, until, alone=attempt is None and not of_job)
     failures = [*_of_ranks(ranks, events), *events.failures(ranks)]
-    failures += _outside(attempt, of_job, began)
+    outside = list(_outside(attempt, of_job, began))
+    if ranks and all(log.ended in _FINE for log in ranks):  # requeued because it was asked to stop
+        outside = [each for each in outside if each.finding.signature.name not in ("requeued", "cancelled")]
+    failures += outside
     if not ranks:
         failures += [
             _process(None, None, each, CAUSE) for log in of_job for each in find(log) if each.kind != "outside"
@@ -314,14 +215,20 @@ def _outside(attempt: Attempt | None, of_job: Sequence[Log], began: float | None
             weight = CAUSE if each.signature.name in _OF_GPU and each.kind == "outside" else POSSIBLE
             yield Failure(each, weight if each.kind == "outside" else CONSEQUENCE, None, log.host, each.time)
     for log in of_job:
-        for each in find_outside(log):
-            if each.time is not None and began is not None and each.time < began - SLACK_SECONDS:
-                continue  # of an earlier start, in a log that all restarts of a job share
+        for each in _of_this_start(find_outside(log), began):
             # srun cancels its step when a task fails
             of_step = each.signature.name == "cancelled" and "STEP" in each.line
             when = each.time + 1 if each.time is not None else None  # Slurm prints whole seconds, rounded down
             host = each.groups.get("node") or each.groups.get("nodes")
             yield Failure(each, UNCLEAR if of_step else CAUSE, None, host, when)
+
+
+def _of_this_start(findings: Sequence[Finding], began: float | None) -> Sequence[Finding]:
+    """Return the findings after the last one that Slurm printed before `began`: all restarts of a job may share a log."""
+    if began is None:
+        return findings
+    old = [n for n, each in enumerate(findings) if each.time is not None and each.time < began - SLACK_SECONDS]
+    return findings[old[-1] + 1 if old else 0 :]
 
 
 def _silent(ranks: Sequence[Log]) -> Iterator[Failure]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 from shoal.run.log_lines import ENDED, KERNEL, RUN, LogLine, read_stamp
 
@@ -76,11 +76,25 @@ class Log:
         return self.path.name.startswith("kernel-")
 
 
+def _first_line(file: BinaryIO) -> str:
+    return file.read(HEAD_BYTES).decode("utf-8", "replace").partition("\n")[0]
+
+
+def began_at(path: Path) -> float | None:
+    """Return the time of a log's first line, in seconds since 1970; None if it has none or cannot be read."""
+    try:
+        with path.open("rb") as file:
+            first = read_stamp(_first_line(file))
+    except OSError:
+        return None
+    return first.time if first else None
+
+
 def read_log(path: Path) -> Log:
     """Read the end of a log. A log that cannot be read is empty."""
     try:
         with path.open("rb") as file:
-            head = file.read(HEAD_BYTES).decode("utf-8", "replace").partition("\n")[0]
+            head = _first_line(file)
             size = file.seek(0, 2)
             file.seek(max(0, size - MOST_BYTES))
             text = file.read().decode("utf-8", "replace")

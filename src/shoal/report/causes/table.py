@@ -253,7 +253,7 @@ _PEERS: Final[tuple[Signature, ...]] = (
     ),
     signature(
         "port in use",
-        r"EADDRINUSE|[Aa]ddress already in use|port (?P<port>\d+) is (?:already )?in use",
+        r"EADDRINUSE|Address already in use|address already in use|port (?P<port>\d+) is (?:already )?in use",
         "found its port in use",
         "choose another launch.rendezvous port, or launch.port 0; another job may run on the same node",
     ),
