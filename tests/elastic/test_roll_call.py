@@ -27,11 +27,19 @@ class Nodes:
         self.problems: dict[str, str] = {}
 
     def start(
-        self, host: str, *, folder: str = "id", path: str = "/runs/run", fewest: int = 2, **settings: object
+        self,
+        host: str,
+        *,
+        folder: str = "id",
+        path: str = "/runs/run",
+        fewest: int = 2,
+        launchers: int = 0,
+        **settings: object,
     ) -> RollCall:
         self._monkeypatch.setattr(roll_call.socket, "gethostname", lambda: host)
         self._calls[host] = RollCall(
-            self._store, "run", folder, path, SETTINGS | settings, fewest, self._problems_elsewhere(host), lambda: self._now
+            self._store, "run", folder, path, SETTINGS | settings, fewest, launchers,
+            self._problems_elsewhere(host), lambda: self._now
         )  # fmt: skip
         return self._calls[host]
 
@@ -152,6 +160,16 @@ def test_an_error_on_another_node_ends_the_wait_for_it(nodes: Nodes) -> None:
     assert nodes.ended == {}
     nodes.wait(3)
     assert nodes.ended == {"a": "1 of at least 2 nodes can start. b: there is no CUDA device"}
+
+
+def test_a_slow_spare_is_waited_for_in_place_of_a_failed_node(nodes: Nodes) -> None:
+    nodes.problems["b"] = "there is no CUDA device"
+    nodes.start("a", launchers=3)
+    nodes.wait(5 * PATIENCE_SECONDS)
+    assert nodes.ended == {}
+    nodes.problems["c"] = "there is none either"
+    nodes.wait(PATIENCE_SECONDS + 3)
+    assert "c: there is none either" in nodes.ended["a"]
 
 
 def test_a_run_that_has_begun_waits_for_another_node(nodes: Nodes) -> None:
