@@ -51,7 +51,7 @@ SIGNS_MISSED: Final = 5
 UNUSED_SECONDS: Final = 10.0  # a store without connections for this long ends
 FIRST_SECONDS: Final = 60.0  # but the first connection may take this long
 
-ALONE_SECONDS: Final = 10.0  # to wait for a store that other nodes have reached
+ALONE_SECONDS: Final = 10.0  # to wait for a store that other nodes have reached, and for its host's name to be known
 
 CLOCK_SECONDS: Final = 5.0  # to wait until a new store has set `CLOCK`
 CLOCK: Final = "shoal/clock"  # key of the time of day on the store's node
@@ -223,12 +223,13 @@ class Meeting:
         if starts is not None and not has_met:
             _compare_stores(store, f"{place[0]}:{port}", launch.rendezvous, starts)
         meeting = cls(store, config, folder, address)
-        meeting.roll = RollCall(
-            TCPStore(place[0], port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS)),  # it may wait apart
-            str(launch.name), folder, str(RunFolder.of(config).path.resolve()), shared_settings(config), launch.fewest_nodes,
-            max(launch.nodes, started_with()), starts.problems if starts is not None else dict,
-        )  # fmt: skip
-        meeting.roll.has_met = has_met
+        # a connection of its own: while one thread waits for an answer, its connection serves no other
+        if (own := TimedCalls().call(lambda: _connect(place[0], port), None, STORE_SECONDS / 3)) is not None:
+            meeting.roll = RollCall(
+                own, str(launch.name), folder, str(RunFolder.of(config).path.resolve()), shared_settings(config),
+                launch.fewest_nodes, max(launch.nodes, started_with()), starts.problems if starts is not None else dict,
+            )  # fmt: skip
+            meeting.roll.has_met = has_met
         return meeting
 
     def end(self, code: int, why: str) -> None:
@@ -310,10 +311,10 @@ def _await_store(host: str, port: int, config: Config, tell: Callable[[str], Non
     """
     begun, told, started = time.monotonic(), False, False
     while not _answers(host, port):
-        if not started and is_here(host, option="launch.rendezvous"):
+        waited = time.monotonic() - begun
+        if not started and _is_here_by_now(host, waited):
             _start_store(host, port)
             started = True
-        waited = time.monotonic() - begun
         if waited > 3 and not told:
             tell(f"waiting for the rendezvous at {host}:{port}")
             told = True
@@ -325,6 +326,16 @@ def _await_store(host: str, port: int, config: Config, tell: Callable[[str], Non
                 f"shoal rendezvous {host}:{port} there"
             )
         time.sleep(0.2)
+
+
+def _is_here_by_now(host: str, waited: float) -> bool:
+    """Return `is_here`; False for a name that is still unknown, as that of a new container may be in the first seconds."""
+    try:
+        return is_here(host, option="launch.rendezvous")
+    except LaunchError:
+        if waited > ALONE_SECONDS:
+            raise
+        return False
 
 
 def _check_hope(address: str, launch: Launch, starts: Starts) -> None:
