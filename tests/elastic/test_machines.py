@@ -30,8 +30,8 @@ from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
 from shoal.run.starts import Starts
 from tests import warm
-from tests.chaos.trial import weights
 from tests.cli.commands import clean_environment
+from tests.digests import weights
 
 RECIPE = """
 model: {dim: 32, num_layers: 2, num_heads: 2, max_seq_len: 32}

@@ -22,7 +22,6 @@ from typing import Any, Final
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
 from shoal.config.layout import find_layout
 from shoal.config.options import Config
@@ -30,6 +29,7 @@ from shoal.elastic.agreement import shared_settings
 from shoal.elastic.crashes import FOLLOWS, Crashes, first_death, how_it_died
 from shoal.elastic.machines import Machines
 from shoal.elastic.oom import kernel_kills
+from shoal.elastic.rank_logs import RankLogs, wants_logs
 from shoal.elastic.rendezvous import Meeting
 from shoal.elastic.stops import SignalForwarder
 from shoal.elastic.watch import Hang, Watch
@@ -57,8 +57,9 @@ class Agent(LocalElasticAgent):
     ) -> None:
         """crashes: the launcher's count of crashes, kept from one rendezvous to the next."""
         self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))  # for the workers' pages, and torch's own files
-        logs = DefaultLogsSpecs(log_dir=str(self._folder))
-        super().__init__(spec=spec, logs_specs=logs, start_method="spawn", exit_barrier_timeout=30)
+        self._run_folder = RunFolder.of(config)
+        self._logs = RankLogs(self._run_folder.logs, self._folder, on=wants_logs(config.launch))
+        super().__init__(spec=spec, logs_specs=self._logs, start_method="spawn", exit_barrier_timeout=30)
         self.why = ""
         self.asked = False
         self.too_large = False  # the model does not fit in memory
@@ -66,7 +67,6 @@ class Agent(LocalElasticAgent):
         self.ended_early = False  # the workers were killed by this agent before the first step
         self._config = config
         self._launch, self._stop, self._meeting = config.launch, stop, meeting
-        self._run_folder = RunFolder.of(config)
         self._watch = Watch(self._run_folder.path / "stacks", self._folder)
         self._narrator = Narrator(Console().note)
         self._crashes, self._elsewhere = crashes, Crashes(3 * crashes.most)
@@ -153,7 +153,11 @@ class Agent(LocalElasticAgent):
         self._lost_since, self._kernel_kills = None, kernel_kills()
         self._world_size = worker_group.workers[0].world_size
         self._watch.start([w.global_rank for w in worker_group.workers], self._launch.timeout_seconds)
-        return super()._start_workers(worker_group)
+        ranks = {w.local_rank: w.global_rank for w in worker_group.workers}
+        self._logs.begin(worker_group.store, ranks, worker_group.group_rank)
+        ids = super()._start_workers(worker_group)
+        self._logs.started({local: process.pid for local, process in self._processes().items()}, self._world_size)
+        return ids
 
     def _monitor_workers(self, worker_group: Any) -> RunResult:
         """Check the workers; called ten times a second."""
@@ -178,10 +182,14 @@ class Agent(LocalElasticAgent):
             # do not call torch's own check yet: it would end workers by SIGTERM, with 30 s to obey
             return RunResult(state=WorkerState.HEALTHY)
         _kill(running.values())
+        self._logs.ended({local: code for local, code in codes.items() if code is not None}, running)
         result: RunResult = super()._monitor_workers(worker_group)
         if hang is None and not result.is_failed():
             return result
         ranks = {worker_group.workers[local].global_rank: local for local in failed}
+        for rank, failure in result.failures.items():
+            if rank in ranks and failure.exitcode == EXIT_BAD_INPUT:
+                self._logs.report(ranks[rank], failure.message)
         self._judge({r: f for r, f in result.failures.items() if r in ranks}, ranks, hang)
         return RunResult(state=WorkerState.FAILED, failures=result.failures)
 
@@ -214,7 +222,9 @@ class Agent(LocalElasticAgent):
                 self._let_save()
             elif news == "left" and any(process.poll() is None for process in self._processes().values()):
                 say_error(f"a node left or restarted its workers: starting again from {self._last_checkpoint()}")
-            _kill([process for process in self._processes().values() if process.poll() is None])
+            running = {local: process for local, process in self._processes().items() if process.poll() is None}
+            _kill(running.values())
+            self._logs.ended({}, running)
         super()._stop_workers(worker_group)
 
     def _processes(self) -> dict[int, subprocess.Popen[bytes]]:

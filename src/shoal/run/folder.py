@@ -161,6 +161,11 @@ class RunFolder:
         return gone
 
     @property
+    def logs(self) -> Path:
+        """Return the folder with a folder of ranks' logs for each start of the workers, on several nodes and under Slurm."""
+        return self.path / "logs"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
