@@ -35,6 +35,7 @@ MAY_BE_SKIPPED = (
     "only a CPU with AVX2 can play one",
     "needs vectors of two widths",
     "mounting a small disk is not allowed here",  # needs root
+    "sshd is not installed",
     "this system does not bind processes to cores",  # this reason and the next apply to systems other than Linux
     "torch comes with LLVM's OpenMP there",
 )
