@@ -160,9 +160,15 @@ def test_four_hosts_lose_one_in_the_middle_and_get_it_back(site: Site) -> None:
     site.until(lambda: "node3 joined" in site.printed(0))
     step = site.run.last_step()
     site.until(lambda: site.run.last_step() > step + 2)
-    nodes[0].terminate()
+    ask_to_stop(nodes[0])
     assert site.codes(*nodes) == [EXIT_REQUEUE] * 4
     assert site.weights() == site.weights_alone()
+
+
+def ask_to_stop(process: subprocess.Popen[str]) -> None:
+    """Send SIGTERM to a command on a host, which is the child of the process that entered the host."""
+    (inner,) = psutil.Process(process.pid).children()
+    inner.terminate()
 
 
 class Ssh:
@@ -203,10 +209,7 @@ def test_hosts_over_ssh_train_and_save_when_the_launcher_is_asked_to_stop(site: 
     log = site.folder / "launcher.log"
     site.until(lambda: site.run.last_step() >= 3 or launcher.poll() is not None)
     assert launcher.poll() is None, log.read_text()
-    inner = next(
-        p for p in psutil.Process(site.switch.pid).children(recursive=True) if "hosts-file" in " ".join(p.cmdline())
-    )
-    inner.terminate()
+    ask_to_stop(launcher)
     assert launcher.wait(LIMIT_SECONDS) == EXIT_REQUEUE, log.read_text()
     printed = log.read_text()
     assert "node0: step 1/" in printed
