@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from shoal.config.options import Config
-from shoal.elastic import roll_call
 from shoal.elastic.agreement import code_digest, difference, most_common, shared_settings
 from shoal.elastic.roll_call import FRESH_SECONDS, ODD_SECONDS, PATIENCE_SECONDS, RollCall
 from shoal.errors import LaunchError
@@ -36,14 +36,14 @@ class Nodes:
         launchers: int = 0,
         **settings: object,
     ) -> RollCall:
-        self._monkeypatch.setattr(roll_call.socket, "gethostname", lambda: host)
+        self._monkeypatch.setattr(socket, "gethostname", lambda: host)
         self._calls[host] = RollCall(
             self._store, "run", folder, path, SETTINGS | settings, fewest, launchers,
             self._problems_elsewhere(host), lambda: self._now
         )  # fmt: skip
         return self._calls[host]
 
-    def _problems_elsewhere(self, host: str) -> object:
+    def _problems_elsewhere(self, host: str) -> Callable[[], dict[str, str]]:
         return lambda: {name: text for name, text in self.problems.items() if name != host}
 
     def stop(self, host: str) -> None:

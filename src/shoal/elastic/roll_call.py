@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from shoal.elastic.agreement import difference, most_common
 from shoal.elastic.timed_calls import TimedCalls
