@@ -19,7 +19,7 @@ WRONG: Final = {
     TRAIN: "launch.nodes is 1, but this Slurm job has 2 nodes",
     f"srun --ntasks-per-node=1 {TRAIN}": "srun started 2 tasks (SLURM_NTASKS) but MASTER_ADDR is not set, so each would train",
     f"{TRAIN} {SEVERAL}": "this process is the batch script, not a task of srun",
-    f"srun --ntasks-per-node=2 {TRAIN} {SEVERAL}": "srun started 2 tasks on this node",
+    f"srun --ntasks=4 --ntasks-per-node=2 {TRAIN} {SEVERAL}": "srun started 2 tasks on this node",
     f"srun --ntasks-per-node=1 {TRAIN} --launch.nodes=3 --launch.rendezvous=$first:29400": "this Slurm job has 2 nodes",
     f"{TORCHRUN} train recipe.yaml --name run": "torchrun started 1 process on this node alone, but Slurm gave 2 nodes",
     f"MASTER_ADDR=localhost srun --ntasks-per-node=1 {TRAIN}": "MASTER_ADDR localhost is a loopback address on n",
@@ -37,7 +37,7 @@ def test_commands_of_a_job_that_would_start_worlds_of_one_end_with_the_reason(be
     training = Training(bed, bed.shared / tmp_path.name)
     commands = [*WRONG, RIGHT]
     script = SCRIPT + "\n".join(f"attempt {number} '{command}'" for number, command in enumerate(commands)) + "\n"
-    job = training.submit(script, "--nodes=2", "--ntasks-per-node=2", "--time=10")
+    job = training.submit(script, "--nodes=2", "--exclusive", "--time=10")
     training.until_done(job)
     printed = training.printed(job)
     for number, (command, words) in enumerate(WRONG.items()):
