@@ -175,6 +175,7 @@ WITHOUT_TORCH = [
     "run.phases",
     "run.profiles",
     "run.records",
+    "run.starts",
     "run.tail",
     "system.network",
     "system.output",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
+import psutil
 import pytest
 
 import shoal
@@ -158,8 +160,60 @@ def test_four_hosts_lose_one_in_the_middle_and_get_it_back(site: Site) -> None:
     site.until(lambda: "node3 joined" in site.printed(0))
     step = site.run.last_step()
     site.until(lambda: site.run.last_step() > step + 2)
-    nodes[0].terminate()
+    ask_to_stop(nodes[0])
     assert site.codes(*nodes) == [EXIT_REQUEUE] * 4
+    assert site.weights() == site.weights_alone()
+
+
+def ask_to_stop(process: subprocess.Popen[str]) -> None:
+    """Send SIGTERM to a command on a host, which is the child of the process that entered the host."""
+    (inner,) = psutil.Process(process.pid).children()
+    inner.terminate()
+
+
+class Ssh:
+    """A server on each node, and a client's command that reaches them from the switch, with keys of their own."""
+
+    def __init__(self, site: Site) -> None:
+        folder = site.folder / "ssh"
+        folder.mkdir()
+        Path("/run/sshd").mkdir(exist_ok=True)
+        for name in ("host", "user"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+        server = ["Port 22", "UsePAM no", "StrictModes no", "PermitRootLogin yes", f"HostKey {folder}/host",
+                  f"AuthorizedKeysFile {folder}/user.pub", "PidFile none"]  # fmt: skip
+        (folder / "server").write_text("\n".join(server) + "\n", encoding="utf-8")
+        client = ["BatchMode yes", f"IdentityFile {folder}/user", "StrictHostKeyChecking no", "LogLevel ERROR",
+                  f"UserKnownHostsFile {folder}/known", "ConnectTimeout 10"]  # fmt: skip
+        (folder / "client").write_text("\n".join(client) + "\n", encoding="utf-8")
+        for number, node in enumerate(site.nodes):
+            site.start(number, "/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "server"), log=f"sshd{number}.log")
+            site.until(functools.partial(_listens, node))
+        site.switch.know(site.addresses)
+        self.command = f"ssh -T -F {folder}/client"
+
+
+def _listens(node: Host) -> bool:
+    """Return whether the node's ssh server accepts connections."""
+    probe = "import socket; socket.create_connection(('127.0.0.1', 22), 5).close()"
+    return node.attempt(sys.executable, "-c", probe)[0] == 0
+
+
+@pytest.mark.skipif(not Path("/usr/sbin/sshd").exists(), reason="sshd is not installed")
+def test_hosts_over_ssh_train_and_save_when_the_launcher_is_asked_to_stop(site: Site) -> None:
+    ssh = Ssh(site)
+    (site.folder / "hosts").write_text("node0 slots=1\nroot@node1 slots=1\n", encoding="utf-8")
+    command = [*SHOAL, "launch", "hosts", "recipe.yaml", "--hosts-file", "hosts", "--name", "run", "--ssh", ssh.command]
+    words = ["sh", "-c", 'exec "$@" > launcher.log 2>&1', "sh", *command, "--train.steps", "100000"]
+    launcher = site.switch.start(*words, cwd=site.folder)
+    log = site.folder / "launcher.log"
+    site.until(lambda: site.run.last_step() >= 3 or launcher.poll() is not None)
+    assert launcher.poll() is None, log.read_text()
+    ask_to_stop(launcher)
+    assert launcher.wait(LIMIT_SECONDS) == EXIT_REQUEUE, log.read_text()
+    printed = log.read_text()
+    assert "node0: step 1/" in printed
+    assert {"node0: ended with 85", "node1: ended with 85"} <= set(printed.splitlines())
     assert site.weights() == site.weights_alone()
 
 

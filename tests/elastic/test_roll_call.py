@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import socket
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from shoal.config.options import Config
-from shoal.elastic import roll_call
 from shoal.elastic.agreement import code_digest, difference, most_common, shared_settings
 from shoal.elastic.roll_call import FRESH_SECONDS, ODD_SECONDS, PATIENCE_SECONDS, RollCall
 from shoal.errors import LaunchError
@@ -27,15 +27,23 @@ class Nodes:
         self.problems: dict[str, str] = {}
 
     def start(
-        self, host: str, *, folder: str = "id", path: str = "/runs/run", fewest: int = 2, **settings: object
+        self,
+        host: str,
+        *,
+        folder: str = "id",
+        path: str = "/runs/run",
+        fewest: int = 2,
+        launchers: int = 0,
+        **settings: object,
     ) -> RollCall:
-        self._monkeypatch.setattr(roll_call.socket, "gethostname", lambda: host)
+        self._monkeypatch.setattr(socket, "gethostname", lambda: host)
         self._calls[host] = RollCall(
-            self._store, "run", folder, path, SETTINGS | settings, fewest, self._problems_elsewhere(host), lambda: self._now
+            self._store, "run", folder, path, SETTINGS | settings, fewest, launchers,
+            self._problems_elsewhere(host), lambda: self._now
         )  # fmt: skip
         return self._calls[host]
 
-    def _problems_elsewhere(self, host: str) -> object:
+    def _problems_elsewhere(self, host: str) -> Callable[[], dict[str, str]]:
         return lambda: {name: text for name, text in self.problems.items() if name != host}
 
     def stop(self, host: str) -> None:
@@ -152,6 +160,16 @@ def test_an_error_on_another_node_ends_the_wait_for_it(nodes: Nodes) -> None:
     assert nodes.ended == {}
     nodes.wait(3)
     assert nodes.ended == {"a": "1 of at least 2 nodes can start. b: there is no CUDA device"}
+
+
+def test_a_slow_spare_is_waited_for_in_place_of_a_failed_node(nodes: Nodes) -> None:
+    nodes.problems["b"] = "there is no CUDA device"
+    nodes.start("a", launchers=3)
+    nodes.wait(5 * PATIENCE_SECONDS)
+    assert nodes.ended == {}
+    nodes.problems["c"] = "there is none either"
+    nodes.wait(PATIENCE_SECONDS + 3)
+    assert "c: there is none either" in nodes.ended["a"]
 
 
 def test_a_run_that_has_begun_waits_for_another_node(nodes: Nodes) -> None:

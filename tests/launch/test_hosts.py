@@ -15,6 +15,7 @@ from shoal.commands.launch_hosts import _environment
 from shoal.errors import LaunchError, ShoalError
 from shoal.launch.attached import ATTACHED, task
 from shoal.launch.hosts import Host, Hosts, common_slots, read_hosts
+from shoal.run.starts import started_with
 
 LIMIT_SECONDS = 60.0
 
@@ -71,12 +72,13 @@ def test_variables_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     monkeypatch.setenv("UNRELATED", "1")
     monkeypatch.setenv("MINE", "here")
-    found = _environment(["MINE", "OTHER=a=b"])
+    found = _environment(["MINE", "OTHER=a=b"], 3)
     assert (found["NCCL_DEBUG"], found["MINE"], found["OTHER"]) == ("INFO", "here", "a=b")
     assert "UNRELATED" not in found
-    assert found["SHOAL_START"] != _environment([])["SHOAL_START"]
+    assert found["SHOAL_START"] != _environment([], 3)["SHOAL_START"]
+    assert started_with(found) == 3
     with pytest.raises(ShoalError, match="--env NOWHERE: it is not set here"):
-        _environment(["NOWHERE"])
+        _environment(["NOWHERE"], 3)
 
 
 class Attached:

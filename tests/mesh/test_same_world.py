@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -53,7 +54,7 @@ def test_ranks_that_agree_join() -> None:
 def test_ranks_that_disagree_all_end_with_one_reason(
     monkeypatch: pytest.MonkeyPatch, ranks: list[tuple[int, int, Mapping[str, Any]]], words: str
 ) -> None:
-    monkeypatch.setattr(same_world.socket, "gethostname", lambda: "HOST")
+    monkeypatch.setattr(socket, "gethostname", lambda: "HOST")
     found = check(ranks)
     assert words in found[0]
     assert set(found) == {found[0]}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.run.starts import RECENT_SECONDS, Starts, start_id
+from shoal.run.starts import RECENT_SECONDS, Starts, start_id, started_with
 
 
 def test_a_node_that_ended_is_known_to_those_who_started_with_it(tmp_path: Path) -> None:
@@ -90,3 +90,11 @@ def test_a_damaged_file_tells_nothing(tmp_path: Path) -> None:
 )
 def test_a_start_has_one_name_on_all_its_nodes(environment: dict[str, str], expected: str) -> None:
     assert start_id(environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [({}, 0), ({"SLURM_STEP_NUM_TASKS": "3"}, 3), ({"SHOAL_START": "hosts-ab-5"}, 5), ({"SHOAL_START": "mine"}, 0)],
+)
+def test_how_many_launchers_were_started_is_known(environment: dict[str, str], expected: int) -> None:
+    assert started_with(environment) == expected

@@ -60,7 +60,7 @@ def hosts(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     group = Hosts(found, args.ssh, args.python)
     _hand_on_signals(group)
     recipe = [str(args.recipe)] if args.recipe is not None else []
-    group.start(["-m", "shoal", "train", *recipe, *flags], os.getcwd(), _environment(args.env))
+    group.start(["-m", "shoal", "train", *recipe, *flags], os.getcwd(), _environment(args.env, len(found)))
     return group.wait(config.launch.fewest_nodes)
 
 
@@ -105,8 +105,8 @@ def _meeting_place(first: Host, file: Path) -> str:
     return f"[{first.name}]:{PORT}" if ":" in first.name else f"{first.name}:{PORT}"
 
 
-def _environment(asked: list[str]) -> dict[str, str]:
-    """Return the environment variables to set on the hosts. Raises `ShoalError` for one that is not set here."""
+def _environment(asked: list[str], count: int) -> dict[str, str]:
+    """Return the environment variables to set on the `count` hosts. Raises `ShoalError` for one that is not set here."""
     from shoal.run.starts import START
 
     found = {name: value for name, value in os.environ.items() if name.startswith(_HANDED_ON)}
@@ -115,7 +115,7 @@ def _environment(asked: list[str]) -> dict[str, str]:
         if not has_value and name not in os.environ:
             raise ShoalError(f"--env {name}: it is not set here; write --env {name}=VALUE")
         found[name] = value if has_value else os.environ[name]
-    return found | {START: f"hosts-{uuid.uuid4().hex}"}
+    return found | {START: f"hosts-{uuid.uuid4().hex}-{count}"}
 
 
 def _hand_on_signals(group: Any) -> None:

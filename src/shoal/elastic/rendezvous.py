@@ -33,13 +33,13 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     RendezvousTimeout,
 )
 
-from shoal.config.options import Config
+from shoal.config.options import Config, Launch
 from shoal.elastic.agreement import shared_settings
 from shoal.elastic.roll_call import RollCall
 from shoal.elastic.timed_calls import CALL_SECONDS, TimedCalls
 from shoal.errors import LaunchError
 from shoal.run.folder import RunFolder
-from shoal.run.starts import Starts
+from shoal.run.starts import Starts, started_with
 from shoal.system.network import address_of, is_here, is_loopback, listen, read_address
 
 LOOPBACK: Final = "127.0.0.1"
@@ -51,7 +51,7 @@ SIGNS_MISSED: Final = 5
 UNUSED_SECONDS: Final = 10.0  # a store without connections for this long ends
 FIRST_SECONDS: Final = 60.0  # but the first connection may take this long
 
-ALONE_SECONDS: Final = 10.0  # to wait for a store that other nodes have reached
+ALONE_SECONDS: Final = 10.0  # to wait for a store that other nodes have reached, and for its host's name to be known
 
 CLOCK_SECONDS: Final = 5.0  # to wait until a new store has set `CLOCK`
 CLOCK: Final = "shoal/clock"  # key of the time of day on the store's node
@@ -205,7 +205,7 @@ class Meeting:
         found = read_address(launch.rendezvous)
         assert found, "resolve/checks.py rejects other addresses"
         host, port = found
-        _await_store(host, port, launch.timeout_seconds, tell, None if has_met else starts)
+        _await_store(host, port, config, tell, None if has_met else starts)
         family, place = address_of(
             host, port, option="launch.rendezvous", from_afar=is_here(host, option="launch.rendezvous")
         )
@@ -223,12 +223,13 @@ class Meeting:
         if starts is not None and not has_met:
             _compare_stores(store, f"{place[0]}:{port}", launch.rendezvous, starts)
         meeting = cls(store, config, folder, address)
-        meeting.roll = RollCall(
-            TCPStore(place[0], port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS)),  # it may wait apart
-            str(launch.name), folder, str(RunFolder.of(config).path.resolve()), shared_settings(config), launch.fewest_nodes,
-            starts.problems if starts is not None else dict,
-        )  # fmt: skip
-        meeting.roll.has_met = has_met
+        # a connection of its own: while one thread waits for an answer, its connection serves no other
+        if (own := TimedCalls().call(lambda: _connect(place[0], port), None, STORE_SECONDS / 3)) is not None:
+            meeting.roll = RollCall(
+                own, str(launch.name), folder, str(RunFolder.of(config).path.resolve()), shared_settings(config),
+                launch.fewest_nodes, max(launch.nodes, started_with()), starts.problems if starts is not None else dict,
+            )  # fmt: skip
+            meeting.roll.has_met = has_met
         return meeting
 
     def end(self, code: int, why: str) -> None:
@@ -302,32 +303,55 @@ def _connect(address: str, port: int) -> TCPStore | None:
     return store
 
 
-def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], None], starts: Starts | None) -> None:
+def _await_store(host: str, port: int, config: Config, tell: Callable[[str], None], starts: Starts | None) -> None:
     """
     Wait until the store answers; start it if `host` is this node.
 
-    Raises `LaunchError` after `seconds`, or after `ALONE_SECONDS` if launchers on other nodes have reached it, by `starts`.
+    Raises `LaunchError` after `launch.timeout_seconds`, or after `ALONE_SECONDS` if waiting is in vain, by `starts`.
     """
     begun, told, started = time.monotonic(), False, False
     while not _answers(host, port):
-        if not started and is_here(host, option="launch.rendezvous"):
+        waited = time.monotonic() - begun
+        if not started and _is_here_by_now(host, waited):
             _start_store(host, port)
             started = True
-        waited = time.monotonic() - begun
         if waited > 3 and not told:
             tell(f"waiting for the rendezvous at {host}:{port}")
             told = True
-        if waited > ALONE_SECONDS and starts is not None and (others := starts.reached()):
-            raise LaunchError(
-                f"launch.rendezvous {host}:{port} does not answer on this node, although {', '.join(others)} reached it; check "
-                "the firewall and the route from this node to it"
-            )
-        if waited > seconds:
+        if waited > ALONE_SECONDS and starts is not None:
+            _check_hope(f"{host}:{port}", config.launch, starts)
+        if waited > config.launch.timeout_seconds:
             raise LaunchError(
                 f"launch.rendezvous {host}:{port} did not answer within {waited:.0f} s; start the run on that node too, or run "
                 f"shoal rendezvous {host}:{port} there"
             )
         time.sleep(0.2)
+
+
+def _is_here_by_now(host: str, waited: float) -> bool:
+    """Return `is_here`; False for a name that is still unknown, as that of a new container may be in the first seconds."""
+    try:
+        return is_here(host, option="launch.rendezvous")
+    except LaunchError:
+        if waited > ALONE_SECONDS:
+            raise
+        return False
+
+
+def _check_hope(address: str, launch: Launch, starts: Starts) -> None:
+    """Raise `LaunchError` if other nodes have reached the store at `address`, or if too few nodes are left that can."""
+    if others := starts.reached():
+        raise LaunchError(
+            f"launch.rendezvous {address} does not answer on this node, although {', '.join(others)} reached it; check the firewall "
+            "and the route from this node to it"
+        )
+    found, started = starts.problems(), max(launch.nodes, started_with())
+    if started - len(found) < launch.fewest_nodes:
+        why = "; ".join(f"{host}: {text}" for host, text in sorted(found.items()))
+        raise LaunchError(
+            f"launch.rendezvous {address} does not answer, and {started - len(found)} of at least {launch.fewest_nodes} nodes can "
+            f"start. {why}"
+        )
 
 
 def _compare_clocks(store: TCPStore, host: str) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from shoal.elastic.agreement import difference, most_common
 from shoal.elastic.timed_calls import TimedCalls
@@ -63,17 +63,18 @@ class RollCall:
 
     def __init__(
         self, store: Store, name: str, folder: str, path: str, settings: Mapping[str, object], fewest: int,
-        problems: Callable[[], Mapping[str, str]] = dict, clock: Callable[[], float] = time.monotonic,
+        launchers: int = 0, problems: Callable[[], Mapping[str, str]] = dict, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         """
         Begin; the first `look` posts this launcher.
 
         store: a connection for the roll call alone. name: of the run. folder: the id of the run's folder. path: of the folder.
-        settings: what must match on all nodes. fewest: the minimum number of nodes. problems: returns the errors with which
-        other nodes' launchers ended, by host.
+        settings: what must match on all nodes. fewest: the minimum number of nodes. launchers: how many were started, spares
+        included, if that is known. problems: returns the errors with which other nodes' launchers ended, by host.
         """
         self.has_met = False
         self._store, self._fewest, self._problems, self._clock = store, fewest, problems, clock
+        self._launchers = max(launchers, fewest)
         digest = hashlib.sha256(f"{_user()}/{name}".encode()).hexdigest()
         self._base = f"shoal/present/{digest[:16]}"
         self._me = _Present(socket.gethostname(), folder, path, json.loads(json.dumps(settings)))
@@ -183,11 +184,11 @@ class RollCall:
             )
 
     def _check_number(self, fresh: Mapping[int, _Present], now: float) -> None:
-        """Raise `LaunchError` if nodes that cannot join were missing for `PATIENCE_SECONDS`, and no other came instead."""
+        """Raise `LaunchError` if too few nodes were left for `PATIENCE_SECONDS`, because the others cannot join."""
         me = self._me
         found = {**self._problems(), **self._differing}
         there = 1 + sum(o.folder == me.folder and o.settings == me.settings for o in fresh.values())
-        if self.has_met or not found or there >= self._fewest:
+        if self.has_met or there >= self._fewest or self._launchers - len(found) >= self._fewest:
             self._short_since = None
             return
         self._short_since = self._short_since or now

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 from shoal.errors import LaunchError
 from shoal.mesh.place import Place

@@ -78,7 +78,7 @@ def why_not_alone(nodes: int, fewest: int) -> str | None:
     if (here := tasks_here()) > 1:
         return (
             f"srun started {here} tasks on this node, but with launch.nodes each node needs one launcher, which starts "
-            "launch.processes processes; pass --ntasks-per-node 1 to srun"
+            f"launch.processes processes; pass --ntasks {nodes_of_step()} --ntasks-per-node 1 to srun"
         )
     tasks = int(os.environ["SLURM_NTASKS"])
     if 1 < tasks < fewest:

@@ -20,7 +20,8 @@ from shoal.system.output import on_one_line
 
 RECENT_SECONDS: Final = 20.0  # launchers of one start begin within this time of each other
 MEETING_SECONDS: Final = 60.0  # and reach the rendezvous within this time of each other
-START: Final = "SHOAL_START"  # the same on all nodes that one command starts; set by `shoal launch hosts`
+# The same on all nodes that one command starts, with the number of nodes at its end; set by `shoal launch hosts`.
+START: Final = "SHOAL_START"
 
 
 def start_id(environment: Mapping[str, str] = os.environ) -> str:
@@ -30,6 +31,12 @@ def start_id(environment: Mapping[str, str] = os.environ) -> str:
     if "SLURM_JOB_ID" in environment:
         return f"slurm-{environment['SLURM_JOB_ID']}-{environment.get('SLURM_RESTART_COUNT', '0')}"
     return ""
+
+
+def started_with(environment: Mapping[str, str] = os.environ) -> int:
+    """Return how many launchers were started together, spares included; 0 if that is unknown."""
+    text = environment.get(START, "").rpartition("-")[2] or environment.get("SLURM_STEP_NUM_TASKS", "")
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 class Starts:
