@@ -119,6 +119,7 @@ class Bed:
             self.hosts[name] = Host(name, self.folder, switch, 11 + number)
         for name in self.hosts:
             self.tell_names(name)
+            self.hosts[name].variables["SLURM_CONF"] = str(self.folder / "slurm.conf")
         self._configure()
         self.start_controller()
         for name in NODES:
@@ -163,16 +164,13 @@ class Bed:
 
     # ---- the login node ----
 
-    def run(self, *command: str, cwd: Path | None = None, **variables: str) -> str:
+    def run(self, *command: str, cwd: Path | None = None) -> str:
         """Run a command on the login node, in the shared folder; return its output. Raises AssertionError if it fails."""
-        return self.hosts[HEAD].run(*command, cwd=cwd or self.shared, **self.variables(variables))
+        return self.hosts[HEAD].run(*command, cwd=cwd or self.shared)
 
-    def attempt(self, *command: str, cwd: Path | None = None, **variables: str) -> tuple[int, str]:
+    def attempt(self, *command: str, cwd: Path | None = None) -> tuple[int, str]:
         """Run a command on the login node; return (exit code, output)."""
-        return self.hosts[HEAD].attempt(*command, cwd=cwd or self.shared, **self.variables(variables))
-
-    def variables(self, more: dict[str, str]) -> dict[str, str]:
-        return {"SLURM_CONF": str(self.folder / "slurm.conf"), **more}
+        return self.hosts[HEAD].attempt(*command, cwd=cwd or self.shared)
 
     def submit(self, script: str, *options: str, cwd: Path | None = None) -> str:
         """Submit a batch script, given as its text or its path; return the job's number."""
@@ -193,7 +191,7 @@ class Bed:
     def node_states(self) -> dict[str, str]:
         """Return the state of each node as sinfo has it: "idle", "alloc", "drain", "down*", ..."""
         lines = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %t").split("\n")
-        return dict(line.split() for line in lines if line)  # type: ignore[misc]
+        return dict(line.split() for line in lines if line)
 
     def start_now(self, job: str) -> None:
         """Lift the delay before a requeued job starts."""
@@ -236,7 +234,7 @@ class Bed:
 
     def start_slurmd(self, node: str) -> None:
         (self.folder / node / "spool").mkdir(exist_ok=True)
-        self.hosts[node].run("slurmd", "-N", node, **self.variables({}))
+        self.hosts[node].run("slurmd", "-N", node)
 
     def kill_slurmd(self, node: str) -> None:
         """Kill a node's slurmd; the steps of its jobs run on."""

@@ -45,6 +45,7 @@ class Host:
     def __init__(self, name: str, folder: Path, switch: Switch | None, number: int) -> None:
         """Start the host. number: the last part of its address, 1 to 254."""
         self.name, self.folder, self.address = name, folder / name, f"{NETWORK}{number}"
+        self.variables: dict[str, str] = {}  # of the environment of its commands
         self._switch = switch
         self.folder.mkdir(exist_ok=True)
         (self.folder / "nsswitch.conf").write_text(_SWITCH_FILES, encoding="utf-8")
@@ -102,7 +103,7 @@ class Host:
         """Start a command on the host; its output and errors come in one pipe."""
         return subprocess.Popen(
             ["nsenter", "--target", str(self.pid), *SPACES, f"--wdns={cwd or self.folder}", "--", *command],
-            env=environment() | variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environment() | self.variables | variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True,
         )  # fmt: skip
 

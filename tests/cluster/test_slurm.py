@@ -119,7 +119,7 @@ def test_a_user_stops_a_run_and_lets_it_go_on(training: Training, undisturbed: U
 def test_what_slurm_rejects_is_one_clear_message(training: Training) -> None:
     for options, words in (
         (["--partition=nowhere"], "invalid partition"),
-        (["--nodes=9"], "Node count"),
+        (["--nodes=5"], "node"),
         (["--partition=short", "--time=30"], "time limit"),
     ):
         nodes = [] if any("nodes" in option for option in options) else ["--nodes=2"]
