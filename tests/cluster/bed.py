@@ -55,6 +55,7 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 ReturnToService=2
 JobRequeue=1
+EnforcePartLimits=ALL
 KillWait=10
 SlurmdTimeout={node_seconds}
 SlurmctldTimeout=10
