@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Self
 
-from tests.cluster.host import PATIENCE_SECONDS, Host, Switch, environment
+from tests.cluster.host import LOCAL, PATIENCE_SECONDS, SPACES, Host, Switch, environment
 
 NODES: Final = ("n1", "n2", "n3", "n4")
 HEAD: Final = "head"  # the controller's host, which also serves as the login node
@@ -55,6 +55,7 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 ReturnToService=2
 JobRequeue=1
+EnforcePartLimits=ALL
 KillWait=10
 SlurmdTimeout={node_seconds}
 SlurmctldTimeout=10
@@ -81,30 +82,17 @@ def lacking() -> str:
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
         return f"a real Slurm needs {', '.join(missing)}: run scripts/install_slurm.sh"
-    tried = [
-        "unshare",
-        "--net",
-        "--uts",
-        "--mount",
-        "--pid",
-        "--ipc",
-        "--fork",
-        "mount",
-        "-t",
-        "tmpfs",
-        "tmpfs",
-        "/mnt",
-    ]
+    tried = ["unshare", *SPACES, "--fork", "mount", "-t", "tmpfs", "tmpfs", LOCAL]
     if os.geteuid() != 0 or subprocess.run(tried, check=False, capture_output=True).returncode:
         return "a real Slurm needs root and Linux namespaces"
     return ""
 
 
 class Bed:
-    """The cluster. `shared` is the disk that all hosts share; what only one host has is under its `local` folder."""
+    """The cluster. `shared` is the disk that all hosts share; each has a small disk of its own at `host.LOCAL`."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: a new, empty folder with a short path, since it holds a socket."""
+        """Prepare a bed in `folder`, which is empty and has a short path, since it holds a socket."""
         self.folder, self.shared = folder, folder / "shared"
         self.hosts: dict[str, Host] = {}
         self._munged: subprocess.Popen[bytes] | None = None
@@ -132,6 +120,7 @@ class Bed:
             self.hosts[name] = Host(name, self.folder, switch, 11 + number)
         for name in self.hosts:
             self.tell_names(name)
+            self.hosts[name].variables["SLURM_CONF"] = str(self.folder / "slurm.conf")
         self._configure()
         self.start_controller()
         for name in NODES:
@@ -176,16 +165,13 @@ class Bed:
 
     # ---- the login node ----
 
-    def run(self, *command: str, cwd: Path | None = None, **variables: str) -> str:
+    def run(self, *command: str, cwd: Path | None = None) -> str:
         """Run a command on the login node, in the shared folder; return its output. Raises AssertionError if it fails."""
-        return self.hosts[HEAD].run(*command, cwd=cwd or self.shared, **self.variables(variables))
+        return self.hosts[HEAD].run(*command, cwd=cwd or self.shared)
 
-    def attempt(self, *command: str, cwd: Path | None = None, **variables: str) -> tuple[int, str]:
+    def attempt(self, *command: str, cwd: Path | None = None) -> tuple[int, str]:
         """Run a command on the login node; return (exit code, output)."""
-        return self.hosts[HEAD].attempt(*command, cwd=cwd or self.shared, **self.variables(variables))
-
-    def variables(self, more: dict[str, str]) -> dict[str, str]:
-        return {"SLURM_CONF": str(self.folder / "slurm.conf"), **more}
+        return self.hosts[HEAD].attempt(*command, cwd=cwd or self.shared)
 
     def submit(self, script: str, *options: str, cwd: Path | None = None) -> str:
         """Submit a batch script, given as its text or its path; return the job's number."""
@@ -206,7 +192,7 @@ class Bed:
     def node_states(self) -> dict[str, str]:
         """Return the state of each node as sinfo has it: "idle", "alloc", "drain", "down*", ..."""
         lines = self.run("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %t").split("\n")
-        return dict(line.split() for line in lines if line)  # type: ignore[misc]
+        return dict(line.split() for line in lines if line)
 
     def start_now(self, job: str) -> None:
         """Lift the delay before a requeued job starts."""
@@ -249,7 +235,7 @@ class Bed:
 
     def start_slurmd(self, node: str) -> None:
         (self.folder / node / "spool").mkdir(exist_ok=True)
-        self.hosts[node].run("slurmd", "-N", node, **self.variables({}))
+        self.hosts[node].run("slurmd", "-N", node)
 
     def kill_slurmd(self, node: str) -> None:
         """Kill a node's slurmd; the steps of its jobs run on."""
