@@ -127,7 +127,7 @@ def compare_clocks(nodes: Sequence[Node], report: Report) -> None:
         tries = []
         for _ in range(CLOCK_TRIES):
             before = time.time()
-            node.request("time")
+            node.request("time", {})
             answer = node.answer(time.monotonic() + CONNECT_SECONDS)
             after = time.time()
             if not isinstance(answer, Silence):

@@ -79,13 +79,13 @@ class Node:
         for thread in self._threads:
             thread.start()
 
-    def request(self, do: str, **arguments: Any) -> None:
+    def request(self, do: str, arguments: Mapping[str, Any]) -> None:
         """Send a request; `answer` returns the result."""
         self._number += 1
         if self._process is None or self._process.stdin is None:
             return
         try:
-            self._process.stdin.write(json.dumps({"id": self._number, "do": do, "with": arguments}) + "\n")
+            self._process.stdin.write(json.dumps({"id": self._number, "do": do, "with": dict(arguments)}) + "\n")
             self._process.stdin.flush()
         except OSError:  # it has ended; `answer` says why
             pass
@@ -154,5 +154,5 @@ def ask_each(requests: Mapping[Node, Mapping[str, Any]], do: str, seconds: float
     """Send to each node a request with arguments of its own; see `ask_all`."""
     end = time.monotonic() + seconds
     for node, arguments in requests.items():
-        node.request(do, **arguments)
+        node.request(do, arguments)
     return {node.name: node.answer(end) for node in requests}
