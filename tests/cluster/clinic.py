@@ -53,7 +53,12 @@ class Clinic:
         self.close()
 
     def examine(
-        self, *, quick: bool = True, shared: Path | None = None, wanted: Wanted | None = None, names: tuple[str, ...] = NAMES
+        self,
+        *,
+        quick: bool = True,
+        shared: Path | None = None,
+        wanted: Wanted | None = None,
+        names: tuple[str, ...] = NAMES,
     ) -> Report:
         """Examine the hosts as `shoal doctor --hosts d1,d2,d3,d4 --ssh "reach {host}"` does."""
         commands = {name: by_ssh(name, f"{self.reach} {{host}}") for name in names}

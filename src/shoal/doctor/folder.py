@@ -153,7 +153,7 @@ def quota_of(folder: Path) -> str:
     text, why = run_quietly(["quota", "-w", "-p"], 5.0)
     if why and not text:
         return ""  # there are no quotas, or none that this command knows
-    disk = _disk_of(folder)
+    disk = disk_of(folder)
     for line in text.splitlines():
         words = line.split()
         if len(words) != 9 or words[0] != disk:
@@ -166,7 +166,7 @@ def quota_of(folder: Path) -> str:
     return ""
 
 
-def _disk_of(folder: Path) -> str:
+def disk_of(folder: Path) -> str:
     """Return the device or server of the disk that holds `folder`, as mounted."""
     best, disk = -1, ""
     with contextlib.suppress(OSError):

@@ -66,9 +66,10 @@ def _ports(facts: Mapping[str, Facts], seen: Seen) -> Iterator[Finding]:
     """Yield blocked ports and lost packets, for each set of pairs that fail alike."""
     nodes = list(facts)
     failed = {
-        (a, b): {port: why for port, why in what["problems"].items() if why and why != ANOTHER}
+        (a, b): {port: why for port, why in what["problems"].items() if why}
         for a, targets in seen.items()
         for b, what in targets.items()
+        if ANOTHER not in what["problems"].values()
     }
     lost = {pair for pair, ports in failed.items() if LARGE in ports.values()}
     blocked = {pair for pair, ports in failed.items() if any(why != LARGE for why in ports.values())}
