@@ -28,8 +28,8 @@ class Clinic:
     """Four hosts on one switch. `shared` is a folder that all see; each has /dev/shm and /mnt of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.shared = folder, folder / "shared"
-        self.shared.mkdir()
+        self.folder, self.shared = folder, folder / "disk" / "shared"
+        self.shared.mkdir(parents=True)
         self.switch = Switch("switch", folder)
         self.hosts = {name: Host(name, folder, self.switch, 11 + i) for i, name in enumerate(NAMES)}
         for host in self.hosts.values():

@@ -31,12 +31,15 @@ Fault = Callable[[Clinic], AbstractContextManager[None]]
 
 @pytest.fixture(scope="module")
 def clinic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clinic]:
-    try:
-        clinic = Clinic(tmp_path_factory.mktemp("clinic"))
-    except (RuntimeError, AssertionError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"hosts in namespaces are not allowed here: {error}")
-    with clinic:
-        yield clinic
+    """Four hosts, which also share two small disks: `full` and `crowded`."""
+    folder = tmp_path_factory.mktemp("clinic")
+    with small_disk(folder / "full", "1m"), small_disk(folder / "crowded", "2g,nr_inodes=60"):
+        try:
+            clinic = Clinic(folder)
+        except (RuntimeError, AssertionError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"hosts in namespaces are not allowed here: {error}")
+        with clinic:
+            yield clinic
 
 
 def listening(clinic: Clinic, name: str, port: int) -> AbstractContextManager[None]:
@@ -111,9 +114,9 @@ def unknown_to_all(clinic: Clinic) -> AbstractContextManager[None]:
 
 
 def other_user(clinic: Clinic) -> AbstractContextManager[None]:
-    """Let d2's probe run with another number of the user, who may still write to the shared folder."""
-    clinic.shared.chmod(0o777)
-    return clinic.program("d2", "env", '#!/bin/sh\nexec setpriv --reuid 4242 --clear-groups /usr/bin/env "$@"\n')
+    """Let d2's probe see another number as its user's; what it may read and write remains."""
+    line = '#!/bin/sh\nexec unshare --user --map-user=4242 /usr/bin/env "$@"\n'
+    return clinic.program("d2", "env", line)
 
 
 FAULTS: dict[str, tuple[Fault, set[tuple[str, tuple[str, ...]]]]] = {
@@ -125,7 +128,7 @@ FAULTS: dict[str, tuple[Fault, set[tuple[str, tuple[str, ...]]]]] = {
     "no such interface": (lambda c: c.profile("d3", "export GLOO_SOCKET_IFNAME=eth7"), {("interface", ("d3",))}),
     "interface is down": (
         lambda c: ExitStackOf(
-            c.done("d1", "ip link add ib0 type dummy", "ip link del ib0"),
+            c.done("d1", "ip link add ib0 type veth peer name ib1", "ip link del ib0"),
             c.profile("d1", "export NCCL_SOCKET_IFNAME=ib"),
         ),
         {("interface", ("d1",))},
@@ -144,7 +147,7 @@ FAULTS: dict[str, tuple[Fault, set[tuple[str, tuple[str, ...]]]]] = {
     "another user": (other_user, {("user", ("d2",))}),
     "memory of the cgroup": (lambda c: memory_limit(c, "d1", 1 << 30), {("memory", ("d1",))}),
     "few open files": (lambda c: c.profile("d2", "ulimit -n 256"), {("open-files", ("d2",))}),
-    "few processes": (lambda c: c.profile("d2", "ulimit -u 100"), {("processes", ("d2",))}),
+    "few processes": (lambda c: c.profile("d2", "prlimit --pid $$ --nproc=100"), {("processes", ("d2",))}),
     "small /dev/shm": (lambda c: c.mounted("d2", "/dev/shm", "-o", "size=16m"), {("shm", ("d2",))}),
     "read-only /dev/shm": (lambda c: c.mounted("d4", "/dev/shm", "-o", "ro"), {("shm", ("d4",))}),
     "full TMPDIR": (lambda c: c.profile("d3", "export TMPDIR=/mnt"), {("tmp", ("d3",))}),
@@ -187,3 +190,119 @@ def test_a_fault_is_named(clinic: Clinic, name: str) -> None:
     plant, expected = FAULTS[name]
     with plant(clinic):
         assert found_in(clinic) == expected
+
+
+@needs_nft
+@pytest.mark.parametrize(
+    ("host", "rule", "expected"),
+    [
+        ("d3", "tcp dport 29400 drop", ("port-blocked", ("d3",))),
+        ("d2", "tcp dport 30000-65535 reject", ("port-blocked", ("d2",))),
+        ("d1", "ip saddr 10.66.0.13 tcp dport 29500 drop", ("port-blocked", ("d1", "d3"))),
+        ("d4", "ip length > 1000 drop", ("large-packets", ("d4",))),
+    ],
+)
+def test_a_firewall_is_found(clinic: Clinic, host: str, rule: str, expected: tuple[str, tuple[str, ...]]) -> None:
+    with firewall(clinic, host, rule):
+        assert found_in(clinic) == {expected}
+
+
+@pytest.mark.skipif(not FAKETIME.exists(), reason="false clocks need the package libfaketime")
+@pytest.mark.parametrize(
+    ("names", "expected"), [(NAMES, {("clock", ("d3",))}), (("d1", "d3"), {("clock", ("d1", "d3"))})]
+)
+def test_a_clock_an_hour_ahead(
+    clinic: Clinic, names: tuple[str, ...], expected: set[tuple[str, tuple[str, ...]]]
+) -> None:
+    with clinic.profile("d3", f"export LD_PRELOAD={FAKETIME} FAKETIME=+1h FAKETIME_DONT_FAKE_MONOTONIC=1"):
+        assert found_in(clinic, names=names) == expected
+
+
+def test_fewer_cores(clinic: Clinic) -> None:
+    if count_cores() < 2:
+        pytest.skip("one core cannot become fewer")
+    with clinic.profile("d2", "taskset --pid --cpu-list 0 $$ >&2"):
+        assert found_in(clinic) == {("cores", ("d2",))}
+        assert found_in(clinic, names=("d2",), wanted=Wanted(cores=2)) == {("cores", ("d2",))}
+
+
+def test_a_host_that_does_not_exist_and_one_named_twice(clinic: Clinic) -> None:
+    twin = clinic.folder / "twin"
+    twin.mkdir()
+    (twin / "pid").write_text(str(clinic.hosts["d1"].pid))
+    (twin / "profile").write_text("")
+    found = found_in(clinic, names=("d1", "d2", "d9", "twin"))
+    assert found == {("unreachable", ("d9",)), ("same-machine", ("twin",))}
+
+
+@pytest.mark.ci
+def test_a_host_that_does_not_answer(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.doctor.examine.START_SECONDS", 10.0)
+    with clinic.profile("d4", "cat >&2"):
+        assert found_in(clinic) == {("unreachable", ("d4",))}
+
+
+@pytest.mark.parametrize(("disk", "fill", "fault"), [("full", "head -c 2m /dev/zero >fill", "disk-full"),
+                                                     ("crowded", "seq 100 | xargs touch", "inodes")])  # fmt: skip
+def test_a_full_disk_is_a_fault_of_all(clinic: Clinic, disk: str, fill: str, fault: str) -> None:
+    folder = clinic.folder / disk
+    subprocess.run(["sh", "-c", fill], cwd=folder, stderr=subprocess.DEVNULL, check=False)
+    report = clinic.examine(shared=folder)
+    print("\n".join(report.lines()))
+    assert {(f.fault, f.nodes) for f in report.faults} == {(fault, ())}
+    assert report.concerns_all()
+
+
+def test_a_disk_that_becomes_full_while_written(clinic: Clinic) -> None:
+    for file in (clinic.folder / "full").iterdir():
+        file.unlink()
+    assert ("disk-full", ()) in found_in(clinic, shared=clinic.folder / "full")
+
+
+@contextlib.contextmanager
+def recorded(clinic: Clinic, name: str, output: str, *, log: str = "", ends: str = "exit 0") -> Iterator[None]:
+    """Give all hosts two healthy GPUs, as far as nvidia-smi tells, and let it print `output` on one. log: of its kernel."""
+    with ExitStack() as stack:
+        for host in NAMES:
+            folder = clinic.hosts[host].folder
+            (folder / "smi.xml").write_text(output if host == name else smi())
+            (folder / "kernel.log").write_text(log if host == name else "")
+            clinic.script(folder / "bin" / "dmesg", f"#!/bin/sh\ncat {folder}/kernel.log\n")
+            ending = ends if host == name else "exit 0"
+            stack.enter_context(clinic.program(host, "nvidia-smi", f"#!/bin/sh\ncat {folder}/smi.xml\n{ending}\n"))
+        yield
+        for host in NAMES:
+            (clinic.hosts[host].folder / "bin" / "dmesg").unlink()
+
+
+@pytest.mark.parametrize(
+    ("output", "fault"),
+    [
+        (smi(count=1), "gpu-count"),
+        (smi(driver="535.104.05"), "gpu-driver-version"),
+        (smi(changed={"name": "NVIDIA A100-SXM4-80GB", "watts": "400.00"}), "gpu-model"),
+        (smi(changed={"uncorrectable": "2"}), "gpu-ecc"),
+        (smi(changed={"remapped": "Yes"}), "gpu-ecc"),
+        (smi(changed={"hw_slowdown": "Active", "hw_thermal": "Active"}), "gpu-throttled"),
+        (smi(changed={"processes": process(4242, "/usr/bin/python3"), "used": "61441"}), "gpu-busy"),
+        (smi(changed={"used": "70000"}), "gpu-busy"),
+    ],
+)
+def test_a_gpu_is_ill(clinic: Clinic, output: str, fault: str) -> None:
+    with recorded(clinic, "d3", output):
+        assert found_in(clinic) == {(fault, ("d3",))}
+
+
+def test_the_driver_fails_or_reports_an_error(clinic: Clinic) -> None:
+    with recorded(clinic, "d2", NO_DRIVER, ends="exit 9"):
+        assert ("gpu-driver", ("d2",)) in found_in(clinic)
+    with recorded(clinic, "d2", smi(), log=f"{XID_31}\n{XID_79}\n"):
+        assert found_in(clinic) == {("gpu-xid", ("d2",))}
+    with recorded(clinic, "d2", smi(), log=f"{XID_31}\n"):
+        assert found_in(clinic) == set()
+
+
+def test_gpus_that_were_asked_for(clinic: Clinic) -> None:
+    assert found_in(clinic, names=("d1",), wanted=Wanted(gpus=8)) == {("gpu-count", ("d1",))}
+    with recorded(clinic, "d1", smi()):
+        assert found_in(clinic, wanted=Wanted(gpus=2)) == set()
