@@ -15,8 +15,12 @@ import pytest
 
 import shoal
 from shoal.doctor.folder import disk_of
-from tests.cluster.clinic import Clinic
+from shoal.doctor.judge_node import Wanted
+from shoal.system.cpu import count_cores
+from tests.cluster.clinic import NAMES, Clinic
 from tests.cluster.cures import memory_limit
+from tests.disks import small_disk
+from tests.doctor.recorded import NO_DRIVER, XID_31, XID_79, process, smi
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or os.geteuid() != 0 or shutil.which("nsenter") is None,
