@@ -18,7 +18,7 @@ from shoal.doctor.folder import disk_of
 from shoal.doctor.judge_node import Wanted
 from shoal.system.cpu import count_cores
 from tests.cluster.clinic import NAMES, Clinic
-from tests.cluster.cures import memory_limit
+from tests.cluster.cures import cpu_share, memory_limit
 from tests.disks import small_disk
 from tests.doctor.recorded import NO_DRIVER, XID_31, XID_79, process, smi
 
@@ -310,3 +310,52 @@ def test_gpus_that_were_asked_for(clinic: Clinic) -> None:
     assert found_in(clinic, names=("d1",), wanted=Wanted(gpus=8)) == {("gpu-count", ("d1",))}
     with recorded(clinic, "d1", smi()):
         assert found_in(clinic, wanted=Wanted(gpus=2)) == set()
+
+
+@contextlib.contextmanager
+def slow_cable(clinic: Clinic, one: str, other: str) -> Iterator[None]:
+    """Join two hosts by a second cable of 50 Mbit/s, through which they reach each other."""
+    a, b = clinic.hosts[one], clinic.hosts[other]
+    # Only the network of one host is entered: in its pid namespace, the number of the other's process means nothing
+    link = ["nsenter", "--target", str(a.pid), "--net", "--", "ip", "link", "add", "slow0"]
+    subprocess.run([*link, *f"type veth peer name slow0 netns {b.pid}".split()], check=True)
+    try:
+        for host, peer in ((a, b), (b, a)):
+            host.run("ip", "link", "set", "slow0", "up")
+            host.run("sh", "-c", "tc qdisc add dev slow0 root tbf rate 50mbit burst 64kb latency 100ms")
+            host.run("ip", "route", "add", f"{peer.address}/32", "dev", "slow0", "src", host.address)
+        yield
+    finally:
+        a.run("ip", "link", "del", "slow0")
+
+
+@pytest.mark.ci
+def test_healthy_with_torch(clinic: Clinic) -> None:
+    report = clinic.examine(quick=False)
+    print("\n".join(report.lines()))
+    assert report.faults == []
+    assert [name for name in report.figures if name.startswith("matrix product")] == [
+        f"matrix product on {n}" for n in NAMES
+    ]
+    assert "all-reduce in pairs" in report.figures
+
+
+@pytest.mark.ci
+def test_a_slow_host(clinic: Clinic) -> None:
+    with cpu_share(clinic, "d3", 0.15):
+        # what is left of one core counts as one core
+        assert found_in(clinic, quick=False) == {("slow-node", ("d3",)), ("cores", ("d3",))}
+
+
+@pytest.mark.ci
+def test_a_slow_cable_between_two_hosts(clinic: Clinic) -> None:
+    with slow_cable(clinic, "d2", "d4"):
+        assert found_in(clinic, quick=False) == {("slow-pair", ("d2", "d4"))}
+
+
+@pytest.mark.ci
+def test_an_all_reduce_that_fails_and_gpus_that_torch_lacks(clinic: Clinic) -> None:
+    with clinic.profile("d2", "export GLOO_SOCKET_IFNAME=lo"):
+        assert found_in(clinic, quick=False) == {("pair-fails", ("d2",))}
+    with recorded(clinic, "d1", smi()):
+        assert found_in(clinic, quick=False, names=("d1",)) == {("gpu-unused", ("d1",))}

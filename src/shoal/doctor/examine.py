@@ -15,7 +15,7 @@ from shoal.doctor.facts import Facts
 from shoal.doctor.findings import Finding, Report
 from shoal.doctor.judge_folder import judge_behavior, judge_looks, judge_seen, of_all
 from shoal.doctor.judge_node import Wanted, judge_nodes
-from shoal.doctor.judge_wires import judge_wires, open_pairs
+from shoal.doctor.judge_wires import judge_wires
 from shoal.doctor.reach import START_SECONDS, Node, Silence, ask_all, ask_each
 from shoal.doctor.speed import SLOW_DISK, examine_speed
 from shoal.doctor.wires import ANY_PORT, BULK_SECONDS, CONNECT_SECONDS, WORD_BYTES
@@ -63,7 +63,7 @@ def examine(plan: Plan, report: Report) -> None:
         if plan.shared is not None:
             use_folder(nodes, plan, report)
         if not plan.quick:
-            examine_speed(nodes, seen, open_pairs(seen), report)
+            examine_speed(nodes, facts, seen, report)
     finally:
         for node in nodes:
             node.close()
@@ -199,12 +199,12 @@ def use_folder(nodes: Sequence[Node], plan: Plan, report: Report) -> None:
     looks = ask_each(asking, "folder", FOLDER_SECONDS)
     nodes = answered(nodes, looks, f"the shared folder {path} hangs", report)
     report.add(judge_looks(path, {node.name: looks[node.name] for node in nodes}))
-    nodes = [node for node in nodes if not looks[node.name]["fault"]]
+    usable = [node for node in nodes if not looks[node.name]["fault"]]
     try:
-        if len(nodes) > 1:
-            nodes = share_folder(nodes, numbers, path, report)
-        if nodes:
-            write_folder(nodes, path, QUICK_WRITE_BYTES if plan.quick else WRITE_BYTES, report)
+        if len(usable) > 1:
+            usable = share_folder(usable, numbers, path, report)
+        if usable:
+            write_folder(usable, path, QUICK_WRITE_BYTES if plan.quick else WRITE_BYTES, report)
     finally:
         ask_all(nodes, "in folder", FOLDER_SECONDS, action="clean")
 

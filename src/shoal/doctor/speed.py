@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from shoal.doctor.facts import Facts
 from shoal.doctor.findings import Finding, Report, blame
-from shoal.doctor.judge_wires import Seen
+from shoal.doctor.judge_wires import Seen, open_pairs
 from shoal.doctor.reach import Node, Silence, ask_each
 
 SLOW_NODE: Final = 0.6  # fraction of the others' median below which a node is slow
 SLOW_PAIR: Final = 0.5
 SLOW_DISK: Final = 0.25
+TURNS: Final = 5  # a suspect must be slower than a good one in each of these turns, because other programs come and go
 PRODUCT: Final = {"seconds": 0.25, "tries": 2}
 START_SECONDS: Final = 60.0  # to import torch from a shared disk on all nodes at once, and to open the GPUs
 PAIR_BYTES: Final = 8 << 20
-PAIR_SECONDS: Final = 15.0
+PAIR_SECONDS: Final = 30.0
 MOST_ROUNDS: Final = 15  # each node meets as many others; among more nodes, not all pairs are tried
 
 
-def examine_speed(nodes: Sequence[Node], seen: Seen, open_: set[tuple[str, str]], report: Report) -> None:
-    """Measure products and all-reduces, and add what is slow or fails to the report. seen, open_: connections that work."""
-    usable = _start(nodes, report)
+def examine_speed(nodes: Sequence[Node], facts: Mapping[str, Facts], seen: Seen, report: Report) -> None:
+    """Measure products and all-reduces, and add what is slow or fails to the report. seen: what each node saw of the others."""
+    usable = _start(nodes, facts, report)
+    open_ = open_pairs(seen)
     rates = measure_products(usable)
     report.add(slow_nodes(usable, rates, "FLOP/s"))
     for node, found in rates.items():
@@ -33,13 +37,22 @@ def examine_speed(nodes: Sequence[Node], seen: Seen, open_: set[tuple[str, str]]
     examine_pairs(usable, pairs, seen, report)
 
 
-def _start(nodes: Sequence[Node], report: Report) -> list[Node]:
-    """Import torch on all nodes; return those on which that works."""
+def _start(nodes: Sequence[Node], facts: Mapping[str, Facts], report: Report) -> list[Node]:
+    """Import torch on all nodes; return those on which that works and finds the GPUs that the driver has."""
     found = ask_torch({node: {} for node in nodes}, "devices", START_SECONDS)
     for node in nodes:
         if why := problem_of(found[node.name]):
             report.add([Finding("no-answer", (node.name,), f"torch does not start there: {why}; try shoal env there")])
-    return [node for node in nodes if not problem_of(found[node.name])]
+    usable = [node for node in nodes if not problem_of(found[node.name])]
+    for node in usable:
+        cards, devices = len(facts[node.name].gpus.get("cards", [])), found[node.name]
+        if cards and not devices["gpus"]:
+            built = devices["built_for_cuda"]
+            why = f"was built for CUDA {built}: is the driver too old?" if built else "was built without CUDA"
+            report.add(
+                [Finding("gpu-unused", (node.name,), f"the driver has {cards} GPUs, torch finds none; it {why}")]
+            )
+    return usable
 
 
 def ask_torch(requests: Mapping[Node, Mapping[str, Any]], do: str, seconds: float) -> dict[str, Any]:
@@ -76,10 +89,12 @@ def slow_nodes(nodes: Sequence[Node], rates: Mapping[str, Mapping[str, float]], 
             continue
         device, rate = min(each.items(), key=lambda item: item[1])
         best = right = 0.0
-        for _ in range(2):  # in turns, because other programs may come and go
+        for _ in range(TURNS):
             best = max(best, measure_products([by_name[name]])[name].get(device, 0.0))
             right = max(right, *measure_products([by_name[str(good)]])[str(good)].values(), 0.0)
-        if best < SLOW_NODE * right:
+            if best >= SLOW_NODE * right:
+                break
+        else:
             yield Finding(
                 "slow-node", (name,),
                 f"{device} computes {max(best, rate) / 1e9:,.0f} G{unit} in a matrix product, {good} {right / 1e9:,.0f}; look "
@@ -111,7 +126,10 @@ def examine_pairs(nodes: Sequence[Node], pairs: Sequence[tuple[Node, Node]], see
     failed: dict[tuple[str, str], str] = {}
     for round_ in rounds(nodes):
         now = [pair for pair in round_ if pair in pairs]
-        for names, result in reduce_in_pairs(now, seen).items():
+        results = reduce_in_pairs(now, seen)
+        # A node that was busy with other programs for a while gets a second chance, alone
+        results |= reduce_in_pairs([p for p in now if isinstance(results[p[0].name, p[1].name], str)], seen)
+        for names, result in results.items():
             if isinstance(result, str):
                 failed[names] = result
             else:
@@ -157,14 +175,21 @@ def slow_pairs(
     for pair, first in seconds.items():
         if first <= usual / SLOW_PAIR or pair == good:
             continue
-        best: dict[tuple[str, str], float] = {pair: first, good: seconds[good]}
-        for _ in range(2):
-            for each in (pair, good):
-                again = reduce_in_pairs([(nodes[each[0]], nodes[each[1]])], seen)[each]
-                best[each] = min(best[each], again) if isinstance(again, float) else best[each]
-        if best[pair] > best[good] / SLOW_PAIR:
-            found[pair] = _rate(best[pair])
+        speed = first
+        for _ in range(TURNS):
+            mine, usual_now = (_alone(each, nodes, seen) for each in (pair, good))
+            speed = min(speed, mine)
+            if mine <= usual_now / SLOW_PAIR:
+                break
+        else:
+            found[pair] = _rate(speed)
     return found
+
+
+def _alone(pair: tuple[str, str], nodes: Mapping[str, Node], seen: Seen) -> float:
+    """Return the seconds of a pair's all-reduce while the others are idle; Inf if it fails."""
+    result = reduce_in_pairs([(nodes[pair[0]], nodes[pair[1]])], seen)[pair]
+    return math.inf if isinstance(result, str) else result
 
 
 def reduce_in_pairs(pairs: Sequence[tuple[Node, Node]], seen: Seen) -> dict[tuple[str, str], float | str]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 import torch.distributed as dist
 
+from shoal.doctor.facts import INTERFACE_VARIABLES
 from shoal.doctor.torch_process import MARK
 from shoal.system.network import listen
 
@@ -26,6 +27,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._store: dist.TCPStore | None = None
+        self._chosen = {name for name in INTERFACE_VARIABLES if name in os.environ}  # by the user
 
     def do(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to a request."""
@@ -52,8 +54,9 @@ class Worker:
 
     def _pair(self, rank: int, address: str, port: int, interface: str | None, count: int, tries: int) -> float:
         """Return the shortest time in seconds of an all-reduce of `count` bytes with the other node. A collective of both."""
-        for library in ("GLOO", "NCCL") if interface else ():
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", str(interface))
+        for name in INTERFACE_VARIABLES:
+            if interface and name not in self._chosen:
+                os.environ[name] = interface
         on_gpu = torch.cuda.is_available()
         store = self._store if rank == 0 else dist.TCPStore(address, port, is_master=False, timeout=PAIR_TIMEOUT)
         assert store is not None
