@@ -178,7 +178,7 @@ class ExitStackOf(ExitStack):
 
 
 def found_in(clinic: Clinic, **options: object) -> set[tuple[str, tuple[str, ...]]]:
-    """Return (fault, hosts) of all faults; warnings are left aside."""
+    """Return (fault, hosts) of all faults, without warnings."""
     report = clinic.examine(**options)  # type: ignore[arg-type]
     print("\n".join(report.lines()))
     return {(f.fault, f.nodes) for f in report.faults}

@@ -1,4 +1,4 @@
-"""An examination, in the order of its events. What needs other nodes comes after what a node says of itself. No torch."""
+"""An examination, in the order of its events. A node's own faults are found before those between nodes. No torch."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _why_unreachable(name: str, silence: Silence) -> tuple[str, tuple[str, ...],
 
 
 def look_at_each(nodes: Sequence[Node], plan: Plan, report: Report) -> tuple[list[Node], dict[str, Facts]]:
-    """Ask each node for its facts, and judge them; return the nodes that go on, each machine once."""
+    """Ask each node for its facts, and judge them; return the remaining nodes, each machine once."""
     found = ask_all(nodes, "facts", FACTS_SECONDS)
     nodes = answered(nodes, found, "its versions, limits and devices", report)
     facts = {node.name: Facts.of_json(found[node.name]) for node in nodes}

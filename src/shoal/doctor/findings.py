@@ -108,7 +108,7 @@ class Report:
         return [f for f in self.findings if not f.is_warning]
 
     def healthy(self) -> list[str]:
-        """Return the nodes that remain without faults, if the fewest nodes are left out."""
+        """Return the nodes that remain without faults, after skipping as few nodes as possible."""
         bad = {f.nodes[0] for f in self.faults if len(f.nodes) == 1}
         pairs = [set(f.nodes) for f in self.faults if len(f.nodes) > 1]
         while open_pairs := [p for p in pairs if not p & bad]:

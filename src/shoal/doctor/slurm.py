@@ -1,4 +1,4 @@
-"""The Slurm job that the doctor runs in: its nodes, its limits, and what it was promised. No torch."""
+"""The Slurm job that the doctor runs in: its nodes, its limits, and its share of each node. No torch."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def examine_speed(nodes: Sequence[Node], facts: Mapping[str, Facts], seen: Seen,
     usable = _start(nodes, facts, report)
     open_ = open_pairs(seen)
     rates = measure_products(usable)
-    report.add(slow_nodes(usable, rates, "FLOP/s"))
+    report.add(slow_nodes(usable, rates))
     for node, found in rates.items():
         if found:
             each = ", ".join(f"{device} {rate / 1e9:,.0f}" for device, rate in found.items())
@@ -73,7 +73,7 @@ def measure_products(nodes: Sequence[Node]) -> dict[str, dict[str, float]]:
     return {name: {} if problem_of(each) else each["flops"] for name, each in found.items()}
 
 
-def slow_nodes(nodes: Sequence[Node], rates: Mapping[str, Mapping[str, float]], unit: str) -> Iterator[Finding]:
+def slow_nodes(nodes: Sequence[Node], rates: Mapping[str, Mapping[str, float]]) -> Iterator[Finding]:
     """Yield the nodes with a device that is slower than those of the others, after comparing it again with a good node, alone."""
     usual = statistics.median([rate for each in rates.values() for rate in each.values()] or [0.0])
     by_name = {node.name: node for node in nodes}
@@ -88,17 +88,17 @@ def slow_nodes(nodes: Sequence[Node], rates: Mapping[str, Mapping[str, float]], 
         ):
             continue
         device, rate = min(each.items(), key=lambda item: item[1])
-        best = right = 0.0
         for _ in range(TURNS):
-            best = max(best, measure_products([by_name[name]])[name].get(device, 0.0))
-            right = max(right, *measure_products([by_name[str(good)]])[str(good)].values(), 0.0)
-            if best >= SLOW_NODE * right:
+            mine = measure_products([by_name[name]])[name].get(device, 0.0)
+            right = min(measure_products([by_name[str(good)]])[str(good)].values(), default=0.0)
+            rate = max(rate, mine)
+            if mine >= SLOW_NODE * right:
                 break
         else:
             yield Finding(
                 "slow-node", (name,),
-                f"{device} computes {max(best, rate) / 1e9:,.0f} G{unit} in a matrix product, {good} {right / 1e9:,.0f}; look "
-                "for other programs, lowered clocks, or a limit of CPU time",
+                f"{device} computes {rate / 1e9:,.0f} GFLOP/s in a matrix product, {good} {right / 1e9:,.0f}; look for other "
+                "programs, lowered clocks, or a limit of CPU time",
             )  # fmt: skip
 
 
@@ -141,7 +141,10 @@ def examine_pairs(nodes: Sequence[Node], pairs: Sequence[tuple[Node, Node]], see
         report.add([Finding("pair-fails", who, f"an all-reduce fails: {why}")])
     by_name = {node.name: node for node in nodes}
     slow = slow_pairs(by_name, seconds, seen)
+    computes_slowly = [f.nodes for f in report.findings if f.fault == "slow-node"]
     for who in blame({p for a, b in slow for p in ((a, b), (b, a))}, names):
+        if who in computes_slowly:
+            continue  # an all-reduce on a CPU is slow for the same reason
         speed = min(rate for pair, rate in slow.items() if not who or set(who) <= set(pair))
         usual = _rate(statistics.median(seconds.values()))
         text = f"an all-reduce runs at {_megabytes(speed)}, of most pairs at {_megabytes(usual)}; check cables and switch ports"
