@@ -107,21 +107,23 @@ def _print(report: object, args: argparse.Namespace) -> int:
     return 0 if len(healthy) >= args.min_nodes and not report.concerns_all() else EXIT_FAULT
 
 
-def commands_of(args: argparse.Namespace, of_job: Sequence[str] | None) -> Mapping[str, Sequence[str]]:
+def commands_of(
+    args: argparse.Namespace, of_job: Sequence[str] | None, python: str = sys.executable
+) -> Mapping[str, Sequence[str]]:
     """
     Return by node the command that starts a probe there.
 
-    of_job: the nodes of the Slurm job, if there is one. Raises `LaunchError` for hosts that cannot be names, or no ssh.
+    of_job: the nodes of the Slurm job, if there is one. python: the Python to start there. Raises `LaunchError` for hosts that cannot be names, or no ssh.
     """
     from shoal.doctor.reach import by_srun, by_ssh, here
 
     hosts = read_hosts(args.hosts, args.hosts_file)
     if not hosts:
         if of_job is None:
-            return {socket.gethostname(): here()}
+            return {socket.gethostname(): here(python)}
         if shutil.which("srun") is None:
             raise LaunchError("this is a Slurm job, but srun is not in PATH; name the nodes with --hosts to use ssh")
-        return {name: by_srun(name) for name in of_job}
+        return {name: by_srun(name, python) for name in of_job}
     template = args.ssh or SSH
     if "{host}" not in template:
         raise LaunchError(f"--ssh {template!r} has no {{host}}; an example: {SSH!r}")
@@ -130,7 +132,7 @@ def commands_of(args: argparse.Namespace, of_job: Sequence[str] | None) -> Mappi
             f"{template.split()[0]} is not installed here, so nodes cannot be reached; give --ssh COMMAND"
         )
     local = () if args.ssh else (socket.gethostname(), "localhost")
-    return {host: here() if host in local else by_ssh(host, template) for host in hosts}
+    return {host: here(python) if host in local else by_ssh(host, template, python) for host in hosts}
 
 
 def read_hosts(text: str | None, file: Path | None) -> list[str]:

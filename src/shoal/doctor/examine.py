@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,7 +94,7 @@ def _why_unreachable(name: str, silence: Silence) -> tuple[str, tuple[str, ...],
     words = silence.why
     if "No module named" in words or "unknown request" in words:
         return "no-shoal", (name,), f"{words}; install the same shoal there, or start from a shared disk"
-    if sys.executable in words:  # the shell's message, which says why it cannot be started
+    if "/bin/python" in words:  # the shell's message, which says why it cannot be started
         return "no-shoal", (name,), f"{words}; this Python must exist on all nodes, and the user may run it"
     if not silence.is_over:
         return "unreachable", (name,), f"no answer within {START_SECONDS:.0f} s; is it up?"

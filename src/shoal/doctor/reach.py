@@ -33,12 +33,12 @@ class Silence:
     is_over: bool
 
 
-def here() -> list[str]:
+def here(python: str = sys.executable) -> list[str]:
     """Return the command that starts a probe on this machine."""
-    return [sys.executable, "-m", "shoal.doctor.probe"]
+    return [python, "-m", "shoal.doctor.probe"]
 
 
-def by_ssh(host: str, template: str) -> list[str]:
+def by_ssh(host: str, template: str, python: str = sys.executable) -> list[str]:
     """
     Return the command that starts a probe on `host` through ssh, in this working folder.
 
@@ -46,13 +46,13 @@ def by_ssh(host: str, template: str) -> list[str]:
     """
     handed = [f"{name}={os.environ[name]}" for name in HANDED_ON if name in os.environ]
     folder = shlex.quote(str(Path.cwd()))
-    line = f"cd {folder} 2>/dev/null; exec {shlex.join(['env', *handed, *here()])}"
+    line = f"cd {folder} 2>/dev/null; exec {shlex.join(['env', *handed, *here(python)])}"
     return [part.replace("{host}", host) for part in shlex.split(template)] + [line]
 
 
-def by_srun(host: str) -> list[str]:
+def by_srun(host: str, python: str = sys.executable) -> list[str]:
     """Return the command that starts a probe on a node of the Slurm job, beside the job's other steps."""
-    return ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--quiet", *here()]
+    return ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--quiet", *here(python)]
 
 
 class Node:
