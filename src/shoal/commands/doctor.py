@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ports", default=PORTS, metavar="P,...", help=f"ports that runs use, such as 29400-29409 (default: {PORTS})"
     )
-    parser.add_argument("--run", metavar="RUN", help="name or folder of a run: compare the job's time with its saves")
+    parser.add_argument("--run", dest="of_run", metavar="RUN", help="name or folder of a run: compare the job's time with its saves")
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
     parser.add_argument(
         "--quick", action="store_true", help="skip what needs torch: matrix products and all-reduces in pairs"
@@ -181,9 +181,9 @@ def _slowest_save(args: argparse.Namespace) -> float | None:
     from shoal.run.events import read_json_lines
     from shoal.run.folder import RunFolder
 
-    if args.run is None:
+    if args.of_run is None:
         return None
-    folder = RunFolder.named(args.run, Path(args.runs))
+    folder = RunFolder.named(args.of_run, Path(args.runs))
     if not folder.events_file.is_file():
         raise RunError(f"{folder.path} has no events.jsonl: it has not started yet, so no save was timed")
     saves = [e["seconds"] for e in read_json_lines(folder.events_file) if e.get("event") == "saved" and "seconds" in e]

@@ -19,7 +19,7 @@ from typing import Any, Final
 from shoal.doctor.probe import MARK
 from shoal.system.output import on_one_line
 
-START_SECONDS: Final = 20.0  # to log in and to start Python from a shared disk
+START_SECONDS: Final = 30.0  # to log in and to start Python from a shared disk
 # Variables that choose the network, which ssh does not hand on. srun does.
 HANDED_ON: Final = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "TMPDIR")
 _LAST_WORDS: Final = 20  # lines of standard error that are kept

@@ -63,16 +63,16 @@ def this_job(environment: Mapping[str, str] = os.environ) -> Job | None:
 def expand(listed: str) -> tuple[str, ...]:
     """Return the names in a list of nodes such as "n[1-3,07],login", for machines without scontrol; () if it is none."""
     names = []
-    for part in re.findall(r"[^,\[\]]+(?:\[[^\]]*\])?", listed):
-        found = re.fullmatch(r"([\w.-]+)(?:\[([\d,-]+)\])?", part)
-        if found is None:
+    for part in re.split(r",(?![^\[]*\])", listed):  # at commas outside brackets
+        found = re.fullmatch(r"([\w.-]*)(?:\[([\d,-]+)\]([\w.-]*))?", part)
+        if found is None or not part:
             return ()
         if found[2] is None:
             names.append(found[1])
             continue
         for piece in found[2].split(","):
             first, _, last = piece.partition("-")
-            names += [f"{found[1]}{n:0{len(first)}}" for n in range(int(first), int(last or first) + 1)]
+            names += [f"{found[1]}{n:0{len(first)}}{found[3]}" for n in range(int(first), int(last or first) + 1)]
     return tuple(names)
 
 
