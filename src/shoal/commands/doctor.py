@@ -71,11 +71,12 @@ def doctor(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 
     job = None if args.hosts or args.hosts_file else this_job()
     commands = commands_of(args, job.nodes if job else None)
+    save_seconds = _slowest_save(args)
     shared = args.shared or (Path.cwd() if len(commands) > 1 else None)
     report = Report(list(commands))
     start = time.monotonic()
     if job:
-        report.add(judge_job(job, nodes=args.nodes, save_seconds=_slowest_save(args)))
+        report.add(judge_job(job, nodes=args.nodes, save_seconds=save_seconds))
         if job.unknown:
             report.unchecked.append(f"whether the job may be requeued: scontrol: {job.unknown}")
     plan = Plan(
