@@ -1,4 +1,4 @@
-"""What a node reports about itself: versions, limits, memory, disks, network interfaces, GPUs. No torch, no judgement."""
+"""What a node reports about itself: versions, limits, memory, disks, network interfaces, GPUs. No torch, no judgment."""
 
 from __future__ import annotations
 
