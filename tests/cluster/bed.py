@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Self
 
-from tests.cluster.host import Host, Switch, environment
+from tests.cluster.host import PATIENCE_SECONDS, Host, Switch, environment
 
 NODES: Final = ("n1", "n2", "n3", "n4")
 HEAD: Final = "head"  # the controller's host, which also serves as the login node
@@ -31,7 +31,7 @@ GPUS: Final = (
 )  # devices that each node takes for GPUs: Slurm 22.05 counts none without a file
 CORES: Final = 4  # that each node claims
 DISK: Final = "300m"  # size of the shared disk
-LIMIT_SECONDS: Final = 120.0  # time limit of every wait
+LIMIT_SECONDS: Final = PATIENCE_SECONDS  # time limit of every wait
 NODE_SECONDS: Final = 10  # a slurmd that is silent for this long is down
 REQUEUE_SECONDS: Final = 5  # life of a credential; a requeued job waits for its end, by default for two minutes
 PROGRAMS: Final = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "munged", "ip", "nsenter", "setpriv")
@@ -108,6 +108,7 @@ class Bed:
         self.folder, self.shared = folder, folder / "shared"
         self.hosts: dict[str, Host] = {}
         self._munged: subprocess.Popen[bytes] | None = None
+        self._rate: str | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -260,6 +261,7 @@ class Bed:
 
     def power_on(self, node: str) -> None:
         self.hosts[node].power_on()
+        self.set_rate(self._rate)
         self.start_slurmd(node)
 
     def drain(self, node: str) -> None:
@@ -278,6 +280,16 @@ class Bed:
         names = {name: host.address for name, host in self.hosts.items()}
         self.hosts[node].know(names | ({node: "127.0.1.1"} if wrong else {}))
 
+    def set_rate(self, rate: str | None) -> None:
+        """
+        Limit what each node sends, to "8mbit" for example; None: no limit.
+
+        A small model's steps then take a known time, mostly idle, so that a fault can meet a certain step.
+        """
+        self._rate = rate
+        for node in (self.hosts[name] for name in NODES if self.hosts[name].is_on):
+            node.slow_down(rate) if rate else node.speed_up()
+
     def fill_disk(self) -> None:
         """Leave no free byte on the shared disk."""
         free = shutil.disk_usage(self.shared).free
@@ -290,6 +302,7 @@ class Bed:
     def heal(self) -> None:
         """Undo everything above, cancel all jobs, and wait until all nodes are idle."""
         self.empty_disk()
+        self._rate = None
         if not self.attempt("scontrol", "ping")[1].endswith("is UP\n"):
             self.start_controller()
         for name in NODES:
@@ -307,6 +320,7 @@ class Bed:
         self.tell_names(name)
         host.link("up")
         host.rejoin()
+        host.speed_up()
         if not _lives(host, self.folder / name / "slurmd.pid"):
             self.start_slurmd(name)
 
@@ -318,4 +332,6 @@ def _end(host: Host, pid_file: Path, how: str) -> None:
 
 
 def _lives(host: Host, pid_file: Path) -> bool:
-    return host.attempt("sh", "-c", '[ -d "/proc/$(cat "$0")" ]', str(pid_file))[0] == 0
+    """Return whether the daemon of this file runs; another process may have its number by now."""
+    script = '[ "$(cat "/proc/$(cat "$0")/comm")" = "$1" ]'
+    return host.attempt("sh", "-c", script, str(pid_file), pid_file.stem)[0] == 0

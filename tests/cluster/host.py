@@ -11,6 +11,7 @@ The namespaces have no names: they end with the host's first process, and that e
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from typing import Final
 
 import psutil
 
+PATIENCE_SECONDS: Final = float(os.environ.get("TEST_PATIENCE_SECONDS", "150"))  # for a command
 NETWORK: Final = "10.66.0."  # in namespaces of its own, so beds beside each other may all use it
 LOCAL: Final = "/mnt"  # a disk of each host's own, in memory
 _SPACES: Final = ("--net", "--uts", "--mount", "--pid", "--ipc")
@@ -65,6 +67,15 @@ class Host:
         assert self._outer is not None, f"{self.name} is off"
         return int(psutil.Process(self._outer.pid).children()[0].pid)
 
+    def processes(self) -> list[psutil.Process]:
+        """Return the host's processes, all but the first, by their numbers outside."""
+        mine, found = os.readlink(f"/proc/{self.pid}/ns/pid"), []
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.Error):
+                if process.pid != self.pid and os.readlink(f"/proc/{process.pid}/ns/pid") == mine:
+                    found.append(process)
+        return found
+
     def power_on(self) -> None:
         """Start the host, with empty local disks and no processes, and plug its cable in."""
         assert self._outer is None
@@ -95,14 +106,14 @@ class Host:
             text=True,
         )  # fmt: skip
 
-    def run(self, *command: str, cwd: Path | None = None, seconds: float = 60.0, **variables: str) -> str:
+    def run(self, *command: str, cwd: Path | None = None, seconds: float = PATIENCE_SECONDS, **variables: str) -> str:
         """Run a command on the host and return its output. Raises AssertionError, with the output, if it fails."""
         code, output = self.attempt(*command, cwd=cwd, seconds=seconds, **variables)
         assert code == 0, f"{self.name}: {' '.join(command)} ended with {code}:\n{output}"
         return output
 
     def attempt(
-        self, *command: str, cwd: Path | None = None, seconds: float = 60.0, **variables: str
+        self, *command: str, cwd: Path | None = None, seconds: float = PATIENCE_SECONDS, **variables: str
     ) -> tuple[int, str]:
         """Run a command on the host; return (exit code, output)."""
         process = self.start(*command, cwd=cwd, **variables)
@@ -116,6 +127,15 @@ class Host:
     def link(self, state: str) -> None:
         """Set the cable "up" or "down"."""
         self.run("ip", "link", "set", "eth0", state)
+
+    def slow_down(self, rate: str) -> None:
+        """Limit what the host sends, to "8mbit" for example, until it is off."""
+        shape = ("tbf", "rate", rate, "burst", "32kb", "latency", "400ms")
+        self.run("tc", "qdisc", "replace", "dev", "eth0", "root", *shape)
+
+    def speed_up(self) -> None:
+        """Undo `slow_down`."""
+        self.attempt("tc", "qdisc", "del", "dev", "eth0", "root")
 
     def part_from(self, other: Host) -> None:
         """Drop what this host sends to `other`, which cuts both ways for TCP."""

@@ -6,16 +6,17 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.commands.flags import Override
-from shoal.errors import LaunchError
+from shoal.errors import EXIT_REQUEUE, LaunchError
 from shoal.system.output import on_one_line, say_error
 
 if TYPE_CHECKING:
     from shoal.launch.job_table import Table
-    from shoal.launch.jobs import RunJobs
+    from shoal.launch.jobs import JobId, RunJobs
 
 
 def began(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
@@ -38,16 +39,32 @@ def ended(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     from shoal.launch.chain import end
     from shoal.launch.jobs import JobId, RunJobs
 
-    jobs = RunJobs(Path(args.target).absolute())
+    jobs, here = RunJobs(Path(args.target).absolute()), JobId.here()
+    if args.code not in (0, EXIT_REQUEUE) and args.signal == "none":  # after SIGTERM there is little time
+        _explain(jobs, here)
     return end(
         jobs,
-        JobId.here(),
+        here,
         code=args.code,
         signal=args.signal,
         most=args.max_requeues,
         requeue=args.requeue,
         say=say_error,
     )
+
+
+def _explain(jobs: RunJobs, here: JobId) -> None:
+    """Print which process of the job failed first, and why. Tolerates any error: the run must still be requeued."""
+    from shoal.report.causes.cause import cause_of
+    from shoal.run.folder import RunFolder
+
+    try:
+        cause = cause_of(RunFolder(jobs.run), here.job, here.restart)
+    except Exception:
+        traceback.print_exc()
+        return
+    for line in cause.lines() if cause else ():
+        say_error(line)
 
 
 def status(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:

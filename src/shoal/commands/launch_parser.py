@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from shoal.commands import launch, launch_jobs
+from shoal.commands import launch, launch_hosts, launch_jobs, launch_logs, launch_table
 from shoal.commands.flags import add_options
 from shoal.commands.seeing_parser import add_recipe
 
@@ -25,10 +25,20 @@ def add_launch(make: Callable[..., argparse.ArgumentParser], action: str | None)
     _add_slurm(sub)
     if action == "slurm":
         add_options(sub, own=["time"])
+    named = "[RECIPE] --hosts-file FILE [--processes N]"
+    hosts = make("hosts", launch_hosts.hosts, "train a recipe on the hosts of a file, which are reached by ssh", named)
+    launch_hosts.add_arguments(hosts)
+    placed = "show which device of which node gets which rank, and which axes stay inside a node"
+    table = make("table", launch_table.table, placed, "[RECIPE] --nodes N [--gpus-per-node G]")
+    launch_table.add_arguments(table)
+    if action in ("hosts", "table"):
+        add_options(hosts if action == "hosts" else table)
     shown = "show the jobs of a run: their states, nodes and steps, and why the run continues or does not"
     status = make("status", launch_jobs.status, shown)
     _add_run(status)
     status.add_argument("--json", action="store_true", help="print one JSON object instead")
+    read = "say which process of a failed job failed first and why, or print the log of a rank"
+    launch_logs.add_arguments(make("logs", launch_logs.logs, read))
     _add_run(make("stop", launch_jobs.stop, "let the running job of a run save and end, and cancel those that wait"))
     again = "let the running job of a run save and start again, or submit a stopped run again"
     _add_run(make("requeue", launch_jobs.requeue, again))

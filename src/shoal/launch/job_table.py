@@ -22,6 +22,7 @@ REASONS: Final = {
     "JobHoldMaxRequeue": "was held: its script failed to start too often; scontrol release JOB lets it start",
     "PartitionTimeLimit": "asks for more time than its partition allows; submit it with a shorter --time",
     "PartitionNodeLimit": "asks for more nodes than its partition allows; submit it with a smaller --nodes",
+    "PartitionConfig": "asks for more than its partition has or allows: nodes, cores or time",
     "PartitionDown": "waits: its partition is down",
     "PartitionInactive": "waits: its partition is inactive",
     "ReqNodeNotAvail": "waits for nodes that are down, drained or reserved",

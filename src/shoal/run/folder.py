@@ -10,6 +10,7 @@ runs/NAME/
   now.json        the phase it is in         cache/          what readers keep to draw curves fast
   stacks/         stacks of hung workers     time.jsonl      where the time went
   trackers/       how far each tracker came, and what it writes offline
+  launchers.jsonl starts of launchers on several nodes, and why one ended before it met the others
   tensorboard/    TensorBoard's files
   source/         files that came with the weights, if it started from a model folder
   tokenizer/      all files of its tokenizer, if it came from another folder
@@ -97,6 +98,10 @@ class RunFolder:
         return self.path / "now.json"
 
     @property
+    def launchers_file(self) -> Path:
+        return self.path / "launchers.jsonl"
+
+    @property
     def ledger_file(self) -> Path:
         return self.path / "ledger.jsonl"
 
@@ -151,6 +156,11 @@ class RunFolder:
         if (trained_on_blend or config.data.tokenizer.startswith("tiktoken:")) and self.tokenizer_file.is_file():
             gone[config.data.tokenizer] = self.tokenizer_file
         return gone
+
+    @property
+    def logs(self) -> Path:
+        """Return the folder with a folder of ranks' logs for each start of the workers, on several nodes and under Slurm."""
+        return self.path / "logs"
 
     @property
     def samples(self) -> Path:
