@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
-import torch
 
 import shoal
 from shoal.doctor.folder import disk_of
@@ -330,6 +329,29 @@ def slow_cable(clinic: Clinic, one: str, other: str) -> Iterator[None]:
         a.run("ip", "link", "del", "slow0")
 
 
+def test_the_command_prints_the_healthy_hosts(clinic: Clinic) -> None:
+    command = [sys.executable, "-m", "shoal", "doctor", "--hosts", ",".join(NAMES), "--ssh", f"{clinic.reach} {{host}}"]
+    command += ["--quick", "--shared", str(clinic.shared), "--leave-out", "--min-nodes"]
+    with clinic.profile("d2", "ulimit -n 256"):
+        for least, code in (("3", 0), ("4", 1)):
+            done = subprocess.run([*command, least], capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stdout) == (code, "d1,d3,d4\n"), done.stderr
+            assert "d2: open-files: 256 open files are allowed" in done.stderr
+
+
+def test_setup_checks_all_hosts(clinic: Clinic) -> None:
+    command = [sys.executable, "-m", "shoal", "setup", "--shared", str(clinic.shared), "--project", "mine"]
+    command += ["--hosts", ",".join(NAMES), "--ssh", f"{clinic.reach} {{host}}"]
+    environment = os.environ | {"CONDA_PREFIX": sys.prefix}
+    with clinic.mounted("d4", clinic.shared.parent, "-o", "size=2g"):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "d4: shared-missing" in done.stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"setup: ready; next: cd {clinic.shared}/mine" in done.stdout
+
+
 @pytest.mark.ci
 def test_healthy_with_torch(clinic: Clinic) -> None:
     report = clinic.examine(quick=False)
@@ -362,7 +384,15 @@ def test_an_all_reduce_that_fails(clinic: Clinic) -> None:
 
 @pytest.mark.ci
 def test_gpus_that_torch_cannot_use(clinic: Clinic) -> None:
+    torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("this machine's GPUs are used")
     with recorded(clinic, "d1", smi()):
         assert found_in(clinic, quick=False, names=("d1",)) == {("gpu-unused", ("d1",))}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fifty_healthy_examinations(clinic: Clinic) -> None:
+    for _ in range(50):
+        assert found_in(clinic, quick=False) == set()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from shoal.commands.flags import Override
+from shoal.doctor.findings import Report
 from shoal.errors import LaunchError, RunError
 
 PORTS: Final = "29400,29500"  # the rendezvous of launch.rendezvous in the documentation, and MASTER_PORT's default
@@ -36,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ports", default=PORTS, metavar="P,...", help=f"ports that runs use, such as 29400-29409 (default: {PORTS})"
     )
-    parser.add_argument("--run", dest="of_run", metavar="RUN", help="name or folder of a run: compare the job's time with its saves")
+    parser.add_argument(
+        "--run", dest="of_run", metavar="RUN", help="name or folder of a run: compare the job's time with its saves"
+    )
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
     parser.add_argument(
         "--quick", action="store_true", help="skip what needs torch: matrix products and all-reduces in pairs"
@@ -66,7 +69,6 @@ def add_hosts(parser: argparse.ArgumentParser) -> None:
 def doctor(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     """Run `shoal doctor`; return 0 if there are no faults, else 1."""
     from shoal.doctor.examine import Plan, examine
-    from shoal.doctor.findings import Report
     from shoal.doctor.slurm import judge_job, this_job, wanted_of
 
     job = None if args.hosts or args.hosts_file else this_job()
@@ -91,11 +93,10 @@ def doctor(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     return _print(report, args)
 
 
-def _print(report: object, args: argparse.Namespace) -> int:
-    from shoal.doctor.findings import Report
+def _print(report: Report, args: argparse.Namespace) -> int:
+    """Print the report as `args` ask; return the exit code."""
     from shoal.system.output import on_one_line, visible
 
-    assert isinstance(report, Report)
     where = sys.stderr if args.leave_out else sys.stdout
     if args.json:
         print(json.dumps(report.as_json(), indent=2), file=where)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -41,5 +40,5 @@ def setup(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     report.seconds = time.monotonic() - start
     print("\n".join(map(on_one_line, report.lines())))
     if not report.faults:
-        print(f"setup: ready; cd {on_one_line(project.folder)} and . {os.curdir}/activate.sh")
+        print(f"setup: ready; next: cd {on_one_line(project.folder)} && . ./activate.sh")
     return EXIT_FAULT if report.faults else 0

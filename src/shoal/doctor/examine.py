@@ -15,7 +15,7 @@ from shoal.doctor.findings import Finding, Report
 from shoal.doctor.judge_folder import judge_behavior, judge_looks, judge_seen, of_all
 from shoal.doctor.judge_node import Wanted, judge_nodes
 from shoal.doctor.judge_wires import judge_wires
-from shoal.doctor.reach import START_SECONDS, Node, Silence, ask_all, ask_each
+from shoal.doctor.reach import START_SECONDS, Node, Silence, ask_all, ask_each, close_all
 from shoal.doctor.speed import SLOW_DISK, examine_speed
 from shoal.doctor.wires import ANY_PORT, BULK_SECONDS, CONNECT_SECONDS, WORD_BYTES
 from shoal.system.disk import gigabytes
@@ -47,9 +47,9 @@ class Plan:
 
 def examine(plan: Plan, report: Report) -> None:
     """Examine the nodes, and add what is found to the report."""
-    nodes = [Node(name, command) for name, command in plan.commands.items()]
+    started = [Node(name, command) for name, command in plan.commands.items()]
     try:
-        nodes = reach(nodes, report)
+        nodes = reach(started, report)
         nodes, facts = look_at_each(nodes, plan, report)
         if not nodes:
             return
@@ -64,8 +64,7 @@ def examine(plan: Plan, report: Report) -> None:
         if not plan.quick:
             examine_speed(nodes, facts, seen, report)
     finally:
-        for node in nodes:
-            node.close()
+        close_all(started)
 
 
 def answered(nodes: Sequence[Node], found: Mapping[str, Any], what: str, report: Report) -> list[Node]:
@@ -73,9 +72,6 @@ def answered(nodes: Sequence[Node], found: Mapping[str, Any], what: str, report:
     silent = {node.name: each for node in nodes if isinstance(each := found[node.name], Silence)}
     for name, silence in silent.items():
         report.add([Finding("no-answer", (name,), f"{what}: {silence.why}")])
-    for node in nodes:
-        if node.name in silent:
-            node.close()
     return [node for node in nodes if node.name not in silent]
 
 
@@ -86,7 +82,6 @@ def reach(nodes: Sequence[Node], report: Report) -> list[Node]:
         silence = found[node.name]
         if isinstance(silence, Silence):
             report.add([Finding(*_why_unreachable(node.name, silence))])
-            node.close()
     return [node for node in nodes if not isinstance(found[node.name], Silence)]
 
 
@@ -130,8 +125,9 @@ def compare_clocks(nodes: Sequence[Node], report: Report) -> None:
             node.request("time", {})
             answer = node.answer(time.monotonic() + CONNECT_SECONDS)
             after = time.time()
-            if not isinstance(answer, Silence):
-                tries.append((after - before, answer - (before + after) / 2))
+            if isinstance(answer, Silence):
+                break
+            tries.append((after - before, answer - (before + after) / 2))
         if tries:
             offsets[node.name] = min(tries)[1]
     report.add(judge_clocks(offsets))

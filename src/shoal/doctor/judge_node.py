@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -229,9 +229,8 @@ def _models(facts: Facts) -> str:
     return " and ".join(sorted(names))
 
 
-def small(fault: str, values: Mapping[str, float], describe: object) -> Iterator[Finding]:
+def small(fault: str, values: Mapping[str, float], describe: Callable[[float], str]) -> Iterator[Finding]:
     """Yield a finding for each node whose value is below `SMALL_SHARE` of the others' median. describe: formats a value."""
-    assert callable(describe)
     for node, value in values.items():
         others = [v for n, v in values.items() if n != node]
         if others and value < SMALL_SHARE * statistics.median(others):

@@ -102,7 +102,7 @@ def _directions(pairs: set[tuple[str, str]], who: tuple[str, ...]) -> str:
     return ", ".join(f"from {a} to {b}" for a, b in concerned[:4]) + ", ..." * (len(concerned) > 4)
 
 
-def interface_of(node: str, seen: Seen) -> str | None:
+def _interface_of(node: str, seen: Seen) -> str | None:
     """Return the network interface through which a node reaches most of the others."""
     used = Counter(what["interface"] for what in seen.get(node, {}).values() if what["interface"])
     return used.most_common(1)[0][0] if used else None
@@ -110,7 +110,7 @@ def interface_of(node: str, seen: Seen) -> str | None:
 
 def _interfaces(facts: Mapping[str, Facts], seen: Seen) -> Iterator[Finding]:
     """Yield differences between the interfaces that connect the nodes."""
-    used = {node: facts[node].interfaces[name] for node in seen if (name := interface_of(node, seen))}
+    used = {node: facts[node].interfaces[name] for node in seen if (name := _interface_of(node, seen))}
     mtus = {node: interface.mtu for node, interface in used.items()}
     yield from differing("mtu", "the MTU of the network interface", mtus, "set one MTU on all nodes")
     speeds = {node: interface.mbit for node, interface in used.items() if interface.mbit > 0}
@@ -119,5 +119,5 @@ def _interfaces(facts: Mapping[str, Facts], seen: Seen) -> Iterator[Finding]:
         if speed < 0.5 * usual:
             yield Finding(
                 "link-speed", (node,),
-                f"{interface_of(node, seen)} runs at {speed} Mbit/s, on most nodes at {usual:.0f}; check cable and switch",
+                f"{_interface_of(node, seen)} runs at {speed} Mbit/s, on most nodes at {usual:.0f}; check cable and switch",
             )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -22,6 +23,7 @@ from shoal.system.output import on_one_line
 START_SECONDS: Final = 30.0  # to log in and to start Python from a shared disk
 # Variables that choose the network, which ssh does not hand on. srun does.
 HANDED_ON: Final = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "TMPDIR")
+END_SECONDS: Final = 2.0  # that probes have to end
 _LAST_WORDS: Final = 20  # lines of standard error that are kept
 
 
@@ -52,7 +54,9 @@ def by_ssh(host: str, template: str, python: str = sys.executable) -> list[str]:
 
 def by_srun(host: str, python: str = sys.executable) -> list[str]:
     """Return the command that starts a probe on a node of the Slurm job, beside the job's other steps."""
-    return ["srun", "--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--quiet", *here(python)]
+    # Without binding, the probe sees all cores that the job has on the node, not the one that a task gets by default
+    options = ("--overlap", "--nodes=1", "--ntasks=1", f"--nodelist={host}", "--cpu-bind=none", "--mpi=none", "--quiet")
+    return ["srun", *options, *here(python)]
 
 
 class Node:
@@ -84,11 +88,9 @@ class Node:
         self._number += 1
         if self._process is None or self._process.stdin is None:
             return
-        try:
+        with contextlib.suppress(OSError, ValueError):  # it has ended, or was closed; `answer` says why
             self._process.stdin.write(json.dumps({"id": self._number, "do": do, "with": dict(arguments)}) + "\n")
             self._process.stdin.flush()
-        except OSError:  # it has ended; `answer` says why
-            pass
 
     def answer(self, end: float) -> Any:
         """Return the answer to the last request, or a `Silence` if none comes until `end`, in monotonic seconds."""
@@ -106,17 +108,19 @@ class Node:
                 return Silence(str(found["error"]), is_over=False)
             return found["answer"]
 
-    def close(self) -> None:
-        """End the probe: it ends when its input does; a process that started it is killed after a moment."""
+    def end(self) -> None:
+        """Let the probe end, which it does when its input ends; returns at once."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+
+    def close(self, end: float) -> None:
+        """End the probe, and kill the process that started it if it is still there at `end`, in monotonic seconds."""
+        self.end()
         if self._process is None:
             return
         try:
-            assert self._process.stdin is not None
-            self._process.stdin.close()
-        except OSError:
-            pass
-        try:
-            self._process.wait(1.0)
+            self._process.wait(max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -143,6 +147,15 @@ class Node:
         assert self._process is not None
         assert self._process.stderr is not None
         self._words.extend(self._process.stderr)
+
+
+def close_all(nodes: Sequence[Node]) -> None:
+    """End all probes, at the same time."""
+    for node in nodes:
+        node.end()
+    end = time.monotonic() + END_SECONDS
+    for node in nodes:
+        node.close(end)
 
 
 def ask_all(nodes: Sequence[Node], do: str, seconds: float, **arguments: Any) -> dict[str, Any]:

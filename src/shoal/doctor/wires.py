@@ -89,7 +89,8 @@ def connect(targets: Mapping[str, Mapping[str, Any]], password: str) -> dict[str
     """
     found: dict[str, dict[str, Any]] = {}
     with ThreadPoolExecutor(max_workers=64) as pool:
-        names = dict(zip(targets, pool.map(addresses_of, targets), strict=True))
+        hosts = [name.rpartition("@")[2] for name in targets]  # ssh accepts user@host
+        names = dict(zip(targets, pool.map(addresses_of, hosts), strict=True))
         tries = {}
         for name, target in targets.items():
             address = next((a for a in names[name] if not ipaddress.ip_address(a.partition("%")[0]).is_loopback), None)
