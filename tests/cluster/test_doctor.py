@@ -17,15 +17,12 @@ import shoal
 from shoal.doctor.folder import disk_of
 from shoal.doctor.judge_node import Wanted
 from shoal.system.cpu import count_cores
-from tests.cluster.clinic import NAMES, Clinic
+from tests.cluster.clinic import NAMES, Clinic, lacking
 from tests.cluster.cures import cpu_share, memory_limit
 from tests.disks import small_disk
 from tests.doctor.recorded import NO_DRIVER, XID_31, XID_79, process, smi
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or os.geteuid() != 0 or shutil.which("nsenter") is None,
-    reason="hosts in namespaces need Linux, root and nsenter",
-)
+pytestmark = pytest.mark.skipif(bool(why := lacking()), reason=why)
 needs_nft = pytest.mark.skipif(shutil.which("nft") is None, reason="firewalls need the package nftables")
 FAKETIME = Path("/usr/lib") / f"{os.uname().machine}-linux-gnu" / "faketime" / "libfaketimeMT.so.1"
 SOURCE = Path(shoal.__file__).parents[1]
@@ -38,11 +35,7 @@ def clinic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clinic]:
     """Four hosts, which also share two small disks: `full` and `crowded`."""
     folder = tmp_path_factory.mktemp("clinic")
     with small_disk(folder / "full", "1m"), small_disk(folder / "crowded", "2g,nr_inodes=60"):
-        try:
-            clinic = Clinic(folder)
-        except (RuntimeError, AssertionError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"hosts in namespaces are not allowed here: {error}")
-        with clinic:
+        with Clinic(folder) as clinic:
             yield clinic
 
 
@@ -337,6 +330,47 @@ def test_the_command_prints_the_healthy_hosts(clinic: Clinic) -> None:
             done = subprocess.run([*command, least], capture_output=True, text=True, check=False)
             assert (done.returncode, done.stdout) == (code, "d1,d3,d4\n"), done.stderr
             assert "d2: open-files: 256 open files are allowed" in done.stderr
+
+
+@contextlib.contextmanager
+def ssh_servers(clinic: Clinic, *names: str) -> Iterator[Path]:
+    """Run OpenSSH's server on hosts; yield the client's configuration."""
+    folder = clinic.folder / "ssh"
+    folder.mkdir()
+    Path("/run/sshd").mkdir(exist_ok=True)  # the server demands it
+    for key in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / key], check=True)
+    (folder / "server").write_text(
+        f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/user.pub\nStrictModes no\nPidFile none\nUsePAM no\n"
+        "PermitRootLogin prohibit-password\n"
+    )
+    (folder / "client").write_text(
+        f"IdentityFile {folder}/user\nUserKnownHostsFile /dev/null\nStrictHostKeyChecking no\nBatchMode yes\nLogLevel ERROR\n"
+    )
+    servers = [clinic.hosts[n].start("/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "server")) for n in names]
+    try:
+        for server in servers:
+            assert server.stdout is not None
+            assert "listening" in server.stdout.readline()
+        yield folder / "client"
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+
+
+@pytest.mark.skipif(
+    not Path("/usr/sbin/sshd").exists(), reason="reaching hosts by ssh needs the package openssh-server"
+)
+def test_hosts_are_reached_by_ssh(clinic: Clinic) -> None:
+    with ssh_servers(clinic, "d1", "d3") as client:
+        code, output = clinic.hosts["d2"].attempt(
+            sys.executable, "-m", "shoal", "doctor", "--hosts", "d1,root@d3,d4", "--ssh", f"ssh -F {client} {{host}}",
+            "--quick", "--shared", str(clinic.shared),
+        )  # fmt: skip
+    assert code == 1, output
+    assert "d4: unreachable: ssh: connect to host d4 port 22: Connection refused" in output
+    assert "1 fault found on 1 of 3 nodes" in output
 
 
 def test_setup_checks_all_hosts(clinic: Clinic) -> None:
