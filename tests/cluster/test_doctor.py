@@ -34,9 +34,9 @@ Fault = Callable[[Clinic], AbstractContextManager[None]]
 def clinic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clinic]:
     """Four hosts, which also share two small disks: `full` and `crowded`."""
     folder = tmp_path_factory.mktemp("clinic")
-    with small_disk(folder / "full", "1m"), small_disk(folder / "crowded", "2g,nr_inodes=60"):
-        with Clinic(folder) as clinic:
-            yield clinic
+    full, crowded = small_disk(folder / "full", "1m"), small_disk(folder / "crowded", "2g,nr_inodes=60")
+    with full, crowded, Clinic(folder) as clinic:
+        yield clinic
 
 
 def listening(clinic: Clinic, name: str, port: int) -> AbstractContextManager[None]:

@@ -6,6 +6,9 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
+from shoal.doctor.slurm import expand
 from tests.cluster.bed import GPUS, OVER, Bed
 
 
@@ -24,3 +27,8 @@ def test_a_job_is_examined(bed: Bed, tmp_path: Path) -> None:
     assert found == {("allocation", ()), *(("gpu-count", (n,)) for n in nodes)}
     assert [f["fault"] for f in report["findings"] if f["warning"]] == ["no-requeue"]
     assert report["unchecked"] == []
+
+
+@pytest.mark.parametrize("listed", ["n1", "n[1-3]", "n[08-11],login", "gpu-a[1,3-4]-x,b", "a.b-c[001-002,010]"])
+def test_lists_of_nodes_are_read_as_slurm_does(bed: Bed, listed: str) -> None:
+    assert list(expand(listed)) == bed.run("scontrol", "show", "hostnames", listed).split()
