@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.cluster.bed import Bed, lacking
 from tests.cluster.case import Case, drawn
-from tests.cluster.training import undisturbed_weights
-from tests.cluster.trial import Trial
+from tests.cluster.training import Undisturbed
+from tests.cluster.trial import Trial, Verdict
 
 from shoal.run.events import read_json_lines
 from shoal.run.jsonl import PatientLines
@@ -62,21 +62,30 @@ def run_all(cases: Mapping[str, Case], folder: Path, results: Path, *, talks: bo
     """Run the cases one after another on one bed, and append each result to `results` at once."""
     lines = PatientLines(results)
     with tempfile.TemporaryDirectory(prefix="shoal-bed-") as place, Bed(Path(place)) as bed:
-        undisturbed = undisturbed_weights(Path(place) / "undisturbed")
-        for name, case in cases.items():
-            trial = Trial(bed, case, name, undisturbed)
-            verdict = trial.run()
-            print(f"{name}: {'WRONG' if verdict.problems else 'right'} in {verdict.seconds:.0f} s, {case}", flush=True)
-            if verdict.problems or talks:
-                print("\n".join([*verdict.problems, verdict.output]), flush=True)
-            if verdict.problems:
-                explain(case)
-                shutil.copytree(trial.training.folder, folder / name, dirs_exist_ok=True)
-                (folder / name / "slurm.log").write_text(bed.logs(200), encoding="utf-8")
-            shutil.rmtree(trial.training.folder, ignore_errors=True)
-            plain = {"name": name, "seconds": round(verdict.seconds, 1), "problems": verdict.problems}
-            lines.add({**plain, "case": case.plain})
-            lines.sync()
+        undisturbed = Undisturbed(Path(place) / "undisturbed")
+        try:
+            for name, case in cases.items():
+                verdict = run_one(bed, name, case, undisturbed, folder, talks=talks)
+                plain = {"name": name, "seconds": round(verdict.seconds, 1), "problems": verdict.problems}
+                lines.add({**plain, "case": case.plain})
+                lines.sync()
+        finally:
+            undisturbed.close()
+
+
+def run_one(bed: Bed, name: str, case: Case, undisturbed: Undisturbed, folder: Path, *, talks: bool) -> Verdict:
+    """Run a case and print the verdict. Keep the run's folder in `folder` if it failed; also print its output if `talks`."""
+    trial = Trial(bed, case, name, undisturbed)
+    verdict = trial.run()
+    print(f"{name}: {'WRONG' if verdict.problems else 'right'} in {verdict.seconds:.0f} s, {case}", flush=True)
+    if verdict.problems or talks:
+        print("\n".join([*verdict.problems, verdict.output]), flush=True)
+    if verdict.problems:
+        explain(case)
+        shutil.copytree(trial.training.folder, folder / name, dirs_exist_ok=True)
+        (folder / name / "slurm.log").write_text(bed.logs(200), encoding="utf-8")
+    shutil.rmtree(trial.training.folder, ignore_errors=True)
+    return verdict
 
 
 def explain(case: Case) -> None:

@@ -21,7 +21,7 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
 fi
 echo "setup: installing Slurm with apt-get for the tests of clusters (about half a minute)"
 export DEBIAN_FRONTEND=noninteractive
-# Debian's packages start their services when they are installed; a policy of 101 forbids that, where none is set yet.
+# Debian's packages start their services when they are installed; a policy of 101 forbids that.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e "$policy" ]; then
     printf '#!/bin/sh\nexit 101\n' > "$policy"

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Self
 
-from tests.cluster.host import PATIENCE_SECONDS, Host, Switch, environment
+from tests.cluster.host import LOCAL, PATIENCE_SECONDS, SPACES, Host, Switch, environment
 
 NODES: Final = ("n1", "n2", "n3", "n4")
 HEAD: Final = "head"  # the controller's host, which also serves as the login node
@@ -81,30 +81,17 @@ def lacking() -> str:
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
         return f"a real Slurm needs {', '.join(missing)}: run scripts/install_slurm.sh"
-    tried = [
-        "unshare",
-        "--net",
-        "--uts",
-        "--mount",
-        "--pid",
-        "--ipc",
-        "--fork",
-        "mount",
-        "-t",
-        "tmpfs",
-        "tmpfs",
-        "/mnt",
-    ]
+    tried = ["unshare", *SPACES, "--fork", "mount", "-t", "tmpfs", "tmpfs", LOCAL]
     if os.geteuid() != 0 or subprocess.run(tried, check=False, capture_output=True).returncode:
         return "a real Slurm needs root and Linux namespaces"
     return ""
 
 
 class Bed:
-    """The cluster. `shared` is the disk that all hosts share; what only one host has is under its `local` folder."""
+    """The cluster. `shared` is the disk that all hosts share; each has a small disk of its own at `host.LOCAL`."""
 
     def __init__(self, folder: Path) -> None:
-        """folder: a new, empty folder with a short path, since it holds a socket."""
+        """Prepare a bed in `folder`, which is empty and has a short path, since it holds a socket."""
         self.folder, self.shared = folder, folder / "shared"
         self.hosts: dict[str, Host] = {}
         self._munged: subprocess.Popen[bytes] | None = None

@@ -23,7 +23,7 @@ import psutil
 PATIENCE_SECONDS: Final = float(os.environ.get("TEST_PATIENCE_SECONDS", "150"))  # for a command
 NETWORK: Final = "10.66.0."  # in namespaces of its own, so beds beside each other may all use it
 LOCAL: Final = "/mnt"  # a disk of each host's own, in memory
-_SPACES: Final = ("--net", "--uts", "--mount", "--pid", "--ipc")
+SPACES: Final = ("--net", "--uts", "--mount", "--pid", "--ipc")
 # bash, as the first process of its pid namespace, reaps whatever is orphaned in it
 _INIT: Final = f"""
 set -e
@@ -80,7 +80,7 @@ class Host:
         """Start the host, with empty local disks and no processes, and plug its cable in."""
         assert self._outer is None
         self._outer = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "KILL", "unshare", *_SPACES, "--mount-proc", "--kill-child", "--fork",
+            ["setpriv", "--pdeathsig", "KILL", "unshare", *SPACES, "--mount-proc", "--kill-child", "--fork",
              "bash", "-c", _INIT, str(self.folder), self.name],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, start_new_session=True, env=environment(),
         )  # fmt: skip
@@ -101,7 +101,7 @@ class Host:
     def start(self, *command: str, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
         """Start a command on the host; its output and errors come in one pipe."""
         return subprocess.Popen(
-            ["nsenter", "--target", str(self.pid), *_SPACES, f"--wdns={cwd or self.folder}", "--", *command],
+            ["nsenter", "--target", str(self.pid), *SPACES, f"--wdns={cwd or self.folder}", "--", *command],
             env=environment() | variables, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True,
         )  # fmt: skip

@@ -18,8 +18,8 @@ import shoal
 from shoal.checkpoint.saved import listed
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE
 from shoal.run.folder import RunFolder
-from tests.chaos.trial import weights
 from tests.cluster.host import LOCAL, Host, Switch, environment
+from tests.digests import weights
 
 RECIPE: Final = """
 model: {dim: 32, num_layers: 1, num_heads: 2, max_seq_len: 16}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.bed import Bed
 from tests.cluster.case import Case, Fault, few
-from tests.cluster.training import SHOAL, STEPS, Training, undisturbed_weights
+from tests.cluster.training import SHOAL, STEPS, Training, Undisturbed
 from tests.cluster.trial import Trial
 
 # A job as a person may write it: one launcher per node. A signal to the script reaches the launchers, which save and end with 85.
@@ -27,12 +27,13 @@ echo "the launchers ended with $code"
 if [ $code = 85 ]; then scontrol requeue "$SLURM_JOB_ID"; sleep 60; fi
 exit $code
 """
-Run = Callable[[Case], None]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return undisturbed_weights(tmp_path_factory.mktemp("undisturbed") / "alone")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
+    run = Undisturbed(tmp_path_factory.mktemp("undisturbed") / "alone")
+    yield run
+    run.close()
 
 
 @pytest.fixture
@@ -41,14 +42,14 @@ def training(bed: Bed, tmp_path: Path) -> Training:
 
 
 @pytest.mark.ci
-def test_a_script_written_by_hand_is_requeued_and_resumes(training: Training, undisturbed: dict[str, str]) -> None:
+def test_a_script_written_by_hand_is_requeued_and_resumes(training: Training, undisturbed: Undisturbed) -> None:
     job = training.submit(BY_HAND, "--nodes=2")
     training.until_step(20, job)
     training.bed.run("scancel", "--signal=USR2", "--batch", job)
     training.until_done(job)
     assert "the launchers ended with 85" in training.printed(job)
     assert len(training.events("started")) == 2
-    assert training.weights() == undisturbed
+    assert training.weights() == undisturbed.weights()
 
 
 @pytest.mark.ci
@@ -62,13 +63,13 @@ def test_a_script_written_by_hand_is_requeued_and_resumes(training: Training, un
     ],
     ids=["six faults", "slurmd killed, node drained", "a node off, with the rest"],
 )
-def test_a_run_survives(bed: Bed, tmp_path: Path, undisturbed: dict[str, str], case: Case) -> None:
+def test_a_run_survives(bed: Bed, tmp_path: Path, undisturbed: Undisturbed, case: Case) -> None:
     verdict = Trial(bed, case, tmp_path.name, undisturbed).run()
     assert not verdict.problems, "\n".join([*verdict.problems, verdict.output])
 
 
 @pytest.mark.ci
-def test_slurm_signals_the_job_before_its_limit(training: Training, undisturbed: dict[str, str]) -> None:
+def test_slurm_signals_the_job_before_its_limit(training: Training, undisturbed: Undisturbed) -> None:
     """Two minutes at most: Slurm counts limits in minutes, and its signal may come up to a minute early."""
     training.bed.set_rate("1mbit")  # the run takes longer than the limit of a job
     job = training.launch("--nodes=2", "--time=1")
@@ -79,12 +80,12 @@ def test_slurm_signals_the_job_before_its_limit(training: Training, undisturbed:
     training.bed.set_rate(None)
     training.until_done(job)
     assert training.events("started")[-1]["step"] == stopped
-    assert training.weights() == undisturbed
+    assert training.weights() == undisturbed.weights()
 
 
 @pytest.mark.ci
 @pytest.mark.parametrize("how", ["forbidden", "chain"])
-def test_a_chain_of_jobs_continues_the_run(training: Training, undisturbed: dict[str, str], how: str) -> None:
+def test_a_chain_of_jobs_continues_the_run(training: Training, undisturbed: Undisturbed, how: str) -> None:
     """Where Slurm forbids requeue, the job submits the next one; with --chain, the next one waits already."""
     if how == "forbidden":
         (training.folder / "cluster.yaml").write_text("sbatch: [--no-requeue]\n", encoding="utf-8")
@@ -95,12 +96,12 @@ def test_a_chain_of_jobs_continues_the_run(training: Training, undisturbed: dict
     following = str(int(job) + 1)
     training.until_done(following)
     assert (training.run.path / "finished").exists()
-    assert training.weights() == undisturbed
+    assert training.weights() == undisturbed.weights()
     training.bed.until(lambda: not training.bed.run("squeue", "--noheader").strip())  # no job is left in the queue
 
 
 @pytest.mark.ci
-def test_a_user_stops_a_run_and_lets_it_go_on(training: Training, undisturbed: dict[str, str]) -> None:
+def test_a_user_stops_a_run_and_lets_it_go_on(training: Training, undisturbed: Undisturbed) -> None:
     job = training.launch("--nodes=2")
     training.until_step(10, job)
     assert "RUNNING" in training.shoal("launch", "status", "run").upper()
@@ -112,7 +113,7 @@ def test_a_user_stops_a_run_and_lets_it_go_on(training: Training, undisturbed: d
     job = output.split("submitted job ")[1].split(",")[0]
     training.until_done(job)
     assert training.events("started")[-1]["step"] == stopped
-    assert training.weights() == undisturbed
+    assert training.weights() == undisturbed.weights()
 
 
 def test_what_slurm_rejects_is_one_clear_message(training: Training) -> None:

@@ -98,11 +98,28 @@ class Training:
         return weights(saved[-1].folder)
 
 
-def undisturbed_weights(folder: Path) -> dict[str, str]:
-    """Train without Slurm, in one process, and return the digests of the last weights."""
-    folder.mkdir()
-    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    command = [*SHOAL.split(), "train", "recipe.yaml", "--name", "run"]
-    done = subprocess.run(command, cwd=folder, env=environment(), check=False, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return weights(listed(folder / "runs" / "run" / "checkpoints")[-1].folder)
+class Undisturbed:
+    """The same training without Slurm and faults, in one process, beside what its creator does meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        """Start to train in a new `folder`."""
+        self._folder, self._found = folder, dict[str, str]()
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+        with (folder / "output").open("w", encoding="utf-8") as output:
+            self._process = subprocess.Popen(
+                [*SHOAL.split(), "train", "recipe.yaml", "--name", "run"], cwd=folder, env=environment(),
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            )  # fmt: skip
+
+    def weights(self) -> dict[str, str]:
+        """Wait for the end, and return the digests of the last weights."""
+        if not self._found:
+            assert self._process.wait(LIMIT_SECONDS) == 0, (self._folder / "output").read_text()
+            self._found = weights(listed(self._folder / "runs" / "run" / "checkpoints")[-1].folder)
+        return self._found
+
+    def close(self) -> None:
+        """Stop it if it still trains."""
+        self._process.terminate()
+        self._process.wait()

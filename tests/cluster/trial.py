@@ -12,7 +12,7 @@ import psutil
 
 from tests.cluster.bed import HEAD, LIMIT_SECONDS, NODES, Bed
 from tests.cluster.case import Case, Fault
-from tests.cluster.training import STEPS, Training
+from tests.cluster.training import STEPS, Training, Undisturbed
 
 STILL_SECONDS: Final = 0.3  # of computing on a full disk
 PATIENCE_SECONDS: Final = 2 * LIMIT_SECONDS  # for a run to recover from one fault
@@ -31,7 +31,7 @@ class Verdict:
 class Trial:
     """One run of a case, in a folder of its own on the bed's shared disk."""
 
-    def __init__(self, bed: Bed, case: Case, name: str, undisturbed: dict[str, str]) -> None:
+    def __init__(self, bed: Bed, case: Case, name: str, undisturbed: Undisturbed) -> None:
         self.bed, self.case, self._undisturbed = bed, case, undisturbed
         self.training = Training(bed, bed.shared / name)
         self.job = ""
@@ -68,7 +68,7 @@ class Trial:
 
     def _judge(self) -> list[str]:
         try:
-            same = self.training.weights() == self._undisturbed
+            same = self.training.weights() == self._undisturbed.weights()
         except AssertionError as error:
             return [str(error) or "the record of samples is wrong"]
         return [] if same else ["other weights than without the faults"]

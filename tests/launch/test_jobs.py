@@ -72,7 +72,7 @@ def test_restarts_have_a_bound_that_counts_from_the_users_last_request() -> None
     assert may_begin([*starts(1, 2, 3, 4), *starts(5)], 6, most=3) == ""
 
 
-def test_a_signalled_job_is_requeued_and_recorded_first(slurm: FakeSlurm, jobs: RunJobs) -> None:
+def test_a_signaled_job_is_requeued_and_recorded_first(slurm: FakeSlurm, jobs: RunJobs) -> None:
     slurm.command("scontrol", f'[ "$1" = requeue ] && cp {jobs.run}/jobs.jsonl {slurm.folder}/then; exit 0')
     begin(jobs, HERE, 50, nodes="n[1-2]")
     save(jobs.run, 7)
@@ -80,7 +80,7 @@ def test_a_signalled_job_is_requeued_and_recorded_first(slurm: FakeSlurm, jobs: 
     assert end(jobs, HERE, code=85, signal="USR2", most=50, requeue=True, say=said.append) == 85
     assert slurm.calls("scontrol requeue") == ["scontrol requeue 100"]
     assert '"verdict":"again"' in (slurm.folder / "then").read_text()  # Slurm ends the caller: the record comes first
-    assert said == ["the job was signalled before its limit after step 7; requeuing job 100"]
+    assert said == ["the job was signaled before its limit after step 7; requeuing job 100"]
     assert [(r["event"], r["step"]) for r in jobs.records()] == [("began", 0), ("ended", 7)]
 
 
@@ -101,7 +101,7 @@ def test_a_chain_continues_where_requeue_is_impossible(
     assert end(jobs, HERE, code=85, signal="USR2", most=50, requeue=how != "--no-requeue", say=said.append) == 85
     options = "--parsable --dependency=afternotok:100 --kill-on-invalid-dep=yes"
     assert slurm.calls("sbatch") == [f"sbatch {options} {jobs.script}"]
-    assert said[-1] == "the job was signalled before its limit after step 7; job 100 continues the run"
+    assert said[-1] == "the job was signaled before its limit after step 7; job 100 continues the run"
     assert jobs.records()[-1] | {"time": 0} == {
         "time": 0,
         "event": "submitted",
@@ -118,7 +118,7 @@ def test_a_job_submitted_ahead_continues_the_run(slurm: FakeSlurm, jobs: RunJobs
     save(jobs.run, 7)
     said: list[str] = []
     end(jobs, HERE, code=85, signal="USR2", most=50, requeue=False, say=said.append)
-    assert said == ["the job was signalled before its limit after step 7; job 101 continues the run"]
+    assert said == ["the job was signaled before its limit after step 7; job 101 continues the run"]
     assert slurm.calls("sbatch") == []
 
 
@@ -140,7 +140,7 @@ def test_a_finished_run_needs_no_job(slurm: FakeSlurm, jobs: RunJobs) -> None:
     event(jobs.run, "finished")
     assert (
         end(jobs, HERE, code=85, signal="none", most=50, requeue=True, say=lambda text: None) == 0
-    )  # a spare node was signalled
+    )  # a spare node was signaled
     assert (jobs.run / "finished").is_file()
     assert not slurm.calls("scontrol requeue") + slurm.calls("sbatch")
 
@@ -165,11 +165,33 @@ def test_only_a_cancelled_job_is_not_requeued_after_sigterm(
     assert bool(slurm.calls("scontrol requeue")) == again
 
 
-def test_slurm_may_have_requeued_the_job_itself(slurm: FakeSlurm, jobs: RunJobs) -> None:
-    slurm.answer("job", "JobId=100 JobState=PENDING Reason=BeginTime BatchFlag=1\n")
+@pytest.mark.parametrize(
+    "record",
+    [
+        "JobState=PENDING Reason=BeginTime Restarts=1",
+        "JobState=COMPLETING Reason=None Restarts=1",  # as seen after a node failure
+    ],
+)
+def test_slurm_may_have_requeued_the_job_itself(slurm: FakeSlurm, jobs: RunJobs, record: str) -> None:
+    slurm.answer("job", f"JobId=100 {record} BatchFlag=1\n")
     begin(jobs, HERE, 50)
-    end(jobs, HERE, code=143, signal="TERM", most=50, requeue=True, say=lambda text: None)
+    said: list[str] = []
+    end(jobs, HERE, code=143, signal="TERM", most=50, requeue=True, say=said.append)
     assert not slurm.calls("scontrol requeue") + slurm.calls("sbatch")
+    assert said == ["the job ended with code 143 after step 0; Slurm has requeued it"]
+
+
+def test_slurm_may_requeue_the_job_at_the_same_moment(slurm: FakeSlurm, jobs: RunJobs) -> None:
+    pending = "JobId=100 JobState=PENDING Restarts=1"
+    message = "Job is pending execution for job 100"
+    slurm.command(
+        "scontrol",
+        f'[ "$1" = show ] && cat "$here/job" || {{ echo "{pending}" > "$here/job"; echo "{message}" >&2; exit 1; }}',
+    )
+    begin(jobs, HERE, 50)
+    end(jobs, HERE, code=137, signal="none", most=50, requeue=True, say=lambda text: None)
+    assert slurm.calls("scontrol requeue")
+    assert not slurm.calls("sbatch")
 
 
 def test_the_end_waits_for_a_controller_that_restarts(

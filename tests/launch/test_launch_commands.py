@@ -73,7 +73,7 @@ def test_the_state_of_each_job(slurm: FakeSlurm, jobs: RunJobs, capsys: pytest.C
     for restart, step in enumerate((0, 50, 90)):
         jobs.add("began", job="100", restart=restart, step=step, nodes="n[1-2]")
     jobs.add(
-        "ended", job="100", restart=0, code=85, signal="USR2", step=50, verdict="again", why="the job was signalled"
+        "ended", job="100", restart=0, code=85, signal="USR2", step=50, verdict="again", why="the job was signaled"
     )
     save(jobs.run, 120)
     slurm.answer("queue", RUNNING)
@@ -82,7 +82,7 @@ def test_the_state_of_each_job(slurm: FakeSlurm, jobs: RunJobs, capsys: pytest.C
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "the run would resume from step 120"
     assert [re.split(r"  +", line.strip()) for line in lines[2:]] == [
-        ["100", "0", "again", "n[1-2]", "0 to 50", "the job was signalled"],
+        ["100", "0", "again", "n[1-2]", "0 to 50", "the job was signaled"],
         [
             "100",
             "1",

@@ -41,7 +41,7 @@ def test_what_the_job_asks_for(slurm: FakeSlurm) -> None:
     folder = slurm.folder / "runs" / "recipe" / "jobs"
     assert asked == {
         "job-name": "recipe", "nodes": "2", "ntasks-per-node": "1", "exclusive": "", "mem": "0", "time": "1-12:00:00",
-        "partition": "big", "signal": "B:USR2@300", "requeue": "", "dependency": "afterok:7", "chdir": str(slurm.folder),
+        "partition": "big", "signal": "B:USR2@300", "requeue": "", "exclude": "n7", "dependency": "afterok:7", "chdir": str(slurm.folder),
         "output": f"{folder}/%j.log", "open-mode": "append",
     }  # fmt: skip
     assert (folder / "recipe.yaml").read_text() == (slurm.folder / "recipe.yaml").read_text()
@@ -63,7 +63,7 @@ def test_spare_nodes_outlast_a_failed_one(slurm: FakeSlurm) -> None:
     script = written(slurm, "--nodes", "2", "--processes", "2", "--spare-nodes", "1")
     assert requests(script)["nodes"] == "3"
     assert "no-kill" in requests(script)
-    assert "--no-kill --label" in script
+    assert "--wait=0 --no-kill --label" in script
     assert "--launch.nodes=2 \\\n" in script
     script = written(slurm, "--nodes", "2", "--processes", "2", "--launch.min_nodes", "1")
     assert "no-kill" in requests(script)
@@ -117,7 +117,7 @@ sbatch: [--mail-type=END]
     [
         (
             "pyxis",
-            "srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 --label --container-image=a/b.sqsh --container-mounts=",
+            "srun --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=300 --label --container-image=a/b.sqsh --container-mounts=",
         ),
         ("apptainer", "--label apptainer exec --bind="),
         ("singularity", "--label singularity exec --bind="),
@@ -158,7 +158,7 @@ def test_the_script_runs_one_launcher_a_node(slurm: FakeSlurm) -> None:
     assert (slurm.here / "cores").read_text() == "3\n"
     words = re.findall(r"<([^>]*)>", (slurm.here / "words").read_text())
     shoal = next(n for n, word in enumerate(words) if word.endswith("/shoal"))
-    assert words[:shoal] == ["--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0", "--label"]
+    assert words[:shoal] == ["--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=300", "--label"]
     run = slurm.folder / "runs" / "a b"
     assert words[shoal + 1 : -1] == [
         "train", f"{run}/jobs/recipe.yaml", "--launch.name=a b", f"--launch.runs={run.parent}", "--optim.lr=1e-3",
@@ -166,6 +166,7 @@ def test_the_script_runs_one_launcher_a_node(slurm: FakeSlurm) -> None:
     ]  # fmt: skip
     head, _, port = words[-1].removeprefix("--launch.rendezvous=").rpartition(":")
     assert port == str(10000 + 100)
+    assert f'"rendezvous":"{head}:{port}"' in (run / "jobs.jsonl").read_text()
     assert head
     assert not head.startswith("127.")
     assert "=== job 100, restart 0, on" in output
@@ -191,7 +192,7 @@ def test_a_signal_before_the_limit_reaches_the_launchers_and_requeues_the_job(sl
     wait_for(slurm.here / "up", process)
     process.send_signal(signal.SIGUSR2)
     output, _ = process.communicate(timeout=60)
-    assert "the job was signalled before its limit after step 9; requeuing job 100" in output
+    assert "the job was signaled before its limit after step 9; requeuing job 100" in output
     assert process.returncode == 85
     assert slurm.calls("scontrol requeue") == ["scontrol requeue 100"]
 
@@ -243,7 +244,7 @@ def test_times_in_slurms_form(minutes: float, text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("partiton: gpu", "partiton is not a key of cluster.yaml; did you mean partition?"),
+        ("partitionn: gpu", "partitionn is not a key of cluster.yaml; did you mean partition?"),
         ("gpus_per_node: many", "gpus_per_node is 'many', not an integer of at least 1"),
         ("modules: {a: 1}", "modules is {'a': 1}, not a list of texts of one line each"),
         ("fabric: infinband", "fabric is 'infinband', not one of ethernet, infiniband, efa"),

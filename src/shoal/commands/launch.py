@@ -37,6 +37,7 @@ _TIMES: Final = (  # the forms of a time in Slurm, with the minutes of each part
 def slurm(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.launch.site import Site
     from shoal.launch.slurm import script
+    from shoal.run.folder import RunFolder
 
     site = _with_flags(Site.read(args.site), args)
     recipe = recipe_asked(args, overrides)
@@ -46,6 +47,7 @@ def slurm(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
         _resolve(args, recipe, _for_task(overrides, indexes[-1:]), site)
     job = _plan(args, config, overrides, site, argv, indexes)
     runs = [RunJobs(_run_of(job, index)) for index in indexes] if indexes else [RunJobs(job.run)]
+    RunFolder(runs[0].run).agree(config)
     if args.submit and not args.dependency:
         for run in runs:
             _reject_live(run)
@@ -169,6 +171,8 @@ def _with_flags(site: Site, args: argparse.Namespace) -> Site:
         for n in ("partition", "account", "qos", "constraint", "cpus_per_node")
         if (v := getattr(args, n)) is not None
     }
+    if args.exclude:
+        given["sbatch"] = (*site.sbatch, f"--exclude={args.exclude}")
     return dataclasses.replace(site, **given)
 
 

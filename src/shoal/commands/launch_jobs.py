@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 def began(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.launch.chain import begin
     from shoal.launch.jobs import JobId, RunJobs
-    from shoal.launch.meeting_place import meeting_host
+    from shoal.launch.meeting_place import meeting_place
 
     here, nodes = JobId.here(), os.environ.get("SLURM_JOB_NODELIST", "")
     print(f"=== job {here.job}, restart {here.restart}, on {nodes}", file=sys.stderr, flush=True)
     jobs = RunJobs(Path(args.target).absolute())
     several = int(os.environ.get("SLURM_JOB_NUM_NODES", os.environ.get("SLURM_NNODES", "1"))) > 1
-    head = meeting_host() if several else ""
-    begin(jobs, here, args.max_requeues, nodes=nodes, **({"head": head} if head else {}))
-    if head:
-        print(head)
+    place = meeting_place() if several else ""
+    begin(jobs, here, args.max_requeues, nodes=nodes, **({"rendezvous": place} if place else {}))
+    if place:
+        print(place)
     return 0
 
 

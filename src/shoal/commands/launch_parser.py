@@ -85,6 +85,7 @@ def _add_slurm(parser: argparse.ArgumentParser) -> None:
     add("--account", "account that pays for the job", metavar="NAME")
     add("--qos", "quality of service of the job", metavar="NAME")
     add("--constraint", "features that the nodes must have", metavar="FEATURES")
+    add("--exclude", "nodes not to use, such as n7,n9", metavar="NODES")
     cores = "CPU cores of each node to ask for (default: whole nodes)"
     add("--cpus-per-node", cores, metavar="N", type=_count)
     spares = "further nodes of the job, which wait to replace one that fails (default: 0)"

@@ -51,7 +51,7 @@ def end(
     ending = Ending(
         code=code,
         signal=signal,
-        cancelled=signal == "TERM" and _is_cancelled(state),
+        cancelled=signal == "TERM" and not _is_requeued(state, here) and _is_cancelled(state),
         finished=jobs.has_finished(),
         stop=jobs.stop_reason(),
     )
@@ -89,6 +89,12 @@ def _state(job: str) -> dict[str, str]:
         return {}
 
 
+def _is_requeued(state: Record, here: JobId) -> bool:
+    """Return whether Slurm itself starts the job again: after a node failure it counts a restart while the job still ends."""
+    restarts = str(state.get("Restarts", "0"))
+    return state.get("JobState") in _REQUEUED_BY_SLURM or (restarts.isdigit() and int(restarts) > here.restart)
+
+
 def _is_cancelled(state: Record) -> bool:
     """Return whether a user has cancelled the job, rather than its limit, a preemption or a failed node ending it."""
     if state.get("JobState") not in ("CANCELLED", "COMPLETING"):
@@ -104,7 +110,7 @@ def _continue(
     if state.get("BatchFlag") == "0":
         say(f"{why}; run the script again to continue, in this allocation or another")
         return
-    if requeue and state.get("JobState") in _REQUEUED_BY_SLURM:
+    if _is_requeued(state, here):
         say(f"{why}; Slurm has requeued it")
         return
     if requeue and scheduler.has("scontrol"):
@@ -113,6 +119,9 @@ def _continue(
             scheduler.patiently(lambda: scheduler.requeue(here.job), say)
             return
         except SlurmError as error:
+            if _is_requeued(_state(here.job), here):
+                say(f"{why}; Slurm has requeued it")
+                return
             say(f"the job cannot be requeued ({error}); another job continues the run")
     if successor := _successor(jobs.records(), here):
         say(f"{why}; job {successor} continues the run")

@@ -201,5 +201,5 @@ def decide(records: Sequence[Record], ending: Ending, step: int, most: int) -> V
         return Verdict("stopped", f"the run was started again {starts - 1} times, and --max-requeues is {most}")
     if stuck >= PATIENCE:
         return Verdict("stopped", f"{stuck} jobs in a row ended at step {step} without progress")
-    how = "was signalled before its limit" if ending.signal == "USR2" else f"ended with code {ending.code}"
+    how = "was signaled before its limit" if ending.signal == "USR2" else f"ended with code {ending.code}"
     return Verdict("again", f"the job {how} after step {step}")

@@ -1,7 +1,8 @@
-"""The host at which the launchers of a Slurm job meet: the job's first node, by a name or address that all reach. No torch."""
+"""Where the launchers of a Slurm job meet: at its first node, by a name or address that all nodes reach. No torch."""
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import re
@@ -17,6 +18,38 @@ from shoal.system.output import on_one_line
 
 INTERFACES: Final = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")  # chosen by the user or cluster.yaml
 OPTION: Final = "launch.rendezvous"
+# Ports of the launchers' rendezvous, below those that systems give to outgoing connections.
+FIRST_PORT: Final = 10000
+PORTS: Final = 20000
+_TRIED: Final = 100  # ports in a row
+
+
+def meeting_place(environment: Mapping[str, str] = os.environ) -> str:
+    """
+    Return HOST:PORT where the launchers of this job meet. The port depends on the job, so that two jobs on a node do not collide.
+
+    Raises `LaunchError` if the node has no address that others can reach, or no free port.
+    """
+    host = meeting_host(environment)
+    job = environment.get("SLURM_JOB_ID", "0")
+    port = _free_port(host, FIRST_PORT + (int(job) if job.isdigit() else 0) % PORTS)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _free_port(host: str, first: int) -> int:
+    """Return the first port from `first` on that no process listens on; `first` if `host` is another machine."""
+    family, address = address_of(host, 0, option=OPTION, from_afar=True)
+    for port in range(first, first + _TRIED):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((address[0], port, *address[2:]))
+                probe.listen()
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+            return port
+    raise LaunchError(f"ports {first} to {first + _TRIED - 1} of {on_one_line(host)} are all in use")
 
 
 def meeting_host(environment: Mapping[str, str] = os.environ) -> str:

@@ -12,6 +12,7 @@ from shoal.errors import LaunchError
 from shoal.launch.site import Site
 from shoal.run.events import read_json_lines
 from shoal.run.records import read_metrics
+from shoal.system.output import on_one_line
 
 SCRIPT: Final = "job.sbatch"  # in RUN/jobs
 RECIPE: Final = "recipe.yaml"  # the recipe as submitted, in RUN/jobs
@@ -57,7 +58,12 @@ class Job:
 
 
 def script(job: Job, site: Site) -> str:
-    """Return the text of the batch script."""
+    """Return the text of the batch script. Raises `LaunchError` for a folder that it cannot name."""
+    for path in (job.run, job.directory):
+        if set('\n"') & set(str(path)):
+            raise LaunchError(
+                f"{on_one_line(path)} has a quote or a line feed in its name, which #SBATCH lines cannot have"
+            )
     parts = [_head(job, site), _requests(job, site), _environment(job, site), _beginning(job), _staging(job, site)]
     parts += [_training(job, site), _ending(job)]
     return "\n\n".join("\n".join(lines) for part in parts if (lines := list(part))) + "\n"
@@ -82,7 +88,7 @@ def signal_lead(run: Path, minutes: float | None) -> int:
     if minutes is not None and needed > 0.8 * 60 * minutes:
         raise LaunchError(
             f"the time limit of {minutes:g} minutes is too short: a save of this run takes up to {max(saves[-_RECENT:]):.0f} s, so "
-            f"the job would be signalled {needed} s before its limit; set a --time of at least {slurm_time(needed / 24)}"
+            f"the job would be signaled {needed} s before its limit; set a --time of at least {slurm_time(needed / 24)}"
         )
     return needed
 
@@ -100,7 +106,7 @@ def _head(job: Job, site: Site) -> Iterator[str]:
     each = f", {job.processes} processes on each" if job.processes else ""
     yield "#!/bin/bash" + " -l" * bool(site.modules)  # a login shell has the command module
     yield f"# Trains {job.name} on {job.nodes} node{'s' * (job.nodes > 1)}{spares}{each}. Written by"
-    yield f"#   {job.command}"
+    yield f"#   {on_one_line(job.command)}"
     yield f"# Submit it with: sbatch {shlex.quote(str(_in_bash_text(job) / 'jobs' / SCRIPT))}"
 
 
@@ -115,7 +121,7 @@ def _requests(job: Job, site: Site) -> Iterator[str]:
         line = f"#SBATCH {option}"
         return f"{line:<47} # {why}" if why else line
 
-    output = str(job.run / "jobs" / "%j.log").replace(TASK, "%a")
+    output = f"{job.run / 'jobs'}/".replace("%", "%%").replace(TASK, "%a") + "%j.log"
     yield ask(f"--job-name={_quoted(job.name.replace(TASK, ''))}")
     yield ask(
         f"--nodes={job.total_nodes}",
@@ -196,9 +202,8 @@ def _beginning(job: Job) -> Iterator[str]:
         yield f"{began} || exit"
         return
     yield "# Record this job, and end it if the jobs before it made no progress. This prints where the launchers meet: the name of"
-    yield "# the first node, or its address if the name leads to a loopback address."
-    yield f"head=$({began}) || exit"
-    yield "port=$((10000 + SLURM_JOB_ID % 20000))  # another one for each job"
+    yield "# the first node, or its address if the name leads to a loopback address, and a port that depends on the job's number."
+    yield f"rendezvous=$({began}) || exit"
 
 
 def _in_script(text: str) -> str:
@@ -225,7 +230,7 @@ def _training(job: Job, site: Site) -> Iterator[str]:
         quoted.append(
             f"--launch.rendezvous={shlex.quote(job.rendezvous)}"
             if job.rendezvous
-            else '--launch.rendezvous="$head:$port"'
+            else '--launch.rendezvous="$rendezvous"'
         )
     if job.stage:
         quoted.append('--data.folder="$scratch"')
@@ -236,8 +241,13 @@ def _training(job: Job, site: Site) -> Iterator[str]:
         f"--launch.name={_in_script(job.name)}",
         f"--launch.runs={_in_script(str(job.run.parent))}",
     ]
-    yield "# One launcher on each node. One that ends does not end the others, which save or continue without it."
-    srun = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=0"]
+    if job.survives_a_node or job.nodes == 1:
+        yield "# One launcher on each node. One that ends does not end the others, which save or continue without it."
+        wait = 0
+    else:
+        wait = max(60, job.signal_seconds)
+        yield f"# One launcher on each node. If one ends, the others have {wait} s to end too: they cannot continue without it."
+    srun = ["srun", "--ntasks-per-node=1", "--kill-on-bad-exit=0", f"--wait={wait}"]
     if job.survives_a_node:
         srun.append("--no-kill")
     if job.total_nodes > 1:
@@ -269,7 +279,7 @@ def _container(job: Job, site: Site) -> list[str]:
 
 
 def _ending(job: Job) -> Iterator[str]:
-    yield '[ "$signal" = USR2 ] && to_launchers &  # signalled before they were started'
+    yield '[ "$signal" = USR2 ] && to_launchers &  # signaled before they were started'
     yield "# A signal ends wait early. After TERM there is little time: the launchers have it too, and save on their own."
     yield 'code=143; while [ "$again" = yes ] && [ "$signal" != TERM ]; do again=no; wait "$step"; code=$?; done'
     yield ""
