@@ -17,7 +17,9 @@ from tests.cli.commands import Place
 
 def shell(script: Path, command: str) -> str:
     """Return what a command prints in a shell that has read the script."""
-    return subprocess.run(["sh", "-c", f". {shlex.quote(str(script))}; {command}"], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["sh", "-c", f". {shlex.quote(str(script))}; {command}"], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_the_active_conda_environment_is_used(tmp_path: Path) -> None:

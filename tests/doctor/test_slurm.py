@@ -10,6 +10,7 @@ import pytest
 from shoal.doctor.judge_node import Wanted
 from shoal.doctor.slurm import Job, expand, judge_job, this_job, wanted_of
 
+
 def test_lists_without_slurm() -> None:
     assert expand("n[08-11],login") == ("n08", "n09", "n10", "n11", "login")
     assert expand("a[1-2]b") == ("a1b", "a2b")
