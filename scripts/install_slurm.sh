@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install Slurm, munge, and what plants faults for the tests of clusters, if they are missing. Needs root and apt-get (Debian, Ubuntu); else it
-# says what to do. It starts no service: the tests start their own, with their own configuration.
+# Install Slurm, munge, and what plants faults (firewall, false clock, ssh) for the tests of clusters, if they are missing.
+# Needs root and apt-get (Debian, Ubuntu); else it says what to do. It starts no service: the tests start their own, with their own configuration.
 set -euo pipefail
 PACKAGES=(slurmctld slurmd slurm-client munge iproute2 nftables faketime openssh-server openssh-client)
 
