@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Install Slurm and munge for the tests of clusters, if they are missing. Needs root and apt-get (Debian, Ubuntu); else it
-# says what to do. It starts no service: the tests start their own, with their own configuration.
+# Install Slurm, munge, and what plants faults (firewall, false clock, ssh) for the tests of clusters, if they are missing.
+# Needs root and apt-get (Debian, Ubuntu); else it says what to do. It starts no service: the tests start their own, with their own configuration.
 set -euo pipefail
-PACKAGES=(slurmctld slurmd slurm-client munge iproute2)
+PACKAGES=(slurmctld slurmd slurm-client munge iproute2 nftables faketime openssh-server openssh-client)
 
 missing() {
     local name
-    for name in slurmctld slurmd sbatch srun squeue scontrol munged munge ip nsenter; do
+    for name in slurmctld slurmd sbatch srun squeue scontrol munged munge ip nsenter nft faketime sshd ssh; do
         PATH="$PATH:/usr/sbin:/sbin" command -v "$name" > /dev/null || echo "$name"
     done
 }

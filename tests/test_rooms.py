@@ -32,7 +32,7 @@ FLOORS: list[set[str]] = [
         "optim",
         "checkpoint",
     },
-    {"parallel", "launch"},
+    {"parallel", "launch", "doctor"},
     {"training"},
     {
         "infer",
@@ -55,6 +55,7 @@ WITHOUT_TORCH = [
     "cli",
     "commands.comparing",
     "commands.dashboard",
+    "commands.doctor",
     "commands.flags",
     "commands.launch",
     "commands.launch_hosts",
@@ -71,6 +72,7 @@ WITHOUT_TORCH = [
     "commands.recipes",
     "commands.records",
     "commands.report",
+    "commands.setup",
     "commands.sync",
     "commands.train",
     "commands.worker",
@@ -82,6 +84,14 @@ WITHOUT_TORCH = [
     "data.order.ledger",
     "data.order.quarantine",
     "data.prepare",
+    "doctor.examine",
+    "doctor.findings",
+    "doctor.judge_folder",
+    "doctor.judge_node",
+    "doctor.judge_wires",
+    "doctor.probe",
+    "doctor.slurm",
+    "doctor.speed",
     "elastic.crashes",
     "elastic.heartbeat",
     "elastic.kernel_log",
@@ -108,6 +118,7 @@ WITHOUT_TORCH = [
     "launch.jobs",
     "launch.meeting_place",
     "launch.scheduler",
+    "launch.setup",
     "launch.site",
     "launch.slurm",
     "launch.torchrun",
@@ -264,7 +275,7 @@ def test_no_circle() -> None:
 
 
 def test_the_hall_is_small() -> None:
-    assert len([p for p in SOURCE.iterdir() if p.name != "__pycache__"]) <= 27
+    assert len([p for p in SOURCE.iterdir() if p.name != "__pycache__"]) <= 28
     assert len(FLOORS) <= 10
 
 

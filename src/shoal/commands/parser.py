@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import data, machine, models, recipes, records, train
+from shoal.commands import data, doctor, machine, models, recipes, records, setup, train
 from shoal.commands.flags import add_options
 from shoal.commands.launch_parser import add_launch
 from shoal.commands.seeing_parser import add_recipe, add_seeing
@@ -82,6 +82,10 @@ def build_parser(verb: str | None, action: str | None = None) -> argparse.Argume
     _add_record(add("ledger", records.ledger, exactly_once))
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
     _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
+    sick = "check the nodes of a cluster, or this machine: what is wrong with which; exit code 1 if a fault is found"
+    doctor.add_arguments(add("doctor", doctor.doctor, sick))
+    folders = "make a project's folder on the shared disk: environment, caches, cluster.yaml; then check every node"
+    setup.add_arguments(add("setup", setup.setup, folders))
     add("env", machine.env, "print versions, devices and threads, for a bug report")
     return parser
 
