@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Submits a Slurm job that trains on several nodes:
+#
+#   RECIPE=mine NODES=4 GPUS_PER_NODE=8 TIME_LIMIT=24:00:00 bash scripts/launch/slurm_multi_node.sh [--OPTION V ...]
+#
+# Partition, account and modules are in cluster.yaml (docs/CLUSTERS.md). SUBMIT=0 only writes the batch script, to be read.
+set -euo pipefail
+source "$(dirname "$0")/activate.sh"
+submit=(--submit)
+if [ "${SUBMIT:-1}" = 0 ]; then submit=(); fi
+exec shoal launch slurm "${RECIPE:-scale/llama-1b}" --nodes "${NODES:-2}" --gpus-per-node "${GPUS_PER_NODE:-8}" \
+    --time "${TIME_LIMIT:-24:00:00}" "${submit[@]}" "$@"
