@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Submits a Slurm job that trains on several nodes:
 #
-#   RECIPE=mine NODES=4 GPUS_PER_NODE=8 TIME_LIMIT=24:00:00 bash scripts/launch/slurm_multi_node.sh [--OPTION V ...]
+#   RECIPE=mine NODES=4 GPUS_PER_NODE=8 TIME_LIMIT=24:00:00 bash scripts/launch/slurm_multi_node.sh [--OPTION ...]
 #
 # Partition, account and modules are in cluster.yaml (docs/CLUSTERS.md). SUBMIT=0 only writes the batch script, to be read.
 set -euo pipefail

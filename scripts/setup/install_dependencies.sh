@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# Installs what shoal needs on a new machine: git, make and Python if they are missing, from the system's packages, then shoal with
-# its pinned versions, into .venv of this repository, or into the active conda environment.
+# Installs what shoal needs on a new machine: git, make and Python from the system's packages if they are missing, then
+# shoal with its pinned versions, into .venv of this repository or into the active conda environment. It has no arguments:
 #
 #   FORCE_REFRESH=1    make .venv again from scratch
 #   PYTHON, TORCH_WHEELS, TORCH_VERSION    see scripts/install.sh
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+if [ "$#" -gt 0 ]; then sed -n '2,/^set/{/^#/p}' scripts/setup/install_dependencies.sh; exit 2; fi
 
 say() { printf 'install: %s\n' "$*"; }
 fail() { printf 'install: %s\n' "$*" >&2; exit 2; }
 has_python() {
     local python
     for python in ${PYTHON:-python3 python3.13 python3.12 python3.11 python}; do
-        "$python" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && return
+        "$python" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null &&
+            return
     done
     return 1
 }
