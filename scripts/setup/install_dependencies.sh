@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what shoal needs on a new machine: git, make and Python from the system's packages if they are missing, then
-# shoal with its pinned versions, into .venv of this repository or into the active conda environment. It has no arguments:
+# shoal with its pinned versions, into .venv of this repository or into the active conda environment. No arguments.
 #
 #   FORCE_REFRESH=1    make .venv again from scratch
 #   PYTHON, TORCH_WHEELS, TORCH_VERSION    see scripts/install.sh
@@ -46,6 +46,6 @@ if [ -n "${CONDA_PREFIX:-}" ]; then
     say "into the active conda environment $CONDA_PREFIX"
     python -m pip install -q --constraint constraints.txt --editable .
 else
-    if [ "${FORCE_REFRESH:-0}" != 0 ]; then rm -rf .venv; fi
+    if [ "${FORCE_REFRESH:-0}" != 0 ]; then make clean; fi
     make setup
 fi
