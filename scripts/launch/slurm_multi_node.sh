@@ -3,8 +3,8 @@
 #
 #   RECIPE=mine NODES=4 TIME_LIMIT=24:00:00 bash scripts/launch/slurm_multi_node.sh [--OPTION VALUE ...]
 #
-# GPUS_PER_NODE is 8 by default. SUBMIT=0 only writes the batch script, to be read. Partition, account and modules are in
-# cluster.yaml (docs/CLUSTERS.md).
+# GPUS_PER_NODE is 8 by default. SUBMIT=0 only writes the batch script, to be read. Partition, account and modules are
+# in cluster.yaml (docs/CLUSTERS.md).
 set -euo pipefail
 source "$(dirname "$0")/activate.sh"
 submit=(--submit)
