@@ -67,7 +67,9 @@ def test_fewer_gpus_are_rejected_if_the_layout_needs_all(name: str, config: Conf
     assert list(refusals(config, 4))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(
+    "name", ["13m", *(pytest.param(name, marks=pytest.mark.ci) for name in RECIPES if name != "13m")]
+)
 def test_a_step_fits_in_a_gpu(name: str, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = SMALL_GPU if config.model.family == "gpt2" else LARGE_GPU
     activations = _activation_bytes(config, monkeypatch)
@@ -77,6 +79,7 @@ def test_a_step_fits_in_a_gpu(name: str, config: Config, monkeypatch: pytest.Mon
         assert held_bytes(config, layout) + _gathered_bytes(config, layout) + activations < USABLE * memory
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["llama-8b-64-gpus"])
 def test_full_checkpointing_keeps_the_input_of_each_block(
     name: str, config: Config, monkeypatch: pytest.MonkeyPatch
