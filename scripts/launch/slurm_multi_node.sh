@@ -3,11 +3,11 @@
 #
 #   RECIPE=mine NODES=4 TIME_LIMIT=24:00:00 bash scripts/launch/slurm_multi_node.sh [--OPTION VALUE ...]
 #
-# GPUS_PER_NODE is 8 by default. SUBMIT=0 only writes the batch script, to be read. Partition, account and modules are
-# in cluster.yaml (docs/CLUSTERS.md).
+# Partition, account, modules and the GPUs of a node are in cluster.yaml (docs/CLUSTERS.md); GPUS_PER_NODE=4 replaces the
+# last. SUBMIT=0 only writes the batch script, to be read.
 set -euo pipefail
 source "$(dirname "$0")/activate.sh"
 submit=(--submit)
 if [ "${SUBMIT:-1}" = 0 ]; then submit=(); fi
-exec shoal launch slurm "${RECIPE:-scale/llama-1b}" --nodes "${NODES:-2}" --gpus-per-node "${GPUS_PER_NODE:-8}" \
-    --time "${TIME_LIMIT:-24:00:00}" "${submit[@]}" "$@"
+exec shoal launch slurm "${RECIPE:-scale/llama-1b}" --nodes "${NODES:-2}" \
+    ${GPUS_PER_NODE:+--gpus-per-node "$GPUS_PER_NODE"} --time "${TIME_LIMIT:-24:00:00}" "${submit[@]}" "$@"
