@@ -37,7 +37,7 @@ checkpoint: {every: 10, keep: 3}
 metrics: {peak_tflops: 1, report: false}
 launch: {threads: 1, join_seconds: 2}
 """
-SECONDS: Final = 200.0  # of every wait
+SECONDS: Final = 250.0  # of every wait
 SHOAL: Final = (sys.executable, "-m", "shoal")
 
 
