@@ -51,7 +51,7 @@ class Scripts:
 
     def calls(self, script: str, *arguments: str, **environment: str) -> list[list[str]]:
         """Return the arguments of each call of shoal, all of them from the working folder."""
-        self.run(script, *arguments, **environment)
+        self.run(script, *arguments, code=0, **environment)
         found = [call.splitlines() for call in self._calls.read_text(encoding="utf-8").split("--\n")[:-1]]
         assert {folder for folder, *_ in found} == {str(self.work)}
         return [call for _, *call in found]
@@ -174,7 +174,7 @@ def test_a_download_is_repeated_only_on_request(real: Scripts, hub: Hub) -> None
     }  # fmt: skip
     for again, expected in (("0", True), ("0", False), ("1", True)):
         hub.asked.clear()
-        real.run("launch/download_data_model.sh", **asked, FORCE_REFRESH=again)
+        real.run("launch/download_data_model.sh", code=0, **asked, FORCE_REFRESH=again)
         assert any("config.json" in name for name in hub.asked) == expected
         for dataset in asked["DATA"].split():
             files = CATALOG[dataset].files[0].split("*")[0]
