@@ -46,6 +46,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/codespell README.md CONTRIBUTING.md Makefile docs recipes src scripts tests
 	$(BIN)/python scripts/check_english.py
+	$(BIN)/shellcheck scripts/*.sh scripts/*/*.sh
 
 format: setup
 	$(BIN)/ruff format .
@@ -53,7 +54,7 @@ format: setup
 
 setup: .venv/installed
 
-# lm-evaluation-harness, MLflow's server and their dependencies: needed only by the tests.
+# lm-evaluation-harness, MLflow's server and Kubernetes' schemas, with their dependencies: needed only by the tests.
 harness: .venv/harness
 
 # Slurm's daemons and commands, for the tests of clusters; it starts no service.
@@ -61,7 +62,7 @@ slurm:
 	@bash scripts/install_slurm.sh
 
 .venv/harness: .venv/installed constraints-eval.txt
-	@echo "setup: installing lm-evaluation-harness and MLflow's server for the tests (about a minute; pip prints nothing)"
+	@echo "setup: installing lm-evaluation-harness, MLflow's server and Kubernetes' schemas for the tests (a minute; pip is silent)"
 	$(BIN)/pip install -qq --no-deps --requirement constraints-eval.txt
 	touch $@
 
