@@ -77,7 +77,9 @@ def test_commands_parse_and_their_recipes_exist(page: str, arguments: list[str])
         stray = rest
     assert not stray
     assert all(key in options() for key, _, _ in overrides)
-    if arguments[0] == "launch" and any(key == "launch.nodes" for key, _, _ in overrides):  # chooses where they meet itself
+    if arguments[0] == "launch" and any(
+        key == "launch.nodes" for key, _, _ in overrides
+    ):  # chooses where they meet itself
         overrides.append(("launch.rendezvous", "node0:29400", "shoal launch"))
     recipe = getattr(args, "recipe", None)
     if recipe is not None and str(recipe) not in shown_recipes():
