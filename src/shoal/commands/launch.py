@@ -83,8 +83,8 @@ def _submit(runs: Sequence[RunJobs], indexes: Sequence[int], chain: int | None) 
     from shoal.launch.scheduler import submit
 
     job = submit(runs[0].script)
-    for run, index in zip(runs, indexes or [None], strict=True):
-        task = {} if index is None else {"array": f"{job}_{index}"}
+    tasks = [{"array": f"{job}_{index}"} for index in indexes] or [{}]
+    for run, task in zip(runs, tasks, strict=True):
         run.add("submitted", job=task.get("array", job), by="user", **task)
     print(f"submitted job {job}")
     last = job
