@@ -22,7 +22,11 @@ from tests.chaos.trial import weights
 from tests.cluster.bed import lacking
 from tests.cluster.host import Host, Switch, environment
 
-pytestmark = [pytest.mark.ci, pytest.mark.skipif(bool(lacking()), reason=lacking() or "hosts can be made")]
+pytestmark = [
+    pytest.mark.ci,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(bool(lacking()), reason=lacking() or "hosts can be made"),
+]
 
 JOB: Final[dict[str, Any]] = list(
     yaml.safe_load_all((Path(__file__).parents[2] / "docs" / "kubernetes" / "job.yaml").read_text(encoding="utf-8"))
