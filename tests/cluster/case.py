@@ -21,10 +21,10 @@ FAULTS: Final[dict[str, tuple[str, str]]] = {
     "partition": ("for a second", "until a launcher has noticed"),
     "signal": ("to the batch script, as before its limit", "to one launcher"),
     "requeue": ("by shoal launch requeue", "by scontrol requeue, which kills"),
-    "disk full": ("while the run computes", "while the run is signalled and saves"),
+    "disk full": ("while the run computes", "while the run is signaled and saves"),
     "wrong host name": ("of the first node, and a requeue", "of another node, and a requeue"),
     "launcher killed": ("on the first node", "on another node"),
-    "controller restarted": ("while the run computes", "stopped while the launchers are signalled and end"),
+    "controller restarted": ("while the run computes", "stopped while the launchers are signaled and end"),
 }
 # Those that cost no wait for Slurm's own time limits
 QUICK: Final = ("signal", "requeue", "disk full", "launcher killed", "wrong host name", "controller restarted")

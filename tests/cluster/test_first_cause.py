@@ -77,7 +77,7 @@ def test_the_kernel_killed_a_process_for_its_memory(folder: RunFolder) -> None:
 
 
 def failed_job(
-    bed: Bed, folder: Path, step: str, *options: str, then: Callable[[str], None] = lambda job: None
+    bed: Bed, folder: Path, step: str, *options: str, then: Callable[[str], object] | None = None
 ) -> FirstCause:
     """Run a job of two nodes until it has ended; return why. then: called with the job's number when its step runs."""
     jobs = folder / "jobs"

@@ -74,7 +74,7 @@ def test_slurm_signals_the_job_before_its_limit(training: Training, undisturbed:
     training.bed.set_rate("1mbit")  # the run takes longer than the limit of a job
     job = training.launch("--nodes=2", "--time=1")
     training.until_step(5, job)
-    training.until(lambda: "was signalled before its limit" in training.printed(job), job)
+    training.until(lambda: "was signaled before its limit" in training.printed(job), job)
     stopped = training.run.last_step()
     assert 0 < stopped < STEPS
     training.bed.set_rate(None)

@@ -19,7 +19,7 @@ def crosses_nodes(layout: Layout, axis: str, processes: int) -> bool:
         return False
     inner = AXES[AXES.index(axis) :]
     # Groups are inside aligned blocks of this many ranks. All groups stay inside nodes only if blocks do.
-    return getattr(layout, axis) > 1 and processes % math.prod(getattr(layout, name) for name in inner) != 0
+    return bool(getattr(layout, axis) > 1 and processes % math.prod(getattr(layout, name) for name in inner))
 
 
 def describe_spread(layout: Layout, processes: int) -> str:
