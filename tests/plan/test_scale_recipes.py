@@ -127,7 +127,8 @@ def _peak_bytes(config: Config, monkeypatch: pytest.MonkeyPatch) -> int:
     return live.most
 
 
-@pytest.mark.ci
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_fifty_steps_of_the_13m_model_learn(tmp_path: Path) -> None:
     """Run the smallest recipe unchanged, on two processes: from the loss of a uniform guess to the bound in its comment."""
     place = Place(tmp_path)
