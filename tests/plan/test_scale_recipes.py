@@ -129,9 +129,13 @@ def _peak_bytes(config: Config, monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.mark.ci
 def test_fifty_steps_of_the_13m_model_learn(tmp_path: Path) -> None:
-    """Run the smallest recipe unchanged, on two processes: from the loss of a uniform guess to the bound in its comment."""
+    """
+    Run the smallest recipe: from the loss of a uniform guess to the bound in its comment.
+
+    Larger micro-batches than for 16 processes train the same model in less time.
+    """
     place = Place(tmp_path)
-    place.good("train", "scale/13m", "--processes", "2")
+    place.good("train", "scale/13m", "--processes", "2", "--train.micro_batch", "8")
     losses = [line[1] for line in place.losses("13m")]
     assert losses[0] == pytest.approx(math.log(6144), abs=0.3)
     assert losses[-1] < 7.5
