@@ -19,6 +19,7 @@ from shoal.resolve.recipe import find_recipe
 from shoal.resolve.resolve import resolve
 from tests.cli.commands import RECIPE, clean_environment
 from tests.cli.public_datasets import datasets
+from tests.hub.conftest import one_file, weights
 from tests.hub.server import Hub, Repository, running_hub
 from tests.packaged import make_files
 
@@ -81,7 +82,7 @@ def hub() -> Iterator[Hub]:
     with running_hub() as hub:
         for name, files in datasets().items():
             hub.repositories[name] = Repository(files, "datasets")
-        hub.repositories[MODEL] = Repository({"config.json": b"{}", "model.safetensors": b"\x02" + bytes(7) + b"{}"})
+        hub.repositories[MODEL] = Repository(one_file())
         yield hub
 
 
@@ -167,19 +168,24 @@ def test_a_script_trains(script: str, real: Scripts) -> None:
 
 
 @pytest.mark.ci
-def test_a_download_is_repeated_only_on_request(real: Scripts, hub: Hub) -> None:
+def test_what_has_changed_on_the_hub_is_downloaded_only_on_request(real: Scripts, hub: Hub) -> None:
     asked = {
         "DATA": "tinystories wikitext-103", "MODEL": MODEL, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(real.work / "home"),
     }  # fmt: skip
-    for again, expected in (("0", True), ("0", False), ("1", True)):
-        hub.asked.clear()
+    file, model = real.work / "models" / MODEL / "model.safetensors", hub.repositories[MODEL]
+    real.run("launch/download_data_model.sh", code=0, **asked)
+    for dataset in asked["DATA"].split():
+        first = CATALOG[dataset].files[0].split("*")[0]
+        assert any(first in name for name in hub.asked)
+    old = file.read_bytes()
+    assert old == model.files[file.name]
+
+    model.files[file.name] = new = weights("a", 300_000, 7)
+    model.commit = "f" * 40
+    for again, expected in (("0", old), ("1", new)):
         real.run("launch/download_data_model.sh", code=0, **asked, FORCE_REFRESH=again)
-        assert any("config.json" in name for name in hub.asked) == expected
-        for dataset in asked["DATA"].split():
-            files = CATALOG[dataset].files[0].split("*")[0]
-            assert any(files in name for name in hub.asked) == expected
-    assert (real.work / "models" / MODEL / "model.safetensors").is_file()
+        assert file.read_bytes() == expected
 
 
 def test_nothing_is_downloaded_of_an_empty_name(spied: Scripts) -> None:
