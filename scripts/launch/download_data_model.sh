@@ -3,8 +3,9 @@
 #
 #   DATA="tinystories wikitext-103" MODEL=HuggingFaceTB/SmolLM2-135M bash scripts/launch/download_data_model.sh
 #
-# DATA and MODEL are lists of names; an empty one downloads nothing. Existing files are kept, an interrupted download
-# resumes, and FORCE_REFRESH=1 downloads everything again. RECIPE=mine also makes the tokens of that recipe.
+# DATA and MODEL are lists of names; an empty one downloads nothing. Existing files are kept, and an interrupted
+# download resumes. FORCE_REFRESH=1 compares all files with the hub and downloads those that differ. RECIPE=mine also makes
+# the tokens of that recipe.
 set -euo pipefail
 source "$(dirname "$0")/activate.sh"
 again=()

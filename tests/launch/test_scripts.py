@@ -10,9 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save
 
 from shoal.commands.flags import read_overrides
 from shoal.commands.parser import build_parser
@@ -21,6 +19,7 @@ from shoal.resolve.recipe import find_recipe
 from shoal.resolve.resolve import resolve
 from tests.cli.commands import RECIPE, clean_environment
 from tests.cli.public_datasets import datasets
+from tests.hub.conftest import one_file, weights
 from tests.hub.server import Hub, Repository, running_hub
 from tests.packaged import make_files
 
@@ -83,8 +82,7 @@ def hub() -> Iterator[Hub]:
     with running_hub() as hub:
         for name, files in datasets().items():
             hub.repositories[name] = Repository(files, "datasets")
-        weights = save({"weight": np.zeros(1, np.float32)})
-        hub.repositories[MODEL] = Repository({"config.json": b"{}", "model.safetensors": weights})
+        hub.repositories[MODEL] = Repository(one_file())
         yield hub
 
 
@@ -170,19 +168,24 @@ def test_a_script_trains(script: str, real: Scripts) -> None:
 
 
 @pytest.mark.ci
-def test_a_download_is_repeated_only_on_request(real: Scripts, hub: Hub) -> None:
+def test_what_has_changed_on_the_hub_is_downloaded_only_on_request(real: Scripts, hub: Hub) -> None:
     asked = {
         "DATA": "tinystories wikitext-103", "MODEL": MODEL, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0",
         "HF_HOME": str(real.work / "home"),
     }  # fmt: skip
-    for again, expected in (("0", True), ("0", False), ("1", True)):
-        hub.asked.clear()
+    file, model = real.work / "models" / MODEL / "model.safetensors", hub.repositories[MODEL]
+    real.run("launch/download_data_model.sh", code=0, **asked)
+    for dataset in asked["DATA"].split():
+        first = CATALOG[dataset].files[0].split("*")[0]
+        assert any(first in name for name in hub.asked)
+    old = file.read_bytes()
+    assert old == model.files[file.name]
+
+    model.files[file.name] = new = weights("a", 300_000, 7)
+    model.commit = "f" * 40
+    for again, expected in (("0", old), ("1", new)):
         real.run("launch/download_data_model.sh", code=0, **asked, FORCE_REFRESH=again)
-        assert any("config.json" in name for name in hub.asked) == expected, (again, hub.asked)
-        for dataset in asked["DATA"].split():
-            files = CATALOG[dataset].files[0].split("*")[0]
-            assert any(files in name for name in hub.asked) == expected
-    assert (real.work / "models" / MODEL / "model.safetensors").is_file()
+        assert file.read_bytes() == expected
 
 
 def test_nothing_is_downloaded_of_an_empty_name(spied: Scripts) -> None:
