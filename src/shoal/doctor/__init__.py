@@ -1,1 +1,0 @@
-"""The doctor: what is wrong with which node, before a run finds out."""

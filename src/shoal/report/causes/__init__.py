@@ -1,1 +1,0 @@
-"""The first cause of a failed run or job: which process failed first, and why, read from all its logs."""
