@@ -9,8 +9,21 @@ from typing import Any
 import pytest
 
 from shoal.config.data_options import Data
+from shoal.config.options import Config
+from shoal.data.dataset import new_order, prepare_dataset
+from shoal.data.order.ledger import Header, Ledger
+from shoal.run.folder import RunFolder
 
 MakeData = Callable[..., Data]
+
+
+def begin_ledger(run: RunFolder, config: Config) -> None:
+    """Write the ledger of a run that has begun its first step. Prepares its data."""
+    dataset = prepare_dataset(config.data)
+    order = new_order(config.data, dataset.rows("train").sizes, 0, config.train.global_batch)
+    ledger = Ledger(run.ledger_file)
+    ledger.begin(Header(order.num_rows, 0, config.train.global_batch, 1, dataset.data_id, (), ()), 0, 0)
+    ledger.close()
 
 
 @pytest.fixture

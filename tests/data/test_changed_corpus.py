@@ -14,12 +14,11 @@ import pytest
 from shoal.commands.data import data as look
 from shoal.config.data_options import BlendSource, Data
 from shoal.config.options import Config, Train
-from shoal.data.dataset import new_order, open_past, prepare_dataset
-from shoal.data.order.ledger import Header, Ledger
+from shoal.data.dataset import open_past, prepare_dataset
 from shoal.errors import DataError
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
-from tests.data.conftest import MakeData
+from tests.data.conftest import MakeData, begin_ledger
 
 CHANGED = "the corpus has changed since its tokens were prepared: 1 changed ({}); using its prepared tokens"
 
@@ -124,12 +123,8 @@ def answer(capsys: pytest.CaptureFixture[str], words: list[str], **options: obje
 def begun_run(data: Data, folder: Path) -> str:
     """Make the files of a run that has begun its first step; return its folder."""
     config = Config(data=data, train=Train(steps=20))
-    dataset = prepare_dataset(data)
-    order = new_order(data, dataset.rows("train").sizes, 0, config.train.global_batch)
     run = RunFolder(folder)
     folder.mkdir()
     run.save_config(config)
-    ledger = Ledger(run.ledger_file)
-    ledger.begin(Header(order.num_rows, 0, config.train.global_batch, 1, dataset.data_id, (), ()), 0, 0)
-    ledger.close()
+    begin_ledger(run, config)
     return str(folder)

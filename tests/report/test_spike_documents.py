@@ -11,11 +11,11 @@ import pytest
 from shoal.config.data_options import Data
 from shoal.config.options import Config
 from shoal.data.dataset import new_order, prepare_dataset
-from shoal.data.order.ledger import Header, Ledger
 from shoal.report.curves.curves import Curves
 from shoal.report.page.content import run_view
 from shoal.report.page.html import report_html
 from shoal.run.folder import RunFolder
+from tests.data.conftest import begin_ledger
 from tests.report.made_runs import make_run
 
 SPIKE = 150
@@ -34,11 +34,7 @@ def run(tmp_path: Path) -> RunFolder:
     )  # fmt: skip
     config = Config(data=data).replace("train", steps=STEPS, global_batch=4, micro_batch=2)
     run = make_run(tmp_path / "runs" / "a", STEPS, spikes={SPIKE: 9.0}, config=config)
-    dataset = prepare_dataset(config.data)
-    order = new_order(config.data, dataset.rows("train").sizes, 0, config.train.global_batch)
-    ledger = Ledger(run.ledger_file)
-    ledger.begin(Header(order.num_rows, 0, config.train.global_batch, 1, dataset.data_id, (), ()), 0, 0)
-    ledger.close()
+    begin_ledger(run, config)
     return run
 
 

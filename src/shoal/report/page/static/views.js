@@ -173,7 +173,7 @@ function spikesView(run, show) {
   const rows = run.spikes.map((spike) => [
     el("button", { type: "button", class: "link", onclick: () => show(spike.step) }, `step ${count(spike.step)}`),
     number(spike.loss), number(spike.score, 3),
-    el("div", {}, el("ul", { class: "documents" }, spike.documents.map((text) => el("li", {}, text))), el("code", {}, spike.command)),
+    el("div", {}, spike.documents.length > 0 && el("ul", {}, spike.documents.map((text) => el("li", {}, text))), el("code", {}, spike.command)),
   ]);
   return table(["step", "loss (nats/token)", "spike score (robust z)", "documents of the step"], rows, { label: "Spikes" });
 }
