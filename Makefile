@@ -1,22 +1,28 @@
 # Every target builds its prerequisites, so any of them can be the first on a fresh machine.
 
-.PHONY: train test test-all test-torch chaos matrix check format setup harness clean
+.PHONY: train test test-all test-cluster test-torch chaos chaos-cluster matrix check format setup harness slurm clean
 PYTHON ?=
 # TESTS selects tests by marker; CI runs "not slow". SHARDS processes run them in parallel and need 2 to 3 GiB each;
 # auto: one more than cores, if memory allows.
 TESTS ?= not slow and not ci
 SHARDS ?= auto
 PYTEST = $(BIN)/python -m pytest --numprocesses $(SHARDS)
+# they wait for Slurm more than they compute, and share one Slurm
+CLUSTER_SHARDS ?= 0
 BIN := .venv/bin
 
 train: setup
 	$(BIN)/shoal train recipes/quickstart.yaml
 
 test: harness
-	$(PYTEST) -m "$(TESTS)" $(PYTEST_OPTIONS)
+	$(PYTEST) --ignore tests/cluster -m "$(TESTS)" $(PYTEST_OPTIONS)
 
 test-all: harness
 	$(PYTEST)
+
+# The tests of several nodes, on a real Slurm and in network namespaces of this machine. Needs root on Linux.
+test-cluster: setup slurm
+	$(BIN)/python -m pytest tests/cluster --numprocesses $(CLUSTER_SHARDS) -m "not slow" $(PYTEST_OPTIONS)
 
 # Test another version of torch: VERSION=2.11.0 in a new environment, or TORCH_ENV=DIR in an existing one.
 test-torch:
@@ -27,6 +33,10 @@ test-torch:
 chaos: setup
 	$(BIN)/python scripts/chaos.py
 
+# Inject 100 random cluster faults into small runs on a real Slurm of four nodes; resumes where it stopped.
+chaos-cluster: setup slurm
+	$(BIN)/python scripts/chaos_cluster.py
+
 matrix: setup
 	$(BIN)/python scripts/matrix.py
 
@@ -36,6 +46,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/codespell README.md CONTRIBUTING.md Makefile docs recipes src scripts tests
 	$(BIN)/python scripts/check_english.py
+	$(BIN)/shellcheck scripts/*.sh scripts/*/*.sh
 
 format: setup
 	$(BIN)/ruff format .
@@ -43,11 +54,15 @@ format: setup
 
 setup: .venv/installed
 
-# lm-evaluation-harness, MLflow's server and their dependencies: needed only by the tests.
+# lm-evaluation-harness, MLflow's server and Kubernetes' schemas, with their dependencies: needed only by the tests.
 harness: .venv/harness
 
+# Slurm's daemons and commands, for the tests of clusters; it starts no service.
+slurm:
+	@bash scripts/install_slurm.sh
+
 .venv/harness: .venv/installed constraints-eval.txt
-	@echo "setup: installing lm-evaluation-harness and MLflow's server for the tests (about a minute; pip prints nothing)"
+	@echo "setup: installing lm-evaluation-harness, MLflow's server and Kubernetes' schemas for the tests (a minute; pip is silent)"
 	$(BIN)/pip install -qq --no-deps --requirement constraints-eval.txt
 	touch $@
 

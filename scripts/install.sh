@@ -52,7 +52,7 @@ if [ -n "${TORCH_WHEELS:-}" ]; then wheels=(--find-links "$TORCH_WHEELS" --extra
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 say "$("$python" --version) from $(command -v "$python"), into $venv"
-[ -x "$venv/bin/python" ] && fits "$venv/bin/python" || "$python" -m venv --clear "$venv"
+if ! { [ -x "$venv/bin/python" ] && fits "$venv/bin/python"; }; then "$python" -m venv --clear "$venv"; fi
 constraints=constraints.txt
 if [ -n "${TORCH_VERSION:-}" ]; then
     constraints=$venv/constraints.txt

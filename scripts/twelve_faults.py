@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.chaos.trial import weights
+from tests.digests import weights
 
 from shoal.checkpoint.saved import listed
 from shoal.data.order.audit import audit

@@ -41,8 +41,10 @@ MAY_BE_SKIPPED = (
     "this CPU's instructions are those of AVX2",
     "needs vectors of two widths",
     "mounting a small disk is not allowed here",  # needs root
+    "sshd is not installed",
     "this system does not bind processes to cores",  # this reason and the next apply to systems other than Linux
     "torch comes with LLVM's OpenMP there",
+    "the kernel's log cannot be read here",  # needs root, and a container that may
 )
 
 

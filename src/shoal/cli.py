@@ -88,7 +88,7 @@ def _run(argv: list[str]) -> int:
             flag = item.partition("=")[0] if item.startswith("--") else before
             raise ShoalError(f"the value of {flag}: {what}")
     _reject_unreadable(argv)
-    parser = build_parser(argv[0] if argv else None)
+    parser = build_parser(argv[0] if argv else None, argv[1] if len(argv) > 1 else None)
     args, rest = parser.parse_known_args(argv)
     if args.verb is None:
         parser.print_help()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import psutil
-from safetensors import safe_open
 
 from shoal.checkpoint.saved import listed, verify
 from shoal.data.order.audit import audit
@@ -24,6 +22,7 @@ from shoal.run.events import read_json_lines
 from tests import warm
 from tests.chaos.case import SAVE_EVERY, STEPS, Case
 from tests.cli.commands import clean_environment
+from tests.digests import weights
 
 MARK: Final = "SHOAL_CHAOS"  # environment variable that marks a run's processes
 PATIENCE_SECONDS: Final = 400.0
@@ -218,16 +217,6 @@ def steps_left_out(lines: Sequence[dict[str, Any]]) -> tuple[int, ...]:
         elif line["event"] in ("started", "went back"):
             steps = {step for step in steps if step <= line["to" if line["event"] == "went back" else "step"]}
     return tuple(sorted(steps))
-
-
-def weights(folder: Path) -> dict[str, str]:
-    """Return a digest of every tensor in a checkpoint, however many processes wrote it."""
-    found: dict[str, str] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(path), framework="np") as file:
-            for name in file.keys():  # noqa: SIM118
-                found[name] = hashlib.sha256(file.get_tensor(name).tobytes()).hexdigest()
-    return found
 
 
 def _marked(mark: Path) -> list[psutil.Process]:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from shoal.config.options import Config, Model, Train
-from shoal.config.run_options import Launch
-from shoal.elastic import agent, supervise
+from shoal.elastic import agent
 from shoal.elastic.agent import Agent
-from shoal.elastic.heartbeat import FOLDER
 from shoal.elastic.machines import Machines
-from shoal.elastic.stops import SignalForwarder
-from shoal.elastic.supervise import run_workers
 from shoal.errors import EXIT_LOST_PEER
-from shoal.run.events import read_json_lines
-from shoal.run.folder import RunFolder
 
 ABORT, KILLED = -6, -9
 
@@ -35,44 +26,6 @@ if os.environ["RANK"] == "1":
 open(sys.argv[1]).read()
 os.abort()
 """
-
-
-class NoSignals(SignalForwarder):
-    """A forwarder that installs no handlers, for a launcher inside pytest."""
-
-    def __init__(self) -> None:
-        self.signal, self._raises, self._reached = None, False, set()
-
-
-@pytest.fixture
-def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[int, list[dict[str, Any]]]]:
-    """Return a function that runs code in two workers, and returns the launcher's exit code and the run's events."""
-    monkeypatch.setenv(FOLDER, "")  # restored after the test
-    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGQUIT")
-
-    def launch(code: str) -> tuple[int, list[dict[str, Any]]]:
-        config = Config(
-            model=Model(dim=64, num_layers=1, num_heads=2, vocab_size=256),
-            train=Train(global_batch=8, micro_batch=4, dtype="float32", device="cpu"),
-            launch=Launch(runs=str(tmp_path), name="run", processes=2, max_restarts=0),
-        )
-        folder = RunFolder.of(config)
-        folder.lock()
-        os.mkfifo(tmp_path / "pipe")
-        make = supervise._workers
-
-        def workers(*args: Any) -> Any:
-            spec = make(*args)
-            spec.args = ("-c", code, str(tmp_path / "pipe"))
-            return spec
-
-        monkeypatch.setattr(supervise, "_workers", workers)
-        try:
-            return run_workers(config, [], NoSignals()), read_json_lines(folder.events_file)
-        finally:
-            folder.release()
-
-    return launch
 
 
 def test_who_aborts_after_a_peer_was_killed_is_not_the_one_that_crashed(

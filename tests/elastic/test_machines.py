@@ -21,15 +21,17 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from shoal.checkpoint.saved import listed
 from shoal.config.options import Config
 from shoal.data.order.audit import audit
+from shoal.elastic.agreement import shared_settings
 from shoal.elastic.heartbeat import Sign
-from shoal.elastic.machines import Machines, shared_settings
+from shoal.elastic.machines import Machines
 from shoal.elastic.watch import RankStatus
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError, RunError
 from shoal.run.events import read_json_lines
 from shoal.run.folder import RunFolder
+from shoal.run.starts import Starts
 from tests import warm
-from tests.chaos.trial import weights
 from tests.cli.commands import clean_environment
+from tests.digests import weights
 
 RECIPE = """
 model: {dim: 32, num_layers: 2, num_heads: 2, max_seq_len: 32}
@@ -232,19 +234,42 @@ def test_a_machine_that_is_lost_takes_a_step_with_it_where_each_has_checkpoints_
 
 
 @pytest.mark.ci
-def test_machines_with_folders_of_their_own_never_meet_and_are_told_what_is_needed(site: Site) -> None:
+def test_machines_with_folders_of_their_own_end_and_are_told_what_is_needed(site: Site) -> None:
     fixed = ("--launch.nodes", "2", "--launch.timeout_seconds", "600")
     first = site.start("a", *fixed)
     second = site.start("b", *fixed, "--launch.runs", "elsewhere")
-    for name, runs in (("a", "runs"), ("b", "elsewhere")):
-        until(
-            functools.partial(_printed, site, name, f"with the same launch.runs folder, {site.folder / runs}"),
-            site,
-        )
-    first.send_signal(signal.SIGTERM)
-    second.send_signal(signal.SIGINT)
-    assert [first.wait(LIMIT_SECONDS), second.wait(LIMIT_SECONDS)] == [EXIT_REQUEUE] * 2
+    assert {first.wait(LIMIT_SECONDS), second.wait(LIMIT_SECONDS)} == {EXIT_BAD_INPUT}
+    for name in ("a", "b"):
+        assert "set launch.runs to the same shared folder on all nodes" in site.log(name).read_text()
     until(lambda: not meeting_places(site), site)  # the store ends when unused
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--launch.nodes=3",), "launch.nodes is 3 here and 2 there"),
+        (("--launch.nodes=2", "--launch.processes=2"), "launch.processes is 2 here and 1 there"),
+        (("--launch.nodes=2", "--optim.lr=0.5"), "optim.lr is 0.5 here and 0.01 there"),
+    ],
+)
+def test_two_machines_that_disagree_both_end(site: Site, options: tuple[str, ...], words: str) -> None:
+    first = site.start("a", "--launch.nodes=2", "--launch.timeout_seconds=600")
+    until(functools.partial(_printed, site, "a", "waiting at"), site)  # it is the first
+    second = site.start("b", *options, "--launch.timeout_seconds=600")
+    assert {first.wait(LIMIT_SECONDS), second.wait(LIMIT_SECONDS)} == {EXIT_BAD_INPUT}
+    said = site.log("a").read_text() + site.log("b").read_text()
+    assert words in said or words.replace("here", "_").replace("there", "here").replace("_", "there") in said
+    assert "1 of at least 2 nodes can start" in said
+
+
+@pytest.mark.ci
+def test_a_machine_does_not_wait_for_one_that_ended_with_an_error(site: Site) -> None:
+    first = site.start("a", "--launch.nodes=2", "--launch.timeout_seconds=600")
+    until(functools.partial(_printed, site, "a", "waiting at"), site)
+    Starts(site.run.launchers_file, "node1").fail("there is no CUDA device")
+    assert first.wait(LIMIT_SECONDS) == EXIT_BAD_INPUT
+    assert "1 of at least 2 nodes can start. node1: there is no CUDA device" in site.log("a").read_text()
 
 
 @pytest.mark.ci

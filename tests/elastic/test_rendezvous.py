@@ -14,7 +14,8 @@ from torch.distributed import DistError, HashStore, TCPStore  # type: ignore[att
 from torch.distributed.elastic.rendezvous.api import RendezvousStateError, RendezvousTimeoutError
 
 from shoal.config.options import Config
-from shoal.elastic.rendezvous import Meeting, SignedBackend, TimedCalls
+from shoal.elastic.rendezvous import Meeting, SignedBackend
+from shoal.elastic.timed_calls import TimedCalls
 from shoal.system.network import read_address
 
 FAR = 30.0  # seconds; an upper limit for things that happen at once

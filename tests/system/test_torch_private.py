@@ -55,6 +55,7 @@ LISTED = {part for name in NAMES for part in re.split(r"[.:]", name)}
 # Private names that are not torch's, by owner.
 OTHERS = {
     "os": {"_exit"},
+    "sys": {"_base_executable"},
     "namedtuple": {"_replace"},
     "transformers": {
         "_attn_implementation", "_is_stateful", "_keep_in_fp32_modules", "_keep_in_fp32_modules_strict", "_model_mapping",

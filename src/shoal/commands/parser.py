@@ -10,14 +10,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import data, machine, models, recipes, records, train
+from shoal.commands import data, doctor, machine, models, recipes, records, setup, train
 from shoal.commands.flags import add_options
+from shoal.commands.launch_parser import add_launch
 from shoal.commands.seeing_parser import add_recipe, add_seeing
 from shoal.system.output import visible
 
 
-def build_parser(verb: str | None) -> argparse.ArgumentParser:
-    """Return the parser; only `verb` gets the options of all config sections, because adding them takes time."""
+def build_parser(verb: str | None, action: str | None = None) -> argparse.ArgumentParser:
+    """
+    Return the parser; only `verb` gets the options of all config sections, because adding them takes time.
+
+    action: the word after `verb`, for a verb that has actions.
+    """
     parser = _Parser(
         prog="shoal", description="Train language models from scratch, on whatever you have.", allow_abbrev=False
     )
@@ -55,6 +60,21 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_bench(add("bench", machine.bench, timing, "speed [RECIPE] [--peers]"))
     checked = "check that this parallel layout trains the same model as one process; exit code 1 if it does not"
     add_recipe(add("verify", train.verify, checked, recipe))
+    started = add(
+        "launch", None, "start a run on the nodes of a cluster, and follow its jobs: shoal launch slurm RECIPE"
+    )
+    actions = started.add_subparsers(metavar="ACTION", title="actions", required=True, dest="action")
+
+    def make(name: str, run: Any, help: str, usage: str | None = None) -> _Parser:
+        """Add an action of `shoal launch`; see `add`."""
+        sub = actions.add_parser(
+            name, help=help, description=help, allow_abbrev=False, formatter_class=_Wide,
+            usage=usage and f"shoal launch {name} {usage} [--SECTION.OPTION VALUE ...]",
+        )  # fmt: skip
+        sub.set_defaults(run=run, verb=f"launch {name}", verb_parser=sub)
+        return sub
+
+    add_launch(make, action if verb == "launch" else None)
     add_seeing(add)
     account = "report how a run spent its time, across restarts: on steps that count, and on everything else"
     _add_record(add("goodput", records.goodput, account))
@@ -62,6 +82,10 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_record(add("ledger", records.ledger, exactly_once))
     meeting = "serve the rendezvous where the nodes of a run meet, on a machine that stays up"
     _add_rendezvous(add("rendezvous", machine.rendezvous, meeting))
+    sick = "check the nodes of a cluster, or this machine: what is wrong with which; exit code 1 if a fault is found"
+    doctor.add_arguments(add("doctor", doctor.doctor, sick))
+    folders = "make a project's folder on the shared disk: environment, caches, cluster.yaml; then check every node"
+    setup.add_arguments(add("setup", setup.setup, folders))
     add("env", machine.env, "print versions, devices and threads, for a bug report")
     return parser
 

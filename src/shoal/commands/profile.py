@@ -162,7 +162,7 @@ def _planned(config: Config, before: Config | None) -> Iterator[tuple[Config, Co
     from shoal.run.profiles import check_is_scratch
     from shoal.system.signals import ends_when_asked
 
-    tell_once(unused_claims(config.launch.nodes))
+    tell_once(unused_claims(config.launch.nodes, config.launch.fewest_nodes))
     console = Console()
     with ends_when_asked(EXIT_REQUEUE):
         config = plan_processes(config, look_for_gpus(), before=before, say=console.warn)

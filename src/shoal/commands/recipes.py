@@ -28,13 +28,19 @@ def resolve_asked(args: argparse.Namespace, overrides: list[Override], *, needs_
 
 
 def resolve_run(
-    recipe: Path, overrides: list[Override], *, named: bool, notes: Sequence[str] = (), needs_length: bool = True
+    recipe: Path,
+    overrides: list[Override],
+    *,
+    named: bool,
+    notes: Sequence[str] = (),
+    needs_length: bool = True,
+    on_stderr: bool = False,
 ) -> Config:
     """
     Return a run's config; print `notes` and the notes of `resolve`.
 
     named: whether the user named this recipe; if so, a run without `launch.name` takes the recipe's name. needs_length: see
-    `resolve`.
+    `resolve`. on_stderr: whether to print the notes on standard error.
     """
     from shoal.config.data_options import is_built_in
     from shoal.resolve.checks import why_no_name
@@ -43,9 +49,9 @@ def resolve_run(
     kept = _run_of(recipe if named else None, overrides).kept()
     for gone in kept:
         if not is_built_in(gone):
-            tell_once([f"{gone} is gone: resuming with the run's own copy"])
+            tell_once([f"{gone} is gone: resuming with the run's own copy"], on_stderr=on_stderr)
     resolved = resolve(recipe, overrides, kept, needs_length=needs_length)
-    tell_once([*notes, *resolved.notes])
+    tell_once([*notes, *resolved.notes], on_stderr=on_stderr)
     if resolved.config.launch.name is None and named:
         if why := why_no_name(recipe.stem):
             raise ShoalError(f"a run takes its recipe's name, and {why}; or set --name")

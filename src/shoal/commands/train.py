@@ -100,11 +100,11 @@ def _planned(config: Config, before: Config | None = None) -> Iterator[tuple[Con
     from shoal.run.folder import RunFolder
     from shoal.system.signals import ends_when_asked
 
-    tell_once(unused_claims(config.launch.nodes))
-    console = Console()
-    with ends_when_asked(EXIT_REQUEUE):
+    console, folder = Console(), RunFolder.of(config)
+    with ends_when_asked(EXIT_REQUEUE), _noted(folder, config.launch.nodes):
+        tell_once(unused_claims(config.launch.nodes, config.launch.fewest_nodes))
         config = plan_processes(config, look_for_gpus(), before=before, say=console.warn)
-        folder = RunFolder.of(config)
+        tell_once(_notes_on_nodes(config))
         folder.agree(config)
         folder.lock(config.launch.rendezvous)
         try:
@@ -112,6 +112,32 @@ def _planned(config: Config, before: Config | None = None) -> Iterator[tuple[Con
         except ShoalError:
             folder.remove_unused()
             raise
+
+
+@contextlib.contextmanager
+def _noted(folder: RunFolder, nodes: int) -> Iterator[None]:
+    """Note this start, and an error that ends it in this block, for launchers on other nodes that would wait for this one."""
+    from shoal.run.starts import Starts
+
+    starts = Starts(folder.launchers_file)
+    if nodes > 1:
+        starts.begin()
+    try:
+        yield
+    except ShoalError as error:
+        if nodes > 1 or folder.launchers_file.is_file():
+            starts.fail(str(error))
+        raise
+
+
+def _notes_on_nodes(config: Config) -> list[str]:
+    """Return a note for each axis that should be inside a node but is not."""
+    from shoal.config.layout import find_layout
+    from shoal.plan.topology import node_notes
+
+    processes = config.launch.processes or 1
+    layout = find_layout(config.parallel, processes * config.launch.nodes)
+    return [] if isinstance(layout, str) else node_notes(layout, processes)
 
 
 def _planned_flags(config: Config) -> list[str]:

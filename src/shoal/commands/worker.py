@@ -24,6 +24,7 @@ from shoal.system.output import say_error
 if TYPE_CHECKING:
     from shoal.config.options import Config
     from shoal.elastic.heartbeat import Heartbeat
+    from shoal.mesh.place import Place
     from shoal.run.narrator import Narrator
     from shoal.run.now import Now
     from shoal.run.profiles import Asked
@@ -114,11 +115,30 @@ def place_worker(config: Config, before: Config | None = None) -> Config:
     before: the config of the run to resume; None for a new run.
     """
     from shoal.launch.torchrun import fit_to_place
-    from shoal.mesh.place import describe_place, read_place, speaks_first
+    from shoal.mesh.place import check_world, describe_place, read_place, speaks_first
 
     if speaks_first():
         print(describe_place(), flush=True)
-    return fit_to_place(config, read_place(), before)
+    check_world()
+    place = read_place()
+    config = fit_to_place(config, place, before)
+    if speaks_first() and place.local_world_size < place.world_size:
+        _show_layout(config, place)
+    return config
+
+
+def _show_layout(config: Config, place: Place) -> None:
+    """Print the layout's ranks by node and device. Does nothing if the nodes' sizes differ."""
+    from shoal.config.layout import find_layout
+    from shoal.plan.topology import layout_table, node_notes
+
+    nodes, rest = divmod(place.world_size, place.local_world_size)
+    layout = find_layout(config.parallel, place.world_size)
+    if rest or isinstance(layout, str):
+        return
+    hosts = [f"node {number}" for number in range(nodes)]
+    print("\n".join(layout_table(layout, place.local_world_size, hosts)), flush=True)
+    tell_once(node_notes(layout, place.local_world_size))
 
 
 def train_as_worker(config: Config) -> int:

@@ -118,7 +118,7 @@ class Launch:
     processes: int | None = opt(
         None,
         "processes on this node; null: one per GPU, or up to 2 on a CPU; more if the layout needs them",
-        alias=("nproc_per_node", "num_processes", "devices", "gpus", "nproc"),
+        alias=("nproc_per_node", "gpus_per_node", "num_processes", "devices", "gpus", "nproc"),
         akin=("world_size",),
         ge=1,
     )

@@ -16,23 +16,26 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
+from shoal.config.layout import find_layout
 from shoal.config.options import Config
+from shoal.elastic.agreement import shared_settings
 from shoal.elastic.crashes import FOLLOWS, Crashes, first_death, how_it_died
-from shoal.elastic.machines import Machines, shared_settings
+from shoal.elastic.machines import Machines
 from shoal.elastic.oom import kernel_kills
+from shoal.elastic.rank_logs import RankLogs, wants_logs
 from shoal.elastic.rendezvous import Meeting
 from shoal.elastic.stops import SignalForwarder
 from shoal.elastic.watch import Hang, Watch
 from shoal.errors import EXIT_BAD_INPUT, EXIT_LOST_PEER, EXIT_REQUEUE
 from shoal.plan.fit import what_would_fit
+from shoal.plan.topology import layout_table
 from shoal.run.console import Console
 from shoal.run.events import Events
 from shoal.run.folder import RunFolder
@@ -54,8 +57,9 @@ class Agent(LocalElasticAgent):
     ) -> None:
         """crashes: the launcher's count of crashes, kept from one rendezvous to the next."""
         self._folder = Path(tempfile.mkdtemp(prefix="shoal-"))  # for the workers' pages, and torch's own files
-        logs = DefaultLogsSpecs(log_dir=str(self._folder))
-        super().__init__(spec=spec, logs_specs=logs, start_method="spawn", exit_barrier_timeout=30)
+        self._run_folder = RunFolder.of(config)
+        self._logs = RankLogs(self._run_folder.logs, self._folder, on=wants_logs(config.launch))
+        super().__init__(spec=spec, logs_specs=self._logs, start_method="spawn", exit_barrier_timeout=30)
         self.why = ""
         self.asked = False
         self.too_large = False  # the model does not fit in memory
@@ -63,7 +67,6 @@ class Agent(LocalElasticAgent):
         self.ended_early = False  # the workers were killed by this agent before the first step
         self._config = config
         self._launch, self._stop, self._meeting = config.launch, stop, meeting
-        self._run_folder = RunFolder.of(config)
         self._watch = Watch(self._run_folder.path / "stacks", self._folder)
         self._narrator = Narrator(Console().note)
         self._crashes, self._elsewhere = crashes, Crashes(3 * crashes.most)
@@ -77,6 +80,7 @@ class Agent(LocalElasticAgent):
         """Remove the agent's files; may be called twice."""
         self._narrator.close()
         self._watch.close()
+        self._logs.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
@@ -96,26 +100,45 @@ class Agent(LocalElasticAgent):
             if self._launch.nodes > 1:
                 timer.start()
             try:
-                _in_thread(lambda: super(Agent, self)._rendezvous(worker_group))
+                self._meet(worker_group)
                 while self._launch.nodes > 1 and not self._greet(worker_group):
-                    _in_thread(lambda: super(Agent, self)._rendezvous(worker_group))
+                    self._meet(worker_group)
             finally:
                 timer.cancel()
         self._meeting.rendezvous.machines = worker_group.group_world_size
+
+    def _meet(self, worker_group: Any) -> None:
+        """Join the next round. Raises `LaunchError` as soon as the roll call shows that there can be none with this node."""
+        roll = self._meeting.roll
+        _in_thread(lambda: super(Agent, self)._rendezvous(worker_group), roll.look if roll else lambda: None)
 
     def _greet(self, worker_group: Any) -> bool:
         """Return whether all configs match; if not, the nodes that differ leave. Raises `LaunchError` if this node must leave."""
         before = self._machines
         machines = Machines(worker_group.store, worker_group.group_rank, worker_group.group_world_size)
         if not machines.greet(socket.gethostname(), shared_settings(self._config), stays=before is not None):
-            say_error(f"the config of {machines.differing} differs: meeting again without {machines.differing}")
+            hosts = ", ".join(machines.differing)
+            say_error(f"the config of {hosts} differs: meeting again without {hosts}")
+            for host, how in machines.differing.items():
+                if self._meeting.roll is not None:
+                    self._meeting.roll.differs(host, how)
             time.sleep(1.0)  # until they have left
             return False
         self._machines = machines
+        if self._meeting.roll is not None:
+            self._meeting.roll.has_met = True
         say_error(machines.describe(before.hosts if before else None, worker_group.workers[0].world_size))
         if worker_group.group_rank == 0:
             self._record("machines", hosts=machines.hosts, processes=worker_group.workers[0].world_size)
+            self._show_layout(machines.hosts, worker_group.workers[0].world_size)
         return True
+
+    def _show_layout(self, hosts: Sequence[str], world_size: int) -> None:
+        """Print the layout's ranks by node and device."""
+        layout = find_layout(self._config.parallel, world_size)
+        if not isinstance(layout, str):
+            for line in layout_table(layout, world_size // len(hosts), hosts):
+                say_error(line)
 
     def _say_what_it_waits_for(self) -> None:
         needed, place = self._launch.fewest_nodes, self._launch.rendezvous
@@ -131,7 +154,11 @@ class Agent(LocalElasticAgent):
         self._lost_since, self._kernel_kills = None, kernel_kills()
         self._world_size = worker_group.workers[0].world_size
         self._watch.start([w.global_rank for w in worker_group.workers], self._launch.timeout_seconds)
-        return super()._start_workers(worker_group)
+        ranks = {w.local_rank: w.global_rank for w in worker_group.workers}
+        self._logs.begin(worker_group.store, ranks, worker_group.group_rank)
+        ids = super()._start_workers(worker_group)
+        self._logs.started({local: process.pid for local, process in self._processes().items()}, self._world_size)
+        return ids
 
     def _monitor_workers(self, worker_group: Any) -> RunResult:
         """Check the workers; called ten times a second."""
@@ -147,6 +174,8 @@ class Agent(LocalElasticAgent):
             return self._end_early(worker_group, running.values())
         if self._machines:
             self._machines.post(lambda: self._watch.statuses(pids))
+            if self._meeting.roll is not None:
+                self._meeting.roll.beat()
         hang = self._watch.find_hang(pids, self._machines.others if self._machines else list)
         if hang is not None and any(process.poll() is not None for process in running.values()):
             hang = None  # a worker ended just now, and may be the cause: the next check sees it as dead
@@ -154,10 +183,14 @@ class Agent(LocalElasticAgent):
             # do not call torch's own check yet: it would end workers by SIGTERM, with 30 s to obey
             return RunResult(state=WorkerState.HEALTHY)
         _kill(running.values())
+        self._logs.ended({local: code for local, code in codes.items() if code is not None}, running)
         result: RunResult = super()._monitor_workers(worker_group)
         if hang is None and not result.is_failed():
             return result
         ranks = {worker_group.workers[local].global_rank: local for local in failed}
+        for rank, failure in result.failures.items():
+            if rank in ranks and failure.exitcode == EXIT_BAD_INPUT:
+                self._logs.report(ranks[rank], failure.message)
         self._judge({r: f for r, f in result.failures.items() if r in ranks}, ranks, hang)
         return RunResult(state=WorkerState.FAILED, failures=result.failures)
 
@@ -190,7 +223,9 @@ class Agent(LocalElasticAgent):
                 self._let_save()
             elif news == "left" and any(process.poll() is None for process in self._processes().values()):
                 say_error(f"a node left or restarted its workers: starting again from {self._last_checkpoint()}")
-            _kill([process for process in self._processes().values() if process.poll() is None])
+            running = {local: process for local, process in self._processes().items() if process.poll() is None}
+            _kill(running.values())
+            self._logs.ended({}, running)
         super()._stop_workers(worker_group)
 
     def _processes(self) -> dict[int, subprocess.Popen[bytes]]:
@@ -321,8 +356,12 @@ class Agent(LocalElasticAgent):
         events.close()
 
 
-def _in_thread(do: Callable[[], None]) -> None:
-    """Call `do` in a thread and wait for it: a wait in C++ would block signals, this one does not."""
+def _in_thread(do: Callable[[], None], meanwhile: Callable[[], None]) -> None:
+    """
+    Call `do` in a thread and wait for it: a wait in C++ would block signals, this one does not.
+
+    meanwhile: called several times a second; an error that it raises ends the wait.
+    """
     errors: list[BaseException] = []
 
     def run() -> None:
@@ -335,6 +374,7 @@ def _in_thread(do: Callable[[], None]) -> None:
     thread.start()
     while thread.is_alive():
         thread.join(0.2)
+        meanwhile()
     if errors:
         raise errors[0]
 

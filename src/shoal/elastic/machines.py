@@ -8,38 +8,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
-import torch
 from torch.distributed.distributed_c10d import Store
 
-import shoal
-from shoal.config.keys import options_of
-from shoal.config.options import Config
+from shoal.elastic.agreement import difference, most_common
 from shoal.elastic.heartbeat import Sign
-from shoal.elastic.rendezvous import TimedCalls
+from shoal.elastic.timed_calls import TimedCalls
 from shoal.elastic.watch import LASTING, RankStatus
 from shoal.errors import LaunchError
 
 POST_SECONDS: Final = 1.0
-# Options that may differ between machines: each may have its own copy of the data, and its own speed.
-_OF_A_PLACE: Final = {
-    ("data", "paths"), ("data", "folder"), ("data", "tokenizer"), ("model", "from_"), ("checkpoint", "fast"),
-    ("metrics", "peak_tflops"),
-}  # fmt: skip
-
-
-def shared_settings(config: Config) -> dict[str, object]:
-    """Return what must match on all machines: versions and all options except paths, speeds and `launch`."""
-    found: dict[str, object] = {"shoal": shoal.__version__, "torch": torch.__version__.partition("+")[0]}
-    for key, (f, value) in options_of(config).items():
-        section = key.partition(".")[0]
-        if section != "launch" and (section, f.name) not in _OF_A_PLACE:
-            found[key] = value
-    return found
-
-
-def _difference(mine: Mapping[str, object], theirs: Mapping[str, object]) -> str:
-    keys = [key for key in theirs if mine.get(key) != theirs[key]]
-    return ", ".join(f"{key} is {mine.get(key)} here and {theirs[key]} there" for key in keys[:4])
 
 
 class Machines:
@@ -53,7 +30,7 @@ class Machines:
         self._store, self._rank, self._count = store, rank, count
         self._calls = TimedCalls()
         self.hosts: list[str] = []
-        self.differing = ""  # hosts whose config differs from the reference
+        self.differing: dict[str, str] = {}  # by host: how its config differs from the reference
         self._posted = 0.0
 
     def greet(self, host: str, config: Mapping[str, object], *, stays: bool) -> bool:
@@ -61,22 +38,22 @@ class Machines:
         Exchange hosts and configs with all machines; return whether all configs match.
 
         stays: whether this machine was in the previous round. The reference is the config of the first machine that
-        was in the previous round, or of machine 0 if none was. Raises `LaunchError` if this machine's config differs from the
+        was in the previous round; if none was, the config that most machines have. Raises `LaunchError` if this machine's config differs from the
         reference.
         """
         self._store.set(f"machine/{self._rank}", json.dumps([host, config, stays]))
         found = [json.loads(self._store.get(f"machine/{rank}")) for rank in range(self._count)]
         self.hosts = [name for name, _, _ in found]
-        right = next((theirs for _, theirs, stayed in found if stayed), found[0][1])
+        usual = found[most_common([theirs for _, theirs, _ in found])][1]
+        right = next((theirs for _, theirs, stayed in found if stayed), usual)
         mine = json.loads(json.dumps(config))
         if mine != right:
             other = next(name for name, theirs, _ in found if theirs == right)
             raise LaunchError(
-                f"this node's config differs from that of {other}: {_difference(mine, right)}; set the same on all nodes"
+                f"this node's config differs from that of {other}: {difference(mine, right)}; set the same on all nodes"
             )
-        differing = [name for name, theirs, _ in found if theirs != right]
-        self.differing = ", ".join(differing)
-        return not differing
+        self.differing = {name: difference(right, theirs) for name, theirs, _ in found if theirs != right}
+        return not self.differing
 
     def describe(self, before: Sequence[str] | None, processes: int) -> str:
         """

@@ -9,7 +9,6 @@ The store may never answer if its node lost power. A launcher with workers to wa
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import json
@@ -18,31 +17,33 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import psutil
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.elastic.rendezvous.api import RendezvousError, RendezvousStateError
+from torch.distributed.elastic.rendezvous.api import RendezvousStateError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     DynamicRendezvousHandler,
     RendezvousTimeout,
 )
 
-from shoal.config.options import Config
+from shoal.config.options import Config, Launch
+from shoal.elastic.agreement import shared_settings
+from shoal.elastic.roll_call import RollCall
+from shoal.elastic.timed_calls import CALL_SECONDS, TimedCalls
 from shoal.errors import LaunchError
-from shoal.system.network import address_of, is_loopback, listen, read_address
-
-T = TypeVar("T")
+from shoal.run.folder import RunFolder
+from shoal.run.starts import Starts, started_with
+from shoal.system.network import address_of, is_here, is_loopback, listen, read_address
 
 LOOPBACK: Final = "127.0.0.1"
 STORE_SECONDS: Final = 60.0  # to wait for the store's answer while there are no workers
-CALL_SECONDS: Final = 2.0  # to wait for the store's answer while there are workers
 # A launcher sends a keep-alive signal at this interval; the others, by their own clocks, count it as gone after this many
 # missed signals.
 SIGN_SECONDS: Final = 2
@@ -50,31 +51,12 @@ SIGNS_MISSED: Final = 5
 UNUSED_SECONDS: Final = 10.0  # a store without connections for this long ends
 FIRST_SECONDS: Final = 60.0  # but the first connection may take this long
 
+ALONE_SECONDS: Final = 10.0  # to wait for a store that other nodes have reached, and for its host's name to be known
+
 CLOCK_SECONDS: Final = 5.0  # to wait until a new store has set `CLOCK`
 CLOCK: Final = "shoal/clock"  # key of the time of day on the store's node
+IDENTITY: Final = "shoal/id"  # key of a random name of the store
 SKEW_SECONDS: Final = 2.0  # maximum clock difference: torch's rendezvous compares the nodes' times of day
-
-
-class TimedCalls:
-    """Calls functions that may never return, in a thread with a time limit, one at a time."""
-
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-
-    def call(self, question: Callable[[], T], default: T, seconds: float = CALL_SECONDS) -> T:
-        """Return what `question` returns; `default` if the store is lost or too slow, or if an earlier call still hangs."""
-        if self._thread is not None and self._thread.is_alive():
-            return default
-        answers = [default]
-
-        def wait() -> None:
-            with contextlib.suppress(DistError, RendezvousError):
-                answers[0] = question()
-
-        self._thread = threading.Thread(target=wait, name="timed call", daemon=True)
-        self._thread.start()
-        self._thread.join(seconds)
-        return answers[0]
 
 
 class SignedBackend(C10dRendezvousBackend):
@@ -83,6 +65,7 @@ class SignedBackend(C10dRendezvousBackend):
     def __init__(self, store: TCPStore, run_id: str, key: bytes) -> None:
         super().__init__(store, run_id)
         self._secret = key
+        self.closed = False  # whether this launcher has left: then it must not join again
 
     def get_state(self) -> tuple[bytes, Any] | None:
         """Return the state. Raises `RendezvousStateError` if its signature is wrong."""
@@ -90,7 +73,9 @@ class SignedBackend(C10dRendezvousBackend):
         return None if found is None else (self._checked(found[0]), found[1])
 
     def set_state(self, state: bytes, token: Any | None = None) -> tuple[bytes, Any, bool] | None:
-        """Write the signed state. Raises `RendezvousStateError` if the state found there has a wrong signature."""
+        """Write the signed state. Raises `RendezvousStateError` after the end, or if the state there has a wrong signature."""
+        if self.closed:
+            raise RendezvousStateError("this launcher has left the rendezvous")
         found = super().set_state(self._signature(state) + state, token)
         return None if found is None else (self._checked(found[0]), *found[1:])
 
@@ -110,6 +95,7 @@ class Rendezvous(DynamicRendezvousHandler):
     news = ""  # "joins", "left" or "ended", set when `num_nodes_waiting` is not 0
     machines = 0  # number of nodes in the current round
     on_lost: Callable[[], None] | None = None  # called once when the store stops answering
+    backend: SignedBackend | None = None
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -153,6 +139,8 @@ class Rendezvous(DynamicRendezvousHandler):
         def go() -> None:
             self._stop_heartbeats()
             self._op_executor.run(_RendezvousExitOp(), time.monotonic() + CALL_SECONDS)
+            if self.backend is not None:
+                self.backend.closed = True
 
         TimedCalls().call(go, None)
 
@@ -177,10 +165,12 @@ class Meeting:
         # an ended rendezvous stays closed: the next run of this name uses the next turn number in the same store
         self._turn = store.compare_set(f"{self._run}/turn", "", "0").decode()
         run_id = f"{self._run}-{self._turn}"
+        backend = SignedBackend(store, run_id, folder.encode())
+        self.roll: RollCall | None = None  # None on one node
         self.rendezvous = Rendezvous.from_backend(
             run_id,
             store,
-            SignedBackend(store, run_id, folder.encode()),
+            backend,
             launch.fewest_nodes,
             launch.nodes,
             local_addr=address,
@@ -190,14 +180,24 @@ class Meeting:
             keep_alive_interval=SIGN_SECONDS,
             keep_alive_max_attempt=SIGNS_MISSED,
         )
+        self.rendezvous.backend = backend
 
     @classmethod
-    def open(cls, config: Config, folder: str, tell: Callable[[str], None]) -> Meeting:
+    def open(
+        cls,
+        config: Config,
+        folder: str,
+        tell: Callable[[str], None],
+        starts: Starts | None = None,
+        *,
+        has_met: bool = False,
+    ) -> Meeting:
         """
         Connect to the store at `launch.rendezvous`, or serve one on loopback if it is None.
 
-        tell: a function called with a message if the store takes long to answer. Raises `LaunchError` if no shoal store answers
-        there, or if the clocks differ.
+        tell: a function called with a message if the store takes long to answer. starts: the notes of the run's launchers.
+        has_met: whether this launcher was in a round before. Raises `LaunchError` if no shoal store answers there, if the
+        clocks differ, or if launchers on other nodes meet at another store.
         """
         launch = config.launch
         if launch.rendezvous is None:
@@ -205,8 +205,10 @@ class Meeting:
         found = read_address(launch.rendezvous)
         assert found, "resolve/checks.py rejects other addresses"
         host, port = found
-        _await_store(host, port, launch.timeout_seconds, tell)
-        family, place = address_of(host, port, option="launch.rendezvous", from_afar=_is_here(host))
+        _await_store(host, port, config, tell, None if has_met else starts)
+        family, place = address_of(
+            host, port, option="launch.rendezvous", from_afar=is_here(host, option="launch.rendezvous")
+        )
         address = _address_towards(family, place)
         interface = _interface_of(address)
         if interface and not is_loopback(address):
@@ -218,7 +220,17 @@ class Meeting:
                 f"the service at launch.rendezvous {launch.rendezvous} is not a shoal rendezvous; set another port"
             )
         _compare_clocks(store, host)
-        return cls(store, config, folder, address)
+        if starts is not None and not has_met:
+            _compare_stores(store, f"{place[0]}:{port}", launch.rendezvous, starts)
+        meeting = cls(store, config, folder, address)
+        # a connection of its own: while one thread waits for an answer, its connection serves no other
+        if (own := TimedCalls().call(lambda: _connect(place[0], port), None, STORE_SECONDS / 3)) is not None:
+            meeting.roll = RollCall(
+                own, str(launch.name), folder, str(RunFolder.of(config).path.resolve()), shared_settings(config),
+                launch.fewest_nodes, max(launch.nodes, started_with()), starts.problems if starts is not None else dict,
+            )  # fmt: skip
+            meeting.roll.has_met = has_met
+        return meeting
 
     def end(self, code: int, why: str) -> None:
         """Record the run's outcome and close the rendezvous. Only the first call by any launcher counts."""
@@ -253,6 +265,7 @@ def serve(host: str, port: int, *, while_used: bool, ready: Callable[[], None]) 
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
     store = _keep_store(host, port, "launch.rendezvous")
+    store.set(IDENTITY, uuid.uuid4().hex)
     store.set(CLOCK, str(time.time()))
     ready()
     process, idle_since, patience = psutil.Process(), time.monotonic(), FIRST_SECONDS
@@ -290,23 +303,55 @@ def _connect(address: str, port: int) -> TCPStore | None:
     return store
 
 
-def _await_store(host: str, port: int, seconds: float, tell: Callable[[str], None]) -> None:
-    """Wait until the store answers; start it if `host` is this node. Raises `LaunchError` after `seconds`."""
+def _await_store(host: str, port: int, config: Config, tell: Callable[[str], None], starts: Starts | None) -> None:
+    """
+    Wait until the store answers; start it if `host` is this node.
+
+    Raises `LaunchError` after `launch.timeout_seconds`, or after `ALONE_SECONDS` if waiting is in vain, by `starts`.
+    """
     begun, told, started = time.monotonic(), False, False
     while not _answers(host, port):
-        if not started and _is_here(host):
+        waited = time.monotonic() - begun
+        if not started and _is_here_by_now(host, waited):
             _start_store(host, port)
             started = True
-        waited = time.monotonic() - begun
         if waited > 3 and not told:
             tell(f"waiting for the rendezvous at {host}:{port}")
             told = True
-        if waited > seconds:
+        if waited > ALONE_SECONDS and starts is not None:
+            _check_hope(f"{host}:{port}", config.launch, starts)
+        if waited > config.launch.timeout_seconds:
             raise LaunchError(
                 f"launch.rendezvous {host}:{port} did not answer within {waited:.0f} s; start the run on that node too, or run "
                 f"shoal rendezvous {host}:{port} there"
             )
         time.sleep(0.2)
+
+
+def _is_here_by_now(host: str, waited: float) -> bool:
+    """Return `is_here`; False for a name that is still unknown, as that of a new container may be in the first seconds."""
+    try:
+        return is_here(host, option="launch.rendezvous")
+    except LaunchError:
+        if waited > ALONE_SECONDS:
+            raise
+        return False
+
+
+def _check_hope(address: str, launch: Launch, starts: Starts) -> None:
+    """Raise `LaunchError` if other nodes have reached the store at `address`, or if too few nodes are left that can."""
+    if others := starts.reached():
+        raise LaunchError(
+            f"launch.rendezvous {address} does not answer on this node, although {', '.join(others)} reached it; check the firewall "
+            "and the route from this node to it"
+        )
+    found, started = starts.problems(), max(launch.nodes, started_with())
+    if started - len(found) < launch.fewest_nodes:
+        why = "; ".join(f"{host}: {text}" for host, text in sorted(found.items()))
+        raise LaunchError(
+            f"launch.rendezvous {address} does not answer, and {started - len(found)} of at least {launch.fewest_nodes} nodes can "
+            f"start. {why}"
+        )
 
 
 def _compare_clocks(store: TCPStore, host: str) -> None:
@@ -316,6 +361,18 @@ def _compare_clocks(store: TCPStore, host: str) -> None:
         raise LaunchError(
             f"the clock of this node is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} that of {host}, so each would take "
             "the other for dead; synchronize the clocks, for example with NTP"
+        )
+
+
+def _compare_stores(store: TCPStore, address: str, rendezvous: str, starts: Starts) -> None:
+    """Note the store that this launcher reached; raise `LaunchError` if launchers on other nodes have reached another one."""
+    identity = store.get(IDENTITY).decode()
+    starts.meet(identity, address)
+    if others := starts.elsewhere(identity):
+        there = ", ".join(f"{place} on {host}" for host, place in sorted(others.items()))
+        raise LaunchError(
+            f"launch.rendezvous {rendezvous} is {address} on this node but {there}, so each would train alone; set it to "
+            "one node's network address"
         )
 
 
@@ -348,17 +405,6 @@ def _answers(host: str, port: int) -> bool:
             return True
     except OSError:
         return False
-
-
-def _is_here(host: str) -> bool:
-    """Return whether `host` is an address of this node. Raises `LaunchError` if it cannot be resolved."""
-    family, address = address_of(host, 0, option="launch.rendezvous", from_afar=False)
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind(address)
-        except OSError:
-            return False
-    return True
 
 
 def _address_towards(family: int, place: Any) -> str:

@@ -22,6 +22,7 @@ from shoal.elastic.rendezvous import Meeting
 from shoal.elastic.stops import SignalForwarder, StopRequested
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE, LaunchError
 from shoal.run.folder import RunFolder
+from shoal.run.starts import Starts
 from shoal.system.output import say_error
 
 NO_LIMIT: Final = 1_000_000  # restarts; torch counts down from this number
@@ -44,6 +45,7 @@ class _Launcher:
         self._crashes = Crashes(config.launch.max_crashes)
         self._folder = RunFolder.of(config)
         self._lock_id = self._folder.lock_id()
+        self._starts = Starts(self._folder.launchers_file)
         self._lost = ""  # why the last rendezvous was lost
         self._met = False
 
@@ -51,12 +53,14 @@ class _Launcher:
         """Meet the other nodes and run the workers; return the exit code, or None if the nodes must meet again."""
         try:
             with self._stop.may_raise():
-                meeting = Meeting.open(self._config, self._lock_id, say_error)
+                meeting = Meeting.open(self._config, self._lock_id, say_error, self._starts, has_met=self._met)
         except StopRequested:
             say_error(_STOPPED)
             return EXIT_REQUEUE
-        except LaunchError:
+        except LaunchError as error:
             if not self._lost:
+                if self._config.launch.nodes > 1:
+                    self._starts.fail(str(error))
                 raise
             say_error(f"the run stopped: {self._lost}. {_what_is_kept(self._folder.has_checkpoint())}")
             return EXIT_REQUEUE

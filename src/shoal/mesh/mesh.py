@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,6 +16,7 @@ from shoal.config.layout import AXES, DATA_PARALLEL, Layout, find_layout
 from shoal.config.options import FLOAT16_ON_CPU, Parallel
 from shoal.errors import LaunchError
 from shoal.mesh.place import Place, describe_place, is_launched, read_place
+from shoal.mesh.same_world import check_same_world
 from shoal.mesh.store import open_store, stay_on_loopback
 
 ALONE = Place()
@@ -206,18 +207,21 @@ def default_timeout(timeout: timedelta) -> Iterator[None]:
             setattr(distributed_c10d, name, before[name])
 
 
-def _join(place: Place, device: torch.device, timeout: timedelta) -> None:
+def _join(place: Place, device: torch.device, timeout: timedelta, settings: Mapping[str, object]) -> None:
     """
     Open the world group. Raises `LaunchError` if NCCL finds two ranks on one device, or if another launcher started shoal
-    and not all ranks of its WORLD_SIZE join.
+    and its ranks disagree, also about `settings`, or not all ranks of its WORLD_SIZE join.
 
     `device_id` makes NCCL connect all ranks of each group here. Otherwise torch would connect the ranks of a pipeline lazily:
     each pair at its first message, while other ranks wait for other pairs.
     """
     try:
+        store = open_store(place, timeout)
+        if not is_launched():  # shoal's own launchers have compared themselves
+            check_same_world(store, place, settings, timeout.total_seconds())
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-            store=open_store(place, timeout),
+            store=store,
             rank=place.rank,
             world_size=place.world_size,
             timeout=timeout,
@@ -238,9 +242,13 @@ def _join(place: Place, device: torch.device, timeout: timedelta) -> None:
 
 
 @contextlib.contextmanager
-def open_mesh(device: str, timeout_seconds: float, parallel: Parallel) -> Iterator[Mesh]:
+def open_mesh(
+    device: str, timeout_seconds: float, parallel: Parallel, settings: Mapping[str, object] | None = None
+) -> Iterator[Mesh]:
     """
     Join the other ranks, and leave them at the end, after a barrier. A collective over the world.
+
+    settings: what must be the same on all ranks if another launcher started them; see `same_world.py`.
 
     After an error there is no barrier: the other ranks may never reach one.
     """
@@ -254,7 +262,7 @@ def open_mesh(device: str, timeout_seconds: float, parallel: Parallel) -> Iterat
     timeout = timedelta(seconds=timeout_seconds)
     if place.world_size > 1:
         stay_on_loopback()
-        _join(place, chosen, timeout)
+        _join(place, chosen, timeout, settings or {})
     mesh = Mesh(place, chosen, layout, timeout)
     with default_timeout(timeout):
         yield mesh

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
+import socket
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from shoal.errors import LaunchError
+from shoal.mesh.slurm_step import count_tasks_of_step, in_step, tasks_here, why_not_alone, why_not_torchrun
+from shoal.system.network import LOOPBACK, is_loopback
 from shoal.system.output import on_one_line
 
 LOCKED_BY = "SHOAL_LOCKED_BY"  # process id of the shoal launcher, which holds the run's lock for its workers
 _NEEDED = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LEAST = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1,
           "SLURM_PROCID": 0, "SLURM_NTASKS": 1, "SLURM_LOCALID": 0, "SLURM_NODEID": 0, "SLURM_NNODES": 1,
-          "SLURM_NTASKS_PER_NODE": 1, "SLURM_STEP_NUM_TASKS": 1}  # fmt: skip
+          "SLURM_NTASKS_PER_NODE": 1, "SLURM_STEP_NUM_TASKS": 1, "SLURM_JOB_NUM_NODES": 1, "SLURM_STEP_NUM_NODES": 1}  # fmt: skip
 _MOST = {"MASTER_PORT": 65535}
-# srun sets these in the tasks it starts. A batch script has SLURM_PROCID=0 and SLURM_NTASKS, but none of these.
-_OF_A_STEP = ("SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_SRUN_COMM_HOST")
+_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # numbers of processes, from Open MPI and from MPICH
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def describe_place() -> str:
     launcher, names = "another launcher", "RANK, WORLD_SIZE"
     if "TORCHELASTIC_RUN_ID" in env:
         launcher = "torchrun"
-    elif _in_step() and env["SLURM_PROCID"] == env["RANK"]:
+    elif in_step() and env["SLURM_PROCID"] == env["RANK"]:
         launcher, names = "srun", "SLURM_PROCID, SLURM_NTASKS"
     return (
         f"started by {launcher}: rank {place.rank} of {place.world_size} ({names}), {place.local_world_size} on this node, "
@@ -94,11 +94,12 @@ def describe_place() -> str:
     )
 
 
-def unused_claims(nodes: int) -> list[str]:
+def unused_claims(nodes: int, fewest: int | None = None) -> list[str]:
     """
     Return a note on the launcher variables that are set but unused because this process is not a worker; [] if none are.
 
-    nodes: `launch.nodes`. Raises `LaunchError` if the variables announce several processes: each would train alone.
+    nodes: `launch.nodes`. fewest: the minimum number of nodes; None: `nodes`. Raises `LaunchError` if the variables announce
+    several processes or nodes, of which each would train alone or wait for others that never start.
     """
     env = os.environ
     if env.get("WORLD_SIZE", "1") != "1":
@@ -107,20 +108,65 @@ def unused_claims(nodes: int) -> list[str]:
             "WORLD_SIZE"
         )
     tasks = _slurm_tasks()
-    if tasks > 1 and _in_step() and nodes == 1:
+    if tasks > 1 and in_step() and nodes == 1:
         raise LaunchError(
             f"srun started {tasks} tasks (SLURM_NTASKS) but MASTER_ADDR is not set, so each would train alone; set MASTER_ADDR "
             "to the host of the first task, or start one task per node with launch.nodes and launch.rendezvous"
         )
-    if tasks > 1 and "MASTER_ADDR" in env and not _in_step():
+    if tasks > 1 and "MASTER_ADDR" in env and not in_step():
         raise LaunchError(
             f"SLURM_NTASKS is {tasks} and MASTER_ADDR is set, but this process is the batch script, not a task; put srun "
             "before shoal, or unset MASTER_ADDR to let shoal start its own processes on this node"
         )
+    if "SLURM_JOB_ID" in env and (why := why_not_alone(nodes, fewest or nodes)):
+        raise LaunchError(why)
+    if nodes == 1 and not in_step():
+        _reject_other_launchers()
     unused = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in env]
     if not unused:
         return []
     return [f"{', '.join(unused)} set without RANK, so ignored: shoal starts its own processes"]
+
+
+def _reject_other_launchers() -> None:
+    """Raise `LaunchError` if MPI's launcher started several of this process: each would train alone."""
+    for name in _OF_MPI:
+        if (count := os.environ.get(name, "1")) != "1":
+            raise LaunchError(
+                f"mpirun started {on_one_line(count)} processes ({name}) but RANK and MASTER_ADDR are not set, so each would train "
+                "alone; start with shoal train, torchrun or srun, or one process per node with launch.nodes and launch.rendezvous"
+            )
+
+
+def check_world() -> None:
+    """
+    Raise `LaunchError` if this worker of another launcher would be in a world of its own, or could never reach rank 0.
+
+    That is so under torchrun on several Slurm nodes without --nnodes, and if MASTER_ADDR is a loopback address although
+    the world has several nodes. Does nothing in a worker of shoal's own launcher.
+    """
+    place, env = read_place(), os.environ
+    if is_launched():
+        return
+    is_whole = place.local_world_size == place.world_size and "LOCAL_WORLD_SIZE" in env
+    if (
+        is_whole
+        and "TORCHELASTIC_RUN_ID" in env
+        and "SLURM_JOB_ID" in env
+        and (why := why_not_torchrun(place.world_size))
+    ):
+        raise LaunchError(why)
+    if place.world_size == 1 or is_whole:
+        return
+    host = env["MASTER_ADDR"]
+    several = place.world_size > place.local_world_size
+    if is_loopback(host) and (several or host not in (*LOOPBACK, "localhost")):
+        where = "which other nodes cannot reach" if several else "which other nodes, if there are any, cannot reach"
+        here = "" if several else ", or to 127.0.0.1 if all ranks are on this node"
+        raise LaunchError(
+            f"MASTER_ADDR {on_one_line(host)} is a loopback address on {socket.gethostname()}, {where}; set MASTER_ADDR to "
+            f"the network address of rank 0's node{here}"
+        )
 
 
 def report_to_launcher(message: str) -> bool:
@@ -140,34 +186,21 @@ def report_to_launcher(message: str) -> bool:
 
 
 def _under_srun() -> bool:
-    return "RANK" not in os.environ and "MASTER_ADDR" in os.environ and _in_step()
-
-
-def _in_step() -> bool:
-    """Return whether srun started this process, rather than it being a batch script, whose SLURM_PROCID is always 0."""
-    env = os.environ
-    return "SLURM_PROCID" in env and (env["SLURM_PROCID"] != "0" or any(name in env for name in _OF_A_STEP))
+    return "RANK" not in os.environ and "MASTER_ADDR" in os.environ and in_step()
 
 
 def _slurm_tasks() -> int:
     """Return the number of tasks that Slurm reports, 1 outside Slurm."""
     _numbers()
-    _count_tasks_of_step()
+    count_tasks_of_step()
     env = os.environ
     return int(env.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in env else 1
-
-
-def _count_tasks_of_step() -> None:
-    """Prefer the step's own task count: a shell under salloc is a step of one task but keeps the job's SLURM_NTASKS."""
-    env = os.environ
-    if "SLURM_STEP_NUM_TASKS" in env and _in_step():
-        env["SLURM_NTASKS"] = env["SLURM_STEP_NUM_TASKS"]
 
 
 def _check_slurm() -> None:
     """Raise `LaunchError` if srun's variables are incomplete, or if variables set by the user contradict them."""
     env = os.environ
-    _count_tasks_of_step()
+    count_tasks_of_step()
     if "SLURM_NTASKS" not in env:
         raise LaunchError("SLURM_PROCID and MASTER_ADDR are set but SLURM_NTASKS is not; pass --ntasks to srun")
     _numbers()
@@ -206,25 +239,5 @@ def _adopt_slurm() -> None:
     env = os.environ
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
     env.setdefault("LOCAL_RANK", env.get("SLURM_LOCALID", "0"))
-    env.setdefault("LOCAL_WORLD_SIZE", str(_tasks_here(env)))
+    env.setdefault("LOCAL_WORLD_SIZE", str(tasks_here()))
     env.setdefault("MASTER_PORT", "29500")
-
-
-def _tasks_here(env: Mapping[str, str]) -> int:
-    """
-    Return how many of a Slurm step's tasks run on this node.
-
-    SLURM_NTASKS_PER_NODE is set only with --ntasks-per-node, and is a limit, not a count. SLURM_TASKS_PER_NODE lists all
-    nodes, "2(x3),1", in the order of SLURM_NODEID; a list with another sum describes the job, not this step.
-    """
-    tasks = int(env["SLURM_NTASKS"])
-    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"):
-        counts: list[int] = []
-        for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", env.get(name, "")):
-            counts += [int(count)] * int(times or 1)
-        node = int(env.get("SLURM_NODEID", "0"))
-        if sum(counts) == tasks and node < len(counts):
-            return counts[node]
-    if "SLURM_NTASKS_PER_NODE" in env:
-        return min(tasks, int(env["SLURM_NTASKS_PER_NODE"]))
-    return -(-tasks // int(env.get("SLURM_NNODES", "1")))

@@ -6,7 +6,7 @@ import os
 import sys
 from datetime import timedelta
 
-from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from shoal.errors import LaunchError
 from shoal.mesh.place import Place, is_launched
@@ -15,16 +15,17 @@ from shoal.system.network import is_loopback, listen
 
 def open_store(place: Place, timeout: timedelta) -> Store:
     """
-    Open the store at MASTER_ADDR:MASTER_PORT, and wait until all ranks have connected.
+    Open the store at MASTER_ADDR:MASTER_PORT. Does not wait for the other ranks.
 
     Raises `LaunchError` if rank 0 cannot listen there; RuntimeError instead if shoal's own launcher chose the port.
 
     Rank 0 listens on that address only; torch's own `env://` would listen on every interface of the node. Under
-    torchrun the launcher already serves the store.
+    torchrun the launcher already serves the store, which outlasts a restart: each attempt has names of its own there.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if place.rank > 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return TCPStore(host, port, place.world_size, is_master=False, timeout=timeout)
+        store = TCPStore(host, port, place.world_size, is_master=False, timeout=timeout, wait_for_workers=False)
+        return store if is_launched() else PrefixStore(_attempt(place), store)
     try:
         afar = place.world_size > place.local_world_size
         listener = listen(host, port, option="MASTER_ADDR and MASTER_PORT", from_afar=afar)
@@ -33,7 +34,22 @@ def open_store(place: Place, timeout: timedelta) -> Store:
             raise RuntimeError(str(error)) from error
         raise
     descriptor = listener.detach()  # the store closes it
-    return TCPStore(host, port, place.world_size, is_master=True, timeout=timeout, master_listen_fd=descriptor)
+    store = TCPStore(
+        host,
+        port,
+        place.world_size,
+        is_master=True,
+        timeout=timeout,
+        master_listen_fd=descriptor,
+        wait_for_workers=False,
+    )
+    return store if is_launched() else PrefixStore(_attempt(place), store)
+
+
+def _attempt(place: Place) -> str:
+    """Return a prefix for the keys of this attempt: torchrun counts restarts, and starts again without a count for another size."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    return "world" if restart is None else f"world-{restart}-{place.world_size}"
 
 
 def stay_on_loopback() -> None:

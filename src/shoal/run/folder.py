@@ -10,6 +10,7 @@ runs/NAME/
   now.json        the phase it is in         cache/          what readers keep to draw curves fast
   stacks/         stacks of hung workers     time.jsonl      where the time went
   trackers/       how far each tracker came, and what it writes offline
+  launchers.jsonl starts of launchers on several nodes, and why one ended before it met the others
   tensorboard/    TensorBoard's files
   source/         files that came with the weights, if it started from a model folder
   tokenizer/      all files of its tokenizer, if it came from another folder
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import fcntl
 import json
 import os
@@ -28,7 +30,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from shoal.config.data_options import is_built_in
 from shoal.config.keys import ChangedOption, changed_options
@@ -40,6 +42,8 @@ from shoal.resolve.resolve import read_back, to_yaml, with_kept
 from shoal.run.records import read_metrics
 from shoal.system.disk import write_whole
 from shoal.system.output import on_one_line
+
+RENEWED_SECONDS: Final = 60.0  # a file that was renewed this recently may be renewed again
 
 
 class RunFolder:
@@ -97,6 +101,10 @@ class RunFolder:
         return self.path / "now.json"
 
     @property
+    def launchers_file(self) -> Path:
+        return self.path / "launchers.jsonl"
+
+    @property
     def ledger_file(self) -> Path:
         return self.path / "ledger.jsonl"
 
@@ -151,6 +159,11 @@ class RunFolder:
         if (trained_on_blend or config.data.tokenizer.startswith("tiktoken:")) and self.tokenizer_file.is_file():
             gone[config.data.tokenizer] = self.tokenizer_file
         return gone
+
+    @property
+    def logs(self) -> Path:
+        """Return the folder with a folder of ranks' logs for each start of the workers, on several nodes and under Slurm."""
+        return self.path / "logs"
 
     @property
     def samples(self) -> Path:
@@ -218,6 +231,11 @@ class RunFolder:
             time.sleep(0.1)
             held = _take(file, fcntl.LOCK_EX)
         shared = not held and meeting is not None and _held(file).get("meeting") == meeting
+        if held and meeting is None and _is_elsewhere(_held(file)) and self._is_renewed():
+            raise RunError(
+                f"{on_one_line(self.path)} is being trained {_holder(file)}, although its lock is free here: this file system "
+                "keeps locks on each node; mount it with locks for all nodes (Lustre: -o flock), or stop the other process"
+            )
         if held:
             holder = {
                 "pid": os.getpid(),
@@ -239,6 +257,20 @@ class RunFolder:
             )
         self._lock = file
 
+    def _is_renewed(self) -> bool:
+        """Return whether another host renews `now.json`, as one that trains does every few seconds. Waits if it is recent."""
+        seen = set()
+        with contextlib.suppress(OSError, ValueError):
+            if abs(time.time() - self.now_file.stat().st_mtime) > RENEWED_SECONDS:
+                return False
+            for _ in range(50):
+                now = json.loads(self.now_file.read_bytes())  # it is replaced, never half written
+                seen |= {now.get("time")} if _is_elsewhere(now) else set()
+                if len(seen) > 1:
+                    return True
+                time.sleep(0.1)
+        return False
+
     def holder(self) -> dict[str, Any]:
         """Return what the last process that locked this run wrote about itself: pid, host, since, command; empty if none did."""
         try:
@@ -255,7 +287,7 @@ class RunFolder:
                     return not _take(file, kind)
             except FileNotFoundError:
                 return False
-            except OSError:
+            except (OSError, RunError):
                 continue
         return False
 
@@ -313,12 +345,21 @@ def _with_choices_of(config: Config, before: Config) -> Config:
 
 
 def _take(file: IO[str], kind: int) -> bool:
-    """Take a lock of this kind without waiting; return whether that succeeded."""
+    """Take a lock of this kind without waiting; return whether that succeeded. Raises `RunError` if the file system has no locks."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EBADF, errno.EINTR):
+            return False
+        raise RunError(
+            f"{on_one_line(file.name)} cannot be locked: {error.strerror}; mount this file system with locks (Lustre: -o "
+            "flock), or set launch.runs to a folder on another one"
+        ) from None
     return True
+
+
+def _is_elsewhere(held: dict[str, Any]) -> bool:
+    return held.get("host") not in (None, socket.gethostname())
 
 
 def _share(file: IO[str]) -> bool:

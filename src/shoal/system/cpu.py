@@ -111,18 +111,22 @@ def _sysctl(name: str) -> str:
 
 def _quota() -> float:
     """Return the CPU limit of this process's cgroup (a container's, for example), in cores; Inf without one."""
-    return min((_limit(folder) for folder in _group_folders()), default=math.inf)
+    return min((_limit(folder) for folder in cgroups("cpu")), default=math.inf)
 
 
-def _group_folders() -> list[Path]:
-    """Return the folders of cgroups that may limit CPU time: the root (in a container, its own group) and this process's group."""
+def cgroups(kind: str) -> list[Path]:
+    """
+    Return the folders of cgroups that may limit this process: the root (in a container, its own group) and its group.
+
+    kind: the controller's name, "cpu" or "memory".
+    """
     try:
         lines = _GROUP.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     found = []
     for _, kinds, path in (line.split(":", 2) for line in lines):
-        if kinds == "" or "cpu" in kinds.split(","):
+        if kinds == "" or kind in kinds.split(","):
             root = _GROUPS / kinds if kinds else _GROUPS
             found += [root, root / path.lstrip("/")]
     return found

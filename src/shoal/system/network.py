@@ -76,6 +76,17 @@ def address_of(host: str, port: int, *, option: str, from_afar: bool) -> tuple[i
     )
 
 
+def is_here(host: str, *, option: str) -> bool:
+    """Return whether `host` is an address of this machine. Raises `LaunchError` if it cannot be resolved."""
+    family, address = address_of(host, 0, option=option, from_afar=False)
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind(address)
+        except OSError:
+            return False
+    return True
+
+
 def _notice_who_is_gone(listener: socket.socket) -> None:
     """Enable keepalive: accepted connections end one minute after the other machine loses power."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

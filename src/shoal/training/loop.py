@@ -24,12 +24,13 @@ from shoal.config.options import Config
 from shoal.data.loader import Batch
 from shoal.data.order.ledger import checksum
 from shoal.data.yardstick import Measuring
+from shoal.elastic.agreement import shared_settings
 from shoal.elastic.heartbeat import Heartbeat
 from shoal.fault.compiling import told_of_compilations
 from shoal.fault.inject import Faults
 from shoal.mesh.ballot import Ballot, Vote
 from shoal.mesh.mesh import open_mesh
-from shoal.mesh.place import read_place
+from shoal.mesh.place import is_launched, read_place
 from shoal.optim.schedule import learning_rate
 from shoal.run.folder import RunFolder
 from shoal.system.signals import StopRequest
@@ -54,7 +55,8 @@ def train(config: Config, stop: StopRequest | None = None, heartbeat: Heartbeat 
     heartbeat = heartbeat or Heartbeat.open(config.launch)
     heartbeat.outside("meeting the other processes")
     Faults(read_place().rank, RunFolder.of(config).events_file).at("rendezvous")
-    with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:
+    settings = {} if is_launched() or read_place().world_size == 1 else shared_settings(config, sizes=False)
+    with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel, settings) as mesh:
         run = Run.open(config, mesh, stop, heartbeat)
         try:
             return complete(run)
