@@ -27,7 +27,7 @@ needs_nft = pytest.mark.skipif(shutil.which("nft") is None, reason="firewalls ne
 FAKETIME = Path("/usr/lib") / f"{os.uname().machine}-linux-gnu" / "faketime" / "libfaketimeMT.so.1"
 SOURCE = Path(shoal.__file__).parents[1]
 
-Fault = Callable[[Clinic], AbstractContextManager[None]]
+Fault = Callable[[Clinic], AbstractContextManager[object]]
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +103,8 @@ def slow_disk(clinic: Clinic) -> AbstractContextManager[None]:
     return clinic.profile("d3", f"export PYTHONPATH={folder}")
 
 
-def unknown_to_all(clinic: Clinic) -> AbstractContextManager[None]:
-    stack = ExitStack()
-    for name in ("d1", "d2", "d4"):
-        stack.enter_context(clinic.known(name, d3=None))
-    return stack
+def unknown_to_all(clinic: Clinic) -> ExitStackOf:
+    return ExitStackOf(*(clinic.known(name, d3=None) for name in ("d1", "d2", "d4")))
 
 
 def other_user(clinic: Clinic) -> AbstractContextManager[None]:

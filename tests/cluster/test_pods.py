@@ -18,9 +18,9 @@ import yaml
 from shoal.checkpoint.saved import listed
 from shoal.errors import EXIT_REQUEUE
 from shoal.run.folder import RunFolder
-from tests.chaos.trial import weights
 from tests.cluster.bed import lacking
 from tests.cluster.host import Host, Switch, environment
+from tests.digests import weights
 
 pytestmark = [
     pytest.mark.ci,

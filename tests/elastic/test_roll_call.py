@@ -34,11 +34,11 @@ class Nodes:
         path: str = "/runs/run",
         fewest: int = 2,
         launchers: int = 0,
-        **settings: object,
+        settings: dict[str, object] | None = None,
     ) -> RollCall:
         self._monkeypatch.setattr(socket, "gethostname", lambda: host)
         self._calls[host] = RollCall(
-            self._store, "run", folder, path, SETTINGS | settings, fewest, launchers,
+            self._store, "run", folder, path, SETTINGS | (settings or {}), fewest, launchers,
             self._problems_elsewhere(host), lambda: self._now
         )  # fmt: skip
         return self._calls[host]
@@ -95,7 +95,7 @@ def test_a_folder_at_another_path_ends_both_if_all_else_is_equal(nodes: Nodes) -
 
 def test_another_run_of_the_same_name_is_left_alone(nodes: Nodes) -> None:
     nodes.start("a", folder="one")
-    nodes.start("b", folder="another", path="/elsewhere/run", **{"optim.lr": 0.2})
+    nodes.start("b", folder="another", path="/elsewhere/run", settings={"optim.lr": 0.2})
     nodes.wait(10 * PATIENCE_SECONDS)
     assert nodes.ended == {}
 
@@ -110,14 +110,14 @@ def test_a_new_launcher_without_the_running_ones_folder_ends(nodes: Nodes) -> No
 @pytest.mark.parametrize(("key", "value"), [("launch.nodes", 3), ("torch", "2.14.1"), ("optim.lr", 0.2)])
 def test_two_nodes_that_disagree_both_end_and_say_about_what(nodes: Nodes, key: str, value: object) -> None:
     nodes.start("a")
-    nodes.start("b", **{key: value})
+    nodes.start("b", settings={key: value})
     nodes.wait(SECONDS + ODD_SECONDS + PATIENCE_SECONDS)
     assert f"differ from those of a: {key} is {value} here and {SETTINGS[key]} there" in nodes.ended["b"]
     assert f"1 of at least 2 nodes can start. b: {key} is {SETTINGS[key]} here and {value} there" in nodes.ended["a"]
 
 
 def test_one_odd_node_of_four_leaves_and_the_others_wait_for_a_fourth(nodes: Nodes) -> None:
-    nodes.start("odd", fewest=3, torch="2.11.0")
+    nodes.start("odd", fewest=3, settings={"torch": "2.11.0"})
     for host in "abc":
         nodes.start(host, fewest=3)
     nodes.wait(SECONDS + ODD_SECONDS + 5 * PATIENCE_SECONDS)
@@ -126,7 +126,7 @@ def test_one_odd_node_of_four_leaves_and_the_others_wait_for_a_fourth(nodes: Nod
 
 def test_a_spare_takes_the_place_of_an_odd_node(nodes: Nodes) -> None:
     nodes.start("a")
-    nodes.start("odd", torch="2.11.0")
+    nodes.start("odd", settings={"torch": "2.11.0"})
     nodes.wait(SECONDS)
     nodes.start("spare")
     nodes.wait(5 * PATIENCE_SECONDS)
@@ -135,15 +135,15 @@ def test_a_spare_takes_the_place_of_an_odd_node(nodes: Nodes) -> None:
 
 def test_a_node_with_other_settings_than_the_running_ones_ends(nodes: Nodes) -> None:
     nodes.start("a", fewest=1).has_met = True
-    nodes.start("b", fewest=1, **{"optim.lr": 0.2})
-    nodes.start("c", fewest=1, **{"optim.lr": 0.2})
+    nodes.start("b", fewest=1, settings={"optim.lr": 0.2})
+    nodes.start("c", fewest=1, settings={"optim.lr": 0.2})
     nodes.wait(SECONDS + ODD_SECONDS, "a")
     assert nodes.ended.keys() == {"b", "c"}
     assert "optim.lr is 0.2 here and 0.1 there" in nodes.ended["c"]
 
 
 def test_a_launcher_that_was_killed_long_ago_disturbs_nobody_now(nodes: Nodes) -> None:
-    nodes.start("a", folder="of another day", torch="2.0.0")
+    nodes.start("a", folder="of another day", settings={"torch": "2.0.0"})
     nodes.wait(3)
     nodes.stop("a")
     nodes.wait(2 * FRESH_SECONDS)

@@ -134,15 +134,15 @@ def examine_pairs(nodes: Sequence[Node], pairs: Sequence[tuple[Node, Node]], see
                 failed[names] = result
             else:
                 seconds[names] = result
-    names = [node.name for node in nodes]
+    everyone = [node.name for node in nodes]
     both_ways = {p for a, b in failed for p in ((a, b), (b, a))}
-    for who in blame(both_ways, names):
+    for who in blame(both_ways, everyone):
         why = next(text for pair, text in failed.items() if not who or set(who) <= set(pair))
         report.add([Finding("pair-fails", who, f"an all-reduce fails: {why}")])
     by_name = {node.name: node for node in nodes}
     slow = slow_pairs(by_name, seconds, seen)
     computes_slowly = [f.nodes for f in report.findings if f.fault == "slow-node"]
-    for who in blame({p for a, b in slow for p in ((a, b), (b, a))}, names):
+    for who in blame({p for a, b in slow for p in ((a, b), (b, a))}, everyone):
         if who in computes_slowly:
             continue  # an all-reduce on a CPU is slow for the same reason
         speed = min(rate for pair, rate in slow.items() if not who or set(who) <= set(pair))

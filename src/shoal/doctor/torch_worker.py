@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from shoal.doctor.facts import INTERFACE_VARIABLES
 from shoal.doctor.torch_process import MARK
@@ -26,7 +27,7 @@ class Worker:
     """Holds the store that the other node of a pair connects to."""
 
     def __init__(self) -> None:
-        self._store: dist.TCPStore | None = None
+        self._store: TCPStore | None = None
         self._chosen = {name for name in INTERFACE_VARIABLES if name in os.environ}  # by the user
 
     def do(self, name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +48,7 @@ class Worker:
         """Serve a store on this node's `address` for one pair; return its port."""
         listener = listen(address, 0, option="the node's name", from_afar=True)
         host, port = listener.getsockname()[:2]
-        self._store = dist.TCPStore(
+        self._store = TCPStore(
             host, port, is_master=True, wait_for_workers=False, timeout=PAIR_TIMEOUT, master_listen_fd=listener.detach()
         )
         return int(port)
@@ -58,7 +59,7 @@ class Worker:
             if interface and name not in self._chosen:
                 os.environ[name] = interface
         on_gpu = torch.cuda.is_available()
-        store = self._store if rank == 0 else dist.TCPStore(address, port, is_master=False, timeout=PAIR_TIMEOUT)
+        store = self._store if rank == 0 else TCPStore(address, port, is_master=False, timeout=PAIR_TIMEOUT)
         assert store is not None
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=2, timeout=PAIR_TIMEOUT

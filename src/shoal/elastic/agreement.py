@@ -37,7 +37,7 @@ def shared_settings(config: Config, *, sizes: bool = True) -> dict[str, object]:
         "the device": "cuda" if on_gpus else "cpu",
     }
     if on_gpus and torch.distributed.is_nccl_available():
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
     for key, (f, value) in options_of(config).items():
         section = key.partition(".")[0]
         if (sizes and key in _OF_THE_WORLD) or (section != "launch" and (section, f.name) not in _OF_A_PLACE):

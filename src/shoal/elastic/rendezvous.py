@@ -33,7 +33,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     RendezvousTimeout,
 )
 
-from shoal.config.options import Config, Launch
+from shoal.config.options import Config
+from shoal.config.run_options import Launch
 from shoal.elastic.agreement import shared_settings
 from shoal.elastic.roll_call import RollCall
 from shoal.elastic.timed_calls import CALL_SECONDS, TimedCalls
