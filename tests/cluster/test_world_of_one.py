@@ -38,7 +38,7 @@ def test_commands_of_a_job_that_would_start_worlds_of_one_end_with_the_reason(be
     commands = [*WRONG, RIGHT]
     script = SCRIPT + "\n".join(f"attempt {number} '{command}'" for number, command in enumerate(commands)) + "\n"
     job = training.submit(script, "--nodes=2", "--exclusive", "--time=10")
-    training.until_done(job)
+    training.until_over(job)
     printed = training.printed(job)
     for number, (command, words) in enumerate(WRONG.items()):
         part, code = _part(printed, number)

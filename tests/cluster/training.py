@@ -84,6 +84,10 @@ class Training:
     def until_done(self, job: str) -> None:
         """Wait until the job has completed. Raises AssertionError, with its output, if it ended otherwise."""
         self.until(lambda: self.run.last_step() >= STEPS, job)
+        self.until_over(job)
+
+    def until_over(self, job: str) -> None:
+        """Wait until the job has completed, whatever the run did."""
         self.until(lambda: self.bed.state(job) == "COMPLETED", job)
 
     def events(self, name: str) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from tests.cluster.training import STEPS, Training, Undisturbed
 
 STILL_SECONDS: Final = 0.3  # of computing on a full disk
 PATIENCE_SECONDS: Final = 2 * LIMIT_SECONDS  # for a run to recover from one fault
-_DAEMONS: Final = ("slurmd", "slurmctld", "sleep")  # of an idle host, besides its first process
+_DAEMONS: Final = ("slurmd", "slurmctld", "slurmscriptd", "sleep")  # of an idle host, besides its first process
 
 
 @dataclass(frozen=True)

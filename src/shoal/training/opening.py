@@ -80,6 +80,8 @@ def _describe_resume(run: Run, restored: Saved, last: Mapping[str, Any], machine
     for each in run.start.changed:
         if each.key == "launch.threads" and "threads" in last:
             continue  # `what_differs` reports it
+        if each.key == "launch.rendezvous":
+            continue  # each Slurm job has another
         run.console.warn(f"{each.key} was {each.before} and is {each.after} from step {run.state.step + 1} on")
     planned = count_steps(run.start.before.train, run.config.data.seq_len, len(run.loader.rows))
     if text := replanned(run.config.optim, run.state.step, planned, run.total_steps):
