@@ -121,7 +121,7 @@ class Host:
         try:
             output, _ = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            process.kill()
+            kill(process)
             raise AssertionError(f"{self.name}: {' '.join(command)} did not end within {seconds:.0f} s") from None
         return process.returncode, output
 
@@ -171,6 +171,14 @@ class Switch(Host):
         self.run("ip", "link", "set", port, "master", "bridge", "up")
         host.run("ip", "addr", "add", f"{host.address}/24", "dev", "eth0")
         host.run("ip", "link", "set", "eth0", "up")
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """Kill a command that `Host.start` began: nsenter, and what it runs."""
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.kill()
+    process.kill()
+    process.wait()
 
 
 def environment() -> dict[str, str]:

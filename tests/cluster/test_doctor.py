@@ -19,6 +19,7 @@ from shoal.doctor.judge_node import Wanted
 from shoal.system.cpu import count_cores
 from tests.cluster.clinic import NAMES, Clinic, lacking
 from tests.cluster.cures import cpu_share, memory_limit
+from tests.cluster.host import kill
 from tests.disks import small_disk
 from tests.doctor.recorded import NO_DRIVER, XID_31, XID_79, process, smi
 
@@ -51,8 +52,7 @@ def listening(clinic: Clinic, name: str, port: int) -> AbstractContextManager[No
         try:
             yield
         finally:
-            process.kill()
-            process.wait()
+            kill(process)
 
     return listen()
 
@@ -352,8 +352,7 @@ def ssh_servers(clinic: Clinic, *names: str) -> Iterator[Path]:
         yield folder / "client"
     finally:
         for server in servers:
-            server.kill()
-            server.wait()
+            kill(server)
 
 
 @pytest.mark.skipif(

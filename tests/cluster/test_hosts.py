@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -90,7 +91,8 @@ class Site:
         return self.start(number, *SHOAL, "train", "recipe.yaml", "--name", "run", *options, **variables)
 
     def printed(self, number: int) -> str:
-        return (self.folder / f"node{number}.log").read_text("utf-8", "replace")
+        log = self.folder / f"node{number}.log"
+        return log.read_text("utf-8", "replace") if log.exists() else ""
 
     def until(self, true: Callable[[], bool]) -> None:
         end = time.monotonic() + LIMIT_SECONDS
@@ -212,7 +214,7 @@ def test_hosts_over_ssh_train_and_save_when_the_launcher_is_asked_to_stop(site: 
     ask_to_stop(launcher)
     assert launcher.wait(LIMIT_SECONDS) == EXIT_REQUEUE, log.read_text()
     printed = log.read_text()
-    assert "node0: step 1/" in printed
+    assert re.search(r"node0: step +1/100000", printed)
     assert {"node0: ended with 85", "node1: ended with 85"} <= set(printed.splitlines())
     assert site.weights() == site.weights_alone()
 
