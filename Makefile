@@ -7,8 +7,9 @@ PYTHON ?=
 TESTS ?= not slow and not ci
 SHARDS ?= auto
 PYTEST = $(BIN)/python -m pytest --numprocesses $(SHARDS)
-# they wait for Slurm more than they compute, and share one Slurm
-CLUSTER_SHARDS ?= 0
+# The tests of clusters: they wait more than they compute. Each shard has a Slurm and hosts of its own.
+CLUSTER_TESTS ?= not slow
+CLUSTER_SHARDS ?= 2
 BIN := .venv/bin
 
 train: setup
@@ -17,12 +18,13 @@ train: setup
 test: harness
 	$(PYTEST) --ignore tests/cluster -m "$(TESTS)" $(PYTEST_OPTIONS)
 
-test-all: harness
-	$(PYTEST)
+test-all: harness slurm
+	$(PYTEST) --ignore tests/cluster
+	$(MAKE) test-cluster CLUSTER_TESTS="slow or not slow"
 
 # The tests of several nodes, on a real Slurm and in network namespaces of this machine. Needs root on Linux.
 test-cluster: setup slurm
-	$(BIN)/python -m pytest tests/cluster --numprocesses $(CLUSTER_SHARDS) -m "not slow" $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest tests/cluster --numprocesses $(CLUSTER_SHARDS) --dist loadfile -m "$(CLUSTER_TESTS)" $(PYTEST_OPTIONS)
 
 # Test another version of torch: VERSION=2.11.0 in a new environment, or TORCH_ENV=DIR in an existing one.
 test-torch:

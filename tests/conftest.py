@@ -44,6 +44,11 @@ MAY_BE_SKIPPED = (
     "sshd is not installed",
     "this system does not bind processes to cores",  # this reason and the next apply to systems other than Linux
     "torch comes with LLVM's OpenMP there",
+    "hosts need root, Linux and nsenter",
+    "hosts need namespaces, which are not allowed here",
+    "cgroups cannot be made here",
+    "one core cannot become fewer",
+    "this machine's GPUs are used",
     "the kernel's log cannot be read here",  # needs root, and a container that may
 )
 

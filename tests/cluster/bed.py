@@ -21,7 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Self
 
-from tests.cluster.host import LOCAL, PATIENCE_SECONDS, SPACES, Host, Switch, environment
+from tests.cluster.host import PATIENCE_SECONDS, Host, Switch, environment
+from tests.cluster.host import lacking as cannot_make_hosts
 
 NODES: Final = ("n1", "n2", "n3", "n4")
 HEAD: Final = "head"  # the controller's host, which also serves as the login node
@@ -82,10 +83,7 @@ def lacking() -> str:
     missing = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
     if missing:
         return f"a real Slurm needs {', '.join(missing)}: run scripts/install_slurm.sh"
-    tried = ["unshare", *SPACES, "--fork", "mount", "-t", "tmpfs", "tmpfs", LOCAL]
-    if os.geteuid() != 0 or subprocess.run(tried, check=False, capture_output=True).returncode:
-        return "a real Slurm needs root and Linux namespaces"
-    return ""
+    return cannot_make_hosts()
 
 
 class Bed:

@@ -27,7 +27,7 @@ FAULTS: Final[dict[str, tuple[str, str]]] = {
     "controller restarted": ("while the run computes", "stopped while the launchers are signaled and end"),
 }
 # Those that cost no wait for Slurm's own time limits
-QUICK: Final = ("signal", "requeue", "disk full", "launcher killed", "wrong host name", "controller restarted")
+QUICK: Final = ("signal", "requeue", "disk full", "node drained", "wrong host name", "controller restarted")
 SHAPES: Final = ((2, None), (3, None), (3, 2))  # nodes of the job, and launch.min_nodes
 COUNT: Final = 5  # faults of a run
 _SOON, _LATE = 3, 12  # steps between a recovery and the next fault
@@ -48,16 +48,17 @@ class Fault:
 
 @dataclass(frozen=True)
 class Case:
-    """A run on `nodes` nodes, which may continue on `min_nodes`, and its faults in order."""
+    """A run on `nodes` nodes, which may continue on `min_nodes` or with one of `spares`, and its faults in order."""
 
     nodes: int
     min_nodes: int | None
     faults: tuple[Fault, ...]
+    spares: int = 0
 
     @classmethod
     def of(cls, plain: dict[str, Any]) -> Case:
         """Return the case that `plain` was made from with `dataclasses.asdict`."""
-        return cls(plain["nodes"], plain["min_nodes"], tuple(Fault(**fault) for fault in plain["faults"]))
+        return cls(**{**plain, "faults": tuple(Fault(**fault) for fault in plain["faults"])})
 
     @property
     def plain(self) -> dict[str, Any]:
@@ -69,7 +70,8 @@ class Case:
 
     def __str__(self) -> str:
         least = f", at least {self.min_nodes}" if self.min_nodes else ""
-        return f"{self.nodes} nodes{least}; {'; '.join(map(str, self.faults))}"
+        spare = f", {self.spares} spare" if self.spares else ""
+        return f"{self.nodes} nodes{least}{spare}; {'; '.join(map(str, self.faults))}"
 
 
 def drawn(seed: int, count: int = COUNT) -> Case:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
@@ -25,15 +22,6 @@ _REACH: Final = """#!/bin/sh
 pid=$(cat "{folder}/$1/pid") || { echo "ssh: connect to host $1: No route to host" >&2; exit 255; }
 exec nsenter --target "$pid" --net --uts --mount --pid --ipc -- sh -c ". {folder}/$1/profile; $2"
 """
-
-
-def lacking() -> str:
-    """Return why hosts cannot be made here, "" if they can."""
-    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("nsenter") is None:
-        return "hosts in namespaces need Linux, root and nsenter"
-    tried = ["unshare", "--net", "--uts", "--mount", "--pid", "--ipc", "--fork", "true"]
-    failed = subprocess.run(tried, check=False, capture_output=True).returncode
-    return "namespaces are not allowed here" if failed else ""
 
 
 class Clinic:

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -171,6 +173,16 @@ class Switch(Host):
         self.run("ip", "link", "set", port, "master", "bridge", "up")
         host.run("ip", "addr", "add", f"{host.address}/24", "dev", "eth0")
         host.run("ip", "link", "set", "eth0", "up")
+
+
+def lacking() -> str:
+    """Return why hosts cannot be made here, "" if they can."""
+    tried = ["unshare", *SPACES, "--fork", "mount", "-t", "tmpfs", "tmpfs", LOCAL]
+    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("nsenter") is None:
+        return "hosts need root, Linux and nsenter"
+    if subprocess.run(tried, check=False, capture_output=True).returncode:
+        return "hosts need namespaces, which are not allowed here"
+    return ""
 
 
 def kill(process: subprocess.Popen[str]) -> None:

@@ -50,6 +50,7 @@ def test_more_gpus_than_there_are_is_no_job(bed: Bed) -> None:
     assert "Requested node configuration is not available" in output
 
 
+@pytest.mark.slow
 def test_a_job_is_requeued_and_started_again_by_a_controller_that_died_meanwhile(bed: Bed, place: Path) -> None:
     job = bed.submit(WAITS, "--nodes=2", cwd=place)
     bed.until(lambda: "start 0" in printed(place, job))
@@ -64,6 +65,7 @@ def test_a_job_is_requeued_and_started_again_by_a_controller_that_died_meanwhile
     bed.until(lambda: bed.state(job) == "COMPLETED")
 
 
+@pytest.mark.slow
 def test_a_node_that_loses_power_takes_its_processes_and_its_job_starts_again_elsewhere(bed: Bed, place: Path) -> None:
     job = bed.submit(WAITS, "--nodes=2", "--nodelist=n1,n2", cwd=place)
     bed.until(lambda: "start 0 on n[1-2]" in printed(place, job))

@@ -17,9 +17,9 @@ import shoal
 from shoal.doctor.folder import disk_of
 from shoal.doctor.judge_node import Wanted
 from shoal.system.cpu import count_cores
-from tests.cluster.clinic import NAMES, Clinic, lacking
+from tests.cluster.clinic import NAMES, Clinic
 from tests.cluster.cures import cpu_share, memory_limit
-from tests.cluster.host import kill
+from tests.cluster.host import kill, lacking
 from tests.disks import small_disk
 from tests.doctor.recorded import NO_DRIVER, XID_31, XID_79, process, smi
 
@@ -229,7 +229,6 @@ def test_a_host_that_does_not_exist_and_one_named_twice(clinic: Clinic) -> None:
     assert found == {("unreachable", ("d9",)), ("same-machine", ("twin",))}
 
 
-@pytest.mark.ci
 def test_a_host_that_does_not_answer(clinic: Clinic, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.doctor.examine.START_SECONDS", 10.0)
     with clinic.profile("d4", "cat >&2"):
@@ -382,7 +381,6 @@ def test_setup_checks_all_hosts(clinic: Clinic) -> None:
     assert f"setup: ready; next: cd {clinic.shared}/mine" in done.stdout
 
 
-@pytest.mark.ci
 def test_healthy_with_torch(clinic: Clinic) -> None:
     report = clinic.examine(quick=False)
     print("\n".join(report.lines()))
@@ -393,20 +391,17 @@ def test_healthy_with_torch(clinic: Clinic) -> None:
     assert "all-reduce in pairs" in report.figures
 
 
-@pytest.mark.ci
 def test_a_slow_host(clinic: Clinic) -> None:
     with cpu_share(clinic, "d3", 0.15):
         # what is left of one core counts as one core
         assert found_in(clinic, quick=False) == {("slow-node", ("d3",)), ("cores", ("d3",))}
 
 
-@pytest.mark.ci
 def test_a_slow_cable_between_two_hosts(clinic: Clinic) -> None:
     with slow_cable(clinic, "d2", "d4"):
         assert found_in(clinic, quick=False, names=("d1", "d2", "d4")) == {("slow-pair", ("d2", "d4"))}
 
 
-@pytest.mark.ci
 def test_gpus_that_torch_cannot_use(clinic: Clinic) -> None:
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():

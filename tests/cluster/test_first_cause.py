@@ -53,7 +53,6 @@ def test_no_route_to_another_node(folder: RunFolder) -> None:
     assert kind(first_cause(folder)) == (1, "no route")
 
 
-@pytest.mark.ci
 def test_shared_memory_is_full(folder: RunFolder) -> None:
     run_ranks(folder, [FOLLOWER, NO_SPACE])
     assert kind(first_cause(folder)) == (1, "shared memory")
@@ -103,13 +102,14 @@ def test_a_job_was_cancelled(bed: Bed, tmp_path: Path) -> None:
     assert cause.first.finding.signature.name == "cancelled"
 
 
+@pytest.mark.slow
 def test_a_node_lost_its_power(bed: Bed, tmp_path: Path) -> None:
     folder = bed.shared / tmp_path.name
     cause = failed_job(bed, folder, waits(folder), then=lambda job: bed.power_off("n2"))
     assert cause.first.finding.signature.name == "node failure"
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_job_reached_its_time_limit(bed: Bed, tmp_path: Path) -> None:
     folder = bed.shared / tmp_path.name
     cause = failed_job(bed, folder, waits(folder), "--time=1")
@@ -124,7 +124,6 @@ def test_a_task_was_killed_or_did_not_start(bed: Bed, tmp_path: Path) -> None:
     assert absent.first.finding.signature.name == "program not found"
 
 
-@pytest.mark.ci
 def test_a_worker_on_the_second_node_failed(bed: Bed, tmp_path: Path) -> None:
     training = Training(bed, bed.shared / tmp_path.name)
     jobs = training.run.path / "jobs"

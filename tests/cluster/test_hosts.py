@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import re
 import shutil
 import subprocess
@@ -21,7 +20,7 @@ import shoal
 from shoal.checkpoint.saved import listed
 from shoal.errors import EXIT_BAD_INPUT, EXIT_REQUEUE
 from shoal.run.folder import RunFolder
-from tests.cluster.host import LOCAL, Host, Switch, environment
+from tests.cluster.host import LOCAL, Host, Switch, environment, lacking
 from tests.digests import weights
 
 RECIPE: Final = """
@@ -39,32 +38,7 @@ TORCHRUN: Final = (sys.executable, "-m", "torch.distributed.run")
 MEET: Final = "--launch.rendezvous=node0:29400"
 
 
-def lacking() -> str:
-    """Return why hosts cannot be made here, "" if they can."""
-    path = environment()["PATH"]
-    missing = [name for name in ("ip", "nsenter", "setpriv", "unshare") if shutil.which(name, path=path) is None]
-    if missing:
-        return f"hosts in namespaces need {', '.join(missing)}"
-    tried = [
-        "unshare",
-        "--net",
-        "--uts",
-        "--mount",
-        "--pid",
-        "--ipc",
-        "--fork",
-        "mount",
-        "-t",
-        "tmpfs",
-        "tmpfs",
-        "/mnt",
-    ]
-    if os.geteuid() != 0 or subprocess.run(tried, check=False, capture_output=True).returncode:
-        return "hosts in namespaces need root and Linux namespaces"
-    return ""
-
-
-pytestmark = [pytest.mark.ci, pytest.mark.skipif(bool(lacking()), reason=lacking() or "hosts can be made")]
+pytestmark = [pytest.mark.skipif(bool(lacking()), reason=lacking() or "hosts can be made")]
 
 
 class Site:
@@ -219,6 +193,7 @@ def test_hosts_over_ssh_train_and_save_when_the_launcher_is_asked_to_stop(site: 
     assert site.weights() == site.weights_alone()
 
 
+@pytest.mark.slow
 def test_a_head_that_is_loopback_on_one_node_is_named_on_both(site: Site) -> None:
     site.nodes[1].know({"node0": "127.0.1.1", "node1": "127.0.1.1"})
     nodes = [site.train(number, "--launch.nodes=2", MEET) for number in range(2)]
@@ -236,6 +211,7 @@ def test_a_head_that_is_its_own_loopback_is_named(site: Site) -> None:
     assert "node0: node0 resolves to 127.0.1.1" in site.printed(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fewest", [1, 2])
 def test_nodes_that_all_meet_at_their_own_loopback_do_not_train_apart(site: Site, fewest: int) -> None:
     options = ("--launch.nodes=2", f"--launch.min_nodes={fewest}", "--launch.rendezvous=127.0.0.1:29400")
@@ -252,6 +228,7 @@ def test_nodes_that_all_meet_at_their_own_loopback_do_not_train_apart(site: Site
         site.until(lambda: site.run.last_step() > step)  # it trains undisturbed
 
 
+@pytest.mark.slow
 def test_nodes_that_each_name_themselves_as_the_head_do_not_train_apart(site: Site) -> None:
     """As with $(hostname) in a command that each node evaluates."""
     nodes = [site.train(n, "--launch.nodes=2", f"--launch.rendezvous=node{n}:29400") for n in range(2)]
@@ -261,6 +238,7 @@ def test_nodes_that_each_name_themselves_as_the_head_do_not_train_apart(site: Si
     assert "1 of at least 2 nodes can start" in said
 
 
+@pytest.mark.slow
 def test_two_launchers_without_a_rendezvous_do_not_train_one_run(site: Site) -> None:
     first = site.train(0, "--train.steps=100000")
     site.until(lambda: site.run.last_step() > 0)
@@ -271,6 +249,7 @@ def test_two_launchers_without_a_rendezvous_do_not_train_one_run(site: Site) -> 
     assert first.poll() is None
 
 
+@pytest.mark.slow
 def test_nodes_that_disagree_about_their_number_both_end(site: Site) -> None:
     nodes = [site.train(number, f"--launch.nodes={2 + number}", MEET) for number in range(2)]
     assert site.codes(*nodes) == [EXIT_BAD_INPUT] * 2
@@ -278,6 +257,7 @@ def test_nodes_that_disagree_about_their_number_both_end(site: Site) -> None:
     assert "launch.nodes is 3 here and 2 there" in said or "launch.nodes is 2 here and 3 there" in said
 
 
+@pytest.mark.slow
 def test_nodes_with_different_code_both_end(site: Site) -> None:
     other = site.folder / "other" / "shoal"
     shutil.copytree(Path(shoal.__file__).parent, other, ignore=shutil.ignore_patterns("__pycache__"))
@@ -318,6 +298,7 @@ def ranks(number: int, size: int, head: str = "node0", **more: str) -> dict[str,
 ONE_EACH: Final = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
+@pytest.mark.slow
 def test_ranks_that_know_only_the_heads_address_train(site: Site) -> None:
     nodes = [site.train(number, **ranks(number, 2, **ONE_EACH)) for number in range(2)]
     assert site.codes(*nodes) == [0, 0], site.printed(0) + site.printed(1)
@@ -325,6 +306,7 @@ def test_ranks_that_know_only_the_heads_address_train(site: Site) -> None:
     assert site.weights() == site.weights_alone()
 
 
+@pytest.mark.slow
 def test_ranks_that_disagree_about_the_world_all_end(site: Site) -> None:
     nodes = [site.train(number, **ranks(number, 2 + number, **ONE_EACH)) for number in range(2)]
     assert site.codes(*nodes) == [EXIT_BAD_INPUT] * 2
@@ -346,6 +328,7 @@ def test_a_loopback_master_address_ends_every_rank(site: Site) -> None:
         assert f"MASTER_ADDR localhost is a loopback address on node{number}" in site.printed(number)
 
 
+@pytest.mark.slow
 def test_torchrun_trains_on_two_hosts(site: Site) -> None:
     command = [*TORCHRUN, "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=node0:29600"]
     command += ["-m", "shoal", "train", "recipe.yaml", "--name", "run"]

@@ -18,12 +18,10 @@ import yaml
 from shoal.checkpoint.saved import listed
 from shoal.errors import EXIT_REQUEUE
 from shoal.run.folder import RunFolder
-from tests.cluster.bed import lacking
-from tests.cluster.host import Host, Switch, environment
+from tests.cluster.host import Host, Switch, environment, lacking
 from tests.digests import weights
 
 pytestmark = [
-    pytest.mark.ci,
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(lacking()), reason=lacking() or "hosts can be made"),
 ]
@@ -118,6 +116,7 @@ def weights_of(folder: Path, run: str) -> dict[str, str]:
     return weights(last.folder)
 
 
+@pytest.mark.slow
 def test_a_drained_pod_is_replaced_and_the_run_ends_with_the_same_bits(pods: Pods) -> None:
     """Drain a node: its pod gets SIGTERM, all pods save and end, and new ones with new addresses resume the run."""
     commands = pods.start()

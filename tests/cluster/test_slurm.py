@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -27,6 +28,7 @@ echo "the launchers ended with $code"
 if [ $code = 85 ]; then scontrol requeue "$SLURM_JOB_ID"; sleep 60; fi
 exit $code
 """
+OFF: Final = Fault("node off", node=1)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def training(bed: Bed, tmp_path: Path) -> Training:
     return Training(bed, bed.shared / tmp_path.name)
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_script_written_by_hand_is_requeued_and_resumes(training: Training, undisturbed: Undisturbed) -> None:
     job = training.submit(BY_HAND, "--nodes=2")
     training.until_step(20, job)
@@ -52,23 +54,25 @@ def test_a_script_written_by_hand_is_requeued_and_resumes(training: Training, un
     assert training.weights() == undisturbed.weights()
 
 
-@pytest.mark.ci
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "case",
     [
-        few(),
-        Case(2, None, (Fault("slurmd killed", long=True), Fault("node drained"))),
-        Case(3, 2, (Fault("node off", node=1),)),
+        pytest.param(few(), id="six faults"),
+        pytest.param(
+            Case(2, None, (Fault("slurmd killed", long=True), Fault("launcher killed"))),
+            marks=pytest.mark.slow,
+            id="slurmd killed, launcher killed",
+        ),
+        pytest.param(Case(3, 2, (OFF,)), marks=pytest.mark.slow, id="a node off, with the rest"),
+        pytest.param(Case(2, None, (OFF,), spares=1), marks=pytest.mark.slow, id="a node off, with a spare"),
     ],
-    ids=["six faults", "slurmd killed, node drained", "a node off, with the rest"],
 )
 def test_a_run_survives(bed: Bed, tmp_path: Path, undisturbed: Undisturbed, case: Case) -> None:
     verdict = Trial(bed, case, tmp_path.name, undisturbed).run()
     assert not verdict.problems, "\n".join([*verdict.problems, verdict.output])
 
 
-@pytest.mark.ci
 def test_slurm_signals_the_job_before_its_limit(training: Training, undisturbed: Undisturbed) -> None:
     """Two minutes at most: Slurm counts limits in minutes, and its signal may come up to a minute early."""
     training.bed.set_rate("1mbit")  # the run takes longer than the limit of a job
@@ -83,8 +87,7 @@ def test_slurm_signals_the_job_before_its_limit(training: Training, undisturbed:
     assert training.weights() == undisturbed.weights()
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("how", ["forbidden", "chain"])
+@pytest.mark.parametrize("how", ["forbidden", pytest.param("chain", marks=pytest.mark.slow)])
 def test_a_chain_of_jobs_continues_the_run(training: Training, undisturbed: Undisturbed, how: str) -> None:
     """Where Slurm forbids requeue, the job submits the next one; with --chain, the next one waits already."""
     if how == "forbidden":
@@ -100,7 +103,7 @@ def test_a_chain_of_jobs_continues_the_run(training: Training, undisturbed: Undi
     training.bed.until(lambda: not training.bed.run("squeue", "--noheader").strip())  # no job is left in the queue
 
 
-@pytest.mark.ci
+@pytest.mark.slow
 def test_a_user_stops_a_run_and_lets_it_go_on(training: Training, undisturbed: Undisturbed) -> None:
     job = training.launch("--nodes=2")
     training.until_step(10, job)

@@ -31,7 +31,6 @@ attempt() { echo "--- $1"; eval "$2"; echo "--- $1 ended with $?"; }
 """
 
 
-@pytest.mark.ci
 @pytest.mark.timeout(600)
 def test_commands_of_a_job_that_would_start_worlds_of_one_end_with_the_reason(bed: Bed, tmp_path: Path) -> None:
     training = Training(bed, bed.shared / tmp_path.name)

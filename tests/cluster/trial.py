@@ -54,7 +54,8 @@ class Trial:
 
     def _train(self) -> None:
         least = [f"--launch.min_nodes={self.case.min_nodes}"] if self.case.min_nodes else []
-        self.job = self.training.launch(f"--nodes={self.case.nodes}", *least)
+        spare = [f"--spare-nodes={self.case.spares}"] if self.case.spares else []
+        self.job = self.training.launch(f"--nodes={self.case.nodes}", *least, *spare)
         self._tell(f"job {self.job}")
         self._until(lambda: self._steps() > 0)
         for fault in self.case.faults:

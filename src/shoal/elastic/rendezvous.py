@@ -12,11 +12,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from shoal.config.options import Config
 from shoal.config.run_options import Launch
 from shoal.elastic.agreement import shared_settings
 from shoal.elastic.roll_call import RollCall
+from shoal.elastic.store_process import answers, start_store
 from shoal.elastic.timed_calls import CALL_SECONDS, TimedCalls
 from shoal.errors import LaunchError
 from shoal.run.folder import RunFolder
@@ -54,6 +54,7 @@ FIRST_SECONDS: Final = 60.0  # but the first connection may take this long
 
 ALONE_SECONDS: Final = 10.0  # to wait for a store that other nodes have reached, and for its host's name to be known
 
+EARLY_SECONDS: Final = 30.0  # a store that was started before torch was imported may take this long to answer
 CLOCK_SECONDS: Final = 5.0  # to wait until a new store has set `CLOCK`
 CLOCK: Final = "shoal/clock"  # key of the time of day on the store's node
 IDENTITY: Final = "shoal/id"  # key of a random name of the store
@@ -192,12 +193,14 @@ class Meeting:
         starts: Starts | None = None,
         *,
         has_met: bool = False,
+        started_early: bool = False,
     ) -> Meeting:
         """
         Connect to the store at `launch.rendezvous`, or serve one on loopback if it is None.
 
         tell: a function called with a message if the store takes long to answer. starts: the notes of the run's launchers.
-        has_met: whether this launcher was in a round before. Raises `LaunchError` if no shoal store answers there, if the
+        has_met: whether this launcher was in a round before. started_early: whether the store's process was already started here,
+        see `start_early`. Raises `LaunchError` if no shoal store answers there, if the
         clocks differ, or if launchers on other nodes meet at another store.
         """
         launch = config.launch
@@ -206,7 +209,7 @@ class Meeting:
         found = read_address(launch.rendezvous)
         assert found, "resolve/checks.py rejects other addresses"
         host, port = found
-        _await_store(host, port, config, tell, None if has_met else starts)
+        _await_store(host, port, config, tell, None if has_met else starts, EARLY_SECONDS if started_early else 0.0)
         family, place = address_of(
             host, port, option="launch.rendezvous", from_afar=is_here(host, option="launch.rendezvous")
         )
@@ -304,18 +307,20 @@ def _connect(address: str, port: int) -> TCPStore | None:
     return store
 
 
-def _await_store(host: str, port: int, config: Config, tell: Callable[[str], None], starts: Starts | None) -> None:
+def _await_store(
+    host: str, port: int, config: Config, tell: Callable[[str], None], starts: Starts | None, start_after: float
+) -> None:
     """
-    Wait until the store answers; start it if `host` is this node.
+    Wait until the store answers; start it if `host` is this node and it has not answered for `start_after` seconds.
 
     Raises `LaunchError` after `launch.timeout_seconds`, or after `ALONE_SECONDS` if waiting is in vain, by `starts`.
     """
-    begun, told, started = time.monotonic(), False, False
-    while not _answers(host, port):
+    begun, told = time.monotonic(), False
+    while not answers(host, port):
         waited = time.monotonic() - begun
-        if not started and _is_here_by_now(host, waited):
-            _start_store(host, port)
-            started = True
+        if waited >= start_after and _is_here_by_now(host, waited):
+            start_store(host, port)
+            start_after = math.inf
         if waited > 3 and not told:
             tell(f"waiting for the rendezvous at {host}:{port}")
             told = True
@@ -375,37 +380,6 @@ def _compare_stores(store: TCPStore, address: str, rendezvous: str, starts: Star
             f"launch.rendezvous {rendezvous} is {address} on this node but {there}, so each would train alone; set it to "
             "one node's network address"
         )
-
-
-def _start_store(host: str, port: int) -> None:
-    """
-    Start the store in a separate session, which signals to this process group do not reach.
-
-    Raises `LaunchError` if the address cannot be used.
-    """
-    try:
-        listen(host, port, option="launch.rendezvous", from_afar=True).close()
-    except LaunchError:
-        time.sleep(1.0)
-        if _answers(host, port):  # another launcher on this node was first
-            return
-        raise
-    subprocess.run(  # starts a detached process and returns at once
-        [sys.executable, "-m", "shoal", "rendezvous", f"{host}:{port}", "--while-used"],
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        check=False,
-    )
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=2.0):  # tries each of the host's addresses
-            return True
-    except OSError:
-        return False
 
 
 def _address_towards(family: int, place: Any) -> str:

@@ -29,9 +29,13 @@ NO_LIMIT: Final = 1_000_000  # restarts; torch counts down from this number
 _STOPPED: Final = "stopped while no workers were running; the same command resumes"
 
 
-def run_workers(config: Config, argv: Sequence[str], stop: SignalForwarder) -> int:
-    """Run `shoal ARGV` in this node's workers until the run ends; return the exit code, see `launch`."""
-    launcher = _Launcher(config, argv, stop)
+def run_workers(config: Config, argv: Sequence[str], stop: SignalForwarder, *, store_started: bool = False) -> int:
+    """
+    Run `shoal ARGV` in this node's workers until the run ends; return the exit code, see `launch`.
+
+    store_started: whether the store at `launch.rendezvous` was already started on this node.
+    """
+    launcher = _Launcher(config, argv, stop, store_started)
     while (code := launcher.meet_and_run()) is None:
         pass
     return code
@@ -40,8 +44,8 @@ def run_workers(config: Config, argv: Sequence[str], stop: SignalForwarder) -> i
 class _Launcher:
     """The state that a launcher keeps from one rendezvous to the next."""
 
-    def __init__(self, config: Config, argv: Sequence[str], stop: SignalForwarder) -> None:
-        self._config, self._argv, self._stop = config, argv, stop
+    def __init__(self, config: Config, argv: Sequence[str], stop: SignalForwarder, store_started: bool) -> None:
+        self._config, self._argv, self._stop, self._store_started = config, argv, stop, store_started
         self._crashes = Crashes(config.launch.max_crashes)
         self._folder = RunFolder.of(config)
         self._lock_id = self._folder.lock_id()
@@ -53,7 +57,15 @@ class _Launcher:
         """Meet the other nodes and run the workers; return the exit code, or None if the nodes must meet again."""
         try:
             with self._stop.may_raise():
-                meeting = Meeting.open(self._config, self._lock_id, say_error, self._starts, has_met=self._met)
+                meeting = Meeting.open(
+                    self._config,
+                    self._lock_id,
+                    say_error,
+                    self._starts,
+                    has_met=self._met,
+                    started_early=self._store_started,
+                )
+            self._store_started = False
         except StopRequested:
             say_error(_STOPPED)
             return EXIT_REQUEUE

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from shoal.config.layout import find_layout
 from shoal.config.options import FLOAT16_ON_CPU, Config
 from shoal.elastic.stops import SignalForwarder
+from shoal.elastic.store_process import start_early
 from shoal.errors import EXIT_REQUEUE, LaunchError
 from shoal.mesh.place import LOCKED_BY, Place
 from shoal.resolve.layout_checks import refusals, refusals_of_machines
@@ -212,6 +213,7 @@ def _launch(config: Config, argv: Sequence[str], console: Console) -> int:
     os.environ[LOCKED_BY] = str(os.getpid())
     # The agent would raise in the middle of its work on other signals; we forward them and let the workers end.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+    store_started = start_early(config.launch.rendezvous)
     narrator = Narrator.of(console)
     with ends_when_asked(EXIT_REQUEUE), _quiet_torch():
         narrator.begin("importing torch")
@@ -223,4 +225,4 @@ def _launch(config: Config, argv: Sequence[str], console: Console) -> int:
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # the agent logs forty lines per death; we print one
     count = config.launch.processes
     console.say(f"starting {count} process{'es' * (count > 1)}")
-    return run_workers(config, argv, stop)
+    return run_workers(config, argv, stop, store_started=store_started)
