@@ -119,6 +119,16 @@ def test_a_user_stops_a_run_and_lets_it_go_on(training: Training, undisturbed: U
     assert training.weights() == undisturbed.weights()
 
 
+@pytest.mark.slow
+def test_the_script_runs_in_an_allocation_of_salloc(training: Training) -> None:
+    training.shoal("launch", "slurm", "recipe.yaml", "--name=run", "--nodes=2", "--train.steps=20")
+    script = training.run.path / "jobs" / "job.sbatch"
+    output = training.bed.run("salloc", "--nodes=2", "bash", str(script), cwd=training.folder)
+    assert "2 processes on" in output
+    assert "no further job is needed" in output
+    assert training.run.last_step() == 20
+
+
 def test_what_slurm_rejects_is_one_clear_message(training: Training) -> None:
     for options, words in (
         (["--partition=nowhere"], "invalid partition"),

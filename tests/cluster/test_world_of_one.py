@@ -8,6 +8,7 @@ from typing import Final
 
 import pytest
 
+from shoal.run.folder import RunFolder
 from tests.cluster.bed import Bed
 from tests.cluster.training import SHOAL, Training
 
@@ -24,7 +25,11 @@ WRONG: Final = {
     f"{TORCHRUN} train recipe.yaml --name run": "torchrun started 1 process on this node alone, but Slurm gave 2 nodes",
     f"MASTER_ADDR=localhost srun --ntasks-per-node=1 {TRAIN}": "MASTER_ADDR localhost is a loopback address on n",
 }
-RIGHT: Final = f"srun --nodes=1 --ntasks=1 {TRAIN} --train.steps=2"  # one node of two, chosen by the user
+# What a user may want: one node of two, and a task of srun for each process
+RIGHT: Final = {
+    f"srun --nodes=1 --ntasks=1 {TRAIN} --train.steps=2": "run",
+    f"MASTER_ADDR=$first MASTER_PORT=29500 srun --ntasks-per-node=1 {TRAIN}-2 --train.steps=2": "run-2",
+}
 SCRIPT: Final = """#!/bin/bash
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 attempt() { echo "--- $1"; eval "$2"; echo "--- $1 ended with $?"; }
@@ -34,7 +39,7 @@ attempt() { echo "--- $1"; eval "$2"; echo "--- $1 ended with $?"; }
 @pytest.mark.timeout(600)
 def test_commands_of_a_job_that_would_start_worlds_of_one_end_with_the_reason(bed: Bed, tmp_path: Path) -> None:
     training = Training(bed, bed.shared / tmp_path.name)
-    commands = [*WRONG, RIGHT]
+    commands = [*WRONG, *RIGHT]
     script = SCRIPT + "\n".join(f"attempt {number} '{command}'" for number, command in enumerate(commands)) + "\n"
     job = training.submit(script, "--nodes=2", "--exclusive", "--time=10")
     training.until_over(job)
@@ -43,9 +48,11 @@ def test_commands_of_a_job_that_would_start_worlds_of_one_end_with_the_reason(be
         part, code = _part(printed, number)
         assert words in part, f"{command}\n{part}"
         assert code in ("1", "2"), part  # 1 is torchrun's own code for a worker that ended with 2
-    part, code = _part(printed, len(WRONG))
-    assert code == "0", part
-    assert training.run.last_step() == 2
+    for number, name in enumerate(RIGHT.values(), len(WRONG)):
+        part, code = _part(printed, number)
+        assert code == "0", part
+        assert RunFolder(training.folder / "runs" / name).last_step() == 2
+    assert "2 processes on" in part
 
 
 def _part(printed: str, number: int) -> tuple[str, str]:
