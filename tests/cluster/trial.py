@@ -109,7 +109,8 @@ class Trial:
 
     def _happen(self, fault: Fault) -> None:
         """Make a fault happen, repair what an operator would, and wait until the run takes steps again."""
-        nodes = self._nodes()
+        trains = self.training.events("machines")[-1]["hosts"]  # any of the job's nodes may be the spare
+        nodes = [name for name in self._nodes() if not self.case.spares or name in trains]
         node = nodes[fault.node % len(nodes)]
         starts, step = self._starts(), self._steps()
         {
