@@ -92,15 +92,41 @@ def quota(clinic: Clinic) -> AbstractContextManager[None]:
     return clinic.program("d2", "quota", f"#!/bin/sh\necho 'Disk quotas for user root (uid 0):'\necho '{line}'\n")
 
 
-def slow_disk(clinic: Clinic) -> AbstractContextManager[None]:
-    """Let d3 wait for two seconds whenever it flushes much to a disk."""
-    folder = clinic.hosts["d3"].folder / "slow"
-    folder.mkdir(exist_ok=True)
-    (folder / "sitecustomize.py").write_text(
-        "import os, time\nplain = os.fsync\ndef slow(fd):\n    time.sleep(2 * (os.fstat(fd).st_size > 1000))\n    plain(fd)\n"
-        "os.fsync = slow\n"
-    )
-    return clinic.profile("d3", f"export PYTHONPATH={folder}")
+def patched(clinic: Clinic, name: str, code: str) -> AbstractContextManager[None]:
+    """Let Python begin with `code` on a host."""
+    folder = clinic.hosts[name].folder / "patch"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    return clinic.profile(name, f"export PYTHONPATH={folder}")
+
+
+# A disk that needs two seconds whenever much is flushed to it
+SLOW_DISK = """
+import os, time
+plain = os.fsync
+def slow(fd):
+    time.sleep(2 * (os.fstat(fd).st_size > 1000))
+    plain(fd)
+os.fsync = slow
+"""
+# A file system that lets a second node create a file that exists
+NOT_EXCLUSIVE = """
+import os
+plain = os.open
+os.open = lambda path, flags, *rest, **more: plain(path, flags & ~os.O_EXCL, *rest, **more)
+"""
+# A cache that keeps the first content of a file
+STALE = """
+import pathlib
+plain, kept = pathlib.Path.read_text, {}
+def read_text(self, *rest, **more):
+    text = plain(self, *rest, **more)
+    return kept.setdefault(self, text) if self.name == "word" else text
+pathlib.Path.read_text = read_text
+"""
+# Locks that end at the node
+LOCAL_LOCKS = "import fcntl\nfcntl.flock = fcntl.lockf = lambda *_: None\n"
 
 
 def unknown_to_all(clinic: Clinic) -> ExitStackOf:
@@ -140,6 +166,10 @@ FAULTS: dict[str, tuple[Fault, set[tuple[str, tuple[str, ...]]]]] = {
     "another torch": (forged_torch, {("package-version", ("d4",))}),
     "another user": (other_user, {("user", ("d2",))}),
     "memory of the cgroup": (lambda c: memory_limit(c, "d1", 1 << 30), {("memory", ("d1",))}),
+    "another Python": (
+        lambda c: patched(c, "d3", "import platform\nplatform.python_version = lambda: '3.10.0'\n"),
+        {("python-version", ("d3",))},
+    ),
     "few open files": (lambda c: c.profile("d2", "ulimit -n 256"), {("open-files", ("d2",))}),
     "few processes": (lambda c: c.profile("d2", "prlimit --pid $$ --nproc=100"), {("processes", ("d2",))}),
     "small /dev/shm": (lambda c: c.mounted("d2", "/dev/shm", "-o", "size=16m"), {("shm", ("d2",))}),
@@ -154,7 +184,9 @@ FAULTS: dict[str, tuple[Fault, set[tuple[str, tuple[str, ...]]]]] = {
     "no shared folder": (lambda c: c.mounted("d2", c.shared.parent, "-o", "size=2g"), {("shared-missing", ("d2",))}),
     "read-only shared folder": (read_only, {("read-only", ("d4",))}),
     "quota": (quota, {("quota", ("d2",))}),
-    "slow disk": (slow_disk, {("shared-slow", ("d3",))}),
+    "files that two can create": (lambda c: patched(c, "d2", NOT_EXCLUSIVE), {("not-exclusive", ())}),
+    "a cache that keeps old content": (lambda c: patched(c, "d4", STALE), {("not-renamed", ("d4",))}),
+    "slow disk": (lambda c: patched(c, "d3", SLOW_DISK), {("shared-slow", ("d3",))}),
 }
 
 
@@ -184,6 +216,13 @@ def test_a_fault_is_named(clinic: Clinic, name: str) -> None:
     plant, expected = FAULTS[name]
     with plant(clinic):
         assert found_in(clinic) == expected
+
+
+def test_locks_that_end_at_a_node_are_a_warning(clinic: Clinic) -> None:
+    with patched(clinic, "d3", LOCAL_LOCKS):
+        report = clinic.examine()
+    assert report.faults == []
+    assert ("locks", ()) in {(f.fault, f.nodes) for f in report.findings}
 
 
 @needs_nft
@@ -400,6 +439,14 @@ def test_a_slow_host(clinic: Clinic) -> None:
 def test_a_slow_cable_between_two_hosts(clinic: Clinic) -> None:
     with slow_cable(clinic, "d2", "d4"):
         assert found_in(clinic, quick=False, names=("d1", "d2", "d4")) == {("slow-pair", ("d2", "d4"))}
+
+
+@pytest.mark.slow
+@needs_nft
+def test_a_pair_whose_packets_are_lost_under_load(clinic: Clinic) -> None:
+    rule = f"ip saddr {clinic.addresses['d2']} limit rate over 20 kbytes/second burst 2 mbytes drop"
+    with firewall(clinic, "d4", rule):
+        assert found_in(clinic, quick=False, names=("d1", "d2", "d4")) == {("pair-fails", ("d2", "d4"))}
 
 
 def test_gpus_that_torch_cannot_use(clinic: Clinic) -> None:
