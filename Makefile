@@ -18,7 +18,7 @@ train: setup
 test: harness
 	$(PYTEST) --ignore tests/cluster -m "$(TESTS)" $(PYTEST_OPTIONS)
 
-test-all: harness slurm
+test-all: harness
 	$(PYTEST) --ignore tests/cluster
 	$(MAKE) test-cluster CLUSTER_TESTS="slow or not slow"
 

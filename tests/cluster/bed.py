@@ -56,6 +56,8 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 ReturnToService=2
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 EnforcePartLimits=ALL
 KillWait=10
 SlurmdTimeout={node_seconds}
@@ -72,8 +74,9 @@ SlurmdSpoolDir={folder}/%n/spool
 SlurmdPidFile={folder}/%n/slurmd.pid
 SlurmdLogFile={folder}/%n/slurmd.log
 {nodes}
-PartitionName=main Nodes={names} Default=YES MaxTime=60 State=UP
+PartitionName=main Nodes={names} Default=YES MaxTime=60 GraceTime=10 State=UP
 PartitionName=short Nodes={names} MaxTime=1 State=UP
+PartitionName=urgent Nodes={names} MaxTime=60 PriorityTier=10 State=UP
 """
 
 

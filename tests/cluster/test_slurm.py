@@ -8,6 +8,8 @@ from typing import Final
 
 import pytest
 
+from shoal.report.causes.signatures import recognize
+from shoal.report.causes.table import TABLE
 from tests.cluster.bed import Bed
 from tests.cluster.case import Case, Fault, few
 from tests.cluster.training import SHOAL, STEPS, Training, Undisturbed
@@ -116,6 +118,23 @@ def test_a_user_stops_a_run_and_lets_it_go_on(training: Training, undisturbed: U
     job = output.split("submitted job ")[1].split(",")[0]
     training.until_done(job)
     assert training.events("started")[-1]["step"] == stopped
+    assert training.weights() == undisturbed.weights()
+
+
+@pytest.mark.slow
+def test_a_job_that_is_preempted_saves_and_resumes(training: Training, undisturbed: Undisturbed) -> None:
+    job = training.launch("--nodes=2")
+    training.until_step(15, job)
+    urgent = training.submit("#!/bin/bash\nsleep 1\n", "--nodes=4", "--exclusive", "--partition=urgent")
+    training.bed.until(lambda: training.bed.state(urgent) == "COMPLETED")
+    training.until_done(job)
+    [line] = [line for line in training.printed(job).splitlines() if "DUE TO" in line]
+    known = recognize(line, TABLE)
+    assert known is not None
+    assert known[0].name == "requeued"
+    first, second = training.events("started")
+    assert first["step"] == 0
+    assert second["step"] == training.events("stopped")[0]["step"] > 10
     assert training.weights() == undisturbed.weights()
 
 

@@ -54,7 +54,6 @@ PUBLISHED: dict[str, list[str]] = {
         "slurmstepd: error: Exceeded step memory limit at some point.",
     ],
     "preempted": ["slurmstepd: error: *** JOB 913 ON n7 CANCELLED AT 2024-04-20T09:09:37 DUE TO PREEMPTION ***"],
-    "requeued": ["slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2024-04-20T09:09:37 DUE TO JOB REQUEUE ***"],
     "gpu off the bus": [
         "NVRM: Xid (PCI:0000:44:00): 79, GPU has fallen off the bus",
         "NVRM: fallen off the bus and is not responding to commands.",
@@ -116,6 +115,7 @@ PUBLISHED: dict[str, list[str]] = {
 ELSEWHERE = {
     "read-only disk", "shared memory", "no gpu", "gloo timeout", "gloo lost peer", "gloo interface", "rendezvous lost",
     "nodes differ", "nodes did not meet", "lost peer", "kernel out of memory", "no route", "time limit", "cancelled", "node failure",
+    "requeued",
 }  # fmt: skip
 
 

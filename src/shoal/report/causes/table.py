@@ -61,9 +61,8 @@ OUTSIDE: Final[tuple[Signature, ...]] = (
     signature(
         "requeued",
         r"CANCELLED AT (?P<at>\S+) DUE TO JOB REQUEUE",
-        "was ended because the job was requeued",
+        "was ended because the job was requeued, by a user or for a job of higher priority",
         kind="outside",
-        seen=False,
     ),
     signature(
         "cancelled",
