@@ -13,7 +13,7 @@ from shoal.system.network import is_here, listen, read_address
 
 def start_early(rendezvous: str | None) -> bool:
     """
-    Start the store if `rendezvous` is an address of this node where nothing answers; return whether it was started.
+    Start the store if `rendezvous` is an address of this node and nothing answers there; return whether it was started.
 
     Call it before torch is imported: the store's process imports torch too, at the same time. An address that cannot be used
     is not reported here, but when the store is needed.
