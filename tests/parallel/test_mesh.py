@@ -34,6 +34,7 @@ def timeouts_of_a_run(mesh: Mesh, config: Config) -> tuple[timedelta, dict[str, 
     with (
         mock.patch.object(mesh_module, "read_place", return_value=mesh.place),
         mock.patch.object(mesh_module, "open_store"),
+        mock.patch.object(mesh_module, "check_same_world"),
         mock.patch.object(mesh_module, "stay_on_loopback"),
         mock.patch.object(dist, "init_process_group") as init,  # the tests' world group exists already
         mock.patch.object(dist, "destroy_process_group"),
@@ -102,6 +103,7 @@ def test_which_device_a_worker_takes(
 def test_two_processes_on_one_device_are_said_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mesh_module, "read_place", lambda: Place(1, 2, 1, 2))
     monkeypatch.setattr(mesh_module, "open_store", mock.Mock())
+    monkeypatch.setattr(mesh_module, "check_same_world", mock.Mock())
     monkeypatch.setattr(mesh_module, "stay_on_loopback", mock.Mock())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
