@@ -37,7 +37,7 @@ checkpoint: {{every: {SAVE_EVERY}, keep: 3}}
 fault: {{check_replicas_every: 1}}
 metrics: {{peak_tflops: 1, report: false}}
 # crashes before the first step count as no progress, and a case may have several in a row
-launch: {{hang_seconds: 10, timeout_seconds: 40, threads: 1, max_crashes: 6}}
+launch: {{hang_seconds: 15, timeout_seconds: 45, threads: 1, max_crashes: 6}}
 """
 
 
