@@ -24,7 +24,7 @@ test-all: harness
 
 # The tests of several nodes, on a real Slurm and in network namespaces of this machine. Needs root on Linux.
 test-cluster: setup slurm
-	$(BIN)/python -m pytest tests/cluster --numprocesses $(CLUSTER_SHARDS) --dist loadfile -m "$(CLUSTER_TESTS)" $(PYTEST_OPTIONS)
+	$(BIN)/python -m pytest tests/cluster --numprocesses $(CLUSTER_SHARDS) --dist loadfile --no-loadscope-reorder -m "$(CLUSTER_TESTS)" $(PYTEST_OPTIONS)
 
 # Test another version of torch: VERSION=2.11.0 in a new environment, or TORCH_ENV=DIR in an existing one.
 test-torch:

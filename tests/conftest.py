@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 LONGEST = (
     "tests/parallel/test_matrix.py", "tests/chaos/", "tests/elastic/test_machines.py", "tests/parallel/", "tests/cli/",
     "tests/training/", "tests/bench/", "tests/security/", "tests/trackers/", "tests/test_instruction_sets.py", "tests/checkpoint/",
-    "tests/infer/",
+    "tests/infer/", "tests/cluster/test_slurm.py",
 )  # fmt: skip
 APART = ("tests/chaos/", "tests/elastic/test_machines.py", "tests/training/test_gone_folder.py")
 MOST_WORKERS = 8  # more would wait for the longest file

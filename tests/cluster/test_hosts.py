@@ -111,6 +111,7 @@ def site(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Site]:
     site.close()
 
 
+@pytest.mark.slow
 def test_two_hosts_train_what_one_process_trains(site: Site) -> None:
     nodes = [site.train(number, "--launch.nodes=2", MEET) for number in range(2)]
     assert site.codes(*nodes) == [0, 0], site.printed(0) + site.printed(1)
@@ -314,6 +315,7 @@ def test_ranks_that_disagree_about_the_world_all_end(site: Site) -> None:
         assert "WORLD_SIZE is 3 for rank 1 on node1 but 2 for rank 0 on node0" in site.printed(number)
 
 
+@pytest.mark.slow
 def test_ranks_with_different_configs_all_end(site: Site) -> None:
     nodes = [site.train(n, f"--optim.lr=0.0{1 + n}", **ranks(n, 2, **ONE_EACH)) for n in range(2)]
     assert site.codes(*nodes) == [EXIT_BAD_INPUT] * 2

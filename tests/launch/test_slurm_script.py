@@ -209,6 +209,16 @@ def test_a_signal_before_the_limit_reaches_the_launchers_and_requeues_the_job(sl
     assert slurm.calls("scontrol requeue") == ["scontrol requeue 100"]
 
 
+def test_a_signal_while_the_end_is_recorded_changes_nothing(slurm: FakeSlurm) -> None:
+    written(slurm, "--nodes", "2", "--time", "60")
+    slurm.command("scontrol", 'kill -USR2 $PPID; kill -TERM $PPID; cat "$here/job"')  # its parent is the last command
+    process = slurm.batch("recipe", "exit 85")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 85, output
+    assert "requeuing job 100" in output
+    assert slurm.calls("scontrol requeue") == ["scontrol requeue 100"]
+
+
 def test_a_cancelled_job_does_not_wait_for_its_launchers(slurm: FakeSlurm) -> None:
     written(slurm, "--nodes", "2", "--time", "60")
     slurm.answer("job", "JobId=100 JobState=COMPLETING Reason=None BatchFlag=1\n")

@@ -280,6 +280,7 @@ def _ending(job: Job) -> Iterator[str]:
     if job.stage is not None:
         yield f'[ "$signal" = TERM ] || timeout {_CLEARING_SECONDS} srun --ntasks-per-node=1 rm -rf "$scratch"'
         yield ""
+    yield "trap '' USR2 TERM  # they would end the last command, which inherits no other trap"
     how = " --no-requeue" * (not job.requeue)
     yield "# Let another job continue the run until it is finished, as long as it makes progress: by requeuing this job, or else by"
     yield "# submitting this script again."
