@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from shoal.errors import LaunchError
-from shoal.launch.chain import begin, end
+from shoal.launch.chain import begin, end, end_idle_srun
 from shoal.launch.jobs import PATIENCE, Ending, JobId, RunJobs, decide, may_begin
 from shoal.run.folder import RunFolder
 from tests.launch.fake_slurm import FakeSlurm, event, save
@@ -246,6 +248,19 @@ def test_a_job_waits_for_a_launcher_that_outlived_its_node(
     assert len(said) == 1
     assert f"waiting up to 900 s for process {os.getpid()} on " in said[0]
     assert jobs.records()[-1]["event"] == "began"
+
+
+def test_srun_is_ended_when_nothing_trains_the_run_any_more(jobs: RunJobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = iter([False, True, False, True])  # before the launchers, then between two rounds
+    monkeypatch.setattr(RunFolder, "is_locked", lambda _: next(held, False))
+    srun = subprocess.Popen(["sleep", "100"])
+    said: list[str] = []
+    end_idle_srun(jobs, srun.pid, said.append, seconds=0.02, poll=0.001)
+    assert srun.wait() == -signal.SIGKILL
+    assert next(held, None) is None
+    assert len(said) == 1
+    end_idle_srun(jobs, srun.pid, said.append)  # it has ended: nothing to wait for
+    assert len(said) == 1
 
 
 def test_a_folder_that_cannot_be_written_stops_a_job_at_its_start(slurm: FakeSlurm, jobs: RunJobs) -> None:

@@ -76,6 +76,7 @@ def test_spare_nodes_outlast_a_failed_one(slurm: FakeSlurm) -> None:
     assert requests(script)["nodes"] == "3"
     assert "no-kill" in requests(script)
     assert "--wait=0 --no-kill --label" in script
+    assert 'launch watch "$run" --srun "$step" &' in script
     assert "--launch.nodes=2 \\\n" in script
     script = written(slurm, "--nodes", "2", "--processes", "2", "--launch.min_nodes", "1")
     assert "no-kill" in requests(script)

@@ -1,4 +1,4 @@
-"""`shoal launch began`, `ended`, `status`, `stop` and `requeue`: the jobs of a run."""
+"""`shoal launch began`, `watch`, `ended`, `status`, `stop` and `requeue`: the jobs of a run."""
 
 from __future__ import annotations
 
@@ -32,6 +32,14 @@ def began(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     begin(jobs, here, args.max_requeues, say_error, nodes=nodes, **({"rendezvous": place} if place else {}))
     if place:
         print(place)
+    return 0
+
+
+def watch(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.launch.chain import end_idle_srun
+    from shoal.launch.jobs import RunJobs
+
+    end_idle_srun(RunJobs(Path(args.target).absolute()), args.srun, say_error)
     return 0
 
 

@@ -46,6 +46,12 @@ def add_launch(make: Callable[..., argparse.ArgumentParser], action: str | None)
         "began", launch_jobs.began, "called by the batch script at its start: record it, and print where nodes meet"
     )
     _add_script(begin)
+    waiting = (
+        "called by the batch script beside srun: end it if it waits for a node although nothing trains the run any more"
+    )
+    watch = make("watch", launch_jobs.watch, waiting)
+    watch.add_argument("target", metavar="RUN", help="folder of the run")
+    watch.add_argument("--srun", type=int, required=True, metavar="PID", help="process id of srun")
     finish = make(
         "ended", launch_jobs.ended, "called by the batch script at its end: requeue the job if the run is to continue"
     )

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
+
+import psutil
 
 from shoal.errors import EXIT_REQUEUE, LaunchError
 from shoal.launch import scheduler
@@ -19,6 +24,7 @@ _REQUEUED_BY_SLURM: Final = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD
 # A launcher whose peers are gone waits for them for `launch.timeout_seconds`, 600 by default.
 LOCK_SECONDS: Final = 900.0
 LOCK_POLL_SECONDS: Final = 1.0
+IDLE_SECONDS: Final = 60.0  # launchers that end together do so within seconds
 AFTER: Final = (
     "--kill-on-invalid-dep=yes",
 )  # options of a job that continues another: it goes if that one finishes the run
@@ -58,6 +64,33 @@ def _await_lock(jobs: RunJobs, say: Callable[[str], None]) -> None:
             )
             told = True
         time.sleep(LOCK_POLL_SECONDS)
+
+
+def end_idle_srun(
+    jobs: RunJobs,
+    srun: int,
+    say: Callable[[str], None],
+    *,
+    seconds: float = IDLE_SECONDS,
+    poll: float = LOCK_POLL_SECONDS,
+) -> None:
+    """
+    Kill the process `srun` once no launcher has held the run for `seconds`, after some had; return when it has ended.
+
+    A node that fails and comes back before Slurm has missed it has lost its launcher, but srun waits for that forever.
+    """
+    folder, free_since, was_held = RunFolder(jobs.run), math.inf, False
+    while psutil.pid_exists(srun):
+        time.sleep(poll)
+        if folder.is_locked():
+            was_held, free_since = True, math.inf
+        elif was_held:
+            free_since = min(free_since, time.monotonic())
+        if time.monotonic() - free_since > seconds:
+            say(f"srun waits for a node, but no launcher has trained the run for {seconds:.0f} s; ending it")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(srun, signal.SIGKILL)
+            return
 
 
 def end(

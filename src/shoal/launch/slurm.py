@@ -235,6 +235,9 @@ def _training(job: Job, site: Site) -> Iterator[str]:
     lines = [" ".join([*srun, *_container(job, site)]), f'{shoal} train "$run/jobs/{RECIPE}"', *_flags(job)]
     yield " \\\n  ".join(lines) + " &"
     yield "step=$!"
+    if job.survives_a_node:
+        yield "# srun would wait forever for a node that failed and came back. This ends it when nothing trains the run any more."
+        yield '"$shoal" launch watch "$run" --srun "$step" &'
 
 
 def _flags(job: Job) -> Iterator[str]:
