@@ -12,8 +12,9 @@ import psutil
 
 from tests.cluster.bed import HEAD, LIMIT_SECONDS, NODES, Bed
 from tests.cluster.case import Case, Fault
-from tests.cluster.training import STEPS, Training, Undisturbed
+from tests.cluster.training import RATE, STEPS, Training, Undisturbed
 
+SLOW_RATE: Final = "1mbit"  # a step then takes more than a second
 STILL_SECONDS: Final = 0.3  # of computing on a full disk
 PATIENCE_SECONDS: Final = 2 * LIMIT_SECONDS  # for a run to recover from one fault
 _DAEMONS: Final = ("slurmd", "slurmctld", "slurmscriptd", "sleep")  # of an idle host, besides its first process
@@ -144,9 +145,12 @@ class Trial:
         self._until(lambda: self._starts() > starts or self._steps() > step + 2)
 
     def _kill_slurmd(self, node: str, long: bool, starts: int) -> None:
+        if long:
+            self.bed.set_rate(SLOW_RATE)  # the run does not end before Slurm finds the node down, half a minute later
         self.bed.kill_slurmd(node)
         if long:
             self._until(lambda: self.bed.node_states()[node].startswith("down"))
+            self.bed.set_rate(RATE)
         self.bed.start_slurmd(node)
         if long:
             self._await_steps(starts)
