@@ -76,20 +76,21 @@ def test_a_run_survives(bed: Bed, tmp_path: Path, undisturbed: Undisturbed, case
 
 
 def test_slurm_signals_the_job_before_its_limit(training: Training, undisturbed: Undisturbed) -> None:
-    """Two minutes at most: Slurm counts limits in minutes, and its signal may come up to a minute early."""
+    """Slurm counts limits in minutes, and its signal may come up to a minute early."""
     training.bed.set_rate("1mbit")  # the run takes longer than the limit of a job
-    job = training.launch("--nodes=2", "--time=1")
+    job = training.launch("--nodes=2", "--time=2")
     training.until_step(5, job)
     training.until(lambda: "was signaled before its limit" in training.printed(job), job)
     stopped = training.run.last_step()
     assert 0 < stopped < STEPS
     training.bed.set_rate(None)
     training.until_done(job)
-    assert training.events("started")[-1]["step"] == stopped
+    assert training.events("started")[1]["step"] == stopped
     assert training.weights() == undisturbed.weights()
 
 
-@pytest.mark.parametrize("how", ["forbidden", pytest.param("chain", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["forbidden", "chain"])
 def test_a_chain_of_jobs_continues_the_run(training: Training, undisturbed: Undisturbed, how: str) -> None:
     """Where Slurm forbids requeue, the job submits the next one; with --chain, the next one waits already."""
     if how == "forbidden":
