@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.cluster.bed import NODES, Bed, lacking
-from tests.cluster.training import Training
+from tests.cluster.training import Training, is_train
+
+from shoal.run.records import read_metrics
 
 WATCH_SECONDS = 0.05
 
@@ -62,7 +63,7 @@ def measure(bed: Bed, name: str, nodes: int) -> dict[str, float]:
     bed.run("scancel", "--signal=USR2", "--batch", job)
     training.until(lambda: bool(training.events("stopped")), job)
     [stopped] = training.events("stopped")
-    steps = [json.loads(line) for line in training.run.metrics_file.read_text(encoding="utf-8").splitlines()]
+    steps = read_metrics(training.run.metrics_file).steps
     bed.run("scancel", job)
     bed.heal()
     torch_seconds = import_torch(bed, nodes)
@@ -71,7 +72,7 @@ def measure(bed: Bed, name: str, nodes: int) -> dict[str, float]:
         "an import of torch on as many nodes at once": torch_seconds,
         "the difference": begun["worker"] - begun["script"] - torch_seconds,
         "from the signal to the end of the save": stopped["time"] - signaled,
-        "a step": statistics.median(step["step_seconds"] for step in steps if "step_seconds" in step),
+        "a step": statistics.median(step.step_seconds for step in steps),
         "a save": training.events("saved")[-1]["seconds"],
     }
 
@@ -90,10 +91,9 @@ def started(before: set[int]) -> dict[str, float]:
         with contextlib.suppress(psutil.Error):
             if process.pid in before:
                 continue
-            words, parent = process.cmdline(), psutil.Process(process.ppid())
-            if any("slurm_script" in word for word in words):
+            if any("slurm_script" in word for word in process.cmdline()):
                 found["script"] = process.create_time()
-            elif "train" in words and "train" in parent.cmdline() and "srun" not in (process.name(), parent.name()):
+            elif is_train(process) and is_train(psutil.Process(process.ppid())):
                 found["worker"] = min(process.create_time(), found.get("worker", float("inf")))
     return found
 

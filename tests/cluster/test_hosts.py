@@ -38,7 +38,7 @@ TORCHRUN: Final = (sys.executable, "-m", "torch.distributed.run")
 MEET: Final = "--launch.rendezvous=node0:29400"
 
 
-pytestmark = [pytest.mark.skipif(bool(lacking()), reason=lacking() or "hosts can be made")]
+pytestmark = pytest.mark.skipif(bool(why := lacking()), reason=why)
 
 
 class Site:

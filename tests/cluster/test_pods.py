@@ -23,7 +23,7 @@ from tests.digests import weights
 
 pytestmark = [
     pytest.mark.timeout(600),
-    pytest.mark.skipif(bool(lacking()), reason=lacking() or "hosts can be made"),
+    pytest.mark.skipif(bool(why := lacking()), reason=why),
 ]
 
 JOB: Final[dict[str, Any]] = list(

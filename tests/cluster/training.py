@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
+
 from shoal.checkpoint.saved import listed
 from shoal.data.order.audit import audit
 from shoal.run.events import read_json_lines
@@ -127,3 +129,14 @@ class Undisturbed:
         """Stop it if it still trains."""
         self._process.terminate()
         self._process.wait()
+
+
+def is_train(process: psutil.Process) -> bool:
+    """Return whether a process is `shoal train`: a launcher or a worker."""
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return False
+    # the first word excludes srun, which has the launcher's command line as its own
+    runs_python = bool(words) and Path(words[0]).name.startswith("python")
+    return runs_python and "train" in words and any(Path(word).name == "shoal" for word in words)

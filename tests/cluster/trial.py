@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import psutil
 
 from tests.cluster.bed import HEAD, LIMIT_SECONDS, NODES, Bed
 from tests.cluster.case import Case, Fault
-from tests.cluster.training import RATE, STEPS, Training, Undisturbed
+from tests.cluster.training import RATE, STEPS, Training, Undisturbed, is_train
 
 SLOW_RATE: Final = "1mbit"  # a step then takes more than a second
 STILL_SECONDS: Final = 0.3  # of computing on a full disk
@@ -103,8 +102,8 @@ class Trial:
 
     def _launchers(self, node: str) -> list[psutil.Process]:
         """Return the launchers on a node: processes of shoal train that another such process did not start."""
-        found = [p for p in self.bed.hosts[node].processes() if _is_train(p)]
-        return [p for p in found if not _is_train(psutil.Process(p.ppid()))]
+        found = [p for p in self.bed.hosts[node].processes() if is_train(p)]
+        return [p for p in found if not is_train(psutil.Process(p.ppid()))]
 
     # ---- faults ----
 
@@ -243,16 +242,6 @@ class Trial:
         self.bed.start_controller()
         if long:
             self._await_start(starts)
-
-
-def _is_train(process: psutil.Process) -> bool:
-    try:
-        words = process.cmdline()
-    except psutil.Error:
-        return False
-    # the first word excludes srun, which has the launcher's command line as its own
-    runs_python = bool(words) and Path(words[0]).name.startswith("python")
-    return runs_python and "train" in words and any(Path(word).name == "shoal" for word in words)
 
 
 def _alive(processes: list[psutil.Process]) -> bool:

@@ -87,9 +87,9 @@ def test_a_folder_that_is_not_shared_ends_both(nodes: Nodes) -> None:
 
 def test_a_folder_at_another_path_ends_both_if_all_else_is_equal(nodes: Nodes) -> None:
     nodes.start("a", folder="one")
-    nodes.start("b", folder="another", path="/home/runs/run")
+    nodes.start("b", folder="another", path="/scratch/runs/run")
     nodes.wait(SECONDS)
-    assert "this run's folder is /runs/run on a but /home/runs/run on b" in nodes.ended["a"]
+    assert "this run's folder is /runs/run on a but /scratch/runs/run on b" in nodes.ended["a"]
     assert nodes.ended.keys() == {"a", "b"}
 
 
