@@ -184,7 +184,11 @@ FAULTS: dict[str, tuple[Fault, set[tuple[str, tuple[str, ...]]]]] = {
     "no shared folder": (lambda c: c.mounted("d2", c.shared.parent, "-o", "size=2g"), {("shared-missing", ("d2",))}),
     "read-only shared folder": (read_only, {("read-only", ("d4",))}),
     "quota": (quota, {("quota", ("d2",))}),
-    "files that two can create": (lambda c: patched(c, "d2", NOT_EXCLUSIVE), {("not-exclusive", ())}),
+    # On two hosts: a single one that comes first to every file would create each alone
+    "files that two can create": (
+        lambda c: ExitStackOf(patched(c, "d2", NOT_EXCLUSIVE), patched(c, "d3", NOT_EXCLUSIVE)),
+        {("not-exclusive", ())},
+    ),
     "a cache that keeps old content": (lambda c: patched(c, "d4", STALE), {("not-renamed", ("d4",))}),
     "slow disk": (lambda c: patched(c, "d3", SLOW_DISK), {("shared-slow", ("d3",))}),
 }
