@@ -125,6 +125,18 @@ def read_text(self, *rest, **more):
     return kept.setdefault(self, text) if self.name == "word" else text
 pathlib.Path.read_text = read_text
 """
+# A network card that found only a slow partner: a pair of virtual ones always reports 10 Gbit/s
+SLOW_LINK = """
+import psutil
+plain = psutil.net_if_stats
+psutil.net_if_stats = lambda: {name: each._replace(speed=100) for name, each in plain().items()}
+"""
+# The limit of locked memory that InfiniBand needs; the tests may not raise it themselves
+LOCKS_MEMORY = """
+import resource
+plain = resource.getrlimit
+resource.getrlimit = lambda kind: (-1, -1) if kind == resource.RLIMIT_MEMLOCK else plain(kind)
+"""
 # Locks that end at the node
 LOCAL_LOCKS = "import fcntl\nfcntl.flock = fcntl.lockf = lambda *_: None\n"
 
@@ -190,6 +202,7 @@ FAULTS: dict[str, tuple[Fault, set[tuple[str, tuple[str, ...]]]]] = {
         {("not-exclusive", ())},
     ),
     "a cache that keeps old content": (lambda c: patched(c, "d4", STALE), {("not-renamed", ("d4",))}),
+    "slow link": (lambda c: patched(c, "d2", SLOW_LINK), {("link-speed", ("d2",))}),
     "slow disk": (lambda c: patched(c, "d3", SLOW_DISK), {("shared-slow", ("d3",))}),
 }
 
@@ -222,11 +235,50 @@ def test_a_fault_is_named(clinic: Clinic, name: str) -> None:
         assert found_in(clinic) == expected
 
 
+def warned_of(clinic: Clinic) -> set[tuple[str, tuple[str, ...]]]:
+    """Return (fault, hosts) of all warnings, if there are no faults. Whether the clock is synchronized depends on the machine."""
+    report = clinic.examine()
+    print("\n".join(report.lines()))
+    assert report.faults == []
+    return {(f.fault, f.nodes) for f in report.findings if f.fault != "clock"}
+
+
 def test_locks_that_end_at_a_node_are_a_warning(clinic: Clinic) -> None:
     with patched(clinic, "d3", LOCAL_LOCKS):
-        report = clinic.examine()
-    assert report.faults == []
-    assert ("locks", ()) in {(f.fault, f.nodes) for f in report.findings}
+        assert warned_of(clinic) == {("locks", ())}
+
+
+def test_a_gpu_with_a_low_power_limit_is_a_warning(clinic: Clinic) -> None:
+    with recorded(clinic, "d3", smi(changed={"watts": "400.00"})):
+        assert warned_of(clinic) == {("gpu-power", ("d3",))}
+
+
+@contextlib.contextmanager
+def infiniband(clinic: Clinic, *, low: str = "", **states: str) -> Iterator[None]:
+    """
+    Let the kernel of all hosts list two InfiniBand ports, of which the second of some has another state, or does not exist.
+
+    low: the host that may lock 4 MiB of memory; the others may lock any amount.
+    """
+    with ExitStack() as stack:
+        for name in NAMES:
+            stack.enter_context(clinic.mounted(name, "/sys/class"))
+            limit = clinic.profile(name, "ulimit -l 4096") if name == low else patched(clinic, name, LOCKS_MEMORY)
+            stack.enter_context(limit)
+            for port, state in (("1", "4: ACTIVE"), ("2", states.get(name, "4: ACTIVE"))):
+                folder = f"/sys/class/infiniband/mlx5_0/ports/{port}"
+                if state:
+                    clinic.hosts[name].run("sh", "-c", f"mkdir -p {folder} && echo '{state}' >{folder}/state")
+        yield
+
+
+def test_infiniband(clinic: Clinic) -> None:
+    with infiniband(clinic, low="d2"):
+        assert found_in(clinic) == {("locked-memory", ("d2",))}
+    with infiniband(clinic, d3=""):
+        assert found_in(clinic) == {("infiniband", ("d3",))}
+    with infiniband(clinic, d4="1: DOWN"):
+        assert warned_of(clinic) == {("infiniband", ("d4",))}
 
 
 @needs_nft
