@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
-from shoal.commands import data, doctor, machine, models, recipes, records, setup, train
+from shoal.commands import data, doctor, machine, models, plan, recipes, records, setup, train
 from shoal.commands.flags import add_options
 from shoal.commands.launch_parser import add_launch
 from shoal.commands.seeing_parser import add_recipe, add_seeing
@@ -56,6 +56,9 @@ def build_parser(verb: str | None, action: str | None = None) -> argparse.Argume
     _add_export(add("export", models.export, exported))
     resolved = "print the resolved config and the origin of each value"
     _add_config(add("config", recipes.config, resolved, "[RECIPE] [--schema]"))
+    memory = "show which layouts of a recipe fit into the memory of given devices; needs neither torch nor a GPU"
+    planned = add("plan", plan.plan, memory, "[RECIPE] --devices NxDEVICE [--nodes N]", own={"nodes", "devices"})
+    plan.add_arguments(planned)
     timing = "run a benchmark: `shoal bench speed` times the real training step"
     _add_bench(add("bench", machine.bench, timing, "speed [RECIPE] [--peers]"))
     checked = "check that this parallel layout trains the same model as one process; exit code 1 if it does not"

@@ -34,13 +34,14 @@ def resolve_run(
     named: bool,
     notes: Sequence[str] = (),
     needs_length: bool = True,
+    needs_files: bool = True,
     on_stderr: bool = False,
 ) -> Config:
     """
     Return a run's config; print `notes` and the notes of `resolve`.
 
-    named: whether the user named this recipe; if so, a run without `launch.name` takes the recipe's name. needs_length: see
-    `resolve`. on_stderr: whether to print the notes on standard error.
+    named: whether the user named this recipe; if so, a run without `launch.name` takes the recipe's name. needs_length, needs_files:
+    see `resolve`. on_stderr: whether to print the notes on standard error.
     """
     from shoal.config.data_options import is_built_in
     from shoal.resolve.checks import why_no_name
@@ -50,7 +51,7 @@ def resolve_run(
     for gone in kept:
         if not is_built_in(gone):
             tell_once([f"{gone} is gone: resuming with the run's own copy"], on_stderr=on_stderr)
-    resolved = resolve(recipe, overrides, kept, needs_length=needs_length)
+    resolved = resolve(recipe, overrides, kept, needs_length=needs_length, needs_files=needs_files)
     tell_once([*notes, *resolved.notes], on_stderr=on_stderr)
     if resolved.config.launch.name is None and named:
         if why := why_no_name(recipe.stem):

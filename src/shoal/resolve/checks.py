@@ -21,10 +21,14 @@ DEFAULT, DERIVED = "default", "derived"
 LONGEST_NAME: Final = 200  # bytes; file systems allow 255, and some file names append a word to a run's name
 
 
-def contradictions(config: Config, sources: Mapping[str, str], *, needs_length: bool = True) -> Iterable[Problem]:
+def contradictions(
+    config: Config, sources: Mapping[str, str], *, needs_length: bool = True, needs_files: bool = True
+) -> Iterable[Problem]:
     """
-    Yield a `Problem` for each incompatible combination. sources: where each option was set. needs_length: whether the length
-    of the run must be set.
+    Yield a `Problem` for each incompatible combination.
+
+    sources: where each option was set. needs_length: whether the length of the run must be set. needs_files: whether the data's
+    files must exist.
     """
 
     def problem(what: str, *keys: str) -> Problem:
@@ -65,7 +69,7 @@ def contradictions(config: Config, sources: Mapping[str, str], *, needs_length: 
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", config.alerts.webhook_env):
         what = "is the name of an environment variable, such as SHOAL_WEBHOOK; put the webhook's address into that variable"
         yield problem(f"alerts.webhook_env {what}", "alerts.webhook_env")
-    yield from data_problems(config, problem)
+    yield from data_problems(config, problem, needs_files=needs_files)
     for name in config.data.sources or {}:
         chosen = [f"{SOURCES}{name}.{option}" for option in ("paths", "corpus")]
         if all(sources[key] == DEFAULT for key in chosen):

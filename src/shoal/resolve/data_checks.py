@@ -23,11 +23,15 @@ WITHOUT_PATHS: Final = ("stdlib", "dummy")
 MakeProblem = Callable[..., Problem]
 
 
-def data_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
-    """Yield the problems of the data's options. problem: makes a `Problem` of a sentence and the keys it is about."""
+def data_problems(config: Config, problem: MakeProblem, *, needs_files: bool = True) -> Iterable[Problem]:
+    """
+    Yield the problems of the data's options.
+
+    problem: makes a `Problem` of a sentence and the keys it is about. needs_files: whether the data's files must exist.
+    """
     model, data = config.model, config.data
     if data.sources is None:
-        yield from _source_problems(data, "data", data, problem)
+        yield from _source_problems(data, "data", data, problem, needs_files=needs_files)
         yield from _conversation_problems(data, "data", problem)
         if data.bad_records != Data.bad_records and data.corpus == "dummy":
             yield problem(
@@ -37,11 +41,11 @@ def data_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
             yield problem("data.stages needs a blend; set data.sources", "data.stages")
     else:
         for name, source in data.sources.items():
-            yield from _source_problems(source, f"{SOURCES}{name}", data, problem)
+            yield from _source_problems(source, f"{SOURCES}{name}", data, problem, needs_files=needs_files)
             yield from _conversation_problems(source, f"{SOURCES}{name}", problem)
         yield from _blend_problems(data, data.sources, problem)
     yield from _fraction_problems(data, problem)
-    why = _why_no_tokenizer(data)
+    why = _why_no_tokenizer(data) if needs_files else None
     if why is not None:
         yield problem(
             f"data.tokenizer {data.tokenizer} was not found: {why}; set it to bpe, "
@@ -57,12 +61,14 @@ def data_problems(config: Config, problem: MakeProblem) -> Iterable[Problem]:
         )
 
 
-def _source_problems(source: Source, key: str, data: Data, problem: MakeProblem) -> Iterable[Problem]:
+def _source_problems(
+    source: Source, key: str, data: Data, problem: MakeProblem, *, needs_files: bool
+) -> Iterable[Problem]:
     """Yield the problems of one source. key: the dotted key of its options without their names."""
     yield from _token_file_problems(source, key, data, problem)
     yield from _dataset_problems(source, key, problem)
     yield from _document_problems(source, key, problem)
-    yield from _filter_problems(source, key, data, problem)
+    yield from _filter_problems(source, key, data, problem, needs_files=needs_files)
     if source.corpus not in (*WITHOUT_PATHS, "datasets") and not source.paths:
         yield problem(f"a {source.corpus} corpus needs files or folders; set {key}.paths", f"{key}.corpus")
     if source.corpus in WITHOUT_PATHS and source.paths:
@@ -81,7 +87,7 @@ def _source_problems(source: Source, key: str, data: Data, problem: MakeProblem)
         local = [path for path in files if not scheme_of(path)]
         missing = [path for path in local if not _is_there(path)]
         # if the tokens are prepared, their source files may be gone
-        if missing and not _has_tokens(source.corpus, data):
+        if needs_files and missing and not _has_tokens(source.corpus, data):
             named = ", ".join(f"{path}{_how_to_get(path)}" for path in missing[:3])
             yield problem(f"{key}.{option} does not exist: {named}", f"{key}.{option}")
 
@@ -151,7 +157,9 @@ def _document_problems(source: Source, key: str, problem: MakeProblem) -> Iterab
         )
 
 
-def _filter_problems(source: Source, key: str, data: Data, problem: MakeProblem) -> Iterable[Problem]:
+def _filter_problems(
+    source: Source, key: str, data: Data, problem: MakeProblem, *, needs_files: bool
+) -> Iterable[Problem]:
     unset = Source()
     if source.near_threshold != unset.near_threshold and source.deduplicate != "near":
         yield problem(
@@ -173,7 +181,7 @@ def _filter_problems(source: Source, key: str, data: Data, problem: MakeProblem)
             f"{key}.shortest_document",
         )
     missing = [p for p in source.decontaminate if not _is_there(p)]
-    if missing and not _has_tokens(source.corpus, data):
+    if needs_files and missing and not _has_tokens(source.corpus, data):
         named = ", ".join(f"{path}{near_path(path)}" for path in missing[:3])
         yield problem(f"{key}.decontaminate does not exist: {named}", f"{key}.decontaminate")
 

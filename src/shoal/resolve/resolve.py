@@ -54,12 +54,13 @@ def resolve(
     kept: Mapping[str, Path] = MappingProxyType({}),
     *,
     needs_length: bool = True,
+    needs_files: bool = True,
 ) -> Resolved:
     """
     Return the config of `recipe`, overridden by `overrides`: (dotted key, YAML text, where it was written) each.
 
     kept: a resumed run's copies of folders that are gone, by the names in its config (`RunFolder.kept`). needs_length: whether
-    the length of the run must be set. Raises `ConfigError` if the config is invalid. It lists every problem of syntax, keys and types or, if there are none, every incompatible
+    the length of the run must be set. needs_files: whether the data's files must exist. Raises `ConfigError` if the config is invalid. It lists every problem of syntax, keys and types or, if there are none, every incompatible
     combination.
     """
     problems: list[Problem] = []
@@ -78,7 +79,7 @@ def resolve(
         raise ConfigError(sorted(problems, key=_place))
     config = with_kept(_build(values), kept)
     sources = {key: settings[key].where if key in settings else DEFAULT for key in options_of(config)}
-    if problems := list(contradictions(config, sources, needs_length=needs_length)):
+    if problems := list(contradictions(config, sources, needs_length=needs_length, needs_files=needs_files)):
         raise ConfigError(problems)
     return _derive(config, sources, (*notes, *remarks(config)), replaced)
 

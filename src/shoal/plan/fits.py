@@ -1,0 +1,165 @@
+"""Which layouts of a config fit into the memory of given devices, and what they send. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from shoal.config.families import FAMILIES
+from shoal.config.layout import AXES, Layout, split_slots
+from shoal.config.options import Config, Parallel
+from shoal.config.presets import resolve_shape
+from shoal.config.schedules import Schedule
+from shoal.errors import ShoalError
+from shoal.plan.machine import Machine
+from shoal.plan.rehearse.layers import Kernels
+from shoal.plan.rehearse.step import Case, Rehearsal, rehearse
+from shoal.resolve.layout_checks import refusals
+
+CUDA_GRANULE = 512  # bytes; the caching allocator rounds each request up to them
+# Blocks of a stage that are rehearsed. The first and the last differ from the others; each more adds the same to a phase's peak
+FEW = (3, 4)
+
+
+@dataclass(frozen=True)
+class Need:
+    """The memory of the rank that needs the most, by part, in bytes; and the bytes that a rank sends in a step, by axis."""
+
+    config: Config
+    layout: Layout
+    parts: Mapping[str, int]
+    sent: Mapping[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def need_of(config: Config, layout: Layout, *, cuda: bool) -> Need:
+    """
+    Return what a rank of `config` in `layout` needs. config: with a vocabulary size and a dtype other than auto.
+
+    Raises `ShoalError` for a family or an option that is not rehearsed.
+    """
+    if why := why_unknown(config):
+        raise ShoalError(why)
+    case = Case.of(dataclasses.replace(config, model=resolve_shape(config.model)))
+    slots = split_slots(config.train.global_batch // config.train.micro_batch, layout.dp)
+    turns = max(map(len, slots))
+    width = 4 if config.train.dtype == "float32" else 2
+    # the number of replicas beyond two changes nothing here, so layouts share rehearsals
+    alike = dataclasses.replace(layout, dp_replicate=min(2, layout.dp_replicate))
+    once = partial(_rehearsed, layout=alike, kernels=Kernels(cuda, width), granule=CUDA_GRANULE if cuda else 1)
+    found = [_through_few_blocks(once, case, layout, turns, rank) for rank in sorted({0, layout.pp - 1})]
+    most, sent = max(found, key=lambda f: sum(f[0].values()))
+    return Need(config, layout, most, sent)
+
+
+_rehearsed = functools.lru_cache(maxsize=1024)(rehearse)
+
+
+def why_unknown(config: Config) -> str | None:
+    """Return why the memory of this config is not known; None if it is."""
+    model, train = config.model, config.train
+    if not FAMILIES[model.family].native:
+        return (
+            f"model.family {model.family}: only the memory of shoal's own families is known; those are gpt2 and llama"
+        )
+    if train.compile:
+        return "train.compile: the memory of compiled blocks is not known; plan without it, which needs more"
+    for option, value, usual in (
+        ("train.repro", train.repro, "fast"), ("optim.name", config.optim.name, "adamw"),
+        ("parallel.cpu_offload", config.parallel.cpu_offload, False), ("model.dropout", model.dropout, 0.0),
+    ):  # fmt: skip
+        if value != usual:
+            return f"{option} {value}: its memory is not known; plan with {usual}"
+    if train.activation_checkpointing == "budget":
+        return "train.activation_checkpointing budget: its memory is not known; plan with none, selective or full"
+    if isinstance(config.parallel.reshard_after_forward, int):
+        return "parallel.reshard_after_forward with a number: its memory is not known; plan with always or never"
+    return None
+
+
+def _through_few_blocks(
+    once: partial[Rehearsal], case: Case, layout: Layout, turns: int, rank: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Rehearse stages of few blocks, and extend each phase's peak to the blocks there are. Return (bytes by part, bytes sent by axis)."""
+    sizes = {"shard": layout.dp_shard * layout.cp, "batch": layout.dp_replicate * layout.cp} | {
+        name: getattr(layout, name) for name in AXES
+    }
+    stages = layout.pp * case.stages if layout.pp > 1 else 1
+    fewer = min(turns, _turns_that_differ(case.schedule, layout, turns))
+    blocks = case.sizes.num_layers / stages
+    counts = FEW if blocks > max(FEW) else (case.sizes.num_layers,)
+    results = []
+    for count in counts:
+        layers = count * stages if len(counts) > 1 else count
+        shallow = dataclasses.replace(case, sizes=dataclasses.replace(case.sizes, num_layers=layers))
+        results.append(once(shallow, micro_batches=fewer, pp_rank=rank))
+    grow = blocks - counts[0]
+    phases = set.intersection(*(set(r.peaks) for r in results))
+    extended = [
+        {
+            part: round(_line([r.peaks[phase].parts.get(part, 0) for r in results], grow))
+            for part in {p for r in results for p in r.peaks[phase].parts}
+        }
+        for phase in phases
+    ]
+    for parts in extended:
+        parts["messages"] = parts.get("messages", 0) + results[0].buffers * (turns - fewer)
+    sent = [r.work.sent(sizes) for r in results]
+    axes = {axis for each in sent for axis in each}
+    whole = {axis: round(_line([each.get(axis, 0) for each in sent], grow) * turns / fewer) for axis in axes}
+    for axis in {"batch", "shard"} & axes:  # gradients are sent once a step, whatever the number of micro-batches
+        whole[axis] = round(_line([each.get(axis, 0) for each in sent], grow))
+    most = max(extended, key=lambda parts: sum(parts.values()))
+    return {part: size for part, size in most.items() if size > 0}, whole
+
+
+def _turns_that_differ(schedule: Schedule, layout: Layout, turns: int) -> int:
+    """Return after how many micro-batches a step's memory does not grow."""
+    if layout.pp == 1:
+        return 2
+    match schedule:
+        case "gpipe":
+            return turns
+        case "1f1b":
+            return layout.pp + 1
+        case _:
+            return 2 * layout.pp
+
+
+def _line(values: list[int], grow: float) -> float:
+    return values[0] if len(values) == 1 else values[0] + (values[1] - values[0]) * grow
+
+
+def layouts(config: Config, machine: Machine) -> Iterator[tuple[Config, Layout]]:
+    """Yield each layout of all devices that the config allows, with tensor parallel inside a node."""
+    world = machine.world_size
+    for tp, cp, pp in itertools.product(_divisors(machine.per_node), _divisors(world), _divisors(world)):
+        if world % (tp * cp * pp) or (cp > 1 and config.data.seq_len // cp < 1024):
+            continue
+        rest = world // (tp * cp * pp)
+        for shard in _divisors(rest):
+            layout = Layout(pp=pp, dp_replicate=rest // shard, dp_shard=shard, cp=cp, tp=tp)
+            parallel = dataclasses.replace(config.parallel, **{name: getattr(layout, name) for name in AXES})
+            changed = dataclasses.replace(config, parallel=_without_unused(parallel))
+            if not any(refusals(changed, world)):
+                yield changed, layout
+
+
+def _without_unused(parallel: Parallel) -> Parallel:
+    """Drop the options that have no effect in this layout, which would be rejected."""
+    if parallel.pp == 1:
+        parallel = dataclasses.replace(parallel, pp_schedule="1f1b", pp_stages=None)
+    if parallel.dp_shard == 1:
+        parallel = dataclasses.replace(parallel, reshard_after_forward="always", cpu_offload=False)
+    return parallel if parallel.cp > 1 else dataclasses.replace(parallel, cp_method="allgather")
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

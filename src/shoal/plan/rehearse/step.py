@@ -1,0 +1,289 @@
+"""One rank's step, rehearsed: a model parallelized as by `parallel/apply.py`, and the phases of `parallel/runnable.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from shoal.config.layout import Layout
+from shoal.config.options import Config
+from shoal.config.schedules import Schedule, rank_stages, stage_blocks, stages_per_rank
+from shoal.plan.rehearse.collectives import Along
+from shoal.plan.rehearse.families import Around, Part, Shape, Sizes, block_forward, document_mask, enter, leave, rope
+from shoal.plan.rehearse.layers import FLOAT32, Kernels, Layers, Work
+from shoal.plan.rehearse.pipeline import actions
+from shoal.plan.rehearse.sharding import Group, Shared
+from shoal.plan.rehearse.tape import Memory, Peak, Space, Tensor
+from shoal.plan.rehearse.vocab_loss import vocab_parallel_loss
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """
+    What one step of a rank needs.
+
+    peaks: the most memory, by phase. held: bytes between steps, with gradients if they stay. buffers: of these, a pipeline's bytes
+    for each micro-batch. work: what it computes and sends.
+    """
+
+    peaks: Mapping[str, Peak]
+    held: int
+    buffers: int
+    work: Work
+
+    @property
+    def peak(self) -> Peak:
+        return max(self.peaks.values(), key=lambda peak: peak.total)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of blocks, with what comes before the first and after the last."""
+
+    blocks: range
+    begins: bool
+    ends: bool
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a rehearsal takes of a config, but its layout. stages: per rank of a pipeline."""
+
+    sizes: Sizes
+    micro_batch: int
+    seq_len: int
+    document_mask: bool
+    checkpointing: str
+    resharded: bool
+    cp_method: str
+    schedule: Schedule
+    stages: int
+
+    @classmethod
+    def of(cls, config: Config) -> Case:
+        """Return the case of a config with a resolved shape and a known vocabulary size."""
+        train, parallel = config.train, config.parallel
+        return cls(
+            Sizes.of(config.model), train.micro_batch, config.data.seq_len, config.data.document_mask,
+            train.activation_checkpointing, parallel.reshard_after_forward != "never", parallel.cp_method,
+            parallel.pp_schedule, stages_per_rank(parallel.pp_schedule, parallel.pp_stages),
+        )  # fmt: skip
+
+
+def rehearse(
+    case: Case, layout: Layout, kernels: Kernels, micro_batches: int, *, pp_rank: int = 0, granule: int = 1
+) -> Rehearsal:
+    """
+    Rehearse a step of the first rank along each axis but `pp`.
+
+    micro_batches: of a step on this rank. granule: the allocator's unit in bytes.
+    """
+    memory = Memory(granule)
+    rank = Rank(case, layout, Layers(memory, kernels), pp_rank)
+    rank.hold(micro_batches)
+    memory.begin("idle")
+    idle = memory.now
+    if layout.pp == 1:
+        rank.take_turns(micro_batches)
+    else:
+        rank.follow_schedule(micro_batches)
+    memory.begin("optimizer")
+    return Rehearsal(memory.peaks, idle, rank.buffers(), rank.layers.work)
+
+
+class Rank:
+    """A rank's part of the model while its step is rehearsed."""
+
+    def __init__(self, case: Case, layout: Layout, layers: Layers, pp_rank: int) -> None:
+        self.case, self.layout, self.layers, self.pp_rank = case, layout, layers, pp_rank
+        self.sizes = case.sizes
+        along = {name: Along(layers, name, size) for name in ("tp", "cp") if (size := getattr(layout, name)) > 1}
+        self.part = Part(
+            case.micro_batch, case.seq_len // layout.cp, along.get("tp"), along.get("cp"), case.cp_method
+        )  # fmt: skip
+        self.stages = self._stages()
+        self.shared: list[Shared] = []  # by stage, with FSDP2
+        self.groups: list[dict[str, Group]] = []  # by stage: its blocks by number, and "" for all else
+        self.weights: list[dict[str, dict[str, Tensor]]] = []
+        self.held: list[Space] = []
+
+    def _stages(self) -> list[Stage]:
+        case, count = self.case, self.layout.pp
+        if count == 1:
+            return [Stage(range(self.sizes.num_layers), True, True)]
+        blocks = stage_blocks(self.sizes.num_layers, count * case.stages)
+        mine = rank_stages(case.schedule, count, case.stages, self.pp_rank)
+        return [Stage(blocks[n], n == 0, n == count * case.stages - 1) for n in mine]
+
+    # --- what it holds between steps
+
+    def hold(self, micro_batches: int) -> None:
+        """Allocate parameters, moments, gradients that stay, and a pipeline's buffers."""
+        for stage in self.stages:
+            shapes = {str(n): self._split(self.sizes.block()) for n in stage.blocks} | {
+                "": self._split(self._around(stage))
+            }
+            if self.layout.dp_shard > 1:
+                self._hold_sharded(shapes)
+            else:
+                self._hold_whole(shapes)
+        self.held.append(Space(self.layers.tape.memory, "messages", self.buffers() * micro_batches))
+
+    def buffers(self) -> int:
+        """Return the bytes that torch keeps for each micro-batch's hidden states, and for their gradients, that come in."""
+        ends = sum((not stage.begins) + (not stage.ends) for stage in self.stages)
+        return ends * self._hidden() if self.layout.pp > 1 else 0
+
+    def _around(self, stage: Stage) -> dict[str, Shape]:
+        tied = self.sizes.before() if stage.ends and self.sizes.tied else {}
+        copy = {name: shape for name, shape in tied.items() if name == "embed.weight"}
+        return (self.sizes.before() if stage.begins else copy) | (self.sizes.after() if stage.ends else {})
+
+    def _hold_sharded(self, shapes: Mapping[str, Mapping[str, Shape]]) -> None:
+        layout = self.layout
+        shared = Shared(
+            self.layers, layout.dp_shard * layout.cp, layout.dp_replicate, self.case.resharded, gloo=not self.layers.kernels.cuda
+        )  # fmt: skip
+        groups, weights = {}, {}
+        for name, own in shapes.items():
+            width = self.layers.kernels.width if name else FLOAT32
+            group = groups[name] = Group(shared, own, width, is_root=not name)
+            for rows, row in own.values():
+                self._keep("parameters moments moments", -(-rows // shared.ranks) * row)
+            weights[name] = {
+                key: self._weight(rows * row, width, partial(group.accumulate, key)) for key, (rows, row) in own.items()
+            }
+        self.shared.append(shared)
+        self.groups.append(groups)
+        self.weights.append(weights)
+
+    def _hold_whole(self, shapes: Mapping[str, Mapping[str, Shape]]) -> None:
+        for own in shapes.values():
+            for rows, row in own.values():
+                self._keep("parameters moments moments gradients", rows * row)
+        self.groups.append({})
+        if self.layout.dp_replicate * self.layout.cp > 1:
+            size = FLOAT32 * sum(rows * row for own in shapes.values() for rows, row in own.values())
+            self.layers.work.messages["all_reduce", "batch", size] += 1
+        self.weights.append(
+            {
+                name: {key: self._weight(rows * row, FLOAT32, _add_in_place) for key, (rows, row) in own.items()}
+                for name, own in shapes.items()
+            }
+        )
+
+    def _keep(self, parts: str, count: int) -> None:
+        self.held += [Space(self.layers.tape.memory, part, FLOAT32 * count) for part in parts.split()]
+
+    def _weight(self, count: int, width: int, accumulate: Callable[[Space], None]) -> Tensor:
+        """Return a parameter, whose memory is counted apart."""
+        return self.layers.tape.leaf(Tensor(Space(self.layers.tape.memory, "parameters", 0), count, width), accumulate)
+
+    def _split(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Return the shapes that tensor parallel leaves to its first rank."""
+        part, found = self.part, {}
+        for name, (rows, row) in shapes.items():
+            layer, _, kind = name.rpartition(".")
+            if layer.endswith(("norm", "position")):
+                found[name] = rows, row
+            elif layer.endswith((".o", ".down")):
+                found[name] = (rows, part.split(row)) if kind == "weight" else (rows, row)
+            else:
+                found[name] = part.split(rows), row
+        return found
+
+    def _hidden(self) -> int:
+        """Return the bytes of a micro-batch's hidden states between stages."""
+        return self.part.split(self.part.tokens) * self.sizes.dim * self.layers.kernels.width
+
+    # --- its step
+
+    def take_turns(self, micro_batches: int) -> None:
+        """Run forward and backward of each micro-batch in turn."""
+        memory = self.layers.tape.memory
+        for number in range(micro_batches):
+            memory.begin("forward")
+            loss = self._forward(0)
+            memory.begin("backward")
+            self._backward(0, loss, last=number == micro_batches - 1)
+            del loss
+
+    def follow_schedule(self, micro_batches: int) -> None:
+        """Run the forwards and backwards of a pipeline's schedule."""
+        memory = self.layers.tape.memory
+        outs: dict[tuple[int, int], Tensor] = {}
+        for forward, stage, number in actions(
+            self.case.schedule, self.layout.pp, len(self.stages), self.pp_rank, micro_batches
+        ):
+            memory.begin("forward" if forward else "backward")
+            if forward:
+                outs[stage, number] = self._forward(stage)
+            else:
+                self._backward(stage, outs.pop((stage, number)), last=number == micro_batches - 1)
+            goes_on = not (self.stages[stage].ends if forward else self.stages[stage].begins)
+            self.layers.work.messages["send", "pp", self._hidden()] += goes_on
+
+    def _forward(self, index: int) -> Tensor:
+        """Run one stage on a micro-batch; return its loss, or the hidden states for the next stage."""
+        layers, sizes, part, stage = self.layers, self.sizes, self.part, self.stages[index]
+        root, outer = self.weights[index][""], self.groups[index].get("")
+        if outer is not None:
+            outer.gather(forward=True)
+        shared = Around(rope(layers, sizes, part), document_mask(layers, part) if self.case.document_mask else None)
+        x = enter(layers, sizes, part, root) if stage.begins else self._arrival()
+        for number in stage.blocks:
+            x = self._block(index, str(number), x, shared)
+            x = layers.notify(x, partial(layers.tape.memory.begin, self._phase(stage, number)))
+        if stage.ends:
+            layers.tape.memory.begin("loss")
+            x = leave(layers, sizes, root, x)
+        del shared
+        if outer is not None:
+            self.shared[index].held = None
+        if not stage.ends:
+            return x
+        head = root["embed.weight" if sizes.tied else "head.weight"]
+        if part.tp is not None:
+            return vocab_parallel_loss(layers, part.tp, x, head, part.split(sizes.vocab_size), sizes.dim)
+        return layers.linear_cross_entropy(x, head, sizes.vocab_size, sizes.dim)
+
+    @staticmethod
+    def _phase(stage: Stage, number: int) -> str:
+        """Return the name of a block's backward. Memory changes evenly from block to block, so it peaks in the first or last."""
+        places = {stage.blocks[-1]: "last", stage.blocks[0]: "first"}
+        return f"backward, {places.get(number, 'middle')} block"
+
+    def _arrival(self) -> Tensor:
+        """Hidden states in one of the pipeline's buffers; their gradient is sent, and freed."""
+        count = self.part.split(self.part.tokens) * self.sizes.dim
+        return self._weight(count, self.layers.kernels.width, _add_in_place)
+
+    def _block(self, index: int, name: str, x: Tensor, around: Around) -> Tensor:
+        group, weights = self.groups[index].get(name), self.weights[index][name]
+        forward = partial(self._checkpointed, partial(block_forward, self.layers, self.sizes, self.part, weights))
+        if group is None:
+            return forward(x, around)
+        group.gather(forward=True)
+        x = self.layers.notify(x, group.after_backward)
+        x = forward(x, around)
+        group.after_forward()
+        return self.layers.notify(x, group.before_backward)
+
+    def _checkpointed(self, forward: Callable[[Tensor, Around], Tensor], x: Tensor, around: Around) -> Tensor:
+        mode = self.case.checkpointing
+        if mode == "none":
+            return forward(x, around)
+        return self.layers.tape.checkpoint(lambda: forward(x, around), keeps=mode == "selective")
+
+    def _backward(self, index: int, out: Tensor, *, last: bool) -> None:
+        if self.shared:
+            self.shared[index].sync = last
+        self.layers.tape.backward(out, None)
+        if self.shared:
+            self.layers.tape.memory.begin("gradients outside the blocks")
+            self.groups[index][""].after_backward()
+
+
+def _add_in_place(grad: Space) -> None:
+    """Add a gradient to its bucket."""

@@ -1,0 +1,299 @@
+"""
+Tensors without contents, and an autograd tape for them.
+
+A `Space` is the memory of a tensor: it counts itself as alive from its creation until Python frees it, just as torch's
+allocator does for a tensor. Code that mirrors a model's forward therefore has the lifetimes of the real one, and the tape
+runs backward in the order of torch's engine (`torch/csrc/autograd/engine.cpp`): the latest ready operation first, its saved
+tensors freed when it returns, gradients of one tensor added in place if no one else holds them.
+"""
+
+from __future__ import annotations
+
+import heapq
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final
+
+# References to an object that only a buffer holds, as `sys.getrefcount` sees it: the buffer's and its own argument's
+_ALONE: Final = 2
+
+
+@dataclass
+class Peak:
+    """The most bytes that were alive at once, by part."""
+
+    total: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Memory:
+    """
+    The memory of a rank.
+
+    granule: the allocator's unit in bytes; requests are rounded up to it. parts: bytes by use, of which there are parameters,
+    gradients, moments, activations, logits, gathered (by FSDP2), messages, and temporary.
+    """
+
+    granule: int = 1
+    now: int = 0
+    parts: Counter[str] = field(default_factory=Counter)
+    peaks: dict[str, Peak] = field(default_factory=dict)  # by phase of the step
+    phase: str = "before"
+
+    def add(self, part: str, size: int) -> None:
+        self.now += size
+        self.parts[part] += size
+        if size > 0:
+            peak = self.peaks.get(self.phase)
+            if peak is None:
+                peak = self.peaks[self.phase] = Peak()
+            if self.now > peak.total:
+                peak.total, peak.parts = self.now, dict(self.parts)
+
+    def begin(self, phase: str) -> None:
+        """Begin a phase: its peak counts all that is alive then, and later allocations."""
+        self.phase = phase
+        self.add("temporary", 0)
+        peak = self.peaks.setdefault(phase, Peak())
+        if self.now > peak.total:
+            peak.total, peak.parts = self.now, dict(self.parts)
+
+
+class Space:
+    """Memory of `size` bytes in a part of a rank's memory, alive as long as this object."""
+
+    __slots__ = ("_memory", "part", "size")
+
+    def __init__(self, memory: Memory, part: str, size: int) -> None:
+        granule = memory.granule
+        self.size = -(-size // granule) * granule
+        self.part, self._memory = part, memory
+        memory.add(part, self.size)
+
+    def __del__(self) -> None:
+        self._memory.add(self.part, -self.size)
+
+
+class Node:
+    """
+    An operation on the tape. backward: gradients of the outputs -> gradients of the inputs, or None.
+
+    frame: where a checkpointed operation finds what it would have saved, under the number `place`.
+    """
+
+    __slots__ = ("backward", "frame", "inputs", "number", "outputs", "place", "saved")
+
+    def __init__(
+        self,
+        number: int,
+        inputs: Sequence[tuple[Node, int] | None],
+        saved: Sequence[Space],
+        backward: Backward,
+        outputs: int,
+    ) -> None:
+        self.number, self.inputs, self.saved, self.backward, self.outputs = (
+            number,
+            inputs,
+            list(saved),
+            backward,
+            outputs,
+        )
+        self.frame: Frame | None = None
+        self.place = 0
+
+
+class Frame:
+    """A checkpointed piece of forward (`torch.utils.checkpoint`, not reentrant): how to run it again, and what that saved."""
+
+    def __init__(self, again: Callable[[], object], *, keeps: bool) -> None:
+        self.again = again
+        self.count = 0  # operations that save something
+        self.found: dict[int, list[Space]] | None = None
+        self.kept: list[Space] | None = [] if keeps else None  # results that are not computed again
+
+
+class _EnoughError(Exception):
+    """All that backward needs of a frame has been computed again."""
+
+
+# (gradients of the outputs, saved tensors) -> gradients of the inputs
+Backward = Callable[[list[Space | None], list[Space]], Sequence[Space | None]]
+
+
+class Tensor:
+    """A tensor of `count` elements of `width` bytes each; several may share a space. `node`: what made it, if it has a gradient."""
+
+    __slots__ = ("count", "node", "output", "space", "width")
+
+    def __init__(self, space: Space, count: int, width: int, node: Node | None = None, output: int = 0) -> None:
+        self.space, self.count, self.width, self.node, self.output = space, count, width, node, output
+
+    @property
+    def edge(self) -> tuple[Node, int] | None:
+        return None if self.node is None else (self.node, self.output)
+
+
+class Tape:
+    """Records operations, and runs backward. `recording` is off inside code without gradients."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.recording = True
+        self.frame: Frame | None = None
+        self.again = False  # whether the frame runs for the second time
+        self._count = 0
+        self._place = 0
+
+    def new(self, count: int, width: int, part: str = "temporary") -> Tensor:
+        """Allocate a tensor without a gradient."""
+        return Tensor(Space(self.memory, part, count * width), count, width)
+
+    def record(self, out: Tensor, inputs: Sequence[Tensor], saved: Sequence[Tensor], backward: Backward) -> Tensor:
+        """Put the operation that made `out` from `inputs` on the tape, if one of them has a gradient; return `out`."""
+        out.node = self.save(inputs, saved, backward)
+        return out
+
+    def save(self, inputs: Sequence[Tensor], saved: Sequence[Tensor], backward: Backward) -> Node | None:
+        """Return the node of an operation of `inputs`; None if none of them has a gradient. torch saves inputs before it computes."""
+        if not self.recording or all(each.node is None for each in inputs):
+            return None
+        self._count += 1
+        node = Node(self._count, [each.edge for each in inputs], [each.space for each in saved], backward, 1)
+        if self.frame is not None and saved:
+            self._into_frame(self.frame, node)
+        return node
+
+    def several(self, outs: Sequence[Tensor], x: Tensor, backward: Backward) -> None:
+        """Put an operation with several outputs on the tape."""
+        if node := self.save([x], [], backward):
+            node.outputs = len(outs)
+            for number, out in enumerate(outs):
+                out.node, out.output = node, number
+
+    def checkpoint(self, forward: Callable[[], Tensor], *, keeps: bool) -> Tensor:
+        """Run `forward` so that backward runs it again for what it needs. keeps: whether expensive results are kept (`expensive`)."""
+        if not self.recording:
+            return forward()
+        self.frame, self._place = Frame(forward, keeps=keeps), 0
+        try:
+            return forward()
+        finally:
+            self.frame.count = self._place
+            self.frame = None
+
+    def expensive(self, make: Callable[[], Tensor]) -> Tensor:
+        """Return what `make` makes, or inside a frame that keeps such results what it made the first time."""
+        frame = self.frame
+        if frame is None or frame.kept is None:
+            return make()
+        if self.again:
+            space = frame.kept.pop(0)
+            return Tensor(space, space.size, 1)
+        made = make()
+        frame.kept.append(made.space)
+        return made
+
+    def _into_frame(self, frame: Frame, node: Node) -> None:
+        """Move what a checkpointed operation saved into its frame; the first time, nothing is kept."""
+        if self.again:
+            assert frame.found is not None
+            frame.found[self._place] = node.saved
+            self._place += 1
+            node.saved = []
+            if self._place == frame.count:
+                raise _EnoughError
+            return
+        node.saved, node.frame, node.place = [], frame, self._place
+        self._place += 1
+
+    def _run_again(self, frame: Frame) -> None:
+        frame.found = {}
+        before = self.frame, self.again, self.recording, self._place
+        self.frame, self.again, self.recording, self._place = frame, True, True, 0
+        with suppress(_EnoughError):
+            frame.again()
+        self.frame, self.again, self.recording, self._place = before
+
+    def leaf(self, tensor: Tensor, accumulate: Callable[[Space], None]) -> Tensor:
+        """Make a parameter of `tensor`: `accumulate` gets its gradient as soon as it is whole."""
+
+        def arrived(grads: list[Space | None], saved: list[Space]) -> Sequence[None]:
+            grad = grads.pop()
+            assert grad is not None
+            accumulate(grad)
+            return ()
+
+        # torch runs an accumulation before any operation that is ready at the same time
+        tensor.node = Node(sys.maxsize, (), (), arrived, 1)
+        return tensor
+
+    def backward(self, loss: Tensor, grad: Space | None) -> None:
+        """Run backward from `loss`, and free the tape behind it."""
+        assert loss.node is not None
+        waiting = _dependencies(loss.node)
+        buffers: dict[int, list[Space | None]] = {}
+        first: list[Space | None] = [None] * loss.node.outputs
+        first[loss.output] = grad
+        del grad
+        ready = [(-loss.node.number, id(loss.node), loss.node)]
+        buffers[id(loss.node)] = first
+        loss.node = None
+        del first
+        recording, self.recording = self.recording, False
+        while ready:
+            _, key, node = heapq.heappop(ready)
+            if node.frame is not None:
+                if node.frame.found is None:
+                    self._run_again(node.frame)
+                assert node.frame.found is not None
+                node.saved, node.frame = node.frame.found.pop(node.place), None
+            grads = node.backward(buffers.pop(key, [None] * node.outputs), node.saved)
+            node.saved.clear()
+            for place, edge in enumerate(node.inputs):
+                if edge is None:
+                    continue
+                target, output = edge
+                found = grads[place]
+                if found is not None:
+                    self._give(buffers, target, output, found)
+                    del found
+                    grads = [None if p == place else g for p, g in enumerate(grads)]
+                waiting[id(target)] -= 1
+                if not waiting[id(target)]:
+                    heapq.heappush(ready, (-target.number, id(target), target))
+            node.inputs = ()
+            del grads
+        self.recording = recording
+
+    def _give(self, buffers: dict[int, list[Space | None]], target: Node, output: int, grad: Space) -> None:
+        """Add a gradient to those that wait for `target`."""
+        held = buffers.setdefault(id(target), [None] * target.outputs)
+        old = held[output]
+        if old is None:
+            held[output] = grad
+            return
+        held[output] = None
+        if sys.getrefcount(old) <= _ALONE:  # added in place
+            held[output] = old
+        else:
+            held[output] = Space(self.memory, old.part, old.size)
+
+
+def _dependencies(root: Node) -> dict[int, int]:
+    """Return how many operations each node waits for, by id."""
+    found: dict[int, int] = {id(root): 0}
+    stack = [root]
+    while stack:
+        for edge in stack.pop().inputs:
+            if edge is None:
+                continue
+            node = edge[0]
+            if id(node) not in found:
+                found[id(node)] = 0
+                stack.append(node)
+            found[id(node)] += 1
+    return found
