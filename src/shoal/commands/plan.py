@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Final
 
 from shoal.commands.flags import Override
+from shoal.commands.models import narrated
 from shoal.commands.recipes import recipe_asked, resolve_run
 from shoal.commands.seeing_parser import add_recipe
 from shoal.errors import ShoalError
@@ -37,8 +38,10 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
         recipe_asked(args, overrides), asked, named=args.recipe is not None, needs_length=False, needs_files=False,
         on_stderr=True,
     )  # fmt: skip
-    choices = choose(_finished(config, cuda=machine.cuda), machine)
-    print(json.dumps(record(choices), indent=2) if args.json else "\n".join(lines(choices)))
+    with narrated() as narrator, narrator.phase("rehearsing a step in every layout"):
+        choices = choose(_finished(config, cuda=machine.cuda), machine)
+        text = json.dumps(record(choices), indent=2) if args.json else "\n".join(lines(choices))
+    print(text)
     return 0 if choices.fitting else 1
 
 
