@@ -107,6 +107,22 @@ def test_many_blocks_need_what_few_predict(layout: Layout, mode: Any, monkeypatc
     assert few.sent == pytest.approx(all_blocks.sent)
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(dp_replicate=2), Layout(dp_shard=2), Layout(dp_replicate=2, dp_shard=2), Layout(tp=2), Layout(pp=2)],
+)
+def test_many_micro_batches_need_what_few_predict(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(dim=64, num_layers=4, num_heads=4, ffn_dim=128, vocab_size=200)
+    config = Config(
+        model=model, data=Data(seq_len=32), train=Train(global_batch=64, micro_batch=2, dtype="bfloat16", steps=1)
+    )
+    few = fits.need_of(config, layout, cuda=True)
+    monkeypatch.setattr(fits, "_turns_that_differ", lambda schedule, layout, turns: turns)
+    every = fits.need_of(config, layout, cuda=True)
+    assert few.total == every.total
+    assert few.sent == pytest.approx(every.sent, rel=1e-6)
+
+
 def test_ddp_sends_its_gradients_and_fsdp_half_as_much_again() -> None:
     model = Model(dim=64, num_layers=2, num_heads=4, vocab_size=100, ffn_dim=128, tie_embeddings=False)
     config = Config(

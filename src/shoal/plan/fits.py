@@ -111,11 +111,8 @@ def _through_few_blocks(
     ]
     for parts in extended:
         parts["messages"] = parts.get("messages", 0) + results[0].buffers * (turns - fewer)
-    sent = [r.work.sent(sizes) for r in results]
-    axes = {axis for each in sent for axis in each}
-    whole = {axis: round(_line([each.get(axis, 0) for each in sent], grow) * turns / fewer) for axis in axes}
-    for axis in {"batch", "shard"} & axes:  # gradients are sent once a step, whatever the number of micro-batches
-        whole[axis] = round(_line([each.get(axis, 0) for each in sent], grow))
+    sent = [r.work.sent(sizes, turns / fewer) for r in results]
+    whole = {axis: round(_line([each[axis] for each in sent], grow)) for axis in sent[0]}
     most = max(extended, key=lambda parts: sum(parts.values()))
     return {part: size for part, size in most.items() if size > 0}, whole
 

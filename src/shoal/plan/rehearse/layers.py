@@ -39,13 +39,18 @@ class Work:
     kernels: int = 0
     messages: Counter[tuple[str, str, int]] = field(default_factory=Counter)
 
-    def sent(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Return the bytes that a rank sends along each axis, if each collective is a ring. sizes: ranks along the axes."""
+    def sent(self, sizes: Mapping[str, int], times: float = 1.0) -> dict[str, int]:
+        """
+        Return the bytes that a rank sends along each axis, if each collective is a ring.
+
+        sizes: ranks along the axes. times: a factor for what is sent for each micro-batch. Gradients are sent once a step.
+        """
         found: Counter[str] = Counter()
         for (kind, axis, size), count in self.messages.items():
             ranks = sizes[axis]
             rounds = {"send": 1.0, "all_reduce": 2 * (ranks - 1) / ranks}.get(kind, (ranks - 1) / ranks)
-            found[axis] += int(rounds * size * count)
+            once = axis in ("batch", "dp_replicate") or kind == "reduce_scatter"
+            found[axis] += int(rounds * size * count * (1 if once else times))
         return dict(found)
 
 
