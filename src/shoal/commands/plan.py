@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from shoal.commands.flags import Override
 from shoal.commands.models import narrated
@@ -14,8 +14,6 @@ from shoal.errors import ShoalError
 
 if TYPE_CHECKING:
     from shoal.config.options import Config
-
-BYTES_VOCABULARY: Final = 257  # of data.tokenizer bytes: 256 and the end of a document
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,12 +45,13 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
 
 def _finished(config: Config, *, cuda: bool) -> Config:
     """Return the config with its vocabulary size and dtype, which a run knows from its data and its device."""
+    from shoal.config.data_options import known_vocabulary
+
     if config.train.dtype == "auto":
         config = config.replace("train", dtype="bfloat16" if cuda else "float32")
     if config.model.vocab_size is not None:
         return config
-    sizes = {"bpe": config.data.tokenizer_vocab_size, "bytes": BYTES_VOCABULARY}
-    size = sizes.get(config.data.tokenizer)
+    size = known_vocabulary(config.data)
     if size is None:
         raise ShoalError(
             f"the vocabulary of data.tokenizer {config.data.tokenizer} is not known here; set model.vocab_size"

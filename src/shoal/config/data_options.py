@@ -279,3 +279,8 @@ class Data(Source):
     kept: Path | None = None
     # not an option itself: the sources of a blend by name; data.sources.NAME has the options of `BlendSource`
     sources: Mapping[str, BlendSource] | None = None
+
+
+def known_vocabulary(data: Data) -> int | None:
+    """Return the vocabulary size of `data.tokenizer`; None for a tokenizer in a file. bytes: 256 and the end of a document."""
+    return {"bytes": 257, "bpe": data.tokenizer_vocab_size}.get(data.tokenizer)

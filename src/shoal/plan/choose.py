@@ -39,10 +39,6 @@ class Choice:
     need: Need
     idle: float
 
-    @property
-    def total(self) -> int:
-        return self.need.total
-
 
 @dataclass(frozen=True)
 class Choices:
@@ -54,7 +50,7 @@ class Choices:
 
     @property
     def fitting(self) -> list[Choice]:
-        return [c for c in self.found if c.total <= self.machine.usable_bytes]
+        return [c for c in self.found if c.need.fits(self.machine)]
 
 
 def choose(config: Config, machine: Machine) -> Choices:
@@ -73,8 +69,8 @@ def choose(config: Config, machine: Machine) -> Choices:
         )
 
     def order(choice: Choice) -> tuple[bool, float]:
-        fits = choice.total <= machine.usable_bytes
-        return not fits, _rough_seconds(choice, machine) if fits else choice.total
+        fits = choice.need.fits(machine)
+        return not fits, _rough_seconds(choice, machine) if fits else choice.need.total
 
     return Choices(config, machine, sorted(found, key=order))
 
@@ -113,7 +109,7 @@ def largest_micro_batch(choice: Choice, machine: Machine) -> int:
     size = 2 * best
     while size <= LARGEST_MICRO_BATCH and config.train.global_batch % (size * choice.need.layout.dp) == 0:
         larger = config.replace("train", micro_batch=size)
-        if need_of(larger, choice.need.layout, cuda=machine.cuda).total > machine.usable_bytes:
+        if not need_of(larger, choice.need.layout, cuda=machine.cuda).fits(machine):
             break
         best, size = size, 2 * size
     return best
@@ -151,12 +147,11 @@ def lines(choices: Choices) -> list[str]:
 
 def _row(choice: Choice, machine: Machine) -> list[str]:
     need = choice.need
-    fits = choice.total <= machine.usable_bytes
     parts = [sum(need.parts.get(p, 0) for p in names) for names in COLUMNS.values()]
     return [
-        str(need.layout), _gib(choice.total), *map(_gib, parts), f"{sum(need.sent.values()) / 1e9:.3g}",
+        str(need.layout), _gib(need.total), *map(_gib, parts), f"{sum(need.sent.values()) / 1e9:.3g}",
         f"{choice.idle:.0%}" if need.layout.pp > 1 else "",
-        str(largest_micro_batch(choice, machine)) if fits else "does not fit",
+        str(largest_micro_batch(choice, machine)) if need.fits(machine) else "does not fit",
     ]  # fmt: skip
 
 
@@ -170,28 +165,25 @@ def _verdict(choices: Choices) -> list[str]:
         layout = best.need.layout
         flags = " ".join(f"--parallel.{name} {getattr(layout, name)}" for name in AXES if getattr(layout, name) > 1)
         return [
-            f"{layout} fits and is probably the fastest: {_gib(best.total)} of {_gib(machine.usable_bytes)} GiB"
+            f"{layout} fits and is probably the fastest: {_gib(best.need.total)} of {_gib(machine.usable_bytes)} GiB"
             + (f". Its flags: {flags}" if flags else "")
         ]
-    least = choices.found[0]
+    least = choices.found[0].need
     over = least.total - machine.usable_bytes
-    found = [f"nothing fits: {least.need.layout} needs least, {_gib(least.total)} GiB, {_gib(over)} more than there is"]
-    return [*found, *(f"it would fit with {way}" for way in _ways(least, machine))] or found
+    found = f"nothing fits: {least.layout} needs least, {_gib(least.total)} GiB, {_gib(over)} more than there is"
+    return [found, *(f"it would fit with {way}" for way in _ways(least, machine))]
 
 
-def _ways(choice: Choice, machine: Machine) -> list[str]:
+def _ways(need: Need, machine: Machine) -> list[str]:
     """Return changes of one or two options with which a layout would fit."""
-    config, found = choice.need.config, []
+    config, found = need.config, []
     sizes = [config.train.micro_batch] + ([1] if config.train.micro_batch > 1 else [])
     modes = ["none", "selective", "full"]
     modes = modes[modes.index(config.train.activation_checkpointing) :]
     for size in sizes:
         for mode in modes:
             changed = config.replace("train", micro_batch=size, activation_checkpointing=mode)
-            if (
-                changed == config
-                or need_of(changed, choice.need.layout, cuda=machine.cuda).total > machine.usable_bytes
-            ):
+            if changed == config or not need_of(changed, need.layout, cuda=machine.cuda).fits(machine):
                 continue
             said = [f"train.micro_batch {size}"] * (size != config.train.micro_batch)
             said += [f"train.activation_checkpointing {mode}"] * (mode != config.train.activation_checkpointing)
@@ -209,8 +201,8 @@ def record(choices: Choices) -> dict[str, Any]:
         "layouts": [
             {
                 "layout": {name: getattr(c.need.layout, name) for name in AXES},
-                "fits": c.total <= machine.usable_bytes,
-                "bytes": c.total,
+                "fits": c.need.fits(machine),
+                "bytes": c.need.total,
                 "parts": dict(c.need.parts),
                 "sent_bytes": dict(c.need.sent),
                 "idle": c.idle,

@@ -14,7 +14,6 @@ from shoal.config.layout import AXES, Layout, split_slots
 from shoal.config.options import Config, Parallel
 from shoal.config.presets import resolve_shape
 from shoal.config.schedules import Schedule
-from shoal.errors import ShoalError
 from shoal.plan.machine import Machine
 from shoal.plan.rehearse.layers import Kernels
 from shoal.plan.rehearse.step import Case, Rehearsal, rehearse
@@ -38,15 +37,17 @@ class Need:
     def total(self) -> int:
         return sum(self.parts.values())
 
+    def fits(self, machine: Machine) -> bool:
+        """Return whether a device's memory suffices."""
+        return self.total <= machine.usable_bytes
+
 
 def need_of(config: Config, layout: Layout, *, cuda: bool) -> Need:
     """
-    Return what a rank of `config` in `layout` needs. config: with a vocabulary size and a dtype other than auto.
+    Return what a rank of `config` in `layout` needs.
 
-    Raises `ShoalError` for a family or an option that is not rehearsed.
+    config: one that `why_unknown` accepts, with a vocabulary size and a dtype other than auto.
     """
-    if why := why_unknown(config):
-        raise ShoalError(why)
     case = Case.of(dataclasses.replace(config, model=resolve_shape(config.model)))
     slots = split_slots(config.train.global_batch // config.train.micro_batch, layout.dp)
     turns = max(map(len, slots))

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Final
 
 from shoal.config.data_formats import format_of, is_pattern
-from shoal.config.data_options import NAMED_TEMPLATES, BlendSource, Data, Source, is_built_in, read_place
+from shoal.config.data_options import (
+    NAMED_TEMPLATES,
+    BlendSource,
+    Data,
+    Source,
+    is_built_in,
+    known_vocabulary,
+    read_place,
+)
 from shoal.config.keys import SOURCES
 from shoal.config.option import option_fields, option_name
 from shoal.config.options import Config
@@ -52,7 +60,7 @@ def data_problems(config: Config, problem: MakeProblem, *, needs_files: bool = T
             "bytes, tiktoken:NAME, a tokenizer.json or tokenizer.model, or a model's folder or name",
             "data.tokenizer",
         )
-    needed = {"bytes": 257, "bpe": data.tokenizer_vocab_size}.get(data.tokenizer)
+    needed = known_vocabulary(data)
     if model.vocab_size is not None and needed is not None and model.vocab_size < needed:
         yield problem(
             f"model.vocab_size {model.vocab_size} is smaller than the tokenizer's {needed}",

@@ -83,7 +83,6 @@ class Sizes:
     def block(self) -> dict[str, Shape]:
         """Return the shape of each parameter of a block, in the model's order."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        gates = ("gate", "up") if FAMILIES[self.family].gated else ("up",)
         found = self._norm("attention_norm")
         for name, rows in (("q", q), ("k", kv), ("v", kv)):
             found |= self._linear(f"attention.{name}", rows, self.dim, bias=self.has_biases or self.qkv_bias)
@@ -91,7 +90,7 @@ class Sizes:
         if self.qk_norm:
             found |= {"attention.q_norm.weight": (self.head_dim, 1), "attention.k_norm.weight": (self.head_dim, 1)}
         found |= self._norm("ffn_norm")
-        for name in gates:
+        for name in gate_names(self.family):
             found |= self._linear(f"ffn.{name}", self.ffn_dim, self.dim, bias=self.has_biases)
         return found | self._linear("ffn.down", self.dim, self.ffn_dim, bias=self.has_biases)
 
@@ -110,6 +109,11 @@ class Sizes:
     @staticmethod
     def _linear(name: str, outputs: int, inputs: int, *, bias: bool) -> dict[str, Shape]:
         return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs, 1)} if bias else {})
+
+
+def gate_names(family: str) -> tuple[str, ...]:
+    """Return the projections into the feed-forward's inner width."""
+    return ("gate", "up") if FAMILIES[family].gated else ("up",)
 
 
 def block_forward(layers: Layers, sizes: Sizes, part: Part, weights: Weights, x: Tensor, around: Around) -> Tensor:
@@ -167,19 +171,12 @@ def attend(layers: Layers, part: Part, q: Tensor, k: Tensor, v: Tensor, *, heads
 
 def _ffn(layers: Layers, sizes: Sizes, part: Part, weights: Weights, x: Tensor) -> Tensor:
     ffn_dim = part.split(sizes.ffn_dim)
-    up = (
-        layers.linear(x, weights["ffn.up.weight"], sizes.dim, ffn_dim, weights.get("ffn.up.bias"))
-        if sizes.has_biases
-        else None
-    )
-    if up is not None:
-        inside = layers.gelu(up)
-    else:
-        gate = layers.linear(x, weights["ffn.gate.weight"], sizes.dim, ffn_dim)
-        up = layers.linear(x, weights["ffn.up.weight"], sizes.dim, ffn_dim)
-        inside = layers.swiglu(gate, up)
-        del gate
-    del x, up
+    gates = [
+        layers.linear(x, weights[f"ffn.{name}.weight"], sizes.dim, ffn_dim, weights.get(f"ffn.{name}.bias"))
+        for name in gate_names(sizes.family)
+    ]
+    inside = layers.swiglu(*gates) if len(gates) > 1 else layers.gelu(*gates)
+    del x, gates
     bias = None if part.tp is not None else weights.get("ffn.down.bias")
     return layers.linear(inside, weights["ffn.down.weight"], ffn_dim, sizes.dim, bias)
 
@@ -208,9 +205,7 @@ def rope(layers: Layers, sizes: Sizes, part: Part) -> list[Tensor]:
     if not FAMILIES[sizes.family].rotary:
         return []
     count, width = part.tokens * sizes.head_dim, layers.kernels.width
-    found = [layers.new(count, width, "activations"), layers.new(count // 2, width, "activations")]
-    del count
-    return found
+    return [layers.new(count, width, "activations"), layers.new(count // 2, width, "activations")]
 
 
 def document_mask(layers: Layers, part: Part) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Final
 from shoal.plan.rehearse.tape import Memory, Space, Tape, Tensor
 
 FLOAT32: Final = 4
-INT64: Final = 8
 # As in models/loss.py, which imports torch
 CHUNK_BYTES: Final = 256 * 2**20
 SLICE_BYTES_CPU: Final = 2 * 2**20

@@ -24,7 +24,6 @@ class Shared:
     ranks: int
     replicas: int
     resharded: bool  # after forward
-    gloo: bool
     order: list[Group] = field(default_factory=list)
     held: Space | None = None  # forward's last gathered buffer
     sent: Space | None = None  # backward's last sent buffer
@@ -39,7 +38,6 @@ class Group:
         ranks = shared.ranks
         # (rows, elements of a row): rows are divided, the last ranks may have fewer
         self.padded = {name: -(-rows // ranks) * ranks * row for name, (rows, row) in sizes.items()}
-        self.whole = {name: rows * row for name, (rows, row) in sizes.items()}
         self.coming: Space | None = None
         self.gathered: list[Space] = []
         self.grads: dict[str, Space] = {}
@@ -61,7 +59,7 @@ class Group:
         self.coming = Space(layers.tape.memory, "gathered", self.count * self.width)
         del narrow
         layers.work.messages["all_gather", "shard", self.coming.size] += 1
-        if shared.gloo:
+        if not layers.kernels.cuda:  # gloo gathers into one buffer of its own
             Space(layers.tape.memory, "messages", self.count * self.width)
 
     def gather(self, *, forward: bool) -> None:
@@ -121,7 +119,7 @@ class Group:
         messages["reduce_scatter", "shard", buffer.size] += 1
         if shared.replicas > 1:
             messages["all_reduce", "dp_replicate", shard.size] += 1
-        if shared.gloo:  # which reduces a copy of the whole
+        if not shared.layers.kernels.cuda:  # gloo reduces a copy of the whole
             Space(memory, "messages", self.count * FLOAT32)
         self.shards.append(shard)
         shared.sent = buffer

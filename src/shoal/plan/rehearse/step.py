@@ -23,12 +23,10 @@ class Rehearsal:
     """
     What one step of a rank needs.
 
-    peaks: the most memory, by phase. held: bytes between steps, with gradients if they stay. buffers: of these, a pipeline's bytes
-    for each micro-batch. work: what it computes and sends.
+    peaks: the most memory, by phase. buffers: of these, a pipeline's bytes for each micro-batch. work: what it computes and sends.
     """
 
     peaks: Mapping[str, Peak]
-    held: int
     buffers: int
     work: Work
 
@@ -83,13 +81,12 @@ def rehearse(
     rank = Rank(case, layout, Layers(memory, kernels), pp_rank)
     rank.hold(micro_batches)
     memory.begin("idle")
-    idle = memory.now
     if layout.pp == 1:
         rank.take_turns(micro_batches)
     else:
         rank.follow_schedule(micro_batches)
     memory.begin("optimizer")
-    return Rehearsal(memory.peaks, idle, rank.buffers(), rank.layers.work)
+    return Rehearsal(memory.peaks, rank.buffers(), rank.layers.work)
 
 
 class Rank:
@@ -136,14 +133,15 @@ class Rank:
         return ends * self._hidden() if self.layout.pp > 1 else 0
 
     def _around(self, stage: Stage) -> dict[str, Shape]:
-        tied = self.sizes.before() if stage.ends and self.sizes.tied else {}
-        copy = {name: shape for name, shape in tied.items() if name == "embed.weight"}
-        return (self.sizes.before() if stage.begins else copy) | (self.sizes.after() if stage.ends else {})
+        before = self.sizes.before()
+        if not stage.begins:  # the last stage's copy of a tied embedding
+            before = {"embed.weight": before["embed.weight"]} if stage.ends and self.sizes.tied else {}
+        return before | (self.sizes.after() if stage.ends else {})
 
     def _hold_sharded(self, shapes: Mapping[str, Mapping[str, Shape]]) -> None:
         layout = self.layout
         shared = Shared(
-            self.layers, layout.dp_shard * layout.cp, layout.dp_replicate, self.case.resharded, gloo=not self.layers.kernels.cuda
+            self.layers, layout.dp_shard * layout.cp, layout.dp_replicate, self.case.resharded
         )  # fmt: skip
         groups, weights = {}, {}
         for name, own in shapes.items():
@@ -279,7 +277,7 @@ class Rank:
     def _backward(self, index: int, out: Tensor, *, last: bool) -> None:
         if self.shared:
             self.shared[index].sync = last
-        self.layers.tape.backward(out, None)
+        self.layers.tape.backward(out)
         if self.shared:
             self.layers.tape.memory.begin("gradients outside the blocks")
             self.groups[index][""].after_backward()

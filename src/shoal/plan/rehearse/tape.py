@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
-# References to an object that only a buffer holds, as `sys.getrefcount` sees it: the buffer's and its own argument's
+# References to an object that no one else holds, as `sys.getrefcount` sees it: a local variable's and its own argument's
 _ALONE: Final = 2
 
 
@@ -45,20 +45,21 @@ class Memory:
     phase: str = "before"
 
     def add(self, part: str, size: int) -> None:
+        """Count an allocation or, negative, what was freed."""
         self.now += size
         self.parts[part] += size
         if size > 0:
-            peak = self.peaks.get(self.phase)
-            if peak is None:
-                peak = self.peaks[self.phase] = Peak()
-            if self.now > peak.total:
-                peak.total, peak.parts = self.now, dict(self.parts)
+            self._look()
 
     def begin(self, phase: str) -> None:
         """Begin a phase: its peak counts all that is alive then, and later allocations."""
         self.phase = phase
-        self.add("temporary", 0)
-        peak = self.peaks.setdefault(phase, Peak())
+        self._look()
+
+    def _look(self) -> None:
+        peak = self.peaks.get(self.phase)
+        if peak is None:
+            peak = self.peaks[self.phase] = Peak()
         if self.now > peak.total:
             peak.total, peak.parts = self.now, dict(self.parts)
 
@@ -95,13 +96,8 @@ class Node:
         backward: Backward,
         outputs: int,
     ) -> None:
-        self.number, self.inputs, self.saved, self.backward, self.outputs = (
-            number,
-            inputs,
-            list(saved),
-            backward,
-            outputs,
-        )
+        self.number, self.inputs, self.saved = number, inputs, list(saved)
+        self.backward, self.outputs = backward, outputs
         self.frame: Frame | None = None
         self.place = 0
 
@@ -148,7 +144,7 @@ class Tape:
         self._count = 0
         self._place = 0
 
-    def new(self, count: int, width: int, part: str = "temporary") -> Tensor:
+    def new(self, count: int, width: int, part: str) -> Tensor:
         """Allocate a tensor without a gradient."""
         return Tensor(Space(self.memory, part, count * width), count, width)
 
@@ -231,18 +227,13 @@ class Tape:
         tensor.node = Node(sys.maxsize, (), (), arrived, 1)
         return tensor
 
-    def backward(self, loss: Tensor, grad: Space | None) -> None:
-        """Run backward from `loss`, and free the tape behind it."""
+    def backward(self, loss: Tensor) -> None:
+        """Run backward from `loss`, whose own gradient counts nothing, and free the tape behind it."""
         assert loss.node is not None
         waiting = _dependencies(loss.node)
         buffers: dict[int, list[Space | None]] = {}
-        first: list[Space | None] = [None] * loss.node.outputs
-        first[loss.output] = grad
-        del grad
         ready = [(-loss.node.number, id(loss.node), loss.node)]
-        buffers[id(loss.node)] = first
         loss.node = None
-        del first
         recording, self.recording = self.recording, False
         while ready:
             _, key, node = heapq.heappop(ready)
