@@ -14,6 +14,8 @@ from urllib.parse import quote
 import pytest
 from wandb.proto import wandb_internal_pb2 as protocol
 
+from shoal.run.folder import RunFolder
+from shoal.trackers.feeding import Feed
 from tests.cli.commands import Place
 from tests.trackers.servers import ask, mlflow_server, tensorboard_server
 from tests.trackers.test_tensorboard import curve, read_back, single
@@ -212,6 +214,20 @@ def test_comet_goes_on_in_the_same_experiment_and_a_replay_is_whole(tracked: Tra
     [new] = set((tracked.run / "trackers" / "comet").glob("*.zip")) - set(archives)
     assert comet_points(new, "speed/tokens_per_second") == tracked.curve("tokens_per_second")
     assert comet_points(new, "val/loss") == tracked.curve("val_loss")
+
+
+def test_a_finished_run_stays_finished_for_a_process_that_reads_on_after_its_end(
+    tracked: Tracked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process of a killed run, slow to end, reads what the next run writes, up to its end; that run's own comes after it."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracked.mlflow)
+    feed = Feed(RunFolder(tracked.run), "mlflow")
+    feed.open()
+    while feed.turn():  # events after the run's end
+        pass
+    feed.close()
+    [run] = mlflow_runs(tracked)
+    assert run["info"]["status"] == "FINISHED"
 
 
 def test_a_replay_into_mlflow_is_a_new_whole_run(tracked: Tracked) -> None:

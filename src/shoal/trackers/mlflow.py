@@ -44,6 +44,8 @@ class MLflow(Tracker):
         params = {_name(name): _text(value, LONGEST_PARAM) for name, value in about.options.items()}
         if state:
             self._run = str(state["id"])
+            # A process that a killed run left behind may have sent all that the next run wrote, up to its end.
+            self._finished = self._client.get_run(self._run).info.status == "FINISHED"
             self._client.update_run(self._run, status="RUNNING")
             params = self._note_changes(params)
         else:
@@ -85,7 +87,8 @@ class MLflow(Tracker):
         for some in _parts(metrics, METRICS_AT_ONCE):
             self._client.log_batch(self._run, metrics=some)
         for note in batch.notes:
-            self._finished = self._finished or note.name == "events/finished"
+            if note.name in ("events/started", "events/finished"):
+                self._finished = note.name == "events/finished"
             if note.name.startswith("samples/"):
                 self._store(lambda note=note: self._client.log_text(self._run, note.text, f"{note.name}.txt"))
         if any(note.name.startswith("events/") for note in batch.notes):
