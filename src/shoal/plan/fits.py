@@ -102,7 +102,7 @@ def _through_few_blocks(
         shallow = dataclasses.replace(case, sizes=dataclasses.replace(case.sizes, num_layers=layers))
         results.append(once(shallow, micro_batches=fewer, pp_rank=rank))
     grow = blocks - counts[0]
-    phases = set.intersection(*(set(r.peaks) for r in results))
+    phases = sorted(set.intersection(*(set(r.peaks) for r in results)))  # in an order that is the same each time
     extended = [
         {
             part: round(_line([r.peaks[phase].parts.get(part, 0) for r in results], grow))
