@@ -1,9 +1,10 @@
-"""`shoal plan`: which layouts of a recipe fit into the memory of given devices, without torch and without a GPU."""
+"""`shoal plan`: which layouts of a recipe fit given devices, and how fast they are, without torch and without a GPU."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.commands.flags import Override
@@ -20,27 +21,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `shoal plan`, which also takes the options of all config sections."""
     add_recipe(parser)
     devices = "devices of each node: 8xH100-80GB, 8x40GB by memory alone, or 2xcpu-12GB for processes on CPUs"
-    parser.add_argument("--devices", required=True, metavar="NxDEVICE", help=devices)
+    parser.add_argument("--devices", metavar="NxDEVICE", help=devices)
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
+    network = "Gbit/s between nodes of each GPU, or of each node of CPUs (default: what such nodes usually have)"
+    parser.add_argument("--network", type=float, metavar="GBIT", help=network)
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure this machine for a minute, and keep its rates for plans"
+    )
+    where = "use the rates of this file (default: those kept for these devices, if any); with --calibrate: write it"
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help=where)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead, with all layouts")
 
 
 def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    """Print the layouts of a recipe, ordered; return 1 if none fits."""
+    """Print the layouts of a recipe, the fastest first; return 1 if none fits. With `--calibrate`, measure this machine."""
+    if args.calibrate:
+        return _calibrate(args, overrides)
+    from shoal.plan.calibration import find
     from shoal.plan.choose import choose, lines, record
     from shoal.plan.machine import find_machine
 
-    machine = find_machine(args.devices, args.nodes)
+    if args.devices is None:
+        raise ShoalError("give the devices that the plan is for, such as --devices 8xH100-80GB or --devices 2xcpu-12GB")
+    machine = find_machine(args.devices, args.nodes, args.network)
     asked = [*overrides, ("launch.processes", "null", "shoal plan"), ("launch.nodes", "1", "shoal plan")]
     config = resolve_run(
         recipe_asked(args, overrides), asked, named=args.recipe is not None, needs_length=False, needs_files=False,
         on_stderr=True,
     )  # fmt: skip
+    config = _finished(config, cuda=machine.cuda)
+    calibration = find(machine, args.calibration)
     with narrated() as narrator, narrator.phase("rehearsing a step in every layout"):
-        choices = choose(_finished(config, cuda=machine.cuda), machine)
+        choices = choose(config, machine, calibration.rates(machine, config.train.dtype) if calibration else None)
         text = json.dumps(record(choices), indent=2) if args.json else "\n".join(lines(choices))
     print(text)
     return 0 if choices.fitting else 1
+
+
+def _calibrate(args: argparse.Namespace, overrides: list[Override]) -> int:
+    """Measure this machine, and write the file that later plans read."""
+    from shoal.bench.calibrate import calibrate
+    from shoal.plan.calibration import kept_file
+    from shoal.run.console import Console
+
+    asked = {name: value for name, value, _ in overrides}
+    dtype = asked.get("train.dtype", "auto")
+    with narrated() as narrator:
+        found = calibrate(
+            int(asked["launch.processes"]) if "launch.processes" in asked else None,
+            None if dtype == "auto" else dtype, narrator, Console(on_stderr=True).warn,
+        )  # fmt: skip
+    path = args.calibration or kept_file(found.device)
+    found.save(path)
+    said = ", ".join(str(s.processes) for s in found.settings)
+    print(f"measured {found.device} with {said} processes in {found.settings[0].dtype}: {path}")
+    return 0
 
 
 def _finished(config: Config, *, cuda: bool) -> Config:

@@ -73,6 +73,12 @@ class FeedForward(nn.Module):
         return out
 
 
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up with few passes over memory."""
+    out: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
+    return out
+
+
 class _SwiGLU(torch.autograd.Function):
     """
     silu(gate) * up, saving only gate and up: backward recomputes silu.

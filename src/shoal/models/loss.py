@@ -55,7 +55,7 @@ def linear_cross_entropy_sum(
     loss = torch.zeros((), device=hidden_ND.device)
     for tokens in _slices(len(hidden_ND), weight.shape[0] * weight.element_size(), chunk_bytes):
         logits_CV = (hidden_ND[tokens] @ weight.t())[:, : len(weight_VD)]
-        loss += _softmax_loss(logits_CV, labels_N[tokens], scale, _part(each_N, tokens), to_gradient=False)
+        loss += softmax_loss(logits_CV, labels_N[tokens], scale, _part(each_N, tokens), to_gradient=False)
     return loss
 
 
@@ -77,7 +77,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         for tokens in _slices(len(hidden_ND), weight.shape[0] * weight.element_size(), chunk_bytes):
             logits_CV = hidden_ND[tokens] @ weight.t()
             logits, each_C = logits_CV[:, : len(weight_VD)], _part(each_N, tokens)
-            loss += _softmax_loss(logits, labels_N[tokens], scale, each_C, to_gradient=True)
+            loss += softmax_loss(logits, labels_N[tokens], scale, each_C, to_gradient=True)
             torch.mm(logits_CV, weight, out=d_hidden[tokens])
             # `logits_CV` now holds d loss / d logits: with z = h W^T, d h = d z W and d W = d z^T h
             product = (logits_CV.t() @ hidden_ND[tokens])[: len(weight_VD)]
@@ -132,7 +132,7 @@ def _part(each_N: Tensor | None, tokens: slice) -> Tensor | None:
     return None if each_N is None else each_N[tokens]
 
 
-def _softmax_loss(
+def softmax_loss(
     logits_CV: Tensor, labels_C: Tensor, scale: Tensor | float, each_C: Tensor | None, *, to_gradient: bool
 ) -> Tensor:
     """

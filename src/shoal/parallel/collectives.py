@@ -17,7 +17,7 @@ from torch import Tensor
 from shoal.mesh.mesh import Axis
 
 # the same collective under either name: torch 2.13 renamed it and warns about the older name
-_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 def all_gather(x: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -171,7 +171,7 @@ class _AllToAll(torch.autograd.Function):
 def gather_parts(x: Tensor, dim: int, axis: Axis) -> Tensor:
     """`all_gather` without autograd."""
     parts = torch.empty((axis.size * x.shape[0], *x.shape[1:]), dtype=x.dtype, device=x.device)
-    _gather_single(parts, x.contiguous(), group=axis.group)
+    gather_single(parts, x.contiguous(), group=axis.group)
     return parts if dim == 0 else torch.cat(parts.chunk(axis.size, 0), dim=dim)
 
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shoal.config.layout import AXES, Layout
+from shoal.config.layout import AXES
 from shoal.config.options import Config
-from shoal.config.schedules import bubble_fraction, stages_per_rank
 from shoal.errors import ShoalError
+from shoal.plan.corrections import Corrections, Interval, Seen
 from shoal.plan.estimate import flops_per_token, parameter_count
 from shoal.plan.fits import Need, layouts, need_of, why_unknown
 from shoal.plan.machine import GIB, Machine
-from shoal.plan.topology import crosses_nodes
+from shoal.plan.rates import WIDTHS, Rates
+from shoal.plan.seconds import Part, idle_share, step_seconds
 
 SHOWN: Final = 10  # rows of the table
-# Rough rates, which only order the layouts: a share of the peak, and bytes/s inside a node and between nodes of GPUs, of CPUs
-OF_PEAK: Final = 0.4
-GPU_LINKS: Final = (2e11, 2.5e10)
-CPU_LINKS: Final = (2e9, 1e9)
-HIDDEN: Final = 0.5  # share of the computation behind which gradients and parameters travel
 LARGEST_MICRO_BATCH: Final = 1024
 # Columns of the table: the parts of memory that each sums
 COLUMNS: Final = {
@@ -34,18 +30,21 @@ COLUMNS: Final = {
 
 @dataclass(frozen=True)
 class Choice:
-    """A layout, what it needs, and the share of the step in which a pipeline's processes idle."""
+    """A layout, what it needs, and the seconds of its step: by part without correction, and corrected."""
 
     need: Need
-    idle: float
+    parts: Mapping[Part, float]
+    seconds: Interval
 
 
 @dataclass(frozen=True)
 class Choices:
-    """All layouts of `config` on `machine`, the preferred ones that fit first, then those that do not, the smallest first."""
+    """All layouts of `config` on `machine`, the fastest that fit first, then those that do not, the smallest first."""
 
     config: Config
     machine: Machine
+    rates: Rates
+    corrections: Corrections
     found: Sequence[Choice]
 
     @property
@@ -53,15 +52,20 @@ class Choices:
         return [c for c in self.found if c.need.fits(self.machine)]
 
 
-def choose(config: Config, machine: Machine) -> Choices:
+def choose(config: Config, machine: Machine, rates: Rates | None = None, seen: Sequence[Seen] = ()) -> Choices:
     """
     Return all layouts of `config`, whose own layout is ignored. Raises `ShoalError` if it allows none, or is not known.
 
-    Those that fit are ordered by a rough time (`_rough_seconds`), the others by what they need.
+    rates: of the machine's processes; None takes its data sheet's. seen: steps that were measured on such a machine.
     """
     if why := why_unknown(config):
         raise ShoalError(why)
-    found = [Choice(need_of(c, layout, cuda=machine.cuda), _idle(c, layout)) for c, layout in layouts(config, machine)]
+    rates = rates or Rates(machine, WIDTHS[config.train.dtype])
+    corrections = Corrections(seen, calibrated=rates.measured)
+    found = [
+        choice_of(need_of(each, layout, cuda=machine.cuda), rates, corrections)
+        for each, layout in layouts(config, machine)
+    ]
     if not found:
         raise ShoalError(
             f"no layout of this recipe uses all {machine.world_size} devices; change train.global_batch "
@@ -70,37 +74,15 @@ def choose(config: Config, machine: Machine) -> Choices:
 
     def order(choice: Choice) -> tuple[bool, float]:
         fits = choice.need.fits(machine)
-        return not fits, _rough_seconds(choice, machine) if fits else choice.need.total
+        return not fits, choice.seconds.middle if fits else choice.need.total
 
-    return Choices(config, machine, sorted(found, key=order))
-
-
-def _idle(config: Config, layout: Layout) -> float:
-    if layout.pp == 1:
-        return 0.0
-    parallel, train = config.parallel, config.train
-    turns = train.global_batch // train.micro_batch // layout.dp
-    stages = stages_per_rank(parallel.pp_schedule, parallel.pp_stages)
-    return bubble_fraction(parallel.pp_schedule, layout.pp, stages, turns)
+    return Choices(config, machine, rates, corrections, sorted(found, key=order))
 
 
-def _rough_seconds(choice: Choice, machine: Machine) -> float:
-    """
-    Return a step's time at rough rates, to order layouts by.
-
-    Products and a pipeline's idle time; messages of tp, cp and pp; and those of data parallel as far as the products do not hide them.
-    """
-    need, train = choice.need, choice.need.config.train
-    tokens = train.global_batch * need.config.data.seq_len
-    flops = flops_per_token(need.config.model, need.config.data.seq_len) * tokens / machine.world_size
-    products = flops / (OF_PEAK * machine.flops)
-    seconds = dict.fromkeys((True, False), 0.0)  # by whether products can hide them
-    for axis, size in need.sent.items():
-        far = crosses_nodes(
-            need.layout, {"shard": "dp_shard", "batch": "dp_replicate"}.get(axis, axis), machine.per_node
-        )
-        seconds[axis in ("shard", "batch", "dp_replicate")] += size / (GPU_LINKS if machine.cuda else CPU_LINKS)[far]
-    return products / (1 - choice.idle) + seconds[False] + max(0.0, seconds[True] - HIDDEN * products)
+def choice_of(need: Need, rates: Rates, corrections: Corrections) -> Choice:
+    """Return a layout with its step's seconds."""
+    parts = step_seconds(need, rates)
+    return Choice(need, parts, corrections.predict(parts))
 
 
 def largest_micro_batch(choice: Choice, machine: Machine) -> int:
@@ -119,8 +101,11 @@ def lines(choices: Choices) -> list[str]:
     """Return the plan as text: the table, and the best layout or what is missing."""
     config, machine = choices.config, choices.machine
     train = config.train
-    head = ["layout", "GiB", *COLUMNS, "sent", "idle", "largest"]
-    units = ["", "", *("" for _ in COLUMNS), "GB/step", "", "micro-batch"]
+    head = ["layout", "GiB", *COLUMNS, "sent", "idle", "step", "tokens/s", "MFU", "largest"]
+    units = ["", "", *("" for _ in COLUMNS), "GB/step", "", "seconds", "", "", "micro-batch"]
+    if not machine.cuda:  # a CPU has no known peak
+        head.remove("MFU")
+        units.remove("")
     shown = choices.found[:SHOWN]
     rows = [_row(c, machine) for c in shown]
     widths = [max(map(len, column)) for column in zip(head, units, *rows, strict=True)]
@@ -146,13 +131,20 @@ def lines(choices: Choices) -> list[str]:
 
 
 def _row(choice: Choice, machine: Machine) -> list[str]:
-    need = choice.need
+    need, seconds = choice.need, choice.seconds.middle
+    tokens = need.config.train.global_batch * need.config.data.seq_len / seconds
     parts = [sum(need.parts.get(p, 0) for p in names) for names in COLUMNS.values()]
     return [
         str(need.layout), _gib(need.total), *map(_gib, parts), f"{sum(need.sent.values()) / 1e9:.3g}",
-        f"{choice.idle:.0%}" if need.layout.pp > 1 else "",
+        f"{idle_share(need):.0%}" if need.layout.pp > 1 else "",
+        f"{seconds:.3g}", f"{tokens:,.0f}", *([f"{_mfu(need, machine, tokens):.0%}"] if machine.cuda else []),
         str(largest_micro_batch(choice, machine)) if need.fits(machine) else "does not fit",
     ]  # fmt: skip
+
+
+def _mfu(need: Need, machine: Machine, tokens_per_second: float) -> float:
+    flops = flops_per_token(need.config.model, need.config.data.seq_len) * tokens_per_second
+    return flops / (machine.flops * machine.world_size)
 
 
 def _gib(size: int) -> str:
@@ -204,8 +196,10 @@ def record(choices: Choices) -> dict[str, Any]:
                 "fits": c.need.fits(machine),
                 "bytes": c.need.total,
                 "parts": dict(c.need.parts),
-                "sent_bytes": dict(c.need.sent),
-                "idle": c.idle,
+                "sent_bytes": c.need.sent,
+                "idle": idle_share(c.need),
+                "step_seconds": dataclasses.asdict(c.seconds),
+                "seconds_by_part": {part: s * choices.corrections.factor(part) for part, s in c.parts.items()},
             }
             for c in choices.found
         ],

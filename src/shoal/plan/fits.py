@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ from shoal.config.schedules import Schedule
 from shoal.plan.machine import Machine
 from shoal.plan.rehearse.layers import Kernels
 from shoal.plan.rehearse.step import Case, Rehearsal, rehearse
+from shoal.plan.rehearse.work import Work
 from shoal.resolve.layout_checks import refusals
 
 CUDA_GRANULE = 512  # bytes; the caching allocator rounds each request up to them
@@ -26,12 +27,22 @@ FEW = (3, 4)
 
 @dataclass(frozen=True)
 class Need:
-    """The memory of the rank that needs the most, by part, in bytes; and the bytes that a rank sends in a step, by axis."""
+    """
+    What a step of `config` in `layout` needs.
+
+    parts: the memory of the rank that needs the most, in bytes. works: what the ranks of a pipeline that differ compute and send.
+    """
 
     config: Config
     layout: Layout
     parts: Mapping[str, int]
-    sent: Mapping[str, int]
+    works: Sequence[Work]
+
+    @property
+    def sent(self) -> dict[str, int]:
+        """The bytes that the rank which sends the most sends in a step, by axis."""
+        found = [work.sent(axis_sizes(self.layout)) for work in self.works]
+        return max(found, key=lambda sent: sum(sent.values()))
 
     @property
     def total(self) -> int:
@@ -56,8 +67,15 @@ def need_of(config: Config, layout: Layout, *, cuda: bool) -> Need:
     alike = dataclasses.replace(layout, dp_replicate=min(2, layout.dp_replicate))
     once = partial(_rehearsed, layout=alike, kernels=Kernels(cuda, width), granule=CUDA_GRANULE if cuda else 1)
     found = [_through_few_blocks(once, case, layout, turns, rank) for rank in sorted({0, layout.pp - 1})]
-    most, sent = max(found, key=lambda f: sum(f[0].values()))
-    return Need(config, layout, most, sent)
+    return Need(
+        config, layout, max((parts for parts, _ in found), key=lambda p: sum(p.values())), [w for _, w in found]
+    )
+
+
+def axis_sizes(layout: Layout) -> dict[str, int]:
+    """Return the ranks along the axes of a layout's messages."""
+    both = {"shard": layout.dp_shard * layout.cp, "batch": layout.dp_replicate * layout.cp}
+    return both | {name: getattr(layout, name) for name in AXES}
 
 
 _rehearsed = functools.lru_cache(maxsize=1024)(rehearse)
@@ -87,11 +105,8 @@ def why_unknown(config: Config) -> str | None:
 
 def _through_few_blocks(
     once: partial[Rehearsal], case: Case, layout: Layout, turns: int, rank: int
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Rehearse stages of few blocks, and extend each phase's peak to the blocks there are. Return (bytes by part, bytes sent by axis)."""
-    sizes = {"shard": layout.dp_shard * layout.cp, "batch": layout.dp_replicate * layout.cp} | {
-        name: getattr(layout, name) for name in AXES
-    }
+) -> tuple[dict[str, int], Work]:
+    """Rehearse stages of few blocks, and extend each phase's peak, and the work, to the blocks there are."""
     stages = layout.pp * case.stages if layout.pp > 1 else 1
     fewer = min(turns, _turns_that_differ(case.schedule, layout, turns))
     blocks = case.sizes.num_layers / stages
@@ -112,10 +127,9 @@ def _through_few_blocks(
     ]
     for parts in extended:
         parts["messages"] = parts.get("messages", 0) + results[0].buffers * (turns - fewer)
-    sent = [r.work.sent(sizes, turns / fewer) for r in results]
-    whole = {axis: round(_line([each[axis] for each in sent], grow)) for axis in sent[0]}
     most = max(extended, key=lambda parts: sum(parts.values()))
-    return {part: size for part, size in most.items() if size > 0}, whole
+    work = results[0].work.toward(results[-1].work, grow, turns / fewer)
+    return {part: size for part, size in most.items() if size > 0}, work
 
 
 def _turns_that_differ(schedule: Schedule, layout: Layout, turns: int) -> int:

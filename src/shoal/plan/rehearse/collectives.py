@@ -33,14 +33,14 @@ class Along:
         if first:
             return parts
         out = self.layers.new(parts.count, width)
-        self.layers.passes(parts, out)
+        self.layers.copied(parts, out)
         return out
 
     def exchange(self, count: int, width: int) -> Tensor:
         """All-to-all of `count` elements; each rank keeps its part of all."""
         sent = self.layers.new(count, width)
         got = self.layers.new(count, width)
-        self.layers.passes(sent, sent)
+        self.layers.copied(sent, sent)
         self.tell("all_to_all", sent.space.size)
         return got
 
@@ -48,7 +48,7 @@ class Along:
         """Reduce-scatter `count` elements, added in float32."""
         got = self.exchange(count, width)
         total = self.layers.new(count // self.size, FLOAT32)
-        self.layers.passes(got, total, total)
+        self.layers.copied(got, total, total)
         if width == FLOAT32:
             return total
         return self.layers.new(count // self.size, width)
@@ -69,7 +69,7 @@ class Along:
         def swap() -> Tensor:
             got = self.exchange(count, width)
             out = self.layers.new(count, width)
-            self.layers.passes(got, out)
+            self.layers.copied(got, out)
             return out
 
         return self.record(swap(), x, swap)

@@ -81,14 +81,14 @@ def _whole_sequence(layers: Layers, along: Along, x: Tensor) -> Tensor:
     """Gather all chunks, and put them in the order of the sequence."""
     parts = along.all_gather(x, first=True)
     out = layers.new(parts.count, parts.width)
-    layers.passes(parts, out)
+    layers.copied(parts, out)
     count, width = parts.count, parts.width
 
     def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
         early, late = layers.new(count // 2, width), layers.new(count - count // 2, width)
         grads.clear()
         joined = layers.new(count, width)
-        layers.passes(early, late, joined, joined)
+        layers.copied(early, late, joined, joined)
         return [joined.space]
 
     return layers.tape.record(out, [parts], [], backward)

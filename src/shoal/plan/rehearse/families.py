@@ -213,7 +213,7 @@ def document_mask(layers: Layers, part: Part) -> Tensor:
     pairs = part.seq_len * part.seq_len
     causal, same = layers.new(pairs, 1), layers.new(part.rows * pairs, 1)
     mask = layers.new(part.rows * pairs, 1, "activations")
-    layers.passes(causal, same, same, mask)
+    layers.copied(causal, same, same, mask)
     return mask
 
 

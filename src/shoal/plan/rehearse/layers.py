@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from shoal.plan.rehearse.tape import Memory, Space, Tape, Tensor
+from shoal.plan.rehearse.work import Kind, Work
 
 FLOAT32: Final = 4
 # As in models/loss.py, which imports torch
@@ -22,35 +22,6 @@ class Kernels:
     cuda: bool
     width: int
     tiles: bool = False
-
-
-@dataclass
-class Work:
-    """
-    What a step computes and sends.
-
-    products: (m, k, n) -> number of products of [m, k] by [k, n]. moved: bytes that other kernels read and write. messages:
-    (kind, axis, bytes) -> number of collectives.
-    """
-
-    products: Counter[tuple[int, int, int]] = field(default_factory=Counter)
-    moved: int = 0
-    kernels: int = 0
-    messages: Counter[tuple[str, str, int]] = field(default_factory=Counter)
-
-    def sent(self, sizes: Mapping[str, int], times: float = 1.0) -> dict[str, int]:
-        """
-        Return the bytes that a rank sends along each axis, if each collective is a ring.
-
-        sizes: ranks along the axes. times: a factor for what is sent for each micro-batch. Gradients are sent once a step.
-        """
-        found: Counter[str] = Counter()
-        for (kind, axis, size), count in self.messages.items():
-            ranks = sizes[axis]
-            rounds = {"send": 1.0, "all_reduce": 2 * (ranks - 1) / ranks}.get(kind, (ranks - 1) / ranks)
-            once = axis in ("batch", "dp_replicate") or kind == "reduce_scatter"
-            found[axis] += int(rounds * size * count * (1 if once else times))
-        return dict(found)
 
 
 class Layers:
@@ -68,30 +39,29 @@ class Layers:
         part = part or ("activations" if self.tape.recording else "temporary")
         return self.tape.new(count, self.kernels.width if width is None else width, part)
 
-    def passes(self, *tensors: Tensor) -> None:
+    def copied(self, *tensors: Tensor) -> None:
         """Count one kernel that reads or writes these tensors."""
-        self.work.kernels += 1
-        self.work.moved += sum(t.count * t.width for t in tensors)
+        self.work.op("copy", sum(t.count * t.width for t in tensors))
 
     def elementwise(
         self, inputs: Sequence[Tensor], count: int, saved: Sequence[Tensor] = (), width: int | None = None
     ) -> Tensor:
         """One kernel from `inputs` to a new tensor; backward makes a gradient for each input that has one."""
         out = self.new(count, width)
-        self.passes(*inputs, out)
+        self.copied(*inputs, out)
         sizes = [(t.count, t.width) for t in inputs]
 
         def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
             made = [self.new(*size) for size in sizes]
             for each in made:
-                self.passes(each, each)
+                self.copied(each, each)
             return [each.space for each in made]
 
         return self.tape.record(out, inputs, saved, backward)
 
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         out = self.new(a.count, a.width)
-        self.passes(a, b, out)
+        self.work.op("add", a.count)
         return self.tape.record(out, [a, b], [], lambda grads, _: [grads[0], grads[0]])
 
     def cast(self, x: Tensor, width: int, part: str = "temporary") -> Tensor:
@@ -99,12 +69,12 @@ class Layers:
         if x.width == width:
             return x
         out = self.new(x.count, width, part)
-        self.passes(x, out)
+        self.copied(x, out)
         before = x.width
 
         def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
             made = self.new(out_count, before)
-            self.passes(made, made)
+            self.copied(made, made)
             return [made.space]
 
         out_count = x.count
@@ -123,7 +93,7 @@ class Layers:
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """`torch.cat`; backward returns views of the gradient."""
         out = self.new(sum(t.count for t in tensors), tensors[0].width)
-        self.passes(out, out)
+        self.copied(out, out)
         number = len(tensors)
         return self.tape.record(out, tensors, [], lambda grads, _: [grads[0]] * number)
 
@@ -133,7 +103,7 @@ class Layers:
 
         def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
             made = self.new(fills, width)
-            self.passes(made, made)
+            self.copied(made, made)
             return [made.space]
 
         return self.tape.record(out, [x], [], backward)
@@ -147,7 +117,7 @@ class Layers:
 
         def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
             made = self.new(total, width)
-            self.passes(made, made)
+            self.copied(made, made)
             return [made.space]
 
         self.tape.several(outs, x, backward)
@@ -159,10 +129,6 @@ class Layers:
         """`Tape.expensive`, for a result of this size."""
         return Tensor(self.tape.expensive(make).space, count, width)
 
-    def product(self, m: int, k: int, n: int, count: int = 1) -> None:
-        """Count products of [m, k] by [k, n]."""
-        self.work.products[m, k, n] += count
-
     def linear(self, x: Tensor, weight: Tensor, inputs: int, outputs: int, bias: Tensor | None = None) -> Tensor:
         """`F.linear` of [rows, inputs] and [outputs, inputs]."""
         rows, width = x.count // inputs, x.width
@@ -170,14 +136,14 @@ class Layers:
         used_bias = None if bias is None else self.cast(bias, width)
 
         def make() -> Tensor:
-            self.product(rows, inputs, outputs)
+            self.work.op("linear", rows, inputs, outputs)
             return self.new(rows * outputs, width)
 
         def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
             found: list[Space | None] = [self.new(rows * inputs, width).space, self.new(inputs * outputs, width).space]
-            self.product(rows, outputs, inputs)
-            self.product(inputs, rows, outputs)
+            self.work.op("linear back", rows, inputs, outputs)
             if used_bias is not None:
+                self.work.op("sum", rows * outputs)
                 found.append(self.new(outputs, width).space)
             return found
 
@@ -197,23 +163,20 @@ class Layers:
         scale = self.new(rows, FLOAT32)
         if not self.kernels.cuda and x.width != FLOAT32:
             wide, product = self.new(x.count, FLOAT32), self.new(x.count, FLOAT32)
-            self.passes(x, wide, wide, product, product, out)
             del wide, product
-        self.passes(x, x, out, out)
+        self.work.op("rms_norm", rows, dim)
         count, width = x.count, x.width
 
         def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
+            self.work.op("rms_norm back", rows, dim)
             if self.kernels.cuda:
                 made, d_weight = self.new(count, width), self.new(dim, width)
-                self.passes(made, made, made)
                 return [made.space, d_weight.space]
             wide = [self.new(count, FLOAT32) for _ in range(2)] if width != FLOAT32 else []  # grad, x
             normed = self.new(count, FLOAT32)
             product = self.new(count, FLOAT32)
             d_weight = self.new(dim, FLOAT32)
             d_x = self.new(count, FLOAT32)
-            for _ in range(5):
-                self.passes(normed, product)
             if width != FLOAT32:
                 narrow = self.new(count, width)
                 return [narrow.space, d_weight.space]
@@ -227,12 +190,12 @@ class Layers:
         used, shift = self.cast(weight, x.width), self.cast(bias, x.width)
         out = self.new(x.count, x.width)
         mean, scale = self.new(rows, FLOAT32), self.new(rows, FLOAT32)
-        self.passes(x, out)
+        self.work.op("layer_norm", rows, dim)
         count, width = x.count, x.width
 
         def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
             made = [self.new(count, width), self.new(dim, width), self.new(dim, width)]
-            self.passes(made[0], made[0], made[0])
+            self.work.op("layer_norm back", rows, dim)
             return [each.space for each in made]
 
         return self.tape.record(out, [x, used, shift], [x, used, mean, scale, shift], backward)
@@ -242,12 +205,12 @@ class Layers:
     def rotate(self, x: Tensor, rope: Sequence[Tensor]) -> Tensor:
         """Rotary embedding: a new tensor in both directions. rope: cosines and sines, shared by all layers."""
         out = self.new(x.count, x.width)
-        self.passes(x, out, x, out)
+        self.work.op("rotate", x.count)
         count, width = x.count, x.width
 
         def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
             made = self.new(count, width)
-            self.passes(made, made, made, made)
+            self.work.op("rotate back", count)
             return [made.space]
 
         return self.tape.record(out, [x], rope, backward)
@@ -259,11 +222,12 @@ class Layers:
         if not self.kernels.cuda and not self.kernels.tiles:
             q, k, v = (self.cast(each, FLOAT32) for each in (q, k, v))
         inner = q.width
-        full = batch * heads
+        sizes = batch * heads, queries, keys, head_dim
+        kind: Kind = "attention" if mask is None else "masked attention"
+        back: Kind = "attention back" if mask is None else "masked attention back"
 
         def make() -> Tensor:
-            self.product(queries, head_dim, keys, full)
-            self.product(queries, keys, head_dim, full)
+            self.work.op(kind, *sizes)
             return self.new(q_count, inner)
 
         q_count = q.count
@@ -272,13 +236,11 @@ class Layers:
         saved = [q, k, v, out, logsumexp]
         if mask is not None:  # torch makes an additive mask of a boolean one, in each layer
             saved.append(self.new(mask.count, inner))
-        self.passes(q, k, v, out)
         counts = [(t.count, t.width) for t in (q, k, v)]
 
         def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
             made = [self.new(*size) for size in counts]
-            self.product(queries, head_dim, keys, 3 * full)
-            self.product(queries, keys, head_dim, 2 * full)
+            self.work.op(back, *sizes)
             return [each.space for each in made]
 
         self.tape.record(out, [q, k, v], saved, backward)
@@ -289,7 +251,7 @@ class Layers:
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
         out = self.new(gate.count, gate.width)
-        self.passes(gate, out, up, out)
+        self.work.op("swiglu", gate.count)
         count, width = gate.count, gate.width
 
         def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
@@ -297,20 +259,19 @@ class Layers:
             d_gate = self.new(count, width)
             del scaled
             d_up = self.new(count, width)
-            for _ in range(4):
-                self.passes(d_gate, d_up)
+            self.work.op("swiglu back", count)
             return [d_gate.space, d_up.space]
 
         return self.tape.record(out, [gate, up], [gate, up], backward)
 
     def gelu(self, x: Tensor) -> Tensor:
         out = self.new(x.count, x.width)
-        self.passes(x, out)
+        self.work.op("gelu", x.count)
         count, width = x.count, x.width
 
         def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
             made = self.new(count, width)
-            self.passes(made, made, made)
+            self.work.op("gelu back", count)
             return [made.space]
 
         return self.tape.record(out, [x], [x], backward)
@@ -319,12 +280,12 @@ class Layers:
 
     def embedding(self, table: Tensor, tokens: int, dim: int) -> Tensor:
         out = self.new(tokens * dim, table.width)
-        self.passes(out, out)
+        self.work.op("embedding", out.count)
         rows, width = table.count, table.width
 
         def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
             made = self.new(rows, width)
-            self.passes(made)
+            self.work.op("embedding back", rows)
             return [made.space]
 
         return self.tape.record(out, [table], [], backward)
@@ -341,15 +302,14 @@ class Layers:
         for start in range(0, tokens, chunk):
             count = min(chunk, tokens - start)
             logits = self.new(count * rows, width, "logits")
-            self.product(count, dim, rows)
+            self.work.op("linear", count, dim, rows)
             self.slices(logits, count, rows)
-            self.product(count, rows, dim)
             product = self.new(rows * dim, width)
-            self.product(rows, count, dim)
+            self.work.op("linear back", count, dim, rows)
             if d_weight is None:
                 d_weight = product if width == FLOAT32 else self.new(rows * dim, FLOAT32)
             else:
-                self.passes(d_weight, product)
+                self.work.op("sum", rows * dim)
         assert d_weight is not None
         del logits, product, used
         sizes = (d_hidden.count, width), (d_weight.count, FLOAT32)
@@ -364,5 +324,5 @@ class Layers:
         """Take the softmax of a chunk, a slice at a time: float32 probabilities, whose gradient replaces the logits."""
         limit = CHUNK_BYTES if self.kernels.cuda else SLICE_BYTES_CPU
         step = max(1, limit // (FLOAT32 * rows))
-        part = self.new(min(step, count) * rows, FLOAT32, "logits")
-        self.passes(logits, logits, logits, logits, part)
+        self.new(min(step, count) * rows, FLOAT32, "logits")
+        self.work.op("softmax", count, rows)

@@ -56,6 +56,7 @@ class Group:
             return
         layers, shared = self.shared.layers, self.shared
         narrow = layers.new(self.count // shared.ranks, self.width) if self.width != FLOAT32 else None
+        layers.work.op("copy", self.count // shared.ranks * (FLOAT32 + self.width))
         self.coming = Space(layers.tape.memory, "gathered", self.count * self.width)
         del narrow
         layers.work.messages["all_gather", "shard", self.coming.size] += 1
@@ -73,6 +74,7 @@ class Group:
         self.gathered = [
             Space(shared.layers.tape.memory, "gathered", count * self.width) for count in self.padded.values()
         ]
+        shared.layers.work.op("copy", 2 * self.count * self.width)
         if forward:
             shared.held = self.coming
         self.coming = None
@@ -103,6 +105,7 @@ class Group:
             if self.width != FLOAT32:
                 for name, grad in list(self.grads.items()):
                     self.added[name] = Space(memory, "gradients", grad.size // self.width * FLOAT32)
+                    shared.layers.work.op("copy", grad.size + self.added[name].size)
                     del self.grads[name], grad
             else:
                 self.added |= self.grads
@@ -113,6 +116,7 @@ class Group:
         self.free()
         shared.sent = None
         buffer = Space(memory, "messages", self.count * FLOAT32)
+        shared.layers.work.op("copy", sum(grad.size for grad in grads) + buffer.size)
         grads.clear()
         shard = Space(memory, "gradients", self.count * FLOAT32 // shared.ranks)
         messages = shared.layers.work.messages

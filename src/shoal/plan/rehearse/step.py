@@ -11,11 +11,12 @@ from shoal.config.options import Config
 from shoal.config.schedules import Schedule, rank_stages, stage_blocks, stages_per_rank
 from shoal.plan.rehearse.collectives import Along
 from shoal.plan.rehearse.families import Around, Part, Shape, Sizes, block_forward, document_mask, enter, leave, rope
-from shoal.plan.rehearse.layers import FLOAT32, Kernels, Layers, Work
+from shoal.plan.rehearse.layers import FLOAT32, Kernels, Layers
 from shoal.plan.rehearse.pipeline import actions
 from shoal.plan.rehearse.sharding import Group, Shared
 from shoal.plan.rehearse.tape import Memory, Peak, Space, Tensor
 from shoal.plan.rehearse.vocab_loss import vocab_parallel_loss
+from shoal.plan.rehearse.work import Op, Work
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def rehearse(
     memory = Memory(granule)
     rank = Rank(case, layout, Layers(memory, kernels), pp_rank)
     rank.hold(micro_batches)
+    rank.layers.work.once[Op("step")] += 1
     memory.begin("idle")
     if layout.pp == 1:
         rank.take_turns(micro_batches)
@@ -166,12 +168,18 @@ class Rank:
             self.layers.work.messages["all_reduce", "batch", size] += 1
         self.weights.append(
             {
-                name: {key: self._weight(rows * row, FLOAT32, _add_in_place) for key, (rows, row) in own.items()}
+                name: {key: self._weight(rows * row, FLOAT32, self._add_in_place) for key, (rows, row) in own.items()}
                 for name, own in shapes.items()
             }
         )
 
+    def _add_in_place(self, grad: Space) -> None:
+        """Add a gradient to its bucket."""
+        self.layers.work.op("sum", grad.size // FLOAT32)
+
     def _keep(self, parts: str, count: int) -> None:
+        """Hold a parameter, or this rank's shard of it, and what belongs to it."""
+        self.layers.work.once[Op("update", (count,))] += 1
         self.held += [Space(self.layers.tape.memory, part, FLOAT32 * count) for part in parts.split()]
 
     def _weight(self, count: int, width: int, accumulate: Callable[[Space], None]) -> Tensor:
@@ -201,6 +209,7 @@ class Rank:
         """Run forward and backward of each micro-batch in turn."""
         memory = self.layers.tape.memory
         for number in range(micro_batches):
+            self.layers.work.op("turn")
             memory.begin("forward")
             loss = self._forward(0)
             memory.begin("backward")
@@ -215,6 +224,7 @@ class Rank:
             self.case.schedule, self.layout.pp, len(self.stages), self.pp_rank, micro_batches
         ):
             memory.begin("forward" if forward else "backward")
+            self.layers.work.op("turn", times=forward)
             if forward:
                 outs[stage, number] = self._forward(stage)
             else:
@@ -255,7 +265,7 @@ class Rank:
     def _arrival(self) -> Tensor:
         """Hidden states in one of the pipeline's buffers; their gradient is sent, and freed."""
         count = self.part.split(self.part.tokens) * self.sizes.dim
-        return self._weight(count, self.layers.kernels.width, _add_in_place)
+        return self._weight(count, self.layers.kernels.width, lambda grad: None)
 
     def _block(self, index: int, name: str, x: Tensor, around: Around) -> Tensor:
         group, weights = self.groups[index].get(name), self.weights[index][name]
@@ -272,7 +282,18 @@ class Rank:
         mode = self.case.checkpointing
         if mode == "none":
             return forward(x, around)
-        return self.layers.tape.checkpoint(lambda: forward(x, around), keeps=mode == "selective")
+        if mode == "full":
+            return self.layers.tape.checkpoint(lambda: forward(x, around), keeps=False)
+        return self.layers.tape.checkpoint(lambda: self._decided(forward, x, around), keeps=True)
+
+    def _decided(self, forward: Callable[[Tensor, Around], Tensor], x: Tensor, around: Around) -> Tensor:
+        """Run a block whose every kernel selective checkpointing decides about."""
+        work = self.layers.work
+        before = work.done.total()
+        try:
+            return forward(x, around)
+        finally:
+            work.op("dispatch", times=work.done.total() - before)
 
     def _backward(self, index: int, out: Tensor, *, last: bool) -> None:
         if self.shared:
@@ -281,7 +302,3 @@ class Rank:
         if self.shared:
             self.layers.tape.memory.begin("gradients outside the blocks")
             self.groups[index][""].after_backward()
-
-
-def _add_in_place(grad: Space) -> None:
-    """Add a gradient to its bucket."""

@@ -19,21 +19,20 @@ def vocab_parallel_loss(layers: Layers, along: Along, hidden: Tensor, weight: Te
     for start in range(0, tokens, chunk):
         count = min(chunk, tokens - start)
         logits = layers.new(count * rows, width, "logits")
-        layers.product(count, dim, rows)
+        layers.work.op("linear", count, dim, rows)
         if width != FLOAT32:
             wide = layers.new(count * rows, FLOAT32, "logits")
             del logits
             logits = wide
             del wide
-        layers.passes(*[logits] * 8)
+        layers.work.op("softmax", count, rows)
         along.tell("all_reduce", FLOAT32 * count)
         along.gather_parts(2 * count, FLOAT32, first=True)
         d_logits = logits if width == FLOAT32 else layers.new(count * rows, width, "logits")
         del logits
-        layers.product(count, rows, dim)
         product = layers.new(rows * dim, width)
-        layers.product(rows, count, dim)
-        layers.passes(d_weight, product)
+        layers.work.op("linear back", count, dim, rows)
+        layers.work.op("sum", rows * dim)
         del product
     del d_logits, used
     sizes = (d_hidden.count, width), (d_weight.count, FLOAT32)

@@ -1,0 +1,79 @@
+"""`shoal plan --calibrate`: measures this machine's operations and messages with the numbers of processes that a run may have."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from shoal.errors import LaunchError
+from shoal.launch.torchrun import count_gpus, worker_environment
+from shoal.plan.calibration import Calibration, Setting
+from shoal.plan.rates import Curve
+from shoal.run.narrator import Narrator
+from shoal.system.cpu import count_cores, free_cores
+
+SECONDS: Final = 40.0  # of measuring, all settings together; starting processes takes more
+MOST_PROCESSES: Final = 8
+LIMIT_SECONDS: Final = 300.0  # after which a setting's processes are ended
+
+
+def calibrate(processes: int | None, dtype: str | None, narrator: Narrator, warn: Callable[[str], None]) -> Calibration:
+    """
+    Measure this machine, and return its rates.
+
+    processes: how many work at the same time; None measures 1, 2, 4, ... up to the GPUs, or the cores and at least 2. dtype: None
+    takes bfloat16 on GPUs, and float32 on CPUs.
+    """
+    gpus = count_gpus()
+    dtype = dtype or ("bfloat16" if gpus else "float32")
+    most = min(MOST_PROCESSES, gpus or max(2, count_cores()))
+    counts = [processes] if processes else [2**n for n in range(most.bit_length())]
+    cores = count_cores()
+    if (free := free_cores()) < 0.8 * cores:
+        warn(f"other programs use {cores - free:.1f} of {cores} cores now; what is measured will be too slow")
+    found = []
+    for count in counts:
+        threads = max(1, cores // count)
+        with narrator.phase(f"measuring {count} process{'es' * (count > 1)} of {threads} thread{'s' * (threads > 1)}"):
+            found.append(_measure(count, threads, dtype, SECONDS / len(counts)))
+    first = found[0]
+    settings = [
+        Setting(each["processes"], each["threads"], dtype, _read(each["curves"]), _read(each["links"]))
+        for each in found
+    ]
+    return Calibration(first["device"], gpus > 0, cores, first["torch"], time.time(), settings)
+
+
+def _measure(processes: int, threads: int, dtype: str, seconds: float) -> dict[str, Any]:
+    """Measure one setting in new processes; return what the first one writes."""
+    module = "shoal.bench.calibration_worker"
+    with tempfile.TemporaryDirectory(prefix="shoal-calibrate-") as name:
+        answer = Path(name) / "answer.json"
+        command = [sys.executable, "-m", module, str(answer), dtype, str(seconds), str(threads)]
+        if processes > 1:
+            command[2:3] = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
+        done = _finished(command, worker_environment(threads) | os.environ | {"OMP_NUM_THREADS": str(threads)})
+        if done.returncode or not answer.is_file():
+            raise LaunchError(f"the calibration ended with code {done.returncode}:\n{done.stderr[-2000:]}")
+        read: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        return read
+
+
+def _finished(command: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise LaunchError(f"the calibration did not end within {LIMIT_SECONDS:g} s") from None
+
+
+def _read(curves: dict[str, Any]) -> dict[Any, Curve]:
+    return {name: Curve(**each) for name, each in curves.items()}

@@ -1,0 +1,78 @@
+"""What a step computes and sends: the operations and collectives that a rehearsal counts, by kind and size."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+Kind = Literal[
+    "linear", "linear back",  # rows, inputs, outputs
+    "attention", "attention back",  # heads of all rows, queries, keys, elements of a head; causal
+    "masked attention", "masked attention back",  # the same with a mask in memory
+    "rms_norm", "rms_norm back", "layer_norm", "layer_norm back",  # rows, elements of a row
+    "softmax",  # rows, elements of a row: the loss and its gradient, in place of logits
+    "swiglu", "swiglu back", "gelu", "gelu back", "rotate", "rotate back", "add", "embedding",  # elements of the result
+    "embedding back",  # elements of the table
+    "sum",  # elements added to a gradient, or along rows
+    "copy",  # bytes read and written
+    "update",  # parameters: norm and clipping of their gradients, and the optimizer
+    "dispatch",  # kernels that selective checkpointing decides about
+    "turn", "step",  # a micro-batch, a step
+]  # fmt: skip
+
+
+class Op(NamedTuple):
+    """An operation on tensors of given sizes."""
+
+    kind: Kind
+    sizes: tuple[int, ...] = ()
+
+
+@dataclass
+class Work:
+    """
+    What a step computes and sends.
+
+    done: operations of all micro-batches. once: those of the step's end. messages: (kind, axis, bytes) -> number of collectives.
+    Numbers are fractions where they come from a line through two rehearsals.
+    """
+
+    done: Counter[Op] = field(default_factory=Counter)
+    once: Counter[Op] = field(default_factory=Counter)
+    messages: Counter[tuple[str, str, int]] = field(default_factory=Counter)
+
+    def toward(self, other: Work, far: float, times: float) -> Work:
+        """
+        Return the work on the line through this one and `other`, at `far` times their distance, and for `times` as many micro-batches.
+
+        Gradients are summed once a step, whatever the number of micro-batches.
+        """
+
+        def line(a: Mapping[Any, float], b: Mapping[Any, float], factor: float = 1.0) -> Counter[Any]:
+            found = {key: factor * (a.get(key, 0) + far * (b.get(key, 0) - a.get(key, 0))) for key in {**a, **b}}
+            return Counter({key: amount for key, amount in found.items() if amount})
+
+        messages: Counter[Any] = line(self.messages, other.messages)
+        for kind, axis, size in messages:
+            if kind != "reduce_scatter" and axis not in ("batch", "dp_replicate"):
+                messages[kind, axis, size] *= times  # type: ignore[assignment]  # a fraction
+        return Work(line(self.done, other.done, times), line(self.once, other.once), messages)
+
+    def op(self, kind: Kind, *sizes: int, times: int = 1) -> None:
+        """Count an operation."""
+        self.done[Op(kind, sizes)] += times
+
+    def sent(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """
+        Return the bytes that a rank sends along each axis, if each collective is a ring.
+
+        sizes: ranks along the axes.
+        """
+        found: Counter[str] = Counter()
+        for (kind, axis, size), count in self.messages.items():
+            ranks = sizes[axis]
+            rounds = {"send": 1.0, "all_reduce": 2 * (ranks - 1) / ranks}.get(kind, (ranks - 1) / ranks)
+            found[axis] += int(rounds * size * count)
+        return dict(found)
