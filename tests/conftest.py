@@ -6,6 +6,9 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: tests run beside each other's processes
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["XDG_STATE_HOME"] = (
+    "/dev/null/state"  # cannot be written, even by root: tests teach the plans of this user nothing
+)
 
 import fcntl
 import importlib.util

@@ -11,8 +11,9 @@ import pytest
 from shoal.config.data_options import Data
 from shoal.config.options import Config, Model, Train
 from shoal.errors import ShoalError
-from shoal.plan.choose import choose, lines
+from shoal.plan.choose import choose
 from shoal.plan.machine import GIB, find_machine
+from shoal.plan.table import lines
 
 SMALL = Config(
     model=Model(dim=256, num_layers=8, num_heads=8, num_kv_heads=4, ffn_dim=768, vocab_size=2000),
@@ -58,7 +59,7 @@ def test_what_fits_comes_first_and_every_layout_is_there() -> None:
     assert fits == sorted(fits, reverse=True)
     found = {str(c.need.layout) for c in choices.found}
     assert {"dp_replicate 4", "dp_shard 4", "tp 4", "dp_shard 2 x tp 2", "pp 2 x dp_replicate 2", "pp 4"} <= found
-    assert "is probably the fastest" in lines(choices)[-1]
+    assert any("is probably the fastest" in line for line in lines(choices))
 
 
 def test_replicas_come_first_if_everything_fits() -> None:

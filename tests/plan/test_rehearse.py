@@ -11,8 +11,9 @@ import pytest
 
 from shoal.config.data_options import Data
 from shoal.config.layout import Layout, find_layout
-from shoal.config.options import Config, Model, Train
+from shoal.config.options import Config, Model, Parallel, Train
 from shoal.config.presets import resolve_shape
+from shoal.config.schedules import Schedule, stages_per_rank
 from shoal.mesh.mesh import Mesh
 from shoal.plan import fits
 from shoal.plan.estimate import parameter_count
@@ -107,6 +108,11 @@ def test_many_blocks_need_what_few_predict(layout: Layout, mode: Any, monkeypatc
     assert few.sent == pytest.approx(all_blocks.sent)
 
 
+def all_of_it(schedule: Schedule, pp: int, turns: int, *, whole: bool) -> tuple[list[tuple[int, int]], int]:
+    """Rehearse the whole pipeline, and every micro-batch."""
+    return [(pp, turns)], 0
+
+
 @pytest.mark.parametrize(
     "layout",
     [Layout(dp_replicate=2), Layout(dp_shard=2), Layout(dp_replicate=2, dp_shard=2), Layout(tp=2), Layout(pp=2)],
@@ -117,10 +123,30 @@ def test_many_micro_batches_need_what_few_predict(layout: Layout, monkeypatch: p
         model=model, data=Data(seq_len=32), train=Train(global_batch=64, micro_batch=2, dtype="bfloat16", steps=1)
     )
     few = fits.need_of(config, layout, cuda=True)
-    monkeypatch.setattr(fits, "_turns_that_differ", lambda schedule, layout, turns: turns)
+    monkeypatch.setattr(fits, "_depths", all_of_it)
     every = fits.need_of(config, layout, cuda=True)
     assert few.total == every.total
     assert few.sent == pytest.approx(every.sent, rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", [Layout(pp=8), Layout(pp=6, dp_shard=2, tp=2)])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved_1f1b", "zero_bubble_v"])
+def test_a_long_pipeline_needs_what_short_ones_predict(
+    layout: Layout, schedule: Schedule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = layout.pp * stages_per_rank(schedule, None)
+    config = Config(
+        model=Model(dim=64, num_layers=2 * stages, num_heads=4, ffn_dim=128, vocab_size=200),
+        data=Data(seq_len=32),
+        train=Train(global_batch=48 * layout.dp, micro_batch=2, dtype="bfloat16", steps=1),
+        parallel=Parallel(pp_schedule=schedule),
+    )
+    short = fits.need_of(config, layout, cuda=True)
+    monkeypatch.setattr(fits, "_depths", all_of_it)
+    whole = fits.need_of(config, layout, cuda=True)
+    assert short.total == pytest.approx(whole.total, rel=0.01 if schedule == "interleaved_1f1b" else 1e-9)
+    # what is outside the blocks is gathered less often while a pipeline fills, of which a short one sees less
+    assert short.sent == pytest.approx(whole.sent, rel=0.1)
 
 
 def test_ddp_sends_its_gradients_and_fsdp_half_as_much_again() -> None:

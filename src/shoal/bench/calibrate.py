@@ -19,17 +19,18 @@ from shoal.plan.rates import Curve
 from shoal.run.narrator import Narrator
 from shoal.system.cpu import count_cores, free_cores
 
-SECONDS: Final = 40.0  # of measuring, all settings together; starting processes takes more
 MOST_PROCESSES: Final = 8
 LIMIT_SECONDS: Final = 300.0  # after which a setting's processes are ended
 
 
-def calibrate(processes: int | None, dtype: str | None, narrator: Narrator, warn: Callable[[str], None]) -> Calibration:
+def calibrate(
+    seconds: float, processes: int | None, dtype: str | None, narrator: Narrator, warn: Callable[[str], None]
+) -> Calibration:
     """
     Measure this machine, and return its rates.
 
-    processes: how many work at the same time; None measures 1, 2, 4, ... up to the GPUs, or the cores and at least 2. dtype: None
-    takes bfloat16 on GPUs, and float32 on CPUs.
+    seconds: of measuring, all settings together; starting processes takes more. processes: how many work at the same time; None
+    measures 1, 2, 4, ... up to the GPUs, or the cores and at least 2. dtype: None takes bfloat16 on GPUs, and float32 on CPUs.
     """
     gpus = count_gpus()
     dtype = dtype or ("bfloat16" if gpus else "float32")
@@ -42,7 +43,7 @@ def calibrate(processes: int | None, dtype: str | None, narrator: Narrator, warn
     for count in counts:
         threads = max(1, cores // count)
         with narrator.phase(f"measuring {count} process{'es' * (count > 1)} of {threads} thread{'s' * (threads > 1)}"):
-            found.append(_measure(count, threads, dtype, SECONDS / len(counts)))
+            found.append(_measure(count, threads, dtype, seconds / len(counts)))
     first = found[0]
     settings = [
         Setting(each["processes"], each["threads"], dtype, _read(each["curves"]), _read(each["links"]))

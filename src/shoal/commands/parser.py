@@ -56,8 +56,10 @@ def build_parser(verb: str | None, action: str | None = None) -> argparse.Argume
     _add_export(add("export", models.export, exported))
     resolved = "print the resolved config and the origin of each value"
     _add_config(add("config", recipes.config, resolved, "[RECIPE] [--schema]"))
-    memory = "show which layouts of a recipe fit into the memory of given devices; needs neither torch nor a GPU"
-    planned = add("plan", plan.plan, memory, "[RECIPE] --devices NxDEVICE [--nodes N]", own={"nodes", "devices"})
+    memory = "show which layouts of a recipe fit given devices, how fast they are and what a run costs; needs no GPU"
+    planned = add(
+        "plan", plan.plan, memory, "[RECIPE] --devices NxDEVICE [--nodes N]", own={"nodes", "devices", "report"}
+    )
     plan.add_arguments(planned)
     timing = "run a benchmark: `shoal bench speed` times the real training step"
     _add_bench(add("bench", machine.bench, timing, "speed [RECIPE] [--peers]"))

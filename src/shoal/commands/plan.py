@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from shoal.commands.flags import Override
 from shoal.commands.models import narrated
@@ -16,6 +17,8 @@ from shoal.errors import ShoalError
 if TYPE_CHECKING:
     from shoal.config.options import Config
 
+SECONDS: Final = 40.0  # of a calibration's measuring, with all numbers of processes together
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `shoal plan`, which also takes the options of all config sections."""
@@ -25,24 +28,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
     network = "Gbit/s between nodes of each GPU, or of each node of CPUs (default: what such nodes usually have)"
     parser.add_argument("--network", type=float, metavar="GBIT", help=network)
-    parser.add_argument(
-        "--calibrate", action="store_true", help="measure this machine for a minute, and keep its rates for plans"
-    )
+    parser.add_argument("--price", metavar="AMOUNT", help="what one device costs for an hour, such as 2.49usd")
+    measure = "measure this machine, by default for 40 s and starts of processes, and keep its rates for plans"
+    parser.add_argument("--calibrate", nargs="?", type=float, const=SECONDS, metavar="SECONDS", help=measure)
     where = "use the rates of this file (default: those kept for these devices, if any); with --calibrate: write it"
     parser.add_argument("--calibration", type=Path, metavar="FILE", help=where)
+    how = "say how well the steps of this user's runs were predicted, and how often the 90% intervals held"
+    parser.add_argument("--report", action="store_true", help=how)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead, with all layouts")
 
 
 def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     """Print the layouts of a recipe, the fastest first; return 1 if none fits. With `--calibrate`, measure this machine."""
-    if args.calibrate:
+    if args.calibrate is not None:
         return _calibrate(args, overrides)
-    from shoal.plan.calibration import find
-    from shoal.plan.choose import choose, lines, record
+    from shoal.plan.choose import choose
     from shoal.plan.machine import find_machine
+    from shoal.plan.measured import rates_on, read_all, report, seen_on
+    from shoal.plan.price import read_price
+    from shoal.plan.table import lines, record
+
+    if args.report:
+        print("\n".join(report(read_all())))
+        return 0
 
     if args.devices is None:
         raise ShoalError("give the devices that the plan is for, such as --devices 8xH100-80GB or --devices 2xcpu-12GB")
+    price = read_price(args.price) if args.price else None
     machine = find_machine(args.devices, args.nodes, args.network)
     asked = [*overrides, ("launch.processes", "null", "shoal plan"), ("launch.nodes", "1", "shoal plan")]
     config = resolve_run(
@@ -50,10 +62,12 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
         on_stderr=True,
     )  # fmt: skip
     config = _finished(config, cuda=machine.cuda)
-    calibration = find(machine, args.calibration)
+    dtype = config.train.dtype
+    rates = rates_on(machine, dtype, args.calibration)
+    seen = seen_on(machine, dtype, lambda other: rates_on(other, dtype, args.calibration))
     with narrated() as narrator, narrator.phase("rehearsing a step in every layout"):
-        choices = choose(config, machine, calibration.rates(machine, config.train.dtype) if calibration else None)
-        text = json.dumps(record(choices), indent=2) if args.json else "\n".join(lines(choices))
+        choices = choose(config, machine, rates, seen)
+        text = json.dumps(record(choices), indent=2) if args.json else "\n".join(lines(choices, price))
     print(text)
     return 0 if choices.fitting else 1
 
@@ -61,18 +75,22 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
 def _calibrate(args: argparse.Namespace, overrides: list[Override]) -> int:
     """Measure this machine, and write the file that later plans read."""
     from shoal.bench.calibrate import calibrate
-    from shoal.plan.calibration import kept_file
+    from shoal.plan.calibration import kept_file, load
     from shoal.run.console import Console
 
     asked = {name: value for name, value, _ in overrides}
     dtype = asked.get("train.dtype", "auto")
     with narrated() as narrator:
         found = calibrate(
-            int(asked["launch.processes"]) if "launch.processes" in asked else None,
+            args.calibrate, int(asked["launch.processes"]) if "launch.processes" in asked else None,
             None if dtype == "auto" else dtype, narrator, Console(on_stderr=True).warn,
         )  # fmt: skip
     path = args.calibration or kept_file(found.device)
-    found.save(path)
+    joined = found
+    if path.is_file():
+        with contextlib.suppress(ShoalError):  # what cannot be read is replaced
+            joined = found.joined(load(path))
+    joined.save(path)
     said = ", ".join(str(s.processes) for s in found.settings)
     print(f"measured {found.device} with {said} processes in {found.settings[0].dtype}: {path}")
     return 0

@@ -60,6 +60,7 @@ class Faults:
     def __init__(self, rank: int, events: Path, environment: Mapping[str, str] = os.environ) -> None:
         life = int(environment.get(LIFE, "0"))
         planned = [Injected(**each) for each in json.loads(environment.get(PLAN, "[]"))]
+        self.planned = bool(planned)  # for any rank
         self._left = [f for f in planned if f.rank == rank and f.life == life]
         self._events = events
         self._lock = threading.Lock()  # saves and the loader run in other threads

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Mapping
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
@@ -17,6 +19,10 @@ from shoal.plan.estimate import flops_per_token, parameter_count, why_no_flops
 from shoal.plan.hardware import peak_flops
 from shoal.run.phases import PHASES
 from shoal.run.records import StepRecord
+
+WARMUP: Final = 3  # records of a start that do not count for `Meter.usual_seconds`
+FEWEST: Final = 5  # records from which it is known
+RECENT: Final = 200  # newest records of which it is the median
 
 
 class PhaseTimer:
@@ -69,6 +75,8 @@ class Meter:
         self._last = Moment(mesh.device)
         self._steps_since = 0
         self._smooth_seconds = 0.0
+        self._recorded_steps = 0
+        self._recent: deque[float] = deque(maxlen=RECENT)  # seconds of a step, of the newest records
         self.device_name = device_name(mesh.device)
         self._why_no_mfu = why_no_flops(config.model, config.data.seq_len)
         self.flops_per_token = (
@@ -131,6 +139,9 @@ class Meter:
         seconds = over.seconds_since(self._last) / self._steps_since
         self._last, self._steps_since = over, 0
         self._smooth_seconds = seconds if self._smooth_seconds == 0.0 else 0.8 * self._smooth_seconds + 0.2 * seconds
+        self._recorded_steps += 1
+        if self._recorded_steps > WARMUP:
+            self._recent.append(seconds)
         rate = step_tokens / seconds
         return StepRecord(
             step=step,
@@ -163,6 +174,10 @@ class Meter:
     def model_flops(self, tokens_per_second: float) -> float:
         """Return FLOP/s of the model's own arithmetic, by the convention of MFU; 0 if unknown."""
         return tokens_per_second * self.flops_per_token
+
+    def usual_seconds(self) -> float | None:
+        """Return the median time of a step, of the newest records; None if there are too few after the first ones."""
+        return statistics.median(self._recent) if len(self._recent) >= FEWEST else None
 
     def left_seconds(self, steps: int) -> float:
         """Estimate the seconds that `steps` more steps take."""

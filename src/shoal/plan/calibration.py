@@ -65,6 +65,14 @@ class Calibration:
         links = setting.links or (with_links[0].links if with_links else {})
         return Rates(machine, WIDTHS[dtype], setting.curves, links, stretch)
 
+    def joined(self, earlier: Calibration) -> Calibration:
+        """Return this calibration with the settings of an earlier one that were not measured again."""
+        if (earlier.device, earlier.cores, earlier.torch) != (self.device, self.cores, self.torch):
+            return self
+        again = {(each.processes, each.dtype) for each in self.settings}
+        kept = [each for each in earlier.settings if (each.processes, each.dtype) not in again]
+        return dataclasses.replace(self, settings=[*kept, *self.settings])
+
     def save(self, path: Path) -> None:
         """Write the file."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -60,6 +60,7 @@ class Corrections:
     def __init__(self, seen: Sequence[Seen], *, calibrated: bool) -> None:
         """calibrated: whether the predicted parts come from rates that were measured on the machine."""
         self._names: list[str] = sorted({part for each in seen for part in each.parts})
+        self.seen = len(seen)
         self._calibrated = calibrated
         self._spread = AROUND[calibrated]
         priors = [self._prior(None), *map(self._prior, self._names)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,10 +64,8 @@ def need_of(config: Config, layout: Layout, *, cuda: bool) -> Need:
     slots = split_slots(config.train.global_batch // config.train.micro_batch, layout.dp)
     turns = max(map(len, slots))
     width = 4 if config.train.dtype == "float32" else 2
-    # the number of replicas beyond two changes nothing here, so layouts share rehearsals
-    alike = dataclasses.replace(layout, dp_replicate=min(2, layout.dp_replicate))
-    once = partial(_rehearsed, layout=alike, kernels=Kernels(cuda, width), granule=CUDA_GRANULE if cuda else 1)
-    found = [_through_few_blocks(once, case, layout, turns, rank) for rank in sorted({0, layout.pp - 1})]
+    once = partial(_rehearsed, kernels=Kernels(cuda, width), granule=CUDA_GRANULE if cuda else 1)
+    found = [_extended(once, case, layout, turns, rank) for rank in sorted({0, layout.pp - 1})]
     return Need(
         config, layout, max((parts for parts, _ in found), key=lambda p: sum(p.values())), [w for _, w in found]
     )
@@ -103,49 +102,97 @@ def why_unknown(config: Config) -> str | None:
     return None
 
 
-def _through_few_blocks(
+@dataclass(frozen=True)
+class Short:
+    """A rehearsal that stands for a longer one: of fewer blocks of a stage, a shorter pipeline, and fewer micro-batches."""
+
+    blocks: int | None  # of a stage; None: all
+    pp: int
+    micro_batches: int
+
+
+def _extended(
     once: partial[Rehearsal], case: Case, layout: Layout, turns: int, rank: int
 ) -> tuple[dict[str, int], Work]:
-    """Rehearse stages of few blocks, and extend each phase's peak, and the work, to the blocks there are."""
+    """
+    Rehearse few blocks of a short pipeline, and extend each phase's peak, and the work, to what there is.
+
+    A peak is linear in the blocks, and in the micro-batches that a pipeline holds at a time.
+    """
     stages = layout.pp * case.stages if layout.pp > 1 else 1
-    fewer = min(turns, _turns_that_differ(case.schedule, layout, turns))
     blocks = case.sizes.num_layers / stages
-    counts = FEW if blocks > max(FEW) else (case.sizes.num_layers,)
-    results = []
-    for count in counts:
-        layers = count * stages if len(counts) > 1 else count
-        shallow = dataclasses.replace(case, sizes=dataclasses.replace(case.sizes, num_layers=layers))
-        results.append(once(shallow, micro_batches=fewer, pp_rank=rank))
-    grow = blocks - counts[0]
-    phases = sorted(set.intersection(*(set(r.peaks) for r in results)))  # in an order that is the same each time
-    extended = [
-        {
-            part: round(_line([r.peaks[phase].parts.get(part, 0) for r in results], grow))
-            for part in {p for r in results for p in r.peaks[phase].parts}
-        }
-        for phase in phases
-    ]
-    for parts in extended:
-        parts["messages"] = parts.get("messages", 0) + results[0].buffers * (turns - fewer)
+    counts: Sequence[int | None] = FEW if blocks > max(FEW) else (None,)
+    depths, deeper = _depths(case.schedule, layout.pp, turns, whole=case.sizes.num_layers % stages == 0)
+    results = [[_rehearse(once, case, layout, Short(count, *depth), rank) for count in counts] for depth in depths]
+    grow = 0 if counts[0] is None else math.ceil(blocks) - counts[0]  # of the longest stage
+    # in an order that is the same each time
+    phases = sorted(set.intersection(*(set(r.peaks) for row in results for r in row)))
+    extended = []
+    for phase in phases:
+        parts = {part for row in results for r in row for part in r.peaks[phase].parts} | {"messages"}
+        at_depths = [
+            {
+                part: _line([r.peaks[phase].parts.get(part, 0) - _buffers(r, part, depth[1]) for r in row], grow)
+                for part in parts
+            }
+            for row, depth in zip(results, depths, strict=True)
+        ]
+        peak = {part: round(_line([found[part] for found in at_depths], deeper)) for part in parts}
+        peak["messages"] += results[0][0].buffers * turns
+        extended.append(peak)
     most = max(extended, key=lambda parts: sum(parts.values()))
-    work = results[0].work.toward(results[-1].work, grow, turns / fewer)
+    works = [row[0].work.toward(row[-1].work, grow) for row in results]
+    (first, turns_of_first), (last, turns_of_last) = depths[0], depths[-1]
+    if first == last and turns_of_first < turns_of_last:  # micro-batches of one pipeline
+        work = works[0].toward(works[1], (turns - turns_of_first) / (turns_of_last - turns_of_first))
+    else:
+        work = works[0].times(turns / turns_of_first)
     return {part: size for part, size in most.items() if size > 0}, work
 
 
-def _turns_that_differ(schedule: Schedule, layout: Layout, turns: int) -> int:
-    """Return after how many micro-batches a step's memory does not grow."""
-    if layout.pp == 1:
-        return 2
-    match schedule:
-        case "gpipe":
-            return turns
-        case "1f1b":
-            return layout.pp + 1
-        case _:
-            return 2 * layout.pp
+def _buffers(rehearsal: Rehearsal, part: str, micro_batches: int) -> int:
+    """Return a pipeline's bytes for all micro-batches, which are part of its messages."""
+    return rehearsal.buffers * micro_batches if part == "messages" else 0
 
 
-def _line(values: list[int], grow: float) -> float:
+def _rehearse(once: partial[Rehearsal], case: Case, layout: Layout, short: Short, rank: int) -> Rehearsal:
+    layers = case.sizes.num_layers
+    if layout.pp > 1:
+        stages = case.stages * short.pp
+        layers = stages * short.blocks if short.blocks else layers * short.pp // layout.pp
+    elif short.blocks:
+        layers = short.blocks
+    case = dataclasses.replace(case, sizes=dataclasses.replace(case.sizes, num_layers=layers))
+    shorter = dataclasses.replace(layout, pp=short.pp)
+    return once(
+        case, layout=_alike(shorter), micro_batches=short.micro_batches, pp_rank=short.pp - 1 if rank else 0
+    )  # fmt: skip
+
+
+def _alike(layout: Layout) -> Layout:
+    """Return a layout with the same rehearsal: the number of replicas beyond two changes nothing."""
+    return dataclasses.replace(layout, dp_replicate=min(2, layout.dp_replicate))
+
+
+def _depths(schedule: Schedule, pp: int, turns: int, *, whole: bool) -> tuple[list[tuple[int, int]], int]:
+    """
+    Return (length of the pipeline, micro-batches) of one or two rehearsals, and how far the real one lies beyond the first.
+
+    whole: whether all stages have as many blocks.
+    """
+    if pp == 1:
+        return [(1, min(turns, 2))], 0
+    if schedule == "gpipe":  # holds all micro-batches at a time, whatever its length
+        if turns <= max(FEW):
+            return [(pp, turns)], 0
+        return [(pp, few) for few in FEW], turns - FEW[0]
+    turns_of = {depth: depth + 1 if schedule == "1f1b" else 2 * depth for depth in (pp, *FEW)}
+    if pp <= max(FEW) or turns < turns_of[pp] or not whole:
+        return [(pp, min(turns, turns_of[pp]))], 0
+    return [(depth, turns_of[depth]) for depth in FEW], pp - FEW[0]
+
+
+def _line(values: Sequence[float], grow: float) -> float:
     return values[0] if len(values) == 1 else values[0] + (values[1] - values[0]) * grow
 
 

@@ -99,14 +99,12 @@ def find_machine(text: str, nodes: int, network: float | None = None) -> Machine
         is_cpu, size = bool(by_memory[1]), int(float(by_memory[2]) * GIB)
         shown = f"{'cpu' if is_cpu else 'device'} with {by_memory[2]} GiB"
         if not is_cpu:
-            known = _machine(shown, count, nodes, KNOWN[UNKNOWN_GPU], network)
+            known = _machine(shown, KNOWN[UNKNOWN_GPU], count, nodes, network)
             return dataclasses.replace(known, memory_bytes=size, card="", guessed=True)
-        flops, memory, link, usual = CPU
-        between = (network or usual) * 1e9 / 8 / count
-        return Machine(shown, count, nodes, size, False, flops, memory * 1e9, link * 1e9, between, guessed=True)
+        return _cpus(shown, count, nodes, size, network)
     fitting = [known for known in KNOWN if known.upper() == upper or known.upper().partition("-")[0] == upper]
     if len(fitting) == 1:
-        return _machine(fitting[0], count, nodes, KNOWN[fitting[0]], network)
+        return _machine(fitting[0], KNOWN[fitting[0]], count, nodes, network)
     if fitting:
         raise ShoalError(f"--devices {text}: {name} is {' or '.join(fitting)}")
     near = difflib.get_close_matches(upper, KNOWN, 1)
@@ -117,7 +115,26 @@ def find_machine(text: str, nodes: int, network: float | None = None) -> Machine
     )
 
 
-def _machine(name: str, count: int, nodes: int, card: Card, network: float | None) -> Machine:
+def machine_of(device: str, per_node: int, nodes: int, memory_bytes: int, *, cuda: bool) -> Machine | None:
+    """
+    Return the machine on which a run trains; None for a GPU that is not in the table.
+
+    device: the GPU's name as CUDA reports it. memory_bytes: of each process on a CPU.
+    """
+    if not cuda:
+        return _cpus("cpu", per_node, nodes, memory_bytes, None)
+    card = device.removeprefix("NVIDIA ")
+    found = [(name, known) for name, known in KNOWN.items() if known.card == card]
+    return _machine(*found[0], per_node, nodes, None) if found else None
+
+
+def _cpus(name: str, count: int, nodes: int, memory_bytes: int, network: float | None) -> Machine:
+    flops, memory, link, usual = CPU
+    between = (network or usual) * 1e9 / 8 / count
+    return Machine(name, count, nodes, memory_bytes, False, flops, memory * 1e9, link * 1e9, between, guessed=True)
+
+
+def _machine(name: str, card: Card, count: int, nodes: int, network: float | None) -> Machine:
     peak = peak_flops(card.card, "bfloat16")
     assert peak is not None, card
     between = (network or card.network) * 1e9 / 8

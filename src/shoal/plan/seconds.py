@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
+from shoal.config.layout import Layout
 from shoal.config.schedules import bubble_fraction, stages_per_rank
 from shoal.plan.fits import Need, axis_sizes
 from shoal.plan.rates import HOST_MESSAGE, Rates
@@ -25,16 +26,16 @@ AXIS: Final = {"shard": "dp_shard", "batch": "dp_replicate"}  # the axis of the 
 HIDDEN: Final = 0.9
 
 
-def step_seconds(need: Need, rates: Rates) -> dict[Part, float]:
+def step_seconds(works: Sequence[Work], layout: Layout, idle: float, rates: Rates) -> dict[Part, float]:
     """
     Return the seconds of a step by part; they add up to its time.
 
-    Of a pipeline's ranks, the slowest counts. Messages of `dp_shard` and `dp_replicate` count as far as nothing hides them.
+    works: of a pipeline's ranks that differ, of which the slowest counts. idle: the share of a step in which they idle. Messages of
+    `dp_shard` and `dp_replicate` count as far as nothing hides them.
     """
-    found = [_of_rank(work, need, rates) for work in need.works]
+    found = [_of_rank(work, layout, rates) for work in works]
     slowest = max(found, key=lambda parts: sum(parts.values()))
-    if need.layout.pp > 1:
-        idle = idle_share(need)
+    if idle:
         busy = sum(s for part, s in slowest.items() if part not in ("update", "replicate", "shard"))
         slowest["bubble"] = busy * idle / (1 - idle)
     return slowest
@@ -51,7 +52,7 @@ def idle_share(need: Need) -> float:
     )
 
 
-def _of_rank(work: Work, need: Need, rates: Rates) -> dict[Part, float]:
+def _of_rank(work: Work, layout: Layout, rates: Rates) -> dict[Part, float]:
     parts: dict[Part, float] = defaultdict(float)
     host = 0.0
     for counted in (work.done, work.once):
@@ -64,7 +65,7 @@ def _of_rank(work: Work, need: Need, rates: Rates) -> dict[Part, float]:
     device = sum(parts.values())
     if host > device:
         parts["host"] = host - device
-    sent = _messages(work, need, rates)
+    sent = _messages(work, layout, rates)
     for part in ("tp", "cp", "pp"):
         parts[part] += sent.get(part, 0.0)
     if rates.machine.cuda:
@@ -79,12 +80,12 @@ def _of_rank(work: Work, need: Need, rates: Rates) -> dict[Part, float]:
     return {part: seconds for part, seconds in parts.items() if seconds > 0}
 
 
-def _messages(work: Work, need: Need, rates: Rates) -> Mapping[Part, float]:
-    sizes, found = axis_sizes(need.layout), defaultdict[Part, float](float)
+def _messages(work: Work, layout: Layout, rates: Rates) -> Mapping[Part, float]:
+    sizes, found = axis_sizes(layout), defaultdict[Part, float](float)
     for (kind, axis, size), times in work.messages.items():
         if sizes[axis] == 1:
             continue
-        far = crosses_nodes(need.layout, AXIS.get(axis, axis), rates.machine.per_node)
+        far = crosses_nodes(layout, AXIS.get(axis, axis), rates.machine.per_node)
         part: Part = {"batch": "replicate", "dp_replicate": "replicate"}.get(axis, axis)  # type: ignore[assignment]
         found[part] += times * rates.message(kind, sizes[axis], size, far=far)
     return found

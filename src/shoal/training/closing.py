@@ -14,10 +14,13 @@ from shoal.checkpoint.store import Outcome
 from shoal.config.options import Config
 from shoal.data.dataset import Dataset
 from shoal.data.yardstick import Yardstick
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, ShoalError
+from shoal.metrics.memory import peak_bytes
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.models.generate import generate
+from shoal.plan.machine import machine_of
+from shoal.plan.measured import keep
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
 from shoal.run.records import Evaluation
@@ -29,6 +32,8 @@ YARDSTICK_SECONDS = 120.0  # longest wait for gzip and xz
 
 def finish(run: Run, stopped: bool) -> None:
     """Save; then say how to resume a run that was stopped, or how good the model is."""
+    if run.mesh.is_first:
+        _keep_speed(run)
     if stopped:
         _finish_early(run)
     else:
@@ -84,6 +89,20 @@ def _say_results(run: Run, saved: Outcome) -> None:
     run.console.note(run.files.goodput())
     if saved.ok:
         say_what_next(run.config, run.folder, run.evaluation, run.console)
+
+
+def _keep_speed(run: Run) -> None:
+    """Keep the run's usual step beside its prediction, for `shoal plan`. For the first rank."""
+    seconds, place = run.watch.meter.usual_seconds(), run.mesh.place
+    cuda = run.mesh.device.type == "cuda"
+    machine = machine_of(
+        torch.cuda.get_device_name() if cuda else "", place.local_world_size, place.world_size // place.local_world_size,
+        psutil.virtual_memory().total // place.local_world_size, cuda=cuda,
+    )  # fmt: skip
+    if seconds is None or machine is None or run.watch.faults.planned:
+        return
+    with contextlib.suppress(OSError, ShoalError):  # the user's folder cannot be written, or its calibration not read
+        keep(run.config, run.mesh.layout, machine, seconds, peak_bytes(run.mesh.device) if cuda else None)
 
 
 def _save(run: Run) -> Outcome:

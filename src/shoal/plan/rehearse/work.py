@@ -43,22 +43,25 @@ class Work:
     once: Counter[Op] = field(default_factory=Counter)
     messages: Counter[tuple[str, str, int]] = field(default_factory=Counter)
 
-    def toward(self, other: Work, far: float, times: float) -> Work:
-        """
-        Return the work on the line through this one and `other`, at `far` times their distance, and for `times` as many micro-batches.
+    def toward(self, other: Work, far: float) -> Work:
+        """Return the work on the line through this one and `other`, at `far` times their distance."""
 
-        Gradients are summed once a step, whatever the number of micro-batches.
-        """
-
-        def line(a: Mapping[Any, float], b: Mapping[Any, float], factor: float = 1.0) -> Counter[Any]:
-            found = {key: factor * (a.get(key, 0) + far * (b.get(key, 0) - a.get(key, 0))) for key in {**a, **b}}
+        def line(a: Mapping[Any, float], b: Mapping[Any, float]) -> Counter[Any]:
+            found = {key: a.get(key, 0) + far * (b.get(key, 0) - a.get(key, 0)) for key in {**a, **b}}
             return Counter({key: amount for key, amount in found.items() if amount})
 
-        messages: Counter[Any] = line(self.messages, other.messages)
-        for kind, axis, size in messages:
-            if kind != "reduce_scatter" and axis not in ("batch", "dp_replicate"):
-                messages[kind, axis, size] *= times  # type: ignore[assignment]  # a fraction
-        return Work(line(self.done, other.done, times), line(self.once, other.once), messages)
+        return Work(
+            line(self.done, other.done), line(self.once, other.once), line(self.messages, other.messages)
+        )  # fmt: skip
+
+    def times(self, factor: float) -> Work:
+        """Return the work for `factor` times as many micro-batches. Gradients are summed once a step, whatever their number."""
+        messages: Counter[Any] = Counter()
+        for (kind, axis, size), count in self.messages.items():
+            is_once = kind == "reduce_scatter" or axis in ("batch", "dp_replicate")
+            messages[kind, axis, size] = count if is_once else factor * count  # type: ignore[assignment]  # a fraction
+        done: Counter[Any] = Counter({op: factor * count for op, count in self.done.items()})
+        return Work(done, self.once, messages)
 
     def op(self, kind: Kind, *sizes: int, times: int = 1) -> None:
         """Count an operation."""

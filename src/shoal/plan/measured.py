@@ -1,0 +1,185 @@
+"""
+The steps that this user's runs took, beside what `shoal plan` had predicted: what the next prediction learns from. No torch.
+
+A run that ends adds a line to `steps.jsonl` in `calibration.folder()`. The line holds what the step computed and sent, so that
+later rates, of another calibration, apply to it too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from shoal.config.layout import Layout
+from shoal.config.options import Config
+from shoal.plan.calibration import device_of, find, folder
+from shoal.plan.corrections import Corrections, Interval, Seen
+from shoal.plan.fits import need_of, why_unknown
+from shoal.plan.machine import Machine
+from shoal.plan.rates import WIDTHS, Rates
+from shoal.plan.rehearse.work import Op, Work
+from shoal.plan.seconds import idle_share, step_seconds
+from shoal.system.disk import write_whole
+
+FILE: Final = "steps.jsonl"
+VERSION: Final = 1
+NEWEST: Final = 100  # steps on one device from which a prediction learns
+MOST_BYTES: Final = 4 * 2**20  # of the file; then the older half is dropped
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The median step of a run, with the prediction that its own device's earlier steps gave. memory_bytes: None on a CPU."""
+
+    time: float
+    run: str
+    device: str
+    cuda: bool
+    per_node: int
+    nodes: int
+    dtype: str
+    layout: Layout
+    idle: float
+    works: Sequence[Work]
+    seconds: float
+    predicted: Interval
+    calibrated: bool
+    memory_bytes: int | None
+    predicted_bytes: int
+
+    def seen(self, rates: Rates) -> Seen:
+        """Return the step as it is predicted with these rates, without corrections, and as it was measured."""
+        return Seen(step_seconds(self.works, self.layout, self.idle, rates), self.seconds)
+
+    def as_line(self) -> str:
+        """Return a line of the file."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        changed = {
+            "layout": dataclasses.asdict(self.layout), "predicted": dataclasses.astuple(self.predicted),
+            "works": [[_pairs(work.done), _pairs(work.once), _pairs(work.messages)] for work in self.works],
+        }  # fmt: skip
+        return json.dumps({"version": VERSION, **fields, **changed})
+
+    @classmethod
+    def of_line(cls, line: str) -> Measured:
+        """Read a line. Raises ValueError, KeyError or TypeError if it holds none."""
+        read: dict[str, Any] = json.loads(line)
+        if read.pop("version") != VERSION:
+            raise ValueError("another version")
+        works = [
+            Work(
+                Counter({Op(kind, tuple(sizes)): times for (kind, sizes), times in done}),
+                Counter({Op(kind, tuple(sizes)): times for (kind, sizes), times in once}),
+                Counter({(kind, axis, size): times for (kind, axis, size), times in messages}),
+            )
+            for done, once, messages in read.pop("works")
+        ]
+        layout, predicted = Layout(**read.pop("layout")), Interval(*read.pop("predicted"))
+        return cls(**read, layout=layout, predicted=predicted, works=works)
+
+
+def _pairs(counts: Mapping[Any, float]) -> list[tuple[Any, float]]:
+    return [(key, round(times, 4)) for key, times in counts.items()]
+
+
+def read_all() -> list[Measured]:
+    """Return all steps that are kept, the oldest first; lines that cannot be read are passed over."""
+    return list(_read(folder() / FILE))
+
+
+def _read(path: Path) -> Iterator[Measured]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            yield Measured.of_line(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def seen_on(machine: Machine, dtype: str, rates_for: Any) -> list[Seen]:
+    """
+    Return the newest steps that were measured on such devices in this dtype.
+
+    rates_for: a function that returns the rates of a machine, by which each step's parts are predicted.
+    """
+    device = device_of(machine)
+    alike = [m for m in read_all() if (m.device, m.cuda, m.dtype) == (device, machine.cuda, dtype)]
+    return [
+        m.seen(rates_for(dataclasses.replace(machine, per_node=m.per_node, nodes=m.nodes))) for m in alike[-NEWEST:]
+    ]
+
+
+def rates_on(machine: Machine, dtype: str, path: Path | None = None) -> Rates:
+    """Return the rates that are known of a machine: those of a calibration (`calibration.find`), or of its data sheet."""
+    calibration = find(machine, path)
+    return (calibration and calibration.rates(machine, dtype)) or Rates(machine, WIDTHS[dtype])
+
+
+def keep(config: Config, layout: Layout, machine: Machine, seconds: float, memory_bytes: int | None) -> Measured | None:
+    """
+    Keep a run's median step with its prediction; return it, or None if such a run cannot be predicted.
+
+    Raises OSError if the file cannot be written.
+    """
+    dtype = config.train.dtype
+    if why_unknown(config) or dtype not in WIDTHS or layout.world_size != machine.world_size:
+        return None
+    need = need_of(config, layout, cuda=machine.cuda)
+    rates = rates_on(machine, dtype)
+    seen = seen_on(machine, dtype, lambda other: rates_on(other, dtype))
+    parts = step_seconds(need.works, layout, idle_share(need), rates)
+    measured = Measured(
+        time=time.time(), run=config.launch.name or "run", device=device_of(machine), cuda=machine.cuda,
+        per_node=machine.per_node, nodes=machine.nodes, dtype=dtype, layout=layout, idle=idle_share(need),
+        works=need.works, seconds=seconds, predicted=Corrections(seen, calibrated=rates.measured).predict(parts),
+        calibrated=rates.measured, memory_bytes=memory_bytes, predicted_bytes=need.total,
+    )  # fmt: skip
+    _append(folder() / FILE, measured.as_line())
+    return measured
+
+
+def _append(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    if path.stat().st_size > MOST_BYTES:
+        lines = path.read_bytes().splitlines(keepends=True)
+        write_whole(path, lines[len(lines) // 2 :])
+
+
+def report(kept: Sequence[Measured]) -> list[str]:
+    """Return how well the steps were predicted, by device, as text."""
+    if not kept:
+        return ["no run has been measured yet: shoal train keeps its median step beside the prediction when it ends"]
+    groups: dict[tuple[str, str, bool], list[Measured]] = {}
+    for each in kept:
+        groups.setdefault((each.device, each.dtype, each.calibrated), []).append(each)
+    rows = [["device", "dtype", "rates", "runs", "median error", "first", "last", "in 90% interval"]]
+    for (device, dtype, calibrated), some in groups.items():
+        off = [abs(each.predicted.middle / each.seconds - 1) for each in some]
+        half = max(1, len(off) // 2)
+        held = sum(each.predicted.holds(each.seconds) for each in some)
+        rows.append([
+            device, dtype, "measured" if calibrated else "data sheet", str(len(some)), f"{_median(off):.1%}",
+            f"{_median(off[:half]):.1%}", f"{_median(off[-half:]):.1%}", f"{held} of {len(some)} ({held / len(some):.0%})",
+        ])  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  ".join([*map(str.ljust, row[:3], widths), *map(str.rjust, row[3:], widths[3:])]).rstrip() for row in rows
+    ]
+    return [*table, "", "first, last: the median error of the first and of the last half of the runs"]
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

@@ -1,0 +1,189 @@
+"""The layouts of a config on given devices as `shoal plan` prints them. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+from shoal.config.layout import AXES
+from shoal.plan.choose import Choice, Choices, largest_micro_batch
+from shoal.plan.corrections import Interval
+from shoal.plan.estimate import flops_per_token, parameter_count
+from shoal.plan.fits import Need, need_of
+from shoal.plan.length import count_steps
+from shoal.plan.machine import GIB, Machine
+from shoal.plan.price import Price
+from shoal.plan.seconds import Part, idle_share
+from shoal.run.console import duration
+
+SHOWN: Final = 10  # rows of the table
+# Columns of the table: the parts of memory that each sums
+COLUMNS: Final = {
+    "state": ("parameters", "moments"),
+    "gradients": ("gradients",),
+    "activations": ("activations", "logits"),
+    "other": ("gathered", "messages", "temporary"),
+}
+
+
+def lines(choices: Choices, price: Price | None = None) -> list[str]:
+    """Return the plan as text: the table, and the best layout or what is missing. price: of a device."""
+    config, machine = choices.config, choices.machine
+    train = config.train
+    head = ["layout", "GiB", *COLUMNS, "step", "tokens/s", "MFU", "largest"]
+    units = ["", "", *("" for _ in COLUMNS), "seconds", "", "", "micro-batch"]
+    if not machine.cuda:  # a CPU has no known peak
+        head.remove("MFU")
+        units.remove("")
+    shown = choices.found[:SHOWN]
+    rows = [_row(c, machine) for c in shown]
+    widths = [max(map(len, column)) for column in zip(head, units, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
+
+    more = len(choices.found) - len(shown)
+    return [
+        f"{config.model.family}, {parameter_count(config.model):,} parameters; {train.global_batch} x {config.data.seq_len:,} "
+        f"tokens per step in micro-batches of {train.micro_batch}; {train.dtype}; activation checkpointing: "
+        f"{train.activation_checkpointing}",
+        f"{machine}: {machine.usable_bytes / GIB:.1f} GiB of each may be used"
+        + (" (not measured on a GPU: 2 GiB for CUDA and NCCL, 6% for the allocator)" if machine.cuda else ""),
+        "",
+        line(head),
+        line(units),
+        *map(line, rows),
+        *([f"... {more} more layouts"] if more else []),
+        "",
+        *_verdict(choices, price),
+    ]
+
+
+def _row(choice: Choice, machine: Machine) -> list[str]:
+    need, seconds = choice.need, choice.seconds.middle
+    tokens = need.config.train.global_batch * need.config.data.seq_len / seconds
+    parts = [sum(need.parts.get(p, 0) for p in names) for names in COLUMNS.values()]
+    return [
+        str(need.layout), _gib(need.total), *map(_gib, parts), f"{seconds:.3g}", f"{tokens:,.0f}", *([f"{_mfu(need, machine, tokens):.0%}"] if machine.cuda else []),
+        str(largest_micro_batch(choice, machine)) if need.fits(machine) else "does not fit",
+    ]  # fmt: skip
+
+
+def _mfu(need: Need, machine: Machine, tokens_per_second: float) -> float:
+    flops = (
+        flops_per_token(need.config.model, need.config.data.seq_len, need.config.metrics.mfu_attention)
+        * tokens_per_second
+    )
+    return flops / (machine.flops * machine.world_size)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.1f}"
+
+
+def _verdict(choices: Choices, price: Price | None) -> list[str]:
+    machine = choices.machine
+    if best := next(iter(choices.fitting), None):
+        return [*_explained(choices, best), *_whole_run(choices, best, price), _source(choices)]
+    least = choices.found[0].need
+    over = least.total - machine.usable_bytes
+    found = f"nothing fits: {least.layout} needs least, {_gib(least.total)} GiB, {_gib(over)} more than there is"
+    return [found, *(f"it would fit with {way}" for way in _ways(least, machine))]
+
+
+def _explained(choices: Choices, best: Choice) -> Iterator[str]:
+    """Yield the fastest layout, on what its step's time goes, and how much slower the next one is."""
+    machine, need, layout = choices.machine, best.need, best.need.layout
+    flags = " ".join(f"--parallel.{name} {getattr(layout, name)}" for name in AXES if getattr(layout, name) > 1)
+    yield (
+        f"{layout} fits and is probably the fastest: {_range(best.seconds, '{:.3g}'.format, ' seconds a step')}, "
+        f"{_gib(need.total)} of {_gib(machine.usable_bytes)} GiB" + (f". Its flags: {flags}" if flags else "")
+    )
+    shares = {part: s * choices.corrections.factor(part) / best.seconds.middle for part, s in best.parts.items()}
+    told = [
+        f"{_called(part)} {share:.0%}" for part, share in sorted(shares.items(), key=lambda p: -p[1]) if share >= 0.01
+    ]
+    yield f"its step: {', '.join(told)}"
+    if len(choices.fitting) > 1:
+        other = choices.fitting[1]
+        slower = other.seconds.middle / best.seconds.middle - 1
+        memory = (other.need.total - need.total) / GIB
+        less = f"{abs(memory):.2g} GiB {'more' if memory > 0 else 'less'}"
+        yield f"next: {other.need.layout}, {slower:.0%} slower with {less}"
+
+
+def _called(part: Part) -> str:
+    return f"messages of {part}" if part in ("tp", "cp", "pp", "shard", "replicate") else part
+
+
+def _whole_run(choices: Choices, best: Choice, price: Price | None) -> Iterator[str]:
+    """Yield the time of all steps, and their price, if the recipe says how many there are."""
+    train, world = choices.config.train, choices.machine.world_size
+    per_step = train.global_batch * choices.config.data.seq_len
+    if train.steps is None and train.tokens is None:
+        return
+    steps = count_steps(train, choices.config.data.seq_len, 0)
+    whole = best.seconds.scaled(steps)
+    said = f"{steps:,} steps, {steps * per_step:,} tokens: {_range(whole, duration)}"
+    if price is not None:
+        said += f"; {_range(whole.scaled(world / 3600 * price.amount), '{:,.2f}'.format, f' {price.currency}')}"
+    yield said + ", without evaluations, saves and restarts"
+
+
+def _source(choices: Choices) -> str:
+    """Return where the rates come from, and how many measured steps corrected them."""
+    rates, seen = choices.rates, choices.corrections.seen
+    taught = f", corrected by {seen} measured run{'s' * (seen != 1)}" if seen else ""
+    if rates.measured:
+        return f"rates: measured on such a machine by shoal plan --calibrate{taught}"
+    if choices.machine.guessed:
+        named = "another device's" if choices.machine.cuda else "a slow core's"
+        return f"rates: {named}, as these devices are not known{taught}; shoal plan --calibrate measures them"
+    return f"rates: from the device's data sheet, not measured{taught}; shoal plan --calibrate measures them there"
+
+
+def _range(value: Interval, shown: Callable[[float], str], unit: str = "") -> str:
+    """Return "5 USD (4 to 6 with 90% probability)"."""
+    return f"{shown(value.middle)}{unit} ({shown(value.low)} to {shown(value.high)} with 90% probability)"
+
+
+def _ways(need: Need, machine: Machine) -> list[str]:
+    """Return changes of one or two options with which a layout would fit."""
+    config, found = need.config, []
+    sizes = [config.train.micro_batch] + ([1] if config.train.micro_batch > 1 else [])
+    modes = ["none", "selective", "full"]
+    modes = modes[modes.index(config.train.activation_checkpointing) :]
+    for size in sizes:
+        for mode in modes:
+            changed = config.replace("train", micro_batch=size, activation_checkpointing=mode)
+            if changed == config or not need_of(changed, need.layout, cuda=machine.cuda).fits(machine):
+                continue
+            said = [f"train.micro_batch {size}"] * (size != config.train.micro_batch)
+            said += [f"train.activation_checkpointing {mode}"] * (mode != config.train.activation_checkpointing)
+            found.append(" and ".join(said))
+            break
+    return found
+
+
+def record(choices: Choices) -> dict[str, Any]:
+    """Return the same for JSON, with all layouts; sizes in bytes."""
+    machine = choices.machine
+    return {
+        "devices": dataclasses.asdict(machine) | {"usable_bytes": machine.usable_bytes},
+        "parameters": parameter_count(choices.config.model),
+        "layouts": [
+            {
+                "layout": {name: getattr(c.need.layout, name) for name in AXES},
+                "fits": c.need.fits(machine),
+                "rehearsed": not c.is_sketch,
+                "bytes": c.need.total,
+                "parts": dict(c.need.parts),
+                "sent_bytes": c.need.sent,
+                "idle": idle_share(c.need),
+                "step_seconds": dataclasses.asdict(c.seconds),
+                "seconds_by_part": {part: s * choices.corrections.factor(part) for part, s in c.parts.items()},
+            }
+            for c in choices.found
+        ],
+    }
