@@ -131,6 +131,7 @@ WITHOUT_TORCH = [
     "metrics.profile.trace",
     "models.sampling",
     "bench.calibrate",
+    "plan.budget",
     "plan.calibration",
     "plan.choose",
     "plan.corrections",

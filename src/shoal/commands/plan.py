@@ -13,9 +13,12 @@ from shoal.commands.models import narrated
 from shoal.commands.recipes import recipe_asked, resolve_run
 from shoal.commands.seeing_parser import add_recipe
 from shoal.errors import ShoalError
+from shoal.system.disk import write_whole
+from shoal.system.output import on_one_line
 
 if TYPE_CHECKING:
     from shoal.config.options import Config
+    from shoal.plan.choose import Choice, Choices
 
 SECONDS: Final = 40.0  # of a calibration's measuring, with all numbers of processes together
 
@@ -35,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", type=Path, metavar="FILE", help=where)
     how = "say how well the steps of this user's runs were predicted, and how often the 90% intervals held"
     parser.add_argument("--report", action="store_true", help=how)
+    bought = "say which size of model and how many tokens a time, money or FLOPs buy: 3h, 200usd, 1e18flop"
+    parser.add_argument("--budget", metavar="AMOUNT", help=bought)
+    choice = "put the fastest layout that fits into the recipe, a file of yours"
+    parser.add_argument("--write", action="store_true", help=choice)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead, with all layouts")
 
 
@@ -42,6 +49,7 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     """Print the layouts of a recipe, the fastest first; return 1 if none fits. With `--calibrate`, measure this machine."""
     if args.calibrate is not None:
         return _calibrate(args, overrides)
+    from shoal.plan.budget import budget_lines, read_budget, sizes
     from shoal.plan.choose import choose
     from shoal.plan.machine import find_machine
     from shoal.plan.measured import rates_on, read_all, report, seen_on
@@ -65,11 +73,40 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     dtype = config.train.dtype
     rates = rates_on(machine, dtype, args.calibration)
     seen = seen_on(machine, dtype, lambda other: rates_on(other, dtype, args.calibration))
+    if args.budget:
+        budget = read_budget(args.budget, price, machine.world_size)
+
+        def best_layout(config: Config) -> Choice | None:
+            return next(iter(choose(config, machine, rates, seen).fitting), None)
+
+        with narrated() as narrator, narrator.phase("rehearsing models of several sizes"):
+            print("\n".join(budget_lines(sizes(config, budget, best_layout))))
+        return 0
     with narrated() as narrator, narrator.phase("rehearsing a step in every layout"):
         choices = choose(config, machine, rates, seen)
         text = json.dumps(record(choices), indent=2) if args.json else "\n".join(lines(choices, price))
     print(text)
+    if args.write and choices.fitting:
+        _write(args.recipe, choices)
     return 0 if choices.fitting else 1
+
+
+def _write(recipe: Path | None, choices: Choices) -> None:
+    """Put the best layout into the recipe's file."""
+    from shoal.config.layout import AXES
+    from shoal.resolve.recipe import PACKAGED, find_recipe
+    from shoal.resolve.recipe_text import with_options
+
+    path = find_recipe(recipe) if recipe else None
+    if path is None or not path.is_file() or path.resolve().is_relative_to(PACKAGED.resolve()):
+        raise ShoalError("--write needs a recipe of your own; shoal init writes one")
+    layout = choices.fitting[0].need.layout
+    sizes = {name: getattr(layout, name) for name in AXES if getattr(layout, name) > 1}
+    text = with_options(path.read_text(encoding="utf-8"), "parallel", sizes, frozenset(AXES) - frozenset(sizes))
+    if not choices.machine.cuda:
+        text = with_options(text, "launch", {"processes": choices.machine.per_node})
+    write_whole(path, [text.encode()])
+    print(f"wrote {layout} to {on_one_line(path)}")
 
 
 def _calibrate(args: argparse.Namespace, overrides: list[Override]) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Final
 
 from shoal.errors import ShoalError
+
+CURRENCY: Final = "[a-zA-Z]{3}|[$€£]"
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Price:
 
 def read_price(text: str) -> Price:
     """Read "2.49usd". Raises `ShoalError` if it has no amount or no currency."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-zA-Z]{3}|[$€£])(?:/h)?", text.strip())
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?)\s*({CURRENCY})(?:/h)?", text.strip())
     if found is None:
         raise ShoalError(f"--price {text}: give what one device costs for an hour, with its currency, such as 2.49usd")
     return Price(float(found[1]), found[2].upper())
