@@ -190,6 +190,7 @@ WITHOUT_TORCH = [
     "resolve.layout_checks",
     "resolve.precedence",
     "resolve.recipe",
+    "resolve.recipe_text",
     "resolve.resolve",
     "run.console",
     "run.events",

@@ -42,7 +42,7 @@ def test_what_a_budget_says() -> None:
     [
         ("200usd", None, "needs the price of a device's hour, such as --price 2.49usd"),
         ("200eur", PRICE, "different currencies; give both in USD"),
-        ("5parsec", PRICE, "parsec is no unit of time, money or FLOPs"),
+        ("5parsec", PRICE, "parsec is not a unit of time, money or FLOPs"),
         ("soon", None, "give a time, money or FLOPs"),
         ("0h", None, "give a time, money or FLOPs"),
         ("200", PRICE, "give a time, money or FLOPs"),

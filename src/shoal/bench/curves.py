@@ -151,7 +151,7 @@ def curves(device: torch.device, dtype: torch.dtype, seconds: float) -> dict[Kin
     Return the measured seconds of each kind of operation, forward and backward.
 
     All are measured in turn, round after round until `seconds` have passed, and the median over the rounds counts: whatever slows
-    the machine for a moment then slows a few rounds of many operations. A size that would take too long is left out, and counts as
+    the machine for a moment then slows a few rounds of many operations. A size that would take too long is skipped, and counts as
     slow per element as the largest one measured.
     """
     operations = Operations(device, dtype)

@@ -44,7 +44,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Size:
-    """A model that the budget buys, trained on `tokens` in a layout that fits; None where FLOPs are the budget and none fits."""
+    """A model that the budget buys, trained on `tokens` in a layout that fits; None if FLOPs are the budget and no layout fits."""
 
     config: Config
     parameters: int
@@ -64,7 +64,7 @@ def read_budget(text: str, price: Price | None, devices: int) -> Budget:
     if unit.lower() in UNITS:
         return Budget(amount * UNITS[unit.lower()], None)
     if not re.fullmatch(CURRENCY, unit):
-        raise ShoalError(f"--budget {text}: {unit} is no unit of time, money or FLOPs; give 3h, 200usd or 1e18flop")
+        raise ShoalError(f"--budget {text}: {unit} is not a unit of time, money or FLOPs; give 3h, 200usd or 1e18flop")
     if price is None:
         raise ShoalError(f"--budget {text} needs the price of a device's hour, such as --price 2.49{unit.lower()}")
     if price.currency != unit.upper():
@@ -74,7 +74,7 @@ def read_budget(text: str, price: Price | None, devices: int) -> Budget:
 
 def predicted_loss(parameters: float, tokens: float) -> float:
     """Return the law's loss, nats per token."""
-    return E + A / parameters**ALPHA + B / tokens**BETA
+    return E + A / math.pow(parameters, ALPHA) + B / math.pow(tokens, BETA)
 
 
 def optimal_parameters(flops: float) -> float:

@@ -27,7 +27,7 @@ TURNS: Final = 8  # Gauss-Newton steps; they converge in fewer
 
 @dataclass(frozen=True)
 class Interval:
-    """A predicted number, and the two between which it lies with a probability of 90%."""
+    """A predicted number, and the bounds of its 90% interval."""
 
     middle: float
     low: float
@@ -42,7 +42,7 @@ class Interval:
         return Interval(numerator / self.middle, numerator / self.high, numerator / self.low)
 
     def holds(self, measured: float) -> bool:
-        """Return whether a measured value lies inside."""
+        """Return whether a measured value is inside."""
         return self.low <= measured <= self.high
 
 
@@ -83,7 +83,7 @@ class Corrections:
             for each in seen:
                 total, shares = self._corrected(each.parts)
                 off = math.log(each.seconds / total)
-                # a step that its own factors follow says little about others: leverage is the share of itself in its fit
+                # a step that its own factors follow says little about others: leverage is the step's weight in its own fit
                 leverage = min(0.95, around * _form(self._covariance, shares)) if turn else 0.0
                 squares += off**2 / (1 - leverage)
                 for i in range(count):

@@ -104,7 +104,7 @@ def why_unknown(config: Config) -> str | None:
 
 @dataclass(frozen=True)
 class Short:
-    """A rehearsal that stands for a longer one: of fewer blocks of a stage, a shorter pipeline, and fewer micro-batches."""
+    """A rehearsal that represents a longer one: of fewer blocks of a stage, a shorter pipeline, and fewer micro-batches."""
 
     blocks: int | None  # of a stage; None: all
     pp: int
@@ -176,7 +176,7 @@ def _alike(layout: Layout) -> Layout:
 
 def _depths(schedule: Schedule, pp: int, turns: int, *, whole: bool) -> tuple[list[tuple[int, int]], int]:
     """
-    Return (length of the pipeline, micro-batches) of one or two rehearsals, and how far the real one lies beyond the first.
+    Return (length of the pipeline, micro-batches) of one or two rehearsals, and how far the real one is beyond the first.
 
     whole: whether all stages have as many blocks.
     """

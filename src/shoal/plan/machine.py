@@ -29,7 +29,7 @@ class Card:
     network: float
 
 
-# NVIDIA's data sheets: memory and NVLink bandwidth, PCI Express where there is no NVLink
+# NVIDIA's data sheets: memory and NVLink bandwidth, PCI Express for cards without NVLink
 KNOWN: Final[dict[str, Card]] = {
     "GB200-186GB": Card(189_471, "GB200", 8000, 900, 400), "B200-180GB": Card(183_359, "B200", 7700, 900, 400),
     "H200-141GB": Card(143_771, "H200", 4800, 450, 400), "H100-80GB": Card(81_559, "H100 80GB HBM3", 3350, 450, 400),

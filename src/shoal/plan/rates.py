@@ -28,7 +28,7 @@ COSTS: Final[dict[Kind, tuple[float, float, int]]] = {
     "rotate": (5, 0, 3), "rotate back": (5, 0, 3), "add": (3, 0, 1), "embedding": (0, 8, 1), "embedding back": (0, 8, 2),
     "sum": (0, 12, 1), "copy": (0, 1, 1), "update": (0, 40, 3), "dispatch": (0, 0, 0), "turn": (0, 0, 0), "step": (0, 0, 0),
 }  # fmt: skip
-# Host seconds of what is not a kernel: a micro-batch's own, a step's own, a decision of selective checkpointing
+# Host seconds outside kernels: a micro-batch's own, a step's own, a decision of selective checkpointing
 OWN: Final[dict[Kind, float]] = {"turn": 5e-4, "step": 2e-3, "dispatch": 5e-5}
 
 
@@ -38,7 +38,7 @@ class Curve:
     The measured seconds of one kind of operation or message.
 
     axes: the sizes along each dim at which it was measured, ascending. seconds: of all combinations, the last axis fastest.
-    powers: with which the work grows with each size, where it is not 1.
+    powers: the exponent with which the work grows with each size; empty: 1.
     """
 
     axes: Sequence[Sequence[int]]

@@ -1,7 +1,7 @@
 """
-A quick idea of what a layout needs, which tells which of many layouts to rehearse. No torch.
+A quick estimate of a layout's needs, which selects the layouts to rehearse from many. No torch.
 
-One rank of a pipeline, with few shards and replicas, stands for all: messages have the same sizes for any number of shards, the
+One rank of a pipeline, with few shards and replicas, represents all: messages have the same sizes for any number of shards, the
 optimizer's state divides by it, and a pipeline holds the activations of several micro-batches at a time.
 """
 

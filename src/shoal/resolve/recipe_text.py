@@ -1,4 +1,4 @@
-"""Sets options of one section in a recipe's text, and leaves every other line, and its comments, as they are. No torch."""
+"""Sets options of one section in a recipe's text, and changes no other line and no comment. No torch."""
 
 from __future__ import annotations
 
