@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shoal.config.data_options import Data
 from shoal.config.layout import Layout, find_layout
@@ -15,14 +16,18 @@ from shoal.config.options import Config, Model, Parallel, Train
 from shoal.config.presets import resolve_shape
 from shoal.config.schedules import Schedule, stages_per_rank
 from shoal.mesh.mesh import Mesh
+from shoal.models.loss import linear_cross_entropy_sum
 from shoal.plan import fits
 from shoal.plan.estimate import parameter_count
+from shoal.plan.rehearse import layers
 from shoal.plan.rehearse.layers import Kernels
 from shoal.plan.rehearse.step import Case, rehearse
+from shoal.plan.rehearse.tape import Memory, Space, Tensor
 from shoal.training.loop import take_step
 from shoal.training.run import Run
 from tests.parallel.allocated import most_alive
 from tests.parallel.layouts import NeverStop, config_of, mesh_for
+from tests.plan.live import LiveBytes
 from tests.world import World
 
 SHAPE: dict[str, Any] = {
@@ -147,6 +152,29 @@ def test_a_long_pipeline_needs_what_short_ones_predict(
     assert short.total == pytest.approx(whole.total, rel=0.01 if schedule == "interleaved_1f1b" else 1e-9)
     # what is outside the blocks is gathered less often while a pipeline fills, of which a short one sees less
     assert short.sent == pytest.approx(whole.sent, rel=0.1)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_a_loss_in_chunks_holds_the_logits_of_one(chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, dim, rows = 640, 32, 1000
+    limit = tokens // chunks * rows * 4
+    monkeypatch.setattr(layers, "CHUNK_BYTES", limit)
+    hidden, weight = (torch.randn(n, dim, requires_grad=True) for n in (tokens, rows))
+    with LiveBytes() as live:
+        live.ignore(hidden)
+        live.ignore(weight)
+        linear_cross_entropy_sum(hidden, weight, torch.zeros(tokens, dtype=torch.int64), chunk_bytes=limit)
+    memory = Memory(1)
+    memory.begin("loss")
+    rehearsed = layers.Layers(memory, Kernels(cuda=False, width=4))
+    x, w = (
+        rehearsed.tape.leaf(Tensor(Space(memory, "parameters", 0), n * dim, 4), lambda grad: None)
+        for n in (tokens, rows)
+    )
+    rehearsed.linear_cross_entropy(x, w, rows, dim)
+    # the real one also holds labels and terms of a slice
+    assert memory.peaks["loss"].total == pytest.approx(live.most, rel=0.02)
+    assert memory.peaks["loss"].parts["logits"] <= limit + layers.SLICE_BYTES_CPU
 
 
 def test_ddp_sends_its_gradients_and_fsdp_half_as_much_again() -> None:

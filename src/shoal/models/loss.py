@@ -82,6 +82,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             # `logits_CV` now holds d loss / d logits: with z = h W^T, d h = d z W and d W = d z^T h
             product = (logits_CV.t() @ hidden_ND[tokens])[: len(weight_VD)]
             d_weight = product.to(weight_VD.dtype) if d_weight is None else d_weight.add_(product)
+            del logits_CV, logits, product  # before the next chunk's logits are allocated
         ctx.save_for_backward(d_hidden, d_weight)
         return loss
 
@@ -155,4 +156,6 @@ def softmax_loss(
             d_logits = log_p.exp_().mul_(weight)
             d_logits.scatter_add_(1, labels, -weight)
             logits_CV[rows] = d_logits
+            del d_logits
+        del log_p  # before the next slice's is allocated
     return loss

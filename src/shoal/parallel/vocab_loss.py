@@ -74,6 +74,7 @@ class _VocabLoss(torch.autograd.Function):
                 d_logits_CV = d_logits_CV.to(hidden_ND.dtype)
                 torch.mm(d_logits_CV, weight, out=d_hidden[tokens])
                 d_weight += d_logits_CV.t() @ hidden_ND[tokens]
+            del d_logits_CV  # before the next chunk's logits are allocated
         ctx.save_for_backward(d_hidden, d_weight)
         return loss
 

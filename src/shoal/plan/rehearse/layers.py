@@ -298,7 +298,6 @@ class Layers:
         d_hidden = self.new(hidden.count, width)
         d_weight: Tensor | None = None
         chunk = max(1, CHUNK_BYTES // (rows * width))
-        logits = product = None
         for start in range(0, tokens, chunk):
             count = min(chunk, tokens - start)
             logits = self.new(count * rows, width, "logits")
@@ -310,8 +309,9 @@ class Layers:
                 d_weight = product if width == FLOAT32 else self.new(rows * dim, FLOAT32)
             else:
                 self.work.op("sum", rows * dim)
+            del logits, product
         assert d_weight is not None
-        del logits, product, used
+        del used
         sizes = (d_hidden.count, width), (d_weight.count, FLOAT32)
 
         def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:

@@ -15,7 +15,6 @@ def vocab_parallel_loss(layers: Layers, along: Along, hidden: Tensor, weight: Te
     loss = layers.new(1, FLOAT32)
     d_hidden, d_weight = layers.new(hidden.count, width), layers.new(rows * dim, FLOAT32)
     chunk = max(1, CHUNK_BYTES // (FLOAT32 * rows))
-    d_logits = None
     for start in range(0, tokens, chunk):
         count = min(chunk, tokens - start)
         logits = layers.new(count * rows, width, "logits")
@@ -33,8 +32,8 @@ def vocab_parallel_loss(layers: Layers, along: Along, hidden: Tensor, weight: Te
         product = layers.new(rows * dim, width)
         layers.work.op("linear back", count, dim, rows)
         layers.work.op("sum", rows * dim)
-        del product
-    del d_logits, used
+        del product, d_logits
+    del used
     sizes = (d_hidden.count, width), (d_weight.count, FLOAT32)
 
     def backward(grads: list[Space | None], saved: list[Space]) -> list[Space | None]:
