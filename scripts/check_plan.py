@@ -182,7 +182,7 @@ def summary(lines: Sequence[dict[str, Any]]) -> list[str]:
         f"{len(lines)} cases; memory: median error {statistics.median(off):.2%}, 90% below {off[int(0.9 * len(off))]:.2%}, "
         f"worst {off[-1]:.2%}, {sum(o > 0.03 for o in off)} above 3%",
         "",
-        f'Limits drawn within 20% of what each case needs: "fits" was wrong {wrong} times in {len(lines)}, and {rejected} of '
+        f'Limits drawn within 20% of the need of each case: "fits" was wrong {wrong} times in {len(lines)}, and {rejected} of '
         f"{fitting} that fit were rejected.",
         "",
         "| time | median error | of the later half | 90% below | 90% intervals held |",

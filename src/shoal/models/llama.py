@@ -68,13 +68,14 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         gate, up = self.gate(x_BTD), self.up(x_BTD)
-        inside: Tensor = _SwiGLU.apply(gate, up) if torch.is_grad_enabled() else multiplied(F.silu(gate), up)  # type: ignore[no-untyped-call]
-        out: Tensor = self.down(inside)
+        out: Tensor = self.down(gated(gate, up))
         return out
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up with few passes over memory."""
+    """Return silu(gate) * up."""
+    if not torch.is_grad_enabled():
+        return multiplied(F.silu(gate), up)
     out: Tensor = _SwiGLU.apply(gate, up)  # type: ignore[no-untyped-call]
     return out
 

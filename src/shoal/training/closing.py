@@ -14,7 +14,7 @@ from shoal.checkpoint.store import Outcome
 from shoal.config.options import Config
 from shoal.data.dataset import Dataset
 from shoal.data.yardstick import Yardstick
-from shoal.errors import CheckpointError, ShoalError
+from shoal.errors import CheckpointError
 from shoal.metrics.memory import peak_bytes
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
@@ -32,12 +32,12 @@ YARDSTICK_SECONDS = 120.0  # longest wait for gzip and xz
 
 def finish(run: Run, stopped: bool) -> None:
     """Save; then say how to resume a run that was stopped, or how good the model is."""
-    if run.mesh.is_first:
-        _keep_speed(run)
     if stopped:
         _finish_early(run)
     else:
         _finish_whole(run)
+    if run.mesh.is_first:
+        _keep_speed(run)
 
 
 def _finish_early(run: Run) -> None:
@@ -101,8 +101,12 @@ def _keep_speed(run: Run) -> None:
     )  # fmt: skip
     if seconds is None or machine is None or run.watch.faults.planned:
         return
-    with contextlib.suppress(OSError, ShoalError):  # the user's folder cannot be written, or its calibration not read
+    try:
         keep(run.config, run.mesh.layout, machine, seconds, peak_bytes(run.mesh.device) if cuda else None)
+    except OSError:
+        pass  # the user's folder cannot be written
+    except Exception as error:  # a prediction must not fail a run that has trained
+        run.console.warn(f"this run's speed is not kept for shoal plan: {type(error).__name__}: {error}")
 
 
 def _save(run: Run) -> Outcome:
