@@ -42,12 +42,12 @@ from shoal.config.options import Config, Model, Optim, Parallel, Train
 from shoal.config.presets import resolve_shape
 from shoal.config.run_options import Launch, Metrics
 from shoal.mesh.mesh import Mesh
-from shoal.plan.calibration import Calibration, kept_file, load
-from shoal.plan.corrections import Corrections, Interval, Seen
 from shoal.plan.fits import layouts, need_of
 from shoal.plan.machine import Machine, machine_of
-from shoal.plan.rates import Rates
-from shoal.plan.seconds import idle_share, step_seconds
+from shoal.plan.speed.calibration import Calibration, kept_file, load
+from shoal.plan.speed.corrections import Corrections, Interval, Seen
+from shoal.plan.speed.rates import Rates
+from shoal.plan.speed.seconds import idle_share, step_seconds
 from shoal.run.console import Console
 from shoal.run.narrator import Narrator
 from shoal.system.cpu import count_cores, model_name

@@ -12,11 +12,11 @@ from shoal.config.data_options import Data
 from shoal.config.options import Config, Model, Train
 from shoal.config.presets import resolve_shape, shape_problems
 from shoal.errors import ShoalError
-from shoal.plan.budget import Budget, budget_lines, optimal_parameters, predicted_loss, read_budget, shape, sizes
-from shoal.plan.choose import Choice, choose
+from shoal.plan.choice.budget import Budget, budget_lines, optimal_parameters, predicted_loss, read_budget, shape, sizes
+from shoal.plan.choice.choose import Choice, choose
+from shoal.plan.choice.price import Price, read_price
 from shoal.plan.estimate import flops_per_token
 from shoal.plan.machine import find_machine
-from shoal.plan.price import Price, read_price
 from shoal.resolve.recipe_text import with_options
 from tests.plan.test_choose import plan
 

@@ -11,9 +11,9 @@ import pytest
 from shoal.config.data_options import Data
 from shoal.config.options import Config, Model, Train
 from shoal.errors import ShoalError
-from shoal.plan.choose import choose
+from shoal.plan.choice.choose import choose
+from shoal.plan.choice.table import lines
 from shoal.plan.machine import GIB, find_machine
-from shoal.plan.table import lines
 
 SMALL = Config(
     model=Model(dim=256, num_layers=8, num_heads=8, num_kv_heads=4, ffn_dim=768, vocab_size=2000),

@@ -17,17 +17,17 @@ from shoal.config.data_options import Data
 from shoal.config.layout import Layout
 from shoal.config.options import Config, Model, Train
 from shoal.errors import ShoalError
-from shoal.plan import calibration, measured
-from shoal.plan.calibration import Calibration, Setting
-from shoal.plan.choose import choose
-from shoal.plan.corrections import Corrections, Interval, Seen
+from shoal.plan.choice.choose import choose
+from shoal.plan.choice.sketch import sketch
 from shoal.plan.estimate import flops_per_token
 from shoal.plan.fits import need_of
 from shoal.plan.machine import find_machine, machine_of
-from shoal.plan.rates import Curve, Rates
 from shoal.plan.rehearse.work import Op
-from shoal.plan.seconds import Part, idle_share, step_seconds
-from shoal.plan.sketch import sketch
+from shoal.plan.speed import calibration, measured
+from shoal.plan.speed.calibration import Calibration, Setting
+from shoal.plan.speed.corrections import Corrections, Interval, Seen
+from shoal.plan.speed.rates import Curve, Rates
+from shoal.plan.speed.seconds import Part, idle_share, step_seconds
 from shoal.system.cpu import model_name
 from tests.cli.commands import Place
 

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from shoal.errors import LaunchError
 from shoal.launch.torchrun import count_gpus, worker_environment
-from shoal.plan.calibration import Calibration, Setting
-from shoal.plan.rates import Curve
+from shoal.plan.speed.calibration import Calibration, Setting
+from shoal.plan.speed.rates import Curve
 from shoal.run.narrator import Narrator
 from shoal.system.cpu import count_cores, free_cores
 

@@ -20,7 +20,7 @@ from shoal.config.options import Parallel
 from shoal.mesh.mesh import Mesh, open_mesh
 from shoal.models.build import COMPUTE_DTYPES
 from shoal.parallel.collectives import gather_single
-from shoal.plan.rates import Curve
+from shoal.plan.speed.rates import Curve
 from shoal.system import cpu
 from shoal.system.signals import die_with_parent
 

@@ -19,8 +19,8 @@ from shoal.models.layers import LayerNorm, RMSNorm
 from shoal.models.llama import gated
 from shoal.models.loss import softmax_loss
 from shoal.models.rope import rotate
-from shoal.plan.rates import Curve
 from shoal.plan.rehearse.work import Kind
+from shoal.plan.speed.rates import Curve
 
 TURNS: Final = 2  # measurements of each operation in a round
 MOST_ROUNDS: Final = 9

@@ -18,7 +18,7 @@ from shoal.system.output import on_one_line
 
 if TYPE_CHECKING:
     from shoal.config.options import Config
-    from shoal.plan.choose import Choice, Choices
+    from shoal.plan.choice.choose import Choice, Choices
 
 SECONDS: Final = 40.0  # of a calibration's measuring, with all numbers of processes together
 
@@ -49,12 +49,12 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     """Print the layouts of a recipe, the fastest first; return 1 if none fits. With `--calibrate`, measure this machine."""
     if args.calibrate is not None:
         return _calibrate(args, overrides)
-    from shoal.plan.budget import budget_lines, read_budget, sizes
-    from shoal.plan.choose import choose
+    from shoal.plan.choice.budget import budget_lines, read_budget, sizes
+    from shoal.plan.choice.choose import choose
+    from shoal.plan.choice.price import read_price
+    from shoal.plan.choice.table import lines, record
     from shoal.plan.machine import find_machine
-    from shoal.plan.measured import rates_on, read_all, report, seen_on
-    from shoal.plan.price import read_price
-    from shoal.plan.table import lines, record
+    from shoal.plan.speed.measured import rates_on, read_all, report, seen_on
 
     if args.report:
         print("\n".join(report(read_all())))
@@ -112,7 +112,7 @@ def _write(recipe: Path | None, choices: Choices) -> None:
 def _calibrate(args: argparse.Namespace, overrides: list[Override]) -> int:
     """Measure this machine, and write the file that later plans read."""
     from shoal.bench.calibrate import calibrate
-    from shoal.plan.calibration import kept_file, load
+    from shoal.plan.speed.calibration import kept_file, load
     from shoal.run.console import Console
 
     asked = {name: value for name, value, _ in overrides}

@@ -20,7 +20,7 @@ from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.models.generate import generate
 from shoal.plan.machine import machine_of
-from shoal.plan.measured import keep
+from shoal.plan.speed.measured import keep
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
 from shoal.run.records import Evaluation

@@ -18,13 +18,13 @@ from typing import Any, Final
 
 from shoal.config.layout import Layout
 from shoal.config.options import Config
-from shoal.plan.calibration import device_of, find, folder
-from shoal.plan.corrections import Corrections, Interval, Seen
 from shoal.plan.fits import need_of, why_unknown
 from shoal.plan.machine import Machine
-from shoal.plan.rates import WIDTHS, Rates
 from shoal.plan.rehearse.work import Op, Work
-from shoal.plan.seconds import idle_share, step_seconds
+from shoal.plan.speed.calibration import device_of, find, folder
+from shoal.plan.speed.corrections import Corrections, Interval, Seen
+from shoal.plan.speed.rates import WIDTHS, Rates
+from shoal.plan.speed.seconds import idle_share, step_seconds
 from shoal.system.disk import write_whole
 
 FILE: Final = "steps.jsonl"

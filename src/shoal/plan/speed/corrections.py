@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from shoal.plan.seconds import Part
+from shoal.plan.speed.seconds import Part
 
 # Standard deviations of the logarithms before any measured step: of the factor that all parts share, of each part's own, and of
 # a step around its corrected parts; by whether the machine was calibrated

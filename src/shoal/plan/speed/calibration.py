@@ -17,8 +17,8 @@ from typing import Any, Final
 
 from shoal.errors import ShoalError
 from shoal.plan.machine import Machine
-from shoal.plan.rates import WIDTHS, Curve, Rates
 from shoal.plan.rehearse.work import Kind
+from shoal.plan.speed.rates import WIDTHS, Curve, Rates
 from shoal.system.cpu import model_name
 from shoal.system.disk import write_whole
 

@@ -19,9 +19,9 @@ from typing import Final
 from shoal.config.options import Config
 from shoal.config.presets import resolve_shape
 from shoal.errors import ShoalError
-from shoal.plan.choose import Choice
+from shoal.plan.choice.choose import Choice
+from shoal.plan.choice.price import CURRENCY, Price
 from shoal.plan.estimate import flops_per_token, parameter_count
-from shoal.plan.price import CURRENCY, Price
 
 # nats; see above
 E, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658

@@ -9,8 +9,8 @@ from typing import Final, Literal
 from shoal.config.layout import Layout
 from shoal.config.schedules import bubble_fraction, stages_per_rank
 from shoal.plan.fits import Need, axis_sizes
-from shoal.plan.rates import HOST_MESSAGE, Rates
 from shoal.plan.rehearse.work import Kind, Work
+from shoal.plan.speed.rates import HOST_MESSAGE, Rates
 from shoal.plan.topology import crosses_nodes
 
 Part = Literal[

@@ -9,12 +9,12 @@ from typing import Final
 
 from shoal.config.options import Config
 from shoal.errors import ShoalError
-from shoal.plan.corrections import Corrections, Interval, Seen
+from shoal.plan.choice.sketch import sketch
 from shoal.plan.fits import Need, layouts, need_of, why_unknown
 from shoal.plan.machine import Machine
-from shoal.plan.rates import WIDTHS, Rates
-from shoal.plan.seconds import Part, idle_share, step_seconds
-from shoal.plan.sketch import sketch
+from shoal.plan.speed.corrections import Corrections, Interval, Seen
+from shoal.plan.speed.rates import WIDTHS, Rates
+from shoal.plan.speed.seconds import Part, idle_share, step_seconds
 
 LARGEST_MICRO_BATCH: Final = 1024
 MOST_REHEARSED: Final = 12  # layouts; of more, those that look best

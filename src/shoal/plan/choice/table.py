@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 from shoal.config.layout import AXES
-from shoal.plan.choose import Choice, Choices, largest_micro_batch
-from shoal.plan.corrections import Interval
+from shoal.plan.choice.choose import Choice, Choices, largest_micro_batch
+from shoal.plan.choice.price import Price
 from shoal.plan.estimate import flops_per_token, parameter_count
 from shoal.plan.fits import Need, need_of
 from shoal.plan.length import count_steps
 from shoal.plan.machine import GIB, Machine
-from shoal.plan.price import Price
-from shoal.plan.seconds import Part, idle_share
+from shoal.plan.speed.corrections import Interval
+from shoal.plan.speed.seconds import Part, idle_share
 from shoal.run.console import duration
 
 SHOWN: Final = 10  # rows of the table

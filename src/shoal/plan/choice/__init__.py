@@ -1,0 +1,1 @@
+"""Which layout, which size, at what price: what `shoal plan` answers."""
