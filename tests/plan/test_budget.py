@@ -109,6 +109,24 @@ def test_a_budget_on_the_command_line() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--calibrate", "--train.dtype", "int8"], "a calibration measures float32"),
+        (["--calibrate", "--launch.processes", "two"], "a positive number of seconds and of processes"),
+        (["--calibrate", "-3"], "positive number"),
+        (["quickstart"], "give the devices that the plan is for"),
+        (["quickstart", "--devices", "2xcpu-1GB", "--calibration", "nothing.json"], "nothing.json does not exist"),
+        (["quickstart", "--devices", "2xcpu-1GB", "--budget", "1s"], "the budget is too small"),
+    ],
+)
+def test_bad_input(arguments: list[str], words: str) -> None:
+    done = plan(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 # --- the choice in a recipe
 
 

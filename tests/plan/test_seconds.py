@@ -167,13 +167,13 @@ def test_a_calibration_is_read_back_and_used(kept: Path) -> None:
     path = calibration.kept_file(model_name())
     assert path.parent == kept
     a_calibration(model_name()).save(path)
-    rates = measured.rates_on(CPUS, "float32")
+    rates = measured.known(CPUS, "float32")[0]
     assert rates.measured
     assert rates.device(Op("linear", (64, 64, 64))) == pytest.approx(0.01)
-    four = measured.rates_on(find_machine("4xcpu-8GB", 1), "float32")
+    four = measured.known(find_machine("4xcpu-8GB", 1), "float32")[0]
     assert four.device(Op("linear", (64, 64, 64))) == pytest.approx(0.02)  # twice as many processes as cores
-    assert not measured.rates_on(CPUS, "bfloat16").measured
-    assert not measured.rates_on(GPUS, "bfloat16").measured
+    assert not measured.known(CPUS, "bfloat16")[0].measured
+    assert not measured.known(GPUS, "bfloat16")[0].measured
 
 
 def test_a_calibration_keeps_what_is_not_measured_again(kept: Path) -> None:
@@ -188,12 +188,12 @@ def test_a_calibration_of_another_machine_is_refused(kept: Path, tmp_path: Path)
     other = tmp_path / "other.json"
     a_calibration("Another CPU").save(other)
     with pytest.raises(ShoalError, match="was measured on Another CPU, but the plan is for"):
-        measured.rates_on(CPUS, "float32", other)
+        measured.known(CPUS, "float32", other)[0]
     other.write_text('{"version": 1, "settings": 3}')
     with pytest.raises(ShoalError, match="is not a calibration"):
-        measured.rates_on(CPUS, "float32", other)
+        measured.known(CPUS, "float32", other)[0]
     with pytest.raises(ShoalError, match="does not exist; shoal plan --calibrate"):
-        measured.rates_on(CPUS, "float32", tmp_path / "missing.json")
+        measured.known(CPUS, "float32", tmp_path / "missing.json")[0]
 
 
 def test_runs_teach_the_next_prediction(kept: Path) -> None:
@@ -210,7 +210,7 @@ def test_runs_teach_the_next_prediction(kept: Path) -> None:
     assert errors[0] == pytest.approx(0.5)
     assert errors[-1] < 0.05
     assert measured.Measured.of_line(found[3].as_line()) == found[3]
-    seen = measured.seen_on(CPUS, "float32", lambda other: Rates(other, 4))
+    _, seen = measured.known(CPUS, "float32")
     assert len(seen) == 20
     [best, *_] = choose(config, CPUS, seen=seen).found
     assert sum(best.parts.values()) == pytest.approx(best.seconds.middle / 2, rel=0.05)
@@ -262,7 +262,7 @@ def test_this_machine_is_calibrated(kept: Path, tmp_path: Path) -> None:
     said = place.good("plan", "--calibrate", "6", "--launch.processes", "2", XDG_STATE_HOME=str(tmp_path))
     path = calibration.kept_file(model_name())
     assert str(path) in said
-    rates = measured.rates_on(CPUS, "float32")
+    rates = measured.known(CPUS, "float32")[0]
     assert rates.measured
     small, large = (rates.device(Op("linear", (rows, 256, 256))) for rows in (64, 4096))
     assert 1 < large / small < 1000

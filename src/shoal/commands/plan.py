@@ -54,7 +54,7 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     from shoal.plan.choice.price import read_price
     from shoal.plan.choice.table import lines, record
     from shoal.plan.machine import find_machine
-    from shoal.plan.speed.measured import rates_on, read_all, report, seen_on
+    from shoal.plan.speed.measured import known, read_all, report
 
     if args.report:
         print("\n".join(report(read_all())))
@@ -70,9 +70,7 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
         on_stderr=True,
     )  # fmt: skip
     config = _finished(config, cuda=machine.cuda)
-    dtype = config.train.dtype
-    rates = rates_on(machine, dtype, args.calibration)
-    seen = seen_on(machine, dtype, lambda other: rates_on(other, dtype, args.calibration))
+    rates, seen = known(machine, config.train.dtype, args.calibration)
     if args.budget:
         budget = read_budget(args.budget, price, machine.world_size)
 
@@ -113,14 +111,19 @@ def _calibrate(args: argparse.Namespace, overrides: list[Override]) -> int:
     """Measure this machine, and write the file that later plans read."""
     from shoal.bench.calibrate import calibrate
     from shoal.plan.speed.calibration import kept_file, load
+    from shoal.plan.speed.rates import WIDTHS
     from shoal.run.console import Console
 
     asked = {name: value for name, value, _ in overrides}
-    dtype = asked.get("train.dtype", "auto")
+    dtype, processes = asked.get("train.dtype", "auto"), asked.get("launch.processes", "1")
+    if dtype not in ("auto", *WIDTHS):
+        raise ShoalError(f"--train.dtype {dtype}: a calibration measures {', '.join(WIDTHS)}")
+    if not processes.isdecimal() or int(processes) < 1 or args.calibrate <= 0:
+        raise ShoalError("a calibration needs a positive number of seconds and of processes")
     with narrated() as narrator:
         found = calibrate(
-            args.calibrate, int(asked["launch.processes"]) if "launch.processes" in asked else None,
-            None if dtype == "auto" else dtype, narrator, Console(on_stderr=True).warn,
+            args.calibrate, int(processes) if "launch.processes" in asked else None, None if dtype == "auto" else dtype,
+            narrator, Console(on_stderr=True).warn,
         )  # fmt: skip
     path = args.calibration or kept_file(found.device)
     joined = found

@@ -105,23 +105,19 @@ def _read(path: Path) -> Iterator[Measured]:
             continue
 
 
-def seen_on(machine: Machine, dtype: str, rates_for: Any) -> list[Seen]:
+def known(machine: Machine, dtype: str, path: Path | None = None) -> tuple[Rates, list[Seen]]:
     """
-    Return the newest steps that were measured on such devices in this dtype.
-
-    rates_for: a function that returns the rates of a machine, by which each step's parts are predicted.
+    Return the rates of a machine, from a calibration (`calibration.find`) or its data sheet, and the newest steps that were measured
+    on such devices in this dtype.
     """
-    device = device_of(machine)
-    alike = [m for m in read_all() if (m.device, m.cuda, m.dtype) == (device, machine.cuda, dtype)]
-    return [
-        m.seen(rates_for(dataclasses.replace(machine, per_node=m.per_node, nodes=m.nodes))) for m in alike[-NEWEST:]
-    ]
+    calibration, device = find(machine, path), device_of(machine)
 
+    def rates_of(machine: Machine) -> Rates:
+        return (calibration and calibration.rates(machine, dtype)) or Rates(machine, WIDTHS[dtype])
 
-def rates_on(machine: Machine, dtype: str, path: Path | None = None) -> Rates:
-    """Return the rates that are known of a machine: those of a calibration (`calibration.find`), or of its data sheet."""
-    calibration = find(machine, path)
-    return (calibration and calibration.rates(machine, dtype)) or Rates(machine, WIDTHS[dtype])
+    alike = [m for m in read_all() if (m.device, m.cuda, m.dtype) == (device, machine.cuda, dtype)][-NEWEST:]
+    seen = [m.seen(rates_of(dataclasses.replace(machine, per_node=m.per_node, nodes=m.nodes))) for m in alike]
+    return rates_of(machine), seen
 
 
 def keep(config: Config, layout: Layout, machine: Machine, seconds: float, memory_bytes: int | None) -> Measured | None:
@@ -134,8 +130,7 @@ def keep(config: Config, layout: Layout, machine: Machine, seconds: float, memor
     if why_unknown(config) or dtype not in WIDTHS or layout.world_size != machine.world_size:
         return None
     need = need_of(config, layout, cuda=machine.cuda)
-    rates = rates_on(machine, dtype)
-    seen = seen_on(machine, dtype, lambda other: rates_on(other, dtype))
+    rates, seen = known(machine, dtype)
     parts = step_seconds(need.works, layout, idle_share(need), rates)
     measured = Measured(
         time=time.time(), run=config.launch.name or "run", device=device_of(machine), cuda=machine.cuda,
