@@ -29,39 +29,56 @@ class Peak:
     parts: dict[str, int] = field(default_factory=dict)
 
 
-@dataclass
 class Memory:
     """
     The memory of a rank.
 
-    granule: the allocator's unit in bytes; requests are rounded up to it. parts: bytes by use, of which there are parameters,
-    gradients, moments, activations, logits, gathered (by FSDP2), messages, and temporary.
+    granule: the allocator's unit in bytes; requests are rounded up to it. Bytes are counted by use: parameters, gradients,
+    moments, activations, logits, gathered (by FSDP2), messages, and temporary.
     """
 
-    granule: int = 1
-    now: int = 0
-    parts: Counter[str] = field(default_factory=Counter)
-    peaks: dict[str, Peak] = field(default_factory=dict)  # by phase of the step
-    phase: str = "before"
+    def __init__(self, granule: int = 1) -> None:
+        self.granule = granule
+        self._now = 0
+        self._parts = Counter[str]()
+        self._peaks: dict[str, Peak] = {}
+        self._peak = Peak()  # of the phase
+        self._rises = False  # whether there is as much as never before in this phase, and its parts are not kept yet
 
-    def add(self, part: str, size: int) -> None:
-        """Count an allocation or, negative, what was freed."""
-        self.now += size
-        self.parts[part] += size
-        if size > 0:
-            self._look()
+    def take(self, part: str, size: int) -> None:
+        """Count an allocation."""
+        self._now += size
+        self._parts[part] += size
+        if self._now > self._peak.total:
+            self._peak.total = self._now
+            self._rises = True
+
+    def free(self, part: str, size: int) -> None:
+        """Count what was freed."""
+        if self._rises:
+            self._keep()
+        self._now -= size
+        self._parts[part] -= size
 
     def begin(self, phase: str) -> None:
         """Begin a phase: its peak counts all that is alive then, and later allocations."""
-        self.phase = phase
-        self._look()
+        self._keep()
+        self._peak = self._peaks.setdefault(phase, Peak())
+        if self._now > self._peak.total:
+            self._peak.total = self._now
+            self._rises = True
 
-    def _look(self) -> None:
-        peak = self.peaks.get(self.phase)
-        if peak is None:
-            peak = self.peaks[self.phase] = Peak()
-        if self.now > peak.total:
-            peak.total, peak.parts = self.now, dict(self.parts)
+    @property
+    def peaks(self) -> dict[str, Peak]:
+        """The peaks by phase of the step."""
+        self._keep()
+        return self._peaks
+
+    def _keep(self) -> None:
+        """Keep the parts of the peak. Once for all that is allocated without anything freed between: copying is slow."""
+        if self._rises:
+            self._peak.parts = dict(self._parts)
+            self._rises = False
 
 
 class Space:
@@ -73,10 +90,10 @@ class Space:
         granule = memory.granule
         self.size = -(-size // granule) * granule
         self.part, self._memory = part, memory
-        memory.add(part, self.size)
+        memory.take(part, self.size)
 
     def __del__(self) -> None:
-        self._memory.add(self.part, -self.size)
+        self._memory.free(self.part, self.size)
 
 
 class Node:
