@@ -133,6 +133,7 @@ WITHOUT_TORCH = [
     "models.sampling",
     "plan.choice.budget",
     "plan.choice.choose",
+    "plan.choice.devices",
     "plan.choice.price",
     "plan.choice.sketch",
     "plan.choice.table",

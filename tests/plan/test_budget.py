@@ -14,6 +14,7 @@ from shoal.config.presets import resolve_shape, shape_problems
 from shoal.errors import ShoalError
 from shoal.plan.choice.budget import Budget, budget_lines, optimal_parameters, predicted_loss, read_budget, shape, sizes
 from shoal.plan.choice.choose import Choice, choose
+from shoal.plan.choice.devices import prices_of
 from shoal.plan.choice.price import Price, read_price
 from shoal.plan.estimate import flops_per_token
 from shoal.plan.machine import find_machine
@@ -109,12 +110,28 @@ def test_a_budget_on_the_command_line() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_devices_side_by_side(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("data: {seq_len: 256}\ntrain: {steps: 500, global_batch: 32, micro_batch: 4}\n")
+    done = plan(str(recipe), "--devices", "8xH100-80GB,1xL4,2xcpu-0.01GB", "--price", "2.5usd,0.7usd,0.1usd")
+    assert done.returncode == 0, done.stderr
+    head, fast, slow, small = done.stdout.splitlines()[:4]
+    assert head.split() == ["devices", "layout", "GiB", "seconds/step", "tokens/s", "MFU", "all", "steps", "USD"]
+    assert fast.startswith("8 x H100-80GB")
+    assert slow.startswith("1 x L4-24GB")
+    assert "does not fit" in small
+    assert len(plan(str(recipe), "--devices", "1xL4,1xA10").stdout.splitlines()) == 5  # without prices
+    assert prices_of("1usd", 2) == [Price(1.0, "USD")] * 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--calibrate", "--train.dtype", "int8"], "a calibration measures float32"),
         (["--calibrate", "--launch.processes", "two"], "a positive number of seconds and of processes"),
         (["--calibrate", "-3"], "positive number"),
+        (["quickstart", "--devices", "1xL4,1xA10", "--price", "1usd,2usd,3usd"], "one for each of the 2 kinds"),
+        (["quickstart", "--devices", "1xL4,1xA10", "--price", "1usd,2eur"], "give all prices in one currency"),
         (["quickstart"], "give the devices that the plan is for"),
         (["quickstart", "--devices", "2xcpu-1GB", "--calibration", "nothing.json"], "nothing.json does not exist"),
         (["quickstart", "--devices", "2xcpu-1GB", "--budget", "1s"], "the budget is too small"),

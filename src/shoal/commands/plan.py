@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -19,6 +20,8 @@ from shoal.system.output import on_one_line
 if TYPE_CHECKING:
     from shoal.config.options import Config
     from shoal.plan.choice.choose import Choice, Choices
+    from shoal.plan.choice.price import Price
+    from shoal.plan.machine import Machine
 
 SECONDS: Final = 40.0  # of a calibration's measuring, with all numbers of processes together
 
@@ -26,12 +29,17 @@ SECONDS: Final = 40.0  # of a calibration's measuring, with all numbers of proce
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `shoal plan`, which also takes the options of all config sections."""
     add_recipe(parser)
-    devices = "devices of each node: 8xH100-80GB, 8x40GB by memory alone, or 2xcpu-12GB for processes on CPUs"
+    devices = (
+        "devices of each node: 8xH100-80GB, 8x40GB by memory alone, or 2xcpu-12GB for processes on CPUs; several kinds, "
+        "separated by commas, are compared"
+    )
     parser.add_argument("--devices", metavar="NxDEVICE", help=devices)
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="number of nodes (default: 1)")
     network = "Gbit/s between nodes of each GPU, or of each node of CPUs (default: what such nodes usually have)"
     parser.add_argument("--network", type=float, metavar="GBIT", help=network)
-    parser.add_argument("--price", metavar="AMOUNT", help="what one device costs for an hour, such as 2.49usd")
+    parser.add_argument(
+        "--price", metavar="AMOUNT", help="what one device costs for an hour, such as 2.49usd, or 2.49usd,1.29usd"
+    )
     measure = "measure this machine, by default for 40 s and starts of processes, and keep its rates for plans"
     parser.add_argument("--calibrate", nargs="?", type=float, const=SECONDS, metavar="SECONDS", help=measure)
     where = "use the rates of this file (default: those kept for these devices, if any); with --calibrate: write it"
@@ -51,7 +59,7 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
         return _calibrate(args, overrides)
     from shoal.plan.choice.budget import budget_lines, read_budget, sizes
     from shoal.plan.choice.choose import choose
-    from shoal.plan.choice.price import read_price
+    from shoal.plan.choice.devices import prices_of
     from shoal.plan.choice.table import lines, record
     from shoal.plan.machine import find_machine
     from shoal.plan.speed.measured import known, read_all, report
@@ -62,13 +70,16 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
 
     if args.devices is None:
         raise ShoalError("give the devices that the plan is for, such as --devices 8xH100-80GB or --devices 2xcpu-12GB")
-    price = read_price(args.price) if args.price else None
-    machine = find_machine(args.devices, args.nodes, args.network)
+    machines = [find_machine(each, args.nodes, args.network) for each in args.devices.split(",")]
+    prices = prices_of(args.price, len(machines))
+    machine, price = machines[0], prices[0]
     asked = [*overrides, ("launch.processes", "null", "shoal plan"), ("launch.nodes", "1", "shoal plan")]
     config = resolve_run(
         recipe_asked(args, overrides), asked, named=args.recipe is not None, needs_length=False, needs_files=False,
         on_stderr=True,
     )  # fmt: skip
+    if len(machines) > 1:
+        return _compare(config, machines, prices, args.calibration)
     config = _finished(config, cuda=machine.cuda)
     rates, seen = known(machine, config.train.dtype, args.calibration)
     if args.budget:
@@ -87,6 +98,22 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     if args.write and choices.fitting:
         _write(args.recipe, choices)
     return 0 if choices.fitting else 1
+
+
+def _compare(config: Config, machines: Sequence[Machine], prices: Sequence[Price | None], path: Path | None) -> int:
+    """Print the fastest layout on each kind of device; return 1 if none fits anywhere."""
+    from shoal.plan.choice.choose import choose
+    from shoal.plan.choice.devices import comparison
+    from shoal.plan.speed.measured import known
+
+    found = []
+    with narrated() as narrator:
+        for machine in machines:
+            with narrator.phase(f"rehearsing a step in every layout of {machine}"):
+                own = _finished(config, cuda=machine.cuda)
+                found.append(choose(own, machine, *known(machine, own.train.dtype, path)))
+    print("\n".join(comparison(found, prices)))
+    return 0 if any(each.fitting for each in found) else 1
 
 
 def _write(recipe: Path | None, choices: Choices) -> None:

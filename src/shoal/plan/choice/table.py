@@ -65,12 +65,13 @@ def _row(choice: Choice, machine: Machine) -> list[str]:
     tokens = need.config.train.global_batch * need.config.data.seq_len / seconds
     parts = [sum(need.parts.get(p, 0) for p in names) for names in COLUMNS.values()]
     return [
-        str(need.layout), _gib(need.total), *map(_gib, parts), f"{seconds:.3g}", f"{tokens:,.0f}", *([f"{_mfu(need, machine, tokens):.0%}"] if machine.cuda else []),
+        str(need.layout), gib(need.total), *map(gib, parts), f"{seconds:.3g}", f"{tokens:,.0f}", *([f"{mfu(need, machine, tokens):.0%}"] if machine.cuda else []),
         str(largest_micro_batch(choice, machine)) if need.fits(machine) else "does not fit",
     ]  # fmt: skip
 
 
-def _mfu(need: Need, machine: Machine, tokens_per_second: float) -> float:
+def mfu(need: Need, machine: Machine, tokens_per_second: float) -> float:
+    """Return the model's FLOP/s as a share of the peak of all devices, 0 to 1, by the convention of the config."""
     flops = (
         flops_per_token(need.config.model, need.config.data.seq_len, need.config.metrics.mfu_attention)
         * tokens_per_second
@@ -78,7 +79,8 @@ def _mfu(need: Need, machine: Machine, tokens_per_second: float) -> float:
     return flops / (machine.flops * machine.world_size)
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Return bytes as GiB with three digits."""
     return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.1f}"
 
 
@@ -88,7 +90,7 @@ def _verdict(choices: Choices, price: Price | None) -> list[str]:
         return [*_explained(choices, best), *_whole_run(choices, best, price), _source(choices)]
     least = choices.found[0].need
     over = least.total - machine.usable_bytes
-    found = f"nothing fits: {least.layout} needs least, {_gib(least.total)} GiB, {_gib(over)} more than there is"
+    found = f"nothing fits: {least.layout} needs least, {gib(least.total)} GiB, {gib(over)} more than there is"
     return [found, *(f"it would fit with {way}" for way in _ways(least, machine))]
 
 
@@ -98,7 +100,7 @@ def _explained(choices: Choices, best: Choice) -> Iterator[str]:
     flags = " ".join(f"--parallel.{name} {getattr(layout, name)}" for name in AXES if getattr(layout, name) > 1)
     yield (
         f"{layout} fits and is probably the fastest: {_range(best.seconds, '{:.3g}'.format, ' seconds a step')}, "
-        f"{_gib(need.total)} of {_gib(machine.usable_bytes)} GiB" + (f". Its flags: {flags}" if flags else "")
+        f"{gib(need.total)} of {gib(machine.usable_bytes)} GiB" + (f". Its flags: {flags}" if flags else "")
     )
     shares = {part: s * choices.corrections.factor(part) / best.seconds.middle for part, s in best.parts.items()}
     told = [

@@ -1,0 +1,60 @@
+"""The same recipe on several kinds of devices, side by side: the fastest layout of each, time and price. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from shoal.errors import ShoalError
+from shoal.plan.choice.choose import Choices
+from shoal.plan.choice.price import Price, read_price
+from shoal.plan.choice.table import gib, mfu
+from shoal.plan.length import count_steps
+from shoal.run.console import duration
+
+
+def prices_of(text: str | None, devices: int) -> list[Price | None]:
+    """
+    Return the price of each kind of device: one for all, or one for each, separated by commas.
+
+    Raises `ShoalError` if there is another number of them, or if they are in different currencies.
+    """
+    if text is None:
+        return [None] * devices
+    found = [read_price(each) for each in text.split(",")]
+    if len(found) not in (1, devices):
+        raise ShoalError(f"--price {text}: give one price, or one for each of the {devices} kinds of devices")
+    if len({price.currency for price in found}) > 1:
+        raise ShoalError(f"--price {text}: give all prices in one currency")
+    return [*(found if len(found) > 1 else found * devices)]
+
+
+def comparison(found: Sequence[Choices], prices: Sequence[Price | None]) -> list[str]:
+    """Return a row for each kind of device, and what the numbers in parentheses are."""
+    config = found[0].config
+    train = config.train
+    steps = None if train.steps is None and train.tokens is None else count_steps(train, config.data.seq_len, 0)
+    priced = steps is not None and any(prices)
+    currency = next((price.currency for price in prices if price), "")
+    rows = [["devices", "layout", "GiB", "seconds/step", "tokens/s", "MFU", "all steps", currency if priced else ""]]
+    for choices, price in zip(found, prices, strict=True):
+        machine, best = choices.machine, next(iter(choices.fitting), None)
+        if best is None:
+            rows.append([str(machine), "does not fit", gib(choices.found[0].need.total), *[""] * 5])
+            continue
+        rate = train.global_batch * config.data.seq_len / best.seconds.middle
+        whole = best.seconds.scaled(steps) if steps else None
+        cost = whole.scaled(machine.world_size / 3600 * price.amount) if whole and price else None
+        rows.append([
+            str(machine), str(best.need.layout), gib(best.need.total), f"{best.seconds.middle:.3g}", f"{rate:,.0f}",
+            f"{mfu(best.need, machine, rate):.0%}" if machine.cuda else "",
+            f"{duration(whole.middle)} ({duration(whole.low)} to {duration(whole.high)})" if whole else "",
+            f"{cost.middle:,.2f} ({cost.low:,.2f} to {cost.high:,.2f})" if cost else "",
+        ])  # fmt: skip
+    shown = len(rows[0]) - (0 if priced else 1 if steps else 2)
+    rows = [row[:shown] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = [
+        "  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]).rstrip() for row in rows
+    ]
+    note = ["", "in parentheses: 90% intervals. Evaluations, saves and restarts are not in the times"] if steps else []
+    return [*table, *note]
