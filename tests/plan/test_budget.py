@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from shoal.config.data_options import Data
 from shoal.config.options import Config, Model, Train
 from shoal.config.presets import resolve_shape, shape_problems
 from shoal.errors import ShoalError
-from shoal.plan.choice.budget import Budget, budget_lines, optimal_parameters, predicted_loss, read_budget, shape, sizes
+from shoal.plan.choice.budget import ALPHA, BETA, A, B, Budget, budget_lines, predicted_loss, read_budget, shape, sizes
 from shoal.plan.choice.choose import Choice, choose
 from shoal.plan.choice.devices import prices_of
 from shoal.plan.choice.price import Price, read_price
@@ -27,6 +28,12 @@ CONFIG = Config(
     train=Train(global_batch=8, micro_batch=2, dtype="float32", steps=1),
 )
 PRICE = Price(2.5, "USD")
+
+
+def optimal_parameters(flops: float) -> float:
+    """Return the number of parameters with the least loss for 6 N D = `flops`, by the derivative of the law."""
+    ratio = math.pow(ALPHA * A / (BETA * B), 1 / (ALPHA + BETA))
+    return ratio * math.pow(flops / 6, BETA / (ALPHA + BETA))
 
 
 def test_what_a_budget_says() -> None:

@@ -14,8 +14,7 @@ from typing import Any, Final
 
 from shoal.errors import LaunchError
 from shoal.launch.torchrun import count_gpus, worker_environment
-from shoal.plan.speed.calibration import Calibration, Setting
-from shoal.plan.speed.rates import Curve
+from shoal.plan.speed.calibration import Calibration, Setting, curves_of
 from shoal.run.narrator import Narrator
 from shoal.system.cpu import count_cores, free_cores
 
@@ -46,7 +45,7 @@ def calibrate(
             found.append(_measure(count, threads, dtype, seconds / len(counts)))
     first = found[0]
     settings = [
-        Setting(each["processes"], each["threads"], dtype, _read(each["curves"]), _read(each["links"]))
+        Setting(each["processes"], each["threads"], dtype, curves_of(each["curves"]), curves_of(each["links"]))
         for each in found
     ]
     return Calibration(first["device"], gpus > 0, cores, first["torch"], time.time(), settings)
@@ -74,7 +73,3 @@ def _finished(command: Sequence[str], environment: dict[str, str]) -> subprocess
         )
     except subprocess.TimeoutExpired:
         raise LaunchError(f"the calibration did not end within {LIMIT_SECONDS:g} s") from None
-
-
-def _read(curves: dict[str, Any]) -> dict[Any, Curve]:
-    return {name: Curve(**each) for name, each in curves.items()}

@@ -51,7 +51,7 @@ def main(answer: Path, dtype: str, seconds: float, threads: int) -> None:
 
 def _links(mesh: Mesh, seconds: float) -> dict[str, Curve]:
     """Return the seconds of each collective over all processes, by the bytes that a rank sends if it is a ring."""
-    ranks, measured = mesh.world_size, dict[str, list[float]]()
+    measured = dict[str, list[float]]()
     end = time.perf_counter() + seconds
     for size in BYTES:
         for kind, run in _collectives(mesh, size).items():
@@ -68,7 +68,7 @@ def _links(mesh: Mesh, seconds: float) -> dict[str, Curve]:
         late = mesh.sum(torch.tensor(float(time.perf_counter() > end), device=mesh.device))
         if float(late) > 0 and size != BYTES[-1]:
             break
-    return {kind: Curve([BYTES[: len(times)]], times) for kind, times in measured.items() if ranks > 1}
+    return {kind: Curve([BYTES[: len(times)]], times) for kind, times in measured.items()}
 
 
 def _collectives(mesh: Mesh, sent: int) -> dict[str, Callable[[], object]]:

@@ -18,6 +18,11 @@ def count_steps(train: Train, seq_len: int, rows: int) -> int:
             return math.ceil(epochs * rows / train.global_batch)
 
 
+def given_steps(train: Train, seq_len: int) -> int | None:
+    """Return the run's length in steps, if it does not depend on the corpus."""
+    return None if train.steps is None and train.tokens is None else count_steps(train, seq_len, 0)
+
+
 def length_of(train: Train) -> tuple[str, float]:
     """Return the name and value of the option that sets the run's length: steps, tokens or epochs."""
     return next((k, v) for k in ("steps", "tokens", "epochs") if (v := getattr(train, k)) is not None)

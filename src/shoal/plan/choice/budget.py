@@ -77,12 +77,6 @@ def predicted_loss(parameters: float, tokens: float) -> float:
     return E + A / math.pow(parameters, ALPHA) + B / math.pow(tokens, BETA)
 
 
-def optimal_parameters(flops: float) -> float:
-    """Return the number of parameters with the least loss for 6 N D = `flops`."""
-    ratio = math.pow(ALPHA * A / (BETA * B), 1 / (ALPHA + BETA))
-    return ratio * math.pow(flops / 6, BETA / (ALPHA + BETA))
-
-
 def shape(config: Config, dim: int) -> Config:
     """Return the config with a model of this width, in the proportions of GPT-2 and Llama: 64 to 128 of width for each block."""
     layers = max(2, round(dim / (64 if dim <= 1024 else 64 + 64 * min(1.0, math.log2(dim / 1024) / 2))))

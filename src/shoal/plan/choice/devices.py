@@ -8,7 +8,7 @@ from shoal.errors import ShoalError
 from shoal.plan.choice.choose import Choices
 from shoal.plan.choice.price import Price, read_price
 from shoal.plan.choice.table import gib, mfu
-from shoal.plan.length import count_steps
+from shoal.plan.length import given_steps
 from shoal.run.console import duration
 
 
@@ -32,7 +32,7 @@ def comparison(found: Sequence[Choices], prices: Sequence[Price | None]) -> list
     """Return a row for each kind of device, and what the numbers in parentheses are."""
     config = found[0].config
     train = config.train
-    steps = None if train.steps is None and train.tokens is None else count_steps(train, config.data.seq_len, 0)
+    steps = given_steps(train, config.data.seq_len)
     priced = steps is not None and any(prices)
     currency = next((price.currency for price in prices if price), "")
     rows = [["devices", "layout", "GiB", "seconds/step", "tokens/s", "MFU", "all steps", currency if priced else ""]]

@@ -11,7 +11,7 @@ from shoal.plan.choice.choose import Choice, Choices, largest_micro_batch
 from shoal.plan.choice.price import Price
 from shoal.plan.estimate import flops_per_token, parameter_count
 from shoal.plan.fits import Need, need_of
-from shoal.plan.length import count_steps
+from shoal.plan.length import given_steps
 from shoal.plan.machine import GIB, Machine
 from shoal.plan.speed.corrections import Interval
 from shoal.plan.speed.seconds import Part, idle_share
@@ -123,9 +123,9 @@ def _whole_run(choices: Choices, best: Choice, price: Price | None) -> Iterator[
     """Yield the time of all steps, and their price, if the recipe says how many there are."""
     train, world = choices.config.train, choices.machine.world_size
     per_step = train.global_batch * choices.config.data.seq_len
-    if train.steps is None and train.tokens is None:
+    steps = given_steps(train, choices.config.data.seq_len)
+    if steps is None:
         return
-    steps = count_steps(train, choices.config.data.seq_len, 0)
     whole = best.seconds.scaled(steps)
     said = f"{steps:,} steps, {steps * per_step:,} tokens: {_range(whole, duration)}"
     if price is not None:

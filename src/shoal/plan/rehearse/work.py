@@ -30,6 +30,11 @@ class Op(NamedTuple):
     sizes: tuple[int, ...] = ()
 
 
+def ring_share(kind: str, ranks: int) -> float:
+    """Return what a rank of a ring sends in a collective, as a multiple of its size (see `Work.messages`)."""
+    return {"send": 1.0, "all_reduce": 2 * (ranks - 1) / ranks}.get(kind, (ranks - 1) / ranks)
+
+
 @dataclass
 class Work:
     """
@@ -75,7 +80,5 @@ class Work:
         """
         found: Counter[str] = Counter()
         for (kind, axis, size), count in self.messages.items():
-            ranks = sizes[axis]
-            rounds = {"send": 1.0, "all_reduce": 2 * (ranks - 1) / ranks}.get(kind, (ranks - 1) / ranks)
-            found[axis] += int(rounds * size * count)
+            found[axis] += int(ring_share(kind, sizes[axis]) * size * count)
         return dict(found)

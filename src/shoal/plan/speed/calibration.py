@@ -86,7 +86,7 @@ def load(path: Path) -> Calibration:
         if read.pop("version") != VERSION:
             raise ShoalError(f"{path} was made by another version of shoal; run shoal plan --calibrate again")
         settings = [
-            Setting(**{**each, **{name: _curves(each[name]) for name in ("curves", "links")}})
+            Setting(**{**each, **{name: curves_of(each[name]) for name in ("curves", "links")}})
             for each in read.pop("settings")
         ]
         return Calibration(**read, settings=settings)
@@ -96,7 +96,8 @@ def load(path: Path) -> Calibration:
         raise ShoalError(f"{path} is not a calibration: {error}; shoal plan --calibrate makes one") from None
 
 
-def _curves(read: Mapping[str, Mapping[str, Any]]) -> dict[Any, Curve]:
+def curves_of(read: Mapping[str, Mapping[str, Any]]) -> dict[Any, Curve]:
+    """Return the curves of a JSON object."""
     return {name: Curve(each["axes"], each["seconds"], each["powers"]) for name, each in read.items()}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -164,17 +165,11 @@ def report(kept: Sequence[Measured]) -> list[str]:
         half = max(1, len(off) // 2)
         held = sum(each.predicted.holds(each.seconds) for each in some)
         rows.append([
-            device, dtype, "measured" if calibrated else "data sheet", str(len(some)), f"{_median(off):.1%}",
-            f"{_median(off[:half]):.1%}", f"{_median(off[-half:]):.1%}", f"{held} of {len(some)} ({held / len(some):.0%})",
+            device, dtype, "measured" if calibrated else "data sheet", str(len(some)), f"{statistics.median(off):.1%}",
+            f"{statistics.median(off[:half]):.1%}", f"{statistics.median(off[-half:]):.1%}", f"{held} of {len(some)} ({held / len(some):.0%})",
         ])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = [
         "  ".join([*map(str.ljust, row[:3], widths), *map(str.rjust, row[3:], widths[3:])]).rstrip() for row in rows
     ]
     return [*table, "", "first, last: the median error of the first and of the last half of the runs"]
-
-
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    middle = len(ordered) // 2
-    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from shoal.plan.machine import Machine
-from shoal.plan.rehearse.work import Kind, Op
+from shoal.plan.rehearse.work import Kind, Op, ring_share
 
 WIDTHS: Final = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of an element
 # Shares of the peak and of the bandwidth that good kernels reach (Dao 2023, arXiv:2307.08691, figures 4 to 6; NVIDIA's deep
@@ -123,8 +123,7 @@ class Rates:
 
     def message(self, kind: str, ranks: int, size: int, *, far: bool) -> float:
         """Return the seconds of a collective over `ranks`, as a ring. size: as in `Work.messages`. far: whether it crosses nodes."""
-        rounds = {"send": 1.0, "all_reduce": 2 * (ranks - 1)}.get(kind, ranks - 1.0)
-        sent = size * (rounds if kind == "send" else rounds / ranks)
+        sent = size * ring_share(kind, ranks)
         if not far and kind in self.links:
             return self.stretch * self.links[kind].at([max(1.0, sent)])
         rate = self.machine.network if far else self.machine.link
