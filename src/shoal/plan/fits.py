@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from shoal.config.families import FAMILIES
-from shoal.config.layout import AXES, Layout, split_slots
+from shoal.config.layout import AXES, Layout
 from shoal.config.options import Config, Parallel
 from shoal.config.presets import resolve_shape
 from shoal.config.schedules import Schedule
@@ -54,18 +54,18 @@ class Need:
         return self.total <= machine.usable_bytes
 
 
-def need_of(config: Config, layout: Layout, *, cuda: bool) -> Need:
+def need_of(config: Config, layout: Layout, *, cuda: bool, few: Sequence[int] = FEW) -> Need:
     """
     Return what a rank of `config` in `layout` needs.
 
-    config: one that `why_unknown` accepts, with a vocabulary size and a dtype other than auto.
+    config: one that `why_unknown` accepts, with a vocabulary size and a dtype other than auto. few: how many blocks of a stage are
+    rehearsed, twice.
     """
     case = Case.of(dataclasses.replace(config, model=resolve_shape(config.model)))
-    slots = split_slots(config.train.global_batch // config.train.micro_batch, layout.dp)
-    turns = max(map(len, slots))
+    turns = math.ceil(config.train.global_batch // config.train.micro_batch / layout.dp)
     width = 4 if config.train.dtype == "float32" else 2
     once = partial(_rehearsed, kernels=Kernels(cuda, width), granule=CUDA_GRANULE if cuda else 1)
-    found = [_extended(once, case, layout, turns, rank) for rank in sorted({0, layout.pp - 1})]
+    found = [_extended(once, case, layout, turns, rank, few) for rank in sorted({0, layout.pp - 1})]
     return Need(
         config, layout, max((parts for parts, _ in found), key=lambda p: sum(p.values())), [w for _, w in found]
     )
@@ -112,7 +112,7 @@ class Short:
 
 
 def _extended(
-    once: partial[Rehearsal], case: Case, layout: Layout, turns: int, rank: int
+    once: partial[Rehearsal], case: Case, layout: Layout, turns: int, rank: int, few: Sequence[int]
 ) -> tuple[dict[str, int], Work]:
     """
     Rehearse few blocks of a short pipeline, and extend each phase's peak, and the work, to what there is.
@@ -121,7 +121,7 @@ def _extended(
     """
     stages = layout.pp * case.stages if layout.pp > 1 else 1
     blocks = case.sizes.num_layers / stages
-    counts: Sequence[int | None] = FEW if blocks > max(FEW) else (None,)
+    counts: Sequence[int | None] = few if blocks > max(few) else (None,)
     depths, deeper = _depths(case.schedule, layout.pp, turns, whole=case.sizes.num_layers % stages == 0)
     results = [[_rehearse(once, case, layout, Short(count, *depth), rank) for count in counts] for depth in depths]
     grow = 0 if counts[0] is None else math.ceil(blocks) - counts[0]  # of the longest stage
@@ -138,7 +138,7 @@ def _extended(
             for row, depth in zip(results, depths, strict=True)
         ]
         peak = {part: round(_line([found[part] for found in at_depths], deeper)) for part in parts}
-        peak["messages"] += results[0][0].buffers * turns
+        peak["messages"] += (results[0][0].buffers + results[0][0].sent) * turns
         extended.append(peak)
     most = max(extended, key=lambda parts: sum(parts.values()))
     works = [row[0].work.toward(row[-1].work, grow) for row in results]
@@ -151,8 +151,8 @@ def _extended(
 
 
 def _buffers(rehearsal: Rehearsal, part: str, micro_batches: int) -> int:
-    """Return a pipeline's bytes for all micro-batches, which are part of its messages."""
-    return rehearsal.buffers * micro_batches if part == "messages" else 0
+    """Return a pipeline's bytes of all micro-batches, which count as messages."""
+    return (rehearsal.buffers + rehearsal.sent) * micro_batches if part == "messages" else 0
 
 
 def _rehearse(once: partial[Rehearsal], case: Case, layout: Layout, short: Short, rank: int) -> Rehearsal:

@@ -6,10 +6,11 @@ Each message is one sentence that names the options, by section and key, and val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from shoal.config.families import FAMILIES
-from shoal.config.layout import Layout, find_layout, split_slots
+from shoal.config.layout import Layout, find_layout
 from shoal.config.options import FLOAT16_ON_CPU, Config, Model, Optim, Parallel, Train
 from shoal.config.presets import resolve_shape
 from shoal.config.schedules import problems as pipeline_problems
@@ -131,7 +132,7 @@ def _no_dropout(model: Model, axis: str, size: int) -> Iterator[str]:
 def _pipeline(config: Config, layout: Layout) -> Iterator[str]:
     parallel, model = config.parallel, config.model
     slots = config.train.global_batch // config.train.micro_batch
-    lengths = sorted({len(run) for run in split_slots(slots, layout.dp)}) if slots >= layout.dp else []
+    lengths = sorted({slots // layout.dp, math.ceil(slots / layout.dp)}) if slots >= layout.dp else []
     if layout.dp_shard > 1:
         lengths = lengths[-1:]  # all ranks run as many micro-batches as the rank with the most
     for length in (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -17,6 +18,7 @@ from shoal.plan.speed.rates import WIDTHS, Rates
 from shoal.plan.speed.seconds import Part, idle_share, step_seconds
 
 LARGEST_MICRO_BATCH: Final = 1024
+NEARLY: Final = 1.05  # of a device's memory: what a rough estimate may exceed and still fit
 MOST_REHEARSED: Final = 12  # layouts; of more, those that look best
 
 
@@ -88,11 +90,18 @@ def choice_of(need: Need, rates: Rates, corrections: Corrections) -> Choice:
 
 def largest_micro_batch(choice: Choice, machine: Machine) -> int:
     """Return the largest micro-batch, by doubling the config's, with which this layout fits, and that divides the global batch."""
-    config, best = choice.need.config, choice.need.config.train.micro_batch
-    size = 2 * best
-    while size <= LARGEST_MICRO_BATCH and config.train.global_batch % (size * choice.need.layout.dp) == 0:
-        larger = config.replace("train", micro_batch=size)
-        if not need_of(larger, choice.need.layout, cuda=machine.cuda).fits(machine):
-            break
-        best, size = size, 2 * size
-    return best
+    config, layout = choice.need.config, choice.need.layout
+    base = config.train.micro_batch
+
+    def need(size: int) -> int:
+        return need_of(config.replace("train", micro_batch=size), layout, cuda=machine.cuda).total
+
+    doubled = itertools.takewhile(LARGEST_MICRO_BATCH.__ge__, (base * 2**n for n in itertools.count(1)))
+    sizes = list(itertools.takewhile(lambda size: config.train.global_batch % (size * layout.dp) == 0, doubled))
+    if not sizes or (twice := need(sizes[0])) > machine.usable_bytes:
+        return base
+    # memory grows at most linearly, so a line says where to look
+    more = max(1, twice - choice.need.total)
+    far = (NEARLY * machine.usable_bytes - choice.need.total) / more
+    likely = [size for size in sizes[1:] if size / base - 1 <= far]
+    return next((size for size in reversed(likely) if need(size) <= machine.usable_bytes), int(sizes[0]))

@@ -18,6 +18,7 @@ from shoal.plan.fits import Need, need_of
 from shoal.plan.rehearse.work import Op, Work
 
 SHARDED = ("parameters", "moments")
+FEW = (2, 3)  # blocks of a stage that are rehearsed
 
 
 def sketch(config: Config, layout: Layout, *, cuda: bool) -> Need:
@@ -45,4 +46,4 @@ def sketch(config: Config, layout: Layout, *, cuda: bool) -> Need:
 
 @functools.lru_cache(maxsize=4096)
 def _once(config: Config, layout: Layout, cuda: bool) -> Need:
-    return need_of(config, layout, cuda=cuda)
+    return need_of(config, layout, cuda=cuda, few=FEW)

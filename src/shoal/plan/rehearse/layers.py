@@ -10,6 +10,7 @@ from shoal.plan.rehearse.tape import Memory, Space, Tape, Tensor
 from shoal.plan.rehearse.work import Kind, Work
 
 FLOAT32: Final = 4
+INT64: Final = 8
 # As in models/loss.py, which imports torch
 CHUNK_BYTES: Final = 256 * 2**20
 SLICE_BYTES_CPU: Final = 2 * 2**20

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from shoal.config.schedules import Schedule
+from shoal.plan.rehearse.tape import Space
 
 
 class Action(NamedTuple):
@@ -50,3 +51,41 @@ def _order(pp: int, stages: int, micro_batches: int, *, back: bool = False) -> I
         for stage in reversed(range(stages)) if back else range(stages):
             for number in range(first, min(first + pp, micro_batches)):
                 yield stage, number
+
+
+class Sent:
+    """
+    Tensors that torch's schedules keep alive after they were sent, or passed to the loss.
+
+    Each has variables that refer to its last messages; all but 1f1b keep those of a whole step. waits: whether to wait for a message
+    drops it, as with NCCL; gloo's messages refer to their tensor until nothing refers to them.
+    """
+
+    def __init__(self, schedule: Schedule, *, waits: bool) -> None:
+        self.keeps_all = schedule != "1f1b"
+        self._waits = waits
+        self._all: list[Space] = []
+        self._last: Space | None = None  # what the last forward returned
+        self._warm: Space | None = None  # the last message of the warm-up that was not sent together with another
+        self._gradient: Space | None = None
+        self._is_warm, self._cools = True, False
+
+    def forward(self, out: Space, *, leaves: bool) -> None:
+        """Keep what a forward returned. leaves: whether it is sent."""
+        if self.keeps_all and leaves:
+            self._all.append(out)
+        if self._is_warm and not self._waits:
+            self._warm = self._last
+        self._last, self._cools = out, False
+
+    def backward(self) -> None:
+        """Begin a backward: two in a row end the steady phase of 1f1b."""
+        if self._cools:
+            self._warm = None
+        self._is_warm, self._cools = False, True
+
+    def gradient(self, grad: Space) -> None:
+        """Keep the gradient that a backward found for the stage before."""
+        self._gradient = grad
+        if self.keeps_all:
+            self._all.append(grad)

@@ -11,8 +11,8 @@ from shoal.config.options import Config
 from shoal.config.schedules import Schedule, rank_stages, stage_blocks, stages_per_rank
 from shoal.plan.rehearse.collectives import Along
 from shoal.plan.rehearse.families import Around, Part, Shape, Sizes, block_forward, document_mask, enter, leave, rope
-from shoal.plan.rehearse.layers import FLOAT32, Kernels, Layers
-from shoal.plan.rehearse.pipeline import actions
+from shoal.plan.rehearse.layers import FLOAT32, INT64, Kernels, Layers
+from shoal.plan.rehearse.pipeline import Sent, actions
 from shoal.plan.rehearse.sharding import Group, Shared
 from shoal.plan.rehearse.tape import Memory, Peak, Space, Tensor
 from shoal.plan.rehearse.vocab_loss import vocab_parallel_loss
@@ -24,11 +24,13 @@ class Rehearsal:
     """
     What one step of a rank needs.
 
-    peaks: the most memory, by phase. buffers: of these, a pipeline's bytes for each micro-batch. work: what it computes and sends.
+    peaks: the most memory, by phase. buffers: of these, a pipeline's bytes for each micro-batch. sent: the bytes that each
+    further micro-batch leaves behind until the step ends. work: what it computes and sends.
     """
 
     peaks: Mapping[str, Peak]
     buffers: int
+    sent: int
     work: Work
 
     @property
@@ -88,7 +90,7 @@ def rehearse(
     else:
         rank.follow_schedule(micro_batches)
     memory.begin("optimizer")
-    return Rehearsal(memory.peaks, rank.buffers(), rank.layers.work)
+    return Rehearsal(memory.peaks, rank.buffers(), rank.left_behind(), rank.layers.work)
 
 
 class Rank:
@@ -106,6 +108,7 @@ class Rank:
         self.groups: list[dict[str, Group]] = []  # by stage: its blocks by number, and "" for all else
         self.weights: list[dict[str, dict[str, Tensor]]] = []
         self.held: list[Space] = []
+        self.sent = Sent(case.schedule, waits=layers.kernels.cuda)
 
     def _stages(self) -> list[Stage]:
         case, count = self.case, self.layout.pp
@@ -130,9 +133,19 @@ class Rank:
         self.held.append(Space(self.layers.tape.memory, "messages", self.buffers() * micro_batches))
 
     def buffers(self) -> int:
-        """Return the bytes that torch keeps for each micro-batch's hidden states, and for their gradients, that come in."""
-        ends = sum((not stage.begins) + (not stage.ends) for stage in self.stages)
-        return ends * self._hidden() if self.layout.pp > 1 else 0
+        """Return the bytes that a pipeline keeps for each micro-batch: what comes in, and tokens, labels and places."""
+        if self.layout.pp == 1:
+            return 0
+        integers = 1 + self.case.document_mask + sum(stage.begins + stage.ends for stage in self.stages)
+        return self._borders() * self._hidden() + INT64 * integers * self.part.tokens
+
+    def left_behind(self) -> int:
+        """Return the bytes of each micro-batch that a pipeline keeps after it has sent them, until the step ends."""
+        return self._borders() * self._hidden() if self.layout.pp > 1 and self.sent.keeps_all else 0
+
+    def _borders(self) -> int:
+        """Return how often a micro-batch enters a stage from another one or leaves it for another one, on this rank."""
+        return sum((not stage.begins) + (not stage.ends) for stage in self.stages)
 
     def _around(self, stage: Stage) -> dict[str, Shape]:
         before = self.sizes.before()
@@ -211,7 +224,7 @@ class Rank:
         for number in range(micro_batches):
             self.layers.work.op("turn")
             memory.begin("forward")
-            loss = self._forward(0)
+            loss = self._loss(0, self._forward(0))
             memory.begin("backward")
             self._backward(0, loss, last=number == micro_batches - 1)
             del loss
@@ -219,21 +232,30 @@ class Rank:
     def follow_schedule(self, micro_batches: int) -> None:
         """Run the forwards and backwards of a pipeline's schedule."""
         memory = self.layers.tape.memory
-        outs: dict[tuple[int, int], Tensor] = {}
-        for forward, stage, number in actions(
+        outs: dict[
+            tuple[int, int], tuple[Tensor, Space]
+        ] = {}  # where backward begins, and what the schedule keeps until then
+        for forward, index, number in actions(
             self.case.schedule, self.layout.pp, len(self.stages), self.pp_rank, micro_batches
         ):
             memory.begin("forward" if forward else "backward")
             self.layers.work.op("turn", times=forward)
+            stage = self.stages[index]
             if forward:
-                outs[stage, number] = self._forward(stage)
+                out = self._forward(index)
+                self.sent.forward(out.space, leaves=not stage.ends)
+                outs[index, number] = self._loss(index, out) if stage.ends else out, out.space
+                del out
             else:
-                self._backward(stage, outs.pop((stage, number)), last=number == micro_batches - 1)
-            goes_on = not (self.stages[stage].ends if forward else self.stages[stage].begins)
+                self.sent.backward()
+                root, kept = outs.pop((index, number))
+                self._backward(index, root, last=number == micro_batches - 1)
+                del root, kept
+            goes_on = not (stage.ends if forward else stage.begins)
             self.layers.work.messages["send", "pp", self._hidden()] += goes_on
 
     def _forward(self, index: int) -> Tensor:
-        """Run one stage on a micro-batch; return its loss, or the hidden states for the next stage."""
+        """Run one stage on a micro-batch; return the hidden states for the next stage, or for the loss."""
         layers, sizes, part, stage = self.layers, self.sizes, self.part, self.stages[index]
         root, outer = self.weights[index][""], self.groups[index].get("")
         if outer is not None:
@@ -249,8 +271,11 @@ class Rank:
         del shared
         if outer is not None:
             self.shared[index].held = None
-        if not stage.ends:
-            return x
+        return x
+
+    def _loss(self, index: int, x: Tensor) -> Tensor:
+        """Return the loss of the last stage's hidden states."""
+        layers, sizes, part, root = self.layers, self.sizes, self.part, self.weights[index][""]
         head = root["embed.weight" if sizes.tied else "head.weight"]
         if part.tp is not None:
             return vocab_parallel_loss(layers, part.tp, x, head, part.split(sizes.vocab_size), sizes.dim)
@@ -263,9 +288,9 @@ class Rank:
         return f"backward, {places.get(number, 'middle')} block"
 
     def _arrival(self) -> Tensor:
-        """Hidden states in one of the pipeline's buffers; their gradient is sent, and freed."""
+        """Hidden states in one of the pipeline's buffers; their gradient is sent."""
         count = self.part.split(self.part.tokens) * self.sizes.dim
-        return self._weight(count, self.layers.kernels.width, lambda grad: None)
+        return self._weight(count, self.layers.kernels.width, self.sent.gradient)
 
     def _block(self, index: int, name: str, x: Tensor, around: Around) -> Tensor:
         group, weights = self.groups[index].get(name), self.weights[index][name]

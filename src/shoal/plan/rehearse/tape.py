@@ -100,10 +100,11 @@ class Node:
     """
     An operation on the tape. backward: gradients of the outputs -> gradients of the inputs, or None.
 
-    frame: where a checkpointed operation finds what it would have saved, under the number `place`.
+    frame: where a checkpointed operation finds what it would have saved, under the number `place`. grads: the gradients of its
+    outputs that backward has found. waits: for how many operations it waits in backward; None until backward knows.
     """
 
-    __slots__ = ("backward", "frame", "inputs", "number", "outputs", "place", "saved")
+    __slots__ = ("backward", "frame", "grads", "inputs", "number", "outputs", "place", "saved", "waits")
 
     def __init__(
         self,
@@ -117,6 +118,8 @@ class Node:
         self.backward, self.outputs = backward, outputs
         self.frame: Frame | None = None
         self.place = 0
+        self.grads: list[Space | None] | None = None
+        self.waits: int | None = None
 
 
 class Frame:
@@ -145,10 +148,6 @@ class Tensor:
     def __init__(self, space: Space, count: int, width: int, node: Node | None = None, output: int = 0) -> None:
         self.space, self.count, self.width, self.node, self.output = space, count, width, node, output
 
-    @property
-    def edge(self) -> tuple[Node, int] | None:
-        return None if self.node is None else (self.node, self.output)
-
 
 class Tape:
     """Records operations, and runs backward. `recording` is off inside code without gradients."""
@@ -172,10 +171,13 @@ class Tape:
 
     def save(self, inputs: Sequence[Tensor], saved: Sequence[Tensor], backward: Backward) -> Node | None:
         """Return the node of an operation of `inputs`; None if none of them has a gradient. torch saves inputs before it computes."""
-        if not self.recording or all(each.node is None for each in inputs):
+        if not self.recording:
+            return None
+        edges = [None if each.node is None else (each.node, each.output) for each in inputs]
+        if not any(edges):
             return None
         self._count += 1
-        node = Node(self._count, [each.edge for each in inputs], [each.space for each in saved], backward, 1)
+        node = Node(self._count, edges, [each.space for each in saved], backward, 1)
         if self.frame is not None and saved:
             self._into_frame(self.frame, node)
         return node
@@ -246,40 +248,46 @@ class Tape:
 
     def backward(self, loss: Tensor) -> None:
         """Run backward from `loss`, whose own gradient counts nothing, and free the tape behind it."""
-        assert loss.node is not None
-        waiting = _dependencies(loss.node)
-        buffers: dict[int, list[Space | None]] = {}
-        ready = [(-loss.node.number, id(loss.node), loss.node)]
+        root = loss.node
+        assert root is not None
         loss.node = None
+        _count_waits(root)
+        ready = [(-root.number, id(root), root)]
+        del root
         recording, self.recording = self.recording, False
         while ready:
-            _, key, node = heapq.heappop(ready)
+            _, _, node = heapq.heappop(ready)
             if node.frame is not None:
                 if node.frame.found is None:
                     self._run_again(node.frame)
                 assert node.frame.found is not None
                 node.saved, node.frame = node.frame.found.pop(node.place), None
-            grads = node.backward(buffers.pop(key, [None] * node.outputs), node.saved)
+            held, node.grads = node.grads or [None] * node.outputs, None
+            grads = list(node.backward(held, node.saved))
+            del held
             node.saved.clear()
             for place, edge in enumerate(node.inputs):
                 if edge is None:
                     continue
                 target, output = edge
-                found = grads[place]
+                found, grads[place] = grads[place], None
                 if found is not None:
-                    self._give(buffers, target, output, found)
+                    self._give(target, output, found)
                     del found
-                    grads = [None if p == place else g for p, g in enumerate(grads)]
-                waiting[id(target)] -= 1
-                if not waiting[id(target)]:
+                assert target.waits is not None
+                target.waits -= 1
+                if not target.waits:
+                    target.waits = None  # a parameter is on the next tape too
                     heapq.heappush(ready, (-target.number, id(target), target))
             node.inputs = ()
             del grads
         self.recording = recording
 
-    def _give(self, buffers: dict[int, list[Space | None]], target: Node, output: int, grad: Space) -> None:
+    def _give(self, target: Node, output: int, grad: Space) -> None:
         """Add a gradient to those that wait for `target`."""
-        held = buffers.setdefault(id(target), [None] * target.outputs)
+        if target.grads is None:
+            target.grads = [None] * target.outputs
+        held = target.grads
         old = held[output]
         if old is None:
             held[output] = grad
@@ -291,17 +299,16 @@ class Tape:
             held[output] = Space(self.memory, old.part, old.size)
 
 
-def _dependencies(root: Node) -> dict[int, int]:
-    """Return how many operations each node waits for, by id."""
-    found: dict[int, int] = {id(root): 0}
+def _count_waits(root: Node) -> None:
+    """Count for each node before `root` how many operations it waits for."""
+    root.waits = 0
     stack = [root]
     while stack:
         for edge in stack.pop().inputs:
             if edge is None:
                 continue
             node = edge[0]
-            if id(node) not in found:
-                found[id(node)] = 0
+            if node.waits is None:
+                node.waits = 0
                 stack.append(node)
-            found[id(node)] += 1
-    return found
+            node.waits += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -99,6 +100,17 @@ class Rates:
 
     def device(self, op: Op) -> float:
         """Return the seconds of an operation on the device."""
+        seconds = self._known.get(op)
+        if seconds is None:
+            seconds = self._known[op] = self._seconds(op)
+        return seconds
+
+    @functools.cached_property
+    def _known(self) -> dict[Op, float]:
+        """Seconds of operations: many layouts have the same."""
+        return {}
+
+    def _seconds(self, op: Op) -> float:
         kind, sizes = op
         if kind in self.curves:
             return self.stretch * self.curves[kind].at(_axes_of(op))
