@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from shoal.bench.trace import LiveBytes
 from shoal.config.layout import Layout, find_layout
 from shoal.config.options import Config
 from shoal.config.presets import resolve_shape
@@ -24,7 +25,6 @@ from shoal.resolve.recipe import PACKAGED, packaged_recipes
 from shoal.resolve.resolve import resolve
 from tests.cli.commands import Place
 from tests.packaged import make_files
-from tests.plan.live import LiveBytes
 
 # Name -> parameters, and numbers of GPUs.
 RECIPES: dict[str, tuple[float, tuple[int, ...]]] = {

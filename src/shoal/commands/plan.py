@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shoal.config.options import Config
     from shoal.plan.choice.choose import Choice, Choices
     from shoal.plan.choice.price import Price
+    from shoal.plan.fits import Need
     from shoal.plan.machine import Machine
 
 SECONDS: Final = 40.0  # of a calibration's measuring, with all numbers of processes together
@@ -48,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", action="store_true", help=how)
     bought = "say which size of model and how many tokens a time, money or FLOPs buy: 3h, 200usd, 1e18flop"
     parser.add_argument("--budget", metavar="AMOUNT", help=bought)
+    second = "also count the fastest layout's memory by running the real step on fake tensors; takes seconds, and needs torch"
+    parser.add_argument("--trace", action="store_true", help=second)
     choice = "put the fastest layout that fits into the recipe, a file of yours"
     parser.add_argument("--write", action="store_true", help=choice)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead, with all layouts")
@@ -95,9 +98,22 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
         choices = choose(config, machine, rates, seen)
         text = json.dumps(record(choices), indent=2) if args.json else "\n".join(lines(choices, price))
     print(text)
+    if args.trace and choices.fitting:
+        print(_second_count(choices.fitting[0].need))
     if args.write and choices.fitting:
         _write(args.recipe, choices)
     return 0 if choices.fitting else 1
+
+
+def _second_count(need: Need) -> str:
+    """Return the memory of a layout as a trace of the real step counts it, beside what was rehearsed for the same kernels."""
+    from shoal.bench.trace import traced_bytes
+    from shoal.plan.choice.table import beside
+    from shoal.plan.fits import need_of
+
+    with narrated() as narrator, narrator.phase("running the step on fake tensors"):
+        traced = traced_bytes(need.config, need.layout)
+    return beside(need_of(need.config, need.layout, cuda=False).total, traced)
 
 
 def _compare(config: Config, machines: Sequence[Machine], prices: Sequence[Price | None], path: Path | None) -> int:

@@ -31,6 +31,7 @@ Feature = Literal[
     "kernel",
     "timeouts",
     "memory_snapshot",
+    "trace",
 ]
 
 
@@ -132,6 +133,16 @@ PRIVATE: Final[dict[Feature, Private]] = {
         _in("torch.cuda.memory:", "_record_memory_history", "_snapshot"),
         "",
         optional=True,
+    ),
+    "trace": Private(
+        "counting memory with fake tensors",
+        (
+            "torch._subclasses.fake_tensor:FakeTensorMode", "torch.testing._internal.distributed.fake_pg:FakeStore",
+            "torch:UntypedStorage._cdata", "torch.utils._pytree:tree_iter",
+            *_in("torch.utils._python_dispatch:", "TorchDispatchMode", "_disable_current_modes"),
+            *_in("torch.nn:Module.", "_parameters", "_buffers"),
+        ),
+        "plan without --trace",
     ),
 }  # fmt: skip
 

@@ -18,6 +18,7 @@ from shoal.plan.speed.seconds import Part, idle_share
 from shoal.run.console import duration
 
 SHOWN: Final = 10  # rows of the table
+FAR_APART: Final = 0.02  # two counts of memory
 # Columns of the table: the parts of memory that each sums
 COLUMNS: Final = {
     "state": ("parameters", "moments"),
@@ -58,6 +59,17 @@ def lines(choices: Choices, price: Price | None = None) -> list[str]:
         "",
         *_verdict(choices, price),
     ]
+
+
+def beside(rehearsed: int, traced: int) -> str:
+    """Return two counts of the same memory as a sentence; where they are far apart, with advice. In bytes, of a CPU's kernels."""
+    off = rehearsed / traced - 1
+    found = f"a second count, of the real step on fake tensors and a CPU's kernels: {gib(traced)} GiB"
+    if abs(off) > FAR_APART:
+        return (
+            f"{found}, but {gib(rehearsed)} GiB were rehearsed ({off:+.1%}): plan for the larger one, and report this"
+        )
+    return f"{found}; rehearsed: {gib(rehearsed)} GiB ({off:+.1%})"
 
 
 def _row(choice: Choice, machine: Machine) -> list[str]:

@@ -325,5 +325,9 @@ class Layers:
         """Take the softmax of a chunk, a slice at a time: float32 probabilities, whose gradient replaces the logits."""
         limit = CHUNK_BYTES if self.kernels.cuda else SLICE_BYTES_CPU
         step = max(1, limit // (FLOAT32 * rows))
-        self.new(min(step, count) * rows, FLOAT32, "logits")
+        size = min(step, count) * rows
+        # torch casts other dtypes first
+        wide = None if logits.width == FLOAT32 else self.new(size, FLOAT32, "logits")
+        self.new(size, FLOAT32, "logits")
+        del wide
         self.work.op("softmax", count, rows)

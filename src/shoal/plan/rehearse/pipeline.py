@@ -57,7 +57,7 @@ class Sent:
     """
     Tensors that torch's schedules keep alive after they were sent, or passed to the loss.
 
-    Each has variables that refer to its last messages; all but 1f1b keep those of a whole step. waits: whether to wait for a message
+    Each has variables that refer to its last messages; all but 1f1b keep all messages of a step. waits: whether to wait for a message
     drops it, as with NCCL; gloo's messages refer to their tensor until nothing refers to them.
     """
 

@@ -46,8 +46,8 @@ class Group:
         self.count = sum(self.padded.values())
 
     def accumulate(self, name: str, grad: Space) -> None:
-        """Take the gradient of one parameter."""
-        if name not in self.grads:
+        """Take the gradient of one parameter; torch adds it to an earlier one of the same dtype."""
+        if name not in self.grads and not (name in self.added and self.width == FLOAT32):
             self.grads[name] = grad
 
     def request(self) -> None:
