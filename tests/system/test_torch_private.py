@@ -21,6 +21,7 @@ from scripts import test_torch
 from torch.distributed.fsdp import FSDPModule
 
 from shoal.bench.environment import describe
+from shoal.commands.plan import _second_count
 from shoal.config.options import Model
 from shoal.errors import LaunchError
 from shoal.fault.compiling import told_of_compilations
@@ -210,6 +211,7 @@ ASKED: dict[tuple[str, str, Feature], Callable[[], object]] = {
     ("parallel/apply.py", "parallelize", "train"): lambda: parallelize(
         Mock(), Mock(), parallel=Mock(), train=Mock(), data=Mock(), weights=Mock(), say=Mock()
     ),
+    ("commands/plan.py", "_second_count", "trace"): lambda: _second_count(Mock()),
     ("models/hf.py", "__init__", "hf"): lambda: HuggingFaceModel(Model(), torch.float32),
 }
 

@@ -32,7 +32,6 @@ from shoal.mesh.place import Place
 from shoal.models import loss
 from shoal.parallel import fsdp
 from shoal.run.phases import NO_PHASES
-from shoal.system.torch_private import require
 from shoal.training.assemble import assemble
 from shoal.training.clip import clip, gradient_norm
 
@@ -50,7 +49,6 @@ def traced_bytes(config: Config, layout: Layout) -> int:
         raise ShoalError(
             "a step of a pipeline cannot be traced: its stages exchange their shapes before the first step"
         )
-    require("trace")
     train = dataclasses.replace(
         config.train, device="cpu",
         global_batch=min(config.train.global_batch, MICRO_BATCHES * config.train.micro_batch * layout.dp),

@@ -107,6 +107,9 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
 
 def _second_count(need: Need) -> str:
     """Return the memory of a layout as a trace of the real step counts it, beside what was rehearsed for the same kernels."""
+    from shoal.system.torch_private import require
+
+    require("trace")
     from shoal.bench.trace import traced_bytes
     from shoal.plan.choice.table import beside
     from shoal.plan.fits import need_of

@@ -15,16 +15,14 @@ from shoal.config.options import Config
 from shoal.data.dataset import Dataset
 from shoal.data.yardstick import Yardstick
 from shoal.errors import CheckpointError
-from shoal.metrics.memory import peak_bytes
 from shoal.models.build import build_model
 from shoal.models.family import LanguageModel
 from shoal.models.generate import generate
-from shoal.plan.machine import machine_of
-from shoal.plan.speed.measured import keep
 from shoal.run.console import Console
 from shoal.run.folder import RunFolder
 from shoal.run.records import Evaluation
 from shoal.training.last_words import say_sample, say_what_next, what_it_took
+from shoal.training.prediction import keep_speed
 from shoal.training.run import Run
 
 YARDSTICK_SECONDS = 120.0  # longest wait for gzip and xz
@@ -37,7 +35,7 @@ def finish(run: Run, stopped: bool) -> None:
     else:
         _finish_whole(run)
     if run.mesh.is_first:
-        _keep_speed(run)
+        keep_speed(run)
 
 
 def _finish_early(run: Run) -> None:
@@ -89,24 +87,6 @@ def _say_results(run: Run, saved: Outcome) -> None:
     run.console.note(run.files.goodput())
     if saved.ok:
         say_what_next(run.config, run.folder, run.evaluation, run.console)
-
-
-def _keep_speed(run: Run) -> None:
-    """Keep the run's usual step beside its prediction, for `shoal plan`. For the first rank."""
-    seconds, place = run.watch.meter.usual_seconds(), run.mesh.place
-    cuda = run.mesh.device.type == "cuda"
-    machine = machine_of(
-        torch.cuda.get_device_name() if cuda else "", place.local_world_size, place.world_size // place.local_world_size,
-        psutil.virtual_memory().total // place.local_world_size, cuda=cuda,
-    )  # fmt: skip
-    if seconds is None or machine is None or run.watch.faults.planned:
-        return
-    try:
-        keep(run.config, run.mesh.layout, machine, seconds, peak_bytes(run.mesh.device) if cuda else None)
-    except OSError:
-        pass  # the user's folder cannot be written
-    except Exception as error:  # a prediction must not fail a run that has trained
-        run.console.warn(f"this run's speed is not kept for shoal plan: {type(error).__name__}: {error}")
 
 
 def _save(run: Run) -> Outcome:

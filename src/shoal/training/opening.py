@@ -13,6 +13,7 @@ from shoal.optim.schedule import replanned
 from shoal.plan.length import count_steps, length_of
 from shoal.system.output import on_one_line
 from shoal.training.last_words import already_taken
+from shoal.training.prediction import say_prediction
 from shoal.training.run import Run
 from shoal.training.start_facts import start_facts
 
@@ -49,6 +50,8 @@ def _describe(run: Run) -> None:
     )
     for line in filter(None, (*run.start.applied, meter.describe_mfu())):
         run.console.note(line)
+    if mesh.is_first:
+        say_prediction(run)
 
 
 def _warn_of_length(run: Run) -> None:

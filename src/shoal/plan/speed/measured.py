@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from shoal.config.layout import Layout
 from shoal.config.options import Config
-from shoal.plan.fits import need_of, why_unknown
+from shoal.plan.fits import Need, need_of, why_unknown
 from shoal.plan.machine import Machine
 from shoal.plan.rehearse.work import Op, Work
 from shoal.plan.speed.calibration import device_of, find, folder
@@ -121,26 +121,37 @@ def known(machine: Machine, dtype: str, path: Path | None = None) -> tuple[Rates
     return rates_of(machine), seen
 
 
-def keep(config: Config, layout: Layout, machine: Machine, seconds: float, memory_bytes: int | None) -> Measured | None:
-    """
-    Keep a run's median step with its prediction; return it, or None if such a run cannot be predicted.
+@dataclass(frozen=True)
+class Prediction:
+    """What is known of a run's step before it is taken. seen: number of measured steps that it has learned from."""
 
-    Raises OSError if the file cannot be written.
-    """
+    need: Need
+    seconds: Interval
+    calibrated: bool
+    seen: int
+
+
+def predict(config: Config, layout: Layout, machine: Machine) -> Prediction | None:
+    """Predict a run's step; None if such a run cannot be predicted."""
     dtype = config.train.dtype
     if why_unknown(config) or dtype not in WIDTHS or layout.world_size != machine.world_size:
         return None
     need = need_of(config, layout, cuda=machine.cuda)
     rates, seen = known(machine, dtype)
     parts = step_seconds(need.works, layout, idle_share(need), rates)
+    return Prediction(need, Corrections(seen, calibrated=rates.measured).predict(parts), rates.measured, len(seen))
+
+
+def keep(found: Prediction, machine: Machine, seconds: float, memory_bytes: int | None) -> None:
+    """Keep a run's median step with its prediction. Raises OSError if the file cannot be written."""
+    config = found.need.config
     measured = Measured(
         time=time.time(), run=config.launch.name or "run", device=device_of(machine), cuda=machine.cuda,
-        per_node=machine.per_node, nodes=machine.nodes, dtype=dtype, layout=layout, idle=idle_share(need),
-        works=need.works, seconds=seconds, predicted=Corrections(seen, calibrated=rates.measured).predict(parts),
-        calibrated=rates.measured, memory_bytes=memory_bytes, predicted_bytes=need.total,
+        per_node=machine.per_node, nodes=machine.nodes, dtype=config.train.dtype, layout=found.need.layout,
+        idle=idle_share(found.need), works=found.need.works, seconds=seconds, predicted=found.seconds,
+        calibrated=found.calibrated, memory_bytes=memory_bytes, predicted_bytes=found.need.total,
     )  # fmt: skip
     _append(folder() / FILE, measured.as_line())
-    return measured
 
 
 def _append(path: Path, line: str) -> None:
