@@ -75,7 +75,9 @@ def measured_and_rehearsed(mesh: Mesh, config: Config) -> tuple[int, int]:
     assert isinstance(layout, Layout)
     turns = config.train.global_batch // config.train.micro_batch // layout.dp
     rank = layout.coordinates(mesh.place.rank)["pp"]
-    return most, rehearse(Case.of(known), layout, Kernels(cuda=False, width=4), turns, pp_rank=rank).peak.total
+    return most, rehearse(
+        Case.of(known), layout, Kernels(cuda=False, width=4, copies=True), turns, pp_rank=rank
+    ).peak.total
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,9 @@ def test_the_real_step_on_fake_tensors_needs_the_same_memory(layout: Layout, che
         parallel=parallel,
     )  # fmt: skip
     config = config.replace("model", **dataclasses.asdict(resolve_shape(config.model)))
-    assert fits.need_of(config, layout, cuda=False).total == pytest.approx(traced_bytes(config, layout), rel=0.01)
+    assert fits.need_of(config, layout, cuda=False, copies=False).total == pytest.approx(
+        traced_bytes(config, layout), rel=0.01
+    )
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 5])
@@ -184,7 +188,7 @@ def test_a_loss_in_chunks_holds_the_logits_of_one(chunks: int, monkeypatch: pyte
         linear_cross_entropy_sum(hidden, weight, torch.zeros(tokens, dtype=torch.int64), chunk_bytes=limit)
     memory = Memory(1)
     memory.begin("loss")
-    rehearsed = layers.Layers(memory, Kernels(cuda=False, width=4))
+    rehearsed = layers.Layers(memory, Kernels(cuda=False, width=4, copies=True))
     x, w = (
         rehearsed.tape.leaf(Tensor(Space(memory, "parameters", 0), n * dim, 4), lambda grad: None)
         for n in (tokens, rows)

@@ -21,7 +21,7 @@ from shoal.plan.choice.choose import choose
 from shoal.plan.choice.sketch import sketch
 from shoal.plan.estimate import flops_per_token
 from shoal.plan.fits import need_of
-from shoal.plan.machine import find_machine, machine_of
+from shoal.plan.machine import Machine, find_machine, machine_of
 from shoal.plan.rehearse.work import Op
 from shoal.plan.speed import calibration, measured
 from shoal.plan.speed.calibration import Calibration, Setting
@@ -196,6 +196,13 @@ def test_a_calibration_of_another_machine_is_refused(kept: Path, tmp_path: Path)
         measured.known(CPUS, "float32", tmp_path / "missing.json")[0]
 
 
+def keep(config: Config, layout: Layout, machine: Machine, seconds: float) -> None:
+    """Keep a step as a run does that ends."""
+    found = measured.predict(config, layout, machine)
+    assert found is not None
+    measured.keep(found, machine, seconds, None)
+
+
 def test_runs_teach_the_next_prediction(kept: Path) -> None:
     """Runs that all take twice the time: the twentieth is predicted much better than the first; the report says so."""
     config = SMALL.replace("train", dtype="float32").replace("launch", name="slow")
@@ -204,7 +211,7 @@ def test_runs_teach_the_next_prediction(kept: Path) -> None:
     need = need_of(config, Layout(dp_replicate=2), cuda=False)
     usual = sum(step_seconds(need.works, need.layout, 0.0, Rates(machine, 4)).values())
     for _ in range(20):
-        measured.keep(config, Layout(dp_replicate=2), machine, 2 * usual, None)
+        keep(config, Layout(dp_replicate=2), machine, 2 * usual)
     found = measured.read_all()
     errors = [abs(m.predicted.middle / m.seconds - 1) for m in found]
     assert errors[0] == pytest.approx(0.5)
@@ -225,7 +232,7 @@ def test_the_file_of_steps_does_not_grow_without_end(kept: Path, monkeypatch: py
     machine = machine_of("", 1, 1, 2**30, cuda=False)
     assert machine is not None
     for _ in range(30):
-        measured.keep(SMALL.replace("train", dtype="float32"), Layout(), machine, 1.0, None)
+        keep(SMALL.replace("train", dtype="float32"), Layout(), machine, 1.0)
     assert (kept / "steps.jsonl").stat().st_size < 20_000
     assert measured.read_all()
 
@@ -248,8 +255,11 @@ def test_a_run_is_kept_with_its_prediction_and_one_with_faults_is_not(kept: Path
         **state,
     )
     assert not measured.read_all()
-    place.good("train", "recipe.yaml", "--name", "one", **state)
-    [one] = measured.read_all()
+    keep(SMALL.replace("train", dtype="float32"), Layout(dp_replicate=2), CPUS, 1.0)
+    said = place.good("train", "recipe.yaml", "--name", "one", **state)
+    assert "predicted: " in said
+    assert "a step took " in said
+    _, one = measured.read_all()
     assert (one.run, one.per_node, one.layout, one.device) == ("one", 2, Layout(dp_replicate=2), model_name())
     lines = [line["step_seconds"] for line in place.metrics("one") if "step_seconds" in line]
     assert one.seconds == pytest.approx(statistics.median(lines[3:]))

@@ -116,7 +116,7 @@ def _second_count(need: Need) -> str:
 
     with narrated() as narrator, narrator.phase("running the step on fake tensors"):
         traced = traced_bytes(need.config, need.layout)
-    return beside(need_of(need.config, need.layout, cuda=False).total, traced)
+    return beside(need_of(need.config, need.layout, cuda=False, copies=False).total, traced)
 
 
 def _compare(config: Config, machines: Sequence[Machine], prices: Sequence[Price | None], path: Path | None) -> int:

@@ -54,17 +54,20 @@ class Need:
         return self.total <= machine.usable_bytes
 
 
-def need_of(config: Config, layout: Layout, *, cuda: bool, few: Sequence[int] = FEW) -> Need:
+def need_of(
+    config: Config, layout: Layout, *, cuda: bool, few: Sequence[int] = FEW, copies: bool | None = None
+) -> Need:
     """
     Return what a rank of `config` in `layout` needs.
 
     config: one that `why_unknown` accepts, with a vocabulary size and a dtype other than auto. few: how many blocks of a stage are
-    rehearsed, twice.
+    rehearsed, twice. copies: whether messages are copied; None: as gloo does on CPUs.
     """
     case = Case.of(dataclasses.replace(config, model=resolve_shape(config.model)))
     turns = math.ceil(config.train.global_batch // config.train.micro_batch / layout.dp)
     width = 4 if config.train.dtype == "float32" else 2
-    once = partial(_rehearsed, kernels=Kernels(cuda, width), granule=CUDA_GRANULE if cuda else 1)
+    kernels = Kernels(cuda, width, copies=not cuda if copies is None else copies)
+    once = partial(_rehearsed, kernels=kernels, granule=CUDA_GRANULE if cuda else 1)
     found = [_extended(once, case, layout, turns, rank, few) for rank in sorted({0, layout.pp - 1})]
     return Need(
         config, layout, max((parts for parts, _ in found), key=lambda p: sum(p.values())), [w for _, w in found]

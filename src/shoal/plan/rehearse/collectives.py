@@ -28,7 +28,7 @@ class Along:
         """All-gather `count` elements of each rank. first: along the first dim, so that nothing is put in order."""
         parts = self.layers.new(self.size * count, width)
         self.tell("all_gather", parts.space.size)
-        if not self.layers.kernels.cuda:  # gloo gathers into one buffer of its own
+        if self.layers.kernels.copies:  # gloo gathers into one buffer of its own
             self.layers.new(self.size * count, width, "messages")
         if first:
             return parts

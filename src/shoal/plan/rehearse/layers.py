@@ -18,11 +18,16 @@ SLICE_BYTES_CPU: Final = 2 * 2**20
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which kernels a device runs. width: bytes of an element of an activation. tiles: whether a CPU has matrix tiles (AMX)."""
+    """
+    Which kernels a device runs. width: bytes of an element of an activation. tiles: whether a CPU has matrix tiles (AMX).
+
+    copies: whether messages are copied, as gloo does on CPUs.
+    """
 
     cuda: bool
     width: int
     tiles: bool = False
+    copies: bool = False
 
 
 class Layers:

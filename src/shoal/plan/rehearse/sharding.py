@@ -60,7 +60,7 @@ class Group:
         self.coming = Space(layers.tape.memory, "gathered", self.count * self.width)
         del narrow
         layers.work.messages["all_gather", "shard", self.coming.size] += 1
-        if not layers.kernels.cuda:  # gloo gathers into one buffer of its own
+        if layers.kernels.copies:  # gloo gathers into one buffer of its own
             Space(layers.tape.memory, "messages", self.count * self.width)
 
     def gather(self, *, forward: bool) -> None:
@@ -123,7 +123,7 @@ class Group:
         messages["reduce_scatter", "shard", buffer.size] += 1
         if shared.replicas > 1:
             messages["all_reduce", "dp_replicate", shard.size] += 1
-        if not shared.layers.kernels.cuda:  # gloo reduces a copy of the whole
+        if shared.layers.kernels.copies:  # gloo reduces a copy of the whole
             Space(memory, "messages", self.count * FLOAT32)
         self.shards.append(shard)
         shared.sent = buffer

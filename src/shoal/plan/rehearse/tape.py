@@ -19,6 +19,7 @@ from typing import Final
 
 # References to an object that no one else holds, as `sys.getrefcount` sees it: a local variable's and its own argument's
 _ALONE: Final = 2
+_LEAF: Final = sys.maxsize  # number of a parameter's node
 
 
 @dataclass
@@ -243,7 +244,7 @@ class Tape:
             return ()
 
         # torch runs an accumulation before any operation that is ready at the same time
-        tensor.node = Node(sys.maxsize, (), (), arrived, 1)
+        tensor.node = Node(_LEAF, (), (), arrived, 1)
         return tensor
 
     def backward(self, loss: Tensor) -> None:
@@ -293,7 +294,8 @@ class Tape:
             held[output] = grad
             return
         held[output] = None
-        if sys.getrefcount(old) <= _ALONE:  # added in place
+        # of a parameter that is used twice, a loss function in Python holds the first
+        if sys.getrefcount(old) <= _ALONE and target.number != _LEAF:  # added in place
             held[output] = old
         else:
             held[output] = Space(self.memory, old.part, old.size)
