@@ -51,6 +51,7 @@ FLOORS: list[set[str]] = [
 ]
 WITHOUT_TORCH = [
     "bench.calibrate",
+    "bench.worker_process",
     "checkpoint.memory_tier",
     "checkpoint.saved",
     "cli",

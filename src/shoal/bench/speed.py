@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shoal.bench.worker_process import run_worker
 from shoal.config.options import Config
-from shoal.errors import LaunchError, ShoalError
-from shoal.launch.torchrun import count_gpus, plan_processes, worker_environment
-from shoal.resolve.resolve import resolve, to_yaml
+from shoal.errors import ShoalError
+from shoal.launch.torchrun import count_gpus, plan_processes
+from shoal.resolve.resolve import resolve
 from shoal.run.console import Console
 from shoal.run.narrator import Narrator
 
@@ -33,6 +32,8 @@ data: {corpus: dummy, tokenizer: bytes, seq_len: 256}
 train: {steps: 12, global_batch: 12, micro_batch: 12}
 """
 WARMUP_STEPS = 3
+SHOAL, TRAINER = "shoal", "transformers.Trainer"
+WORKERS = {SHOAL: "shoal.bench.step_worker", TRAINER: "shoal.bench.trainer_worker"}
 
 
 def bench_speed(
@@ -55,17 +56,19 @@ def bench_speed(
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as name:
         folder = Path(name)
         config = _timed_config(recipe, overrides, folder)
-        contenders = ["shoal"] + (["transformers.Trainer"] if peers else [])
+        contenders = [SHOAL] + ([TRAINER] if peers else [])
         if peers and (config.launch.processes or 1) > 1:
             raise ShoalError("--peers compares one process with one process; set launch.processes to 1")
         results: dict[str, list[dict[str, Any]]] = {c: [] for c in contenders}
         for repeat in range(repeats):
             for contender in contenders:
                 with narrator.phase(f"run {repeat + 1} of {repeats}: {contender}"):
-                    results[contender].append(_run_once(contender, config, folder))
+                    results[contender].append(
+                        run_worker(WORKERS[contender], config, folder, as_shoal=contender == SHOAL, what=contender)
+                    )
     report = {c: _summary(runs) for c, runs in results.items()}
     if peers:
-        pairs = zip(results["shoal"], results["transformers.Trainer"], strict=True)
+        pairs = zip(results[SHOAL], results[TRAINER], strict=True)
         report["shoal"]["times_trainer"] = statistics.median(
             a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs
         )
@@ -99,25 +102,6 @@ def _timed_config(recipe: Path | None, overrides: Sequence[tuple[str, str, str]]
 
     open_data(config.data, Console(on_stderr=True))
     return config
-
-
-def _run_once(contender: str, config: Config, folder: Path) -> dict[str, Any]:
-    """Time one run in new processes; return its measurements."""
-    recipe, answer = folder / "timed.yaml", folder / "answer.json"
-    recipe.write_text(to_yaml(config), encoding="utf-8")
-    answer.unlink(missing_ok=True)
-    module = "shoal.bench.step_worker" if contender == "shoal" else "shoal.bench.trainer_worker"
-    command = [sys.executable, "-m", module, str(recipe), str(answer)]
-    processes, threads = config.launch.processes or 1, config.launch.threads or 1
-    if processes > 1:
-        command[2:3] = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
-    ours = worker_environment(threads) if contender == "shoal" else {}  # what `shoal train` sets
-    environment = ours | os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode or not answer.is_file():
-        raise LaunchError(f"{contender} ended with code {done.returncode}:\n{done.stderr[-2000:]}")
-    measured: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-    return measured
 
 
 def summarize_steps(seconds: Sequence[float], tokens_per_step: int) -> dict[str, float]:
