@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from shoal.config.options import Config
-from shoal.errors import LaunchError, ShoalError
+from shoal.errors import EXIT_BAD_INPUT, LaunchError, ShoalError
 from shoal.launch.torchrun import worker_environment
+from shoal.plan.fit import what_ran_out
 from shoal.resolve.resolve import to_yaml
+from shoal.system.disk import write_whole
 
 PROBLEM: Final = "problem"  # key of an answer that says what a user can fix, and nothing else
 ANSWER: Final = "answer.json"
@@ -96,3 +99,18 @@ def _cause(errors: str) -> str:
     """Return the first exception that a worker's output names, or the end of the output."""
     named = re.search(r"^(?:\[[^\]]*\]:)?([\w.]*(?:Error|Exception)\b.*)$", errors, re.MULTILINE)
     return named[1] if named else f"\n{errors[-SHOWN:]}"
+
+
+@contextlib.contextmanager
+def answering(answer: Path) -> Iterator[None]:
+    """In a worker: report a problem of the block inside that a user can fix as the answer, and end the process with code 2."""
+    try:
+        yield
+    except (ShoalError, RuntimeError, MemoryError, OSError) as error:
+        reason = (
+            str(error) if isinstance(error, ShoalError) else (what := what_ran_out(error)) and f"out of memory: {what}"
+        )
+        if not reason:
+            raise
+        write_whole(answer, [json.dumps({PROBLEM: reason}).encode()])
+        os._exit(EXIT_BAD_INPUT)
