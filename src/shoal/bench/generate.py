@@ -28,14 +28,19 @@ SHOAL = "shoal"
 
 @dataclass(frozen=True)
 class Lengths:
-    """Prompts in a batch, for each batch; tokens of each prompt; new tokens of each."""
+    """
+    Prompts in a batch, for each batch; tokens of each prompt; new tokens of each.
+
+    unequal: whether prompts have from half of these tokens up to all, padded on the left.
+    """
 
     batches: tuple[int, ...]
     prompt: int
     new: int
+    unequal: bool = False
 
     @classmethod
-    def read(cls, batches: str, prompt: int, new: int) -> Lengths:
+    def read(cls, batches: str, prompt: int, new: int, *, unequal: bool) -> Lengths:
         """Check what the user gave. Raises `ShoalError`."""
         words = [word.strip() for word in batches.split(",")]
         if not all(word.isdecimal() and int(word) > 0 for word in words):
@@ -44,7 +49,7 @@ class Lengths:
             raise ShoalError(
                 "set --prompt-tokens to at least 1 and --new-tokens to at least 2: the first one ends the prefill"
             )
-        return cls(tuple(dict.fromkeys(map(int, words))), prompt, new)
+        return cls(tuple(dict.fromkeys(map(int, words))), prompt, new, unequal)
 
 
 def bench_generate(asked: Asked, lengths: Lengths, *, narrator: Narrator) -> None:
@@ -60,7 +65,8 @@ def bench_generate(asked: Asked, lengths: Lengths, *, narrator: Narrator) -> Non
                 "--new-tokens"
             )
         bench.prepare()
-        arguments = [asked.repeats, lengths.prompt, lengths.new, ",".join(map(str, lengths.batches))]
+        batches, kind = ",".join(map(str, lengths.batches)), "unequal" if lengths.unequal else "equal"
+        arguments = [asked.repeats, lengths.prompt, lengths.new, batches, kind]
         with bench.phase(f"generating {asked.repeats + 1} times with each batch"):
             answer = bench.run(
                 "shoal.bench.generate_worker",
@@ -77,14 +83,14 @@ def _rows(answers: Sequence[Mapping[str, Any]], lengths: Lengths, threads: int |
     for each in answers:
         batch = each["batch"]
         seconds = {kind: each[f"{kind}_seconds"] for kind in ("prefill", "decode")}
-        counts = {"prefill": batch * lengths.prompt, "decode": batch * (lengths.new - 1)}
+        counts = {"prefill": each["prompt_tokens"], "decode": batch * (lengths.new - 1)}
         figures = {f"{kind}_tokens_per_second": [counts[kind] / s for s in seconds[kind]] for kind in seconds}
         peer = next((p for p in answers if p["batch"] == batch and p["program"] != SHOAL), None)
         if each["program"] == SHOAL and peer:
             for kind, mine in seconds.items():
                 figures[f"times_peer_{kind}"] = [b / a for a, b in zip(mine, peer[f"{kind}_seconds"], strict=True)]
         facts = {
-            "program": each["program"], "batch": batch, "prompt_tokens": lengths.prompt, "new_tokens": lengths.new,
+            "program": each["program"], "batch": batch, "prompt_tokens": lengths.prompt, "unequal": lengths.unequal, "new_tokens": lengths.new,
             "threads": threads, "different_tokens": each["different_tokens"], "peer": peer["program"] if peer else "",
         }  # fmt: skip
         yield Row(f"{each['program']}, {batch} prompt{'s' * (batch > 1)}", facts, figures)
@@ -112,7 +118,8 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     """Yield what to conclude."""
     ours = [row for row in rows if row.facts["program"] == SHOAL]
     first = ours[0].facts
-    yield f"prompts of {first['prompt_tokens']} tokens, {first['new_tokens']} new tokens each, greedy, threads: {first['threads']}"
+    short = f"{first['prompt_tokens'] // 2} to " if first["unequal"] else ""
+    yield f"prompts of {short}{first['prompt_tokens']} tokens, {first['new_tokens']} new tokens each, greedy, threads: {first['threads']}"
     if not first["peer"]:
         yield "transformers is not installed, so there is no peer: pip install 'shoal[hf]'"
         return

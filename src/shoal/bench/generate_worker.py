@@ -1,5 +1,7 @@
 """
-Times generation: `python -m shoal.bench.generate_worker CONFIG ANSWER TURNS PROMPT NEW BATCHES`.
+Times generation: `python -m shoal.bench.generate_worker CONFIG ANSWER TURNS PROMPT NEW BATCHES LENGTHS`.
+
+LENGTHS: equal, or unequal for prompts of half of PROMPT tokens up to all of it, padded on the left.
 
 The model has random weights, spread widely enough that rounding changes no token in float32. transformers, if it is installed,
 opens the same folder, and both take turns in this process.
@@ -42,7 +44,9 @@ Timed = Callable[[Sequence[Sequence[int]], int], tuple[float, float, list[list[i
 """Generates: (prompts, new tokens) -> seconds until the first new token, seconds after it, the tokens."""
 
 
-def main(recipe: Path, answer: Path, turns: int, prompt: int, new: int, batches: Sequence[int]) -> None:
+def main(
+    recipe: Path, answer: Path, turns: int, prompt: int, new: int, batches: Sequence[int], *, unequal: bool
+) -> None:
     """Generate with each program and each batch; write the seconds of each turn."""
     die_with_parent()
     config = read_back(recipe)
@@ -53,7 +57,7 @@ def main(recipe: Path, answer: Path, turns: int, prompt: int, new: int, batches:
         programs, dtype, device = _programs(folder, config)
         found = []
         for batch in batches:
-            found += _timed(programs, _prompts(batch, prompt, shape.vocab_size or 1, device), new, turns)
+            found += _timed(programs, _prompts(batch, prompt, shape.vocab_size or 1, unequal=unequal), new, turns)
         said = {
             "rows": found, "model": f"{shape.preset or shape.family}, {parameter_count(shape):,} parameters", "dtype": dtype,
             "about": facts(device),
@@ -106,7 +110,9 @@ def _peer(folder: Path, dtype: torch.dtype, device: torch.device) -> Timed:
     model.eval().to(device)
 
     def run(prompts: Sequence[Sequence[int]], new: int) -> tuple[float, float, list[list[int]]]:
-        tokens = torch.tensor(prompts, device=device)
+        longest = max(map(len, prompts))
+        tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
         clock = _Clock(device)
 
         def tick(*_: Any, **__: Any) -> torch.Tensor:
@@ -114,10 +120,10 @@ def _peer(folder: Path, dtype: torch.dtype, device: torch.device) -> Timed:
             return torch.zeros(len(prompts), dtype=torch.bool, device=device)
 
         out = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=new, do_sample=False, pad_token_id=0,
+            tokens, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0,
             stopping_criteria=[tick],
         )  # fmt: skip
-        return *clock.split(), out[:, tokens.shape[1] :].tolist()
+        return *clock.split(), out[:, longest:].tolist()
 
     return run
 
@@ -144,9 +150,12 @@ class _Clock:
         return self._first - self._begun, self._now() - self._first
 
 
-def _prompts(batch: int, length: int, vocab_size: int, device: torch.device) -> list[list[int]]:
+def _prompts(batch: int, length: int, vocab_size: int, *, unequal: bool) -> list[list[int]]:
+    """Return random prompts; unequal ones get shorter from the first to the last."""
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(vocab_size, (batch, length), generator=generator).tolist()
+    shorter = length // 2 if unequal else 0
+    lengths = [length - shorter * row // max(batch - 1, 1) for row in range(batch)]
+    return [torch.randint(1, vocab_size, (each,), generator=generator).tolist() for each in lengths]
 
 
 def _timed(programs: dict[str, Timed], prompts: list[list[int]], new: int, turns: int) -> list[dict[str, Any]]:
@@ -163,7 +172,7 @@ def _timed(programs: dict[str, Timed], prompts: list[list[int]], new: int, turns
     different = sum(len({*each}) > 1 for row in rows for each in zip(*row, strict=True))
     return [
         {
-            "program": name, "batch": len(prompts), "prefill_seconds": [first for first, _ in each],
+            "program": name, "batch": len(prompts), "prompt_tokens": sum(map(len, prompts)), "prefill_seconds": [first for first, _ in each],
             "decode_seconds": [rest for _, rest in each], "different_tokens": different,
         }
         for name, each in seconds.items()
@@ -171,7 +180,8 @@ def _timed(programs: dict[str, Timed], prompts: list[list[int]], new: int, turns
 
 
 if __name__ == "__main__":
-    recipe, answer, turns, prompt, new, batches = sys.argv[1:]
-    main(Path(recipe), Path(answer), int(turns), int(prompt), int(new), [int(n) for n in batches.split(",")])
+    recipe, answer, turns, prompt, new, batches, lengths = sys.argv[1:]
+    counts = [int(n) for n in batches.split(",")]
+    main(Path(recipe), Path(answer), int(turns), int(prompt), int(new), counts, unequal=lengths == "unequal")
     sys.stdout.flush()
     os._exit(0)

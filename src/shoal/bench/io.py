@@ -20,6 +20,13 @@ from shoal.run.narrator import Narrator
 
 READ, STEP, PREPARE, TOKENIZER = "read batches", "training step", "prepare", "tokenizer alone"
 WORDS: Final = {READ: "read", PREPARE: "prepare", TOKENIZER: "tokenizer"}  # for the worker
+# Python's own standard library: a real text that every machine has
+DEFAULT: Final = """
+model: {family: llama, dim: 256, num_layers: 4, num_heads: 8, max_seq_len: 256}
+data: {corpus: stdlib, tokenizer: bpe, tokenizer_vocab_size: 4096, seq_len: 256}
+train: {steps: 8, global_batch: 8, micro_batch: 4}
+"""
+FEW_BYTES: Final = 5 * 10**6  # of text, below which starting and finishing take most of the time of preparing
 MOST_BYTES: Final = 300 * 10**6  # of a corpus that is prepared again
 MIB: Final = 2**20
 
@@ -78,7 +85,7 @@ def _rows(answers: Mapping[str, Sequence[Mapping[str, Any]]], ranks: int) -> Ite
     for name, found in answers.items():
         wanted = ["tokens_per_second", "bytes_per_second", *(["memory_bytes"] if name == PREPARE else [])]
         figures = {key: [float(a[key]) for a in found] for key in wanted if key in found[0]}
-        facts: dict[str, Any] = {"library": found[0]["library"]} if "library" in found[0] else {}
+        facts: dict[str, Any] = {key: found[0][key] for key in ("library", "text_bytes") if key in found[0]}
         if name == READ:
             steps = [a["tokens_per_second"] / ranks for a in answers[STEP]]
             figures["times_need"] = [
@@ -118,4 +125,9 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         if row.name == PREPARE:
             library = next(each for each in rows if each.name == TOKENIZER).facts["library"]
-            yield f"preparing reaches {row.median('of_tokenizer'):.2f} of the speed of its tokenizer alone ({library})"
+            size = row.facts["text_bytes"]
+            few = "; with so little text, starting and finishing take most of the time" if size < FEW_BYTES else ""
+            yield (
+                f"preparing {size / 1e6:,.1f} MB of text reaches {row.median('of_tokenizer'):.2f} of the speed of its tokenizer "
+                f"alone ({library}){few}"
+            )

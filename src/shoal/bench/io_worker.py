@@ -120,8 +120,10 @@ def _prepare(data: Data) -> dict[str, object]:
         prepared = prepare(dataclasses.replace(data, folder=folder, rebuild=False))
         seconds = time.perf_counter() - begun
         counts = prepared.counts.values()
+        size = sum(c.text_bytes for c in counts)
         return {
-            "bytes_per_second": sum(c.text_bytes for c in counts) / seconds,
+            "text_bytes": size,
+            "bytes_per_second": size / seconds,
             "tokens_per_second": sum(c.tokens for c in counts) / seconds,
         }
 

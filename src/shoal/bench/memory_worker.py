@@ -31,23 +31,29 @@ def main(recipe: Path, answer: Path) -> None:
     set_threads(config)
     timeout = config.launch.timeout_seconds
     with answering(answer), open_mesh(config.train.device, timeout, config.parallel) as mesh:
-        peak, run = _peak(config, mesh)
-        peaks = mesh.gather_objects(peak)
+        found = measure(config, mesh, StopRequest())
         if mesh.is_first:
-            found = {
-                "allocated_by_rank": peaks, "allocated_bytes": max(peaks), **_predicted(run.config, mesh),
-                "model": run.watch.meter.describe_model(), "dtype": run.config.train.dtype, "about": facts(mesh.device),
-            }  # fmt: skip
             answer.write_text(json.dumps(found), encoding="utf-8")
         mesh.barrier()
 
 
-def _peak(config: Config, mesh: Mesh) -> tuple[int, Run]:
+def measure(config: Config, mesh: Mesh, stop: StopRequest) -> dict[str, Any]:
+    """Return the peaks of all ranks, and the predicted one. A collective over the world."""
+    peak, run = _peak(config, mesh, stop)
+    peaks = mesh.gather_objects(peak)
+    run.close()
+    return {
+        "allocated_by_rank": peaks, "allocated_bytes": max(peaks), **_predicted(run.config, mesh),
+        "model": run.watch.meter.describe_model(), "dtype": run.config.train.dtype, "about": facts(mesh.device),
+    }  # fmt: skip
+
+
+def _peak(config: Config, mesh: Mesh, stop: StopRequest) -> tuple[int, Run]:
     """Return the most bytes that torch's allocator had given out in the second step, and the run."""
     runs: list[Run] = []
 
     def open_run() -> None:
-        runs.append(Run.open(config, mesh, StopRequest()))
+        runs.append(Run.open(config, mesh, stop))
         take_step(runs[0])
 
     if mesh.device.type != "cuda":

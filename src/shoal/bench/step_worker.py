@@ -16,7 +16,8 @@ from shoal.bench.environment import facts
 from shoal.bench.steps import summarize_steps
 from shoal.bench.trial import WARMUP_STEPS
 from shoal.bench.worker_process import answering
-from shoal.mesh.mesh import open_mesh
+from shoal.config.options import Config
+from shoal.mesh.mesh import Mesh, open_mesh
 from shoal.metrics.memory import peak_bytes
 from shoal.metrics.products import product_rates
 from shoal.models.build import COMPUTE_DTYPES
@@ -38,14 +39,23 @@ def main(recipe: Path, answer: Path) -> None:
     set_threads(config)
     timeout = config.launch.timeout_seconds
     with answering(answer), open_mesh(config.train.device, timeout, config.parallel) as mesh:
-        run = Run.open(config, mesh, StopRequest())
-        take_steps(run)
-        memory = mesh.gather_objects(peak_bytes(mesh.device))
-        product = _product_flops(run)
+        found = measure(config, mesh, StopRequest())
         if mesh.is_first:
-            records = read_metrics(run.folder.metrics_file).steps
-            answer.write_text(json.dumps(_measured(run, records, product, memory)), encoding="utf-8")
-            os.remove(run.folder.metrics_file)
+            answer.write_text(json.dumps(found), encoding="utf-8")
+
+
+def measure(config: Config, mesh: Mesh, stop: StopRequest) -> dict[str, object]:
+    """Return the measurements of a run, on the first rank; nothing on the others. A collective over the world."""
+    run = Run.open(config, mesh, stop)
+    take_steps(run)
+    memory = mesh.gather_objects(peak_bytes(mesh.device))
+    product = _product_flops(run)
+    run.close()
+    if not mesh.is_first:
+        return {}
+    records = read_metrics(run.folder.metrics_file).steps
+    os.remove(run.folder.metrics_file)  # the same config may be timed again
+    return _measured(run, records, product, memory)
 
 
 def _product_flops(run: Run) -> float:

@@ -84,7 +84,7 @@ class Trial:
         config = resolved.config
         steps = given_steps(config.train, config.data.seq_len)
         self.tokens_to_train = steps and steps * config.train.global_batch * config.data.seq_len
-        return timed(config, self.folder)
+        return timed(config, self.folder, keeps_data=self.asked.recipe is not None and config.data.corpus != "dummy")
 
     def prepare(self) -> None:
         """Prepare the data of the config, if that has not been done."""
@@ -141,8 +141,12 @@ def trial(asked: Asked, narrator: Narrator) -> Iterator[Trial]:
         yield Trial(asked, Path(name), narrator)
 
 
-def timed(config: Config, folder: Path) -> Config:
-    """Return the config to time: in a temporary run folder, of few steps, without evaluations, checkpoints and trackers."""
+def timed(config: Config, folder: Path, *, keeps_data: bool) -> Config:
+    """
+    Return the config to time: in a temporary run folder, of few steps, without evaluations and checkpoints.
+
+    keeps_data: whether its prepared data is where the config says, so that training uses it too; else it is temporary.
+    """
     steps = max(config.train.steps or STEPS, WARMUP_STEPS + 3)
     config = config.replace(
         "train", steps=STEPS if steps > MOST_STEPS else steps, tokens=None, epochs=None, eval_every=0, sample_prompt=""
@@ -151,9 +155,7 @@ def timed(config: Config, folder: Path) -> Config:
     config = config.replace("metrics", every=1, split_every=1).replace(
         "launch", runs=str(folder / "runs"), name="bench"
     )
-    if config.data.corpus == "dummy":
-        config = config.replace("data", folder=str(folder / "data"))
-    return config
+    return config if keeps_data else config.replace("data", folder=str(folder / "data"))
 
 
 def finish(asked: Asked, result: Result, table: Callable[[Result], list[str]]) -> None:

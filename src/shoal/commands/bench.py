@@ -69,9 +69,9 @@ def memory(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 
 
 def io(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.bench.io import bench_io
+    from shoal.bench.io import DEFAULT, bench_io
 
-    with _asked(args, overrides, argv) as (asked, narrator):
+    with _asked(args, overrides, argv, default=DEFAULT) as (asked, narrator):
         bench_io(asked, narrator=narrator)
     return 0
 
@@ -87,7 +87,7 @@ def save(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
 def generate(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     from shoal.bench.generate import DEFAULT, Lengths, bench_generate
 
-    lengths = Lengths.read(args.batches, args.prompt_tokens, args.new_tokens)
+    lengths = Lengths.read(args.batches, args.prompt_tokens, args.new_tokens, unequal=args.unequal)
     with _asked(args, overrides, argv, default=DEFAULT) as (asked, narrator):
         bench_generate(asked, lengths, narrator=narrator)
     return 0

@@ -60,6 +60,9 @@ def add_bench(make: Callable[..., argparse.ArgumentParser], action: str | None) 
     generate.add_argument("--prompt-tokens", type=int, default=64, metavar="N", help="tokens of a prompt (default: 64)")
     generate.add_argument("--new-tokens", type=int, default=128, metavar="N", help="tokens to generate (default: 128)")
 
+    shorter = "prompts of half of --prompt-tokens up to all of them, padded on the left"
+    generate.add_argument("--unequal", action="store_true", help=shorter)
+
     parsers = {"speed": speed, "scaling": scaling, "memory": memory, "io": io, "save": save, "generate": generate}
     for name, sub in parsers.items():
         _add_common(sub, REPEATS[name])
