@@ -196,6 +196,7 @@ WITHOUT_TORCH = [
     "report.pictures.anatomy",
     "report.pictures.architecture",
     "report.pictures.card",
+    "report.pictures.cost",
     "report.pictures.details",
     "report.pictures.loss",
     "report.profile.table",

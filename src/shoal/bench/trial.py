@@ -21,6 +21,7 @@ from shoal.plan.length import given_steps
 from shoal.resolve.resolve import resolve
 from shoal.run.console import Console
 from shoal.run.narrator import Narrator
+from shoal.system.cpu import count_cores, free_cores
 
 DEFAULT: Final = """
 model: {family: llama, dim: 384, num_layers: 6, num_heads: 6, max_seq_len: 256}
@@ -30,6 +31,7 @@ train: {steps: 12, global_batch: 12, micro_batch: 12}
 WARMUP_STEPS: Final = 3
 STEPS: Final = 12  # of a run, if the recipe sets none, or more than `MOST_STEPS`: its own length is for training
 MOST_STEPS: Final = 40
+QUIET: Final = 0.8  # share of the cores that must be free
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,9 @@ class Trial:
         self.about: dict[str, Any] = {}
         self._runs = 0
         self._said = set[str]()
+        self.busy = "" if self.gpus else _others()
+        if self.busy:
+            self._say_once(self.busy)
 
     def _resolved(self) -> Config:
         recipe, overrides = self.asked.recipe, self.asked.overrides
@@ -130,8 +135,16 @@ class Trial:
         return Result(
             verb=self.asked.verb, command=self.asked.command, date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             recipe={"name": name, "model": model, "tokens_to_train": self.tokens_to_train, "options": options}, rows=rows,
-            notes=notes, **self.about,
+            notes=[*notes, *([self.busy] if self.busy else [])], **self.about,
         )  # fmt: skip
+
+
+def _others() -> str:
+    """Return a warning if other programs use this machine's cores; empty if not."""
+    cores, free = count_cores(), free_cores()
+    if free >= QUIET * cores:
+        return ""
+    return f"other programs used {cores - free:.1f} of {cores} cores at the start, so these figures are too low, and differ more"
 
 
 @contextmanager
