@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shoal.bench import memory_worker, step_worker, trial
+from shoal.bench import layouts, memory_worker, scaling, step_worker, trial
 from shoal.bench.memory import bench_memory
 from shoal.bench.result import Result, read_result
 from shoal.bench.scaling import bench_scaling
@@ -61,7 +61,12 @@ def silent() -> Narrator:
     return Narrator.of(Console(speaks=False))
 
 
-def test_strong_scaling_trains_the_same_in_every_layout(asked: Callable[[str], Asked], tmp_path: Path) -> None:
+def test_strong_scaling_trains_the_same_in_every_layout(
+    asked: Callable[[str], Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one core, two processes share it: that is said, and they are not two devices."""
+    for module in (layouts, scaling):
+        monkeypatch.setattr(module, "count_cores", lambda: 1)
     bench_scaling(asked("bench scaling"), processes="1,2", modes=["strong"], methods="ddp,fsdp", narrator=silent())
     found = read_result(tmp_path / "out.json")
     single, *rest = found.rows
@@ -73,7 +78,12 @@ def test_strong_scaling_trains_the_same_in_every_layout(asked: Callable[[str], A
         assert row.figures["loss"] == pytest.approx(single.figures["loss"], rel=1e-4)
         assert row.facts["global_batch"] == single.facts["global_batch"]
     consistent(found)
-    assert any(note.startswith("loss: the same in all layouts") for note in found.notes)
+    assert [row.facts["devices"] for row in found.rows] == [1, 1, 1]
+    for words in (
+        "loss: the same in all layouts",
+        "* 2 processes share 1 core: these rows measure how processes share cores",
+    ):
+        assert any(note.startswith(words) for note in found.notes)
 
 
 def test_memory_is_as_predicted(asked: Callable[[str], Asked], tmp_path: Path) -> None:

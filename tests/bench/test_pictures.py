@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ def scaled(processes: int, rates: list[float], mode: str = "strong", cores: int 
 def test_the_curve_is_the_median_beside_the_ideal() -> None:
     rows = [scaled(1, [100, 90, 120], ""), scaled(2, [150, 160, 180]), scaled(4, [150, 155, 130])]
     for figure in draw_scaling(result(rows, verb="bench scaling")):
-        [axes] = figure.axes
+        axes: Any = figure.axes[0]
         lines = {line.get_gid(): line.get_xydata().tolist() for line in axes.get_lines()}
         assert lines == {
             "strong-DDP": [[1, 100], [2, 160], [4, 150]],
@@ -38,7 +39,7 @@ def test_bars_have_the_span_of_the_repeats(tmp_path: Path) -> None:
         Row("peer", {}, {"tokens_per_second": [50.0]}),
     ]
     for figure in draw_performance(result(rows)):
-        [axes] = figure.axes
+        axes: Any = figure.axes[0]
         assert [bar.get_width() for bar in axes.patches] == [100, 50]
         [bars] = [each for each in axes.containers if hasattr(each, "errorbar")]
         spans = bars.errorbar.lines[2][0].get_segments()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from shoal.config.data_options import Data
@@ -20,7 +22,8 @@ def test_bars_are_hours_and_money() -> None:
     offers = [made for choices in found if (made := offer(choices, Price(2.0, "USD")))]
     steps = [choices.fitting[0].seconds.middle for choices in found]  # as many hours as seconds: there are 3600
     for figure in draw_cost(offers, "USD", "a recipe"):
-        time, cost = figure.axes
+        axes: list[Any] = figure.axes
+        time, cost = axes
         assert [bar.get_width() for bar in time.patches] == pytest.approx(steps)
         assert [bar.get_width() for bar in cost.patches] == pytest.approx([2 * 2.0 * steps[0], 1 * 2.0 * steps[1]])
         assert [label.get_text().partition("\n")[0] for label in time.get_yticklabels()] == [
