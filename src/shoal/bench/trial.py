@@ -87,7 +87,7 @@ class Trial:
         for note in resolved.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
         config = resolved.config
-        steps = given_steps(config.train, config.data.seq_len)
+        steps = given_steps(config.train, config.data.seq_len) if self.asked.recipe else None
         self.tokens_to_train = steps and steps * config.train.global_batch * config.data.seq_len
         return timed(config, self.folder, keeps_data=self.asked.recipe is not None and config.data.corpus != "dummy")
 
