@@ -64,7 +64,7 @@ def silent() -> Narrator:
 def test_strong_scaling_trains_the_same_in_every_layout(
     asked: Callable[[str], Asked], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On one core, two processes share it: that is said, and they are not two devices."""
+    """On one core, two processes share it: the result says so, and does not count them as two devices."""
     for module in (layouts, scaling):
         monkeypatch.setattr(module, "count_cores", lambda: 1)
     bench_scaling(asked("bench scaling"), processes="1,2", modes=["strong"], methods="ddp,fsdp", narrator=silent())
