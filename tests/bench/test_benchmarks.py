@@ -108,6 +108,7 @@ def consistent(found: Result) -> None:
         )
 
 
+@pytest.mark.ci
 def test_a_person_measures_scaling_and_compares(tmp_path: Path) -> None:
     place = Place(tmp_path)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
@@ -133,7 +134,8 @@ def test_a_person_measures_scaling_and_compares(tmp_path: Path) -> None:
         f"{name}.{suffix}" for name in ("performance", "scaling") for suffix in ("png", "svg")
     }
     judged = json.loads(place.answer("compare", "a.json", "a.json", "--json"))
-    assert {row["verdict"] for row in judged["rows"]} == {"same"}
+    assert {row["verdict"] for row in judged["rows"]} <= {"same", "cannot tell"}
+    assert {row["ratio"] for row in judged["rows"]} == {1}
     assert judged["warnings"] == []
 
 

@@ -1,5 +1,5 @@
 """
-`shoal compare A.json B.json`: two results of the same benchmark, row by row: is B faster, slower or the same? No torch.
+`shoal compare A.json B.json`: two results of the same benchmark, row by row: is B faster, slower, the same, or is it unknown? No torch.
 
 A figure's repeats are compared on a logarithmic scale, by Welch's t-test, as runs are (report/compare/difference.py).
 """
@@ -20,6 +20,7 @@ WORDS: Final = {"bytes": ("less", "more"), "": ("better", "worse")}  # by unit; 
 SPEED: Final = ("faster", "slower")
 # Facts of a row that are measured, and not chosen
 MEASURED: Final = frozenset({"split", "parts", "allocated_by_rank", "different_tokens", "devices", "shares_cores"})
+SAME: Final = 0.05  # relative difference that nobody minds
 SHOWN: Final = 12  # differences in a warning
 
 
@@ -35,9 +36,13 @@ class Judged:
 
     @property
     def verdict(self) -> str:
-        """Return "faster" or "slower", "less" or "more", "better" or "worse"; "same" if noise explains the difference."""
+        """
+        Return "faster" or "slower", "less" or "more", "better" or "worse" beyond noise; else "same" if the interval lies within
+        `SAME`, or "cannot tell".
+        """
         if not self.difference.is_real:
-            return "same"
+            low, high = self.interval
+            return "same" if low > 1 - SAME and high < 1 + SAME else "cannot tell"
         return WORDS.get(FIGURES[self.figure].unit, SPEED)[not self.is_better]
 
     @property
@@ -144,8 +149,10 @@ def _notes(a: Result, b: Result, judged: Sequence[Judged]) -> Iterator[str]:
             yield f"only in {name}: {'; '.join(alone)}"
     first = judged[0].difference
     yield f"{1 - first.level:.0%} intervals of the ratio B / A: {first.how.replace('runs', 'repeats').replace('run', 'repeat')}"
+    if any(each.verdict == "cannot tell" for each in judged):
+        yield f"cannot tell: the interval has 1 in it, and more than {SAME:.0%} on a side; more --repeats make it shorter"
     yield (
-        "they cover noise between repeats, not a machine that was busier during one of the two; ratios to a matrix product or a "
+        "intervals cover noise between repeats, not a machine that was busier during one of the two; ratios to a matrix product or a "
         "peer, measured in the same run, cancel that"
     )
 
