@@ -20,7 +20,7 @@ WORDS: Final = {"bytes": ("less", "more"), "": ("better", "worse")}  # by unit; 
 SPEED: Final = ("faster", "slower")
 # Facts of a row that are measured, and not chosen
 MEASURED: Final = frozenset({"split", "parts", "allocated_by_rank", "different_tokens", "devices", "shares_cores"})
-SAME: Final = 0.05  # relative difference that nobody minds
+SAME: Final = 0.05  # relative difference that is too small to matter
 SHOWN: Final = 12  # differences in a warning
 
 
@@ -37,7 +37,7 @@ class Judged:
     @property
     def verdict(self) -> str:
         """
-        Return "faster" or "slower", "less" or "more", "better" or "worse" beyond noise; else "same" if the interval lies within
+        Return "faster" or "slower", "less" or "more", "better" or "worse" beyond noise; else "same" if the interval is within
         `SAME`, or "cannot tell".
         """
         if not self.difference.is_real:
