@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from tests.parallel.allocated import allocated_bytes
 
 from shoal.bench.environment import describe
 from shoal.config.data_options import Data
@@ -33,6 +32,7 @@ from shoal.config.options import Config, Model, Optim, Parallel, Train
 from shoal.data.loader import Batch
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place
+from shoal.metrics.allocated import allocated_bytes
 from shoal.training.assemble import assemble
 from shoal.training.step import train_step
 

@@ -31,7 +31,6 @@ os.environ["KINETO_LOG_LEVEL"] = "99"  # torch's profiler says on stderr when it
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tests.parallel.allocated import most_alive
 from tests.parallel.layouts import NeverStop, mesh_for
 from tests.world import Worlds
 
@@ -43,6 +42,7 @@ from shoal.config.options import Config, Model, Optim, Parallel, Train
 from shoal.config.presets import resolve_shape
 from shoal.config.run_options import Launch, Metrics
 from shoal.mesh.mesh import Mesh
+from shoal.metrics.allocated import most_alive
 from shoal.plan.fits import layouts, need_of
 from shoal.plan.machine import Machine, machine_of
 from shoal.plan.speed.calibration import Calibration, kept_file, load

@@ -11,9 +11,9 @@ import pytest
 
 from shoal.config.options import Config
 from shoal.mesh.mesh import Mesh
+from shoal.metrics.allocated import allocated_bytes
 from shoal.training.loop import take_step
 from shoal.training.run import Run
-from tests.parallel.allocated import allocated_bytes
 from tests.parallel.layouts import NeverStop, config_of, mesh_for
 from tests.world import World
 

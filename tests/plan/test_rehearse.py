@@ -17,6 +17,7 @@ from shoal.config.options import Config, Model, Parallel, Train
 from shoal.config.presets import resolve_shape
 from shoal.config.schedules import Schedule, stages_per_rank
 from shoal.mesh.mesh import Mesh
+from shoal.metrics.allocated import most_alive
 from shoal.models.loss import linear_cross_entropy_sum
 from shoal.plan import fits
 from shoal.plan.estimate import parameter_count
@@ -26,7 +27,6 @@ from shoal.plan.rehearse.step import Case, rehearse
 from shoal.plan.rehearse.tape import Memory, Space, Tensor
 from shoal.training.loop import take_step
 from shoal.training.run import Run
-from tests.parallel.allocated import most_alive
 from tests.parallel.layouts import NeverStop, config_of, mesh_for
 from tests.world import World
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shoal.bench.speed import DEFAULT
+from shoal.bench.trial import DEFAULT
 from shoal.commands.flags import read_overrides
 from shoal.commands.parser import build_parser
 from shoal.config.options import Model, options

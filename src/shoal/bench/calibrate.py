@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from shoal.errors import LaunchError
-from shoal.launch.torchrun import count_gpus, worker_environment
+from shoal.bench.worker_process import ANSWER, run_module
+from shoal.launch.torchrun import count_gpus
 from shoal.plan.speed.calibration import Calibration, Setting, curves_of
 from shoal.run.narrator import Narrator
 from shoal.system.cpu import count_cores, free_cores
@@ -53,23 +49,9 @@ def calibrate(
 
 def _measure(processes: int, threads: int, dtype: str, seconds: float) -> dict[str, Any]:
     """Measure one setting in new processes; return what the first one writes."""
-    module = "shoal.bench.calibration_worker"
     with tempfile.TemporaryDirectory(prefix="shoal-calibrate-") as name:
-        answer = Path(name) / "answer.json"
-        command = [sys.executable, "-m", module, str(answer), dtype, str(seconds), str(threads)]
-        if processes > 1:
-            command[2:3] = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
-        done = _finished(command, worker_environment(threads) | os.environ | {"OMP_NUM_THREADS": str(threads)})
-        if done.returncode or not answer.is_file():
-            raise LaunchError(f"the calibration ended with code {done.returncode}:\n{done.stderr[-2000:]}")
-        read: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
-        return read
-
-
-def _finished(command: Sequence[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        raise LaunchError(f"the calibration did not end within {LIMIT_SECONDS:g} s") from None
+        answer = Path(name) / ANSWER
+        return run_module(
+            "shoal.bench.calibration_worker", [str(answer), dtype, str(seconds), str(threads)], answer, processes=processes,
+            threads=threads, limit_seconds=LIMIT_SECONDS, what="the calibration",
+        )  # fmt: skip

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -36,12 +37,9 @@ def describe() -> str:
 
     It contains no paths and, of the environment, only `VARIABLES`, so no secrets.
     """
-    lines = {"shoal": f"{__version__}{_git()}", "python": platform.python_version(), "system": platform.platform()}
-    for package in PACKAGES:
-        try:
-            lines[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            lines[package] = "not installed"
+    at = f" (commit {commit()})" if commit() else ""
+    lines = {"shoal": f"{__version__}{at}", "python": platform.python_version(), "system": platform.platform()}
+    lines |= {package: _version(package) or "not installed" for package in PACKAGES}
     tested = is_tested(lines["torch"])
     lines["torch"] += f" ({'' if tested else 'not '}in the tested range, {tested_range()})"
     lines["cpu"] = f"{cpu.model_name()}, {psutil.cpu_count(logical=False)} cores, {psutil.cpu_count()} threads"
@@ -69,7 +67,28 @@ def _cuda() -> dict[str, str]:
     return found
 
 
-def _git() -> str:
+def facts(device: torch.device) -> dict[str, Any]:
+    """Return what the speed of this process depends on besides its config: commit, versions, hardware, instruction sets."""
+    versions = {"shoal": __version__, "python": platform.python_version()}
+    versions |= {package: found for package in PACKAGES if (found := _version(package))}
+    hardware: dict[str, str | int] = {
+        "cpu": cpu.model_name(), "cores": cpu.count_cores(), "memory_gib": round(psutil.virtual_memory().total / 2**30),
+    }  # fmt: skip
+    if device.type == "cuda":
+        versions["cuda"] = str(torch.version.cuda)
+        hardware |= {"gpu": torch.cuda.get_device_name(device), "gpus": torch.cuda.device_count()}
+    return {"commit": commit(), "versions": versions, "hardware": hardware, "instructions": instruction_sets()}
+
+
+def _version(package: str) -> str:
+    """Return a package's version; empty if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def commit() -> str:
     """Return the commit of an editable installation, or an empty string."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
@@ -79,4 +98,4 @@ def _git() -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return f" (commit {done.stdout.strip()})" if done.returncode == 0 else ""
+    return done.stdout.strip() if done.returncode == 0 else ""

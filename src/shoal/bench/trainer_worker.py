@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from shoal.bench.speed import summarize_steps
+from shoal.bench.steps import summarize_steps
 from shoal.config.options import Config, Model
 from shoal.config.presets import resolve_shape
 from shoal.data.dataset import open_data

@@ -1,4 +1,4 @@
-"""`shoal runs` and `shoal compare`: what the runs of a folder are, and whether two or two groups of them differ."""
+"""`shoal runs` and `shoal compare`: what the runs of a folder are, and whether two or two groups of them, or two results of a benchmark, differ."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shoal.commands.flags import Override
-from shoal.errors import RunError
+from shoal.errors import RunError, ShoalError
 from shoal.system.output import on_one_line
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def compare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
     from shoal.report.compare import comparison, words
     from shoal.run.console import Console
 
+    if any(word.endswith(".json") for word in args.words):
+        return _compare_results(args)
     a, b = groups(args.words, Path(args.runs))
     if args.bisect:
         return _bisect(args, a, b)
@@ -60,6 +62,29 @@ def compare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
         console.say()
         for line in words.lines(found):
             console.say(line)
+    return int(args.fail_if_worse and found.is_worse)
+
+
+def _compare_results(args: argparse.Namespace) -> int:
+    """Compare two files of `shoal bench --out`."""
+    from shoal.bench.result import read_result
+    from shoal.bench.versus import compare_results
+    from shoal.run.console import Console
+
+    if len(args.words) != 2 or not all(word.endswith(".json") for word in args.words) or args.bisect:
+        raise ShoalError(
+            "compare takes two files of shoal bench --out, shoal compare A.json B.json, or runs; --bisect takes runs"
+        )
+    a, b = (read_result(Path(word)) for word in args.words)
+    found = compare_results(a, b, noise=args.speed_noise / 100, level=args.level)
+    if args.json:
+        print(json.dumps(found.as_json(), indent=2))
+    else:
+        console = Console()
+        console.say(f"A: {args.words[0]}: shoal {a.verb}, {a.date}")
+        console.say(f"B: {args.words[1]}: shoal {b.verb}, {b.date}")
+        for line in found.lines():
+            console.say(line, "yellow" if line.startswith("warning: ") else "")
     return int(args.fail_if_worse and found.is_worse)
 
 

@@ -38,6 +38,8 @@ def add_options(parser: argparse.ArgumentParser, own: Collection[str] = ()) -> N
         )  # fmt: skip
 
     for short, key in SHORTCUTS.items():
+        if short in own:
+            continue
         add([f"--{short}"], key, f"short for --{key}", is_bool=False, to=parser)
     for key, f in options().items():
         default = (

@@ -1,4 +1,4 @@
-"""`shoal bench`, `shoal env` and `shoal rendezvous`, which are about a machine rather than a run."""
+"""`shoal env` and `shoal rendezvous`, which are about a machine rather than a run."""
 
 from __future__ import annotations
 
@@ -6,19 +6,7 @@ import argparse
 import os
 
 from shoal.commands.flags import Override
-from shoal.commands.models import narrated
 from shoal.errors import LaunchError
-
-
-def bench(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    from shoal.bench.speed import bench_speed
-    from shoal.resolve.recipe import find_recipe
-
-    recipe = args.recipe and find_recipe(args.recipe)
-    with narrated() as narrator:
-        narrator.begin(None)
-        bench_speed(recipe, overrides, peers=args.peers, repeats=args.repeats, as_json=args.json, narrator=narrator)
-    return 0
 
 
 def rendezvous(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:

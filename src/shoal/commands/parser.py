@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NoReturn
 
 from shoal import __version__
 from shoal.commands import data, doctor, machine, models, plan, recipes, records, setup, train
+from shoal.commands.bench_parser import add_bench
 from shoal.commands.flags import add_options
 from shoal.commands.launch_parser import add_launch
 from shoal.commands.seeing_parser import add_recipe, add_seeing
@@ -61,25 +62,14 @@ def build_parser(verb: str | None, action: str | None = None) -> argparse.Argume
         "plan", plan.plan, memory, "[RECIPE] --devices NxDEVICE [--nodes N]", own={"nodes", "devices", "report"}
     )
     plan.add_arguments(planned)
-    timing = "run a benchmark: `shoal bench speed` times the real training step"
-    _add_bench(add("bench", machine.bench, timing, "speed [RECIPE] [--peers]"))
+    timing = "measure this machine: the training step's speed, scaling and memory, reading, saving, generating"
+    add_bench(_actions("bench", add("bench", None, timing)), action if verb == "bench" else None)
     checked = "check that this parallel layout trains the same model as one process; exit code 1 if it does not"
     add_recipe(add("verify", train.verify, checked, recipe))
     started = add(
         "launch", None, "start a run on the nodes of a cluster, and follow its jobs: shoal launch slurm RECIPE"
     )
-    actions = started.add_subparsers(metavar="ACTION", title="actions", required=True, dest="action")
-
-    def make(name: str, run: Any, help: str, usage: str | None = None) -> _Parser:
-        """Add an action of `shoal launch`; see `add`."""
-        sub = actions.add_parser(
-            name, help=help, description=help, allow_abbrev=False, formatter_class=_Wide,
-            usage=usage and f"shoal launch {name} {usage} [--SECTION.OPTION VALUE ...]",
-        )  # fmt: skip
-        sub.set_defaults(run=run, verb=f"launch {name}", verb_parser=sub)
-        return sub
-
-    add_launch(make, action if verb == "launch" else None)
+    add_launch(_actions("launch", started), action if verb == "launch" else None)
     add_seeing(add)
     account = "report how a run spent its time, across restarts: on steps that count, and on everything else"
     _add_record(add("goodput", records.goodput, account))
@@ -93,6 +83,22 @@ def build_parser(verb: str | None, action: str | None = None) -> argparse.Argume
     setup.add_arguments(add("setup", setup.setup, folders))
     add("env", machine.env, "print versions, devices and threads, for a bug report")
     return parser
+
+
+def _actions(verb: str, parser: argparse.ArgumentParser) -> Callable[..., _Parser]:
+    """Return a function that adds an action of `verb`; see `add` in `build_parser`."""
+    actions = parser.add_subparsers(metavar="ACTION", title="actions", required=True, dest="action")
+
+    def make(name: str, run: Any, help: str, usage: str | None = None) -> _Parser:
+        sub = actions.add_parser(
+            name, help=help, description=help, allow_abbrev=False, formatter_class=_Wide,
+            usage=usage and f"shoal {verb} {name} {usage} [--SECTION.OPTION VALUE ...]",
+        )  # fmt: skip
+        sub.set_defaults(run=run, verb=f"{verb} {name}", verb_parser=sub)
+        assert isinstance(sub, _Parser)
+        return sub
+
+    return make
 
 
 class _Parser(argparse.ArgumentParser):
@@ -199,34 +205,6 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
         help="a YAML file, or the name of a built-in recipe, such as quickstart",
     )
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of recipes instead")
-
-
-def _add_bench(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "what",
-        choices=["speed"],
-        help="speed: tokens/s, the step's time by phase, MFU, and model FLOP/s relative to a matrix product",
-    )
-    parser.add_argument(
-        "recipe",
-        type=Path,
-        nargs="?",
-        metavar="RECIPE",
-        help="a YAML file or a built-in recipe (default: a 10M-parameter model on generated text)",
-    )
-    parser.add_argument(
-        "--peers",
-        action="store_true",
-        help="also time transformers.Trainer on the same architecture (needs shoal[peers])",
-    )
-    parser.add_argument(
-        "--repeats",
-        type=int,
-        default=5,
-        metavar="N",
-        help="runs of each contender, alternating; the result is the median (default: 5)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead; progress goes to stderr")
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:

@@ -53,6 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", action="store_true", help=second)
     choice = "put the fastest layout that fits into the recipe, a file of yours"
     parser.add_argument("--write", action="store_true", help=choice)
+    drawn = "with several kinds of devices: draw time and cost as PNG and SVG into this folder (needs shoal[plots])"
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help=drawn)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead, with all layouts")
 
 
@@ -82,7 +84,9 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
         on_stderr=True,
     )  # fmt: skip
     if len(machines) > 1:
-        return _compare(config, machines, prices, args.calibration)
+        return _compare(config, machines, prices, args)
+    if args.pictures is not None:
+        raise ShoalError("--pictures draws a comparison; give several kinds of --devices, separated by commas")
     config = _finished(config, cuda=machine.cuda)
     rates, seen = known(machine, config.train.dtype, args.calibration)
     if args.budget:
@@ -119,20 +123,47 @@ def _second_count(need: Need) -> str:
     return beside(need_of(need.config, need.layout, cuda=False, copies=False).total, traced)
 
 
-def _compare(config: Config, machines: Sequence[Machine], prices: Sequence[Price | None], path: Path | None) -> int:
-    """Print the fastest layout on each kind of device; return 1 if none fits anywhere."""
+def _compare(
+    config: Config, machines: Sequence[Machine], prices: Sequence[Price | None], args: argparse.Namespace
+) -> int:
+    """Print the fastest layout on each kind of device, and draw it with `--pictures`; return 1 if none fits anywhere."""
     from shoal.plan.choice.choose import choose
     from shoal.plan.choice.devices import comparison
     from shoal.plan.speed.measured import known
+    from shoal.report.pictures.canvas import check_drawing
 
+    if args.pictures is not None:
+        check_drawing()  # before the work
     found = []
     with narrated() as narrator:
         for machine in machines:
             with narrator.phase(f"rehearsing a step in every layout of {machine}"):
                 own = _finished(config, cuda=machine.cuda)
-                found.append(choose(own, machine, *known(machine, own.train.dtype, path)))
+                found.append(choose(own, machine, *known(machine, own.train.dtype, args.calibration)))
     print("\n".join(comparison(found, prices)))
+    if args.pictures is not None:
+        _draw(found, prices, args.pictures, str(args.recipe or "the recipe"))
     return 0 if any(each.fitting for each in found) else 1
+
+
+def _draw(found: Sequence[Choices], prices: Sequence[Price | None], folder: Path, name: str) -> None:
+    """Draw time and cost as PNG and SVG. Raises `ShoalError` if the run has no length, or nothing fits."""
+    from shoal.plan.choice.devices import offer
+    from shoal.report.pictures.canvas import SUFFIXES, save
+    from shoal.report.pictures.cost import draw_cost
+
+    offers = [
+        made for choices, price in zip(found, prices, strict=True) if (made := offer(choices, price)) and made.whole
+    ]
+    if not offers:
+        raise ShoalError(
+            "nothing to draw: no device fits, or the recipe has no length; set train.steps or train.tokens"
+        )
+    currency = next((price.currency for price in prices if price), "")
+    for figure in draw_cost(offers, currency, name):
+        for suffix in SUFFIXES:
+            save(figure, folder / f"cost{suffix}")
+            print(f"drew {on_one_line(folder / f'cost{suffix}')}")
 
 
 def _write(recipe: Path | None, choices: Choices) -> None:

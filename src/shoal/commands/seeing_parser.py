@@ -28,7 +28,7 @@ def add_seeing(add: Adds) -> None:
     page = "write a report of runs: one HTML file with their curves, time, ranks, events and configs"
     _add_report(add("report", report.report, page))
     _add_runs(add("runs", comparing.runs, "list runs: state, steps, losses, speed, and which options differ"))
-    noise = "compare two runs, or two groups of seeds: whether loss and speed differ beyond noise, and from which step"
+    noise = "compare two runs, two groups of seeds, or two results of shoal bench: what differs beyond noise"
     _add_compare(add("compare", comparing.compare, noise))
     drawn = "draw a picture as PNG or SVG: loss curves, a run in detail, the architecture, or a summary card"
     _add_plot(add("plot", plot.plot, drawn, "{loss,details,architecture,card} RUN..."))
@@ -154,8 +154,8 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "words",
         nargs="+",
-        metavar="A B | A1 A2 vs B1 B2",
-        help="names or folders of runs, or patterns such as 'base-*'",
+        metavar="A B | A1 A2 vs B1 B2 | A.json B.json",
+        help="names or folders of runs, or patterns such as 'base-*'; or two files that shoal bench --out wrote",
     )
     parser.add_argument("--runs", default="runs", metavar="DIR", help="folder that holds all runs (default: runs)")
     parser.add_argument(

@@ -209,12 +209,12 @@ def layouts(config: Config, machine: Machine) -> Iterator[tuple[Config, Layout]]
         for shard in _divisors(rest):
             layout = Layout(pp=pp, dp_replicate=rest // shard, dp_shard=shard, cp=cp, tp=tp)
             parallel = dataclasses.replace(config.parallel, **{name: getattr(layout, name) for name in AXES})
-            changed = dataclasses.replace(config, parallel=_without_unused(parallel))
+            changed = dataclasses.replace(config, parallel=without_unused(parallel))
             if not any(refusals(changed, world)):
                 yield changed, layout
 
 
-def _without_unused(parallel: Parallel) -> Parallel:
+def without_unused(parallel: Parallel) -> Parallel:
     """Drop the options that have no effect in this layout, which would be rejected."""
     if parallel.pp == 1:
         parallel = dataclasses.replace(parallel, pp_schedule="1f1b", pp_stages=None)

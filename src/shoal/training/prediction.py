@@ -65,7 +65,7 @@ def _machine(run: Run) -> Machine | None:
 
 @contextlib.contextmanager
 def _harmless(run: Run) -> Iterator[None]:
-    """Let no failure of a prediction end a run; a folder that cannot be read or written is no failure."""
+    """Let no failure of a prediction end a run; unreadable folders do not count as one."""
     try:
         yield
     except OSError:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from shoal.errors import ShoalError
-from shoal.plan.choice.choose import Choices
+from shoal.plan.choice.choose import Choice, Choices
 from shoal.plan.choice.price import Price, read_price
 from shoal.plan.choice.table import gib, mfu
 from shoal.plan.length import given_steps
+from shoal.plan.machine import Machine
+from shoal.plan.speed.corrections import Interval
 from shoal.run.console import duration
 
 
@@ -28,6 +31,27 @@ def prices_of(text: str | None, devices: int) -> list[Price | None]:
     return [*(found if len(found) > 1 else found * devices)]
 
 
+@dataclass(frozen=True)
+class Offer:
+    """The fastest layout on one kind of device. whole: seconds of all steps; cost: of them; None if not known."""
+
+    machine: Machine
+    best: Choice
+    whole: Interval | None
+    cost: Interval | None
+
+
+def offer(choices: Choices, price: Price | None) -> Offer | None:
+    """Return the fastest layout that fits, with time and cost; None if none fits."""
+    best = next(iter(choices.fitting), None)
+    if best is None:
+        return None
+    steps = given_steps(choices.config.train, choices.config.data.seq_len)
+    whole = best.seconds.scaled(steps) if steps else None
+    cost = whole.scaled(choices.machine.world_size / 3600 * price.amount) if whole and price else None
+    return Offer(choices.machine, best, whole, cost)
+
+
 def comparison(found: Sequence[Choices], prices: Sequence[Price | None]) -> list[str]:
     """Return a row for each kind of device, and what the numbers in parentheses are."""
     config = found[0].config
@@ -37,13 +61,12 @@ def comparison(found: Sequence[Choices], prices: Sequence[Price | None]) -> list
     currency = next((price.currency for price in prices if price), "")
     rows = [["devices", "layout", "GiB", "seconds/step", "tokens/s", "MFU", "all steps", currency if priced else ""]]
     for choices, price in zip(found, prices, strict=True):
-        machine, best = choices.machine, next(iter(choices.fitting), None)
-        if best is None:
+        machine, made = choices.machine, offer(choices, price)
+        if made is None:
             rows.append([str(machine), "does not fit", gib(choices.found[0].need.total), *[""] * 5])
             continue
+        best, whole, cost = made.best, made.whole, made.cost
         rate = train.global_batch * config.data.seq_len / best.seconds.middle
-        whole = best.seconds.scaled(steps) if steps else None
-        cost = whole.scaled(machine.world_size / 3600 * price.amount) if whole and price else None
         rows.append([
             str(machine), str(best.need.layout), gib(best.need.total), f"{best.seconds.middle:.3g}", f"{rate:,.0f}",
             f"{mfu(best.need, machine, rate):.0%}" if machine.cuda else "",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ PHASE_COLORS: Final = {
 }  # fmt: skip
 SUFFIXES: Final = (".png", ".svg")
 DPI: Final = 100
+NO_MATPLOTLIB: Final = "drawing needs matplotlib: pip install 'shoal[plots]'"
 
 _STYLE: Final[dict[str, Any]] = {
     "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "axes.titlelocation": "left",
@@ -38,14 +40,19 @@ _STYLE: Final[dict[str, Any]] = {
 }  # fmt: skip
 
 
+def check_drawing() -> None:
+    """Raise `ShoalError` if there is no matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ShoalError(NO_MATPLOTLIB)
+
+
 @contextmanager
 def canvas(width: float, height: float) -> Iterator[Figure]:
     """Yield an empty figure of this size in inches, in shoal's style. Raises `ShoalError` if there is no matplotlib."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ShoalError("drawing needs matplotlib: pip install 'shoal[plots]'") from None
+    check_drawing()
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     style: Any = {**_defaults(), **_STYLE}
     with rc_context(style):
         yield Figure(figsize=(width, height), dpi=DPI, layout="constrained")

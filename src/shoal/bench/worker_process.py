@@ -1,0 +1,116 @@
+"""Runs what a benchmark measures: a module in new processes, alone or under torchrun, that writes its answer as JSON. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from shoal.config.options import Config
+from shoal.errors import EXIT_BAD_INPUT, LaunchError, ShoalError
+from shoal.launch.torchrun import worker_environment
+from shoal.plan.fit import what_ran_out
+from shoal.resolve.resolve import to_yaml
+from shoal.system.disk import write_whole
+
+PROBLEM: Final = "problem"  # key of an answer that says what a user can fix, and nothing else
+ANSWER: Final = "answer.json"
+SHOWN: Final = 2000  # characters of a worker's output that an error shows, if no line of it names an exception
+
+
+def run_worker(
+    module: str,
+    config: Config,
+    folder: Path,
+    *,
+    arguments: Sequence[str] = (),
+    as_shoal: bool = True,
+    limit_seconds: float | None = None,
+    what: str = "the benchmark",
+) -> dict[str, Any]:
+    """
+    Run `python -m MODULE CONFIG ANSWER ARGUMENTS...` in the processes of `config`; return the answer.
+
+    folder: takes both files. as_shoal: whether the processes get the environment that `shoal train` gives its workers. what: the
+    name of the work in errors. Raises `ShoalError` for a problem that the worker has reported, and `LaunchError` if a process
+    died or `limit_seconds` passed.
+    """
+    recipe = folder / "timed.yaml"
+    recipe.write_text(to_yaml(config), encoding="utf-8")
+    return run_module(
+        module, [str(recipe), str(folder / ANSWER), *arguments], folder / ANSWER, processes=config.launch.processes or 1,
+        threads=config.launch.threads or 1, as_shoal=as_shoal, limit_seconds=limit_seconds, what=what,
+    )  # fmt: skip
+
+
+def run_module(
+    module: str,
+    arguments: Sequence[str],
+    answer: Path,
+    *,
+    processes: int,
+    threads: int,
+    as_shoal: bool = True,
+    limit_seconds: float | None = None,
+    what: str = "the benchmark",
+) -> dict[str, Any]:
+    """Run `python -m MODULE ARGUMENTS...` in `processes` processes, one of which writes `answer`; see `run_worker`."""
+    answer.unlink(missing_ok=True)
+    command = [sys.executable, "-m", module, *arguments]
+    if processes > 1:
+        command[2:3] = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
+    ours = worker_environment(threads) if as_shoal else {}
+    environment = ours | os.environ | {"OMP_NUM_THREADS": str(threads)}
+    code, errors = _finished(command, environment, limit_seconds, what)
+    read: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else {}
+    if PROBLEM in read:
+        raise ShoalError(str(read[PROBLEM]))
+    if code or not read:
+        raise LaunchError(f"{what} ended with code {code}: {_cause(errors)}")
+    return read
+
+
+def _finished(
+    command: Sequence[str], environment: dict[str, str], limit_seconds: float | None, what: str
+) -> tuple[int, str]:
+    """Run a command in a process group of its own, which ends with this function; return its exit code and standard error."""
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        _, errors = process.communicate(timeout=limit_seconds)
+    except subprocess.TimeoutExpired:
+        raise LaunchError(f"{what} did not end within {limit_seconds:g} s") from None
+    finally:
+        if process.poll() is None:  # the limit, or a signal to this process: torchrun would leave its workers
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return process.returncode, errors
+
+
+def _cause(errors: str) -> str:
+    """Return the first exception that a worker's output names, or the end of the output."""
+    named = re.search(r"^(?:\[[^\]]*\]:)?([\w.]*(?:Error|Exception)\b.*)$", errors, re.MULTILINE)
+    return named[1] if named else f"\n{errors[-SHOWN:]}"
+
+
+@contextlib.contextmanager
+def answering(answer: Path) -> Iterator[None]:
+    """In a worker: report a problem of the block inside that a user can fix as the answer, and end the process with code 2."""
+    try:
+        yield
+    except (ShoalError, RuntimeError, MemoryError, OSError) as error:
+        reason = (
+            str(error) if isinstance(error, ShoalError) else (what := what_ran_out(error)) and f"out of memory: {what}"
+        )
+        if not reason:
+            raise
+        write_whole(answer, [json.dumps({PROBLEM: reason}).encode()])
+        os._exit(EXIT_BAD_INPUT)
