@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import functools
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -435,7 +436,8 @@ def speeds(target: Target) -> list[dict[str, Any]]:
                 text = shoal(
                     target, "bench", "speed", recipe, "--json", "--repeats", repeats, "--train.compile", compiled
                 )
-                timed |= json.loads(text.splitlines()[-1])["shoal"]
+                [row] = json.loads(text)["rows"]
+                timed |= row["facts"] | {name: statistics.median(values) for name, values in row["figures"].items()}
             except RuntimeError as error:
                 timed["failed"] = str(error).splitlines()[-1]
             tell(f"{preset}, compile {compiled}: {timed.get('failed') or timed['tokens_per_second']}")
