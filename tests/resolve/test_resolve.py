@@ -17,7 +17,8 @@ from shoal.config.option import option_fields, option_name
 from shoal.config.options import Config, Optim, options
 from shoal.errors import ConfigError
 from shoal.resolve.recipe import nearest
-from shoal.resolve.resolve import expectation, read_back, resolve, schema, to_yaml
+from shoal.resolve.resolve import expectation, read_back, resolve, to_yaml
+from shoal.resolve.schema import schema
 
 GOOD = {"model": {"preset": "tiny"}, "train": {"steps": 10}}
 

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from shoal.bench.choose import choose_sizes
+from shoal.bench.trial import WARMUP_STEPS
 from shoal.config.options import Config
 from shoal.errors import LaunchError, ShoalError
 from shoal.launch.torchrun import count_gpus, plan_processes, worker_environment
@@ -32,7 +34,6 @@ model: {family: llama, dim: 384, num_layers: 6, num_heads: 6, max_seq_len: 256}
 data: {corpus: dummy, tokenizer: bytes, seq_len: 256}
 train: {steps: 12, global_batch: 12, micro_batch: 12}
 """
-WARMUP_STEPS = 3
 
 
 def bench_speed(
@@ -94,11 +95,12 @@ def _timed_config(recipe: Path | None, overrides: Sequence[tuple[str, str, str]]
     config = config.replace("launch", runs=str(folder / "runs"), name="bench")
     if config.data.corpus == "dummy":
         config = config.replace("data", folder=str(folder / "data"))
-    config = plan_processes(config, count_gpus(), say=Console(on_stderr=True).warn)
+    console, undecided, gpus = Console(on_stderr=True), resolved.undecided, count_gpus()
+    config = plan_processes(config, gpus, say=console.warn, has_sizes=not undecided)
     from shoal.data.dataset import open_data
 
-    open_data(config.data, Console(on_stderr=True))
-    return config
+    dataset = open_data(config.data, console)
+    return choose_sizes(config, undecided, gpus, dataset.vocab_size, 0, console) if undecided else config
 
 
 def _run_once(contender: str, config: Config, folder: Path) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
-from shoal.bench.speed import WARMUP_STEPS, summarize_steps
-from shoal.mesh.mesh import open_mesh
+from shoal.bench.speed import summarize_steps
+from shoal.bench.trial import FAILURES, WARMUP_STEPS
+from shoal.mesh.mesh import is_lost_peer, open_mesh
 from shoal.metrics.products import product_rates
 from shoal.models.build import COMPUTE_DTYPES
+from shoal.plan.fit import what_ran_out
 from shoal.resolve.resolve import read_back
 from shoal.run.records import StepRecord, read_metrics
 from shoal.system.signals import StopRequest, die_with_parent
@@ -25,8 +27,25 @@ PRODUCT_SECONDS = 1.0
 
 
 def main(recipe: Path, answer: Path) -> None:
-    """Take the steps of `recipe` as `shoal train` does; rank 0 writes the measurements."""
+    """Take the steps of `recipe` as `shoal train` does; rank 0 writes the measurements, and a rank that fails writes why."""
     die_with_parent()
+    try:
+        _measure(recipe, answer)
+    except Exception as error:
+        with answer.with_name(FAILURES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_failure(error)) + "\n")
+        raise
+
+
+def _failure(error: Exception) -> dict[str, object]:
+    """Return why a worker fails, in one line, and what kind of failure it is."""
+    ran_out = what_ran_out(error)
+    lost = isinstance(error, RuntimeError) and is_lost_peer(error)
+    first = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return {"why": ran_out or first, "out_of_memory": ran_out is not None, "lost_peer": lost}
+
+
+def _measure(recipe: Path, answer: Path) -> None:
     config = read_back(recipe)
     set_threads(config)
     with open_mesh(config.train.device, config.launch.timeout_seconds, config.parallel) as mesh:

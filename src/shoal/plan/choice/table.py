@@ -88,10 +88,14 @@ def _verdict(choices: Choices, price: Price | None) -> list[str]:
     machine = choices.machine
     if best := next(iter(choices.fitting), None):
         return [*_explained(choices, best), *_whole_run(choices, best, price), _source(choices)]
+    return [lacking(choices), *(f"it would fit with {way}" for way in _ways(choices.found[0].need, machine))]
+
+
+def lacking(choices: Choices) -> str:
+    """Return how much more memory the layout that needs least would need, if nothing fits."""
     least = choices.found[0].need
-    over = least.total - machine.usable_bytes
-    found = f"nothing fits: {least.layout} needs least, {gib(least.total)} GiB, {gib(over)} more than there is"
-    return [found, *(f"it would fit with {way}" for way in _ways(least, machine))]
+    over = least.total - choices.machine.usable_bytes
+    return f"nothing fits: {least.layout} needs least, {gib(least.total)} GiB, {gib(over)} more than there is"
 
 
 def _explained(choices: Choices, best: Choice) -> Iterator[str]:
