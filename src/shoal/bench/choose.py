@@ -22,7 +22,16 @@ from shoal.bench.trial import time_steps
 from shoal.config.options import Config
 from shoal.errors import LaunchError, ShoalError
 from shoal.launch.torchrun import uses_cpu
-from shoal.plan.choice.candidates import MOST_MEASURED, Candidate, Candidates, Timing, Tried, fastest, find_candidates
+from shoal.plan.choice.candidates import (
+    MOST_MEASURED,
+    Candidate,
+    Candidates,
+    Timing,
+    Trial,
+    Tried,
+    fastest,
+    find_candidates,
+)
 from shoal.plan.machine import GIB, Machine, find_machine, machine_of
 from shoal.plan.speed.corrections import Seen
 from shoal.plan.speed.measured import keep, known
@@ -35,6 +44,7 @@ from shoal.system.disk import gigabytes
 from shoal.system.memory import available_bytes
 
 PROCESS_BYTES: Final = GIB // 2  # of main memory that a process takes besides its tensors: Python, torch and gloo
+STEP_SHARE: Final = 1 / 40  # of the limit, that a timed step should take: three trials of six steps, and their starts
 LIMIT_SECONDS: Final = 60.0  # to ask torch for the GPUs' memory
 
 
@@ -74,12 +84,13 @@ def choose_sizes(
                 planned, machine, undecided, _known(machine, planned.train.dtype, console.warn)
             )
 
-        def trial(candidate: Candidate, limit: float) -> Timing:
-            sized = with_sizes_of(config, candidate.config, undecided)
-            with narrator.phase(f"trying {candidate}"), _folder() as folder:
+        def time(trial: Trial, limit: float) -> Timing:
+            sized = with_sizes_of(config, trial.config, undecided)
+            sized = sized.replace("train", global_batch=trial.config.train.global_batch)
+            with narrator.phase(f"trying {trial.candidate}"), _folder() as folder:
                 return time_steps(sized, folder, limit, cuda=machine.cuda)
 
-        search = run_search(candidates, trial, limit_seconds)
+        search = run_search(candidates, time, limit_seconds)
     _keep(search.tried, machine)
     for line in lines(search, undecided, machine):
         console.say(line)
@@ -88,11 +99,11 @@ def choose_sizes(
 
 def run_search(
     candidates: Candidates,
-    trial: Callable[[Candidate, float], Timing],
+    time_trial: Callable[[Trial, float], Timing],
     limit_seconds: float,
     now: Callable[[], float] = time.monotonic,
 ) -> Search:
-    """Try candidates until no other is likely to be faster, or the limit is near. trial: times one, within a number of seconds."""
+    """Try candidates until no other is likely to be faster, or the limit is near. time_trial: within a number of seconds."""
     began = now()
     tried: list[Tried] = []
     while True:
@@ -101,16 +112,19 @@ def run_search(
         if isinstance(following, str):
             return Search(candidates, tried, following, now() - began)
         if left <= 0 or left < (needed := _needed(tried)):
-            return Search(candidates, tried, f"launch.auto_seconds {limit_seconds:g} leaves no time for another", now() - began)
+            return Search(
+                candidates, tried, f"launch.auto_seconds {limit_seconds:g} leaves no time for another", now() - began
+            )
         start = now()
         is_last = sum(t.is_measured for t in tried) == MOST_MEASURED - 1
-        timing = trial(following, left if is_last else max(left / 2, needed))
-        tried.append(Tried(following, timing, now() - start))
+        trial = candidates.trial(following, tried, limit_seconds * STEP_SHARE)
+        timing = time_trial(trial, left if is_last else max(left / 2, needed))
+        tried.append(Tried(trial, timing, now() - start))
 
 
 def _needed(tried: Sequence[Tried]) -> float:
     """Return the seconds that a trial needs at least, by those before it: to start, and for two steps."""
-    return min((t.took - (t.timing.steps - 2) * t.seconds for t in tried if t.is_measured), default=0.0)
+    return min((t.took - (t.timing.steps - 2) * (t.timing.seconds or 0.0) for t in tried if t.is_measured), default=0.0)
 
 
 def this_machine(config: Config, gpus: int) -> Machine:
@@ -170,9 +184,9 @@ def _keep(tried: Sequence[Tried], machine: Machine) -> None:
     """Keep the measured steps beside their predictions, for later plans."""
     for each in tried:
         if each.is_measured and each.candidate.choice:
-            config = each.candidate.config.replace("train", dtype=each.timing.dtype)
+            config = each.trial.config.replace("train", dtype=each.timing.dtype)
             with contextlib.suppress(OSError, ShoalError):
-                keep(config, each.candidate.layout, machine, each.seconds, each.timing.memory_bytes)
+                keep(config, each.candidate.layout, machine, each.timing.seconds or 0.0, each.timing.memory_bytes)
 
 
 # --- what is said ----------------------------------------------------------------------------------------
@@ -186,22 +200,32 @@ def lines(search: Search, undecided: Mapping[str, str], machine: Machine) -> lis
         f"{said}: {count} candidate{'s' * (count != 1)} on {machine.per_node} {'GPUs' if machine.cuda else 'processes'}"
     )
     took = f", {len(search.tried)} tried in {search.took:.0f} s" if search.tried else ""
-    return [f"{head}{took}", *search.candidates.notes, *(_table(search) if search.tried else []), _why(search)]
+    return [f"{head}{took}", *search.candidates.notes, *_table(search), _why(search)]
 
 
-def _table(search: Search) -> list[str]:
+def _table(search: Search) -> Iterator[str]:
+    """Yield a row for each trial, and how whole steps follow from shorter ones."""
+    if not search.tried:
+        return
     rows = [["candidate", "planned s", "measured s", "memory", ""]]
     for each in search.tried:
         interval = search.candidates.predicted(each.candidate)
         rows.append([
-            str(each.candidate), f"{interval.middle:.3g}" if interval else "-",
-            f"{each.seconds:.3g}" if each.is_measured else "-", _memory(each), each.timing.why,
+            str(each.candidate), f"{interval.middle:.3g}" if interval else "-", _measured(each), _memory(each), each.timing.why,
         ])  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:4], widths[1:4]), row[4]]).rstrip()
-        for row in rows
-    ]
+    for row in rows:
+        yield "  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:4], widths[1:4]), row[4]]).rstrip()
+    shares = sorted({f"{each.trial.share:.3g}" for each in search.tried if each.trial.share < 1 and each.is_measured})
+    if shares:
+        by = "the plan" if search.candidates.plan else "the number of micro-batches"
+        yield f"  ~: from steps with {' and '.join(shares)} of the micro-batches, extended by {by}"
+
+
+def _measured(tried: Tried) -> str:
+    if not tried.is_measured:
+        return "-"
+    return f"{'~' * (tried.trial.share < 1)}{tried.seconds:.3g}"
 
 
 def _memory(tried: Tried) -> str:

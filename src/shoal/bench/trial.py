@@ -48,7 +48,7 @@ def time_steps(config: Config, folder: Path, limit_seconds: float, *, cuda: bool
         why, out_of_memory = _reason(folder, errors, code)
         return Timing(None, why=why, out_of_memory=out_of_memory)
     if not steps:
-        return Timing(None, why=f"no step in {limit_seconds:.0f} s")
+        return Timing(None, why=f"no step in {limit_seconds:.0f} s", too_slow=True)
     seconds = [record.step_seconds for record in steps]
     later = seconds[min(WARMUP_STEPS, len(seconds) - 1) :]  # the first step is the slowest
     memory = max(record.memory_bytes for record in steps) if cuda else None

@@ -23,18 +23,14 @@ def usual_micro_batch(global_batch: int) -> int:
 
 
 def micro_batches(global_batch: int) -> list[int]:
-    """Return the sizes to choose from, the smallest first: the usual one, by doubling and by halving."""
+    """Return the sizes to choose from, the smallest first: divisors, by doubling from one and from the usual size, and its halves."""
     usual = usual_micro_batch(global_batch)
-    return sorted({*_doubles(usual, global_batch), *_halves(usual)})
+    while usual % 2 == 0:
+        usual //= 2
+    return sorted({*_doubles(1, global_batch), *_doubles(usual, global_batch)})
 
 
 def _doubles(size: int, global_batch: int) -> Iterator[int]:
     while global_batch % size == 0 and size <= LARGEST_MICRO_BATCH:
         yield size
         size *= 2
-
-
-def _halves(size: int) -> Iterator[int]:
-    while size % 2 == 0:
-        size //= 2
-        yield size

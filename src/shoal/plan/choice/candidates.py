@@ -1,13 +1,14 @@
 """
 What `parallel: auto` and `train.micro_batch: auto` choose from on this machine, and which candidate to try next. No torch.
 
-Where the planner knows the config, its predictions order the candidates, and each measured step corrects the others' predictions.
+Where the planner knows the config, its predictions order the candidates, and each measured step scales those of the others.
 Else the order is fixed: replicas, then shards, then other micro-batches of the fastest.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -16,16 +17,17 @@ from shoal.config.auto import LAYOUT, MICRO_BATCH, micro_batches, usual_micro_ba
 from shoal.config.layout import Layout, find_layout
 from shoal.config.options import Config
 from shoal.errors import ShoalError
-from shoal.plan.choice.choose import Choice, choose, no_layout, sized_layouts
+from shoal.plan.choice.choose import Choice, Choices, choice_of, choose, no_layout, sized_layouts
 from shoal.plan.choice.table import lacking
-from shoal.plan.fits import why_unknown
+from shoal.plan.fits import need_of, why_unknown
 from shoal.plan.machine import Machine
-from shoal.plan.speed.corrections import Corrections, Interval, Seen
+from shoal.plan.speed.corrections import Interval, Seen
 from shoal.plan.speed.rates import Rates
 from shoal.resolve.layout_checks import refusals
 
 MOST_MEASURED: Final = 3
 MOST_TRIED: Final = 5  # with those that fail
+UNPLANNED_TURNS: Final = 4  # micro-batches of each process in the steps that are timed, if nothing is predicted
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ class Candidate:
     def size(self) -> int:
         """The micro-batch."""
         return self.config.train.micro_batch
+
+    @property
+    def fewest(self) -> int:
+        """The sequences of the shortest step that can be timed."""
+        return self.size * self.layout.dp
 
     def __str__(self) -> str:
         return f"{self.layout}, micro-batch {self.size}"
@@ -60,20 +67,39 @@ class Timing:
     dtype: str = ""
     why: str = ""
     out_of_memory: bool = False
+    too_slow: bool = False  # for a step within the limit
+
+
+@dataclass(frozen=True)
+class Trial:
+    """
+    The steps by which a candidate is timed: those of `config`, which has fewer micro-batches if a whole step takes long.
+
+    factor: a whole step's seconds over those of such a step. share: of a whole step's micro-batches.
+    """
+
+    candidate: Candidate
+    config: Config
+    factor: float = 1.0
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate, its timing, and how long it took to make, in seconds."""
+    """A trial, its timing, and how long it took to make, in seconds."""
 
-    candidate: Candidate
+    trial: Trial
     timing: Timing
     took: float = 0.0
 
     @property
+    def candidate(self) -> Candidate:
+        return self.trial.candidate
+
+    @property
     def seconds(self) -> float:
-        """The median step; Inf if none was measured."""
-        return math.inf if self.timing.seconds is None else self.timing.seconds
+        """The seconds of a whole step; Inf if none was measured."""
+        return math.inf if self.timing.seconds is None else self.timing.seconds * self.trial.factor
 
     @property
     def is_measured(self) -> bool:
@@ -83,23 +109,40 @@ class Tried:
 @dataclass(frozen=True)
 class Candidates:
     """
-    The candidates in the order of preference.
+    The candidates in the order of preference, and what to tell the user about them.
 
-    rates: None if the planner does not know the config. seen: the steps from which predictions learn. notes: what to tell the user
-    about the list.
+    plan: None if their steps cannot be predicted.
     """
 
     listed: Sequence[Candidate]
-    rates: Rates | None = None
-    seen: Sequence[Seen] = ()
+    plan: Choices | None
     notes: Sequence[str] = ()
 
     def predicted(self, candidate: Candidate, tried: Sequence[Tried] = ()) -> Interval | None:
-        """Return the seconds of a step, corrected by the steps measured so far; None if they cannot be predicted."""
-        if candidate.choice is None or self.rates is None:
+        """Return the seconds of a step, scaled by how far off those of `tried` were; None if they cannot be predicted."""
+        if candidate.choice is None:
             return None
-        taught = [Seen(t.candidate.choice.parts, t.seconds) for t in tried if t.is_measured and t.candidate.choice]
-        return Corrections([*self.seen, *taught], calibrated=self.rates.measured).predict(candidate.choice.parts)
+        off = [t.seconds / t.candidate.choice.seconds.middle for t in tried if t.is_measured and t.candidate.choice]
+        return candidate.choice.seconds.scaled(statistics.median(off) if off else 1.0)
+
+    def trial(self, candidate: Candidate, tried: Sequence[Tried], seconds: float) -> Trial:
+        """Return the steps to time, with as few micro-batches as it takes for a step to last `seconds`, as far as is known."""
+        layout, train = candidate.layout, candidate.config.train
+        turns = math.ceil(train.global_batch / train.micro_batch / layout.dp)
+        whole = self.predicted(candidate, tried)
+        fewest = UNPLANNED_TURNS if whole is None else max(1, int(seconds / whole.middle * turns))
+        for fewer in range(fewest, turns):
+            short = candidate.config.replace("train", global_batch=train.micro_batch * layout.dp * fewer)
+            if not any(refusals(short, layout.world_size)):
+                return Trial(candidate, short, self._factor(candidate, short) or turns / fewer, fewer / turns)
+        return Trial(candidate, candidate.config)
+
+    def _factor(self, candidate: Candidate, short: Config) -> float | None:
+        """Return the seconds of a whole step over those of a shorter one, by the plan; None without one."""
+        if candidate.choice is None or self.plan is None:
+            return None
+        need = need_of(short, candidate.layout, cuda=self.plan.machine.cuda)
+        return candidate.choice.seconds.middle / choice_of(need, self.plan.rates, self.plan.corrections).seconds.middle
 
     def following(self, tried: Sequence[Tried]) -> Candidate | str:
         """Return the candidate to try next, or why no other one is tried."""
@@ -113,15 +156,21 @@ class Candidates:
             return f"{MOST_MEASURED} were measured"
         if len(tried) >= MOST_TRIED:
             return f"{MOST_TRIED} were tried"
-        return self._next_planned(left, tried) if self.rates else _next_unplanned(left, tried)
+        return self._next_planned(left, tried) if self.plan else _next_unplanned(left, tried)
 
     def _next_planned(self, left: Sequence[Candidate], tried: Sequence[Tried]) -> Candidate | str:
-        """Return the best of a layout that was not tried yet, while only one was; then the best of all."""
+        """
+        Return the best of a layout that was not tried yet, while only one was; then the fastest layout with the usual micro-batch,
+        in case the predictions err in what they say of sizes; then the best of all.
+        """
         said = [(interval, c) for c in left if (interval := self.predicted(c, tried))]
         said.sort(key=lambda each: each[0].middle)
         layouts = {t.candidate.layout for t in tried}
         others = [each for each in said if each[1].layout not in layouts] if len(layouts) == 1 else []
         best = fastest(tried)
+        if best is not None and not others:
+            usual = usual_micro_batch(best.candidate.config.train.global_batch)
+            others = [each for each in said if each[1].layout == best.candidate.layout and each[1].size == usual]
         for interval, candidate in (*others[:1], *said[:1]):
             if best is None or interval.low < best.seconds:
                 return candidate
@@ -134,7 +183,9 @@ def fastest(tried: Sequence[Tried]) -> Tried | None:
 
 
 def _rules_out(tried: Tried, candidate: Candidate) -> bool:
-    """Return whether a candidate cannot fit either: one that needs at least as much ran out of memory."""
+    """Return whether a candidate would fail too: it needs at least as much memory, or its shortest step is about as long."""
+    if tried.timing.too_slow:
+        return candidate.fewest > tried.candidate.fewest / 2
     if not tried.timing.out_of_memory:
         return False
     if tried.candidate.choice and candidate.choice:
@@ -177,13 +228,13 @@ def find_candidates(
         raise ShoalError(_nothing(config, machine, undecided))
     if why := why_unknown(config):
         return Candidates(
-            _fixed(asked, config), notes=[f"no prediction ({why.partition(';')[0]}): trying a fixed list"]
+            _fixed(asked, config), None, [f"no prediction ({why.partition(';')[0]}): trying a fixed list"]
         )
     rates, seen = known
     choices = choose(config, machine, rates, seen, asked)
     found = choices.fitting or [c for c in choices.found if not c.is_sketch][:MOST_MEASURED]
     notes = [] if choices.fitting else [f"{lacking(choices)}: trying those that need least"]
-    return Candidates([Candidate(each.need.config, each.need.layout, each) for each in found], rates, seen, notes)
+    return Candidates([Candidate(each.need.config, each.need.layout, each) for each in found], choices, notes)
 
 
 def _asked(config: Config, machine: Machine, undecided: Mapping[str, str]) -> list[list[tuple[Config, Layout]]]:

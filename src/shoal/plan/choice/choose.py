@@ -47,6 +47,11 @@ class Choices:
     found: Sequence[Choice]
 
     @property
+    def has_several_sizes(self) -> bool:
+        """Whether layouts are compared with several micro-batches."""
+        return len({c.need.config.train.micro_batch for c in self.found}) > 1
+
+    @property
     def fitting(self) -> list[Choice]:
         return [c for c in self.found if not c.is_sketch and c.need.fits(self.machine)]
 
@@ -81,9 +86,10 @@ def choose(
     if not asked:
         raise ShoalError(no_layout(config, machine.world_size))
 
-    rough, chosen = _shortlist(
-        asked, lambda each, layout: choice_of(sketch(each, layout, cuda=machine.cuda), rates, corrections), machine
-    )
+    def look(each: Config, layout: Layout) -> Choice:
+        return choice_of(sketch(each, layout, cuda=machine.cuda), rates, corrections)
+
+    rough, chosen = _shortlist(asked, look, machine, config.train.micro_batch)
     found = [choice_of(need_of(each, layout, cuda=machine.cuda), rates, corrections) for each, layout in chosen]
     found.sort(key=lambda choice: _order(choice, machine))
     return Choices(config, machine, rates, corrections, [*found, *rough])
@@ -96,21 +102,37 @@ def _order(choice: Choice, machine: Machine) -> tuple[bool, float]:
 
 
 def _shortlist(
-    asked: Sequence[Sequence[tuple[Config, Layout]]], sketched: Callable[[Config, Layout], Choice], machine: Machine
+    asked: Sequence[Sequence[tuple[Config, Layout]]],
+    look: Callable[[Config, Layout], Choice],
+    machine: Machine,
+    usual: int,
 ) -> tuple[list[Choice], list[tuple[Config, Layout]]]:
-    """Return the choices that look best, at most `MOST_REHEARSED`, and before them a sketch of each layout without any."""
+    """
+    Return the sketch of each layout that is not rehearsed, and the configs that are, at most `MOST_REHEARSED`.
+
+    look: makes a sketch. usual: the micro-batch that each layout's configs include besides those that look best.
+    """
     if sum(map(len, asked)) <= MOST_REHEARSED:
         return [], [each for sizes in asked for each in sizes]
+
+    def key(choice: Choice) -> tuple[bool, float]:
+        return _order(choice, machine)
+
     deep = min(SIZES_REHEARSED, max(map(len, asked))) if len(asked) > 1 else MOST_REHEARSED
     most = MOST_REHEARSED // deep
-    looks = [(sketched(*sizes[len(sizes) // 2]), sizes) for sizes in asked]
-    looks.sort(key=lambda look: _order(look[0], machine))
+    looks = sorted(((look(*sizes[len(sizes) // 2]), sizes) for sizes in asked), key=lambda each: key(each[0]))
     better = looks[: most if deep == 1 else 2 * most]
-    rows = [sorted((sketched(*each) for each in sizes), key=lambda c: _order(c, machine)) for _, sizes in better]
-    rows.sort(key=lambda row: _order(row[0], machine))
-    rough = [*(row[0] for row in rows[most:]), *(look for look, _ in looks[len(better) :])]
-    kept = [(each.need.config, each.need.layout) for row in rows[:most] for each in row[:deep]]
-    return [dataclasses.replace(each, is_sketch=True) for each in rough], kept
+    rows = [sorted((look(*each) for each in sizes), key=key) for _, sizes in better]
+    rows.sort(key=lambda row: key(row[0]))
+    kept = [each for row in rows[:most] for each in _with_usual(row, deep, usual)]
+    rough = [*(row[0] for row in rows[most:]), *(each for each, _ in looks[len(better) :])]
+    return [dataclasses.replace(each, is_sketch=True) for each in rough], [(c.need.config, c.need.layout) for c in kept]
+
+
+def _with_usual(row: Sequence[Choice], count: int, usual: int) -> Sequence[Choice]:
+    """Return the first of a layout's choices, and the one of the usual micro-batch, if there is one."""
+    others = [c for c in row[count - 1 :] if c.need.config.train.micro_batch == usual]
+    return [*row[: count - 1], *(others or row[count - 1 : count])]
 
 
 def no_layout(config: Config, processes: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from shoal.errors import ShoalError
 from shoal.plan.choice.choose import Choices
 from shoal.plan.choice.price import Price, read_price
-from shoal.plan.choice.table import gib, mfu
+from shoal.plan.choice.table import gib, label, mfu
 from shoal.plan.length import given_steps
 from shoal.run.console import duration
 
@@ -45,7 +45,7 @@ def comparison(found: Sequence[Choices], prices: Sequence[Price | None]) -> list
         whole = best.seconds.scaled(steps) if steps else None
         cost = whole.scaled(machine.world_size / 3600 * price.amount) if whole and price else None
         rows.append([
-            str(machine), str(best.need.layout), gib(best.need.total), f"{best.seconds.middle:.3g}", f"{rate:,.0f}",
+            str(machine), label(best, choices), gib(best.need.total), f"{best.seconds.middle:.3g}", f"{rate:,.0f}",
             f"{mfu(best.need, machine, rate):.0%}" if machine.cuda else "",
             f"{duration(whole.middle)} ({duration(whole.low)} to {duration(whole.high)})" if whole else "",
             f"{cost.middle:,.2f} ({cost.low:,.2f} to {cost.high:,.2f})" if cost else "",
