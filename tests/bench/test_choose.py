@@ -1,4 +1,4 @@
-"""The search behind auto: what is tried within the limit, what is said of it, and a trial's real processes."""
+"""The search behind auto: what is tried within the limit, the table it prints, and a trial's real processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TINY = Config(
 
 
 class Clock:
-    """A clock that only trials move; each takes `start` seconds and six steps."""
+    """A clock that only trials move; each takes `start` seconds and its steps."""
 
     def __init__(self, start: float = 5.0) -> None:
         self.start, self.time = start, 0.0
@@ -41,11 +41,11 @@ class Clock:
         self.limits.append(limit)
         assert trial.candidate.choice is not None
         seconds = 10 * trial.candidate.choice.seconds.middle
-        done = max(0, min(6, int((limit - self.start) / seconds)))
+        done = max(0, min(3 + trial.steps, int((limit - self.start) / seconds)))
         timing = self.failing.get(number) or (
             Timing(seconds, done) if done else Timing(None, why=f"no step in {limit:.0f} s", too_slow=True)
         )
-        self.time += min(limit, self.start + 6 * seconds)
+        self.time += min(limit, self.start + (3 + trial.steps) * seconds)
         return timing
 
 
@@ -113,14 +113,14 @@ def test_if_none_was_measured_the_first_that_may_fit_is_chosen() -> None:
 
 def test_a_trial_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     config = TINY.replace("data", folder=str(tmp_path / "data")).replace("model", vocab_size=100)
-    timing = time_steps(config, _folder(tmp_path), 120.0, cuda=False)
+    timing = time_steps(config, 3, _folder(tmp_path), 120.0, cuda=False)
     assert timing.seconds is None
     assert "vocab_size" in timing.why
     assert (timing.out_of_memory, timing.too_slow) == (False, False)
 
 
 def test_a_trial_ends_at_its_limit(tmp_path: Path) -> None:
-    timing = time_steps(TINY.replace("data", folder=str(tmp_path / "data")), _folder(tmp_path), 0.01, cuda=False)
+    timing = time_steps(TINY.replace("data", folder=str(tmp_path / "data")), 3, _folder(tmp_path), 0.01, cuda=False)
     assert timing == Timing(None, why="no step in 0 s", too_slow=True)
 
 

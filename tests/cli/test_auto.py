@@ -62,9 +62,14 @@ def test_the_best_few_are_tried_once_and_the_results_are_those_of_plain_sizes(
     assert "changed" not in place.event_lines("auto")[-1]
 
     monkeypatch.chdir(place.folder)
-    plain = [("parallel.tp", "1", "test"), ("train.micro_batch", "2", "test"), ("train.steps", "6", "test")]
+    plain = [
+        ("parallel.tp", "1", "test"),
+        ("train.micro_batch", "2", "test"),
+        ("train.steps", "6", "test"),
+        ("launch.processes", "1", "test"),
+    ]
     config = resolve(Path("auto.yaml"), plain).config
-    run = Run.open(config.replace("launch", runs=str(tmp_path), name="plain", processes=1), ALONE, NeverStop())
+    run = Run.open(config.replace("launch", runs=str(tmp_path), name="plain"), ALONE, NeverStop())
     take_steps(run)
     run.close()
     alone = [step.loss for step in read_metrics(RunFolder(tmp_path / "plain").metrics_file).steps]

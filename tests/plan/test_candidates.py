@@ -31,12 +31,12 @@ def found(config: Config = SMALL, devices: str = "2xcpu-4GB", undecided: dict[st
 
 def took(candidate: Candidate | str, seconds: float) -> Tried:
     assert isinstance(candidate, Candidate), candidate
-    return Tried(Trial(candidate, candidate.config), Timing(seconds, 6))
+    return Tried(Trial(candidate, candidate.config, 3), Timing(seconds, 6))
 
 
 def failed(candidate: Candidate | str, timing: Timing = OUT_OF_MEMORY) -> Tried:
     assert isinstance(candidate, Candidate), candidate
-    return Tried(Trial(candidate, candidate.config), timing)
+    return Tried(Trial(candidate, candidate.config, 3), timing)
 
 
 def test_every_candidate_is_legal_and_keeps_the_global_batch() -> None:
@@ -189,16 +189,20 @@ def test_a_long_step_is_timed_with_fewer_micro_batches() -> None:
     assert 5 < trial.factor < 8  # the optimizer's update does not grow with the micro-batches
     measured = Tried(trial, Timing(0.5, 6))
     assert measured.seconds == 0.5 * trial.factor
-    assert candidates.trial(many, [], whole.middle).config == many.config
-    slower = [Tried(Trial(many, many.config), Timing(2 * whole.middle, 6))]  # all take twice as long as planned
-    assert candidates.trial(many, slower, whole.middle / 4).share == 1 / 8
+    assert candidates.trial(many, [], whole.middle) == Trial(many, many.config, 3)
+    assert candidates.trial(many, [], 7.5 * whole.middle) == Trial(
+        many, many.config, 7
+    )  # a short step is timed more often
+    assert candidates.trial(many, [], 99 * whole.middle).steps == 12
+    slower = [Tried(Trial(many, many.config, 3), Timing(2 * whole.middle, 6))]  # all take twice as long as planned
+    assert candidates.trial(many, slower, whole.middle / 2).share == 1 / 4
 
 
 def test_a_pipeline_is_not_timed_with_fewer_micro_batches_than_it_can_run() -> None:
     candidates = found(SMALL.replace("train", global_batch=256))
     piped = next(c for c in candidates.listed if c.layout.pp == 2)
     trial = candidates.trial(piped, [], 0.0)
-    assert trial.config.train.global_batch == 2 * piped.size
+    assert trial.config.train.global_batch == min(256, 3 * piped.size)
 
 
 def test_without_predictions_a_few_micro_batches_are_timed() -> None:
@@ -213,3 +217,4 @@ def test_a_candidate_without_a_step_in_time_rules_out_those_with_as_much_work() 
     following = candidates.following([failed(slow, Timing(None, why="no step in 30 s", too_slow=True))])
     assert isinstance(following, Candidate)
     assert following.fewest <= slow.fewest / 2
+    assert (slow.turns, slow.fewest) == (16 / 8 / slow.layout.dp, 16)

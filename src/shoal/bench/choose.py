@@ -88,7 +88,7 @@ def choose_sizes(
             sized = with_sizes_of(config, trial.config, undecided)
             sized = sized.replace("train", global_batch=trial.config.train.global_batch)
             with narrator.phase(f"trying {trial.candidate}"), _folder() as folder:
-                return time_steps(sized, folder, limit, cuda=machine.cuda)
+                return time_steps(sized, trial.steps, folder, limit, cuda=machine.cuda)
 
         search = run_search(candidates, time, limit_seconds)
     _keep(search.tried, machine)
@@ -189,7 +189,7 @@ def _keep(tried: Sequence[Tried], machine: Machine) -> None:
                 keep(config, each.candidate.layout, machine, each.timing.seconds or 0.0, each.timing.memory_bytes)
 
 
-# --- what is said ----------------------------------------------------------------------------------------
+# --- the report ------------------------------------------------------------------------------------------
 
 
 def lines(search: Search, undecided: Mapping[str, str], machine: Machine) -> list[str]:
@@ -216,7 +216,7 @@ def _table(search: Search) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:4], widths[1:4]), row[4]]).rstrip()
-    shares = sorted({f"{each.trial.share:.3g}" for each in search.tried if each.trial.share < 1 and each.is_measured})
+    shares = sorted({f"{each.trial.share:.0%}" for each in search.tried if each.trial.share < 1 and each.is_measured})
     if shares:
         by = "the plan" if search.candidates.plan else "the number of micro-batches"
         yield f"  ~: from steps with {' and '.join(shares)} of the micro-batches, extended by {by}"

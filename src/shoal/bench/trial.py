@@ -21,43 +21,43 @@ from shoal.run.records import read_metrics
 from shoal.system.output import on_one_line
 
 WARMUP_STEPS: Final = 3
+FAULTS: Final = "SHOAL_FAULTS"  # faults planned for the run (fault/inject.py, which imports torch), not for its trials
 FAILURES: Final = "failures.jsonl"  # beside the answer; a line from each worker that failed
-STEPS: Final = WARMUP_STEPS + 3
 
 
-def time_steps(config: Config, folder: Path, limit_seconds: float, *, cuda: bool) -> Timing:
+def time_steps(config: Config, steps: int, folder: Path, limit_seconds: float, *, cuda: bool) -> Timing:
     """
-    Take a few steps of `config`, with its processes and threads planned, and return their time.
+    Time `steps` steps of `config`, with its processes and threads planned, after a few others.
 
-    folder: an empty one, for the trial's files. A signal that ends this process ends the trial too.
+    folder: an empty one, for the trial's files. cuda: whether it trains on GPUs. A signal that ends this process ends the trial too.
     """
-    config = trial_config(config, folder)
+    config = trial_config(config, WARMUP_STEPS + steps, folder)
     recipe, answer = folder / "trial.yaml", folder / "answer.json"
     recipe.write_text(to_yaml(config), encoding="utf-8")
     kills = kernel_kills()
     code, errors = _run(_command(config, recipe, answer), config, folder, limit_seconds)
     run = RunFolder.of(config)
-    steps = read_metrics(run.metrics_file).steps
+    taken = read_metrics(run.metrics_file).steps
     if answer.is_file():
         read = json.loads(answer.read_text(encoding="utf-8"))
         memory = int(read["memory_bytes"]) if cuda else None
-        return Timing(float(read["step_seconds"]), STEPS, memory, _dtype(run))
+        return Timing(float(read["step_seconds"]), WARMUP_STEPS + steps, memory, _dtype(run))
     if code is not None:
         if kernel_kills() > kills:
             return Timing(None, why="the kernel killed a process: out of memory", out_of_memory=True)
         why, out_of_memory = _reason(folder, errors, code)
         return Timing(None, why=why, out_of_memory=out_of_memory)
-    if not steps:
+    if not taken:
         return Timing(None, why=f"no step in {limit_seconds:.0f} s", too_slow=True)
-    seconds = [record.step_seconds for record in steps]
+    seconds = [record.step_seconds for record in taken]
     later = seconds[min(WARMUP_STEPS, len(seconds) - 1) :]  # the first step is the slowest
-    memory = max(record.memory_bytes for record in steps) if cuda else None
-    return Timing(sorted(later)[len(later) // 2], len(steps), memory, _dtype(run))
+    memory = max(record.memory_bytes for record in taken) if cuda else None
+    return Timing(sorted(later)[len(later) // 2], len(taken), memory, _dtype(run))
 
 
-def trial_config(config: Config, folder: Path) -> Config:
+def trial_config(config: Config, steps: int, folder: Path) -> Config:
     """Return the config of a trial: a few steps in a temporary run folder, without evaluations, saves, trackers and alerts."""
-    config = config.replace("train", steps=STEPS, tokens=None, epochs=None, eval_every=0, sample_prompt="")
+    config = config.replace("train", steps=steps, tokens=None, epochs=None, eval_every=0, sample_prompt="")
     config = config.replace("optim", warmup_steps=0).replace("metrics", every=1, report=False)
     config = config.replace("checkpoint", every=0, fast=None).replace("track", to=())
     return config.replace("launch", runs=str(folder / "runs"), name="trial", time_limit_minutes=None)
@@ -75,6 +75,7 @@ def _run(command: Sequence[str], config: Config, folder: Path, limit_seconds: fl
     """Run a command until its end or the limit; return its exit code, None at the limit, and what it wrote to stderr."""
     threads = config.launch.threads or 1
     environment = worker_environment(threads) | os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment.pop(FAULTS, None)
     errors = folder / "errors.txt"
     with errors.open("wb") as file:
         process = subprocess.Popen(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shoal.system.cpu import cgroups
 
-# A cgroup's files: its limit, what it uses, and in memory.stat the part of that which the kernel would give back (file caches)
+# A cgroup's files: its limit, what it uses, and in memory.stat the part that the kernel would give back (file caches)
 _FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

@@ -27,6 +27,7 @@ from shoal.resolve.layout_checks import refusals
 
 MOST_MEASURED: Final = 3
 MOST_TRIED: Final = 5  # with those that fail
+STEPS: Final = (3, 12)  # fewest and most that are timed
 UNPLANNED_TURNS: Final = 4  # micro-batches of each process in the steps that are timed, if nothing is predicted
 
 
@@ -44,9 +45,19 @@ class Candidate:
         return self.config.train.micro_batch
 
     @property
+    def turns(self) -> int:
+        """The micro-batches of the process that has most of a step."""
+        return math.ceil(self.config.train.global_batch / self.size / self.layout.dp)
+
+    @property
+    def fewest_turns(self) -> int:
+        """How many of them a step needs to take as much memory: the second adds gradients, a pipeline holds several."""
+        return min(self.turns, 2 if self.layout.pp == 1 else self.layout.pp + 1)
+
+    @property
     def fewest(self) -> int:
-        """The sequences of the shortest step that can be timed."""
-        return self.size * self.layout.dp
+        """The sequences of the shortest step that is timed."""
+        return self.size * self.layout.dp * self.fewest_turns
 
     def __str__(self) -> str:
         return f"{self.layout}, micro-batch {self.size}"
@@ -75,11 +86,13 @@ class Trial:
     """
     The steps by which a candidate is timed: those of `config`, which has fewer micro-batches if a whole step takes long.
 
-    factor: a whole step's seconds over those of such a step. share: of a whole step's micro-batches.
+    steps: how many are timed, after warmup. factor: a whole step's seconds over those of such a step. share: of a whole step's
+    micro-batches.
     """
 
     candidate: Candidate
     config: Config
+    steps: int
     factor: float = 1.0
     share: float = 1.0
 
@@ -126,16 +139,16 @@ class Candidates:
         return candidate.choice.seconds.scaled(statistics.median(off) if off else 1.0)
 
     def trial(self, candidate: Candidate, tried: Sequence[Tried], seconds: float) -> Trial:
-        """Return the steps to time, with as few micro-batches as it takes for a step to last `seconds`, as far as is known."""
-        layout, train = candidate.layout, candidate.config.train
-        turns = math.ceil(train.global_batch / train.micro_batch / layout.dp)
+        """Return the steps to time: with as few micro-batches as take `seconds`, and more steps if a whole one is short."""
+        layout, turns = candidate.layout, candidate.turns
         whole = self.predicted(candidate, tried)
-        fewest = UNPLANNED_TURNS if whole is None else max(1, int(seconds / whole.middle * turns))
-        for fewer in range(fewest, turns):
-            short = candidate.config.replace("train", global_batch=train.micro_batch * layout.dp * fewer)
+        steps = STEPS[0] if whole is None else max(STEPS[0], min(STEPS[1], int(seconds / whole.middle)))
+        enough = UNPLANNED_TURNS if whole is None else int(seconds / whole.middle * turns)
+        for fewer in range(max(enough, candidate.fewest_turns), turns):
+            short = candidate.config.replace("train", global_batch=candidate.size * layout.dp * fewer)
             if not any(refusals(short, layout.world_size)):
-                return Trial(candidate, short, self._factor(candidate, short) or turns / fewer, fewer / turns)
-        return Trial(candidate, candidate.config)
+                return Trial(candidate, short, steps, self._factor(candidate, short) or turns / fewer, fewer / turns)
+        return Trial(candidate, candidate.config, steps)
 
     def _factor(self, candidate: Candidate, short: Config) -> float | None:
         """Return the seconds of a whole step over those of a shorter one, by the plan; None without one."""
