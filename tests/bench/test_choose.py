@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
-from shoal.bench.choose import Search, lines, run_search
+from shoal.bench.choose import Search, lines, run_search, this_machine
 from shoal.bench.trial import time_steps
 from shoal.config.data_options import Data
 from shoal.config.options import Config, Model, Train
 from shoal.config.run_options import Launch
+from shoal.errors import LaunchError
 from shoal.plan.choice.candidates import Candidates, Timing, Trial, find_candidates
-from shoal.plan.machine import find_machine
+from shoal.plan.machine import GIB, find_machine
 from shoal.plan.speed.rates import Rates
 
 MACHINE = find_machine("2xcpu-4GB", 1)
@@ -122,6 +126,35 @@ def test_a_trial_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
 def test_a_trial_ends_at_its_limit(tmp_path: Path) -> None:
     timing = time_steps(TINY.replace("data", folder=str(tmp_path / "data")), 3, _folder(tmp_path), 0.01, cuda=False)
     assert timing == Timing(None, why="no step in 0 s", too_slow=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "peak"),
+    [("NVIDIA H100 80GB HBM3", "H100-80GB", 989e12), ("NVIDIA Whatever", "NVIDIA Whatever", 150e12)],
+)
+def test_gpus_have_the_memory_that_is_free_now(
+    name: str, said: str, peak: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = subprocess.CompletedProcess([], 0, json.dumps([name, 30 * GIB]))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    machine = this_machine(TINY.replace("train", device="cuda").replace("launch", processes=4), 4)
+    assert (machine.name, machine.cuda, machine.world_size) == (said, True, 4)
+    assert machine.usable_bytes < machine.memory_bytes == 30 * GIB
+    assert machine.flops == pytest.approx(peak, rel=0.05)
+
+
+def test_unknown_memory_of_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise subprocess.CalledProcessError(1, "python")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(LaunchError, match="set the sizes instead of auto"):
+        this_machine(TINY.replace("train", device="cuda"), 1)
+
+
+def test_processes_on_a_cpu_share_the_memory_that_is_available() -> None:
+    one, two = (this_machine(TINY.replace("launch", processes=n), 0).memory_bytes for n in (1, 2))
+    assert 0 <= two < one < psutil.virtual_memory().total
 
 
 def _folder(path: Path) -> Path:

@@ -92,6 +92,8 @@ def test_what_cannot_choose_says_what_to_set(place: Place) -> None:
     )
     assert "shoal train chooses on one node, and launch.nodes is 2" in several
     assert "shoal plan RECIPE --devices 8xH100-80GB --nodes 2 --write" in several
+    job = place.refused("launch", "slurm", "auto.yaml", "--name", "job", "--launch.nodes", "2")
+    assert "launch.nodes is 2" in job
     torchrun = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     started = {**torchrun, "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"}
     assert "shoal train chooses when it starts its own workers" in place.refused(
@@ -104,6 +106,8 @@ def test_other_commands_need_no_sizes(place: Place) -> None:
     assert re.search(r"^parallel: auto +# auto.yaml:5$", said, re.MULTILINE)
     assert re.search(r"^  micro_batch: auto +# auto.yaml:6$", said, re.MULTILINE)
     assert "(one process; parallel auto chooses the layout)" in said
+    job = place.answer("launch", "slurm", "auto.yaml", "--name", "job", "--parallel", "auto")
+    assert "--parallel=auto" in job  # the node chooses
     assert "tokens" in place.answer("prepare", "auto.yaml")
     plan = place.answer("plan", "auto.yaml", "--devices", "2xcpu-1GB", "--train.global_batch", "8", "--write")
     assert re.search(r"^wrote dp_\w+ 2, micro-batch \d to auto.yaml$", plan, re.MULTILINE)
