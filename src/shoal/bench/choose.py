@@ -196,9 +196,9 @@ def lines(search: Search, undecided: Mapping[str, str], machine: Machine) -> lis
     """Return what was tried as a table, and why one was chosen."""
     said = " and ".join(f"{key} auto" for key in undecided)
     count = len(search.candidates.listed)
-    head = (
-        f"{said}: {count} candidate{'s' * (count != 1)} on {machine.per_node} {'GPUs' if machine.cuda else 'processes'}"
-    )
+    devices = f"{machine.per_node} {'GPU' if machine.cuda else 'process'}"
+    many = ("" if machine.per_node == 1 else "s") if machine.cuda else "es" * (machine.per_node > 1)
+    head = f"{said}: {count} candidate{'s' * (count != 1)} on {devices}{many}"
     took = f", {len(search.tried)} tried in {search.took:.0f} s" if search.tried else ""
     return [f"{head}{took}", *search.candidates.notes, *_table(search), _why(search)]
 
@@ -241,6 +241,6 @@ def _why(search: Search) -> str:
     if not search.tried:
         return f"chosen by the plan alone: {chosen}"
     if not measured:
-        return f"chosen: {chosen}, although no step of it was measured. {kept}"
+        return f"chosen: {chosen}, although no step of it was measured. Stopped: {search.why_over}. {kept}"
     faster = f", {measured[1] / measured[0] - 1:.0%} faster than the next" if len(measured) > 1 else ""
     return f"chosen: {chosen}, the fastest measured{faster}. Stopped: {search.why_over}. {kept}"

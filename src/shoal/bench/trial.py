@@ -92,9 +92,18 @@ def _run(command: Sequence[str], config: Config, folder: Path, limit_seconds: fl
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a trial that still runs; its workers end with it."""
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
+    """End a trial that still runs, with its workers: those that still import torch would outlive it."""
+    import psutil
+
+    if process.poll() is not None:
+        return
+    started: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for worker in started:
+        with contextlib.suppress(psutil.Error):
+            worker.kill()
     process.wait()
 
 
