@@ -17,7 +17,8 @@ from shoal.config.option import option_fields, option_name
 from shoal.config.options import Config, Optim, options
 from shoal.errors import ConfigError
 from shoal.resolve.recipe import nearest
-from shoal.resolve.resolve import expectation, read_back, resolve, schema, to_yaml
+from shoal.resolve.resolve import expectation, read_back, resolve, to_yaml
+from shoal.resolve.schema import schema
 
 GOOD = {"model": {"preset": "tiny"}, "train": {"steps": 10}}
 
@@ -190,11 +191,14 @@ def test_sections_are_frozen() -> None:
 
 def test_the_schema_describes_every_option_and_admits_a_recipe() -> None:
     described = schema()
-    keys = {f"{s}.{k}" for s, ref in described["properties"].items() for k in ref["properties"]}
+    sections = {s: ref if "properties" in ref else ref["anyOf"][0] for s, ref in described["properties"].items()}
+    keys = {f"{s}.{k}" for s, ref in sections.items() for k in ref["properties"]}
     assert keys == {*options(), "data.sources"}
     source = described["properties"]["data"]["properties"]["sources"]["additionalProperties"]["properties"]
     assert set(source) == {option_name(f) for f in option_fields(BlendSource)}
     assert json.loads(json.dumps(described)) == described
+    words = [described["properties"]["parallel"], sections["train"]["properties"]["micro_batch"]]
+    assert all(each["anyOf"][1]["const"] == "auto" for each in words)
 
 
 def test_a_bad_config_is_refused_before_torch_is_imported(tmp_path: Path) -> None:

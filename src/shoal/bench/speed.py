@@ -14,11 +14,13 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+from shoal.bench.choose import choose_sizes
 from shoal.bench.result import Row
 from shoal.bench.steps import step_row, step_table
 from shoal.bench.trial import Asked, finish, trial
 from shoal.config.options import Config
 from shoal.errors import ShoalError
+from shoal.run.console import Console
 from shoal.run.narrator import Narrator
 
 SHOAL, TRAINER = "shoal", "transformers.Trainer"
@@ -34,10 +36,12 @@ def bench_speed(asked: Asked, *, peers: bool, narrator: Narrator) -> None:
     if peers and not (importlib.util.find_spec("transformers") and importlib.util.find_spec("accelerate")):
         raise ShoalError("--peers needs transformers and accelerate: pip install 'shoal[peers]'")
     with trial(asked, narrator) as bench:
-        config = bench.planned(bench.config)
+        config = bench.planned(bench.config, has_sizes=not bench.undecided)
         if peers and (config.launch.processes or 1) > 1:
             raise ShoalError("--peers compares one process with one process; set launch.processes to 1")
-        bench.prepare()
+        vocab_size = bench.prepare()
+        if bench.undecided:  # the plan alone decides
+            config = choose_sizes(config, bench.undecided, bench.gpus, vocab_size, 0, Console(on_stderr=True))
         answers: dict[str, list[dict[str, Any]]] = {name: [] for name in ([SHOAL, TRAINER] if peers else [SHOAL])}
         for repeat in range(asked.repeats):
             for name, found in answers.items():

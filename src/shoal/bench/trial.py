@@ -86,20 +86,24 @@ class Trial:
         resolved = resolve(recipe, overrides, needs_length=False)
         for note in resolved.notes:
             print(f"note: {note}", file=sys.stderr, flush=True)
-        config = resolved.config
+        config, self.undecided = resolved.config, resolved.undecided
         steps = given_steps(config.train, config.data.seq_len) if self.asked.recipe else None
         self.tokens_to_train = steps and steps * config.train.global_batch * config.data.seq_len
         return timed(config, self.folder, keeps_data=self.asked.recipe is not None and config.data.corpus != "dummy")
 
-    def prepare(self) -> None:
-        """Prepare the data of the config, if that has not been done."""
+    def prepare(self) -> int:
+        """Prepare the data of the config, if that has not been done; return the vocabulary size."""
         from shoal.data.dataset import open_data
 
-        open_data(self.config.data, Console(on_stderr=True))
+        return open_data(self.config.data, Console(on_stderr=True)).vocab_size
 
-    def planned(self, config: Config) -> Config:
-        """Return `config` with its processes and threads. Raises `LaunchError` if this machine or the layout cannot run it."""
-        return plan_processes(config, self.gpus, say=self._say_once)
+    def planned(self, config: Config, *, has_sizes: bool = True) -> Config:
+        """
+        Return `config` with its processes and threads. Raises `LaunchError` if this machine or the layout cannot run it.
+
+        has_sizes: whether its sizes are known, which may be `undecided`.
+        """
+        return plan_processes(config, self.gpus, say=self._say_once, has_sizes=has_sizes)
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:

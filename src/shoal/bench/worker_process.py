@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from shoal.resolve.resolve import to_yaml
 from shoal.system.disk import write_whole
 
 PROBLEM: Final = "problem"  # key of an answer that says what a user can fix, and nothing else
+OUT_OF_MEMORY: Final = "out of memory: "  # begins such a problem
 ANSWER: Final = "answer.json"
 SHOWN: Final = 2000  # characters of a worker's output that an error shows, if no line of it names an exception
 
@@ -63,9 +63,7 @@ def run_module(
 ) -> dict[str, Any]:
     """Run `python -m MODULE ARGUMENTS...` in `processes` processes, one of which writes `answer`; see `run_worker`."""
     answer.unlink(missing_ok=True)
-    command = [sys.executable, "-m", module, *arguments]
-    if processes > 1:
-        command[2:3] = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
+    command = command_of(module, arguments, processes)
     ours = worker_environment(threads) if as_shoal else {}
     environment = ours | os.environ | {"OMP_NUM_THREADS": str(threads)}
     code, errors = _finished(command, environment, limit_seconds, what)
@@ -75,6 +73,15 @@ def run_module(
     if code or not read:
         raise LaunchError(f"{what} ended with code {code}: {_cause(errors)}")
     return read
+
+
+def command_of(module: str, arguments: Sequence[str], processes: int) -> list[str]:
+    """Return the command that runs a module, under torchrun if it has several processes."""
+    alone = [sys.executable, "-m", module, *arguments]
+    if processes == 1:
+        return alone
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
+    return [sys.executable, "-m", *several, *arguments]
 
 
 def _finished(
@@ -88,11 +95,25 @@ def _finished(
         _, errors = process.communicate(timeout=limit_seconds)
     except subprocess.TimeoutExpired:
         raise LaunchError(f"{what} did not end within {limit_seconds:g} s") from None
-    finally:
-        if process.poll() is None:  # the limit, or a signal to this process: torchrun would leave its workers
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+    finally:  # the limit, or a signal to this process
+        end(process)
     return process.returncode, errors
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """End a process that still runs, with all that it started: torchrun's workers would outlive it while they import torch."""
+    import psutil
+
+    if process.poll() is not None:
+        return
+    started: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        started = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for worker in started:
+        with contextlib.suppress(psutil.Error):
+            worker.kill()
+    process.wait()
 
 
 def _cause(errors: str) -> str:
@@ -108,7 +129,7 @@ def answering(answer: Path) -> Iterator[None]:
         yield
     except (ShoalError, RuntimeError, MemoryError, OSError) as error:
         reason = (
-            str(error) if isinstance(error, ShoalError) else (what := what_ran_out(error)) and f"out of memory: {what}"
+            str(error) if isinstance(error, ShoalError) else (what := what_ran_out(error)) and f"{OUT_OF_MEMORY}{what}"
         )
         if not reason:
             raise

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.commands.flags import Override
-from shoal.commands.recipes import resolve_run
+from shoal.commands.recipes import resolve_with_auto
 from shoal.errors import EXIT_REQUEUE, DataError, RunError, ShoalError
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def _look(target: str, args: argparse.Namespace, overrides: list[Override]) -> i
     console = Console()
     folder = _run_folder(target, overrides)
     is_run = folder.config_file.is_file()
-    config = folder.load_config() if is_run else resolve_run(find_recipe(Path(target)), overrides, named=True)
+    config = (
+        folder.load_config() if is_run else resolve_with_auto(find_recipe(Path(target)), overrides, named=True).config
+    )
     with ends_when_asked(EXIT_REQUEUE):
         dataset = _of_run(folder, config, console) if is_run else open_data(config.data, console)
         look = open_look(config, dataset, folder.ledger_file if is_run else None)

@@ -25,6 +25,7 @@ def add_options(parser: argparse.ArgumentParser, own: Collection[str] = ()) -> N
 
     own: short names that are flags of the verb itself.
     """
+    from shoal.config.auto import ABOUT_LAYOUT, AUTO, LAYOUT
     from shoal.config.options import SECTIONS, options
     from shoal.resolve.resolve import expectation
 
@@ -41,6 +42,8 @@ def add_options(parser: argparse.ArgumentParser, own: Collection[str] = ()) -> N
         if short in own:
             continue
         add([f"--{short}"], key, f"short for --{key}", is_bool=False, to=parser)
+    about = f"{ABOUT_LAYOUT} [{AUTO}]"
+    add([f"--{LAYOUT}"], LAYOUT, about, is_bool=False, to=groups[LAYOUT])
     for key, f in options().items():
         default = (
             "null"

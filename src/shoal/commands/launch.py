@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from shoal.commands.flags import Override
-from shoal.commands.recipes import recipe_asked, resolve_run
+from shoal.commands.recipes import decided, recipe_asked, resolve_with_auto
 from shoal.errors import LaunchError
 from shoal.launch.jobs import RunJobs
 from shoal.launch.slurm import RECIPE
@@ -190,13 +190,15 @@ def _resolve(args: argparse.Namespace, recipe: Path, overrides: list[Override], 
         asked.append(("launch.rendezvous", "first-node:10000", "shoal launch slurm"))
     if given["train.device"] != "cpu" and given["launch.processes"] is None and site.gpus_per_node:
         asked.append(("launch.processes", str(site.gpus_per_node), "gpus_per_node of cluster.yaml"))
-    config = resolve_run(recipe, asked, named=args.recipe is not None, on_stderr=True)
+    resolved = resolve_with_auto(recipe, asked, named=args.recipe is not None, on_stderr=True)
+    waits = bool(resolved.undecided) and resolved.config.launch.nodes == 1  # for the node, where shoal train chooses
+    config = resolved.config if waits else decided(resolved)
     if config.train.device != "cpu" and config.launch.processes is None:
         raise LaunchError(
             "the job needs to know how many GPUs each node has: give --gpus-per-node 8, or gpus_per_node in cluster.yaml; or "
             "--train.device cpu to train without GPUs"
         )
-    if config.launch.processes and (wrong := list(refusals_of_machines(config, config.launch.processes))):
+    if not waits and config.launch.processes and (wrong := list(refusals_of_machines(config, config.launch.processes))):
         raise LaunchError("\n".join(wrong))
     return config
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from shoal.commands.flags import Override
-from shoal.commands.recipes import recipe_asked, resolve_run, tell_once
+from shoal.commands.recipes import decided, recipe_asked, resolve_with_auto, tell_once
 from shoal.commands.seeing_parser import add_recipe
 from shoal.errors import LaunchError, ShoalError
 
@@ -85,8 +85,10 @@ def _plan(args: argparse.Namespace, overrides: list[Override], found: list[Host]
         asked.append(("launch.rendezvous", _meeting_place(found[0], args.hosts_file), "--hosts-file"))
     if (slots := common_slots(found)) is not None and "launch.processes" not in given:
         asked.append(("launch.processes", str(slots), "--hosts-file"))
-    config = resolve_run(recipe, asked, named=args.recipe is not None)
-    if config.launch.processes and (wrong := list(refusals_of_machines(config, config.launch.processes))):
+    resolved = resolve_with_auto(recipe, asked, named=args.recipe is not None)
+    waits = bool(resolved.undecided) and resolved.config.launch.nodes == 1  # for the host, where shoal train chooses
+    config = resolved.config if waits else decided(resolved)
+    if not waits and config.launch.processes and (wrong := list(refusals_of_machines(config, config.launch.processes))):
         raise LaunchError("\n".join(wrong))
     return [f"--{key}={text}" for key, text, _ in asked], config
 

@@ -28,7 +28,7 @@ def alert(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     from shoal.commands.recipes import resolve_asked
     from shoal.trackers.alerts import send_test
 
-    config = resolve_asked(args, overrides)
+    config = resolve_asked(args, overrides).config
     print(send_test(config))
     if not config.alerts.any_rule:
         print("this config has no rule yet; set one, such as alerts.no_step_for")

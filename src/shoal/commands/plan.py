@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from shoal.commands.flags import Override
 from shoal.commands.models import narrated
-from shoal.commands.recipes import recipe_asked, resolve_run
+from shoal.commands.recipes import recipe_asked, resolve_with_auto
 from shoal.commands.seeing_parser import add_recipe
 from shoal.errors import ShoalError
 from shoal.system.disk import write_whole
 from shoal.system.output import on_one_line
 
 if TYPE_CHECKING:
+    from shoal.config.layout import Layout
     from shoal.config.options import Config
     from shoal.plan.choice.choose import Choice, Choices
     from shoal.plan.choice.price import Price
@@ -79,12 +80,13 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     prices = prices_of(args.price, len(machines))
     machine, price = machines[0], prices[0]
     asked = [*overrides, ("launch.processes", "null", "shoal plan"), ("launch.nodes", "1", "shoal plan")]
-    config = resolve_run(
+    resolved = resolve_with_auto(
         recipe_asked(args, overrides), asked, named=args.recipe is not None, needs_length=False, needs_files=False,
         on_stderr=True,
     )  # fmt: skip
+    config, undecided = resolved.config, resolved.undecided
     if len(machines) > 1:
-        return _compare(config, machines, prices, args)
+        return _compare(config, undecided, machines, prices, args)
     if args.pictures is not None:
         raise ShoalError("--pictures draws a comparison; give several kinds of --devices, separated by commas")
     config = _finished(config, cuda=machine.cuda)
@@ -93,19 +95,19 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
         budget = read_budget(args.budget, price, machine.world_size)
 
         def best_layout(config: Config) -> Choice | None:
-            return next(iter(choose(config, machine, rates, seen).fitting), None)
+            return next(iter(choose(config, machine, rates, seen, _asked(config, machine, undecided)).fitting), None)
 
         with narrated() as narrator, narrator.phase("rehearsing models of several sizes"):
             print("\n".join(budget_lines(sizes(config, budget, best_layout))))
         return 0
     with narrated() as narrator, narrator.phase("rehearsing a step in every layout"):
-        choices = choose(config, machine, rates, seen)
+        choices = choose(config, machine, rates, seen, _asked(config, machine, undecided))
         text = json.dumps(record(choices), indent=2) if args.json else "\n".join(lines(choices, price))
     print(text)
     if args.trace and choices.fitting:
         print(_second_count(choices.fitting[0].need))
     if args.write and choices.fitting:
-        _write(args.recipe, choices)
+        _write(args.recipe, choices, undecided)
     return 0 if choices.fitting else 1
 
 
@@ -123,8 +125,24 @@ def _second_count(need: Need) -> str:
     return beside(need_of(need.config, need.layout, cuda=False, copies=False).total, traced)
 
 
+def _asked(
+    config: Config, machine: Machine, undecided: Mapping[str, str]
+) -> Sequence[Sequence[tuple[Config, Layout]]] | None:
+    """Return the layouts with several micro-batches if train.micro_batch is auto; None for the config's own."""
+    from shoal.config.auto import MICRO_BATCH, micro_batches
+    from shoal.plan.choice.choose import sized_layouts
+
+    return (
+        sized_layouts(config, machine, micro_batches(config.train.global_batch)) if MICRO_BATCH in undecided else None
+    )
+
+
 def _compare(
-    config: Config, machines: Sequence[Machine], prices: Sequence[Price | None], args: argparse.Namespace
+    config: Config,
+    undecided: Mapping[str, str],
+    machines: Sequence[Machine],
+    prices: Sequence[Price | None],
+    args: argparse.Namespace,
 ) -> int:
     """Print the fastest layout on each kind of device, and draw it with `--pictures`; return 1 if none fits anywhere."""
     from shoal.plan.choice.choose import choose
@@ -139,7 +157,8 @@ def _compare(
         for machine in machines:
             with narrator.phase(f"rehearsing a step in every layout of {machine}"):
                 own = _finished(config, cuda=machine.cuda)
-                found.append(choose(own, machine, *known(machine, own.train.dtype, args.calibration)))
+                asked = _asked(own, machine, undecided)
+                found.append(choose(own, machine, *known(machine, own.train.dtype, args.calibration), asked))
     print("\n".join(comparison(found, prices)))
     if args.pictures is not None:
         _draw(found, prices, args.pictures, str(args.recipe or "the recipe"))
@@ -166,22 +185,27 @@ def _draw(found: Sequence[Choices], prices: Sequence[Price | None], folder: Path
             print(f"drew {on_one_line(folder / f'cost{suffix}')}")
 
 
-def _write(recipe: Path | None, choices: Choices) -> None:
-    """Put the best layout into the recipe's file."""
+def _write(recipe: Path | None, choices: Choices, undecided: Mapping[str, str]) -> None:
+    """Put the best layout into the recipe's file, and the micro-batch if it is auto."""
+    from shoal.config.auto import MICRO_BATCH
     from shoal.config.layout import AXES
+    from shoal.plan.choice.table import label
     from shoal.resolve.recipe import PACKAGED, find_recipe
     from shoal.resolve.recipe_text import with_options
 
     path = find_recipe(recipe) if recipe else None
     if path is None or not path.is_file() or path.resolve().is_relative_to(PACKAGED.resolve()):
         raise ShoalError("--write needs a recipe of your own; shoal init writes one")
-    layout = choices.fitting[0].need.layout
+    best = choices.fitting[0]
+    layout, said = best.need.layout, label(best, choices)
     sizes = {name: getattr(layout, name) for name in AXES if getattr(layout, name) > 1}
     text = with_options(path.read_text(encoding="utf-8"), "parallel", sizes, frozenset(AXES) - frozenset(sizes))
     if not choices.machine.cuda:
         text = with_options(text, "launch", {"processes": choices.machine.per_node})
+    if MICRO_BATCH in undecided:
+        text = with_options(text, "train", {"micro_batch": best.need.config.train.micro_batch})
     write_whole(path, [text.encode()])
-    print(f"wrote {layout} to {on_one_line(path)}")
+    print(f"wrote {said} to {on_one_line(path)}")
 
 
 def _calibrate(args: argparse.Namespace, overrides: list[Override]) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from shoal.commands.flags import Override
-from shoal.commands.recipes import resolve_asked, resolve_run, tell_of_torch, tell_once
+from shoal.commands.recipes import decided, resolve_asked, resolve_run, tell_of_torch, tell_once
 from shoal.errors import EXIT_REQUEUE, RunError, ShoalError
 from shoal.system.output import outlast
 
@@ -58,7 +58,7 @@ def _open(args: argparse.Namespace, overrides: list[Override]) -> tuple[RunFolde
     if source is None:
         if args.checkpoint:
             raise ShoalError("--checkpoint needs a run to take it from: shoal profile RUN --checkpoint N")
-        return None, config_of_profile(resolve_asked(args, overrides))
+        return None, config_of_profile(decided(resolve_asked(args, overrides)))
     place: list[Override] = [
         ("launch.runs", str(source.path.parent), "the run's folder"),
         ("launch.name", source.path.name, "the run's folder"),

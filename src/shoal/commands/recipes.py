@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -16,18 +17,39 @@ from shoal.system.output import on_one_line
 
 if TYPE_CHECKING:
     from shoal.config.options import Config
+    from shoal.resolve.resolve import Resolved
     from shoal.run.folder import RunFolder
 
 
-def resolve_asked(args: argparse.Namespace, overrides: list[Override], *, needs_length: bool = True) -> Config:
-    """Return the config that the command line asks for, and print notes on it. needs_length: see `resolve`."""
+def resolve_asked(args: argparse.Namespace, overrides: list[Override], *, needs_length: bool = True) -> Resolved:
+    """Return what the command line asks for, and print notes on it. needs_length: see `resolve`."""
     unset = "no recipe given: options that are not set have the values that shoal init writes"
     notes = [unset] if args.recipe is None else []
     named = args.recipe is not None
-    return resolve_run(recipe_asked(args, overrides), overrides, named=named, notes=notes, needs_length=needs_length)
+    return resolve_with_auto(
+        recipe_asked(args, overrides), overrides, named=named, notes=notes, needs_length=needs_length
+    )
 
 
-def resolve_run(
+def resolve_run(recipe: Path, overrides: list[Override], *, named: bool, **how: Any) -> Config:
+    """Return a run's config. Raises `ShoalError` if sizes in it are auto and no run has chosen them. See `resolve_with_auto`."""
+    return decided(resolve_with_auto(recipe, overrides, named=named, **how))
+
+
+def decided(resolved: Resolved) -> Config:
+    """Return the config, with the sizes that its run has chosen. Raises `ShoalError` if they are auto, and it has not."""
+    from shoal.resolve.undecided import why_undecided, with_sizes_of
+    from shoal.run.folder import RunFolder
+
+    if not resolved.undecided:
+        return resolved.config
+    before = RunFolder.of(resolved.config).begun()
+    if before is None:
+        raise ShoalError(why_undecided(resolved.undecided, resolved.config.launch.nodes))
+    return with_sizes_of(resolved.config, before, resolved.undecided)
+
+
+def resolve_with_auto(
     recipe: Path,
     overrides: list[Override],
     *,
@@ -36,9 +58,9 @@ def resolve_run(
     needs_length: bool = True,
     needs_files: bool = True,
     on_stderr: bool = False,
-) -> Config:
+) -> Resolved:
     """
-    Return a run's config; print `notes` and the notes of `resolve`.
+    Return a run's config, in which sizes may be undecided; print `notes` and the notes of `resolve`.
 
     named: whether the user named this recipe; if so, a run without `launch.name` takes the recipe's name. needs_length, needs_files:
     see `resolve`. on_stderr: whether to print the notes on standard error.
@@ -56,8 +78,8 @@ def resolve_run(
     if resolved.config.launch.name is None and named:
         if why := why_no_name(recipe.stem):
             raise ShoalError(f"a run takes its recipe's name, and {why}; or set --name")
-        return resolved.config.replace("launch", name=recipe.stem)
-    return resolved.config
+        return dataclasses.replace(resolved, config=resolved.config.replace("launch", name=recipe.stem))
+    return resolved
 
 
 def config_of(recipe: str | Path | None, options: Mapping[str, Any]) -> Config:
@@ -148,7 +170,7 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
     from shoal.system.signals import ends_when_asked
 
     console = Console()
-    config = resolve_asked(args, overrides, needs_length=False)
+    config = resolve_asked(args, overrides, needs_length=False).config
     with ends_when_asked(EXIT_REQUEUE):
         from shoal.data.check import check_tokens
         from shoal.data.dataset import open_data
@@ -182,9 +204,11 @@ def prepare(args: argparse.Namespace, overrides: list[Override], argv: list[str]
 
 
 def config(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
+    from shoal.config.auto import LAYOUT
     from shoal.report.amounts import amounts
     from shoal.resolve.recipe import to_text
-    from shoal.resolve.resolve import resolve, schema, to_yaml
+    from shoal.resolve.resolve import resolve, to_yaml
+    from shoal.resolve.schema import schema
 
     if args.schema:
         print(json.dumps(schema(), indent=2))
@@ -192,9 +216,11 @@ def config(args: argparse.Namespace, overrides: list[Override], argv: list[str])
     resolved = resolve(recipe_asked(args, overrides), overrides)
     tell_once(resolved.notes, on_stderr=True)
     lost = {
-        key: f"{resolved.sources[key]}, not {to_text(s.value)} at {s.where}" for key, s in resolved.replaced.items()
+        key: f"{resolved.sources[key]}, not {to_text(s.value)} at {s.where}"
+        for key, s in resolved.replaced.items()
+        if key in resolved.sources
     }
-    print(to_yaml(resolved.config, {**resolved.sources, **lost}), end="")
-    for line in amounts(resolved.config):
+    print(to_yaml(resolved.config, {**resolved.sources, **lost}, resolved.undecided), end="")
+    for line in amounts(resolved.config, chosen=LAYOUT not in resolved.undecided):
         print(f"# {line}")
     return 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from shoal.commands.flags import Override
-from shoal.commands.recipes import resolve_asked, tell_of_torch, tell_once
+from shoal.commands.recipes import decided, resolve_asked, tell_of_torch, tell_once
+from shoal.commands.sizes import kept_sizes, sizes_for
 from shoal.errors import EXIT_REQUEUE, ShoalError
 from shoal.system.output import on_one_line, outlast
 
@@ -24,7 +25,8 @@ VERIFIED = "verify-"  # prefix of a run's name for the folder of its certificate
 
 def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
     outlast()
-    config = resolve_asked(args, overrides)
+    asked = resolve_asked(args, overrides)
+    config, undecided = asked.config, asked.undecided
     tell_of_torch()
     from shoal.commands.worker import place_worker, train_as_worker
     from shoal.config.tracker_names import check_installed
@@ -38,10 +40,13 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
     check_installed(config.track.to)
     before = RunFolder.of(config).begun()
     if is_worker():
-        return train_as_worker(place_worker(config, before))
+        return train_as_worker(place_worker(decided(asked), before))
     start_clock()
     hand_on(["shoal", *argv])
-    with _planned(config, before) as (config, folder, console), contextlib.closing(Now(folder.now_file)) as now:
+    with (
+        _planned(config, before, undecided, before) as (config, folder, console, left),
+        contextlib.closing(Now(folder.now_file)) as now,
+    ):
         from shoal.data.dataset import open_data
         from shoal.training.run_files import tokens_of
 
@@ -53,8 +58,11 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
         if folder.config_file.is_file() and _is_finished(config, folder, dataset, console):
             now.close("end")
             return 0
+        if left:
+            now.say("trying layouts")
+            config = sizes_for(config, left, dataset, console, config.launch.auto_seconds)
         now.say("starting the workers")
-    code = launch(config, [*argv, *_planned_flags(config)])
+    code = launch(config, [*argv, *_planned_flags(config, undecided)])
     if config.metrics.report and code != EXIT_REQUEUE:  # a preempted process has seconds left
         from shoal.commands.report import leave_report
 
@@ -64,22 +72,28 @@ def train(args: argparse.Namespace, overrides: list[Override], argv: list[str]) 
 
 
 def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -> int:
-    config = resolve_asked(args, overrides)
+    asked = resolve_asked(args, overrides)
+    config, undecided = asked.config, asked.undecided
     tell_of_torch()
     from shoal.commands.worker import place_worker, verify_as_worker
     from shoal.launch.torchrun import launch
     from shoal.mesh.place import is_worker
+    from shoal.run.folder import RunFolder
 
+    chosen = RunFolder.of(config).begun() if undecided else None
+    if is_worker():
+        config = decided(asked)
     config = config.replace("launch", name=f"{VERIFIED}{config.launch.name}", max_restarts=0)
     if is_worker():
         return verify_as_worker(place_worker(config))
-    with _planned(config) as (config, folder, console):
+    with _planned(config, None, undecided, chosen) as (config, folder, console, left):
         certificate = folder.path / "certificate.json"
         certificate.unlink(missing_ok=True)
         from shoal.data.dataset import open_data
 
-        open_data(config.data, console, rows=config.model.vocab_size)
-    code = launch(config, [*argv, *_planned_flags(config)])
+        dataset = open_data(config.data, console, rows=config.model.vocab_size)
+        config = sizes_for(config, left, dataset, console, 0)
+    code = launch(config, [*argv, *_planned_flags(config, undecided)])
     if code != 0 or not certificate.is_file():
         return code or 1
     print(f"wrote {on_one_line(certificate)}: versions, device, layout and every comparison")
@@ -87,11 +101,14 @@ def verify(args: argparse.Namespace, overrides: list[Override], argv: list[str])
 
 
 @contextlib.contextmanager
-def _planned(config: Config, before: Config | None = None) -> Iterator[tuple[Config, RunFolder, Console]]:
+def _planned(
+    config: Config, before: Config | None, undecided: Mapping[str, str], chosen: Config | None
+) -> Iterator[tuple[Config, RunFolder, Console, Mapping[str, str]]]:
     """
-    Yield the config with processes and threads planned, the run's locked folder, and a console.
+    Yield the config with processes and threads planned, the run's locked folder, a console, and the sizes still undecided.
 
-    A signal inside the block ends the command. before: the config of the run to resume; None for a new run.
+    A signal inside the block ends the command. before: the config of the run to resume; None for a new run. chosen: the config of
+    the run whose choice of `undecided` sizes is kept; None if there is none.
     """
     from shoal.commands.worker import look_for_gpus
     from shoal.launch.torchrun import plan_processes
@@ -103,12 +120,15 @@ def _planned(config: Config, before: Config | None = None) -> Iterator[tuple[Con
     console, folder = Console(), RunFolder.of(config)
     with ends_when_asked(EXIT_REQUEUE), _noted(folder, config.launch.nodes):
         tell_once(unused_claims(config.launch.nodes, config.launch.fewest_nodes))
-        config = plan_processes(config, look_for_gpus(), before=before, say=console.warn)
+        gpus = look_for_gpus()
+        if undecided and (kept := kept_sizes(config, undecided, chosen, gpus, console.note)):
+            config, undecided = kept, {}
+        config = plan_processes(config, gpus, before=before, say=console.warn, has_sizes=not undecided)
         tell_once(_notes_on_nodes(config))
         folder.agree(config)
         folder.lock(config.launch.rendezvous)
         try:
-            yield config, folder, console
+            yield config, folder, console, undecided
         except ShoalError:
             folder.remove_unused()
             raise
@@ -140,9 +160,12 @@ def _notes_on_nodes(config: Config) -> list[str]:
     return [] if isinstance(layout, str) else node_notes(layout, processes)
 
 
-def _planned_flags(config: Config) -> list[str]:
-    """Return the planned processes and threads as flags for the workers."""
-    return [f"--launch.processes={config.launch.processes}", f"--launch.threads={config.launch.threads}"]
+def _planned_flags(config: Config, undecided: Mapping[str, str]) -> list[str]:
+    """Return the planned processes and threads as flags for the workers, and the chosen sizes in place of auto."""
+    from shoal.resolve.undecided import flags_of
+
+    planned = [f"--launch.processes={config.launch.processes}", f"--launch.threads={config.launch.threads}"]
+    return [*planned, *flags_of(config, undecided)]
 
 
 def _is_finished(config: Config, folder: RunFolder, dataset: Dataset, console: Console) -> bool:

@@ -24,6 +24,7 @@ def opt(
     akin: tuple[str, ...] = (),
     spellings: Mapping[str, Any] = MappingProxyType({}),
     past: bool = False,
+    auto: bool = False,
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
@@ -33,6 +34,7 @@ def opt(
     Declare an option: its default, help text and unit. ge, le: inclusive bounds. gt, lt: exclusive bounds.
 
     past: whether a resumed run must keep its value.
+    auto: whether it may be `auto`, which `shoal train` replaces by a value before the first step (config/auto.py).
     alias: other projects' names for it, which the command line accepts.
     akin: names of related options with another unit or meaning. The error for such a name suggests this option.
     spellings: other spellings of its values, each with its value.
@@ -41,7 +43,8 @@ def opt(
     return dataclasses.field(
         default=default,
         metadata={
-            "help": help, "unit": unit, "alias": alias, "akin": akin, "spellings": spellings, PAST: past, "bounds": bounds,
+            "help": help, "unit": unit, "alias": alias, "akin": akin, "spellings": spellings, PAST: past,
+            "auto": auto, "bounds": bounds,
         },
     )  # fmt: skip
 

@@ -148,7 +148,11 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """The layout. The product of the five axes is the number of processes; one axis may be -1 and takes the remaining processes."""
+    """
+    The layout. The product of the five axes is the number of processes; one axis may be -1 and takes the remaining processes.
+
+    `parallel: auto` in place of the section lets `shoal train` choose the layout.
+    """
 
     dp_replicate: int = opt(
         -1,
@@ -299,9 +303,11 @@ class Train:
     )
     micro_batch: int = opt(
         8,
-        "sequences per forward pass of one process; gradient accumulation makes up the global batch",
+        "sequences per forward pass of one process; gradient accumulation makes up the global batch; auto: shoal train "
+        "tries sizes and keeps the fastest that fits",
         unit="sequences",
         alias=("micro_batch_size", "local_batch_size", "per_device_train_batch_size", "device_batch_size"),
+        auto=True,
         ge=1,
     )
     seed: int = opt(

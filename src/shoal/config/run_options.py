@@ -129,6 +129,13 @@ class Launch:
         alias=("num_threads", "omp_num_threads"),
         ge=1,
     )
+    auto_seconds: float = opt(
+        60.0,
+        "with parallel auto or train.micro_batch auto: maximum duration of the trials before the first step; 0: choose by the "
+        "plan alone",
+        unit="seconds",
+        ge=0,
+    )
     nodes: int = opt(
         1,
         "nodes, each of which runs the same command; with launch.min_nodes, the maximum",

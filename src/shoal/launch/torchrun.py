@@ -31,7 +31,12 @@ HOW_IT_ENDED = {0: "the run finished", EXIT_REQUEUE: STOPPED}  # by exit code
 
 
 def plan_processes(
-    config: Config, gpus: int, *, before: Config | None = None, say: Callable[[str], None] = lambda text: None
+    config: Config,
+    gpus: int,
+    *,
+    before: Config | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    has_sizes: bool = True,
 ) -> Config:
     """
     Return `config` with `launch.processes` and `launch.threads` chosen for this machine.
@@ -39,9 +44,24 @@ def plan_processes(
     Raises `LaunchError` if this machine cannot run the config.
 
     before: the config of the run to resume; None for a new run. say: a function called with a message if too few cores are free.
+    has_sizes: whether the layout and the micro-batch are known, and checked; else they are chosen later, for these processes.
     """
-    use_cpu = config.train.device == "cpu" or (config.train.device == "auto" and gpus == 0)
-    cores = count_cores()
+    processes = count_processes(config, gpus)
+    if has_sizes:
+        _reject(refusals_of_machines(config, processes))
+    config = config.replace("launch", processes=processes)
+    threads = choose_threads(fixed_threads(config, count_cores() // processes, before), processes, say=say)
+    return config.replace("launch", threads=threads)
+
+
+def uses_cpu(config: Config, gpus: int) -> bool:
+    """Return whether `config` trains on CPUs on a machine with this many GPUs."""
+    return config.train.device == "cpu" or (config.train.device == "auto" and gpus == 0)
+
+
+def count_processes(config: Config, gpus: int) -> int:
+    """Return the number of processes of `config` on this machine. Raises `LaunchError` if it has no device for them."""
+    use_cpu, cores = uses_cpu(config, gpus), count_cores()
     processes = config.launch.processes or _processes_for(config, min(2, cores) if use_cpu else gpus, grow=not use_cpu)
     if not use_cpu and gpus == 0:
         raise LaunchError(
@@ -57,10 +77,7 @@ def plan_processes(
         raise LaunchError(
             f"{processes} processes are too many for {cores} CPU cores; set launch.processes to {cores} or less"
         )
-    _reject(refusals_of_machines(config, processes))
-    config = config.replace("launch", processes=processes)
-    threads = choose_threads(fixed_threads(config, cores // processes, before), processes, say=say)
-    return config.replace("launch", threads=threads)
+    return processes
 
 
 def _processes_for(config: Config, usual: int, *, grow: bool) -> int:

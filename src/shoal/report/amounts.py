@@ -15,8 +15,12 @@ from shoal.plan.length import count_steps, length_of
 from shoal.system.disk import gigabytes
 
 
-def amounts(config: Config) -> Iterator[str]:
-    """Yield one line each for parameters, tokens, steps, epochs and memory; some are unknown before the data is prepared."""
+def amounts(config: Config, *, chosen: bool = True) -> Iterator[str]:
+    """
+    Yield one line each for parameters, tokens, steps, epochs and memory; some are unknown before the data is prepared.
+
+    chosen: whether the config has its layout; else the memory is that of one process.
+    """
     try:
         manifest, rows = (None, None) if config.data.sources else prepared_rows(config.data)
     except ShoalError:  # a tokenizer that cannot be opened; training reports it
@@ -34,10 +38,11 @@ def amounts(config: Config) -> Iterator[str]:
         yield f"tokens: {tokens:,} per step, {tokens * steps:,} in total"
         yield f"steps: {steps:,}"
         yield f"epochs: {steps * train.global_batch / rows:.3g}" if rows else "epochs: known after the data is prepared"
-    layout = planned_layout(config)
+    layout = planned_layout(config) if chosen else Layout()
+    where = str(layout) if chosen else f"{layout}; parallel auto chooses the layout"
     yield (
         f"memory: {gigabytes(int(held_bytes(sized, layout)))} per process for weights, gradients and optimizer state "
-        f"({layout}), plus activations"
+        f"({where}), plus activations"
     )
 
 

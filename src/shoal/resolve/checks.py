@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from shoal.config.keys import SOURCES
@@ -14,7 +15,7 @@ from shoal.config.presets import shape_problems
 from shoal.config.tracker_names import unknown
 from shoal.errors import Problem
 from shoal.resolve.data_checks import MakeProblem, data_problems
-from shoal.resolve.layout_checks import refusals_of_machines
+from shoal.resolve.undecided import refusals_of_all_sizes
 from shoal.system.network import read_address
 
 DEFAULT, DERIVED = "default", "derived"
@@ -22,13 +23,18 @@ LONGEST_NAME: Final = 200  # bytes; file systems allow 255, and some file names 
 
 
 def contradictions(
-    config: Config, sources: Mapping[str, str], *, needs_length: bool = True, needs_files: bool = True
+    config: Config,
+    sources: Mapping[str, str],
+    *,
+    needs_length: bool = True,
+    needs_files: bool = True,
+    undecided: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterable[Problem]:
     """
     Yield a `Problem` for each incompatible combination.
 
     sources: where each option was set. needs_length: whether the length of the run must be set. needs_files: whether the data's
-    files must exist.
+    files must exist. undecided: the sizes that are auto.
     """
 
     def problem(what: str, *keys: str) -> Problem:
@@ -51,7 +57,7 @@ def contradictions(
             "train.micro_batch",
         )
     elif not any(shape_problems(model)):
-        for sentence in refusals_of_machines(config, config.launch.processes):
+        for sentence in refusals_of_all_sizes(config, undecided):
             cause, _, _ = sentence.partition("; ")
             yield problem(sentence, *(key for key in sources if re.search(rf"\b{re.escape(key)}\b", cause)))
     if data.seq_len > model.max_seq_len:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from shoal.config.auto import LAYOUT
 from shoal.config.data_formats import FORMATS
 from shoal.config.families import FAMILIES
 from shoal.config.keys import option_at
@@ -27,6 +28,19 @@ class Replacement:
         file = self.lost[0].where.rpartition(":")[0]
         lost = ", ".join(f"{s.key} {to_text(s.value)}" for s in self.lost)
         return f"{self.by.where} {to_text(self.by.value)} replaces these options of {file}: {lost}"
+
+
+def is_of_layout(key: str) -> bool:
+    """Return whether a key is the section `parallel` as a whole, which is then auto, or one of its options."""
+    return key.partition(".")[0] == LAYOUT
+
+
+def without_replaced_layout(flags: Sequence[Setting], notes: list[str]) -> list[Setting]:
+    """Drop --parallel auto if an option of the layout follows, and these options if --parallel auto follows."""
+    last = next((flag for flag in reversed(flags) if is_of_layout(flag.key)), None)
+    lost = [f for f in flags if last and is_of_layout(f.key) and (f.key == LAYOUT) != (last.key == LAYOUT)]
+    notes += [f"{flag.where} {flag.value} has no effect: {last.where} {last.value} follows" for flag in lost if last]
+    return [flag for flag in flags if flag not in lost]
 
 
 def repeated_flags(flags: Sequence[Setting], last: Mapping[str, Setting], problems: list[Problem]) -> Iterator[str]:
@@ -63,6 +77,8 @@ def _excludes(key: str, value: Any, other: str, other_value: Any) -> bool:
         return False
     if key in LENGTHS:
         return other in LENGTHS
+    if key == LAYOUT or other == LAYOUT:
+        return is_of_layout(key) and is_of_layout(other)
     if key == "model.preset":
         return other.startswith("model.")
     if key == "model.from":

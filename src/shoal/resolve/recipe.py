@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import yaml
 
+from shoal.config.auto import AUTO, LAYOUT
 from shoal.config.data_options import BlendSource
 from shoal.config.keys import SOURCES, option_at
 from shoal.config.option import option_fields, option_name
@@ -190,6 +191,8 @@ def _read_section(path: Path, key: yaml.Node, node: yaml.Node, problems: list[Pr
         return []
     if isinstance(node, yaml.ScalarNode) and node.value in ("", "null", "~"):
         return []
+    if name == LAYOUT and isinstance(node, yaml.ScalarNode) and node.value == AUTO:
+        return [Setting(LAYOUT, AUTO, where)]
     if not isinstance(node, yaml.MappingNode):
         problems.append(Problem(where, f"{name} is a section: put its options below it, indented{_meant(name, node)}"))
         return []
@@ -216,6 +219,8 @@ def _read_options(path: Path, name: str, node: yaml.MappingNode, problems: list[
 
 def _meant(section: str, node: yaml.Node) -> str:
     """Return a suggestion for a section that was given a single value, such as model: tiny."""
+    if section == LAYOUT:
+        return f"; or write {LAYOUT}: {AUTO}, and shoal train chooses the layout"
     main = {"model": "preset", "data": "corpus", "optim": "name", "track": "to"}.get(section)
     if main is None or not isinstance(node, yaml.ScalarNode):
         return ""
@@ -273,7 +278,7 @@ def read_override(key: str, text: str, where: str) -> Setting:
 def known(settings: Iterable[Setting], problems: list[Problem]) -> Iterator[Setting]:
     """Yield settings whose key is an option; add a `Problem` with a suggestion for each other setting."""
     for setting in settings:
-        if option_at(setting.key) is not None:
+        if option_at(setting.key) is not None or (setting.key, setting.value) == (LAYOUT, AUTO):
             yield setting
         else:
             problems.append(Problem(setting.where, _unknown(setting.key)))
@@ -296,7 +301,8 @@ def not_text(value: str) -> str | None:
 
 def _unknown(key: str) -> str:
     if key in SECTIONS:
-        return f"{key} is a section; its options are --{key}.OPTION VALUE: {_valid_beside(key)}"
+        auto = f"; or --{key} {AUTO}, and shoal train chooses the layout" if key == LAYOUT else ""
+        return f"{key} is a section; its options are --{key}.OPTION VALUE: {_valid_beside(key)}{auto}"
     if f"{key}.".startswith(SOURCES):
         return _no_source_option(key)
     if len(found := candidates(key)) > 1:

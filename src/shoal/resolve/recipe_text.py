@@ -18,7 +18,9 @@ def with_options(text: str, section: str, values: Mapping[str, object], dropped:
     Raises `ShoalError` if the section is written in a way that cannot be changed line by line.
     """
     before: dict[str, Any] = yaml.safe_load(text) or {}
-    wanted = {k: v for k, v in (before.get(section) or {}).items() if k not in dropped} | dict(values)
+    options = before.get(section)
+    options = options if isinstance(options, dict) else {}  # nothing, or the word auto
+    wanted = {k: v for k, v in options.items() if k not in dropped} | dict(values)
     lines = text.splitlines(keepends=True)
     first = next((n for n, line in enumerate(lines) if re.match(rf"{section}\s*:", line)), None)
     if first is None:

@@ -12,12 +12,13 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from shoal.config.auto import AUTO, LAYOUT
 from shoal.config.data_options import BlendSource
 from shoal.config.keys import SOURCES, option_at, options_of, path_of, plain_value, source_option
 from shoal.config.option import TYPE_WORDS, option_fields, option_name, with_bounds
@@ -27,8 +28,9 @@ from shoal.errors import ConfigError, ModelError, Problem
 from shoal.hub.shape import Shape, may_differ, read_model
 from shoal.resolve.checks import DEFAULT, DERIVED, contradictions, remarks
 from shoal.resolve.corpus_kind import with_corpus
-from shoal.resolve.precedence import repeated_flags, replacements
+from shoal.resolve.precedence import repeated_flags, replacements, without_replaced_layout
 from shoal.resolve.recipe import START, Setting, known, not_text, read_override, read_recipe, to_text
+from shoal.resolve.undecided import take_undecided, with_placeholders
 from shoal.system.secrets import secret_in
 
 EXPERIMENT_FLAGS = ("--experiment-name", "--experiment_name")
@@ -39,13 +41,15 @@ class Resolved:
     """
     A valid config, the source of each value by dotted key, and notes for the user.
 
-    replaced: settings of a recipe, by key, that a flag for another option made meaningless.
+    replaced: settings of a recipe, by key, that a flag for another option made meaningless. undecided: where `parallel` or
+    `train.micro_batch` was set to auto, by key; the config has placeholders for their sizes.
     """
 
     config: Config
     sources: Mapping[str, str]
     notes: tuple[str, ...] = ()
     replaced: Mapping[str, Setting] = dataclasses.field(default_factory=dict)
+    undecided: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def resolve(
@@ -65,30 +69,35 @@ def resolve(
     """
     problems: list[Problem] = []
     said = _by_key(read_recipe(recipe, problems) if recipe else [], problems)
-    flags = [read_override(*o) for o in overrides]
+    flagged = list[str]()
+    flags = without_replaced_layout([read_override(*o) for o in overrides], flagged)
     typed = _by_key(flags, problems)
     repeated = [] if problems else list(repeated_flags(flags, typed, problems))  # which quotes them: none has a secret
     found = replacements(said, typed)
     replaced = {s.key: s for r in found for s in r.lost}
     # without a recipe, the replaced values are START's: the user never set them
-    notes = [*repeated, *(str(r) for r in found if recipe != START)]
+    notes = [*flagged, *repeated, *(str(r) for r in found if recipe != START)]
     settings = _with_comet({k: s for k, s in said.items() if k not in replaced} | typed, notes)
     settings = _with_shape(_with_document_mask(with_corpus(settings, problems, notes)), problems, notes, kept)
+    settings, undecided = take_undecided(settings)
     values = {key: _typed(setting, problems) for key, setting in settings.items()}
     if problems:
         raise ConfigError(sorted(problems, key=_place))
-    config = with_kept(_build(values), kept)
+    config = with_placeholders(with_kept(_build(values), kept), undecided)
     sources = {key: settings[key].where if key in settings else DEFAULT for key in options_of(config)}
-    if problems := list(contradictions(config, sources, needs_length=needs_length, needs_files=needs_files)):
+    found_wrong = contradictions(
+        config, sources, needs_length=needs_length, needs_files=needs_files, undecided=undecided
+    )
+    if problems := list(found_wrong):
         raise ConfigError(problems)
-    return _derive(config, sources, (*notes, *remarks(config)), replaced)
+    return _derive(Resolved(config, sources, (*notes, *remarks(config)), replaced, undecided), sources)
 
 
-def peek(recipe: Path | None, overrides: Iterable[tuple[str, str, str]], keys: Iterable[str]) -> dict[str, Any]:
+def peek(recipe: Path | None, overrides: Iterable[tuple[str, str, str]], keys: Collection[str]) -> dict[str, Any]:
     """Return the values of the options `keys`; for an unset or invalid value, the default. Never raises."""
     ignored: list[Problem] = []
     given = (read_recipe(recipe, ignored) if recipe else []) + [read_override(*o) for o in overrides]
-    said = {key: _typed(s, ignored) for key, s in _by_key(given, ignored).items()}
+    said = {key: _typed(s, ignored) for key, s in _by_key(given, ignored).items() if key in keys}
     return {key: said.get(key) or options()[key].default for key in keys}
 
 
@@ -249,13 +258,14 @@ def _typed(setting: Setting, problems: list[Problem]) -> Any:
     elif kind in (str, str | None) and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)  # a run named 7
     try:
-        return _adapter(setting.key).validate_python(value, strict=True)
+        return adapter(setting.key).validate_python(value, strict=True)
     except ValidationError:
         problems.append(Problem(setting.where, f"{setting.key} must be {expectation(setting.key)}, not {_show(value)}"))
         return None
 
 
-def _adapter(key: str) -> Any:
+def adapter(key: str) -> Any:
+    """Return pydantic's validator of an option's values."""
     kind, meta = _option(key)
     return _adapter_of(kind, **meta["bounds"])
 
@@ -278,7 +288,8 @@ def expectation(key: str) -> str:
         for p in parts
     )
     unit = f" ({meta['unit']})" if meta["unit"] else ""
-    return f"{with_bounds(text, meta['bounds'])}{unit}{', or null' if types.NoneType in typing.get_args(kind) else ''}"
+    others = ", or null" if types.NoneType in typing.get_args(kind) else f", or {AUTO}" if meta["auto"] else ""
+    return f"{with_bounds(text, meta['bounds'])}{unit}{others}"
 
 
 def _show(value: Any) -> str:
@@ -310,15 +321,14 @@ def with_kept(config: Config, kept: Mapping[str, Path]) -> Config:
     return dataclasses.replace(config, model=model, data=data)
 
 
-def _derive(
-    config: Config, sources: dict[str, str], notes: tuple[str, ...], replaced: Mapping[str, Setting]
-) -> Resolved:
-    """Fill in the values derived from others, with their source."""
+def _derive(resolved: Resolved, sources: dict[str, str]) -> Resolved:
+    """Fill in the values derived from others, with their source in `sources`."""
+    config = resolved.config
     derived = dataclasses.replace(config, model=resolve_shape(config.model))
     for f in option_fields(Model):
         if getattr(derived.model, f.name) != getattr(config.model, f.name):
             sources[f"model.{option_name(f)}"] = DERIVED
-    return Resolved(derived, sources, notes, replaced)
+    return dataclasses.replace(resolved, config=derived, sources=sources)
 
 
 # --- writing, reading back, comparing --------------------------------------------------------------------
@@ -336,24 +346,35 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return plain
 
 
-def to_yaml(config: Config, sources: Mapping[str, str] | None = None) -> str:
-    """Return the config as a recipe; with `sources`, each line ends with the source of its value."""
+def to_yaml(
+    config: Config,
+    sources: Mapping[str, str] | None = None,
+    undecided: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Return the config as a recipe; with `sources`, each line ends with the source of its value. `undecided` sizes are auto."""
     lines: list[str] = []
     above: list[str] = []
     for section in SECTIONS:
         for key, (_, value) in options_of(config).items():
             *path, name = path_of(key)
-            if path[0] != section:
+            if path[0] != section or (path[0] == LAYOUT and LAYOUT in undecided):
                 continue
             common = next(
                 (n for n, (a, b) in enumerate(zip(path, above, strict=False)) if a != b), min(len(path), len(above))
             )
             lines += [f"{'  ' * depth}{part}:" for depth, part in enumerate(path) if depth >= common]
             above = path
-            text = to_text(plain_value(value))
-            source = f"{' ' * max(1, 44 - len(name) - len(text))}# {sources.get(key, DEFAULT)}" if sources else ""
-            lines.append(f"{'  ' * len(path)}{name}: {text}{source}")
+            text = AUTO if key in undecided else to_text(plain_value(value))
+            source = (undecided.get(key) or sources.get(key, DEFAULT)) if sources else None
+            lines.append(f"{'  ' * len(path)}{_line(name, text, source)}")
+        if section == LAYOUT and LAYOUT in undecided:
+            lines.append(_line(LAYOUT, AUTO, undecided[LAYOUT] if sources else None))
     return "\n".join(lines) + "\n"
+
+
+def _line(name: str, text: str, source: str | None) -> str:
+    """Return an option's line, with a comment that names the source of its value, if any."""
+    return f"{name}: {text}" + (f"{' ' * max(1, 44 - len(name) - len(text))}# {source}" if source else "")
 
 
 def read_back(path: Path) -> Config:
@@ -370,35 +391,12 @@ def _read_back(path: Path, content: bytes) -> Config:
     """Parse `path`, whose bytes are `content`: a process reads its run's config several times, at 60 ms each."""
     problems: list[Problem] = []
     settings = list(known(read_recipe(path, problems), problems))
-    values = {s.key: _typed(s, problems) for s in settings}
+    problems += [_not_settled(s) for s in settings if s.key == LAYOUT]
+    values = {s.key: _typed(s, problems) for s in settings if s.key != LAYOUT}
     if problems:
         raise ConfigError(problems)
     return _build(values)
 
 
-def schema() -> dict[str, Any]:
-    """Return a JSON schema of the recipe, for editors and other programs."""
-    sections = {name: _object({}) for name in SECTIONS}
-    for key in options():
-        section, _, name = key.partition(".")
-        sections[section]["properties"][name] = _described(key)
-    source = _object(
-        {option_name(f): _described(f"{SOURCES}NAME.{option_name(f)}") for f in option_fields(BlendSource)}
-    )
-    sections["data"]["properties"]["sources"] = {"type": "object", "additionalProperties": source}
-    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "shoal recipe"}
-    return head | _object(sections)
-
-
-def _object(properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "additionalProperties": False, "properties": properties}
-
-
-def _described(key: str) -> dict[str, Any]:
-    """Return the JSON schema of an option."""
-    f = option_at(key)
-    assert f is not None, key
-    unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
-    default = list(f.default) if isinstance(f.default, tuple) else f.default
-    described: dict[str, Any] = _adapter(key).json_schema()
-    return described | {"description": f.metadata["help"] + unit, "default": default}
+def _not_settled(setting: Setting) -> Problem:
+    return Problem(setting.where, f"{LAYOUT} {AUTO} is for recipes; a run's own config has the sizes that were chosen")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from shoal.errors import ShoalError
 from shoal.plan.choice.choose import Choice, Choices
 from shoal.plan.choice.price import Price, read_price
-from shoal.plan.choice.table import gib, mfu
+from shoal.plan.choice.table import gib, label, mfu
 from shoal.plan.length import given_steps
 from shoal.plan.machine import Machine
 from shoal.plan.speed.corrections import Interval
@@ -68,7 +68,7 @@ def comparison(found: Sequence[Choices], prices: Sequence[Price | None]) -> list
         best, whole, cost = made.best, made.whole, made.cost
         rate = train.global_batch * config.data.seq_len / best.seconds.middle
         rows.append([
-            str(machine), str(best.need.layout), gib(best.need.total), f"{best.seconds.middle:.3g}", f"{rate:,.0f}",
+            str(machine), label(best, choices), gib(best.need.total), f"{best.seconds.middle:.3g}", f"{rate:,.0f}",
             f"{mfu(best.need, machine, rate):.0%}" if machine.cuda else "",
             f"{duration(whole.middle)} ({duration(whole.low)} to {duration(whole.high)})" if whole else "",
             f"{cost.middle:,.2f} ({cost.low:,.2f} to {cost.high:,.2f})" if cost else "",

@@ -32,13 +32,14 @@ def lines(choices: Choices, price: Price | None = None) -> list[str]:
     """Return the plan as text: the table, and the best layout or what is missing. price: of a device."""
     config, machine = choices.config, choices.machine
     train = config.train
-    head = ["layout", "GiB", *COLUMNS, "step", "tokens/s", "MFU", "largest"]
-    units = ["", "", *("" for _ in COLUMNS), "seconds", "", "", "micro-batch"]
+    several = choices.has_several_sizes
+    head = ["layout", "GiB", *COLUMNS, "step", "tokens/s", "MFU", "" if several else "largest"]
+    units = ["", "", *("" for _ in COLUMNS), "seconds", "", "", "" if several else "micro-batch"]
     if not machine.cuda:  # a CPU has no known peak
         head.remove("MFU")
-        units.remove("")
+        units.pop(-2)
     shown = choices.found[:SHOWN]
-    rows = [_row(c, machine) for c in shown]
+    rows = [_row(c, choices) for c in shown]
     widths = [max(map(len, column)) for column in zip(head, units, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -47,7 +48,7 @@ def lines(choices: Choices, price: Price | None = None) -> list[str]:
     more = len(choices.found) - len(shown)
     return [
         f"{config.model.family}, {parameter_count(config.model):,} parameters; {train.global_batch} x {config.data.seq_len:,} "
-        f"tokens per step in micro-batches of {train.micro_batch}; {train.dtype}; activation checkpointing: "
+        f"tokens per step in micro-batches of {'auto' if several else train.micro_batch}; {train.dtype}; activation checkpointing: "
         f"{train.activation_checkpointing}",
         f"{machine}: {machine.usable_bytes / GIB:.1f} GiB of each may be used"
         + (" (not measured on a GPU: 2 GiB for CUDA and NCCL, 6% for the allocator)" if machine.cuda else ""),
@@ -72,13 +73,19 @@ def beside(rehearsed: int, traced: int) -> str:
     return f"{found}; rehearsed: {gib(rehearsed)} GiB ({off:+.1%})"
 
 
-def _row(choice: Choice, machine: Machine) -> list[str]:
-    need, seconds = choice.need, choice.seconds.middle
+def label(choice: Choice, choices: Choices) -> str:
+    """Return a layout, with its micro-batch if there are several."""
+    size = f", micro-batch {choice.need.config.train.micro_batch}" if choices.has_several_sizes else ""
+    return f"{choice.need.layout}{size}"
+
+
+def _row(choice: Choice, choices: Choices) -> list[str]:
+    need, seconds, machine = choice.need, choice.seconds.middle, choices.machine
     tokens = need.config.train.global_batch * need.config.data.seq_len / seconds
     parts = [sum(need.parts.get(p, 0) for p in names) for names in COLUMNS.values()]
     return [
-        str(need.layout), gib(need.total), *map(gib, parts), f"{seconds:.3g}", f"{tokens:,.0f}", *([f"{mfu(need, machine, tokens):.0%}"] if machine.cuda else []),
-        str(largest_micro_batch(choice, machine)) if need.fits(machine) else "does not fit",
+        label(choice, choices), gib(need.total), *map(gib, parts), f"{seconds:.3g}", f"{tokens:,.0f}", *([f"{mfu(need, machine, tokens):.0%}"] if machine.cuda else []),
+        "does not fit" if not need.fits(machine) else "" if choices.has_several_sizes else str(largest_micro_batch(choice, machine)),
     ]  # fmt: skip
 
 
@@ -100,19 +107,24 @@ def _verdict(choices: Choices, price: Price | None) -> list[str]:
     machine = choices.machine
     if best := next(iter(choices.fitting), None):
         return [*_explained(choices, best), *_whole_run(choices, best, price), _source(choices)]
+    return [lacking(choices), *(f"it would fit with {way}" for way in _ways(choices.found[0].need, machine))]
+
+
+def lacking(choices: Choices) -> str:
+    """Return how much more memory the layout that needs least would need, if nothing fits."""
     least = choices.found[0].need
-    over = least.total - machine.usable_bytes
-    found = f"nothing fits: {least.layout} needs least, {gib(least.total)} GiB, {gib(over)} more than there is"
-    return [found, *(f"it would fit with {way}" for way in _ways(least, machine))]
+    over = least.total - choices.machine.usable_bytes
+    return f"nothing fits: {label(choices.found[0], choices)} needs least, {gib(least.total)} GiB, {gib(over)} more than there is"
 
 
 def _explained(choices: Choices, best: Choice) -> Iterator[str]:
     """Yield the fastest layout, on what its step's time goes, and how much slower the next one is."""
     machine, need, layout = choices.machine, best.need, best.need.layout
     flags = " ".join(f"--parallel.{name} {getattr(layout, name)}" for name in AXES if getattr(layout, name) > 1)
+    flags += f" --train.micro_batch {need.config.train.micro_batch}" * choices.has_several_sizes
     yield (
-        f"{layout} fits and is probably the fastest: {_range(best.seconds, '{:.3g}'.format, ' seconds a step')}, "
-        f"{gib(need.total)} of {gib(machine.usable_bytes)} GiB" + (f". Its flags: {flags}" if flags else "")
+        f"{label(best, choices)} fits and is probably the fastest: {_range(best.seconds, '{:.3g}'.format, ' seconds a step')}, "
+        f"{gib(need.total)} of {gib(machine.usable_bytes)} GiB" + (f". Its flags: {flags.strip()}" if flags else "")
     )
     shares = {part: s * choices.corrections.factor(part) / best.seconds.middle for part, s in best.parts.items()}
     told = [
@@ -124,7 +136,7 @@ def _explained(choices: Choices, best: Choice) -> Iterator[str]:
         slower = other.seconds.middle / best.seconds.middle - 1
         memory = (other.need.total - need.total) / GIB
         less = f"{abs(memory):.2g} GiB {'more' if memory > 0 else 'less'}"
-        yield f"next: {other.need.layout}, {slower:.0%} slower with {less}"
+        yield f"next: {label(other, choices)}, {slower:.0%} slower with {less}"
 
 
 def _called(part: Part) -> str:
