@@ -196,6 +196,15 @@ def test_a_calibration_of_another_machine_is_refused(kept: Path, tmp_path: Path)
         measured.known(CPUS, "float32", tmp_path / "missing.json")[0]
 
 
+def test_a_machine_that_is_far_slower_than_its_data_sheet_is_believed() -> None:
+    parts: dict[Part, float] = {"products": 0.04, "elementwise": 0.01, "replicate": 0.004}
+    usual = sum(parts.values())
+    seen = [Seen(parts, factor * usual) for factor in (3.4, 3.6)]
+    found = Corrections(seen, calibrated=False).predict(parts)
+    assert found.middle == pytest.approx(3.5 * usual, rel=0.1)
+    assert Corrections(seen[:1], calibrated=False).predict(parts).middle > 2 * usual
+
+
 def keep(config: Config, layout: Layout, machine: Machine, seconds: float) -> None:
     """Keep a step as a run does that ends."""
     found = measured.predict(config, layout, machine)

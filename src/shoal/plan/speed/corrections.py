@@ -21,8 +21,10 @@ SHARED, OWN, AROUND = {True: 0.1, False: 0.35}, {True: 0.15, False: 0.3}, {True:
 WEAK: Final = 0.5  # of the parts that no calibration measures
 UNMEASURED: Final = ("overhead", "host", "bubble", "tp", "cp", "pp", "shard", "replicate")
 TRUST: Final = 4.0  # how many measured steps the prior of `AROUND` counts as
+MOST: Final = 2.0  # times the prior of `AROUND` that the spread may become: a larger error of one step is its factors'
 Z90: Final = 1.645  # 90% of a normal distribution lie within this many standard deviations
-TURNS: Final = 8  # Gauss-Newton steps; they converge in fewer
+# Gauss-Newton steps, of which the first only move the factors: a spread from the errors before them would explain all errors
+TURNS, FIRST = 10, 4
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,12 @@ class Corrections:
                 log + sum(a * b for a, b in zip(row, pull, strict=True))
                 for log, row in zip(self._logs, self._covariance, strict=True)
             ]
+            if turn < FIRST:
+                continue
             prior = AROUND[self._calibrated] ** 2
-            self._spread = math.sqrt((TRUST * prior + squares) / (TRUST + len(seen)))
+            self._spread = min(
+                MOST * AROUND[self._calibrated], math.sqrt((TRUST * prior + squares) / (TRUST + len(seen)))
+            )
 
     def _corrected(self, parts: Mapping[Part, float]) -> tuple[float, list[float]]:
         """Return the sum of the corrected parts, and how its logarithm grows with each factor's."""
