@@ -42,6 +42,7 @@ from shoal.run.narrator import Narrator
 from shoal.system.cpu import multiplies_bfloat16
 from shoal.system.disk import gigabytes
 from shoal.system.memory import available_bytes
+from shoal.system.output import aligned
 
 PROCESS_BYTES: Final = GIB // 2  # of main memory that a process takes besides its tensors: Python, torch and gloo
 STEP_SHARE: Final = 1 / 40  # of the limit, that a timed step should take: three trials of six steps, and their starts
@@ -214,9 +215,7 @@ def _table(search: Search) -> Iterator[str]:
         rows.append([
             str(each.candidate), f"{interval.middle:.3g}" if interval else "-", _measured(each), _memory(each), each.timing.why,
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  " + "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:4], widths[1:4]), row[4]]).rstrip()
+    yield from (f"  {line}" for line in aligned(rows, left=(0, 4)))
     shares = sorted({f"{each.trial.share:.0%}" for each in search.tried if each.trial.share < 1 and each.is_measured})
     if shares:
         by = "the plan" if search.candidates.plan else "the number of micro-batches"

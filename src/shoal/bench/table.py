@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 
+from shoal.system.output import aligned
+
 
 def table(columns: Mapping[str, Sequence[str]], left: Collection[str] = ()) -> list[str]:
     """Return a line of titles and one for each row; a column whose cells are all empty is omitted. left: left-aligned columns."""
     kept = {title: [title, *cells] for title, cells in columns.items() if any(cells)}
-    widths = {title: max(map(len, cells)) for title, cells in kept.items()}
-    padded = [
-        [cell.ljust(widths[title]) if title in left else cell.rjust(widths[title]) for cell in cells]
-        for title, cells in kept.items()
-    ]
-    return ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
+    rows = list(zip(*kept.values(), strict=True))
+    return aligned(rows, left=[number for number, title in enumerate(kept) if title in left])
 
 
 def gathered(rows: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:

@@ -148,7 +148,7 @@ def _others() -> str:
     cores, free = count_cores(), free_cores()
     if free >= QUIET * cores:
         return ""
-    return f"other programs used {cores - free:.1f} of {cores} cores at the start, so these figures are too low, and differ more"
+    return f"other programs used {cores - free:.1f} of {cores} cores at the start: speeds are too low, and vary more"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from shoal.config.layout import AXES, Layout
+from shoal.system.output import aligned
 
 MOST_NODES: Final = 8  # rows of a table; more would hide the lines around it
 # What an axis sends over the network if it spans nodes, from the most to the least.
@@ -63,8 +64,7 @@ def layout_table(layout: Layout, processes: int, hosts: Sequence[str], *, most: 
     hidden = 0 if most is None else max(0, len(rows) - most)
     if hidden:
         rows = [*rows[: len(rows) - hidden - 1], rows[-1]]
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in [head, *rows]]
+    lines = aligned([head, *rows], left=range(len(head)))
     if hidden:
         lines.insert(len(lines) - 1, f"... {hidden} more")
     count = len(hosts)

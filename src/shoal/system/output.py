@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -25,6 +25,18 @@ def visible(text: object) -> str:
 def on_one_line(name: object) -> str:
     """Return an untrusted name, of a file or a run, with line feeds and tabs escaped too."""
     return visible(name).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def aligned(rows: Sequence[Sequence[str]], left: Collection[int] = ()) -> list[str]:
+    """Return a line of text for each row, its cells aligned to the right, or to the left in the columns `left`."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if number in left else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def say_error(text: str) -> None:

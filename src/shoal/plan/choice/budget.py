@@ -22,6 +22,7 @@ from shoal.errors import ShoalError
 from shoal.plan.choice.choose import Choice
 from shoal.plan.choice.price import CURRENCY, Price
 from shoal.plan.estimate import flops_per_token, parameter_count
+from shoal.system.output import aligned
 
 # nats; see above
 E, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
@@ -144,8 +145,6 @@ def budget_lines(found: Sequence[Size]) -> list[str]:
             f"{size.tokens / size.parameters:,.3g}", f"{choice.seconds.middle:.3g}" if choice else "", str(choice.need.layout) if choice
             else "fits nowhere", f"{size.loss:.3f}" + (" *" if size is best else "  "),
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
     model = best.config.model
     names = [
         "dim",
@@ -155,7 +154,7 @@ def budget_lines(found: Sequence[Size]) -> list[str]:
     ]
     flags = " ".join(f"--model.{name} {getattr(model, name)}" for name in names)
     said = [
-        *table,
+        *aligned(rows),
         "",
         f"* best: {best.parameters:,} parameters on {best.tokens:,.3g} tokens. Its flags: {flags} --train.tokens "
         f"{best.tokens:.3g}",

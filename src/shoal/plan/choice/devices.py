@@ -13,6 +13,7 @@ from shoal.plan.length import given_steps
 from shoal.plan.machine import Machine
 from shoal.plan.speed.corrections import Interval
 from shoal.run.console import duration
+from shoal.system.output import aligned
 
 
 def prices_of(text: str | None, devices: int) -> list[Price | None]:
@@ -75,9 +76,5 @@ def comparison(found: Sequence[Choices], prices: Sequence[Price | None]) -> list
         ])  # fmt: skip
     shown = len(rows[0]) - (0 if priced else 1 if steps else 2)
     rows = [row[:shown] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
-        "  ".join([*map(str.ljust, row[:2], widths), *map(str.rjust, row[2:], widths[2:])]).rstrip() for row in rows
-    ]
     note = ["", "in parentheses: 90% intervals. Evaluations, saves and restarts are not in the times"] if steps else []
-    return [*table, *note]
+    return [*aligned(rows, left=(0, 1)), *note]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from shoal.config.layout import AXES
@@ -16,6 +16,7 @@ from shoal.plan.machine import GIB, Machine
 from shoal.plan.speed.corrections import Interval
 from shoal.plan.speed.seconds import Part, idle_share
 from shoal.run.console import duration
+from shoal.system.output import aligned
 
 SHOWN: Final = 10  # rows of the table
 FAR_APART: Final = 0.02  # two counts of memory
@@ -39,12 +40,6 @@ def lines(choices: Choices, price: Price | None = None) -> list[str]:
         head.remove("MFU")
         units.pop(-2)
     shown = choices.found[:SHOWN]
-    rows = [_row(c, choices) for c in shown]
-    widths = [max(map(len, column)) for column in zip(head, units, *rows, strict=True)]
-
-    def line(cells: Sequence[str]) -> str:
-        return "  ".join([cells[0].ljust(widths[0]), *map(str.rjust, cells[1:], widths[1:])]).rstrip()
-
     more = len(choices.found) - len(shown)
     return [
         f"{config.model.family}, {parameter_count(config.model):,} parameters; {train.global_batch} x {config.data.seq_len:,} "
@@ -53,9 +48,7 @@ def lines(choices: Choices, price: Price | None = None) -> list[str]:
         f"{machine}: {machine.usable_bytes / GIB:.1f} GiB of each may be used"
         + (" (not measured on a GPU: 2 GiB for CUDA and NCCL, 6% for the allocator)" if machine.cuda else ""),
         "",
-        line(head),
-        line(units),
-        *map(line, rows),
+        *aligned([head, units, *(_row(choice, choices) for choice in shown)], left=(0,)),
         *([f"... {more} more layouts"] if more else []),
         "",
         *_verdict(choices, price),

@@ -27,6 +27,7 @@ from shoal.plan.speed.corrections import Corrections, Interval, Seen
 from shoal.plan.speed.rates import WIDTHS, Rates
 from shoal.plan.speed.seconds import idle_share, step_seconds
 from shoal.system.disk import write_whole
+from shoal.system.output import aligned
 
 FILE: Final = "steps.jsonl"
 VERSION: Final = 1
@@ -179,8 +180,5 @@ def report(kept: Sequence[Measured]) -> list[str]:
             device, dtype, "measured" if calibrated else "data sheet", str(len(some)), f"{statistics.median(off):.1%}",
             f"{statistics.median(off[:half]):.1%}", f"{statistics.median(off[-half:]):.1%}", f"{held} of {len(some)} ({held / len(some):.0%})",
         ])  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = [
-        "  ".join([*map(str.ljust, row[:3], widths), *map(str.rjust, row[3:], widths[3:])]).rstrip() for row in rows
-    ]
+    table = aligned(rows, left=(0, 1, 2))
     return [*table, "", "first, last: the median error of the first and of the last half of the runs"]
