@@ -15,6 +15,7 @@ from shoal.bench.speed import WARMUP_STEPS, summarize_steps
 from shoal.mesh.mesh import open_mesh
 from shoal.metrics.products import product_rates
 from shoal.models.build import COMPUTE_DTYPES
+from shoal.plan.estimate import parameter_count
 from shoal.resolve.resolve import read_back
 from shoal.run.records import StepRecord, read_metrics
 from shoal.system.signals import StopRequest, die_with_parent
@@ -63,6 +64,9 @@ def _measured(run: Run, records: Sequence[StepRecord], product_flops: float) -> 
         "model": run.watch.meter.describe_model(),
         "device": run.watch.meter.device_name,
         "memory_bytes": max(r.memory_bytes for r in timed),
+        "seconds": steps,
+        "losses": [r.loss for r in records],
+        "parameters": parameter_count(config.model),
         "split": {n: statistics.median(s[n] for s in splits) / result["step_seconds"] for n in names},
     }
 

@@ -1,0 +1,123 @@
+"""
+Time shoal beside other trainers on the same model, batch, tokens and initial weights: `python scripts/bench_peers.py`.
+
+Each peer is installed into an environment of its own, `build/peers/NAME`; one that does not install is reported and skipped.
+Contenders run in turns, each run in a new process, and ratios are taken within turns. Every finished turn is kept in
+`build/peers/results.jsonl`: the same command resumes. When all turns are done, it writes the page and its pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from scripts.peers.inputs import SHAPES, prepare, recipe_of
+from scripts.peers.installs import PEERS, install
+from scripts.peers.page import Bench, write_page
+from scripts.peers.timings import Case, Timing, Turn, attempts_of, is_due, read, take, turns
+
+from shoal.metrics.products import product_rates
+from shoal.system.cpu import count_cores
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "build" / "peers"
+TOO_SLOW = 0.25  # a dtype with less than this share of float32's rate in a matrix product is skipped
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Install, time and write. Return 0, or 1 if turns are left."""
+    asked = _arguments(argv)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    errors = install(asked.peers, FOLDER)
+    dtypes, skipped = _dtypes(asked.dtypes)
+    cases = [make_case(shape, dtype, asked.threads, asked.steps) for shape in asked.shapes for dtype in dtypes]
+    planned = turns(cases, [name for name in asked.peers if name not in errors], asked.repeats)
+    timings = time_turns(planned, FOLDER / "results.jsonl", asked.minutes)
+    left = sum(is_due(turn, timings) for turn in planned)
+    if left:
+        print(f"{len(planned) - left} of {len(planned)} turns are timed; the same command continues", file=sys.stderr)
+        return 1
+    command = " ".join(["python scripts/bench_peers.py", *(sys.argv[1:] if argv is None else argv)])
+    write_page(Bench(command, planned, timings, errors, skipped), asked.out)
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=_names(PEERS), default=list(PEERS), help=f"of {','.join(PEERS)}")
+    parser.add_argument("--shapes", type=_names(SHAPES), default=list(SHAPES), help=f"of {','.join(SHAPES)}")
+    parser.add_argument("--dtypes", type=_names(("float32", "bfloat16")), default=["float32", "bfloat16"])
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each peer")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a run; default: the shape's")
+    parser.add_argument(
+        "--threads", type=int, default=count_cores(), help="CPU threads of each contender; default: the cores"
+    )
+    parser.add_argument("--minutes", type=float, help="start no turn after this time; the same command continues later")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of the page and its pictures"
+    )
+    return parser.parse_args(argv)
+
+
+def _names(known):  # type: ignore[no-untyped-def]
+    """Return an argparse type: a list of known names, separated by commas."""
+
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        unknown = [name for name in found if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(known)}")
+        return found
+
+    return names
+
+
+def _dtypes(asked: Sequence[str]) -> tuple[list[str], dict[str, float]]:
+    """Return the dtypes to time, and the others with their speed relative to float32."""
+    rates = {
+        name: product_rates([torch.float32, getattr(torch, name)], torch.device("cpu"), 2.0, clear=10.0)
+        for name in asked
+    }
+    share = {name: rate / float32 if float32 else 1.0 for name, (float32, rate) in rates.items()}
+    skipped = {name: value for name, value in share.items() if value < TOO_SLOW}
+    for name, value in skipped.items():
+        print(f"{name} is skipped: a matrix product has {value:.3f} of float32's rate on this CPU", file=sys.stderr)
+    return [name for name in asked if name not in skipped], skipped
+
+
+def make_case(shape: str, dtype: str, threads: int, steps: int | None) -> Case:
+    """Return a case, with the files that all contenders read."""
+    folder = FOLDER / "inputs" / shape
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"train.dtype": dtype} | ({"train.steps": str(steps)} if steps else {})
+    one = recipe_of(shape, FOLDER, options | {"launch.processes": "1", "launch.threads": str(threads)})
+    micro_batch = str(max(1, one.train.global_batch // threads))
+    many = {"launch.processes": str(threads), "launch.threads": "1", "train.micro_batch": micro_batch}
+    split = recipe_of(shape, FOLDER, options | many)
+    return Case(shape, dtype, prepare(one, folder), folder, one, split)
+
+
+def time_turns(planned: Sequence[Turn], results: Path, minutes: float | None) -> list[Timing]:
+    """Take the turns that are due, until the time is up; return all timings."""
+    begun, timings = time.monotonic(), read(results)
+    for turn in planned:
+        while is_due(turn, timings):
+            if minutes is not None and time.monotonic() - begun > 60 * minutes:
+                return timings
+            found = take(turn, attempts_of(turn, timings), FOLDER)
+            with results.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(dataclasses.asdict(timing)) + "\n" for timing in found)
+            timings += found
+    return timings
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""The benchmark beside peers: its workers read the spec, write the answer, and train the same model as shoal."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scripts.peers import transformers_llama, with_accelerate, with_torch, with_trainer
+from scripts.peers.contract import Recorder, Spec
+from scripts.peers.inputs import prepare, recipe_of
+
+from shoal.config.options import Config
+from shoal.mesh.mesh import open_mesh
+from shoal.plan.estimate import parameter_count
+from shoal.run.records import read_metrics
+from shoal.system.signals import StopRequest
+from shoal.training.loop import take_steps
+from shoal.training.run import Run
+
+ROOT = Path(__file__).parents[2]
+TINY = {
+    "model.dim": "32", "model.num_layers": "2", "model.num_heads": "2", "model.ffn_dim": "64", "model.max_seq_len": "32",
+    "data.corpus": "dummy", "data.seq_len": "32", "train.steps": "4", "train.global_batch": "4", "train.micro_batch": "4",
+    "train.dtype": "float32", "launch.processes": "1", "launch.threads": "1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return recipe_of("10m", tmp_path_factory.mktemp("peers"), TINY)
+
+
+@pytest.fixture(scope="module")
+def spec(config: Config) -> Spec:
+    return prepare(config, Path(config.launch.runs).parent)
+
+
+@pytest.fixture(scope="module")
+def losses(config: Config) -> list[float]:
+    """Shoal's losses."""
+    with open_mesh("cpu", 60, config.parallel) as mesh:
+        run = Run.open(config, mesh, StopRequest())
+        take_steps(run)
+        found = [record.loss for record in read_metrics(run.folder.metrics_file).steps]
+        run.close()
+    return found
+
+
+def test_a_worker_answers_as_the_contract_says(spec: Spec, config: Config, tmp_path: Path) -> None:
+    spec.write(tmp_path / "spec.json")
+    command = [sys.executable, "-m", "scripts.peers.with_torch", str(tmp_path / "spec.json"), str(tmp_path / "answer.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((tmp_path / "answer.json").read_text(encoding="utf-8"))
+    assert answer["parameters"] == parameter_count(config.model)
+    assert len(answer["seconds"]) == len(answer["losses"]) == spec.steps
+    assert answer["losses"][0] == pytest.approx(math.log(spec.vocab_size), rel=0.02)
+    assert answer["memory_bytes"] > 0
+    assert answer["versions"]["torch"]
+
+
+@pytest.mark.parametrize("worker", [with_torch, with_accelerate, with_trainer], ids=lambda worker: worker.__name__)
+def test_a_peer_does_the_same_work_as_shoal(worker: object, spec: Spec, losses: list[float]) -> None:
+    recorder = Recorder()
+    worker.train(spec, recorder)  # type: ignore[attr-defined]
+    assert recorder.losses == pytest.approx(losses, abs=2e-5)
+
+
+def test_the_head_is_tied_where_the_spec_says_so(config: Config, tmp_path: Path) -> None:
+    tied = prepare(config.replace("model", tie_embeddings=True), tmp_path)
+    counts = {sum(p.numel() for p in build(tied).parameters()) for build in (with_torch.model_of, transformers_llama.llama)}
+    assert counts == {parameter_count(config.model) - tied.vocab_size * tied.dim}
