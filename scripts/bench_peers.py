@@ -29,6 +29,7 @@ from shoal.system.cpu import count_cores
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "peers"
+FEWEST_STEPS = 5
 TOO_SLOW = 0.25  # a dtype with less than this share of float32's rate in a matrix product is skipped
 
 
@@ -56,7 +57,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", type=_names(SHAPES), default=list(SHAPES), help=f"of {','.join(SHAPES)}")
     parser.add_argument("--dtypes", type=_names(("float32", "bfloat16")), default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=3, help="runs of each peer")
-    parser.add_argument("--steps", type=int, help="optimizer steps of a run; default: the shape's")
+    parser.add_argument("--steps", type=int, help="optimizer steps of a run, at least 5; default: the shape's")
     parser.add_argument(
         "--threads", type=int, default=count_cores(), help="CPU threads of each contender; default: the cores"
     )
@@ -64,7 +65,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of the page and its pictures"
     )
-    return parser.parse_args(argv)
+    asked = parser.parse_args(argv)
+    if asked.steps is not None and asked.steps < FEWEST_STEPS:
+        parser.error(f"--steps {asked.steps}: the first steps warm up; at least {FEWEST_STEPS} are needed")
+    return asked
 
 
 def _names(known):  # type: ignore[no-untyped-def]

@@ -27,7 +27,7 @@ SHAPES: Final[dict[str, str]] = {
 model: {family: llama, dim: 384, num_layers: 6, num_heads: 6, ffn_dim: 1024, vocab_size: 257, max_seq_len: 256}
 data: {corpus: stdlib, tokenizer: bytes, seq_len: 256}
 optim: {lr: 1e-3}
-train: {steps: 14, global_batch: 12, micro_batch: 12}
+train: {steps: 12, global_batch: 12, micro_batch: 12}
 """,
     "124m": """
 model: {family: llama, dim: 768, num_layers: 12, num_heads: 12, ffn_dim: 2048, vocab_size: 50304, max_seq_len: 512, tie_embeddings: true}

@@ -22,7 +22,7 @@ INSTALLED: Final = "installed.json"  # pins and outcome of the last installation
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """A peer. pins: what pip installs; torch is never among them."""
+    """A peer. pins: what pip installs beside torch."""
 
     title: str
     worker: str  # a module of scripts.peers
@@ -54,7 +54,7 @@ PEERS: Final[dict[str, Peer]] = {
     "torchtitan": Peer(
         title="torchtitan",
         worker="with_torchtitan",
-        pins=("torchtitan==0.3.0",),
+        pins=("torchtitan==0.3.0", "triton==3.7.1"),  # imports triton, which a CPU build of torch does not bring
         path="its Llama 3 model, attention module, loss, optimizer container and clipping in the order of its `train_step`: "
         "its `Trainer` needs a GPU",
     ),
@@ -125,18 +125,20 @@ def _pins(pins: Iterable[str]) -> list[str]:
 
 
 def _install(environment: Path, pins: Iterable[str], shared: Path) -> str:
-    """Make an environment and install `pins`; return pip's last line of error, empty if it succeeded."""
+    """
+    Make an environment and install `pins`; return pip's last line of error, empty if it succeeded.
+
+    torch is named too: pip finds the shared one, and installs what it needs.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(environment)], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = environment / "lib" / version / "site-packages"
     (packages / "shared_torch.pth").write_text(f"{shared}\n", encoding="utf-8")
-    torch, *rest = _pins(pins)
-    constraints = environment / "constraints.txt"
-    constraints.write_text(f"{torch}\n", encoding="utf-8")
-    command = [environment / "bin" / "python", "-m", "pip", "install", "--quiet", "--constraint", constraints, *rest]
+    wanted = _pins(pins)
+    command = [str(environment / "bin" / "python"), "-m", "pip", "install", "--quiet", *wanted]
     quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
     done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True, check=False)
     said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
     error = "" if done.returncode == 0 else (said or ["pip failed silently"])[-1].removeprefix("ERROR: ")
-    (environment / INSTALLED).write_text(json.dumps({"pins": [torch, *rest], "error": error}), encoding="utf-8")
+    (environment / INSTALLED).write_text(json.dumps({"pins": wanted, "error": error}), encoding="utf-8")
     return error

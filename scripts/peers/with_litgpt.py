@@ -62,7 +62,7 @@ def train(spec: Spec, recorder: Recorder) -> nn.Module:
     """Take the steps; return the model."""
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if spec.dtype == "bfloat16" else "32-true")
     fabric.launch()
-    module = gpt(spec)
+    module: nn.Module = gpt(spec)
     model = fabric.setup(module)
     options = {"lr": spec.lr, "betas": (spec.beta1, spec.beta2), "eps": spec.eps, "fused": True}
     optimizer = instantiate_torch_optimizer("AdamW", decay_groups(module, spec.weight_decay), **options)

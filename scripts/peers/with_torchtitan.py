@@ -74,7 +74,7 @@ def optimizers_of(model: nn.Module, spec: Spec) -> OptimizersContainer:
 
 def train(spec: Spec, recorder: Recorder) -> nn.Module:
     """Take the steps; return the model."""
-    model = llama3(spec)
+    model: nn.Module = llama3(spec)
     optimizers = optimizers_of(model, spec)
     schedule = LRSchedulersContainer.Config(warmup_steps=0, decay_ratio=0.0).build(
         optimizers=optimizers, training_steps=spec.steps

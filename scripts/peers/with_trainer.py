@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 
-class Peer(Trainer):  # type: ignore[misc]
+class Peer(Trainer):
     """A Trainer that keeps the last micro-batch's loss."""
 
     last_loss: Tensor
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(*args, **kwargs)
+        loss: Any = super().compute_loss(*args, **kwargs)
         self.last_loss = loss.detach()
         return loss
 
 
-class Clock(TrainerCallback):  # type: ignore[misc]
+class Clock(TrainerCallback):
     """Records each step."""
 
     def __init__(self, recorder: Recorder) -> None:

@@ -52,7 +52,13 @@ def losses(config: Config) -> list[float]:
 
 def test_a_worker_answers_as_the_contract_says(spec: Spec, config: Config, tmp_path: Path) -> None:
     spec.write(tmp_path / "spec.json")
-    command = [sys.executable, "-m", "scripts.peers.with_torch", str(tmp_path / "spec.json"), str(tmp_path / "answer.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.peers.with_torch",
+        str(tmp_path / "spec.json"),
+        str(tmp_path / "answer.json"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     answer = json.loads((tmp_path / "answer.json").read_text(encoding="utf-8"))
@@ -72,5 +78,7 @@ def test_a_peer_does_the_same_work_as_shoal(worker: object, spec: Spec, losses: 
 
 def test_the_head_is_tied_where_the_spec_says_so(config: Config, tmp_path: Path) -> None:
     tied = prepare(config.replace("model", tie_embeddings=True), tmp_path)
-    counts = {sum(p.numel() for p in build(tied).parameters()) for build in (with_torch.model_of, transformers_llama.llama)}
+    counts = {
+        sum(p.numel() for p in build(tied).parameters()) for build in (with_torch.model_of, transformers_llama.llama)
+    }
     assert counts == {parameter_count(config.model) - tied.vocab_size * tied.dim}
