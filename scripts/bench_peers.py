@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtypes, skipped = _dtypes(asked.dtypes)
     cases = [make_case(shape, dtype, asked.threads, asked.steps) for shape in asked.shapes for dtype in dtypes]
     planned = turns(cases, [name for name in asked.peers if name not in errors], asked.repeats)
-    timings = time_turns(planned, FOLDER / "results.jsonl", asked.minutes)
-    left = sum(is_due(turn, timings) for turn in planned)
+    timings = time_turns(planned, FOLDER / "results.jsonl", asked.minutes, asked.attempts)
+    left = sum(is_due(turn, timings, asked.attempts) for turn in planned)
     if left:
         print(f"{len(planned) - left} of {len(planned)} turns are timed; the same command continues", file=sys.stderr)
         return 1
@@ -60,6 +60,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="optimizer steps of a run, at least 5; default: the shape's")
     parser.add_argument(
         "--threads", type=int, default=count_cores(), help="CPU threads of each contender; default: the cores"
+    )
+    parser.add_argument(
+        "--attempts", type=int, default=2, help="how often a turn is run, at most, if other programs disturb it"
     )
     parser.add_argument("--minutes", type=float, help="start no turn after this time; the same command continues later")
     parser.add_argument(
@@ -103,17 +106,20 @@ def make_case(shape: str, dtype: str, threads: int, steps: int | None) -> Case:
     folder.mkdir(parents=True, exist_ok=True)
     options = {"train.dtype": dtype} | ({"train.steps": str(steps)} if steps else {})
     one = recipe_of(shape, FOLDER, options | {"launch.processes": "1", "launch.threads": str(threads)})
-    micro_batch = str(max(1, one.train.global_batch // threads))
-    many = {"launch.processes": str(threads), "launch.threads": "1", "train.micro_batch": micro_batch}
-    split = recipe_of(shape, FOLDER, options | many)
+    halves = {
+        "launch.processes": "2",
+        "launch.threads": str(max(1, threads // 2)),
+        "train.micro_batch": str(one.train.global_batch // 2),
+    }
+    split = recipe_of(shape, FOLDER, options | halves)
     return Case(shape, dtype, prepare(one, folder), folder, one, split)
 
 
-def time_turns(planned: Sequence[Turn], results: Path, minutes: float | None) -> list[Timing]:
+def time_turns(planned: Sequence[Turn], results: Path, minutes: float | None, attempts: int) -> list[Timing]:
     """Take the turns that are due, until the time is up; return all timings."""
     begun, timings = time.monotonic(), read(results)
     for turn in planned:
-        while is_due(turn, timings):
+        while is_due(turn, timings, attempts):
             if minutes is not None and time.monotonic() - begun > 60 * minutes:
                 return timings
             found = take(turn, attempts_of(turn, timings), FOLDER)

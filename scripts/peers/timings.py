@@ -31,15 +31,14 @@ from shoal.launch.torchrun import worker_environment
 from shoal.resolve.resolve import to_yaml
 
 ROOT: Final = Path(__file__).parents[2]
-SHOAL, TWO_PROCESSES, PRODUCTS = "shoal", "shoal-2x1", "products"
+SHOAL, TWO_PROCESSES, PRODUCTS = "shoal", "shoal, two processes", "products"
 WARMUP_STEPS: Final = 2
 DISTURBED: Final = 0.1  # share of the machine's cores that other programs may use
-MOST_ATTEMPTS: Final = 2  # of a disturbed turn
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape in a dtype. folder: its spec and files. config, split: shoal's, with one process and with one per thread."""
+    """A shape in a dtype. folder: its spec and files. config, split: shoal's, with one process, and with two that divide threads and batch."""
 
     shape: str
     dtype: str
@@ -86,6 +85,11 @@ class Timing:
     def step_seconds(self) -> float:
         """The median step after warmup."""
         return float(statistics.median(self.answer["seconds"][WARMUP_STEPS:]))
+
+    @property
+    def fastest_seconds(self) -> float:
+        """The fastest step: the one that other programs disturbed least."""
+        return float(min(self.answer["seconds"]))
 
 
 def turns(cases: Sequence[Case], names: Sequence[str], repeats: int) -> list[Turn]:
@@ -139,11 +143,11 @@ def attempts_of(turn: Turn, timings: Iterable[Timing]) -> int:
     return len({timing.attempt for timing in timings if timing.key == turn.key()})
 
 
-def is_due(turn: Turn, timings: Sequence[Timing]) -> bool:
-    """Return whether a turn has not run yet, or only while other programs used the machine."""
+def is_due(turn: Turn, timings: Sequence[Timing], most: int) -> bool:
+    """Return whether a turn has not run yet, or only while other programs used the machine, and fewer than `most` times."""
     found = of_turn(turn, timings)
     disturbed = any(timing.others > DISTURBED and not timing.error for timing in found)
-    return not found or (disturbed and attempts_of(turn, timings) < MOST_ATTEMPTS)
+    return not found or (disturbed and attempts_of(turn, timings) < most)
 
 
 def take(turn: Turn, attempt: int, folder: Path) -> list[Timing]:
