@@ -18,19 +18,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 from scripts.peers.inputs import SHAPES, prepare, recipe_of
 from scripts.peers.installs import PEERS, install
-from scripts.peers.page import Bench, write_page
-from scripts.peers.timings import Case, Timing, Turn, attempts_of, is_due, read, take, turns
+from scripts.peers.page import NO_BFLOAT16, Bench, write_page
+from scripts.peers.timings import Case, Timing, Turn, of_turn, read, take, turns
 
-from shoal.metrics.products import product_rates
-from shoal.system.cpu import count_cores
+from shoal.system.cpu import count_cores, multiplies_bfloat16
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "peers"
 FEWEST_STEPS = 5
-TOO_SLOW = 0.25  # a dtype with less than this share of float32's rate in a matrix product is skipped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,16 +35,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = _arguments(argv)
     FOLDER.mkdir(parents=True, exist_ok=True)
     errors = install(asked.peers, FOLDER)
-    dtypes, skipped = _dtypes(asked.dtypes)
+    dtypes = [dtype for dtype in asked.dtypes if dtype != "bfloat16" or multiplies_bfloat16()]
+    if dtypes != asked.dtypes:
+        print(f"{NO_BFLOAT16}: skipped", file=sys.stderr)
     cases = [make_case(shape, dtype, asked.threads, asked.steps) for shape in asked.shapes for dtype in dtypes]
     planned = turns(cases, [name for name in asked.peers if name not in errors], asked.repeats)
     timings = time_turns(planned, FOLDER / "results.jsonl", asked.minutes, asked.attempts)
-    left = sum(is_due(turn, timings, asked.attempts) for turn in planned)
+    left = sum(not of_turn(turn, timings) for turn in planned)
     if left:
         print(f"{len(planned) - left} of {len(planned)} turns are timed; the same command continues", file=sys.stderr)
         return 1
     command = " ".join(["python scripts/bench_peers.py", *(sys.argv[1:] if argv is None else argv)])
-    write_page(Bench(command, planned, timings, errors, skipped), asked.out)
+    write_page(Bench(command, planned, timings, errors), asked.out)
     return 0
 
 
@@ -62,7 +61,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--threads", type=int, default=count_cores(), help="CPU threads of each contender; default: the cores"
     )
     parser.add_argument(
-        "--attempts", type=int, default=2, help="how often a turn is run, at most, if other programs disturb it"
+        "--attempts", type=int, default=2, help="runs of a contender, at most, if other programs disturb it"
     )
     parser.add_argument("--minutes", type=float, help="start no turn after this time; the same command continues later")
     parser.add_argument(
@@ -87,19 +86,6 @@ def _names(known):  # type: ignore[no-untyped-def]
     return names
 
 
-def _dtypes(asked: Sequence[str]) -> tuple[list[str], dict[str, float]]:
-    """Return the dtypes to time, and the others with their speed relative to float32."""
-    rates = {
-        name: product_rates([torch.float32, getattr(torch, name)], torch.device("cpu"), 2.0, clear=10.0)
-        for name in asked
-    }
-    share = {name: rate / float32 if float32 else 1.0 for name, (float32, rate) in rates.items()}
-    skipped = {name: value for name, value in share.items() if value < TOO_SLOW}
-    for name, value in skipped.items():
-        print(f"{name} is skipped: a matrix product has {value:.3f} of float32's rate on this CPU", file=sys.stderr)
-    return [name for name in asked if name not in skipped], skipped
-
-
 def make_case(shape: str, dtype: str, threads: int, steps: int | None) -> Case:
     """Return a case, with the files that all contenders read."""
     folder = FOLDER / "inputs" / shape
@@ -119,13 +105,14 @@ def time_turns(planned: Sequence[Turn], results: Path, minutes: float | None, at
     """Take the turns that are due, until the time is up; return all timings."""
     begun, timings = time.monotonic(), read(results)
     for turn in planned:
-        while is_due(turn, timings, attempts):
-            if minutes is not None and time.monotonic() - begun > 60 * minutes:
-                return timings
-            found = take(turn, attempts_of(turn, timings), FOLDER)
-            with results.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(dataclasses.asdict(timing)) + "\n" for timing in found)
-            timings += found
+        if of_turn(turn, timings):
+            continue
+        if minutes is not None and time.monotonic() - begun > 60 * minutes:
+            break
+        found = take(turn, FOLDER, attempts)
+        with results.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(dataclasses.asdict(timing)) + "\n" for timing in found)
+        timings += found
     return timings
 
 

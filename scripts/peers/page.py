@@ -24,23 +24,24 @@ from scripts.peers.timings import (
 
 from shoal.bench.environment import describe
 from shoal.plan.estimate import flops_per_token
+from shoal.system.cpu import multiplies_bfloat16
 
 FIRST_LOSS: Final = {"float32": 1e-3, "bfloat16": 2e-2}  # largest difference at step 1: equal weights and tokens
 ALL_LOSSES: Final = {"float32": 1e-2, "bfloat16": 5e-2}  # at any step
 PARAMETERS: Final = 0.02  # largest relative difference
+NO_BFLOAT16: Final = "this CPU has no bfloat16 instructions, without which a product takes a hundred times as long"
 FASTER, FASTER_THAN_TRAINER, OF_PRODUCTS = 1.1, 1.2, 0.92  # float32
 FASTER_THAN_TRAINER_124M: Final = 1.5  # bfloat16, if it is faster than float32
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A finished benchmark. errors: of peers that did not install. skipped: dtypes, with their speed relative to float32."""
+    """A finished benchmark. errors: of peers that did not install."""
 
     command: str
     planned: Sequence[Turn]
     timings: Sequence[Timing]
     errors: Mapping[str, str]
-    skipped: Mapping[str, float]
 
     @property
     def cases(self) -> list[Case]:
@@ -159,7 +160,7 @@ def _page(bench: Bench, found: Sequence[Found]) -> Iterator[str]:
     yield "the highest follow in parentheses. The ratio of the fastest steps compares the fastest step of all runs of each: other"
     yield f"programs disturb it least. shoal gets the environment variables that `shoal train` sets. {_others(bench)}\n"
     yield "![Tokens/s of each contender](peers-speed.svg)\n"
-    yield from _targets(found, bench)
+    yield from _targets(found)
     for each in found:
         yield from _case(each)
     yield from _proof(found)
@@ -213,15 +214,15 @@ def _times(spread: Spread) -> str:
     return f"{spread.middle:.2f} ({spread.lowest:.2f} to {spread.highest:.2f})"
 
 
-def _targets(found: Sequence[Found], bench: Bench) -> Iterator[str]:
+def _targets(found: Sequence[Found]) -> Iterator[str]:
     yield "## Targets\n"
     yield "| target | measured | met |"
     yield "| --- | --- | --- |"
     for each in found:
         for target, measured, met in _judged(each):
             yield f"| {_title(each)}: {target} | {measured} | {'yes' if met else '**no**'} |"
-    for dtype, share in bench.skipped.items():
-        yield f"| {dtype}, where it is faster than float32 | a matrix product has {share:.3f} of float32's rate: not run | |"
+    if not multiplies_bfloat16():
+        yield f"| bfloat16, on a CPU that is faster in it than in float32 | not run: {NO_BFLOAT16} | |"
 
 
 def _judged(found: Found) -> Iterator[tuple[str, str, bool]]:

@@ -34,6 +34,7 @@ ROOT: Final = Path(__file__).parents[2]
 SHOAL, TWO_PROCESSES, PRODUCTS = "shoal", "shoal, two processes", "products"
 WARMUP_STEPS: Final = 2
 DISTURBED: Final = 0.1  # share of the machine's cores that other programs may use
+CALM_SECONDS: Final = 60.0  # longest wait for that before a run
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,6 @@ class Timing:
     """One finished run, as in its line of results."""
 
     key: str
-    attempt: int
     shape: str
     dtype: str
     repeat: int
@@ -80,6 +80,11 @@ class Timing:
     def error(self) -> str:
         """Why the run failed; empty if it did not."""
         return str(self.answer.get("error", ""))
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether other programs used much of the machine during a run that did not fail."""
+        return self.others > DISTURBED and not self.error
 
     @property
     def step_seconds(self) -> float:
@@ -129,37 +134,37 @@ def read(results: Path) -> list[Timing]:
 
 
 def of_turn(turn: Turn, timings: Iterable[Timing]) -> list[Timing]:
-    """Return the timings of a turn's least disturbed attempt; empty if there is none."""
-    attempts: dict[int, list[Timing]] = {}
-    for timing in timings:
-        if timing.key == turn.key():
-            attempts.setdefault(timing.attempt, []).append(timing)
-    whole = [found for found in attempts.values() if len(found) == len(turn.contenders)]
-    return min(whole, key=lambda found: max(timing.others for timing in found), default=[])
+    """Return the timings of a turn; empty if it has not run."""
+    key = turn.key()
+    return [timing for timing in timings if timing.key == key]
 
 
-def attempts_of(turn: Turn, timings: Iterable[Timing]) -> int:
-    """Return how often a turn was run."""
-    return len({timing.attempt for timing in timings if timing.key == turn.key()})
+def take(turn: Turn, folder: Path, attempts: int) -> list[Timing]:
+    """
+    Run a turn's contenders. folder: `build/peers`.
 
-
-def is_due(turn: Turn, timings: Sequence[Timing], most: int) -> bool:
-    """Return whether a turn has not run yet, or only while other programs used the machine, and fewer than `most` times."""
-    found = of_turn(turn, timings)
-    disturbed = any(timing.others > DISTURBED and not timing.error for timing in found)
-    return not found or (disturbed and attempts_of(turn, timings) < most)
-
-
-def take(turn: Turn, attempt: int, folder: Path) -> list[Timing]:
-    """Run a turn's contenders. folder: `build/peers`."""
-    found = []
+    attempts: how often a contender is run at most if other programs use the machine; the least disturbed run counts.
+    """
+    found, key, case = [], turn.key(), turn.case
     for contender in turn.contenders:
-        print(f"{turn.case.shape} {turn.case.dtype}, repeat {turn.repeat + 1}: {contender}", end="", file=sys.stderr, flush=True)  # fmt: skip
-        answer, others = _measured(contender, turn.case, folder)
-        timing = Timing(turn.key(), attempt, turn.case.shape, turn.case.dtype, turn.repeat, contender, others, answer)
-        print(f"  {_in_words(timing, turn.case.spec)}", file=sys.stderr, flush=True)
-        found.append(timing)
+        tried: list[Timing] = []
+        while len(tried) < attempts and (not tried or tried[-1].is_disturbed):
+            print(
+                f"{case.shape} {case.dtype}, repeat {turn.repeat + 1}: {contender}", end="", file=sys.stderr, flush=True
+            )
+            _wait_for_calm()
+            answer, others = _measured(contender, case, folder)
+            tried.append(Timing(key, case.shape, case.dtype, turn.repeat, contender, others, answer))
+            print(f"  {_in_words(tried[-1], case.spec)}", file=sys.stderr, flush=True)
+        found.append(min(tried, key=lambda timing: timing.others))
     return found
+
+
+def _wait_for_calm() -> None:
+    """Wait until other programs use little of the machine, for a minute at most."""
+    end = time.monotonic() + CALM_SECONDS
+    while time.monotonic() < end and psutil.cpu_percent(interval=1.0) > 100 * DISTURBED:
+        pass
 
 
 def _in_words(timing: Timing, spec: Spec) -> str:
