@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtypes = [dtype for dtype in asked.dtypes if dtype != "bfloat16" or multiplies_bfloat16()]
     if dtypes != asked.dtypes:
         print(f"{NO_BFLOAT16}: skipped", file=sys.stderr)
-    cases = [make_case(shape, dtype, asked.threads, asked.steps) for shape in asked.shapes for dtype in dtypes]
+    cases = [make_case(shape, dtype, asked) for shape in asked.shapes for dtype in dtypes]
     planned = turns(cases, [name for name in asked.peers if name not in errors], asked.repeats)
     timings = time_turns(planned, FOLDER / "results.jsonl", asked.minutes, asked.attempts)
     left = sum(not of_turn(turn, timings) for turn in planned)
@@ -63,6 +63,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--attempts", type=int, default=2, help="runs of a contender, at most, if other programs disturb it"
     )
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall",
+        help="cpu: count the CPU time of a process of one thread, for a machine that other programs use",
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, help="start no turn after this time; the same command continues later")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of the page and its pictures"
@@ -70,6 +74,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     asked = parser.parse_args(argv)
     if asked.steps is not None and asked.steps < FEWEST_STEPS:
         parser.error(f"--steps {asked.steps}: the first steps warm up; at least {FEWEST_STEPS} are needed")
+    if asked.clock == "cpu" and asked.threads != 1:
+        parser.error(
+            f"--clock cpu needs --threads 1, not {asked.threads}: a waiting thread spins, which costs CPU time"
+        )
     return asked
 
 
@@ -86,8 +94,9 @@ def _names(known):  # type: ignore[no-untyped-def]
     return names
 
 
-def make_case(shape: str, dtype: str, threads: int, steps: int | None) -> Case:
+def make_case(shape: str, dtype: str, asked: argparse.Namespace) -> Case:
     """Return a case, with the files that all contenders read."""
+    threads, steps = asked.threads, asked.steps
     folder = FOLDER / "inputs" / shape
     folder.mkdir(parents=True, exist_ok=True)
     options = {"train.dtype": dtype} | ({"train.steps": str(steps)} if steps else {})
@@ -98,7 +107,7 @@ def make_case(shape: str, dtype: str, threads: int, steps: int | None) -> Case:
         "train.micro_batch": str(one.train.global_batch // 2),
     }
     split = recipe_of(shape, FOLDER, options | halves)
-    return Case(shape, dtype, prepare(one, folder), folder, one, split)
+    return Case(shape, dtype, asked.clock, prepare(one, folder), folder, one, split)
 
 
 def time_turns(planned: Sequence[Turn], results: Path, minutes: float | None, attempts: int) -> list[Timing]:

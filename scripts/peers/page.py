@@ -159,6 +159,9 @@ def _page(bench: Bench, found: Sequence[Found]) -> Iterator[str]:
     yield "ratio is the median of the ratios within a turn, so that a drift of the machine's speed does not affect it; the lowest and"
     yield "the highest follow in parentheses. The ratio of the fastest steps compares the fastest step of all runs of each: other"
     yield f"programs disturb it least. shoal gets the environment variables that `shoal train` sets. {_others(bench)}\n"
+    if bench.cases[0].clock == "cpu":
+        yield "**The CPU time of a process of one thread was counted**, because other programs used the machine: tokens/s are"
+        yield "tokens per second of CPU time, and there are no figures for two threads or two processes.\n"
     yield "![Tokens/s of each contender](peers-speed.svg)\n"
     yield from _targets(found)
     for each in found:

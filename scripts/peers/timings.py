@@ -34,15 +34,24 @@ ROOT: Final = Path(__file__).parents[2]
 SHOAL, TWO_PROCESSES, PRODUCTS = "shoal", "shoal, two processes", "products"
 WARMUP_STEPS: Final = 2
 DISTURBED: Final = 0.1  # share of the machine's cores that other programs may use
+CPU_CLOCK: Final = (
+    "import runpy, sys, time; time.perf_counter = time.process_time; del sys.argv[0]; "
+    "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+)
 CALM_SECONDS: Final = 60.0  # longest wait for that before a run
 
 
 @dataclass(frozen=True)
 class Case:
-    """A shape in a dtype. folder: its spec and files. config, split: shoal's, with one process, and with two that divide threads and batch."""
+    """
+    A shape in a dtype. folder: its spec and files. clock: wall, or cpu for the CPU time of a contender's process.
+
+    config, split: shoal's, with one process, and with two that divide threads and batch.
+    """
 
     shape: str
     dtype: str
+    clock: str
     spec: Spec
     folder: Path
     config: Config
@@ -60,7 +69,12 @@ class Turn:
 
     def key(self) -> str:
         """Return a hash of everything that the figures depend on, besides the machine."""
-        content = [without_files(self.case.spec), self.repeat, [(c, identity(c)) for c in self.contenders]]
+        content = [
+            without_files(self.case.spec),
+            self.case.clock,
+            self.repeat,
+            [(c, identity(c)) for c in self.contenders],
+        ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -100,12 +114,16 @@ class Timing:
 def turns(cases: Sequence[Case], names: Sequence[str], repeats: int) -> list[Turn]:
     """Return all turns in order. In each, shoal runs beside every other contender: before it, after it, or both."""
     rounds = [names[at : at + 2] for at in range(0, len(names), 2)]
-    groups = [(first, SHOAL, *second) for first, *second in rounds] + [(PRODUCTS, SHOAL, TWO_PROCESSES)]
+    groups = [(first, SHOAL, *second) for first, *second in rounds]
+    last = {
+        "wall": (PRODUCTS, SHOAL, TWO_PROCESSES),
+        "cpu": (PRODUCTS, SHOAL),
+    }  # CPU time excludes waiting for each other
     return [
         Turn(case, repeat, number, group)
         for repeat in range(repeats)
         for case in cases
-        for number, group in enumerate(groups)
+        for number, group in enumerate([*groups, last[case.clock]])
     ]
 
 
@@ -148,11 +166,12 @@ def take(turn: Turn, folder: Path, attempts: int) -> list[Timing]:
     found, key, case = [], turn.key(), turn.case
     for contender in turn.contenders:
         tried: list[Timing] = []
-        while len(tried) < attempts and (not tried or tried[-1].is_disturbed):
+        while not tried or (len(tried) < attempts and tried[-1].is_disturbed and case.clock == "wall"):
             print(
                 f"{case.shape} {case.dtype}, repeat {turn.repeat + 1}: {contender}", end="", file=sys.stderr, flush=True
             )
-            _wait_for_calm()
+            if case.clock == "wall":
+                _wait_for_calm()
             answer, others = _measured(contender, case, folder)
             tried.append(Timing(key, case.shape, case.dtype, turn.repeat, contender, others, answer))
             print(f"  {_in_words(tried[-1], case.spec)}", file=sys.stderr, flush=True)
@@ -214,8 +233,15 @@ def _command(contender: str, case: Case, folder: Path, out: Path) -> tuple[list[
         processes, threads = config.launch.processes or 1, config.launch.threads or 1
         if processes > 1:
             module = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *module]
-        return [sys.executable, *module], worker_environment(threads) | inherited | {"OMP_NUM_THREADS": str(threads)}
+        return [sys.executable, *_clocked(module, case.clock)], worker_environment(threads) | inherited | {
+            "OMP_NUM_THREADS": str(threads)
+        }
     python = sys.executable if contender == PRODUCTS else str(python_of(contender, folder))
     worker = PRODUCTS if contender == PRODUCTS else PEERS[contender].worker
-    command = [python, "-m", f"scripts.peers.{worker}", str(case.folder / f"{case.dtype}.json"), str(out)]
-    return command, inherited | {"OMP_NUM_THREADS": str(threads)}
+    module = ["-m", f"scripts.peers.{worker}", str(case.folder / f"{case.dtype}.json"), str(out)]
+    return [python, *_clocked(module, case.clock)], inherited | {"OMP_NUM_THREADS": str(threads)}
+
+
+def _clocked(module: list[str], clock: str) -> list[str]:
+    """Return Python's arguments that run a module; with the clock `cpu`, `time.perf_counter` counts CPU time for all its code."""
+    return module if clock == "wall" else ["-c", CPU_CLOCK, *module[1:]]
