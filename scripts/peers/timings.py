@@ -7,6 +7,7 @@ are written together, so that a benchmark that was interrupted resumes with the 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -127,6 +128,7 @@ def turns(cases: Sequence[Case], names: Sequence[str], repeats: int) -> list[Tur
     ]
 
 
+@functools.cache
 def identity(contender: str) -> object:
     """Return what a contender consists of: the pins and worker of a peer, or the source of shoal."""
     here = Path(__file__).parent

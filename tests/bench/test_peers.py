@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 from scripts.peers import transformers_llama, with_accelerate, with_torch, with_trainer
 from scripts.peers.contract import Recorder, Spec
 from scripts.peers.inputs import prepare, recipe_of
+from scripts.peers.page import Bench, Found, Spread, write_page
+from scripts.peers.timings import PRODUCTS, SHOAL, TWO_PROCESSES, Case, Timing, turns
 
 from shoal.config.options import Config
 from shoal.mesh.mesh import open_mesh
@@ -82,3 +85,48 @@ def test_the_head_is_tied_where_the_spec_says_so(config: Config, tmp_path: Path)
         sum(p.numel() for p in build(tied).parameters()) for build in (with_torch.model_of, transformers_llama.llama)
     }
     assert counts == {parameter_count(config.model) - tied.vocab_size * tied.dim}
+
+
+SECONDS = {SHOAL: 2.0, TWO_PROCESSES: 1.0, "trainer": 3.0, "torch": 2.5, "litgpt": 1.5}
+
+
+def bench_of(config: Config, spec: Spec, folder: Path) -> Bench:
+    """Return a benchmark of three rounds on a machine that is twice as slow in the second and three times in the third."""
+    case = Case("10m", "float32", "wall", spec, folder, config, config)
+    planned = turns([case], ["trainer", "litgpt", "torch"], repeats=3)
+    timings = []
+    for turn in planned:
+        for name in turn.contenders:
+            losses = [5.5, 5.0, 4.5, 4.2 + 0.1 * (name == "litgpt")]
+            answer = {"losses": losses, "parameters": 37_088, "memory_bytes": 2**30, "versions": {"torch": "2"}}
+            answer |= {"seconds": [9.0, 9.0] + [SECONDS.get(name, 0.0) * (1 + turn.repeat)] * 2}
+            if name == PRODUCTS:
+                answer = {"product_seconds": 1.5 * (1 + turn.repeat), "product_flops": 10**9}
+            timings.append(Timing(turn.key(), "10m", "float32", turn.repeat, name, 0.0, answer))
+    return Bench("command", planned, timings, {"fabric": "no matching distribution"})
+
+
+def test_ratios_are_taken_within_turns(config: Config, spec: Spec, tmp_path: Path) -> None:
+    bench = bench_of(config, spec, tmp_path)
+    assert all(SHOAL in turn.contenders for turn in bench.planned)
+    found = Found(bench, bench.cases[0])
+    assert found.ratio("trainer") == Spread(1.5, 1.5, 1.5)
+    assert found.ratio(SHOAL, TWO_PROCESSES) == Spread(2.0, 2.0, 2.0)
+    assert found.speed("torch").highest == pytest.approx(3 * found.speed("torch").lowest)
+    assert found.same_work("trainer") == []
+    assert found.same_work("litgpt") == ["loss differs by up to 1.0e-01"]
+
+
+def test_the_page_says_what_is_not_reached(config: Config, spec: Spec, tmp_path: Path) -> None:
+    write_page(bench_of(config, spec, tmp_path), tmp_path)
+    page = (tmp_path / "peers.md").read_text(encoding="utf-8")
+    assert "10M, float32: not slower than any peer | 0.75 x litgpt | **no** |" in page
+    assert "lightning-fabric | does not install: `no matching distribution`" in page
+    assert (tmp_path / "peers-loss.svg").is_file()
+    assert (tmp_path / "peers-speed.svg").is_file()
+
+
+def test_a_turn_is_known_again_until_what_it_depends_on_changes(config: Config, spec: Spec, tmp_path: Path) -> None:
+    [first, *_], [again, *_] = (bench_of(config, spec, folder).planned for folder in (tmp_path, tmp_path / "other"))
+    longer = bench_of(config, dataclasses.replace(spec, steps=9), tmp_path).planned[0]
+    assert first.key() == again.key() != longer.key()
