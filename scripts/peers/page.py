@@ -12,6 +12,7 @@ from typing import Final
 from scripts.peers.installs import PEERS
 from scripts.peers.pictures import draw_losses, draw_speeds
 from scripts.peers.timings import (
+    DISTURBED,
     PRODUCTS,
     SHOAL,
     TWO_PROCESSES,
@@ -90,9 +91,17 @@ class Found:
         return Spread.of([theirs / ours for theirs, ours in both])
 
     def fastest_ratio(self, contender: str) -> float:
-        """Return how many times as fast as a contender shoal is, by the fastest step of all runs of each."""
-        ours, theirs = (min(run.fastest_seconds for run in self.runs(name)) for name in (SHOAL, contender))
-        return theirs / ours
+        """Return how many times as fast as a contender shoal is, by the fastest step of one run of each within a turn."""
+        pairs = ({t.contender: t for t in turn if not t.error} for turn in self._turns)
+        both = [
+            (p[contender].fastest_seconds, p[SHOAL].fastest_seconds) for p in pairs if contender in p and SHOAL in p
+        ]
+        return statistics.median(theirs / ours for theirs, ours in both)
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether other programs used so much of the machine that the ratios say nothing about a target."""
+        return statistics.median(t.others for turn in self._turns for t in turn) > DISTURBED
 
     @cached_property
     def of_products(self) -> Spread:
@@ -157,7 +166,7 @@ def _page(bench: Bench, found: Sequence[Found]) -> Iterator[str]:
     yield f"```\n{describe()}\n```\n"
     yield f"Each run has a new process; its figure is the median step after {WARMUP_STEPS} warmup steps. Contenders run in turns. A"
     yield "ratio is the median of the ratios within a turn, so that a drift of the machine's speed does not affect it; the lowest and"
-    yield "the highest follow in parentheses. The ratio of the fastest steps compares the fastest step of all runs of each: other"
+    yield "the highest follow in parentheses. The ratio of the fastest steps compares the fastest step of each run in a turn: other"
     yield f"programs disturb it least. shoal gets the environment variables that `shoal train` sets. {_others(bench)}\n"
     if bench.cases[0].clock == "cpu":
         yield "**The CPU time of a process of one thread was counted**, because other programs used the machine: tokens/s are"
@@ -184,7 +193,7 @@ def _case(found: Found) -> Iterator[str]:
     yield (
         f"{spec.num_layers} layers, {spec.dim} wide, {spec.num_heads} heads, feed-forward {spec.ffn_dim}, vocabulary "
         f"{spec.vocab_size:,}{', tied' if spec.tie_embeddings else ''}; {spec.batch} x {spec.seq_len} tokens a step, "
-        f"{spec.threads} threads, {spec.steps} steps.\n"
+        f"threads: {spec.threads}, {spec.steps} steps.\n"
     )
     yield "| | tokens/s | lowest, highest | shoal's speed is x times this | by the fastest steps | peak memory | parameters | last loss |"
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
@@ -219,11 +228,17 @@ def _times(spread: Spread) -> str:
 
 def _targets(found: Sequence[Found]) -> Iterator[str]:
     yield "## Targets\n"
+    if any(each.is_disturbed for each in found):
+        yield (
+            f"Other programs used more than {100 * DISTURBED:.0f}% of the cores during most runs of a case below, so its figures "
+            "decide nothing. Run the command again on an idle machine.\n"
+        )
     yield "| target | measured | met |"
     yield "| --- | --- | --- |"
     for each in found:
         for target, measured, met in _judged(each):
-            yield f"| {_title(each)}: {target} | {measured} | {'yes' if met else '**no**'} |"
+            verdict = "undecided" if each.is_disturbed else "yes" if met else "**no**"
+            yield f"| {_title(each)}: {target} | {measured} | {verdict} |"
     if not multiplies_bfloat16():
         yield f"| bfloat16, on a CPU that is faster in it than in float32 | not run: {NO_BFLOAT16} | |"
 

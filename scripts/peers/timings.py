@@ -219,7 +219,8 @@ def _used() -> tuple[float, float]:
     """Return the CPU seconds used since the machine started, by all programs and by this one with its children."""
     now = psutil.cpu_times()
     own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return now.user + now.nice + now.system, sum(each.ru_utime + each.ru_stime for each in own)
+    stolen = getattr(now, "steal", 0.0)  # by other machines of the same host
+    return now.user + now.nice + now.system + stolen, sum(each.ru_utime + each.ru_stime for each in own)
 
 
 def _command(contender: str, case: Case, folder: Path, out: Path) -> tuple[list[str], dict[str, str]]:

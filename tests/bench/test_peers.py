@@ -90,8 +90,12 @@ def test_the_head_is_tied_where_the_spec_says_so(config: Config, tmp_path: Path)
 SECONDS = {SHOAL: 2.0, TWO_PROCESSES: 1.0, "trainer": 3.0, "torch": 2.5, "litgpt": 1.5}
 
 
-def bench_of(config: Config, spec: Spec, folder: Path) -> Bench:
-    """Return a benchmark of three rounds on a machine that is twice as slow in the second and three times in the third."""
+def bench_of(config: Config, spec: Spec, folder: Path, others: float = 0.0) -> Bench:
+    """
+    Return a benchmark of three rounds on a machine that is twice as slow in the second and three times in the third.
+
+    others: share of the cores that other programs used.
+    """
     case = Case("10m", "float32", "wall", spec, folder, config, config)
     planned = turns([case], ["trainer", "litgpt", "torch"], repeats=3)
     timings = []
@@ -102,7 +106,7 @@ def bench_of(config: Config, spec: Spec, folder: Path) -> Bench:
             answer |= {"seconds": [9.0, 9.0] + [SECONDS.get(name, 0.0) * (1 + turn.repeat)] * 2}
             if name == PRODUCTS:
                 answer = {"product_seconds": 1.5 * (1 + turn.repeat), "product_flops": 10**9}
-            timings.append(Timing(turn.key(), "10m", "float32", turn.repeat, name, 0.0, answer))
+            timings.append(Timing(turn.key(), "10m", "float32", turn.repeat, name, others, answer))
     return Bench("command", planned, timings, {"fabric": "no matching distribution"})
 
 
@@ -124,6 +128,13 @@ def test_the_page_says_what_is_not_reached(config: Config, spec: Spec, tmp_path:
     assert "lightning-fabric | does not install: `no matching distribution`" in page
     assert (tmp_path / "peers-loss.svg").is_file()
     assert (tmp_path / "peers-speed.svg").is_file()
+
+
+def test_a_disturbed_benchmark_decides_nothing(config: Config, spec: Spec, tmp_path: Path) -> None:
+    write_page(bench_of(config, spec, tmp_path, others=0.4), tmp_path)
+    page = (tmp_path / "peers.md").read_text(encoding="utf-8")
+    assert "not slower than any peer | 0.75 x litgpt | undecided |" in page
+    assert "| yes |\n" not in page.split("## The same work")[0]
 
 
 def test_a_turn_is_known_again_until_what_it_depends_on_changes(config: Config, spec: Spec, tmp_path: Path) -> None:
