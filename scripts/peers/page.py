@@ -143,7 +143,7 @@ def write_page(bench: Bench, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found = [Found(bench, case) for case in bench.cases]
     draw_losses({_title(f): {title_of(n): f.runs(n)[0].answer["losses"] for n in f.names} for f in found}, folder / "peers-loss.svg")  # fmt: skip
-    draw_speeds({_title(f): {title_of(n): f.speed(n).__dict__ for n in f.names} for f in found}, folder / "peers-speed.svg")  # fmt: skip
+    draw_speeds({_title(f) + ", disturbed" * f.is_disturbed: {title_of(n): f.speed(n).__dict__ for n in f.names} for f in found}, folder / "peers-speed.svg")  # fmt: skip
     page = "\n".join(_page(bench, found))
     (folder / "peers.md").write_text(page + "\n", encoding="utf-8")
     print(page)

@@ -41,7 +41,7 @@ def draw_losses(cases: Mapping[str, Losses], file: Path) -> None:
         handles = {
             label: handle for axes in panels[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         }
-        figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=4, fontsize=8)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=2 * len(cases), fontsize=8)
         save(figure, file)
 
 
