@@ -21,7 +21,7 @@ from shoal.mesh.mesh import Mesh, open_mesh
 from shoal.metrics.memory import peak_bytes
 from shoal.metrics.products import product_rates
 from shoal.models.build import COMPUTE_DTYPES
-from shoal.plan.estimate import Attention, flops_per_token, why_no_flops
+from shoal.plan.estimate import Attention, flops_per_token, parameter_count, why_no_flops
 from shoal.resolve.resolve import read_back
 from shoal.run.records import StepRecord, read_metrics
 from shoal.system.signals import StopRequest, die_with_parent
@@ -84,6 +84,9 @@ def _measured(
         "device": meter.device_name,
         "dtype": config.train.dtype,
         "loss": records[-1].loss,
+        "seconds": [r.step_seconds for r in records],
+        "losses": [r.loss for r in records],
+        "parameters": parameter_count(config.model),
         "memory_bytes": max(memory_bytes),
         "memory_by_rank": memory_bytes,
         "split": {n: statistics.median(s[n] for s in splits) / result["step_seconds"] for n in names},
