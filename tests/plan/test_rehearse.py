@@ -137,7 +137,7 @@ def test_many_micro_batches_need_what_few_predict(layout: Layout, monkeypatch: p
 
 
 @pytest.mark.parametrize("layout", [Layout(pp=8), Layout(pp=6, dp_shard=2, tp=2)])
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved_1f1b", "zero_bubble_v"])
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved_1f1b", "zbv"])
 def test_a_long_pipeline_needs_what_short_ones_predict(
     layout: Layout, schedule: Schedule, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def trees() -> dict[Path, ast.Module]:
 
 def used(tree: ast.AST) -> Iterator[tuple[str, int]]:
     """Yield private names that are read as attributes, imported, or named in a string, with their lines."""
+    pieces = {id(piece) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for piece in node.values}
     for node in ast.walk(tree):
         names: list[str] = []
         if isinstance(node, ast.Attribute):
@@ -87,7 +88,7 @@ def used(tree: ast.AST) -> Iterator[tuple[str, int]]:
             names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
         elif isinstance(node, ast.Import):
             names = [part for alias in node.names for part in alias.name.split(".")]
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in pieces:
             names = [node.value]
         for name in filter(is_private, names):
             yield name, node.lineno  # type: ignore[attr-defined]

@@ -29,7 +29,7 @@ from shoal.training.loop import set_threads, take_steps
 from shoal.training.run import Run
 
 PRODUCT_SECONDS = 1.0
-CONVENTIONS: Final[dict[str, Attention]] = {"": "causal", "_full": "full"}  # of MFU, by the suffix of its figure
+CONVENTIONS: Final[dict[Attention, str]] = {"causal": "{}", "full": "{}_full"}  # of MFU: the names of its figures
 
 
 def main(recipe: Path, answer: Path) -> None:
@@ -99,10 +99,10 @@ def _shares(run: Run, rate: float, product_flops: float) -> dict[str, float]:
     config, found = run.config, dict[str, float]()
     if why_no_flops(config.model, config.data.seq_len):
         return found
-    for suffix, attention in CONVENTIONS.items():
+    for attention, name in CONVENTIONS.items():
         flops = rate * flops_per_token(config.model, config.data.seq_len, attention)
-        found |= {f"of_product{suffix}": flops / product_flops} if product_flops else {}
-        found |= {f"mfu{suffix}": flops / peak} if (peak := run.watch.meter.peak_flops) else {}
+        found |= {name.format("of_product"): flops / product_flops} if product_flops else {}
+        found |= {name.format("mfu"): flops / peak} if (peak := run.watch.meter.peak_flops) else {}
     return found
 
 

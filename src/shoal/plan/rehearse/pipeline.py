@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from shoal.config.schedules import Schedule
+from shoal.config.schedules import V_SHAPED, Schedule
 from shoal.plan.rehearse.tape import Space
 
 
@@ -21,9 +21,12 @@ def actions(schedule: Schedule, pp: int, stages: int, rank: int, micro_batches: 
     """
     Yield a rank's actions in order. stages: per rank.
 
-    gpipe, 1f1b and interleaved_1f1b as in `torch.distributed.pipelining.schedules` (2.13). The V schedules hold as many forwards
-    at a time as 1f1b does (Qi et al. 2024, arXiv:2401.10241, section 6), and are counted so.
+    As in `torch.distributed.pipelining.schedules` (2.13), but for dualpipev, which is counted like zbv, and the gradients of weights,
+    which the V schedules compute after all others, at the end of the pipeline several micro-batches later.
     """
+    if schedule in V_SHAPED:
+        yield from _v_shaped(pp, rank, micro_batches)
+        return
     total = stages * micro_batches
     match schedule:
         case "gpipe":
@@ -31,10 +34,8 @@ def actions(schedule: Schedule, pp: int, stages: int, rank: int, micro_batches: 
         case "interleaved_1f1b":
             rounds = max(1, micro_batches // pp)
             ahead = min(total, (stages - 1) * (micro_batches // rounds) + 2 * (pp - 1 - rank))
-        case "1f1b":
-            ahead = min(total, pp - 1 - rank)
         case _:
-            ahead = min(total, 2 * pp - 1)
+            ahead = min(total, pp - 1 - rank)
     forwards, backwards = _order(pp, stages, micro_batches), _order(pp, stages, micro_batches, back=True)
     for _ in range(ahead):
         yield Action(True, *next(forwards))
@@ -43,6 +44,33 @@ def actions(schedule: Schedule, pp: int, stages: int, rank: int, micro_batches: 
         yield Action(False, *next(backwards))
     for stage, number in backwards:
         yield Action(False, stage, number)
+
+
+def _v_shaped(pp: int, rank: int, micro_batches: int) -> Iterator[Action]:
+    """Yield the actions of a rank whose stages lie on both arms of a V (Qi et al. 2024, arXiv:2405.15362, figure 4)."""
+    count = max(micro_batches, 2 * pp - 1)  # torch schedules at least this many, and drops the excess
+    done = [[0, 0], [0, 0]]  # backwards and forwards of each stage
+
+    def act(forward: bool, stage: int) -> Iterator[Action]:
+        number = done[stage][forward]
+        if number < count:
+            done[stage][forward] += 1
+        if number < micro_batches:
+            yield Action(forward, stage, number)
+
+    for _ in range(2 * (pp - rank) - 1):
+        yield from act(True, 0)
+    for _ in range(rank):
+        yield from act(True, 1)
+        yield from act(True, 0)
+    for _ in range(pp - rank):
+        yield from act(True, 1)
+        yield from act(False, 1)
+    while min(done[0][False], done[1][False]) < count:
+        yield from act(True, 0)
+        yield from act(False, 0)
+        yield from act(True, 1)
+        yield from act(False, 1)
 
 
 def _order(pp: int, stages: int, micro_batches: int, *, back: bool = False) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ from functools import partial
 
 from shoal.config.layout import Layout
 from shoal.config.options import Config
-from shoal.config.schedules import Schedule, rank_stages, stage_blocks, stages_per_rank
+from shoal.config.schedules import V_SHAPED, Schedule, rank_stages, stage_blocks, stages_per_rank
 from shoal.plan.rehearse.collectives import Along
 from shoal.plan.rehearse.families import Around, Part, Shape, Sizes, block_forward, document_mask, enter, leave, rope
 from shoal.plan.rehearse.layers import FLOAT32, INT64, Kernels, Layers
@@ -323,7 +323,7 @@ class Rank:
     def _backward(self, index: int, out: Tensor, *, last: bool) -> None:
         if self.shared:
             self.shared[index].sync = last
-        self.layers.tape.backward(out)
+        self.layers.tape.backward(out, split=self.case.schedule in V_SHAPED and self.layout.pp > 1)
         if self.shared:
             self.layers.tape.memory.begin("gradients outside the blocks")
             self.groups[index][""].after_backward()

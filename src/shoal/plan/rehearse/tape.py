@@ -247,8 +247,13 @@ class Tape:
         tensor.node = Node(_LEAF, (), (), arrived, 1)
         return tensor
 
-    def backward(self, loss: Tensor) -> None:
-        """Run backward from `loss`, whose own gradient counts nothing, and free the tape behind it."""
+    def backward(self, loss: Tensor, *, split: bool = False) -> None:
+        """
+        Run backward from `loss`, whose own gradient counts nothing, and free the tape behind it.
+
+        split: whether gradients of weights are computed after all others, so that what they need stays until the end.
+        """
+        kept: list[Sequence[Space | None]] = []
         root = loss.node
         assert root is not None
         loss.node = None
@@ -264,6 +269,10 @@ class Tape:
                 assert node.frame.found is not None
                 node.saved, node.frame = node.frame.found.pop(node.place), None
             held, node.grads = node.grads or [None] * node.outputs, None
+            if split:
+                kept.append([*node.saved])
+                if any(edge is not None and edge[0].number == _LEAF for edge in node.inputs):
+                    kept.append([*held])
             grads = list(node.backward(held, node.saved))
             del held
             node.saved.clear()
