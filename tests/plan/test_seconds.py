@@ -209,7 +209,7 @@ def keep(config: Config, layout: Layout, machine: Machine, seconds: float) -> No
     """Keep a step as a run does that ends."""
     found = measured.predict(config, layout, machine)
     assert found is not None
-    measured.keep(found, machine, seconds, None)
+    measured.keep(found, seconds, None)
 
 
 def test_runs_teach_the_next_prediction(kept: Path) -> None:

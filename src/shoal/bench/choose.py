@@ -188,7 +188,7 @@ def _keep(tried: Sequence[Tried], machine: Machine) -> None:
             config = each.trial.config.replace("train", dtype=each.timing.dtype)
             with contextlib.suppress(OSError, ShoalError):
                 if found := predict(config, each.candidate.layout, machine):
-                    keep(found, machine, each.timing.seconds or 0.0, each.timing.memory_bytes)
+                    keep(found, each.timing.seconds or 0.0, each.timing.memory_bytes)
 
 
 # --- the report ------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,33 +11,19 @@ from typing import Any
 import torch
 
 from shoal.bench.environment import facts
-from shoal.bench.worker_process import answering
+from shoal.bench.step_worker import main
 from shoal.config.options import Config
 from shoal.config.presets import resolve_shape
-from shoal.mesh.mesh import Mesh, open_mesh
+from shoal.mesh.mesh import Mesh
 from shoal.metrics.allocated import most_alive
 from shoal.plan.fits import need_of, why_unknown
-from shoal.resolve.resolve import read_back
-from shoal.system.signals import StopRequest, die_with_parent
-from shoal.training.loop import set_threads, take_step
+from shoal.system.signals import StopRequest
+from shoal.training.loop import take_step
 from shoal.training.run import Run
 
 
-def main(recipe: Path, answer: Path) -> None:
-    """Take a step, then measure another one; rank 0 writes the peak of each rank, and what `shoal plan` predicts."""
-    die_with_parent()
-    config = read_back(recipe)
-    set_threads(config)
-    timeout = config.launch.timeout_seconds
-    with answering(answer), open_mesh(config.train.device, timeout, config.parallel) as mesh:
-        found = measure(config, mesh, StopRequest())
-        if mesh.is_first:
-            answer.write_text(json.dumps(found), encoding="utf-8")
-        mesh.barrier()
-
-
 def measure(config: Config, mesh: Mesh, stop: StopRequest) -> dict[str, Any]:
-    """Return the peaks of all ranks, and the predicted one. A collective over the world."""
+    """Take a step, then another one; return its peaks on all ranks, and the predicted one. A collective over the world."""
     peak, run = _peak(config, mesh, stop)
     peaks = mesh.gather_objects(peak)
     run.close()
@@ -76,6 +61,6 @@ def _predicted(config: Config, mesh: Mesh) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), measure)
     sys.stdout.flush()
     os._exit(0)

@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -28,12 +28,13 @@ from shoal.system.signals import StopRequest, die_with_parent
 from shoal.training.loop import set_threads, take_steps
 from shoal.training.run import Run
 
+Measure = Callable[[Config, Mesh, StopRequest], Mapping[str, object]]
 PRODUCT_SECONDS = 1.0
 CONVENTIONS: Final[dict[Attention, str]] = {"causal": "{}", "full": "{}_full"}  # of MFU: the names of its figures
 
 
-def main(recipe: Path, answer: Path) -> None:
-    """Take the steps of `recipe` as `shoal train` does; rank 0 writes the measurements."""
+def main(recipe: Path, answer: Path, measure: Measure) -> None:
+    """Call `measure` with the config in `recipe` and a mesh; rank 0 writes what it returns."""
     die_with_parent()
     config = read_back(recipe)
     set_threads(config)
@@ -42,10 +43,11 @@ def main(recipe: Path, answer: Path) -> None:
         found = measure(config, mesh, StopRequest())
         if mesh.is_first:
             answer.write_text(json.dumps(found), encoding="utf-8")
+        mesh.barrier()
 
 
 def measure(config: Config, mesh: Mesh, stop: StopRequest) -> dict[str, object]:
-    """Return the measurements of a run, on the first rank; nothing on the others. A collective over the world."""
+    """Take steps as `shoal train` does; return the measurements, on the first rank. A collective over the world."""
     run = Run.open(config, mesh, stop)
     take_steps(run)
     memory = mesh.gather_objects(peak_bytes(mesh.device))
@@ -107,6 +109,6 @@ def _shares(run: Run, rate: float, product_flops: float) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), measure)
     sys.stdout.flush()
     os._exit(0)

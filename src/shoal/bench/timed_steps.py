@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from shoal.bench.trial import WARMUP_STEPS
+from shoal.bench.trial import WARMUP_STEPS, short_run
 from shoal.bench.worker_process import ANSWER, OUT_OF_MEMORY, PROBLEM, command_of, end
 from shoal.config.options import Config
 from shoal.elastic.oom import kernel_kills
@@ -58,11 +58,9 @@ def time_steps(config: Config, steps: int, folder: Path, limit_seconds: float, *
 
 
 def trial_config(config: Config, steps: int, folder: Path) -> Config:
-    """Return the config of a trial: a few steps in a temporary run folder, without evaluations, saves, trackers and alerts."""
-    config = config.replace("train", steps=steps, tokens=None, epochs=None, eval_every=0, sample_prompt="")
-    config = config.replace("optim", warmup_steps=0).replace("metrics", every=1, report=False)
-    config = config.replace("checkpoint", every=0, fast=None).replace("track", to=())
-    return config.replace("launch", runs=str(folder / "runs"), name="trial", time_limit_minutes=None)
+    """Return the config of a trial: a short run without reports, copies in memory, trackers and alerts."""
+    config = short_run(config, steps, folder).replace("metrics", report=False).replace("checkpoint", fast=None)
+    return config.replace("track", to=()).replace("launch", name="trial", time_limit_minutes=None)
 
 
 def _run(command: Sequence[str], config: Config, folder: Path, limit_seconds: float) -> tuple[int | None, str]:

@@ -165,14 +165,15 @@ def timed(config: Config, folder: Path, *, keeps_data: bool) -> Config:
     keeps_data: whether its prepared data is where the config says, so that training uses it too; else it is temporary.
     """
     steps = max(config.train.steps or STEPS, WARMUP_STEPS + 3)
-    config = config.replace(
-        "train", steps=STEPS if steps > MOST_STEPS else steps, tokens=None, epochs=None, eval_every=0, sample_prompt=""
-    )
-    config = config.replace("optim", warmup_steps=0).replace("checkpoint", every=0)
-    config = config.replace("metrics", every=1, split_every=1).replace(
-        "launch", runs=str(folder / "runs"), name="bench"
-    )
+    config = short_run(config, STEPS if steps > MOST_STEPS else steps, folder).replace("metrics", split_every=1)
     return config if keeps_data else config.replace("data", folder=str(folder / "data"))
+
+
+def short_run(config: Config, steps: int, folder: Path) -> Config:
+    """Return the config of a few steps in a run folder inside `folder`, each recorded, without evaluations and checkpoints."""
+    config = config.replace("train", steps=steps, tokens=None, epochs=None, eval_every=0, sample_prompt="")
+    config = config.replace("optim", warmup_steps=0).replace("checkpoint", every=0).replace("metrics", every=1)
+    return config.replace("launch", runs=str(folder / "runs"), name="bench")
 
 
 def finish(asked: Asked, result: Result, table: Callable[[Result], list[str]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -105,7 +106,7 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
         text = json.dumps(record(choices), indent=2) if args.json else "\n".join(lines(choices, price))
     print(text)
     if args.trace and choices.fitting:
-        print(_second_count(choices.fitting[0].need))
+        print(_second_count(choices.fitting[0].need), file=sys.stderr if args.json else sys.stdout)
     if args.write and choices.fitting:
         _write(args.recipe, choices, undecided)
     return 0 if choices.fitting else 1

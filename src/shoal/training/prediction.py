@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from shoal.metrics.memory import peak_bytes
-from shoal.plan.machine import Machine, machine_of
+from shoal.plan.machine import machine_of
 from shoal.plan.speed.measured import Prediction, keep, predict
 from shoal.run.console import duration
 from shoal.training.run import Run
@@ -33,16 +33,20 @@ def keep_speed(run: Run) -> None:
     if seconds is None or run.watch.faults.planned:
         return
     with _harmless(run):
-        machine, found = _machine(run), _predicted(run)
-        if machine is None or found is None:
+        found = _predicted(run)
+        if found is None:
             return
         if _is_informed(found):
             run.console.note(f"a step took {seconds:.3g} s (median); predicted: {_seconds(found)}")
-        keep(found, machine, seconds, peak_bytes(run.mesh.device) if machine.cuda else None)
+        keep(found, seconds, peak_bytes(run.mesh.device) if found.machine.cuda else None)
 
 
 def _predicted(run: Run) -> Prediction | None:
-    machine = _machine(run)
+    place, cuda = run.mesh.place, run.mesh.device.type == "cuda"
+    machine = machine_of(
+        torch.cuda.get_device_name() if cuda else "", place.local_world_size, place.world_size // place.local_world_size,
+        psutil.virtual_memory().total // place.local_world_size, cuda=cuda,
+    )  # fmt: skip
     return None if machine is None else predict(run.config, run.mesh.layout, machine)
 
 
@@ -53,14 +57,6 @@ def _is_informed(found: Prediction) -> bool:
 
 def _seconds(found: Prediction) -> str:
     return f"{found.seconds.middle:.3g} s a step ({found.seconds.low:.3g} to {found.seconds.high:.3g} with 90% probability)"
-
-
-def _machine(run: Run) -> Machine | None:
-    place, cuda = run.mesh.place, run.mesh.device.type == "cuda"
-    return machine_of(
-        torch.cuda.get_device_name() if cuda else "", place.local_world_size, place.world_size // place.local_world_size,
-        psutil.virtual_memory().total // place.local_world_size, cuda=cuda,
-    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -127,6 +127,7 @@ class Prediction:
     """What is known of a run's step before it is taken. seen: number of measured steps that it has learned from."""
 
     need: Need
+    machine: Machine
     seconds: Interval
     calibrated: bool
     seen: int
@@ -140,12 +141,13 @@ def predict(config: Config, layout: Layout, machine: Machine) -> Prediction | No
     need = need_of(config, layout, cuda=machine.cuda)
     rates, seen = known(machine, dtype)
     parts = step_seconds(need.works, layout, idle_share(need), rates)
-    return Prediction(need, Corrections(seen, calibrated=rates.measured).predict(parts), rates.measured, len(seen))
+    seconds = Corrections(seen, calibrated=rates.measured).predict(parts)
+    return Prediction(need, machine, seconds, rates.measured, len(seen))
 
 
-def keep(found: Prediction, machine: Machine, seconds: float, memory_bytes: int | None) -> None:
+def keep(found: Prediction, seconds: float, memory_bytes: int | None) -> None:
     """Keep a run's median step with its prediction. Raises OSError if the file cannot be written."""
-    config = found.need.config
+    config, machine = found.need.config, found.machine
     measured = Measured(
         time=time.time(), run=config.launch.name or "run", device=device_of(machine), cuda=machine.cuda,
         per_node=machine.per_node, nodes=machine.nodes, dtype=config.train.dtype, layout=found.need.layout,
