@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibrate", nargs="?", type=float, const=SECONDS, metavar="SECONDS", help=measure)
     where = "use the rates of this file (default: those kept for these devices, if any); with --calibrate: write it"
     parser.add_argument("--calibration", type=Path, metavar="FILE", help=where)
-    how = "say how well the steps of this user's runs were predicted, and how often the 90% intervals held"
+    how = "say how well the steps of this user's runs were predicted, and how often the 90%% intervals held"
     parser.add_argument("--report", action="store_true", help=how)
     bought = "say which size of model and how many tokens a time, money or FLOPs buy: 3h, 200usd, 1e18flop"
     parser.add_argument("--budget", metavar="AMOUNT", help=bought)
