@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from shoal.bench.result import Result, read_result
 from shoal.bench.scaling import bench_scaling
 from shoal.bench.trial import Asked
 from shoal.config.options import Config
+from shoal.errors import ShoalError
 from shoal.mesh.mesh import Mesh
 from shoal.run.console import Console
 from shoal.run.narrator import Narrator
@@ -93,6 +95,16 @@ def test_memory_is_as_predicted(asked: Callable[[str], Asked], tmp_path: Path) -
         assert row.figures["allocated_bytes"] == pytest.approx(row.figures["predicted_bytes"], rel=0.03)
         assert len(row.facts["allocated_by_rank"]) == 2
     assert fsdp.median("allocated_bytes") < ddp.median("allocated_bytes")
+
+
+def test_memory_of_a_case_that_this_machine_cannot_hold_is_not_measured(
+    asked: Callable[[str], Asked], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**30, total=2**30))
+    monkeypatch.setattr("shoal.bench.memory.BESIDE", 2**30)  # of each process
+    with pytest.raises(ShoalError, match="no case fits this machine's memory"):
+        bench_memory(asked("bench memory"), processes="2", narrator=silent())
+    assert "warning: FSDP, 2 processes: its processes need 2.0 GiB, and 1.0 GiB are free" in capsys.readouterr().err
 
 
 def consistent(found: Result) -> None:

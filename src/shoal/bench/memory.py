@@ -6,16 +6,23 @@ On a GPU and on a CPU alike it is what torch's allocator has given out at most d
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
+import psutil
+
 from shoal.bench.layouts import Case, config_of, read_counts, usual_counts
 from shoal.bench.result import Result, Row
-from shoal.bench.steps import method_of
+from shoal.bench.steps import GIB, method_of
 from shoal.bench.table import gathered, number, table
 from shoal.bench.trial import Asked, finish, trial
+from shoal.config.layout import Layout, find_layout
 from shoal.config.options import Config
 from shoal.errors import ShoalError
+from shoal.plan.fits import need_of, why_unknown
 from shoal.run.narrator import Narrator
 
 # A micro-batch that divides the share of each of 8 processes: all cases then have the same
@@ -27,6 +34,7 @@ train: {steps: 12, global_batch: 16, micro_batch: 2}
 METHODS: Final = ("ddp", "fsdp")
 MOST: Final = 4  # processes by default: more need no other memory for DDP, and little less for FSDP
 MIB: Final = 2**20
+BESIDE: Final = 400 * MIB  # Python and the libraries of a process
 PARTS: Final = ("parameters", "gradients", "moments", "activations")  # the first ones of the table
 
 
@@ -38,15 +46,39 @@ def bench_memory(asked: Asked, *, processes: str | None, narrator: Narrator) -> 
             raise ShoalError("shoal bench memory compares layouts of at least 2 processes; set --processes 2,4")
         cases = [Case(method, count) for count in counts for method in METHODS]
         configs = {case: bench.planned(config_of(case, bench.config)) for case in cases}
-        bench.prepare()
-        answers: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
+        vocabulary = bench.prepare()
+        left_out = {} if bench.gpus else _left_out(configs, vocabulary)
+        for case, why in left_out.items():
+            print(f"warning: {case.label}: {why}", file=sys.stderr, flush=True)
+            del configs[case]
+        if not configs:
+            raise ShoalError("no case fits this machine's memory; choose a smaller model or micro-batch")
+        answers: dict[Case, list[dict[str, Any]]] = {case: [] for case in configs}
         for repeat in range(asked.repeats):
             for case, config in configs.items():
                 with bench.phase(f"repeat {repeat + 1} of {asked.repeats}: {case.label}"):
                     answers[case].append(bench.run("shoal.bench.memory_worker", config, what=case.label))
         rows = [_row(case, configs[case], found) for case, found in answers.items()]
-        model = answers[cases[0]][0]["model"]
-        finish(asked, bench.result(rows, list(_notes(rows)), model), _table)
+        model = next(iter(answers.values()))[0]["model"]
+        notes = [*_notes(rows), *(f"{case.label} was left out: {why}" for case, why in left_out.items())]
+        finish(asked, bench.result(rows, notes, model), _table)
+
+
+def _left_out(configs: Mapping[Case, Config], vocabulary: int) -> dict[Case, str]:
+    """Return why a case cannot run: all processes of a machine without GPUs share its memory. Nothing, if it is unknown."""
+    free, found = psutil.virtual_memory().available, dict[Case, str]()
+    for case, config in configs.items():
+        if why_unknown(config):
+            continue
+        dtype = "float32" if config.train.dtype == "auto" else config.train.dtype
+        model = dataclasses.replace(config.model, vocab_size=config.model.vocab_size or vocabulary)
+        known = dataclasses.replace(config, model=model).replace("train", dtype=dtype)
+        layout = find_layout(config.parallel, case.processes)
+        assert isinstance(layout, Layout)
+        need = case.processes * (need_of(known, layout, cuda=False).total + BESIDE)
+        if need > free:
+            found[case] = f"its processes need {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free"
+    return found
 
 
 def _row(case: Case, config: Config, answers: Sequence[Mapping[str, Any]]) -> Row:
@@ -81,7 +113,9 @@ def _table(result: Result) -> list[str]:
 
 def _notes(rows: Sequence[Row]) -> Iterator[str]:
     """Yield what to conclude."""
-    for ddp, fsdp in zip(rows[::2], rows[1::2], strict=True):
+    for ddp, fsdp in itertools.pairwise(rows):
+        if ddp.facts["processes"] != fsdp.facts["processes"]:
+            continue
         ratios = [fsdp.median(name) / ddp.median(name) for name in ("allocated_bytes", "predicted_bytes")]
         said = "" if not fsdp.facts["parts"] else f", predicted {100 * ratios[1]:.0f}%"
         yield (
