@@ -121,9 +121,9 @@ def test_three_are_measured_and_at_most_five_tried() -> None:
 
 
 def test_without_predictions_replicas_come_first_then_shards_then_sizes() -> None:
-    candidates = found(SMALL.replace("optim", name="muon"))
+    candidates = found(SMALL.replace("train", repro="bitwise"))
     assert candidates.plan is None
-    assert "optim.name muon" in candidates.notes[0]
+    assert "train.repro bitwise" in candidates.notes[0]
     assert candidates.predicted(candidates.listed[0]) is None
     first = candidates.following([])
     assert str(first) == "dp_replicate 2, micro-batch 8"
@@ -133,7 +133,7 @@ def test_without_predictions_replicas_come_first_then_shards_then_sizes() -> Non
 
 
 def test_without_predictions_larger_sizes_follow_while_they_are_faster() -> None:
-    many = found(SMALL.replace("optim", name="muon").replace("train", global_batch=64))
+    many = found(SMALL.replace("train", repro="bitwise").replace("train", global_batch=64))
     first, second = many.listed[0], next(c for c in many.listed if c.layout != many.listed[0].layout)
     tried = [took(first, 1.0), failed(second)]
     third = many.following(tried)
@@ -143,7 +143,7 @@ def test_without_predictions_larger_sizes_follow_while_they_are_faster() -> None
 
 
 def test_without_predictions_smaller_sizes_follow_if_nothing_fits() -> None:
-    candidates = found(SMALL.replace("optim", name="muon"))
+    candidates = found(SMALL.replace("train", repro="bitwise"))
     tried: list[Tried] = []
     while isinstance(following := candidates.following(tried), Candidate):
         tried.append(failed(following))
@@ -206,7 +206,7 @@ def test_a_pipeline_is_not_timed_with_fewer_micro_batches_than_it_can_run() -> N
 
 
 def test_without_predictions_a_few_micro_batches_are_timed() -> None:
-    candidates = found(SMALL.replace("optim", name="muon").replace("train", global_batch=256))
+    candidates = found(SMALL.replace("train", repro="bitwise").replace("train", global_batch=256))
     trial = candidates.trial(candidates.listed[0], [], 1.0)
     assert (trial.share, trial.factor) == (1 / 4, 4.0)
 

@@ -76,7 +76,7 @@ def test_what_would_make_it_fit() -> None:
 @pytest.mark.parametrize(
     ("section", "values", "words"),
     [
-        ("optim", {"name": "muon"}, "optim.name muon"),
+        ("train", {"repro": "bitwise"}, "train.repro bitwise"),
         ("train", {"compile": True}, "train.compile"),
         ("train", {"global_batch": 4}, "no layout of this recipe uses all 7 devices"),
     ],

@@ -34,6 +34,8 @@ SHAPE: dict[str, Any] = {
     "model__dim": 128, "model__head_dim": 32, "model__ffn_dim": 384, "data__seq_len": 64, "data__document_mask": False,
     "train__global_batch": 16, "train__micro_batch": 4,
 }  # fmt: skip
+# The update needs more than backward, with few tokens and a small vocabulary
+MUON = {"optim__name": "muon", "data__seq_len": 8, "train__global_batch": 2, "train__micro_batch": 1}
 GPT2 = {"family": "gpt2", "model__head_dim": None, "model__ffn_dim": None}
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
@@ -42,6 +44,11 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "document mask": (1, {"data__document_mask": True}),
     "full": (1, {"train__activation_checkpointing": "full"}),
     "selective": (1, {"train__activation_checkpointing": "selective"}),
+    "muon": (1, MUON),
+    "muon, replicas": (2, MUON),
+    "muon, dp_shard": (2, {**MUON, "parallel__dp_shard": 2}),
+    "muon, tp": (2, {**MUON, "parallel__tp": 2}),
+    "muon, many tokens": (1, {"optim__name": "muon"}),
     "replicas": (2, {}),
     "dp_shard": (2, {"parallel__dp_shard": 2, "train__micro_batch": 8}),
     "dp_shard, gradients of several micro-batches": (2, {"parallel__dp_shard": 2}),
@@ -56,7 +63,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-QUICK = ("one process", "selective", "dp_shard, gradients of several micro-batches", "tp, gpt2", "cp", "pp")
+QUICK = ("one process", "selective", "dp_shard, gradients of several micro-batches", "tp, gpt2", "cp", "pp", "muon, tp")
 
 
 def measured_and_rehearsed(mesh: Mesh, config: Config) -> tuple[int, int]:

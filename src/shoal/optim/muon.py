@@ -45,6 +45,7 @@ def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
     """
     tall = len(matrix) > matrix.shape[1]
     x = matrix.t().contiguous() if tall else matrix
+    del matrix  # a caller that keeps no reference to it does not need its memory any more
     # the Frobenius norm bounds the largest singular value: all are then in [0, 1], where the iteration is bounded
     x = x / torch.linalg.vector_norm(x, dtype=torch.float32).clamp(min=EPS)
     a, b, c = COEFFICIENTS
@@ -139,15 +140,24 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update(self, each: _Round, group: dict[str, Any], skip: Tensor | None) -> None:
+        # No variable of this method refers to a tensor that is not needed any more
+        wholes = self._gathered(each, group)
+        for i in each.owned:
+            wholes[i] = orthogonalize(wholes.pop(i), group["steps"])
+        for part, tensor in self._exchange(each.scatter, lambda part: wholes[part.matrix][part.region.slices]):
+            self._change(part, tensor, group["lr"], skip)
+
+    def _gathered(self, each: _Round, group: dict[str, Any]) -> dict[int, Tensor]:
+        """Return the matrices to orthogonalize that this rank owns. A collective."""
         wholes = {i: torch.empty(shape, dtype=self._dtype, device=self._device) for i, shape in each.owned.items()}
         for part, tensor in self._exchange(each.gather, lambda part: self._direction(part, group)):
             wholes[part.matrix][part.region.slices] = tensor
-        for i, whole in wholes.items():
-            wholes[i] = orthogonalize(whole, group["steps"])
-        for part, tensor in self._exchange(each.scatter, lambda part: wholes[part.matrix][part.region.slices]):
-            rate = group["lr"] * 0.2 * math.sqrt(max(part.region.shape))
-            change = tensor.float() * rate
-            self._shards[part.matrix].tensor.sub_(change if skip is None else change.masked_fill(skip, 0.0))
+        return wholes
+
+    def _change(self, part: _Part, direction: Tensor, lr: float, skip: Tensor | None) -> None:
+        """Move this rank's shard of a matrix; not if `skip` is true."""
+        change = direction.float() * (lr * 0.2 * math.sqrt(max(part.region.shape)))
+        self._shards[part.matrix].tensor.sub_(change if skip is None else change.masked_fill(skip, 0.0))
 
     def _direction(self, part: _Part, group: dict[str, Any]) -> Tensor:
         """Return this rank's shard of the matrix to orthogonalize; float32. Nesterov: gradient + momentum B."""

@@ -93,7 +93,7 @@ def why_unknown(config: Config) -> str | None:
     if train.compile:
         return "train.compile: the memory of compiled blocks is not known; plan without it, which needs more"
     for option, value, usual in (
-        ("train.repro", train.repro, "fast"), ("optim.name", config.optim.name, "adamw"),
+        ("train.repro", train.repro, "fast"),
         ("parallel.cpu_offload", config.parallel.cpu_offload, False), ("model.dropout", model.dropout, 0.0),
     ):  # fmt: skip
         if value != usual:

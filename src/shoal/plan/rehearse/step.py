@@ -18,6 +18,8 @@ from shoal.plan.rehearse.tape import Memory, Peak, Space, Tensor
 from shoal.plan.rehearse.vocab_loss import vocab_parallel_loss
 from shoal.plan.rehearse.work import Op, Work
 
+NEWTON_SCHULZ = 5  # steps of Muon's orthogonalization
+
 
 @dataclass(frozen=True)
 class Rehearsal:
@@ -60,6 +62,7 @@ class Case:
     cp_method: str
     schedule: Schedule
     stages: int
+    muon: bool
 
     @classmethod
     def of(cls, config: Config) -> Case:
@@ -68,7 +71,7 @@ class Case:
         return cls(
             Sizes.of(config.model), train.micro_batch, config.data.seq_len, config.data.document_mask,
             train.activation_checkpointing, parallel.reshard_after_forward != "never", parallel.cp_method,
-            parallel.pp_schedule, stages_per_rank(parallel.pp_schedule, parallel.pp_stages),
+            parallel.pp_schedule, stages_per_rank(parallel.pp_schedule, parallel.pp_stages), config.optim.name == "muon",
         )  # fmt: skip
 
 
@@ -90,6 +93,8 @@ def rehearse(
     else:
         rank.follow_schedule(micro_batches)
     memory.begin("optimizer")
+    if case.muon:
+        rank.orthogonalize()
     return Rehearsal(memory.peaks, rank.buffers(), rank.left_behind(), rank.layers.work)
 
 
@@ -163,7 +168,7 @@ class Rank:
             width = self.layers.kernels.width if name else FLOAT32
             group = groups[name] = Group(shared, own, width, is_root=not name)
             for rows, row in own.values():
-                self._keep("parameters moments moments", -(-rows // shared.ranks) * row)
+                self._keep(f"parameters {self._moments(name, row)}", -(-rows // shared.ranks) * row)
             weights[name] = {
                 key: self._weight(rows * row, width, partial(group.accumulate, key)) for key, (rows, row) in own.items()
             }
@@ -172,9 +177,9 @@ class Rank:
         self.weights.append(weights)
 
     def _hold_whole(self, shapes: Mapping[str, Mapping[str, Shape]]) -> None:
-        for own in shapes.values():
+        for name, own in shapes.items():
             for rows, row in own.values():
-                self._keep("parameters moments moments gradients", rows * row)
+                self._keep(f"parameters {self._moments(name, row)} gradients", rows * row)
         self.groups.append({})
         if self.layout.dp_replicate * self.layout.cp > 1:
             size = FLOAT32 * sum(rows * row for own in shapes.values() for rows, row in own.values())
@@ -185,6 +190,10 @@ class Rank:
                 for name, own in shapes.items()
             }
         )
+
+    def _moments(self, name: str, row: int) -> str:
+        """Return the averages of a parameter's gradient that its optimizer keeps. name: of its block, empty outside."""
+        return "moments" if self.case.muon and name and row > 1 else "moments moments"
 
     def _add_in_place(self, grad: Space) -> None:
         """Add a gradient to its bucket."""
@@ -211,6 +220,43 @@ class Rank:
             else:
                 found[name] = part.split(rows), row
         return found
+
+    def orthogonalize(self) -> None:
+        """
+        Run Muon (`optim/muon.py`) on the matrices of the blocks: each is gathered on one rank, orthogonalized and sent back.
+
+        Its memory is that of the largest matrix, in a round in which each rank owns one.
+        """
+        layout, kernels, work = self.layout, self.layers.kernels, self.layers.work
+        width = 2 if kernels.cuda else FLOAT32
+        shapes = [shape for shape in self.sizes.block().values() if shape[1] > 1] * sum(
+            len(s.blocks) for s in self.stages
+        )
+        team, holders = layout.world_size // layout.pp, layout.dp_shard * layout.cp * layout.tp
+        largest = max(shapes, key=lambda shape: shape[0] * shape[1], default=None)
+        if largest is None:
+            return
+        for rows, row in shapes:
+            short, long = min(rows, row), max(rows, row)
+            for sizes in ((short, long, short), (short, short, short), (short, short, long)):
+                work.once[Op("linear", sizes)] += NEWTON_SCHULZ / team  # type: ignore[assignment]  # a fraction
+        whole, gram = width * largest[0] * largest[1], width * min(largest) ** 2
+        if team > 1:
+            axis = next(name for name, size in self._team().items() if size > 1)
+            everything = width * sum(rows * row for rows, row in shapes)
+            work.messages["exchange", axis, everything // holders] += 1
+            work.messages["exchange", axis, everything // team] += holders > 1
+        sent = whole * (team - 1) // holders  # its matrix, to all that hold a part of it; as much comes
+        part = FLOAT32 * largest[0] * largest[1] // holders
+        # the products of an iteration; a gather, while the last part that stayed still exists; a scatter, and a part's change
+        for spaces in ((whole, whole, gram, gram), (whole, sent, sent, part, part if holders > 1 else 0)):
+            held = [Space(self.layers.tape.memory, "temporary", size) for size in spaces]
+            del held
+
+    def _team(self) -> dict[str, int]:
+        """Return the ranks that hold parts of the same matrices, by axis of their messages."""
+        layout = self.layout
+        return {"shard": layout.dp_shard * layout.cp, "batch": layout.dp_replicate * layout.cp, "tp": layout.tp}
 
     def _hidden(self) -> int:
         """Return the bytes of a micro-batch's hidden states between stages."""

@@ -63,7 +63,7 @@ class Work:
         """Return the work for `factor` times as many micro-batches. Gradients are summed once a step, whatever their number."""
         messages: Counter[Any] = Counter()
         for (kind, axis, size), count in self.messages.items():
-            is_once = kind == "reduce_scatter" or axis in ("batch", "dp_replicate")
+            is_once = kind in ("reduce_scatter", "exchange") or axis in ("batch", "dp_replicate")
             messages[kind, axis, size] = count if is_once else factor * count  # type: ignore[assignment]  # a fraction
         done: Counter[Any] = Counter({op: factor * count for op, count in self.done.items()})
         return Work(done, self.once, messages)
