@@ -13,9 +13,10 @@ import torch
 from shoal.bench.trace import LiveBytes, traced_bytes
 from shoal.config.data_options import Data
 from shoal.config.layout import AXES, Layout, find_layout
-from shoal.config.options import Config, Model, Parallel, Train
+from shoal.config.options import Config, Model, Optim, Parallel, Train
 from shoal.config.presets import resolve_shape
 from shoal.config.schedules import Schedule, stages_per_rank
+from shoal.errors import ShoalError
 from shoal.mesh.mesh import Mesh
 from shoal.metrics.allocated import most_alive
 from shoal.models.loss import linear_cross_entropy_sum
@@ -181,6 +182,12 @@ def test_the_real_step_on_fake_tensors_needs_the_same_memory(layout: Layout, che
     assert fits.need_of(config, layout, cuda=False, copies=False).total == pytest.approx(
         traced_bytes(config, layout), rel=0.01
     )
+
+
+def test_muon_on_several_ranks_cannot_be_traced() -> None:
+    config = Config(optim=Optim(name="muon"), parallel=Parallel(dp_shard=2))
+    with pytest.raises(ShoalError, match="which parts they hold"):
+        traced_bytes(config, Layout(dp_shard=2))
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 5])

@@ -43,8 +43,10 @@ def traced_bytes(config: Config, layout: Layout) -> int:
     Return the peak memory of a step of the first rank, in bytes.
 
     config: one whose memory `plan/fits.py` knows, with a vocabulary size and a dtype. Must be called in a process without process
-    groups. Raises `ShoalError` for a pipeline: its first stage waits for answers that no rank gives.
+    groups. Raises `ShoalError` for a pipeline, and for Muon on several ranks: they wait for answers that no rank gives.
     """
+    if layout.world_size > 1 and config.optim.name == "muon":
+        raise ShoalError("a step of Muon on several ranks cannot be traced: they ask each other which parts they hold")
     if layout.pp > 1:
         raise ShoalError(
             "a step of a pipeline cannot be traced: its stages exchange their shapes before the first step"
