@@ -30,7 +30,7 @@ QUICKSTART_LAYOUTS = [
     ["--parallel.tp", "4"],
     ["--parallel.cp", "2"],
     ["--parallel.pp", "2"],
-    ["--parallel.pp", "2", "--parallel.dp_shard", "2", "--optim.name", "muon"],
+    ["--parallel.pp", "2", "--parallel.dp_shard", "2", "--optim.name", "adamw"],
 ]
 HEAD = """# Certificates of the recipes
 

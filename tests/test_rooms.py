@@ -100,6 +100,7 @@ WITHOUT_TORCH = [
     "config.auto",
     "config.layout",
     "config.options",
+    "config.owners",
     "config.presets",
     "config.schedules",
     "data.order.audit",

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal.config.owners import assign_owners
 from shoal.mesh.mesh import Axis, has_bfloat16
 from shoal.mesh.region import Region, Shard
 
@@ -68,9 +69,9 @@ class Muon(torch.optim.Optimizer):
     on a GPU without bfloat16, and on CPUs, where bfloat16 is slower even with AVX-512 bfloat16 (10.6M parameters: 1.20 s
     in bfloat16, 0.71 s in float32).
 
-    Matrices are sent in rounds of about one matrix per rank. A rank holds the matrices it owns in a round unsharded, and
-    sends each shard of the result to all ranks that hold this shard. With R replicas it sends up to R times the
-    largest matrix, and receives as much.
+    Matrices are sent in rounds: about one large matrix, or several small ones, per rank (`config/owners.py`). A rank holds the
+    matrices it owns in a round unsharded, and sends each shard of the result to all ranks that hold this shard. With R
+    replicas it sends up to R times what it owns in a round, and receives as much.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class Muon(torch.optim.Optimizer):
         wholes = {i: torch.empty(shape, dtype=self._dtype, device=self._device) for i, shape in each.owned.items()}
         for part, tensor in self._exchange(each.gather, lambda part: self._direction(part, group)):
             wholes[part.matrix][part.region.slices] = tensor
+            del tensor  # before the next one is computed
         return wholes
 
     def _change(self, part: _Part, direction: Tensor, lr: float, skip: Tensor | None) -> None:
@@ -246,28 +248,4 @@ def _plan(names: Sequence[str], regions: Sequence[Sequence[Region]], team: Axis)
                 scattered += [_Part(i, region, owner, rank) for rank in ranks]
         owned = {i: regions[i][0].shape for i, owner in owners.items() if owner == team.rank}
         rounds.append(_Round(owned, _Exchange(gathered, team), _Exchange(scattered, team)))
-    return rounds
-
-
-def assign_owners(shapes: Sequence[tuple[int, ...]], processes: int) -> list[dict[int, int]]:
-    """
-    Return rounds of matrix -> owning rank, the most expensive matrices first.
-
-    A round assigns the remaining matrices by descending cost, each to the least loaded rank. It ends when that rank would
-    have more work, or more memory, than the round's first matrix alone. So no rank waits long for another.
-    """
-    # multiplications of X X^T, up to a constant: the Gram matrix is of the shorter side
-    cost = [rows * columns * min(rows, columns) for rows, columns in shapes]
-    rounds: list[dict[int, int]] = []
-    work, held = [0] * processes, [0] * processes
-    most_work = most_held = -1
-    for i in sorted(range(len(shapes)), key=lambda i: (-cost[i], i)):
-        owner = min(range(processes), key=lambda rank: (work[rank], rank))
-        if work[owner] + cost[i] > most_work or held[owner] + math.prod(shapes[i]) > most_held:
-            rounds.append({})
-            work, held = [0] * processes, [0] * processes
-            owner, most_work, most_held = 0, cost[i], math.prod(shapes[i])
-        rounds[-1][i] = owner
-        work[owner] += cost[i]
-        held[owner] += math.prod(shapes[i])
     return rounds

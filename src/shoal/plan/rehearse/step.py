@@ -8,6 +8,7 @@ from functools import partial
 
 from shoal.config.layout import Layout
 from shoal.config.options import Config
+from shoal.config.owners import assign_owners
 from shoal.config.schedules import V_SHAPED, Schedule, rank_stages, stage_blocks, stages_per_rank
 from shoal.plan.rehearse.collectives import Along
 from shoal.plan.rehearse.families import Around, Part, Shape, Sizes, block_forward, document_mask, enter, leave, rope
@@ -92,6 +93,8 @@ def rehearse(
         rank.take_turns(micro_batches)
     else:
         rank.follow_schedule(micro_batches)
+    for shared in rank.shared:
+        shared.sent = None  # FSDP2 drops its last message when backward is over
     memory.begin("optimizer")
     if case.muon:
         rank.orthogonalize()
@@ -223,35 +226,41 @@ class Rank:
 
     def orthogonalize(self) -> None:
         """
-        Run Muon (`optim/muon.py`) on the matrices of the blocks: each is gathered on one rank, orthogonalized and sent back.
+        Run Muon (`optim/muon.py`) on the matrices of the blocks: in rounds, each is gathered on one rank, orthogonalized and sent back.
 
-        Its memory is that of the largest matrix, in a round in which each rank owns one.
+        The first rank owns the most expensive matrix of a round.
         """
-        layout, kernels, work = self.layout, self.layers.kernels, self.layers.work
-        width = 2 if kernels.cuda else FLOAT32
+        layout, width, work = self.layout, 2 if self.layers.kernels.cuda else FLOAT32, self.layers.work
         shapes = [shape for shape in self.sizes.block().values() if shape[1] > 1] * sum(
             len(s.blocks) for s in self.stages
         )
         team, holders = layout.world_size // layout.pp, layout.dp_shard * layout.cp * layout.tp
-        largest = max(shapes, key=lambda shape: shape[0] * shape[1], default=None)
-        if largest is None:
-            return
         for rows, row in shapes:
             short, long = min(rows, row), max(rows, row)
             for sizes in ((short, long, short), (short, short, short), (short, short, long)):
                 work.once[Op("linear", sizes)] += NEWTON_SCHULZ / team  # type: ignore[assignment]  # a fraction
-        whole, gram = width * largest[0] * largest[1], width * min(largest) ** 2
-        if team > 1:
-            axis = next(name for name, size in self._team().items() if size > 1)
-            everything = width * sum(rows * row for rows, row in shapes)
-            work.messages["exchange", axis, everything // holders] += 1
-            work.messages["exchange", axis, everything // team] += holders > 1
-        sent = whole * (team - 1) // holders  # its matrix, to all that hold a part of it; as much comes
-        part = FLOAT32 * largest[0] * largest[1] // holders
-        # the products of an iteration; a gather, while the last part that stayed still exists; a scatter, and a part's change
-        for spaces in ((whole, whole, gram, gram), (whole, sent, sent, part, part if holders > 1 else 0)):
-            held = [Space(self.layers.tape.memory, "temporary", size) for size in spaces]
-            del held
+        rounds = assign_owners(shapes, min(team, len(shapes)))  # more ranks own nothing
+        for owners in rounds:
+            every, mine = (
+                [rows * row for i, (rows, row) in enumerate(shapes) if owners.get(i, -1) in ranks]
+                for ranks in (range(team), (0,))
+            )
+            own, all_of_them = width * sum(mine), width * sum(every)
+            if team > 1:
+                axis = next(name for name, size in self._team().items() if size > 1)
+                work.messages["exchange", axis, all_of_them // holders] += 1
+                work.messages["exchange", axis, all_of_them // team] += holders > 1
+            # the results, to all that hold a part of them
+            sent, received = own * (team - 1) // holders, (all_of_them - own) // holders
+            part = FLOAT32 * max(mine) // holders
+            # an iteration's next matrix and its two Gram matrices; a gather or a scatter, and a part's change
+            gram = width * max(min(shapes[i]) ** 2 for i, owner in owners.items() if owner == 0)
+            for spaces in (
+                (own, width * max(mine), gram, gram),
+                (own, sent, received, part),
+            ):
+                held = [Space(self.layers.tape.memory, "temporary", size) for size in spaces]
+                del held
 
     def _team(self) -> dict[str, int]:
         """Return the ranks that hold parts of the same matrices, by axis of their messages."""
