@@ -52,7 +52,10 @@ DEVICES: Final = "1xH100-80GB,2xH100-80GB,4xH100-80GB,8xH100-80GB,16xH100-80GB"
 PLANS: Final[Mapping[str, tuple[str, ...]]] = {
     "plan-355m": ("plan", MEDIUM, "--devices", DEVICES, "--price", "2.5usd/h"),
     "plan-355m-16": ("plan", MEDIUM, "--devices", "16xH100-80GB"),
-    "plan-13m": ("plan", SMALL, *SHAPE, "--train.steps", "5000", "--devices", "2xcpu,4xcpu,8xcpu,16xcpu"),
+    "plan-13m": (
+        "plan", SMALL, "--data.seq_len", "256", "--train.global_batch", "16", "--train.steps", "5000", "--devices",
+        "1xcpu-8GB,2xcpu-8GB,4xcpu-8GB,8xcpu-8GB,16xcpu-8GB",
+    ),
 }  # fmt: skip
 
 

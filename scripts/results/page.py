@@ -25,13 +25,13 @@ of it and writes this page; `python scripts/make_results.py PART` measures a par
 
 
 def write_page(folder: Path, docs: Path, *, run: Path, long: Sequence[str]) -> None:
-    """Write the page from the parts in `folder`; a part that was not measured says so. run: the long run's folder."""
+    """Write the page from the parts in `folder`; one that was not measured has no section. run: the long run's folder."""
     texts = {file.stem: file.read_text(encoding="utf-8") for file in sorted(folder.glob("*.txt"))}
     parts = [
         HEAD, _long(texts, run, docs / "pictures", long), _scaling(texts, folder, docs / "pictures"),
         _memory(texts, folder), _plans(texts),
     ]  # fmt: skip
-    (docs / "RESULTS.md").write_text("\n".join(parts), encoding="utf-8")
+    (docs / "RESULTS.md").write_text("\n".join(part for part in parts if part), encoding="utf-8")
 
 
 def _block(text: str) -> str:
@@ -41,7 +41,7 @@ def _block(text: str) -> str:
 def _long(texts: Mapping[str, str], run: Path, pictures: Path, command: Sequence[str]) -> str:
     title = "\n## 5,000 steps, and a kill every few minutes\n"
     if "ledger" not in texts:
-        return f"{title}\nNot measured yet: `python scripts/make_results.py long`.\n"
+        return ""
     for what, options in {"loss": ("--x", "step"), "details": ()}.items():
         out = ["--out", str(pictures / f"results-{what}.svg")]
         subprocess.run([sys.executable, "-m", "shoal", "plot", what, str(run), *options, *out], check=True)
@@ -98,7 +98,7 @@ def lives(steps: Sequence[StepRecord], run: Path) -> list[list[int]]:
 def _scaling(texts: Mapping[str, str], folder: Path, pictures: Path) -> str:
     title = "\n## From one process to eight\n"
     if "scaling" not in texts:
-        return f"{title}\nNot measured yet: `python scripts/make_results.py scaling`.\n"
+        return ""
     [drawn] = (folder / "pictures").glob("*scaling*.svg")
     (pictures / "results-scaling.svg").write_bytes(drawn.read_bytes())
     return "\n".join(
@@ -113,7 +113,7 @@ def _scaling(texts: Mapping[str, str], folder: Path, pictures: Path) -> str:
 def _memory(texts: Mapping[str, str], folder: Path) -> str:
     title = "\n## The memory of 355M parameters, by DDP and by FSDP\n"
     if "memory" not in texts:
-        return f"{title}\nNot measured yet: `python scripts/make_results.py memory`.\n"
+        return ""
     return "\n".join([title, _machine(folder / "memory.json"), "", _block(texts["memory"])])
 
 

@@ -121,7 +121,7 @@ def test_what_is_typed_replaces_the_recipes_and_is_named_first(place: Place) -> 
     """The output ends with the totals, as comments."""
     said = shoal(place, "config", "quickstart", "--model.preset", "gpt2", "--train.epochs", "2").splitlines()
     assert all(word in said[0] for word in ("gpt2", "model.dim 192"))
-    assert all(word in said[1] for word in ("--train.epochs 2", "train.steps 850"))
+    assert all(word in said[1] for word in ("--train.epochs 2", "train.steps 1200"))
     amounts = [line.removeprefix("# ").partition(":")[0] for line in said[-5:]]
     assert amounts[-1] == "memory"
     assert "parameters" in amounts

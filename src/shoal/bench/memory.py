@@ -47,8 +47,8 @@ def bench_memory(asked: Asked, *, processes: str | None, narrator: Narrator) -> 
         cases = [Case(method, count) for count in counts for method in METHODS]
         configs = {case: bench.planned(config_of(case, bench.config)) for case in cases}
         vocabulary = bench.prepare()
-        left_out = {} if bench.gpus else _left_out(configs, vocabulary)
-        for case, why in left_out.items():
+        too_large = {} if bench.gpus else _too_large(configs, vocabulary)
+        for case, why in too_large.items():
             print(f"warning: {case.label}: {why}", file=sys.stderr, flush=True)
             del configs[case]
         if not configs:
@@ -60,11 +60,11 @@ def bench_memory(asked: Asked, *, processes: str | None, narrator: Narrator) -> 
                     answers[case].append(bench.run("shoal.bench.memory_worker", config, what=case.label))
         rows = [_row(case, configs[case], found) for case, found in answers.items()]
         model = next(iter(answers.values()))[0]["model"]
-        notes = [*_notes(rows), *(f"{case.label} was left out: {why}" for case, why in left_out.items())]
+        notes = [*_notes(rows), *(f"{case.label} was not measured: {why}" for case, why in too_large.items())]
         finish(asked, bench.result(rows, notes, model), _table)
 
 
-def _left_out(configs: Mapping[Case, Config], vocabulary: int) -> dict[Case, str]:
+def _too_large(configs: Mapping[Case, Config], vocabulary: int) -> dict[Case, str]:
     """Return why a case cannot run: all processes of a machine without GPUs share its memory. Nothing, if it is unknown."""
     free, found = psutil.virtual_memory().available, dict[Case, str]()
     for case, config in configs.items():

@@ -8,18 +8,16 @@ from functools import partial
 
 from shoal.config.layout import Layout
 from shoal.config.options import Config
-from shoal.config.owners import assign_owners
 from shoal.config.schedules import V_SHAPED, Schedule, rank_stages, stage_blocks, stages_per_rank
 from shoal.plan.rehearse.collectives import Along
 from shoal.plan.rehearse.families import Around, Part, Shape, Sizes, block_forward, document_mask, enter, leave, rope
 from shoal.plan.rehearse.layers import FLOAT32, INT64, Kernels, Layers
+from shoal.plan.rehearse.muon import orthogonalize
 from shoal.plan.rehearse.pipeline import Sent, actions
 from shoal.plan.rehearse.sharding import Group, Shared
 from shoal.plan.rehearse.tape import Memory, Peak, Space, Tensor
 from shoal.plan.rehearse.vocab_loss import vocab_parallel_loss
 from shoal.plan.rehearse.work import Op, Work
-
-NEWTON_SCHULZ = 5  # steps of Muon's orthogonalization
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def rehearse(
         shared.sent = None  # FSDP2 drops its last message when backward is over
     memory.begin("optimizer")
     if case.muon:
-        rank.orthogonalize()
+        orthogonalize(rank.layers, layout, rank.matrices())
     return Rehearsal(memory.peaks, rank.buffers(), rank.left_behind(), rank.layers.work)
 
 
@@ -224,48 +222,10 @@ class Rank:
                 found[name] = part.split(rows), row
         return found
 
-    def orthogonalize(self) -> None:
-        """
-        Run Muon (`optim/muon.py`) on the matrices of the blocks: in rounds, each is gathered on one rank, orthogonalized and sent back.
-
-        The first rank owns the most expensive matrix of a round.
-        """
-        layout, width, work = self.layout, 2 if self.layers.kernels.cuda else FLOAT32, self.layers.work
-        shapes = [shape for shape in self.sizes.block().values() if shape[1] > 1] * sum(
-            len(s.blocks) for s in self.stages
-        )
-        team, holders = layout.world_size // layout.pp, layout.dp_shard * layout.cp * layout.tp
-        for rows, row in shapes:
-            short, long = min(rows, row), max(rows, row)
-            for sizes in ((short, long, short), (short, short, short), (short, short, long)):
-                work.once[Op("linear", sizes)] += NEWTON_SCHULZ / team  # type: ignore[assignment]  # a fraction
-        rounds = assign_owners(shapes, min(team, len(shapes)))  # more ranks own nothing
-        for owners in rounds:
-            every, mine = (
-                [rows * row for i, (rows, row) in enumerate(shapes) if owners.get(i, -1) in ranks]
-                for ranks in (range(team), (0,))
-            )
-            own, all_of_them = width * sum(mine), width * sum(every)
-            if team > 1:
-                axis = next(name for name, size in self._team().items() if size > 1)
-                work.messages["exchange", axis, all_of_them // holders] += 1
-                work.messages["exchange", axis, all_of_them // team] += holders > 1
-            # the results, to all that hold a part of them
-            sent, received = own * (team - 1) // holders, (all_of_them - own) // holders
-            part = FLOAT32 * max(mine) // holders
-            # an iteration's next matrix and its two Gram matrices; a gather or a scatter, and a part's change
-            gram = width * max(min(shapes[i]) ** 2 for i, owner in owners.items() if owner == 0)
-            for spaces in (
-                (own, width * max(mine), gram, gram),
-                (own, sent, received, part),
-            ):
-                held = [Space(self.layers.tape.memory, "temporary", size) for size in spaces]
-                del held
-
-    def _team(self) -> dict[str, int]:
-        """Return the ranks that hold parts of the same matrices, by axis of their messages."""
-        layout = self.layout
-        return {"shard": layout.dp_shard * layout.cp, "batch": layout.dp_replicate * layout.cp, "tp": layout.tp}
+    def matrices(self) -> list[Shape]:
+        """Return the shapes of the matrices that Muon updates, undivided."""
+        block = [shape for shape in self.sizes.block().values() if shape[1] > 1]
+        return block * sum(len(stage.blocks) for stage in self.stages)
 
     def _hidden(self) -> int:
         """Return the bytes of a micro-batch's hidden states between stages."""
