@@ -35,7 +35,7 @@ RUN: Final = "debian-13m"
 SHAPE: Final = ("--data.seq_len", "256", "--train.global_batch", "4")
 LONG: Final = (
     SMALL, "--name", RUN, "--launch.runs", "build/results/runs", "--data.corpus", "jsonl", "--data.paths", CORPUS,
-    "--data.text_key", "text", *SHAPE, "--train.micro_batch", "2", "--train.steps", "5000", "--optim.warmup_steps", "100",
+    "--data.text_key", "text", *SHAPE, "--train.micro_batch", "2", "--train.steps", "5000", "--optim.lr", "1e-3", "--optim.warmup_steps", "100",
     "--train.eval_every", "500", "--train.eval_tokens", "50000", "--checkpoint.every", "100", "--metrics.every", "10",
     "--train.sample_prompt", "The kernel",
 )  # fmt: skip
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure the parts that are asked for, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="long, scaling, memory, plan or page")
-    parser.add_argument("--minutes", type=float, default=4.0, help="time between two kills")
+    parser.add_argument("--minutes", type=float, default=3.0, help="time between two kills")
     parser.add_argument("--again", action="store_true", help="measure a part that is already there, too")
     asked = parser.parse_args(argv)
     parts: dict[str, tuple[str, Callable[[], None]]] = {

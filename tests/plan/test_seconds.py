@@ -146,6 +146,27 @@ def test_a_part_that_was_never_measured_widens_the_interval() -> None:
     assert known.inverse(2.0) == Interval(2.0 / known.middle, 2.0 / known.high, 2.0 / known.low)
 
 
+def test_runs_teach_how_much_memory_is_needed_and_its_interval_holds() -> None:
+    """Devices that each take another share more than was counted; 0, 4 and 20 runs on each."""
+    rng, widths = random.Random(3), list[float]()
+    for runs in (0, 4, 20):
+        held, width = 0, 0.0
+        for _ in range(200):
+            share = rng.lognormvariate(0, 0.04)
+            seen = [Seen({"products": 1.0}, 1.0, share * rng.lognormvariate(0, 0.01)) for _ in range(runs + 1)]
+            found = Corrections(seen[:-1], calibrated=True).memory(2**30, cuda=True)
+            held += found.holds(2**30 * (seen[-1].memory or 0.0))
+            width += math.log(found.high / found.low) / 200
+        assert held >= 180  # 90%; wider intervals before a device's own spread is known
+        widths.append(width)
+    assert widths[0] > widths[1] > widths[2]
+    once = Corrections([Seen({"products": 1.0}, 1.0, 1.05)] * 50, calibrated=True).memory(100, cuda=True)
+    assert once.middle == pytest.approx(105, rel=0.01)
+    exact = Corrections([], calibrated=False).memory(100, cuda=False)
+    assert exact.middle == 100
+    assert exact.high < 101
+
+
 # --- what is kept
 
 
@@ -205,11 +226,11 @@ def test_a_machine_that_is_far_slower_than_its_data_sheet_is_believed() -> None:
     assert Corrections(seen[:1], calibrated=False).predict(parts).middle > 2 * usual
 
 
-def keep(config: Config, layout: Layout, machine: Machine, seconds: float) -> None:
-    """Keep a step as a run does that ends."""
+def keep(config: Config, layout: Layout, machine: Machine, seconds: float, memory: float | None = None) -> None:
+    """Keep a step as a run does that ends. memory: over what was counted."""
     found = measured.predict(config, layout, machine)
     assert found is not None
-    measured.keep(found, seconds, None)
+    measured.keep(found, seconds, int(memory * found.need.total) if memory else None)
 
 
 def test_runs_teach_the_next_prediction(kept: Path) -> None:
@@ -234,6 +255,11 @@ def test_runs_teach_the_next_prediction(kept: Path) -> None:
         file.write('{"version": 1}\nnot json\n')
     assert len(measured.read_all()) == 20
     assert "data sheet    20" in "\n".join(measured.report(measured.read_all()))
+    for _ in range(2):
+        keep(SMALL, Layout(dp_shard=16), GPUS, 1.0, 1.01)
+    assert measured.read_all()[-1].memory is not None
+    *_, said = measured.report(measured.read_all())
+    assert said.startswith("memory of 2 runs on GPUs: median error ") and said.endswith("in its 90% interval: 2")
 
 
 def test_the_file_of_steps_does_not_grow_without_end(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:

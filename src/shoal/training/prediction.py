@@ -38,6 +38,7 @@ def keep_speed(run: Run) -> None:
             return
         if _is_informed(found):
             run.console.note(f"a step took {seconds:.3g} s (median); predicted: {_seconds(found)}")
+        # of a CPU's process, the bytes of tensors are not known apart from those of Python and torch
         keep(found, seconds, peak_bytes(run.mesh.device) if found.machine.cuda else None)
 
 

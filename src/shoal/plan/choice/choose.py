@@ -53,6 +53,10 @@ class Choices:
         """Whether layouts are compared with several micro-batches."""
         return len({c.need.config.train.micro_batch for c in self.found}) > 1
 
+    def memory(self, choice: Choice) -> Interval:
+        """Return the bytes that a rank needs."""
+        return self.corrections.memory(choice.need.total, cuda=self.machine.cuda)
+
     @property
     def fitting(self) -> list[Choice]:
         return [c for c in self.found if not c.is_sketch and c.need.fits(self.machine)]

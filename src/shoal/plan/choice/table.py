@@ -91,7 +91,7 @@ def mfu(need: Need, machine: Machine, tokens_per_second: float) -> float:
     return flops / (machine.flops * machine.world_size)
 
 
-def gib(size: int) -> str:
+def gib(size: float) -> str:
     """Return bytes as GiB with three digits."""
     return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.1f}"
 
@@ -117,7 +117,8 @@ def _explained(choices: Choices, best: Choice) -> Iterator[str]:
     flags += f" --train.micro_batch {need.config.train.micro_batch}" * choices.has_several_sizes
     yield (
         f"{label(best, choices)} fits and is probably the fastest: {_range(best.seconds, '{:.3g}'.format, ' seconds a step')}, "
-        f"{gib(need.total)} of {gib(machine.usable_bytes)} GiB" + (f". Its flags: {flags.strip()}" if flags else "")
+        f"{_range(choices.memory(best), gib)} of {gib(machine.usable_bytes)} GiB"
+        + (f". Its flags: {flags.strip()}" if flags else "")
     )
     shares = {part: s * choices.corrections.factor(part) / best.seconds.middle for part, s in best.parts.items()}
     told = [
@@ -163,8 +164,9 @@ def _source(choices: Choices) -> str:
 
 
 def _range(value: Interval, shown: Callable[[float], str], unit: str = "") -> str:
-    """Return "5 USD (4 to 6 with 90% probability)"."""
-    return f"{shown(value.middle)}{unit} ({shown(value.low)} to {shown(value.high)} with 90% probability)"
+    """Return "5 USD (4 to 6 with 90% probability)"; "5 USD" if the bounds differ too little to show."""
+    low, high = shown(value.low), shown(value.high)
+    return f"{shown(value.middle)}{unit}" + (f" ({low} to {high} with 90% probability)" if low != high else "")
 
 
 def _ways(need: Need, machine: Machine) -> list[str]:
@@ -197,6 +199,7 @@ def record(choices: Choices) -> dict[str, Any]:
                 "fits": c.need.fits(machine),
                 "rehearsed": not c.is_sketch,
                 "bytes": c.need.total,
+                "memory_bytes": dataclasses.asdict(choices.memory(c)),
                 "parts": dict(c.need.parts),
                 "sent_bytes": c.need.sent,
                 "idle": idle_share(c.need),

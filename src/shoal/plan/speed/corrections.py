@@ -1,9 +1,11 @@
 """
-What measured steps teach about predicted ones: a factor for each part of a step's time, and how far to trust the next prediction.
+What measured steps teach about predicted ones: factors for the parts of a step's time and for its memory, and how far to trust
+the next prediction.
 
 The logarithm of a step's time is normal around that of its corrected parts. The factors' logarithms have a normal prior around 0,
 wide for a machine that was not measured. Their most likely values after all measured steps, and the matrix of their covariances,
-come from Gauss-Newton steps (Bishop 2006, Pattern Recognition and Machine Learning, sections 3.3 and 4.4). No torch.
+come from Gauss-Newton steps (Bishop 2006, Pattern Recognition and Machine Learning, sections 3.3 and 4.4). Memory is alike, with
+one factor. No torch.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from shoal.plan.speed.seconds import Part
 # Standard deviations of the logarithms before any measured step: of the factor that all parts share, of each part's own, and of
 # a step around its corrected parts; by whether the machine was calibrated
 SHARED, OWN, AROUND = {True: 0.1, False: 0.35}, {True: 0.15, False: 0.3}, {True: 0.1, False: 0.15}
+# The same of memory, by whether it is a GPU's, on which none was measured yet. On CPUs real runs took what was counted
+MEMORY_SHARED, MEMORY_AROUND = {True: 0.04, False: 0.003}, {True: 0.04, False: 0.003}
 WEAK: Final = 0.5  # of the parts that no calibration measures
 UNMEASURED: Final = ("overhead", "host", "bubble", "tp", "cp", "pp", "shard", "replicate")
 TRUST: Final = 4.0  # how many measured steps the prior of `AROUND` counts as
@@ -50,10 +54,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class Seen:
-    """A measured step: its predicted parts without correction, and its seconds."""
+    """A measured step: its predicted parts without correction, and its seconds. memory: measured over counted; None if unknown."""
 
     parts: Mapping[Part, float]
     seconds: float
+    memory: float | None = None
 
 
 class Corrections:
@@ -63,6 +68,7 @@ class Corrections:
         """calibrated: whether the predicted parts come from rates that were measured on the machine."""
         self._names: list[str] = sorted({part for each in seen for part in each.parts})
         self.seen = len(seen)
+        self._memory = [math.log(each.memory) for each in seen if each.memory]
         self._calibrated = calibrated
         self._spread = AROUND[calibrated]
         priors = [self._prior(None), *map(self._prior, self._names)]
@@ -128,6 +134,17 @@ class Corrections:
                 variance += (self._prior(part) * seconds * math.exp(self._logs[0]) / total) ** 2
         far = math.exp(Z90 * math.sqrt(variance))
         return Interval(total, total / far, total * far)
+
+    def memory(self, counted: int, *, cuda: bool) -> Interval:
+        """Return the bytes that a rank needs at once, of which a rehearsal counted `counted`. cuda: whether of a GPU."""
+        logs, count = self._memory, len(self._memory)
+        mean = sum(logs) / count if count else 0.0
+        prior = MEMORY_AROUND[cuda] ** 2
+        spread = (TRUST * prior + sum((log - mean) ** 2 for log in logs)) / (TRUST + count)
+        precision = MEMORY_SHARED[cuda] ** -2 + count / spread
+        middle = counted * math.exp(count / spread * mean / precision)
+        far = math.exp(Z90 * math.sqrt(spread + 1 / precision))
+        return Interval(middle, middle / far, middle * far)
 
 
 def _form(matrix: Sequence[Sequence[float]], vector: Sequence[float]) -> float:

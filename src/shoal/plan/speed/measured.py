@@ -37,7 +37,11 @@ MOST_BYTES: Final = 4 * 2**20  # of the file; then the older half is dropped
 
 @dataclass(frozen=True)
 class Measured:
-    """The median step of a run, with the prediction that its own device's earlier steps gave. memory_bytes: None on a CPU."""
+    """
+    The median step of a run, with the prediction that its own device's earlier steps gave.
+
+    memory_bytes: of its first rank; None on a CPU. predicted_bytes: as a rehearsal counts them. memory: the prediction from that.
+    """
 
     time: float
     run: str
@@ -54,16 +58,19 @@ class Measured:
     calibrated: bool
     memory_bytes: int | None
     predicted_bytes: int
+    memory: Interval | None = None  # unknown of a line that an earlier version wrote
 
     def seen(self, rates: Rates) -> Seen:
         """Return the step as it is predicted with these rates, without corrections, and as it was measured."""
-        return Seen(step_seconds(self.works, self.layout, self.idle, rates), self.seconds)
+        memory = self.memory_bytes / self.predicted_bytes if self.memory_bytes else None
+        return Seen(step_seconds(self.works, self.layout, self.idle, rates), self.seconds, memory)
 
     def as_line(self) -> str:
         """Return a line of the file."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         changed = {
             "layout": dataclasses.asdict(self.layout), "predicted": dataclasses.astuple(self.predicted),
+            "memory": dataclasses.astuple(self.memory) if self.memory else None,
             "works": [[_pairs(work.done), _pairs(work.once), _pairs(work.messages)] for work in self.works],
         }  # fmt: skip
         return json.dumps({"version": VERSION, **fields, **changed})
@@ -82,8 +89,12 @@ class Measured:
             )
             for done, once, messages in read.pop("works")
         ]
-        layout, predicted = Layout(**read.pop("layout")), Interval(*read.pop("predicted"))
-        return cls(**read, layout=layout, predicted=predicted, works=works)
+        layout, predicted, memory = (
+            Layout(**read.pop("layout")),
+            Interval(*read.pop("predicted")),
+            read.pop("memory", None),
+        )
+        return cls(**read, layout=layout, predicted=predicted, works=works, memory=memory and Interval(*memory))
 
 
 def _pairs(counts: Mapping[Any, float]) -> list[tuple[Any, float]]:
@@ -129,6 +140,7 @@ class Prediction:
     need: Need
     machine: Machine
     seconds: Interval
+    memory: Interval
     calibrated: bool
     seen: int
 
@@ -141,8 +153,9 @@ def predict(config: Config, layout: Layout, machine: Machine) -> Prediction | No
     need = need_of(config, layout, cuda=machine.cuda)
     rates, seen = known(machine, dtype)
     parts = step_seconds(need.works, layout, idle_share(need), rates)
-    seconds = Corrections(seen, calibrated=rates.measured).predict(parts)
-    return Prediction(need, machine, seconds, rates.measured, len(seen))
+    learned = Corrections(seen, calibrated=rates.measured)
+    memory = learned.memory(need.total, cuda=machine.cuda)
+    return Prediction(need, machine, learned.predict(parts), memory, rates.measured, len(seen))
 
 
 def keep(found: Prediction, seconds: float, memory_bytes: int | None) -> None:
@@ -152,7 +165,7 @@ def keep(found: Prediction, seconds: float, memory_bytes: int | None) -> None:
         time=time.time(), run=config.launch.name or "run", device=device_of(machine), cuda=machine.cuda,
         per_node=machine.per_node, nodes=machine.nodes, dtype=config.train.dtype, layout=found.need.layout,
         idle=idle_share(found.need), works=found.need.works, seconds=seconds, predicted=found.seconds,
-        calibrated=found.calibrated, memory_bytes=memory_bytes, predicted_bytes=found.need.total,
+        calibrated=found.calibrated, memory_bytes=memory_bytes, predicted_bytes=found.need.total, memory=found.memory,
     )  # fmt: skip
     _append(folder() / FILE, measured.as_line())
 
@@ -183,4 +196,12 @@ def report(kept: Sequence[Measured]) -> list[str]:
             f"{statistics.median(off[:half]):.1%}", f"{statistics.median(off[-half:]):.1%}", f"{held} of {len(some)} ({held / len(some):.0%})",
         ])  # fmt: skip
     table = aligned(rows, left=(0, 1, 2))
-    return [*table, "", "first, last: the median error of the first and of the last half of the runs"]
+    told = ["", "first, last: the median error of the first and of the last half of the runs"]
+    sized = [(m.memory, m.memory_bytes) for m in kept if m.memory and m.memory_bytes]
+    if sized:
+        off = [abs(memory.middle / size - 1) for memory, size in sized]
+        held = sum(memory.holds(size) for memory, size in sized)
+        told.append(
+            f"memory of {len(sized)} runs on GPUs: median error {statistics.median(off):.1%}; in its 90% interval: {held}"
+        )
+    return [*table, *told]
