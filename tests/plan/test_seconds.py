@@ -259,7 +259,8 @@ def test_runs_teach_the_next_prediction(kept: Path) -> None:
         keep(SMALL, Layout(dp_shard=16), GPUS, 1.0, 1.01)
     assert measured.read_all()[-1].memory is not None
     *_, said = measured.report(measured.read_all())
-    assert said.startswith("memory of 2 runs on GPUs: median error ") and said.endswith("in its 90% interval: 2")
+    assert said.startswith("memory of 2 runs on GPUs: median error ")
+    assert said.endswith("in its 90% interval: 2")
 
 
 def test_the_file_of_steps_does_not_grow_without_end(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
