@@ -68,7 +68,7 @@ COUNTS = (1, 2, 4)  # processes
 LONGEST = 0.6  # predicted seconds of a step; more would take the script too long
 STEPS = 7  # timed in each case, after two others
 OPEN = "open"  # the folder of a run without --link
-AGAIN = 10  # one of so many cases is measured a second time
+AGAIN = 10  # every tenth case is measured a second time
 FIRST = 20  # cases whose errors are told apart from those of later ones
 INSIDE = "SHOAL_CHECK_PLAN_LINK"  # set inside the namespace
 

@@ -160,7 +160,7 @@ WHY: Final = (
     "## What is off, and why", "",
     "- **Time.** The predictions are too short nearly everywhere. The data sheet's rates are those of a card at its full clock; the",
     "  shares of them that products and kernels reach (`plan/speed/rates.py`) were guesses, and too high for these machines: by 10 to",
-    "  30% for Megatron-LM on B200, more for an eager step of torchtitan. They stay as they are, since tuning them for these rows",
+    "  30% for Megatron-LM on B200, more for an eager step of torchtitan. They stay unchanged, since tuning them for these rows",
     "  would make this page worthless: `shoal plan --calibrate` replaces them with measured ones, and the first runs correct those.",
     "  Rows with float8 are predicted in bfloat16, and rows that are compiled as if they were not.",
     "- **Memory of 8B.** torchtitan holds the logits of all tokens of a rank at once; shoal's loss makes at most 256 MiB of them at a",
@@ -169,7 +169,7 @@ WHY: Final = (
     "  15.7 GiB each. Besides, what the allocator reserves is more than what tensors take.",
     "- **Memory of 405B.** Reserved memory again, and compiled blocks. Why the difference is as large as this is not known.",
     "- **Memory of SimuMax's cases with DP.** Megatron-LM divides the optimizer's state and the float32 weights among the",
-    "  data-parallel ranks; shoal's replicas each hold all of it. Where there is one replica (TP 8), the two agree within 5%.",
+    "  data-parallel ranks; shoal's replicas each hold all of it. With one replica (TP 8), the two agree within 5%.",
 )  # fmt: skip
 
 
