@@ -15,7 +15,7 @@ from shoal.run.events import read_json_lines
 from shoal.run.records import StepRecord, read_metrics
 
 MIB: Final = 2**20
-WARM: Final = 20  # steps after a start whose memory still grows: buffers of the first steps, caches of kernels
+WARM: Final = 120  # steps after a start whose memory still grows: buffers of the first steps, and of the first save after 100
 HEAD: Final = """# Results
 
 What shoal does on one small machine, measured, and on larger ones, predicted. `python scripts/make_results.py` measures all
@@ -45,13 +45,14 @@ def _long(texts: Mapping[str, str], run: Path, pictures: Path, command: Sequence
     for what, options in {"loss": ("--x", "step"), "details": ()}.items():
         out = ["--out", str(pictures / f"results-{what}.svg")]
         subprocess.run([sys.executable, "-m", "shoal", "plot", what, str(run), *options, *out], check=True)
+    started = next(event for event in read_json_lines(run / "events.jsonl") if event["event"] == "started")
+    machine, git = started["machine"], started["git"]
     kills = [str(line["killed"]) for line in read_json_lines(run / "kills.jsonl")]
     metrics = read_metrics(run / "metrics.jsonl")
     speeds = [record.tokens_per_second for record in metrics.steps]
     quarters = [statistics.median(speeds[i * len(speeds) // 4 : (i + 1) * len(speeds) // 4]) for i in range(4)]
     lived = lives(metrics.steps, run)
     grown = [(life[-1] - life[0]) / MIB for life in lived]
-    steps = max(len(life) for life in lived)
     val = metrics.evaluations
     return "\n".join(
         [
@@ -60,6 +61,7 @@ def _long(texts: Mapping[str, str], run: Path, pictures: Path, command: Sequence
             "kernel, Python, PostgreSQL, Debian itself: 54 MB of text, `scripts/results/corpus.py`), on two processes. While it trains,",
             f"a script kills a process with SIGKILL every few minutes, {len(kills)} times: {kills.count('worker')} workers, which the",
             f"launcher replaces, and {kills.count('launcher')} times the launcher itself, after which the same command is started again.",
+            f"{machine['processor']} ({machine['instructions']}), torch {machine['torch']}, commit {git['commit'][:7]}.",
             "",
             _block("shoal train " + shlex.join(command)),
             "![Training and held-out loss by step](pictures/results-loss.svg)",
@@ -73,8 +75,8 @@ def _long(texts: Mapping[str, str], run: Path, pictures: Path, command: Sequence
             f"| throughput, tokens/s, median of each quarter of the steps | {', '.join(f'{q:,.0f}' for q in quarters)} |",
             f"| memory of process 0 at the end of each life, MiB | {min(life[-1] for life in lived) / MIB:,.0f} to "
             f"{max(life[-1] for life in lived) / MIB:,.0f} |",
-            f"| its growth between step {WARM} of a life and the life's end, MiB | median {statistics.median(grown):.1f}, at most "
-            f"{max(grown):.1f} ({steps} records) |",
+            f"| growth of its peak from step {WARM} of a life, after the first save, to the life's end, MiB | median "
+            f"{statistics.median(grown):.0f}, at most {max(grown):.0f} |",
             "",
             "Where the time went, and the proof that every sample was trained on exactly once:",
             "",

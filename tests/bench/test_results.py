@@ -23,14 +23,14 @@ def test_text_of_a_page_has_neither_scripts_nor_markup() -> None:
 
 
 def test_lives_of_a_run_begin_anew_at_each_kill(tmp_path: Path) -> None:
-    (tmp_path / "kills.jsonl").write_text(json.dumps({"time": 100.5, "killed": "worker"}) + "\n", encoding="utf-8")
-    first = [(step, float(step), 10 + step) for step in range(1, 101, 10)]
-    second = [(step, float(step + 20), 5) for step in range(81, 141, 10)]  # from the checkpoint at step 80
+    (tmp_path / "kills.jsonl").write_text(json.dumps({"time": 295.0, "killed": "worker"}) + "\n", encoding="utf-8")
+    first = [(step, float(step), 10 + step) for step in range(1, 301, 10)]
+    second = [(step, float(step + 20), 5) for step in range(281, 441, 10)]  # from the checkpoint at step 280
     records = [
         dataclasses.replace(RECORD, step=step, time=time, memory_bytes=memory * MIB)
         for step, time, memory in [*first, *second]
     ]
     found = lives(records, tmp_path)
-    assert [len(life) for life in found] == [8, 4]
-    assert found[0] == [(10 + step) * MIB for step in range(WARM + 1, 101, 10)]
+    assert [len(life) for life in found] == [18, 4]
+    assert found[0] == [(10 + step) * MIB for step in range(WARM + 1, 301, 10)]
     assert set(found[1]) == {5 * MIB}
