@@ -91,8 +91,7 @@ def _shoal(words: Sequence[str]) -> str:
     done = subprocess.run([sys.executable, "-m", "shoal", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"shoal {' '.join(words)} ended with exit code {done.returncode}")
-    said = " ".join(word for word in words if not word.startswith(str(FOLDER)) and word not in ("--out", "--pictures"))
-    return f"shoal {said}\n{done.stdout.rstrip()}\n"
+    return f"shoal {' '.join(words)}\n{done.stdout.rstrip()}\n"
 
 
 def _write(name: str, text: str) -> None:

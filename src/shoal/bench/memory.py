@@ -53,12 +53,16 @@ def bench_memory(asked: Asked, *, processes: str | None, narrator: Narrator) -> 
             del configs[case]
         if not configs:
             raise ShoalError("no case fits this machine's memory; choose a smaller model or micro-batch")
+        # what the allocator gives out does not depend on glibc's thresholds; those of a run keep freed blocks, whose fragments can
+        # double a process, and all cases' processes share this machine's memory
+        as_shoal = bench.gpus > 0
         answers: dict[Case, list[dict[str, Any]]] = {case: [] for case in configs}
         for repeat in range(asked.repeats):
             for case, config in configs.items():
                 with bench.phase(f"repeat {repeat + 1} of {asked.repeats}: {case.label}"):
-                    answers[case].append(bench.run("shoal.bench.memory_worker", config, what=case.label))
-        rows = [_row(case, configs[case], found) for case, found in answers.items()]
+                    found = bench.run("shoal.bench.memory_worker", config, what=case.label, as_shoal=as_shoal)
+                    answers[case].append(found)
+        rows = [_row(case, configs[case], some) for case, some in answers.items()]
         model = next(iter(answers.values()))[0]["model"]
         notes = [*_notes(rows), *(f"{case.label} was not measured: {why}" for case, why in too_large.items())]
         finish(asked, bench.result(rows, notes, model), _table)
