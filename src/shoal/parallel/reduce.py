@@ -63,7 +63,8 @@ class GradientReducer:
     """
     `Gradients` of unsharded parameters: `p.grad` is a view of a bucket throughout training.
 
-    With `leaves`, gradients are added as one tree (see `tree.py`); without, by the all-reduce of NCCL or gloo.
+    With `leaves`, gradients are added as one tree (see `tree.py`); without, by the all-reduce of NCCL or gloo. If there is nothing
+    to add, neither replicas nor leaves, autograd keeps its own tensors as gradients: a bucket would cost three passes over them.
     """
 
     def __init__(
@@ -76,7 +77,9 @@ class GradientReducer:
         self.overlaps = True
         """Whether a bucket is sent during the last backward: each of its parameters must then get a gradient there."""
         # Backward reaches the last layers first, so their bucket is complete, and sent, first.
-        self._buckets = [_make_bucket(ps, axis.size) for ps in _cut(reversed(list(parameters)), bucket_bytes)]
+        self._alone = [] if axis.size > 1 or leaves is not None else list(parameters)
+        bucketed = [] if self._alone else [*parameters]
+        self._buckets = [_make_bucket(ps, axis.size) for ps in _cut(reversed(bucketed), bucket_bytes)]
         if axis.size > 1:
             for bucket in self._buckets:
                 bucket.exchange = None if leaves is None else Exchange(leaves, axis)
@@ -88,6 +91,8 @@ class GradientReducer:
 
     def zero(self) -> None:
         self._armed = False
+        for p in self._alone:
+            p.grad = None
         for bucket in self._buckets:
             bucket.flat.zero_()
             bucket.left = False

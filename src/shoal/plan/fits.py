@@ -20,6 +20,7 @@ from shoal.plan.rehearse.layers import Kernels
 from shoal.plan.rehearse.step import Case, Rehearsal, rehearse
 from shoal.plan.rehearse.work import Work
 from shoal.resolve.layout_checks import refusals
+from shoal.system.cpu import has_tiles
 
 CUDA_GRANULE = 512  # bytes; the caching allocator rounds each request up to them
 # Blocks of a stage that are rehearsed. The first and the last differ from the others; each more adds the same to a phase's peak
@@ -66,7 +67,7 @@ def need_of(
     case = Case.of(dataclasses.replace(config, model=resolve_shape(config.model)))
     turns = math.ceil(config.train.global_batch // config.train.micro_batch / layout.dp)
     width = 4 if config.train.dtype == "float32" else 2
-    kernels = Kernels(cuda, width, copies=not cuda if copies is None else copies)
+    kernels = Kernels(cuda, width, tiles=not cuda and has_tiles(), copies=not cuda if copies is None else copies)
     once = partial(_rehearsed, kernels=kernels, granule=CUDA_GRANULE if cuda else 1)
     found = [_extended(once, case, layout, turns, rank, few) for rank in sorted({0, layout.pp - 1})]
     return Need(

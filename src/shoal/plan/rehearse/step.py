@@ -178,16 +178,20 @@ class Rank:
         self.weights.append(weights)
 
     def _hold_whole(self, shapes: Mapping[str, Mapping[str, Shape]]) -> None:
+        summed = self.layout.dp_replicate * self.layout.cp > 1
         for name, own in shapes.items():
             for rows, row in own.values():
-                self._keep(f"parameters {self._moments(name, row)} gradients", rows * row)
+                self._keep(f"parameters {self._moments(name, row)}" + " gradients" * summed, rows * row)
         self.groups.append({})
-        if self.layout.dp_replicate * self.layout.cp > 1:
+        if summed:
             size = FLOAT32 * sum(rows * row for own in shapes.values() for rows, row in own.values())
             self.layers.work.messages["all_reduce", "batch", size] += 1
         self.weights.append(
             {
-                name: {key: self._weight(rows * row, FLOAT32, self._add_in_place) for key, (rows, row) in own.items()}
+                name: {
+                    key: self._weight(rows * row, FLOAT32, self._add_in_place if summed else self._take_first())
+                    for key, (rows, row) in own.items()
+                }
                 for name, own in shapes.items()
             }
         )
@@ -199,6 +203,19 @@ class Rank:
     def _add_in_place(self, grad: Space) -> None:
         """Add a gradient to its bucket."""
         self.layers.work.op("sum", grad.size // FLOAT32)
+
+    def _take_first(self) -> Callable[[Space], None]:
+        """Return what keeps a parameter's first gradient of a step, and adds the others to it."""
+        kept: list[Space] = []
+
+        def accumulate(grad: Space) -> None:
+            if kept:
+                self._add_in_place(grad)
+            else:
+                grad.move("gradients")
+                kept.append(grad)
+
+        return accumulate
 
     def _keep(self, parts: str, count: int) -> None:
         """Hold a parameter, or this rank's shard of it, and what belongs to it."""

@@ -93,6 +93,12 @@ class Space:
         self.part, self._memory = part, memory
         memory.take(part, self.size)
 
+    def move(self, part: str) -> None:
+        """Count this memory as another part's from now on."""
+        self._memory.free(self.part, self.size)
+        self.part = part
+        self._memory.take(part, self.size)
+
     def __del__(self) -> None:
         self._memory.free(self.part, self.size)
 
