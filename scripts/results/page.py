@@ -15,9 +15,7 @@ from shoal.run.events import read_json_lines
 from shoal.run.records import StepRecord, read_metrics
 
 MIB: Final = 2**20
-WARM: Final = (
-    120  # steps after a start whose memory still grows: buffers of the first steps, and of the first save after 100
-)
+WARM: Final = 120  # steps after a start, whose memory still grows: buffers of the first step and of the first save
 HEAD: Final = """# Results
 
 What shoal does on one small machine, measured, and on larger ones, predicted. `python scripts/make_results.py` measures all

@@ -14,4 +14,4 @@ def test_the_memory_of_one_replica_is_that_of_megatron() -> None:
 
 def test_no_published_time_is_outside_its_interval() -> None:
     found = [hold(row) for row in ROWS]
-    assert all(each.low <= each.row.seconds <= each.high for each in found)
+    assert all(each.seconds.holds(each.row.seconds) for each in found)

@@ -76,9 +76,10 @@ class GradientReducer:
         self._armed = False
         self.overlaps = True
         """Whether a bucket is sent during the last backward: each of its parameters must then get a gradient there."""
+        whole = list(parameters)
+        bucketed = whole if axis.size > 1 or leaves is not None else []
+        self._alone = [] if bucketed else whole
         # Backward reaches the last layers first, so their bucket is complete, and sent, first.
-        self._alone = [] if axis.size > 1 or leaves is not None else list(parameters)
-        bucketed = [] if self._alone else [*parameters]
         self._buckets = [_make_bucket(ps, axis.size) for ps in _cut(reversed(bucketed), bucket_bytes)]
         if axis.size > 1:
             for bucket in self._buckets:
