@@ -24,7 +24,7 @@ from shoal.plan.fits import need_of
 from shoal.plan.machine import Machine, find_machine, machine_of
 from shoal.plan.rehearse.work import Op
 from shoal.plan.speed import calibration, measured
-from shoal.plan.speed.calibration import Calibration, Setting
+from shoal.plan.speed.calibration import VERSION, Calibration, Setting
 from shoal.plan.speed.corrections import Corrections, Interval, Seen
 from shoal.plan.speed.rates import Curve, Rates
 from shoal.plan.speed.seconds import Part, idle_share, step_seconds
@@ -74,7 +74,7 @@ def test_messages_between_nodes_take_longer_and_grow_with_their_size() -> None:
     assert far > near > 2**30 * 7 / 8 / GPUS.link
     assert rates.message("all_reduce", 8, 2**30, far=True) == pytest.approx(2 * far, rel=0.01)
     assert rates.message("send", 2, 2**30, far=True) >= 2**30 / GPUS.network
-    measured_links = Rates(CPUS, 4, {}, {"all_gather": Curve([[1, 2**20]], [1e-4, 1e-2])})
+    measured_links = Rates(CPUS, 4, {}, {"all_gather": Curve([[2], [1, 2**20]], [1e-4, 1e-2], (0, 1))})
     assert measured_links.message("all_gather", 2, 2**21, far=False) == pytest.approx(1e-2)
 
 
@@ -210,7 +210,7 @@ def test_a_calibration_of_another_machine_is_refused(kept: Path, tmp_path: Path)
     a_calibration("Another CPU").save(other)
     with pytest.raises(ShoalError, match="was measured on Another CPU, but the plan is for"):
         measured.known(CPUS, "float32", other)[0]
-    other.write_text('{"version": 1, "settings": 3}')
+    other.write_text(f'{{"version": {VERSION}, "settings": 3}}')
     with pytest.raises(ShoalError, match="is not a calibration"):
         measured.known(CPUS, "float32", other)[0]
     with pytest.raises(ShoalError, match="does not exist; shoal plan --calibrate"):

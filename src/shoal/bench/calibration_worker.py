@@ -16,17 +16,20 @@ import torch
 import torch.distributed as dist
 
 from shoal.bench.curves import curves
+from shoal.bench.small_steps import host_costs
 from shoal.config.options import Parallel
 from shoal.mesh.mesh import Mesh, open_mesh
 from shoal.models.build import COMPUTE_DTYPES
 from shoal.parallel.collectives import gather_single
-from shoal.plan.speed.rates import Curve
+from shoal.plan.machine import machine_of
+from shoal.plan.speed.rates import WIDTHS, Curve, Rates
 from shoal.system import cpu
 from shoal.system.signals import die_with_parent
 
 BYTES: Final = (2**10, 2**14, 2**18, 2**22, 2**24)  # that a rank sends in a measured message
 LINKS_SHARE: Final = 0.25  # of the seconds, with several processes
-TURNS: Final = 5
+STEPS_SHARE: Final = 0.2  # of the seconds, for steps of small models on CPUs
+TURNS: Final = (21, 21, 21, 5, 5)  # the time of a small message varies more
 
 
 def main(answer: Path, dtype: str, seconds: float, threads: int) -> None:
@@ -34,8 +37,14 @@ def main(answer: Path, dtype: str, seconds: float, threads: int) -> None:
     die_with_parent()
     torch.set_num_threads(threads)
     with open_mesh("auto", 60, Parallel()) as mesh:
-        several = mesh.world_size > 1
-        found = curves(mesh.device, COMPUTE_DTYPES[dtype], seconds * (1 - LINKS_SHARE * several))
+        several, is_cpu = mesh.world_size > 1, mesh.device.type == "cpu"
+        share = 1 - LINKS_SHARE * several - STEPS_SHARE * is_cpu
+        found = curves(mesh.device, COMPUTE_DTYPES[dtype], seconds * share)
+        mesh.barrier()
+        if is_cpu:
+            machine = machine_of("", mesh.world_size, 1, 0, cuda=False)
+            assert machine is not None
+            found |= host_costs(Rates(machine, WIDTHS[dtype], found), dtype, seconds * STEPS_SHARE)
         mesh.barrier()
         links = _links(mesh, seconds * LINKS_SHARE) if several else {}
         device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else cpu.model_name()
@@ -51,19 +60,32 @@ def main(answer: Path, dtype: str, seconds: float, threads: int) -> None:
 
 def _links(mesh: Mesh, seconds: float) -> dict[str, Curve]:
     """
-    Return the seconds of each collective over all processes, by the bytes that a rank sends if it is a ring.
+    Return the seconds of each collective in groups of 2, ... all processes, which send at the same time, by the bytes that a rank sends.
 
     On CPUs each follows a product, as in a step: gloo's threads then wait for a core that a computing thread has just had, which
     took 3 ms where messages one after another took 0.6 (two processes on two cores).
     """
+    sizes = [size for size in range(2, mesh.world_size + 1) if mesh.world_size % size == 0]
+    found = dict[str, list[float]]()
+    for size in sizes:
+        for kind, times in _in_groups(mesh, size, seconds / len(sizes)).items():
+            # what was not measured takes as long for each byte as what was
+            times += [times[-1] * more / BYTES[len(times) - 1] for more in BYTES[len(times) :]]
+            found.setdefault(kind, []).extend(times)
+    return {kind: Curve([sizes, BYTES], times, powers=(0, 1)) for kind, times in found.items()}
+
+
+def _in_groups(mesh: Mesh, size: int, seconds: float) -> dict[str, list[float]]:
+    """Return the seconds of collectives in groups of `size` processes by `BYTES`, the largest of which may be missing."""
     measured = dict[str, list[float]]()
+    group, _ = dist.new_subgroups(size)  # type: ignore[no-untyped-call]
     matrix = torch.ones(512, 512)
     end = time.perf_counter() + seconds
-    for size in BYTES:
-        for kind, run in _collectives(mesh, size).items():
+    for sent, turns in zip(BYTES, TURNS, strict=True):
+        for kind, run in _collectives(group, mesh.device, sent).items():
             run()
             times = []
-            for _ in range(TURNS):
+            for _ in range(turns):
                 mesh.barrier()
                 if mesh.device.type == "cpu":
                     torch.mm(matrix, matrix)
@@ -74,31 +96,33 @@ def _links(mesh: Mesh, seconds: float) -> dict[str, Curve]:
                 times.append(time.perf_counter() - begun)
             measured.setdefault(kind, []).append(statistics.median(times))
         late = mesh.sum(torch.tensor(float(time.perf_counter() > end), device=mesh.device))
-        if float(late) > 0 and size != BYTES[-1]:
+        if float(late) > 0:
             break
-    return {kind: Curve([BYTES[: len(times)]], times) for kind, times in measured.items()}
+    return measured
 
 
-def _collectives(mesh: Mesh, sent: int) -> dict[str, Callable[[], object]]:
+def _collectives(group: dist.ProcessGroup, device: torch.device, sent: int) -> dict[str, Callable[[], object]]:
     """Return each collective, such that a rank of a ring sends `sent` bytes."""
-    ranks, device = mesh.world_size, mesh.device
+    ranks, here = dist.get_world_size(group), dist.get_rank(group)
     part = max(1, sent // 4 // (ranks - 1))  # float32 elements of each rank's share
     whole, own = torch.ones(ranks * part, device=device), torch.ones(part, device=device)
     got, half = torch.empty_like(whole), torch.ones(max(ranks, ranks * part // 2), device=device)
     neighbors = torch.ones(max(1, sent // 4), device=device), torch.empty(max(1, sent // 4), device=device)
 
     def exchange() -> None:
-        right, left = (mesh.place.rank + 1) % ranks, (mesh.place.rank - 1) % ranks
-        works = [dist.isend(neighbors[0], right), dist.irecv(neighbors[1], left)]
+        works = [
+            dist.isend(neighbors[0], group=group, group_dst=(here + 1) % ranks),
+            dist.irecv(neighbors[1], group=group, group_src=(here - 1) % ranks),
+        ]
         for work in works:
             assert work is not None
             work.wait()
 
     return {
-        "all_gather": lambda: gather_single(got, own),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(own, whole),
-        "all_reduce": lambda: dist.all_reduce(half),
-        "all_to_all": lambda: dist.all_to_all_single(got, whole),
+        "all_gather": lambda: gather_single(got, own, group),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(own, whole, group=group),
+        "all_reduce": lambda: dist.all_reduce(half, group=group),
+        "all_to_all": lambda: dist.all_to_all_single(got, whole, group=group),
         "send": exchange,
     }
 

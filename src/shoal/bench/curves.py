@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, cast
 
 import torch
@@ -23,6 +24,10 @@ from shoal.plan.rehearse.work import Kind
 from shoal.plan.speed.rates import Curve
 
 TURNS: Final = 2  # measurements of each operation in a round
+# An operation is measured many times in a row on tensors of its own, as in a model: one backward runs them all, and weights leave
+# the processor's caches between two uses. As many as take ABOUT seconds, at most MOST_COPIES
+MOST_COPIES: Final = 24
+ABOUT: Final = 4e-3
 MOST_ROUNDS: Final = 9
 ROWS: Final = (64, 512, 4096)
 WIDTHS: Final = (64, 256, 1024)
@@ -165,7 +170,7 @@ def curves(device: torch.device, dtype: torch.dtype, seconds: float) -> dict[Kin
                 continue
             if not number and _expected(kind, sizes, found) > slowest:
                 continue
-            so_far.append(_measure(operations.make(kind, sizes), device))
+            so_far.append(_measure(partial(operations.make, kind, sizes), device))
     return {name: curve for kind in GRIDS for name, curve in _curves_of(kind, found)}
 
 
@@ -201,14 +206,23 @@ def _curves_of(
             yield cast("Kind", name), Curve(GRIDS[kind], seconds, POWERS.get(kind, ()))
 
 
-def _measure(timed: Timed, device: torch.device) -> tuple[float, float]:
+def _measure(make: Callable[[], Timed], device: torch.device) -> tuple[float, float]:
     """Return the seconds of an operation's forward, and of its backward; 0 without one. The best of a few turns counts."""
-    forward = _best(timed.run, device)
-    if not timed.inputs:
+    copies = [make()]
+    once = _best(copies[0].run, device)
+    copies += [make() for _ in range(min(MOST_COPIES, int(ABOUT / once)) - 1)]
+    count = len(copies)
+
+    def run_all() -> None:
+        for each in copies:
+            each.run()
+
+    forward = _best(run_all, device) / count
+    if not copies[0].inputs:
         return forward, 0.0
-    out = timed.run()
-    grad = torch.ones_like(out)
-    return forward, _best(lambda: torch.autograd.grad(out, list(timed.inputs), grad, retain_graph=True), device)
+    outs, inputs = [each.run() for each in copies], [tensor for each in copies for tensor in each.inputs]
+    grads = [torch.ones_like(out) for out in outs]
+    return forward, _best(lambda: torch.autograd.grad(outs, inputs, grads, retain_graph=True), device) / count
 
 
 def _best(run: Callable[[], object], device: torch.device) -> float:

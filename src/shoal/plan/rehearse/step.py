@@ -339,9 +339,14 @@ class Rank:
         mode = self.case.checkpointing
         if mode == "none":
             return forward(x, around)
-        if mode == "full":
-            return self.layers.tape.checkpoint(lambda: forward(x, around), keeps=False)
-        return self.layers.tape.checkpoint(lambda: self._decided(forward, x, around), keeps=True)
+        work, tape = self.layers.work, self.layers.tape
+
+        def run() -> Tensor:
+            if tape.again:
+                work.op("again")
+            return forward(x, around) if mode == "full" else self._decided(forward, x, around)
+
+        return tape.checkpoint(run, keeps=mode != "full")
 
     def _decided(self, forward: Callable[[Tensor, Around], Tensor], x: Tensor, around: Around) -> Tensor:
         """Run a block whose every kernel selective checkpointing decides about."""

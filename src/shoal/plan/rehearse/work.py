@@ -19,7 +19,9 @@ Kind = Literal[
     "copy",  # bytes read and written
     "update",  # parameters: norm and clipping of their gradients, and the optimizer
     "dispatch",  # kernels that selective checkpointing decides about
+    "again",  # a block that backward computes again
     "turn", "step",  # a micro-batch, a step
+    "call", "function",  # on a CPU, an operation's cost beyond its own time; not counted, as each operation has it
 ]  # fmt: skip
 
 

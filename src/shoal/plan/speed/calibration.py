@@ -22,7 +22,7 @@ from shoal.plan.speed.rates import WIDTHS, Curve, Rates
 from shoal.system.cpu import model_name
 from shoal.system.disk import write_whole
 
-VERSION: Final = 1  # of the file
+VERSION: Final = 2  # of the file
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,14 @@ COSTS: Final[dict[Kind, tuple[float, float, int]]] = {
     "rms_norm": (2, 0, 1), "rms_norm back": (4, 0, 2), "layer_norm": (2, 0, 1), "layer_norm back": (4, 0, 2),
     "softmax": (2, 24, 12), "swiglu": (5, 0, 2), "swiglu back": (11, 0, 4), "gelu": (2, 0, 1), "gelu back": (3, 0, 1),
     "rotate": (5, 0, 3), "rotate back": (5, 0, 3), "add": (3, 0, 1), "embedding": (0, 8, 1), "embedding back": (0, 8, 2),
-    "sum": (0, 12, 1), "copy": (0, 1, 1), "update": (0, 40, 3), "dispatch": (0, 0, 0), "turn": (0, 0, 0), "step": (0, 0, 0),
+    "sum": (0, 12, 1), "copy": (0, 1, 1), "update": (0, 40, 3),
 }  # fmt: skip
-# Host seconds outside kernels: a micro-batch's own, a step's own, a decision of selective checkpointing
-OWN: Final[dict[Kind, float]] = {"turn": 5e-4, "step": 2e-3, "dispatch": 5e-5}
+# Host seconds outside kernels: a micro-batch's own, a step's own, a decision of selective checkpointing, a block computed again;
+# on a CPU, an operation's beyond its own time, where torch has it and where it is an autograd function of shoal's in Python
+OWN: Final[dict[Kind, float]] = {
+    "turn": 5e-4, "step": 2e-3, "dispatch": 5e-5, "again": 5e-4, "call": 1e-5, "function": 5e-5,
+}  # fmt: skip
+FUNCTIONS: Final = ("rms_norm", "rms_norm back", "swiglu", "swiglu back", "rotate", "rotate back")
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class Rates:
     The rates of a machine's processes, in a dtype of `width` bytes.
 
     curves: measured seconds of operations; those that are missing follow from the data sheet. links: measured seconds of messages
-    inside a node by the bytes that a rank sends. stretch: how much longer all takes than was measured.
+    inside a node by the ranks and the bytes that one sends. stretch: how much longer all takes than was measured.
     """
 
     machine: Machine
@@ -114,10 +118,10 @@ class Rates:
         kind, sizes = op
         if kind in self.curves:
             return self.stretch * self.curves[kind].at(_axes_of(op))
-        of_width, always, kernels = COSTS[kind]
         machine = self.machine
         if kind in OWN:
             return 0.0 if machine.cuda else OWN[kind]
+        of_width, always, kernels = COSTS[kind]
         flops, share = _flops(op)
         moved = (of_width * self.width + always) * math.prod(sizes)
         if kind.startswith("linear"):
@@ -128,20 +132,25 @@ class Rates:
         return max(compute, moved / (MEMORY * machine.memory), least)
 
     def host(self, op: Op) -> float:
-        """Return the seconds in which a GPU's host prepares an operation; on a CPU they are part of it."""
-        if not self.machine.cuda:
-            return 0.0
-        return OWN.get(op.kind, HOST * COSTS[op.kind][2])
+        """Return the seconds in which the host prepares an operation: on a GPU beside others, on a CPU before it."""
+        if op.kind in OWN:
+            return OWN[op.kind] if self.machine.cuda else 0.0
+        return HOST * COSTS[op.kind][2] if self.machine.cuda else self.device(Op(beyond(op)))
 
     def message(self, kind: str, ranks: int, size: int, *, far: bool) -> float:
         """Return the seconds of a collective over `ranks`, as a ring. size: as in `Work.messages`. far: whether it crosses nodes."""
         sent = size * ring_share(kind, ranks)
         if not far and kind in self.links:
-            return self.stretch * self.links[kind].at([max(1.0, sent)])
+            return self.stretch * self.links[kind].at([ranks, max(1.0, sent)])
         rate = self.machine.network if far else self.machine.link
         # a tree needs fewer rounds than a ring for what is small
         latency = LATENCY[self.machine.cuda][far] * (1 + math.log2(max(2, ranks)))
         return latency + sent / (LINK * rate)
+
+
+def beyond(op: Op) -> Kind:
+    """Return the kind of the seconds that an operation takes on a CPU beyond its own."""
+    return "function" if op.kind in FUNCTIONS else "call"
 
 
 def _flops(op: Op) -> tuple[int, float]:

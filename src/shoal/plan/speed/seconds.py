@@ -19,7 +19,7 @@ Part = Literal[
 ]  # fmt: skip
 PARTS: Final[dict[Kind, Part]] = {
     "linear": "products", "linear back": "products", "softmax": "loss", "update": "update", "turn": "overhead",
-    "step": "overhead", "dispatch": "overhead",
+    "step": "overhead", "dispatch": "overhead", "again": "overhead",
 }  # fmt: skip
 AXIS: Final = {"shard": "dp_shard", "batch": "dp_replicate"}  # the axis of the mesh along which messages travel
 # On GPUs, messages of parameters and gradients travel while this share of the products runs
@@ -60,11 +60,10 @@ def _of_rank(work: Work, layout: Layout, rates: Rates) -> dict[Part, float]:
             part = PARTS.get(op.kind, "attention" if "attention" in op.kind else "elementwise")
             parts[part] += times * rates.device(op)
             host += times * rates.host(op)
-    if rates.machine.cuda:
-        host += HOST_MESSAGE * sum(work.messages.values())
     device = sum(parts.values())
-    if host > device:
-        parts["host"] = host - device
+    if rates.machine.cuda:  # works ahead of the device
+        host = max(0.0, host + HOST_MESSAGE * sum(work.messages.values()) - device)
+    parts["host"] += host
     sent = _messages(work, layout, rates)
     for part in ("tp", "cp", "pp"):
         parts[part] += sent.get(part, 0.0)
