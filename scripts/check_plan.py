@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +127,8 @@ def draw_case(rng: random.Random, folder: Path) -> tuple[Config, Layout]:
             return rng.choice(legal)
 
 
-def measured(mesh: Mesh, config: Config, threads: int) -> tuple[int, float]:
-    """Return, in a worker: the most bytes alive in a step, and the median seconds of a step."""
-    torch.set_num_threads(threads)
+def memory_of(mesh: Mesh, config: Config) -> int:
+    """Return, in a worker: the most bytes alive in a step."""
     runs: list[Run] = []
 
     def open_run() -> None:
@@ -137,14 +136,21 @@ def measured(mesh: Mesh, config: Config, threads: int) -> tuple[int, float]:
         take_step(runs[0])
 
     most = most_alive(open_run, lambda: take_step(runs[0]))
-    run, times = runs[0], []
-    for _ in range(STEPS + 1):
+    runs[0].close()
+    return most
+
+
+def seconds_of(mesh: Mesh, config: Config, threads: int) -> float:
+    """Return, in a worker: the median seconds of a step."""
+    torch.set_num_threads(threads)
+    run, times = Run.open(config, mesh_for(mesh, config.parallel), NeverStop()), []
+    for _ in range(STEPS + 2):
         run.mesh.barrier()
         begun = time.perf_counter()
         take_step(run).read()
         times.append(time.perf_counter() - begun)
     run.close()
-    return most, statistics.median(times[1:])
+    return statistics.median(times[2:])
 
 
 def calibrated() -> Calibration:
@@ -160,12 +166,18 @@ def calibrated() -> Calibration:
 
 
 class Bench:
-    """Measures cases in processes that are kept; starts others if a case does not end, as on a machine that does other work."""
+    """
+    Measures cases in processes that are kept; starts others if a case does not end, as on a machine that does other work.
+
+    Time is measured in other processes than memory: after each use of torch's profiler, all messages of a process are slower
+    (a step with 150 messages took 0.6, then 1.7, then 2.4 s).
+    """
 
     def __init__(self, results: Path) -> None:
         """results: the folder of the lines, and of the calibration."""
         os.environ["XDG_STATE_HOME"] = str(results / "state")
-        self._results, self._calibration, self._worlds = results, calibrated(), Worlds()
+        self._results, self._calibration = results, calibrated()
+        self._timed, self._profiled = Worlds(), Worlds()
 
     def measure(self, name: str, cases: Sequence[tuple[int, Config, Layout]]) -> list[dict[str, Any]]:
         """Measure those cases that the file `name` lacks; return the lines of all. The number of a case is kept in its line."""
@@ -187,13 +199,9 @@ class Bench:
     def _line(self, config: Config, layout: Layout) -> dict[str, Any]:
         """Measure a case; return it beside its predictions, by calibrated rates and by those of a data sheet."""
         processes = layout.world_size
-        threads = max(1, count_cores() // processes)
-        try:
-            found = self._worlds[processes].run(measured, config, threads)
-        except TimeoutError:  # another program took the processor for long
-            self.close()
-            self._worlds = Worlds()
-            found = self._worlds[processes].run(measured, config, threads)
+        seconds = self._run(self._timed, processes, seconds_of, config, max(1, count_cores() // processes))
+        profiled = config.replace("launch", name=f"{config.launch.name}-memory")
+        most = self._run(self._profiled, processes, memory_of, profiled)
         need, machine = need_of(config, layout, cuda=False), machine_with(processes)
         rates = self._calibration.rates(machine, "float32")
         assert rates is not None
@@ -201,12 +209,20 @@ class Bench:
         return {
             "layout": str(layout), "processes": processes, "family": config.model.family,
             "checkpointing": config.train.activation_checkpointing, "width": config.model.dim,
-            "bytes": max(most for most, _ in found), "predicted_bytes": need.total,
-            "seconds": max(seconds for _, seconds in found), "parts": parts, "sheet": sheet,
+            "bytes": max(most), "predicted_bytes": need.total,
+            "seconds": max(seconds), "parts": parts, "sheet": sheet,
         }  # fmt: skip
 
+    def _run(self, worlds: Worlds, processes: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Call `function` on all ranks of a world; start another one if another program took the processor for long."""
+        try:
+            return worlds[processes].run(function, *args)
+        except TimeoutError:
+            return worlds[processes].run(function, *args)
+
     def close(self) -> None:
-        self._worlds.close()
+        self._timed.close()
+        self._profiled.close()
 
 
 def off_by(intervals: Sequence[Interval], lines: Sequence[dict[str, Any]]) -> list[float]:
@@ -350,7 +366,7 @@ def main() -> int:
     command = f"python scripts/check_plan.py --count {args.count} --ranked {args.ranked} --seed {args.seed}{link}"
     title = f"Messages limited to {args.link} by `tc`" if args.link else "Messages on the loopback"
     text = [
-        f"## {title}", "", f"`{command}`", "", *of_memory(lines), "", *of_time(lines, again), "", *of_ranks(ranked, lines), "",
+        f"## {title}", "", f"`{command}`", "", *of_memory(lines), "", *of_time(lines, again), "", *(of_ranks(ranked, lines) if ranked else []), "",
         "```", describe(), "```", "",
     ]  # fmt: skip
     print("\n".join(text))

@@ -52,6 +52,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "muon, many tokens": (1, {"optim__name": "muon"}),
     "replicas": (2, {}),
     "dp_shard": (2, {"parallel__dp_shard": 2, "train__micro_batch": 8}),
+    "dp_shard, untied, a large vocabulary": (
+        2,
+        {"parallel__dp_shard": 2, "train__micro_batch": 8, "model__tie_embeddings": False, "model__vocab_size": 8192},
+    ),
     "dp_shard, gradients of several micro-batches": (2, {"parallel__dp_shard": 2}),
     "tp": (2, {"parallel__tp": 2}),
     "tp, gpt2": (2, {"parallel__tp": 2, **GPT2}),
@@ -105,19 +109,22 @@ def test_a_rehearsed_step_needs_the_memory_of_a_real_one(
 
 
 @pytest.mark.parametrize(
-    ("layout", "mode"),
+    ("layout", "mode", "blocks"),
     [
-        (Layout(), "none"), (Layout(dp_shard=8), "full"), (Layout(dp_shard=8), "none"), (Layout(dp_shard=2, tp=2), "selective"),
-        (Layout(pp=4), "none"), (Layout(pp=2, dp_shard=2), "full"), (Layout(cp=2), "none"),
+        (Layout(), "none", 24), (Layout(dp_shard=8), "full", 24), (Layout(dp_shard=8), "none", 24),
+        (Layout(dp_shard=2, tp=2), "selective", 24), (Layout(pp=4), "none", 24), (Layout(pp=2, dp_shard=2), "full", 24),
+        (Layout(cp=2), "none", 24), (Layout(pp=2), "none", 25), (Layout(pp=4), "none", 21), (Layout(pp=4), "full", 23),
     ],
 )  # fmt: skip
-def test_many_blocks_need_what_few_predict(layout: Layout, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Model(dim=256, num_layers=24, num_heads=8, num_kv_heads=4, ffn_dim=768, vocab_size=2000)
+def test_many_blocks_need_what_few_predict(
+    layout: Layout, mode: Any, blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model(dim=256, num_layers=blocks, num_heads=8, num_kv_heads=4, ffn_dim=768, vocab_size=2000)
     train = Train(global_batch=64, micro_batch=2, dtype="bfloat16", activation_checkpointing=mode, steps=1)
     config = Config(model=model, data=Data(seq_len=256), train=train)
     few = fits.need_of(config, layout, cuda=True)
-    monkeypatch.setattr(fits, "FEW", (24,))
-    all_blocks = fits.need_of(config, layout, cuda=True)
+    monkeypatch.setattr(fits, "FEW", (blocks,))
+    all_blocks = fits.need_of(config, layout, cuda=True, few=(blocks,))
     assert few.total == all_blocks.total
     assert few.parts == all_blocks.parts
     assert few.sent == pytest.approx(all_blocks.sent)

@@ -14,7 +14,7 @@ from shoal.config.families import FAMILIES
 from shoal.config.layout import AXES, Layout
 from shoal.config.options import Config, Parallel
 from shoal.config.presets import resolve_shape
-from shoal.config.schedules import Schedule
+from shoal.config.schedules import Schedule, rank_stages, stage_blocks
 from shoal.plan.machine import Machine
 from shoal.plan.rehearse.layers import Kernels
 from shoal.plan.rehearse.step import Case, Rehearsal, rehearse
@@ -69,7 +69,7 @@ def need_of(
     width = 4 if config.train.dtype == "float32" else 2
     kernels = Kernels(cuda, width, tiles=not cuda and has_tiles(), copies=not cuda if copies is None else copies)
     once = partial(_rehearsed, kernels=kernels, granule=CUDA_GRANULE if cuda else 1)
-    found = [_extended(once, case, layout, turns, rank, few) for rank in sorted({0, layout.pp - 1})]
+    found = [_extended(once, case, layout, turns, rank, few) for rank in _ranks(case, layout)]
     return Need(
         config, layout, max((parts for parts, _ in found), key=lambda p: sum(p.values())), [w for _, w in found]
     )
@@ -128,7 +128,7 @@ def _extended(
     counts: Sequence[int | None] = few if blocks > max(few) else (None,)
     depths, deeper = _depths(case.schedule, layout.pp, turns, whole=case.sizes.num_layers % stages == 0)
     results = [[_rehearse(once, case, layout, Short(count, *depth), rank) for count in counts] for depth in depths]
-    grow = 0 if counts[0] is None else math.ceil(blocks) - counts[0]  # of the longest stage
+    grow = 0 if counts[0] is None else _blocks(case, layout, rank) - counts[0]
     # in an order that is the same each time
     phases = sorted(set.intersection(*(set(r.peaks) for row in results for r in row)))
     extended = []
@@ -154,6 +154,23 @@ def _extended(
     return {part: size for part, size in most.items() if size > 0}, work
 
 
+def _ranks(case: Case, layout: Layout) -> Sequence[int]:
+    """Return the ranks of a pipeline that differ: the first, the last, and the first of those between that has the most blocks."""
+    between = range(1, layout.pp - 1)
+    if not between or case.sizes.num_layers % (layout.pp * case.stages) == 0:
+        return sorted({0, layout.pp - 1})
+    return [0, max(between, key=lambda rank: _blocks(case, layout, rank)), layout.pp - 1]
+
+
+def _blocks(case: Case, layout: Layout, rank: int) -> float:
+    """Return the blocks of a rank's stages, on average."""
+    if layout.pp == 1:
+        return case.sizes.num_layers
+    blocks = stage_blocks(case.sizes.num_layers, layout.pp * case.stages)
+    mine = rank_stages(case.schedule, layout.pp, case.stages, rank)
+    return sum(len(blocks[stage]) for stage in mine) / len(mine)
+
+
 def _buffers(rehearsal: Rehearsal, part: str, micro_batches: int) -> int:
     """Return a pipeline's bytes of all micro-batches, which count as messages."""
     return (rehearsal.buffers + rehearsal.sent) * micro_batches if part == "messages" else 0
@@ -168,9 +185,8 @@ def _rehearse(once: partial[Rehearsal], case: Case, layout: Layout, short: Short
         layers = short.blocks
     case = dataclasses.replace(case, sizes=dataclasses.replace(case.sizes, num_layers=layers))
     shorter = dataclasses.replace(layout, pp=short.pp)
-    return once(
-        case, layout=_alike(shorter), micro_batches=short.micro_batches, pp_rank=short.pp - 1 if rank else 0
-    )  # fmt: skip
+    place = rank if short.pp == layout.pp else (short.pp - 1 if rank else 0)
+    return once(case, layout=_alike(shorter), micro_batches=short.micro_batches, pp_rank=place)
 
 
 def _alike(layout: Layout) -> Layout:

@@ -111,12 +111,13 @@ class Group:
                 self.added |= self.grads
                 self.grads = {}
             return
-        grads = [*self.added.values(), *self.grads.values()]
+        grads = {**self.added, **self.grads}
         self.added, self.grads = {}, {}
+        last = grads.get([*self.padded][-1])  # a variable of torch's loop holds it until the message is sent
         self.free()
         shared.sent = None
         buffer = Space(memory, "messages", self.count * FLOAT32)
-        shared.layers.work.op("copy", sum(grad.size for grad in grads) + buffer.size)
+        shared.layers.work.op("copy", sum(grad.size for grad in grads.values()) + buffer.size)
         grads.clear()
         shard = Space(memory, "gradients", self.count * FLOAT32 // shared.ranks)
         messages = shared.layers.work.messages
@@ -125,5 +126,6 @@ class Group:
             messages["all_reduce", "dp_replicate", shard.size] += 1
         if shared.layers.kernels.copies:  # gloo reduces a copy of the whole
             Space(memory, "messages", self.count * FLOAT32)
+        del last
         self.shards.append(shard)
         shared.sent = buffer
