@@ -114,6 +114,7 @@ def test_a_rehearsed_step_needs_the_memory_of_a_real_one(
         (Layout(), "none", 24), (Layout(dp_shard=8), "full", 24), (Layout(dp_shard=8), "none", 24),
         (Layout(dp_shard=2, tp=2), "selective", 24), (Layout(pp=4), "none", 24), (Layout(pp=2, dp_shard=2), "full", 24),
         (Layout(cp=2), "none", 24), (Layout(pp=2), "none", 25), (Layout(pp=4), "none", 21), (Layout(pp=4), "full", 23),
+        (Layout(pp=4, dp_shard=2), "none", 22),
     ],
 )  # fmt: skip
 def test_many_blocks_need_what_few_predict(

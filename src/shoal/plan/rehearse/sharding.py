@@ -52,7 +52,7 @@ class Group:
 
     def request(self) -> None:
         """Start the all-gather."""
-        if self.coming is not None or self.gathered:
+        if self.coming is not None or self.gathered or not self.padded:
             return
         layers, shared = self.shared.layers, self.shared
         narrow = layers.new(self.count // shared.ranks, self.width) if self.width != FLOAT32 else None
@@ -65,7 +65,7 @@ class Group:
 
     def gather(self, *, forward: bool) -> None:
         """Wait for the all-gather, and copy the parameters out of its buffer."""
-        if self.gathered:
+        if self.gathered or not self.padded:
             return
         self.request()
         shared = self.shared
@@ -97,6 +97,8 @@ class Group:
                 order[-1].request()
 
     def after_backward(self) -> None:
+        if not self.padded:  # outside the blocks of a stage between the first and the last
+            return
         memory, shared = self.shared.layers.tape.memory, self.shared
         for name in list(self.added):
             self.grads.pop(name, None)
