@@ -69,23 +69,21 @@ def _links(mesh: Mesh, seconds: float) -> dict[str, Curve]:
     found = dict[str, list[float]]()
     for size in sizes:
         for kind, times in _in_groups(mesh, size, seconds / len(sizes)).items():
-            # what was not measured takes as long for each byte as what was
-            times += [times[-1] * more / BYTES[len(times) - 1] for more in BYTES[len(times) :]]
             found.setdefault(kind, []).extend(times)
     return {kind: Curve([sizes, BYTES], times, powers=(0, 1)) for kind, times in found.items()}
 
 
 def _in_groups(mesh: Mesh, size: int, seconds: float) -> dict[str, list[float]]:
-    """Return the seconds of collectives in groups of `size` processes by `BYTES`, the largest of which may be missing."""
+    """Return the seconds of collectives in groups of `size` processes, by `BYTES`. After `seconds`, each is measured once."""
     measured = dict[str, list[float]]()
     group, _ = dist.new_subgroups(size)  # type: ignore[no-untyped-call]
     matrix = torch.ones(512, 512)
-    end = time.perf_counter() + seconds
+    end, late = time.perf_counter() + seconds, False
     for sent, turns in zip(BYTES, TURNS, strict=True):
         for kind, run in _collectives(group, mesh.device, sent).items():
             run()
             times = []
-            for _ in range(turns):
+            for _ in range(1 if late else turns):
                 mesh.barrier()
                 if mesh.device.type == "cpu":
                     torch.mm(matrix, matrix)
@@ -95,9 +93,7 @@ def _in_groups(mesh: Mesh, size: int, seconds: float) -> dict[str, list[float]]:
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - begun)
             measured.setdefault(kind, []).append(statistics.median(times))
-        late = mesh.sum(torch.tensor(float(time.perf_counter() > end), device=mesh.device))
-        if float(late) > 0:
-            break
+        late = float(mesh.sum(torch.tensor(float(time.perf_counter() > end), device=mesh.device))) > 0
     return measured
 
 

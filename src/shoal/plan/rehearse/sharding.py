@@ -4,7 +4,8 @@ The memory and messages of FSDP2, as `torch.distributed.fsdp` of torch 2.13 hand
 Read in `_fully_shard/_fsdp_param_group.py` and `_fsdp_collectives.py`: a group's parameters are gathered into one buffer and
 copied from it. In forward the buffer stays until the next group's is full; in backward it is freed at once, and the next
 group's is requested before this group computes. Gradients are copied into one buffer and reduce-scattered; that buffer stays
-until the next group's gradients are whole.
+until the next group's gradients are whole. In a pipeline (`torch/distributed/pipelining/stage.py`), parameters stay gathered after
+backward, and all groups are reduced after a stage's last one, the root first.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Shared:
     held: Space | None = None  # forward's last gathered buffer
     sent: Space | None = None  # backward's last sent buffer
     sync: bool = True  # whether this backward reduces
+    stays: bool = False  # whether parameters stay gathered after a backward that does not
 
 
 class Group:
@@ -103,7 +105,8 @@ class Group:
         for name in list(self.added):
             self.grads.pop(name, None)
         if not shared.sync:
-            self.free()
+            if not shared.stays:
+                self.free()
             if self.width != FLOAT32:
                 for name, grad in list(self.grads.items()):
                     self.added[name] = Space(memory, "gradients", grad.size // self.width * FLOAT32)

@@ -358,9 +358,14 @@ class Rank:
             work.op("dispatch", times=work.done.total() - before)
 
     def _backward(self, index: int, out: Tensor, *, last: bool) -> None:
+        pipelined = self.layout.pp > 1
         if self.shared:
-            self.shared[index].sync = last
-        self.layers.tape.backward(out, split=self.case.schedule in V_SHAPED and self.layout.pp > 1)
+            self.shared[index].sync, self.shared[index].stays = last and not pipelined, pipelined
+        self.layers.tape.backward(out, split=self.case.schedule in V_SHAPED and pipelined)
         if self.shared:
             self.layers.tape.memory.begin("gradients outside the blocks")
             self.groups[index][""].after_backward()
+        if self.shared and pipelined and last:
+            self.shared[index].sync = True
+            for name in ["", *map(str, self.stages[index].blocks)]:
+                self.groups[index][name].after_backward()
