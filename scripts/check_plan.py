@@ -69,6 +69,7 @@ LONGEST = 0.6  # predicted seconds of a step; more would take the script too lon
 STEPS = 7  # timed in each case, after two others
 OPEN = "open"  # the folder of a run without --link
 AGAIN = 10  # every tenth case is measured a second time
+FRESH = 25  # cases after which processes are started anew: they keep memory, a profiled one 1 GB after 25 cases
 FIRST = 20  # cases whose errors are told apart from those of later ones
 INSIDE = "SHOAL_CHECK_PLAN_LINK"  # set inside the namespace
 
@@ -169,8 +170,8 @@ class Bench:
     """
     Measures cases in processes that are kept; starts others if a case does not end, as on a machine that does other work.
 
-    Time is measured in other processes than memory: after each use of torch's profiler, all messages of a process are slower
-    (a step with 150 messages took 0.6, then 1.7, then 2.4 s).
+    Time is measured in other processes than memory: in those that torch's profiler has recorded, steps became slower from case to
+    case (one with 150 messages took 0.6, then 1.7, then 2.4 s).
     """
 
     def __init__(self, results: Path) -> None:
@@ -178,6 +179,7 @@ class Bench:
         os.environ["XDG_STATE_HOME"] = str(results / "state")
         self._results, self._calibration = results, calibrated()
         self._timed, self._profiled = Worlds(), Worlds()
+        self._count = 0
 
     def measure(self, name: str, cases: Sequence[tuple[int, Config, Layout]]) -> list[dict[str, Any]]:
         """Measure those cases that the file `name` lacks; return the lines of all. The number of a case is kept in its line."""
@@ -201,6 +203,9 @@ class Bench:
         processes = layout.world_size
         seconds = self._run(self._timed, processes, seconds_of, config, max(1, count_cores() // processes))
         profiled = config.replace("launch", name=f"{config.launch.name}-memory")
+        self._count += 1
+        if self._count % FRESH == 0:
+            self.close()
         most = self._run(self._profiled, processes, memory_of, profiled)
         need, machine = need_of(config, layout, cuda=False), machine_with(processes)
         rates = self._calibration.rates(machine, "float32")
@@ -355,9 +360,9 @@ def main() -> int:
     results.mkdir(parents=True, exist_ok=True)
     bench = Bench(results)
     with tempfile.TemporaryDirectory(prefix="shoal-check-plan-") as name:
-        rng, folder = random.Random(args.seed + results.name), Path(name)
+        folder, rng, ranking = Path(name), *(random.Random(args.seed + results.name + of) for of in ("", "ranked"))
         cases = [(number, *draw_case(rng, folder)) for number in range(args.count)]
-        models = draw_models(rng, args.ranked, folder)
+        models = draw_models(ranking, args.ranked, folder)
         lines = bench.measure("cases", cases)
         again = bench.measure("again", cases[::AGAIN])
         ranked = bench.measure("ranked", models)
