@@ -340,7 +340,8 @@ def enter(link: str) -> None:
 
 def write_page() -> None:
     """Write what the folders of results hold."""
-    found = [file.read_text(encoding="utf-8") for file in sorted(RESULTS.glob("*/summary.md"))]
+    files = sorted(RESULTS.glob("*/summary.md"), key=lambda file: file.parent.name != OPEN)
+    found = [file.read_text(encoding="utf-8") for file in files]
     PAGE.write_text("\n".join(["# The planner against real runs", "", *found]), encoding="utf-8")
 
 
@@ -371,7 +372,7 @@ def main() -> int:
     command = f"python scripts/check_plan.py --count {args.count} --ranked {args.ranked} --seed {args.seed}{link}"
     title = f"Messages limited to {args.link} by `tc`" if args.link else "Messages on the loopback"
     text = [
-        f"## {title}", "", f"`{command}`", "", *of_memory(lines), "", *of_time(lines, again), "", *(of_ranks(ranked, lines) if ranked else []), "",
+        f"## {title}", "", f"`{command}`", "", *of_memory(lines), "", *of_time(lines, again), "", *([*of_ranks(ranked, lines), ""] if ranked else []),
         "```", describe(), "```", "",
     ]  # fmt: skip
     print("\n".join(text))
