@@ -69,7 +69,7 @@ LONGEST = 0.6  # predicted seconds of a step; more would take the script too lon
 STEPS = 7  # timed in each case, after two others
 OPEN = "open"  # the folder of a run without --link
 AGAIN = 10  # every tenth case is measured a second time
-FRESH = 25  # cases after which processes are started anew: they keep memory, a profiled one 1 GB after 25 cases
+FRESH = 25  # cases after which processes are restarted: they keep memory, a profiled one 1 GB after 25 cases
 FIRST = 20  # cases whose errors are told apart from those of later ones
 INSIDE = "SHOAL_CHECK_PLAN_LINK"  # set inside the namespace
 
@@ -372,8 +372,8 @@ def main() -> int:
     command = f"python scripts/check_plan.py --count {args.count} --ranked {args.ranked} --seed {args.seed}{link}"
     title = f"Messages limited to {args.link} by `tc`" if args.link else "Messages on the loopback"
     text = [
-        f"## {title}", "", f"`{command}`", "", *of_memory(lines), "", *of_time(lines, again), "", *([*of_ranks(ranked, lines), ""] if ranked else []),
-        "```", describe(), "```", "",
+        f"## {title}", "", f"`{command}`", "", *of_memory(lines), "", *of_time(lines, again), "",
+        *([*of_ranks(ranked, lines), ""] if ranked else []), "```", describe(), "```", "",
     ]  # fmt: skip
     print("\n".join(text))
     (results / "summary.md").write_text("\n".join(text), encoding="utf-8")
