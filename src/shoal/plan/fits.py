@@ -146,8 +146,8 @@ def _extended(
         extended.append(peak)
     most = max(extended, key=lambda parts: sum(parts.values()))
     works = [row[0].work.toward(row[-1].work, grow) for row in results]
-    (first, turns_of_first), (last, turns_of_last) = depths[0], depths[-1]
-    if first == last and turns_of_first < turns_of_last:  # micro-batches of one pipeline
+    turns_of_first, turns_of_last = depths[0][1], depths[-1][1]
+    if turns_of_first < turns_of_last:
         work = works[0].toward(works[1], (turns - turns_of_first) / (turns_of_last - turns_of_first))
     else:
         work = works[0].times(turns / turns_of_first)
