@@ -54,14 +54,14 @@ def test_too_few_held_out_tokens_for_a_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "says"),
     [
-        ({"val_paths": ["."]}, "data.val_paths has no effect on a stdlib corpus; remove it"),
-        ({"corpus": "datasets", "paths": ["a/b"], "val_paths": ["."]}, "no effect on a datasets corpus; set data.val_split"),
+        ({"val_paths": ["docs"]}, "data.val_paths has no effect on a stdlib corpus; remove it"),
+        ({"corpus": "datasets", "paths": ["a/b"], "val_paths": ["docs"]}, "no effect on a datasets corpus; set data.val_split"),
         ({"corpus": "datasets", "paths": ["a/b"], "val_split": "train"}, "data.val_split is data.split"),
         ({"corpus": "datasets", "paths": ["a/b"], "val_split": "test", "val_fraction": 0.1}, "data.val_split says what is held out"),
-        ({"corpus": "text", "paths": ["."], "val_split": "test"}, "data.val_split has no effect on a text corpus"),
-        ({"corpus": "text", "paths": ["."], "val_paths": ["."], "val_fraction": 0.1}, "data.val_paths says what is held out"),
-        ({"corpus": "text", "paths": ["."], "val_paths": ["gone"]}, "data.val_paths does not exist: gone"),
-        ({"sources": {"a": {"paths": ["."], "val_paths": ["."]}}, "val_fraction": 0.1}, "data.sources.a.val_paths says what"),
+        ({"corpus": "text", "paths": ["docs"], "val_split": "test"}, "data.val_split has no effect on a text corpus"),
+        ({"corpus": "text", "paths": ["docs"], "val_paths": ["docs"], "val_fraction": 0.1}, "data.val_paths says what is held out"),
+        ({"corpus": "text", "paths": ["docs"], "val_paths": ["gone"]}, "data.val_paths does not exist: gone"),
+        ({"sources": {"a": {"paths": ["docs"], "val_paths": ["docs"]}}, "val_fraction": 0.1}, "data.sources.a.val_paths says what"),
     ],
 )  # fmt: skip
 def test_options_that_contradict(tmp_path: Path, data: dict[str, Any], says: str) -> None:
