@@ -179,13 +179,14 @@ class Bench:
         os.environ["XDG_STATE_HOME"] = str(results / "state")
         self._results, self._calibration = results, calibrated()
         self._timed, self._profiled = Worlds(), Worlds()
-        self._count = 0
 
     def measure(self, name: str, cases: Sequence[tuple[int, Config, Layout]]) -> list[dict[str, Any]]:
         """Measure those cases that the file `name` lacks; return the lines of all. The number of a case is kept in its line."""
         file = self._results / f"{name}.jsonl"
         lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
         for place, (number, config, layout) in enumerate(cases[len(lines) :], len(lines) + 1):
+            if place % FRESH == 0:
+                self.close()
             named = config.replace("launch", name=f"{name}-{place}")
             line = {"case": number, **self._line(named, layout)}
             lines.append(line)
@@ -203,9 +204,6 @@ class Bench:
         processes = layout.world_size
         seconds = self._run(self._timed, processes, seconds_of, config, max(1, count_cores() // processes))
         profiled = config.replace("launch", name=f"{config.launch.name}-memory")
-        self._count += 1
-        if self._count % FRESH == 0:
-            self.close()
         most = self._run(self._profiled, processes, memory_of, profiled)
         need, machine = need_of(config, layout, cuda=False), machine_with(processes)
         rates = self._calibration.rates(machine, "float32")
@@ -361,7 +359,8 @@ def main() -> int:
     results.mkdir(parents=True, exist_ok=True)
     bench = Bench(results)
     with tempfile.TemporaryDirectory(prefix="shoal-check-plan-") as name:
-        folder, rng, ranking = Path(name), *(random.Random(args.seed + results.name + of) for of in ("", "ranked"))
+        folder, seed = Path(name), args.seed + results.name
+        rng, ranking = random.Random(seed), random.Random(seed + "ranked")
         cases = [(number, *draw_case(rng, folder)) for number in range(args.count)]
         models = draw_models(ranking, args.ranked, folder)
         lines = bench.measure("cases", cases)

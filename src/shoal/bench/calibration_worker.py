@@ -60,7 +60,7 @@ def main(answer: Path, dtype: str, seconds: float, threads: int) -> None:
 
 def _links(mesh: Mesh, seconds: float) -> dict[str, Curve]:
     """
-    Return the seconds of each collective in groups of 2, ... all processes, which send at the same time, by the bytes that a rank sends.
+    Return the seconds of each collective by the size of the groups, which all send at the same time, and the bytes that a rank sends.
 
     On CPUs each follows a product, as in a step: gloo's threads then wait for a core that a computing thread has just had, which
     took 3 ms where messages one after another took 0.6 (two processes on two cores).

@@ -37,7 +37,7 @@ def host_costs(rates: Rates, dtype: str, seconds: float) -> dict[Kind, Curve]:
     """
     Return the seconds that a CPU's steps spend outside the operations' own times: Python, autograd, dispatch, cold caches.
 
-    rates: those of single operations. They were measured one by one, again and again; in a step each follows another one.
+    rates: those of single operations, each of which was measured in a row of its like; in a step it follows another kind.
     The costs fit the steps' times best, relative to each. seconds: of measuring; each case is measured at least twice.
     """
     torch.manual_seed(0)

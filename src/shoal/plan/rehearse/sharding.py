@@ -25,11 +25,11 @@ class Shared:
     ranks: int
     replicas: int
     resharded: bool  # after forward
+    stays: bool  # whether parameters stay gathered after a backward that does not reduce, as in a pipeline
     order: list[Group] = field(default_factory=list)
     held: Space | None = None  # forward's last gathered buffer
     sent: Space | None = None  # backward's last sent buffer
     sync: bool = True  # whether this backward reduces
-    stays: bool = False  # whether parameters stay gathered after a backward that does not
 
 
 class Group:
@@ -54,7 +54,7 @@ class Group:
 
     def request(self) -> None:
         """Start the all-gather."""
-        if self.coming is not None or self.gathered or not self.padded:
+        if self.coming is not None or self.gathered:
             return
         layers, shared = self.shared.layers, self.shared
         narrow = layers.new(self.count // shared.ranks, self.width) if self.width != FLOAT32 else None
@@ -67,7 +67,7 @@ class Group:
 
     def gather(self, *, forward: bool) -> None:
         """Wait for the all-gather, and copy the parameters out of its buffer."""
-        if self.gathered or not self.padded:
+        if self.gathered:
             return
         self.request()
         shared = self.shared
@@ -99,8 +99,6 @@ class Group:
                 order[-1].request()
 
     def after_backward(self) -> None:
-        if not self.padded:  # outside the blocks of a stage between the first and the last
-            return
         memory, shared = self.shared.layers.tape.memory, self.shared
         for name in list(self.added):
             self.grads.pop(name, None)

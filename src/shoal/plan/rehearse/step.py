@@ -162,10 +162,14 @@ class Rank:
     def _hold_sharded(self, shapes: Mapping[str, Mapping[str, Shape]]) -> None:
         layout = self.layout
         shared = Shared(
-            self.layers, layout.dp_shard * layout.cp, layout.dp_replicate, self.case.resharded
+            self.layers, layout.dp_shard * layout.cp, layout.dp_replicate, self.case.resharded, stays=layout.pp > 1
         )  # fmt: skip
-        groups, weights = {}, {}
+        groups: dict[str, Group] = {}
+        weights: dict[str, dict[str, Tensor]] = {}
         for name, own in shapes.items():
+            weights[name] = {}
+            if not own:  # outside the blocks of a stage between the first and the last: FSDP2 makes no group
+                continue
             width = self.layers.kernels.width if name else FLOAT32
             group = groups[name] = Group(shared, own, width, is_root=not name)
             for rows, row in own.values():
@@ -301,7 +305,7 @@ class Rank:
             layers.tape.memory.begin("loss")
             x = leave(layers, sizes, root, x)
         del shared
-        if outer is not None:
+        if self.shared:
             self.shared[index].held = None
         return x
 
@@ -360,12 +364,14 @@ class Rank:
     def _backward(self, index: int, out: Tensor, *, last: bool) -> None:
         pipelined = self.layout.pp > 1
         if self.shared:
-            self.shared[index].sync, self.shared[index].stays = last and not pipelined, pipelined
+            self.shared[index].sync = last and not pipelined
         self.layers.tape.backward(out, split=self.case.schedule in V_SHAPED and pipelined)
         if self.shared:
+            groups = self.groups[index]
             self.layers.tape.memory.begin("gradients outside the blocks")
-            self.groups[index][""].after_backward()
-        if self.shared and pipelined and last:
-            self.shared[index].sync = True
-            for name in ["", *map(str, self.stages[index].blocks)]:
-                self.groups[index][name].after_backward()
+            if "" in groups:
+                groups[""].after_backward()
+            if pipelined and last:
+                self.shared[index].sync = True
+                for name in sorted(groups, key=bool):  # the root, then the blocks in order
+                    groups[name].after_backward()
