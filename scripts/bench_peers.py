@@ -2,8 +2,9 @@
 Time shoal beside other trainers on the same model, batch, tokens and initial weights: `python scripts/bench_peers.py`.
 
 Each peer is installed into an environment of its own, `build/peers/NAME`; one that does not install is reported and skipped.
-Contenders run in turns, each run in a new process, and ratios are taken within turns. Every finished turn is kept in
-`build/peers/results.jsonl`: the same command resumes. When all turns are done, it writes the page and its pictures.
+Contenders, each in a process of its own, take their steps in turns, and ratios are those of neighboring steps. Every finished
+turn is kept in `build/peers/results.jsonl`: the same command resumes. When all turns are done, it writes the page and its
+pictures.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{NO_BFLOAT16}: skipped", file=sys.stderr)
     cases = [make_case(shape, dtype, asked) for shape in asked.shapes for dtype in dtypes]
     planned = turns(cases, [name for name in asked.peers if name not in errors], asked.repeats)
-    timings = time_turns(planned, FOLDER / "results.jsonl", asked.minutes, asked.attempts)
+    timings = time_turns(planned, FOLDER / "results.jsonl", asked.minutes)
     left = sum(not of_turn(turn, timings) for turn in planned)
     if left:
         print(f"{len(planned) - left} of {len(planned)} turns are timed; the same command continues", file=sys.stderr)
@@ -60,13 +61,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=count_cores(), help="CPU threads of each contender; default: the cores"
     )
-    parser.add_argument(
-        "--attempts", type=int, default=2, help="runs of a contender, at most, if other programs disturb it"
-    )
-    parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall",
-        help="cpu: count the CPU time of a process of one thread, for a machine that other programs use",
-    )  # fmt: skip
     parser.add_argument("--minutes", type=float, help="start no turn after this time; the same command continues later")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs" / "benchmarks", help="folder of the page and its pictures"
@@ -74,10 +68,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     asked = parser.parse_args(argv)
     if asked.steps is not None and asked.steps < FEWEST_STEPS:
         parser.error(f"--steps {asked.steps}: the first steps warm up; at least {FEWEST_STEPS} are needed")
-    if asked.clock == "cpu" and asked.threads != 1:
-        parser.error(
-            f"--clock cpu needs --threads 1, not {asked.threads}: a waiting thread spins, which costs CPU time"
-        )
     return asked
 
 
@@ -107,10 +97,10 @@ def make_case(shape: str, dtype: str, asked: argparse.Namespace) -> Case:
         "train.micro_batch": str(one.train.global_batch // 2),
     }
     split = recipe_of(shape, FOLDER, options | halves)
-    return Case(shape, dtype, asked.clock, prepare(one, folder), folder, one, split)
+    return Case(shape, dtype, prepare(one, folder), folder, one, split)
 
 
-def time_turns(planned: Sequence[Turn], results: Path, minutes: float | None, attempts: int) -> list[Timing]:
+def time_turns(planned: Sequence[Turn], results: Path, minutes: float | None) -> list[Timing]:
     """Take the turns that are due, until the time is up; return all timings."""
     begun, timings = time.monotonic(), read(results)
     for turn in planned:
@@ -118,7 +108,7 @@ def time_turns(planned: Sequence[Turn], results: Path, minutes: float | None, at
             continue
         if minutes is not None and time.monotonic() - begun > 60 * minutes:
             break
-        found = take(turn, FOLDER, attempts)
+        found = take(turn, FOLDER)
         with results.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(dataclasses.asdict(timing)) + "\n" for timing in found)
         timings += found

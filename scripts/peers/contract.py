@@ -12,16 +12,19 @@ import json
 import math
 import os
 import resource
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+
+TURNS: Final = "PEERS_TURNS"  # path of the socket of the benchmark, which lets one contender work at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,24 +73,50 @@ class Spec:
         return self.batch * self.seq_len
 
 
+class Turns:
+    """The turns of this process: between two steps it waits until the benchmark lets it go on. Without a benchmark it never waits."""
+
+    def __init__(self) -> None:
+        self._benchmark: socket.socket | None = None
+        if TURNS in os.environ:
+            self._benchmark = socket.socket(socket.AF_UNIX)
+            self._benchmark.connect(os.environ[TURNS])
+
+    def wait(self) -> None:
+        """End this turn and wait for the next; end the process if the benchmark has ended."""
+        if self._benchmark is not None:
+            self._benchmark.sendall(b".")
+            if not self._benchmark.recv(1):
+                os._exit(1)
+
+
 @dataclass
 class Recorder:
-    """Each step's seconds and loss. A step lasts from the end of the step before it, so that it includes reading its batch."""
+    """
+    Each step's seconds and loss. A step lasts from the end of the step before it, so that it includes reading its batch.
+
+    The time between two turns is not counted.
+    """
 
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    _turns: Turns = field(default_factory=Turns)
     _last: float = 0.0
 
     def start(self) -> None:
         """Begin the first step."""
+        self._turns.wait()
         self._last = time.perf_counter()
 
     def step(self, loss: Tensor) -> None:
         """End a step whose mean loss per token is `loss`."""
-        now = time.perf_counter()
-        self.seconds.append(now - self._last)
         self.losses.append(loss.item())
-        self._last = now
+        self.tick()
+
+    def tick(self) -> None:
+        """End a step."""
+        self.seconds.append(time.perf_counter() - self._last)
+        self.start()
 
 
 class Rows(Dataset[dict[str, Tensor]]):
@@ -164,13 +193,20 @@ def answer(train: Callable[[Spec, Recorder], nn.Module], packages: Sequence[str]
     torch.set_num_threads(spec.threads)
     recorder = Recorder()
     model = train(spec, recorder)
-    told = {
-        "seconds": recorder.seconds,
-        "losses": recorder.losses,
-        "parameters": count_parameters(model),
-        "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", *packages)},
-    }
-    Path(sys.argv[2]).write_text(json.dumps(told), encoding="utf-8")
+    parameters = count_parameters(model)
+    write_answer(Path(sys.argv[2]), recorder, parameters=parameters, versions=versions(("torch", *packages)))
     sys.stdout.flush()
     os._exit(0)
+
+
+def write_answer(file: Path, recorder: Recorder, **more: Any) -> None:
+    """Write what was measured in this process. more: further keys."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    told = {"seconds": recorder.seconds, "losses": recorder.losses, "memory_bytes": memory, **more}
+    file.write_text(json.dumps(told), encoding="utf-8")
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Return the installed versions."""
+    return {name: importlib.metadata.version(name) for name in packages}

@@ -52,16 +52,17 @@ class Bench:
 
 @dataclass(frozen=True)
 class Spread:
-    """A median with the lowest and the highest."""
+    """A median with the lower and the upper quartile."""
 
     middle: float
-    lowest: float
-    highest: float
+    lower: float
+    upper: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Return the spread of values."""
-        return cls(statistics.median(values), min(values), max(values))
+        """Return the spread of at least two values."""
+        lower, _, upper = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(statistics.median(values), lower, upper)
 
 
 class Found:
@@ -81,22 +82,20 @@ class Found:
         return {t.contender: t.error for turn in self._turns for t in turn if t.error}
 
     def speed(self, contender: str) -> Spread:
-        """Return tokens/s."""
-        return Spread.of([self.case.spec.tokens_per_step / run.step_seconds for run in self.runs(contender)])
+        """Return tokens/s, over all steps."""
+        tokens = self.case.spec.tokens_per_step
+        return Spread.of([tokens / seconds for run in self.runs(contender) for seconds in run.steps])
+
+    def _neighbors(self, contender: str, other: str) -> Iterator[tuple[float, float]]:
+        """Yield the seconds of neighboring steps of two contenders."""
+        for turn in self._turns:
+            by_name = {t.contender: t for t in turn if not t.error}
+            if contender in by_name and other in by_name:
+                yield from zip(by_name[contender].steps, by_name[other].steps, strict=True)
 
     def ratio(self, contender: str, other: str = SHOAL) -> Spread:
-        """Return how many times as fast as `contender` the `other` is, within turns."""
-        pairs = ({t.contender: t for t in turn if not t.error} for turn in self._turns)
-        both = [(p[contender].step_seconds, p[other].step_seconds) for p in pairs if contender in p and other in p]
-        return Spread.of([theirs / ours for theirs, ours in both])
-
-    def fastest_ratio(self, contender: str) -> float:
-        """Return how many times as fast as a contender shoal is, by the fastest step of one run of each within a turn."""
-        pairs = ({t.contender: t for t in turn if not t.error} for turn in self._turns)
-        both = [
-            (p[contender].fastest_seconds, p[SHOAL].fastest_seconds) for p in pairs if contender in p and SHOAL in p
-        ]
-        return statistics.median(theirs / ours for theirs, ours in both)
+        """Return how many times as fast as `contender` the `other` is, over neighboring steps."""
+        return Spread.of([theirs / ours for theirs, ours in self._neighbors(contender, other)])
 
     @property
     def is_disturbed(self) -> bool:
@@ -105,21 +104,15 @@ class Found:
 
     @cached_property
     def of_products(self) -> Spread:
-        """Shoal's model FLOP/s relative to the rate of the model's own matrix products, within turns."""
+        """Shoal's model FLOP/s relative to the rate of the model's own matrix products, over neighboring steps."""
         case = self.case
         work = flops_per_token(case.config.model, case.spec.seq_len) * case.spec.tokens_per_step
-        found = []
-        for turn in self._turns:
-            by_name = {t.contender: t for t in turn if not t.error}
-            if PRODUCTS in by_name and SHOAL in by_name:
-                told = by_name[PRODUCTS].answer
-                rate = told["product_flops"] / told["product_seconds"]
-                found.append(work / by_name[SHOAL].step_seconds / rate)
-        return Spread.of(found)
+        products = self.runs(PRODUCTS)[0].answer["product_flops"]
+        return Spread.of([work / ours * theirs / products for theirs, ours in self._neighbors(PRODUCTS, SHOAL)])
 
     def product_rate(self) -> Spread:
         """Return FLOP/s of the model's matrix products alone."""
-        return Spread.of([r.answer["product_flops"] / r.answer["product_seconds"] for r in self.runs(PRODUCTS)])
+        return Spread.of([run.answer["product_flops"] / s for run in self.runs(PRODUCTS) for s in run.steps])
 
     def loss_differences(self, contender: str) -> list[float]:
         """Return the distance of a contender's loss from shoal's at each step."""
@@ -164,13 +157,10 @@ def _page(bench: Bench, found: Sequence[Found]) -> Iterator[str]:
     yield "threads, AdamW, learning rate, weight decay and clipping. No dropout, no `torch.compile`, float32 master weights.\n"
     yield f"Command: `{bench.command}`\n"
     yield f"```\n{describe()}\n```\n"
-    yield f"Each run has a new process; its figure is the median step after {WARMUP_STEPS} warmup steps. Contenders run in turns. A"
-    yield "ratio is the median of the ratios within a turn, so that a drift of the machine's speed does not affect it; the lowest and"
-    yield "the highest follow in parentheses. The ratio of the fastest steps compares the fastest step of each run in a turn: other"
-    yield f"programs disturb it least. shoal gets the environment variables that `shoal train` sets. {_others(bench)}\n"
-    if bench.cases[0].clock == "cpu":
-        yield "**The CPU time of a process of one thread was counted**, because other programs used the machine: tokens/s are"
-        yield "tokens per second of CPU time, and there are no figures for two threads or two processes.\n"
+    yield "Contenders take their steps in turns: each has a process of its own, which waits while another works. A ratio is the"
+    yield "median over neighboring steps, so that a drift of the machine's speed does not affect it; the quartiles follow in parentheses."
+    yield f"The first {WARMUP_STEPS} steps of a process do not count. shoal gets the environment variables that `shoal train` sets."
+    yield f"{_others(bench)}\n"
     yield "![Tokens/s of each contender](peers-speed.svg)\n"
     yield from _targets(found)
     for each in found:
@@ -183,7 +173,7 @@ def _others(bench: Bench) -> str:
     used = [t.others for turn in bench.planned for t in of_turn(turn, bench.timings)]
     return (
         f"Other programs used {100 * statistics.median(used):.0f}% of the cores (median), and {100 * max(used):.0f}% "
-        "during the most disturbed run."
+        "in the most disturbed turn."
     )
 
 
@@ -195,14 +185,14 @@ def _case(found: Found) -> Iterator[str]:
         f"{spec.vocab_size:,}{', tied' if spec.tie_embeddings else ''}; {spec.batch} x {spec.seq_len} tokens a step, "
         f"threads: {spec.threads}, {spec.steps} steps.\n"
     )
-    yield "| | tokens/s | lowest, highest | shoal's speed is x times this | by the fastest steps | peak memory | parameters | last loss |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield "| | tokens/s | quartiles | shoal's speed is x times this | peak memory | parameters | last loss |"
+    yield "| --- | --- | --- | --- | --- | --- | --- |"
     for name in found.names:
         speed, told = found.speed(name), found.runs(name)[0].answer
         memory = statistics.median(run.answer["memory_bytes"] for run in found.runs(name)) / 2**20
-        ratio = " | " if name == SHOAL else f"{_times(found.ratio(name))} | {found.fastest_ratio(name):.2f}"
+        ratio = "" if name == SHOAL else _times(found.ratio(name))
         yield (
-            f"| {title_of(name)} | {speed.middle:,.0f} | {speed.lowest:,.0f}, {speed.highest:,.0f} | {ratio} | "
+            f"| {title_of(name)} | {speed.middle:,.0f} | {speed.lower:,.0f}, {speed.upper:,.0f} | {ratio} | "
             f"{memory:,.0f} MiB | {told['parameters']:,} | {told['losses'][-1]:.4f} |"
         )
     for name, error in found.errors().items():
@@ -210,8 +200,8 @@ def _case(found: Found) -> Iterator[str]:
     rate, share = found.product_rate(), found.of_products
     yield (
         f"\nThe matrix products of these linear layers alone run at {rate.middle / 1e9:.0f} GFLOP/s "
-        f"({rate.lowest / 1e9:.0f} to {rate.highest / 1e9:.0f}). shoal's step, with its attention, reaches "
-        f"{100 * share.middle:.0f}% of that ({100 * share.lowest:.0f} to {100 * share.highest:.0f})."
+        f"({rate.lower / 1e9:.0f} to {rate.upper / 1e9:.0f}). shoal's step, with its attention, reaches "
+        f"{100 * share.middle:.0f}% of that ({100 * share.lower:.0f} to {100 * share.upper:.0f})."
     )
     if found.runs(TWO_PROCESSES):
         threads = f"{found.case.split.launch.threads} thread(s)"
@@ -223,7 +213,7 @@ def _case(found: Found) -> Iterator[str]:
 
 
 def _times(spread: Spread) -> str:
-    return f"{spread.middle:.2f} ({spread.lowest:.2f} to {spread.highest:.2f})"
+    return f"{spread.middle:.2f} ({spread.lower:.2f} to {spread.upper:.2f})"
 
 
 def _targets(found: Sequence[Found]) -> Iterator[str]:

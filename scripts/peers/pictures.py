@@ -11,7 +11,7 @@ from shoal.report.pictures.canvas import canvas, color, dash, save, thousands
 SMALLEST: Final = 1e-7  # distance of losses that is drawn; float32 rounds at about this
 
 Losses = Mapping[str, Sequence[float]]  # by contender
-Speeds = Mapping[str, Mapping[str, float]]  # middle, lowest and highest by contender
+Speeds = Mapping[str, Mapping[str, float]]  # middle, lower and upper by contender
 
 
 def draw_losses(cases: Mapping[str, Losses], file: Path) -> None:
@@ -46,15 +46,15 @@ def draw_losses(cases: Mapping[str, Losses], file: Path) -> None:
 
 
 def draw_speeds(cases: Mapping[str, Speeds], file: Path) -> None:
-    """Draw tokens/s: a panel for each case, a bar for each contender, with a line from the lowest to the highest run."""
+    """Draw tokens/s: a panel for each case, a bar for each contender, with a line between the quartiles of its steps."""
     everyone = _all_names(cases)
     with canvas(4.5 * len(cases), 3.0) as figure:
         panels = figure.subplots(1, len(cases), squeeze=False)[0]
         for axes, (title, speeds) in zip(panels, cases.items(), strict=True):
             names = list(speeds)
             middle = [speeds[name]["middle"] for name in names]
-            below = [speeds[name]["middle"] - speeds[name]["lowest"] for name in names]
-            above = [speeds[name]["highest"] - speeds[name]["middle"] for name in names]
+            below = [speeds[name]["middle"] - speeds[name]["lower"] for name in names]
+            above = [speeds[name]["upper"] - speeds[name]["middle"] for name in names]
             colors = [color(everyone.index(name)) for name in names]
             axes.barh(names, middle, xerr=(below, above), color=colors, error_kw={"linewidth": 0.8})
             axes.invert_yaxis()

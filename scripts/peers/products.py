@@ -2,24 +2,16 @@
 Times the matrix products of a spec's step alone: `python -m scripts.peers.products SPEC ANSWER`.
 
 For each linear layer: the forward product, the gradient of its input and the gradient of its weight, each into memory that
-exists already. The sum over all layers is the least time that a step's linear layers can take with this library.
+exists already. All of them are the least time that a step's linear layers can take with this library.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Final
 
 import torch
-from scripts.peers.contract import Spec
-
-SECONDS: Final = 2.0  # for each product, after one that does not count
-FEWEST: Final = 2
+from scripts.peers.contract import Recorder, Spec, write_answer
 
 
 def layers(spec: Spec) -> dict[tuple[int, int], int]:
@@ -38,37 +30,33 @@ def flops(spec: Spec) -> int:
     return sum(6 * spec.tokens_per_step * ins * outs * times for (ins, outs), times in layers(spec).items())
 
 
-def layer_seconds(rows: int, ins: int, outs: int, dtype: torch.dtype) -> float:
-    """Return the seconds of a layer's three products."""
-    x, weight, grad = (torch.randn(shape).to(dtype) for shape in ((rows, ins), (outs, ins), (rows, outs)))
-    out, d_x, d_weight = (torch.empty_like(each) for each in (grad, x, weight))
-    return sum(
-        median_seconds(product)
-        for product in (
-            lambda: torch.mm(x, weight.T, out=out),
-            lambda: torch.mm(grad, weight, out=d_x),
-            lambda: torch.mm(grad.T, x, out=d_weight),
-        )
-    )
+class Layer:
+    """The three products of a linear layer, rows x ins to rows x outs."""
 
+    def __init__(self, rows: int, ins: int, outs: int, dtype: torch.dtype) -> None:
+        shapes = (rows, ins), (outs, ins), (rows, outs)
+        self.x, self.weight, self.grad = (torch.randn(shape).to(dtype) for shape in shapes)
+        self.out, self.d_x, self.d_weight = (torch.empty_like(each) for each in (self.grad, self.x, self.weight))
 
-def median_seconds(product: Callable[[], object]) -> float:
-    """Return the median time of a product."""
-    product()
-    taken: list[float] = []
-    while len(taken) < FEWEST or sum(taken) < SECONDS:
-        begun = time.perf_counter()
-        product()
-        taken.append(time.perf_counter() - begun)
-    return statistics.median(taken)
+    def multiply(self) -> None:
+        """Compute the layer's output and both gradients."""
+        torch.mm(self.x, self.weight.T, out=self.out)
+        torch.mm(self.grad, self.weight, out=self.d_x)
+        torch.mm(self.grad.T, self.x, out=self.d_weight)
 
 
 def main(spec: Spec, answer: Path) -> None:
-    """Write the seconds and operations of all products of a step."""
+    """Compute the products of all steps, and write their seconds and the operations of a step."""
     torch.set_num_threads(spec.threads)
-    dtype = getattr(torch, spec.dtype)
-    seconds = sum(times * layer_seconds(spec.tokens_per_step, *widths, dtype) for widths, times in layers(spec).items())
-    answer.write_text(json.dumps({"product_seconds": seconds, "product_flops": flops(spec)}), encoding="utf-8")
+    dtype, recorder = getattr(torch, spec.dtype), Recorder()
+    counted = {Layer(spec.tokens_per_step, *widths, dtype): times for widths, times in layers(spec).items()}
+    recorder.start()
+    for _ in range(spec.steps):
+        for layer, times in counted.items():
+            for _ in range(times):
+                layer.multiply()
+        recorder.tick()
+    write_answer(answer, recorder, product_flops=flops(spec))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,24 @@
 """
 Runs of the contenders in turns, and the file that keeps them: one line per run in `results.jsonl`.
 
-A turn is a few contenders, one right after the other, each in a new process. Ratios are taken within turns. The lines of a turn
-are written together, so that a benchmark that was interrupted resumes with the next turn.
+A turn is a few contenders, each in a new process. They take their steps in turns: while one works, the others wait. Ratios are
+those of neighboring steps. The lines of a turn are written together, so that a benchmark that was interrupted resumes with the
+next turn.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import resource
-import shutil
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,11 +26,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import psutil
-from scripts.peers.contract import Spec
+from scripts.peers.contract import TURNS, Spec
 from scripts.peers.inputs import without_files
 from scripts.peers.installs import PEERS, python_of
 
-from shoal.bench.worker_process import command_of
+from shoal.bench.worker_process import command_of, end
 from shoal.config.options import Config
 from shoal.launch.torchrun import worker_environment
 from shoal.resolve.resolve import to_yaml
@@ -36,24 +39,19 @@ ROOT: Final = Path(__file__).parents[2]
 SHOAL, TWO_PROCESSES, PRODUCTS = "shoal", "shoal, two processes", "products"
 WARMUP_STEPS: Final = 2
 DISTURBED: Final = 0.1  # share of the machine's cores that other programs may use
-CPU_CLOCK: Final = (
-    "import runpy, sys, time; time.perf_counter = time.process_time; del sys.argv[0]; "
-    "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
-)
 CALM_SECONDS: Final = 60.0  # longest wait for that before a run
 
 
 @dataclass(frozen=True)
 class Case:
     """
-    A shape in a dtype. folder: its spec and files. clock: wall, or cpu for the CPU time of a contender's process.
+    A shape in a dtype. folder: its spec and files.
 
     config, split: shoal's, with one process, and with two that divide threads and batch.
     """
 
     shape: str
     dtype: str
-    clock: str
     spec: Spec
     folder: Path
     config: Config
@@ -62,7 +60,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Turn:
-    """Contenders that run one right after the other. number: its place in the round."""
+    """Contenders that take their steps in turns. number: its place in the round."""
 
     case: Case
     repeat: int
@@ -73,7 +71,6 @@ class Turn:
         """Return a hash of everything that the figures depend on, besides the machine."""
         content = [
             without_files(self.case.spec),
-            self.case.clock,
             self.repeat,
             [(c, identity(c)) for c in self.contenders],
         ]
@@ -89,7 +86,7 @@ class Timing:
     dtype: str
     repeat: int
     contender: str
-    others: float  # share of the machine's cores that other programs used
+    others: float  # share of the machine's cores that other programs used during the turn
     answer: dict[str, Any]
 
     @property
@@ -98,34 +95,20 @@ class Timing:
         return str(self.answer.get("error", ""))
 
     @property
-    def is_disturbed(self) -> bool:
-        """Whether other programs used much of the machine during a run that did not fail."""
-        return self.others > DISTURBED and not self.error
-
-    @property
-    def step_seconds(self) -> float:
-        """The median step after warmup."""
-        return float(statistics.median(self.answer["seconds"][WARMUP_STEPS:]))
-
-    @property
-    def fastest_seconds(self) -> float:
-        """The fastest step: the one that other programs disturbed least."""
-        return float(min(self.answer["seconds"]))
+    def steps(self) -> list[float]:
+        """The seconds of the steps after warmup."""
+        return [float(seconds) for seconds in self.answer["seconds"][WARMUP_STEPS:]]
 
 
 def turns(cases: Sequence[Case], names: Sequence[str], repeats: int) -> list[Turn]:
-    """Return all turns in order. In each, shoal runs beside every other contender: before it, after it, or both."""
-    rounds = [names[at : at + 2] for at in range(0, len(names), 2)]
-    groups = [(first, SHOAL, *second) for first, *second in rounds]
-    last = {
-        "wall": (PRODUCTS, SHOAL, TWO_PROCESSES),
-        "cpu": (PRODUCTS, SHOAL),
-    }  # CPU time excludes waiting for each other
+    """Return all turns in order. In each, a step of shoal is the neighbor of a step of every other contender."""
+    pairs = [names[at : at + 2] for at in range(0, len(names), 2)]
+    groups = [*((first, SHOAL, *second) for first, *second in pairs), (PRODUCTS, SHOAL, TWO_PROCESSES)]
     return [
         Turn(case, repeat, number, group)
         for repeat in range(repeats)
         for case in cases
-        for number, group in enumerate([*groups, last[case.clock]])
+        for number, group in enumerate(groups)
     ]
 
 
@@ -136,7 +119,7 @@ def identity(contender: str) -> object:
     if contender == PRODUCTS:
         return _digest([here / "products.py"])
     if contender in (SHOAL, TWO_PROCESSES):
-        return _digest(sorted((ROOT / "src" / "shoal").rglob("*.py")))
+        return _digest([here / "with_shoal.py", *sorted((ROOT / "src" / "shoal").rglob("*.py"))])
     peer = PEERS[contender]
     return peer.pins, _digest([here / "contract.py", here / "transformers_llama.py", here / f"{peer.worker}.py"])
 
@@ -160,25 +143,93 @@ def of_turn(turn: Turn, timings: Iterable[Timing]) -> list[Timing]:
     return [timing for timing in timings if timing.key == key]
 
 
-def take(turn: Turn, folder: Path, attempts: int) -> list[Timing]:
-    """
-    Run a turn's contenders. folder: `build/peers`.
+class Contender:
+    """A contender's process, which works only during `step`."""
 
-    attempts: how often a contender is run at most if other programs use the machine; the least disturbed run counts.
-    """
-    found, key, case = [], turn.key(), turn.case
-    for contender in turn.contenders:
-        tried: list[Timing] = []
-        while not tried or (len(tried) < attempts and tried[-1].is_disturbed and case.clock == "wall"):
-            print(
-                f"{case.shape} {case.dtype}, repeat {turn.repeat + 1}: {contender}", end="", file=sys.stderr, flush=True
+    def __init__(self, name: str, case: Case, folder: Path, peers: Path) -> None:
+        """
+        Start it, and return when it is ready for its first step, or has ended.
+
+        folder: an empty one, for its files. peers: the peers' environments.
+        """
+        self.name = name
+        self._answer, self._errors = folder / "answer.json", folder / "errors.txt"
+        self._connection: socket.socket | None = None
+        command, environment = _command(name, case, folder, peers, self._answer)
+        with socket.socket(socket.AF_UNIX) as waiting, self._errors.open("wb") as errors:
+            waiting.bind(str(folder / "turns"))
+            waiting.listen()
+            waiting.settimeout(1.0)
+            environment[TURNS] = str(folder / "turns")
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors
             )
-            if case.clock == "wall":
-                _wait_for_calm()
-            answer, others = _measured(contender, case, folder)
-            tried.append(Timing(key, case.shape, case.dtype, turn.repeat, contender, others, answer))
-            print(f"  {_in_words(tried[-1], case.spec)}", file=sys.stderr, flush=True)
-        found.append(min(tried, key=lambda timing: timing.others))
+            while self._connection is None and self._process.poll() is None:
+                with contextlib.suppress(TimeoutError):
+                    self._connection, _ = waiting.accept()
+        if self._connection is not None:
+            self._connection.settimeout(None)
+            self._wait()
+
+    def step(self) -> bool:
+        """Let it take a step; return False if its process has ended or ends."""
+        if self._connection is None:
+            return False
+        self._connection.sendall(b".")
+        return self._wait()
+
+    def _wait(self) -> bool:
+        """Return True when it waits for its next turn, or False when it has written its answer."""
+        assert self._connection is not None
+        with contextlib.suppress(ConnectionError):
+            if self._connection.recv(1):
+                return True
+        self._process.wait()
+        self._connection.close()
+        self._connection = None
+        return False
+
+    def answer(self) -> dict[str, Any]:
+        """Return what it has measured, or its error."""
+        code = self._process.wait()
+        if code == 0 and self._answer.is_file():
+            answer: dict[str, Any] = json.loads(self._answer.read_text(encoding="utf-8"))
+            return answer
+        lines = self._errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return {"error": lines[-1] if lines else f"exit code {code}"}
+
+    def close(self) -> None:
+        """End the process if it still runs."""
+        if self._connection is not None:
+            self._connection.close()
+        end(self._process)
+
+
+def take(turn: Turn, folder: Path) -> list[Timing]:
+    """Let a turn's contenders take their steps. folder: `build/peers`."""
+    case = turn.case
+    print(f"{case.shape} {case.dtype}, repeat {turn.repeat + 1}: {', '.join(turn.contenders)}", file=sys.stderr)
+    _wait_for_calm()
+    before, begun = _used(), time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        contenders = list[Contender]()
+        for number, name in enumerate(turn.contenders):
+            own = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"peers-{number}-")))
+            contenders.append(Contender(name, case, own, folder))
+            stack.callback(contenders[-1].close)
+        waiting = contenders
+        while waiting:
+            waiting = [each for each in waiting if each.step()]
+        answers = [each.answer() for each in contenders]
+    after, seconds = _used(), time.perf_counter() - begun
+    all_programs, ours = (b - a for a, b in zip(before, after, strict=True))
+    others = max(0.0, all_programs - ours) / (seconds * (os.cpu_count() or 1))
+    found = [
+        Timing(turn.key(), case.shape, case.dtype, turn.repeat, name, others, answer)
+        for name, answer in zip(turn.contenders, answers, strict=True)
+    ]
+    for timing in found:
+        print(f"  {timing.contender}: {_in_words(timing, case.spec)}", file=sys.stderr, flush=True)
     return found
 
 
@@ -192,28 +243,10 @@ def _wait_for_calm() -> None:
 def _in_words(timing: Timing, spec: Spec) -> str:
     if timing.error:
         return f"failed: {timing.error}"
+    seconds = statistics.median(timing.steps)
     if timing.contender == PRODUCTS:
-        rate = timing.answer["product_flops"] / timing.answer["product_seconds"] / 1e9
-        return f"{timing.answer['product_seconds']:.2f} s for a step's products, {rate:.0f} GFLOP/s"
-    said = f"{spec.tokens_per_step / timing.step_seconds:,.0f} tokens/s, loss {timing.answer['losses'][-1]:.3f}"
-    return said + (f", other programs used {100 * timing.others:.0f}%" if timing.others > 0.02 else "")
-
-
-def _measured(contender: str, case: Case, folder: Path) -> tuple[dict[str, Any], float]:
-    """Run a contender in a new process; return its answer and the share of the cores that other programs used meanwhile."""
-    out = folder / "answer.json"
-    out.unlink(missing_ok=True)
-    command, environment = _command(contender, case, folder, out)
-    before, begun = _used(), time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    after, seconds = _used(), time.perf_counter() - begun
-    all_programs, ours = (b - a for a, b in zip(before, after, strict=True))
-    others = max(0.0, all_programs - ours) / (seconds * (os.cpu_count() or 1))
-    if done.returncode or not out.is_file():
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return {"error": last}, others
-    answer: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return answer, others
+        return f"{seconds:.2f} s for a step's products, {timing.answer['product_flops'] / seconds / 1e9:.0f} GFLOP/s"
+    return f"{spec.tokens_per_step / seconds:,.0f} tokens/s, loss {timing.answer['losses'][-1]:.3f}"
 
 
 def _used() -> tuple[float, float]:
@@ -224,26 +257,18 @@ def _used() -> tuple[float, float]:
     return now.user + now.nice + now.system + stolen, sum(each.ru_utime + each.ru_stime for each in own)
 
 
-def _command(contender: str, case: Case, folder: Path, out: Path) -> tuple[list[str], dict[str, str]]:
+def _command(name: str, case: Case, folder: Path, peers: Path, answer: Path) -> tuple[list[str], dict[str, str]]:
     """Return a contender's command and environment; shoal's is what `shoal train` sets."""
     threads = case.spec.threads
     inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONNOUSERSITE": "1"}
-    if contender in (SHOAL, TWO_PROCESSES):
-        config = case.config if contender == SHOAL else case.split
-        shutil.rmtree(folder / "runs", ignore_errors=True)
+    if name in (SHOAL, TWO_PROCESSES):
+        config = (case.config if name == SHOAL else case.split).replace("launch", runs=str(folder / "runs"))
         recipe = folder / "timed.yaml"
         recipe.write_text(to_yaml(config), encoding="utf-8")
         threads = config.launch.threads or 1
-        module = command_of("shoal.bench.step_worker", [str(recipe), str(out)], config.launch.processes or 1)[1:]
-        return [sys.executable, *_clocked(module, case.clock)], worker_environment(threads) | inherited | {
-            "OMP_NUM_THREADS": str(threads)
-        }
-    python = sys.executable if contender == PRODUCTS else str(python_of(contender, folder))
-    worker = PRODUCTS if contender == PRODUCTS else PEERS[contender].worker
-    module = ["-m", f"scripts.peers.{worker}", str(case.folder / f"{case.dtype}.json"), str(out)]
-    return [python, *_clocked(module, case.clock)], inherited | {"OMP_NUM_THREADS": str(threads)}
-
-
-def _clocked(module: list[str], clock: str) -> list[str]:
-    """Return Python's arguments that run a module; with the clock `cpu`, `time.perf_counter` counts CPU time for all its code."""
-    return module if clock == "wall" else ["-c", CPU_CLOCK, *module[1:]]
+        command = command_of("scripts.peers.with_shoal", [str(recipe), str(answer)], config.launch.processes or 1)
+        return command, worker_environment(threads) | inherited | {"OMP_NUM_THREADS": str(threads)}
+    python = sys.executable if name == PRODUCTS else str(python_of(name, peers))
+    worker = PRODUCTS if name == PRODUCTS else PEERS[name].worker
+    command = [python, "-m", f"scripts.peers.{worker}", str(case.folder / f"{case.dtype}.json"), str(answer)]
+    return command, inherited | {"OMP_NUM_THREADS": str(threads)}
