@@ -159,8 +159,8 @@ def _page(bench: Bench, found: Sequence[Found]) -> Iterator[str]:
     yield f"```\n{describe()}\n```\n"
     yield "Contenders take their steps in turns: each has a process of its own, which waits while another works. A ratio is the"
     yield "median over neighboring steps, so that a drift of the machine's speed does not affect it; the quartiles follow in parentheses."
-    yield f"The first {WARMUP_STEPS} steps of a process do not count. shoal gets the environment variables that `shoal train` sets."
-    yield f"{_others(bench)}\n"
+    yield f"Who starts and steps first changes with the repeat, and the first {WARMUP_STEPS} steps of a process do not count. shoal"
+    yield f"gets the environment variables that `shoal train` sets. {_others(bench)}\n"
     yield "![Tokens/s of each contender](peers-speed.svg)\n"
     yield from _targets(found)
     for each in found:

@@ -101,15 +101,20 @@ class Timing:
 
 
 def turns(cases: Sequence[Case], names: Sequence[str], repeats: int) -> list[Turn]:
-    """Return all turns in order. In each, a step of shoal is the neighbor of a step of every other contender."""
+    """
+    Return all turns in order. In each, a step of shoal is in the round of a step of every other contender.
+
+    The contender that starts first changes with the repeat: the memory that a process gets first can be slower.
+    """
     pairs = [names[at : at + 2] for at in range(0, len(names), 2)]
     groups = [*((first, SHOAL, *second) for first, *second in pairs), (PRODUCTS, SHOAL, TWO_PROCESSES)]
-    return [
-        Turn(case, repeat, number, group)
-        for repeat in range(repeats)
-        for case in cases
-        for number, group in enumerate(groups)
-    ]
+    found = []
+    for repeat in range(repeats):
+        for case in cases:
+            for number, group in enumerate(groups):
+                begin = repeat % len(group)
+                found.append(Turn(case, repeat, number, (*group[begin:], *group[:begin])))
+    return found
 
 
 @functools.cache

@@ -180,8 +180,9 @@ def worker_environment(threads: int) -> dict[str, str]:
         # glibc returns large blocks to the kernel and gets them back zeroed at the next use: keep them instead
         "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
         "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
-        # larger copies bypass the cache, which makes staging a checkpoint nearly twice as fast
-        "GLIBC_TUNABLES": f"glibc.cpu.x86_non_temporal_threshold={4 * 2**20}",
+        # larger copies bypass the cache, which makes staging a checkpoint nearly twice as fast; and memory in huge pages, of
+        # which the processor remembers the places of more: up to 1.5 times as fast in a virtual machine
+        "GLIBC_TUNABLES": f"glibc.cpu.x86_non_temporal_threshold={4 * 2**20}:glibc.malloc.hugetlb=1",
         # cuBLAS is deterministic only with a fixed workspace
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
         # one store prefix per attempt: otherwise a restart with gloo finds the dead worker's address
