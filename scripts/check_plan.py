@@ -29,12 +29,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported and workers start: as shoal's launcher sets them
-os.environ["MALLOC_MMAP_THRESHOLD_"] = str(4 * 2**30)
-os.environ["MALLOC_TRIM_THRESHOLD_"] = str(16 * 2**30)
 os.environ["KINETO_LOG_LEVEL"] = "99"  # torch's profiler says on stderr when it starts and stops
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from shoal.launch.torchrun import worker_environment
+
+os.environ.update(worker_environment(1))  # before torch is imported and processes start
 import torch
 from tests.parallel.layouts import NeverStop, mesh_for
 from tests.world import Worlds

@@ -74,7 +74,7 @@ class Spec:
 
 
 class Turns:
-    """The turns of this process: between two steps it waits until the benchmark lets it go on. Without a benchmark it never waits."""
+    """The turns of this process: between two steps it waits for the benchmark, if there is one."""
 
     def __init__(self) -> None:
         self._benchmark: socket.socket | None = None

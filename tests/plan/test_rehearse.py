@@ -65,6 +65,16 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "pp, gpipe": (2, {"parallel__pp": 2, "parallel__pp_schedule": "gpipe", "train__activation_checkpointing": "full"}),
     "dp_shard x tp": (4, {"parallel__dp_shard": 2, "parallel__tp": 2}),
     "pp x dp_shard": (4, {"parallel__pp": 2, "parallel__dp_shard": 2, "train__micro_batch": 2}),
+    "pp x dp_shard, interleaved": (
+        4,
+        {
+            "parallel__pp": 2,
+            "parallel__dp_shard": 2,
+            "parallel__pp_schedule": "interleaved_1f1b",
+            "train__micro_batch": 2,
+            "model__num_layers": 4,
+        },
+    ),
     "pp x dp_shard, gpt2, large embeddings": (
         4,
         {"parallel__pp": 2, "parallel__dp_shard": 2, "train__micro_batch": 4, "model__vocab_size": 8192, **GPT2},
