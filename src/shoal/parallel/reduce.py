@@ -10,7 +10,7 @@ uninterrupted one. Here the buckets depend only on the parameters' order and siz
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -51,20 +51,37 @@ class _Bucket:
     """Parameters whose gradients are views of one flat float32 buffer and travel together."""
 
     flat: torch.Tensor
+    views: dict[torch.Tensor, torch.Tensor]  # each parameter's part of it
     tree: TreeSum | None = None
     exchange: Exchange | None = None
     work: dist.Work | None = None
     missing: int = 0  # gradients that the last micro-batch has yet to add
     left: bool = False  # sent, or being sent
-    parameters: list[nn.Parameter] = field(default_factory=list)
+
+    def begin(self) -> None:
+        """Discard the gradients; the next ones are not added to anything."""
+        for p in self.views:
+            p.grad = None
+
+    def keep(self, p: torch.Tensor) -> None:
+        """Make the gradient of `p` its part of the buffer: a copy of the first in a step, or zeros if there is none."""
+        view = self.views[p]
+        if p.grad is view:
+            return
+        if p.grad is None:
+            view.zero_()
+        else:
+            view.copy_(p.grad)
+        p.grad = view
 
 
 class GradientReducer:
     """
-    `Gradients` of unsharded parameters: `p.grad` is a view of a bucket throughout training.
+    `Gradients` of unsharded parameters: `p.grad` is a view of a bucket from its first gradient of a step on.
 
-    With `leaves`, gradients are added as one tree (see `tree.py`); without, by the all-reduce of NCCL or gloo. If there is nothing
-    to add, neither replicas nor leaves, autograd keeps its own tensors as gradients: a bucket would cost three passes over them.
+    With `leaves`, gradients are added as one tree (see `tree.py`); without, by the all-reduce of NCCL or gloo. The first gradient
+    is copied to the bucket, which costs less than zeros to which it is added. If there is nothing to add, neither replicas nor
+    leaves, autograd keeps its own tensors as gradients.
     """
 
     def __init__(
@@ -84,7 +101,7 @@ class GradientReducer:
         if axis.size > 1:
             for bucket in self._buckets:
                 bucket.exchange = None if leaves is None else Exchange(leaves, axis)
-                for p in bucket.parameters:
+                for p in bucket.views:
                     p.register_post_accumulate_grad_hook(self._hook(bucket))  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
@@ -95,14 +112,17 @@ class GradientReducer:
         for p in self._alone:
             p.grad = None
         for bucket in self._buckets:
-            bucket.flat.zero_()
+            if self._leaves is None:
+                bucket.begin()
+            else:
+                bucket.flat.zero_()
             bucket.left = False
             bucket.tree = None if self._leaves is None else TreeSum(self._leaves.slots)
 
     def before_backward(self, slot: int | None, last: bool) -> None:
         self._slot, self._armed = slot, last and self.overlaps
         for bucket in self._buckets:
-            bucket.missing = len(bucket.parameters)
+            bucket.missing = len(bucket.views)
 
     def after_backward(self, slot: int | None) -> None:
         if slot is None:
@@ -131,13 +151,16 @@ class GradientReducer:
 
     def _leave(self, bucket: _Bucket) -> None:
         bucket.left = True
+        for p in bucket.views:
+            bucket.keep(p)
         if bucket.exchange is not None and bucket.tree is not None:
             bucket.exchange.send(bucket.tree, self._axis.size)
         else:
             bucket.work = dist.all_reduce(bucket.flat, group=self._axis.group, async_op=True)
 
     def _hook(self, bucket: _Bucket) -> Callable[[torch.Tensor], None]:
-        def arrived(_: torch.Tensor) -> None:
+        def arrived(p: torch.Tensor) -> None:
+            bucket.keep(p)
             if self._armed:
                 bucket.missing -= 1
                 if bucket.missing == 0:
@@ -166,8 +189,8 @@ def _make_bucket(parameters: list[nn.Parameter], multiple: int) -> _Bucket:
     """Allocate a bucket, padded so that `multiple` ranks get equal chunks, and make each `p.grad` a view of it."""
     size = sum(p.numel() for p in parameters)
     flat = torch.zeros(-(-size // multiple) * multiple, dtype=torch.float32, device=parameters[0].device)
-    offset = 0
-    for p in parameters:
-        p.grad = flat[offset : offset + p.numel()].view_as(p)
-        offset += p.numel()
-    return _Bucket(flat, parameters=parameters)
+    parts = torch.split(flat[:size], [p.numel() for p in parameters])
+    bucket = _Bucket(flat, {p: part.view_as(p) for p, part in zip(parameters, parts, strict=True)})
+    for p, view in bucket.views.items():
+        p.grad = view
+    return bucket
