@@ -72,7 +72,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "parallel__dp_shard": 2,
             "parallel__pp_schedule": "interleaved_1f1b",
             "train__micro_batch": 2,
-            "model__num_layers": 4,
+            "model__num_layers": 8,
         },
     ),
     "pp x dp_shard, gpt2, large embeddings": (
