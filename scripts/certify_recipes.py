@@ -66,7 +66,7 @@ def verify(recipe: Path, options: list[str], runs: Path) -> tuple[dict[str, Any]
 def rows(recipe: Path, options: list[str], found: dict[str, Any]) -> list[str]:
     """Return the rows of a certificate `found`: one for each dtype compared."""
     name = f"`{recipe.relative_to(ROOT / 'recipes')}`"
-    extra = [o for o in options if o in ("bitwise", "muon")] or (
+    extra = [o for o in options if o in ("bitwise", "adamw")] or (
         [found["repro"]] if found["repro"] == "bitwise" else []
     )
     lines = []
@@ -99,6 +99,7 @@ def main() -> int:
             lines += rows(recipe, options, found)
             print(f"[{number}/{len(jobs)}] {lines[-1]} {seconds:.0f} s", flush=True)
     if not arguments.only:
+        lines = list(dict.fromkeys(lines))  # auto may choose the dtype that another case asks for
         PAGE.write_text(f"{HEAD}{chr(10).join(lines)}\n\n```\n{describe()}\n```\n", encoding="utf-8")
     return 0 if passed else 1
 
