@@ -157,7 +157,6 @@ class Contender:
 
         folder: an empty one, for its files. peers: the peers' environments.
         """
-        self.name = name
         self._answer, self._errors = folder / "answer.json", folder / "errors.txt"
         self._connection: socket.socket | None = None
         command, environment = _command(name, case, folder, peers, self._answer)
