@@ -28,16 +28,13 @@ def main(recipe: Path, answer: Path) -> None:
         if not mesh.is_first:
             os.environ.pop(TURNS, None)
         recorder, read = Recorder(), run.loader.next_step
-        begun = False
 
         def next_step() -> list[Batch]:
-            nonlocal begun
             mesh.barrier()  # after the step of every process
-            if begun:
+            if run.state.step:
                 recorder.tick()
             else:
                 recorder.start()
-            begun = True
             mesh.barrier()  # in this turn
             return list(read())
 
