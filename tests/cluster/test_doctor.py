@@ -101,12 +101,12 @@ def patched(clinic: Clinic, name: str, code: str) -> AbstractContextManager[None
     return clinic.profile(name, f"export PYTHONPATH={folder}")
 
 
-# A disk that needs two seconds whenever much is flushed to it
+# A disk that needs a second whenever much is flushed to it
 SLOW_DISK = """
 import os, time
 plain = os.fsync
 def slow(fd):
-    time.sleep(2 * (os.fstat(fd).st_size > 1000))
+    time.sleep(os.fstat(fd).st_size > 1000)
     plain(fd)
 os.fsync = slow
 """

@@ -16,7 +16,7 @@ from shoal.doctor.judge_folder import judge_behavior, judge_looks, judge_seen, o
 from shoal.doctor.judge_node import Wanted, judge_nodes
 from shoal.doctor.judge_wires import judge_wires
 from shoal.doctor.reach import START_SECONDS, Node, Silence, ask_all, ask_each, close_all
-from shoal.doctor.speed import SLOW_DISK, examine_speed
+from shoal.doctor.speed import SLOW_DISK, TURNS, examine_speed
 from shoal.doctor.wires import ANY_PORT, BULK_SECONDS, CONNECT_SECONDS, WORD_BYTES
 from shoal.system.disk import gigabytes
 
@@ -242,18 +242,25 @@ def write_folder(nodes: Sequence[Node], path: str, count: int, report: Report) -
     report.figures[f"writing to {path}"] = (
         f"{sum(rates.values()) / 1e6:,.0f} MB/s from {len(rates)} node{'s' * (len(rates) > 1)} at once"
     )
-    for node in nodes:
-        others = [rate for name, rate in rates.items() if name != node.name]
-        rate = rates.get(node.name)
-        if rate is None or not others or rate >= SLOW_DISK * statistics.median(others):
-            continue
+    by_name = {node.name: node for node in nodes}
+    good = by_name[max(rates, key=lambda name: rates[name])]
+
+    def rate_alone(node: Node) -> float:
         again = ask_all([node], "in folder", 2 * FOLDER_SECONDS, action="write", count=count)[node.name]
-        alone = rate if isinstance(again, Silence) or _failed(again) else count / again["seconds"]
-        if alone < SLOW_DISK * statistics.median(others):
-            text = (
-                f"{path}: writes {alone / 1e6:,.1f} MB/s, the other nodes {statistics.median(others) / 1e6:,.0f} MB/s"
-            )
-            report.add([Finding("shared-slow", (node.name,), f"{text}; check its network and its mount options")])
+        return 0.0 if isinstance(again, Silence) or _failed(again) else count / again["seconds"]
+
+    for name, rate in rates.items():
+        others = [each for other, each in rates.items() if other != name]
+        if not others or rate >= SLOW_DISK * statistics.median(others):
+            continue
+        for _ in range(TURNS):
+            mine, right = rate_alone(by_name[name]), rate_alone(good)
+            rate = max(rate, mine)
+            if mine >= SLOW_DISK * right:
+                break
+        else:
+            text = f"{path}: writes {rate / 1e6:,.1f} MB/s, {good.name} {right / 1e6:,.0f} MB/s"
+            report.add([Finding("shared-slow", (name,), f"{text}; check its network and its mount options")])
 
 
 def _failed(answer: Any) -> bool:
