@@ -58,7 +58,17 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     ),
     "dp_shard, gradients of several micro-batches": (2, {"parallel__dp_shard": 2}),
     "tp": (2, {"parallel__tp": 2}),
-    "tp, gpt2": (2, {"parallel__tp": 2, **GPT2}),
+    "tp, gpt2": (
+        2,
+        {
+            "parallel__tp": 2,
+            "train__micro_batch": 1,
+            "data__seq_len": 16,
+            "model__vocab_size": 8192,
+            "model__tie_embeddings": True,
+            **GPT2,
+        },
+    ),
     "cp": (2, {"parallel__cp": 2}),
     "ulysses": (2, {"parallel__cp": 2, "parallel__cp_method": "ulysses"}),
     "pp": (2, {"parallel__pp": 2, "data__document_mask": True}),

@@ -317,6 +317,7 @@ class Layers:
                 self.work.op("sum", rows * dim)
             del logits, product
         assert d_weight is not None
+        d_weight.space.held = not self.kernels.cuda  # a loss that returns what it has saved holds it
         del used
         sizes = (d_hidden.count, width), (d_weight.count, FLOAT32)
 

@@ -83,14 +83,18 @@ class Memory:
 
 
 class Space:
-    """Memory of `size` bytes in a part of a rank's memory, alive as long as this object."""
+    """
+    Memory of `size` bytes in a part of a rank's memory, alive as long as this object.
 
-    __slots__ = ("_memory", "part", "size")
+    held: whether something else holds it in a real step, so that autograd adds no gradient to it in place.
+    """
+
+    __slots__ = ("_memory", "held", "part", "size")
 
     def __init__(self, memory: Memory, part: str, size: int) -> None:
         granule = memory.granule
         self.size = -(-size // granule) * granule
-        self.part, self._memory = part, memory
+        self.part, self._memory, self.held = part, memory, False
         memory.take(part, self.size)
 
     def move(self, part: str) -> None:
@@ -309,8 +313,7 @@ class Tape:
             held[output] = grad
             return
         held[output] = None
-        # of a parameter that is used twice, a loss function in Python holds the first
-        if sys.getrefcount(old) <= _ALONE and target.number != _LEAF:  # added in place
+        if sys.getrefcount(old) <= _ALONE and not old.held:  # added in place
             held[output] = old
         else:
             held[output] = Space(self.memory, old.part, old.size)
