@@ -84,6 +84,11 @@ def test_a_pipeline_idles_and_gradients_hide_behind_products() -> None:
     parts = step_seconds(pipeline.works, pipeline.layout, idle_share(pipeline), rates)
     busy = sum(s for part, s in parts.items() if part not in ("bubble", "update", "replicate"))
     assert parts["bubble"] / (busy + parts["bubble"]) == pytest.approx(idle_share(pipeline))
+    # with two processes on a core, one works while the other idles
+    shared = step_seconds(
+        pipeline.works, pipeline.layout, idle_share(pipeline), dataclasses.replace(rates, sharing=2.0)
+    )
+    assert "bubble" not in shared
     large = SMALL.replace("model", dim=4096, num_heads=32, num_kv_heads=8, ffn_dim=14336, num_layers=8).replace("data", seq_len=4096).replace("train", global_batch=8, micro_batch=1)  # fmt: skip
     sharded = need_of(large.replace("model", max_seq_len=4096), Layout(dp_shard=8), cuda=True)
     assert step_seconds(sharded.works, sharded.layout, 0.0, rates).get("shard", 0.0) == 0.0

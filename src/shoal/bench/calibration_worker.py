@@ -29,7 +29,9 @@ from shoal.system.signals import die_with_parent
 BYTES: Final = (2**10, 2**14, 2**18, 2**22, 2**24)  # that a rank sends in a measured message
 LINKS_SHARE: Final = 0.25  # of the seconds, with several processes
 STEPS_SHARE: Final = 0.2  # of the seconds, for steps of small models on CPUs
-TURNS: Final = (21, 21, 21, 5, 5)  # the time of a small message varies more
+ROUNDS: Final = (4, 4, 4, 2, 2)  # of each size
+TURNS: Final = (8, 8, 8, 3, 2)  # in a round; the time of a small message varies more
+LEAST: Final = 1e-6  # seconds of a message
 
 
 def main(answer: Path, dtype: str, seconds: float, threads: int) -> None:
@@ -62,8 +64,9 @@ def _links(mesh: Mesh, seconds: float) -> dict[str, Curve]:
     """
     Return the seconds of each collective by the size of the groups, which all send at the same time, and the bytes that a rank sends.
 
-    On CPUs each follows a product, as in a step: gloo's threads then wait for a core that a computing thread has just had, which
-    took 3 ms where messages one after another took 0.6 (two processes on two cores).
+    On CPUs it is what work takes longer with messages between, in a row without a pause, as in a step: gloo's threads wait for a
+    core that a computing thread has just had, and processes for each other. Messages one after another took half as long with two
+    processes on two cores; messages after a large product, with the wait for all to end it, a third longer with four.
     """
     sizes = [size for size in range(2, mesh.world_size + 1) if mesh.world_size % size == 0]
     found = dict[str, list[float]]()
@@ -74,27 +77,50 @@ def _links(mesh: Mesh, seconds: float) -> dict[str, Curve]:
 
 
 def _in_groups(mesh: Mesh, size: int, seconds: float) -> dict[str, list[float]]:
-    """Return the seconds of collectives in groups of `size` processes, by `BYTES`. After `seconds`, each is measured once."""
+    """Return the seconds of collectives in groups of `size` processes, by `BYTES`. After `seconds`, each has one round."""
     measured = dict[str, list[float]]()
     group, _ = dist.new_subgroups(size)  # type: ignore[no-untyped-call]
-    matrix = torch.ones(512, 512)
+    work = _work_between(mesh.device)
     end, late = time.perf_counter() + seconds, False
-    for sent, turns in zip(BYTES, TURNS, strict=True):
-        for kind, run in _collectives(group, mesh.device, sent).items():
+    for sent, rounds, turns in zip(BYTES, ROUNDS, TURNS, strict=True):
+        collectives = _collectives(group, mesh.device, sent)
+        for run in collectives.values():
             run()
-            times = []
-            for _ in range(1 if late else turns):
-                mesh.barrier()
-                if mesh.device.type == "cpu":
-                    torch.mm(matrix, matrix)
-                begun = time.perf_counter()
-                run()
-                if mesh.device.type == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - begun)
-            measured.setdefault(kind, []).append(statistics.median(times))
+        found = dict[str, list[float]]()
+        for _ in range(1 if late else rounds):
+            alone = _seconds_of(mesh, turns, work)
+            for kind, run in collectives.items():
+                found.setdefault(kind, []).append(_seconds_of(mesh, turns, work, run) - alone)
+        for kind, differences in found.items():
+            measured.setdefault(kind, []).append(max(LEAST, statistics.median(differences)))
         late = float(mesh.sum(torch.tensor(float(time.perf_counter() > end), device=mesh.device))) > 0
     return measured
+
+
+def _work_between(device: torch.device) -> Callable[[], object]:
+    """Return what a small model's step does between two messages on a CPU, some operations of 1 ms in all; nothing on a GPU."""
+    matrix, elements = torch.ones(256, 256), torch.ones(2**18)
+
+    def work() -> None:
+        for _ in range(2):
+            torch.mm(matrix, matrix)
+            for _ in range(3):
+                elements.mul(1.0)
+
+    return torch.cuda.synchronize if device.type == "cuda" else work
+
+
+def _seconds_of(mesh: Mesh, turns: int, *functions: Callable[[], object]) -> float:
+    """Return the seconds of calling the functions in turn, of all processes at the same time."""
+    mesh.barrier()
+    begun = time.perf_counter()
+    for _ in range(turns):
+        for function in functions:
+            function()
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize()
+    mesh.barrier()
+    return (time.perf_counter() - begun) / turns
 
 
 def _collectives(group: dist.ProcessGroup, device: torch.device, sent: int) -> dict[str, Callable[[], object]]:

@@ -22,7 +22,7 @@ from shoal.plan.speed.rates import WIDTHS, Curve, Rates
 from shoal.system.cpu import model_name
 from shoal.system.disk import write_whole
 
-VERSION: Final = 2  # of the file
+VERSION: Final = 3  # of the file
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,11 @@ class Calibration:
             return None
         fewer = [s for s in settings if s.processes <= machine.per_node] or settings[:1]
         setting = fewer[-1]
-        stretch = 1.0
-        if not self.cuda:
-            stretch = max(1.0, machine.per_node / self.cores) / max(1.0, setting.processes / self.cores)
+        sharing = 1.0 if self.cuda else max(1.0, machine.per_node / self.cores)
+        stretch = 1.0 if self.cuda else sharing / max(1.0, setting.processes / self.cores)
         with_links = [s for s in settings if s.links]
         links = setting.links or (with_links[0].links if with_links else {})
-        return Rates(machine, WIDTHS[dtype], setting.curves, links, stretch)
+        return Rates(machine, WIDTHS[dtype], setting.curves, links, stretch, sharing)
 
     def joined(self, earlier: Calibration) -> Calibration:
         """Return this calibration with the settings of an earlier one that were not measured again."""

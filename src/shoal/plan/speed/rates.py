@@ -88,7 +88,8 @@ class Rates:
     The rates of a machine's processes, in a dtype of `width` bytes.
 
     curves: measured seconds of operations; those that are missing follow from the data sheet. links: measured seconds of messages
-    inside a node by the ranks and the bytes that one sends. stretch: how much longer all takes than was measured.
+    inside a node by the ranks and the bytes that one sends. stretch: how much longer all takes than was measured. sharing: processes
+    that share a core.
     """
 
     machine: Machine
@@ -96,6 +97,7 @@ class Rates:
     curves: Mapping[Kind, Curve] = field(default_factory=dict)
     links: Mapping[str, Curve] = field(default_factory=dict)
     stretch: float = 1.0
+    sharing: float = 1.0
 
     @property
     def measured(self) -> bool:

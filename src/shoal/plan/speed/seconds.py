@@ -30,14 +30,14 @@ def step_seconds(works: Sequence[Work], layout: Layout, idle: float, rates: Rate
     """
     Return the seconds of a step by part; they add up to its time.
 
-    works: of a pipeline's ranks that differ, of which the slowest counts. idle: the share of a step in which they idle. Messages of
-    `dp_shard` and `dp_replicate` count as far as nothing hides them.
+    works: of a pipeline's ranks that differ, of which the slowest counts. idle: the share of a step in which they idle; where
+    processes share cores, others work faster meanwhile. Messages of `dp_shard` and `dp_replicate` count as far as nothing hides them.
     """
     found = [_of_rank(work, layout, rates) for work in works]
     slowest = max(found, key=lambda parts: sum(parts.values()))
     if idle:
         busy = sum(s for part, s in slowest.items() if part not in ("update", "replicate", "shard"))
-        slowest["bubble"] = busy * idle / (1 - idle)
+        slowest["bubble"] = busy * max(0.0, 1 / (rates.sharing * (1 - idle)) - 1)
     return slowest
 
 
