@@ -85,6 +85,19 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
             "model__num_layers": 8,
         },
     ),
+    "pp x dp_shard, interleaved, a block a stage": (
+        4,
+        {
+            "parallel__pp": 2,
+            "parallel__dp_shard": 2,
+            "parallel__pp_schedule": "interleaved_1f1b",
+            "train__micro_batch": 2,
+            "train__activation_checkpointing": "full",
+            "model__vocab_size": 4096,
+            "model__tie_embeddings": True,
+            **GPT2,
+        },
+    ),
     "pp x dp_shard, gpt2, large embeddings": (
         4,
         {"parallel__pp": 2, "parallel__dp_shard": 2, "train__micro_batch": 4, "model__vocab_size": 8192, **GPT2},

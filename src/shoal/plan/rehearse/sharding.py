@@ -4,8 +4,9 @@ The memory and messages of FSDP2, as `torch.distributed.fsdp` of torch 2.13 hand
 Read in `_fully_shard/_fsdp_param_group.py` and `_fsdp_collectives.py`: a group's parameters are gathered into one buffer and
 copied from it. In forward the buffer stays until the next group's is full; in backward it is freed at once, and the next
 group's is requested before this group computes. Gradients are copied into one buffer and reduce-scattered; that buffer stays
-until the next group's gradients are whole. In a pipeline (`torch/distributed/pipelining/stage.py`), parameters stay gathered after
-backward, and all groups are reduced after a stage's last one, the root first.
+until the next group's gradients are whole, or the step's last backward of these groups ends. In a pipeline
+(`torch/distributed/pipelining/stage.py`), parameters stay gathered after backward, and all groups are reduced after a stage's
+last one, the root first.
 """
 
 from __future__ import annotations

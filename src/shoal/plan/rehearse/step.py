@@ -375,3 +375,5 @@ class Rank:
                 self.shared[index].sync = True
                 for name in sorted(groups, key=bool):  # the root, then the blocks in order
                     groups[name].after_backward()
+            if last:
+                self.shared[index].sent = None
