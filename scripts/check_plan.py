@@ -48,6 +48,7 @@ from shoal.config.presets import resolve_shape
 from shoal.config.run_options import Launch, Metrics
 from shoal.mesh.mesh import Mesh
 from shoal.metrics.allocated import most_alive
+from shoal.parallel.shared_sum import shared_bytes
 from shoal.plan.fits import Need, layouts, need_of
 from shoal.plan.machine import Machine, machine_of
 from shoal.plan.speed.calibration import Calibration, kept_file, load
@@ -136,7 +137,7 @@ def memory_of(mesh: Mesh, config: Config) -> int:
         runs.append(Run.open(config, mesh_for(mesh, config.parallel), NeverStop()))
         take_step(runs[0])
 
-    most = most_alive(open_run, lambda: take_step(runs[0]))
+    most = most_alive(open_run, lambda: take_step(runs[0])) + shared_bytes()
     runs[0].close()
     return most
 

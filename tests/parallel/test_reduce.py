@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 from shoal.mesh.mesh import Mesh
 from shoal.mesh.place import Place
+from shoal.parallel import shared_sum
 from shoal.parallel.reduce import GradientReducer
 from tests.world import World
 
@@ -21,10 +24,11 @@ def make_model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(37, 101), nn.GELU(), nn.Linear(101, 53), nn.GELU(), nn.Linear(53, 7))
 
 
-def gradients(mesh: Mesh, micro_batches: int, bucket_bytes: int) -> list[torch.Tensor]:
+def gradients(mesh: Mesh, micro_batches: int, bucket_bytes: int, shared_bytes: int = 2**40) -> list[torch.Tensor]:
     """Return the all-reduced gradients of the second step with the same buckets. micro_batches: number in each step."""
     model = make_model()
-    reducer = GradientReducer(model.parameters(), mesh.axis("batch"), None, bucket_bytes)
+    reducer = GradientReducer(model.parameters(), mesh.axis("batch"), None, bucket_bytes, shared_bytes)
+    assert (shared_bytes == 0) == (shared_sum.shared_bytes() > 0) or mesh.world_size == 1
     share = micro_batches // mesh.dp_size
     for step in range(2):
         reducer.zero()
@@ -38,14 +42,36 @@ def gradients(mesh: Mesh, micro_batches: int, bucket_bytes: int) -> list[torch.T
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("bucket_bytes", [1, 20_000, 2**20])
-def test_n_processes_sum_what_one_process_sums(world: Callable[[int], World], size: int, bucket_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("bucket_bytes", "shared_bytes"), [(1, 2**40), (20_000, 2**40), (2**20, 2**40), (20_000, 0)], ids=str
+)
+def test_n_processes_sum_what_one_process_sums(
+    world: Callable[[int], World], size: int, bucket_bytes: int, shared_bytes: int
+) -> None:
     alone = gradients(ALONE, 12, bucket_bytes)
-    shares = world(size).run(gradients, 12, bucket_bytes)
+    shares = world(size).run(gradients, 12, bucket_bytes, shared_bytes)
     for theirs in shares:
         for mine, other, first in zip(alone, theirs, shares[0], strict=True):
             assert (mine - other).norm() <= 1e-6 * mine.norm()
             assert torch.equal(other, first)  # every rank holds the same bits
+
+
+def on_machines_apart(mesh: Mesh) -> bool:
+    """Return whether memory is shared by ranks that each say they are on another machine."""
+    with patch("shoal.parallel.shared_sum._machine", lambda: f"machine {mesh.place.rank}"):
+        return shared_sum.shared_buffers(8, mesh.axis("batch")) is not None
+
+
+def where_one_cannot(mesh: Mesh) -> bool:
+    """Return whether memory is shared if the last rank cannot make any."""
+    hinder = patch("os.memfd_create", side_effect=OSError) if mesh.place.rank == 1 else contextlib.nullcontext()
+    with hinder:
+        return shared_sum.shared_buffers(8, mesh.axis("batch")) is not None
+
+
+@pytest.mark.parametrize("function", [on_machines_apart, where_one_cannot])
+def test_all_ranks_share_memory_or_none(world: Callable[[int], World], function: Callable[[Mesh], bool]) -> None:
+    assert world(2).run(function) == [False, False]
 
 
 def own_storages(mesh: Mesh) -> tuple[int, int, int]:

@@ -20,9 +20,11 @@ from shoal.errors import ShoalError
 from shoal.mesh.mesh import Mesh
 from shoal.metrics.allocated import most_alive
 from shoal.models.loss import linear_cross_entropy_sum
+from shoal.parallel import reduce
+from shoal.parallel.shared_sum import shared_bytes
 from shoal.plan import fits
 from shoal.plan.estimate import parameter_count
-from shoal.plan.rehearse import layers
+from shoal.plan.rehearse import layers, step
 from shoal.plan.rehearse.layers import Kernels
 from shoal.plan.rehearse.step import Case, rehearse
 from shoal.plan.rehearse.tape import Memory, Space, Tensor
@@ -120,6 +122,10 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
 QUICK = ("one process", "selective", "dp_shard, gradients of several micro-batches", "tp, gpt2", "cp", "pp", "muon, tp")
 
 
+def test_the_plan_knows_which_gradients_are_added_in_shared_memory() -> None:
+    assert step.SHARED_BYTES == reduce.SHARED_BYTES
+
+
 def measured_and_rehearsed(mesh: Mesh, config: Config) -> tuple[int, int]:
     """Return, in a worker: the most bytes alive in a step, and those of the rehearsal."""
     runs: list[Run] = []
@@ -128,7 +134,7 @@ def measured_and_rehearsed(mesh: Mesh, config: Config) -> tuple[int, int]:
         runs.append(Run.open(config, mesh_for(mesh, config.parallel), NeverStop()))
         take_step(runs[0])
 
-    most = most_alive(open_run, lambda: take_step(runs[0]))
+    most = most_alive(open_run, lambda: take_step(runs[0])) + shared_bytes()
     run = runs.pop()
     known = dataclasses.replace(run.config, model=resolve_shape(run.config.model))
     run.close()

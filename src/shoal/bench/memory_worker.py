@@ -16,6 +16,7 @@ from shoal.config.options import Config
 from shoal.config.presets import resolve_shape
 from shoal.mesh.mesh import Mesh
 from shoal.metrics.allocated import most_alive
+from shoal.parallel.shared_sum import shared_bytes
 from shoal.plan.fits import need_of, why_unknown
 from shoal.system.signals import StopRequest
 from shoal.training.loop import take_step
@@ -42,7 +43,7 @@ def _peak(config: Config, mesh: Mesh, stop: StopRequest) -> tuple[int, Run]:
         take_step(runs[0])
 
     if mesh.device.type != "cuda":
-        return most_alive(open_run, lambda: take_step(runs[0])), runs[0]
+        return most_alive(open_run, lambda: take_step(runs[0])) + shared_bytes(), runs[0]
     open_run()
     torch.cuda.synchronize(mesh.device)
     torch.cuda.reset_peak_memory_stats(mesh.device)

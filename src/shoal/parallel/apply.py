@@ -143,7 +143,10 @@ def _replicate(parts: Parts, mesh: Mesh, leaves: Leaves | None, say: Say) -> dic
     reducers = {index: GradientReducer(part.parameters(), axis, leaves) for index, part in parts.items()}
     if axis.size > 1:
         buckets = sum(map(len, reducers.values()))
-        say(f"data parallel: gradients of {axis.size} processes summed in {buckets} bucket{'s' * (buckets > 1)}")
+        where = f"{buckets} bucket{'s' * (buckets > 1)}"
+        if all(reducer.shares_memory for reducer in reducers.values()):
+            where = "memory that they share"
+        say(f"data parallel: gradients of {axis.size} processes summed in {where}")
     return {**reducers}
 
 

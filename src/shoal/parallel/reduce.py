@@ -9,6 +9,7 @@ uninterrupted one. Here the buckets depend only on the parameters' order and siz
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,9 +20,11 @@ from torch import nn
 
 from shoal.mesh.mesh import Axis
 from shoal.parallel.collectives import gather_parts
+from shoal.parallel.shared_sum import shared_buffers, sum_shared
 from shoal.parallel.tree import Exchange, Leaves, TreeSum
 
 BUCKET_BYTES = 25 * 2**20
+SHARED_BYTES = 2**20  # from which memory that processes share pays: two barriers take longer than a small message
 
 
 class Gradients(Protocol):
@@ -74,20 +77,27 @@ class _Bucket:
             view.copy_(p.grad)
         p.grad = view
 
+    def keep_all(self) -> None:
+        """Make the gradients of all its parameters parts of the buffer."""
+        for p in self.views:
+            self.keep(p)
+
 
 class GradientReducer:
     """
     `Gradients` of unsharded parameters: `p.grad` is a view of a bucket from its first gradient of a step on.
 
-    With `leaves`, gradients are added as one tree (see `tree.py`); without, by the all-reduce of NCCL or gloo. The first gradient
-    is copied to the bucket, which costs less than zeros to which it is added. If there is nothing to add, neither replicas nor
-    leaves, autograd keeps its own tensors as gradients.
+    With `leaves`, gradients are added as one tree (see `tree.py`); without, by the all-reduce of NCCL or gloo, or after backward
+    through memory that the ranks share (`shared_sum.py`): on a CPU nothing would overlap, as gloo's threads need the same cores. The
+    first gradient is copied to the bucket, which costs less than zeros to which it is added. If there is nothing to add, neither
+    replicas nor leaves, autograd keeps its own tensors as gradients.
     """
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], axis: Axis, leaves: Leaves | None = None,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int = BUCKET_BYTES, shared_bytes: int = SHARED_BYTES,
     ) -> None:  # fmt: skip
+        """shared_bytes: of gradients from which ranks on one machine's CPU share memory. A collective over `axis`."""
         self._axis, self._leaves = axis, leaves
         self._slot: int | None = None
         self._armed = False
@@ -96,8 +106,16 @@ class GradientReducer:
         whole = list(parameters)
         bucketed = whole if axis.size > 1 or leaves is not None else []
         self._alone = [] if bucketed else whole
-        # Backward reaches the last layers first, so their bucket is complete, and sent, first.
-        self._buckets = [_make_bucket(ps, axis.size) for ps in _cut(reversed(bucketed), bucket_bytes)]
+        self._shared = None
+        if leaves is None and _may_share(bucketed, axis, shared_bytes):
+            self._shared = shared_buffers(_padded(bucketed, axis.size), axis)
+        if self._shared is not None:
+            self._buckets = [_make_bucket(bucketed, self._shared[axis.rank])]
+        else:  # backward reaches the last layers first, so their bucket is complete, and sent, first
+            self._buckets = [
+                _make_bucket(ps, torch.zeros(_padded(ps, axis.size), device=ps[0].device))
+                for ps in _cut(reversed(bucketed), bucket_bytes)
+            ]
         if axis.size > 1:
             for bucket in self._buckets:
                 bucket.exchange = None if leaves is None else Exchange(leaves, axis)
@@ -106,6 +124,11 @@ class GradientReducer:
 
     def __len__(self) -> int:
         return len(self._buckets)
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the ranks add gradients in memory that they share."""
+        return self._shared is not None
 
     def zero(self) -> None:
         self._armed = False
@@ -133,6 +156,11 @@ class GradientReducer:
                 bucket.flat.zero_()
 
     def finish(self) -> None:
+        if self._shared is not None:
+            for bucket in self._buckets:
+                bucket.keep_all()
+            sum_shared(self._shared, self._axis)
+            return
         for bucket in self._buckets:
             if not bucket.left and self._axis.size > 1:
                 if self._armed:
@@ -151,24 +179,31 @@ class GradientReducer:
 
     def _leave(self, bucket: _Bucket) -> None:
         bucket.left = True
-        for p in bucket.views:
-            bucket.keep(p)
+        bucket.keep_all()
         if bucket.exchange is not None and bucket.tree is not None:
             bucket.exchange.send(bucket.tree, self._axis.size)
         else:
             bucket.work = dist.all_reduce(bucket.flat, group=self._axis.group, async_op=True)
 
     def _hook(self, bucket: _Bucket) -> Callable[[torch.Tensor], None]:
+        # torch keeps hooks where Python's collector does not look: one that held the bucket would keep it, and the model, for good
+        mine, its = weakref.ref(self), weakref.ref(bucket)
+
         def arrived(p: torch.Tensor) -> None:
-            bucket.keep(p)
-            if self._armed:
-                bucket.missing -= 1
-                if bucket.missing == 0:
-                    if bucket.tree is not None and self._slot is not None:
-                        bucket.tree.push(self._slot, bucket.flat)
-                    self._leave(bucket)
+            reducer, bucket = mine(), its()
+            if reducer is not None and bucket is not None:
+                reducer._arrived(bucket, p)
 
         return arrived
+
+    def _arrived(self, bucket: _Bucket, p: torch.Tensor) -> None:
+        bucket.keep(p)
+        if self._armed and self._shared is None:
+            bucket.missing -= 1
+            if bucket.missing == 0:
+                if bucket.tree is not None and self._slot is not None:
+                    bucket.tree.push(self._slot, bucket.flat)
+                self._leave(bucket)
 
 
 def _cut(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
@@ -185,11 +220,22 @@ def _cut(parameters: Iterable[nn.Parameter], bucket_bytes: int) -> list[list[nn.
     return runs
 
 
-def _make_bucket(parameters: list[nn.Parameter], multiple: int) -> _Bucket:
-    """Allocate a bucket, padded so that `multiple` ranks get equal chunks, and make each `p.grad` a view of it."""
-    size = sum(p.numel() for p in parameters)
-    flat = torch.zeros(-(-size // multiple) * multiple, dtype=torch.float32, device=parameters[0].device)
-    parts = torch.split(flat[:size], [p.numel() for p in parameters])
+def _padded(parameters: list[nn.Parameter], multiple: int) -> int:
+    """Return the elements of a bucket, a multiple of `multiple`, so that ranks get equal chunks."""
+    return -(-sum(p.numel() for p in parameters) // multiple) * multiple
+
+
+def _may_share(parameters: list[nn.Parameter], axis: Axis, least: int) -> bool:
+    """Return whether to try to share memory: for at least `least` bytes on CPUs. A trace has neither memory nor other ranks."""
+    if axis.size == 1 or dist.get_backend(axis.group) != "gloo" or parameters[0].device.type != "cpu":
+        return False
+    return 4 * _padded(parameters, axis.size) >= least
+
+
+def _make_bucket(parameters: list[nn.Parameter], flat: torch.Tensor) -> _Bucket:
+    """Make each `p.grad` a view of `flat`, which may be longer."""
+    sizes = [p.numel() for p in parameters]
+    parts = torch.split(flat[: sum(sizes)], sizes)
     bucket = _Bucket(flat, {p: part.view_as(p) for p, part in zip(parameters, parts, strict=True)})
     for p, view in bucket.views.items():
         p.grad = view

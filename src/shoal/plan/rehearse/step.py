@@ -19,6 +19,8 @@ from shoal.plan.rehearse.tape import Memory, Peak, Space, Tensor
 from shoal.plan.rehearse.vocab_loss import vocab_parallel_loss
 from shoal.plan.rehearse.work import Op, Work
 
+SHARED_BYTES = 2**20  # of gradients from which processes on CPUs add them in memory that they share
+
 
 @dataclass(frozen=True)
 class Rehearsal:
@@ -189,7 +191,8 @@ class Rank:
         self.groups.append({})
         if summed:
             size = FLOAT32 * sum(rows * row for own in shapes.values() for rows, row in own.values())
-            self.layers.work.messages["all_reduce", "batch", size] += 1
+            shares = self.layers.kernels.copies and size >= SHARED_BYTES
+            self.layers.work.messages["shared_sum" if shares else "all_reduce", "batch", size] += 1
         self.weights.append(
             {
                 name: {

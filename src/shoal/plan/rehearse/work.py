@@ -34,7 +34,9 @@ class Op(NamedTuple):
 
 def ring_share(kind: str, ranks: int) -> float:
     """Return what a rank of a ring sends in a collective, as a multiple of its size (see `Work.messages`)."""
-    return {"send": 1.0, "all_reduce": 2 * (ranks - 1) / ranks}.get(kind, (ranks - 1) / ranks)
+    if kind == "send":
+        return 1.0
+    return (1 + (kind in ("all_reduce", "shared_sum"))) * (ranks - 1) / ranks
 
 
 @dataclass
