@@ -77,7 +77,7 @@ def _machine() -> str:
 
 
 def _create(size: int, mark: bytes) -> int | None:
-    """Return the descriptor of a new memory file that ends with `mark`; None outside Linux, or if the kernel refuses."""
+    """Return the descriptor of a new memory file that ends with `mark`; None outside Linux, or if the kernel gives none."""
     if not hasattr(os, "memfd_create"):
         return None
     with contextlib.suppress(OSError):
