@@ -318,7 +318,7 @@ def test_this_machine_is_calibrated(kept: Path, tmp_path: Path) -> None:
     small, large = (rates.device(Op("linear", (rows, 256, 256))) for rows in (64, 4096))
     assert 1 < large / small < 1000
     assert rates.device(Op("attention", (8, 1024, 1024, 64))) > rates.device(Op("attention", (8, 256, 256, 64)))
-    assert set(rates.links) == {"all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send"}
+    assert set(rates.links) == {"all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send", "shared_sum"}
     assert rates.message("all_reduce", 2, 2**24, far=False) > rates.message("all_reduce", 2, 2**14, far=False)
     shown = place.good("plan", "recipe.yaml", "--devices", "2xcpu-8GB", XDG_STATE_HOME=str(tmp_path))
     assert "rates: measured on such a machine" in shown
