@@ -227,9 +227,9 @@ def _padded(parameters: list[nn.Parameter], multiple: int) -> int:
 
 def _may_share(parameters: list[nn.Parameter], axis: Axis, least: int) -> bool:
     """Return whether to try to share memory: for at least `least` bytes on CPUs. A trace has neither memory nor other ranks."""
-    if axis.size == 1 or dist.get_backend(axis.group) != "gloo" or parameters[0].device.type != "cpu":
+    if axis.size == 1 or 4 * _padded(parameters, axis.size) < least:
         return False
-    return 4 * _padded(parameters, axis.size) >= least
+    return dist.get_backend(axis.group) == "gloo" and parameters[0].device.type == "cpu"
 
 
 def _make_bucket(parameters: list[nn.Parameter], flat: torch.Tensor) -> _Bucket:
