@@ -142,8 +142,6 @@ class Rates:
     def message(self, kind: str, ranks: int, size: int, *, far: bool) -> float:
         """Return the seconds of a collective over `ranks`, as a ring. size: as in `Work.messages`. far: whether it crosses nodes."""
         sent = size * ring_share(kind, ranks)
-        if kind == "shared_sum" and far:  # nodes share no memory
-            kind = "all_reduce"
         if not far and kind in self.links:
             return self.stretch * self.links[kind].at([ranks, max(1.0, sent)])
         rate = self.machine.network if far else self.machine.link
