@@ -70,12 +70,15 @@ def test_products_and_attention_are_the_model_s_flops(seq_len: int) -> None:
 
 def test_messages_between_nodes_take_longer_and_grow_with_their_size() -> None:
     rates = Rates(GPUS, 2)
-    near, far = (rates.message("all_gather", 8, 2**30, far=far) for far in (False, True))
+    near, far = (rates.message("all_gather", "shard", 8, 2**30, far=far) for far in (False, True))
     assert far > near > 2**30 * 7 / 8 / GPUS.link
-    assert rates.message("all_reduce", 8, 2**30, far=True) == pytest.approx(2 * far, rel=0.01)
-    assert rates.message("send", 2, 2**30, far=True) >= 2**30 / GPUS.network
+    assert rates.message("all_reduce", "batch", 8, 2**30, far=True) == pytest.approx(2 * far, rel=0.01)
+    assert rates.message("send", "pp", 2, 2**30, far=True) >= 2**30 / GPUS.network
     measured_links = Rates(CPUS, 4, {}, {"all_gather": Curve([[2], [1, 2**20]], [1e-4, 1e-2], (0, 1))})
-    assert measured_links.message("all_gather", 2, 2**21, far=False) == pytest.approx(1e-2)
+    assert measured_links.message("all_gather", "shard", 2, 2**21, far=False) == pytest.approx(1e-2)
+    waiting = dataclasses.replace(measured_links, waits={"tp": Curve([[2, 4]], [3.0, 1.0], (0,))}, stretch=2.0)
+    assert waiting.message("all_gather", "shard", 2, 2**21, far=False) == pytest.approx(2e-2)
+    assert waiting.message("all_gather", "tp", 2, 2**21, far=False) == pytest.approx(6e-2)
 
 
 def test_a_pipeline_idles_and_gradients_hide_behind_products() -> None:
@@ -186,7 +189,7 @@ def a_calibration(device: str, seconds: float = 0.01) -> Calibration:
         "linear": Curve([[64], [64], [64]], [seconds]),
         "linear back": Curve([[64]] * 3, [seconds]),
     }
-    return Calibration(device, False, 2, "2.13.0", 0.0, [Setting(2, 1, "float32", curves, {})])
+    return Calibration(device, False, 2, "2.13.0", 0.0, [Setting(2, 1, "float32", curves, {}, {}, 1.0)])
 
 
 def test_a_calibration_is_read_back_and_used(kept: Path) -> None:
@@ -319,6 +322,9 @@ def test_this_machine_is_calibrated(kept: Path, tmp_path: Path) -> None:
     assert 1 < large / small < 1000
     assert rates.device(Op("attention", (8, 1024, 1024, 64))) > rates.device(Op("attention", (8, 256, 256, 64)))
     assert set(rates.links) == {"all_gather", "reduce_scatter", "all_reduce", "all_to_all", "send", "shared_sum"}
-    assert rates.message("all_reduce", 2, 2**24, far=False) > rates.message("all_reduce", 2, 2**14, far=False)
+    small, large = (rates.message("all_reduce", "batch", 2, size, far=False) for size in (2**14, 2**24))
+    assert large > small
+    assert set(rates.waits) == {"tp", "shard"}
+    assert 0.2 < rates.stretch < 5
     shown = place.good("plan", "recipe.yaml", "--devices", "2xcpu-8GB", XDG_STATE_HOME=str(tmp_path))
     assert "rates: measured on such a machine" in shown

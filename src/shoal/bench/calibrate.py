@@ -40,10 +40,10 @@ def calibrate(
         with narrator.phase(f"measuring {count} process{'es' * (count > 1)} of {threads} thread{'s' * (threads > 1)}"):
             found.append(_measure(count, threads, dtype, seconds / len(counts)))
     first = found[0]
-    settings = [
-        Setting(each["processes"], each["threads"], dtype, curves_of(each["curves"]), curves_of(each["links"]))
-        for each in found
-    ]
+    settings = []
+    for each in found:
+        measured, links, waits = (curves_of(each[name]) for name in ("curves", "links", "waits"))
+        settings.append(Setting(each["processes"], each["threads"], dtype, measured, links, waits, each["stretch"]))
     return Calibration(first["device"], gpus > 0, cores, first["torch"], time.time(), settings)
 
 

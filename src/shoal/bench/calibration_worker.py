@@ -16,13 +16,13 @@ import torch
 import torch.distributed as dist
 
 from shoal.bench.curves import curves
-from shoal.bench.small_steps import host_costs
+from shoal.bench.small_steps import host_costs, waits
 from shoal.config.options import Parallel
 from shoal.mesh.mesh import Axis, Mesh, open_mesh
 from shoal.models.build import COMPUTE_DTYPES
 from shoal.parallel.collectives import gather_single
 from shoal.parallel.shared_sum import shared_buffers, sum_shared
-from shoal.plan.machine import machine_of
+from shoal.plan.machine import Machine, machine_of
 from shoal.plan.speed.rates import WIDTHS, Curve, Rates
 from shoal.system import cpu
 from shoal.system.signals import die_with_parent
@@ -30,6 +30,7 @@ from shoal.system.signals import die_with_parent
 BYTES: Final = (2**10, 2**14, 2**18, 2**22, 2**24)  # that a rank sends in a measured message
 LINKS_SHARE: Final = 0.25  # of the seconds, with several processes
 STEPS_SHARE: Final = 0.2  # of the seconds, for steps of small models on CPUs
+WAITS_SHARE: Final = 0.2  # of the seconds, for steps that several processes on CPUs divide
 ROUNDS: Final = (4, 4, 4, 2, 2)  # of each size
 TURNS: Final = (8, 8, 8, 3, 2)  # in a round; the time of a small message varies more
 LEAST: Final = 1e-6  # seconds of a message
@@ -41,24 +42,35 @@ def main(answer: Path, dtype: str, seconds: float, threads: int) -> None:
     torch.set_num_threads(threads)
     with open_mesh("auto", 60, Parallel()) as mesh:
         several, is_cpu = mesh.world_size > 1, mesh.device.type == "cpu"
-        share = 1 - LINKS_SHARE * several - STEPS_SHARE * is_cpu
+        share = 1 - LINKS_SHARE * several - STEPS_SHARE * is_cpu - WAITS_SHARE * (several and is_cpu)
         found = curves(mesh.device, COMPUTE_DTYPES[dtype], seconds * share)
         mesh.barrier()
+        rates = Rates(_cpus(mesh.world_size), WIDTHS[dtype], found)
         if is_cpu:
-            machine = machine_of("", mesh.world_size, 1, 0, cuda=False)
-            assert machine is not None
-            found |= host_costs(Rates(machine, WIDTHS[dtype], found), dtype, seconds * STEPS_SHARE)
+            found |= host_costs(rates, dtype, seconds * STEPS_SHARE)
         mesh.barrier()
         links = _links(mesh, seconds * LINKS_SHARE) if several else {}
+        stretch, waiting = 1.0, dict[str, Curve]()
+        if several and is_cpu:
+            rates = dataclasses.replace(rates, curves=found, links=links)
+            stretch, waiting = waits(mesh, rates, dtype, seconds * WAITS_SHARE)
         device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else cpu.model_name()
         if mesh.is_first:
             said = {
                 "device": device.removeprefix("NVIDIA "), "torch": torch.__version__, "processes": mesh.world_size, "threads": threads,
                 "curves": {kind: dataclasses.asdict(curve) for kind, curve in found.items()},
                 "links": {kind: dataclasses.asdict(curve) for kind, curve in links.items()},
+                "waits": {axis: dataclasses.asdict(curve) for axis, curve in waiting.items()}, "stretch": stretch,
             }  # fmt: skip
             answer.write_text(json.dumps(said), encoding="utf-8")
         mesh.barrier()
+
+
+def _cpus(processes: int) -> Machine:
+    """Return a machine whose processes share its CPUs."""
+    machine = machine_of("", processes, 1, 0, cuda=False)
+    assert machine is not None
+    return machine
 
 
 def _links(mesh: Mesh, seconds: float) -> dict[str, Curve]:

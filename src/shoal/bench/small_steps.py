@@ -1,18 +1,23 @@
-"""Times steps of small models on a CPU: what each operation, micro-batch and step takes beyond the operations' own times."""
+"""
+Times steps of small models on a CPU: what they take beyond the times of their operations and messages.
+
+In one process: what each operation, micro-batch and step takes. In several: how much longer processes take that wait for each
+other, and what each message of tensor parallel and FSDP2 takes.
+"""
 
 from __future__ import annotations
 
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import torch
 
 from shoal.config.data_options import Data
 from shoal.config.layout import Layout
-from shoal.config.options import Config, Model, Train
+from shoal.config.options import Config, Model, Parallel, Train
 from shoal.config.presets import resolve_shape
 from shoal.data.loader import Batch
 from shoal.mesh.mesh import Mesh
@@ -20,6 +25,7 @@ from shoal.mesh.place import Place
 from shoal.plan.fits import need_of
 from shoal.plan.rehearse.work import Kind
 from shoal.plan.speed.rates import OWN, Curve, Rates, beyond
+from shoal.plan.speed.seconds import Part, step_seconds
 from shoal.training.assemble import assemble
 from shoal.training.step import train_step
 
@@ -31,6 +37,9 @@ CASES: Final = [
 ]
 SEQ_LEN: Final = 64
 LEAST: Final = 1e-9  # seconds of a cost that the steps do not show
+# family, width, blocks, tokens of a sequence: models whose steps several processes divide
+DIVIDED: Final = (("llama", 256, 4, 128), ("gpt2", 128, 8, 128))
+LEAST_SHARE: Final = 0.1  # of a message's own time that it takes at least in a step
 
 
 def host_costs(rates: Rates, dtype: str, seconds: float) -> dict[Kind, Curve]:
@@ -42,19 +51,59 @@ def host_costs(rates: Rates, dtype: str, seconds: float) -> dict[Kind, Curve]:
     """
     torch.manual_seed(0)
     configs = [_config(*case, dtype) for case in CASES]
-    steps = [_step_of(config) for config in configs]
-    times: list[list[float]] = [[] for _ in steps]
-    end = time.perf_counter() + seconds
-    for number in itertools.count():
-        if number >= 2 and time.perf_counter() > end:
-            break
-        for step, so_far in zip(steps, times, strict=True):
-            begun = time.perf_counter()
-            step()
-            so_far.append(time.perf_counter() - begun)
-    measured = [statistics.median(each[1:]) for each in times]  # without the first
+    alone = Mesh(Place(), torch.device("cpu"))
+    measured = _timed([_step_of(config, alone) for config in configs], alone, seconds)
     known, counts = zip(*(_counted(config, rates) for config in configs), strict=True)
     return _fitted(measured, known, counts)
+
+
+def waits(mesh: Mesh, rates: Rates, dtype: str, seconds: float) -> tuple[float, dict[str, Curve]]:
+    """
+    Return how many times as long as alone processes take that wait for each other, and messages along an axis, by its ranks.
+
+    The first by steps of DDP, which send once; the others by steps of tensor parallel and of FSDP2: with Python, hooks, and the
+    wait for the other processes to send. A collective over the world.
+    """
+    torch.manual_seed(0)
+    ranks = mesh.world_size
+    sizes = [size for size in range(2, ranks + 1) if ranks % size == 0]
+    layouts = [Layout(dp_replicate=ranks)]
+    layouts += [Layout(tp=size, dp_replicate=ranks // size) for size in sizes]
+    layouts += [Layout(dp_shard=size, dp_replicate=ranks // size) for size in sizes]
+    configs = [[_divided(*model, layout, dtype) for model in DIVIDED] for layout in layouts]
+    steps = list[Callable[[], object]]()
+    for layout, each in zip(layouts, configs, strict=True):
+        own = Mesh(mesh.place, mesh.device, layout)
+        steps += [_step_of(config, own) for config in each]
+    times = iter(_timed(steps, mesh, seconds))
+    parts = [
+        [step_seconds(need_of(config, layout, cuda=False).works, layout, 0.0, rates) for config in each]
+        for layout, each in zip(layouts, configs, strict=True)
+    ]
+    stretch = statistics.median(next(times) / sum(each.values()) for each in parts[0])
+    found: dict[Part, list[float]] = {"tp": [], "shard": []}
+    for axis, models in zip([axis for axis in found for _ in sizes], parts[1:], strict=True):
+        beyond_known = [(next(times) / stretch - sum(each.values())) / each[axis] for each in models]
+        found[axis].append(max(LEAST_SHARE, 1 + statistics.median(beyond_known)))
+    return stretch, {axis: Curve([sizes], factors, powers=(0,)) for axis, factors in found.items()}
+
+
+def _timed(steps: Sequence[Callable[[], object]], mesh: Mesh, seconds: float) -> list[float]:
+    """Return each step's median time, of all processes together. They take turns for `seconds`, each at least three times."""
+    times: list[list[float]] = [[] for _ in steps]
+    end = time.perf_counter() + seconds
+
+    def is_over() -> bool:
+        return mesh.sum(torch.tensor(float(len(times[0]) >= 3 and time.perf_counter() > end))).item() > 0
+
+    while not is_over():
+        for step, so_far in zip(steps, times, strict=True):
+            mesh.barrier()
+            begun = time.perf_counter()
+            step()
+            mesh.barrier()
+            so_far.append(time.perf_counter() - begun)
+    return [statistics.median(each[1:]) for each in times]  # without the first
 
 
 def _config(family: str, checkpointing: str, blocks: int, turns: int, dtype: str) -> Config:
@@ -65,12 +114,21 @@ def _config(family: str, checkpointing: str, blocks: int, turns: int, dtype: str
     return Config(model=resolve_shape(model), data=Data(seq_len=SEQ_LEN), train=train)
 
 
-def _step_of(config: Config) -> Callable[[], object]:
-    """Return a function that takes a step of `config` in this process alone."""
-    runnable, state = assemble(config, Mesh(Place(), torch.device("cpu")), lambda text: None)
-    ids = torch.randint(512, (1, SEQ_LEN))
-    places = torch.arange(SEQ_LEN)[None]
-    batches = [Batch(ids, ids, places, None, (), SEQ_LEN)] * config.train.global_batch
+def _divided(family: str, dim: int, blocks: int, seq_len: int, layout: Layout, dtype: str) -> Config:
+    model = Model(family=family, dim=dim, num_layers=blocks, num_heads=8, vocab_size=512, max_seq_len=seq_len)  # type: ignore[arg-type]
+    train = Train(steps=1, global_batch=4 * layout.dp, micro_batch=2, dtype=dtype, device="cpu")  # type: ignore[arg-type]
+    parallel = Parallel(tp=layout.tp, dp_shard=layout.dp_shard, dp_replicate=layout.dp_replicate)
+    return Config(model=resolve_shape(model), data=Data(seq_len=seq_len), train=train, parallel=parallel)
+
+
+def _step_of(config: Config, mesh: Mesh) -> Callable[[], object]:
+    """Return a function that takes this process's part of a step of `config`."""
+    runnable, state = assemble(config, mesh, lambda text: None)
+    train, length = config.train, config.data.seq_len
+    ids = torch.randint(512, (train.micro_batch, length))
+    places = torch.arange(length).expand(train.micro_batch, -1)
+    turns = train.global_batch // train.micro_batch // mesh.dp_size
+    batches = [Batch(ids, ids, places, None, (), length * train.micro_batch)] * turns
     return lambda: train_step(runnable, state, batches, step=1, lr=1e-4, clip_norm=1.0).read()
 
 

@@ -22,18 +22,24 @@ from shoal.plan.speed.rates import WIDTHS, Curve, Rates
 from shoal.system.cpu import model_name
 from shoal.system.disk import write_whole
 
-VERSION: Final = 3  # of the file
+VERSION: Final = 4  # of the file
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What was measured while this many processes of a node, each with this many threads, worked at the same time."""
+    """
+    What was measured while this many processes of a node, each with this many threads, worked at the same time.
+
+    waits and stretch: see `Rates`.
+    """
 
     processes: int
     threads: int
     dtype: str
     curves: Mapping[Kind, Curve]
     links: Mapping[str, Curve]
+    waits: Mapping[str, Curve]
+    stretch: float
 
 
 @dataclass(frozen=True)
@@ -60,9 +66,11 @@ class Calibration:
         setting = fewer[-1]
         sharing = 1.0 if self.cuda else max(1.0, machine.per_node / self.cores)
         stretch = 1.0 if self.cuda else sharing / max(1.0, setting.processes / self.cores)
-        with_links = [s for s in settings if s.links]
-        links = setting.links or (with_links[0].links if with_links else {})
-        return Rates(machine, WIDTHS[dtype], setting.curves, links, stretch, sharing)
+        linked = setting if setting.links else next((s for s in settings if s.links), setting)
+        return Rates(
+            machine, WIDTHS[dtype], setting.curves, linked.links, linked.waits, stretch=setting.stretch * stretch,
+            sharing=setting.stretch * sharing,
+        )  # fmt: skip
 
     def joined(self, earlier: Calibration) -> Calibration:
         """Return this calibration with the settings of an earlier one that were not measured again."""
@@ -85,7 +93,7 @@ def load(path: Path) -> Calibration:
         if read.pop("version") != VERSION:
             raise ShoalError(f"{path} was made by another version of shoal; run shoal plan --calibrate again")
         settings = [
-            Setting(**{**each, **{name: curves_of(each[name]) for name in ("curves", "links")}})
+            Setting(**{**each, **{name: curves_of(each[name]) for name in ("curves", "links", "waits")}})
             for each in read.pop("settings")
         ]
         return Calibration(**read, settings=settings)

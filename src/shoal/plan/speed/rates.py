@@ -88,14 +88,15 @@ class Rates:
     The rates of a machine's processes, in a dtype of `width` bytes.
 
     curves: measured seconds of operations; those that are missing follow from the data sheet. links: measured seconds of messages
-    inside a node by the ranks and the bytes that one sends. stretch: how much longer all takes than was measured. sharing: processes
-    that share a core.
+    inside a node by the ranks and the bytes that one sends. waits: by axis, how many times as long as these its messages take in
+    a step, by the ranks. stretch: how many times as long all takes as was measured. sharing: processes that share a core.
     """
 
     machine: Machine
     width: int
     curves: Mapping[Kind, Curve] = field(default_factory=dict)
     links: Mapping[str, Curve] = field(default_factory=dict)
+    waits: Mapping[str, Curve] = field(default_factory=dict)
     stretch: float = 1.0
     sharing: float = 1.0
 
@@ -139,11 +140,12 @@ class Rates:
             return OWN[op.kind] if self.machine.cuda else 0.0
         return HOST * COSTS[op.kind][2] if self.machine.cuda else self.device(Op(beyond(op)))
 
-    def message(self, kind: str, ranks: int, size: int, *, far: bool) -> float:
+    def message(self, kind: str, axis: str, ranks: int, size: int, *, far: bool) -> float:
         """Return the seconds of a collective over `ranks`, as a ring. size: as in `Work.messages`. far: whether it crosses nodes."""
         sent = size * ring_share(kind, ranks)
         if not far and kind in self.links:
-            return self.stretch * self.links[kind].at([ranks, max(1.0, sent)])
+            waits = self.waits[axis].at([ranks]) if axis in self.waits else 1.0
+            return self.stretch * waits * self.links[kind].at([ranks, max(1.0, sent)])
         rate = self.machine.network if far else self.machine.link
         # a tree needs fewer rounds than a ring for what is small
         latency = LATENCY[self.machine.cuda][far] * (1 + math.log2(max(2, ranks)))

@@ -86,5 +86,5 @@ def _messages(work: Work, layout: Layout, rates: Rates) -> Mapping[Part, float]:
             continue
         far = crosses_nodes(layout, AXIS.get(axis, axis), rates.machine.per_node)
         part: Part = {"batch": "replicate", "dp_replicate": "replicate"}.get(axis, axis)  # type: ignore[assignment]
-        found[part] += times * rates.message(kind, sizes[axis], size, far=far)
+        found[part] += times * rates.message(kind, axis, sizes[axis], size, far=far)
     return found
