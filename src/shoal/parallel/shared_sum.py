@@ -80,11 +80,16 @@ def _create(size: int, mark: bytes) -> int | None:
     """Return the descriptor of a new memory file that ends with `mark`; None outside Linux, or if the kernel gives none."""
     if not hasattr(os, "memfd_create"):
         return None
-    with contextlib.suppress(OSError):
+    try:
         file = os.memfd_create("shoal gradients")
+    except OSError:
+        return None
+    try:
         os.pwrite(file, mark, size)
-        return file
-    return None
+    except OSError:
+        os.close(file)
+        return None
+    return file
 
 
 def _buffer(count: int, machine: str, process: int, file: int, mark: bytes, *, is_own: bool) -> Tensor | None:
