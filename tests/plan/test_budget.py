@@ -142,6 +142,12 @@ def test_devices_side_by_side(tmp_path: Path) -> None:
         (["quickstart"], "give the devices that the plan is for"),
         (["quickstart", "--devices", "2xcpu-1GB", "--calibration", "nothing.json"], "nothing.json does not exist"),
         (["quickstart", "--devices", "2xcpu-1GB", "--budget", "1s"], "the budget is too small"),
+        (
+            ["quickstart", "--devices", "2xcpu-1GB", "--budget", "1h", "--write"],
+            "--budget and --write cannot be given together",
+        ),
+        (["quickstart", "--devices", "1xL4,1xA10", "--json"], "several kinds of --devices and --json cannot be given"),
+        (["--report", "--json"], "--report and --json cannot be given together"),
     ],
 )
 def test_bad_input(arguments: list[str], words: str) -> None:

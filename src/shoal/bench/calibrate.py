@@ -15,7 +15,7 @@ from shoal.run.narrator import Narrator
 from shoal.system.cpu import count_cores, free_cores
 
 MOST_PROCESSES: Final = 8
-LIMIT_SECONDS: Final = 300.0  # after which a setting's processes are ended
+LIMIT_SECONDS: Final = 300.0  # beyond those of measuring, after which a setting's processes are ended
 
 
 def calibrate(
@@ -25,7 +25,7 @@ def calibrate(
     Measure this machine, and return its rates.
 
     seconds: of measuring, all settings together; starting processes takes more. processes: how many work at the same time; None
-    measures 1, 2, 4, ... up to the GPUs, or the cores and at least 2. dtype: None takes bfloat16 on GPUs, and float32 on CPUs.
+    measures 1, 2, 4 and 8, up to the GPUs, or the cores and at least 2. dtype: None takes bfloat16 on GPUs, and float32 on CPUs.
     """
     gpus = count_gpus()
     dtype = dtype or ("bfloat16" if gpus else "float32")
@@ -53,5 +53,5 @@ def _measure(processes: int, threads: int, dtype: str, seconds: float) -> dict[s
         answer = Path(name) / ANSWER
         return run_module(
             "shoal.bench.calibration_worker", [str(answer), dtype, str(seconds), str(threads)], answer, processes=processes,
-            threads=threads, limit_seconds=LIMIT_SECONDS, what="the calibration",
+            threads=threads, limit_seconds=LIMIT_SECONDS + seconds, what="the calibration",
         )  # fmt: skip

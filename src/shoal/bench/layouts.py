@@ -58,7 +58,7 @@ def read_counts(text: str) -> list[int]:
 
 
 def usual_counts(gpus: int, first: int = 1) -> list[int]:
-    """Return `first`, twice as many, ... up to the GPUs or, on CPUs, up to `MOST_PROCESSES`, also with fewer cores."""
+    """Return `first`, twice as many, ... up to `MOST_PROCESSES` and the GPUs or, on CPUs, `PER_CORE` for each core."""
     most = min(MOST_PROCESSES, gpus or PER_CORE * count_cores())
     return [n for n in (1, 2, 4, 8) if first <= n <= most]
 

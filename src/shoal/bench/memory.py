@@ -1,7 +1,8 @@
 """
 `shoal bench memory`: the peak memory of a process under DDP and under FSDP2, beside what `shoal plan` predicts.
 
-On a GPU and on a CPU alike it is what torch's allocator has given out at most during a step, after another one.
+On a GPU and on a CPU alike it is what torch's allocator has given out at most during a step, after another one; on CPUs with what
+processes share to add gradients.
 """
 
 from __future__ import annotations
@@ -131,6 +132,6 @@ def _notes(rows: Sequence[Row]) -> Iterator[str]:
     off = max(abs(row.median("allocated_bytes") / row.median("predicted_bytes") - 1) for row in rows)
     yield f"measured and predicted peaks differ by at most {100 * off:.1f}%"
     yield (
-        "a peak is that of torch's allocator, of the process that needs the most; Python, libraries and, on GPUs, CUDA take "
-        "memory beside it"
+        "a peak is that of torch's allocator and of memory that processes share, of the process that needs the most; Python, "
+        "libraries and, on GPUs, CUDA take memory beside it"
     )

@@ -35,7 +35,7 @@ def measure(config: Config, mesh: Mesh, stop: StopRequest) -> dict[str, Any]:
 
 
 def _peak(config: Config, mesh: Mesh, stop: StopRequest) -> tuple[int, Run]:
-    """Return the most bytes that torch's allocator had given out in the second step, and the run."""
+    """Return the most bytes that torch's allocator had given out in the second step, with shared memory, and the run."""
     runs: list[Run] = []
 
     def open_run() -> None:

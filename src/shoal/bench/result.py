@@ -45,7 +45,7 @@ FIGURES: Final[dict[str, Figure]] = {
     "times_peer": Figure("", "more", "shoal's speed divided by the peer's in the neighboring run"),
     "speedup": Figure("", "more", "throughput divided by that of the fewest processes in the same repeat"),
     "efficiency": Figure("", "more", "speedup divided by the growth of devices"),
-    "allocated_bytes": Figure("bytes", "less", "peak of torch's allocator in a step, of the process that needs the most"),
+    "allocated_bytes": Figure("bytes", "less", "peak of torch's allocator and of memory that processes share, in a step, of the process that needs the most"),
     "predicted_bytes": Figure("bytes", None, "the same, as shoal plan predicts it"),
     "bytes_per_second": Figure("bytes/s", "more", "bytes of text per second"),
     "times_need": Figure("", "more", "batches read, divided by what a training step needs"),
@@ -93,10 +93,6 @@ class Result:
     notes: Sequence[str] = ()
     kind: str = field(default=KIND, init=False)
     version: int = field(default=VERSION, init=False)
-
-    def row(self, name: str) -> Row:
-        """Return the row with this name."""
-        return next(row for row in self.rows if row.name == name)
 
     def headline(self) -> str:
         """Return the model and the machine in a line."""

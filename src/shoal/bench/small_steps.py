@@ -47,7 +47,7 @@ def host_costs(rates: Rates, dtype: str, seconds: float) -> dict[Kind, Curve]:
     Return the seconds that a CPU's steps spend outside the operations' own times: Python, autograd, dispatch, cold caches.
 
     rates: those of single operations, each of which was measured in a row of its like; in a step it follows another kind.
-    The costs fit the steps' times best, relative to each. seconds: of measuring; each case is measured at least twice.
+    The costs fit the steps' times best, relative to each. seconds: of measuring; each case is measured at least three times.
     """
     torch.manual_seed(0)
     configs = [_config(*case, dtype) for case in CASES]

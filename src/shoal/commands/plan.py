@@ -64,6 +64,7 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     """Print the layouts of a recipe, the fastest first; return 1 if none fits. With `--calibrate`, measure this machine."""
     if args.calibrate is not None:
         return _calibrate(args, overrides)
+    _check_flags(args)
     from shoal.plan.choice.budget import budget_lines, read_budget, sizes
     from shoal.plan.choice.choose import choose
     from shoal.plan.choice.devices import prices_of
@@ -110,6 +111,18 @@ def plan(args: argparse.Namespace, overrides: list[Override], argv: list[str]) -
     if args.write and choices.fitting:
         _write(args.recipe, choices, undecided)
     return 0 if choices.fitting else 1
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raise `ShoalError` if a flag would have no effect beside another."""
+    says = {
+        "--report": (args.report, ("json", "budget", "trace", "write", "pictures")),
+        "--budget": (args.budget, ("json", "trace", "write", "pictures")),
+        "several kinds of --devices": ("," in (args.devices or ""), ("json", "budget", "trace", "write")),
+    }
+    for name, (given, without) in says.items():
+        if given and (ignored := [f"--{flag}" for flag in without if getattr(args, flag)]):
+            raise ShoalError(f"{name} and {ignored[0]} cannot be given together")
 
 
 def _second_count(need: Need) -> str:
@@ -215,6 +228,7 @@ def _calibrate(args: argparse.Namespace, overrides: list[Override]) -> int:
     from shoal.plan.speed.calibration import kept_file, load
     from shoal.plan.speed.rates import WIDTHS
     from shoal.run.console import Console
+    from shoal.system.cpu import multiplies_bfloat16
 
     asked = {name: value for name, value, _ in overrides}
     dtype, processes = asked.get("train.dtype", "auto"), asked.get("launch.processes", "1")
@@ -233,8 +247,12 @@ def _calibrate(args: argparse.Namespace, overrides: list[Override]) -> int:
         with contextlib.suppress(ShoalError):  # what cannot be read is replaced
             joined = found.joined(load(path))
     joined.save(path)
-    said = ", ".join(str(s.processes) for s in found.settings)
-    print(f"measured {found.device} with {said} processes in {found.settings[0].dtype}: {path}")
+    said, measured = ", ".join(str(s.processes) for s in found.settings), found.settings[0].dtype
+    print(f"measured {found.device} with {said} processes in {measured}: {path}")
+    if not found.cuda and measured == "float32" and multiplies_bfloat16():
+        print(
+            "train.dtype auto may choose bfloat16 here; to measure it too: shoal plan --calibrate --train.dtype bfloat16"
+        )
     return 0
 
 

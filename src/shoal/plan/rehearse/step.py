@@ -93,8 +93,6 @@ def rehearse(
         rank.take_turns(micro_batches)
     else:
         rank.follow_schedule(micro_batches)
-    for shared in rank.shared:
-        shared.sent = None  # FSDP2 drops its last message when backward is over
     memory.begin("optimizer")
     if case.muon:
         orthogonalize(rank.layers, layout, rank.matrices())

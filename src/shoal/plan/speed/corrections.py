@@ -22,8 +22,8 @@ from shoal.plan.speed.seconds import Part
 SHARED, OWN, AROUND = {True: 0.1, False: 0.35}, {True: 0.15, False: 0.3}, {True: 0.1, False: 0.15}
 # The same of memory, by whether it is a GPU's, on which none was measured yet. On CPUs real runs took what was counted
 MEMORY_SHARED, MEMORY_AROUND = {True: 0.04, False: 0.003}, {True: 0.04, False: 0.003}
-WEAK: Final = 0.5  # of the parts that no calibration measures
-UNMEASURED: Final = ("overhead", "host", "bubble", "tp", "cp", "pp", "shard", "replicate")
+WEAK: Final = 0.5  # of the parts that are known worst: of messages, Python, idling
+UNSURE: Final = ("overhead", "host", "bubble", "tp", "cp", "pp", "shard", "replicate")
 TRUST: Final = 4.0  # how many measured steps the prior of `AROUND` counts as
 MOST: Final = 2.0  # times the prior of `AROUND` that the spread may become: a larger error of one step is its factors'
 Z90: Final = 1.645  # 90% of a normal distribution lie within this many standard deviations
@@ -42,10 +42,6 @@ class Interval:
     def scaled(self, factor: float) -> Interval:
         """Return the interval of the number times `factor`."""
         return Interval(self.middle * factor, self.low * factor, self.high * factor)
-
-    def inverse(self, numerator: float) -> Interval:
-        """Return the interval of `numerator` divided by the number."""
-        return Interval(numerator / self.middle, numerator / self.high, numerator / self.low)
 
     def holds(self, measured: float) -> bool:
         """Return whether a measured value is inside."""
@@ -80,7 +76,7 @@ class Corrections:
     def _prior(self, part: str | None) -> float:
         if part is None:
             return SHARED[self._calibrated]
-        return WEAK if part in UNMEASURED else OWN[self._calibrated]
+        return WEAK if part in UNSURE else OWN[self._calibrated]
 
     def _fit(self, seen: Sequence[Seen], priors: Sequence[float]) -> None:
         count = len(priors)

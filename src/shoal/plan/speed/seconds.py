@@ -22,7 +22,7 @@ PARTS: Final[dict[Kind, Part]] = {
     "step": "overhead", "dispatch": "overhead", "again": "overhead",
 }  # fmt: skip
 AXIS: Final = {"shard": "dp_shard", "batch": "dp_replicate"}  # the axis of the mesh along which messages travel
-# On GPUs, messages of parameters and gradients travel while this share of the products runs
+# On GPUs, messages of parameters and gradients travel while this share of the operations runs
 HIDDEN: Final = 0.9
 
 
@@ -30,8 +30,8 @@ def step_seconds(works: Sequence[Work], layout: Layout, idle: float, rates: Rate
     """
     Return the seconds of a step by part; they add up to its time.
 
-    works: of a pipeline's ranks that differ, of which the slowest counts. idle: the share of a step in which they idle; where
-    processes share cores, others work faster meanwhile. Messages of `dp_shard` and `dp_replicate` count as far as nothing hides them.
+    works: of a pipeline's ranks that differ, of which the slowest counts. idle: the share of a step in which they idle; on CPUs
+    others work faster meanwhile. Messages of `dp_shard` and `dp_replicate` count as far as nothing hides them.
     """
     found = [_of_rank(work, layout, rates) for work in works]
     slowest = max(found, key=lambda parts: sum(parts.values()))
