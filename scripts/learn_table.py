@@ -9,7 +9,7 @@ Measures the step of `shoal train` (`assemble` and `train_step`) in processes th
 
 - Time: the fastest of the last steps, from barrier to barrier, which other programs' load lengthens; and the CPU time of all
   processes together, which such load hardly affects.
-- Bytes: sent by the loopback interface, per step and process. If `unshare` is allowed, processes run in a separate network
+- Bytes: sent by the loopback interface, per step and process; gradients too, as over a network, not added in shared memory. If `unshare` is allowed, processes run in a separate network
   namespace, so that no other traffic counts.
 - Memory: of the process that uses most. Held all the time: weights, gradients, moments. Peak: these, plus the process's growth
   in the second step.
@@ -43,6 +43,7 @@ from shoal.config.schedules import bubble_fraction
 from shoal.data.dataset import BlendRows, open_data
 from shoal.mesh.mesh import Mesh, open_mesh
 from shoal.metrics.machine import device_name
+from shoal.parallel import reduce
 from shoal.plan.estimate import parameter_count
 from shoal.resolve.resolve import read_back, resolve, to_yaml
 from shoal.run.console import Console
@@ -276,6 +277,7 @@ def loopback_bytes() -> int:
 
 def held(recipes: Sequence[Path]) -> None:
     """Measure the recipes, as one of the launched processes. Rank 0 prints one line per recipe."""
+    reduce.shared_buffers = lambda *_: None
     first = read_back(recipes[0])
     set_threads(first)
     with open_mesh("cpu", 600.0, Parallel()) as world:
