@@ -25,7 +25,7 @@ from shoal.plan.machine import Machine, find_machine, machine_of
 from shoal.plan.rehearse.work import Op
 from shoal.plan.speed import calibration, measured
 from shoal.plan.speed.calibration import VERSION, Calibration, Setting
-from shoal.plan.speed.corrections import Corrections, Interval, Seen
+from shoal.plan.speed.corrections import Corrections, Seen
 from shoal.plan.speed.rates import Curve, Rates
 from shoal.plan.speed.seconds import Part, idle_share, step_seconds
 from shoal.system.cpu import model_name
