@@ -9,7 +9,7 @@ from typing import Literal
 from shoal.plan.rehearse.layers import FLOAT32, Layers
 from shoal.plan.rehearse.tape import Space, Tensor
 
-Kind = Literal["all_gather", "all_to_all", "all_reduce", "reduce_scatter", "send"]
+Kind = Literal["all_gather", "all_to_all", "all_reduce"]
 
 
 @dataclass(frozen=True)
