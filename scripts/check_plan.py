@@ -4,9 +4,9 @@ Draw models and layouts, run their steps for real on gloo, and compare memory an
     python scripts/check_plan.py [--count 200] [--ranked 8] [--seed TEXT] [--link 2gbit]
 
 The cases follow from the seed, by default the commit, so that no version of the code was tuned for them. Memory is the peak of the
-events of torch's own allocator, with memory that processes share, of the rank that needs the most; time is the median step of the slowest rank. Some cases are
-measured again at the end: no prediction can be nearer than two measurements are. Then all layouts of some models on four processes
-are measured, and compared with the one that the planner ranks first.
+events of torch's own allocator, with memory that processes share, of the rank that needs the most; time is the median step of the
+slowest rank. Some cases are measured again at the end: no prediction can be nearer than two measurements are. Then all layouts of
+some models on four processes are measured, and compared with the one that the planner ranks first.
 
 Rates come from `shoal plan --calibrate`, which is run first in a folder of its own. With --link, all of it runs in a network
 namespace (which needs root) whose loopback `tc` limits to this rate. Each measurement is a line of build/check_plan/LINK/*.jsonl,

@@ -9,8 +9,8 @@ Measures the step of `shoal train` (`assemble` and `train_step`) in processes th
 
 - Time: the fastest of the last steps, from barrier to barrier, which other programs' load lengthens; and the CPU time of all
   processes together, which such load hardly affects.
-- Bytes: sent by the loopback interface, per step and process; gradients too, as over a network, not added in shared memory. If `unshare` is allowed, processes run in a separate network
-  namespace, so that no other traffic counts.
+- Bytes: sent by the loopback interface, per step and process; gradients too, as over a network, not added in shared memory.
+  If `unshare` is allowed, processes run in a separate network namespace, so that no other traffic counts.
 - Memory: of the process that uses most. Held all the time: weights, gradients, moments. Peak: these, plus the process's growth
   in the second step.
 """
@@ -277,7 +277,7 @@ def loopback_bytes() -> int:
 
 def held(recipes: Sequence[Path]) -> None:
     """Measure the recipes, as one of the launched processes. Rank 0 prints one line per recipe."""
-    setattr(reduce, "shared_buffers", lambda *_: None)  # noqa: B010 - a name that reduce.py imports
+    setattr(reduce, "shared_buffers", lambda *_: None)  # noqa: B010 - not exported; gradients are sent, as over a network
     first = read_back(recipes[0])
     set_threads(first)
     with open_mesh("cpu", 600.0, Parallel()) as world:

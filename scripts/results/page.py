@@ -131,7 +131,8 @@ def _machine(file: Path) -> str:
 def _plans(texts: Mapping[str, str]) -> str:
     parts = [
         "\n## Devices that are not here: memory, time and cost\n",
-        "Predictions, with 90% intervals. Those of CPUs are for a slow core, whose rates are a guess; those of GPUs rest on data sheets, and no run of shoal on a GPU has corrected them yet.",
+        "Predictions, with 90% intervals. Those of CPUs are for a slow core, whose rates are a guess; those of GPUs rest on data "
+        "sheets, and no run of shoal on a GPU has corrected them yet.",
         "",
     ]
     return "\n".join([*parts, *(_block(text) for name, text in texts.items() if name.startswith("plan"))])

@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +22,8 @@ from shoal.mesh.mesh import Axis, Mesh, open_mesh
 from shoal.models.build import COMPUTE_DTYPES
 from shoal.parallel.collectives import gather_single
 from shoal.parallel.shared_sum import shared_buffers, sum_shared
-from shoal.plan.machine import Machine, machine_of
+from shoal.plan.machine import machine_of
+from shoal.plan.rehearse.work import Kind
 from shoal.plan.speed.rates import WIDTHS, Curve, Rates
 from shoal.system import cpu
 from shoal.system.signals import die_with_parent
@@ -45,15 +46,13 @@ def main(answer: Path, dtype: str, seconds: float, threads: int) -> None:
         share = 1 - LINKS_SHARE * several - STEPS_SHARE * is_cpu - WAITS_SHARE * (several and is_cpu)
         found = curves(mesh.device, COMPUTE_DTYPES[dtype], seconds * share)
         mesh.barrier()
-        rates = Rates(_cpus(mesh.world_size), WIDTHS[dtype], found)
         if is_cpu:
-            found |= host_costs(rates, dtype, seconds * STEPS_SHARE)
+            found |= host_costs(_rates(mesh, dtype, found, {}), dtype, seconds * STEPS_SHARE)
         mesh.barrier()
         links = _links(mesh, seconds * LINKS_SHARE) if several else {}
         stretch, waiting = 1.0, dict[str, Curve]()
         if several and is_cpu:
-            rates = dataclasses.replace(rates, curves=found, links=links)
-            stretch, waiting = waits(mesh, rates, dtype, seconds * WAITS_SHARE)
+            stretch, waiting = waits(mesh, _rates(mesh, dtype, found, links), dtype, seconds * WAITS_SHARE)
         device = torch.cuda.get_device_name() if mesh.device.type == "cuda" else cpu.model_name()
         if mesh.is_first:
             said = {
@@ -66,11 +65,11 @@ def main(answer: Path, dtype: str, seconds: float, threads: int) -> None:
         mesh.barrier()
 
 
-def _cpus(processes: int) -> Machine:
-    """Return a machine whose processes share its CPUs."""
-    machine = machine_of("", processes, 1, 0, cuda=False)
+def _rates(mesh: Mesh, dtype: str, curves: Mapping[Kind, Curve], links: Mapping[str, Curve]) -> Rates:
+    """Return what is measured so far of these processes, which share the CPUs."""
+    machine = machine_of("", mesh.world_size, 1, 0, cuda=False)
     assert machine is not None
-    return machine
+    return Rates(machine, WIDTHS[dtype], curves, links)
 
 
 def _links(mesh: Mesh, seconds: float) -> dict[str, Curve]:

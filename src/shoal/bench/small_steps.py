@@ -67,25 +67,32 @@ def waits(mesh: Mesh, rates: Rates, dtype: str, seconds: float) -> tuple[float, 
     torch.manual_seed(0)
     ranks = mesh.world_size
     sizes = [size for size in range(2, ranks + 1) if ranks % size == 0]
-    layouts = [Layout(dp_replicate=ranks)]
-    layouts += [Layout(tp=size, dp_replicate=ranks // size) for size in sizes]
-    layouts += [Layout(dp_shard=size, dp_replicate=ranks // size) for size in sizes]
-    configs = [[_divided(*model, layout, dtype) for model in DIVIDED] for layout in layouts]
-    steps = list[Callable[[], object]]()
-    for layout, each in zip(layouts, configs, strict=True):
+    layouts: dict[Part, list[Layout]] = {
+        "replicate": [Layout(dp_replicate=ranks)],
+        "tp": [Layout(tp=size, dp_replicate=ranks // size) for size in sizes],
+        "shard": [Layout(dp_shard=size, dp_replicate=ranks // size) for size in sizes],
+    }
+    steps, known = list[Callable[[], object]](), list[Mapping[Part, float]]()
+    for layout in itertools.chain(*layouts.values()):
         own = Mesh(mesh.place, mesh.device, layout)
-        steps += [_step_of(config, own) for config in each]
-    times = iter(_timed(steps, mesh, seconds))
-    parts = [
-        [step_seconds(need_of(config, layout, cuda=False).works, layout, 0.0, rates) for config in each]
-        for layout, each in zip(layouts, configs, strict=True)
-    ]
-    stretch = statistics.median(next(times) / sum(each.values()) for each in parts[0])
-    found: dict[Part, list[float]] = {"tp": [], "shard": []}
-    for axis, models in zip([axis for axis in found for _ in sizes], parts[1:], strict=True):
-        beyond_known = [(next(times) / stretch - sum(each.values())) / each[axis] for each in models]
-        found[axis].append(max(LEAST_SHARE, 1 + statistics.median(beyond_known)))
-    return stretch, {axis: Curve([sizes], factors, powers=(0,)) for axis, factors in found.items()}
+        for model in DIVIDED:
+            config = _divided(*model, layout, dtype)
+            steps.append(_step_of(config, own))
+            known.append(step_seconds(need_of(config, layout, cuda=False).works, layout, 0.0, rates))
+    pairs = list(zip(_timed(steps, mesh, seconds), known, strict=True))
+    of_layout = (pairs[first : first + len(DIVIDED)] for first in range(0, len(pairs), len(DIVIDED)))
+    measured = {axis: list(itertools.islice(of_layout, len(each))) for axis, each in layouts.items()}
+    stretch = statistics.median(step / sum(parts.values()) for step, parts in measured["replicate"][0])
+
+    def times_as_long(axis: Part, of_one: Sequence[tuple[float, Mapping[Part, float]]]) -> float:
+        """Return how many times as long as alone the axis's messages take in the steps of a layout."""
+        over = [(step / stretch - sum(parts.values())) / parts[axis] for step, parts in of_one]
+        return max(LEAST_SHARE, 1 + statistics.median(over))
+
+    axes: tuple[Part, ...] = ("tp", "shard")
+    return stretch, {
+        axis: Curve([sizes], [times_as_long(axis, each) for each in measured[axis]], powers=(0,)) for axis in axes
+    }
 
 
 def _timed(steps: Sequence[Callable[[], object]], mesh: Mesh, seconds: float) -> list[float]:

@@ -45,7 +45,8 @@ class Work:
     What a step computes and sends.
 
     done: operations of all micro-batches. once: those of the step's end. messages: (kind, axis, bytes) -> number of collectives;
-    bytes of an all-gather's whole result, of a rank's input otherwise. Numbers are fractions where they come from a line through two rehearsals.
+    bytes of an all-gather's whole result, of a rank's input otherwise. Numbers are fractions where they come from a line through
+    two rehearsals.
     """
 
     done: Counter[Op] = field(default_factory=Counter)

@@ -89,8 +89,8 @@ class Rates:
 
     curves: measured seconds of operations; those that are missing follow from the data sheet. links: measured seconds of messages
     inside a node by the ranks and the bytes that one sends. waits: by axis, how many times as long as these its messages take in
-    a step, by the ranks. stretch: how many times as long all takes as was measured. sharing: how many times as
-    long all takes because other processes work at the same time.
+    a step, by the ranks. stretch: how many times as long all takes as was measured. sharing: how many times as long all takes
+    because other processes work at the same time.
     """
 
     machine: Machine
