@@ -131,7 +131,7 @@ def test_a_trial_ends_at_its_limit_with_all_its_processes(limit: float, tmp_path
     assert timing.too_slow or timing.seconds
     assert not timing.out_of_memory
     left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
-    assert [p for p in left if p.is_running() and p.status() != psutil.STATUS_ZOMBIE] == []
+    assert left == []  # a dead process has no command line
 
 
 @pytest.mark.parametrize(

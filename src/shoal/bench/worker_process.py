@@ -8,9 +8,10 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from shoal.config.options import Config
 from shoal.errors import EXIT_BAD_INPUT, LaunchError, ShoalError
@@ -19,10 +20,14 @@ from shoal.plan.fit import what_ran_out
 from shoal.resolve.resolve import to_yaml
 from shoal.system.disk import write_whole
 
+if TYPE_CHECKING:
+    import psutil
+
 PROBLEM: Final = "problem"  # key of an answer that says what a user can fix, and nothing else
 OUT_OF_MEMORY: Final = "out of memory: "  # begins such a problem
 ANSWER: Final = "answer.json"
 SHOWN: Final = 2000  # characters of a worker's output that an error shows, if no line of it names an exception
+DYING_SECONDS: Final = 10.0  # a killed process first gives back its memory; one that waits for a disk may take longer
 
 
 def run_worker(
@@ -101,7 +106,7 @@ def _finished(
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """End a process that still runs, with all that it started: torchrun's workers would outlive it while they import torch."""
+    """End a process that still runs, with all that it started, and wait until each is dead: what runs next needs their memory."""
     import psutil
 
     if process.poll() is not None:
@@ -110,10 +115,23 @@ def end(process: subprocess.Popen[Any]) -> None:
     with contextlib.suppress(psutil.Error):
         started = psutil.Process(process.pid).children(recursive=True)
     process.kill()
-    for worker in started:
+    for worker in started:  # torchrun's workers would outlive it while they import torch
         with contextlib.suppress(psutil.Error):
             worker.kill()
     process.wait()
+    deadline = time.monotonic() + DYING_SECONDS
+    while any(_runs(worker) for worker in started) and time.monotonic() < deadline:
+        time.sleep(0.01)  # not our children: nothing tells when they are dead
+
+
+def _runs(worker: psutil.Process) -> bool:
+    """Return whether a process is alive; a dead one may stay a zombie until the machine's first process takes its exit code."""
+    import psutil
+
+    try:
+        return worker.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.Error:
+        return False
 
 
 def _cause(errors: str) -> str:
