@@ -1,4 +1,4 @@
-"""Norms compute in float32 and round once; they equal PyTorch's."""
+"""Norms compute in float32 and round once; they equal PyTorch's. Both libraries' products are right."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shoal.models.layers import LayerNorm, RMSNorm, _RMSNorm
+from shoal.models import layers
+from shoal.models.layers import LayerNorm, Linear, RMSNorm, _RMSNorm
 from shoal.models.llama import _SwiGLU
 
 
@@ -50,3 +51,45 @@ def test_rms_norm_equals_torch(shape: tuple[int, ...]) -> None:
     their_gradients = torch.autograd.grad(theirs, (x, norm.weight), upstream)
     for a, b in zip(our_gradients, their_gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_and_its_gradients_are_float64s(onednn: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rounding of a sum of n float32 products stays below n epsilon of the sum of their sizes."""
+    monkeypatch.setattr(layers, "ONEDNN", onednn)
+    generator = torch.Generator().manual_seed(1)
+    layer = Linear(256, 384, bias=bias)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn((2, 100, 256), generator=generator, requires_grad=True)
+    assert x.numel() * 384 >= layers.ONEDNN_FROM
+    grad = torch.randn((2, 384, 100), generator=generator).transpose(1, 2)  # not contiguous
+    out = layer(x)
+    assert (type(out.grad_fn).__name__ == "_OneDnnLinearBackward") == onednn
+    found = [out, *torch.autograd.grad(out, [x, *layer.parameters()], grad)]
+
+    wide = Linear(256, 384, bias=bias).double()
+    wide.load_state_dict(layer.state_dict())
+    x64 = x.detach().double().requires_grad_()
+    out64 = wide(x64)
+    expected = [out64, *torch.autograd.grad(out64, [x64, *wide.parameters()], grad.double())]
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a.double(), b, atol=384 * 2**-24 * 20, rtol=0)
+
+
+def test_onednn_multiplies_only_what_it_speeds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = torch.ones(1)
+    monkeypatch.setattr(layers, "ONEDNN", True)
+    monkeypatch.setattr(layers._OneDnnLinear, "apply", lambda *_: taken)
+    large, small = torch.ones(2**8, 2**8), torch.ones(2**7, 2**8)
+    assert layers.linear(large, large) is taken
+    assert layers.linear(small, large) is not taken
+    assert layers.linear(large.bfloat16(), large.bfloat16()) is not taken
+    with torch.no_grad():
+        assert layers.linear(large, large) is not taken
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert layers.linear(large, large) is not taken

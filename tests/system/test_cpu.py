@@ -13,10 +13,11 @@ import pytest
 
 from shoal.system import cpu
 
-ZEN3 = "processor\t: 0\nmodel name\t: AMD EPYC 7B13\nflags\t\t: fpu avx avx2 fma\n"
+ZEN3 = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC 7B13\nflags\t\t: fpu avx avx2 fma\n"
 SKYLAKE = "processor\t: 0\nmodel name\t: Xeon\nflags\t\t: avx2 avx512f avx512bw avx512vl\n"
 COOPER = "processor\t: 0\nmodel name\t: Xeon\nflags\t\t: avx2 avx512f avx512_bf16 avx_vnni\n"
 SAPPHIRE = "processor\t: 0\nmodel name\t: Xeon\nflags\t\t: avx2 avx512f avx512_bf16 amx_bf16 amx_tile\n"
+ZEN4 = "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: AMD EPYC\nflags\t\t: avx2 avx512f avx512_bf16\n"
 GRAVITON2 = "processor\t: 0\nBogoMIPS\t: 243.75\nFeatures\t: fp asimd atomics\n"
 GRAVITON3 = "processor\t: 0\nBogoMIPS\t: 243.75\nFeatures\t: fp asimd sve i8mm bf16\n"
 SECOND = "\nprocessor\t: 1\nflags\t\t: avx512_bf16 amx_bf16\nFeatures\t: bf16\n"  # not read
@@ -63,6 +64,29 @@ def test_bfloat16_needs_instructions_that_torch_may_use(
     assert (cpu.multiplies_bfloat16(), cpu.has_tiles()) == (bfloat16, tiles)
     assert bool({"avx512_bf16", "bf16"} & set(cpu.instructions())) == bfloat16
     assert ("amx_bf16" in cpu.instructions()) == tiles
+
+
+@pytest.mark.parametrize(
+    ("info", "told", "expected"),
+    [
+        (ZEN4, {}, True),
+        (ZEN3, {}, False),
+        (SAPPHIRE, {}, False),
+        (GRAVITON3, {}, False),
+        ("", {}, False),
+        (ZEN4, {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False),
+        (ZEN4, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, True),
+        (ZEN4, {"ATEN_CPU_CAPABILITY": "avx2"}, False),
+    ],
+)
+def test_onednn_multiplies_best_on_amd_with_avx512(
+    info: str, told: dict[str, str], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(info)
+    monkeypatch.setattr(cpu, "_INFO", tmp_path / "cpuinfo")
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert cpu.multiplies_best_with_onednn() is expected
 
 
 def test_on_macos_the_system_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

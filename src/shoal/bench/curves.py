@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.models.attention import attend
-from shoal.models.layers import LayerNorm, RMSNorm
+from shoal.models.layers import LayerNorm, RMSNorm, linear
 from shoal.models.llama import gated
 from shoal.models.loss import softmax_loss
 from shoal.models.rope import rotate
@@ -80,7 +80,7 @@ class Operations:
 
     def _linear(self, rows: int, inputs: int, outputs: int) -> Timed:
         x, weight = self.tensor(rows, inputs), self.tensor(outputs, inputs)
-        return Timed(lambda: F.linear(x, weight), [x, weight])
+        return Timed(lambda: linear(x, weight), [x, weight])
 
     def _attention(self, heads: int, length: int, head_dim: int, mask: Tensor | None = None) -> Timed:
         q, k, v = (self.tensor(1, length, heads, head_dim) for _ in range(3))

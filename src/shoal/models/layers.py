@@ -10,11 +10,63 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from shoal.system.cpu import multiplies_best_with_onednn
+
+ONEDNN: bool = multiplies_best_with_onednn() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# Multiplications of a product from which oneDNN is faster: a call costs 12 microseconds more (AMD EPYC, Zen 4).
+ONEDNN_FROM: Final = 2**24
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """
+    Return `F.linear(x, weight, bias)` of tensors of one dtype, in training by the faster of the CPU's libraries.
+
+    torch multiplies float32 matrices with MKL. On AMD's CPUs with AVX-512, oneDNN takes 0.83 to 0.93 of the time for outputs
+    and inputs' gradients, not for weights' gradients, for which it first copies both transposed operands.
+    """
+    if (
+        ONEDNN
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() * len(weight) >= ONEDNN_FROM
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()  # the compiler chooses its own products
+    ):
+        out: Tensor = _OneDnnLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return out
+    return F.linear(x, weight, bias)
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    """The product that torch's compiler calls on CPUs, with a backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad_outputs[0]
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
+        rows = grad.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            d_weight = rows.t() @ x.flatten(0, -2)
+        if ctx.needs_input_grad[2]:
+            d_bias = rows.sum(0)
+        return d_x, d_weight, d_bias
 
 
 class Linear(nn.Module):
@@ -27,7 +79,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight.to(x.dtype), bias)
 
 
 class Embedding(nn.Module):

@@ -29,7 +29,7 @@ from shoal.errors import LaunchError
 from shoal.mesh.mesh import Axis
 from shoal.mesh.region import Region
 from shoal.models.family import LanguageModel, TensorParallelStyle
-from shoal.models.layers import Embedding, Linear
+from shoal.models.layers import Embedding, Linear, linear
 from shoal.parallel.collectives import (
     all_gather,
     all_reduce,
@@ -119,7 +119,7 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
 
 
 def _product(layer: Linear) -> Callable[[Tensor], Tensor]:
-    return lambda x: F.linear(x, layer.weight.to(x.dtype))
+    return lambda x: linear(x, layer.weight.to(x.dtype))
 
 
 def _partial(inside: Callable[..., Tensor], row: Linear, axis: Axis) -> Callable[..., Tensor]:

@@ -51,6 +51,12 @@ def has_tiles() -> bool:
     return "amx_bf16" in features() and not _leaves_unused(("AMX",))
 
 
+def multiplies_best_with_onednn() -> bool:
+    """Return whether oneDNN multiplies float32 matrices faster than MKL, which has no AVX-512 kernels for AMD's CPUs."""
+    is_amd = _first_processor().get("vendor_id") == "AuthenticAMD"
+    return is_amd and "avx512f" in features() and not _leaves_unused(("AVX512", "AVX10"))
+
+
 def instructions() -> tuple[str, ...]:
     """Return the instruction sets that affect speed and rounding and that torch may use."""
     found = ["amx_bf16"] * has_tiles()

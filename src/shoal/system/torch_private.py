@@ -28,6 +28,7 @@ Feature = Literal[
     "v_schedule",
     "bitwise_shards",
     "hf",
+    "products",
     "kernel",
     "timeouts",
     "memory_snapshot",
@@ -121,6 +122,7 @@ PRIVATE: Final[dict[Feature, Private]] = {
         _in("torch.nn:Module.", "_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"),
         "set model.family to one of shoal's own",
     ),
+    "products": Private("float32 products by oneDNN on AMD's CPUs", ("torch:ops.mkldnn._linear_pointwise",), "", optional=True),
     "kernel": Private("the line that names the attention kernel", ("torch:_fused_sdp_choice",), "", optional=True),
     "timeouts": Private(
         "launch.timeout_seconds of groups that torch opens by itself",
