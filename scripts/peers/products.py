@@ -1,8 +1,8 @@
 """
 Times the matrix products of a spec's step alone: `python -m scripts.peers.products SPEC ANSWER`.
 
-For each linear layer: the forward product, the gradient of its input and the gradient of its weight, each into memory that
-exists already. All of them are the least time that a step's linear layers can take with this library.
+For each linear layer: the forward product, the gradient of its input and the gradient of its weight, by the libraries that
+shoal's layers use. All of them are the least time that a step's linear layers can take with these.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 from scripts.peers.contract import Recorder, Spec, write_answer
+
+from shoal.models.layers import ONEDNN
 
 
 def layers(spec: Spec) -> dict[tuple[int, int], int]:
@@ -40,8 +42,12 @@ class Layer:
 
     def multiply(self) -> None:
         """Compute the layer's output and both gradients."""
-        torch.mm(self.x, self.weight.T, out=self.out)
-        torch.mm(self.grad, self.weight, out=self.d_x)
+        if ONEDNN and self.x.dtype == torch.float32:
+            torch.ops.mkldnn._linear_pointwise(self.x, self.weight, None, "none", [], "")
+            torch.ops.mkldnn._linear_pointwise(self.grad, self.weight.T, None, "none", [], "")
+        else:
+            torch.mm(self.x, self.weight.T, out=self.out)
+            torch.mm(self.grad, self.weight, out=self.d_x)
         torch.mm(self.grad.T, self.x, out=self.d_weight)
 
 
